@@ -1,0 +1,42 @@
+# PYTHON=path      the Python 3.11 or 3.12 to build .venv from (default: searched)
+# DETECTRON2=      installed: the one that PYTHON has; source: official, built here; pypi: republished on PyPI
+#                  (default: installed where there is one, else pypi)
+PYTHON ?=
+DETECTRON2 ?=
+export PYTHON DETECTRON2
+
+VENV_PYTHON := .venv/bin/python
+
+.PHONY: help setup demo test test-slow lint format clean
+
+help:
+	@echo "make setup      the environment, in .venv (PYTHON=path, DETECTRON2=installed|source|pypi)"
+	@echo "make demo       distillation from end to end on small made-up data"
+	@echo "make test       lint and the fast tests"
+	@echo "make test-slow  the slow tests"
+	@echo "make lint       style check; make format mends what it can"
+	@echo "make clean      removes caches and build leftovers (.venv and output/ stay)"
+
+setup:
+	@bash tools/setup_env.sh
+
+demo: setup
+	$(VENV_PYTHON) tools/demo.py
+
+test: lint
+	$(VENV_PYTHON) -m pytest
+
+test-slow: setup
+	$(VENV_PYTHON) -m pytest -m slow
+
+lint: setup
+	$(VENV_PYTHON) -m ruff check .
+	$(VENV_PYTHON) -m ruff format --check .
+
+format: setup
+	$(VENV_PYTHON) -m ruff check --fix .
+	$(VENV_PYTHON) -m ruff format .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

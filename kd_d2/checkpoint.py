@@ -1,0 +1,359 @@
+"""Checkpoints: student-only files, safe reading, torchvision's ResNet format, inheritance from the teacher."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pickle
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import parse_qs, urlparse
+
+import numpy as np
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils.file_io import PathManager
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from .errors import UserError
+
+logger = logging.getLogger(__name__)
+
+StateDict = dict[str, Tensor]
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads pickles of arrays and plain containers; anything else in them is refused, not run."""
+
+    ALLOWED = {
+        ("collections", "OrderedDict"),
+        ("numpy", "dtype"),
+        ("numpy", "ndarray"),
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("numpy.core.multiarray", "scalar"),
+        ("numpy._core.multiarray", "_reconstruct"),
+        ("numpy._core.multiarray", "scalar"),
+        ("_codecs", "encode"),
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self.ALLOWED:
+            return super().find_class(module.replace("numpy._core", "numpy.core"), name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def read_checkpoint(path: str) -> dict[str, Any]:
+    """Read a checkpoint file without ever running code from it.
+
+    Args:
+        path: a `.pth` file (tensors and plain containers), or a model-zoo or Caffe2 `.pkl` file (arrays and plain containers).
+
+    Returns:
+        What the file holds, always with an entry "model"; tensors on the CPU.
+
+    Raises:
+        UserError: the file is not there, damaged, or holds more than tensors and plain containers.
+    """
+    try:
+        if path.endswith(".pkl"):
+            with open(path, "rb") as file:
+                content = _PlainUnpickler(file, encoding="latin1").load()
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"There is no checkpoint {path}.") from error
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"Checkpoint {path} is damaged or holds more than tensors and plain data, and was not loaded: {reason}"
+        ) from error
+    except Exception as error:  # torch.load and pickle raise whatever a damaged byte leads them to
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"Checkpoint {path} is damaged and cannot be read: {reason}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"Checkpoint {path} holds a {type(content).__name__}, not a dictionary of weights.")
+    if path.endswith(".pkl") and not ("model" in content and "__author__" in content):
+        content = content.get("blobs", content)
+        weights = {k: v for k, v in content.items() if not k.endswith("_momentum")}
+        content = {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+    if "model_state" in content:  # pycls
+        weights = {k: v for k, v in content["model_state"].items() if not k.endswith("num_batches_tracked")}
+        content = {"model": weights, "__author__": "pycls", "matching_heuristics": True}
+    if not isinstance(content.get("model"), dict):
+        content = {"model": content}
+    wrong = [k for k, v in content["model"].items() if not isinstance(v, Tensor | np.ndarray)]
+    if wrong:
+        raise UserError(f"Checkpoint {path} holds no dictionary of weights: its entry {wrong[0]!r} is no tensor.")
+    return content
+
+
+def local_path(path: str) -> str:
+    """The local file of a path or URL, fetched where needed."""
+    try:
+        return PathManager.get_local_path(path)
+    except Exception as error:
+        raise UserError(f"Weights {path} cannot be fetched: {error}.") from error
+
+
+@dataclass
+class Fit:
+    """How a state dictionary fits a model.
+
+    Attributes:
+        filled: names that were copied.
+        misfits: names with the reason why they were not.
+        missing: names of the model that nothing was offered for.
+    """
+
+    filled: list[str] = field(default_factory=list)
+    misfits: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+
+    def table(self) -> str:
+        """One row a module (first two name parts): how many tensors were filled, and what did not fit."""
+        total = Counter(_module_of(k) for k in [*self.filled, *self.misfits, *self.missing])
+        filled = Counter(_module_of(k) for k in self.filled)
+        missing = Counter(_module_of(k) for k in self.missing)
+        rows = [[m, f"{filled[m]} of {n}", missing[m] or ""] for m, n in sorted(total.items())]
+        table = tabulate(rows, headers=["module", "filled", "not offered"], tablefmt="simple")
+        if self.misfits:
+            table += "\n" + tabulate(sorted(self.misfits.items()), headers=["does not fit", "why"], tablefmt="simple")
+        return table
+
+
+def _module_of(name: str) -> str:
+    parts = name.split(".")
+    return ".".join(parts[: 3 if parts[0] == "backbone" and "bottom_up" in parts else 2])
+
+
+@torch.no_grad()
+def fill(model: nn.Module, offered: StateDict, names: Iterable[str] | None = None) -> Fit:
+    """Copy tensors into a model by name, as far as shapes agree.
+
+    Args:
+        model: changed in place.
+        offered: tensors by the model's names; dtype and device are converted.
+        names: which of the model's tensors to fill; None for all.
+    """
+    own = model.state_dict()
+    fit = Fit()
+    for name in own if names is None else names:
+        if name not in offered:
+            fit.missing.append(name)
+        elif own[name].shape != offered[name].shape:
+            fit.misfits[name] = f"shape {tuple(offered[name].shape)} offered, {tuple(own[name].shape)} needed"
+        else:
+            own[name].copy_(torch.as_tensor(offered[name]))
+            fit.filled.append(name)
+    return fit
+
+
+_TORCHVISION_RULES = (
+    (r"^conv1\.", "stem.conv1."),
+    (r"^bn1\.", "stem.conv1.norm."),
+    (r"^layer(\d)\.", lambda m: f"res{int(m[1]) + 1}."),
+    (r"\.bn(\d)\.", r".conv\1.norm."),
+    (r"\.downsample\.0\.", ".shortcut."),
+    (r"\.downsample\.1\.", ".shortcut.norm."),
+)
+
+
+def is_torchvision_resnet(weights: StateDict) -> bool:
+    """Whether the names are those of torchvision's ResNets."""
+    return {"conv1.weight", "bn1.weight", "layer1.0.conv1.weight", "layer4.0.conv1.weight"} <= weights.keys()
+
+
+def rename_torchvision_resnet(weights: StateDict, prefix: str = "") -> StateDict:
+    """torchvision's ResNet names as Detectron2's, behind `prefix`; the classifier `fc` is left out."""
+    renamed = {}
+    for name, tensor in weights.items():
+        if name.startswith("fc."):
+            continue
+        for pattern, replacement in _TORCHVISION_RULES:
+            name = re.sub(pattern, replacement, name)
+        renamed[prefix + name] = tensor
+    return renamed
+
+
+TORCHVISION_INPUT = {
+    "INPUT.FORMAT": "RGB",
+    "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
+    "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
+}
+
+
+def _check_torchvision_input(model: nn.Module, path: str) -> None:
+    actual = {
+        "INPUT.FORMAT": getattr(model, "input_format", None),
+        "MODEL.PIXEL_MEAN": model.pixel_mean.flatten().tolist(),
+        "MODEL.PIXEL_STD": model.pixel_std.flatten().tolist(),
+    }
+    for key, needed in TORCHVISION_INPUT.items():
+        value = actual[key]
+        same = value == needed if isinstance(needed, str) else np.allclose(value, needed, atol=1e-2)
+        if value is not None and not same:
+            raise UserError(
+                f"{path} holds weights in torchvision's format, which want {key} {needed}; the config says {value}."
+            )
+    strided = [m for m in model.modules() if type(m).__name__ == "BottleneckBlock" and m.conv1.stride != m.conv2.stride]
+    if any(m.conv1.stride > m.conv2.stride for m in strided):
+        raise UserError(
+            f"{path} holds weights in torchvision's format, which want MODEL.RESNETS.STRIDE_IN_1X1 False; the config says True."
+        )
+
+
+def load_torchvision_resnet(model: nn.Module, weights: StateDict, path: str) -> Fit:
+    """Fill a detector's bottom-up ResNet from weights under torchvision's names, and log a table of what fitted.
+
+    Raises:
+        UserError: the model has no ResNet or nothing fits it; or its input format is not that of torchvision's weights.
+    """
+    stems = [n.removesuffix("stem.conv1.weight") for n in model.state_dict() if n.endswith("stem.conv1.weight")]
+    if len(stems) != 1:
+        raise UserError(
+            f"{path} holds a ResNet in torchvision's format, but {type(model).__name__} has {len(stems)} ResNets to fill."
+        )
+    _check_torchvision_input(model, path)
+    prefix = stems[0]
+    offered = rename_torchvision_resnet(weights, prefix)
+    fit = fill(model, offered, [n for n in model.state_dict() if n.startswith(prefix)])
+    if not fit.filled:
+        raise UserError(f"{path} holds a ResNet in torchvision's format, of which nothing fits the model's.")
+    unused = Counter(_module_of(n) for n in offered if n not in fit.filled and n not in fit.misfits)
+    logger.info(f"Starting weights in torchvision's ResNet format from {path}:\n{fit.table()}")
+    if unused:
+        logger.info(
+            "Not used, since the model has no such block: " + ", ".join(f"{n} of {m}" for m, n in unused.items())
+        )
+    return fit
+
+
+class KDCheckpointer(DetectionCheckpointer):
+    """Writes files whose `model` is a plain Detectron2 student, and reads files without running code from them.
+
+    Args:
+        model: the student itself, not the meta-architecture around it.
+        save_dir: folder of the checkpoints.
+        checkpointables: what else to save and resume, such as `distillers` and `trainer`.
+    """
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write `<name>.pth` so that a kill at any moment leaves the last good file usable."""
+        if not self.save_dir or not self.save_to_disk:
+            return
+        data = {"model": self.model.state_dict()}
+        data.update({key: obj.state_dict() for key, obj in self.checkpointables.items()})
+        data.update(kwargs)
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info(f"Saving checkpoint to {path}")
+        with _written_whole(path) as file:
+            torch.save(data, file)
+        self.tag_last_checkpoint(os.path.basename(path))
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        with _written_whole(os.path.join(self.save_dir, "last_checkpoint")) as file:
+            file.write(last_filename_basename.encode())
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        content = read_checkpoint(filename)
+        url = self._parsed_url_during_load
+        if parse_qs(url.query).get("matching_heuristics") == ["True"]:
+            content["matching_heuristics"] = True
+        return content
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        if is_torchvision_resnet(checkpoint["model"]):
+            load_torchvision_resnet(
+                self.model, checkpoint["model"], urlparse(self._parsed_url_during_load.geturl()).path
+            )
+            return None
+        incompatible = super()._load_model(checkpoint)
+        unfilled = {*incompatible.missing_keys} | {name for name, _, _ in incompatible.incorrect_shapes}
+        if unfilled >= {name for name, _ in self.model.named_parameters()}:
+            source = self._parsed_url_during_load.geturl()
+            raise UserError(
+                f"{source} fills no parameter of {type(self.model).__name__}: it is another model's checkpoint."
+            )
+        return incompatible
+
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        if path:
+            local_path(urlparse(path)._replace(query="").geturl())
+        try:
+            return super().load(path, checkpointables)
+        finally:
+            self._parsed_url_during_load = None
+
+
+@contextlib.contextmanager
+def _written_whole(path: str):
+    temporary = f"{path}.partial"
+    with open(temporary, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_complete(model: nn.Module, path: str, whose: str) -> None:
+    """Load a trained detector of which every parameter must be filled.
+
+    Args:
+        model: the detector.
+        path: file or URL.
+        whose: for messages, such as "the teacher".
+
+    Raises:
+        UserError: the file cannot be read, or leaves parameters of the model unfilled.
+    """
+    incompatible: list[Any] = []
+    checkpointer = KDCheckpointer(model, save_to_disk=False)
+    checkpointer._log_incompatible_keys = incompatible.append
+    checkpointer.load(path)
+    parameters = {name for name, _ in model.named_parameters()}
+    buffers = {n for n, _ in model.named_buffers() if n.endswith(("running_mean", "running_var"))}
+    needed = parameters | buffers
+    if not incompatible:
+        raise UserError(f"{path} holds starting weights in torchvision's format, not a trained detector for {whose}.")
+    wrong_shape = {name: f"{tuple(a)} instead of {tuple(b)}" for name, a, b in incompatible[0].incorrect_shapes}
+    unfilled = sorted(needed & ({*incompatible[0].missing_keys} | wrong_shape.keys()))
+    if unfilled:
+        first = unfilled[0] + (f" (shape {wrong_shape[unfilled[0]]})" if unfilled[0] in wrong_shape else "")
+        raise UserError(
+            f"{path} fills {len(needed) - len(unfilled)} of {len(needed)} parameters of {whose} ({type(model).__name__}); the "
+            f"first that it does not fill is {first}. Do its config and weights belong together?"
+        )
+
+
+def inherit(student: nn.Module, teacher: nn.Module, modules: Iterable[str]) -> Fit:
+    """Copy the teacher's neck and head into the student by parameter name (Kang et al. 2021), and log what fitted.
+
+    Args:
+        student: changed in place.
+        teacher: the source.
+        modules: of "neck" (the backbone without its bottom-up network) and "head" (all that is not backbone).
+
+    Raises:
+        UserError: nothing fits.
+    """
+    source = {name: t for name, t in teacher.state_dict().items() if part_of(name) in modules}
+    fit = fill(student, source, [name for name in student.state_dict() if part_of(name) in modules])
+    logger.info(f"Inherited from the teacher ({', '.join(modules)}):\n{fit.table()}")
+    if not fit.filled:
+        raise UserError(
+            f"MODEL.KD.INHERIT: nothing of the teacher's {' and '.join(modules)} ({type(teacher).__name__}) fits the student "
+            f"({type(student).__name__}) by name and shape."
+        )
+    return fit
+
+
+def part_of(name: str) -> str:
+    """The part of a detector that a parameter belongs to: "bottom_up", "neck" or "head"."""
+    if not name.startswith("backbone."):
+        return "head"
+    return "bottom_up" if name.startswith("backbone.bottom_up.") else "neck"

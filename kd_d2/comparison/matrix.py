@@ -1,0 +1,165 @@
+"""The matrix of a comparison: which cells there are, and what makes each of them different."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+from detectron2.config import CfgNode, get_cfg
+
+from ..config import add_kd_config, load_config
+from ..errors import UserError
+
+# Keys that say where things lie or how they are run, not what is measured.
+LOCATION_KEYS = (
+    "OUTPUT_DIR",
+    "DATASETS.COCO_JSON",
+    "MODEL.DEVICE",
+    "MODEL.WEIGHTS",
+    "MODEL.KD.TEACHER.CONFIG_FILE",
+    "MODEL.KD.TEACHER.WEIGHTS",
+    "DATALOADER.NUM_WORKERS",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "TEST.EVAL_PERIOD",
+    "SEED",
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the table.
+
+    Attributes:
+        name: its name in the matrix.
+        title: what the table calls it.
+        config: the config file.
+        opts: overrides of the config: key, value, ...
+        seeds: the seeds it is trained with.
+        uses_teacher: whether the teacher that the comparison trained is put into its config.
+    """
+
+    name: str
+    title: str
+    config: str
+    opts: tuple[Any, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    uses_teacher: bool = True
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A whole comparison.
+
+    Attributes:
+        cells: in order of the table, the teacher not among them.
+        baseline: the cell that gains are over.
+        student: the plain student's cell, from which the gap to the teacher is counted.
+        teacher: trained first where the matrix gives its config; None where the students' config names one.
+        teacher_source: a cell's config whose MODEL.KD.TEACHER is evaluated where `teacher` is None.
+    """
+
+    cells: tuple[Cell, ...]
+    baseline: str
+    student: str | None
+    teacher: Cell | None
+    path: str = field(repr=False)
+
+    def cell(self, name: str) -> Cell:
+        return next(cell for cell in self.cells if cell.name == name)
+
+    def select(self, names: list[str] | None, seeds: list[int] | None) -> list[tuple[Cell, int]]:
+        """(cell, seed) pairs, first seeds of all cells first.
+
+        Raises:
+            UserError: a name that the matrix does not have.
+        """
+        known = [cell.name for cell in self.cells]
+        for name in names or []:
+            if name not in known:
+                raise UserError(f"{self.path} has no cell {name!r}; there are {', '.join(known)}.")
+        pairs = [(c, s) for c in self.cells for s in c.seeds if names is None or c.name in names]
+        return sorted(((c, s) for c, s in pairs if seeds is None or s in seeds), key=lambda pair: pair[1])
+
+
+def read_matrix(path: str) -> Matrix:
+    """Read a matrix from yaml.
+
+    Its keys: `config` (of the students, relative to the file), `baseline`, `student`, optionally `teacher`
+    (`config`, `opts`, `seeds`), and `cells`: by name a `title`, `opts` (a mapping of keys to values), `seeds`, and `config`
+    where it is not the common one.
+
+    Raises:
+        UserError: a missing file, an unknown key.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            tree = yaml.safe_load(file)
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"Matrix {path} cannot be read: {' '.join(str(error).split())}.") from error
+    _only(path, "the matrix", tree, {"config", "baseline", "student", "teacher", "cells"})
+    folder = os.path.dirname(os.path.abspath(path))
+    common = tree.get("config")
+
+    def cell(name: str, entry: dict[str, Any] | None) -> Cell:
+        entry = entry or {}
+        _only(path, f"cell {name}", entry, {"title", "opts", "seeds", "config"})
+        config = entry.get("config", common)
+        if not config:
+            raise UserError(f"Matrix {path}: cell {name} has no config.")
+        opts = tuple(item for pair in entry.get("opts", {}).items() for item in pair)
+        return Cell(
+            name=name,
+            title=entry.get("title", name),
+            config=os.path.join(folder, config),
+            opts=opts,
+            seeds=tuple(entry.get("seeds", (0,))),
+        )
+
+    cells = tuple(cell(name, entry) for name, entry in (tree.get("cells") or {}).items())
+    names = [c.name for c in cells]
+    for key in ("baseline", "student"):
+        if key in tree and tree[key] not in names:
+            raise UserError(f"Matrix {path}: {key} is {tree[key]!r}, which is no cell; there are {', '.join(names)}.")
+    if not cells or "baseline" not in tree:
+        raise UserError(f"Matrix {path} needs cells, and a baseline among them.")
+    teacher = cell("teacher", tree["teacher"]) if "teacher" in tree else None
+    return Matrix(cells, tree["baseline"], tree.get("student"), teacher, path)
+
+
+def _only(path: str, what: str, entry: Any, known: set[str]) -> None:
+    if not isinstance(entry, dict):
+        raise UserError(f"Matrix {path}: {what} must be a mapping of keys to values.")
+    for key in entry:
+        if key not in known:
+            raise UserError(
+                f"Matrix {path}: {what} has the unknown key {key!r}; it may have {', '.join(sorted(known))}."
+            )
+
+
+def measured_settings(config: str, opts: list[Any]) -> dict[str, Any]:
+    """What of a config decides the result: every key that is not at its default, but for the places of files.
+
+    A key that a later version adds does not change it, as long as it stays at its default.
+    """
+    cfg = load_config(config, opts)
+    defaults = get_cfg()
+    add_kd_config(defaults)
+    different: dict[str, Any] = {}
+
+    def walk(node: CfgNode, default: CfgNode, prefix: str) -> None:
+        for key, value in node.items():
+            name = prefix + key
+            if isinstance(value, CfgNode):
+                walk(value, default[key], name + ".")
+            elif name not in LOCATION_KEYS and _plain(value) != _plain(default[key]):
+                different[name] = _plain(value)
+
+    walk(cfg, defaults, "")
+    return different
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, as json gives them back."""
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value

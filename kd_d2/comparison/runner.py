@@ -1,0 +1,215 @@
+"""Running the cells of a comparison: each in a process of its own, several at a time, finished ones never again."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import UserError
+from .matrix import Cell, Matrix, measured_settings
+
+TRAIN_NET = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))), "train_net.py")
+
+
+@dataclass
+class Job:
+    """One process: a training of one cell with one seed, or the evaluation of the teacher.
+
+    Attributes:
+        cell, seed: what it measures.
+        command: arguments of train_net.py.
+        output: its OUTPUT_DIR.
+        result: the json file that says that it is finished.
+        settings: what decides its result, see `measured_settings`.
+    """
+
+    cell: str
+    seed: int
+    command: list[str]
+    output: str
+    result: str
+    settings: dict[str, Any]
+    process: subprocess.Popen | None = None
+    started: float = 0.0
+    reported: int = field(default=-1)
+
+    @property
+    def name(self) -> str:
+        return f"{self.cell} seed {self.seed}"
+
+
+def run_jobs(jobs: list[Job], parallel: int, threads: int) -> None:
+    """Run every job that has no result yet, and write its result file when it ends well.
+
+    Args:
+        parallel: processes at a time.
+        threads: CPU threads of each.
+
+    Raises:
+        UserError: a job failed (the others are let finish), or a result is of other settings.
+    """
+    waiting = [job for job in jobs if not _is_finished(job)]
+    running: list[Job] = []
+    failed: list[Job] = []
+    print(f"{len(jobs) - len(waiting)} of {len(jobs)} cells are finished already", flush=True)
+    try:
+        while waiting or running:
+            while waiting and len(running) < parallel:
+                running.append(_start(waiting.pop(0), threads))
+            time.sleep(0.5)
+            for job in list(running):
+                _report_progress(job)
+                if job.process.poll() is not None:
+                    running.remove(job)
+                    if not _finish(job):
+                        failed.append(job)
+    finally:
+        for job in running:
+            job.process.terminate()
+    if failed:
+        raise UserError(
+            f"{len(failed)} cells failed: " + "; ".join(f"{j.name}, see {j.output}/process.log" for j in failed) + "."
+        )
+
+
+def training_job(cell: Cell, seed: int, output: str, opts: list[Any]) -> Job:
+    """Train a cell. `output` is the folder of the whole comparison; `opts` come before the cell's own overrides."""
+    folder = os.path.join(output, cell.name, f"seed{seed}")
+    opts = [*opts, *cell.opts]
+    command = ["--config-file", cell.config, "--resume", *_as_arguments(opts), "SEED", str(seed), "OUTPUT_DIR", folder]
+    return Job(
+        cell.name, seed, command, folder, result_path(output, cell.name, seed), measured_settings(cell.config, opts)
+    )
+
+
+def teacher_evaluation_job(matrix: Matrix, output: str, opts: list[Any]) -> Job:
+    """Evaluate the teacher that the students' config names."""
+    cell = next(c for c in matrix.cells if c.name == matrix.baseline)
+    folder = os.path.join(output, "teacher")
+    opts = [*opts, *cell.opts]
+    command = [
+        "--config-file",
+        cell.config,
+        "--eval-only",
+        "--eval-teacher",
+        *_as_arguments(opts),
+        "OUTPUT_DIR",
+        folder,
+    ]
+    settings = {k: v for k, v in measured_settings(cell.config, opts).items() if k.startswith(("INPUT.", "DATASETS."))}
+    return Job("teacher", 0, command, folder, result_path(output, "teacher", 0), settings)
+
+
+def result_path(output: str, cell: str, seed: int) -> str:
+    return os.path.join(output, "cells", f"{cell}-seed{seed}.json")
+
+
+def _as_arguments(opts: list[Any]) -> list[str]:
+    return [o if isinstance(o, str) else repr(o) for o in opts]
+
+
+def _is_finished(job: Job) -> bool:
+    if not os.path.isfile(job.result):
+        return False
+    with open(job.result) as file:
+        before = json.load(file)["settings"]
+    changed = sorted(k for k in before.keys() | job.settings.keys() if before.get(k) != job.settings.get(k))
+    if changed:
+        key = changed[0]
+        raise UserError(
+            f"{job.result} was measured with other settings ({key}: {before.get(key, 'default')} then, "
+            f"{job.settings.get(key, 'default')} now); move it away, or compare into another folder."
+        )
+    return True
+
+
+def _start(job: Job, threads: int) -> Job:
+    os.makedirs(job.output, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    with open(os.path.join(job.output, "process.log"), "ab") as log:
+        job.process = subprocess.Popen(
+            [sys.executable, TRAIN_NET, *job.command], stdout=log, stderr=subprocess.STDOUT, env=environment
+        )
+    job.started = time.time()
+    print(f"{job.name}: started, log in {job.output}/process.log", flush=True)
+    return job
+
+
+def _report_progress(job: Job) -> None:
+    """A line every tenth of the training."""
+    metrics = read_metrics(job.output)
+    if not metrics or "SOLVER.MAX_ITER" not in job.settings:
+        return
+    last = metrics[-1]["iteration"] + 1
+    tenth = 10 * last // job.settings["SOLVER.MAX_ITER"]
+    if tenth > job.reported:
+        job.reported = tenth
+        loss = next((m["total_loss"] for m in reversed(metrics) if "total_loss" in m), float("nan"))
+        minutes = (time.time() - job.started) / 60
+        print(f"{job.name}: iteration {last}, loss {loss:.3f}, {minutes:.1f} min", flush=True)
+
+
+def _finish(job: Job) -> bool:
+    minutes = (time.time() - job.started) / 60
+    if job.process.returncode != 0:
+        print(f"{job.name}: FAILED with exit status {job.process.returncode}, see {job.output}/process.log", flush=True)
+        return False
+    if job.cell == "teacher" and os.path.isfile(os.path.join(job.output, "teacher.json")):
+        with open(os.path.join(job.output, "teacher.json")) as file:
+            scores = {f"bbox/{k}": v for k, v in json.load(file)["bbox"].items()}
+        metrics = []
+    else:
+        metrics = read_metrics(job.output)
+        scores = {k: v for m in metrics for k, v in m.items() if k.startswith("bbox/")}
+    result = {
+        "cell": job.cell,
+        "seed": job.seed,
+        "scores": {k.removeprefix("bbox/"): round(v, 4) for k, v in scores.items() if "AP-" not in k},
+        "minutes": round(minutes, 1),
+        "seconds_per_iteration": _median([m["time"] for m in metrics if "time" in m]),
+        "curves": _curves(metrics),
+        "settings": job.settings,
+    }
+    os.makedirs(os.path.dirname(job.result), exist_ok=True)
+    with open(job.result + ".partial", "w") as file:
+        json.dump(result, file, indent=1)
+        file.write("\n")
+    os.replace(job.result + ".partial", job.result)
+    ap = result["scores"].get("AP", float("nan"))
+    print(f"{job.name}: finished after {minutes:.1f} min, AP {ap:.2f}", flush=True)
+    return True
+
+
+def _median(values: list[float]) -> float | None:
+    return round(statistics.median(values), 4) if values else None
+
+
+def _curves(metrics: list[dict[str, Any]]) -> dict[str, list]:
+    """Losses and AP over iterations, for the plots."""
+    curves: dict[str, list] = {}
+    for row in metrics:
+        for key, value in row.items():
+            if key == "total_loss" or key.startswith("loss_") or key == "bbox/AP":
+                curves.setdefault(key, []).append([row["iteration"], round(value, 4)])
+    return curves
+
+
+def read_metrics(folder: str) -> list[dict[str, Any]]:
+    """Detectron2's metrics.json: one row a line; what a kill left half-written is passed over."""
+    path = os.path.join(folder, "metrics.json")
+    if not os.path.isfile(path):
+        return []
+    rows = []
+    with open(path) as file:
+        for line in file:
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue
+    return rows

@@ -1,0 +1,340 @@
+"""Every config key of the library, reading config files, and checking them before anything expensive starts."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import yaml
+from detectron2 import model_zoo
+from detectron2.config import CfgNode as CN
+from detectron2.config import get_cfg
+from detectron2.modeling import META_ARCH_REGISTRY
+
+from .distillers import DISTILLER_REGISTRY
+from .distillers.base import check_number
+from .errors import UserError
+from .modeling import add_slim_resnet_config
+
+KD_META_ARCH = "KDMetaArch"
+INHERITABLE = ("neck", "head")
+
+
+def add_kd_config(cfg: CN) -> None:
+    """Add the library's keys, with their defaults, to a Detectron2 config."""
+    # COCO-format data sets: [[name, annotations.json, image folder], ...]; the names are then used in TRAIN and TEST.
+    cfg.DATASETS.COCO_JSON = []
+    # Images without objects train here; Detectron2's default drops them.
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+    # Autocast type under SOLVER.AMP.ENABLED: "float16" (with a gradient scaler) or "bfloat16".
+    cfg.SOLVER.AMP.DTYPE = "float16"
+    add_slim_resnet_config(cfg)
+
+    kd = cfg.MODEL.KD = CN()
+    # The student's own meta-architecture, where MODEL.META_ARCHITECTURE is KDMetaArch.
+    kd.STUDENT = "RetinaNet"
+    # Names from DISTILLER_REGISTRY; each has its node below.
+    kd.DISTILLERS = ()
+
+    kd.TEACHER = CN()
+    # A yaml file, or a model-zoo name such as "COCO-Detection/retinanet_R_101_FPN_3x.yaml".
+    kd.TEACHER.CONFIG_FILE = ""
+    # Checkpoint; "" is the config's own MODEL.WEIGHTS, for a model-zoo name its trained checkpoint.
+    kd.TEACHER.WEIGHTS = ""
+    # Overrides of the teacher's config: ["KEY", value, ...].
+    kd.TEACHER.OPTS = []
+
+    kd.INHERIT = CN()
+    # Before the first iteration copy the teacher's modules to the student, as far as names and shapes fit.
+    kd.INHERIT.ENABLED = False
+    # Which: "neck" (the backbone without its bottom-up network), "head" (all that is not backbone).
+    kd.INHERIT.MODULES = INHERITABLE
+
+    for _, distiller in DISTILLER_REGISTRY:
+        node = CN()
+        # What the method's losses are multiplied by.
+        node.WEIGHT = distiller.default_weight
+        # First iteration in which the method takes part.
+        node.START_ITER = 0
+        # Iterations over which its weight grows linearly from there.
+        node.WARMUP_ITERS = 0
+        # The first iteration without it; None for never.
+        node.END_ITER = None
+        distiller.add_config(node)
+        kd[distiller.CONFIG_NODE] = node
+
+
+class _SafeNode(CN):
+    """A config node whose files, bases included, are plain yaml, but for those inside Detectron2's model zoo."""
+
+    @classmethod
+    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
+        return super().load_yaml_with_base(filename, allow_unsafe=_is_zoo_file(filename))
+
+
+def _is_zoo_file(filename: str) -> bool:
+    zoo = os.path.realpath(model_zoo.get_config_file("Base-RetinaNet.yaml"))
+    zoo = os.path.dirname(zoo)
+    return os.path.realpath(filename).startswith(zoo + os.sep)
+
+
+def load_config(config_file: str, opts: Iterable[Any] = (), *, student_only: bool = False) -> CN:
+    """Read a config file and overrides into a full config.
+
+    Relative paths in the config count from the working directory, then from the config file's folder.
+
+    Args:
+        config_file: path of a yaml file, a model-zoo name, or "" for the defaults alone.
+        opts: alternating keys and values.
+        student_only: for evaluation: KDMetaArch becomes the student's own meta-architecture; nothing of the
+            teacher, and no training data, has to exist.
+
+    Returns:
+        The config, checked by `validate_kd_config`, not frozen.
+
+    Raises:
+        UserError: a missing or unreadable file, an unknown key, a value of the wrong type.
+    """
+    cfg = get_cfg()
+    add_kd_config(cfg)
+    folder = ""
+    if config_file:
+        path = find_config_file(config_file, "--config-file")
+        folder = os.path.dirname(path)
+        _merge(cfg, read_yaml(path), path)
+    _merge(cfg, _tree_from_opts(list(opts)), "the command line")
+    if student_only and cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH:
+        cfg.MODEL.META_ARCHITECTURE = cfg.MODEL.KD.STUDENT
+    validate_kd_config(cfg)
+    _resolve_paths(cfg, folder, student_only)
+    return cfg
+
+
+def find_config_file(name: str, key: str, folder: str = "") -> str:
+    """The path of a config: a file (from the working directory, then from `folder`), or a model-zoo name."""
+    try:
+        return find_file(name, key, folder)
+    except UserError:
+        try:
+            return model_zoo.get_config_file(name)
+        except RuntimeError:
+            pass
+        raise
+
+
+def find_file(name: str, key: str, folder: str = "", *, is_folder: bool = False) -> str:
+    """The path of an existing file named by a config key. URLs pass as they are.
+
+    Raises:
+        UserError: naming the key and every place looked at.
+    """
+    if "://" in name:
+        return name
+    expanded = os.path.expanduser(name)
+    exists = os.path.isdir if is_folder else os.path.isfile
+    places = list(dict.fromkeys([os.path.abspath(expanded), os.path.abspath(os.path.join(folder, expanded))]))
+    for place in places:
+        if exists(place):
+            return place
+    kind = "folder" if is_folder else "file"
+    raise UserError(f"{key}: there is no {kind} {' nor '.join(places)}.")
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """Read a config file and its bases as plain yaml.
+
+    Raises:
+        UserError: not there, not yaml, or yaml that would run code.
+    """
+    try:
+        tree = _SafeNode.load_yaml_with_base(path)
+    except (OSError, AssertionError, TypeError, UnicodeDecodeError) as error:
+        raise UserError(f"Config file {path} cannot be read: {error}.") from error
+    except yaml.YAMLError as error:
+        what = " ".join(str(error).split())
+        raise UserError(f"Config file {path} is not plain yaml: {what}.") from error
+    if tree.pop("VERSION", 2) != 2:
+        raise UserError(f"Config file {path} is of an old VERSION; Detectron2's configs of VERSION 2 are read.")
+    return tree
+
+
+def _tree_from_opts(opts: list[Any]) -> dict[str, Any]:
+    if len(opts) % 2:
+        raise UserError(f"Overrides come in pairs of a key and a value; {opts[-1]!r} has no value.")
+    tree: dict[str, Any] = {}
+    for key, value in zip(opts[::2], opts[1::2], strict=True):
+        *parents, leaf = str(key).split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return tree
+
+
+def _merge(cfg: CN, tree: dict[str, Any], source: str) -> None:
+    try:
+        cfg.merge_from_other_cfg(type(cfg)(_with_default_types(tree, cfg, source)))
+    except (KeyError, ValueError, AssertionError) as error:
+        raise UserError(f"{source}: {error.args[0] if error.args else error}") from error
+
+
+def _with_default_types(tree: dict[str, Any], defaults: CN, source: str, prefix: str = "") -> dict[str, Any]:
+    """`tree` with every number converted to the type of its default; unknown keys and wrong types are UserErrors."""
+    converted = {}
+    for key, value in tree.items():
+        full_key = f"{prefix}{key}"
+        if key not in defaults:
+            close = difflib.get_close_matches(str(key), defaults.keys(), n=1)
+            hint = f" Did you mean {prefix}{close[0]}?" if close else ""
+            raise UserError(f"{source}: there is no config key {full_key}.{hint}")
+        default = defaults[key]
+        if isinstance(default, CN):
+            if not isinstance(value, dict):
+                raise UserError(f"{source}: {full_key} is a group of keys and cannot be set to {value!r}.")
+            converted[key] = _with_default_types(value, default, source, full_key + ".")
+            continue
+        value = CN._decode_cfg_value(value)
+        if isinstance(default, int | float) and not isinstance(default, bool) and type(value) in (int, float):
+            if isinstance(default, int) and value != int(value):
+                raise UserError(f"{source}: {full_key} is {value}; it must be a whole number.")
+            value = type(default)(value)
+        if isinstance(default, list | tuple) and isinstance(value, str):
+            raise UserError(
+                f'{source}: {full_key} is the text {value!r}, but must be a list; one entry is written ("{value}",) '
+                "with its comma."
+            )
+        if default is not None and value is not None and not _same_kind(default, value):
+            raise UserError(
+                f"{source}: {full_key} is {value!r}; it must be of type {type(default).__name__}, as its default {default!r}."
+            )
+        converted[key] = value
+    return converted
+
+
+def _same_kind(default: Any, value: Any) -> bool:
+    sequences = (list, tuple)
+    return type(value) is type(default) or (isinstance(default, sequences) and isinstance(value, sequences))
+
+
+def _resolve_paths(cfg: CN, folder: str, student_only: bool) -> None:
+    used = set(cfg.DATASETS.TEST) | (set() if student_only else set(cfg.DATASETS.TRAIN))
+    resolved = []
+    for name, annotations, images in cfg.DATASETS.COCO_JSON:
+        if name in used:
+            key = f"DATASETS.COCO_JSON ({name})"
+            annotations = find_file(annotations, key, folder)
+            images = find_file(images, key, folder, is_folder=True)
+        resolved.append([name, annotations, images])
+    cfg.DATASETS.COCO_JSON = resolved
+    if cfg.MODEL.WEIGHTS:
+        cfg.MODEL.WEIGHTS = find_file(cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS", folder)
+    if cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH:
+        teacher = cfg.MODEL.KD.TEACHER
+        # A model-zoo name stays a name: it also stands for the trained checkpoint.
+        path = find_config_file(teacher.CONFIG_FILE, "MODEL.KD.TEACHER.CONFIG_FILE", folder)
+        if not _is_zoo_file(path):
+            teacher.CONFIG_FILE = path
+        if teacher.WEIGHTS:
+            teacher.WEIGHTS = find_file(teacher.WEIGHTS, "MODEL.KD.TEACHER.WEIGHTS", folder)
+
+
+def load_teacher_config(cfg: CN) -> CN:
+    """The teacher's own full config, its MODEL.WEIGHTS being the checkpoint to load, on the student's device.
+
+    A teacher config that says KDMetaArch stands for its student.
+    """
+    node = cfg.MODEL.KD.TEACHER
+    path = find_config_file(node.CONFIG_FILE, "MODEL.KD.TEACHER.CONFIG_FILE")
+    teacher_cfg = get_cfg()
+    add_kd_config(teacher_cfg)
+    _merge(teacher_cfg, read_yaml(path), path)
+    _merge(teacher_cfg, _tree_from_opts(list(node.OPTS)), "MODEL.KD.TEACHER.OPTS")
+    if teacher_cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH:
+        teacher_cfg.MODEL.META_ARCHITECTURE = teacher_cfg.MODEL.KD.STUDENT
+    teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
+    if node.WEIGHTS:
+        teacher_cfg.MODEL.WEIGHTS = node.WEIGHTS
+    elif _is_zoo_file(path):
+        try:
+            teacher_cfg.MODEL.WEIGHTS = model_zoo.get_checkpoint_url(node.CONFIG_FILE)
+        except RuntimeError as error:
+            raise UserError(
+                f"MODEL.KD.TEACHER.WEIGHTS is empty, and the model zoo has no checkpoint for {node.CONFIG_FILE}."
+            ) from error
+    if not teacher_cfg.MODEL.WEIGHTS:
+        raise UserError(
+            f"MODEL.KD.TEACHER.WEIGHTS is empty, and {path} names no MODEL.WEIGHTS: the teacher would be untrained."
+        )
+    teacher_cfg.MODEL.WEIGHTS = find_file(teacher_cfg.MODEL.WEIGHTS, "MODEL.KD.TEACHER.WEIGHTS", os.path.dirname(path))
+    return teacher_cfg
+
+
+def validate_kd_config(cfg: CN) -> None:
+    """Check every key of the library that has a wrong value to be found without building anything.
+
+    Raises:
+        UserError: one sentence that names the key.
+    """
+    for entry in cfg.DATASETS.COCO_JSON:
+        if not isinstance(entry, list | tuple) or len(entry) != 3 or not all(isinstance(part, str) for part in entry):
+            raise UserError(
+                "DATASETS.COCO_JSON must be a list of lists, [[name, annotations.json, image folder], ...]; one entry is "
+                f"{entry!r}."
+            )
+    if cfg.SOLVER.AMP.DTYPE not in ("float16", "bfloat16"):
+        raise UserError(f"SOLVER.AMP.DTYPE is {cfg.SOLVER.AMP.DTYPE!r}; it must be 'float16' or 'bfloat16'.")
+    if cfg.MODEL.META_ARCHITECTURE not in META_ARCH_REGISTRY:
+        raise UserError(
+            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}, which no registered detector has as its name."
+        )
+    if cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH:
+        _validate_distillation(cfg)
+
+
+def _validate_distillation(cfg: CN) -> None:
+    kd = cfg.MODEL.KD
+    if kd.STUDENT == KD_META_ARCH or kd.STUDENT not in META_ARCH_REGISTRY:
+        raise UserError(
+            f"MODEL.KD.STUDENT is {kd.STUDENT!r}; it must be the name of a registered detector, such as 'RetinaNet'."
+        )
+    if not kd.TEACHER.CONFIG_FILE:
+        raise UserError("MODEL.KD.TEACHER.CONFIG_FILE is empty: name the teacher's config.")
+    known = sorted(name for name, _ in DISTILLER_REGISTRY)
+    for name in kd.DISTILLERS:
+        if name not in known:
+            raise UserError(f"MODEL.KD.DISTILLERS names {name!r}, which is no distiller; there are {', '.join(known)}.")
+        if list(kd.DISTILLERS).count(name) > 1:
+            raise UserError(f"MODEL.KD.DISTILLERS names {name!r} twice.")
+        distiller = DISTILLER_REGISTRY.get(name)
+        node = kd[distiller.CONFIG_NODE]
+        _validate_schedule(distiller.CONFIG_NODE, node, cfg.SOLVER.MAX_ITER)
+        distiller.validate_config(node)
+    for module in kd.INHERIT.MODULES:
+        if module not in INHERITABLE:
+            raise UserError(
+                f"MODEL.KD.INHERIT.MODULES names {module!r}; it may name {' and '.join(map(repr, INHERITABLE))}."
+            )
+    if kd.INHERIT.ENABLED and not kd.INHERIT.MODULES:
+        raise UserError("MODEL.KD.INHERIT is enabled, but MODEL.KD.INHERIT.MODULES is empty.")
+    if not kd.DISTILLERS and not kd.INHERIT.ENABLED:
+        raise UserError(
+            "MODEL.KD.DISTILLERS is empty and MODEL.KD.INHERIT.ENABLED is False: nothing would come from the teacher. For a "
+            f"plain student set MODEL.META_ARCHITECTURE to {kd.STUDENT!r}."
+        )
+
+
+def _validate_schedule(name: str, node: CN, max_iter: int) -> None:
+    if node.WEIGHT is not None:
+        check_number(name, "WEIGHT", node.WEIGHT, 0)
+    check_number(name, "START_ITER", node.START_ITER, 0)
+    check_number(name, "WARMUP_ITERS", node.WARMUP_ITERS, 0)
+    if max_iter <= node.START_ITER:
+        raise UserError(
+            f"MODEL.KD.{name}.START_ITER is {node.START_ITER}, but training ends at SOLVER.MAX_ITER {max_iter}: it would never run."
+        )
+    if node.END_ITER is not None and (not isinstance(node.END_ITER, int) or node.END_ITER <= node.START_ITER):
+        raise UserError(
+            f"MODEL.KD.{name}.END_ITER is {node.END_ITER!r}; it must be None or a whole number above START_ITER {node.START_ITER}."
+        )

@@ -1,0 +1,141 @@
+"""COCO-format data by config: DATASETS.COCO_JSON registered, and looked at before anything relies on it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+
+from ..errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class CocoSummary:
+    """What `check_coco_json` counted.
+
+    Attributes:
+        images, boxes: how many there are.
+        classes: names in order of category id.
+        boxes_without_area: boxes whose width or height is not above 0; training drops them.
+        boxes_out_of_range: boxes that reach more than one pixel beyond their image; training clips them.
+        zero_ids: annotations with id 0, which pycocotools counts as missed even when they are found.
+    """
+
+    images: int
+    boxes: int
+    classes: list[str]
+    boxes_without_area: int = 0
+    boxes_out_of_range: int = 0
+    zero_ids: int = 0
+
+
+def register_coco_json(cfg: CfgNode) -> None:
+    """Register the entries of DATASETS.COCO_JSON that TRAIN or TEST names, after checking their files.
+
+    Raises:
+        UserError: see `check_coco_json`; or the name belongs to another data set already.
+    """
+    used = {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST}
+    for name, annotations, folder in cfg.DATASETS.COCO_JSON:
+        if name not in used or not os.path.isfile(annotations):
+            continue
+        if name in DatasetCatalog.list():
+            if MetadataCatalog.get(name).get("json_file") == annotations:
+                continue
+            raise UserError(
+                f"DATASETS.COCO_JSON: the name {name!r} belongs to another data set already; choose a new one."
+            )
+        summary = check_coco_json(annotations, folder)
+        log_summary(name, annotations, summary)
+        register_coco_instances(name, {"thing_classes": summary.classes}, annotations, folder)
+
+
+def check_coco_json(path: str, image_folder: str) -> CocoSummary:
+    """Read an annotation file in COCO's format and check that Detectron2 can train and evaluate on it.
+
+    Args:
+        path: the json file.
+        image_folder: where its images lie.
+
+    Raises:
+        UserError: not json, not COCO's format, no images, or images that are not on disk.
+    """
+    tree = _read(path)
+    images = {}
+    for image in tree["images"]:
+        _require(path, "an image", image, id=int, file_name=str, width=int, height=int)
+        images[image["id"]] = image
+    if not images:
+        raise UserError(f"{path} has no images.")
+    if len(images) != len(tree["images"]):
+        raise UserError(f"{path} has {len(tree['images']) - len(images)} images whose id occurs before.")
+    missing = [i["file_name"] for i in tree["images"] if not os.path.isfile(os.path.join(image_folder, i["file_name"]))]
+    if missing:
+        raise UserError(
+            f"{path}: {len(missing)} of {len(images)} images are not in {image_folder}, the first is {missing[0]}."
+        )
+    for category in tree["categories"]:
+        _require(path, "a category", category, id=int, name=str)
+    names = {c["id"]: c["name"] for c in sorted(tree["categories"], key=lambda c: c["id"])}
+    if not names:
+        raise UserError(f"{path} has no categories.")
+
+    summary = CocoSummary(len(images), len(tree["annotations"]), list(names.values()))
+    for annotation in tree["annotations"]:
+        _require(path, "an annotation", annotation, id=int, image_id=int, category_id=int, bbox=list)
+        what = f"{path}: the annotation with id {annotation['id']}"
+        if annotation["image_id"] not in images:
+            raise UserError(f"{what} is of image {annotation['image_id']}, which is not in the file.")
+        if annotation["category_id"] not in names:
+            raise UserError(f"{what} is of category {annotation['category_id']}, which is not in the file.")
+        box = annotation["bbox"]
+        if len(box) != 4 or not all(isinstance(v, int | float) and math.isfinite(v) for v in box):
+            raise UserError(f"{what} has the bbox {box}; it must be four finite numbers [x, y, width, height].")
+        x, y, w, h = box
+        image = images[annotation["image_id"]]
+        summary.boxes_without_area += w <= 0 or h <= 0
+        summary.boxes_out_of_range += x < -1 or y < -1 or x + w > image["width"] + 1 or y + h > image["height"] + 1
+        summary.zero_ids += annotation["id"] == 0
+    return summary
+
+
+def log_summary(name: str, path: str, summary: CocoSummary) -> None:
+    """Say what the file holds, and warn of what training or evaluation will treat in its own way."""
+    logger.info(f"{name}: {summary.images} images, {summary.boxes} boxes, {len(summary.classes)} classes in {path}")
+    if summary.boxes_without_area:
+        logger.warning(f"{name}: {summary.boxes_without_area} boxes have no area; training drops them.")
+    if summary.boxes_out_of_range:
+        logger.warning(f"{name}: {summary.boxes_out_of_range} boxes reach beyond their image; training clips them.")
+    if summary.zero_ids:
+        logger.warning(f"{name}: an annotation has id 0, which pycocotools never counts as found; number them from 1.")
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            tree = json.load(file)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not readable json: {error}.") from error
+    lists = ("images", "annotations", "categories")
+    if not isinstance(tree, dict) or not all(isinstance(tree.get(key), list) for key in lists):
+        raise UserError(
+            f"{path} is not a COCO annotation file: it needs the lists 'images', 'annotations' and 'categories'."
+        )
+    return tree
+
+
+def _require(path: str, what: str, entry: Any, **fields: type) -> None:
+    for key, kind in fields.items():
+        if not isinstance(entry, dict) or not isinstance(entry.get(key), kind) or isinstance(entry.get(key), bool):
+            raise UserError(
+                f"{path} is not a COCO annotation file: {what} has no {kind.__name__} {key!r}: {str(entry)[:120]}."
+            )

@@ -1,0 +1,189 @@
+"""The training data as one endless stream of batches that can be entered at any position.
+
+Detectron2's own loader cannot go on where it stopped: its workers' seeds are fresh and its aspect-ratio buckets are lost.
+Here batches are grouped by index before any image is read, and the augmentation of an image is seeded by the run's seed
+and the image's position in the stream; so batch number n is the same in every run, whatever came before and however many
+workers or processes read it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import random
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, get_detection_dataset_dicts
+from detectron2.data.common import DatasetFromList
+from detectron2.data.samplers import RandomSubsetTrainingSampler, RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ..errors import UserError
+
+logger = logging.getLogger(__name__)
+
+Position = tuple[int, int]
+"""(position in the stream, index in the data set)"""
+
+MAX_SKIPPED = 100
+
+
+class BatchStream(Sampler[list[Position]]):
+    """An endless stream of batches of positions; images of a batch are all landscape or all portrait.
+
+    Args:
+        indices: () -> the endless stream of data set indices of all processes together, from its beginning.
+        group_of: the group of every index; None puts all into one.
+        batch_size: images of a batch over all processes.
+        rank, world_size: this process takes every world_size-th image of each batch.
+
+    Attributes:
+        start: the number of the first batch that iteration yields.
+    """
+
+    def __init__(
+        self,
+        indices: Callable[[], Iterator[int]],
+        group_of: list[int] | None,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.indices = indices
+        self.group_of = group_of
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.start = 0
+
+    def __iter__(self) -> Iterator[list[Position]]:
+        for batch in itertools.islice(self._global_batches(), self.start, None):
+            yield batch[self.rank :: self.world_size]
+
+    def _global_batches(self) -> Iterator[list[Position]]:
+        groups: dict[int, list[Position]] = {}
+        for position, index in enumerate(self.indices()):
+            key = self.group_of[index] if self.group_of is not None else 0
+            batch = groups.setdefault(key, [])
+            batch.append((position, index))
+            if len(batch) == self.batch_size:
+                groups[key] = []
+                yield batch
+
+
+class MappedDataset(Dataset):
+    """Maps data set dictionaries as Detectron2 does, the randomness of each seeded by (seed, position).
+
+    Args:
+        dataset: data set dictionaries by index.
+        mapper: the mapper; None from it skips to the next index.
+        seed: the run's seed.
+    """
+
+    def __init__(self, dataset: Dataset, mapper: Callable[[dict], dict | None], seed: int):
+        self.dataset = dataset
+        self.mapper = mapper
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, where: Position) -> dict:
+        position, index = where
+        with seeded(self.seed, position):
+            for offset in range(MAX_SKIPPED):
+                mapped = self.mapper(self.dataset[(index + offset) % len(self.dataset)])
+                if mapped is not None:
+                    return mapped
+        raise RuntimeError(f"the mapper refused {MAX_SKIPPED} images in a row, from index {index} on")
+
+
+class seeded:
+    """Context in which Python's, NumPy's and torch's random numbers follow from (seed, position) alone."""
+
+    def __init__(self, seed: int, position: int):
+        self.words = np.random.SeedSequence([seed, position]).generate_state(3)
+
+    def __enter__(self) -> None:
+        self.saved = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        random.seed(int(self.words[0]))
+        np.random.seed(self.words[1])
+        torch.manual_seed(int(self.words[2]))
+
+    def __exit__(self, *exc: object) -> None:
+        python, numpy, torch_state = self.saved
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(torch_state)
+
+
+def build_stream_loader(cfg: CfgNode, seed: int, mapper: Callable | None = None) -> DataLoader:
+    """The training loader of a config: yields this process's part of batch 0, 1, 2, ... as lists of dictionaries.
+
+    Args:
+        cfg: DATASETS.TRAIN, SOLVER.IMS_PER_BATCH, INPUT and DATALOADER are read.
+        seed: decides order and augmentation; the same in all processes.
+        mapper: replaces Detectron2's DatasetMapper.
+
+    Returns:
+        A DataLoader whose `batch_sampler.start` may be set before iteration.
+    """
+    world_size = comm.get_world_size()
+    if cfg.SOLVER.IMS_PER_BATCH % world_size or cfg.SOLVER.IMS_PER_BATCH < 1:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}; it must be a multiple of the {world_size} processes."
+        )
+    dicts = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+    )
+    grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
+    stream = BatchStream(
+        _index_stream(cfg, dicts, seed),
+        [int(d["width"] > d["height"]) for d in dicts] if grouped else None,
+        cfg.SOLVER.IMS_PER_BATCH,
+        comm.get_rank(),
+        world_size,
+    )
+    dataset = MappedDataset(DatasetFromList(dicts, copy=False), mapper or DatasetMapper(cfg, is_train=True), seed)
+    return DataLoader(
+        dataset,
+        batch_sampler=stream,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        collate_fn=_as_list,
+        # Its own generator: starting the workers draws nothing from the random numbers of the training.
+        generator=torch.Generator(),
+        worker_init_fn=_one_thread,
+    )
+
+
+def _index_stream(cfg: CfgNode, dicts: list[dict], seed: int) -> Callable[[], Iterator[int]]:
+    name = cfg.DATALOADER.SAMPLER_TRAIN
+    if name == "TrainingSampler":
+        return TrainingSampler(len(dicts), seed=seed)._infinite_indices
+    if name == "RepeatFactorTrainingSampler":
+        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            dicts, cfg.DATALOADER.REPEAT_THRESHOLD
+        )
+        return RepeatFactorTrainingSampler(factors, seed=seed)._infinite_indices
+    if name == "RandomSubsetTrainingSampler":
+        ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
+        return RandomSubsetTrainingSampler(len(dicts), ratio, seed_shuffle=seed, seed_subset=seed)._infinite_indices
+    raise UserError(
+        f"DATALOADER.SAMPLER_TRAIN is {name!r}; it must be 'TrainingSampler', 'RepeatFactorTrainingSampler' or "
+        "'RandomSubsetTrainingSampler'."
+    )
+
+
+def _as_list(batch: list[dict]) -> list[dict]:
+    return batch
+
+
+def _one_thread(worker_id: int) -> None:
+    torch.set_num_threads(1)

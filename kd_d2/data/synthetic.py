@@ -1,0 +1,625 @@
+"""A synthetic object-detection set, drawn from a seed and written to disk as COCO json and JPEG files.
+
+Textured shapes of eight classes lie over each other on cluttered backgrounds.  Colour and rotation say
+nothing about the class; a checkerboard is told from a square by its texture alone, while the other shapes may
+carry the same checks.  Boxes, areas and polygons describe the visible part of an object.  No object is drawn
+with less than MIN_VISIBLE of its area in sight, so every drawn object is annotated.
+
+    python -m kd_d2.data.synthetic OUT --train 600 --val 150 --seed 0
+"""
+
+from __future__ import annotations
+
+import argparse
+import colorsys
+import json
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from kd_d2.errors import UserError
+
+CLASSES: tuple[str, ...] = (
+    "circle", "ring", "square", "checkerboard", "triangle", "hexagon", "star", "cross",
+)  # fmt: skip
+MIN_VISIBLE = 0.3  # of an object's whole area, the part hidden by the image border included
+MIN_IMAGE_SIZE = 64  # px
+
+GENERATOR_VERSION = 1  # raise when the drawing changes, so that older sets are not taken for current ones
+SETTINGS_FILE = "settings.json"
+DEFAULT_SEED = 0
+DEFAULT_IMAGE_SIZE = 160
+DEFAULT_NUM_TRAIN = 600
+DEFAULT_NUM_VAL = 150
+
+_EMPTY_RATE = 0.03
+_OBJECT_COUNTS = np.array([0.12, 0.18, 0.2, 0.18, 0.14, 0.1, 0.08])  # probability of 1, 2, ... 7 objects
+_OBJECT_SIZES = (0.09, 0.5)  # longer box side over longer image side
+_MAX_STRETCH = 1.4
+_PLACEMENT_TRIALS = 12
+_SUPERSAMPLING = 4
+_POLYGON_TOLERANCE = 0.4  # px
+_SHADOW_REACH = 10  # px
+
+Outline = list[np.ndarray]  # closed polygons [K, 2] of (x, y), filled by the even-odd rule
+
+
+# ---------------------------------------------------------------------------------------------- outlines
+
+
+def _regular_polygon(corners: int, radius: float = 1.0) -> np.ndarray:
+    angles = 2 * math.pi * np.arange(corners) / corners
+    return radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+
+
+def _square() -> np.ndarray:
+    return np.array([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
+
+
+def _star(rng: np.random.Generator) -> np.ndarray:
+    corners = _regular_polygon(10)
+    corners[1::2] *= rng.uniform(0.38, 0.5)
+    return corners
+
+
+def _cross(rng: np.random.Generator) -> np.ndarray:
+    a = rng.uniform(0.26, 0.4)
+    quarter = np.array([[1.0, -a], [1.0, a], [a, a]])
+    turn = np.array([[0.0, -1.0], [1.0, 0.0]])
+    return np.concatenate([quarter @ np.linalg.matrix_power(turn, k).T for k in range(4)])
+
+
+_CLASS_OUTLINES: dict[str, Callable[[np.random.Generator], Outline]] = {
+    "circle": lambda rng: [_regular_polygon(48)],
+    "ring": lambda rng: [_regular_polygon(48), _regular_polygon(48, rng.uniform(0.45, 0.65))],
+    "square": lambda rng: [_square()],
+    "checkerboard": lambda rng: [_square()],
+    "triangle": lambda rng: [_regular_polygon(3)],
+    "hexagon": lambda rng: [_regular_polygon(6)],
+    "star": lambda rng: [_star(rng)],
+    "cross": lambda rng: [_cross(rng)],
+}
+
+
+def _blob(rng: np.random.Generator) -> Outline:
+    angles = 2 * math.pi * np.arange(40) / 40
+    radius = np.ones(40)
+    for harmonic in (2, 3, 5):
+        height = rng.uniform(0.12, 0.5) / harmonic**0.5
+        radius += height * np.cos(harmonic * angles + rng.uniform(0, 2 * math.pi))
+    radius = np.maximum(radius, 0.15)
+    return [np.stack([radius * np.cos(angles), radius * np.sin(angles)], axis=1)]
+
+
+def _band(rng: np.random.Generator) -> Outline:
+    """A part of an annulus, too short to be taken for a hidden ring."""
+    angles = np.linspace(0, rng.uniform(0.6, 2.2), 16)
+    arc = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    return [np.concatenate([arc, rng.uniform(0.7, 0.9) * arc[::-1]])]
+
+
+def _corner(rng: np.random.Generator) -> Outline:
+    a, b = rng.uniform(0.15, 0.35, size=2)
+    return [np.array([[0, 0], [1, 0], [1, a], [b, a], [b, 1], [0, 1]])]
+
+
+def _zigzag(rng: np.random.Generator) -> Outline:
+    x = np.linspace(-1, 1, int(rng.integers(4, 8)))
+    edge = np.stack([x, 0.25 * (-1.0) ** np.arange(len(x))], axis=1)
+    return [np.concatenate([edge, edge[::-1] + [0.0, rng.uniform(0.15, 0.3)]])]
+
+
+def _bar(rng: np.random.Generator) -> Outline:
+    return [_square() * [1.0, rng.uniform(0.06, 0.18)]]
+
+
+_CLUTTER_OUTLINES = (_blob, _blob, _band, _corner, _zigzag, _bar)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """An outline in image coordinates, with the map that took it there from its own frame, about [-1, 1]."""
+
+    outline: Outline
+    linear: np.ndarray
+    centre: np.ndarray
+
+    @property
+    def area(self) -> float:
+        """Whole area in square px, of which image border and occluders take no part."""
+        outer, *holes = (cv2.contourArea(polygon.astype(np.float32)) for polygon in self.outline)
+        return outer - sum(holes)
+
+    def shifted(self, offset: np.ndarray) -> _Shape:
+        return _Shape([polygon + offset for polygon in self.outline], self.linear, self.centre + offset)
+
+    def own_coordinates(self, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where each pixel lies in the shape's own frame, for textures that turn and stretch with it."""
+        inverse = np.linalg.inv(self.linear).astype(np.float32)
+        x = np.arange(width, dtype=np.float32)[None, :] + np.float32(0.5 - self.centre[0])
+        y = np.arange(height, dtype=np.float32)[:, None] + np.float32(0.5 - self.centre[1])
+        return inverse[0, 0] * x + inverse[0, 1] * y, inverse[1, 0] * x + inverse[1, 1] * y
+
+
+def _pose(rng: np.random.Generator, outline: Outline, size: float, centre: np.ndarray) -> _Shape:
+    """The outline stretched, turned at random and scaled to a longer box side of size px."""
+    stretch = math.sqrt(_MAX_STRETCH) ** rng.uniform(-1, 1)
+    angle = rng.uniform(0, 2 * math.pi)
+    turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    linear = turn @ np.diag([stretch, 1 / stretch])
+    linear *= size / np.ptp(outline[0] @ linear.T, axis=0).max()
+    return _Shape([polygon @ linear.T + centre for polygon in outline], linear, centre)
+
+
+def _coverage(outline: Outline, height: int, width: int) -> np.ndarray:
+    """The part of each pixel that the outline covers, float32 [height, width] in 0..1."""
+    fraction_bits = 4
+    fine = np.zeros((height * _SUPERSAMPLING, width * _SUPERSAMPLING), np.uint8)
+    corners = [(polygon * _SUPERSAMPLING - 0.5) * 2**fraction_bits for polygon in outline]
+    cv2.fillPoly(fine, [np.round(c).astype(np.int32) for c in corners], 255, shift=fraction_bits)
+    return cv2.resize(fine, (width, height), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
+
+
+# ------------------------------------------------------------------------------------ colours and textures
+
+
+def _colour(rng: np.random.Generator) -> np.ndarray:
+    return 255 * np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.05, 0.95), rng.uniform(0.15, 1.0)))
+
+
+def _colour_apart(rng: np.random.Generator, reference: np.ndarray, distance: float) -> np.ndarray:
+    """A random colour at least `distance` (Euclidean, of 0..255 channels) from the reference."""
+    while True:
+        colour = _colour(rng)
+        if np.linalg.norm(colour - reference) >= distance:
+            return colour
+
+
+def _smooth_noise(rng: np.random.Generator, height: int, width: int, cell: float) -> np.ndarray:
+    """Noise of 0..1 that changes over about `cell` px."""
+    rows, columns = math.ceil(height / cell) + 1, math.ceil(width / cell) + 1
+    coarse = rng.random((rows, columns), dtype=np.float32)
+    return np.clip(cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC), 0, 1)
+
+
+def _wave(phase: np.ndarray) -> np.ndarray:
+    return np.sin(phase * np.float32(math.pi))
+
+
+def _steep(values: np.ndarray, slope: float) -> np.ndarray:
+    return np.clip(0.5 + np.float32(slope) * values, 0, 1)
+
+
+def _checks(u: np.ndarray, v: np.ndarray, cells: int) -> np.ndarray:
+    scale = np.float32(cells / 2)
+    return _steep(_wave((u + 1) * scale) * _wave((v + 1) * scale), 2.5)
+
+
+def _texture(rng: np.random.Generator, kind: str, shape: _Shape, height: int, width: int) -> np.ndarray:
+    """How much of the second of two colours each pixel takes, float32 [height, width] in 0..1."""
+    if kind == "plain":
+        return np.full((height, width), rng.uniform(0, 0.3), np.float32)
+    if kind == "noise":
+        return _smooth_noise(rng, height, width, rng.uniform(1.5, 8))
+    u, v = shape.own_coordinates(height, width)
+    length = 2 * math.sqrt(abs(np.linalg.det(shape.linear)))  # px that the own frame's [-1, 1] takes up
+    cells = int(np.clip(length / rng.uniform(4, 9), 3, 8))
+    if kind == "checks":
+        return _checks(u, v, cells)
+    angle = rng.uniform(0, math.pi)
+    along = u * np.float32(math.cos(angle)) + v * np.float32(math.sin(angle))
+    if kind == "gradient":
+        return np.clip(0.5 + 0.5 * along, 0, 1)
+    if kind == "stripes":
+        return _steep(_wave(along * np.float32(cells / 2)), 1.5)
+    across = v * np.float32(math.cos(angle)) - u * np.float32(math.sin(angle))
+    scale = np.float32(cells / 2)
+    return _steep(_wave(along * scale) ** 2 * _wave(across * scale) ** 2 - np.float32(0.35), 4)  # dots
+
+
+_TEXTURES = ("plain", "noise", "gradient", "stripes", "dots", "checks")
+_TEXTURES_OF_SQUARE = tuple(kind for kind in _TEXTURES if kind != "checks")
+
+
+def _texture_of(rng: np.random.Generator, class_name: str | None) -> str:
+    if class_name == "checkerboard":
+        return "checks"
+    return str(rng.choice(_TEXTURES_OF_SQUARE if class_name == "square" else _TEXTURES))
+
+
+# ------------------------------------------------------------------------------------------------- scenes
+
+
+class _Scene:
+    """An image in the making and the visible part of each object put in it so far, back to front."""
+
+    def __init__(self, canvas: np.ndarray) -> None:
+        self.canvas = canvas.astype(np.float32)
+        self.height, self.width = canvas.shape[:2]
+        self.categories: list[int] = []
+        self.whole_areas: list[float] = []
+        self.visible: list[np.ndarray] = []
+
+    def place(self, category: int, shape: _Shape, coverage: np.ndarray) -> bool:
+        """Put an object in front of the others unless it or one of them would have too little left in sight.
+
+        Returns whether it was put there; the canvas is left for `paint`.
+        """
+        visible = [earlier * (1 - coverage) for earlier in self.visible] + [coverage]
+        areas = [*self.whole_areas, shape.area]
+        if any(part.sum() < MIN_VISIBLE * area for part, area in zip(visible, areas, strict=True)):
+            return False
+        if any(not (part > 0.5).any() for part in visible):
+            return False
+        self.categories.append(category)
+        self.visible, self.whole_areas = visible, areas
+        return True
+
+    def paint(self, rng: np.random.Generator, shape: _Shape, coverage: np.ndarray, texture: str) -> None:
+        """Draw a shape over the canvas in two colours that stand out from what it covers."""
+        x, y, w, h = _box(coverage)
+        left, top = max(x - _SHADOW_REACH, 0), max(y - _SHADOW_REACH, 0)
+        window = (slice(top, y + h + _SHADOW_REACH), slice(left, x + w + _SHADOW_REACH))
+        canvas, coverage = self.canvas[window], coverage[window]
+        ink = _ink(rng, canvas, shape.shifted(np.array([-left, -top])), coverage, texture)
+        if rng.random() < 0.3:
+            canvas *= _shade_under(rng, coverage)[..., None]
+        canvas += coverage[..., None] * (ink - canvas)
+
+
+def _ink(rng: np.random.Generator, canvas: np.ndarray, shape: _Shape, coverage: np.ndarray, texture: str) -> np.ndarray:
+    """The colour that a shape would have at each pixel of the canvas."""
+    height, width = coverage.shape
+    background = np.array(cv2.mean(canvas, (coverage > 0.5).astype(np.uint8))[:3])
+    first = _colour_apart(rng, background, 70)
+    second = _colour_apart(rng, first, 110 if texture == "checks" else 70)
+    mix = _texture(rng, texture, shape, height, width)[..., None]
+    ink = (1 - mix) * first.astype(np.float32) + mix * second.astype(np.float32)
+    if rng.random() < 0.5:
+        u, _ = shape.own_coordinates(height, width)
+        ink *= np.clip(1 + np.float32(rng.uniform(0.1, 0.35)) * u, 0.5, 1.5)[..., None]
+    if rng.random() < 0.35:
+        rim = coverage - cv2.erode(coverage, np.ones((3, 3), np.uint8))
+        ink *= 1 - np.float32(rng.uniform(0.3, 0.8)) * rim[..., None]
+    return ink
+
+
+def _shade_under(rng: np.random.Generator, coverage: np.ndarray) -> np.ndarray:
+    """The light that the shadow of a shape leaves, 0..1."""
+    height, width = coverage.shape
+    shift = np.array([[1, 0, rng.uniform(-3, 3)], [0, 1, rng.uniform(1, 4)]])
+    shadow = cv2.GaussianBlur(cv2.warpAffine(coverage, shift, (width, height)), (0, 0), rng.uniform(1, 2))
+    return 1 - np.float32(rng.uniform(0.2, 0.6)) * shadow
+
+
+def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    frame = _Shape([], np.diag([width / 2, height / 2]), np.array([width / 2, height / 2]))
+    ground = _colour(rng)
+    colours = [ground] + [np.clip(ground + rng.normal(0, 55, size=3), 0, 255) for _ in range(3)]
+    first, second, third, fourth = (colour.astype(np.float32) for colour in colours)
+    ramp = _texture(rng, "gradient", frame, height, width)[..., None]
+    canvas = (1 - ramp) * first + ramp * second
+    clouds = _smooth_noise(rng, height, width, rng.uniform(0.2, 0.6) * height)[..., None]
+    canvas += np.float32(rng.uniform(0.2, 0.8)) * clouds * (third - canvas)
+    if rng.random() < 0.5:
+        pattern = _texture(rng, str(rng.choice(_TEXTURES)), frame, height, width)
+        patch = _steep(_smooth_noise(rng, height, width, 0.4 * height) - np.float32(0.5), 6)
+        canvas += np.float32(rng.uniform(0.2, 0.6)) * (pattern * patch)[..., None] * (fourth - canvas)
+    return canvas
+
+
+def _draw_lines(rng: np.random.Generator, canvas: np.ndarray, count: int) -> np.ndarray:
+    """Thin lines and open curves across the canvas."""
+    height, width = canvas.shape[:2]
+    lined = canvas.copy()
+    for _ in range(count):
+        ends = rng.uniform(-0.1, 1.1, size=(3, 2)) * [width, height]
+        t = np.linspace(0, 1, 12)[:, None]
+        curve = (1 - t) ** 2 * ends[0] + 2 * t * (1 - t) * ends[1] + t**2 * ends[2]
+        colour = tuple(float(channel) for channel in _colour(rng))
+        points = np.round(curve).astype(np.int32)
+        cv2.polylines(lined, [points], False, colour, int(rng.integers(1, 3)), cv2.LINE_AA)
+    return canvas + np.float32(rng.uniform(0.4, 0.9)) * (lined - canvas)
+
+
+def _draw_clutter(rng: np.random.Generator, scene: _Scene) -> None:
+    """Fragments that belong to no class; they lie under all objects."""
+    for _ in range(int(rng.integers(1, 7))):
+        outline = _CLUTTER_OUTLINES[rng.integers(len(_CLUTTER_OUTLINES))](rng)
+        size = _log_uniform(rng, 0.06, 0.35) * max(scene.height, scene.width)
+        shape = _pose(rng, outline, size, rng.random(2) * [scene.width, scene.height])
+        coverage = _coverage(shape.outline, scene.height, scene.width)
+        if coverage.max() > 0.5:
+            scene.paint(rng, shape, coverage, _texture_of(rng, None))
+
+
+def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
+    return math.exp(rng.uniform(math.log(low), math.log(high)))
+
+
+def _add_object(rng: np.random.Generator, scene: _Scene) -> None:
+    """Put one more object in the scene, or none where no room is found in a number of trials."""
+    category = int(rng.integers(len(CLASSES)))
+    name = CLASSES[category]
+    outline = _CLASS_OUTLINES[name](rng)
+    extent = np.array([scene.width, scene.height])
+    for _ in range(_PLACEMENT_TRIALS):
+        size = _log_uniform(rng, *_OBJECT_SIZES) * extent.max()
+        centre = rng.uniform(0.02, 0.98, size=2) * extent
+        if scene.visible and rng.random() < 0.3:  # seek an overlap
+            x, y, w, h = _box(scene.visible[rng.integers(len(scene.visible))])
+            centre = np.array([x + w / 2, y + h / 2]) + rng.uniform(-0.7, 0.7, size=2) * (w, h)
+        shape = _pose(rng, outline, size, centre)
+        coverage = _coverage(shape.outline, scene.height, scene.width)
+        if scene.place(category, shape, coverage):
+            scene.paint(rng, shape, coverage, _texture_of(rng, name))
+            return
+
+
+def _degrade(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
+    if rng.random() < 0.4:
+        canvas = cv2.GaussianBlur(canvas, (0, 0), rng.uniform(0.4, 1.0))
+    canvas = (canvas - 128) * np.float32(rng.uniform(0.75, 1.1)) + np.float32(128 + rng.uniform(-20, 20))
+    noise = rng.standard_normal(canvas.shape, dtype=np.float32)
+    canvas = canvas + np.float32(rng.uniform(0, 9)) * noise
+    return np.clip(np.round(canvas), 0, 255).astype(np.uint8)
+
+
+def _random_extent(rng: np.random.Generator, image_size: int) -> tuple[int, int]:
+    """Height and width in px: the longer side is image_size, three images of five are landscape."""
+    shorter = round(image_size * rng.uniform(0.68, 0.92))
+    return (shorter, image_size) if rng.random() < 0.6 else (image_size, shorter)
+
+
+def _render(rng: np.random.Generator, image_size: int) -> tuple[np.ndarray, _Scene]:
+    """One image, uint8 [H, W, 3], and the scene behind it."""
+    height, width = _random_extent(rng, image_size)
+    scene = _Scene(_background(rng, height, width))
+    scene.canvas = _draw_lines(rng, scene.canvas, int(rng.integers(0, 5)))
+    _draw_clutter(rng, scene)
+    if rng.random() >= _EMPTY_RATE:
+        for _ in range(1 + int(rng.choice(len(_OBJECT_COUNTS), p=_OBJECT_COUNTS))):
+            _add_object(rng, scene)
+    if rng.random() < 0.3:
+        scene.canvas = _draw_lines(rng, scene.canvas, 1)
+    return _degrade(rng, scene.canvas), scene
+
+
+# -------------------------------------------------------------------------------------------- annotations
+
+
+def _box(visible: np.ndarray) -> tuple[int, int, int, int]:
+    """x, y, width and height in px around the pixels of which more than half is visible."""
+    return cv2.boundingRect((visible > 0.5).astype(np.uint8))
+
+
+def _polygons(visible: np.ndarray) -> list[list[float]]:
+    """Outer contours of the visible part in COCO form; holes are filled."""
+    x, y, w, h = _box(visible)
+    mask = (visible[y : y + h, x : x + w] > 0.5).astype(np.uint8)
+    fine = np.repeat(np.repeat(mask, _SUPERSAMPLING, axis=0), _SUPERSAMPLING, axis=1)
+    offset = (x * _SUPERSAMPLING, y * _SUPERSAMPLING)
+    contours, _ = cv2.findContours(fine, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE, offset=offset)
+    polygons = []
+    for contour in contours:
+        contour = cv2.approxPolyDP(contour, _POLYGON_TOLERANCE * _SUPERSAMPLING, True)
+        if len(contour) >= 3:
+            polygons.append(np.round((contour.reshape(-1) + 0.5) / _SUPERSAMPLING, 2).tolist())
+    return polygons
+
+
+def _annotations(scene: _Scene, image_id: int, first_id: int) -> list[dict]:
+    return [
+        {
+            "id": first_id + i,
+            "image_id": image_id,
+            "category_id": category + 1,
+            "bbox": [float(side) for side in _box(visible)],
+            "area": round(float(visible.sum()), 2),
+            "iscrowd": 0,
+            "segmentation": _polygons(visible),
+        }
+        for i, (category, visible) in enumerate(zip(scene.categories, scene.visible, strict=True))
+    ]
+
+
+def generate_split(folder: str | Path, num_images: int, seed: int, *, image_size: int = DEFAULT_IMAGE_SIZE) -> Path:
+    """Draw num_images images and write them to `folder/images/*.jpg` and `folder/annotations.json`.
+
+    Image i depends on (seed, i, image_size) alone: the same seed gives the same bytes, and a longer split
+    begins with the images of a shorter one.  Files of the same name are overwritten.
+
+    Args:
+        folder: made with its parents where it does not exist.
+        num_images: number of images, 1 or more.
+        seed: 0 or more.
+        image_size: longer side of each image in px, MIN_IMAGE_SIZE or more; the shorter is 68 to 92 % of it.
+
+    Returns:
+        The path of the COCO json, which is written last.
+
+    Raises:
+        UserError: a number is out of its range.
+        OSError: the folder cannot be written.
+    """
+    _check_numbers(num_images=num_images, seed=seed, image_size=image_size)
+    folder = Path(folder)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    images: list[dict] = []
+    annotations: list[dict] = []
+    for index in range(num_images):
+        rng = np.random.default_rng((seed, index))
+        pixels, scene = _render(rng, image_size)
+        file_name = f"{index:06d}.jpg"
+        _, encoded = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(55, 96))])
+        (folder / "images" / file_name).write_bytes(encoded.tobytes())
+        images.append({"id": index + 1, "file_name": file_name, "width": scene.width, "height": scene.height})
+        annotations += _annotations(scene, image_id=index + 1, first_id=len(annotations) + 1)
+    coco = {
+        "info": {"description": f"kd_d2 synthetic shapes, seed {seed}", "version": str(GENERATOR_VERSION)},
+        "licenses": [],
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": i, "name": name} for i, name in enumerate(CLASSES, start=1)],
+    }
+    json_file = folder / "annotations.json"
+    json_file.write_text(json.dumps(coco))
+    return json_file
+
+
+# ------------------------------------------------------------------------------------------- sets on disk
+
+
+def _check_numbers(*, seed: int, image_size: int, **counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise UserError(f"{name} must be 1 or more, got {count}.")
+    if seed < 0:
+        raise UserError(f"seed must be 0 or more, got {seed}.")
+    if image_size < MIN_IMAGE_SIZE:
+        raise UserError(f"image_size must be {MIN_IMAGE_SIZE} px or more, got {image_size}.")
+
+
+def _holds_set(root: Path, settings: dict[str, int]) -> bool:
+    """Whether root holds the set with these settings; a folder that holds something else is an error."""
+    try:
+        if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+            return False
+        found = json.loads((root / SETTINGS_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{root} exists but is not a synthetic set (no readable {SETTINGS_FILE} in it): "
+            "name another folder or remove it."
+        ) from error
+    if found != settings:
+        raise UserError(
+            f"{root} holds a synthetic set made with {found}, not with the wanted {settings}: "
+            "name another folder or remove it."
+        )
+    return True
+
+
+def ensure_synthetic(
+    root: str | Path,
+    *,
+    num_train: int = DEFAULT_NUM_TRAIN,
+    num_val: int = DEFAULT_NUM_VAL,
+    seed: int = DEFAULT_SEED,
+    image_size: int = DEFAULT_IMAGE_SIZE,
+) -> Path:
+    """Generate the splits `root/train` and `root/val` unless root already holds them.
+
+    The set is drawn in a temporary folder beside root and renamed at the end, so root is absent or whole.
+    Several processes may call this at once: the first to finish wins and the others use its set.
+
+    Args:
+        root: folder of the set; it may exist if it is empty or holds a set made with the same settings.
+        num_train, num_val: number of images per split, 1 or more.
+        seed: 0 or more; the splits draw from seeds 2 * seed and 2 * seed + 1, so no two sets share images.
+        image_size: longer image side in px.
+
+    Returns:
+        root as a Path.
+
+    Raises:
+        UserError: a number is out of its range, root cannot be written, or it holds something else.
+    """
+    _check_numbers(num_train=num_train, num_val=num_val, seed=seed, image_size=image_size)
+    root = Path(root)
+    settings = {
+        "num_train": num_train,
+        "num_val": num_val,
+        "seed": seed,
+        "image_size": image_size,
+        "generator_version": GENERATOR_VERSION,
+    }
+    if _holds_set(root, settings):
+        return root
+    try:
+        parent = root.absolute().parent
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{root.name}.tmp-", dir=parent) as scratch:
+            made = Path(scratch) / "set"
+            generate_split(made / "train", num_train, 2 * seed, image_size=image_size)
+            generate_split(made / "val", num_val, 2 * seed + 1, image_size=image_size)
+            (made / SETTINGS_FILE).write_text(json.dumps(settings))
+            _move_unless_there(made, root, settings)
+    except OSError as error:
+        raise UserError(f"Cannot write the synthetic set to {root}: {error}.") from error
+    return root
+
+
+def _move_unless_there(made: Path, root: Path, settings: dict[str, int]) -> None:
+    try:
+        os.replace(made, root)
+    except OSError:
+        if not _holds_set(root, settings):
+            raise
+
+
+def register_synthetic() -> None:
+    """Register `synthetic_train` (600 images) and `synthetic_val` (150) with Detectron2's catalogs.
+
+    Nothing is drawn before a catalog entry is first loaded; then both splits are generated in the folder
+    `synthetic` under $DETECTRON2_DATASETS (default: datasets), as the variable stood at registration.  The
+    metadata (thing_classes, json_file, image_root, evaluator_type "coco") is set at once.  A second call does
+    nothing.
+    """
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+    from detectron2.data.datasets.coco import load_coco_json
+
+    root = Path(os.getenv("DETECTRON2_DATASETS", "datasets")) / "synthetic"
+
+    def register(split: str) -> None:
+        name = f"synthetic_{split}"
+        json_file, image_root = str(root / split / "annotations.json"), str(root / split / "images")
+
+        def load() -> list[dict]:
+            ensure_synthetic(root)
+            return load_coco_json(json_file, image_root, name)
+
+        if name in DatasetCatalog:
+            return
+        DatasetCatalog.register(name, load)
+        MetadataCatalog.get(name).set(
+            thing_classes=list(CLASSES), json_file=json_file, image_root=image_root, evaluator_type="coco"
+        )
+
+    register("train")
+    register("val")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write a synthetic set; the exit status is 2, after one sentence, for input that cannot be used."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kd_d2.data.synthetic",
+        description="Write a synthetic object-detection set in COCO form.",
+    )
+    parser.add_argument("out", metavar="OUT", help="folder of the set; train/ and val/ are made in it")
+    parser.add_argument("--train", type=int, default=DEFAULT_NUM_TRAIN, help="training images (%(default)s)")
+    parser.add_argument("--val", type=int, default=DEFAULT_NUM_VAL, help="validation images (%(default)s)")
+    parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help="0 or more (%(default)s)")
+    parser.add_argument(
+        "--image-size", type=int, default=DEFAULT_IMAGE_SIZE, help="longer image side in px (%(default)s)"
+    )
+    args = parser.parse_args(argv)
+    try:
+        root = ensure_synthetic(
+            args.out, num_train=args.train, num_val=args.val, seed=args.seed, image_size=args.image_size
+        )
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"{root}: {args.train} training and {args.val} validation images of {len(CLASSES)} classes.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

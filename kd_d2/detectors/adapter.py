@@ -1,0 +1,165 @@
+"""The base of all detector adapters, and how one is chosen for a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+from detectron2.layers import ShapeSpec, move_device_like
+from detectron2.structures import ImageList, Instances
+from detectron2.utils.registry import Registry
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .outputs import DetectorOutputs, DetectorSpec
+
+DETECTOR_ADAPTER_REGISTRY = Registry("DETECTOR_ADAPTER")
+DETECTOR_ADAPTER_REGISTRY.__doc__ = """
+Adapters by name. Each is called with the model and reads models of its `model_class`; `build_adapter` takes the one
+whose `model_class` comes first in the model's method resolution order.
+"""
+
+
+class DetectorAdapter:
+    """Reads one family of detectors: composes the detector's public pieces, and changes nothing of it.
+
+    Class attributes:
+        model_class: the detector class that the adapter reads.
+        composes: methods of that class whose work the adapter does itself. A subclass of `model_class` that
+            overrides one of them is not read by this adapter, since what it adds would be lost.
+        family: "one-stage", "two-stage" or "other".
+        provides: parts that `run` can be asked for.
+    """
+
+    model_class: ClassVar[type[nn.Module]]
+    composes: ClassVar[tuple[str, ...]] = ()
+    family: ClassVar[str]
+    provides: ClassVar[frozenset[str]]
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.size_divisibility = max(model.backbone.size_divisibility, 1)
+        self._stride_of = {name: shape.stride for name, shape in self.neck_shapes().items()}
+
+    @property
+    def spec(self) -> DetectorSpec:
+        """The detector's `DetectorSpec`."""
+        return DetectorSpec(
+            name=type(self.model).__name__,
+            family=self.family,
+            shapes={shape.stride: shape for shape in self.neck_shapes().values()},
+            num_classes=self.num_classes,
+            cell_anchors=self.cell_anchors(),
+            provides=self.provides,
+        )
+
+    @property
+    def num_classes(self) -> int | None:
+        return getattr(self.model, "num_classes", None)
+
+    def cell_anchors(self) -> dict[int, Tensor] | None:
+        return None
+
+    def neck_shapes(self) -> dict[str, ShapeSpec]:
+        """Neck outputs by name, in order of stride. Of two with the same stride the later, deeper one counts."""
+        shapes = sorted(self.model.backbone.output_shape().items(), key=lambda item: item[1].stride)
+        deepest = {shape.stride: (name, shape) for name, shape in shapes}
+        return dict(deepest.values())
+
+    def pad_to(self, size_divisibility: int) -> None:
+        """From now on pad images to a multiple of `size_divisibility` pixels."""
+        self.size_divisibility = size_divisibility
+
+    def run(
+        self, batched_inputs: list[dict], want: frozenset[str], targets: list[Instances] | None = None
+    ) -> DetectorOutputs:
+        """One forward pass.
+
+        Args:
+            batched_inputs: Detectron2's input dictionaries; images in the detector's own channel order.
+            want: the parts to read beside the images and the losses. What is not wanted is not computed,
+                unless the losses need it.
+            targets: ground truth per image on the detector's device; None computes no losses.
+        """
+        raise NotImplementedError
+
+    def preprocess(self, batched_inputs: list[dict]) -> ImageList:
+        """Normalise as the detector does; pad to `size_divisibility`."""
+        model = self.model
+        images = [move_device_like(x["image"], model.pixel_mean) for x in batched_inputs]
+        return ImageList.from_tensors(
+            [(image - model.pixel_mean) / model.pixel_std for image in images],
+            self.size_divisibility,
+            padding_constraints=model.backbone.padding_constraints,
+        )
+
+    def by_stride(self, features: dict[str, Tensor]) -> dict[int, Tensor]:
+        """The named outputs of the backbone, keyed by stride."""
+        return {stride: features[name] for name, stride in self._stride_of.items()}
+
+
+class BackboneAdapter(DetectorAdapter):
+    """The fallback for any model with a `backbone`: runs the model as it is and takes what its backbone returns."""
+
+    model_class = nn.Module
+    family = "other"
+    provides = frozenset({"features", "targets"})
+
+    def __init__(self, model: nn.Module):
+        if not callable(getattr(getattr(model, "backbone", None), "output_shape", None)):
+            raise UserError(
+                f"{type(model).__name__} has no Detectron2 backbone, so there is nothing that a distiller could read."
+            )
+        super().__init__(model)
+
+    def pad_to(self, size_divisibility: int) -> None:
+        if size_divisibility != self.size_divisibility:
+            raise UserError(
+                f"{type(self.model).__name__} pads its images to multiples of {self.size_divisibility} pixels and its "
+                f"partner needs multiples of {size_divisibility}; only detectors with an adapter of their own can change this."
+            )
+
+    def run(
+        self, batched_inputs: list[dict], want: frozenset[str], targets: list[Instances] | None = None
+    ) -> DetectorOutputs:
+        seen: list[tuple[Tensor, dict[str, Tensor]]] = []
+
+        def capture(backbone: nn.Module, args: tuple, features: dict[str, Tensor]) -> None:
+            seen.append((args[0], features))
+            if targets is None:
+                raise _FeaturesRead
+
+        handle = self.model.backbone.register_forward_hook(capture)
+        losses = {}
+        try:
+            losses = self.model(batched_inputs)
+        except _FeaturesRead:
+            pass
+        finally:
+            handle.remove()
+        if len(seen) != 1:
+            raise RuntimeError(
+                f"{type(self.model).__name__} called its backbone {len(seen)} times in one forward pass; exactly one was expected"
+            )
+        tensor, features = seen[0]
+        sizes = [tuple(x["image"].shape[-2:]) for x in batched_inputs]
+        return DetectorOutputs(ImageList(tensor, sizes), self.by_stride(features), losses)
+
+
+class _FeaturesRead(Exception):
+    """Ends a forward pass behind the backbone: nobody asked for the rest."""
+
+
+DETECTOR_ADAPTER_REGISTRY.register(BackboneAdapter)
+
+
+def build_adapter(model: nn.Module) -> DetectorAdapter:
+    """The adapter for `model`, chosen by its class."""
+    adapters: dict[type, Callable[[nn.Module], DetectorAdapter]] = {
+        a.model_class: a for _, a in DETECTOR_ADAPTER_REGISTRY
+    }
+    for cls in type(model).__mro__:
+        adapter = adapters.get(cls)
+        if adapter and all(getattr(type(model), method) is getattr(cls, method) for method in adapter.composes):
+            return adapter(model)
+    raise TypeError(f"{type(model)} is not a torch module")

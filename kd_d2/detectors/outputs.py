@@ -1,0 +1,110 @@
+"""What a detector adapter reads from a detector in one forward pass.
+
+Shape suffixes: B images, A anchors per position, K classes, C channels, H W map, R anchors of an image over
+all levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.structures import Boxes, ImageList
+from torch import Tensor
+
+BACKGROUND = -1
+IGNORED = -2
+
+
+@dataclass
+class DensePredictions:
+    """Predictions of a dense head, every dictionary keyed by stride.
+
+    Attributes:
+        logits: class logits (B, HWA, K).
+        box_regression: box regression as the head gives it (B, HWA, 4).
+        anchors: the anchors of a level, or its points as boxes of no area, HWA of them.
+        quality: centreness or joint-score logits (B, HWA, 1), or None where the detector has none.
+        decode: (box_regression, anchors of one level) -> boxes in input pixels (B, HWA, 4).
+        assign: () -> label assignment (B, R), see `assignment`.
+    """
+
+    logits: dict[int, Tensor]
+    box_regression: dict[int, Tensor]
+    anchors: dict[int, Boxes]
+    decode: Callable[[Tensor, Boxes], Tensor] = field(repr=False)
+    quality: dict[int, Tensor] | None = None
+    assign: Callable[[], Tensor] | None = field(default=None, repr=False)
+
+    @cached_property
+    def probabilities(self) -> dict[int, Tensor]:
+        """Class probabilities (B, HWA, K) by stride."""
+        return {stride: logits.sigmoid() for stride, logits in self.logits.items()}
+
+    @cached_property
+    def ranking_scores(self) -> dict[int, Tensor]:
+        """The scores (B, HWA, K) by which the detector ranks its boxes: sqrt(class * quality) where it has a quality."""
+        if self.quality is None:
+            return self.probabilities
+        return {
+            stride: (probability * self.quality[stride].sigmoid()).sqrt()
+            for stride, probability in self.probabilities.items()
+        }
+
+    @cached_property
+    def boxes(self) -> dict[int, Tensor]:
+        """Decoded boxes (B, HWA, 4) in pixels of the network's input, by stride."""
+        return {stride: self.decode(r, self.anchors[stride]) for stride, r in self.box_regression.items()}
+
+    @cached_property
+    def assignment(self) -> Tensor:
+        """For every anchor, levels in order of stride, the index of its ground-truth box: (B, R) int64.
+
+        `BACKGROUND` (-1) where it has none, `IGNORED` (-2) where the detector's own loss ignores it.
+        """
+        if self.assign is None:
+            raise RuntimeError("the label assignment was asked of a forward pass that had no targets")
+        return self.assign()
+
+
+@dataclass
+class DetectorOutputs:
+    """One forward pass of a detector, as far as it was asked for.
+
+    Attributes:
+        images: the normalised and padded input.
+        features: neck outputs (B, C, H, W) keyed by stride.
+        losses: the detector's own losses; empty where no targets were given.
+        anchors: by stride, of a dense head or of an R-CNN's RPN; None where there are none or nobody asked.
+        dense: predictions of a dense head; None where there is none or nobody asked.
+    """
+
+    images: ImageList
+    features: dict[int, Tensor]
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    anchors: dict[int, Boxes] | None = None
+    dense: DensePredictions | None = None
+
+
+@dataclass(frozen=True)
+class DetectorSpec:
+    """What is known of a detector before its first forward pass.
+
+    Attributes:
+        name: the meta-architecture's class name, for messages.
+        family: "one-stage", "two-stage" or "other".
+        shapes: channels and stride of each neck output, keyed by stride.
+        num_classes: foreground classes, None where the detector does not tell.
+        cell_anchors: by stride the anchors (A, 4) around a position, in pixels; None where there are none.
+        provides: which of "features", "anchors", "dense", "targets" its adapter can read.
+    """
+
+    name: str
+    family: str
+    shapes: dict[int, ShapeSpec]
+    num_classes: int | None
+    cell_anchors: dict[int, torch.Tensor] | None
+    provides: frozenset[str]

@@ -1,0 +1,62 @@
+"""Adapter of the R-CNN family: Faster, Mask, Cascade R-CNN, and every GeneralizedRCNN that keeps its forward pass."""
+
+from __future__ import annotations
+
+from detectron2.modeling.meta_arch import GeneralizedRCNN
+from detectron2.structures import Instances
+from detectron2.utils.events import get_event_storage
+from torch import Tensor
+
+from .adapter import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter
+from .outputs import DetectorOutputs
+
+
+@DETECTOR_ADAPTER_REGISTRY.register()
+class RCNNAdapter(DetectorAdapter):
+    """Features of all neck levels, the RPN's anchors, and the losses of RPN and heads."""
+
+    model_class = GeneralizedRCNN
+    composes = ("forward", "preprocess_image")
+    family = "two-stage"
+
+    @property
+    def provides(self) -> frozenset[str]:
+        rpn = self.model.proposal_generator
+        anchors = {"anchors"} if hasattr(rpn, "anchor_generator") else set()
+        return frozenset({"features", "targets"} | anchors)
+
+    @property
+    def num_classes(self) -> int | None:
+        return getattr(self.model.roi_heads, "num_classes", None)
+
+    def _rpn_strides(self) -> list[int]:
+        shapes = self.model.backbone.output_shape()
+        return [shapes[name].stride for name in self.model.proposal_generator.in_features]
+
+    def cell_anchors(self) -> dict[int, Tensor] | None:
+        if "anchors" not in self.provides:
+            return None
+        anchors = self.model.proposal_generator.anchor_generator.cell_anchors
+        return dict(zip(self._rpn_strides(), anchors, strict=True))
+
+    def run(
+        self, batched_inputs: list[dict], want: frozenset[str], targets: list[Instances] | None = None
+    ) -> DetectorOutputs:
+        model = self.model
+        images = self.preprocess(batched_inputs)
+        named = model.backbone(images.tensor)
+        outputs = DetectorOutputs(images, self.by_stride(named))
+        if "anchors" in want:
+            rpn = model.proposal_generator
+            maps = [named[name] for name in rpn.in_features]
+            outputs.anchors = dict(zip(self._rpn_strides(), rpn.anchor_generator(maps), strict=True))
+        if targets is not None:
+            if model.proposal_generator is not None:
+                proposals, proposal_losses = model.proposal_generator(images, named, targets)
+            else:
+                proposals, proposal_losses = [x["proposals"].to(model.device) for x in batched_inputs], {}
+            _, head_losses = model.roi_heads(images, named, proposals, targets)
+            if model.vis_period > 0 and get_event_storage().iter % model.vis_period == 0:
+                model.visualize_training(batched_inputs, proposals)
+            outputs.losses = {**head_losses, **proposal_losses}
+        return outputs

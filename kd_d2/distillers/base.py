@@ -1,0 +1,221 @@
+"""The contract of a distillation method, and what all methods share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.structures import Instances
+from detectron2.utils.registry import Registry
+from torch import Tensor, nn
+
+from ..detectors import DetectorOutputs, DetectorSpec
+from ..errors import UserError
+
+DISTILLER_REGISTRY = Registry("DISTILLER")
+DISTILLER_REGISTRY.__doc__ = """
+Distillation methods by the name that MODEL.KD.DISTILLERS uses. Each is a `Distiller` class, called with
+`(cfg, student: DetectorSpec, teacher: DetectorSpec)`.
+"""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When a distiller takes part: from `start` until before `end`, with a linear warm-up of its weight.
+
+    Attributes:
+        start: first iteration.
+        warmup: iterations over which the factor grows linearly; it reaches 1 in the last of them.
+        end: the first iteration without it; None for never.
+    """
+
+    start: int = 0
+    warmup: int = 0
+    end: int | None = None
+
+    @classmethod
+    def from_node(cls, node: CfgNode) -> Schedule:
+        return cls(node.START_ITER, node.WARMUP_ITERS, node.END_ITER)
+
+    def is_active(self, iteration: int) -> bool:
+        return self.start <= iteration and (self.end is None or iteration < self.end)
+
+    def factor(self, iteration: int) -> float:
+        """What the distiller's losses are multiplied by at `iteration`: in [0, 1]."""
+        if not self.is_active(iteration):
+            return 0.0
+        if self.warmup == 0:
+            return 1.0
+        return min(1.0, (iteration - self.start + 1) / self.warmup)
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """An optimiser beside the student's.
+
+    Attributes:
+        name: for the log ("lr_<name>") and the checkpoint.
+        lr: peak learning rate; linear warm-up, then a cosine to zero at the last iteration.
+        clip_norm: limit of the gradient norm over all its parameters together; infinite for none.
+    """
+
+    name: str
+    lr: float
+    weight_decay: float = 0.0
+    warmup_iters: int = 0
+    clip_norm: float = math.inf
+
+
+@dataclass
+class ParamGroup:
+    """Parameters of a distiller and who optimises them: None is the student's own optimiser."""
+
+    params: list[nn.Parameter]
+    optimizer: OptimizerSettings | None = None
+
+
+class Distiller(nn.Module):
+    """A distillation method.
+
+    Class attributes:
+        needs: what `forward` reads: a subset of {"features", "anchors", "dense", "targets"}.
+        loss_names: exactly the keys that `forward` returns, each `loss_<something>`; `loss_<something>_aux_<...>` is an
+            auxiliary loss, which trains the method's own parameters and is never scaled by the schedule.
+        CONFIG_NODE: the method's node under MODEL.KD.
+        default_weight: the default of the node's WEIGHT.
+    """
+
+    needs: ClassVar[frozenset[str]]
+    loss_names: ClassVar[tuple[str, ...]]
+    CONFIG_NODE: ClassVar[str]
+    default_weight: ClassVar[float] = 1.0
+
+    @classmethod
+    def add_config(cls, node: CfgNode) -> None:
+        """Add the method's own keys to its node, which has WEIGHT, START_ITER, WARMUP_ITERS and END_ITER already."""
+
+    @classmethod
+    def validate_config(cls, node: CfgNode) -> None:
+        """Raise a UserError that names the key when a value of the method's own keys makes no sense."""
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> dict:
+        """The arguments of `__init__`, for `@configurable`. Raises a UserError where the pair cannot be distilled."""
+        raise NotImplementedError
+
+    def forward(
+        self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]
+    ) -> dict[str, Tensor]:
+        """The losses, each times its WEIGHT.
+
+        Args:
+            student, teacher: what `needs` names is there; the student's tensors carry gradients.
+            targets: ground truth per image with `gt_boxes` in input pixels and `gt_classes`.
+        """
+        raise NotImplementedError
+
+    def param_groups(self, cfg: CfgNode) -> list[ParamGroup]:
+        """Which optimiser trains which of the distiller's own parameters."""
+        return [ParamGroup(list(self.parameters()))]
+
+    def idle_losses(self, like: Tensor) -> dict[str, Tensor]:
+        """Zeros that keep the distiller's parameters in the graph, for iterations outside its schedule."""
+        zero = like.new_zeros(()) + sum(p.sum() * 0.0 for p in self.parameters())
+        return dict.fromkeys(self.loss_names, zero)
+
+
+def common_strides(student: DetectorSpec, teacher: DetectorSpec) -> list[int]:
+    """Strides of the neck levels that both detectors have, ascending. Raises a UserError where there is none."""
+    strides = sorted(student.shapes.keys() & teacher.shapes.keys())
+    if not strides:
+        raise UserError(
+            f"The student ({student.name}, strides {sorted(student.shapes)}) and the teacher ({teacher.name}, strides "
+            f"{sorted(teacher.shapes)}) have no feature level of the same stride."
+        )
+    return strides
+
+
+def levels_by_stride(features: dict[int, Tensor], strides: Iterable[int], whose: str) -> list[Tensor]:
+    """The feature maps of the given strides. Raises where one was not captured."""
+    missing = [s for s in strides if s not in features]
+    if missing:
+        raise RuntimeError(
+            f"the {whose}'s features of stride {missing} were not captured; there are {sorted(features)}"
+        )
+    return [features[s] for s in strides]
+
+
+ADAPTATION_KERNELS = {"none": 0, "1x1": 1, "3x3": 3}
+
+
+class AdaptationLayers(nn.Module):
+    """What brings the student's features to the teacher's channels: one convolution a level, or nothing.
+
+    Args:
+        channels: by stride the student's and the teacher's channels.
+        kernel_size: side of the convolution; 0 for the identity.
+    """
+
+    def __init__(self, channels: dict[int, tuple[int, int]], kernel_size: int):
+        super().__init__()
+        self.strides = tuple(channels)
+        self.layers = nn.ModuleDict()
+        if kernel_size:
+            for stride, (student, teacher) in channels.items():
+                self.layers[str(stride)] = nn.Conv2d(student, teacher, kernel_size, padding=kernel_size // 2)
+
+    @classmethod
+    def from_node(cls, node_name: str, node: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> AdaptationLayers:
+        """The layers that `node.ADAPTATION` asks for, at every stride that both detectors have.
+
+        Raises:
+            UserError: no common stride, or no adaptation and different channels.
+        """
+        channels = {
+            stride: (student.shapes[stride].channels, teacher.shapes[stride].channels)
+            for stride in common_strides(student, teacher)
+        }
+        kernel_size = ADAPTATION_KERNELS[node.ADAPTATION]
+        for stride, (ours, theirs) in channels.items():
+            if not kernel_size and ours != theirs:
+                raise UserError(
+                    f"MODEL.KD.{node_name}.ADAPTATION is 'none', but at stride {stride} the student has {ours} channels "
+                    f"and the teacher {theirs}: set it to '1x1'."
+                )
+        return cls(channels, kernel_size)
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """(B, C_student, H, W) per level, in order of `strides`, to (B, C_teacher, H, W)."""
+        if not self.layers:
+            return features
+        return [self.layers[str(s)](x) for s, x in zip(self.strides, features, strict=True)]
+
+
+def check_choice(node_name: str, key: str, value: object, choices: Iterable[str]) -> None:
+    """Raise a UserError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise UserError(f"MODEL.KD.{node_name}.{key} is {value!r}; it must be one of {', '.join(map(repr, choices))}.")
+
+
+def check_number(node_name: str, key: str, value: object, minimum: float, *, exclusive: bool = False) -> None:
+    """Raise a UserError unless `value` is a finite number of at least (or, exclusive, above) `minimum`."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or value < minimum or (exclusive and value == minimum):
+        relation = "above" if exclusive else "at least"
+        raise UserError(f"MODEL.KD.{node_name}.{key} is {value!r}; it must be a number {relation} {minimum}.")
+
+
+def in_float32(function):
+    """Run a loss in float32 outside autocast: decorate functions of tensors."""
+
+    def wrapper(*args, **kwargs):
+        device = next(a for a in args if isinstance(a, Tensor)).device.type
+        args = [a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapper

@@ -1,0 +1,7 @@
+"""Training and evaluating: the trainer, its step, its optimisers, and how programs start."""
+
+from .launch import launch
+from .setup import setup, student_config
+from .trainer import KDTrainer, evaluate_teacher
+
+__all__ = ["KDTrainer", "evaluate_teacher", "launch", "setup", "student_config"]

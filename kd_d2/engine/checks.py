@@ -1,0 +1,83 @@
+"""What can only be checked once data and models are known, still before anything is trained."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from torch import nn
+
+from ..detectors import build_adapter
+from ..errors import UserError
+from ..meta_arch import student_of
+
+
+def check_output_folder(folder: str) -> None:
+    """Make the output folder and try to write into it.
+
+    Raises:
+        UserError: it cannot be made or written.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"OUTPUT_DIR {folder} cannot be written: {error.strerror}.") from error
+
+
+def check_datasets(cfg: CfgNode, *, train: bool) -> None:
+    """Check that the data sets of the config exist, can be read, and are not empty.
+
+    Args:
+        train: also those of DATASETS.TRAIN; otherwise only those of DATASETS.TEST.
+
+    Raises:
+        UserError: naming the key and the data set.
+    """
+    keys = ["TRAIN", "TEST"] if train else ["TEST"]
+    for key in keys:
+        names = cfg.DATASETS[key]
+        if not names and key == keys[0]:
+            raise UserError(f"DATASETS.{key} is empty: name a data set.")
+        for name in names:
+            if name not in DatasetCatalog.list():
+                entries = [n for n, _, _ in cfg.DATASETS.COCO_JSON]
+                raise UserError(
+                    f"DATASETS.{key} names {name!r}, which is neither one of Detectron2's data sets nor an entry of "
+                    f"DATASETS.COCO_JSON ({', '.join(entries) or 'empty'})."
+                )
+            _check_files(key, name)
+
+
+def _check_files(key: str, name: str) -> None:
+    metadata = MetadataCatalog.get(name)
+    annotations, folder = metadata.get("json_file"), metadata.get("dirname")
+    if (annotations and os.path.isfile(annotations)) or (folder and os.path.isdir(folder)):
+        return
+    try:
+        DatasetCatalog.get(name)  # the synthetic set is made when it is first read
+    except (OSError, AssertionError) as error:
+        raise UserError(
+            f"DATASETS.{key} names {name!r}, whose files are not there ({annotations or folder}); the environment variable "
+            "DETECTRON2_DATASETS names the folder that holds Detectron2's built-in data sets."
+        ) from error
+
+
+def check_classes(cfg: CfgNode, model: nn.Module) -> None:
+    """Check that the data sets have as many classes as the model predicts.
+
+    Raises:
+        UserError: naming the data set and both counts.
+    """
+    student = student_of(model)
+    predicted = build_adapter(student).spec.num_classes
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        classes = MetadataCatalog.get(name).get("thing_classes")
+        if classes is not None and predicted is not None and len(classes) != predicted:
+            raise UserError(
+                f"The data set {name} has {len(classes)} classes, but the model ({type(student).__name__}) predicts {predicted}: "
+                "set MODEL.RETINANET.NUM_CLASSES or MODEL.ROI_HEADS.NUM_CLASSES to it."
+            )

@@ -1,0 +1,46 @@
+"""Starting a program: in one process, in several, or as one of those that torchrun started."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+from detectron2.engine import launch as detectron2_launch
+from detectron2.utils import comm
+
+from ..errors import UserError
+
+
+def launch(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
+    """Run `main(args)` in every process of the job.
+
+    Under torchrun the environment says which process this is. Otherwise --num-gpus and --num-machines do, through
+    Detectron2's launcher. A UserError is printed as its sentence alone, and the program ends with exit status 2.
+    """
+    try:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            _join_torchrun()
+            main(args)
+            return
+        processes = args.num_gpus * args.num_machines
+        if processes > 1 and not torch.cuda.is_available():
+            raise UserError(
+                f"--num-gpus {args.num_gpus} on {args.num_machines} machines needs GPUs, and there are none; on CPUs start several "
+                "processes with torchrun."
+            )
+        detectron2_launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def _join_torchrun() -> None:
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+    comm.synchronize()

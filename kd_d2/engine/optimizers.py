@@ -1,0 +1,83 @@
+"""The student's optimiser, and those that distillers ask for beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.solver import build_optimizer
+from fvcore.common.param_scheduler import CompositeParamScheduler, CosineParamScheduler, LinearParamScheduler
+from torch import nn
+
+from ..distillers import OptimizerSettings
+from ..meta_arch import KDMetaArch
+
+
+class AuxiliaryOptimizer:
+    """AdamW for a distiller's own network: its own learning rate, schedule and clipping.
+
+    Args:
+        settings: as the distiller gave them.
+        params: the parameters.
+        max_iter: length of the training in iterations, where the cosine reaches zero.
+    """
+
+    def __init__(self, settings: OptimizerSettings, params: list[nn.Parameter], max_iter: int):
+        self.settings = settings
+        self.params = params
+        self.optimizer = torch.optim.AdamW(params, lr=settings.lr, weight_decay=settings.weight_decay)
+        self.max_iter = max_iter
+        self.multiplier = _warmup_cosine(settings.warmup_iters, max_iter)
+
+    def step(self, iteration: int, scaler: torch.amp.GradScaler) -> None:
+        """Clip the gradients of all parameters together, and step with this iteration's learning rate."""
+        if all(p.grad is None for p in self.params):
+            return
+        self.optimizer.param_groups[0]["lr"] = self.lr(iteration)
+        scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.params, self.settings.clip_norm)
+        scaler.step(self.optimizer)
+
+    def lr(self, iteration: int) -> float:
+        """The learning rate of an iteration: it needs no memory, so there is nothing to resume."""
+        return self.settings.lr * self.multiplier(iteration / self.max_iter)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state)
+
+
+def _warmup_cosine(warmup_iters: int, max_iter: int):
+    cosine = CosineParamScheduler(1.0, 0.0)
+    if warmup_iters == 0:
+        return cosine
+    warmup = warmup_iters / max_iter
+    return CompositeParamScheduler(
+        [LinearParamScheduler(1.0 / warmup_iters, 1.0), cosine], ["rescaled", "fixed"], [warmup, 1.0 - warmup]
+    )
+
+
+def build_optimizers(cfg: CfgNode, model: nn.Module) -> tuple[torch.optim.Optimizer, dict[str, AuxiliaryOptimizer]]:
+    """The student's optimiser as Detectron2 builds it, and the others by name.
+
+    Args:
+        cfg: SOLVER is the student's.
+        model: a KDMetaArch or a plain detector.
+    """
+    settings: dict[OptimizerSettings, list[nn.Parameter]] = {}
+    if isinstance(model, KDMetaArch):
+        for distiller in model.distillers.values():
+            for group in distiller.param_groups(cfg):
+                if group.optimizer is not None:
+                    settings.setdefault(group.optimizer, []).extend(group.params)
+    elsewhere = {id(p) for params in settings.values() for p in params}
+    optimizer = build_optimizer(cfg, model)
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in elsewhere]
+    auxiliary = {s.name: AuxiliaryOptimizer(s, params, cfg.SOLVER.MAX_ITER) for s, params in settings.items()}
+    if len(auxiliary) != len(settings):
+        raise RuntimeError(f"two optimisers of one name: {[s.name for s in settings]}")
+    return optimizer, auxiliary

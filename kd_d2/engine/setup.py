@@ -1,0 +1,68 @@
+"""What every program does between its command line and its work."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import warnings
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import default_setup
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from ..config import KD_META_ARCH, load_config
+from ..data import register_coco_json, register_synthetic
+from ..errors import UserError
+from .checks import check_datasets, check_output_folder
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """Read and check config and data, start the log, and write `config.yaml` and `student.yaml` into OUTPUT_DIR.
+
+    Args:
+        args: `config_file`, `opts`, `eval_only` and `eval_teacher`.
+
+    Raises:
+        UserError: whatever of config, data or output folder cannot work.
+    """
+    warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
+    warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
+    cfg = load_config(args.config_file, args.opts, student_only=args.eval_only and not args.eval_teacher)
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = _device_without_gpu(cfg, args.opts)
+    check_output_folder(cfg.OUTPUT_DIR)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="kd_d2")
+    register_synthetic()
+    register_coco_json(cfg)
+    check_datasets(cfg, train=not args.eval_only)
+    cfg.freeze()
+    default_setup(cfg, args)
+    if comm.is_main_process():
+        with open(os.path.join(cfg.OUTPUT_DIR, "student.yaml"), "w") as file:
+            file.write(student_config(cfg).dump())
+    return cfg
+
+
+def _device_without_gpu(cfg: CfgNode, opts: list[str]) -> str:
+    """Detectron2's default device is a GPU; without one, only a device that somebody asked for is an error."""
+    if "MODEL.DEVICE" in opts:
+        raise UserError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but this machine has no usable GPU; set it to 'cpu'.")
+    return "cpu"
+
+
+def student_config(cfg: CfgNode) -> CfgNode:
+    """The student as a plain Detectron2 config: no key of this library, but for those of its slim backbone if used."""
+    plain = cfg.clone()
+    plain.defrost()
+    if plain.MODEL.META_ARCHITECTURE == KD_META_ARCH:
+        plain.MODEL.META_ARCHITECTURE = plain.MODEL.KD.STUDENT
+    del plain.MODEL["KD"]
+    del plain.DATASETS["COCO_JSON"]
+    del plain.SOLVER.AMP["DTYPE"]
+    if "slim_resnet" not in plain.MODEL.BACKBONE.NAME:
+        del plain.MODEL["SLIM_RESNET"]
+    plain.DATASETS.TRAIN, plain.DATASETS.TEST = (), ()
+    plain.MODEL.WEIGHTS = ""
+    return plain

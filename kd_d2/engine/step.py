@@ -1,0 +1,103 @@
+"""One training iteration: forward, backward, check, and the step of every optimiser."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+from detectron2.engine import SimpleTrainer
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..meta_arch import KDMetaArch
+from .optimizers import AuxiliaryOptimizer
+
+
+class NonFiniteLossError(UserError, FloatingPointError):
+    """A loss became infinite or NaN; no parameter has been changed by it."""
+
+
+class DistillationStep(SimpleTrainer):
+    """Detectron2's SimpleTrainer with several optimisers, and mixed precision on any device.
+
+    Args:
+        model: a KDMetaArch or a plain detector, perhaps wrapped for several processes.
+        optimizer: the student's.
+        auxiliary: further optimisers by name.
+        autocast: the type of mixed precision; None for float32. float16 scales its gradients.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        auxiliary: dict[str, AuxiliaryOptimizer],
+        autocast: torch.dtype | None = None,
+    ):
+        super().__init__(model, data_loader=None, optimizer=optimizer)
+        self.auxiliary = auxiliary
+        self.autocast = autocast
+        self.device_type = next(model.parameters()).device.type
+        self.scaler = torch.amp.GradScaler(self.device_type, enabled=autocast is torch.float16)
+
+    def run_step(self) -> None:
+        if not self.model.training:
+            raise RuntimeError("the model was left in eval mode")
+        start = time.perf_counter()
+        data = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+
+        with torch.autocast(self.device_type, self.autocast, enabled=self.autocast is not None):
+            losses = self.model(data)
+        self.optimizer.zero_grad()
+        for other in self.auxiliary.values():
+            other.optimizer.zero_grad()
+        self.scaler.scale(sum(losses.values())).backward()
+        self.after_backward()
+        self._record(losses, data_time)
+
+        model = getattr(self.model, "module", self.model)
+        if isinstance(model, KDMetaArch):
+            for parameter in model.idle_parameters(self.iter):
+                parameter.grad = None
+        self.scaler.step(self.optimizer)
+        for other in self.auxiliary.values():
+            other.step(self.iter, self.scaler)
+        self.scaler.update()
+
+    def _record(self, losses: dict[str, Tensor], data_time: float) -> None:
+        """Put every loss, averaged over processes, into the event storage; stop at one that is not finite."""
+        names = list(losses)
+        values = torch.stack([losses[name].detach().float() for name in names])
+        if comm.get_world_size() > 1:
+            torch.distributed.all_reduce(values)
+            values /= comm.get_world_size()
+        values = dict(zip(names, values.tolist(), strict=True))
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise NonFiniteLossError(
+                    f"In iteration {self.iter} the loss {name} is {value}; training stops before it reaches the weights, and the "
+                    "last checkpoint is intact."
+                )
+        storage = get_event_storage()
+        storage.put_scalar("data_time", data_time)
+        storage.put_scalar("total_loss", sum(values.values()))
+        storage.put_scalars(**values)
+        for name, other in self.auxiliary.items():
+            storage.put_scalar(f"lr_{name}", other.lr(self.iter), smoothing_hint=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        state["auxiliary"] = {name: other.state_dict() for name, other in self.auxiliary.items()}
+        state["scaler"] = self.scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        for name, other in self.auxiliary.items():
+            other.load_state_dict(state["auxiliary"][name])
+        self.scaler.load_state_dict(state["scaler"])

@@ -1,0 +1,131 @@
+"""KDTrainer: Detectron2's DefaultTrainer in its class methods and hooks, with its own set-up, step and resuming."""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
+from detectron2.engine.train_loop import TrainerBase
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..checkpoint import KDCheckpointer, inherit
+from ..data.stream import build_stream_loader
+from ..evaluation import build_evaluator
+from ..meta_arch import KDMetaArch, student_of
+from ..teacher import Teacher
+from .checks import check_classes
+from .optimizers import build_optimizers
+from .random_state import get_random_state, preserved_random_state, set_random_state
+from .step import DistillationStep
+
+logger = logging.getLogger(__name__)
+
+
+class KDTrainer(DefaultTrainer):
+    """Trains a KDMetaArch, or any plain Detectron2 detector, from a config."""
+
+    def __init__(self, cfg: CfgNode):
+        TrainerBase.__init__(self)
+        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        self.cfg = cfg
+        self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+
+        self.bare_model = self.build_model(cfg)
+        check_classes(cfg, self.bare_model)
+        optimizer, auxiliary = build_optimizers(cfg, self.bare_model)
+        autocast = getattr(torch, cfg.SOLVER.AMP.DTYPE) if cfg.SOLVER.AMP.ENABLED else None
+        self._trainer = DistillationStep(_distributed(self.bare_model), optimizer, auxiliary, autocast)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = KDCheckpointer(student_of(self.bare_model), cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        if isinstance(self.bare_model, KDMetaArch):
+            self.checkpointer.add_checkpointable("distillers", self.bare_model.distillers)
+        self.register_hooks(self.build_hooks())
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Go on from the last checkpoint of OUTPUT_DIR, or load MODEL.WEIGHTS and inherit from the teacher.
+
+        Also opens the stream of training data, so that whatever is wrong with it is said now.
+        """
+        resuming = resume and self.checkpointer.has_checkpoint()
+        self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        if resuming:
+            self.start_iter = self.iter + 1
+        elif isinstance(self.bare_model, KDMetaArch) and self.cfg.MODEL.KD.INHERIT.ENABLED:
+            inherit(self.bare_model.student, self.bare_model.teacher.model, self.cfg.MODEL.KD.INHERIT.MODULES)
+        self._open_stream()
+
+    def _open_stream(self) -> None:
+        self._trainer.data_loader = build_stream_loader(self.cfg, self.seed)
+        self._trainer.data_loader.batch_sampler.start = self.start_iter
+
+    def train(self) -> Any:
+        if self._trainer.data_loader is None:
+            self._open_stream()
+        return super().train()
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        state["seed"] = self.seed
+        state["random"] = get_random_state()
+        state["normalizers"] = {name: float(m.loss_normalizer) for name, m in self._normalized_modules()}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.seed = state["seed"]
+        if comm.is_main_process():
+            set_random_state(state["random"])
+        else:
+            seed_all_rng((self.seed + comm.get_rank() + 7919 * state["iteration"]) % 2**31)
+        modules = dict(student_of(self.bare_model).named_modules())
+        for name, value in state["normalizers"].items():
+            modules[name].loss_normalizer = value
+
+    def _normalized_modules(self) -> list[tuple[str, nn.Module]]:
+        """Dense detectors keep a running loss normaliser outside their state_dict."""
+        return [(n, m) for n, m in student_of(self.bare_model).named_modules() if "loss_normalizer" in vars(m)]
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode):
+        return build_stream_loader(cfg, max(cfg.SEED, 0))
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        return build_evaluator(cfg, dataset_name)
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None) -> dict:
+        """Evaluate on every data set of DATASETS.TEST; the random numbers of the training stay as they are."""
+        with preserved_random_state():
+            return super().test(cfg, model, evaluators)
+
+
+def evaluate_teacher(cfg: CfgNode, teacher: Teacher) -> dict:
+    """The teacher's own results on DATASETS.TEST, at the student's image sizes, in the teacher's channel order."""
+    check_classes(cfg, teacher.model)
+    cfg = cfg.clone()
+    cfg.defrost()
+    if teacher.flip_channels:
+        cfg.INPUT.FORMAT = {"RGB": "BGR", "BGR": "RGB"}[cfg.INPUT.FORMAT]
+    cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "teacher")
+    teacher.to(torch.device(cfg.MODEL.DEVICE))
+    logger.info("Evaluating the teacher")
+    return KDTrainer.test(cfg, teacher.model)
+
+
+def _distributed(model: nn.Module) -> nn.Module:
+    if comm.get_world_size() == 1:
+        return model
+    device_ids = [comm.get_local_rank()] if next(model.parameters()).is_cuda else None
+    return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)

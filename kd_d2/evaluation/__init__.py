@@ -1,0 +1,5 @@
+"""Evaluators and analyses."""
+
+from .build import build_evaluator
+
+__all__ = ["build_evaluator"]

@@ -1,0 +1,39 @@
+"""Bringing feature maps to a common range before they are compared."""
+
+import torch
+from torch import Tensor
+
+SCOPES = ("sample", "channel", "joint", "none")
+
+
+def min_max_normalize(
+    student: Tensor, teacher: Tensor, scope: str = "sample", eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """Shift and scale a pair of feature maps to [0, 1] (nu in de Rijk 2022, equation 5).
+
+    Args:
+        student, teacher: (B, C, H, W).
+        scope: "sample": each map by its own range over (C, H, W), per sample; "channel": by its own range over (H, W),
+            per sample and channel; "joint": both by the range of the two together, per sample; "none": unchanged.
+        eps: the smallest range that is divided by, so that constant maps give zeros and finite gradients.
+
+    Returns:
+        The normalised student and teacher.
+
+    Raises:
+        ValueError: an unknown scope.
+    """
+    if scope == "none":
+        return student, teacher
+    if scope not in SCOPES:
+        raise ValueError(f"scope is {scope!r}; it must be one of {', '.join(SCOPES)}")
+    dims = (2, 3) if scope == "channel" else (1, 2, 3)
+    low_s, high_s = student.amin(dims, keepdim=True), student.amax(dims, keepdim=True)
+    low_t, high_t = teacher.amin(dims, keepdim=True), teacher.amax(dims, keepdim=True)
+    if scope == "joint":
+        low_s = low_t = torch.minimum(low_s, low_t)
+        high_s = high_t = torch.maximum(high_s, high_t)
+    return (
+        (student - low_s) / (high_s - low_s).clamp(min=eps),
+        (teacher - low_t) / (high_t - low_t).clamp(min=eps),
+    )

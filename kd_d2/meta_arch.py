@@ -1,0 +1,145 @@
+"""KDMetaArch: a student detector, a frozen teacher, and any number of distillers between them."""
+
+from __future__ import annotations
+
+import math
+
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+
+from .detectors import DetectorOutputs, build_adapter
+from .distillers import DISTILLER_REGISTRY, Distiller, Schedule
+from .errors import UserError
+from .teacher import Teacher
+
+
+@META_ARCH_REGISTRY.register()
+class KDMetaArch(nn.Module):
+    """Trains a student on its own losses and those of the distillers; at inference it is the student and nothing else."""
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        student: nn.Module,
+        teacher: Teacher,
+        distillers: dict[str, Distiller],
+        schedules: dict[str, Schedule] | None = None,
+    ):
+        """
+        Args:
+            student: any Detectron2 detector.
+            teacher: the frozen detector; not a submodule.
+            distillers: by registered name.
+            schedules: by the same names; one that is not named is active from the first iteration to the last.
+
+        Raises:
+            UserError: a distiller needs what one of the two detectors does not have; the class counts differ; the two
+                cannot be fed images of one size.
+        """
+        super().__init__()
+        self.student = student
+        self.teacher = teacher
+        self.distillers = nn.ModuleDict(distillers)
+        self.schedules = {name: (schedules or {}).get(name, Schedule()) for name in distillers}
+        self.adapter = build_adapter(student)
+        self._check_pair()
+        divisibility = math.lcm(self.adapter.size_divisibility, teacher.adapter.size_divisibility)
+        if distillers:
+            self.adapter.pad_to(divisibility)
+            teacher.adapter.pad_to(divisibility)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        kd = cfg.MODEL.KD
+        teacher = Teacher.from_config(cfg)
+        student = META_ARCH_REGISTRY.get(kd.STUDENT)(cfg)
+        specs = build_adapter(student).spec, teacher.spec
+        return {
+            "student": student,
+            "teacher": teacher,
+            "distillers": {name: DISTILLER_REGISTRY.get(name)(cfg, *specs) for name in kd.DISTILLERS},
+            "schedules": {
+                name: Schedule.from_node(kd[DISTILLER_REGISTRY.get(name).CONFIG_NODE]) for name in kd.DISTILLERS
+            },
+        }
+
+    def _check_pair(self) -> None:
+        student, teacher = self.adapter.spec, self.teacher.spec
+        counts = student.num_classes, teacher.num_classes
+        if None not in counts and counts[0] != counts[1]:
+            raise UserError(
+                f"The student ({student.name}) has {counts[0]} classes and the teacher ({teacher.name}) {counts[1]}; they must "
+                "be the same."
+            )
+        for name, distiller in self.distillers.items():
+            for whose, spec, has in (
+                ("student", student, student.provides),
+                ("teacher", teacher, teacher.provides | {"targets"}),
+            ):
+                lacking = sorted(distiller.needs - has)
+                if lacking:
+                    raise UserError(
+                        f"The distiller {name} needs {' and '.join(lacking)}, which the {whose} ({spec.name}) does not have."
+                    )
+
+    @property
+    def device(self):
+        return next(self.student.parameters()).device
+
+    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
+        """In training a dictionary of losses: the student's own and each distiller's. In eval the student's detections."""
+        if not self.training:
+            return self.student(batched_inputs)
+        iteration = get_event_storage().iter
+        active = {n: d for n, d in self.distillers.items() if self.schedules[n].is_active(iteration)}
+        want = frozenset().union(*(d.needs for d in active.values()))
+        targets = [x["instances"].to(self.device) for x in batched_inputs]
+        student = self.adapter.run(batched_inputs, want, targets)
+        losses = dict(student.losses)
+        if active:
+            self.teacher.to(self.device)
+            teacher = self.teacher(batched_inputs, want)
+            self._check_same_input(student, teacher)
+        for name, distiller in self.distillers.items():
+            if name in active:
+                new = distiller(student, teacher, targets)
+                factor = self.schedules[name].factor(iteration)
+                new = {key: loss if "_aux_" in key else factor * loss for key, loss in new.items()}
+            else:
+                new = distiller.idle_losses(like=student.images.tensor)
+            self._add(losses, new, name, distiller)
+        return losses
+
+    @staticmethod
+    def _add(losses: dict[str, Tensor], new: dict[str, Tensor], name: str, distiller: Distiller) -> None:
+        if new.keys() != set(distiller.loss_names) or new.keys() & losses.keys():
+            raise RuntimeError(
+                f"{name} returned the losses {sorted(new)}; it declares {sorted(distiller.loss_names)}, and there are "
+                f"{sorted(losses)} already"
+            )
+        losses.update(new)
+
+    def _check_same_input(self, student: DetectorOutputs, teacher: DetectorOutputs) -> None:
+        sizes = tuple(student.images.tensor.shape[-2:]), tuple(teacher.images.tensor.shape[-2:])
+        if sizes[0] != sizes[1]:
+            raise UserError(
+                f"The student ({type(self.student).__name__}) saw images of {sizes[0]} pixels and the teacher "
+                f"({type(self.teacher.model).__name__}) of {sizes[1]}: their padding does not agree."
+            )
+
+    def idle_parameters(self, iteration: int) -> list[nn.Parameter]:
+        """Parameters of distillers outside their schedule, which must keep still in this iteration."""
+        return [
+            parameter
+            for name, distiller in self.distillers.items()
+            if not self.schedules[name].is_active(iteration)
+            for parameter in distiller.parameters()
+        ]
+
+
+def student_of(model: nn.Module) -> nn.Module:
+    """The detector itself: the student inside a KDMetaArch, or the model that it is."""
+    return model.student if isinstance(model, KDMetaArch) else model

@@ -1,0 +1,65 @@
+"""The frozen teacher."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from torch import nn
+
+from .checkpoint import load_complete
+from .config import load_teacher_config
+from .detectors import DetectorOutputs, DetectorSpec, build_adapter
+
+logger = logging.getLogger(__name__)
+
+
+class Teacher:
+    """A trained detector that is only ever read: frozen, in eval mode, in no state_dict, optimiser or DDP bucket.
+
+    A plain object, so that a module that holds it does not own its weights.
+
+    Args:
+        model: the detector; its parameters are frozen here.
+        flip_channels: whether the images that it is given have the opposite channel order (RGB for BGR or back).
+    """
+
+    def __init__(self, model: nn.Module, *, flip_channels: bool = False):
+        self.model = model.requires_grad_(False).eval()
+        self.adapter = build_adapter(self.model)
+        self.flip_channels = flip_channels
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> Teacher:
+        """Build the teacher of MODEL.KD.TEACHER and load its weights, all of them.
+
+        Raises:
+            UserError: config or weights are missing, damaged, or do not belong together.
+        """
+        teacher_cfg = load_teacher_config(cfg)
+        model = build_model(teacher_cfg)
+        load_complete(model, teacher_cfg.MODEL.WEIGHTS, "the teacher")
+        logger.info(f"Teacher: {type(model).__name__} from {teacher_cfg.MODEL.WEIGHTS}")
+        return cls(model, flip_channels=teacher_cfg.INPUT.FORMAT != cfg.INPUT.FORMAT)
+
+    @property
+    def spec(self) -> DetectorSpec:
+        return self.adapter.spec
+
+    def to(self, device: torch.device) -> None:
+        """Move to the student's device; nothing happens where it is there already."""
+        if next(self.model.parameters()).device != device:
+            self.model.to(device)
+
+    @torch.no_grad()
+    def __call__(self, batched_inputs: list[dict], want: frozenset[str]) -> DetectorOutputs:
+        """Read the wanted parts for the images of a training batch, given in the student's channel order."""
+        return self.adapter.run(self.in_own_format(batched_inputs), want)
+
+    def in_own_format(self, batched_inputs: list[dict]) -> list[dict]:
+        """The inputs with the images in the teacher's channel order."""
+        if not self.flip_channels:
+            return batched_inputs
+        return [{**x, "image": x["image"].flip(0)} for x in batched_inputs]

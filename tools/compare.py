@@ -1,0 +1,45 @@
+#!/usr/bin/env python
+"""Compare a teacher, a plain student and distilled students in one table: cells x seeds, resumable.
+
+    tools/compare.py --matrix MATRIX.yaml --output DIR [--cells NAME ...] [--seeds N ...] [--jobs N] [KEY VALUE ...]
+
+Every finished cell leaves DIR/cells/<cell>-seed<N>.json; called again, only what is missing runs, and a cell that was
+killed goes on from its last checkpoint. The overrides hold for all cells.
+"""
+
+import argparse
+import os
+import sys
+
+from kd_d2 import UserError
+from kd_d2.comparison.matrix import read_matrix
+from kd_d2.comparison.runner import run_jobs, teacher_evaluation_job, training_job
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--matrix", required=True, help="yaml file of the matrix")
+    parser.add_argument("--output", required=True, help="folder of runs, results and table")
+    parser.add_argument("--cells", nargs="+", help="only these cells")
+    parser.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time (default 1)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each (default 1)")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides: KEY VALUE ...")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    matrix = read_matrix(args.matrix)
+    output = os.path.abspath(args.output)
+    jobs = [training_job(cell, seed, output, args.opts) for cell, seed in matrix.select(args.cells, args.seeds)]
+    if matrix.teacher is None:
+        jobs.insert(0, teacher_evaluation_job(matrix, output, args.opts))
+    run_jobs(jobs, args.jobs, args.threads)
+
+
+if __name__ == "__main__":
+    try:
+        main(parse())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,61 @@
+#!/usr/bin/env python
+"""Train or evaluate a detector: plain, or a student with a teacher.
+
+train_net.py --config-file CONFIG [--num-gpus N] [--resume] [--eval-teacher] [KEY VALUE ...]
+train_net.py --config-file CONFIG --eval-only MODEL.WEIGHTS CHECKPOINT [KEY VALUE ...]
+train_net.py --config-file CONFIG --eval-only --eval-teacher [KEY VALUE ...]
+"""
+
+import argparse
+import json
+import os
+
+from detectron2.engine import default_argument_parser
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+
+from kd_d2 import KDMetaArch, Teacher, UserError
+from kd_d2.checkpoint import load_complete
+from kd_d2.engine import KDTrainer, evaluate_teacher, launch, setup
+from kd_d2.engine.checks import check_classes
+
+
+def main(args: argparse.Namespace) -> dict | None:
+    cfg = setup(args)
+    if args.eval_only and args.eval_teacher:
+        results = evaluate_teacher(cfg, Teacher.from_config(cfg))
+        write_results(cfg.OUTPUT_DIR, "teacher.json", results)
+        return results
+    if args.eval_only:
+        if not cfg.MODEL.WEIGHTS:
+            raise UserError("--eval-only needs MODEL.WEIGHTS: name the checkpoint that is to be evaluated.")
+        model = build_model(cfg)
+        check_classes(cfg, model)
+        load_complete(model, cfg.MODEL.WEIGHTS, "the detector")
+        results = KDTrainer.test(cfg, model)
+        write_results(cfg.OUTPUT_DIR, "eval.json", results)
+        return results
+
+    trainer = KDTrainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    if args.eval_teacher:
+        if not isinstance(trainer.bare_model, KDMetaArch):
+            raise UserError(f"--eval-teacher: MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} has no teacher.")
+        write_results(cfg.OUTPUT_DIR, "teacher.json", evaluate_teacher(cfg, trainer.bare_model.teacher))
+    return trainer.train()
+
+
+def write_results(folder: str, name: str, results: dict) -> None:
+    if comm.is_main_process():
+        with open(os.path.join(folder, name), "w") as file:
+            json.dump(results, file, indent=2)
+
+
+if __name__ == "__main__":
+    parser = default_argument_parser()
+    parser.add_argument(
+        "--eval-teacher",
+        action="store_true",
+        help="evaluate the teacher once before training, or with --eval-only the teacher alone",
+    )
+    launch(main, parser.parse_args())
