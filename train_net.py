@@ -9,7 +9,9 @@ train_net.py --config-file CONFIG --eval-only --eval-teacher [KEY VALUE ...]
 import argparse
 import json
 import os
+import resource
 
+import torch
 from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
 from detectron2.utils import comm
@@ -42,13 +44,23 @@ def main(args: argparse.Namespace) -> dict | None:
         if not isinstance(trainer.bare_model, KDMetaArch):
             raise UserError(f"--eval-teacher: MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} has no teacher.")
         write_results(cfg.OUTPUT_DIR, "teacher.json", evaluate_teacher(cfg, trainer.bare_model.teacher))
-    return trainer.train()
+    trainer.train()
+    results = getattr(trainer, "_last_eval_results", {})
+    write_results(cfg.OUTPUT_DIR, "train.json", {**results, "peak_memory_mib": peak_memory_mib()})
+    return results
 
 
 def write_results(folder: str, name: str, results: dict) -> None:
     if comm.is_main_process():
         with open(os.path.join(folder, name), "w") as file:
             json.dump(results, file, indent=2)
+
+
+def peak_memory_mib() -> float:
+    """The most memory that this process ever held: on its GPU where it has one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 if __name__ == "__main__":

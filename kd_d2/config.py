@@ -221,12 +221,12 @@ def _same_kind(default: Any, value: Any) -> bool:
 def _resolve_paths(cfg: CN, folder: str, student_only: bool) -> None:
     used = set(cfg.DATASETS.TEST) | (set() if student_only else set(cfg.DATASETS.TRAIN))
     resolved = []
-    for name, annotations, images in cfg.DATASETS.COCO_JSON:
+    for name, json_file, images in cfg.DATASETS.COCO_JSON:
         if name in used:
             key = f"DATASETS.COCO_JSON ({name})"
-            annotations = find_file(annotations, key, folder)
+            json_file = find_file(json_file, key, folder)
             images = find_file(images, key, folder, is_folder=True)
-        resolved.append([name, annotations, images])
+        resolved.append([name, json_file, images])
     cfg.DATASETS.COCO_JSON = resolved
     if cfg.MODEL.WEIGHTS:
         cfg.MODEL.WEIGHTS = find_file(cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS", folder)

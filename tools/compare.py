@@ -8,12 +8,10 @@ killed goes on from its last checkpoint. The overrides hold for all cells.
 """
 
 import argparse
-import os
 import sys
 
 from kd_d2 import UserError
-from kd_d2.comparison.matrix import read_matrix
-from kd_d2.comparison.runner import run_jobs, teacher_evaluation_job, training_job
+from kd_d2.comparison import compare, read_matrix
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -28,18 +26,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(args: argparse.Namespace) -> None:
-    matrix = read_matrix(args.matrix)
-    output = os.path.abspath(args.output)
-    jobs = [training_job(cell, seed, output, args.opts) for cell, seed in matrix.select(args.cells, args.seeds)]
-    if matrix.teacher is None:
-        jobs.insert(0, teacher_evaluation_job(matrix, output, args.opts))
-    run_jobs(jobs, args.jobs, args.threads)
-
-
 if __name__ == "__main__":
+    args = parse()
     try:
-        main(parse())
+        compare(
+            read_matrix(args.matrix),
+            args.output,
+            args.opts,
+            cells=args.cells,
+            seeds=args.seeds,
+            jobs=args.jobs,
+            threads=args.threads,
+        )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -179,7 +179,8 @@ step "3/4 Detectron2: $mode"
 case $mode in
 source)
     command -v git >/dev/null || die "DETECTRON2=source needs git."
-    pip_install "Detectron2 from its source" --no-deps "$SOURCE"
+    # pip's cache would hand back a build against another torch.
+    pip_install "Detectron2 from its source" --no-deps --no-cache-dir "$SOURCE"
     ;;
 pypi)
     pip_install "Detectron2 from PyPI" -q --no-deps --only-binary=:all: --python-version 3.10 --upgrade \

@@ -37,7 +37,6 @@ class Cell:
         config: the config file.
         opts: overrides of the config: key, value, ...
         seeds: the seeds it is trained with.
-        uses_teacher: whether the teacher that the comparison trained is put into its config.
     """
 
     name: str
@@ -45,7 +44,6 @@ class Cell:
     config: str
     opts: tuple[Any, ...] = ()
     seeds: tuple[int, ...] = (0,)
-    uses_teacher: bool = True
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,6 @@ class Matrix:
         baseline: the cell that gains are over.
         student: the plain student's cell, from which the gap to the teacher is counted.
         teacher: trained first where the matrix gives its config; None where the students' config names one.
-        teacher_source: a cell's config whose MODEL.KD.TEACHER is evaluated where `teacher` is None.
     """
 
     cells: tuple[Cell, ...]

@@ -90,7 +90,7 @@ def training_job(cell: Cell, seed: int, output: str, opts: list[Any]) -> Job:
 
 def teacher_evaluation_job(matrix: Matrix, output: str, opts: list[Any]) -> Job:
     """Evaluate the teacher that the students' config names."""
-    cell = next(c for c in matrix.cells if c.name == matrix.baseline)
+    cell = matrix.cell(matrix.baseline)
     folder = os.path.join(output, "teacher")
     opts = [*opts, *cell.opts]
     command = [
@@ -104,6 +104,17 @@ def teacher_evaluation_job(matrix: Matrix, output: str, opts: list[Any]) -> Job:
     ]
     settings = {k: v for k, v in measured_settings(cell.config, opts).items() if k.startswith(("INPUT.", "DATASETS."))}
     return Job("teacher", 0, command, folder, result_path(output, "teacher", 0), settings)
+
+
+def teacher_training_job(matrix: Matrix, output: str, opts: list[Any]) -> tuple[Job, list[Any]]:
+    """Train the teacher that the matrix gives.
+
+    Returns:
+        the job, and the overrides by which the students' configs name this teacher.
+    """
+    job = training_job(matrix.teacher, matrix.teacher.seeds[0], output, opts)
+    config, weights = (os.path.join(job.output, name) for name in ("student.yaml", "model_final.pth"))
+    return job, ["MODEL.KD.TEACHER.CONFIG_FILE", config, "MODEL.KD.TEACHER.WEIGHTS", weights]
 
 
 def result_path(output: str, cell: str, seed: int) -> str:
@@ -160,19 +171,15 @@ def _finish(job: Job) -> bool:
     if job.process.returncode != 0:
         print(f"{job.name}: FAILED with exit status {job.process.returncode}, see {job.output}/process.log", flush=True)
         return False
-    if job.cell == "teacher" and os.path.isfile(os.path.join(job.output, "teacher.json")):
-        with open(os.path.join(job.output, "teacher.json")) as file:
-            scores = {f"bbox/{k}": v for k, v in json.load(file)["bbox"].items()}
-        metrics = []
-    else:
-        metrics = read_metrics(job.output)
-        scores = {k: v for m in metrics for k, v in m.items() if k.startswith("bbox/")}
+    outcome = _outcome(job.output)
+    metrics = read_metrics(job.output)
     result = {
         "cell": job.cell,
         "seed": job.seed,
-        "scores": {k.removeprefix("bbox/"): round(v, 4) for k, v in scores.items() if "AP-" not in k},
+        "scores": {k: round(v, 4) for k, v in outcome["bbox"].items() if not k.startswith("AP-")},
         "minutes": round(minutes, 1),
         "seconds_per_iteration": _median([m["time"] for m in metrics if "time" in m]),
+        "peak_memory_mib": outcome.get("peak_memory_mib"),
         "curves": _curves(metrics),
         "settings": job.settings,
     }
@@ -184,6 +191,16 @@ def _finish(job: Job) -> bool:
     ap = result["scores"].get("AP", float("nan"))
     print(f"{job.name}: finished after {minutes:.1f} min, AP {ap:.2f}", flush=True)
     return True
+
+
+def _outcome(folder: str) -> dict[str, Any]:
+    """What train_net.py wrote at its end: train.json of a training, teacher.json of the teacher's evaluation."""
+    for name in ("train.json", "teacher.json"):
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            with open(path) as file:
+                return json.load(file)
+    raise UserError(f"{folder} has no results, though its process ended well.")
 
 
 def _median(values: list[float]) -> float | None:

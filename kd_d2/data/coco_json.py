@@ -45,18 +45,18 @@ def register_coco_json(cfg: CfgNode) -> None:
         UserError: see `check_coco_json`; or the name belongs to another data set already.
     """
     used = {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST}
-    for name, annotations, folder in cfg.DATASETS.COCO_JSON:
-        if name not in used or not os.path.isfile(annotations):
+    for name, json_file, folder in cfg.DATASETS.COCO_JSON:
+        if name not in used or not os.path.isfile(json_file):
             continue
         if name in DatasetCatalog.list():
-            if MetadataCatalog.get(name).get("json_file") == annotations:
+            if MetadataCatalog.get(name).get("json_file") == json_file:
                 continue
             raise UserError(
                 f"DATASETS.COCO_JSON: the name {name!r} belongs to another data set already; choose a new one."
             )
-        summary = check_coco_json(annotations, folder)
-        log_summary(name, annotations, summary)
-        register_coco_instances(name, {"thing_classes": summary.classes}, annotations, folder)
+        summary = check_coco_json(json_file, folder)
+        log_summary(name, json_file, summary)
+        register_coco_instances(name, {"thing_classes": summary.classes}, json_file, folder)
 
 
 def check_coco_json(path: str, image_folder: str) -> CocoSummary:

@@ -1,0 +1,181 @@
+#!/usr/bin/env python
+"""Seconds and peak memory of a training iteration: the plain student, with one teacher forward, with each method.
+
+    benchmarks/step.py [--pair tiny|coco] [--methods NAME ...] [--rounds N] [--threads N] [--output FILE.json]
+
+Times: all variants share one student and one teacher and take turns, round after round, in one process; the median of a
+variant's rounds, and the median of its ratio to "student + teacher" of the same round. Memory: each variant in a fresh
+process, the peak of the resident set during one iteration above what it was before (on a GPU: allocated memory).
+
+The pairs: "tiny" is configs/tiny's RetinaNet R18 -> R10, 8 images of 192x256. "coco" is Detectron2's RetinaNet R101 -> R50,
+2 images of 800x1216.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+
+import torch
+from detectron2.config import configurable
+from detectron2.modeling import build_model
+from detectron2.solver import build_optimizer
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from tabulate import tabulate
+
+from kd_d2 import DISTILLER_REGISTRY, Distiller, KDMetaArch, Teacher, load_config
+from kd_d2.detectors import build_adapter
+from kd_d2.engine.step import DistillationStep
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+TINY = os.path.join(os.path.dirname(HERE), "configs", "tiny")
+PAIRS = {
+    "tiny": (f"{TINY}/retinanet-student.yaml", f"{TINY}/retinanet-teacher.yaml", 8, (192, 256)),
+    "coco": ("COCO-Detection/retinanet_R_50_FPN_1x.yaml", "COCO-Detection/retinanet_R_101_FPN_3x.yaml", 2, (800, 1216)),
+}
+PLAIN, READ = "student", "student + teacher"
+BOXES = 7
+
+
+class ReadOnly(Distiller):
+    """Makes the teacher's features be read, and adds nothing."""
+
+    needs = frozenset({"features"})
+    loss_names = ("loss_nothing",)
+
+    @configurable
+    def __init__(self):
+        super().__init__()
+
+    def forward(self, student, teacher, targets):
+        return self.idle_losses(like=student.images.tensor)
+
+
+class Bench:
+    """A student and a teacher of a pair, and the training step of any variant of them."""
+
+    def __init__(self, pair: str):
+        student_config, teacher_config, batch, size = PAIRS[pair]
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        opts = ["MODEL.DEVICE", self.device, "MODEL.WEIGHTS", ""]
+        self.cfg = load_config(student_config, opts)
+        torch.manual_seed(0)
+        self.student = build_model(self.cfg)
+        self.teacher = Teacher(build_model(load_config(teacher_config, opts)))
+        self.data = _inputs(batch, size, self.teacher.spec.num_classes)
+
+    def step(self, variant: str) -> DistillationStep:
+        if variant == PLAIN:
+            model = self.student
+        else:
+            specs = build_adapter(self.student).spec, self.teacher.spec
+            distiller = ReadOnly() if variant == READ else DISTILLER_REGISTRY.get(variant)(self.cfg, *specs)
+            model = KDMetaArch(student=self.student, teacher=self.teacher, distillers={variant: distiller})
+            model.to(self.device)
+        step = DistillationStep(model, build_optimizer(self.cfg, model), {})
+        step._data_loader_iter_obj = itertools.repeat(self.data)
+        return step
+
+
+def _inputs(batch: int, size: tuple[int, int], num_classes: int) -> list[dict]:
+    inputs = []
+    for _ in range(batch):
+        corner = torch.rand(BOXES, 2) * torch.tensor([size[1] * 0.6, size[0] * 0.6])
+        extent = 16 + torch.rand(BOXES, 2) * torch.tensor([size[1] * 0.35, size[0] * 0.35])
+        target = Instances(size, gt_boxes=Boxes(torch.cat([corner, corner + extent], 1)))
+        target.gt_classes = torch.randint(num_classes, (BOXES,))
+        inputs.append({"image": torch.randint(256, (3, *size)).float(), "instances": target})
+    return inputs
+
+
+def measure_times(pair: str, variants: list[str], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every round, by variant. One round more is run first and thrown away."""
+    bench = Bench(pair)
+    steps = {variant: bench.step(variant) for variant in variants}
+    times: dict[str, list[float]] = {variant: [] for variant in variants}
+    with EventStorage():
+        for number in range(rounds + 1):
+            for variant, step in steps.items():
+                start = time.perf_counter()
+                step.run_step()
+                if bench.device == "cuda":
+                    torch.cuda.synchronize()
+                times[variant].append(time.perf_counter() - start)
+            print(f"round {number}: " + ", ".join(f"{v} {t[-1]:.2f} s" for v, t in times.items()), flush=True)
+    return {variant: values[1:] for variant, values in times.items()}
+
+
+def measure_memory(pair: str, variant: str) -> float:
+    """Peak memory of one iteration above the state before it, in MiB; call it in a fresh process."""
+    bench = Bench(pair)
+    step = bench.step(variant)
+    with EventStorage():
+        if bench.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            step.run_step()
+            return (torch.cuda.max_memory_allocated() - before) / 2**20
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # the peak starts anew
+        before = _status("VmRSS")
+        step.run_step()
+        return (_status("VmHWM") - before) / 2**10
+
+
+def _status(key: str) -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(key + ":"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pair", choices=PAIRS, default="tiny")
+    parser.add_argument("--methods", nargs="+", default=[name for name, _ in DISTILLER_REGISTRY])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", help="json file for the figures")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(args.threads)
+    if args.memory_of:
+        print(measure_memory(args.pair, args.memory_of))
+        return
+
+    variants = [PLAIN, READ, *args.methods]
+    times = measure_times(args.pair, variants, args.rounds)
+    memory = {}
+    for variant in variants:
+        command = [sys.executable, __file__, "--pair", args.pair, "--threads", str(args.threads), "--memory-of", variant]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        memory[variant] = float(output.splitlines()[-1])
+    ratios = {v: [a / b for a, b in zip(times[v], times[READ])] for v in variants}
+    result = {
+        "pair": args.pair,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {args.threads} threads",
+        "torch": torch.__version__,
+        "variants": {
+            v: {"seconds": times[v], "ratio": statistics.median(ratios[v]), "memory_mib": memory[v]} for v in variants
+        },
+    }
+    rows = [
+        [v, statistics.median(times[v]), statistics.median(ratios[v]), min(ratios[v]), max(ratios[v]), memory[v]]
+        for v in variants
+    ]
+    headers = ["", "s / iteration", "ratio", "lowest", "highest", "memory MiB"]
+    print(f"{args.pair}, {result['device']}, torch {torch.__version__}, median of {args.rounds} interleaved rounds")
+    print(tabulate(rows, headers=headers, floatfmt=("", ".3f", ".3f", ".3f", ".3f", ".0f"), tablefmt="github"))
+    if args.output:
+        with open(args.output, "w") as file:
+            json.dump(result, file, indent=1)
+            file.write("\n")
+
+
+if __name__ == "__main__":
+    main()

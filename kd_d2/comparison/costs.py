@@ -1,0 +1,87 @@
+"""What a detector costs to run: parameters, operations, time."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from fvcore.nn import FlopCountAnalysis
+from torch import nn
+
+from ..config import load_config, load_teacher_config
+from .matrix import Matrix
+
+REPEATS = 10
+
+
+def measure_costs(matrix: Matrix, opts: list[Any]) -> dict[str, dict[str, float]]:
+    """Costs of the teacher ("teacher") and of every cell's student.
+
+    Images are square, of the side INPUT.MIN_SIZE_TEST; weights are random, with all detections suppressed, so the time
+    is that of the network. Times are medians of interleaved runs of one image.
+
+    Returns:
+        by cell: "params" in millions, "gflops" (multiply-adds, 1e9) and "ms_per_image".
+    """
+    students = {c.name: load_config(c.config, [*opts, *c.opts], student_only=True) for c in matrix.cells}
+    if matrix.teacher is not None:
+        teacher = load_config(matrix.teacher.config, [*opts, *matrix.teacher.opts], student_only=True)
+    else:
+        cell = matrix.cell(matrix.baseline)
+        teacher = load_teacher_config(load_config(cell.config, [*opts, *cell.opts]))
+    configs = {"teacher": teacher, **students}
+    side = next(iter(students.values())).INPUT.MIN_SIZE_TEST
+    described = {name: str(cfg.MODEL) for name, cfg in configs.items()}
+    distinct = {text: name for name, text in described.items()}
+    measured = _measure({name: configs[name] for name in distinct.values()}, side)
+    return {name: measured[distinct[text]] for name, text in described.items()}
+
+
+def _measure(configs: dict[str, CfgNode], side: int) -> dict[str, dict[str, float]]:
+    models = {name: _build(cfg) for name, cfg in configs.items()}
+    image = torch.zeros(3, side, side)
+    inputs = [{"image": image, "height": side, "width": side}]
+    times: dict[str, list[float]] = {name: [] for name in models}
+    with torch.no_grad():
+        for _ in range(REPEATS + 2):
+            for name, model in models.items():
+                start = time.perf_counter()
+                model(inputs)
+                if model.device.type == "cuda":
+                    torch.cuda.synchronize()
+                times[name].append(time.perf_counter() - start)
+    return {
+        name: {
+            "params": sum(p.numel() for p in model.parameters()) / 1e6,
+            "gflops": _gflops(model, side),
+            "ms_per_image": 1000 * statistics.median(times[name][2:]),
+        }
+        for name, model in models.items()
+    }
+
+
+def _build(cfg: CfgNode) -> nn.Module:
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS = ""
+    if not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    return build_model(cfg).eval()
+
+
+def _gflops(model: nn.Module, side: int) -> float:
+    """Multiply-adds of backbone and, for dense detectors, head: what does not depend on the image's content."""
+    logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
+    image = torch.zeros(1, 3, side, side, device=model.device)
+    total = FlopCountAnalysis(model.backbone, image).unsupported_ops_warnings(False).total()
+    if hasattr(model, "head"):
+        with torch.no_grad():
+            features = model.backbone(image)
+        maps = [features[name] for name in model.head_in_features]
+        total += FlopCountAnalysis(model.head, (maps,)).unsupported_ops_warnings(False).total()
+    return total / 1e9

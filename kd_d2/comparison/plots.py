@@ -1,0 +1,80 @@
+"""Pictures of a comparison: AP with its spread, and losses and AP over the iterations."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from .matrix import Matrix
+from .table import Row
+
+TEACHER_COLOR = "0.45"
+
+
+def plot_ap(rows: list[Row], path: str) -> None:
+    """Bars of mean AP and AP50, every seed a dot, the teacher a line."""
+    students = [row for row in rows if row.name != "teacher"]
+    teacher = next((row for row in rows if row.name == "teacher"), None)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 0.45 * len(students) + 1.6), sharey=True, layout="constrained")
+    for axis, column in zip(axes, ("AP", "AP50")):
+        for place, row in enumerate(students):
+            values = row.scores[column]
+            axis.barh(place, statistics.mean(values), color=f"C{place % 10}", alpha=0.75)
+            axis.plot(values, [place] * len(values), "k.", markersize=5)
+            axis.annotate(
+                f" {statistics.mean(values):.1f}",
+                (max(values), place),
+                va="center",
+                xytext=(4, 0),
+                textcoords="offset points",
+            )
+        if teacher:
+            axis.axvline(statistics.mean(teacher.scores[column]), color=TEACHER_COLOR, linestyle="--", label="teacher")
+            axis.legend(loc="lower right", fontsize=8)
+        axis.set_xlabel(column)
+        axis.margins(x=0.12)
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(students)), [row.title for row in students])
+    axes[0].invert_yaxis()
+    _save(figure, path)
+
+
+def plot_curves(matrix: Matrix, results: dict[str, list[dict[str, Any]]], path: str) -> None:
+    """AP and every loss over the iterations, one line a cell (its first seed)."""
+    cells = [cell for cell in matrix.cells if results.get(cell.name)]
+    curves = {cell.name: results[cell.name][0]["curves"] for cell in cells}
+    panels = [k for k in ("bbox/AP", "total_loss") if any(k in c for c in curves.values())]
+    panels += sorted({k for c in curves.values() for k in c} - {"bbox/AP", "total_loss"})
+    if not panels:
+        return
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.1 * rows), squeeze=False, layout="constrained")
+    for axis, key in zip(axes.flat, panels):
+        for index, cell in enumerate(cells):
+            points = curves[cell.name].get(key)
+            if points:
+                x, y = zip(*points)
+                style = {"marker": "o", "markersize": 3} if key == "bbox/AP" else {}
+                axis.plot(x, y, color=f"C{index % 10}", linewidth=1.3, **style)
+        axis.set_title(key.removeprefix("bbox/"), fontsize=10)
+        axis.set_xlabel("iteration", fontsize=8)
+        axis.grid(alpha=0.3)
+        axis.set_ylim(bottom=0)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    lines = [plt.Line2D([], [], color=f"C{i % 10}", label=cell.title) for i, cell in enumerate(cells)]
+    figure.legend(handles=lines, loc="outside lower center", ncols=min(3, len(lines)), fontsize=8)
+    _save(figure, path)
+
+
+def _save(figure: plt.Figure, path: str) -> None:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

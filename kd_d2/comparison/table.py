@@ -1,0 +1,154 @@
+"""The table of a comparison: means and spreads, gains, and how much of the way to the teacher was made."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+from tabulate import tabulate
+
+from .matrix import Matrix
+from .runner import result_path
+
+SCORES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+
+@dataclass
+class Row:
+    """A cell over all its finished seeds.
+
+    Attributes:
+        scores: by column (0 to 100) the values of the seeds.
+        costs: parameters (millions), GFLOPs and ms an image of the detector; see `costs.measure_costs`.
+        gain: mean AP over the baseline's; None where there is none.
+        is_better: the gain is more than two pooled standard deviations; None where that cannot be told.
+        gap_closed: share of the way from the plain student to the teacher.
+        seconds_per_iteration, peak_memory_mib: of the training, mean over seeds.
+    """
+
+    name: str
+    title: str
+    scores: dict[str, list[float]]
+    costs: dict[str, float]
+    gain: float | None = None
+    is_better: bool | None = None
+    gap_closed: float | None = None
+    seconds_per_iteration: float | None = None
+    peak_memory_mib: float | None = None
+
+    @property
+    def ap(self) -> float:
+        return statistics.mean(self.scores["AP"])
+
+
+def read_results(matrix: Matrix, output: str) -> dict[str, list[dict[str, Any]]]:
+    """The finished results by cell, the teacher's under "teacher"."""
+    seeds = {cell.name: cell.seeds for cell in matrix.cells} | {
+        "teacher": matrix.teacher.seeds if matrix.teacher else (0,)
+    }
+    results: dict[str, list[dict[str, Any]]] = {}
+    for name, of_cell in seeds.items():
+        for seed in of_cell:
+            path = result_path(output, name, seed)
+            if os.path.isfile(path):
+                with open(path) as file:
+                    results.setdefault(name, []).append(json.load(file))
+    return results
+
+
+def build_rows(
+    matrix: Matrix, results: dict[str, list[dict[str, Any]]], costs: dict[str, dict[str, float]]
+) -> list[Row]:
+    """The rows of the table: the teacher, then the finished cells in the matrix's order."""
+    titles = {"teacher": "teacher"} | {cell.name: cell.title for cell in matrix.cells}
+    rows = {}
+    for name, title in titles.items():
+        if name in results:
+            scores = {column: [r["scores"].get(column, math.nan) for r in results[name]] for column in SCORES}
+            rows[name] = Row(
+                name,
+                title,
+                scores,
+                costs.get(name, {}),
+                seconds_per_iteration=_mean(r.get("seconds_per_iteration") for r in results[name]),
+                peak_memory_mib=_mean(r.get("peak_memory_mib") for r in results[name]),
+            )
+    baseline, student, teacher = rows.get(matrix.baseline), rows.get(matrix.student), rows.get("teacher")
+    for row in rows.values():
+        if baseline and row not in (baseline, teacher):
+            row.gain = row.ap - baseline.ap
+            spread = pooled_deviation(row.scores["AP"], baseline.scores["AP"])
+            row.is_better = None if spread is None else row.gain > 2 * spread
+        if student and teacher and row not in (student, teacher) and teacher.ap > student.ap:
+            row.gap_closed = (row.ap - student.ap) / (teacher.ap - student.ap)
+    return list(rows.values())
+
+
+def pooled_deviation(first: list[float], second: list[float]) -> float | None:
+    """Pooled sample standard deviation of two samples; None where one has fewer than two values."""
+    if min(len(first), len(second)) < 2:
+        return None
+    squares = sum((len(x) - 1) * statistics.variance(x) for x in (first, second))
+    return math.sqrt(squares / (len(first) + len(second) - 2))
+
+
+def _mean(values) -> float | None:
+    known = [v for v in values if v is not None]
+    return statistics.mean(known) if known else None
+
+
+HEADERS = (
+    "", "seeds", *SCORES, "gain", "> 2 sd", "gap closed", "params M", "GFLOPs", "ms / image", "s / iteration", "memory MiB",
+)  # fmt: skip
+
+
+def format_row(row: Row) -> list[str]:
+    """The cells of a row as text, in the order of HEADERS."""
+    better = {None: "", True: "yes", False: "no"}[row.is_better]
+    return [
+        row.title,
+        str(len(row.scores["AP"])),
+        *(_spread(row.scores[column]) for column in SCORES),
+        _number(row.gain, "+.2f"),
+        better,
+        _number(row.gap_closed, ".2f"),
+        _number(row.costs.get("params"), ".2f"),
+        _number(row.costs.get("gflops"), ".2f"),
+        _number(row.costs.get("ms_per_image"), ".1f"),
+        _number(row.seconds_per_iteration, ".3f"),
+        _number(row.peak_memory_mib, ".0f"),
+    ]
+
+
+def _spread(values: list[float]) -> str:
+    mean = statistics.mean(values)
+    if math.isnan(mean):
+        return ""
+    return f"{mean:.2f}" if len(values) == 1 else f"{mean:.2f} ± {statistics.stdev(values):.2f}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def as_markdown(rows: list[Row]) -> str:
+    """The table in Markdown, without the columns that are empty in every row."""
+    cells = [format_row(row) for row in rows]
+    kept = [i for i in range(len(HEADERS)) if any(row[i] for row in cells)]
+    body = [[row[i] for i in kept] for row in cells]
+    return tabulate(body, headers=[HEADERS[i] for i in kept], tablefmt="github", disable_numparse=True)
+
+
+def as_csv(rows: list[Row]) -> str:
+    """The table as comma-separated values."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("cell", *HEADERS[1:]))
+    writer.writerows([row.name, *format_row(row)[1:]] for row in rows)
+    return text.getvalue()
