@@ -63,11 +63,15 @@ def peak_memory_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-if __name__ == "__main__":
+def argument_parser() -> argparse.ArgumentParser:
     parser = default_argument_parser()
     parser.add_argument(
         "--eval-teacher",
         action="store_true",
         help="evaluate the teacher once before training, or with --eval-only the teacher alone",
     )
-    launch(main, parser.parse_args())
+    return parser
+
+
+if __name__ == "__main__":
+    launch(main, argument_parser().parse_args())

@@ -152,7 +152,16 @@ def main() -> None:
     times = measure_times(args.pair, variants, args.rounds)
     memory = {}
     for variant in variants:
-        command = [sys.executable, __file__, "--pair", args.pair, "--threads", str(args.threads), "--memory-of", variant]
+        command = [
+            sys.executable,
+            __file__,
+            "--pair",
+            args.pair,
+            "--threads",
+            str(args.threads),
+            "--memory-of",
+            variant,
+        ]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         memory[variant] = float(output.splitlines()[-1])
     ratios = {v: [a / b for a, b in zip(times[v], times[READ])] for v in variants}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode as CN
@@ -71,7 +73,20 @@ class _SafeNode(CN):
 
     @classmethod
     def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
-        return super().load_yaml_with_base(filename, allow_unsafe=_is_zoo_file(filename))
+        try:
+            tree = super().load_yaml_with_base(filename, allow_unsafe=_is_zoo_file(filename))
+        except yaml.YAMLError as error:
+            what = " ".join(str(error).split())
+            raise UserError(f"Config file {filename} is not plain yaml: {what}.") from error
+        except (OSError, AssertionError, UnicodeDecodeError) as error:
+            raise UserError(f"Config file {filename} cannot be read: {error}.") from error
+        except (TypeError, AttributeError) as error:
+            raise UserError(f"Config file {filename} is empty, or its _BASE_ is not a path.") from error
+        except RecursionError as error:
+            raise UserError(f"Config file {filename} is its own _BASE_, directly or through others.") from error
+        if not isinstance(tree, dict):
+            raise UserError(f"Config file {filename} holds no config keys.")
+        return tree
 
 
 def _is_zoo_file(filename: str) -> bool:
@@ -80,7 +95,9 @@ def _is_zoo_file(filename: str) -> bool:
     return os.path.realpath(filename).startswith(zoo + os.sep)
 
 
-def load_config(config_file: str, opts: Iterable[Any] = (), *, student_only: bool = False) -> CN:
+def load_config(
+    config_file: str, opts: Iterable[Any] = (), *, student_only: bool = False, needs_data: bool = True
+) -> CN:
     """Read a config file and overrides into a full config.
 
     Relative paths in the config count from the working directory, then from the config file's folder.
@@ -90,6 +107,7 @@ def load_config(config_file: str, opts: Iterable[Any] = (), *, student_only: boo
         opts: alternating keys and values.
         student_only: for evaluation: KDMetaArch becomes the student's own meta-architecture; nothing of the
             teacher, and no training data, has to exist.
+        needs_data: False where no data set is read: files that DATASETS.COCO_JSON names need not exist.
 
     Returns:
         The config, checked by `validate_kd_config`, not frozen.
@@ -104,11 +122,11 @@ def load_config(config_file: str, opts: Iterable[Any] = (), *, student_only: boo
         path = find_config_file(config_file, "--config-file")
         folder = os.path.dirname(path)
         _merge(cfg, read_yaml(path), path)
-    _merge(cfg, _tree_from_opts(list(opts)), "the command line")
+    _merge(cfg, _tree_from_opts(list(opts), "the command line"), "the command line")
     if student_only and cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH:
         cfg.MODEL.META_ARCHITECTURE = cfg.MODEL.KD.STUDENT
     validate_kd_config(cfg)
-    _resolve_paths(cfg, folder, student_only)
+    _resolve_paths(cfg, folder, student_only, needs_data)
     return cfg
 
 
@@ -117,10 +135,10 @@ def find_config_file(name: str, key: str, folder: str = "") -> str:
     try:
         return find_file(name, key, folder)
     except UserError:
-        try:
-            return model_zoo.get_config_file(name)
-        except RuntimeError:
-            pass
+        with contextlib.suppress(RuntimeError):
+            path = model_zoo.get_config_file(name)
+            if os.path.isfile(path):
+                return path
         raise
 
 
@@ -148,27 +166,26 @@ def read_yaml(path: str) -> dict[str, Any]:
     Raises:
         UserError: not there, not yaml, or yaml that would run code.
     """
-    try:
-        tree = _SafeNode.load_yaml_with_base(path)
-    except (OSError, AssertionError, TypeError, UnicodeDecodeError) as error:
-        raise UserError(f"Config file {path} cannot be read: {error}.") from error
-    except yaml.YAMLError as error:
-        what = " ".join(str(error).split())
-        raise UserError(f"Config file {path} is not plain yaml: {what}.") from error
+    tree = _SafeNode.load_yaml_with_base(path)
     if tree.pop("VERSION", 2) != 2:
         raise UserError(f"Config file {path} is of an old VERSION; Detectron2's configs of VERSION 2 are read.")
     return tree
 
 
-def _tree_from_opts(opts: list[Any]) -> dict[str, Any]:
+def _tree_from_opts(opts: list[Any], source: str) -> dict[str, Any]:
+    options = [o for o in opts[::2] if str(o).startswith("--")]
+    if options:
+        raise UserError(f"{source}: {options[0]} stands among the overrides; options come before them.")
     if len(opts) % 2:
-        raise UserError(f"Overrides come in pairs of a key and a value; {opts[-1]!r} has no value.")
+        raise UserError(f"{source}: overrides come in pairs of a key and a value; {opts[-1]!r} has no value.")
     tree: dict[str, Any] = {}
     for key, value in zip(opts[::2], opts[1::2], strict=True):
         *parents, leaf = str(key).split(".")
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise UserError(f"{source}: {key} is given, but also a value for its group {parent}.")
         node[leaf] = value
     return tree
 
@@ -197,7 +214,7 @@ def _with_default_types(tree: dict[str, Any], defaults: CN, source: str, prefix:
             continue
         value = CN._decode_cfg_value(value)
         if isinstance(default, int | float) and not isinstance(default, bool) and type(value) in (int, float):
-            if isinstance(default, int) and value != int(value):
+            if isinstance(default, int) and isinstance(value, float) and not value.is_integer():
                 raise UserError(f"{source}: {full_key} is {value}; it must be a whole number.")
             value = type(default)(value)
         if isinstance(default, list | tuple) and isinstance(value, str):
@@ -205,7 +222,7 @@ def _with_default_types(tree: dict[str, Any], defaults: CN, source: str, prefix:
                 f'{source}: {full_key} is the text {value!r}, but must be a list; one entry is written ("{value}",) '
                 "with its comma."
             )
-        if default is not None and value is not None and not _same_kind(default, value):
+        if not _same_kind(default, value) and not _means_none(full_key, default, value):
             raise UserError(
                 f"{source}: {full_key} is {value!r}; it must be of type {type(default).__name__}, as its default {default!r}."
             )
@@ -215,17 +232,30 @@ def _with_default_types(tree: dict[str, Any], defaults: CN, source: str, prefix:
 
 def _same_kind(default: Any, value: Any) -> bool:
     sequences = (list, tuple)
-    return type(value) is type(default) or (isinstance(default, sequences) and isinstance(value, sequences))
+    return (
+        default is None
+        or type(value) is type(default)
+        or (isinstance(default, sequences) and isinstance(value, sequences))
+    )
 
 
-def _resolve_paths(cfg: CN, folder: str, student_only: bool) -> None:
+def _means_none(key: str, default: Any, value: Any) -> bool:
+    """Detectron2 takes None for some names in its models, such as a norm."""
+    return value is None and isinstance(default, str) and key.startswith("MODEL.") and not key.startswith("MODEL.KD.")
+
+
+def _resolve_paths(cfg: CN, folder: str, student_only: bool, needs_data: bool) -> None:
     used = set(cfg.DATASETS.TEST) | (set() if student_only else set(cfg.DATASETS.TRAIN))
     resolved = []
     for name, json_file, images in cfg.DATASETS.COCO_JSON:
         if name in used:
             key = f"DATASETS.COCO_JSON ({name})"
-            json_file = find_file(json_file, key, folder)
-            images = find_file(images, key, folder, is_folder=True)
+            try:
+                json_file = find_file(json_file, key, folder)
+                images = find_file(images, key, folder, is_folder=True)
+            except UserError:
+                if needs_data:
+                    raise
         resolved.append([name, json_file, images])
     cfg.DATASETS.COCO_JSON = resolved
     if cfg.MODEL.WEIGHTS:
@@ -250,7 +280,8 @@ def load_teacher_config(cfg: CN) -> CN:
     teacher_cfg = get_cfg()
     add_kd_config(teacher_cfg)
     _merge(teacher_cfg, read_yaml(path), path)
-    _merge(teacher_cfg, _tree_from_opts(list(node.OPTS)), "MODEL.KD.TEACHER.OPTS")
+    source = "MODEL.KD.TEACHER.OPTS"
+    _merge(teacher_cfg, _tree_from_opts(list(node.OPTS), source), source)
     if teacher_cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH:
         teacher_cfg.MODEL.META_ARCHITECTURE = teacher_cfg.MODEL.KD.STUDENT
     teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
@@ -285,6 +316,12 @@ def validate_kd_config(cfg: CN) -> None:
             )
     if cfg.SOLVER.AMP.DTYPE not in ("float16", "bfloat16"):
         raise UserError(f"SOLVER.AMP.DTYPE is {cfg.SOLVER.AMP.DTYPE!r}; it must be 'float16' or 'bfloat16'.")
+    try:
+        torch.device(cfg.MODEL.DEVICE)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, which PyTorch does not know; it is usually 'cuda' or 'cpu'."
+        ) from error
     if cfg.MODEL.META_ARCHITECTURE not in META_ARCH_REGISTRY:
         raise UserError(
             f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}, which no registered detector has as its name."

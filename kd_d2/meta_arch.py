@@ -129,6 +129,13 @@ class KDMetaArch(nn.Module):
                 f"The student ({type(self.student).__name__}) saw images of {sizes[0]} pixels and the teacher "
                 f"({type(self.teacher.model).__name__}) of {sizes[1]}: their padding does not agree."
             )
+        for stride in sorted(student.features.keys() & teacher.features.keys()):
+            sizes = tuple(student.features[stride].shape[-2:]), tuple(teacher.features[stride].shape[-2:])
+            if sizes[0] != sizes[1]:
+                raise UserError(
+                    f"At stride {stride} the student ({type(self.student).__name__}) has a map of {sizes[0]} cells and the "
+                    f"teacher ({type(self.teacher.model).__name__}) one of {sizes[1]}: they cannot be compared."
+                )
 
     def idle_parameters(self, iteration: int) -> list[nn.Parameter]:
         """Parameters of distillers outside their schedule, which must keep still in this iteration."""

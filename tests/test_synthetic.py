@@ -197,9 +197,7 @@ def test_an_interrupted_run_leaves_nothing(
     ensure_synthetic(tmp_path / "set", num_train=3, num_val=4)
 
 
-def test_the_loser_of_a_race_uses_the_set_of_the_winner(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_loser_of_a_race_uses_the_set_of_the_winner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, generate = tmp_path / "set", synthetic.generate_split
 
     def lose(*args, **kwargs):

@@ -26,7 +26,7 @@ pip_install() { # what it is for, then pip's arguments
     local what=$1
     shift
     "$VPY" -m pip install --disable-pip-version-check --no-build-isolation "$@" ||
-        die "pip could not install $what; its reason stands above (without one: is a package registry reachable?)."
+        die "pip could not install $what: see its messages above, and whether a package registry can be reached."
 }
 
 version_of() {
@@ -125,7 +125,7 @@ constraints() { # pip's -c arguments for this mode
     source) echo "-c requirements/pins.txt -c requirements/torch-source.txt" ;;
     installed)
         # What works stays as it is; the pins are for what is missing, and for the linter.
-        "$VPY" - requirements/pins.txt >"$VENV/constraints.txt" <<'PY'
+        "$VPY" - requirements/pins.txt >.venv/constraints.txt <<'PY'
 import re, sys
 from importlib.metadata import distributions
 plain = lambda name: re.sub(r"[-_.]+", "-", name).lower()
@@ -140,7 +140,7 @@ for line in open(sys.argv[1]):
     if name not in here or name in ("pip", "setuptools", "ruff"):
         print(line.strip())
 PY
-        echo "-c $VENV/constraints.txt"
+        echo "-c .venv/constraints.txt"
         ;;
     esac
 }

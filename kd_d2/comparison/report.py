@@ -41,7 +41,7 @@ def compare(
         first, teacher_opts = teacher_evaluation_job(matrix, output, opts), []
     else:
         first, teacher_opts = teacher_training_job(matrix, output, opts)
-    run_jobs([first], 1, threads)
+    run_jobs([first], 1, jobs * threads)
     run_jobs([training_job(cell, seed, output, [*opts, *teacher_opts]) for cell, seed in selected], jobs, threads)
     return write_report(matrix, output, [*opts, *teacher_opts])
 

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,8 +77,12 @@ def check_coco_json(path: str, image_folder: str) -> CocoSummary:
         images[image["id"]] = image
     if not images:
         raise UserError(f"{path} has no images.")
-    if len(images) != len(tree["images"]):
-        raise UserError(f"{path} has {len(tree['images']) - len(images)} images whose id occurs before.")
+    for key in ("images", "categories", "annotations"):
+        _require_unique_ids(path, key, tree[key])
+        if image["width"] <= 0 or image["height"] <= 0:
+            raise UserError(
+                f"{path}: the image with id {image['id']} has {image['width']} x {image['height']} pixels; both must be positive."
+            )
     missing = [i["file_name"] for i in tree["images"] if not os.path.isfile(os.path.join(image_folder, i["file_name"]))]
     if missing:
         raise UserError(
@@ -97,6 +102,8 @@ def check_coco_json(path: str, image_folder: str) -> CocoSummary:
             raise UserError(f"{what} is of image {annotation['image_id']}, which is not in the file.")
         if annotation["category_id"] not in names:
             raise UserError(f"{what} is of category {annotation['category_id']}, which is not in the file.")
+        if annotation.get("ignore"):
+            raise UserError(f"{what} has 'ignore' set, which Detectron2 does not know; use 'iscrowd' or leave it out.")
         box = annotation["bbox"]
         if len(box) != 4 or not all(isinstance(v, int | float) and math.isfinite(v) for v in box):
             raise UserError(f"{what} has the bbox {box}; it must be four finite numbers [x, y, width, height].")
@@ -131,6 +138,13 @@ def _read(path: str) -> dict[str, Any]:
             f"{path} is not a COCO annotation file: it needs the lists 'images', 'annotations' and 'categories'."
         )
     return tree
+
+
+def _require_unique_ids(path: str, key: str, entries: list[Any]) -> None:
+    counts = Counter(entry.get("id") for entry in entries if isinstance(entry, dict))
+    repeated = [i for i, n in counts.items() if n > 1]
+    if repeated:
+        raise UserError(f"{path}: {len(repeated)} ids of its {key} occur more than once, the first is {repeated[0]}.")
 
 
 def _require(path: str, what: str, entry: Any, **fields: type) -> None:

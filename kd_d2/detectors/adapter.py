@@ -38,7 +38,10 @@ class DetectorAdapter:
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self.size_divisibility = max(model.backbone.size_divisibility, 1)
+        backbone = model.backbone
+        self.size_divisibility = max(
+            backbone.padding_constraints.get("size_divisibility", backbone.size_divisibility), 1
+        )
         self._stride_of = {name: shape.stride for name, shape in self.neck_shapes().items()}
 
     @property
@@ -89,8 +92,7 @@ class DetectorAdapter:
         images = [move_device_like(x["image"], model.pixel_mean) for x in batched_inputs]
         return ImageList.from_tensors(
             [(image - model.pixel_mean) / model.pixel_std for image in images],
-            self.size_divisibility,
-            padding_constraints=model.backbone.padding_constraints,
+            padding_constraints={**model.backbone.padding_constraints, "size_divisibility": self.size_divisibility},
         )
 
     def by_stride(self, features: dict[str, Tensor]) -> dict[int, Tensor]:

@@ -56,7 +56,7 @@ def _warmup_cosine(warmup_iters: int, max_iter: int):
         return cosine
     warmup = warmup_iters / max_iter
     return CompositeParamScheduler(
-        [LinearParamScheduler(1.0 / warmup_iters, 1.0), cosine], ["rescaled", "fixed"], [warmup, 1.0 - warmup]
+        [LinearParamScheduler(1.0 / warmup_iters, 1.0), cosine], [warmup, 1.0 - warmup], ["rescaled", "rescaled"]
     )
 
 

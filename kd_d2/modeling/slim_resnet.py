@@ -7,6 +7,8 @@ weights fill every block of the same name and shape.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
@@ -23,7 +25,7 @@ def add_slim_resnet_config(cfg: CfgNode) -> None:
     cfg.MODEL.SLIM_RESNET = CfgNode()
     # Basic blocks in res2, res3, res4, res5: (1, 1, 1, 1) is ResNet-10, (2, 2, 2, 2) ResNet-18.
     cfg.MODEL.SLIM_RESNET.BLOCKS_PER_STAGE = (1, 1, 1, 1)
-    # Channels of the stages.
+    # Channels of the stages; neighbouring ones must differ.
     cfg.MODEL.SLIM_RESNET.WIDTHS = (64, 128, 256, 512)
 
 
@@ -36,6 +38,11 @@ def build_slim_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
             raise UserError(
                 f"MODEL.SLIM_RESNET.{key} is {values}; it must be four positive integers, one for each of {STAGES}."
             )
+    if any(a == b for a, b in pairwise(widths)):
+        raise UserError(
+            f"MODEL.SLIM_RESNET.WIDTHS is {widths}; neighbouring stages must differ, since Detectron2's basic block can halve "
+            "the map only where the width changes."
+        )
     norm = cfg.MODEL.RESNETS.NORM
     stem = BasicStem(input_shape.channels, cfg.MODEL.RESNETS.STEM_OUT_CHANNELS, norm)
     stages, channels = [], cfg.MODEL.RESNETS.STEM_OUT_CHANNELS

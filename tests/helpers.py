@@ -1,0 +1,291 @@
+"""What several test files need: a COCO set of a few tiny images, narrow detectors, and train_net.py in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import runpy
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import yaml
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import HookBase
+from detectron2.modeling import build_model
+from detectron2.utils import logger as detectron2_logger
+from torch import nn
+
+from kd_d2.config import load_config
+from kd_d2.engine import KDTrainer, launch
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "configs" / "tiny"
+CLASSES = ("red", "green", "blue")
+
+# Narrow detectors and images so small that an iteration takes a few hundredths of a second.
+NARROW = {
+    "MODEL": {
+        "DEVICE": "cpu",
+        "SLIM_RESNET": {"WIDTHS": (8, 12, 16, 24)},
+        "RESNETS": {"STEM_OUT_CHANNELS": 8},
+        "FPN": {"OUT_CHANNELS": 16},
+        "RETINANET": {"NUM_CLASSES": len(CLASSES), "NUM_CONVS": 1},
+        "ROI_HEADS": {"NUM_CLASSES": len(CLASSES), "BATCH_SIZE_PER_IMAGE": 16},
+        "ROI_BOX_HEAD": {"FC_DIM": 16, "POOLER_RESOLUTION": 3},
+        "RPN": {"POST_NMS_TOPK_TRAIN": 40, "POST_NMS_TOPK_TEST": 20, "BATCH_SIZE_PER_IMAGE": 32},
+    },
+    "INPUT": {"MIN_SIZE_TRAIN": (64, 80), "MIN_SIZE_TEST": 64, "MAX_SIZE_TRAIN": 128, "MAX_SIZE_TEST": 128},
+    "DATALOADER": {"NUM_WORKERS": 0},
+    "SOLVER": {"IMS_PER_BATCH": 2, "WARMUP_ITERS": 2, "MAX_ITER": 4, "STEPS": (3,), "CHECKPOINT_PERIOD": 100},
+    "TEST": {"EVAL_PERIOD": 0},
+}
+
+
+def make_coco(folder: Path, num_images: int = 6, *, classes: tuple[str, ...] = CLASSES, seed: int = 0) -> Path:
+    """Rectangles of the classes' colours on noise, landscape and portrait in turn; the third image has no objects.
+
+    Drawn with NumPy's frozen generator and written as PNG, so that every machine sees the same pixels.
+
+    Returns:
+        The annotation file; the images lie beside it in `images`.
+    """
+    random = np.random.RandomState(seed)
+    (folder / "images").mkdir(parents=True)
+    images, annotations = [], []
+    for index in range(num_images):
+        height, width = (64, 96) if index % 2 == 0 else (96, 64)
+        pixels = random.randint(90, 140, (height, width, 3)).astype(np.uint8)
+        for _ in range(0 if index == 2 else 1 + index % 3):
+            label = random.randint(len(classes))
+            w, h = random.randint(16, 40, 2)
+            x, y = random.randint(0, width - w), random.randint(0, height - h)
+            pixels[y : y + h, x : x + w] = 30
+            pixels[y : y + h, x : x + w, 2 - label % 3] = 220
+            box = [int(v) for v in (x, y, w, h)]
+            annotations.append(
+                {"id": len(annotations) + 1, "image_id": index + 1, "category_id": int(label) + 1, "bbox": box}
+                | {"area": box[2] * box[3], "iscrowd": 0}
+            )
+        name = f"{index:03d}.png"
+        cv2.imwrite(str(folder / "images" / name), pixels)
+        images.append({"id": index + 1, "file_name": name, "width": width, "height": height})
+    categories = [{"id": i + 1, "name": name} for i, name in enumerate(classes)]
+    path = folder / "annotations.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    return path
+
+
+def merged(*trees: dict) -> dict:
+    """Nested dictionaries laid over each other, the last on top."""
+    result: dict = {}
+    for tree in trees:
+        for key, value in tree.items():
+            both = isinstance(value, dict) and isinstance(result.get(key), dict)
+            result[key] = merged(result[key], value) if both else value
+    return result
+
+
+def write_yaml(path: Path, tree: dict) -> Path:
+    """Write a config; tuples as lists."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(tree))))
+    return path
+
+
+def tree_of(**keys: object) -> dict:
+    """`tree_of(MODEL__KD__STUDENT="x")` is {"MODEL": {"KD": {"STUDENT": "x"}}}."""
+    tree: dict = {}
+    for key, value in keys.items():
+        *parents, leaf = key.split("__")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return tree
+
+
+def fixed_weights(model: nn.Module, seed: int = 0) -> None:
+    """Fill a model with numbers that follow from the tensors' names alone, whatever torch's generator does.
+
+    Convolutions and linear layers get He's scale, running variances 1, biases of a dense head's classes stay.
+    """
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            random = np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2**32)
+            if name.endswith("weight") and tensor.dim() > 1:
+                scale = (2.0 / tensor[0].numel()) ** 0.5
+                tensor.copy_(torch.from_numpy(random.uniform(-1.7, 1.7, tuple(tensor.shape)) * scale))
+            elif name.endswith("running_mean"):
+                tensor.copy_(torch.from_numpy(random.uniform(-0.1, 0.1, tuple(tensor.shape))))
+
+
+def save_fixed_weights(config_file: Path, path: Path, seed: int = 0) -> nn.Module:
+    """Write a plain checkpoint of the detector that the config describes, with `fixed_weights`; returns the detector."""
+    cfg = load_config(str(config_file))
+    cfg.MODEL.WEIGHTS = ""
+    model = build_model(cfg)
+    fixed_weights(model, seed)
+    torch.save({"model": model.state_dict()}, path)
+    return model.eval()
+
+
+@dataclass
+class Project:
+    """A folder with everything that a tiny distillation needs.
+
+    Attributes:
+        folder: all of it.
+        student, teacher: config files; the student's says KDMetaArch.
+        teacher_weights: the teacher's checkpoint, with which its config does not start by itself.
+        annotations: of the one data set, which serves for training and for testing.
+        name: the data set's name, registered by whoever reads the config.
+    """
+
+    folder: Path
+    student: Path
+    teacher: Path
+    teacher_weights: Path
+    annotations: Path
+    name: str
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "output"
+
+    def change(self, **keys: object) -> Path:
+        """Change keys of the student's config: `change(SOLVER__MAX_ITER=2)`."""
+        return write_yaml(self.student, merged(yaml.safe_load(self.student.read_text()), tree_of(**keys)))
+
+    def change_teacher(self, **keys: object) -> Path:
+        """Change keys of the teacher's config."""
+        return write_yaml(self.teacher, merged(yaml.safe_load(self.teacher.read_text()), tree_of(**keys)))
+
+    def change_annotations(self, change) -> None:
+        """Let `change` edit the annotation file's tree in place."""
+        tree = json.loads(self.annotations.read_text())
+        change(tree)
+        self.annotations.write_text(json.dumps(tree))
+
+    def main(self, *args: object, config: Path | None = None) -> object:
+        """Run train_net.py's main in this process, through `launch`."""
+        return run_train_net("--config-file", str(config or self.student), *args)
+
+
+def make_project(folder: Path, detector: str = "retinanet", **keys: object) -> Project:
+    """A tiny project of "retinanet" or "faster-rcnn"; `keys` change the student's config."""
+    annotations = make_coco(folder / "data")
+    name = f"tiny_{zlib.crc32(str(folder).encode()):08x}"
+    family = "RetinaNet" if detector == "retinanet" else "GeneralizedRCNN"
+    base = merged({"_BASE_": str(TINY / f"{detector}-student.yaml")}, NARROW)
+    teacher = write_yaml(folder / "teacher.yaml", base)
+    student = write_yaml(
+        folder / "student.yaml",
+        merged(
+            base,
+            tree_of(
+                MODEL__META_ARCHITECTURE="KDMetaArch",
+                MODEL__KD__STUDENT=family,
+                MODEL__KD__TEACHER__CONFIG_FILE="teacher.yaml",
+                MODEL__KD__TEACHER__WEIGHTS="teacher.pth",
+                MODEL__KD__DISTILLERS=("FeatureImitation",),
+                DATASETS__COCO_JSON=[[name, "data/annotations.json", "data/images"]],
+                DATASETS__TRAIN=(name,),
+                DATASETS__TEST=(name,),
+                OUTPUT_DIR=str(folder / "output"),
+            ),
+            tree_of(**keys),
+        ),
+    )
+    weights = folder / "teacher.pth"
+    save_fixed_weights(teacher, weights, seed=1)
+    return Project(folder, student, teacher, weights, annotations, name)
+
+
+def run_train_net(*args: object) -> object:
+    """Run train_net.py as `python train_net.py ARGS` would, but in this process; returns what its main returns."""
+    program = runpy.run_path(str(ROOT / "train_net.py"), run_name="train_net")
+    parsed = program["argument_parser"]().parse_args([str(a) for a in args])
+    results = []
+    with clean_process():
+        launch(lambda a: results.append(program["main"](a)), parsed)
+    return results[0]
+
+
+@contextlib.contextmanager
+def clean_process() -> Iterator[None]:
+    """Take back what a training program leaves in its process: log handlers, registered data sets, random states."""
+    datasets, metadata = set(DatasetCatalog.list()), set(MetadataCatalog.list())
+    loggers = {name: logging.getLogger(name) for name in ("detectron2", "fvcore", "kd_d2")}
+    kept = {name: (log.handlers[:], log.propagate, log.level) for name, log in loggers.items()}
+    environment = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in set(DatasetCatalog.list()) - datasets:
+            DatasetCatalog.remove(name)
+        for name in set(MetadataCatalog.list()) - metadata:
+            MetadataCatalog.remove(name)
+        for name, log in loggers.items():
+            log.handlers[:], log.propagate, log.level = kept[name]
+        detectron2_logger.setup_logger.cache_clear()
+        detectron2_logger._cached_log_stream.cache_clear()
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+class LossRecorder(HookBase):
+    """Keeps every loss of every iteration: `losses[iteration][name]`."""
+
+    def __init__(self):
+        self.losses: dict[int, dict[str, float]] = {}
+
+    def after_step(self) -> None:
+        latest = self.trainer.storage.latest()
+        now = self.trainer.iter
+        self.losses[now] = {k: v for k, (v, at) in latest.items() if k.startswith("loss_") and at == now}
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing of the program catches it."""
+
+
+class KillAt(HookBase):
+    """Kills the training behind the given iteration."""
+
+    def __init__(self, iteration: int):
+        self.iteration = iteration
+
+    def after_step(self) -> None:
+        if self.trainer.iter == self.iteration:
+            raise Killed
+
+
+def make_trainer(project: Project, *opts: object) -> KDTrainer:
+    """A trainer as train_net.py makes it, data registered and random numbers seeded, nothing loaded yet."""
+    from kd_d2.data import register_coco_json
+
+    cfg = load_config(str(project.student), [str(o) for o in opts])
+    os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+    register_coco_json(cfg)
+    torch.manual_seed(cfg.SEED)
+    np.random.seed(cfg.SEED)
+    return KDTrainer(cfg)
+
+
+def train(project: Project, *opts: object, resume: bool = False, hooks: tuple = ()) -> dict[int, dict[str, float]]:
+    """Train in this process and return every loss of every iteration; a `Killed` ends it early."""
+    with clean_process():
+        trainer = make_trainer(project, *opts)
+        trainer.resume_or_load(resume=resume)
+        recorder = LossRecorder()
+        trainer.register_hooks([recorder, *hooks])
+        with contextlib.suppress(Killed):
+            trainer.train()
+    return recorder.losses

@@ -1,0 +1,193 @@
+"""The comparison: matrix files, statistics of the table, resuming."""
+
+import json
+import math
+import os
+
+import pytest
+
+from kd_d2 import UserError
+from kd_d2.comparison import runner
+from kd_d2.comparison.matrix import measured_settings, read_matrix
+from kd_d2.comparison.plots import plot_ap, plot_curves
+from kd_d2.comparison.runner import Job, result_path, run_jobs, training_job
+from kd_d2.comparison.table import as_csv, as_markdown, build_rows, pooled_deviation, read_results
+
+STUDENT = os.path.join(
+    os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs", "tiny", "retinanet-student.yaml"
+)
+
+
+def write_matrix(folder, text):
+    path = folder / "matrix.yaml"
+    path.write_text(text.replace("STUDENT", STUDENT))
+    return str(path)
+
+
+MATRIX = """
+config: STUDENT
+baseline: inheritance
+student: plain
+cells:
+  plain: {title: plain student}
+  inheritance: {seeds: [0, 1, 2]}
+  better: {title: a method, seeds: [0, 1, 2], opts: {SOLVER.BASE_LR: 0.5}}
+  unfinished: {}
+"""
+
+
+def result(cell, seed, ap, **more):
+    scores = {"AP": ap, "AP50": 2 * ap, "AP75": ap, "APs": float("nan"), "APm": ap, "APl": ap}
+    return {
+        "cell": cell,
+        "seed": seed,
+        "scores": scores,
+        "settings": {},
+        "curves": {"total_loss": [[0, 2.0], [9, 1.0]]},
+        **more,
+    }
+
+
+@pytest.fixture
+def finished(tmp_path):
+    matrix = read_matrix(write_matrix(tmp_path, MATRIX))
+    values = {"teacher": [22.0], "plain": [2.0], "inheritance": [9.0, 10.0, 11.0], "better": [13.0, 14.0, 15.0]}
+    for cell, aps in values.items():
+        for seed, ap in enumerate(aps):
+            path = result_path(str(tmp_path), cell, seed)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, "w") as file:
+                json.dump(result(cell, seed, ap, seconds_per_iteration=1.0 + seed), file)
+    return matrix, str(tmp_path)
+
+
+def test_rows_hold_means_gains_and_gaps(finished):
+    """Check gain over the baseline, the two-deviations test and the share of the gap on numbers worked out by hand."""
+    matrix, output = finished
+    rows = {row.name: row for row in build_rows(matrix, read_results(matrix, output), {"plain": {"params": 1.5}})}
+    assert list(rows) == ["teacher", "plain", "inheritance", "better"]
+    assert rows["better"].gain == pytest.approx(4.0)
+    assert rows["better"].is_better is True  # deviations 1 and 1: pooled 1, 4 > 2
+    assert rows["better"].gap_closed == pytest.approx((14 - 2) / (22 - 2))
+    assert rows["plain"].gain == pytest.approx(-8.0) and rows["plain"].is_better is None
+    assert rows["inheritance"].gain is None and rows["teacher"].gap_closed is None
+    assert rows["better"].seconds_per_iteration == pytest.approx(2.0)
+    assert rows["plain"].costs["params"] == 1.5
+
+
+def test_pooled_deviation():
+    """Check the pooled deviation of samples of different size: variances 1 (n=3) and 8 (n=2): sqrt((2*1 + 1*8) / 3)."""
+    assert pooled_deviation([1.0, 2.0, 3.0], [0.0, 4.0]) == pytest.approx(math.sqrt(10 / 3))
+    assert pooled_deviation([1.0], [1.0, 2.0]) is None
+
+
+def test_a_gain_within_the_spread_is_not_better(finished):
+    """Check that a mean gain of two deviations or less counts as not better."""
+    matrix, output = finished
+    results = read_results(matrix, output)
+    for entry, ap in zip(results["better"], (10.0, 12.0, 14.0)):
+        entry["scores"]["AP"] = ap
+    better = next(row for row in build_rows(matrix, results, {}) if row.name == "better")
+    assert better.gain == pytest.approx(2.0)
+    assert better.is_better is False  # pooled sqrt((1 + 4) / 2) = 1.58
+
+
+def test_table_texts(finished):
+    """Check that the printed table has the spread, and leaves out columns without any value."""
+    matrix, output = finished
+    rows = build_rows(matrix, read_results(matrix, output), {})
+    text = as_markdown(rows)
+    assert "14.00 ± 1.00" in text and "+4.00" in text and "0.60" in text
+    assert "APs" not in text and "GFLOPs" not in text
+    assert as_csv(rows).splitlines()[4].startswith("better,3,14.00 ± 1.00,28.00 ± 2.00")
+
+
+def test_plots_show_every_finished_cell(finished, tmp_path):
+    """Check that both pictures are drawn from what is finished, with the teacher's line and without missing cells."""
+    matrix, output = finished
+    results = read_results(matrix, output)
+    plot_ap(build_rows(matrix, results, {}), str(tmp_path / "ap.png"))
+    plot_curves(matrix, results, str(tmp_path / "curves.png"))
+    assert min((tmp_path / name).stat().st_size for name in ("ap.png", "curves.png")) > 5000
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("config: STUDENT\nbaseline: x\ncells: {plain: {}}", "baseline is 'x', which is no cell; there are plain"),
+        ("config: STUDENT\nbaseline: plain\ncells: {plain: {optz: {}}}", "cell plain has the unknown key 'optz'"),
+        ("baseline: plain\ncells: {plain: {}}", "cell plain has no config"),
+        ("config: [", "cannot be read"),
+        ("config: STUDENT\ncells: {plain: {}}", "a baseline"),
+    ],
+)
+def test_a_wrong_matrix_is_one_sentence(tmp_path, text, message):
+    """Check that what is wrong with a matrix file is named together with the file."""
+    with pytest.raises(UserError, match=message) as error:
+        read_matrix(write_matrix(tmp_path, text))
+    assert "matrix.yaml" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_selecting_an_unknown_cell(tmp_path):
+    """Check that a cell that is not in the matrix is refused by name, and that seeds run before cells."""
+    matrix = read_matrix(write_matrix(tmp_path, MATRIX))
+    with pytest.raises(UserError, match="no cell 'worse'; there are plain, inheritance"):
+        matrix.select(["worse"], None)
+    pairs = [(cell.name, seed) for cell, seed in matrix.select(["better", "plain"], None)]
+    assert pairs == [("plain", 0), ("better", 0), ("better", 1), ("better", 2)]
+
+
+def test_settings_ignore_places_and_defaults():
+    """Check that the settings of a cell hold what decides its result, and not where its files lie."""
+    settings = measured_settings(STUDENT, ["SOLVER.BASE_LR", "0.5", "OUTPUT_DIR", "elsewhere", "SEED", "7"])
+    assert settings["SOLVER.BASE_LR"] == 0.5
+    assert settings["SOLVER.STEPS"] == [560, 720]
+    assert not {"OUTPUT_DIR", "SEED", "MODEL.DEVICE", "MODEL.MASK_ON"} & settings.keys()
+
+
+def test_a_finished_cell_is_not_run_again(tmp_path, monkeypatch, capsys):
+    """Check that a result of the same settings is kept, and that one of other settings is refused with the key."""
+    monkeypatch.setattr(runner, "TRAIN_NET", str(tmp_path / "nothing.py"))
+    matrix = read_matrix(write_matrix(tmp_path, MATRIX))
+    job = training_job(matrix.cell("better"), 0, str(tmp_path), [])
+    os.makedirs(os.path.dirname(job.result))
+    with open(job.result, "w") as file:
+        json.dump(result("better", 0, 1.0) | {"settings": job.settings}, file)
+    run_jobs([job], 1, 1)
+    assert "1 of 1 cells are finished already" in capsys.readouterr().out
+    changed = training_job(matrix.cell("better"), 0, str(tmp_path), ["SOLVER.GAMMA", "0.2"])
+    with pytest.raises(UserError, match=r"SOLVER.GAMMA: default then, 0.2 now"):
+        run_jobs([changed], 1, 1)
+
+
+def test_a_failing_cell_is_named_and_others_finish(tmp_path, monkeypatch):
+    """Check that a cell whose process fails is reported with its log, after the others have left their results."""
+    script = tmp_path / "train_net.py"
+    script.write_text(
+        "import json, sys\n"
+        "folder = sys.argv[1]\n"
+        "if folder.endswith('bad'): sys.exit('no such data')\n"
+        "json.dump({'bbox': {'AP': 12.5, 'AP-cat': 1.0}, 'peak_memory_mib': 7.0}, open(folder + '/train.json', 'w'))\n"
+        "rows = [{'iteration': 9, 'time': 0.5, 'total_loss': 1.0}, {'iteration': 19, 'time': 0.7, 'bbox/AP': 12.5}]\n"
+        "open(folder + '/metrics.json', 'w').writelines(json.dumps(r) + '\\n' for r in rows)\n"
+    )
+    monkeypatch.setattr(runner, "TRAIN_NET", str(script))
+    jobs = [
+        Job(
+            name,
+            0,
+            [str(tmp_path / name)],
+            str(tmp_path / name),
+            str(tmp_path / "cells" / f"{name}.json"),
+            {"SOLVER.MAX_ITER": 20},
+        )
+        for name in ("bad", "good")
+    ]
+    with pytest.raises(UserError, match=r"1 cells failed: bad seed 0, see .*bad/process.log"):
+        run_jobs(jobs, 1, 1)
+    assert "no such data" in (tmp_path / "bad" / "process.log").read_text()
+    good = json.loads((tmp_path / "cells" / "good.json").read_text())
+    assert good["scores"] == {"AP": 12.5}
+    assert good["seconds_per_iteration"] == pytest.approx(0.6)
+    assert good["curves"] == {"total_loss": [[9, 1.0]], "bbox/AP": [[19, 12.5]]}
+    assert not (tmp_path / "cells" / "bad.json").exists()

@@ -1,0 +1,295 @@
+"""Every yaml that the project supplies: it loads, it is what its name says, and what it describes can be built."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import yaml
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from torch import nn
+
+from kd_d2 import DISTILLER_REGISTRY
+from kd_d2.checkpoint import inherit, part_of
+from kd_d2.config import KD_META_ARCH, load_config, load_teacher_config, read_yaml
+from kd_d2.detectors import build_adapter
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "configs" / "tiny"
+THESIS = ROOT / "projects" / "StructuralKD" / "configs"
+FILES = sorted([*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("projects/*/configs/**/*.yaml")])
+CONFIGS = [path for path in FILES if "cells" not in yaml.safe_load(path.read_text())]  # those with cells are matrices
+
+COCO_IMAGES_WITH_OBJECTS = 117266
+R50, R101 = "detectron2://ImageNetPretrained/MSRA/R-50.pkl", "COCO-Detection/retinanet_R_101_FPN_3x.yaml"
+X101 = "cascade_rcnn_X101.yaml"
+P2_TO_P6, P3_TO_P7 = [4, 8, 16, 32, 64], [8, 16, 32, 64, 128]
+
+
+class Plain(NamedTuple):
+    family: str
+    depth: int
+    weights: str
+    lr: float
+    strides: list[int]
+    million_parameters: float
+
+
+class Distilled(NamedTuple):
+    student: str
+    teacher: str
+    loss: str
+    weight: float
+    adaptation: str
+    inherits: bool
+
+
+PLAIN = {
+    "retinanet_R50": Plain("one-stage", 50, R50, 0.01, P3_TO_P7, 37.9),
+    "retinanet_R18": Plain("one-stage", 18, "resnet18.pth", 0.01, P3_TO_P7, 21.3),
+    "faster_rcnn_R50": Plain("two-stage", 50, R50, 0.02, P2_TO_P6, 41.7),
+}
+DISTILLED = {
+    "retinanet_R101-R50_l1": Distilled("retinanet_R50", R101, "l1", 4, "none", False),
+    "retinanet_R101-R50_l2": Distilled("retinanet_R50", R101, "l2", 4, "none", False),
+    "retinanet_R101-R50_ssim": Distilled("retinanet_R50", R101, "ssim", 4, "none", False),
+    "retinanet_R101-R50_l1_inherit": Distilled("retinanet_R50", R101, "l1", 4, "none", True),
+    "retinanet_R101-R50_l2_inherit": Distilled("retinanet_R50", R101, "l2", 4, "none", True),
+    "retinanet_R101-R50_ssim_inherit": Distilled("retinanet_R50", R101, "ssim", 4, "none", True),
+    "retinanet_R101-R18_l1": Distilled("retinanet_R18", R101, "l1", 4, "none", False),
+    "retinanet_R101-R18_l2": Distilled("retinanet_R18", R101, "l2", 4, "none", False),
+    "retinanet_R101-R18_ssim": Distilled("retinanet_R18", R101, "ssim", 4, "none", False),
+    "retinanet_R101-R18_l1_inherit": Distilled("retinanet_R18", R101, "l1", 4, "none", True),
+    "retinanet_R101-R18_l2_inherit": Distilled("retinanet_R18", R101, "l2", 4, "none", True),
+    "retinanet_R101-R18_ssim_inherit": Distilled("retinanet_R18", R101, "ssim", 4, "none", True),
+    "faster_rcnn_X101-R50_l1": Distilled("faster_rcnn_R50", X101, "l1", 2, "1x1", False),
+    "faster_rcnn_X101-R50_l2": Distilled("faster_rcnn_R50", X101, "l2", 2, "1x1", False),
+    "faster_rcnn_X101-R50_ssim": Distilled("faster_rcnn_R50", X101, "ssim", 2, "1x1", False),
+    "faster_rcnn_X101-R50_l1_inherit": Distilled("faster_rcnn_R50", X101, "l1", 2, "1x1", True),
+    "faster_rcnn_X101-R50_l2_inherit": Distilled("faster_rcnn_R50", X101, "l2", 2, "1x1", True),
+    "faster_rcnn_X101-R50_ssim_inherit": Distilled("faster_rcnn_R50", X101, "ssim", 2, "1x1", True),
+    "faster_rcnn_R101-R50_ssim_inherit": Distilled(
+        "faster_rcnn_R50", "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml", "ssim", 2, "none", True
+    ),
+}
+OTHERS = {X101.removesuffix(".yaml"), "retinanet_R101-R50_ssim_bn"}
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file in place of every checkpoint that only a user has."""
+    path = tmp_path_factory.mktemp("weights") / "stand_in.pth"
+    path.touch()
+    return str(path)
+
+
+def load(path: Path, stand_in: str, *opts, **kwargs) -> CfgNode:
+    """Load a config with the files that are a user's replaced, and a teacher where it leaves that to the user."""
+    model = read_yaml(str(path)).get("MODEL", {})
+    teacher = model.get("KD", {}).get("TEACHER", {})
+    opts = list(opts)
+    if model.get("WEIGHTS") and "://" not in model["WEIGHTS"]:
+        opts += ["MODEL.WEIGHTS", stand_in]
+    if model.get("META_ARCHITECTURE") == KD_META_ARCH and not teacher.get("CONFIG_FILE"):
+        classes = ["MODEL.RETINANET.NUM_CLASSES", model["RETINANET"]["NUM_CLASSES"]]
+        opts += ["MODEL.KD.TEACHER.CONFIG_FILE", str(TINY / "retinanet-teacher.yaml"), "MODEL.KD.TEACHER.OPTS", classes]
+        teacher = {"WEIGHTS": stand_in}
+    if teacher.get("WEIGHTS"):
+        opts += ["MODEL.KD.TEACHER.WEIGHTS", stand_in]
+    return load_config(str(path), opts, **kwargs)
+
+
+def build(cfg: CfgNode) -> nn.Module:
+    """The detector that a config describes (of a distillation the student), without memory for its weights."""
+    cfg = cfg.clone()
+    cfg.MODEL.DEVICE = "meta"
+    if cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH:
+        cfg.MODEL.META_ARCHITECTURE = cfg.MODEL.KD.STUDENT
+    with torch.device("meta"):
+        return build_model(cfg)
+
+
+def pair(cfg: CfgNode) -> tuple[nn.Module, nn.Module]:
+    return build(cfg), build(load_teacher_config(cfg))
+
+
+def without(cfg: CfgNode, *keys: str) -> dict:
+    tree = yaml.safe_load(cfg.dump())
+    for key in keys:
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node[parent]
+        del node[leaf]
+    return tree
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
+def test_every_config_loads_and_its_pair_can_be_built(path: Path, stand_in: str) -> None:
+    """Check that the config is valid, and that its distillers accept its student and teacher."""
+    cfg = load(path, stand_in)
+    if "Base" in path.stem or path.stem == "base":
+        return
+    if cfg.MODEL.META_ARCHITECTURE != KD_META_ARCH:
+        build(cfg)
+        return
+    student, teacher = pair(cfg)
+    specs = build_adapter(student).spec, build_adapter(teacher).spec
+    assert specs[0].num_classes == specs[1].num_classes
+    for name in cfg.MODEL.KD.DISTILLERS:
+        DISTILLER_REGISTRY.get(name)(cfg, *specs)
+
+
+@pytest.mark.parametrize("name", ["Base-RetinaNet.yaml", "Base-RCNN-FPN.yaml"])
+def test_bases_are_detectron2s_own(name: str) -> None:
+    ours, theirs = load_config(str(ROOT / "configs" / name)), load_config(name)
+    assert ours.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    keys = ["DATALOADER.FILTER_EMPTY_ANNOTATIONS"]
+    assert without(ours, *keys) == without(theirs, *keys)
+
+
+def test_the_thesis_tables_are_complete() -> None:
+    """Check that the tables of this file and the folder name the same configs."""
+    files = {path.stem for path in THESIS.glob("*.yaml") if not path.stem.startswith("Base-")}
+    assert files == PLAIN.keys() | DISTILLED.keys() | OTHERS
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_plain_students_of_the_thesis(name: str, stand_in: str) -> None:
+    expected = PLAIN[name]
+    path = THESIS / f"{name}.yaml"
+    cfg = load(path, stand_in)
+    assert read_yaml(str(path))["MODEL"]["WEIGHTS"] == expected.weights
+    assert expected.depth == cfg.MODEL.RESNETS.DEPTH
+    assert (expected.lr, 8) == (cfg.SOLVER.BASE_LR, cfg.SOLVER.IMS_PER_BATCH)
+    assert (cfg.SOLVER.MOMENTUM, cfg.SOLVER.WEIGHT_DECAY) == (0.9, 1e-4)
+    epochs = [n * 8 / COCO_IMAGES_WITH_OBJECTS for n in (*cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER)]
+    assert epochs == pytest.approx([8, 11, 12], abs=0.01)
+    assert list(cfg.INPUT.MIN_SIZE_TRAIN) == [800] and cfg.INPUT.RANDOM_FLIP == "horizontal"
+    assert list(cfg.DATASETS.TRAIN) == ["coco_2017_train"] and list(cfg.DATASETS.TEST) == ["coco_2017_val"]
+
+    model = build(cfg)
+    spec = build_adapter(model).spec
+    assert (spec.family, spec.num_classes, sorted(spec.shapes)) == (expected.family, 80, expected.strides)
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    assert parameters == pytest.approx(expected.million_parameters, abs=0.15)
+
+
+def test_input_formats_belong_to_the_starting_weights(stand_in: str) -> None:
+    caffe, torchvision = (load(THESIS / f"retinanet_{name}.yaml", stand_in) for name in ("R50", "R18"))
+    assert caffe.INPUT.FORMAT == "BGR"
+    assert list(caffe.MODEL.PIXEL_STD) == [1, 1, 1] and caffe.MODEL.PIXEL_MEAN[0] == 103.53
+    assert torchvision.INPUT.FORMAT == "RGB"
+    assert list(torchvision.MODEL.PIXEL_MEAN) == [123.675, 116.28, 103.53]
+    assert list(torchvision.MODEL.PIXEL_STD) == [58.395, 57.12, 57.375]
+
+
+@pytest.mark.parametrize("name", DISTILLED)
+def test_distilled_students_of_the_thesis(name: str, stand_in: str) -> None:
+    expected = DISTILLED[name]
+    cfg = load(THESIS / f"{name}.yaml", stand_in)
+    kd = cfg.MODEL.KD
+    assert list(kd.DISTILLERS) == ["StructuralKD"]
+    assert expected[2:5] == (kd.STRUCTURAL.LOSS, kd.STRUCTURAL.WEIGHT, kd.STRUCTURAL.ADAPTATION)
+    assert kd.INHERIT.ENABLED is expected.inherits
+    assert list(kd.INHERIT.MODULES) == ["neck", "head"]
+    local = expected.teacher == X101
+    assert (str(THESIS / X101) if local else expected.teacher) == kd.TEACHER.CONFIG_FILE
+    assert bool(kd.TEACHER.WEIGHTS) is local
+
+    student = load(THESIS / f"{name}.yaml", stand_in, student_only=True)
+    plain = load(THESIS / f"{expected.student}.yaml", stand_in)
+    assert without(student, "MODEL.KD") == without(plain, "MODEL.KD")
+
+
+def test_teachers_of_the_zoo_come_with_their_trained_checkpoint(stand_in: str) -> None:
+    cfg = load_teacher_config(load(THESIS / "retinanet_R101-R50_ssim.yaml", stand_in))
+    assert cfg.MODEL.RESNETS.DEPTH == 101
+    assert "retinanet_R_101_FPN_3x" in cfg.MODEL.WEIGHTS and cfg.MODEL.WEIGHTS.endswith("model_final_971ab9.pkl")
+
+
+def test_cascade_teacher(stand_in: str) -> None:
+    cfg = load(THESIS / X101, stand_in)
+    assert cfg.MODEL.WEIGHTS.endswith("FAIR/X-101-32x8d.pkl")
+    assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR) == (270000, 16, 0.02)
+    zoo = load_config("COCO-Detection/faster_rcnn_X_101_32x8d_FPN_3x.yaml")
+    for key in ("RESNETS", "FPN", "PIXEL_MEAN", "PIXEL_STD", "WEIGHTS"):
+        assert cfg.MODEL[key] == zoo.MODEL[key]
+    zoo = load_config("Misc/cascade_mask_rcnn_R_50_FPN_3x.yaml")
+    for key in ("RPN", "ROI_HEADS", "ROI_BOX_HEAD", "ROI_BOX_CASCADE_HEAD", "ANCHOR_GENERATOR"):
+        assert cfg.MODEL[key] == zoo.MODEL[key]
+    assert len(build(cfg).roi_heads.box_head) == 3
+
+
+def inherited(cfg: CfgNode) -> tuple[set[str], set[str]]:
+    """Names of the neck's and head's tensors that come from the teacher, and of those that do not."""
+    student, teacher = pair(cfg)
+    filled = set(inherit(student, teacher, cfg.MODEL.KD.INHERIT.MODULES).filled)
+    return filled, {name for name in student.state_dict() if part_of(name) != "bottom_up"} - filled
+
+
+def modules(names: set[str]) -> set[str]:
+    return {".".join(name.split(".")[:2]) for name in names}
+
+
+def test_what_is_inherited(stand_in: str) -> None:
+    """Check what the comments in the configs say of it."""
+    _, rest = inherited(load(THESIS / "retinanet_R101-R50_ssim_inherit.yaml", stand_in))
+    assert not rest
+    _, rest = inherited(load(THESIS / "retinanet_R101-R18_ssim_inherit.yaml", stand_in))
+    assert rest == {
+        *(f"backbone.fpn_lateral{level}.weight" for level in (3, 4, 5)),
+        "backbone.top_block.p6.weight",
+    }
+    filled, rest = inherited(load(THESIS / "faster_rcnn_X101-R50_ssim_inherit.yaml", stand_in))
+    assert "proposal_generator.rpn_head" in modules(filled)
+    assert modules(rest) == {"roi_heads.box_head", "roi_heads.box_predictor"}
+    _, rest = inherited(load(THESIS / "faster_rcnn_R101-R50_ssim_inherit.yaml", stand_in))
+    assert not rest
+
+
+def test_batch_norm_is_a_switch(stand_in: str) -> None:
+    def norms(path: Path, *opts) -> dict[str, int]:
+        model = build(load(path, stand_in, *opts))
+        names = [name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
+        return {part: sum(part_of(name) == part for name in names) for part in ("bottom_up", "neck", "head")}
+
+    assert norms(THESIS / "retinanet_R101-R50_ssim.yaml") == {"bottom_up": 0, "neck": 0, "head": 0}
+    levels, convolutions = 5, 2 * 4
+    expected = {"bottom_up": 0, "neck": 6, "head": levels * convolutions}
+    assert norms(THESIS / "retinanet_R101-R50_ssim_bn.yaml") == expected
+    overrides = yaml.safe_load((THESIS / "Base-RCNN-FPN-BN.yaml").read_text())
+    assert overrides == {"MODEL": {"FPN": {"NORM": "BN"}}}
+    assert norms(THESIS / "faster_rcnn_R50.yaml", "MODEL.FPN.NORM", "BN") == {"bottom_up": 0, "neck": 8, "head": 0}
+
+
+@pytest.mark.parametrize(
+    ("name", "distiller", "loss", "weight"),
+    [
+        ("retinanet-ssim", "StructuralKD", "ssim", 4),
+        ("faster-rcnn-ssim", "StructuralKD", "ssim", 2),
+        ("retinanet-feature-imitation", "FeatureImitation", None, None),
+    ],
+)
+def test_tiny_examples(name: str, distiller: str, loss: str | None, weight: float | None, stand_in: str) -> None:
+    """Check that they differ from the tiny plain student in the teacher alone, whose neck and head fit whole."""
+    cfg = load(TINY / f"{name}.yaml", stand_in)
+    assert list(cfg.MODEL.KD.DISTILLERS) == [distiller]
+    if loss:
+        assert (loss, weight) == (cfg.MODEL.KD.STRUCTURAL.LOSS, cfg.MODEL.KD.STRUCTURAL.WEIGHT)
+    detector = "faster-rcnn" if name.startswith("faster") else "retinanet"
+    assert str(TINY / f"{detector}-teacher.yaml") == cfg.MODEL.KD.TEACHER.CONFIG_FILE
+    weights = read_yaml(str(TINY / f"{name}.yaml"))["MODEL"]["KD"]["TEACHER"]["WEIGHTS"]
+    assert weights == f"output/tiny/{detector}-teacher/model_final.pth"
+    plain = load(TINY / f"{detector}-student.yaml", stand_in)
+    student = load(TINY / f"{name}.yaml", stand_in, student_only=True)
+    assert without(student, "MODEL.KD") == without(plain, "MODEL.KD")
+    assert cfg.MODEL.KD.INHERIT.ENABLED
+    assert not inherited(cfg)[1]
+    sizes = [sum(p.numel() for p in model.parameters()) for model in pair(cfg)]
+    assert sizes[0] < 0.6 * sizes[1]

@@ -1,0 +1,537 @@
+"""The adapters: their losses are the detectors' own, and what they read agrees with Detectron2's own pieces."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_backbone
+from detectron2.modeling.backbone import build_resnet_backbone
+from detectron2.modeling.meta_arch import GeneralizedRCNN, PanopticFPN, RetinaNet
+from detectron2.structures import Boxes, Instances, pairwise_iou
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+
+from kd_d2.detectors import (
+    BACKGROUND,
+    IGNORED,
+    BackboneAdapter,
+    DenseDetectorAdapter,
+    DensePredictions,
+    RCNNAdapter,
+    RetinaNetAdapter,
+    build_adapter,
+)
+from kd_d2.detectors.dense import assign_by_iou, labels_and_boxes
+from kd_d2.errors import UserError
+
+NOTHING: frozenset[str] = frozenset()
+EVERYTHING = frozenset({"features", "anchors", "dense", "targets"})
+
+
+def _targets(inputs: list[dict]) -> list[Instances]:
+    return [x["instances"] for x in inputs]
+
+
+def _count_calls(module: nn.Module) -> list[None]:
+    """A list that grows by one with every call of the module."""
+    calls: list[None] = []
+    module.register_forward_hook(lambda *_: calls.append(None))
+    return calls
+
+
+def _assert_own_losses(model: nn.Module, batches: list[list[dict]], want: frozenset[str] = EVERYTHING) -> None:
+    """The adapter's losses and their gradients equal those of the model's own forward pass, batch after batch."""
+    reference = copy.deepcopy(model)
+    adapter = build_adapter(model)
+    for batch in batches:
+        torch.manual_seed(7)
+        expected = reference(batch)
+        torch.manual_seed(7)
+        losses = adapter.run(batch, want, _targets(batch)).losses
+        assert losses.keys() == expected.keys()
+        for name in expected:
+            torch.testing.assert_close(
+                losses[name], expected[name], rtol=1e-6, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}"
+            )
+        sum(expected.values()).backward()
+        sum(losses.values()).backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    for name, parameter in reference.named_parameters():
+        torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-5, atol=1e-6)
+    for (name, buffer), other in zip(model.named_buffers(), reference.buffers(), strict=True):
+        assert torch.equal(buffer, other), name
+
+
+@pytest.mark.parametrize("want", [NOTHING, EVERYTHING], ids=["nothing", "everything"])
+def test_retinanet_losses_are_its_own(
+    tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage, want: frozenset[str]
+) -> None:
+    """Check losses, gradients, buffers and the running normaliser over two batches, one image without objects."""
+    model = tiny_detector("retinanet")
+    reference = copy.deepcopy(model)
+    batches = [make_inputs(), make_inputs(counts=(0, 4), seed=1)]
+    _assert_own_losses(model, batches, want)
+    for batch in batches:
+        reference(batch)
+    assert model.loss_normalizer == reference.loss_normalizer != 100
+
+
+@pytest.mark.parametrize("box_loss", ["giou", "smooth_l1"])
+def test_retinanet_losses_follow_its_config(
+    tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage, box_loss: str
+) -> None:
+    """Check that the detector's own options of the loss are kept."""
+    overrides = {"MODEL": {"RETINANET": {"BBOX_REG_LOSS_TYPE": box_loss, "FOCAL_LOSS_GAMMA": 1.0}}}
+    _assert_own_losses(tiny_detector("retinanet", overrides), [make_inputs()])
+
+
+@pytest.mark.parametrize("kind", ["faster", "mask", "cascade", "fcos"])
+def test_other_detectors_losses_are_their_own(
+    tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage, kind: str
+) -> None:
+    """Check losses, gradients and buffers under the same random numbers; the second batch has an image without objects."""
+    model = tiny_detector(kind)
+    adapter = DenseDetectorAdapter if kind == "fcos" else RCNNAdapter
+    assert type(build_adapter(model)) is adapter
+    _assert_own_losses(model, [make_inputs(masks=True), make_inputs(counts=(0, 4), seed=1, masks=True)])
+
+
+def test_rcnn_with_given_proposals(tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage) -> None:
+    """Check a Fast R-CNN: no RPN, so no anchors to offer, and the proposals of the inputs are used."""
+    overrides = {"MODEL": {"PROPOSAL_GENERATOR": {"NAME": "PrecomputedProposals"}}}
+    model = tiny_detector("faster", overrides)
+    batch = make_inputs()
+    for item in batch:
+        proposals = Instances(item["instances"].image_size)
+        proposals.proposal_boxes = Boxes(torch.tensor([[4.0, 4.0, 40.0, 40.0], [8.0, 20.0, 60.0, 50.0]]))
+        proposals.objectness_logits = torch.zeros(2)
+        item["proposals"] = proposals
+    spec = build_adapter(model).spec
+    assert spec.provides == {"features", "targets"}
+    assert spec.cell_anchors is None
+    _assert_own_losses(model, [batch], want=frozenset({"features"}))
+
+
+def test_specs(tiny_detector: Callable) -> None:
+    """Check what the adapters tell before the first forward pass."""
+    dense = build_adapter(tiny_detector("retinanet")).spec
+    assert (dense.name, dense.family, dense.num_classes) == ("RetinaNet", "one-stage", 3)
+    assert dense.shapes == {s: ShapeSpec(channels=8, stride=s) for s in (8, 16, 32, 64, 128)}
+    assert dense.provides == EVERYTHING
+    sides = {s: (a[:, 2:] - a[:, :2]).prod(1).sqrt() for s, a in dense.cell_anchors.items()}
+    for (stride, side), expected in zip(sides.items(), (16, 32, 64, 128, 256), strict=True):
+        assert expected == 2 * stride
+        torch.testing.assert_close(side, torch.full((3,), float(expected)))
+
+    rcnn = build_adapter(tiny_detector("cascade")).spec
+    assert (rcnn.name, rcnn.family, rcnn.num_classes) == ("GeneralizedRCNN", "two-stage", 3)
+    assert list(rcnn.shapes) == [4, 8, 16, 32, 64] == list(rcnn.cell_anchors)
+    assert rcnn.provides == {"features", "anchors", "targets"}
+
+    fcos = build_adapter(tiny_detector("fcos")).spec
+    assert (fcos.name, fcos.family, fcos.num_classes) == ("FCOS", "one-stage", 3)
+    assert list(fcos.shapes) == [8, 16, 32, 64, 128]
+
+
+@pytest.mark.parametrize("kind", ["retinanet", "faster"])
+def test_features_by_stride_are_the_backbones(tiny_detector: Callable, make_inputs: Callable, kind: str) -> None:
+    """Check that every level has its own stride, and the values that the detector's own pieces compute."""
+    model = tiny_detector(kind).eval()
+    batch = make_inputs()
+    with torch.no_grad():
+        outputs = build_adapter(model).run(batch, frozenset({"features"}))
+        images = model.preprocess_image(batch)
+        named = model.backbone(images.tensor)
+    assert torch.equal(outputs.images.tensor, images.tensor)
+    assert outputs.images.image_sizes == [(64, 80), (56, 96)]
+    assert list(outputs.features) == sorted(outputs.features)
+    for stride, feature in outputs.features.items():
+        assert torch.equal(feature, named[f"p{stride.bit_length() - 1}"])
+        assert feature.shape[-2:] == tuple(-(-side // stride) for side in images.tensor.shape[-2:])
+
+
+def test_retinanet_dense_predictions_are_the_heads(
+    tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage
+) -> None:
+    """Check logits, probabilities and anchors against the detector's own pieces, level by level."""
+    model = tiny_detector("retinanet").eval()
+    nn.init.normal_(model.head.cls_score.weight, std=0.5)
+    nn.init.normal_(model.head.bbox_pred.weight, std=0.1)
+    batch = make_inputs()
+    with torch.no_grad():
+        dense = build_adapter(model).run(batch, frozenset({"dense"})).dense
+        features = list(model.backbone(model.preprocess_image(batch).tensor).values())
+        logits, deltas = model._transpose_dense_predictions(model.head(features), [3, 4])
+        anchors = model.anchor_generator(features)
+    for level, stride in enumerate((8, 16, 32, 64, 128)):
+        assert torch.equal(dense.logits[stride], logits[level])
+        assert torch.equal(dense.box_regression[stride], deltas[level])
+        assert torch.equal(dense.anchors[stride].tensor, anchors[level].tensor)
+        torch.testing.assert_close(dense.probabilities[stride], 1 / (1 + torch.exp(-logits[level])))
+        torch.testing.assert_close(dense.ranking_scores[stride], dense.probabilities[stride])
+        for image in range(2):
+            boxes = model.box2box_transform.apply_deltas(deltas[level][image], anchors[level].tensor)
+            torch.testing.assert_close(dense.boxes[stride][image], boxes, rtol=1e-6, atol=1e-5)
+            assert not torch.allclose(boxes, anchors[level].tensor, atol=0.1)
+    with pytest.raises(RuntimeError, match="label assignment was asked of a forward pass that had no targets"):
+        dense.assignment  # noqa: B018
+
+
+def test_ranking_scores_with_quality() -> None:
+    """Check sqrt(class * quality) by hand: sqrt(1/2 * 1/8) = 1/4."""
+    dense = DensePredictions(
+        logits={8: torch.zeros(1, 1, 2)},
+        box_regression={},
+        anchors={},
+        decode=lambda deltas, anchors: deltas,
+        quality={8: torch.tensor([[[1.0 / 7.0]]]).log()},
+    )
+    torch.testing.assert_close(dense.ranking_scores[8], torch.full((1, 1, 2), 0.25))
+
+
+def _random_targets(generator: torch.Generator, counts: tuple[int, ...]) -> list[Instances]:
+    targets = []
+    for count in counts:
+        target = Instances((96, 128))
+        corners = torch.rand(count, 2, generator=generator) * torch.tensor([80.0, 60.0])
+        extent = 6 + torch.rand(count, 2, generator=generator) * 60
+        target.gt_boxes = Boxes(torch.cat([corners, corners + extent], 1))
+        target.gt_classes = torch.randint(0, 3, (count,), generator=generator)
+        targets.append(target)
+    return targets
+
+
+def test_assignment_equals_label_anchors(tiny_detector: Callable) -> None:
+    """Check classes, background, ignored anchors and matched boxes on random boxes, some images having none."""
+    model = tiny_detector("retinanet")
+    anchors = model.anchor_generator([torch.zeros(1, 8, -(-96 // s), 128 // s) for s in (8, 16, 32, 64, 128)])
+    generator = torch.Generator().manual_seed(0)
+    seen: dict[str, int] = dict.fromkeys(("foreground", "background", "ignored"), 0)
+    for counts in [(3, 0, 6), (1, 12, 0), (0, 0, 2), (20, 5, 1)]:
+        targets = _random_targets(generator, counts)
+        expected_labels, expected_boxes = model.label_anchors(anchors, targets)
+        assignment = assign_by_iou(Boxes.cat(anchors), targets, model.anchor_matcher)
+        assert assignment.shape == (3, len(Boxes.cat(anchors)))
+        labels, boxes = labels_and_boxes(assignment, targets, model.num_classes)
+        for image in range(3):
+            assert torch.equal(labels[image], expected_labels[image])
+            foreground = assignment[image] >= 0
+            assert torch.equal(boxes[image][foreground], expected_boxes[image][foreground])
+            assert torch.equal(assignment[image] == IGNORED, labels[image] == -1)
+            assert torch.equal(assignment[image] == BACKGROUND, labels[image] == model.num_classes)
+            if counts[image] and foreground.any():
+                best = pairwise_iou(targets[image].gt_boxes, Boxes.cat(anchors)).argmax(0)
+                assert torch.equal(assignment[image][foreground], best[foreground])
+            seen["foreground"] += int(foreground.sum())
+            seen["background"] += int((assignment[image] == BACKGROUND).sum())
+            seen["ignored"] += int((assignment[image] == IGNORED).sum())
+    assert min(seen.values()) > 20, seen
+
+
+def test_assignment_of_an_image_without_objects_is_background() -> None:
+    """Check that nothing is ignored or matched, even where the matcher's lowest label is "ignored"."""
+    anchors = Boxes(torch.tensor([[0.0, 0.0, 8.0, 8.0]]))
+    empty = _random_targets(torch.Generator(), (0,))
+
+    def matcher(quality: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros(1, dtype=torch.int64), torch.full((1,), -1, dtype=torch.int8)
+
+    assert assign_by_iou(anchors, empty, matcher).tolist() == [[BACKGROUND]]
+
+
+def test_run_gives_the_assignment_of_its_own_loss(
+    tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage
+) -> None:
+    """Check that `dense.assignment` of a training pass is that of the batch's boxes, levels in order of stride."""
+    model = tiny_detector("retinanet")
+    batch = make_inputs(counts=(3, 0))
+    outputs = build_adapter(model).run(batch, frozenset({"dense"}), _targets(batch))
+    labels, _ = model.label_anchors(list(outputs.anchors.values()), _targets(batch))
+    classes = batch[0]["instances"].gt_classes
+    assignment = outputs.dense.assignment
+    assert assignment.shape == (2, sum(x.shape[1] for x in outputs.dense.logits.values()))
+    foreground = assignment[0] >= 0
+    assert foreground.any()
+    assert torch.equal(classes[assignment[0][foreground]], labels[0][foreground])
+    assert (assignment[1] == BACKGROUND).all()
+
+
+def test_teacher_pass_computes_only_what_is_wanted(tiny_detector: Callable, make_inputs: Callable) -> None:
+    """Check by counting calls: features run no head and no anchor generator, anchors no head."""
+    model = tiny_detector("retinanet").eval()
+    heads, generators = _count_calls(model.head), _count_calls(model.anchor_generator)
+    adapter = build_adapter(model)
+    outputs = adapter.run(make_inputs(), frozenset({"features"}))
+    assert (outputs.anchors, outputs.dense, outputs.losses) == (None, None, {})
+    assert (len(heads), len(generators)) == (0, 0)
+    outputs = adapter.run(make_inputs(), frozenset({"anchors"}))
+    assert outputs.dense is None
+    assert (len(heads), len(generators)) == (0, 1)
+    outputs = adapter.run(make_inputs(), frozenset({"dense"}))
+    assert outputs.dense is not None
+    assert outputs.losses == {}
+    assert (len(heads), len(generators)) == (1, 2)
+
+
+def test_rcnn_teacher_pass_computes_only_what_is_wanted(tiny_detector: Callable, make_inputs: Callable) -> None:
+    """Check that neither RPN nor heads run; the RPN's anchors come when wanted, keyed by their own strides."""
+    model = tiny_detector("faster").eval()
+    heads, rpns = _count_calls(model.roi_heads), _count_calls(model.proposal_generator)
+    generators = _count_calls(model.proposal_generator.anchor_generator)
+    adapter = build_adapter(model)
+    outputs = adapter.run(make_inputs(), frozenset({"features"}))
+    assert (outputs.anchors, outputs.dense, outputs.losses) == (None, None, {})
+    assert len(generators) == 0
+    outputs = adapter.run(make_inputs(), frozenset({"anchors"}))
+    assert (len(generators), len(rpns), len(heads)) == (1, 0, 0)
+    for stride, anchors in outputs.anchors.items():
+        height, width = outputs.features[stride].shape[-2:]
+        assert len(anchors) == 3 * height * width
+        # three shapes at a place, then one stride to the right
+        torch.testing.assert_close(anchors.tensor[3] - anchors.tensor[0], torch.tensor([1.0, 0.0, 1.0, 0.0]) * stride)
+        torch.testing.assert_close(anchors.area()[:3], torch.full((3,), float((2 * stride) ** 2)))
+
+
+class OwnForward(RetinaNet):
+    """Adds a loss in `forward`."""
+
+    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
+        return {**super().forward(batched_inputs), "loss_own": torch.tensor(5.0)}
+
+
+class OwnTraining(RetinaNet):
+    """Adds a loss in `forward_training`."""
+
+    def forward_training(self, *args) -> dict[str, Tensor]:
+        return {**super().forward_training(*args), "loss_own": torch.tensor(5.0)}
+
+
+class OwnLabels(RetinaNet):
+    """Knows nothing but background."""
+
+    def label_anchors(self, anchors, gt_instances):
+        labels, boxes = super().label_anchors(anchors, gt_instances)
+        return [torch.full_like(x, self.num_classes) for x in labels], boxes
+
+
+class OwnLosses(RetinaNet):
+    """Doubles a loss."""
+
+    def losses(self, *args) -> dict[str, Tensor]:
+        return {name: 2 * loss for name, loss in super().losses(*args).items()}
+
+
+class OwnPreprocessing(GeneralizedRCNN):
+    """Prepares images its own way."""
+
+    def preprocess_image(self, batched_inputs: list[dict]):
+        images = super().preprocess_image(batched_inputs)
+        images.tensor.mul_(2)
+        return images
+
+
+@pytest.mark.parametrize(
+    ("cls", "adapter"),
+    [
+        (OwnForward, BackboneAdapter),
+        (OwnTraining, DenseDetectorAdapter),
+        (OwnLabels, DenseDetectorAdapter),
+        (OwnLosses, RetinaNetAdapter),
+        (OwnPreprocessing, BackboneAdapter),
+    ],
+)
+def test_subclasses_keep_what_they_override(
+    tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage, cls: type, adapter: type
+) -> None:
+    """Check that a subclass is read by the most telling adapter that does not bypass what it overrides."""
+    model = tiny_detector("faster" if issubclass(cls, GeneralizedRCNN) else "retinanet")
+    model.__class__ = cls
+    assert type(build_adapter(model)) is adapter
+    _assert_own_losses(model, [make_inputs()], want=frozenset({"features"}))
+
+
+def test_panoptic_fpn_falls_to_the_backbone(
+    tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage
+) -> None:
+    """Check a GeneralizedRCNN with a forward pass of its own: all its losses stay, and the features are captured."""
+    model = tiny_detector("panoptic")
+    assert isinstance(model, PanopticFPN)
+    adapter = build_adapter(model)
+    assert type(adapter) is BackboneAdapter
+    assert (adapter.spec.family, adapter.spec.provides) == ("other", {"features", "targets"})
+    batch = make_inputs(masks=True, sem_seg=True)
+    outputs = adapter.run(batch, frozenset({"features"}), _targets(batch))
+    assert {"loss_sem_seg", "loss_mask", "loss_rpn_cls", "loss_cls"} <= outputs.losses.keys()
+    assert list(outputs.features) == [4, 8, 16, 32, 64]
+    assert outputs.features[4].requires_grad
+    assert torch.equal(outputs.images.tensor, model.preprocess_image(batch).tensor)
+    _assert_own_losses(model, [batch])
+
+
+def test_backbone_adapter_stops_a_teacher_behind_its_backbone(tiny_detector: Callable, make_inputs: Callable) -> None:
+    """Check that a teacher's heads do not run, that its features are right, and that no hook stays behind."""
+    model = tiny_detector("panoptic").eval()
+    later = [_count_calls(m) for m in (model.proposal_generator, model.roi_heads, model.sem_seg_head)]
+    batch = make_inputs()
+    with torch.no_grad():
+        outputs = build_adapter(model).run(batch, frozenset({"features"}))
+        named = model.backbone(model.preprocess_image(batch).tensor)
+    assert later == [[], [], []]
+    assert outputs.losses == {}
+    assert outputs.images.image_sizes == [(64, 80), (56, 96)]
+    for stride, feature in outputs.features.items():
+        assert torch.equal(feature, named[f"p{stride.bit_length() - 1}"])
+    assert not model.backbone._forward_hooks
+
+
+def test_backbone_adapter_refuses_a_model_without_backbone() -> None:
+    """Check the sentence for something that is no detector."""
+    with pytest.raises(UserError, match=r"^Linear has no Detectron2 backbone"):
+        build_adapter(nn.Linear(1, 1))
+
+
+def test_backbone_adapter_refuses_other_padding(tiny_detector: Callable) -> None:
+    """Check that its own divisibility is fine, and another one an error with both numbers."""
+    adapter = build_adapter(tiny_detector("panoptic"))
+    adapter.pad_to(32)
+    with pytest.raises(UserError, match=r"PanopticFPN pads its images to multiples of 32 pixels .* multiples of 64"):
+        adapter.pad_to(64)
+
+
+class TwiceRun(nn.Module):
+    """Calls its backbone twice, or, in eval, never."""
+
+    def __init__(self, backbone: nn.Module):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
+        if self.training:
+            for x in batched_inputs * 2:
+                self.backbone(x["image"][None])
+        return {}
+
+
+def test_backbone_adapter_wants_one_call_of_the_backbone(toy_detector: type, constant_inputs: Callable) -> None:
+    """Check that a hook which fires twice or never is an error, not stale or missing features."""
+    adapter = build_adapter(TwiceRun(toy_detector().backbone))
+    with pytest.raises(RuntimeError, match="TwiceRun called its backbone 2 times"):
+        adapter.run(constant_inputs(), NOTHING, targets=[])
+    adapter.model.eval()
+    with pytest.raises(RuntimeError, match="TwiceRun called its backbone 0 times"):
+        adapter.run(constant_inputs(), NOTHING)
+
+
+def test_of_two_levels_of_one_stride_the_deeper_counts(toy_detector: type) -> None:
+    """Check a backbone that gives out two maps of stride 4."""
+    backbone = toy_detector().backbone
+    backbone.output_shape = lambda: {
+        "c": ShapeSpec(channels=1, stride=8),
+        "a": ShapeSpec(channels=2, stride=4),
+        "b": ShapeSpec(channels=3, stride=4),
+    }
+    adapter = build_adapter(TwiceRun(backbone))
+    assert adapter.neck_shapes() == {"b": ShapeSpec(channels=3, stride=4), "c": ShapeSpec(channels=1, stride=8)}
+    assert adapter.spec.shapes[4].channels == 3
+    maps = {"a": torch.zeros(1), "b": torch.ones(1), "c": torch.ones(1) * 2}
+    assert adapter.by_stride(maps) == {4: maps["b"], 8: maps["c"]}
+
+
+@pytest.mark.parametrize("constraints", [{}, {"size_divisibility": 4}, {"square_size": 0}])
+def test_preprocess_normalises_and_pads(
+    toy_detector: type, constant_inputs: Callable, constraints: dict[str, int]
+) -> None:
+    """Check padding with zeros behind the normalised image; `pad_to` overrules the backbone's own wish."""
+    model = toy_detector(divisibility=4, pixel_mean=(1.0, 2.0, 3.0), constraints=constraints)
+    model.pixel_std.fill_(2.0)
+    adapter = build_adapter(model)
+    assert adapter.size_divisibility == 4
+    images = adapter.preprocess(constant_inputs((5.0, 2.0, 1.0), (6, 9))).tensor
+    assert images.shape == (1, 3, 8, 12)
+    assert images[0, :, 5, 8].tolist() == [2.0, 0.0, -1.0]
+    assert images[0, :, 6:].abs().max() == 0 == images[0, :, :, 9:].abs().max()
+    adapter.pad_to(20)
+    assert adapter.preprocess(constant_inputs(size=(6, 21))).tensor.shape == (1, 3, 20, 40)
+
+
+def test_preprocess_keeps_a_square_size(toy_detector: type, constant_inputs: Callable) -> None:
+    """Check a backbone that wants squares (ViTDet)."""
+    adapter = build_adapter(toy_detector(divisibility=4, constraints={"square_size": 24}))
+    assert adapter.preprocess(constant_inputs(size=(6, 9))).tensor.shape == (1, 3, 24, 24)
+
+
+def _slim_cfg(tiny_cfg: Callable, **slim) -> object:
+    return tiny_cfg(
+        "retinanet",
+        {
+            "MODEL": {
+                "BACKBONE": {"NAME": "build_slim_resnet_backbone"},
+                "RESNETS": {"STEM_OUT_CHANNELS": 64, "NORM": "BN"},
+                "SLIM_RESNET": slim,
+            }
+        },
+    )
+
+
+def test_slim_resnet_has_the_names_and_shapes_of_resnet18(tiny_cfg: Callable) -> None:
+    """Check that ResNet-18's tensors fill a ResNet-10 of full width completely, and a 2-2-2-2 one is ResNet-18."""
+    cfg = _slim_cfg(tiny_cfg, WIDTHS=(64, 128, 256, 512))
+    resnet10 = build_backbone(cfg)
+    cfg.MODEL.SLIM_RESNET.BLOCKS_PER_STAGE = (2, 2, 2, 2)
+    same = build_backbone(cfg)
+    cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 18, 64
+    resnet18 = build_resnet_backbone(cfg, ShapeSpec(channels=3))
+    shapes10, shapes, shapes18 = (
+        {name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (resnet10, same, resnet18)
+    )
+    assert shapes == shapes18
+    assert shapes10.items() < shapes18.items()
+    assert {name.split(".")[1] for name in shapes10 if name.startswith("res")} == {"0"}
+    # one block a stage computes what the first blocks of ResNet-18 would
+    same.load_state_dict(resnet18.state_dict())
+    image = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        for name, feature in resnet18.eval()(image).items():
+            assert torch.equal(same.eval()(image)[name], feature)
+
+
+def test_slim_resnet_widths_and_blocks(tiny_cfg: Callable) -> None:
+    """Check that each stage has its own width and number of blocks, and halves the map but for the first."""
+    net = build_backbone(_slim_cfg(tiny_cfg, WIDTHS=(2, 4, 6, 8), BLOCKS_PER_STAGE=(1, 2, 1, 3)))
+    assert [len(stage) for stage in net.stages] == [1, 2, 1, 3]
+    features = net(torch.rand(1, 3, 64, 64))
+    assert {name: tuple(f.shape[1:]) for name, f in features.items()} == {
+        "res3": (4, 8, 8),
+        "res4": (6, 4, 4),
+        "res5": (8, 2, 2),
+    }
+    assert {name: s.stride for name, s in net.output_shape().items()} == {"res3": 8, "res4": 16, "res5": 32}
+
+
+def test_slim_resnet_freezes_as_configured(tiny_cfg: Callable) -> None:
+    """Check MODEL.BACKBONE.FREEZE_AT 2: stem and first stage."""
+    cfg = _slim_cfg(tiny_cfg, WIDTHS=(2, 4, 6, 8))
+    cfg.MODEL.BACKBONE.FREEZE_AT = 2
+    trained = {name.split(".")[0] for name, p in build_backbone(cfg).named_parameters() if p.requires_grad}
+    assert trained == {"res3", "res4", "res5"}
+
+
+def test_slim_resnet_refuses_equal_neighbours(tiny_cfg: Callable) -> None:
+    """Check widths between which Detectron2's basic block would have no shortcut to halve the map with."""
+    with pytest.raises(
+        UserError, match=r"MODEL\.SLIM_RESNET\.WIDTHS is \(64, 64, 128, 256\); neighbouring stages must differ"
+    ):
+        build_backbone(_slim_cfg(tiny_cfg, WIDTHS=(64, 64, 128, 256)))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("WIDTHS", (1, 2, 3)), ("WIDTHS", (1, 2, 3, 0)), ("BLOCKS_PER_STAGE", (1, 1, 1.5, 1))]
+)
+def test_slim_resnet_refuses_wrong_lists(tiny_cfg: Callable, key: str, value: tuple) -> None:
+    """Check that the error names the key."""
+    with pytest.raises(UserError, match=rf"MODEL\.SLIM_RESNET\.{key} is .*; it must be four positive integers"):
+        build_backbone(_slim_cfg(tiny_cfg, **{key: value}))

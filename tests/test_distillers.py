@@ -1,0 +1,391 @@
+"""The distillation methods on features whose losses can be worked out by hand, and what methods share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import kornia
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from torch import Tensor, nn
+
+from kd_d2.detectors import DetectorOutputs, DetectorSpec
+from kd_d2.distillers import DISTILLER_REGISTRY, Distiller, FeatureImitation, OptimizerSettings, Schedule, StructuralKD
+from kd_d2.distillers.base import AdaptationLayers, check_number, common_strides, levels_by_stride
+from kd_d2.errors import UserError
+
+METHODS = {"FEATURE_IMITATION": FeatureImitation, "STRUCTURAL": StructuralKD}
+
+
+def _spec(name: str, channels: dict[int, int], family: str = "one-stage") -> DetectorSpec:
+    return DetectorSpec(
+        name=name,
+        family=family,
+        shapes={stride: ShapeSpec(channels=c, stride=stride) for stride, c in channels.items()},
+        num_classes=3,
+        cell_anchors=None,
+        provides=frozenset({"features"}),
+    )
+
+
+def _outputs(features: dict[int, Tensor]) -> DetectorOutputs:
+    return DetectorOutputs(images=None, features=features)
+
+
+def _map(*rows: list[float]) -> Tensor:
+    """One channel of one image."""
+    return torch.tensor(rows, dtype=torch.float32)[None, None]
+
+
+@pytest.fixture
+def build(tiny_cfg: Callable[..., CfgNode]) -> Callable[..., Distiller]:
+    """(node name, student's channels by stride, teacher's, student's family, keys) -> the configured distiller."""
+
+    def build(
+        node_name: str,
+        student: dict[int, int],
+        teacher: dict[int, int] | None = None,
+        family: str = "one-stage",
+        **keys: Any,
+    ) -> Distiller:
+        node = tiny_cfg("retinanet", {"MODEL": {"KD": {node_name: keys}}})
+        method = METHODS[node_name]
+        method.validate_config(node.MODEL.KD[node_name])
+        teacher = student if teacher is None else teacher
+        torch.manual_seed(0)
+        return method(node, _spec("Pupil", student, family), _spec("Master", teacher, "two-stage"))
+
+    return build
+
+
+def _loss(distiller: Distiller, student: dict[int, Tensor], teacher: dict[int, Tensor]) -> float:
+    losses = distiller(_outputs(student), _outputs(teacher), [])
+    assert tuple(losses) == distiller.loss_names
+    (loss,) = losses.values()
+    assert loss.shape == ()
+    return loss.item()
+
+
+# Two levels, deliberately not in order, of different sizes.
+STUDENT = {16: _map([3, 5]), 8: _map([0, 1], [2, 4])}
+TEACHER = {8: _map([0, 2], [2, 4]), 16: _map([5, 3])}
+
+
+def test_feature_imitation_by_hand(build: Callable) -> None:
+    """Check the mean per level and over levels: ((0 + 1 + 0 + 0) / 4 + (4 + 4) / 2) / 2 = 2.125, times the weight."""
+    assert _loss(build("FEATURE_IMITATION", {8: 1, 16: 1}), STUDENT, TEACHER) == 2.125
+    assert _loss(build("FEATURE_IMITATION", {8: 1, 16: 1}, WEIGHT=3.0), STUDENT, TEACHER) == 6.375
+
+
+# After nu: stride 8 is 0, 1/4, 1/2, 1 and 0, 1/2, 1/2, 1; stride 16 is 0, 1 and 1, 0.
+BY_HAND = [
+    ({"LOSS": "l1"}, 0.25 / 4 + 1),
+    ({"LOSS": "l2"}, 0.25**2 / 4 + 1),
+    ({"LOSS": "smooth_l1"}, (0.25 - 0.1 / 2) / 4 + (1 - 0.1 / 2)),
+    ({"LOSS": "smooth_l1", "SMOOTH_L1_BETA": 0.5}, 0.5 * 0.25**2 / 0.5 / 4 + (1 - 0.5 / 2)),
+    # stride 8: 1/8 apart in one cell; stride 16: 0, 1 and 1, 0 of the joint range as well
+    ({"LOSS": "l1", "NORMALIZATION": "joint"}, 0.25 / 4 + 1),
+    ({"LOSS": "l1", "NORMALIZATION": "none"}, 1 / 4 + 2),
+    ({"LOSS": "l2", "NORMALIZATION": "none"}, 1 / 4 + 4),
+]
+
+
+@pytest.mark.parametrize(("keys", "expected"), BY_HAND)
+def test_structural_by_hand(build: Callable, keys: dict[str, Any], expected: float) -> None:
+    """Check mean per level, sum over levels, weight, for every loss that can be worked out by hand."""
+    distiller = build("STRUCTURAL", {8: 1, 16: 1}, WEIGHT=4.0, **keys)
+    assert _loss(distiller, STUDENT, TEACHER) == pytest.approx(4 * expected, rel=1e-6)
+
+
+def test_structural_normalises_each_sample_and_channel_as_configured(build: Callable) -> None:
+    """Check that scaling a sample (or a channel) changes nothing under its own scope, and does under another."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.rand(2, 2, 2, 6, 6, generator=generator)
+    by_sample = student * torch.tensor([2.0, 9.0]).view(2, 1, 1, 1) - 3
+    by_channel = student * torch.tensor([2.0, 9.0]).view(1, 2, 1, 1) - 3
+    for scope, unchanged in [("sample", by_sample), ("channel", by_sample), ("channel", by_channel)]:
+        distiller = build("STRUCTURAL", {8: 2}, NORMALIZATION=scope)
+        expected = _loss(distiller, {8: student}, {8: teacher})
+        assert _loss(distiller, {8: unchanged}, {8: teacher}) == pytest.approx(expected, rel=1e-4)
+    distiller = build("STRUCTURAL", {8: 2}, NORMALIZATION="sample")
+    expected = _loss(distiller, {8: student}, {8: teacher})
+    assert abs(_loss(distiller, {8: by_channel}, {8: teacher}) - expected) > 0.01 * expected
+
+
+def _normalized(x: Tensor) -> Tensor:
+    return torch.stack([(sample - sample.min()) / (sample.max() - sample.min()) for sample in x])
+
+
+@pytest.mark.parametrize(
+    ("window_size", "size", "used"),
+    [(11, (12, 14), 11), (5, (12, 14), 5), (13, (12, 14), 13), (11, (4, 9), 7), (11, (5, 3), 5), (11, (6, 9), 11)],
+)
+def test_structural_ssim_cuts_its_window_to_small_maps(
+    build: Callable, window_size: int, size: tuple[int, int], used: int
+) -> None:
+    """Check each level against kornia with the window min(window, 2 * min(H, W) - 1)."""
+    generator = torch.Generator().manual_seed(1)
+    student, teacher = 5 * torch.randn(2, 2, 3, *size, generator=generator)
+    distiller = build("STRUCTURAL", {32: 3}, WEIGHT=1.0, WINDOW_SIZE=window_size)
+    expected, other = (
+        kornia.losses.ssim_loss(_normalized(student), _normalized(teacher), window).item()
+        for window in (used, used - 2)
+    )
+    loss = _loss(distiller, {32: student}, {32: teacher})
+    assert loss == pytest.approx(expected, rel=2e-6)
+    assert loss != pytest.approx(other, rel=2e-6)
+
+
+def test_structural_ssim_on_single_cells_and_rows(build: Callable) -> None:
+    """Check the smallest maps by hand, where the window is one cell: only the luminance term (C1 = 1e-4) is left."""
+    distiller = build("STRUCTURAL", {8: 1, 16: 1}, WEIGHT=1.0)
+    # A single cell has no range: nu makes it 0 in both. In the row 0, 1 meets 1, 0.
+    loss = _loss(distiller, {8: _map([7.0]), 16: _map([3, 5])}, {8: _map([2.0]), 16: _map([5, 3])})
+    assert loss == pytest.approx((1 - 1e-4 / (1 + 1e-4)) / 2, abs=2e-5)
+
+
+def test_structural_levels_are_summed_and_weighted(build: Callable) -> None:
+    """Check that with SSIM, too, two levels give the sum of the two alone, and the weight multiplies it."""
+    generator = torch.Generator().manual_seed(2)
+    maps = {s: torch.randn(2, 1, 2, 64 // s, 80 // s, generator=generator) for s in (4, 8)}
+    student, teacher = ({s: pair[i] for s, pair in maps.items()} for i in (0, 1))
+    alone = [_loss(build("STRUCTURAL", {s: 2}, WEIGHT=1.0), student, teacher) for s in (4, 8)]
+    assert _loss(build("STRUCTURAL", {4: 2, 8: 2}, WEIGHT=3.0), student, teacher) == pytest.approx(3 * sum(alone))
+
+
+@pytest.mark.parametrize(
+    ("family", "keys", "weight"),
+    [
+        ("one-stage", {}, 4.0),
+        ("two-stage", {}, 2.0),
+        ("other", {}, 2.0),
+        ("one-stage", {"WEIGHT": 0.5}, 0.5),
+        ("two-stage", {"WEIGHT": 0.0}, 0.0),
+    ],
+)
+def test_structural_weight_by_family(build: Callable, family: str, keys: dict[str, Any], weight: float) -> None:
+    """Check lambda: 4 for a one-stage student, 2 for others, the config's own where it says one."""
+    distiller = build("STRUCTURAL", {8: 1, 16: 1}, family=family, LOSS="l1", **keys)
+    assert _loss(distiller, STUDENT, TEACHER) == pytest.approx(weight * 1.0625)
+
+
+@pytest.mark.parametrize("node_name", METHODS)
+def test_losses_are_float32_under_autocast(build: Callable, node_name: str) -> None:
+    """Check bfloat16 maps that are close together: the loss is that of their float32 copies, bit by bit."""
+    keys = {} if node_name == "FEATURE_IMITATION" else {"LOSS": "l1"}
+    distiller = build(node_name, {8: 2}, **keys)
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(1, 2, 9, 9, generator=generator).bfloat16()
+    teacher = student + 0.03 * torch.randn(1, 2, 9, 9, generator=generator).bfloat16()
+    expected = distiller(_outputs({8: student.float()}), _outputs({8: teacher.float()}), [])
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = distiller(_outputs({8: student}), _outputs({8: teacher}), [])
+    for name, loss in losses.items():
+        assert loss.dtype == torch.float32
+        assert loss.item() == expected[name].item()
+
+
+@pytest.mark.parametrize("node_name", METHODS)
+def test_gradients_reach_the_student_at_every_level(build: Callable, node_name: str) -> None:
+    """Check that gradients reach both levels, and pull towards the teacher: a small step lowers the loss."""
+    generator = torch.Generator().manual_seed(0)
+    distiller = build(node_name, {8: 2, 16: 2})
+    student = {s: torch.randn(1, 2, 64 // s, 64 // s, generator=generator).requires_grad_() for s in (8, 16)}
+    teacher = {s: torch.randn(1, 2, 64 // s, 64 // s, generator=generator) for s in (8, 16)}
+    (loss,) = distiller(_outputs(student), _outputs(teacher), []).values()
+    loss.backward()
+    assert all(x.grad.abs().max() > 0 for x in student.values())
+    stepped = {s: x.detach() - 0.1 * x.grad / x.grad.norm() for s, x in student.items()}
+    assert _loss(distiller, stepped, teacher) < loss.item() - 0.01 * loss.item()
+
+
+@pytest.mark.parametrize("node_name", METHODS)
+@pytest.mark.parametrize(("adaptation", "kernel"), [("1x1", 1), ("3x3", 3)])
+def test_adaptation_layers(build: Callable, node_name: str, adaptation: str, kernel: int) -> None:
+    """Check one convolution a level from the student's channels to the teacher's, of equal size, that can learn."""
+    distiller = build(node_name, {8: 2, 16: 4}, {8: 5, 16: 5}, ADAPTATION=adaptation)
+    shapes = {name: tuple(p.shape) for name, p in distiller.named_parameters()}
+    assert shapes == {
+        "adaptation.layers.8.weight": (5, 2, kernel, kernel),
+        "adaptation.layers.8.bias": (5,),
+        "adaptation.layers.16.weight": (5, 4, kernel, kernel),
+        "adaptation.layers.16.bias": (5,),
+    }
+    student = {8: torch.randn(2, 2, 6, 4), 16: torch.randn(2, 4, 3, 2)}
+    adapted = distiller.adaptation([student[8], student[16]])
+    assert [tuple(x.shape) for x in adapted] == [(2, 5, 6, 4), (2, 5, 3, 2)]
+    convolved = nn.functional.conv2d(
+        student[16],
+        distiller.adaptation.layers["16"].weight,
+        distiller.adaptation.layers["16"].bias,
+        padding=kernel // 2,
+    )
+    assert torch.equal(adapted[1], convolved)
+    # the teacher shows exactly what the layers make of the student: nothing to learn
+    teacher = {8: adapted[0].detach(), 16: adapted[1].detach()}
+    assert _loss(distiller, student, teacher) == pytest.approx(0.0, abs=1e-5)
+    teacher = {8: torch.randn(2, 5, 6, 4), 16: torch.randn(2, 5, 3, 2)}
+    (loss,) = distiller(_outputs(student), _outputs(teacher), []).values()
+    loss.backward()
+    assert all(p.grad.abs().max() > 0 for name, p in distiller.named_parameters() if name.endswith("weight"))
+
+
+def test_without_adaptation_features_pass_as_they_are(build: Callable) -> None:
+    """Check that "none" has no parameters and hands on the very tensors."""
+    distiller = build("STRUCTURAL", {8: 2, 16: 2})
+    assert list(distiller.parameters()) == []
+    features = [torch.rand(1, 2, 4, 4), torch.rand(1, 2, 2, 2)]
+    assert all(a is b for a, b in zip(distiller.adaptation(features), features, strict=True))
+
+
+@pytest.mark.parametrize("node_name", METHODS)
+def test_channels_that_differ_need_an_adaptation_layer(build: Callable, node_name: str) -> None:
+    """Check that the sentence names the key, the stride, both counts and the remedy."""
+    with pytest.raises(
+        UserError,
+        match=rf"MODEL\.KD\.{node_name}\.ADAPTATION is 'none', but at stride 16 the student has 4 channels "
+        "and the teacher 5: set it to '1x1'",
+    ):
+        build(node_name, {8: 2, 16: 4}, {8: 2, 16: 5})
+
+
+@pytest.mark.parametrize("node_name", METHODS)
+def test_levels_are_paired_by_stride(build: Callable, node_name: str) -> None:
+    """Check that levels only one detector has play no part, and that the pairing is by stride, not by order."""
+    student = {8: torch.randn(1, 2, 8, 8), 16: torch.randn(1, 2, 4, 4), 32: torch.randn(1, 2, 2, 2)}
+    teacher = {4: torch.randn(1, 2, 16, 16), 16: 2 * student[16], 8: 3 * student[8]}
+    keys = {"NORMALIZATION": "none", "LOSS": "l2", "WEIGHT": 1.0} if node_name == "STRUCTURAL" else {}
+    distiller = build(node_name, dict.fromkeys(student, 2), dict.fromkeys(teacher, 2), **keys)
+    assert distiller.adaptation.strides == (8, 16)
+    levels = [(2 * student[8]).square().mean(), student[16].square().mean()]
+    expected = sum(levels) / (1 if node_name == "STRUCTURAL" else 2)
+    assert _loss(distiller, student, teacher) == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("node_name", METHODS)
+def test_disjoint_strides_name_both(build: Callable, node_name: str) -> None:
+    """Check the sentence for a pair without any level in common."""
+    with pytest.raises(
+        UserError,
+        match=r"The student \(Pupil, strides \[16, 32\]\) and the teacher \(Master, strides \[4, 8\]\) have no",
+    ):
+        build(node_name, {32: 2, 16: 2}, {4: 2, 8: 2})
+
+
+def test_common_strides_are_ascending() -> None:
+    """Check the order, whatever the order of the detectors' own levels."""
+    assert common_strides(_spec("a", {64: 1, 8: 1, 16: 1}), _spec("b", {16: 1, 64: 1, 4: 1})) == [16, 64]
+
+
+@pytest.mark.parametrize("node_name", METHODS)
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_missing_feature_is_an_error(build: Callable, node_name: str, whose: str) -> None:
+    """Check that a level which was promised but not captured is named, with whose it is and what there is."""
+    distiller = build(node_name, {8: 1, 16: 1})
+    given = {"student": STUDENT, "teacher": TEACHER}
+    given[whose] = {8: STUDENT[8]}
+    with pytest.raises(
+        RuntimeError, match=rf"the {whose}'s features of stride \[16\] were not captured; there are \[8\]"
+    ):
+        distiller(_outputs(given["student"]), _outputs(given["teacher"]), [])
+
+
+def test_levels_by_stride_follow_the_order_asked_for() -> None:
+    """Check that the list has the order of the strides asked for, not that of the dictionary."""
+    assert levels_by_stride(STUDENT, (8, 16), "student") == [STUDENT[8], STUDENT[16]]
+
+
+@pytest.mark.parametrize(
+    ("node_name", "key", "value"),
+    [
+        ("FEATURE_IMITATION", "ADAPTATION", "5x5"),
+        ("STRUCTURAL", "ADAPTATION", "linear"),
+        ("STRUCTURAL", "LOSS", "ssin"),
+        ("STRUCTURAL", "NORMALIZATION", "batch"),
+        ("STRUCTURAL", "WINDOW_SIZE", 10),
+        ("STRUCTURAL", "WINDOW_SIZE", -1),
+        ("STRUCTURAL", "SMOOTH_L1_BETA", 0.0),
+        ("STRUCTURAL", "SMOOTH_L1_BETA", float("nan")),
+    ],
+)
+def test_wrong_values_name_their_key(build: Callable, node_name: str, key: str, value: object) -> None:
+    """Check that validation refuses the value in a sentence that holds key and value."""
+    with pytest.raises(UserError, match=rf"MODEL\.KD\.{node_name}\.{key} is {value!r}"):
+        build(node_name, {8: 1}, **{key: value})
+
+
+@pytest.mark.parametrize("value", [True, "3", None, float("inf"), -0.5])
+def test_check_number_refuses_what_is_no_finite_number(value: object) -> None:
+    """Check booleans, text, None, infinity and too small numbers; the minimum is fine unless excluded."""
+    with pytest.raises(UserError, match=r"MODEL\.KD\.ICD\.WEIGHT is .*; it must be a number at least 0\."):
+        check_number("ICD", "WEIGHT", value, 0)
+    check_number("ICD", "WEIGHT", 0, 0)
+    with pytest.raises(UserError, match="must be a number above 0"):
+        check_number("ICD", "WEIGHT", 0, 0, exclusive=True)
+
+
+def test_schedule_by_hand() -> None:
+    """Check start, a linear warm-up that is full in its last iteration, and the end, which is exclusive."""
+    schedule = Schedule(start=2, warmup=4, end=8)
+    factors = [schedule.factor(i) for i in range(10)]
+    assert factors == [0, 0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 0, 0]
+    assert [schedule.is_active(i) for i in range(10)] == [f > 0 for f in factors]
+    always = Schedule()
+    assert [always.factor(i) for i in (0, 1, 10**6)] == [1.0, 1.0, 1.0]
+    assert [Schedule(start=3).factor(i) for i in (2, 3)] == [0.0, 1.0]
+    cut = Schedule(warmup=10, end=2)
+    assert [cut.factor(i) for i in (0, 1, 2)] == [0.1, 0.2, 0.0]
+
+
+def test_schedule_from_its_config_node(tiny_cfg: Callable[..., CfgNode]) -> None:
+    """Check which key is what."""
+    keys = {"START_ITER": 5, "WARMUP_ITERS": 7, "END_ITER": 90}
+    node = tiny_cfg("retinanet", {"MODEL": {"KD": {"STRUCTURAL": keys}}}).MODEL.KD.STRUCTURAL
+    assert Schedule.from_node(node) == Schedule(start=5, warmup=7, end=90)
+
+
+@pytest.mark.parametrize("node_name", METHODS)
+def test_idle_losses_keep_parameters_in_the_graph(build: Callable, node_name: str) -> None:
+    """Check zeros under the declared names, with a gradient of zero for every parameter."""
+    distiller = build(node_name, {8: 2}, {8: 3}, ADAPTATION="1x1")
+    losses = distiller.idle_losses(like=torch.ones(1, 3, 4, 4))
+    assert tuple(losses) == distiller.loss_names
+    assert [x.item() for x in losses.values()] == [0.0] * len(losses)
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.abs().max() == 0 for p in distiller.parameters())
+
+
+def test_param_groups_default_to_the_students_optimiser(build: Callable, tiny_cfg: Callable[..., CfgNode]) -> None:
+    """Check that a method which says nothing leaves all its parameters to the student's optimiser."""
+    distiller = build("STRUCTURAL", {8: 2}, ADAPTATION="1x1")
+    (group,) = distiller.param_groups(tiny_cfg("retinanet"))
+    assert group.optimizer is None
+    assert {id(p) for p in group.params} == {id(p) for p in distiller.parameters()}
+    assert OptimizerSettings("x", 1e-3).clip_norm == float("inf")
+
+
+@pytest.mark.parametrize("name", [name for name, _ in DISTILLER_REGISTRY])
+def test_registered_methods_keep_the_contract(name: str, tiny_cfg: Callable[..., CfgNode]) -> None:
+    """Check, for every registered method, names of losses and parts, and a node with the keys that all share."""
+    method = DISTILLER_REGISTRY.get(name)
+    assert issubclass(method, Distiller)
+    assert method.__name__ == name
+    assert method.needs <= {"features", "anchors", "dense", "targets"}
+    assert method.loss_names
+    assert len(set(method.loss_names)) == len(method.loss_names)
+    assert all(n.startswith("loss_") for n in method.loss_names)
+    node = tiny_cfg("retinanet").MODEL.KD[method.CONFIG_NODE]
+    assert {"WEIGHT", "START_ITER", "WARMUP_ITERS", "END_ITER"} <= node.keys()
+    method.validate_config(node)
+    owners = [other for other, cls in DISTILLER_REGISTRY if cls.CONFIG_NODE == method.CONFIG_NODE]
+    assert owners == [name]
+
+
+def test_adaptation_layers_check_the_number_of_levels() -> None:
+    """Check that a level too many is an error, not silently dropped."""
+    layers = AdaptationLayers({8: (1, 1)}, 1)
+    with pytest.raises(ValueError, match="zip"):
+        layers([torch.rand(1, 1, 2, 2)] * 2)

@@ -1,0 +1,553 @@
+"""KDMetaArch and Teacher: what is trained, what is frozen, who sees which images, and which losses come out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from detectron2.modeling import build_model
+from detectron2.solver import build_optimizer
+from detectron2.structures import Instances
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+
+from kd_d2 import KDMetaArch, Teacher, UserError, load_config
+from kd_d2.checkpoint import inherit, part_of
+from kd_d2.detectors import DetectorOutputs
+from kd_d2.distillers import Distiller, FeatureImitation, Schedule, StructuralKD
+from kd_d2.distillers.base import AdaptationLayers
+from kd_d2.engine.optimizers import build_optimizers
+from kd_d2.engine.step import DistillationStep
+from kd_d2.meta_arch import student_of
+
+
+def _imitation(channels: dict[int, tuple[int, int]], kernel_size: int = 0, weight: float = 1.0) -> FeatureImitation:
+    return FeatureImitation(weight=weight, adaptation=AdaptationLayers(channels, kernel_size))
+
+
+def _structural(strides: tuple[int, ...], channels: int) -> StructuralKD:
+    return StructuralKD(
+        weight=1.0,
+        map_loss=nn.functional.mse_loss,
+        normalization="sample",
+        adaptation=AdaptationLayers(dict.fromkeys(strides, (channels, channels)), 0),
+    )
+
+
+class Recorder(Distiller):
+    """`loss_kd` is 10 times its parameter, `loss_kd_aux_size` 100 times. Keeps what it was given."""
+
+    needs = frozenset({"features"})
+    loss_names = ("loss_kd", "loss_kd_aux_size")
+
+    def __init__(self, needs: frozenset[str] = needs, loss_names: tuple[str, ...] = loss_names):
+        super().__init__()
+        self.needs, self.loss_names = needs, loss_names
+        self.own = nn.Parameter(torch.tensor(1.0))
+        self.given: list[tuple[DetectorOutputs, DetectorOutputs, list[Instances]]] = []
+
+    def forward(
+        self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]
+    ) -> dict[str, Tensor]:
+        self.given.append((student, teacher, targets))
+        return {"loss_kd": 10 * self.own, "loss_kd_aux_size": 100 * self.own}
+
+
+def _teacher_tensors(teacher: Teacher) -> dict[str, Tensor]:
+    return {name: t.clone() for name, t in (*teacher.model.named_parameters(), *teacher.model.named_buffers())}
+
+
+def test_losses_and_gradient_by_hand(
+    toy_detector: type, constant_inputs: Callable, event_storage: EventStorage
+) -> None:
+    """Check pixels of 3: the student shows 2 * 3, the teacher 5 * 3, so the loss is 81 and its slope 2 * 3 * -9."""
+    student, teacher = toy_detector(scale=2.0), Teacher(toy_detector(scale=5.0))
+    model = KDMetaArch(student=student, teacher=teacher, distillers={"FitNet": _imitation({4: (3, 3), 8: (3, 3)})})
+    losses = model(constant_inputs((3.0, 3.0, 3.0)))
+    assert {name: loss.item() for name, loss in losses.items()} == {"loss_toy": 7.0, "loss_feature_imitation": 81.0}
+    sum(losses.values()).backward()
+    assert student.backbone.scale.grad.item() == pytest.approx(3 - 54)
+    assert teacher.model.backbone.scale.grad is None
+
+
+def test_images_are_padded_to_the_least_common_multiple(
+    toy_detector: type, constant_inputs: Callable, event_storage: EventStorage
+) -> None:
+    """Check divisibilities 4 and 6: both see multiples of 12; alone, and without distillers, the student 4."""
+    student, teacher = toy_detector(divisibility=4), Teacher(toy_detector(divisibility=6))
+    model = KDMetaArch(student=student, teacher=teacher, distillers={"a": _structural((4, 8), 3)})
+    inputs = constant_inputs(size=(10, 14))
+    model(inputs)
+    assert student.backbone.seen[-1].shape == teacher.model.backbone.seen[-1].shape == (1, 3, 12, 24)
+    model.eval()(inputs)
+    assert student.backbone.seen[-1].shape == (1, 3, 12, 16)
+
+    student, teacher = toy_detector(divisibility=4), Teacher(toy_detector(divisibility=6))
+    KDMetaArch(student=student, teacher=teacher, distillers={})(inputs)
+    assert student.backbone.seen[-1].shape == (1, 3, 12, 16)
+
+
+def test_each_detector_normalises_its_own_way(
+    toy_detector: type, constant_inputs: Callable, event_storage: EventStorage
+) -> None:
+    """Check an RGB student of a BGR teacher: (1, 2, 5) becomes (5, 2, 1), then each one's own mean goes off."""
+    student = toy_detector(pixel_mean=(1.0, 1.0, 1.0))
+    teacher = Teacher(toy_detector(pixel_mean=(5.0, 1.0, 0.0)), flip_channels=True)
+    inputs = constant_inputs((1.0, 2.0, 5.0), size=(8, 8))
+    model = KDMetaArch(student=student, teacher=teacher, distillers={"a": _structural((4, 8), 3)})
+    model(inputs)
+    assert student.backbone.seen[-1][0, :, 3, 3].tolist() == [0.0, 1.0, 4.0]
+    assert teacher.model.backbone.seen[-1][0, :, 3, 3].tolist() == [0.0, 1.0, 1.0]
+    assert inputs[0]["image"][:, 0, 0].tolist() == [1.0, 2.0, 5.0]
+    assert teacher.in_own_format(inputs)[0].keys() == inputs[0].keys()
+
+    teacher = Teacher(toy_detector())
+    KDMetaArch(student=student, teacher=teacher, distillers={"a": _structural((4, 8), 3)})(inputs)
+    assert teacher.model.backbone.seen[-1][0, :, 3, 3].tolist() == [1.0, 2.0, 5.0]
+
+
+def test_sizes_that_do_not_agree_are_an_error(
+    toy_detector: type, constant_inputs: Callable, event_storage: EventStorage
+) -> None:
+    """Check a teacher that pads to squares of 32 beside a student that does not: the sentence names both."""
+    teacher = Teacher(toy_detector(constraints={"square_size": 32}))
+    model = KDMetaArch(student=toy_detector(), teacher=teacher, distillers={"a": _structural((4, 8), 3)})
+    with pytest.raises(
+        UserError, match=r"student \(ToyDetector\) saw images of \(16, 16\) .* teacher \(ToyDetector\) of \(32, 32\)"
+    ):
+        model(constant_inputs())
+
+
+def test_maps_that_do_not_agree_are_an_error(
+    toy_detector: type, constant_inputs: Callable, event_storage: EventStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check maps of one stride but different sizes, which some losses would silently broadcast."""
+    teacher = Teacher(toy_detector())
+    monkeypatch.setattr(teacher.model.backbone, "forward", lambda x: {f"stride{s}": x[..., :1, :1] for s in (4, 8)})
+    model = KDMetaArch(student=toy_detector(), teacher=teacher, distillers={"a": _imitation({4: (3, 3), 8: (3, 3)})})
+    with pytest.raises(
+        UserError, match=r"stride 4 .* student \(ToyDetector\) .* \(4, 4\) .* teacher \(ToyDetector\) .* \(1, 1\)"
+    ):
+        model(constant_inputs())
+
+
+def test_a_partner_that_cannot_be_padded_is_an_error(tiny_detector: Callable, toy_detector: type) -> None:
+    """Check a student read through its backbone alone, and a teacher that needs other multiples."""
+    teacher = Teacher(toy_detector(divisibility=48))
+    with pytest.raises(UserError, match=r"PanopticFPN pads its images to multiples of 32 pixels .* multiples of 96"):
+        KDMetaArch(student=tiny_detector("panoptic"), teacher=teacher, distillers={"a": Recorder()})
+    KDMetaArch(
+        student=tiny_detector("panoptic"), teacher=Teacher(toy_detector(divisibility=16)), distillers={"a": Recorder()}
+    )
+
+
+def test_teacher_is_no_part_of_the_module(tiny_detector: Callable) -> None:
+    """Check that its tensors are in no state_dict, parameter, buffer or module list, and that it stays in eval mode."""
+    model = KDMetaArch(
+        student=tiny_detector("retinanet"),
+        teacher=Teacher(tiny_detector("retinanet", seed=1)),
+        distillers={"FitNet": _imitation({8: (8, 8)}, kernel_size=1)},
+    )
+    theirs = {id(t) for t in (*model.teacher.model.parameters(), *model.teacher.model.buffers())}
+    assert theirs
+    assert not theirs & {id(t) for t in (*model.parameters(), *model.buffers())}
+    assert not theirs & {id(t) for t in model.state_dict(keep_vars=True).values()}
+    assert not {id(m) for m in model.teacher.model.modules()} & {id(m) for m in model.modules()}
+    expected = {f"student.{k}" for k in model.student.state_dict()}
+    expected |= {f"distillers.FitNet.adaptation.layers.8.{k}" for k in ("weight", "bias")}
+    assert model.state_dict().keys() == expected
+    model.train()
+    assert model.student.training
+    assert not any(m.training for m in model.teacher.model.modules())
+    assert not any(p.requires_grad for p in model.teacher.model.parameters())
+
+
+def _step(model: KDMetaArch, batches: list[list[dict]], cfg: Any) -> DistillationStep:
+    optimizer, auxiliary = build_optimizers(cfg, model)
+    step = DistillationStep(model, optimizer, auxiliary)
+    step.data_loader = batches
+    return step
+
+
+def _cross_family(tiny_detector: Callable) -> KDMetaArch:
+    channels = dict.fromkeys((8, 16, 32, 64), (8, 8))
+    return KDMetaArch(
+        student=tiny_detector("retinanet"),
+        teacher=Teacher(tiny_detector("faster", seed=1)),
+        distillers={"StructuralKD": _structural((8, 16, 32, 64), 8), "FeatureImitation": _imitation(channels, 1)},
+    )
+
+
+def test_only_student_and_adapters_learn(
+    tiny_detector: Callable, tiny_cfg: Callable, make_inputs: Callable, event_storage: EventStorage
+) -> None:
+    """Check three steps of RetinaNet under Faster R-CNN: the teacher is bitwise unchanged, all else has moved."""
+    model = _cross_family(tiny_detector)
+    before = _teacher_tensors(model.teacher)
+    assert any("running_mean" in name for name in before)
+    start = copy.deepcopy(model.state_dict())
+    step = _step(model, [make_inputs(seed=i) for i in range(3)], tiny_cfg("retinanet"))
+    for iteration in range(3):
+        event_storage.iter = step.iter = iteration
+        step.run_step()
+    after = _teacher_tensors(model.teacher)
+    assert before.keys() == after.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    assert all(p.grad is None for p in model.teacher.model.parameters())
+    still = [name for name, t in model.state_dict().items() if torch.equal(t, start[name])]
+    assert still == [name for name in still if "anchor_generator" in name]
+
+
+def test_distillation_gradient_reaches_student_and_adapters_alone(
+    tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage
+) -> None:
+    """Check the gradient of the distillers' losses: the student's backbone, but not its head, and every adapter."""
+    model = _cross_family(tiny_detector)
+    losses = model(make_inputs())
+    (losses["loss_structural"] + losses["loss_feature_imitation"]).backward()
+    reached = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert not any(name.startswith("student.head") for name in reached)
+    # p7 (stride 128) is in no pair
+    expected = {n for n, _ in model.named_parameters() if "student.head" not in n and "top_block.p7" not in n}
+    # biases in front of a min-max normalisation or a batch norm may have no gradient
+    assert {n for n in expected if n.endswith("weight") and "norm" not in n} <= reached <= expected
+    assert all(p.grad is None for p in model.teacher.model.parameters())
+
+
+def test_pair_across_families_shares_strides_8_to_64(
+    tiny_detector: Callable, tiny_cfg: Callable, make_inputs: Callable, event_storage: EventStorage
+) -> None:
+    """Check that RetinaNet under Faster R-CNN compares the four shared levels, each with its own partner."""
+    student, teacher = tiny_detector("retinanet"), Teacher(tiny_detector("faster", seed=1))
+    probe = KDMetaArch(student=student, teacher=teacher, distillers={})
+    distiller = StructuralKD(tiny_cfg("retinanet"), probe.adapter.spec, teacher.spec)
+    assert distiller.adaptation.strides == (8, 16, 32, 64)
+    model = KDMetaArch(student=student, teacher=teacher, distillers={"StructuralKD": distiller, "Recorder": Recorder()})
+    losses = model(make_inputs())
+    ours, theirs, _ = model.distillers["Recorder"].given[0]
+    alone = [distiller.level_loss(ours.features[s], theirs.features[s]).item() for s in (8, 16, 32, 64)]
+    assert losses["loss_structural"].item() == pytest.approx(4 * sum(alone), rel=1e-5)
+    assert min(alone) > 0.01
+
+
+def test_equal_models_have_nothing_to_learn(
+    tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage
+) -> None:
+    """Check that a student equal to its teacher costs nothing."""
+    student = tiny_detector("retinanet").eval()
+    teacher = Teacher(copy.deepcopy(student))
+    distillers = {"a": _structural((8, 16, 32, 64, 128), 8), "b": _imitation(dict.fromkeys((8, 128), (8, 8)))}
+    model = KDMetaArch(student=student, teacher=teacher, distillers=distillers)
+    model.training = True  # batch norms stay in eval mode
+    losses = model(make_inputs())
+    assert losses["loss_structural"].item() == 0.0
+    assert losses["loss_feature_imitation"].item() == 0.0
+
+
+def test_schedule_scales_all_but_auxiliary_losses(
+    toy_detector: type, constant_inputs: Callable, event_storage: EventStorage
+) -> None:
+    """Check start 2, warm-up 4, end 7: the loss follows the factor, the auxiliary one is all or nothing."""
+    distiller = Recorder()
+    teacher = Teacher(toy_detector())
+    model = KDMetaArch(
+        student=toy_detector(),
+        teacher=teacher,
+        distillers={"Recorder": distiller},
+        schedules={"Recorder": Schedule(start=2, warmup=4, end=7)},
+    )
+    losses, idle, teacher_runs = [], [], []
+    for iteration in range(8):
+        event_storage.iter = iteration
+        teacher.model.backbone.seen.clear()
+        result = model(constant_inputs())
+        assert result.keys() == {"loss_toy", "loss_kd", "loss_kd_aux_size"}
+        assert result["loss_toy"].item() == 4.0
+        losses.append((result["loss_kd"].item(), result["loss_kd_aux_size"].item()))
+        idle.append(len(model.idle_parameters(iteration)))
+        teacher_runs.append(len(teacher.model.backbone.seen))
+    assert losses == [(0, 0), (0, 0), (2.5, 100), (5, 100), (7.5, 100), (10, 100), (10, 100), (0, 0)]
+    assert idle == [1, 1, 0, 0, 0, 0, 0, 1]
+    assert teacher_runs == [0, 0, 1, 1, 1, 1, 1, 0]
+
+
+def test_idle_distiller_stays_in_the_graph(
+    toy_detector: type, constant_inputs: Callable, event_storage: EventStorage
+) -> None:
+    """Check that its parameters get gradients (DDP waits for them), of zero, and are the ones named as idle."""
+    distillers = {"early": Recorder(), "late": _imitation({4: (3, 3), 8: (3, 3)}, kernel_size=1)}
+    model = KDMetaArch(
+        student=toy_detector(),
+        teacher=Teacher(toy_detector()),
+        distillers=distillers,
+        schedules={"late": Schedule(start=1)},
+    )
+    losses = model(constant_inputs())
+    assert losses["loss_feature_imitation"].item() == 0.0
+    assert losses["loss_kd"].item() == 10.0
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert all(p.grad.abs().max() == 0 for p in distillers["late"].parameters())
+    assert {id(p) for p in model.idle_parameters(0)} == {id(p) for p in distillers["late"].parameters()}
+    assert model.idle_parameters(1) == []
+
+
+def test_idle_parameters_keep_still_under_momentum_and_decay(
+    toy_detector: type, tiny_cfg: Callable, constant_inputs: Callable, event_storage: EventStorage
+) -> None:
+    """Check four steps of a distiller that runs in 1 and 2 alone: its parameters move then, and only then."""
+    cfg = tiny_cfg("retinanet", {"SOLVER": {"BASE_LR": 0.001, "WEIGHT_DECAY": 0.1, "MOMENTUM": 0.9}})
+    distiller = Recorder()
+    model = KDMetaArch(
+        student=toy_detector(),
+        teacher=Teacher(toy_detector()),
+        distillers={"Recorder": distiller},
+        schedules={"Recorder": Schedule(start=1, end=3)},
+    )
+    step = _step(model, [constant_inputs()] * 4, cfg)
+    values, scales = [distiller.own.item()], [model.student.backbone.scale.item()]
+    for iteration in range(4):
+        event_storage.iter = step.iter = iteration
+        step.run_step()
+        values.append(distiller.own.item())
+        scales.append(model.student.backbone.scale.item())
+    moved = [a != b for a, b in pairwise(values)]
+    assert moved == [False, True, True, False]
+    # gradient 110 + 0.1 * 1, learning rate 0.001
+    assert values[2] == pytest.approx(1 - 0.1101, rel=1e-5)
+    assert len(set(scales)) == 5
+
+
+def test_distillers_get_what_they_need_and_no_more(
+    tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage
+) -> None:
+    """Check that needs of active distillers alone reach the teacher, and that the targets reach the distiller."""
+    features, dense = Recorder(), Recorder(needs=frozenset({"dense", "targets"}), loss_names=("loss_x", "loss_x_aux_y"))
+    dense.forward = lambda s, t, targets: (
+        dense.given.append((s, t, targets))
+        or {
+            "loss_x": dense.own,
+            "loss_x_aux_y": dense.own,
+        }
+    )
+    model = KDMetaArch(
+        student=tiny_detector("retinanet"),
+        teacher=Teacher(tiny_detector("retinanet", seed=1)),
+        distillers={"features": features, "dense": dense},
+        schedules={"dense": Schedule(start=1)},
+    )
+    inputs = make_inputs()
+    model(inputs)
+    assert features.given[0][1].dense is None
+    assert dense.given == []
+    event_storage.iter = 1
+    model(inputs)
+    student, teacher, targets = dense.given[0]
+    assert [len(t) for t in targets] == [3, 2]
+    assert all(
+        torch.equal(t.gt_boxes.tensor, x["instances"].gt_boxes.tensor) for t, x in zip(targets, inputs, strict=True)
+    )
+    assert teacher.losses == {}
+    for stride, logits in teacher.dense.logits.items():
+        assert logits.shape == student.dense.logits[stride].shape
+        assert not logits.requires_grad
+        assert student.dense.logits[stride].requires_grad
+    assert not any(x.requires_grad for x in teacher.features.values())
+    assert all(x.requires_grad for x in student.features.values())
+
+
+@pytest.mark.parametrize("names", [("loss_other",), ("loss_kd",), ("loss_kd", "loss_kd_aux_size", "loss_more")])
+def test_undeclared_losses_are_an_error(
+    toy_detector: type, constant_inputs: Callable, event_storage: EventStorage, names: tuple[str, ...]
+) -> None:
+    """Check a distiller that returns other losses than it declares."""
+    model = KDMetaArch(
+        student=toy_detector(), teacher=Teacher(toy_detector()), distillers={"Recorder": Recorder(loss_names=names)}
+    )
+    with pytest.raises(
+        RuntimeError, match=r"Recorder returned the losses \['loss_kd', 'loss_kd_aux_size'\]; it declares"
+    ):
+        model(constant_inputs())
+
+
+def test_losses_of_one_name_are_an_error(
+    toy_detector: type, constant_inputs: Callable, event_storage: EventStorage
+) -> None:
+    """Check a second distiller whose losses would overwrite the first one's."""
+    model = KDMetaArch(
+        student=toy_detector(), teacher=Teacher(toy_detector()), distillers={"a": Recorder(), "b": Recorder()}
+    )
+    with pytest.raises(RuntimeError, match=r"b returned the losses .* already"):
+        model(constant_inputs())
+
+
+def test_class_counts_must_agree(toy_detector: type) -> None:
+    """Check that both counts and both detectors are named; a detector that does not tell its count passes."""
+    student, teacher = toy_detector(num_classes=3), Teacher(toy_detector(num_classes=80))
+    with pytest.raises(UserError, match=r"student \(ToyDetector\) has 3 classes and the teacher \(ToyDetector\) 80"):
+        KDMetaArch(student=student, teacher=teacher, distillers={})
+    student.num_classes = None
+    KDMetaArch(student=student, teacher=teacher, distillers={})
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "needs", "whose", "lacks"),
+    [
+        ("retinanet", "faster", {"dense"}, r"teacher \(GeneralizedRCNN\)", "dense"),
+        ("faster", "retinanet", {"dense", "targets"}, r"student \(GeneralizedRCNN\)", "dense"),
+        ("fcos", "retinanet", {"anchors", "dense"}, r"student \(FCOS\)", "anchors and dense"),
+        ("retinanet", "panoptic", {"anchors", "features"}, r"teacher \(PanopticFPN\)", "anchors"),
+    ],
+)
+def test_needs_must_be_met(
+    tiny_detector: Callable, student: str, teacher: str, needs: set[str], whose: str, lacks: str
+) -> None:
+    """Check that the sentence names the distiller, the detector and what it lacks; targets are nobody's to lack."""
+    distillers = {"Recorder": Recorder(needs=frozenset(needs))}
+    with pytest.raises(UserError, match=f"The distiller Recorder needs {lacks}, which the {whose} "):
+        KDMetaArch(student=tiny_detector(student), teacher=Teacher(tiny_detector(teacher)), distillers=distillers)
+    met = {"Recorder": Recorder(needs=frozenset(needs - {"dense", "anchors"} | {"targets"}))}
+    KDMetaArch(student=tiny_detector(student), teacher=Teacher(tiny_detector(teacher)), distillers=met)
+
+
+def test_inference_is_the_student_alone(tiny_detector: Callable, make_inputs: Callable) -> None:
+    """Check that detections are bitwise those of the student, and that the teacher does not run."""
+    student = tiny_detector("retinanet", {"MODEL": {"RETINANET": {"SCORE_THRESH_TEST": 0.0}}})
+    teacher = Teacher(tiny_detector("retinanet", seed=1))
+    calls: list[None] = []
+    teacher.model.backbone.register_forward_hook(lambda *_: calls.append(None))
+    model = KDMetaArch(student=student, teacher=teacher, distillers={"a": _imitation({8: (8, 8)}, 1)}).eval()
+    inputs = [{k: v for k, v in x.items() if k != "instances"} for x in make_inputs()]
+    with torch.no_grad():
+        detections, expected = model(inputs), copy.deepcopy(student)(inputs)
+    assert calls == []
+    for ours, theirs in zip(detections, expected, strict=True):
+        assert len(ours["instances"]) > 10
+        assert torch.equal(ours["instances"].pred_boxes.tensor, theirs["instances"].pred_boxes.tensor)
+        assert torch.equal(ours["instances"].scores, theirs["instances"].scores)
+
+
+@pytest.mark.parametrize("kind", ["retinanet", "faster"])
+def test_images_without_objects_train(
+    tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage, kind: str
+) -> None:
+    """Check a batch without any object: no box loss, and a gradient that still teaches the background."""
+    strides = (8, 16, 32, 64)
+    model = KDMetaArch(
+        student=tiny_detector(kind),
+        teacher=Teacher(tiny_detector("retinanet", seed=1)),
+        distillers={"StructuralKD": _structural(strides, 8)},
+    )
+    losses = model(make_inputs(counts=(0, 0)))
+    assert losses["loss_box_reg"].item() == 0.0
+    assert losses["loss_cls"].item() > 0
+    assert losses["loss_structural"].item() > 0
+    sum(losses.values()).backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert all(g.isfinite().all() for g in grads.values())
+    classifier = "student.head.cls_score" if kind == "retinanet" else "student.roi_heads.box_predictor.cls_score"
+    assert grads[f"{classifier}.weight"].abs().max() > 0
+
+
+def test_teacher_moves_to_the_students_device(toy_detector: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that it moves when the device differs, and is left alone when it does not."""
+    teacher = Teacher(toy_detector())
+    moves: list[Any] = []
+    monkeypatch.setattr(teacher.model, "to", moves.append)
+    teacher.to(torch.device("cpu"))
+    assert moves == []
+    teacher.to(torch.device("meta"))
+    assert moves == [torch.device("meta")]
+
+
+@pytest.fixture
+def kd_cfg(tmp_path: Path, tiny_tree: Callable, tiny_detector: Callable) -> Callable[..., Any]:
+    """(teacher's kind, KD keys, overrides) -> config of a RetinaNet student; the teacher lies in files."""
+
+    def build(kind: str, kd: dict[str, Any], student: dict[str, Any] | None = None, teacher: dict | None = None) -> Any:
+        def write(name: str, tree: dict[str, Any]) -> str:
+            path = tmp_path / name
+            # tuples as lists
+            path.write_text(yaml.safe_dump(yaml.safe_load(yaml.dump(tree).replace("!!python/tuple", ""))))
+            return str(path)
+
+        weights = tmp_path / "teacher.pth"
+        torch.save({"model": tiny_detector(kind, teacher, seed=3).state_dict()}, weights)
+        tree = tiny_tree("retinanet", student)
+        tree["MODEL"] |= {"META_ARCHITECTURE": "KDMetaArch", "KD": {"STUDENT": "RetinaNet", **kd}}
+        tree["MODEL"]["KD"]["TEACHER"] = {
+            "CONFIG_FILE": write("teacher.yaml", tiny_tree(kind, teacher)),
+            "WEIGHTS": str(weights),
+        }
+        return load_config(write("student.yaml", tree))
+
+    return build
+
+
+def test_from_config(
+    kd_cfg: Callable, tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage
+) -> None:
+    """Check that config alone gives student, trained teacher, distillers and schedules."""
+    kd = {
+        "DISTILLERS": ["StructuralKD", "FeatureImitation"],
+        "STRUCTURAL": {"START_ITER": 3, "LOSS": "l2"},
+        "FEATURE_IMITATION": {"WEIGHT": 2.0, "WARMUP_ITERS": 5, "ADAPTATION": "1x1"},
+    }
+    model = build_model(kd_cfg("faster", kd))
+    assert type(model.student).__name__ == "RetinaNet"
+    assert student_of(model) is model.student
+    trained = tiny_detector("faster", seed=3).state_dict()
+    loaded = model.teacher.model.state_dict()
+    assert loaded.keys() == trained.keys()
+    assert all(torch.equal(loaded[name], trained[name]) for name in trained)
+    assert not model.teacher.flip_channels
+    assert list(model.distillers) == kd["DISTILLERS"]
+    structural, imitation = model.distillers.values()
+    assert (structural.weight, imitation.weight) == (4.0, 2.0)
+    assert structural.adaptation.strides == imitation.adaptation.strides == (8, 16, 32, 64)
+    assert model.schedules == {"StructuralKD": Schedule(start=3), "FeatureImitation": Schedule(warmup=5)}
+    losses = model(make_inputs())
+    assert losses.keys() == {"loss_cls", "loss_box_reg", "loss_structural", "loss_feature_imitation"}
+    assert losses["loss_structural"].item() == 0.0
+    assert losses["loss_feature_imitation"].item() > 0
+
+
+def test_from_config_flips_channels_between_formats(kd_cfg: Callable) -> None:
+    """Check an RGB student of a BGR teacher."""
+    model = build_model(kd_cfg("retinanet", {"DISTILLERS": ["StructuralKD"]}, student={"INPUT": {"FORMAT": "RGB"}}))
+    assert model.teacher.flip_channels
+
+
+def test_from_config_refuses_a_teacher_of_other_classes(kd_cfg: Callable) -> None:
+    """Check that the class counts are compared before anything is trained."""
+    teacher = {"MODEL": {"RETINANET": {"NUM_CLASSES": 5}}}
+    with pytest.raises(UserError, match=r"student \(RetinaNet\) has 3 classes and the teacher \(RetinaNet\) 5"):
+        build_model(kd_cfg("retinanet", {"DISTILLERS": ["StructuralKD"]}, teacher=teacher))
+
+
+def test_inheritance_without_distillers(kd_cfg: Callable, make_inputs: Callable, event_storage: EventStorage) -> None:
+    """Check `DISTILLERS: ()`: neck and head come from the teacher, losses and optimiser are the student's."""
+    cfg = kd_cfg("retinanet", {"DISTILLERS": [], "INHERIT": {"ENABLED": True}})
+    model = build_model(cfg)
+    calls: list[None] = []
+    model.teacher.model.backbone.register_forward_hook(lambda *_: calls.append(None))
+    start = copy.deepcopy(model.student.state_dict())
+    inherit(model.student, model.teacher.model, cfg.MODEL.KD.INHERIT.MODULES)
+    source = model.teacher.model.state_dict()
+    for name, tensor in model.student.state_dict().items():
+        expected = start if part_of(name) == "bottom_up" else source
+        assert torch.equal(tensor, expected[name]), name
+    assert not torch.equal(start["head.cls_score.weight"], source["head.cls_score.weight"])
+    losses = model(make_inputs())
+    assert losses.keys() == {"loss_cls", "loss_box_reg"}
+    assert calls == []
+    optimizer, auxiliary = build_optimizers(cfg, model)
+    assert auxiliary == {}
+    alone = build_optimizer(cfg, model.student)
+    assert [len(g["params"]) for g in optimizer.param_groups] == [len(g["params"]) for g in alone.param_groups]

@@ -1,0 +1,277 @@
+"""The student's optimiser, and AdamW for the distillers that ask for one of their own."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+
+from kd_d2 import KDMetaArch, Teacher
+from kd_d2.distillers import Distiller, OptimizerSettings, ParamGroup, Schedule
+from kd_d2.engine.optimizers import AuxiliaryOptimizer, build_optimizers
+from kd_d2.engine.step import DistillationStep, NonFiniteLossError
+
+DECODER = OptimizerSettings("decoder", lr=0.1, weight_decay=0.5, warmup_iters=4, clip_norm=1.0)
+
+
+class WithDecoder(Distiller):
+    """One adapter for the student's optimiser, a decoder (with a norm) for its own.
+
+    Its losses have the gradients 1 (adapter), 3 and 4 (the decoder's two scalars).
+    """
+
+    needs = frozenset({"features"})
+
+    def __init__(self, settings: OptimizerSettings = DECODER, name: str = "x"):
+        super().__init__()
+        self.loss_names = (f"loss_{name}", f"loss_{name}_aux_y")
+        self.settings = settings
+        self.adapter = nn.Parameter(torch.tensor(1.0))
+        self.first = nn.Parameter(torch.tensor(1.0))
+        self.second = nn.Parameter(torch.tensor(-2.0))
+        self.norm = nn.GroupNorm(1, 2)
+
+    def param_groups(self, cfg: CfgNode) -> list[ParamGroup]:
+        own = [self.first, self.second, *self.norm.parameters()]
+        return [ParamGroup([self.adapter]), ParamGroup(own, self.settings)]
+
+    def forward(self, student: Any, teacher: Any, targets: Any) -> dict[str, Tensor]:
+        loss, aux = self.loss_names
+        norm = sum(p.sum() * 0.0 for p in self.norm.parameters())
+        return {loss: self.adapter, aux: 3 * self.first + 4 * self.second + norm}
+
+
+def _model(toy_detector: type, **distillers: Distiller) -> KDMetaArch:
+    return KDMetaArch(student=toy_detector(), teacher=Teacher(toy_detector()), distillers=distillers)
+
+
+def _ids(params: Any) -> set[int]:
+    return {id(p) for p in params}
+
+
+def _ids_in(optimizer: torch.optim.Optimizer) -> set[int]:
+    return _ids(p for group in optimizer.param_groups for p in group["params"])
+
+
+def test_parameters_are_shared_out(toy_detector: type, tiny_cfg: Callable) -> None:
+    """Check that student and adapter are in the student's SGD, the decoder in its own AdamW, each exactly once."""
+    distiller = WithDecoder()
+    model = _model(toy_detector, a=distiller)
+    optimizer, auxiliary = build_optimizers(tiny_cfg("retinanet"), model)
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert list(auxiliary) == ["decoder"]
+    assert isinstance(auxiliary["decoder"].optimizer, torch.optim.AdamW)
+    assert _ids_in(optimizer) == _ids(model.student.parameters()) | _ids([distiller.adapter])
+    assert _ids_in(auxiliary["decoder"].optimizer) == _ids(model.distillers.parameters()) - _ids([distiller.adapter])
+    assert _ids(auxiliary["decoder"].params) == _ids_in(auxiliary["decoder"].optimizer)
+    total = sum(len(g["params"]) for o in (optimizer, auxiliary["decoder"].optimizer) for g in o.param_groups)
+    assert total == len(list(model.parameters()))
+
+
+def test_real_student_and_plain_detector(tiny_detector: Callable, tiny_cfg: Callable) -> None:
+    """Check that the SGD of a distilled student holds what that of the same plain student does, plus the adapters."""
+    cfg = tiny_cfg("retinanet", {"SOLVER": {"WEIGHT_DECAY": 0.01, "WEIGHT_DECAY_NORM": 0.0}})
+    student = tiny_detector("retinanet", {"MODEL": {"BACKBONE": {"FREEZE_AT": 2}}})
+    plain, none = build_optimizers(cfg, student)
+    assert none == {}
+    trained = [p for p in student.parameters() if p.requires_grad]
+    assert len(trained) < len(list(student.parameters()))
+    assert _ids_in(plain) == _ids(trained)
+    distiller = WithDecoder()
+    model = KDMetaArch(
+        student=student, teacher=Teacher(tiny_detector("retinanet", seed=1)), distillers={"a": distiller}
+    )
+    optimizer, _ = build_optimizers(cfg, model)
+    assert _ids_in(optimizer) == _ids(trained) | _ids([distiller.adapter])
+    assert not _ids_in(optimizer) & _ids(model.teacher.model.parameters())
+    norms = _ids(p for m in student.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters())
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            assert group["weight_decay"] == (0.0 if id(parameter) in norms else 0.01)
+
+
+def test_one_optimizer_for_equal_settings(toy_detector: type, tiny_cfg: Callable) -> None:
+    """Check that equal settings of two distillers share an optimiser; one name for different ones is an error."""
+    a, b = WithDecoder(), WithDecoder(name="z")
+    _, auxiliary = build_optimizers(tiny_cfg("retinanet"), _model(toy_detector, a=a, b=b))
+    assert list(auxiliary) == ["decoder"]
+    assert _ids([a.first, b.first]) <= _ids_in(auxiliary["decoder"].optimizer)
+    b.settings = OptimizerSettings("decoder", lr=0.2)
+    with pytest.raises(RuntimeError, match=r"two optimisers of one name: \['decoder', 'decoder'\]"):
+        build_optimizers(tiny_cfg("retinanet"), _model(toy_detector, a=a, b=b))
+    b.settings = OptimizerSettings("other", lr=0.2)
+    _, auxiliary = build_optimizers(tiny_cfg("retinanet"), _model(toy_detector, a=a, b=b))
+    assert {name: o.optimizer.defaults["lr"] for name, o in auxiliary.items()} == {"decoder": 0.1, "other": 0.2}
+
+
+def test_learning_rate_warms_up_and_falls_to_zero() -> None:
+    """Check a linear warm-up of 4 from lr / 4, then the cosine over the other 6 iterations, which ends at zero."""
+    other = AuxiliaryOptimizer(DECODER, [nn.Parameter(torch.zeros(()))], max_iter=10)
+    warmup = [0.1 * (0.25 + 0.75 * i / 4) for i in range(4)]
+    cosine = [0.1 * (1 + math.cos(math.pi * i / 6)) / 2 for i in range(6)]
+    assert [other.lr(i) for i in range(10)] == pytest.approx(warmup + cosine)
+    assert cosine[0] == 0.1
+    assert other.lr(10) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_learning_rate_without_warm_up_and_with_a_long_one() -> None:
+    """Check that no warm-up starts at the peak, and one longer than the training stays linear to its end."""
+    params = [nn.Parameter(torch.zeros(()))]
+    plain = AuxiliaryOptimizer(OptimizerSettings("a", lr=2.0), params, max_iter=4)
+    assert [plain.lr(i) for i in range(4)] == pytest.approx([2.0, 1 + math.sqrt(0.5), 1.0, 1 - math.sqrt(0.5)])
+    long = AuxiliaryOptimizer(OptimizerSettings("a", lr=1.0, warmup_iters=10), params, max_iter=5)
+    assert [long.lr(i) for i in range(5)] == pytest.approx([0.1 + 0.9 * i / 10 for i in range(5)])
+
+
+def _adamw(value: float, grad: float, lr: float, weight_decay: float) -> float:
+    """AdamW's first step, whose corrected moments are the gradient and its square."""
+    return value * (1 - lr * weight_decay) - lr * grad / (abs(grad) + 1e-8)
+
+
+@pytest.mark.parametrize("scale", [None, 1024.0])
+def test_step_clips_all_parameters_together(scale: float | None) -> None:
+    """Check gradients 3 and 4 (norm 5) with a limit of 1: they become 0.6 and 0.8, also behind a loss scaler."""
+    params = [nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(-2.0))]
+    other = AuxiliaryOptimizer(DECODER, params, max_iter=10)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+    scaler.scale(3 * params[0] + 4 * params[1]).backward()
+    other.step(2, scaler)
+    scaler.update()
+    assert [p.grad.item() for p in params] == pytest.approx([0.6, 0.8], rel=1e-5)
+    lr = 0.1 * 0.625
+    assert params[0].item() == pytest.approx(_adamw(1.0, 0.6, lr, 0.5))
+    assert params[1].item() == pytest.approx(_adamw(-2.0, 0.8, lr, 0.5))
+    assert other.optimizer.param_groups[0]["lr"] == pytest.approx(lr)
+
+
+def test_step_leaves_small_gradients_alone() -> None:
+    """Check that clipping does not stretch gradients below the limit, and that the default limit is none."""
+    for settings, grad in [(DECODER, 0.5), (OptimizerSettings("a", lr=0.1), 1e4)]:
+        parameter = nn.Parameter(torch.tensor(1.0))
+        (grad * parameter).backward()
+        AuxiliaryOptimizer(settings, [parameter], 10).step(0, torch.amp.GradScaler("cpu", enabled=False))
+        assert parameter.grad.item() == grad
+
+
+def test_step_without_gradients_changes_nothing() -> None:
+    """Check an idle distiller: no weight decay, no moments, and no complaint from the loss scaler."""
+    parameter = nn.Parameter(torch.tensor(1.0))
+    other = AuxiliaryOptimizer(DECODER, [parameter], max_iter=10)
+    other.step(0, torch.amp.GradScaler("cpu"))
+    assert parameter.item() == 1.0
+    assert other.optimizer.state_dict()["state"] == {}
+
+
+def test_state_is_resumed() -> None:
+    """Check that two steps, saved and loaded between, equal two steps in a row."""
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+
+    def step(other: AuxiliaryOptimizer, iteration: int) -> None:
+        (parameter,) = other.params
+        parameter.grad = parameter.detach() * (iteration + 1)
+        other.step(iteration, scaler)
+
+    whole = AuxiliaryOptimizer(DECODER, [nn.Parameter(torch.tensor([1.0, -3.0]))], 10)
+    step(whole, 0)
+    resumed = AuxiliaryOptimizer(DECODER, [nn.Parameter(whole.params[0].detach().clone())], 10)
+    resumed.load_state_dict(copy.deepcopy(whole.state_dict()))
+    for other in (whole, resumed):
+        step(other, 1)
+    assert torch.equal(whole.params[0], resumed.params[0])
+
+
+def _run(step: DistillationStep, storage: EventStorage, iterations: int) -> None:
+    for iteration in range(iterations):
+        storage.iter = step.iter = iteration
+        step.run_step()
+
+
+def test_training_step_uses_both_optimisers(
+    toy_detector: type, tiny_cfg: Callable, constant_inputs: Callable, event_storage: EventStorage
+) -> None:
+    """Check the first iteration by hand: student and adapter by SGD, the decoder by AdamW at its own warmed-up rate."""
+    cfg = tiny_cfg("retinanet", {"SOLVER": {"BASE_LR": 0.01, "MOMENTUM": 0.0, "WEIGHT_DECAY": 0.0, "MAX_ITER": 10}})
+    distiller = WithDecoder()
+    model = _model(toy_detector, a=distiller)
+    optimizer, auxiliary = build_optimizers(cfg, model)
+    step = DistillationStep(model, optimizer, auxiliary)
+    step.data_loader = [constant_inputs((2.0, 2.0, 2.0))]
+    _run(step, event_storage, 1)
+    assert model.student.backbone.scale.item() == pytest.approx(1 - 0.01 * 2)
+    assert distiller.adapter.item() == pytest.approx(1 - 0.01 * 1)
+    assert distiller.first.item() == pytest.approx(_adamw(1.0, 0.6, 0.025, 0.5))
+    assert distiller.second.item() == pytest.approx(_adamw(-2.0, 0.8, 0.025, 0.5))
+    logged = {name: value for name, (value, _) in event_storage.latest().items()}
+    assert logged["lr_decoder"] == pytest.approx(0.025)
+    expected = {"loss_toy": 3.0, "loss_x": 1.0, "loss_x_aux_y": 3 - 8.0}
+    assert {name: logged[name] for name in expected} == expected
+    assert logged["total_loss"] == pytest.approx(sum(expected.values()))
+
+
+@pytest.mark.parametrize("autocast", [None, torch.float16])
+def test_gradients_do_not_pile_up_and_idle_decoders_rest(
+    toy_detector: type,
+    tiny_cfg: Callable,
+    constant_inputs: Callable,
+    event_storage: EventStorage,
+    autocast: torch.dtype | None,
+) -> None:
+    """Check three iterations, the distiller taking part in the second: its decoder moves once, by one gradient."""
+    cfg = tiny_cfg("retinanet", {"SOLVER": {"BASE_LR": 0.01, "MOMENTUM": 0.0, "WEIGHT_DECAY": 0.0, "MAX_ITER": 10}})
+    distiller = WithDecoder()
+    model = KDMetaArch(
+        student=toy_detector(),
+        teacher=Teacher(toy_detector()),
+        distillers={"a": distiller},
+        schedules={"a": Schedule(start=1, end=2)},
+    )
+    optimizer, auxiliary = build_optimizers(cfg, model)
+    step = DistillationStep(model, optimizer, auxiliary, autocast)
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=autocast is not None)
+    step.data_loader = [constant_inputs((2.0, 2.0, 2.0))] * 3
+    _run(step, event_storage, 3)
+    assert model.student.backbone.scale.item() == pytest.approx(1 - 3 * 0.01 * 2, rel=1e-3)
+    assert distiller.adapter.item() == pytest.approx(1 - 0.01)
+    assert distiller.first.item() == pytest.approx(_adamw(1.0, 0.6, 0.1 * (0.25 + 0.75 / 4), 0.5), rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights(
+    toy_detector: type, tiny_cfg: Callable, constant_inputs: Callable, event_storage: EventStorage
+) -> None:
+    """Check that the sentence names loss, value and iteration, and that no parameter has changed."""
+    model = _model(toy_detector, a=WithDecoder())
+    with torch.no_grad():
+        model.distillers["a"].adapter.fill_(float("nan"))
+    before = [p.item() for p in model.distillers["a"].parameters() if p.numel() == 1][1:]
+    step = DistillationStep(model, *build_optimizers(tiny_cfg("retinanet"), model))
+    step.data_loader = [constant_inputs()]
+    with pytest.raises(NonFiniteLossError, match="In iteration 0 the loss loss_x is nan"):
+        _run(step, event_storage, 1)
+    assert model.student.backbone.scale.item() == 1.0
+    assert [p.item() for p in model.distillers["a"].parameters() if p.numel() == 1][1:] == before
+
+
+def test_students_gradients_are_clipped_one_by_one(
+    toy_detector: type, tiny_cfg: Callable, constant_inputs: Callable, event_storage: EventStorage
+) -> None:
+    """Check that SOLVER.CLIP_GRADIENTS holds for student and adapter, one by one, and not for the decoder."""
+    clip = {"ENABLED": True, "CLIP_TYPE": "norm", "CLIP_VALUE": 0.5}
+    cfg = tiny_cfg(
+        "retinanet",
+        {"SOLVER": {"BASE_LR": 0.1, "MOMENTUM": 0.0, "WEIGHT_DECAY": 0.0, "MAX_ITER": 10, "CLIP_GRADIENTS": clip}},
+    )
+    distiller = WithDecoder()
+    model = _model(toy_detector, a=distiller)
+    step = DistillationStep(model, *build_optimizers(cfg, model))
+    step.data_loader = [constant_inputs((2.0, 2.0, 2.0))]
+    _run(step, event_storage, 1)
+    assert model.student.backbone.scale.item() == pytest.approx(1 - 0.1 * 0.5)
+    assert distiller.adapter.item() == pytest.approx(1 - 0.1 * 0.5)
+    assert [distiller.first.grad.item(), distiller.second.grad.item()] == pytest.approx([0.6, 0.8], rel=1e-5)

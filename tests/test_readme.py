@@ -1,0 +1,65 @@
+"""The README's examples work as they stand there."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from kd_d2 import DISTILLER_REGISTRY, KDMetaArch, Teacher, load_config
+from kd_d2.detectors import build_adapter
+from kd_d2.meta_arch import META_ARCH_REGISTRY
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def example(name: str) -> str:
+    """The code block behind `<!-- test: name -->`."""
+    return re.search(rf"<!-- test: {name} -->\n```\w+\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+
+
+def test_five_lines_of_yaml(tmp_path):
+    """Check that the README's config, with files where it says, is a valid distillation on its own data."""
+    text = example("config")
+    assert len(text.strip().splitlines()) == 5
+    (tmp_path / "my.yaml").write_text(text.replace("_BASE_: ", f"_BASE_: {ROOT}/"))
+    (tmp_path / "images").mkdir()
+    for name in ("train.json", "val.json"):
+        (tmp_path / name).write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
+    (tmp_path / "teacher.yaml").write_text("MODEL: {META_ARCHITECTURE: RetinaNet}\n")
+    (tmp_path / "teacher.pth").write_bytes(b"")
+    cfg = load_config(str(tmp_path / "my.yaml"))
+    assert cfg.MODEL.META_ARCHITECTURE == "KDMetaArch" and cfg.MODEL.RETINANET.NUM_CLASSES == 3
+    assert cfg.MODEL.KD.DISTILLERS and cfg.MODEL.KD.INHERIT.ENABLED
+    assert str(tmp_path / "teacher.pth") == cfg.MODEL.KD.TEACHER.WEIGHTS
+    assert cfg.DATASETS.COCO_JSON[0] == ["my_train", str(tmp_path / "train.json"), str(tmp_path / "images")]
+
+
+@pytest.fixture
+def channel_means():
+    """The README's example of a method, registered for one test."""
+    scope: dict = {}
+    exec(compile(example("distiller"), "README.md", "exec"), scope)
+    yield scope["ChannelMeans"]
+    del DISTILLER_REGISTRY._obj_map["ChannelMeans"]
+
+
+def test_the_example_of_a_method_trains(channel_means, tiny_cfg, tiny_detector, make_inputs, event_storage):
+    """Check that the example reads its keys from the config, gives the loss it describes, and trains the student alone."""
+    overrides = {
+        "MODEL": {"KD": {"CHANNEL_MEANS": {"FROM_STRIDE": 32, "WEIGHT": 3.0}, "DISTILLERS": ("ChannelMeans",)}}
+    }
+    cfg = tiny_cfg("retinanet", overrides)
+    student, teacher = META_ARCH_REGISTRY.get("RetinaNet")(cfg), Teacher(tiny_detector("retinanet", seed=1))
+    distiller = DISTILLER_REGISTRY.get("ChannelMeans")(cfg, build_adapter(student).spec, teacher.spec)
+    model = KDMetaArch(student=student, teacher=teacher, distillers={"ChannelMeans": distiller}).train()
+    inputs = make_inputs()
+    losses = model(inputs)
+    losses["loss_channel_means"].backward()
+    assert {name for name, p in student.named_parameters() if p.grad is not None and p.grad.any()}
+    with torch.no_grad():
+        ours = model.adapter.run(inputs, frozenset()).features
+        theirs = teacher(inputs, frozenset()).features
+    expected = sum((ours[s].mean((2, 3)) - theirs[s].mean((2, 3))).square().mean() for s in (32, 64, 128))
+    assert losses["loss_channel_means"].item() == pytest.approx(3.0 * expected.item(), rel=1e-3)
