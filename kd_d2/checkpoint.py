@@ -38,13 +38,15 @@ class _PlainUnpickler(pickle.Unpickler):
         ("numpy.core.multiarray", "scalar"),
         ("numpy._core.multiarray", "_reconstruct"),
         ("numpy._core.multiarray", "scalar"),
+        ("numpy.core.numeric", "_frombuffer"),
+        ("numpy._core.numeric", "_frombuffer"),
         ("_codecs", "encode"),
     }
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self.ALLOWED:
             return super().find_class(module.replace("numpy._core", "numpy.core"), name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")  # worded as torch does
 
 
 def read_checkpoint(path: str) -> dict[str, Any]:
@@ -67,29 +69,39 @@ def read_checkpoint(path: str) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"There is no checkpoint {path}.") from error
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"Checkpoint {path} is damaged or holds more than tensors and plain data, and was not loaded: {reason}"
-        ) from error
     except Exception as error:  # torch.load and pickle raise whatever a damaged byte leads them to
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"Checkpoint {path} is damaged and cannot be read: {reason}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"Checkpoint {path} holds a {type(content).__name__}, not a dictionary of weights.")
+        refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if refused:
+            raise UserError(
+                f"Checkpoint {path} was not loaded: it holds more than tensors and plain data ({refused[1]}), which could run "
+                "code."
+            ) from error
+        # What torch says of a file that it cannot unpickle recommends to load it unsafely.
+        reason = "" if isinstance(error, pickle.UnpicklingError) else str(error).partition("\n")[0]
+        raise UserError(
+            f"Checkpoint {path} is damaged or no checkpoint: it cannot be read ({reason or type(error).__name__})."
+        ) from error
+    _check_names(content, path)
     if path.endswith(".pkl") and not ("model" in content and "__author__" in content):
         content = content.get("blobs", content)
+        _check_names(content, path)
         weights = {k: v for k, v in content.items() if not k.endswith("_momentum")}
         content = {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
-    if "model_state" in content:  # pycls
+    if isinstance(content.get("model_state"), dict):  # pycls
         weights = {k: v for k, v in content["model_state"].items() if not k.endswith("num_batches_tracked")}
         content = {"model": weights, "__author__": "pycls", "matching_heuristics": True}
     if not isinstance(content.get("model"), dict):
         content = {"model": content}
+    _check_names(content["model"], path)
     wrong = [k for k, v in content["model"].items() if not isinstance(v, Tensor | np.ndarray)]
     if wrong:
         raise UserError(f"Checkpoint {path} holds no dictionary of weights: its entry {wrong[0]!r} is no tensor.")
     return content
+
+
+def _check_names(content: Any, path: str) -> None:
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise UserError(f"Checkpoint {path} holds a {type(content).__name__}, not a dictionary of weights by name.")
 
 
 def local_path(path: str) -> str:
@@ -113,6 +125,11 @@ class Fit:
     filled: list[str] = field(default_factory=list)
     misfits: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether more was copied than batch counters, which fit everywhere."""
+        return not all(name.endswith("num_batches_tracked") for name in self.filled)
 
     def table(self) -> str:
         """One row a module (first two name parts): how many tensors were filled, and what did not fit."""
@@ -222,7 +239,7 @@ def load_torchvision_resnet(model: nn.Module, weights: StateDict, path: str) -> 
     prefix = stems[0]
     offered = rename_torchvision_resnet(weights, prefix)
     fit = fill(model, offered, [n for n in model.state_dict() if n.startswith(prefix)])
-    if not fit.filled:
+    if not fit.has_weights:
         raise UserError(f"{path} holds a ResNet in torchvision's format, of which nothing fits the model's.")
     unused = Counter(_module_of(n) for n in offered if n not in fit.filled and n not in fit.misfits)
     logger.info(f"Starting weights in torchvision's ResNet format from {path}:\n{fit.table()}")
@@ -240,7 +257,12 @@ class KDCheckpointer(DetectionCheckpointer):
         model: the student itself, not the meta-architecture around it.
         save_dir: folder of the checkpoints.
         checkpointables: what else to save and resume, such as `distillers` and `trainer`.
+
+    Attributes:
+        incompatible: names of the model and of the last file that did not fit together; None after torchvision's format.
     """
+
+    incompatible: Any = None
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write `<name>.pth` so that a kill at any moment leaves the last good file usable."""
@@ -272,7 +294,7 @@ class KDCheckpointer(DetectionCheckpointer):
                 self.model, checkpoint["model"], urlparse(self._parsed_url_during_load.geturl()).path
             )
             return None
-        incompatible = super()._load_model(checkpoint)
+        incompatible = self.incompatible = super()._load_model(checkpoint)
         unfilled = {*incompatible.missing_keys} | {name for name, _, _ in incompatible.incorrect_shapes}
         if unfilled >= {name for name, _ in self.model.named_parameters()}:
             source = self._parsed_url_during_load.geturl()
@@ -282,8 +304,8 @@ class KDCheckpointer(DetectionCheckpointer):
         return incompatible
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
-        if path:
-            local_path(urlparse(path)._replace(query="").geturl())
+        if path and not os.path.isfile(local := local_path(urlparse(path)._replace(query="").geturl())):
+            raise UserError(f"There is no checkpoint {local}.")
         try:
             return super().load(path, checkpointables)
         finally:
@@ -293,11 +315,16 @@ class KDCheckpointer(DetectionCheckpointer):
 @contextlib.contextmanager
 def _written_whole(path: str):
     temporary = f"{path}.partial"
-    with open(temporary, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
 
 
 def load_complete(model: nn.Module, path: str, whose: str) -> None:
@@ -311,17 +338,17 @@ def load_complete(model: nn.Module, path: str, whose: str) -> None:
     Raises:
         UserError: the file cannot be read, or leaves parameters of the model unfilled.
     """
-    incompatible: list[Any] = []
     checkpointer = KDCheckpointer(model, save_to_disk=False)
-    checkpointer._log_incompatible_keys = incompatible.append
+    checkpointer._log_incompatible_keys = lambda incompatible: None  # said below, in one sentence
     checkpointer.load(path)
+    incompatible = checkpointer.incompatible
     parameters = {name for name, _ in model.named_parameters()}
     buffers = {n for n, _ in model.named_buffers() if n.endswith(("running_mean", "running_var"))}
     needed = parameters | buffers
-    if not incompatible:
+    if incompatible is None:
         raise UserError(f"{path} holds starting weights in torchvision's format, not a trained detector for {whose}.")
-    wrong_shape = {name: f"{tuple(a)} instead of {tuple(b)}" for name, a, b in incompatible[0].incorrect_shapes}
-    unfilled = sorted(needed & ({*incompatible[0].missing_keys} | wrong_shape.keys()))
+    wrong_shape = {name: f"{tuple(a)} instead of {tuple(b)}" for name, a, b in incompatible.incorrect_shapes}
+    unfilled = sorted(needed & ({*incompatible.missing_keys} | wrong_shape.keys()))
     if unfilled:
         first = unfilled[0] + (f" (shape {wrong_shape[unfilled[0]]})" if unfilled[0] in wrong_shape else "")
         raise UserError(
@@ -333,6 +360,9 @@ def load_complete(model: nn.Module, path: str, whose: str) -> None:
 def inherit(student: nn.Module, teacher: nn.Module, modules: Iterable[str]) -> Fit:
     """Copy the teacher's neck and head into the student by parameter name (Kang et al. 2021), and log what fitted.
 
+    A layer is copied whole or not at all, and so is a sequence of layers: where one of them has more layers or other ones,
+    equal names stand for different things.
+
     Args:
         student: changed in place.
         teacher: the source.
@@ -342,14 +372,44 @@ def inherit(student: nn.Module, teacher: nn.Module, modules: Iterable[str]) -> F
         UserError: nothing fits.
     """
     source = {name: t for name, t in teacher.state_dict().items() if part_of(name) in modules}
-    fit = fill(student, source, [name for name in student.state_dict() if part_of(name) in modules])
+    wanted = {name: t for name, t in student.state_dict().items() if part_of(name) in modules}
+    apart = _broken_layers(wanted, source) | _other_sequences(student, wanted, source)
+    reasons = {name: why for name in wanted for layer, why in apart.items() if name.startswith(layer + ".")}
+    fit = fill(student, source, [name for name in wanted if name not in reasons])
+    fit.misfits.update({name: reason for name, reason in reasons.items() if name in source})
+    fit.missing += [name for name in reasons if name not in source]
     logger.info(f"Inherited from the teacher ({', '.join(modules)}):\n{fit.table()}")
-    if not fit.filled:
+    if not fit.has_weights:
         raise UserError(
             f"MODEL.KD.INHERIT: nothing of the teacher's {' and '.join(modules)} ({type(teacher).__name__}) fits the student "
             f"({type(student).__name__}) by name and shape."
         )
     return fit
+
+
+def _broken_layers(wanted: StateDict, source: StateDict) -> dict[str, str]:
+    """Layers of which some tensor has another shape in the source, with the reason."""
+    broken: dict[str, str] = {}
+    for name, tensor in wanted.items():
+        if name in source and source[name].shape != tensor.shape:
+            layer, _, leaf = name.rpartition(".")
+            reason = f"{leaf} of shape {tuple(source[name].shape)} offered, {tuple(tensor.shape)} needed"
+            broken[layer] = f"{broken[layer]}; {reason}" if layer in broken else reason
+    return broken
+
+
+def _other_sequences(student: nn.Module, wanted: StateDict, source: StateDict) -> dict[str, str]:
+    """Sequences of layers of the student whose tensors have other names in the source, with the reason."""
+    others = {}
+    for path, module in student.named_modules():
+        if isinstance(module, nn.Sequential):
+            ours, theirs = (
+                {n for n in names if n.startswith(path + ".") and not n.endswith("num_batches_tracked")}
+                for names in (wanted, source)
+            )
+            if theirs and ours and ours != theirs:
+                others[path] = f"the teacher's {path} is built of other layers"
+    return others
 
 
 def part_of(name: str) -> str:

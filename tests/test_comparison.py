@@ -149,13 +149,13 @@ def test_a_finished_cell_is_not_run_again(tmp_path, monkeypatch, capsys):
     """Check that a result of the same settings is kept, and that one of other settings is refused with the key."""
     monkeypatch.setattr(runner, "TRAIN_NET", str(tmp_path / "nothing.py"))
     matrix = read_matrix(write_matrix(tmp_path, MATRIX))
-    job = training_job(matrix.cell("better"), 0, str(tmp_path), [])
+    job = training_job(matrix.cell("better"), 0, str(tmp_path), str(tmp_path / "cells"), [])
     os.makedirs(os.path.dirname(job.result))
     with open(job.result, "w") as file:
         json.dump(result("better", 0, 1.0) | {"settings": job.settings}, file)
     run_jobs([job], 1, 1)
     assert "1 of 1 cells are finished already" in capsys.readouterr().out
-    changed = training_job(matrix.cell("better"), 0, str(tmp_path), ["SOLVER.GAMMA", "0.2"])
+    changed = training_job(matrix.cell("better"), 0, str(tmp_path), str(tmp_path / "cells"), ["SOLVER.GAMMA", "0.2"])
     with pytest.raises(UserError, match=r"SOLVER.GAMMA: default then, 0.2 now"):
         run_jobs([changed], 1, 1)
 

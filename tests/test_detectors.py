@@ -93,7 +93,7 @@ def test_retinanet_losses_follow_its_config(
 def test_other_detectors_losses_are_their_own(
     tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage, kind: str
 ) -> None:
-    """Check losses, gradients and buffers under the same random numbers; the second batch has an image without objects."""
+    """Check losses, gradients and buffers under the same random numbers; one image has no objects."""
     model = tiny_detector(kind)
     adapter = DenseDetectorAdapter if kind == "fcos" else RCNNAdapter
     assert type(build_adapter(model)) is adapter

@@ -153,7 +153,7 @@ def read_categories(cfg: CfgNode, num_classes: int | None) -> list[Category] | N
         categories = _categories_of_file(annotations[name]) if name in annotations else _categories_of_catalog(name)
         if len(categories) == num_classes:
             return categories
-    return [Category(number, str(number)) for number in range(num_classes)]
+    return [Category(number, f"class {number}") for number in range(num_classes)]
 
 
 def _categories_of_file(path: str) -> list[Category]:
@@ -229,8 +229,8 @@ def main(args: argparse.Namespace) -> None:
     cfg = read_config(args)
     images = find_images(args.input)
     drawings = drawing_paths(images, args.output)
-    make_folder(args.output)
     predictor = Predictor(cfg, args.score_thresh)
+    make_folder(args.output)
     categories = read_categories(cfg, build_adapter(predictor.model).spec.num_classes)
 
     entries, annotations = [], []
@@ -246,7 +246,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"[{number}/{len(images)}] {path}: {len(detections)} detections", flush=True)
 
     info = {"config_file": args.config_file, "weights": args.weights, "score_thresh": args.score_thresh}
-    seen = categories or [Category(c, str(c)) for c in sorted({a["category_id"] for a in annotations})]
+    seen = categories or [Category(c, f"class {c}") for c in sorted({a["category_id"] for a in annotations})]
     tree = {
         "info": info,
         "images": entries,

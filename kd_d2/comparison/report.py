@@ -6,6 +6,7 @@ import json
 import os
 from typing import Any
 
+from ..engine.checks import check_output_folder
 from .costs import measure_costs
 from .matrix import Matrix
 from .plots import plot_ap, plot_curves
@@ -18,16 +19,19 @@ def compare(
     output: str,
     opts: list[Any],
     *,
+    results: str | None = None,
     cells: list[str] | None = None,
     seeds: list[int] | None = None,
     jobs: int = 1,
     threads: int = 1,
 ) -> list[Row]:
-    """Run the cells of a matrix that are not finished, and write `table.md`, `table.csv`, `costs.json`, `ap.png`, `curves.png`.
+    """Run the cells of a matrix that are not finished, and write table and plots of all that are.
 
     Args:
-        output: folder of runs and results.
+        output: folder of the runs, one a cell and seed.
         opts: overrides for all cells.
+        results: folder of what is small enough to keep: a json a finished cell and seed, `costs.json`, `table.md`,
+            `table.csv`, `ap.png`, `curves.png`; by default `output`/results.
         cells, seeds: only these; None for all.
         jobs: trainings at a time.
         threads: CPU threads of each.
@@ -36,34 +40,44 @@ def compare(
         The rows of the table: everything that is finished by now.
     """
     output = os.path.abspath(output)
-    selected = matrix.select(cells, seeds)
+    results = os.path.abspath(results or os.path.join(output, "results"))
+    check_output_folder(results)
     if matrix.teacher is None:
-        first, teacher_opts = teacher_evaluation_job(matrix, output, opts), []
+        first, of_teacher = teacher_evaluation_job(matrix, output, results, opts), []
     else:
-        first, teacher_opts = teacher_training_job(matrix, output, opts)
+        first, of_teacher = teacher_training_job(matrix, output, results, opts)
     run_jobs([first], 1, jobs * threads)
-    run_jobs([training_job(cell, seed, output, [*opts, *teacher_opts]) for cell, seed in selected], jobs, threads)
-    return write_report(matrix, output, [*opts, *teacher_opts])
+    opts = [*opts, *of_teacher]
+    run_jobs(
+        [training_job(cell, seed, output, results, opts) for cell, seed in matrix.select(cells, seeds)], jobs, threads
+    )
+    return write_report(matrix, results, opts)
 
 
-def write_report(matrix: Matrix, output: str, opts: list[Any]) -> list[Row]:
-    """Write table and plots of what is finished, and print the table."""
-    results = read_results(matrix, output)
-    path = os.path.join(output, "costs.json")
-    costs = {}
+def write_report(matrix: Matrix, folder: str, opts: list[Any]) -> list[Row]:
+    """Write table and plots of what is finished into `folder`, where its results are, and print the table."""
+    results = read_results(matrix, folder)
+    rows = build_rows(matrix, results, _costs(matrix, folder, opts))
+    for name, text in (("table.md", as_markdown(rows) + "\n"), ("table.csv", as_csv(rows))):
+        with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
+            file.write(text)
+    plot_ap(rows, os.path.join(folder, "ap.png"))
+    plot_curves(matrix, results, os.path.join(folder, "curves.png"))
+    print(as_markdown(rows), flush=True)
+    print(f"Table and plots are in {folder}", flush=True)
+    return rows
+
+
+def _costs(matrix: Matrix, folder: str, opts: list[Any]) -> dict[str, dict[str, float]]:
+    """The detectors' costs, measured once, and again when the matrix has got a new cell."""
+    path = os.path.join(folder, "costs.json")
     if os.path.isfile(path):
         with open(path) as file:
             costs = json.load(file)
-    if not {"teacher", *(cell.name for cell in matrix.cells)} <= costs.keys():
-        costs = measure_costs(matrix, opts)
-        with open(path, "w") as file:
-            json.dump(costs, file, indent=1)
-    rows = build_rows(matrix, results, costs)
-    for name, text in (("table.md", as_markdown(rows) + "\n"), ("table.csv", as_csv(rows))):
-        with open(os.path.join(output, name), "w", encoding="utf-8") as file:
-            file.write(text)
-    plot_ap(rows, os.path.join(output, "ap.png"))
-    plot_curves(matrix, results, os.path.join(output, "curves.png"))
-    print(as_markdown(rows), flush=True)
-    print(f"Table and plots are in {output}", flush=True)
-    return rows
+        if {"teacher", *(cell.name for cell in matrix.cells)} <= costs.keys():
+            return costs
+    costs = measure_costs(matrix, opts)
+    with open(path, "w") as file:
+        json.dump(costs, file, indent=1)
+        file.write("\n")
+    return costs

@@ -78,17 +78,23 @@ def run_jobs(jobs: list[Job], parallel: int, threads: int) -> None:
         )
 
 
-def training_job(cell: Cell, seed: int, output: str, opts: list[Any]) -> Job:
-    """Train a cell. `output` is the folder of the whole comparison; `opts` come before the cell's own overrides."""
+def training_job(cell: Cell, seed: int, output: str, results: str, opts: list[Any]) -> Job:
+    """Train a cell.
+
+    Args:
+        output: folder of all runs.
+        results: folder of the finished cells' json files.
+        opts: overrides, before the cell's own.
+    """
     folder = os.path.join(output, cell.name, f"seed{seed}")
     opts = [*opts, *cell.opts]
     command = ["--config-file", cell.config, "--resume", *_as_arguments(opts), "SEED", str(seed), "OUTPUT_DIR", folder]
     return Job(
-        cell.name, seed, command, folder, result_path(output, cell.name, seed), measured_settings(cell.config, opts)
+        cell.name, seed, command, folder, result_path(results, cell.name, seed), measured_settings(cell.config, opts)
     )
 
 
-def teacher_evaluation_job(matrix: Matrix, output: str, opts: list[Any]) -> Job:
+def teacher_evaluation_job(matrix: Matrix, output: str, results: str, opts: list[Any]) -> Job:
     """Evaluate the teacher that the students' config names."""
     cell = matrix.cell(matrix.baseline)
     folder = os.path.join(output, "teacher")
@@ -103,22 +109,22 @@ def teacher_evaluation_job(matrix: Matrix, output: str, opts: list[Any]) -> Job:
         folder,
     ]
     settings = {k: v for k, v in measured_settings(cell.config, opts).items() if k.startswith(("INPUT.", "DATASETS."))}
-    return Job("teacher", 0, command, folder, result_path(output, "teacher", 0), settings)
+    return Job("teacher", 0, command, folder, result_path(results, "teacher", 0), settings)
 
 
-def teacher_training_job(matrix: Matrix, output: str, opts: list[Any]) -> tuple[Job, list[Any]]:
+def teacher_training_job(matrix: Matrix, output: str, results: str, opts: list[Any]) -> tuple[Job, list[Any]]:
     """Train the teacher that the matrix gives.
 
     Returns:
         the job, and the overrides by which the students' configs name this teacher.
     """
-    job = training_job(matrix.teacher, matrix.teacher.seeds[0], output, opts)
+    job = training_job(matrix.teacher, matrix.teacher.seeds[0], output, results, opts)
     config, weights = (os.path.join(job.output, name) for name in ("student.yaml", "model_final.pth"))
     return job, ["MODEL.KD.TEACHER.CONFIG_FILE", config, "MODEL.KD.TEACHER.WEIGHTS", weights]
 
 
-def result_path(output: str, cell: str, seed: int) -> str:
-    return os.path.join(output, "cells", f"{cell}-seed{seed}.json")
+def result_path(results: str, cell: str, seed: int) -> str:
+    return os.path.join(results, f"{cell}-seed{seed}.json")
 
 
 def _as_arguments(opts: list[Any]) -> list[str]:
@@ -185,7 +191,7 @@ def _finish(job: Job) -> bool:
     }
     os.makedirs(os.path.dirname(job.result), exist_ok=True)
     with open(job.result + ".partial", "w") as file:
-        json.dump(result, file, indent=1)
+        json.dump(result, file)
         file.write("\n")
     os.replace(job.result + ".partial", job.result)
     ap = result["scores"].get("AP", float("nan"))

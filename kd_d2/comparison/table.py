@@ -47,7 +47,7 @@ class Row:
         return statistics.mean(self.scores["AP"])
 
 
-def read_results(matrix: Matrix, output: str) -> dict[str, list[dict[str, Any]]]:
+def read_results(matrix: Matrix, folder: str) -> dict[str, list[dict[str, Any]]]:
     """The finished results by cell, the teacher's under "teacher"."""
     seeds = {cell.name: cell.seeds for cell in matrix.cells} | {
         "teacher": matrix.teacher.seeds if matrix.teacher else (0,)
@@ -55,7 +55,7 @@ def read_results(matrix: Matrix, output: str) -> dict[str, list[dict[str, Any]]]
     results: dict[str, list[dict[str, Any]]] = {}
     for name, of_cell in seeds.items():
         for seed in of_cell:
-            path = result_path(output, name, seed)
+            path = result_path(folder, name, seed)
             if os.path.isfile(path):
                 with open(path) as file:
                     results.setdefault(name, []).append(json.load(file))

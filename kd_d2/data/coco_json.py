@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -12,7 +13,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
+from detectron2.data.datasets import load_coco_json
 
 from ..errors import UserError
 
@@ -57,7 +58,18 @@ def register_coco_json(cfg: CfgNode) -> None:
             )
         summary = check_coco_json(json_file, folder)
         log_summary(name, json_file, summary)
-        register_coco_instances(name, {"thing_classes": summary.classes}, json_file, folder)
+        DatasetCatalog.register(name, functools.partial(_load, name, json_file, folder))
+        MetadataCatalog.get(name).set(
+            json_file=json_file, image_root=folder, evaluator_type="coco", thing_classes=summary.classes
+        )
+
+
+def _load(name: str, json_file: str, folder: str) -> list[dict[str, Any]]:
+    """Detectron2's dictionaries, less the boxes without area: it would turn negative sides around."""
+    dicts = load_coco_json(json_file, folder, name)
+    for image in dicts:
+        image["annotations"] = [a for a in image["annotations"] if min(a["bbox"][2:]) > 0]
+    return dicts
 
 
 def check_coco_json(path: str, image_folder: str) -> CocoSummary:
@@ -68,21 +80,20 @@ def check_coco_json(path: str, image_folder: str) -> CocoSummary:
         image_folder: where its images lie.
 
     Raises:
-        UserError: not json, not COCO's format, no images, or images that are not on disk.
+        UserError: not json, not COCO's format, no images, repeated ids, or images that are not on disk.
     """
     tree = _read(path)
     images = {}
     for image in tree["images"]:
         _require(path, "an image", image, id=int, file_name=str, width=int, height=int)
         images[image["id"]] = image
-    if not images:
-        raise UserError(f"{path} has no images.")
-    for key in ("images", "categories", "annotations"):
-        _require_unique_ids(path, key, tree[key])
         if image["width"] <= 0 or image["height"] <= 0:
             raise UserError(
                 f"{path}: the image with id {image['id']} has {image['width']} x {image['height']} pixels; both must be positive."
             )
+    if not images:
+        raise UserError(f"{path} has no images.")
+    _require_unique_ids(path, tree, "images")
     missing = [i["file_name"] for i in tree["images"] if not os.path.isfile(os.path.join(image_folder, i["file_name"]))]
     if missing:
         raise UserError(
@@ -90,6 +101,7 @@ def check_coco_json(path: str, image_folder: str) -> CocoSummary:
         )
     for category in tree["categories"]:
         _require(path, "a category", category, id=int, name=str)
+    _require_unique_ids(path, tree, "categories")
     names = {c["id"]: c["name"] for c in sorted(tree["categories"], key=lambda c: c["id"])}
     if not names:
         raise UserError(f"{path} has no categories.")
@@ -112,6 +124,7 @@ def check_coco_json(path: str, image_folder: str) -> CocoSummary:
         summary.boxes_without_area += w <= 0 or h <= 0
         summary.boxes_out_of_range += x < -1 or y < -1 or x + w > image["width"] + 1 or y + h > image["height"] + 1
         summary.zero_ids += annotation["id"] == 0
+    _require_unique_ids(path, tree, "annotations")
     return summary
 
 
@@ -119,7 +132,9 @@ def log_summary(name: str, path: str, summary: CocoSummary) -> None:
     """Say what the file holds, and warn of what training or evaluation will treat in its own way."""
     logger.info(f"{name}: {summary.images} images, {summary.boxes} boxes, {len(summary.classes)} classes in {path}")
     if summary.boxes_without_area:
-        logger.warning(f"{name}: {summary.boxes_without_area} boxes have no area; training drops them.")
+        logger.warning(
+            f"{name}: {summary.boxes_without_area} boxes have no area; training drops them, evaluation counts them as missed."
+        )
     if summary.boxes_out_of_range:
         logger.warning(f"{name}: {summary.boxes_out_of_range} boxes reach beyond their image; training clips them.")
     if summary.zero_ids:
@@ -140,8 +155,8 @@ def _read(path: str) -> dict[str, Any]:
     return tree
 
 
-def _require_unique_ids(path: str, key: str, entries: list[Any]) -> None:
-    counts = Counter(entry.get("id") for entry in entries if isinstance(entry, dict))
+def _require_unique_ids(path: str, tree: dict[str, Any], key: str) -> None:
+    counts = Counter(entry["id"] for entry in tree[key])
     repeated = [i for i, n in counts.items() if n > 1]
     if repeated:
         raise UserError(f"{path}: {len(repeated)} ids of its {key} occur more than once, the first is {repeated[0]}.")

@@ -18,6 +18,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, get_detection_dataset_dicts
 from detectron2.data.common import DatasetFromList
+from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.data.samplers import RandomSubsetTrainingSampler, RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -30,6 +31,14 @@ Position = tuple[int, int]
 """(position in the stream, index in the data set)"""
 
 MAX_SKIPPED = 100
+
+
+class DataError(UserError):
+    """A training image cannot be used."""
+
+    def __init__(self, message: str):
+        # A worker process hands its exception on as the text of a traceback, which ends with the sentence.
+        super().__init__(message.rpartition(f"{__name__}.DataError: ")[2].strip())
 
 
 class BatchStream(Sampler[list[Position]]):
@@ -96,7 +105,11 @@ class MappedDataset(Dataset):
         position, index = where
         with seeded(self.seed, position):
             for offset in range(MAX_SKIPPED):
-                mapped = self.mapper(self.dataset[(index + offset) % len(self.dataset)])
+                entry = self.dataset[(index + offset) % len(self.dataset)]
+                try:
+                    mapped = self.mapper(entry)
+                except (OSError, SizeMismatchError) as error:
+                    raise DataError(f"The training image {entry.get('file_name')} cannot be used: {error}") from error
                 if mapped is not None:
                     return mapped
         raise RuntimeError(f"the mapper refused {MAX_SKIPPED} images in a row, from index {index} on")
@@ -137,12 +150,15 @@ def build_stream_loader(cfg: CfgNode, seed: int, mapper: Callable | None = None)
         raise UserError(
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}; it must be a multiple of the {world_size} processes."
         )
-    dicts = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN,
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
-        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-    )
+    try:
+        dicts = get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
+            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+        )
+    except (AssertionError, ValueError) as error:
+        raise UserError(f"DATASETS.TRAIN {', '.join(cfg.DATASETS.TRAIN)} cannot be trained on: {error}") from error
     grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
     stream = BatchStream(
         _index_stream(cfg, dicts, seed),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
 
 import torch
 from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
+from torch.multiprocessing import ProcessRaisedException
 
 from ..errors import UserError
 
@@ -25,16 +27,26 @@ def launch(main: Callable[[argparse.Namespace], object], args: argparse.Namespac
             _join_torchrun()
             main(args)
             return
-        processes = args.num_gpus * args.num_machines
-        if processes > 1 and not torch.cuda.is_available():
+        present = torch.cuda.device_count()
+        if args.num_gpus * args.num_machines > 1 and args.num_gpus > present:
             raise UserError(
-                f"--num-gpus {args.num_gpus} on {args.num_machines} machines needs GPUs, and there are none; on CPUs start several "
-                "processes with torchrun."
+                f"--num-gpus is {args.num_gpus}, but this machine has {present} usable GPUs; on CPUs start several processes with "
+                "torchrun."
             )
         detectron2_launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _end(error)
+    except ProcessRaisedException as error:
+        # One of several processes raised: what arrives is its traceback as text, whose last line names the error.
+        sentence = re.match(r"kd_d2[\w.]*Error: (.+)", str(error).strip().splitlines()[-1])
+        if sentence is None:
+            raise
+        _end(sentence[1])
+
+
+def _end(sentence: object) -> None:
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    sys.exit(2)
 
 
 def _join_torchrun() -> None:

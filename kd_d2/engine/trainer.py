@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint import KDCheckpointer, inherit
 from ..data.stream import build_stream_loader
+from ..errors import UserError
 from ..evaluation import build_evaluator
 from ..meta_arch import KDMetaArch, student_of
 from ..teacher import Teacher
@@ -57,13 +58,30 @@ class KDTrainer(DefaultTrainer):
 
         Also opens the stream of training data, so that whatever is wrong with it is said now.
         """
-        resuming = resume and self.checkpointer.has_checkpoint()
-        self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
-        if resuming:
-            self.start_iter = self.iter + 1
-        elif isinstance(self.bare_model, KDMetaArch) and self.cfg.MODEL.KD.INHERIT.ENABLED:
-            inherit(self.bare_model.student, self.bare_model.teacher.model, self.cfg.MODEL.KD.INHERIT.MODULES)
+        if resume and self.checkpointer.has_checkpoint():
+            self._resume(self.checkpointer.get_checkpoint_file())
+        else:
+            self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=False)
+            if isinstance(self.bare_model, KDMetaArch) and self.cfg.MODEL.KD.INHERIT.ENABLED:
+                inherit(self.bare_model.student, self.bare_model.teacher.model, self.cfg.MODEL.KD.INHERIT.MODULES)
         self._open_stream()
+
+    def _resume(self, file: str) -> None:
+        try:
+            self.checkpointer.load(file)
+        except (KeyError, ValueError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]
+        else:
+            fit = self.checkpointer.incompatible
+            misfits = [*fit.missing_keys, *fit.unexpected_keys, *(name for name, _, _ in fit.incorrect_shapes)]
+            reason = f"{misfits[0]} does not fit" if misfits else ""
+            if self.start_iter == 0:
+                reason = "it holds weights alone"
+        if reason:
+            raise UserError(
+                f"--resume: {file} is not from a training with this config ({reason}); go on with the config that it was begun "
+                "with, or start anew in another OUTPUT_DIR."
+            )
 
     def _open_stream(self) -> None:
         self._trainer.data_loader = build_stream_loader(self.cfg, self.seed)
@@ -72,6 +90,7 @@ class KDTrainer(DefaultTrainer):
     def train(self) -> Any:
         if self._trainer.data_loader is None:
             self._open_stream()
+        logging.getLogger("detectron2.engine.train_loop").addFilter(_without_traceback)
         return super().train()
 
     def state_dict(self) -> dict[str, Any]:
@@ -83,6 +102,7 @@ class KDTrainer(DefaultTrainer):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
+        self.start_iter = self.iter + 1
         self.seed = state["seed"]
         if comm.is_main_process():
             set_random_state(state["random"])
@@ -122,6 +142,14 @@ def evaluate_teacher(cfg: CfgNode, teacher: Teacher) -> dict:
     teacher.to(torch.device(cfg.MODEL.DEVICE))
     logger.info("Evaluating the teacher")
     return KDTrainer.test(cfg, teacher.model)
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """A UserError that ends the training is logged as its sentence; Detectron2 would log a traceback."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, UserError):
+        record.msg, record.args, record.exc_info = str(error), (), None
+    return True
 
 
 def _distributed(model: nn.Module) -> nn.Module:

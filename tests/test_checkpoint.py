@@ -1,0 +1,532 @@
+"""Checkpoints: nothing in them is ever run, what fits is filled and what does not is said, a kill never costs the last."""
+
+import logging
+import os
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torchvision
+from detectron2.config import get_cfg
+from detectron2.engine import DefaultPredictor
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_model
+from detectron2.modeling.backbone.resnet import build_resnet_backbone
+from helpers import TINY, Project, clean_process, make_project, make_trainer, merged, tree_of, write_yaml
+from torch import nn
+
+from kd_d2 import KDMetaArch
+from kd_d2.checkpoint import (
+    KDCheckpointer,
+    fill,
+    inherit,
+    load_complete,
+    part_of,
+    read_checkpoint,
+    rename_torchvision_resnet,
+)
+from kd_d2.config import load_config
+from kd_d2.errors import UserError
+from kd_d2.modeling import add_slim_resnet_config
+
+TINY_RETINANET = TINY / "retinanet-student.yaml"
+
+
+class RunsCode:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+class Toy(nn.Module):
+    """Named like a detector: a bottom-up network, a neck, a head."""
+
+    def __init__(self, width: int = 2, classes: int = 3):
+        super().__init__()
+        self.backbone = nn.ModuleDict({"bottom_up": nn.Linear(4, width), "lateral": nn.Linear(width, 2)})
+        self.head = nn.ModuleDict({"norm": nn.BatchNorm1d(2), "score": nn.Linear(2, classes)})
+
+
+def sentence(function, *args: object) -> str:
+    with pytest.raises(UserError) as caught:
+        function(*args)
+    return str(caught.value)
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.INFO)
+    return caplog
+
+
+# ---------------------------------------------------------------------------------------------- safe reading
+
+
+@pytest.mark.parametrize("kind", ["pth", "legacy pth", "pkl"])
+@pytest.mark.parametrize("place", ["model", "beside it"])
+def test_a_malicious_pickle_is_refused_and_not_run(tmp_path: Path, kind: str, place: str) -> None:
+    """Check that a file that wants to run a command is refused with its name and the command's, and that nothing ran."""
+    marker, path = tmp_path / "executed", tmp_path / f"evil.{kind[-3:]}"
+    weights = {"weight": np.zeros(3)} if kind == "pkl" else {"weight": torch.zeros(3)}
+    content = {"model": weights, "__author__": "nobody"}
+    (content if place == "beside it" else weights)["evil"] = RunsCode(marker)
+    if kind == "pkl":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=kind == "pth")
+    assert sentence(read_checkpoint, str(path)) == (
+        f"Checkpoint {path} was not loaded: it holds more than tensors and plain data (posix.system), which could run code."
+    )
+    assert not marker.exists()
+    if kind == "pkl":  # the file is what this test takes it for
+        pickle.loads(path.read_bytes())
+    else:
+        torch.load(path, weights_only=False)
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("name", ["builtins eval", "numpy.core.multiarray _reconstruct.__globals__", "numpy load"])
+def test_no_other_name_gets_into_a_pkl(tmp_path: Path, name: str) -> None:
+    """Check that functions next to the allowed ones are refused."""
+    path = tmp_path / "evil.pkl"
+    path.write_bytes(b"c" + name.replace(" ", "\n").encode() + b"\n.")
+    assert f"({name.replace(' ', '.')})" in sentence(read_checkpoint, str(path))
+
+
+@pytest.mark.parametrize("suffix", ["pth", "pkl"])
+@pytest.mark.parametrize("content", ["empty", "garbage", "truncated", "text"])
+def test_damaged_files(tmp_path: Path, suffix: str, content: str) -> None:
+    """Check that a damaged file is one sentence with its name, and no advice to load it unsafely."""
+    path = tmp_path / f"a.{suffix}"
+    weights = {"weight": np.arange(5000.0) if suffix == "pkl" else torch.arange(5000.0)}
+    if suffix == "pkl":
+        path.write_bytes(pickle.dumps(weights))
+    else:
+        torch.save(weights, path)
+    whole = path.read_bytes()
+    contents = {
+        "empty": b"",
+        "garbage": np.random.RandomState(0).bytes(4000),
+        "truncated": whole[: len(whole) // 2],
+        "text": b"version https://git-lfs.github.com/spec/v1\n",
+    }
+    path.write_bytes(contents[content])
+    said = sentence(read_checkpoint, str(path))
+    assert said.startswith(f"Checkpoint {path} is damaged or no checkpoint: it cannot be read (")
+    assert "\n" not in said
+    assert "weights_only" not in said
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ([torch.zeros(1)], "holds a list, not a dictionary of weights by name."),
+        ({3: torch.zeros(1)}, "holds a dict, not a dictionary of weights by name."),
+        ({"model": {3: torch.zeros(1)}}, "holds a dict, not a dictionary of weights by name."),
+        ({"model": {"a": 3}}, "holds no dictionary of weights: its entry 'a' is no tensor."),
+        ({"model_state": 3}, "holds no dictionary of weights: its entry 'model_state' is no tensor."),
+    ],
+)
+def test_files_without_weights(tmp_path: Path, content: object, expected: str) -> None:
+    """Check that a sound file of something else is said to be that."""
+    path = tmp_path / "a.pth"
+    torch.save(content, path)
+    assert sentence(read_checkpoint, str(path)) == f"Checkpoint {path} {expected}"
+
+
+def test_a_pkl_of_something_else(tmp_path: Path) -> None:
+    """Check that a pickle whose blobs are no dictionary is refused in a sentence."""
+    path = tmp_path / "a.pkl"
+    path.write_bytes(pickle.dumps({"blobs": [1]}))
+    assert (
+        sentence(read_checkpoint, str(path)) == f"Checkpoint {path} holds a list, not a dictionary of weights by name."
+    )
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    """Check the sentence for a file that is not there, read alone or by the checkpointer."""
+    path = str(tmp_path / "gone.pth")
+    assert sentence(read_checkpoint, path) == f"There is no checkpoint {path}."
+    assert sentence(KDCheckpointer(Toy()).load, path) == f"There is no checkpoint {path}."
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("style", ["zoo", "caffe2", "caffe2 blobs"])
+def test_pkl_files_of_the_model_zoo(tmp_path: Path, protocol: int, style: str) -> None:
+    """Check that each form in which the zoo has its files fills a model, whatever the pickle's protocol."""
+    source, target = Toy(), Toy()
+    arrays = {name: tensor.numpy() for name, tensor in source.state_dict().items()}
+    content = {
+        "zoo": {"model": OrderedDict(arrays), "__author__": "Detectron2 Model Zoo"},
+        "caffe2": arrays | {"head.score.weight_momentum": np.zeros(1)},
+        "caffe2 blobs": {"blobs": arrays, "cfg": "text"},
+    }[style]
+    path = tmp_path / "a.pkl"
+    path.write_bytes(pickle.dumps(content, protocol=protocol))
+    read = read_checkpoint(str(path))
+    assert read["model"].keys() == arrays.keys()
+    assert bool(read.get("matching_heuristics")) == (style != "zoo")
+    for name, array in read["model"].items():
+        assert np.array_equal(array, arrays[name])
+    if style == "zoo":
+        load_complete(target, str(path), "the teacher")
+        for name, tensor in target.state_dict().items():
+            assert torch.equal(tensor, source.state_dict()[name])
+
+
+# --------------------------------------------------------------------------------- torchvision's ResNet format
+
+
+@pytest.fixture(scope="module")
+def torchvision_resnet() -> nn.Module:
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(weights=None).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.5, 0.5)
+            module.running_var.uniform_(0.5, 2)
+            module.weight.data.uniform_(0.5, 1.5)
+            module.bias.data.uniform_(-0.5, 0.5)
+    return model
+
+
+def detector(tmp_path: Path, **keys: object) -> nn.Module:
+    """The tiny ResNet-10 RetinaNet at full width on the CPU."""
+    path = write_yaml(
+        tmp_path / "a.yaml", merged(tree_of(_BASE_=str(TINY_RETINANET), MODEL__DEVICE="cpu"), tree_of(**keys))
+    )
+    return build_model(load_config(str(path)))
+
+
+TORCHVISION_NAMES = {
+    "stem.conv1.weight": "conv1.weight",
+    "stem.conv1.norm.running_var": "bn1.running_var",
+    "res2.0.conv1.weight": "layer1.0.conv1.weight",
+    "res2.0.conv2.norm.bias": "layer1.0.bn2.bias",
+    "res3.0.shortcut.weight": "layer2.0.downsample.0.weight",
+    "res3.0.shortcut.norm.running_mean": "layer2.0.downsample.1.running_mean",
+    "res5.1.conv1.norm.num_batches_tracked": "layer4.1.bn1.num_batches_tracked",
+}
+
+
+def test_torchvision_names(torchvision_resnet: nn.Module) -> None:
+    """Check the names that stand for their kind, worked out by hand; every name but the classifier's is kept once."""
+    weights = torchvision_resnet.state_dict()
+    renamed = rename_torchvision_resnet(weights, "backbone.")
+    for ours, theirs in TORCHVISION_NAMES.items():
+        assert torch.equal(renamed[f"backbone.{ours}"], weights[theirs])
+    assert len(renamed) == len(weights) - 2
+
+
+def test_converted_resnet_computes_the_same(torchvision_resnet: nn.Module) -> None:
+    """Check that Detectron2's ResNet-18 with the converted weights gives torchvision's layer4."""
+    cfg = get_cfg()
+    cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS, cfg.MODEL.RESNETS.NORM = 18, 64, "BN"
+    cfg.MODEL.RESNETS.OUT_FEATURES, cfg.MODEL.RESNETS.STRIDE_IN_1X1 = ["res5"], False
+    ours = build_resnet_backbone(cfg, ShapeSpec(channels=3)).eval()
+    fit = fill(ours, rename_torchvision_resnet(torchvision_resnet.state_dict()))
+    assert not fit.misfits
+    assert not fit.missing
+    theirs = nn.Sequential(*list(torchvision_resnet.children())[:-2])
+    images = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        expected = theirs(images)
+        assert expected.std() > 0.1
+        torch.testing.assert_close(ours(images)["res5"], expected)
+
+
+def test_starting_weights_fill_a_resnet10(tmp_path: Path, torchvision_resnet: nn.Module, log) -> None:
+    """Check that every one of the 72 bottom-up tensors is the torchvision one, and that the log's table says so."""
+    path = tmp_path / "resnet18.pth"
+    weights = torchvision_resnet.state_dict()
+    torch.save({name: t.half() if t.is_floating_point() else t for name, t in weights.items()}, path)
+    model = detector(tmp_path)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    KDCheckpointer(model).load(str(path))
+    offered = rename_torchvision_resnet(weights, "backbone.bottom_up.")
+    after = model.state_dict()
+    bottom_up = [name for name in after if part_of(name) == "bottom_up"]
+    assert len(bottom_up) == 72
+    for name in bottom_up:
+        torch.testing.assert_close(after[name], offered[name], rtol=1e-3, atol=1e-3)
+        assert after[name].dtype == before[name].dtype
+    assert all(torch.equal(after[name], before[name]) for name in after.keys() - set(bottom_up))
+    table = log.text.split("torchvision's ResNet format from", 1)[1]
+    for row in (
+        "backbone.bottom_up.stem  6 of 6",
+        "backbone.bottom_up.res2  12 of 12",
+        "backbone.bottom_up.res5  18 of 18",
+    ):
+        assert row in table
+    assert "Not used, since the model has no such block: 12 of backbone.bottom_up.res2, 12 of" in table
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"INPUT__FORMAT": "BGR"}, "INPUT.FORMAT RGB; the config says BGR."),
+        (
+            {"MODEL__PIXEL_MEAN": [0.0, 0.0, 0.0]},
+            "MODEL.PIXEL_MEAN [123.675, 116.28, 103.53]; the config says [0.0, 0.0, 0.0].",
+        ),
+        (
+            {"MODEL__PIXEL_STD": [1.0, 1.0, 1.0]},
+            "MODEL.PIXEL_STD [58.395, 57.12, 57.375]; the config says [1.0, 1.0, 1.0].",
+        ),
+        (
+            {
+                "MODEL__BACKBONE__NAME": "build_retinanet_resnet_fpn_backbone",
+                "MODEL__RESNETS": {"DEPTH": 50, "STRIDE_IN_1X1": True, "RES2_OUT_CHANNELS": 256},
+            },
+            "MODEL.RESNETS.STRIDE_IN_1X1 False; the config says True.",
+        ),
+    ],
+)
+def test_another_input_format_is_refused(
+    tmp_path: Path, torchvision_resnet: nn.Module, keys: dict, expected: str
+) -> None:
+    """Check that torchvision's weights go into no detector that would feed them other pixels or strides."""
+    path = tmp_path / "resnet18.pth"
+    torch.save(torchvision_resnet.state_dict(), path)
+    model = detector(tmp_path, **keys)
+    said = sentence(KDCheckpointer(model).load, str(path))
+    assert said == f"{path} holds weights in torchvision's format, which want {expected}"
+
+
+def test_a_resnet_of_which_nothing_fits(tmp_path: Path, torchvision_resnet: nn.Module) -> None:
+    """Check the sentences for a model without a ResNet, for one too narrow for any weight, and for a teacher."""
+    path = tmp_path / "resnet18.pth"
+    torch.save(torchvision_resnet.state_dict(), path)
+    assert sentence(KDCheckpointer(Toy()).load, str(path)) == (
+        f"{path} holds a ResNet in torchvision's format, but Toy has 0 ResNets to fill."
+    )
+    narrow = detector(tmp_path, MODEL__SLIM_RESNET__WIDTHS=(8, 16, 24, 32), MODEL__RESNETS__STEM_OUT_CHANNELS=8)
+    assert sentence(KDCheckpointer(narrow).load, str(path)) == (
+        f"{path} holds a ResNet in torchvision's format, of which nothing fits the model's."
+    )
+    assert sentence(load_complete, detector(tmp_path), str(path), "the teacher") == (
+        f"{path} holds starting weights in torchvision's format, not a trained detector for the teacher."
+    )
+
+
+# ------------------------------------------------------------------------------------------------ inheritance
+
+
+def test_inheritance_copies_what_fits_and_lists_what_does_not(log: pytest.LogCaptureFixture) -> None:
+    """Check each tensor: neck and head from the teacher, the misfits and the bottom-up network as they were."""
+    student, teacher = Toy(classes=5), Toy()
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    teacher.head["norm"].running_mean.fill_(7)
+    fit = inherit(student, teacher, ("neck", "head"))
+    after, source = student.state_dict(), teacher.state_dict()
+    copied = {name for name in after if name.startswith(("backbone.lateral", "head.norm"))}
+    assert set(fit.filled) == copied
+    for name in after:
+        assert torch.equal(after[name], source[name] if name in copied else before[name])
+    reason = "weight of shape (3, 2) offered, (5, 2) needed; bias of shape (3,) offered, (5,) needed"
+    assert fit.misfits == {"head.score.weight": reason, "head.score.bias": reason}
+    rows = [" ".join(line.split()) for line in log.text.splitlines()]
+    assert "backbone.lateral 2 of 2" in rows
+    assert "head.score 0 of 2" in rows
+    assert f"head.score.weight {reason}" in rows
+
+
+def heads(teacher: nn.Module, student: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Detectors that are nothing but these heads."""
+    return nn.ModuleDict({"head": teacher}), nn.ModuleDict({"head": student})
+
+
+def test_a_layer_is_inherited_whole_or_not_at_all() -> None:
+    """Check that a bias of the right shape does not come without its weight; another layer of the head still does."""
+    teacher, student = heads(
+        nn.ModuleDict({"narrow": nn.Linear(2, 3), "same": nn.Linear(4, 4)}),
+        nn.ModuleDict({"narrow": nn.Linear(5, 3), "same": nn.Linear(4, 4)}),
+    )
+    fit = inherit(student, teacher, ("head",))
+    assert set(fit.filled) == {"head.same.weight", "head.same.bias"}
+    assert set(fit.misfits) == {"head.narrow.weight", "head.narrow.bias"}
+    assert not torch.equal(student.head["narrow"].bias, teacher.head["narrow"].bias)
+
+
+def test_sequences_of_other_layers_are_not_inherited() -> None:
+    """Check that numbered layers with norms between them do not take the weights of a sequence without norms."""
+    with_norms = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 2, 1))
+    without = nn.Sequential(nn.Conv2d(2, 2, 1), nn.ReLU(), nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1))
+    teacher, student = heads(
+        nn.ModuleDict({"subnet": without, "score": nn.Conv2d(2, 1, 1)}),
+        nn.ModuleDict({"subnet": with_norms, "score": nn.Conv2d(2, 1, 1)}),
+    )
+    fit = inherit(student, teacher, ("head",))
+    assert set(fit.filled) == {"head.score.weight", "head.score.bias"}
+    assert fit.misfits["head.subnet.3.weight"] == "the teacher's head.subnet is built of other layers"
+    assert {"head.subnet.1.weight", "head.subnet.1.running_mean"} <= {*fit.missing}
+
+
+def test_inheritance_of_one_part(log: pytest.LogCaptureFixture) -> None:
+    """Check that only the named part is copied."""
+    student, teacher = Toy(), Toy()
+    head = student.head["score"].weight.clone()
+    fit = inherit(student, teacher, ("neck",))
+    assert fit.filled == ["backbone.lateral.weight", "backbone.lateral.bias"]
+    assert torch.equal(student.head["score"].weight, head)
+
+
+@pytest.mark.parametrize(
+    "student", [nn.Linear(2, 2), nn.ModuleDict({"head": nn.ModuleDict({"norm": nn.BatchNorm1d(9)})})]
+)
+def test_inheritance_of_nothing_is_an_error(student: nn.Module) -> None:
+    """Check that a teacher of which nothing fits, but perhaps a batch counter, is named with its student."""
+    assert sentence(inherit, student, Toy(), ("neck", "head")) == (
+        f"MODEL.KD.INHERIT: nothing of the teacher's neck and head (Toy) fits the student ({type(student).__name__}) by name "
+        "and shape."
+    )
+
+
+def test_inherited_tensors_are_copies() -> None:
+    """Check that training the student later leaves the teacher as it was."""
+    student, teacher = Toy(), Toy()
+    inherit(student, teacher, ("neck", "head"))
+    kept = teacher.head["score"].weight.clone()
+    with torch.no_grad():
+        student.head["score"].weight.add_(1)
+    assert torch.equal(teacher.head["score"].weight, kept)
+
+
+# -------------------------------------------------------------------------------------------- complete loading
+
+
+def test_a_teacher_must_be_filled_completely(tmp_path: Path) -> None:
+    """Check that one missing or misshapen tensor, running statistics included, is counted and named."""
+    path = tmp_path / "a.pth"
+    weights = Toy().state_dict()
+    total = 10  # 8 parameters and 2 running statistics
+
+    def load(content: dict) -> str:
+        torch.save({"model": content}, path)
+        return sentence(load_complete, Toy(), str(path), "the teacher")
+
+    for gone in ("head.score.bias", "head.norm.running_var"):
+        assert load({k: v for k, v in weights.items() if k != gone}) == (
+            f"{path} fills {total - 1} of {total} parameters of the teacher (Toy); the first that it does not fill is {gone}. "
+            "Do its config and weights belong together?"
+        )
+    assert "head.score.bias (shape (9,) instead of (3,))" in load(weights | {"head.score.bias": torch.zeros(9)})
+    assert load({"other.weight": torch.zeros(2)}) == (
+        f"{path} fills no parameter of Toy: it is another model's checkpoint."
+    )
+
+
+def test_weights_saved_behind_ddp_and_in_half_precision(tmp_path: Path) -> None:
+    """Check that a "module." prefix and float16 do not keep a teacher from loading."""
+    path, source, target = tmp_path / "a.pth", Toy(), Toy()
+    torch.save({f"module.{k}": v.half() if v.is_floating_point() else v for k, v in source.state_dict().items()}, path)
+    load_complete(target, str(path), "the teacher")
+    torch.testing.assert_close(target.head["score"].weight, source.head["score"].weight, rtol=1e-3, atol=1e-3)
+    assert target.head["score"].weight.dtype == torch.float32
+
+
+# ------------------------------------------------------------------------------------------------------ saving
+
+
+def test_a_crash_while_saving_leaves_the_last_good_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that half a file never takes a name that anyone would load, and that nothing of it stays."""
+    model = Toy()
+    checkpointer = KDCheckpointer(model, str(tmp_path))
+    checkpointer.save("model_1", iteration=1)
+    good = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert good.keys() == {"model_1.pth", "last_checkpoint"}
+
+    def crash(data: object, file) -> None:
+        file.write(b"half a checkp")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", crash)
+    for name in ("model_1", "model_2"):
+        with pytest.raises(OSError, match="No space left"):
+            checkpointer.save(name)
+        assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == good
+    assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_1.pth")
+    assert KDCheckpointer(Toy(), str(tmp_path)).resume_or_load("", resume=True)["iteration"] == 1
+
+
+def test_a_kill_between_file_and_tag_leaves_the_last_good_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that the tag is written after the file, and whole: a kill between the two resumes from the file before."""
+    checkpointer = KDCheckpointer(Toy(), str(tmp_path))
+    checkpointer.save("model_1")
+    replaced = []
+
+    def replace(source: str, target: str, original=os.replace) -> None:
+        if os.path.basename(target) == "last_checkpoint":
+            raise KeyboardInterrupt
+        replaced.append(os.path.basename(target))
+        original(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        checkpointer.save("model_2")
+    assert replaced == ["model_2.pth"]
+    assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_1.pth")
+    read_checkpoint(str(tmp_path / "model_2.pth"))
+
+
+# ------------------------------------------------------------------------- the checkpoint of a distillation run
+
+
+@pytest.fixture(scope="module", params=["retinanet", "faster-rcnn"])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A distillation run with adaptation layers and a checkpoint from its middle, as train_net.py leaves it."""
+    project = make_project(
+        tmp_path_factory.mktemp(request.param),
+        request.param,
+        MODEL__KD__FEATURE_IMITATION__ADAPTATION="1x1",
+        MODEL__RETINANET__SCORE_THRESH_TEST=0.0,
+        MODEL__ROI_HEADS__SCORE_THRESH_TEST=0.0,
+        SOLVER__CHECKPOINT_PERIOD=2,
+    )
+    project.main()
+    (project.output / "last_checkpoint").write_text("model_0000001.pth")
+    return project
+
+
+def test_the_file_is_a_plain_student(run: Project) -> None:
+    """Check that `model` has exactly the plain student's names and shapes, and that the file is plain data."""
+    content = torch.load(run.output / "model_0000001.pth", weights_only=True)
+    plain = build_model(load_config(str(run.teacher))).state_dict()  # of the same shape as the student
+    assert {k: v.shape for k, v in content["model"].items()} == {k: v.shape for k, v in plain.items()}
+    assert content.keys() == {"model", "distillers", "trainer", "iteration"}
+    assert {name.split(".")[0] for name in content["distillers"]} == {"FeatureImitation"}
+
+
+def test_a_checkpoint_from_the_middle_detects_in_plain_detectron2(run: Project, caplog) -> None:
+    """Check that DefaultPredictor with student.yaml loads the file without a word and detects what KDMetaArch detects."""
+    cfg = get_cfg()
+    add_slim_resnet_config(cfg)
+    cfg.merge_from_file(str(run.output / "student.yaml"), allow_unsafe=False)
+    cfg.MODEL.WEIGHTS = str(run.output / "model_0000001.pth")
+    with caplog.at_level(logging.WARNING):
+        predictor = DefaultPredictor(cfg)
+    assert not caplog.records  # Detectron2 warns of every missing and unexpected name
+    assert predictor.model.state_dict().keys() == read_checkpoint(cfg.MODEL.WEIGHTS)["model"].keys()
+
+    with clean_process():
+        trainer = make_trainer(run)
+        trainer.resume_or_load(resume=True)
+        inputs = [item for batch in trainer.build_test_loader(trainer.cfg, run.name) for item in batch]
+    model = trainer.bare_model.eval()
+    assert isinstance(model, KDMetaArch)
+    for item in inputs[:3]:
+        with torch.no_grad():
+            expected = model([item])[0]["instances"]
+        found = predictor(cv2.imread(item["file_name"]))["instances"]
+        assert len(found) == len(expected) > 0
+        assert torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)
+        assert torch.equal(found.scores, expected.scores)
+        assert torch.equal(found.pred_classes, expected.pred_classes)

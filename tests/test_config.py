@@ -1,0 +1,532 @@
+"""Reading configs: types, paths, safe yaml, and every nonsensical value answered by one sentence that names it."""
+
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+from detectron2 import model_zoo
+from detectron2.config import CfgNode, get_cfg
+from helpers import TINY, tree_of, write_yaml
+
+from kd_d2.config import add_kd_config, load_config, load_teacher_config
+from kd_d2.engine import student_config
+from kd_d2.errors import UserError
+from kd_d2.modeling import add_slim_resnet_config
+
+ZOO = Path(model_zoo.get_config_file("Base-RetinaNet.yaml")).parent
+ZOO_RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
+
+
+class Files:
+    """A student's and a teacher's config in a folder, and an empty file where the teacher's weights would be."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.teacher = write_yaml(folder / "teacher.yaml", {"_BASE_": str(TINY / "retinanet-teacher.yaml")})
+        (folder / "teacher.pth").touch()
+
+    def student(self, **keys: object) -> Path:
+        tree = tree_of(
+            **{
+                "_BASE_": str(TINY / "retinanet-student.yaml"),
+                "MODEL__META_ARCHITECTURE": "KDMetaArch",
+                "MODEL__KD__TEACHER__CONFIG_FILE": "teacher.yaml",
+                "MODEL__KD__TEACHER__WEIGHTS": "teacher.pth",
+                "MODEL__KD__DISTILLERS": ("StructuralKD",),
+            }
+            | keys
+        )
+        return write_yaml(self.folder / "student.yaml", tree)
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
+    monkeypatch.chdir(tmp_path)
+    return Files(tmp_path)
+
+
+def sentence(config: object = "", *opts: object, **options: bool) -> str:
+    """The sentence with which `load_config` refuses."""
+    with pytest.raises(UserError) as caught:
+        load_config(str(config), opts, **options)
+    return str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------- types
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("SOLVER.BASE_LR", 1, 1.0),
+        ("SOLVER.MAX_ITER", 800.0, 800),
+        ("SOLVER.MAX_ITER", 1e3, 1000),
+        ("SOLVER.WEIGHT_DECAY", "1e-4", 1e-4),
+        ("MODEL.KD.STRUCTURAL.SMOOTH_L1_BETA", 1, 1.0),
+        ("MODEL.KD.STRUCTURAL.WINDOW_SIZE", 7.0, 7),
+    ],
+)
+def test_numbers_take_the_type_of_their_default(files: Files, key: str, value: object, expected: object) -> None:
+    """Check that int for float and whole float for int are converted, from a file and from the command line."""
+    from_file = load_config(str(files.student(**{key.replace(".", "__"): value})))
+    from_line = load_config(str(files.student()), [key, str(value)])
+    for cfg in (from_file, from_line):
+        for part in key.split("."):
+            cfg = cfg[part]
+        assert cfg == expected
+        assert type(cfg) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("0.5", "SOLVER.MAX_ITER is 0.5; it must be a whole number."),
+        ("1e999", "SOLVER.MAX_ITER is inf; it must be a whole number."),
+        ("True", "SOLVER.MAX_ITER is True; it must be of type int, as its default 40000."),
+        ("many", "SOLVER.MAX_ITER is 'many'; it must be of type int, as its default 40000."),
+        ("None", "SOLVER.MAX_ITER is None; it must be of type int, as its default 40000."),
+        ("(1,)", "SOLVER.MAX_ITER is (1,); it must be of type int, as its default 40000."),
+    ],
+)
+def test_other_values_for_a_whole_number_are_refused(value: str, reason: str) -> None:
+    """Check that what is no whole number names the key and the value."""
+    assert sentence("", "SOLVER.MAX_ITER", value) == f"the command line: {reason}"
+
+
+def test_infinity_and_nan_in_a_file_are_refused(tmp_path: Path) -> None:
+    """Check that yaml's own .inf and .nan are answered like any other wrong number."""
+    for value in (".inf", ".nan"):
+        path = tmp_path / "a.yaml"
+        path.write_text(f"SOLVER: {{MAX_ITER: {value}}}")
+        assert sentence(path) == f"{path}: SOLVER.MAX_ITER is {value[1:]}; it must be a whole number."
+
+
+@pytest.mark.parametrize("key", ["DATASETS.COCO_JSON", "MODEL.KD.DISTILLERS", "MODEL.KD.STRUCTURAL.LOSS", "OUTPUT_DIR"])
+def test_a_key_without_a_value_is_refused(tmp_path: Path, key: str) -> None:
+    """Check that an empty yaml entry, which reads as None, does not get past the config."""
+    path = write_yaml(tmp_path / "a.yaml", tree_of(**{key.replace(".", "__"): None}))
+    assert sentence(path).startswith(f"{path}: {key} is None; it must be of type ")
+
+
+def test_none_is_kept_where_detectron2_knows_it() -> None:
+    """Check that None goes where the default is None, or a name that Detectron2's models may do without."""
+    cfg = load_config(
+        "", ["MODEL.FPN.NORM", "None", "MODEL.KD.STRUCTURAL.WEIGHT", "None", "SOLVER.BIAS_LR_FACTOR", "2"]
+    )
+    assert cfg.MODEL.FPN.NORM is None
+    assert cfg.MODEL.KD.STRUCTURAL.WEIGHT is None
+    assert cfg.SOLVER.BIAS_LR_FACTOR == 2.0
+
+
+def test_a_text_in_place_of_a_list(files: Files) -> None:
+    """Check that a name in brackets without its comma is explained."""
+    assert sentence(files.student(), "MODEL.KD.DISTILLERS", "('ICD')") == (
+        "the command line: MODEL.KD.DISTILLERS is the text 'ICD', but must be a list; one entry is written "
+        '("ICD",) with its comma.'
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "entry"),
+    [
+        ("('voc', 'a.json', 'images')", "'voc'"),
+        ("[['voc', 'a.json']]", "['voc', 'a.json']"),
+        ("[['voc', 'a.json', 3]]", "['voc', 'a.json', 3]"),
+    ],
+)
+def test_coco_json_must_be_a_list_of_triples(value: str, entry: str) -> None:
+    """Check that a lone triple and triples of other shapes are named."""
+    assert sentence("", "DATASETS.COCO_JSON", value) == (
+        "DATASETS.COCO_JSON must be a list of lists, [[name, annotations.json, image folder], ...]; one entry is "
+        f"{entry}."
+    )
+
+
+# -------------------------------------------------------------------------------------------------- keys
+
+
+@pytest.mark.parametrize(
+    ("opts", "expected"),
+    [
+        (["SOLVER.MAX_ITERS", 5], "there is no config key SOLVER.MAX_ITERS. Did you mean SOLVER.MAX_ITER?"),
+        (["MODEL.KD.STRUCTURAL.LAMBDA", 5], "there is no config key MODEL.KD.STRUCTURAL.LAMBDA."),
+        (["SOLVER", 5], "SOLVER is a group of keys and cannot be set to 5."),
+        (["SOLVER.MAX_ITER"], "overrides come in pairs of a key and a value; 'SOLVER.MAX_ITER' has no value."),
+        (["SEED", 1, "--resume"], "--resume stands among the overrides; options come before them."),
+        (["MODEL", "x", "MODEL.DEVICE", "cpu"], "MODEL.DEVICE is given, but also a value for its group MODEL."),
+    ],
+)
+def test_keys_that_are_not_there(opts: list, expected: str) -> None:
+    """Check that each way to miss a key is answered with the key, and the nearest one where there is one."""
+    assert sentence("", *opts) == f"the command line: {expected}"
+
+
+def test_the_source_of_a_wrong_key_is_named(files: Files) -> None:
+    """Check that it is said in which file, or in which list of overrides, the wrong key stands."""
+    path = files.student(MODEL__KD__STRUKTURAL__WEIGHT=1.0)
+    assert sentence(path) == (f"{path}: there is no config key MODEL.KD.STRUKTURAL. Did you mean MODEL.KD.STRUCTURAL?")
+    files.teacher.write_text("MODEL: {DEPTHS: 1}")
+    with pytest.raises(UserError, match=rf"^{files.teacher}: there is no config key MODEL.DEPTHS\.$"):
+        load_teacher_config(load_config(str(files.student())))
+    files.teacher.write_text("SEED: 1")
+    for opts, reason in (
+        (("SEET", 1), "there is no config key SEET. Did you mean SEED?"),
+        (("SEED",), "overrides come"),
+    ):
+        cfg = load_config(str(files.student(MODEL__KD__TEACHER__OPTS=opts)))
+        with pytest.raises(UserError) as caught:
+            load_teacher_config(cfg)
+        assert str(caught.value).startswith(f"MODEL.KD.TEACHER.OPTS: {reason}")
+
+
+@pytest.mark.parametrize(
+    ("opts", "expected"),
+    [
+        (
+            ["MODEL.KD.DISTILLERS", "('IDC',)"],
+            "MODEL.KD.DISTILLERS names 'IDC', which is no distiller; there are .*FeatureImitation.*StructuralKD",
+        ),
+        (
+            ["MODEL.KD.DISTILLERS", "('StructuralKD', 'StructuralKD')"],
+            r"MODEL.KD.DISTILLERS names 'StructuralKD' twice\.$",
+        ),
+        (["MODEL.KD.STUDENT", "Retina"], "MODEL.KD.STUDENT is 'Retina'; it must be the name of a registered detector"),
+        (["MODEL.KD.STUDENT", "KDMetaArch"], "MODEL.KD.STUDENT is 'KDMetaArch'; it must be the name"),
+        (["MODEL.META_ARCHITECTURE", "Retina"], "MODEL.META_ARCHITECTURE is 'Retina', which no registered detector"),
+        (["MODEL.KD.TEACHER.CONFIG_FILE", ""], r"MODEL.KD.TEACHER.CONFIG_FILE is empty: name the teacher's config\.$"),
+        (
+            ["MODEL.KD.INHERIT.MODULES", "('body',)"],
+            "MODEL.KD.INHERIT.MODULES names 'body'; it may name 'neck' and 'head'",
+        ),
+        (
+            ["MODEL.KD.INHERIT.ENABLED", "True", "MODEL.KD.INHERIT.MODULES", "()"],
+            r"MODEL.KD.INHERIT is enabled, but MODEL.KD.INHERIT.MODULES is empty\.$",
+        ),
+        (
+            ["MODEL.KD.DISTILLERS", "()"],
+            "MODEL.KD.DISTILLERS is empty and MODEL.KD.INHERIT.ENABLED is False: nothing would come from the teacher",
+        ),
+        (["SOLVER.AMP.DTYPE", "half"], r"SOLVER.AMP.DTYPE is 'half'; it must be 'float16' or 'bfloat16'\.$"),
+        (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE is 'gpu', which PyTorch does not know"),
+        (["MODEL.KD.STRUCTURAL.LOSS", "l3"], "MODEL.KD.STRUCTURAL.LOSS is 'l3'; it must be one of 'l1', 'l2'"),
+        (["MODEL.KD.STRUCTURAL.WINDOW_SIZE", 4], "MODEL.KD.STRUCTURAL.WINDOW_SIZE is 4; it must be odd and positive"),
+        (
+            ["MODEL.KD.STRUCTURAL.ADAPTATION", "2x2"],
+            "MODEL.KD.STRUCTURAL.ADAPTATION is '2x2'; it must be one of 'none'",
+        ),
+    ],
+)
+def test_names_and_choices(files: Files, opts: list, expected: str) -> None:
+    """Check that every wrong name or choice is refused before anything is built."""
+    with pytest.raises(UserError, match=f"^{expected}"):
+        load_config(str(files.student()), opts)
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"WEIGHT": -1}, "WEIGHT is -1; it must be a number at least 0."),
+        ({"WEIGHT": "much"}, "WEIGHT is 'much'; it must be a number at least 0."),
+        ({"WEIGHT": float("nan")}, "WEIGHT is nan; it must be a number at least 0."),
+        ({"START_ITER": -1}, "START_ITER is -1; it must be a number at least 0."),
+        ({"WARMUP_ITERS": -5}, "WARMUP_ITERS is -5; it must be a number at least 0."),
+        (
+            {"START_ITER": 800},
+            "START_ITER is 800, but training ends at SOLVER.MAX_ITER 800: it would never run.",
+        ),
+        (
+            {"START_ITER": 100, "END_ITER": 100},
+            "END_ITER is 100; it must be None or a whole number above START_ITER 100.",
+        ),
+        ({"END_ITER": 20.5}, "END_ITER is 20.5; it must be None or a whole number above START_ITER 0."),
+    ],
+)
+def test_schedules_that_make_no_sense(files: Files, keys: dict, expected: str) -> None:
+    """Check that weights and iterations outside their range name the key and the value."""
+    path = files.student(**{f"MODEL__KD__STRUCTURAL__{key}": value for key, value in keys.items()})
+    assert sentence(path) == f"MODEL.KD.STRUCTURAL.{expected}"
+
+
+def test_a_schedule_that_makes_sense(files: Files) -> None:
+    """Check that the bounds themselves are allowed."""
+    keys = {"WEIGHT": 0, "START_ITER": 799, "WARMUP_ITERS": 0, "END_ITER": 800}
+    load_config(str(files.student(**{f"MODEL__KD__STRUCTURAL__{key}": value for key, value in keys.items()})))
+
+
+# ------------------------------------------------------------------------------------------------- files
+
+
+def test_relative_paths(files: Files, tmp_path_factory: pytest.TempPathFactory, monkeypatch) -> None:
+    """Check that a relative path counts from the working directory first, then from the config's folder."""
+    student = files.student()
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    monkeypatch.chdir(elsewhere)
+    found = load_config(str(student)).MODEL.KD.TEACHER.WEIGHTS
+    assert found == str(files.folder / "teacher.pth")
+    (elsewhere / "teacher.pth").touch()
+    found = load_config(str(student)).MODEL.KD.TEACHER.WEIGHTS
+    assert found == str(elsewhere / "teacher.pth")
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("MODEL.KD.TEACHER.CONFIG_FILE", "file"),
+        ("MODEL.KD.TEACHER.WEIGHTS", "file"),
+        ("MODEL.WEIGHTS", "file"),
+        ("DATASETS.COCO_JSON (mine)", "file"),
+        ("DATASETS.COCO_JSON (mine)", "folder"),
+    ],
+)
+def test_a_missing_file_names_both_places(
+    files: Files, tmp_path_factory: pytest.TempPathFactory, monkeypatch, key: str, kind: str
+) -> None:
+    """Check that what is in neither place is said with both."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    student = files.student()
+    (files.folder / "there.json").touch()
+    monkeypatch.chdir(elsewhere)
+    if key == "DATASETS.COCO_JSON (mine)":
+        triple = ["mine", "gone" if kind == "file" else "there.json", "gone"]
+        opts = ["DATASETS.COCO_JSON", [triple], "DATASETS.TEST", ["mine"]]
+    else:
+        opts = [key, "gone"]
+    assert sentence(student, *opts) == f"{key}: there is no {kind} {elsewhere / 'gone'} nor {files.folder / 'gone'}."
+    if key.startswith("DATASETS"):
+        load_config(str(student), opts, needs_data=False)
+
+
+def test_the_config_itself_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check the sentence for a config file that is neither on disk nor in the model zoo, a folder of it included."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("gone.yaml", "COCO-Detection"):
+        assert sentence(name) == f"--config-file: there is no file {tmp_path / name}."
+
+
+def test_unused_data_need_not_exist(files: Files) -> None:
+    """Check that entries of COCO_JSON that neither TRAIN nor TEST names are left alone."""
+    cfg = load_config(str(files.student(DATASETS__COCO_JSON=[["mine", "gone.json", "gone"]])))
+    assert cfg.DATASETS.COCO_JSON == [["mine", "gone.json", "gone"]]
+
+
+def test_evaluating_the_student_needs_no_teacher_and_no_training_data(files: Files) -> None:
+    """Check that `student_only` turns KDMetaArch into the student, without a look at the teacher or the training data."""
+    path = files.student(DATASETS__COCO_JSON=[["mine", "gone.json", "gone"]], DATASETS__TRAIN=["mine"])
+    files.teacher.unlink()
+    (files.folder / "teacher.pth").unlink()
+    assert "DATASETS.COCO_JSON (mine)" in sentence(path)
+    assert "MODEL.KD.TEACHER.CONFIG_FILE" in sentence(path, "DATASETS.TRAIN", ())
+    assert load_config(str(path), student_only=True).MODEL.META_ARCHITECTURE == "RetinaNet"
+
+
+def test_the_same_file_trains_the_plain_student(files: Files) -> None:
+    """Check that with the student's own meta-architecture nothing of MODEL.KD has to make sense."""
+    path = files.student(MODEL__KD__DISTILLERS=["Unknown"], MODEL__KD__TEACHER__WEIGHTS="gone.pth")
+    cfg = load_config(str(path), ["MODEL.META_ARCHITECTURE", "RetinaNet"])
+    assert cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "is empty, or its _BASE_ is not a path"),
+        (b"- SEED\n", "holds no config keys"),
+        (b"SEED", "holds no config keys"),
+        (b"_BASE_: 3\n", "is empty, or its _BASE_ is not a path"),
+        (b"_BASE_: a.yaml\n", "is its own _BASE_, directly or through others"),
+        (b"SEED: [1\n", "is not plain yaml: while parsing a flow sequence"),
+        (b"\xff\xfe\x00\x01", "cannot be read: 'utf-8' codec can't decode byte"),
+        (b"VERSION: 1\n", "is of an old VERSION"),
+    ],
+)
+def test_files_that_are_no_config(tmp_path: Path, content: bytes, expected: str) -> None:
+    """Check that each kind of broken config file is answered with its name and the reason."""
+    path = tmp_path / "a.yaml"
+    path.write_bytes(content)
+    assert sentence(path).startswith(f"Config file {path} {expected}")
+
+
+def test_a_missing_base_is_named(tmp_path: Path) -> None:
+    """Check that it is the base that is said to be missing."""
+    path = write_yaml(tmp_path / "a.yaml", {"_BASE_": "gone.yaml"})
+    assert sentence(path).startswith(f"Config file {tmp_path / 'gone.yaml'} cannot be read: ")
+
+
+# --------------------------------------------------------------------------------------------- safe yaml
+
+
+@pytest.mark.parametrize("where", ["itself", "base", "second base", "base of a base"])
+def test_yaml_that_runs_code_is_refused(tmp_path: Path, where: str) -> None:
+    """Check that a python tag is refused with the file's name, wherever it stands, and is never run."""
+    marker = tmp_path / "executed"
+    evil = tmp_path / "evil.yaml"
+    evil.write_text(f'SEED: !!python/object/apply:os.system ["touch {marker}"]\n')
+    plain = write_yaml(tmp_path / "plain.yaml", {"SEED": 3})
+    middle = write_yaml(tmp_path / "middle.yaml", {"_BASE_": "evil.yaml"})
+    bases = {"base": "evil.yaml", "second base": [str(plain), str(evil)], "base of a base": str(middle)}
+    path = evil if where == "itself" else write_yaml(tmp_path / "a.yaml", {"_BASE_": bases[where]})
+    assert sentence(path).startswith(
+        f"Config file {evil} is not plain yaml: could not determine a constructor for the tag"
+    )
+    assert not marker.exists()
+    yaml.unsafe_load(evil.read_text())
+    assert marker.exists()  # the file is what this test takes it for
+
+
+def test_yaml_that_runs_code_in_the_teachers_config(files: Files) -> None:
+    """Check that the teacher's config is read as safely."""
+    marker = files.folder / "executed"
+    files.teacher.write_text(f'SEED: !!python/object/apply:os.system ["touch {marker}"]\n')
+    with pytest.raises(UserError, match=f"^Config file {files.teacher} is not plain yaml"):
+        load_teacher_config(load_config(str(files.student())))
+    assert not marker.exists()
+
+
+def test_only_files_inside_the_zoo_are_trusted(tmp_path: Path) -> None:
+    """Check that neither a path through the zoo's folder nor a folder of a similar name opens the door."""
+    marker = tmp_path / "executed"
+    content = f'SEED: !!python/object/apply:os.system ["touch {marker}"]\n'
+    (tmp_path / "evil.yaml").write_text(content)
+    through = f"{ZOO}/{os.path.relpath(tmp_path, ZOO)}/evil.yaml"
+    similar = tmp_path / "model_zoo" / "configs"
+    similar.mkdir(parents=True)
+    (similar / "evil.yaml").write_text(content)
+    for path in (through, similar / "evil.yaml"):
+        assert "is not plain yaml" in sentence(path)
+    assert not marker.exists()
+
+
+def test_the_zoo_of_the_installed_detectron2_loads(tmp_path: Path) -> None:
+    """Check that zoo files whose bases compute their anchors load, by name and as a base of one's own file."""
+    expected = [[x * 2 ** (i / 3) for i in range(3)] for x in (32, 64, 128, 256, 512)]
+    own = write_yaml(tmp_path / "own.yaml", {"_BASE_": str(ZOO / ZOO_RETINANET), "SEED": 3})
+    for path in (ZOO_RETINANET, own):
+        sizes = load_config(str(path)).MODEL.ANCHOR_GENERATOR.SIZES
+        for ours, theirs in zip(sizes, expected, strict=True):
+            assert ours == pytest.approx(theirs)
+
+
+def test_every_zoo_config_reads_as_detectron2_reads_it() -> None:
+    """Check that our checks and conversions change nothing of any config that Detectron2 itself supplies."""
+    paths = [p for p in sorted(ZOO.glob("*/*.yaml")) if yaml.safe_load(_without_tags(p)).get("VERSION", 2) == 2]
+    assert len(paths) > 40
+    for path in paths:
+        theirs = get_cfg()
+        theirs.merge_from_file(str(path))
+        ours = load_config(str(path))
+        for key in ("DATALOADER", "DATASETS", "INPUT", "MODEL", "SOLVER", "TEST"):
+            for name, value in theirs[key].items():
+                if name not in ("FILTER_EMPTY_ANNOTATIONS", "AMP"):
+                    assert ours[key][name] == value, (path, key, name)
+
+
+def _without_tags(path: Path) -> str:
+    return path.read_text().replace("!!python/object/apply:eval", "")
+
+
+# ------------------------------------------------------------------------------------------- the teacher
+
+
+def test_a_zoo_name_stands_for_its_trained_checkpoint(files: Files) -> None:
+    """Check that an empty WEIGHTS is the zoo's checkpoint for a zoo name, and that a given one wins."""
+    path = files.student(MODEL__KD__TEACHER={"CONFIG_FILE": ZOO_RETINANET, "WEIGHTS": ""})
+    url = load_teacher_config(load_config(str(path))).MODEL.WEIGHTS
+    assert url == model_zoo.get_checkpoint_url(ZOO_RETINANET)
+    given = ["MODEL.KD.TEACHER.WEIGHTS", "teacher.pth"]
+    weights = load_teacher_config(load_config(str(path), given)).MODEL.WEIGHTS
+    assert weights == str(files.folder / "teacher.pth")
+
+
+def test_a_zoo_name_without_a_checkpoint(files: Files) -> None:
+    """Check the sentence for a zoo config that nobody trained."""
+    path = files.student(MODEL__KD__TEACHER={"CONFIG_FILE": "Base-RetinaNet.yaml", "WEIGHTS": ""})
+    with pytest.raises(UserError) as caught:
+        load_teacher_config(load_config(str(path)))
+    assert str(caught.value) == (
+        "MODEL.KD.TEACHER.WEIGHTS is empty, and the model zoo has no checkpoint for Base-RetinaNet.yaml."
+    )
+
+
+def test_where_the_teachers_weights_come_from(files: Files) -> None:
+    """Check the order: WEIGHTS, then the config's own, relative to its folder; neither is an error."""
+    path = files.student(MODEL__KD__TEACHER={"CONFIG_FILE": "models/own.yaml", "WEIGHTS": ""})
+    own = write_yaml(files.folder / "models" / "own.yaml", tree_of(MODEL__WEIGHTS="own.pth"))
+    with pytest.raises(
+        UserError, match=r"^MODEL.KD.TEACHER.WEIGHTS: there is no file .*own.pth nor .*models/own.pth\.$"
+    ):
+        load_teacher_config(load_config(str(path)))
+    (files.folder / "models" / "own.pth").touch()
+    weights = load_teacher_config(load_config(str(path))).MODEL.WEIGHTS
+    assert weights == str(files.folder / "models" / "own.pth")
+    write_yaml(own, tree_of(SEED=1))
+    with pytest.raises(UserError) as caught:
+        load_teacher_config(load_config(str(path)))
+    assert str(caught.value) == (
+        f"MODEL.KD.TEACHER.WEIGHTS is empty, and {own} names no MODEL.WEIGHTS: the teacher would be untrained."
+    )
+
+
+def test_the_teachers_options_and_device(files: Files) -> None:
+    """Check that OPTS go over the teacher's file, and that the teacher runs where the student runs."""
+    opts = ["MODEL.RETINANET.NUM_CONVS", 4, "MODEL.DEVICE", "cuda"]
+    cfg = load_config(str(files.student(MODEL__KD__TEACHER__OPTS=opts, MODEL__DEVICE="cpu")))
+    teacher = load_teacher_config(cfg)
+    assert teacher.MODEL.RETINANET.NUM_CONVS == 4
+    assert teacher.MODEL.DEVICE == "cpu"
+    assert cfg.MODEL.RETINANET.NUM_CONVS == 2
+
+
+def test_a_distilled_model_as_teacher(files: Files) -> None:
+    """Check that a teacher config that itself says KDMetaArch stands for its student."""
+    write_yaml(files.teacher, tree_of(MODEL__META_ARCHITECTURE="KDMetaArch", MODEL__KD__STUDENT="GeneralizedRCNN"))
+    assert load_teacher_config(load_config(str(files.student()))).MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+
+
+# -------------------------------------------------------------------------------------- the plain student
+
+
+def _tree(node: CfgNode) -> dict:
+    return yaml.safe_load(node.dump())
+
+
+@pytest.mark.parametrize("slim", [False, True])
+def test_the_dumped_student_is_a_plain_detectron2_config(files: Files, slim: bool) -> None:
+    """Check that plain Detectron2 merges the student's config, whose numbers were written in the other type."""
+    base = TINY / f"retinanet-{'student' if slim else 'teacher'}.yaml"
+    numbers = {"SOLVER__BASE_LR": 1, "SOLVER__MAX_ITER": 500.0, "MODEL__RETINANET__SMOOTH_L1_LOSS_BETA": 0}
+    cfg = load_config(str(files.student(_BASE_=str(base), **numbers)))
+    dumped = files.folder / "plain.yaml"
+    dumped.write_text(student_config(cfg).dump())
+    plain = get_cfg()
+    if slim:
+        add_slim_resnet_config(plain)
+    plain.merge_from_file(str(dumped), allow_unsafe=False)
+    assert plain.MODEL.META_ARCHITECTURE == "RetinaNet"
+    assert plain.SOLVER.MAX_ITER == 500
+    assert plain.MODEL.RETINANET == cfg.MODEL.RETINANET
+    assert plain.INPUT == cfg.INPUT
+    assert (plain.MODEL.WEIGHTS, plain.DATASETS.TRAIN) == ("", ())
+
+
+def test_the_dumped_config_reads_as_itself(files: Files) -> None:
+    """Check that config.yaml of a training gives the same config again."""
+    cfg = load_config(str(files.student(MODEL__KD__STRUCTURAL__END_ITER=90)))
+    dumped = files.folder / "dumped.yaml"
+    dumped.write_text(cfg.dump())
+    assert _tree(load_config(str(dumped))) == _tree(cfg)
+
+
+def test_the_librarys_keys_leave_detectron2s_defaults_alone() -> None:
+    """Check that only FILTER_EMPTY_ANNOTATIONS of Detectron2's own defaults is another one here."""
+    ours, theirs = get_cfg(), get_cfg()
+    add_kd_config(ours)
+    ours.DATALOADER.FILTER_EMPTY_ANNOTATIONS = True
+    for node, key in (
+        (ours.DATASETS, "COCO_JSON"),
+        (ours.SOLVER.AMP, "DTYPE"),
+        (ours.MODEL, "KD"),
+        (ours.MODEL, "SLIM_RESNET"),
+    ):
+        del node[key]
+    assert _tree(ours) == _tree(theirs)

@@ -1,0 +1,241 @@
+"""tools/predict.py: what it detects, writes and draws, and what it says of input that it cannot use."""
+
+import json
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data.detection_utils import read_image
+from detectron2.engine import DefaultPredictor
+from detectron2.structures import Boxes, BoxMode, Instances
+from helpers import CLASSES, ROOT, Project, clean_process, make_project, save_fixed_weights
+from PIL import Image
+from pycocotools.coco import COCO
+
+from kd_d2 import load_config
+from kd_d2.evaluation.drawing import PALETTE, draw_instances
+
+PROGRAM = str(ROOT / "tools" / "predict.py")
+LOW = 0.02  # below the configs' own thresholds
+
+
+@pytest.fixture(scope="module", params=["retinanet", "faster-rcnn"])
+def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A distillation whose student's checkpoint is `student.pth`; teacher and data are gone."""
+    return _project(tmp_path_factory.mktemp("project"), request.param)
+
+
+@pytest.fixture(scope="module")
+def retinanet(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    return _project(tmp_path_factory.mktemp("retinanet"), "retinanet")
+
+
+def _project(folder: Path, detector: str) -> Project:
+    project = make_project(folder, detector)
+    weights = save_fixed_weights(project.teacher, folder / "student.pth", seed=2).state_dict()
+    for name, tensor in weights.items():
+        if "cls_score.weight" in name or "bbox_pred.weight" in name:
+            tensor *= 0.03  # scores between 0 and 1, boxes that are not the whole image
+    torch.save({"model": weights}, folder / "student.pth")
+    project.teacher.unlink()
+    project.teacher_weights.unlink()
+    return project
+
+
+@pytest.fixture
+def predict(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict]:
+    """Run the program as from a command line, in this process; returns what it wrote as detections.json."""
+
+    def run(project: Project, output: Path, *inputs: object, options: tuple = (), opts: tuple = ()) -> dict:
+        weights = project.folder / "student.pth"
+        argv = ["--config-file", project.student, "--weights", weights, "--input", *inputs, "--output", output]
+        monkeypatch.setattr(sys, "argv", [PROGRAM, *(str(a) for a in (*argv, *options, *opts))])
+        with clean_process():
+            runpy.run_path(PROGRAM, run_name="__main__")
+        return json.loads((output / "detections.json").read_text())
+
+    return run
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of images as people have them: colour, grey, with alpha, with a palette, and turned by EXIF."""
+    random = np.random.RandomState(3)
+    picture = Image.fromarray(random.randint(0, 255, (12, 16, 3)).astype(np.uint8)).resize((96, 64))
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    picture.save(folder / "colour.png")
+    picture.convert("L").save(folder / "grey.png")
+    picture.convert("RGBA").save(folder / "alpha.png")
+    picture.convert("P").save(folder / "palette.gif")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees
+    picture.save(folder / "turned.jpg", exif=exif)
+    return folder
+
+
+def test_detections_are_those_of_the_default_predictor(
+    project: Project, photos: Path, tmp_path: Path, predict: Callable[..., dict]
+) -> None:
+    higher = ("MODEL.RETINANET.SCORE_THRESH_TEST", 0.5, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.5)
+    tree = predict(project, tmp_path / "out", photos, options=("--score-thresh", LOW), opts=higher)
+    cfg = load_config(str(project.student), ["MODEL.WEIGHTS", str(project.folder / "student.pth")], student_only=True)
+    cfg.MODEL.RETINANET.SCORE_THRESH_TEST = cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = LOW
+    predictor = DefaultPredictor(cfg)
+    files = {Path(image["file_name"]).name: image for image in tree["images"]}
+    assert files.keys() == {"colour.png", "grey.png", "alpha.png", "palette.gif", "turned.jpg"}
+    for name, image in files.items():
+        expected = predictor(read_image(str(photos / name), "BGR"))["instances"]
+        found = [a for a in tree["annotations"] if a["image_id"] == image["id"]]
+        assert len(found) == len(expected) > 5
+        boxes = BoxMode.convert(expected.pred_boxes.tensor, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
+        assert [a["bbox"] for a in found] == boxes.tolist()
+        assert [a["score"] for a in found] == expected.scores.tolist()
+        assert [a["category_id"] - 1 for a in found] == expected.pred_classes.tolist()
+        assert (image["width"], image["height"]) == ((64, 96) if name == "turned.jpg" else (96, 64))
+    assert LOW <= min(a["score"] for a in tree["annotations"]) < 0.5
+
+
+def test_only_detections_from_the_threshold_on_are_kept(
+    retinanet: Project, photos: Path, tmp_path: Path, predict: Callable[..., dict]
+) -> None:
+    image = photos / "colour.png"
+    every = [
+        a["score"] for a in predict(retinanet, tmp_path / "a", image, options=("--score-thresh", 0))["annotations"]
+    ]
+    middle = float(np.median(every))
+    some = predict(retinanet, tmp_path / "b", image, options=("--score-thresh", middle))
+    assert [a["score"] for a in some["annotations"]] == [s for s in every if s >= middle]
+    none = predict(retinanet, tmp_path / "c", image, options=("--score-thresh", 1))
+    assert len(none["images"]) == 1 and none["annotations"] == []
+    assert Image.open(tmp_path / "c" / "colour.jpg").size == (720, 480)
+
+
+def test_the_file_is_one_that_pycocotools_reads(
+    retinanet: Project, photos: Path, tmp_path: Path, predict: Callable[..., dict]
+) -> None:
+    tree = predict(retinanet, tmp_path / "out", photos, options=("--score-thresh", LOW))
+    assert [image["id"] for image in tree["images"]] == [1, 2, 3, 4, 5]
+    assert [a["id"] for a in tree["annotations"]] == list(range(1, len(tree["annotations"]) + 1))
+    assert [(c["id"], c["name"]) for c in tree["categories"]] == list(enumerate(CLASSES, 1))
+    coco = COCO(str(tmp_path / "out" / "detections.json"))
+    assert sum(len(coco.getAnnIds(imgIds=i, catIds=c)) for i in coco.imgs for c in coco.cats) == len(coco.anns)
+    assert len(coco.loadRes(tree["annotations"]).anns) == len(coco.anns)
+
+
+def test_without_the_data_classes_are_numbers(
+    retinanet: Project, photos: Path, tmp_path: Path, predict: Callable[..., dict]
+) -> None:
+    gone = f"[['gone', '{tmp_path}/gone.json', '{tmp_path}/gone']]"
+    opts = ("DATASETS.COCO_JSON", gone, "DATASETS.TEST", "('gone',)", "DATASETS.TRAIN", "('coco_2017_train',)")
+    tree = predict(retinanet, tmp_path / "out", photos / "grey.png", options=("--score-thresh", LOW), opts=opts)
+    assert [(c["id"], c["name"]) for c in tree["categories"]] == [(0, "class 0"), (1, "class 1"), (2, "class 2")]
+    assert {a["category_id"] for a in tree["annotations"]} <= {0, 1, 2}
+
+
+def test_built_in_data_sets_give_their_own_category_ids() -> None:
+    program = runpy.run_path(PROGRAM)
+    cfg = load_config("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
+    categories = program["read_categories"](cfg, 80)
+    assert [(c.id, c.name) for c in categories][-2:] == [(89, "hair drier"), (90, "toothbrush")]
+    assert program["read_categories"](cfg, 3)[2].name == "class 2"
+
+
+def test_inputs_are_files_and_folders_in_order_and_each_once(
+    retinanet: Project, photos: Path, tmp_path: Path, predict: Callable[..., dict], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Check that a folder may hold other files, and that images of the same name get drawings of their own."""
+    (photos / "notes.txt").write_text("no image")
+    (photos / ".hidden.png").write_text("no image")
+    (photos / "cut.png").write_bytes((photos / "colour.png").read_bytes()[:200])
+    (photos / "deeper").mkdir()
+    other = tmp_path / "colour.png"
+    other.write_bytes((photos / "colour.png").read_bytes())
+    tree = predict(retinanet, tmp_path / "out", other, photos, photos / "grey.png")
+    assert [(Path(image["file_name"]).parent.name, image["drawing"]) for image in tree["images"]] == [
+        (tmp_path.name, "colour.jpg"),
+        ("photos", "alpha.jpg"),
+        ("photos", "colour-2.jpg"),
+        ("photos", "grey.jpg"),
+        ("photos", "palette.jpg"),
+        ("photos", "turned.jpg"),
+    ]
+    drawings = {image["drawing"] for image in tree["images"]}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == drawings | {"detections.json"}
+    printed = capsys.readouterr().out
+    assert "Left out 2 files that cannot be read as images: cut.png, notes.txt\n" in printed
+    assert f"[3/6] {photos / 'colour.png'}: " in printed
+
+
+def test_unusable_input_is_one_sentence_and_nothing_is_written(
+    retinanet: Project,
+    photos: Path,
+    tmp_path: Path,
+    predict: Callable[..., dict],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "cut.jpg").write_bytes((photos / "turned.jpg").read_bytes()[:400])
+    image, out = photos / "colour.png", tmp_path / "out"
+    low = ("--score-thresh", "1.5")
+    cases = [
+        ((out, tmp_path / "none.jpg"), {}, "there is no image or folder", "none.jpg"),
+        ((out, image, "MODEL.DEVICE", "cpu"), {}, "MODEL.DEVICE; overrides stand behind another option", ""),
+        ((out, tmp_path / "notes.txt"), {}, "notes.txt cannot be read as an image", "format"),
+        ((out, image, tmp_path / "cut.jpg"), {}, "cut.jpg cannot be read as an image", "runcated"),
+        ((out, tmp_path / "empty"), {}, "there is no image in", "empty"),
+        ((tmp_path / "notes.txt" / "out", image), {}, "--output", "cannot be written"),
+        ((photos, photos / "turned.jpg"), {}, "--output", "would replace an input image"),
+        ((out, image), {"options": low}, "--score-thresh is 1.5", "between 0 and 1"),
+        ((out, image), {"options": ("--weights", "none.pth")}, "--weights: there is no file", "none.pth"),
+        ((out, image), {"opts": ("MODEL.DEVICE", "cpu", *low)}, "--score-thresh stands behind the overrides", ""),
+        ((out, image), {"opts": ("MODEL.RETINANET.NUM_CONVS", "2")}, "fills", "parameters of the detector"),
+        ((out, image), {"opts": ("MODEL.FPN.OUT_CHANEL", "2")}, "Did you mean MODEL.FPN.OUT_CHANNELS", ""),
+    ]
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for arguments, options, *words in cases:
+        with pytest.raises(SystemExit) as ended:
+            predict(retinanet, *arguments, **options)
+        assert ended.value.code == 2
+        error = capsys.readouterr().err
+        assert error.splitlines()[-1].startswith("error: ") and error.count("error: ") == 1
+        assert all(word in error.splitlines()[-1] for word in words), error
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert not out.exists()
+
+
+def detections(size: tuple[int, int], boxes: list[list[float]], classes: list[int]) -> Instances:
+    found = Instances(size)
+    found.pred_boxes = Boxes(torch.tensor(boxes))
+    found.pred_classes = torch.tensor(classes)
+    found.scores = torch.full((len(boxes),), 0.9)
+    return found
+
+
+def test_drawing_shows_box_mask_and_label_in_the_enlarged_image() -> None:
+    grey = np.full((48, 64, 3), 128, np.uint8)
+    found = detections((48, 64), [[16.0, 24.0, 48.0, 40.0]], [0])
+    found.pred_masks = torch.zeros(1, 48, 64, dtype=torch.bool)
+    found.pred_masks[0, 30:34, 20:44] = True
+    drawn = draw_instances(grey, found, ["Bäcker"])
+    assert drawn.shape == (480, 640, 3)
+    changed = (drawn != 128).any(2)
+    assert all(changed[240, 160:480]) and all(changed[400, 160:480]) and all(changed[240:400, 160])  # the box's sides
+    assert changed[305:335, 205:435].all()  # the mask
+    assert changed[226:238, 162:220].all()  # the label's plate, above the box
+    assert not changed[260:290, 200:440].any() and not changed[:200].any() and not changed[410:].any()
+
+
+def test_labels_of_nested_boxes_do_not_hide_each_other() -> None:
+    """Check that plates whose boxes have nearly the same corner stand below one another, each whole."""
+    grey = np.full((480, 640, 3), 128, np.uint8)
+    boxes = [[10.0, 0.0, 400.0, 300.0], [11.0, 1.0, 399.0, 299.0], [12.0, 2.0, 398.0, 298.0]]
+    drawn = draw_instances(grey, detections((480, 640), boxes, [0, 1, 2]), ["a", "b", "c"])
+    areas = [int((drawn[:80, 14:60] == color).all(2).sum()) for color in PALETTE[:3]]
+    assert min(areas) > 0.7 * max(areas)

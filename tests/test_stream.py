@@ -1,0 +1,294 @@
+"""The training stream: batch n is the same batch, whatever came before it and however many processes read it."""
+
+import itertools
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog, transforms
+from detectron2.data.detection_utils import SizeMismatchError
+from helpers import clean_process, make_coco
+
+from kd_d2.config import add_kd_config
+from kd_d2.data import build_stream_loader, register_coco_json
+from kd_d2.data.stream import BatchStream, DataError, MappedDataset, seeded
+from kd_d2.errors import UserError
+
+GROUPS = [0, 1, 1, 0, 1, 1, 0]  # of a data set of seven
+
+
+def indices() -> itertools.chain:
+    """The endless stream 0, 1, ... 6, 6, 5, ... 0, and again."""
+    return itertools.cycle([*range(7), *reversed(range(7))])
+
+
+def batches(count: int, start: int = 0, **options: object) -> list[list[tuple[int, int]]]:
+    stream = BatchStream(indices, **({"group_of": GROUPS, "batch_size": 3} | options))
+    stream.start = start
+    return list(itertools.islice(stream, count))
+
+
+# --------------------------------------------------------------------------------------- batches of positions
+
+
+def test_batches_worked_out_by_hand() -> None:
+    """Check the first batches: filled in order of the stream, each of one group, none lost."""
+    assert batches(4) == [
+        [(1, 1), (2, 2), (4, 4)],
+        [(0, 0), (3, 3), (6, 6)],
+        [(5, 5), (8, 5), (9, 4)],
+        [(7, 6), (10, 3), (13, 0)],
+    ]
+    assert batches(2, group_of=None) == [[(0, 0), (1, 1), (2, 2)], [(3, 3), (4, 4), (5, 5)]]
+
+
+def test_every_position_is_in_one_batch_at_most() -> None:
+    """Check that over many batches no position comes twice, and that those left out are still waiting for a full batch."""
+    seen = [position for batch in batches(500) for position, _ in batch]
+    assert len(set(seen)) == len(seen)
+    assert max(seen) - len(seen) < 2 * 3
+
+
+@pytest.mark.parametrize("start", [1, 3, 10])
+def test_entering_at_n_equals_skipping_n(start: int) -> None:
+    """Check that a stream entered at batch n yields what one from the beginning yields from there on."""
+    assert batches(6, start=start) == batches(start + 6)[start:]
+
+
+def test_the_parts_of_two_processes_make_the_batch_of_one() -> None:
+    """Check that each process has half of every batch, and both together all of it."""
+    whole = batches(8, batch_size=4)
+    parts = [batches(8, batch_size=4, rank=rank, world_size=2) for rank in (0, 1)]
+    for batch, first, second in zip(whole, *parts, strict=True):
+        assert len(first) == len(second) == 2
+        assert sorted(first + second) == sorted(batch)
+
+
+# ---------------------------------------------------------------------------------------------- mapped images
+
+
+def draws() -> tuple[float, float, float]:
+    return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+
+def test_mapping_depends_on_seed_and_position_alone() -> None:
+    """Check that the mapper's random numbers repeat for the same position, and differ for another one or seed."""
+    dataset = MappedDataset(["a", "b"], lambda entry: draws(), seed=3)
+    first = dataset[(5, 0)]
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    assert dataset[(5, 0)] == first
+    assert dataset[(5, 1)] == first  # the image plays no part in it
+    for other in (dataset[(6, 0)], MappedDataset(["a"], lambda entry: draws(), seed=4)[(5, 0)]):
+        assert all(a != b for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_mapping_leaves_the_global_generators_alone(fails: bool) -> None:
+    """Check that all three generators go on as if nothing had been mapped, also when the mapper fails."""
+
+    def mapper(entry: str) -> tuple:
+        if fails:
+            raise KeyError(entry)
+        return draws()
+
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    expected = [draws() for _ in range(3)]
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    found = [draws()]
+    for position in range(2):
+        if fails:
+            with pytest.raises(KeyError):
+                MappedDataset(["a"], mapper, seed=0)[(position, 0)]
+        else:
+            MappedDataset(["a"], mapper, seed=0)[(position, 0)]
+        found.append(draws())
+    assert found == expected
+
+
+def test_positions_beyond_a_word_and_seed_zero() -> None:
+    """Check that the endless stream's large positions have random numbers of their own."""
+    seen = set()
+    for position in (0, 1, 2**32, 2**40):
+        with seeded(0, position):
+            seen.add(draws())
+    assert len(seen) == 4
+
+
+def test_a_refused_image_is_replaced_by_the_next() -> None:
+    """Check that the mapper's None passes on to the next index, round the end, and that only Nones are an error."""
+    dataset = MappedDataset([0, 1, 2], lambda entry: None if entry else "first", seed=0)
+    assert [dataset[(0, i)] for i in range(3)] == ["first"] * 3
+    with pytest.raises(RuntimeError, match="refused 100 images in a row, from index 1 on"):
+        MappedDataset([0, 1, 2], lambda entry: None, seed=0)[(0, 1)]
+
+
+# ------------------------------------------------------------------------------------------------- the loader
+
+
+@pytest.fixture
+def cfg(tmp_path: Path):
+    """A set of ten images, half landscape and half portrait, in batches of four with flips and three sizes."""
+    cfg = get_cfg()
+    add_kd_config(cfg)
+    annotations = make_coco(tmp_path / "data", 10)
+    cfg.DATASETS.COCO_JSON = [["stream", str(annotations), str(annotations.parent / "images")]]
+    cfg.DATASETS.TRAIN = ("stream",)
+    cfg.INPUT.MIN_SIZE_TRAIN = (48, 64, 80)
+    cfg.SOLVER.IMS_PER_BATCH = 4
+    cfg.DATALOADER.NUM_WORKERS = 0
+    with clean_process():
+        register_coco_json(cfg)
+        yield cfg
+
+
+def signature(batch: list[dict]) -> list[tuple]:
+    """Everything of a batch that training sees, comparable."""
+    return [
+        (
+            item["file_name"],
+            tuple(item["image"].shape),
+            item["image"].long().sum().item(),
+            item["image"][:, :, 0].flatten().tolist(),
+            item["instances"].gt_boxes.tensor.tolist(),
+            item["instances"].gt_classes.tolist(),
+        )
+        for item in batch
+    ]
+
+
+def read(cfg: CfgNode, count: int, start: int = 0, seed: int = 1) -> list[list[tuple]]:
+    loader = build_stream_loader(cfg, seed)
+    loader.batch_sampler.start = start
+    return [signature(batch) for batch in itertools.islice(loader, count)]
+
+
+def test_batches_do_not_depend_on_the_number_of_workers(cfg: CfgNode) -> None:
+    """Check that images, augmentation and order are the same with 0, 1 and 3 workers."""
+    expected = read(cfg, 6)
+    for cfg.DATALOADER.NUM_WORKERS in (1, 3):
+        assert read(cfg, 6) == expected
+
+
+def test_the_loader_enters_anywhere(cfg: CfgNode) -> None:
+    """Check that batches 7 to 11 read alone are those that follow batches 0 to 6."""
+    assert read(cfg, 5, start=7) == read(cfg, 12)[7:]
+
+
+def test_the_stream_is_shuffled_augmented_and_seeded(cfg: CfgNode) -> None:
+    """Check that an image comes flipped and not, in all sizes and in no fixed order, and otherwise for another seed."""
+    whole = read(cfg, 40)
+    items = [item for batch in whole for item in batch]
+    assert {min(shape[1:]) for _, shape, *_ in items} == {48, 64, 80}
+    of_one = [item for item in items if item[0] == items[0][0]]
+    assert len({item[2] for item in of_one if item[1] == of_one[0][1]}) == 1 or len({tuple(i[3]) for i in of_one}) > 1
+    assert len({str(item) for item in of_one}) == 6  # three sizes, flipped or not
+    orders = {tuple(item[0] for item in items[i : i + 10]) for i in (0, 10, 20)}
+    assert len(orders) == 3
+    assert read(cfg, 3, seed=2) != whole[:3]
+
+
+def test_a_batch_is_landscape_or_portrait(cfg: CfgNode) -> None:
+    """Check the aspect ratios of every batch, and that without grouping they mix."""
+    for cfg.DATALOADER.ASPECT_RATIO_GROUPING in (True, False):
+        shapes = [{shape[1] < shape[2] for _, shape, *_ in batch} for batch in read(cfg, 12)]
+        assert all(len(kinds) == 1 for kinds in shapes) == cfg.DATALOADER.ASPECT_RATIO_GROUPING
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_reading_leaves_the_global_generators_alone(cfg: CfgNode, workers: int) -> None:
+    """Check that a training draws the same random numbers with and without images read between."""
+    cfg.DATALOADER.NUM_WORKERS = workers
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    expected = draws()
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    read(cfg, 2)
+    assert draws() == expected
+
+
+def test_processes_read_disjoint_parts(cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that two processes' loaders give each half of the images, augmented as one process would."""
+    whole = read(cfg, 5)
+    monkeypatch.setattr("kd_d2.data.stream.comm.get_world_size", lambda: 2)
+    parts = []
+    for rank in (0, 1):
+        monkeypatch.setattr("kd_d2.data.stream.comm.get_rank", lambda rank=rank: rank)
+        parts.append(read(cfg, 5))
+    for batch, first, second in zip(whole, *parts, strict=True):
+        assert sorted(first + second) == sorted(batch)
+    cfg.SOLVER.IMS_PER_BATCH = 3
+    with pytest.raises(UserError) as caught:
+        build_stream_loader(cfg, 0)
+    assert str(caught.value) == "SOLVER.IMS_PER_BATCH is 3; it must be a multiple of the 2 processes."
+
+
+def test_samplers(cfg: CfgNode) -> None:
+    """Check each sampler by what it does: all images evenly, rare classes more often, a fixed part of the images."""
+    cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
+
+    def files(count: int) -> list[str]:
+        return [item[0] for batch in read(cfg, count) for item in batch]
+
+    counts = [files(10).count(name) for name in set(files(10))]
+    assert counts == [4] * 10
+    cfg.DATALOADER.SAMPLER_TRAIN, cfg.DATALOADER.RANDOM_SUBSET_RATIO = "RandomSubsetTrainingSampler", 0.3
+    assert len(set(files(30))) == 3
+    dicts = DatasetCatalog.get("stream")
+    for entry in dicts:
+        entry["annotations"] = [{**dicts[0]["annotations"][0], "category_id": 0}]
+    dicts[4]["annotations"][0]["category_id"] = 1
+    DatasetCatalog.register("rare", lambda: dicts)
+    MetadataCatalog.get("rare").thing_classes = MetadataCatalog.get("stream").thing_classes
+    cfg.DATASETS.TRAIN = ("rare",)
+    cfg.DATALOADER.SAMPLER_TRAIN, cfg.DATALOADER.REPEAT_THRESHOLD = "RepeatFactorTrainingSampler", 0.9
+    seen = files(120)
+    rare = seen.count(dicts[4]["file_name"])
+    assert (
+        2.2 < rare / (sum(seen.count(d["file_name"]) for d in dicts if d is not dicts[4]) / 9) < 3.8
+    )  # sqrt(0.9 / 0.1)
+
+
+def test_an_unknown_sampler(cfg: CfgNode) -> None:
+    """Check that the samplers there are are named."""
+    cfg.DATALOADER.SAMPLER_TRAIN = "Shuffler"
+    with pytest.raises(UserError) as caught:
+        build_stream_loader(cfg, 0)
+    assert str(caught.value) == (
+        "DATALOADER.SAMPLER_TRAIN is 'Shuffler'; it must be 'TrainingSampler', 'RepeatFactorTrainingSampler' or "
+        "'RandomSubsetTrainingSampler'."
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("kind", ["broken", "cut", "gone", "other size"])
+def test_an_image_that_cannot_be_used(cfg: CfgNode, kind: str, workers: int) -> None:
+    """Check that a bad image is one sentence with its name, from a worker process too."""
+    cfg.DATALOADER.NUM_WORKERS = workers
+    entry = DatasetCatalog.get("stream")[0]
+    path = Path(entry["file_name"])
+    if kind == "broken":
+        path.write_text("no image")
+    elif kind == "cut":
+        path.write_bytes(path.read_bytes()[:5000])
+    elif kind == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.with_name("001.png").read_bytes())
+    with pytest.raises(DataError) as caught:
+        read(cfg, 10)
+    assert isinstance(caught.value, UserError)
+    said = str(caught.value)
+    assert said.startswith(f"The training image {path} cannot be used: ")
+    assert "\n" not in said
+    if kind == "other size":
+        assert isinstance(caught.value.__cause__, SizeMismatchError) or workers
+        assert "got (64, 96), expect (96, 64)" in said
+
+
+def test_a_mapper_of_ones_own(cfg: CfgNode) -> None:
+    """Check that another mapper takes the place of Detectron2's."""
+    loader = build_stream_loader(cfg, 0, mapper=lambda entry: Path(entry["file_name"]).name)
+    assert sorted(itertools.chain(*itertools.islice(loader, 10)))[:2] == ["000.png", "000.png"]
+    assert transforms.NoOpTransform is not None
