@@ -115,6 +115,7 @@ def load_config(
     Raises:
         UserError: a missing or unreadable file, an unknown key, a value of the wrong type.
     """
+    opts = list(opts)
     cfg = get_cfg()
     add_kd_config(cfg)
     folder = ""
@@ -126,8 +127,19 @@ def load_config(
     if student_only and cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH:
         cfg.MODEL.META_ARCHITECTURE = cfg.MODEL.KD.STUDENT
     validate_kd_config(cfg)
+    _choose_device(cfg, opts)
     _resolve_paths(cfg, folder, student_only, needs_data)
     return cfg
+
+
+def _choose_device(cfg: CN, opts: Iterable[Any]) -> None:
+    """Detectron2's default device is a GPU; without one, only a device that somebody asked for is an error."""
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        if "MODEL.DEVICE" in opts:
+            raise UserError(
+                f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but this machine has no usable GPU; set it to 'cpu'."
+            )
+        cfg.MODEL.DEVICE = "cpu"
 
 
 def find_config_file(name: str, key: str, folder: str = "") -> str:

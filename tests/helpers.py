@@ -23,6 +23,7 @@ from detectron2.utils import logger as detectron2_logger
 from torch import nn
 
 from kd_d2.config import load_config
+from kd_d2.data import register_coco_json
 from kd_d2.engine import KDTrainer, launch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -267,25 +268,31 @@ class KillAt(HookBase):
             raise Killed
 
 
-def make_trainer(project: Project, *opts: object) -> KDTrainer:
-    """A trainer as train_net.py makes it, data registered and random numbers seeded, nothing loaded yet."""
-    from kd_d2.data import register_coco_json
-
+def make_trainer(project: Project, *opts: object, seed: int = 0) -> KDTrainer:
+    """A trainer as train_net.py makes it, data registered and the global generators seeded, nothing loaded yet."""
     cfg = load_config(str(project.student), [str(o) for o in opts])
     os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
     register_coco_json(cfg)
-    torch.manual_seed(cfg.SEED)
-    np.random.seed(cfg.SEED)
+    torch.manual_seed(seed)
+    np.random.seed(seed)
     return KDTrainer(cfg)
 
 
-def train(project: Project, *opts: object, resume: bool = False, hooks: tuple = ()) -> dict[int, dict[str, float]]:
-    """Train in this process and return every loss of every iteration; a `Killed` ends it early."""
+@dataclass
+class Run:
+    """A training that is over: every loss by iteration and name, and the trainer."""
+
+    losses: dict[int, dict[str, float]]
+    trainer: KDTrainer
+
+
+def train(project: Project, *opts: object, resume: bool = False, hooks: tuple = (), seed: int = 0) -> Run:
+    """Train in this process; a `Killed` ends it early."""
     with clean_process():
-        trainer = make_trainer(project, *opts)
+        trainer = make_trainer(project, *opts, seed=seed)
         trainer.resume_or_load(resume=resume)
         recorder = LossRecorder()
         trainer.register_hooks([recorder, *hooks])
         with contextlib.suppress(Killed):
             trainer.train()
-    return recorder.losses
+    return Run(recorder.losses, trainer)

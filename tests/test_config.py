@@ -417,7 +417,7 @@ def test_every_zoo_config_reads_as_detectron2_reads_it() -> None:
         ours = load_config(str(path))
         for key in ("DATALOADER", "DATASETS", "INPUT", "MODEL", "SOLVER", "TEST"):
             for name, value in theirs[key].items():
-                if name not in ("FILTER_EMPTY_ANNOTATIONS", "AMP"):
+                if name not in ("FILTER_EMPTY_ANNOTATIONS", "AMP", "DEVICE"):
                     assert ours[key][name] == value, (path, key, name)
 
 

@@ -89,6 +89,19 @@ def test_retinanet_losses_follow_its_config(
     _assert_own_losses(tiny_detector("retinanet", overrides), [make_inputs()])
 
 
+def test_levels_that_the_head_does_not_read_play_no_part(
+    tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage
+) -> None:
+    """Check a head on three of the neck's five levels: these alone are the detector's, and its losses stay its own."""
+    overrides = {
+        "RETINANET": {"IN_FEATURES": ["p3", "p4", "p5"]},
+        "ANCHOR_GENERATOR": {"SIZES": [[16], [32], [64]]},
+    }
+    model = tiny_detector("retinanet", {"MODEL": overrides})
+    assert list(build_adapter(model).spec.shapes) == [8, 16, 32]
+    _assert_own_losses(model, [make_inputs()])
+
+
 @pytest.mark.parametrize("kind", ["faster", "mask", "cascade", "fcos"])
 def test_other_detectors_losses_are_their_own(
     tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage, kind: str

@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 import warnings
 from dataclasses import dataclass
 
@@ -33,6 +32,7 @@ from kd_d2.checkpoint import load_complete
 from kd_d2.config import find_file
 from kd_d2.data import register_synthetic
 from kd_d2.detectors import build_adapter
+from kd_d2.engine.checks import check_output_folder
 from kd_d2.evaluation.drawing import draw_instances
 
 
@@ -117,27 +117,13 @@ def drawing_paths(images: list[str], folder: str) -> list[str]:
     return paths
 
 
-def make_folder(folder: str) -> None:
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"--output: {folder} cannot be written: {error.strerror}.") from error
-
-
 def read_config(args: argparse.Namespace) -> CfgNode:
     """The detector's config with the checkpoint as its weights."""
     wrong = [opt for opt in args.opts if opt.startswith("--")]
     if wrong:
         raise UserError(f"{wrong[0]} stands behind the overrides; options come before them.")
     weights = find_file(args.weights, "--weights")
-    cfg = load_config(args.config_file, [*args.opts, "MODEL.WEIGHTS", weights], student_only=True, needs_data=False)
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        if "MODEL.DEVICE" in args.opts:
-            raise UserError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but this machine has no usable GPU.")
-        cfg.MODEL.DEVICE = "cpu"
-    return cfg
+    return load_config(args.config_file, [*args.opts, "MODEL.WEIGHTS", weights], student_only=True, needs_data=False)
 
 
 def read_categories(cfg: CfgNode, num_classes: int | None) -> list[Category] | None:
@@ -230,7 +216,7 @@ def main(args: argparse.Namespace) -> None:
     images = find_images(args.input)
     drawings = drawing_paths(images, args.output)
     predictor = Predictor(cfg, args.score_thresh)
-    make_folder(args.output)
+    check_output_folder(args.output, "--output")
     categories = read_categories(cfg, build_adapter(predictor.model).spec.num_classes)
 
     entries, annotations = [], []

@@ -41,7 +41,8 @@ def compare(
     """
     output = os.path.abspath(output)
     results = os.path.abspath(results or os.path.join(output, "results"))
-    check_output_folder(results)
+    check_output_folder(output, "--output")
+    check_output_folder(results, "--results")
     if matrix.teacher is None:
         first, of_teacher = teacher_evaluation_job(matrix, output, results, opts), []
     else:

@@ -14,8 +14,8 @@ from ..errors import UserError
 from ..meta_arch import student_of
 
 
-def check_output_folder(folder: str) -> None:
-    """Make the output folder and try to write into it.
+def check_output_folder(folder: str, key: str = "OUTPUT_DIR") -> None:
+    """Make the output folder and try to write into it. `key` is what the user named it by.
 
     Raises:
         UserError: it cannot be made or written.
@@ -25,7 +25,7 @@ def check_output_folder(folder: str) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"OUTPUT_DIR {folder} cannot be written: {error.strerror}.") from error
+        raise UserError(f"{key} {folder} cannot be written: {error.strerror}.") from error
 
 
 def check_datasets(cfg: CfgNode, *, train: bool) -> None:

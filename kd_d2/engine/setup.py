@@ -6,7 +6,6 @@ import argparse
 import os
 import warnings
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.utils import comm
@@ -14,7 +13,6 @@ from detectron2.utils.logger import setup_logger
 
 from ..config import KD_META_ARCH, load_config
 from ..data import register_coco_json, register_synthetic
-from ..errors import UserError
 from .checks import check_datasets, check_output_folder
 
 
@@ -30,8 +28,6 @@ def setup(args: argparse.Namespace) -> CfgNode:
     warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
     warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
     cfg = load_config(args.config_file, args.opts, student_only=args.eval_only and not args.eval_teacher)
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = _device_without_gpu(cfg, args.opts)
     check_output_folder(cfg.OUTPUT_DIR)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="kd_d2")
     register_synthetic()
@@ -43,13 +39,6 @@ def setup(args: argparse.Namespace) -> CfgNode:
         with open(os.path.join(cfg.OUTPUT_DIR, "student.yaml"), "w") as file:
             file.write(student_config(cfg).dump())
     return cfg
-
-
-def _device_without_gpu(cfg: CfgNode, opts: list[str]) -> str:
-    """Detectron2's default device is a GPU; without one, only a device that somebody asked for is an error."""
-    if "MODEL.DEVICE" in opts:
-        raise UserError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but this machine has no usable GPU; set it to 'cpu'.")
-    return "cpu"
 
 
 def student_config(cfg: CfgNode) -> CfgNode:

@@ -1,0 +1,429 @@
+"""Training and evaluating from end to end, on images of 64 to 96 pixels and detectors of a few thousand parameters."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT, KillAt, Project, Run, make_project, run_train_net, save_fixed_weights, train
+
+from kd_d2.checkpoint import read_checkpoint
+from kd_d2.engine import trainer as trainer_module
+from kd_d2.engine.step import NonFiniteLossError
+
+DETECTORS = ("retinanet", "faster-rcnn")
+OWN_LOSSES = {
+    "retinanet": {"loss_cls", "loss_box_reg"},
+    "faster-rcnn": {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc"},
+}
+GOLDEN = Path(__file__).parent / "golden" / "losses.json"
+BOTH_METHODS = {
+    "MODEL__KD__DISTILLERS": ("FeatureImitation", "StructuralKD"),
+    "MODEL__KD__FEATURE_IMITATION__ADAPTATION": "1x1",
+    "MODEL__KD__FEATURE_IMITATION__WEIGHT": 0.1,
+    "MODEL__KD__STRUCTURAL__WARMUP_ITERS": 4,
+}
+
+
+@pytest.fixture(params=DETECTORS)
+def project(request: pytest.FixtureRequest, tmp_path: Path) -> Project:
+    return make_project(tmp_path, request.param)
+
+
+@pytest.fixture
+def retinanet(tmp_path: Path) -> Project:
+    return make_project(tmp_path, "retinanet")
+
+
+def assert_same(found: dict, expected: dict, iterations: range, tolerance: float = 1e-5) -> None:
+    assert list(found) == list(iterations)
+    for iteration in iterations:
+        assert found[iteration] == pytest.approx(expected[iteration], rel=tolerance, abs=tolerance), iteration
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    return run.trainer.checkpointer.model.state_dict()
+
+
+# --------------------------------------------------------------------------------------------------- resuming
+
+
+def test_a_resumed_run_goes_on_as_if_unbroken(project: Project) -> None:
+    """Check losses and final weights after a kill behind a checkpoint, with evaluations in between.
+
+    The resumed process starts with other random numbers, so that whatever is not restored shows.
+    """
+    project.change(
+        **BOTH_METHODS, SOLVER__MAX_ITER=7, SOLVER__STEPS=(5,), SOLVER__CHECKPOINT_PERIOD=3, TEST__EVAL_PERIOD=2
+    )
+    unbroken = train(project, "OUTPUT_DIR", project.folder / "unbroken")
+    killed = train(project, hooks=(KillAt(3),))
+    assert (project.output / "last_checkpoint").read_text() == "model_0000002.pth"
+    resumed = train(project, resume=True, seed=12345)
+    assert_same(killed.losses, unbroken.losses, range(4))
+    assert_same(resumed.losses, unbroken.losses, range(3, 7))
+    for name, tensor in weights(resumed).items():
+        torch.testing.assert_close(tensor, weights(unbroken)[name], rtol=1e-5, atol=1e-6)
+    assert resumed.losses[6]["loss_feature_imitation"] > 0
+
+
+def test_a_run_with_a_random_seed_is_resumed_with_it(retinanet: Project) -> None:
+    """Check that SEED -1 draws a seed once, and that a resumed run goes on with it."""
+    retinanet.change(SEED=-1, SOLVER__MAX_ITER=5, SOLVER__CHECKPOINT_PERIOD=2)
+    killed = train(retinanet, hooks=(KillAt(3),), seed=1)
+    resumed = train(retinanet, resume=True, seed=2)
+    assert_same({i: resumed.losses[i] for i in (2, 3)}, killed.losses, range(2, 4))
+    other = train(retinanet, "OUTPUT_DIR", retinanet.folder / "other", seed=3)
+    assert other.trainer.seed != killed.trainer.seed == resumed.trainer.seed
+
+
+def test_evaluation_leaves_the_training_alone(tmp_path: Path) -> None:
+    """Check that a training with random sampling has the same losses with and without evaluations in it."""
+    project = make_project(tmp_path, "faster-rcnn")
+    without = train(project, "OUTPUT_DIR", tmp_path / "without")
+    between = train(project, "TEST.EVAL_PERIOD", 1)
+    assert_same(between.losses, without.losses, range(4))
+
+
+def test_seeds(retinanet: Project) -> None:
+    """Check that the data come in the order of SEED: the same for the same, another for another."""
+    first, second = (train(retinanet, "SOLVER.MAX_ITER", 2) for _ in range(2))
+    other = train(retinanet, "SEED", 1, "SOLVER.MAX_ITER", 2)
+    assert first.losses == second.losses
+    assert other.losses[0] != first.losses[0]
+
+
+def test_resuming_never_inherits(retinanet: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that the teacher's neck and head are copied before the first iteration of a training, and only there."""
+    calls = []
+
+    def count(student, teacher, modules, inherit=trainer_module.inherit):
+        calls.append(modules)
+        return inherit(student, teacher, modules)
+
+    monkeypatch.setattr(trainer_module, "inherit", count)
+    retinanet.change(MODEL__KD__INHERIT__ENABLED=True, SOLVER__CHECKPOINT_PERIOD=2)
+    train(retinanet, hooks=(KillAt(2),))
+    train(retinanet, resume=True)
+    assert len(calls) == 1
+
+
+def test_inherited_weights_are_where_training_starts(retinanet: Project) -> None:
+    """Check the student's tensors before the first step: neck and head the teacher's, the rest its own."""
+    retinanet.change(MODEL__KD__INHERIT__ENABLED=True, SOLVER__BASE_LR=0.0, SOLVER__WEIGHT_DECAY=0.0)
+    run = train(retinanet, "SOLVER.MAX_ITER", 1)
+    teacher = read_checkpoint(str(retinanet.teacher_weights))["model"]
+    own = dict(run.trainer.bare_model.student.named_parameters())
+    same = {name for name, tensor in own.items() if torch.equal(tensor, teacher[name])}
+    inherited = {name for name in own if not name.startswith("backbone.bottom_up")}
+    assert inherited <= same
+    assert "backbone.bottom_up.stem.conv1.weight" not in same
+
+
+@pytest.mark.slow
+def test_a_killed_process_can_be_resumed(retinanet: Project) -> None:
+    """Check with a real SIGKILL at a random moment: the last checkpoint is whole and the training goes on from it."""
+    retinanet.change(SOLVER__MAX_ITER=2000, SOLVER__CHECKPOINT_PERIOD=1)
+    command = [sys.executable, str(ROOT / "train_net.py"), "--config-file", str(retinanet.student)]
+    with open(retinanet.folder / "log", "w") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        deadline = time.time() + 120
+        while (
+            not (retinanet.output / "model_0000005.pth").exists() and process.poll() is None and time.time() < deadline
+        ):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert process.returncode == -signal.SIGKILL, (retinanet.folder / "log").read_text()[-2000:]
+    last = retinanet.output / (retinanet.output / "last_checkpoint").read_text()
+    done = read_checkpoint(str(last))["iteration"] + 1
+    resumed = train(retinanet, "SOLVER.MAX_ITER", done + 2, resume=True)
+    assert list(resumed.losses) == [done, done + 1]
+
+
+# ---------------------------------------------------------------------------------------------------- the step
+
+
+def test_training_changes_the_student_alone(project: Project) -> None:
+    """Check that student and adaptation layers move, and that the teacher is bitwise as it was, and in eval mode."""
+    project.change(MODEL__KD__FEATURE_IMITATION__ADAPTATION="1x1", SOLVER__CHECKPOINT_PERIOD=1)
+    run = train(project)
+    teacher = run.trainer.bare_model.teacher.model
+    for name, tensor in read_checkpoint(str(project.teacher_weights))["model"].items():
+        assert torch.equal(teacher.state_dict()[name], tensor)
+    assert not any(module.training for module in teacher.modules())
+    first, last = (read_checkpoint(str(project.output / f"model_{i}.pth")) for i in ("0000000", "final"))
+    for part in ("model", "distillers"):
+        moved = {name for name, tensor in last[part].items() if not torch.equal(first[part][name], tensor)}
+        still = {n for n in last[part].keys() - moved if not n.startswith(("proposal_generator", "roi_heads"))}
+        assert not still - {"pixel_mean", "pixel_std"}
+        assert moved
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_images_without_objects_train(tmp_path: Path, detector: str) -> None:
+    """Check that batches of nothing but background have finite losses and gradients, and that evaluation survives."""
+    project = make_project(tmp_path, detector)
+    project.change_annotations(lambda tree: tree.update(annotations=[]))
+    run = train(project)
+    for losses in run.losses.values():
+        assert losses.keys() == OWN_LOSSES[detector] | {"loss_feature_imitation"}
+        assert all(math.isfinite(value) for value in losses.values())
+        assert losses["loss_box_reg"] == 0
+        assert losses["loss_cls"] > 0
+    assert all(tensor.isfinite().all() for tensor in weights(run).values())
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(retinanet: Project, capfd: pytest.CaptureFixture) -> None:
+    """Check sentence, status, and that neither the weights nor the last checkpoint know of the bad iteration."""
+    broken = read_checkpoint(str(retinanet.teacher_weights))
+    broken["model"]["backbone.fpn_output4.weight"][0, 0, 0, 0] = math.nan
+    torch.save(broken, retinanet.teacher_weights)
+    retinanet.change(MODEL__KD__FEATURE_IMITATION__START_ITER=2, SOLVER__CHECKPOINT_PERIOD=1)
+    with pytest.raises(SystemExit) as caught:
+        retinanet.main()
+    out, err = capfd.readouterr()
+    said = (
+        "In iteration 2 the loss loss_feature_imitation is nan; training stops before it reaches the weights, and the last "
+        "checkpoint is intact."
+    )
+    assert caught.value.code == 2
+    assert err.splitlines()[-1] == f"error: {said}"
+    assert "Traceback" not in out + err
+    assert said in (retinanet.output / "log.txt").read_text()
+    assert (retinanet.output / "last_checkpoint").read_text() == "model_0000001.pth"
+    assert not (retinanet.output / "model_0000002.pth").exists()
+    assert not (retinanet.output / "train.json").exists()
+    saved = read_checkpoint(str(retinanet.output / "model_0000001.pth"))["model"]
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+
+
+def test_a_bad_iteration_does_not_reach_the_weights(retinanet: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that after the error every parameter is that of the iteration before, in float32 and bfloat16."""
+    from kd_d2.distillers import feature_imitation
+
+    original = feature_imitation.mean_squared_error
+    for enabled in (False, True):
+        calls = []
+
+        def turns_infinite(student, teacher, calls=calls):
+            calls.append(1)
+            return original(student, teacher) * (math.inf if len(calls) > 5 * 2 else 1)  # five levels, third iteration
+
+        monkeypatch.setattr(feature_imitation, "mean_squared_error", turns_infinite)
+        folder = retinanet.folder / f"amp_{enabled}"
+        opts = ["OUTPUT_DIR", folder, "SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.AMP.ENABLED", enabled]
+        before = {}
+        with pytest.raises(NonFiniteLossError, match="^In iteration 2 the loss loss_feature_imitation is inf;"):
+            train(retinanet, *opts, "SOLVER.AMP.DTYPE", "bfloat16", hooks=(Remember(before),))
+        saved = read_checkpoint(str(folder / "model_0000001.pth"))["model"]
+        for name, tensor in before["trainer"].bare_model.student.named_parameters():
+            assert torch.equal(tensor, saved[name])
+
+
+class Remember(KillAt):
+    """Keeps the trainer, which an exception would lose."""
+
+    def __init__(self, into: dict):
+        super().__init__(-1)
+        self.into = into
+
+    def before_train(self) -> None:
+        self.into["trainer"] = self.trainer.__repr__.__self__
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_mixed_precision(project: Project, dtype: str) -> None:
+    """Check that autocast on a CPU keeps the losses near those of float32, and the weights in float32."""
+    project.change(**BOTH_METHODS)
+    expected = train(project, "OUTPUT_DIR", project.folder / "float32", "SOLVER.MAX_ITER", 2).losses
+    run = train(project, "SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", dtype, "SOLVER.MAX_ITER", 2)
+    assert run.losses[0] != expected[0]
+    for name, value in run.losses[0].items():
+        assert value == pytest.approx(expected[0][name], rel=0.05, abs=0.01), name
+    assert run.losses[1].keys() == expected[1].keys()
+    assert all(t.dtype == torch.float32 for t in weights(run).values() if t.is_floating_point())
+    assert run.trainer._trainer.scaler.is_enabled() == (dtype == "float16")
+
+
+# ----------------------------------------------------------------------------------------------- golden losses
+
+
+def golden_run(folder: Path) -> dict[str, dict[str, float]]:
+    """Six iterations of both methods from weights and images that no library's random numbers decide."""
+    project = make_project(
+        folder,
+        "retinanet",
+        **BOTH_METHODS,
+        MODEL__WEIGHTS=str(folder / "student.pth"),
+        MODEL__KD__INHERIT__ENABLED=True,
+        MODEL__KD__INHERIT__MODULES=("head",),
+        SOLVER__MAX_ITER=6,
+        SOLVER__STEPS=(4,),
+    )
+    save_fixed_weights(project.teacher, folder / "student.pth", seed=2)
+    hook = FixedAdaptation()
+    return {str(i): losses for i, losses in train(project, hooks=(hook,)).losses.items()}
+
+
+class FixedAdaptation(KillAt):
+    """Sets the adaptation layers, which torch's generator has filled, to the identity."""
+
+    def __init__(self):
+        super().__init__(-1)
+
+    def before_train(self) -> None:
+        for layer in self.trainer.bare_model.distillers["FeatureImitation"].adaptation.layers.values():
+            torch.nn.init.dirac_(layer.weight)
+            torch.nn.init.zeros_(layer.bias)
+
+
+def test_golden_losses(tmp_path: Path) -> None:
+    """Check every loss of a tiny run against stored numbers: a change of results has to be meant.
+
+    `python tests/test_training.py` writes the file anew.
+    """
+    found, expected = golden_run(tmp_path), json.loads(GOLDEN.read_text())
+    assert found.keys() == expected.keys()
+    for iteration, losses in expected.items():
+        assert found[iteration] == pytest.approx(losses, rel=1e-3, abs=1e-4), iteration
+
+
+# --------------------------------------------------------------------------------------------- the program
+
+
+def detections(folder: Path) -> list[dict]:
+    found = json.loads((folder / "inference" / "coco_instances_results.json").read_text())
+    return sorted(found, key=lambda d: (d["image_id"], -d["score"]))
+
+
+def assert_same_detections(found: list[dict], expected: list[dict]) -> None:
+    assert len(found) == len(expected) > 0
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours["category_id"] == theirs["category_id"]
+        assert ours["bbox"] + [ours["score"]] == pytest.approx(theirs["bbox"] + [theirs["score"]], rel=1e-4, abs=1e-3)
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_the_plain_student_trains_with_the_same_program(tmp_path: Path, detector: str) -> None:
+    """Check that META_ARCHITECTURE alone makes the run plain: no teacher needed, no loss and no entry of a distiller."""
+    project = make_project(tmp_path, detector)
+    project.teacher.unlink()
+    project.teacher_weights.unlink()
+    family = "RetinaNet" if detector == "retinanet" else "GeneralizedRCNN"
+    results = project.main("MODEL.META_ARCHITECTURE", family)
+    assert "AP" in results["bbox"]
+    saved = json.loads((project.output / "train.json").read_text())
+    assert saved["bbox"]["AP50"] == pytest.approx(results["bbox"]["AP50"], nan_ok=True)
+    content = read_checkpoint(str(project.output / "model_final.pth"))
+    assert "distillers" not in content
+    metrics = json.loads((project.output / "metrics.json").read_text().splitlines()[0])
+    assert {key for key in metrics if key.startswith("loss_")} == OWN_LOSSES[detector]
+
+
+def test_losses_are_logged_apart(retinanet: Project) -> None:
+    """Check that log and metrics name each of the student's and the methods' losses."""
+    retinanet.change(**BOTH_METHODS)
+    retinanet.main()
+    names = OWN_LOSSES["retinanet"] | {"loss_feature_imitation", "loss_structural"}
+    metrics = json.loads((retinanet.output / "metrics.json").read_text().splitlines()[0])
+    assert {key for key in metrics if key.startswith("loss_")} == names
+    assert metrics["total_loss"] == pytest.approx(sum(metrics[name] for name in names), rel=0.5)
+    text = (retinanet.output / "log.txt").read_text()
+    assert all(f"{name}: " in text for name in names)
+    assert list(retinanet.output.glob("events.out.tfevents*"))
+
+
+def test_eval_only_needs_no_teacher(project: Project) -> None:
+    """Check that the student is evaluated from its checkpoint alone, and finds what it found at the end of training."""
+    project.change(MODEL__RETINANET__SCORE_THRESH_TEST=0.0, MODEL__ROI_HEADS__SCORE_THRESH_TEST=0.0)
+    trained = project.main()
+    expected = detections(project.output)
+    project.teacher.unlink()
+    project.teacher_weights.unlink()
+    evaluated = project.main(
+        "--eval-only", "MODEL.WEIGHTS", project.output / "model_final.pth", "OUTPUT_DIR", project.folder / "eval"
+    )
+    assert evaluated["bbox"] == pytest.approx(trained["bbox"], nan_ok=True)
+    assert_same_detections(detections(project.folder / "eval"), expected)
+    assert json.loads((project.folder / "eval" / "eval.json").read_text()).keys() == {"bbox"}
+
+
+def test_eval_teacher(project: Project) -> None:
+    """Check that the teacher is evaluated before training, alone, and as a plain model, each time with the same result."""
+    thresholds = {"MODEL__RETINANET__SCORE_THRESH_TEST": 0.0, "MODEL__ROI_HEADS__SCORE_THRESH_TEST": 0.0}
+    project.change(**thresholds)
+    project.change_teacher(**thresholds)
+    project.main("--eval-teacher")
+    before = detections(project.output / "teacher")
+    assert (project.output / "model_final.pth").exists()
+
+    project.main("--eval-only", "--eval-teacher", "OUTPUT_DIR", project.folder / "alone")
+    assert_same_detections(detections(project.folder / "alone" / "teacher"), before)
+    assert not list((project.folder / "alone").glob("*.pth"))
+    results = [json.loads((f / "teacher.json").read_text())["bbox"] for f in (project.output, project.folder / "alone")]
+    assert results[0] == pytest.approx(results[1], nan_ok=True)
+
+    data = [
+        "DATASETS.COCO_JSON",
+        [[project.name, str(project.annotations), str(project.annotations.parent / "images")]],
+    ]
+    plain = ["OUTPUT_DIR", project.folder / "plain", "MODEL.WEIGHTS", project.teacher_weights, *data]
+    run_train_net(
+        "--config-file", project.teacher, "--eval-only", *plain, "DATASETS.TEST", [project.name], "DATASETS.TRAIN", ()
+    )
+    assert_same_detections(detections(project.folder / "plain"), before)
+
+
+def test_eval_teacher_of_another_channel_order(retinanet: Project) -> None:
+    """Check that a BGR teacher of an RGB student finds what its RGB twin finds."""
+    retinanet.change_teacher(MODEL__RETINANET__SCORE_THRESH_TEST=0.0)
+    retinanet.main("--eval-only", "--eval-teacher")
+    expected = detections(retinanet.output / "teacher")
+    content = read_checkpoint(str(retinanet.teacher_weights))
+    stem = content["model"]["backbone.bottom_up.stem.conv1.weight"]
+    stem.copy_(stem.flip(1))
+    for key in ("pixel_mean", "pixel_std"):
+        if key in content["model"]:
+            content["model"][key] = content["model"][key].flip(0)
+    torch.save(content, retinanet.teacher_weights)
+    retinanet.change_teacher(
+        INPUT__FORMAT="BGR", MODEL__PIXEL_MEAN=[103.53, 116.28, 123.675], MODEL__PIXEL_STD=[57.375, 57.12, 58.395]
+    )
+    retinanet.main("--eval-only", "--eval-teacher")
+    assert_same_detections(detections(retinanet.output / "teacher"), expected)
+
+
+@pytest.mark.slow
+def test_two_processes_on_a_cpu(retinanet: Project) -> None:
+    """Check that torchrun's processes train together: one set of files, and weights that a plain program loads."""
+    retinanet.change(MODEL__KD__FEATURE_IMITATION__END_ITER=2)  # idle parameters behind DDP too
+    retinanet.change(MODEL__KD__FEATURE_IMITATION__ADAPTATION="1x1")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, str(ROOT / "train_net.py"), "--config-file", str(retinanet.student)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics = json.loads((retinanet.output / "metrics.json").read_text().splitlines()[0])
+    assert math.isfinite(metrics["total_loss"])
+    results = retinanet.main("--eval-only", "MODEL.WEIGHTS", retinanet.output / "model_final.pth")
+    assert "AP" in results["bbox"]
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    GOLDEN.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        GOLDEN.write_text(json.dumps(golden_run(Path(folder) / "run"), indent=2) + "\n")
