@@ -265,10 +265,19 @@ class KDCheckpointer(DetectionCheckpointer):
     incompatible: Any = None
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Write `<name>.pth` so that a kill at any moment leaves the last good file usable."""
+        """Write `<name>.pth` so that a kill at any moment leaves the last good file usable.
+
+        Raises:
+            UserError: a weight is not finite; nothing is written.
+        """
         if not self.save_dir or not self.save_to_disk:
             return
         data = {"model": self.model.state_dict()}
+        broken = [k for k, v in data["model"].items() if not v.isfinite().all()]
+        if broken:
+            raise UserError(
+                f"Checkpoint {name}.pth is not written, since the weight {broken[0]} is not finite; the last checkpoint is intact."
+            )
         data.update({key: obj.state_dict() for key, obj in self.checkpointables.items()})
         data.update(kwargs)
         path = os.path.join(self.save_dir, f"{name}.pth")

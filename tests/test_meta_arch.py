@@ -455,6 +455,15 @@ def test_images_without_objects_train(
     assert grads[f"{classifier}.weight"].abs().max() > 0
 
 
+def test_teacher_records_no_graph(toy_detector: type, constant_inputs: Callable) -> None:
+    """Check an image that asks for a gradient: the teacher's features do not, so nothing of its pass is kept."""
+    inputs = constant_inputs()
+    inputs[0]["image"].requires_grad_()
+    teacher = Teacher(toy_detector())
+    assert teacher.adapter.run(inputs, frozenset()).features[4].requires_grad
+    assert not teacher(inputs, frozenset({"features"})).features[4].requires_grad
+
+
 def test_teacher_moves_to_the_students_device(toy_detector: type, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that it moves when the device differs, and is left alone when it does not."""
     teacher = Teacher(toy_detector())

@@ -242,6 +242,18 @@ def test_gradients_do_not_pile_up_and_idle_decoders_rest(
     assert distiller.first.item() == pytest.approx(_adamw(1.0, 0.6, 0.1 * (0.25 + 0.75 / 4), 0.5), rel=1e-5)
 
 
+def test_a_decoders_gradients_do_not_pile_up(
+    toy_detector: type, tiny_cfg: Callable, constant_inputs: Callable, event_storage: EventStorage
+) -> None:
+    """Check two iterations without clipping, which would hide it: the last gradients are 3 and 4, not 6 and 8."""
+    distiller = WithDecoder(OptimizerSettings("decoder", lr=0.1))
+    model = _model(toy_detector, a=distiller)
+    step = DistillationStep(model, *build_optimizers(tiny_cfg("retinanet"), model))
+    step.data_loader = [constant_inputs()] * 2
+    _run(step, event_storage, 2)
+    assert [distiller.first.grad.item(), distiller.second.grad.item()] == [3.0, 4.0]
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_weights(
     toy_detector: type, tiny_cfg: Callable, constant_inputs: Callable, event_storage: EventStorage
 ) -> None:

@@ -29,10 +29,10 @@ from kd_d2.errors import UserError
 CLASSES: tuple[str, ...] = (
     "circle", "ring", "square", "checkerboard", "triangle", "hexagon", "star", "cross",
 )  # fmt: skip
-MIN_VISIBLE = 0.3  # of an object's whole area, the part hidden by the image border included
+MIN_VISIBLE = 0.4  # of an object's whole area, the part hidden by the image border included
 MIN_IMAGE_SIZE = 64  # px
 
-GENERATOR_VERSION = 1  # raise when the drawing changes, so that older sets are not taken for current ones
+GENERATOR_VERSION = 2  # raise when the drawing changes, so that older sets are not taken for current ones
 SETTINGS_FILE = "settings.json"
 DEFAULT_SEED = 0
 DEFAULT_IMAGE_SIZE = 160
@@ -40,8 +40,8 @@ DEFAULT_NUM_TRAIN = 600
 DEFAULT_NUM_VAL = 150
 
 _EMPTY_RATE = 0.03
-_OBJECT_COUNTS = np.array([0.12, 0.18, 0.2, 0.18, 0.14, 0.1, 0.08])  # probability of 1, 2, ... 7 objects
-_OBJECT_SIZES = (0.09, 0.5)  # longer box side over longer image side
+_OBJECT_COUNTS = np.array([0.06, 0.12, 0.18, 0.2, 0.18, 0.14, 0.12])  # probability of 1, 2, ... 7 objects
+_OBJECT_SIZES = (0.11, 0.5)  # longer box side over longer image side
 _MAX_STRETCH = 1.4
 _PLACEMENT_TRIALS = 12
 _SUPERSAMPLING = 4
@@ -224,7 +224,7 @@ def _texture(rng: np.random.Generator, kind: str, shape: _Shape, height: int, wi
     return _steep(_wave(along * scale) ** 2 * _wave(across * scale) ** 2 - np.float32(0.35), 4)  # dots
 
 
-_TEXTURES = ("plain", "noise", "gradient", "stripes", "dots", "checks")
+_TEXTURES = ("plain", "plain", "gradient", "noise", "stripes", "dots", "checks")
 _TEXTURES_OF_SQUARE = tuple(kind for kind in _TEXTURES if kind != "checks")
 
 
@@ -278,9 +278,10 @@ def _ink(rng: np.random.Generator, canvas: np.ndarray, shape: _Shape, coverage: 
     """The colour that a shape would have at each pixel of the canvas."""
     height, width = coverage.shape
     background = np.array(cv2.mean(canvas, (coverage > 0.5).astype(np.uint8))[:3])
-    first = _colour_apart(rng, background, 70)
-    second = _colour_apart(rng, first, 110 if texture == "checks" else 70)
+    first = _colour_apart(rng, background, 110)
+    second = _colour_apart(rng, first, 110)
     mix = _texture(rng, texture, shape, height, width)[..., None]
+    mix *= np.float32(1 if texture == "checks" else rng.uniform(0.2, 0.6))
     ink = (1 - mix) * first.astype(np.float32) + mix * second.astype(np.float32)
     if rng.random() < 0.5:
         u, _ = shape.own_coordinates(height, width)
@@ -302,13 +303,13 @@ def _shade_under(rng: np.random.Generator, coverage: np.ndarray) -> np.ndarray:
 def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     frame = _Shape([], np.diag([width / 2, height / 2]), np.array([width / 2, height / 2]))
     ground = _colour(rng)
-    colours = [ground] + [np.clip(ground + rng.normal(0, 55, size=3), 0, 255) for _ in range(3)]
+    colours = [ground] + [np.clip(ground + rng.normal(0, 30, size=3), 0, 255) for _ in range(3)]
     first, second, third, fourth = (colour.astype(np.float32) for colour in colours)
     ramp = _texture(rng, "gradient", frame, height, width)[..., None]
     canvas = (1 - ramp) * first + ramp * second
     clouds = _smooth_noise(rng, height, width, rng.uniform(0.2, 0.6) * height)[..., None]
     canvas += np.float32(rng.uniform(0.2, 0.8)) * clouds * (third - canvas)
-    if rng.random() < 0.5:
+    if rng.random() < 0.25:
         pattern = _texture(rng, str(rng.choice(_TEXTURES)), frame, height, width)
         patch = _steep(_smooth_noise(rng, height, width, 0.4 * height) - np.float32(0.5), 6)
         canvas += np.float32(rng.uniform(0.2, 0.6)) * (pattern * patch)[..., None] * (fourth - canvas)
@@ -331,7 +332,7 @@ def _draw_lines(rng: np.random.Generator, canvas: np.ndarray, count: int) -> np.
 
 def _draw_clutter(rng: np.random.Generator, scene: _Scene) -> None:
     """Fragments that belong to no class; they lie under all objects."""
-    for _ in range(int(rng.integers(1, 7))):
+    for _ in range(int(rng.integers(0, 4))):
         outline = _CLUTTER_OUTLINES[rng.integers(len(_CLUTTER_OUTLINES))](rng)
         size = _log_uniform(rng, 0.06, 0.35) * max(scene.height, scene.width)
         shape = _pose(rng, outline, size, rng.random(2) * [scene.width, scene.height])
@@ -368,7 +369,7 @@ def _degrade(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
         canvas = cv2.GaussianBlur(canvas, (0, 0), rng.uniform(0.4, 1.0))
     canvas = (canvas - 128) * np.float32(rng.uniform(0.75, 1.1)) + np.float32(128 + rng.uniform(-20, 20))
     noise = rng.standard_normal(canvas.shape, dtype=np.float32)
-    canvas = canvas + np.float32(rng.uniform(0, 9)) * noise
+    canvas = canvas + np.float32(rng.uniform(0, 5)) * noise
     return np.clip(np.round(canvas), 0, 255).astype(np.uint8)
 
 
@@ -382,7 +383,7 @@ def _render(rng: np.random.Generator, image_size: int) -> tuple[np.ndarray, _Sce
     """One image, uint8 [H, W, 3], and the scene behind it."""
     height, width = _random_extent(rng, image_size)
     scene = _Scene(_background(rng, height, width))
-    scene.canvas = _draw_lines(rng, scene.canvas, int(rng.integers(0, 5)))
+    scene.canvas = _draw_lines(rng, scene.canvas, int(rng.integers(0, 3)))
     _draw_clutter(rng, scene)
     if rng.random() >= _EMPTY_RATE:
         for _ in range(1 + int(rng.choice(len(_OBJECT_COUNTS), p=_OBJECT_COUNTS))):
