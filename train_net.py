@@ -16,14 +16,17 @@ from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 
-from kd_d2 import KDMetaArch, Teacher, UserError
+from kd_d2 import Teacher, UserError
 from kd_d2.checkpoint import load_complete
+from kd_d2.config import KD_META_ARCH
 from kd_d2.engine import KDTrainer, evaluate_teacher, launch, setup
 from kd_d2.engine.checks import check_classes
 
 
 def main(args: argparse.Namespace) -> dict | None:
     cfg = setup(args)
+    if args.eval_teacher and cfg.MODEL.META_ARCHITECTURE != KD_META_ARCH:
+        raise UserError(f"--eval-teacher: MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} has no teacher.")
     if args.eval_only and args.eval_teacher:
         results = evaluate_teacher(cfg, Teacher.from_config(cfg))
         write_results(cfg.OUTPUT_DIR, "teacher.json", results)
@@ -41,8 +44,6 @@ def main(args: argparse.Namespace) -> dict | None:
     trainer = KDTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     if args.eval_teacher:
-        if not isinstance(trainer.bare_model, KDMetaArch):
-            raise UserError(f"--eval-teacher: MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} has no teacher.")
         write_results(cfg.OUTPUT_DIR, "teacher.json", evaluate_teacher(cfg, trainer.bare_model.teacher))
     trainer.train()
     results = getattr(trainer, "_last_eval_results", {})

@@ -102,7 +102,16 @@ def test_infinity_and_nan_in_a_file_are_refused(tmp_path: Path) -> None:
         assert sentence(path) == f"{path}: SOLVER.MAX_ITER is {value[1:]}; it must be a whole number."
 
 
-@pytest.mark.parametrize("key", ["DATASETS.COCO_JSON", "MODEL.KD.DISTILLERS", "MODEL.KD.STRUCTURAL.LOSS", "OUTPUT_DIR"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "DATASETS.COCO_JSON",
+        "MODEL.KD.DISTILLERS",
+        "MODEL.KD.STRUCTURAL.LOSS",
+        "OUTPUT_DIR",
+        "MODEL.RETINANET.NUM_CLASSES",
+    ],
+)
 def test_a_key_without_a_value_is_refused(tmp_path: Path, key: str) -> None:
     """Check that an empty yaml entry, which reads as None, does not get past the config."""
     path = write_yaml(tmp_path / "a.yaml", tree_of(**{key.replace(".", "__"): None}))

@@ -242,10 +242,8 @@ def test_what_is_inherited(stand_in: str) -> None:
     _, rest = inherited(load(THESIS / "retinanet_R101-R50_ssim_inherit.yaml", stand_in))
     assert not rest
     _, rest = inherited(load(THESIS / "retinanet_R101-R18_ssim_inherit.yaml", stand_in))
-    assert rest == {
-        *(f"backbone.fpn_lateral{level}.weight" for level in (3, 4, 5)),
-        "backbone.top_block.p6.weight",
-    }
+    layers = ("fpn_lateral3", "fpn_lateral4", "fpn_lateral5", "top_block.p6")
+    assert rest == {f"backbone.{layer}.{tensor}" for layer in layers for tensor in ("weight", "bias")}
     filled, rest = inherited(load(THESIS / "faster_rcnn_X101-R50_ssim_inherit.yaml", stand_in))
     assert "proposal_generator.rpn_head" in modules(filled)
     assert modules(rest) == {"roi_heads.box_head", "roi_heads.box_predictor"}

@@ -117,6 +117,16 @@ class KDTrainer(DefaultTrainer):
         return [(n, m) for n, m in student_of(self.bare_model).named_modules() if "loss_normalizer" in vars(m)]
 
     @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer):
+        try:
+            return super().build_lr_scheduler(cfg, optimizer)
+        except (ValueError, ZeroDivisionError) as error:
+            raise UserError(
+                f"No learning rates can be made of SOLVER.LR_SCHEDULER_NAME {cfg.SOLVER.LR_SCHEDULER_NAME!r}, SOLVER.STEPS "
+                f"{cfg.SOLVER.STEPS} and SOLVER.MAX_ITER {cfg.SOLVER.MAX_ITER}: {error}."
+            ) from error
+
+    @classmethod
     def build_train_loader(cls, cfg: CfgNode):
         return build_stream_loader(cfg, max(cfg.SEED, 0))
 

@@ -1,0 +1,449 @@
+"""What bad input gets from train_net.py: one sentence that names it, status 2, no traceback, nothing half-written."""
+
+import functools
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT, Project, make_project, save_fixed_weights
+
+from kd_d2.engine import launch
+from kd_d2.errors import UserError
+
+# What may lie in OUTPUT_DIR before a training has begun, each of it whole.
+BEFORE_TRAINING = {"config.yaml", "log.txt", "metrics.json", "student.yaml"}
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return make_project(tmp_path, "retinanet")
+
+
+@pytest.fixture
+def refused(project: Project, capfd: pytest.CaptureFixture):
+    """(arguments of train_net.py) -> the sentence; asserts all that is the same for every bad input."""
+
+    def run(*args: object, config: Path | None = None) -> str:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            project.main(*args, config=config)
+        out, err = capfd.readouterr()
+        assert caught.value.code == 2
+        assert "Traceback" not in out + err
+        said = err.splitlines()[-1]
+        assert said.startswith("error: ")
+        assert err.count("error: ") == 1
+        if project.output.is_dir():
+            left = {p.name for p in project.output.iterdir()}
+            assert left <= BEFORE_TRAINING
+            assert ("config.yaml" in left) == ("student.yaml" in left)
+        return said.removeprefix("error: ")
+
+    return run
+
+
+def plain(*opts: object) -> list[object]:
+    return ["MODEL.META_ARCHITECTURE", "RetinaNet", *opts]
+
+
+# ------------------------------------------------------------------------------------------------ the teacher
+
+
+def test_missing_teacher_weights(project: Project, refused) -> None:
+    """Check that both places where they were looked for are named, and that no output folder is made."""
+    gone = project.folder / "gone.pth"
+    assert refused("MODEL.KD.TEACHER.WEIGHTS", gone) == f"MODEL.KD.TEACHER.WEIGHTS: there is no file {gone}."
+    assert not project.output.exists()
+
+
+def test_missing_teacher_config(project: Project, refused) -> None:
+    """Check the key and the place, and that no output folder is made."""
+    project.teacher.unlink()
+    assert refused() == (
+        f"MODEL.KD.TEACHER.CONFIG_FILE: there is no file {Path.cwd() / 'teacher.yaml'} nor {project.teacher}."
+    )
+    assert not project.output.exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "garbage"])
+def test_corrupt_teacher_weights(project: Project, refused, damage: str) -> None:
+    """Check that a damaged file is named."""
+    whole = project.teacher_weights.read_bytes()
+    project.teacher_weights.write_bytes({"cut": whole[:20000], "empty": b"", "garbage": b"\xe4" * 5000}[damage])
+    assert refused().startswith(
+        f"Checkpoint {project.teacher_weights} is damaged or no checkpoint: it cannot be read ("
+    )
+
+
+@pytest.mark.parametrize("suffix", ["pth", "pkl"])
+def test_malicious_teacher_weights(project: Project, refused, suffix: str) -> None:
+    """Check that weights that would run a command are refused and run nothing."""
+    marker = project.folder / "executed"
+    evil = functools.partial(os.system, f"touch {marker}")
+    path = project.folder / f"evil.{suffix}"
+    path.write_bytes(pickle.dumps({"model": evil})) if suffix == "pkl" else torch.save({"model": evil}, path)
+    said = refused("MODEL.KD.TEACHER.WEIGHTS", path)
+    assert said.startswith(
+        f"Checkpoint {path} was not loaded: it holds more than tensors and plain data (functools.partial)"
+    )
+    assert not marker.exists()
+
+
+def test_weights_of_another_detector(project: Project, refused, tmp_path: Path) -> None:
+    """Check that a file that fills most of the teacher, but not all of it, is told from one of which it was trained."""
+    other = make_project(tmp_path / "other", "faster-rcnn")
+    assert refused("MODEL.KD.TEACHER.WEIGHTS", other.teacher_weights) == (
+        f"{other.teacher_weights} fills 90 of 102 parameters of the teacher (RetinaNet); the first that it does not fill is "
+        "backbone.top_block.p6.bias. Do its config and weights belong together?"
+    )
+    torch.save({"model": {"weight": torch.zeros(1)}}, project.teacher_weights)
+    assert refused() == f"{project.teacher_weights} fills no parameter of RetinaNet: it is another model's checkpoint."
+
+
+def test_weights_of_another_class_count(project: Project, refused) -> None:
+    """Check that the tensor that does not fit is named with both shapes."""
+    project.change_teacher(MODEL__RETINANET__NUM_CLASSES=5)
+    assert refused() == (
+        f"{project.teacher_weights} fills 100 of 102 parameters of the teacher (RetinaNet); the first that it does not fill is "
+        "head.cls_score.bias (shape (27,) instead of (45,)). Do its config and weights belong together?"
+    )
+
+
+def test_starting_weights_for_a_teacher(project: Project, refused) -> None:
+    """Check that a backbone alone is not taken for a trained teacher."""
+    import torchvision
+
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), project.teacher_weights)
+    project.change_teacher(MODEL__SLIM_RESNET__WIDTHS=(64, 128, 256, 512), MODEL__RESNETS__STEM_OUT_CHANNELS=64)
+    assert refused() == (
+        f"{project.teacher_weights} holds starting weights in torchvision's format, not a trained detector for the teacher."
+    )
+
+
+def test_a_teacher_config_with_code(project: Project, refused) -> None:
+    """Check that the teacher's yaml runs nothing."""
+    marker = project.folder / "executed"
+    project.teacher.write_text(f'SEED: !!python/object/apply:os.system ["touch {marker}"]\n')
+    assert refused().startswith(f"Config file {project.teacher} is not plain yaml: ")
+    assert not marker.exists()
+
+
+# ---------------------------------------------------------------------------------------------------- the pair
+
+
+def test_class_counts_of_student_and_teacher(project: Project, refused) -> None:
+    """Check that both detectors and both counts are named."""
+    project.change_teacher(MODEL__RETINANET__NUM_CLASSES=5)
+    save_fixed_weights(project.teacher, project.teacher_weights)
+    assert refused() == "The student (RetinaNet) has 3 classes and the teacher (RetinaNet) 5; they must be the same."
+
+
+@pytest.mark.parametrize("eval_only", [False, True])
+def test_class_counts_of_data_and_model(project: Project, refused, eval_only: bool) -> None:
+    """Check data set, model and both counts, for a plain model too, in training and in evaluation."""
+    args = ["--eval-only", "MODEL.WEIGHTS", project.teacher_weights] if eval_only else plain()
+    assert refused(*args, "MODEL.RETINANET.NUM_CLASSES", 4) == (
+        f"The data set {project.name} has 3 classes, but the model (RetinaNet) predicts 4: set MODEL.RETINANET.NUM_CLASSES or "
+        "MODEL.ROI_HEADS.NUM_CLASSES to it."
+    )
+
+
+def test_no_common_stride(project: Project, refused) -> None:
+    """Check that both detectors' strides are named."""
+    project.change_teacher(
+        MODEL__BACKBONE__NAME="build_slim_resnet_backbone",
+        MODEL__RESNETS__OUT_FEATURES=["res2"],
+        MODEL__RETINANET__IN_FEATURES=["res2"],
+        MODEL__ANCHOR_GENERATOR__SIZES=[[16, 20, 25]],
+    )
+    save_fixed_weights(project.teacher, project.teacher_weights)
+    assert refused() == (
+        "The student (RetinaNet, strides [8, 16, 32, 64, 128]) and the teacher (RetinaNet, strides [4]) have no feature level of "
+        "the same stride."
+    )
+
+
+@pytest.mark.parametrize("distiller", [("FeatureImitation", "FEATURE_IMITATION"), ("StructuralKD", "STRUCTURAL")])
+def test_other_channels_without_adaptation(project: Project, refused, distiller: tuple[str, str]) -> None:
+    """Check that stride, channels and the way out are named."""
+    name, node = distiller
+    assert refused("MODEL.FPN.OUT_CHANNELS", 24, "MODEL.KD.DISTILLERS", (name,)) == (
+        f"MODEL.KD.{node}.ADAPTATION is 'none', but at stride 8 the student has 24 channels and the teacher 16: set it to '1x1'."
+    )
+
+
+def test_nothing_to_inherit(project: Project, refused) -> None:
+    """Check that an inheritance that would copy nothing stops the run."""
+    other = {"MODEL.FPN.OUT_CHANNELS": 24, "MODEL.FPN.NORM": "", "MODEL.KD.DISTILLERS": ()}
+    opts = [part for pair in other.items() for part in pair]
+    assert refused("MODEL.KD.INHERIT.ENABLED", True, *opts) == (
+        "MODEL.KD.INHERIT: nothing of the teacher's neck and head (RetinaNet) fits the student (RetinaNet) by name and shape."
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- the data
+
+
+def _no_images(tree: dict) -> None:
+    tree["images"], tree["annotations"] = [], []
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (_no_images, " has no images."),
+        (lambda tree: tree.pop("categories"), " is not a COCO annotation file: it needs the lists "),
+        (
+            lambda tree: tree["annotations"][1].update(bbox=[1, 2, 3]),
+            ": the annotation with id 2 has the bbox [1, 2, 3]; it",
+        ),
+        (
+            lambda tree: tree["annotations"][1].update(id=1),
+            ": 1 ids of its annotations occur more than once, the first is 1.",
+        ),
+        (lambda tree: tree["images"][1].update(file_name="gone.png"), ": 1 of 6 images are not in "),
+    ],
+)
+def test_annotation_files(project: Project, refused, change, expected: str) -> None:
+    """Check that the file and what is wrong with it are named, with and without a teacher."""
+    project.change_annotations(change)
+    for opts in ([], plain()):
+        assert refused(*opts).startswith(f"{project.annotations}{expected}")
+
+
+def test_an_annotation_file_that_is_no_json(project: Project, refused) -> None:
+    """Check that the file is named."""
+    project.annotations.write_text("xml")
+    assert refused() == (f"{project.annotations} is not readable json: Expecting value: line 1 column 1 (char 0).")
+
+
+def test_a_set_of_which_nothing_is_left(project: Project, refused) -> None:
+    """Check that a data set whose images are all filtered out is named before training."""
+    project.change_annotations(lambda tree: tree.update(annotations=[]))
+    assert refused("DATALOADER.FILTER_EMPTY_ANNOTATIONS", True) == (
+        f"DATASETS.TRAIN {project.name} cannot be trained on: No valid data found in {project.name}."
+    )
+
+
+def test_odd_boxes_are_reported_and_training_goes_on(project: Project) -> None:
+    """Check that boxes out of range and of no area are counted in the log, and that the run comes to its end."""
+    boxes = [[-30, -5, 400, 20], [5, 5, 0, 9], [500, 500, 9, 9], [40, 40, -9, -9]]
+
+    def change(tree: dict) -> None:
+        for annotation, box in zip(tree["annotations"], boxes, strict=False):
+            annotation["bbox"] = box
+
+    project.change_annotations(change)
+    results = project.main()
+    assert "bbox" in results
+    text = (project.output / "log.txt").read_text()
+    assert f"WARNING: {project.name}: 2 boxes have no area; training drops them" in text
+    assert f"WARNING: {project.name}: 2 boxes reach beyond their image; training clips them." in text
+    assert (project.output / "model_final.pth").exists()
+
+
+@pytest.mark.parametrize(
+    ("opts", "expected"),
+    [
+        (["DATASETS.TRAIN", ()], "DATASETS.TRAIN is empty: name a data set."),
+        (
+            ["DATASETS.TRAIN", ("nothing",)],
+            "DATASETS.TRAIN names 'nothing', which is neither one of Detectron2's data sets nor an entry of DATASETS.COCO_JSON "
+            "(NAME).",
+        ),
+        (
+            ["DATASETS.TEST", ("voc_2007_test",)],
+            "DATASETS.TEST names 'voc_2007_test', whose files are not there (datasets/VOC2007); the environment variable "
+            "DETECTRON2_DATASETS names the folder that holds Detectron2's built-in data sets.",
+        ),
+        (
+            ["DATASETS.COCO_JSON", "('a', 'b', 'c')"],
+            "DATASETS.COCO_JSON must be a list of lists, [[name, annotations.json, image folder], ...]; one entry is 'a'.",
+        ),
+        (["SOLVER.IMS_PER_BATCH", 0], "SOLVER.IMS_PER_BATCH is 0; it must be a multiple of the 1 processes."),
+        (
+            ["DATALOADER.SAMPLER_TRAIN", "Shuffler"],
+            "DATALOADER.SAMPLER_TRAIN is 'Shuffler'; it must be 'TrainingSampler', 'RepeatFactorTrainingSampler' or "
+            "'RandomSubsetTrainingSampler'.",
+        ),
+    ],
+)
+def test_data_keys(project: Project, refused, monkeypatch, opts: list, expected: str) -> None:
+    """Check the sentences for data sets that are not there and loaders that cannot be."""
+    monkeypatch.chdir(project.folder)
+    assert refused(*opts) == expected.replace("NAME", project.name)
+
+
+def test_a_broken_image_stops_the_training_in_a_sentence(project: Project, capfd: pytest.CaptureFixture) -> None:
+    """Check that an image that turns out to be none during training is named, and the last checkpoint kept."""
+    broken = project.annotations.parent / "images" / "003.png"
+    broken.write_text("no image")
+    with pytest.raises(SystemExit) as caught:
+        project.main("SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.MAX_ITER", 50)
+    out, err = capfd.readouterr()
+    assert caught.value.code == 2
+    assert "Traceback" not in out + err
+    assert err.splitlines()[-1].startswith(f"error: The training image {broken} cannot be used: ")
+
+
+# ------------------------------------------------------------------------------------------ keys and surroundings
+
+
+@pytest.mark.parametrize(
+    ("opts", "expected"),
+    [
+        (["MODEL.KD.DISTILLERS", "('IDC',)"], "MODEL.KD.DISTILLERS names 'IDC', which is no distiller; there are "),
+        (
+            ["MODEL.KD.STRUCTURAL.WEIHGT", 1],
+            "the command line: there is no config key MODEL.KD.STRUCTURAL.WEIHGT. Did you mean MODEL.KD.STRUCTURAL.WEIGHT?",
+        ),
+        (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE is 'gpu', which PyTorch does not know"),
+        (
+            ["SOLVER.MAX_ITER", 3],
+            "No learning rates can be made of SOLVER.LR_SCHEDULER_NAME 'WarmupMultiStepLR', SOLVER.STEPS (3,) and SOLVER.MAX_ITER "
+            "3: Milestone must be smaller",
+        ),
+        (["SEED", 1, "--resume"], "the command line: --resume stands among the overrides; options come before them."),
+    ],
+)
+def test_keys(project: Project, refused, opts: list, expected: str) -> None:
+    """Check the sentences for wrong keys and values."""
+    assert refused(*opts).startswith(expected)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(project: Project, refused) -> None:
+    """Check the sentences for a device and for processes that need a GPU; the default device needs none."""
+    assert refused("MODEL.DEVICE", "cuda") == (
+        "MODEL.DEVICE is 'cuda', but this machine has no usable GPU; set it to 'cpu'."
+    )
+    assert refused("--num-gpus", 2) == (
+        "--num-gpus is 2, but this machine has 0 usable GPUs; on CPUs start several processes with torchrun."
+    )
+    project.change(MODEL__DEVICE="cuda")  # as in the defaults and in every dumped config
+    assert "bbox" in project.main("SOLVER.MAX_ITER", 1)
+
+
+def test_an_output_folder_that_cannot_be_written(project: Project, refused) -> None:
+    """Check that a path below a file is named, with the system's reason."""
+    below = project.student / "output"
+    assert refused("OUTPUT_DIR", below) == f"OUTPUT_DIR {below} cannot be written: Not a directory."
+
+
+def test_evaluation_without_weights(project: Project, refused) -> None:
+    """Check the sentences of --eval-only without a checkpoint, and with one of another model."""
+    assert refused("--eval-only") == "--eval-only needs MODEL.WEIGHTS: name the checkpoint that is to be evaluated."
+    torch.save({"model": {"weight": torch.zeros(1)}}, project.teacher_weights)
+    assert refused("--eval-only", "MODEL.WEIGHTS", project.teacher_weights) == (
+        f"{project.teacher_weights} fills no parameter of RetinaNet: it is another model's checkpoint."
+    )
+
+
+@pytest.mark.parametrize("options", [["--eval-teacher"], ["--eval-only", "--eval-teacher"]])
+def test_evaluating_the_teacher_of_a_plain_model(refused, options: list[str]) -> None:
+    """Check that a model without a teacher is named, before anything is trained."""
+    assert refused(*options, *plain()) == "--eval-teacher: MODEL.META_ARCHITECTURE RetinaNet has no teacher."
+
+
+def test_resuming_what_cannot_be_resumed(project: Project, capfd: pytest.CaptureFixture) -> None:
+    """Check the sentence for each way in which the last checkpoint is not one of this training; it stays as it is."""
+    project.change(MODEL__KD__FEATURE_IMITATION__ADAPTATION="1x1")
+    project.change(SOLVER__STEPS=())
+    project.main("SOLVER.MAX_ITER", 2)
+    file, tag = project.output / "model_final.pth", project.output / "last_checkpoint"
+    good = file.read_bytes()
+
+    def resume(*opts: object) -> str:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            project.main("--resume", *opts)
+        out, err = capfd.readouterr()
+        assert caught.value.code == 2
+        assert "Traceback" not in out + err
+        return err.splitlines()[-1].removeprefix("error: ")
+
+    other_config = f"--resume: {file} is not from a training with this config ("
+    assert resume("MODEL.FPN.OUT_CHANNELS", 24).startswith(other_config)
+    assert resume("MODEL.KD.FEATURE_IMITATION.ADAPTATION", "3x3").startswith(other_config)
+    assert resume(*plain("MODEL.FPN.NORM", "")).startswith(other_config)
+    assert file.read_bytes() == good
+
+    torch.save({"model": torch.load(file, weights_only=True)["model"]}, file)
+    assert resume().startswith(f"{other_config}it holds weights alone); go on with the config that it was begun with")
+    file.write_bytes(good[:3000])
+    assert resume().startswith(f"Checkpoint {file} is damaged or no checkpoint: it cannot be read (")
+    tag.write_text("gone.pth")
+    assert resume() == f"There is no checkpoint {project.output / 'gone.pth'}."
+    tag.write_text("model_final.pth")
+    file.write_bytes(good)
+    assert "bbox" in project.main("--resume", "SOLVER.MAX_ITER", 3)
+
+
+# -------------------------------------------------------------------------------------------- how programs end
+
+
+def _refuse(args: object) -> None:
+    raise UserError("KEY is wrong.")
+
+
+def _fail(args: object) -> None:
+    raise ValueError("a mistake of ours")
+
+
+def _spawned(main, num_gpus: int, *rest: object, args: tuple) -> None:
+    torch.multiprocessing.start_processes(_in_child, nprocs=2, args=(main, args), start_method="fork")
+
+
+def _in_child(rank: int, main, args: tuple) -> None:
+    main(*args)
+
+
+class _Arguments:
+    num_gpus, num_machines, machine_rank, dist_url = 1, 1, 0, "auto"
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sentences_of_one_and_of_several_processes(capfd, monkeypatch: pytest.MonkeyPatch, processes: int) -> None:
+    """Check that a UserError ends with its sentence and status 2, and that any other error stays what it is."""
+    module = sys.modules[launch.__module__]
+    if processes == 2:
+        monkeypatch.setattr(module, "detectron2_launch", _spawned)
+    with pytest.raises(SystemExit) as caught:
+        launch(_refuse, _Arguments())
+    assert caught.value.code == 2
+    assert capfd.readouterr().err.splitlines()[-1] == "error: KEY is wrong."
+    with pytest.raises(Exception, match="a mistake of ours"):
+        launch(_fail, _Arguments())
+
+
+@pytest.mark.slow
+def test_what_a_user_sees(project: Project) -> None:
+    """Check in a process of its own: status 2, the sentence as the last line, and no traceback anywhere."""
+    command = [sys.executable, str(ROOT / "train_net.py"), "--config-file", str(project.student)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for opts, expected in (
+        (
+            ["MODEL.KD.STUDENT", "Retina"],
+            "error: MODEL.KD.STUDENT is 'Retina'; it must be the name of a registered detector",
+        ),
+        (
+            ["MODEL.KD.TEACHER.WEIGHTS", str(project.annotations)],
+            f"error: Checkpoint {project.annotations} is damaged or no",
+        ),
+    ):
+        done = subprocess.run([*command, *opts], env=environment, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert done.stderr.splitlines()[-1].startswith(expected)
+        assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_the_program_itself_is_what_these_tests_run(project: Project) -> None:
+    """Check that a good project trains, so that the refusals above are due to what each of them changes."""
+    results = project.main()
+    assert json.loads((project.output / "train.json").read_text()).keys() >= {"bbox"}
+    assert "AP" in results["bbox"]
