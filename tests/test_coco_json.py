@@ -147,7 +147,8 @@ def test_images_that_are_not_on_disk(coco: Set) -> None:
 
 def test_odd_boxes_are_counted_reported_and_survived(coco: Set, caplog: pytest.LogCaptureFixture) -> None:
     """Check the counts by hand, the warnings, and that training drops the empty boxes and clips the others."""
-    boxes = [[-30, -5, 400, 20], [5, 5, 0, 9], [40, 40, -9, -9], [-1, -1, 20, 20]]  # the last one is within tolerance
+    beyond = [[-30, -5, 400, 20], [-30, 5, 50, 20], [5, 40, 20, 90]]
+    boxes = [*beyond, [5, 5, 0, 9], [40, 40, -9, -9], [-1, -1, 20, 20]]  # the last one is within tolerance
 
     def replace(tree: dict) -> None:
         tree["annotations"] = [
@@ -157,19 +158,19 @@ def test_odd_boxes_are_counted_reported_and_survived(coco: Set, caplog: pytest.L
 
     coco.change(replace)
     summary = coco.check()
-    assert (summary.images, summary.boxes, summary.classes) == (1, 4, list(CLASSES))
-    assert (summary.boxes_without_area, summary.boxes_out_of_range, summary.zero_ids) == (2, 1, 1)
+    assert (summary.images, summary.boxes, summary.classes) == (1, 6, list(CLASSES))
+    assert (summary.boxes_without_area, summary.boxes_out_of_range, summary.zero_ids) == (2, 3, 1)
     cfg = coco.config()
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.RANDOM_FLIP = (64,), "none"
     with caplog.at_level(logging.WARNING):
         register_coco_json(cfg)
     assert [r.getMessage() for r in caplog.records] == [
         "mine: 2 boxes have no area; training drops them, evaluation counts them as missed.",
-        "mine: 1 boxes reach beyond their image; training clips them.",
+        "mine: 3 boxes reach beyond their image; training clips them.",
         "mine: an annotation has id 0, which pycocotools never counts as found; number them from 1.",
     ]
     instances = next(iter(build_stream_loader(cfg, seed=0)))[0]["instances"]
-    assert instances.gt_boxes.tensor.tolist() == [[0, 0, 96, 15], [0, 0, 19, 19]]
+    assert instances.gt_boxes.tensor.tolist() == [[0, 0, 96, 15], [0, 5, 20, 25], [5, 40, 25, 64], [0, 0, 19, 19]]
 
 
 def test_registration(coco: Set) -> None:
