@@ -352,9 +352,8 @@ def test_evaluating_the_teacher_of_a_plain_model(refused, options: list[str]) ->
 
 def test_resuming_what_cannot_be_resumed(project: Project, capfd: pytest.CaptureFixture) -> None:
     """Check the sentence for each way in which the last checkpoint is not one of this training; it stays as it is."""
-    project.change(MODEL__KD__FEATURE_IMITATION__ADAPTATION="1x1")
     project.change(SOLVER__STEPS=())
-    project.main("SOLVER.MAX_ITER", 2)
+    project.main(*plain("SOLVER.MAX_ITER", 2))
     file, tag = project.output / "model_final.pth", project.output / "last_checkpoint"
     good = file.read_bytes()
 
@@ -368,20 +367,25 @@ def test_resuming_what_cannot_be_resumed(project: Project, capfd: pytest.Capture
         return err.splitlines()[-1].removeprefix("error: ")
 
     other_config = f"--resume: {file} is not from a training with this config ("
-    assert resume("MODEL.FPN.OUT_CHANNELS", 24).startswith(other_config)
-    assert resume("MODEL.KD.FEATURE_IMITATION.ADAPTATION", "3x3").startswith(other_config)
+    assert resume(*plain("MODEL.FPN.OUT_CHANNELS", 24)) == (
+        f"{other_config}backbone.fpn_lateral3.weight does not fit); go on with the config that it was begun with, or start anew "
+        "in another OUTPUT_DIR."
+    )
+    assert resume("MODEL.KD.FEATURE_IMITATION.ADAPTATION", "1x1").startswith(other_config)
     assert resume(*plain("MODEL.FPN.NORM", "")).startswith(other_config)
     assert file.read_bytes() == good
 
     torch.save({"model": torch.load(file, weights_only=True)["model"]}, file)
-    assert resume().startswith(f"{other_config}it holds weights alone); go on with the config that it was begun with")
+    assert resume(*plain()).startswith(
+        f"{other_config}it holds weights alone); go on with the config that it was begun with"
+    )
     file.write_bytes(good[:3000])
-    assert resume().startswith(f"Checkpoint {file} is damaged or no checkpoint: it cannot be read (")
+    assert resume(*plain()).startswith(f"Checkpoint {file} is damaged or no checkpoint: it cannot be read (")
     tag.write_text("gone.pth")
-    assert resume() == f"There is no checkpoint {project.output / 'gone.pth'}."
+    assert resume(*plain()) == f"There is no checkpoint {project.output / 'gone.pth'}."
     tag.write_text("model_final.pth")
     file.write_bytes(good)
-    assert "bbox" in project.main("--resume", "SOLVER.MAX_ITER", 3)
+    assert "bbox" in project.main("--resume", *plain("SOLVER.MAX_ITER", 3))
 
 
 # -------------------------------------------------------------------------------------------- how programs end

@@ -3,12 +3,14 @@
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from detectron2.engine import HookBase
@@ -18,6 +20,7 @@ from kd_d2 import UserError
 from kd_d2.checkpoint import read_checkpoint
 from kd_d2.distillers import feature_imitation
 from kd_d2.engine import trainer as trainer_module
+from kd_d2.engine.random_state import get_random_state, preserved_random_state, set_random_state
 from kd_d2.engine.step import NonFiniteLossError
 
 DETECTORS = ("retinanet", "faster-rcnn")
@@ -74,6 +77,27 @@ def test_a_resumed_run_goes_on_as_if_unbroken(project: Project) -> None:
     for name, tensor in weights(resumed).items():
         torch.testing.assert_close(tensor, weights(unbroken)[name], rtol=1e-5, atol=1e-6)
     assert resumed.losses[6]["loss_feature_imitation"] > 0
+
+
+def test_random_states_survive_a_checkpoint(tmp_path: Path) -> None:
+    """Check that all three generators, the second half of a pair of normal numbers included, go on where they were."""
+
+    def draws() -> list[float]:
+        return [random.gauss(0, 1), float(np.random.randn()), float(torch.randn(())), random.random(), np.random.rand()]
+
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    draws()
+    torch.save(get_random_state(), tmp_path / "state.pth")
+    expected = draws()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    set_random_state(torch.load(tmp_path / "state.pth", weights_only=True))
+    assert draws() == expected
+    with preserved_random_state():
+        draws()
+    after = draws()
+    set_random_state(torch.load(tmp_path / "state.pth", weights_only=True))
+    draws()
+    assert draws() == after
 
 
 def test_a_run_with_a_random_seed_is_resumed_with_it(retinanet: Project) -> None:

@@ -36,10 +36,18 @@ def measure_costs(matrix: Matrix, opts: list[Any]) -> dict[str, dict[str, float]
         teacher = load_teacher_config(load_config(cell.config, [*opts, *cell.opts]))
     configs = {"teacher": teacher, **students}
     side = next(iter(students.values())).INPUT.MIN_SIZE_TEST
-    described = {name: str(cfg.MODEL) for name, cfg in configs.items()}
+    described = {name: _architecture(cfg) for name, cfg in configs.items()}
     distinct = {text: name for name, text in described.items()}
     measured = _measure({name: configs[name] for name in distinct.values()}, side)
     return {name: measured[distinct[text]] for name, text in described.items()}
+
+
+def _architecture(cfg: CfgNode) -> str:
+    """The same text for the same detector, however it is trained."""
+    model = cfg.MODEL.clone()
+    model.defrost()
+    model.KD, model.WEIGHTS = CfgNode(), ""
+    return str(model)
 
 
 def _measure(configs: dict[str, CfgNode], side: int) -> dict[str, dict[str, float]]:

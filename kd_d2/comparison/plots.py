@@ -49,8 +49,8 @@ def plot_curves(matrix: Matrix, results: dict[str, list[dict[str, Any]]], path: 
     """AP and every loss over the iterations, one line a cell (its first seed)."""
     cells = [cell for cell in matrix.cells if results.get(cell.name)]
     curves = {cell.name: results[cell.name][0]["curves"] for cell in cells}
-    panels = [k for k in ("bbox/AP", "total_loss") if any(k in c for c in curves.values())]
-    panels += sorted({k for c in curves.values() for k in c} - {"bbox/AP", "total_loss"})
+    drawable = {key for c in curves.values() for key, points in c.items() if len(points) > 1}
+    panels = sorted(drawable, key=lambda key: (key != "bbox/AP", key != "total_loss", key))
     if not panels:
         return
     columns = min(3, len(panels))
