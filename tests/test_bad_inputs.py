@@ -204,7 +204,7 @@ def _no_images(tree: dict) -> None:
         ),
         (
             lambda tree: tree["annotations"][1].update(id=1),
-            ": 1 ids of its annotations occur more than once, the first is 1.",
+            ": the id 1 occurs more than once in its annotations.",
         ),
         (lambda tree: tree["images"][1].update(file_name="gone.png"), ": 1 of 6 images are not in "),
     ],

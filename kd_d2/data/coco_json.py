@@ -159,7 +159,7 @@ def _require_unique_ids(path: str, tree: dict[str, Any], key: str) -> None:
     counts = Counter(entry["id"] for entry in tree[key])
     repeated = [i for i, n in counts.items() if n > 1]
     if repeated:
-        raise UserError(f"{path}: {len(repeated)} ids of its {key} occur more than once, the first is {repeated[0]}.")
+        raise UserError(f"{path}: the id {repeated[0]} occurs more than once in its {key}.")
 
 
 def _require(path: str, what: str, entry: Any, **fields: type) -> None:
