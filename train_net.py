@@ -11,16 +11,16 @@ import json
 import os
 import resource
 
-import torch
-from detectron2.engine import default_argument_parser
-from detectron2.modeling import build_model
-from detectron2.utils import comm
-
 from kd_d2 import Teacher, UserError
 from kd_d2.checkpoint import load_complete
 from kd_d2.config import KD_META_ARCH
 from kd_d2.engine import KDTrainer, evaluate_teacher, launch, setup
 from kd_d2.engine.checks import check_classes
+
+import torch
+from detectron2.engine import default_argument_parser
+from detectron2.modeling import build_model
+from detectron2.utils import comm
 
 
 def main(args: argparse.Namespace) -> dict | None:

@@ -19,7 +19,10 @@ import statistics
 import subprocess
 import sys
 import time
-import warnings
+
+from kd_d2 import DISTILLER_REGISTRY, Distiller, KDMetaArch, Teacher, load_config
+from kd_d2.detectors import build_adapter
+from kd_d2.engine.step import DistillationStep
 
 import torch
 from detectron2.config import configurable
@@ -28,10 +31,6 @@ from detectron2.solver import build_optimizer
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
-
-from kd_d2 import DISTILLER_REGISTRY, Distiller, KDMetaArch, Teacher, load_config
-from kd_d2.detectors import build_adapter
-from kd_d2.engine.step import DistillationStep
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TINY = os.path.join(os.path.dirname(HERE), "configs", "tiny")
@@ -142,7 +141,6 @@ def main() -> None:
     parser.add_argument("--output", help="json file for the figures")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    warnings.filterwarnings("ignore")
     torch.set_num_threads(args.threads)
     if args.memory_of:
         print(measure_memory(args.pair, args.memory_of))

@@ -1,5 +1,12 @@
 """kd_d2: knowledge distillation for object detection on Detectron2. Importing it registers everything."""
 
+import warnings
+
+# What Detectron2's own code warns of at every start, and no user of it can mend. The submodules import Detectron2.
+warnings.filterwarnings("ignore", message=r".*torch\.jit\.script")
+warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
+warnings.filterwarnings("ignore", message=r"torch\.meshgrid")
+
 from . import data, modeling
 from .config import add_kd_config, load_config, validate_kd_config
 from .distillers import DISTILLER_REGISTRY, Distiller

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from kd_d2 import add_kd_config
+
 import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -15,8 +17,6 @@ from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
-
-from kd_d2 import add_kd_config
 
 torch.set_num_threads(1)
 

@@ -12,6 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from kd_d2.config import load_config
+from kd_d2.data import register_coco_json
+from kd_d2.engine import KDTrainer, launch
+
 import cv2
 import numpy as np
 import torch
@@ -21,10 +25,6 @@ from detectron2.engine import HookBase
 from detectron2.modeling import build_model
 from detectron2.utils import logger as detectron2_logger
 from torch import nn
-
-from kd_d2.config import load_config
-from kd_d2.data import register_coco_json
-from kd_d2.engine import KDTrainer, launch
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "configs" / "tiny"

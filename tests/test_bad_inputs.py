@@ -8,12 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from kd_d2.engine import launch
+from kd_d2.errors import UserError
+
 import pytest
 import torch
 from helpers import ROOT, Project, make_project, save_fixed_weights
-
-from kd_d2.engine import launch
-from kd_d2.errors import UserError
 
 # What may lie in OUTPUT_DIR before a training has begun, each of it whole.
 BEFORE_TRAINING = {"config.yaml", "log.txt", "metrics.json", "student.yaml"}

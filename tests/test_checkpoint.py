@@ -6,19 +6,6 @@ import pickle
 from collections import OrderedDict
 from pathlib import Path
 
-import cv2
-import numpy as np
-import pytest
-import torch
-import torchvision
-from detectron2.config import get_cfg
-from detectron2.engine import DefaultPredictor
-from detectron2.layers import ShapeSpec
-from detectron2.modeling import build_model
-from detectron2.modeling.backbone.resnet import build_resnet_backbone
-from helpers import TINY, Project, clean_process, make_project, make_trainer, merged, tree_of, write_yaml
-from torch import nn
-
 from kd_d2 import KDMetaArch
 from kd_d2.checkpoint import (
     KDCheckpointer,
@@ -32,6 +19,19 @@ from kd_d2.checkpoint import (
 from kd_d2.config import load_config
 from kd_d2.errors import UserError
 from kd_d2.modeling import add_slim_resnet_config
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torchvision
+from detectron2.config import get_cfg
+from detectron2.engine import DefaultPredictor
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_model
+from detectron2.modeling.backbone.resnet import build_resnet_backbone
+from helpers import TINY, Project, clean_process, make_project, make_trainer, merged, tree_of, write_yaml
+from torch import nn
 
 TINY_RETINANET = TINY / "retinanet-student.yaml"
 

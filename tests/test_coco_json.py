@@ -4,14 +4,14 @@ import json
 import logging
 from pathlib import Path
 
+from kd_d2.config import add_kd_config
+from kd_d2.data import build_stream_loader, check_coco_json, register_coco_json
+from kd_d2.errors import UserError
+
 import pytest
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from helpers import CLASSES, clean_process, make_coco
-
-from kd_d2.config import add_kd_config
-from kd_d2.data import build_stream_loader, check_coco_json, register_coco_json
-from kd_d2.errors import UserError
 
 
 class Set:

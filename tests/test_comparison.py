@@ -4,14 +4,14 @@ import json
 import math
 import os
 
-import pytest
-
 from kd_d2 import UserError
 from kd_d2.comparison import runner
 from kd_d2.comparison.matrix import measured_settings, read_matrix
 from kd_d2.comparison.plots import plot_ap, plot_curves
 from kd_d2.comparison.runner import Job, result_path, run_jobs, training_job
 from kd_d2.comparison.table import as_csv, as_markdown, build_rows, pooled_deviation, read_results
+
+import pytest
 
 STUDENT = os.path.join(
     os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs", "tiny", "retinanet-student.yaml"

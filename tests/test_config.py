@@ -3,16 +3,16 @@
 import os
 from pathlib import Path
 
+from kd_d2.config import add_kd_config, load_config, load_teacher_config
+from kd_d2.engine import student_config
+from kd_d2.errors import UserError
+from kd_d2.modeling import add_slim_resnet_config
+
 import pytest
 import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from helpers import TINY, tree_of, write_yaml
-
-from kd_d2.config import add_kd_config, load_config, load_teacher_config
-from kd_d2.engine import student_config
-from kd_d2.errors import UserError
-from kd_d2.modeling import add_slim_resnet_config
 
 ZOO = Path(model_zoo.get_config_file("Base-RetinaNet.yaml")).parent
 ZOO_RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"

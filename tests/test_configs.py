@@ -3,17 +3,17 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from kd_d2 import DISTILLER_REGISTRY
+from kd_d2.checkpoint import inherit, part_of
+from kd_d2.config import KD_META_ARCH, load_config, load_teacher_config, read_yaml
+from kd_d2.detectors import build_adapter
+
 import pytest
 import torch
 import yaml
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
-
-from kd_d2 import DISTILLER_REGISTRY
-from kd_d2.checkpoint import inherit, part_of
-from kd_d2.config import KD_META_ARCH, load_config, load_teacher_config, read_yaml
-from kd_d2.detectors import build_adapter
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configs" / "tiny"

@@ -5,16 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
-import pytest
-import torch
-from detectron2.layers import ShapeSpec
-from detectron2.modeling import build_backbone
-from detectron2.modeling.backbone import build_resnet_backbone
-from detectron2.modeling.meta_arch import GeneralizedRCNN, PanopticFPN, RetinaNet
-from detectron2.structures import Boxes, Instances, pairwise_iou
-from detectron2.utils.events import EventStorage
-from torch import Tensor, nn
-
 from kd_d2.detectors import (
     BACKGROUND,
     IGNORED,
@@ -27,6 +17,16 @@ from kd_d2.detectors import (
 )
 from kd_d2.detectors.dense import assign_by_iou, labels_and_boxes
 from kd_d2.errors import UserError
+
+import pytest
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_backbone
+from detectron2.modeling.backbone import build_resnet_backbone
+from detectron2.modeling.meta_arch import GeneralizedRCNN, PanopticFPN, RetinaNet
+from detectron2.structures import Boxes, Instances, pairwise_iou
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
 
 NOTHING: frozenset[str] = frozenset()
 EVERYTHING = frozenset({"features", "anchors", "dense", "targets"})

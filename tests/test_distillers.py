@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from kd_d2.detectors import DetectorOutputs, DetectorSpec
+from kd_d2.distillers import DISTILLER_REGISTRY, Distiller, FeatureImitation, OptimizerSettings, Schedule, StructuralKD
+from kd_d2.distillers.base import AdaptationLayers, check_number, common_strides, levels_by_stride
+from kd_d2.errors import UserError
+
 import kornia
 import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
-
-from kd_d2.detectors import DetectorOutputs, DetectorSpec
-from kd_d2.distillers import DISTILLER_REGISTRY, Distiller, FeatureImitation, OptimizerSettings, Schedule, StructuralKD
-from kd_d2.distillers.base import AdaptationLayers, check_number, common_strides, levels_by_stride
-from kd_d2.errors import UserError
 
 METHODS = {"FEATURE_IMITATION": FeatureImitation, "STRUCTURAL": StructuralKD}
 

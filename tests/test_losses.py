@@ -1,12 +1,12 @@
 """The pure losses: against kornia, against a slow independent implementation, and numbers worked out by hand."""
 
+from kd_d2.losses import min_max_normalize, ssim_loss
+
 import kornia
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-
-from kd_d2.losses import min_max_normalize, ssim_loss
 
 C1, C2 = 0.01**2, 0.03**2
 

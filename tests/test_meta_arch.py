@@ -8,15 +8,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-import yaml
-from detectron2.modeling import build_model
-from detectron2.solver import build_optimizer
-from detectron2.structures import Instances
-from detectron2.utils.events import EventStorage
-from torch import Tensor, nn
-
 from kd_d2 import KDMetaArch, Teacher, UserError, load_config
 from kd_d2.checkpoint import inherit, part_of
 from kd_d2.detectors import DetectorOutputs
@@ -25,6 +16,15 @@ from kd_d2.distillers.base import AdaptationLayers
 from kd_d2.engine.optimizers import build_optimizers
 from kd_d2.engine.step import DistillationStep
 from kd_d2.meta_arch import student_of
+
+import pytest
+import torch
+import yaml
+from detectron2.modeling import build_model
+from detectron2.solver import build_optimizer
+from detectron2.structures import Instances
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
 
 
 def _imitation(channels: dict[int, tuple[int, int]], kernel_size: int = 0, weight: float = 1.0) -> FeatureImitation:

@@ -7,16 +7,16 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from kd_d2 import KDMetaArch, Teacher
+from kd_d2.distillers import Distiller, OptimizerSettings, ParamGroup, Schedule
+from kd_d2.engine.optimizers import AuxiliaryOptimizer, build_optimizers
+from kd_d2.engine.step import DistillationStep, NonFiniteLossError
+
 import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
-
-from kd_d2 import KDMetaArch, Teacher
-from kd_d2.distillers import Distiller, OptimizerSettings, ParamGroup, Schedule
-from kd_d2.engine.optimizers import AuxiliaryOptimizer, build_optimizers
-from kd_d2.engine.step import DistillationStep, NonFiniteLossError
 
 DECODER = OptimizerSettings("decoder", lr=0.1, weight_decay=0.5, warmup_iters=4, clip_norm=1.0)
 

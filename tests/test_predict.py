@@ -6,6 +6,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from kd_d2 import load_config
+from kd_d2.evaluation.drawing import PALETTE, draw_instances
+
 import numpy as np
 import pytest
 import torch
@@ -15,9 +18,6 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from helpers import CLASSES, ROOT, Project, clean_process, make_project, save_fixed_weights
 from PIL import Image
 from pycocotools.coco import COCO
-
-from kd_d2 import load_config
-from kd_d2.evaluation.drawing import PALETTE, draw_instances
 
 PROGRAM = str(ROOT / "tools" / "predict.py")
 LOW = 0.02  # below the configs' own thresholds

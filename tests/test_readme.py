@@ -4,12 +4,12 @@ import json
 import re
 from pathlib import Path
 
-import pytest
-import torch
-
 from kd_d2 import DISTILLER_REGISTRY, KDMetaArch, Teacher, load_config
 from kd_d2.detectors import build_adapter
 from kd_d2.meta_arch import META_ARCH_REGISTRY
+
+import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -4,6 +4,11 @@ import itertools
 import random
 from pathlib import Path
 
+from kd_d2.config import add_kd_config
+from kd_d2.data import build_stream_loader, register_coco_json
+from kd_d2.data.stream import BatchStream, DataError, MappedDataset, seeded
+from kd_d2.errors import UserError
+
 import numpy as np
 import pytest
 import torch
@@ -11,11 +16,6 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import SizeMismatchError
 from helpers import clean_process, make_coco
-
-from kd_d2.config import add_kd_config
-from kd_d2.data import build_stream_loader, register_coco_json
-from kd_d2.data.stream import BatchStream, DataError, MappedDataset, seeded
-from kd_d2.errors import UserError
 
 GROUPS = [0, 1, 1, 0, 1, 1, 0]  # of a data set of seven
 

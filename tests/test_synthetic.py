@@ -5,14 +5,14 @@ import multiprocessing
 from collections import Counter
 from pathlib import Path
 
+from kd_d2.data import synthetic
+from kd_d2.data.synthetic import CLASSES, MIN_VISIBLE, ensure_synthetic, generate_split, register_synthetic
+from kd_d2.errors import UserError
+
 import cv2
 import numpy as np
 import pytest
 from pycocotools.coco import COCO
-
-from kd_d2.data import synthetic
-from kd_d2.data.synthetic import CLASSES, MIN_VISIBLE, ensure_synthetic, generate_split, register_synthetic
-from kd_d2.errors import UserError
 
 NUM_IMAGES = 200
 

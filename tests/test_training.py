@@ -10,18 +10,18 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-from detectron2.engine import HookBase
-from helpers import ROOT, KillAt, Project, Run, make_project, run_train_net, save_fixed_weights, train
-
 from kd_d2 import UserError
 from kd_d2.checkpoint import read_checkpoint
 from kd_d2.distillers import feature_imitation
 from kd_d2.engine import trainer as trainer_module
 from kd_d2.engine.random_state import get_random_state, preserved_random_state, set_random_state
 from kd_d2.engine.step import NonFiniteLossError
+
+import numpy as np
+import pytest
+import torch
+from detectron2.engine import HookBase
+from helpers import ROOT, KillAt, Project, Run, make_project, run_train_net, save_fixed_weights, train
 
 DETECTORS = ("retinanet", "faster-rcnn")
 OWN_LOSSES = {

@@ -10,7 +10,11 @@ import argparse
 import os
 import sys
 import time
-import warnings
+
+from kd_d2 import UserError, load_config
+from kd_d2.comparison import compare, read_matrix
+from kd_d2.data import register_synthetic
+from kd_d2.evaluation.drawing import draw_instances, sheet, titled
 
 import cv2
 import torch
@@ -18,11 +22,6 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
 from detectron2.structures import Boxes, BoxMode, Instances
-
-from kd_d2 import UserError, load_config
-from kd_d2.comparison import compare, read_matrix
-from kd_d2.data import register_synthetic
-from kd_d2.evaluation.drawing import draw_instances, sheet, titled
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DATASET = "synthetic_val"
@@ -32,7 +31,6 @@ SHOWN_SCORE = 0.4
 
 def main(output: str) -> None:
     start = time.time()
-    warnings.filterwarnings("ignore")
     register_synthetic()
     print("Making the synthetic data, where it is not there yet ...", flush=True)
     images = DatasetCatalog.get(DATASET)

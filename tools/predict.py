@@ -13,8 +13,15 @@ import argparse
 import json
 import os
 import sys
-import warnings
 from dataclasses import dataclass
+
+from kd_d2 import UserError, load_config
+from kd_d2.checkpoint import load_complete
+from kd_d2.config import find_file
+from kd_d2.data import register_synthetic
+from kd_d2.detectors import build_adapter
+from kd_d2.engine.checks import check_output_folder
+from kd_d2.evaluation.drawing import draw_instances
 
 import torch
 from detectron2.config import CfgNode
@@ -26,14 +33,6 @@ from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from PIL import Image
 from torch import nn
-
-from kd_d2 import UserError, load_config
-from kd_d2.checkpoint import load_complete
-from kd_d2.config import find_file
-from kd_d2.data import register_synthetic
-from kd_d2.detectors import build_adapter
-from kd_d2.engine.checks import check_output_folder
-from kd_d2.evaluation.drawing import draw_instances
 
 
 @dataclass
@@ -209,7 +208,6 @@ def to_annotations(
 
 
 def main(args: argparse.Namespace) -> None:
-    warnings.filterwarnings("ignore", message="torch.meshgrid")
     if not 0 <= args.score_thresh <= 1:
         raise UserError(f"--score-thresh is {args.score_thresh}; it must lie between 0 and 1.")
     cfg = read_config(args)

@@ -21,18 +21,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from kd_d2.errors import UserError
+
 import cv2
 import numpy as np
-
-from kd_d2.errors import UserError
 
 CLASSES: tuple[str, ...] = (
     "circle", "ring", "square", "checkerboard", "triangle", "hexagon", "star", "cross",
 )  # fmt: skip
-MIN_VISIBLE = 0.4  # of an object's whole area, the part hidden by the image border included
+MIN_VISIBLE = 0.5  # of an object's whole area, the part hidden by the image border included
 MIN_IMAGE_SIZE = 64  # px
 
-GENERATOR_VERSION = 2  # raise when the drawing changes, so that older sets are not taken for current ones
+GENERATOR_VERSION = 3  # raise when the drawing changes, so that older sets are not taken for current ones
 SETTINGS_FILE = "settings.json"
 DEFAULT_SEED = 0
 DEFAULT_IMAGE_SIZE = 160
@@ -41,8 +41,8 @@ DEFAULT_NUM_VAL = 150
 
 _EMPTY_RATE = 0.03
 _OBJECT_COUNTS = np.array([0.06, 0.12, 0.18, 0.2, 0.18, 0.14, 0.12])  # probability of 1, 2, ... 7 objects
-_OBJECT_SIZES = (0.11, 0.5)  # longer box side over longer image side
-_MAX_STRETCH = 1.4
+_OBJECT_SIZES = (0.14, 0.55)  # longer box side over longer image side
+_MAX_STRETCH = 1.3
 _PLACEMENT_TRIALS = 12
 _SUPERSAMPLING = 4
 _POLYGON_TOLERANCE = 0.4  # px
@@ -278,10 +278,10 @@ def _ink(rng: np.random.Generator, canvas: np.ndarray, shape: _Shape, coverage: 
     """The colour that a shape would have at each pixel of the canvas."""
     height, width = coverage.shape
     background = np.array(cv2.mean(canvas, (coverage > 0.5).astype(np.uint8))[:3])
-    first = _colour_apart(rng, background, 110)
+    first = _colour_apart(rng, background, 130)
     second = _colour_apart(rng, first, 110)
     mix = _texture(rng, texture, shape, height, width)[..., None]
-    mix *= np.float32(1 if texture == "checks" else rng.uniform(0.2, 0.6))
+    mix *= np.float32(1 if texture == "checks" else rng.uniform(0.1, 0.4))
     ink = (1 - mix) * first.astype(np.float32) + mix * second.astype(np.float32)
     if rng.random() < 0.5:
         u, _ = shape.own_coordinates(height, width)
@@ -332,9 +332,9 @@ def _draw_lines(rng: np.random.Generator, canvas: np.ndarray, count: int) -> np.
 
 def _draw_clutter(rng: np.random.Generator, scene: _Scene) -> None:
     """Fragments that belong to no class; they lie under all objects."""
-    for _ in range(int(rng.integers(0, 4))):
+    for _ in range(int(rng.integers(0, 3))):
         outline = _CLUTTER_OUTLINES[rng.integers(len(_CLUTTER_OUTLINES))](rng)
-        size = _log_uniform(rng, 0.06, 0.35) * max(scene.height, scene.width)
+        size = _log_uniform(rng, 0.06, 0.25) * max(scene.height, scene.width)
         shape = _pose(rng, outline, size, rng.random(2) * [scene.width, scene.height])
         coverage = _coverage(shape.outline, scene.height, scene.width)
         if coverage.max() > 0.5:
@@ -354,7 +354,7 @@ def _add_object(rng: np.random.Generator, scene: _Scene) -> None:
     for _ in range(_PLACEMENT_TRIALS):
         size = _log_uniform(rng, *_OBJECT_SIZES) * extent.max()
         centre = rng.uniform(0.02, 0.98, size=2) * extent
-        if scene.visible and rng.random() < 0.3:  # seek an overlap
+        if scene.visible and rng.random() < 0.15:  # seek an overlap
             x, y, w, h = _box(scene.visible[rng.integers(len(scene.visible))])
             centre = np.array([x + w / 2, y + h / 2]) + rng.uniform(-0.7, 0.7, size=2) * (w, h)
         shape = _pose(rng, outline, size, centre)

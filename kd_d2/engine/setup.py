@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import warnings
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
@@ -25,8 +24,6 @@ def setup(args: argparse.Namespace) -> CfgNode:
     Raises:
         UserError: whatever of config, data or output folder cannot work.
     """
-    warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
-    warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
     cfg = load_config(args.config_file, args.opts, student_only=args.eval_only and not args.eval_teacher)
     check_output_folder(cfg.OUTPUT_DIR)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="kd_d2")
