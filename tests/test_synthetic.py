@@ -6,7 +6,9 @@ from collections import Counter
 from pathlib import Path
 
 from kd_d2.data import synthetic
-from kd_d2.data.synthetic import CLASSES, MIN_VISIBLE, ensure_synthetic, generate_split, register_synthetic
+from kd_d2.data.synthetic import ensure_synthetic, generate_split, register_synthetic, scenes
+from kd_d2.data.synthetic.__main__ import main
+from kd_d2.data.synthetic.scenes import CLASSES, MIN_VISIBLE
 from kd_d2.errors import UserError
 
 import cv2
@@ -31,14 +33,14 @@ def _files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def _axis_aligned(x: float, y: float, width: float, height: float) -> synthetic._Shape:
+def _axis_aligned(x: float, y: float, width: float, height: float) -> scenes.Shape:
     corners = np.array([[x, y], [x + width, y], [x + width, y + height], [x, y + height]], float)
-    return synthetic._Shape([corners], np.diag([width / 2, height / 2]), corners.mean(axis=0))
+    return scenes.Shape([corners], np.diag([width / 2, height / 2]), corners.mean(axis=0))
 
 
-def _place(scene: synthetic._Scene, shape: synthetic._Shape, category: int = 2) -> bool:
+def _place(scene: scenes.Scene, shape: scenes.Shape, category: int = 2) -> bool:
     """Place and paint a rectangle."""
-    coverage = synthetic._coverage(shape.outline, scene.height, scene.width)
+    coverage = scenes.rasterize(shape.outline, scene.height, scene.width)
     placed = scene.place(category, shape, coverage)
     if placed:
         scene.paint(np.random.default_rng(0), shape, coverage, "plain")
@@ -118,7 +120,7 @@ def test_few_images_are_empty_and_none_is_crowded(coco: COCO) -> None:
 
 def test_box_area_and_pixels_of_a_lone_rectangle() -> None:
     blank = np.full((60, 80, 3), 128, np.float32)
-    scene = synthetic._Scene(blank.copy())
+    scene = scenes.Scene(blank.copy())
     assert _place(scene, _axis_aligned(10, 20, 30, 15))
     (annotation,) = synthetic._annotations(scene, image_id=1, first_id=1)
     assert annotation["bbox"] == [10, 20, 30, 15]
@@ -130,16 +132,16 @@ def test_box_area_and_pixels_of_a_lone_rectangle() -> None:
 
 
 def test_box_of_a_covered_or_cut_object_is_that_of_its_visible_part() -> None:
-    scene = synthetic._Scene(np.full((60, 80, 3), 128, np.float32))
-    assert _place(scene, _axis_aligned(-10, 10, 30, 20))
-    assert _place(scene, _axis_aligned(12, 5, 30, 40))
+    scene = scenes.Scene(np.full((60, 80, 3), 128, np.float32))
+    assert _place(scene, _axis_aligned(-5, 10, 30, 20))
+    assert _place(scene, _axis_aligned(17, 5, 30, 40))
     behind, front = synthetic._annotations(scene, image_id=1, first_id=1)
-    assert behind["bbox"] == [0, 10, 12, 20]
-    assert front["bbox"] == [12, 5, 30, 40]
+    assert behind["bbox"] == [0, 10, 17, 20]
+    assert front["bbox"] == [17, 5, 30, 40]
 
 
 def test_an_object_that_would_hide_another_is_not_placed() -> None:
-    scene = synthetic._Scene(np.full((60, 80, 3), 128, np.float32))
+    scene = scenes.Scene(np.full((60, 80, 3), 128, np.float32))
     assert _place(scene, _axis_aligned(20, 20, 20, 20))
     before = scene.canvas.copy()
     assert not _place(scene, _axis_aligned(20, 20, 20 * (1 - MIN_VISIBLE) + 1, 20))
@@ -258,7 +260,7 @@ def test_registered_names_load_through_detectron2(tmp_path: Path, monkeypatch: p
 
 
 def test_main_writes_a_set(tmp_path: Path) -> None:
-    assert synthetic.main([str(tmp_path / "set"), "--train", "2", "--val", "1", "--seed", "9"]) == 0
+    assert main([str(tmp_path / "set"), "--train", "2", "--val", "1", "--seed", "9"]) == 0
     same = ensure_synthetic(tmp_path / "same", num_train=2, num_val=1, seed=9)
     assert _files(same) == _files(tmp_path / "set")
 
@@ -275,7 +277,7 @@ def test_main_writes_a_set(tmp_path: Path) -> None:
 def test_main_says_what_is_wrong(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
 ) -> None:
-    assert synthetic.main([str(tmp_path / "set"), *arguments]) == 2
+    assert main([str(tmp_path / "set"), *arguments]) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
@@ -284,6 +286,6 @@ def test_main_says_what_is_wrong(
 def test_main_names_a_folder_it_cannot_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     out = tmp_path / "file" / "set"
-    assert synthetic.main([str(out), "--train", "1", "--val", "1"]) == 2
+    assert main([str(out), "--train", "1", "--val", "1"]) == 2
     error = capsys.readouterr().err
     assert str(out) in error and error.count("\n") == 1

@@ -1,27 +1,15 @@
-"""A synthetic object-detection set, drawn from a seed and written to disk as COCO json and JPEG files.
+"""Drawing of the synthetic set's images: textured shapes of eight classes over each other on cluttered backgrounds.
 
-Textured shapes of eight classes lie over each other on cluttered backgrounds.  Colour and rotation say
-nothing about the class; a checkerboard is told from a square by its texture alone, while the other shapes may
-carry the same checks.  Boxes, areas and polygons describe the visible part of an object.  No object is drawn
-with less than MIN_VISIBLE of its area in sight, so every drawn object is annotated.
-
-    python -m kd_d2.data.synthetic OUT --train 600 --val 150 --seed 0
+Colour and rotation say nothing about the class; a checkerboard is told from a square by its texture alone, while the
+other shapes may carry the same checks. No object is drawn with less than MIN_VISIBLE of its area in sight.
 """
 
 from __future__ import annotations
 
-import argparse
 import colorsys
-import json
 import math
-import os
-import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-
-from kd_d2.errors import UserError
 
 import cv2
 import numpy as np
@@ -30,22 +18,14 @@ CLASSES: tuple[str, ...] = (
     "circle", "ring", "square", "checkerboard", "triangle", "hexagon", "star", "cross",
 )  # fmt: skip
 MIN_VISIBLE = 0.5  # of an object's whole area, the part hidden by the image border included
-MIN_IMAGE_SIZE = 64  # px
-
-GENERATOR_VERSION = 3  # raise when the drawing changes, so that older sets are not taken for current ones
-SETTINGS_FILE = "settings.json"
-DEFAULT_SEED = 0
-DEFAULT_IMAGE_SIZE = 160
-DEFAULT_NUM_TRAIN = 600
-DEFAULT_NUM_VAL = 150
+DRAWING_VERSION = 3  # raise when the drawing changes, so that older sets are not taken for current ones
+SUPERSAMPLING = 4
 
 _EMPTY_RATE = 0.03
 _OBJECT_COUNTS = np.array([0.06, 0.12, 0.18, 0.2, 0.18, 0.14, 0.12])  # probability of 1, 2, ... 7 objects
 _OBJECT_SIZES = (0.14, 0.55)  # longer box side over longer image side
 _MAX_STRETCH = 1.3
 _PLACEMENT_TRIALS = 12
-_SUPERSAMPLING = 4
-_POLYGON_TOLERANCE = 0.4  # px
 _SHADOW_REACH = 10  # px
 
 Outline = list[np.ndarray]  # closed polygons [K, 2] of (x, y), filled by the even-odd rule
@@ -124,7 +104,7 @@ _CLUTTER_OUTLINES = (_blob, _blob, _band, _corner, _zigzag, _bar)
 
 
 @dataclass(frozen=True)
-class _Shape:
+class Shape:
     """An outline in image coordinates, with the map that took it there from its own frame, about [-1, 1]."""
 
     outline: Outline
@@ -137,8 +117,8 @@ class _Shape:
         outer, *holes = (cv2.contourArea(polygon.astype(np.float32)) for polygon in self.outline)
         return outer - sum(holes)
 
-    def shifted(self, offset: np.ndarray) -> _Shape:
-        return _Shape([polygon + offset for polygon in self.outline], self.linear, self.centre + offset)
+    def shifted(self, offset: np.ndarray) -> Shape:
+        return Shape([polygon + offset for polygon in self.outline], self.linear, self.centre + offset)
 
     def own_coordinates(self, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
         """Where each pixel lies in the shape's own frame, for textures that turn and stretch with it."""
@@ -148,21 +128,21 @@ class _Shape:
         return inverse[0, 0] * x + inverse[0, 1] * y, inverse[1, 0] * x + inverse[1, 1] * y
 
 
-def _pose(rng: np.random.Generator, outline: Outline, size: float, centre: np.ndarray) -> _Shape:
+def _pose(rng: np.random.Generator, outline: Outline, size: float, centre: np.ndarray) -> Shape:
     """The outline stretched, turned at random and scaled to a longer box side of size px."""
     stretch = math.sqrt(_MAX_STRETCH) ** rng.uniform(-1, 1)
     angle = rng.uniform(0, 2 * math.pi)
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     linear = turn @ np.diag([stretch, 1 / stretch])
     linear *= size / np.ptp(outline[0] @ linear.T, axis=0).max()
-    return _Shape([polygon @ linear.T + centre for polygon in outline], linear, centre)
+    return Shape([polygon @ linear.T + centre for polygon in outline], linear, centre)
 
 
-def _coverage(outline: Outline, height: int, width: int) -> np.ndarray:
+def rasterize(outline: Outline, height: int, width: int) -> np.ndarray:
     """The part of each pixel that the outline covers, float32 [height, width] in 0..1."""
     fraction_bits = 4
-    fine = np.zeros((height * _SUPERSAMPLING, width * _SUPERSAMPLING), np.uint8)
-    corners = [(polygon * _SUPERSAMPLING - 0.5) * 2**fraction_bits for polygon in outline]
+    fine = np.zeros((height * SUPERSAMPLING, width * SUPERSAMPLING), np.uint8)
+    corners = [(polygon * SUPERSAMPLING - 0.5) * 2**fraction_bits for polygon in outline]
     cv2.fillPoly(fine, [np.round(c).astype(np.int32) for c in corners], 255, shift=fraction_bits)
     return cv2.resize(fine, (width, height), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
 
@@ -202,7 +182,7 @@ def _checks(u: np.ndarray, v: np.ndarray, cells: int) -> np.ndarray:
     return _steep(_wave((u + 1) * scale) * _wave((v + 1) * scale), 2.5)
 
 
-def _texture(rng: np.random.Generator, kind: str, shape: _Shape, height: int, width: int) -> np.ndarray:
+def _texture(rng: np.random.Generator, kind: str, shape: Shape, height: int, width: int) -> np.ndarray:
     """How much of the second of two colours each pixel takes, float32 [height, width] in 0..1."""
     if kind == "plain":
         return np.full((height, width), rng.uniform(0, 0.3), np.float32)
@@ -237,7 +217,12 @@ def _texture_of(rng: np.random.Generator, class_name: str | None) -> str:
 # ------------------------------------------------------------------------------------------------- scenes
 
 
-class _Scene:
+def visible_box(visible: np.ndarray) -> tuple[int, int, int, int]:
+    """x, y, width and height in px around the pixels of which more than half is visible."""
+    return cv2.boundingRect((visible > 0.5).astype(np.uint8))
+
+
+class Scene:
     """An image in the making and the visible part of each object put in it so far, back to front."""
 
     def __init__(self, canvas: np.ndarray) -> None:
@@ -247,7 +232,7 @@ class _Scene:
         self.whole_areas: list[float] = []
         self.visible: list[np.ndarray] = []
 
-    def place(self, category: int, shape: _Shape, coverage: np.ndarray) -> bool:
+    def place(self, category: int, shape: Shape, coverage: np.ndarray) -> bool:
         """Put an object in front of the others unless it or one of them would have too little left in sight.
 
         Returns whether it was put there; the canvas is left for `paint`.
@@ -262,9 +247,9 @@ class _Scene:
         self.visible, self.whole_areas = visible, areas
         return True
 
-    def paint(self, rng: np.random.Generator, shape: _Shape, coverage: np.ndarray, texture: str) -> None:
+    def paint(self, rng: np.random.Generator, shape: Shape, coverage: np.ndarray, texture: str) -> None:
         """Draw a shape over the canvas in two colours that stand out from what it covers."""
-        x, y, w, h = _box(coverage)
+        x, y, w, h = visible_box(coverage)
         left, top = max(x - _SHADOW_REACH, 0), max(y - _SHADOW_REACH, 0)
         window = (slice(top, y + h + _SHADOW_REACH), slice(left, x + w + _SHADOW_REACH))
         canvas, coverage = self.canvas[window], coverage[window]
@@ -274,7 +259,7 @@ class _Scene:
         canvas += coverage[..., None] * (ink - canvas)
 
 
-def _ink(rng: np.random.Generator, canvas: np.ndarray, shape: _Shape, coverage: np.ndarray, texture: str) -> np.ndarray:
+def _ink(rng: np.random.Generator, canvas: np.ndarray, shape: Shape, coverage: np.ndarray, texture: str) -> np.ndarray:
     """The colour that a shape would have at each pixel of the canvas."""
     height, width = coverage.shape
     background = np.array(cv2.mean(canvas, (coverage > 0.5).astype(np.uint8))[:3])
@@ -301,7 +286,7 @@ def _shade_under(rng: np.random.Generator, coverage: np.ndarray) -> np.ndarray:
 
 
 def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    frame = _Shape([], np.diag([width / 2, height / 2]), np.array([width / 2, height / 2]))
+    frame = Shape([], np.diag([width / 2, height / 2]), np.array([width / 2, height / 2]))
     ground = _colour(rng)
     colours = [ground] + [np.clip(ground + rng.normal(0, 30, size=3), 0, 255) for _ in range(3)]
     first, second, third, fourth = (colour.astype(np.float32) for colour in colours)
@@ -330,13 +315,13 @@ def _draw_lines(rng: np.random.Generator, canvas: np.ndarray, count: int) -> np.
     return canvas + np.float32(rng.uniform(0.4, 0.9)) * (lined - canvas)
 
 
-def _draw_clutter(rng: np.random.Generator, scene: _Scene) -> None:
+def _draw_clutter(rng: np.random.Generator, scene: Scene) -> None:
     """Fragments that belong to no class; they lie under all objects."""
     for _ in range(int(rng.integers(0, 3))):
         outline = _CLUTTER_OUTLINES[rng.integers(len(_CLUTTER_OUTLINES))](rng)
         size = _log_uniform(rng, 0.06, 0.25) * max(scene.height, scene.width)
         shape = _pose(rng, outline, size, rng.random(2) * [scene.width, scene.height])
-        coverage = _coverage(shape.outline, scene.height, scene.width)
+        coverage = rasterize(shape.outline, scene.height, scene.width)
         if coverage.max() > 0.5:
             scene.paint(rng, shape, coverage, _texture_of(rng, None))
 
@@ -345,7 +330,7 @@ def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
     return math.exp(rng.uniform(math.log(low), math.log(high)))
 
 
-def _add_object(rng: np.random.Generator, scene: _Scene) -> None:
+def _add_object(rng: np.random.Generator, scene: Scene) -> None:
     """Put one more object in the scene, or none where no room is found in a number of trials."""
     category = int(rng.integers(len(CLASSES)))
     name = CLASSES[category]
@@ -355,10 +340,10 @@ def _add_object(rng: np.random.Generator, scene: _Scene) -> None:
         size = _log_uniform(rng, *_OBJECT_SIZES) * extent.max()
         centre = rng.uniform(0.02, 0.98, size=2) * extent
         if scene.visible and rng.random() < 0.15:  # seek an overlap
-            x, y, w, h = _box(scene.visible[rng.integers(len(scene.visible))])
+            x, y, w, h = visible_box(scene.visible[rng.integers(len(scene.visible))])
             centre = np.array([x + w / 2, y + h / 2]) + rng.uniform(-0.7, 0.7, size=2) * (w, h)
         shape = _pose(rng, outline, size, centre)
-        coverage = _coverage(shape.outline, scene.height, scene.width)
+        coverage = rasterize(shape.outline, scene.height, scene.width)
         if scene.place(category, shape, coverage):
             scene.paint(rng, shape, coverage, _texture_of(rng, name))
             return
@@ -379,10 +364,10 @@ def _random_extent(rng: np.random.Generator, image_size: int) -> tuple[int, int]
     return (shorter, image_size) if rng.random() < 0.6 else (image_size, shorter)
 
 
-def _render(rng: np.random.Generator, image_size: int) -> tuple[np.ndarray, _Scene]:
+def render(rng: np.random.Generator, image_size: int) -> tuple[np.ndarray, Scene]:
     """One image, uint8 [H, W, 3], and the scene behind it."""
     height, width = _random_extent(rng, image_size)
-    scene = _Scene(_background(rng, height, width))
+    scene = Scene(_background(rng, height, width))
     scene.canvas = _draw_lines(rng, scene.canvas, int(rng.integers(0, 3)))
     _draw_clutter(rng, scene)
     if rng.random() >= _EMPTY_RATE:
@@ -391,236 +376,3 @@ def _render(rng: np.random.Generator, image_size: int) -> tuple[np.ndarray, _Sce
     if rng.random() < 0.3:
         scene.canvas = _draw_lines(rng, scene.canvas, 1)
     return _degrade(rng, scene.canvas), scene
-
-
-# -------------------------------------------------------------------------------------------- annotations
-
-
-def _box(visible: np.ndarray) -> tuple[int, int, int, int]:
-    """x, y, width and height in px around the pixels of which more than half is visible."""
-    return cv2.boundingRect((visible > 0.5).astype(np.uint8))
-
-
-def _polygons(visible: np.ndarray) -> list[list[float]]:
-    """Outer contours of the visible part in COCO form; holes are filled."""
-    x, y, w, h = _box(visible)
-    mask = (visible[y : y + h, x : x + w] > 0.5).astype(np.uint8)
-    fine = np.repeat(np.repeat(mask, _SUPERSAMPLING, axis=0), _SUPERSAMPLING, axis=1)
-    offset = (x * _SUPERSAMPLING, y * _SUPERSAMPLING)
-    contours, _ = cv2.findContours(fine, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE, offset=offset)
-    polygons = []
-    for contour in contours:
-        contour = cv2.approxPolyDP(contour, _POLYGON_TOLERANCE * _SUPERSAMPLING, True)
-        if len(contour) >= 3:
-            polygons.append(np.round((contour.reshape(-1) + 0.5) / _SUPERSAMPLING, 2).tolist())
-    return polygons
-
-
-def _annotations(scene: _Scene, image_id: int, first_id: int) -> list[dict]:
-    return [
-        {
-            "id": first_id + i,
-            "image_id": image_id,
-            "category_id": category + 1,
-            "bbox": [float(side) for side in _box(visible)],
-            "area": round(float(visible.sum()), 2),
-            "iscrowd": 0,
-            "segmentation": _polygons(visible),
-        }
-        for i, (category, visible) in enumerate(zip(scene.categories, scene.visible, strict=True))
-    ]
-
-
-def generate_split(folder: str | Path, num_images: int, seed: int, *, image_size: int = DEFAULT_IMAGE_SIZE) -> Path:
-    """Draw num_images images and write them to `folder/images/*.jpg` and `folder/annotations.json`.
-
-    Image i depends on (seed, i, image_size) alone: the same seed gives the same bytes, and a longer split
-    begins with the images of a shorter one.  Files of the same name are overwritten.
-
-    Args:
-        folder: made with its parents where it does not exist.
-        num_images: number of images, 1 or more.
-        seed: 0 or more.
-        image_size: longer side of each image in px, MIN_IMAGE_SIZE or more; the shorter is 68 to 92 % of it.
-
-    Returns:
-        The path of the COCO json, which is written last.
-
-    Raises:
-        UserError: a number is out of its range.
-        OSError: the folder cannot be written.
-    """
-    _check_numbers(num_images=num_images, seed=seed, image_size=image_size)
-    folder = Path(folder)
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    images: list[dict] = []
-    annotations: list[dict] = []
-    for index in range(num_images):
-        rng = np.random.default_rng((seed, index))
-        pixels, scene = _render(rng, image_size)
-        file_name = f"{index:06d}.jpg"
-        _, encoded = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(55, 96))])
-        (folder / "images" / file_name).write_bytes(encoded.tobytes())
-        images.append({"id": index + 1, "file_name": file_name, "width": scene.width, "height": scene.height})
-        annotations += _annotations(scene, image_id=index + 1, first_id=len(annotations) + 1)
-    coco = {
-        "info": {"description": f"kd_d2 synthetic shapes, seed {seed}", "version": str(GENERATOR_VERSION)},
-        "licenses": [],
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": i, "name": name} for i, name in enumerate(CLASSES, start=1)],
-    }
-    json_file = folder / "annotations.json"
-    json_file.write_text(json.dumps(coco))
-    return json_file
-
-
-# ------------------------------------------------------------------------------------------- sets on disk
-
-
-def _check_numbers(*, seed: int, image_size: int, **counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise UserError(f"{name} must be 1 or more, got {count}.")
-    if seed < 0:
-        raise UserError(f"seed must be 0 or more, got {seed}.")
-    if image_size < MIN_IMAGE_SIZE:
-        raise UserError(f"image_size must be {MIN_IMAGE_SIZE} px or more, got {image_size}.")
-
-
-def _holds_set(root: Path, settings: dict[str, int]) -> bool:
-    """Whether root holds the set with these settings; a folder that holds something else is an error."""
-    try:
-        if not root.exists() or (root.is_dir() and not any(root.iterdir())):
-            return False
-        found = json.loads((root / SETTINGS_FILE).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{root} exists but is not a synthetic set (no readable {SETTINGS_FILE} in it): "
-            "name another folder or remove it."
-        ) from error
-    if found != settings:
-        raise UserError(
-            f"{root} holds a synthetic set made with {found}, not with the wanted {settings}: "
-            "name another folder or remove it."
-        )
-    return True
-
-
-def ensure_synthetic(
-    root: str | Path,
-    *,
-    num_train: int = DEFAULT_NUM_TRAIN,
-    num_val: int = DEFAULT_NUM_VAL,
-    seed: int = DEFAULT_SEED,
-    image_size: int = DEFAULT_IMAGE_SIZE,
-) -> Path:
-    """Generate the splits `root/train` and `root/val` unless root already holds them.
-
-    The set is drawn in a temporary folder beside root and renamed at the end, so root is absent or whole.
-    Several processes may call this at once: the first to finish wins and the others use its set.
-
-    Args:
-        root: folder of the set; it may exist if it is empty or holds a set made with the same settings.
-        num_train, num_val: number of images per split, 1 or more.
-        seed: 0 or more; the splits draw from seeds 2 * seed and 2 * seed + 1, so no two sets share images.
-        image_size: longer image side in px.
-
-    Returns:
-        root as a Path.
-
-    Raises:
-        UserError: a number is out of its range, root cannot be written, or it holds something else.
-    """
-    _check_numbers(num_train=num_train, num_val=num_val, seed=seed, image_size=image_size)
-    root = Path(root)
-    settings = {
-        "num_train": num_train,
-        "num_val": num_val,
-        "seed": seed,
-        "image_size": image_size,
-        "generator_version": GENERATOR_VERSION,
-    }
-    if _holds_set(root, settings):
-        return root
-    try:
-        parent = root.absolute().parent
-        parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{root.name}.tmp-", dir=parent) as scratch:
-            made = Path(scratch) / "set"
-            generate_split(made / "train", num_train, 2 * seed, image_size=image_size)
-            generate_split(made / "val", num_val, 2 * seed + 1, image_size=image_size)
-            (made / SETTINGS_FILE).write_text(json.dumps(settings))
-            _move_unless_there(made, root, settings)
-    except OSError as error:
-        raise UserError(f"Cannot write the synthetic set to {root}: {error}.") from error
-    return root
-
-
-def _move_unless_there(made: Path, root: Path, settings: dict[str, int]) -> None:
-    try:
-        os.replace(made, root)
-    except OSError:
-        if not _holds_set(root, settings):
-            raise
-
-
-def register_synthetic() -> None:
-    """Register `synthetic_train` (600 images) and `synthetic_val` (150) with Detectron2's catalogs.
-
-    Nothing is drawn before a catalog entry is first loaded; then both splits are generated in the folder
-    `synthetic` under $DETECTRON2_DATASETS (default: datasets), as the variable stood at registration.  The
-    metadata (thing_classes, json_file, image_root, evaluator_type "coco") is set at once.  A second call does
-    nothing.
-    """
-    from detectron2.data import DatasetCatalog, MetadataCatalog
-    from detectron2.data.datasets.coco import load_coco_json
-
-    root = Path(os.getenv("DETECTRON2_DATASETS", "datasets")) / "synthetic"
-
-    def register(split: str) -> None:
-        name = f"synthetic_{split}"
-        json_file, image_root = str(root / split / "annotations.json"), str(root / split / "images")
-
-        def load() -> list[dict]:
-            ensure_synthetic(root)
-            return load_coco_json(json_file, image_root, name)
-
-        if name in DatasetCatalog:
-            return
-        DatasetCatalog.register(name, load)
-        MetadataCatalog.get(name).set(
-            thing_classes=list(CLASSES), json_file=json_file, image_root=image_root, evaluator_type="coco"
-        )
-
-    register("train")
-    register("val")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Write a synthetic set; the exit status is 2, after one sentence, for input that cannot be used."""
-    parser = argparse.ArgumentParser(
-        prog="python -m kd_d2.data.synthetic",
-        description="Write a synthetic object-detection set in COCO form.",
-    )
-    parser.add_argument("out", metavar="OUT", help="folder of the set; train/ and val/ are made in it")
-    parser.add_argument("--train", type=int, default=DEFAULT_NUM_TRAIN, help="training images (%(default)s)")
-    parser.add_argument("--val", type=int, default=DEFAULT_NUM_VAL, help="validation images (%(default)s)")
-    parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help="0 or more (%(default)s)")
-    parser.add_argument(
-        "--image-size", type=int, default=DEFAULT_IMAGE_SIZE, help="longer image side in px (%(default)s)"
-    )
-    args = parser.parse_args(argv)
-    try:
-        root = ensure_synthetic(
-            args.out, num_train=args.train, num_val=args.val, seed=args.seed, image_size=args.image_size
-        )
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(f"{root}: {args.train} training and {args.val} validation images of {len(CLASSES)} classes.")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
