@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -188,6 +189,11 @@ class AdaptationLayers(nn.Module):
                 )
         return cls(channels, kernel_size)
 
+    def pairs(self, student: DetectorOutputs, teacher: DetectorOutputs) -> list[tuple[Tensor, Tensor]]:
+        """By level the student's adapted and the teacher's feature map, (B, C_teacher, H, W) each."""
+        student_maps = self(levels_by_stride(student.features, self.strides, "student"))
+        return list(zip(student_maps, levels_by_stride(teacher.features, self.strides, "teacher"), strict=True))
+
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         """(B, C_student, H, W) per level, in order of `strides`, to (B, C_teacher, H, W)."""
         if not self.layers:
@@ -210,8 +216,9 @@ def check_number(node_name: str, key: str, value: object, minimum: float, *, exc
 
 
 def in_float32(function):
-    """Run a loss in float32 outside autocast: decorate functions of tensors."""
+    """Run a loss in float32 outside autocast: decorate functions and methods of tensors."""
 
+    @functools.wraps(function)
     def wrapper(*args, **kwargs):
         device = next(a for a in args if isinstance(a, Tensor)).device.type
         args = [a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]

@@ -15,7 +15,6 @@ from .base import (
     Distiller,
     check_choice,
     in_float32,
-    levels_by_stride,
 )
 
 
@@ -61,10 +60,7 @@ class FeatureImitation(Distiller):
     def forward(
         self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]
     ) -> dict[str, Tensor]:
-        strides = self.adaptation.strides
-        student_maps = self.adaptation(levels_by_stride(student.features, strides, "student"))
-        teacher_maps = levels_by_stride(teacher.features, strides, "teacher")
-        losses = [mean_squared_error(s, t) for s, t in zip(student_maps, teacher_maps, strict=True)]
+        losses = [mean_squared_error(s, t) for s, t in self.adaptation.pairs(student, teacher)]
         return {"loss_feature_imitation": self.weight * sum(losses) / len(losses)}
 
 

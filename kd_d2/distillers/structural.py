@@ -21,7 +21,6 @@ from .base import (
     check_choice,
     check_number,
     in_float32,
-    levels_by_stride,
 )
 
 MapLoss = Callable[[Tensor, Tensor], Tensor]
@@ -111,15 +110,10 @@ class StructuralKD(Distiller):
     def forward(
         self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]
     ) -> dict[str, Tensor]:
-        strides = self.adaptation.strides
-        student_maps = self.adaptation(levels_by_stride(student.features, strides, "student"))
-        teacher_maps = levels_by_stride(teacher.features, strides, "teacher")
-        losses = [self.level_loss(s, t) for s, t in zip(student_maps, teacher_maps, strict=True)]
+        losses = [self.level_loss(s, t) for s, t in self.adaptation.pairs(student, teacher)]
         return {"loss_structural": self.weight * sum(losses)}
 
+    @in_float32
     def level_loss(self, student_BCHW: Tensor, teacher_BCHW: Tensor) -> Tensor:
         """The loss of one level, unweighted."""
-        return in_float32(self._level_loss)(student_BCHW, teacher_BCHW)
-
-    def _level_loss(self, student_BCHW: Tensor, teacher_BCHW: Tensor) -> Tensor:
         return self.map_loss(*min_max_normalize(student_BCHW, teacher_BCHW, self.normalization))
