@@ -1,5 +1,6 @@
 """The comparison: matrix files, statistics of the table, resuming."""
 
+import fcntl
 import json
 import math
 import os
@@ -8,7 +9,7 @@ from kd_d2 import UserError
 from kd_d2.comparison import runner
 from kd_d2.comparison.matrix import measured_settings, read_matrix
 from kd_d2.comparison.plots import plot_ap, plot_curves
-from kd_d2.comparison.runner import Job, result_path, run_jobs, training_job
+from kd_d2.comparison.runner import Job, read_metrics, result_path, run_jobs, training_job
 from kd_d2.comparison.table import as_csv, as_markdown, build_rows, pooled_deviation, read_results
 
 import pytest
@@ -191,3 +192,29 @@ def test_a_failing_cell_is_named_and_others_finish(tmp_path, monkeypatch):
     assert good["seconds_per_iteration"] == pytest.approx(0.6)
     assert good["curves"] == {"total_loss": [[9, 1.0]], "bbox/AP": [[19, 12.5]]}
     assert not (tmp_path / "cells" / "bad.json").exists()
+
+
+def test_a_cell_that_another_process_runs_is_left_to_it(tmp_path, monkeypatch, capsys):
+    """Check that a locked folder is not trained in, and that what finished meanwhile is not run again."""
+    monkeypatch.setattr(runner, "TRAIN_NET", str(tmp_path / "nothing.py"))
+    job = Job("busy", 0, [], str(tmp_path / "busy"), str(tmp_path / "cells" / "busy.json"), {})
+    os.makedirs(job.output)
+    with open(os.path.join(job.output, ".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run_jobs([job], 1, 1)
+    assert f"busy seed 0: left out, another process is running it in {job.output}" in capsys.readouterr().out
+    assert not os.path.exists(os.path.join(job.output, "process.log"))
+    with pytest.raises(UserError, match="1 cells failed: busy seed 0"):  # free again: it is tried
+        run_jobs([job], 1, 1)
+
+
+def test_metrics_of_a_run_that_was_killed_and_resumed(tmp_path):
+    """Check that repeated iterations count once, as they were at last, and half a line not at all."""
+    rows = [{"iteration": i, "total_loss": float(i)} for i in (19, 39, 59)] + [{"iteration": 39, "total_loss": 1.0}]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "metrics.json").write_text(text + '{"iteration": 79, "to')
+    assert [(r["iteration"], r["total_loss"]) for r in read_metrics(str(tmp_path))] == [
+        (19, 19.0),
+        (39, 1.0),
+        (59, 59.0),
+    ]

@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from ..engine.checks import check_output_folder
+from ..errors import UserError
 from .costs import measure_costs
 from .matrix import Matrix
 from .plots import plot_ap, plot_curves
@@ -48,6 +49,10 @@ def compare(
     else:
         first, of_teacher = teacher_training_job(matrix, output, results, opts)
     run_jobs([first], 1, jobs * threads)
+    if not os.path.isfile(first.result):
+        raise UserError(
+            f"The teacher is being made by another process in {first.output}; start again when it has ended."
+        )
     opts = [*opts, *of_teacher]
     run_jobs(
         [training_job(cell, seed, output, results, opts) for cell, seed in matrix.select(cells, seeds)], jobs, threads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import statistics
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import IO, Any
 
 from ..errors import UserError
 from .matrix import Cell, Matrix, measured_settings
@@ -36,6 +37,7 @@ class Job:
     result: str
     settings: dict[str, Any]
     process: subprocess.Popen | None = None
+    lock: IO | None = None
     started: float = 0.0
     reported: int = field(default=-1)
 
@@ -46,6 +48,8 @@ class Job:
 
 def run_jobs(jobs: list[Job], parallel: int, threads: int) -> None:
     """Run every job that has no result yet, and write its result file when it ends well.
+
+    A job that another comparison is running at this time is left to it.
 
     Args:
         parallel: processes at a time.
@@ -61,7 +65,13 @@ def run_jobs(jobs: list[Job], parallel: int, threads: int) -> None:
     try:
         while waiting or running:
             while waiting and len(running) < parallel:
-                running.append(_start(waiting.pop(0), threads))
+                job = waiting.pop(0)
+                if not _claim(job):
+                    print(f"{job.name}: left out, another process is running it in {job.output}", flush=True)
+                elif _is_finished(job):  # by another comparison, while this one was busy
+                    job.lock.close()
+                else:
+                    running.append(_start(job, threads))
             time.sleep(0.5)
             for job in list(running):
                 _report_progress(job)
@@ -146,12 +156,27 @@ def _is_finished(job: Job) -> bool:
     return True
 
 
-def _start(job: Job, threads: int) -> Job:
+def _claim(job: Job) -> bool:
+    """Lock the job's folder until its process and this one have ended; False where somebody else holds it."""
     os.makedirs(job.output, exist_ok=True)
+    job.lock = open(os.path.join(job.output, ".lock"), "w")  # noqa: SIM115
+    try:
+        fcntl.flock(job.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        job.lock.close()
+        return False
+    return True
+
+
+def _start(job: Job, threads: int) -> Job:
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     with open(os.path.join(job.output, "process.log"), "ab") as log:
         job.process = subprocess.Popen(
-            [sys.executable, TRAIN_NET, *job.command], stdout=log, stderr=subprocess.STDOUT, env=environment
+            [sys.executable, TRAIN_NET, *job.command],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            pass_fds=[job.lock.fileno()],
         )
     job.started = time.time()
     print(f"{job.name}: started, log in {job.output}/process.log", flush=True)
@@ -173,6 +198,7 @@ def _report_progress(job: Job) -> None:
 
 
 def _finish(job: Job) -> bool:
+    job.lock.close()
     minutes = (time.time() - job.started) / 60
     if job.process.returncode != 0:
         print(f"{job.name}: FAILED with exit status {job.process.returncode}, see {job.output}/process.log", flush=True)
@@ -224,15 +250,19 @@ def _curves(metrics: list[dict[str, Any]]) -> dict[str, list]:
 
 
 def read_metrics(folder: str) -> list[dict[str, Any]]:
-    """Detectron2's metrics.json: one row a line; what a kill left half-written is passed over."""
+    """Detectron2's metrics.json, a row an iteration, in their order.
+
+    What a kill left half-written is passed over; an iteration that was repeated after it counts as it was at last.
+    """
     path = os.path.join(folder, "metrics.json")
     if not os.path.isfile(path):
         return []
-    rows = []
+    rows: dict[int, dict[str, Any]] = {}
     with open(path) as file:
         for line in file:
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except ValueError:
                 continue
-    return rows
+            rows[row["iteration"]] = row
+    return [rows[iteration] for iteration in sorted(rows)]
