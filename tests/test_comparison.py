@@ -4,19 +4,20 @@ import fcntl
 import json
 import math
 import os
+import runpy
 
 from kd_d2 import UserError
 from kd_d2.comparison import runner
 from kd_d2.comparison.matrix import measured_settings, read_matrix
 from kd_d2.comparison.plots import plot_ap, plot_curves
+from kd_d2.comparison.report import write_report
 from kd_d2.comparison.runner import Job, read_metrics, result_path, run_jobs, training_job
 from kd_d2.comparison.table import as_csv, as_markdown, build_rows, pooled_deviation, read_results
 
 import pytest
 
-STUDENT = os.path.join(
-    os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs", "tiny", "retinanet-student.yaml"
-)
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+STUDENT = os.path.join(ROOT, "configs", "tiny", "retinanet-student.yaml")
 
 
 def write_matrix(folder, text):
@@ -218,3 +219,31 @@ def test_metrics_of_a_run_that_was_killed_and_resumed(tmp_path):
         (39, 1.0),
         (59, 59.0),
     ]
+
+
+def test_a_report_of_some_cells_in_a_folder_of_its_own(finished, tmp_path):
+    """Check that the table has the chosen cells, baseline and plain student, and what is finished of them alone."""
+    matrix, folder = finished
+    report = tmp_path / "report"
+    report.mkdir()
+    rows = write_report(matrix.reduced_to(["better"]), folder, {}, str(report))
+    assert [row.name for row in rows] == ["teacher", "plain", "inheritance", "better"]
+    rows = write_report(matrix.reduced_to([]), folder, {}, str(report))
+    assert [row.name for row in rows] == ["teacher", "plain", "inheritance"]
+    assert "better" not in (report / "table.csv").read_text()
+    assert sorted(path.name for path in report.iterdir()) == ["ap.png", "curves.png", "table.csv", "table.md"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cells", "seeds", "opts"),
+    [
+        (["--cells", "a", "b", "SOLVER.BASE_LR", "0.1"], ["a", "b"], None, ["SOLVER.BASE_LR", "0.1"]),
+        (["--seeds", "0", "1", "SOLVER.BASE_LR", "0.1"], None, [0, 1], ["SOLVER.BASE_LR", "0.1"]),
+        (["--cells", "a", "--jobs", "2", "SOLVER.BASE_LR", "1"], ["a"], None, ["SOLVER.BASE_LR", "1"]),
+        ([], None, None, []),
+    ],
+)
+def test_overrides_may_follow_a_list(arguments, cells, seeds, opts):
+    parse = runpy.run_path(os.path.join(ROOT, "tools", "compare.py"))["parse"]
+    args = parse(["--matrix", "m.yaml", "--output", "out", *arguments])
+    assert (args.cells, args.seeds, args.opts) == (cells, seeds, opts)

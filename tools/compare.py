@@ -18,13 +18,29 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--matrix", required=True, help="yaml file of the matrix")
     parser.add_argument("--output", required=True, help="folder of the runs")
-    parser.add_argument("--results", help="folder of finished cells, table and plots (default OUTPUT/results)")
-    parser.add_argument("--cells", nargs="+", help="only these cells")
-    parser.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
+    parser.add_argument("--results", help="folder of finished cells (default OUTPUT/results)")
+    parser.add_argument("--report", help="folder of table and plots (default that of --results)")
+    parser.add_argument("--cells", nargs="+", help="only these cells, beside baseline and plain student in the table")
+    parser.add_argument("--seeds", nargs="+", help="only these seeds")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time (default 1)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each (default 1)")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides: KEY VALUE ...")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in ("cells", "seeds"):  # a list takes all that follows, overrides too
+        values, overrides = _until_override(getattr(args, name))
+        setattr(args, name, values)
+        args.opts = [*overrides, *args.opts]
+    try:
+        args.seeds = args.seeds and [int(seed) for seed in args.seeds]
+    except ValueError:
+        parser.error(f"argument --seeds: {' '.join(args.seeds)} are not whole numbers")
+    return args
+
+
+def _until_override(values: list[str] | None) -> tuple[list[str] | None, list[str]]:
+    """The values up to the first KEY.LIKE.THIS, and the rest."""
+    keys = [i for i, value in enumerate(values or ()) if value.isupper() and "." in value]
+    return (values[: keys[0]], values[keys[0] :]) if keys else (values, [])
 
 
 if __name__ == "__main__":
@@ -35,6 +51,7 @@ if __name__ == "__main__":
             args.output,
             args.opts,
             results=args.results,
+            report=args.report,
             cells=args.cells,
             seeds=args.seeds,
             jobs=args.jobs,

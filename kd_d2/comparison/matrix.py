@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import yaml
@@ -78,6 +78,11 @@ class Matrix:
                 raise UserError(f"{self.path} has no cell {name!r}; there are {', '.join(known)}.")
         pairs = [(c, s) for c in self.cells for s in c.seeds if names is None or c.name in names]
         return sorted(((c, s) for c, s in pairs if seeds is None or s in seeds), key=lambda pair: pair[1])
+
+    def reduced_to(self, names: list[str] | None) -> Matrix:
+        """The matrix with these cells alone, baseline and plain student always among them; None for all."""
+        kept = {cell.name for cell in self.cells} if names is None else {*names, self.baseline, self.student}
+        return replace(self, cells=tuple(cell for cell in self.cells if cell.name in kept))
 
 
 def read_matrix(path: str) -> Matrix:

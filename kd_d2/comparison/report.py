@@ -21,6 +21,7 @@ def compare(
     opts: list[Any],
     *,
     results: str | None = None,
+    report: str | None = None,
     cells: list[str] | None = None,
     seeds: list[int] | None = None,
     jobs: int = 1,
@@ -31,9 +32,11 @@ def compare(
     Args:
         output: folder of the runs, one a cell and seed.
         opts: overrides for all cells.
-        results: folder of what is small enough to keep: a json a finished cell and seed, `costs.json`, `table.md`,
-            `table.csv`, `ap.png`, `curves.png`; by default `output`/results.
-        cells, seeds: only these; None for all.
+        results: folder of what is small enough to keep: a json a finished cell and seed, and `costs.json`; by default
+            `output`/results.
+        report: folder of `table.md`, `table.csv`, `ap.png` and `curves.png`; by default `results`.
+        cells: only these are run and reported, beside baseline and plain student where they are finished; None for all.
+        seeds: only these are run; None for all.
         jobs: trainings at a time.
         threads: CPU threads of each.
 
@@ -43,7 +46,9 @@ def compare(
     output = os.path.abspath(output)
     results = os.path.abspath(results or os.path.join(output, "results"))
     check_output_folder(output, "--output")
+    report = os.path.abspath(report or results)
     check_output_folder(results, "--results")
+    check_output_folder(report, "--report")
     if matrix.teacher is None:
         first, of_teacher = teacher_evaluation_job(matrix, output, results, opts), []
     else:
@@ -57,13 +62,14 @@ def compare(
     run_jobs(
         [training_job(cell, seed, output, results, opts) for cell, seed in matrix.select(cells, seeds)], jobs, threads
     )
-    return write_report(matrix, results, opts)
+    costs = _costs(matrix, results, opts)
+    return write_report(matrix.reduced_to(cells), results, costs, report)
 
 
-def write_report(matrix: Matrix, folder: str, opts: list[Any]) -> list[Row]:
-    """Write table and plots of what is finished into `folder`, where its results are, and print the table."""
-    results = read_results(matrix, folder)
-    rows = build_rows(matrix, results, _costs(matrix, folder, opts))
+def write_report(matrix: Matrix, results_folder: str, costs: dict[str, dict[str, float]], folder: str) -> list[Row]:
+    """Write table and plots of what is finished into `folder`, and print the table."""
+    results = read_results(matrix, results_folder)
+    rows = build_rows(matrix, results, costs)
     for name, text in (("table.md", as_markdown(rows) + "\n"), ("table.csv", as_csv(rows))):
         with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
             file.write(text)
