@@ -16,19 +16,19 @@ import itertools
 import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 
 from kd_d2 import DISTILLER_REGISTRY, Distiller, KDMetaArch, Teacher, load_config
 from kd_d2.detectors import build_adapter
 from kd_d2.engine.step import DistillationStep
+from measuring import device_name, number_from_fresh_process, peak_memory
 
 import torch
 from detectron2.config import configurable
+from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 
@@ -38,6 +38,7 @@ PAIRS = {
     "tiny": (f"{TINY}/retinanet-student.yaml", f"{TINY}/retinanet-teacher.yaml", 8, (192, 256)),
     "coco": ("COCO-Detection/retinanet_R_50_FPN_1x.yaml", "COCO-Detection/retinanet_R_101_FPN_3x.yaml", 2, (800, 1216)),
 }
+DATASET = "benchmark"
 PLAIN, READ = "student", "student + teacher"
 BOXES = 7
 
@@ -68,6 +69,8 @@ class Bench:
         self.student = build_model(self.cfg)
         self.teacher = Teacher(build_model(load_config(teacher_config, opts)))
         self.data = _inputs(batch, size, self.teacher.spec.num_classes)
+        self.cfg.DATASETS.TRAIN = (DATASET,)
+        DatasetCatalog.register(DATASET, lambda: _as_dataset(self.data))
 
     def step(self, variant: str) -> DistillationStep:
         if variant == PLAIN:
@@ -93,6 +96,19 @@ def _inputs(batch: int, size: tuple[int, int], num_classes: int) -> list[dict]:
     return inputs
 
 
+def _as_dataset(inputs: list[dict]) -> list[dict]:
+    """For methods that read the training set's statistics."""
+    dicts = []
+    for item in inputs:
+        target = item["instances"]
+        annotations = [
+            {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": label}
+            for box, label in zip(target.gt_boxes.tensor.tolist(), target.gt_classes.tolist(), strict=True)
+        ]
+        dicts.append({"height": target.image_size[0], "width": target.image_size[1], "annotations": annotations})
+    return dicts
+
+
 def measure_times(pair: str, variants: list[str], rounds: int) -> dict[str, list[float]]:
     """Seconds of every round, by variant. One round more is run first and thrown away."""
     bench = Bench(pair)
@@ -115,21 +131,7 @@ def measure_memory(pair: str, variant: str) -> float:
     bench = Bench(pair)
     step = bench.step(variant)
     with EventStorage():
-        if bench.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            step.run_step()
-            return (torch.cuda.max_memory_allocated() - before) / 2**20
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the peak starts anew
-        before = _status("VmRSS")
-        step.run_step()
-        return (_status("VmHWM") - before) / 2**10
-
-
-def _status(key: str) -> int:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(key + ":"))
+        return peak_memory(step.run_step)
 
 
 def main() -> None:
@@ -148,24 +150,12 @@ def main() -> None:
 
     variants = [PLAIN, READ, *args.methods]
     times = measure_times(args.pair, variants, args.rounds)
-    memory = {}
-    for variant in variants:
-        command = [
-            sys.executable,
-            __file__,
-            "--pair",
-            args.pair,
-            "--threads",
-            str(args.threads),
-            "--memory-of",
-            variant,
-        ]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        memory[variant] = float(output.splitlines()[-1])
+    options = ["--pair", args.pair, "--threads", args.threads]
+    memory = {v: number_from_fresh_process(__file__, *options, "--memory-of", v) for v in variants}
     ratios = {v: [a / b for a, b in zip(times[v], times[READ])] for v in variants}
     result = {
         "pair": args.pair,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {args.threads} threads",
+        "device": device_name(args.threads),
         "torch": torch.__version__,
         "variants": {
             v: {"seconds": times[v], "ratio": statistics.median(ratios[v]), "memory_mib": memory[v]} for v in variants

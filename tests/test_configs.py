@@ -7,6 +7,7 @@ from kd_d2 import DISTILLER_REGISTRY
 from kd_d2.checkpoint import inherit, part_of
 from kd_d2.config import KD_META_ARCH, load_config, load_teacher_config, read_yaml
 from kd_d2.detectors import build_adapter
+from kd_d2.distillers.icd import distiller as icd
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configs" / "tiny"
 THESIS = ROOT / "projects" / "StructuralKD" / "configs"
+ICD = ROOT / "projects" / "ICD" / "configs"
 FILES = sorted([*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("projects/*/configs/**/*.yaml")])
 CONFIGS = [path for path in FILES if "cells" not in yaml.safe_load(path.read_text())]  # those with cells are matrices
 
@@ -130,8 +132,11 @@ def name_of(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)
-def test_every_config_loads_and_its_pair_can_be_built(path: Path, stand_in: str) -> None:
+def test_every_config_loads_and_its_pair_can_be_built(
+    path: Path, stand_in: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Check that the config is valid, and that its distillers accept its student and teacher."""
+    monkeypatch.setattr(icd, "read_priors", lambda datasets, k: (torch.ones(k), torch.ones(k, 2), torch.ones(k, 2)))
     cfg = load(path, stand_in)
     if "Base" in path.stem or path.stem == "base":
         return
@@ -272,6 +277,8 @@ def test_batch_norm_is_a_switch(stand_in: str) -> None:
         ("retinanet-ssim", "StructuralKD", "ssim", 4),
         ("faster-rcnn-ssim", "StructuralKD", "ssim", 2),
         ("retinanet-feature-imitation", "FeatureImitation", None, None),
+        ("retinanet-icd", "ICD", None, None),
+        ("faster-rcnn-icd", "ICD", None, None),
     ],
 )
 def test_tiny_examples(name: str, distiller: str, loss: str | None, weight: float | None, stand_in: str) -> None:
@@ -284,6 +291,7 @@ def test_tiny_examples(name: str, distiller: str, loss: str | None, weight: floa
     assert str(TINY / f"{detector}-teacher.yaml") == cfg.MODEL.KD.TEACHER.CONFIG_FILE
     weights = read_yaml(str(TINY / f"{name}.yaml"))["MODEL"]["KD"]["TEACHER"]["WEIGHTS"]
     assert weights == f"output/tiny/{detector}-teacher/model_final.pth"
+    assert 100 * cfg.MODEL.KD.ICD.DETACH_STUDENT_ITERS == cfg.SOLVER.MAX_ITER or distiller != "ICD"
     plain = load(TINY / f"{detector}-student.yaml", stand_in)
     student = load(TINY / f"{name}.yaml", stand_in, student_only=True)
     assert without(student, "MODEL.KD") == without(plain, "MODEL.KD")
@@ -291,3 +299,28 @@ def test_tiny_examples(name: str, distiller: str, loss: str | None, weight: floa
     assert not inherited(cfg)[1]
     sizes = [sum(p.numel() for p in model.parameters()) for model in pair(cfg)]
     assert sizes[0] < 0.6 * sizes[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "zoo", "teacher"),
+    [
+        ("retinanet", "retinanet_R_50_FPN_1x", "retinanet_R_101_FPN_3x"),
+        ("faster_rcnn", "faster_rcnn_R_50_FPN_1x", "faster_rcnn_R_101_FPN_3x"),
+        ("mask_rcnn", "mask_rcnn_R_50_FPN_1x", "mask_rcnn_R_101_FPN_3x"),
+    ],
+)
+def test_icd_on_coco_is_the_references_setting(name: str, zoo: str, teacher: str) -> None:
+    """Check that the students are Detectron2's 1x models, and that ICD's keys are at their published defaults."""
+    group = "COCO-InstanceSegmentation" if name == "mask_rcnn" else "COCO-Detection"
+    theirs = load_config(f"{group}/{zoo}.yaml")
+    plain = load_config(str(ICD / f"{name}_R50.yaml"))
+    filtered = "DATALOADER.FILTER_EMPTY_ANNOTATIONS"
+    assert without(plain, filtered) == without(theirs, filtered)
+    defaults = theirs.MODEL.KD.ICD
+    for suffix, inherits in (("icd", False), ("icd_inherit", True)):
+        cfg = load_config(str(ICD / f"{name}_R101-R50_{suffix}.yaml"))
+        assert list(cfg.MODEL.KD.DISTILLERS) == ["ICD"] and defaults == cfg.MODEL.KD.ICD
+        assert cfg.MODEL.KD.INHERIT.ENABLED is inherits
+        assert f"{group}/{teacher}.yaml" == cfg.MODEL.KD.TEACHER.CONFIG_FILE
+        student = load_config(str(ICD / f"{name}_R101-R50_{suffix}.yaml"), student_only=True)
+        assert without(student, "MODEL.KD") == without(plain, "MODEL.KD")

@@ -1,0 +1,234 @@
+"""The conditional decoder: instance queries look for their evidence in the teacher's features (ICD's G).
+
+Shape suffixes: B images, Q queries, M heads, L positions over all levels, D dims of a head, E dims of the decoder,
+C channels of the features, H W map.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...losses import instance_attention
+from .encoding import linear, sine_waves
+from .projection import project_levels
+
+POSITION_EPS = 1e-6
+LOGIT_ELEMENTS = 2**22  # attention logits that are held at a time
+
+
+@dataclass
+class LevelGeometry:
+    """Where the positions of the levels lie in the images.
+
+    Attributes:
+        valid_heights, valid_widths: per level the number of rows and columns of each image (B,) that are not padding.
+        shapes: (H, W) per level.
+        is_valid: (B, L) bool; None where no image of the batch is padded.
+    """
+
+    valid_heights: list[Tensor]
+    valid_widths: list[Tensor]
+    shapes: list[tuple[int, int]]
+    is_valid: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        maps: list[Tensor],
+        image_sizes: list[tuple[int, int]],
+        padded_size: tuple[int, int],
+    ) -> LevelGeometry:
+        """
+        Args:
+            maps: the levels (B, C, H, W).
+            image_sizes: height and width of the images in pixels, without padding.
+            padded_size: height and width of the batch in pixels.
+        """
+        device = maps[0].device
+        shapes = [tuple(m.shape[-2:]) for m in maps]
+        # A cell belongs to the image if its first pixel does.
+        counts = [
+            [[-(-size[i] * shape[i] // padded_size[i]) for i in (0, 1)] for size in image_sizes] for shape in shapes
+        ]
+        padded = any((h, w) != shape for level, shape in zip(counts, shapes, strict=True) for h, w in level)
+        counts = [torch.tensor(level).to(device, non_blocking=True) for level in counts]
+        is_valid = None
+        if padded:
+            is_valid = torch.cat(
+                [
+                    (
+                        (torch.arange(H, device=device) < count[:, :1])[:, :, None]
+                        & (torch.arange(W, device=device) < count[:, 1:])[:, None]
+                    ).flatten(1)
+                    for count, (H, W) in zip(counts, shapes, strict=True)
+                ],
+                1,
+            )
+        return cls([c[:, 0] for c in counts], [c[:, 1] for c in counts], shapes, is_valid)
+
+    def rows(self, num_waves: int) -> list[Tensor]:
+        """Sine embedding of each row of each level, (B, H, 2 * num_waves)."""
+        return [_embed(H, valid, num_waves) for (H, _), valid in zip(self.shapes, self.valid_heights, strict=True)]
+
+    def columns(self, num_waves: int) -> list[Tensor]:
+        """Sine embedding of each column of each level, (B, W, 2 * num_waves)."""
+        return [_embed(W, valid, num_waves) for (_, W), valid in zip(self.shapes, self.valid_widths, strict=True)]
+
+
+def _embed(length: int, num_valid: Tensor, num_waves: int) -> Tensor:
+    """Positions count from 1, in parts of the valid length; sines and cosines take turns."""
+    number = torch.arange(1, length + 1, device=num_valid.device)
+    waves = sine_waves(number / (num_valid[:, None] + POSITION_EPS), num_waves)
+    return torch.stack(waves, -1).flatten(-2)
+
+
+@dataclass
+class Attended:
+    """What a decoder layer found.
+
+    Attributes:
+        instances: (B, Q, E) the queries with what they found.
+        values: (B, M, L, D) the teacher's values.
+        attention: (B, M, L) attention summed over the real queries, without gradient.
+    """
+
+    instances: Tensor
+    values: Tensor
+    attention: Tensor
+
+
+class DecoderLayer(nn.Module):
+    """Multi-head cross-attention from queries to positions, then a feed-forward block, post-norm.
+
+    Args:
+        dim: E.
+        num_heads: M.
+        ffn_dim: inner width of the feed-forward block.
+    """
+
+    def __init__(self, dim: int, num_heads: int, ffn_dim: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = linear(dim, dim)
+        self.key = linear(dim, dim)
+        self.value = linear(dim, dim)
+        self.out = linear(dim, dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.ffn = nn.Sequential(linear(dim, ffn_dim), nn.ReLU(), linear(ffn_dim, dim))
+        self.norm2 = nn.LayerNorm(dim)
+
+    def heads(self, x_BLE: Tensor) -> Tensor:
+        """(B, L, E) as (B, M, L, D)."""
+        return x_BLE.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def forward(self, query_BQE: Tensor, keys: Tensor, values: Tensor, is_valid_BL: Tensor | None) -> Tensor:
+        """
+        Args:
+            query_BQE: (B, Q, E).
+            keys, values: (B, M, L, D).
+            is_valid_BL: false at padding; None where there is none.
+
+        Returns:
+            (B, Q, E).
+        """
+        mask = None if is_valid_BL is None else is_valid_BL[:, None, None].expand(-1, -1, query_BQE.shape[1], -1)
+        found = F.scaled_dot_product_attention(self.heads(self.query(query_BQE)), keys, values, mask)
+        query_BQE = self.norm1(query_BQE + self.out(found.transpose(1, 2).flatten(2)))
+        return self.norm2(query_BQE + self.ffn(query_BQE))
+
+    def logits(self, query_BQE: Tensor, keys: Tensor, is_valid_BL: Tensor | None) -> Tensor:
+        """Attention logits (B, M, Q, L), -inf at padding; arguments as `forward`."""
+        queries = self.heads(self.query(query_BQE)) / keys.shape[-1] ** 0.5
+        # Image by image: heads of one image are evenly spaced in memory, so that no key is copied.
+        logits = torch.stack([q @ k.mT for q, k in zip(queries, keys, strict=True)])
+        return logits if is_valid_BL is None else logits.masked_fill(~is_valid_BL[:, None, None], -torch.inf)
+
+    @torch.no_grad()
+    def summed_attention(
+        self, query_BQE: Tensor, is_real_BQ: Tensor, keys: Tensor, is_valid_BL: Tensor | None
+    ) -> Tensor:
+        """Attention (B, M, L), summed over the real queries; a few queries at a time. Arguments as `forward`."""
+        B, M, L, _ = keys.shape
+        total_BML = keys.new_zeros(B, M, L, dtype=torch.float32)
+        step = max(1, LOGIT_ELEMENTS // (B * M * L))
+        for queries, is_real in zip(query_BQE.split(step, 1), is_real_BQ.split(step, 1), strict=True):
+            total_BML += instance_attention(self.logits(queries, keys, is_valid_BL), is_real)
+        return total_BML
+
+
+class Decoder(nn.Module):
+    """ICD's G: layers of cross-attention over the teacher's features, positions added to the keys alone.
+
+    Args:
+        channels: C of the teacher's features; where it is not `dim`, they are projected.
+        dim: E, a multiple of 4 and of `num_heads`.
+        num_heads: M.
+        ffn_dim: inner width of the feed-forward blocks.
+        num_layers: one has its own attention, values and loss each.
+    """
+
+    def __init__(self, channels: int, dim: int, num_heads: int, ffn_dim: int, num_layers: int):
+        super().__init__()
+        self.dim = dim
+        self.input = linear(channels, dim) if channels != dim else None
+        self.position = linear(dim, dim)
+        self.layers = nn.ModuleList(DecoderLayer(dim, num_heads, ffn_dim) for _ in range(num_layers))
+
+    def keys(self, layer: DecoderLayer, maps: list[Tensor], geometry: LevelGeometry) -> Tensor:
+        """The layer's keys (B, M, L, D): features and positions, projected.
+
+        All linear maps on the way are multiplied together first, so that each position is projected once; the position
+        has a part of its row and one of its column, which are projected by themselves.
+        """
+        with torch.autocast(maps[0].device.type, enabled=False):
+            weight, bias = self._behind_input(layer.key)
+            bias = bias + layer.key.weight @ self.position.bias
+            of_row, of_column = (layer.key.weight @ self.position.weight).chunk(2, 1)
+            rows = [waves.to(of_row) @ of_row.T for waves in geometry.rows(self.dim // 4)]
+            columns = [waves.to(of_column) @ of_column.T for waves in geometry.columns(self.dim // 4)]
+        return layer.heads(project_levels(maps, weight, bias, rows, columns))
+
+    def values(self, layer: DecoderLayer, maps: list[Tensor]) -> Tensor:
+        """The layer's values (B, M, L, D) of the teacher's features."""
+        return layer.heads(project_levels(maps, *self._behind_input(layer.value)))
+
+    def _behind_input(self, layer: nn.Linear) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the input projection and `layer` as one."""
+        if self.input is None:
+            return layer.weight, layer.bias
+        return layer.weight @ self.input.weight, layer.weight @ self.input.bias + layer.bias
+
+    def forward(
+        self, query_BQE: Tensor, is_real_BN: Tensor, maps: list[Tensor], geometry: LevelGeometry
+    ) -> list[Attended]:
+        """
+        Args:
+            query_BQE: (B, Q, E) encoded instances.
+            is_real_BN: which of the first N queries are of the ground truth; those after them are not.
+            maps: levels (B, C, H, W).
+            geometry: of the same levels.
+
+        Returns:
+            what each layer found.
+        """
+        found = []
+        for layer in self.layers:
+            keys, values = self.keys(layer, maps, geometry), self.values(layer, maps)
+            first_BNE = query_BQE[:, : is_real_BN.shape[1]]
+            attention = layer.summed_attention(first_BNE, is_real_BN, keys, geometry.is_valid)
+            query_BQE = layer(query_BQE, keys, values, geometry.is_valid)
+            found.append(Attended(query_BQE, values, attention))
+        return found
+
+    def attention_logits(self, query_BQE: Tensor, maps: list[Tensor], geometry: LevelGeometry) -> list[Tensor]:
+        """By layer the attention logits (B, M, Q, L), -inf at padding; to look at. Arguments as `forward`."""
+        logits = []
+        for layer in self.layers:
+            keys, values = self.keys(layer, maps, geometry), self.values(layer, maps)
+            logits.append(layer.logits(query_BQE, keys, geometry.is_valid))
+            query_BQE = layer(query_BQE, keys, values, geometry.is_valid)
+        return logits

@@ -1,0 +1,127 @@
+"""Who is asked about: the instances of the ground truth, and fake ones drawn from the classes' priors.
+
+Shape suffixes: B images, Q queries, K classes, N instances or fakes of all images together.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from detectron2.structures import Instances
+from torch import Tensor, nn
+
+FAKE_SIZE_RANGE = (0.002, 0.7)
+FAKE_CENTER_RANGE = (0.03, 0.97)
+FAKE_SIGMAS = 2.0
+
+
+@dataclass
+class InstanceQueries:
+    """Queries of a batch; in each image the real ones first, then the fakes, then padding.
+
+    Attributes:
+        boxes: (B, Q, 4) centre x, y, width, height in parts of the image.
+        centers: (B, Q, 2) the jittered centres x, y in parts of the image.
+        classes: (B, Q) int64.
+        is_real: (B, Q) bool, of the ground truth.
+        is_padding: (B, Q) bool, neither real nor fake.
+        image_sizes: (B, 2) height and width of the images in pixels, without padding.
+        most_real: the largest number of real queries of an image.
+    """
+
+    boxes: Tensor
+    centers: Tensor
+    classes: Tensor
+    is_real: Tensor
+    is_padding: Tensor
+    image_sizes: Tensor
+    most_real: int
+
+
+class FakeInstances(nn.Module):
+    """Draws instances that are not there: class, size and place, as the training set has them.
+
+    Args:
+        frequencies: (K,) how often each class occurs, in any unit.
+        mean_sizes, deviations: (K, 2) mean and standard deviation of width and height, in parts of the image.
+    """
+
+    def __init__(self, frequencies: Tensor, mean_sizes: Tensor, deviations: Tensor):
+        super().__init__()
+        self.register_buffer("cumulative", (frequencies.double().cumsum(0) / frequencies.double().sum()).float())
+        self.register_buffer("mean_sizes", mean_sizes.float())
+        self.register_buffer("deviations", deviations.float())
+
+    def sample(self, count: int) -> tuple[Tensor, Tensor]:
+        """Draw `count` instances with torch's generator of the device.
+
+        Returns:
+            boxes (N, 4) centre x, y, width, height in parts of the image, and classes (N,).
+        """
+        device = self.cumulative.device
+        classes = torch.searchsorted(self.cumulative, torch.rand(count, device=device), right=True)
+        classes.clamp_(max=len(self.cumulative) - 1)
+        inside = math.erf(FAKE_SIGMAS / math.sqrt(2))
+        sigmas = math.sqrt(2) * torch.erfinv(inside * (2 * torch.rand(count, 2, device=device) - 1))
+        sizes = (self.mean_sizes[classes] + sigmas * self.deviations[classes]).clamp(*FAKE_SIZE_RANGE)
+        centers = torch.rand(count, 2, device=device).clamp(*FAKE_CENTER_RANGE)
+        return torch.cat([centers, sizes], 1), classes
+
+
+@torch.no_grad()
+def build_queries(
+    targets: list[Instances],
+    image_sizes: list[tuple[int, int]],
+    fakes: FakeInstances,
+    *,
+    fakes_per_instance: float,
+    max_queries: int,
+    jitter: float,
+) -> InstanceQueries:
+    """The queries of a batch.
+
+    Args:
+        targets: ground truth per image, `gt_boxes` in pixels and `gt_classes`.
+        image_sizes: height and width of the images in pixels, without padding.
+        fakes_per_instance: fakes per real instance; an image without instances gets one fake.
+        max_queries: of an image, real and fake together; of more real instances a random choice is taken.
+        jitter: the centre is moved by U(-jitter, jitter) times width and height.
+    """
+    device = targets[0].gt_boxes.device
+    targets = [t if len(t) <= max_queries else t[torch.randperm(len(t), device=device)[:max_queries]] for t in targets]
+    num_real = [len(t) for t in targets]
+    num_fake = [min(round(n * fakes_per_instance), max_queries - n) if n else 1 for n in num_real]
+    fake_boxes, fake_classes = fakes.sample(sum(num_fake))
+    sizes_B2 = torch.tensor(image_sizes, dtype=torch.float32).to(device, non_blocking=True)
+
+    queries_of = [real + fake for real, fake in zip(num_real, num_fake, strict=True)]
+    B, Q = len(targets), max(queries_of)
+    rank_Q = torch.arange(Q)
+    is_real = rank_Q < torch.tensor(num_real)[:, None]
+    is_padding = rank_Q >= torch.tensor(queries_of)[:, None]
+    is_fake = ~is_real & ~is_padding
+    # Indices come from the host, so that nothing waits for the device.
+    real_slots, fake_slots = (x.flatten().nonzero()[:, 0].to(device, non_blocking=True) for x in (is_real, is_fake))
+
+    boxes = torch.zeros(B * Q, 4, device=device)
+    classes = torch.zeros(B * Q, dtype=torch.int64, device=device)
+    if sum(num_real):
+        real_boxes = torch.cat([t.gt_boxes.tensor.float() for t in targets])
+        owner = torch.repeat_interleave(torch.arange(B), torch.tensor(num_real)).to(device, non_blocking=True)
+        corners = real_boxes.view(-1, 2, 2) / sizes_B2[owner].flip(1)[:, None]
+        boxes[real_slots] = torch.cat([corners.mean(1), corners[:, 1] - corners[:, 0]], 1)
+        classes[real_slots] = torch.cat([t.gt_classes for t in targets])
+    boxes[fake_slots], classes[fake_slots] = fake_boxes, fake_classes
+    boxes = boxes.view(B, Q, 4)
+    centers = boxes[..., :2] + (2 * torch.rand(B, Q, 2, device=device) - 1) * jitter * boxes[..., 2:]
+    return InstanceQueries(
+        boxes,
+        centers,
+        classes.view(B, Q),
+        is_real.to(device, non_blocking=True),
+        is_padding.to(device, non_blocking=True),
+        sizes_B2,
+        max(num_real),
+    )

@@ -1,0 +1,97 @@
+"""Distillation of values where instances look (ICD, Kang et al. 2021).
+
+Shape suffixes: B images, M heads, Q queries, L positions over all levels, D dims of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**25}
+"""Elements of a value tensor that are worked on at a time, by device: small enough for a CPU's cache."""
+LAYER_NORM_EPS = 1e-5
+ATTENTION_EPS = 1e-6
+
+
+def icd_distill_loss(student_value: Tensor, teacher_value: Tensor, attention_logits: Tensor, is_real: Tensor) -> Tensor:
+    """Distance of normalised values, weighted by the attention of the real instances, without lambda.
+
+    mean over b, m of sum_l w * mean_d (LN(V_S) - LN(V_T))^2 / sum_l w, with w = sum over real q of softmax_l(logits).
+    An image without real instances gives 0. Gradients go to `student_value` alone. Computed in float32 or better.
+
+    Args:
+        student_value, teacher_value: (B, M, L, D).
+        attention_logits: (B, M, Q, L), -inf at padded positions.
+        is_real: (B, Q), true (or 1) for instances of the ground truth.
+    """
+    return attended_value_loss(student_value, teacher_value, instance_attention(attention_logits, is_real))
+
+
+@torch.no_grad()
+def instance_attention(attention_logits: Tensor, is_real: Tensor) -> Tensor:
+    """w (B, M, L): the attention, a softmax over L, summed over the real queries. Arguments as `icd_distill_loss`."""
+    attention_BMQL = attention_logits.softmax(-1, dtype=_accumulation_type(attention_logits))
+    return torch.einsum("bmql,bq->bml", attention_BMQL, is_real.to(attention_BMQL.dtype))
+
+
+def attended_value_loss(student_value: Tensor, teacher_value: Tensor, attention: Tensor) -> Tensor:
+    """`icd_distill_loss` with the attention w (B, M, L) already summed over the instances.
+
+    The loss is a scalar, so its gradient is made in the forward pass, chunk by chunk: besides it nothing is kept.
+    """
+    return _AttendedValueLoss.apply(student_value, teacher_value.detach(), attention.detach())
+
+
+class _AttendedValueLoss(torch.autograd.Function):
+    """With s, t the centred values of a position and head, r_s, r_t their reciprocal deviations, <.,.> the mean over D:
+
+    |LN(V_S) - LN(V_T)|^2 / D = r_s^2 <s,s> + r_t^2 <t,t> - 2 r_s r_t <s,t>, and its gradient in V_S is
+    2 / D * r_s * ((1 - r_s^2 <s,s> + r_s r_t <s,t>) r_s s - r_t t): no normalised tensor is needed.
+    """
+
+    @staticmethod
+    def forward(ctx, student_BMLD: Tensor, teacher_BMLD: Tensor, attention_BML: Tensor) -> Tensor:
+        B, M, L, D = student_BMLD.shape
+        dtype = _accumulation_type(student_BMLD)
+        attention_BML = attention_BML.to(dtype)
+        weight_BML = attention_BML / (attention_BML.sum(-1, keepdim=True).clamp(min=ATTENTION_EPS) * (B * M))
+        gradient_BMLD = torch.empty_like(student_BMLD) if ctx.needs_input_grad[0] else None
+        loss = student_BMLD.new_zeros((), dtype=dtype)
+        step = max(1, CHUNK_ELEMENTS.get(student_BMLD.device.type, 2**20) // (M * D))
+        for image in range(B):
+            for start in range(0, L, step):
+                part = (image, slice(None), slice(start, start + step))
+                student, student_rstd, student_square = _centered(student_BMLD[part].to(dtype))
+                teacher, teacher_rstd, teacher_square = _centered(teacher_BMLD[part].to(dtype))
+                weight = weight_BML[part]
+                correlation = student_rstd * teacher_rstd * (student * teacher).mean(-1)
+                loss += (weight * (student_square + teacher_square - 2 * correlation)).sum()
+                if gradient_BMLD is not None:
+                    factor = weight * student_rstd * (2 / D)
+                    student *= (factor * (1 - student_square + correlation) * student_rstd)[..., None]
+                    gradient_BMLD[part] = student.addcmul_(teacher, (factor * teacher_rstd)[..., None], value=-1)
+        if gradient_BMLD is not None:
+            ctx.save_for_backward(gradient_BMLD)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, None, None]:
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
+        (gradient_BMLD,) = ctx.saved_tensors
+        return gradient_BMLD * grad_loss.to(gradient_BMLD.dtype), None, None
+
+
+def _centered(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Over the last dimension: x without its mean, the reciprocal deviation r, and the mean square of r * x."""
+    x = x - x.mean(-1, keepdim=True)
+    variance = x.square().mean(-1)
+    rstd = (variance + LAYER_NORM_EPS).rsqrt()
+    return x, rstd, variance * rstd.square()
+
+
+def _accumulation_type(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
