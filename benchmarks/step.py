@@ -20,6 +20,7 @@ import time
 
 from kd_d2 import DISTILLER_REGISTRY, Distiller, KDMetaArch, Teacher, load_config
 from kd_d2.detectors import build_adapter
+from kd_d2.engine.optimizers import build_optimizers
 from kd_d2.engine.step import DistillationStep
 from measuring import device_name, number_from_fresh_process, peak_memory
 
@@ -27,7 +28,6 @@ import torch
 from detectron2.config import configurable
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
-from detectron2.solver import build_optimizer
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
@@ -41,6 +41,7 @@ PAIRS = {
 DATASET = "benchmark"
 PLAIN, READ = "student", "student + teacher"
 BOXES = 7
+PAST_WARM_UPS = 10**6  # iterations
 
 
 class ReadOnly(Distiller):
@@ -80,7 +81,7 @@ class Bench:
             distiller = ReadOnly() if variant == READ else DISTILLER_REGISTRY.get(variant)(self.cfg, *specs)
             model = KDMetaArch(student=self.student, teacher=self.teacher, distillers={variant: distiller})
             model.to(self.device)
-        step = DistillationStep(model, build_optimizer(self.cfg, model), {})
+        step = DistillationStep(model, *build_optimizers(self.cfg, model))
         step._data_loader_iter_obj = itertools.repeat(self.data)
         return step
 
@@ -114,7 +115,7 @@ def measure_times(pair: str, variants: list[str], rounds: int) -> dict[str, list
     bench = Bench(pair)
     steps = {variant: bench.step(variant) for variant in variants}
     times: dict[str, list[float]] = {variant: [] for variant in variants}
-    with EventStorage():
+    with EventStorage(PAST_WARM_UPS):
         for number in range(rounds + 1):
             for variant, step in steps.items():
                 start = time.perf_counter()
@@ -130,7 +131,7 @@ def measure_memory(pair: str, variant: str) -> float:
     """Peak memory of one iteration above the state before it, in MiB; call it in a fresh process."""
     bench = Bench(pair)
     step = bench.step(variant)
-    with EventStorage():
+    with EventStorage(PAST_WARM_UPS):
         return peak_memory(step.run_step)
 
 
