@@ -8,6 +8,7 @@ import runpy
 
 from kd_d2 import UserError
 from kd_d2.comparison import runner
+from kd_d2.comparison.costs import measure_costs
 from kd_d2.comparison.matrix import measured_settings, read_matrix
 from kd_d2.comparison.plots import plot_ap, plot_curves
 from kd_d2.comparison.report import write_report
@@ -247,3 +248,19 @@ def test_overrides_may_follow_a_list(arguments, cells, seeds, opts):
     parse = runpy.run_path(os.path.join(ROOT, "tools", "compare.py"))["parse"]
     args = parse(["--matrix", "m.yaml", "--output", "out", *arguments])
     assert (args.cells, args.seeds, args.opts) == (cells, seeds, opts)
+
+
+def test_costs_of_images_that_have_to_be_padded(tmp_path):
+    """Check that a test size of 40 counts the operations of the 64 pixels that it is padded to, for each detector once."""
+    matrix = read_matrix(
+        write_matrix(
+            tmp_path,
+            "config: STUDENT\nbaseline: plain\nteacher: {config: STUDENT}\ncells: {plain: , same: {opts: {SOLVER.GAMMA: 0.2}}}\n",
+        )
+    )
+    narrow = ["MODEL.SLIM_RESNET.WIDTHS", "(4, 6, 8, 10)", "MODEL.FPN.OUT_CHANNELS", "8"]
+    odd, padded = (measure_costs(matrix, [*narrow, "INPUT.MIN_SIZE_TEST", side]) for side in ("40", "64"))
+    assert odd.keys() == {"teacher", "plain", "same"}
+    assert odd["plain"] == odd["same"] == odd["teacher"]
+    for key in ("params", "gflops"):
+        assert odd["plain"][key] == padded["plain"][key] > 0

@@ -85,6 +85,8 @@ def _build(cfg: CfgNode) -> nn.Module:
 def _gflops(model: nn.Module, side: int) -> float:
     """Multiply-adds of backbone and, for dense detectors, head: what does not depend on the image's content."""
     logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
+    divisibility = max(model.backbone.size_divisibility, 1)
+    side = -(-side // divisibility) * divisibility  # as the detector pads it
     image = torch.zeros(1, 3, side, side, device=model.device)
     total = FlopCountAnalysis(model.backbone, image).unsupported_ops_warnings(False).total()
     if hasattr(model, "head"):
