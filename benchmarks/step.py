@@ -25,12 +25,14 @@ from kd_d2.engine.step import DistillationStep
 from measuring import device_name, number_from_fresh_process, peak_memory
 
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetCatalog
+from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
+from torch import nn
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TINY = os.path.join(os.path.dirname(HERE), "configs", "tiny")
@@ -67,8 +69,8 @@ class Bench:
         opts = ["MODEL.DEVICE", self.device, "MODEL.WEIGHTS", ""]
         self.cfg = load_config(student_config, opts)
         torch.manual_seed(0)
-        self.student = build_model(self.cfg)
-        self.teacher = Teacher(build_model(load_config(teacher_config, opts)))
+        self.student = _build(self.cfg)
+        self.teacher = Teacher(_build(load_config(teacher_config, opts)))
         self.data = _inputs(batch, size, self.teacher.spec.num_classes)
         self.cfg.DATASETS.TRAIN = (DATASET,)
         DatasetCatalog.register(DATASET, lambda: _as_dataset(self.data))
@@ -84,6 +86,15 @@ class Bench:
         step = DistillationStep(model, *build_optimizers(self.cfg, model))
         step._data_loader_iter_obj = itertools.repeat(self.data)
         return step
+
+
+def _build(cfg: CfgNode) -> nn.Module:
+    """The detector with random weights; behind frozen norms that do not normalise they would grow without end."""
+    model = build_model(cfg)
+    for module in model.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            module.weight.fill_(0.5)
+    return model
 
 
 def _inputs(batch: int, size: tuple[int, int], num_classes: int) -> list[dict]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -74,7 +75,8 @@ class _SafeNode(CN):
     @classmethod
     def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
         try:
-            tree = super().load_yaml_with_base(filename, allow_unsafe=_is_zoo_file(filename))
+            with _quiet_loader():
+                tree = super().load_yaml_with_base(filename, allow_unsafe=_is_zoo_file(filename))
         except yaml.YAMLError as error:
             what = " ".join(str(error).split())
             raise UserError(f"Config file {filename} is not plain yaml: {what}.") from error
@@ -87,6 +89,18 @@ class _SafeNode(CN):
         if not isinstance(tree, dict):
             raise UserError(f"Config file {filename} holds no config keys.")
         return tree
+
+
+@contextlib.contextmanager
+def _quiet_loader() -> Iterator[None]:
+    """Without fvcore's warning that a file of the model zoo may run code: only those inside Detectron2 itself may."""
+    logger = logging.getLogger("fvcore.common.config")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _is_zoo_file(filename: str) -> bool:
