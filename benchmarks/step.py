@@ -4,7 +4,8 @@
     benchmarks/step.py [--pair tiny|coco] [--methods NAME ...] [--rounds N] [--threads N] [--output FILE.json]
 
 Times: all variants share one student and one teacher and take turns, round after round, in one process; the median of a
-variant's rounds, and the median of its ratio to "student + teacher" of the same round. Memory: each variant in a fresh
+variant's rounds, and the median of its ratio to "student + teacher" of the same round; and each method alone, losses and
+gradients as far as the features, also as a part of "student + teacher". Memory: each variant in a fresh
 process, the peak of the resident set during one iteration above what it was before (on a GPU: allocated memory).
 
 The pairs: "tiny" is configs/tiny's RetinaNet R18 -> R10, 8 images of 192x256. "coco" is Detectron2's RetinaNet R101 -> R50,
@@ -17,6 +18,7 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Callable
 
 from kd_d2 import DISTILLER_REGISTRY, Distiller, KDMetaArch, Teacher, load_config
 from kd_d2.detectors import build_adapter
@@ -73,19 +75,38 @@ class Bench:
         self.teacher = Teacher(_build(load_config(teacher_config, opts)))
         self.data = _inputs(batch, size, self.teacher.spec.num_classes)
         self.cfg.DATASETS.TRAIN = (DATASET,)
+        if DATASET in DatasetCatalog:
+            DatasetCatalog.remove(DATASET)
         DatasetCatalog.register(DATASET, lambda: _as_dataset(self.data))
 
-    def step(self, variant: str) -> DistillationStep:
+    def model(self, variant: str) -> nn.Module:
         if variant == PLAIN:
-            model = self.student
-        else:
-            specs = build_adapter(self.student).spec, self.teacher.spec
-            distiller = ReadOnly() if variant == READ else DISTILLER_REGISTRY.get(variant)(self.cfg, *specs)
-            model = KDMetaArch(student=self.student, teacher=self.teacher, distillers={variant: distiller})
-            model.to(self.device)
+            return self.student
+        specs = build_adapter(self.student).spec, self.teacher.spec
+        distiller = ReadOnly() if variant == READ else DISTILLER_REGISTRY.get(variant)(self.cfg, *specs)
+        model = KDMetaArch(student=self.student, teacher=self.teacher, distillers={variant: distiller})
+        return model.to(self.device)
+
+    def step(self, variant: str) -> DistillationStep:
+        model = self.model(variant)
         step = DistillationStep(model, *build_optimizers(self.cfg, model))
         step._data_loader_iter_obj = itertools.repeat(self.data)
         return step
+
+    def method_alone(self, variant: str) -> Callable[[], None]:
+        """A method's losses and their gradients as far as the features, both detectors having run."""
+        model = self.model(variant)
+        (distiller,) = model.distillers.values()
+        targets = [item["instances"].to(self.device) for item in self.data]
+        self.teacher.to(model.device)
+        teacher = self.teacher(self.data, distiller.needs)
+        student = model.adapter.run(self.data, distiller.needs, targets)
+        student.features = {s: x.detach().requires_grad_() for s, x in student.features.items()}
+
+        def run() -> None:
+            sum(distiller(student, teacher, targets).values()).backward()
+
+        return run
 
 
 def _build(cfg: CfgNode) -> nn.Module:
@@ -129,13 +150,26 @@ def measure_times(pair: str, variants: list[str], rounds: int) -> dict[str, list
     with EventStorage(PAST_WARM_UPS):
         for number in range(rounds + 1):
             for variant, step in steps.items():
-                start = time.perf_counter()
-                step.run_step()
-                if bench.device == "cuda":
-                    torch.cuda.synchronize()
-                times[variant].append(time.perf_counter() - start)
+                times[variant].append(_seconds(step.run_step))
             print(f"round {number}: " + ", ".join(f"{v} {t[-1]:.2f} s" for v, t in times.items()), flush=True)
     return {variant: values[1:] for variant, values in times.items()}
+
+
+def measure_alone(pair: str, methods: list[str], rounds: int) -> dict[str, float]:
+    """Median seconds of each method without the detectors: what does not drown in the noise of a whole iteration."""
+    bench = Bench(pair)
+    with EventStorage(PAST_WARM_UPS):
+        calls = {method: bench.method_alone(method) for method in methods}
+        times = {method: [_seconds(call) for _ in range(rounds + 1)][1:] for method, call in calls.items()}
+    return {method: statistics.median(values) for method, values in times.items()}
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def measure_memory(pair: str, variant: str) -> float:
@@ -162,6 +196,7 @@ def main() -> None:
 
     variants = [PLAIN, READ, *args.methods]
     times = measure_times(args.pair, variants, args.rounds)
+    alone = measure_alone(args.pair, args.methods, args.rounds)
     options = ["--pair", args.pair, "--threads", args.threads]
     memory = {v: number_from_fresh_process(__file__, *options, "--memory-of", v) for v in variants}
     ratios = {v: [a / b for a, b in zip(times[v], times[READ])] for v in variants}
@@ -170,16 +205,35 @@ def main() -> None:
         "device": device_name(args.threads),
         "torch": torch.__version__,
         "variants": {
-            v: {"seconds": times[v], "ratio": statistics.median(ratios[v]), "memory_mib": memory[v]} for v in variants
+            v: {
+                "seconds": times[v],
+                "ratio": statistics.median(ratios[v]),
+                "seconds_alone": alone.get(v),
+                "memory_mib": memory[v],
+            }
+            for v in variants
         },
     }
     rows = [
-        [v, statistics.median(times[v]), statistics.median(ratios[v]), min(ratios[v]), max(ratios[v]), memory[v]]
+        [
+            v,
+            statistics.median(times[v]),
+            statistics.median(ratios[v]),
+            min(ratios[v]),
+            max(ratios[v]),
+            alone.get(v),
+            alone[v] / statistics.median(times[READ]) if v in alone else None,
+            memory[v],
+        ]
         for v in variants
     ]
-    headers = ["", "s / iteration", "ratio", "lowest", "highest", "memory MiB"]
+    headers = ["", "s / iteration", "ratio", "lowest", "highest", "s alone", "of iteration", "memory MiB"]
     print(f"{args.pair}, {result['device']}, torch {torch.__version__}, median of {args.rounds} interleaved rounds")
-    print(tabulate(rows, headers=headers, floatfmt=("", ".3f", ".3f", ".3f", ".3f", ".0f"), tablefmt="github"))
+    print(
+        tabulate(
+            rows, headers=headers, floatfmt=("", ".3f", ".3f", ".3f", ".3f", ".3f", ".3f", ".0f"), tablefmt="github"
+        )
+    )
     if args.output:
         with open(args.output, "w") as file:
             json.dump(result, file, indent=1)

@@ -88,7 +88,7 @@ class _AttendedValueLoss(torch.autograd.Function):
 def _centered(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Over the last dimension: x without its mean, the reciprocal deviation r, and the mean square of r * x."""
     x = x - x.mean(-1, keepdim=True)
-    variance = x.square().mean(-1)
+    variance = torch.linalg.vector_norm(x, dim=-1).square_() / x.shape[-1]
     rstd = (variance + LAYER_NORM_EPS).rsqrt()
     return x, rstd, variance * rstd.square()
 
