@@ -26,7 +26,7 @@ from detectron2.structures import Boxes, BoxMode, Instances
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DATASET = "synthetic_val"
 PICTURES = 4
-SHOWN_SCORE = 0.4
+SHOWN_SCORE = 0.3
 
 
 def main(output: str) -> None:
