@@ -36,7 +36,7 @@ def plot_ap(rows: list[Row], path: str) -> None:
             )
         if teacher:
             axis.axvline(statistics.mean(teacher.scores[column]), color=TEACHER_COLOR, linestyle="--", label="teacher")
-            axis.legend(loc="lower right", fontsize=8)
+            axis.legend(loc="lower right", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
         axis.set_xlabel(column)
         axis.margins(x=0.12)
         axis.grid(axis="x", alpha=0.3)
