@@ -305,6 +305,21 @@ def test_value_loss_gradient_is_the_numerical_one(monkeypatch: pytest.MonkeyPatc
     )
 
 
+def test_value_loss_in_place_is_the_same_and_runs_backward_once() -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(2, 2, 5, 4, generator=generator) for _ in range(2))
+    attention = torch.rand(2, 2, 5, generator=generator)
+    results = []
+    for overwrite in (False, True):
+        leaf = student.clone().requires_grad_()
+        loss = attended_value_loss(2 * leaf, teacher, attention, overwrite_student=overwrite)
+        (3 * loss).backward(retain_graph=True)
+        results.append((loss.detach(), leaf.grad.clone()))
+    assert all((a == b).all() for a, b in zip(*results, strict=True))
+    with pytest.raises(RuntimeError, match="one backward pass"):
+        loss.backward()
+
+
 def test_projection_gradients_are_the_numerical_ones() -> None:
     generator = torch.Generator().manual_seed(0)
 

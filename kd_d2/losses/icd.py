@@ -36,12 +36,18 @@ def instance_attention(attention_logits: Tensor, is_real: Tensor) -> Tensor:
     return torch.einsum("bmql,bq->bml", attention_BMQL, is_real.to(attention_BMQL.dtype))
 
 
-def attended_value_loss(student_value: Tensor, teacher_value: Tensor, attention: Tensor) -> Tensor:
+def attended_value_loss(
+    student_value: Tensor, teacher_value: Tensor, attention: Tensor, *, overwrite_student: bool = False
+) -> Tensor:
     """`icd_distill_loss` with the attention w (B, M, L) already summed over the instances.
 
     The loss is a scalar, so its gradient is made in the forward pass, chunk by chunk: besides it nothing is kept.
+
+    Args:
+        overwrite_student: put the gradient in the place of the student's values, for a caller that needs them no more and
+            runs one backward pass. They must not be a leaf of the graph.
     """
-    return _AttendedValueLoss.apply(student_value, teacher_value.detach(), attention.detach())
+    return _AttendedValueLoss.apply(student_value, teacher_value.detach(), attention.detach(), overwrite_student)
 
 
 class _AttendedValueLoss(torch.autograd.Function):
@@ -52,12 +58,16 @@ class _AttendedValueLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, student_BMLD: Tensor, teacher_BMLD: Tensor, attention_BML: Tensor) -> Tensor:
+    def forward(
+        ctx, student_BMLD: Tensor, teacher_BMLD: Tensor, attention_BML: Tensor, overwrite_student: bool
+    ) -> Tensor:
         B, M, L, D = student_BMLD.shape
         dtype = _accumulation_type(student_BMLD)
         attention_BML = attention_BML.to(dtype)
         weight_BML = attention_BML / (attention_BML.sum(-1, keepdim=True).clamp(min=ATTENTION_EPS) * (B * M))
-        gradient_BMLD = torch.empty_like(student_BMLD) if ctx.needs_input_grad[0] else None
+        gradient_BMLD = None
+        if ctx.needs_input_grad[0]:
+            gradient_BMLD = student_BMLD if overwrite_student else torch.empty_like(student_BMLD)
         loss = student_BMLD.new_zeros((), dtype=dtype)
         step = max(1, CHUNK_ELEMENTS.get(student_BMLD.device.type, 2**20) // (M * D))
         for image in range(B):
@@ -72,17 +82,21 @@ class _AttendedValueLoss(torch.autograd.Function):
                     factor = weight * student_rstd * (2 / D)
                     student *= (factor * (1 - student_square + correlation) * student_rstd)[..., None]
                     gradient_BMLD[part] = student.addcmul_(teacher, (factor * teacher_rstd)[..., None], value=-1)
-        if gradient_BMLD is not None:
-            ctx.save_for_backward(gradient_BMLD)
+        ctx.gradient_BMLD, ctx.is_own = gradient_BMLD, overwrite_student
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, None, None]:
-        if not ctx.needs_input_grad[0]:
-            return None, None, None
-        (gradient_BMLD,) = ctx.saved_tensors
-        return gradient_BMLD * grad_loss.to(gradient_BMLD.dtype), None, None
+    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, None, None, None]:
+        gradient_BMLD = ctx.gradient_BMLD
+        if ctx.is_own:
+            ctx.gradient_BMLD = None
+            if gradient_BMLD is None:
+                raise RuntimeError(
+                    "with overwrite_student there is one backward pass: the gradient has been handed out"
+                )
+            return gradient_BMLD.mul_(grad_loss), None, None, None
+        return gradient_BMLD * grad_loss.to(gradient_BMLD.dtype), None, None, None
 
 
 def _centered(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -194,7 +194,11 @@ class Decoder(nn.Module):
 
     def values(self, layer: DecoderLayer, maps: list[Tensor]) -> Tensor:
         """The layer's values (B, M, L, D) of the teacher's features."""
-        return layer.heads(project_levels(maps, *self._behind_input(layer.value)))
+        return layer.heads(project_levels(maps, *self.value_projection(layer)))
+
+    def value_projection(self, layer: DecoderLayer) -> tuple[Tensor, Tensor]:
+        """Weight (E, C) and bias of what leads from the teacher's features to the layer's values."""
+        return self._behind_input(layer.value)
 
     def _behind_input(self, layer: nn.Linear) -> tuple[Tensor, Tensor]:
         """Weight and bias of the input projection and `layer` as one."""

@@ -193,7 +193,9 @@ class ICD(Distiller):
         distances = []
         for layer, projection, attended in zip(self.decoder.layers, self.student_values, found, strict=True):
             student_value = layer.heads(project_levels(student_maps, projection.weight, projection.bias))
-            distances.append(attended_value_loss(student_value, attended.values, attended.attention))
+            distances.append(
+                attended_value_loss(student_value, attended.values, attended.attention, overwrite_student=True)
+            )
         objectness, box = auxiliary_losses(self.auxiliary_head(found[-1].instances), queries)
         return {
             "loss_icd": self.weight * sum(distances) / len(distances),
