@@ -360,6 +360,23 @@ def test_padding_of_levels_is_the_nearest_pixels(size: tuple[int, int], shape: t
     assert (ours == expected).all()
 
 
+@pytest.mark.parametrize("channels", [16, 12], ids=["same width", "input projection"])
+def test_equal_features_start_with_no_distance(channels: int) -> None:
+    torch.manual_seed(0)
+    icd = ICD(
+        weight=8.0,
+        strides=STRIDES,
+        encoder=InstanceEncoder(NUM_CLASSES, 16),
+        decoder=Decoder(channels, 16, 4, 24, 2),
+        student_channels=channels,
+        fakes=_fakes(),
+    )
+    queries, maps = _queries(), _maps(channels, 2)
+    losses = icd.losses(icd.encoder(queries), queries, maps, maps, _geometry(maps))
+    assert losses["loss_icd"].item() == pytest.approx(0, abs=1e-5)
+    assert losses["loss_icd_aux_objectness"].item() > 0.1
+
+
 def test_distillation_trains_the_student_and_its_projection_alone() -> None:
     icd, queries = _icd(), _queries()
     teacher = [m.requires_grad_() for m in _maps(16, 2)]

@@ -125,7 +125,9 @@ class ICD(Distiller):
         self.encoder = encoder
         self.decoder = decoder
         self.auxiliary_head = mlp(decoder.dim, decoder.dim, 5)
-        self.student_values = nn.ModuleList(linear(student_channels, decoder.dim) for _ in decoder.layers)
+        self.student_values = nn.ModuleList(
+            _starting_as(*decoder.value_projection(layer), student_channels) for layer in decoder.layers
+        )
         self.fakes = fakes
         self.query_options = {
             "fakes_per_instance": fakes_per_instance,
@@ -224,6 +226,18 @@ class ICD(Distiller):
             }
             for image, target in enumerate(targets)
         ]
+
+
+def _starting_as(teacher_weight: Tensor, teacher_bias: Tensor, student_channels: int) -> nn.Linear:
+    """The student's value projection; a copy of the teacher's where the widths agree.
+
+    Then equal features have no distance from the first iteration on. That matters with inheritance, where the student starts in the
+    teacher's space, and in short trainings, whose warm-up is too short to bring two random projections together.
+    """
+    projection = linear(student_channels, len(teacher_weight))
+    if projection.weight.shape == teacher_weight.shape:
+        projection.load_state_dict({"weight": teacher_weight.detach(), "bias": teacher_bias.detach()})
+    return projection
 
 
 def _channels(spec: DetectorSpec, strides: list[int]) -> int:
