@@ -14,8 +14,9 @@ import statistics
 import time
 
 from kd_d2.distillers import ICD
-from kd_d2.distillers.icd.decoder import Decoder, LevelGeometry
+from kd_d2.distillers.icd.decoder import Decoder
 from kd_d2.distillers.icd.encoding import InstanceEncoder
+from kd_d2.distillers.icd.geometry import LevelGeometry
 from kd_d2.distillers.icd.queries import FakeInstances, build_queries
 from measuring import device_name, number_from_fresh_process, peak_memory
 

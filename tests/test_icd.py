@@ -13,9 +13,10 @@ from kd_d2.detectors import DetectorSpec
 from kd_d2.distillers import DISTILLER_REGISTRY, OptimizerSettings
 from kd_d2.distillers.icd import decoder as decoder_module
 from kd_d2.distillers.icd import priors as priors_module
-from kd_d2.distillers.icd.decoder import Decoder, LevelGeometry
+from kd_d2.distillers.icd.decoder import Decoder
 from kd_d2.distillers.icd.distiller import ICD, auxiliary_losses
 from kd_d2.distillers.icd.encoding import InstanceEncoder, size_bins
+from kd_d2.distillers.icd.geometry import LevelGeometry
 from kd_d2.distillers.icd.priors import compute_priors, read_priors
 from kd_d2.distillers.icd.projection import project_levels
 from kd_d2.distillers.icd.queries import FakeInstances, InstanceQueries, build_queries
@@ -252,7 +253,7 @@ def test_the_authors_numbers() -> None:
     assert (torch.isfinite(logits) == visible).all()
     assert close(logits[visible], reference["attention_logits"][visible])
     assert close(icd.decoder.values(icd.decoder.layers[0], teacher), reference["teacher_value"])
-    columns = geometry.columns(64)[0][1, 0], geometry.rows(64)[0][1, 0]
+    columns = geometry.column_waves(64)[0][1, 0], geometry.row_waves(64)[0][1, 0]
     assert close(columns[0], reference["position"][1, 0, 128:]) and close(columns[1], reference["position"][1, 0, :128])
 
     losses = icd.losses(query, queries, student, teacher, geometry)

@@ -13,77 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...losses import instance_attention
-from .encoding import linear, sine_waves
+from .encoding import linear
+from .geometry import LevelGeometry
 from .projection import project_levels
 
-POSITION_EPS = 1e-6
 LOGIT_ELEMENTS = 2**22  # attention logits that are held at a time
-
-
-@dataclass
-class LevelGeometry:
-    """Where the positions of the levels lie in the images.
-
-    Attributes:
-        valid_heights, valid_widths: per level the number of rows and columns of each image (B,) that are not padding.
-        shapes: (H, W) per level.
-        is_valid: (B, L) bool; None where no image of the batch is padded.
-    """
-
-    valid_heights: list[Tensor]
-    valid_widths: list[Tensor]
-    shapes: list[tuple[int, int]]
-    is_valid: Tensor | None
-
-    @classmethod
-    def of(
-        cls,
-        maps: list[Tensor],
-        image_sizes: list[tuple[int, int]],
-        padded_size: tuple[int, int],
-    ) -> LevelGeometry:
-        """
-        Args:
-            maps: the levels (B, C, H, W).
-            image_sizes: height and width of the images in pixels, without padding.
-            padded_size: height and width of the batch in pixels.
-        """
-        device = maps[0].device
-        shapes = [tuple(m.shape[-2:]) for m in maps]
-        # A cell belongs to the image if its first pixel does.
-        counts = [
-            [[-(-size[i] * shape[i] // padded_size[i]) for i in (0, 1)] for size in image_sizes] for shape in shapes
-        ]
-        padded = any((h, w) != shape for level, shape in zip(counts, shapes, strict=True) for h, w in level)
-        counts = [torch.tensor(level).to(device, non_blocking=True) for level in counts]
-        is_valid = None
-        if padded:
-            is_valid = torch.cat(
-                [
-                    (
-                        (torch.arange(H, device=device) < count[:, :1])[:, :, None]
-                        & (torch.arange(W, device=device) < count[:, 1:])[:, None]
-                    ).flatten(1)
-                    for count, (H, W) in zip(counts, shapes, strict=True)
-                ],
-                1,
-            )
-        return cls([c[:, 0] for c in counts], [c[:, 1] for c in counts], shapes, is_valid)
-
-    def rows(self, num_waves: int) -> list[Tensor]:
-        """Sine embedding of each row of each level, (B, H, 2 * num_waves)."""
-        return [_embed(H, valid, num_waves) for (H, _), valid in zip(self.shapes, self.valid_heights, strict=True)]
-
-    def columns(self, num_waves: int) -> list[Tensor]:
-        """Sine embedding of each column of each level, (B, W, 2 * num_waves)."""
-        return [_embed(W, valid, num_waves) for (_, W), valid in zip(self.shapes, self.valid_widths, strict=True)]
-
-
-def _embed(length: int, num_valid: Tensor, num_waves: int) -> Tensor:
-    """Positions count from 1, in parts of the valid length; sines and cosines take turns."""
-    number = torch.arange(1, length + 1, device=num_valid.device)
-    waves = sine_waves(number / (num_valid[:, None] + POSITION_EPS), num_waves)
-    return torch.stack(waves, -1).flatten(-2)
 
 
 @dataclass
@@ -188,8 +122,8 @@ class Decoder(nn.Module):
             weight, bias = self._behind_input(layer.key)
             bias = bias + layer.key.weight @ self.position.bias
             of_row, of_column = (layer.key.weight @ self.position.weight).chunk(2, 1)
-            rows = [waves.to(of_row) @ of_row.T for waves in geometry.rows(self.dim // 4)]
-            columns = [waves.to(of_column) @ of_column.T for waves in geometry.columns(self.dim // 4)]
+            rows = [waves.to(of_row) @ of_row.T for waves in geometry.row_waves(self.dim // 4)]
+            columns = [waves.to(of_column) @ of_column.T for waves in geometry.column_waves(self.dim // 4)]
         return layer.heads(project_levels(maps, weight, bias, rows, columns))
 
     def values(self, layer: DecoderLayer, maps: list[Tensor]) -> Tensor:

@@ -23,8 +23,9 @@ from ..base import (
     levels_by_stride,
     mean_count_of_workers,
 )
-from .decoder import Decoder, LevelGeometry
+from .decoder import Decoder
 from .encoding import InstanceEncoder, linear, mlp
+from .geometry import LevelGeometry
 from .priors import read_priors
 from .projection import project_levels
 from .queries import FakeInstances, InstanceQueries, build_queries
