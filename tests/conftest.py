@@ -136,6 +136,14 @@ def _fcos(overrides: dict[str, Any] | None) -> FCOS:
     )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing is kept in, or comes from, the cache folder of whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def event_storage() -> Iterator[EventStorage]:
     """An open event storage at iteration 0; set `.iter` to go elsewhere."""

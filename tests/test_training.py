@@ -12,7 +12,7 @@ from pathlib import Path
 
 from kd_d2 import UserError
 from kd_d2.checkpoint import read_checkpoint
-from kd_d2.distillers import feature_imitation
+from kd_d2.distillers import ICD, feature_imitation
 from kd_d2.engine import trainer as trainer_module
 from kd_d2.engine.random_state import get_random_state, preserved_random_state, set_random_state
 from kd_d2.engine.step import NonFiniteLossError
@@ -29,11 +29,18 @@ OWN_LOSSES = {
     "faster-rcnn": {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc"},
 }
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"
-BOTH_METHODS = {
-    "MODEL__KD__DISTILLERS": ("FeatureImitation", "StructuralKD"),
+SMALL_ICD = {
+    "MODEL__KD__ICD__DIM": 16,
+    "MODEL__KD__ICD__NUM_HEADS": 2,
+    "MODEL__KD__ICD__FFN_DIM": 32,
+    "MODEL__KD__ICD__DETACH_STUDENT_ITERS": 2,
+}
+SEVERAL_METHODS = {
+    "MODEL__KD__DISTILLERS": ("FeatureImitation", "StructuralKD", "ICD"),
     "MODEL__KD__FEATURE_IMITATION__ADAPTATION": "1x1",
     "MODEL__KD__FEATURE_IMITATION__WEIGHT": 0.1,
     "MODEL__KD__STRUCTURAL__WARMUP_ITERS": 4,
+    **SMALL_ICD,
 }
 
 
@@ -65,7 +72,7 @@ def test_a_resumed_run_goes_on_as_if_unbroken(project: Project) -> None:
 
     The resumed process starts with other random numbers, so that whatever is not restored shows.
     """
-    project.change(**BOTH_METHODS, SOLVER__MAX_ITER=7, SOLVER__STEPS=(5,), SOLVER__CHECKPOINT_PERIOD=3)
+    project.change(**SEVERAL_METHODS, SOLVER__MAX_ITER=7, SOLVER__STEPS=(5,), SOLVER__CHECKPOINT_PERIOD=3)
     # Small steps: on a CPU not even two equal trainings are bitwise the same, and large steps make much of little.
     project.change(SOLVER__BASE_LR=0.001, TEST__EVAL_PERIOD=2)
     unbroken = train(project, "OUTPUT_DIR", project.folder / "unbroken")
@@ -279,7 +286,7 @@ def test_weights_that_are_not_finite_are_never_saved(retinanet: Project) -> None
 def test_mixed_precision(project: Project, dtype: str) -> None:
     """Check that autocast on a CPU keeps the losses near those of float32, and the weights in float32."""
     # Images so large that no map is 1x1: there torch 2.14's gradients of a bfloat16 convolution are not always finite.
-    project.change(**BOTH_METHODS, INPUT__MIN_SIZE_TRAIN=(256,), INPUT__MAX_SIZE_TRAIN=400, SOLVER__BASE_LR=0.001)
+    project.change(**SEVERAL_METHODS, INPUT__MIN_SIZE_TRAIN=(256,), INPUT__MAX_SIZE_TRAIN=400, SOLVER__BASE_LR=0.001)
     expected = train(project, "OUTPUT_DIR", project.folder / "float32", "SOLVER.MAX_ITER", 1).losses[0]
     run = train(project, "SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", dtype, "SOLVER.MAX_ITER", 2)
     assert run.losses[0] != expected
@@ -295,11 +302,11 @@ def test_mixed_precision(project: Project, dtype: str) -> None:
 
 
 def golden_run(folder: Path) -> dict[str, dict[str, float]]:
-    """Six iterations of both methods from weights and images that no library's random numbers decide."""
+    """Six iterations of two methods from weights and images that no library's random numbers decide."""
     project = make_project(
         folder,
         "retinanet",
-        **BOTH_METHODS,
+        **SEVERAL_METHODS | {"MODEL__KD__DISTILLERS": ("FeatureImitation", "StructuralKD")},
         MODEL__WEIGHTS=str(folder / "student.pth"),
         MODEL__KD__INHERIT__ENABLED=True,
         MODEL__KD__INHERIT__MODULES=("head",),
@@ -366,9 +373,9 @@ def test_the_plain_student_trains_with_the_same_program(tmp_path: Path, detector
 
 def test_losses_are_logged_apart(retinanet: Project) -> None:
     """Check that log and metrics name each of the student's and the methods' losses."""
-    retinanet.change(**BOTH_METHODS)
+    retinanet.change(**SEVERAL_METHODS)
     retinanet.main()
-    names = OWN_LOSSES["retinanet"] | {"loss_feature_imitation", "loss_structural"}
+    names = OWN_LOSSES["retinanet"] | {"loss_feature_imitation", "loss_structural", *ICD.loss_names}
     metrics = json.loads((retinanet.output / "metrics.json").read_text().splitlines()[0])
     assert {key for key in metrics if key.startswith("loss_")} == names
     assert metrics["total_loss"] == pytest.approx(sum(metrics[name] for name in names), rel=0.5)

@@ -42,7 +42,7 @@ def load_distillation(cfg: CfgNode, weights: str) -> tuple[KDMetaArch, ICD]:
     try:
         model.distillers["ICD"].load_state_dict(own)
     except RuntimeError as error:
-        reason = "it has none" if not own else str(error).partition("\n")[2].strip()
+        reason = "it has none" if not own else str(error).splitlines()[1].strip()
         raise UserError(f"--weights: {weights} does not hold the ICD decoder of this config: {reason}") from error
     return model, model.distillers["ICD"]
 

@@ -1,0 +1,114 @@
+"""tools/attention.py: what it draws and counts, and what it says of input that it cannot use."""
+
+import re
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.structures import Boxes, Instances
+from helpers import ROOT, Project, clean_process, make_project, train
+
+PROGRAM = str(ROOT / "tools" / "attention.py")
+KEYS = {
+    "MODEL__KD__DISTILLERS": ("ICD",),
+    "MODEL__KD__ICD__DIM": 16,
+    "MODEL__KD__ICD__NUM_HEADS": 2,
+    "SOLVER__MAX_ITER": 1,
+    "SOLVER__STEPS": (),
+}
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """One iteration of ICD, and its checkpoint."""
+    project = make_project(tmp_path_factory.mktemp("icd"), "retinanet", **KEYS)
+    train(project)
+    return project
+
+
+@pytest.fixture
+def draw(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Run the program as from a command line, in this process."""
+
+    def run(config: Path, weights: Path, output: Path, *more: object) -> None:
+        argv = ["--config-file", config, "--weights", weights, "--output", output, *more]
+        monkeypatch.setattr(sys, "argv", [PROGRAM, *(str(a) for a in argv)])
+        with clean_process():
+            runpy.run_path(PROGRAM, run_name="__main__")
+
+    return run
+
+
+def test_a_picture_for_each_image_with_instances(distilled: Project, draw: Callable, tmp_path: Path, capsys) -> None:
+    weights = distilled.output / "model_final.pth"
+    draw(distilled.student, weights, tmp_path / "out", "--images", 3, "--instances", 2)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "000.png",
+        "001.png",
+        "003.png",
+    ]  # the third has none
+    assert "% of an instance's attention lies in its box, which covers" in capsys.readouterr().out
+    picture = cv2.imread(str(tmp_path / "out" / "001.png"))
+    columns = 2 + 5  # the instance, all levels together, P3 to P7
+    assert picture.shape[1] == columns * (200 + 8)
+    assert picture.shape[0] == 2 * (300 + 34 + 8)
+
+
+def test_share_inside_by_hand() -> None:
+    """Four cells of 8 pixels, one of them in the box, and one cell of 16 pixels, whose centre is on its border."""
+    share_inside = runpy.run_path(PROGRAM)["share_inside"]
+    target = Instances((16, 16), gt_boxes=Boxes(torch.tensor([[0.0, 0.0, 8.0, 8.0]])))
+    attention = {8: torch.tensor([[[0.1, 0.2], [0.2, 0.2]]]), 16: torch.tensor([[[0.3]]])}
+    inside, area = share_inside(attention, target)
+    assert inside.tolist() == pytest.approx([0.4]) and area.tolist() == [0.25]
+
+
+def test_heat_lies_where_the_attention_is() -> None:
+    """Check the place and the amount: a cell of stride 8 is 64 pixels; padding is cut off."""
+    per_pixel = runpy.run_path(PROGRAM)["per_pixel"]
+    level = torch.zeros(4, 4)
+    level[1, 2] = 1.0
+    pixels = per_pixel(level, 8, (30, 28))
+    assert pixels.shape == (30, 28)
+    assert pixels.sum() == pytest.approx(1, abs=0.02)
+    assert np.unravel_index(pixels.argmax(), pixels.shape)[0] in (11, 12)
+    assert np.unravel_index(pixels.argmax(), pixels.shape)[1] in (19, 20)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("plain config", "--config-file must be the config of a distillation with ICD"),
+        ("other methods", "--config-file must be the config of a distillation with ICD"),
+        ("student alone", r"student.pth does not hold the ICD decoder of this config: it has none"),
+        ("other width", r"does not hold the ICD decoder of this config: Missing key"),
+        ("no such file", r"--weights.*nothing.pth"),
+    ],
+)
+def test_what_cannot_be_drawn(
+    distilled: Project, draw: Callable, tmp_path: Path, capsys, what: str, message: str
+) -> None:
+    weights, opts = distilled.output / "model_final.pth", ()
+    if what == "plain config":
+        opts = ("MODEL.META_ARCHITECTURE", "RetinaNet")
+    elif what == "other methods":
+        opts = ("MODEL.KD.DISTILLERS", "('FeatureImitation',)")
+    elif what == "student alone":
+        checkpoint = torch.load(weights, weights_only=True)
+        weights = tmp_path / "student.pth"
+        torch.save({"model": checkpoint["model"]}, weights)
+    elif what == "other width":
+        opts = ("MODEL.KD.ICD.DIM", "32")
+    else:
+        weights = tmp_path / "nothing.pth"
+    with pytest.raises(SystemExit) as exit_status:
+        draw(distilled.student, weights, tmp_path / "out", *opts)
+    assert exit_status.value.code == 2
+    assert not (tmp_path / "out").exists()
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
