@@ -2,10 +2,11 @@
 """Seconds and peak memory of ICD alone, forward and backward: 2 images of 800x1216, 256 channels.
 
     benchmarks/icd.py [--levels p3-p7|p2-p6] [--instances 10] [--rounds 7] [--threads 2] [--output FILE.json]
+                      [--authors CHECKOUT/pytorch_release]
 
 Encoding, decoder, auxiliary task, student's values and distillation loss, with gradients of the student's features and
 of everything of ICD's own. Times: the median of the rounds after one that is thrown away. Memory: in a fresh process, above
-what features and ICD itself take.
+what features and ICD itself take. With a checkout of the authors' repository, their code and ours take turns.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from kd_d2.distillers.icd.encoding import InstanceEncoder
 from kd_d2.distillers.icd.geometry import LevelGeometry
 from kd_d2.distillers.icd.queries import FakeInstances, build_queries
 from measuring import device_name, number_from_fresh_process, peak_memory
+from reference_icd import AuthorsICD
 
 import torch
 from detectron2.structures import Boxes, Instances
@@ -28,24 +30,13 @@ BATCH, CHANNELS, NUM_CLASSES = 2, 256, 80
 STRIDES = {"p3-p7": [8, 16, 32, 64, 128], "p2-p6": [4, 8, 16, 32, 64]}
 
 
-class Bench:
-    """ICD and its inputs; `run` is one forward and backward."""
+class Inputs:
+    """Features of teacher and student, and the images' instances."""
 
     def __init__(self, levels: str, instances: int):
-        torch.manual_seed(0)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        strides = STRIDES[levels]
-        self.icd = ICD(
-            weight=8.0,
-            strides=strides,
-            encoder=InstanceEncoder(NUM_CLASSES, 256),
-            decoder=Decoder(CHANNELS, 256, 8, 1024, 1),
-            student_channels=CHANNELS,
-            fakes=FakeInstances(
-                torch.ones(NUM_CLASSES), torch.full((NUM_CLASSES, 2), 0.2), torch.full((NUM_CLASSES, 2), 0.1)
-            ),
-        ).to(self.device)
-        shapes = [(-(-SIZE[0] // s), -(-SIZE[1] // s)) for s in strides]
+        self.strides = STRIDES[levels]
+        shapes = [(-(-SIZE[0] // s), -(-SIZE[1] // s)) for s in self.strides]
         self.teacher = [torch.randn(BATCH, CHANNELS, *shape, device=self.device) for shape in shapes]
         self.student = [torch.randn(BATCH, CHANNELS, *shape, device=self.device).requires_grad_() for shape in shapes]
         extent = torch.tensor([SIZE[1], SIZE[0]])
@@ -56,16 +47,40 @@ class Bench:
             target.gt_classes = torch.randint(NUM_CLASSES, (instances,))
             self.targets.append(target.to(self.device))
 
+
+class OurICD:
+    """ICD as this library has it; `run` is one forward and backward."""
+
+    def __init__(self, inputs: Inputs):
+        self.inputs = inputs
+        self.icd = ICD(
+            weight=8.0,
+            strides=inputs.strides,
+            encoder=InstanceEncoder(NUM_CLASSES, 256),
+            decoder=Decoder(CHANNELS, 256, 8, 1024, 1),
+            student_channels=CHANNELS,
+            fakes=FakeInstances(
+                torch.ones(NUM_CLASSES), torch.full((NUM_CLASSES, 2), 0.2), torch.full((NUM_CLASSES, 2), 0.1)
+            ),
+        ).to(inputs.device)
+
     def run(self) -> None:
-        for tensor in (*self.student, *self.icd.parameters()):
+        for tensor in (*self.inputs.student, *self.icd.parameters()):
             tensor.grad = None
         sizes = [SIZE] * BATCH
-        queries = build_queries(self.targets, sizes, self.icd.fakes, **self.icd.query_options)
-        geometry = LevelGeometry.of(self.teacher, sizes, SIZE)
-        losses = self.icd.losses(self.icd.encoder(queries), queries, self.student, self.teacher, geometry)
+        queries = build_queries(self.inputs.targets, sizes, self.icd.fakes, **self.icd.query_options)
+        geometry = LevelGeometry.of(self.inputs.teacher, sizes, SIZE)
+        encoded = self.icd.encoder(queries)
+        losses = self.icd.losses(encoded, queries, self.inputs.student, self.inputs.teacher, geometry)
         sum(losses.values()).backward()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+
+
+def build(whose: str, args: argparse.Namespace) -> OurICD | AuthorsICD:
+    torch.manual_seed(0)
+    inputs = Inputs(args.levels, args.instances)
+    if whose == "ours":
+        return OurICD(inputs)
+    return AuthorsICD(args.authors, inputs.teacher, inputs.student, inputs.targets, SIZE)
 
 
 def main() -> None:
@@ -75,35 +90,49 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", help="json file for the figures")
-    parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--authors", metavar="FOLDER", help="pytorch_release of the authors' repository")
+    parser.add_argument("--memory", choices=["ours", "authors"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    bench = Bench(args.levels, args.instances)
     if args.memory:
-        print(peak_memory(bench.run))
+        print(peak_memory(build(args.memory, args).run))
         return
-    seconds, cpu_seconds = [], []
+    variants = {whose: build(whose, args) for whose in (["ours", "authors"] if args.authors else ["ours"])}
+    seconds = {whose: [] for whose in variants}
+    cpu_seconds = {whose: [] for whose in variants}
     for _ in range(args.rounds + 1):
-        start, cpu_start = time.perf_counter(), time.process_time()
-        bench.run()
-        seconds.append(time.perf_counter() - start)
-        cpu_seconds.append(time.process_time() - cpu_start)
-    memory = number_from_fresh_process(
-        __file__, "--levels", args.levels, "--instances", args.instances, "--threads", args.threads, "--memory"
-    )
+        for whose, variant in variants.items():
+            start, cpu_start = time.perf_counter(), time.process_time()
+            variant.run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds[whose].append(time.perf_counter() - start)
+            cpu_seconds[whose].append(time.process_time() - cpu_start)
+    same = ["--levels", args.levels, "--instances", args.instances, "--threads", args.threads]
+    same += ["--authors", args.authors] if args.authors else []
     result = {
         "levels": args.levels,
         "instances": args.instances,
         "device": device_name(args.threads),
         "torch": torch.__version__,
-        "seconds": seconds[1:],
-        "cpu_seconds": cpu_seconds[1:],
-        "memory_mib": memory,
     }
-    print(
-        f"{args.levels}, {args.instances} instances an image, {result['device']}: "
-        f"{statistics.median(seconds[1:]):.3f} s ({statistics.median(cpu_seconds[1:]):.2f} CPU-seconds), {memory:.0f} MiB"
-    )
+    for whose in variants:
+        result[whose] = {
+            "seconds": seconds[whose][1:],
+            "cpu_seconds": cpu_seconds[whose][1:],
+            "memory_mib": number_from_fresh_process(__file__, *same, "--memory", whose),
+        }
+    print(f"{args.levels}, {args.instances} instances an image, {result['device']}:")
+    for whose in variants:
+        time_, cpu_time = (statistics.median(result[whose][key]) for key in ("seconds", "cpu_seconds"))
+        print(f"  {whose}: {time_:.3f} s ({cpu_time:.2f} CPU-seconds), {result[whose]['memory_mib']:.0f} MiB")
+    if args.authors:
+        ratios = [a / b for a, b in zip(result["ours"]["seconds"], result["authors"]["seconds"], strict=True)]
+        memory = result["ours"]["memory_mib"] / result["authors"]["memory_mib"]
+        print(
+            f"  ours to the authors', round by round: {statistics.median(ratios):.2f} of the time "
+            f"({min(ratios):.2f} to {max(ratios):.2f}), {memory:.2f} of the memory"
+        )
     if args.output:
         with open(args.output, "w") as file:
             json.dump(result, file, indent=1)
