@@ -2,7 +2,7 @@
 
 from .adapter import DETECTOR_ADAPTER_REGISTRY, BackboneAdapter, DetectorAdapter, build_adapter
 from .dense import DenseDetectorAdapter, RetinaNetAdapter
-from .outputs import BACKGROUND, IGNORED, DensePredictions, DetectorOutputs, DetectorSpec
+from .outputs import BACKGROUND, IGNORED, DensePredictions, DetectorOutputs, DetectorSpec, Positives
 from .rcnn import RCNNAdapter
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "DetectorAdapter",
     "DetectorOutputs",
     "DetectorSpec",
+    "Positives",
     "RCNNAdapter",
     "RetinaNetAdapter",
     "build_adapter",

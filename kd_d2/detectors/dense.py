@@ -78,11 +78,9 @@ class RetinaNetAdapter(DenseDetectorAdapter):
             anchors, list(dense.logits.values()), labels, list(dense.box_regression.values()), boxes
         )
 
-    def _decode(self, deltas_BR4: Tensor, anchors: Boxes) -> Tensor:
-        num_images = deltas_BR4.shape[0]
-        anchors_BR4 = anchors.tensor.expand(num_images, -1, -1)
-        boxes = self.model.box2box_transform.apply_deltas(deltas_BR4.flatten(0, 1), anchors_BR4.flatten(0, 1))
-        return boxes.view_as(deltas_BR4)
+    def _decode(self, deltas: Tensor, anchors: Boxes) -> Tensor:
+        anchors = anchors.tensor.expand_as(deltas)
+        return self.model.box2box_transform.apply_deltas(deltas.flatten(0, -2), anchors.flatten(0, -2)).view_as(deltas)
 
 
 @torch.no_grad()

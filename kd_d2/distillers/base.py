@@ -141,6 +141,32 @@ def common_strides(student: DetectorSpec, teacher: DetectorSpec) -> list[int]:
     return strides
 
 
+def check_same_anchors(method: str, student: DetectorSpec, teacher: DetectorSpec) -> None:
+    """Raise a UserError unless both detectors predict at the same anchors or points of the same levels."""
+
+    def anchors_of(spec: DetectorSpec) -> dict[int, list[list[float]]]:
+        return {stride: anchors.tolist() for stride, anchors in sorted((spec.cell_anchors or {}).items())}
+
+    ours, theirs = anchors_of(student), anchors_of(teacher)
+    if ours.keys() != theirs.keys():
+        raise UserError(
+            f"{method} compares predictions anchor by anchor, but the student ({student.name}) predicts at the strides "
+            f"{list(ours)} and the teacher ({teacher.name}) at {list(theirs)}."
+        )
+    for stride, anchors in ours.items():
+        if anchors != theirs[stride]:
+            raise UserError(
+                f"{method} compares predictions anchor by anchor, but at stride {stride} the student ({student.name}) has "
+                f"{_describe(anchors)} and the teacher ({teacher.name}) {_describe(theirs[stride])}."
+            )
+
+
+def _describe(anchors: list[list[float]]) -> str:
+    x1, y1, x2, y2 = anchors[0]
+    sides = f"{x2 - x1:.4g}x{y2 - y1:.4g} pixels around ({(x1 + x2) / 2:.4g}, {(y1 + y2) / 2:.4g})"
+    return f"{len(anchors)} anchors a position, the first of {sides}" if len(anchors) > 1 else f"one anchor of {sides}"
+
+
 def levels_by_stride(features: dict[int, Tensor], strides: Iterable[int], whose: str) -> list[Tensor]:
     """The feature maps of the given strides. Raises where one was not captured."""
     missing = [s for s in strides if s not in features]
@@ -174,6 +200,8 @@ class AdaptationLayers(nn.Module):
     def from_node(cls, node_name: str, node: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> AdaptationLayers:
         """The layers that `node.ADAPTATION` asks for, at every stride that both detectors have.
 
+        None asks for 1x1 where the channels differ, and for nothing where they agree.
+
         Raises:
             UserError: no common stride, or no adaptation and different channels.
         """
@@ -181,7 +209,8 @@ class AdaptationLayers(nn.Module):
             stride: (student.shapes[stride].channels, teacher.shapes[stride].channels)
             for stride in common_strides(student, teacher)
         }
-        kernel_size = ADAPTATION_KERNELS[node.ADAPTATION]
+        needed = "none" if all(ours == theirs for ours, theirs in channels.values()) else "1x1"
+        kernel_size = ADAPTATION_KERNELS[node.ADAPTATION or needed]
         for stride, (ours, theirs) in channels.items():
             if not kernel_size and ours != theirs:
                 raise UserError(

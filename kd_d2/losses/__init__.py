@@ -2,6 +2,22 @@
 
 from .icd import attended_value_loss, icd_distill_loss, instance_attention
 from .normalization import min_max_normalize
+from .prediction_guided import prediction_difference, prediction_guided_loss, relative_to_mean, weighted_imitation_loss
+from .rank import count_ranked, rank_kl_loss
+from .soft_label import soft_label_loss
 from .ssim import ssim_loss
 
-__all__ = ["attended_value_loss", "icd_distill_loss", "instance_attention", "min_max_normalize", "ssim_loss"]
+__all__ = [
+    "attended_value_loss",
+    "count_ranked",
+    "icd_distill_loss",
+    "instance_attention",
+    "min_max_normalize",
+    "prediction_difference",
+    "prediction_guided_loss",
+    "rank_kl_loss",
+    "relative_to_mean",
+    "soft_label_loss",
+    "ssim_loss",
+    "weighted_imitation_loss",
+]

@@ -1,0 +1,50 @@
+"""Where on the feature maps something is: masks by level, (B, H, W) of zeros and ones.
+
+Shape suffixes: B images, H W map, A anchors per position, R anchors of an image over all levels, N boxes of an image.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate, pairwise
+
+import torch
+from detectron2.structures import Instances
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from ..detectors import DetectorOutputs
+
+
+def whole_maps(student: DetectorOutputs, targets: list[Instances]) -> list[Tensor]:
+    """Everywhere."""
+    return [x.new_ones(x.shape[0], *x.shape[-2:], dtype=torch.float32) for x in student.features.values()]
+
+
+def positive_positions(student: DetectorOutputs, targets: list[Instances]) -> list[Tensor]:
+    """Where the student's label assignment gives one of the position's anchors to an instance."""
+    shapes = [x.shape[-2:] for x in student.features.values()]
+    ends = accumulate((x.shape[1] for _, x in sorted(student.dense.logits.items())), initial=0)
+    is_positive_BR = student.dense.assignment >= 0
+    return [
+        is_positive_BR[:, start:end].unflatten(1, (*shape, -1)).any(-1).float()
+        for (start, end), shape in zip(pairwise(ends), shapes, strict=True)
+    ]
+
+
+def negative_positions(student: DetectorOutputs, targets: list[Instances]) -> list[Tensor]:
+    """Where it gives none of them to any."""
+    return [1 - mask for mask in positive_positions(student, targets)]
+
+
+def inside_boxes(student: DetectorOutputs, targets: list[Instances]) -> list[Tensor]:
+    """Where the position's centre lies inside a ground-truth box."""
+    boxes_BN4 = pad_sequence([target.gt_boxes.tensor for target in targets], batch_first=True)  # padding has no inside
+    masks = []
+    for stride, x in student.features.items():
+        H, W = x.shape[-2:]
+        x1, y1, x2, y2 = boxes_BN4.unsqueeze(-1).unbind(2)
+        center_H, center_W = ((torch.arange(n, device=x.device) + 0.5) * stride for n in (H, W))
+        in_columns_BNW = (x1 < center_W) & (center_W < x2)
+        in_rows_BNH = (y1 < center_H) & (center_H < y2)
+        masks.append(torch.einsum("bnh,bnw->bhw", in_rows_BNH.float(), in_columns_BNW.float()).clamp(max=1))
+    return masks

@@ -1,0 +1,109 @@
+"""RankMimicking: the student ranks the candidates of each instance as the teacher does."""
+
+from __future__ import annotations
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.structures import Boxes, Instances
+from detectron2.structures.boxes import matched_pairwise_iou
+from torch import Tensor
+
+from ..detectors import DensePredictions, DetectorOutputs, DetectorSpec, Positives
+from ..errors import UserError
+from ..losses import count_ranked, rank_kl_loss
+from .base import DISTILLER_REGISTRY, Distiller, check_same_anchors, in_float32, mean_count_of_workers
+
+
+@DISTILLER_REGISTRY.register()
+class RankMimicking(Distiller):
+    """Rank Mimicking (Li et al. 2022, equations 5 and 6) of classification scores and of box quality.
+
+    The positives of each instance are those of the student's own label assignment, for both detectors.
+    """
+
+    needs = frozenset({"dense", "targets"})
+    loss_names = ("loss_rank_classification", "loss_rank_localization")
+    CONFIG_NODE = "RANK_MIMICKING"
+    default_weight = 4.0
+
+    @classmethod
+    def add_config(cls, node: CfgNode) -> None:
+        # Rank by the logits of the instance's class instead of its probability. The loss is many times as large then.
+        node.ON_LOGITS = False
+        # Rank by probability times centreness, for detectors that have a centreness.
+        node.JOINT_SCORE = False
+        # Rank also by the overlap of the predicted box with the ground truth.
+        node.LOCALIZATION = True
+
+    @classmethod
+    def validate_config(cls, node: CfgNode) -> None:
+        if node.ON_LOGITS and node.JOINT_SCORE:
+            raise UserError(
+                "MODEL.KD.RANK_MIMICKING.ON_LOGITS and JOINT_SCORE are both True; a joint score is a probability."
+            )
+
+    @configurable
+    def __init__(self, *, weight: float, on_logits: bool = False, joint_score: bool = False, localization: bool = True):
+        """
+        Args:
+            weight: alpha, of both losses.
+            on_logits, joint_score: what the classification rank is made of; neither for the class's probability.
+            localization: whether there is a localisation rank.
+        """
+        super().__init__()
+        self.weight = weight
+        self.on_logits = on_logits
+        self.joint_score = joint_score
+        self.localization = localization
+        if not localization:
+            self.loss_names = RankMimicking.loss_names[:1]
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> dict:
+        node = cfg.MODEL.KD.RANK_MIMICKING
+        check_same_anchors(cls.__name__, student, teacher)
+        for whose, spec in (("student", student), ("teacher", teacher)):
+            if node.JOINT_SCORE and "quality" not in spec.provides:
+                raise UserError(
+                    f"MODEL.KD.RANK_MIMICKING.JOINT_SCORE is True, but the {whose} ({spec.name}) has no centreness."
+                )
+        return {
+            "weight": node.WEIGHT,
+            "on_logits": node.ON_LOGITS,
+            "joint_score": node.JOINT_SCORE,
+            "localization": node.LOCALIZATION,
+        }
+
+    def forward(
+        self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]
+    ) -> dict[str, Tensor]:
+        positives = student.dense.positives
+        instance_P = positives.among_all(targets)
+        class_P = torch.cat([target.gt_classes for target in targets])[instance_P]
+        count = mean_count_of_workers(count_ranked(instance_P).float())
+        scores = [self._scores(outputs.dense, positives, class_P) for outputs in (student, teacher)]
+        losses = {"loss_rank_classification": self.weight * ranked(*scores, instance_P, count)}
+        if self.localization:
+            boxes_P = Boxes.cat([target.gt_boxes for target in targets])[instance_P]
+            overlaps = [overlap(outputs.dense.boxes_at(positives), boxes_P) for outputs in (student, teacher)]
+            losses["loss_rank_localization"] = self.weight * ranked(*overlaps, instance_P, count)
+        return losses
+
+    def _scores(self, dense: DensePredictions, positives: Positives, class_P: Tensor) -> Tensor:
+        """(P,) what the classification rank is made of."""
+        logits = positives.pick(dense.logits, class_P)
+        if self.on_logits:
+            return logits
+        scores = logits.sigmoid()
+        if self.joint_score:
+            scores = scores * positives.pick(dense.quality)[:, 0].sigmoid()
+        return scores
+
+
+ranked = in_float32(rank_kl_loss)
+
+
+@in_float32
+def overlap(boxes_P4: Tensor, ground_truth: Boxes) -> Tensor:
+    """IoU (P,) of predicted boxes with the ground truth of each."""
+    return matched_pairwise_iou(Boxes(boxes_P4), ground_truth)

@@ -1,0 +1,61 @@
+"""Feature imitation where the predictions differ (Prediction-guided Feature Imitation, Li et al. 2022)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EPS = 1e-12
+
+
+def prediction_guided_loss(
+    student_features: list[Tensor],
+    teacher_features: list[Tensor],
+    student_probs: list[Tensor],
+    teacher_probs: list[Tensor],
+) -> Tensor:
+    """Squared difference of features, weighted by that of the predictions (equations 7 to 9).
+
+    mean over levels of mean over (B, H, W) of P * D, with P the mean over anchors and classes of (p_T - p_S)^2, a weight
+    without gradient, and D the mean over channels of (F_T - F_S)^2. Computed in float32 or better.
+
+    Args:
+        student_features, teacher_features: by level (B, C, H, W); the student's in the teacher's channels.
+        student_probs, teacher_probs: by level class probabilities (B, A * K, H, W).
+    """
+    weights = [prediction_difference(s, t).detach() for s, t in zip(student_probs, teacher_probs, strict=True)]
+    return weighted_imitation_loss(student_features, teacher_features, weights)
+
+
+def prediction_difference(student_probs: Tensor, teacher_probs: Tensor) -> Tensor:
+    """P (B, H, W): mean over anchors and classes of the squared difference of probabilities (B, A * K, H, W)."""
+    dtype = torch.promote_types(student_probs.dtype, torch.float32)
+    return (teacher_probs.detach().to(dtype) - student_probs.to(dtype)).square().mean(1)
+
+
+def weighted_imitation_loss(
+    student_features: list[Tensor],
+    teacher_features: list[Tensor],
+    weights: list[Tensor],
+    divisors: list[Tensor | float] | None = None,
+) -> Tensor:
+    """mean over levels of sum over (B, H, W) of weight * D, over the level's divisor.
+
+    Args:
+        student_features, teacher_features: by level (B, C, H, W).
+        weights: by level (B, H, W).
+        divisors: by level; None for the number of positions, B * H * W.
+    """
+    losses = []
+    for level, (student, teacher, weight) in enumerate(zip(student_features, teacher_features, weights, strict=True)):
+        dtype = torch.promote_types(student.dtype, torch.float32)
+        with torch.autocast(student.device.type, enabled=False):
+            difference = (student.to(dtype) - teacher.detach().to(dtype)).square().mean(1)
+            total = (weight * difference).sum()
+        losses.append(total / (weight.numel() if divisors is None else divisors[level]))
+    return sum(losses) / len(losses)
+
+
+def relative_to_mean(weights: list[Tensor]) -> list[Tensor]:
+    """Each level's weights divided by their mean, so that they say where and not how much."""
+    return [w / w.mean().clamp(min=EPS) for w in weights]

@@ -1,0 +1,59 @@
+"""The order in which a detector ranks the candidates of each instance (Rank Mimicking, Li et al. 2022).
+
+Shape suffixes: P positives of all instances, N instances.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rank_kl_loss(
+    student_scores: Tensor, teacher_scores: Tensor, instance_index: Tensor, num_instances: Tensor | float | None = None
+) -> Tensor:
+    """Divergence of the student's from the teacher's rank distribution (equations 5 and 6).
+
+    For each instance the scores of its positives pass through a softmax; the loss is the sum over instances of
+    KL(teacher || student), divided by the number of instances. An instance with a single positive has no rank: it adds
+    nothing and does not count. Gradients go to the student alone. Computed in float32 or better.
+
+    Args:
+        student_scores, teacher_scores: (P,) what each model thinks of each positive.
+        instance_index: (P,) int64, equal for the positives of one instance, in any order.
+        num_instances: the divisor; None for the instances with two positives or more, at least 1.
+
+    Returns:
+        A scalar; zero, with a gradient of zero, where no instance has a rank.
+    """
+    dtype = torch.promote_types(student_scores.dtype, torch.float32)
+    segment_P = consecutive(instance_index)
+    student_P = segment_log_softmax(student_scores.to(dtype), segment_P)
+    teacher_P = segment_log_softmax(teacher_scores.detach().to(dtype), segment_P)
+    divergence = (teacher_P.exp() * (teacher_P - student_P)).sum()
+    if num_instances is None:
+        num_instances = count_ranked(instance_index).clamp(min=1)
+    return divergence / num_instances
+
+
+def count_ranked(instance_index: Tensor) -> Tensor:
+    """How many instances have a rank, two positives or more: a scalar tensor. Argument as in `rank_kl_loss`."""
+    segment_P = consecutive(instance_index)
+    return (torch.zeros_like(segment_P).index_add_(0, segment_P, torch.ones_like(segment_P)) > 1).sum()
+
+
+def consecutive(instance_index: Tensor) -> Tensor:
+    """The same grouping with the indices 0, 1, 2, ..., all below P; the device is not waited for."""
+    ordered_P, order_P = instance_index.sort()
+    new_P = torch.zeros_like(ordered_P)
+    new_P[1:] = (ordered_P[1:] != ordered_P[:-1]).cumsum(0)
+    return torch.empty_like(new_P).index_copy_(0, order_P, new_P)
+
+
+def segment_log_softmax(scores_P: Tensor, segment_P: Tensor) -> Tensor:
+    """log softmax within each segment; segments are numbered below P."""
+    largest_P = scores_P.detach().new_full(scores_P.shape, -torch.inf)
+    largest_P.scatter_reduce_(0, segment_P, scores_P.detach(), "amax")
+    shifted_P = scores_P - largest_P[segment_P]
+    total_P = torch.zeros_like(scores_P).index_add(0, segment_P, shifted_P.exp())
+    return shifted_P - total_P[segment_P].log()
