@@ -19,7 +19,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from .distillers import DISTILLER_REGISTRY
 from .distillers.base import check_number
 from .errors import UserError
-from .modeling import add_slim_resnet_config
+from .modeling import add_modeling_config
 
 KD_META_ARCH = "KDMetaArch"
 INHERITABLE = ("neck", "head")
@@ -33,7 +33,7 @@ def add_kd_config(cfg: CN) -> None:
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
     # Autocast type under SOLVER.AMP.ENABLED: "float16" (with a gradient scaler) or "bfloat16".
     cfg.SOLVER.AMP.DTYPE = "float16"
-    add_slim_resnet_config(cfg)
+    add_modeling_config(cfg)
 
     kd = cfg.MODEL.KD = CN()
     # The student's own meta-architecture, where MODEL.META_ARCHITECTURE is KDMetaArch.

@@ -11,9 +11,8 @@ import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import Backbone, build_backbone, build_model
+from detectron2.modeling import Backbone, build_model
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
-from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
@@ -45,6 +44,16 @@ RETINANET: dict[str, Any] = {
         "RETINANET": {"NUM_CLASSES": NUM_CLASSES, "NUM_CONVS": 1},
     }
 }
+
+
+def _dense(name: str) -> dict[str, Any]:
+    """FCOS, ATSS or GFL on the same backbone, whose P6 and P7 come from P5."""
+    tree = {"META_ARCHITECTURE": name, name: {"NUM_CLASSES": NUM_CLASSES, "NUM_CONVS": 1, "NORM": ""}}
+    levels = {"OUT_FEATURES": ["res3", "res4", "res5"]}, {"IN_FEATURES": ["res3", "res4", "res5"]}
+    backbone = {"NAME": "build_dense_slim_resnet_fpn_backbone"}
+    return {"MODEL": {**tree, "BACKBONE": backbone, "RESNETS": levels[0], "FPN": levels[1]}}
+
+
 FASTER: dict[str, Any] = {
     "MODEL": {
         "META_ARCHITECTURE": "GeneralizedRCNN",
@@ -89,6 +98,9 @@ PANOPTIC: dict[str, Any] = {
 }
 TREES: dict[str, list[dict[str, Any]]] = {
     "retinanet": [RETINANET],
+    "fcos": [_dense("FCOS")],
+    "atss": [_dense("ATSS")],
+    "gfl": [_dense("GFL")],
     "faster": [FASTER],
     "mask": [FASTER, MASK],
     "cascade": [FASTER, CASCADE],
@@ -115,27 +127,6 @@ def _cfg(kind: str, overrides: dict[str, Any] | None = None) -> CfgNode:
     return cfg
 
 
-def _fcos(overrides: dict[str, Any] | None) -> FCOS:
-    cfg = _cfg("retinanet", overrides)
-    backbone = build_backbone(cfg)
-    names = ["p3", "p4", "p5", "p6", "p7"]
-    channels = cfg.MODEL.FPN.OUT_CHANNELS
-    head = FCOSHead(
-        input_shape=[backbone.output_shape()[name] for name in names],
-        num_classes=NUM_CLASSES,
-        conv_dims=[channels],
-        norm="",
-    )
-    return FCOS(
-        backbone=backbone,
-        head=head,
-        head_in_features=names,
-        num_classes=NUM_CLASSES,
-        pixel_mean=cfg.MODEL.PIXEL_MEAN,
-        pixel_std=cfg.MODEL.PIXEL_STD,
-    )
-
-
 @pytest.fixture(scope="session", autouse=True)
 def own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Nothing is kept in, or comes from, the cache folder of whoever runs the tests."""
@@ -159,17 +150,17 @@ def tiny_tree() -> Callable[..., dict[str, Any]]:
 
 @pytest.fixture
 def tiny_cfg() -> Callable[..., CfgNode]:
-    """(kind, overrides) -> the config of a tiny "retinanet", "faster", "mask", "cascade" or "panoptic"."""
+    """(kind, overrides) -> the config of a tiny detector: "retinanet", "fcos", "atss", "gfl", "faster", "mask", "cascade", "panoptic"."""
     return _cfg
 
 
 @pytest.fixture
 def tiny_detector() -> Callable[..., nn.Module]:
-    """(kind, overrides, seed) -> a detector of 3 classes with a few thousand parameters, in training; also "fcos"."""
+    """(kind, overrides, seed) -> a detector of 3 classes with a few thousand parameters, in training."""
 
     def build(kind: str, overrides: dict[str, Any] | None = None, seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
-        return (_fcos(overrides) if kind == "fcos" else build_model(_cfg(kind, overrides))).train()
+        return build_model(_cfg(kind, overrides)).train()
 
     return build
 

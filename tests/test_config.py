@@ -499,6 +499,15 @@ def _tree(node: CfgNode) -> dict:
     return yaml.safe_load(node.dump())
 
 
+@pytest.mark.parametrize("name", ["FCOS", "ATSS", "GFL"])
+def test_the_dumped_student_has_the_keys_of_its_own_detector_alone(files: Files, name: str) -> None:
+    """Check a detector that Detectron2 has no keys for, on MobileNetV2."""
+    backbone = "build_dense_mobilenet_v2_fpn_backbone"
+    cfg = load_config(str(files.student(MODEL__KD__STUDENT=name, MODEL__BACKBONE__NAME=backbone)))
+    ours = student_config(cfg).MODEL.keys() - get_cfg().MODEL.keys()
+    assert ours == {name, "MOBILENET_V2"}
+
+
 @pytest.mark.parametrize("slim", [False, True])
 def test_the_dumped_student_is_a_plain_detectron2_config(files: Files, slim: bool) -> None:
     """Check that plain Detectron2 merges the student's config, whose numbers were written in the other type."""
@@ -535,7 +544,7 @@ def test_the_librarys_keys_leave_detectron2s_defaults_alone() -> None:
         (ours.DATASETS, "COCO_JSON"),
         (ours.SOLVER.AMP, "DTYPE"),
         (ours.MODEL, "KD"),
-        (ours.MODEL, "SLIM_RESNET"),
+        *((ours.MODEL, name) for name in ("SLIM_RESNET", "MOBILENET_V2", "FCOS", "ATSS", "GFL")),
     ):
         del node[key]
     assert _tree(ours) == _tree(theirs)

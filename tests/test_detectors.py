@@ -8,9 +8,12 @@ from collections.abc import Callable
 from kd_d2.detectors import (
     BACKGROUND,
     IGNORED,
+    ATSSAdapter,
     BackboneAdapter,
     DenseDetectorAdapter,
     DensePredictions,
+    FCOSAdapter,
+    GFLAdapter,
     RCNNAdapter,
     RetinaNetAdapter,
     build_adapter,
@@ -102,14 +105,23 @@ def test_levels_that_the_head_does_not_read_play_no_part(
     _assert_own_losses(model, [make_inputs()])
 
 
-@pytest.mark.parametrize("kind", ["faster", "mask", "cascade", "fcos"])
+ADAPTERS = {
+    "fcos": FCOSAdapter,
+    "atss": ATSSAdapter,
+    "gfl": GFLAdapter,
+    "faster": RCNNAdapter,
+    "mask": RCNNAdapter,
+    "cascade": RCNNAdapter,
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
 def test_other_detectors_losses_are_their_own(
     tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage, kind: str
 ) -> None:
     """Check losses, gradients and buffers under the same random numbers; one image has no objects."""
     model = tiny_detector(kind)
-    adapter = DenseDetectorAdapter if kind == "fcos" else RCNNAdapter
-    assert type(build_adapter(model)) is adapter
+    assert type(build_adapter(model)) is ADAPTERS[kind]
     _assert_own_losses(model, [make_inputs(masks=True), make_inputs(counts=(0, 4), seed=1, masks=True)])
 
 
@@ -148,6 +160,10 @@ def test_specs(tiny_detector: Callable) -> None:
     fcos = build_adapter(tiny_detector("fcos")).spec
     assert (fcos.name, fcos.family, fcos.num_classes) == ("FCOS", "one-stage", 3)
     assert list(fcos.shapes) == [8, 16, 32, 64, 128]
+    assert fcos.provides == EVERYTHING | {"quality"} == build_adapter(tiny_detector("atss")).spec.provides
+    gfl = build_adapter(tiny_detector("gfl")).spec
+    assert gfl.provides == EVERYTHING
+    assert gfl.cell_anchors[16].tolist() == [[-64, -64, 64, 64]]
 
 
 @pytest.mark.parametrize("kind", ["retinanet", "faster"])

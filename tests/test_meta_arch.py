@@ -401,7 +401,7 @@ def test_class_counts_must_agree(toy_detector: type) -> None:
     [
         ("retinanet", "faster", {"dense"}, r"teacher \(GeneralizedRCNN\)", "dense"),
         ("faster", "retinanet", {"dense", "targets"}, r"student \(GeneralizedRCNN\)", "dense"),
-        ("fcos", "retinanet", {"anchors", "dense"}, r"student \(FCOS\)", "anchors and dense"),
+        ("panoptic", "fcos", {"anchors", "dense"}, r"student \(PanopticFPN\)", "anchors and dense"),
         ("retinanet", "panoptic", {"anchors", "features"}, r"teacher \(PanopticFPN\)", "anchors"),
     ],
 )

@@ -199,8 +199,8 @@ def test_positives_and_what_they_hold() -> None:
     assert positives.image.tolist() == [0] * 4
     assert positives.anchor.tolist() == [0, 1, 3, 4]
     assert positives.instance.tolist() == [0, 1, 0, 1]
-    assert positives.pick(dense.logits).tolist() == [[0, 10], [1, 11], [3, 13], [4, 14]]
-    assert positives.pick(dense.logits, torch.tensor([1, 0, 1, 0])).tolist() == [10, 1, 13, 4]
+    assert positives.pick(dense.logits.values()).tolist() == [[0, 10], [1, 11], [3, 13], [4, 14]]
+    assert positives.pick(dense.logits.values(), torch.tensor([1, 0, 1, 0])).tolist() == [10, 1, 13, 4]
     assert positives.among_all([[0] * 3, [0]]).tolist() == [0, 1, 0, 1]
     torch.testing.assert_close(dense.boxes_at(positives)[2:], torch.tensor([[8.0, 0, 16, 16], [0, 0, 16, 16]]))
 

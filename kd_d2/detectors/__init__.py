@@ -1,20 +1,24 @@
 """How Detectron2's detectors are read: adapters, and the plain data that they return."""
 
+from ..modeling.assignment import BACKGROUND, IGNORED, Positives
 from .adapter import DETECTOR_ADAPTER_REGISTRY, BackboneAdapter, DetectorAdapter, build_adapter
-from .dense import DenseDetectorAdapter, RetinaNetAdapter
-from .outputs import BACKGROUND, IGNORED, DensePredictions, DetectorOutputs, DetectorSpec, Positives
+from .dense import ATSSAdapter, DenseDetectorAdapter, FCOSAdapter, GFLAdapter, RetinaNetAdapter
+from .outputs import DensePredictions, DetectorOutputs, DetectorSpec
 from .rcnn import RCNNAdapter
 
 __all__ = [
     "BACKGROUND",
     "DETECTOR_ADAPTER_REGISTRY",
     "IGNORED",
+    "ATSSAdapter",
     "BackboneAdapter",
     "DenseDetectorAdapter",
     "DensePredictions",
     "DetectorAdapter",
     "DetectorOutputs",
     "DetectorSpec",
+    "FCOSAdapter",
+    "GFLAdapter",
     "Positives",
     "RCNNAdapter",
     "RetinaNetAdapter",

@@ -1,17 +1,25 @@
-"""Adapters of dense, one-stage detectors: anything built on Detectron2's DenseDetector, RetinaNet in full."""
+"""Adapters of dense, one-stage detectors: anything on Detectron2's DenseDetector; RetinaNet, FCOS, ATSS and GFL in full."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.meta_arch import RetinaNet
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
+from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor
 
+from ..modeling import ATSS, GFL
+from ..modeling.assignment import BACKGROUND, IGNORED
+from ..modeling.dense import AdaptiveDetector
 from .adapter import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter
-from .outputs import BACKGROUND, IGNORED, DensePredictions, DetectorOutputs
+from .outputs import DensePredictions, DetectorOutputs
+
+FCOS_MATCH_THRESHOLD = 1e-5  # Detectron2's own, of its quality of a match
 
 
 @DETECTOR_ADAPTER_REGISTRY.register()
@@ -42,45 +50,130 @@ class DenseDetectorAdapter(DetectorAdapter):
             outputs.losses = self.model.forward_training(outputs.images, features, self.model.head(features), targets)
 
 
-@DETECTOR_ADAPTER_REGISTRY.register()
-class RetinaNetAdapter(DenseDetectorAdapter):
-    """RetinaNet: also anchors and dense predictions. Its label assignment is made once, for its loss and distillers."""
+class AnchorDetectorAdapter(DenseDetectorAdapter):
+    """A dense detector in full: also anchors and dense predictions. Its label assignment is made once, for its loss and distillers.
 
-    model_class = RetinaNet
-    composes = (*DenseDetectorAdapter.composes, "forward_training", "label_anchors")
+    A subclass says what the head gives, how anchors are assigned, and what the losses are.
+    """
+
+    composes = (*DenseDetectorAdapter.composes, "forward_training")
     provides = frozenset({"features", "anchors", "dense", "targets"})
 
     def cell_anchors(self) -> dict[int, Tensor]:
         return dict(zip(self._stride_of.values(), self.model.anchor_generator.cell_anchors, strict=True))
 
+    def transpose(self, predictions: Any) -> list[list[Tensor]]:
+        """What the head gives: logits, box regression and, where there is one, quality, by level (B, HWA, dim)."""
+        raise NotImplementedError
+
+    def assign(self, anchors: list[Boxes], targets: list[Instances]) -> Tensor:
+        """The detector's label assignment (B, R)."""
+        raise NotImplementedError
+
+    def losses(self, dense: DensePredictions, predictions: list[list[Tensor]], targets: list[Instances]) -> dict:
+        """The detector's own losses of its transposed predictions."""
+        raise NotImplementedError
+
     def read_head(self, outputs: DetectorOutputs, want: frozenset[str], targets: list[Instances] | None) -> None:
-        model, strides = self.model, list(outputs.features)
-        features = list(outputs.features.values())
+        strides, features = list(outputs.features), list(outputs.features.values())
         need_head = targets is not None or "dense" in want
         if need_head or "anchors" in want:
-            outputs.anchors = dict(zip(strides, model.anchor_generator(features), strict=True))
+            outputs.anchors = dict(zip(strides, self.model.anchor_generator(features), strict=True))
         if not need_head:
             return
-        logits, deltas = model.head(features)
-        dense = DensePredictions(
-            logits={s: permute_to_N_HWA_K(x, model.num_classes) for s, x in zip(strides, logits, strict=True)},
-            box_regression={s: permute_to_N_HWA_K(x, 4) for s, x in zip(strides, deltas, strict=True)},
-            anchors=outputs.anchors,
-            decode=self._decode,
-        )
+        predictions = self.transpose(self.model.head(features))
+        logits, regression, *quality = (dict(zip(strides, levels, strict=True)) for levels in predictions)
+        dense = DensePredictions(logits, regression, outputs.anchors, self._decode, *quality)
         outputs.dense = dense
-        if targets is None:
-            return
-        anchors = list(outputs.anchors.values())
-        dense.assign = lambda: assign_by_iou(Boxes.cat(anchors), targets, model.anchor_matcher)
-        labels, boxes = labels_and_boxes(dense.assignment, targets, model.num_classes)
-        outputs.losses = model.losses(
-            anchors, list(dense.logits.values()), labels, list(dense.box_regression.values()), boxes
-        )
+        if targets is not None:
+            dense.assign = lambda: self.assign(list(outputs.anchors.values()), targets)
+            outputs.losses = self.losses(dense, predictions, targets)
 
-    def _decode(self, deltas: Tensor, anchors: Boxes) -> Tensor:
-        anchors = anchors.tensor.expand_as(deltas)
-        return self.model.box2box_transform.apply_deltas(deltas.flatten(0, -2), anchors.flatten(0, -2)).view_as(deltas)
+    def _decode(self, regression: Tensor, anchors: Boxes) -> Tensor:
+        anchors = anchors.tensor.expand(*regression.shape[:-1], 4)
+        boxes = self.model.box2box_transform.apply_deltas(regression.flatten(0, -2), anchors.flatten(0, -2))
+        return boxes.view_as(anchors)
+
+
+@DETECTOR_ADAPTER_REGISTRY.register()
+class RetinaNetAdapter(AnchorDetectorAdapter):
+    """RetinaNet."""
+
+    model_class = RetinaNet
+    composes = (*AnchorDetectorAdapter.composes, "label_anchors")
+
+    def transpose(self, predictions: Any) -> list[list[Tensor]]:
+        dims = (self.model.num_classes, 4)
+        return [[permute_to_N_HWA_K(x, dim) for x in levels] for levels, dim in zip(predictions, dims, strict=True)]
+
+    def assign(self, anchors: list[Boxes], targets: list[Instances]) -> Tensor:
+        return assign_by_iou(Boxes.cat(anchors), targets, self.model.anchor_matcher)
+
+    def losses(self, dense: DensePredictions, predictions: list[list[Tensor]], targets: list[Instances]) -> dict:
+        logits, deltas = predictions
+        labels, boxes = labels_and_boxes(dense.assignment, targets, self.model.num_classes)
+        return self.model.losses(list(dense.anchors.values()), logits, labels, deltas, boxes)
+
+
+@DETECTOR_ADAPTER_REGISTRY.register()
+class FCOSAdapter(AnchorDetectorAdapter):
+    """FCOS: points, as anchors of one stride's side, and centreness."""
+
+    model_class = FCOS
+    composes = (*AnchorDetectorAdapter.composes, "label_anchors")
+    provides = AnchorDetectorAdapter.provides | {"quality"}
+
+    def transpose(self, predictions: Any) -> list[list[Tensor]]:
+        dims = (self.model.num_classes, 4, 1)
+        return [[permute_to_N_HWA_K(x, dim) for x in levels] for levels, dim in zip(predictions, dims, strict=True)]
+
+    @torch.no_grad()
+    def assign(self, anchors: list[Boxes], targets: list[Instances]) -> Tensor:
+        """FCOS's label assignment that keeps the ground-truth index (Detectron2's `label_anchors` drops it)."""
+        rows = []
+        for target in targets:
+            if len(target):
+                quality, index = self.model._match_anchors(target.gt_boxes, anchors).max(0)
+                rows.append(index.masked_fill(quality < FCOS_MATCH_THRESHOLD, BACKGROUND))
+            else:
+                rows.append(torch.full((sum(map(len, anchors)),), BACKGROUND, device=anchors[0].device))
+        return torch.stack(rows)
+
+    def losses(self, dense: DensePredictions, predictions: list[list[Tensor]], targets: list[Instances]) -> dict:
+        logits, deltas, centerness = predictions
+        labels, boxes = labels_and_boxes(dense.assignment, targets, self.model.num_classes)
+        return self.model.losses(list(dense.anchors.values()), logits, labels, deltas, boxes, centerness)
+
+
+class AdaptiveDetectorAdapter(AnchorDetectorAdapter):
+    """ATSS and GFL."""
+
+    model_class = AdaptiveDetector
+    composes = (*AnchorDetectorAdapter.composes, "transpose", "assign")
+
+    def transpose(self, predictions: Any) -> list[list[Tensor]]:
+        return self.model.transpose(predictions)
+
+    def assign(self, anchors: list[Boxes], targets: list[Instances]) -> Tensor:
+        return self.model.assign(anchors, targets)
+
+    def losses(self, dense: DensePredictions, predictions: list[list[Tensor]], targets: list[Instances]) -> dict:
+        return self.model.losses(list(dense.anchors.values()), predictions, dense.assignment, targets)
+
+
+@DETECTOR_ADAPTER_REGISTRY.register()
+class ATSSAdapter(AdaptiveDetectorAdapter):
+    """ATSS, which has a centreness."""
+
+    model_class = ATSS
+    provides = AnchorDetectorAdapter.provides | {"quality"}
+
+
+@DETECTOR_ADAPTER_REGISTRY.register()
+class GFLAdapter(AdaptiveDetectorAdapter):
+    """GFL, whose class probabilities are joint scores already."""
+
+    model_class = GFL
 
 
 @torch.no_grad()

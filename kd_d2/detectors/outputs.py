@@ -9,55 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
 
 import torch
 from detectron2.layers import ShapeSpec
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.structures import Boxes, ImageList
 from torch import Tensor
 
-BACKGROUND = -1
-IGNORED = -2
-
-
-@dataclass
-class Positives:
-    """The anchors of a batch that have an instance, in order of image and anchor.
-
-    Attributes:
-        image: (P,) int64, the image of each.
-        anchor: (P,) int64, its index over all levels of the image.
-        instance: (P,) int64, the index of its ground truth among those of its image.
-    """
-
-    image: Tensor
-    anchor: Tensor
-    instance: Tensor
-
-    def among_all(self, targets: list[Instances]) -> Tensor:
-        """(P,) index of the instance among those of all images together."""
-        starts = list(accumulate(map(len, targets), initial=0))[:-1]
-        return torch.tensor(starts, device=self.image.device)[self.image] + self.instance
-
-    def pick(self, values: dict[int, Tensor], channel_P: Tensor | None = None) -> Tensor:
-        """What levels in order of stride, (B, HWA, X) each, hold at the positives.
-
-        Returns:
-            (P, X), or (P,) where `channel_P` says which of the X. The levels are not copied together.
-        """
-        picked, end = None, 0
-        for _, level in sorted(values.items()):
-            start, end = end, end + level.shape[1]
-            position = (self.anchor - start).clamp(0, level.shape[1] - 1)
-            here = level[self.image, position] if channel_P is None else level[self.image, position, channel_P]
-            is_later = self.anchor >= start
-            picked = here if picked is None else torch.where(is_later.view(-1, *[1] * (here.dim() - 1)), here, picked)
-        return picked
+from ..modeling.assignment import Positives
 
 
 @dataclass
 class DensePredictions:
-    """Predictions of a dense head, every dictionary keyed by stride.
+    """Predictions of a dense head, every dictionary keyed by stride, in ascending order.
 
     Attributes:
         logits: class logits (B, HWA, K).
@@ -108,13 +71,12 @@ class DensePredictions:
     @cached_property
     def positives(self) -> Positives:
         """The anchors that have an instance, of the label assignment."""
-        image, anchor = (self.assignment >= 0).nonzero(as_tuple=True)
-        return Positives(image, anchor, self.assignment[image, anchor])
+        return Positives.of(self.assignment)
 
     def boxes_at(self, positives: Positives) -> Tensor:
         """Decoded boxes (P, 4) of the positives alone, in pixels of the network's input."""
-        anchors = Boxes.cat([self.anchors[stride] for stride in sorted(self.anchors)])
-        return self.decode(positives.pick(self.box_regression), anchors[positives.anchor])
+        anchors = Boxes.cat(list(self.anchors.values()))
+        return self.decode(positives.pick(self.box_regression.values()), anchors[positives.anchor])
 
 
 @dataclass
@@ -146,7 +108,8 @@ class DetectorSpec:
         shapes: channels and stride of each neck output, keyed by stride.
         num_classes: foreground classes, None where the detector does not tell.
         cell_anchors: by stride the anchors (A, 4) around a position, in pixels; None where there are none.
-        provides: which of "features", "anchors", "dense", "targets" its adapter can read.
+        provides: which of "features", "anchors", "dense", "targets" its adapter can read; "quality" where its dense
+            predictions have one.
     """
 
     name: str

@@ -11,7 +11,6 @@ from typing import ClassVar
 import torch
 from detectron2.config import CfgNode
 from detectron2.structures import Instances
-from detectron2.utils import comm
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
@@ -243,18 +242,6 @@ def check_number(node_name: str, key: str, value: object, minimum: float, *, exc
     if not is_number or value < minimum or (exclusive and value == minimum):
         relation = "above" if exclusive else "at least"
         raise UserError(f"MODEL.KD.{node_name}.{key} is {value!r}; it must be a number {relation} {minimum}.")
-
-
-def mean_count_of_workers(count: Tensor) -> Tensor:
-    """What a loss divides by: the mean of all workers' counts, at least 1.
-
-    Gradients are averaged over workers, so this is the divisor of one process with the whole batch.
-    """
-    if comm.get_world_size() > 1:
-        count = count.clone()
-        torch.distributed.all_reduce(count)
-        count /= comm.get_world_size()
-    return count.clamp(min=1)
 
 
 def in_float32(function):

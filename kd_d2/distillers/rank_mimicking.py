@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.structures import Boxes, Instances
 from detectron2.structures.boxes import matched_pairwise_iou
@@ -11,7 +10,8 @@ from torch import Tensor
 from ..detectors import DensePredictions, DetectorOutputs, DetectorSpec, Positives
 from ..errors import UserError
 from ..losses import count_ranked, rank_kl_loss
-from .base import DISTILLER_REGISTRY, Distiller, check_same_anchors, in_float32, mean_count_of_workers
+from ..workers import mean_count_of_workers
+from .base import DISTILLER_REGISTRY, Distiller, check_same_anchors, in_float32
 
 
 @DISTILLER_REGISTRY.register()
@@ -79,24 +79,23 @@ class RankMimicking(Distiller):
     ) -> dict[str, Tensor]:
         positives = student.dense.positives
         instance_P = positives.among_all(targets)
-        class_P = torch.cat([target.gt_classes for target in targets])[instance_P]
+        class_P, box_P4 = positives.ground_truth(targets)
         count = mean_count_of_workers(count_ranked(instance_P).float())
         scores = [self._scores(outputs.dense, positives, class_P) for outputs in (student, teacher)]
         losses = {"loss_rank_classification": self.weight * ranked(*scores, instance_P, count)}
         if self.localization:
-            boxes_P = Boxes.cat([target.gt_boxes for target in targets])[instance_P]
-            overlaps = [overlap(outputs.dense.boxes_at(positives), boxes_P) for outputs in (student, teacher)]
+            overlaps = [overlap(outputs.dense.boxes_at(positives), box_P4) for outputs in (student, teacher)]
             losses["loss_rank_localization"] = self.weight * ranked(*overlaps, instance_P, count)
         return losses
 
     def _scores(self, dense: DensePredictions, positives: Positives, class_P: Tensor) -> Tensor:
         """(P,) what the classification rank is made of."""
-        logits = positives.pick(dense.logits, class_P)
+        logits = positives.pick(dense.logits.values(), class_P)
         if self.on_logits:
             return logits
         scores = logits.sigmoid()
         if self.joint_score:
-            scores = scores * positives.pick(dense.quality)[:, 0].sigmoid()
+            scores = scores * positives.pick(dense.quality.values())[:, 0].sigmoid()
         return scores
 
 
@@ -104,6 +103,6 @@ ranked = in_float32(rank_kl_loss)
 
 
 @in_float32
-def overlap(boxes_P4: Tensor, ground_truth: Boxes) -> Tensor:
+def overlap(boxes_P4: Tensor, ground_truth_P4: Tensor) -> Tensor:
     """IoU (P,) of predicted boxes with the ground truth of each."""
-    return matched_pairwise_iou(Boxes(boxes_P4), ground_truth)
+    return matched_pairwise_iou(Boxes(boxes_P4), Boxes(ground_truth_P4))

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..detectors import IGNORED, DetectorOutputs, DetectorSpec
 from ..losses import soft_label_loss
-from .base import DISTILLER_REGISTRY, Distiller, check_number, check_same_anchors, mean_count_of_workers
+from ..workers import mean_count_of_workers
+from .base import DISTILLER_REGISTRY, Distiller, check_number, check_same_anchors
 
 
 @DISTILLER_REGISTRY.register()

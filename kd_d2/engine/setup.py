@@ -12,6 +12,7 @@ from detectron2.utils.logger import setup_logger
 
 from ..config import KD_META_ARCH, load_config
 from ..data import register_coco_json, register_synthetic
+from ..modeling import unused_nodes
 from .checks import check_datasets, check_output_folder
 
 
@@ -39,7 +40,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 
 def student_config(cfg: CfgNode) -> CfgNode:
-    """The student as a plain Detectron2 config: no key of this library, but for those of its slim backbone if used."""
+    """The student as a plain Detectron2 config: no key of this library, but for those of its own detectors and backbones that are used."""
     plain = cfg.clone()
     plain.defrost()
     if plain.MODEL.META_ARCHITECTURE == KD_META_ARCH:
@@ -47,8 +48,8 @@ def student_config(cfg: CfgNode) -> CfgNode:
     del plain.MODEL["KD"]
     del plain.DATASETS["COCO_JSON"]
     del plain.SOLVER.AMP["DTYPE"]
-    if "slim_resnet" not in plain.MODEL.BACKBONE.NAME:
-        del plain.MODEL["SLIM_RESNET"]
+    for name in unused_nodes(plain):
+        del plain.MODEL[name]
     plain.DATASETS.TRAIN, plain.DATASETS.TEST = (), ()
     plain.MODEL.WEIGHTS = ""
     return plain

@@ -12,10 +12,11 @@ from itertools import pairwise
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
-from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool, LastLevelP6P7
+from detectron2.modeling.backbone.fpn import FPN
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
 
 from ..errors import UserError
+from .necks import dense_fpn, rcnn_fpn, retinanet_fpn
 
 STAGES = ("res2", "res3", "res4", "res5")
 
@@ -58,26 +59,19 @@ def build_slim_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     return net.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
 
 
-def _fpn(cfg: CfgNode, bottom_up: ResNet, top_block) -> FPN:
-    return FPN(
-        bottom_up=bottom_up,
-        in_features=cfg.MODEL.FPN.IN_FEATURES,
-        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
-        norm=cfg.MODEL.FPN.NORM,
-        top_block=top_block,
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-    )
-
-
 @BACKBONE_REGISTRY.register()
 def build_slim_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Slim ResNet with the FPN of R-CNNs: P2 to P6."""
-    return _fpn(cfg, build_slim_resnet_backbone(cfg, input_shape), LastLevelMaxPool())
+    """Slim ResNet with the FPN of R-CNNs."""
+    return rcnn_fpn(cfg, build_slim_resnet_backbone(cfg, input_shape))
 
 
 @BACKBONE_REGISTRY.register()
 def build_retinanet_slim_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Slim ResNet with the FPN of RetinaNet: P3 to P7, the last two from res5."""
-    bottom_up = build_slim_resnet_backbone(cfg, input_shape)
-    channels = bottom_up.output_shape()["res5"].channels
-    return _fpn(cfg, bottom_up, LastLevelP6P7(channels, cfg.MODEL.FPN.OUT_CHANNELS))
+    """Slim ResNet with the FPN of RetinaNet."""
+    return retinanet_fpn(cfg, build_slim_resnet_backbone(cfg, input_shape))
+
+
+@BACKBONE_REGISTRY.register()
+def build_dense_slim_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """Slim ResNet with the FPN of FCOS, ATSS and GFL."""
+    return dense_fpn(cfg, build_slim_resnet_backbone(cfg, input_shape))

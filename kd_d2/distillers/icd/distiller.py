@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...detectors import DetectorOutputs, DetectorSpec
 from ...errors import UserError
 from ...losses import attended_value_loss
+from ...workers import mean_count_of_workers
 from ..base import (
     DISTILLER_REGISTRY,
     Distiller,
@@ -21,7 +22,6 @@ from ..base import (
     common_strides,
     in_float32,
     levels_by_stride,
-    mean_count_of_workers,
 )
 from .decoder import Decoder
 from .encoding import InstanceEncoder, linear, mlp

@@ -1,0 +1,108 @@
+"""Which anchor is to predict which instance: label assignments, and what is read at their positives.
+
+A label assignment is (B, R) int64: for every anchor, levels one after the other, the index of its ground-truth box in the
+image, `BACKGROUND` or `IGNORED`. Shape suffixes: B images, R anchors of an image over all levels, N boxes of an image,
+C candidates of a box, P positives of all images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from detectron2.structures import Boxes, Instances, pairwise_iou
+from torch import Tensor
+
+BACKGROUND = -1
+IGNORED = -2
+
+
+@dataclass
+class Positives:
+    """The anchors of a batch that have an instance, in order of image and anchor.
+
+    Attributes:
+        image: (P,) int64, the image of each.
+        anchor: (P,) int64, its index over all levels of the image.
+        instance: (P,) int64, the index of its ground truth among those of its image.
+    """
+
+    image: Tensor
+    anchor: Tensor
+    instance: Tensor
+
+    @classmethod
+    def of(cls, assignment_BR: Tensor) -> Positives:
+        """Those of a label assignment."""
+        image, anchor = (assignment_BR >= 0).nonzero(as_tuple=True)
+        return cls(image, anchor, assignment_BR[image, anchor])
+
+    def among_all(self, targets: list[Instances]) -> Tensor:
+        """(P,) index of the instance among those of all images together."""
+        starts = list(accumulate(map(len, targets), initial=0))[:-1]
+        return torch.tensor(starts, device=self.image.device)[self.image] + self.instance
+
+    def ground_truth(self, targets: list[Instances]) -> tuple[Tensor, Tensor]:
+        """Classes (P,) and boxes (P, 4) of the instances."""
+        instance_P = self.among_all(targets)
+        classes = torch.cat([target.gt_classes for target in targets])
+        boxes = torch.cat([target.gt_boxes.tensor for target in targets])
+        return classes[instance_P], boxes[instance_P]
+
+    def pick(self, levels: Iterable[Tensor], channel_P: Tensor | None = None) -> Tensor:
+        """What levels, (B, HWA, X) each, hold at the positives.
+
+        Returns:
+            (P, X), or (P,) where `channel_P` says which of the X. The levels are not copied together.
+        """
+        picked, end = None, 0
+        for level in levels:
+            start, end = end, end + level.shape[1]
+            position = (self.anchor - start).clamp(0, level.shape[1] - 1)
+            here = level[self.image, position] if channel_P is None else level[self.image, position, channel_P]
+            is_later = (self.anchor >= start).view(-1, *[1] * (here.dim() - 1))
+            picked = here if picked is None else torch.where(is_later, here, picked)
+        return picked
+
+
+@torch.no_grad()
+def assign_adaptively(anchors: list[Boxes], gt_boxes: Boxes, topk: int = 9) -> Tensor:
+    """Adaptive training sample selection (Zhang et al. 2020, algorithm 1).
+
+    The candidates of an instance are, of each level, the `topk` anchors whose centres are nearest to its own. Positive are
+    those whose overlap with it is at least mean + standard deviation of the candidates' overlaps, and whose centre lies
+    inside it. An anchor that is positive for several takes the one it overlaps most.
+
+    Args:
+        anchors: by level.
+        gt_boxes: N boxes.
+
+    Returns:
+        (R,) int64, R anchors over all levels: index of the box, or `BACKGROUND`.
+    """
+    everywhere = Boxes.cat(anchors)
+    if len(gt_boxes) == 0:
+        return torch.full((len(everywhere),), BACKGROUND, device=everywhere.device)
+    overlap_NR = pairwise_iou(gt_boxes, everywhere)
+    centers_R2 = everywhere.get_centers()
+    distance_NR = torch.cdist(gt_boxes.get_centers(), centers_R2, compute_mode="donot_use_mm_for_euclid_dist")
+    start, candidates = 0, []
+    for level in anchors:
+        nearest = distance_NR[:, start : start + len(level)].topk(min(topk, len(level)), largest=False).indices
+        candidates.append(start + nearest)
+        start += len(level)
+    candidates_NC = torch.cat(candidates, 1)
+    candidate_overlap_NC = overlap_NR.gather(1, candidates_NC)
+    correction = min(1, candidates_NC.shape[1] - 1)  # a single candidate has no deviation
+    deviation_N1 = candidate_overlap_NC.std(1, correction=correction, keepdim=True)
+    threshold_N1 = candidate_overlap_NC.mean(1, keepdim=True) + deviation_N1
+    x, y = centers_R2[candidates_NC].unbind(-1)
+    x1, y1, x2, y2 = gt_boxes.tensor[:, :, None].unbind(1)
+    is_inside_NC = (x > x1) & (x < x2) & (y > y1) & (y < y2)
+    is_positive_NC = (candidate_overlap_NC >= threshold_N1) & is_inside_NC
+    positive_overlap_NR = torch.full_like(overlap_NR, -1.0)
+    positive_overlap_NR.scatter_(1, candidates_NC, candidate_overlap_NC.masked_fill(~is_positive_NC, -1.0))
+    best_R, index_R = positive_overlap_NR.max(0)
+    return index_R.masked_fill(best_R < 0, BACKGROUND)

@@ -1,0 +1,127 @@
+"""ATSS: adaptive training sample selection (Zhang et al. 2020).
+
+Shape suffixes: B images, K classes, R anchors of an image over all levels, P positives of all images.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.meta_arch.fcos import FCOSHead
+from detectron2.structures import Boxes, Instances
+from fvcore.nn import giou_loss, sigmoid_focal_loss
+from torch import Tensor, nn
+
+from ..workers import mean_count_of_workers
+from .assignment import Positives
+from .dense import AdaptiveDetector, add_dense_keys, dense_arguments
+
+
+def add_atss_config(cfg: CfgNode) -> None:
+    """Add MODEL.ATSS."""
+    node = cfg.MODEL.ATSS = CfgNode()
+    add_dense_keys(node)
+    # Candidates of each level for an instance.
+    node.TOPK = 9
+    # Side of the one anchor of a position, in strides.
+    node.ANCHOR_SCALE = 8.0
+    node.FOCAL_LOSS_ALPHA = 0.25
+    node.FOCAL_LOSS_GAMMA = 2.0
+    # Of the boxes' GIoU loss.
+    node.BOX_LOSS_WEIGHT = 2.0
+
+
+class ATSSHead(FCOSHead):
+    """FCOS's head with one anchor a position and a learned scale of each level's box regression."""
+
+    def __init__(self, **arguments: Any):
+        super().__init__(**arguments)
+        self.scales = nn.Parameter(torch.ones(self._num_features))
+
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Levels (B, C, H, W) to logits (B, K, H, W), box deltas (B, 4, H, W) and centreness (B, 1, H, W) by level."""
+        logits, deltas, centerness = super().forward(features)
+        return logits, [level * scale for level, scale in zip(deltas, self.scales, strict=True)], centerness
+
+
+@META_ARCH_REGISTRY.register()
+class ATSS(AdaptiveDetector):
+    """Anchors as RetinaNet, one a position; assignment by the statistics of each instance; focal, GIoU and centreness loss."""
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        focal_loss_alpha: float = 0.25,
+        focal_loss_gamma: float = 2.0,
+        box_loss_weight: float = 2.0,
+        **arguments,
+    ):
+        """
+        Args:
+            arguments: those of `AdaptiveDetector` but for its box transform and dims.
+        """
+        transform = Box2BoxTransform(weights=(10.0, 10.0, 5.0, 5.0))
+        super().__init__(box2box_transform=transform, dims=[arguments["num_classes"], 4, 1], **arguments)
+        self.focal_loss_alpha = focal_loss_alpha
+        self.focal_loss_gamma = focal_loss_gamma
+        self.box_loss_weight = box_loss_weight
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        node = cfg.MODEL.ATSS
+        detector, head = dense_arguments(cfg, node)
+        return {
+            **detector,
+            "head": ATSSHead(**head),
+            "anchor_scale": node.ANCHOR_SCALE,
+            "assign_topk": node.TOPK,
+            "focal_loss_alpha": node.FOCAL_LOSS_ALPHA,
+            "focal_loss_gamma": node.FOCAL_LOSS_GAMMA,
+            "box_loss_weight": node.BOX_LOSS_WEIGHT,
+        }
+
+    def losses(
+        self, anchors: list[Boxes], predictions: list[list[Tensor]], assignment_BR: Tensor, targets: list[Instances]
+    ) -> dict[str, Tensor]:
+        """Focal loss of all anchors; GIoU loss of the positives, weighted by their centreness; centreness of the positives."""
+        logits, deltas, centerness = predictions
+        positives = Positives.of(assignment_BR)
+        class_P, box_P4 = positives.ground_truth(targets)
+        anchor_P4 = Boxes.cat(anchors).tensor[positives.anchor]
+        num_positives = mean_count_of_workers(class_P.new_tensor(len(class_P), dtype=torch.float32))
+        with torch.autocast(logits[0].device.type, enabled=False):
+            logits_BRK = torch.cat(logits, 1).float()
+            is_class_BRK = torch.zeros_like(logits_BRK)
+            is_class_BRK[positives.image, positives.anchor, class_P] = 1
+            classification = sigmoid_focal_loss(
+                logits_BRK, is_class_BRK, alpha=self.focal_loss_alpha, gamma=self.focal_loss_gamma, reduction="sum"
+            )
+            target_P = centerness_of(anchor_P4, box_P4)
+            predicted_P4 = self.box2box_transform.apply_deltas(positives.pick(deltas).float(), anchor_P4)
+            box = (giou_loss(predicted_P4, box_P4) * target_P).sum()
+            quality = F.binary_cross_entropy_with_logits(
+                positives.pick(centerness)[:, 0].float(), target_P, reduction="sum"
+            )
+        return {
+            "loss_atss_cls": classification / num_positives,
+            "loss_atss_box": self.box_loss_weight * box / mean_count_of_workers(target_P.sum()),
+            "loss_atss_centerness": quality / num_positives,
+        }
+
+    def scores(self, predictions: list[list[Tensor]]) -> list[Tensor]:
+        """sqrt(class probability * centreness), as FCOS's."""
+        logits, _, centerness = predictions
+        return [(x.sigmoid() * y.sigmoid()).sqrt() for x, y in zip(logits, centerness, strict=True)]
+
+
+def centerness_of(anchor_P4: Tensor, box_P4: Tensor) -> Tensor:
+    """Centreness (P,) of the anchors' centres in their boxes (Tian et al. 2019, equation 3): 1 at the middle, 0 at a side."""
+    center_P2 = (anchor_P4[:, :2] + anchor_P4[:, 2:]) / 2
+    before, behind = center_P2 - box_P4[:, :2], box_P4[:, 2:] - center_P2
+    return (torch.minimum(before, behind) / torch.maximum(before, behind)).prod(1).sqrt()

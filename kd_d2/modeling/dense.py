@@ -1,0 +1,162 @@
+"""What FCOS, ATSS and GFL share: keys, construction from a config, and the detector with adaptive label assignment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec, batched_nms
+from detectron2.modeling import Backbone, build_backbone
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.structures import Boxes, ImageList, Instances
+from torch import Tensor, nn
+
+from .assignment import assign_adaptively
+
+
+def add_dense_keys(node: CfgNode) -> None:
+    """Add the keys that every dense detector has, with the values of the papers."""
+    # Foreground classes.
+    node.NUM_CLASSES = 80
+    # Levels of the FPN that the head reads.
+    node.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    # Convolutions of each of the head's two towers, and their normalisation.
+    node.NUM_CONVS = 4
+    node.NORM = "GN"
+    # What every class's probability starts at.
+    node.PRIOR_PROB = 0.01
+    # Test: smallest score, boxes of a level that enter the NMS, and its overlap.
+    node.SCORE_THRESH_TEST = 0.05
+    node.TOPK_CANDIDATES_TEST = 1000
+    node.NMS_THRESH_TEST = 0.6
+
+
+def dense_arguments(cfg: CfgNode, node: CfgNode) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments that a dense detector's class takes from its node, and those of its head."""
+    backbone = build_backbone(cfg)
+    shapes = backbone.output_shape()
+    input_shape = [shapes[name] for name in node.IN_FEATURES]
+    detector = {
+        "backbone": backbone,
+        "head_in_features": node.IN_FEATURES,
+        "num_classes": node.NUM_CLASSES,
+        "test_score_thresh": node.SCORE_THRESH_TEST,
+        "test_topk_candidates": node.TOPK_CANDIDATES_TEST,
+        "test_nms_thresh": node.NMS_THRESH_TEST,
+        "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+        "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+        "pixel_std": cfg.MODEL.PIXEL_STD,
+        "input_format": cfg.INPUT.FORMAT,
+    }
+    head = {
+        "input_shape": input_shape,
+        "num_classes": node.NUM_CLASSES,
+        "conv_dims": [input_shape[0].channels] * node.NUM_CONVS,
+        "norm": node.NORM,
+        "prior_prob": node.PRIOR_PROB,
+    }
+    return detector, head
+
+
+class AdaptiveDetector(DenseDetector):
+    """A dense detector with one square anchor a position and adaptive label assignment; ATSS and GFL are two.
+
+    A subclass has `scores`, `losses`, and in `dims` the sizes of what its head gives an anchor.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        head: nn.Module,
+        head_in_features: list[str],
+        box2box_transform: Any,
+        num_classes: int,
+        dims: list[int],
+        anchor_scale: float = 8.0,
+        assign_topk: int = 9,
+        test_score_thresh: float = 0.05,
+        test_topk_candidates: int = 1000,
+        test_nms_thresh: float = 0.6,
+        max_detections_per_image: int = 100,
+        pixel_mean: list[float],
+        pixel_std: list[float],
+        input_format: str = "BGR",
+    ):
+        """
+        Args:
+            head: levels (B, C, H, W) -> by kind of output, by level: (B, dim, H, W); class logits come first, then boxes.
+            box2box_transform: its `apply_deltas(regression (N, D), anchors (N, 4))` gives boxes (N, 4).
+            dims: of the head's outputs at a position.
+            anchor_scale: side of the anchors in strides.
+            assign_topk: candidates of each level for an instance, see `assign_adaptively`.
+            input_format: order of the channels that pixel_mean is in.
+        """
+        super().__init__(backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std)
+        self.num_classes = num_classes
+        self.dims = dims
+        self.input_format = input_format
+        self.box2box_transform = box2box_transform
+        self.assign_topk = assign_topk
+        self.test_score_thresh = test_score_thresh
+        self.test_topk_candidates = test_topk_candidates
+        self.test_nms_thresh = test_nms_thresh
+        self.max_detections_per_image = max_detections_per_image
+        shapes: dict[str, ShapeSpec] = backbone.output_shape()
+        strides = [shapes[name].stride for name in self.head_in_features]
+        self.anchor_generator = DefaultAnchorGenerator(
+            sizes=[[anchor_scale * stride] for stride in strides], aspect_ratios=[1.0], strides=strides
+        )
+
+    def transpose(self, predictions: list[list[Tensor]]) -> list[list[Tensor]]:
+        """What the head gives, by kind and level: (B, HW, dim)."""
+        return self._transpose_dense_predictions(predictions, self.dims)
+
+    @torch.no_grad()
+    def assign(self, anchors: list[Boxes], targets: list[Instances]) -> Tensor:
+        """The label assignment (B, R): index of the ground-truth box, -1 for background; nothing is ignored."""
+        return torch.stack([assign_adaptively(anchors, target.gt_boxes, self.assign_topk) for target in targets])
+
+    def forward_training(
+        self,
+        images: ImageList,
+        features: list[Tensor],
+        predictions: list[list[Tensor]],
+        gt_instances: list[Instances],
+    ) -> dict[str, Tensor]:
+        anchors = self.anchor_generator(features)
+        return self.losses(anchors, self.transpose(predictions), self.assign(anchors, gt_instances), gt_instances)
+
+    def losses(
+        self, anchors: list[Boxes], predictions: list[list[Tensor]], assignment_BR: Tensor, targets: list[Instances]
+    ) -> dict[str, Tensor]:
+        """The losses of transposed predictions under a label assignment."""
+        raise NotImplementedError
+
+    def scores(self, predictions: list[list[Tensor]]) -> list[Tensor]:
+        """By level the scores (B, HW, K) that boxes are ranked by."""
+        raise NotImplementedError
+
+    def forward_inference(
+        self, images: ImageList, features: list[Tensor], predictions: list[list[Tensor]]
+    ) -> list[Instances]:
+        anchors = self.anchor_generator(features)
+        predictions = self.transpose(predictions)
+        scores, boxes = self.scores(predictions), predictions[1]
+        results = []
+        for index, image_size in enumerate(images.image_sizes):
+            candidates = self._decode_multi_level_predictions(
+                anchors,
+                [level[index] for level in scores],
+                [level[index] for level in boxes],
+                self.test_score_thresh,
+                self.test_topk_candidates,
+                image_size,
+            )
+            keep = batched_nms(
+                candidates.pred_boxes.tensor, candidates.scores, candidates.pred_classes, self.test_nms_thresh
+            )
+            results.append(candidates[keep[: self.max_detections_per_image]])
+        return results

@@ -1,0 +1,199 @@
+"""GFL: generalised focal loss (Li et al. 2020).
+
+Shape suffixes: B images, K classes, R anchors of an image over all levels, P positives of all images, D distances that a
+side's distribution is over.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from detectron2.structures import Boxes, Instances
+from detectron2.structures.boxes import matched_pairwise_iou
+from fvcore.nn import giou_loss
+from torch import Tensor, nn
+
+from ..workers import mean_count_of_workers
+from .assignment import Positives
+from .dense import AdaptiveDetector, add_dense_keys, dense_arguments
+
+
+def add_gfl_config(cfg: CfgNode) -> None:
+    """Add MODEL.GFL."""
+    node = cfg.MODEL.GFL = CfgNode()
+    add_dense_keys(node)
+    # Candidates of each level for an instance.
+    node.TOPK = 9
+    # Side of the one anchor of a position, in strides.
+    node.ANCHOR_SCALE = 8.0
+    # Largest distance of a side from the position, in strides; a side's distribution is over 0 to REG_MAX.
+    node.REG_MAX = 16
+    # Exponent of the quality focal loss.
+    node.BETA = 2.0
+    # Of the boxes' GIoU loss, and of the distribution focal loss.
+    node.BOX_LOSS_WEIGHT = 2.0
+    node.DISTRIBUTION_LOSS_WEIGHT = 0.25
+
+
+class GFLHead(RetinaNetHead):
+    """RetinaNet's head with one anchor a position, whose box sides are distributions; a learned scale a level.
+
+    Args:
+        reg_max: a side's distribution is over 0, 1, ..., reg_max strides.
+        arguments: those of `RetinaNetHead` but for num_anchors.
+    """
+
+    def __init__(self, *, reg_max: int, conv_dims: list[int], **arguments: Any):
+        super().__init__(num_anchors=1, conv_dims=conv_dims, **arguments)
+        self.bbox_pred = nn.Conv2d(self.bbox_pred.in_channels, 4 * (reg_max + 1), kernel_size=3, padding=1)
+        nn.init.normal_(self.bbox_pred.weight, std=0.01)
+        nn.init.zeros_(self.bbox_pred.bias)
+        self.scales = nn.Parameter(torch.ones(self._num_features))
+
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Levels (B, C, H, W) to joint-score logits (B, K, H, W) and distributions' logits (B, 4 * D, H, W) by level."""
+        logits, distributions = super().forward(features)
+        return logits, [level * scale for level, scale in zip(distributions, self.scales, strict=True)]
+
+
+class DistributionTransform:
+    """Boxes whose sides are distributions over distances from the anchor's centre.
+
+    Args:
+        anchor_scale: side of the anchors in strides; the distances are in strides.
+        reg_max: the largest distance.
+    """
+
+    def __init__(self, anchor_scale: float, reg_max: int):
+        self.anchor_scale = anchor_scale
+        self.reg_max = reg_max
+
+    def get_distances(self, anchors: Tensor, boxes: Tensor) -> Tensor:
+        """(P, 4) distances of a box's left, top, right and bottom side from its anchor's centre, in strides."""
+        center = (anchors[:, :2] + anchors[:, 2:]) / 2
+        return torch.cat([center - boxes[:, :2], boxes[:, 2:] - center], 1) / self._stride(anchors)
+
+    def apply_deltas(self, logits: Tensor, anchors: Tensor) -> Tensor:
+        """Boxes (P, 4) at the expected distances of the distributions (P, 4 * D)."""
+        probabilities = logits.unflatten(-1, (4, self.reg_max + 1)).softmax(-1)
+        distances = probabilities @ torch.arange(self.reg_max + 1, device=logits.device, dtype=logits.dtype)
+        before, behind = (distances * self._stride(anchors)).chunk(2, -1)
+        center = (anchors[:, :2] + anchors[:, 2:]) / 2
+        return torch.cat([center - before, center + behind], -1)
+
+    def _stride(self, anchors: Tensor) -> Tensor:
+        return (anchors[:, 2:3] - anchors[:, 0:1]) / self.anchor_scale
+
+
+@META_ARCH_REGISTRY.register()
+class GFL(AdaptiveDetector):
+    """ATSS's assignment; a joint score of class and box quality under quality focal loss; distributions of box sides."""
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        reg_max: int = 16,
+        beta: float = 2.0,
+        box_loss_weight: float = 2.0,
+        distribution_loss_weight: float = 0.25,
+        anchor_scale: float = 8.0,
+        **arguments: Any,
+    ):
+        """
+        Args:
+            arguments: those of `AdaptiveDetector` but for its box transform and dims.
+        """
+        super().__init__(
+            box2box_transform=DistributionTransform(anchor_scale, reg_max),
+            dims=[arguments["num_classes"], 4 * (reg_max + 1)],
+            anchor_scale=anchor_scale,
+            **arguments,
+        )
+        self.beta = beta
+        self.box_loss_weight = box_loss_weight
+        self.distribution_loss_weight = distribution_loss_weight
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        node = cfg.MODEL.GFL
+        detector, head = dense_arguments(cfg, node)
+        return {
+            **detector,
+            "head": GFLHead(reg_max=node.REG_MAX, **head),
+            "anchor_scale": node.ANCHOR_SCALE,
+            "assign_topk": node.TOPK,
+            "reg_max": node.REG_MAX,
+            "beta": node.BETA,
+            "box_loss_weight": node.BOX_LOSS_WEIGHT,
+            "distribution_loss_weight": node.DISTRIBUTION_LOSS_WEIGHT,
+        }
+
+    def losses(
+        self, anchors: list[Boxes], predictions: list[list[Tensor]], assignment_BR: Tensor, targets: list[Instances]
+    ) -> dict[str, Tensor]:
+        """Quality focal loss of all anchors; GIoU and distribution focal loss of the positives, weighted by their scores."""
+        logits, distributions = predictions
+        positives = Positives.of(assignment_BR)
+        class_P, box_P4 = positives.ground_truth(targets)
+        anchor_P4 = Boxes.cat(anchors).tensor[positives.anchor]
+        num_positives = mean_count_of_workers(class_P.new_tensor(len(class_P), dtype=torch.float32))
+        with torch.autocast(logits[0].device.type, enabled=False):
+            sides = positives.pick(distributions).float()
+            predicted_P4 = self.box2box_transform.apply_deltas(sides, anchor_P4)
+            quality_P = matched_pairwise_iou(Boxes(predicted_P4.detach()), Boxes(box_P4))
+            weight_P = positives.pick(logits).detach().float().sigmoid().amax(1)
+            logits_BRK = torch.cat(logits, 1).float()
+            quality_BRK = torch.zeros_like(logits_BRK)
+            quality_BRK[positives.image, positives.anchor, class_P] = quality_P
+            classification = quality_focal_loss(logits_BRK, quality_BRK, self.beta).sum()
+            box = (giou_loss(predicted_P4, box_P4) * weight_P).sum()
+            distances_P4 = self.box2box_transform.get_distances(anchor_P4, box_P4)
+            spread = (distribution_focal_loss(sides.unflatten(1, (4, -1)), distances_P4).mean(1) * weight_P).sum()
+        divisor = mean_count_of_workers(weight_P.sum())
+        return {
+            "loss_gfl_quality": classification / num_positives,
+            "loss_gfl_box": self.box_loss_weight * box / divisor,
+            "loss_gfl_distribution": self.distribution_loss_weight * spread / divisor,
+        }
+
+    def scores(self, predictions: list[list[Tensor]]) -> list[Tensor]:
+        """The joint scores."""
+        return [level.sigmoid() for level in predictions[0]]
+
+
+def quality_focal_loss(logits: Tensor, quality: Tensor, beta: float = 2.0) -> Tensor:
+    """QFL (Li et al. 2020, equation 2): |quality - p|^beta times binary cross-entropy, p = sigmoid(logits).
+
+    Args:
+        logits, quality: of one shape; quality in [0, 1], 0 for background and for other classes.
+
+    Returns:
+        Elementwise, of the same shape.
+    """
+    difference = quality - logits.sigmoid()
+    return difference.abs() ** beta * F.binary_cross_entropy_with_logits(logits, quality, reduction="none")
+
+
+def distribution_focal_loss(logits: Tensor, distances: Tensor) -> Tensor:
+    """DFL (Li et al. 2020, equation 3): cross-entropy with the two whole distances around the true one.
+
+    Args:
+        logits: (..., D) of the distances 0 to D - 1.
+        distances: (...); those outside [0, D - 1) count as the nearest inside.
+
+    Returns:
+        (...).
+    """
+    distances = distances.clamp(0, logits.shape[-1] - 1 - 0.01)
+    below = distances.floor()
+    log_probability = logits.log_softmax(-1)
+    share_above = distances - below
+    at_below = log_probability.gather(-1, below.long()[..., None])[..., 0]
+    at_above = log_probability.gather(-1, below.long()[..., None] + 1)[..., 0]
+    return -(1 - share_above) * at_below - share_above * at_above

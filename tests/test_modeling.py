@@ -1,0 +1,303 @@
+"""The detectors and backbones that Detectron2 lacks: assignment and losses by hand, shapes, weights, training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+from kd_d2.errors import UserError
+from kd_d2.modeling import ATSS, FCOS, GFL
+from kd_d2.modeling.assignment import BACKGROUND, assign_adaptively
+from kd_d2.modeling.atss import centerness_of
+from kd_d2.modeling.gfl import DistributionTransform, distribution_focal_loss, quality_focal_loss
+
+import pytest
+import torch
+import torchvision
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling import build_backbone
+from detectron2.structures import Boxes, Instances, pairwise_iou
+from torch import Tensor
+
+
+def _square(x: float, y: float, side: float) -> list[float]:
+    return [x - side / 2, y - side / 2, x + side / 2, y + side / 2]
+
+
+def _grid(stride: int, columns: int, rows: int, side: float) -> Boxes:
+    """Square anchors around the positions of a level."""
+    return Boxes(
+        torch.tensor(
+            [_square((i + 0.5) * stride, (j + 0.5) * stride, side) for j in range(rows) for i in range(columns)]
+        )
+    )
+
+
+def test_adaptive_assignment_by_hand() -> None:
+    """Check candidates, threshold, and that the centre must lie inside, on a row of anchors of one level."""
+    anchors = [_grid(8, 5, 1, 8.0)]  # at x = 4, 12, 20, 28, 36
+    box = Boxes(torch.tensor([[8.0, 0, 24, 8]]))  # overlaps 0, 1/2, 1/2, 0, 0
+    # three nearest: at 12 and 20 (distance 4), then 4 or 28 (12): overlaps 1/2, 1/2, 0; mean 1/3, deviation 0.289: threshold 0.622
+    assert assign_adaptively(anchors, box, topk=3).tolist() == [BACKGROUND] * 5
+    # two nearest: overlaps 1/2 and 1/2: threshold 1/2
+    assert assign_adaptively(anchors, box, topk=2).tolist() == [BACKGROUND, 0, 0, BACKGROUND, BACKGROUND]
+    # all five: mean 0.2, deviation sqrt((2 * 0.09 + 3 * 0.04) / 4) = 0.274: threshold 0.474
+    assert assign_adaptively(anchors, box, topk=9).tolist() == [BACKGROUND, 0, 0, BACKGROUND, BACKGROUND]
+    # a box that overlaps an anchor whose centre it does not hold: 0.8 * 0.375 of it
+    narrow = Boxes(torch.tensor([[9.0, 0, 12, 8]]))
+    assert pairwise_iou(narrow, anchors[0])[0].tolist() == pytest.approx([0, 0.375, 0, 0, 0])
+    assert assign_adaptively(anchors, narrow, topk=2).tolist() == [BACKGROUND] * 5
+
+
+def test_adaptive_assignment_takes_the_candidates_of_every_level() -> None:
+    """Check a large box: its anchor on the coarse level stands out of the statistics of both."""
+    anchors = [_grid(8, 4, 4, 8.0), _grid(16, 2, 2, 24.0)]
+    box = Boxes(torch.tensor([[0.0, 0, 20, 20]]))
+    # fine level: nine candidates inside, overlap 64 / 400 or less; coarse level: four, the first with 400 / 576
+    row = assign_adaptively(anchors, box, topk=9).tolist()
+    assert row[:16] == [BACKGROUND] * 16
+    assert row[16:] == [0, BACKGROUND, BACKGROUND, BACKGROUND]
+
+
+def test_an_anchor_of_several_boxes_takes_the_one_it_overlaps_most() -> None:
+    anchors = [_grid(8, 3, 1, 8.0)]
+    boxes = Boxes(torch.tensor([[0.0, 0, 7, 8], [0, 0, 8, 8], [1, 0, 8, 8]]))
+    assert assign_adaptively(anchors, boxes, topk=1).tolist() == [1, BACKGROUND, BACKGROUND]
+    assert assign_adaptively(anchors, boxes, topk=3).tolist() == [1, BACKGROUND, BACKGROUND]
+
+
+def test_adaptive_assignment_without_boxes() -> None:
+    assert assign_adaptively([_grid(8, 2, 1, 8.0)], Boxes(torch.zeros(0, 4))).tolist() == [BACKGROUND] * 2
+
+
+def _slow_assignment(anchors: list[Boxes], boxes: Boxes, topk: int) -> list[int]:
+    """Algorithm 1 of the paper, box by box and anchor by anchor."""
+    everywhere = Boxes.cat(anchors).tensor.double()
+    starts = [0]
+    for level in anchors:
+        starts.append(starts[-1] + len(level))
+    best = [(-1.0, BACKGROUND)] * len(everywhere)
+    for index, box in enumerate(boxes.tensor.double()):
+        candidates = []
+        for start, end in pairwise(starts):
+            distance = [
+                ((everywhere[i, :2] + everywhere[i, 2:] - box[:2] - box[2:]) / 2).norm().item()
+                for i in range(start, end)
+            ]
+            order = sorted(range(end - start), key=lambda i: (distance[i], i))[:topk]
+            candidates += [start + i for i in order]
+        overlaps = pairwise_iou(Boxes(box[None]), Boxes(everywhere[candidates]))[0]
+        threshold = overlaps.mean() + overlaps.std()
+        for i, overlap in zip(candidates, overlaps.tolist(), strict=True):
+            x, y = ((everywhere[i, :2] + everywhere[i, 2:]) / 2).tolist()
+            if overlap >= threshold and box[0] < x < box[2] and box[1] < y < box[3] and overlap > best[i][0]:
+                best[i] = (overlap, index)
+    return [index for _, index in best]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_adaptive_assignment_equals_the_papers_algorithm(seed: int) -> None:
+    """Check random boxes on three levels."""
+    generator = torch.Generator().manual_seed(seed)
+    anchors = [_grid(8, 12, 8, 64.0), _grid(16, 6, 4, 128.0), _grid(32, 3, 2, 256.0)]
+    corners = torch.rand(7, 2, generator=generator) * 50
+    boxes = Boxes(torch.cat([corners, corners + 5 + 60 * torch.rand(7, 2, generator=generator)], 1))
+    expected = _slow_assignment(anchors, boxes, topk=9)
+    assert assign_adaptively(anchors, boxes, topk=9).tolist() == expected
+    assert any(index >= 0 for index in expected)
+
+
+def test_centerness_by_hand() -> None:
+    """Check the middle, a quarter, and the source's formula: sqrt(2/6 * 4/4)."""
+    anchors = torch.tensor([_square(4, 4, 2), _square(2, 2, 9), _square(2, 4, 1)])
+    boxes = torch.tensor([[0.0, 0, 8, 8]] * 3)
+    torch.testing.assert_close(centerness_of(anchors, boxes), torch.tensor([1, 1 / 3, math.sqrt(1 / 3)]))
+
+
+def test_quality_focal_loss_by_hand() -> None:
+    """Check |y - p|^2 * BCE at p = 1/2 for y = 1, 3/4, 0, and none where the score is right."""
+    quality = torch.tensor([1.0, 0.75, 0.0, 0.5])
+    loss = quality_focal_loss(torch.zeros(4), quality)
+    expected = torch.tensor([0.25, 0.0625, 0.25, 0.0]) * math.log(2)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(
+        quality_focal_loss(torch.zeros(4), quality, beta=1.0), expected.sqrt() * math.log(2) ** 0.5
+    )
+
+
+def test_distribution_focal_loss_by_hand() -> None:
+    """Check the two neighbours' shares at 1.25 of 0 to 3, a whole distance, and both ends."""
+    probability = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    logits = probability.log().expand(4, 4)
+    loss = distribution_focal_loss(logits, torch.tensor([1.25, 2.0, -5.0, 77.0]))
+    ends = -0.01 * math.log(0.3) - 0.99 * math.log(0.4)
+    expected = [-0.75 * math.log(0.2) - 0.25 * math.log(0.3), -math.log(0.3), -math.log(0.1), ends]
+    torch.testing.assert_close(loss, torch.tensor(expected), rtol=1e-4, atol=1e-5)
+    logits = torch.randn(5, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    distances = torch.rand(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 5
+    assert torch.autograd.gradcheck(lambda x: distribution_focal_loss(x, distances), [logits])
+
+
+def test_expected_box_of_a_known_distribution() -> None:
+    """Check distances 1/2, 1, 2 and 3/2 in strides of 8 around (20, 12), and that the distances are found again."""
+    transform = DistributionTransform(anchor_scale=8.0, reg_max=2)
+    sides = torch.tensor([[0.5, 0.5, 0.0], [0.25, 0.5, 0.25], [0.0, 0.0, 1.0], [0.25, 0.0, 0.75]])
+    anchor = torch.tensor([_square(20, 12, 64)])
+    box = transform.apply_deltas(sides.clamp(min=1e-9).log().flatten()[None], anchor)
+    torch.testing.assert_close(box, torch.tensor([[16.0, 4, 36, 24]]), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        transform.get_distances(anchor, box), torch.tensor([[0.5, 1, 2, 1.5]]), rtol=1e-4, atol=1e-4
+    )
+
+
+def _one_instance(model: torch.nn.Module) -> tuple[list[Boxes], Tensor, list[Instances]]:
+    """Two anchors of one level of stride 8, the first assigned to the one box, which is the middle half of it."""
+    anchors = [_grid(8, 2, 1, 64.0)]
+    target = Instances((8, 16), gt_boxes=Boxes(torch.tensor([_square(4, 4, 32)])), gt_classes=torch.tensor([1]))
+    return anchors, torch.tensor([[0, BACKGROUND]]), [target]
+
+
+def test_atss_losses_by_hand(tiny_detector: Callable) -> None:
+    """Check one positive and one background of three classes, all logits 0, and a predicted box twice too large."""
+    model = tiny_detector("atss")
+    anchors, assignment, targets = _one_instance(model)
+    predictions = [[torch.zeros(1, 2, 3)], [torch.zeros(1, 2, 4)], [torch.zeros(1, 2, 1)]]
+    losses = model.losses(anchors, predictions, assignment, targets)
+    # focal: one target with alpha 1/4, five others with 3/4, each 1/4 * ln 2
+    assert losses["loss_atss_cls"].item() == pytest.approx((0.25 + 5 * 0.75) * 0.25 * math.log(2), rel=1e-5)
+    # the anchor is the predicted box: GIoU is the IoU, 1/4, since it holds the true one
+    assert losses["loss_atss_box"].item() == pytest.approx(2 * (1 - 0.25), rel=1e-5)
+    # the centreness is 1
+    assert losses["loss_atss_centerness"].item() == pytest.approx(math.log(2), rel=1e-5)
+    scores = model.scores([[torch.zeros(1, 2, 3)], [], [torch.full((1, 2, 1), -math.log(7))]])
+    torch.testing.assert_close(scores[0], torch.full((1, 2, 3), 0.25))  # sqrt(1/2 * 1/8)
+
+
+def test_gfl_losses_by_hand(tiny_detector: Callable) -> None:
+    """Check one positive: the joint score's target is the overlap of the predicted box, 1/4; the box's weight is the score."""
+    model = tiny_detector("gfl")
+    anchors, assignment, targets = _one_instance(model)
+    sides = torch.full((1, 2, 4, 17), -1e9)
+    sides[..., 4] = 0.0  # all sides at 4 strides: the box is the anchor
+    predictions = [[torch.zeros(1, 2, 3)], [sides.flatten(2)]]
+    losses = model.losses(anchors, predictions, assignment, targets)
+    background, target = 0.25 * math.log(2), 0.25**2 * math.log(2)
+    assert losses["loss_gfl_quality"].item() == pytest.approx(5 * background + target, rel=1e-5)
+    # weights are 1/2 and their sum is counted as at least 1
+    assert losses["loss_gfl_box"].item() == pytest.approx(2 * (1 - 0.25) / 2, rel=1e-5)
+    predictions[1] = [torch.zeros(1, 2, 68)]
+    spread = model.losses(anchors, predictions, assignment, targets)["loss_gfl_distribution"].item()
+    assert spread == pytest.approx(0.25 * math.log(17) / 2, rel=1e-5)
+
+
+DENSE = {"fcos": FCOS, "atss": ATSS, "gfl": GFL}
+
+
+@pytest.mark.parametrize("kind", DENSE)
+def test_detectors_are_built_from_their_keys(kind: str, tiny_detector: Callable) -> None:
+    node = {kind.upper(): {"NUM_CONVS": 2, "PRIOR_PROB": 0.2, "SCORE_THRESH_TEST": 0.125, "NMS_THRESH_TEST": 0.3}}
+    model = tiny_detector(kind, {"MODEL": node, "INPUT": {"FORMAT": "RGB"}, "TEST": {"DETECTIONS_PER_IMAGE": 7}})
+    assert type(model) is DENSE[kind]
+    assert sum(isinstance(m, torch.nn.Conv2d) for m in model.head.cls_subnet) == 2
+    torch.testing.assert_close(model.head.cls_score.bias.sigmoid(), torch.full((3,), 0.2))
+    assert (model.test_score_thresh, model.test_nms_thresh, model.max_detections_per_image) == (0.125, 0.3, 7)
+    assert model.input_format == "RGB"
+
+
+@pytest.mark.parametrize("kind", DENSE)
+def test_detectors_learn_one_image(kind: str, tiny_detector: Callable, make_inputs: Callable, event_storage) -> None:
+    """Check that a few steps on one image are enough to find its objects: losses, decoding and scores agree."""
+    model = tiny_detector(kind)
+    inputs = make_inputs(sizes=((64, 80),), counts=(1,))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(80):
+        optimizer.zero_grad()
+        sum(model(inputs).values()).backward()
+        optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        detections = model(inputs)[0]["instances"]
+    assert detections.scores.tolist() == sorted(detections.scores.tolist(), reverse=True)
+    truth = inputs[0]["instances"]
+    overlap, index = pairwise_iou(truth.gt_boxes, detections.pred_boxes).max(1)
+    assert (overlap > 0.6).all()
+    assert torch.equal(detections.pred_classes[index], truth.gt_classes)
+
+
+@pytest.mark.parametrize("kind", ["atss", "gfl"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_losses_are_float32_under_autocast(
+    kind: str, dtype: torch.dtype, tiny_detector: Callable, make_inputs: Callable, event_storage
+) -> None:
+    model, inputs = tiny_detector(kind).eval(), make_inputs()
+    model.training = True  # running statistics, and the training's forward pass
+    expected = model(inputs)
+    with torch.autocast("cpu", dtype):
+        losses = model(inputs)
+    for name, loss in losses.items():
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, expected[name], rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("width_mult", [1.0, 0.5])
+def test_mobilenet_is_torchvisions(width_mult: float, tiny_cfg: Callable) -> None:
+    """Check names, shapes and outputs of the stages against torchvision's own network."""
+    keys = {"BACKBONE": {"NAME": "build_mobilenet_v2_backbone"}, "MOBILENET_V2": {"WIDTH_MULT": width_mult}}
+    net = build_backbone(tiny_cfg("retinanet", {"MODEL": keys})).eval()
+    theirs = torchvision.models.mobilenet_v2(width_mult=width_mult).eval()
+    weights = theirs.state_dict()
+    assert {name for name in weights if not name.startswith(("features.18.", "classifier."))} == net.state_dict().keys()
+    net.load_state_dict(weights, strict=False)
+    images = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        outputs = net(images)
+        x, expected = images, {}
+        for index, block in enumerate(theirs.features[:18]):
+            x = block(x)
+            expected[index] = x
+    for name, index in {"res3": 6, "res4": 13, "res5": 17}.items():
+        torch.testing.assert_close(outputs[name], expected[index])
+        shape = net.output_shape()[name]
+        assert (shape.channels, 64 // shape.stride) == (outputs[name].shape[1], outputs[name].shape[2])
+
+
+def test_mobilenet_freezes_as_configured(tiny_cfg: Callable) -> None:
+    keys = {"BACKBONE": {"NAME": "build_mobilenet_v2_backbone", "FREEZE_AT": 2}}
+    net = build_backbone(tiny_cfg("retinanet", {"MODEL": keys}))
+    frozen, trained = (
+        {int(name.split(".")[1]) for name, p in net.named_parameters() if p.requires_grad == trains}
+        for trains in (False, True)
+    )
+    assert (frozen, trained) == (set(range(4)), set(range(4, 18)))
+    assert any(isinstance(m, FrozenBatchNorm2d) for m in net.features[3].modules())
+    assert not any(isinstance(m, FrozenBatchNorm2d) for m in net.features[4].modules())
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"MOBILENET_V2": {"WIDTH_MULT": 0.0}}, "WIDTH_MULT is 0.0; it must be above 0"),
+        ({"RESNETS": {"OUT_FEATURES": ["res6"]}}, "OUT_FEATURES names res6; MobileNetV2 has res2, res3, res4, res5"),
+        ({"PIXEL_MEAN": [1.0], "PIXEL_STD": [1.0]}, "reads images of 3 channels"),
+    ],
+)
+def test_mobilenet_refuses_what_it_cannot_be(tiny_cfg: Callable, keys: dict, message: str) -> None:
+    cfg = tiny_cfg("retinanet", {"MODEL": {"BACKBONE": {"NAME": "build_mobilenet_v2_backbone"}, **keys}})
+    with pytest.raises(UserError, match=message):
+        build_backbone(cfg)
+
+
+@pytest.mark.parametrize("bottom_up", ["slim_resnet", "mobilenet_v2"])
+def test_necks(bottom_up: str, tiny_cfg: Callable) -> None:
+    """Check levels, and that P6 of the dense detectors' neck comes from P5, so that its shape is every backbone's."""
+    for name, levels in {"": "p2 p3 p4 p5 p6", "retinanet_": "p3 p4 p5 p6 p7", "dense_": "p3 p4 p5 p6 p7"}.items():
+        builder = f"build_{name}{bottom_up}_fpn_backbone"
+        cfg = tiny_cfg("retinanet" if name else "faster", {"MODEL": {"BACKBONE": {"NAME": builder}}})
+        neck = build_backbone(cfg)
+        assert list(neck.output_shape()) == levels.split()
+        outputs = neck(torch.zeros(1, 3, 64, 64))
+        assert [x.shape[1] for x in outputs.values()] == [8] * 5
+        if name:
+            channels = neck.top_block.p6.weight.shape[1]
+            assert (channels == 8) == (name == "dense_")
