@@ -324,3 +324,26 @@ def test_icd_on_coco_is_the_references_setting(name: str, zoo: str, teacher: str
         assert f"{group}/{teacher}.yaml" == cfg.MODEL.KD.TEACHER.CONFIG_FILE
         student = load_config(str(ICD / f"{name}_R101-R50_{suffix}.yaml"), student_only=True)
         assert without(student, "MODEL.KD") == without(plain, "MODEL.KD")
+
+
+def test_icd_on_fcos(stand_in: str) -> None:
+    """Check the teacher's longer schedule, and that inheritance fills all but the laterals' bottom-up side."""
+    plain, teacher = (load(ICD / f"fcos_{name}.yaml", stand_in) for name in ("R50", "R101"))
+    assert (teacher.SOLVER.MAX_ITER, plain.SOLVER.MAX_ITER) == (270000, 90000)
+    for suffix in ("icd", "icd_inherit"):
+        cfg = load(ICD / f"fcos_R101-R50_{suffix}.yaml", stand_in)
+        assert list(cfg.MODEL.KD.DISTILLERS) == ["ICD"] and plain.MODEL.KD.ICD == cfg.MODEL.KD.ICD
+        student = load(ICD / f"fcos_R101-R50_{suffix}.yaml", stand_in, student_only=True)
+        assert without(student, "MODEL.KD") == without(plain, "MODEL.KD")
+    assert not inherited(cfg)[1]
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("FCOS", 32.1), ("ATSS", 32.1), ("GFL", 32.3)])
+def test_dense_detectors_of_coco_size(name: str, parameters: float) -> None:
+    """Check the published sizes (in millions, R50, 80 classes) and one anchor a position on P3 to P7."""
+    cfg = load_config(str(ROOT / "configs" / f"Base-{name}.yaml"), ["MODEL.WEIGHTS", ""])
+    assert cfg.MODEL[name].SCORE_THRESH_TEST == 0.05
+    model = build(cfg)
+    spec = build_adapter(model).spec
+    assert sorted(spec.shapes) == P3_TO_P7
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(parameters, abs=0.15)
