@@ -1,4 +1,4 @@
-"""Checkpoints: student-only files, safe reading, torchvision's ResNet format, inheritance from the teacher."""
+"""Checkpoints: student-only files, safe reading, torchvision's formats, inheritance from the teacher."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from .errors import UserError
+from .torchvision_weights import StateDict, TorchvisionFormat, check_torchvision_input, torchvision_format
 
 logger = logging.getLogger(__name__)
-
-StateDict = dict[str, Tensor]
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -170,79 +169,26 @@ def fill(model: nn.Module, offered: StateDict, names: Iterable[str] | None = Non
     return fit
 
 
-_TORCHVISION_RULES = (
-    (r"^conv1\.", "stem.conv1."),
-    (r"^bn1\.", "stem.conv1.norm."),
-    (r"^layer(\d)\.", lambda m: f"res{int(m[1]) + 1}."),
-    (r"\.bn(\d)\.", r".conv\1.norm."),
-    (r"\.downsample\.0\.", ".shortcut."),
-    (r"\.downsample\.1\.", ".shortcut.norm."),
-)
-
-
-def is_torchvision_resnet(weights: StateDict) -> bool:
-    """Whether the names are those of torchvision's ResNets."""
-    return {"conv1.weight", "bn1.weight", "layer1.0.conv1.weight", "layer4.0.conv1.weight"} <= weights.keys()
-
-
-def rename_torchvision_resnet(weights: StateDict, prefix: str = "") -> StateDict:
-    """torchvision's ResNet names as Detectron2's, behind `prefix`; the classifier `fc` is left out."""
-    renamed = {}
-    for name, tensor in weights.items():
-        if name.startswith("fc."):
-            continue
-        for pattern, replacement in _TORCHVISION_RULES:
-            name = re.sub(pattern, replacement, name)
-        renamed[prefix + name] = tensor
-    return renamed
-
-
-TORCHVISION_INPUT = {
-    "INPUT.FORMAT": "RGB",
-    "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
-    "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
-}
-
-
-def _check_torchvision_input(model: nn.Module, path: str) -> None:
-    actual = {
-        "INPUT.FORMAT": getattr(model, "input_format", None),
-        "MODEL.PIXEL_MEAN": model.pixel_mean.flatten().tolist(),
-        "MODEL.PIXEL_STD": model.pixel_std.flatten().tolist(),
-    }
-    for key, needed in TORCHVISION_INPUT.items():
-        value = actual[key]
-        same = value == needed if isinstance(needed, str) else np.allclose(value, needed, atol=1e-2)
-        if value is not None and not same:
-            raise UserError(
-                f"{path} holds weights in torchvision's format, which want {key} {needed}; the config says {value}."
-            )
-    strided = [m for m in model.modules() if type(m).__name__ == "BottleneckBlock" and m.conv1.stride != m.conv2.stride]
-    if any(m.conv1.stride > m.conv2.stride for m in strided):
-        raise UserError(
-            f"{path} holds weights in torchvision's format, which want MODEL.RESNETS.STRIDE_IN_1X1 False; the config says True."
-        )
-
-
-def load_torchvision_resnet(model: nn.Module, weights: StateDict, path: str) -> Fit:
-    """Fill a detector's bottom-up ResNet from weights under torchvision's names, and log a table of what fitted.
+def load_torchvision(model: nn.Module, weights: StateDict, source: TorchvisionFormat, path: str) -> Fit:
+    """Fill a detector's bottom-up network from weights under torchvision's names, and log a table of what fitted.
 
     Raises:
-        UserError: the model has no ResNet or nothing fits it; or its input format is not that of torchvision's weights.
+        UserError: the model has no such network or nothing fits it; or its input format is not that of torchvision's weights.
     """
-    stems = [n.removesuffix("stem.conv1.weight") for n in model.state_dict() if n.endswith("stem.conv1.weight")]
-    if len(stems) != 1:
+    what = f"a {source.architecture} in torchvision's format"
+    starts = [n.removesuffix(source.first) for n in model.state_dict() if n.endswith(source.first)]
+    if len(starts) != 1:
         raise UserError(
-            f"{path} holds a ResNet in torchvision's format, but {type(model).__name__} has {len(stems)} ResNets to fill."
+            f"{path} holds {what}, but {type(model).__name__} has {len(starts)} {source.architecture}s to fill."
         )
-    _check_torchvision_input(model, path)
-    prefix = stems[0]
-    offered = rename_torchvision_resnet(weights, prefix)
+    check_torchvision_input(model, path)
+    prefix = starts[0]
+    offered = source.rename(weights, prefix)
     fit = fill(model, offered, [n for n in model.state_dict() if n.startswith(prefix)])
     if not fit.has_weights:
-        raise UserError(f"{path} holds a ResNet in torchvision's format, of which nothing fits the model's.")
+        raise UserError(f"{path} holds {what}, of which nothing fits the model's.")
     unused = Counter(_module_of(n) for n in offered if n not in fit.filled and n not in fit.misfits)
-    logger.info(f"Starting weights in torchvision's ResNet format from {path}:\n{fit.table()}")
+    logger.info(f"Starting weights in torchvision's {source.architecture} format from {path}:\n{fit.table()}")
     if unused:
         logger.info(
             "Not used, since the model has no such block: " + ", ".join(f"{n} of {m}" for m, n in unused.items())
@@ -298,10 +244,9 @@ class KDCheckpointer(DetectionCheckpointer):
         return content
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
-        if is_torchvision_resnet(checkpoint["model"]):
-            load_torchvision_resnet(
-                self.model, checkpoint["model"], urlparse(self._parsed_url_during_load.geturl()).path
-            )
+        if source := torchvision_format(checkpoint["model"]):
+            path = urlparse(self._parsed_url_during_load.geturl()).path
+            load_torchvision(self.model, checkpoint["model"], source, path)
             return None
         incompatible = self.incompatible = super()._load_model(checkpoint)
         unfilled = {*incompatible.missing_keys} | {name for name, _, _ in incompatible.incorrect_shapes}

@@ -14,11 +14,11 @@ from kd_d2.checkpoint import (
     load_complete,
     part_of,
     read_checkpoint,
-    rename_torchvision_resnet,
 )
 from kd_d2.config import load_config
 from kd_d2.errors import UserError
 from kd_d2.modeling import add_slim_resnet_config
+from kd_d2.torchvision_weights import rename_torchvision_resnet
 
 import cv2
 import numpy as np
@@ -314,6 +314,25 @@ def test_a_resnet_of_which_nothing_fits(tmp_path: Path, torchvision_resnet: nn.M
     )
     assert sentence(load_complete, detector(tmp_path), str(path), "the teacher") == (
         f"{path} holds starting weights in torchvision's format, not a trained detector for the teacher."
+    )
+
+
+def test_starting_weights_fill_a_mobilenet(tmp_path: Path, log) -> None:
+    """Check that torchvision's file fills the whole bottom-up network, and that the half-width form refuses it."""
+    path = tmp_path / "mobilenet.pth"
+    torch.manual_seed(0)
+    weights = torchvision.models.mobilenet_v2(weights=None).state_dict()
+    torch.save(weights, path)
+    backbone = "build_retinanet_mobilenet_v2_fpn_backbone"
+    model = detector(tmp_path, MODEL__BACKBONE__NAME=backbone)
+    KDCheckpointer(model).load(str(path))
+    bottom_up = {name: tensor for name, tensor in model.state_dict().items() if part_of(name) == "bottom_up"}
+    assert all(torch.equal(tensor, weights[name.partition("bottom_up.")[2]]) for name, tensor in bottom_up.items())
+    assert "Starting weights in torchvision's MobileNetV2 format" in log.text
+    assert "does not fit" not in log.text
+    half = detector(tmp_path, MODEL__BACKBONE__NAME=backbone, MODEL__MOBILENET_V2__WIDTH_MULT=0.5)
+    assert sentence(KDCheckpointer(half).load, str(path)) == (
+        f"{path} holds a MobileNetV2 in torchvision's format, of which nothing fits the model's."
     )
 
 
