@@ -148,8 +148,8 @@ def test_class_counts_of_data_and_model(project: Project, refused, eval_only: bo
     """Check data set, model and both counts, for a plain model too, in training and in evaluation."""
     args = ["--eval-only", "MODEL.WEIGHTS", project.teacher_weights] if eval_only else plain()
     assert refused(*args, "MODEL.RETINANET.NUM_CLASSES", 4) == (
-        f"The data set {project.name} has 3 classes, but the model (RetinaNet) predicts 4: set MODEL.RETINANET.NUM_CLASSES or "
-        "MODEL.ROI_HEADS.NUM_CLASSES to it."
+        f"The data set {project.name} has 3 classes, but the model (RetinaNet) predicts 4: set MODEL.RETINANET.NUM_CLASSES "
+        "to it."
     )
 
 

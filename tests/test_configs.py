@@ -354,3 +354,56 @@ def test_dense_detectors_of_coco_size(name: str, parameters: float) -> None:
     spec = build_adapter(model).spec
     assert sorted(spec.shapes) == P3_TO_P7
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(parameters, abs=0.15)
+
+
+RM = ROOT / "projects" / "RankMimicking" / "configs"
+METHODS_OF = {
+    "rm": ["RankMimicking"],
+    "pfi": ["PFI"],
+    "rm_pfi": ["RankMimicking", "PFI"],
+    "soft": ["SoftLabel"],
+    "rm_classification": ["RankMimicking"],
+    **{mask: ["PFI"] for mask in ("whole", "positives", "negatives", "boxes")},
+}
+# Detector, teacher -> student, schedule: the rows that its tables have.
+RM_ROWS = {
+    "retinanet_R50-R18": "rm pfi rm_pfi soft rm_classification",
+    "fcos_R50-R18": "rm pfi rm_pfi soft",
+    "atss_R50-R18": "rm pfi rm_pfi",
+    "gfl_R50-R18": "rm pfi rm_pfi soft whole positives negatives boxes",
+    "retinanet_R101-R50": "rm pfi rm_pfi",
+    "retinanet_MV2-MV2half": "rm pfi rm_pfi",
+    "retinanet_R101-R50_2x": "rm_pfi",
+    "retinanet_R152-R50_2x": "rm_pfi",
+    "retinanet_R101-R50_voc": "rm_pfi",
+}
+RM_NAMES = [f"{pair}_{row}" for pair, rows in RM_ROWS.items() for row in rows.split()]
+
+
+def test_the_rank_mimicking_tables_are_complete() -> None:
+    assert {path.stem for path in RM.glob("*-*.yaml") if not path.stem.startswith("Base")} == set(RM_NAMES)
+
+
+@pytest.mark.parametrize("name", RM_NAMES)
+def test_distilled_students_of_rank_mimicking(name: str, stand_in: str) -> None:
+    """Check methods, the paper's weights, the options of the row, the teacher, and that the rest is the plain student's."""
+    row = max((r for r in METHODS_OF if name.endswith("_" + r)), key=len)
+    detector, models, *schedule = name.removesuffix("_" + row).split("_")
+    teacher, student = ("_".join([detector, model, *schedule]) for model in models.split("-"))
+    cfg = load(RM / f"{name}.yaml", stand_in)
+    kd = cfg.MODEL.KD
+    assert list(kd.DISTILLERS) == METHODS_OF[row]
+    assert (kd.RANK_MIMICKING.WEIGHT, kd.PFI.WEIGHT, kd.INHERIT.ENABLED) == (4, 1.5, False)
+    assert (row != "rm_classification") == kd.RANK_MIMICKING.LOCALIZATION
+    assert (row if row in ("whole", "positives", "negatives", "boxes") else "prediction") == kd.PFI.MASK
+    assert str(RM / f"{teacher}.yaml") == kd.TEACHER.CONFIG_FILE
+    assert (
+        read_yaml(str(RM / f"{name}.yaml"))["MODEL"]["KD"]["TEACHER"]["WEIGHTS"] == f"output/{teacher}/model_final.pth"
+    )
+    plain = load(RM / f"{student}.yaml", stand_in)
+    assert without(load(RM / f"{name}.yaml", stand_in, student_only=True), "MODEL.KD") == without(plain, "MODEL.KD")
+    images, epochs = {"2x": (117266, [16, 22, 24]), "voc": (16551, [14, 16, 18])}.get(
+        "".join(schedule), (117266, [8, 11, 12])
+    )
+    assert [n * 16 / images for n in (*cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER)] == pytest.approx(epochs, abs=0.01)
+    assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR) == (16, 0.02)

@@ -79,5 +79,10 @@ def check_classes(cfg: CfgNode, model: nn.Module) -> None:
         if classes is not None and predicted is not None and len(classes) != predicted:
             raise UserError(
                 f"The data set {name} has {len(classes)} classes, but the model ({type(student).__name__}) predicts {predicted}: "
-                "set MODEL.RETINANET.NUM_CLASSES or MODEL.ROI_HEADS.NUM_CLASSES to it."
+                f"set MODEL.{_class_node(cfg, type(student).__name__)}.NUM_CLASSES to it."
             )
+
+
+def _class_node(cfg: CfgNode, detector: str) -> str:
+    """The node of MODEL whose NUM_CLASSES a detector reads: its own, or that of R-CNNs."""
+    return detector.upper() if detector.upper() in cfg.MODEL else "ROI_HEADS"
