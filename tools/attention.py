@@ -18,13 +18,13 @@ from kd_d2.data import register_coco_json, register_synthetic
 from kd_d2.distillers.icd import ICD
 from kd_d2.engine.checks import check_classes, check_datasets, check_output_folder
 from kd_d2.evaluation.drawing import draw_instances, overlay_heat, sheet, titled
+from kd_d2.evaluation.examples import pixels, read_examples
 
 import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
-from detectron2.data import transforms as T
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
 
@@ -45,16 +45,6 @@ def load_distillation(cfg: CfgNode, weights: str) -> tuple[KDMetaArch, ICD]:
         reason = "it has none" if not own else str(error).splitlines()[1].strip()
         raise UserError(f"--weights: {weights} does not hold the ICD decoder of this config: {reason}") from error
     return model, model.distillers["ICD"]
-
-
-def read_examples(cfg: CfgNode, count: int) -> list[dict]:
-    """The first images of the test set that have instances, mapped with their ground truth at the test's size."""
-    resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
-    mapper = DatasetMapper(cfg, is_train=True, augmentations=[resize])
-    entries = (
-        d for d in DatasetCatalog.get(cfg.DATASETS.TEST[0]) if any(not a.get("iscrowd") for a in d["annotations"])
-    )
-    return [mapper(entry) for entry, _ in zip(entries, range(count), strict=False)]
 
 
 def draw(
@@ -109,10 +99,8 @@ def main(args: argparse.Namespace) -> None:
         teacher = model.teacher([example], icd.needs)
         (attention,) = icd.attention_maps(teacher, [target])
         shares.append(torch.stack(share_inside(attention, target)).cpu())
-        image = example["image"].permute(1, 2, 0).numpy()
-        image = image if cfg.INPUT.FORMAT == "RGB" else image[:, :, ::-1]
         path = os.path.join(args.output, os.path.splitext(os.path.basename(example["file_name"]))[0] + ".png")
-        picture = draw(np.ascontiguousarray(image), target.to("cpu"), attention, names, args.instances)
+        picture = draw(pixels(example, cfg), target.to("cpu"), attention, names, args.instances)
         cv2.imwrite(path, picture[:, :, ::-1])
         print(path, flush=True)
     inside, area = (100 * torch.cat(shares, 1).mean(1)).tolist()
