@@ -1,11 +1,12 @@
 #!/usr/bin/env python
 """Seconds and peak memory of a training iteration: the plain student, with one teacher forward, with each method.
 
-    benchmarks/step.py [--pair tiny|coco] [--methods NAME ...] [--rounds N] [--threads N] [--output FILE.json]
+    benchmarks/step.py [--pair tiny|coco] [--methods NAME[+NAME] ...] [--rounds N] [--threads N] [--output FILE.json]
 
 Times: all variants share one student and one teacher and take turns, round after round, in one process; the median of a
-variant's rounds, and the median of its ratio to "student + teacher" of the same round; and each method alone, losses and
-gradients as far as the features, also as a part of "student + teacher". Memory: each variant in a fresh
+variant's rounds, and the median of its ratio to student and teacher alone in the same round: to "student + teacher's neck" for
+methods that read features alone, to "student + teacher" for those that read predictions too. Each method alone is its losses and
+their gradients as far as what the detectors gave, also as a part of the same. Memory: each variant in a fresh
 process, the peak of the resident set during one iteration above what it was before (on a GPU: allocated memory).
 
 The pairs: "tiny" is configs/tiny's RetinaNet R18 -> R10, 8 images of 192x256. "coco" is Detectron2's RetinaNet R101 -> R50,
@@ -43,23 +44,32 @@ PAIRS = {
     "coco": ("COCO-Detection/retinanet_R_50_FPN_1x.yaml", "COCO-Detection/retinanet_R_101_FPN_3x.yaml", 2, (800, 1216)),
 }
 DATASET = "benchmark"
-PLAIN, READ = "student", "student + teacher"
+PLAIN, NECK, WHOLE = "student", "student + teacher's neck", "student + teacher"
 BOXES = 7
 PAST_WARM_UPS = 10**6  # iterations
 
 
 class ReadOnly(Distiller):
-    """Makes the teacher's features be read, and adds nothing."""
+    """Makes parts of the teacher be read, and adds nothing."""
 
-    needs = frozenset({"features"})
     loss_names = ("loss_nothing",)
 
     @configurable
-    def __init__(self):
+    def __init__(self, *, needs: frozenset[str]):
         super().__init__()
+        self.needs = needs
 
     def forward(self, student, teacher, targets):
         return self.idle_losses(like=student.images.tensor)
+
+
+READ = {NECK: frozenset({"features"}), WHOLE: frozenset({"features", "dense"})}
+
+
+def reference_of(variant: str) -> str:
+    """The variant without a method that a variant is compared to."""
+    needs = [DISTILLER_REGISTRY.get(name).needs for name in variant.split("+")] if variant not in (PLAIN, *READ) else []
+    return WHOLE if variant == WHOLE or any("dense" in n for n in needs) else NECK
 
 
 class Bench:
@@ -83,9 +93,11 @@ class Bench:
         if variant == PLAIN:
             return self.student
         specs = build_adapter(self.student).spec, self.teacher.spec
-        distiller = ReadOnly() if variant == READ else DISTILLER_REGISTRY.get(variant)(self.cfg, *specs)
-        model = KDMetaArch(student=self.student, teacher=self.teacher, distillers={variant: distiller})
-        return model.to(self.device)
+        if variant in READ:
+            distillers = {"ReadOnly": ReadOnly(needs=READ[variant])}
+        else:
+            distillers = {name: DISTILLER_REGISTRY.get(name)(self.cfg, *specs) for name in variant.split("+")}
+        return KDMetaArch(student=self.student, teacher=self.teacher, distillers=distillers).to(self.device)
 
     def step(self, variant: str) -> DistillationStep:
         model = self.model(variant)
@@ -94,19 +106,34 @@ class Bench:
         return step
 
     def method_alone(self, variant: str) -> Callable[[], None]:
-        """A method's losses and their gradients as far as the features, both detectors having run."""
+        """A method's losses and their gradients as far as features and predictions, both detectors having run."""
         model = self.model(variant)
-        (distiller,) = model.distillers.values()
+        needs = frozenset().union(*(distiller.needs for distiller in model.distillers.values()))
         targets = [item["instances"].to(self.device) for item in self.data]
         self.teacher.to(model.device)
-        teacher = self.teacher(self.data, distiller.needs)
-        student = model.adapter.run(self.data, distiller.needs, targets)
-        student.features = {s: x.detach().requires_grad_() for s, x in student.features.items()}
+        teacher = self.teacher(self.data, needs)
+        student = model.adapter.run(self.data, needs, targets)
+        student.features = _leaves(student.features)
+        if student.dense is not None:
+            student.dense.logits = _leaves(student.dense.logits)
+            student.dense.box_regression = _leaves(student.dense.box_regression)
 
         def run() -> None:
-            sum(distiller(student, teacher, targets).values()).backward()
+            for dense in filter(None, (student.dense, teacher.dense)):
+                for lazy in ("positives", "probabilities", "ranking_scores", "boxes"):
+                    vars(dense).pop(lazy, None)  # derived anew in every iteration
+            losses = [
+                loss
+                for distiller in model.distillers.values()
+                for loss in distiller(student, teacher, targets).values()
+            ]
+            sum(losses).backward()
 
         return run
+
+
+def _leaves(levels: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+    return {stride: level.detach().requires_grad_() for stride, level in levels.items()}
 
 
 def _build(cfg: CfgNode) -> nn.Module:
@@ -194,12 +221,12 @@ def main() -> None:
         print(measure_memory(args.pair, args.memory_of))
         return
 
-    variants = [PLAIN, READ, *args.methods]
+    variants = [PLAIN, *READ, *args.methods]
     times = measure_times(args.pair, variants, args.rounds)
     alone = measure_alone(args.pair, args.methods, args.rounds)
     options = ["--pair", args.pair, "--threads", args.threads]
     memory = {v: number_from_fresh_process(__file__, *options, "--memory-of", v) for v in variants}
-    ratios = {v: [a / b for a, b in zip(times[v], times[READ])] for v in variants}
+    ratios = {v: [a / b for a, b in zip(times[v], times[reference_of(v)])] for v in variants}
     result = {
         "pair": args.pair,
         "device": device_name(args.threads),
@@ -222,7 +249,7 @@ def main() -> None:
             min(ratios[v]),
             max(ratios[v]),
             alone.get(v),
-            alone[v] / statistics.median(times[READ]) if v in alone else None,
+            alone[v] / statistics.median(times[reference_of(v)]) if v in alone else None,
             memory[v],
         ]
         for v in variants
