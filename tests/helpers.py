@@ -38,6 +38,7 @@ NARROW = {
         "RESNETS": {"STEM_OUT_CHANNELS": 8},
         "FPN": {"OUT_CHANNELS": 16},
         "RETINANET": {"NUM_CLASSES": len(CLASSES), "NUM_CONVS": 1},
+        **{name: {"NUM_CLASSES": len(CLASSES), "NUM_CONVS": 1, "NORM": ""} for name in ("FCOS", "ATSS", "GFL")},
         "ROI_HEADS": {"NUM_CLASSES": len(CLASSES), "BATCH_SIZE_PER_IMAGE": 16},
         "ROI_BOX_HEAD": {"FC_DIM": 16, "POOLER_RESOLUTION": 3},
         "RPN": {"POST_NMS_TOPK_TRAIN": 40, "POST_NMS_TOPK_TEST": 20, "BATCH_SIZE_PER_IMAGE": 32},
@@ -179,11 +180,19 @@ class Project:
         return run_train_net("--config-file", str(config or self.student), *args)
 
 
+META_ARCHITECTURES = {
+    "retinanet": "RetinaNet",
+    "fcos": "FCOS",
+    "atss": "ATSS",
+    "gfl": "GFL",
+    "faster-rcnn": "GeneralizedRCNN",
+}
+
+
 def make_project(folder: Path, detector: str = "retinanet", **keys: object) -> Project:
-    """A tiny project of "retinanet" or "faster-rcnn"; `keys` change the student's config."""
+    """A tiny project of one of META_ARCHITECTURES; `keys` change the student's config."""
     annotations = make_coco(folder / "data")
     name = f"tiny_{zlib.crc32(str(folder).encode()):08x}"
-    family = "RetinaNet" if detector == "retinanet" else "GeneralizedRCNN"
     base = merged({"_BASE_": str(TINY / f"{detector}-student.yaml")}, NARROW)
     teacher = write_yaml(folder / "teacher.yaml", base)
     student = write_yaml(
@@ -192,7 +201,7 @@ def make_project(folder: Path, detector: str = "retinanet", **keys: object) -> P
             base,
             tree_of(
                 MODEL__META_ARCHITECTURE="KDMetaArch",
-                MODEL__KD__STUDENT=family,
+                MODEL__KD__STUDENT=META_ARCHITECTURES[detector],
                 MODEL__KD__TEACHER__CONFIG_FILE="teacher.yaml",
                 MODEL__KD__TEACHER__WEIGHTS="teacher.pth",
                 MODEL__KD__DISTILLERS=("FeatureImitation",),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from kd_d2 import UserError
 from kd_d2.checkpoint import read_checkpoint
-from kd_d2.distillers import ICD, feature_imitation
+from kd_d2.distillers import DISTILLER_REGISTRY, ICD, feature_imitation
 from kd_d2.engine import trainer as trainer_module
 from kd_d2.engine.random_state import get_random_state, preserved_random_state, set_random_state
 from kd_d2.engine.step import NonFiniteLossError
@@ -21,11 +21,24 @@ import numpy as np
 import pytest
 import torch
 from detectron2.engine import HookBase
-from helpers import ROOT, KillAt, Project, Run, make_project, run_train_net, save_fixed_weights, train
+from helpers import (
+    META_ARCHITECTURES,
+    ROOT,
+    KillAt,
+    Project,
+    Run,
+    make_project,
+    run_train_net,
+    save_fixed_weights,
+    train,
+)
 
 DETECTORS = ("retinanet", "faster-rcnn")
 OWN_LOSSES = {
     "retinanet": {"loss_cls", "loss_box_reg"},
+    "fcos": {"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr"},
+    "atss": {"loss_atss_cls", "loss_atss_box", "loss_atss_centerness"},
+    "gfl": {"loss_gfl_quality", "loss_gfl_box", "loss_gfl_distribution"},
     "faster-rcnn": {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc"},
 }
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"
@@ -84,6 +97,22 @@ def test_a_resumed_run_goes_on_as_if_unbroken(project: Project) -> None:
     for name, tensor in weights(resumed).items():
         torch.testing.assert_close(tensor, weights(unbroken)[name], rtol=1e-5, atol=1e-6)
     assert resumed.losses[6]["loss_feature_imitation"] > 0
+
+
+@pytest.mark.parametrize("detector", ["fcos", "atss", "gfl"])
+def test_dense_detectors_are_distilled_and_resumed(tmp_path: Path, detector: str) -> None:
+    """Check the methods that read predictions, and ICD, on each; a resumed run goes on as if unbroken."""
+    project = make_project(tmp_path, detector, **SMALL_ICD)
+    methods = ("RankMimicking", "PFI", "SoftLabel", "ICD")
+    project.change(MODEL__KD__DISTILLERS=methods, MODEL__KD__INHERIT__ENABLED=True, SOLVER__BASE_LR=0.001)
+    project.change(SOLVER__MAX_ITER=4, SOLVER__STEPS=(), SOLVER__CHECKPOINT_PERIOD=2)
+    unbroken = train(project, "OUTPUT_DIR", project.folder / "unbroken")
+    train(project, hooks=(KillAt(2),))
+    resumed = train(project, resume=True, seed=12345)
+    assert_same(resumed.losses, unbroken.losses, range(2, 4), tolerance=1e-4)
+    own = {name for method in methods for name in DISTILLER_REGISTRY.get(method).loss_names}
+    assert unbroken.losses[0].keys() == OWN_LOSSES[detector] | own
+    assert all(math.isfinite(value) for losses in unbroken.losses.values() for value in losses.values())
 
 
 def test_random_states_survive_a_checkpoint(tmp_path: Path) -> None:
@@ -354,14 +383,13 @@ def assert_same_detections(found: list[dict], expected: list[dict]) -> None:
         assert ours["bbox"] + [ours["score"]] == pytest.approx(theirs["bbox"] + [theirs["score"]], rel=1e-4, abs=1e-3)
 
 
-@pytest.mark.parametrize("detector", DETECTORS)
+@pytest.mark.parametrize("detector", OWN_LOSSES)
 def test_the_plain_student_trains_with_the_same_program(tmp_path: Path, detector: str) -> None:
     """Check that META_ARCHITECTURE alone makes the run plain: no teacher needed, no loss and no entry of a distiller."""
     project = make_project(tmp_path, detector)
     project.teacher.unlink()
     project.teacher_weights.unlink()
-    family = "RetinaNet" if detector == "retinanet" else "GeneralizedRCNN"
-    results = project.main("MODEL.META_ARCHITECTURE", family)
+    results = project.main("MODEL.META_ARCHITECTURE", META_ARCHITECTURES[detector])
     assert "AP" in results["bbox"]
     saved = json.loads((project.output / "train.json").read_text())
     assert saved["bbox"]["AP50"] == pytest.approx(results["bbox"]["AP50"], nan_ok=True)
