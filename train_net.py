@@ -9,7 +9,6 @@ train_net.py --config-file CONFIG --eval-only --eval-teacher [KEY VALUE ...]
 import argparse
 import json
 import os
-import resource
 
 from kd_d2 import Teacher, UserError
 from kd_d2.checkpoint import load_complete
@@ -17,7 +16,6 @@ from kd_d2.config import KD_META_ARCH
 from kd_d2.engine import KDTrainer, evaluate_teacher, launch, setup
 from kd_d2.engine.checks import check_classes
 
-import torch
 from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
 from detectron2.utils import comm
@@ -47,7 +45,7 @@ def main(args: argparse.Namespace) -> dict | None:
         write_results(cfg.OUTPUT_DIR, "teacher.json", evaluate_teacher(cfg, trainer.bare_model.teacher))
     trainer.train()
     results = getattr(trainer, "_last_eval_results", {})
-    write_results(cfg.OUTPUT_DIR, "train.json", {**results, "peak_memory_mib": peak_memory_mib()})
+    write_results(cfg.OUTPUT_DIR, "train.json", results)
     return results
 
 
@@ -55,13 +53,6 @@ def write_results(folder: str, name: str, results: dict) -> None:
     if comm.is_main_process():
         with open(os.path.join(folder, name), "w") as file:
             json.dump(results, file, indent=2)
-
-
-def peak_memory_mib() -> float:
-    """The most memory that this process ever held: on its GPU where it has one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def argument_parser() -> argparse.ArgumentParser:

@@ -12,7 +12,7 @@ from kd_d2.comparison.costs import measure_costs
 from kd_d2.comparison.matrix import measured_settings, read_matrix
 from kd_d2.comparison.plots import plot_ap, plot_curves
 from kd_d2.comparison.report import write_report
-from kd_d2.comparison.runner import Job, read_metrics, result_path, run_jobs, training_job
+from kd_d2.comparison.runner import Job, read_metrics, result_path, run_jobs, teacher_jobs, training_job
 from kd_d2.comparison.table import as_csv, as_markdown, build_rows, pooled_deviation, read_results
 
 import pytest
@@ -170,8 +170,9 @@ def test_a_failing_cell_is_named_and_others_finish(tmp_path, monkeypatch):
         "import json, sys\n"
         "folder = sys.argv[1]\n"
         "if folder.endswith('bad'): sys.exit('no such data')\n"
-        "json.dump({'bbox': {'AP': 12.5, 'AP-cat': 1.0}, 'peak_memory_mib': 7.0}, open(folder + '/train.json', 'w'))\n"
-        "rows = [{'iteration': 9, 'time': 0.5, 'total_loss': 1.0}, {'iteration': 19, 'time': 0.7, 'bbox/AP': 12.5}]\n"
+        "json.dump({'bbox': {'AP': 12.5, 'AP-cat': 1.0}}, open(folder + '/train.json', 'w'))\n"
+        "rows = [{'iteration': 9, 'time': 0.5, 'total_loss': 1.0, 'peak_memory_mib': 7.0},\n"
+        "        {'iteration': 19, 'time': 0.7, 'bbox/AP': 12.5, 'peak_memory_mib': 4.0}]\n"
         "open(folder + '/metrics.json', 'w').writelines(json.dumps(r) + '\\n' for r in rows)\n"
     )
     monkeypatch.setattr(runner, "TRAIN_NET", str(script))
@@ -192,6 +193,7 @@ def test_a_failing_cell_is_named_and_others_finish(tmp_path, monkeypatch):
     good = json.loads((tmp_path / "cells" / "good.json").read_text())
     assert good["scores"] == {"AP": 12.5}
     assert good["seconds_per_iteration"] == pytest.approx(0.6)
+    assert good["peak_memory_mib"] == 7.0
     assert good["curves"] == {"total_loss": [[9, 1.0]], "bbox/AP": [[19, 12.5]]}
     assert not (tmp_path / "cells" / "bad.json").exists()
 
@@ -264,3 +266,12 @@ def test_costs_of_images_that_have_to_be_padded(tmp_path):
     assert odd["plain"] == odd["same"] == odd["teacher"]
     for key in ("params", "gflops"):
         assert odd["plain"][key] == padded["plain"][key] > 0
+
+
+def test_plain_detectors_are_compared_without_a_teacher(tmp_path):
+    """Check that no teacher is trained, evaluated or measured where no cell has one."""
+    text = "config: STUDENT\nbaseline: one\ncells: {one: , other: {opts: {SOLVER.GAMMA: 0.2}}}\n"
+    plain = ["MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.SLIM_RESNET.WIDTHS", "(4, 6, 8, 10)"]
+    matrix = read_matrix(write_matrix(tmp_path, text))
+    assert teacher_jobs(matrix, str(tmp_path), str(tmp_path), plain) == ([], [])
+    assert measure_costs(matrix, plain).keys() == {"one", "other"}

@@ -20,7 +20,7 @@ REPEATS = 10
 
 
 def measure_costs(matrix: Matrix, opts: list[Any]) -> dict[str, dict[str, float]]:
-    """Costs of the teacher ("teacher") and of every cell's student.
+    """Costs of the teacher ("teacher"), where there is one, and of every cell's student.
 
     Images are square, of the side INPUT.MIN_SIZE_TEST; weights are random, with all detections suppressed, so the time
     is that of the network. Times are medians of interleaved runs of one image.
@@ -29,17 +29,21 @@ def measure_costs(matrix: Matrix, opts: list[Any]) -> dict[str, dict[str, float]
         by cell: "params" in millions, "gflops" (multiply-adds, 1e9) and "ms_per_image".
     """
     students = {c.name: load_config(c.config, [*opts, *c.opts], student_only=True) for c in matrix.cells}
-    if matrix.teacher is not None:
-        teacher = load_config(matrix.teacher.config, [*opts, *matrix.teacher.opts], student_only=True)
-    else:
-        cell = matrix.cell(matrix.baseline)
-        teacher = load_teacher_config(load_config(cell.config, [*opts, *cell.opts]))
-    configs = {"teacher": teacher, **students}
+    configs = {**_teacher(matrix, opts), **students}
     side = next(iter(students.values())).INPUT.MIN_SIZE_TEST
     described = {name: _architecture(cfg) for name, cfg in configs.items()}
     distinct = {text: name for name, text in described.items()}
     measured = _measure({name: configs[name] for name in distinct.values()}, side)
     return {name: measured[distinct[text]] for name, text in described.items()}
+
+
+def _teacher(matrix: Matrix, opts: list[Any]) -> dict[str, CfgNode]:
+    if matrix.teacher is not None:
+        return {"teacher": load_config(matrix.teacher.config, [*opts, *matrix.teacher.opts], student_only=True)}
+    if not matrix.has_teacher(opts):
+        return {}
+    cell = matrix.cell(matrix.baseline)
+    return {"teacher": load_teacher_config(load_config(cell.config, [*opts, *cell.opts]))}
 
 
 def _architecture(cfg: CfgNode) -> str:

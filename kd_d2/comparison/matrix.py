@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
-from ..config import add_kd_config, load_config
+from ..config import KD_META_ARCH, add_kd_config, load_config
 from ..errors import UserError
 
 # Keys that say where things lie or how they are run, not what is measured.
@@ -54,7 +54,8 @@ class Matrix:
         cells: in order of the table, the teacher not among them.
         baseline: the cell that gains are over.
         student: the plain student's cell, from which the gap to the teacher is counted.
-        teacher: trained first where the matrix gives its config; None where the students' config names one.
+        teacher: trained first where the matrix gives its config; None where the students' config names one, or all cells
+            are plain detectors.
     """
 
     cells: tuple[Cell, ...]
@@ -65,6 +66,12 @@ class Matrix:
 
     def cell(self, name: str) -> Cell:
         return next(cell for cell in self.cells if cell.name == name)
+
+    def has_teacher(self, opts: list[Any]) -> bool:
+        """Whether there is one, by the matrix or by the baseline's config under these overrides."""
+        cell = self.cell(self.baseline)
+        cfg = load_config(cell.config, [*opts, *cell.opts])
+        return self.teacher is not None or cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH
 
     def select(self, names: list[str] | None, seeds: list[int] | None) -> list[tuple[Cell, int]]:
         """(cell, seed) pairs, first seeds of all cells first.

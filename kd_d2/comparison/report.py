@@ -11,7 +11,7 @@ from ..errors import UserError
 from .costs import measure_costs
 from .matrix import Matrix
 from .plots import plot_ap, plot_curves
-from .runner import run_jobs, teacher_evaluation_job, teacher_training_job, training_job
+from .runner import run_jobs, teacher_jobs, training_job
 from .table import Row, as_csv, as_markdown, build_rows, read_results
 
 
@@ -49,16 +49,14 @@ def compare(
     report = os.path.abspath(report or results)
     check_output_folder(results, "--results")
     check_output_folder(report, "--report")
-    if matrix.teacher is None:
-        first, of_teacher = teacher_evaluation_job(matrix, output, results, opts), []
-    else:
-        first, of_teacher = teacher_training_job(matrix, output, results, opts)
-    run_jobs([first], 1, jobs * threads)
-    if not os.path.isfile(first.result):
-        raise UserError(
-            f"The teacher is being made by another process in {first.output}; start again when it has ended."
-        )
-    opts = [*opts, *of_teacher]
+    of_teacher, names_teacher = teacher_jobs(matrix, output, results, opts)
+    run_jobs(of_teacher, 1, jobs * threads)
+    for job in of_teacher:
+        if not os.path.isfile(job.result):
+            raise UserError(
+                f"The teacher is being made by another process in {job.output}; start again when it has ended."
+            )
+    opts = [*opts, *names_teacher]
     run_jobs(
         [training_job(cell, seed, output, results, opts) for cell, seed in matrix.select(cells, seeds)], jobs, threads
     )
@@ -86,7 +84,7 @@ def _costs(matrix: Matrix, folder: str, opts: list[Any]) -> dict[str, dict[str, 
     if os.path.isfile(path):
         with open(path) as file:
             costs = json.load(file)
-        if {"teacher", *(cell.name for cell in matrix.cells)} <= costs.keys():
+        if {cell.name for cell in matrix.cells} <= costs.keys():
             return costs
     costs = measure_costs(matrix, opts)
     with open(path, "w") as file:

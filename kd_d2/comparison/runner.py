@@ -104,7 +104,20 @@ def training_job(cell: Cell, seed: int, output: str, results: str, opts: list[An
     )
 
 
-def teacher_evaluation_job(matrix: Matrix, output: str, results: str, opts: list[Any]) -> Job:
+def teacher_jobs(matrix: Matrix, output: str, results: str, opts: list[Any]) -> tuple[list[Job], list[Any]]:
+    """What gives the table its teacher: a training or an evaluation; nothing where the cells are plain detectors.
+
+    Returns:
+        the jobs, and the overrides by which the students' configs name a teacher that is trained here.
+    """
+    if matrix.teacher is not None:
+        return _teacher_training(matrix, output, results, opts)
+    if not matrix.has_teacher(opts):
+        return [], []
+    return [_teacher_evaluation(matrix, output, results, opts)], []
+
+
+def _teacher_evaluation(matrix: Matrix, output: str, results: str, opts: list[Any]) -> Job:
     """Evaluate the teacher that the students' config names."""
     cell = matrix.cell(matrix.baseline)
     folder = os.path.join(output, "teacher")
@@ -122,15 +135,10 @@ def teacher_evaluation_job(matrix: Matrix, output: str, results: str, opts: list
     return Job("teacher", 0, command, folder, result_path(results, "teacher", 0), settings)
 
 
-def teacher_training_job(matrix: Matrix, output: str, results: str, opts: list[Any]) -> tuple[Job, list[Any]]:
-    """Train the teacher that the matrix gives.
-
-    Returns:
-        the job, and the overrides by which the students' configs name this teacher.
-    """
+def _teacher_training(matrix: Matrix, output: str, results: str, opts: list[Any]) -> tuple[list[Job], list[Any]]:
     job = training_job(matrix.teacher, matrix.teacher.seeds[0], output, results, opts)
     config, weights = (os.path.join(job.output, name) for name in ("student.yaml", "model_final.pth"))
-    return job, ["MODEL.KD.TEACHER.CONFIG_FILE", config, "MODEL.KD.TEACHER.WEIGHTS", weights]
+    return [job], ["MODEL.KD.TEACHER.CONFIG_FILE", config, "MODEL.KD.TEACHER.WEIGHTS", weights]
 
 
 def result_path(results: str, cell: str, seed: int) -> str:
@@ -211,7 +219,7 @@ def _finish(job: Job) -> bool:
         "scores": {k: round(v, 4) for k, v in outcome["bbox"].items() if not k.startswith("AP-")},
         "minutes": round(minutes, 1),
         "seconds_per_iteration": _median([m["time"] for m in metrics if "time" in m]),
-        "peak_memory_mib": outcome.get("peak_memory_mib"),
+        "peak_memory_mib": max((m["peak_memory_mib"] for m in metrics if "peak_memory_mib" in m), default=None),
         "curves": _curves(metrics),
         "settings": job.settings,
     }

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer
+from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
@@ -24,6 +24,7 @@ from ..evaluation import build_evaluator
 from ..meta_arch import KDMetaArch, student_of
 from ..teacher import Teacher
 from .checks import check_classes
+from .memory import PeakMemoryRecorder
 from .optimizers import build_optimizers
 from .random_state import get_random_state, preserved_random_state, set_random_state
 from .step import DistillationStep
@@ -115,6 +116,9 @@ class KDTrainer(DefaultTrainer):
     def _normalized_modules(self) -> list[tuple[str, nn.Module]]:
         """Dense detectors keep a running loss normaliser outside their state_dict."""
         return [(n, m) for n, m in student_of(self.bare_model).named_modules() if "loss_normalizer" in vars(m)]
+
+    def build_hooks(self) -> list[HookBase]:
+        return [PeakMemoryRecorder(), *super().build_hooks()]
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer):

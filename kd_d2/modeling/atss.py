@@ -19,17 +19,13 @@ from torch import Tensor, nn
 
 from ..workers import mean_count_of_workers
 from .assignment import Positives
-from .dense import AdaptiveDetector, add_dense_keys, dense_arguments
+from .dense import AdaptiveDetector, adaptive_arguments, add_adaptive_keys
 
 
 def add_atss_config(cfg: CfgNode) -> None:
     """Add MODEL.ATSS."""
     node = cfg.MODEL.ATSS = CfgNode()
-    add_dense_keys(node)
-    # Candidates of each level for an instance.
-    node.TOPK = 9
-    # Side of the one anchor of a position, in strides.
-    node.ANCHOR_SCALE = 8.0
+    add_adaptive_keys(node)
     node.FOCAL_LOSS_ALPHA = 0.25
     node.FOCAL_LOSS_GAMMA = 2.0
     # Of the boxes' GIoU loss.
@@ -75,12 +71,10 @@ class ATSS(AdaptiveDetector):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         node = cfg.MODEL.ATSS
-        detector, head = dense_arguments(cfg, node)
+        detector, head = adaptive_arguments(cfg, node)
         return {
             **detector,
             "head": ATSSHead(**head),
-            "anchor_scale": node.ANCHOR_SCALE,
-            "assign_topk": node.TOPK,
             "focal_loss_alpha": node.FOCAL_LOSS_ALPHA,
             "focal_loss_gamma": node.FOCAL_LOSS_GAMMA,
             "box_loss_weight": node.BOX_LOSS_WEIGHT,

@@ -60,6 +60,21 @@ def dense_arguments(cfg: CfgNode, node: CfgNode) -> tuple[dict[str, Any], dict[s
     return detector, head
 
 
+def add_adaptive_keys(node: CfgNode) -> None:
+    """Add the keys that detectors with adaptive label assignment share."""
+    add_dense_keys(node)
+    # Candidates of each level for an instance.
+    node.TOPK = 9
+    # Side of the one anchor of a position, in strides.
+    node.ANCHOR_SCALE = 8.0
+
+
+def adaptive_arguments(cfg: CfgNode, node: CfgNode) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments that an `AdaptiveDetector` takes from its node, and those of its head."""
+    detector, head = dense_arguments(cfg, node)
+    return {**detector, "anchor_scale": node.ANCHOR_SCALE, "assign_topk": node.TOPK}, head
+
+
 class AdaptiveDetector(DenseDetector):
     """A dense detector with one square anchor a position and adaptive label assignment; ATSS and GFL are two.
 

@@ -20,17 +20,13 @@ from torch import Tensor, nn
 
 from ..workers import mean_count_of_workers
 from .assignment import Positives
-from .dense import AdaptiveDetector, add_dense_keys, dense_arguments
+from .dense import AdaptiveDetector, adaptive_arguments, add_adaptive_keys
 
 
 def add_gfl_config(cfg: CfgNode) -> None:
     """Add MODEL.GFL."""
     node = cfg.MODEL.GFL = CfgNode()
-    add_dense_keys(node)
-    # Candidates of each level for an instance.
-    node.TOPK = 9
-    # Side of the one anchor of a position, in strides.
-    node.ANCHOR_SCALE = 8.0
+    add_adaptive_keys(node)
     # Largest distance of a side from the position, in strides; a side's distribution is over 0 to REG_MAX.
     node.REG_MAX = 16
     # Exponent of the quality focal loss.
@@ -122,12 +118,10 @@ class GFL(AdaptiveDetector):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         node = cfg.MODEL.GFL
-        detector, head = dense_arguments(cfg, node)
+        detector, head = adaptive_arguments(cfg, node)
         return {
             **detector,
             "head": GFLHead(reg_max=node.REG_MAX, **head),
-            "anchor_scale": node.ANCHOR_SCALE,
-            "assign_topk": node.TOPK,
             "reg_max": node.REG_MAX,
             "beta": node.BETA,
             "box_loss_weight": node.BOX_LOSS_WEIGHT,
