@@ -113,7 +113,7 @@ class Bench:
         self.teacher.to(model.device)
         teacher = self.teacher(self.data, needs)
         student = model.adapter.run(self.data, needs, targets)
-        student.features = _leaves(student.features)
+        student.features, student.losses = _leaves(student.features), {}
         if student.dense is not None:
             student.dense.logits = _leaves(student.dense.logits)
             student.dense.box_regression = _leaves(student.dense.box_regression)
@@ -185,10 +185,12 @@ def measure_times(pair: str, variants: list[str], rounds: int) -> dict[str, list
 def measure_alone(pair: str, methods: list[str], rounds: int) -> dict[str, float]:
     """Median seconds of each method without the detectors: what does not drown in the noise of a whole iteration."""
     bench = Bench(pair)
+    medians = {}
     with EventStorage(PAST_WARM_UPS):
-        calls = {method: bench.method_alone(method) for method in methods}
-        times = {method: [_seconds(call) for _ in range(rounds + 1)][1:] for method, call in calls.items()}
-    return {method: statistics.median(values) for method, values in times.items()}
+        for method in methods:
+            call = bench.method_alone(method)  # holds what both detectors gave: one at a time
+            medians[method] = statistics.median([_seconds(call) for _ in range(rounds + 1)][1:])
+    return medians
 
 
 def _seconds(call: Callable[[], object]) -> float:

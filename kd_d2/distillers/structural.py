@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ..detectors import DetectorOutputs, DetectorSpec
 from ..errors import UserError
-from ..losses import min_max_normalize, ssim_loss
+from ..losses import min_max_normalize, ms_ssim_loss, spatial_attention, ssim_loss
 from ..losses.normalization import SCOPES
 from .base import (
     ADAPTATION_KERNELS,
@@ -23,23 +24,54 @@ from .base import (
     in_float32,
 )
 
-MapLoss = Callable[[Tensor, Tensor], Tensor]
+MapLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""(student, teacher, weight of each position or None) -> mean loss of two normalised maps (B, C, H, W)."""
+
+L1_SHARE = 0.15  # of l1_ms_ssim
+
+
+def _pointwise(loss: Callable[..., Tensor]) -> MapLoss:
+    def mean(student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor:
+        if weight is None:
+            return loss(student, teacher)
+        return (weight * loss(student, teacher, reduction="none")).mean()
+
+    return mean
+
+
+def _cut_window(window_size: int, maps: Tensor) -> int:
+    return min(window_size, 2 * min(maps.shape[-2:]) - 1)
 
 
 def _ssim(node: CfgNode) -> MapLoss:
-    def loss(student: Tensor, teacher: Tensor) -> Tensor:
-        return ssim_loss(student, teacher, min(node.WINDOW_SIZE, 2 * min(student.shape[-2:]) - 1))
+    def loss(student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor:
+        window = _cut_window(node.WINDOW_SIZE, student)
+        return ssim_loss(student, teacher, window, exponents=node.SSIM_EXPONENTS, weight=weight)
 
     return loss
 
 
+def _ms_ssim(node: CfgNode) -> MapLoss:
+    def loss(student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor:
+        return ms_ssim_loss(student, teacher, _cut_window(node.MS_SSIM_WINDOW_SIZE, student), weight=weight)
+
+    return loss
+
+
+def _l1_ms_ssim(node: CfgNode) -> MapLoss:
+    l1, ms_ssim = _pointwise(F.l1_loss), _ms_ssim(node)
+    return lambda *maps: L1_SHARE * l1(*maps) + (1 - L1_SHARE) * ms_ssim(*maps)
+
+
 MAP_LOSSES: dict[str, Callable[[CfgNode], MapLoss]] = {
-    "l1": lambda node: F.l1_loss,
-    "l2": lambda node: F.mse_loss,
-    "smooth_l1": lambda node: lambda s, t: F.smooth_l1_loss(s, t, beta=node.SMOOTH_L1_BETA),
+    "l1": lambda node: _pointwise(F.l1_loss),
+    "l2": lambda node: _pointwise(F.mse_loss),
+    "smooth_l1": lambda node: _pointwise(partial(F.smooth_l1_loss, beta=node.SMOOTH_L1_BETA)),
     "ssim": _ssim,
+    "ms_ssim": _ms_ssim,
+    "l1_ms_ssim": _l1_ms_ssim,
 }
-"""By the name in MODEL.KD.STRUCTURAL.LOSS: from the node to a mean loss of two normalised maps (B, C, H, W)."""
+"""By the name in MODEL.KD.STRUCTURAL.LOSS: from the node to a MapLoss."""
 
 
 @DISTILLER_REGISTRY.register()
@@ -57,16 +89,23 @@ class StructuralKD(Distiller):
     def add_config(cls, node: CfgNode) -> None:
         # lambda of the paper; None: 4 for one-stage detectors, 2 for the others.
         node.WEIGHT = None
-        # l: "l1", "l2", "smooth_l1" or "ssim".
+        # l: "l1", "l2", "smooth_l1", "ssim", "ms_ssim", or "l1_ms_ssim": 0.15 of l1 and 0.85 of ms_ssim.
         node.LOSS = "ssim"
-        # Side of the SSIM window in cells, odd; smaller maps take min(this, 2 * min(H, W) - 1).
+        # Side of the windows of ssim and of ms_ssim in cells, odd; smaller maps take min(this, 2 * min(H, W) - 1).
         node.WINDOW_SIZE = 11
+        node.MS_SSIM_WINDOW_SIZE = 33
+        # Of luminance, contrast and structure in "ssim"; 0 leaves one out.
+        node.SSIM_EXPONENTS = (1.0, 1.0, 1.0)
         # Where smooth l1 turns from square to line.
         node.SMOOTH_L1_BETA = 0.1
         # Range that nu maps to [0, 1]: of the "sample", of each "channel", of teacher and student "joint", or "none".
         node.NORMALIZATION = "sample"
         # phi, between student and teacher features: "none", "1x1" or "3x3".
         node.ADAPTATION = "none"
+        # Weigh positions by the attention of teacher and student (Zhang and Ma 2021).
+        node.SPATIAL_ATTENTION = False
+        # Of its softmax; None: 0.5 for one-stage detectors, 0.1 for the others.
+        node.ATTENTION_TEMPERATURE = None
 
     @classmethod
     def validate_config(cls, node: CfgNode) -> None:
@@ -74,25 +113,44 @@ class StructuralKD(Distiller):
         check_choice(cls.CONFIG_NODE, "NORMALIZATION", node.NORMALIZATION, SCOPES)
         check_choice(cls.CONFIG_NODE, "ADAPTATION", node.ADAPTATION, ADAPTATION_KERNELS)
         check_number(cls.CONFIG_NODE, "SMOOTH_L1_BETA", node.SMOOTH_L1_BETA, 0, exclusive=True)
-        if node.WINDOW_SIZE < 1 or node.WINDOW_SIZE % 2 == 0:
+        if node.ATTENTION_TEMPERATURE is not None:
+            check_number(cls.CONFIG_NODE, "ATTENTION_TEMPERATURE", node.ATTENTION_TEMPERATURE, 0, exclusive=True)
+        for key in ("WINDOW_SIZE", "MS_SSIM_WINDOW_SIZE"):
+            if node[key] < 1 or node[key] % 2 == 0:
+                raise UserError(f"MODEL.KD.{cls.CONFIG_NODE}.{key} is {node[key]}; it must be odd and positive.")
+        exponents = node.SSIM_EXPONENTS
+        if len(exponents) != 3:
             raise UserError(
-                f"MODEL.KD.{cls.CONFIG_NODE}.WINDOW_SIZE is {node.WINDOW_SIZE}; it must be odd and positive."
+                f"MODEL.KD.{cls.CONFIG_NODE}.SSIM_EXPONENTS is {exponents!r}; it must be three numbers: of luminance, contrast "
+                "and structure."
             )
+        for exponent in exponents:
+            check_number(cls.CONFIG_NODE, "SSIM_EXPONENTS", exponent, 0)
 
     @configurable
-    def __init__(self, *, weight: float, map_loss: MapLoss, normalization: str, adaptation: AdaptationLayers):
+    def __init__(
+        self,
+        *,
+        weight: float,
+        map_loss: MapLoss,
+        normalization: str,
+        adaptation: AdaptationLayers,
+        attention_temperature: float | None = None,
+    ):
         """
         Args:
             weight: lambda.
             map_loss: l, a mean over two normalised maps (B, C, H, W).
             normalization: scope of nu, see `min_max_normalize`.
             adaptation: the layers phi; its strides are the levels that are compared.
+            attention_temperature: positions are weighed by `spatial_attention` with it; None for the same weight everywhere.
         """
         super().__init__()
         self.weight = weight
         self.map_loss = map_loss
         self.normalization = normalization
         self.adaptation = adaptation
+        self.attention_temperature = attention_temperature
 
     @classmethod
     def from_config(cls, cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> dict:
@@ -100,11 +158,15 @@ class StructuralKD(Distiller):
         weight = node.WEIGHT
         if weight is None:
             weight = 4.0 if student.family == "one-stage" else 2.0
+        temperature = node.ATTENTION_TEMPERATURE
+        if temperature is None:
+            temperature = 0.5 if student.family == "one-stage" else 0.1
         return {
             "weight": weight,
             "map_loss": MAP_LOSSES[node.LOSS](node),
             "normalization": node.NORMALIZATION,
             "adaptation": AdaptationLayers.from_node(cls.CONFIG_NODE, node, student, teacher),
+            "attention_temperature": temperature if node.SPATIAL_ATTENTION else None,
         }
 
     def forward(
@@ -115,5 +177,8 @@ class StructuralKD(Distiller):
 
     @in_float32
     def level_loss(self, student_BCHW: Tensor, teacher_BCHW: Tensor) -> Tensor:
-        """The loss of one level, unweighted."""
-        return self.map_loss(*min_max_normalize(student_BCHW, teacher_BCHW, self.normalization))
+        """The loss of one level, without lambda."""
+        weight = None
+        if self.attention_temperature is not None:
+            weight = spatial_attention(student_BCHW, teacher_BCHW, self.attention_temperature)
+        return self.map_loss(*min_max_normalize(student_BCHW, teacher_BCHW, self.normalization), weight)

@@ -1,11 +1,12 @@
 """Pure functions on tensors: no config, no Detectron2, nothing of the rest of the project."""
 
+from .attention import spatial_attention
 from .icd import attended_value_loss, icd_distill_loss, instance_attention
 from .normalization import min_max_normalize
 from .prediction_guided import prediction_difference, prediction_guided_loss, relative_to_mean, weighted_imitation_loss
 from .rank import count_ranked, rank_kl_loss
 from .soft_label import soft_label_loss
-from .ssim import ssim_loss
+from .ssim import ms_ssim_loss, ssim_loss
 
 __all__ = [
     "attended_value_loss",
@@ -13,11 +14,13 @@ __all__ = [
     "icd_distill_loss",
     "instance_attention",
     "min_max_normalize",
+    "ms_ssim_loss",
     "prediction_difference",
     "prediction_guided_loss",
     "rank_kl_loss",
     "relative_to_mean",
     "soft_label_loss",
+    "spatial_attention",
     "ssim_loss",
     "weighted_imitation_loss",
 ]

@@ -1,27 +1,82 @@
 """Structural similarity as a loss (Wang et al. 2004; de Rijk 2022, equations 2 to 4)."""
 
-import kornia
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from .fused_ssim import FusedSSIMLoss
+from .similarity import contrast_structure, local_moments, luminance, similarity_map
 
-def ssim_loss(student: Tensor, teacher: Tensor, window_size: int = 11, max_val: float = 1.0) -> Tensor:
-    """Mean structural dissimilarity (1 - SSIM) / 2 of two feature maps, every channel an image of its own.
+MS_SSIM_SIGMAS = (0.5, 1.0, 2.0, 4.0, 8.0)
 
-    Gaussian window with sigma 1.5, K1 = 0.01, K2 = 0.03, reflected borders (kornia's `ssim_loss`). Always computed in
-    float32.
+
+def ssim_loss(
+    student: Tensor,
+    teacher: Tensor,
+    window_size: int = 11,
+    max_val: float = 1.0,
+    *,
+    exponents: Sequence[float] = (1, 1, 1),
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Mean structural dissimilarity (1 - l^alpha * c^beta * s^gamma) / 2 of two feature maps, every channel an image of its own.
+
+    Gaussian window with sigma 1.5, K1 = 0.01, K2 = 0.03, reflected borders; with the default exponents kornia's `ssim_loss`.
+    Computed in float32 or better. The default for a fixed teacher is one pass that makes the gradient with the loss;
+    everything else runs through plain operations.
 
     Args:
         student, teacher: (B, C, H, W), values in [0, max_val].
         window_size: side of the window in cells, odd and at most 2 * min(H, W) - 1.
         max_val: the range of the values, L in the formula.
+        exponents: alpha of luminance, beta of contrast, gamma of structure; 0 leaves a component out.
+        weight: of each position, of a shape that broadcasts to the maps'; the mean is still over all cells.
 
     Returns:
-        A scalar in [0, 1].
+        A scalar, in [0, 1] without weight.
 
     Raises:
         ValueError: the shapes differ, or the window is even or too large for the map.
     """
+    _check(student, teacher, window_size)
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    with torch.autocast(student.device.type, enabled=False):
+        if tuple(exponents) == (1, 1, 1) and weight is None and not teacher.requires_grad:
+            return FusedSSIMLoss.apply(student, teacher, window_size, float(max_val))
+        similarity = similarity_map(student.to(dtype), teacher.to(dtype), window_size, float(max_val), tuple(exponents))
+        return _weighted_mean((1 - similarity) / 2, weight)
+
+
+def ms_ssim_loss(
+    student: Tensor,
+    teacher: Tensor,
+    window_size: int = 33,
+    max_val: float = 1.0,
+    *,
+    sigmas: Sequence[float] = MS_SSIM_SIGMAS,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Mean of 1 - l of the largest sigma * product of c * s over all sigmas: scales are windows on one full-size map.
+
+    (Zhao et al. 2017, equation 8.) Arguments and errors as for `ssim_loss`.
+
+    Args:
+        sigmas: of the Gaussian windows, in cells, ascending.
+    """
+    _check(student, teacher, window_size)
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    with torch.autocast(student.device.type, enabled=False):
+        product = 1.0
+        for sigma in sigmas:
+            moments = local_moments(student.to(dtype), teacher.to(dtype), window_size, sigma)
+            product = product * contrast_structure(moments, float(max_val))
+        return _weighted_mean(1 - product * luminance(moments, float(max_val)), weight)
+
+
+def _check(student: Tensor, teacher: Tensor, window_size: int) -> None:
     if student.shape != teacher.shape:
         raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} have different shapes")
     largest = 2 * min(student.shape[-2:]) - 1
@@ -29,5 +84,7 @@ def ssim_loss(student: Tensor, teacher: Tensor, window_size: int = 11, max_val: 
         raise ValueError(
             f"window_size is {window_size}; on a map of {tuple(student.shape[-2:])} it must be odd and at most {largest}"
         )
-    with torch.autocast(student.device.type, enabled=False):
-        return kornia.losses.ssim_loss(student.float(), teacher.float(), window_size, float(max_val))
+
+
+def _weighted_mean(losses: Tensor, weight: Tensor | None) -> Tensor:
+    return losses.mean() if weight is None else (losses * weight).mean()

@@ -1,0 +1,94 @@
+"""Structural similarity in plain, differentiable operations (Wang et al. 2004; de Rijk 2022, equations 2 to 4).
+
+The reference that the fused loss is tested against, and what is computed wherever that one does not reach.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .gaussian import gaussian_blur
+
+SIGMA = 1.5
+K1, K2 = 0.01, 0.03
+SQUARE_EPS = 1e-12
+"""Added to variances under a root, so that constant patches have finite gradients."""
+
+
+class Moments(NamedTuple):
+    """Of each cell's window, (B, C, H, W) each: means, variances and covariance of student and teacher."""
+
+    mean_s: Tensor
+    mean_t: Tensor
+    variance_s: Tensor
+    variance_t: Tensor
+    covariance: Tensor
+
+
+def local_moments(student: Tensor, teacher: Tensor, window_size: int, sigma: float = SIGMA) -> Moments:
+    """Moments under a Gaussian window, of maps that are moved towards zero first, so that float32 does at any offset."""
+    with torch.no_grad():
+        offset = teacher.mean((-2, -1), keepdim=True)
+    student, teacher = student - offset, teacher - offset
+    mean_s, mean_t = (gaussian_blur(x, window_size, sigma) for x in (student, teacher))
+    return Moments(
+        mean_s + offset,
+        mean_t + offset,
+        (gaussian_blur(student.square(), window_size, sigma) - mean_s.square()).clamp(min=0),
+        (gaussian_blur(teacher.square(), window_size, sigma) - mean_t.square()).clamp(min=0),
+        gaussian_blur(student * teacher, window_size, sigma) - mean_s * mean_t,
+    )
+
+
+def luminance(moments: Moments, max_val: float) -> Tensor:
+    """l: agreement of means, at most 1."""
+    c1 = (K1 * max_val) ** 2
+    mean_s, mean_t = moments.mean_s, moments.mean_t
+    return (2 * mean_s * mean_t + c1) / (mean_s.square() + mean_t.square() + c1)
+
+
+def contrast(moments: Moments, max_val: float) -> Tensor:
+    """c: agreement of deviations, from 0 to 1."""
+    c2 = (K2 * max_val) ** 2
+    return (2 * _deviation_product(moments) + c2) / (moments.variance_s + moments.variance_t + c2)
+
+
+def structure(moments: Moments, max_val: float) -> Tensor:
+    """s: correlation, from -1 to 1."""
+    c3 = (K2 * max_val) ** 2 / 2
+    return (moments.covariance + c3) / (_deviation_product(moments) + c3)
+
+
+def contrast_structure(moments: Moments, max_val: float) -> Tensor:
+    """c * s in one term, without roots."""
+    c2 = (K2 * max_val) ** 2
+    return (2 * moments.covariance + c2) / (moments.variance_s + moments.variance_t + c2)
+
+
+def similarity_map(
+    student: Tensor, teacher: Tensor, window_size: int, max_val: float, exponents: tuple[float, float, float]
+) -> Tensor:
+    """l^alpha * c^beta * s^gamma at every cell (B, C, H, W); l and s, which can be negative, keep their sign under a power."""
+    moments = local_moments(student, teacher, window_size)
+    alpha, beta, gamma = exponents
+    factors = [_power(luminance(moments, max_val), alpha)] if alpha else []
+    if beta == gamma == 1:
+        factors.append(contrast_structure(moments, max_val))
+    else:
+        factors += [_power(contrast(moments, max_val), beta)] if beta else []
+        factors += [_power(structure(moments, max_val), gamma)] if gamma else []
+    product = torch.ones_like(student)
+    for factor in factors:
+        product = product * factor
+    return product
+
+
+def _power(x: Tensor, exponent: float) -> Tensor:
+    return x if exponent == 1 else x.sign() * x.abs().clamp(min=SQUARE_EPS) ** exponent
+
+
+def _deviation_product(moments: Moments) -> Tensor:
+    return ((moments.variance_s + SQUARE_EPS) * (moments.variance_t + SQUARE_EPS)).sqrt()

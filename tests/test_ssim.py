@@ -1,0 +1,372 @@
+"""Structural similarity: the plain and the fused loss against kornia, slow independent implementations and hand-worked numbers."""
+
+from collections.abc import Callable
+
+from kd_d2.losses import fused_ssim, ms_ssim_loss, ssim_loss
+
+import kornia
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+C1, C2 = 0.01**2, 0.03**2
+
+
+def _maps(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = torch.rand(2, *shape, generator=generator, dtype=torch.float64).to(dtype)
+    return student, teacher
+
+
+def _relative_error(tensor: Tensor, reference: Tensor) -> float:
+    return ((tensor.double() - reference).norm() / reference.norm()).item()
+
+
+def _slow_components(
+    student: np.ndarray, teacher: np.ndarray, window_size: int, sigma: float = 1.5, max_val: float = 1.0
+) -> np.ndarray:
+    """l, c, s at every cell of one (H, W) pair, and c * s in its merged form: (4, H, W), from the formulas in the thesis."""
+    half = window_size // 2
+    offsets = np.arange(window_size) - half
+    window = np.exp(-(offsets[:, None] ** 2 + offsets[None, :] ** 2) / (2 * sigma**2))
+    window /= window.sum()
+    s_padded, t_padded = (np.pad(x, half, mode="reflect") for x in (student, teacher))
+    c1, c2 = C1 * max_val**2, C2 * max_val**2
+    components = np.zeros((4, *student.shape))
+    for y in range(student.shape[0]):
+        for x in range(student.shape[1]):
+            s = s_padded[y : y + window_size, x : x + window_size]
+            t = t_padded[y : y + window_size, x : x + window_size]
+            mean_s, mean_t = (window * s).sum(), (window * t).sum()
+            var_s, var_t = (window * (s - mean_s) ** 2).sum(), (window * (t - mean_t) ** 2).sum()
+            covariance = (window * (s - mean_s) * (t - mean_t)).sum()
+            both = np.sqrt(var_s * var_t)
+            components[:, y, x] = (
+                (2 * mean_s * mean_t + c1) / (mean_s**2 + mean_t**2 + c1),
+                (2 * both + c2) / (var_s + var_t + c2),
+                (covariance + c2 / 2) / (both + c2 / 2),
+                (2 * covariance + c2) / (var_s + var_t + c2),
+            )
+    return components
+
+
+def _slow_ssim_loss(student: np.ndarray, teacher: np.ndarray, window_size: int, max_val: float = 1.0) -> float:
+    """(1 - SSIM) / 2 of one (H, W) pair."""
+    luminance, _, _, contrast_structure = _slow_components(student, teacher, window_size, max_val=max_val)
+    return float(((1 - luminance * contrast_structure) / 2).mean())
+
+
+@pytest.mark.parametrize("window_size", [1, 3, 5, 11, 13])
+def test_ssim_loss_equals_kornia_in_value_and_gradient(window_size: int) -> None:
+    """Check that the loss and both gradients are kornia's, where the teacher has a gradient too."""
+    ours = [x.requires_grad_() for x in _maps(2, 3, 9, 12)]
+    theirs = [x.double().requires_grad_() for x in _maps(2, 3, 9, 12)]
+    loss = ssim_loss(*ours, window_size=window_size)
+    expected = kornia.losses.ssim_loss(*theirs, window_size=window_size, max_val=1.0)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    loss.backward()
+    expected.backward()
+    for mine, reference in zip(ours, theirs, strict=True):
+        assert _relative_error(mine.grad, reference.grad) < 1e-5
+
+
+@pytest.mark.parametrize(("window_size", "max_val"), [(11, 1.0), (5, 1.0), (5, 4.0)])
+def test_ssim_loss_equals_the_formula_cell_by_cell(window_size: int, max_val: float) -> None:
+    """Check against an independent NumPy implementation with explicit windows: every channel is an image of its own."""
+    student, teacher = (x * max_val for x in _maps(2, 2, 6, 7))
+    expected = np.mean(
+        [
+            _slow_ssim_loss(student[b, c].double().numpy(), teacher[b, c].double().numpy(), window_size, max_val)
+            for b in range(2)
+            for c in range(2)
+        ]
+    )
+    assert ssim_loss(student, teacher, window_size, max_val).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_ssim_loss_gradient_is_the_slope_of_the_formula() -> None:
+    """Check the gradient against finite differences of the slow implementation in float64."""
+    student, teacher = _maps(1, 1, 5, 6)
+    student.requires_grad_()
+    ssim_loss(student, teacher, 5).backward()
+    s, t = student.detach()[0, 0].double().numpy(), teacher[0, 0].double().numpy()
+    step = 1e-5
+    for y, x in [(0, 0), (2, 3), (4, 5), (1, 4)]:
+        up, down = s.copy(), s.copy()
+        up[y, x] += step
+        down[y, x] -= step
+        slope = (_slow_ssim_loss(up, t, 5) - _slow_ssim_loss(down, t, 5)) / (2 * step)
+        assert student.grad[0, 0, y, x].item() == pytest.approx(slope, rel=2e-3, abs=1e-6)
+
+
+def test_ssim_loss_of_constant_maps() -> None:
+    """Check flat maps, where variances vanish and only the luminance term is left: hand-worked, finite gradients."""
+    shape = (1, 2, 8, 8)
+    zero, one = torch.zeros(shape, requires_grad=True), torch.ones(shape)
+    loss = ssim_loss(zero, one)
+    loss.backward()
+    # l = C1 / (1 + C1), c = s = 1
+    assert loss.item() == pytest.approx((1 - C1 / (1 + C1)) / 2, abs=1e-5)
+    # d/da of -l/2 at a = 0, b = 1 is -1 / (1 + C1), spread over all cells
+    assert zero.grad.sum().item() == pytest.approx(-1 / (1 + C1), rel=1e-3)
+    half = torch.full(shape, 0.5, requires_grad=True)
+    same = ssim_loss(half, half.detach().clone())
+    same.backward()
+    assert same.item() == pytest.approx(0.0, abs=1e-5)
+    assert half.grad.abs().max().item() < 1e-3
+
+
+def test_ssim_loss_ranges_from_equal_to_inverted() -> None:
+    """Check that equal maps cost nothing, and inverted stripes more than unrelated ones, close to the largest value."""
+    stripes = (torch.arange(12) % 2).float().expand(1, 1, 12, 12)
+    noise = _maps(1, 1, 12, 12)[0]
+    assert ssim_loss(stripes, stripes).item() == pytest.approx(0.0, abs=1e-5)
+    inverted = ssim_loss(stripes, 1 - stripes).item()
+    # in the middle mu = 1/2 and var = 1/4 for both, covariance -1/4
+    assert inverted == pytest.approx((1 + (0.5 - C2) / (0.5 + C2)) / 2, abs=5e-3)
+    assert 0.3 < ssim_loss(stripes, noise).item() < inverted - 0.2
+
+
+@pytest.mark.parametrize("window_size", [0, -1, 2, 10, 9])
+def test_ssim_loss_refuses_windows_that_do_not_fit(window_size: int) -> None:
+    """Check even, empty and too large windows: on a side of 4 the largest is 7."""
+    student, teacher = _maps(1, 1, 4, 9)
+    with pytest.raises(
+        ValueError, match=rf"window_size is {window_size}; on a map of \(4, 9\) it must be odd and at most 7"
+    ):
+        ssim_loss(student, teacher, window_size)
+    assert 0 < ssim_loss(student, teacher, 7) < 1
+
+
+def test_ssim_loss_refuses_maps_of_different_shape() -> None:
+    """Check that maps which would broadcast are refused, naming both shapes."""
+    with pytest.raises(ValueError, match=r"student \(1, 2, 8, 8\) and teacher \(1, 1, 8, 8\)"):
+        ssim_loss(torch.rand(1, 2, 8, 8), torch.rand(1, 1, 8, 8))
+
+
+def test_ssim_loss_is_float32_under_autocast_and_on_bfloat16_maps() -> None:
+    """Check that mixed precision does not reach the loss: nearly equal maps, where bfloat16 would round it away."""
+    student = _maps(1, 2, 12, 12)[0]
+    teacher = student + 0.01 * _maps(1, 2, 12, 12, seed=1)[0]
+    expected = ssim_loss(student, teacher)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = ssim_loss(student, teacher)
+    assert loss.dtype == torch.float32
+    assert loss.item() == expected.item()
+    rounded = [x.bfloat16() for x in (student, teacher)]
+    loss = ssim_loss(*rounded)
+    assert loss.dtype == torch.float32
+    assert loss.item() == ssim_loss(*(x.float() for x in rounded)).item()
+
+
+def _fused(student: Tensor, teacher: Tensor, window_size: int = 11, max_val: float = 1.0) -> Tensor:
+    loss = ssim_loss(student, teacher, window_size, max_val)
+    assert type(loss.grad_fn).__name__ == "FusedSSIMLossBackward"
+    return loss
+
+
+def _plain(student: Tensor, teacher: Tensor, window_size: int = 11, max_val: float = 1.0) -> Tensor:
+    return ssim_loss(student, teacher, window_size, max_val, weight=torch.ones(1))
+
+
+def _check_against_kornia(
+    loss_of: Callable, student: Tensor, teacher: Tensor, window_size: int, max_val: float
+) -> None:
+    """The loss to 1e-6, the gradient to 1e-5 of its length, kornia's being computed in float64."""
+    ours = student.clone().requires_grad_()
+    loss = loss_of(ours, teacher, window_size, max_val)
+    loss.backward()
+    theirs = student.double().requires_grad_()
+    expected = kornia.losses.ssim_loss(theirs, teacher.double(), window_size, max_val)
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    assert _relative_error(ours.grad, theirs.grad) < 1e-5
+
+
+@pytest.mark.parametrize("loss_of", [_fused, _plain])
+@pytest.mark.parametrize(
+    ("shape", "window_size", "max_val", "offset"),
+    [
+        ((2, 3, 20, 31), 11, 1.0, 0.0),
+        ((1, 2, 100, 53), 11, 1.0, 0.0),
+        ((2, 5, 7, 10), 13, 1.0, 0.0),
+        ((1, 4, 9, 3), 5, 1.0, 0.0),
+        ((1, 3, 24, 24), 7, 255.0, 0.0),
+        ((1, 2, 30, 30), 11, 1.0, 100.0),
+        ((1, 2, 30, 30), 5, 1.0, -1000.0),
+    ],
+)
+def test_fixed_teacher_equals_kornia(
+    loss_of: Callable, shape: tuple[int, ...], window_size: int, max_val: float, offset: float
+) -> None:
+    """Check several shapes, windows, ranges, and values far from zero, where float32 alone would lose the variances."""
+    student, noise = _maps(*shape)
+    _check_against_kornia(
+        loss_of, offset + max_val * student, offset + max_val * (0.7 * student + 0.3 * noise), window_size, max_val
+    )
+
+
+@pytest.mark.parametrize(("chunk", "block"), [(1, 1000), (250, 8), (1000, 5), (2**17, 32)])
+def test_chunks_and_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch, chunk: int, block: int) -> None:
+    """Check that maps may be worked on one by one, in groups that do not divide the channels, with matrices cut anywhere."""
+    monkeypatch.setitem(fused_ssim.CHUNK_ELEMENTS, "cpu", chunk)
+    monkeypatch.setitem(fused_ssim.BLOCK_SIDE, "cpu", block)
+    _check_against_kornia(_fused, *_maps(2, 7, 12, 17), 11, 1.0)
+
+
+def test_any_memory_layout() -> None:
+    """Check channels-last and cut-out maps; the gradient keeps the student's layout."""
+    student, teacher = _maps(2, 4, 12, 15)
+    expected = student.clone().requires_grad_()
+    _fused(expected, teacher).backward()
+    last = student.to(memory_format=torch.channels_last).requires_grad_()
+    _fused(last, teacher.to(memory_format=torch.channels_last)).backward()
+    assert last.grad.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(last.grad, expected.grad)
+    cut = torch.zeros(2, 4, 20, 20)
+    cut[:, :, 3:15, 2:17] = student
+    cut.requires_grad_()
+    _fused(cut[:, :, 3:15, 2:17], teacher).backward()
+    torch.testing.assert_close(cut.grad[:, :, 3:15, 2:17], expected.grad)
+    assert cut.grad.sum() == pytest.approx(expected.grad.sum().item(), abs=1e-6)
+
+
+def test_fused_gradients_numerically() -> None:
+    """Check first and second derivatives in float64; the second come through the plain operations."""
+    student, teacher = _maps(1, 2, 5, 6, dtype=torch.float64)
+    student.requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: _fused(s, teacher, 5), student)
+    assert torch.autograd.gradgradcheck(lambda s: _fused(s, teacher, 5), student)
+
+
+def test_fused_gradient_may_be_asked_for_again() -> None:
+    """Check that a second backward pass over a kept graph adds the same gradient, times what comes from above."""
+    student, teacher = _maps(1, 2, 9, 9)
+    student.requires_grad_()
+    loss = _fused(student, teacher)
+    loss.backward(retain_graph=True)
+    first = student.grad.clone()
+    (3 * loss).backward()
+    torch.testing.assert_close(student.grad, 4 * first)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_without_gradient_only_the_loss_is_made() -> None:
+    """Check evaluation, and a student that is fixed."""
+    student, teacher = _maps(1, 2, 9, 9)
+    expected = _fused(student.clone().requires_grad_(), teacher).item()
+    assert ssim_loss(student, teacher).item() == expected
+    with torch.no_grad():
+        assert ssim_loss(student.requires_grad_(), teacher).item() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_gradients_do_not_vanish(dtype: torch.dtype) -> None:
+    """Check a map so large that a mean's gradient is nothing in float16, under a gradient scaler's factor."""
+    student, teacher = (x.to(dtype) for x in _maps(1, 16, 120, 120))
+    exact = student.double().requires_grad_()
+    (2.0**16 * kornia.losses.ssim_loss(exact, teacher.double(), 11)).backward()
+    student.requires_grad_()
+    (2.0**16 * _fused(student, teacher)).backward()
+    assert student.grad.dtype == dtype
+    assert _relative_error(student.grad, exact.grad) < torch.finfo(dtype).eps
+
+
+EXTREMES = {
+    "zeros": (torch.zeros(1, 2, 8, 9), torch.zeros(1, 2, 8, 9)),
+    "constant": (torch.full((1, 2, 8, 9), 0.3), torch.full((1, 2, 8, 9), 0.9)),
+    "identical": (_maps(1, 2, 8, 9)[0],) * 2,
+    "half constant": (torch.ones(1, 2, 8, 9).tril(), torch.zeros(1, 2, 8, 9)),
+    "huge": tuple(1e6 * x for x in _maps(1, 2, 8, 9)),
+    "huge constant": (torch.full((1, 2, 8, 9), 1e6), torch.full((1, 2, 8, 9), -1e6)),
+    "of opposite sign": (_maps(1, 2, 8, 9)[0], -_maps(1, 2, 8, 9)[1]),
+}
+LOSSES: dict[str, Callable] = {
+    "ssim": ssim_loss,
+    "plain": _plain,
+    "ms_ssim": lambda s, t: ms_ssim_loss(s, t, 15),
+    **{
+        str(exponents): lambda s, t, exponents=exponents: ssim_loss(s, t, exponents=exponents)
+        for exponents in [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (0.5, 0.5, 0.5), (2, 3, 0.3)]
+    },
+}
+
+
+@pytest.mark.parametrize("loss_of", LOSSES.values(), ids=LOSSES.keys())
+@pytest.mark.parametrize("maps", EXTREMES.values(), ids=EXTREMES.keys())
+def test_losses_and_gradients_are_finite(maps: tuple[Tensor, Tensor], loss_of: Callable) -> None:
+    """Check maps without variance, without difference, or with very large values."""
+    student = maps[0].clone().requires_grad_()
+    loss = loss_of(student, maps[1])
+    loss.backward()
+    assert -1e-5 <= loss.item() <= 2 + 1e-5
+    assert student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "exponents", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (1, 1, 1), (1, 0, 1), (2, 0.5, 1), (0, 0, 0.5), (0, 0, 0)]
+)
+def test_components_cell_by_cell(exponents: tuple[float, float, float]) -> None:
+    """Check every choice of components of the thesis's table 2, and other powers; a negative s keeps its sign."""
+    student, teacher = (x - 0.2 for x in _maps(1, 1, 7, 8, dtype=torch.float64))
+    luminance, contrast, structure, _ = _slow_components(student[0, 0].numpy(), teacher[0, 0].numpy(), 5)
+    assert (structure < 0).any()
+    product = np.ones_like(luminance)
+    for component, exponent in zip((luminance, contrast, structure), exponents, strict=True):
+        if exponent:
+            product = product * np.sign(component) * np.abs(component) ** exponent
+    loss = ssim_loss(student, teacher, 5, exponents=exponents)
+    assert loss.item() == pytest.approx(((1 - product) / 2).mean(), rel=1e-9)
+
+
+def test_contrast_times_structure_is_kornias_second_factor() -> None:
+    """Check c * s, each by itself, against kornia's merged term: what is left of its map without luminance."""
+    student, teacher = _maps(1, 2, 9, 11, dtype=torch.float64)
+    merged = np.stack([_slow_components(student[0, c].numpy(), teacher[0, c].numpy(), 11) for c in range(2)])
+    kornias = kornia.metrics.ssim(student, teacher, 11).numpy()[0] / merged[:, 0]
+    np.testing.assert_allclose(merged[:, 3], kornias, rtol=1e-6)
+    np.testing.assert_allclose(merged[:, 1] * merged[:, 2], kornias, rtol=1e-6)
+    assert ssim_loss(student, teacher, exponents=(0, 1, 1)).item() == pytest.approx((1 - kornias.mean()) / 2)
+
+
+@pytest.mark.parametrize("exponents", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0.5, 2, 0.5)])
+def test_component_gradients_numerically(exponents: tuple[float, float, float]) -> None:
+    """Check the gradients of student and teacher in float64."""
+    maps = [x.requires_grad_() for x in _maps(1, 1, 5, 5, dtype=torch.float64)]
+    assert torch.autograd.gradcheck(lambda s, t: ssim_loss(s, t, 5, exponents=exponents), maps)
+
+
+def test_weight_of_positions() -> None:
+    """Check that a weight multiplies the loss of its position: the left half alone counts, twice."""
+    student, teacher = _maps(1, 2, 6, 8, dtype=torch.float64)
+    weight = torch.zeros(1, 1, 6, 8, dtype=torch.float64)
+    weight[..., :4] = 2
+    losses = [
+        (1 - np.prod(_slow_components(student[0, c].numpy(), teacher[0, c].numpy(), 5)[[0, 3]], 0)) / 2
+        for c in range(2)
+    ]
+    expected = np.mean([x[:, :4].mean() for x in losses])
+    assert ssim_loss(student, teacher, 5, weight=weight).item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("window_size", [33, 7])
+def test_ms_ssim_cell_by_cell(window_size: int) -> None:
+    """Check l of sigma 8 times c * s of sigma 0.5, 1, 2, 4 and 8, of one window, on one full-size map of several channels."""
+    student, teacher = _maps(1, 2, 17, 18, dtype=torch.float64)
+    losses = []
+    for channel in range(2):
+        maps = student[0, channel].numpy(), teacher[0, channel].numpy()
+        scales = [_slow_components(*maps, window_size, sigma) for sigma in (0.5, 1, 2, 4, 8)]
+        losses.append(1 - scales[-1][0] * np.prod([scale[3] for scale in scales], axis=0))
+    expected = np.mean(losses)
+    assert ms_ssim_loss(student, teacher, window_size).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_ms_ssim_gradient_numerically() -> None:
+    """Check the gradient in float64, and that windows are refused as for SSIM."""
+    student, teacher = _maps(1, 1, 5, 6, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda s: ms_ssim_loss(s, teacher, 9), student.requires_grad_())
+    with pytest.raises(ValueError, match=r"window_size is 33; on a map of \(5, 6\) it must be odd and at most 9"):
+        ms_ssim_loss(student, teacher)
