@@ -49,6 +49,12 @@ def add_kd_config(cfg: CN) -> None:
     # Overrides of the teacher's config: ["KEY", value, ...].
     kd.TEACHER.OPTS = []
 
+    kd.PSEUDO_LABELS = CN()
+    # Train on the teacher's detections in place of annotations; none are read.
+    kd.PSEUDO_LABELS.ENABLED = False
+    # Detections with a higher score count.
+    kd.PSEUDO_LABELS.SCORE_THRESH = 0.3
+
     kd.INHERIT = CN()
     # Before the first iteration copy the teacher's modules to the student, as far as names and shapes fit.
     kd.INHERIT.ENABLED = False
@@ -328,6 +334,11 @@ def load_teacher_config(cfg: CN) -> CN:
     return teacher_cfg
 
 
+def reads_annotations(cfg: CN) -> bool:
+    """Whether the ground truth of the training comes from its data sets."""
+    return cfg.MODEL.META_ARCHITECTURE != KD_META_ARCH or not cfg.MODEL.KD.PSEUDO_LABELS.ENABLED
+
+
 def validate_kd_config(cfg: CN) -> None:
     """Check every key of the library that has a wrong value to be found without building anything.
 
@@ -381,10 +392,14 @@ def _validate_distillation(cfg: CN) -> None:
             )
     if kd.INHERIT.ENABLED and not kd.INHERIT.MODULES:
         raise UserError("MODEL.KD.INHERIT is enabled, but MODEL.KD.INHERIT.MODULES is empty.")
-    if not kd.DISTILLERS and not kd.INHERIT.ENABLED:
+    if not 0 <= kd.PSEUDO_LABELS.SCORE_THRESH < 1:
         raise UserError(
-            "MODEL.KD.DISTILLERS is empty and MODEL.KD.INHERIT.ENABLED is False: nothing would come from the teacher. For a "
-            f"plain student set MODEL.META_ARCHITECTURE to {kd.STUDENT!r}."
+            f"MODEL.KD.PSEUDO_LABELS.SCORE_THRESH is {kd.PSEUDO_LABELS.SCORE_THRESH}; it must be from 0 to below 1."
+        )
+    if not kd.DISTILLERS and not kd.INHERIT.ENABLED and not kd.PSEUDO_LABELS.ENABLED:
+        raise UserError(
+            "MODEL.KD.DISTILLERS is empty and MODEL.KD.INHERIT.ENABLED and MODEL.KD.PSEUDO_LABELS.ENABLED are False: nothing "
+            f"would come from the teacher. For a plain student set MODEL.META_ARCHITECTURE to {kd.STUDENT!r}."
         )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .detectors import DetectorOutputs, build_adapter
 from .distillers import DISTILLER_REGISTRY, Distiller, Schedule
 from .errors import UserError
+from .labels import Annotations, PseudoLabels
 from .teacher import Teacher
 
 
@@ -27,6 +28,7 @@ class KDMetaArch(nn.Module):
         teacher: Teacher,
         distillers: dict[str, Distiller],
         schedules: dict[str, Schedule] | None = None,
+        labels: Annotations | None = None,
     ):
         """
         Args:
@@ -34,6 +36,7 @@ class KDMetaArch(nn.Module):
             teacher: the frozen detector; not a submodule.
             distillers: by registered name.
             schedules: by the same names; one that is not named is active from the first iteration to the last.
+            labels: where the ground truth comes from; None for the data's annotations.
 
         Raises:
             UserError: a distiller needs what one of the two detectors does not have; the class counts differ; the two
@@ -44,10 +47,11 @@ class KDMetaArch(nn.Module):
         self.teacher = teacher
         self.distillers = nn.ModuleDict(distillers)
         self.schedules = {name: (schedules or {}).get(name, Schedule()) for name in distillers}
+        self.labels = labels or Annotations()
         self.adapter = build_adapter(student)
         self._check_pair()
         divisibility = math.lcm(self.adapter.size_divisibility, teacher.adapter.size_divisibility)
-        if distillers:
+        if distillers or self.labels.needs:
             self.adapter.pad_to(divisibility)
             teacher.adapter.pad_to(divisibility)
 
@@ -61,6 +65,7 @@ class KDMetaArch(nn.Module):
             "student": student,
             "teacher": teacher,
             "distillers": {name: DISTILLER_REGISTRY.get(name)(cfg, *specs) for name in kd.DISTILLERS},
+            "labels": PseudoLabels(kd.PSEUDO_LABELS.SCORE_THRESH) if kd.PSEUDO_LABELS.ENABLED else Annotations(),
             "schedules": {
                 name: Schedule.from_node(kd[DISTILLER_REGISTRY.get(name).CONFIG_NODE]) for name in kd.DISTILLERS
             },
@@ -74,6 +79,7 @@ class KDMetaArch(nn.Module):
                 f"The student ({student.name}) has {counts[0]} classes and the teacher ({teacher.name}) {counts[1]}; they must "
                 "be the same."
             )
+        self.labels.check(student, teacher)
         for name, distiller in self.distillers.items():
             for whose, spec, has in (
                 ("student", student, student.provides),
@@ -96,12 +102,15 @@ class KDMetaArch(nn.Module):
         iteration = get_event_storage().iter
         active = {n: d for n, d in self.distillers.items() if self.schedules[n].is_active(iteration)}
         want = frozenset().union(*(d.needs for d in active.values()))
-        targets = [x["instances"].to(self.device) for x in batched_inputs]
-        student = self.adapter.run(batched_inputs, want, targets)
-        losses = dict(student.losses)
-        if active:
+        teacher = None
+        if active or self.labels.needs:
             self.teacher.to(self.device)
-            teacher = self.teacher(batched_inputs, want)
+            teacher = self.teacher(batched_inputs, want | self.labels.needs)
+        targets = [target.to(self.device) for target in self.labels(batched_inputs, teacher)]
+        inputs = [{**x, "instances": target} for x, target in zip(batched_inputs, targets, strict=True)]
+        student = self.adapter.run(inputs, want, targets)
+        losses = dict(student.losses)
+        if teacher is not None:
             self._check_same_input(student, teacher)
         for name, distiller in self.distillers.items():
             if name in active:

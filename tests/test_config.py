@@ -214,11 +214,31 @@ def test_the_source_of_a_wrong_key_is_named(files: Files) -> None:
         ),
         (
             ["MODEL.KD.DISTILLERS", "()"],
-            "MODEL.KD.DISTILLERS is empty and MODEL.KD.INHERIT.ENABLED is False: nothing would come from the teacher",
+            "MODEL.KD.DISTILLERS is empty and MODEL.KD.INHERIT.ENABLED and MODEL.KD.PSEUDO_LABELS.ENABLED are False: nothing",
+        ),
+        (
+            ["MODEL.KD.PSEUDO_LABELS.SCORE_THRESH", 1],
+            r"MODEL.KD.PSEUDO_LABELS.SCORE_THRESH is 1.0; it must be from 0 to below 1\.$",
         ),
         (["SOLVER.AMP.DTYPE", "half"], r"SOLVER.AMP.DTYPE is 'half'; it must be 'float16' or 'bfloat16'\.$"),
         (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE is 'gpu', which PyTorch does not know"),
         (["MODEL.KD.STRUCTURAL.LOSS", "l3"], "MODEL.KD.STRUCTURAL.LOSS is 'l3'; it must be one of 'l1', 'l2'"),
+        (
+            ["MODEL.KD.STRUCTURAL.MS_SSIM_WINDOW_SIZE", 8],
+            "MODEL.KD.STRUCTURAL.MS_SSIM_WINDOW_SIZE is 8; it must be odd",
+        ),
+        (
+            ["MODEL.KD.STRUCTURAL.SSIM_EXPONENTS", (1, 1)],
+            r"MODEL.KD.STRUCTURAL.SSIM_EXPONENTS is \(1, 1\); it must be three numbers",
+        ),
+        (
+            ["MODEL.KD.STRUCTURAL.SSIM_EXPONENTS", (1, -1, 0)],
+            "MODEL.KD.STRUCTURAL.SSIM_EXPONENTS is -1; it must be a number at least 0",
+        ),
+        (
+            ["MODEL.KD.STRUCTURAL.ATTENTION_TEMPERATURE", 0],
+            "MODEL.KD.STRUCTURAL.ATTENTION_TEMPERATURE is 0; it must be a number above 0",
+        ),
         (["MODEL.KD.STRUCTURAL.WINDOW_SIZE", 4], "MODEL.KD.STRUCTURAL.WINDOW_SIZE is 4; it must be odd and positive"),
         (
             ["MODEL.KD.STRUCTURAL.ADAPTATION", "2x2"],

@@ -136,7 +136,7 @@ def test_rcnn_with_given_proposals(tiny_detector: Callable, make_inputs: Callabl
         proposals.objectness_logits = torch.zeros(2)
         item["proposals"] = proposals
     spec = build_adapter(model).spec
-    assert spec.provides == {"features", "targets"}
+    assert spec.provides == {"features", "detections", "targets"}
     assert spec.cell_anchors is None
     _assert_own_losses(model, [batch], want=frozenset({"features"}))
 
@@ -146,7 +146,7 @@ def test_specs(tiny_detector: Callable) -> None:
     dense = build_adapter(tiny_detector("retinanet")).spec
     assert (dense.name, dense.family, dense.num_classes) == ("RetinaNet", "one-stage", 3)
     assert dense.shapes == {s: ShapeSpec(channels=8, stride=s) for s in (8, 16, 32, 64, 128)}
-    assert dense.provides == EVERYTHING
+    assert dense.provides == EVERYTHING | {"detections"}
     sides = {s: (a[:, 2:] - a[:, :2]).prod(1).sqrt() for s, a in dense.cell_anchors.items()}
     for (stride, side), expected in zip(sides.items(), (16, 32, 64, 128, 256), strict=True):
         assert expected == 2 * stride
@@ -155,14 +155,14 @@ def test_specs(tiny_detector: Callable) -> None:
     rcnn = build_adapter(tiny_detector("cascade")).spec
     assert (rcnn.name, rcnn.family, rcnn.num_classes) == ("GeneralizedRCNN", "two-stage", 3)
     assert list(rcnn.shapes) == [4, 8, 16, 32, 64] == list(rcnn.cell_anchors)
-    assert rcnn.provides == {"features", "anchors", "targets"}
+    assert rcnn.provides == {"features", "anchors", "detections", "targets"}
 
     fcos = build_adapter(tiny_detector("fcos")).spec
     assert (fcos.name, fcos.family, fcos.num_classes) == ("FCOS", "one-stage", 3)
     assert list(fcos.shapes) == [8, 16, 32, 64, 128]
-    assert fcos.provides == EVERYTHING | {"quality"} == build_adapter(tiny_detector("atss")).spec.provides
+    assert fcos.provides == EVERYTHING | {"detections", "quality"} == build_adapter(tiny_detector("atss")).spec.provides
     gfl = build_adapter(tiny_detector("gfl")).spec
-    assert gfl.provides == EVERYTHING
+    assert gfl.provides == EVERYTHING | {"detections"}
     assert gfl.cell_anchors[16].tolist() == [[-64, -64, 64, 64]]
 
 
@@ -391,7 +391,7 @@ def test_panoptic_fpn_falls_to_the_backbone(
     assert isinstance(model, PanopticFPN)
     adapter = build_adapter(model)
     assert type(adapter) is BackboneAdapter
-    assert (adapter.spec.family, adapter.spec.provides) == ("other", {"features", "targets"})
+    assert (adapter.spec.family, adapter.spec.provides) == ("other", {"features", "detections", "targets"})
     batch = make_inputs(masks=True, sem_seg=True)
     outputs = adapter.run(batch, frozenset({"features"}), _targets(batch))
     assert {"loss_sem_seg", "loss_mask", "loss_rpn_cls", "loss_cls"} <= outputs.losses.keys()

@@ -15,6 +15,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
+from ..config import reads_annotations
 from ..errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,8 @@ class CocoSummary:
 def register_coco_json(cfg: CfgNode) -> None:
     """Register the entries of DATASETS.COCO_JSON that TRAIN or TEST names, after checking their files.
 
+    Of those that only train with pseudo-labels, images alone are read.
+
     Raises:
         UserError: see `check_coco_json`; or the name belongs to another data set already.
     """
@@ -50,18 +53,37 @@ def register_coco_json(cfg: CfgNode) -> None:
     for name, json_file, folder in cfg.DATASETS.COCO_JSON:
         if name not in used or not os.path.isfile(json_file):
             continue
+        annotated = name in cfg.DATASETS.TEST or reads_annotations(cfg)
         if name in DatasetCatalog.list():
-            if MetadataCatalog.get(name).get("json_file") == json_file:
+            known = MetadataCatalog.get(name)
+            if known.get("json_file") != json_file:
+                raise UserError(
+                    f"DATASETS.COCO_JSON: the name {name!r} belongs to another data set already; choose a new one."
+                )
+            if known.get("annotated") == annotated:
                 continue
-            raise UserError(
-                f"DATASETS.COCO_JSON: the name {name!r} belongs to another data set already; choose a new one."
-            )
-        summary = check_coco_json(json_file, folder)
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+        summary = check_coco_json(json_file, folder, annotated=annotated)
         log_summary(name, json_file, summary)
-        DatasetCatalog.register(name, functools.partial(_load, name, json_file, folder))
-        MetadataCatalog.get(name).set(
-            json_file=json_file, image_root=folder, evaluator_type="coco", thing_classes=summary.classes
-        )
+        DatasetCatalog.register(name, functools.partial(_load if annotated else _load_images, name, json_file, folder))
+        metadata = MetadataCatalog.get(name)
+        metadata.set(json_file=json_file, image_root=folder, evaluator_type="coco", annotated=annotated)
+        if summary.classes:
+            metadata.set(thing_classes=summary.classes)
+
+
+def _load_images(name: str, json_file: str, folder: str) -> list[dict[str, Any]]:
+    """Detectron2's dictionaries of images that nobody has looked at."""
+    return [
+        {
+            "file_name": os.path.join(folder, image["file_name"]),
+            "height": image["height"],
+            "width": image["width"],
+            "image_id": image["id"],
+        }
+        for image in _read(json_file, annotated=False)["images"]
+    ]
 
 
 def _load(name: str, json_file: str, folder: str) -> list[dict[str, Any]]:
@@ -72,17 +94,18 @@ def _load(name: str, json_file: str, folder: str) -> list[dict[str, Any]]:
     return dicts
 
 
-def check_coco_json(path: str, image_folder: str) -> CocoSummary:
+def check_coco_json(path: str, image_folder: str, *, annotated: bool = True) -> CocoSummary:
     """Read an annotation file in COCO's format and check that Detectron2 can train and evaluate on it.
 
     Args:
         path: the json file.
         image_folder: where its images lie.
+        annotated: False for images alone: annotations need not be there and are not looked at.
 
     Raises:
         UserError: not json, not COCO's format, no images, repeated ids, or images that are not on disk.
     """
-    tree = _read(path)
+    tree = _read(path, annotated)
     images = {}
     for image in tree["images"]:
         _require(path, "an image", image, id=int, file_name=str, width=int, height=int)
@@ -103,7 +126,7 @@ def check_coco_json(path: str, image_folder: str) -> CocoSummary:
         _require(path, "a category", category, id=int, name=str)
     _require_unique_ids(path, tree, "categories")
     names = {c["id"]: c["name"] for c in sorted(tree["categories"], key=lambda c: c["id"])}
-    if not names:
+    if annotated and not names:
         raise UserError(f"{path} has no categories.")
 
     summary = CocoSummary(len(images), len(tree["annotations"]), list(names.values()))
@@ -141,12 +164,14 @@ def log_summary(name: str, path: str, summary: CocoSummary) -> None:
         logger.warning(f"{name}: an annotation has id 0, which pycocotools never counts as found; number them from 1.")
 
 
-def _read(path: str) -> dict[str, Any]:
+def _read(path: str, annotated: bool) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             tree = json.load(file)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not readable json: {error}.") from error
+    if isinstance(tree, dict) and not annotated:
+        tree = {"categories": [], **tree, "annotations": []}
     lists = ("images", "annotations", "categories")
     if not isinstance(tree, dict) or not all(isinstance(tree.get(key), list) for key in lists):
         raise UserError(

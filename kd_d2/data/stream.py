@@ -23,6 +23,7 @@ from detectron2.data.samplers import RandomSubsetTrainingSampler, RepeatFactorTr
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..config import reads_annotations
 from ..errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -153,12 +154,14 @@ def build_stream_loader(cfg: CfgNode, seed: int, mapper: Callable | None = None)
     try:
         dicts = get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN,
-            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and reads_annotations(cfg),
             min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
             proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         )
     except (AssertionError, ValueError) as error:
         raise UserError(f"DATASETS.TRAIN {', '.join(cfg.DATASETS.TRAIN)} cannot be trained on: {error}") from error
+    if not reads_annotations(cfg):
+        dicts = [{key: value for key, value in d.items() if key != "annotations"} for d in dicts]
     grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
     stream = BatchStream(
         _index_stream(cfg, dicts, seed),
@@ -183,6 +186,10 @@ def _index_stream(cfg: CfgNode, dicts: list[dict], seed: int) -> Callable[[], It
     name = cfg.DATALOADER.SAMPLER_TRAIN
     if name == "TrainingSampler":
         return TrainingSampler(len(dicts), seed=seed)._infinite_indices
+    if name == "RepeatFactorTrainingSampler" and not reads_annotations(cfg):
+        raise UserError(
+            f"DATALOADER.SAMPLER_TRAIN {name} counts annotations, and with MODEL.KD.PSEUDO_LABELS none are read."
+        )
     if name == "RepeatFactorTrainingSampler":
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
             dicts, cfg.DATALOADER.REPEAT_THRESHOLD

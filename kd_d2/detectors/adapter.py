@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import ClassVar
 
 from detectron2.layers import ShapeSpec, move_device_like
+from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import ImageList, Instances
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
@@ -95,6 +96,10 @@ class DetectorAdapter:
             padding_constraints={**model.backbone.padding_constraints, "size_divisibility": self.size_divisibility},
         )
 
+    def in_input_pixels(self, results: list[Instances], images: ImageList) -> list[Instances]:
+        """A head's results as final detections: boxes cut at the image, those without area left out, masks of its size."""
+        return [detector_postprocess(r, *size) for r, size in zip(results, images.image_sizes, strict=True)]
+
     def by_stride(self, features: dict[str, Tensor]) -> dict[int, Tensor]:
         """The named outputs of the backbone, keyed by stride."""
         return {stride: features[name] for name, stride in self._stride_of.items()}
@@ -105,7 +110,7 @@ class BackboneAdapter(DetectorAdapter):
 
     model_class = nn.Module
     family = "other"
-    provides = frozenset({"features", "targets"})
+    provides = frozenset({"features", "detections", "targets"})
 
     def __init__(self, model: nn.Module):
         if not callable(getattr(getattr(model, "backbone", None), "output_shape", None)):
@@ -125,16 +130,17 @@ class BackboneAdapter(DetectorAdapter):
         self, batched_inputs: list[dict], want: frozenset[str], targets: list[Instances] | None = None
     ) -> DetectorOutputs:
         seen: list[tuple[Tensor, dict[str, Tensor]]] = []
+        runs_on = targets is not None or "detections" in want
 
         def capture(backbone: nn.Module, args: tuple, features: dict[str, Tensor]) -> None:
             seen.append((args[0], features))
-            if targets is None:
+            if not runs_on:
                 raise _FeaturesRead
 
         handle = self.model.backbone.register_forward_hook(capture)
-        losses = {}
+        results = None
         try:
-            losses = self.model(batched_inputs)
+            results = self.model(batched_inputs if targets is not None else list(map(_unscaled, batched_inputs)))
         except _FeaturesRead:
             pass
         finally:
@@ -145,7 +151,17 @@ class BackboneAdapter(DetectorAdapter):
             )
         tensor, features = seen[0]
         sizes = [tuple(x["image"].shape[-2:]) for x in batched_inputs]
-        return DetectorOutputs(ImageList(tensor, sizes), self.by_stride(features), losses)
+        outputs = DetectorOutputs(ImageList(tensor, sizes), self.by_stride(features))
+        if targets is not None:
+            outputs.losses = results
+        elif runs_on:
+            outputs.detections = [result["instances"] for result in results]
+        return outputs
+
+
+def _unscaled(entry: dict) -> dict:
+    """Without the size that detections would be scaled to: they stay in pixels of the input."""
+    return {key: value for key, value in entry.items() if key not in ("height", "width")}
 
 
 class _FeaturesRead(Exception):

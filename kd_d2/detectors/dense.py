@@ -10,7 +10,7 @@ from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.meta_arch import RetinaNet
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
 from detectron2.modeling.meta_arch.fcos import FCOS
-from detectron2.structures import Boxes, Instances, pairwise_iou
+from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from torch import Tensor
 
 from ..modeling import ATSS, GFL
@@ -29,7 +29,7 @@ class DenseDetectorAdapter(DetectorAdapter):
     model_class = DenseDetector
     composes = ("forward", "preprocess_image")
     family = "one-stage"
-    provides = frozenset({"features", "targets"})
+    provides = frozenset({"features", "detections", "targets"})
 
     def neck_shapes(self) -> dict[str, ShapeSpec]:
         shapes = self.model.backbone.output_shape()
@@ -44,10 +44,19 @@ class DenseDetectorAdapter(DetectorAdapter):
         return outputs
 
     def read_head(self, outputs: DetectorOutputs, want: frozenset[str], targets: list[Instances] | None) -> None:
-        """Fill in what the head gives: losses, anchors, dense predictions."""
+        """Fill in what the head gives: losses, anchors, dense predictions, detections."""
+        if targets is None and "detections" not in want:
+            return
+        features = list(outputs.features.values())
+        predictions = self.model.head(features)
         if targets is not None:
-            features = list(outputs.features.values())
-            outputs.losses = self.model.forward_training(outputs.images, features, self.model.head(features), targets)
+            outputs.losses = self.model.forward_training(outputs.images, features, predictions, targets)
+        if "detections" in want:
+            outputs.detections = self.detect(outputs.images, features, predictions)
+
+    def detect(self, images: ImageList, features: list[Tensor], predictions: Any) -> list[Instances]:
+        """Final detections of what the head gave."""
+        return self.in_input_pixels(self.model.forward_inference(images, features, predictions), images)
 
 
 class AnchorDetectorAdapter(DenseDetectorAdapter):
@@ -57,7 +66,7 @@ class AnchorDetectorAdapter(DenseDetectorAdapter):
     """
 
     composes = (*DenseDetectorAdapter.composes, "forward_training")
-    provides = frozenset({"features", "anchors", "dense", "targets"})
+    provides = DenseDetectorAdapter.provides | {"anchors", "dense"}
 
     def cell_anchors(self) -> dict[int, Tensor]:
         return dict(zip(self._stride_of.values(), self.model.anchor_generator.cell_anchors, strict=True))
@@ -76,12 +85,15 @@ class AnchorDetectorAdapter(DenseDetectorAdapter):
 
     def read_head(self, outputs: DetectorOutputs, want: frozenset[str], targets: list[Instances] | None) -> None:
         strides, features = list(outputs.features), list(outputs.features.values())
-        need_head = targets is not None or "dense" in want
+        need_head = targets is not None or not want.isdisjoint({"dense", "detections"})
         if need_head or "anchors" in want:
             outputs.anchors = dict(zip(strides, self.model.anchor_generator(features), strict=True))
         if not need_head:
             return
-        predictions = self.transpose(self.model.head(features))
+        raw = self.model.head(features)
+        if "detections" in want:
+            outputs.detections = self.detect(outputs.images, features, raw)
+        predictions = self.transpose(raw)
         logits, regression, *quality = (dict(zip(strides, levels, strict=True)) for levels in predictions)
         dense = DensePredictions(logits, regression, outputs.anchors, self._decode, *quality)
         outputs.dense = dense

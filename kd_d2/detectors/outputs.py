@@ -12,7 +12,7 @@ from functools import cached_property
 
 import torch
 from detectron2.layers import ShapeSpec
-from detectron2.structures import Boxes, ImageList
+from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor
 
 from ..modeling.assignment import Positives
@@ -89,6 +89,8 @@ class DetectorOutputs:
         losses: the detector's own losses; empty where no targets were given.
         anchors: by stride, of a dense head or of an R-CNN's RPN; None where there are none or nobody asked.
         dense: predictions of a dense head; None where there is none or nobody asked.
+        detections: per image the final detections in pixels of the image without its padding, masks of its size; None where
+            nobody asked.
     """
 
     images: ImageList
@@ -96,6 +98,7 @@ class DetectorOutputs:
     losses: dict[str, Tensor] = field(default_factory=dict)
     anchors: dict[int, Boxes] | None = None
     dense: DensePredictions | None = None
+    detections: list[Instances] | None = None
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,8 @@ class DetectorSpec:
         shapes: channels and stride of each neck output, keyed by stride.
         num_classes: foreground classes, None where the detector does not tell.
         cell_anchors: by stride the anchors (A, 4) around a position, in pixels; None where there are none.
-        provides: which of "features", "anchors", "dense", "targets" its adapter can read; "quality" where its dense
-            predictions have one.
+        provides: which of "features", "anchors", "dense", "detections", "targets" its adapter can read; "quality" where its
+            dense predictions have one; "masks" and "keypoints" where it is trained on them and its detections have them.
     """
 
     name: str

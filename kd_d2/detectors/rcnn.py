@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from detectron2.modeling.meta_arch import GeneralizedRCNN
-from detectron2.structures import Instances
+from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
@@ -22,8 +22,13 @@ class RCNNAdapter(DetectorAdapter):
     @property
     def provides(self) -> frozenset[str]:
         rpn = self.model.proposal_generator
-        anchors = {"anchors"} if hasattr(rpn, "anchor_generator") else set()
-        return frozenset({"features", "targets"} | anchors)
+        heads = self.model.roi_heads
+        parts = {
+            "anchors": hasattr(rpn, "anchor_generator"),
+            "masks": getattr(heads, "mask_on", False),
+            "keypoints": getattr(heads, "keypoint_on", False),
+        }
+        return frozenset({"features", "detections", "targets", *(part for part, is_there in parts.items() if is_there)})
 
     @property
     def num_classes(self) -> int | None:
@@ -50,13 +55,21 @@ class RCNNAdapter(DetectorAdapter):
             rpn = model.proposal_generator
             maps = [named[name] for name in rpn.in_features]
             outputs.anchors = dict(zip(self._rpn_strides(), rpn.anchor_generator(maps), strict=True))
+        if "detections" in want:
+            proposals, _ = self._propose(batched_inputs, images, named, None)
+            outputs.detections = self.in_input_pixels(model.roi_heads(images, named, proposals, None)[0], images)
         if targets is not None:
-            if model.proposal_generator is not None:
-                proposals, proposal_losses = model.proposal_generator(images, named, targets)
-            else:
-                proposals, proposal_losses = [x["proposals"].to(model.device) for x in batched_inputs], {}
+            proposals, proposal_losses = self._propose(batched_inputs, images, named, targets)
             _, head_losses = model.roi_heads(images, named, proposals, targets)
             if model.vis_period > 0 and get_event_storage().iter % model.vis_period == 0:
                 model.visualize_training(batched_inputs, proposals)
             outputs.losses = {**head_losses, **proposal_losses}
         return outputs
+
+    def _propose(
+        self, batched_inputs: list[dict], images: ImageList, named: dict[str, Tensor], targets: list[Instances] | None
+    ) -> tuple[list[Instances], dict[str, Tensor]]:
+        """The RPN's proposals and losses, or the proposals that the data bring."""
+        if self.model.proposal_generator is None:
+            return [x["proposals"].to(self.model.device) for x in batched_inputs], {}
+        return self.model.proposal_generator(images, named, targets)

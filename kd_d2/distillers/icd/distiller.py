@@ -28,7 +28,7 @@ from .encoding import InstanceEncoder, linear, mlp
 from .geometry import LevelGeometry
 from .priors import read_priors
 from .projection import project_levels
-from .queries import FakeInstances, InstanceQueries, build_queries
+from .queries import FakeInstances, InstanceQueries, ObservedFakeInstances, build_queries
 
 
 @DISTILLER_REGISTRY.register()
@@ -159,7 +159,7 @@ class ICD(Distiller):
             "encoder": InstanceEncoder(num_classes, node.DIM),
             "decoder": Decoder(_channels(teacher, strides), node.DIM, node.NUM_HEADS, node.FFN_DIM, node.NUM_LAYERS),
             "student_channels": _channels(student, strides),
-            "fakes": FakeInstances(*read_priors(cfg.DATASETS.TRAIN, num_classes)),
+            "fakes": _fakes(cfg, num_classes),
             "jitter": node.JITTER,
             "fakes_per_instance": node.FAKES_PER_INSTANCE,
             "max_queries": node.MAX_QUERIES,
@@ -175,6 +175,7 @@ class ICD(Distiller):
     def forward(
         self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]
     ) -> dict[str, Tensor]:
+        self.fakes.observe(targets, student.images.image_sizes)
         queries = build_queries(targets, student.images.image_sizes, self.fakes, **self.query_options)
         student_maps = levels_by_stride(student.features, self.strides, "student")
         if get_event_storage().iter < self.detach_student_until:
@@ -227,6 +228,12 @@ class ICD(Distiller):
             }
             for image, target in enumerate(targets)
         ]
+
+
+def _fakes(cfg: CfgNode, num_classes: int) -> FakeInstances:
+    if cfg.MODEL.KD.PSEUDO_LABELS.ENABLED:
+        return ObservedFakeInstances(num_classes)
+    return FakeInstances(*read_priors(cfg.DATASETS.TRAIN, num_classes))
 
 
 def _starting_as(teacher_weight: Tensor, teacher_bias: Tensor, student_channels: int) -> nn.Linear:

@@ -61,19 +61,25 @@ def compute_priors(classes_N: np.ndarray, sizes_N2: np.ndarray, num_classes: int
         sizes_N2: its width and height in parts of its image.
     """
     counts = np.bincount(classes_N, minlength=num_classes)
-    total = max(len(classes_N), 1)
-    pooled_mean = sizes_N2.sum(0) / total
-    pooled_square = (sizes_N2**2).sum(0) / total
     sums, squares = (
         np.stack([np.bincount(classes_N, values[:, side], num_classes) for side in (0, 1)], 1)
         for values in (sizes_N2, sizes_N2**2)
     )
-    divisor = np.maximum(counts, 1)[:, None]
-    enough = (counts >= MIN_BOXES)[:, None]
-    mean = np.where(enough, sums / divisor, pooled_mean)
-    square = np.where(enough, squares / divisor, pooled_square)
-    deviation = np.sqrt(np.maximum(square - mean**2, 0))
-    return tuple(torch.from_numpy(column).float() for column in (counts, mean, deviation))
+    return priors_of_sums(*(torch.from_numpy(column).double() for column in (counts, sums, squares)))
+
+
+def priors_of_sums(counts_K: Tensor, sums_K2: Tensor, squares_K2: Tensor) -> Priors:
+    """
+    Args:
+        counts_K: boxes of each class.
+        sums_K2, squares_K2: sums of their widths and heights, and of the squares of these.
+    """
+    total, divisor_K1 = counts_K.sum().clamp(min=1), counts_K.clamp(min=1)[:, None]
+    enough_K1 = (counts_K >= MIN_BOXES)[:, None]
+    mean = torch.where(enough_K1, sums_K2 / divisor_K1, sums_K2.sum(0) / total)
+    square = torch.where(enough_K1, squares_K2 / divisor_K1, squares_K2.sum(0) / total)
+    deviation = (square - mean.square()).clamp(min=0).sqrt()
+    return counts_K.float(), mean.float(), deviation.float()
 
 
 def _read_boxes(name: str, num_classes: int) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,8 @@ import torch
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
+from .priors import priors_of_sums
+
 FAKE_SIZE_RANGE = (0.002, 0.7)
 FAKE_CENTER_RANGE = (0.03, 0.97)
 FAKE_SIGMAS = 2.0
@@ -50,9 +52,12 @@ class FakeInstances(nn.Module):
 
     def __init__(self, frequencies: Tensor, mean_sizes: Tensor, deviations: Tensor):
         super().__init__()
-        self.register_buffer("cumulative", (frequencies.double().cumsum(0) / frequencies.double().sum()).float())
+        self.register_buffer("cumulative", _cumulative(frequencies))
         self.register_buffer("mean_sizes", mean_sizes.float())
         self.register_buffer("deviations", deviations.float())
+
+    def observe(self, targets: list[Instances], image_sizes: list[tuple[int, int]]) -> None:
+        """Take note of a batch; arguments as those of `build_queries`. The annotations have said all there is to say."""
 
     def sample(self, count: int) -> tuple[Tensor, Tensor]:
         """Draw `count` instances with torch's generator of the device.
@@ -68,6 +73,43 @@ class FakeInstances(nn.Module):
         sizes = (self.mean_sizes[classes] + sigmas * self.deviations[classes]).clamp(*FAKE_SIZE_RANGE)
         centers = torch.rand(count, 2, device=device).clamp(*FAKE_CENTER_RANGE)
         return torch.cat([centers, sizes], 1), classes
+
+
+class ObservedFakeInstances(FakeInstances):
+    """Draws fakes like the instances that training has seen so far, where no annotations tell beforehand.
+
+    It begins as if one instance of each class, 0.2 wide and high with a deviation of 0.1, had been seen.
+
+    Args:
+        num_classes: K.
+    """
+
+    def __init__(self, num_classes: int):
+        counts = torch.ones(num_classes, dtype=torch.float64)
+        sums, squares = (torch.full((num_classes, 2), x, dtype=torch.float64) for x in (0.2, 0.2**2 + 0.1**2))
+        super().__init__(*priors_of_sums(counts, sums, squares))
+        self.register_buffer("counts", counts)
+        self.register_buffer("sums", sums)
+        self.register_buffer("squares", squares)
+
+    @torch.no_grad()
+    def observe(self, targets: list[Instances], image_sizes: list[tuple[int, int]]) -> None:
+        classes = torch.cat([t.gt_classes for t in targets])
+        extents = [
+            t.gt_boxes.tensor.new_tensor([width, height])
+            for t, (height, width) in zip(targets, image_sizes, strict=True)
+        ]
+        corners = [t.gt_boxes.tensor.view(-1, 2, 2) / extent for t, extent in zip(targets, extents, strict=True)]
+        sizes = torch.cat([x[:, 1] - x[:, 0] for x in corners]).double()
+        self.counts.index_add_(0, classes, torch.ones_like(classes, dtype=torch.float64))
+        self.sums.index_add_(0, classes, sizes)
+        self.squares.index_add_(0, classes, sizes.square())
+        frequencies, self.mean_sizes, self.deviations = priors_of_sums(self.counts, self.sums, self.squares)
+        self.cumulative = _cumulative(frequencies)
+
+
+def _cumulative(frequencies: Tensor) -> Tensor:
+    return (frequencies.double().cumsum(0) / frequencies.double().sum()).float()
 
 
 @torch.no_grad()

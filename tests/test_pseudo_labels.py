@@ -1,0 +1,286 @@
+"""Training without annotations: the teacher's detections as ground truth, in the step or from a file made ahead."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kd_d2 import KDMetaArch, Teacher, UserError
+from kd_d2.data import pseudo_labels
+from kd_d2.detectors import DetectorOutputs, build_adapter
+from kd_d2.distillers.icd.priors import compute_priors
+from kd_d2.distillers.icd.queries import ObservedFakeInstances
+from kd_d2.labels import PseudoLabels
+
+import numpy as np
+import pytest
+import torch
+from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.events import EventStorage
+from helpers import ROOT, Project, clean_process, make_project, train
+
+KINDS = ("retinanet", "fcos", "atss", "gfl", "faster", "mask", "cascade", "panoptic")
+PSEUDO_LABELS = {"MODEL__KD__PSEUDO_LABELS__ENABLED": True, "MODEL__KD__PSEUDO_LABELS__SCORE_THRESH": 0.0}
+LOW_THRESHOLDS = ["MODEL.RETINANET.SCORE_THRESH_TEST", 0.0, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0]
+
+
+def _sensitive(model: torch.nn.Module) -> torch.nn.Module:
+    """In eval mode and with detections of any score."""
+    for module in model.modules():
+        if hasattr(module, "test_score_thresh"):
+            module.test_score_thresh = 0.0
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_detections_are_the_detectors_own(tiny_detector: Callable, make_inputs: Callable, kind: str) -> None:
+    """Check boxes, classes, scores and masks against the detector's forward pass, in pixels of the input, beside the features."""
+    model = _sensitive(tiny_detector(kind))
+    batch = make_inputs()
+    scaled = [{**x, "height": 3 * x["height"], "width": 2 * x["width"]} for x in batch]
+    with torch.no_grad():
+        expected = model([{"image": x["image"]} for x in batch])
+        outputs = build_adapter(model).run(scaled, frozenset({"features", "detections"}))
+        features = build_adapter(model).run(scaled, frozenset({"features"})).features
+    assert any(len(x["instances"]) for x in expected)
+    for found, own in zip(outputs.detections, expected, strict=True):
+        own = own["instances"]
+        assert found.image_size == own.image_size
+        torch.testing.assert_close(found.pred_boxes.tensor, own.pred_boxes.tensor)
+        torch.testing.assert_close(found.scores, own.scores)
+        assert torch.equal(found.pred_classes, own.pred_classes)
+        assert found.has("pred_masks") == own.has("pred_masks")
+    for stride, level in features.items():
+        torch.testing.assert_close(outputs.features[stride], level)
+
+
+def test_dense_predictions_and_detections_come_from_one_run_of_the_head(
+    tiny_detector: Callable, make_inputs: Callable
+) -> None:
+    """Check that asking for both runs the head once."""
+    model = _sensitive(tiny_detector("retinanet"))
+    calls: list[None] = []
+    model.head.register_forward_hook(lambda *_: calls.append(None))
+    with torch.no_grad():
+        outputs = build_adapter(model).run(make_inputs(), frozenset({"dense", "detections"}))
+    assert len(calls) == 1
+    assert outputs.dense is not None
+    assert outputs.detections is not None
+
+
+def _detections(scores: list[float], **more: Any) -> DetectorOutputs:
+    count = len(scores)
+    boxes = Boxes(torch.arange(4.0 * count).view(count, 4))
+    found = Instances((8, 9), pred_boxes=boxes, scores=torch.tensor(scores), pred_classes=torch.arange(count), **more)
+    return DetectorOutputs(images=None, features={}, detections=[found])
+
+
+def test_detections_above_the_score_become_ground_truth() -> None:
+    """Check the threshold, which itself does not count, the classes, the masks, and an image without any."""
+    masks = torch.rand(3, 8, 9) > 0.5
+    (target,) = PseudoLabels(0.5)([], _detections([0.9, 0.5, 0.51], pred_masks=masks))
+    assert target.image_size == (8, 9)
+    assert target.gt_classes.tolist() == [0, 2]
+    assert target.gt_boxes.tensor.tolist() == [[0, 1, 2, 3], [8, 9, 10, 11]]
+    assert isinstance(target.gt_masks, BitMasks)
+    assert torch.equal(target.gt_masks.tensor, masks[[0, 2]])
+    (target,) = PseudoLabels(0.95)([], _detections([0.9, 0.5, 0.51]))
+    assert len(target) == 0
+    assert target.get_fields().keys() == {"gt_boxes", "gt_classes"}
+
+
+@pytest.mark.parametrize("kind", ["retinanet", "faster", "mask"])
+def test_losses_are_those_of_the_teachers_detections(
+    tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage, kind: str
+) -> None:
+    """Check that a student without annotations has the losses that it has with these boxes as its annotations."""
+    teacher = _sensitive(tiny_detector(kind, seed=1))
+    batch = [{k: v for k, v in x.items() if k != "instances"} for x in make_inputs()]
+    with torch.no_grad():
+        detected = [x["instances"] for x in teacher([{"image": x["image"]} for x in batch])]
+    threshold = torch.cat([x.scores for x in detected]).median().item()
+    student = tiny_detector(kind)
+    model = KDMetaArch(student=student, teacher=Teacher(teacher), distillers={}, labels=PseudoLabels(threshold))
+    torch.manual_seed(7)
+    losses = model(batch)
+    labelled = []
+    for entry, found in zip(batch, detected, strict=True):
+        found = found[found.scores > threshold]
+        target = Instances(found.image_size, gt_boxes=found.pred_boxes, gt_classes=found.pred_classes)
+        if kind == "mask":
+            target.gt_masks = BitMasks(found.pred_masks)
+        labelled.append({**entry, "instances": target})
+    assert sum(len(x["instances"]) for x in labelled) > 2
+    student = tiny_detector(kind)
+    torch.manual_seed(7)
+    expected = student(labelled)
+    assert losses.keys() == expected.keys()
+    for name, loss in expected.items():
+        torch.testing.assert_close(losses[name], loss)
+
+
+def test_masks_need_a_teacher_that_predicts_them(tiny_detector: Callable) -> None:
+    """Check that a pair that cannot work is refused before it trains, naming both."""
+    teacher = Teacher(tiny_detector("faster"))
+    with pytest.raises(UserError, match=r"student \(GeneralizedRCNN\) is trained on masks, which the teacher"):
+        KDMetaArch(student=tiny_detector("mask"), teacher=teacher, distillers={}, labels=PseudoLabels(0.3))
+    keypoints = {"MODEL": {"KEYPOINT_ON": True}}
+    with pytest.raises(UserError, match=r"student \(GeneralizedRCNN\) is also trained on keypoints"):
+        KDMetaArch(student=tiny_detector("faster", keypoints), teacher=teacher, distillers={}, labels=PseudoLabels(0.3))
+
+
+def _without_annotations(project: Project) -> None:
+    """Take annotations and classes away from the training set; the images are tested on under another name."""
+    annotated = project.annotations.read_text()
+    (project.annotations.parent / "annotated.json").write_text(annotated)
+    project.annotations.write_text(json.dumps({"images": json.loads(annotated)["images"]}))
+    test = f"{project.name}_test"
+    project.change(
+        DATASETS__COCO_JSON=[
+            [project.name, "data/annotations.json", "data/images"],
+            [test, "data/annotated.json", "data/images"],
+        ],
+        DATASETS__TEST=(test,),
+        MODEL__KD__TEACHER__OPTS=LOW_THRESHOLDS,
+        **PSEUDO_LABELS,
+    )
+
+
+ICD_KEYS = {"MODEL__KD__ICD__DIM": 16, "MODEL__KD__ICD__NUM_HEADS": 2, "MODEL__KD__ICD__FFN_DIM": 32}
+
+
+@pytest.mark.parametrize("detector", ["retinanet", "faster-rcnn"])
+@pytest.mark.parametrize("distillers", [(), ("ICD", "StructuralKD")])
+def test_images_without_annotations_train(tmp_path: Path, detector: str, distillers: tuple[str, ...]) -> None:
+    """Check a file of images alone, with the detector's losses alone and with methods that read the targets, to the end."""
+    project = make_project(tmp_path, detector, MODEL__KD__DISTILLERS=distillers, SOLVER__MAX_ITER=2, **ICD_KEYS)
+    _without_annotations(project)
+    project.main()
+    assert json.loads((project.output / "train.json").read_text())["bbox"].keys() >= {"AP", "AP50"}
+    losses = json.loads((project.output / "metrics.json").read_text().splitlines()[0])
+    assert losses["loss_box_reg"] > 0
+    assert ("loss_icd_aux_box" in losses) == bool(distillers)
+
+
+def test_annotations_that_are_there_are_not_looked_at(tmp_path: Path) -> None:
+    """Check that other boxes and classes in the file change nothing; only images that are tested on need right ones."""
+    losses = []
+    for number in (0, 1):
+        project = make_project(tmp_path / str(number), MODEL__KD__DISTILLERS=(), SOLVER__MAX_ITER=2)
+        project.change(DATASETS__TEST=(), MODEL__KD__TEACHER__OPTS=LOW_THRESHOLDS, SEED=3, **PSEUDO_LABELS)
+        if number:
+            project.change_annotations(
+                lambda tree: [a.update(bbox="nowhere", category_id=77) for a in tree["annotations"]]
+            )
+        losses.append(train(project).losses)
+    assert losses[0].keys() == {0, 1}
+    for iteration, of_iteration in losses[0].items():
+        assert losses[1][iteration] == pytest.approx(of_iteration, rel=1e-4)
+
+
+def test_sampling_by_class_frequency_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    """Check that what needs annotations says so."""
+    project = make_project(tmp_path, DATALOADER__SAMPLER_TRAIN="RepeatFactorTrainingSampler", **PSEUDO_LABELS)
+    with pytest.raises(SystemExit):
+        project.main()
+    assert (
+        "RepeatFactorTrainingSampler counts annotations, and with MODEL.KD.PSEUDO_LABELS none are"
+        in capfd.readouterr().err
+    )
+
+
+def test_class_statistics_are_learned_from_what_is_seen() -> None:
+    """Check counts, means and deviations against those of the same boxes read at once, and classes never seen."""
+    random = np.random.RandomState(0)
+    classes = np.concatenate([np.zeros(40, int), np.full(15, 2), [1] * 3])
+    sizes = random.uniform(0.1, 0.6, (len(classes), 2))
+    fakes = ObservedFakeInstances(4)
+    height, width = 50, 80
+    for part in np.array_split(np.arange(len(classes)), 5):
+        extent = torch.from_numpy(sizes[part]).float() * torch.tensor([width, height])
+        target = Instances((height, width), gt_boxes=Boxes(torch.cat([torch.full_like(extent, 2.0), 2 + extent], 1)))
+        target.gt_classes = torch.from_numpy(classes[part])
+        empty = Instances((20, 20), gt_boxes=Boxes(torch.zeros(0, 4)), gt_classes=torch.zeros(0, dtype=torch.int64))
+        fakes.observe([empty, target], [(20, 20), (height, width)])
+    # The beginning counts as two boxes of half an instance each: 0.1 and 0.3, mean 0.2, deviation 0.1.
+    first = np.repeat([[0.1, 0.1], [0.3, 0.3]], 4, axis=0)
+    counts, means, deviations = compute_priors(classes, sizes, 4)
+    assert fakes.counts.tolist() == [41, 4, 16, 1]
+    expected = np.append(sizes[classes == 0], [[0.2, 0.2]], 0)
+    torch.testing.assert_close(fakes.mean_sizes[0], torch.from_numpy(expected.mean(0)).float())
+    pooled = (sizes.sum(0) + first.sum(0) / 2) / (len(sizes) + 4)
+    for rare in (1, 3):
+        torch.testing.assert_close(fakes.mean_sizes[rare], torch.from_numpy(pooled).float())
+    torch.testing.assert_close(fakes.deviations[0], deviations[0], rtol=0.1, atol=0)
+    torch.testing.assert_close(fakes.cumulative, torch.tensor([41, 45, 61, 62]) / 62)
+    boxes, drawn = fakes.sample(300)
+    assert boxes.isfinite().all()
+    assert set(drawn.tolist()) >= {0, 2}
+
+
+def _run_tool(project: Project, *args: object) -> None:
+    program = runpy.run_path(str(ROOT / "tools" / "pseudo_labels.py"))
+    fields = {"config_file": str(project.student), "dataset": None, "score_thresh": None, "opts": [], **dict(args)}
+    with clean_process():
+        program["main"](argparse.Namespace(**fields))
+
+
+def test_labels_made_ahead(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Check that the file has the teacher's detections of each image on disk, and that a student trains on it."""
+    project = make_project(tmp_path, MODEL__KD__TEACHER__OPTS=LOW_THRESHOLDS)
+    path = tmp_path / "labels.json"
+    _run_tool(project, ("output", str(path)), ("score_thresh", 0.011))
+    tree = json.loads(path.read_text())
+    assert [(i["id"], i["file_name"]) for i in tree["images"]] == [(n + 1, f"{n:03d}.png") for n in range(6)]
+    assert [c["name"] for c in tree["categories"]] == ["red", "green", "blue"]
+    assert tree["annotations"]
+    for annotation in tree["annotations"]:
+        assert annotation["score"] > 0.011
+        assert annotation["area"] == pytest.approx(annotation["bbox"][2] * annotation["bbox"][3])
+        assert 1 <= annotation["category_id"] <= 3
+    printed = capsys.readouterr().out
+    assert f"{len(tree['annotations'])} annotations of 6 images, scores above 0.011" in printed
+    assert f"{project.name}_by_teacher', '{path}', '{tmp_path / 'data' / 'images'}']]" in printed
+    name = f"{project.name}_by_teacher"
+    project.change(
+        DATASETS__COCO_JSON=[[name, str(path), "data/images"]],
+        DATASETS__TRAIN=(name,),
+        DATASETS__TEST=(),
+        SOLVER__MAX_ITER=1,
+    )
+    assert train(project).losses[0]["loss_cls"] > 0
+
+
+def test_labels_are_of_scaled_images(tiny_detector: Callable, make_inputs: Callable) -> None:
+    """Check that boxes are in pixels of the image on disk, and file names count from the images' common folder."""
+    model = _sensitive(tiny_detector("mask"))
+    batch = make_inputs(((64, 80),), (1,))
+    batch[0].update(height=128, width=160, file_name="/data/a/b/1.png")
+    other = [{**batch[0], "file_name": "/data/a/c/2.png"}]
+    tree, folder = pseudo_labels.label_images(model, [batch, other], 3, "nobody", 0.0)
+    assert folder == "/data/a"
+    assert [i["file_name"] for i in tree["images"]] == ["b/1.png", "c/2.png"]
+    assert [c["name"] for c in tree["categories"]] == ["class 0", "class 1", "class 2"]
+    own = model(batch)[0]["instances"]
+    boxes = np.array([a["bbox"] for a in tree["annotations"] if a["image_id"] == 1])
+    np.testing.assert_allclose(boxes[:, :2] + boxes[:, 2:], own.pred_boxes.tensor[:, 2:].detach().numpy(), rtol=1e-5)
+    assert {"segmentation", "score"} <= tree["annotations"][0].keys()
+
+
+@pytest.mark.parametrize(
+    ("keys", "fields", "expected"),
+    [
+        ({"MODEL__META_ARCHITECTURE": "RetinaNet"}, {}, "has no teacher: MODEL.META_ARCHITECTURE is RetinaNet"),
+        ({}, {"dataset": "other"}, "--dataset 'other' is not in DATASETS.TRAIN: tiny_"),
+        ({}, {"score_thresh": 1.0}, "--score-thresh is 1.0; it must be from 0 to below 1"),
+        ({}, {"output": "/proc/none/labels.json"}, "--output /proc/none cannot be written"),
+    ],
+)
+def test_wrong_arguments_of_the_tool(tmp_path: Path, keys: dict, fields: dict, expected: str) -> None:
+    project = make_project(tmp_path, **keys)
+    with pytest.raises(UserError, match=expected):
+        _run_tool(project, *{"output": str(tmp_path / "labels.json"), **fields}.items())
