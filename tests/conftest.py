@@ -47,8 +47,8 @@ RETINANET: dict[str, Any] = {
 
 
 def _dense(name: str) -> dict[str, Any]:
-    """FCOS, ATSS or GFL on the same backbone, whose P6 and P7 come from P5."""
-    tree = {"META_ARCHITECTURE": name, name: {"NUM_CLASSES": NUM_CLASSES, "NUM_CONVS": 1, "NORM": ""}}
+    """A dense detector of this library on the same backbone, whose P6 and P7 come from P5."""
+    tree = {"META_ARCHITECTURE": name, name.upper(): {"NUM_CLASSES": NUM_CLASSES, "NUM_CONVS": 1, "NORM": ""}}
     levels = {"OUT_FEATURES": ["res3", "res4", "res5"]}, {"IN_FEATURES": ["res3", "res4", "res5"]}
     backbone = {"NAME": "build_dense_slim_resnet_fpn_backbone"}
     return {"MODEL": {**tree, "BACKBONE": backbone, "RESNETS": levels[0], "FPN": levels[1]}}
@@ -101,6 +101,8 @@ TREES: dict[str, list[dict[str, Any]]] = {
     "fcos": [_dense("FCOS")],
     "atss": [_dense("ATSS")],
     "gfl": [_dense("GFL")],
+    "fsaf": [_dense("FSAF")],
+    "reppoints": [_dense("RepPoints")],
     "faster": [FASTER],
     "mask": [FASTER, MASK],
     "cascade": [FASTER, CASCADE],
@@ -150,7 +152,7 @@ def tiny_tree() -> Callable[..., dict[str, Any]]:
 
 @pytest.fixture
 def tiny_cfg() -> Callable[..., CfgNode]:
-    """(kind, overrides) -> the config of a tiny detector: "retinanet", "fcos", "atss", "gfl", "faster", "mask", "cascade", "panoptic"."""
+    """(kind, overrides) -> the config of a tiny detector; the kinds are those of TREES."""
     return _cfg
 
 

@@ -38,7 +38,10 @@ NARROW = {
         "RESNETS": {"STEM_OUT_CHANNELS": 8},
         "FPN": {"OUT_CHANNELS": 16},
         "RETINANET": {"NUM_CLASSES": len(CLASSES), "NUM_CONVS": 1},
-        **{name: {"NUM_CLASSES": len(CLASSES), "NUM_CONVS": 1, "NORM": ""} for name in ("FCOS", "ATSS", "GFL")},
+        **{
+            name: {"NUM_CLASSES": len(CLASSES), "NUM_CONVS": 1, "NORM": ""}
+            for name in ("FCOS", "ATSS", "GFL", "FSAF", "REPPOINTS")
+        },
         "ROI_HEADS": {"NUM_CLASSES": len(CLASSES), "BATCH_SIZE_PER_IMAGE": 16},
         "ROI_BOX_HEAD": {"FC_DIM": 16, "POOLER_RESOLUTION": 3},
         "RPN": {"POST_NMS_TOPK_TRAIN": 40, "POST_NMS_TOPK_TEST": 20, "BATCH_SIZE_PER_IMAGE": 32},
@@ -185,6 +188,8 @@ META_ARCHITECTURES = {
     "fcos": "FCOS",
     "atss": "ATSS",
     "gfl": "GFL",
+    "fsaf": "FSAF",
+    "reppoints": "RepPoints",
     "faster-rcnn": "GeneralizedRCNN",
 }
 

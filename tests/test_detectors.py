@@ -16,10 +16,12 @@ from kd_d2.detectors import (
     GFLAdapter,
     RCNNAdapter,
     RetinaNetAdapter,
+    SingleAnchorAdapter,
     build_adapter,
 )
-from kd_d2.detectors.dense import assign_by_iou, labels_and_boxes
+from kd_d2.detectors.dense import labels_and_boxes
 from kd_d2.errors import UserError
+from kd_d2.modeling.assignment import assign_by_iou
 
 import pytest
 import torch
@@ -109,6 +111,8 @@ ADAPTERS = {
     "fcos": FCOSAdapter,
     "atss": ATSSAdapter,
     "gfl": GFLAdapter,
+    "fsaf": SingleAnchorAdapter,
+    "reppoints": SingleAnchorAdapter,
     "faster": RCNNAdapter,
     "mask": RCNNAdapter,
     "cascade": RCNNAdapter,
@@ -243,7 +247,7 @@ def test_assignment_equals_label_anchors(tiny_detector: Callable) -> None:
     for counts in [(3, 0, 6), (1, 12, 0), (0, 0, 2), (20, 5, 1)]:
         targets = _random_targets(generator, counts)
         expected_labels, expected_boxes = model.label_anchors(anchors, targets)
-        assignment = assign_by_iou(Boxes.cat(anchors), targets, model.anchor_matcher)
+        assignment = build_adapter(model).assign(anchors, [], targets)
         assert assignment.shape == (3, len(Boxes.cat(anchors)))
         labels, boxes = labels_and_boxes(assignment, targets, model.num_classes)
         for image in range(3):
@@ -264,12 +268,12 @@ def test_assignment_equals_label_anchors(tiny_detector: Callable) -> None:
 def test_assignment_of_an_image_without_objects_is_background() -> None:
     """Check that nothing is ignored or matched, even where the matcher's lowest label is "ignored"."""
     anchors = Boxes(torch.tensor([[0.0, 0.0, 8.0, 8.0]]))
-    empty = _random_targets(torch.Generator(), (0,))
+    empty = Boxes(torch.zeros(0, 4))
 
     def matcher(quality: Tensor) -> tuple[Tensor, Tensor]:
         return torch.zeros(1, dtype=torch.int64), torch.full((1,), -1, dtype=torch.int8)
 
-    assert assign_by_iou(anchors, empty, matcher).tolist() == [[BACKGROUND]]
+    assert assign_by_iou(anchors, empty, matcher).tolist() == [BACKGROUND]
 
 
 def test_run_gives_the_assignment_of_its_own_loss(

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from itertools import pairwise
 
 from kd_d2.errors import UserError
-from kd_d2.modeling import ATSS, FCOS, GFL
-from kd_d2.modeling.assignment import BACKGROUND, assign_adaptively
+from kd_d2.modeling import ATSS, FCOS, FSAF, GFL, RepPoints
+from kd_d2.modeling.assignment import BACKGROUND, IGNORED, assign_adaptively
 from kd_d2.modeling.atss import centerness_of
+from kd_d2.modeling.fsaf import best_level, covers_cell, in_middle, smallest_box
 from kd_d2.modeling.gfl import DistributionTransform, distribution_focal_loss, quality_focal_loss
+from kd_d2.modeling.reppoints import PointTransform, assign_nearest
 
 import pytest
 import torch
@@ -191,7 +193,7 @@ def test_gfl_losses_by_hand(tiny_detector: Callable) -> None:
     assert spread == pytest.approx(0.25 * math.log(17) / 2, rel=1e-5)
 
 
-DENSE = {"fcos": FCOS, "atss": ATSS, "gfl": GFL}
+DENSE = {"fcos": FCOS, "atss": ATSS, "gfl": GFL, "fsaf": FSAF, "reppoints": RepPoints}
 
 
 @pytest.mark.parametrize("kind", DENSE)
@@ -225,7 +227,7 @@ def test_detectors_learn_one_image(kind: str, tiny_detector: Callable, make_inpu
     assert torch.equal(detections.pred_classes[index], truth.gt_classes)
 
 
-@pytest.mark.parametrize("kind", ["atss", "gfl"])
+@pytest.mark.parametrize("kind", ["atss", "gfl", "fsaf", "reppoints"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_losses_are_float32_under_autocast(
     kind: str, dtype: torch.dtype, tiny_detector: Callable, make_inputs: Callable, event_storage
@@ -301,3 +303,130 @@ def test_necks(bottom_up: str, tiny_cfg: Callable) -> None:
         if name:
             channels = neck.top_block.p6.weight.shape[1]
             assert (channels == 8) == (name == "dense_")
+
+
+def test_fsaf_candidates_by_hand() -> None:
+    """Check the middle fifth of a box of 40 on cells of 8, the smaller of two boxes, and that tiny middles have their cell."""
+    cells = _grid(8, 6, 1, 8.0)  # [0, 8] to [40, 48] across, [0, 8] down
+    boxes = Boxes(torch.tensor([[0.0, -16, 40, 24], [25.0, 0, 29, 8]]))
+    # the middles: [16, 24] x [0, 8], and [26.6, 27.4] x [3.2, 4.8], a fiftieth of the cell [24, 32]
+    assert covers_cell(cells, boxes, 0.2).tolist() == [[0, 0, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0]]
+    inside = in_middle(cells, boxes, 0.2)
+    assert inside.tolist() == [[0, 0, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0]]
+    # half of the sides: [10, 30] and [26, 28]; the cells' centres are at 4, 12, 20, 28, 36, 44
+    assert in_middle(cells, boxes, 0.5).tolist() == [[0, 1, 1, 1, 0, 0], [0, 0, 0, 1, 0, 0]]
+    assert smallest_box(in_middle(cells, boxes, 0.5), boxes).tolist() == [BACKGROUND, 0, 0, 1, BACKGROUND, BACKGROUND]
+    assert smallest_box(inside[:0], boxes[:0]).tolist() == [BACKGROUND] * 6
+
+
+def test_fsaf_best_level_by_hand() -> None:
+    """Check means of candidates: 2 and 3 on level 0, 1 and 9 on level 1, against 4 alone on level 2; one without candidates."""
+    loss = torch.tensor([2.0, 3.0, 1.0, 9.0, 4.0, 0.5])
+    instance = torch.tensor([0, 0, 0, 0, 0, 2])
+    level = torch.tensor([0, 0, 1, 1, 2, 1])
+    assert best_level(loss, instance, level, 3, 3)[[0, 2]].tolist() == [0, 1]
+    assert best_level(loss - 4 * (level == 2), instance, level, 3, 3)[0] == 2
+
+
+def test_fsaf_losses_by_hand(tiny_detector: Callable) -> None:
+    """Check a box that is predicted exactly on the coarse level, and by half its sides on the fine one, all logits 0."""
+    model = tiny_detector("fsaf")
+    anchors = [_grid(8, 2, 2, 8.0), _grid(16, 1, 1, 16.0)]
+    target = Instances((16, 16), gt_boxes=Boxes(torch.tensor([[0.0, 0, 16, 16]])), gt_classes=torch.tensor([1]))
+    half = torch.tensor(
+        [[0.5, 0.5, 0.5, 0.5]]
+    )  # strides: [0, 8] around the first cell's centre, [0, 16] on the coarse level
+    predictions = [[torch.zeros(1, 4, 3), torch.zeros(1, 1, 3)], [half.expand(1, 4, 4), half[None]]]
+    # the middle [6.4, 9.6] covers 0.04 of each fine cell
+    assignment = model.assign(anchors, predictions, [target])
+    assert assignment.tolist() == [[IGNORED] * 4 + [0]]
+    losses = model.losses(anchors, predictions, assignment, [target])
+    # one target with alpha 1/4; two others there, and two of each fine position, where the instance's class is not asked for
+    assert losses["loss_fsaf_cls"].item() == pytest.approx((0.25 + 10 * 0.75) * 0.25 * math.log(2), rel=1e-5)
+    assert losses["loss_fsaf_box"].item() == pytest.approx(0.0, abs=1e-6)
+    # with a bad box on the coarse level the fine one is chosen: there the overlap is 1/4 of the box
+    predictions[1] = [half.expand(1, 4, 4), half[None] / 8]
+    assignment = model.assign(anchors, predictions, [target])
+    assert assignment.tolist() == [[0] * 4 + [IGNORED]]
+    losses = model.losses(anchors, predictions, assignment, [target])
+    assert losses["loss_fsaf_box"].item() == pytest.approx(math.log(4), rel=1e-5)
+
+
+def test_reppoints_box_of_known_points() -> None:
+    """Check mean and deviation of nine points in strides of 8, the learned factor, and the small gradient that it gets."""
+    transfer = torch.nn.Parameter(torch.tensor([math.log(2.0), 0.0]))
+    transform = PointTransform(4.0, transfer)
+    y, x = torch.meshgrid(torch.tensor([-1.0, 0, 1]), torch.tensor([0.0, 2, 4]), indexing="ij")
+    points = torch.stack([y.flatten(), x.flatten()], 1).flatten()[None]
+    box = transform.apply_deltas(points, torch.tensor([_square(20, 12, 32)]))
+    # deviations sqrt(6/8) down and sqrt(24/8) across, the latter times 2
+    down, across = 8 * math.sqrt(0.75), 2 * 8 * math.sqrt(3)
+    torch.testing.assert_close(
+        box, torch.tensor([[36 - across, 12 - down, 36 + across, 12 + down]]), rtol=1e-5, atol=1e-4
+    )
+    box[0, 2].backward()
+    assert transfer.grad.tolist() == pytest.approx([0.01 * across, 0.0], rel=1e-4)
+
+
+def test_reppoints_nearest_positions_by_hand() -> None:
+    """Check the level by size (anchors of 32 and 64), the nearest position in parts of the box, and two boxes at one."""
+    anchors = [_grid(8, 4, 2, 32.0), _grid(16, 2, 1, 64.0)]
+    boxes = [
+        [0.0, 0, 63, 64],  # side 63.5: fine; centre (31.5, 32), nearest to (28, 12)
+        [16.0, 0, 48, 128],  # side 64: coarse
+        [4.0, 4, 6, 6],  # too small for any: the finest
+        [3.0, 3, 6.9, 6.9],  # nearest to the same position, and nearer in parts of its size
+    ]
+    row = assign_nearest(anchors, Boxes(torch.tensor(boxes)))
+    expected = [BACKGROUND] * 10
+    expected[0], expected[7], expected[9] = 3, 0, 1
+    assert row.tolist() == expected
+    assert assign_nearest(anchors, Boxes(torch.zeros(0, 4))).tolist() == [BACKGROUND] * 10
+
+
+def test_reppoints_losses_by_hand(tiny_detector: Callable) -> None:
+    """Check first points whose box is the anchor, refined ones a quarter of it off, and one position that is ignored."""
+    model = tiny_detector("reppoints")
+    anchors = [_grid(8, 3, 1, 32.0)]
+    half = 16 / 8  # strides
+    points = torch.stack(torch.meshgrid(*[torch.tensor([-1.0, 0, 1])] * 2, indexing="ij"), -1).flatten()
+    points = points * half / math.sqrt(0.75)
+    moved = points + torch.tensor([0.0, 1.0]).repeat(9)  # 8 pixels across
+    target = Instances((8, 24), gt_boxes=Boxes(torch.tensor([_square(4, 4, 32)])), gt_classes=torch.tensor([1]))
+    predictions = [[torch.zeros(1, 3, 3)], [moved.expand(1, 3, 18)], [points.expand(1, 3, 18)]]
+    # overlaps of anchors 8 and 16 pixels beside the box: 24 / 40 = 0.6 and 16 / 48
+    assignment = model.assign(anchors, predictions, [target])
+    assert assignment.tolist() == [[0, 0, BACKGROUND]]
+    losses = model.losses(anchors, predictions, assignment, [target])
+    # two positives: each a target with alpha 1/4, the seven others 3/4
+    assert losses["loss_reppoints_cls"].item() == pytest.approx(
+        (2 * 0.25 + 7 * 0.75) * 0.25 * math.log(2) / 2, rel=1e-5
+    )
+    # the nearest position alone, exact
+    assert losses["loss_reppoints_init"].item() == pytest.approx(0, abs=1e-5)
+    # both positives: 8 and 16 pixels too far right, left and right side each, in units of 32, less half of beta
+    expected = (2 * (0.25 - 0.055) + 2 * (0.5 - 0.055)) / 2
+    assert losses["loss_reppoints_refine"].item() == pytest.approx(expected, rel=1e-3)
+    far = Instances((8, 24), gt_boxes=Boxes(torch.tensor([_square(-10, 4, 32)])), gt_classes=torch.tensor([1]))
+    assert model.assign(anchors, predictions, [far]).tolist() == [[0, BACKGROUND, BACKGROUND]]  # its best, 0.39
+
+
+def test_reppoints_sample_where_the_first_points_are(tiny_detector: Callable) -> None:
+    """Check that with first points on the kernel's grid the deformable convolution is an ordinary one, and the gradient's share."""
+    head = tiny_detector("reppoints").head
+    x = torch.randn(1, 8, 5, 6)
+    with torch.no_grad():
+        head.first_points.weight.zero_()
+        head.first_points.bias.copy_(head.kernel_grid.flatten())
+    logits = head([x] * 5)[0][0]
+    class_features = torch.nn.functional.conv2d(head.cls_subnet(x), head.class_conv.weight, padding=1)
+    torch.testing.assert_close(logits, head.cls_score(class_features.relu()), rtol=1e-4, atol=1e-5)
+    (through_logits,) = torch.autograd.grad(logits.square().sum(), head.first_points.bias, retain_graph=True)
+    head.gradient_share = 1.0
+    whole = head([x] * 5)[0][0]
+    (all_of_it,) = torch.autograd.grad(whole.square().sum(), head.first_points.bias)
+    torch.testing.assert_close(through_logits, 0.1 * all_of_it, rtol=1e-3, atol=1e-7)
+    with torch.no_grad():
+        head.refined_points.weight.zero_()
+    (through_refined,) = torch.autograd.grad(head([x] * 5)[1][0].sum(), head.first_points.bias)
+    assert through_refined.abs().max() == 0  # the first points are added without gradient

@@ -23,7 +23,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from helpers import ROOT, Project, clean_process, make_project, train
 
-KINDS = ("retinanet", "fcos", "atss", "gfl", "faster", "mask", "cascade", "panoptic")
+KINDS = ("retinanet", "fcos", "atss", "gfl", "fsaf", "reppoints", "faster", "mask", "cascade", "panoptic")
 PSEUDO_LABELS = {"MODEL__KD__PSEUDO_LABELS__ENABLED": True, "MODEL__KD__PSEUDO_LABELS__SCORE_THRESH": 0.0}
 LOW_THRESHOLDS = ["MODEL.RETINANET.SCORE_THRESH_TEST", 0.0, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0]
 

@@ -39,6 +39,8 @@ OWN_LOSSES = {
     "fcos": {"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr"},
     "atss": {"loss_atss_cls", "loss_atss_box", "loss_atss_centerness"},
     "gfl": {"loss_gfl_quality", "loss_gfl_box", "loss_gfl_distribution"},
+    "fsaf": {"loss_fsaf_cls", "loss_fsaf_box"},
+    "reppoints": {"loss_reppoints_cls", "loss_reppoints_init", "loss_reppoints_refine"},
     "faster-rcnn": {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc"},
 }
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"
@@ -99,7 +101,7 @@ def test_a_resumed_run_goes_on_as_if_unbroken(project: Project) -> None:
     assert resumed.losses[6]["loss_feature_imitation"] > 0
 
 
-@pytest.mark.parametrize("detector", ["fcos", "atss", "gfl"])
+@pytest.mark.parametrize("detector", ["fcos", "atss", "gfl", "fsaf", "reppoints"])
 def test_dense_detectors_are_distilled_and_resumed(tmp_path: Path, detector: str) -> None:
     """Check the methods that read predictions, and ICD, on each; a resumed run goes on as if unbroken."""
     project = make_project(tmp_path, detector, **SMALL_ICD)

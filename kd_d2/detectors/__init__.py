@@ -2,7 +2,7 @@
 
 from ..modeling.assignment import BACKGROUND, IGNORED, Positives
 from .adapter import DETECTOR_ADAPTER_REGISTRY, BackboneAdapter, DetectorAdapter, build_adapter
-from .dense import ATSSAdapter, DenseDetectorAdapter, FCOSAdapter, GFLAdapter, RetinaNetAdapter
+from .dense import ATSSAdapter, DenseDetectorAdapter, FCOSAdapter, GFLAdapter, RetinaNetAdapter, SingleAnchorAdapter
 from .outputs import DensePredictions, DetectorOutputs, DetectorSpec
 from .rcnn import RCNNAdapter
 
@@ -22,5 +22,6 @@ __all__ = [
     "Positives",
     "RCNNAdapter",
     "RetinaNetAdapter",
+    "SingleAnchorAdapter",
     "build_adapter",
 ]

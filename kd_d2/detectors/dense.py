@@ -6,16 +6,15 @@ from typing import Any
 
 import torch
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.meta_arch import RetinaNet
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
 from detectron2.modeling.meta_arch.fcos import FCOS
-from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
+from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor
 
 from ..modeling import ATSS, GFL
-from ..modeling.assignment import BACKGROUND, IGNORED
-from ..modeling.dense import AdaptiveDetector
+from ..modeling.assignment import BACKGROUND, IGNORED, assign_by_iou
+from ..modeling.dense import SingleAnchorDetector
 from .adapter import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter
 from .outputs import DensePredictions, DetectorOutputs
 
@@ -75,8 +74,8 @@ class AnchorDetectorAdapter(DenseDetectorAdapter):
         """What the head gives: logits, box regression and, where there is one, quality, by level (B, HWA, dim)."""
         raise NotImplementedError
 
-    def assign(self, anchors: list[Boxes], targets: list[Instances]) -> Tensor:
-        """The detector's label assignment (B, R)."""
+    def assign(self, anchors: list[Boxes], predictions: list[list[Tensor]], targets: list[Instances]) -> Tensor:
+        """The detector's label assignment (B, R), of its transposed predictions where it depends on them."""
         raise NotImplementedError
 
     def losses(self, dense: DensePredictions, predictions: list[list[Tensor]], targets: list[Instances]) -> dict:
@@ -94,11 +93,12 @@ class AnchorDetectorAdapter(DenseDetectorAdapter):
         if "detections" in want:
             outputs.detections = self.detect(outputs.images, features, raw)
         predictions = self.transpose(raw)
-        logits, regression, *quality = (dict(zip(strides, levels, strict=True)) for levels in predictions)
-        dense = DensePredictions(logits, regression, outputs.anchors, self._decode, *quality)
+        logits, regression, *others = (dict(zip(strides, levels, strict=True)) for levels in predictions)
+        quality = others[0] if "quality" in self.provides else None
+        dense = DensePredictions(logits, regression, outputs.anchors, self._decode, quality)
         outputs.dense = dense
         if targets is not None:
-            dense.assign = lambda: self.assign(list(outputs.anchors.values()), targets)
+            dense.assign = lambda: self.assign(list(outputs.anchors.values()), predictions, targets)
             outputs.losses = self.losses(dense, predictions, targets)
 
     def _decode(self, regression: Tensor, anchors: Boxes) -> Tensor:
@@ -118,8 +118,9 @@ class RetinaNetAdapter(AnchorDetectorAdapter):
         dims = (self.model.num_classes, 4)
         return [[permute_to_N_HWA_K(x, dim) for x in levels] for levels, dim in zip(predictions, dims, strict=True)]
 
-    def assign(self, anchors: list[Boxes], targets: list[Instances]) -> Tensor:
-        return assign_by_iou(Boxes.cat(anchors), targets, self.model.anchor_matcher)
+    def assign(self, anchors: list[Boxes], predictions: list[list[Tensor]], targets: list[Instances]) -> Tensor:
+        everywhere, matcher = Boxes.cat(anchors), self.model.anchor_matcher
+        return torch.stack([assign_by_iou(everywhere, target.gt_boxes, matcher) for target in targets])
 
     def losses(self, dense: DensePredictions, predictions: list[list[Tensor]], targets: list[Instances]) -> dict:
         logits, deltas = predictions
@@ -140,7 +141,7 @@ class FCOSAdapter(AnchorDetectorAdapter):
         return [[permute_to_N_HWA_K(x, dim) for x in levels] for levels, dim in zip(predictions, dims, strict=True)]
 
     @torch.no_grad()
-    def assign(self, anchors: list[Boxes], targets: list[Instances]) -> Tensor:
+    def assign(self, anchors: list[Boxes], predictions: list[list[Tensor]], targets: list[Instances]) -> Tensor:
         """FCOS's label assignment that keeps the ground-truth index (Detectron2's `label_anchors` drops it)."""
         rows = []
         for target in targets:
@@ -157,24 +158,24 @@ class FCOSAdapter(AnchorDetectorAdapter):
         return self.model.losses(list(dense.anchors.values()), logits, labels, deltas, boxes, centerness)
 
 
-class AdaptiveDetectorAdapter(AnchorDetectorAdapter):
-    """ATSS and GFL."""
+@DETECTOR_ADAPTER_REGISTRY.register()
+class SingleAnchorAdapter(AnchorDetectorAdapter):
+    """The detectors of one anchor a position: FSAF, RepPoints, and others that have no quality."""
 
-    model_class = AdaptiveDetector
-    composes = (*AnchorDetectorAdapter.composes, "transpose", "assign")
+    model_class = SingleAnchorDetector
 
     def transpose(self, predictions: Any) -> list[list[Tensor]]:
         return self.model.transpose(predictions)
 
-    def assign(self, anchors: list[Boxes], targets: list[Instances]) -> Tensor:
-        return self.model.assign(anchors, targets)
+    def assign(self, anchors: list[Boxes], predictions: list[list[Tensor]], targets: list[Instances]) -> Tensor:
+        return self.model.assign(anchors, predictions, targets)
 
     def losses(self, dense: DensePredictions, predictions: list[list[Tensor]], targets: list[Instances]) -> dict:
         return self.model.losses(list(dense.anchors.values()), predictions, dense.assignment, targets)
 
 
 @DETECTOR_ADAPTER_REGISTRY.register()
-class ATSSAdapter(AdaptiveDetectorAdapter):
+class ATSSAdapter(SingleAnchorAdapter):
     """ATSS, which has a centreness."""
 
     model_class = ATSS
@@ -182,30 +183,10 @@ class ATSSAdapter(AdaptiveDetectorAdapter):
 
 
 @DETECTOR_ADAPTER_REGISTRY.register()
-class GFLAdapter(AdaptiveDetectorAdapter):
+class GFLAdapter(SingleAnchorAdapter):
     """GFL, whose class probabilities are joint scores already."""
 
     model_class = GFL
-
-
-@torch.no_grad()
-def assign_by_iou(anchors: Boxes, targets: list[Instances], matcher: Matcher) -> Tensor:
-    """RetinaNet's label assignment that keeps the ground-truth index (Detectron2's `label_anchors` drops it).
-
-    Args:
-        anchors: R anchors over all levels.
-        targets: per image the ground truth with `gt_boxes`.
-        matcher: labels 0 (background), -1 (ignored) and 1 (foreground).
-
-    Returns:
-        (B, R) int64: index of the ground-truth box, `BACKGROUND` or `IGNORED`.
-    """
-    rows = []
-    for target in targets:
-        matched, label = matcher(pairwise_iou(target.gt_boxes, anchors))
-        matched = matched.masked_fill(label == 0, BACKGROUND).masked_fill(label == -1, IGNORED)
-        rows.append(matched if len(target) else torch.full_like(matched, BACKGROUND))
-    return torch.stack(rows)
 
 
 @torch.no_grad()

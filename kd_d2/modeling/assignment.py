@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
+from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor
 
@@ -65,6 +66,24 @@ class Positives:
             is_later = (self.anchor >= start).view(-1, *[1] * (here.dim() - 1))
             picked = here if picked is None else torch.where(is_later, here, picked)
         return picked
+
+
+@torch.no_grad()
+def assign_by_iou(anchors: Boxes, gt_boxes: Boxes, matcher: Matcher) -> Tensor:
+    """RetinaNet's label assignment with the ground-truth index (Detectron2's `label_anchors` drops it).
+
+    Args:
+        anchors: R anchors over all levels.
+        gt_boxes: N boxes.
+        matcher: labels 0 (background), -1 (ignored) and 1 (foreground).
+
+    Returns:
+        (R,) int64: index of the box, `BACKGROUND` or `IGNORED`.
+    """
+    index, label = matcher(pairwise_iou(gt_boxes, anchors))
+    if len(gt_boxes) == 0:
+        return torch.full_like(index, BACKGROUND)
+    return index.masked_fill(label == 0, BACKGROUND).masked_fill(label == -1, IGNORED)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What FCOS, ATSS and GFL share: keys, construction from a config, and the detector with adaptive label assignment."""
+"""What dense detectors share: keys, construction from a config, and the detector with one anchor a position."""
 
 from __future__ import annotations
 
@@ -75,10 +75,10 @@ def adaptive_arguments(cfg: CfgNode, node: CfgNode) -> tuple[dict[str, Any], dic
     return {**detector, "anchor_scale": node.ANCHOR_SCALE, "assign_topk": node.TOPK}, head
 
 
-class AdaptiveDetector(DenseDetector):
-    """A dense detector with one square anchor a position and adaptive label assignment; ATSS and GFL are two.
+class SingleAnchorDetector(DenseDetector):
+    """A dense detector with one square anchor a position.
 
-    A subclass has `scores`, `losses`, and in `dims` the sizes of what its head gives an anchor.
+    A subclass has `assign`, `losses`, `scores`, and in `dims` the sizes of what its head gives an anchor.
     """
 
     def __init__(
@@ -90,8 +90,7 @@ class AdaptiveDetector(DenseDetector):
         box2box_transform: Any,
         num_classes: int,
         dims: list[int],
-        anchor_scale: float = 8.0,
-        assign_topk: int = 9,
+        anchor_scale: float,
         test_score_thresh: float = 0.05,
         test_topk_candidates: int = 1000,
         test_nms_thresh: float = 0.6,
@@ -106,7 +105,6 @@ class AdaptiveDetector(DenseDetector):
             box2box_transform: its `apply_deltas(regression (N, D), anchors (N, 4))` gives boxes (N, 4).
             dims: of the head's outputs at a position.
             anchor_scale: side of the anchors in strides.
-            assign_topk: candidates of each level for an instance, see `assign_adaptively`.
             input_format: order of the channels that pixel_mean is in.
         """
         super().__init__(backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std)
@@ -114,7 +112,6 @@ class AdaptiveDetector(DenseDetector):
         self.dims = dims
         self.input_format = input_format
         self.box2box_transform = box2box_transform
-        self.assign_topk = assign_topk
         self.test_score_thresh = test_score_thresh
         self.test_topk_candidates = test_topk_candidates
         self.test_nms_thresh = test_nms_thresh
@@ -129,11 +126,6 @@ class AdaptiveDetector(DenseDetector):
         """What the head gives, by kind and level: (B, HW, dim)."""
         return self._transpose_dense_predictions(predictions, self.dims)
 
-    @torch.no_grad()
-    def assign(self, anchors: list[Boxes], targets: list[Instances]) -> Tensor:
-        """The label assignment (B, R): index of the ground-truth box, -1 for background; nothing is ignored."""
-        return torch.stack([assign_adaptively(anchors, target.gt_boxes, self.assign_topk) for target in targets])
-
     def forward_training(
         self,
         images: ImageList,
@@ -142,7 +134,12 @@ class AdaptiveDetector(DenseDetector):
         gt_instances: list[Instances],
     ) -> dict[str, Tensor]:
         anchors = self.anchor_generator(features)
-        return self.losses(anchors, self.transpose(predictions), self.assign(anchors, gt_instances), gt_instances)
+        transposed = self.transpose(predictions)
+        return self.losses(anchors, transposed, self.assign(anchors, transposed, gt_instances), gt_instances)
+
+    def assign(self, anchors: list[Boxes], predictions: list[list[Tensor]], targets: list[Instances]) -> Tensor:
+        """The label assignment (B, R): index of the ground-truth box, `BACKGROUND` or `IGNORED`; without gradient."""
+        raise NotImplementedError
 
     def losses(
         self, anchors: list[Boxes], predictions: list[list[Tensor]], assignment_BR: Tensor, targets: list[Instances]
@@ -175,3 +172,19 @@ class AdaptiveDetector(DenseDetector):
             )
             results.append(candidates[keep[: self.max_detections_per_image]])
         return results
+
+
+class AdaptiveDetector(SingleAnchorDetector):
+    """With the label assignment of ATSS; a subclass has `losses` and `scores`."""
+
+    def __init__(self, *, assign_topk: int = 9, anchor_scale: float = 8.0, **arguments: Any):
+        """
+        Args:
+            assign_topk: candidates of each level for an instance, see `assign_adaptively`.
+            arguments: those of `SingleAnchorDetector`.
+        """
+        super().__init__(anchor_scale=anchor_scale, **arguments)
+        self.assign_topk = assign_topk
+
+    def assign(self, anchors: list[Boxes], predictions: list[list[Tensor]], targets: list[Instances]) -> Tensor:
+        return torch.stack([assign_adaptively(anchors, target.gt_boxes, self.assign_topk) for target in targets])

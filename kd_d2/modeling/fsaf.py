@@ -1,0 +1,197 @@
+"""FSAF: the feature selective anchor-free branch (Zhu et al. 2019), on RetinaNet's structure.
+
+Shape suffixes: B images, K classes, R positions of an image over all levels, N instances of an image, P positives or candidates
+of all images, L levels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.box_regression import Box2BoxTransformLinear
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from detectron2.structures import Boxes, Instances, pairwise_ioa
+from detectron2.structures.boxes import matched_pairwise_iou
+from fvcore.nn import sigmoid_focal_loss
+from torch import Tensor, nn
+
+from ..workers import mean_count_of_workers
+from .assignment import BACKGROUND, IGNORED, Positives
+from .dense import SingleAnchorDetector, add_dense_keys, dense_arguments
+
+DISTANCE_UNIT = 4.0  # strides
+MIN_CELL_SHARE = 0.01
+"""A position is in a region that covers more than this part of its cell, so that small regions have positions too."""
+MIN_IOU = 1e-6
+
+
+def add_fsaf_config(cfg: CfgNode) -> None:
+    """Add MODEL.FSAF."""
+    node = cfg.MODEL.FSAF = CfgNode()
+    add_dense_keys(node)
+    node.NORM = ""
+    node.NMS_THRESH_TEST = 0.5
+    # Of a box's sides: its middle, whose positions are to predict it, and the larger region where its class is ignored.
+    node.EFFECTIVE_SCALE = 0.2
+    node.IGNORING_SCALE = 0.2
+    node.FOCAL_LOSS_ALPHA = 0.25
+    node.FOCAL_LOSS_GAMMA = 2.0
+    node.BOX_LOSS_WEIGHT = 1.0
+
+
+class FSAFHead(RetinaNetHead):
+    """RetinaNet's head with one prediction a position: the distances to the box's sides."""
+
+    def __init__(self, **arguments: Any):
+        super().__init__(num_anchors=1, **arguments)
+        nn.init.constant_(
+            self.bbox_pred.bias, 1 / DISTANCE_UNIT
+        )  # a box of two strides, where distances have a gradient
+
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Levels (B, C, H, W) to logits (B, K, H, W) and distances (B, 4, H, W) left, top, right, bottom in strides by level."""
+        logits, distances = super().forward(features)
+        return logits, [DISTANCE_UNIT * F.relu(level) for level in distances]
+
+
+@META_ARCH_REGISTRY.register()
+class FSAF(SingleAnchorDetector):
+    """No anchors: positions in the middle of an instance predict it, on the one level where their loss is the smallest."""
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        effective_scale: float = 0.2,
+        ignoring_scale: float = 0.2,
+        focal_loss_alpha: float = 0.25,
+        focal_loss_gamma: float = 2.0,
+        box_loss_weight: float = 1.0,
+        **arguments: Any,
+    ):
+        """
+        Args:
+            effective_scale: of a box's sides, for the middle whose positions are candidates.
+            ignoring_scale: of a box's sides, for the region where its class is not asked for.
+            arguments: those of `SingleAnchorDetector` but for its box transform, dims and anchor scale.
+        """
+        dims = [arguments["num_classes"], 4]
+        super().__init__(box2box_transform=Box2BoxTransformLinear(), dims=dims, anchor_scale=1.0, **arguments)
+        self.effective_scale = effective_scale
+        self.ignoring_scale = ignoring_scale
+        self.focal_loss_alpha = focal_loss_alpha
+        self.focal_loss_gamma = focal_loss_gamma
+        self.box_loss_weight = box_loss_weight
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        node = cfg.MODEL.FSAF
+        detector, head = dense_arguments(cfg, node)
+        return {
+            **detector,
+            "head": FSAFHead(**head),
+            "effective_scale": node.EFFECTIVE_SCALE,
+            "ignoring_scale": node.IGNORING_SCALE,
+            "focal_loss_alpha": node.FOCAL_LOSS_ALPHA,
+            "focal_loss_gamma": node.FOCAL_LOSS_GAMMA,
+            "box_loss_weight": node.BOX_LOSS_WEIGHT,
+        }
+
+    @torch.no_grad()
+    def assign(self, anchors: list[Boxes], predictions: list[list[Tensor]], targets: list[Instances]) -> Tensor:
+        """Online level selection: of an instance's candidates those of the level with the smallest mean loss; others are ignored."""
+        cells = Boxes.cat(anchors)
+        candidates = [smallest_box(in_middle(cells, t.gt_boxes, self.effective_scale), t.gt_boxes) for t in targets]
+        assignment_BR = torch.stack(candidates)
+        positives = Positives.of(assignment_BR)
+        classification_P, box_P = self._positive_losses(cells, predictions, positives, targets)
+        ends_L = torch.tensor([len(level) for level in anchors], device=cells.device).cumsum(0)
+        level_P = torch.bucketize(positives.anchor, ends_L, right=True)
+        instance_P = positives.among_all(targets)
+        best_N = best_level(classification_P + box_P, instance_P, level_P, sum(map(len, targets)), len(anchors))
+        chosen_P = torch.where(level_P == best_N[instance_P], positives.instance, IGNORED)
+        return assignment_BR.index_put_((positives.image, positives.anchor), chosen_P)
+
+    def _positive_losses(
+        self, cells: Boxes, predictions: list[list[Tensor]], positives: Positives, targets: list[Instances]
+    ) -> tuple[Tensor, Tensor]:
+        """Focal loss over all classes (P,), and IoU loss of the boxes (P,)."""
+        logits, distances = predictions
+        class_P, box_P4 = positives.ground_truth(targets)
+        logits_PK = positives.pick(logits).float()
+        is_class_PK = F.one_hot(class_P, self.num_classes).to(logits_PK)
+        predicted_P4 = self.box2box_transform.apply_deltas(
+            positives.pick(distances).float(), cells.tensor[positives.anchor]
+        )
+        overlap_P = matched_pairwise_iou(Boxes(predicted_P4), Boxes(box_P4))
+        return self._focal_loss(logits_PK, is_class_PK).sum(1), -overlap_P.clamp(min=MIN_IOU).log()
+
+    def _focal_loss(self, logits: Tensor, is_class: Tensor) -> Tensor:
+        return sigmoid_focal_loss(logits, is_class, alpha=self.focal_loss_alpha, gamma=self.focal_loss_gamma)
+
+    def losses(
+        self, anchors: list[Boxes], predictions: list[list[Tensor]], assignment_BR: Tensor, targets: list[Instances]
+    ) -> dict[str, Tensor]:
+        """Focal loss of all positions and classes that are not ignored; IoU loss of the positives."""
+        cells, logits = Boxes.cat(anchors), predictions[0]
+        positives = Positives.of(assignment_BR)
+        class_P, _ = positives.ground_truth(targets)
+        num_positives = mean_count_of_workers(class_P.new_tensor(len(class_P), dtype=torch.float32))
+        with torch.autocast(logits[0].device.type, enabled=False):
+            logits_BRK = torch.cat(logits, 1).float()
+            is_class_BRK = torch.zeros_like(logits_BRK)
+            is_class_BRK[positives.image, positives.anchor, class_P] = 1
+            ignored_BRK = torch.stack([self._ignored(cells, target) for target in targets]) & (is_class_BRK == 0)
+            classification = self._focal_loss(logits_BRK, is_class_BRK).masked_fill(ignored_BRK, 0).sum()
+            _, box_P = self._positive_losses(cells, predictions, positives, targets)
+        return {
+            "loss_fsaf_cls": classification / num_positives,
+            "loss_fsaf_box": self.box_loss_weight * box_P.sum() / num_positives,
+        }
+
+    def _ignored(self, cells: Boxes, target: Instances) -> Tensor:
+        """(R, K) where a class is not asked for, unless it is assigned: in middle and ignoring region of its instances."""
+        near_NR = in_middle(cells, target.gt_boxes, self.effective_scale)
+        near_NR |= covers_cell(cells, target.gt_boxes, self.ignoring_scale)
+        is_class_NK = F.one_hot(target.gt_classes, self.num_classes)
+        return near_NR.float().T @ is_class_NK.float() > 0
+
+    def scores(self, predictions: list[list[Tensor]]) -> list[Tensor]:
+        """The class probabilities."""
+        return [level.sigmoid() for level in predictions[0]]
+
+
+def covers_cell(cells: Boxes, gt_boxes: Boxes, scale: float) -> Tensor:
+    """(N, R) whether a box, its sides times `scale` around its centre, covers enough of a position's cell."""
+    center, half = gt_boxes.get_centers(), (gt_boxes.tensor[:, 2:] - gt_boxes.tensor[:, :2]) * (scale / 2)
+    return pairwise_ioa(Boxes(torch.cat([center - half, center + half], 1)), cells) > MIN_CELL_SHARE
+
+
+def in_middle(cells: Boxes, gt_boxes: Boxes, scale: float) -> Tensor:
+    """(N, R) whether a position is in the middle of a box: `covers_cell`, and its centre is inside the box."""
+    x, y = cells.get_centers().unbind(1)
+    x1, y1, x2, y2 = gt_boxes.tensor[:, :, None].unbind(1)
+    return covers_cell(cells, gt_boxes, scale) & (x > x1) & (x < x2) & (y > y1) & (y < y2)
+
+
+def smallest_box(is_inside_NR: Tensor, gt_boxes: Boxes) -> Tensor:
+    """(R,) index of the smallest box that a position is in, or `BACKGROUND`."""
+    if len(gt_boxes) == 0:
+        return torch.full(is_inside_NR.shape[1:], BACKGROUND, device=is_inside_NR.device)
+    area_NR = torch.where(is_inside_NR, gt_boxes.area()[:, None], torch.inf)
+    area_R, index_R = area_NR.min(0)
+    return index_R.masked_fill(area_R.isinf(), BACKGROUND)
+
+
+def best_level(loss_P: Tensor, instance_P: Tensor, level_P: Tensor, num_instances: int, num_levels: int) -> Tensor:
+    """(N,) the level on which the mean loss of an instance's candidates is the smallest (Zhu et al. 2019, equation 3)."""
+    slot_P = instance_P * num_levels + level_P
+    total, count = loss_P.new_zeros(2, num_instances * num_levels)
+    total.index_add_(0, slot_P, loss_P)
+    count.index_add_(0, slot_P, torch.ones_like(loss_P))
+    mean = torch.where(count > 0, total / count, torch.inf)
+    return mean.view(num_instances, num_levels).argmin(1)

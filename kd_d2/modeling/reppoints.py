@@ -1,0 +1,272 @@
+"""RepPoints: objects as sets of points (Yang et al. 2019).
+
+Shape suffixes: B images, K classes, R positions of an image over all levels, N instances of an image, P positives of all
+images. Point sets are (..., 2 * points): y and x in turn, in strides from the position.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.matcher import Matcher
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from detectron2.structures import Boxes, Instances
+from fvcore.nn import sigmoid_focal_loss, smooth_l1_loss
+from torch import Tensor, nn
+from torchvision.ops import DeformConv2d
+
+from ..workers import mean_count_of_workers
+from .assignment import BACKGROUND, Positives, assign_by_iou
+from .dense import SingleAnchorDetector, add_dense_keys, dense_arguments
+
+TRANSFER_LEARNING_RATE = 0.01
+"""Part of the gradient that reaches the learned factor from deviation to half a side."""
+VARIANCE_EPS = 1e-6
+
+
+def add_reppoints_config(cfg: CfgNode) -> None:
+    """Add MODEL.REPPOINTS."""
+    node = cfg.MODEL.REPPOINTS = CfgNode()
+    add_dense_keys(node)
+    node.NUM_CONVS = 3
+    node.NORM = ""
+    node.NMS_THRESH_TEST = 0.5
+    # Points of a set: the square of an odd number.
+    node.NUM_POINTS = 9
+    # Part of the gradient that reaches the first points through where features are sampled.
+    node.GRADIENT_SHARE = 0.1
+    # Size of an instance in strides at which a level is its own; losses of boxes are in this unit.
+    node.BASE_SCALE = 4.0
+    # Overlap of the first box with the ground truth: below it background, from it on foreground; ignored between.
+    node.IOU_THRESHOLDS = [0.4, 0.5]
+    node.FOCAL_LOSS_ALPHA = 0.25
+    node.FOCAL_LOSS_GAMMA = 2.0
+    node.SMOOTH_L1_BETA = 0.11
+    # Of the boxes of the first and of the refined points.
+    node.INIT_LOSS_WEIGHT = 0.5
+    node.REFINE_LOSS_WEIGHT = 1.0
+
+
+class PointConv(DeformConv2d):
+    """A deformable convolution, in float32 under autocast too."""
+
+    def forward(self, x: Tensor, offset: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float(), offset.float())
+
+
+class RepPointsHead(RetinaNetHead):
+    """RetinaNet's towers; then first points, features sampled at them, and from these classes and refined points.
+
+    Args:
+        num_points: of a set.
+        gradient_share: see MODEL.REPPOINTS.GRADIENT_SHARE.
+        arguments: those of `RetinaNetHead` but for num_anchors.
+    """
+
+    def __init__(
+        self, *, num_classes: int, conv_dims: list[int], num_points: int, gradient_share: float, **arguments: Any
+    ):
+        super().__init__(num_classes=num_classes, conv_dims=conv_dims, num_anchors=1, **arguments)
+        del self.bbox_pred
+        self.gradient_share = gradient_share
+        side, channels = math.isqrt(num_points), conv_dims[-1]
+        class_bias = self.cls_score.bias
+        self.first_conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.first_points = nn.Conv2d(channels, 2 * num_points, 1)
+        self.class_conv = PointConv(channels, channels, side, padding=side // 2, bias=False)
+        self.cls_score = nn.Conv2d(channels, num_classes, 1)
+        self.refine_conv = PointConv(channels, channels, side, padding=side // 2, bias=False)
+        self.refined_points = nn.Conv2d(channels, 2 * num_points, 1)
+        new = (
+            self.first_conv,
+            self.first_points,
+            self.class_conv,
+            self.cls_score,
+            self.refine_conv,
+            self.refined_points,
+        )
+        for layer in new:
+            nn.init.normal_(layer.weight, std=0.01)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        self.cls_score.bias = class_bias
+        self.moment_transfer = nn.Parameter(torch.zeros(2))
+        lines = torch.arange(side, dtype=torch.float32) - side // 2
+        grid = torch.stack(torch.meshgrid(lines, lines, indexing="ij"), -1)
+        self.register_buffer("kernel_grid", grid.view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Levels (B, C, H, W) to logits (B, K, H, W), refined and first points (B, 2 * points, H, W) by level."""
+        outputs = [self._level(level) for level in features]
+        return tuple(list(levels) for levels in zip(*outputs, strict=True))
+
+    def _level(self, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        class_features, point_features = self.cls_subnet(level), self.bbox_subnet(level)
+        first = self.first_points(F.relu(self.first_conv(point_features)))
+        sampled_at = first.detach().lerp(first, self.gradient_share) - self.kernel_grid
+        logits = self.cls_score(F.relu(self.class_conv(class_features, sampled_at)))
+        moves = self.refined_points(F.relu(self.refine_conv(point_features, sampled_at)))
+        return logits, first.detach() + moves, first
+
+
+class PointTransform:
+    """Boxes from the moments of point sets: mean, and deviation times a learned factor for half a side.
+
+    Args:
+        anchor_scale: side of the anchors in strides.
+        moment_transfer: (2,) logarithm of the factor, horizontal and vertical.
+    """
+
+    def __init__(self, anchor_scale: float, moment_transfer: nn.Parameter):
+        self.anchor_scale = anchor_scale
+        self.moment_transfer = moment_transfer
+
+    def apply_deltas(self, points: Tensor, anchors: Tensor) -> Tensor:
+        """Boxes (P, 4) of point sets (P, 2 * points) around the centres of anchors (P, 4)."""
+        point_Pn2 = points.unflatten(-1, (-1, 2)).flip(-1)  # x before y
+        mean = point_Pn2.mean(-2)
+        variance = (point_Pn2 - mean[..., None, :]).square().sum(-2) / (point_Pn2.shape[-2] - 1)
+        deviation = (variance + VARIANCE_EPS).sqrt()
+        transfer = self.moment_transfer.detach().lerp(self.moment_transfer, TRANSFER_LEARNING_RATE)
+        half = deviation * transfer.exp()
+        center = (anchors[:, :2] + anchors[:, 2:]) / 2
+        stride = (anchors[:, 2:3] - anchors[:, 0:1]) / self.anchor_scale
+        return torch.cat([center + (mean - half) * stride, center + (mean + half) * stride], -1)
+
+
+@META_ARCH_REGISTRY.register()
+class RepPoints(SingleAnchorDetector):
+    """First points by the nearest position, refined points and classes by the overlap of the first points' box."""
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        head: RepPointsHead,
+        num_points: int = 9,
+        base_scale: float = 4.0,
+        iou_thresholds: list[float] = (0.4, 0.5),
+        focal_loss_alpha: float = 0.25,
+        focal_loss_gamma: float = 2.0,
+        smooth_l1_beta: float = 0.11,
+        init_loss_weight: float = 0.5,
+        refine_loss_weight: float = 1.0,
+        **arguments: Any,
+    ):
+        """
+        Args:
+            base_scale: see MODEL.REPPOINTS.BASE_SCALE.
+            iou_thresholds: see MODEL.REPPOINTS.IOU_THRESHOLDS.
+            arguments: those of `SingleAnchorDetector` but for its box transform, dims and anchor scale.
+        """
+        super().__init__(
+            head=head,
+            box2box_transform=PointTransform(base_scale, head.moment_transfer),
+            dims=[arguments["num_classes"], 2 * num_points, 2 * num_points],
+            anchor_scale=base_scale,
+            **arguments,
+        )
+        self.matcher = Matcher(list(iou_thresholds), [0, -1, 1], allow_low_quality_matches=True)
+        self.focal_loss_alpha = focal_loss_alpha
+        self.focal_loss_gamma = focal_loss_gamma
+        self.smooth_l1_beta = smooth_l1_beta
+        self.init_loss_weight = init_loss_weight
+        self.refine_loss_weight = refine_loss_weight
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        node = cfg.MODEL.REPPOINTS
+        detector, head = dense_arguments(cfg, node)
+        return {
+            **detector,
+            "head": RepPointsHead(num_points=node.NUM_POINTS, gradient_share=node.GRADIENT_SHARE, **head),
+            "num_points": node.NUM_POINTS,
+            "base_scale": node.BASE_SCALE,
+            "iou_thresholds": node.IOU_THRESHOLDS,
+            "focal_loss_alpha": node.FOCAL_LOSS_ALPHA,
+            "focal_loss_gamma": node.FOCAL_LOSS_GAMMA,
+            "smooth_l1_beta": node.SMOOTH_L1_BETA,
+            "init_loss_weight": node.INIT_LOSS_WEIGHT,
+            "refine_loss_weight": node.REFINE_LOSS_WEIGHT,
+        }
+
+    @torch.no_grad()
+    def assign(self, anchors: list[Boxes], predictions: list[list[Tensor]], targets: list[Instances]) -> Tensor:
+        """By the overlap of the first points' boxes, as RetinaNet's by that of its anchors."""
+        cells = Boxes.cat(anchors).tensor
+        first_BRn = torch.cat(predictions[2], 1).float()
+        boxes = [Boxes(self.box2box_transform.apply_deltas(points, cells)) for points in first_BRn]
+        return torch.stack([assign_by_iou(b, t.gt_boxes, self.matcher) for b, t in zip(boxes, targets, strict=True)])
+
+    def losses(
+        self, anchors: list[Boxes], predictions: list[list[Tensor]], assignment_BR: Tensor, targets: list[Instances]
+    ) -> dict[str, Tensor]:
+        """Focal loss of what is not ignored; smooth l1 of the boxes of first and of refined points, in the levels' unit."""
+        logits, refined, first = predictions
+        positives = Positives.of(assignment_BR)
+        class_P, _ = positives.ground_truth(targets)
+        num_positives = mean_count_of_workers(class_P.new_tensor(len(class_P), dtype=torch.float32))
+        nearest_BR = torch.stack([assign_nearest(anchors, t.gt_boxes) for t in targets])
+        with torch.autocast(logits[0].device.type, enabled=False):
+            logits_BRK = torch.cat(logits, 1).float()
+            is_class_BRK = torch.zeros_like(logits_BRK)
+            is_class_BRK[positives.image, positives.anchor, class_P] = 1
+            classification = sigmoid_focal_loss(
+                logits_BRK, is_class_BRK, alpha=self.focal_loss_alpha, gamma=self.focal_loss_gamma
+            )
+            asked_BR1 = (assignment_BR >= BACKGROUND)[..., None]
+            return {
+                "loss_reppoints_cls": (classification * asked_BR1).sum() / num_positives,
+                "loss_reppoints_init": self.init_loss_weight
+                * self._box_loss(anchors, first, Positives.of(nearest_BR), targets),
+                "loss_reppoints_refine": self.refine_loss_weight * self._box_loss(anchors, refined, positives, targets),
+            }
+
+    def _box_loss(
+        self, anchors: list[Boxes], points: list[Tensor], positives: Positives, targets: list[Instances]
+    ) -> Tensor:
+        _, box_P4 = positives.ground_truth(targets)
+        anchor_P4 = Boxes.cat(anchors).tensor[positives.anchor]
+        unit_P1 = anchor_P4[:, 2:3] - anchor_P4[:, 0:1]
+        predicted_P4 = self.box2box_transform.apply_deltas(positives.pick(points).float(), anchor_P4)
+        loss = smooth_l1_loss(predicted_P4 / unit_P1, box_P4 / unit_P1, beta=self.smooth_l1_beta, reduction="sum")
+        return loss / mean_count_of_workers(box_P4.new_tensor(float(len(box_P4))))
+
+    def scores(self, predictions: list[list[Tensor]]) -> list[Tensor]:
+        """The class probabilities."""
+        return [level.sigmoid() for level in predictions[0]]
+
+
+@torch.no_grad()
+def assign_nearest(anchors: list[Boxes], gt_boxes: Boxes) -> Tensor:
+    """Each instance to the position nearest to its centre, on the level whose anchors are nearest below it in size.
+
+    Distances are in parts of the instance's width and height. A position that is the nearest of several takes the nearest.
+
+    Args:
+        anchors: by level, in order of size.
+        gt_boxes: N boxes.
+
+    Returns:
+        (R,) int64: index of the box, or `BACKGROUND`.
+    """
+    everywhere = Boxes.cat(anchors)
+    if len(gt_boxes) == 0:
+        return torch.full((len(everywhere),), BACKGROUND, device=everywhere.device)
+    extent_N2 = (gt_boxes.tensor[:, 2:] - gt_boxes.tensor[:, :2]).clamp(min=1e-6)
+    side_L = torch.stack([level.tensor[0, 2] - level.tensor[0, 0] for level in anchors])
+    level_N = (torch.bucketize(extent_N2.log2().mean(1), side_L.log2(), right=True) - 1).clamp(min=0)
+    counts = torch.tensor([len(level) for level in anchors], device=side_L.device)
+    level_R = torch.repeat_interleave(torch.arange(len(anchors), device=side_L.device), counts)
+    offset_NR2 = (everywhere.get_centers() - gt_boxes.get_centers()[:, None]) / extent_N2[:, None]
+    distance_NR = offset_NR2.norm(dim=-1).masked_fill(level_R != level_N[:, None], torch.inf)
+    nearest_N1 = distance_NR.argmin(1, keepdim=True)
+    taken_NR = torch.full_like(distance_NR, torch.inf).scatter_(1, nearest_N1, distance_NR.gather(1, nearest_N1))
+    best_R, index_R = taken_NR.min(0)
+    return index_R.masked_fill(best_R.isinf(), BACKGROUND)
