@@ -1,5 +1,6 @@
 """Every yaml that the project supplies: it loads, it is what its name says, and what it describes can be built."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -76,7 +77,41 @@ DISTILLED = {
         "faster_rcnn_R50", "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml", "ssim", 2, "none", True
     ),
 }
-OTHERS = {X101.removesuffix(".yaml"), "retinanet_R101-R50_ssim_bn"}
+SSIM = "retinanet_R101-R50_ssim"
+STRUCTURAL = "MODEL.KD.STRUCTURAL."
+TWICE_AS_LONG = {"SOLVER.STEPS": [234500, 322500], "SOLVER.MAX_ITER": 351800}
+NO_ANNOTATIONS = {"MODEL.KD.PSEUDO_LABELS.ENABLED": True}
+VARIANTS = {
+    **{
+        f"{SSIM}_{component}": (SSIM, {STRUCTURAL + "SSIM_EXPONENTS": exponents})
+        for component, exponents in (
+            ("luminance", [1.0, 0.0, 0.0]),
+            ("contrast", [0.0, 1.0, 0.0]),
+            ("structure", [0.0, 0.0, 1.0]),
+            ("contrast_structure", [0.0, 1.0, 1.0]),
+        )
+    },
+    f"{SSIM}_2x": (SSIM, TWICE_AS_LONG),
+    "retinanet_R50_2x": ("retinanet_R50", TWICE_AS_LONG),
+    f"{SSIM}_1x1": (SSIM, {STRUCTURAL + "ADAPTATION": "1x1"}),
+    "faster_rcnn_X101-R50_ssim_no_adaptation": ("faster_rcnn_X101-R50_ssim", {STRUCTURAL + "ADAPTATION": "none"}),
+    **{f"{SSIM}_F{side}": (SSIM, {STRUCTURAL + "WINDOW_SIZE": side}) for side in (5, 7, 9, 13)},
+    **{
+        f"retinanet_R101-R50_{loss}": (SSIM, {STRUCTURAL + "LOSS": loss})
+        for loss in ("smooth_l1", "ms_ssim", "l1_ms_ssim")
+    },
+    "retinanet_R101-R50_spatial_ssim": (SSIM, {STRUCTURAL + "SPATIAL_ATTENTION": True}),
+    f"{SSIM}_no_annotations": (SSIM, NO_ANNOTATIONS),
+    "retinanet_R101-R50_l2_no_annotations": ("retinanet_R101-R50_l2", NO_ANNOTATIONS),
+    "retinanet_R101-R50_no_annotations": (SSIM, {**NO_ANNOTATIONS, "MODEL.KD.DISTILLERS": []}),
+}
+"""By name the config that a row of the thesis is otherwise equal to, and what differs."""
+OTHER_DETECTORS = {"fsaf": ("FSAF", 36.4), "reppoints": ("RepPoints", 36.8)}
+OTHERS = {
+    X101.removesuffix(".yaml"),
+    f"{SSIM}_bn",
+    *(f"{name}_{rest}" for name in OTHER_DETECTORS for rest in ("X101", "R50", "X101-R50_ssim")),
+}
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +199,7 @@ def test_bases_are_detectron2s_own(name: str) -> None:
 def test_the_thesis_tables_are_complete() -> None:
     """Check that the tables of this file and the folder name the same configs."""
     files = {path.stem for path in THESIS.glob("*.yaml") if not path.stem.startswith("Base-")}
-    assert files == PLAIN.keys() | DISTILLED.keys() | OTHERS
+    assert files == PLAIN.keys() | DISTILLED.keys() | VARIANTS.keys() | OTHERS
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -213,6 +248,43 @@ def test_distilled_students_of_the_thesis(name: str, stand_in: str) -> None:
     student = load(THESIS / f"{name}.yaml", stand_in, student_only=True)
     plain = load(THESIS / f"{expected.student}.yaml", stand_in)
     assert without(student, "MODEL.KD") == without(plain, "MODEL.KD")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_of_the_thesis(name: str, stand_in: str) -> None:
+    """Check that they differ in what they are named for, and in nothing else."""
+    base, expected = VARIANTS[name]
+    ours, theirs = (without(load(THESIS / f"{n}.yaml", stand_in)) for n in (name, base))
+    assert dict(differences(ours, theirs)) == expected
+
+
+def differences(tree: dict, other: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from differences(value, other[key], f"{prefix}{key}.")
+        elif value != other[key]:
+            yield prefix + key, value
+
+
+@pytest.mark.parametrize("name", OTHER_DETECTORS)
+def test_other_detectors_of_the_thesis(name: str, stand_in: str) -> None:
+    """Check schedule, size and levels of the student, and that it learns from the same detector on a larger backbone."""
+    detector, million_parameters = OTHER_DETECTORS[name]
+    plain = load(THESIS / f"{name}_R50.yaml", stand_in)
+    retinanet = load(THESIS / "retinanet_R50.yaml", stand_in)
+    assert detector == plain.MODEL.META_ARCHITECTURE
+    for key in ("STEPS", "MAX_ITER", "IMS_PER_BATCH", "BASE_LR"):
+        assert plain.SOLVER[key] == retinanet.SOLVER[key]
+    assert plain.MODEL.BACKBONE == retinanet.MODEL.BACKBONE
+    model = build(plain)
+    assert sorted(build_adapter(model).spec.shapes) == P3_TO_P7
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(million_parameters, abs=0.15)
+    cfg = load(THESIS / f"{name}_X101-R50_ssim.yaml", stand_in)
+    assert without(load(THESIS / f"{name}_X101-R50_ssim.yaml", stand_in, student_only=True), "MODEL.KD") == without(
+        plain, "MODEL.KD"
+    )
+    teacher = load_teacher_config(cfg)
+    assert (detector, 32) == (teacher.MODEL.META_ARCHITECTURE, teacher.MODEL.RESNETS.NUM_GROUPS)
 
 
 def test_teachers_of_the_zoo_come_with_their_trained_checkpoint(stand_in: str) -> None:
@@ -279,6 +351,8 @@ def test_batch_norm_is_a_switch(stand_in: str) -> None:
     [
         ("retinanet-ssim", "StructuralKD", "ssim", 4),
         ("faster-rcnn-ssim", "StructuralKD", "ssim", 2),
+        ("fsaf-ssim", "StructuralKD", "ssim", None),
+        ("reppoints-ssim", "StructuralKD", "ssim", None),
         ("retinanet-feature-imitation", "FeatureImitation", None, None),
         ("retinanet-icd", "ICD", None, None),
         ("faster-rcnn-icd", "ICD", None, None),
