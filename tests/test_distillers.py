@@ -9,6 +9,7 @@ from kd_d2.detectors import DetectorOutputs, DetectorSpec
 from kd_d2.distillers import DISTILLER_REGISTRY, Distiller, FeatureImitation, OptimizerSettings, Schedule, StructuralKD
 from kd_d2.distillers.base import AdaptationLayers, check_number, common_strides, levels_by_stride
 from kd_d2.errors import UserError
+from kd_d2.losses import ms_ssim_loss, ssim_loss
 
 import kornia
 import pytest
@@ -145,6 +146,56 @@ def test_structural_ssim_on_single_cells_and_rows(build: Callable) -> None:
     # A single cell has no range: nu makes it 0 in both. In the row 0, 1 meets 1, 0.
     loss = _loss(distiller, {8: _map([7.0]), 16: _map([3, 5])}, {8: _map([2.0]), 16: _map([5, 3])})
     assert loss == pytest.approx((1 - 1e-4 / (1 + 1e-4)) / 2, abs=2e-5)
+
+
+def test_structural_loss_maps_by_hand(build: Callable) -> None:
+    """Check the values of BY_HAND's maps at each position; with two channels, their mean."""
+    maps = build("STRUCTURAL", {8: 1, 16: 1}, LOSS="l1").loss_maps(_outputs(STUDENT), _outputs(TEACHER))
+    assert list(maps) == [8, 16]
+    torch.testing.assert_close(maps[8], torch.tensor([[[0.0, 0.25], [0.0, 0.0]]]))
+    torch.testing.assert_close(maps[16], torch.ones(1, 1, 2))
+    two = {8: torch.cat([STUDENT[8], STUDENT[8]], 1)}, {8: torch.cat([TEACHER[8], STUDENT[8]], 1)}
+    maps = build("STRUCTURAL", {8: 2}, LOSS="l1").loss_maps(*map(_outputs, two))
+    torch.testing.assert_close(maps[8], torch.tensor([[[0.0, 0.125], [0.0, 0.0]]]))
+
+
+@pytest.mark.parametrize("keys", [{}, {"LOSS": "l1_ms_ssim"}, {"LOSS": "l2", "SPATIAL_ATTENTION": True}])
+def test_structural_loss_maps_add_up(build: Callable, keys: dict[str, Any]) -> None:
+    """Check that their mean is the loss, for losses that cannot be worked out by hand, without a gradient being on."""
+    student, teacher = torch.rand(2, 2, 3, 8, 9, generator=torch.Generator().manual_seed(0))
+    distiller = build("STRUCTURAL", {8: 3}, WEIGHT=1.0, **keys)
+    with torch.no_grad():
+        maps = distiller.loss_maps(_outputs({8: student}), _outputs({8: teacher}))
+    assert maps[8].shape == (2, 8, 9)
+    assert maps[8].mean().item() == pytest.approx(_loss(distiller, {8: student}, {8: teacher}), rel=1e-5)
+
+
+def test_structural_spatial_attention(build: Callable) -> None:
+    """Check that positions count as their attention says, and its temperature by family."""
+    student, teacher = {8: _map([0.0, 1.0], [2.0, 4.0])}, {8: _map([0.0, 2.0], [2.0, 4.0])}
+    distiller = build("STRUCTURAL", {8: 1}, LOSS="l1", WEIGHT=1.0, SPATIAL_ATTENTION=True)
+    assert distiller.attention_temperature == 0.5
+    shares = [torch.tensor(row).div(0.5).softmax(0)[1].item() for row in ([0.0, 1, 2, 4], [0.0, 2, 2, 4])]
+    # one position differs, by a quarter; four positions, whose attention has the mean 1
+    assert _loss(distiller, student, teacher) == pytest.approx(0.25 * sum(shares) / 2)
+    assert build("STRUCTURAL", {8: 1}, None, "two-stage", SPATIAL_ATTENTION=True).attention_temperature == 0.1
+    assert build("STRUCTURAL", {8: 1}).attention_temperature is None
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"LOSS": "ms_ssim"}, lambda s, t: ms_ssim_loss(s, t, 13)),
+        ({"LOSS": "ms_ssim", "MS_SSIM_WINDOW_SIZE": 5}, lambda s, t: ms_ssim_loss(s, t, 5)),
+        ({"LOSS": "l1_ms_ssim"}, lambda s, t: 0.15 * (s - t).abs().mean() + 0.85 * ms_ssim_loss(s, t, 13)),
+        ({"SSIM_EXPONENTS": (0.0, 0.0, 1.0)}, lambda s, t: ssim_loss(s, t, 11, exponents=(0, 0, 1))),
+    ],
+)
+def test_structural_losses_by_name(build: Callable, keys: dict[str, Any], expected: Callable) -> None:
+    """Check scales, their window on a small map, and components against the functions."""
+    student, teacher = torch.rand(2, 1, 2, 7, 9, generator=torch.Generator().manual_seed(3))
+    distiller = build("STRUCTURAL", {8: 2}, WEIGHT=1.0, NORMALIZATION="none", **keys)
+    assert _loss(distiller, {8: student}, {8: teacher}) == pytest.approx(expected(student, teacher).item(), rel=1e-6)
 
 
 def test_structural_levels_are_summed_and_weighted(build: Callable) -> None:

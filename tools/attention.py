@@ -17,7 +17,7 @@ from kd_d2.config import KD_META_ARCH, find_file
 from kd_d2.data import register_coco_json, register_synthetic
 from kd_d2.distillers.icd import ICD
 from kd_d2.engine.checks import check_classes, check_datasets, check_output_folder
-from kd_d2.evaluation.drawing import draw_instances, overlay_heat, sheet, titled
+from kd_d2.evaluation.drawing import draw_instances, overlay_heat, per_pixel, sheet, titled
 from kd_d2.evaluation.examples import pixels, read_examples
 
 import cv2
@@ -55,20 +55,16 @@ def draw(
     for n in target.gt_boxes.area().argsort(descending=True)[:most].tolist():
         boxed = draw_instances(image, target[[n]], names, min_side=SIDE)
         plain = cv2.resize(image, boxed.shape[1::-1], interpolation=cv2.INTER_CUBIC)
-        density = {stride: per_pixel(level[n], stride, target.image_size) for stride, level in attention.items()}
+        density = {
+            stride: per_pixel(level[n].cpu().numpy(), stride, target.image_size) / stride**2
+            for stride, level in attention.items()
+        }
         pictures = {"instance": boxed, "all levels": overlay_heat(plain, sum(density.values()))}
         for stride, level in attention.items():
             title = f"stride {stride}: {100 * level[n].sum().item():.0f} %"
             pictures[title] = overlay_heat(plain, density[stride])
         rows.append([titled(picture, title) for title, picture in pictures.items()])
     return sheet(rows)
-
-
-def per_pixel(level: torch.Tensor, stride: int, image_size: tuple[int, int]) -> np.ndarray:
-    """The attention (H, W) of a level spread over the pixels of the image, without padding."""
-    height, width = level.shape
-    pixels = cv2.resize(level.cpu().numpy(), (width * stride, height * stride), interpolation=cv2.INTER_LINEAR)
-    return pixels[: image_size[0], : image_size[1]] / stride**2
 
 
 def share_inside(attention: dict[int, torch.Tensor], target: Instances) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,7 +21,7 @@ from kd_d2.config import KD_META_ARCH, find_file
 from kd_d2.data import register_coco_json, register_synthetic
 from kd_d2.detectors import DetectorOutputs
 from kd_d2.engine.checks import check_classes, check_datasets, check_output_folder
-from kd_d2.evaluation.drawing import PALETTE, draw_instances, overlay_heat, sheet, titled
+from kd_d2.evaluation.drawing import PALETTE, draw_instances, overlay_heat, per_pixel, sheet, titled
 from kd_d2.evaluation.examples import pixels, read_examples, read_files
 from kd_d2.losses import prediction_difference
 
@@ -178,17 +178,11 @@ def _probability_maps(outputs: DetectorOutputs, stride: int) -> Tensor:
 
 def _heat_row(image: np.ndarray, what: str, levels: dict[int, Tensor]) -> list[np.ndarray]:
     canvas, _ = enlarged(image)
-    spread = {s: _per_pixel(level[0].cpu().numpy(), s, image.shape[:2]) for s, level in levels.items()}
+    spread = {s: per_pixel(level[0].cpu().numpy(), s, image.shape[:2]) for s, level in levels.items()}
     pictures = [titled(overlay_heat(canvas, sum(spread.values())), f"{what}, all levels")]
     return pictures + [
         titled(overlay_heat(canvas, heat), f"stride {s}: {levels[s].mean():.2g}") for s, heat in spread.items()
     ]
-
-
-def _per_pixel(level: np.ndarray, stride: int, image_size: tuple[int, int]) -> np.ndarray:
-    """A level's map (H, W) at the pixels of the image, without padding."""
-    size = (level.shape[1] * stride, level.shape[0] * stride)
-    return cv2.resize(level, size, interpolation=cv2.INTER_LINEAR)[: image_size[0], : image_size[1]]
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.structures import Instances
@@ -175,10 +176,21 @@ class StructuralKD(Distiller):
         losses = [self.level_loss(s, t) for s, t in self.adaptation.pairs(student, teacher)]
         return {"loss_structural": self.weight * sum(losses)}
 
+    @torch.enable_grad()
+    def loss_maps(self, student: DetectorOutputs, teacher: DetectorOutputs) -> dict[int, Tensor]:
+        """Where the loss falls: by stride the mean of l over the channels at every position (B, H, W), without lambda."""
+        maps = {}
+        for stride, (s, t) in zip(self.adaptation.strides, self.adaptation.pairs(student, teacher), strict=True):
+            # The loss is linear in the weights of the positions: its slope in a weight is that position's part.
+            weight = s.new_ones((len(s), 1, *s.shape[-2:]), dtype=torch.float32, requires_grad=True)
+            (part,) = torch.autograd.grad(self.level_loss(s.detach(), t.detach(), weight), weight)
+            maps[stride] = part[:, 0] * weight.numel()
+        return maps
+
     @in_float32
-    def level_loss(self, student_BCHW: Tensor, teacher_BCHW: Tensor) -> Tensor:
-        """The loss of one level, without lambda."""
-        weight = None
+    def level_loss(self, student_BCHW: Tensor, teacher_BCHW: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The loss of one level, without lambda; `weight` (B, 1, H, W) of the positions."""
         if self.attention_temperature is not None:
-            weight = spatial_attention(student_BCHW, teacher_BCHW, self.attention_temperature)
+            attention = spatial_attention(student_BCHW, teacher_BCHW, self.attention_temperature)
+            weight = attention if weight is None else weight * attention
         return self.map_loss(*min_max_normalize(student_BCHW, teacher_BCHW, self.normalization), weight)

@@ -93,6 +93,12 @@ def overlay_heat(image: np.ndarray, heat: np.ndarray, opacity: float = 0.65) -> 
     return np.round((1 - opacity) * image + opacity * colors).astype(np.uint8)
 
 
+def per_pixel(level: np.ndarray, stride: int, image_size: tuple[int, int]) -> np.ndarray:
+    """The map (H, W) of a level at the pixels of an image (height, width), interpolated; what lies in its padding is cut off."""
+    size = (level.shape[1] * stride, level.shape[0] * stride)
+    return cv2.resize(level, size, interpolation=cv2.INTER_LINEAR)[: image_size[0], : image_size[1]]
+
+
 def titled(image: np.ndarray, title: str) -> np.ndarray:
     """The image below a strip with its title."""
     strip = np.full((34, image.shape[1], 3), 255, np.uint8)

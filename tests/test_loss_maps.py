@@ -1,0 +1,123 @@
+"""tools/loss_maps.py: where the loss falls during a training, from the training to the picture."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from helpers import ROOT, Project, clean_process, make_project
+
+PROGRAM = str(ROOT / "tools" / "loss_maps.py")
+KEYS = {
+    "MODEL__KD__DISTILLERS": ("StructuralKD",),
+    "MODEL__KD__STRUCTURAL__LOSS": "l1",
+    "SEED": 5,
+    "SOLVER__MAX_ITER": 4,
+    "SOLVER__STEPS": (),
+}
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Run the program as from a command line, in this process."""
+
+    def call(*arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", [PROGRAM, *(str(a) for a in arguments)])
+        with clean_process():
+            runpy.run_path(PROGRAM, run_name="__main__")
+
+    return call
+
+
+def _maps(project: Project) -> dict[str, dict[str, np.ndarray]]:
+    return {path.stem: dict(np.load(path)) for path in (project.output / "loss_maps").glob("iteration_*.npz")}
+
+
+def _total_losses(project: Project) -> list[float]:
+    rows = map(json.loads, (project.output / "metrics.json").read_text().splitlines())
+    return [row["total_loss"] for row in rows if "total_loss" in row]
+
+
+def test_from_a_training_to_the_picture(tmp_path: Path, run: Callable, capsys: pytest.CaptureFixture) -> None:
+    """Check what is noted and when, that the training is as without, and the sheet of two runs."""
+    project = make_project(tmp_path / "l1", **KEYS)
+    run("train", "--config-file", project.student, "--images", 2, "--every", 2)
+    maps = _maps(project)
+    assert maps.keys() == {"iteration_0000002", "iteration_0000004"}
+    noted = maps["iteration_0000004"]
+    assert noted.keys() == {f"{image}/{stride}" for image in (0, 1) for stride in (8, 16, 32, 64, 128)}
+    assert noted["0/8"].shape == (8, 12) and noted["1/8"].shape == (12, 8)  # 64 x 96 and 96 x 64 pixels
+    assert all((level >= 0).all() and level.max() > 0 for level in noted.values())
+    trained = _total_losses(project)
+
+    other = make_project(tmp_path / "ssim", **{**KEYS, "MODEL__KD__STRUCTURAL__LOSS": "ssim"})
+    run("train", "--config-file", other.student, "--images", 2, "--every", 4)
+    picture = tmp_path / "sheet.png"
+    run("draw", project.output, other.output, "--output", picture, "--stride", 16)
+    printed = capsys.readouterr().out
+    assert f"{project.output}: 2 moments of the training" in printed
+    assert f"{other.output}: 1 moments of the training" in printed
+    assert "% of the loss lies in the objects' boxes, which cover" in printed
+    drawn = cv2.imread(str(picture))
+    assert drawn.shape == (2 * 8 + 34 * 2 + 320 + 480, 3 * (480 + 8), 3)
+
+    plain = make_project(tmp_path / "plain", **KEYS)
+    plain.main()
+    assert trained == pytest.approx(_total_losses(plain), rel=1e-3)
+
+
+def test_a_resumed_training_goes_on_noting_and_a_new_one_begins_anew(tmp_path: Path, run: Callable) -> None:
+    project = make_project(tmp_path, **KEYS)
+    run("train", "--config-file", project.student, "--images", 1, "--every", 1, "SOLVER.MAX_ITER", 2)
+    first = _maps(project)
+    run("train", "--config-file", project.student, "--images", 1, "--every", 2, "--resume", "SOLVER.MAX_ITER", 4)
+    both = _maps(project)
+    assert both.keys() == {f"iteration_{n:07d}" for n in (1, 2, 4)}
+    np.testing.assert_array_equal(both["iteration_0000001"]["0/8"], first["iteration_0000001"]["0/8"])
+    run("train", "--config-file", project.student, "--images", 1, "--every", 4)
+    assert _maps(project).keys() == {"iteration_0000004"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "arguments", "expected"),
+    [
+        (
+            {"MODEL__KD__DISTILLERS": ("FeatureImitation",)},
+            [],
+            "method whose loss has a place on the map; it names 0: Feat",
+        ),
+        ({"MODEL__META_ARCHITECTURE": "RetinaNet"}, [], "must be the config of a distillation"),
+        ({}, ["--every", 0], "--every is 0 and --images 8; both must be at least 1"),
+    ],
+)
+def test_what_cannot_be_noted(
+    tmp_path: Path, run: Callable, capfd: pytest.CaptureFixture, keys: dict, arguments: list, expected: str
+) -> None:
+    project = make_project(tmp_path, **{**KEYS, **keys})
+    with pytest.raises(SystemExit):
+        run("train", "--config-file", project.student, *arguments)
+    assert expected in capfd.readouterr().err
+
+
+def test_what_cannot_be_drawn(tmp_path: Path, run: Callable, capfd: pytest.CaptureFixture) -> None:
+    """Check a run that noted nothing, a level that is not there, and runs of other images."""
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(SystemExit):
+        run("draw", empty, "--output", tmp_path / "x.png")
+    assert f"{empty} has no loss_maps: train it by tools/loss_maps.py train." in capfd.readouterr().err
+    projects = [make_project(tmp_path / str(n), **{**KEYS, "SOLVER__MAX_ITER": 1}) for n in (1, 2)]
+    for count, project in enumerate(projects, 1):
+        run("train", "--config-file", project.student, "--images", count, "--every", 1)
+    with pytest.raises(SystemExit):
+        run("draw", projects[0].output, "--output", tmp_path / "x.png", "--stride", 4)
+    assert "no level of stride 4; its strides are [8, 16, 32, 64, 128]" in capfd.readouterr().err
+    with pytest.raises(SystemExit):
+        run("draw", *(p.output for p in projects), "--output", tmp_path / "x.png")
+    assert f"{projects[1].output} has other images than {projects[0].output}" in capfd.readouterr().err
