@@ -40,10 +40,8 @@ def measure_costs(matrix: Matrix, opts: list[Any]) -> dict[str, dict[str, float]
 def _teacher(matrix: Matrix, opts: list[Any]) -> dict[str, CfgNode]:
     if matrix.teacher is not None:
         return {"teacher": load_config(matrix.teacher.config, [*opts, *matrix.teacher.opts], student_only=True)}
-    if not matrix.has_teacher(opts):
-        return {}
-    cell = matrix.cell(matrix.baseline)
-    return {"teacher": load_teacher_config(load_config(cell.config, [*opts, *cell.opts]))}
+    cell = matrix.taught_cell(opts)
+    return {} if cell is None else {"teacher": load_teacher_config(load_config(cell.config, [*opts, *cell.opts]))}
 
 
 def _architecture(cfg: CfgNode) -> str:

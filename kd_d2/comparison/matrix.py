@@ -67,11 +67,12 @@ class Matrix:
     def cell(self, name: str) -> Cell:
         return next(cell for cell in self.cells if cell.name == name)
 
-    def has_teacher(self, opts: list[Any]) -> bool:
-        """Whether there is one, by the matrix or by the baseline's config under these overrides."""
-        cell = self.cell(self.baseline)
-        cfg = load_config(cell.config, [*opts, *cell.opts])
-        return self.teacher is not None or cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH
+    def taught_cell(self, opts: list[Any]) -> Cell | None:
+        """A cell whose config, under these overrides, names a teacher; None where all are plain detectors."""
+        for cell in self.cells:
+            if load_config(cell.config, [*opts, *cell.opts]).MODEL.META_ARCHITECTURE == KD_META_ARCH:
+                return cell
+        return None
 
     def select(self, names: list[str] | None, seeds: list[int] | None) -> list[tuple[Cell, int]]:
         """(cell, seed) pairs, first seeds of all cells first.

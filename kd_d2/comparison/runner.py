@@ -112,14 +112,12 @@ def teacher_jobs(matrix: Matrix, output: str, results: str, opts: list[Any]) -> 
     """
     if matrix.teacher is not None:
         return _teacher_training(matrix, output, results, opts)
-    if not matrix.has_teacher(opts):
-        return [], []
-    return [_teacher_evaluation(matrix, output, results, opts)], []
+    cell = matrix.taught_cell(opts)
+    return [_teacher_evaluation(cell, output, results, opts)] if cell else [], []
 
 
-def _teacher_evaluation(matrix: Matrix, output: str, results: str, opts: list[Any]) -> Job:
+def _teacher_evaluation(cell: Cell, output: str, results: str, opts: list[Any]) -> Job:
     """Evaluate the teacher that the students' config names."""
-    cell = matrix.cell(matrix.baseline)
     folder = os.path.join(output, "teacher")
     opts = [*opts, *cell.opts]
     command = [
