@@ -275,3 +275,27 @@ def test_plain_detectors_are_compared_without_a_teacher(tmp_path):
     matrix = read_matrix(write_matrix(tmp_path, text))
     assert teacher_jobs(matrix, str(tmp_path), str(tmp_path), plain) == ([], [])
     assert measure_costs(matrix, plain).keys() == {"one", "other"}
+
+
+def test_deformable_convolutions_count(tmp_path):
+    """Check RepPoints' head: two deformable convolutions of 9 points are as many operations as two ordinary ones of 3 x 3."""
+    teacher = os.path.join(ROOT, "configs", "tiny", "reppoints-student.yaml")
+    matrix = read_matrix(
+        write_matrix(tmp_path, f"config: {teacher}\nbaseline: one\ncells: {{one: , two: {{opts: {{}}}}}}\n")
+    )
+    narrow = [
+        "MODEL.SLIM_RESNET.WIDTHS",
+        "(4, 6, 8, 10)",
+        "MODEL.FPN.OUT_CHANNELS",
+        "8",
+        "MODEL.REPPOINTS.NUM_CONVS",
+        1,
+    ]
+    few, more = (
+        measure_costs(matrix, [*narrow, "INPUT.MIN_SIZE_TEST", 128, "MODEL.REPPOINTS.NUM_POINTS", n])["one"]
+        for n in (9, 25)
+    )
+    positions = sum((128 // stride) ** 2 for stride in (8, 16, 32, 64, 128))
+    # 16 more points: in the kernels of two deformable convolutions, and as outputs of two 1 x 1 convolutions, y and x each
+    per_position = 2 * 8 * 8 * 16 + 2 * 8 * 2 * 16
+    assert more["gflops"] - few["gflops"] == pytest.approx(positions * per_position / 1e9, rel=1e-6)

@@ -1,8 +1,11 @@
 """Structural similarity: the plain and the fused loss against kornia, slow independent implementations and hand-worked numbers."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
-from kd_d2.losses import fused_ssim, ms_ssim_loss, ssim_loss
+from kd_d2.losses import fused_ssim, ms_ssim_loss, ssim_chunks, ssim_loss
 
 import kornia
 import numpy as np
@@ -210,8 +213,8 @@ def test_fixed_teacher_equals_kornia(
 @pytest.mark.parametrize(("chunk", "block"), [(1, 1000), (250, 8), (1000, 5), (2**17, 32)])
 def test_chunks_and_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch, chunk: int, block: int) -> None:
     """Check that maps may be worked on one by one, in groups that do not divide the channels, with matrices cut anywhere."""
-    monkeypatch.setitem(fused_ssim.CHUNK_ELEMENTS, "cpu", chunk)
-    monkeypatch.setitem(fused_ssim.BLOCK_SIDE, "cpu", block)
+    monkeypatch.setitem(ssim_chunks.CHUNK_ELEMENTS, "cpu", chunk)
+    monkeypatch.setitem(ssim_chunks.BLOCK_SIDE, "cpu", block)
     _check_against_kornia(_fused, *_maps(2, 7, 12, 17), 11, 1.0)
 
 
@@ -370,3 +373,54 @@ def test_ms_ssim_gradient_numerically() -> None:
     assert torch.autograd.gradcheck(lambda s: ms_ssim_loss(s, teacher, 9), student.requires_grad_())
     with pytest.raises(ValueError, match=r"window_size is 33; on a map of \(5, 6\) it must be odd and at most 9"):
         ms_ssim_loss(student, teacher)
+
+
+TRITON = """
+import sys, torch
+from kd_d2.losses import ssim_chunks, ssim_triton
+torch.manual_seed(0)
+for shape, window, offset, dtype, layout in (
+    ((1, 2, 40, 53), 11, 0.0, torch.float32, torch.contiguous_format),
+    ((2, 3, 7, 10), 13, 100.0, torch.float32, torch.contiguous_format),
+    ((2, 2, 9, 34), 5, -3.0, torch.float32, torch.channels_last),
+    ((1, 2, 33, 20), 11, 0.0, torch.bfloat16, torch.contiguous_format),
+):
+    student = (torch.rand(shape) + offset).to(dtype, memory_format=layout)
+    teacher = (0.7 * student.float() + 0.3 * (torch.rand(shape) + offset)).to(dtype)
+    results = []
+    for module in (ssim_triton, ssim_chunks):
+        gradient = torch.empty_like(student)
+        loss = module.loss_and_gradient(student, teacher, window, 1.0, gradient)
+        assert module.loss_and_gradient(student, teacher, window, 1.0, None) == loss
+        results.append((loss, gradient))
+    (loss, gradient), (expected, reference) = results
+    assert abs(loss - expected) < 1e-6, (shape, loss, expected)
+    error = (gradient - reference).double().norm() / reference.double().norm()
+    assert error < (1e-5 if dtype == torch.float32 else 1e-2), (shape, error)
+print("equal")
+"""
+
+
+@pytest.mark.skipif(not fused_ssim.HAS_TRITON, reason="Triton is not installed")
+def test_triton_kernels_on_its_interpreter() -> None:
+    """Check the GPU's kernels, run on the CPU by Triton's interpreter, against the chunks: shapes, windows, layouts, types."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", TRITON], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.stdout.strip() == "equal", result.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_on_a_gpu(dtype: torch.dtype) -> None:
+    """Check loss and gradient on a GPU against kornia's."""
+    student, teacher = (x.to("cuda", dtype) for x in _maps(2, 5, 40, 53, dtype=torch.float64))
+    exact = student.double().requires_grad_()
+    expected = kornia.losses.ssim_loss(exact, teacher.double(), 11)
+    expected.backward()
+    student.requires_grad_()
+    loss = _fused(student, teacher)
+    (loss * 2**12).backward()
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    assert _relative_error(student.grad / 2**12, exact.grad) < (1e-5 if dtype != torch.float16 else 2e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 import time
 from typing import Any
@@ -95,5 +96,12 @@ def _gflops(model: nn.Module, side: int) -> float:
         with torch.no_grad():
             features = model.backbone(image)
         maps = [features[name] for name in model.head_in_features]
-        total += FlopCountAnalysis(model.head, (maps,)).unsupported_ops_warnings(False).total()
+        head = FlopCountAnalysis(model.head, (maps,)).unsupported_ops_warnings(False)
+        total += head.set_op_handle("torchvision::deform_conv2d", _deformable_convolution).total()
     return total / 1e9
+
+
+def _deformable_convolution(inputs: list[Any], outputs: list[Any]) -> int:
+    """Multiply-adds of the convolution itself, the interpolation left out."""
+    weight, made = (value.type().sizes() for value in (inputs[1], outputs[0]))
+    return math.prod(made) * math.prod(weight[1:])

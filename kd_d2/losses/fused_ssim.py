@@ -1,24 +1,16 @@
-"""The mean SSIM loss and its gradient in one pass over the maps, for training a student against a fixed teacher.
-
-Shape suffixes: K maps of a chunk, H W map. Work arrays are (H, K, W): then both directions of a blur are products with one
-matrix, along rows of (..., W) and along columns of (H, K * W).
-"""
+"""The mean SSIM loss and its gradient in one pass over the maps, for training a student against a fixed teacher."""
 
 from __future__ import annotations
 
-import itertools
-from typing import NamedTuple
+import importlib.util
 
 import torch
 from torch import Tensor
 
-from .gaussian import blur_matrix
-from .similarity import K1, K2, SIGMA, similarity_map
+from . import ssim_chunks
+from .similarity import similarity_map
 
-CHUNK_ELEMENTS = {"cpu": 3 * 2**15, "cuda": 2**25}
-"""Elements of a map that are worked on at a time, by device: small enough for a CPU's cache."""
-BLOCK_SIDE = {"cpu": 32}
-"""How many lines at a time a blur matrix is multiplied by, so that its zeros far from the diagonal are left out; by device."""
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 class FusedSSIMLoss(torch.autograd.Function):
@@ -34,7 +26,7 @@ class FusedSSIMLoss(torch.autograd.Function):
         ctx.save_for_backward(student, teacher)
         ctx.window_size, ctx.max_val = window_size, max_val
         ctx.gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
-        return _run(student, teacher, window_size, max_val, ctx.gradient)
+        return loss_and_gradient(student, teacher, window_size, max_val, ctx.gradient)
 
     @staticmethod
     def backward(ctx, grad_loss: Tensor) -> tuple[Tensor, None, None, None]:
@@ -48,7 +40,7 @@ class FusedSSIMLoss(torch.autograd.Function):
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
             gradient = torch.empty_like(student)
-            _run(student, teacher, ctx.window_size, ctx.max_val, gradient)
+            loss_and_gradient(student, teacher, ctx.window_size, ctx.max_val, gradient)
         # The gradient of a sum is kept, and divided only here, where a gradient scaler's factor comes with it.
         scale = grad_loss * (-2 / student.numel())
         if gradient.dtype == scale.dtype:
@@ -56,143 +48,12 @@ class FusedSSIMLoss(torch.autograd.Function):
         return (gradient.to(scale.dtype) * scale).to(gradient.dtype), None, None, None
 
 
-def _run(student: Tensor, teacher: Tensor, window_size: int, max_val: float, gradient: Tensor | None) -> Tensor:
-    """The mean loss; the gradient of the sum of SSIM / 4 goes to `gradient`."""
-    if student.is_contiguous() and teacher.is_contiguous():  # no image ends a chunk
-        student, teacher, gradient = (x if x is None else x.flatten(0, 1)[None] for x in (student, teacher, gradient))
-    B, C, H, W = student.shape
-    dtype, device = torch.promote_types(student.dtype, torch.float32), student.device
-    step = min(C, max(1, CHUNK_ELEMENTS.get(device.type, 2**20) // (H * W)))
-    blur = SeparableBlur.of(H, W, window_size, dtype, device)
-    chunks = {K: _Chunk(blur, K, max_val) for K in {step, C % step or step}}
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for image in range(B):
-        for start in range(0, C, step):
-            part = (image, slice(start, start + step))
-            maps = student[part].transpose(0, 1), teacher[part].transpose(0, 1)
-            out = None if gradient is None else gradient[part].transpose(0, 1)
-            total += chunks[maps[0].shape[1]].similarity(*maps, out)
-    return ((1 - 4 * total / student.numel()) / 2).to(dtype)
+def loss_and_gradient(
+    student: Tensor, teacher: Tensor, window_size: int, max_val: float, gradient: Tensor | None
+) -> Tensor:
+    """The mean loss; the gradient of the sum of SSIM / 4 goes to `gradient`. On a GPU by Triton's kernels where it is there."""
+    if student.is_cuda and HAS_TRITON and student.dtype != torch.float64:
+        from . import ssim_triton
 
-
-class SeparableBlur(NamedTuple):
-    """The matrices that blur columns and rows of a map, cut into the blocks around their diagonals.
-
-    A block is (lines that it makes, lines that it reads, matrix).
-    """
-
-    height: int
-    width: int
-    rows: list[tuple[slice, slice, Tensor]]
-    columns: list[tuple[slice, slice, Tensor]]
-    rows_adjoint: list[tuple[slice, slice, Tensor]]
-    columns_adjoint: list[tuple[slice, slice, Tensor]]
-
-    @classmethod
-    def of(cls, height: int, width: int, window_size: int, dtype: torch.dtype, device: torch.device) -> SeparableBlur:
-        rows, columns = (blur_matrix(side, window_size, SIGMA, dtype, device) for side in (height, width))
-        matrices = (rows, columns, rows.T, columns.T)
-        return cls(height, width, *(_blocks(matrix, window_size // 2) for matrix in matrices))
-
-
-def _blocks(matrix: Tensor, radius: int) -> list[tuple[slice, slice, Tensor]]:
-    side = len(matrix)
-    count = max(1, round(side / BLOCK_SIDE.get(matrix.device.type, side)))
-    edges = [i * side // count for i in range(count + 1)]
-    blocks = []
-    for start, end in itertools.pairwise(edges):
-        read = slice(max(0, start - radius), end + radius)
-        blocks.append((slice(start, end), read, matrix[start:end, read]))
-    return blocks
-
-
-class _Chunk:
-    """SSIM of K maps at once: work arrays, and what is multiplied into what."""
-
-    def __init__(self, blur: SeparableBlur, K: int, max_val: float):
-        self.c1, self.c2 = (K1 * max_val) ** 2, (K2 * max_val) ** 2
-        H, W = blur.height, blur.width
-        like = blur.rows[0][2]
-        inputs, scratch, moments = torch.empty(3, H, 4, K, W, dtype=like.dtype, device=like.device)
-        self.inputs, self.scratch, self.moments = (x.unbind(1) for x in (inputs, scratch, moments))
-        self.blurs = [
-            *_products_of_rows(blur.columns, inputs, scratch),
-            *_products_of_columns(blur.rows, scratch, moments),
-        ]
-        between, derivatives = (x.view(-1)[: H * 3 * K * W].view(H, 3, K, W) for x in (moments, scratch))
-        self.derivatives = derivatives.unbind(1)
-        self.adjoint_blurs = [
-            *_products_of_columns(blur.rows_adjoint, scratch[:, 1:], between),
-            *_products_of_rows(blur.columns_adjoint, between, derivatives),
-        ]
-
-    def similarity(self, student: Tensor, teacher: Tensor, gradient: Tensor | None) -> Tensor:
-        """Sum of SSIM / 4 over student and teacher (H, K, W); its gradient goes to `gradient`.
-
-        With a = mu_s * mu_t + C1 / 2, b = mu_s^2 + mu_t^2 + C1, c = covariance + C2 / 2 and d = variances + C2,
-        q = SSIM / 4 = a * c / (b * d). Maps are moved by `offset` first: variances do not change and lose no digits.
-        """
-        s, t, squares, product = self.inputs
-        offset = teacher.mean(dtype=s.dtype)
-        torch.sub(student.to(s.dtype), offset, out=s)
-        torch.sub(teacher.to(s.dtype), offset, out=t)
-        torch.mul(s, s, out=squares).addcmul_(t, t)
-        torch.mul(s, t, out=product)
-        for matrices, out in self.blurs:
-            torch.mm(*matrices, out=out)
-
-        mean_s, mean_t, d, c = self.moments
-        a, b, inverse, q = self.scratch
-        torch.mul(mean_s, mean_t, out=a)
-        torch.mul(mean_s, mean_s, out=b).addcmul_(mean_t, mean_t)
-        c.sub_(a).add_(self.c2 / 2)
-        d.sub_(b).clamp_(min=0).add_(self.c2)
-        moved = torch.add(mean_s, mean_t, out=q).mul_(2 * offset).add_(2 * offset * offset + self.c1)
-        a.add_(moved, alpha=0.5)
-        b.add_(moved)
-        torch.mul(b, d, out=inverse).reciprocal_()
-        torch.mul(a, c, out=q).mul_(inverse)
-        total = q.sum()
-        if gradient is not None:
-            self._gradient(offset, gradient)
-        return total
-
-    def _gradient(self, offset: Tensor, gradient: Tensor) -> None:
-        """Of the sum of q, to s through the three moments that depend on it.
-
-        by blurred s * t:   a / (b * d)
-        by blurred s^2:     -q / d
-        by mu_s:            (mu_t * c - mu_t' * a - 2 * q * (mu_s * d - mu_s' * b)) / (b * d), with mu' = mu - offset
-        """
-        s, t, by_mean, temporary = self.inputs
-        mean_s, mean_t, d, c = self.moments
-        a, b, inverse, q = self.scratch
-        torch.addcmul(c, q, d, value=-2, out=by_mean).mul_(offset)
-        by_mean.addcmul_(c.sub_(a), mean_t)
-        by_mean.addcmul_(torch.sub(d, b, out=temporary).mul_(mean_s), q, value=-2)
-        torch.mul(a, inverse, out=b)
-        inverse.mul_(by_mean)
-        q.div_(d)
-        for matrices, out in self.adjoint_blurs:
-            torch.mm(*matrices, out=out)
-        by_product, by_mean, by_square = self.derivatives
-        by_mean.addcmul_(by_product, t)
-        if gradient.dtype == by_mean.dtype:
-            torch.addcmul(by_mean, by_square, s, value=-2, out=gradient)
-        else:
-            gradient.copy_(by_mean.addcmul_(by_square, s, value=-2))
-
-
-Product = tuple[tuple[Tensor, Tensor], Tensor]
-
-
-def _products_of_columns(blocks: list[tuple[slice, slice, Tensor]], x: Tensor, out: Tensor) -> list[Product]:
-    """The factors and the place of a matrix times every column of maps (H, ..., W)."""
-    x, out = x.flatten(1), out.flatten(1)
-    return [((block, x[read]), out[made]) for made, read, block in blocks]
-
-
-def _products_of_rows(blocks: list[tuple[slice, slice, Tensor]], x: Tensor, out: Tensor) -> list[Product]:
-    """The factors and the place of a matrix times every row of maps (H, ..., W)."""
-    x, out = x.flatten(0, -2), out.flatten(0, -2)
-    return [((x[:, read], block.T), out[:, made]) for made, read, block in blocks]
+        return ssim_triton.loss_and_gradient(student, teacher, window_size, max_val, gradient)
+    return ssim_chunks.loss_and_gradient(student, teacher, window_size, max_val, gradient)
