@@ -1,8 +1,24 @@
-"""The one error type that speaks to the user instead of to a programmer."""
+"""The one error type that speaks to the user instead of to a programmer, and how programs end with it."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
 
 
 class UserError(Exception):
-    """Something that the user can mend: the message is one sentence that names the key, file or value.
+    """Something that the user can mend: the message is one sentence that names the key, file or value."""
 
-    Programs print the message alone, without a traceback, and end with exit status 2.
-    """
+
+@contextlib.contextmanager
+def errors_as_sentences() -> Iterator[None]:
+    """A UserError inside is printed as its sentence alone, and ends the program with exit status 2."""
+    try:
+        yield
+    except UserError as error:
+        end_with(error)
+
+
+def end_with(sentence: object) -> None:
+    """Print why the program cannot go on, and end it with exit status 2."""
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    sys.exit(2)

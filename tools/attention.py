@@ -9,7 +9,6 @@ instance: the box, the attention of all levels together, and that of each level,
 
 import argparse
 import os
-import sys
 
 from kd_d2 import KDMetaArch, UserError, load_config
 from kd_d2.checkpoint import read_checkpoint
@@ -17,6 +16,7 @@ from kd_d2.config import KD_META_ARCH, find_file
 from kd_d2.data import register_coco_json, register_synthetic
 from kd_d2.distillers.icd import ICD
 from kd_d2.engine.checks import check_classes, check_datasets, check_output_folder
+from kd_d2.errors import errors_as_sentences
 from kd_d2.evaluation.drawing import draw_instances, overlay_heat, per_pixel, sheet, titled
 from kd_d2.evaluation.examples import pixels, read_examples
 
@@ -111,8 +111,5 @@ if __name__ == "__main__":
     parser.add_argument("--images", type=int, default=8, help="images with instances, from the first on (default 8)")
     parser.add_argument("--instances", type=int, default=4, help="rows of a picture (default 4)")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides: KEY VALUE ...")
-    try:
+    with errors_as_sentences():
         main(parser.parse_args())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -8,10 +8,9 @@ and a cell that was killed goes on from its last checkpoint. The overrides hold 
 """
 
 import argparse
-import sys
 
-from kd_d2 import UserError
 from kd_d2.comparison import compare, read_matrix
+from kd_d2.errors import errors_as_sentences
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -45,7 +44,7 @@ def _until_override(values: list[str] | None) -> tuple[list[str] | None, list[st
 
 if __name__ == "__main__":
     args = parse()
-    try:
+    with errors_as_sentences():
         compare(
             read_matrix(args.matrix),
             args.output,
@@ -57,6 +56,3 @@ if __name__ == "__main__":
             jobs=args.jobs,
             threads=args.threads,
         )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

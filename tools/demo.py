@@ -8,12 +8,12 @@ Prints one table and saves plots and detections as pictures. Started again, it g
 
 import argparse
 import os
-import sys
 import time
 
-from kd_d2 import UserError, load_config
+from kd_d2 import load_config
 from kd_d2.comparison import compare, read_matrix
 from kd_d2.data import register_synthetic
+from kd_d2.errors import errors_as_sentences
 from kd_d2.evaluation.drawing import draw_instances, sheet, titled
 
 import cv2
@@ -88,8 +88,5 @@ def ground_truth(entry: dict) -> Instances:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="output/demo", help="folder of runs, table and pictures")
-    try:
+    with errors_as_sentences():
         main(parser.parse_args().output)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -12,12 +12,12 @@ loss lies in the objects' boxes. The distiller is StructuralKD, with any of its 
 
 import argparse
 import os
-import sys
 
 from kd_d2 import KDMetaArch, UserError
 from kd_d2.engine import KDTrainer, launch, setup
 from kd_d2.engine.checks import check_output_folder
 from kd_d2.engine.loss_maps import FOLDER, LossMapRecorder, mean_loss_maps
+from kd_d2.errors import errors_as_sentences
 from kd_d2.evaluation.drawing import draw_instances, overlay_heat, per_pixel, sheet, titled
 from kd_d2.evaluation.examples import pixels, read_examples
 
@@ -135,8 +135,5 @@ if __name__ == "__main__":
     if arguments.command == "train":
         launch(train, arguments)
     else:
-        try:
+        with errors_as_sentences():
             draw(arguments)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)

@@ -12,7 +12,6 @@ loads them.
 import argparse
 import json
 import os
-import sys
 from dataclasses import dataclass
 
 from kd_d2 import UserError, load_config
@@ -21,6 +20,7 @@ from kd_d2.config import find_file
 from kd_d2.data import register_synthetic
 from kd_d2.detectors import build_adapter
 from kd_d2.engine.checks import check_output_folder
+from kd_d2.errors import errors_as_sentences
 from kd_d2.evaluation.drawing import draw_instances
 
 import torch
@@ -255,8 +255,5 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_as_sentences():
         main(parse())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -12,13 +12,13 @@ image anew.
 import argparse
 import json
 import os
-import sys
 
 from kd_d2 import Teacher, UserError, load_config
 from kd_d2.config import KD_META_ARCH
 from kd_d2.data import register_coco_json, register_synthetic
 from kd_d2.data.pseudo_labels import label_images
 from kd_d2.engine.checks import check_classes, check_datasets, check_output_folder
+from kd_d2.errors import errors_as_sentences
 
 import torch
 from detectron2.config import CfgNode
@@ -76,8 +76,5 @@ if __name__ == "__main__":
     parser.add_argument("--dataset", help="which of DATASETS.TRAIN (default the only one)")
     parser.add_argument("--score-thresh", type=float, help="default MODEL.KD.PSEUDO_LABELS.SCORE_THRESH")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides: KEY VALUE ...")
-    try:
+    with errors_as_sentences():
         main(parser.parse_args())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

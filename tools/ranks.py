@@ -13,7 +13,6 @@ Images are the first of the test set; files of one's own have no ground truth an
 
 import argparse
 import os
-import sys
 
 from kd_d2 import KDMetaArch, UserError, load_config
 from kd_d2.checkpoint import load_complete, read_checkpoint
@@ -21,6 +20,7 @@ from kd_d2.config import KD_META_ARCH, find_file
 from kd_d2.data import register_coco_json, register_synthetic
 from kd_d2.detectors import DetectorOutputs
 from kd_d2.engine.checks import check_classes, check_datasets, check_output_folder
+from kd_d2.errors import errors_as_sentences
 from kd_d2.evaluation.drawing import PALETTE, draw_instances, overlay_heat, per_pixel, sheet, titled
 from kd_d2.evaluation.examples import pixels, read_examples, read_files
 from kd_d2.losses import prediction_difference
@@ -233,8 +233,5 @@ if __name__ == "__main__":
     parser.add_argument("--instances", type=int, default=3, help="rows of ranks (default 3)")
     parser.add_argument("--score-thresh", type=float, default=0.3, help="lowest score of a detection (default 0.3)")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides: KEY VALUE ...")
-    try:
+    with errors_as_sentences():
         main(parser.parse_args())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

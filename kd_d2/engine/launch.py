@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import sys
 from collections.abc import Callable
 
 import torch
@@ -13,7 +12,7 @@ from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessRaisedException
 
-from ..errors import UserError
+from ..errors import UserError, end_with
 
 
 def launch(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
@@ -35,18 +34,13 @@ def launch(main: Callable[[argparse.Namespace], object], args: argparse.Namespac
             )
         detectron2_launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
     except UserError as error:
-        _end(error)
+        end_with(error)
     except ProcessRaisedException as error:
         # One of several processes raised: what arrives is its traceback as text, whose last line names the error.
         sentence = re.match(r"kd_d2[\w.]*Error: (.+)", str(error).strip().splitlines()[-1])
         if sentence is None:
             raise
-        _end(sentence[1])
-
-
-def _end(sentence: object) -> None:
-    print(f"error: {sentence}", file=sys.stderr, flush=True)
-    sys.exit(2)
+        end_with(sentence[1])
 
 
 def _join_torchrun() -> None:
