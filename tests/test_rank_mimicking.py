@@ -315,6 +315,7 @@ def test_all_three_in_a_training_step(
     distillers = {m.__name__: DISTILLER_REGISTRY.get(m.__name__)(cfg, *specs) for m in METHODS.values()}
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     model = KDMetaArch(student=student, teacher=Teacher(teacher), distillers=distillers)
+    event_storage.iter = 19  # written by Detectron2's writers
     losses = model(make_inputs(counts=counts))
     names = [name for distiller in distillers.values() for name in distiller.loss_names]
     assert set(names) <= losses.keys()
@@ -323,7 +324,9 @@ def test_all_three_in_a_training_step(
     assert all(gradient.isfinite().all() for gradient in gradients)
     assert any(gradient.any() for gradient in gradients)
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
-    assert "kd/pfi_to_detector_loss" in event_storage.latest()
+    own = sum(loss.item() for name, loss in losses.items() if name not in names)
+    logged, iteration = event_storage.latest()["kd/pfi_to_detector_loss"]
+    assert (logged, iteration) == (pytest.approx(losses["loss_pfi"].item() / own, rel=1e-4), 19)
 
 
 def test_equal_detectors_agree(tiny_detector: Callable, make_inputs: Callable, event_storage) -> None:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.structures import Instances
+from detectron2.utils.events import get_event_storage
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
 from ..detectors import DetectorOutputs, DetectorSpec
 from ..errors import UserError
+
+LOG_PERIOD = 20  # iterations, the period of Detectron2's writers
 
 DISTILLER_REGISTRY = Registry("DISTILLER")
 DISTILLER_REGISTRY.__doc__ = """
@@ -242,6 +245,16 @@ def check_number(node_name: str, key: str, value: object, minimum: float, *, exc
     if not is_number or value < minimum or (exclusive and value == minimum):
         relation = "above" if exclusive else "at least"
         raise UserError(f"MODEL.KD.{node_name}.{key} is {value!r}; it must be a number {relation} {minimum}.")
+
+
+def log_scalar(name: str, value: Callable[[], Tensor]) -> None:
+    """Note a number to be looked at as `kd/<name>`, in the iterations that Detectron2's writers write (every 20th).
+
+    Only there is it computed and read, since reading it makes a GPU wait.
+    """
+    storage = get_event_storage()
+    if (storage.iter + 1) % LOG_PERIOD == 0:
+        storage.put_scalar(f"kd/{name}", value().item(), smoothing_hint=False)
 
 
 def in_float32(function):

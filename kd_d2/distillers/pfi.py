@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.structures import Instances
-from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
 from ..detectors import DetectorOutputs, DetectorSpec
@@ -17,6 +16,7 @@ from .base import (
     Distiller,
     check_choice,
     check_same_anchors,
+    log_scalar,
 )
 from .masks import inside_boxes, negative_positions, positive_positions, whole_maps
 
@@ -108,8 +108,7 @@ class PFI(Distiller):
             divisors = [mask.sum().clamp(min=1) for mask in weights]
         loss = self.weight * weighted_imitation_loss(students, teachers, weights, divisors)
         if student.losses:
-            own = sum(loss.detach() for loss in student.losses.values())
-            get_event_storage().put_scalar("kd/pfi_to_detector_loss", (loss.detach() / own).item())
+            log_scalar("pfi_to_detector_loss", lambda: loss.detach() / sum(x.detach() for x in student.losses.values()))
         return {"loss_pfi": loss}
 
     def _prediction_weights(self, student: DetectorOutputs, teacher: DetectorOutputs) -> list[Tensor]:
