@@ -198,6 +198,33 @@ def test_structural_losses_by_name(build: Callable, keys: dict[str, Any], expect
     assert _loss(distiller, {8: student}, {8: teacher}) == pytest.approx(expected(student, teacher).item(), rel=1e-6)
 
 
+NOISE = torch.rand(2, 2, 3, 6, 7, generator=torch.Generator().manual_seed(4))
+EXTREMES = {
+    "zeros": (torch.zeros(2, 3, 6, 7), torch.zeros(2, 3, 6, 7)),
+    "constant student": (torch.full((2, 3, 6, 7), 2.5), NOISE[1]),
+    "constant teacher": (NOISE[0], torch.full((2, 3, 6, 7), -3.0)),
+    "identical": (NOISE[0], NOISE[0]),
+    "huge": (1e6 * NOISE[0], -1e6 * NOISE[1]),
+    "one outlier": (NOISE[0], torch.where(NOISE[1] == NOISE[1].max(), 1e8, NOISE[1])),
+    "a cell": (NOISE[0, :, :, :1, :1], NOISE[1, :, :, :1, :1]),
+    "a row": (NOISE[0, :, :, :1], NOISE[1, :, :, :1]),
+}
+
+
+@pytest.mark.parametrize("scope", ["sample", "channel", "joint", "none"])
+@pytest.mark.parametrize("loss", ["l1", "l2", "smooth_l1", "ssim", "ms_ssim", "l1_ms_ssim", "structure", "attention"])
+@pytest.mark.parametrize("maps", EXTREMES.values(), ids=EXTREMES.keys())
+def test_structural_is_finite(build: Callable, maps: tuple[Tensor, Tensor], loss: str, scope: str) -> None:
+    """Check every loss and scope of the normalisation, gradients included."""
+    keys = {"structure": {"SSIM_EXPONENTS": (0.0, 0.0, 1.0)}, "attention": {"SPATIAL_ATTENTION": True}}
+    distiller = build("STRUCTURAL", {8: 3}, NORMALIZATION=scope, **keys.get(loss, {"LOSS": loss}))
+    student = maps[0].clone().requires_grad_()
+    (value,) = distiller(_outputs({8: student}), _outputs({8: maps[1]}), []).values()
+    value.backward()
+    assert value.isfinite()
+    assert student.grad.isfinite().all()
+
+
 def test_structural_levels_are_summed_and_weighted(build: Callable) -> None:
     """Check that with SSIM, too, two levels give the sum of the two alone, and the weight multiplies it."""
     generator = torch.Generator().manual_seed(2)

@@ -210,6 +210,30 @@ def test_fixed_teacher_equals_kornia(
     )
 
 
+def test_dark_cells_beside_bright_ones() -> None:
+    """Check maps that are nearly zero but for a corner: one mean cannot suit both; kornia in float32 is off by 5e-2."""
+    student, teacher = (x**8 * 1e-3 for x in _maps(1, 4, 30, 40))
+    for maps in (student, teacher):
+        maps[..., :12, :12] += 1
+    exact = student.double().requires_grad_()
+    expected = kornia.losses.ssim_loss(exact, teacher.double(), 11)
+    expected.backward()
+    loss = _fused(student.requires_grad_(), teacher)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    assert _relative_error(student.grad, exact.grad) < 1e-4
+
+
+@pytest.mark.parametrize("value", [0.0, 0.01, 1.0])
+def test_equal_constant_maps_cost_what_kornias_denominator_adds(value: float) -> None:
+    """Check black maps, 1e-12 / (1e-4 * 9e-4) / 2 from equal, and brighter ones."""
+    maps = torch.full((1, 2, 9, 9), value)
+    expected = kornia.losses.ssim_loss(maps.double(), maps.double(), 11).item()
+    assert expected == pytest.approx(1e-12 / ((2 * value**2 + C1) * C2) / 2, rel=1e-3)
+    for loss_of in (_fused, _plain):
+        assert loss_of(maps.clone().requires_grad_(), maps).item() == pytest.approx(expected, abs=1e-7)
+
+
 @pytest.mark.parametrize(("chunk", "block"), [(1, 1000), (250, 8), (1000, 5), (2**17, 32)])
 def test_chunks_and_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch, chunk: int, block: int) -> None:
     """Check that maps may be worked on one by one, in groups that do not divide the channels, with matrices cut anywhere."""

@@ -14,6 +14,8 @@ from .gaussian import gaussian_blur
 
 SIGMA = 1.5
 K1, K2 = 0.01, 0.03
+EPS = 1e-12
+"""Added to SSIM's denominator, as kornia does: black cells are dissimilar by 1e-5."""
 SQUARE_EPS = 1e-12
 """Added to variances under a root, so that constant patches have finite gradients."""
 
@@ -68,11 +70,22 @@ def contrast_structure(moments: Moments, max_val: float) -> Tensor:
     return (2 * moments.covariance + c2) / (moments.variance_s + moments.variance_t + c2)
 
 
+def ssim_map(moments: Moments, max_val: float) -> Tensor:
+    """l * c * s in one fraction (Wang et al. 2004, equation 13), as kornia's `ssim`."""
+    c1, c2 = (K1 * max_val) ** 2, (K2 * max_val) ** 2
+    mean_s, mean_t = moments.mean_s, moments.mean_t
+    numerator = (2 * mean_s * mean_t + c1) * (2 * moments.covariance + c2)
+    squares, variances = mean_s.square() + mean_t.square(), moments.variance_s + moments.variance_t
+    return numerator / ((squares + c1) * (variances + c2) + EPS)
+
+
 def similarity_map(
     student: Tensor, teacher: Tensor, window_size: int, max_val: float, exponents: tuple[float, float, float]
 ) -> Tensor:
     """l^alpha * c^beta * s^gamma at every cell (B, C, H, W); l and s, which can be negative, keep their sign under a power."""
     moments = local_moments(student, teacher, window_size)
+    if exponents == (1, 1, 1):
+        return ssim_map(moments, max_val)
     alpha, beta, gamma = exponents
     factors = [_power(luminance(moments, max_val), alpha)] if alpha else []
     if beta == gamma == 1:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .gaussian import blur_matrix
-from .similarity import K1, K2, SIGMA
+from .similarity import EPS, K1, K2, SIGMA
 
 CHUNK_ELEMENTS = {"cpu": 3 * 2**15, "cuda": 2**25}
 """Elements of a map that are worked on at a time, by device."""
@@ -96,8 +96,8 @@ class _Chunk:
     def similarity(self, student: Tensor, teacher: Tensor, gradient: Tensor | None) -> Tensor:
         """Sum of SSIM / 4 over student and teacher (H, K, W); its gradient goes to `gradient`.
 
-        With a = mu_s * mu_t + C1 / 2, b = mu_s^2 + mu_t^2 + C1, c = covariance + C2 / 2 and d = variances + C2,
-        q = SSIM / 4 = a * c / (b * d). Maps are moved by `offset` first: variances do not change and lose no digits.
+        With a = mu_s * mu_t + C1 / 2, b = mu_s^2 + mu_t^2 + C1, c = covariance + C2 / 2, d = variances + C2 and
+        e = b * d + EPS, q = SSIM / 4 = a * c / e. Maps are moved by `offset` first: variances do not change and lose no digits.
         """
         s, t, squares, product = self.inputs
         offset = teacher.mean(dtype=s.dtype)
@@ -114,10 +114,10 @@ class _Chunk:
         torch.mul(mean_s, mean_s, out=b).addcmul_(mean_t, mean_t)
         c.sub_(a).add_(self.c2 / 2)
         d.sub_(b).clamp_(min=0).add_(self.c2)
-        moved = torch.add(mean_s, mean_t, out=q).mul_(2 * offset).add_(2 * offset * offset + self.c1)
-        a.add_(moved, alpha=0.5)
-        b.add_(moved)
-        torch.mul(b, d, out=inverse).reciprocal_()
+        true_s, true_t = torch.add(mean_s, offset, out=inverse), torch.add(mean_t, offset, out=q)
+        torch.mul(true_s, true_t, out=a).add_(self.c1 / 2)
+        torch.mul(true_s, true_s, out=b).addcmul_(true_t, true_t).add_(self.c1)
+        torch.mul(b, d, out=inverse).add_(EPS).reciprocal_()
         torch.mul(a, c, out=q).mul_(inverse)
         total = q.sum()
         if gradient is not None:
@@ -127,9 +127,9 @@ class _Chunk:
     def _gradient(self, offset: Tensor, gradient: Tensor) -> None:
         """Of the sum of q, to s through the three moments that depend on it.
 
-        by blurred s * t:   a / (b * d)
-        by blurred s^2:     -q / d
-        by mu_s:            (mu_t * c - mu_t' * a - 2 * q * (mu_s * d - mu_s' * b)) / (b * d), with mu' = mu - offset
+        by blurred s * t:   a / e
+        by blurred s^2:     -q * b / e
+        by mu_s:            (mu_t * c - mu_t' * a - 2 * q * (mu_s * d - mu_s' * b)) / e, with mu' = mu - offset
         """
         s, t, by_mean, temporary = self.inputs
         mean_s, mean_t, d, c = self.moments
@@ -137,9 +137,9 @@ class _Chunk:
         torch.addcmul(c, q, d, value=-2, out=by_mean).mul_(offset)
         by_mean.addcmul_(c.sub_(a), mean_t)
         by_mean.addcmul_(torch.sub(d, b, out=temporary).mul_(mean_s), q, value=-2)
+        q.mul_(b).mul_(inverse)
         torch.mul(a, inverse, out=b)
         inverse.mul_(by_mean)
-        q.div_(d)
         for matrices, out in self.adjoint_blurs:
             torch.mm(*matrices, out=out)
         by_product, by_mean, by_square = self.derivatives

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .gaussian import blur_matrix
-from .similarity import K1, K2, SIGMA
+from .similarity import EPS, K1, K2, SIGMA
 
 TILE = 32
 """Side of the cells that a program makes."""
@@ -34,7 +34,7 @@ def loss_and_gradient(
     c1, c2 = (K1 * max_val) ** 2, (K2 * max_val) ** 2
     maps = (student, teacher, *student.stride(), *teacher.stride(), offset_N, rows, columns)
     with torch.cuda.device_of(student):
-        _similarity[grid](*maps, slopes_3NHW, sums, c1, c2, WANTS_SLOPES=gradient is not None, **sizes)
+        _similarity[grid](*maps, slopes_3NHW, sums, c1, c2, EPS, WANTS_SLOPES=gradient is not None, **sizes)
         if gradient is not None:
             _adjoint[grid](*maps, slopes_3NHW, gradient, *gradient.stride(), **sizes)
     return (1 - 4 * sums.double().sum() / student.numel()).float() / 2
@@ -63,7 +63,7 @@ def _blur(x, rows, columns):
 
 @triton.jit
 def _similarity(
-    student, teacher, s_b, s_c, s_h, s_w, t_b, t_c, t_h, t_w, offset_n, row_matrix, column_matrix, slopes, sums, c1, c2,
+    student, teacher, s_b, s_c, s_h, s_w, t_b, t_c, t_h, t_w, offset_n, row_matrix, column_matrix, slopes, sums, c1, c2, eps,
     C, H, W, WANTS_SLOPES: tl.constexpr, RADIUS: tl.constexpr, TILE: tl.constexpr, READ: tl.constexpr,
 ):  # fmt: skip
     """The sum of q = SSIM / 4 over a tile, and the slopes of q in the blurred s, s^2 and s * t; see `ssim_chunks`."""
@@ -82,10 +82,10 @@ def _similarity(
     a, b = mean_s * mean_t, mean_s * mean_s + mean_t * mean_t
     c = (product - a) + c2 / 2
     d = tl.maximum(squares - b, 0.0) + c2
-    moved = 2 * offset * (mean_s + mean_t) + (2 * offset * offset + c1)
-    a += moved / 2
-    b += moved
-    inverse = 1 / (b * d)
+    true_s, true_t = mean_s + offset, mean_t + offset
+    a = true_s * true_t + c1 / 2
+    b = true_s * true_s + true_t * true_t + c1
+    inverse = 1 / (b * d + eps)
     q = a * c * inverse
     row, column = (i * TILE + made)[:, None], (j * TILE + made)[None, :]
     is_cell = (row < H) & (column < W)
@@ -96,7 +96,7 @@ def _similarity(
         place = slopes + (n.to(tl.int64) * H + row) * W + column
         level = tl.num_programs(0).to(tl.int64) * H * W
         tl.store(place, by_mean, mask=is_cell)
-        tl.store(place + level, -q / d, mask=is_cell)
+        tl.store(place + level, -q * b * inverse, mask=is_cell)
         tl.store(place + 2 * level, a * inverse, mask=is_cell)
 
 
