@@ -5,6 +5,7 @@ Shape suffixes: B images, H W map, A anchors per position, R anchors of an image
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import accumulate, pairwise
 
 import torch
@@ -15,35 +16,39 @@ from torch.nn.utils.rnn import pad_sequence
 from ..detectors import DetectorOutputs
 
 
-def whole_maps(student: DetectorOutputs, targets: list[Instances]) -> list[Tensor]:
+def whole_maps(student: DetectorOutputs, targets: list[Instances], strides: Iterable[int]) -> list[Tensor]:
     """Everywhere."""
-    return [x.new_ones(x.shape[0], *x.shape[-2:], dtype=torch.float32) for x in student.features.values()]
+    maps = [student.features[stride] for stride in strides]
+    return [x.new_ones(x.shape[0], *x.shape[-2:], dtype=torch.float32) for x in maps]
 
 
-def positive_positions(student: DetectorOutputs, targets: list[Instances]) -> list[Tensor]:
+def positive_positions(student: DetectorOutputs, targets: list[Instances], strides: Iterable[int]) -> list[Tensor]:
     """Where the student's label assignment gives one of the position's anchors to an instance."""
-    shapes = [x.shape[-2:] for x in student.features.values()]
-    ends = accumulate((x.shape[1] for _, x in sorted(student.dense.logits.items())), initial=0)
+    ends = accumulate((x.shape[1] for x in student.dense.logits.values()), initial=0)
+    places = dict(zip(student.dense.logits, pairwise(ends), strict=True))
     is_positive_BR = student.dense.assignment >= 0
     return [
-        is_positive_BR[:, start:end].unflatten(1, (*shape, -1)).any(-1).float()
-        for (start, end), shape in zip(pairwise(ends), shapes, strict=True)
+        is_positive_BR[:, slice(*places[stride])]
+        .unflatten(1, (*student.features[stride].shape[-2:], -1))
+        .any(-1)
+        .float()
+        for stride in strides
     ]
 
 
-def negative_positions(student: DetectorOutputs, targets: list[Instances]) -> list[Tensor]:
+def negative_positions(student: DetectorOutputs, targets: list[Instances], strides: Iterable[int]) -> list[Tensor]:
     """Where it gives none of them to any."""
-    return [1 - mask for mask in positive_positions(student, targets)]
+    return [1 - mask for mask in positive_positions(student, targets, strides)]
 
 
-def inside_boxes(student: DetectorOutputs, targets: list[Instances]) -> list[Tensor]:
+def inside_boxes(student: DetectorOutputs, targets: list[Instances], strides: Iterable[int]) -> list[Tensor]:
     """Where the position's centre lies inside a ground-truth box."""
     boxes_BN4 = pad_sequence([target.gt_boxes.tensor for target in targets], batch_first=True)  # padding has no inside
+    x1, y1, x2, y2 = boxes_BN4.unsqueeze(-1).unbind(2)
     masks = []
-    for stride, x in student.features.items():
-        H, W = x.shape[-2:]
-        x1, y1, x2, y2 = boxes_BN4.unsqueeze(-1).unbind(2)
-        center_H, center_W = ((torch.arange(n, device=x.device) + 0.5) * stride for n in (H, W))
+    for stride in strides:
+        H, W = student.features[stride].shape[-2:]
+        center_H, center_W = ((torch.arange(n, device=boxes_BN4.device) + 0.5) * stride for n in (H, W))
         in_columns_BNW = (x1 < center_W) & (center_W < x2)
         in_rows_BNH = (y1 < center_H) & (center_H < y2)
         masks.append(torch.einsum("bnh,bnw->bhw", in_rows_BNH.float(), in_columns_BNW.float()).clamp(max=1))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..detectors import DetectorOutputs, DetectorSpec
 from ..losses import prediction_difference, relative_to_mean, weighted_imitation_loss
+from ..workers import mean_count_of_workers
 from .base import (
     ADAPTATION_KERNELS,
     DISTILLER_REGISTRY,
@@ -104,8 +105,8 @@ class PFI(Distiller):
         if self.mask == PREDICTION:
             weights, divisors = self._prediction_weights(student, teacher), None
         else:
-            weights = MASKS[self.mask](student, targets)
-            divisors = [mask.sum().clamp(min=1) for mask in weights]
+            weights = MASKS[self.mask](student, targets, self.adaptation.strides)
+            divisors = mean_count_of_workers(torch.stack([mask.sum() for mask in weights])).unbind()
         loss = self.weight * weighted_imitation_loss(students, teachers, weights, divisors)
         if student.losses:
             log_scalar("pfi_to_detector_loss", lambda: loss.detach() / sum(x.detach() for x in student.losses.values()))
