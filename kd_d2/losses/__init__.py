@@ -7,8 +7,10 @@ from .prediction_guided import prediction_difference, prediction_guided_loss, re
 from .rank import count_ranked, rank_kl_loss
 from .soft_label import soft_label_loss
 from .ssim import ms_ssim_loss, ssim_loss
+from .standardization import agreement, standardize
 
 __all__ = [
+    "agreement",
     "attended_value_loss",
     "count_ranked",
     "icd_distill_loss",
@@ -22,5 +24,6 @@ __all__ = [
     "soft_label_loss",
     "spatial_attention",
     "ssim_loss",
+    "standardize",
     "weighted_imitation_loss",
 ]

@@ -1,0 +1,182 @@
+"""IMA: masked features of the student are filled in again and aligned with the teacher's."""
+
+from __future__ import annotations
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.structures import Instances
+from torch import Tensor, nn
+from torchvision.ops import roi_align
+
+from ..detectors import DetectorOutputs, DetectorSpec
+from ..errors import UserError
+from ..losses import agreement, standardize
+from ..workers import mean_count_of_workers
+from .base import (
+    ADAPTATION_KERNELS,
+    DISTILLER_REGISTRY,
+    AdaptationLayers,
+    Distiller,
+    check_choice,
+    in_float32,
+    levels_by_stride,
+    log_scalar,
+)
+from .masks import inside_boxes
+
+MASKS = ("random", "instance", "none")
+INSTANCES = ("sample", "box")
+STANDARDIZED = ("both", "student", "none")
+
+
+@DISTILLER_REGISTRY.register()
+class IMA(Distiller):
+    """Instance Mask Alignment: L = WEIGHT * mean over levels and (N, C, H, W) of (gamma * std(G(M * P(F_S))) - std(F_T))^2.
+
+    P projects, M hides positions at random, G fills them in again; std brings every map of an instance to mean 0 and deviation
+    1; gamma, how much the two agree, makes little of instances that do not. Every stage can be switched off.
+    """
+
+    needs = frozenset({"features", "targets"})
+    loss_names = ("loss_ima",)
+    CONFIG_NODE = "IMA"
+
+    @classmethod
+    def add_config(cls, node: CfgNode) -> None:
+        # P, which also brings the student to the teacher's channels: "1x1", "3x3", or "none".
+        node.ADAPTATION = "1x1"
+        # Where positions are hidden: "random" over the map, inside the boxes of each "instance", or "none".
+        node.MASK = "random"
+        # zeta: the part that is hidden.
+        node.MASK_RATIO = 0.65
+        # G: two 3x3 convolutions, or nothing.
+        node.GENERATION = True
+        # What counts as an instance: a "sample" of the batch, or a ground-truth "box" (RoIAlign).
+        node.INSTANCE = "sample"
+        # Side of a box's features.
+        node.BOX_RESOLUTION = 7
+        # Whose features are standardised: of "both", of the "student", or "none".
+        node.STANDARDIZE = "both"
+        # Multiply the student's by gamma.
+        node.DEFLATE = True
+
+    @classmethod
+    def validate_config(cls, node: CfgNode) -> None:
+        check_choice(cls.CONFIG_NODE, "ADAPTATION", node.ADAPTATION, ADAPTATION_KERNELS)
+        check_choice(cls.CONFIG_NODE, "MASK", node.MASK, MASKS)
+        check_choice(cls.CONFIG_NODE, "INSTANCE", node.INSTANCE, INSTANCES)
+        check_choice(cls.CONFIG_NODE, "STANDARDIZE", node.STANDARDIZE, STANDARDIZED)
+        if not 0 <= node.MASK_RATIO < 1:
+            raise UserError(f"MODEL.KD.IMA.MASK_RATIO is {node.MASK_RATIO}; it must be from 0 to below 1.")
+        if node.BOX_RESOLUTION < 1:
+            raise UserError(f"MODEL.KD.IMA.BOX_RESOLUTION is {node.BOX_RESOLUTION}; it must be at least 1.")
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        weight: float,
+        adaptation: AdaptationLayers,
+        generation_channels: dict[int, int] | None,
+        mask: str = "random",
+        mask_ratio: float = 0.65,
+        instance: str = "sample",
+        box_resolution: int = 7,
+        standardized: str = "both",
+        deflate: bool = True,
+    ):
+        """
+        Args:
+            weight: of the loss.
+            adaptation: the layers P; its strides are the levels that are compared.
+            generation_channels: of G by stride; None leaves G out.
+            mask, mask_ratio, instance, box_resolution, standardized, deflate: see the keys.
+        """
+        super().__init__()
+        self.weight = weight
+        self.adaptation = adaptation
+        self.generation = nn.ModuleDict(
+            {str(stride): _generation_block(channels) for stride, channels in (generation_channels or {}).items()}
+        )
+        self.mask = mask
+        self.mask_ratio = mask_ratio
+        self.instance = instance
+        self.box_resolution = box_resolution
+        self.standardized = standardized
+        self.deflate = deflate
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> dict:
+        node = cfg.MODEL.KD.IMA
+        adaptation = AdaptationLayers.from_node(cls.CONFIG_NODE, node, student, teacher)
+        channels = {stride: teacher.shapes[stride].channels for stride in adaptation.strides}
+        return {
+            "weight": node.WEIGHT,
+            "adaptation": adaptation,
+            "generation_channels": channels if node.GENERATION else None,
+            "mask": node.MASK,
+            "mask_ratio": node.MASK_RATIO,
+            "instance": node.INSTANCE,
+            "box_resolution": node.BOX_RESOLUTION,
+            "standardized": node.STANDARDIZE,
+            "deflate": node.DEFLATE,
+        }
+
+    def forward(
+        self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]
+    ) -> dict[str, Tensor]:
+        masks, pairs = self._masks(student, targets), self.adaptation.pairs(student, teacher)
+        errors, scales = [], []
+        for stride, mask, (s, t) in zip(self.adaptation.strides, masks, pairs, strict=True):
+            filled = self._fill(s * mask[:, None], stride)
+            error, scale = self.aligned_errors(*self._instances(filled, t, targets, stride))
+            errors.append(error)
+            scales.append(scale)
+        scale_LN = torch.stack(scales)
+        if self.deflate and scale_LN.numel():
+            log_scalar("ima_gamma", scale_LN.mean)
+        error_LN = torch.stack(errors)
+        count = mean_count_of_workers(error_LN.new_tensor(float(error_LN.shape[1])))
+        return {"loss_ima": self.weight * error_LN.mean(0).sum() / count}
+
+    def _masks(self, student: DetectorOutputs, targets: list[Instances]) -> list[Tensor]:
+        """M by level, (B, H, W) of zeros and ones."""
+        maps = levels_by_stride(student.features, self.adaptation.strides, "student")
+        if self.mask == "none":
+            return [x.new_ones(()).expand(len(x), *x.shape[-2:]) for x in maps]
+        shown = [(torch.rand(len(x), *x.shape[-2:], device=x.device) >= self.mask_ratio).to(x.dtype) for x in maps]
+        if self.mask == "random":
+            return shown
+        inside = inside_boxes(student, targets, self.adaptation.strides)
+        return [torch.maximum(seen, 1 - box.to(seen.dtype)) for seen, box in zip(shown, inside, strict=True)]
+
+    def _fill(self, maps: Tensor, stride: int) -> Tensor:
+        return self.generation[str(stride)](maps) if self.generation else maps
+
+    def _instances(
+        self, student: Tensor, teacher: Tensor, targets: list[Instances], stride: int
+    ) -> tuple[Tensor, Tensor]:
+        """What the loss compares: (N, C, H, W) each, of samples or of boxes."""
+        if self.instance == "sample":
+            return student, teacher
+        boxes = [target.gt_boxes.tensor for target in targets]
+        return tuple(
+            roi_align(x.float(), boxes, self.box_resolution, 1 / stride, sampling_ratio=2, aligned=True)
+            for x in (student, teacher)
+        )
+
+    @in_float32
+    def aligned_errors(self, student_NCHW: Tensor, teacher_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean squared error of each aligned instance (N,), and gamma (N,)."""
+        gamma_N = agreement(student_NCHW, teacher_NCHW) if self.deflate else student_NCHW.new_ones(len(student_NCHW))
+        if self.standardized != "none":
+            student_NCHW = standardize(student_NCHW)
+        if self.standardized == "both":
+            teacher_NCHW = standardize(teacher_NCHW)
+        difference = gamma_N[:, None, None, None] * student_NCHW - teacher_NCHW
+        return difference.square().mean((1, 2, 3)), gamma_N
+
+
+def _generation_block(channels: int) -> nn.Sequential:
+    layers = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+    return nn.Sequential(next(layers), nn.ReLU(inplace=True), next(layers))
