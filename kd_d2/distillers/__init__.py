@@ -1,7 +1,10 @@
 """Distillation methods, each registered by name in DISTILLER_REGISTRY."""
 
 from .base import DISTILLER_REGISTRY, Distiller, OptimizerSettings, ParamGroup, Schedule
+from .defeat import DeFeat
 from .feature_imitation import FeatureImitation
+from .fgfi import FGFI
+from .fkd import FKD
 from .icd import ICD
 from .ima import IMA
 from .pfi import PFI
@@ -11,9 +14,12 @@ from .structural import StructuralKD
 
 __all__ = [
     "DISTILLER_REGISTRY",
+    "FGFI",
+    "FKD",
     "ICD",
     "IMA",
     "PFI",
+    "DeFeat",
     "Distiller",
     "FeatureImitation",
     "OptimizerSettings",

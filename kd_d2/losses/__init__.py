@@ -1,9 +1,15 @@
 """Pure functions on tensors: no config, no Detectron2, nothing of the rest of the project."""
 
-from .attention import spatial_attention
+from .attention import channel_attention, spatial_attention
 from .icd import attended_value_loss, icd_distill_loss, instance_attention
 from .normalization import min_max_normalize
-from .prediction_guided import prediction_difference, prediction_guided_loss, relative_to_mean, weighted_imitation_loss
+from .prediction_guided import (
+    masked_squared_error,
+    prediction_difference,
+    prediction_guided_loss,
+    relative_to_mean,
+    weighted_imitation_loss,
+)
 from .rank import count_ranked, rank_kl_loss
 from .soft_label import soft_label_loss
 from .ssim import ms_ssim_loss, ssim_loss
@@ -12,9 +18,11 @@ from .standardization import agreement, standardize
 __all__ = [
     "agreement",
     "attended_value_loss",
+    "channel_attention",
     "count_ranked",
     "icd_distill_loss",
     "instance_attention",
+    "masked_squared_error",
     "min_max_normalize",
     "ms_ssim_loss",
     "prediction_difference",

@@ -48,12 +48,22 @@ def weighted_imitation_loss(
     """
     losses = []
     for level, (student, teacher, weight) in enumerate(zip(student_features, teacher_features, weights, strict=True)):
-        dtype = torch.promote_types(student.dtype, torch.float32)
-        with torch.autocast(student.device.type, enabled=False):
-            difference = (student.to(dtype) - teacher.detach().to(dtype)).square().mean(1)
-            total = (weight * difference).sum()
+        total = masked_squared_error(student, teacher, weight)
         losses.append(total / (weight.numel() if divisors is None else divisors[level]))
     return sum(losses) / len(losses)
+
+
+def masked_squared_error(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """sum over (B, H, W) of mask * mean over channels of (F_S - F_T)^2. Computed in float32 or better.
+
+    Args:
+        student, teacher: (B, C, H, W); gradients go to the student alone.
+        mask: (B, H, W), zeros and ones or any weights.
+    """
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    with torch.autocast(student.device.type, enabled=False):
+        difference = (student.to(dtype) - teacher.detach().to(dtype)).square().mean(1)
+        return (mask * difference).sum()
 
 
 def relative_to_mean(weights: list[Tensor]) -> list[Tensor]:

@@ -1,0 +1,160 @@
+"""FKD: feature-based distillation by attention and non-local relations."""
+
+from __future__ import annotations
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.structures import Instances
+from torch import Tensor, nn
+
+from ..detectors import DetectorOutputs, DetectorSpec
+from ..losses import channel_attention, spatial_attention
+from .base import (
+    ADAPTATION_KERNELS,
+    DISTILLER_REGISTRY,
+    AdaptationLayers,
+    Distiller,
+    check_choice,
+    check_number,
+    in_float32,
+    levels_by_stride,
+)
+
+
+@DISTILLER_REGISTRY.register()
+class FKD(Distiller):
+    """Feature-based knowledge distillation (Zhang and Ma 2021).
+
+    Of each image and level, with unsquared L2 norms, summed over levels and averaged over images, times WEIGHT:
+
+    - attention transfer (equation 4): distance of the spatial attention mean_c |F| and of the channel attention mean_hw |F|;
+    - masked features (equation 5): of phi(F_S) and F_T, each element weighed by the square root of spatial times channel mask, the
+      softmax attention of both detectors;
+    - relations (equation 7): of what a non-local block makes of each detector's features.
+    """
+
+    needs = frozenset({"features"})
+    loss_names = ("loss_fkd_attention", "loss_fkd_feature", "loss_fkd_relation")
+    CONFIG_NODE = "FKD"
+
+    @classmethod
+    def add_config(cls, node: CfgNode) -> None:
+        node.ATTENTION_WEIGHT = 4e-3
+        node.FEATURE_WEIGHT = 7e-5
+        node.RELATION_WEIGHT = 7e-5
+        # Of the masks' softmax.
+        node.TEMPERATURE = 0.5
+        # Channels within a non-local block.
+        node.RELATION_DIM = 64
+        # phi, between student and teacher features: "none", "1x1" or "3x3".
+        node.ADAPTATION = "1x1"
+
+    @classmethod
+    def validate_config(cls, node: CfgNode) -> None:
+        check_choice(cls.CONFIG_NODE, "ADAPTATION", node.ADAPTATION, ADAPTATION_KERNELS)
+        for key in ("ATTENTION_WEIGHT", "FEATURE_WEIGHT", "RELATION_WEIGHT"):
+            check_number(cls.CONFIG_NODE, key, node[key], 0)
+        check_number(cls.CONFIG_NODE, "TEMPERATURE", node.TEMPERATURE, 0, exclusive=True)
+        check_number(cls.CONFIG_NODE, "RELATION_DIM", node.RELATION_DIM, 1)
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        adaptation: AdaptationLayers,
+        channels: dict[int, tuple[int, int]],
+        attention_weight: float = 4e-3,
+        feature_weight: float = 7e-5,
+        relation_weight: float = 7e-5,
+        temperature: float = 0.5,
+        relation_dim: int = 64,
+    ):
+        """
+        Args:
+            adaptation: the layers phi; its strides are the levels that are compared.
+            channels: by stride the student's and the teacher's.
+            attention_weight, feature_weight, relation_weight: of the three losses.
+            temperature: of the masks' softmax.
+            relation_dim: channels within a non-local block.
+        """
+        super().__init__()
+        self.adaptation = adaptation
+        self.weights = attention_weight, feature_weight, relation_weight
+        self.temperature = temperature
+        self.student_relations, self.teacher_relations, self.relation_adaptation = (nn.ModuleDict() for _ in range(3))
+        for stride, (ours, theirs) in channels.items():
+            self.student_relations[str(stride)] = NonLocalBlock(ours, relation_dim)
+            self.teacher_relations[str(stride)] = NonLocalBlock(theirs, relation_dim)
+            self.relation_adaptation[str(stride)] = nn.Conv2d(ours, theirs, 1)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> dict:
+        node = cfg.MODEL.KD.FKD
+        adaptation = AdaptationLayers.from_node(cls.CONFIG_NODE, node, student, teacher)
+        return {
+            "adaptation": adaptation,
+            "channels": {s: (student.shapes[s].channels, teacher.shapes[s].channels) for s in adaptation.strides},
+            "attention_weight": node.WEIGHT * node.ATTENTION_WEIGHT,
+            "feature_weight": node.WEIGHT * node.FEATURE_WEIGHT,
+            "relation_weight": node.WEIGHT * node.RELATION_WEIGHT,
+            "temperature": node.TEMPERATURE,
+            "relation_dim": node.RELATION_DIM,
+        }
+
+    def forward(
+        self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]
+    ) -> dict[str, Tensor]:
+        totals = [0.0, 0.0, 0.0]
+        own = levels_by_stride(student.features, self.adaptation.strides, "student")
+        for stride, level, (s, t) in zip(
+            self.adaptation.strides, own, self.adaptation.pairs(student, teacher), strict=True
+        ):
+            distances = (*self.feature_distances(s, t), self.relation_distance(level, t, str(stride)))
+            totals = [total + distance.mean() for total, distance in zip(totals, distances, strict=True)]
+        return {n: w * total for n, w, total in zip(self.loss_names, self.weights, totals, strict=True)}
+
+    @in_float32
+    def feature_distances(self, student_BCHW: Tensor, teacher_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each image the attention's distance and the masked features' (B,)."""
+        ours, theirs = student_BCHW.abs(), teacher_BCHW.abs()
+        attention = _norm(ours.mean(1) - theirs.mean(1)) + _norm(ours.mean((2, 3)) - theirs.mean((2, 3)))
+        mask = spatial_attention(student_BCHW, teacher_BCHW, self.temperature)
+        mask = mask * channel_attention(student_BCHW, teacher_BCHW, self.temperature)
+        return attention, _norm((student_BCHW - teacher_BCHW) * mask.sqrt())
+
+    @in_float32
+    def relation_distance(self, student_BCHW: Tensor, teacher_BCHW: Tensor, stride: str) -> Tensor:
+        """Of each image the relations' distance (B,)."""
+        ours = self.relation_adaptation[stride](self.student_relations[stride](student_BCHW))
+        return _norm(ours - self.teacher_relations[stride](teacher_BCHW))
+
+
+class NonLocalBlock(nn.Module):
+    """x + W(sum over positions of <theta(x), phi(x')> g(x') / their number) (Wang et al. 2018, dot product).
+
+    W begins as zero, the block as the identity.
+
+    Args:
+        channels: of the maps.
+        dim: of theta, phi and g.
+    """
+
+    def __init__(self, channels: int, dim: int):
+        super().__init__()
+        self.theta, self.phi, self.g = (nn.Conv2d(channels, dim, 1) for _ in range(3))
+        self.out = nn.Conv2d(dim, channels, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        phi_BDL, g_BDL = self.phi(x_BCHW).flatten(2), self.g(x_BCHW).flatten(2)
+        # <theta, phi> g = theta (phi g): the matrix of all pairs of positions is never made.
+        related_BDD = phi_BDL @ g_BDL.transpose(1, 2) / phi_BDL.shape[-1]
+        theta_BDHW = self.theta(x_BCHW)
+        gathered = torch.einsum("bdhw,bde->behw", theta_BDHW, related_BDD)
+        return x_BCHW + self.out(gathered)
+
+
+def _norm(difference: Tensor) -> Tensor:
+    """L2 norm of each image (B,), with a gradient of 0 where there is no difference."""
+    return torch.linalg.vector_norm(difference.flatten(1), dim=1)

@@ -1,0 +1,229 @@
+"""FGFI, DeFeat and FKD: formulas by hand, gradients, and training on real detectors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from kd_d2 import DISTILLER_REGISTRY, Distiller, KDMetaArch, Teacher
+from kd_d2.detectors import DetectorOutputs, build_adapter
+from kd_d2.distillers import FGFI, FKD, DeFeat
+from kd_d2.distillers.fgfi import near_objects
+from kd_d2.distillers.fkd import NonLocalBlock
+from kd_d2.errors import UserError
+from kd_d2.losses import channel_attention, masked_squared_error, spatial_attention
+
+import pytest
+import torch
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from torch import Tensor
+
+METHODS = ("FGFI", "DeFeat", "FKD")
+
+
+def _targets(*boxes: list[list[float]]) -> list[Instances]:
+    return [
+        Instances(
+            (64, 64), gt_boxes=Boxes(torch.tensor(b).view(-1, 4)), gt_classes=torch.zeros(len(b), dtype=torch.int64)
+        )
+        for b in boxes
+    ]
+
+
+@pytest.fixture
+def build(tiny_cfg: Callable, tiny_detector: Callable) -> Callable[..., Distiller]:
+    """(method, keys) -> the method for two RetinaNets with 8 channels at strides 8 to 128; no adaptation unless named."""
+
+    def build(method: type[Distiller], **keys: Any) -> Distiller:
+        cfg = tiny_cfg("retinanet", {"MODEL": {"KD": {method.CONFIG_NODE: {"ADAPTATION": "none", **keys}}}})
+        method.validate_config(cfg.MODEL.KD[method.CONFIG_NODE])
+        torch.manual_seed(0)
+        return method(cfg, *(build_adapter(tiny_detector("retinanet")).spec for _ in range(2)))
+
+    return build
+
+
+def _outputs(features: dict[int, Tensor], anchors: dict[int, Boxes] | None = None) -> DetectorOutputs:
+    return DetectorOutputs(images=None, features=features, anchors=anchors)
+
+
+def _features(seed: int = 0, side: int = 64) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    levels = {stride: max(1, side // stride) for stride in (8, 16, 32, 64, 128)}
+    return tuple({s: torch.randn(2, 8, n, n, generator=generator) for s, n in levels.items()} for _ in range(2))
+
+
+def test_masked_squared_error_by_hand() -> None:
+    """Check two channels, one position counting twice: 2 * (1 + 9) / 2, and the gradient numerically."""
+    student = torch.tensor([[[[1.0, 5.0]], [[0.0, 7.0]]]], dtype=torch.float64, requires_grad=True)
+    teacher = torch.tensor([[[[2.0, 0.0]], [[3.0, 0.0]]]], dtype=torch.float64)
+    mask = torch.tensor([[[2.0, 0.0]]], dtype=torch.float64)
+    assert masked_squared_error(student, teacher, mask).item() == 10
+    assert torch.autograd.gradcheck(lambda s: masked_squared_error(s, teacher, mask), student)
+
+
+def test_near_objects_by_hand() -> None:
+    """Check overlaps of 1, 1/2, 1/3 and 0 against half of the best, two anchors a position, and the union over boxes."""
+    wide = [[0.0, 0, 16, 8], [8.0, 0, 24, 8], [0.0, 0, 8, 24], [40, 0, 48, 8]]
+    anchors = Boxes(torch.tensor(wide))  # two positions of two anchors
+    box = [0.0, 0, 16, 8]
+    # overlaps: 1, 8 * 8 / (2 * 128 - 64) = 1/3; 64 / (128 + 192 - 64) = 1/4, 0
+    near = near_objects(anchors, (1, 2), _targets([box], []), 0.5)
+    assert near.tolist() == [[[1, 0]], [[0, 0]]]
+    assert near_objects(anchors, (1, 2), _targets([box]), 0.2).tolist() == [[[1, 1]]]
+    assert near_objects(anchors, (1, 2), _targets([box, [40.0, 0, 48, 8]]), 0.5).tolist() == [[[1, 1]]]
+    # what no anchor overlaps is near none
+    assert near_objects(anchors, (1, 2), _targets([[100.0, 100, 110, 110]]), 0.5).tolist() == [[[0, 0]]]
+
+
+def test_fgfi_by_hand(build: Callable) -> None:
+    """Check the sum over levels, positions and channels, divided by twice the positions of all levels together."""
+    student, teacher = _features()
+    centers = {s: torch.arange(len(x[0, 0])) * s + s / 2 for s, x in student.items()}
+    anchors = {}
+    for stride, center in centers.items():
+        y, x = torch.meshgrid(center, center, indexing="ij")
+        corner = torch.stack([x, y, x, y], -1).view(-1, 4)
+        anchors[stride] = Boxes(corner + torch.tensor([-1.0, -1, 1, 1]) * stride / 2)
+    targets = _targets([[0.0, 0, 8, 8]], [[32.0, 32, 64, 64]])
+    masks = [near_objects(anchors[s], student[s].shape[-2:], targets, 0.5) for s in student]
+    assert [int(m.sum()) for m in masks] == [1 + 16, 1 + 4, 1 + 1, 1 + 1, 1 + 1]
+    total = sum((m[:, None] * (student[s] - teacher[s]).square()).sum() for s, m in zip(student, masks, strict=True))
+    loss = build(FGFI, WEIGHT=0.1)(_outputs(student, anchors), _outputs(teacher), targets)
+    assert loss["loss_fgfi"].item() == pytest.approx(0.1 * total.item() / (2 * 28), rel=1e-5)
+    assert build(FGFI)(_outputs(student, anchors), _outputs(teacher), _targets([], []))["loss_fgfi"].item() == 0
+
+
+def test_defeat_by_hand(build: Callable) -> None:
+    """Check halves of means over foreground and background elements, each level counting the same, with their weights."""
+    student, teacher = _features()
+    targets = _targets([[0.0, 0, 32, 64]], [])
+    losses = build(DeFeat, WEIGHT=2.0)(_outputs(student), _outputs(teacher), targets)
+    inside, outside = [], []
+    for stride, s in student.items():
+        error = (s - teacher[stride]).square()
+        mask = torch.zeros(2, *s.shape[-2:], dtype=torch.bool)
+        center = (torch.arange(s.shape[-1]) + 0.5) * stride
+        mask[0, center < 64, :] = (center > 0) & (center < 32)
+        inside.append(error.permute(0, 2, 3, 1)[mask].sum() / max(1, int(mask.sum())) / 8)
+        outside.append(error.permute(0, 2, 3, 1)[~mask].mean())
+    assert losses["loss_defeat_foreground"].item() == pytest.approx(2 * 3 * (sum(inside) / 5 / 2).item(), rel=1e-5)
+    assert losses["loss_defeat_background"].item() == pytest.approx(2 * 12 * (sum(outside) / 5 / 2).item(), rel=1e-5)
+
+
+def test_channel_attention_by_hand() -> None:
+    """Check two channels with means of |F| of 1 and 2 for the student, 0 and log 3 for the teacher."""
+    student = torch.tensor([[1.0, -1.0], [-2.0, 2.0]]).view(1, 2, 1, 2)
+    teacher = torch.tensor([[0.0, 0.0], [-math.log(3), math.log(3)]]).view(1, 2, 1, 2)
+    weight = channel_attention(student, teacher, 1.0)
+    of_student = 2 * math.e / (1 + math.e)
+    assert weight.shape == (1, 2, 1, 1)
+    assert weight.flatten().tolist() == pytest.approx([(2 - of_student + 0.5) / 2, (of_student + 1.5) / 2])
+
+
+def test_fkd_by_hand(build: Callable) -> None:
+    """Check the three norms image by image; the non-local blocks begin as the identity."""
+    fkd = build(FKD)
+    for layer in fkd.relation_adaptation.values():
+        torch.nn.init.dirac_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    student, teacher = _features()
+    losses = fkd(_outputs(student), _outputs(teacher), [])
+    attention = feature = relation = 0.0
+    for stride, s in student.items():
+        t = teacher[stride]
+        mask = spatial_attention(s, t, 0.5) * channel_attention(s, t, 0.5)
+        for image in range(2):
+            a, b = s[image], t[image]
+            attention += (a.abs().mean(0) - b.abs().mean(0)).norm() + (
+                a.abs().mean((1, 2)) - b.abs().mean((1, 2))
+            ).norm()
+            feature += ((a - b).square() * mask[image]).sum().sqrt()
+            relation += (a - b).norm()
+    for name, weight, expected in (
+        ("attention", 4e-3, attention),
+        ("feature", 7e-5, feature),
+        ("relation", 7e-5, relation),
+    ):
+        assert losses[f"loss_fkd_{name}"].item() == pytest.approx(weight * expected.item() / 2, rel=1e-4)
+
+
+def test_non_local_block_is_the_sum_over_all_pairs() -> None:
+    """Check against the matrix of all pairs of positions."""
+    torch.manual_seed(0)
+    block = NonLocalBlock(3, 2)
+    torch.nn.init.normal_(block.out.weight)
+    x = torch.randn(2, 3, 4, 5)
+    theta, phi, g = (layer(x).flatten(2) for layer in (block.theta, block.phi, block.g))
+    pairs = torch.einsum("bdi,bdj->bij", theta, phi) / 20
+    gathered = torch.einsum("bij,bdj->bdi", pairs, g).view(2, 2, 4, 5)
+    torch.testing.assert_close(block(x), x + block.out(gathered), rtol=1e-4, atol=1e-5)
+
+
+def test_fkd_of_equal_features_has_finite_gradients(build: Callable) -> None:
+    """Check norms of nothing."""
+    fkd, (student, _) = build(FKD), _features()
+    for layer in fkd.relation_adaptation.values():
+        torch.nn.init.dirac_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    ours = {s: x.clone().requires_grad_() for s, x in student.items()}
+    sum(fkd(_outputs(ours), _outputs(student), []).values()).backward()
+    assert all(x.grad.isfinite().all() for x in ours.values())
+
+
+def test_fkd_gradient_numerically(build: Callable) -> None:
+    """Check the relation's and the attention's distance in float64."""
+    fkd = build(FKD).double()
+    student, teacher = torch.randn(2, 1, 8, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    student.requires_grad_()
+    for layer in fkd.student_relations.values():
+        torch.nn.init.normal_(layer.out.weight, std=0.1)
+    relation, distances = FKD.relation_distance.__wrapped__, FKD.feature_distances.__wrapped__
+    assert torch.autograd.gradcheck(lambda s: relation(fkd, s, teacher, "8"), student)
+    assert torch.autograd.gradcheck(lambda s: distances(fkd, s, teacher)[0], student)
+
+
+@pytest.mark.parametrize(
+    ("kind", "teacher"), [("retinanet", "retinanet"), ("faster", "cascade"), ("fcos", "retinanet"), ("gfl", "atss")]
+)
+@pytest.mark.parametrize("counts", [(3, 2), (1, 0), (0, 0)])
+def test_on_detectors(
+    tiny_cfg: Callable,
+    tiny_detector: Callable,
+    make_inputs: Callable,
+    event_storage: EventStorage,
+    kind: str,
+    teacher: str,
+    counts: tuple[int, int],
+) -> None:
+    """Check one- and two-stage pairs, one instance and none: finite, and gradients reach student and own layers alone."""
+    student, other = tiny_detector(kind), tiny_detector(teacher, seed=1)
+    cfg = tiny_cfg(kind)
+    specs = build_adapter(student).spec, build_adapter(other).spec
+    distillers = {name: DISTILLER_REGISTRY.get(name)(cfg, *specs) for name in METHODS}
+    model = KDMetaArch(student=student, teacher=Teacher(other), distillers=distillers)
+    losses = model(make_inputs(counts=counts))
+    names = [name for distiller in distillers.values() for name in distiller.loss_names]
+    sum(losses[name] for name in names).backward()
+    assert all(losses[name].isfinite() for name in names)
+    assert all(p.grad.isfinite().all() for p in model.distillers.parameters())
+    assert all(p.grad is None for p in other.parameters())
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in student.backbone.parameters())
+    assert (losses["loss_fgfi"] > 0) == (losses["loss_defeat_foreground"] > 0) == (sum(counts) > 0)
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "value"),
+    [
+        (FGFI, "THRESHOLD", 1.0),
+        (FGFI, "ADAPTATION", "5x5"),
+        (DeFeat, "BACKGROUND_WEIGHT", -1.0),
+        (FKD, "TEMPERATURE", 0.0),
+        (FKD, "RELATION_DIM", 0),
+    ],
+)
+def test_wrong_values_name_their_key(build: Callable, method: type[Distiller], key: str, value: object) -> None:
+    with pytest.raises(UserError, match=f"MODEL.KD.{method.CONFIG_NODE}.{key} is"):
+        build(method, **{key: value})
