@@ -1,4 +1,4 @@
-"""FGFI, DeFeat and FKD: formulas by hand, gradients, and training on real detectors."""
+"""FGFI, DeFeat, FKD and GID: formulas by hand, gradients, and training on real detectors."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 from kd_d2 import DISTILLER_REGISTRY, Distiller, KDMetaArch, Teacher
-from kd_d2.detectors import DetectorOutputs, build_adapter
-from kd_d2.distillers import FGFI, FKD, DeFeat
+from kd_d2.detectors import DensePredictions, DetectorOutputs, build_adapter
+from kd_d2.distillers import FGFI, FKD, GID, DeFeat
 from kd_d2.distillers.fgfi import near_objects
 from kd_d2.distillers.fkd import NonLocalBlock
+from kd_d2.distillers.gid import relation_loss, select_instances
 from kd_d2.errors import UserError
 from kd_d2.losses import channel_attention, masked_squared_error, spatial_attention
 
@@ -185,6 +186,108 @@ def test_fkd_gradient_numerically(build: Callable) -> None:
     assert torch.autograd.gradcheck(lambda s: distances(fkd, s, teacher)[0], student)
 
 
+def _dense(logits: Tensor, offset: float) -> DensePredictions:
+    """Two levels with four and one anchors of 8 and 16 pixels; the boxes are the anchors moved right."""
+    small = Boxes(torch.tensor([[0.0, 0, 8, 8], [8, 0, 16, 8], [0, 8, 8, 16], [8, 8, 16, 16]]))
+    large = Boxes(torch.tensor([[0.0, 0, 16, 16]]))
+    return DensePredictions(
+        logits={8: logits[:, :4], 16: logits[:, 4:]},
+        box_regression={8: torch.full((len(logits), 4, 1), offset), 16: torch.full((len(logits), 1, 1), offset)},
+        anchors={8: small, 16: large},
+        decode=lambda regression, anchors: anchors.tensor + regression * torch.tensor([1.0, 0, 1, 0]),
+    )
+
+
+def test_general_instances_by_hand() -> None:
+    """Check the order by difference, the box of the surer detector, the NMS, and the most of an image."""
+    student = torch.tensor([[[-9.0, -9], [-9, 2], [-9, -9], [-9, -9], [-9, -9]]]).repeat(2, 1, 1)
+    teacher = torch.tensor([[[1.0, -9], [-9, -9], [-9, -9], [-9, 0], [-9, 3]]]).repeat(2, 1, 1)
+    teacher[1, 4] = -9.0
+    outputs = _dense(student, 0.5), _dense(teacher, 0.25)
+    # differences: the large anchor 0.95, then 0.88 at the second (the student's), 0.73 at the first, 0.5 at the fourth
+    best = select_instances(*outputs, 3, 0.3)
+    assert best.anchors.image.tolist() == [0, 0, 0, 1, 1, 1]
+    assert best.anchors.anchor.tolist() == [4, 1, 0, 1, 0, 3]
+    assert best.boxes[:3].tolist() == [[0.25, 0, 16.25, 16], [8.5, 0, 16.5, 8], [0.25, 0, 8.25, 8]]
+    # each small box overlaps the large one by 1/4
+    best = select_instances(*outputs, 3, 0.2)
+    assert best.anchors.anchor[best.anchors.image == 0].tolist() == [4]
+    assert select_instances(*outputs, 1, 0.3).anchors.anchor.tolist() == [4, 1]
+
+
+def test_relation_loss_by_hand() -> None:
+    """Check distances 3, 4, 5 against 1, 1, 1 after division by their means, two images, and fewer than three instances."""
+    triangle = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
+    even = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, math.sqrt(0.75)]], dtype=torch.float64)
+    # 3/4, 4/4, 5/4 against 1: smooth l1 of 1/4 is 1/32
+    expected = 2 / 32 / 3
+    image = torch.zeros(3, dtype=torch.int64)
+    assert relation_loss(triangle, even, image, 1).item() == pytest.approx(expected)
+    both = torch.cat([triangle, triangle[:2]]), torch.cat([even, even[:2]])
+    assert relation_loss(*both, torch.tensor([0, 0, 0, 1, 1]), 2).item() == pytest.approx(expected)
+    assert relation_loss(*(x[3:] for x in both), torch.tensor([1, 1]), 2).item() == 0
+    student = triangle.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: relation_loss(s, even, image, 1), student)
+
+
+def test_gid_responses_and_features_by_hand(build: Callable) -> None:
+    """Check the sums over the selected anchors, each instance's features on its own level, and their divisors."""
+    gid = build(GID, INSTANCES=2)
+    student, teacher = torch.randn(2, 1, 5, 3, generator=torch.Generator().manual_seed(0))
+    ours, theirs = _dense(student, 0.5), _dense(teacher, 0.25)
+    best = select_instances(ours, theirs, 2, 0.3)
+    classes, box = gid._responses(ours, theirs, best.anchors)
+    picked = [x[0, best.anchors.anchor] for x in (student, teacher)]
+    probability = picked[1].sigmoid()
+    entropy = -(probability * picked[0].sigmoid().log() + (1 - probability) * (-picked[0]).sigmoid().log())
+    assert classes.item() == pytest.approx(entropy.sum().item(), rel=1e-5)
+    assert box.item() == pytest.approx(2 * 0.25)
+    maps = {s: torch.full((1, 8, n, n), float(s)) for s, n in ((8, 8), (16, 4), (32, 2), (64, 1), (128, 1))}
+    outputs = [DetectorOutputs(images=None, features=maps, dense=dense) for dense in (ours, theirs)]
+    features, _ = gid._features(*outputs, best)
+    assert features.shape == (2, 8, 10, 10)
+    strides = [8.0 if anchor < 4 else 16.0 for anchor in best.anchors.anchor]
+    for instance, stride in zip(features, strides, strict=True):
+        torch.testing.assert_close(instance, torch.full_like(instance, stride))
+    other = DetectorOutputs(images=None, features={s: x + 1 for s, x in maps.items()}, dense=theirs)
+    losses = gid(outputs[0], other, _targets([]))
+    # a difference of 1 in 8 channels at every cell
+    assert losses["loss_gid_feature"].item() == pytest.approx(5e-4 * 8, rel=1e-5)
+    assert losses["loss_gid_class"].item() == pytest.approx(0.1 * classes.item() / 2, rel=1e-5)
+    assert losses["loss_gid_box"].item() == pytest.approx(0.1 * box.item() / 2, rel=1e-5)
+    assert losses["loss_gid_relation"].item() == 0
+
+
+@pytest.mark.parametrize("kind", ["retinanet", "fcos", "atss", "gfl", "fsaf", "reppoints"])
+def test_gid_on_detectors(
+    tiny_cfg: Callable, tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage, kind: str
+) -> None:
+    """Check every dense detector, without any annotated object: instances are general."""
+    student, other = tiny_detector(kind), tiny_detector(kind, seed=1)
+    gid = GID(tiny_cfg(kind), build_adapter(student).spec, build_adapter(other).spec)
+    model = KDMetaArch(student=student, teacher=Teacher(other), distillers={"GID": gid})
+    losses = model(make_inputs(counts=(0, 0)))
+    sum(losses[name] for name in gid.loss_names).backward()
+    assert all(losses[name].isfinite() and losses[name] > 0 for name in gid.loss_names)
+    assert all(p.grad.isfinite().all() for p in gid.parameters())
+    assert any(p.grad.abs().max() > 0 for p in gid.parameters())
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in student.backbone.parameters())
+
+
+def test_gid_needs_the_same_anchors(tiny_cfg: Callable, tiny_detector: Callable) -> None:
+    specs = [build_adapter(tiny_detector(kind)).spec for kind in ("retinanet", "atss")]
+    with pytest.raises(UserError, match="GID compares predictions anchor by anchor"):
+        GID(tiny_cfg("retinanet"), *specs)
+    two_stage = tiny_detector("faster")
+    spec = build_adapter(two_stage).spec
+    with pytest.raises(UserError, match=r"The distiller GID needs dense, which the student \(GeneralizedRCNN\)"):
+        KDMetaArch(
+            student=two_stage,
+            teacher=Teacher(tiny_detector("faster")),
+            distillers={"GID": GID(tiny_cfg("faster"), spec, spec)},
+        )
+
+
 @pytest.mark.parametrize(
     ("kind", "teacher"), [("retinanet", "retinanet"), ("faster", "cascade"), ("fcos", "retinanet"), ("gfl", "atss")]
 )
@@ -222,6 +325,8 @@ def test_on_detectors(
         (DeFeat, "BACKGROUND_WEIGHT", -1.0),
         (FKD, "TEMPERATURE", 0.0),
         (FKD, "RELATION_DIM", 0),
+        (GID, "NMS_THRESH", 0.0),
+        (GID, "INSTANCES", 0),
     ],
 )
 def test_wrong_values_name_their_key(build: Callable, method: type[Distiller], key: str, value: object) -> None:

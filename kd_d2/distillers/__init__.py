@@ -5,6 +5,7 @@ from .defeat import DeFeat
 from .feature_imitation import FeatureImitation
 from .fgfi import FGFI
 from .fkd import FKD
+from .gid import GID
 from .icd import ICD
 from .ima import IMA
 from .pfi import PFI
@@ -16,6 +17,7 @@ __all__ = [
     "DISTILLER_REGISTRY",
     "FGFI",
     "FKD",
+    "GID",
     "ICD",
     "IMA",
     "PFI",
