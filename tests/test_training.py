@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from kd_d2 import UserError
+from kd_d2 import Teacher, UserError
 from kd_d2.checkpoint import read_checkpoint
+from kd_d2.detectors import RetinaNetAdapter
 from kd_d2.distillers import DISTILLER_REGISTRY, ICD, feature_imitation
 from kd_d2.engine import trainer as trainer_module
 from kd_d2.engine.random_state import get_random_state, preserved_random_state, set_random_state
@@ -115,6 +117,33 @@ def test_dense_detectors_are_distilled_and_resumed(tmp_path: Path, detector: str
     own = {name for method in methods for name in DISTILLER_REGISTRY.get(method).loss_names}
     assert unbroken.losses[0].keys() == OWN_LOSSES[detector] | own
     assert all(math.isfinite(value) for losses in unbroken.losses.values() for value in losses.values())
+
+
+@pytest.mark.parametrize("detector", ["retinanet", "faster-rcnn"])
+def test_all_methods_at_once(tmp_path: Path, detector: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that every method that goes with the detector trains beside the others, on one pass of the teacher and one assignment."""
+    methods = [name for name, method in DISTILLER_REGISTRY if detector == "retinanet" or "dense" not in method.needs]
+    assert len(methods) == (11 if detector == "retinanet" else 7)
+    project = make_project(tmp_path, detector, MODEL__KD__DISTILLERS=methods, **SMALL_ICD)
+    project.change(SOLVER__MAX_ITER=2, SOLVER__STEPS=(), SOLVER__BASE_LR=0.001)
+    calls = {"teacher": 0, "assignment": 0}
+
+    def counted(what: str, function: Callable) -> Callable:
+        def call(*args, **kwargs):
+            calls[what] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(Teacher, "__call__", counted("teacher", Teacher.__call__))
+    monkeypatch.setattr(RetinaNetAdapter, "assign", counted("assignment", RetinaNetAdapter.assign))
+    run = train(project)
+    own = {name for method in methods for name in DISTILLER_REGISTRY.get(method).loss_names}
+    assert run.losses[1].keys() == OWN_LOSSES[detector] | own
+    assert all(math.isfinite(value) for losses in run.losses.values() for value in losses.values())
+    assert calls == {"teacher": 2, "assignment": 2 if detector == "retinanet" else 0}
+    layers = {name.split(".")[0] for name in read_checkpoint(str(project.output / "model_final.pth"))["distillers"]}
+    assert layers >= {"IMA", "FGFI", "DeFeat", "FKD", "ICD"}
 
 
 def test_random_states_survive_a_checkpoint(tmp_path: Path) -> None:
