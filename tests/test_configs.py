@@ -354,6 +354,8 @@ def test_batch_norm_is_a_switch(stand_in: str) -> None:
         ("fsaf-ssim", "StructuralKD", "ssim", None),
         ("reppoints-ssim", "StructuralKD", "ssim", None),
         ("retinanet-feature-imitation", "FeatureImitation", None, None),
+        *((f"retinanet-{name.lower()}", name, None, None) for name in ("IMA", "FGFI", "DeFeat", "GID", "FKD")),
+        ("faster-rcnn-ima", "IMA", None, None),
         ("retinanet-icd", "ICD", None, None),
         ("faster-rcnn-icd", "ICD", None, None),
         *(
@@ -405,6 +407,38 @@ def test_icd_on_coco_is_the_references_setting(name: str, zoo: str, teacher: str
         assert f"{group}/{teacher}.yaml" == cfg.MODEL.KD.TEACHER.CONFIG_FILE
         student = load_config(str(ICD / f"{name}_R101-R50_{suffix}.yaml"), student_only=True)
         assert without(student, "MODEL.KD") == without(plain, "MODEL.KD")
+
+
+BASELINES = {"fitnet": "FeatureImitation", "fgfi": "FGFI", "defeat": "DeFeat", "gid": "GID", "fkd": "FKD"}
+
+
+@pytest.mark.parametrize(
+    ("project", "detector", "suffix", "method"),
+    [
+        *(("Baselines", detector, suffix, method) for detector in ("retinanet", "faster_rcnn") for suffix, method in BASELINES.items()),
+        *(("InstanceMaskAlignment", detector, "ima", "IMA") for detector in ("retinanet", "faster_rcnn")),
+    ],
+)  # fmt: skip
+def test_methods_on_coco(project: str, detector: str, suffix: str, method: str) -> None:
+    """Check that the students are Detectron2's 1x models, and that the method's keys are at their defaults."""
+    folder = ROOT / "projects" / project / "configs"
+    if (detector, method) == ("faster_rcnn", "GID"):
+        assert not list(folder.glob("faster_rcnn*gid*"))
+        return
+    theirs, plain = (
+        load_config(f"COCO-Detection/{detector}_R_50_FPN_1x.yaml"),
+        load_config(str(folder / f"{detector}_R50.yaml")),
+    )
+    filtered = "DATALOADER.FILTER_EMPTY_ANNOTATIONS"
+    assert without(plain, filtered) == without(theirs, filtered)
+    for name, inherits in ((suffix, False), (f"{suffix}_inherit", True)):
+        path = str(folder / f"{detector}_R101-R50_{name}.yaml")
+        cfg = load_config(path)
+        assert list(cfg.MODEL.KD.DISTILLERS) == [method]
+        node = DISTILLER_REGISTRY.get(method).CONFIG_NODE
+        assert cfg.MODEL.KD[node] == theirs.MODEL.KD[node]
+        assert cfg.MODEL.KD.INHERIT.ENABLED is inherits
+        assert without(load_config(path, student_only=True), "MODEL.KD") == without(plain, "MODEL.KD")
 
 
 def test_icd_on_fcos(stand_in: str) -> None:
