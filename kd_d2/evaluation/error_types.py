@@ -1,0 +1,172 @@
+"""What kinds of errors a detector makes: the analysis of COCO's detection challenge (Hoiem et al. 2012; thesis, figures 10 and 11).
+
+Seven precision-recall curves a class, each forgiving more than the one before; the area between two is what a kind of
+error costs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import multiprocessing
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from ..errors import UserError
+
+STAGES = ("C75", "C50", "Loc", "Sim", "Oth", "BG", "FN")
+"""IoU 0.75; 0.5; 0.1; then without confusions within the super-category, with any class, with background; no misses."""
+SIZES = ("all", "small", "medium", "large")
+RECALLS = np.linspace(0, 1, 101)
+LOCALIZATION_IOU = 0.1
+MAX_DETECTIONS = 100
+
+
+@dataclass
+class ErrorCurves:
+    """Precision over `RECALLS`.
+
+    Attributes:
+        class_names: K names.
+        precision: (K, 4, 7, 101) by class, size and stage; NaN where the class has no object of the size.
+    """
+
+    class_names: list[str]
+    precision: np.ndarray
+
+    @property
+    def overall(self) -> np.ndarray:
+        """(4, 7, 101) mean over the classes that have objects."""
+        with np.errstate(invalid="ignore"):
+            known = ~np.isnan(self.precision)
+            return np.where(known, self.precision, 0).sum(0) / known.sum(0)
+
+    def areas(self, name: str | None = None) -> dict[str, dict[str, float]]:
+        """Area under each curve by size and stage, of a class or overall."""
+        curves = self.overall if name is None else self.precision[self.class_names.index(name)]
+        return {
+            size: {stage: float(area) for stage, area in zip(STAGES, of_size, strict=True)}
+            for size, of_size in zip(SIZES, curves.mean(-1), strict=True)
+        }
+
+
+def analyze_errors(
+    truth: dict[str, Any],
+    detections: list[dict[str, Any]],
+    supercategories: dict[int, str] | None = None,
+    workers: int = 1,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> ErrorCurves:
+    """The curves of some detections.
+
+    Args:
+        truth: the tree of a COCO annotation file.
+        detections: COCO's results: image_id, category_id, bbox, score.
+        supercategories: by category id; by default what the annotation file says. A class without one is alone in its own.
+        workers: processes.
+        progress: wraps the classes as they are done, for a progress bar.
+
+    Raises:
+        UserError: detections of an image or category that the annotations do not have; no categories.
+    """
+    categories = sorted(truth.get("categories", ()), key=lambda c: c["id"])
+    if not categories or not truth.get("images"):
+        raise UserError("The annotations have no categories or no images: there is nothing to analyse.")
+    _check_known(detections, truth)
+    if supercategories is None:
+        supercategories = {c["id"]: c["supercategory"] for c in categories if c.get("supercategory")}
+    similar = {
+        c["id"]: {
+            other["id"]
+            for other in categories
+            if c["id"] in supercategories and supercategories.get(other["id"]) == supercategories[c["id"]]
+        }
+        for c in categories
+    }
+    of_class: dict[int, list[dict]] = {c["id"]: [] for c in categories}
+    for detection in detections:
+        of_class[detection["category_id"]].append(detection)
+    jobs = [(c["id"], of_class[c["id"]], similar[c["id"]]) for c in categories]
+    curves: dict[int, np.ndarray] = {}
+    if workers == 1:
+        _remember(truth)
+        for category_id, found, alike in progress(jobs):
+            curves[category_id] = _class_curves(category_id, found, alike)
+    else:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=_remember, initargs=(truth,)) as pool:
+            futures = {pool.submit(_class_curves, *job): job[0] for job in jobs}
+            for future in progress(as_completed(futures)):
+                curves[futures[future]] = future.result()
+    return ErrorCurves([c["name"] for c in categories], np.stack([curves[c["id"]] for c in categories]))
+
+
+def _check_known(detections: list[dict[str, Any]], truth: dict[str, Any]) -> None:
+    for key, known in (("image_id", "images"), ("category_id", "categories")):
+        ids = {entry["id"] for entry in truth[known]}
+        for detection in detections:
+            if detection.get(key) not in ids:
+                raise UserError(f"A detection has the {key} {detection.get(key)!r}, which is not among the {known}.")
+
+
+_truth: dict[str, Any] = {}
+"""The annotations, in each process."""
+
+
+def _remember(truth: dict[str, Any]) -> None:
+    _truth.clear()
+    _truth.update(truth)
+
+
+def _class_curves(category_id: int, detections: list[dict], similar: set[int]) -> np.ndarray:
+    """(4, 7, 101) of a class."""
+    own = _precision(category_id, detections, set(), (0.75, 0.5, LOCALIZATION_IOU))
+    everything = {c["id"] for c in _truth["categories"]}
+    (similar_ignored,) = _precision(category_id, detections, similar, (LOCALIZATION_IOU,))
+    (others_ignored,) = _precision(category_id, detections, everything, (LOCALIZATION_IOU,))
+    background_ignored = np.where(np.isnan(others_ignored), np.nan, others_ignored > 0)
+    nothing_missed = np.where(np.isnan(others_ignored), np.nan, 1.0)
+    return np.stack([*own, similar_ignored, others_ignored, background_ignored, nothing_missed], 1)
+
+
+def _precision(
+    category_id: int, detections: list[dict], ignored: set[int], thresholds: tuple[float, ...]
+) -> np.ndarray:
+    """(thresholds, 4, 101) of a class, with the objects of the `ignored` classes neither to be found nor wrong to be found."""
+    annotations = []
+    for annotation in _truth["annotations"]:
+        if annotation["category_id"] == category_id:
+            annotations.append(_complete(annotation))
+        elif annotation["category_id"] in ignored:
+            annotations.append({**_complete(annotation), "category_id": category_id, "iscrowd": 1, "ignore": 1})
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = {"images": _truth["images"], "categories": [{"id": category_id}], "annotations": annotations}
+        truth.createIndex()
+        if not detections:
+            found = COCO()
+            found.dataset = {**truth.dataset, "annotations": []}
+            found.createIndex()
+        else:
+            found = truth.loadRes(copy.deepcopy(detections))
+        evaluation = COCOeval(truth, found, "bbox")
+        evaluation.params.catIds = [category_id]
+        evaluation.params.iouThrs = np.array(thresholds)
+        evaluation.params.maxDets = [MAX_DETECTIONS]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    precision_TRA = evaluation.eval["precision"][:, :, 0, :, 0]
+    return np.where(precision_TRA < 0, np.nan, precision_TRA).transpose(0, 2, 1)
+
+
+def _complete(annotation: dict[str, Any]) -> dict[str, Any]:
+    """With what an annotation file may leave out and pycocotools needs."""
+    width, height = annotation["bbox"][2:]
+    return {"area": width * height, "iscrowd": 0, **annotation}
