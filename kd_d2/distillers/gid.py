@@ -6,6 +6,7 @@ Shape suffixes: B images, K classes, R anchors of an image over all levels, S se
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -144,19 +145,16 @@ class GID(Distiller):
         level_S = torch.bucketize(selected.anchors.anchor, end_L, right=True)
         rois_S5 = torch.cat([selected.anchors.image[:, None].to(selected.boxes.dtype), selected.boxes], 1)
         pairs = dict(zip(self.adaptation.strides, self.adaptation.pairs(student, teacher), strict=True))
-        features = None
+        parts, orders = [], []
         for level, stride in enumerate(student.dense.anchors):
-            on_level = (level_S == level)[:, None, None, None]
-            cropped = [
-                roi_align(x.float(), rois_S5, self.resolution, 1 / stride, sampling_ratio=2, aligned=True)
-                for x in pairs[stride]
-            ]
-            features = (
-                cropped
-                if features is None
-                else [torch.where(on_level, new, old) for new, old in zip(cropped, features)]
+            order = (level_S == level).nonzero()[:, 0]
+            crop = partial(
+                roi_align, output_size=self.resolution, spatial_scale=1 / stride, sampling_ratio=2, aligned=True
             )
-        return tuple(features)
+            parts.append([crop(x.float(), rois_S5[order]) for x in pairs[stride]])
+            orders.append(order)
+        order_S = torch.cat(orders).argsort()
+        return tuple(torch.cat(of_detector)[order_S] for of_detector in zip(*parts, strict=True))
 
     def _responses(
         self, student: DensePredictions, teacher: DensePredictions, anchors: Positives
