@@ -94,7 +94,10 @@ def test_wrong_models(tmp_path: Path, run: Callable, capfd: pytest.CaptureFixtur
             [*_model(project, "one"), *end, "--supercategories", above],
             "names the class 'purple'; there are red, green, blue",
         ),
-        (["--model", "one", project.teacher, other.teacher_weights, *end], "Do its config and weights belong together?"),
+        (
+            ["--model", "one", project.teacher, other.teacher_weights, *end],
+            "Do its config and weights belong together?",
+        ),
     ):
         with pytest.raises(SystemExit):
             run(*arguments, *_data(project))

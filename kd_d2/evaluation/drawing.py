@@ -19,13 +19,20 @@ LONGEST_ENLARGED = 4  # times min_side
 WHITE, BLACK = (255, 255, 255), (30, 30, 30)
 
 
-def draw_instances(image: np.ndarray, instances: Instances, class_names: list[str], min_side: int = 480) -> np.ndarray:
+def draw_instances(
+    image: np.ndarray,
+    instances: Instances,
+    class_names: list[str],
+    min_side: int = 480,
+    colors: list[tuple[int, int, int]] | None = None,
+) -> np.ndarray:
     """Draw boxes with class name and score, and masks where there are any.
 
     Args:
         image: RGB (H, W, 3) uint8; enlarged until its shorter side is `min_side` pixels, so that labels stay readable.
         instances: `pred_boxes`, `pred_classes`, `scores`, or `gt_boxes`, `gt_classes`, in pixels of `image`.
         class_names: by class index.
+        colors: RGB of each instance; None for the colours of the classes.
 
     Returns:
         RGB uint8.
@@ -37,20 +44,20 @@ def draw_instances(image: np.ndarray, instances: Instances, class_names: list[st
     boxes = (instances.gt_boxes if is_truth else instances.pred_boxes).tensor.numpy() * scale
     classes = (instances.gt_classes if is_truth else instances.pred_classes).tolist()
     scores = [None] * len(classes) if is_truth else instances.scores.tolist()
+    colors = colors or [PALETTE[label % len(PALETTE)] for label in classes]
     thickness = max(2, round(min(canvas.shape[:2]) / 320))
     order = np.argsort([-(b[2] - b[0]) * (b[3] - b[1]) for b in boxes], kind="stable")
     for i in order:
         left, top, right, bottom = boxes[i].round().astype(int)
-        color = PALETTE[classes[i] % len(PALETTE)]
         if instances.has("pred_masks"):
-            _tint(canvas, instances.pred_masks[i].numpy(), color)
-        cv2.rectangle(canvas, (left, top), (right, bottom), color, thickness, cv2.LINE_AA)
+            _tint(canvas, instances.pred_masks[i].numpy(), colors[i])
+        cv2.rectangle(canvas, (left, top), (right, bottom), colors[i], thickness, cv2.LINE_AA)
     picture = Image.fromarray(canvas)
     plates: list[tuple[int, int, int, int]] = []
     for i in order:
         name = class_names[classes[i]] if classes[i] < len(class_names) else str(classes[i])
         text = name if scores[i] is None else f"{name} {scores[i]:.2f}"
-        _label(picture, text, boxes[i][:2], PALETTE[classes[i] % len(PALETTE)], plates)
+        _label(picture, text, boxes[i][:2], colors[i], plates)
     return np.asarray(picture)
 
 

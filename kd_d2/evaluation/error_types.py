@@ -7,7 +7,6 @@ error costs.
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import multiprocessing
 from collections.abc import Callable, Iterable
@@ -16,10 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from ..errors import UserError
+from .coco import check_known, evaluate_boxes
 
 STAGES = ("C75", "C50", "Loc", "Sim", "Oth", "BG", "FN")
 """IoU 0.75; 0.5; 0.1; then without confusions within the super-category, with any class, with background; no misses."""
@@ -79,7 +77,7 @@ def analyze_errors(
     categories = sorted(truth.get("categories", ()), key=lambda c: c["id"])
     if not categories or not truth.get("images"):
         raise UserError("The annotations have no categories or no images: there is nothing to analyse.")
-    _check_known(detections, truth)
+    check_known(detections, truth)
     if supercategories is None:
         supercategories = {c["id"]: c["supercategory"] for c in categories if c.get("supercategory")}
     similar = {
@@ -106,14 +104,6 @@ def analyze_errors(
             for future in progress(as_completed(futures)):
                 curves[futures[future]] = future.result()
     return ErrorCurves([c["name"] for c in categories], np.stack([curves[c["id"]] for c in categories]))
-
-
-def _check_known(detections: list[dict[str, Any]], truth: dict[str, Any]) -> None:
-    for key, known in (("image_id", "images"), ("category_id", "categories")):
-        ids = {entry["id"] for entry in truth[known]}
-        for detection in detections:
-            if detection.get(key) not in ids:
-                raise UserError(f"A detection has the {key} {detection.get(key)!r}, which is not among the {known}.")
 
 
 _truth: dict[str, Any] = {}
@@ -143,30 +133,11 @@ def _precision(
     annotations = []
     for annotation in _truth["annotations"]:
         if annotation["category_id"] == category_id:
-            annotations.append(_complete(annotation))
+            annotations.append(annotation)
         elif annotation["category_id"] in ignored:
-            annotations.append({**_complete(annotation), "category_id": category_id, "iscrowd": 1, "ignore": 1})
+            annotations.append({**annotation, "category_id": category_id, "iscrowd": 1, "ignore": 1})
+    evaluation = evaluate_boxes(_truth["images"], annotations, detections, [category_id], thresholds, MAX_DETECTIONS)
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO()
-        truth.dataset = {"images": _truth["images"], "categories": [{"id": category_id}], "annotations": annotations}
-        truth.createIndex()
-        if not detections:
-            found = COCO()
-            found.dataset = {**truth.dataset, "annotations": []}
-            found.createIndex()
-        else:
-            found = truth.loadRes(copy.deepcopy(detections))
-        evaluation = COCOeval(truth, found, "bbox")
-        evaluation.params.catIds = [category_id]
-        evaluation.params.iouThrs = np.array(thresholds)
-        evaluation.params.maxDets = [MAX_DETECTIONS]
-        evaluation.evaluate()
         evaluation.accumulate()
     precision_TRA = evaluation.eval["precision"][:, :, 0, :, 0]
     return np.where(precision_TRA < 0, np.nan, precision_TRA).transpose(0, 2, 1)
-
-
-def _complete(annotation: dict[str, Any]) -> dict[str, Any]:
-    """With what an annotation file may leave out and pycocotools needs."""
-    width, height = annotation["bbox"][2:]
-    return {"area": width * height, "iscrowd": 0, **annotation}

@@ -1,0 +1,74 @@
+"""COCO's evaluation on trees that lie in memory, silently."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+from typing import Any
+
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from ..errors import UserError
+
+
+def check_known(detections: list[dict[str, Any]], truth: dict[str, Any]) -> None:
+    """Raise a UserError where a detection is of an image or a category that the annotations do not have."""
+    for key, known in (("image_id", "images"), ("category_id", "categories")):
+        ids = {entry["id"] for entry in truth[known]}
+        for detection in detections:
+            if detection.get(key) not in ids:
+                raise UserError(f"A detection has the {key} {detection.get(key)!r}, which is not among the {known}.")
+
+
+def complete(annotation: dict[str, Any]) -> dict[str, Any]:
+    """With what an annotation file may leave out and pycocotools needs."""
+    width, height = annotation["bbox"][2:]
+    return {"area": width * height, "iscrowd": 0, **annotation}
+
+
+def evaluate_boxes(
+    images: list[dict],
+    annotations: list[dict],
+    detections: list[dict],
+    category_ids: list[int],
+    thresholds: tuple[float, ...],
+    max_detections: int = 100,
+) -> COCOeval:
+    """pycocotools' evaluation, not yet accumulated, of these categories at these overlaps."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth, found = COCO(), COCO()
+        categories = [{"id": category_id} for category_id in category_ids]
+        truth.dataset = {"images": images, "categories": categories, "annotations": list(map(complete, annotations))}
+        truth.createIndex()
+        if detections:
+            found = truth.loadRes(copy.deepcopy(detections))
+        else:
+            found.dataset = {**truth.dataset, "annotations": []}
+            found.createIndex()
+        evaluation = COCOeval(truth, found, "bbox")
+        evaluation.params.catIds = list(category_ids)
+        evaluation.params.iouThrs = np.array(thresholds)
+        evaluation.params.maxDets = [max_detections]
+        evaluation.evaluate()
+    return evaluation
+
+
+def found_objects(
+    truth: dict[str, Any], detections: list[dict[str, Any]], score: float, overlap: float = 0.5
+) -> set[int]:
+    """Ids of the annotations that a detection of their class, at least so sure, overlaps enough; each detection finds one."""
+    check_known(detections, truth)
+    sure = [detection for detection in detections if detection["score"] >= score]
+    ids = [c["id"] for c in truth["categories"]]
+    evaluation = evaluate_boxes(truth["images"], truth["annotations"], sure, ids, (overlap,))
+    everything = evaluation.params.areaRng[0]
+    return {
+        annotation
+        for of_image in evaluation.evalImgs
+        if of_image is not None and of_image["aRng"] == everything
+        for annotation, match in zip(of_image["gtIds"], of_image["gtMatches"][0], strict=True)
+        if match > 0
+    }
