@@ -564,7 +564,7 @@ def test_the_librarys_keys_leave_detectron2s_defaults_alone() -> None:
         (ours.DATASETS, "COCO_JSON"),
         (ours.SOLVER.AMP, "DTYPE"),
         (ours.MODEL, "KD"),
-        *((ours.MODEL, name) for name in ("SLIM_RESNET", "MOBILENET_V2", "FCOS", "ATSS", "GFL")),
+        *((ours.MODEL, name) for name in ("SLIM_RESNET", "MOBILENET_V2", "FCOS", "ATSS", "GFL", "FSAF", "REPPOINTS")),
     ):
         del node[key]
     assert _tree(ours) == _tree(theirs)
