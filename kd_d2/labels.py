@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from detectron2.structures import BitMasks, Instances
+from detectron2.structures import BitMasks, Boxes, Instances
 
 from .detectors import DetectorOutputs, DetectorSpec
 from .errors import UserError
@@ -53,7 +53,8 @@ class PseudoLabels(Annotations):
 
     def _as_ground_truth(self, detections: Instances) -> Instances:
         detections = detections[detections.scores > self.score_threshold]
-        target = Instances(detections.image_size, gt_boxes=detections.pred_boxes, gt_classes=detections.pred_classes)
+        boxes = Boxes(detections.pred_boxes.tensor.float())
+        target = Instances(detections.image_size, gt_boxes=boxes, gt_classes=detections.pred_classes)
         if detections.has("pred_masks"):
             target.gt_masks = BitMasks(detections.pred_masks)
         return target

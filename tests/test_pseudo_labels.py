@@ -72,6 +72,20 @@ def test_dense_predictions_and_detections_come_from_one_run_of_the_head(
     assert outputs.detections is not None
 
 
+@pytest.mark.parametrize("kind", ["retinanet", "fcos", "gfl", "faster"])
+def test_labels_are_float32_under_autocast(tiny_detector: Callable, make_inputs: Callable, kind: str) -> None:
+    """Check that mixed precision leaves boxes their pixels: each equals one that is decoded in float32."""
+    model, batch = _sensitive(tiny_detector(kind)), make_inputs()
+    adapter = build_adapter(model)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        outputs = adapter.run(batch, frozenset({"detections"}))
+    targets = PseudoLabels(0.0)(batch, outputs)
+    assert all(target.gt_boxes.tensor.dtype == torch.float32 for target in targets)
+    boxes = torch.cat([target.gt_boxes.tensor for target in targets])
+    assert len(boxes)
+    assert (boxes != boxes.bfloat16().float()).any()
+
+
 def _detections(scores: list[float], **more: Any) -> DetectorOutputs:
     count = len(scores)
     boxes = Boxes(torch.arange(4.0 * count).view(count, 4))

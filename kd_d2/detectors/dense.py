@@ -67,6 +67,12 @@ class AnchorDetectorAdapter(DenseDetectorAdapter):
     composes = (*DenseDetectorAdapter.composes, "forward_training")
     provides = DenseDetectorAdapter.provides | {"anchors", "dense"}
 
+    def detect(self, images: ImageList, features: list[Tensor], predictions: Any) -> list[Instances]:
+        """In float32 under autocast too: half a pixel is a lot for a box that others are to learn."""
+        with torch.autocast(images.tensor.device.type, enabled=False):
+            predictions = [[level.float() for level in levels] for levels in predictions]
+            return super().detect(images, features, predictions)
+
     def cell_anchors(self) -> dict[int, Tensor]:
         return dict(zip(self._stride_of.values(), self.model.anchor_generator.cell_anchors, strict=True))
 
