@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import runpy
+import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import yaml
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
 from detectron2.utils import logger as detectron2_logger
 from torch import nn
 
@@ -85,6 +87,16 @@ def make_coco(folder: Path, num_images: int = 6, *, classes: tuple[str, ...] = C
     path = folder / "annotations.json"
     path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
     return path
+
+
+def targets_of(*images: list[list[float]]) -> list[Instances]:
+    """Ground truth of class 0 in images of 64 x 64: the boxes of each image."""
+    return [
+        Instances(
+            (64, 64), gt_boxes=Boxes(torch.tensor(b).view(-1, 4)), gt_classes=torch.zeros(len(b), dtype=torch.int64)
+        )
+        for b in images
+    ]
 
 
 def merged(*trees: dict) -> dict:
@@ -231,6 +243,17 @@ def run_train_net(*args: object) -> object:
     with clean_process():
         launch(lambda a: results.append(program["main"](a)), parsed)
     return results[0]
+
+
+def run_program(path: Path, *arguments: object) -> None:
+    """Run a program as `python PATH ARGUMENTS` would, but in this process."""
+    argv = sys.argv
+    sys.argv = [str(path), *(str(a) for a in arguments)]
+    try:
+        with clean_process():
+            runpy.run_path(str(path), run_name="__main__")
+    finally:
+        sys.argv = argv
 
 
 @contextlib.contextmanager

@@ -17,20 +17,12 @@ from kd_d2.losses import channel_attention, masked_squared_error, spatial_attent
 
 import pytest
 import torch
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
+from helpers import targets_of
 from torch import Tensor
 
 METHODS = ("FGFI", "DeFeat", "FKD")
-
-
-def _targets(*boxes: list[list[float]]) -> list[Instances]:
-    return [
-        Instances(
-            (64, 64), gt_boxes=Boxes(torch.tensor(b).view(-1, 4)), gt_classes=torch.zeros(len(b), dtype=torch.int64)
-        )
-        for b in boxes
-    ]
 
 
 @pytest.fixture
@@ -71,12 +63,12 @@ def test_near_objects_by_hand() -> None:
     anchors = Boxes(torch.tensor(wide))  # two positions of two anchors
     box = [0.0, 0, 16, 8]
     # overlaps: 1, 8 * 8 / (2 * 128 - 64) = 1/3; 64 / (128 + 192 - 64) = 1/4, 0
-    near = near_objects(anchors, (1, 2), _targets([box], []), 0.5)
+    near = near_objects(anchors, (1, 2), targets_of([box], []), 0.5)
     assert near.tolist() == [[[1, 0]], [[0, 0]]]
-    assert near_objects(anchors, (1, 2), _targets([box]), 0.2).tolist() == [[[1, 1]]]
-    assert near_objects(anchors, (1, 2), _targets([box, [40.0, 0, 48, 8]]), 0.5).tolist() == [[[1, 1]]]
+    assert near_objects(anchors, (1, 2), targets_of([box]), 0.2).tolist() == [[[1, 1]]]
+    assert near_objects(anchors, (1, 2), targets_of([box, [40.0, 0, 48, 8]]), 0.5).tolist() == [[[1, 1]]]
     # what no anchor overlaps is near none
-    assert near_objects(anchors, (1, 2), _targets([[100.0, 100, 110, 110]]), 0.5).tolist() == [[[0, 0]]]
+    assert near_objects(anchors, (1, 2), targets_of([[100.0, 100, 110, 110]]), 0.5).tolist() == [[[0, 0]]]
 
 
 def test_fgfi_by_hand(build: Callable) -> None:
@@ -88,19 +80,19 @@ def test_fgfi_by_hand(build: Callable) -> None:
         y, x = torch.meshgrid(center, center, indexing="ij")
         corner = torch.stack([x, y, x, y], -1).view(-1, 4)
         anchors[stride] = Boxes(corner + torch.tensor([-1.0, -1, 1, 1]) * stride / 2)
-    targets = _targets([[0.0, 0, 8, 8]], [[32.0, 32, 64, 64]])
+    targets = targets_of([[0.0, 0, 8, 8]], [[32.0, 32, 64, 64]])
     masks = [near_objects(anchors[s], student[s].shape[-2:], targets, 0.5) for s in student]
     assert [int(m.sum()) for m in masks] == [1 + 16, 1 + 4, 1 + 1, 1 + 1, 1 + 1]
     total = sum((m[:, None] * (student[s] - teacher[s]).square()).sum() for s, m in zip(student, masks, strict=True))
     loss = build(FGFI, WEIGHT=0.1)(_outputs(student, anchors), _outputs(teacher), targets)
     assert loss["loss_fgfi"].item() == pytest.approx(0.1 * total.item() / (2 * 28), rel=1e-5)
-    assert build(FGFI)(_outputs(student, anchors), _outputs(teacher), _targets([], []))["loss_fgfi"].item() == 0
+    assert build(FGFI)(_outputs(student, anchors), _outputs(teacher), targets_of([], []))["loss_fgfi"].item() == 0
 
 
 def test_defeat_by_hand(build: Callable) -> None:
     """Check halves of means over foreground and background elements, each level counting the same, with their weights."""
     student, teacher = _features()
-    targets = _targets([[0.0, 0, 32, 64]], [])
+    targets = targets_of([[0.0, 0, 32, 64]], [])
     losses = build(DeFeat, WEIGHT=2.0)(_outputs(student), _outputs(teacher), targets)
     inside, outside = [], []
     for stride, s in student.items():
@@ -250,7 +242,7 @@ def test_gid_responses_and_features_by_hand(build: Callable) -> None:
     for instance, stride in zip(features, strides, strict=True):
         torch.testing.assert_close(instance, torch.full_like(instance, stride))
     other = DetectorOutputs(images=None, features={s: x + 1 for s, x in maps.items()}, dense=theirs)
-    losses = gid(outputs[0], other, _targets([]))
+    losses = gid(outputs[0], other, targets_of([]))
     # a difference of 1 in 8 channels at every cell
     assert losses["loss_gid_feature"].item() == pytest.approx(5e-4 * 8, rel=1e-5)
     assert losses["loss_gid_class"].item() == pytest.approx(0.1 * classes.item() / 2, rel=1e-5)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import runpy
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +12,9 @@ from kd_d2.evaluation.coco import found_objects
 
 import cv2
 import pytest
-from helpers import ROOT, clean_process, make_project, save_fixed_weights
+from helpers import ROOT, make_project, run_program, save_fixed_weights
 
-PROGRAM = str(ROOT / "tools" / "compare_detections.py")
+PROGRAM = ROOT / "tools" / "compare_detections.py"
 HERE, THERE = [10, 10, 40, 40], [80, 10, 40, 40]
 
 
@@ -59,15 +59,10 @@ def test_gained_and_lost_and_the_choice() -> None:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def run() -> Callable[..., None]:
     """Run the program as from a command line, in this process."""
 
-    def call(*arguments: object) -> None:
-        monkeypatch.setattr(sys, "argv", [PROGRAM, *(str(a) for a in arguments)])
-        with clean_process():
-            runpy.run_path(PROGRAM, run_name="__main__")
-
-    return call
+    return functools.partial(run_program, PROGRAM)
 
 
 def test_sheets_of_three_models(tmp_path: Path, run: Callable, capsys: pytest.CaptureFixture) -> None:

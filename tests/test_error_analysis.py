@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import runpy
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import pytest
-from helpers import ROOT, Project, clean_process, make_project
+from helpers import ROOT, Project, make_project, run_program
 
-PROGRAM = str(ROOT / "tools" / "error_analysis.py")
+PROGRAM = ROOT / "tools" / "error_analysis.py"
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def run() -> Callable[..., None]:
     """Run the program as from a command line, in this process."""
 
-    def call(*arguments: object) -> None:
-        monkeypatch.setattr(sys, "argv", [PROGRAM, *(str(a) for a in arguments)])
-        with clean_process():
-            runpy.run_path(PROGRAM, run_name="__main__")
-
-    return call
+    return functools.partial(run_program, PROGRAM)
 
 
 def _model(project: Project, title: str) -> list[object]:

@@ -13,8 +13,9 @@ from kd_d2.losses import agreement, standardize
 
 import pytest
 import torch
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Instances
 from detectron2.utils.events import EventStorage
+from helpers import targets_of
 from torch import Tensor
 from torchvision.ops import roi_align
 
@@ -29,15 +30,6 @@ OFF: dict[str, Any] = {
 
 def _outputs(features: dict[int, Tensor]) -> DetectorOutputs:
     return DetectorOutputs(images=None, features=features)
-
-
-def _targets(*boxes: list[list[float]]) -> list[Instances]:
-    return [
-        Instances(
-            (64, 64), gt_boxes=Boxes(torch.tensor(b).view(-1, 4)), gt_classes=torch.zeros(len(b), dtype=torch.int64)
-        )
-        for b in boxes
-    ]
 
 
 @pytest.fixture
@@ -112,7 +104,7 @@ def test_alignment(build: Callable, keys: dict, aligned: Callable, event_storage
 def test_masks_hide_their_part(build: Callable) -> None:
     """Check the share that is hidden everywhere, inside the boxes alone, and nowhere."""
     student = {s: torch.ones(2, 8, n, n) for s, n in ((8, 64), (16, 32), (32, 16), (64, 8), (128, 4))}
-    targets = _targets([[0.0, 0, 256, 512]], [])
+    targets = targets_of([[0.0, 0, 256, 512]], [])
     for mask, expected in (("random", (0.35, 0.35)), ("instance", (0.35, 1.0)), ("none", (1.0, 1.0))):
         masks = build(MASK=mask)._masks(_outputs(student), targets)
         assert [m.shape for m in masks] == [(2, n, n) for n in (64, 32, 16, 8, 4)]
@@ -147,13 +139,13 @@ def test_boxes_as_instances(build: Callable, event_storage: EventStorage) -> Non
     student, teacher = _features()
     for level in student.values():
         level.requires_grad_()
-    targets = _targets([[0.0, 0, 40, 40]], [[8.0, 8, 60, 30]])
+    targets = targets_of([[0.0, 0, 40, 40]], [[8.0, 8, 60, 30]])
     loss = _loss(build(INSTANCE="box"), student, teacher, targets)
     boxes = [t.gt_boxes.tensor for t in targets]
     pairs = [[roi_align(x[s], boxes, 7, 1 / s, 2, True) for x in (student, teacher)] for s in student]
     expected = sum((s - t).square().mean() for s, t in pairs) / 5
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    nothing = _loss(build(INSTANCE="box", STANDARDIZE="both", DEFLATE=True), student, teacher, _targets([], []))
+    nothing = _loss(build(INSTANCE="box", STANDARDIZE="both", DEFLATE=True), student, teacher, targets_of([], []))
     assert nothing.item() == 0
     nothing.backward()
     assert all(level.grad.abs().max() == 0 for level in student.values())

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import runpy
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from helpers import ROOT, Project, clean_process, make_project
+from helpers import ROOT, Project, make_project, run_program
 
-PROGRAM = str(ROOT / "tools" / "loss_maps.py")
+PROGRAM = ROOT / "tools" / "loss_maps.py"
 KEYS = {
     "MODEL__KD__DISTILLERS": ("StructuralKD",),
     "MODEL__KD__STRUCTURAL__LOSS": "l1",
@@ -24,15 +23,10 @@ KEYS = {
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def run() -> Callable[..., None]:
     """Run the program as from a command line, in this process."""
 
-    def call(*arguments: object) -> None:
-        monkeypatch.setattr(sys, "argv", [PROGRAM, *(str(a) for a in arguments)])
-        with clean_process():
-            runpy.run_path(PROGRAM, run_name="__main__")
-
-    return call
+    return functools.partial(run_program, PROGRAM)
 
 
 def _maps(project: Project) -> dict[str, dict[str, np.ndarray]]:

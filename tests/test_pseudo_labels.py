@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kd_d2 import KDMetaArch, Teacher, UserError
-from kd_d2.data import pseudo_labels
+from kd_d2 import KDMetaArch, Teacher, UserError, load_config
+from kd_d2.data import build_stream_loader, pseudo_labels, register_coco_json
 from kd_d2.detectors import DetectorOutputs, build_adapter
 from kd_d2.distillers.icd.priors import compute_priors
 from kd_d2.distillers.icd.queries import ObservedFakeInstances
@@ -19,6 +19,7 @@ from kd_d2.labels import PseudoLabels
 import numpy as np
 import pytest
 import torch
+from detectron2.data import DatasetCatalog
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from helpers import ROOT, Project, clean_process, make_project, train
@@ -194,6 +195,17 @@ def test_annotations_that_are_there_are_not_looked_at(tmp_path: Path) -> None:
     assert losses[0].keys() == {0, 1}
     for iteration, of_iteration in losses[0].items():
         assert losses[1][iteration] == pytest.approx(of_iteration, rel=1e-4)
+
+
+def test_annotations_of_a_set_that_is_also_tested_on_do_not_reach_the_training(tmp_path: Path) -> None:
+    """Check that the batches have images alone, though evaluation reads the same file with its annotations."""
+    project = make_project(tmp_path, **PSEUDO_LABELS)
+    with clean_process():
+        cfg = load_config(str(project.student))
+        register_coco_json(cfg)
+        batch = next(iter(build_stream_loader(cfg, seed=0)))
+        assert all("image" in entry and not entry.keys() & {"instances", "annotations"} for entry in batch)
+        assert any(entry["annotations"] for entry in DatasetCatalog.get(project.name))
 
 
 def test_sampling_by_class_frequency_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
