@@ -6,9 +6,10 @@ import os
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
+from detectron2.evaluation import DatasetEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
 
 from ..errors import UserError
+from .coco_evaluator import CocoEvaluator
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
@@ -23,7 +24,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
     output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
     if kind in ("coco", "coco_panoptic_seg"):
-        return _CocoEvaluator(dataset_name, output_dir=output_folder, use_fast_impl=False)
+        return CocoEvaluator(dataset_name, output_folder)
     if kind == "pascal_voc":
         return PascalVOCDetectionEvaluator(dataset_name)
     if kind == "lvis":
@@ -31,14 +32,3 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
     raise UserError(
         f"DATASETS.TEST names {dataset_name}, whose evaluator type {kind!r} is none of coco, pascal_voc and lvis."
     )
-
-
-class _CocoEvaluator(COCOEvaluator):
-    """Detectron2's, for annotation files that leave out what pycocotools cannot do without."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        for annotation in self._coco_api.anns.values():
-            width, height = annotation["bbox"][2:]
-            annotation.setdefault("area", width * height)
-            annotation.setdefault("iscrowd", 0)

@@ -1,0 +1,138 @@
+"""Evaluation of detections: the same numbers from faster-coco-eval and pycocotools, from one process and several."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from kd_d2.evaluation.coco_evaluator import CocoEvaluator, faster_evaluation
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.structures import Boxes, Instances
+from helpers import ROOT, clean_process, make_coco, make_project
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+FAKE_DETECTIONS = Path(__file__).resolve().parents[2] / "shared" / "fixtures"
+
+
+def _evaluations(truth: COCO, detections: COCO) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The summary, precision and recall of pycocotools and of faster-coco-eval; both print their summaries."""
+    evaluations = []
+    for evaluation in (COCOeval(truth, detections, "bbox"), faster_evaluation(truth, detections, "bbox")):
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+        evaluations.append((evaluation.stats[:12], evaluation.eval["precision"], evaluation.eval["recall"]))
+    return evaluations
+
+
+@pytest.fixture
+def summary_lines(capsys: pytest.CaptureFixture) -> Callable[[], tuple[list[str], list[str]]]:
+    """The lines that pycocotools printed, and those of faster-coco-eval, which adds two."""
+
+    def read() -> tuple[list[str], list[str]]:
+        lines = [line for line in capsys.readouterr().out.splitlines() if "Average" in line]
+        return lines[:12], lines[12:]
+
+    return read
+
+
+@pytest.mark.skipif(not FAKE_DETECTIONS.is_dir(), reason=f"the COCO fixture is not in {FAKE_DETECTIONS}")
+def test_faster_coco_eval_on_real_annotations(summary_lines: Callable) -> None:
+    """Compare with pycocotools' 12 recorded numbers, and every printed line of both."""
+    truth = COCO(str(FAKE_DETECTIONS / "coco_fakebbox45_gt.json"))
+    detections = truth.loadRes(str(FAKE_DETECTIONS / "coco_fakebbox45_dt.json"))
+    (official, *_), (faster, *_) = _evaluations(truth, detections)
+    recorded = json.loads((FAKE_DETECTIONS / "coco_fakebbox45_expected.json").read_text())["stats"]
+    np.testing.assert_allclose(official, recorded, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(faster, recorded, rtol=0, atol=1e-12)
+    official_lines, faster_lines = summary_lines()
+    assert len(official_lines) == 12 and faster_lines[:12] == official_lines
+
+
+def test_faster_coco_eval_on_random_boxes(tmp_path: Path, summary_lines: Callable) -> None:
+    """Compare precision and recall at every threshold on 40 images with crowds, ties, small and large boxes."""
+    random = np.random.RandomState(0)
+    tree = json.loads(make_coco(tmp_path, 40).read_text())
+    sizes = np.exp(random.uniform(np.log(8), np.log(200), (400, 2)))
+    tree["annotations"] = [
+        {"id": i + 1, "image_id": int(random.randint(1, 41)), "category_id": int(random.randint(1, 4))}
+        | {"bbox": [*random.uniform(0, 300, 2), *size], "area": float(size.prod()), "iscrowd": int(i % 17 == 0)}
+        for i, size in enumerate(sizes)
+    ]
+    found = [
+        {"image_id": a["image_id"], "category_id": a["category_id"] if random.rand() < 0.8 else 1}
+        | {"bbox": list(np.array(a["bbox"]) + random.normal(0, 6, 4)), "score": round(float(random.rand()), 1)}
+        for a in tree["annotations"] * 3
+    ]
+    path = tmp_path / "crowds.json"
+    path.write_text(json.dumps(tree))
+    truth = COCO(str(path))
+    detections = truth.loadRes(found)
+    (stats, precision, recall), (other_stats, other_precision, other_recall) = _evaluations(truth, detections)
+    assert 0.05 < stats[0] < 0.95
+    np.testing.assert_allclose(other_stats, stats, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(other_precision, precision, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(other_recall, recall, rtol=0, atol=1e-12)
+    official_lines, faster_lines = summary_lines()
+    assert faster_lines[:12] == official_lines
+
+
+def test_evaluator_counts_with_faster_coco_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check the evaluator's AP by class, and that it needs neither area nor iscrowd, with and without faster-coco-eval."""
+    path = make_coco(tmp_path)
+    tree = json.loads(path.read_text())
+    for annotation in tree["annotations"]:
+        del annotation["area"], annotation["iscrowd"]
+    path.write_text(json.dumps(tree))
+    results = []
+    with clean_process():
+        register_coco_instances("tiny_evaluated", {}, str(path), str(tmp_path / "images"))
+        images = DatasetCatalog.get("tiny_evaluated")
+        MetadataCatalog.get("tiny_evaluated")
+        for fast in (True, False):
+            if not fast:
+                monkeypatch.setattr("kd_d2.evaluation.coco_evaluator.COCOeval_faster", None)
+            evaluator = CocoEvaluator("tiny_evaluated", str(tmp_path / f"out{fast}"))
+            assert evaluator._use_fast_impl is fast
+            evaluator.reset()
+            for image in images:
+                boxes = torch.tensor([a["bbox"] for a in image["annotations"]]).float().view(-1, 4)
+                boxes[:, 2:] += boxes[:, :2]
+                classes = torch.tensor([a["category_id"] for a in image["annotations"]], dtype=torch.int64)
+                found = Instances((image["height"], image["width"]), pred_boxes=Boxes(boxes), pred_classes=classes)
+                found.scores = torch.where(classes == 0, 0.9, 0.8)
+                found.pred_classes[classes == 2] = 1  # every blue object is called green
+                evaluator.process([image], [{"instances": found}])
+            results.append(evaluator.evaluate()["bbox"])
+    assert results[0] == pytest.approx(results[1], nan_ok=True)
+    assert results[0]["AP-red"] == pytest.approx(100) and results[0]["AP-blue"] == 0
+    assert 0 < results[0]["AP-green"] < 100
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one(tmp_path: Path) -> None:
+    project = make_project(tmp_path)
+    keys = ["MODEL.WEIGHTS", str(project.teacher_weights), "MODEL.RETINANET.SCORE_THRESH_TEST", "0.0"]
+    results = []
+    for processes in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        output = tmp_path / f"of{processes}"
+        command += [str(ROOT / "train_net.py"), "--config-file", str(project.student), "--eval-only", *keys]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [*command, "OUTPUT_DIR", str(output)], env=environment, capture_output=True, text=True, cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        results.append(json.loads((output / "eval.json").read_text())["bbox"])
+        assert len(json.loads((output / "inference" / "coco_instances_results.json").read_text())) > 20
+    assert results[0] == pytest.approx(results[1], nan_ok=True, abs=1e-9)
