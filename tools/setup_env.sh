@@ -174,6 +174,7 @@ step "1/4 pip and setuptools"
 pip_install "pip and setuptools" -q $pins pip setuptools
 step "2/4 torch and the other packages (several minutes and 6 GB on a new machine)"
 pip_install "the packages that pyproject.toml names" $pins -e '.[dev]'
+pip_install "imagecorruptions-imaug" -q --no-deps --require-hashes -r requirements/imagecorruptions.txt
 
 step "3/4 Detectron2: $mode"
 case $mode in

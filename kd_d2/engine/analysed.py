@@ -9,9 +9,10 @@ import os
 import re
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, build_detection_test_loader
+from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
 from detectron2.evaluation import inference_on_dataset
 from detectron2.modeling import build_model
 from torch import nn
@@ -21,6 +22,7 @@ from ..config import find_file, load_config
 from ..data import register_coco_json, register_synthetic
 from ..errors import UserError
 from ..evaluation import build_evaluator
+from ..files import write_json
 from .checks import check_classes, check_datasets
 
 
@@ -43,6 +45,21 @@ class AnalysedModel:
     @property
     def folder_name(self) -> str:
         return re.sub(r"[^\w.-]+", "-", self.title)
+
+    def identity(self) -> dict[str, object]:
+        """What a result hangs on: the weights' file, the config, the images."""
+        status = os.stat(self.cfg.MODEL.WEIGHTS)
+        annotations = MetadataCatalog.get(self.dataset).get("json_file")
+        if annotations:
+            with open(annotations, "rb") as file:
+                data = file.read()
+        else:
+            data = "\n".join(str(entry["image_id"]) for entry in DatasetCatalog.get(self.dataset)).encode()
+        return {
+            "weights": [os.path.realpath(self.cfg.MODEL.WEIGHTS), status.st_size, status.st_mtime_ns],
+            "config": hashlib.sha256(self.cfg.dump().encode()).hexdigest(),
+            "data": hashlib.sha256(data).hexdigest(),
+        }
 
     def build(self) -> nn.Module:
         """The detector, in eval mode, every weight loaded.
@@ -107,15 +124,36 @@ def read_annotations(dataset: str) -> dict:
         return json.load(file)
 
 
+def restrict_images(models: list[AnalysedModel], count: int, output: str) -> None:
+    """Let the models be tested on `count` images, spread evenly over their data set; `output` gets the list.
+
+    Raises:
+        UserError: the count is below 1, or the data set is not one file in COCO's format.
+    """
+    if count < 1:
+        raise UserError(f"--images is {count}; it must be at least 1.")
+    dataset = models[0].dataset
+    tree = read_annotations(dataset)
+    if count >= len(tree["images"]):
+        return
+    places = [round(place) for place in np.linspace(0, len(tree["images"]) - 1, count)]
+    images = [tree["images"][place] for place in places]
+    ids = {image["id"] for image in images}
+    annotations = [a for a in tree["annotations"] if a["image_id"] in ids]
+    path = os.path.join(output, f"{count}-images.json")
+    write_json(path, {**tree, "images": images, "annotations": annotations}, indent=None)
+    entry = [f"{dataset}_{count}_images", path, MetadataCatalog.get(dataset).image_root]
+    for model in models:
+        model.cfg.DATASETS.COCO_JSON = [entry]
+        model.cfg.DATASETS.TEST = (entry[0],)
+        register_coco_json(model.cfg)
+
+
 def detect_dataset(model: AnalysedModel, output: str) -> list[dict]:
     """The model's detections of its data set in COCO's format; those of an earlier call with the same weights are kept."""
     folder = os.path.join(output, model.folder_name)
     path, source = os.path.join(folder, "coco_instances_results.json"), os.path.join(folder, "source.json")
-    status = os.stat(model.cfg.MODEL.WEIGHTS)
-    identity = {
-        "weights": [os.path.realpath(model.cfg.MODEL.WEIGHTS), status.st_size, status.st_mtime_ns],
-        "config": hashlib.sha256(model.cfg.dump().encode()).hexdigest(),
-    }
+    identity = model.identity()
     if os.path.isfile(path) and os.path.isfile(source):
         with open(source) as file:
             if json.load(file) == identity:
@@ -126,7 +164,6 @@ def detect_dataset(model: AnalysedModel, output: str) -> list[dict]:
     detector.to(torch.device(model.cfg.MODEL.DEVICE))
     loader = build_detection_test_loader(model.cfg, model.dataset)
     inference_on_dataset(detector, loader, build_evaluator(model.cfg, model.dataset, folder))
-    with open(source, "w") as file:
-        json.dump(identity, file)
+    write_json(source, identity)
     with open(path) as detections:
         return json.load(detections)
