@@ -7,9 +7,16 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from kd_d2.detectors import DetectorOutputs
+from kd_d2.distillers import DISTILLER_REGISTRY
+from kd_d2.distillers.base import AdaptationLayers
+from kd_d2.distillers.feature_imitation import FeatureImitation
+
 import cv2
 import numpy as np
 import pytest
+import torch
+from detectron2.structures import ImageList
 from helpers import ROOT, Project, make_project, run_program
 
 PROGRAM = ROOT / "tools" / "loss_maps.py"
@@ -66,6 +73,39 @@ def test_from_a_training_to_the_picture(tmp_path: Path, run: Callable, capsys: p
     assert trained == pytest.approx(_total_losses(plain), rel=1e-3)
 
 
+@pytest.mark.parametrize("method", sorted(set(dict(DISTILLER_REGISTRY)) - {"StructuralKD"}))
+def test_every_method_tells_where_it_pulls(tmp_path: Path, run: Callable, method: str) -> None:
+    """Check that the training is as without the notes, and that the pull is somewhere, in no image's padding alone."""
+    keys = {
+        **KEYS,
+        "MODEL__KD__DISTILLERS": (method,),
+        "MODEL__KD__ICD__DETACH_STUDENT_ITERS": 1,
+        "SOLVER__MAX_ITER": 2,
+    }
+    project, plain = make_project(tmp_path / "noted", **keys), make_project(tmp_path / "plain", **keys)
+    run("train", "--config-file", project.student, "--images", 2, "--every", 1)
+    maps = _maps(project)["iteration_0000002"]
+    assert maps.keys() == {f"{image}/{stride}" for image in (0, 1) for stride in (8, 16, 32, 64, 128)}
+    assert all((level >= 0).all() and np.isfinite(level).all() for level in maps.values())
+    assert any(level.max() > 0 for level in maps.values())
+    plain.main()
+    assert _total_losses(project) == pytest.approx(_total_losses(plain), rel=1e-3)
+
+
+def test_pull_of_feature_imitation_by_hand() -> None:
+    """weight 6 times the mean of two levels' mean squared errors: at a position 6 / 2 * 2 / N * |s - t|."""
+    spec = {4: (2, 2), 8: (2, 2)}
+    distiller = FeatureImitation(weight=6.0, adaptation=AdaptationLayers(spec, 0))
+    target = {4: torch.zeros(1, 2, 2, 2), 8: torch.zeros(1, 2, 1, 1)}
+    features = {4: torch.zeros(1, 2, 2, 2), 8: torch.ones(1, 2, 1, 1)}
+    features[4][0, :, 0, 1] = torch.tensor([3.0, 4.0])
+    images = ImageList(torch.zeros(1, 3, 8, 8), [(8, 8)])
+    student = DetectorOutputs(images, {stride: level.requires_grad_() for stride, level in features.items()})
+    maps = distiller.loss_maps(student, DetectorOutputs(images, target), [])
+    torch.testing.assert_close(maps[4], torch.tensor([[[0.0, 6 / 8 * 5], [0.0, 0.0]]]))
+    torch.testing.assert_close(maps[8], torch.tensor([[[6 / 2 * 2**0.5]]]))
+
+
 def test_a_resumed_training_goes_on_noting_and_a_new_one_begins_anew(tmp_path: Path, run: Callable) -> None:
     project = make_project(tmp_path, **KEYS)
     run("train", "--config-file", project.student, "--images", 1, "--every", 1, "SOLVER.MAX_ITER", 2)
@@ -82,9 +122,9 @@ def test_a_resumed_training_goes_on_noting_and_a_new_one_begins_anew(tmp_path: P
     ("keys", "arguments", "expected"),
     [
         (
-            {"MODEL__KD__DISTILLERS": ("FeatureImitation",)},
+            {"MODEL__KD__DISTILLERS": ("FeatureImitation", "PFI")},
             [],
-            "method whose loss has a place on the map; it names 0: Feat",
+            "must name one method, whose loss is to be seen; it names Feat",
         ),
         ({"MODEL__META_ARCHITECTURE": "RetinaNet"}, [], "must be the config of a distillation"),
         ({}, ["--every", 0], "--every is 0 and --images 8; both must be at least 1"),

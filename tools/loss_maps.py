@@ -4,10 +4,11 @@
     tools/loss_maps.py train --config-file CONFIG [--images 8] [--every 50] [--resume] [KEY VALUE ...]
     tools/loss_maps.py draw RUN [RUN ...] --output PICTURE.png [--stride S]
 
-"train" is a training as train_net.py's; every so many iterations it also notes, for images of the test set, the loss of every
-position (its mean over the channels), in OUTPUT_DIR/loss_maps. "draw" puts runs side by side: a row an image, with its objects
+"train" is a training as train_net.py's, with one distiller; every so many iterations it also notes, for images of the test
+set, in OUTPUT_DIR/loss_maps: of StructuralKD the loss of every position (its mean over the channels), of the other methods how hard
+they pull there (the length of the loss's gradient in the student's features). "draw" puts runs side by side: a row an image, with its objects
 first, then the mean of each run, black where it is 0 and yellow where it is largest; and it prints how much of each run's
-loss lies in the objects' boxes. The distiller is StructuralKD, with any of its losses.
+loss or pull lies in the objects' boxes.
 """
 
 import argparse

@@ -122,6 +122,23 @@ class Distiller(nn.Module):
         """
         raise NotImplementedError
 
+    @torch.enable_grad()
+    def loss_maps(
+        self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]
+    ) -> dict[int, Tensor]:
+        """Where on the student's neck the method acts: by stride (B, H, W).
+
+        Here how hard it pulls: the length, over channels, of the gradient of its losses but the auxiliary ones. Levels that no
+        loss reaches are zero. A method whose loss is a mean over positions may tell the loss itself.
+        """
+        losses = self(student, teacher, targets)
+        loss = sum(value for name, value in losses.items() if "_aux_" not in name)
+        maps = {stride: torch.zeros_like(level[:, 0]) for stride, level in student.features.items()}
+        if loss.requires_grad:
+            pulls = torch.autograd.grad(loss, list(student.features.values()), allow_unused=True)
+            maps |= {stride: pull.norm(dim=1) for stride, pull in zip(maps, pulls) if pull is not None}
+        return maps
+
     def param_groups(self, cfg: CfgNode) -> list[ParamGroup]:
         """Which optimiser trains which of the distiller's own parameters."""
         return [ParamGroup(list(self.parameters()))]

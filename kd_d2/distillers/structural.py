@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..detectors import DetectorOutputs, DetectorSpec
 from ..errors import UserError
-from ..losses import min_max_normalize, ms_ssim_loss, spatial_attention, ssim_loss
+from ..losses import fitting_window, min_max_normalize, ms_ssim_loss, spatial_attention, ssim_loss
 from ..losses.normalization import SCOPES
 from .base import (
     ADAPTATION_KERNELS,
@@ -40,13 +40,9 @@ def _pointwise(loss: Callable[..., Tensor]) -> MapLoss:
     return mean
 
 
-def _cut_window(window_size: int, maps: Tensor) -> int:
-    return min(window_size, 2 * min(maps.shape[-2:]) - 1)
-
-
 def _ssim(node: CfgNode) -> MapLoss:
     def loss(student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor:
-        window = _cut_window(node.WINDOW_SIZE, student)
+        window = fitting_window(student, node.WINDOW_SIZE)
         return ssim_loss(student, teacher, window, exponents=node.SSIM_EXPONENTS, weight=weight)
 
     return loss
@@ -54,7 +50,7 @@ def _ssim(node: CfgNode) -> MapLoss:
 
 def _ms_ssim(node: CfgNode) -> MapLoss:
     def loss(student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor:
-        return ms_ssim_loss(student, teacher, _cut_window(node.MS_SSIM_WINDOW_SIZE, student), weight=weight)
+        return ms_ssim_loss(student, teacher, fitting_window(student, node.MS_SSIM_WINDOW_SIZE), weight=weight)
 
     return loss
 
@@ -177,7 +173,9 @@ class StructuralKD(Distiller):
         return {"loss_structural": self.weight * sum(losses)}
 
     @torch.enable_grad()
-    def loss_maps(self, student: DetectorOutputs, teacher: DetectorOutputs) -> dict[int, Tensor]:
+    def loss_maps(
+        self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]
+    ) -> dict[int, Tensor]:
         """Where the loss falls: by stride the mean of l over the channels at every position (B, H, W), without lambda."""
         maps = {}
         for stride, (s, t) in zip(self.adaptation.strides, self.adaptation.pairs(student, teacher), strict=True):

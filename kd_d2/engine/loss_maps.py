@@ -6,12 +6,13 @@ import glob
 import os
 
 import numpy as np
-import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 
 from ..errors import UserError
 from ..meta_arch import KDMetaArch
+from .loss_normalizers import preserved_loss_normalizers
 from .random_state import preserved_random_state
 
 FOLDER = "loss_maps"
@@ -24,24 +25,23 @@ class LossMapRecorder(HookBase):
     iterations that it repeats anew.
 
     Args:
-        model: has one distiller with `loss_maps`.
-        examples: images as Detectron2's test loader gives them.
+        model: has one distiller.
+        examples: images with their ground truth, as Detectron2's mapper gives them for a training.
         every: iterations.
         output: the training's output folder.
 
     Raises:
-        UserError: no distiller can tell, or several can.
+        UserError: there is no distiller, or there are several.
     """
 
     def __init__(self, model: KDMetaArch, examples: list[dict], every: int, output: str):
-        names = [name for name, distiller in model.distillers.items() if hasattr(distiller, "loss_maps")]
-        if len(names) != 1:
+        if len(model.distillers) != 1:
             raise UserError(
-                f"MODEL.KD.DISTILLERS must name one method whose loss has a place on the map; it names {len(names)}: "
+                "MODEL.KD.DISTILLERS must name one method, whose loss is to be seen; it names "
                 f"{', '.join(model.distillers) or 'none'}."
             )
         self.model = model
-        self.distiller = model.distillers[names[0]]
+        (self.distiller,) = model.distillers.values()
         self.examples = examples
         self.every = every
         self.folder = os.path.join(output, FOLDER)
@@ -60,18 +60,18 @@ class LossMapRecorder(HookBase):
                 np.savez(file, **self.record())
             os.replace(path + ".partial", path)
 
-    @torch.no_grad()
     def record(self) -> dict[str, np.ndarray]:
         """The maps of this moment."""
         maps = {}
         was_training = self.model.training
         self.model.eval()
-        with preserved_random_state():
+        with preserved_random_state(), preserved_loss_normalizers(self.model.student), EventStorage(self.trainer.iter):
             self.model.teacher.to(self.model.device)
             for number, example in enumerate(self.examples):
-                student = self.model.adapter.run([example], self.distiller.needs)
+                targets = [example["instances"].to(self.model.device)]
+                student = self.model.adapter.run([example], self.distiller.needs, targets)
                 teacher = self.model.teacher([example], self.distiller.needs)
-                for stride, level in self.distiller.loss_maps(student, teacher).items():
+                for stride, level in self.distiller.loss_maps(student, teacher, targets).items():
                     maps[f"{number}/{stride}"] = level[0].cpu().numpy()
         self.model.train(was_training)
         return maps

@@ -24,6 +24,7 @@ from ..evaluation import build_evaluator
 from ..meta_arch import KDMetaArch, student_of
 from ..teacher import Teacher
 from .checks import check_classes
+from .loss_normalizers import get_loss_normalizers, set_loss_normalizers
 from .memory import PeakMemoryRecorder
 from .optimizers import build_optimizers
 from .random_state import get_random_state, preserved_random_state, set_random_state
@@ -98,7 +99,7 @@ class KDTrainer(DefaultTrainer):
         state = super().state_dict()
         state["seed"] = self.seed
         state["random"] = get_random_state()
-        state["normalizers"] = {name: float(m.loss_normalizer) for name, m in self._normalized_modules()}
+        state["normalizers"] = get_loss_normalizers(student_of(self.bare_model))
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -109,13 +110,7 @@ class KDTrainer(DefaultTrainer):
             set_random_state(state["random"])
         else:
             seed_all_rng((self.seed + comm.get_rank() + 7919 * state["iteration"]) % 2**31)
-        modules = dict(student_of(self.bare_model).named_modules())
-        for name, value in state["normalizers"].items():
-            modules[name].loss_normalizer = value
-
-    def _normalized_modules(self) -> list[tuple[str, nn.Module]]:
-        """Dense detectors keep a running loss normaliser outside their state_dict."""
-        return [(n, m) for n, m in student_of(self.bare_model).named_modules() if "loss_normalizer" in vars(m)]
+        set_loss_normalizers(student_of(self.bare_model), state["normalizers"])
 
     def build_hooks(self) -> list[HookBase]:
         return [PeakMemoryRecorder(), *super().build_hooks()]

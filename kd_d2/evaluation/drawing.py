@@ -86,16 +86,19 @@ def _overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def overlay_heat(image: np.ndarray, heat: np.ndarray, opacity: float = 0.65) -> np.ndarray:
+def overlay_heat(
+    image: np.ndarray, heat: np.ndarray, opacity: float = 0.65, largest: float | None = None
+) -> np.ndarray:
     """Colours over a darkened image: black and violet where the heat is 0, yellow where it is largest.
 
     Args:
         image: RGB (H, W, 3) uint8.
         heat: (h, w) of any size, 0 or more; interpolated to the image.
+        largest: what is yellow, so that pictures can be compared; None for the heat's own maximum.
     """
     height, width = image.shape[:2]
     heat = cv2.resize(heat.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
-    heat = heat / max(float(heat.max()), 1e-12)
+    heat = heat / max(float(heat.max()) if largest is None else largest, 1e-12)
     colors = matplotlib.colormaps["inferno"](heat)[..., :3] * 255
     return np.round((1 - opacity) * image + opacity * colors).astype(np.uint8)
 

@@ -12,7 +12,7 @@ from .prediction_guided import (
 )
 from .rank import count_ranked, rank_kl_loss
 from .soft_label import soft_label_loss
-from .ssim import ms_ssim_loss, ssim_loss
+from .ssim import fitting_window, ms_ssim_loss, ssim_loss
 from .standardization import agreement, standardize
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "attended_value_loss",
     "channel_attention",
     "count_ranked",
+    "fitting_window",
     "icd_distill_loss",
     "instance_attention",
     "masked_squared_error",

@@ -76,6 +76,11 @@ def ms_ssim_loss(
         return _weighted_mean(1 - product * luminance(moments, float(max_val)), weight)
 
 
+def fitting_window(maps: Tensor, window_size: int) -> int:
+    """The side of a window that fits maps (B, C, H, W): `window_size`, or 2 * min(H, W) - 1 where that is smaller."""
+    return min(window_size, 2 * min(maps.shape[-2:]) - 1)
+
+
 def _check(student: Tensor, teacher: Tensor, window_size: int) -> None:
     if student.shape != teacher.shape:
         raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} have different shapes")
