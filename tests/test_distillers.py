@@ -150,12 +150,12 @@ def test_structural_ssim_on_single_cells_and_rows(build: Callable) -> None:
 
 def test_structural_loss_maps_by_hand(build: Callable) -> None:
     """Check the values of BY_HAND's maps at each position; with two channels, their mean."""
-    maps = build("STRUCTURAL", {8: 1, 16: 1}, LOSS="l1").loss_maps(_outputs(STUDENT), _outputs(TEACHER))
+    maps = build("STRUCTURAL", {8: 1, 16: 1}, LOSS="l1").loss_maps(_outputs(STUDENT), _outputs(TEACHER), [])
     assert list(maps) == [8, 16]
     torch.testing.assert_close(maps[8], torch.tensor([[[0.0, 0.25], [0.0, 0.0]]]))
     torch.testing.assert_close(maps[16], torch.ones(1, 1, 2))
     two = {8: torch.cat([STUDENT[8], STUDENT[8]], 1)}, {8: torch.cat([TEACHER[8], STUDENT[8]], 1)}
-    maps = build("STRUCTURAL", {8: 2}, LOSS="l1").loss_maps(*map(_outputs, two))
+    maps = build("STRUCTURAL", {8: 2}, LOSS="l1").loss_maps(*map(_outputs, two), [])
     torch.testing.assert_close(maps[8], torch.tensor([[[0.0, 0.125], [0.0, 0.0]]]))
 
 
@@ -165,7 +165,7 @@ def test_structural_loss_maps_add_up(build: Callable, keys: dict[str, Any]) -> N
     student, teacher = torch.rand(2, 2, 3, 8, 9, generator=torch.Generator().manual_seed(0))
     distiller = build("STRUCTURAL", {8: 3}, WEIGHT=1.0, **keys)
     with torch.no_grad():
-        maps = distiller.loss_maps(_outputs({8: student}), _outputs({8: teacher}))
+        maps = distiller.loss_maps(_outputs({8: student}), _outputs({8: teacher}), [])
     assert maps[8].shape == (2, 8, 9)
     assert maps[8].mean().item() == pytest.approx(_loss(distiller, {8: student}, {8: teacher}), rel=1e-5)
 
