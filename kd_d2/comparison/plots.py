@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import statistics
-from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from .matrix import Matrix
 from .table import Row
 
 TEACHER_COLOR = "0.45"
+
+Curves = dict[str, list[tuple[int, float]]]
+"""Points (iteration, value) by what they are of: "bbox/AP", "total_loss", "loss_..."."""
 
 
 def plot_ap(rows: list[Row], path: str) -> None:
@@ -25,7 +26,7 @@ def plot_ap(rows: list[Row], path: str) -> None:
     for axis, column in zip(axes, ("AP", "AP50")):
         for place, row in enumerate(students):
             values = row.scores[column]
-            axis.barh(place, statistics.mean(values), color=f"C{place % 10}", alpha=0.75)
+            axis.barh(place, statistics.mean(values), color=color(place, len(students)), alpha=0.75)
             axis.plot(values, [place] * len(values), "k.", markersize=5)
             axis.annotate(
                 f" {statistics.mean(values):.1f}",
@@ -45,10 +46,8 @@ def plot_ap(rows: list[Row], path: str) -> None:
     _save(figure, path)
 
 
-def plot_curves(matrix: Matrix, results: dict[str, list[dict[str, Any]]], path: str) -> None:
-    """AP and every loss over the iterations, one line a cell (its first seed)."""
-    cells = [cell for cell in matrix.cells if results.get(cell.name)]
-    curves = {cell.name: results[cell.name][0]["curves"] for cell in cells}
+def plot_curves(curves: dict[str, Curves], path: str) -> None:
+    """AP and every loss over the iterations, one line a training; nothing where no training has two points of anything."""
     drawable = {key for c in curves.values() for key, points in c.items() if len(points) > 1}
     panels = sorted(drawable, key=lambda key: (key != "bbox/AP", key != "total_loss", key))
     if not panels:
@@ -57,21 +56,27 @@ def plot_curves(matrix: Matrix, results: dict[str, list[dict[str, Any]]], path: 
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.1 * rows), squeeze=False, layout="constrained")
     for axis, key in zip(axes.flat, panels):
-        for index, cell in enumerate(cells):
-            points = curves[cell.name].get(key)
+        for index, of_training in enumerate(curves.values()):
+            points = of_training.get(key)
             if points:
                 x, y = zip(*points)
                 style = {"marker": "o", "markersize": 3} if key == "bbox/AP" else {}
-                axis.plot(x, y, color=f"C{index % 10}", linewidth=1.3, **style)
+                axis.plot(x, y, color=color(index, len(curves)), linewidth=1.3, **style)
         axis.set_title(key.removeprefix("bbox/"), fontsize=10)
         axis.set_xlabel("iteration", fontsize=8)
         axis.grid(alpha=0.3)
         axis.set_ylim(bottom=0)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
-    lines = [plt.Line2D([], [], color=f"C{i % 10}", label=cell.title) for i, cell in enumerate(cells)]
+    lines = [plt.Line2D([], [], color=color(i, len(curves)), label=title) for i, title in enumerate(curves)]
     figure.legend(handles=lines, loc="outside lower center", ncols=min(3, len(lines)), fontsize=8)
     _save(figure, path)
+
+
+def color(index: int, count: int) -> tuple[float, ...]:
+    """The colour of one of so many lines or bars."""
+    colors = matplotlib.colormaps["tab10" if count <= 10 else "tab20"].colors
+    return colors[index % len(colors)]
 
 
 def _save(figure: plt.Figure, path: str) -> None:

@@ -8,11 +8,14 @@ from typing import Any
 
 from ..engine.checks import check_output_folder
 from ..errors import UserError
+from ..files import write_json
 from .costs import measure_costs
 from .matrix import Matrix
-from .plots import plot_ap, plot_curves
+from .plots import Curves, plot_ap, plot_curves
 from .runner import run_jobs, teacher_jobs, training_job
 from .table import Row, as_csv, as_markdown, build_rows, read_results
+
+COSTS = "costs.json"
 
 
 def compare(
@@ -72,22 +75,31 @@ def write_report(matrix: Matrix, results_folder: str, costs: dict[str, dict[str,
         with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
             file.write(text)
     plot_ap(rows, os.path.join(folder, "ap.png"))
-    plot_curves(matrix, results, os.path.join(folder, "curves.png"))
+    plot_curves(first_curves(matrix, results), os.path.join(folder, "curves.png"))
     print(as_markdown(rows), flush=True)
     print(f"Table and plots are in {folder}", flush=True)
     return rows
 
 
+def first_curves(matrix: Matrix, results: dict[str, list[dict[str, Any]]]) -> dict[str, Curves]:
+    """By title the curves of each finished cell's first seed."""
+    return {cell.title: results[cell.name][0]["curves"] for cell in matrix.cells if results.get(cell.name)}
+
+
+def read_costs(folder: str) -> dict[str, dict[str, float]] | None:
+    """What was measured of the detectors before; None where nothing was."""
+    path = os.path.join(folder, COSTS)
+    if not os.path.isfile(path):
+        return None
+    with open(path) as file:
+        return json.load(file)
+
+
 def _costs(matrix: Matrix, folder: str, opts: list[Any]) -> dict[str, dict[str, float]]:
     """The detectors' costs, measured once, and again when the matrix has got a new cell."""
-    path = os.path.join(folder, "costs.json")
-    if os.path.isfile(path):
-        with open(path) as file:
-            costs = json.load(file)
-        if {cell.name for cell in matrix.cells} <= costs.keys():
-            return costs
+    known = read_costs(folder)
+    if known is not None and {cell.name for cell in matrix.cells} <= known.keys():
+        return known
     costs = measure_costs(matrix, opts)
-    with open(path, "w") as file:
-        json.dump(costs, file, indent=1)
-        file.write("\n")
+    write_json(os.path.join(folder, COSTS), costs)
     return costs

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 from ..errors import UserError
+from ..files import write_json
 from .matrix import Cell, Matrix, measured_settings
 
 TRAIN_NET = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))), "train_net.py")
@@ -218,17 +219,24 @@ def _finish(job: Job) -> bool:
         "minutes": round(minutes, 1),
         "seconds_per_iteration": _median([m["time"] for m in metrics if "time" in m]),
         "peak_memory_mib": max((m["peak_memory_mib"] for m in metrics if "peak_memory_mib" in m), default=None),
-        "curves": _curves(metrics),
+        "curves": read_curves(metrics),
         "settings": job.settings,
+        "versions": read_versions(job.output),
     }
     os.makedirs(os.path.dirname(job.result), exist_ok=True)
-    with open(job.result + ".partial", "w") as file:
-        json.dump(result, file)
-        file.write("\n")
-    os.replace(job.result + ".partial", job.result)
+    write_json(job.result, result, indent=None)
     ap = result["scores"].get("AP", float("nan"))
     print(f"{job.name}: finished after {minutes:.1f} min, AP {ap:.2f}", flush=True)
     return True
+
+
+def read_versions(folder: str) -> dict[str, str]:
+    """What a training was made with, as its output folder says."""
+    path = os.path.join(folder, "versions.json")
+    if not os.path.isfile(path):
+        return {}
+    with open(path) as file:
+        return json.load(file)
 
 
 def _outcome(folder: str) -> dict[str, Any]:
@@ -245,7 +253,7 @@ def _median(values: list[float]) -> float | None:
     return round(statistics.median(values), 4) if values else None
 
 
-def _curves(metrics: list[dict[str, Any]]) -> dict[str, list]:
+def read_curves(metrics: list[dict[str, Any]]) -> dict[str, list]:
     """Losses and AP over iterations, for the plots."""
     curves: dict[str, list] = {}
     for row in metrics:

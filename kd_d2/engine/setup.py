@@ -12,12 +12,14 @@ from detectron2.utils.logger import setup_logger
 
 from ..config import KD_META_ARCH, load_config
 from ..data import register_coco_json, register_synthetic
+from ..files import write_json
 from ..modeling import unused_nodes
+from ..versions import versions
 from .checks import check_datasets, check_output_folder
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    """Read and check config and data, start the log, and write `config.yaml` and `student.yaml` into OUTPUT_DIR.
+    """Read and check config and data, start the log, and write `config.yaml`, `student.yaml` and `versions.json` into OUTPUT_DIR.
 
     Args:
         args: `config_file`, `opts`, `eval_only` and `eval_teacher`.
@@ -36,6 +38,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if comm.is_main_process():
         with open(os.path.join(cfg.OUTPUT_DIR, "student.yaml"), "w") as file:
             file.write(student_config(cfg).dump())
+        write_json(os.path.join(cfg.OUTPUT_DIR, "versions.json"), versions())
     return cfg
 
 

@@ -1,0 +1,89 @@
+"""A page of sections as one HTML file that needs nothing beside itself."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+
+from jinja2 import Environment
+from PIL import Image
+
+WIDEST = 2200  # px; larger pictures are made smaller
+MANY_COLORS = 4096  # pictures with more are photographs
+
+
+@dataclass
+class Table:
+    """Rows of text below a row of headers; the first column names the row."""
+
+    headers: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+    kind = "table"
+
+
+@dataclass
+class Picture:
+    """A picture file, put into the page."""
+
+    path: str
+    caption: str = ""
+    kind = "picture"
+
+    @property
+    def size(self) -> tuple[int, int]:
+        with Image.open(self.path) as image:
+            return image.size
+
+    @property
+    def uri(self) -> str:
+        """The picture as a data URI: photographs as WebP, plots as they are."""
+        with Image.open(self.path) as opened:
+            image = opened.convert("RGB")
+            if image.width <= WIDEST and image.getcolors(MANY_COLORS) is not None:
+                with open(self.path, "rb") as file:
+                    return _data_uri(file.read(), opened.format.lower())
+        image.thumbnail((WIDEST, WIDEST * 8), Image.Resampling.LANCZOS)
+        packed = io.BytesIO()
+        image.save(packed, "WEBP", quality=88, method=4)
+        return _data_uri(packed.getvalue(), "webp")
+
+
+def _data_uri(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+@dataclass
+class Listing:
+    """A text that is shown when its title is clicked."""
+
+    title: str
+    text: str
+    kind = "listing"
+
+
+@dataclass
+class Section:
+    """A part of the page.
+
+    Attributes:
+        intro: sentences, one a paragraph.
+    """
+
+    title: str
+    intro: Sequence[str] = ()
+    blocks: list[Table | Picture | Listing] = field(default_factory=list)
+
+
+def render(title: str, sections: Sequence[Section], versions: dict[str, str]) -> str:
+    """The page.
+
+    Args:
+        versions: of what made the page, for its end.
+    """
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(files(__package__).joinpath("page.html.jinja").read_text(encoding="utf-8"))
+    return template.render(title=title, sections=sections, versions=versions)

@@ -1,0 +1,30 @@
+"""Which versions a result was made with."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+PACKAGES = ("kd_d2", "torch", "torchvision", "detectron2", "kornia", "numpy", "pycocotools", "faster-coco-eval")
+
+
+def versions() -> dict[str, str]:
+    """Python, the packages that numbers hang on, and the device."""
+    found = {"python": platform.python_version()}
+    found |= {package: text for package in PACKAGES if (text := _version(package))}
+    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
+    return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        pass
+    if package == "detectron2":  # may have come under another name
+        import detectron2
+
+        return detectron2.__version__
+    return None
