@@ -5,13 +5,18 @@ from detectron2.utils import comm
 from torch import Tensor
 
 
+def mean_of_workers(value: Tensor) -> Tensor:
+    """The mean of a tensor over all workers."""
+    if comm.get_world_size() == 1:
+        return value
+    value = value.clone()
+    torch.distributed.all_reduce(value)
+    return value / comm.get_world_size()
+
+
 def mean_count_of_workers(count: Tensor) -> Tensor:
-    """What a loss divides by: the mean of all workers' counts, at least 1.
+    """What a loss divides by: the mean of all workers' counts; all of them together are at least 1.
 
     Gradients are averaged over workers, so this is the divisor of one process with the whole batch.
     """
-    if comm.get_world_size() > 1:
-        count = count.clone()
-        torch.distributed.all_reduce(count)
-        count /= comm.get_world_size()
-    return count.clamp(min=1)
+    return mean_of_workers(count).clamp(min=1 / comm.get_world_size())

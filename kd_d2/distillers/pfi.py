@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..detectors import DetectorOutputs, DetectorSpec
 from ..losses import prediction_difference, relative_to_mean, weighted_imitation_loss
-from ..workers import mean_count_of_workers
+from ..workers import mean_count_of_workers, mean_of_workers
 from .base import (
     ADAPTATION_KERNELS,
     DISTILLER_REGISTRY,
@@ -123,4 +123,6 @@ class PFI(Distiller):
                     for outputs in (student, teacher)
                 )
                 weights.append(prediction_difference(ours, theirs))
-            return relative_to_mean(weights) if self.relative else weights
+        if not self.relative:
+            return weights
+        return relative_to_mean(weights, [mean_of_workers(weight.detach().mean()) for weight in weights])

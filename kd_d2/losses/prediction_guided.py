@@ -66,6 +66,11 @@ def masked_squared_error(student: Tensor, teacher: Tensor, mask: Tensor) -> Tens
         return (mask * difference).sum()
 
 
-def relative_to_mean(weights: list[Tensor]) -> list[Tensor]:
-    """Each level's weights divided by their mean, so that they say where and not how much."""
-    return [w / w.mean().clamp(min=EPS) for w in weights]
+def relative_to_mean(weights: list[Tensor], means: list[Tensor] | None = None) -> list[Tensor]:
+    """Each level's weights divided by their mean, so that they say where and not how much.
+
+    Args:
+        means: by level, where others' weights count too; None for the weights' own. No gradient flows through them.
+    """
+    means = means or [weight.detach().mean() for weight in weights]
+    return [weight / mean.clamp(min=EPS) for weight, mean in zip(weights, means, strict=True)]

@@ -1,0 +1,166 @@
+"""Two processes with half a batch each do what one process does with all of it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+from kd_d2 import KDMetaArch
+from kd_d2.config import load_config
+from kd_d2.data import register_coco_json
+from kd_d2.distillers import DISTILLER_REGISTRY
+from kd_d2.engine.trainer import _distributed
+from kd_d2.workers import mean_count_of_workers
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from helpers import Project, make_project
+from torch import Tensor
+
+SIZE = (64, 96)
+FROZEN = {"MODEL__RESNETS__NORM": "FrozenBN", "MODEL__FPN__NORM": ""}
+SMALL = {
+    "MODEL__KD__ICD__DIM": 16,
+    "MODEL__KD__ICD__NUM_HEADS": 2,
+    "MODEL__KD__ICD__FFN_DIM": 32,
+    "MODEL__KD__ICD__DETACH_STUDENT_ITERS": 0,
+}
+EQUAL, UNEQUAL = (2, 2, 2, 2), (3, 1, 0, 0)
+"""Objects of four images. UNEQUAL leaves the second process without any, the whole batch with less than one a worker."""
+
+
+def _inputs(counts: tuple[int, ...]) -> list[dict]:
+    random = torch.Generator().manual_seed(0)
+    inputs = []
+    for number, count in enumerate(counts):
+        corners = torch.rand(count, 2, generator=random) * 30
+        sizes = 15 + torch.rand(count, 2, generator=random) * 18
+        objects = Instances(SIZE, gt_boxes=Boxes(torch.cat([corners, corners + sizes], 1)))
+        objects.gt_classes = torch.randint(3, (count,), generator=random)
+        image = (torch.rand(3, *SIZE, generator=random) * 255).byte()
+        inputs.append({"image": image, "instances": objects, "height": SIZE[0], "width": SIZE[1], "image_id": number})
+    return inputs
+
+
+class _SharedDraws:
+    """Random numbers of which each process gets its images' share, where every image draws equally many."""
+
+    def __init__(self, patch: pytest.MonkeyPatch):
+        self.calls = itertools.count()
+        for name in ("rand", "randn"):
+            patch.setattr(torch, name, self.drawing(getattr(torch, name)))
+
+    def drawing(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def draw(*size: int, device: object = None, dtype: object = None) -> Tensor:
+            first, *rest = size[0] if isinstance(size[0], (tuple, list)) else size
+            generator = torch.Generator().manual_seed(next(self.calls))
+            whole = function(first * comm.get_world_size(), *rest, generator=generator, dtype=dtype)
+            return whole[first * comm.get_rank() :][:first].to(device)
+
+        return draw
+
+
+def _constant_draws(patch: pytest.MonkeyPatch) -> None:
+    for name in ("rand", "randn"):
+        patch.setattr(
+            torch, name, lambda *size, device=None, dtype=None: torch.full(size, 0.5, device=device, dtype=dtype)
+        )
+
+
+def _losses_and_gradients(model: torch.nn.Module, inputs: list[dict], shared: bool) -> tuple[dict, dict]:
+    """The distillers' losses, and the gradients that they alone give; the detector's own losses only take part in the graph."""
+    bare: KDMetaArch = getattr(model, "module", model)
+    bare.zero_grad()
+    with pytest.MonkeyPatch.context() as patch, EventStorage():
+        if shared:
+            _SharedDraws(patch)
+        else:
+            _constant_draws(patch)
+        losses = model(inputs)
+        names = {name for distiller in bare.distillers.values() for name in distiller.loss_names}
+        sum(loss if name in names else 0 * loss for name, loss in losses.items()).backward()
+    found = {name: parameter.grad.clone() for name, parameter in bare.named_parameters() if parameter.grad is not None}
+    return {name: losses[name].detach() for name in names}, found
+
+
+def _compare(rank: int, project: Project, methods: list[str], folder: str) -> None:
+    """In each of two processes: the whole batch alone, then half of it together with the other."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    cfg = load_config(str(project.student))
+    register_coco_json(cfg)
+    model = build_model(cfg).train()
+    cases = [(EQUAL, True), (UNEQUAL, False)]
+    alone = [_losses_and_gradients(model, _inputs(counts), shared) for counts, shared in cases]
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    comm.create_local_process_group(2)
+    wrapped = _distributed(model)
+    for (counts, shared), (expected_losses, expected_gradients) in zip(cases, alone, strict=True):
+        losses, gradients = _losses_and_gradients(wrapped, _inputs(counts)[2 * rank : 2 * rank + 2], shared)
+        for name, loss in losses.items():
+            torch.distributed.all_reduce(loss)
+            where = f"{name} with {counts} objects"
+            torch.testing.assert_close(
+                loss / 2, expected_losses[name], rtol=1e-4, atol=1e-6, msg=lambda m: f"{where}: {m}"
+            )
+        assert gradients.keys() == expected_gradients.keys()
+        for name, gradient in gradients.items():
+            scale = float(expected_gradients[name].abs().max())
+            where = f"gradient of {name} with {counts} objects"
+            torch.testing.assert_close(
+                gradient, expected_gradients[name], rtol=1e-3, atol=1e-4 * scale + 1e-7, msg=lambda m: f"{where}: {m}"
+            )
+    torch.distributed.destroy_process_group()
+
+
+OPTIONS = {
+    "published": {},
+    "other": {
+        "MODEL__KD__PFI__RELATIVE": True,
+        "MODEL__KD__RANK_MIMICKING__ON_LOGITS": True,
+        "MODEL__KD__STRUCTURAL__LOSS": "l1_ms_ssim",
+        "MODEL__KD__IMA__INSTANCE": "box",
+        "MODEL__KD__FEATURE_IMITATION__ADAPTATION": "1x1",
+    },
+    "masked": {
+        "MODEL__KD__PFI__MASK": "positives",
+        "MODEL__KD__STRUCTURAL__LOSS": "l2",
+        "MODEL__KD__STRUCTURAL__SPATIAL_ATTENTION": True,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("detector", "options"),
+    [("retinanet", "published"), ("retinanet", "other"), ("retinanet", "masked")]
+    + [(detector, "published") for detector in ("faster-rcnn", "fcos", "gfl", "reppoints")],
+)
+def test_every_method_normalises_over_the_whole_batch(tmp_path: Path, detector: str, options: str) -> None:
+    """Compare losses and gradients of all methods at once, through the one wrap of the model, without a search for unused parameters."""
+    dense = detector != "faster-rcnn"
+    methods = [name for name, method in DISTILLER_REGISTRY if dense or "dense" not in method.needs]
+    keys = {**FROZEN, **SMALL, **(OPTIONS[options] if dense else {})}
+    project = make_project(tmp_path, detector, MODEL__KD__DISTILLERS=methods, **keys)
+    torch.multiprocessing.start_processes(
+        _compare, nprocs=2, args=(project, methods, str(tmp_path)), start_method="fork"
+    )
+
+
+def _count(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    for counts, expected in (((3, 4), 3.5), ((1, 0), 0.5), ((0, 0), 0.5)):
+        count = torch.tensor(float(counts[rank]))
+        assert float(mean_count_of_workers(count)) == expected
+        assert float(count) == counts[rank]
+    torch.distributed.destroy_process_group()
+
+
+def test_counts_of_workers_by_hand(tmp_path: Path) -> None:
+    """Check that gradients averaged over workers are divided by the whole count, which is at least 1."""
+    assert float(mean_count_of_workers(torch.tensor(0.0))) == 1 and float(mean_count_of_workers(torch.tensor(3.0))) == 3
+    torch.multiprocessing.start_processes(_count, nprocs=2, args=(str(tmp_path),), start_method="fork")
