@@ -2,30 +2,54 @@
 
 from __future__ import annotations
 
-from detectron2.evaluation import COCOEvaluator, coco_evaluation
+import logging
+import os
+from itertools import chain
+from typing import Any
+
+from detectron2.evaluation import COCOEvaluator
+from detectron2.evaluation.coco_evaluation import _evaluate_predictions_on_coco
 from pycocotools.coco import COCO
+
+from ..files import write_json
 
 try:
     from faster_coco_eval import COCOeval_faster
 except ImportError:
     COCOeval_faster = None
 
+logger = logging.getLogger(__name__)
 
-def faster_evaluation(truth: COCO, detections: COCO, kind: str) -> COCOeval_faster:
+
+def faster_evaluation(truth: COCO, detections: COCO, task: str) -> COCOeval_faster:
     """faster-coco-eval's COCOeval, whose summary is printed as pycocotools' is. The numbers are pycocotools' too."""
-    return COCOeval_faster(truth, detections, kind, print_function=print)
-
-
-if COCOeval_faster is not None:
-    coco_evaluation.COCOeval_opt = faster_evaluation  # the place that Detectron2 keeps for a fast implementation
+    return COCOeval_faster(truth, detections, task, print_function=print)
 
 
 class CocoEvaluator(COCOEvaluator):
     """Takes annotation files that leave out what pycocotools cannot do without: area and iscrowd."""
 
     def __init__(self, dataset_name: str, output_dir: str):
-        super().__init__(dataset_name, output_dir=output_dir, use_fast_impl=COCOeval_faster is not None)
+        super().__init__(dataset_name, output_dir=output_dir, use_fast_impl=False)
         for annotation in self._coco_api.anns.values():
             width, height = annotation["bbox"][2:]
             annotation.setdefault("area", width * height)
             annotation.setdefault("iscrowd", 0)
+
+    def _eval_predictions(self, predictions: list[dict[str, Any]], img_ids: list[int] | None = None) -> None:
+        found = list(chain.from_iterable(prediction["instances"] for prediction in predictions))
+        tasks = self._tasks or self._tasks_from_predictions(found)
+        if COCOeval_faster is None or not found or not self._do_evaluation or "keypoints" in tasks:
+            super()._eval_predictions(predictions, img_ids)
+            return
+        numbers = self._metadata.get("thing_dataset_id_to_contiguous_id", {})
+        category_of = {number: category for category, number in numbers.items()}
+        for detection in found:
+            detection["category_id"] = category_of.get(detection["category_id"], detection["category_id"])
+        write_json(os.path.join(self._output_dir, "coco_instances_results.json"), found, indent=None)
+        logger.info(f"Evaluating {len(found)} detections with faster-coco-eval")
+        for task in sorted(tasks):
+            evaluation = _evaluate_predictions_on_coco(
+                self._coco_api, found, task, cocoeval_fn=faster_evaluation, img_ids=img_ids
+            )
+            self._results[task] = self._derive_coco_results(evaluation, task, self._metadata.get("thing_classes"))
