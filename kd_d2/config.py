@@ -33,6 +33,8 @@ def add_kd_config(cfg: CN) -> None:
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
     # Autocast type under SOLVER.AMP.ENABLED: "float16" (with a gradient scaler) or "bfloat16".
     cfg.SOLVER.AMP.DTYPE = "float16"
+    # Parts into which a process divides its images of a batch, one forward and backward pass each, before the optimiser's step.
+    cfg.SOLVER.GRADIENT_ACCUMULATION_STEPS = 1
     add_modeling_config(cfg)
 
     kd = cfg.MODEL.KD = CN()

@@ -147,10 +147,6 @@ def build_stream_loader(cfg: CfgNode, seed: int, mapper: Callable | None = None)
         A DataLoader whose `batch_sampler.start` may be set before iteration.
     """
     world_size = comm.get_world_size()
-    if cfg.SOLVER.IMS_PER_BATCH % world_size or cfg.SOLVER.IMS_PER_BATCH < 1:
-        raise UserError(
-            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}; it must be a multiple of the {world_size} processes."
-        )
     try:
         dicts = get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN,

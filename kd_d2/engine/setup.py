@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 
 from detectron2.config import CfgNode
@@ -10,12 +11,15 @@ from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from ..config import KD_META_ARCH, load_config
+from ..config import KD_META_ARCH, find_config_file, load_config
 from ..data import register_coco_json, register_synthetic
 from ..files import write_json
 from ..modeling import unused_nodes
 from ..versions import versions
 from .checks import check_datasets, check_output_folder
+from .schedule import learning_rate_advice
+
+logger = logging.getLogger(__name__)
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -39,6 +43,10 @@ def setup(args: argparse.Namespace) -> CfgNode:
         with open(os.path.join(cfg.OUTPUT_DIR, "student.yaml"), "w") as file:
             file.write(student_config(cfg).dump())
         write_json(os.path.join(cfg.OUTPUT_DIR, "versions.json"), versions())
+    if args.config_file and not args.eval_only:
+        advice = learning_rate_advice(find_config_file(args.config_file, "--config-file"), args.opts)
+        if advice:
+            logger.warning(advice)
     return cfg
 
 
@@ -50,7 +58,7 @@ def student_config(cfg: CfgNode) -> CfgNode:
         plain.MODEL.META_ARCHITECTURE = plain.MODEL.KD.STUDENT
     del plain.MODEL["KD"]
     del plain.DATASETS["COCO_JSON"]
-    del plain.SOLVER.AMP["DTYPE"]
+    del plain.SOLVER.AMP["DTYPE"], plain.SOLVER["GRADIENT_ACCUMULATION_STEPS"]
     for name in unused_nodes(plain):
         del plain.MODEL[name]
     plain.DATASETS.TRAIN, plain.DATASETS.TEST = (), ()

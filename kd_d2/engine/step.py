@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from typing import Any
@@ -11,6 +12,7 @@ from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import UserError
 from ..meta_arch import KDMetaArch
@@ -29,6 +31,8 @@ class DistillationStep(SimpleTrainer):
         optimizer: the student's.
         auxiliary: further optimisers by name.
         autocast: the type of mixed precision; None for float32. float16 scales its gradients.
+        accumulation_steps: parts of a batch that pass one after another; losses that divide by a count divide by their
+            part's, and batch norms see their part.
     """
 
     def __init__(
@@ -37,10 +41,12 @@ class DistillationStep(SimpleTrainer):
         optimizer: torch.optim.Optimizer,
         auxiliary: dict[str, AuxiliaryOptimizer],
         autocast: torch.dtype | None = None,
+        accumulation_steps: int = 1,
     ):
         super().__init__(model, data_loader=None, optimizer=optimizer)
         self.auxiliary = auxiliary
         self.autocast = autocast
+        self.accumulation_steps = accumulation_steps
         self.device_type = next(model.parameters()).device.type
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=autocast is torch.float16)
 
@@ -51,12 +57,10 @@ class DistillationStep(SimpleTrainer):
         data = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
 
-        with torch.autocast(self.device_type, self.autocast, enabled=self.autocast is not None):
-            losses = self.model(data)
         self.optimizer.zero_grad()
         for other in self.auxiliary.values():
             other.optimizer.zero_grad()
-        self.scaler.scale(sum(losses.values())).backward()
+        losses = self._accumulate(data)
         self.after_backward()
         self._record(losses, data_time)
 
@@ -68,6 +72,24 @@ class DistillationStep(SimpleTrainer):
         for other in self.auxiliary.values():
             other.step(self.iter, self.scaler)
         self.scaler.update()
+
+    def _accumulate(self, data: list[dict]) -> dict[str, Tensor]:
+        """Forward and backward, part by part; returns the mean losses. Gradients are exchanged with the last part alone."""
+        size = len(data) // self.accumulation_steps
+        total: dict[str, Tensor] = {}
+        for start in range(0, len(data), size):
+            is_last = start + size == len(data)
+            with contextlib.nullcontext() if is_last else self._without_exchange():
+                with torch.autocast(self.device_type, self.autocast, enabled=self.autocast is not None):
+                    losses = self.model(data[start : start + size])
+                self.scaler.scale(sum(losses.values()) / self.accumulation_steps).backward()
+            for name, loss in losses.items():
+                total[name] = total.get(name, 0) + loss.detach() / self.accumulation_steps
+        return total
+
+    def _without_exchange(self) -> contextlib.AbstractContextManager:
+        """Gradients stay in this process."""
+        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else contextlib.nullcontext()
 
     def _record(self, losses: dict[str, Tensor], data_time: float) -> None:
         """Put every loss, averaged over processes, into the event storage; stop at one that is not finite."""

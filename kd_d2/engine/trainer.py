@@ -28,6 +28,7 @@ from .loss_normalizers import get_loss_normalizers, set_loss_normalizers
 from .memory import PeakMemoryRecorder
 from .optimizers import build_optimizers
 from .random_state import get_random_state, preserved_random_state, set_random_state
+from .schedule import check_batch, scale_to_world_size
 from .step import DistillationStep
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,8 @@ class KDTrainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode):
         TrainerBase.__init__(self)
-        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        cfg = scale_to_world_size(cfg, comm.get_world_size())
+        check_batch(cfg, comm.get_world_size())
         self.cfg = cfg
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         self.start_iter = 0
@@ -48,7 +50,9 @@ class KDTrainer(DefaultTrainer):
         check_classes(cfg, self.bare_model)
         optimizer, auxiliary = build_optimizers(cfg, self.bare_model)
         autocast = getattr(torch, cfg.SOLVER.AMP.DTYPE) if cfg.SOLVER.AMP.ENABLED else None
-        self._trainer = DistillationStep(_distributed(self.bare_model), optimizer, auxiliary, autocast)
+        self._trainer = DistillationStep(
+            _distributed(self.bare_model), optimizer, auxiliary, autocast, cfg.SOLVER.GRADIENT_ACCUMULATION_STEPS
+        )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = KDCheckpointer(student_of(self.bare_model), cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         if isinstance(self.bare_model, KDMetaArch):

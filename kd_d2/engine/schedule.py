@@ -1,0 +1,102 @@
+"""Batch, learning rate and iterations: scaled to the number of processes, and whether they belong together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
+
+from ..distillers import DISTILLER_REGISTRY
+from ..errors import UserError
+
+DEFAULT_BATCH = 16  # Detectron2's
+
+
+def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
+    """The config for so many processes, where SOLVER.REFERENCE_WORLD_SIZE says for how many it was written.
+
+    Batch, learning rate and iterations scale as in Detectron2, and with them the iterations of the distillers: all counts whose
+    names end in _ITER or _ITERS. Learning rates of auxiliary optimisers stay: Adam's steps do not grow with the batch.
+    """
+    scaled = DefaultTrainer.auto_scale_workers(cfg, world_size)
+    if scaled is cfg:
+        return cfg
+    factor = world_size / cfg.SOLVER.REFERENCE_WORLD_SIZE
+    scaled.defrost()
+    for _, distiller in DISTILLER_REGISTRY:
+        node = scaled.MODEL.KD[distiller.CONFIG_NODE]
+        for key, value in node.items():
+            if key.endswith(("_ITER", "_ITERS")) and value is not None:
+                node[key] = round(value / factor)
+    scaled.freeze()
+    return scaled
+
+
+def check_batch(cfg: CfgNode, world_size: int) -> None:
+    """Raise a UserError unless the batch can be divided among the processes, and each share into the parts of an accumulation."""
+    batch, parts = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.GRADIENT_ACCUMULATION_STEPS
+    if batch % world_size or batch < 1:
+        raise UserError(f"SOLVER.IMS_PER_BATCH is {batch}; it must be a multiple of the {world_size} processes.")
+    if parts < 1 or batch // world_size % parts:
+        raise UserError(
+            f"SOLVER.GRADIENT_ACCUMULATION_STEPS is {parts}; it must divide the {batch // world_size} images of a process."
+        )
+
+
+def learning_rate_advice(config_file: str, opts: list[Any]) -> str | None:
+    """What to do about a batch size that was changed, in a later file or on the command line, without its learning rate.
+
+    Returns:
+        A sentence; None where they belong together.
+    """
+    batch = of_rate = DEFAULT_BATCH
+    rate, source = None, "Detectron2's default"
+    for name, solver in _solver_layers(config_file, opts):
+        batch = solver.get("SOLVER.IMS_PER_BATCH", batch)
+        if "SOLVER.BASE_LR" in solver:
+            rate, source, of_rate = solver["SOLVER.BASE_LR"], name, batch
+    if rate is None or batch == of_rate:
+        return None
+    return (
+        f"SOLVER.BASE_LR {rate:g} comes from {source}, where it belongs to SOLVER.IMS_PER_BATCH {of_rate}; now the batch has {batch} "
+        f"images. The linear rule gives SOLVER.BASE_LR {rate * batch / of_rate:g}, with {of_rate / batch:g} times the iterations."
+    )
+
+
+def _solver_layers(config_file: str, opts: list[Any]) -> Iterator[tuple[str, dict[str, float]]]:
+    """What each file and the command line themselves say of batch and rate, later ones last."""
+    keys = ("IMS_PER_BATCH", "BASE_LR")
+    for path, tree in _own_trees(config_file):
+        solver = tree.get("SOLVER") or {}
+        yield (
+            path,
+            {
+                f"SOLVER.{key}": float(solver[key]) if key == "BASE_LR" else int(solver[key])
+                for key in keys
+                if key in solver
+            },
+        )
+    given = dict(zip(opts[::2], opts[1::2], strict=True))
+    types = {"SOLVER.IMS_PER_BATCH": int, "SOLVER.BASE_LR": float}
+    yield "the command line", {key: convert(given[key]) for key, convert in types.items() if key in given}
+
+
+def _own_trees(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A config file without its bases, after each of these."""
+    with open(path, encoding="utf-8") as file:
+        tree = yaml.load(file, _ValuesOnly)
+    bases = tree.get("_BASE_") or []
+    for base in [bases] if isinstance(bases, str) else bases:
+        yield from _own_trees(os.path.normpath(os.path.join(os.path.dirname(path), os.path.expanduser(base))))
+    yield path, tree
+
+
+class _ValuesOnly(yaml.SafeLoader):
+    """Plain yaml; what the model zoo computes by code is left out, and nothing runs."""
+
+
+_ValuesOnly.add_multi_constructor("", lambda loader, tag, node: None)
