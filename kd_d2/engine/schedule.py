@@ -59,7 +59,7 @@ def learning_rate_advice(config_file: str, opts: list[Any]) -> str | None:
         batch = solver.get("SOLVER.IMS_PER_BATCH", batch)
         if "SOLVER.BASE_LR" in solver:
             rate, source, of_rate = solver["SOLVER.BASE_LR"], name, batch
-    if rate is None or batch == of_rate:
+    if rate is None or batch == of_rate or batch < 1:
         return None
     return (
         f"SOLVER.BASE_LR {rate:g} comes from {source}, where it belongs to SOLVER.IMS_PER_BATCH {of_rate}; now the batch has {batch} "
