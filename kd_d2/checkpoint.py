@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import logging
 import os
 import pickle
@@ -48,6 +49,10 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")  # worded as torch does
 
 
+class UnreadableCheckpointError(UserError):
+    """A checkpoint is not there, or damaged."""
+
+
 def read_checkpoint(path: str) -> dict[str, Any]:
     """Read a checkpoint file without ever running code from it.
 
@@ -67,7 +72,7 @@ def read_checkpoint(path: str) -> dict[str, Any]:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise UserError(f"There is no checkpoint {path}.") from error
+        raise UnreadableCheckpointError(f"There is no checkpoint {path}.") from error
     except Exception as error:  # torch.load and pickle raise whatever a damaged byte leads them to
         refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if refused:
@@ -76,8 +81,8 @@ def read_checkpoint(path: str) -> dict[str, Any]:
                 "code."
             ) from error
         # What torch says of a file that it cannot unpickle recommends to load it unsafely.
-        reason = "" if isinstance(error, pickle.UnpicklingError) else str(error).partition("\n")[0]
-        raise UserError(
+        reason = "" if isinstance(error, pickle.UnpicklingError) else str(error).partition("\n")[0].partition(". ")[0]
+        raise UnreadableCheckpointError(
             f"Checkpoint {path} is damaged or no checkpoint: it cannot be read ({reason or type(error).__name__})."
         ) from error
     _check_names(content, path)
@@ -228,13 +233,25 @@ class KDCheckpointer(DetectionCheckpointer):
         data.update(kwargs)
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
-        with _written_whole(path) as file:
-            torch.save(data, file)
-        self.tag_last_checkpoint(os.path.basename(path))
+        try:
+            with _written_whole(path) as file:
+                torch.save(data, file)
+            self.tag_last_checkpoint(os.path.basename(path))
+        except (OSError, RuntimeError) as error:  # torch's writer raises a RuntimeError where the disk is full
+            reason = str(error).partition("\n")[0]
+            raise UserError(
+                f"Checkpoint {path} cannot be written ({reason}); the last checkpoint is intact."
+            ) from error
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         with _written_whole(os.path.join(self.save_dir, "last_checkpoint")) as file:
             file.write(last_filename_basename.encode())
+
+    def resumable_files(self) -> list[str]:
+        """The last checkpoint, then the others of the folder, the youngest first."""
+        last = self.get_checkpoint_file()
+        others = glob.glob(os.path.join(glob.escape(self.save_dir), "model_*.pth"))
+        return [last, *sorted(set(others) - {last}, key=os.path.getmtime, reverse=True)]
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         content = read_checkpoint(filename)
@@ -259,7 +276,7 @@ class KDCheckpointer(DetectionCheckpointer):
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         if path and not os.path.isfile(local := local_path(urlparse(path)._replace(query="").geturl())):
-            raise UserError(f"There is no checkpoint {local}.")
+            raise UnreadableCheckpointError(f"There is no checkpoint {local}.")
         try:
             return super().load(path, checkpointables)
         finally:

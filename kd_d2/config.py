@@ -31,6 +31,8 @@ def add_kd_config(cfg: CN) -> None:
     cfg.DATASETS.COCO_JSON = []
     # Images without objects train here; Detectron2's default drops them.
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+    # A training image that cannot be read ends the training; True: it is named in the log, and the next one takes its place.
+    cfg.DATALOADER.SKIP_UNUSABLE_IMAGES = False
     # Autocast type under SOLVER.AMP.ENABLED: "float16" (with a gradient scaler) or "bfloat16".
     cfg.SOLVER.AMP.DTYPE = "float16"
     # Parts into which a process divides its images of a batch, one forward and backward pass each, before the optimiser's step.

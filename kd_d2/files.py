@@ -7,9 +7,13 @@ import os
 from typing import Any
 
 
-def write_json(path: str, tree: Any, indent: int | None = 1) -> None:
-    """Write a json file so that a kill at any moment leaves the old one or the new one."""
+def write_whole(path: str, text: str) -> None:
+    """Write a file so that a kill at any moment leaves the old one or the new one."""
     with open(path + ".partial", "w", encoding="utf-8") as file:
-        json.dump(tree, file, indent=indent)
-        file.write("\n")
+        file.write(text)
     os.replace(path + ".partial", path)
+
+
+def write_json(path: str, tree: Any, indent: int | None = 1) -> None:
+    """`write_whole` of a tree."""
+    write_whole(path, json.dumps(tree, indent=indent) + "\n")

@@ -563,6 +563,7 @@ def test_the_librarys_keys_leave_detectron2s_defaults_alone() -> None:
     for node, key in (
         (ours.DATASETS, "COCO_JSON"),
         (ours.SOLVER.AMP, "DTYPE"),
+        (ours.DATALOADER, "SKIP_UNUSABLE_IMAGES"),
         (ours.SOLVER, "GRADIENT_ACCUMULATION_STEPS"),
         (ours.MODEL, "KD"),
         *((ours.MODEL, name) for name in ("SLIM_RESNET", "MOBILENET_V2", "FCOS", "ATSS", "GFL", "FSAF", "REPPOINTS")),

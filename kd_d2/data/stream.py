@@ -92,12 +92,16 @@ class MappedDataset(Dataset):
         dataset: data set dictionaries by index.
         mapper: the mapper; None from it skips to the next index.
         seed: the run's seed.
+        skip_unusable: go on with the next index where an image cannot be read, too; otherwise that ends the training.
     """
 
-    def __init__(self, dataset: Dataset, mapper: Callable[[dict], dict | None], seed: int):
+    def __init__(
+        self, dataset: Dataset, mapper: Callable[[dict], dict | None], seed: int, *, skip_unusable: bool = False
+    ):
         self.dataset = dataset
         self.mapper = mapper
         self.seed = seed
+        self.skip_unusable = skip_unusable
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -110,10 +114,14 @@ class MappedDataset(Dataset):
                 try:
                     mapped = self.mapper(entry)
                 except (OSError, SizeMismatchError) as error:
-                    raise DataError(f"The training image {entry.get('file_name')} cannot be used: {error}") from error
+                    sentence = f"The training image {entry.get('file_name')} cannot be used: {error}"
+                    if not self.skip_unusable:
+                        raise DataError(sentence) from error
+                    logger.warning(f"{sentence} The next one takes its place.")
+                    continue
                 if mapped is not None:
                     return mapped
-        raise RuntimeError(f"the mapper refused {MAX_SKIPPED} images in a row, from index {index} on")
+        raise DataError(f"{MAX_SKIPPED} training images in a row cannot be used, the first of them number {index}.")
 
 
 class seeded:
@@ -166,7 +174,12 @@ def build_stream_loader(cfg: CfgNode, seed: int, mapper: Callable | None = None)
         comm.get_rank(),
         world_size,
     )
-    dataset = MappedDataset(DatasetFromList(dicts, copy=False), mapper or DatasetMapper(cfg, is_train=True), seed)
+    dataset = MappedDataset(
+        DatasetFromList(dicts, copy=False),
+        mapper or DatasetMapper(cfg, is_train=True),
+        seed,
+        skip_unusable=cfg.DATALOADER.SKIP_UNUSABLE_IMAGES,
+    )
     return DataLoader(
         dataset,
         batch_sampler=stream,

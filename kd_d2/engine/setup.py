@@ -13,7 +13,7 @@ from detectron2.utils.logger import setup_logger
 
 from ..config import KD_META_ARCH, find_config_file, load_config
 from ..data import register_coco_json, register_synthetic
-from ..files import write_json
+from ..files import write_json, write_whole
 from ..modeling import unused_nodes
 from ..versions import versions
 from .checks import check_datasets, check_output_folder
@@ -40,8 +40,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg.freeze()
     default_setup(cfg, args)
     if comm.is_main_process():
-        with open(os.path.join(cfg.OUTPUT_DIR, "student.yaml"), "w") as file:
-            file.write(student_config(cfg).dump())
+        write_whole(os.path.join(cfg.OUTPUT_DIR, "student.yaml"), student_config(cfg).dump())
         write_json(os.path.join(cfg.OUTPUT_DIR, "versions.json"), versions())
     if args.config_file and not args.eval_only:
         advice = learning_rate_advice(find_config_file(args.config_file, "--config-file"), args.opts)
@@ -59,6 +58,7 @@ def student_config(cfg: CfgNode) -> CfgNode:
     del plain.MODEL["KD"]
     del plain.DATASETS["COCO_JSON"]
     del plain.SOLVER.AMP["DTYPE"], plain.SOLVER["GRADIENT_ACCUMULATION_STEPS"]
+    del plain.DATALOADER["SKIP_UNUSABLE_IMAGES"]
     for name in unused_nodes(plain):
         del plain.MODEL[name]
     plain.DATASETS.TRAIN, plain.DATASETS.TEST = (), ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import weakref
@@ -17,7 +18,7 @@ from detectron2.utils.env import seed_all_rng
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..checkpoint import KDCheckpointer, inherit
+from ..checkpoint import KDCheckpointer, UnreadableCheckpointError, inherit
 from ..data.stream import build_stream_loader
 from ..errors import UserError
 from ..evaluation import build_evaluator
@@ -65,16 +66,28 @@ class KDTrainer(DefaultTrainer):
         Also opens the stream of training data, so that whatever is wrong with it is said now.
         """
         if resume and self.checkpointer.has_checkpoint():
-            self._resume(self.checkpointer.get_checkpoint_file())
+            self._resume_from_any(self.checkpointer.resumable_files())
         else:
             self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=False)
             if isinstance(self.bare_model, KDMetaArch) and self.cfg.MODEL.KD.INHERIT.ENABLED:
                 inherit(self.bare_model.student, self.bare_model.teacher.model, self.cfg.MODEL.KD.INHERIT.MODULES)
         self._open_stream()
 
+    def _resume_from_any(self, files: list[str]) -> None:
+        """Go on from the first file that can be read; raises what is wrong with the first where none can."""
+        errors = []
+        for file in files:
+            try:
+                return self._resume(file)
+            except UnreadableCheckpointError as error:
+                logger.warning(f"{error} Looking for the checkpoint before it.")
+                errors.append(error)
+        raise errors[0]
+
     def _resume(self, file: str) -> None:
         try:
             self.checkpointer.load(file)
+            logger.info(f"Going on from {file}")
         except (KeyError, ValueError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
         else:
@@ -97,7 +110,10 @@ class KDTrainer(DefaultTrainer):
         if self._trainer.data_loader is None:
             self._open_stream()
         logging.getLogger("detectron2.engine.train_loop").addFilter(_without_traceback)
-        return super().train()
+        try:
+            return super().train()
+        except (OSError, RuntimeError) as error:
+            raise _explained(error) from error
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
@@ -155,6 +171,20 @@ def evaluate_teacher(cfg: CfgNode, teacher: Teacher) -> dict:
     teacher.to(torch.device(cfg.MODEL.DEVICE))
     logger.info("Evaluating the teacher")
     return KDTrainer.test(cfg, teacher.model)
+
+
+def _explained(error: Exception) -> Exception:
+    """What a user can mend, as a UserError; any other error as it is."""
+    go_on = "the last checkpoint is intact, and --resume goes on from it"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(f"The disk of OUTPUT_DIR is full ({error.strerror}); {go_on}.")
+    if str(error).startswith("DataLoader worker"):
+        reason = str(error).partition("\n")[0].rstrip(" .")
+        return UserError(
+            f"A process that reads training data has died ({reason}), most often for want of memory: lower DATALOADER.NUM_WORKERS; "
+            f"{go_on}."
+        )
+    return error
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:

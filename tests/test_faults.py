@@ -1,0 +1,181 @@
+"""Kills and faults: what is on disk is whole, and a training goes on from it with the losses of an unbroken one."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+from kd_d2 import UserError
+from kd_d2.checkpoint import read_checkpoint
+from kd_d2.data.stream import MappedDataset
+
+import pytest
+import torch
+from helpers import KillAt, Project, make_project, make_trainer, run_train_net, train
+
+KILLS = 20
+OFTEN = {
+    "SEED": 7,
+    "SOLVER__MAX_ITER": 4000,
+    "SOLVER__STEPS": (),
+    "SOLVER__BASE_LR": 0.00002,  # a CPU's last digits differ from run to run; larger steps would let them grow
+    "MODEL__KD__ICD__LR": 0.00001,
+    "SOLVER__CHECKPOINT_PERIOD": 3,
+    "MODEL__KD__DISTILLERS": ("StructuralKD", "ICD"),
+    "MODEL__KD__ICD__DIM": 16,
+    "MODEL__KD__ICD__NUM_HEADS": 2,
+    "MODEL__KD__ICD__FFN_DIM": 32,
+    "MODEL__KD__ICD__DETACH_STUDENT_ITERS": 4,
+}
+
+
+def _train_until_killed(project: Project) -> None:
+    torch.set_num_threads(1)
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 1), os.dup2(devnull, 2)
+    run_train_net("--config-file", project.student, "--resume")
+
+
+def _whole_checkpoints(output: Path) -> list[int]:
+    """The iterations of the folder's checkpoints, each of which must be whole; what last_checkpoint names is among them."""
+    iterations = []
+    for path in output.glob("*.pth"):
+        content = read_checkpoint(str(path))
+        assert content.keys() >= {"model", "distillers", "trainer", "iteration"}
+        iterations.append(content["iteration"])
+    tag = output / "last_checkpoint"
+    assert not tag.exists() or (output / tag.read_text()).is_file()
+    for name in ("student.yaml", "versions.json"):
+        path = output / name
+        assert not path.exists() or path.read_text().endswith("\n")
+    return sorted(iterations)
+
+
+@pytest.mark.slow
+def test_killed_twenty_times(tmp_path: Path) -> None:
+    """SIGKILL a training at random moments, in its beginnings, its iterations and its writing; then go on in peace."""
+    project = make_project(tmp_path / "killed", **OFTEN)
+    draw = random.Random(0)
+    reached = []
+    for _ in range(KILLS):
+        process = multiprocessing.get_context("fork").Process(target=_train_until_killed, args=(project,))
+        process.start()
+        time.sleep(draw.uniform(0.05, 2.5))
+        assert process.is_alive()
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        if project.output.is_dir():
+            reached.append(max(_whole_checkpoints(project.output), default=-1))
+    assert reached == sorted(reached) and reached[-1] > 20
+    last = reached[-1] + 1
+    resumed = train(project, resume=True, hooks=(KillAt(last + 4),))
+    assert min(resumed.losses) == last
+    shutil.rmtree(project.output)
+    unbroken = train(project, "SOLVER.CHECKPOINT_PERIOD", 10**6, hooks=(KillAt(last + 4),), seed=OFTEN["SEED"])
+    for iteration, losses in resumed.losses.items():
+        assert losses == pytest.approx(unbroken.losses[iteration], rel=1e-3), iteration
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+@pytest.mark.parametrize(
+    "damage", [_cut, lambda path: path.write_bytes(b""), Path.unlink], ids=["cut", "empty", "gone"]
+)
+def test_a_damaged_last_checkpoint(tmp_path: Path, damage) -> None:
+    """Check that the checkpoint before it is used, that the log says so, and that losses are those of an unbroken training."""
+    keys = {**OFTEN, "SOLVER__MAX_ITER": 8, "SOLVER__CHECKPOINT_PERIOD": 2}
+    unbroken = train(make_project(tmp_path / "unbroken", **keys))
+    project = make_project(tmp_path / "damaged", **keys)
+    train(project, hooks=(KillAt(5),))
+    damage(project.output / "model_0000005.pth")
+    run_train_net("--config-file", project.student, "--resume")
+    log = (project.output / "log.txt").read_text()
+    assert "model_0000005.pth" in log and "Looking for the checkpoint before it." in log
+    assert f"Going on from {project.output / 'model_0000003.pth'}" in log
+    resumed = read_checkpoint(str(project.output / "model_final.pth"))["model"]
+    for name, tensor in unbroken.trainer.bare_model.student.state_dict().items():
+        torch.testing.assert_close(resumed[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_every_checkpoint_damaged(tmp_path: Path) -> None:
+    project = make_project(tmp_path, **{**OFTEN, "SOLVER__MAX_ITER": 4, "SOLVER__CHECKPOINT_PERIOD": 2})
+    train(project)
+    for path in project.output.glob("*.pth"):
+        _cut(path)
+    with pytest.raises(UserError, match=r"model_final\.pth is damaged or no checkpoint"):
+        train(project, resume=True)
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    """Write the second checkpoint to a device without space: one sentence, the first one intact, nothing else left."""
+    project = make_project(tmp_path, **{**OFTEN, "SOLVER__MAX_ITER": 6})
+    project.output.mkdir()
+    (project.output / "model_0000005.pth.partial").symlink_to("/dev/full")
+    with pytest.raises(
+        UserError, match=r"Checkpoint .*model_0000005\.pth cannot be written .*; the last checkpoint is intact"
+    ):
+        train(project)
+    assert sorted(path.name for path in project.output.glob("model*")) == ["model_0000002.pth"]
+    assert _whole_checkpoints(project.output) == [2]
+    assert (project.output / "last_checkpoint").read_text() == "model_0000002.pth"
+
+
+def test_a_disk_that_is_full_for_the_log(tmp_path: Path) -> None:
+    project = make_project(tmp_path, **{**OFTEN, "SOLVER__MAX_ITER": 3})
+    trainer = make_trainer(project)
+    trainer.resume_or_load(resume=False)
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    trainer._hooks[0].after_step = full
+    with pytest.raises(UserError, match=r"The disk of OUTPUT_DIR is full \(No space left on device\)"):
+        trainer.train()
+
+
+def test_a_data_worker_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kill the process that reads the training data: one sentence, and --resume goes on."""
+    project = make_project(tmp_path, **{**OFTEN, "SOLVER__MAX_ITER": 8, "DATALOADER__NUM_WORKERS": 1})
+    read = MappedDataset.__getitem__
+
+    def read_until_killed(self: MappedDataset, where: tuple[int, int]) -> dict:
+        if where[0] == 11:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(self, where)
+
+    monkeypatch.setattr(MappedDataset, "__getitem__", read_until_killed)
+    with pytest.raises(UserError, match=r"A process that reads training data has died .*lower DATALOADER\.NUM_WORKERS"):
+        train(project)
+    assert _whole_checkpoints(project.output)
+    monkeypatch.setattr(MappedDataset, "__getitem__", read)
+    assert max(train(project, resume=True).losses) == 7
+
+
+def test_an_unusable_image_is_skipped_where_the_config_says_so(tmp_path: Path) -> None:
+    """Check that it is named in the log, that training goes on, and that without the key it ends the training."""
+    project = make_project(tmp_path, **{**OFTEN, "SOLVER__MAX_ITER": 6})
+    broken = project.annotations.parent / "images" / "004.png"
+    broken.write_text("no image")
+    with pytest.raises(UserError, match=r"The training image .*004\.png cannot be used"):
+        train(project)
+    shutil.rmtree(project.output)
+    with pytest.raises(Exception, match="cannot identify image file"):  # the test set has it too
+        run_train_net("--config-file", project.student, "DATALOADER.SKIP_UNUSABLE_IMAGES", True)
+    assert f"{broken} cannot be used" in (project.output / "log.txt").read_text()
+    assert max(_whole_checkpoints(project.output)) == 5
+
+
+def test_a_hundred_unusable_images_in_a_row_end_it(tmp_path: Path) -> None:
+    project = make_project(tmp_path, **OFTEN)
+    for path in (project.annotations.parent / "images").iterdir():
+        path.write_text("no image")
+    with pytest.raises(UserError, match="100 training images in a row cannot be used"):
+        train(project, "DATALOADER.SKIP_UNUSABLE_IMAGES", True)
