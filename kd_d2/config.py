@@ -355,6 +355,10 @@ def validate_kd_config(cfg: CN) -> None:
                 "DATASETS.COCO_JSON must be a list of lists, [[name, annotations.json, image folder], ...]; one entry is "
                 f"{entry!r}."
             )
+    for key in ("TRAIN", "TEST"):
+        for name in cfg.DATASETS[key]:
+            if not isinstance(name, str):
+                raise UserError(f"DATASETS.{key} holds {name!r}; it must be a list of names of data sets.")
     if cfg.SOLVER.AMP.DTYPE not in ("float16", "bfloat16"):
         raise UserError(f"SOLVER.AMP.DTYPE is {cfg.SOLVER.AMP.DTYPE!r}; it must be 'float16' or 'bfloat16'.")
     try:

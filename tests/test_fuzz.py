@@ -222,3 +222,21 @@ def damaged(draw: st.DrawFn, good: bytes) -> bytes:
         elif action == "end":
             del found[place:]
     return bytes(found)
+
+
+# What was found, and is refused since.
+
+
+def test_a_box_beyond_what_a_float_holds(coco: Path) -> None:
+    tree = json.loads(coco.read_text())
+    tree["annotations"][0]["bbox"][0] = 10**400
+    path = coco.with_name("found.json")
+    path.write_text(json.dumps(tree))
+    with pytest.raises(UserError, match="it must be four finite numbers"):
+        check_coco_json(str(path), str(coco.parent / "images"))
+
+
+@pytest.mark.parametrize("key", ["TRAIN", "TEST"])
+def test_a_list_for_the_name_of_a_data_set(config: Path, key: str) -> None:
+    with pytest.raises(UserError, match=rf"DATASETS\.{key} holds \['a'\]; it must be a list of names of data sets"):
+        load_config(str(config), [f"DATASETS.{key}", "[['a']]"])

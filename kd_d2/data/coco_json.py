@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import math
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from ..config import reads_annotations
 from ..errors import UserError
 
 logger = logging.getLogger(__name__)
+
+LARGEST = 1e9  # px; no image is larger
 
 
 @dataclass
@@ -140,7 +141,7 @@ def check_coco_json(path: str, image_folder: str, *, annotated: bool = True) -> 
         if annotation.get("ignore"):
             raise UserError(f"{what} has 'ignore' set, which Detectron2 does not know; use 'iscrowd' or leave it out.")
         box = annotation["bbox"]
-        if len(box) != 4 or not all(isinstance(v, int | float) and math.isfinite(v) for v in box):
+        if len(box) != 4 or not all(isinstance(v, int | float) and abs(v) < LARGEST for v in box):
             raise UserError(f"{what} has the bbox {box}; it must be four finite numbers [x, y, width, height].")
         x, y, w, h = box
         image = images[annotation["image_id"]]

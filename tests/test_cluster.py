@@ -1,0 +1,115 @@
+"""The image and the cluster's files: linted, of one mind with the rest, and Slurm's script run with stand-ins for Slurm."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+from kd_d2.checkpoint import read_checkpoint
+
+import pytest
+import yaml
+from helpers import ROOT, make_project
+
+CLUSTER = ROOT / "cluster"
+
+
+def _run(*command: object, **options: object) -> subprocess.CompletedProcess:
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, **options)
+
+
+def _installed(program: str) -> Path:
+    return Path(sys.executable).with_name(program)
+
+
+def test_dockerfile_is_linted() -> None:
+    done = _run(_installed("hadolint"), ROOT / "Dockerfile")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_slurm_script_is_linted() -> None:
+    done = _run(_installed("shellcheck"), CLUSTER / "slurm.sbatch")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_dockerfile_builds_the_detectron2_that_setup_builds() -> None:
+    commit = r"detectron2@([0-9a-f]{40})"
+    files = [(ROOT / name).read_text() for name in ("Dockerfile", "tools/setup_env.sh")]
+    assert len({found for text in files for found in re.findall(commit, text)}) == 1
+    cuda = re.search(r"ARG CUDA=(\d+\.\d+)", files[0])[1]
+    assert f"cuda-toolkit=={cuda}." in (ROOT / "requirements" / "torch-source.txt").read_text()
+    copied = re.findall(r"requirements/[\w-]+\.txt", files[0])
+    assert all((ROOT / path).is_file() for path in copied)
+
+
+def test_files_name_what_there_is() -> None:
+    """Check configs, the image's folders, and that no list of ignored files hides what the build copies."""
+    compose = yaml.safe_load((CLUSTER / "compose.yaml").read_text())["services"]["train"]
+    service, job = yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text())
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    volumes = json.loads(re.search(r"VOLUME (\[.*\])", dockerfile)[1])
+    assert [volume.split(":")[1] for volume in compose["volumes"]] == volumes
+    pod = job["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+    assert {mount["mountPath"] for mount in container["volumeMounts"]} == {*volumes, "/dev/shm"}
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    config = container["args"][container["args"].index("--config-file") + 1]
+    assert (ROOT / config).is_file()
+    assert service["spec"]["selector"]["job-name"] == job["metadata"]["name"] == pod["subdomain"]
+    endpoint = next(arg for arg in container["args"] if "endpoint" in arg)
+    assert endpoint.endswith(f"={job['metadata']['name']}-0.{service['metadata']['name']}:29500")
+    for text in (dockerfile, (CLUSTER / "compose.yaml").read_text(), (CLUSTER / "README.md").read_text()):
+        for path in re.findall(r"projects/[\w/.-]+\.yaml", text):
+            assert (ROOT / path).is_file(), path
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    assert not {"kd_d2", "configs", "projects", "cluster", "tools", "train_net.py", "requirements"} & set(ignored)
+
+
+def test_an_installation_that_works() -> None:
+    done = _run(sys.executable, CLUSTER / "check_install.py", cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith("kd_d2 works: python ")
+
+
+STANDINS = {
+    "scontrol": 'if [ "$1" = show ]; then echo localhost; else echo "$@" >>"$STANDIN_LOG"; fi',
+    # Each "node" is a group of processes here.
+    "srun": 'shift; for node in $(seq "$SLURM_NNODES"); do "$@" & pids="$pids $!"; done; for p in $pids; do wait "$p" || exit 1; done',
+}
+
+
+@pytest.mark.slow
+def test_slurm_script_on_two_nodes(tmp_path: Path) -> None:
+    """Run the real script: two nodes of a process each train together, and a second submission goes on from the checkpoint."""
+    project = make_project(tmp_path, SOLVER__MAX_ITER=2, SOLVER__STEPS=(), SEED=1)
+    for name, body in STANDINS.items():
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/usr/bin/env bash\n{body}\n")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    (tmp_path / "train_net.py").symlink_to(ROOT / "train_net.py")
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "SLURM_JOB_NODELIST": "both",
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_ID": str(os.getpid()),
+        "KD_D2_PROCESSES": "1",
+        "KD_D2_RUN": "env",
+        "STANDIN_LOG": str(tmp_path / "scontrol.log"),
+    }
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    for iterations in (2, 4):
+        script = ["bash", CLUSTER / "slurm.sbatch", project.student, "SOLVER.MAX_ITER", iterations]
+        done = _run(*script, cwd=tmp_path, env=environment, timeout=300)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+        output = tmp_path / "output" / "student"
+        assert read_checkpoint(str(output / "model_final.pth"))["iteration"] == iterations - 1
+    assert "Going on from" in (output / "log.txt").read_text()
+    assert (output / "log.txt.rank1").is_file()
