@@ -52,6 +52,10 @@ def add_kd_config(cfg: CN) -> None:
     kd.TEACHER.WEIGHTS = ""
     # Overrides of the teacher's config: ["KEY", value, ...].
     kd.TEACHER.OPTS = []
+    # Compile its backbone (torch.compile): a minute or two at the start, then a faster forward pass.
+    kd.TEACHER.COMPILE = False
+    # Its weights with channels last, which mixed precision on a GPU prefers.
+    kd.TEACHER.CHANNELS_LAST = False
 
     kd.PSEUDO_LABELS = CN()
     # Train on the teacher's detections in place of annotations; none are read.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 from detectron2.config import CfgNode
@@ -24,10 +25,18 @@ class Teacher:
     Args:
         model: the detector; its parameters are frozen here.
         flip_channels: whether the images that it is given have the opposite channel order (RGB for BGR or back).
+        compiled: run its backbone through torch.compile; where that fails, a warning says so and it runs as it is.
+        channels_last: keep its weights with channels last.
     """
 
-    def __init__(self, model: nn.Module, *, flip_channels: bool = False):
+    def __init__(
+        self, model: nn.Module, *, flip_channels: bool = False, compiled: bool = False, channels_last: bool = False
+    ):
         self.model = model.requires_grad_(False).eval()
+        if channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        if compiled:
+            self.model.backbone.forward = _Compiled(self.model.backbone.forward)
         self.adapter = build_adapter(self.model)
         self.flip_channels = flip_channels
 
@@ -42,7 +51,12 @@ class Teacher:
         model = build_model(teacher_cfg)
         load_complete(model, teacher_cfg.MODEL.WEIGHTS, "the teacher")
         logger.info(f"Teacher: {type(model).__name__} from {teacher_cfg.MODEL.WEIGHTS}")
-        return cls(model, flip_channels=teacher_cfg.INPUT.FORMAT != cfg.INPUT.FORMAT)
+        return cls(
+            model,
+            flip_channels=teacher_cfg.INPUT.FORMAT != cfg.INPUT.FORMAT,
+            compiled=cfg.MODEL.KD.TEACHER.COMPILE,
+            channels_last=cfg.MODEL.KD.TEACHER.CHANNELS_LAST,
+        )
 
     @property
     def spec(self) -> DetectorSpec:
@@ -63,3 +77,22 @@ class Teacher:
         if not self.flip_channels:
             return batched_inputs
         return [{**x, "image": x["image"].flip(0)} for x in batched_inputs]
+
+
+class _Compiled:
+    """A function of maps of any size through torch.compile, or as it is where compiling fails."""
+
+    def __init__(self, function: Callable):
+        self.function = function
+        self.fast = torch.compile(function, dynamic=True)
+
+    def __call__(self, *args: object) -> object:
+        try:
+            return self.fast(*args)
+        except Exception as error:
+            if self.fast is self.function:
+                raise
+            reason = str(error).strip().partition("\n")[0]
+            logger.warning(f"MODEL.KD.TEACHER.COMPILE: the teacher runs uncompiled, for compiling failed ({reason}).")
+            self.fast = self.function
+            return self.function(*args)

@@ -1,0 +1,84 @@
+"""The teacher compiled or with channels last: the same features, its weights untouched, and a way out where compiling fails."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+from kd_d2 import Teacher
+
+import pytest
+import torch
+from helpers import fixed_weights, make_project, train
+from torch import Tensor, nn
+
+WANT = frozenset({"features", "dense"})
+
+
+@pytest.fixture
+def model(tiny_detector: Callable) -> nn.Module:
+    detector = tiny_detector("retinanet")
+    fixed_weights(detector)
+    return detector
+
+
+def _inputs(height: int, width: int) -> list[dict]:
+    generator = torch.Generator().manual_seed(height)
+    return [{"image": (255 * torch.rand(3, height, width, generator=generator)).byte()} for _ in range(2)]
+
+
+def _assert_same(teacher: Teacher, expected: Teacher) -> None:
+    for size in ((64, 96), (96, 64), (64, 64)):
+        ours, theirs = (t(_inputs(*size), WANT) for t in (teacher, expected))
+        for stride in theirs.features:
+            _assert_close(ours.features[stride], theirs.features[stride])
+            _assert_close(ours.dense.logits[stride], theirs.dense.logits[stride])
+
+
+def _assert_close(found: Tensor, expected: Tensor) -> None:
+    """Up to a hundredth of a percent of the largest value."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_channels_last(model: nn.Module) -> None:
+    teacher = Teacher(copy.deepcopy(model), channels_last=True)
+    maps = teacher(_inputs(64, 96), WANT).features[8]
+    assert maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous()
+    _assert_same(teacher, Teacher(model))
+
+
+@pytest.mark.slow
+def test_compiled(model: nn.Module) -> None:
+    """Compare on three sizes, and the weights by name and value before and after."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    teacher = Teacher(copy.deepcopy(model), compiled=True)
+    _assert_same(teacher, Teacher(model))
+    assert teacher.model.backbone.forward.fast is not teacher.model.backbone.forward.function
+    after = teacher.model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_compiling_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check one warning, and the losses of a training without it."""
+
+    def no_compiler(function, dynamic: bool):
+        def fail(*args: object) -> None:
+            raise RuntimeError("no compiler\nand more")
+
+        return fail
+
+    project = make_project(tmp_path, SEED=1)
+    expected = train(project).losses
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    said = []
+    monkeypatch.setattr("kd_d2.teacher.logger.warning", said.append)
+    assert train(project, "MODEL.KD.TEACHER.COMPILE", True).losses[0] == pytest.approx(expected[0], rel=1e-4)
+    assert said == ["MODEL.KD.TEACHER.COMPILE: the teacher runs uncompiled, for compiling failed (no compiler)."]
+
+
+def test_errors_of_the_backbone_itself_are_not_hidden(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    monkeypatch.setattr(model.backbone, "forward", lambda images: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Teacher(model, compiled=True)(_inputs(64, 64), WANT)
