@@ -27,8 +27,11 @@ from .torchvision_weights import StateDict, TorchvisionFormat, check_torchvision
 logger = logging.getLogger(__name__)
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads pickles of arrays and plain containers; anything else in them is refused, not run."""
+class _PlainUnpickler(pickle._Unpickler):
+    """Reads pickles of arrays and plain containers; anything else in them is refused, not run.
+
+    Python's own unpickler, not the one in C: that one takes gigabytes where one damaged byte names a high place of its memo.
+    """
 
     ALLOWED = {
         ("collections", "OrderedDict"),

@@ -9,6 +9,7 @@ import copy
 import json
 import os
 import pickle
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -240,3 +241,20 @@ def test_a_box_beyond_what_a_float_holds(coco: Path) -> None:
 def test_a_list_for_the_name_of_a_data_set(config: Path, key: str) -> None:
     with pytest.raises(UserError, match=rf"DATASETS\.{key} holds \['a'\]; it must be a list of names of data sets"):
         load_config(str(config), [f"DATASETS.{key}", "[['a']]"])
+
+
+def test_a_pickle_that_names_a_high_place_of_the_memo(tmp_path: Path) -> None:
+    """Read it within a gigabyte: the unpickler in C would take 32 of them."""
+    path = tmp_path / "memo.pkl"
+    path.write_bytes(b"\x80\x02}r\xff\xff\xff\x7f.")  # a dictionary, remembered as number 2^31 - 1
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (_address_space() + 2**30, limits[1]))
+    try:
+        assert read_checkpoint(str(path)) == {"model": {}, "__author__": "Caffe2", "matching_heuristics": True}
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def _address_space() -> int:
+    """Bytes that this process has mapped."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
