@@ -8,7 +8,7 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from ..detectors import DetectorOutputs, DetectorSpec
-from ..losses import channel_attention, spatial_attention
+from ..losses import shared_attention
 from .base import (
     ADAPTATION_KERNELS,
     DISTILLER_REGISTRY,
@@ -19,6 +19,9 @@ from .base import (
     in_float32,
     levels_by_stride,
 )
+
+SQUARE_EPS = 1e-24
+"""Below it a squared distance counts as none, and has no gradient."""
 
 
 @DISTILLER_REGISTRY.register()
@@ -116,17 +119,20 @@ class FKD(Distiller):
     @in_float32
     def feature_distances(self, student_BCHW: Tensor, teacher_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Of each image the attention's distance and the masked features' (B,)."""
-        ours, theirs = student_BCHW.abs(), teacher_BCHW.abs()
-        attention = _norm(ours.mean(1) - theirs.mean(1)) + _norm(ours.mean((2, 3)) - theirs.mean((2, 3)))
-        mask = spatial_attention(student_BCHW, teacher_BCHW, self.temperature)
-        mask = mask * channel_attention(student_BCHW, teacher_BCHW, self.temperature)
-        return attention, _norm((student_BCHW - teacher_BCHW) * mask.sqrt())
+        activations = student_BCHW.abs(), teacher_BCHW.abs()
+        means = [[x.mean(dims, keepdim=True) for x in activations] for dims in (1, (2, 3))]
+        positions_B1HW, channels_BC11 = (shared_attention(*pair, self.temperature) for pair in means)
+        attention = sum(_norm(ours - theirs) for ours, theirs in means)
+        squares_BCL = (student_BCHW - teacher_BCHW).square().flatten(2)
+        by_channel_BC1 = squares_BCL @ positions_B1HW.flatten(2).transpose(1, 2)
+        masked = (by_channel_BC1.flatten(1) * channels_BC11.flatten(1)).sum(1)
+        return attention, masked.clamp(min=SQUARE_EPS).sqrt()
 
     @in_float32
     def relation_distance(self, student_BCHW: Tensor, teacher_BCHW: Tensor, stride: str) -> Tensor:
         """Of each image the relations' distance (B,)."""
-        ours = self.relation_adaptation[stride](self.student_relations[stride](student_BCHW))
-        return _norm(ours - self.teacher_relations[stride](teacher_BCHW))
+        ours = _pointwise(self.relation_adaptation[stride], self.student_relations[stride](student_BCHW).flatten(2))
+        return _norm(ours - self.teacher_relations[stride](teacher_BCHW).flatten(2))
 
 
 class NonLocalBlock(nn.Module):
@@ -147,12 +153,19 @@ class NonLocalBlock(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        phi_BDL, g_BDL = self.phi(x_BCHW).flatten(2), self.g(x_BCHW).flatten(2)
-        # <theta, phi> g = theta (phi g): the matrix of all pairs of positions is never made.
-        related_BDD = phi_BDL @ g_BDL.transpose(1, 2) / phi_BDL.shape[-1]
-        theta_BDHW = self.theta(x_BCHW)
-        gathered = torch.einsum("bdhw,bde->behw", theta_BDHW, related_BDD)
-        return x_BCHW + self.out(gathered)
+        x_BCL = x_BCHW.flatten(2)
+        phi_BDL, g_BDL = (_pointwise(layer, x_BCL) for layer in (self.phi, self.g))
+        # <theta, phi> g = theta (phi g): the matrix of all pairs of positions is never made, nor theta's map.
+        related_BDD = g_BDL @ phi_BDL.transpose(1, 2) / phi_BDL.shape[-1]
+        weight_BDC = related_BDD @ self.theta.weight.flatten(1)
+        gathered_BDL = torch.baddbmm(related_BDD @ self.theta.bias[:, None], weight_BDC, x_BCL)
+        return x_BCHW + _pointwise(self.out, gathered_BDL).view_as(x_BCHW)
+
+
+def _pointwise(layer: nn.Conv2d, x_BCL: Tensor) -> Tensor:
+    """A convolution of one cell as a product of matrices, which is faster on small maps."""
+    weight_BDC = layer.weight.flatten(1).expand(len(x_BCL), -1, -1)
+    return torch.baddbmm(layer.bias[:, None], weight_BDC, x_BCL)
 
 
 def _norm(difference: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Pure functions on tensors: no config, no Detectron2, nothing of the rest of the project."""
 
-from .attention import channel_attention, spatial_attention
+from .attention import channel_attention, shared_attention, spatial_attention
 from .icd import attended_value_loss, icd_distill_loss, instance_attention
 from .normalization import min_max_normalize
 from .prediction_guided import (
@@ -30,6 +30,7 @@ __all__ = [
     "prediction_guided_loss",
     "rank_kl_loss",
     "relative_to_mean",
+    "shared_attention",
     "soft_label_loss",
     "spatial_attention",
     "ssim_loss",

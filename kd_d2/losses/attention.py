@@ -15,7 +15,7 @@ def spatial_attention(student: Tensor, teacher: Tensor, temperature: float) -> T
     Args:
         student, teacher: (B, C, H, W); the channel counts may differ.
     """
-    return (_attention(student, temperature) + _attention(teacher, temperature)) / 2
+    return shared_attention(*(_mean_activation(features, 1) for features in (student, teacher)), temperature)
 
 
 @torch.no_grad()
@@ -27,16 +27,17 @@ def channel_attention(student: Tensor, teacher: Tensor, temperature: float) -> T
     Args:
         student, teacher: (B, C, H, W).
     """
-    return sum(_channel_attention(features, temperature) for features in (student, teacher)) / 2
+    return shared_attention(*(_mean_activation(features, (2, 3)) for features in (student, teacher)), temperature)
 
 
-def _channel_attention(features: Tensor, temperature: float) -> Tensor:
+@torch.no_grad()
+def shared_attention(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Of mean activations (B, ...): number of elements * softmax over them / temperature, averaged over both."""
+    parts = ((x / temperature).flatten(1).softmax(1).view_as(x) * x[0].numel() for x in (student, teacher))
+    return sum(parts) / 2
+
+
+def _mean_activation(features: Tensor, dims: int | tuple[int, ...]) -> Tensor:
+    """Mean of |F| over dimensions that stay, with one element."""
     dtype = torch.promote_types(features.dtype, torch.float32)
-    activation = features.abs().mean((2, 3), keepdim=True, dtype=dtype) / temperature
-    return activation.softmax(1) * activation.shape[1]
-
-
-def _attention(features: Tensor, temperature: float) -> Tensor:
-    dtype = torch.promote_types(features.dtype, torch.float32)
-    activation = features.abs().mean(1, keepdim=True, dtype=dtype) / temperature
-    return activation.flatten(1).softmax(1).view_as(activation) * activation[0].numel()
+    return features.abs().mean(dims, keepdim=True, dtype=dtype)
