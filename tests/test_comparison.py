@@ -7,7 +7,7 @@ import os
 import runpy
 
 from kd_d2 import UserError
-from kd_d2.comparison import runner
+from kd_d2.comparison import compare, runner
 from kd_d2.comparison.costs import measure_costs
 from kd_d2.comparison.matrix import measured_settings, read_matrix
 from kd_d2.comparison.plots import plot_ap, plot_curves
@@ -235,6 +235,29 @@ def test_a_report_of_some_cells_in_a_folder_of_its_own(finished, tmp_path):
     assert [row.name for row in rows] == ["teacher", "plain", "inheritance"]
     assert "better" not in (report / "table.csv").read_text()
     assert sorted(path.name for path in report.iterdir()) == ["ap.png", "curves.png", "table.csv", "table.md"]
+
+
+def test_a_table_that_is_kept_in_a_readme(finished, tmp_path):
+    """Check that only what is finished is reported, nothing is trained, and the text around the table stays, twice."""
+    matrix, folder = finished
+    readme = tmp_path / "README.md"
+    readme.write_text("# Title\n\n<!-- table of tools/compare.py -->\nold\n<!-- end of the table -->\n\nBelow.\n")
+    output = str(tmp_path / "output")
+    for _ in range(2):
+        rows = compare(matrix, output, [], results=folder, report=str(tmp_path), readme=str(readme), report_only=True)
+        text = readme.read_text()
+        assert text.startswith("# Title\n\n<!-- table of tools/compare.py -->\n\n|") and text.endswith(
+            "table -->\n\nBelow.\n"
+        )
+        assert "old" not in text and text.count(rows[-1].title) == 1
+    assert os.listdir(output) == []
+    for bad in ("no marks", "<!-- end of the table --> <!-- table of tools/compare.py -->"):
+        readme.write_text(bad)
+        with pytest.raises(UserError, match=r"needs one line <!-- table of tools/compare.py --> and below it one line"):
+            compare(matrix, output, [], results=folder, report=str(tmp_path), readme=str(readme), report_only=True)
+        assert readme.read_text() == bad
+    with pytest.raises(UserError, match="--readme: there is no file"):
+        compare(matrix, output, [], results=folder, readme=str(tmp_path / "none.md"), report_only=True)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@
     tools/compare.py --matrix MATRIX.yaml --output DIR [--cells NAME ...] [--seeds N ...] [--jobs N] [KEY VALUE ...]
 
 Every finished cell leaves a small <cell>-seed<N>.json in the folder of results; called again, only what is missing runs,
-and a cell that was killed goes on from its last checkpoint. The overrides hold for all cells.
+and a cell that was killed goes on from its last checkpoint. The overrides hold for all cells. With --readme the table takes
+the place of the one between the lines "<!-- table of tools/compare.py -->" and "<!-- end of the table -->" of a Markdown file.
 """
 
 import argparse
@@ -19,6 +20,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="folder of the runs")
     parser.add_argument("--results", help="folder of finished cells (default OUTPUT/results)")
     parser.add_argument("--report", help="folder of table and plots (default that of --results)")
+    parser.add_argument("--readme", help="a Markdown file whose marked table becomes this one")
+    parser.add_argument("--report-only", action="store_true", help="train nothing, report what is finished")
     parser.add_argument("--cells", nargs="+", help="only these cells, beside baseline and plain student in the table")
     parser.add_argument("--seeds", nargs="+", help="only these seeds")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time (default 1)")
@@ -51,6 +54,8 @@ if __name__ == "__main__":
             args.opts,
             results=args.results,
             report=args.report,
+            readme=args.readme,
+            report_only=args.report_only,
             cells=args.cells,
             seeds=args.seeds,
             jobs=args.jobs,

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..engine.checks import check_output_folder
 from ..errors import UserError
-from ..files import write_json
+from ..files import write_json, write_whole
 from .costs import measure_costs
 from .matrix import Matrix
 from .plots import Curves, plot_ap, plot_curves
@@ -16,6 +16,7 @@ from .runner import run_jobs, teacher_jobs, training_job
 from .table import Row, as_csv, as_markdown, build_rows, read_results
 
 COSTS = "costs.json"
+MARKS = "<!-- table of tools/compare.py -->", "<!-- end of the table -->"
 
 
 def compare(
@@ -25,10 +26,12 @@ def compare(
     *,
     results: str | None = None,
     report: str | None = None,
+    readme: str | None = None,
     cells: list[str] | None = None,
     seeds: list[int] | None = None,
     jobs: int = 1,
     threads: int = 1,
+    report_only: bool = False,
 ) -> list[Row]:
     """Run the cells of a matrix that are not finished, and write table and plots of all that are.
 
@@ -38,10 +41,12 @@ def compare(
         results: folder of what is small enough to keep: a json a finished cell and seed, and `costs.json`; by default
             `output`/results.
         report: folder of `table.md`, `table.csv`, `ap.png` and `curves.png`; by default `results`.
+        readme: a Markdown file whose table, between MARKS, is replaced by this one.
         cells: only these are run and reported, beside baseline and plain student where they are finished; None for all.
         seeds: only these are run; None for all.
         jobs: trainings at a time.
         threads: CPU threads of each.
+        report_only: train nothing; what is finished is reported.
 
     Returns:
         The rows of the table: everything that is finished by now.
@@ -52,6 +57,29 @@ def compare(
     report = os.path.abspath(report or results)
     check_output_folder(results, "--results")
     check_output_folder(report, "--report")
+    if readme is not None:
+        _split_at_marks(readme)
+    costs = read_costs(results) or {}
+    if not report_only:
+        costs = _run_missing(matrix, output, results, opts, cells, seeds, jobs, threads)
+    rows = write_report(matrix.reduced_to(cells), results, costs, report)
+    if readme is not None:
+        before, after = _split_at_marks(readme)
+        write_whole(readme, f"{before}{MARKS[0]}\n\n{as_markdown(rows)}\n\n{MARKS[1]}{after}")
+    return rows
+
+
+def _run_missing(
+    matrix: Matrix,
+    output: str,
+    results: str,
+    opts: list[Any],
+    cells: list[str] | None,
+    seeds: list[int] | None,
+    jobs: int,
+    threads: int,
+) -> dict[str, dict[str, float]]:
+    """Train what is not finished; returns the detectors' costs."""
     of_teacher, names_teacher = teacher_jobs(matrix, output, results, opts)
     run_jobs(of_teacher, 1, jobs * threads)
     for job in of_teacher:
@@ -63,8 +91,18 @@ def compare(
     run_jobs(
         [training_job(cell, seed, output, results, opts) for cell, seed in matrix.select(cells, seeds)], jobs, threads
     )
-    costs = _costs(matrix, results, opts)
-    return write_report(matrix.reduced_to(cells), results, costs, report)
+    return _costs(matrix, results, opts)
+
+
+def _split_at_marks(path: str) -> tuple[str, str]:
+    """What stands before the first mark and behind the second."""
+    if not os.path.isfile(path):
+        raise UserError(f"--readme: there is no file {path}.")
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    if not all(text.count(mark) == 1 for mark in MARKS) or text.index(MARKS[0]) > text.index(MARKS[1]):
+        raise UserError(f"--readme: {path} needs one line {MARKS[0]} and below it one line {MARKS[1]}.")
+    return text.partition(MARKS[0])[0], text.partition(MARKS[1])[2]
 
 
 def write_report(matrix: Matrix, results_folder: str, costs: dict[str, dict[str, float]], folder: str) -> list[Row]:
