@@ -18,6 +18,7 @@ import argparse
 import csv
 import math
 import os
+from collections.abc import Callable
 
 from kd_d2 import UserError
 from kd_d2.detectors import build_adapter
@@ -130,12 +131,12 @@ class FeatureAnalysis:
             found[stride] = difference_map(own, target)
         return found
 
-    def table(self, what: str) -> list[dict]:
-        """Means over the images, "correlations" or "distances", a row a model and level."""
+    def table(self, means: Callable[[FeatureStatistics], dict[int, dict[str, float]]]) -> list[dict]:
+        """Means over the images by stride, a row a model and level."""
         return [
             {"model": title, "stride": stride, **values}
             for title, statistics in self.statistics.items()
-            for stride, values in getattr(statistics, f"mean_{what}")().items()
+            for stride, values in means(statistics).items()
         ]
 
 
@@ -178,7 +179,8 @@ def main(args: argparse.Namespace) -> None:
                 name = os.path.splitext(os.path.basename(entry["file_name"]))[0] + ".png"
                 cv2.imwrite(os.path.join(args.output, folder, name), picture[:, :, ::-1])
 
-    correlations, distances = analysis.table("correlations"), analysis.table("distances")
+    correlations = analysis.table(FeatureStatistics.mean_correlations)
+    distances = analysis.table(FeatureStatistics.mean_distances)
     tree = {"images": len(entries), "correlations": correlations, "distances": distances}
     write_json(os.path.join(args.output, "features.json"), tree)
     write_table(os.path.join(args.output, "correlation.csv"), correlations)
