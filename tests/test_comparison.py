@@ -224,6 +224,20 @@ def test_metrics_of_a_run_that_was_killed_and_resumed(tmp_path):
     ]
 
 
+def test_progress_of_a_resumed_cell(tmp_path, capsys):
+    """Check that what an earlier process wrote is not taken for progress, and that the last row written counts."""
+    job = Job("cell", 0, [], str(tmp_path), str(tmp_path / "result.json"), {"SOLVER.MAX_ITER": 100})
+    metrics = tmp_path / "metrics.json"
+    metrics.write_text('{"iteration": 79, "total_loss": 1.0}\n')
+    job.started = metrics.stat().st_mtime + 1
+    runner._report_progress(job)
+    assert capsys.readouterr().out == ""
+    job.started = 0.0
+    metrics.write_text(metrics.read_text() + '{"iteration": 59, "total_loss": 2.0}\n{"iteration": 69, "tot')
+    runner._report_progress(job)
+    assert "iteration 60, loss 2.000" in capsys.readouterr().out
+
+
 def test_a_report_of_some_cells_in_a_folder_of_its_own(finished, tmp_path):
     """Check that the table has the chosen cells, baseline and plain student, and what is finished of them alone."""
     matrix, folder = finished

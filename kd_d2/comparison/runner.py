@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -17,6 +18,7 @@ from ..files import write_json
 from .matrix import Cell, Matrix, measured_settings
 
 TRAIN_NET = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))), "train_net.py")
+METRICS = "metrics.json"
 
 
 @dataclass
@@ -192,16 +194,18 @@ def _start(job: Job, threads: int) -> Job:
 
 def _report_progress(job: Job) -> None:
     """A line every tenth of the training."""
-    metrics = read_metrics(job.output)
-    if not metrics or "SOLVER.MAX_ITER" not in job.settings:
+    path = os.path.join(job.output, METRICS)
+    if "SOLVER.MAX_ITER" not in job.settings or not os.path.isfile(path) or os.path.getmtime(path) < job.started:
         return
-    last = metrics[-1]["iteration"] + 1
+    written = [row for row in _written_rows(job.output) if "total_loss" in row]
+    if not written:
+        return
+    last = written[-1]["iteration"] + 1
     tenth = 10 * last // job.settings["SOLVER.MAX_ITER"]
     if tenth > job.reported:
         job.reported = tenth
-        loss = next((m["total_loss"] for m in reversed(metrics) if "total_loss" in m), float("nan"))
         minutes = (time.time() - job.started) / 60
-        print(f"{job.name}: iteration {last}, loss {loss:.3f}, {minutes:.1f} min", flush=True)
+        print(f"{job.name}: iteration {last}, loss {written[-1]['total_loss']:.3f}, {minutes:.1f} min", flush=True)
 
 
 def _finish(job: Job) -> bool:
@@ -268,15 +272,18 @@ def read_metrics(folder: str) -> list[dict[str, Any]]:
 
     What a kill left half-written is passed over; an iteration that was repeated after it counts as it was at last.
     """
-    path = os.path.join(folder, "metrics.json")
+    rows = {row["iteration"]: row for row in _written_rows(folder)}
+    return [rows[iteration] for iteration in sorted(rows)]
+
+
+def _written_rows(folder: str) -> list[dict[str, Any]]:
+    """The rows of metrics.json as they were written."""
+    path = os.path.join(folder, METRICS)
     if not os.path.isfile(path):
         return []
-    rows: dict[int, dict[str, Any]] = {}
+    rows = []
     with open(path) as file:
         for line in file:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            rows[row["iteration"]] = row
-    return [rows[iteration] for iteration in sorted(rows)]
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+    return rows
