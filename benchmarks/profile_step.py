@@ -1,0 +1,109 @@
+#!/usr/bin/env python
+"""Where the time of a distillation's iteration goes: teacher, student, each method, backward, optimiser; and in which operators.
+
+    benchmarks/profile_step.py [--pair tiny|coco] [--methods NAME ...] [--iterations N] [--threads N] [--trace FILE.json]
+
+The pairs are those of benchmarks/step.py. On a GPU the times are the device's, and every wait of the CPU for it is listed as well. --trace
+writes what chrome://tracing and Perfetto show.
+"""
+
+import argparse
+import contextlib
+from collections.abc import Callable, Iterator
+
+from kd_d2 import DISTILLER_REGISTRY
+from kd_d2.engine.step import DistillationStep
+from measuring import device_name
+from step import PAIRS, PAST_WARM_UPS, Bench
+
+import torch
+from detectron2.utils.events import EventStorage
+from tabulate import tabulate
+from torch.profiler import ProfilerActivity, profile, record_function
+
+OPERATORS = 12  # rows of the second table
+WAITS = ("aten::item", "aten::_local_scalar_dense", "cudaStreamSynchronize", "cudaDeviceSynchronize", "aten::nonzero")
+
+
+def labelled(name: str, function: Callable) -> Callable:
+    def call(*args, **kwargs):
+        with record_function(name):
+            return function(*args, **kwargs)
+
+    return call
+
+
+@contextlib.contextmanager
+def labelled_backward() -> Iterator[None]:
+    backward = torch.Tensor.backward
+    torch.Tensor.backward = labelled("backward", backward)
+    try:
+        yield
+    finally:
+        torch.Tensor.backward = backward
+
+
+def label(step: DistillationStep) -> list[str]:
+    """Give the parts of the step names that the profiler shows; returns these, in their order."""
+    model = step.model
+    model.teacher.adapter.run = labelled("teacher", model.teacher.adapter.run)
+    model.adapter.run = labelled("student and its losses", model.adapter.run)
+    for name, distiller in model.distillers.items():
+        distiller.forward = labelled(name, distiller.forward)
+    for optimizer in (step.optimizer, *(other.optimizer for other in step.auxiliary.values())):
+        optimizer.step = labelled("optimizer", optimizer.step)
+    return ["teacher", "student and its losses", *model.distillers, "backward", "optimizer"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pair", choices=PAIRS, default="tiny")
+    parser.add_argument("--methods", nargs="+", default=[name for name, _ in DISTILLER_REGISTRY])
+    parser.add_argument("--iterations", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--trace", help="file of the timeline")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    step = Bench(args.pair).step("+".join(args.methods))
+    names = label(step)
+    has_gpu = torch.cuda.is_available()
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if has_gpu else [])
+    with EventStorage(PAST_WARM_UPS), labelled_backward():
+        step.run_step()
+        step.run_step()
+        with profile(activities=activities) as profiler:
+            for _ in range(args.iterations):
+                with record_function("iteration"):
+                    step.run_step()
+                if has_gpu:
+                    torch.cuda.synchronize()
+    if args.trace:
+        profiler.export_chrome_trace(args.trace)
+
+    total, own = (
+        ("device_time_total", "self_device_time_total") if has_gpu else ("cpu_time_total", "self_cpu_time_total")
+    )
+    events = {event.key: event for event in profiler.key_averages()}
+    whole = getattr(events["iteration"], total)
+    print(f"{args.pair}, {device_name(args.threads)}, torch {torch.__version__}, {args.iterations} iterations")
+    parts = [[name, getattr(events[name], total)] for name in names if name in events]
+    parts.append(["all else", whole - sum(time for _, time in parts)])
+    parts.append(["iteration", whole])
+    print_shares("part", parts, whole, args.iterations)
+    others = [event for key, event in events.items() if key not in (*names, "iteration")]
+    others.sort(key=lambda event: -getattr(event, own))
+    print_shares("operator", [[e.key, getattr(e, own)] for e in others[:OPERATORS]], whole, args.iterations)
+    if has_gpu:
+        counts = [[name, events[name].count / args.iterations] for name in WAITS if name in events]
+        print(tabulate(counts, headers=["wait for the device", "times an iteration"], tablefmt="github"))
+
+
+def print_shares(what: str, rows: list[list], whole: float, iterations: int) -> None:
+    """Microseconds of all iterations as milliseconds of one, and as a share."""
+    table = [[name, time / 1000 / iterations, 100 * time / whole] for name, time in rows]
+    print(tabulate(table, headers=[what, "ms", "%"], floatfmt=".1f", tablefmt="github"), end="\n\n")
+
+
+if __name__ == "__main__":
+    main()
