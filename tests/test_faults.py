@@ -79,7 +79,7 @@ def test_killed_twenty_times(tmp_path: Path) -> None:
     shutil.rmtree(project.output)
     unbroken = train(project, "SOLVER.CHECKPOINT_PERIOD", 10**6, hooks=(KillAt(last + 4),), seed=OFTEN["SEED"])
     for iteration, losses in resumed.losses.items():
-        assert losses == pytest.approx(unbroken.losses[iteration], rel=1e-3), iteration
+        assert losses == pytest.approx(unbroken.losses[iteration], rel=5e-3), iteration
 
 
 def _cut(path: Path) -> None:
