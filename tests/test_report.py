@@ -173,6 +173,16 @@ def test_what_is_missing(tmp_path: Path, run: Callable, monkeypatch, capfd, opti
     assert not (tmp_path / "page.html").exists()
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"a": 1}', "null"])
+@pytest.mark.parametrize("option", ["errors", "robustness", "features", "detections"])
+def test_files_that_hold_something_else(tmp_path: Path, run: Callable, capfd, option: str, text: str) -> None:
+    names = {"errors": "errors", "robustness": "summary", "features": "features", "detections": "differences"}
+    (tmp_path / f"{names[option]}.json").write_text(text)
+    with pytest.raises(SystemExit):
+        run("--output", tmp_path / "page.html", f"--{option}", tmp_path)
+    assert f"error: --{option}: {tmp_path} does not hold what its program writes (" in capfd.readouterr().err
+
+
 def test_a_comparison_without_a_finished_cell(tmp_path: Path, run: Callable, capfd) -> None:
     project = make_project(tmp_path)
     matrix = {

@@ -48,13 +48,21 @@ def sections(args: argparse.Namespace, scratch: str) -> list[Section]:
     if args.matrix:
         found.append(comparison_section(read_matrix(args.matrix), args.results, scratch))
     found += [run_section(folder, scratch) for folder in args.run]
-    found += [section(getattr(args, name)) for name, section in ANALYSES.items() if getattr(args, name)]
+    found += [analysis(name, getattr(args, name)) for name in ANALYSES if getattr(args, name)]
     for name, title in PICTURES.items():
         if getattr(args, name):
             found.append(pictures_section(title, getattr(args, name), "--" + name.replace("_", "-")))
     if not found:
         raise UserError("There is nothing to report: name a comparison (--matrix, --results), a --run or an analysis.")
     return found
+
+
+def analysis(name: str, folder: str) -> Section:
+    try:
+        return ANALYSES[name](folder)
+    except (AttributeError, KeyError, StopIteration, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"--{name}: {folder} does not hold what its program writes ({reason}).") from error
 
 
 def main(args: argparse.Namespace) -> None:
