@@ -147,6 +147,7 @@ def test_advice_by_hand(tmp_path: Path) -> None:
     ):
         assert learning_rate_advice(str(plain), opts) is None
     assert learning_rate_advice(str(child), ["SOLVER.BASE_LR", "0.005"]) is None
+    assert "now the batch has 8 images" in learning_rate_advice(str(plain), ["SOLVER.IMS_PER_BATCH", "8.0"])
 
 
 def test_advice_on_the_model_zoo_runs_no_code() -> None:

@@ -62,7 +62,7 @@ def learning_rate_advice(config_file: str, opts: list[Any]) -> str | None:
     if rate is None or batch == of_rate or batch < 1:
         return None
     return (
-        f"SOLVER.BASE_LR {rate:g} comes from {source}, where it belongs to SOLVER.IMS_PER_BATCH {of_rate}; now the batch has {batch} "
+        f"SOLVER.BASE_LR {rate:g} comes from {source}, where it belongs to SOLVER.IMS_PER_BATCH {of_rate:g}; now the batch has {batch:g} "
         f"images. The linear rule gives SOLVER.BASE_LR {rate * batch / of_rate:g}, with {of_rate / batch:g} times the iterations."
     )
 
@@ -74,15 +74,11 @@ def _solver_layers(config_file: str, opts: list[Any]) -> Iterator[tuple[str, dic
         solver = tree.get("SOLVER") or {}
         yield (
             path,
-            {
-                f"SOLVER.{key}": float(solver[key]) if key == "BASE_LR" else int(solver[key])
-                for key in keys
-                if key in solver
-            },
+            {f"SOLVER.{key}": float(solver[key]) for key in keys if key in solver},
         )
     given = dict(zip(opts[::2], opts[1::2], strict=True))
-    types = {"SOLVER.IMS_PER_BATCH": int, "SOLVER.BASE_LR": float}
-    yield "the command line", {key: convert(given[key]) for key, convert in types.items() if key in given}
+    names = [f"SOLVER.{key}" for key in keys]
+    yield "the command line", {name: float(given[name]) for name in names if name in given}
 
 
 def _own_trees(path: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -113,7 +113,10 @@ class KDTrainer(DefaultTrainer):
         try:
             return super().train()
         except (OSError, RuntimeError) as error:
-            raise _explained(error) from error
+            sentence = _explained(error)
+            if sentence is None:
+                raise
+            raise sentence from error
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
@@ -173,8 +176,10 @@ def evaluate_teacher(cfg: CfgNode, teacher: Teacher) -> dict:
     return KDTrainer.test(cfg, teacher.model)
 
 
-def _explained(error: Exception) -> Exception:
-    """What a user can mend, as a UserError; any other error as it is."""
+def _explained(error: BaseException | None) -> UserError | None:
+    """What a user can mend, as a sentence; None for any other error."""
+    if isinstance(error, UserError):
+        return error
     go_on = "the last checkpoint is intact, and --resume goes on from it"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(f"The disk of OUTPUT_DIR is full ({error.strerror}); {go_on}.")
@@ -184,14 +189,14 @@ def _explained(error: Exception) -> Exception:
             f"A process that reads training data has died ({reason}), most often for want of memory: lower DATALOADER.NUM_WORKERS; "
             f"{go_on}."
         )
-    return error
+    return None
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
-    """A UserError that ends the training is logged as its sentence; Detectron2 would log a traceback."""
-    error = record.exc_info[1] if record.exc_info else None
-    if isinstance(error, UserError):
-        record.msg, record.args, record.exc_info = str(error), (), None
+    """An error that a user can mend is logged as its sentence; Detectron2 would log a traceback."""
+    sentence = _explained(record.exc_info[1]) if record.exc_info else None
+    if sentence is not None:
+        record.msg, record.args, record.exc_info = str(sentence), (), None
     return True
 
 
