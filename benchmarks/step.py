@@ -47,6 +47,8 @@ DATASET = "benchmark"
 PLAIN, NECK, WHOLE = "student", "student + teacher's neck", "student + teacher"
 BOXES = 7
 PAST_WARM_UPS = 10**6  # iterations
+TINY_RATE = "1e-12"
+"""Random weights must not move: variants share a student, and losses would grow from one to the next."""
 
 
 class ReadOnly(Distiller):
@@ -79,7 +81,7 @@ class Bench:
         student_config, teacher_config, batch, size = PAIRS[pair]
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         opts = ["MODEL.DEVICE", self.device, "MODEL.WEIGHTS", ""]
-        self.cfg = load_config(student_config, opts)
+        self.cfg = load_config(student_config, [*opts, "SOLVER.BASE_LR", TINY_RATE])
         torch.manual_seed(0)
         self.student = _build(self.cfg)
         self.teacher = Teacher(_build(load_config(teacher_config, opts)))
@@ -112,7 +114,8 @@ class Bench:
         targets = [item["instances"].to(self.device) for item in self.data]
         self.teacher.to(model.device)
         teacher = self.teacher(self.data, needs)
-        student = model.adapter.run(self.data, needs, targets)
+        with torch.no_grad():
+            student = model.adapter.run(self.data, needs, targets)
         student.features, student.losses = _leaves(student.features), {}
         if student.dense is not None:
             student.dense.logits = _leaves(student.dense.logits)

@@ -323,7 +323,8 @@ def test_a_gpu_that_is_not_there(project: Project, refused) -> None:
         "MODEL.DEVICE is 'cuda', but this machine has no usable GPU; set it to 'cpu'."
     )
     assert refused("--num-gpus", 2) == (
-        "--num-gpus is 2, but this machine has 0 usable GPUs; on CPUs start several processes with torchrun."
+        "--num-gpus is 2, but this machine has 0 usable GPUs; for processes on CPUs hide the GPUs, if any, and set MODEL.DEVICE to cpu "
+        "on the command line."
     )
     project.change(MODEL__DEVICE="cuda")  # as in the defaults and in every dumped config
     assert "bbox" in project.main("SOLVER.MAX_ITER", 1)
@@ -408,7 +409,7 @@ def _in_child(rank: int, main, args: tuple) -> None:
 
 
 class _Arguments:
-    num_gpus, num_machines, machine_rank, dist_url = 1, 1, 0, "auto"
+    num_gpus, num_machines, machine_rank, dist_url, opts = 1, 1, 0, "auto", ()
 
 
 @pytest.mark.parametrize("processes", [1, 2])

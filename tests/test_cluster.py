@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import stat
 import subprocess
 import sys
 from pathlib import Path
 
+from kd_d2 import load_config
 from kd_d2.checkpoint import read_checkpoint
 
 import pytest
+import torch
 import yaml
 from helpers import ROOT, make_project
 
@@ -112,4 +115,36 @@ def test_slurm_script_on_two_nodes(tmp_path: Path) -> None:
         output = tmp_path / "output" / "student"
         assert read_checkpoint(str(output / "model_final.pth"))["iteration"] == iterations - 1
     assert "Going on from" in (output / "log.txt").read_text()
+    assert (output / "log.txt.rank1").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_two_machines_by_hand(tmp_path: Path) -> None:
+    """Run Detectron2's launcher as on two machines, a process each, on CPUs: one training, of whose batch each has half."""
+    project = make_project(tmp_path, SOLVER__MAX_ITER=2, SOLVER__STEPS=(), SEED=1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    command = [
+        sys.executable,
+        ROOT / "train_net.py",
+        "--config-file",
+        project.student,
+        "--num-machines",
+        "2",
+        "--dist-url",
+        url,
+    ]
+    machines = [
+        subprocess.Popen(
+            [*map(str, command), "--machine-rank", str(rank), "MODEL.DEVICE", "cpu"], stderr=subprocess.PIPE, text=True
+        )
+        for rank in (0, 1)
+    ]
+    for machine in machines:
+        errors = machine.communicate(timeout=300)[1]
+        assert machine.returncode == 0, errors[-3000:]
+    output = Path(load_config(str(project.student)).OUTPUT_DIR)
+    assert read_checkpoint(str(output / "model_final.pth"))["iteration"] == 1
     assert (output / "log.txt.rank1").is_file()

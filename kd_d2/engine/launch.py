@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from detectron2.engine import launch as detectron2_launch
@@ -19,19 +20,16 @@ def launch(main: Callable[[argparse.Namespace], object], args: argparse.Namespac
     """Run `main(args)` in every process of the job.
 
     Under torchrun the environment says which process this is. Otherwise --num-gpus and --num-machines do, through
-    Detectron2's launcher. A UserError is printed as its sentence alone, and the program ends with exit status 2.
+    Detectron2's launcher: one process a GPU, or as many on CPUs where there is none and MODEL.DEVICE is "cpu". A UserError is printed as
+    its sentence alone, and the program ends with exit status 2.
     """
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             _join_torchrun()
             main(args)
             return
-        present = torch.cuda.device_count()
-        if args.num_gpus * args.num_machines > 1 and args.num_gpus > present:
-            raise UserError(
-                f"--num-gpus is {args.num_gpus}, but this machine has {present} usable GPUs; on CPUs start several processes with "
-                "torchrun."
-            )
+        if args.num_gpus * args.num_machines > 1:
+            _check_gpus(args.num_gpus, args.opts)
         detectron2_launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
     except UserError as error:
         end_with(error)
@@ -41,6 +39,16 @@ def launch(main: Callable[[argparse.Namespace], object], args: argparse.Namespac
         if sentence is None:
             raise
         end_with(sentence[1])
+
+
+def _check_gpus(wanted: int, opts: list[str]) -> None:
+    present = torch.cuda.device_count()
+    on_cpus = present == 0 and ("MODEL.DEVICE", "cpu") in pairwise(opts)
+    if wanted > present and not on_cpus:
+        raise UserError(
+            f"--num-gpus is {wanted}, but this machine has {present} usable GPUs; for processes on CPUs hide the GPUs, if any, and set "
+            "MODEL.DEVICE to cpu on the command line."
+        )
 
 
 def _join_torchrun() -> None:
