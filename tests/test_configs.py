@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from kd_d2 import DISTILLER_REGISTRY
 from kd_d2.checkpoint import inherit, part_of
+from kd_d2.comparison.matrix import read_matrix
 from kd_d2.config import KD_META_ARCH, load_config, load_teacher_config, read_yaml
 from kd_d2.detectors import build_adapter
 from kd_d2.distillers.icd import distiller as icd
@@ -23,7 +24,8 @@ TINY = ROOT / "configs" / "tiny"
 THESIS = ROOT / "projects" / "StructuralKD" / "configs"
 ICD = ROOT / "projects" / "ICD" / "configs"
 FILES = sorted([*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("projects/*/configs/**/*.yaml")])
-CONFIGS = [path for path in FILES if "cells" not in yaml.safe_load(path.read_text())]  # those with cells are matrices
+MATRICES = [path for path in FILES if "cells" in yaml.safe_load(path.read_text())]
+CONFIGS = [path for path in FILES if path not in MATRICES]
 
 COCO_IMAGES_WITH_OBJECTS = 117266
 R50, R101 = "detectron2://ImageNetPretrained/MSRA/R-50.pkl", "COCO-Detection/retinanet_R_101_FPN_3x.yaml"
@@ -186,6 +188,14 @@ def test_every_config_loads_and_its_pair_can_be_built(
     assert specs[0].num_classes == specs[1].num_classes
     for name in cfg.MODEL.KD.DISTILLERS:
         DISTILLER_REGISTRY.get(name)(cfg, *specs)
+
+
+@pytest.mark.parametrize("path", MATRICES, ids=name_of)
+def test_every_cell_of_a_matrix_loads(path: Path, stand_in: str) -> None:
+    """Check that each cell is a valid config, so that no comparison ends at its last cell."""
+    matrix = read_matrix(str(path))
+    for cell in (*matrix.cells, *filter(None, [matrix.teacher])):
+        load(Path(cell.config), stand_in, *cell.opts)
 
 
 @pytest.mark.parametrize("name", ["Base-RetinaNet.yaml", "Base-RCNN-FPN.yaml"])
