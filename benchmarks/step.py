@@ -85,7 +85,7 @@ class Bench:
         torch.manual_seed(0)
         self.student = _build(self.cfg)
         self.teacher = Teacher(_build(load_config(teacher_config, opts)))
-        self.data = _inputs(batch, size, self.teacher.spec.num_classes)
+        self.data = batch_of(batch, size, self.teacher.spec.num_classes)
         self.cfg.DATASETS.TRAIN = (DATASET,)
         if DATASET in DatasetCatalog:
             DatasetCatalog.remove(DATASET)
@@ -148,7 +148,7 @@ def _build(cfg: CfgNode) -> nn.Module:
     return model
 
 
-def _inputs(batch: int, size: tuple[int, int], num_classes: int) -> list[dict]:
+def batch_of(batch: int, size: tuple[int, int], num_classes: int) -> list[dict]:
     inputs = []
     for _ in range(batch):
         corner = torch.rand(BOXES, 2) * torch.tensor([size[1] * 0.6, size[0] * 0.6])

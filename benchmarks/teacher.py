@@ -1,0 +1,97 @@
+#!/usr/bin/env python
+"""Seconds of the frozen teacher's forward pass as far as its neck: as it is, compiled, with channels last, in bfloat16.
+
+    benchmarks/teacher.py [--pair tiny|coco] [--rounds N] [--threads N]
+
+Variants take turns, over batches of several sizes as training has them; a ratio is to "as it is" of the same round. The pairs are those of
+benchmarks/step.py. What compiling takes is the first pass over all sizes.
+"""
+
+import argparse
+import contextlib
+import copy
+import statistics
+import time
+from typing import NamedTuple
+
+from kd_d2 import Teacher
+from measuring import device_name
+from step import PAIRS, Bench, batch_of
+
+import torch
+from tabulate import tabulate
+
+WIDER = (1.0, 1.125, 1.25)  # than the pair's images
+
+
+class Variant(NamedTuple):
+    compiled: bool = False
+    channels_last: bool = False
+    bfloat16: bool = False
+
+
+AS_IT_IS = "as it is"
+VARIANTS = {
+    AS_IT_IS: Variant(),
+    "compiled": Variant(compiled=True),
+    "channels last": Variant(channels_last=True),
+    "both": Variant(compiled=True, channels_last=True),
+    "bfloat16": Variant(bfloat16=True),
+    "bfloat16 and both": Variant(compiled=True, channels_last=True, bfloat16=True),
+}
+
+
+class Forward:
+    """The pass of one variant over all batches."""
+
+    def __init__(self, model: torch.nn.Module, batches: list[list[dict]], device: str, variant: Variant):
+        self.teacher = Teacher(model, compiled=variant.compiled, channels_last=variant.channels_last)
+        self.teacher.to(torch.device(device))
+        self.batches = batches
+        self.precision = torch.autocast(device, torch.bfloat16) if variant.bfloat16 else contextlib.nullcontext()
+
+    def seconds(self) -> float:
+        start = time.perf_counter()
+        with self.precision:
+            for batch in self.batches:
+                self.teacher(batch, frozenset({"features"}))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pair", choices=PAIRS, default="tiny")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    bench = Bench(args.pair)
+    *_, images, (height, width) = PAIRS[args.pair]
+    sizes = [(height, round(width * factor)) for factor in WIDER]
+    batches = [batch_of(images, size, bench.teacher.spec.num_classes) for size in sizes]
+    passes = {
+        name: Forward(copy.deepcopy(bench.teacher.model), batches, bench.device, variant)
+        for name, variant in VARIANTS.items()
+    }
+    first = {name: forward.seconds() for name, forward in passes.items()}
+    times = {name: [] for name in passes}
+    for _ in range(args.rounds):
+        for name, forward in passes.items():
+            times[name].append(forward.seconds())
+    rows = []
+    for name, values in times.items():
+        ratios = [ours / plain for ours, plain in zip(values, times[AS_IT_IS], strict=True)]
+        seconds = statistics.median(values) / len(sizes)
+        rows.append([name, seconds, statistics.median(ratios), min(ratios), max(ratios), first[name]])
+    print(
+        f"{args.pair}, {device_name(args.threads)}, torch {torch.__version__}, {args.rounds} rounds of {len(sizes)} sizes"
+    )
+    headers = ["", "s / batch", "ratio", "lowest", "highest", "s, first pass"]
+    print(tabulate(rows, headers=headers, floatfmt=("", ".3f", ".3f", ".3f", ".3f", ".1f"), tablefmt="github"))
+
+
+if __name__ == "__main__":
+    main()
