@@ -565,6 +565,7 @@ def test_the_librarys_keys_leave_detectron2s_defaults_alone() -> None:
         (ours.SOLVER.AMP, "DTYPE"),
         (ours.DATALOADER, "SKIP_UNUSABLE_IMAGES"),
         (ours.SOLVER, "GRADIENT_ACCUMULATION_STEPS"),
+        (ours.SOLVER, "CHANNELS_LAST"),
         (ours.MODEL, "KD"),
         *((ours.MODEL, name) for name in ("SLIM_RESNET", "MOBILENET_V2", "FCOS", "ATSS", "GFL", "FSAF", "REPPOINTS")),
     ):

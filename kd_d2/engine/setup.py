@@ -57,7 +57,7 @@ def student_config(cfg: CfgNode) -> CfgNode:
         plain.MODEL.META_ARCHITECTURE = plain.MODEL.KD.STUDENT
     del plain.MODEL["KD"]
     del plain.DATASETS["COCO_JSON"]
-    del plain.SOLVER.AMP["DTYPE"], plain.SOLVER["GRADIENT_ACCUMULATION_STEPS"]
+    del plain.SOLVER.AMP["DTYPE"], plain.SOLVER["GRADIENT_ACCUMULATION_STEPS"], plain.SOLVER["CHANNELS_LAST"]
     del plain.DATALOADER["SKIP_UNUSABLE_IMAGES"]
     for name in unused_nodes(plain):
         del plain.MODEL[name]

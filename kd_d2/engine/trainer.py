@@ -48,6 +48,8 @@ class KDTrainer(DefaultTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
 
         self.bare_model = self.build_model(cfg)
+        if cfg.SOLVER.CHANNELS_LAST:
+            self.bare_model.to(memory_format=torch.channels_last)
         check_classes(cfg, self.bare_model)
         optimizer, auxiliary = build_optimizers(cfg, self.bare_model)
         autocast = getattr(torch, cfg.SOLVER.AMP.DTYPE) if cfg.SOLVER.AMP.ENABLED else None
