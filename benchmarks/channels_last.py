@@ -8,11 +8,10 @@ Every variant of benchmarks/step.py takes turns with itself with channels last; 
 
 import argparse
 import statistics
-import time
 
 from kd_d2 import KDMetaArch
 from kd_d2.engine.step import DistillationStep
-from measuring import device_name
+from measuring import device_name, seconds
 from step import PAIRS, PAST_WARM_UPS, PLAIN, WHOLE, Bench
 
 import torch
@@ -25,14 +24,6 @@ def with_channels_last(step: DistillationStep) -> DistillationStep:
     if isinstance(step.model, KDMetaArch):
         step.model.teacher.model.to(memory_format=torch.channels_last)
     return step
-
-
-def seconds(step: DistillationStep) -> float:
-    start = time.perf_counter()
-    step.run_step()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def main() -> None:
@@ -49,7 +40,7 @@ def main() -> None:
     with EventStorage(PAST_WARM_UPS):
         for variant in (PLAIN, WHOLE, *args.methods):
             steps = plain.step(variant), with_channels_last(last.step(variant))
-            times = [[seconds(step) for step in steps] for _ in range(args.rounds + 1)][1:]
+            times = [[seconds(step.run_step) for step in steps] for _ in range(args.rounds + 1)][1:]
             ratios = [after / before for before, after in times]
             medians = [statistics.median(column) for column in zip(*times, strict=True)]
             rows.append([variant, *medians, statistics.median(ratios), min(ratios), max(ratios)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 
 import torch
@@ -24,6 +25,15 @@ def peak_memory(call: Callable[[], object]) -> float:
     before = _status("VmRSS")
     call()
     return (_status("VmHWM") - before) / 2**10
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Of the call, the device's work included."""
+    start = time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def _status(key: str) -> int:

@@ -18,14 +18,13 @@ import itertools
 import json
 import os
 import statistics
-import time
 from collections.abc import Callable
 
 from kd_d2 import DISTILLER_REGISTRY, Distiller, KDMetaArch, Teacher, load_config
 from kd_d2.detectors import build_adapter
 from kd_d2.engine.optimizers import build_optimizers
 from kd_d2.engine.step import DistillationStep
-from measuring import device_name, number_from_fresh_process, peak_memory
+from measuring import device_name, number_from_fresh_process, peak_memory, seconds
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -180,7 +179,7 @@ def measure_times(pair: str, variants: list[str], rounds: int) -> dict[str, list
     with EventStorage(PAST_WARM_UPS):
         for number in range(rounds + 1):
             for variant, step in steps.items():
-                times[variant].append(_seconds(step.run_step))
+                times[variant].append(seconds(step.run_step))
             print(f"round {number}: " + ", ".join(f"{v} {t[-1]:.2f} s" for v, t in times.items()), flush=True)
     return {variant: values[1:] for variant, values in times.items()}
 
@@ -192,16 +191,8 @@ def measure_alone(pair: str, methods: list[str], rounds: int) -> dict[str, float
     with EventStorage(PAST_WARM_UPS):
         for method in methods:
             call = bench.method_alone(method)  # holds what both detectors gave: one at a time
-            medians[method] = statistics.median([_seconds(call) for _ in range(rounds + 1)][1:])
+            medians[method] = statistics.median([seconds(call) for _ in range(rounds + 1)][1:])
     return medians
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def measure_memory(pair: str, variant: str) -> float:

@@ -11,11 +11,10 @@ import argparse
 import contextlib
 import copy
 import statistics
-import time
 from typing import NamedTuple
 
 from kd_d2 import Teacher
-from measuring import device_name
+from measuring import device_name, seconds
 from step import PAIRS, Bench, batch_of
 
 import torch
@@ -50,14 +49,10 @@ class Forward:
         self.batches = batches
         self.precision = torch.autocast(device, torch.bfloat16) if variant.bfloat16 else contextlib.nullcontext()
 
-    def seconds(self) -> float:
-        start = time.perf_counter()
+    def __call__(self) -> None:
         with self.precision:
             for batch in self.batches:
                 self.teacher(batch, frozenset({"features"}))
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
 
 
 def main() -> None:
@@ -76,16 +71,24 @@ def main() -> None:
         name: Forward(copy.deepcopy(bench.teacher.model), batches, bench.device, variant)
         for name, variant in VARIANTS.items()
     }
-    first = {name: forward.seconds() for name, forward in passes.items()}
+    first = {name: seconds(forward) for name, forward in passes.items()}
     times = {name: [] for name in passes}
     for _ in range(args.rounds):
         for name, forward in passes.items():
-            times[name].append(forward.seconds())
+            times[name].append(seconds(forward))
     rows = []
     for name, values in times.items():
         ratios = [ours / plain for ours, plain in zip(values, times[AS_IT_IS], strict=True)]
-        seconds = statistics.median(values) / len(sizes)
-        rows.append([name, seconds, statistics.median(ratios), min(ratios), max(ratios), first[name]])
+        rows.append(
+            [
+                name,
+                statistics.median(values) / len(sizes),
+                statistics.median(ratios),
+                min(ratios),
+                max(ratios),
+                first[name],
+            ]
+        )
     print(
         f"{args.pair}, {device_name(args.threads)}, torch {torch.__version__}, {args.rounds} rounds of {len(sizes)} sizes"
     )

@@ -37,7 +37,7 @@ def add_kd_config(cfg: CN) -> None:
     cfg.SOLVER.AMP.DTYPE = "float16"
     # Parts into which a process divides its images of a batch, one forward and backward pass each, before the optimiser's step.
     cfg.SOLVER.GRADIENT_ACCUMULATION_STEPS = 1
-    # Train with channels last in memory: the same losses up to rounding, faster on CPUs and with mixed precision.
+    # Train with channels last in memory: the same losses up to rounding, faster on CPUs.
     cfg.SOLVER.CHANNELS_LAST = False
     add_modeling_config(cfg)
 
