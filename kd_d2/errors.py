@@ -1,12 +1,21 @@
 """The one error type that speaks to the user instead of to a programmer, and how programs end with it."""
 
 import contextlib
+import math
 import sys
 from collections.abc import Iterator
 
 
 class UserError(Exception):
     """Something that the user can mend: the message is one sentence that names the key, file or value."""
+
+
+def check_number(key: str, value: object, minimum: float, *, exclusive: bool = False) -> None:
+    """Raise a UserError that names `key` unless `value` is a finite number of at least (or, exclusive, above) `minimum`."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or value < minimum or (exclusive and value == minimum):
+        relation = "above" if exclusive else "at least"
+        raise UserError(f"{key} is {value!r}; it must be a number {relation} {minimum}.")
 
 
 @contextlib.contextmanager

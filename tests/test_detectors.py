@@ -167,7 +167,21 @@ def test_specs(tiny_detector: Callable) -> None:
     assert fcos.provides == EVERYTHING | {"detections", "quality"} == build_adapter(tiny_detector("atss")).spec.provides
     gfl = build_adapter(tiny_detector("gfl")).spec
     assert gfl.provides == EVERYTHING | {"detections"}
-    assert gfl.cell_anchors[16].tolist() == [[-64, -64, 64, 64]]
+    assert gfl.cell_anchors[16].tolist() == [[8 - 64, 8 - 64, 8 + 64, 8 + 64]]  # around the middle of the first cell
+
+
+@pytest.mark.parametrize("kind", ["fcos", "gfl", "reppoints", "retinanet"])
+def test_dense_boxes_are_float32_under_autocast(kind: str, tiny_detector: Callable) -> None:
+    """Check that half precision of the head's outputs costs no pixel of a box far from the corner: anchors keep their places."""
+    model = tiny_detector(kind)
+    decode = build_adapter(model)._decode
+    anchors = Boxes(torch.tensor([[1001.0, 1003.0, 1065.0, 1067.0]]))
+    dims = {"gfl": 4 * 17, "reppoints": 18}.get(kind, 4)
+    half = torch.randn(2, 1, dims, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        boxes = decode(half, anchors)
+    assert boxes.dtype == torch.float32
+    torch.testing.assert_close(boxes, decode(half.float(), anchors))
 
 
 @pytest.mark.parametrize("kind", ["retinanet", "faster"])
@@ -273,7 +287,7 @@ def test_assignment_of_an_image_without_objects_is_background() -> None:
     def matcher(quality: Tensor) -> tuple[Tensor, Tensor]:
         return torch.zeros(1, dtype=torch.int64), torch.full((1,), -1, dtype=torch.int8)
 
-    assert assign_by_iou(anchors, empty, matcher).tolist() == [BACKGROUND]
+    assert assign_by_iou(pairwise_iou(empty, anchors), matcher).tolist() == [BACKGROUND]
 
 
 def test_run_gives_the_assignment_of_its_own_loss(

@@ -72,8 +72,12 @@ def _constant_draws(patch: pytest.MonkeyPatch) -> None:
         )
 
 
+OVER_ALL_WORKERS = ("loss_atss_", "loss_gfl_", "loss_fsaf_", "loss_reppoints_")
+"""Losses of our own detectors; those of Detectron2's divide by what one worker counts."""
+
+
 def _losses_and_gradients(model: torch.nn.Module, inputs: list[dict], shared: bool) -> tuple[dict, dict]:
-    """The distillers' losses, and the gradients that they alone give; the detector's own losses only take part in the graph."""
+    """Losses that are over all workers, and the gradients that they alone give; the others only take part in the graph."""
     bare: KDMetaArch = getattr(model, "module", model)
     bare.zero_grad()
     with pytest.MonkeyPatch.context() as patch, EventStorage():
@@ -83,6 +87,7 @@ def _losses_and_gradients(model: torch.nn.Module, inputs: list[dict], shared: bo
             _constant_draws(patch)
         losses = model(inputs)
         names = {name for distiller in bare.distillers.values() for name in distiller.loss_names}
+        names |= {name for name in losses if name.startswith(OVER_ALL_WORKERS)}
         sum(loss if name in names else 0 * loss for name, loss in losses.items()).backward()
     found = {name: parameter.grad.clone() for name, parameter in bare.named_parameters() if parameter.grad is not None}
     return {name: losses[name].detach() for name in names}, found
@@ -137,7 +142,7 @@ OPTIONS = {
 @pytest.mark.parametrize(
     ("detector", "options"),
     [("retinanet", "published"), ("retinanet", "other"), ("retinanet", "masked")]
-    + [(detector, "published") for detector in ("faster-rcnn", "fcos", "gfl", "reppoints")],
+    + [(detector, "published") for detector in ("faster-rcnn", "fcos", "atss", "gfl", "fsaf", "reppoints")],
 )
 def test_every_method_normalises_over_the_whole_batch(tmp_path: Path, detector: str, options: str) -> None:
     """Compare losses and gradients of all methods at once, through the one wrap of the model, without a search for unused parameters."""

@@ -227,7 +227,7 @@ def test_detectors_learn_one_image(kind: str, tiny_detector: Callable, make_inpu
     assert torch.equal(detections.pred_classes[index], truth.gt_classes)
 
 
-@pytest.mark.parametrize("kind", ["atss", "gfl", "fsaf", "reppoints"])
+@pytest.mark.parametrize("kind", DENSE)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_losses_are_float32_under_autocast(
     kind: str, dtype: torch.dtype, tiny_detector: Callable, make_inputs: Callable, event_storage
@@ -240,6 +240,40 @@ def test_losses_are_float32_under_autocast(
     for name, loss in losses.items():
         assert loss.dtype == torch.float32
         torch.testing.assert_close(loss, expected[name], rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("kind", ["fcos", "atss", "gfl"])
+def test_boxes_that_are_no_numbers_make_losses_that_are_none(
+    kind: str, tiny_detector: Callable, make_inputs: Callable, event_storage
+) -> None:
+    """Check that a training that diverges comes as far as the trainer, which says so."""
+    model = tiny_detector(kind)
+    torch.nn.init.constant_(model.head.bbox_pred.weight, torch.nan)
+    assert not sum(model(make_inputs()).values()).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "message"),
+    [
+        ("fcos", {"NUM_CONVS": 0}, "MODEL.FCOS.NUM_CONVS is 0; it must be a number at least 1"),
+        (
+            "fcos",
+            {"CENTER_SAMPLING_RADIUS": 0.0},
+            "MODEL.FCOS.CENTER_SAMPLING_RADIUS is 0.0; it must be a number above 0",
+        ),
+        ("fcos", {"PRIOR_PROB": 1.0}, "MODEL.FCOS.PRIOR_PROB is 1.0; it must be between 0 and 1"),
+        ("fcos", {"IN_FEATURES": ["p3", "p9"]}, r"MODEL.FCOS.IN_FEATURES is .*; the backbone gives p3, p4, p5, p6, p7"),
+        ("atss", {"TOPK": 0}, "MODEL.ATSS.TOPK is 0; it must be a number at least 1"),
+        ("gfl", {"ANCHOR_SCALE": 0.0}, "MODEL.GFL.ANCHOR_SCALE is 0.0; it must be a number above 0"),
+        ("gfl", {"REG_MAX": 0}, "MODEL.GFL.REG_MAX is 0; it must be a number at least 1"),
+        ("fsaf", {"EFFECTIVE_SCALE": 0.0}, "MODEL.FSAF.EFFECTIVE_SCALE is 0.0; it must be a number above 0"),
+        ("reppoints", {"NUM_POINTS": 10}, "MODEL.REPPOINTS.NUM_POINTS is 10; it must be the square of an odd number"),
+        ("reppoints", {"NUM_POINTS": 16}, "MODEL.REPPOINTS.NUM_POINTS is 16; it must be the square of an odd number"),
+    ],
+)
+def test_keys_that_make_no_detector(kind: str, keys: dict, message: str, tiny_detector: Callable) -> None:
+    with pytest.raises(UserError, match=message):
+        tiny_detector(kind, {"MODEL": {kind.upper(): keys}})
 
 
 @pytest.mark.parametrize("width_mult", [1.0, 0.5])
@@ -382,6 +416,17 @@ def test_reppoints_nearest_positions_by_hand() -> None:
     expected[0], expected[7], expected[9] = 3, 0, 1
     assert row.tolist() == expected
     assert assign_nearest(anchors, Boxes(torch.zeros(0, 4))).tolist() == [BACKGROUND] * 10
+
+
+def test_reppoints_that_overlap_nothing_have_no_positive(tiny_detector: Callable) -> None:
+    """Check points of no extent between positions 8 apart: an instance of 4 pixels overlaps none and takes none, nor hinders another."""
+    model = tiny_detector("reppoints")
+    anchors = [_grid(8, 4, 4, 32.0)]
+    boxes = Boxes(torch.tensor([[6.0, 6, 10, 10], [3.0, 3, 13, 13]]))  # the second has the centres (4, 4), (12, 4), ...
+    target = Instances((32, 32), gt_boxes=boxes, gt_classes=torch.tensor([0, 1]))
+    points = torch.zeros(1, 16, 18)
+    (row,) = model.assign(anchors, [[], [], [points]], [target])
+    assert row.view(4, 4).tolist() == [[1, 1, -1, -1], [1, 1, -1, -1], [-1] * 4, [-1] * 4]
 
 
 def test_reppoints_losses_by_hand(tiny_detector: Callable) -> None:

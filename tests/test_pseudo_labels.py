@@ -73,6 +73,23 @@ def test_dense_predictions_and_detections_come_from_one_run_of_the_head(
     assert outputs.detections is not None
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kind", ["retinanet", "fcos", "atss", "gfl", "fsaf", "reppoints"])
+def test_dense_predictions_are_the_same_beside_detections(
+    kind: str, memory_format: torch.memory_format, tiny_detector: Callable, make_inputs: Callable
+) -> None:
+    """Check that logits and quality stay logits, though Detectron2's inference works in their place."""
+    adapter = build_adapter(_sensitive(tiny_detector(kind)).to(memory_format=memory_format))
+    with torch.no_grad():
+        alone, beside = (
+            adapter.run(make_inputs(), frozenset(want)).dense for want in (["dense"], ["dense", "detections"])
+        )
+    for name in ("logits", "box_regression", "quality"):
+        expected = getattr(alone, name) or {}
+        for stride, level in expected.items():
+            assert torch.equal(getattr(beside, name)[stride], level), (name, stride)
+
+
 @pytest.mark.parametrize("kind", ["retinanet", "fcos", "gfl", "faster"])
 def test_labels_are_float32_under_autocast(tiny_detector: Callable, make_inputs: Callable, kind: str) -> None:
     """Check that mixed precision leaves boxes their pixels: each equals one that is decoded in float32."""

@@ -353,7 +353,7 @@ def _spec(**changes: Any) -> DetectorSpec:
             "family": "one-stage",
             "shapes": {8: ShapeSpec(channels=4, stride=8)},
             "num_classes": 3,
-            "cell_anchors": {8: torch.tensor([[-4.0, -4, 4, 4]])},
+            "cell_anchors": {8: torch.tensor([[-4.0, -4, 4, 4]])},  # around (0, 0)
             "provides": frozenset({"features", "anchors", "dense", "targets"}),
             **changes,
         }
@@ -396,6 +396,10 @@ def test_pfi_adapts_where_channels_differ(build: Callable) -> None:
             {"cell_anchors": {8: torch.tensor([[-8.0, -8, 8, 8]])}},
             "at stride 8 the student .Pupil. has one anchor of 8x8",
         ),
+        (
+            {"cell_anchors": {8: torch.tensor([[0.0, 0, 8, 8]])}},
+            r"teacher .Master. one anchor of 8x8 pixels around \(4, 4\)",
+        ),
         ({"cell_anchors": {8: torch.tensor([[-4.0, -4, 4, 4]] * 3)}}, "the teacher .Master. 3 anchors a position"),
         ({"cell_anchors": {4: torch.tensor([[-4.0, -4, 4, 4]])}}, r"strides \[8\] and the teacher .Master. at \[4\]"),
     ],
@@ -403,6 +407,14 @@ def test_pfi_adapts_where_channels_differ(build: Callable) -> None:
 def test_other_anchors_are_refused(build: Callable, node: str, change: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build(node, _spec(name="Master", **change))
+
+
+def test_anchors_at_other_places_are_refused(tiny_cfg: Callable, tiny_detector: Callable) -> None:
+    """Check two RetinaNets whose anchors lie half a stride apart."""
+    shifted = {"MODEL": {"ANCHOR_GENERATOR": {"OFFSET": 0.5}}}
+    student, teacher = (build_adapter(tiny_detector("retinanet", keys)).spec for keys in ({}, shifted))
+    with pytest.raises(UserError, match=r"around \(0, 0\) and the teacher .RetinaNet. 3 anchors .* around \(4, 4\)"):
+        RankMimicking(tiny_cfg("retinanet"), student, teacher)
 
 
 def test_masks_that_read_no_prediction_take_any_anchors(build: Callable) -> None:

@@ -158,7 +158,7 @@ def difference_rows(
 ) -> list[list[np.ndarray]]:
     """Where the class probabilities (P of PFI) and the features (D) of the two differ."""
     strides = sorted(student.dense.logits.keys() & teacher.dense.logits.keys())
-    predictions = {s: prediction_difference(*(_probability_maps(o, s) for o in (student, teacher))) for s in strides}
+    predictions = {s: prediction_difference(student.probability_map(s), teacher.probability_map(s)) for s in strides}
     rows = [_heat_row(image, "predictions", predictions)]
     pairs = {s: (student.features[s], teacher.features[s]) for s in strides}
     if "PFI" in model.distillers:
@@ -168,12 +168,6 @@ def difference_rows(
         features = {s: (a - b).square().mean(1) for s, (a, b) in pairs.items()}
         rows.append(_heat_row(image, "features", features))
     return rows
-
-
-def _probability_maps(outputs: DetectorOutputs, stride: int) -> Tensor:
-    """Class probabilities of a level, (B, A * K, H, W)."""
-    shape = outputs.features[stride].shape[-2:]
-    return outputs.dense.logits[stride].sigmoid().unflatten(1, (*shape, -1)).flatten(3).permute(0, 3, 1, 2)
 
 
 def _heat_row(image: np.ndarray, what: str, levels: dict[int, Tensor]) -> list[np.ndarray]:

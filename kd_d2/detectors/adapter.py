@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
+import torch
 from detectron2.layers import ShapeSpec, move_device_like
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import ImageList, Instances
@@ -169,6 +170,13 @@ class _FeaturesRead(Exception):
 
 
 DETECTOR_ADAPTER_REGISTRY.register(BackboneAdapter)
+
+
+@torch.no_grad()
+def first_anchors(generator: nn.Module, strides: list[int]) -> dict[int, Tensor]:
+    """By stride the anchors (A, 4) of a level's first position, in pixels: where they lie counts as much as their size."""
+    cells = [torch.empty(1, 1, 1, 1) for _ in strides]
+    return {stride: anchors.tensor for stride, anchors in zip(strides, generator(cells), strict=True)}
 
 
 def build_adapter(model: nn.Module) -> DetectorAdapter:

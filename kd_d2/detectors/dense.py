@@ -9,13 +9,13 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.meta_arch import RetinaNet
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
 from detectron2.modeling.meta_arch.fcos import FCOS
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from torch import Tensor
 
 from ..modeling import ATSS, GFL
 from ..modeling.assignment import BACKGROUND, IGNORED, assign_by_iou
 from ..modeling.dense import SingleAnchorDetector
-from .adapter import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter
+from .adapter import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter, first_anchors
 from .outputs import DensePredictions, DetectorOutputs
 
 FCOS_MATCH_THRESHOLD = 1e-5  # Detectron2's own, of its quality of a match
@@ -68,13 +68,16 @@ class AnchorDetectorAdapter(DenseDetectorAdapter):
     provides = DenseDetectorAdapter.provides | {"anchors", "dense"}
 
     def detect(self, images: ImageList, features: list[Tensor], predictions: Any) -> list[Instances]:
-        """In float32 under autocast too: half a pixel is a lot for a box that others are to learn."""
+        """In float32 under autocast too: half a pixel is a lot for a box that others are to learn.
+
+        Of copies: Detectron2 makes probabilities of the logits in their place.
+        """
         with torch.autocast(images.tensor.device.type, enabled=False):
-            predictions = [[level.float() for level in levels] for levels in predictions]
+            predictions = [[level.to(torch.float32, copy=True) for level in levels] for levels in predictions]
             return super().detect(images, features, predictions)
 
     def cell_anchors(self) -> dict[int, Tensor]:
-        return dict(zip(self._stride_of.values(), self.model.anchor_generator.cell_anchors, strict=True))
+        return first_anchors(self.model.anchor_generator, list(self._stride_of.values()))
 
     def transpose(self, predictions: Any) -> list[list[Tensor]]:
         """What the head gives: logits, box regression and, where there is one, quality, by level (B, HWA, dim)."""
@@ -108,8 +111,11 @@ class AnchorDetectorAdapter(DenseDetectorAdapter):
             outputs.losses = self.losses(dense, predictions, targets)
 
     def _decode(self, regression: Tensor, anchors: Boxes) -> Tensor:
+        """In float32 under autocast too, as detections are."""
         anchors = anchors.tensor.expand(*regression.shape[:-1], 4)
-        boxes = self.model.box2box_transform.apply_deltas(regression.flatten(0, -2), anchors.flatten(0, -2))
+        with torch.autocast(regression.device.type, enabled=False):
+            regression = regression.float().flatten(0, -2)
+            boxes = self.model.box2box_transform.apply_deltas(regression, anchors.flatten(0, -2))
         return boxes.view_as(anchors)
 
 
@@ -126,7 +132,7 @@ class RetinaNetAdapter(AnchorDetectorAdapter):
 
     def assign(self, anchors: list[Boxes], predictions: list[list[Tensor]], targets: list[Instances]) -> Tensor:
         everywhere, matcher = Boxes.cat(anchors), self.model.anchor_matcher
-        return torch.stack([assign_by_iou(everywhere, target.gt_boxes, matcher) for target in targets])
+        return torch.stack([assign_by_iou(pairwise_iou(target.gt_boxes, everywhere), matcher) for target in targets])
 
     def losses(self, dense: DensePredictions, predictions: list[list[Tensor]], targets: list[Instances]) -> dict:
         logits, deltas = predictions

@@ -40,8 +40,8 @@ class DensePredictions:
 
     @cached_property
     def probabilities(self) -> dict[int, Tensor]:
-        """Class probabilities (B, HWA, K) by stride."""
-        return {stride: logits.sigmoid() for stride, logits in self.logits.items()}
+        """Class probabilities (B, HWA, K) by stride, in float32 as all that is made of the head's outputs here."""
+        return {stride: logits.float().sigmoid() for stride, logits in self.logits.items()}
 
     @cached_property
     def ranking_scores(self) -> dict[int, Tensor]:
@@ -49,7 +49,7 @@ class DensePredictions:
         if self.quality is None:
             return self.probabilities
         return {
-            stride: (probability * self.quality[stride].sigmoid()).sqrt()
+            stride: (probability * self.quality[stride].float().sigmoid()).sqrt()
             for stride, probability in self.probabilities.items()
         }
 
@@ -67,6 +67,12 @@ class DensePredictions:
         if self.assign is None:
             raise RuntimeError("the label assignment was asked of a forward pass that had no targets")
         return self.assign()
+
+    @property
+    def assignment_by_level(self) -> dict[int, Tensor]:
+        """The label assignment (B, HWA) of each level, by stride."""
+        sizes = [logits.shape[1] for logits in self.logits.values()]
+        return dict(zip(self.logits, self.assignment.split(sizes, 1), strict=True))
 
     @cached_property
     def positives(self) -> Positives:
@@ -100,6 +106,11 @@ class DetectorOutputs:
     dense: DensePredictions | None = None
     detections: list[Instances] | None = None
 
+    def probability_map(self, stride: int) -> Tensor:
+        """Class probabilities of a level of the dense head at its positions, (B, A * K, H, W)."""
+        shape = self.features[stride].shape[-2:]
+        return self.dense.logits[stride].float().sigmoid().unflatten(1, (*shape, -1)).flatten(3).permute(0, 3, 1, 2)
+
 
 @dataclass(frozen=True)
 class DetectorSpec:
@@ -110,7 +121,7 @@ class DetectorSpec:
         family: "one-stage", "two-stage" or "other".
         shapes: channels and stride of each neck output, keyed by stride.
         num_classes: foreground classes, None where the detector does not tell.
-        cell_anchors: by stride the anchors (A, 4) around a position, in pixels; None where there are none.
+        cell_anchors: by stride the anchors (A, 4) of the first position, in pixels; None where there are none.
         provides: which of "features", "anchors", "dense", "detections", "targets" its adapter can read; "quality" where its
             dense predictions have one; "masks" and "keypoints" where it is trained on them and its detections have them.
     """

@@ -7,7 +7,7 @@ from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
-from .adapter import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter
+from .adapter import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter, first_anchors
 from .outputs import DetectorOutputs
 
 
@@ -41,8 +41,7 @@ class RCNNAdapter(DetectorAdapter):
     def cell_anchors(self) -> dict[int, Tensor] | None:
         if "anchors" not in self.provides:
             return None
-        anchors = self.model.proposal_generator.anchor_generator.cell_anchors
-        return dict(zip(self._rpn_strides(), anchors, strict=True))
+        return first_anchors(self.model.proposal_generator.anchor_generator, self._rpn_strides())
 
     def run(
         self, batched_inputs: list[dict], want: frozenset[str], targets: list[Instances] | None = None

@@ -15,6 +15,7 @@ from detectron2.utils.events import get_event_storage
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
+from .. import errors
 from ..detectors import DetectorOutputs, DetectorSpec
 from ..errors import UserError
 
@@ -258,10 +259,7 @@ def check_choice(node_name: str, key: str, value: object, choices: Iterable[str]
 
 def check_number(node_name: str, key: str, value: object, minimum: float, *, exclusive: bool = False) -> None:
     """Raise a UserError unless `value` is a finite number of at least (or, exclusive, above) `minimum`."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or value < minimum or (exclusive and value == minimum):
-        relation = "above" if exclusive else "at least"
-        raise UserError(f"MODEL.KD.{node_name}.{key} is {value!r}; it must be a number {relation} {minimum}.")
+    errors.check_number(f"MODEL.KD.{node_name}.{key}", value, minimum, exclusive=exclusive)
 
 
 def log_scalar(name: str, value: Callable[[], Tensor]) -> None:

@@ -6,7 +6,6 @@ Shape suffixes: B images, H W map, A anchors per position, R anchors of an image
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import accumulate, pairwise
 
 import torch
 from detectron2.structures import Instances
@@ -24,14 +23,9 @@ def whole_maps(student: DetectorOutputs, targets: list[Instances], strides: Iter
 
 def positive_positions(student: DetectorOutputs, targets: list[Instances], strides: Iterable[int]) -> list[Tensor]:
     """Where the student's label assignment gives one of the position's anchors to an instance."""
-    ends = accumulate((x.shape[1] for x in student.dense.logits.values()), initial=0)
-    places = dict(zip(student.dense.logits, pairwise(ends), strict=True))
-    is_positive_BR = student.dense.assignment >= 0
+    levels = student.dense.assignment_by_level
     return [
-        is_positive_BR[:, slice(*places[stride])]
-        .unflatten(1, (*student.features[stride].shape[-2:], -1))
-        .any(-1)
-        .float()
+        (levels[stride] >= 0).unflatten(1, (*student.features[stride].shape[-2:], -1)).any(-1).float()
         for stride in strides
     ]
 

@@ -115,14 +115,10 @@ class PFI(Distiller):
     def _prediction_weights(self, student: DetectorOutputs, teacher: DetectorOutputs) -> list[Tensor]:
         """P by level, (B, H, W)."""
         with torch.set_grad_enabled(self.through_prediction and torch.is_grad_enabled()):
-            weights = []
-            for stride in self.adaptation.strides:
-                shape = student.features[stride].shape[-2:]
-                ours, theirs = (
-                    outputs.dense.logits[stride].sigmoid().unflatten(1, (*shape, -1)).flatten(3).permute(0, 3, 1, 2)
-                    for outputs in (student, teacher)
-                )
-                weights.append(prediction_difference(ours, theirs))
+            weights = [
+                prediction_difference(student.probability_map(stride), teacher.probability_map(stride))
+                for stride in self.adaptation.strides
+            ]
         if not self.relative:
             return weights
         return relative_to_mean(weights, [mean_of_workers(weight.detach().mean()) for weight in weights])

@@ -90,12 +90,12 @@ class RankMimicking(Distiller):
 
     def _scores(self, dense: DensePredictions, positives: Positives, class_P: Tensor) -> Tensor:
         """(P,) what the classification rank is made of."""
-        logits = positives.pick(dense.logits.values(), class_P)
+        logits = positives.pick(dense.logits.values(), class_P).float()
         if self.on_logits:
             return logits
         scores = logits.sigmoid()
         if self.joint_score:
-            scores = scores * positives.pick(dense.quality.values())[:, 0].sigmoid()
+            scores = scores * positives.pick(dense.quality.values())[:, 0].float().sigmoid()
         return scores
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import accumulate, pairwise
-
 from detectron2.config import CfgNode, configurable
 from detectron2.structures import Instances
 from torch import Tensor
@@ -49,17 +47,14 @@ class SoftLabel(Distiller):
     def forward(
         self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]
     ) -> dict[str, Tensor]:
-        assignment_BR = student.dense.assignment
-        levels = sorted(student.dense.logits)
-        ends = accumulate((student.dense.logits[stride].shape[1] for stride in levels), initial=0)
         total = sum(
             soft_label_loss(
                 student.dense.logits[stride],
                 teacher.dense.logits[stride],
-                (assignment_BR[:, start:end] != IGNORED)[..., None],
+                (assignment != IGNORED)[..., None],
                 self.temperature,
             )
-            for stride, (start, end) in zip(levels, pairwise(ends), strict=True)
+            for stride, assignment in student.dense.assignment_by_level.items()
         )
-        count = mean_count_of_workers((assignment_BR >= 0).sum().float())
+        count = mean_count_of_workers((student.dense.assignment >= 0).sum().float())
         return {"loss_soft_label": self.weight * total / count}

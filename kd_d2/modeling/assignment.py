@@ -69,19 +69,18 @@ class Positives:
 
 
 @torch.no_grad()
-def assign_by_iou(anchors: Boxes, gt_boxes: Boxes, matcher: Matcher) -> Tensor:
+def assign_by_iou(overlap_NR: Tensor, matcher: Matcher) -> Tensor:
     """RetinaNet's label assignment with the ground-truth index (Detectron2's `label_anchors` drops it).
 
     Args:
-        anchors: R anchors over all levels.
-        gt_boxes: N boxes.
+        overlap_NR: IoU of the N ground-truth boxes with R anchors over all levels.
         matcher: labels 0 (background), -1 (ignored) and 1 (foreground).
 
     Returns:
         (R,) int64: index of the box, `BACKGROUND` or `IGNORED`.
     """
-    index, label = matcher(pairwise_iou(gt_boxes, anchors))
-    if len(gt_boxes) == 0:
+    index, label = matcher(overlap_NR)
+    if len(overlap_NR) == 0:
         return torch.full_like(index, BACKGROUND)
     return index.masked_fill(label == 0, BACKGROUND).masked_fill(label == -1, IGNORED)
 

@@ -14,8 +14,9 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.meta_arch.fcos import FCOSHead
 from detectron2.structures import Boxes, Instances
-from fvcore.nn import giou_loss, sigmoid_focal_loss
+from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor, nn
+from torchvision.ops import generalized_box_iou_loss
 
 from ..workers import mean_count_of_workers
 from .assignment import Positives
@@ -71,7 +72,7 @@ class ATSS(AdaptiveDetector):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         node = cfg.MODEL.ATSS
-        detector, head = adaptive_arguments(cfg, node)
+        detector, head = adaptive_arguments(cfg, "ATSS")
         return {
             **detector,
             "head": ATSSHead(**head),
@@ -98,7 +99,7 @@ class ATSS(AdaptiveDetector):
             )
             target_P = centerness_of(anchor_P4, box_P4)
             predicted_P4 = self.box2box_transform.apply_deltas(positives.pick(deltas).float(), anchor_P4)
-            box = (giou_loss(predicted_P4, box_P4) * target_P).sum()
+            box = (generalized_box_iou_loss(predicted_P4, box_P4) * target_P).sum()
             quality = F.binary_cross_entropy_with_logits(
                 positives.pick(centerness)[:, 0].float(), target_P, reduction="sum"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
+from ..errors import UserError, check_number
 from .assignment import assign_adaptively
 
 
@@ -33,10 +35,26 @@ def add_dense_keys(node: CfgNode) -> None:
     node.NMS_THRESH_TEST = 0.6
 
 
-def dense_arguments(cfg: CfgNode, node: CfgNode) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments that a dense detector's class takes from its node, and those of its head."""
+def check_keys(cfg: CfgNode, name: str, at_least_1: Iterable[str] = (), above_0: Iterable[str] = ()) -> CfgNode:
+    """The node MODEL.<name>. Raises a UserError where one of these keys is too small a number."""
+    node = cfg.MODEL[name]
+    for key in at_least_1:
+        check_number(f"MODEL.{name}.{key}", node[key], 1)
+    for key in above_0:
+        check_number(f"MODEL.{name}.{key}", node[key], 0, exclusive=True)
+    return node
+
+
+def dense_arguments(cfg: CfgNode, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments that a dense detector's class takes from the node MODEL.<name>, and those of its head."""
+    node = check_keys(cfg, name, ("NUM_CLASSES", "NUM_CONVS", "TOPK_CANDIDATES_TEST"))
+    if not 0 < node.PRIOR_PROB < 1:
+        raise UserError(f"MODEL.{name}.PRIOR_PROB is {node.PRIOR_PROB}; it must be between 0 and 1.")
     backbone = build_backbone(cfg)
     shapes = backbone.output_shape()
+    unknown = [level for level in node.IN_FEATURES if level not in shapes]
+    if unknown or not node.IN_FEATURES:
+        raise UserError(f"MODEL.{name}.IN_FEATURES is {node.IN_FEATURES}; the backbone gives {', '.join(shapes)}.")
     input_shape = [shapes[name] for name in node.IN_FEATURES]
     detector = {
         "backbone": backbone,
@@ -69,9 +87,10 @@ def add_adaptive_keys(node: CfgNode) -> None:
     node.ANCHOR_SCALE = 8.0
 
 
-def adaptive_arguments(cfg: CfgNode, node: CfgNode) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments that an `AdaptiveDetector` takes from its node, and those of its head."""
-    detector, head = dense_arguments(cfg, node)
+def adaptive_arguments(cfg: CfgNode, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments that an `AdaptiveDetector` takes from the node MODEL.<name>, and those of its head."""
+    node = check_keys(cfg, name, at_least_1=["TOPK"], above_0=["ANCHOR_SCALE"])
+    detector, head = dense_arguments(cfg, name)
     return {**detector, "anchor_scale": node.ANCHOR_SCALE, "assign_topk": node.TOPK}, head
 
 

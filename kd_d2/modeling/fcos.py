@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch import fcos
+from detectron2.structures import Boxes
+from torch import Tensor
 
-from .dense import add_dense_keys, dense_arguments
+from .dense import add_dense_keys, check_keys, dense_arguments
 
 
 def add_fcos_config(cfg: CfgNode) -> None:
@@ -35,10 +38,32 @@ class FCOS(fcos.FCOS):
         super().__init__(**arguments)
         self.input_format = input_format
 
+    def losses(
+        self,
+        anchors: list[Boxes],
+        pred_logits: list[Tensor],
+        gt_labels: list[Tensor],
+        pred_anchor_deltas: list[Tensor],
+        gt_boxes: list[Tensor],
+        pred_centerness: list[Tensor],
+    ) -> dict[str, Tensor]:
+        """Detectron2's, in float32 under autocast too, where Detectron2 mixes the types of boxes; NaN where boxes are."""
+        with torch.autocast(pred_logits[0].device.type, enabled=False):
+            logits, deltas, centerness = (
+                [level.float() for level in levels] for levels in (pred_logits, pred_anchor_deltas, pred_centerness)
+            )
+            try:
+                return super().losses(anchors, logits, gt_labels, deltas, gt_boxes, centerness)
+            except AssertionError:  # "bad box", which the trainer could not tell of the loss
+                mean = torch.cat(deltas, 1).mean()
+                if mean.isfinite():
+                    raise
+                return dict.fromkeys(("loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr"), mean)
+
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        node = cfg.MODEL.FCOS
-        detector, head = dense_arguments(cfg, node)
+        node = check_keys(cfg, "FCOS", above_0=["CENTER_SAMPLING_RADIUS"])
+        detector, head = dense_arguments(cfg, "FCOS")
         return {
             **detector,
             "head": fcos.FCOSHead(**head),

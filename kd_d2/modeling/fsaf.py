@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..workers import mean_count_of_workers
 from .assignment import BACKGROUND, IGNORED, Positives
-from .dense import SingleAnchorDetector, add_dense_keys, dense_arguments
+from .dense import SingleAnchorDetector, add_dense_keys, check_keys, dense_arguments
 
 DISTANCE_UNIT = 4.0  # strides
 MIN_CELL_SHARE = 0.01
@@ -89,8 +89,8 @@ class FSAF(SingleAnchorDetector):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        node = cfg.MODEL.FSAF
-        detector, head = dense_arguments(cfg, node)
+        node = check_keys(cfg, "FSAF", above_0=["EFFECTIVE_SCALE", "IGNORING_SCALE"])
+        detector, head = dense_arguments(cfg, "FSAF")
         return {
             **detector,
             "head": FSAFHead(**head),

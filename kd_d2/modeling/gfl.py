@@ -15,12 +15,12 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.structures import Boxes, Instances
 from detectron2.structures.boxes import matched_pairwise_iou
-from fvcore.nn import giou_loss
 from torch import Tensor, nn
+from torchvision.ops import generalized_box_iou_loss
 
 from ..workers import mean_count_of_workers
 from .assignment import Positives
-from .dense import AdaptiveDetector, adaptive_arguments, add_adaptive_keys
+from .dense import AdaptiveDetector, adaptive_arguments, add_adaptive_keys, check_keys
 
 
 def add_gfl_config(cfg: CfgNode) -> None:
@@ -117,8 +117,8 @@ class GFL(AdaptiveDetector):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        node = cfg.MODEL.GFL
-        detector, head = adaptive_arguments(cfg, node)
+        node = check_keys(cfg, "GFL", at_least_1=["REG_MAX"])
+        detector, head = adaptive_arguments(cfg, "GFL")
         return {
             **detector,
             "head": GFLHead(reg_max=node.REG_MAX, **head),
@@ -146,7 +146,7 @@ class GFL(AdaptiveDetector):
             quality_BRK = torch.zeros_like(logits_BRK)
             quality_BRK[positives.image, positives.anchor, class_P] = quality_P
             classification = quality_focal_loss(logits_BRK, quality_BRK, self.beta).sum()
-            box = (giou_loss(predicted_P4, box_P4) * weight_P).sum()
+            box = (generalized_box_iou_loss(predicted_P4, box_P4) * weight_P).sum()
             distances_P4 = self.box2box_transform.get_distances(anchor_P4, box_P4)
             spread = (distribution_focal_loss(sides.unflatten(1, (4, -1)), distances_P4).mean(1) * weight_P).sum()
         divisor = mean_count_of_workers(weight_P.sum())

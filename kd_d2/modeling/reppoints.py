@@ -15,14 +15,15 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, pairwise_iou
 from fvcore.nn import sigmoid_focal_loss, smooth_l1_loss
 from torch import Tensor, nn
 from torchvision.ops import DeformConv2d
 
+from ..errors import UserError
 from ..workers import mean_count_of_workers
 from .assignment import BACKGROUND, Positives, assign_by_iou
-from .dense import SingleAnchorDetector, add_dense_keys, dense_arguments
+from .dense import SingleAnchorDetector, add_dense_keys, check_keys, dense_arguments
 
 TRANSFER_LEARNING_RATE = 0.01
 """Part of the gradient that reaches the learned factor from deviation to half a side."""
@@ -181,8 +182,12 @@ class RepPoints(SingleAnchorDetector):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        node = cfg.MODEL.REPPOINTS
-        detector, head = dense_arguments(cfg, node)
+        node = check_keys(cfg, "REPPOINTS", above_0=["BASE_SCALE"])
+        if node.NUM_POINTS < 9 or math.isqrt(node.NUM_POINTS) ** 2 != node.NUM_POINTS or node.NUM_POINTS % 2 == 0:
+            raise UserError(
+                f"MODEL.REPPOINTS.NUM_POINTS is {node.NUM_POINTS}; it must be the square of an odd number above 1: 9, 25, ..."
+            )
+        detector, head = dense_arguments(cfg, "REPPOINTS")
         return {
             **detector,
             "head": RepPointsHead(num_points=node.NUM_POINTS, gradient_share=node.GRADIENT_SHARE, **head),
@@ -198,11 +203,17 @@ class RepPoints(SingleAnchorDetector):
 
     @torch.no_grad()
     def assign(self, anchors: list[Boxes], predictions: list[list[Tensor]], targets: list[Instances]) -> Tensor:
-        """By the overlap of the first points' boxes, as RetinaNet's by that of its anchors."""
+        """By the overlap of the first points' boxes, as RetinaNet's by that of its anchors.
+
+        First boxes begin so small that an instance may overlap none: where the best overlap is none, that is no match.
+        """
         cells = Boxes.cat(anchors).tensor
         first_BRn = torch.cat(predictions[2], 1).float()
-        boxes = [Boxes(self.box2box_transform.apply_deltas(points, cells)) for points in first_BRn]
-        return torch.stack([assign_by_iou(b, t.gt_boxes, self.matcher) for b, t in zip(boxes, targets, strict=True)])
+        rows = []
+        for points, target in zip(first_BRn, targets, strict=True):
+            overlap_NR = pairwise_iou(target.gt_boxes, Boxes(self.box2box_transform.apply_deltas(points, cells)))
+            rows.append(assign_by_iou(overlap_NR, self.matcher).masked_fill((overlap_NR == 0).all(0), BACKGROUND))
+        return torch.stack(rows)
 
     def losses(
         self, anchors: list[Boxes], predictions: list[list[Tensor]], assignment_BR: Tensor, targets: list[Instances]
