@@ -81,11 +81,11 @@ class KDMetaArch(nn.Module):
             )
         self.labels.check(student, teacher)
         for name, distiller in self.distillers.items():
-            for whose, spec, has in (
-                ("student", student, student.provides),
-                ("teacher", teacher, teacher.provides | {"targets"}),
+            for whose, spec, needs in (
+                ("student", student, distiller.needs),
+                ("teacher", teacher, distiller.needs_of_teacher),
             ):
-                lacking = sorted(distiller.needs - has)
+                lacking = sorted(needs - spec.provides)
                 if lacking:
                     raise UserError(
                         f"The distiller {name} needs {' and '.join(lacking)}, which the {whose} ({spec.name}) does not have."
@@ -101,14 +101,16 @@ class KDMetaArch(nn.Module):
             return self.student(batched_inputs)
         iteration = get_event_storage().iter
         active = {n: d for n, d in self.distillers.items() if self.schedules[n].is_active(iteration)}
-        want = frozenset().union(*(d.needs for d in active.values()))
         teacher = None
         if active or self.labels.needs:
+            batched_inputs = [{**x, "image": x["image"].to(self.device, non_blocking=True)} for x in batched_inputs]
             self.teacher.to(self.device)
-            teacher = self.teacher(batched_inputs, want | self.labels.needs)
+            teacher = self.teacher(
+                batched_inputs, self.labels.needs.union(*(d.needs_of_teacher for d in active.values()))
+            )
         targets = [target.to(self.device) for target in self.labels(batched_inputs, teacher)]
         inputs = [{**x, "instances": target} for x, target in zip(batched_inputs, targets, strict=True)]
-        student = self.adapter.run(inputs, want, targets)
+        student = self.adapter.run(inputs, frozenset().union(*(d.needs for d in active.values())), targets)
         losses = dict(student.losses)
         if teacher is not None:
             self._check_same_input(student, teacher)

@@ -190,6 +190,21 @@ def _dense(logits: Tensor, offset: float) -> DensePredictions:
     )
 
 
+def test_fgfi_reads_the_students_anchors_alone(
+    tiny_cfg: Callable, tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage
+) -> None:
+    """Check a teacher that has none, and a student whose RPN leaves a level out."""
+    student, teacher = tiny_detector("faster"), tiny_detector("panoptic", seed=1)
+    specs = build_adapter(student).spec, build_adapter(teacher).spec
+    fgfi = FGFI(tiny_cfg("faster"), *specs)
+    model = KDMetaArch(student=student, teacher=Teacher(teacher), distillers={"FGFI": fgfi})
+    assert model(make_inputs())["loss_fgfi"] > 0
+    sizes = {"ANCHOR_GENERATOR": {"SIZES": [[16], [32], [64], [128]]}}
+    fewer = tiny_detector("faster", {"MODEL": {"RPN": {"IN_FEATURES": ["p2", "p3", "p4", "p5"]}, **sizes}})
+    with pytest.raises(UserError, match=r"GeneralizedRCNN has none at the strides \[64\]"):
+        FGFI(tiny_cfg("faster"), build_adapter(fewer).spec, specs[1])
+
+
 def test_general_instances_by_hand() -> None:
     """Check the order by difference, the box of the surer detector, the NMS, and the most of an image."""
     student = torch.tensor([[[-9.0, -9], [-9, 2], [-9, -9], [-9, -9], [-9, -9]]]).repeat(2, 1, 1)
@@ -201,53 +216,82 @@ def test_general_instances_by_hand() -> None:
     assert best.anchors.image.tolist() == [0, 0, 0, 1, 1, 1]
     assert best.anchors.anchor.tolist() == [4, 1, 0, 1, 0, 3]
     assert best.boxes[:3].tolist() == [[0.25, 0, 16.25, 16], [8.5, 0, 16.5, 8], [0.25, 0, 8.25, 8]]
+    assert best.is_taken.all()
     # each small box overlaps the large one by 1/4
     best = select_instances(*outputs, 3, 0.2)
-    assert best.anchors.anchor[best.anchors.image == 0].tolist() == [4]
+    assert best.anchors.anchor[best.is_taken].tolist() == [4, 1, 0, 3]
+    assert best.anchors.image[best.is_taken].tolist() == [0, 1, 1, 1]
+    assert best.is_taken.tolist() == [True, False, False, True, True, True]
     assert select_instances(*outputs, 1, 0.3).anchors.anchor.tolist() == [4, 1]
+
+
+def test_the_surer_detector_is_that_with_the_best_class() -> None:
+    """Check probabilities 0.9 and 0.01 against 0.6 and 0.7: the second class differs most, and the teacher is the surer."""
+    student, teacher = (torch.full((1, 5, 2), -9.0) for _ in range(2))
+    student[0, 0], teacher[0, 0] = (torch.tensor(p).logit() for p in ([0.6, 0.7], [0.9, 0.01]))
+    best = select_instances(_dense(student, 0.5), _dense(teacher, 0.25), 1, 0.3)
+    assert best.anchors.anchor.tolist() == [0]
+    assert best.boxes.tolist() == [[0.25, 0, 8.25, 8]]
 
 
 def test_relation_loss_by_hand() -> None:
     """Check distances 3, 4, 5 against 1, 1, 1 after division by their means, two images, and fewer than three instances."""
-    triangle = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
-    even = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, math.sqrt(0.75)]], dtype=torch.float64)
+    triangle = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 4.0], [7.0, 7.0]], dtype=torch.float64)
+    even = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, math.sqrt(0.75)], [-9.0, 2.0]], dtype=torch.float64)
     # 3/4, 4/4, 5/4 against 1: smooth l1 of 1/4 is 1/32
     expected = 2 / 32 / 3
-    image = torch.zeros(3, dtype=torch.int64)
-    assert relation_loss(triangle, even, image, 1).item() == pytest.approx(expected)
-    both = torch.cat([triangle, triangle[:2]]), torch.cat([even, even[:2]])
-    assert relation_loss(*both, torch.tensor([0, 0, 0, 1, 1]), 2).item() == pytest.approx(expected)
-    assert relation_loss(*(x[3:] for x in both), torch.tensor([1, 1]), 2).item() == 0
-    student = triangle.clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda s: relation_loss(s, even, image, 1), student)
+    three = torch.tensor([[True, True, True, False]])
+    two = torch.tensor([[True, True, False, False]])
+    assert relation_loss(triangle[None], even[None], three).item() == pytest.approx(expected)
+    both = [torch.stack([x, x]) for x in (triangle, even)]
+    assert relation_loss(*both, torch.cat([three, two])).item() == pytest.approx(expected)
+    assert relation_loss(*(x[1:] for x in both), two).item() == 0
+    student = triangle[None].clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: relation_loss(s, even[None], three), student)
 
 
 def test_gid_responses_and_features_by_hand(build: Callable) -> None:
     """Check the sums over the selected anchors, each instance's features on its own level, and their divisors."""
-    gid = build(GID, INSTANCES=2)
     student, teacher = torch.randn(2, 1, 5, 3, generator=torch.Generator().manual_seed(0))
     ours, theirs = _dense(student, 0.5), _dense(teacher, 0.25)
-    best = select_instances(ours, theirs, 2, 0.3)
-    classes, box = gid._responses(ours, theirs, best.anchors)
-    picked = [x[0, best.anchors.anchor] for x in (student, teacher)]
+    gid = build(GID, INSTANCES=7)  # more than there are anchors: five places are taken
+    best = select_instances(ours, theirs, 7, 0.3)
+    assert best.is_taken.tolist() == [True] * 5 + [False] * 2
+    chosen = best.anchors.anchor[:5]
+    assert sorted(chosen.tolist()) == [0, 1, 2, 3, 4]
+    classes, box = gid._responses(ours, theirs, best)
+    picked = [x[0, chosen] for x in (student, teacher)]
     probability = picked[1].sigmoid()
     entropy = -(probability * picked[0].sigmoid().log() + (1 - probability) * (-picked[0]).sigmoid().log())
     assert classes.item() == pytest.approx(entropy.sum().item(), rel=1e-5)
-    assert box.item() == pytest.approx(2 * 0.25)
+    assert box.item() == pytest.approx(5 * 0.25)
     maps = {s: torch.full((1, 8, n, n), float(s)) for s, n in ((8, 8), (16, 4), (32, 2), (64, 1), (128, 1))}
     outputs = [DetectorOutputs(images=None, features=maps, dense=dense) for dense in (ours, theirs)]
     features, _ = gid._features(*outputs, best)
-    assert features.shape == (2, 8, 10, 10)
-    strides = [8.0 if anchor < 4 else 16.0 for anchor in best.anchors.anchor]
-    for instance, stride in zip(features, strides, strict=True):
-        torch.testing.assert_close(instance, torch.full_like(instance, stride))
+    assert features.shape == (7, 8, 10, 10)
+    for instance, anchor in zip(features[:5], chosen.tolist(), strict=True):
+        torch.testing.assert_close(instance, torch.full_like(instance, 8.0 if anchor < 4 else 16.0))
     other = DetectorOutputs(images=None, features={s: x + 1 for s, x in maps.items()}, dense=theirs)
     losses = gid(outputs[0], other, targets_of([]))
     # a difference of 1 in 8 channels at every cell
     assert losses["loss_gid_feature"].item() == pytest.approx(5e-4 * 8, rel=1e-5)
-    assert losses["loss_gid_class"].item() == pytest.approx(0.1 * classes.item() / 2, rel=1e-5)
-    assert losses["loss_gid_box"].item() == pytest.approx(0.1 * box.item() / 2, rel=1e-5)
-    assert losses["loss_gid_relation"].item() == 0
+    assert losses["loss_gid_class"].item() == pytest.approx(0.1 * classes.item() / 5, rel=1e-5)
+    assert losses["loss_gid_box"].item() == pytest.approx(0.1 * box.item() / 5, rel=1e-5)
+    assert losses["loss_gid_relation"].item() == pytest.approx(0, abs=1e-9)  # the same distances
+
+
+def test_gid_gradient_is_of_the_taken_places(build: Callable) -> None:
+    """Check p_S - p_T at the selected anchors, and nothing anywhere else."""
+    student, teacher = torch.randn(2, 1, 5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    best = select_instances(_dense(student, 0.5), _dense(teacher, 0.25), 7, 0.2)
+    assert not best.is_taken.all()
+    gid, float32 = build(GID, INSTANCES=7), student.float().requires_grad_()
+    classes, _ = gid._responses(_dense(float32, 0.5), _dense(teacher.float(), 0.25), best)
+    (gradient,) = torch.autograd.grad(classes, float32)
+    expected = torch.zeros_like(gradient)
+    taken = best.anchors.anchor[best.is_taken]
+    expected[0, taken] = (student.sigmoid() - teacher.sigmoid())[0, taken].float()
+    torch.testing.assert_close(gradient, expected)
 
 
 @pytest.mark.parametrize("kind", ["retinanet", "fcos", "atss", "gfl", "fsaf", "reppoints"])

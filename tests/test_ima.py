@@ -8,6 +8,7 @@ from typing import Any
 from kd_d2 import KDMetaArch, Teacher
 from kd_d2.detectors import DetectorOutputs, build_adapter
 from kd_d2.distillers import IMA
+from kd_d2.distillers.base import AdaptationLayers
 from kd_d2.errors import UserError
 from kd_d2.losses import agreement, standardize
 
@@ -101,6 +102,29 @@ def test_alignment(build: Callable, keys: dict, aligned: Callable, event_storage
     assert _loss(build(**keys), student, teacher, []).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_gamma_is_of_the_students_own_features(build: Callable, event_storage: EventStorage) -> None:
+    """Check that neither P nor mask nor G is in it: they begin at random, and what they make agrees with nothing."""
+    event_storage.iter = 19
+    ima = build(ADAPTATION="1x1", MASK="random", GENERATION=True, STANDARDIZE="both", DEFLATE=True)
+    _, teacher = _features()
+    student = {s: 2 * level for s, level in teacher.items()}
+    _loss(ima, student, teacher, [])
+    assert event_storage.latest()["kd/ima_gamma"][0] == pytest.approx(1, rel=1e-5)
+
+
+def test_gamma_is_of_projected_features_where_channels_differ(build: Callable, event_storage: EventStorage) -> None:
+    """Check the cosine of P(F_S) by hand."""
+    event_storage.iter = 19
+    ima = build(ADAPTATION="1x1", DEFLATE=True)
+    student, teacher = _features()
+    ima.adaptation = AdaptationLayers({s: (6, 8) for s in student}, 1)
+    student = {s: level[:, :6] for s, level in student.items()}
+    _loss(ima, student, teacher, [])
+    projected = ima.adaptation(list(student.values()))
+    expected = torch.stack([agreement(p, t) for p, t in zip(projected, teacher.values(), strict=True)]).mean()
+    assert event_storage.latest()["kd/ima_gamma"][0] == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_masks_hide_their_part(build: Callable) -> None:
     """Check the share that is hidden everywhere, inside the boxes alone, and nowhere."""
     student = {s: torch.ones(2, 8, n, n) for s, n in ((8, 64), (16, 32), (32, 16), (64, 8), (128, 4))}
@@ -153,10 +177,11 @@ def test_boxes_as_instances(build: Callable, event_storage: EventStorage) -> Non
 
 def test_gradient_numerically(build: Callable, event_storage: EventStorage) -> None:
     """Check the aligned error in float64, gamma being a constant."""
-    ima = build(STANDARDIZE="both", DEFLATE=False)
-    student, teacher = torch.randn(2, 1, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    ima = build(STANDARDIZE="both", DEFLATE=True)
+    student, teacher = torch.randn(2, 2, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    gamma = torch.tensor([0.25, 0.75], dtype=torch.float64)
     errors = IMA.aligned_errors.__wrapped__
-    assert torch.autograd.gradcheck(lambda s: errors(ima, s, teacher)[0], student.requires_grad_())
+    assert torch.autograd.gradcheck(lambda s: errors(ima, s, teacher, gamma), student.requires_grad_())
 
 
 @pytest.mark.parametrize(

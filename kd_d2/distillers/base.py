@@ -87,7 +87,7 @@ class Distiller(nn.Module):
     """A distillation method.
 
     Class attributes:
-        needs: what `forward` reads: a subset of {"features", "anchors", "dense", "targets"}.
+        needs: what `forward` reads of the student: a subset of {"features", "anchors", "dense", "targets"}.
         loss_names: exactly the keys that `forward` returns, each `loss_<something>`; `loss_<something>_aux_<...>` is an
             auxiliary loss, which trains the method's own parameters and is never scaled by the schedule.
         CONFIG_NODE: the method's node under MODEL.KD.
@@ -98,6 +98,11 @@ class Distiller(nn.Module):
     loss_names: ClassVar[tuple[str, ...]]
     CONFIG_NODE: ClassVar[str]
     default_weight: ClassVar[float] = 1.0
+
+    @property
+    def needs_of_teacher(self) -> frozenset[str]:
+        """What `forward` reads of the teacher, where it is less than of the student a class attribute."""
+        return self.needs - {"targets"}
 
     @classmethod
     def add_config(cls, node: CfgNode) -> None:

@@ -23,8 +23,10 @@ class FGFI(Distiller):
     """
 
     needs = frozenset({"features", "anchors", "targets"})
+    needs_of_teacher = frozenset({"features"})
     loss_names = ("loss_fgfi",)
     CONFIG_NODE = "FGFI"
+    default_weight = 0.01  # of the authors' programs; the loss sums over channels
 
     @classmethod
     def add_config(cls, node: CfgNode) -> None:
@@ -55,9 +57,16 @@ class FGFI(Distiller):
     @classmethod
     def from_config(cls, cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> dict:
         node = cfg.MODEL.KD.FGFI
+        adaptation = AdaptationLayers.from_node(cls.CONFIG_NODE, node, student, teacher)
+        without = [] if student.cell_anchors is None else sorted({*adaptation.strides} - student.cell_anchors.keys())
+        if without:
+            raise UserError(
+                f"FGFI reads the student's anchors on every level that is compared, but {student.name} has none at the strides "
+                f"{without}: add them to the IN_FEATURES of its anchors."
+            )
         return {
             "weight": node.WEIGHT,
-            "adaptation": AdaptationLayers.from_node(cls.CONFIG_NODE, node, student, teacher),
+            "adaptation": adaptation,
             "threshold": node.THRESHOLD,
         }
 

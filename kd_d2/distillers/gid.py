@@ -1,6 +1,8 @@
 """GID: the instances on which student and teacher disagree most are distilled, annotated or not.
 
-Shape suffixes: B images, K classes, R anchors of an image over all levels, S selected instances of all images.
+How many instances an image has is not known before. So that a GPU need not be waited for, every image has a fixed number of
+places for them, and those that are not taken count nothing. Shape suffixes: B images, K classes, R anchors of an image over all
+levels, C candidates of an image, M places of an image, S places of all images.
 """
 
 from __future__ import annotations
@@ -37,15 +39,17 @@ FEWEST_RELATED = 3  # instances of an image whose distances tell something
 
 @dataclass
 class GeneralInstances:
-    """The selected instances of a batch, those of an image one after the other.
+    """The selected instances of a batch, image after image, the best of an image first.
 
     Attributes:
-        anchors: the anchor of each, as `Positives` without a ground truth.
+        anchors: the anchor of each place, as `Positives` without a ground truth.
         boxes: (S, 4) in input pixels, as the detector with the higher score sees them.
+        is_taken: (S,) whether the place has an instance.
     """
 
     anchors: Positives
     boxes: Tensor
+    is_taken: Tensor
 
 
 @DISTILLER_REGISTRY.register()
@@ -128,44 +132,49 @@ class GID(Distiller):
         self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]
     ) -> dict[str, Tensor]:
         selected = select_instances(student.dense, teacher.dense, self.instances, self.nms_threshold)
-        count = mean_count_of_workers(selected.boxes.new_tensor(float(len(selected.boxes))))
+        count = mean_count_of_workers(selected.is_taken.sum().float())
         students, teachers = self._features(student, teacher, selected)
-        feature = (students - teachers).square().sum() / (count * self.resolution**2)
-        relation = relation_loss(students, teachers, selected.anchors.image, len(targets))
-        classes, box = self._responses(student.dense, teacher.dense, selected.anchors)
-        losses = (feature, relation, classes / count, box / count)
+        feature = _sum_of((students - teachers).square(), selected.is_taken) / (count * self.resolution**2)
+        places = (x.unflatten(0, (-1, self.instances)) for x in (students, teachers, selected.is_taken))
+        classes, box = self._responses(student.dense, teacher.dense, selected)
+        losses = (feature, relation_loss(*places), classes / count, box / count)
         return {n: w * loss for n, w, loss in zip(self.loss_names, self.weights, losses, strict=True)}
 
     def _features(
         self, student: DetectorOutputs, teacher: DetectorOutputs, selected: GeneralInstances
     ) -> tuple[Tensor, Tensor]:
-        """(S, C, h, w) of the adapted student and the teacher, level after level, an image's instances in one order."""
+        """(S, C, h, w) of the adapted student and the teacher, each place from its anchor's level."""
         ends = accumulate(len(anchors) for anchors in student.dense.anchors.values())
-        end_L = torch.tensor([*ends], device=selected.boxes.device)
-        level_S = torch.bucketize(selected.anchors.anchor, end_L, right=True)
+        level_S = sum((selected.anchors.anchor >= end).long() for end in ends)
+        order_S = level_S.argsort()
+        sizes = torch.stack([(level_S == level).sum() for level in range(len(student.dense.anchors))])
         rois_S5 = torch.cat([selected.anchors.image[:, None].to(selected.boxes.dtype), selected.boxes], 1)
         pairs = dict(zip(self.adaptation.strides, self.adaptation.pairs(student, teacher), strict=True))
-        parts, orders = [], []
-        for level, stride in enumerate(student.dense.anchors):
-            order = (level_S == level).nonzero()[:, 0]
+        parts = []
+        for stride, here in zip(student.dense.anchors, order_S.split(sizes.tolist()), strict=True):
             crop = partial(
                 roi_align, output_size=self.resolution, spatial_scale=1 / stride, sampling_ratio=2, aligned=True
             )
-            parts.append([crop(x.float(), rois_S5[order]) for x in pairs[stride]])
-            orders.append(order)
-        order_S = torch.cat(orders).argsort()
-        return tuple(torch.cat(of_detector)[order_S] for of_detector in zip(*parts, strict=True))
+            parts.append([crop(x.float(), rois_S5[here]) for x in pairs[stride]])
+        back_S = order_S.argsort()
+        return tuple(torch.cat(of_detector)[back_S] for of_detector in zip(*parts, strict=True))
 
     def _responses(
-        self, student: DensePredictions, teacher: DensePredictions, anchors: Positives
+        self, student: DensePredictions, teacher: DensePredictions, selected: GeneralInstances
     ) -> tuple[Tensor, Tensor]:
         """Binary cross-entropy and l1, summed over the instances."""
-        logits, regression = (anchors.pick(x.values()).float() for x in (student.logits, student.box_regression))
+        pick = selected.anchors.pick
+        logits, regression = (pick(x.values()).float() for x in (student.logits, student.box_regression))
         with torch.no_grad():
-            probability = anchors.pick(teacher.logits.values()).float().sigmoid()
-            theirs = anchors.pick(teacher.box_regression.values()).float()
-        classes = F.binary_cross_entropy_with_logits(logits, probability, reduction="sum")
-        return classes, F.l1_loss(regression, theirs, reduction="sum")
+            probability = pick(teacher.logits.values()).float().sigmoid()
+            theirs = pick(teacher.box_regression.values()).float()
+        classes = F.binary_cross_entropy_with_logits(logits, probability, reduction="none")
+        return _sum_of(classes, selected.is_taken), _sum_of((regression - theirs).abs(), selected.is_taken)
+
+
+def _sum_of(values: Tensor, is_taken: Tensor) -> Tensor:
+    """The sum of (S, ...) over the places that are taken."""
+    return values.flatten(1).sum(1).where(is_taken, 0).sum()
 
 
 @torch.no_grad()
@@ -173,44 +182,56 @@ def select_instances(
     student: DensePredictions, teacher: DensePredictions, most: int, nms_threshold: float
 ) -> GeneralInstances:
     """The `most` instances of each image on which the two disagree most, after an NMS over all classes."""
-    levels = zip(student.logits.values(), teacher.logits.values(), strict=True)
-    differences = [(t.float().sigmoid() - s.float().sigmoid()).abs().max(2) for s, t in levels]
-    score_BR, class_BR = (torch.cat(parts, 1) for parts in zip(*differences, strict=True))
-    score_BC, anchor_BC = score_BR.topk(min(CANDIDATES, score_BR.shape[1]), dim=1)
-    image_BC = torch.arange(len(score_BC), device=score_BC.device)[:, None].expand_as(anchor_BC)
-    anchors = Positives(image_BC.flatten(), anchor_BC.flatten(), torch.full_like(anchor_BC, -1).flatten())
-    class_P = class_BR[anchors.image, anchors.anchor]
-    ours, theirs = (anchors.pick(x.logits.values(), class_P) for x in (student, teacher))
-    is_teachers = (theirs > ours)[:, None]
-    boxes = torch.where(is_teachers, teacher.boxes_at(anchors).float(), student.boxes_at(anchors).float())
-    kept = batched_nms(boxes, score_BC.flatten(), anchors.image, nms_threshold)  # best first
-    rank = F.one_hot(anchors.image[kept], len(score_BC)).cumsum(0).gather(1, anchors.image[kept][:, None])[:, 0]
-    kept = kept[rank <= most]
-    kept = kept[anchors.image[kept].argsort(stable=True)]
-    return GeneralInstances(
-        Positives(*(x[kept] for x in (anchors.image, anchors.anchor, anchors.instance))), boxes[kept]
+    differences, teacher_is_surer = [], []
+    for ours, theirs in zip(student.logits.values(), teacher.logits.values(), strict=True):
+        ours, theirs = ours.float().sigmoid(), theirs.float().sigmoid()
+        differences.append((theirs - ours).abs().amax(2))
+        teacher_is_surer.append(theirs.amax(2) > ours.amax(2))
+    score_BC, anchor_BC = (x := torch.cat(differences, 1)).topk(min(CANDIDATES, x.shape[1]), dim=1)
+    num_images = len(score_BC)
+    number_B = torch.arange(num_images, device=score_BC.device)
+    image_P = number_B[:, None].expand_as(anchor_BC).flatten()
+    candidates = _anchors(image_P, anchor_BC.flatten())
+    boxes_P4 = torch.where(
+        torch.cat(teacher_is_surer, 1).gather(1, anchor_BC).view(-1, 1),
+        teacher.boxes_at(candidates),
+        student.boxes_at(candidates),
     )
+    kept = batched_nms(boxes_P4, score_BC.flatten(), image_P, nms_threshold)  # best first
+    rank = (image_P[kept, None] == number_B).cumsum(0).gather(1, image_P[kept, None])[:, 0] - 1
+    place = torch.where(
+        rank < most, image_P[kept] * most + rank, num_images * most
+    )  # the last for those that have none
+    chosen_S = kept.new_zeros(num_images * most + 1).scatter_(0, place, kept)[:-1]
+    is_taken_S = kept.new_zeros(num_images * most + 1, dtype=torch.bool).scatter_(0, place, True)[:-1]
+    image_S = number_B.repeat_interleave(most, output_size=num_images * most)
+    return GeneralInstances(_anchors(image_S, candidates.anchor[chosen_S]), boxes_P4[chosen_S], is_taken_S)
 
 
-def relation_loss(student: Tensor, teacher: Tensor, image: Tensor, num_images: int) -> Tensor:
+def _anchors(image: Tensor, anchor: Tensor) -> Positives:
+    return Positives(image, anchor, torch.full_like(anchor, -1))
+
+
+def relation_loss(student: Tensor, teacher: Tensor, is_taken_BM: Tensor) -> Tensor:
     """Smooth l1 between the distances of the instances of an image, each divided by the image's mean distance.
 
     The mean over pairs, then over the images with three instances or more; 0 where there is none.
 
     Args:
-        student, teacher: (S, ...) features of the instances.
-        image: (S,) the image of each, ascending.
+        student, teacher: (B, M, ...) features of the instances.
+        is_taken_BM: the places that have one.
     """
-    losses = [student.sum() * 0.0]
-    for number in range(num_images):
-        ours, theirs = (x[image == number].flatten(1) for x in (student, teacher))
-        if len(ours) >= FEWEST_RELATED:
-            losses.append(F.smooth_l1_loss(_normalized_distances(ours), _normalized_distances(theirs)))
-    count = mean_count_of_workers(student.new_tensor(float(len(losses) - 1)))
-    return sum(losses) / count
+    first, second = torch.triu_indices(*[is_taken_BM.shape[1]] * 2, offset=1, device=is_taken_BM.device)
+    is_pair = is_taken_BM[:, first] & is_taken_BM[:, second]
+    pairs_B = is_pair.sum(1).clamp(min=1)
 
+    def normalized_distances(features: Tensor) -> Tensor:
+        flat = features.flatten(2)
+        distances = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist")[:, first, second]
+        mean_B = distances.where(is_pair, 0).sum(1) / pairs_B
+        return distances / mean_B.clamp(min=1e-6)[:, None]
 
-def _normalized_distances(features: Tensor) -> Tensor:
-    """(pairs,) distances of different instances, divided by their mean."""
-    distances = F.pdist(features)
-    return distances / distances.mean().clamp(min=1e-6)
+    losses = F.smooth_l1_loss(normalized_distances(student), normalized_distances(teacher), reduction="none")
+    is_related_B = is_taken_BM.sum(1) >= FEWEST_RELATED
+    total = (losses.where(is_pair, 0).sum(1) / pairs_B).where(is_related_B, 0).sum()
+    return total / mean_count_of_workers(is_related_B.sum().float())

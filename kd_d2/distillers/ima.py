@@ -34,7 +34,8 @@ class IMA(Distiller):
     """Instance Mask Alignment: L = WEIGHT * mean over levels and (N, C, H, W) of (gamma * std(G(M * P(F_S))) - std(F_T))^2.
 
     P projects, M hides positions at random, G fills them in again; std brings every map of an instance to mean 0 and deviation
-    1; gamma, how much the two agree, makes little of instances that do not. Every stage can be switched off.
+    1; gamma, the cosine of F_S and F_T (of P(F_S) where their channels differ), makes little of instances that do not agree. Every
+    stage can be switched off.
     """
 
     needs = frozenset({"features", "targets"})
@@ -128,15 +129,17 @@ class IMA(Distiller):
         masks, pairs = self._masks(student, targets), self.adaptation.pairs(student, teacher)
         errors, scales = [], []
         for stride, mask, (s, t) in zip(self.adaptation.strides, masks, pairs, strict=True):
-            filled = self._fill(s * mask[:, None], stride)
-            error, scale = self.aligned_errors(*self._instances(filled, t, targets, stride))
-            errors.append(error)
-            scales.append(scale)
-        scale_LN = torch.stack(scales)
-        if self.deflate and scale_LN.numel():
-            log_scalar("ima_gamma", scale_LN.mean)
+            filled, aim = (self._instances(x, targets, stride) for x in (self._fill(s * mask[:, None], stride), t))
+            scale = None
+            if self.deflate:
+                own = student.features[stride]
+                scale = agreement(self._instances(own if own.shape == t.shape else s, targets, stride), aim)
+                scales.append(scale)
+            errors.append(self.aligned_errors(filled, aim, scale))
+        if scales and scales[0].numel():
+            log_scalar("ima_gamma", lambda: torch.stack(scales).mean())
         error_LN = torch.stack(errors)
-        count = mean_count_of_workers(error_LN.new_tensor(float(error_LN.shape[1])))
+        count = mean_count_of_workers(error_LN.new_full((), error_LN.shape[1]))
         return {"loss_ima": self.weight * error_LN.mean(0).sum() / count}
 
     def _masks(self, student: DetectorOutputs, targets: list[Instances]) -> list[Tensor]:
@@ -153,28 +156,23 @@ class IMA(Distiller):
     def _fill(self, maps: Tensor, stride: int) -> Tensor:
         return self.generation[str(stride)](maps) if self.generation else maps
 
-    def _instances(
-        self, student: Tensor, teacher: Tensor, targets: list[Instances], stride: int
-    ) -> tuple[Tensor, Tensor]:
-        """What the loss compares: (N, C, H, W) each, of samples or of boxes."""
+    def _instances(self, maps: Tensor, targets: list[Instances], stride: int) -> Tensor:
+        """What the loss compares, (N, C, H, W): samples or boxes."""
         if self.instance == "sample":
-            return student, teacher
+            return maps
         boxes = [target.gt_boxes.tensor for target in targets]
-        return tuple(
-            roi_align(x.float(), boxes, self.box_resolution, 1 / stride, sampling_ratio=2, aligned=True)
-            for x in (student, teacher)
-        )
+        return roi_align(maps.float(), boxes, self.box_resolution, 1 / stride, sampling_ratio=2, aligned=True)
 
     @in_float32
-    def aligned_errors(self, student_NCHW: Tensor, teacher_NCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean squared error of each aligned instance (N,), and gamma (N,)."""
-        gamma_N = agreement(student_NCHW, teacher_NCHW) if self.deflate else student_NCHW.new_ones(len(student_NCHW))
+    def aligned_errors(self, student_NCHW: Tensor, teacher_NCHW: Tensor, gamma_N: Tensor | None) -> Tensor:
+        """The mean squared error of each aligned instance (N,); gamma is 1 where it is None."""
         if self.standardized != "none":
             student_NCHW = standardize(student_NCHW)
         if self.standardized == "both":
             teacher_NCHW = standardize(teacher_NCHW)
-        difference = gamma_N[:, None, None, None] * student_NCHW - teacher_NCHW
-        return difference.square().mean((1, 2, 3)), gamma_N
+        if gamma_N is not None:
+            student_NCHW = gamma_N[:, None, None, None] * student_NCHW
+        return (student_NCHW - teacher_NCHW).square().mean((1, 2, 3))
 
 
 def _generation_block(channels: int) -> nn.Sequential:

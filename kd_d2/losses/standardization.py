@@ -22,4 +22,4 @@ def standardize(maps: Tensor, eps: float = EPS) -> Tensor:
 @torch.no_grad()
 def agreement(student: Tensor, teacher: Tensor) -> Tensor:
     """(N,) the cosine of the angle between two instances' features (N, C, H, W), at least 0; without gradient."""
-    return F.cosine_similarity(student.flatten(1), teacher.flatten(1)).clamp(min=0)
+    return F.cosine_similarity(student.flatten(1).float(), teacher.flatten(1).float()).clamp(min=0)
