@@ -389,6 +389,24 @@ def test_resuming_what_cannot_be_resumed(project: Project, capfd: pytest.Capture
     assert "bbox" in project.main("--resume", *plain("SOLVER.MAX_ITER", 3))
 
 
+def test_files_of_proposals_are_not_read(project: Project, refused) -> None:
+    """Check that a pickle that would write a file is refused with its key, and never opened."""
+    marker = project.folder / "was_run"
+
+    class Malicious:
+        def __reduce__(self):
+            return os.system, (f"touch {marker}",)
+
+    proposals = project.folder / "proposals.pkl"
+    proposals.write_bytes(pickle.dumps(Malicious()))
+    for key in ("TRAIN", "TEST"):
+        sentence = refused("MODEL.LOAD_PROPOSALS", True, f"DATASETS.PROPOSAL_FILES_{key}", (str(proposals),))
+        assert sentence == (
+            "MODEL.LOAD_PROPOSALS is True: files of proposals are pickles, which can run code when they are read, so they are not."
+        )
+    assert not marker.exists()
+
+
 # -------------------------------------------------------------------------------------------- how programs end
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from kd_d2.config import load_config
 from kd_d2.data import register_coco_json
 from kd_d2.distillers import DISTILLER_REGISTRY
 from kd_d2.engine.trainer import _distributed
+from kd_d2.errors import UserError
 from kd_d2.workers import mean_count_of_workers
 
 import pytest
@@ -19,7 +21,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
-from helpers import Project, make_project
+from helpers import KillAt, Project, clean_process, make_project, make_trainer, train
 from torch import Tensor
 
 SIZE = (64, 96)
@@ -166,3 +168,56 @@ def test_counts_of_workers_by_hand(tmp_path: Path) -> None:
     """Check that gradients averaged over workers are divided by the whole count, which is at least 1."""
     assert float(mean_count_of_workers(torch.tensor(0.0))) == 1 and float(mean_count_of_workers(torch.tensor(3.0))) == 3
     torch.multiprocessing.start_processes(_count, nprocs=2, args=(str(tmp_path),), start_method="fork")
+
+
+def _train_as_one_of_two(
+    rank: int, project: Project, name: str, options: tuple, resume: bool, killed_behind: int
+) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{project.folder}/{name}-store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    comm.create_local_process_group(2)
+    losses = train(project, *options, resume=resume, hooks=(KillAt(killed_behind),), seed=1000 * resume + rank).losses
+    if rank == 0:
+        (project.folder / f"{name}.json").write_text(json.dumps(losses))
+    torch.distributed.destroy_process_group()
+
+
+def _train_in_two(
+    project: Project, name: str, *options: object, resume: bool = False, killed_behind: int = 99
+) -> dict[str, dict[str, float]]:
+    """Losses by iteration and name."""
+    args = (project, name, options, resume, killed_behind)
+    torch.multiprocessing.start_processes(_train_as_one_of_two, nprocs=2, args=args, start_method="fork")
+    return json.loads((project.folder / f"{name}.json").read_text())
+
+
+def test_two_resumed_processes_go_on_as_if_unbroken(tmp_path: Path) -> None:
+    """Check that each has its own random numbers again, which IMA's masks are of, and its own running normaliser of RetinaNet."""
+    project = make_project(tmp_path, MODEL__KD__DISTILLERS=("IMA",), SOLVER__IMS_PER_BATCH=2, SOLVER__STEPS=())
+    project.change(SOLVER__MAX_ITER=4, SOLVER__CHECKPOINT_PERIOD=2, SOLVER__BASE_LR=0.001)
+    unbroken = _train_in_two(project, "unbroken", "OUTPUT_DIR", tmp_path / "unbroken")
+    _train_in_two(project, "killed", killed_behind=1)
+    resumed = _train_in_two(project, "resumed", resume=True)
+    assert resumed.keys() == {"2", "3"}
+    for iteration, losses in resumed.items():
+        assert losses == pytest.approx(unbroken[iteration], rel=1e-4)
+
+
+def _resume_from_own_folder(rank: int, project: Project) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{project.folder}/store", rank=rank, world_size=2)
+    comm.create_local_process_group(2)
+    folder = (
+        () if rank == 0 else ("OUTPUT_DIR", project.folder / "elsewhere")
+    )  # another disk, which never had a checkpoint
+    sentence = r"process 0 goes on from model_final.pth and process 1 from nothing; OUTPUT_DIR must be a folder that all machines share"
+    with clean_process(), pytest.raises(UserError, match=sentence):
+        make_trainer(project, *folder).resume_or_load(resume=True)
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_that_would_go_on_from_different_checkpoints_end(tmp_path: Path) -> None:
+    """Check that a folder that is not shared is told, before models that differ are averaged."""
+    project = make_project(tmp_path, SOLVER__IMS_PER_BATCH=2, SOLVER__MAX_ITER=1, SOLVER__STEPS=())
+    train(project)
+    torch.multiprocessing.start_processes(_resume_from_own_folder, nprocs=2, args=(project,), start_method="fork")

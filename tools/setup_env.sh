@@ -49,8 +49,8 @@ why_unusable() { # prints why kd_d2 cannot use what this Python has; nothing if 
     "$1" -W ignore - <<'PY' 2>/dev/null || echo "importing it fails"
 import detectron2, numpy, torch
 number = lambda module: tuple(int(n) for n in module.__version__.split("+")[0].split(".")[:2])
-if number(torch) < (2, 5):
-    print(f"its torch is {torch.__version__}, not >= 2.5.1")
+if number(torch) < (2, 10):
+    print(f"its torch is {torch.__version__}, not >= 2.10")
 elif not (1, 26) <= number(numpy) < (2, 0):
     print(f"its numpy is {numpy.__version__}, not >= 1.26 and < 2")
 PY

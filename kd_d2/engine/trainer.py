@@ -14,7 +14,6 @@ from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
-from detectron2.utils.env import seed_all_rng
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,12 +24,12 @@ from ..evaluation import build_evaluator
 from ..meta_arch import KDMetaArch, student_of
 from ..teacher import Teacher
 from .checks import check_classes
-from .loss_normalizers import get_loss_normalizers, set_loss_normalizers
 from .memory import PeakMemoryRecorder
 from .optimizers import build_optimizers
-from .random_state import get_random_state, preserved_random_state, set_random_state
+from .random_state import preserved_random_state
 from .schedule import check_batch, scale_to_world_size
 from .step import DistillationStep
+from .worker_states import WorkerStates, get_worker_state, set_worker_state
 
 logger = logging.getLogger(__name__)
 
@@ -67,20 +66,40 @@ class KDTrainer(DefaultTrainer):
 
         Also opens the stream of training data, so that whatever is wrong with it is said now.
         """
-        if resume and self.checkpointer.has_checkpoint():
-            self._resume_from_any(self.checkpointer.resumable_files())
-        else:
+        resume = resume and self.checkpointer.has_checkpoint()
+        if resume or comm.get_world_size() > 1:
+            self._resume_in_step(resume)
+        if not resume:
             self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=False)
             if isinstance(self.bare_model, KDMetaArch) and self.cfg.MODEL.KD.INHERIT.ENABLED:
                 inherit(self.bare_model.student, self.bare_model.teacher.model, self.cfg.MODEL.KD.INHERIT.MODULES)
         self._open_stream()
 
-    def _resume_from_any(self, files: list[str]) -> None:
-        """Go on from the first file that can be read; raises what is wrong with the first where none can."""
+    def _resume_in_step(self, resume: bool) -> None:
+        """Go on from a checkpoint where this process has one; raises a UserError unless all processes went on from the same."""
+        beginning, failure = "nothing", None
+        try:
+            if resume:
+                beginning = self._resume_from_any(self.checkpointer.resumable_files())
+        except UserError as error:
+            beginning, failure = f"nothing ({error})", error
+        beginnings = comm.all_gather(beginning)
+        if failure:
+            raise failure
+        for rank, other in enumerate(beginnings):
+            if other != beginnings[0]:
+                raise UserError(
+                    f"--resume: process 0 goes on from {beginnings[0]} and process {rank} from {other}; OUTPUT_DIR must be a folder "
+                    "that all machines share."
+                )
+
+    def _resume_from_any(self, files: list[str]) -> str:
+        """Go on from the first file that can be read, and return its name; raises what is wrong with the first where none can."""
         errors = []
         for file in files:
             try:
-                return self._resume(file)
+                self._resume(file)
+                return os.path.basename(file)
             except UnreadableCheckpointError as error:
                 logger.warning(f"{error} Looking for the checkpoint before it.")
                 errors.append(error)
@@ -123,22 +142,19 @@ class KDTrainer(DefaultTrainer):
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
         state["seed"] = self.seed
-        state["random"] = get_random_state()
-        state["normalizers"] = get_loss_normalizers(student_of(self.bare_model))
+        state.update(get_worker_state(student_of(self.bare_model)), other_workers=self.worker_states.others)
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.start_iter = self.iter + 1
         self.seed = state["seed"]
-        if comm.is_main_process():
-            set_random_state(state["random"])
-        else:
-            seed_all_rng((self.seed + comm.get_rank() + 7919 * state["iteration"]) % 2**31)
-        set_loss_normalizers(student_of(self.bare_model), state["normalizers"])
+        workers = [state, *state.get("other_workers", [])]
+        set_worker_state(student_of(self.bare_model), workers, seed=self.seed + 7919 * state["iteration"])
 
     def build_hooks(self) -> list[HookBase]:
-        return [PeakMemoryRecorder(), *super().build_hooks()]
+        self.worker_states = WorkerStates(student_of(self.bare_model), self.cfg.SOLVER.CHECKPOINT_PERIOD)
+        return [PeakMemoryRecorder(), self.worker_states, *super().build_hooks()]
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer):

@@ -1,0 +1,53 @@
+"""What each process of a training has of its own: random numbers and running loss normalisers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from torch import nn
+
+from .loss_normalizers import get_loss_normalizers, set_loss_normalizers
+from .random_state import get_random_state, set_random_state
+
+
+def get_worker_state(model: nn.Module) -> dict[str, Any]:
+    """Of this process."""
+    return {"random": get_random_state(), "normalizers": get_loss_normalizers(model)}
+
+
+def set_worker_state(model: nn.Module, states: list[dict[str, Any]], seed: int) -> None:
+    """Give this process its own state again.
+
+    Args:
+        states: of the processes that there were, in order of rank. A process without one takes the first's normalisers, and
+            random numbers from `seed`.
+    """
+    rank = comm.get_rank()
+    own = states[rank] if rank < len(states) else None
+    set_loss_normalizers(model, (own or states[0])["normalizers"])
+    if own:
+        set_random_state(own["random"])
+    else:
+        seed_all_rng((seed + rank) % 2**31)
+
+
+class WorkerStates(HookBase):
+    """Brings the states of all processes to the first one where a checkpoint is about to be written; `others` has them.
+
+    Args:
+        model: whose loss normalisers they are.
+        period: of the checkpoints.
+    """
+
+    def __init__(self, model: nn.Module, period: int):
+        self.model = model
+        self.period = period
+        self.others: list[dict[str, Any]] = []
+
+    def after_step(self) -> None:
+        following = self.trainer.iter + 1
+        if following % self.period == 0 or following >= self.trainer.max_iter:
+            self.others = comm.gather(get_worker_state(self.model))[1:]
