@@ -40,9 +40,11 @@ RUN pip install --no-deps --no-build-isolation --editable . \
     && python cluster/check_install.py --operators
 
 FROM nvidia/cuda:${CUDA}-base-${UBUNTU}
+# Triton, of which the SSIM loss and torch.compile are made on a GPU, compiles its launchers when it first runs: a C compiler and
+# Python's headers belong to what runs.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends python3 \
+    && apt-get install -y --no-install-recommends gcc libc6-dev python3 python3-dev \
     && rm -rf /var/lib/apt/lists/* \
     && (userdel --remove ubuntu || true) \
     && useradd --uid 1000 --create-home kd_d2 \
@@ -54,6 +56,8 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     XDG_CACHE_HOME=/work/output/.cache \
     FVCORE_CACHE=/work/output/.cache/fvcore \
+    TRITON_CACHE_DIR=/work/output/.cache/triton \
+    TORCHINDUCTOR_CACHE_DIR=/work/output/.cache/inductor \
     MPLCONFIGDIR=/tmp/matplotlib
 USER 1000
 WORKDIR /work

@@ -3,17 +3,22 @@
 
     cluster/check_install.py [--operators]
 
---operators: Detectron2's compiled operators must be there, with CUDA. Needs no GPU; where there is one, the pass runs on it too.
+--operators: Detectron2's compiled operators must be there, with CUDA, and what Triton compiles its launchers with. Needs no GPU;
+where there is one, the passes run on it too.
 """
 
 import argparse
 import os
+import shutil
+import subprocess
 import sys
+import sysconfig
 import tempfile
 
 from kd_d2 import load_config
 from kd_d2.checkpoint import KDCheckpointer
 from kd_d2.evaluation.corruptions import corrupt
+from kd_d2.losses import ssim_loss
 from kd_d2.versions import versions
 
 import numpy as np
@@ -30,6 +35,25 @@ def check_operators() -> None:
 
     if not _C.has_cuda():
         raise SystemExit("Detectron2's operators were built without CUDA.")
+
+
+def check_compiler() -> None:
+    """A C compiler that finds Python's headers."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or "cc"
+    command = [compiler, "-I", sysconfig.get_path("include"), "-fsyntax-only", "-x", "c", "-"]
+    try:
+        subprocess.run(command, input="#include <Python.h>\n", text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise SystemExit(f"Triton would not start on a GPU: {error}") from error
+
+
+def check_ssim(device: str) -> None:
+    """The loss with kernels of its own, forward and backward: two maps that are constant and equal are alike."""
+    student = torch.ones(1, 2, 40, 60, device=device, requires_grad=True)
+    loss = ssim_loss(student, torch.ones_like(student))
+    loss.backward()
+    if not (loss.abs() < 1e-3 and student.grad.isfinite().all()):
+        raise SystemExit(f"The SSIM loss of two equal maps is {loss.item()} on {device}.")
 
 
 def check_training(device: str) -> None:
@@ -54,7 +78,9 @@ def check_training(device: str) -> None:
 def main(operators: bool) -> None:
     if operators:
         check_operators()
+        check_compiler()
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        check_ssim(device)
         check_training(device)
     corrupt(np.zeros((40, 40, 3), np.uint8), "fog", 1, 0)
     print("kd_d2 works: " + ", ".join(f"{name} {version}" for name, version in versions().items()))

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 
 from kd_d2.losses import fused_ssim, ms_ssim_loss, ssim_chunks, ssim_loss
 
@@ -208,6 +209,16 @@ def test_fixed_teacher_equals_kornia(
     _check_against_kornia(
         loss_of, offset + max_val * student, offset + max_val * (0.7 * student + 0.3 * noise), window_size, max_val
     )
+
+
+@pytest.mark.parametrize("loss_of", [_fused, _plain])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_maps_at_different_offsets(loss_of: Callable, memory_format: torch.memory_format) -> None:
+    """Check that a channel far from zero costs the others beside it no digits, nor its own."""
+    student, noise = _maps(2, 4, 30, 41)
+    offset = torch.tensor([0.0, 1000.0, -100.0, 0.5])[:, None, None]
+    maps = (x.contiguous(memory_format=memory_format) for x in (offset + student, offset + 0.7 * student + 0.3 * noise))
+    _check_against_kornia(loss_of, *maps, 11, 1.0)
 
 
 def test_dark_cells_beside_bright_ones() -> None:
@@ -433,6 +444,23 @@ def test_triton_kernels_on_its_interpreter() -> None:
         [sys.executable, "-c", TRITON], env=environment, capture_output=True, text=True, timeout=300
     )
     assert result.stdout.strip() == "equal", result.stderr
+
+
+def test_triton_that_cannot_start_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Check that the reason is said once and the chunks take over, as on a machine with a GPU and no compiler."""
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC.")
+
+    monkeypatch.setitem(sys.modules, "kd_d2.losses.ssim_triton", SimpleNamespace(loss_and_gradient=fail))
+    monkeypatch.setattr("kd_d2.losses.ssim_triton", sys.modules["kd_d2.losses.ssim_triton"], raising=False)
+    monkeypatch.setattr(fused_ssim, "HAS_TRITON", True)
+    fused_ssim._triton_kernels.cache_clear()
+    assert [fused_ssim._triton_kernels(torch.device("cpu")) for _ in range(2)] == [None, None]
+    fused_ssim._triton_kernels.cache_clear()
+    assert [r.message for r in caplog.records] == [
+        "SSIM is computed without Triton's kernels on cpu, more slowly, for they failed (Failed to find C compiler.)."
+    ]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

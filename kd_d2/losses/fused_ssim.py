@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import logging
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from . import ssim_chunks
 from .similarity import similarity_map
+
+logger = logging.getLogger(__name__)
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -52,8 +57,24 @@ def loss_and_gradient(
     student: Tensor, teacher: Tensor, window_size: int, max_val: float, gradient: Tensor | None
 ) -> Tensor:
     """The mean loss; the gradient of the sum of SSIM / 4 goes to `gradient`. On a GPU by Triton's kernels where it is there."""
-    if student.is_cuda and HAS_TRITON and student.dtype != torch.float64:
-        from . import ssim_triton
+    kernels = _triton_kernels(student.device) if student.is_cuda and student.dtype != torch.float64 else None
+    return (kernels or ssim_chunks).loss_and_gradient(student, teacher, window_size, max_val, gradient)
 
-        return ssim_triton.loss_and_gradient(student, teacher, window_size, max_val, gradient)
-    return ssim_chunks.loss_and_gradient(student, teacher, window_size, max_val, gradient)
+
+@functools.cache
+def _triton_kernels(device: torch.device) -> ModuleType | None:
+    """The module of Triton's kernels; None where there is no Triton, and, with a warning, where it cannot make them."""
+    if not HAS_TRITON:
+        return None
+    from . import ssim_triton
+
+    maps = torch.zeros(1, 1, 16, 16, device=device)
+    try:
+        ssim_triton.loss_and_gradient(maps, maps, 11, 1.0, torch.empty_like(maps))
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        logger.warning(
+            f"SSIM is computed without Triton's kernels on {device}, more slowly, for they failed ({reason})."
+        )
+        return None
+    return ssim_triton

@@ -32,13 +32,14 @@ def loss_and_gradient(
     step = min(C, max(1, CHUNK_ELEMENTS.get(device.type, 2**20) // (H * W)))
     blur = SeparableBlur.of(H, W, window_size, dtype, device)
     chunks = {K: _Chunk(blur, K, max_val) for K in {step, C % step or step}}
+    offset_BC = teacher.mean((-2, -1), dtype=dtype)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for image in range(B):
         for start in range(0, C, step):
             part = (image, slice(start, start + step))
             maps = student[part].transpose(0, 1), teacher[part].transpose(0, 1)
             out = None if gradient is None else gradient[part].transpose(0, 1)
-            total += chunks[maps[0].shape[1]].similarity(*maps, out)
+            total += chunks[maps[0].shape[1]].similarity(*maps, offset_BC[part][:, None], out)
     return ((1 - 4 * total / student.numel()) / 2).to(dtype)
 
 
@@ -93,14 +94,14 @@ class _Chunk:
             *_products_of_rows(blur.columns_adjoint, between, derivatives),
         ]
 
-    def similarity(self, student: Tensor, teacher: Tensor, gradient: Tensor | None) -> Tensor:
+    def similarity(self, student: Tensor, teacher: Tensor, offset: Tensor, gradient: Tensor | None) -> Tensor:
         """Sum of SSIM / 4 over student and teacher (H, K, W); its gradient goes to `gradient`.
 
         With a = mu_s * mu_t + C1 / 2, b = mu_s^2 + mu_t^2 + C1, c = covariance + C2 / 2, d = variances + C2 and
-        e = b * d + EPS, q = SSIM / 4 = a * c / e. Maps are moved by `offset` first: variances do not change and lose no digits.
+        e = b * d + EPS, q = SSIM / 4 = a * c / e. Each map is moved by its own `offset` (K, 1) first: variances do not change and lose
+        no digits.
         """
         s, t, squares, product = self.inputs
-        offset = teacher.mean(dtype=s.dtype)
         torch.sub(student.to(s.dtype), offset, out=s)
         torch.sub(teacher.to(s.dtype), offset, out=t)
         torch.mul(s, s, out=squares).addcmul_(t, t)
