@@ -11,13 +11,16 @@ from kd_d2.detectors import DetectorOutputs
 from kd_d2.distillers import DISTILLER_REGISTRY
 from kd_d2.distillers.base import AdaptationLayers
 from kd_d2.distillers.feature_imitation import FeatureImitation
+from kd_d2.engine.loss_maps import LossMapRecorder
+from kd_d2.evaluation.examples import read_examples
 
 import cv2
 import numpy as np
 import pytest
 import torch
 from detectron2.structures import ImageList
-from helpers import ROOT, Project, make_project, run_program
+from detectron2.utils import comm
+from helpers import ROOT, Project, clean_process, make_project, make_trainer, run_program
 
 PROGRAM = ROOT / "tools" / "loss_maps.py"
 KEYS = {
@@ -116,6 +119,27 @@ def test_a_resumed_training_goes_on_noting_and_a_new_one_begins_anew(tmp_path: P
     np.testing.assert_array_equal(both["iteration_0000001"]["0/8"], first["iteration_0000001"]["0/8"])
     run("train", "--config-file", project.student, "--images", 1, "--every", 4)
     assert _maps(project).keys() == {"iteration_0000004"}
+
+
+def _note_as_one_of_two(rank: int, project: Project) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{project.folder}/store", rank=rank, world_size=2)
+    comm.create_local_process_group(2)
+    with clean_process():
+        trainer = make_trainer(project)
+        trainer.resume_or_load(resume=False)
+        examples = read_examples(trainer.cfg, 1)
+        trainer.register_hooks([LossMapRecorder(trainer.bare_model, examples, 1, trainer.cfg.OUTPUT_DIR)])
+        trainer.train()
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_note_together(tmp_path: Path) -> None:
+    """Check a detector and a method whose losses count over all processes: nothing waits for the other, and one writes."""
+    keys = {**KEYS, "MODEL__KD__DISTILLERS": ("PFI",), "SOLVER__IMS_PER_BATCH": 2, "SOLVER__MAX_ITER": 2}
+    project = make_project(tmp_path, "fsaf", **keys, MODEL__KD__PFI__MASK="positives")
+    torch.multiprocessing.start_processes(_note_as_one_of_two, nprocs=2, args=(project,), start_method="fork")
+    assert _maps(project).keys() == {"iteration_0000001", "iteration_0000002"}
 
 
 @pytest.mark.parametrize(

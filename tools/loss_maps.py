@@ -1,11 +1,11 @@
 #!/usr/bin/env python
 """Where on the image the distillation loss falls, accumulated over a training.
 
-    tools/loss_maps.py train --config-file CONFIG [--images 8] [--every 50] [--resume] [KEY VALUE ...]
+    tools/loss_maps.py train --config-file CONFIG [--images 8] [--every N] [--resume] [KEY VALUE ...]
     tools/loss_maps.py draw RUN [RUN ...] --output PICTURE.png [--stride S]
 
-"train" is a training as train_net.py's, with one distiller; every so many iterations it also notes, for images of the test
-set, in OUTPUT_DIR/loss_maps: of StructuralKD the loss of every position (its mean over the channels), of the other methods how hard
+"train" is a training as train_net.py's, with one distiller; every N iterations, by default 40 times in all, it also notes, for images of the
+test set, in OUTPUT_DIR/loss_maps: of StructuralKD the loss of every position (its mean over the channels), of the other methods how hard
 they pull there (the length of the loss's gradient in the student's features). "draw" puts runs side by side: a row an image, with its objects
 first, then the mean of each run, black where it is 0 and yellow where it is largest; and it prints how much of each run's
 loss or pull lies in the objects' boxes.
@@ -29,13 +29,15 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import default_argument_parser
 from detectron2.structures import Boxes, Instances
+from detectron2.utils import comm
 
 SIDE = 320  # px of a picture's shorter side
 EXAMPLES = "examples.npz"
+MOMENTS = 40  # of a training, unless --every says otherwise
 
 
 def train(args: argparse.Namespace) -> None:
-    if args.every < 1 or args.images < 1:
+    if (args.every is not None and args.every < 1) or args.images < 1:
         raise UserError(f"--every is {args.every} and --images {args.images}; both must be at least 1.")
     cfg = setup(args)
     trainer = KDTrainer(cfg)
@@ -44,10 +46,12 @@ def train(args: argparse.Namespace) -> None:
             "--config-file must be the config of a distillation: MODEL.META_ARCHITECTURE is not KDMetaArch."
         )
     examples = read_examples(cfg, args.images)
-    recorder = LossMapRecorder(trainer.bare_model, examples, args.every, cfg.OUTPUT_DIR)
+    every = args.every or max(1, cfg.SOLVER.MAX_ITER // MOMENTS)
+    recorder = LossMapRecorder(trainer.bare_model, examples, every, cfg.OUTPUT_DIR)
     if not args.resume:
         recorder.forget()
-    save_examples(examples, cfg)
+    if comm.is_main_process():
+        save_examples(examples, cfg)
     trainer.resume_or_load(resume=args.resume)
     trainer.register_hooks([recorder])
     trainer.train()
@@ -122,7 +126,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train", parents=[default_argument_parser()], conflict_handler="resolve")
     training.add_argument("--images", type=int, default=8, help="of the test set, with instances (default 8)")
-    training.add_argument("--every", type=int, default=50, help="iterations (default 50)")
+    training.add_argument("--every", type=int, help=f"iterations (default: {MOMENTS} times in all)")
     training.set_defaults(eval_teacher=False)
     drawing = commands.add_parser("draw")
     drawing.add_argument("runs", nargs="+", metavar="RUN", help="output folders of trainings")

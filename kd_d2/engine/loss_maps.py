@@ -22,7 +22,7 @@ class LossMapRecorder(HookBase):
     """Every so many iterations writes `loss_maps/iteration_<N>.npz` into the output folder.
 
     Each holds arrays "<image>/<stride>" (H, W), of student and teacher in eval mode. A resumed training writes the
-    iterations that it repeats anew.
+    iterations that it repeats anew. Of several processes all record, since losses count over all of them, and the first writes.
 
     Args:
         model: has one distiller.
@@ -49,16 +49,19 @@ class LossMapRecorder(HookBase):
 
     def forget(self) -> None:
         """Remove what an earlier training has noted in the folder."""
-        for path in _noted(self.folder):
-            os.remove(path)
+        if comm.is_main_process():
+            for path in _noted(self.folder):
+                os.remove(path)
 
     def after_step(self) -> None:
         iteration = self.trainer.iter + 1
-        if iteration % self.every == 0 and comm.is_main_process():
-            path = os.path.join(self.folder, f"iteration_{iteration:07d}.npz")
-            with open(path + ".partial", "wb") as file:
-                np.savez(file, **self.record())
-            os.replace(path + ".partial", path)
+        if iteration % self.every == 0:
+            maps = self.record()
+            if comm.is_main_process():
+                path = os.path.join(self.folder, f"iteration_{iteration:07d}.npz")
+                with open(path + ".partial", "wb") as file:
+                    np.savez(file, **maps)
+                os.replace(path + ".partial", path)
 
     def record(self) -> dict[str, np.ndarray]:
         """The maps of this moment."""
@@ -70,7 +73,7 @@ class LossMapRecorder(HookBase):
             for number, example in enumerate(self.examples):
                 targets = [example["instances"].to(self.model.device)]
                 student = self.model.adapter.run([example], self.distiller.needs, targets)
-                teacher = self.model.teacher([example], self.distiller.needs)
+                teacher = self.model.teacher([example], self.distiller.needs_of_teacher)
                 for stride, level in self.distiller.loss_maps(student, teacher, targets).items():
                     maps[f"{number}/{stride}"] = level[0].cpu().numpy()
         self.model.train(was_training)
