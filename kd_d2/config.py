@@ -365,10 +365,6 @@ def validate_kd_config(cfg: CN) -> None:
         for name in cfg.DATASETS[key]:
             if not isinstance(name, str):
                 raise UserError(f"DATASETS.{key} holds {name!r}; it must be a list of names of data sets.")
-    if cfg.MODEL.LOAD_PROPOSALS:
-        raise UserError(
-            "MODEL.LOAD_PROPOSALS is True: files of proposals are pickles, which can run code when they are read, so they are not."
-        )
     if cfg.SOLVER.AMP.DTYPE not in ("float16", "bfloat16"):
         raise UserError(f"SOLVER.AMP.DTYPE is {cfg.SOLVER.AMP.DTYPE!r}; it must be 'float16' or 'bfloat16'.")
     try:

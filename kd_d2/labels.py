@@ -38,6 +38,7 @@ class PseudoLabels(Annotations):
         self.score_threshold = score_threshold
 
     def check(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
+        self.check_threshold(teacher)
         if "keypoints" in student.provides:
             raise UserError(
                 f"MODEL.KD.PSEUDO_LABELS gives boxes and masks, but the student ({student.name}) is also trained on keypoints."
@@ -46,6 +47,15 @@ class PseudoLabels(Annotations):
             raise UserError(
                 f"MODEL.KD.PSEUDO_LABELS: the student ({student.name}) is trained on masks, which the teacher ({teacher.name}) "
                 "does not predict."
+            )
+
+    def check_threshold(self, teacher: DetectorSpec) -> None:
+        """Raise a UserError where the teacher itself leaves out detections that would count."""
+        lowest = teacher.score_threshold
+        if lowest is not None and lowest > self.score_threshold:
+            raise UserError(
+                f"The teacher's detections above {self.score_threshold} are to be labels (MODEL.KD.PSEUDO_LABELS.SCORE_THRESH), but the "
+                f"teacher ({teacher.name}) gives none below {lowest}: lower its SCORE_THRESH_TEST by MODEL.KD.TEACHER.OPTS."
             )
 
     def __call__(self, batched_inputs: list[dict], teacher: DetectorOutputs | None) -> list[Instances]:

@@ -232,6 +232,14 @@ def test_the_source_of_a_wrong_key_is_named(files: Files) -> None:
             r"MODEL.KD.STRUCTURAL.SSIM_EXPONENTS is \(1, 1\); it must be three numbers",
         ),
         (
+            ["MODEL.KD.STRUCTURAL.SSIM_EXPONENTS", (0, 0, 0)],
+            r"MODEL.KD.STRUCTURAL.SSIM_EXPONENTS is \(0, 0, 0\): nothing is left of the loss",
+        ),
+        (
+            ["MODEL.KD.STRUCTURAL.SSIM_EXPONENTS", (1, 0, 0), "MODEL.KD.STRUCTURAL.LOSS", "ms_ssim"],
+            r"MODEL.KD.STRUCTURAL.SSIM_EXPONENTS is \(1, 0, 0\), which LOSS 'ssim' alone reads; LOSS is 'ms_ssim'",
+        ),
+        (
             ["MODEL.KD.STRUCTURAL.SSIM_EXPONENTS", (1, -1, 0)],
             "MODEL.KD.STRUCTURAL.SSIM_EXPONENTS is -1; it must be a number at least 0",
         ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import runpy
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,7 @@ def test_annotations_of_a_set_that_is_also_tested_on_do_not_reach_the_training(t
 def test_sampling_by_class_frequency_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     """Check that what needs annotations says so."""
     project = make_project(tmp_path, DATALOADER__SAMPLER_TRAIN="RepeatFactorTrainingSampler", **PSEUDO_LABELS)
+    project.change(MODEL__KD__TEACHER__OPTS=LOW_THRESHOLDS)
     with pytest.raises(SystemExit):
         project.main()
     assert (
@@ -273,8 +275,8 @@ def _run_tool(project: Project, *args: object) -> None:
 
 
 def test_labels_made_ahead(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Check that the file has the teacher's detections of each image on disk, and that a student trains on it."""
-    project = make_project(tmp_path, MODEL__KD__TEACHER__OPTS=LOW_THRESHOLDS)
+    """Check that the file has the teacher's detections of each image on disk, and that a student trains on it by what is printed."""
+    project = make_project(tmp_path, MODEL__KD__TEACHER__OPTS=LOW_THRESHOLDS, **PSEUDO_LABELS)
     path = tmp_path / "labels.json"
     _run_tool(project, ("output", str(path)), ("score_thresh", 0.011))
     tree = json.loads(path.read_text())
@@ -287,15 +289,35 @@ def test_labels_made_ahead(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
         assert 1 <= annotation["category_id"] <= 3
     printed = capsys.readouterr().out
     assert f"{len(tree['annotations'])} annotations of 6 images, scores above 0.011" in printed
-    assert f"{project.name}_by_teacher', '{path}', '{tmp_path / 'data' / 'images'}']]" in printed
+    overrides = shlex.split(printed.splitlines()[-1])
     name = f"{project.name}_by_teacher"
-    project.change(
-        DATASETS__COCO_JSON=[[name, str(path), "data/images"]],
-        DATASETS__TRAIN=(name,),
-        DATASETS__TEST=(),
-        SOLVER__MAX_ITER=1,
-    )
-    assert train(project).losses[0]["loss_cls"] > 0
+    cfg = load_config(str(project.student), overrides)
+    assert [entry[0] for entry in cfg.DATASETS.COCO_JSON] == [project.name, name]
+    assert cfg.DATASETS.COCO_JSON[1][1:] == [str(path), str(tmp_path / "data" / "images")]
+    assert ((name,), (project.name,)) == (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
+    # what is trained on is the file: its boxes, which somebody has moved since, change the losses
+    losses = train(project, *overrides, "SOLVER.MAX_ITER", 1).losses[0]
+    for annotation in tree["annotations"]:
+        annotation["bbox"] = [0, 0, 9, 9]
+    path.write_text(json.dumps(tree))
+    assert train(project, *overrides, "SOLVER.MAX_ITER", 1).losses[0]["loss_cls"] != pytest.approx(losses["loss_cls"])
+
+
+def test_a_teacher_that_leaves_out_what_would_count(
+    tmp_path: Path, tiny_detector: Callable, capfd: pytest.CaptureFixture
+) -> None:
+    """Check one- and two-stage teachers and the tool: fewer labels than asked for are no labels."""
+    for kind in ("retinanet", "faster", "cascade"):
+        with pytest.raises(UserError, match=r"gives none below 0.05: lower its SCORE_THRESH_TEST"):
+            KDMetaArch(
+                student=tiny_detector("retinanet"),
+                teacher=Teacher(tiny_detector(kind)),
+                distillers={},
+                labels=PseudoLabels(0.04),
+            )
+    project = make_project(tmp_path)
+    with pytest.raises(UserError, match=r"detections above 0.01 are to be labels .* gives none below 0.05"):
+        _run_tool(project, ("output", str(tmp_path / "labels.json")), ("score_thresh", 0.01))
 
 
 def test_labels_are_of_scaled_images(tiny_detector: Callable, make_inputs: Callable) -> None:

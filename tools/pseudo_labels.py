@@ -4,14 +4,15 @@
     tools/pseudo_labels.py --config-file CONFIG --output labels.json [--dataset NAME] [--score-thresh T] [KEY VALUE ...]
 
 CONFIG names teacher and data; with MODEL.KD.PSEUDO_LABELS.ENABLED in it no annotation has to exist. Detections above the
-score become annotations, with masks where the teacher predicts them. The program ends with the entry of DATASETS.COCO_JSON
-to train on. Training with MODEL.KD.PSEUDO_LABELS.ENABLED does without such a file: there the teacher labels every augmented
+score become annotations, with masks where the teacher predicts them. The program ends with the overrides of CONFIG that train
+on the file. Training with MODEL.KD.PSEUDO_LABELS.ENABLED does without such a file: there the teacher labels every augmented
 image anew.
 """
 
 import argparse
 import json
 import os
+import shlex
 
 from kd_d2 import Teacher, UserError, load_config
 from kd_d2.config import KD_META_ARCH
@@ -19,6 +20,7 @@ from kd_d2.data import register_coco_json, register_synthetic
 from kd_d2.data.pseudo_labels import label_images
 from kd_d2.engine.checks import check_classes, check_datasets, check_output_folder
 from kd_d2.errors import errors_as_sentences
+from kd_d2.labels import PseudoLabels
 
 import torch
 from detectron2.config import CfgNode
@@ -56,6 +58,7 @@ def main(args: argparse.Namespace) -> None:
     check_classes(cfg, teacher.model)
     if "detections" not in teacher.spec.provides or teacher.spec.num_classes is None:
         raise UserError(f"The teacher ({teacher.spec.name}) does not tell its classes, so it cannot label.")
+    PseudoLabels(threshold).check_threshold(teacher.spec)
     teacher.to(torch.device(cfg.MODEL.DEVICE))
     loader = build_detection_test_loader(cfg, name)
 
@@ -66,7 +69,19 @@ def main(args: argparse.Namespace) -> None:
     with open(args.output, "w", encoding="utf-8") as file:
         json.dump(tree, file)
     print(f"{len(tree['annotations'])} annotations of {len(tree['images'])} images, scores above {threshold}")
-    print(f"DATASETS.COCO_JSON \"[['{name}_by_teacher', '{os.path.abspath(args.output)}', '{folder}']]\"")
+    print(overrides_to_train_on(cfg, name, [f"{name}_by_teacher", os.path.abspath(args.output), folder]))
+
+
+def overrides_to_train_on(cfg: CfgNode, name: str, labelled: list[str]) -> str:
+    """Overrides of the config, as for a command line, that put a labelled data set in the place of one of DATASETS.TRAIN.
+
+    Args:
+        labelled: its entry of DATASETS.COCO_JSON.
+    """
+    files = [*(list(entry) for entry in cfg.DATASETS.COCO_JSON if entry[0] != labelled[0]), labelled]
+    names = tuple(labelled[0] if other == name else other for other in cfg.DATASETS.TRAIN)
+    keys = {"DATASETS.COCO_JSON": files, "DATASETS.TRAIN": names, "MODEL.KD.PSEUDO_LABELS.ENABLED": False}
+    return " ".join(f"{key} {shlex.quote(str(value))}" for key, value in keys.items())
 
 
 if __name__ == "__main__":

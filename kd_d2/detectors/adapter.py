@@ -56,11 +56,16 @@ class DetectorAdapter:
             num_classes=self.num_classes,
             cell_anchors=self.cell_anchors(),
             provides=self.provides,
+            score_threshold=self.score_threshold,
         )
 
     @property
     def num_classes(self) -> int | None:
         return getattr(self.model, "num_classes", None)
+
+    @property
+    def score_threshold(self) -> float | None:
+        return getattr(self.model, "test_score_thresh", None)
 
     def cell_anchors(self) -> dict[int, Tensor] | None:
         return None

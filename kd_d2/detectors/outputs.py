@@ -124,6 +124,7 @@ class DetectorSpec:
         cell_anchors: by stride the anchors (A, 4) of the first position, in pixels; None where there are none.
         provides: which of "features", "anchors", "dense", "detections", "targets" its adapter can read; "quality" where its
             dense predictions have one; "masks" and "keypoints" where it is trained on them and its detections have them.
+        score_threshold: what its detections score at least, None where the detector does not tell.
     """
 
     name: str
@@ -132,3 +133,4 @@ class DetectorSpec:
     num_classes: int | None
     cell_anchors: dict[int, torch.Tensor] | None
     provides: frozenset[str]
+    score_threshold: float | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from detectron2.modeling.meta_arch import GeneralizedRCNN
 from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import get_event_storage
-from torch import Tensor
+from torch import Tensor, nn
 
 from .adapter import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter, first_anchors
 from .outputs import DetectorOutputs
@@ -33,6 +33,13 @@ class RCNNAdapter(DetectorAdapter):
     @property
     def num_classes(self) -> int | None:
         return getattr(self.model.roi_heads, "num_classes", None)
+
+    @property
+    def score_threshold(self) -> float | None:
+        predictor = getattr(self.model.roi_heads, "box_predictor", None)
+        if isinstance(predictor, nn.ModuleList):  # a cascade's, of which the last one's scores are cut
+            predictor = predictor[-1]
+        return getattr(predictor, "test_score_thresh", None)
 
     def _rpn_strides(self) -> list[int]:
         shapes = self.model.backbone.output_shape()

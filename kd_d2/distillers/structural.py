@@ -123,6 +123,12 @@ class StructuralKD(Distiller):
             )
         for exponent in exponents:
             check_number(cls.CONFIG_NODE, "SSIM_EXPONENTS", exponent, 0)
+        if not any(exponents):
+            raise UserError(f"MODEL.KD.{cls.CONFIG_NODE}.SSIM_EXPONENTS is {exponents!r}: nothing is left of the loss.")
+        if node.LOSS != "ssim" and tuple(exponents) != (1, 1, 1):
+            raise UserError(
+                f"MODEL.KD.{cls.CONFIG_NODE}.SSIM_EXPONENTS is {exponents!r}, which LOSS 'ssim' alone reads; LOSS is {node.LOSS!r}."
+            )
 
     @configurable
     def __init__(

@@ -29,7 +29,7 @@ def check_output_folder(folder: str, key: str = "OUTPUT_DIR") -> None:
 
 
 def check_datasets(cfg: CfgNode, *, train: bool) -> None:
-    """Check that the data sets of the config exist, can be read, and are not empty.
+    """Check that the data sets of the config exist, can be read without harm, and are not empty.
 
     Args:
         train: also those of DATASETS.TRAIN; otherwise only those of DATASETS.TEST.
@@ -37,6 +37,10 @@ def check_datasets(cfg: CfgNode, *, train: bool) -> None:
     Raises:
         UserError: naming the key and the data set.
     """
+    if cfg.MODEL.LOAD_PROPOSALS:
+        raise UserError(
+            "MODEL.LOAD_PROPOSALS is True: files of proposals are pickles, which can run code when they are read, so they are not."
+        )
     keys = ["TRAIN", "TEST"] if train else ["TEST"]
     for key in keys:
         names = cfg.DATASETS[key]
