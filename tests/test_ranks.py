@@ -5,11 +5,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from kd_d2.detectors import build_adapter
+from kd_d2.detectors import DensePredictions, DetectorOutputs, build_adapter
+from kd_d2.distillers.base import AdaptationLayers
 
 import cv2
+import numpy as np
 import pytest
 import torch
+from detectron2.structures import Boxes, Instances
 from helpers import ROOT, Project, clean_process, make_project, train
 
 PROGRAM = str(ROOT / "tools" / "ranks.py")
@@ -33,8 +36,8 @@ def distilled(tmp_path_factory: pytest.TempPathFactory) -> Project:
 def draw(monkeypatch: pytest.MonkeyPatch, distilled: Project, tmp_path: Path) -> Callable[..., list[str]]:
     """Run the program as from a command line, in this process; the names of what it drew."""
 
-    def run(*more: object, config: Path = distilled.student) -> list[str]:
-        weights = distilled.output / "model_final.pth"
+    def run(*more: object, config: Path = distilled.student, weights: Path | None = None) -> list[str]:
+        weights = weights or distilled.output / "model_final.pth"
         argv = ["--config-file", config, "--weights", weights, "--output", tmp_path / "out", *more]
         monkeypatch.setattr(sys, "argv", [PROGRAM, *(str(a) for a in argv)])
         with clean_process():
@@ -44,22 +47,118 @@ def draw(monkeypatch: pytest.MonkeyPatch, distilled: Project, tmp_path: Path) ->
     return run
 
 
+@pytest.fixture
+def program() -> dict:
+    """The program's functions."""
+    return runpy.run_path(PROGRAM, run_name="ranks")
+
+
 @pytest.mark.parametrize("kind", ["retinanet", "fcos", "atss", "gfl"])
-def test_detections_come_from_their_anchors(kind: str, tiny_detector: Callable, make_inputs: Callable) -> None:
+def test_detections_come_from_their_anchors(
+    kind: str, program: dict, tiny_detector: Callable, make_inputs: Callable
+) -> None:
     """Check that the box and the score at each detection's anchor are the detection's."""
     model = tiny_detector(kind).eval()
     with torch.no_grad():
         model.head.cls_score.weight.normal_(std=0.5)
         model.head.bbox_pred.weight.normal_(std=0.2)
         outputs = build_adapter(model).run(make_inputs()[:1], frozenset({"features", "dense"}))
-    detect = runpy.run_path(PROGRAM, run_name="ranks")["detect"]
-    found, anchors = detect(model, outputs, 0.0)
+    found, anchors = program["detect"](model, outputs, 0.0)
     assert len(found) == len(anchors) > 10
     boxes = torch.cat([*outputs.dense.boxes.values()], 1)[0][found.anchor]
     expected = boxes.clamp(min=0).minimum(torch.tensor([80.0, 64.0]).repeat(2))
     torch.testing.assert_close(found.pred_boxes.tensor, expected, rtol=1e-4, atol=1e-2)
     scores = torch.cat([*outputs.dense.ranking_scores.values()], 1)[0][found.anchor]
     torch.testing.assert_close(found.scores, scores[torch.arange(len(found)), found.pred_classes])
+
+
+def _known(logits: dict[int, list[list[float]]], features: dict[int, torch.Tensor]) -> DetectorOutputs:
+    """An image of 32 x 16 pixels: two levels with cells of 8 and 16 pixels, one anchor and one class a position."""
+    dense = DensePredictions(
+        logits={s: torch.tensor(rows).flatten()[None, :, None] for s, rows in logits.items()},
+        box_regression={},
+        anchors={s: Boxes(_cells(s, *np.shape(rows))) for s, rows in logits.items()},
+        decode=lambda regression, anchors: regression,
+    )
+    return DetectorOutputs(images=None, features=features, dense=dense)
+
+
+def _cells(side: int, rows: int, columns: int) -> torch.Tensor:
+    y, x = torch.meshgrid(torch.arange(rows) * side, torch.arange(columns) * side, indexing="ij")
+    return torch.stack([x, y, x + side, y + side], -1).view(-1, 4).float()
+
+
+def test_ranks_are_of_the_right_detector_and_place(program: dict) -> None:
+    """Check which scores stand over whose picture, that the best positive has the ring, and the order of the instances."""
+    logits = [[0.0, 1, 2, 3], [0, 0, 0, 0]]
+    student = _known({8: logits, 16: [[0.0, 0]]}, {})
+    teacher = _known({8: [[-x for x in row] for row in logits], 16: [[0.0, 0]]}, {})
+    student.dense.assign = lambda: torch.tensor([[1, 0, 0, 0, -1, -1, -1, -1, -1, -1]])
+    target = Instances((16, 32), gt_boxes=Boxes(torch.tensor([[8.0, 0, 32, 8], [0, 0, 8, 8]])))
+    target.gt_classes = torch.tensor([0, 0])
+    titles: list[str] = []
+
+    def titled(picture: np.ndarray, title: str) -> np.ndarray:
+        titles.append(title)
+        return picture
+
+    program["rank_rows"].__globals__["titled"] = titled
+    image = np.zeros((16, 32, 3), np.uint8)
+    rows = program["rank_rows"](image, student, teacher, target, ["thing"], most=3)
+    # sigmoid of 1, 2, 3 and of -1, -2, -3; of 0
+    assert titles == [
+        *("3 positives", "student: 0.73 to 0.95", "teacher: 0.05 to 0.27"),
+        *("1 positives", "student: 0.50 to 0.50", "teacher: 0.50 to 0.50"),
+    ]
+    scale = program["SIDE"] // 16
+    ring = [np.argwhere((drawn == 255).all(-1)) for drawn in rows[0][1:]]
+    best = [(28 * scale, 4 * scale), (12 * scale, 4 * scale)]  # centres of the student's and of the teacher's best
+    for white, (x, y), (other, _) in zip(ring, best, best[::-1], strict=True):
+        radius = np.hypot(white[:, 1] - x, white[:, 0] - y)
+        assert ((radius > 6.5) & (radius < 9.5)).sum() > 20
+        radius = np.hypot(white[:, 1] - other, white[:, 0] - y)
+        assert ((radius > 6.5) & (radius < 9.5)).sum() < 5
+
+
+def test_differences_are_where_they_are(program: dict) -> None:
+    """Check the mean squared differences of a level, of probabilities and of features, and where they are brightest."""
+    features = {8: torch.zeros(1, 2, 2, 4), 16: torch.zeros(1, 2, 1, 2)}
+    other = {8: features[8].clone(), 16: features[16]}
+    other[8][0, :, 1, 0] = 2.0
+    logits = [[0.0] * 4, [0.0] * 4]
+    student = _known({8: logits, 16: [[0.0, 0]]}, features)
+    teacher = _known({8: [[0.0, 0, 0, 30], [0.0] * 4], 16: [[0.0, 0]]}, other)
+    seen: list[dict[int, torch.Tensor]] = []
+    program["difference_rows"].__globals__["_heat_row"] = lambda image, what, levels: seen.append(levels) or [what]
+    layers = AdaptationLayers({8: (2, 2), 16: (2, 2)}, 0)
+    assert program["difference_rows"](None, layers, student, teacher) == [["predictions"], ["features"]]
+    expected = torch.zeros(2, 1, 2, 4)
+    expected[0, 0, 0, 3] = 0.25
+    expected[1, 0, 1, 0] = 4.0
+    for levels, level in zip(seen, expected, strict=True):
+        torch.testing.assert_close(levels[8], level)
+        assert not levels[16].any()
+    assert program["difference_rows"](None, None, student, teacher) == [["predictions"]]
+
+
+def test_a_plain_checkpoint_has_no_adaptation_layers(
+    draw: Callable, distilled: Project, tmp_path: Path, capsys
+) -> None:
+    """Check that features are compared as they are where channels agree, and not where layers are of another kind."""
+    content = torch.load(distilled.output / "model_final.pth")
+    torch.save({"model": content["model"]}, tmp_path / "plain.pth")
+    assert draw("--images", 1, weights=tmp_path / "plain.pth") == ["000.png"]
+    picture = cv2.imread(str(tmp_path / "out" / "000.png"))
+    rows_with_features = picture.shape[0]
+    with pytest.raises(SystemExit):
+        draw("--images", 1, "MODEL.KD.PFI.ADAPTATION", "3x3")
+    assert "error: The layers of PFI in" in capsys.readouterr().err
+    project = make_project(tmp_path / "narrow", "retinanet", **{"MODEL__FPN__OUT_CHANNELS": 8})
+    project.change(MODEL__KD__DISTILLERS=("RankMimicking",), SOLVER__MAX_ITER=1, SOLVER__STEPS=())
+    train(project)
+    draw("--images", 1, config=project.student, weights=project.output / "model_final.pth")
+    assert "Features are not drawn: their channels differ" in capsys.readouterr().out
+    assert cv2.imread(str(tmp_path / "out" / "000.png")).shape[0] < rows_with_features
 
 
 def test_a_picture_for_each_image_with_instances(draw: Callable, capsys) -> None:
@@ -91,6 +190,12 @@ def test_what_cannot_be_drawn(draw: Callable, capsys, more: tuple, message: str)
         draw(*more)
     said = capsys.readouterr().err
     assert said.startswith("error: ") and message in said and said.count("\n") == 1
+
+
+def test_detectors_with_other_anchors(draw: Callable, distilled: Project, capsys) -> None:
+    with pytest.raises(SystemExit):
+        draw("MODEL.ANCHOR_GENERATOR.OFFSET", 0.5, "MODEL.KD.DISTILLERS", "('StructuralKD',)")
+    assert "error: tools/ranks.py compares predictions anchor by anchor, but at stride 8" in capsys.readouterr().err
 
 
 def test_detectors_without_dense_predictions(draw: Callable, tmp_path: Path, capsys) -> None:

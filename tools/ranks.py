@@ -4,10 +4,12 @@
     tools/ranks.py --config-file CONFIG --weights CHECKPOINT --output DIR [--images 8 | --input IMAGE ...]
                    [--instances 3] [--score-thresh 0.3] [KEY VALUE ...]
 
-CONFIG is a distillation's, CHECKPOINT any of a student of its kind, distilled or plain; both detectors are dense ones.
+CONFIG is a distillation's, CHECKPOINT any of a student of its kind, distilled or plain; both detectors are dense ones with the same
+anchors.
 A picture an image: detections of student and teacher, each with the anchor that it came from (dashed, a dot in its middle);
 for each of the largest instances the positives' centres in colours of the score that student and teacher give
-them, the best with a ring; and where class probabilities and features of the two differ, all levels and each alone.
+them, the best with a ring; and where class probabilities and features of the two differ, all levels and each alone. Where their
+channels differ, features can only be compared through PFI's adaptation layers: CONFIG and CHECKPOINT must have them.
 Images are the first of the test set; files of one's own have no ground truth and so no positives.
 """
 
@@ -19,6 +21,7 @@ from kd_d2.checkpoint import load_complete, read_checkpoint
 from kd_d2.config import KD_META_ARCH, find_file
 from kd_d2.data import register_coco_json, register_synthetic
 from kd_d2.detectors import DetectorOutputs
+from kd_d2.distillers.base import AdaptationLayers, check_same_anchors
 from kd_d2.engine.checks import check_classes, check_datasets, check_output_folder
 from kd_d2.errors import errors_as_sentences
 from kd_d2.evaluation.drawing import PALETTE, draw_instances, overlay_heat, per_pixel, sheet, titled
@@ -43,7 +46,7 @@ DENSE = frozenset({"features", "dense"})
 
 
 def load_pair(cfg: CfgNode, weights: str) -> KDMetaArch:
-    """Student and teacher; the student from the checkpoint, with PFI's adaptation layers where it has them."""
+    """Student and teacher; the student from the checkpoint."""
     if cfg.MODEL.META_ARCHITECTURE != KD_META_ARCH:
         raise UserError(
             "--config-file must be the config of a distillation: MODEL.META_ARCHITECTURE is not KDMetaArch."
@@ -52,13 +55,33 @@ def load_pair(cfg: CfgNode, weights: str) -> KDMetaArch:
     for whose, adapter in (("student", model.adapter), ("teacher", model.teacher.adapter)):
         if "dense" not in adapter.provides:
             raise UserError(f"The {whose} ({type(adapter.model).__name__}) has no dense predictions to compare.")
+    check_same_anchors("tools/ranks.py", model.adapter.spec, model.teacher.spec)
     check_classes(cfg, model)
     load_complete(model.student, weights, "the student")
-    if "PFI" in model.distillers:
-        state = read_checkpoint(weights).get("distillers") or {}
-        own = {name.removeprefix("PFI."): value for name, value in state.items() if name.startswith("PFI.")}
-        model.distillers["PFI"].load_state_dict(own)
     return model
+
+
+def comparable_layers(model: KDMetaArch, weights: str) -> AdaptationLayers | None:
+    """What brings the student's features to the teacher's channels: PFI's layers of the checkpoint, or none where they agree.
+
+    None, with a sentence, where features cannot be compared.
+    """
+    state = read_checkpoint(weights).get("distillers") or {}
+    trained = {name.removeprefix("PFI."): value for name, value in state.items() if name.startswith("PFI.")}
+    if trained and "PFI" in model.distillers:
+        try:
+            model.distillers["PFI"].load_state_dict(trained)
+        except RuntimeError as error:
+            raise UserError(f"The layers of PFI in {weights} are not those of the config: {error}") from error
+        return model.distillers["PFI"].adaptation
+    student, teacher = model.adapter.spec.shapes, model.teacher.spec.shapes
+    channels = {s: (student[s].channels, teacher[s].channels) for s in sorted(student.keys() & teacher.keys())}
+    if all(ours == theirs for ours, theirs in channels.values()):
+        return AdaptationLayers(channels, kernel_size=0)
+    print(
+        f"Features are not drawn: their channels differ, and the config or {weights} has no layers of PFI between them."
+    )
+    return None
 
 
 @torch.no_grad()
@@ -154,19 +177,15 @@ def rank_rows(
 
 
 def difference_rows(
-    image: np.ndarray, model: KDMetaArch, student: DetectorOutputs, teacher: DetectorOutputs
+    image: np.ndarray, layers: AdaptationLayers | None, student: DetectorOutputs, teacher: DetectorOutputs
 ) -> list[list[np.ndarray]]:
     """Where the class probabilities (P of PFI) and the features (D) of the two differ."""
-    strides = sorted(student.dense.logits.keys() & teacher.dense.logits.keys())
+    strides = sorted(student.dense.logits)
     predictions = {s: prediction_difference(student.probability_map(s), teacher.probability_map(s)) for s in strides}
     rows = [_heat_row(image, "predictions", predictions)]
-    pairs = {s: (student.features[s], teacher.features[s]) for s in strides}
-    if "PFI" in model.distillers:
-        adaptation = model.distillers["PFI"].adaptation
-        pairs = dict(zip(adaptation.strides, adaptation.pairs(student, teacher), strict=True))
-    if all(a.shape == b.shape for a, b in pairs.values()):
-        features = {s: (a - b).square().mean(1) for s, (a, b) in pairs.items()}
-        rows.append(_heat_row(image, "features", features))
+    if layers is not None:
+        pairs = zip(layers.strides, layers.pairs(student, teacher), strict=True)
+        rows.append(_heat_row(image, "features", {s: (a - b).square().mean(1) for s, (a, b) in pairs}))
     return rows
 
 
@@ -180,7 +199,14 @@ def _heat_row(image: np.ndarray, what: str, levels: dict[int, Tensor]) -> list[n
 
 
 @torch.no_grad()
-def draw(model: KDMetaArch, example: dict, cfg: CfgNode, names: list[str], args: argparse.Namespace) -> np.ndarray:
+def draw(
+    model: KDMetaArch,
+    layers: AdaptationLayers | None,
+    example: dict,
+    cfg: CfgNode,
+    names: list[str],
+    args: argparse.Namespace,
+) -> np.ndarray:
     """The sheet of an image."""
     image = pixels(example, cfg)
     targets = [example["instances"].to(model.device)] if "instances" in example else None
@@ -196,7 +222,7 @@ def draw(model: KDMetaArch, example: dict, cfg: CfgNode, names: list[str], args:
     rows = [first]
     if targets:
         rows += rank_rows(image, student, teacher, targets[0], names, args.instances)
-    return sheet(rows + difference_rows(image, model, student, teacher))
+    return sheet(rows + difference_rows(image, layers, student, teacher))
 
 
 def main(args: argparse.Namespace) -> None:
@@ -206,12 +232,13 @@ def main(args: argparse.Namespace) -> None:
     register_coco_json(cfg)
     check_datasets(cfg, train=False)
     model = load_pair(cfg, weights)
+    layers = comparable_layers(model, weights)
     check_output_folder(args.output, "--output")
     names = MetadataCatalog.get(cfg.DATASETS.TEST[0]).thing_classes
     examples = read_files(cfg, args.input) if args.input else read_examples(cfg, args.images)
     for example in examples:
         path = os.path.join(args.output, os.path.splitext(os.path.basename(example["file_name"]))[0] + ".png")
-        cv2.imwrite(path, draw(model, example, cfg, names, args)[:, :, ::-1])
+        cv2.imwrite(path, draw(model, layers, example, cfg, names, args)[:, :, ::-1])
         print(path, flush=True)
 
 
