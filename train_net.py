@@ -7,7 +7,6 @@ train_net.py --config-file CONFIG --eval-only --eval-teacher [KEY VALUE ...]
 """
 
 import argparse
-import json
 import os
 
 from kd_d2 import Teacher, UserError
@@ -15,6 +14,7 @@ from kd_d2.checkpoint import load_complete
 from kd_d2.config import KD_META_ARCH
 from kd_d2.engine import KDTrainer, evaluate_teacher, launch, setup
 from kd_d2.engine.checks import check_classes
+from kd_d2.files import write_json
 
 from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
@@ -51,8 +51,7 @@ def main(args: argparse.Namespace) -> dict | None:
 
 def write_results(folder: str, name: str, results: dict) -> None:
     if comm.is_main_process():
-        with open(os.path.join(folder, name), "w") as file:
-            json.dump(results, file, indent=2)
+        write_json(os.path.join(folder, name), results)
 
 
 def argument_parser() -> argparse.ArgumentParser:

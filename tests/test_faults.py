@@ -51,7 +51,7 @@ def _whole_checkpoints(output: Path) -> list[int]:
         iterations.append(content["iteration"])
     tag = output / "last_checkpoint"
     assert not tag.exists() or (output / tag.read_text()).is_file()
-    for name in ("student.yaml", "versions.json"):
+    for name in ("student.yaml", "versions.json", "train.json"):
         path = output / name
         assert not path.exists() or path.read_text().endswith("\n")
     return sorted(iterations)

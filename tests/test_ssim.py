@@ -211,6 +211,37 @@ def test_fixed_teacher_equals_kornia(
     )
 
 
+def test_ms_ssim_keeps_little_for_the_backward_pass() -> None:
+    """Check that what one sigma makes is gone before the next: at most six maps for five sigmas, beside the inputs."""
+    student, teacher = _maps(1, 2, 40, 40)
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    inputs = {x.untyped_storage().data_ptr() for x in (student, teacher)}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        ms_ssim_loss(student.requires_grad_(), teacher, 33)
+    own = sum(size for place, size in kept.items() if place not in inputs)
+    assert own <= 10 * student.nbytes
+
+
+def test_a_blur_first_made_in_inference_trains_afterwards() -> None:
+    """Check that the matrices kept from an evaluation can be saved for a backward pass."""
+    student, teacher = _maps(1, 1, 19, 23)
+    with torch.inference_mode():
+        _plain(student, teacher, 9)
+    _plain(student.requires_grad_(), teacher, 9).backward()
+    assert student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("loss_of", [ssim_loss, ms_ssim_loss])
+def test_no_maps(loss_of: Callable) -> None:
+    with pytest.raises(ValueError, match=r"maps of shape \(0, 2, 9, 9\) have no similarity"):
+        loss_of(*torch.zeros(2, 0, 2, 9, 9), 3)
+
+
 @pytest.mark.parametrize("loss_of", [_fused, _plain])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_maps_at_different_offsets(loss_of: Callable, memory_format: torch.memory_format) -> None:

@@ -342,9 +342,14 @@ def test_weights_that_are_not_finite_are_never_saved(retinanet: Project) -> None
     assert (retinanet.output / "last_checkpoint").read_text() == "model_0000001.pth"
 
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
-def test_mixed_precision(project: Project, dtype: str) -> None:
-    """Check that autocast on a CPU keeps the losses near those of float32, and the weights in float32."""
+def test_mixed_precision(project: Project, dtype: str, device: str) -> None:
+    """Check that autocast keeps the losses near those of float32, and the weights in float32."""
+    project.change(MODEL__DEVICE=device)
     # Images so large that no map is 1x1: there torch 2.14's gradients of a bfloat16 convolution are not always finite.
     project.change(**SEVERAL_METHODS, INPUT__MIN_SIZE_TRAIN=(256,), INPUT__MAX_SIZE_TRAIN=400, SOLVER__BASE_LR=0.001)
     expected = train(project, "OUTPUT_DIR", project.folder / "float32", "SOLVER.MAX_ITER", 1).losses[0]
@@ -358,11 +363,12 @@ def test_mixed_precision(project: Project, dtype: str) -> None:
     assert run.trainer._trainer.scaler.is_enabled() == (dtype == "float16")
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", sorted(dict(DISTILLER_REGISTRY)))
-def test_every_method_in_mixed_precision(tmp_path: Path, method: str, dtype: str) -> None:
+def test_every_method_in_mixed_precision(tmp_path: Path, method: str, dtype: str, device: str) -> None:
     """Check that autocast changes a method's losses by rounding alone, and that its second step is finite."""
-    project = make_project(tmp_path, MODEL__KD__DISTILLERS=(method,), **SMALL_ICD)
+    project = make_project(tmp_path, MODEL__KD__DISTILLERS=(method,), MODEL__DEVICE=device, **SMALL_ICD)
     project.change(INPUT__MIN_SIZE_TRAIN=(256,), INPUT__MAX_SIZE_TRAIN=400, SOLVER__BASE_LR=0.001, SOLVER__STEPS=())
     expected = train(project, "OUTPUT_DIR", project.folder / "float32", "SOLVER.MAX_ITER", 1).losses[0]
     run = train(project, "SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", dtype, "SOLVER.MAX_ITER", 2)

@@ -22,6 +22,7 @@ def gaussian_blur(maps: Tensor, window_size: int, sigma: float) -> Tensor:
 
 
 @lru_cache(maxsize=512)
+@torch.inference_mode(False)  # it is kept, perhaps for a training after this
 def blur_matrix(side: int, window_size: int, sigma: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The blur of a line of `side` cells with reflected ends as a (side, side) matrix; its transpose is the adjoint."""
     kernel = get_gaussian_kernel1d(window_size, sigma, dtype=torch.float64)

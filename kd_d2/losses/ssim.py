@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .fused_ssim import FusedSSIMLoss
-from .similarity import contrast_structure, local_moments, luminance, similarity_map
+from .similarity import Moments, contrast_structure, local_moments, luminance, similarity_map
 
 MS_SSIM_SIGMAS = (0.5, 1.0, 2.0, 4.0, 8.0)
 
@@ -69,11 +71,18 @@ def ms_ssim_loss(
     _check(student, teacher, window_size)
     dtype = torch.promote_types(student.dtype, torch.float32)
     with torch.autocast(student.device.type, enabled=False):
+        maps, max_val = (student.to(dtype), teacher.to(dtype)), float(max_val)
+
+        def similarity(sigma: float, terms: list[Callable[[Moments, float], Tensor]]) -> Tensor:
+            moments = local_moments(*maps, window_size, sigma)
+            return math.prod(term(moments, max_val) for term in terms)
+
         product = 1.0
         for sigma in sigmas:
-            moments = local_moments(student.to(dtype), teacher.to(dtype), window_size, sigma)
-            product = product * contrast_structure(moments, float(max_val))
-        return _weighted_mean(1 - product * luminance(moments, float(max_val)), weight)
+            terms = [contrast_structure, luminance] if sigma == sigmas[-1] else [contrast_structure]
+            # What is between is made again in the backward pass: kept, it would be ten maps for each sigma.
+            product = product * checkpoint(similarity, sigma, terms, use_reentrant=False, preserve_rng_state=False)
+        return _weighted_mean(1 - product, weight)
 
 
 def fitting_window(maps: Tensor, window_size: int) -> int:
@@ -82,6 +91,8 @@ def fitting_window(maps: Tensor, window_size: int) -> int:
 
 
 def _check(student: Tensor, teacher: Tensor, window_size: int) -> None:
+    if student.numel() == 0:
+        raise ValueError(f"maps of shape {tuple(student.shape)} have no similarity")
     if student.shape != teacher.shape:
         raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} have different shapes")
     largest = 2 * min(student.shape[-2:]) - 1
