@@ -14,7 +14,7 @@ from pathlib import Path
 from kd_d2 import Teacher, UserError
 from kd_d2.checkpoint import read_checkpoint
 from kd_d2.detectors import RetinaNetAdapter
-from kd_d2.distillers import DISTILLER_REGISTRY, ICD, feature_imitation
+from kd_d2.distillers import DISTILLER_REGISTRY, ICD, Distiller, feature_imitation, gid
 from kd_d2.engine import trainer as trainer_module
 from kd_d2.engine.random_state import get_random_state, preserved_random_state, set_random_state
 from kd_d2.engine.step import NonFiniteLossError
@@ -34,6 +34,7 @@ from helpers import (
     save_fixed_weights,
     train,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 DETECTORS = ("retinanet", "faster-rcnn")
 OWN_LOSSES = {
@@ -144,6 +145,52 @@ def test_all_methods_at_once(tmp_path: Path, detector: str, monkeypatch: pytest.
     assert calls == {"teacher": 2, "assignment": 2 if detector == "retinanet" else 0}
     layers = {name.split(".")[0] for name in read_checkpoint(str(project.output / "model_final.pth"))["distillers"]}
     assert layers >= {"IMA", "FGFI", "DeFeat", "FKD", "ICD"}
+
+
+class Waits(TorchDispatchMode):
+    """Counts operations that make a CPU wait for its GPU: those whose result's size or value it must know."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        aten, operator = torch.ops.aten, function.overloadpacket
+        waiting = (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, torch.ops.torchvision.nms)
+        self.count += operator in waiting
+        if operator in (aten.index, aten.index_put, aten.index_put_):
+            self.count += any(index is not None and index.dtype == torch.bool for index in args[1])
+        return function(*args, **(kwargs or {}))
+
+
+def test_methods_do_not_wait_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check each method's forward pass behind the label assignment: GID's NMS alone waits, whose result has any size.
+
+    ICD's two are of what lies on the CPU anyway, and four checks of `one_hot` that there are on a CPU alone.
+    """
+    monkeypatch.setattr(gid, "CANDIDATES", 200)  # of more boxes torchvision's NMS goes another way, on a CPU alone
+    methods = [name for name, _ in DISTILLER_REGISTRY]
+    project = make_project(tmp_path, MODEL__KD__DISTILLERS=methods, **SMALL_ICD)
+    project.change(SOLVER__MAX_ITER=1, SOLVER__STEPS=(), MODEL__KD__ICD__DETACH_STUDENT_ITERS=0)
+    waits: dict[str, Waits] = {name: Waits() for name in methods}
+
+    class Watched(HookBase):
+        def before_train(self) -> None:
+            for name, distiller in self.trainer.bare_model.distillers.items():
+                distiller.register_forward_pre_hook(self.begin(waits[name]))
+                distiller.register_forward_hook(lambda *_, wait=waits[name]: wait.__exit__(None, None, None))
+
+        @staticmethod
+        def begin(wait: Waits) -> Callable:
+            def begin(distiller: Distiller, inputs: tuple) -> None:
+                student = inputs[0]
+                assert len(student.dense.positives.image)
+                wait.__enter__()
+
+            return begin
+
+    train(project, hooks=(Watched(),))
+    assert {name: wait.count for name, wait in waits.items()} == {**dict.fromkeys(methods, 0), "GID": 1, "ICD": 2 + 4}
 
 
 def test_random_states_survive_a_checkpoint(tmp_path: Path) -> None:
