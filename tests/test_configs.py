@@ -1,5 +1,6 @@
 """Every yaml that the project supplies: it loads, it is what its name says, and what it describes can be built."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -105,6 +106,15 @@ VARIANTS = {
     "retinanet_R101-R50_spatial_ssim": (SSIM, {STRUCTURAL + "SPATIAL_ATTENTION": True}),
     f"{SSIM}_no_annotations": (SSIM, NO_ANNOTATIONS),
     "retinanet_R101-R50_l2_no_annotations": ("retinanet_R101-R50_l2", NO_ANNOTATIONS),
+    "retinanet_R101-R50_fkd": (SSIM, {"MODEL.KD.DISTILLERS": ["FKD"]}),
+    "faster_rcnn_X101-R50_fkd": ("faster_rcnn_X101-R50_ssim", {"MODEL.KD.DISTILLERS": ["FKD"]}),
+    **{
+        f"{pair}_ssim_inherit_as_icd": (
+            f"../../ICD/configs/{pair}_icd_inherit",
+            {"MODEL.KD.DISTILLERS": ["StructuralKD"]},
+        )
+        for pair in ("retinanet_R101-R50", "faster_rcnn_R101-R50")
+    },
     "retinanet_R101-R50_no_annotations": (SSIM, {**NO_ANNOTATIONS, "MODEL.KD.DISTILLERS": []}),
 }
 """By name the config that a row of the thesis is otherwise equal to, and what differs."""
@@ -207,9 +217,21 @@ def test_bases_are_detectron2s_own(name: str) -> None:
 
 
 def test_the_thesis_tables_are_complete() -> None:
-    """Check that the tables of this file and the folder name the same configs."""
+    """Check that the tables of this file and the folder name the same configs, and that the README has one for every row."""
     files = {path.stem for path in THESIS.glob("*.yaml") if not path.stem.startswith("Base-")}
     assert files == PLAIN.keys() | DISTILLED.keys() | VARIANTS.keys() | OTHERS
+    assert tables_in_readme(THESIS) == {"1", "2", "3", "4", "5", "6", "7", "10", "11"}
+
+
+def tables_in_readme(configs: Path) -> set[str]:
+    """The paper's tables that a project's README gives numbers of; each row must name configs that there are."""
+    tables = set()
+    for line in (configs.parent / "README.md").read_text().splitlines():
+        if match := re.match(r"\| (\d+) \|.*\|(.*)\|$", line):
+            tables.add(match[1])
+            named = re.findall(r"`([\w/.-]+)`", match[2])
+            assert named and all((configs / f"{name}.yaml").is_file() for name in named), line
+    return tables
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -500,6 +522,7 @@ RM_NAMES = [f"{pair}_{row}" for pair, rows in RM_ROWS.items() for row in rows.sp
 
 def test_the_rank_mimicking_tables_are_complete() -> None:
     assert {path.stem for path in RM.glob("*-*.yaml") if not path.stem.startswith("Base")} == set(RM_NAMES)
+    assert tables_in_readme(RM) == {"3", "4", "5", "6", "7"}  # the first two are a file a cell
 
 
 @pytest.mark.parametrize("name", RM_NAMES)
