@@ -176,6 +176,16 @@ def test_fkd_gradient_numerically(build: Callable) -> None:
     relation, distances = FKD.relation_distance.__wrapped__, FKD.feature_distances.__wrapped__
     assert torch.autograd.gradcheck(lambda s: relation(fkd, s, teacher, "8"), student)
     assert torch.autograd.gradcheck(lambda s: distances(fkd, s, teacher)[0], student)
+    # the masks are constants: numerically, of the distance under the masks of this student
+    mask = spatial_attention(student, teacher, 0.5) * channel_attention(student, teacher, 0.5)
+    mask = mask.detach()
+    by_hand = lambda s: (mask * (s - teacher).square()).sum((1, 2, 3)).sqrt()  # noqa: E731
+    assert torch.autograd.gradcheck(by_hand, student)
+    found, expected = (
+        torch.autograd.grad(distance.sum(), student)[0]
+        for distance in (distances(fkd, student, teacher)[1], by_hand(student))
+    )
+    torch.testing.assert_close(found, expected)
 
 
 def _dense(logits: Tensor, offset: float) -> DensePredictions:

@@ -387,7 +387,7 @@ def test_batch_norm_is_a_switch(stand_in: str) -> None:
         ("reppoints-ssim", "StructuralKD", "ssim", None),
         ("retinanet-feature-imitation", "FeatureImitation", None, None),
         *((f"retinanet-{name.lower()}", name, None, None) for name in ("IMA", "FGFI", "DeFeat", "GID", "FKD")),
-        ("faster-rcnn-ima", "IMA", None, None),
+        *((f"faster-rcnn-{name.lower()}", name, None, None) for name in ("IMA", "FGFI", "DeFeat", "FKD")),
         ("retinanet-icd", "ICD", None, None),
         ("faster-rcnn-icd", "ICD", None, None),
         *(

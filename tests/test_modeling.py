@@ -242,6 +242,19 @@ def test_losses_are_float32_under_autocast(
         torch.testing.assert_close(loss, expected[name], rtol=0.05, atol=0.02)
 
 
+@pytest.mark.parametrize("kind", DENSE)
+@pytest.mark.parametrize("counts", [(0, 0), (2, 0)])
+def test_images_without_objects_train(
+    kind: str, counts: tuple[int, int], tiny_detector: Callable, make_inputs: Callable, event_storage
+) -> None:
+    """Check that losses and gradients are finite, and that every parameter has one."""
+    model = tiny_detector(kind)
+    losses = model(make_inputs(counts=counts))
+    sum(losses.values()).backward()
+    assert all(loss.isfinite() for loss in losses.values())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
 @pytest.mark.parametrize("kind", ["fcos", "atss", "gfl"])
 def test_boxes_that_are_no_numbers_make_losses_that_are_none(
     kind: str, tiny_detector: Callable, make_inputs: Callable, event_storage

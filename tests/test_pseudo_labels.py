@@ -27,7 +27,11 @@ from helpers import ROOT, Project, clean_process, make_project, train
 
 KINDS = ("retinanet", "fcos", "atss", "gfl", "fsaf", "reppoints", "faster", "mask", "cascade", "panoptic")
 PSEUDO_LABELS = {"MODEL__KD__PSEUDO_LABELS__ENABLED": True, "MODEL__KD__PSEUDO_LABELS__SCORE_THRESH": 0.0}
-LOW_THRESHOLDS = ["MODEL.RETINANET.SCORE_THRESH_TEST", 0.0, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0]
+LOW_THRESHOLDS = [
+    part
+    for node in ("RETINANET", "FSAF", "REPPOINTS", "ROI_HEADS")
+    for part in (f"MODEL.{node}.SCORE_THRESH_TEST", 0.0)
+]
 
 
 def _sensitive(model: torch.nn.Module) -> torch.nn.Module:
@@ -186,7 +190,7 @@ def _without_annotations(project: Project) -> None:
 ICD_KEYS = {"MODEL__KD__ICD__DIM": 16, "MODEL__KD__ICD__NUM_HEADS": 2, "MODEL__KD__ICD__FFN_DIM": 32}
 
 
-@pytest.mark.parametrize("detector", ["retinanet", "faster-rcnn"])
+@pytest.mark.parametrize("detector", ["retinanet", "faster-rcnn", "fsaf", "reppoints"])
 @pytest.mark.parametrize("distillers", [(), ("ICD", "StructuralKD")])
 def test_images_without_annotations_train(tmp_path: Path, detector: str, distillers: tuple[str, ...]) -> None:
     """Check a file of images alone, with the detector's losses alone and with methods that read the targets, to the end."""
@@ -195,7 +199,7 @@ def test_images_without_annotations_train(tmp_path: Path, detector: str, distill
     project.main()
     assert json.loads((project.output / "train.json").read_text())["bbox"].keys() >= {"AP", "AP50"}
     losses = json.loads((project.output / "metrics.json").read_text().splitlines()[0])
-    assert losses["loss_box_reg"] > 0
+    assert losses[{"fsaf": "loss_fsaf_box", "reppoints": "loss_reppoints_refine"}.get(detector, "loss_box_reg")] > 0
     assert ("loss_icd_aux_box" in losses) == bool(distillers)
 
 

@@ -35,7 +35,8 @@ def add_fsaf_config(cfg: CfgNode) -> None:
     add_dense_keys(node)
     node.NORM = ""
     node.NMS_THRESH_TEST = 0.5
-    # Of a box's sides: its middle, whose positions are to predict it, and the larger region where its class is ignored.
+    # Of a box's sides: its middle, whose positions are to predict it, and the region where its class is ignored elsewhere. The paper
+    # ignores a larger one, 0.5; this is MMDetection's, with which the thesis trained.
     node.EFFECTIVE_SCALE = 0.2
     node.IGNORING_SCALE = 0.2
     node.FOCAL_LOSS_ALPHA = 0.25
