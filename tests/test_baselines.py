@@ -177,14 +177,14 @@ def test_fkd_gradient_numerically(build: Callable) -> None:
     assert torch.autograd.gradcheck(lambda s: relation(fkd, s, teacher, "8"), student)
     assert torch.autograd.gradcheck(lambda s: distances(fkd, s, teacher)[0], student)
     # the masks are constants: numerically, of the distance under the masks of this student
-    mask = spatial_attention(student, teacher, 0.5) * channel_attention(student, teacher, 0.5)
-    mask = mask.detach()
-    by_hand = lambda s: (mask * (s - teacher).square()).sum((1, 2, 3)).sqrt()  # noqa: E731
-    assert torch.autograd.gradcheck(by_hand, student)
-    found, expected = (
-        torch.autograd.grad(distance.sum(), student)[0]
-        for distance in (distances(fkd, student, teacher)[1], by_hand(student))
-    )
+    mask = (spatial_attention(student, teacher, 0.5) * channel_attention(student, teacher, 0.5)).detach()
+
+    def masked_distance(s: Tensor) -> Tensor:
+        return (mask * (s - teacher).square()).sum((1, 2, 3)).sqrt()
+
+    assert torch.autograd.gradcheck(masked_distance, student)
+    (expected,) = torch.autograd.grad(masked_distance(student).sum(), student)
+    (found,) = torch.autograd.grad(distances(fkd, student, teacher)[1].sum(), student)
     torch.testing.assert_close(found, expected)
 
 
