@@ -288,7 +288,7 @@ def test_a_broken_image_stops_the_training_in_a_sentence(project: Project, capfd
     out, err = capfd.readouterr()
     assert caught.value.code == 2
     assert "Traceback" not in out + err
-    assert err.splitlines()[-1].startswith(f"error: The training image {broken} cannot be used: ")
+    assert err.splitlines()[-1].startswith(f"error: The image {broken} cannot be used: ")
 
 
 # ------------------------------------------------------------------------------------------ keys and surroundings

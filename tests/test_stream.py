@@ -6,7 +6,8 @@ from pathlib import Path
 
 from kd_d2.config import add_kd_config
 from kd_d2.data import build_stream_loader, register_coco_json
-from kd_d2.data.stream import BatchStream, DataError, MappedDataset, seeded
+from kd_d2.data.images import DataError, build_test_loader
+from kd_d2.data.stream import BatchStream, MappedDataset, seeded
 from kd_d2.errors import UserError
 
 import numpy as np
@@ -276,11 +277,20 @@ def test_an_image_that_cannot_be_used(cfg: CfgNode, kind: str, workers: int) -> 
         read(cfg, 10)
     assert isinstance(caught.value, UserError)
     said = str(caught.value)
-    assert said.startswith(f"The training image {path} cannot be used: ")
+    assert said.startswith(f"The image {path} cannot be used: ")
     assert "\n" not in said
     if kind == "other size":
         assert isinstance(caught.value.__cause__, SizeMismatchError) or workers
         assert "got (64, 96), expect (96, 64)" in said
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_an_image_of_a_test_set_that_cannot_be_used(cfg: CfgNode, workers: int) -> None:
+    """Check the same sentence in an evaluation, whose images no other may replace."""
+    path = Path(DatasetCatalog.get("stream")[3]["file_name"])
+    path.write_text("no image")
+    with pytest.raises(DataError, match=f"^The image {path} cannot be used: cannot identify image file"):
+        list(build_test_loader(cfg, "stream", num_workers=workers))
 
 
 def test_a_mapper_of_ones_own(cfg: CfgNode) -> None:

@@ -21,6 +21,7 @@ import os
 from collections.abc import Callable
 
 from kd_d2 import UserError
+from kd_d2.data import CheckedMapper
 from kd_d2.detectors import build_adapter
 from kd_d2.engine.analysed import AnalysedModel, add_model_arguments, read_models, restrict_images
 from kd_d2.engine.checks import check_output_folder
@@ -48,7 +49,7 @@ class FeatureReader:
         self.title = model.title
         detector = model.build().to(torch.device(model.cfg.MODEL.DEVICE))
         self.adapter = build_adapter(detector)
-        self.mapper = DatasetMapper(model.cfg, is_train=False)
+        self.mapper = CheckedMapper(DatasetMapper(model.cfg, is_train=False))
         self.cfg = model.cfg
 
     @torch.no_grad()

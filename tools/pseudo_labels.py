@@ -16,7 +16,7 @@ import shlex
 
 from kd_d2 import Teacher, UserError, load_config
 from kd_d2.config import KD_META_ARCH
-from kd_d2.data import register_coco_json, register_synthetic
+from kd_d2.data import build_test_loader, register_coco_json, register_synthetic
 from kd_d2.data.pseudo_labels import label_images
 from kd_d2.engine.checks import check_classes, check_datasets, check_output_folder
 from kd_d2.errors import errors_as_sentences
@@ -24,7 +24,6 @@ from kd_d2.labels import PseudoLabels
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader
 from tqdm import tqdm
 
 
@@ -60,7 +59,7 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"The teacher ({teacher.spec.name}) does not tell its classes, so it cannot label.")
     PseudoLabels(threshold).check_threshold(teacher.spec)
     teacher.to(torch.device(cfg.MODEL.DEVICE))
-    loader = build_detection_test_loader(cfg, name)
+    loader = build_test_loader(cfg, name)
 
     def detect(batch: list[dict]) -> list[dict]:
         return teacher.model(teacher.in_own_format(batch))

@@ -18,13 +18,13 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, get_detection_dataset_dicts
 from detectron2.data.common import DatasetFromList
-from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.data.samplers import RandomSubsetTrainingSampler, RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..config import reads_annotations
 from ..errors import UserError
+from .images import CheckedMapper, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -32,14 +32,6 @@ Position = tuple[int, int]
 """(position in the stream, index in the data set)"""
 
 MAX_SKIPPED = 100
-
-
-class DataError(UserError):
-    """A training image cannot be used."""
-
-    def __init__(self, message: str):
-        # A worker process hands its exception on as the text of a traceback, which ends with the sentence.
-        super().__init__(message.rpartition(f"{__name__}.DataError: ")[2].strip())
 
 
 class BatchStream(Sampler[list[Position]]):
@@ -99,7 +91,7 @@ class MappedDataset(Dataset):
         self, dataset: Dataset, mapper: Callable[[dict], dict | None], seed: int, *, skip_unusable: bool = False
     ):
         self.dataset = dataset
-        self.mapper = mapper
+        self.mapper = CheckedMapper(mapper)
         self.seed = seed
         self.skip_unusable = skip_unusable
 
@@ -113,11 +105,10 @@ class MappedDataset(Dataset):
                 entry = self.dataset[(index + offset) % len(self.dataset)]
                 try:
                     mapped = self.mapper(entry)
-                except (OSError, SizeMismatchError) as error:
-                    sentence = f"The training image {entry.get('file_name')} cannot be used: {error}"
+                except DataError as error:
                     if not self.skip_unusable:
-                        raise DataError(sentence) from error
-                    logger.warning(f"{sentence} The next one takes its place.")
+                        raise
+                    logger.warning(f"{error} The next one takes its place.")
                     continue
                 if mapped is not None:
                     return mapped

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import inference_on_dataset
 from detectron2.modeling import build_model
 from torch import nn
 
 from ..checkpoint import load_complete
 from ..config import find_file, load_config
-from ..data import register_coco_json, register_synthetic
+from ..data import build_test_loader, register_coco_json, register_synthetic
 from ..errors import UserError
 from ..evaluation import build_evaluator
 from ..files import write_json
@@ -162,7 +162,7 @@ def detect_dataset(model: AnalysedModel, output: str) -> list[dict]:
     os.makedirs(folder, exist_ok=True)
     detector = model.build()
     detector.to(torch.device(model.cfg.MODEL.DEVICE))
-    loader = build_detection_test_loader(model.cfg, model.dataset)
+    loader = build_test_loader(model.cfg, model.dataset)
     inference_on_dataset(detector, loader, build_evaluator(model.cfg, model.dataset, folder))
     write_json(source, identity)
     with open(path) as detections:

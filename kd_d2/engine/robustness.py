@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, build_detection_test_loader
+from detectron2.data import DatasetCatalog
 from detectron2.data.detection_utils import build_augmentation, convert_PIL_to_numpy, read_image
 from detectron2.data.transforms import AugInput, AugmentationList
 from detectron2.evaluation import inference_on_dataset
 from PIL import Image
 from torch import nn
 
+from ..data import build_test_loader
 from ..errors import UserError
 from ..evaluation import build_evaluator
 from ..evaluation.corruptions import check_large_enough, corrupt
@@ -129,7 +130,7 @@ def _evaluate(
     progress: Callable[..., Any],
     note: str,
 ) -> Metrics:
-    loader = build_detection_test_loader(DatasetCatalog.get(model.dataset), mapper=mapper, num_workers=workers)
+    loader = build_test_loader(model.cfg, model.dataset, mapper, num_workers=workers)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         evaluator = build_evaluator(model.cfg, model.dataset, folder)
         results = inference_on_dataset(detector, progress(loader, desc=note), evaluator)["bbox"]

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint import KDCheckpointer, UnreadableCheckpointError, inherit
-from ..data.stream import build_stream_loader
+from ..data import build_stream_loader, build_test_loader
 from ..errors import UserError
 from ..evaluation import build_evaluator
 from ..meta_arch import KDMetaArch, student_of
@@ -169,6 +169,10 @@ class KDTrainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
         return build_stream_loader(cfg, max(cfg.SEED, 0))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        return build_test_loader(cfg, dataset_name)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:

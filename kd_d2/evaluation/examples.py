@@ -6,10 +6,8 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.data import transforms as T
-from detectron2.data.detection_utils import read_image
-from PIL import UnidentifiedImageError
 
-from ..errors import UserError
+from ..data import CheckedMapper
 
 
 def read_examples(cfg: CfgNode, count: int) -> list[dict]:
@@ -25,22 +23,15 @@ def read_files(cfg: CfgNode, paths: list[str]) -> list[dict]:
     """Image files, without ground truth, at the test's size.
 
     Raises:
-        UserError: a file is not there or no image.
+        DataError: a file is not there or no image.
     """
     mapper = _mapper(cfg, with_truth=False)
-    examples = []
-    for path in paths:
-        try:
-            read_image(path)
-        except (OSError, UnidentifiedImageError) as error:
-            raise UserError(f"--input: {path} cannot be read as an image: {error}.") from error
-        examples.append(mapper({"file_name": path}))
-    return examples
+    return [mapper({"file_name": path}) for path in paths]
 
 
-def _mapper(cfg: CfgNode, *, with_truth: bool) -> DatasetMapper:
+def _mapper(cfg: CfgNode, *, with_truth: bool) -> CheckedMapper:
     resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
-    return DatasetMapper(cfg, is_train=with_truth, augmentations=[resize])
+    return CheckedMapper(DatasetMapper(cfg, is_train=with_truth, augmentations=[resize]))
 
 
 def pixels(example: dict, cfg: CfgNode) -> np.ndarray:
