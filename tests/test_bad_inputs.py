@@ -308,6 +308,9 @@ def test_a_broken_image_stops_the_training_in_a_sentence(project: Project, capfd
             "No learning rates can be made of SOLVER.LR_SCHEDULER_NAME 'WarmupMultiStepLR', SOLVER.STEPS (3,) and SOLVER.MAX_ITER "
             "3: Milestone must be smaller",
         ),
+        (["SOLVER.CHECKPOINT_PERIOD", 0], "SOLVER.CHECKPOINT_PERIOD is 0; it must be a number at least 1."),
+        (["SOLVER.BASE_LR", -1.0], "SOLVER.BASE_LR is -1.0; it must be a number at least 0."),
+        (["DATALOADER.NUM_WORKERS", -1], "DATALOADER.NUM_WORKERS is -1; it must be a number at least 0."),
         (["SEED", 1, "--resume"], "the command line: --resume stands among the overrides; options come before them."),
     ],
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kd_d2 import UserError
 from kd_d2.config import load_config
-from kd_d2.engine.schedule import check_batch, learning_rate_advice, scale_to_world_size
+from kd_d2.engine.schedule import check_schedule, learning_rate_advice, scale_to_world_size
 
 import pytest
 import torch
@@ -55,8 +55,19 @@ def test_batches_that_cannot_be_divided(tmp_path: Path, keys: dict, processes: i
     cfg = load_config(str(make_project(tmp_path).student))
     cfg.SOLVER.update(keys)
     with pytest.raises(UserError) as caught:
-        check_batch(cfg, processes)
+        check_schedule(cfg, processes)
     assert str(caught.value) == expected
+
+
+@pytest.mark.parametrize("reference", [3, -1])
+def test_processes_that_a_batch_was_not_written_for(tmp_path: Path, reference: int) -> None:
+    cfg = load_config(
+        str(make_project(tmp_path, SOLVER__IMS_PER_BATCH=8, SOLVER__REFERENCE_WORLD_SIZE=reference).student)
+    )
+    with pytest.raises(
+        UserError, match=f"REFERENCE_WORLD_SIZE is {reference}; it must be 0, or divide the 8 images of"
+    ):
+        scale_to_world_size(cfg, 2)
 
 
 def test_accumulated_gradients_are_those_of_the_batch(tmp_path: Path) -> None:

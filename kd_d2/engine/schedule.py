@@ -11,9 +11,19 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 
 from ..distillers import DISTILLER_REGISTRY
-from ..errors import UserError
+from ..errors import UserError, check_number
 
 DEFAULT_BATCH = 16  # Detectron2's
+SMALLEST = {
+    "SOLVER.MAX_ITER": 1,
+    "SOLVER.CHECKPOINT_PERIOD": 1,
+    "SOLVER.BASE_LR": 0,
+    "SOLVER.MOMENTUM": 0,
+    "SOLVER.WEIGHT_DECAY": 0,
+    "SOLVER.WARMUP_ITERS": 0,
+    "TEST.EVAL_PERIOD": 0,
+    "DATALOADER.NUM_WORKERS": 0,
+}
 
 
 def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
@@ -21,11 +31,19 @@ def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
 
     Batch, learning rate and iterations scale as in Detectron2, and with them the iterations of the distillers: all counts whose
     names end in _ITER or _ITERS. Learning rates of auxiliary optimisers stay: Adam's steps do not grow with the batch.
+
+    Raises:
+        UserError: the batch cannot have been written for that many processes.
     """
+    reference, batch = cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.IMS_PER_BATCH
+    if reference < 0 or (reference and batch % reference):
+        raise UserError(
+            f"SOLVER.REFERENCE_WORLD_SIZE is {reference}; it must be 0, or divide the {batch} images of SOLVER.IMS_PER_BATCH."
+        )
     scaled = DefaultTrainer.auto_scale_workers(cfg, world_size)
     if scaled is cfg:
         return cfg
-    factor = world_size / cfg.SOLVER.REFERENCE_WORLD_SIZE
+    factor = world_size / reference
     scaled.defrost()
     for _, distiller in DISTILLER_REGISTRY:
         node = scaled.MODEL.KD[distiller.CONFIG_NODE]
@@ -36,8 +54,16 @@ def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
     return scaled
 
 
-def check_batch(cfg: CfgNode, world_size: int) -> None:
-    """Raise a UserError unless the batch can be divided among the processes, and each share into the parts of an accumulation."""
+def check_schedule(cfg: CfgNode, world_size: int) -> None:
+    """Check that a training can follow the config's numbers.
+
+    Raises:
+        UserError: one is too small, or the batch cannot be divided among the processes, or a share of it into the parts of an
+            accumulation.
+    """
+    for key, minimum in SMALLEST.items():
+        section, name = key.split(".")
+        check_number(key, cfg[section][name], minimum)
     batch, parts = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.GRADIENT_ACCUMULATION_STEPS
     if batch % world_size or batch < 1:
         raise UserError(f"SOLVER.IMS_PER_BATCH is {batch}; it must be a multiple of the {world_size} processes.")

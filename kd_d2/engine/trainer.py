@@ -27,7 +27,7 @@ from .checks import check_classes
 from .memory import PeakMemoryRecorder
 from .optimizers import build_optimizers
 from .random_state import preserved_random_state
-from .schedule import check_batch, scale_to_world_size
+from .schedule import check_schedule, scale_to_world_size
 from .step import DistillationStep
 from .worker_states import WorkerStates, get_worker_state, set_worker_state
 
@@ -40,7 +40,7 @@ class KDTrainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode):
         TrainerBase.__init__(self)
         cfg = scale_to_world_size(cfg, comm.get_world_size())
-        check_batch(cfg, comm.get_world_size())
+        check_schedule(cfg, comm.get_world_size())
         self.cfg = cfg
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         self.start_iter = 0
