@@ -288,6 +288,9 @@ def test_pfi_reads_each_positions_anchors_and_classes(event_storage) -> None:
     distiller.relative = True
     loss = distiller(_outputs(student, features), _outputs(teacher), _targets())["loss_pfi"].item()
     assert loss == pytest.approx(2 * 4 / 2 / 2, rel=1e-5)
+    distiller.relative, distiller.on_logits = False, True
+    loss = distiller(_outputs(student, features), _outputs(teacher), _targets())["loss_pfi"].item()
+    assert loss == pytest.approx(math.log(9) ** 2 / 4 * 4 / 2 / 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("through", [False, True])
@@ -375,7 +378,8 @@ def test_defaults_are_the_papers(build: Callable) -> None:
     rank = build("RANK_MIMICKING", _spec())
     assert (rank.weight, rank.on_logits, rank.joint_score, rank.localization) == (4.0, False, False, True)
     pfi = build("PFI", _spec())
-    assert (pfi.weight, pfi.mask, pfi.relative, pfi.through_prediction) == (1.5, "prediction", False, False)
+    assert (pfi.weight, pfi.mask) == (1.5, "prediction")
+    assert not (pfi.on_logits or pfi.relative or pfi.through_prediction)
     assert not pfi.adaptation.layers
     soft = build("SOFT_LABEL", _spec())
     assert (soft.weight, soft.temperature) == (1.0, 1.0)
@@ -428,6 +432,12 @@ def test_masks_that_read_no_prediction_take_any_anchors(build: Callable) -> None
         ("RANK_MIMICKING", {"JOINT_SCORE": True}, "has no centreness"),
         ("PFI", {"MASK": "foreground"}, "MODEL.KD.PFI.MASK is 'foreground'"),
         ("PFI", {"ADAPTATION": "5x5"}, "MODEL.KD.PFI.ADAPTATION is '5x5'"),
+        (
+            "PFI",
+            {"MASK": "boxes", "RELATIVE": True},
+            "MODEL.KD.PFI.RELATIVE is True, but MASK 'boxes' does not read predictions",
+        ),
+        ("PFI", {"MASK": "whole", "ON_LOGITS": True}, "MODEL.KD.PFI.ON_LOGITS is True, but MASK 'whole' does not"),
         ("SOFT_LABEL", {"TEMPERATURE": 0.0}, "TEMPERATURE is 0.0; it must be a number above 0"),
     ],
 )

@@ -106,10 +106,14 @@ class DetectorOutputs:
     dense: DensePredictions | None = None
     detections: list[Instances] | None = None
 
-    def probability_map(self, stride: int) -> Tensor:
-        """Class probabilities of a level of the dense head at its positions, (B, A * K, H, W)."""
+    def logit_map(self, stride: int) -> Tensor:
+        """Class logits of a level of the dense head at its positions, (B, A * K, H, W) in float32."""
         shape = self.features[stride].shape[-2:]
-        return self.dense.logits[stride].float().sigmoid().unflatten(1, (*shape, -1)).flatten(3).permute(0, 3, 1, 2)
+        return self.dense.logits[stride].float().unflatten(1, (*shape, -1)).flatten(3).permute(0, 3, 1, 2)
+
+    def probability_map(self, stride: int) -> Tensor:
+        """Class probabilities, as `logit_map`."""
+        return self.logit_map(stride).sigmoid()
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from detectron2.structures import Instances
 from torch import Tensor
 
 from ..detectors import DetectorOutputs, DetectorSpec
+from ..errors import UserError
 from ..losses import prediction_difference, relative_to_mean, weighted_imitation_loss
 from ..workers import mean_count_of_workers, mean_of_workers
 from .base import (
@@ -50,6 +51,8 @@ class PFI(Distiller):
         # Where features are imitated: "prediction", or one of what the paper compares with: "whole", "positives",
         # "negatives", "boxes".
         node.MASK = PREDICTION
+        # P of the class logits instead of their probabilities; the loss is then many times as large.
+        node.ON_LOGITS = False
         # Divide P by its mean over each level: it says where, and no longer how much.
         node.RELATIVE = False
         # Let gradients pass through P too.
@@ -61,6 +64,9 @@ class PFI(Distiller):
     def validate_config(cls, node: CfgNode) -> None:
         check_choice(cls.CONFIG_NODE, "MASK", node.MASK, (PREDICTION, *MASKS))
         check_choice(cls.CONFIG_NODE, "ADAPTATION", node.ADAPTATION, (None, *ADAPTATION_KERNELS))
+        for key in ("ON_LOGITS", "RELATIVE", "THROUGH_PREDICTION"):
+            if node[key] and node.MASK != PREDICTION:
+                raise UserError(f"MODEL.KD.PFI.{key} is True, but MASK {node.MASK!r} does not read predictions.")
 
     @configurable
     def __init__(
@@ -69,6 +75,7 @@ class PFI(Distiller):
         weight: float,
         adaptation: AdaptationLayers,
         mask: str = PREDICTION,
+        on_logits: bool = False,
         relative: bool = False,
         through_prediction: bool = False,
     ):
@@ -76,12 +83,13 @@ class PFI(Distiller):
         Args:
             weight: beta.
             adaptation: the layers phi; its strides are the levels that are compared.
-            mask, relative, through_prediction: see the keys.
+            mask, on_logits, relative, through_prediction: see the keys.
         """
         super().__init__()
         self.weight = weight
         self.adaptation = adaptation
         self.mask = mask
+        self.on_logits = on_logits
         self.relative = relative
         self.through_prediction = through_prediction
 
@@ -94,6 +102,7 @@ class PFI(Distiller):
             "weight": node.WEIGHT,
             "adaptation": AdaptationLayers.from_node(cls.CONFIG_NODE, node, student, teacher),
             "mask": node.MASK,
+            "on_logits": node.ON_LOGITS,
             "relative": node.RELATIVE,
             "through_prediction": node.THROUGH_PREDICTION,
         }
@@ -114,11 +123,9 @@ class PFI(Distiller):
 
     def _prediction_weights(self, student: DetectorOutputs, teacher: DetectorOutputs) -> list[Tensor]:
         """P by level, (B, H, W)."""
+        read = DetectorOutputs.logit_map if self.on_logits else DetectorOutputs.probability_map
         with torch.set_grad_enabled(self.through_prediction and torch.is_grad_enabled()):
-            weights = [
-                prediction_difference(student.probability_map(stride), teacher.probability_map(stride))
-                for stride in self.adaptation.strides
-            ]
+            weights = [prediction_difference(read(student, s), read(teacher, s)) for s in self.adaptation.strides]
         if not self.relative:
             return weights
         return relative_to_mean(weights, [mean_of_workers(weight.detach().mean()) for weight in weights])

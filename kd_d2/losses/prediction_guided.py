@@ -27,10 +27,10 @@ def prediction_guided_loss(
     return weighted_imitation_loss(student_features, teacher_features, weights)
 
 
-def prediction_difference(student_probs: Tensor, teacher_probs: Tensor) -> Tensor:
-    """P (B, H, W): mean over anchors and classes of the squared difference of probabilities (B, A * K, H, W)."""
-    dtype = torch.promote_types(student_probs.dtype, torch.float32)
-    return (teacher_probs.detach().to(dtype) - student_probs.to(dtype)).square().mean(1)
+def prediction_difference(student: Tensor, teacher: Tensor) -> Tensor:
+    """P (B, H, W): mean over anchors and classes of the squared difference of probabilities, or logits, (B, A * K, H, W)."""
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    return (teacher.detach().to(dtype) - student.to(dtype)).square().mean(1)
 
 
 def weighted_imitation_loss(
