@@ -10,7 +10,7 @@ from kd_d2 import UserError
 from kd_d2.comparison import compare, runner
 from kd_d2.comparison.costs import measure_costs
 from kd_d2.comparison.matrix import measured_settings, read_matrix
-from kd_d2.comparison.plots import plot_ap, plot_curves
+from kd_d2.comparison.plots import look, plot_ap, plot_curves
 from kd_d2.comparison.report import first_curves, write_report
 from kd_d2.comparison.runner import Job, read_metrics, result_path, run_jobs, teacher_jobs, training_job
 from kd_d2.comparison.table import as_csv, as_markdown, build_rows, pooled_deviation, read_results
@@ -112,6 +112,12 @@ def test_plots_show_every_finished_cell(finished, tmp_path):
     plot_ap(build_rows(matrix, results, {}), str(tmp_path / "ap.png"))
     plot_curves(first_curves(matrix, results), str(tmp_path / "curves.png"))
     assert min((tmp_path / name).stat().st_size for name in ("ap.png", "curves.png")) > 5000
+
+
+@pytest.mark.parametrize("count", [3, 10, 11, 45])
+def test_no_two_lines_of_a_plot_look_alike(count):
+    """Check that as many trainings as the whole evidence matrix has can be told apart."""
+    assert len({tuple(look(index, count).values()) for index in range(count)}) == count
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
+from typing import Any
 
 import matplotlib
 
@@ -13,6 +14,7 @@ import matplotlib.pyplot as plt
 from .table import Row
 
 TEACHER_COLOR = "0.45"
+DASHES = ("-", "--", ":", "-.")
 
 Curves = dict[str, list[tuple[int, float]]]
 """Points (iteration, value) by what they are of: "bbox/AP", "total_loss", "loss_..."."""
@@ -26,7 +28,7 @@ def plot_ap(rows: list[Row], path: str) -> None:
     for axis, column in zip(axes, ("AP", "AP50")):
         for place, row in enumerate(students):
             values = row.scores[column]
-            axis.barh(place, statistics.mean(values), color=color(place, len(students)), alpha=0.75)
+            axis.barh(place, statistics.mean(values), color=look(place, len(students))["color"], alpha=0.75)
             axis.plot(values, [place] * len(values), "k.", markersize=5)
             axis.annotate(
                 f" {statistics.mean(values):.1f}",
@@ -39,7 +41,7 @@ def plot_ap(rows: list[Row], path: str) -> None:
             axis.axvline(statistics.mean(teacher.scores[column]), color=TEACHER_COLOR, linestyle="--", label="teacher")
             axis.legend(loc="lower right", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
         axis.set_xlabel(column)
-        axis.margins(x=0.12)
+        axis.margins(x=0.12, y=0.02)
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(students)), [row.title for row in students])
     axes[0].invert_yaxis()
@@ -60,23 +62,23 @@ def plot_curves(curves: dict[str, Curves], path: str) -> None:
             points = of_training.get(key)
             if points:
                 x, y = zip(*points)
-                style = {"marker": "o", "markersize": 3} if key == "bbox/AP" else {}
-                axis.plot(x, y, color=color(index, len(curves)), linewidth=1.3, **style)
+                marker = {"marker": "o", "markersize": 3} if key == "bbox/AP" else {}
+                axis.plot(x, y, linewidth=1.3, **marker, **look(index, len(curves)))
         axis.set_title(key.removeprefix("bbox/"), fontsize=10)
         axis.set_xlabel("iteration", fontsize=8)
         axis.grid(alpha=0.3)
         axis.set_ylim(bottom=0)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
-    lines = [plt.Line2D([], [], color=color(i, len(curves)), label=title) for i, title in enumerate(curves)]
+    lines = [plt.Line2D([], [], label=title, **look(i, len(curves))) for i, title in enumerate(curves)]
     figure.legend(handles=lines, loc="outside lower center", ncols=min(3, len(lines)), fontsize=8)
     _save(figure, path)
 
 
-def color(index: int, count: int) -> tuple[float, ...]:
-    """The colour of one of so many lines or bars."""
+def look(index: int, count: int) -> dict[str, Any]:
+    """Colour and dashes of one of so many lines: where the colours end they begin again with other dashes."""
     colors = matplotlib.colormaps["tab10" if count <= 10 else "tab20"].colors
-    return colors[index % len(colors)]
+    return {"color": colors[index % len(colors)], "linestyle": DASHES[index // len(colors) % len(DASHES)]}
 
 
 def _save(figure: plt.Figure, path: str) -> None:
