@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kd_d2 import load_config
-from kd_d2.evaluation.drawing import PALETTE, draw_instances
+from kd_d2.evaluation.drawing import PALETTE, draw_instances, titled
 
 import numpy as np
 import pytest
@@ -239,3 +239,14 @@ def test_labels_of_nested_boxes_do_not_hide_each_other() -> None:
     drawn = draw_instances(grey, detections((480, 640), boxes, [0, 1, 2]), ["a", "b", "c"])
     areas = [int((drawn[:80, 14:60] == color).all(2).sum()) for color in PALETTE[:3]]
     assert min(areas) > 0.7 * max(areas)
+
+
+def test_a_title_is_written_whole_where_there_is_room_and_cut_where_there_is_none() -> None:
+    """Check letters beyond ASCII, a long title that is made smaller, and one that no size would fit."""
+    white = np.full((10, 200, 3), 255, np.uint8)
+    strip = {title: titled(white, title)[:34] for title in ("äöü", "???", "a" * 24, "a" * 24 + "b", "a" * 99, "a" * 98)}
+    for drawn in strip.values():
+        assert (drawn[:, :6] == 255).all() and (drawn[:, 194:] == 255).all() and (drawn < 128).any()
+    assert (strip["äöü"] != strip["???"]).any()
+    assert (strip["a" * 24] != strip["a" * 24 + "b"]).any()
+    assert (strip["a" * 99] == strip["a" * 98]).all()

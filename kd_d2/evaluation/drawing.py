@@ -16,6 +16,7 @@ PALETTE = (
 )  # fmt: skip
 FONT = os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")  # OpenCV's own has ASCII alone
 LONGEST_ENLARGED = 4  # times min_side
+TITLE_HEIGHT, TITLE_MARGIN, TITLE_SIZES = 34, 6, range(20, 10, -1)
 WHITE, BLACK = (255, 255, 255), (30, 30, 30)
 
 
@@ -110,10 +111,16 @@ def per_pixel(level: np.ndarray, stride: int, image_size: tuple[int, int]) -> np
 
 
 def titled(image: np.ndarray, title: str) -> np.ndarray:
-    """The image below a strip with its title."""
-    strip = np.full((34, image.shape[1], 3), 255, np.uint8)
-    cv2.putText(strip, title, (6, 24), cv2.FONT_HERSHEY_SIMPLEX, 0.65, BLACK, 1, cv2.LINE_AA)
-    return np.concatenate([strip, image])
+    """The image below a strip with its title, which is written smaller where it is long, and cut where it is longer still."""
+    strip = Image.new("RGB", (image.shape[1], TITLE_HEIGHT), WHITE)
+    room = strip.width - 2 * TITLE_MARGIN
+    fonts = [ImageFont.truetype(FONT, size) for size in TITLE_SIZES]
+    font = next((f for f in fonts if f.getlength(title) <= room), fonts[-1])
+    written = title
+    while written and font.getlength(written) > room:
+        title, written = title[:-1], title[:-1].rstrip() + "\u2026"
+    ImageDraw.Draw(strip).text((TITLE_MARGIN, TITLE_HEIGHT // 2), written, fill=BLACK, font=font, anchor="lm")
+    return np.concatenate([np.asarray(strip), image])
 
 
 def sheet(rows: list[list[np.ndarray]], gap: int = 8) -> np.ndarray:
