@@ -70,9 +70,7 @@ class KDTrainer(DefaultTrainer):
         if resume or comm.get_world_size() > 1:
             self._resume_in_step(resume)
         if not resume:
-            self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=False)
-            if isinstance(self.bare_model, KDMetaArch) and self.cfg.MODEL.KD.INHERIT.ENABLED:
-                inherit(self.bare_model.student, self.bare_model.teacher.model, self.cfg.MODEL.KD.INHERIT.MODULES)
+            load_beginning(self.cfg, self.bare_model)
         self._open_stream()
 
     def _resume_in_step(self, resume: bool) -> None:
@@ -183,6 +181,17 @@ class KDTrainer(DefaultTrainer):
         """Evaluate on every data set of DATASETS.TEST; the random numbers of the training stay as they are."""
         with preserved_random_state():
             return super().test(cfg, model, evaluators)
+
+
+def load_beginning(cfg: CfgNode, model: nn.Module) -> None:
+    """The weights that a training begins with: those of MODEL.WEIGHTS, then the teacher's where the student inherits them.
+
+    Raises:
+        UserError: they cannot be read, or nothing of them fits.
+    """
+    KDCheckpointer(student_of(model), save_to_disk=False).load(cfg.MODEL.WEIGHTS)
+    if isinstance(model, KDMetaArch) and cfg.MODEL.KD.INHERIT.ENABLED:
+        inherit(model.student, model.teacher.model, cfg.MODEL.KD.INHERIT.MODULES)
 
 
 def evaluate_teacher(cfg: CfgNode, teacher: Teacher) -> dict:

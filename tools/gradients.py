@@ -1,0 +1,83 @@
+#!/usr/bin/env python
+"""How hard each loss of a distillation pulls at the student, beside the detector's own losses: what weights are chosen by.
+
+    tools/gradients.py --config-file CONFIG [--weights CHECKPOINT] [--batches 4] [--iteration N] [KEY VALUE ...]
+
+A row a loss, means over training batches: its value; the norm of its gradient in the parameters of the student's backbone, which all
+losses share, over that of the detector's own losses; and the cosine of the two gradients, below 0 where the method pulls away
+from what the detector wants. The student is as a training would begin (MODEL.WEIGHTS, inheritance), or a checkpoint; of one that this
+library wrote the methods' own layers are taken too. The batches are the first of a training with the config's SEED, or 0 where it
+has none. N, by default SOLVER.MAX_ITER - 1, matters for schedules alone.
+"""
+
+import argparse
+from itertools import islice
+
+from kd_d2 import KDMetaArch, UserError, load_config
+from kd_d2.checkpoint import load_complete, read_checkpoint
+from kd_d2.config import find_file
+from kd_d2.data import build_stream_loader, register_coco_json, register_synthetic
+from kd_d2.engine.checks import check_classes, check_datasets
+from kd_d2.engine.gradients import measure_pulls
+from kd_d2.engine.schedule import check_schedule
+from kd_d2.engine.trainer import load_beginning
+from kd_d2.errors import errors_as_sentences
+
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.utils.env import seed_all_rng
+from tabulate import tabulate
+
+HEADERS = ("loss", "value", "gradient / own", "cosine with own")
+
+
+def build(cfg: CfgNode, weights: str | None) -> KDMetaArch:
+    """Student and teacher; the student from the checkpoint, or as a training begins."""
+    model = build_model(cfg)
+    if not isinstance(model, KDMetaArch):
+        raise UserError(
+            "--config-file must be the config of a distillation: MODEL.META_ARCHITECTURE is not KDMetaArch."
+        )
+    check_classes(cfg, model)
+    if weights is None:
+        load_beginning(cfg, model)
+        return model
+    load_complete(model.student, weights, "the student")
+    state = read_checkpoint(weights).get("distillers") or {}
+    for name, distiller in model.distillers.items():
+        own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+        try:
+            distiller.load_state_dict(own)
+        except RuntimeError:
+            print(f"The layers of {name} are as a training begins: {weights} has none that fit.", flush=True)
+    return model
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.batches < 1:
+        raise UserError(f"--batches is {args.batches}; it must be at least 1.")
+    cfg = load_config(args.config_file, args.opts)
+    weights = args.weights and find_file(args.weights, "--weights")
+    register_synthetic()
+    register_coco_json(cfg)
+    check_datasets(cfg, train=True)
+    check_schedule(cfg, 1)
+    seed = max(cfg.SEED, 0)
+    seed_all_rng(seed)
+    model = build(cfg, weights).train()
+    batches = islice(build_stream_loader(cfg, seed), args.batches)
+    iteration = cfg.SOLVER.MAX_ITER - 1 if args.iteration is None else args.iteration
+    pulls = measure_pulls(model, batches, iteration)
+    rows = [(name, pull.loss, pull.strength, pull.cosine) for name, pull in pulls.items()]
+    print(tabulate(rows, HEADERS, tablefmt="github", floatfmt=("", ".4g", ".3g", "+.3f")), flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", required=True, help="config of the distillation")
+    parser.add_argument("--weights", help="a checkpoint of the student (default: as a training begins)")
+    parser.add_argument("--batches", type=int, default=4, help="of training data (default 4)")
+    parser.add_argument("--iteration", type=int, help="of the training, for schedules (default the last)")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides: KEY VALUE ...")
+    with errors_as_sentences():
+        main(parser.parse_args())
