@@ -469,6 +469,17 @@ def test_reppoints_losses_by_hand(tiny_detector: Callable) -> None:
     assert model.assign(anchors, predictions, [far]).tolist() == [[0, BACKGROUND, BACKGROUND]]  # its best, 0.39
 
 
+def test_reppoints_begin_with_the_anchors_as_boxes(tiny_detector: Callable) -> None:
+    """Check, where the features say nothing yet, the first and the refined boxes of every level."""
+    model = tiny_detector("reppoints")
+    levels = [torch.zeros(1, 8, side, side) for side in (8, 4, 2, 1, 1)]
+    anchors = Boxes.cat(model.anchor_generator(levels)).tensor
+    _, refined, first = model.transpose(model.head(levels))
+    for points in (first, refined):
+        boxes = model.box2box_transform.apply_deltas(torch.cat(points, 1)[0], anchors)
+        torch.testing.assert_close(boxes, anchors, rtol=1e-4, atol=1e-2)
+
+
 def test_reppoints_sample_where_the_first_points_are(tiny_detector: Callable) -> None:
     """Check that with first points on the kernel's grid the deformable convolution is an ordinary one, and the gradient's share."""
     head = tiny_detector("reppoints").head

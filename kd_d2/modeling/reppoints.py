@@ -67,11 +67,20 @@ class RepPointsHead(RetinaNetHead):
     Args:
         num_points: of a set.
         gradient_share: see MODEL.REPPOINTS.GRADIENT_SHARE.
+        first_side: of the square box, in strides, that the first points begin with. From points in one place, as the paper's
+            program begins, a box takes hundreds of iterations to grow.
         arguments: those of `RetinaNetHead` but for num_anchors.
     """
 
     def __init__(
-        self, *, num_classes: int, conv_dims: list[int], num_points: int, gradient_share: float, **arguments: Any
+        self,
+        *,
+        num_classes: int,
+        conv_dims: list[int],
+        num_points: int,
+        gradient_share: float,
+        first_side: float,
+        **arguments: Any,
     ):
         super().__init__(num_classes=num_classes, conv_dims=conv_dims, num_anchors=1, **arguments)
         del self.bbox_pred
@@ -84,23 +93,19 @@ class RepPointsHead(RetinaNetHead):
         self.cls_score = nn.Conv2d(channels, num_classes, 1)
         self.refine_conv = PointConv(channels, channels, side, padding=side // 2, bias=False)
         self.refined_points = nn.Conv2d(channels, 2 * num_points, 1)
-        new = (
-            self.first_conv,
-            self.first_points,
-            self.class_conv,
-            self.cls_score,
-            self.refine_conv,
-            self.refined_points,
-        )
-        for layer in new:
+        for layer in (self.first_conv, self.class_conv, self.refine_conv):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        for layer in (self.first_points, self.cls_score, self.refined_points):
             nn.init.normal_(layer.weight, std=0.01)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+        for layer in (self.first_conv, self.refined_points):
+            nn.init.zeros_(layer.bias)
         self.cls_score.bias = class_bias
         self.moment_transfer = nn.Parameter(torch.zeros(2))
         lines = torch.arange(side, dtype=torch.float32) - side // 2
         grid = torch.stack(torch.meshgrid(lines, lines, indexing="ij"), -1)
         self.register_buffer("kernel_grid", grid.view(1, -1, 1, 1), persistent=False)
+        with torch.no_grad():
+            self.first_points.bias.copy_(grid.flatten() * (first_side / 2 / grid[..., 0].std()))
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Levels (B, C, H, W) to logits (B, K, H, W), refined and first points (B, 2 * points, H, W) by level."""
@@ -190,7 +195,9 @@ class RepPoints(SingleAnchorDetector):
         detector, head = dense_arguments(cfg, "REPPOINTS")
         return {
             **detector,
-            "head": RepPointsHead(num_points=node.NUM_POINTS, gradient_share=node.GRADIENT_SHARE, **head),
+            "head": RepPointsHead(
+                num_points=node.NUM_POINTS, gradient_share=node.GRADIENT_SHARE, first_side=node.BASE_SCALE, **head
+            ),
             "num_points": node.NUM_POINTS,
             "base_scale": node.BASE_SCALE,
             "iou_thresholds": node.IOU_THRESHOLDS,
@@ -205,7 +212,7 @@ class RepPoints(SingleAnchorDetector):
     def assign(self, anchors: list[Boxes], predictions: list[list[Tensor]], targets: list[Instances]) -> Tensor:
         """By the overlap of the first points' boxes, as RetinaNet's by that of its anchors.
 
-        First boxes begin so small that an instance may overlap none: where the best overlap is none, that is no match.
+        An instance may overlap none of the first boxes, which is no match.
         """
         cells = Boxes.cat(anchors).tensor
         first_BRn = torch.cat(predictions[2], 1).float()
