@@ -333,6 +333,8 @@ def test_deformable_convolutions_count(tmp_path):
         "8",
         "MODEL.REPPOINTS.NUM_CONVS",
         1,
+        "MODEL.REPPOINTS.NORM",
+        "",
     ]
     few, more = (
         measure_costs(matrix, [*narrow, "INPUT.MIN_SIZE_TEST", 128, "MODEL.REPPOINTS.NUM_POINTS", n])["one"]
