@@ -106,6 +106,16 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     return content
 
 
+def distiller_state(path: str, name: str) -> StateDict:
+    """A distiller's own layers in a checkpoint of this library, by the distiller's names; empty where it has none.
+
+    Raises:
+        UserError: see `read_checkpoint`.
+    """
+    state = read_checkpoint(path).get("distillers") or {}
+    return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+
+
 def _check_names(content: Any, path: str) -> None:
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise UserError(f"Checkpoint {path} holds a {type(content).__name__}, not a dictionary of weights by name.")

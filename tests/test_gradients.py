@@ -136,6 +136,7 @@ def test_from_the_beginning_and_from_checkpoints(tmp_path: Path, run: Callable) 
     ("arguments", "message"),
     [
         (["--batches", 0], "--batches is 0"),
+        (["--iteration", -1], "--iteration is -1"),
         (["--weights", "nowhere.pth"], "nowhere.pth"),
         (["MODEL.META_ARCHITECTURE", "RetinaNet"], "must be the config of a distillation"),
         (["SOLVER.IMS_PER_BATCH", 0], "SOLVER.IMS_PER_BATCH is 0"),

@@ -343,7 +343,7 @@ def test_labels_are_of_scaled_images(tiny_detector: Callable, make_inputs: Calla
 @pytest.mark.parametrize(
     ("keys", "fields", "expected"),
     [
-        ({"MODEL__META_ARCHITECTURE": "RetinaNet"}, {}, "has no teacher: MODEL.META_ARCHITECTURE is RetinaNet"),
+        ({"MODEL__META_ARCHITECTURE": "RetinaNet"}, {}, "must be the config of a distillation"),
         ({}, {"dataset": "other"}, "--dataset 'other' is not in DATASETS.TRAIN: tiny_"),
         ({}, {"score_thresh": 1.0}, "--score-thresh is 1.0; it must be from 0 to below 1"),
         ({}, {"output": "/proc/none/labels.json"}, "--output /proc/none cannot be written"),

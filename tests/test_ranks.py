@@ -181,7 +181,7 @@ def test_files_of_ones_own_have_no_ranks(draw: Callable, distilled: Project, tmp
     ("more", "message"),
     [
         (("--input", "nowhere.png"), "The image nowhere.png cannot be used"),
-        (("MODEL.META_ARCHITECTURE", "RetinaNet"), "MODEL.META_ARCHITECTURE is not KDMetaArch"),
+        (("MODEL.META_ARCHITECTURE", "RetinaNet"), "MODEL.META_ARCHITECTURE is RetinaNet, not KDMetaArch"),
         (("MODEL.RETINANET.NUM_CLASSES", 4), "3"),
     ],
 )

@@ -11,7 +11,7 @@ import argparse
 import os
 
 from kd_d2 import KDMetaArch, UserError, load_config
-from kd_d2.checkpoint import read_checkpoint
+from kd_d2.checkpoint import distiller_state
 from kd_d2.config import KD_META_ARCH, find_file
 from kd_d2.data import register_coco_json, register_synthetic
 from kd_d2.distillers.icd import ICD
@@ -37,8 +37,7 @@ def load_distillation(cfg: CfgNode, weights: str) -> tuple[KDMetaArch, ICD]:
         raise UserError("--config-file must be the config of a distillation with ICD in MODEL.KD.DISTILLERS.")
     model = build_model(cfg).eval()
     check_classes(cfg, model)
-    state = read_checkpoint(weights).get("distillers") or {}
-    own = {name.removeprefix("ICD."): value for name, value in state.items() if name.startswith("ICD.")}
+    own = distiller_state(weights, "ICD")
     try:
         model.distillers["ICD"].load_state_dict(own)
     except RuntimeError as error:

@@ -14,10 +14,10 @@ import argparse
 from itertools import islice
 
 from kd_d2 import KDMetaArch, UserError, load_config
-from kd_d2.checkpoint import load_complete, read_checkpoint
+from kd_d2.checkpoint import distiller_state, load_complete
 from kd_d2.config import find_file
 from kd_d2.data import build_stream_loader, register_coco_json, register_synthetic
-from kd_d2.engine.checks import check_classes, check_datasets
+from kd_d2.engine.checks import check_classes, check_datasets, check_distillation
 from kd_d2.engine.gradients import measure_pulls
 from kd_d2.engine.schedule import check_schedule
 from kd_d2.engine.trainer import load_beginning
@@ -34,20 +34,14 @@ HEADERS = ("loss", "value", "gradient / own", "cosine with own")
 def build(cfg: CfgNode, weights: str | None) -> KDMetaArch:
     """Student and teacher; the student from the checkpoint, or as a training begins."""
     model = build_model(cfg)
-    if not isinstance(model, KDMetaArch):
-        raise UserError(
-            "--config-file must be the config of a distillation: MODEL.META_ARCHITECTURE is not KDMetaArch."
-        )
     check_classes(cfg, model)
     if weights is None:
         load_beginning(cfg, model)
         return model
     load_complete(model.student, weights, "the student")
-    state = read_checkpoint(weights).get("distillers") or {}
     for name, distiller in model.distillers.items():
-        own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
         try:
-            distiller.load_state_dict(own)
+            distiller.load_state_dict(distiller_state(weights, name))
         except RuntimeError:
             print(f"The layers of {name} are as a training begins: {weights} has none that fit.", flush=True)
     return model
@@ -56,7 +50,10 @@ def build(cfg: CfgNode, weights: str | None) -> KDMetaArch:
 def main(args: argparse.Namespace) -> None:
     if args.batches < 1:
         raise UserError(f"--batches is {args.batches}; it must be at least 1.")
+    if args.iteration is not None and args.iteration < 0:
+        raise UserError(f"--iteration is {args.iteration}; it must be at least 0.")
     cfg = load_config(args.config_file, args.opts)
+    check_distillation(cfg)
     weights = args.weights and find_file(args.weights, "--weights")
     register_synthetic()
     register_coco_json(cfg)

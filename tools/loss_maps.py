@@ -14,9 +14,9 @@ loss or pull lies in the objects' boxes.
 import argparse
 import os
 
-from kd_d2 import KDMetaArch, UserError
+from kd_d2 import UserError
 from kd_d2.engine import KDTrainer, launch, setup
-from kd_d2.engine.checks import check_output_folder
+from kd_d2.engine.checks import check_distillation, check_output_folder
 from kd_d2.engine.loss_maps import FOLDER, LossMapRecorder, mean_loss_maps
 from kd_d2.errors import errors_as_sentences
 from kd_d2.evaluation.drawing import draw_instances, overlay_heat, per_pixel, sheet, titled
@@ -40,11 +40,8 @@ def train(args: argparse.Namespace) -> None:
     if (args.every is not None and args.every < 1) or args.images < 1:
         raise UserError(f"--every is {args.every} and --images {args.images}; both must be at least 1.")
     cfg = setup(args)
+    check_distillation(cfg)
     trainer = KDTrainer(cfg)
-    if not isinstance(trainer.bare_model, KDMetaArch):
-        raise UserError(
-            "--config-file must be the config of a distillation: MODEL.META_ARCHITECTURE is not KDMetaArch."
-        )
     examples = read_examples(cfg, args.images)
     every = args.every or max(1, cfg.SOLVER.MAX_ITER // MOMENTS)
     recorder = LossMapRecorder(trainer.bare_model, examples, every, cfg.OUTPUT_DIR)

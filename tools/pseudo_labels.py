@@ -15,10 +15,9 @@ import os
 import shlex
 
 from kd_d2 import Teacher, UserError, load_config
-from kd_d2.config import KD_META_ARCH
 from kd_d2.data import build_test_loader, register_coco_json, register_synthetic
 from kd_d2.data.pseudo_labels import label_images
-from kd_d2.engine.checks import check_classes, check_datasets, check_output_folder
+from kd_d2.engine.checks import check_classes, check_datasets, check_distillation, check_output_folder
 from kd_d2.errors import errors_as_sentences
 from kd_d2.labels import PseudoLabels
 
@@ -43,8 +42,7 @@ def choose_dataset(cfg: CfgNode, name: str | None) -> str:
 
 def main(args: argparse.Namespace) -> None:
     cfg = load_config(args.config_file, args.opts)
-    if cfg.MODEL.META_ARCHITECTURE != KD_META_ARCH:
-        raise UserError(f"{args.config_file} has no teacher: MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}.")
+    check_distillation(cfg)
     threshold = cfg.MODEL.KD.PSEUDO_LABELS.SCORE_THRESH if args.score_thresh is None else args.score_thresh
     if not 0 <= threshold < 1:
         raise UserError(f"--score-thresh is {threshold}; it must be from 0 to below 1.")

@@ -17,12 +17,12 @@ import argparse
 import os
 
 from kd_d2 import KDMetaArch, UserError, load_config
-from kd_d2.checkpoint import load_complete, read_checkpoint
-from kd_d2.config import KD_META_ARCH, find_file
+from kd_d2.checkpoint import distiller_state, load_complete
+from kd_d2.config import find_file
 from kd_d2.data import register_coco_json, register_synthetic
 from kd_d2.detectors import DetectorOutputs
 from kd_d2.distillers.base import AdaptationLayers, check_same_anchors
-from kd_d2.engine.checks import check_classes, check_datasets, check_output_folder
+from kd_d2.engine.checks import check_classes, check_datasets, check_distillation, check_output_folder
 from kd_d2.errors import errors_as_sentences
 from kd_d2.evaluation.drawing import PALETTE, draw_instances, overlay_heat, per_pixel, sheet, titled
 from kd_d2.evaluation.examples import pixels, read_examples, read_files
@@ -47,10 +47,7 @@ DENSE = frozenset({"features", "dense"})
 
 def load_pair(cfg: CfgNode, weights: str) -> KDMetaArch:
     """Student and teacher; the student from the checkpoint."""
-    if cfg.MODEL.META_ARCHITECTURE != KD_META_ARCH:
-        raise UserError(
-            "--config-file must be the config of a distillation: MODEL.META_ARCHITECTURE is not KDMetaArch."
-        )
+    check_distillation(cfg)
     model = build_model(cfg).eval()
     for whose, adapter in (("student", model.adapter), ("teacher", model.teacher.adapter)):
         if "dense" not in adapter.provides:
@@ -66,8 +63,7 @@ def comparable_layers(model: KDMetaArch, weights: str) -> AdaptationLayers | Non
 
     None, with a sentence, where features cannot be compared.
     """
-    state = read_checkpoint(weights).get("distillers") or {}
-    trained = {name.removeprefix("PFI."): value for name, value in state.items() if name.startswith("PFI.")}
+    trained = distiller_state(weights, "PFI")
     if trained and "PFI" in model.distillers:
         try:
             model.distillers["PFI"].load_state_dict(trained)
