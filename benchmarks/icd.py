@@ -19,7 +19,7 @@ from kd_d2.distillers.icd.decoder import Decoder
 from kd_d2.distillers.icd.encoding import InstanceEncoder
 from kd_d2.distillers.icd.geometry import LevelGeometry
 from kd_d2.distillers.icd.queries import FakeInstances, build_queries
-from measuring import device_name, number_from_fresh_process, peak_memory
+from measuring import device_name, number_from_fresh_process, peak_memory, seconds
 from reference_icd import AuthorsICD
 
 import torch
@@ -98,15 +98,12 @@ def main() -> None:
         print(peak_memory(build(args.memory, args).run))
         return
     variants = {whose: build(whose, args) for whose in (["ours", "authors"] if args.authors else ["ours"])}
-    seconds = {whose: [] for whose in variants}
+    wall_seconds = {whose: [] for whose in variants}
     cpu_seconds = {whose: [] for whose in variants}
     for _ in range(args.rounds + 1):
         for whose, variant in variants.items():
-            start, cpu_start = time.perf_counter(), time.process_time()
-            variant.run()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            seconds[whose].append(time.perf_counter() - start)
+            cpu_start = time.process_time()
+            wall_seconds[whose].append(seconds(variant.run))
             cpu_seconds[whose].append(time.process_time() - cpu_start)
     same = ["--levels", args.levels, "--instances", args.instances, "--threads", args.threads]
     same += ["--authors", args.authors] if args.authors else []
@@ -118,7 +115,7 @@ def main() -> None:
     }
     for whose in variants:
         result[whose] = {
-            "seconds": seconds[whose][1:],
+            "seconds": wall_seconds[whose][1:],
             "cpu_seconds": cpu_seconds[whose][1:],
             "memory_mib": number_from_fresh_process(__file__, *same, "--memory", whose),
         }

@@ -12,12 +12,12 @@ import argparse
 import importlib.util
 import json
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 
 from kd_d2.losses import ssim_loss
 from kd_d2.losses.similarity import similarity_map
-from measuring import device_name, number_from_fresh_process, peak_memory
+from measuring import device_name, number_from_fresh_process, peak_memory, seconds
 
 import kornia
 import torch
@@ -62,13 +62,6 @@ class Pyramid:
         ]
         sum(losses).backward()
 
-    def seconds(self, implementation: str) -> float:
-        start = time.perf_counter()
-        self.run(implementation)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -81,13 +74,13 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     pyramid = Pyramid(args.levels)
     if args.memory_of:
-        print(peak_memory(lambda: pyramid.run(args.memory_of)))
+        print(peak_memory(partial(pyramid.run, args.memory_of)))
         return
 
     times: dict[str, list[float]] = {name: [] for name in IMPLEMENTATIONS}
     for _ in range(args.rounds + 1):
         for name in IMPLEMENTATIONS:
-            times[name].append(pyramid.seconds(name))
+            times[name].append(seconds(partial(pyramid.run, name)))
     times = {name: values[1:] for name, values in times.items()}
     options = ["--levels", args.levels, "--threads", args.threads]
     memory = {n: number_from_fresh_process(__file__, *options, "--memory-of", n) for n in IMPLEMENTATIONS}
