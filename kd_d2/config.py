@@ -202,6 +202,12 @@ def find_file(name: str, key: str, folder: str = "", *, is_folder: bool = False)
     raise UserError(f"{key}: there is no {kind} {' nor '.join(places)}.")
 
 
+def find_weights(name: str, key: str, folder: str = "") -> str:
+    """The path of a checkpoint (see `find_file`) with what a query, as Detectron2's "?matching_heuristics=True", asks of it."""
+    file, mark, query = name.partition("?")
+    return find_file(file, key, folder) + mark + query
+
+
 def read_yaml(path: str) -> dict[str, Any]:
     """Read a config file and its bases as plain yaml.
 
@@ -301,7 +307,7 @@ def _resolve_paths(cfg: CN, folder: str, student_only: bool, needs_data: bool) -
         resolved.append([name, json_file, images])
     cfg.DATASETS.COCO_JSON = resolved
     if cfg.MODEL.WEIGHTS:
-        cfg.MODEL.WEIGHTS = find_file(cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS", folder)
+        cfg.MODEL.WEIGHTS = find_weights(cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS", folder)
     if cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH:
         teacher = cfg.MODEL.KD.TEACHER
         # A model-zoo name stays a name: it also stands for the trained checkpoint.
@@ -309,7 +315,7 @@ def _resolve_paths(cfg: CN, folder: str, student_only: bool, needs_data: bool) -
         if not _is_zoo_file(path):
             teacher.CONFIG_FILE = path
         if teacher.WEIGHTS:
-            teacher.WEIGHTS = find_file(teacher.WEIGHTS, "MODEL.KD.TEACHER.WEIGHTS", folder)
+            teacher.WEIGHTS = find_weights(teacher.WEIGHTS, "MODEL.KD.TEACHER.WEIGHTS", folder)
 
 
 def load_teacher_config(cfg: CN) -> CN:
@@ -340,7 +346,8 @@ def load_teacher_config(cfg: CN) -> CN:
         raise UserError(
             f"MODEL.KD.TEACHER.WEIGHTS is empty, and {path} names no MODEL.WEIGHTS: the teacher would be untrained."
         )
-    teacher_cfg.MODEL.WEIGHTS = find_file(teacher_cfg.MODEL.WEIGHTS, "MODEL.KD.TEACHER.WEIGHTS", os.path.dirname(path))
+    folder = os.path.dirname(path)
+    teacher_cfg.MODEL.WEIGHTS = find_weights(teacher_cfg.MODEL.WEIGHTS, "MODEL.KD.TEACHER.WEIGHTS", folder)
     return teacher_cfg
 
 

@@ -182,6 +182,19 @@ def test_pkl_files_of_the_model_zoo(tmp_path: Path, protocol: int, style: str) -
             assert torch.equal(tensor, source.state_dict()[name])
 
 
+def test_a_query_matches_names_by_their_ends(tmp_path: Path, monkeypatch) -> None:
+    """Check that MODEL.WEIGHTS may ask for Detectron2's matching heuristics, as a URL or the path of a file does."""
+    source, target = Toy(), Toy()
+    named = {name.removeprefix("backbone."): tensor for name, tensor in source.state_dict().items()}
+    torch.save(named, tmp_path / "a.pth")
+    monkeypatch.chdir(tmp_path)
+    weights = load_config(str(TINY_RETINANET), ["MODEL.WEIGHTS", "a.pth?matching_heuristics=True"]).MODEL.WEIGHTS
+    assert weights == f"{tmp_path}/a.pth?matching_heuristics=True"
+    KDCheckpointer(target).load(weights)
+    for name, tensor in target.state_dict().items():
+        assert torch.equal(tensor, source.state_dict()[name])
+
+
 # --------------------------------------------------------------------------------- torchvision's ResNet format
 
 
