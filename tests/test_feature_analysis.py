@@ -61,13 +61,33 @@ def test_distances_by_hand() -> None:
     """t = 0, 1, 2, 4 and s = 2 t: relative 1, correlation 1, equal once both are scaled; s with two swapped differs there."""
     teacher = torch.tensor([[[0.0, 1.0], [2.0, 4.0]]])
     assert distances(2 * teacher, teacher) == pytest.approx(
-        {"relative": 1, "correlation": 1, "l1": 0, "ssim": 0}, abs=1e-6
+        {
+            "relative": 1,
+            "correlation": 1,
+            "l1": 0,
+            "ssim": 0,
+            "luminance": 1,
+            "contrast": 1,
+            "structure": 1,
+            "range": 2,
+        },
+        abs=1e-6,
     )
     swapped = torch.tensor([[[1.0, 0.0], [2.0, 4.0]]])
     found = distances(swapped, teacher)
     assert found["relative"] == pytest.approx(2 / 21) and found["l1"] == pytest.approx(0.125) and found["ssim"] > 0.01
     assert found["correlation"] == pytest.approx(np.corrcoef([1, 0, 2, 4], [0, 1, 2, 4])[0, 1])
     np.testing.assert_allclose(difference_map(swapped, teacher), [[0.25, 0.25], [0, 0]])
+
+
+def test_components_tell_a_flat_map_from_an_alike_one() -> None:
+    """One extreme value makes the rest of a scaled map flat: without deviation contrast is lost, and structure counts as agreement."""
+    teacher = torch.rand(1, 24, 24, generator=torch.Generator().manual_seed(0))
+    student = 1 - teacher
+    student[0, 0, 0] = 10_000
+    found = distances(student, teacher)
+    assert found["range"] == pytest.approx(10_000, rel=0.1)
+    assert found["correlation"] < 0.1 and found["contrast"] < 0.1 and found["structure"] > 0.85
 
 
 def test_means_leave_out_what_is_undefined() -> None:

@@ -7,7 +7,8 @@
 DIR gets, of the neck's levels over the images:
   correlation.csv  the correlation of horizontal and vertical neighbours, averaged over channels and images
   neighbours.png   features against their right neighbours; image pixels and random numbers below, to compare with
-  distances.csv    how far each student is from the teacher: |s - t|^2 / |t|^2, correlation, l1 and SSIM loss of maps scaled to [0, 1]
+  distances.csv    how far each student is from the teacher: |s - t|^2 / |t|^2, correlation, l1 and SSIM loss of maps scaled to [0, 1],
+                   SSIM's components (1: as the teacher's), range (max - min) over the teacher's
   differences/     an image each: where each student differs from the teacher, level by level
   channels/        an image each: the same random channels of all models, of the level with stride S
 features.json has all numbers. Without --teacher there are no distances and no differences. Where the losses of a training
@@ -191,6 +192,7 @@ def main(args: argparse.Namespace) -> None:
         write_table(os.path.join(args.output, "distances.csv"), distances)
         print_table(distances, "relative", f"|s - t|^2 / |t|^2 to {args.teacher[0]}")
         print_table(distances, "ssim", f"SSIM loss to {args.teacher[0]}")
+        print_table(distances, "range", f"range over that of {args.teacher[0]}")
     print(f"{len(entries)} images; every number and the pictures are in {args.output}")
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..losses import fitting_window, min_max_normalize, ssim_loss
 
 SSIM_WINDOW = 11
+COMPONENTS = {"luminance": (1, 0, 0), "contrast": (0, 1, 0), "structure": (0, 0, 1)}
 HORIZONTAL, VERTICAL = "horizontal", "vertical"
 
 
@@ -44,8 +45,10 @@ def neighbour_correlation(maps: Tensor) -> dict[str, float]:
 
 def distances(student: Tensor, teacher: Tensor) -> dict[str, float]:
     """How far maps (C, H, W) are from the teacher's: "relative" is |s - t|^2 / |t|^2; "correlation" is Pearson's, over positions,
-    averaged over channels; "l1" and "ssim" are the mean absolute difference and the SSIM loss (1 - SSIM) / 2 of both scaled to [0, 1]."""
+    averaged over channels; "l1" and "ssim" are the mean absolute difference and the SSIM loss (1 - SSIM) / 2 of both scaled to [0, 1],
+    "luminance", "contrast" and "structure" the means of SSIM's components, 1 where they agree; "range" is max - min over the teacher's."""
     s, t = min_max_normalize(student[None], teacher[None])
+    window = fitting_window(s, SSIM_WINDOW)
     alike = (
         correlation(student.flatten(1), teacher.flatten(1))
         if student[0].numel() > 1
@@ -55,7 +58,9 @@ def distances(student: Tensor, teacher: Tensor) -> dict[str, float]:
         "relative": float((student - teacher).square().sum() / teacher.square().sum()),
         "correlation": float(alike.nanmean()),
         "l1": float((s - t).abs().mean()),
-        "ssim": float(ssim_loss(s, t, fitting_window(s, SSIM_WINDOW))),
+        "ssim": float(ssim_loss(s, t, window)),
+        **{name: 1 - 2 * float(ssim_loss(s, t, window, exponents=only)) for name, only in COMPONENTS.items()},
+        "range": float((student.max() - student.min()) / (teacher.max() - teacher.min())),
     }
 
 

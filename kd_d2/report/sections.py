@@ -203,13 +203,13 @@ def features_section(folder: str) -> Section:
         )
     )
     if tree["distances"]:
-        kinds = ("relative", "correlation", "l1", "ssim")
+        kinds = [key for key in tree["distances"][0] if key not in ("model", "stride")]
         section.blocks.append(
             Table(
                 ["model", "stride", *kinds],
                 [[r["model"], str(r["stride"]), *(_share(r[kind]) for kind in kinds)] for r in tree["distances"]],
                 "How far the students' maps are from the teacher's: |s - t|² / |t|², correlation over positions, mean absolute "
-                "difference and SSIM loss of maps scaled to [0, 1].",
+                "difference and SSIM loss of maps scaled to [0, 1], SSIM's components (1: as the teacher's), range over the teacher's.",
             )
         )
     section.blocks += _pictures(folder, {"neighbours.png": "Features against their right neighbours."})
