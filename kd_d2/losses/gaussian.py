@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from kornia.filters import get_gaussian_kernel1d
 from torch import Tensor
 
+NEGLIGIBLE = 1e-16
+"""Weights that even float64's rounding swallows are zero: in float32 some would be denormal numbers, which CPUs multiply slowly."""
+
 
 def gaussian_blur(maps: Tensor, window_size: int, sigma: float) -> Tensor:
     """Maps (..., H, W) blurred by a Gaussian window, borders reflected (kornia's kernel and padding).
@@ -26,6 +29,7 @@ def gaussian_blur(maps: Tensor, window_size: int, sigma: float) -> Tensor:
 def blur_matrix(side: int, window_size: int, sigma: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The blur of a line of `side` cells with reflected ends as a (side, side) matrix; its transpose is the adjoint."""
     kernel = get_gaussian_kernel1d(window_size, sigma, dtype=torch.float64)
+    kernel[kernel < NEGLIGIBLE] = 0
     half = window_size // 2
     impulses = torch.eye(side, dtype=torch.float64)[:, None]
     responses = F.conv1d(F.pad(impulses, (half, half), mode="reflect"), kernel[None])
