@@ -8,7 +8,7 @@ import logging
 import os
 import pickle
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -106,14 +106,17 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     return content
 
 
-def distiller_state(path: str, name: str) -> StateDict:
-    """A distiller's own layers in a checkpoint of this library, by the distiller's names; empty where it has none.
+def distiller_states(path: str) -> dict[str, StateDict]:
+    """The distillers' own layers in a checkpoint of this library: by distiller, by its own names; {} for one without any.
 
     Raises:
         UserError: see `read_checkpoint`.
     """
-    state = read_checkpoint(path).get("distillers") or {}
-    return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+    states: dict[str, StateDict] = defaultdict(dict)
+    for key, value in (read_checkpoint(path).get("distillers") or {}).items():
+        distiller, _, name = key.partition(".")
+        states[distiller][name] = value
+    return states
 
 
 def _check_names(content: Any, path: str) -> None:

@@ -80,6 +80,13 @@ def test_distances_by_hand() -> None:
     np.testing.assert_allclose(difference_map(swapped, teacher), [[0.25, 0.25], [0, 0]])
 
 
+def test_luminance_by_hand() -> None:
+    """In windows of one cell t = 0, 1/2, 1 and s = 0, 1, 1 differ in luminance alone, in the middle by 1.0001 / 1.2501."""
+    found = distances(torch.tensor([[[0.0, 1.0, 1.0]]]), torch.tensor([[[0.0, 0.5, 1.0]]]))
+    assert found["luminance"] == pytest.approx((2 + 1.0001 / 1.2501) / 3, abs=1e-6)
+    assert found["contrast"] == pytest.approx(1) and found["structure"] == pytest.approx(1)
+
+
 def test_components_tell_a_flat_map_from_an_alike_one() -> None:
     """One extreme value makes the rest of a scaled map flat: without deviation contrast is lost, and structure counts as agreement."""
     teacher = torch.rand(1, 24, 24, generator=torch.Generator().manual_seed(0))

@@ -437,7 +437,7 @@ def test_ms_ssim_cell_by_cell(window_size: int) -> None:
 
 @pytest.mark.parametrize("sigma", MS_SSIM_SIGMAS)
 def test_ms_ssim_multiplies_by_no_denormal_numbers(sigma: float) -> None:
-    """Check the weights of narrow windows, far out: denormal ones made a CPU six times slower."""
+    """Check the weights of narrow windows, far out: with denormal ones a CPU is several times slower."""
     matrix = blur_matrix(64, 33, sigma, torch.float32, torch.device("cpu"))
     assert matrix[matrix != 0].min() > torch.finfo(torch.float32).tiny
     torch.testing.assert_close(matrix.sum(1), torch.ones(64))

@@ -11,7 +11,7 @@ import argparse
 import os
 
 from kd_d2 import KDMetaArch, UserError, load_config
-from kd_d2.checkpoint import distiller_state
+from kd_d2.checkpoint import distiller_states
 from kd_d2.config import KD_META_ARCH, find_file
 from kd_d2.data import register_coco_json, register_synthetic
 from kd_d2.distillers.icd import ICD
@@ -37,7 +37,7 @@ def load_distillation(cfg: CfgNode, weights: str) -> tuple[KDMetaArch, ICD]:
         raise UserError("--config-file must be the config of a distillation with ICD in MODEL.KD.DISTILLERS.")
     model = build_model(cfg).eval()
     check_classes(cfg, model)
-    own = distiller_state(weights, "ICD")
+    own = distiller_states(weights)["ICD"]
     try:
         model.distillers["ICD"].load_state_dict(own)
     except RuntimeError as error:

@@ -14,7 +14,7 @@ import argparse
 from itertools import islice
 
 from kd_d2 import KDMetaArch, UserError, load_config
-from kd_d2.checkpoint import distiller_state, load_complete
+from kd_d2.checkpoint import distiller_states, load_complete
 from kd_d2.config import find_file
 from kd_d2.data import build_stream_loader, register_coco_json, register_synthetic
 from kd_d2.engine.checks import check_classes, check_datasets, check_distillation
@@ -39,9 +39,10 @@ def build(cfg: CfgNode, weights: str | None) -> KDMetaArch:
         load_beginning(cfg, model)
         return model
     load_complete(model.student, weights, "the student")
+    states = distiller_states(weights)
     for name, distiller in model.distillers.items():
         try:
-            distiller.load_state_dict(distiller_state(weights, name))
+            distiller.load_state_dict(states[name])
         except RuntimeError:
             print(f"The layers of {name} are as a training begins: {weights} has none that fit.", flush=True)
     return model

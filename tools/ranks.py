@@ -17,7 +17,7 @@ import argparse
 import os
 
 from kd_d2 import KDMetaArch, UserError, load_config
-from kd_d2.checkpoint import distiller_state, load_complete
+from kd_d2.checkpoint import distiller_states, load_complete
 from kd_d2.config import find_file
 from kd_d2.data import register_coco_json, register_synthetic
 from kd_d2.detectors import DetectorOutputs
@@ -63,7 +63,7 @@ def comparable_layers(model: KDMetaArch, weights: str) -> AdaptationLayers | Non
 
     None, with a sentence, where features cannot be compared.
     """
-    trained = distiller_state(weights, "PFI")
+    trained = distiller_states(weights)["PFI"]
     if trained and "PFI" in model.distillers:
         try:
             model.distillers["PFI"].load_state_dict(trained)
