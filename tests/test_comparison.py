@@ -280,6 +280,28 @@ def test_a_table_that_is_kept_in_a_readme(finished, tmp_path):
         compare(matrix, output, [], results=folder, readme=str(tmp_path / "none.md"), report_only=True)
 
 
+def test_one_of_two_tables_in_a_readme(finished, tmp_path):
+    """Check that the named table alone changes, and that a name without its marks is an error."""
+    matrix, folder = finished
+    readme = tmp_path / "README.md"
+    marks = "<!-- table of tools/compare.py: {} -->\n{}\n<!-- end of the table -->\n"
+    readme.write_text(marks.format("first", "one") + marks.format("second", "two"))
+    arguments = {"results": folder, "report": str(tmp_path), "report_only": True}
+    for _ in range(2):
+        compare(matrix, str(tmp_path / "output"), [], readme=f"{readme}#second", **arguments)
+        first, second = readme.read_text().split("<!-- table of tools/compare.py: second -->")
+        assert first == marks.format("first", "one")
+        assert second.startswith("\n\n|") and second.endswith("|\n\n<!-- end of the table -->\n")
+        assert "two" not in second
+    kept = readme.read_text()
+    for name in ("#third", ""):
+        with pytest.raises(UserError, match=r"needs one line <!-- table of tools/compare.py"):
+            compare(matrix, str(tmp_path / "output"), [], readme=f"{readme}{name}", **arguments)
+    readme.write_text(kept.replace("<!-- end of the table -->", "", 1))
+    with pytest.raises(UserError, match=r"needs one line <!-- table of tools/compare.py: first -->"):
+        compare(matrix, str(tmp_path / "output"), [], readme=f"{readme}#first", **arguments)
+
+
 @pytest.mark.parametrize(
     ("arguments", "cells", "seeds", "opts"),
     [

@@ -5,7 +5,8 @@
 
 Every finished cell leaves a small <cell>-seed<N>.json in the folder of results; called again, only what is missing runs,
 and a cell that was killed goes on from its last checkpoint. The overrides hold for all cells. With --readme the table takes
-the place of the one between the lines "<!-- table of tools/compare.py -->" and "<!-- end of the table -->" of a Markdown file.
+the place of the one between the lines "<!-- table of tools/compare.py -->" and "<!-- end of the table -->" of a Markdown file;
+a file with several has "<!-- table of tools/compare.py: NAME -->" above each and is given as FILE#NAME.
 """
 
 import argparse
@@ -20,7 +21,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="folder of the runs")
     parser.add_argument("--results", help="folder of finished cells (default OUTPUT/results)")
     parser.add_argument("--report", help="folder of table and plots (default that of --results)")
-    parser.add_argument("--readme", help="a Markdown file whose marked table becomes this one")
+    parser.add_argument("--readme", metavar="FILE[#NAME]", help="a Markdown file whose marked table becomes this one")
     parser.add_argument("--report-only", action="store_true", help="train nothing, report what is finished")
     parser.add_argument("--cells", nargs="+", help="only these cells, beside baseline and plain student in the table")
     parser.add_argument("--seeds", nargs="+", help="only these seeds")

@@ -16,7 +16,7 @@ from .runner import run_jobs, teacher_jobs, training_job
 from .table import Row, as_csv, as_markdown, build_rows, read_results
 
 COSTS = "costs.json"
-MARKS = "<!-- table of tools/compare.py -->", "<!-- end of the table -->"
+ANY_MARK, END_MARK = "<!-- table of ", "<!-- end of the table -->"
 
 
 def compare(
@@ -41,7 +41,7 @@ def compare(
         results: folder of what is small enough to keep: a json a finished cell and seed, and `costs.json`; by default
             `output`/results.
         report: folder of `table.md`, `table.csv`, `ap.png` and `curves.png`; by default `results`.
-        readme: a Markdown file whose table, between MARKS, is replaced by this one.
+        readme: a Markdown file whose table, between two marks, is replaced by this one; `FILE#NAME` for the table of that name.
         cells: only these are run and reported, beside baseline and plain student where they are finished; None for all.
         seeds: only these are run; None for all.
         jobs: trainings at a time.
@@ -58,14 +58,14 @@ def compare(
     check_output_folder(results, "--results")
     check_output_folder(report, "--report")
     if readme is not None:
-        _split_at_marks(readme)
+        _split_at_marks(readme)  # complains before anything is trained
     costs = read_costs(results) or {}
     if not report_only:
         costs = _run_missing(matrix, output, results, opts, cells, seeds, jobs, threads)
     rows = write_report(matrix.reduced_to(cells), results, costs, report)
     if readme is not None:
-        before, after = _split_at_marks(readme)
-        write_whole(readme, f"{before}{MARKS[0]}\n\n{as_markdown(rows)}\n\n{MARKS[1]}{after}")
+        path, before, after = _split_at_marks(readme)
+        write_whole(path, f"{before}\n\n{as_markdown(rows)}\n\n{after}")
     return rows
 
 
@@ -94,15 +94,19 @@ def _run_missing(
     return _costs(matrix, results, opts)
 
 
-def _split_at_marks(path: str) -> tuple[str, str]:
-    """What stands before the first mark and behind the second."""
+def _split_at_marks(readme: str) -> tuple[str, str, str]:
+    """The path in `FILE#NAME`, what the file has up to the mark of that table, and what it has from the end mark on."""
+    path, _, name = readme.partition("#")
     if not os.path.isfile(path):
         raise UserError(f"--readme: there is no file {path}.")
     with open(path, encoding="utf-8") as file:
         text = file.read()
-    if not all(text.count(mark) == 1 for mark in MARKS) or text.index(MARKS[0]) > text.index(MARKS[1]):
-        raise UserError(f"--readme: {path} needs one line {MARKS[0]} and below it one line {MARKS[1]}.")
-    return text.partition(MARKS[0])[0], text.partition(MARKS[1])[2]
+    mark = f"<!-- table of tools/compare.py{name and f': {name}'} -->"
+    before, _, below = text.partition(mark)
+    table, end, after = below.partition(END_MARK)
+    if not end or mark in below or ANY_MARK in table:
+        raise UserError(f"--readme: {path} needs one line {mark} and below it one line {END_MARK}.")
+    return path, before + mark, end + after
 
 
 def write_report(matrix: Matrix, results_folder: str, costs: dict[str, dict[str, float]], folder: str) -> list[Row]:
