@@ -15,6 +15,9 @@ from .errors import UserError
 from .labels import Annotations, PseudoLabels
 from .teacher import Teacher
 
+PARTS_IN_WORDS = {"dense": "dense predictions"}
+"""What distillers need, where a message needs another word for it."""
+
 
 @META_ARCH_REGISTRY.register()
 class KDMetaArch(nn.Module):
@@ -85,7 +88,7 @@ class KDMetaArch(nn.Module):
                 ("student", student, distiller.needs),
                 ("teacher", teacher, distiller.needs_of_teacher),
             ):
-                lacking = sorted(needs - spec.provides)
+                lacking = [PARTS_IN_WORDS.get(part, part) for part in sorted(needs - spec.provides)]
                 if lacking:
                     raise UserError(
                         f"The distiller {name} needs {' and '.join(lacking)}, which the {whose} ({spec.name}) does not have."

@@ -326,7 +326,7 @@ def test_gid_needs_the_same_anchors(tiny_cfg: Callable, tiny_detector: Callable)
         GID(tiny_cfg("retinanet"), *specs)
     two_stage = tiny_detector("faster")
     spec = build_adapter(two_stage).spec
-    with pytest.raises(UserError, match=r"The distiller GID needs dense, which the student \(GeneralizedRCNN\)"):
+    with pytest.raises(UserError, match=r"GID needs dense predictions, which the student \(GeneralizedRCNN\)"):
         KDMetaArch(
             student=two_stage,
             teacher=Teacher(tiny_detector("faster")),

@@ -399,9 +399,9 @@ def test_class_counts_must_agree(toy_detector: type) -> None:
 @pytest.mark.parametrize(
     ("student", "teacher", "needs", "whose", "lacks"),
     [
-        ("retinanet", "faster", {"dense"}, r"teacher \(GeneralizedRCNN\)", "dense"),
-        ("faster", "retinanet", {"dense", "targets"}, r"student \(GeneralizedRCNN\)", "dense"),
-        ("panoptic", "fcos", {"anchors", "dense"}, r"student \(PanopticFPN\)", "anchors and dense"),
+        ("retinanet", "faster", {"dense"}, r"teacher \(GeneralizedRCNN\)", "dense predictions"),
+        ("faster", "retinanet", {"dense", "targets"}, r"student \(GeneralizedRCNN\)", "dense predictions"),
+        ("panoptic", "fcos", {"anchors", "dense"}, r"student \(PanopticFPN\)", "anchors and dense predictions"),
         ("retinanet", "panoptic", {"anchors", "features"}, r"teacher \(PanopticFPN\)", "anchors"),
     ],
 )
