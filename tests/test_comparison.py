@@ -297,9 +297,10 @@ def test_one_of_two_tables_in_a_readme(finished, tmp_path):
     for name in ("#third", ""):
         with pytest.raises(UserError, match=r"needs one line <!-- table of tools/compare.py"):
             compare(matrix, str(tmp_path / "output"), [], readme=f"{readme}{name}", **arguments)
-    readme.write_text(kept.replace("<!-- end of the table -->", "", 1))
-    with pytest.raises(UserError, match=r"needs one line <!-- table of tools/compare.py: first -->"):
-        compare(matrix, str(tmp_path / "output"), [], readme=f"{readme}#first", **arguments)
+    for bad in (kept.replace("<!-- end of the table -->", "", 1), kept + kept):
+        readme.write_text(bad)
+        with pytest.raises(UserError, match=r"needs one line <!-- table of tools/compare.py: first -->"):
+            compare(matrix, str(tmp_path / "output"), [], readme=f"{readme}#first", **arguments)
 
 
 @pytest.mark.parametrize(
