@@ -16,6 +16,7 @@ from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY
 
+from . import errors
 from .distillers import DISTILLER_REGISTRY
 from .distillers.base import check_number
 from .errors import UserError
@@ -70,6 +71,20 @@ def add_kd_config(cfg: CN) -> None:
     kd.INHERIT.ENABLED = False
     # Which: "neck" (the backbone without its bottom-up network), "head" (all that is not backbone).
     kd.INHERIT.MODULES = INHERITABLE
+
+    kd.BALANCE = CN()
+    # Multiply the losses of each distiller, but its auxiliary ones, so that the norm of their gradient in the student's neck
+    # keeps a chosen ratio to that of the detector's own losses, whatever the data, the image size and the detector.
+    kd.BALANCE.ENABLED = False
+    # The ratio of all active distillers together. Each has an equal share; a WEIGHT other than the method's default changes its
+    # share in proportion.
+    kd.BALANCE.TARGET = 2.0
+    # Iterations between two measurements of the ratios.
+    kd.BALANCE.PERIOD = 20
+    # Of the ratios' moving average.
+    kd.BALANCE.MOMENTUM = 0.9
+    # Multipliers are at least 1 / LIMIT and at most LIMIT.
+    kd.BALANCE.LIMIT = 10000.0
 
     for _, distiller in DISTILLER_REGISTRY:
         node = CN()
@@ -417,11 +432,21 @@ def _validate_distillation(cfg: CN) -> None:
         raise UserError(
             f"MODEL.KD.PSEUDO_LABELS.SCORE_THRESH is {kd.PSEUDO_LABELS.SCORE_THRESH}; it must be from 0 to below 1."
         )
+    _validate_balance(kd.BALANCE)
     if not kd.DISTILLERS and not kd.INHERIT.ENABLED and not kd.PSEUDO_LABELS.ENABLED:
         raise UserError(
             "MODEL.KD.DISTILLERS is empty and MODEL.KD.INHERIT.ENABLED and MODEL.KD.PSEUDO_LABELS.ENABLED are False: nothing "
             f"would come from the teacher. For a plain student set MODEL.META_ARCHITECTURE to {kd.STUDENT!r}."
         )
+
+
+def _validate_balance(node: CN) -> None:
+    errors.check_number("MODEL.KD.BALANCE.TARGET", node.TARGET, 0, exclusive=True)
+    errors.check_number("MODEL.KD.BALANCE.PERIOD", node.PERIOD, 1)
+    errors.check_number("MODEL.KD.BALANCE.MOMENTUM", node.MOMENTUM, 0)
+    errors.check_number("MODEL.KD.BALANCE.LIMIT", node.LIMIT, 1)
+    if node.MOMENTUM >= 1:
+        raise UserError(f"MODEL.KD.BALANCE.MOMENTUM is {node.MOMENTUM}; it must be below 1.")
 
 
 def _validate_schedule(name: str, node: CN, max_iter: int) -> None:

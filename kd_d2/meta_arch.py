@@ -9,8 +9,10 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from .balance import GradientBalance, shared_parameters
 from .detectors import DetectorOutputs, build_adapter
 from .distillers import DISTILLER_REGISTRY, Distiller, Schedule
+from .distillers.base import is_auxiliary
 from .errors import UserError
 from .labels import Annotations, PseudoLabels
 from .teacher import Teacher
@@ -32,6 +34,7 @@ class KDMetaArch(nn.Module):
         distillers: dict[str, Distiller],
         schedules: dict[str, Schedule] | None = None,
         labels: Annotations | None = None,
+        balance: GradientBalance | None = None,
     ):
         """
         Args:
@@ -40,10 +43,11 @@ class KDMetaArch(nn.Module):
             distillers: by registered name.
             schedules: by the same names; one that is not named is active from the first iteration to the last.
             labels: where the ground truth comes from; None for the data's annotations.
+            balance: scales the distillers' losses by their gradients; None leaves them as they are.
 
         Raises:
             UserError: a distiller needs what one of the two detectors does not have; the class counts differ; the two
-                cannot be fed images of one size.
+                cannot be fed images of one size; there is a balance, but nothing of the student's backbone is trained.
         """
         super().__init__()
         self.student = student
@@ -51,6 +55,7 @@ class KDMetaArch(nn.Module):
         self.distillers = nn.ModuleDict(distillers)
         self.schedules = {name: (schedules or {}).get(name, Schedule()) for name in distillers}
         self.labels = labels or Annotations()
+        self.balance = balance
         self.adapter = build_adapter(student)
         self._check_pair()
         divisibility = math.lcm(self.adapter.size_divisibility, teacher.adapter.size_divisibility)
@@ -64,14 +69,16 @@ class KDMetaArch(nn.Module):
         teacher = Teacher.from_config(cfg)
         student = META_ARCH_REGISTRY.get(kd.STUDENT)(cfg)
         specs = build_adapter(student).spec, teacher.spec
+        methods = {name: DISTILLER_REGISTRY.get(name) for name in kd.DISTILLERS}
         return {
             "student": student,
             "teacher": teacher,
-            "distillers": {name: DISTILLER_REGISTRY.get(name)(cfg, *specs) for name in kd.DISTILLERS},
+            "distillers": {name: method(cfg, *specs) for name, method in methods.items()},
             "labels": PseudoLabels(kd.PSEUDO_LABELS.SCORE_THRESH) if kd.PSEUDO_LABELS.ENABLED else Annotations(),
-            "schedules": {
-                name: Schedule.from_node(kd[DISTILLER_REGISTRY.get(name).CONFIG_NODE]) for name in kd.DISTILLERS
-            },
+            "schedules": {name: Schedule.from_node(kd[method.CONFIG_NODE]) for name, method in methods.items()},
+            "balance": GradientBalance.from_node(
+                kd.BALANCE, {name: method.relative_weight(kd, specs[0]) for name, method in methods.items()}
+            ),
         }
 
     def _check_pair(self) -> None:
@@ -83,6 +90,8 @@ class KDMetaArch(nn.Module):
                 "be the same."
             )
         self.labels.check(student, teacher)
+        if self.balance:
+            shared_parameters(self.student)  # raises where nothing is trained
         for name, distiller in self.distillers.items():
             for whose, spec, needs in (
                 ("student", student, distiller.needs),
@@ -114,18 +123,38 @@ class KDMetaArch(nn.Module):
         targets = [target.to(self.device) for target in self.labels(batched_inputs, teacher)]
         inputs = [{**x, "instances": target} for x, target in zip(batched_inputs, targets, strict=True)]
         student = self.adapter.run(inputs, frozenset().union(*(d.needs for d in active.values())), targets)
-        losses = dict(student.losses)
         if teacher is not None:
             self._check_same_input(student, teacher)
+        losses = dict(student.losses)
+        distilled = {name: distiller(student, teacher, targets) for name, distiller in active.items()}
+        factors = self._factors(iteration, student, distilled)
         for name, distiller in self.distillers.items():
             if name in active:
-                new = distiller(student, teacher, targets)
-                factor = self.schedules[name].factor(iteration)
-                new = {key: loss if "_aux_" in key else factor * loss for key, loss in new.items()}
+                new = {
+                    key: loss if is_auxiliary(key) else factors[name] * loss for key, loss in distilled[name].items()
+                }
             else:
                 new = distiller.idle_losses(like=student.images.tensor)
             self._add(losses, new, name, distiller)
         return losses
+
+    def _factors(
+        self, iteration: int, student: DetectorOutputs, distilled: dict[str, dict[str, Tensor]]
+    ) -> dict[str, float]:
+        """By active distiller what its losses, but the auxiliary ones, are multiplied by."""
+        factors = {name: self.schedules[name].factor(iteration) for name in distilled}
+        if self.balance:
+            totals = {
+                name: sum(loss for key, loss in losses.items() if not is_auxiliary(key))
+                for name, losses in distilled.items()
+            }
+            multipliers = self.balance.multipliers(
+                iteration, shared_parameters(self.student), sum(student.losses.values()), totals
+            )
+            for name, multiplier in multipliers.items():
+                factors[name] *= multiplier
+                get_event_storage().put_scalar(f"kd/balance/{name}", multiplier, smoothing_hint=False)
+        return factors
 
     @staticmethod
     def _add(losses: dict[str, Tensor], new: dict[str, Tensor], name: str, distiller: Distiller) -> None:

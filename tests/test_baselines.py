@@ -143,6 +143,29 @@ def test_fkd_by_hand(build: Callable) -> None:
         assert losses[f"loss_fkd_{name}"].item() == pytest.approx(weight * expected.item() / 2, rel=1e-4)
 
 
+def test_fkd_of_the_program_by_hand(build: Callable) -> None:
+    """Check attention of signed means through a layer of its own, and norms over the batch, with identities as layers."""
+    fkd = build(FKD, ATTENTION="adapted", NORM="batch")
+    for layer in (*fkd.relation_adaptation.values(), *(a.positions for a in fkd.attention_adaptation.values())):
+        torch.nn.init.dirac_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    for layer in fkd.attention_adaptation.values():
+        torch.nn.init.eye_(layer.channels.weight)
+        torch.nn.init.zeros_(layer.channels.bias)
+    student, teacher = _features()
+    losses = fkd(_outputs(student), _outputs(teacher), [])
+    attention = feature = relation = 0.0
+    for stride, s in student.items():
+        difference = s - teacher[stride]
+        mask = spatial_attention(s, teacher[stride], 0.5) * channel_attention(s, teacher[stride], 0.5)
+        attention += difference.mean(1).norm() + difference.mean((2, 3)).norm()
+        feature += (difference.square() * mask).sum().sqrt()
+        relation += difference.norm()
+    assert losses["loss_fkd_attention"].item() == pytest.approx(4e-3 * attention.item(), rel=1e-4)
+    assert losses["loss_fkd_feature"].item() == pytest.approx(7e-5 * feature.item(), rel=1e-4)
+    assert losses["loss_fkd_relation"].item() == pytest.approx(7e-5 * relation.item(), rel=1e-4)
+
+
 def test_non_local_block_is_the_sum_over_all_pairs() -> None:
     """Check against the matrix of all pairs of positions."""
     torch.manual_seed(0)
@@ -166,16 +189,19 @@ def test_fkd_of_equal_features_has_finite_gradients(build: Callable) -> None:
     assert all(x.grad.isfinite().all() for x in ours.values())
 
 
-def test_fkd_gradient_numerically(build: Callable) -> None:
-    """Check the relation's and the attention's distance in float64."""
-    fkd = build(FKD).double()
+@pytest.mark.parametrize(("attention", "norm"), [("absolute", "image"), ("adapted", "batch")])
+def test_fkd_gradient_numerically(build: Callable, attention: str, norm: str) -> None:
+    """Check the relation's and the attention's distance in float64, of an image and of the batch."""
+    fkd = build(FKD, ATTENTION=attention, NORM=norm).double()
     student, teacher = torch.randn(2, 1, 8, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     student.requires_grad_()
     for layer in fkd.student_relations.values():
         torch.nn.init.normal_(layer.out.weight, std=0.1)
-    relation, distances = FKD.relation_distance.__wrapped__, FKD.feature_distances.__wrapped__
+    relation, transfer, masked = (
+        getattr(FKD, f"{name}_distance").__wrapped__ for name in ("relation", "attention", "feature")
+    )
     assert torch.autograd.gradcheck(lambda s: relation(fkd, s, teacher, "8"), student)
-    assert torch.autograd.gradcheck(lambda s: distances(fkd, s, teacher)[0], student)
+    assert torch.autograd.gradcheck(lambda s: transfer(fkd, s, s, teacher, "8"), student)
     # the masks are constants: numerically, of the distance under the masks of this student
     mask = (spatial_attention(student, teacher, 0.5) * channel_attention(student, teacher, 0.5)).detach()
 
@@ -184,7 +210,7 @@ def test_fkd_gradient_numerically(build: Callable) -> None:
 
     assert torch.autograd.gradcheck(masked_distance, student)
     (expected,) = torch.autograd.grad(masked_distance(student).sum(), student)
-    (found,) = torch.autograd.grad(distances(fkd, student, teacher)[1].sum(), student)
+    (found,) = torch.autograd.grad(masked(fkd, student, teacher), student)
     torch.testing.assert_close(found, expected)
 
 
@@ -371,6 +397,8 @@ def test_on_detectors(
         (DeFeat, "BACKGROUND_WEIGHT", -1.0),
         (FKD, "TEMPERATURE", 0.0),
         (FKD, "RELATION_DIM", 0),
+        (FKD, "ATTENTION", "signed"),
+        (FKD, "NORM", "level"),
         (GID, "NMS_THRESH", 0.0),
         (GID, "INSTANCES", 0),
     ],

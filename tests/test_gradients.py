@@ -45,7 +45,7 @@ class Slopes(nn.Module):
         }
 
 
-def test_pulls_are_means_of_ratios_and_cosines_over_the_backbone_alone() -> None:
+def test_pulls_are_means_of_ratios_and_cosines_over_the_shared_parameters() -> None:
     """Check two batches: own gradients (3, 0) and (0, 4); the method's (6, 0), which is the same way, and (6, -2)."""
     model = Slopes()
     batches = [
@@ -53,7 +53,8 @@ def test_pulls_are_means_of_ratios_and_cosines_over_the_backbone_alone() -> None
         {"cls": [0.0, 3.0], "box": [0.0, 1.0], "one": [6.0, -2.0]},
     ]
     pulls = measure_pulls(model, batches, iteration=7)
-    assert list(pulls) == [OWN, "loss_one", "loss_one_aux_own", "loss_one_idle"]
+    assert list(pulls) == [OWN, "loss_one", "loss_one_aux_own", "loss_one_idle", "One"]
+    assert pulls["One"] == pulls["loss_one"]
     assert (pulls[OWN].strength, pulls[OWN].cosine) == pytest.approx((1, 1))
     assert pulls[OWN].loss == pytest.approx((203 + 204) / 2)
     one = pulls["loss_one"]
@@ -75,14 +76,17 @@ def test_a_backbone_that_is_not_trained_is_refused() -> None:
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture) -> Callable[..., tuple[dict[str, tuple[float, ...]], str]]:
-    """Run the program as from a command line, in this process; the numbers of its table by loss, and all that it printed."""
+    """Run the program as from a command line, in this process; the numbers of its tables by row, and all that it printed."""
 
     def run(*arguments: object) -> tuple[dict[str, tuple[float, ...]], str]:
         capsys.readouterr()
         run_program(PROGRAM, *arguments)
         printed = capsys.readouterr().out
         rows = [line.strip("|").split("|") for line in printed.splitlines() if line.startswith("|")]
-        return {row[0].strip(): tuple(map(float, row[1:])) for row in rows[2:]}, printed
+        numbers = {
+            row[0].strip(): row[1:] for row in rows if row[0].strip() not in ("loss", "method") and "--" not in row[0]
+        }
+        return {name: tuple(float(n) if n.strip() else None for n in row) for name, row in numbers.items()}, printed
 
     return run
 
@@ -108,11 +112,18 @@ def test_from_the_beginning_and_from_checkpoints(tmp_path: Path, run: Callable) 
         "loss_icd_aux_objectness",
         "loss_icd_aux_box",
         "loss_fgfi",
+        *METHODS["MODEL__KD__DISTILLERS"],
     }
     assert begun[OWN][1:] == (1, 1)
     assert all(begun[name][1] > 0 for name in ("loss_structural", "loss_icd", "loss_fgfi"))
     assert begun["loss_icd_aux_objectness"][1:] == (0, 0)
     assert not (tmp_path / "output").exists()
+    for method, weight, target in (("StructuralKD", 4, 2), ("FGFI", 0.01, 2)):
+        ratio, now, wanted = begun[method]
+        assert (now, wanted) == (weight, pytest.approx(weight * target / ratio, rel=1e-2))
+    balanced, _ = call("MODEL.KD.BALANCE.ENABLED", True, "MODEL.KD.BALANCE.TARGET", 4.0)
+    assert balanced["loss_fgfi"] == begun["loss_fgfi"]
+    assert balanced["FGFI"][2] == pytest.approx(2 * begun["FGFI"][2], rel=1e-2)
 
     doubled, _ = call("MODEL.KD.STRUCTURAL.WEIGHT", 8.0)
     assert doubled["loss_structural"][:2] == pytest.approx([2 * x for x in begun["loss_structural"][:2]], rel=1e-2)
@@ -129,7 +140,7 @@ def test_from_the_beginning_and_from_checkpoints(tmp_path: Path, run: Callable) 
     plain = tmp_path / "plain.pth"
     save_fixed_weights(project.teacher, plain)
     _, printed = call("--weights", plain)
-    assert "The layers of ICD are as a training begins" in printed and "StructuralKD" not in printed
+    assert "The layers of ICD are as a training begins" in printed and "layers of StructuralKD" not in printed
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,10 @@
 
     tools/gradients.py --config-file CONFIG [--weights CHECKPOINT] [--batches 4] [--iteration N] [KEY VALUE ...]
 
-A row a loss, means over training batches: its value; the norm of its gradient in the parameters of the student's backbone, which all
+A row a loss, means over training batches: its value; the norm of its gradient in the parameters of the student's neck, which all
 losses share, over that of the detector's own losses; and the cosine of the two gradients, below 0 where the method pulls away
-from what the detector wants. The student is as a training would begin (MODEL.WEIGHTS, inheritance), or a checkpoint; of one that this
+from what the detector wants. A second table has a row a method: the same ratio of its losses together, its WEIGHT, and the WEIGHT
+that would give it the ratio MODEL.KD.BALANCE.TARGET, alone, at this point of the training. The student is as a training would begin (MODEL.WEIGHTS, inheritance), or a checkpoint; of one that this
 library wrote the methods' own layers are taken too. The batches are the first of a training with the config's SEED, or 0 where it
 has none. N, by default SOLVER.MAX_ITER - 1, matters for schedules alone.
 """
@@ -17,8 +18,9 @@ from kd_d2 import KDMetaArch, UserError, load_config
 from kd_d2.checkpoint import distiller_states, load_complete
 from kd_d2.config import find_file
 from kd_d2.data import build_stream_loader, register_coco_json, register_synthetic
+from kd_d2.distillers import DISTILLER_REGISTRY
 from kd_d2.engine.checks import check_classes, check_datasets, check_distillation
-from kd_d2.engine.gradients import measure_pulls
+from kd_d2.engine.gradients import Pull, measure_pulls
 from kd_d2.engine.schedule import check_schedule
 from kd_d2.engine.trainer import load_beginning
 from kd_d2.errors import errors_as_sentences
@@ -29,10 +31,13 @@ from detectron2.utils.env import seed_all_rng
 from tabulate import tabulate
 
 HEADERS = ("loss", "value", "gradient / own", "cosine with own")
+WEIGHT_HEADERS = ("method", "gradient / own", "WEIGHT")
 
 
 def build(cfg: CfgNode, weights: str | None) -> KDMetaArch:
     """Student and teacher; the student from the checkpoint, or as a training begins."""
+    cfg = cfg.clone()
+    cfg.MODEL.KD.BALANCE.ENABLED = False
     model = build_model(cfg)
     check_classes(cfg, model)
     if weights is None:
@@ -66,8 +71,23 @@ def main(args: argparse.Namespace) -> None:
     batches = islice(build_stream_loader(cfg, seed), args.batches)
     iteration = cfg.SOLVER.MAX_ITER - 1 if args.iteration is None else args.iteration
     pulls = measure_pulls(model, batches, iteration)
-    rows = [(name, pull.loss, pull.strength, pull.cosine) for name, pull in pulls.items()]
-    print(tabulate(rows, HEADERS, tablefmt="github", floatfmt=("", ".4g", ".3g", "+.3f")), flush=True)
+    rows = [(n, p.loss, p.strength, p.cosine) for n, p in pulls.items() if n not in model.distillers]
+    print(tabulate(rows, HEADERS, tablefmt="github", floatfmt=("", ".4g", ".3g", "+.3f")))
+    target = cfg.MODEL.KD.BALANCE.TARGET
+    rows = [(name, *weight_for(target, cfg, name, model, pulls[name])) for name in model.distillers]
+    headers = (*WEIGHT_HEADERS, f"WEIGHT for {target:g}")
+    print("\n" + tabulate(rows, headers, tablefmt="github", floatfmt=("", ".3g", ".4g", ".3g")), flush=True)
+
+
+def weight_for(
+    target: float, cfg: CfgNode, name: str, model: KDMetaArch, pull: Pull
+) -> tuple[float, float, float | None]:
+    """A method's gradient ratio, its WEIGHT, and the WEIGHT that gives the ratio `target`; None where it has no gradient."""
+    method = DISTILLER_REGISTRY.get(name)
+    weight = cfg.MODEL.KD[method.CONFIG_NODE].WEIGHT
+    if weight is None:
+        weight = method.family_weight(model.adapter.spec)
+    return pull.strength, weight, weight * target / pull.strength if pull.strength else None
 
 
 if __name__ == "__main__":

@@ -99,6 +99,17 @@ class Distiller(nn.Module):
     CONFIG_NODE: ClassVar[str]
     default_weight: ClassVar[float] = 1.0
 
+    @classmethod
+    def family_weight(cls, student: DetectorSpec) -> float:
+        """The WEIGHT that stands for None with a student of this family."""
+        return cls.default_weight
+
+    @classmethod
+    def relative_weight(cls, kd: CfgNode, student: DetectorSpec) -> float:
+        """The node's WEIGHT over the method's default, from MODEL.KD."""
+        weight, default = kd[cls.CONFIG_NODE].WEIGHT, cls.family_weight(student)
+        return 1.0 if weight is None else weight / default
+
     @property
     def needs_of_teacher(self) -> frozenset[str]:
         """What `forward` reads of the teacher, where it is less than of the student a class attribute."""
@@ -138,7 +149,7 @@ class Distiller(nn.Module):
         loss reaches are zero. A method whose loss is a mean over positions may tell the loss itself.
         """
         losses = self(student, teacher, targets)
-        loss = sum(value for name, value in losses.items() if "_aux_" not in name)
+        loss = sum(value for name, value in losses.items() if not is_auxiliary(name))
         maps = {stride: torch.zeros_like(level[:, 0]) for stride, level in student.features.items()}
         if loss.requires_grad:
             pulls = torch.autograd.grad(loss, list(student.features.values()), allow_unused=True)
@@ -153,6 +164,11 @@ class Distiller(nn.Module):
         """Zeros that keep the distiller's parameters in the graph, for iterations outside its schedule."""
         zero = like.new_zeros(()) + sum(p.sum() * 0.0 for p in self.parameters())
         return dict.fromkeys(self.loss_names, zero)
+
+
+def is_auxiliary(loss_name: str) -> bool:
+    """Whether a loss trains the method's own parameters alone."""
+    return "_aux_" in loss_name
 
 
 def common_strides(student: DetectorSpec, teacher: DetectorSpec) -> list[int]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.structures import Instances
+from detectron2.utils import comm
 from torch import Tensor, nn
 
 from ..detectors import DetectorOutputs, DetectorSpec
 from ..losses import shared_attention
+from ..workers import mean_of_workers
 from .base import (
     ADAPTATION_KERNELS,
     DISTILLER_REGISTRY,
@@ -24,13 +26,18 @@ SQUARE_EPS = 1e-24
 """Below it a squared distance counts as none, and has no gradient."""
 
 
+ATTENTIONS = ("absolute", "adapted")
+
+
 @DISTILLER_REGISTRY.register()
 class FKD(Distiller):
     """Feature-based knowledge distillation (Zhang and Ma 2021).
 
-    Of each image and level, with unsquared L2 norms, summed over levels and averaged over images, times WEIGHT:
+    Of each image and level, with unsquared L2 norms, summed over levels and averaged over images (in the authors' program of the whole
+    batch), times WEIGHT:
 
-    - attention transfer (equation 4): distance of the spatial attention mean_c |F| and of the channel attention mean_hw |F|;
+    - attention transfer (equation 4): distance of the spatial attention mean_c |F| and of the channel attention mean_hw |F|; or, as
+      in the authors' program, of the means without |.|, the student's through a 3x3 convolution and a linear layer;
     - masked features (equation 5): of phi(F_S) and F_T, each element weighed by the square root of spatial times channel mask, the
       softmax attention of both detectors;
     - relations (equation 7): of what a non-local block makes of each detector's features.
@@ -45,8 +52,14 @@ class FKD(Distiller):
         node.ATTENTION_WEIGHT = 4e-3
         node.FEATURE_WEIGHT = 7e-5
         node.RELATION_WEIGHT = 7e-5
-        # Of the masks' softmax.
+        # Of the masks' softmax. The paper has 0.5, the authors' programs 0.1.
         node.TEMPERATURE = 0.5
+        # Attention that is transferred: "absolute", the means of |F| (the paper), or "adapted", those of F, the student's through layers
+        # of their own (the authors' programs).
+        node.ATTENTION = "absolute"
+        # A norm is that of each "image", and their mean is taken (the paper), or of the whole "batch" (the authors' programs, whose
+        # one-stage program also has 6 times the weights).
+        node.NORM = "image"
         # Channels within a non-local block.
         node.RELATION_DIM = 64
         # phi, between student and teacher features: "none", "1x1" or "3x3".
@@ -57,6 +70,8 @@ class FKD(Distiller):
         check_choice(cls.CONFIG_NODE, "ADAPTATION", node.ADAPTATION, ADAPTATION_KERNELS)
         for key in ("ATTENTION_WEIGHT", "FEATURE_WEIGHT", "RELATION_WEIGHT"):
             check_number(cls.CONFIG_NODE, key, node[key], 0)
+        check_choice(cls.CONFIG_NODE, "ATTENTION", node.ATTENTION, ATTENTIONS)
+        check_choice(cls.CONFIG_NODE, "NORM", node.NORM, NORMS_OF_IMAGES)
         check_number(cls.CONFIG_NODE, "TEMPERATURE", node.TEMPERATURE, 0, exclusive=True)
         check_number(cls.CONFIG_NODE, "RELATION_DIM", node.RELATION_DIM, 1)
 
@@ -71,6 +86,8 @@ class FKD(Distiller):
         relation_weight: float = 7e-5,
         temperature: float = 0.5,
         relation_dim: int = 64,
+        adapted_attention: bool = False,
+        norm: str = "image",
     ):
         """
         Args:
@@ -79,11 +96,19 @@ class FKD(Distiller):
             attention_weight, feature_weight, relation_weight: of the three losses.
             temperature: of the masks' softmax.
             relation_dim: channels within a non-local block.
+            adapted_attention: see the key ATTENTION.
+            norm: see the key NORM.
         """
         super().__init__()
         self.adaptation = adaptation
         self.weights = attention_weight, feature_weight, relation_weight
         self.temperature = temperature
+        self.norm_of_images = NORMS_OF_IMAGES[norm]
+        self.attention_adaptation = nn.ModuleDict()
+        if adapted_attention:
+            self.attention_adaptation = nn.ModuleDict(
+                {str(stride): AttentionAdaptation(*pair) for stride, pair in channels.items()}
+            )
         self.student_relations, self.teacher_relations, self.relation_adaptation = (nn.ModuleDict() for _ in range(3))
         for stride, (ours, theirs) in channels.items():
             self.student_relations[str(stride)] = NonLocalBlock(ours, relation_dim)
@@ -102,6 +127,8 @@ class FKD(Distiller):
             "relation_weight": node.WEIGHT * node.RELATION_WEIGHT,
             "temperature": node.TEMPERATURE,
             "relation_dim": node.RELATION_DIM,
+            "adapted_attention": node.ATTENTION == "adapted",
+            "norm": node.NORM,
         }
 
     def forward(
@@ -112,27 +139,63 @@ class FKD(Distiller):
         for stride, level, (s, t) in zip(
             self.adaptation.strides, own, self.adaptation.pairs(student, teacher), strict=True
         ):
-            distances = (*self.feature_distances(s, t), self.relation_distance(level, t, str(stride)))
-            totals = [total + distance.mean() for total, distance in zip(totals, distances, strict=True)]
+            distances = (
+                self.attention_distance(level, s, t, str(stride)),
+                self.feature_distance(s, t),
+                self.relation_distance(level, t, str(stride)),
+            )
+            totals = [total + distance for total, distance in zip(totals, distances, strict=True)]
         return {n: w * total for n, w, total in zip(self.loss_names, self.weights, totals, strict=True)}
 
     @in_float32
-    def feature_distances(self, student_BCHW: Tensor, teacher_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each image the attention's distance and the masked features' (B,)."""
+    def attention_distance(self, own_BCHW: Tensor, student_BCHW: Tensor, teacher_BCHW: Tensor, stride: str) -> Tensor:
+        """The attention's distance: of the spatial and of the channel attention, added up.
+
+        Args:
+            own_BCHW, student_BCHW: the student's map before and behind its adaptation layer.
+        """
+        if self.attention_adaptation:
+            ours = self.attention_adaptation[stride](own_BCHW)
+            theirs = [teacher_BCHW.mean(dims) for dims in (1, (2, 3))]
+        else:
+            ours, theirs = ([x.abs().mean(dims) for dims in (1, (2, 3))] for x in (student_BCHW, teacher_BCHW))
+        return sum(self.norm_of_images(a - b) for a, b in zip(ours, theirs, strict=True))
+
+    @in_float32
+    def feature_distance(self, student_BCHW: Tensor, teacher_BCHW: Tensor) -> Tensor:
+        """The masked features' distance."""
         activations = student_BCHW.abs(), teacher_BCHW.abs()
-        means = [[x.mean(dims, keepdim=True) for x in activations] for dims in (1, (2, 3))]
-        positions_B1HW, channels_BC11 = (shared_attention(*pair, self.temperature) for pair in means)
-        attention = sum(_norm(ours - theirs) for ours, theirs in means)
+        positions_B1HW, channels_BC11 = (
+            shared_attention(*(x.mean(dims, keepdim=True) for x in activations), self.temperature)
+            for dims in (1, (2, 3))
+        )
         squares_BCL = (student_BCHW - teacher_BCHW).square().flatten(2)
         by_channel_BC1 = squares_BCL @ positions_B1HW.flatten(2).transpose(1, 2)
-        masked = (by_channel_BC1.flatten(1) * channels_BC11.flatten(1)).sum(1)
-        return attention, masked.clamp(min=SQUARE_EPS).sqrt()
+        masked_B = (by_channel_BC1.flatten(1) * channels_BC11.flatten(1)).sum(1)
+        return self.norm_of_images(masked_B.clamp(min=SQUARE_EPS).sqrt()[:, None])
 
     @in_float32
     def relation_distance(self, student_BCHW: Tensor, teacher_BCHW: Tensor, stride: str) -> Tensor:
-        """Of each image the relations' distance (B,)."""
+        """The relations' distance."""
         ours = _pointwise(self.relation_adaptation[stride], self.student_relations[stride](student_BCHW).flatten(2))
-        return _norm(ours - self.teacher_relations[stride](teacher_BCHW).flatten(2))
+        return self.norm_of_images(ours - self.teacher_relations[stride](teacher_BCHW).flatten(2))
+
+
+class AttentionAdaptation(nn.Module):
+    """The means of a map over channels, through a 3x3 convolution, and over positions, through a linear layer.
+
+    Args:
+        student, teacher: channels.
+    """
+
+    def __init__(self, student: int, teacher: int):
+        super().__init__()
+        self.positions = nn.Conv2d(1, 1, 3, padding=1)
+        self.channels = nn.Linear(student, teacher)
+
+    def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, H, W) and (B, C_teacher)."""
+        return self.positions(x_BCHW.mean(1, keepdim=True))[:, 0], self.channels(x_BCHW.mean((2, 3)))
 
 
 class NonLocalBlock(nn.Module):
@@ -168,6 +231,23 @@ def _pointwise(layer: nn.Conv2d, x_BCL: Tensor) -> Tensor:
     return torch.baddbmm(layer.bias[:, None], weight_BDC, x_BCL)
 
 
-def _norm(difference: Tensor) -> Tensor:
-    """L2 norm of each image (B,), with a gradient of 0 where there is no difference."""
-    return torch.linalg.vector_norm(difference.flatten(1), dim=1)
+def _mean_norm(difference: Tensor) -> Tensor:
+    """The mean over images of the L2 norm, with a gradient of 0 where there is no difference."""
+    return torch.linalg.vector_norm(difference.flatten(1), dim=1).mean()
+
+
+def _norm_of_batch(difference: Tensor) -> Tensor:
+    """The L2 norm of the images of all workers together, with a gradient of 0 where there is no difference.
+
+    Each worker's value is its part of it, of which the mean over workers is the norm; so are the gradients.
+    """
+    own = difference.square().sum()
+    mean = mean_of_workers(own.detach())
+    workers = comm.get_world_size()
+    norm = (mean * workers).clamp(min=SQUARE_EPS).sqrt()
+    part = workers * own / norm
+    return (part + part.detach()) / 2
+
+
+NORMS_OF_IMAGES = {"image": _mean_norm, "batch": _norm_of_batch}
+"""By the key NORM: from the difference of two maps (B, ...) to its norm."""

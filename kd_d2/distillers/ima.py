@@ -27,11 +27,12 @@ from .masks import inside_boxes
 MASKS = ("random", "instance", "none")
 INSTANCES = ("sample", "box")
 STANDARDIZED = ("both", "student", "none")
+LEVELS = ("mean", "sum")
 
 
 @DISTILLER_REGISTRY.register()
 class IMA(Distiller):
-    """Instance Mask Alignment: L = WEIGHT * mean over levels and (N, C, H, W) of (gamma * std(G(M * P(F_S))) - std(F_T))^2.
+    """Instance Mask Alignment: L = WEIGHT * mean over levels, or their sum, and (N, C, H, W) of (gamma * std(G(M * P(F_S))) - std(F_T))^2.
 
     P projects, M hides positions at random, G fills them in again; std brings every map of an instance to mean 0 and deviation
     1; gamma, the cosine of F_S and F_T (of P(F_S) where their channels differ), makes little of instances that do not agree. Every
@@ -60,6 +61,8 @@ class IMA(Distiller):
         node.STANDARDIZE = "both"
         # Multiply the student's by gamma.
         node.DEFLATE = True
+        # Over levels the "mean" or the "sum". The paper writes one level.
+        node.LEVELS = "mean"
 
     @classmethod
     def validate_config(cls, node: CfgNode) -> None:
@@ -67,6 +70,7 @@ class IMA(Distiller):
         check_choice(cls.CONFIG_NODE, "MASK", node.MASK, MASKS)
         check_choice(cls.CONFIG_NODE, "INSTANCE", node.INSTANCE, INSTANCES)
         check_choice(cls.CONFIG_NODE, "STANDARDIZE", node.STANDARDIZE, STANDARDIZED)
+        check_choice(cls.CONFIG_NODE, "LEVELS", node.LEVELS, LEVELS)
         if not 0 <= node.MASK_RATIO < 1:
             raise UserError(f"MODEL.KD.IMA.MASK_RATIO is {node.MASK_RATIO}; it must be from 0 to below 1.")
         if node.BOX_RESOLUTION < 1:
@@ -85,6 +89,7 @@ class IMA(Distiller):
         box_resolution: int = 7,
         standardized: str = "both",
         deflate: bool = True,
+        sum_levels: bool = False,
     ):
         """
         Args:
@@ -92,6 +97,7 @@ class IMA(Distiller):
             adaptation: the layers P; its strides are the levels that are compared.
             generation_channels: of G by stride; None leaves G out.
             mask, mask_ratio, instance, box_resolution, standardized, deflate: see the keys.
+            sum_levels: add the levels' losses up, in place of their mean.
         """
         super().__init__()
         self.weight = weight
@@ -105,6 +111,7 @@ class IMA(Distiller):
         self.box_resolution = box_resolution
         self.standardized = standardized
         self.deflate = deflate
+        self.sum_levels = sum_levels
 
     @classmethod
     def from_config(cls, cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> dict:
@@ -121,6 +128,7 @@ class IMA(Distiller):
             "box_resolution": node.BOX_RESOLUTION,
             "standardized": node.STANDARDIZE,
             "deflate": node.DEFLATE,
+            "sum_levels": node.LEVELS == "sum",
         }
 
     def forward(
@@ -140,7 +148,8 @@ class IMA(Distiller):
             log_scalar("ima_gamma", lambda: torch.stack(scales).mean())
         error_LN = torch.stack(errors)
         count = mean_count_of_workers(error_LN.new_full((), error_LN.shape[1]))
-        return {"loss_ima": self.weight * error_LN.mean(0).sum() / count}
+        error_N = error_LN.sum(0) if self.sum_levels else error_LN.mean(0)
+        return {"loss_ima": self.weight * error_N.sum() / count}
 
     def _masks(self, student: DetectorOutputs, targets: list[Instances]) -> list[Tensor]:
         """M by level, (B, H, W) of zeros and ones."""

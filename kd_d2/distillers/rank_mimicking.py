@@ -11,7 +11,7 @@ from ..detectors import DensePredictions, DetectorOutputs, DetectorSpec, Positiv
 from ..errors import UserError
 from ..losses import count_ranked, rank_kl_loss
 from ..workers import mean_count_of_workers
-from .base import DISTILLER_REGISTRY, Distiller, check_same_anchors, in_float32
+from .base import DISTILLER_REGISTRY, Distiller, check_number, check_same_anchors, in_float32
 
 
 @DISTILLER_REGISTRY.register()
@@ -34,6 +34,10 @@ class RankMimicking(Distiller):
         node.JOINT_SCORE = False
         # Rank also by the overlap of the predicted box with the ground truth.
         node.LOCALIZATION = True
+        # Scores, and overlaps, are divided by it before the softmax, and the loss is multiplied by its square. Ours; the paper's
+        # softmax has none. Probabilities and overlaps lie between 0 and 1, so that at 1 all candidates of an instance rank nearly alike.
+        node.TEMPERATURE = 1.0
+        node.LOCALIZATION_TEMPERATURE = 1.0
 
     @classmethod
     def validate_config(cls, node: CfgNode) -> None:
@@ -41,20 +45,34 @@ class RankMimicking(Distiller):
             raise UserError(
                 "MODEL.KD.RANK_MIMICKING.ON_LOGITS and JOINT_SCORE are both True; a joint score is a probability."
             )
+        for key in ("TEMPERATURE", "LOCALIZATION_TEMPERATURE"):
+            check_number(cls.CONFIG_NODE, key, node[key], 0, exclusive=True)
 
     @configurable
-    def __init__(self, *, weight: float, on_logits: bool = False, joint_score: bool = False, localization: bool = True):
+    def __init__(
+        self,
+        *,
+        weight: float,
+        on_logits: bool = False,
+        joint_score: bool = False,
+        localization: bool = True,
+        temperature: float = 1.0,
+        localization_temperature: float = 1.0,
+    ):
         """
         Args:
             weight: alpha, of both losses.
             on_logits, joint_score: what the classification rank is made of; neither for the class's probability.
             localization: whether there is a localisation rank.
+            temperature, localization_temperature: of the softmax over scores, and over overlaps.
         """
         super().__init__()
         self.weight = weight
         self.on_logits = on_logits
         self.joint_score = joint_score
         self.localization = localization
+        self.temperature = temperature
+        self.localization_temperature = localization_temperature
         if not localization:
             self.loss_names = RankMimicking.loss_names[:1]
 
@@ -72,6 +90,8 @@ class RankMimicking(Distiller):
             "on_logits": node.ON_LOGITS,
             "joint_score": node.JOINT_SCORE,
             "localization": node.LOCALIZATION,
+            "temperature": node.TEMPERATURE,
+            "localization_temperature": node.LOCALIZATION_TEMPERATURE,
         }
 
     def forward(
@@ -82,10 +102,11 @@ class RankMimicking(Distiller):
         class_P, box_P4 = positives.ground_truth(targets)
         count = mean_count_of_workers(count_ranked(instance_P).float())
         scores = [self._scores(outputs.dense, positives, class_P) for outputs in (student, teacher)]
-        losses = {"loss_rank_classification": self.weight * ranked(*scores, instance_P, count)}
+        losses = {"loss_rank_classification": self.weight * ranked(*scores, instance_P, count, self.temperature)}
         if self.localization:
             overlaps = [overlap(outputs.dense.boxes_at(positives), box_P4) for outputs in (student, teacher)]
-            losses["loss_rank_localization"] = self.weight * ranked(*overlaps, instance_P, count)
+            divergence = ranked(*overlaps, instance_P, count, self.localization_temperature)
+            losses["loss_rank_localization"] = self.weight * divergence
         return losses
 
     def _scores(self, dense: DensePredictions, positives: Positives, class_P: Tensor) -> Tensor:

@@ -7,16 +7,21 @@ from detectron2.structures import Instances
 from torch import Tensor
 
 from ..detectors import IGNORED, DetectorOutputs, DetectorSpec
-from ..losses import soft_label_loss
+from ..errors import UserError
+from ..losses import quality_focal_loss, soft_label_loss
 from ..workers import mean_count_of_workers
-from .base import DISTILLER_REGISTRY, Distiller, check_number, check_same_anchors
+from .base import DISTILLER_REGISTRY, Distiller, check_choice, check_number, check_same_anchors
+
+LOSSES = ("kl", "quality_focal")
+FIRST_COUNTED = {"all": IGNORED + 1, "positives": 0}
+"""By ANCHORS the lowest label of an anchor that counts, see `DensePredictions.assignment`."""
 
 
 @DISTILLER_REGISTRY.register()
 class SoftLabel(Distiller):
     """Soft labels (Hinton et al. 2015) for heads of sigmoids, the baseline of Rank Mimicking (Li et al. 2022).
 
-    L = WEIGHT * sum over anchors that are not ignored, and classes, of KL(p_T || p_S), divided by the positives.
+    L = WEIGHT * sum over anchors that are not ignored, and classes, of |p_T - p_S|^FOCUS * KL(p_T || p_S), divided by the positives.
     """
 
     needs = frozenset({"dense", "targets"})
@@ -25,36 +30,76 @@ class SoftLabel(Distiller):
 
     @classmethod
     def add_config(cls, node: CfgNode) -> None:
-        # Logits are divided by it, and the loss multiplied by its square.
+        # "kl": KL(p_T || p_S); "quality_focal": binary cross-entropy with p_T, as in CrossKD's public program (with FOCUS 1), where
+        # gradients also pass through the factor |p_T - p_S|^FOCUS.
+        node.LOSS = "kl"
+        # Logits are divided by it, and the loss multiplied by its square; of "kl".
         node.TEMPERATURE = 1.0
+        # Elements are weighted by |p_T - p_S| to this power; ours for "kl".
+        node.FOCUS = 0.0
+        # Anchors that count: "all" that are not ignored, or the "positives" alone (ours).
+        node.ANCHORS = "all"
 
     @classmethod
     def validate_config(cls, node: CfgNode) -> None:
+        check_choice(cls.CONFIG_NODE, "LOSS", node.LOSS, LOSSES)
+        check_choice(cls.CONFIG_NODE, "ANCHORS", node.ANCHORS, FIRST_COUNTED)
         check_number(cls.CONFIG_NODE, "TEMPERATURE", node.TEMPERATURE, 0, exclusive=True)
+        check_number(cls.CONFIG_NODE, "FOCUS", node.FOCUS, 0)
+        if node.LOSS != "kl" and node.TEMPERATURE != 1:
+            raise UserError(
+                f"MODEL.KD.SOFT_LABEL.TEMPERATURE is {node.TEMPERATURE}, which LOSS 'kl' alone reads; LOSS is {node.LOSS!r}."
+            )
 
     @configurable
-    def __init__(self, *, weight: float, temperature: float = 1.0):
+    def __init__(
+        self,
+        *,
+        weight: float,
+        loss: str = "kl",
+        temperature: float = 1.0,
+        focus: float = 0.0,
+        anchors: str = "all",
+    ):
+        """
+        Args:
+            weight: of the loss.
+            loss, temperature, focus, anchors: see the keys.
+        """
         super().__init__()
         self.weight = weight
+        self.loss = loss
         self.temperature = temperature
+        self.focus = focus
+        self.anchors = anchors
 
     @classmethod
     def from_config(cls, cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> dict:
         check_same_anchors(cls.__name__, student, teacher)
         node = cfg.MODEL.KD.SOFT_LABEL
-        return {"weight": node.WEIGHT, "temperature": node.TEMPERATURE}
+        return {
+            "weight": node.WEIGHT,
+            "loss": node.LOSS,
+            "temperature": node.TEMPERATURE,
+            "focus": node.FOCUS,
+            "anchors": node.ANCHORS,
+        }
 
     def forward(
         self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]
     ) -> dict[str, Tensor]:
         total = sum(
-            soft_label_loss(
+            self._level_loss(
                 student.dense.logits[stride],
                 teacher.dense.logits[stride],
-                (assignment != IGNORED)[..., None],
-                self.temperature,
+                (assignment >= FIRST_COUNTED[self.anchors])[..., None],
             )
             for stride, assignment in student.dense.assignment_by_level.items()
         )
         count = mean_count_of_workers((student.dense.assignment >= 0).sum().float())
         return {"loss_soft_label": self.weight * total / count}
+
+    def _level_loss(self, student: Tensor, teacher: Tensor, counts: Tensor) -> Tensor:
+        if self.loss == "kl":
+            return soft_label_loss(student, teacher, counts, self.temperature, self.focus)
+        return quality_focal_loss(student, teacher, counts, self.focus)

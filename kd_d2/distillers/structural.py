@@ -105,6 +105,10 @@ class StructuralKD(Distiller):
         node.ATTENTION_TEMPERATURE = None
 
     @classmethod
+    def family_weight(cls, student: DetectorSpec) -> float:
+        return 4.0 if student.family == "one-stage" else 2.0
+
+    @classmethod
     def validate_config(cls, node: CfgNode) -> None:
         check_choice(cls.CONFIG_NODE, "LOSS", node.LOSS, MAP_LOSSES)
         check_choice(cls.CONFIG_NODE, "NORMALIZATION", node.NORMALIZATION, SCOPES)
@@ -158,9 +162,7 @@ class StructuralKD(Distiller):
     @classmethod
     def from_config(cls, cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> dict:
         node = cfg.MODEL.KD.STRUCTURAL
-        weight = node.WEIGHT
-        if weight is None:
-            weight = 4.0 if student.family == "one-stage" else 2.0
+        weight = cls.family_weight(student) if node.WEIGHT is None else node.WEIGHT
         temperature = node.ATTENTION_TEMPERATURE
         if temperature is None:
             temperature = 0.5 if student.family == "one-stage" else 0.1

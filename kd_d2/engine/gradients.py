@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from detectron2.utils.events import EventStorage
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..errors import UserError
+from ..balance import loss_gradient, shared_parameters
+from ..distillers.base import is_auxiliary
 from ..meta_arch import KDMetaArch
 
 OWN = "the detector's own"
@@ -18,7 +19,7 @@ OWN = "the detector's own"
 
 @dataclass(frozen=True)
 class Pull:
-    """What a loss does to the student's backbone, which all losses share; means over batches.
+    """What a loss does to the parameters of the student's neck, which all losses reach; means over batches.
 
     Attributes:
         loss: its value.
@@ -32,37 +33,32 @@ class Pull:
 
 
 def measure_pulls(model: KDMetaArch, batches: Iterable[list[dict]], iteration: int) -> dict[str, Pull]:
-    """By name the pulls of the detector's own losses together (`OWN`) and of each loss of each distiller.
+    """By name the pulls of the detector's own losses together (`OWN`), of each loss of each distiller, and, by the name of the
+    distiller, of its losses but the auxiliary ones together.
 
     Args:
-        model: in train mode; its parameters stay as they are.
+        model: in train mode, without a balance; its parameters stay as they are.
         batches: of training data.
         iteration: of the training, for what depends on it: schedules, gradients that begin late.
 
     Raises:
         UserError: nothing of the student's backbone is trained.
     """
-    parameters = [p for p in model.student.backbone.parameters() if p.requires_grad]
-    if not parameters:
-        raise UserError("Nothing of the student's backbone is trained (MODEL.BACKBONE.FREEZE_AT): no loss pulls at it.")
+    parameters = shared_parameters(model.student)
     measured: dict[str, list[Tensor]] = {}
     for batch in batches:
         with EventStorage(iteration):
             losses = model(batch)
         distilled = {name: losses.pop(name) for d in model.distillers.values() for name in d.loss_names}
         own = sum(losses.values())
-        own_gradient = _gradient(own, parameters)
-        for name, loss in {OWN: own, **distilled}.items():
-            gradient = _gradient(loss, parameters)
+        own_gradient = loss_gradient(own, parameters)
+        together = {
+            method: sum(distilled[name] for name in distiller.loss_names if not is_auxiliary(name))
+            for method, distiller in model.distillers.items()
+        }
+        for name, loss in {OWN: own, **distilled, **together}.items():
+            gradient = loss_gradient(loss, parameters)
             strength = gradient.norm() / own_gradient.norm()
             cosine = F.cosine_similarity(gradient, own_gradient, dim=0)
             measured.setdefault(name, []).append(torch.stack([loss.detach(), strength, cosine]))
     return {name: Pull(*torch.stack(values).mean(0).tolist()) for name, values in measured.items()}
-
-
-def _gradient(loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
-    """Of all parameters together, in double precision; 0 where the loss does not depend on one."""
-    if not loss.requires_grad:
-        loss = loss + 0 * parameters[0].sum()
-    parts = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
-    return torch.cat([part.double().flatten() for part in parts])

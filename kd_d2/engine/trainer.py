@@ -59,6 +59,8 @@ class KDTrainer(DefaultTrainer):
         self.checkpointer = KDCheckpointer(student_of(self.bare_model), cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         if isinstance(self.bare_model, KDMetaArch):
             self.checkpointer.add_checkpointable("distillers", self.bare_model.distillers)
+            if self.bare_model.balance:
+                self.checkpointer.add_checkpointable("balance", self.bare_model.balance)
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:

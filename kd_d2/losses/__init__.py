@@ -10,6 +10,7 @@ from .prediction_guided import (
     relative_to_mean,
     weighted_imitation_loss,
 )
+from .quality_focal import quality_focal_loss
 from .rank import count_ranked, rank_kl_loss
 from .soft_label import soft_label_loss
 from .ssim import fitting_window, ms_ssim_loss, ssim_loss
@@ -28,6 +29,7 @@ __all__ = [
     "ms_ssim_loss",
     "prediction_difference",
     "prediction_guided_loss",
+    "quality_focal_loss",
     "rank_kl_loss",
     "relative_to_mean",
     "shared_attention",

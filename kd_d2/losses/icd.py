@@ -44,8 +44,8 @@ def attended_value_loss(
     The loss is a scalar, so its gradient is made in the forward pass, chunk by chunk: besides it nothing is kept.
 
     Args:
-        overwrite_student: put the gradient in the place of the student's values, for a caller that needs them no more and
-            runs one backward pass. They must not be a leaf of the graph.
+        overwrite_student: put the gradient in the place of the student's values, for a caller that needs them no more. They
+            must not be a leaf of the graph.
     """
     return _AttendedValueLoss.apply(student_value, teacher_value.detach(), attention.detach(), overwrite_student)
 
@@ -82,21 +82,19 @@ class _AttendedValueLoss(torch.autograd.Function):
                     factor = weight * student_rstd * (2 / D)
                     student *= (factor * (1 - student_square + correlation) * student_rstd)[..., None]
                     gradient_BMLD[part] = student.addcmul_(teacher, (factor * teacher_rstd)[..., None], value=-1)
-        ctx.gradient_BMLD, ctx.is_own = gradient_BMLD, overwrite_student
+        ctx.gradient_BMLD = gradient_BMLD
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, None, None, None]:
         gradient_BMLD = ctx.gradient_BMLD
-        if ctx.is_own:
-            ctx.gradient_BMLD = None
-            if gradient_BMLD is None:
-                raise RuntimeError(
-                    "with overwrite_student there is one backward pass: the gradient has been handed out"
-                )
-            return gradient_BMLD.mul_(grad_loss), None, None, None
-        return gradient_BMLD * grad_loss.to(gradient_BMLD.dtype), None, None, None
+        if torch._C._autograd._get_current_graph_task_keep_graph():  # retain_graph: another backward pass may follow
+            return gradient_BMLD * grad_loss.to(gradient_BMLD.dtype), None, None, None
+        ctx.gradient_BMLD = None
+        if gradient_BMLD is None:
+            raise RuntimeError("Trying to backward through the graph a second time without retain_graph=True")
+        return gradient_BMLD.mul_(grad_loss), None, None, None
 
 
 def _centered(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,11 @@ from torch import Tensor
 
 
 def rank_kl_loss(
-    student_scores: Tensor, teacher_scores: Tensor, instance_index: Tensor, num_instances: Tensor | float | None = None
+    student_scores: Tensor,
+    teacher_scores: Tensor,
+    instance_index: Tensor,
+    num_instances: Tensor | float | None = None,
+    temperature: float = 1.0,
 ) -> Tensor:
     """Divergence of the student's from the teacher's rank distribution (equations 5 and 6).
 
@@ -22,18 +26,19 @@ def rank_kl_loss(
         student_scores, teacher_scores: (P,) what each model thinks of each positive.
         instance_index: (P,) int64, equal for the positives of one instance, in any order.
         num_instances: the divisor; None for the instances with two positives or more, at least 1.
+        temperature: scores are divided by it, and the loss is multiplied by its square, so that gradients keep their size.
 
     Returns:
         A scalar; zero, with a gradient of zero, where no instance has a rank.
     """
     dtype = torch.promote_types(student_scores.dtype, torch.float32)
     segment_P = consecutive(instance_index)
-    student_P = segment_log_softmax(student_scores.to(dtype), segment_P)
-    teacher_P = segment_log_softmax(teacher_scores.detach().to(dtype), segment_P)
+    student_P = segment_log_softmax(student_scores.to(dtype) / temperature, segment_P)
+    teacher_P = segment_log_softmax(teacher_scores.detach().to(dtype) / temperature, segment_P)
     divergence = (teacher_P.exp() * (teacher_P - student_P)).sum()
     if num_instances is None:
         num_instances = count_ranked(instance_index).clamp(min=1)
-    return divergence / num_instances
+    return temperature**2 * divergence / num_instances
 
 
 def count_ranked(instance_index: Tensor) -> Tensor:

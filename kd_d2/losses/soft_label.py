@@ -9,7 +9,11 @@ from torch.autograd.function import once_differentiable
 
 
 def soft_label_loss(
-    student_logits: Tensor, teacher_logits: Tensor, weight: Tensor | None = None, temperature: float = 1.0
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    weight: Tensor | None = None,
+    temperature: float = 1.0,
+    focus: float = 0.0,
 ) -> Tensor:
     """Sum over all elements of KL(Bernoulli(p_T) || Bernoulli(p_S)), with p = sigmoid(logits / temperature).
 
@@ -19,8 +23,9 @@ def soft_label_loss(
     Args:
         student_logits, teacher_logits: of one shape; each element is a binary classification of its own.
         weight: of each element, or of a shape that broadcasts to theirs.
+        focus: each element is also weighted by |p_T - p_S| to this power, without gradient.
     """
-    return _BernoulliKL.apply(student_logits, teacher_logits.detach(), weight, temperature)
+    return _BernoulliKL.apply(student_logits, teacher_logits.detach(), weight, temperature, focus)
 
 
 class _BernoulliKL(torch.autograd.Function):
@@ -28,14 +33,23 @@ class _BernoulliKL(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, student_logits: Tensor, teacher_logits: Tensor, weight: Tensor | None, temperature: float
+        ctx,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        weight: Tensor | None,
+        temperature: float,
+        focus: float,
     ) -> Tensor:
         dtype = torch.promote_types(student_logits.dtype, torch.float32)
         student, teacher = student_logits.to(dtype) / temperature, teacher_logits.to(dtype) / temperature
         target = teacher.sigmoid()
         divergence = (teacher - student).mul_(target).add_(F.softplus(student)).sub_(F.softplus(teacher))
-        gradient = student.sigmoid_().sub_(target).mul_(temperature)
-        if weight is not None:
+        difference = student.sigmoid_().sub_(target)
+        weights = [] if weight is None else [weight]
+        if focus:
+            weights.append(difference.abs().pow_(focus))
+        gradient = difference.mul_(temperature)
+        for weight in weights:
             divergence *= weight
             gradient *= weight
         ctx.save_for_backward(gradient.to(student_logits.dtype))
@@ -43,6 +57,6 @@ class _BernoulliKL(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_loss.to(gradient.dtype), None, None, None
+        return gradient * grad_loss.to(gradient.dtype), None, None, None, None

@@ -71,6 +71,10 @@ class ICD(Distiller):
         node.CLIP_NORM = 0.01
 
     @classmethod
+    def family_weight(cls, student: DetectorSpec) -> float:
+        return 8.0 if student.family == "one-stage" else 3.0
+
+    @classmethod
     def validate_config(cls, node: CfgNode) -> None:
         for key in ("DIM", "NUM_HEADS", "NUM_LAYERS", "FFN_DIM", "MAX_QUERIES"):
             check_number(cls.CONFIG_NODE, key, node[key], 1)
@@ -150,11 +154,8 @@ class ICD(Distiller):
                 f"ICD encodes each instance's class, but neither the student ({student.name}) nor the teacher "
                 f"({teacher.name}) tells how many classes it has."
             )
-        weight = node.WEIGHT
-        if weight is None:
-            weight = 8.0 if student.family == "one-stage" else 3.0
         return {
-            "weight": weight,
+            "weight": cls.family_weight(student) if node.WEIGHT is None else node.WEIGHT,
             "strides": strides,
             "encoder": InstanceEncoder(num_classes, node.DIM),
             "decoder": Decoder(_channels(teacher, strides), node.DIM, node.NUM_HEADS, node.FFN_DIM, node.NUM_LAYERS),

@@ -1,0 +1,169 @@
+"""GradientBalance: multipliers by which every distiller's gradient keeps its share beside the detector's own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+from torch import Tensor, nn
+
+from .checkpoint import part_of
+from .errors import UserError
+
+LOSS_SCALES = (2.0**16, 2.0**8, 1.0)
+"""What a loss in float16 is multiplied by before its gradient is taken: the first that does not overflow."""
+
+
+class GradientBalance:
+    """Scales distillation losses so that their gradients have chosen norms relative to the detector's own.
+
+    The gradient ratio of a distiller is the norm of the gradient of its losses, but the auxiliary ones, over that of the
+    detector's own losses, in the parameters of the student's neck (`shared_parameters`), which all losses reach. As in GradNorm
+    (Chen et al. 2018) these are the last that all losses share; unlike it nothing is learned. The multiplier of a distiller is
+    `target * share / ratio`: the shares of the active distillers sum to 1, and the ratio is a moving average of its logarithm
+    over measurements.
+
+    Attributes:
+        ratios: by distiller the averaged gradient ratio; one that had no gradient yet is not there.
+    """
+
+    def __init__(
+        self,
+        *,
+        target: float,
+        period: int = 20,
+        momentum: float = 0.9,
+        limit: float = 10000.0,
+        weights: Mapping[str, float] | None = None,
+    ):
+        """
+        Args:
+            target: the gradient ratios of all active distillers, added up.
+            period: iterations between two measurements. Within the first `period` iterations there are more: in the
+                iterations 0, 1, 2, 4, 8, ...
+            momentum: of the moving average, in [0, 1). The first 1 / (1 - momentum) measurements count equally.
+            limit: multipliers are at least 1 / limit and at most limit.
+            weights: by distiller what its share is proportional to; 1 where it is not named.
+        """
+        self.target = target
+        self.period = period
+        self.momentum = momentum
+        self.limit = limit
+        self.weights = dict(weights or {})
+        self._averages: dict[str, tuple[float, int]] = {}  # mean of log(ratio), number of measurements
+        self._last_iteration: int | None = None
+
+    @classmethod
+    def from_node(cls, node: CfgNode, weights: Mapping[str, float]) -> GradientBalance | None:
+        """From MODEL.KD.BALANCE; None where it is not enabled."""
+        if not node.ENABLED:
+            return None
+        return cls(target=node.TARGET, period=node.PERIOD, momentum=node.MOMENTUM, limit=node.LIMIT, weights=weights)
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        return {name: math.exp(mean) for name, (mean, _) in self._averages.items()}
+
+    def multipliers(
+        self, iteration: int, parameters: list[nn.Parameter], own_loss: Tensor, losses: Mapping[str, Tensor]
+    ) -> dict[str, float]:
+        """The multiplier of each active distiller, after a measurement where one is due.
+
+        All processes of a training call this with the same names in the same order, and get the same numbers. A distiller
+        that had no gradient yet has the multiplier 1.
+
+        Args:
+            iteration: of the training. Of several calls in one iteration (gradient accumulation) the first measures.
+            parameters: see `shared_parameters`.
+            own_loss: the sum of the detector's own losses.
+            losses: by active distiller the sum of its losses but the auxiliary ones, before any schedule.
+        """
+        weights = {name: self.weights.get(name, 1.0) for name in losses}
+        if iteration != self._last_iteration:
+            self._last_iteration = iteration
+            is_due = self._is_due(iteration)
+            self._measure(
+                parameters,
+                own_loss,
+                {n: loss for n, loss in losses.items() if weights[n] > 0 and (is_due or n not in self._averages)},
+            )
+        total, ratios = sum(weights.values()), self.ratios
+        return {
+            name: self._bounded(self.target * weight / total / ratios[name]) if name in ratios else 1.0
+            for name, weight in weights.items()
+        }
+
+    def _bounded(self, multiplier: float) -> float:
+        return min(max(multiplier, 1 / self.limit), self.limit)
+
+    def _is_due(self, iteration: int) -> bool:
+        if iteration < self.period:
+            return iteration & (iteration - 1) == 0  # 0 and the powers of two
+        return iteration % self.period == 0
+
+    def _measure(self, parameters: list[nn.Parameter], own_loss: Tensor, losses: Mapping[str, Tensor]) -> None:
+        norms = {name: gradient_norm(loss, parameters) for name, loss in losses.items()}
+        if not any(norms.values()):
+            return
+        own = gradient_norm(own_loss, parameters)
+        for name, norm in norms.items():
+            if 0 < norm < math.inf and 0 < own < math.inf:
+                mean, count = self._averages.get(name, (0.0, 0))
+                momentum = min(self.momentum, count / (count + 1))
+                self._averages[name] = momentum * mean + (1 - momentum) * math.log(norm / own), count + 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"averages": {name: list(average) for name, average in self._averages.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._averages = {name: (mean, count) for name, (mean, count) in state["averages"].items()}
+
+
+def shared_parameters(student: nn.Module) -> list[nn.Parameter]:
+    """The trained parameters of a detector's neck; where it has none, those of its whole backbone.
+
+    Raises:
+        UserError: nothing of the backbone is trained.
+    """
+    trained = {f"backbone.{n}": p for n, p in student.backbone.named_parameters() if p.requires_grad}
+    if not trained:
+        raise UserError(
+            "Gradients are measured in the student's neck, but nothing of its backbone is trained (MODEL.BACKBONE.FREEZE_AT)."
+        )
+    neck = [p for name, p in trained.items() if part_of(name) == "neck"]
+    return neck or list(trained.values())
+
+
+def loss_gradient(loss: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The gradient of a loss in all parameters together (P,), the mean over processes; the graph is kept.
+
+    Under autocast in float16 the loss is scaled as by a gradient scaler. Zero where the loss does not depend on a parameter.
+    """
+    parameters = list(parameters)
+    device = parameters[0].device.type
+    in_float16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.float16
+    with torch.autocast(device, enabled=False):
+        for scale in LOSS_SCALES if in_float16 else (1.0,):
+            gradient = _flat_gradient(loss * scale, parameters) / scale
+            if scale == 1.0 or gradient.isfinite().all():
+                break
+    if comm.get_world_size() > 1:
+        torch.distributed.all_reduce(gradient)
+        gradient /= comm.get_world_size()
+    return gradient
+
+
+def gradient_norm(loss: Tensor, parameters: Iterable[nn.Parameter]) -> float:
+    """The norm of `loss_gradient`."""
+    return loss_gradient(loss, parameters).norm().item()
+
+
+def _flat_gradient(loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
+    if not loss.requires_grad:
+        return torch.cat([torch.zeros_like(p).flatten() for p in parameters])
+    parts = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+    return torch.cat([part.flatten() for part in parts])
