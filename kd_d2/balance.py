@@ -29,6 +29,7 @@ class GradientBalance:
 
     Attributes:
         ratios: by distiller the averaged gradient ratio; one that had no gradient yet is not there.
+        last_multipliers: by distiller that is active, what `multipliers` returned last.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class GradientBalance:
         self.momentum = momentum
         self.limit = limit
         self.weights = dict(weights or {})
+        self.last_multipliers: dict[str, float] = {}
         self._averages: dict[str, tuple[float, int]] = {}  # mean of log(ratio), number of measurements
         self._last_iteration: int | None = None
 
@@ -92,10 +94,11 @@ class GradientBalance:
                 {n: loss for n, loss in losses.items() if weights[n] > 0 and (is_due or n not in self._averages)},
             )
         total, ratios = sum(weights.values()), self.ratios
-        return {
+        self.last_multipliers = {
             name: self._bounded(self.target * weight / total / ratios[name]) if name in ratios else 1.0
             for name, weight in weights.items()
         }
+        return self.last_multipliers
 
     def _bounded(self, multiplier: float) -> float:
         return min(max(multiplier, 1 / self.limit), self.limit)

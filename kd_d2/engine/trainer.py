@@ -23,6 +23,7 @@ from ..errors import UserError
 from ..evaluation import build_evaluator
 from ..meta_arch import KDMetaArch, student_of
 from ..teacher import Teacher
+from .balance_log import LastMultipliersLog
 from .checks import check_classes
 from .memory import PeakMemoryRecorder
 from .optimizers import build_optimizers
@@ -154,7 +155,10 @@ class KDTrainer(DefaultTrainer):
 
     def build_hooks(self) -> list[HookBase]:
         self.worker_states = WorkerStates(student_of(self.bare_model), self.cfg.SOLVER.CHECKPOINT_PERIOD)
-        return [PeakMemoryRecorder(), self.worker_states, *super().build_hooks()]
+        hooks = [PeakMemoryRecorder(), self.worker_states, *super().build_hooks()]
+        if isinstance(self.bare_model, KDMetaArch) and self.bare_model.balance:
+            hooks.append(LastMultipliersLog(self.bare_model.balance))
+        return hooks
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer):

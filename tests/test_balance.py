@@ -1,0 +1,340 @@
+"""MODEL.KD.BALANCE: multipliers worked out by hand, when they are measured, and that they are the same everywhere."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from kd_d2 import KDMetaArch, Teacher, UserError
+from kd_d2.balance import GradientBalance, gradient_norm, shared_parameters
+from kd_d2.config import load_config
+from kd_d2.distillers import Distiller, FeatureImitation, Schedule
+from kd_d2.distillers.base import AdaptationLayers
+
+import pytest
+import torch
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from helpers import KillAt, Project, make_project, make_trainer, train
+from torch import Tensor, nn
+
+ON = {"MODEL__KD__BALANCE__ENABLED": True}
+
+
+class Slopes:
+    """A parameter (0, 0) and losses that are planes over it."""
+
+    def __init__(self):
+        self.parameters = [nn.Parameter(torch.zeros(2))]
+
+    def loss(self, *slope: float) -> Tensor:
+        return self.parameters[0] @ torch.tensor(slope, dtype=torch.float32)
+
+    def multipliers(self, balance: GradientBalance, iteration: int, own: tuple, **losses: tuple) -> dict[str, float]:
+        return balance.multipliers(
+            iteration, self.parameters, self.loss(*own), {name: self.loss(*slope) for name, slope in losses.items()}
+        )
+
+
+@pytest.fixture
+def slopes() -> Slopes:
+    return Slopes()
+
+
+def balance(target: float = 2.0, **options: object) -> GradientBalance:
+    return GradientBalance(target=target, **options)
+
+
+def test_multipliers_give_every_distiller_an_equal_share(slopes: Slopes) -> None:
+    """Own norm 5; of two distillers with norms 10 and 1, ratios 2 and 0.2, each is to have the ratio 1."""
+    found = slopes.multipliers(balance(), 0, own=(3, 4), A=(0, 10), B=(1, 0))
+    assert found == pytest.approx({"A": 0.5, "B": 5.0})
+
+
+def test_shares_follow_the_weights(slopes: Slopes) -> None:
+    """Three quarters and a quarter of 2; a weight of 0 asks for nothing and is not measured."""
+    weights = {"A": 3.0, "B": 1.0, "C": 0.0}
+    found = slopes.multipliers(scaled := balance(weights=weights), 0, own=(3, 4), A=(0, 10), B=(1, 0), C=(7, 0))
+    assert found == pytest.approx({"A": 0.75, "B": 2.5, "C": 1.0})
+    assert scaled.ratios == pytest.approx({"A": 2.0, "B": 0.2})
+
+
+def test_multipliers_are_bounded(slopes: Slopes) -> None:
+    assert slopes.multipliers(balance(limit=4.0), 0, (1, 0), A=(1e-3, 0), B=(1e3, 0)) == {"A": 4.0, "B": 0.25}
+
+
+def test_when_ratios_are_measured(slopes: Slopes) -> None:
+    """With period 6: in the iterations 0, 1, 2, 4, then 6, 12, ...; elsewhere the multiplier stays."""
+    scaled, seen = balance(period=6, momentum=0.0), []
+    for iteration in range(14):
+        seen.append(slopes.multipliers(scaled, iteration, (1, 0), A=(2.0**iteration, 0))["A"])
+    assert seen == pytest.approx([2.0**-k for k in (-1, 0, 1, 1, 3, 3, 5, 5, 5, 5, 5, 5, 11, 11)])
+
+
+def test_the_moving_average_by_hand(slopes: Slopes) -> None:
+    """log2 of the ratios 0, 4, 2, 8, momentum 0.5: 0; the mean 2 of two; then halves of (2, 2) and (2, 8)."""
+    scaled, seen = balance(1.0, period=1, momentum=0.5), []
+    for iteration, power in enumerate((0, 4, 2, 8)):
+        slopes.multipliers(scaled, iteration, (1, 0), A=(2.0**power, 0))
+        seen.append(math.log2(scaled.ratios["A"]))
+    assert seen == pytest.approx([0, 2, 2, 5])
+
+
+def test_first_measurements_count_equally(slopes: Slopes) -> None:
+    scaled = balance(1.0, period=1, momentum=0.9)
+    for iteration, power in enumerate((1, 3, 5)):
+        slopes.multipliers(scaled, iteration, (1, 0), A=(2.0**power, 0))
+    assert scaled.ratios["A"] == pytest.approx(2.0**3)
+
+
+def test_a_distiller_that_starts_late_is_measured_at_once(slopes: Slopes) -> None:
+    """Iteration 7 of period 5: B is new and measured, A is not; their shares are equal from then on."""
+    scaled = balance(period=5)
+    assert slopes.multipliers(scaled, 0, (1, 0), A=(1, 0)) == {"A": 2.0}
+    assert slopes.multipliers(scaled, 7, (1, 0), A=(9, 0), B=(4, 0)) == {"A": 1.0, "B": 0.25}
+
+
+def test_a_loss_without_gradient_waits_for_its_first(slopes: Slopes) -> None:
+    """Zero, constant, or of other parameters: the multiplier is 1 and the others' shares stay; a later zero changes nothing."""
+    scaled = balance(period=100)
+    zero, constant = slopes.loss(0, 0), torch.tensor(3.0)
+    elsewhere = nn.Parameter(torch.ones(())) * 2
+    losses = {"A": slopes.loss(1, 0), "B": zero, "C": constant, "D": elsewhere}
+    found = scaled.multipliers(3, slopes.parameters, slopes.loss(1, 0), losses)
+    assert found == {"A": 0.5, "B": 1.0, "C": 1.0, "D": 1.0}
+    assert slopes.multipliers(scaled, 5, (1, 0), A=(5, 0), B=(2, 0))["B"] == 0.5
+    assert slopes.multipliers(scaled, 100, (1, 0), A=(0, 0), B=(0, 0)) == {"A": 1.0, "B": 0.5}
+
+
+@pytest.mark.parametrize("own", [(0.0, 0.0), (math.inf, 0.0), (math.nan, 0.0)])
+def test_an_own_gradient_that_says_nothing_is_passed_over(slopes: Slopes, own: tuple) -> None:
+    scaled = balance()
+    assert slopes.multipliers(scaled, 0, own, A=(1, 0)) == {"A": 1.0}
+    assert slopes.multipliers(scaled, 1, (1, 0), A=(1, 0), B=(math.inf, 0)) == {"A": 1.0, "B": 1.0}
+    assert scaled.ratios == {"A": 1.0}
+
+
+def test_one_measurement_an_iteration(slopes: Slopes) -> None:
+    """The second part of an accumulated batch has the multipliers of the first."""
+    scaled = balance()
+    assert slopes.multipliers(scaled, 0, (1, 0), A=(1, 0)) == slopes.multipliers(scaled, 0, (1, 0), A=(7, 0))
+
+
+def test_state_is_restored(slopes: Slopes) -> None:
+    """Check through json, which knows no tuples, that both go on with the same numbers."""
+    first, second = balance(period=1), balance(period=1)
+    slopes.multipliers(first, 0, (1, 0), A=(3, 0))
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert slopes.multipliers(first, 1, (1, 0), A=(5, 0)) == slopes.multipliers(second, 1, (1, 0), A=(5, 0))
+    assert second.ratios == pytest.approx({"A": 15**0.5})
+
+
+class HalfLoss(nn.Module):
+    """A convolution with a loss whose gradient in float16 is 0, right, or infinite, by its factor."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(1, 1, 1, bias=False)
+        nn.init.ones_(self.layer.weight)
+
+    def forward(self, factor: float) -> Tensor:
+        return (self.layer(torch.ones(1, 1, 1, 1)) * factor).sum().float()
+
+
+@pytest.mark.parametrize("factor", [1e-9, 1e-5, 1.0, 30.0])
+def test_float16_neither_underflows_nor_overflows(factor: float) -> None:
+    """Autocast's gradients of 1e-9 would be 0 and, scaled by 65536, those of 30 infinite."""
+    model = HalfLoss()
+    with torch.autocast("cpu", torch.float16):
+        loss = model.layer(torch.ones(1, 1, 1, 1)).float().sum() * factor
+        assert loss.requires_grad and model.layer(torch.ones(1, 1, 1, 1)).dtype is torch.float16
+        assert gradient_norm(loss, model.layer.parameters()) == pytest.approx(factor, rel=1e-2)
+
+
+def test_parameters_that_all_losses_share(tiny_detector: Callable) -> None:
+    """Those of the neck; of a backbone without one all; frozen ones are left out."""
+    retinanet = tiny_detector("retinanet")
+    names = {id(p): name for name, p in retinanet.named_parameters()}
+    shared = {names[id(p)] for p in shared_parameters(retinanet)}
+    assert shared == {n for n in names.values() if n.startswith("backbone.") and ".bottom_up." not in n}
+    for name, parameter in retinanet.named_parameters():
+        parameter.requires_grad_("bottom_up.res5" in name)
+    assert {names[id(p)].split(".")[2] for p in shared_parameters(retinanet)} == {"res5"}
+    retinanet.requires_grad_(False)
+    with pytest.raises(UserError, match=r"nothing of its backbone is trained \(MODEL.BACKBONE.FREEZE_AT\)"):
+        shared_parameters(retinanet)
+
+
+class Auxiliary(Distiller):
+    """`loss_a` is the mean of the student's first level, `loss_a_aux_own` its own parameter."""
+
+    needs = frozenset({"features"})
+    loss_names = ("loss_a", "loss_a_aux_own")
+
+    def __init__(self):
+        super().__init__()
+        self.own = nn.Parameter(torch.tensor(5.0))
+
+    def forward(self, student, teacher, targets) -> dict[str, Tensor]:
+        return {"loss_a": 4 * student.features[4].mean(), "loss_a_aux_own": self.own}
+
+
+def _imitation(weight: float = 1.0) -> FeatureImitation:
+    return FeatureImitation(weight=weight, adaptation=AdaptationLayers({4: (3, 3), 8: (3, 3)}, 0))
+
+
+def test_losses_of_the_meta_architecture(
+    toy_detector: type, constant_inputs: Callable, event_storage: EventStorage
+) -> None:
+    """Pixels of 3: own slope 3; imitation 81 with slope -54, ratio 18; `loss_a` 4 * 6 with slope 12, ratio 4; the target is 2.
+
+    The multipliers 1/18 and 1/4 give both the slope of the own loss; warm-up halves one afterwards; the auxiliary loss stays.
+    """
+    event_storage.iter = 1
+    student, teacher = toy_detector(scale=2.0), Teacher(toy_detector(scale=5.0))
+    model = KDMetaArch(
+        student=student,
+        teacher=teacher,
+        distillers={"FitNet": _imitation(), "A": Auxiliary()},
+        schedules={"A": Schedule(warmup=4)},
+        balance=balance(2.0),
+    )
+    losses = model(constant_inputs((3.0, 3.0, 3.0)))
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(
+        {"loss_toy": 7.0, "loss_feature_imitation": 81 / 18, "loss_a": 24 / 4 / 2, "loss_a_aux_own": 5.0}
+    )
+    latest = {name: value for name, (value, _) in event_storage.latest().items()}
+    assert latest == pytest.approx({"kd/balance/FitNet": 1 / 18, "kd/balance/A": 1 / 4})
+    sum(losses.values()).backward()
+    assert student.backbone.scale.grad.item() == pytest.approx(3 - 3 + 3 / 2)
+    assert teacher.model.backbone.scale.grad is None
+
+
+def test_shares_among_active_distillers_alone(
+    toy_detector: type, constant_inputs: Callable, event_storage: EventStorage
+) -> None:
+    model = KDMetaArch(
+        student=toy_detector(scale=2.0),
+        teacher=Teacher(toy_detector(scale=5.0)),
+        distillers={"FitNet": _imitation(), "A": Auxiliary()},
+        schedules={"A": Schedule(start=5)},
+        balance=balance(2.0),
+    )
+    assert model(constant_inputs())["loss_feature_imitation"].item() == pytest.approx(81 / 9)
+    event_storage.iter = 5
+    assert model(constant_inputs())["loss_feature_imitation"].item() == pytest.approx(81 / 18)
+
+
+def test_a_student_without_trained_backbone_is_refused(toy_detector: type) -> None:
+    student = toy_detector()
+    student.backbone.requires_grad_(False)
+    with pytest.raises(UserError, match="nothing of its backbone is trained"):
+        KDMetaArch(student=student, teacher=Teacher(toy_detector()), distillers={}, balance=balance())
+
+
+def test_weights_from_the_config(tmp_path: Path) -> None:
+    """A WEIGHT of twice the default asks for twice the share, whatever the default; None is the default of the family."""
+    project = make_project(
+        tmp_path,
+        MODEL__KD__DISTILLERS=("StructuralKD", "ICD", "FGFI"),
+        MODEL__KD__STRUCTURAL__WEIGHT=8.0,
+        MODEL__KD__FGFI__WEIGHT=0.005,
+        **ON,
+    )
+    trainer = make_trainer(project, "MODEL.KD.BALANCE.TARGET", 3.0, "MODEL.KD.BALANCE.PERIOD", 7)
+    scaled = trainer.bare_model.balance
+    assert scaled.weights == {"StructuralKD": 2.0, "ICD": 1.0, "FGFI": 0.5}
+    assert (scaled.target, scaled.period, scaled.momentum, scaled.limit) == (3.0, 7, 0.9, 10000.0)
+    assert make_trainer(project, "MODEL.KD.BALANCE.ENABLED", "False").bare_model.balance is None
+
+
+METHODS = {
+    "MODEL__KD__DISTILLERS": ("StructuralKD", "ICD", "PFI"),
+    "MODEL__KD__ICD__DETACH_STUDENT_ITERS": 2,
+    "MODEL__KD__BALANCE__PERIOD": 2,
+    "MODEL__KD__BALANCE__ENABLED": True,
+    "SOLVER__MAX_ITER": 6,
+    "SOLVER__STEPS": (),
+    "SOLVER__CHECKPOINT_PERIOD": 3,
+    "SOLVER__BASE_LR": 0.001,
+}
+
+
+def _written(output: Path) -> dict[str, float]:
+    """The multipliers in metrics.json."""
+    rows = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+    mark = "kd/balance/"
+    return {name.removeprefix(mark): x for row in rows for name, x in row.items() if name.startswith(mark)}
+
+
+def test_a_resumed_run_goes_on_with_its_multipliers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Killed between two measurements, with ICD not yet pulling at the student when it began; the last ones are in the log."""
+    project = make_project(tmp_path, **METHODS)
+    unbroken = train(project, "OUTPUT_DIR", tmp_path / "unbroken")
+    train(project, hooks=(KillAt(3),))
+    with caplog.at_level(logging.INFO, "kd_d2"):
+        resumed = train(project, resume=True, seed=99)
+    assert list(resumed.losses) == [3, 4, 5]
+    for iteration, losses in resumed.losses.items():
+        assert losses == pytest.approx(unbroken.losses[iteration], rel=1e-5)
+    first, second = (run.trainer.bare_model.balance.ratios for run in (unbroken, resumed))
+    assert second == pytest.approx(first, rel=1e-5) and second.keys() == {"StructuralKD", "ICD", "PFI"}
+    last = resumed.trainer.bare_model.balance.last_multipliers
+    assert _written(project.output) == pytest.approx(last) and last.keys() == second.keys()
+    ours = [record.getMessage() for record in caplog.records if "MODEL.KD.BALANCE" in record.getMessage()]
+    assert len(ours) == 1 and all(f"{name} {x:.3g}" in ours[0] for name, x in last.items())
+
+
+def test_accumulation_and_mixed_precision(tmp_path: Path) -> None:
+    """Check that a ratio in bfloat16 and of half a batch is near that of the whole in float32, and its own losses are finite."""
+    project = make_project(tmp_path, **METHODS)
+    project.change(SOLVER__MAX_ITER=1, MODEL__KD__ICD__DETACH_STUDENT_ITERS=0)
+    project.change(
+        INPUT__MIN_SIZE_TRAIN=(160,), INPUT__MAX_SIZE_TRAIN=240
+    )  # on maps of one cell oneDNN's bfloat16 is wrong
+    exact = train(project).trainer.bare_model.balance.ratios
+    for options in (("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bfloat16"), ("SOLVER.AMP.ENABLED", True)):
+        ratios = train(project, *options).trainer.bare_model.balance.ratios
+        assert ratios == pytest.approx(exact, rel=0.2)
+    ratios = train(project, "SOLVER.GRADIENT_ACCUMULATION_STEPS", 2).trainer.bare_model.balance.ratios
+    assert ratios.keys() == exact.keys() and all(0.1 < ratios[n] / exact[n] < 10 for n in exact)
+
+
+def _measure(rank: int, project: Project, folder: str) -> None:
+    """In each of two processes: own and distilled slopes of its own, whose mean over processes counts."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    comm.create_local_process_group(2)
+    slopes = Slopes()
+    own, a, b = (((2.0, 0.0), (0.0, 4.0), (0.0, 0.0)), ((0.0, 2.0), (4.0, 4.0), (2.0, 0.0)))[rank]
+    found = slopes.multipliers(balance(2.0), 0, own, A=a, B=b)  # means: own (1, 1), A (2, 4), B (1, 0)
+    assert found == pytest.approx({"A": 2**0.5 / 20**0.5, "B": 2**0.5})
+    run = train(project, seed=rank)
+    ratios = comm.all_gather(run.trainer.bare_model.balance.ratios)
+    assert ratios[0] == ratios[1] and ratios[0].keys() == {"StructuralKD", "ICD", "PFI"}
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_have_the_same_multipliers(tmp_path: Path) -> None:
+    """By hand, where one process has no loss of a distiller, and in a training in step with DistributedDataParallel."""
+    project = make_project(tmp_path, **METHODS)
+    torch.multiprocessing.start_processes(_measure, nprocs=2, args=(project, str(tmp_path)), start_method="fork")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("TARGET", 0.0, "TARGET is 0.0; it must be a number above 0"),
+        ("TARGET", math.inf, "TARGET is inf"),
+        ("PERIOD", 0, "PERIOD is 0; it must be a number at least 1"),
+        ("MOMENTUM", -0.1, "MOMENTUM is -0.1; it must be a number at least 0"),
+        ("MOMENTUM", 1.0, "MOMENTUM is 1.0; it must be below 1"),
+        ("LIMIT", 0.5, "LIMIT is 0.5; it must be a number at least 1"),
+    ],
+)
+def test_wrong_values_name_their_key(tmp_path: Path, key: str, value: object, message: str) -> None:
+    project = make_project(tmp_path, **{f"MODEL__KD__BALANCE__{key}": value})
+    with pytest.raises(UserError, match=f"MODEL.KD.BALANCE.{message}"):
+        load_config(str(project.student))
