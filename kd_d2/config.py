@@ -235,6 +235,23 @@ def read_yaml(path: str) -> dict[str, Any]:
     return tree
 
 
+def as_overrides(path: str) -> list[Any]:
+    """The keys that a config file and its bases set, as overrides: [key, value, ...].
+
+    Raises:
+        UserError: see `read_yaml`.
+    """
+
+    def walk(tree: dict[str, Any], prefix: str) -> Iterator[Any]:
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield from (f"{prefix}{key}", value)
+
+    return list(walk(read_yaml(path), ""))
+
+
 def _tree_from_opts(opts: list[Any], source: str) -> dict[str, Any]:
     options = [o for o in opts[::2] if str(o).startswith("--")]
     if options:

@@ -7,13 +7,14 @@ import os
 import runpy
 
 from kd_d2 import UserError
-from kd_d2.comparison import compare, runner
+from kd_d2.comparison import compare, report, runner
 from kd_d2.comparison.costs import measure_costs
 from kd_d2.comparison.matrix import measured_settings, read_matrix
 from kd_d2.comparison.plots import look, plot_ap, plot_curves
 from kd_d2.comparison.report import first_curves, write_report
-from kd_d2.comparison.runner import Job, read_metrics, result_path, run_jobs, teacher_jobs, training_job
-from kd_d2.comparison.table import as_csv, as_markdown, build_rows, pooled_deviation, read_results
+from kd_d2.comparison.runner import Job, read_metrics, result_path, run_jobs, teacher_evaluation, training_job
+from kd_d2.comparison.table import HEADERS, as_csv, as_markdown, build_rows, format_row, pooled_deviation, read_results
+from kd_d2.config import load_config
 
 import pytest
 
@@ -105,6 +106,77 @@ def test_table_texts(finished):
     assert as_csv(rows).splitlines()[4].startswith("better,3,14.00 ± 1.00,28.00 ± 2.00")
 
 
+def test_multipliers_of_the_losses(finished):
+    """Check geometric means over seeds, 2 of 1, 2 and 4, by name where there are several, and no column where there are none."""
+    matrix, output = finished
+    results = read_results(matrix, output)
+    assert "multipliers" not in as_markdown(build_rows(matrix, results, {}))
+    for entry, value in zip(results["better"], (1.0, 2.0, 4.0)):
+        entry["multipliers"] = {"PFI": value}
+    results["inheritance"][0]["multipliers"] = {"PFI": 1500.0, "ICD": 0.25}
+    rows = {row.name: row for row in build_rows(matrix, results, {})}
+    assert rows["better"].multipliers == {"PFI": pytest.approx(2.0)}
+    texts = {name: dict(zip(HEADERS, format_row(row), strict=True))["multipliers"] for name, row in rows.items()}
+    assert texts == {"teacher": "", "plain": "", "inheritance": "PFI 1.5e+03, ICD 0.25", "better": "2"}
+
+
+def test_fragments_are_laid_over_the_config(tmp_path):
+    """Check one after another, bases included, the cell's own overrides last, and that a missing file is named."""
+    (tmp_path / "base.yaml").write_text("SOLVER: {GAMMA: 0.2, BASE_LR: 0.3}\n")
+    (tmp_path / "one.yaml").write_text("_BASE_: base.yaml\nSOLVER: {BASE_LR: 0.4}\nMODEL: {KD: {DISTILLERS: [ICD]}}\n")
+    (tmp_path / "two.yaml").write_text("SOLVER: {MOMENTUM: 0.5}\n")
+    text = "config: STUDENT\nbaseline: a\ncells: {a: {fragments: [one.yaml, two.yaml], opts: {SOLVER.GAMMA: 0.7}}}\n"
+    cell = read_matrix(write_matrix(tmp_path, text)).cell("a")
+    settings = measured_settings(cell.config, [*cell.opts])
+    assert settings["MODEL.KD.DISTILLERS"] == ["ICD"]
+    assert [settings[f"SOLVER.{key}"] for key in ("GAMMA", "BASE_LR", "MOMENTUM")] == [0.7, 0.4, 0.5]
+    (tmp_path / "two.yaml").unlink()
+    with pytest.raises(UserError, match=r"matrix.yaml: cell a: there is no file .*two.yaml"):
+        read_matrix(str(tmp_path / "matrix.yaml"))
+
+
+def test_jobs_on_a_cpu_have_channels_last(tmp_path):
+    """Check of trainings and of the teacher's evaluation, that overrides go before it, and that it is no part of what is measured."""
+    matrix = read_matrix(write_matrix(tmp_path, MATRIX))
+    cell, folder = matrix.cell("better"), str(tmp_path)
+    for job in (training_job(cell, 0, folder, folder, []), teacher_evaluation(cell, folder, folder, [])):
+        start = job.command.index("SOLVER.CHANNELS_LAST")
+        assert job.command[start : start + 4] == list(map(str, runner.CHANNELS_LAST))
+    job = training_job(cell, 0, folder, folder, ["SOLVER.CHANNELS_LAST", "False"])
+    assert load_config(cell.config, job.command[3:]).SOLVER.CHANNELS_LAST is False
+    assert "SOLVER.CHANNELS_LAST" not in job.settings
+
+
+def test_the_teacher_is_evaluated_among_the_cells(tmp_path, monkeypatch):
+    """Check that two jobs at a time are the evaluation and the first training, and what their environment says to threads."""
+    started = []
+    monkeypatch.setattr(report, "run_jobs", lambda jobs, parallel, threads: started.append((jobs, parallel, threads)))
+    monkeypatch.setattr(report, "_costs", lambda *arguments: {})
+    teacher = (
+        "{MODEL.META_ARCHITECTURE: KDMetaArch, MODEL.KD.TEACHER.CONFIG_FILE: STUDENT, MODEL.KD.INHERIT.ENABLED: True}"
+    )
+    text = f"config: STUDENT\nbaseline: a\ncells: {{a: {{opts: {teacher}}}}}\n"
+    compare(read_matrix(write_matrix(tmp_path, text)), str(tmp_path / "output"), [], jobs=2)
+    ((jobs, parallel, threads),) = started
+    assert ([job.cell for job in jobs], parallel, threads) == (["teacher", "a"], 2, 1)
+
+
+def test_threads_of_jobs_sleep_while_they_wait(tmp_path, monkeypatch):
+    """Check the environment of a job, and that what the user says of it holds."""
+    script = tmp_path / "train_net.py"
+    script.write_text(
+        "import json, os, sys\njson.dump({'bbox': {}, **os.environ}, open(sys.argv[1] + '/train.json', 'w'))\n"
+    )
+    monkeypatch.setattr(runner, "TRAIN_NET", str(script))
+    monkeypatch.setenv("KMP_BLOCKTIME", "5")
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    run_jobs([Job("a", 0, [str(tmp_path)], str(tmp_path), str(tmp_path / "a.json"), {})], 1, 3)
+    seen = json.loads((tmp_path / "train.json").read_text())
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS")
+    assert [seen[name] for name in names] == ["PASSIVE", "0", "5", "3"]
+
+
 def test_plots_show_every_finished_cell(finished, tmp_path):
     """Check that both pictures are drawn from what is finished, with the teacher's line and without missing cells."""
     matrix, output = finished
@@ -177,7 +249,8 @@ def test_a_failing_cell_is_named_and_others_finish(tmp_path, monkeypatch):
         "folder = sys.argv[1]\n"
         "if folder.endswith('bad'): sys.exit('no such data')\n"
         "json.dump({'bbox': {'AP': 12.5, 'AP-cat': 1.0}}, open(folder + '/train.json', 'w'))\n"
-        "rows = [{'iteration': 9, 'time': 0.5, 'total_loss': 1.0, 'peak_memory_mib': 7.0},\n"
+        "rows = [{'iteration': 9, 'time': 0.5, 'total_loss': 1.0, 'peak_memory_mib': 7.0, 'kd/balance/PFI': 8.0},\n"
+        "        {'iteration': 15, 'kd/balance/PFI': 1234.56},\n"
         "        {'iteration': 19, 'time': 0.7, 'bbox/AP': 12.5, 'peak_memory_mib': 4.0}]\n"
         "open(folder + '/metrics.json', 'w').writelines(json.dumps(r) + '\\n' for r in rows)\n"
     )
@@ -200,6 +273,7 @@ def test_a_failing_cell_is_named_and_others_finish(tmp_path, monkeypatch):
     assert good["scores"] == {"AP": 12.5}
     assert good["seconds_per_iteration"] == pytest.approx(0.6)
     assert good["peak_memory_mib"] == 7.0
+    assert good["multipliers"] == {"PFI": 1235.0}
     assert good["curves"] == {"total_loss": [[9, 1.0]], "bbox/AP": [[19, 12.5]]}
     assert not (tmp_path / "cells" / "bad.json").exists()
 
@@ -339,7 +413,7 @@ def test_plain_detectors_are_compared_without_a_teacher(tmp_path):
     text = "config: STUDENT\nbaseline: one\ncells: {one: , other: {opts: {SOLVER.GAMMA: 0.2}}}\n"
     plain = ["MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.SLIM_RESNET.WIDTHS", "(4, 6, 8, 10)"]
     matrix = read_matrix(write_matrix(tmp_path, text))
-    assert teacher_jobs(matrix, str(tmp_path), str(tmp_path), plain) == ([], [])
+    assert matrix.taught_cell(plain) is None
     assert measure_costs(matrix, plain).keys() == {"one", "other"}
 
 

@@ -406,7 +406,6 @@ def test_tiny_examples(name: str, distiller: str, loss: str | None, weight: floa
     assert str(TINY / f"{detector}-teacher.yaml") == cfg.MODEL.KD.TEACHER.CONFIG_FILE
     weights = read_yaml(str(TINY / f"{name}.yaml"))["MODEL"]["KD"]["TEACHER"]["WEIGHTS"]
     assert weights == f"output/tiny/{detector}-teacher/model_final.pth"
-    assert 100 * cfg.MODEL.KD.ICD.DETACH_STUDENT_ITERS == cfg.SOLVER.MAX_ITER or distiller != "ICD"
     plain = load(TINY / f"{detector}-student.yaml", stand_in)
     student = load(TINY / f"{name}.yaml", stand_in, student_only=True)
     assert without(student, "MODEL.KD") == without(plain, "MODEL.KD")

@@ -651,10 +651,13 @@ def _spec(family: str = "one-stage", num_classes: int | None = 3, channels: tupl
 
 @pytest.fixture
 def configured(annotated: Path, tiny_cfg: Callable) -> Callable[..., ICD]:
-    """(student's spec, teacher's, keys of the node) -> ICD from a config."""
+    """(student's spec, teacher's, iterations of the training, keys of the node) -> ICD from a config."""
 
-    def build(student: DetectorSpec | None = None, teacher: DetectorSpec | None = None, **keys) -> ICD:
+    def build(
+        student: DetectorSpec | None = None, teacher: DetectorSpec | None = None, max_iter: int = 90000, **keys
+    ) -> ICD:
         cfg = tiny_cfg("retinanet", {"MODEL": {"KD": {"ICD": keys}}, "DATASETS": {"TRAIN": ("icd_with_file",)}})
+        cfg.SOLVER.MAX_ITER = max_iter
         ICD.validate_config(cfg.MODEL.KD.ICD)
         return DISTILLER_REGISTRY.get("ICD")(cfg, student or _spec(), teacher or _spec())
 
@@ -667,6 +670,9 @@ def test_defaults_are_the_published_setting(configured: Callable) -> None:
     assert configured(WEIGHT=1.5).weight == 1.5
     assert icd.query_options == {"fakes_per_instance": 5, "max_queries": 300, "jitter": 0.3}
     assert icd.detach_student_until == 1000 and configured(START_ITER=50).detach_student_until == 1050
+    assert configured(max_iter=900).detach_student_until == 10
+    assert configured(max_iter=900, DETACH_STUDENT_ITERS=500).detach_student_until == 500
+    assert configured(max_iter=270000).detach_student_until == 1000
     assert len(icd.decoder.layers) == 1 and icd.decoder.layers[0].num_heads == 8 and icd.decoder.dim == 256
     assert icd.decoder.layers[0].ffn[0].out_features == 1024
     assert icd.encoder.mlp[0].in_features == 3 + 256 + 10

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
-from ..config import KD_META_ARCH, add_kd_config, load_config
+from ..config import KD_META_ARCH, add_kd_config, as_overrides, find_file, load_config
 from ..errors import UserError
 
 # Keys that say where things lie or how they are run, not what is measured.
@@ -100,8 +101,9 @@ def read_matrix(path: str) -> Matrix:
     """Read a matrix from yaml.
 
     Its keys: `config` (of the students, relative to the file), `baseline`, `student`, optionally `teacher`
-    (`config`, `opts`, `seeds`), and `cells`: by name a `title`, `opts` (a mapping of keys to values), `seeds`, and `config`
-    where it is not the common one.
+    (`config`, `fragments`, `opts`, `seeds`), and `cells`: by name a `title`, `fragments` (config files, relative to the matrix,
+    that are laid over the config one after another), `opts` (a mapping of keys to values, laid over these), `seeds`, and
+    `config` where it is not the common one.
 
     Raises:
         UserError: a missing file, an unknown key.
@@ -117,11 +119,12 @@ def read_matrix(path: str) -> Matrix:
 
     def cell(name: str, entry: dict[str, Any] | None) -> Cell:
         entry = entry or {}
-        _only(path, f"cell {name}", entry, {"title", "opts", "seeds", "config"})
+        _only(path, f"cell {name}", entry, {"title", "fragments", "opts", "seeds", "config"})
         config = entry.get("config", common)
         if not config:
             raise UserError(f"Matrix {path}: cell {name} has no config.")
-        opts = tuple(item for pair in entry.get("opts", {}).items() for item in pair)
+        files = [find_file(file, f"Matrix {path}: cell {name}", folder) for file in entry.get("fragments", ())]
+        opts = (*chain.from_iterable(map(as_overrides, files)), *chain.from_iterable(entry.get("opts", {}).items()))
         return Cell(
             name=name,
             title=entry.get("title", name),

@@ -12,7 +12,7 @@ from ..files import write_json, write_whole
 from .costs import measure_costs
 from .matrix import Matrix
 from .plots import Curves, plot_ap, plot_curves
-from .runner import run_jobs, teacher_jobs, training_job
+from .runner import run_jobs, teacher_evaluation, teacher_training, training_job
 from .table import Row, as_csv, as_markdown, build_rows, read_results
 
 COSTS = "costs.json"
@@ -80,17 +80,19 @@ def _run_missing(
     threads: int,
 ) -> dict[str, dict[str, float]]:
     """Train what is not finished; returns the detectors' costs."""
-    of_teacher, names_teacher = teacher_jobs(matrix, output, results, opts)
-    run_jobs(of_teacher, 1, jobs * threads)
-    for job in of_teacher:
+    evaluation = []
+    if matrix.teacher is not None:
+        job, names_teacher = teacher_training(matrix, output, results, opts)
+        run_jobs([job], 1, jobs * threads)
         if not os.path.isfile(job.result):
             raise UserError(
                 f"The teacher is being made by another process in {job.output}; start again when it has ended."
             )
-    opts = [*opts, *names_teacher]
-    run_jobs(
-        [training_job(cell, seed, output, results, opts) for cell, seed in matrix.select(cells, seeds)], jobs, threads
-    )
+        opts = [*opts, *names_teacher]
+    elif taught := matrix.taught_cell(opts):
+        evaluation = [teacher_evaluation(taught, output, results, opts)]
+    trainings = [training_job(cell, seed, output, results, opts) for cell, seed in matrix.select(cells, seeds)]
+    run_jobs([*evaluation, *trainings], jobs, threads)
     return _costs(matrix, results, opts)
 
 

@@ -13,12 +13,18 @@ import time
 from dataclasses import dataclass, field
 from typing import IO, Any
 
+from ..config import load_config
 from ..errors import UserError
 from ..files import write_json
 from .matrix import Cell, Matrix, measured_settings
 
 TRAIN_NET = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))), "train_net.py")
 METRICS = "metrics.json"
+
+# The same losses up to rounding, in less time on a CPU (benchmarks/README.md).
+CHANNELS_LAST = ("SOLVER.CHANNELS_LAST", True, "MODEL.KD.TEACHER.CHANNELS_LAST", True)
+# Idle threads sleep. Those that spin, the OpenMP runtimes' default, take the cores that other jobs need.
+SLEEPING_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
 
 
 @dataclass
@@ -100,29 +106,17 @@ def training_job(cell: Cell, seed: int, output: str, results: str, opts: list[An
         opts: overrides, before the cell's own.
     """
     folder = os.path.join(output, cell.name, f"seed{seed}")
-    opts = [*opts, *cell.opts]
+    opts = [*_fast_layout(cell, opts), *opts, *cell.opts]
     command = ["--config-file", cell.config, "--resume", *_as_arguments(opts), "SEED", str(seed), "OUTPUT_DIR", folder]
     return Job(
         cell.name, seed, command, folder, result_path(results, cell.name, seed), measured_settings(cell.config, opts)
     )
 
 
-def teacher_jobs(matrix: Matrix, output: str, results: str, opts: list[Any]) -> tuple[list[Job], list[Any]]:
-    """What gives the table its teacher: a training or an evaluation; nothing where the cells are plain detectors.
-
-    Returns:
-        the jobs, and the overrides by which the students' configs name a teacher that is trained here.
-    """
-    if matrix.teacher is not None:
-        return _teacher_training(matrix, output, results, opts)
-    cell = matrix.taught_cell(opts)
-    return [_teacher_evaluation(cell, output, results, opts)] if cell else [], []
-
-
-def _teacher_evaluation(cell: Cell, output: str, results: str, opts: list[Any]) -> Job:
-    """Evaluate the teacher that the students' config names."""
+def teacher_evaluation(cell: Cell, output: str, results: str, opts: list[Any]) -> Job:
+    """Evaluate the teacher that a student's config names."""
     folder = os.path.join(output, "teacher")
-    opts = [*opts, *cell.opts]
+    opts = [*_fast_layout(cell, opts), *opts, *cell.opts]
     command = [
         "--config-file",
         cell.config,
@@ -136,10 +130,20 @@ def _teacher_evaluation(cell: Cell, output: str, results: str, opts: list[Any]) 
     return Job("teacher", 0, command, folder, result_path(results, "teacher", 0), settings)
 
 
-def _teacher_training(matrix: Matrix, output: str, results: str, opts: list[Any]) -> tuple[list[Job], list[Any]]:
+def teacher_training(matrix: Matrix, output: str, results: str, opts: list[Any]) -> tuple[Job, list[Any]]:
+    """Train the matrix's teacher.
+
+    Returns:
+        the job, and the overrides by which the students' configs name that teacher.
+    """
     job = training_job(matrix.teacher, matrix.teacher.seeds[0], output, results, opts)
     config, weights = (os.path.join(job.output, name) for name in ("student.yaml", "model_final.pth"))
-    return [job], ["MODEL.KD.TEACHER.CONFIG_FILE", config, "MODEL.KD.TEACHER.WEIGHTS", weights]
+    return job, ["MODEL.KD.TEACHER.CONFIG_FILE", config, "MODEL.KD.TEACHER.WEIGHTS", weights]
+
+
+def _fast_layout(cell: Cell, opts: list[Any]) -> tuple[Any, ...]:
+    """Overrides for a cell that runs on a CPU, where the later ones say nothing else."""
+    return CHANNELS_LAST if load_config(cell.config, [*opts, *cell.opts]).MODEL.DEVICE == "cpu" else ()
 
 
 def result_path(results: str, cell: str, seed: int) -> str:
@@ -178,7 +182,12 @@ def _claim(job: Job) -> bool:
 
 
 def _start(job: Job, threads: int) -> Job:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    environment = {
+        **SLEEPING_THREADS,
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+    }
     with open(os.path.join(job.output, "process.log"), "ab") as log:
         job.process = subprocess.Popen(
             [sys.executable, TRAIN_NET, *job.command],
@@ -223,6 +232,7 @@ def _finish(job: Job) -> bool:
         "minutes": round(minutes, 1),
         "seconds_per_iteration": _median([m["time"] for m in metrics if "time" in m]),
         "peak_memory_mib": max((m["peak_memory_mib"] for m in metrics if "peak_memory_mib" in m), default=None),
+        "multipliers": read_multipliers(metrics),
         "curves": read_curves(metrics),
         "settings": job.settings,
         "versions": read_versions(job.output),
@@ -265,6 +275,17 @@ def read_curves(metrics: list[dict[str, Any]]) -> dict[str, list]:
             if key == "total_loss" or key.startswith("loss_") or key == "bbox/AP":
                 curves.setdefault(key, []).append([row["iteration"], round(value, 4)])
     return curves
+
+
+def read_multipliers(metrics: list[dict[str, Any]]) -> dict[str, float]:
+    """The last multiplier of each distiller's losses, where MODEL.KD.BALANCE gave them one."""
+    mark = "kd/balance/"
+    return {
+        name.removeprefix(mark): float(f"{value:.4g}")
+        for row in metrics
+        for name, value in row.items()
+        if name.startswith(mark)
+    }
 
 
 def read_metrics(folder: str) -> list[dict[str, Any]]:

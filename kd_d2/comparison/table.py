@@ -8,7 +8,7 @@ import json
 import math
 import os
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tabulate import tabulate
@@ -29,6 +29,7 @@ class Row:
         gain: mean AP over the baseline's; None where there is none.
         is_better: the gain is more than two pooled standard deviations; None where that cannot be told.
         gap_closed: share of the way from the plain student to the teacher.
+        multipliers: by distiller the last multiplier of its losses, geometric mean over seeds; empty without MODEL.KD.BALANCE.
         seconds_per_iteration, peak_memory_mib: of the training, mean over seeds.
     """
 
@@ -39,6 +40,7 @@ class Row:
     gain: float | None = None
     is_better: bool | None = None
     gap_closed: float | None = None
+    multipliers: dict[str, float] = field(default_factory=dict)
     seconds_per_iteration: float | None = None
     peak_memory_mib: float | None = None
 
@@ -76,6 +78,7 @@ def build_rows(
                 title,
                 scores,
                 costs.get(name, {}),
+                multipliers=_mean_multipliers(results[name]),
                 seconds_per_iteration=_mean(r.get("seconds_per_iteration") for r in results[name]),
                 peak_memory_mib=_mean(r.get("peak_memory_mib") for r in results[name]),
             )
@@ -98,13 +101,18 @@ def pooled_deviation(first: list[float], second: list[float]) -> float | None:
     return math.sqrt(squares / (len(first) + len(second) - 2))
 
 
+def _mean_multipliers(results: list[dict[str, Any]]) -> dict[str, float]:
+    of_seeds = [result.get("multipliers") or {} for result in results]
+    return {name: statistics.geometric_mean(m[name] for m in of_seeds if name in m) for name in of_seeds[0]}
+
+
 def _mean(values) -> float | None:
     known = [v for v in values if v is not None]
     return statistics.mean(known) if known else None
 
 
 HEADERS = (
-    "", "seeds", *SCORES, "gain", "> 2 sd", "gap closed", "params M", "GFLOPs", "ms / image", "s / iteration", "memory MiB",
+    "", "seeds", *SCORES, "gain", "> 2 sd", "gap closed", "multipliers", "params M", "GFLOPs", "ms / image", "s / iteration", "memory MiB",
 )  # fmt: skip
 
 
@@ -118,6 +126,10 @@ def format_row(row: Row) -> list[str]:
         _number(row.gain, "+.2f"),
         better,
         _number(row.gap_closed, ".2f"),
+        ", ".join(
+            f"{name} {value:.2g}" if len(row.multipliers) > 1 else f"{value:.2g}"
+            for name, value in row.multipliers.items()
+        ),
         _number(row.costs.get("params"), ".2f"),
         _number(row.costs.get("gflops"), ".2f"),
         _number(row.costs.get("ms_per_image"), ".1f"),

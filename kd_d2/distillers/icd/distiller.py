@@ -57,8 +57,9 @@ class ICD(Distiller):
         node.FAKES_PER_INSTANCE = 5.0
         # Queries of an image, real and fake together.
         node.MAX_QUERIES = 300
-        # Iterations, from START_ITER on, in which the distillation loss trains its value projection but not the student.
-        node.DETACH_STUDENT_ITERS = 1000
+        # Iterations, from START_ITER on, in which the distillation loss trains its value projection but not the student; None: a
+        # 90th of SOLVER.MAX_ITER and at most 1000, the paper's number of 90,000.
+        node.DETACH_STUDENT_ITERS = None
         # Weights of the auxiliary task's losses, which train the decoder.
         node.OBJECTNESS_WEIGHT = 1.0
         node.BOX_WEIGHT = 1.0
@@ -81,13 +82,14 @@ class ICD(Distiller):
         for key in (
             "JITTER",
             "FAKES_PER_INSTANCE",
-            "DETACH_STUDENT_ITERS",
             "OBJECTNESS_WEIGHT",
             "BOX_WEIGHT",
             "WEIGHT_DECAY",
             "LR_WARMUP_ITERS",
         ):
             check_number(cls.CONFIG_NODE, key, node[key], 0)
+        if node.DETACH_STUDENT_ITERS is not None:
+            check_number(cls.CONFIG_NODE, "DETACH_STUDENT_ITERS", node.DETACH_STUDENT_ITERS, 0)
         for key in ("LR", "CLIP_NORM"):
             check_number(cls.CONFIG_NODE, key, node[key], 0, exclusive=True)
         for divisor, name in ((4, "4"), (node.NUM_HEADS, f"NUM_HEADS ({node.NUM_HEADS})")):
@@ -154,6 +156,9 @@ class ICD(Distiller):
                 f"ICD encodes each instance's class, but neither the student ({student.name}) nor the teacher "
                 f"({teacher.name}) tells how many classes it has."
             )
+        detached = node.DETACH_STUDENT_ITERS
+        if detached is None:
+            detached = min(1000, cfg.SOLVER.MAX_ITER // 90)
         return {
             "weight": cls.family_weight(student) if node.WEIGHT is None else node.WEIGHT,
             "strides": strides,
@@ -164,7 +169,7 @@ class ICD(Distiller):
             "jitter": node.JITTER,
             "fakes_per_instance": node.FAKES_PER_INSTANCE,
             "max_queries": node.MAX_QUERIES,
-            "detach_student_until": node.START_ITER + node.DETACH_STUDENT_ITERS,
+            "detach_student_until": node.START_ITER + detached,
             "objectness_weight": node.OBJECTNESS_WEIGHT,
             "box_weight": node.BOX_WEIGHT,
             "optimizer": OptimizerSettings("icd", node.LR, node.WEIGHT_DECAY, node.LR_WARMUP_ITERS, node.CLIP_NORM),
