@@ -76,10 +76,12 @@ def test_agreement_by_hand() -> None:
 
 
 def test_all_stages_off_is_the_squared_error(build: Callable, event_storage: EventStorage) -> None:
-    """Check the mean over levels, and the weight."""
+    """Check the mean over levels, their sum, and the weight."""
     student, teacher = _features()
     expected = sum((student[s] - teacher[s]).square().mean() for s in student) / 5
     assert _loss(build(WEIGHT=3.0), student, teacher, []).item() == pytest.approx(3 * expected.item(), rel=1e-5)
+    summed = _loss(build(WEIGHT=3.0, LEVELS="sum"), student, teacher, [])
+    assert summed.item() == pytest.approx(15 * expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +219,14 @@ def test_on_detectors(
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("MASK", "all"), ("MASK_RATIO", 1.0), ("INSTANCE", "map"), ("STANDARDIZE", "teacher"), ("BOX_RESOLUTION", 0)],
+    [
+        ("MASK", "all"),
+        ("MASK_RATIO", 1.0),
+        ("INSTANCE", "map"),
+        ("STANDARDIZE", "teacher"),
+        ("BOX_RESOLUTION", 0),
+        ("LEVELS", "max"),
+    ],
 )
 def test_wrong_values_name_their_key(build: Callable, key: str, value: object) -> None:
     with pytest.raises(UserError, match=f"MODEL.KD.IMA.{key} is"):

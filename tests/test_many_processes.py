@@ -129,6 +129,11 @@ OPTIONS = {
     "other": {
         "MODEL__KD__PFI__RELATIVE": True,
         "MODEL__KD__RANK_MIMICKING__ON_LOGITS": True,
+        "MODEL__KD__RANK_MIMICKING__TEMPERATURE": 2.0,
+        "MODEL__KD__SOFT_LABEL__LOSS": "quality_focal",
+        "MODEL__KD__SOFT_LABEL__FOCUS": 1.0,
+        "MODEL__KD__FKD__NORM": "batch",
+        "MODEL__KD__FKD__ATTENTION": "adapted",
         "MODEL__KD__STRUCTURAL__LOSS": "l1_ms_ssim",
         "MODEL__KD__IMA__INSTANCE": "box",
         "MODEL__KD__FEATURE_IMITATION__ADAPTATION": "1x1",

@@ -21,6 +21,7 @@ from kd_d2.losses import (
     count_ranked,
     prediction_difference,
     prediction_guided_loss,
+    quality_focal_loss,
     rank_kl_loss,
     relative_to_mean,
     soft_label_loss,
@@ -63,6 +64,17 @@ def test_rank_is_the_mean_over_instances_that_have_one() -> None:
     assert _rank(student, teacher, instances) == pytest.approx(DIVERGENCE / 2, rel=1e-6)
     assert count_ranked(torch.tensor(instances)) == 2
     assert _rank(student, teacher, instances, num_instances=4.0) == pytest.approx(DIVERGENCE / 4, rel=1e-6)
+
+
+def test_rank_under_a_temperature_by_hand() -> None:
+    """Check that scores twice as far apart at temperature 2 rank alike, the loss times its square, and the gradient numerically."""
+    doubled = [2 * x for x in THREE_TO_ONE]
+    assert _rank(EQUAL, doubled, [0, 0], temperature=2.0) == pytest.approx(4 * DIVERGENCE, rel=1e-6)
+    student, teacher = torch.tensor([[0.1, 0.7, 0.3], [0.5, 0.2, 0.4]], dtype=torch.float64)
+    instances = torch.tensor([0, 0, 0])
+    assert torch.autograd.gradcheck(
+        lambda s: rank_kl_loss(s, teacher, instances, temperature=0.1), [student.requires_grad_()]
+    )
 
 
 @pytest.mark.parametrize("scores", [[], [3.0]])
@@ -142,6 +154,27 @@ def test_soft_label_by_hand() -> None:
     assert soft_label_loss(student, teacher, weight=torch.tensor([0.0, 1.0])).item() == 0
     doubled = soft_label_loss(2 * student, 2 * teacher, temperature=2.0).item()
     assert doubled == pytest.approx(4 * expected, rel=1e-5)
+
+
+def test_soft_label_focused_on_differences() -> None:
+    """Check weights of |p_T - p_S| and its square, 1/4 and 1/16, and that no gradient passes through them."""
+    student, teacher = torch.tensor([0.0], requires_grad=True), torch.tensor([_logit(0.75)])
+    for power in (1, 2):
+        loss = soft_label_loss(student, teacher, focus=float(power))
+        assert loss.item() == pytest.approx(DIVERGENCE / 4**power, rel=1e-5)
+        (gradient,) = torch.autograd.grad(loss, student)
+        assert gradient.item() == pytest.approx((0.5 - 0.75) / 4**power, rel=1e-5)
+
+
+def test_quality_focal_loss_by_hand() -> None:
+    """Check |0.75 - 0.5| ** power times the cross-entropy log 2, weights, equal opinions, and the gradient numerically."""
+    student, teacher = torch.tensor([0.0, 2.0]), torch.tensor([_logit(0.75), 2.0])
+    for power in (1.0, 2.0):
+        loss = quality_focal_loss(student, teacher, power=power)
+        assert loss.item() == pytest.approx(0.25**power * math.log(2), rel=1e-5)
+    assert quality_focal_loss(student, teacher, torch.tensor([0.0, 1.0])).item() == 0
+    student, teacher = 3 * torch.randn(2, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda s: quality_focal_loss(s, teacher, power=1.5), [student.requires_grad_()])
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
@@ -245,6 +278,34 @@ def test_rank_mimicking_options_by_hand() -> None:
     ours = [1 / (1 + math.exp(-1.0)) / 2, 1 / (1 + math.exp(-3.0)) / 2]
     expected = _rank(ours, [0.25, 0.25], [0, 0]) + _rank([0.25, 0.125], [0.375, 0.1875], [0, 0])
     assert losses["loss_rank_classification"].item() == pytest.approx(expected / 2, rel=1e-4)
+
+
+def test_rank_mimicking_with_temperatures_by_hand() -> None:
+    """Check that the two ranks have one each."""
+    student = _dense([[0.0, 1.0], [0, 0], [0, 0], [0, 3.0], [0, 0], [0, 0]])
+    teacher = _dense([[0.0, 2.0], [0, 0], [0, 0], [0, 2.0], [0, 0], [0, 0]], [0, 4, 0, -8, 0, 0])
+    rank = RankMimicking(weight=1.0, on_logits=True, temperature=2.0, localization_temperature=0.5)
+    losses = rank(_outputs(student), _outputs(teacher), _targets())
+    scores = _rank([1.0, 3.0], [2.0, 2.0], [0, 0], temperature=2.0)
+    overlaps = _rank([1.0, 0.0], [1.0, 0.5], [0, 0], temperature=0.5)
+    assert losses["loss_rank_classification"].item() == pytest.approx(scores / 2, rel=1e-5)
+    assert losses["loss_rank_localization"].item() == pytest.approx(overlaps / 2, rel=1e-5)
+
+
+def test_soft_label_options_by_hand() -> None:
+    """Check positives alone, where two of four differ, and the forms of the loss over all anchors."""
+    student = _dense([[0.0, 0.0]] * 6)
+    other = [_logit(0.75), 0.0]
+    teacher = _dense([other, [0.0, 0.0], other, other, [0.0, 0.0], [50.0, -50.0]])
+    entropy = 0.25 * math.log(2)
+    for options, expected in (
+        ({"anchors": "positives"}, 2 * DIVERGENCE),
+        ({"focus": 1.0}, 3 * DIVERGENCE / 4),
+        ({"loss": "quality_focal", "focus": 1.0}, 3 * entropy),
+        ({"loss": "quality_focal", "focus": 1.0, "anchors": "positives"}, 2 * entropy),
+    ):
+        losses = SoftLabel(weight=2.0, **options)(_outputs(student), _outputs(teacher), _targets())
+        assert losses["loss_soft_label"].item() == pytest.approx(2 * expected / 4, rel=1e-5), options
 
 
 def test_soft_label_leaves_out_what_the_detector_ignores() -> None:
@@ -382,7 +443,8 @@ def test_defaults_are_the_papers(build: Callable) -> None:
     assert not (pfi.on_logits or pfi.relative or pfi.through_prediction)
     assert not pfi.adaptation.layers
     soft = build("SOFT_LABEL", _spec())
-    assert (soft.weight, soft.temperature) == (1.0, 1.0)
+    assert (soft.weight, soft.loss, soft.temperature, soft.focus, soft.anchors) == (1.0, "kl", 1.0, 0.0, "all")
+    assert (rank.temperature, rank.localization_temperature) == (1.0, 1.0)
 
 
 def test_pfi_adapts_where_channels_differ(build: Callable) -> None:
@@ -439,6 +501,16 @@ def test_masks_that_read_no_prediction_take_any_anchors(build: Callable) -> None
         ),
         ("PFI", {"MASK": "whole", "ON_LOGITS": True}, "MODEL.KD.PFI.ON_LOGITS is True, but MASK 'whole' does not"),
         ("SOFT_LABEL", {"TEMPERATURE": 0.0}, "TEMPERATURE is 0.0; it must be a number above 0"),
+        ("SOFT_LABEL", {"FOCUS": -1.0}, "FOCUS is -1.0; it must be a number at least 0"),
+        ("SOFT_LABEL", {"ANCHORS": "negatives"}, "ANCHORS is 'negatives'; it must be one of 'all', 'positives'"),
+        ("SOFT_LABEL", {"LOSS": "bce"}, "LOSS is 'bce'; it must be one of 'kl', 'quality_focal'"),
+        (
+            "SOFT_LABEL",
+            {"LOSS": "quality_focal", "TEMPERATURE": 2.0},
+            "TEMPERATURE is 2.0, which LOSS 'kl' alone reads",
+        ),
+        ("RANK_MIMICKING", {"TEMPERATURE": 0.0}, "RANK_MIMICKING.TEMPERATURE is 0.0"),
+        ("RANK_MIMICKING", {"LOCALIZATION_TEMPERATURE": -1.0}, "LOCALIZATION_TEMPERATURE is -1.0"),
     ],
 )
 def test_what_cannot_work_is_refused(build: Callable, node: str, keys: dict, message: str) -> None:
