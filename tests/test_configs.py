@@ -472,6 +472,17 @@ def test_methods_on_coco(project: str, detector: str, suffix: str, method: str) 
         assert without(load_config(path, student_only=True), "MODEL.KD") == without(plain, "MODEL.KD")
 
 
+def test_fkd_as_in_the_program() -> None:
+    """Check that it differs from the paper's in these keys alone, and that the layers of its own are built."""
+    paper, program = (
+        load_config(str(ROOT / "projects" / "Baselines" / "configs" / f"retinanet_R101-R50_{name}_inherit.yaml"))
+        for name in ("fkd", "fkd_program")
+    )
+    node = program.MODEL.KD.FKD
+    assert (node.WEIGHT, node.TEMPERATURE, node.ATTENTION, node.NORM) == (6.0, 0.1, "adapted", "batch")
+    assert without(program, "MODEL.KD.FKD") == without(paper, "MODEL.KD.FKD")
+
+
 def test_icd_on_fcos(stand_in: str) -> None:
     """Check the teacher's longer schedule, and that inheritance fills all but the laterals' bottom-up side."""
     plain, teacher = (load(ICD / f"fcos_{name}.yaml", stand_in) for name in ("R50", "R101"))
