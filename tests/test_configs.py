@@ -9,7 +9,7 @@ from typing import NamedTuple
 from kd_d2 import DISTILLER_REGISTRY
 from kd_d2.checkpoint import inherit, part_of
 from kd_d2.comparison.matrix import read_matrix
-from kd_d2.config import KD_META_ARCH, load_config, load_teacher_config, read_yaml
+from kd_d2.config import KD_META_ARCH, as_overrides, load_config, load_teacher_config, read_yaml
 from kd_d2.detectors import build_adapter
 from kd_d2.distillers.icd import distiller as icd
 
@@ -22,6 +22,7 @@ from torch import nn
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configs" / "tiny"
+RECOMMENDED = ROOT / "configs" / "recommended"
 THESIS = ROOT / "projects" / "StructuralKD" / "configs"
 ICD = ROOT / "projects" / "ICD" / "configs"
 FILES = sorted([*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("projects/*/configs/**/*.yaml")])
@@ -378,31 +379,31 @@ def test_batch_norm_is_a_switch(stand_in: str) -> None:
     assert norms(THESIS / "faster_rcnn_R50.yaml", "MODEL.FPN.NORM", "BN") == {"bottom_up": 0, "neck": 8, "head": 0}
 
 
+TINY_EXAMPLES = {
+    "ssim": ("retinanet", "fsaf", "reppoints", "faster-rcnn"),
+    "rm-pfi": ("retinanet", "fcos", "atss", "gfl"),
+    **dict.fromkeys(("feature-imitation", "gid"), ("retinanet",)),
+    **dict.fromkeys(("icd", "ima", "fgfi", "defeat", "fkd"), ("retinanet", "faster-rcnn")),
+}
+"""Detectors by recommended settings."""
+
+
 @pytest.mark.parametrize(
-    ("name", "distiller", "loss", "weight"),
-    [
-        ("retinanet-ssim", "StructuralKD", "ssim", 4),
-        ("faster-rcnn-ssim", "StructuralKD", "ssim", 2),
-        ("fsaf-ssim", "StructuralKD", "ssim", None),
-        ("reppoints-ssim", "StructuralKD", "ssim", None),
-        ("retinanet-feature-imitation", "FeatureImitation", None, None),
-        *((f"retinanet-{name.lower()}", name, None, None) for name in ("IMA", "FGFI", "DeFeat", "GID", "FKD")),
-        *((f"faster-rcnn-{name.lower()}", name, None, None) for name in ("IMA", "FGFI", "DeFeat", "FKD")),
-        ("retinanet-icd", "ICD", None, None),
-        ("faster-rcnn-icd", "ICD", None, None),
-        *(
-            (f"{detector}-rm-pfi", "RankMimicking + PFI", None, None)
-            for detector in ("retinanet", "fcos", "atss", "gfl")
-        ),
-    ],
+    ("detector", "fragment"), [(detector, name) for name, detectors in TINY_EXAMPLES.items() for detector in detectors]
 )
-def test_tiny_examples(name: str, distiller: str, loss: str | None, weight: float | None, stand_in: str) -> None:
+def test_tiny_examples(detector: str, fragment: str, stand_in: str) -> None:
+    """Check that they have the recommended settings, and else differ from the tiny student with inheritance in nothing."""
+    cfg, inherit_alone = (load(TINY / f"{detector}-{name}.yaml", stand_in) for name in (fragment, "inherit"))
+    inherit_alone.merge_from_list(as_overrides(str(RECOMMENDED / f"{fragment}.yaml")))
+    assert cfg == inherit_alone
+
+
+@pytest.mark.parametrize("detector", ["retinanet", "fcos", "atss", "gfl", "fsaf", "reppoints", "faster-rcnn"])
+def test_tiny_inheritance(detector: str, stand_in: str) -> None:
     """Check that they differ from the tiny plain student in the teacher alone, whose neck and head fit whole."""
+    name = f"{detector}-inherit"
     cfg = load(TINY / f"{name}.yaml", stand_in)
-    assert list(cfg.MODEL.KD.DISTILLERS) == distiller.split(" + ")
-    if loss:
-        assert (loss, weight) == (cfg.MODEL.KD.STRUCTURAL.LOSS, cfg.MODEL.KD.STRUCTURAL.WEIGHT)
-    detector = "faster-rcnn" if name.startswith("faster") else name.partition("-")[0]
+    assert list(cfg.MODEL.KD.DISTILLERS) == []
     assert str(TINY / f"{detector}-teacher.yaml") == cfg.MODEL.KD.TEACHER.CONFIG_FILE
     weights = read_yaml(str(TINY / f"{name}.yaml"))["MODEL"]["KD"]["TEACHER"]["WEIGHTS"]
     assert weights == f"output/tiny/{detector}-teacher/model_final.pth"
@@ -438,6 +439,17 @@ def test_icd_on_coco_is_the_references_setting(name: str, zoo: str, teacher: str
         assert f"{group}/{teacher}.yaml" == cfg.MODEL.KD.TEACHER.CONFIG_FILE
         student = load_config(str(ICD / f"{name}_R101-R50_{suffix}.yaml"), student_only=True)
         assert without(student, "MODEL.KD") == without(plain, "MODEL.KD")
+
+
+@pytest.mark.parametrize("path", sorted(RECOMMENDED.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recommended_settings(path: Path, stand_in: str) -> None:
+    """Check that they choose methods and how these work, and nothing of detector, data or schedule, and pass all checks."""
+    overrides = as_overrides(str(path))
+    assert all(key.startswith("MODEL.KD.") for key in overrides[::2])
+    cfg = load(TINY / "retinanet-inherit.yaml", stand_in, *overrides)
+    assert cfg.MODEL.KD.DISTILLERS and cfg.MODEL.KD.BALANCE.ENABLED
+    nodes = {DISTILLER_REGISTRY.get(name).CONFIG_NODE for name in cfg.MODEL.KD.DISTILLERS} | {"BALANCE", "DISTILLERS"}
+    assert {key.split(".")[2] for key in overrides[::2]} <= nodes
 
 
 BASELINES = {"fitnet": "FeatureImitation", "fgfi": "FGFI", "defeat": "DeFeat", "gid": "GID", "fkd": "FKD"}
