@@ -38,7 +38,7 @@ class GradientBalance:
         target: float,
         period: int = 20,
         momentum: float = 0.9,
-        limit: float = 10000.0,
+        limit: float = 100000.0,
         weights: Mapping[str, float] | None = None,
     ):
         """

@@ -84,7 +84,7 @@ def add_kd_config(cfg: CN) -> None:
     # Of the ratios' moving average.
     kd.BALANCE.MOMENTUM = 0.9
     # Multipliers are at least 1 / LIMIT and at most LIMIT.
-    kd.BALANCE.LIMIT = 10000.0
+    kd.BALANCE.LIMIT = 100000.0
 
     for _, distiller in DISTILLER_REGISTRY:
         node = CN()

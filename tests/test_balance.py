@@ -247,7 +247,7 @@ def test_weights_from_the_config(tmp_path: Path) -> None:
     trainer = make_trainer(project, "MODEL.KD.BALANCE.TARGET", 3.0, "MODEL.KD.BALANCE.PERIOD", 7)
     scaled = trainer.bare_model.balance
     assert scaled.weights == {"StructuralKD": 2.0, "ICD": 1.0, "FGFI": 0.5}
-    assert (scaled.target, scaled.period, scaled.momentum, scaled.limit) == (3.0, 7, 0.9, 10000.0)
+    assert (scaled.target, scaled.period, scaled.momentum, scaled.limit) == (3.0, 7, 0.9, 100000.0)
     assert make_trainer(project, "MODEL.KD.BALANCE.ENABLED", "False").bare_model.balance is None
 
 
