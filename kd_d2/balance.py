@@ -135,7 +135,8 @@ def shared_parameters(student: nn.Module) -> list[nn.Parameter]:
     trained = {f"backbone.{n}": p for n, p in student.backbone.named_parameters() if p.requires_grad}
     if not trained:
         raise UserError(
-            "Gradients are measured in the student's neck, but nothing of its backbone is trained (MODEL.BACKBONE.FREEZE_AT)."
+            "The student's backbone is fully frozen (MODEL.BACKBONE.FREEZE_AT): there are no parameters in which the gradients of "
+            "its losses could be compared."
         )
     neck = [p for name, p in trained.items() if part_of(name) == "neck"]
     return neck or list(trained.values())

@@ -164,7 +164,7 @@ def test_parameters_that_all_losses_share(tiny_detector: Callable) -> None:
         parameter.requires_grad_("bottom_up.res5" in name)
     assert {names[id(p)].split(".")[2] for p in shared_parameters(retinanet)} == {"res5"}
     retinanet.requires_grad_(False)
-    with pytest.raises(UserError, match=r"nothing of its backbone is trained \(MODEL.BACKBONE.FREEZE_AT\)"):
+    with pytest.raises(UserError, match=r"backbone is fully frozen \(MODEL.BACKBONE.FREEZE_AT\)"):
         shared_parameters(retinanet)
 
 
@@ -231,7 +231,7 @@ def test_shares_among_active_distillers_alone(
 def test_a_student_without_trained_backbone_is_refused(toy_detector: type) -> None:
     student = toy_detector()
     student.backbone.requires_grad_(False)
-    with pytest.raises(UserError, match="nothing of its backbone is trained"):
+    with pytest.raises(UserError, match="backbone is fully frozen"):
         KDMetaArch(student=student, teacher=Teacher(toy_detector()), distillers={}, balance=balance())
 
 

@@ -23,7 +23,7 @@ def test_five_lines_of_yaml(tmp_path):
     """Check that the README's config, with files where it says, is a valid distillation on its own data."""
     text = example("config")
     assert len(text.strip().splitlines()) == 5
-    (tmp_path / "my.yaml").write_text(text.replace("_BASE_: ", f"_BASE_: {ROOT}/"))
+    (tmp_path / "my.yaml").write_text(re.sub(r"(?<=[ \[])(projects|configs)/", rf"{ROOT}/\g<0>", text))
     (tmp_path / "images").mkdir()
     for name in ("train.json", "val.json"):
         (tmp_path / name).write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
@@ -31,7 +31,7 @@ def test_five_lines_of_yaml(tmp_path):
     (tmp_path / "teacher.pth").write_bytes(b"")
     cfg = load_config(str(tmp_path / "my.yaml"))
     assert cfg.MODEL.META_ARCHITECTURE == "KDMetaArch" and cfg.MODEL.RETINANET.NUM_CLASSES == 3
-    assert cfg.MODEL.KD.DISTILLERS and cfg.MODEL.KD.INHERIT.ENABLED
+    assert cfg.MODEL.KD.DISTILLERS and cfg.MODEL.KD.INHERIT.ENABLED and cfg.MODEL.KD.BALANCE.ENABLED
     assert str(tmp_path / "teacher.pth") == cfg.MODEL.KD.TEACHER.WEIGHTS
     assert cfg.DATASETS.COCO_JSON[0] == ["my_train", str(tmp_path / "train.json"), str(tmp_path / "images")]
 
