@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.structures import Instances
 from torch import Tensor
-from torchvision.ops import generalized_box_iou_loss
 
 from ..detectors import IGNORED, DensePredictions, DetectorOutputs, DetectorSpec, towers_at
 from ..errors import UserError
@@ -19,6 +18,7 @@ from ..workers import mean_count_of_workers, sum_of_workers
 from .base import DISTILLER_REGISTRY, Distiller, check_number, check_same_anchors, in_float32
 
 MIN_IOU = 1e-6
+MIN_AREA = 1e-7  # pixels
 BOX_LOSSES = ("distributions", "giou", "iou")
 
 
@@ -168,22 +168,40 @@ class CrossKD(Distiller):
         if self.box_loss == "distributions":
             sides = (dense.box_regression[stride].unflatten(2, (4, -1)) for dense in (crossed, expected))
             return _divergence(*sides).mean(2)
-        loss = _giou_loss if self.box_loss == "giou" else _iou_loss
+        loss = giou_loss if self.box_loss == "giou" else iou_loss
         return loss(crossed.boxes[stride], expected.boxes[stride])
 
 
 _divergence = in_float32(softmax_divergence)
-_giou_loss = in_float32(generalized_box_iou_loss)
 
 
 @in_float32
-def _iou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
-    """-log(IoU) of boxes (..., 4), pair by pair; two that are empty do not overlap."""
+def giou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
+    """1 - GIoU (Rezatofighi et al. 2019) of boxes (..., 4), pair by pair: (...). Nothing is indexed, so that a GPU need not be waited for."""
+    shared, union = _shared_and_union(boxes, targets)
+    hull = _area(
+        torch.minimum(boxes[..., :2], targets[..., :2]),
+        torch.maximum(boxes[..., 2:], targets[..., 2:]),
+    )
+    return 1 - shared / union.clamp(min=MIN_AREA) + (hull - union) / hull.clamp(min=MIN_AREA)
+
+
+@in_float32
+def iou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
+    """-log(IoU) of boxes (..., 4), pair by pair: (...). Boxes that are empty do not overlap."""
+    shared, union = _shared_and_union(boxes, targets)
+    return -(shared / union.clamp(min=MIN_AREA)).clamp(min=MIN_IOU).log()
+
+
+def _shared_and_union(boxes: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     low, high = torch.maximum(boxes[..., :2], targets[..., :2]), torch.minimum(boxes[..., 2:], targets[..., 2:])
-    shared = (high - low).clamp(min=0).prod(-1)
-    areas = ((x[..., 2:] - x[..., :2]).prod(-1) for x in (boxes, targets))
-    union = sum(areas) - shared
-    return -(shared / union.clamp(min=MIN_IOU)).clamp(min=MIN_IOU).log()
+    shared = _area(low, high)
+    return shared, sum(_area(x[..., :2], x[..., 2:]) for x in (boxes, targets)) - shared
+
+
+def _area(low: Tensor, high: Tensor) -> Tensor:
+    width, height = (high - low).clamp(min=0).unbind(-1)
+    return width * height
 
 
 @in_float32
