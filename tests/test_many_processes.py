@@ -31,6 +31,8 @@ SMALL = {
     "MODEL__KD__ICD__FFN_DIM": 32,
     "MODEL__KD__ICD__DETACH_STUDENT_ITERS": 0,
 }
+ALL_PROPOSALS = {"MODEL__ROI_HEADS__BATCH_SIZE_PER_IMAGE": 64, "MODEL__ROI_HEADS__POSITIVE_FRACTION": 1.0}
+"""So many that nothing is drawn of them: an R-CNN's box head sees the same ones in two processes as in one."""
 EQUAL, UNEQUAL = (2, 2, 2, 2), (3, 1, 0, 0)
 """Objects of four images. UNEQUAL leaves the second process without any, the whole batch with less than one a worker."""
 
@@ -82,9 +84,6 @@ def _losses_and_gradients(model: torch.nn.Module, inputs: list[dict], shared: bo
     bare: KDMetaArch = getattr(model, "module", model)
     bare.zero_grad()
     with pytest.MonkeyPatch.context() as patch, EventStorage():
-        patch.setattr(
-            torch, "randperm", lambda number, device=None: torch.arange(number, device=device)
-        )  # of proposals
         if shared:
             _SharedDraws(patch)
         else:
@@ -165,7 +164,7 @@ def test_every_method_normalises_over_the_whole_batch(tmp_path: Path, detector: 
     """Compare losses and gradients of all methods at once, through the one wrap of the model, without a search for unused parameters."""
     dense = detector != "faster-rcnn"
     methods = methods_of(detector)
-    keys = {**FROZEN, **SMALL, **(OPTIONS[options] if dense else {})}
+    keys = {**FROZEN, **SMALL, **(OPTIONS[options] if dense else ALL_PROPOSALS)}
     project = make_project(tmp_path, detector, MODEL__KD__DISTILLERS=methods, **keys)
     torch.multiprocessing.start_processes(_compare, nprocs=2, args=(project, str(tmp_path)), start_method="fork")
 

@@ -130,7 +130,6 @@ class CrossKD(Distiller):
         self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]
     ) -> dict[str, Tensor]:
         crossed, expected = self._crossed(student, teacher), teacher.dense
-        positives = student.dense.positives
         num_positives = mean_count_of_workers((student.dense.assignment >= 0).sum().float())
         classes, boxes, box_weights = 0, 0, 0
         for stride, assignment in student.dense.assignment_by_level.items():
@@ -144,7 +143,7 @@ class CrossKD(Distiller):
         losses = [classes / num_positives, boxes / divisor]
         if len(self.loss_names) > 2:
             picked = (
-                positives.pick(dense.quality[stride] for stride in student.dense.logits)
+                student.dense.positives.pick(dense.quality[stride] for stride in student.dense.logits)
                 for dense in (crossed, expected)
             )
             losses.append(_centerness_loss(*picked) / num_positives)
