@@ -379,6 +379,14 @@ def test_pairs_that_cannot_are_told_in_a_sentence(
         KDMetaArch(student=student, teacher=teacher, distillers=distillers)
 
 
+def test_box_heads_that_train_otherwise_are_not_read(tiny_detector: Callable) -> None:
+    """Check a subclass with a training pass of its own, whose proposals are not known."""
+    model = tiny_detector("faster")
+    heads = model.roi_heads
+    heads.__class__ = type("OtherHeads", (type(heads),), {"_forward_box": lambda self, features, proposals: {}})
+    assert "proposals" not in build_adapter(model).spec.provides
+
+
 def test_box_heads_of_sigmoids_have_no_softmax(tiny_detector: Callable) -> None:
     """Check that their proposals are not offered."""
     keys = {"MODEL": {"ROI_BOX_HEAD": {"USE_SIGMOID_CE": True}}}

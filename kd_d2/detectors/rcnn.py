@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from .adapter import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter, first_anchors
 from .outputs import DetectorOutputs, SampledProposals
 
+TRAINING_PASS = ("forward", "_forward_box", "label_and_sample_proposals")
+"""Methods of Detectron2's box heads that are relied on: another head's proposals are not read."""
+
 
 @DETECTOR_ADAPTER_REGISTRY.register()
 class RCNNAdapter(DetectorAdapter):
@@ -131,7 +134,8 @@ class RCNNAdapter(DetectorAdapter):
 
 def _classifies_by_softmax(heads: nn.Module) -> bool:
     """Whether these are Detectron2's own box heads, whose training pass gives back the proposals that it sampled."""
-    if type(heads).forward not in (StandardROIHeads.forward, CascadeROIHeads.forward):
+    own = tuple(getattr(type(heads), method, None) for method in TRAINING_PASS)
+    if own not in [tuple(getattr(cls, m) for m in TRAINING_PASS) for cls in (StandardROIHeads, CascadeROIHeads)]:
         return False
     predictors = heads.box_predictor if isinstance(heads.box_predictor, nn.ModuleList) else [heads.box_predictor]
     return all(isinstance(p, FastRCNNOutputLayers) and not p.use_sigmoid_ce for p in predictors)
