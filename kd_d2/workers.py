@@ -1,4 +1,4 @@
-"""Counts over all workers of a training."""
+"""Counts and sums over all workers of a training."""
 
 import torch
 from detectron2.utils import comm
@@ -20,3 +20,23 @@ def mean_count_of_workers(count: Tensor) -> Tensor:
     Gradients are averaged over workers, so this is the divisor of one process with the whole batch.
     """
     return mean_of_workers(count).clamp(min=1 / comm.get_world_size())
+
+
+def sum_of_workers(value: Tensor) -> Tensor:
+    """The sum of a tensor over all workers, which gradients of all workers flow through.
+
+    All workers call it, and its backward pass, equally often and in the same order.
+    """
+    return value if comm.get_world_size() == 1 else _SumOfWorkers.apply(value)
+
+
+class _SumOfWorkers(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value: Tensor) -> Tensor:
+        value = value.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(value)
+        return value
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return _SumOfWorkers.forward(ctx, gradient)

@@ -382,6 +382,7 @@ def test_batch_norm_is_a_switch(stand_in: str) -> None:
 TINY_EXAMPLES = {
     "ssim": ("retinanet", "fsaf", "reppoints", "faster-rcnn"),
     "rm-pfi": ("retinanet", "fcos", "atss", "gfl"),
+    "soft-label": ("faster-rcnn",),
     **dict.fromkeys(("feature-imitation", "gid"), ("retinanet",)),
     **dict.fromkeys(("icd", "ima", "fgfi", "defeat", "fkd"), ("retinanet", "faster-rcnn")),
 }
@@ -396,6 +397,24 @@ def test_tiny_examples(detector: str, fragment: str, stand_in: str) -> None:
     cfg, inherit_alone = (load(TINY / f"{detector}-{name}.yaml", stand_in) for name in (fragment, "inherit"))
     inherit_alone.merge_from_list(as_overrides(str(RECOMMENDED / f"{fragment}.yaml")))
     assert cfg == inherit_alone
+
+
+PUBLISHED = {
+    "DKD": ("faster-rcnn",),
+    "DIST": ("retinanet", "faster-rcnn"),
+    "LD": ("gfl",),
+    "CrossKD": ("retinanet", "fcos", "atss", "gfl"),
+}
+"""Detectors by method, with the authors' settings."""
+
+
+@pytest.mark.parametrize(
+    ("detector", "method"), [(detector, name) for name, detectors in PUBLISHED.items() for detector in detectors]
+)
+def test_tiny_examples_as_published(detector: str, method: str, stand_in: str) -> None:
+    """Check that they add the method to the tiny student with inheritance, and change nothing else."""
+    inherit_alone = load(TINY / f"{detector}-inherit.yaml", stand_in, "MODEL.KD.DISTILLERS", (method,))
+    assert load(TINY / f"{detector}-{method.lower()}.yaml", stand_in) == inherit_alone
 
 
 @pytest.mark.parametrize("detector", ["retinanet", "fcos", "atss", "gfl", "fsaf", "reppoints", "faster-rcnn"])

@@ -1,6 +1,8 @@
 """Pure functions on tensors: no config, no Detectron2, nothing of the rest of the project."""
 
 from .attention import channel_attention, shared_attention, spatial_attention
+from .correlation import dist_loss, with_statistics_of
+from .divergence import decoupled_loss, softmax_divergence
 from .icd import attended_value_loss, icd_distill_loss, instance_attention
 from .normalization import min_max_normalize
 from .prediction_guided import (
@@ -21,6 +23,8 @@ __all__ = [
     "attended_value_loss",
     "channel_attention",
     "count_ranked",
+    "decoupled_loss",
+    "dist_loss",
     "fitting_window",
     "icd_distill_loss",
     "instance_attention",
@@ -34,8 +38,10 @@ __all__ = [
     "relative_to_mean",
     "shared_attention",
     "soft_label_loss",
+    "softmax_divergence",
     "spatial_attention",
     "ssim_loss",
     "standardize",
     "weighted_imitation_loss",
+    "with_statistics_of",
 ]
