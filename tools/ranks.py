@@ -17,12 +17,13 @@ import argparse
 import os
 
 from kd_d2 import KDMetaArch, UserError, load_config
-from kd_d2.checkpoint import distiller_states, load_complete
+from kd_d2.checkpoint import distiller_states
 from kd_d2.config import find_file
 from kd_d2.data import register_coco_json, register_synthetic
 from kd_d2.detectors import DetectorOutputs
-from kd_d2.distillers.base import AdaptationLayers, check_same_anchors
-from kd_d2.engine.checks import check_classes, check_datasets, check_distillation, check_output_folder
+from kd_d2.distillers.base import AdaptationLayers
+from kd_d2.engine.analysed import load_dense_pair
+from kd_d2.engine.checks import check_datasets, check_output_folder
 from kd_d2.errors import errors_as_sentences
 from kd_d2.evaluation.drawing import PALETTE, draw_instances, overlay_heat, per_pixel, sheet, titled
 from kd_d2.evaluation.examples import pixels, read_examples, read_files
@@ -34,7 +35,6 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
@@ -43,19 +43,6 @@ from torch import Tensor
 
 SIDE = 240  # px of a picture's shorter side
 DENSE = frozenset({"features", "dense"})
-
-
-def load_pair(cfg: CfgNode, weights: str) -> KDMetaArch:
-    """Student and teacher; the student from the checkpoint."""
-    check_distillation(cfg)
-    model = build_model(cfg).eval()
-    for whose, adapter in (("student", model.adapter), ("teacher", model.teacher.adapter)):
-        if "dense" not in adapter.provides:
-            raise UserError(f"The {whose} ({type(adapter.model).__name__}) has no dense predictions to compare.")
-    check_same_anchors("tools/ranks.py", model.adapter.spec, model.teacher.spec)
-    check_classes(cfg, model)
-    load_complete(model.student, weights, "the student")
-    return model
 
 
 def comparable_layers(model: KDMetaArch, weights: str) -> AdaptationLayers | None:
@@ -227,7 +214,7 @@ def main(args: argparse.Namespace) -> None:
     register_synthetic()
     register_coco_json(cfg)
     check_datasets(cfg, train=False)
-    model = load_pair(cfg, weights)
+    model = load_dense_pair(cfg, weights, "tools/ranks.py")
     layers = comparable_layers(model, weights)
     check_output_folder(args.output, "--output")
     names = MetadataCatalog.get(cfg.DATASETS.TEST[0]).thing_classes

@@ -20,10 +20,32 @@ from torch import nn
 from ..checkpoint import load_complete
 from ..config import find_file, load_config
 from ..data import build_test_loader, register_coco_json, register_synthetic
+from ..distillers.base import check_same_anchors
 from ..errors import UserError
 from ..evaluation import build_evaluator
 from ..files import write_json
-from .checks import check_classes, check_datasets
+from ..meta_arch import KDMetaArch
+from .checks import check_classes, check_datasets, check_distillation
+
+
+def load_dense_pair(cfg: CfgNode, weights: str, program: str) -> KDMetaArch:
+    """Student and teacher of a distillation in eval mode, both dense detectors with the same anchors; the student from a checkpoint.
+
+    Args:
+        program: for messages.
+
+    Raises:
+        UserError: the config is no distillation's, or its pair or the checkpoint is none of these.
+    """
+    check_distillation(cfg)
+    model = build_model(cfg).eval()
+    for whose, adapter in (("student", model.adapter), ("teacher", model.teacher.adapter)):
+        if "dense" not in adapter.provides:
+            raise UserError(f"The {whose} ({type(adapter.model).__name__}) has no dense predictions to compare.")
+    check_same_anchors(program, model.adapter.spec, model.teacher.spec)
+    check_classes(cfg, model)
+    load_complete(model.student, weights, "the student")
+    return model
 
 
 @dataclass

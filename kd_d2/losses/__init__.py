@@ -13,7 +13,7 @@ from .prediction_guided import (
     weighted_imitation_loss,
 )
 from .quality_focal import quality_focal_loss
-from .rank import count_ranked, rank_kl_loss
+from .rank import count_ranked, rank_kl_loss, reordered
 from .soft_label import soft_label_loss
 from .ssim import fitting_window, ms_ssim_loss, ssim_loss
 from .standardization import agreement, standardize
@@ -36,6 +36,7 @@ __all__ = [
     "quality_focal_loss",
     "rank_kl_loss",
     "relative_to_mean",
+    "reordered",
     "shared_attention",
     "soft_label_loss",
     "softmax_divergence",

@@ -47,6 +47,23 @@ def count_ranked(instance_index: Tensor) -> Tensor:
     return (torch.zeros_like(segment_P).index_add_(0, segment_P, torch.ones_like(segment_P)) > 1).sum()
 
 
+def reordered(scores: Tensor, other_scores: Tensor, instance_index: Tensor) -> Tensor:
+    """(P,) the same scores, in each instance distributed over its positives in the order of `other_scores`.
+
+    Args:
+        scores, other_scores: (P,).
+        instance_index: (P,) int64, see `rank_kl_loss`.
+    """
+    ours_P, theirs_P = (_by_instance_and_score(x, instance_index) for x in (scores, other_scores))
+    return torch.empty_like(scores).index_copy_(0, theirs_P, scores[ours_P])
+
+
+def _by_instance_and_score(scores_P: Tensor, instance_index: Tensor) -> Tensor:
+    """(P,) the positives in order of instance, each instance's by score."""
+    order_P = scores_P.argsort(stable=True)
+    return order_P[instance_index[order_P].argsort(stable=True)]
+
+
 def consecutive(instance_index: Tensor) -> Tensor:
     """The same grouping with the indices 0, 1, 2, ..., all below P; the device is not waited for."""
     ordered_P, order_P = instance_index.sort()
