@@ -137,6 +137,7 @@ OPTIONS = {
         "MODEL__KD__STRUCTURAL__LOSS": "l1_ms_ssim",
         "MODEL__KD__IMA__INSTANCE": "box",
         "MODEL__KD__FEATURE_IMITATION__ADAPTATION": "1x1",
+        "MODEL__KD__CWD__MAPS": "logits",
     },
     "masked": {
         "MODEL__KD__PFI__MASK": "positives",

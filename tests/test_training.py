@@ -124,7 +124,7 @@ def test_dense_detectors_are_distilled_and_resumed(tmp_path: Path, detector: str
 def test_all_methods_at_once(tmp_path: Path, detector: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that every method that goes with the detector trains beside the others, on one pass of the teacher and one assignment."""
     methods = [name for name, method in DISTILLER_REGISTRY if detector == "retinanet" or "dense" not in method.needs]
-    assert len(methods) == (11 if detector == "retinanet" else 7)
+    assert len(methods) == (15 if detector == "retinanet" else 11)
     project = make_project(tmp_path, detector, MODEL__KD__DISTILLERS=methods, **SMALL_ICD)
     project.change(SOLVER__MAX_ITER=2, SOLVER__STEPS=(), SOLVER__BASE_LR=0.001)
     calls = {"teacher": 0, "assignment": 0}
@@ -144,7 +144,7 @@ def test_all_methods_at_once(tmp_path: Path, detector: str, monkeypatch: pytest.
     assert all(math.isfinite(value) for losses in run.losses.values() for value in losses.values())
     assert calls == {"teacher": 2, "assignment": 2 if detector == "retinanet" else 0}
     layers = {name.split(".")[0] for name in read_checkpoint(str(project.output / "model_final.pth"))["distillers"]}
-    assert layers >= {"IMA", "FGFI", "DeFeat", "FKD", "ICD"}
+    assert layers >= {"IMA", "FGFI", "DeFeat", "FKD", "ICD", "MGD", "FGD"}
 
 
 class Waits(TorchDispatchMode):
