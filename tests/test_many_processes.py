@@ -13,7 +13,7 @@ from kd_d2.data import register_coco_json
 from kd_d2.distillers import DISTILLER_REGISTRY
 from kd_d2.engine.trainer import _distributed
 from kd_d2.errors import UserError
-from kd_d2.workers import mean_count_of_workers
+from kd_d2.workers import mean_count_of_workers, mean_with_own_gradient
 
 import pytest
 import torch
@@ -167,11 +167,15 @@ def _count(rank: int, folder: str) -> None:
         count = torch.tensor(float(counts[rank]))
         assert float(mean_count_of_workers(count)) == expected
         assert float(count) == counts[rank]
+    value = torch.tensor(1.0 + 2 * rank, requires_grad=True)
+    mean = mean_with_own_gradient(value)
+    mean.square().backward()
+    assert (float(mean), float(value.grad)) == (2, 4)  # the slope at the mean, all of it on each
     torch.distributed.destroy_process_group()
 
 
 def test_counts_of_workers_by_hand(tmp_path: Path) -> None:
-    """Check that gradients averaged over workers are divided by the whole count, which is at least 1."""
+    """Check that gradients averaged over workers are divided by the whole count, which is at least 1, and means with gradients."""
     assert float(mean_count_of_workers(torch.tensor(0.0))) == 1 and float(mean_count_of_workers(torch.tensor(3.0))) == 3
     torch.multiprocessing.start_processes(_count, nprocs=2, args=(str(tmp_path),), start_method="fork")
 
