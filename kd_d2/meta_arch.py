@@ -17,7 +17,12 @@ from .errors import UserError
 from .labels import Annotations, PseudoLabels
 from .teacher import Teacher
 
-PARTS_IN_WORDS = {"dense": "dense predictions"}
+PARTS_IN_WORDS = {
+    "dense": "dense predictions",
+    "distributions": "distributions of box sides",
+    "proposals": "a box head that classifies proposals by softmax",
+    "towers": "a dense head of two towers of convolutions",
+}
 """What distillers need, where a message needs another word for it."""
 
 

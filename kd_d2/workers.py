@@ -1,4 +1,4 @@
-"""Counts over all workers of a training."""
+"""Counts and sums over all workers of a training."""
 
 import torch
 from detectron2.utils import comm
@@ -30,3 +30,23 @@ def mean_with_own_gradient(value: Tensor) -> Tensor:
     """
     own = value.detach()
     return value + (mean_of_workers(own) - own)
+
+
+def sum_of_workers(value: Tensor) -> Tensor:
+    """The sum of a tensor over all workers, which gradients of all workers flow through.
+
+    All workers call it, and its backward pass, equally often and in the same order.
+    """
+    return value if comm.get_world_size() == 1 else _SumOfWorkers.apply(value)
+
+
+class _SumOfWorkers(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value: Tensor) -> Tensor:
+        value = value.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(value)
+        return value
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return _SumOfWorkers.forward(ctx, gradient)

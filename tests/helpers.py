@@ -15,6 +15,7 @@ from pathlib import Path
 
 from kd_d2.config import load_config
 from kd_d2.data import register_coco_json
+from kd_d2.distillers import DISTILLER_REGISTRY
 from kd_d2.engine import KDTrainer, launch
 
 import cv2
@@ -204,6 +205,30 @@ META_ARCHITECTURES = {
     "reppoints": "RepPoints",
     "faster-rcnn": "GeneralizedRCNN",
 }
+
+
+def parts_of(detector: str) -> frozenset[str]:
+    """What methods may need, of what one of META_ARCHITECTURES provides."""
+    parts = {"features", "anchors", "targets"}
+    if detector == "faster-rcnn":
+        return frozenset(parts | {"proposals"})
+    parts |= {"dense"} if detector == "reppoints" else {"dense", "towers"}
+    return frozenset(parts | {"distributions"} if detector == "gfl" else parts)
+
+
+def methods_of(detector: str) -> list[str]:
+    """The registered methods that go with one of META_ARCHITECTURES."""
+    parts = parts_of(detector)
+    return [
+        name
+        for name, method in DISTILLER_REGISTRY
+        if method.needs <= parts or (method.alternative_needs is not None and method.alternative_needs <= parts)
+    ]
+
+
+def detector_of(method: str) -> str:
+    """One of META_ARCHITECTURES that a method goes with, RetinaNet where it does."""
+    return next(detector for detector in ("retinanet", "faster-rcnn", "gfl") if method in methods_of(detector))
 
 
 def make_project(folder: Path, detector: str = "retinanet", **keys: object) -> Project:

@@ -8,7 +8,7 @@ from kd_d2 import DISTILLER_REGISTRY, KDMetaArch
 
 import pytest
 import torch
-from helpers import Run, make_project, train
+from helpers import Run, detector_of, make_project, train
 
 SMALL_ICD = {"MODEL__KD__ICD__DIM": 16, "MODEL__KD__ICD__NUM_HEADS": 2, "MODEL__KD__ICD__FFN_DIM": 32}
 BOTH = ("SOLVER.CHANNELS_LAST", True, "MODEL.KD.TEACHER.CHANNELS_LAST", True)
@@ -22,8 +22,9 @@ def _assert_same(ours: Run, expected: Run, iterations: range) -> None:
 @pytest.mark.parametrize("method", [name for name, _ in DISTILLER_REGISTRY])
 def test_same_losses(tmp_path: Path, method: str) -> None:
     keys = {"MODEL__KD__DISTILLERS": (method,), "SOLVER__BASE_LR": 0.001, "SOLVER__MAX_ITER": 2, "SEED": 1, **SMALL_ICD}
-    expected = train(make_project(tmp_path / "plain", **keys, SOLVER__STEPS=()))
-    ours = train(make_project(tmp_path / "last", **keys, SOLVER__STEPS=()), *BOTH)
+    detector = detector_of(method)
+    expected = train(make_project(tmp_path / "plain", detector, **keys, SOLVER__STEPS=()))
+    ours = train(make_project(tmp_path / "last", detector, **keys, SOLVER__STEPS=()), *BOTH)
     _assert_same(ours, expected, range(2))
 
 

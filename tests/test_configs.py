@@ -382,6 +382,7 @@ def test_batch_norm_is_a_switch(stand_in: str) -> None:
 TINY_EXAMPLES = {
     "ssim": ("retinanet", "fsaf", "reppoints", "faster-rcnn"),
     "rm-pfi": ("retinanet", "fcos", "atss", "gfl"),
+    "soft-label": ("faster-rcnn",),
     **dict.fromkeys(("feature-imitation", "gid"), ("retinanet",)),
     **dict.fromkeys(("icd", "ima", "fgfi", "defeat", "fkd", "cwd", "pkd", "mgd", "fgd"), ("retinanet", "faster-rcnn")),
 }
@@ -415,6 +416,24 @@ def test_tiny_examples_of_different_families(detector: str, fragment: str, stand
     assert (student.family, other.family) == ("one-stage", "two-stage")
     (method,) = cfg.MODEL.KD.DISTILLERS
     assert DISTILLER_REGISTRY.get(method)(cfg, student, other).adaptation.strides == (8, 16, 32, 64)
+
+
+PUBLISHED = {
+    "DKD": ("faster-rcnn",),
+    "DIST": ("retinanet", "faster-rcnn"),
+    "LD": ("gfl",),
+    "CrossKD": ("retinanet", "fcos", "atss", "gfl"),
+}
+"""Detectors by method, with the authors' settings."""
+
+
+@pytest.mark.parametrize(
+    ("detector", "method"), [(detector, name) for name, detectors in PUBLISHED.items() for detector in detectors]
+)
+def test_tiny_examples_as_published(detector: str, method: str, stand_in: str) -> None:
+    """Check that they add the method to the tiny student with inheritance, and change nothing else."""
+    inherit_alone = load(TINY / f"{detector}-inherit.yaml", stand_in, "MODEL.KD.DISTILLERS", (method,))
+    assert load(TINY / f"{detector}-{method.lower()}.yaml", stand_in) == inherit_alone
 
 
 @pytest.mark.parametrize("detector", ["retinanet", "fcos", "atss", "gfl", "fsaf", "reppoints", "faster-rcnn"])

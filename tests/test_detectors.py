@@ -13,6 +13,7 @@ from kd_d2.detectors import (
     DenseDetectorAdapter,
     DensePredictions,
     FCOSAdapter,
+    FSAFAdapter,
     GFLAdapter,
     RCNNAdapter,
     RetinaNetAdapter,
@@ -35,6 +36,8 @@ from torch import Tensor, nn
 
 NOTHING: frozenset[str] = frozenset()
 EVERYTHING = frozenset({"features", "anchors", "dense", "targets"})
+TOWERS = frozenset({"towers", "towers/0", "towers/1"})
+"""Of heads with one convolution a tower."""
 
 
 def _targets(inputs: list[dict]) -> list[Instances]:
@@ -111,7 +114,7 @@ ADAPTERS = {
     "fcos": FCOSAdapter,
     "atss": ATSSAdapter,
     "gfl": GFLAdapter,
-    "fsaf": SingleAnchorAdapter,
+    "fsaf": FSAFAdapter,
     "reppoints": SingleAnchorAdapter,
     "faster": RCNNAdapter,
     "mask": RCNNAdapter,
@@ -140,7 +143,7 @@ def test_rcnn_with_given_proposals(tiny_detector: Callable, make_inputs: Callabl
         proposals.objectness_logits = torch.zeros(2)
         item["proposals"] = proposals
     spec = build_adapter(model).spec
-    assert spec.provides == {"features", "detections", "targets"}
+    assert spec.provides == {"features", "detections", "targets", "proposals"}
     assert spec.cell_anchors is None
     _assert_own_losses(model, [batch], want=frozenset({"features"}))
 
@@ -150,7 +153,8 @@ def test_specs(tiny_detector: Callable) -> None:
     dense = build_adapter(tiny_detector("retinanet")).spec
     assert (dense.name, dense.family, dense.num_classes) == ("RetinaNet", "one-stage", 3)
     assert dense.shapes == {s: ShapeSpec(channels=8, stride=s) for s in (8, 16, 32, 64, 128)}
-    assert dense.provides == EVERYTHING | {"detections"}
+    assert dense.provides == EVERYTHING | TOWERS | {"detections"}
+    assert (dense.tower_channels, dense.num_bins) == ((8, 8), None)
     sides = {s: (a[:, 2:] - a[:, :2]).prod(1).sqrt() for s, a in dense.cell_anchors.items()}
     for (stride, side), expected in zip(sides.items(), (16, 32, 64, 128, 256), strict=True):
         assert expected == 2 * stride
@@ -159,14 +163,21 @@ def test_specs(tiny_detector: Callable) -> None:
     rcnn = build_adapter(tiny_detector("cascade")).spec
     assert (rcnn.name, rcnn.family, rcnn.num_classes) == ("GeneralizedRCNN", "two-stage", 3)
     assert list(rcnn.shapes) == [4, 8, 16, 32, 64] == list(rcnn.cell_anchors)
-    assert rcnn.provides == {"features", "anchors", "detections", "targets"}
+    assert rcnn.provides == {"features", "anchors", "detections", "targets", "proposals"}
+    assert rcnn.tower_channels is None
 
     fcos = build_adapter(tiny_detector("fcos")).spec
     assert (fcos.name, fcos.family, fcos.num_classes) == ("FCOS", "one-stage", 3)
     assert list(fcos.shapes) == [8, 16, 32, 64, 128]
-    assert fcos.provides == EVERYTHING | {"detections", "quality"} == build_adapter(tiny_detector("atss")).spec.provides
+    with_quality = EVERYTHING | TOWERS | {"detections", "quality"}
+    assert fcos.provides == with_quality | {"points"}
+    assert build_adapter(tiny_detector("atss")).spec.provides == with_quality
     gfl = build_adapter(tiny_detector("gfl")).spec
-    assert gfl.provides == EVERYTHING | {"detections"}
+    assert gfl.provides == EVERYTHING | TOWERS | {"detections", "distributions"}
+    assert gfl.num_bins == 17
+    assert build_adapter(tiny_detector("fsaf")).spec.provides == EVERYTHING | TOWERS | {"detections", "points"}
+    reppoints = build_adapter(tiny_detector("reppoints")).spec
+    assert (reppoints.provides, reppoints.tower_channels) == (EVERYTHING | {"detections"}, None)
     assert gfl.cell_anchors[16].tolist() == [[8 - 64, 8 - 64, 8 + 64, 8 + 64]]  # around the middle of the first cell
 
 

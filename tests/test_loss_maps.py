@@ -20,7 +20,7 @@ import pytest
 import torch
 from detectron2.structures import ImageList
 from detectron2.utils import comm
-from helpers import ROOT, Project, clean_process, make_project, make_trainer, run_program
+from helpers import ROOT, Project, clean_process, detector_of, make_project, make_trainer, run_program
 
 PROGRAM = ROOT / "tools" / "loss_maps.py"
 KEYS = {
@@ -85,10 +85,12 @@ def test_every_method_tells_where_it_pulls(tmp_path: Path, run: Callable, method
         "MODEL__KD__ICD__DETACH_STUDENT_ITERS": 1,
         "SOLVER__MAX_ITER": 2,
     }
-    project, plain = make_project(tmp_path / "noted", **keys), make_project(tmp_path / "plain", **keys)
+    detector = detector_of(method)
+    project, plain = (make_project(tmp_path / name, detector, **keys) for name in ("noted", "plain"))
     run("train", "--config-file", project.student, "--images", 2, "--every", 1)
     maps = _maps(project)["iteration_0000002"]
-    assert maps.keys() == {f"{image}/{stride}" for image in (0, 1) for stride in (8, 16, 32, 64, 128)}
+    strides = (4, 8, 16, 32, 64) if detector == "faster-rcnn" else (8, 16, 32, 64, 128)
+    assert maps.keys() == {f"{image}/{stride}" for image in (0, 1) for stride in strides}
     assert all((level >= 0).all() and np.isfinite(level).all() for level in maps.values())
     assert any(level.max() > 0 for level in maps.values())
     plain.main()

@@ -2,8 +2,16 @@
 
 from ..modeling.assignment import BACKGROUND, IGNORED, Positives
 from .adapter import DETECTOR_ADAPTER_REGISTRY, BackboneAdapter, DetectorAdapter, build_adapter
-from .dense import ATSSAdapter, DenseDetectorAdapter, FCOSAdapter, GFLAdapter, RetinaNetAdapter, SingleAnchorAdapter
-from .outputs import DensePredictions, DetectorOutputs, DetectorSpec
+from .dense import (
+    ATSSAdapter,
+    DenseDetectorAdapter,
+    FCOSAdapter,
+    FSAFAdapter,
+    GFLAdapter,
+    RetinaNetAdapter,
+    SingleAnchorAdapter,
+)
+from .outputs import DensePredictions, DetectorOutputs, DetectorSpec, SampledProposals, Towers, towers_at
 from .rcnn import RCNNAdapter
 
 __all__ = [
@@ -18,10 +26,14 @@ __all__ = [
     "DetectorOutputs",
     "DetectorSpec",
     "FCOSAdapter",
+    "FSAFAdapter",
     "GFLAdapter",
     "Positives",
     "RCNNAdapter",
     "RetinaNetAdapter",
+    "SampledProposals",
     "SingleAnchorAdapter",
+    "Towers",
     "build_adapter",
+    "towers_at",
 ]

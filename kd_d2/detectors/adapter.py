@@ -57,6 +57,8 @@ class DetectorAdapter:
             cell_anchors=self.cell_anchors(),
             provides=self.provides,
             score_threshold=self.score_threshold,
+            num_bins=self.num_bins,
+            tower_channels=self.tower_channels,
         )
 
     @property
@@ -66,6 +68,14 @@ class DetectorAdapter:
     @property
     def score_threshold(self) -> float | None:
         return getattr(self.model, "test_score_thresh", None)
+
+    @property
+    def num_bins(self) -> int | None:
+        return None
+
+    @property
+    def tower_channels(self) -> tuple[int, ...] | None:
+        return None
 
     def cell_anchors(self) -> dict[int, Tensor] | None:
         return None

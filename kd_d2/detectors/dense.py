@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,13 +11,14 @@ from detectron2.modeling.meta_arch import RetinaNet
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
 from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..modeling import ATSS, GFL
+from ..modeling import ATSS, FSAF, GFL
 from ..modeling.assignment import BACKGROUND, IGNORED, assign_by_iou
 from ..modeling.dense import SingleAnchorDetector
 from .adapter import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter, first_anchors
-from .outputs import DensePredictions, DetectorOutputs
+from .outputs import DensePredictions, DetectorOutputs, Towers, towers_at
+from .towers import channels_of_towers, finish, recorded
 
 FCOS_MATCH_THRESHOLD = 1e-5  # Detectron2's own, of its quality of a match
 
@@ -59,13 +61,22 @@ class DenseDetectorAdapter(DetectorAdapter):
 
 
 class AnchorDetectorAdapter(DenseDetectorAdapter):
-    """A dense detector in full: also anchors and dense predictions. Its label assignment is made once, for its loss and distillers.
+    """A dense detector in full: also anchors, dense predictions, and its head cut where it has towers.
 
-    A subclass says what the head gives, how anchors are assigned, and what the losses are.
+    Its label assignment is made once, for its loss and distillers. A subclass says what the head gives, how anchors are assigned, and what the losses are.
     """
 
     composes = (*DenseDetectorAdapter.composes, "forward_training")
     provides = DenseDetectorAdapter.provides | {"anchors", "dense"}
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        if self.tower_channels:
+            self.provides |= {"towers", *map(towers_at, range(len(self.tower_channels)))}
+
+    @property
+    def tower_channels(self) -> tuple[int, ...] | None:
+        return channels_of_towers(self.model.head)
 
     def detect(self, images: ImageList, features: list[Tensor], predictions: Any) -> list[Instances]:
         """In float32 under autocast too: half a pixel is a lot for a box that others are to learn.
@@ -93,22 +104,35 @@ class AnchorDetectorAdapter(DenseDetectorAdapter):
 
     def read_head(self, outputs: DetectorOutputs, want: frozenset[str], targets: list[Instances] | None) -> None:
         strides, features = list(outputs.features), list(outputs.features.values())
-        need_head = targets is not None or not want.isdisjoint({"dense", "detections"})
+        splits = [split for split in range(len(self.tower_channels or ())) if towers_at(split) in want]
+        need_head = targets is not None or splits or not want.isdisjoint({"dense", "detections"})
         if need_head or "anchors" in want:
             outputs.anchors = dict(zip(strides, self.model.anchor_generator(features), strict=True))
         if not need_head:
             return
-        raw = self.model.head(features)
+        with recorded(self.model.head, features, splits) as cut:
+            raw = self.model.head(features)
+        for split, towers in cut.items():
+            by_stride = (dict(zip(strides, levels, strict=True)) for levels in towers)
+            outputs.towers[split] = Towers(*by_stride, partial(self._finish, split, outputs.anchors))
         if "detections" in want:
             outputs.detections = self.detect(outputs.images, features, raw)
         predictions = self.transpose(raw)
-        logits, regression, *others = (dict(zip(strides, levels, strict=True)) for levels in predictions)
-        quality = others[0] if "quality" in self.provides else None
-        dense = DensePredictions(logits, regression, outputs.anchors, self._decode, quality)
-        outputs.dense = dense
+        dense = outputs.dense = self._dense(predictions, outputs.anchors)
         if targets is not None:
             dense.assign = lambda: self.assign(list(outputs.anchors.values()), predictions, targets)
             outputs.losses = self.losses(dense, predictions, targets)
+
+    def _dense(self, predictions: list[list[Tensor]], anchors: dict[int, Boxes]) -> DensePredictions:
+        logits, regression, *others = (dict(zip(anchors, levels, strict=True)) for levels in predictions)
+        quality = others[0] if "quality" in self.provides else None
+        return DensePredictions(logits, regression, anchors, self._decode, quality)
+
+    def _finish(
+        self, split: int, anchors: dict[int, Boxes], class_features: dict[int, Tensor], box_features: dict[int, Tensor]
+    ) -> DensePredictions:
+        levels = ([features[stride] for stride in anchors] for features in (class_features, box_features))
+        return self._dense(self.transpose(finish(self.model.head, split, *levels)), anchors)
 
     def _decode(self, regression: Tensor, anchors: Boxes) -> Tensor:
         """In float32 under autocast too, as detections are."""
@@ -146,7 +170,7 @@ class FCOSAdapter(AnchorDetectorAdapter):
 
     model_class = FCOS
     composes = (*AnchorDetectorAdapter.composes, "label_anchors")
-    provides = AnchorDetectorAdapter.provides | {"quality"}
+    provides = AnchorDetectorAdapter.provides | {"quality", "points"}
 
     def transpose(self, predictions: Any) -> list[list[Tensor]]:
         dims = (self.model.num_classes, 4, 1)
@@ -172,7 +196,7 @@ class FCOSAdapter(AnchorDetectorAdapter):
 
 @DETECTOR_ADAPTER_REGISTRY.register()
 class SingleAnchorAdapter(AnchorDetectorAdapter):
-    """The detectors of one anchor a position: FSAF, RepPoints, and others that have no quality."""
+    """The detectors of one anchor a position: RepPoints, and others that have no quality."""
 
     model_class = SingleAnchorDetector
 
@@ -196,9 +220,22 @@ class ATSSAdapter(SingleAnchorAdapter):
 
 @DETECTOR_ADAPTER_REGISTRY.register()
 class GFLAdapter(SingleAnchorAdapter):
-    """GFL, whose class probabilities are joint scores already."""
+    """GFL, whose class probabilities are joint scores already, and whose box regression is distributions."""
 
     model_class = GFL
+    provides = AnchorDetectorAdapter.provides | {"distributions"}
+
+    @property
+    def num_bins(self) -> int:
+        return self.model.box2box_transform.reg_max + 1
+
+
+@DETECTOR_ADAPTER_REGISTRY.register()
+class FSAFAdapter(SingleAnchorAdapter):
+    """FSAF: points, as anchors of one stride's side."""
+
+    model_class = FSAF
+    provides = AnchorDetectorAdapter.provides | {"points"}
 
 
 @torch.no_grad()

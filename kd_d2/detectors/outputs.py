@@ -1,7 +1,7 @@
 """What a detector adapter reads from a detector in one forward pass.
 
 Shape suffixes: B images, A anchors per position, K classes, C channels, H W map, R anchors of an image over
-all levels.
+all levels, N proposals of all images.
 """
 
 from __future__ import annotations
@@ -86,6 +86,44 @@ class DensePredictions:
 
 
 @dataclass
+class SampledProposals:
+    """The proposals that an R-CNN's box head is trained on, image after image, and how it classifies them.
+
+    Of a cascade: those of its first stage, which alone reads the proposals themselves.
+
+    Attributes:
+        boxes: by image, in pixels of the network's input.
+        logits: class logits (N, K + 1), background last.
+        labels: (N,) int64 classes, K for background.
+    """
+
+    boxes: list[Boxes]
+    logits: Tensor
+    labels: Tensor
+
+
+@dataclass
+class Towers:
+    """A dense head of two towers of convolutions, cut behind one of these.
+
+    Attributes:
+        class_features, box_features: by stride what goes into the activation behind the cut, (B, C, H, W); at a cut before the
+            first convolution the neck's outputs, without one.
+        finish: the same, class and box, of this or another detector -> dense predictions of the rest of this one's head. Gradients
+            flow through it where they are enabled.
+    """
+
+    class_features: dict[int, Tensor]
+    box_features: dict[int, Tensor]
+    finish: Callable[[dict[int, Tensor], dict[int, Tensor]], DensePredictions] = field(repr=False)
+
+
+def towers_at(split: int) -> str:
+    """The name of the part that is a dense head's `Towers`, cut behind the convolution `split`, or with 0 before the first."""
+    return f"towers/{split}"
+
+
+@dataclass
 class DetectorOutputs:
     """One forward pass of a detector, as far as it was asked for.
 
@@ -97,6 +135,9 @@ class DetectorOutputs:
         dense: predictions of a dense head; None where there is none or nobody asked.
         detections: per image the final detections in pixels of the image without its padding, masks of its size; None where
             nobody asked.
+        proposals: those that the box head was trained on in this pass; None where there is none or nobody asked.
+        classify: boxes of each image -> class logits (N, K + 1) of an R-CNN's box head, without gradient; None as above.
+        towers: of a dense head, by where it is cut; only the cuts that were asked for.
     """
 
     images: ImageList
@@ -105,6 +146,16 @@ class DetectorOutputs:
     anchors: dict[int, Boxes] | None = None
     dense: DensePredictions | None = None
     detections: list[Instances] | None = None
+    proposals: SampledProposals | None = None
+    classify: Callable[[list[Boxes]], Tensor] | None = field(default=None, repr=False)
+    towers: dict[int, Towers] = field(default_factory=dict)
+    _classified: tuple[SampledProposals, Tensor] | None = field(default=None, init=False, repr=False)
+
+    def logits_at(self, proposals: SampledProposals) -> Tensor:
+        """Class logits (N, K + 1) of the box head at another detector's proposals, without gradient; asked again, it is not run again."""
+        if self._classified is None or self._classified[0] is not proposals:
+            self._classified = proposals, self.classify(proposals.boxes)
+        return self._classified[1]
 
     def logit_map(self, stride: int) -> Tensor:
         """Class logits of a level of the dense head at its positions, (B, A * K, H, W) in float32."""
@@ -127,8 +178,12 @@ class DetectorSpec:
         num_classes: foreground classes, None where the detector does not tell.
         cell_anchors: by stride the anchors (A, 4) of the first position, in pixels; None where there are none.
         provides: which of "features", "anchors", "dense", "detections", "targets" its adapter can read; "quality" where its
-            dense predictions have one; "masks" and "keypoints" where it is trained on them and its detections have them.
+            dense predictions have one; "distributions" where the box regression is logits of distributions; "points" where its
+            anchors are points; "towers" and every `towers_at` where its head can be cut; "proposals" where a box head classifies
+            them by softmax; "masks" and "keypoints" where it is trained on them and its detections have them.
         score_threshold: what its detections score at least, None where the detector does not tell.
+        num_bins: of the distribution of a box's side, None where there are none.
+        tower_channels: of a dense head's features before its first convolution and behind each; None where it has no towers.
     """
 
     name: str
@@ -138,3 +193,5 @@ class DetectorSpec:
     cell_anchors: dict[int, torch.Tensor] | None
     provides: frozenset[str]
     score_threshold: float | None = None
+    num_bins: int | None = None
+    tower_channels: tuple[int, ...] | None = None

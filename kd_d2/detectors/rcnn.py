@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
+import torch
 from detectron2.modeling.meta_arch import GeneralizedRCNN
-from detectron2.structures import ImageList, Instances
+from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNOutputLayers, StandardROIHeads
+from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from .adapter import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter, first_anchors
-from .outputs import DetectorOutputs
+from .outputs import DetectorOutputs, SampledProposals
+
+TRAINING_PASS = ("forward", "_forward_box", "label_and_sample_proposals")
+"""Methods of Detectron2's box heads that are relied on: another head's proposals are not read."""
 
 
 @DETECTOR_ADAPTER_REGISTRY.register()
 class RCNNAdapter(DetectorAdapter):
-    """Features of all neck levels, the RPN's anchors, and the losses of RPN and heads."""
+    """Features of all neck levels, the RPN's anchors, the box head's proposals, and the losses of RPN and heads."""
 
     model_class = GeneralizedRCNN
     composes = ("forward", "preprocess_image")
@@ -27,6 +35,7 @@ class RCNNAdapter(DetectorAdapter):
             "anchors": hasattr(rpn, "anchor_generator"),
             "masks": getattr(heads, "mask_on", False),
             "keypoints": getattr(heads, "keypoint_on", False),
+            "proposals": _classifies_by_softmax(heads),
         }
         return frozenset({"features", "detections", "targets", *(part for part, is_there in parts.items() if is_there)})
 
@@ -61,12 +70,20 @@ class RCNNAdapter(DetectorAdapter):
             rpn = model.proposal_generator
             maps = [named[name] for name in rpn.in_features]
             outputs.anchors = dict(zip(self._rpn_strides(), rpn.anchor_generator(maps), strict=True))
+        if "proposals" in want:
+            outputs.classify = torch.no_grad()(lambda boxes: self._class_logits(named, boxes))
         if "detections" in want:
             proposals, _ = self._propose(batched_inputs, images, named, None)
             outputs.detections = self.in_input_pixels(model.roi_heads(images, named, proposals, None)[0], images)
         if targets is not None:
             proposals, proposal_losses = self._propose(batched_inputs, images, named, targets)
-            _, head_losses = model.roi_heads(images, named, proposals, targets)
+            if "proposals" in want and not model.training:
+                outputs.proposals = self._sampled(named, model.roi_heads.label_and_sample_proposals(proposals, targets))
+            with self._recorded("proposals" in want and model.training) as (boxes, logits):
+                sampled, head_losses = model.roi_heads(images, named, proposals, targets)
+            if boxes:
+                labels = torch.cat([x.gt_classes for x in sampled])
+                outputs.proposals = SampledProposals(boxes[0], logits[0], labels)
             if model.vis_period > 0 and get_event_storage().iter % model.vis_period == 0:
                 model.visualize_training(batched_inputs, proposals)
             outputs.losses = {**head_losses, **proposal_losses}
@@ -79,3 +96,46 @@ class RCNNAdapter(DetectorAdapter):
         if self.model.proposal_generator is None:
             return [x["proposals"].to(self.model.device) for x in batched_inputs], {}
         return self.model.proposal_generator(images, named, targets)
+
+    @contextlib.contextmanager
+    def _recorded(self, wanted: bool) -> Iterator[tuple[list[list[Boxes]], list[Tensor]]]:
+        """What the first stage of the box head reads and says inside: boxes of each image, and class logits."""
+        boxes: list[list[Boxes]] = []
+        logits: list[Tensor] = []
+        handles = []
+        if wanted:
+            pooler, (_, predictor) = self.model.roi_heads.box_pooler, self._first_stage()
+            handles.append(pooler.register_forward_pre_hook(lambda _, args: boxes.append(list(args[1]))))
+            handles.append(predictor.register_forward_hook(lambda _, args, out: logits.append(out[0])))
+        try:
+            yield boxes, logits
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _first_stage(self) -> tuple[nn.Module, nn.Module]:
+        """Box head and predictor; of a cascade the first, the one that is trained on the proposals themselves."""
+        heads = self.model.roi_heads
+        parts = heads.box_head, heads.box_predictor
+        return tuple(part[0] if isinstance(part, nn.ModuleList) else part for part in parts)
+
+    def _class_logits(self, named: dict[str, Tensor], boxes: list[Boxes]) -> Tensor:
+        """Class logits (N, K + 1) of the box head's first stage."""
+        heads = self.model.roi_heads
+        box_head, predictor = self._first_stage()
+        pooled = heads.box_pooler([named[name] for name in heads.box_in_features], boxes)
+        return predictor(box_head(pooled))[0]
+
+    def _sampled(self, named: dict[str, Tensor], proposals: list[Instances]) -> SampledProposals:
+        """Of labelled proposals in eval mode, where the box head does not train."""
+        boxes = [x.proposal_boxes for x in proposals]
+        return SampledProposals(boxes, self._class_logits(named, boxes), torch.cat([x.gt_classes for x in proposals]))
+
+
+def _classifies_by_softmax(heads: nn.Module) -> bool:
+    """Whether these are Detectron2's own box heads, whose training pass gives back the proposals that it sampled."""
+    own = tuple(getattr(type(heads), method, None) for method in TRAINING_PASS)
+    if own not in [tuple(getattr(cls, m) for m in TRAINING_PASS) for cls in (StandardROIHeads, CascadeROIHeads)]:
+        return False
+    predictors = heads.box_predictor if isinstance(heads.box_predictor, nn.ModuleList) else [heads.box_predictor]
+    return all(isinstance(p, FastRCNNOutputLayers) and not p.use_sigmoid_ce for p in predictors)

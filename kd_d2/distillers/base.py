@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .. import errors
 from ..detectors import DetectorOutputs, DetectorSpec
 from ..errors import UserError
+from ..workers import mean_count_of_workers
 
 LOG_PERIOD = 20  # iterations, the period of Detectron2's writers
 
@@ -87,8 +88,9 @@ class Distiller(nn.Module):
     """A distillation method.
 
     Class attributes:
-        needs: what `forward` reads of the student: a subset of {"features", "anchors", "dense", "targets"}. An instance may need
-            more, where its keys say so.
+        needs: what `forward` reads of the student: a subset of what `DetectorSpec.provides` may name. An instance may need more, where
+            its keys say so.
+        alternative_needs: what it can read in place of `needs`; which of them, an instance says in its own `needs`.
         loss_names: exactly the keys that `forward` returns, each `loss_<something>`; `loss_<something>_aux_<...>` is an
             auxiliary loss, which trains the method's own parameters and is never scaled by the schedule.
         CONFIG_NODE: the method's node under MODEL.KD.
@@ -97,10 +99,18 @@ class Distiller(nn.Module):
     """
 
     needs: ClassVar[frozenset[str]]
+    alternative_needs: ClassVar[frozenset[str] | None] = None
     loss_names: ClassVar[tuple[str, ...]]
     CONFIG_NODE: ClassVar[str]
     default_weight: ClassVar[float] = 1.0
     resizes: ClassVar[bool] = False
+
+    @classmethod
+    def needs_of(cls, student: DetectorSpec) -> frozenset[str]:
+        """`needs`, or `alternative_needs` where the student provides these alone."""
+        other = cls.alternative_needs
+        is_other = other is not None and other <= student.provides and not cls.needs <= student.provides
+        return other if is_other else cls.needs
 
     @classmethod
     def family_weight(cls, student: DetectorSpec) -> float:
@@ -299,6 +309,11 @@ def log_scalar(name: str, value: Callable[[], Tensor]) -> None:
     storage = get_event_storage()
     if (storage.iter + 1) % LOG_PERIOD == 0:
         storage.put_scalar(f"kd/{name}", value().item(), smoothing_hint=False)
+
+
+def count_of(rows: Tensor) -> Tensor:
+    """The mean over workers of the number of rows, as a divisor: see `mean_count_of_workers`."""
+    return mean_count_of_workers(rows.new_tensor(len(rows), dtype=torch.float32))
 
 
 def in_float32(function):

@@ -1,4 +1,4 @@
-"""SoftLabel: the student's class probabilities follow the teacher's, anchor by anchor."""
+"""SoftLabel: the student's class probabilities follow the teacher's, anchor by anchor or proposal by proposal."""
 
 from __future__ import annotations
 
@@ -8,9 +8,17 @@ from torch import Tensor
 
 from ..detectors import IGNORED, DetectorOutputs, DetectorSpec
 from ..errors import UserError
-from ..losses import quality_focal_loss, soft_label_loss
+from ..losses import quality_focal_loss, soft_label_loss, softmax_divergence
 from ..workers import mean_count_of_workers
-from .base import DISTILLER_REGISTRY, Distiller, check_choice, check_number, check_same_anchors
+from .base import (
+    DISTILLER_REGISTRY,
+    Distiller,
+    check_choice,
+    check_number,
+    check_same_anchors,
+    count_of,
+    in_float32,
+)
 
 LOSSES = ("kl", "quality_focal")
 FIRST_COUNTED = {"all": IGNORED + 1, "positives": 0}
@@ -19,18 +27,20 @@ FIRST_COUNTED = {"all": IGNORED + 1, "positives": 0}
 
 @DISTILLER_REGISTRY.register()
 class SoftLabel(Distiller):
-    """Soft labels (Hinton et al. 2015) for heads of sigmoids, the baseline of Rank Mimicking (Li et al. 2022).
+    """Soft labels (Hinton et al. 2015) for heads of sigmoids, the baseline of Rank Mimicking (Li et al. 2022), and for box heads.
 
     L = WEIGHT * sum over anchors that are not ignored, and classes, of |p_T - p_S|^FOCUS * KL(p_T || p_S), divided by the positives.
+    Of an R-CNN the mean, over the proposals that its box head is trained on, of the divergence of the softmax.
     """
 
     needs = frozenset({"dense", "targets"})
+    alternative_needs = frozenset({"proposals"})
     loss_names = ("loss_soft_label",)
     CONFIG_NODE = "SOFT_LABEL"
 
     @classmethod
     def add_config(cls, node: CfgNode) -> None:
-        # "kl": KL(p_T || p_S); "quality_focal": binary cross-entropy with p_T, as in CrossKD's public program (with FOCUS 1), where
+        # LOSS, FOCUS and ANCHORS are of dense heads alone. "kl": KL(p_T || p_S); "quality_focal": binary cross-entropy with p_T, as in CrossKD's public program (with FOCUS 1), where
         # gradients also pass through the factor |p_T - p_S|^FOCUS.
         node.LOSS = "kl"
         # Logits are divided by it, and the loss multiplied by its square; of "kl".
@@ -60,11 +70,13 @@ class SoftLabel(Distiller):
         temperature: float = 1.0,
         focus: float = 0.0,
         anchors: str = "all",
+        on_proposals: bool = False,
     ):
         """
         Args:
             weight: of the loss.
             loss, temperature, focus, anchors: see the keys.
+            on_proposals: compare box heads, in place of dense heads.
         """
         super().__init__()
         self.weight = weight
@@ -72,22 +84,43 @@ class SoftLabel(Distiller):
         self.temperature = temperature
         self.focus = focus
         self.anchors = anchors
+        self.on_proposals = on_proposals
+        if on_proposals:
+            self.needs = self.alternative_needs
 
     @classmethod
     def from_config(cls, cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> dict:
-        check_same_anchors(cls.__name__, student, teacher)
         node = cfg.MODEL.KD.SOFT_LABEL
+        on_proposals = cls.needs_of(student) == cls.alternative_needs
+        if on_proposals:
+            cls._check_of_proposals(node, student)
+        else:
+            check_same_anchors(cls.__name__, student, teacher)
         return {
             "weight": node.WEIGHT,
             "loss": node.LOSS,
             "temperature": node.TEMPERATURE,
             "focus": node.FOCUS,
             "anchors": node.ANCHORS,
+            "on_proposals": on_proposals,
         }
+
+    @staticmethod
+    def _check_of_proposals(node: CfgNode, student: DetectorSpec) -> None:
+        for key, default in (("LOSS", "kl"), ("FOCUS", 0), ("ANCHORS", "all")):
+            if node[key] != default:
+                raise UserError(
+                    f"MODEL.KD.SOFT_LABEL.{key} is {node[key]!r}, which is of dense heads; with the box head of the student "
+                    f"({student.name}) it must be {default!r}."
+                )
 
     def forward(
         self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]
     ) -> dict[str, Tensor]:
+        if self.on_proposals:
+            logits = student.proposals.logits
+            divergence_N = divergence(logits, teacher.logits_at(student.proposals), self.temperature)
+            return {"loss_soft_label": self.weight * divergence_N.sum() / count_of(logits)}
         total = sum(
             self._level_loss(
                 student.dense.logits[stride],
@@ -103,3 +136,6 @@ class SoftLabel(Distiller):
         if self.loss == "kl":
             return soft_label_loss(student, teacher, counts, self.temperature, self.focus)
         return quality_focal_loss(student, teacher, counts, self.focus)
+
+
+divergence = in_float32(softmax_divergence)

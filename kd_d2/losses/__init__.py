@@ -2,6 +2,8 @@
 
 from .attention import channel_attention, own_attention, shared_attention, spatial_attention
 from .channel_wise import channel_wise_loss
+from .correlation import dist_loss, with_statistics_of
+from .divergence import decoupled_loss, softmax_divergence
 from .focal import attended_error, background_weights, foreground_weights
 from .icd import attended_value_loss, icd_distill_loss, instance_attention
 from .normalization import min_max_normalize
@@ -29,6 +31,8 @@ __all__ = [
     "channel_moments",
     "channel_wise_loss",
     "count_ranked",
+    "decoupled_loss",
+    "dist_loss",
     "fitting_window",
     "foreground_weights",
     "icd_distill_loss",
@@ -46,8 +50,10 @@ __all__ = [
     "relative_to_mean",
     "shared_attention",
     "soft_label_loss",
+    "softmax_divergence",
     "spatial_attention",
     "ssim_loss",
     "standardize",
     "weighted_imitation_loss",
+    "with_statistics_of",
 ]

@@ -103,6 +103,27 @@ def assign_adaptively(anchors: list[Boxes], gt_boxes: Boxes, topk: int = 9) -> T
     everywhere = Boxes.cat(anchors)
     if len(gt_boxes) == 0:
         return torch.full((len(everywhere),), BACKGROUND, device=everywhere.device)
+    overlap_NR, candidates_NC, threshold_N1 = adaptive_thresholds(anchors, gt_boxes, topk)
+    candidate_overlap_NC = overlap_NR.gather(1, candidates_NC)
+    x, y = everywhere.get_centers()[candidates_NC].unbind(-1)
+    x1, y1, x2, y2 = gt_boxes.tensor[:, :, None].unbind(1)
+    is_inside_NC = (x > x1) & (x < x2) & (y > y1) & (y < y2)
+    is_positive_NC = (candidate_overlap_NC >= threshold_N1) & is_inside_NC
+    positive_overlap_NR = torch.full_like(overlap_NR, -1.0)
+    positive_overlap_NR.scatter_(1, candidates_NC, candidate_overlap_NC.masked_fill(~is_positive_NC, -1.0))
+    best_R, index_R = positive_overlap_NR.max(0)
+    return index_R.masked_fill(best_R < 0, BACKGROUND)
+
+
+@torch.no_grad()
+def adaptive_thresholds(anchors: list[Boxes], gt_boxes: Boxes, topk: int = 9) -> tuple[Tensor, Tensor, Tensor]:
+    """Candidates of each instance, and from which overlap on they are positive, see `assign_adaptively`.
+
+    Returns:
+        overlaps (N, R) with all anchors, indices of the candidates (N, C), and thresholds (N, 1): mean and standard deviation of
+        the candidates' overlaps added up.
+    """
+    everywhere = Boxes.cat(anchors)
     overlap_NR = pairwise_iou(gt_boxes, everywhere)
     centers_R2 = everywhere.get_centers()
     distance_NR = torch.cdist(gt_boxes.get_centers(), centers_R2, compute_mode="donot_use_mm_for_euclid_dist")
@@ -112,15 +133,7 @@ def assign_adaptively(anchors: list[Boxes], gt_boxes: Boxes, topk: int = 9) -> T
         candidates.append(start + nearest)
         start += len(level)
     candidates_NC = torch.cat(candidates, 1)
-    candidate_overlap_NC = overlap_NR.gather(1, candidates_NC)
+    overlap_NC = overlap_NR.gather(1, candidates_NC)
     correction = min(1, candidates_NC.shape[1] - 1)  # a single candidate has no deviation
-    deviation_N1 = candidate_overlap_NC.std(1, correction=correction, keepdim=True)
-    threshold_N1 = candidate_overlap_NC.mean(1, keepdim=True) + deviation_N1
-    x, y = centers_R2[candidates_NC].unbind(-1)
-    x1, y1, x2, y2 = gt_boxes.tensor[:, :, None].unbind(1)
-    is_inside_NC = (x > x1) & (x < x2) & (y > y1) & (y < y2)
-    is_positive_NC = (candidate_overlap_NC >= threshold_N1) & is_inside_NC
-    positive_overlap_NR = torch.full_like(overlap_NR, -1.0)
-    positive_overlap_NR.scatter_(1, candidates_NC, candidate_overlap_NC.masked_fill(~is_positive_NC, -1.0))
-    best_R, index_R = positive_overlap_NR.max(0)
-    return index_R.masked_fill(best_R < 0, BACKGROUND)
+    threshold_N1 = overlap_NC.mean(1, keepdim=True) + overlap_NC.std(1, correction=correction, keepdim=True)
+    return overlap_NR, candidates_NC, threshold_N1

@@ -1,0 +1,84 @@
+"""Dense heads of two towers of convolutions, cut behind one of them: RetinaNetHead and those made of it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterable, Iterator
+
+from detectron2.modeling.meta_arch.fcos import FCOSHead
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from torch import Tensor, nn
+
+from ..modeling.atss import ATSSHead
+from ..modeling.fsaf import FSAFHead
+from ..modeling.gfl import GFLHead
+
+READ_HEADS = {head.forward for head in (RetinaNetHead, FCOSHead, ATSSHead, GFLHead, FSAFHead)}
+"""Forward passes that hand each level to both towers and read nothing else of it."""
+TOWERS = ("cls_subnet", "bbox_subnet")
+
+
+def channels_of_towers(head: nn.Module) -> tuple[int, ...] | None:
+    """Channels before the first convolution and behind each; None where the head has no towers that can be cut."""
+    if type(head).forward not in READ_HEADS:
+        return None
+    both = [_channels(getattr(head, name)) for name in TOWERS]
+    return both[0] if both[0] == both[1] else None
+
+
+def _channels(tower: nn.Sequential) -> tuple[int, ...]:
+    convolutions = [layer for layer in tower if isinstance(layer, nn.Conv2d)]
+    return (convolutions[0].in_channels, *(layer.out_channels for layer in convolutions))
+
+
+def _cut(tower: nn.Sequential, split: int) -> int:
+    """Number of layers before the activation of the convolution `split`; 0 before the first convolution."""
+    activations = [number for number, layer in enumerate(tower) if isinstance(layer, nn.ReLU)]
+    return activations[split - 1] if split else 0
+
+
+@contextlib.contextmanager
+def recorded(
+    head: nn.Module, features: list[Tensor], splits: Iterable[int]
+) -> Iterator[dict[int, tuple[list[Tensor], list[Tensor]]]]:
+    """By split the class and the box tower's features of each level, of the head's one forward pass inside."""
+    found: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
+    handles = []
+    for split in splits:
+        found[split] = ([], []) if split else (features, features)
+        for name, levels in zip(TOWERS, found[split], strict=True):
+            tower = getattr(head, name)
+            if split:
+                last = tower[_cut(tower, split) - 1]
+                handles.append(last.register_forward_hook(lambda _, args, out, to=levels: to.append(out)))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def finish(head: nn.Module, split: int, class_features: list[Tensor], box_features: list[Tensor]) -> tuple:
+    """What the head gives, by kind and level, where the features behind `split` are these.
+
+    The head itself runs, with the rest of each tower in the tower's place; it and its parameters stay as they are.
+    """
+    rest = copy.copy(head)
+    rest._modules = dict(head._modules)
+    for number, name in enumerate(TOWERS):
+        tower = getattr(head, name)
+        rest._modules[name] = _Rest(tower[_cut(tower, split) :], number)
+    return rest(list(zip(class_features, box_features, strict=True)))
+
+
+class _Rest(nn.Module):
+    """The end of a tower, which finds its own features in a level's pair."""
+
+    def __init__(self, layers: nn.Sequential, number: int):
+        super().__init__()
+        self.layers = layers
+        self.number = number
+
+    def forward(self, level: tuple[Tensor, Tensor]) -> Tensor:
+        return self.layers(level[self.number])

@@ -1,0 +1,208 @@
+"""CrossKD: the student's features, finished by the teacher's head, predict what the teacher predicts.
+
+Shape suffixes: B images, A anchors per position, H W map, D numbers of an anchor's box regression.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.structures import Instances
+from torch import Tensor
+
+from ..detectors import IGNORED, DensePredictions, DetectorOutputs, DetectorSpec, towers_at
+from ..errors import UserError
+from ..losses import quality_focal_loss, softmax_divergence, with_statistics_of
+from ..workers import mean_count_of_workers, sum_of_workers
+from .base import DISTILLER_REGISTRY, Distiller, check_number, check_same_anchors, in_float32
+
+MIN_IOU = 1e-6
+MIN_AREA = 1e-7  # pixels
+BOX_LOSSES = ("distributions", "giou", "iou")
+
+
+@DISTILLER_REGISTRY.register()
+class CrossKD(Distiller):
+    """Cross-head knowledge distillation (Wang et al. 2024) between dense heads of two towers of convolutions.
+
+    The student's features behind the convolution SPLIT of each tower, before the activation, get channel by channel the mean and
+    deviation of the teacher's, and pass through the rest of the teacher's frozen head. Times WEIGHT:
+
+    - classes: sum over anchors that are not ignored, and classes, of |p_T - p|^1 * BCE(p, p_T), over the positives;
+    - boxes: sum over these anchors, each times the teacher's largest class probability. Of distributions the divergence summed over
+      bins, mean over sides, over the sum of the weights; else GIoU loss of decoded boxes, of detectors that predict at points
+      -log(IoU), over the positives;
+    - centreness: BCE with the teacher's, mean over the positives.
+
+    What the boxes are is the teacher's: its head makes them. Positives are those of the student's label assignment.
+    """
+
+    needs = frozenset({"dense", "targets", "towers"})
+    loss_names = ("loss_crosskd_class", "loss_crosskd_box")
+    CONFIG_NODE = "CROSSKD"
+
+    @classmethod
+    def add_config(cls, node: CfgNode) -> None:
+        # The convolution of each tower behind which the student's features are taken, 0 for the neck's outputs. None: the last but one,
+        # of detectors that predict at points (FCOS, FSAF) the one in the middle, as the authors' 3 and 2 of 4.
+        node.SPLIT = None
+        # Of the three losses. None: 1, 1 and, with a centreness, 1; boxes as distributions 4; at points 0.4, 0.75 and 0.
+        node.CLASS_WEIGHT = None
+        node.BOX_WEIGHT = None
+        node.CENTERNESS_WEIGHT = None
+
+    @classmethod
+    def validate_config(cls, node: CfgNode) -> None:
+        for key in ("CLASS_WEIGHT", "BOX_WEIGHT", "CENTERNESS_WEIGHT"):
+            if node[key] is not None:
+                check_number(cls.CONFIG_NODE, key, node[key], 0)
+        if node.SPLIT is not None and (type(node.SPLIT) is not int or node.SPLIT < 0):
+            raise UserError(f"MODEL.KD.CROSSKD.SPLIT is {node.SPLIT!r}; it must be None or a whole number at least 0.")
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        split: int | None,
+        weights: tuple[float, float, float] = (1.0, 1.0, 0.0),
+        box_loss: str = "giou",
+    ):
+        """
+        Args:
+            split: see SPLIT; None for a pair that has no towers, which is refused by what this then needs.
+            weights: of classes, boxes and centreness; 0 leaves the last one out.
+            box_loss: one of BOX_LOSSES.
+        """
+        super().__init__()
+        self.split = split
+        self.weights = weights
+        self.box_loss = box_loss
+        self.needs = CrossKD.needs if split is None else frozenset({"dense", "targets", towers_at(split)})
+        self.loss_names = CrossKD.loss_names + (("loss_crosskd_centerness",) if weights[2] else ())
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> dict:
+        node = cfg.MODEL.KD.CROSSKD
+        have_towers = bool(student.tower_channels and teacher.tower_channels)
+        if have_towers:
+            check_same_anchors(cls.__name__, student, teacher)
+        has_centerness = "quality" in teacher.provides
+        if node.CENTERNESS_WEIGHT and not has_centerness:
+            raise UserError(
+                f"MODEL.KD.CROSSKD.CENTERNESS_WEIGHT is {node.CENTERNESS_WEIGHT}, but the teacher ({teacher.name}) has no centreness."
+            )
+        at_points = "points" in teacher.provides
+        box_loss = "distributions" if teacher.num_bins else "iou" if at_points else "giou"
+        chosen = (
+            0.4 if at_points else 1.0,
+            {"distributions": 4.0, "giou": 1.0, "iou": 0.75}[box_loss],
+            1.0 if has_centerness and not at_points else 0.0,
+        )
+        keys = (node.CLASS_WEIGHT, node.BOX_WEIGHT, node.CENTERNESS_WEIGHT)
+        weights = (default if key is None else key for key, default in zip(keys, chosen, strict=True))
+        return {
+            "split": cls._split(node.SPLIT, student, teacher, at_points) if have_towers else None,
+            "weights": tuple(node.WEIGHT * weight for weight in weights),
+            "box_loss": box_loss,
+        }
+
+    @staticmethod
+    def _split(asked: int | None, student: DetectorSpec, teacher: DetectorSpec, at_points: bool) -> int:
+        """Raises a UserError where the two cannot be cut there."""
+        depths = len(student.tower_channels) - 1, len(teacher.tower_channels) - 1
+        depth = min(depths)
+        split = (depth // 2 if at_points else depth - 1) if asked is None else asked
+        if split > depth:
+            raise UserError(
+                f"MODEL.KD.CROSSKD.SPLIT is {split}, but the towers of the student ({student.name}) have {depths[0]} convolutions and "
+                f"those of the teacher ({teacher.name}) {depths[1]}."
+            )
+        channels = student.tower_channels[split], teacher.tower_channels[split]
+        if channels[0] != channels[1]:
+            raise UserError(
+                f"CrossKD gives the student's features to the teacher's head, but at MODEL.KD.CROSSKD.SPLIT {split} the student "
+                f"({student.name}) has {channels[0]} channels and the teacher ({teacher.name}) {channels[1]}."
+            )
+        return split
+
+    def forward(
+        self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]
+    ) -> dict[str, Tensor]:
+        crossed, expected = self._crossed(student, teacher), teacher.dense
+        num_positives = mean_count_of_workers((student.dense.assignment >= 0).sum().float())
+        classes, boxes, box_weights = 0, 0, 0
+        for stride, assignment in student.dense.assignment_by_level.items():
+            counts = assignment != IGNORED
+            target = expected.logits[stride]
+            classes = classes + quality_focal_loss(crossed.logits[stride], target, counts[..., None], power=1.0)
+            weight = target.float().sigmoid().amax(2) * counts
+            boxes = boxes + (weight * self._box_losses(crossed, expected, stride)).sum()
+            box_weights = box_weights + weight.sum()
+        divisor = mean_count_of_workers(box_weights) if self.box_loss == "distributions" else num_positives
+        losses = [classes / num_positives, boxes / divisor]
+        if len(self.loss_names) > 2:
+            picked = (
+                student.dense.positives.pick(dense.quality[stride] for stride in student.dense.logits)
+                for dense in (crossed, expected)
+            )
+            losses.append(_centerness_loss(*picked) / num_positives)
+        return {n: weight * loss for n, weight, loss in zip(self.loss_names, self.weights, losses)}
+
+    def _crossed(self, student: DetectorOutputs, teacher: DetectorOutputs) -> DensePredictions:
+        """What the teacher's head predicts from the student's features."""
+        ours, theirs = student.towers[self.split], teacher.towers[self.split]
+        strides = list(theirs.class_features)
+        maps = (
+            [features[stride] for features in (towers.class_features, towers.box_features) for stride in strides]
+            for towers in (ours, theirs)
+        )
+        with torch.autocast(student.images.tensor.device.type, enabled=False):
+            aligned = with_statistics_of(*maps, total=sum_of_workers)
+        halves = aligned[: len(strides)], aligned[len(strides) :]
+        return theirs.finish(*(dict(zip(strides, half, strict=True)) for half in halves))
+
+    def _box_losses(self, crossed: DensePredictions, expected: DensePredictions, stride: int) -> Tensor:
+        """(B, HWA) of a level's boxes."""
+        if self.box_loss == "distributions":
+            sides = (dense.box_regression[stride].unflatten(2, (4, -1)) for dense in (crossed, expected))
+            return _divergence(*sides).mean(2)
+        loss = giou_loss if self.box_loss == "giou" else iou_loss
+        return loss(crossed.boxes[stride], expected.boxes[stride])
+
+
+_divergence = in_float32(softmax_divergence)
+
+
+@in_float32
+def giou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
+    """1 - GIoU (Rezatofighi et al. 2019) of boxes (..., 4), pair by pair: (...). Nothing is indexed, so that a GPU need not be waited for."""
+    shared, union = _shared_and_union(boxes, targets)
+    hull = _area(
+        torch.minimum(boxes[..., :2], targets[..., :2]),
+        torch.maximum(boxes[..., 2:], targets[..., 2:]),
+    )
+    return 1 - shared / union.clamp(min=MIN_AREA) + (hull - union) / hull.clamp(min=MIN_AREA)
+
+
+@in_float32
+def iou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
+    """-log(IoU) of boxes (..., 4), pair by pair: (...). Boxes that are empty do not overlap."""
+    shared, union = _shared_and_union(boxes, targets)
+    return -(shared / union.clamp(min=MIN_AREA)).clamp(min=MIN_IOU).log()
+
+
+def _shared_and_union(boxes: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    low, high = torch.maximum(boxes[..., :2], targets[..., :2]), torch.minimum(boxes[..., 2:], targets[..., 2:])
+    shared = _area(low, high)
+    return shared, sum(_area(x[..., :2], x[..., 2:]) for x in (boxes, targets)) - shared
+
+
+def _area(low: Tensor, high: Tensor) -> Tensor:
+    width, height = (high - low).clamp(min=0).unbind(-1)
+    return width * height
+
+
+@in_float32
+def _centerness_loss(logits: Tensor, target_logits: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, target_logits.sigmoid(), reduction="sum")

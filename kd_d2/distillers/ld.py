@@ -1,0 +1,166 @@
+"""LD: the student's distributions of box sides follow the teacher's.
+
+Shape suffixes: B images, N boxes of an image, R anchors of an image over all levels, P anchors that count, of all images, D distances
+that a side's distribution is over.
+"""
+
+from __future__ import annotations
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.structures import Boxes, Instances
+from torch import Tensor
+
+from ..detectors import DensePredictions, DetectorOutputs, DetectorSpec, Positives
+from ..errors import UserError
+from ..losses import softmax_divergence
+from ..modeling.assignment import adaptive_thresholds
+from ..workers import mean_count_of_workers
+from .base import DISTILLER_REGISTRY, Distiller, check_number, check_same_anchors, in_float32
+
+LOWEST_VALUABLE = 0.25
+"""The part of a box's threshold from which on an anchor is valuable."""
+
+
+@DISTILLER_REGISTRY.register()
+class LD(Distiller):
+    """Localisation distillation (Zheng et al. 2022) between detectors whose box sides are distributions, as GFL's.
+
+    For a region of anchors, with weights q, and every side of their boxes:
+
+        L = sum of q * TEMPERATURE^2 * (mean over bins of KL(p_T || p_S)) / (4 * sum of q of all workers)
+
+    The main region is the positives of the student's label assignment, q its largest class probability there. Optional are the
+    valuable localisation region, near the boxes but not positive, with the overlap as q, see `valuable_region`; and at the positives
+    the divergence of the softmax over class logits, mean over classes and positives.
+    """
+
+    needs = frozenset({"dense", "distributions", "targets"})
+    loss_names = ("loss_ld",)
+    CONFIG_NODE = "LD"
+
+    @classmethod
+    def add_config(cls, node: CfgNode) -> None:
+        # Of the distributions' softmax; the loss is multiplied by its square.
+        node.TEMPERATURE = 10.0
+        node.MAIN_WEIGHT = 0.25
+        # Of the valuable localisation region (authors: 0.25), and of class logits at positives (authors: 10); 0 leaves them out.
+        node.VALUABLE_WEIGHT = 0.0
+        node.CLASS_WEIGHT = 0.0
+        node.CLASS_TEMPERATURE = 2.0
+        # Anchors of each level near a box whose overlaps make its threshold in the valuable region, as in ATSS.
+        node.CANDIDATES = 9
+
+    @classmethod
+    def validate_config(cls, node: CfgNode) -> None:
+        for key in ("MAIN_WEIGHT", "VALUABLE_WEIGHT", "CLASS_WEIGHT"):
+            check_number(cls.CONFIG_NODE, key, node[key], 0)
+        for key in ("TEMPERATURE", "CLASS_TEMPERATURE"):
+            check_number(cls.CONFIG_NODE, key, node[key], 0, exclusive=True)
+        check_number(cls.CONFIG_NODE, "CANDIDATES", node.CANDIDATES, 1)
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        main_weight: float,
+        temperature: float = 10.0,
+        valuable_weight: float = 0.0,
+        class_weight: float = 0.0,
+        class_temperature: float = 2.0,
+        candidates: int = 9,
+    ):
+        """
+        Args:
+            main_weight, valuable_weight, class_weight: of the losses; 0 leaves the last two out.
+            temperature, class_temperature, candidates: see the keys.
+        """
+        super().__init__()
+        self.main_weight = main_weight
+        self.temperature = temperature
+        self.valuable_weight = valuable_weight
+        self.class_weight = class_weight
+        self.class_temperature = class_temperature
+        self.candidates = candidates
+        optional = {"loss_ld_valuable": valuable_weight, "loss_ld_class": class_weight}
+        self.loss_names = (*LD.loss_names, *(name for name, weight in optional.items() if weight))
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> dict:
+        node = cfg.MODEL.KD.LD
+        if student.num_bins and teacher.num_bins:
+            check_same_anchors(cls.__name__, student, teacher)
+            if student.num_bins != teacher.num_bins:
+                raise UserError(
+                    f"LD compares distributions bin by bin, but those of the student ({student.name}) have {student.num_bins} "
+                    f"bins and those of the teacher ({teacher.name}) {teacher.num_bins}: their REG_MAX must be the same."
+                )
+        return {
+            "main_weight": node.WEIGHT * node.MAIN_WEIGHT,
+            "temperature": node.TEMPERATURE,
+            "valuable_weight": node.WEIGHT * node.VALUABLE_WEIGHT,
+            "class_weight": node.WEIGHT * node.CLASS_WEIGHT,
+            "class_temperature": node.CLASS_TEMPERATURE,
+            "candidates": node.CANDIDATES,
+        }
+
+    def forward(
+        self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]
+    ) -> dict[str, Tensor]:
+        ours, theirs, positives = student.dense, teacher.dense, student.dense.positives
+        probability_P = positives.pick(ours.logits.values()).detach().float().sigmoid().amax(1)
+        losses = {"loss_ld": self.main_weight * self._of_region(ours, theirs, positives, probability_P)}
+        if "loss_ld_valuable" in self.loss_names:
+            levels = list(ours.anchors.values())
+            weight_BR = torch.stack([valuable_region(levels, t.gt_boxes, self.candidates) for t in targets])
+            image, anchor = weight_BR.nonzero(as_tuple=True)
+            region = Positives(image, anchor, torch.full_like(anchor, -1))
+            valuable = self._of_region(ours, theirs, region, weight_BR[image, anchor])
+            losses["loss_ld_valuable"] = self.valuable_weight * valuable
+        if "loss_ld_class" in self.loss_names:
+            logits = (positives.pick(dense.logits.values()) for dense in (ours, theirs))
+            divergence_P = divergence(*logits, self.class_temperature) / next(iter(ours.logits.values())).shape[-1]
+            count = mean_count_of_workers(probability_P.new_tensor(len(probability_P)))
+            losses["loss_ld_class"] = self.class_weight * divergence_P.sum() / count
+        return losses
+
+    def _of_region(
+        self, student: DensePredictions, teacher: DensePredictions, region: Positives, weight_P: Tensor
+    ) -> Tensor:
+        sides = (region.pick(x.box_regression.values()).unflatten(1, (4, -1)) for x in (student, teacher))
+        ours_P4D, theirs_P4D = sides
+        mean_P4 = divergence(ours_P4D, theirs_P4D, self.temperature) / ours_P4D.shape[-1]
+        return (weight_P[:, None] * mean_P4).sum() / (4 * mean_count_of_workers(weight_P.sum()))
+
+
+divergence = in_float32(softmax_divergence)
+
+
+@torch.no_grad()
+def valuable_region(anchors: list[Boxes], gt_boxes: Boxes, candidates: int = 9) -> Tensor:
+    """The valuable localisation region (Zheng et al. 2022, algorithm 1): anchors with 0.25 * t <= DIoU with a box < t.
+
+    t is the box's threshold in ATSS, see `adaptive_thresholds`.
+
+    Args:
+        anchors: by level.
+        gt_boxes: N boxes.
+        candidates: anchors of each level for a box.
+
+    Returns:
+        (R,) the anchor's largest overlap with a box for which it is valuable; 0 for the others.
+    """
+    if len(gt_boxes) == 0:
+        return anchors[0].tensor.new_zeros(sum(map(len, anchors)))
+    overlap_NR, _, threshold_N1 = adaptive_thresholds(anchors, gt_boxes, candidates)
+    distance_NR = overlap_NR - center_penalty(gt_boxes, Boxes.cat(anchors))
+    is_valuable_NR = (distance_NR >= LOWEST_VALUABLE * threshold_N1) & (distance_NR < threshold_N1)
+    return overlap_NR.where(is_valuable_NR, 0).amax(0)
+
+
+def center_penalty(boxes: Boxes, others: Boxes) -> Tensor:
+    """What DIoU takes off IoU, (N, R): squared distance of the centres over squared diagonal of the box around both."""
+    offset_NR2 = boxes.get_centers()[:, None] - others.get_centers()
+    low_NR2 = torch.minimum(boxes.tensor[:, None, :2], others.tensor[:, :2])
+    high_NR2 = torch.maximum(boxes.tensor[:, None, 2:], others.tensor[:, 2:])
+    return offset_NR2.square().sum(-1) / (high_NR2 - low_NR2).square().sum(-1).clamp(min=1e-6)

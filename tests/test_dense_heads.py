@@ -1,0 +1,650 @@
+"""CrossKD and LD: dense heads that are cut and finished, losses against slow renderings of their definitions, what goes together."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+from kd_d2 import KDMetaArch, Teacher, UserError
+from kd_d2.balance import GradientBalance
+from kd_d2.detectors import IGNORED, DetectorOutputs, Towers, build_adapter, towers_at
+from kd_d2.distillers import DISTILLER_REGISTRY, LD, CrossKD, Distiller
+from kd_d2.distillers.crosskd import giou_loss, iou_loss
+from kd_d2.distillers.ld import center_penalty, valuable_region
+from kd_d2.losses import with_statistics_of
+from kd_d2.modeling.assignment import adaptive_thresholds, assign_adaptively
+
+import pytest
+import torch
+import torch.nn.functional as F
+from detectron2.layers import CycleBatchNormList
+from detectron2.structures import Boxes, pairwise_iou
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+from torchvision.ops import box_iou, distance_box_iou, generalized_box_iou
+
+KINDS = ("retinanet", "fcos", "atss", "gfl", "fsaf")
+STRIDES = (8, 16, 32, 64, 128)
+WEIGHTS = {
+    "retinanet": (1.0, 1.0, 0.0),
+    "fcos": (0.4, 0.75, 0.0),
+    "atss": (1.0, 1.0, 1.0),
+    "gfl": (1.0, 4.0, 0.0),
+    "fsaf": (0.4, 0.75, 0.0),
+}
+"""The authors' for classes, boxes and centreness; FSAF as FCOS."""
+
+
+@pytest.fixture
+def dense(tiny_detector: Callable) -> Callable[..., nn.Module]:
+    """(kind, seed, keys of its node) -> a detector with two convolutions a tower whose predictions differ from place to place."""
+
+    def build(kind: str, seed: int = 0, **keys: Any) -> nn.Module:
+        model = tiny_detector(kind, {"MODEL": {kind.upper(): {"NUM_CONVS": 2, **keys}}}, seed)
+        torch.manual_seed(seed)
+        for module in model.head.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.12)
+        nn.init.constant_(model.head.cls_score.bias, -1.0)
+        nn.init.constant_(model.head.bbox_pred.bias, 0.5)
+        norms = [module for module in model.backbone.modules() if isinstance(module, nn.BatchNorm2d)]
+        for norm in norms:
+            norm.momentum = 1.0
+        with torch.no_grad():  # so that a teacher's maps, in eval mode, are of the size of a student's
+            model.backbone(128 * torch.rand(2, 3, 64, 96))
+        for norm in norms:
+            norm.momentum = 0.1
+        return model
+
+    return build
+
+
+def _read(model: nn.Module, inputs: list[dict], split: int, training: bool = True) -> DetectorOutputs:
+    want = frozenset({"dense", towers_at(split)})
+    return build_adapter(model).run(inputs, want, [x["instances"] for x in inputs] if training else None)
+
+
+# ------------------------------------------------------------------------------------------------------- towers
+
+
+@pytest.mark.parametrize("norm", ["", "GN", "BN"])
+@pytest.mark.parametrize("split", [0, 1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_head_is_finished_from_its_own_features(
+    dense: Callable, make_inputs: Callable, kind: str, split: int, norm: str
+) -> None:
+    """Check that the rest of the head gives its own predictions, and the features against the layers one by one."""
+    model = dense(kind, NORM=norm and "BN").eval()
+    if norm == "GN":  # in place of batch norms, since Detectron2's has 32 groups
+        for name, module in list(model.head.named_modules()):
+            if isinstance(module, CycleBatchNormList):
+                model.head.set_submodule(name, nn.GroupNorm(2, 8))
+    with torch.no_grad():
+        outputs = _read(model, make_inputs(), split, training=False)
+    assert list(outputs.towers) == [split]
+    towers = outputs.towers[split]
+    finished = towers.finish(towers.class_features, towers.box_features)
+    for stride in STRIDES:
+        assert torch.equal(finished.logits[stride], outputs.dense.logits[stride])
+        assert torch.equal(finished.box_regression[stride], outputs.dense.box_regression[stride])
+        torch.testing.assert_close(finished.boxes[stride], outputs.dense.boxes[stride])
+        assert (finished.quality is None) == (outputs.dense.quality is None) == (kind not in ("fcos", "atss"))
+        if finished.quality:
+            assert torch.equal(finished.quality[stride], outputs.dense.quality[stride])
+    if norm != "BN":  # of which each level has its own
+        per_block = 3 if norm else 2
+        for features, tower in ((towers.class_features, "cls_subnet"), (towers.box_features, "bbox_subnet")):
+            layers = getattr(model.head, tower)[: max(per_block * split - 1, 0)]
+            for stride, level in features.items():
+                assert torch.equal(level, layers(outputs.features[stride]))
+                assert split == 0 or (level < 0).any()
+
+
+def test_only_the_cut_that_was_asked_for_is_kept(
+    dense: Callable, make_inputs: Callable, event_storage: EventStorage
+) -> None:
+    """Check several cuts in one pass, none where nobody asks, and that no hook stays."""
+    model, inputs = dense("retinanet"), make_inputs()
+    targets = [x["instances"] for x in inputs]
+    assert build_adapter(model).run(inputs, frozenset({"dense"}), targets).towers == {}
+    outputs = build_adapter(model).run(inputs, frozenset({"towers/2", "towers/0"}), targets)
+    assert outputs.towers.keys() == {0, 2}
+    assert outputs.towers[0].class_features == outputs.towers[0].box_features == outputs.features
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_finishing_changes_nothing_of_the_head(dense: Callable, make_inputs: Callable) -> None:
+    """Check that gradients reach the features and no parameter, and that the head's towers are its own still."""
+    teacher = Teacher(dense("atss"))
+    head = teacher.model.head
+    before, modules = copy.deepcopy(head.state_dict()), list(head.modules())
+    with torch.no_grad():
+        towers = _read(teacher.model, make_inputs(), 1, training=False).towers[1]
+    given = [
+        {s: x.clone().requires_grad_() for s, x in f.items()} for f in (towers.class_features, towers.box_features)
+    ]
+    finished = towers.finish(*given)
+    sum(x.sum() for part in (finished.logits, finished.boxes, finished.quality) for x in part.values()).backward()
+    assert all(x.grad.any() for features in given for x in features.values())
+    assert list(head.modules()) == modules
+    assert all(torch.equal(value, before[name]) for name, value in head.state_dict().items())
+    assert all(p.grad is None for p in teacher.model.parameters())
+
+
+# --------------------------------------------------------------------------------------------------- statistics
+
+
+def test_statistics_by_hand() -> None:
+    """Check one channel of two images: mean 2 and deviation sqrt(2) become mean 10 and deviation 3 * sqrt(2)."""
+    student = torch.tensor([[[[1.0]]], [[[3.0]]]])
+    teacher = torch.tensor([[[[7.0]]], [[[13.0]]]])
+    (found,) = with_statistics_of([student], [teacher])
+    torch.testing.assert_close(found, teacher, rtol=1e-5, atol=0)
+    (found,) = with_statistics_of([student], [-teacher])
+    assert found.flatten().tolist() == pytest.approx([-13, -7], rel=1e-5)
+
+
+def test_statistics_of_several_maps_are_torchs() -> None:
+    """Check maps of different channels and sizes, each on its own, the gradient numerically, and none to the teacher."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 3, 4, 5), (2, 1, 2, 2))
+    student, teacher = (
+        [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+        for _ in range(2)
+    )
+    for found, s, t in zip(with_statistics_of(student, teacher), student, teacher, strict=True):
+        for channel in range(s.shape[1]):
+            ours, theirs = s[:, channel], t[:, channel]
+            expected = (ours - ours.mean()) / (ours.std() + 1e-6) * theirs.std() + theirs.mean()
+            torch.testing.assert_close(found[:, channel], expected)
+    fixed = [t.detach() for t in teacher]
+    assert torch.autograd.gradcheck(lambda *maps: tuple(with_statistics_of(maps, fixed)), student)
+    sum(x.square().sum() for x in with_statistics_of(student, teacher)).backward()
+    assert all(t.grad is None for t in teacher)
+
+
+def test_statistics_of_what_does_not_vary() -> None:
+    """Check one position, and a constant channel: the teacher's mean, with a finite gradient."""
+    for shape in ((1, 1, 1, 1), (2, 1, 3, 3)):
+        student = torch.full(shape, 5.0, requires_grad=True)
+        (found,) = with_statistics_of([student], [torch.full(shape, 2.0)])
+        found.sum().backward()
+        assert found.flatten().tolist() == pytest.approx([2.0] * found.numel())
+        assert student.grad.isfinite().all()
+
+
+def test_statistics_of_a_spread_batch() -> None:
+    """Check two workers with one image each, played one after the other: what each gets is its part of the whole batch's."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 2, 3, 4, 4, generator=generator, dtype=torch.float64)
+    (whole,) = with_statistics_of([student], [teacher])
+    asked: list[list[Tensor]] = [[], []]
+
+    class Played(Exception):
+        pass
+
+    def run(worker: int, sums: list[Tensor]) -> Tensor:
+        left = iter(sums)
+
+        def total(value: Tensor) -> Tensor:
+            known = next(left, None)
+            if known is None:
+                asked[worker].append(value)
+                raise Played
+            return known
+
+        return with_statistics_of([student[worker : worker + 1]], [teacher[worker : worker + 1]], total)[0]
+
+    sums: list[Tensor] = []
+    for _ in range(2):
+        for worker in range(2):
+            with pytest.raises(Played):
+                run(worker, sums)
+        sums.append(asked[0][-1] + asked[1][-1])
+    torch.testing.assert_close(torch.cat([run(worker, sums) for worker in range(2)]), whole)
+
+
+# ------------------------------------------------------------------------------------------------------ CrossKD
+
+
+def _slow_boxes(kind: str, numbers: Tensor, anchors: Tensor) -> Tensor:
+    """Decoded boxes (R, 4) of box regression (R, 4)."""
+    center, side = (anchors[:, :2] + anchors[:, 2:]) / 2, anchors[:, 2:] - anchors[:, :2]
+    if kind in ("fcos", "fsaf"):
+        distance = (numbers.clamp(min=0) if kind == "fcos" else numbers) * side[:, :1]
+        return torch.cat([center - distance[:, :2], center + distance[:, 2:]], 1)
+    scale = {"retinanet": (1, 1), "atss": (10, 5)}[kind]
+    center = center + numbers[:, :2] / scale[0] * side
+    side = side * (numbers[:, 2:] / scale[1]).clamp(max=math.log(1000 / 16)).exp()
+    return torch.cat([center - side / 2, center + side / 2], 1)
+
+
+def _slow_box_loss(kind: str, numbers: Tensor, expected: Tensor, anchors: Tensor) -> Tensor:
+    """(R,) of one image's level."""
+    if kind == "gfl":
+        sides = zip(numbers.split(17, 1), expected.split(17, 1), strict=True)
+        return sum(F.kl_div(x.log_softmax(1), t.softmax(1), reduction="none").sum(1) for x, t in sides) / 4
+    boxes = _slow_boxes(kind, numbers, anchors), _slow_boxes(kind, expected, anchors)
+    if kind in ("fcos", "fsaf"):
+        loss = torch.full((len(numbers),), -math.log(1e-6), dtype=torch.float64)  # of what is empty
+        there = torch.stack([(x[:, 2:] > x[:, :2]).all(1) for x in boxes]).any(0)
+        for row in there.nonzero()[:, 0]:
+            loss[row] = -box_iou(*(x[row, None] for x in boxes))[0, 0].clamp(min=1e-6).log()
+        return loss
+    return 1 - generalized_box_iou(*boxes).diagonal()
+
+
+def _slow_head(kind: str, head: nn.Module, split: int, level: int, maps: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """What the rest of the head gives of a level: logits, boxes, centreness where it has one, (B, HWA, dim)."""
+    layers = (head.cls_subnet, head.bbox_subnet)
+    start = max(2 * split - 1, 0)  # convolution and ReLU in turn
+    class_map, box_map = maps
+    for number in range(start, 4):
+        class_map, box_map = layers[0][number](class_map), layers[1][number](box_map)
+    boxes = head.bbox_pred(box_map)
+    if kind in ("atss", "gfl"):
+        boxes = boxes * head.scales[level]
+    if kind == "fsaf":
+        boxes = 4 * boxes.clamp(min=0)
+    outputs = [head.cls_score(class_map), boxes]
+    if kind in ("fcos", "atss"):
+        outputs.append(head.ctrness(box_map))
+    anchors = 3 if kind == "retinanet" else 1
+    return [x.unflatten(1, (anchors, -1)).permute(0, 3, 4, 1, 2).flatten(1, 3) for x in outputs]
+
+
+def _slow_crosskd(
+    kind: str,
+    head: nn.Module,
+    split: int,
+    maps: list[dict[int, Tensor]],
+    theirs: list[dict[int, Tensor]],
+    student: DetectorOutputs,
+) -> list[Tensor]:
+    """Classes, boxes and centreness by the definition, without any weight; all in double precision."""
+    assignment = student.dense.assignment_by_level
+    positives = max(sum(int((a >= 0).sum()) for a in assignment.values()), 1)
+    classes, boxes, centerness, weights = (torch.zeros((), dtype=torch.float64) for _ in range(4))
+    for number, stride in enumerate(STRIDES):
+        crossed_maps = []
+        for ours, expected in zip(maps, theirs, strict=True):
+            s, t = ours[stride], expected[stride]
+            aligned = torch.empty_like(s)
+            for channel in range(s.shape[1]):
+                deviation = s[:, channel].std() + 1e-6
+                aligned[:, channel] = (s[:, channel] - s[:, channel].mean()) / deviation * t[:, channel].std()
+                aligned[:, channel] += t[:, channel].mean()
+            crossed_maps.append(aligned)
+        crossed = _slow_head(kind, head, split, number, tuple(crossed_maps))
+        target = _slow_head(kind, head, split, number, tuple(x[stride] for x in theirs))
+        anchors = student.anchors[stride].tensor.double()
+        for image, labels in enumerate(assignment[stride]):
+            counts = (labels != IGNORED).double()
+            p, t = crossed[0][image].sigmoid(), target[0][image].sigmoid()
+            entropy = -t * p.log() - (1 - t) * (1 - p).log()
+            classes = classes + (counts[:, None] * (p - t).abs() * entropy).sum()
+            weight = counts * t.amax(1)
+            weights = weights + weight.sum()
+            boxes = boxes + (weight * _slow_box_loss(kind, crossed[1][image], target[1][image], anchors)).sum()
+            if len(crossed) > 2:
+                p, t = (x[2][image, :, 0].sigmoid() for x in (crossed, target))
+                entropy = -t * p.log() - (1 - t) * (1 - p).log()
+                centerness = centerness + entropy[labels >= 0].sum()
+    divisor = weights.clamp(min=1) if kind == "gfl" else positives
+    return [classes / positives, boxes / divisor, centerness / positives]
+
+
+@pytest.mark.parametrize("counts", [(3, 2), (0, 1), (0, 0)])
+@pytest.mark.parametrize("split", [0, 1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_crosskd_is_its_definition(
+    dense: Callable, make_inputs: Callable, event_storage: EventStorage, kind: str, split: int, counts: tuple
+) -> None:
+    """Check the losses and their gradients in the student's features against a rendering in double precision."""
+    inputs = make_inputs(counts=counts)
+    student, teacher = _read(dense(kind), inputs, split), Teacher(dense(kind, seed=1))
+    theirs = teacher(inputs, frozenset({"dense", towers_at(split)}))
+    both = [[t.class_features, t.box_features] for t in (student.towers[split], theirs.towers[split])]
+    ours = [{s: x.detach().requires_grad_() for s, x in features.items()} for features in both[0]]
+    student.towers[split] = Towers(*ours, student.towers[split].finish)
+    box_loss = {"gfl": "distributions", "fcos": "iou", "fsaf": "iou"}.get(kind, "giou")
+    weights = (1.0, 2.0, 3.0 if kind in ("fcos", "atss") else 0.0)
+    losses = CrossKD(split=split, weights=weights, box_loss=box_loss)(student, theirs, [])
+    assert len(losses) == (3 if weights[2] else 2)
+    sum(losses.values()).backward()
+
+    slow = [{s: x.detach().double().requires_grad_() for s, x in features.items()} for features in ours]
+    given = [{s: x.double() for s, x in features.items()} for features in both[1]]
+    expected = _slow_crosskd(kind, copy.deepcopy(teacher.model.head).double(), split, slow, given, student)
+    for name, weight, value in zip(losses, weights, expected):
+        assert losses[name].item() == pytest.approx(weight * value.item(), rel=1e-4, abs=1e-6), name
+    sum(weight * value for weight, value in zip(weights, expected, strict=True)).backward()
+    for found, right in zip(ours, slow, strict=True):
+        for stride in STRIDES:
+            # on the coarsest level two or three positions are left, whose standardised values hardly depend on them
+            scale = max(float(right[s].grad.abs().max()) for s in STRIDES)
+            torch.testing.assert_close(found[stride].grad.double(), right[stride].grad, rtol=1e-3, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_crosskds_gradient_reaches_the_student_alone(
+    dense: Callable, tiny_cfg: Callable, make_inputs: Callable, event_storage: EventStorage, kind: str
+) -> None:
+    """Check the student's neck and first convolutions, not those behind the cut; the teacher keeps still, batch norms included."""
+    student, teacher = dense(kind), Teacher(dense(kind, seed=1))
+    before = copy.deepcopy(teacher.model.state_dict())
+    distiller = CrossKD(tiny_cfg(kind), build_adapter(student).spec, teacher.spec)
+    model = KDMetaArch(student=student, teacher=teacher, distillers={"CrossKD": distiller})
+    losses = model(make_inputs())
+    sum(losses[name] for name in distiller.loss_names).backward()
+    gradients = {name: p.grad for name, p in student.named_parameters()}
+    for name in ("backbone.fpn_output3.weight", "head.cls_subnet.0.weight", "head.bbox_subnet.0.weight"):
+        assert gradients[name].any(), name
+    assert gradients["head.cls_subnet.2.weight"] is None and gradients["head.cls_score.weight"] is None
+    assert all(p.grad is None for p in teacher.model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in teacher.model.state_dict().items())
+
+
+def test_a_student_may_end_in_another_head(
+    dense: Callable, tiny_cfg: Callable, make_inputs: Callable, event_storage: EventStorage
+) -> None:
+    """Check an ATSS under a GFL, whose anchors are the same: the losses are those of distributions."""
+    student, teacher = dense("atss"), Teacher(dense("gfl", seed=1))
+    distiller = CrossKD(tiny_cfg("atss"), build_adapter(student).spec, teacher.spec)
+    losses = KDMetaArch(student=student, teacher=teacher, distillers={"CrossKD": distiller})(make_inputs())
+    assert distiller.box_loss == "distributions" and losses["loss_crosskd_box"] > 0
+
+
+def test_box_losses_are_torchvisions() -> None:
+    """Check GIoU and IoU of boxes far apart and near, gradients included, and that empty boxes have finite ones."""
+    generator = torch.Generator().manual_seed(0)
+    corners, sides = torch.rand(2, 2, 30, 2, generator=generator) * torch.tensor([20.0]).view(1, 1, 1, 1)
+    boxes = torch.cat([corners, corners + sides + 1], 2).unbind()
+    expected = (
+        1 - generalized_box_iou(*(b.double() for b in boxes)).diagonal(),
+        -box_iou(*(b.double() for b in boxes)).diagonal().clamp(min=1e-6).log(),
+    )
+    assert (expected[1] > 10).any() and (expected[1] < 2).any()
+    for loss, value in zip((giou_loss, iou_loss), expected, strict=True):
+        torch.testing.assert_close(loss(*boxes).double(), value, rtol=1e-5, atol=1e-5)
+    empty = torch.full((1, 4), 3.0)
+    for loss in (giou_loss, iou_loss):
+        for target in (empty, boxes[0][:1]):
+            moved = empty.clone().requires_grad_()
+            value = loss(moved, target).sum()
+            value.backward()
+            assert value.isfinite() and moved.grad.isfinite().all()
+
+
+# ----------------------------------------------------------------------------------------------------------- LD
+
+
+def _slow_ld(
+    student: DetectorOutputs, teacher: DetectorOutputs, picked: list[tuple[int, int, float]], tau: float
+) -> Tensor:
+    """LD of a region, by image, anchor and weight, in double precision."""
+    sides = [torch.cat(list(x.dense.box_regression.values()), 1).double() for x in (student, teacher)]
+    total, weights = torch.zeros((), dtype=torch.float64), 0.0
+    for image, anchor, weight in picked:
+        weights += weight
+        for side in range(4):
+            s, t = (x[image, anchor, 17 * side : 17 * (side + 1)] / tau for x in sides)
+            total = total + weight * tau**2 * F.kl_div(s.log_softmax(0), t.softmax(0), reduction="sum") / 17
+    return total / 4 / max(weights, 1)
+
+
+def _slow_region(anchors: Tensor, boxes: Tensor, thresholds: Tensor) -> dict[int, float]:
+    """Weight by anchor of the valuable localisation region of an image."""
+    region: dict[int, float] = {}
+    overlaps, distances = box_iou(boxes, anchors), distance_box_iou(boxes, anchors)
+    for box, threshold in enumerate(thresholds.flatten().tolist()):
+        for anchor in range(len(anchors)):
+            if 0.25 * threshold <= distances[box, anchor] < threshold:
+                region[anchor] = max(region.get(anchor, 0.0), float(overlaps[box, anchor]))
+    return region
+
+
+@pytest.mark.parametrize("counts", [(3, 2), (0, 1), (0, 0)])
+def test_ld_is_its_definition(
+    dense: Callable, make_inputs: Callable, event_storage: EventStorage, counts: tuple
+) -> None:
+    """Check both regions and the class logits, and their gradients in the student's predictions, in double precision."""
+    inputs = make_inputs(counts=counts)
+    targets = [x["instances"] for x in inputs]
+    model, teacher = dense("gfl"), Teacher(dense("gfl", seed=1))
+    student, theirs = _read(model, inputs, 0), teacher(inputs, frozenset({"dense"}))
+    for part in (student.dense.logits, student.dense.box_regression):
+        for stride in part:
+            part[stride] = part[stride].detach().requires_grad_()
+    losses = LD(main_weight=0.25, valuable_weight=0.5, class_weight=10.0)(student, theirs, targets)
+    assert list(losses) == ["loss_ld", "loss_ld_valuable", "loss_ld_class"]
+    leaves = [*student.dense.logits.values(), *student.dense.box_regression.values()]
+    found = torch.autograd.grad(sum(losses.values()), leaves, allow_unused=True, materialize_grads=True)
+
+    logits = [torch.cat(list(x.dense.logits.values()), 1).double() for x in (student, theirs)]
+    labels = student.dense.assignment
+    positives = [(i, int(a)) for i in range(2) for a in (labels[i] >= 0).nonzero()]
+    assert bool(positives) == (sum(counts) > 0)
+    main = [(i, a, logits[0][i, a].sigmoid().max().item()) for i, a in positives]
+    levels = list(student.anchors.values())
+    valuable = []
+    for image, target in enumerate(targets):
+        if len(target):
+            thresholds = adaptive_thresholds(levels, target.gt_boxes)[2]
+            region = _slow_region(Boxes.cat(levels).tensor, target.gt_boxes.tensor, thresholds)
+            valuable += [(image, anchor, weight) for anchor, weight in region.items()]
+    assert bool(valuable) == (sum(counts) > 0)
+    classes = torch.zeros((), dtype=torch.float64)
+    for image, anchor in positives:
+        s, t = (x[image, anchor] / 2 for x in logits)
+        classes = classes + 4 * F.kl_div(s.log_softmax(0), t.softmax(0), reduction="sum") / 3
+    expected = [
+        0.25 * _slow_ld(student, theirs, main, 10.0),
+        0.5 * _slow_ld(student, theirs, valuable, 10.0),
+        10 * classes / max(len(positives), 1),
+    ]
+    for name, value in zip(losses, expected, strict=True):
+        assert losses[name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-7), name
+    right = torch.autograd.grad(
+        sum(expected) + sum(x.sum() * 0 for x in leaves).double(), leaves, materialize_grads=True
+    )
+    for ours, slow in zip(found, right, strict=True):
+        torch.testing.assert_close(ours, slow, rtol=1e-3, atol=1e-6)
+
+
+def test_valuable_region_lies_around_the_positives(dense: Callable, make_inputs: Callable) -> None:
+    """Check that it has anchors of no label, weights in (0, 1], and none where there is no box."""
+    model = dense("gfl")
+    levels = model.anchor_generator([torch.zeros(1, 8, -(-96 // s), -(-96 // s)) for s in STRIDES])
+    boxes = Boxes(torch.tensor([[10.0, 12.0, 70.0, 80.0], [30.0, 30.0, 90.0, 85.0]]))
+    weight_R = valuable_region(levels, boxes)
+    assignment_R = assign_adaptively(levels, boxes)
+    assert ((weight_R > 0) & (assignment_R < 0)).sum() > 10
+    assert weight_R.min() >= 0 and weight_R.max() <= 1
+    overlap_R = pairwise_iou(boxes, Boxes.cat(levels)).amax(0)
+    assert (weight_R <= overlap_R).all()
+    nothing = valuable_region(levels, Boxes(torch.zeros(0, 4)))
+    assert nothing.shape == weight_R.shape and not nothing.any()
+
+
+def test_center_penalty_is_torchvisions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    corners, sides = torch.rand(2, 9, 2, generator=generator) * 20
+    boxes = torch.cat([corners, corners + sides + 1], 1)
+    expected = box_iou(boxes[:4], boxes) - distance_box_iou(boxes[:4], boxes)
+    torch.testing.assert_close(center_penalty(Boxes(boxes[:4]), Boxes(boxes)), expected, rtol=1e-4, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("counts", [(3, 2), (0, 0), (0, 1), (1, 0)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_with_every_loss(
+    dense: Callable, tiny_cfg: Callable, make_inputs: Callable, event_storage: EventStorage, kind: str, counts: tuple
+) -> None:
+    """Check finite losses and gradients, balanced ones too, images without objects and with one instance included."""
+    keys = {"LD": {"VALUABLE_WEIGHT": 0.25, "CLASS_WEIGHT": 10.0}}
+    student, teacher = dense(kind), Teacher(dense(kind, seed=1))
+    specs = build_adapter(student).spec, teacher.spec
+    methods = (CrossKD, LD) if kind == "gfl" else (CrossKD,)
+    cfg = tiny_cfg(kind, {"MODEL": {"KD": keys}})
+    distillers = {m.__name__: m(cfg, *specs) for m in methods}
+    balance = GradientBalance(target=0.5, period=10, momentum=0.9, limit=100.0, weights={})
+    for each in (None, balance):
+        model = KDMetaArch(student=student, teacher=teacher, distillers=distillers, balance=each)
+        student.zero_grad()
+        losses = model(make_inputs(counts=counts))
+        sum(losses.values()).backward()
+        assert {n for d in distillers.values() for n in d.loss_names} <= losses.keys()
+        assert all(loss.isfinite() for loss in losses.values())
+        assert all(p.grad.isfinite().all() for p in student.parameters() if p.grad is not None)
+    assert 0 < balance.ratios["CrossKD"] < math.inf
+
+
+@pytest.mark.parametrize("kind", ["gfl", "retinanet"])
+def test_equal_detectors_agree(
+    dense: Callable, tiny_cfg: Callable, make_inputs: Callable, event_storage, kind: str
+) -> None:
+    """Check that a detector loses nothing beside its copy."""
+    student = dense(kind).eval()
+    teacher = Teacher(copy.deepcopy(student))
+    specs = build_adapter(student).spec, teacher.spec
+    distillers = {m.__name__: m(tiny_cfg(kind), *specs) for m in ((CrossKD, LD) if kind == "gfl" else (CrossKD,))}
+    model = KDMetaArch(student=student, teacher=teacher, distillers=distillers)
+    model.training = True  # batch norms stay in eval mode
+    losses = model(make_inputs())
+    for name in (n for d in distillers.values() for n in d.loss_names):
+        assert losses[name].item() == pytest.approx(0, abs=1e-3), name
+
+
+# ------------------------------------------------------------------------------------------------ what goes together
+
+
+@pytest.fixture
+def build(tiny_cfg: Callable, tiny_detector: Callable) -> Callable[..., Distiller]:
+    """(method, student's kind, NUM_CONVS of both, keys) -> the method between two detectors of that kind."""
+
+    def build(
+        method: type[Distiller], kind: str = "gfl", convolutions: tuple[int, int] = (4, 4), **keys: Any
+    ) -> Distiller:
+        cfg = tiny_cfg(kind, {"MODEL": {"KD": {method.CONFIG_NODE: keys}}})
+        method.validate_config(cfg.MODEL.KD[method.CONFIG_NODE])
+        models = (tiny_detector(kind, {"MODEL": {kind.upper(): {"NUM_CONVS": n}}}) for n in convolutions)
+        return method(cfg, *(build_adapter(model).spec for model in models))
+
+    return build
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_crosskds_defaults_are_the_authors(build: Callable, kind: str) -> None:
+    """Check weights, kind of box loss and where the heads of four convolutions are cut: behind the third, at points the second."""
+    distiller = build(CrossKD, kind)
+    assert distiller.weights == WEIGHTS[kind]
+    assert distiller.box_loss == {"gfl": "distributions", "fcos": "iou", "fsaf": "iou"}.get(kind, "giou")
+    split = 2 if kind in ("fcos", "fsaf") else 3
+    assert (distiller.split, distiller.needs) == (split, {"dense", "targets", f"towers/{split}"})
+    has_centerness = kind == "atss"
+    assert ("loss_crosskd_centerness" in distiller.loss_names) == has_centerness
+    assert build(CrossKD, kind, (1, 1)).split == 0
+
+
+def test_crosskds_keys(build: Callable) -> None:
+    """Check that each weight is multiplied by WEIGHT, that a cut may be anywhere, and that the shorter of two heads decides."""
+    keys = {"WEIGHT": 2.0, "CLASS_WEIGHT": 3.0, "BOX_WEIGHT": 0.5, "CENTERNESS_WEIGHT": 0.25}
+    distiller = build(CrossKD, "fcos", SPLIT=4, **keys)
+    assert (distiller.weights, distiller.split) == ((6.0, 1.0, 0.5), 4)
+    assert distiller.loss_names[-1] == "loss_crosskd_centerness"
+    assert build(CrossKD, "gfl", (2, 4)).split == build(CrossKD, "gfl", (4, 2)).split == 1
+
+
+def test_lds_defaults_and_keys(build: Callable) -> None:
+    """Check the authors' temperature and weight of the main region, and that the other losses come by their weights."""
+    ld = build(LD)
+    assert (ld.main_weight, ld.temperature, ld.loss_names) == (0.25, 10.0, ("loss_ld",))
+    keys = {
+        "VALUABLE_WEIGHT": 0.25,
+        "CLASS_WEIGHT": 10.0,
+        "TEMPERATURE": 5.0,
+        "CLASS_TEMPERATURE": 3.0,
+        "CANDIDATES": 4,
+    }
+    ld = build(LD, WEIGHT=2.0, MAIN_WEIGHT=1.0, **keys)
+    assert (ld.main_weight, ld.valuable_weight, ld.class_weight) == (2.0, 0.5, 20.0)
+    assert (ld.temperature, ld.class_temperature, ld.candidates) == (5.0, 3.0, 4)
+
+
+@pytest.mark.parametrize(
+    ("method", "student", "teacher", "sentence"),
+    [
+        ("LD", "retinanet", "gfl", r"LD needs distributions of box sides, which the student \(RetinaNet\) does not have\."),
+        ("LD", "gfl", "atss", r"LD needs distributions of box sides, which the teacher \(ATSS\) does not have\."),
+        ("CrossKD", "retinanet", "reppoints", r"CrossKD needs a dense head of two towers .*, which the teacher \(RepPoints\) does"),
+        ("CrossKD", "faster", "retinanet", r"CrossKD needs dense predictions and a dense head .* which the student \(GeneralizedRCNN\)"),
+        ("CrossKD", "retinanet", "atss", r"CrossKD compares predictions anchor by anchor, but at stride 8 the student \(RetinaNet\)"),
+        ("LD", "gfl", "other gfl", r"the student \(GFL\) have 17 bins and those of the teacher \(GFL\) 9: their REG_MAX must be"),
+        ("CrossKD", "gfl", "wide gfl", r"at MODEL.KD.CROSSKD.SPLIT 0 the student \(GFL\) has 8 channels and the teacher \(GFL\) 16\."),
+    ],
+)  # fmt: skip
+def test_pairs_that_cannot_are_told_in_a_sentence(
+    tiny_detector: Callable, tiny_cfg: Callable, method: str, student: str, teacher: str, sentence: str
+) -> None:
+    """Check that the sentence names the method, what is missing or differs, and the detectors."""
+    keys = {"other gfl": {"GFL": {"REG_MAX": 8}}, "wide gfl": {"FPN": {"OUT_CHANNELS": 16}}}.get(teacher, {})
+    student, teacher = tiny_detector(student), Teacher(tiny_detector(teacher.split()[-1], {"MODEL": keys}))
+    specs = build_adapter(student).spec, teacher.spec
+    with pytest.raises(UserError, match=sentence):
+        distillers = {method: DISTILLER_REGISTRY.get(method)(tiny_cfg("gfl"), *specs)}
+        KDMetaArch(student=student, teacher=teacher, distillers=distillers)
+
+
+def test_heads_of_other_depth_must_agree_at_the_cut(build: Callable) -> None:
+    """Check a cut that one of the two heads does not have."""
+    with pytest.raises(
+        UserError, match=r"SPLIT is 3, but the towers of the student \(GFL\) have 2 .* teacher \(GFL\) 4\."
+    ):
+        build(CrossKD, "gfl", (2, 4), SPLIT=3)
+
+
+def test_a_centreness_that_is_not_there(build: Callable) -> None:
+    with pytest.raises(
+        UserError, match=r"CROSSKD\.CENTERNESS_WEIGHT is 1\.0, but the teacher \(GFL\) has no centreness"
+    ):
+        build(CrossKD, "gfl", CENTERNESS_WEIGHT=1.0)
+
+
+def test_heads_that_are_read_otherwise_have_no_towers(tiny_detector: Callable) -> None:
+    """Check a head with another forward pass, and one whose towers differ."""
+    model = tiny_detector("retinanet")
+    spec = build_adapter(model).spec
+    assert spec.tower_channels == (8, 8) and "towers/1" in spec.provides and "towers/2" not in spec.provides
+    model.head.bbox_subnet = nn.Sequential(nn.Conv2d(8, 6, 3, padding=1), nn.ReLU())
+    assert build_adapter(model).spec.tower_channels is None
+    model = tiny_detector("retinanet")
+    model.head.__class__ = type("OtherHead", (type(model.head),), {"forward": lambda self, features: None})
+    assert "towers" not in build_adapter(model).spec.provides
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "value"),
+    [
+        (CrossKD, "SPLIT", -1),
+        (CrossKD, "SPLIT", 1.5),
+        (CrossKD, "SPLIT", True),
+        (CrossKD, "CLASS_WEIGHT", -1.0),
+        (CrossKD, "BOX_WEIGHT", "four"),
+        (CrossKD, "CENTERNESS_WEIGHT", float("nan")),
+        (LD, "TEMPERATURE", 0.0),
+        (LD, "CLASS_TEMPERATURE", -2.0),
+        (LD, "MAIN_WEIGHT", -0.25),
+        (LD, "VALUABLE_WEIGHT", float("inf")),
+        (LD, "CLASS_WEIGHT", -10.0),
+        (LD, "CANDIDATES", 0),
+    ],
+)
+def test_wrong_values_name_their_key(build: Callable, method: type[Distiller], key: str, value: object) -> None:
+    """Check that the sentence holds key and value."""
+    with pytest.raises(UserError, match=rf"MODEL\.KD\.{method.CONFIG_NODE}\.{key} is {value!r}"):
+        build(method, **{key: value})
