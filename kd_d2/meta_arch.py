@@ -130,6 +130,8 @@ class KDMetaArch(nn.Module):
         student = self.adapter.run(inputs, frozenset().union(*(d.needs for d in active.values())), targets)
         if teacher is not None:
             self._check_same_input(student, teacher)
+            if not all(distiller.resizes for distiller in active.values()):
+                self._check_same_maps(student, teacher)
         losses = dict(student.losses)
         distilled = {name: distiller(student, teacher, targets) for name, distiller in active.items()}
         factors = self._factors(iteration, student, distilled)
@@ -177,6 +179,8 @@ class KDMetaArch(nn.Module):
                 f"The student ({type(self.student).__name__}) saw images of {sizes[0]} pixels and the teacher "
                 f"({type(self.teacher.model).__name__}) of {sizes[1]}: their padding does not agree."
             )
+
+    def _check_same_maps(self, student: DetectorOutputs, teacher: DetectorOutputs) -> None:
         for stride in sorted(student.features.keys() & teacher.features.keys()):
             sizes = tuple(student.features[stride].shape[-2:]), tuple(teacher.features[stride].shape[-2:])
             if sizes[0] != sizes[1]:

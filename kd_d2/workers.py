@@ -22,6 +22,16 @@ def mean_count_of_workers(count: Tensor) -> Tensor:
     return mean_of_workers(count).clamp(min=1 / comm.get_world_size())
 
 
+def mean_with_own_gradient(value: Tensor) -> Tensor:
+    """The mean of a tensor over all workers, of whose gradient each worker has its own value's.
+
+    What a loss makes of such means is the same on all workers, and its gradients, which are averaged over workers, are those of one
+    process with the whole batch. Nothing is sent in the backward pass.
+    """
+    own = value.detach()
+    return value + (mean_of_workers(own) - own)
+
+
 def sum_of_workers(value: Tensor) -> Tensor:
     """The sum of a tensor over all workers, which gradients of all workers flow through.
 

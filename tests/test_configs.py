@@ -384,7 +384,7 @@ TINY_EXAMPLES = {
     "rm-pfi": ("retinanet", "fcos", "atss", "gfl"),
     "soft-label": ("faster-rcnn",),
     **dict.fromkeys(("feature-imitation", "gid"), ("retinanet",)),
-    **dict.fromkeys(("icd", "ima", "fgfi", "defeat", "fkd"), ("retinanet", "faster-rcnn")),
+    **dict.fromkeys(("icd", "ima", "fgfi", "defeat", "fkd", "cwd", "pkd", "mgd", "fgd"), ("retinanet", "faster-rcnn")),
 }
 """Detectors by recommended settings."""
 
@@ -397,6 +397,25 @@ def test_tiny_examples(detector: str, fragment: str, stand_in: str) -> None:
     cfg, inherit_alone = (load(TINY / f"{detector}-{name}.yaml", stand_in) for name in (fragment, "inherit"))
     inherit_alone.merge_from_list(as_overrides(str(RECOMMENDED / f"{fragment}.yaml")))
     assert cfg == inherit_alone
+
+
+@pytest.mark.parametrize(("detector", "fragment"), [("retinanet", "pkd"), ("fcos", "fgd"), ("gfl", "mgd")])
+def test_tiny_examples_of_different_families(detector: str, fragment: str, stand_in: str) -> None:
+    """Check that teacher and inheritance alone differ from the recommended settings, and that four levels are compared."""
+    name = f"{detector}-{fragment}-from-faster-rcnn"
+    cfg, expected = (load(TINY / f"{n}.yaml", stand_in) for n in (name, f"{detector}-inherit"))
+    expected.merge_from_list(as_overrides(str(RECOMMENDED / f"{fragment}.yaml")))
+    teacher = {
+        "MODEL.KD.TEACHER.CONFIG_FILE": str(TINY / "faster-rcnn-teacher.yaml"),
+        "MODEL.KD.INHERIT.ENABLED": False,
+    }
+    assert dict(differences(without(cfg), without(expected))) == teacher
+    weights = read_yaml(str(TINY / f"{name}.yaml"))["MODEL"]["KD"]["TEACHER"]["WEIGHTS"]
+    assert weights == "output/tiny/faster-rcnn-teacher/model_final.pth"
+    student, other = (build_adapter(model).spec for model in pair(cfg))
+    assert (student.family, other.family) == ("one-stage", "two-stage")
+    (method,) = cfg.MODEL.KD.DISTILLERS
+    assert DISTILLER_REGISTRY.get(method)(cfg, student, other).adaptation.strides == (8, 16, 32, 64)
 
 
 PUBLISHED = {

@@ -12,7 +12,7 @@ from kd_d2.config import load_config
 from kd_d2.data import register_coco_json
 from kd_d2.engine.trainer import _distributed
 from kd_d2.errors import UserError
-from kd_d2.workers import mean_count_of_workers
+from kd_d2.workers import mean_count_of_workers, mean_with_own_gradient
 
 import pytest
 import torch
@@ -146,6 +146,7 @@ OPTIONS = {
         "MODEL__KD__STRUCTURAL__LOSS": "l1_ms_ssim",
         "MODEL__KD__IMA__INSTANCE": "box",
         "MODEL__KD__FEATURE_IMITATION__ADAPTATION": "1x1",
+        "MODEL__KD__CWD__MAPS": "logits",
     },
     "masked": {
         "MODEL__KD__PFI__MASK": "positives",
@@ -175,11 +176,15 @@ def _count(rank: int, folder: str) -> None:
         count = torch.tensor(float(counts[rank]))
         assert float(mean_count_of_workers(count)) == expected
         assert float(count) == counts[rank]
+    value = torch.tensor(1.0 + 2 * rank, requires_grad=True)
+    mean = mean_with_own_gradient(value)
+    mean.square().backward()
+    assert (float(mean), float(value.grad)) == (2, 4)  # the slope at the mean, all of it on each
     torch.distributed.destroy_process_group()
 
 
 def test_counts_of_workers_by_hand(tmp_path: Path) -> None:
-    """Check that gradients averaged over workers are divided by the whole count, which is at least 1."""
+    """Check that gradients averaged over workers are divided by the whole count, which is at least 1, and means with gradients."""
     assert float(mean_count_of_workers(torch.tensor(0.0))) == 1 and float(mean_count_of_workers(torch.tensor(3.0))) == 3
     torch.multiprocessing.start_processes(_count, nprocs=2, args=(str(tmp_path),), start_method="fork")
 

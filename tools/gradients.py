@@ -84,9 +84,8 @@ def weight_for(
 ) -> tuple[float, float, float | None]:
     """A method's gradient ratio, its WEIGHT, and the WEIGHT that gives the ratio `target`; None where it has no gradient."""
     method = DISTILLER_REGISTRY.get(name)
-    weight = cfg.MODEL.KD[method.CONFIG_NODE].WEIGHT
-    if weight is None:
-        weight = method.family_weight(model.adapter.spec)
+    node = cfg.MODEL.KD[method.CONFIG_NODE]
+    weight = method.published_weight(node, model.adapter.spec) if node.WEIGHT is None else node.WEIGHT
     return pull.strength, weight, weight * target / pull.strength if pull.strength else None
 
 

@@ -88,12 +88,14 @@ class Distiller(nn.Module):
     """A distillation method.
 
     Class attributes:
-        needs: what `forward` reads of the student: a subset of what `DetectorSpec.provides` may name.
+        needs: what `forward` reads of the student: a subset of what `DetectorSpec.provides` may name. An instance may need more, where
+            its keys say so.
         alternative_needs: what it can read in place of `needs`; which of them, an instance says in its own `needs`.
         loss_names: exactly the keys that `forward` returns, each `loss_<something>`; `loss_<something>_aux_<...>` is an
             auxiliary loss, which trains the method's own parameters and is never scaled by the schedule.
         CONFIG_NODE: the method's node under MODEL.KD.
         default_weight: the default of the node's WEIGHT.
+        resizes: whether `forward` takes maps of one stride whose sizes differ.
     """
 
     needs: ClassVar[frozenset[str]]
@@ -101,6 +103,7 @@ class Distiller(nn.Module):
     loss_names: ClassVar[tuple[str, ...]]
     CONFIG_NODE: ClassVar[str]
     default_weight: ClassVar[float] = 1.0
+    resizes: ClassVar[bool] = False
 
     @classmethod
     def needs_of(cls, student: DetectorSpec) -> frozenset[str]:
@@ -115,10 +118,15 @@ class Distiller(nn.Module):
         return cls.default_weight
 
     @classmethod
+    def published_weight(cls, node: CfgNode, student: DetectorSpec) -> float:
+        """The WEIGHT that stands for None, where it depends on other keys of the method's node too."""
+        return cls.family_weight(student)
+
+    @classmethod
     def relative_weight(cls, kd: CfgNode, student: DetectorSpec) -> float:
         """The node's WEIGHT over the method's default, from MODEL.KD."""
-        weight, default = kd[cls.CONFIG_NODE].WEIGHT, cls.family_weight(student)
-        return 1.0 if weight is None else weight / default
+        node = kd[cls.CONFIG_NODE]
+        return 1.0 if node.WEIGHT is None else node.WEIGHT / cls.published_weight(node, student)
 
     @property
     def needs_of_teacher(self) -> frozenset[str]:

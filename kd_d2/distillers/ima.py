@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.structures import Instances
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.ops import roi_align
 
 from ..detectors import DetectorOutputs, DetectorSpec
@@ -22,6 +22,7 @@ from .base import (
     levels_by_stride,
     log_scalar,
 )
+from .generation import generation_blocks, random_mask
 from .masks import inside_boxes
 
 MASKS = ("random", "instance", "none")
@@ -102,9 +103,7 @@ class IMA(Distiller):
         super().__init__()
         self.weight = weight
         self.adaptation = adaptation
-        self.generation = nn.ModuleDict(
-            {str(stride): _generation_block(channels) for stride, channels in (generation_channels or {}).items()}
-        )
+        self.generation = generation_blocks(generation_channels or {})
         self.mask = mask
         self.mask_ratio = mask_ratio
         self.instance = instance
@@ -156,7 +155,7 @@ class IMA(Distiller):
         maps = levels_by_stride(student.features, self.adaptation.strides, "student")
         if self.mask == "none":
             return [x.new_ones(()).expand(len(x), *x.shape[-2:]) for x in maps]
-        shown = [(torch.rand(len(x), *x.shape[-2:], device=x.device) >= self.mask_ratio).to(x.dtype) for x in maps]
+        shown = [random_mask(x, self.mask_ratio) for x in maps]
         if self.mask == "random":
             return shown
         inside = inside_boxes(student, targets, self.adaptation.strides)
@@ -182,8 +181,3 @@ class IMA(Distiller):
         if gamma_N is not None:
             student_NCHW = gamma_N[:, None, None, None] * student_NCHW
         return (student_NCHW - teacher_NCHW).square().mean((1, 2, 3))
-
-
-def _generation_block(channels: int) -> nn.Sequential:
-    layers = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
-    return nn.Sequential(next(layers), nn.ReLU(inplace=True), next(layers))

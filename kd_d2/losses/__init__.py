@@ -1,10 +1,13 @@
 """Pure functions on tensors: no config, no Detectron2, nothing of the rest of the project."""
 
-from .attention import channel_attention, shared_attention, spatial_attention
+from .attention import channel_attention, own_attention, shared_attention, spatial_attention
+from .channel_wise import channel_wise_loss
 from .correlation import dist_loss, with_statistics_of
 from .divergence import decoupled_loss, softmax_divergence
+from .focal import attended_error, background_weights, foreground_weights
 from .icd import attended_value_loss, icd_distill_loss, instance_attention
 from .normalization import min_max_normalize
+from .pearson import channel_means, channel_moments, pearson_loss, pearson_loss_of_moments
 from .prediction_guided import (
     masked_squared_error,
     prediction_difference,
@@ -20,17 +23,26 @@ from .standardization import agreement, standardize
 
 __all__ = [
     "agreement",
+    "attended_error",
     "attended_value_loss",
+    "background_weights",
     "channel_attention",
+    "channel_means",
+    "channel_moments",
+    "channel_wise_loss",
     "count_ranked",
     "decoupled_loss",
     "dist_loss",
     "fitting_window",
+    "foreground_weights",
     "icd_distill_loss",
     "instance_attention",
     "masked_squared_error",
     "min_max_normalize",
     "ms_ssim_loss",
+    "own_attention",
+    "pearson_loss",
+    "pearson_loss_of_moments",
     "prediction_difference",
     "prediction_guided_loss",
     "quality_focal_loss",

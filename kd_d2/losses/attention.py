@@ -33,8 +33,24 @@ def channel_attention(student: Tensor, teacher: Tensor, temperature: float) -> T
 @torch.no_grad()
 def shared_attention(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """Of mean activations (B, ...): number of elements * softmax over them / temperature, averaged over both."""
-    parts = ((x / temperature).flatten(1).softmax(1).view_as(x) * x[0].numel() for x in (student, teacher))
-    return sum(parts) / 2
+    return sum(_softmax_attention(x, temperature) for x in (student, teacher)) / 2
+
+
+def own_attention(features: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Of one detector, with gradients: over positions (B, 1, H, W) and over channels (B, C, 1, 1), each with a mean of 1.
+
+    The first is H * W * softmax over positions of mean over channels |F| / temperature, the second C * softmax over channels of mean over
+    positions |F| / temperature. Computed in float32 or better.
+
+    Args:
+        features: (B, C, H, W).
+    """
+    positions, channels = (_softmax_attention(_mean_activation(features, dims), temperature) for dims in (1, (2, 3)))
+    return positions, channels
+
+
+def _softmax_attention(activations: Tensor, temperature: float) -> Tensor:
+    return (activations / temperature).flatten(1).softmax(1).view_as(activations) * activations[0].numel()
 
 
 def _mean_activation(features: Tensor, dims: int | tuple[int, ...]) -> Tensor:

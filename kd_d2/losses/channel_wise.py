@@ -1,0 +1,25 @@
+"""Channels compared as distributions over positions (channel-wise distillation, Shu et al. 2021)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def channel_wise_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """Scalar: temperature^2 * mean over (B, C) of KL(p_T || p_S), with p the softmax over the positions of F / temperature.
+
+    Gradients go to the student alone. Computed in float32 or better.
+
+    Args:
+        student, teacher: (B, C, H, W), feature maps or class logits.
+    """
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    with torch.autocast(student.device.type, enabled=False):
+        log_student, log_teacher = (
+            (maps.to(dtype).flatten(2) / temperature).log_softmax(2) for maps in (student, teacher.detach())
+        )
+        total = F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
+    B, C = student.shape[:2]
+    return total * (temperature**2 / (B * C))

@@ -1,0 +1,59 @@
+"""Where FGD looks: weights of positions inside and outside boxes, and errors weighed by attention (Yang et al. 2022)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CHUNK = 2**22
+"""Elements of the largest tensor in `foreground_weights`."""
+
+
+@torch.no_grad()
+def foreground_weights(boxes: Tensor, height: int, width: int) -> Tensor:
+    """(B, H, W): at each position the largest 1 / area of the boxes that hold it, 0 where none does.
+
+    A box holds the positions from floor of its first to ceil of its second corner, both included; its area is their number, also of
+    those beyond the map. Nothing waits for a GPU, and memory does not grow with the boxes.
+
+    Args:
+        boxes: (B, N, 4) as x1, y1, x2, y2 in cells of the map; what pads shorter images lies left of or above it.
+        height, width: of the map.
+    """
+    B, N = boxes.shape[:2]
+    low_BN2, high_BN2 = boxes[..., :2].floor(), boxes[..., 2:].ceil()
+    value_BN = (high_BN2 - low_BN2 + 1).prod(-1).reciprocal()
+    columns, rows = (torch.arange(n, device=boxes.device) for n in (width, height))
+    in_columns_BNW, in_rows_BNH = (
+        (low_BN2[..., axis, None] <= cells) & (cells <= high_BN2[..., axis, None])
+        for axis, cells in enumerate((columns, rows))
+    )
+    value_BNH = value_BN[..., None] * in_rows_BNH
+    weights_BHW = boxes.new_zeros(B, height, width)
+    step = max(1, CHUNK // (B * height * width))
+    for first in range(0, N, step):
+        some = slice(first, first + step)
+        inside_BNHW = value_BNH[:, some, :, None] * in_columns_BNW[:, some, None]
+        weights_BHW = torch.maximum(weights_BHW, inside_BNHW.amax(1))
+    return weights_BHW
+
+
+@torch.no_grad()
+def background_weights(foreground: Tensor) -> Tensor:
+    """(B, H, W): where no box is, 1 over the number of such positions of the image, else 0.
+
+    Args:
+        foreground: (B, H, W), see `foreground_weights`.
+    """
+    outside = (foreground == 0).to(foreground.dtype)
+    return outside / outside.sum((1, 2), keepdim=True).clamp(min=1)
+
+
+def attended_error(student: Tensor, teacher: Tensor, channels: Tensor) -> Tensor:
+    """(B, H, W): sum over channels of attention * (F_S - F_T)^2.
+
+    Args:
+        student, teacher: (B, C, H, W); gradients go to the student alone.
+        channels: attention (B, C, 1, 1).
+    """
+    return torch.einsum("bchw,bc->bhw", (student - teacher.detach()).square(), channels.flatten(1))

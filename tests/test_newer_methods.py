@@ -1,0 +1,717 @@
+"""CWD, PKD, MGD and FGD: the numbers of their authors' programs, formulas by hand, gradients, and training on real detectors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from kd_d2 import Distiller, KDMetaArch, Teacher
+from kd_d2.detectors import DensePredictions, DetectorOutputs, build_adapter
+from kd_d2.distillers import CWD, FGD, MGD, PKD
+from kd_d2.distillers.base import AdaptationLayers
+from kd_d2.distillers.fgd import ContextBlock
+from kd_d2.distillers.generation import random_mask
+from kd_d2.errors import UserError
+from kd_d2.losses import (
+    attended_error,
+    background_weights,
+    channel_means,
+    channel_moments,
+    channel_wise_loss,
+    focal,
+    foreground_weights,
+    own_attention,
+    pearson_loss,
+    pearson_loss_of_moments,
+)
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from helpers import KillAt, make_project, save_fixed_weights, targets_of, train
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+FIXTURES = Path(__file__).parent / "fixtures" / "methods"
+STRIDES = (8, 16, 32)
+METHODS = (CWD, PKD, MGD, FGD)
+
+
+@cache
+def _fixture(name: str) -> dict[str, Tensor]:
+    """Numbers of a public program on small random inputs, see the README beside them."""
+    with np.load(FIXTURES / f"{name}.npz") as arrays:
+        return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+
+
+def _levels(name: str, prefix: str) -> dict[int, Tensor]:
+    """A leaf for each level."""
+    return {stride: _fixture(name)[f"{prefix}.{stride}"].clone().requires_grad_() for stride in STRIDES}
+
+
+def _outputs(features: dict[int, Tensor], dense: DensePredictions | None = None) -> DetectorOutputs:
+    return DetectorOutputs(images=None, features=features, dense=dense)
+
+
+def _assert_equal(found: Tensor | float, expected: Tensor, floor: float = 0.0) -> None:
+    """To 1e-5 of the largest value, and to `floor`."""
+    found = torch.as_tensor(found).reshape(expected.shape)
+    difference, largest = (found.detach() - expected).abs().max().item(), expected.abs().max().item()
+    assert difference <= 1e-5 * largest + floor, f"{difference} of {largest}"
+
+
+def _copy(module: nn.Module, values: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(values[name].reshape(parameter.shape))
+
+
+# --------------------------------------------------------------------------------------------- numbers of the public programs
+
+
+@pytest.mark.parametrize(("case", "temperature"), [("neck_tau1", 1.0), ("neck_tau4", 4.0)])
+def test_cwd_of_the_program(case: str, temperature: float) -> None:
+    """Check each level's loss, their weighted sum, and gradients."""
+    values, student = _fixture("cwd"), _levels("cwd", "student")
+    teacher = {s: values[f"teacher.{s}"] for s in STRIDES}
+    cwd = CWD(weight=10.0, adaptation=AdaptationLayers({s: (8, 8) for s in STRIDES}, 0), temperature=temperature)
+    loss = cwd(_outputs(student), _outputs(teacher), [])["loss_cwd"]
+    loss.backward()
+    for s in STRIDES:
+        _assert_equal(channel_wise_loss(student[s], teacher[s], temperature), values[f"{case}.loss.{s}"])
+        _assert_equal(student[s].grad, values[f"{case}.grad_student.{s}"])
+    _assert_equal(loss, sum(values[f"{case}.weighted_loss.{s}"] for s in STRIDES))
+
+
+def _dense(logit_maps: dict[int, Tensor], classes: int) -> DensePredictions:
+    logits = {s: x.permute(0, 2, 3, 1).reshape(len(x), -1, classes) for s, x in logit_maps.items()}
+    return DensePredictions(logits=logits, box_regression={}, anchors={}, decode=lambda *_: None)
+
+
+@pytest.mark.parametrize("classes", [4, 2])
+def test_cwd_on_logits_of_the_program(classes: int) -> None:
+    """Check one anchor of four classes, and two anchors of two: the same channels."""
+    values, student = _fixture("cwd"), _levels("cwd", "student_logits")
+    teacher = {s: values[f"teacher_logits.{s}"] for s in STRIDES}
+    cwd = CWD(weight=5.0, logit_strides=STRIDES)
+    loss = cwd(*(_outputs(x, _dense(x, classes)) for x in (student, teacher)), [])["loss_cwd"]
+    loss.backward()
+    _assert_equal(loss, sum(values[f"logits_tau1.weighted_loss.{s}"] for s in STRIDES))
+    for s in STRIDES:
+        _assert_equal(student[s].grad, values[f"logits_tau1.grad_student.{s}"])
+
+
+def test_cwd_behind_an_adaptation_layer() -> None:
+    """Check the gradient through a 1x1 layer: the program divides by the student's 6 channels, we by the 8 that are compared."""
+    values, student = _fixture("cwd"), _levels("cwd", "adapted.student")
+    cwd = CWD(weight=5.0, adaptation=AdaptationLayers({s: (6, 8) for s in STRIDES}, 1))
+    for s in STRIDES:
+        align = {name: values[f"adapted.param.{s}.align.{name}"] for name in ("weight", "bias")}
+        _copy(cwd.adaptation.layers[str(s)], align)
+    cwd(_outputs(student), _outputs({s: values[f"teacher.{s}"] for s in STRIDES}), [])["loss_cwd"].backward()
+    for s in STRIDES:
+        _assert_equal(student[s].grad * 8 / 6, values[f"adapted.public_grad_student.{s}"])
+
+
+def test_pkd_of_the_program() -> None:
+    """Check each level's loss, their weighted sum, and gradients."""
+    values, student = _fixture("pkd"), _levels("pkd", "student")
+    teacher = {s: values[f"teacher.{s}"] for s in STRIDES}
+    pkd = PKD(weight=10.0, adaptation=AdaptationLayers({s: (8, 8) for s in STRIDES}, 0))
+    loss = pkd(_outputs(student), _outputs(teacher), [])["loss_pkd"]
+    loss.backward()
+    _assert_equal(loss, sum(values[f"weighted_loss.{s}"] for s in STRIDES))
+    for s in STRIDES:
+        _assert_equal(pearson_loss(student[s], teacher[s]), values[f"loss.{s}"])
+        _assert_equal(student[s].grad, values[f"grad_student.{s}"])
+
+
+@pytest.mark.parametrize("resized", ["student", "teacher"])
+def test_pkd_of_maps_of_other_size(resized: str) -> None:
+    """Check a level of stride 16 beside one of stride 8, either of them resized."""
+    values = _fixture("pkd")
+    student = values["student.16"].clone().requires_grad_()
+    pkd = PKD(weight=1.0, adaptation=AdaptationLayers({16: (8, 8)}, 0), resized=resized)
+    loss = pkd(_outputs({16: student}), _outputs({16: values["teacher.8"]}), [])["loss_pkd"]
+    _assert_equal(loss, values[f"resize_{resized}.loss"])
+    _assert_equal(torch.autograd.grad(loss, student)[0], values[f"resize_{resized}.grad_student"])
+
+
+def test_pkd_of_a_constant_channel() -> None:
+    """Check the loss and the gradient where a channel of the student has no variance."""
+    values = _fixture("pkd")
+    student = values["constant.student"].clone().requires_grad_()
+    loss = pearson_loss(student, values["teacher.32"])
+    (gradient,) = torch.autograd.grad(loss, student)
+    _assert_equal(loss, values["constant.loss"])
+    constant = student.flatten(2).std((0, 2)) == 0
+    assert constant.tolist() == [True] + [False] * 7
+    for channels in (constant, ~constant):
+        _assert_equal(gradient[:, channels], values["constant.grad_student"][:, channels])
+
+
+@pytest.fixture
+def program_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws of U for which U >= ratio keeps what the program keeps, where 1 - U <= 1 - ratio."""
+    draws = iter([1 - _fixture("mgd")[f"noise.{s}"][:, 0] for s in STRIDES])
+    monkeypatch.setattr(torch, "rand", lambda *size, device: next(draws))
+
+
+def test_mgd_of_the_program(program_mask: None) -> None:
+    """Check the weighted sum, and the gradients in features, adaptation layers and generation blocks."""
+    values, student = _fixture("mgd"), _levels("mgd", "student")
+    teacher = {s: values[f"teacher.{s}"] for s in STRIDES}
+    adaptation = AdaptationLayers({s: (6, 8) for s in STRIDES}, 1)
+    mgd = MGD(weight=2e-5, adaptation=adaptation, channels={s: 8 for s in STRIDES}, mask_ratio=0.65)
+
+    def of_level(prefix: str, stride: int) -> dict[str, Tensor]:
+        start = f"{prefix}.{stride}."
+        return {key.removeprefix(start): value for key, value in values.items() if key.startswith(start)}
+
+    layers = {
+        s: nn.ModuleDict({"align": adaptation.layers[str(s)], "generation": mgd.generation[str(s)]}) for s in STRIDES
+    }
+    for s, module in layers.items():
+        _copy(module, of_level("param", s))
+    loss = mgd(_outputs(student), _outputs(teacher), [])["loss_mgd"]
+    loss.backward()
+    _assert_equal(loss, sum(values[f"weighted_loss.{s}"] for s in STRIDES))
+    for s, module in layers.items():
+        _assert_equal(student[s].grad, values[f"grad_student.{s}"])
+        expected = of_level("grad_param", s)
+        assert expected.keys() == dict(module.named_parameters()).keys()
+        for name, parameter in module.named_parameters():
+            _assert_equal(parameter.grad, expected[name])
+
+
+def test_random_mask_keeps_what_the_program_keeps(program_mask: None) -> None:
+    values = _fixture("mgd")
+    for s in STRIDES:
+        assert torch.equal(random_mask(values[f"student.{s}"], 0.65)[:, None], values[f"kept.{s}"])
+
+
+FGD_LAYERS = {
+    "align": "adaptation.layers.{s}",
+    "conv_mask_s": "student_relations.{s}.attention",
+    "conv_mask_t": "teacher_relations.{s}.attention",
+    **{f"channel_add_conv_s.{n}": f"student_relations.{{s}}.transform.{n}" for n in (0, 1, 3)},
+    **{f"channel_add_conv_t.{n}": f"teacher_relations.{{s}}.transform.{n}" for n in (0, 1, 3)},
+}
+"""By the program's names ours."""
+
+
+def _fgd() -> FGD:
+    """With the program's parameters."""
+    values = _fixture("fgd")
+    adaptation = AdaptationLayers({s: (6, 8) for s in STRIDES}, 1)
+    fgd = FGD(adaptation=adaptation, channels={s: 8 for s in STRIDES})
+    assert fgd.weights == pytest.approx(values["weights"].tolist())
+    for s in STRIDES:
+        for theirs, ours in FGD_LAYERS.items():
+            layer = fgd.get_submodule(ours.format(s=s))
+            _copy(layer, {name: values[f"param.{s}.{theirs}.{name}"] for name in ("weight", "bias")})
+    return fgd
+
+
+def _boxes(with_objects: tuple[bool, bool]) -> list[Instances]:
+    boxes = [
+        _fixture("fgd")[f"boxes.{image}"] if there else torch.zeros(0, 4) for image, there in enumerate(with_objects)
+    ]
+    return [Instances((64, 96), gt_boxes=Boxes(b)) for b in boxes]
+
+
+@pytest.mark.parametrize(
+    ("case", "with_objects"),
+    [("loss", (True, True)), ("no_boxes_in_1", (True, False)), ("no_boxes", (False, False))],
+)
+def test_fgd_of_the_program(case: str, with_objects: tuple[bool, bool]) -> None:
+    """Check the four parts, also where one image or none has an object."""
+    values = _fixture("fgd")
+    features = [{s: values[f"{whose}.{s}"] for s in STRIDES} for whose in ("student", "teacher")]
+    losses = _fgd()(*map(_outputs, features), _boxes(with_objects))
+    for weight, name in zip(values["weights"], ("foreground", "background", "attention", "relation"), strict=True):
+        expected = weight * sum(values[f"{case}.{s}.{name}"] for s in STRIDES)
+        _assert_equal(losses[f"loss_fgd_{name}"], expected)
+    _assert_equal(sum(losses.values()), sum(values[f"{case}.{s}.weighted_total"] for s in STRIDES))
+
+
+def test_fgd_of_each_level_of_the_program() -> None:
+    """Check each level's parts, masks, and the gradients in features and all layers."""
+    values, student, fgd = _fixture("fgd"), _levels("fgd", "student"), _fgd()
+    teacher = {s: values[f"teacher.{s}"] for s in STRIDES}
+    pairs = dict(zip(STRIDES, fgd.adaptation.pairs(_outputs(student), _outputs(teacher)), strict=True))
+    boxes = nn.utils.rnn.pad_sequence([values[f"boxes.{n}"] for n in (0, 1)], batch_first=True, padding_value=-1e4)
+    for s in STRIDES:
+        foreground = foreground_weights(boxes / s, *teacher[s].shape[-2:])
+        _assert_equal(foreground, values[f"loss.{s}.mask_fg"])
+        _assert_equal(background_weights(foreground), values[f"loss.{s}.mask_bg"])
+        parts = fgd.level_losses(*pairs[s], boxes / s, str(s))
+        for name, part in zip(("foreground", "background", "attention", "relation"), parts, strict=True):
+            _assert_equal(part, values[f"loss.{s}.{name}"])
+        sum(weight * part for weight, part in zip(fgd.weights, parts, strict=True)).backward()
+        _assert_equal(student[s].grad, values[f"loss.{s}.grad_student"])
+        for theirs, ours in FGD_LAYERS.items():
+            for name, parameter in fgd.get_submodule(ours.format(s=s)).named_parameters():
+                # the softmax takes no notice of its bias: 0, and on either side what rounding left
+                floor = 1e-9 if theirs.startswith("conv_mask") and name == "bias" else 0.0
+                _assert_equal(parameter.grad, values[f"loss.{s}.grad_param.{theirs}.{name}"], floor)
+
+
+# ------------------------------------------------------------------------------------------------------------------- by hand
+
+
+def _random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_channel_wise_loss_by_hand() -> None:
+    """Check (1/4, 3/4) against (1/2, 1/2) in one channel and no difference in the other, at temperatures 1 and 2, and the gradient."""
+    student = torch.tensor([[0.0, math.log(3)], [1.0, 2.0]], dtype=torch.float64).view(1, 2, 1, 2)
+    teacher = torch.tensor([[7.0, 7.0], [5.0, 6.0]], dtype=torch.float64).view(1, 2, 1, 2)
+    expected = math.log(4 / 3) / 2 / 2
+    assert channel_wise_loss(student, teacher).item() == pytest.approx(expected)
+    assert channel_wise_loss(2 * student, 2 * teacher, 2.0).item() == pytest.approx(4 * expected)
+    maps = _random(2, 3, 2, 2), _random(2, 3, 2, 2, seed=1)
+    assert torch.autograd.gradcheck(lambda s: channel_wise_loss(s, maps[1], 2.0), maps[0].requires_grad_())
+    (own,) = torch.autograd.grad(channel_wise_loss(maps[0], maps[1].requires_grad_()), maps[1], allow_unused=True)
+    assert own is None
+
+
+def test_pearson_loss_by_hand() -> None:
+    """Check correlations of 1 under any scale and shift, -1 and 0 of four positions, one position, and the gradient."""
+    ramp = torch.tensor([0.0, 1, 2, 3], dtype=torch.float64).view(1, 1, 2, 2)
+    other = torch.tensor([1.0, 0, 0, 1], dtype=torch.float64).view(1, 1, 2, 2)
+    assert pearson_loss(ramp, 1e3 * ramp - 5e4).item() == pytest.approx(0, abs=1e-5)
+    assert pearson_loss(ramp, -ramp).item() == pytest.approx(2 * 3 / 4, rel=1e-5)
+    assert pearson_loss(ramp, other).item() == pytest.approx(3 / 4, rel=1e-5)
+    both = torch.cat([ramp, ramp], 1), torch.cat([-ramp, other], 1)
+    assert pearson_loss(*both).item() == pytest.approx((2 + 1) / 2 * 3 / 4, rel=1e-5)
+    single = torch.ones(1, 2, 1, 1, requires_grad=True)
+    loss = pearson_loss(single, torch.zeros(1, 2, 1, 1))
+    assert loss.item() == 0 and torch.autograd.grad(loss, single)[0].abs().max() == 0
+    maps = _random(2, 3, 2, 2), _random(2, 3, 2, 2, seed=1)
+    assert torch.autograd.gradcheck(lambda s: pearson_loss(s, maps[1]), maps[0].requires_grad_())
+    (own,) = torch.autograd.grad(pearson_loss(maps[0], maps[1].requires_grad_()), maps[1], allow_unused=True)
+    assert own is None
+
+
+def test_pearson_loss_far_from_zero() -> None:
+    """Check that float32 does for activations of 1 around 1000."""
+    maps = _random(2, 3, 8, 8), _random(2, 3, 8, 8, seed=1)
+    far = [(x + 1000).float() for x in maps]
+    assert pearson_loss(*far).item() == pytest.approx(pearson_loss(*(x.double() for x in far)).item(), rel=1e-5)
+
+
+def test_pearson_loss_of_a_batch_in_two_parts() -> None:
+    """Check that averaged means and moments of halves give loss and gradient of the whole."""
+    student, teacher = _random(4, 3, 2, 5).requires_grad_(), _random(4, 3, 2, 5, seed=1)
+    halves = [(student[part], teacher[part]) for part in (slice(0, 2), slice(2, 4))]
+    means = sum(channel_means(*half) for half in halves) / 2
+    moments = sum(channel_moments(*half, means) for half in halves) / 2
+    loss, whole = pearson_loss_of_moments(moments, 40), pearson_loss(student, teacher)
+    torch.testing.assert_close(loss, whole)
+    torch.testing.assert_close(*(torch.autograd.grad(x, student)[0] for x in (loss, whole)))
+
+
+def test_own_attention_by_hand() -> None:
+    """Check shares of 1/4 and 3/4 of two positions and of two channels, which are multiplied by their number, and the gradient."""
+    positions = torch.tensor([[0.0, -math.log(3)], [0.0, math.log(3)]]).view(1, 2, 1, 2)
+    over_positions, over_channels = own_attention(positions / 2, 0.5)
+    assert over_positions.flatten().tolist() == pytest.approx([2 / 4, 2 * 3 / 4])
+    assert over_channels.flatten().tolist() == pytest.approx([1, 1])
+    assert over_channels.shape == (1, 2, 1, 1) and over_positions.shape == (1, 1, 1, 2)
+    over_positions, over_channels = own_attention(positions.transpose(1, 3) / 2, 0.5)
+    assert over_positions.flatten().tolist() == pytest.approx([1, 1])
+    assert over_channels.flatten().tolist() == pytest.approx([2 / 4, 2 * 3 / 4])
+    assert torch.autograd.gradcheck(lambda x: own_attention(x, 0.5), _random(2, 2, 2, 3).requires_grad_())
+
+
+def test_focal_weights_by_hand() -> None:
+    """Check floor and ceil with borders, the smaller of two boxes, one beyond the map, padding, and an image without any."""
+    boxes = torch.full((2, 3, 4), -1e4)
+    boxes[0] = torch.tensor([[0.5, 0.0, 1.2, 1.0], [1.0, 1.0, 1.0, 1.0], [2.5, 2.0, 5.5, 2.0]])
+    foreground = foreground_weights(boxes, 3, 4)
+    sixth, fifth = 1 / (3 * 2), 1 / 5
+    expected = [[sixth, sixth, sixth, 0], [sixth, 1, sixth, 0], [0, 0, fifth, fifth]]
+    torch.testing.assert_close(foreground[0], torch.tensor(expected))
+    assert (foreground[1] == 0).all()
+    background = background_weights(foreground)
+    torch.testing.assert_close(background[0], torch.tensor([[0, 0, 0, 1.0], [0, 0, 0, 1], [1, 1, 0, 0]]) / 4)
+    torch.testing.assert_close(background[1], torch.full((3, 4), 1 / 12))
+    everywhere = foreground_weights(torch.tensor([[[0.0, 0.0, 4.0, 3.0]]]), 3, 4)
+    assert (everywhere == 1 / 20).all() and (background_weights(everywhere) == 0).all()
+    assert (foreground_weights(torch.zeros(2, 0, 4), 3, 4) == 0).all()
+
+
+def test_attended_error_by_hand() -> None:
+    """Check 2 * 1 + 3 * 4 at one position, and that gradients go to the student alone."""
+    student = torch.tensor([1.0, 2.0]).view(1, 2, 1, 1).requires_grad_()
+    teacher = torch.zeros(1, 2, 1, 1, requires_grad=True)
+    error = attended_error(student, teacher, torch.tensor([2.0, 3.0]).view(1, 2, 1, 1))
+    assert error.tolist() == [[[14.0]]]
+    ours, theirs = torch.autograd.grad(error.sum(), (student, teacher), allow_unused=True)
+    assert ours.flatten().tolist() == [4.0, 12.0] and theirs is None
+
+
+class Largest(TorchDispatchMode):
+    """Notes the elements of the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        sizes = [x.numel() for x in tree_leaves(results) if isinstance(x, Tensor) and x._base is None]
+        self.elements = max([self.elements, *sizes])
+        return results
+
+
+def _loop_over_boxes(boxes: Tensor, height: int, width: int) -> Tensor:
+    mask = torch.zeros(len(boxes), height, width)
+    for image, of_image in enumerate(boxes.tolist()):
+        for x1, y1, x2, y2 in of_image:
+            x1, y1, x2, y2 = math.floor(x1), math.floor(y1), math.ceil(x2), math.ceil(y2)
+            part = mask[image, y1 : y2 + 1, x1 : x2 + 1]
+            part.clamp_(min=1 / ((x2 - x1 + 1) * (y2 - y1 + 1)))
+    return mask
+
+
+@pytest.mark.parametrize("chunk", [focal.CHUNK, 1])
+def test_three_hundred_boxes(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check them against a loop, all at once and one by one, and that memory does not grow with them."""
+    monkeypatch.setattr(focal, "CHUNK", chunk)
+    corners = torch.rand(2, 300, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([28.0, 18.0])
+    sides = torch.rand(2, 300, 2, generator=torch.Generator().manual_seed(1)) * 12
+    boxes = torch.cat([corners, corners + sides], 2)
+    torch.testing.assert_close(foreground_weights(boxes, 20, 30), _loop_over_boxes(boxes, 20, 30))
+    with Largest() as largest:
+        foreground_weights(boxes * 4, 100, 152)
+    assert largest.elements <= max(chunk, 2 * 300 * 152)
+
+
+def test_context_block_by_hand() -> None:
+    """Check that it begins as the identity, then the sum over positions by a loop, and that W2's bias moves every position."""
+    torch.manual_seed(0)
+    block = ContextBlock(4)
+    assert [tuple(layer.weight.shape) for layer in block.transform if hasattr(layer, "weight")] == [
+        (2, 4),
+        (2,),
+        (4, 2),
+    ]
+    x = torch.randn(2, 4, 2, 3)
+    assert torch.equal(block(x), x)
+    nn.init.normal_(block.transform[3].weight)
+    nn.init.ones_(block.transform[3].bias)
+    weight = block.attention.weight[0, :, 0, 0]
+    for image, result in zip(x, block(x), strict=True):
+        share = (weight @ image.flatten(1)).softmax(0)
+        context = sum(share[n] * image.flatten(1)[:, n] for n in range(6))
+        first, norm, _, last = block.transform
+        hidden = F.layer_norm(first.weight @ context + first.bias, (2,), norm.weight, norm.bias).relu()
+        torch.testing.assert_close(result - image, (last.weight @ hidden + 1)[:, None, None].expand(4, 2, 3))
+    assert ContextBlock(1)(x[:, :1]).shape == (2, 1, 2, 3)
+
+
+def test_fgd_gradient_numerically() -> None:
+    """Check the four losses in float64, away from where an absolute value bends."""
+    fgd = FGD(adaptation=AdaptationLayers({8: (2, 2)}, 0), channels={8: 2}).double()
+    for block in (fgd.student_relations, fgd.teacher_relations):
+        nn.init.normal_(block["8"].transform[3].weight)
+    student, teacher = _random(2, 2, 2, 3).requires_grad_(), _random(2, 2, 2, 3, seed=1)
+    boxes = torch.tensor([[[0.0, 0, 1, 0.5]], [[-1e4] * 4]], dtype=torch.float64)
+    losses = FGD.level_losses.__wrapped__
+    assert torch.autograd.gradcheck(lambda s: losses(fgd, s, teacher, boxes, "8"), student)
+
+
+def test_equal_features_have_no_loss_and_finite_gradients() -> None:
+    """Check CWD, PKD and FGD as it begins, of two equal maps."""
+    methods = (
+        CWD(weight=10.0, adaptation=AdaptationLayers({8: (4, 4)}, 0)),
+        PKD(weight=10.0, adaptation=AdaptationLayers({8: (4, 4)}, 0)),
+        FGD(adaptation=AdaptationLayers({8: (4, 4)}, 0), channels={8: 4}),
+    )
+    for method in methods:
+        maps = _random(2, 4, 8, 8).float()
+        student = maps.clone().requires_grad_()
+        losses = method(_outputs({8: student}), _outputs({8: maps}), targets_of([[8.0, 8, 40, 40]], []))
+        assert [x.item() for x in losses.values()] == pytest.approx([0] * len(losses), abs=1e-5)
+        sum(losses.values()).backward()
+        assert student.grad.isfinite().all()
+
+
+# -------------------------------------------------------------------------------------------------------- keys and their defaults
+
+
+@pytest.fixture
+def build(tiny_cfg: Callable, tiny_detector: Callable) -> Callable[..., Distiller]:
+    """(method, student's kind, teacher's kind, keys) -> the method for the two detectors."""
+
+    def build(method: type[Distiller], kind: str = "retinanet", teacher: str = "retinanet", **keys: Any) -> Distiller:
+        cfg = tiny_cfg(kind, {"MODEL": {"KD": {method.CONFIG_NODE: keys}}})
+        method.validate_config(cfg.MODEL.KD[method.CONFIG_NODE])
+        torch.manual_seed(0)
+        return method(cfg, *(build_adapter(tiny_detector(k)).spec for k in (kind, teacher)))
+
+    return build
+
+
+ONE_STAGE, TWO_STAGE = (1e-3, 5e-4, 5e-4, 5e-6), (5e-5, 2.5e-5, 5e-5, 5e-7)
+POINTS = (1.6e-3, 8e-4, 8e-4, 8e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "pkd", "mgd", "ratio", "fgd"),
+    [
+        ("retinanet", 10, 2e-5, 0.65, ONE_STAGE),
+        ("fcos", 10, 2e-5, 0.65, POINTS),
+        ("reppoints", 10, 2e-5, 0.65, POINTS),
+        ("gfl", 10, 2e-5, 0.65, ONE_STAGE),
+        ("faster", 6, 5e-7, 0.45, TWO_STAGE),
+        ("cascade", 6, 5e-7, 0.45, TWO_STAGE),
+    ],
+)
+def test_defaults_are_the_authors(build: Callable, kind: str, pkd: float, mgd: float, ratio: float, fgd: tuple) -> None:
+    """Check weights, temperatures and mask by the student's family, whatever the teacher's, and no layers where channels agree."""
+    for teacher in (kind, "faster"):
+        methods = {method: build(method, kind, teacher) for method in METHODS}
+        assert (methods[CWD].weight, methods[CWD].temperature, methods[PKD].weight) == (10, 1, pkd)
+        assert (methods[MGD].weight, methods[MGD].mask_ratio) == (mgd, ratio)
+        assert methods[FGD].weights == pytest.approx(fgd) and methods[FGD].temperature == 0.5
+        assert all(not method.adaptation.layers for method in methods.values())
+        assert not list(methods[CWD].parameters()) and not list(methods[PKD].parameters())
+    assert build(CWD, "retinanet", MAPS="logits").weight == 5
+
+
+def test_weights_that_are_named(build: Callable) -> None:
+    """Check that WEIGHT replaces a default or multiplies FGD's four, and each of these by itself."""
+    for method in (CWD, PKD, MGD):
+        assert build(method, WEIGHT=3.0).weight == 3
+    assert build(MGD, MASK_RATIO=0.25).mask_ratio == 0.25
+    keys = ("FOREGROUND_WEIGHT", "BACKGROUND_WEIGHT", "ATTENTION_WEIGHT", "RELATION_WEIGHT")
+    assert build(FGD, WEIGHT=3.0).weights == pytest.approx([3 * weight for weight in ONE_STAGE])
+    for number, key in enumerate(keys):
+        expected = [0.5 if n == number else 2 * weight for n, weight in enumerate(ONE_STAGE)]
+        assert build(FGD, WEIGHT=2.0, **{key: 0.25}).weights == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("maps", "weight", "share"), [("neck", None, 1), ("neck", 5.0, 0.5), ("logits", 5.0, 1)])
+def test_share_of_cwd_among_balanced_methods(
+    maps: str, weight: float | None, share: float, tiny_cfg: Callable[..., CfgNode], tiny_detector: Callable
+) -> None:
+    """Check that the published weight of what is compared counts as 1."""
+    kd = tiny_cfg("retinanet", {"MODEL": {"KD": {"CWD": {"MAPS": maps, "WEIGHT": weight}}}}).MODEL.KD
+    assert CWD.relative_weight(kd, build_adapter(tiny_detector("retinanet")).spec) == share
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "value"),
+    [
+        *((method, "ADAPTATION", "5x5") for method in METHODS),
+        (CWD, "MAPS", "boxes"),
+        (CWD, "TEMPERATURE", 0.0),
+        (PKD, "RESIZE", "both"),
+        (MGD, "MASK_RATIO", 1.0),
+        (MGD, "MASK_RATIO", -0.1),
+        (MGD, "MASK_RATIO", "half"),
+        (FGD, "TEMPERATURE", -1.0),
+        (FGD, "FOREGROUND_WEIGHT", -1.0),
+        (FGD, "BACKGROUND_WEIGHT", float("nan")),
+        (FGD, "ATTENTION_WEIGHT", "much"),
+        (FGD, "RELATION_WEIGHT", -1e-9),
+    ],
+)
+def test_wrong_values_name_their_key(build: Callable, method: type[Distiller], key: str, value: object) -> None:
+    """Check one sentence that begins with the key."""
+    with pytest.raises(UserError, match=rf"^MODEL\.KD\.{method.CONFIG_NODE}\.{key} is [^\n]*\.$"):
+        build(method, **{key: value})
+
+
+def test_logits_have_no_adaptation(build: Callable) -> None:
+    with pytest.raises(UserError, match=r"MODEL\.KD\.CWD\.ADAPTATION is '1x1', which MAPS 'neck' alone reads"):
+        build(CWD, MAPS="logits", ADAPTATION="1x1")
+    assert not list(build(CWD, MAPS="logits", ADAPTATION="none").parameters())
+
+
+# ----------------------------------------------------------------------------------------------------------------- on detectors
+
+OTHER_TEACHER: dict[str, Any] = {
+    "MODEL": {
+        "FPN": {"OUT_CHANNELS": 12, "NORM": "LN"},
+        "RESNETS": {"NORM": "FrozenBN"},
+        "RPN": {"CONV_DIMS": [12]},
+        "PIXEL_MEAN": [0.0, 0.0, 0.0],
+        "PIXEL_STD": [57.0, 57.0, 57.0],
+    }
+}
+"""Other channels in the neck, other norms, and another normalisation of the images."""
+
+
+def _model(
+    tiny_cfg: Callable, student: nn.Module, other: nn.Module, kind: str, methods: tuple = METHODS, **keys: Any
+) -> KDMetaArch:
+    cfg = tiny_cfg(kind, {"MODEL": {"KD": keys}})
+    specs = build_adapter(student).spec, build_adapter(other).spec
+    distillers = {method.__name__: method(cfg, *specs) for method in methods}
+    return KDMetaArch(student=student, teacher=Teacher(other), distillers=distillers)
+
+
+def _check_step(model: KDMetaArch, inputs: list[dict]) -> dict[str, Tensor]:
+    """Losses of a step: finite, with finite gradients in student and own layers, and none in the teacher."""
+    losses = model(inputs)
+    names = [name for distiller in model.distillers.values() for name in distiller.loss_names]
+    sum(losses[name] for name in names).backward()
+    assert all(losses[name].isfinite() for name in names)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.distillers.parameters())
+    assert all(p.grad is None for p in model.teacher.model.parameters())
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.student.backbone.parameters())
+    return {name: losses[name] for name in names}
+
+
+@pytest.mark.parametrize(
+    ("kind", "teacher"),
+    [("retinanet", "retinanet"), ("faster", "cascade"), ("fcos", "retinanet"), ("panoptic", "faster")],
+)
+@pytest.mark.parametrize("counts", [(3, 2), (1, 0), (0, 0), (300, 0)])
+def test_on_detectors(
+    tiny_cfg: Callable,
+    tiny_detector: Callable,
+    make_inputs: Callable,
+    event_storage: EventStorage,
+    kind: str,
+    teacher: str,
+    counts: tuple[int, int],
+) -> None:
+    """Check one- and two-stage pairs with many objects, one and none."""
+    student, other = tiny_detector(kind), tiny_detector(teacher, seed=1)
+    panoptic = kind == "panoptic"
+    inputs = make_inputs(counts=counts, masks=panoptic, sem_seg=panoptic)
+    losses = _check_step(_model(tiny_cfg, student, other, kind), inputs)
+    assert (losses["loss_fgd_foreground"] > 0) == (sum(counts) > 0)
+    assert all(loss > 0 for name, loss in losses.items() if name != "loss_fgd_foreground")
+
+
+@pytest.mark.parametrize(
+    ("kind", "teacher"), [("retinanet", "faster"), ("fcos", "cascade"), ("gfl", "mask"), ("faster", "retinanet")]
+)
+def test_on_detectors_of_different_families(
+    tiny_cfg: Callable,
+    tiny_detector: Callable,
+    make_inputs: Callable,
+    event_storage: EventStorage,
+    kind: str,
+    teacher: str,
+) -> None:
+    """Check two-stage teachers of dense students and the other way: common strides, other channels, norms and image statistics."""
+    student, other = tiny_detector(kind), tiny_detector(teacher, OTHER_TEACHER, seed=1)
+    model = _model(tiny_cfg, student, other, kind)
+    for distiller in model.distillers.values():
+        assert distiller.adaptation.strides == (8, 16, 32, 64)
+        assert {tuple(layer.weight.shape) for layer in distiller.adaptation.layers.values()} == {(12, 8, 1, 1)}
+    assert all(loss > 0 for loss in _check_step(model, make_inputs()).values())
+
+
+@pytest.mark.parametrize("student", ["retinanet", "fcos"])
+def test_training_from_a_two_stage_teacher(tmp_path: Path, student: str) -> None:
+    """Check all four at once, balanced and in mixed precision, over a stop: losses are finite and go on as if unbroken."""
+    other = make_project(tmp_path / "teacher", "faster-rcnn")
+    save_fixed_weights(other.change_teacher(MODEL__FPN__OUT_CHANNELS=24), other.teacher_weights, seed=1)
+    project = make_project(
+        tmp_path / "student",
+        student,
+        MODEL__KD__DISTILLERS=[method.__name__ for method in METHODS],
+        MODEL__KD__TEACHER__CONFIG_FILE=str(other.teacher),
+        MODEL__KD__TEACHER__WEIGHTS=str(other.teacher_weights),
+        MODEL__KD__BALANCE__ENABLED=True,
+        SOLVER__AMP__ENABLED=True,
+        SOLVER__AMP__DTYPE="bfloat16",
+        INPUT__MIN_SIZE_TRAIN=(192,),  # on maps of one cell oneDNN's bfloat16 is wrong
+        INPUT__MAX_SIZE_TRAIN=288,
+        SOLVER__CHECKPOINT_PERIOD=2,
+        SOLVER__BASE_LR=0.001,
+        SOLVER__STEPS=(),
+    )
+    unbroken = train(project, "OUTPUT_DIR", tmp_path / "unbroken")
+    train(project, hooks=(KillAt(2),))
+    resumed = train(project, resume=True, seed=12345)
+    names = {name for method in METHODS for name in method.loss_names}
+    assert len(unbroken.losses) == 4 and all(names <= losses.keys() for losses in unbroken.losses.values())
+    assert all(math.isfinite(value) for losses in unbroken.losses.values() for value in losses.values())
+    assert resumed.losses.keys() == {2, 3}
+    for iteration, losses in resumed.losses.items():
+        assert losses == pytest.approx(unbroken.losses[iteration], rel=1e-3)
+    ratios = unbroken.trainer.bare_model.balance.ratios
+    assert ratios.keys() == {method.__name__ for method in METHODS} and all(ratio > 0 for ratio in ratios.values())
+
+
+@pytest.mark.parametrize("kind", ["retinanet", "fcos", "atss", "gfl", "fsaf", "reppoints"])
+def test_cwd_on_logits_of_detectors(
+    tiny_cfg: Callable, tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage, kind: str
+) -> None:
+    """Check every dense detector, against the formula on the heads' own outputs."""
+    model = _model(tiny_cfg, tiny_detector(kind), tiny_detector(kind, seed=1), kind, (CWD,), CWD={"MAPS": "logits"})
+    inputs = make_inputs(counts=(0, 0))
+    (loss,) = _check_step(model, inputs).values()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.student.head.parameters())
+    with torch.no_grad():
+        targets = [item["instances"] for item in inputs]
+        ours = model.adapter.run(inputs, frozenset({"features", "dense"}), targets)
+        theirs = model.teacher(inputs, frozenset({"features", "dense"}))
+        pairs = [(ours.logit_map(s), theirs.logit_map(s)) for s in (8, 16, 32, 64, 128)]
+        expected = 5 * sum(channel_wise_loss(*pair) for pair in pairs)
+    assert pairs[0][0].shape[1] == 3 * len(build_adapter(model.student).spec.cell_anchors[8])
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_cwd_on_logits_needs_them(build: Callable, tiny_cfg: Callable, tiny_detector: Callable) -> None:
+    """Check a teacher and a student without dense predictions, and heads of another number of anchors."""
+    detectors = {kind: tiny_detector(kind) for kind in ("retinanet", "faster")}
+    for whose, kind, other in (("student", "faster", "retinanet"), ("teacher", "retinanet", "faster")):
+        with pytest.raises(UserError, match=rf"CWD needs dense predictions, which the {whose} \(GeneralizedRCNN\)"):
+            _model(tiny_cfg, detectors[kind], detectors[other], kind, (CWD,), CWD={"MAPS": "logits"})
+    ratios = len(build_adapter(detectors["retinanet"]).spec.cell_anchors[8])
+    with pytest.raises(
+        UserError, match=rf"at stride 8 the student \(RetinaNet\) has {ratios} anchors .* \(FCOS\) 1\.$"
+    ):
+        build(CWD, "retinanet", "fcos", MAPS="logits")
+    assert build(CWD, "fcos", "gfl", MAPS="logits").logit_strides == (8, 16, 32, 64, 128)
+    assert CWD.needs == {"features"}
+
+
+def test_pkd_takes_maps_of_other_sizes(
+    toy_detector: type,
+    constant_inputs: Callable,
+    event_storage: EventStorage,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Check a teacher whose maps are half as large: PKD alone resizes, beside another method it stays an error."""
+    teacher = Teacher(toy_detector())
+    monkeypatch.setattr(
+        teacher.model.backbone, "forward", lambda x: {f"stride{s}": x[..., :: 2 * s, :: 2 * s] for s in (4, 8)}
+    )
+    channels = {4: (3, 3), 8: (3, 3)}
+    pkd = PKD(weight=1.0, adaptation=AdaptationLayers(channels, 0))
+    model = KDMetaArch(student=toy_detector(), teacher=teacher, distillers={"PKD": pkd})
+    inputs = constant_inputs()
+    inputs[0]["image"] = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert 0 < model(inputs)["loss_pkd"] < 2
+    both = {"PKD": pkd, "CWD": CWD(weight=1.0, adaptation=AdaptationLayers(channels, 0))}
+    with pytest.raises(UserError, match="they cannot be compared"):
+        KDMetaArch(student=toy_detector(), teacher=teacher, distillers=both)(inputs)
+
+
+def test_random_mask_hides_its_part() -> None:
+    """Check the share of positions, one mask for all channels, another for each image, and none for a ratio of 0."""
+    torch.manual_seed(0)
+    maps = torch.ones(2, 3, 64, 64)
+    mask = random_mask(maps, 0.65)
+    assert mask.shape == (2, 64, 64) and set(mask.unique().tolist()) == {0, 1}
+    assert mask.mean().item() == pytest.approx(0.35, abs=0.03)
+    assert not torch.equal(mask[0], mask[1])
+    assert (random_mask(maps, 0.0) == 1).all()
