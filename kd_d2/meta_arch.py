@@ -82,7 +82,8 @@ class KDMetaArch(nn.Module):
             "labels": PseudoLabels(kd.PSEUDO_LABELS.SCORE_THRESH) if kd.PSEUDO_LABELS.ENABLED else Annotations(),
             "schedules": {name: Schedule.from_node(kd[method.CONFIG_NODE]) for name, method in methods.items()},
             "balance": GradientBalance.from_node(
-                kd.BALANCE, {name: method.relative_weight(kd, specs[0]) for name, method in methods.items()}
+                kd.BALANCE,
+                {name: method.relative_weight(kd[method.CONFIG_NODE], specs[0]) for name, method in methods.items()},
             ),
         }
 

@@ -507,7 +507,7 @@ def test_share_of_cwd_among_balanced_methods(
 ) -> None:
     """Check that the published weight of what is compared counts as 1."""
     kd = tiny_cfg("retinanet", {"MODEL": {"KD": {"CWD": {"MAPS": maps, "WEIGHT": weight}}}}).MODEL.KD
-    assert CWD.relative_weight(kd, build_adapter(tiny_detector("retinanet")).spec) == share
+    assert CWD.relative_weight(kd.CWD, build_adapter(tiny_detector("retinanet")).spec) == share
 
 
 @pytest.mark.parametrize(

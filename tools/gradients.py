@@ -85,7 +85,7 @@ def weight_for(
     """A method's gradient ratio, its WEIGHT, and the WEIGHT that gives the ratio `target`; None where it has no gradient."""
     method = DISTILLER_REGISTRY.get(name)
     node = cfg.MODEL.KD[method.CONFIG_NODE]
-    weight = method.published_weight(node, model.adapter.spec) if node.WEIGHT is None else node.WEIGHT
+    weight = method.weight_of(node, model.adapter.spec)
     return pull.strength, weight, weight * target / pull.strength if pull.strength else None
 
 

@@ -113,20 +113,19 @@ class Distiller(nn.Module):
         return other if is_other else cls.needs
 
     @classmethod
-    def family_weight(cls, student: DetectorSpec) -> float:
-        """The WEIGHT that stands for None with a student of this family."""
+    def weight_default(cls, node: CfgNode, student: DetectorSpec) -> float:
+        """The WEIGHT that None stands for, which may depend on the student's family and on the method's other keys."""
         return cls.default_weight
 
     @classmethod
-    def published_weight(cls, node: CfgNode, student: DetectorSpec) -> float:
-        """The WEIGHT that stands for None, where it depends on other keys of the method's node too."""
-        return cls.family_weight(student)
+    def weight_of(cls, node: CfgNode, student: DetectorSpec) -> float:
+        """The node's WEIGHT, or its default where that is None."""
+        return cls.weight_default(node, student) if node.WEIGHT is None else node.WEIGHT
 
     @classmethod
-    def relative_weight(cls, kd: CfgNode, student: DetectorSpec) -> float:
-        """The node's WEIGHT over the method's default, from MODEL.KD."""
-        node = kd[cls.CONFIG_NODE]
-        return 1.0 if node.WEIGHT is None else node.WEIGHT / cls.published_weight(node, student)
+    def relative_weight(cls, node: CfgNode, student: DetectorSpec) -> float:
+        """The node's WEIGHT over its default."""
+        return cls.weight_of(node, student) / cls.weight_default(node, student)
 
     @property
     def needs_of_teacher(self) -> frozenset[str]:

@@ -47,7 +47,7 @@ class CWD(Distiller):
         node.ADAPTATION = None
 
     @classmethod
-    def published_weight(cls, node: CfgNode, student: DetectorSpec) -> float:
+    def weight_default(cls, node: CfgNode, student: DetectorSpec) -> float:
         return WEIGHTS[node.MAPS]
 
     @classmethod
@@ -87,7 +87,7 @@ class CWD(Distiller):
     @classmethod
     def from_config(cls, cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> dict:
         node = cfg.MODEL.KD.CWD
-        weight = cls.published_weight(node, student) if node.WEIGHT is None else node.WEIGHT
+        weight = cls.weight_of(node, student)
         common = {"weight": weight, "temperature": node.TEMPERATURE}
         if node.MAPS == "logits":
             strides = common_strides(student, teacher)

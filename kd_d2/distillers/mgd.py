@@ -44,7 +44,7 @@ class MGD(Distiller):
         node.ADAPTATION = None
 
     @classmethod
-    def family_weight(cls, student: DetectorSpec) -> float:
+    def weight_default(cls, node: CfgNode, student: DetectorSpec) -> float:
         return 2e-5 if student.family == "one-stage" else 5e-7
 
     @classmethod
@@ -78,7 +78,7 @@ class MGD(Distiller):
         adaptation = AdaptationLayers.from_node(cls.CONFIG_NODE, node, student, teacher)
         ratio = 0.65 if student.family == "one-stage" else 0.45
         return {
-            "weight": cls.family_weight(student) if node.WEIGHT is None else node.WEIGHT,
+            "weight": cls.weight_of(node, student),
             "adaptation": adaptation,
             "channels": {stride: teacher.shapes[stride].channels for stride in adaptation.strides},
             "mask_ratio": ratio if node.MASK_RATIO is None else node.MASK_RATIO,

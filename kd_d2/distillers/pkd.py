@@ -47,7 +47,7 @@ class PKD(Distiller):
         node.ADAPTATION = None
 
     @classmethod
-    def family_weight(cls, student: DetectorSpec) -> float:
+    def weight_default(cls, node: CfgNode, student: DetectorSpec) -> float:
         return 10.0 if student.family == "one-stage" else 6.0
 
     @classmethod
@@ -72,7 +72,7 @@ class PKD(Distiller):
     def from_config(cls, cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> dict:
         node = cfg.MODEL.KD.PKD
         return {
-            "weight": cls.family_weight(student) if node.WEIGHT is None else node.WEIGHT,
+            "weight": cls.weight_of(node, student),
             "adaptation": AdaptationLayers.from_node(cls.CONFIG_NODE, node, student, teacher),
             "resized": node.RESIZE,
         }

@@ -105,7 +105,7 @@ class StructuralKD(Distiller):
         node.ATTENTION_TEMPERATURE = None
 
     @classmethod
-    def family_weight(cls, student: DetectorSpec) -> float:
+    def weight_default(cls, node: CfgNode, student: DetectorSpec) -> float:
         return 4.0 if student.family == "one-stage" else 2.0
 
     @classmethod
@@ -162,7 +162,7 @@ class StructuralKD(Distiller):
     @classmethod
     def from_config(cls, cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> dict:
         node = cfg.MODEL.KD.STRUCTURAL
-        weight = cls.family_weight(student) if node.WEIGHT is None else node.WEIGHT
+        weight = cls.weight_of(node, student)
         temperature = node.ATTENTION_TEMPERATURE
         if temperature is None:
             temperature = 0.5 if student.family == "one-stage" else 0.1

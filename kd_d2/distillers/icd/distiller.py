@@ -72,7 +72,7 @@ class ICD(Distiller):
         node.CLIP_NORM = 0.01
 
     @classmethod
-    def family_weight(cls, student: DetectorSpec) -> float:
+    def weight_default(cls, node: CfgNode, student: DetectorSpec) -> float:
         return 8.0 if student.family == "one-stage" else 3.0
 
     @classmethod
@@ -160,7 +160,7 @@ class ICD(Distiller):
         if detached is None:
             detached = min(1000, cfg.SOLVER.MAX_ITER // 90)
         return {
-            "weight": cls.family_weight(student) if node.WEIGHT is None else node.WEIGHT,
+            "weight": cls.weight_of(node, student),
             "strides": strides,
             "encoder": InstanceEncoder(num_classes, node.DIM),
             "decoder": Decoder(_channels(teacher, strides), node.DIM, node.NUM_HEADS, node.FFN_DIM, node.NUM_LAYERS),
