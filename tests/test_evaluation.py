@@ -21,7 +21,7 @@ from helpers import ROOT, clean_process, make_coco, make_project
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-FAKE_DETECTIONS = Path(__file__).resolve().parents[2] / "shared" / "fixtures"
+FAKE_DETECTIONS = Path(__file__).resolve().parent / "fixtures" / "coco"
 
 
 def _evaluations(truth: COCO, detections: COCO) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -46,13 +46,12 @@ def summary_lines(capsys: pytest.CaptureFixture) -> Callable[[], tuple[list[str]
     return read
 
 
-@pytest.mark.skipif(not FAKE_DETECTIONS.is_dir(), reason=f"the COCO fixture is not in {FAKE_DETECTIONS}")
 def test_faster_coco_eval_on_real_annotations(summary_lines: Callable) -> None:
     """Compare with pycocotools' 12 recorded numbers, and every printed line of both."""
-    truth = COCO(str(FAKE_DETECTIONS / "coco_fakebbox45_gt.json"))
-    detections = truth.loadRes(str(FAKE_DETECTIONS / "coco_fakebbox45_dt.json"))
+    truth = COCO(str(FAKE_DETECTIONS / "fakebbox45_gt.json"))
+    detections = truth.loadRes(str(FAKE_DETECTIONS / "fakebbox45_dt.json"))
     (official, *_), (faster, *_) = _evaluations(truth, detections)
-    recorded = json.loads((FAKE_DETECTIONS / "coco_fakebbox45_expected.json").read_text())["stats"]
+    recorded = json.loads((FAKE_DETECTIONS / "fakebbox45_expected.json").read_text())["stats"]
     np.testing.assert_allclose(official, recorded, rtol=0, atol=1e-12)
     np.testing.assert_allclose(faster, recorded, rtol=0, atol=1e-12)
     official_lines, faster_lines = summary_lines()
