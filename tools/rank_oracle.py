@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""What perfect ranks would be worth to a student: how much Rank Mimicking can gain at best.
+"""AP of a student if its class scores ranked each object's candidates as the teacher's do.
 
     tools/rank_oracle.py --config-file CONFIG --weights CHECKPOINT [--images 400] [KEY VALUE ...]
 
 AP of the student on the first images of the test set that have objects: as it is; with the class scores of each object's positive anchors
-distributed over these in the teacher's order, which is all that a rank says; and with the teacher's scores in their place. CONFIG is a
+distributed over these in the teacher's order, all else unchanged; and with the teacher's scores in their place. CONFIG is a
 distillation's, CHECKPOINT any of a student of its kind; both detectors are dense ones with the same anchors.
 """
 

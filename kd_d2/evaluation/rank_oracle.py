@@ -56,8 +56,8 @@ def rank_oracle(cfg: CfgNode, model: KDMetaArch, examples: Iterable[dict]) -> di
 def exchanged_logits(
     student: DensePredictions, teacher: DensePredictions, targets: list[Instances]
 ) -> dict[str, Tensor]:
-    """Class logits (B, R, K): the student's; those with the logits of each instance's class at its positives in the teacher's order,
-    which is what Rank Mimicking can reach at best; and those with the teacher's logits in their place."""
+    """Class logits (B, R, K): the student's; those with the logits of each instance's class at its positives in the teacher's order;
+    and those with the teacher's logits in their place."""
     positives = student.positives
     class_P, _ = positives.ground_truth(targets)
     ours_P, theirs_P = (positives.pick(dense.logits.values(), class_P) for dense in (student, teacher))
