@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What MODEL.KD.BALANCE costs: an iteration that measures gradient ratios beside one that does not.
 
-    benchmarks/balance.py [--pair tiny|coco] [--methods NAME[+NAME] ...] [--rounds N] [--threads N]
+    benchmarks/balance.py [--pair PAIR] [--methods NAME[+NAME] ...] [--rounds N] [--threads N]
 
 Both take turns in one process, round after round. "measurement" is the difference of their medians, "of iteration" what it adds to an
 iteration at the default PERIOD: the difference in the same round, divided by PERIOD and by the iteration without (median, lowest,
@@ -11,7 +11,6 @@ highest of the rounds). The pairs are those of benchmarks/step.py.
 import argparse
 import statistics
 
-from kd_d2 import DISTILLER_REGISTRY
 from kd_d2.balance import GradientBalance
 from measuring import device_name, seconds
 from step import PAIRS, PAST_WARM_UPS, Bench
@@ -24,7 +23,7 @@ from tabulate import tabulate
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", choices=PAIRS, default="tiny")
-    parser.add_argument("--methods", nargs="+", default=[name for name, _ in DISTILLER_REGISTRY if name != "ReadOnly"])
+    parser.add_argument("--methods", nargs="+", help="methods, joined by + (default all that go with the pair)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -34,7 +33,7 @@ def main() -> None:
     period = bench.cfg.MODEL.KD.BALANCE.PERIOD
     rows = []
     with EventStorage(PAST_WARM_UPS) as storage:
-        for method in args.methods:
+        for method in args.methods or bench.methods():
             without, measuring = bench.step(method), bench.step(method)
             measuring.model.balance = GradientBalance(target=2.0, period=1)
             pairs = []
@@ -46,7 +45,7 @@ def main() -> None:
             rows.append([method, *medians, medians[1] - medians[0], statistics.median(parts), min(parts), max(parts)])
     print(f"{args.pair}, {device_name(args.threads)}, torch {torch.__version__}, {args.rounds} rounds, PERIOD {period}")
     headers = ["", "s / iteration", "with measurement", "measurement", "of iteration", "lowest", "highest"]
-    print(tabulate(rows, headers=headers, floatfmt=("", *[".3f"] * 6), tablefmt="github"))
+    print(tabulate(rows, headers=headers, floatfmt=("", *[".4f"] * 6), tablefmt="github"))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
 #!/usr/bin/env python
 """Seconds and peak memory of a training iteration: the plain student, with one teacher forward, with each method.
 
-    benchmarks/step.py [--pair tiny|coco] [--methods NAME[+NAME] ...] [--rounds N] [--threads N] [--output FILE.json]
+    benchmarks/step.py [--pair PAIR] [--methods NAME[+NAME] ...] [--rounds N] [--threads N] [--output FILE.json]
 
 Times: all variants share one student and one teacher and take turns, round after round, in one process; the median of a
 variant's rounds, and the median of its ratio to student and teacher alone in the same round: to "student + teacher's neck" for
 methods that read features alone, to "student + teacher" for those that read predictions too. Each method alone is its losses and
-their gradients as far as what the detectors gave, also as a part of the same. Memory: each variant in a fresh
-process, the peak of the resident set during one iteration above what it was before (on a GPU: allocated memory).
+their gradients as far as what the detectors gave, also as a part of the same; it is left out of methods that run a part of a
+detector's head themselves. Memory: the peak during one iteration above what it was before, of the resident set in a fresh process, or
+of what is allocated on the GPU.
 
-The pairs: "tiny" is configs/tiny's RetinaNet R18 -> R10, 8 images of 192x256. "coco" is Detectron2's RetinaNet R101 -> R50,
-2 images of 800x1216.
+The pairs: "tiny", "tiny-gfl" and "tiny-faster-rcnn" are those of configs/tiny, R18 -> R10, 8 images of 192x256. "coco" and
+"coco-faster-rcnn" are Detectron2's RetinaNet and Faster R-CNN, R101 -> R50, 2 images of 800x1216.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import os
 import statistics
 from collections.abc import Callable
 
-from kd_d2 import DISTILLER_REGISTRY, Distiller, KDMetaArch, Teacher, load_config
+from kd_d2 import DISTILLER_REGISTRY, Distiller, KDMetaArch, Teacher, UserError, load_config
 from kd_d2.detectors import build_adapter
 from kd_d2.engine.optimizers import build_optimizers
 from kd_d2.engine.step import DistillationStep
@@ -40,7 +41,15 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 TINY = os.path.join(os.path.dirname(HERE), "configs", "tiny")
 PAIRS = {
     "tiny": (f"{TINY}/retinanet-student.yaml", f"{TINY}/retinanet-teacher.yaml", 8, (192, 256)),
+    "tiny-gfl": (f"{TINY}/gfl-student.yaml", f"{TINY}/gfl-teacher.yaml", 8, (192, 256)),
+    "tiny-faster-rcnn": (f"{TINY}/faster-rcnn-student.yaml", f"{TINY}/faster-rcnn-teacher.yaml", 8, (192, 256)),
     "coco": ("COCO-Detection/retinanet_R_50_FPN_1x.yaml", "COCO-Detection/retinanet_R_101_FPN_3x.yaml", 2, (800, 1216)),
+    "coco-faster-rcnn": (
+        "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",
+        "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml",
+        2,
+        (800, 1216),
+    ),
 }
 DATASET = "benchmark"
 PLAIN, NECK, WHOLE = "student", "student + teacher's neck", "student + teacher"
@@ -65,12 +74,8 @@ class ReadOnly(Distiller):
 
 
 READ = {NECK: frozenset({"features"}), WHOLE: frozenset({"features", "dense"})}
-
-
-def reference_of(variant: str) -> str:
-    """The variant without a method that a variant is compared to."""
-    needs = [DISTILLER_REGISTRY.get(name).needs for name in variant.split("+")] if variant not in (PLAIN, *READ) else []
-    return WHOLE if variant == WHOLE or any("dense" in n for n in needs) else NECK
+HEAD_PARTS = ("proposals", "towers")
+"""Parts of detectors by which methods run a part of a head."""
 
 
 class Bench:
@@ -84,11 +89,31 @@ class Bench:
         torch.manual_seed(0)
         self.student = _build(self.cfg)
         self.teacher = Teacher(_build(load_config(teacher_config, opts)))
+        self.references = [PLAIN, *(name for name, needs in READ.items() if needs <= self.teacher.spec.provides)]
         self.data = batch_of(batch, size, self.teacher.spec.num_classes)
         self.cfg.DATASETS.TRAIN = (DATASET,)
         if DATASET in DatasetCatalog:
             DatasetCatalog.remove(DATASET)
         DatasetCatalog.register(DATASET, lambda: _as_dataset(self.data))
+
+    def methods(self) -> list[str]:
+        """The names of the methods that go with the pair."""
+        return [name for name, method in DISTILLER_REGISTRY if method is not ReadOnly and self._goes_with(name)]
+
+    def _goes_with(self, method: str) -> bool:
+        try:
+            self.model(method)
+        except UserError:
+            return False
+        return True
+
+    def reference_of(self, variant: str) -> str:
+        """The variant without a method that a variant is compared to."""
+        if variant in self.references:
+            return WHOLE if variant == WHOLE else NECK
+        return (
+            WHOLE if any("dense" in distiller.needs for distiller in self.model(variant).distillers.values()) else NECK
+        )
 
     def model(self, variant: str) -> nn.Module:
         if variant == PLAIN:
@@ -106,10 +131,15 @@ class Bench:
         step._data_loader_iter_obj = itertools.repeat(self.data)
         return step
 
-    def method_alone(self, variant: str) -> Callable[[], None]:
-        """A method's losses and their gradients as far as features and predictions, both detectors having run."""
+    def method_alone(self, variant: str) -> Callable[[], None] | None:
+        """A method's losses and their gradients as far as features and predictions, both detectors having run.
+
+        None for a method that runs a part of a head.
+        """
         model = self.model(variant)
         needs = frozenset().union(*(distiller.needs for distiller in model.distillers.values()))
+        if any(part.startswith(HEAD_PARTS) for part in needs):
+            return None
         targets = [item["instances"].to(self.device) for item in self.data]
         self.teacher.to(model.device)
         teacher = self.teacher(self.data, needs)
@@ -171,9 +201,8 @@ def _as_dataset(inputs: list[dict]) -> list[dict]:
     return dicts
 
 
-def measure_times(pair: str, variants: list[str], rounds: int) -> dict[str, list[float]]:
+def measure_times(bench: Bench, variants: list[str], rounds: int) -> dict[str, list[float]]:
     """Seconds of every round, by variant. One round more is run first and thrown away."""
-    bench = Bench(pair)
     steps = {variant: bench.step(variant) for variant in variants}
     times: dict[str, list[float]] = {variant: [] for variant in variants}
     with EventStorage(PAST_WARM_UPS):
@@ -184,20 +213,19 @@ def measure_times(pair: str, variants: list[str], rounds: int) -> dict[str, list
     return {variant: values[1:] for variant, values in times.items()}
 
 
-def measure_alone(pair: str, methods: list[str], rounds: int) -> dict[str, float]:
+def measure_alone(bench: Bench, methods: list[str], rounds: int) -> dict[str, float]:
     """Median seconds of each method without the detectors: what does not drown in the noise of a whole iteration."""
-    bench = Bench(pair)
     medians = {}
     with EventStorage(PAST_WARM_UPS):
         for method in methods:
             call = bench.method_alone(method)  # holds what both detectors gave: one at a time
-            medians[method] = statistics.median([seconds(call) for _ in range(rounds + 1)][1:])
+            if call is not None:
+                medians[method] = statistics.median([seconds(call) for _ in range(rounds + 1)][1:])
     return medians
 
 
-def measure_memory(pair: str, variant: str) -> float:
-    """Peak memory of one iteration above the state before it, in MiB; call it in a fresh process."""
-    bench = Bench(pair)
+def measure_memory(bench: Bench, variant: str) -> float:
+    """Peak memory of one iteration above the state before it, in MiB; on a CPU in a fresh process alone."""
     step = bench.step(variant)
     with EventStorage(PAST_WARM_UPS):
         return peak_memory(step.run_step)
@@ -206,23 +234,31 @@ def measure_memory(pair: str, variant: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", choices=PAIRS, default="tiny")
-    parser.add_argument("--methods", nargs="+", default=[name for name, _ in DISTILLER_REGISTRY])
+    parser.add_argument("--methods", nargs="+", help="methods, joined by + (default all that go with the pair)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", help="json file for the figures")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    bench = Bench(args.pair)
     if args.memory_of:
-        print(measure_memory(args.pair, args.memory_of))
+        print(measure_memory(bench, args.memory_of))
         return
 
-    variants = [PLAIN, *READ, *args.methods]
-    times = measure_times(args.pair, variants, args.rounds)
-    alone = measure_alone(args.pair, args.methods, args.rounds)
+    methods = args.methods or bench.methods()
+    variants = [*bench.references, *methods]
+    times = measure_times(bench, variants, args.rounds)
+    alone = measure_alone(bench, methods, args.rounds)
     options = ["--pair", args.pair, "--threads", args.threads]
-    memory = {v: number_from_fresh_process(__file__, *options, "--memory-of", v) for v in variants}
-    ratios = {v: [a / b for a, b in zip(times[v], times[reference_of(v)])] for v in variants}
+    memory = {
+        v: measure_memory(bench, v)
+        if bench.device == "cuda"
+        else number_from_fresh_process(__file__, *options, "--memory-of", v)
+        for v in variants
+    }
+    references = {v: times[bench.reference_of(v)] for v in variants}
+    ratios = {v: [a / b for a, b in zip(times[v], references[v])] for v in variants}
     result = {
         "pair": args.pair,
         "device": device_name(args.threads),
@@ -245,7 +281,7 @@ def main() -> None:
             min(ratios[v]),
             max(ratios[v]),
             alone.get(v),
-            alone[v] / statistics.median(times[reference_of(v)]) if v in alone else None,
+            alone[v] / statistics.median(references[v]) if v in alone else None,
             memory[v],
         ]
         for v in variants
@@ -254,7 +290,7 @@ def main() -> None:
     print(f"{args.pair}, {result['device']}, torch {torch.__version__}, median of {args.rounds} interleaved rounds")
     print(
         tabulate(
-            rows, headers=headers, floatfmt=("", ".3f", ".3f", ".3f", ".3f", ".3f", ".3f", ".0f"), tablefmt="github"
+            rows, headers=headers, floatfmt=("", ".4f", ".3f", ".3f", ".3f", ".4f", ".3f", ".0f"), tablefmt="github"
         )
     )
     if args.output:
