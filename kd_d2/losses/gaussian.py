@@ -29,7 +29,7 @@ def gaussian_blur(maps: Tensor, window_size: int, sigma: float) -> Tensor:
 def blur_matrix(side: int, window_size: int, sigma: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The blur of a line of `side` cells with reflected ends as a (side, side) matrix; its transpose is the adjoint."""
     kernel = get_gaussian_kernel1d(window_size, sigma, dtype=torch.float64)
-    kernel[kernel < NEGLIGIBLE] = 0
+    kernel.masked_fill_(kernel < NEGLIGIBLE, 0)
     half = window_size // 2
     impulses = torch.eye(side, dtype=torch.float64)[:, None]
     responses = F.conv1d(F.pad(impulses, (half, half), mode="reflect"), kernel[None])
