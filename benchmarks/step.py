@@ -6,8 +6,8 @@
 Times: all variants share one student and one teacher and take turns, round after round, in one process; the median of a
 variant's rounds, and the median of its ratio to student and teacher alone in the same round: to "student + teacher's neck" for
 methods that read features alone, to "student + teacher" for those that read predictions too. Each method alone is its losses and
-their gradients as far as what the detectors gave, also as a part of the same; it is left out of methods that run a part of a
-detector's head themselves. Memory: the peak during one iteration above what it was before, of the resident set in a fresh process, or
+their gradients as far as what the detectors gave, also as a part of the same; it is not
+measured for methods that run part of a detector's head themselves. Memory: the peak during one iteration above what it was before, of the resident set in a fresh process, or
 of what is allocated on the GPU.
 
 The pairs: "tiny", "tiny-gfl" and "tiny-faster-rcnn" are those of configs/tiny, R18 -> R10, 8 images of 192x256. "coco" and
