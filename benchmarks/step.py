@@ -22,7 +22,7 @@ import statistics
 from collections.abc import Callable
 
 from kd_d2 import DISTILLER_REGISTRY, Distiller, KDMetaArch, Teacher, UserError, load_config
-from kd_d2.detectors import build_adapter
+from kd_d2.adapters import build_adapter
 from kd_d2.engine.optimizers import build_optimizers
 from kd_d2.engine.step import DistillationStep
 from measuring import device_name, number_from_fresh_process, peak_memory, seconds

@@ -1,30 +1,48 @@
-"""kd_d2: knowledge distillation for object detection on Detectron2. Importing it registers everything."""
+"""kd_d2: knowledge distillation for object detection on Detectron2.
 
+The names below are imported when they are first used, and Detectron2 with them; `kd_d2.losses` does without it.
+"""
+
+from __future__ import annotations
+
+import importlib
 import warnings
+from typing import Any
 
-# What Detectron2's own code warns of at every start, and no user of it can mend. The submodules import Detectron2.
+from . import moved
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "DISTILLER_REGISTRY": "distillers",
+    "Distiller": "distillers",
+    "KDMetaArch": "meta_arch",
+    "Teacher": "teacher",
+    "UserError": "errors",
+    "add_kd_config": "config",
+    "load_config": "config",
+    "validate_kd_config": "config",
+}
+
+__all__ = [*_MODULES, "data", "modeling"]
+
+# What Detectron2's own code warns of at every start, and no user of it can change.
 warnings.filterwarnings("ignore", message=r".*torch\.jit\.script")
 warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
 warnings.filterwarnings("ignore", message=r"torch\.meshgrid")
 
-from . import data, modeling
-from .config import add_kd_config, load_config, validate_kd_config
-from .distillers import DISTILLER_REGISTRY, Distiller
-from .errors import UserError
-from .meta_arch import KDMetaArch
-from .teacher import Teacher
+moved.explain(__name__)
 
-__version__ = "0.1.0"
 
-__all__ = [
-    "DISTILLER_REGISTRY",
-    "Distiller",
-    "KDMetaArch",
-    "Teacher",
-    "UserError",
-    "add_kd_config",
-    "data",
-    "load_config",
-    "modeling",
-    "validate_kd_config",
-]
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    if name in __all__:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

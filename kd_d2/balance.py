@@ -11,8 +11,8 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from .checkpoint import part_of
 from .errors import UserError
+from .inheritance import component_of
 
 LOSS_SCALES = (2.0**16, 2.0**8, 1.0)
 """What a loss in float16 is multiplied by before its gradient is taken: the first that does not overflow."""
@@ -138,7 +138,7 @@ def shared_parameters(student: nn.Module) -> list[nn.Parameter]:
             "The student's backbone is fully frozen (MODEL.BACKBONE.FREEZE_AT): there are no parameters in which the gradients of "
             "its losses could be compared."
         )
-    neck = [p for name, p in trained.items() if part_of(name) == "neck"]
+    neck = [p for name, p in trained.items() if component_of(name) == "neck"]
     return neck or list(trained.values())
 
 

@@ -27,7 +27,9 @@ INHERITABLE = ("neck", "head")
 
 
 def add_kd_config(cfg: CN) -> None:
-    """Add the library's keys, with their defaults, to a Detectron2 config."""
+    """Add the library's keys, with their defaults, to a Detectron2 config, and register its detectors by name."""
+    from . import meta_arch  # noqa: F401  registers KDMetaArch; it imports this module
+
     # COCO-format data sets: [[name, annotations.json, image folder], ...]; the names are then used in TRAIN and TEST.
     cfg.DATASETS.COCO_JSON = []
     # Images without objects train here; Detectron2's default drops them.

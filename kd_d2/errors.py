@@ -19,7 +19,7 @@ def check_number(key: str, value: object, minimum: float, *, exclusive: bool = F
 
 
 @contextlib.contextmanager
-def errors_as_sentences() -> Iterator[None]:
+def exit_on_user_error() -> Iterator[None]:
     """A UserError inside is printed as its sentence alone, and ends the program with exit status 2."""
     try:
         yield

@@ -9,12 +9,12 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from .adapters import DetectorOutputs, build_adapter
 from .balance import GradientBalance, shared_parameters
-from .detectors import DetectorOutputs, build_adapter
 from .distillers import DISTILLER_REGISTRY, Distiller, Schedule
 from .distillers.base import is_auxiliary
 from .errors import UserError
-from .labels import Annotations, PseudoLabels
+from .pseudo_labels import Annotations, PseudoLabels
 from .teacher import Teacher
 
 PARTS_IN_WORDS = {

@@ -10,9 +10,9 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
+from .adapters import DetectorOutputs, DetectorSpec, build_adapter
 from .checkpoint import load_complete
 from .config import load_teacher_config
-from .detectors import DetectorOutputs, DetectorSpec, build_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -70,9 +70,9 @@ class Teacher:
     @torch.no_grad()
     def __call__(self, batched_inputs: list[dict], want: frozenset[str]) -> DetectorOutputs:
         """Read the wanted parts for the images of a training batch, given in the student's channel order."""
-        return self.adapter.run(self.in_own_format(batched_inputs), want)
+        return self.adapter.run(self.to_input_format(batched_inputs), want)
 
-    def in_own_format(self, batched_inputs: list[dict]) -> list[dict]:
+    def to_input_format(self, batched_inputs: list[dict]) -> list[dict]:
         """The inputs with the images in the teacher's channel order."""
         if not self.flip_channels:
             return batched_inputs

@@ -12,7 +12,7 @@ from kd_d2 import KDMetaArch, Teacher, UserError
 from kd_d2.balance import GradientBalance, gradient_norm, shared_parameters
 from kd_d2.config import load_config
 from kd_d2.distillers import Distiller, FeatureImitation, Schedule
-from kd_d2.distillers.base import AdaptationLayers
+from kd_d2.distillers.adaptation import AdaptationLayers
 
 import pytest
 import torch

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kd_d2 import DISTILLER_REGISTRY, Distiller, KDMetaArch, Teacher
-from kd_d2.detectors import DensePredictions, DetectorOutputs, build_adapter
+from kd_d2.adapters import DensePredictions, DetectorOutputs, build_adapter
 from kd_d2.distillers import FGFI, FKD, GID, DeFeat
 from kd_d2.distillers.fgfi import near_objects
 from kd_d2.distillers.fkd import NonLocalBlock

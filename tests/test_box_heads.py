@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_d2 import KDMetaArch, Teacher, UserError
-from kd_d2.detectors import DensePredictions, DetectorOutputs, SampledProposals, build_adapter
+from kd_d2.adapters import DensePredictions, DetectorOutputs, SampledProposals, build_adapter
 from kd_d2.distillers import DIST, DISTILLER_REGISTRY, DKD, Distiller, SoftLabel
 from kd_d2.losses import decoupled_loss, dist_loss, softmax_divergence
 

@@ -10,13 +10,12 @@ from kd_d2 import KDMetaArch
 from kd_d2.checkpoint import (
     KDCheckpointer,
     fill,
-    inherit,
     load_complete,
-    part_of,
     read_checkpoint,
 )
 from kd_d2.config import load_config
 from kd_d2.errors import UserError
+from kd_d2.inheritance import component_of, inherit
 from kd_d2.modeling import add_slim_resnet_config
 from kd_d2.torchvision_weights import rename_torchvision_resnet
 
@@ -266,7 +265,7 @@ def test_starting_weights_fill_a_resnet10(tmp_path: Path, torchvision_resnet: nn
     KDCheckpointer(model).load(str(path))
     offered = rename_torchvision_resnet(weights, "backbone.bottom_up.")
     after = model.state_dict()
-    bottom_up = [name for name in after if part_of(name) == "bottom_up"]
+    bottom_up = [name for name in after if component_of(name) == "bottom_up"]
     assert len(bottom_up) == 72
     for name in bottom_up:
         torch.testing.assert_close(after[name], offered[name], rtol=1e-3, atol=1e-3)
@@ -339,7 +338,7 @@ def test_starting_weights_fill_a_mobilenet(tmp_path: Path, log) -> None:
     backbone = "build_retinanet_mobilenet_v2_fpn_backbone"
     model = detector(tmp_path, MODEL__BACKBONE__NAME=backbone)
     KDCheckpointer(model).load(str(path))
-    bottom_up = {name: tensor for name, tensor in model.state_dict().items() if part_of(name) == "bottom_up"}
+    bottom_up = {name: tensor for name, tensor in model.state_dict().items() if component_of(name) == "bottom_up"}
     assert all(torch.equal(tensor, weights[name.partition("bottom_up.")[2]]) for name, tensor in bottom_up.items())
     assert "Starting weights in torchvision's MobileNetV2 format" in log.text
     assert "does not fit" not in log.text

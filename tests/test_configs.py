@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kd_d2 import DISTILLER_REGISTRY
-from kd_d2.checkpoint import inherit, part_of
-from kd_d2.comparison.matrix import read_matrix
+from kd_d2.adapters import build_adapter
 from kd_d2.config import KD_META_ARCH, as_overrides, load_config, load_teacher_config, read_yaml
-from kd_d2.detectors import build_adapter
 from kd_d2.distillers.icd import distiller as icd
+from kd_d2.inheritance import component_of, inherit
+from kd_d2.sweep.matrix import read_matrix
 
 import pytest
 import torch
@@ -343,7 +343,7 @@ def inherited(cfg: CfgNode) -> tuple[set[str], set[str]]:
     """Names of the neck's and head's tensors that come from the teacher, and of those that do not."""
     student, teacher = pair(cfg)
     filled = set(inherit(student, teacher, cfg.MODEL.KD.INHERIT.MODULES).filled)
-    return filled, {name for name in student.state_dict() if part_of(name) != "bottom_up"} - filled
+    return filled, {name for name in student.state_dict() if component_of(name) != "bottom_up"} - filled
 
 
 def modules(names: set[str]) -> set[str]:
@@ -368,7 +368,7 @@ def test_batch_norm_is_a_switch(stand_in: str) -> None:
     def norms(path: Path, *opts) -> dict[str, int]:
         model = build(load(path, stand_in, *opts))
         names = [name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
-        return {part: sum(part_of(name) == part for name in names) for part in ("bottom_up", "neck", "head")}
+        return {part: sum(component_of(name) == part for name in names) for part in ("bottom_up", "neck", "head")}
 
     assert norms(THESIS / "retinanet_R101-R50_ssim.yaml") == {"bottom_up": 0, "neck": 0, "head": 0}
     levels, convolutions = 5, 2 * 4

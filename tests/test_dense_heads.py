@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from kd_d2 import KDMetaArch, Teacher, UserError
+from kd_d2.adapters import IGNORED, DetectorOutputs, Towers, build_adapter, towers_at
 from kd_d2.balance import GradientBalance
-from kd_d2.detectors import IGNORED, DetectorOutputs, Towers, build_adapter, towers_at
 from kd_d2.distillers import DISTILLER_REGISTRY, LD, CrossKD, Distiller
 from kd_d2.distillers.crosskd import giou_loss, iou_loss
 from kd_d2.distillers.ld import center_penalty, valuable_region

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kd_d2.detectors import DetectorOutputs, DetectorSpec
+from kd_d2.adapters import DetectorOutputs, DetectorSpec
 from kd_d2.distillers import DISTILLER_REGISTRY, Distiller, FeatureImitation, OptimizerSettings, Schedule, StructuralKD
-from kd_d2.distillers.base import AdaptationLayers, check_number, common_strides, levels_by_stride
+from kd_d2.distillers.adaptation import AdaptationLayers
+from kd_d2.distillers.base import check_number
+from kd_d2.distillers.matching import common_strides, levels_by_stride
 from kd_d2.errors import UserError
 from kd_d2.losses import ms_ssim_loss, ssim_loss
 

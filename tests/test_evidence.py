@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from kd_d2.comparison import read_matrix
-from kd_d2.comparison.table import HEADERS, build_rows, format_row, read_results
+from kd_d2.sweep import read_matrix
+from kd_d2.sweep.table import HEADERS, build_rows, format_row, read_results
 
 import pytest
 

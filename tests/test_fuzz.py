@@ -17,7 +17,7 @@ from kd_d2 import UserError
 from kd_d2.checkpoint import read_checkpoint
 from kd_d2.config import load_config
 from kd_d2.data.coco_json import _load, check_coco_json
-from kd_d2.engine.schedule import learning_rate_advice
+from kd_d2.engine.learning_rate import learning_rate_advice
 
 import numpy as np
 import pytest

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kd_d2 import KDMetaArch, Teacher
-from kd_d2.detectors import DetectorSpec
+from kd_d2.adapters import DetectorSpec
 from kd_d2.distillers import DISTILLER_REGISTRY, OptimizerSettings
 from kd_d2.distillers.icd import decoder as decoder_module
 from kd_d2.distillers.icd import priors as priors_module

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from kd_d2 import KDMetaArch, Teacher
-from kd_d2.detectors import DetectorOutputs, build_adapter
+from kd_d2.adapters import DetectorOutputs, build_adapter
 from kd_d2.distillers import IMA
-from kd_d2.distillers.base import AdaptationLayers
+from kd_d2.distillers.adaptation import AdaptationLayers
 from kd_d2.errors import UserError
 from kd_d2.losses import agreement, standardize
 

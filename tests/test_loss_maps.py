@@ -7,9 +7,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from kd_d2.detectors import DetectorOutputs
+from kd_d2.adapters import DetectorOutputs
 from kd_d2.distillers import DISTILLER_REGISTRY
-from kd_d2.distillers.base import AdaptationLayers
+from kd_d2.distillers.adaptation import AdaptationLayers
 from kd_d2.distillers.feature_imitation import FeatureImitation
 from kd_d2.engine.loss_maps import LossMapRecorder
 from kd_d2.evaluation.examples import read_examples

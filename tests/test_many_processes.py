@@ -10,9 +10,9 @@ from pathlib import Path
 from kd_d2 import KDMetaArch
 from kd_d2.config import load_config
 from kd_d2.data import register_coco_json
+from kd_d2.distributed import mean_across_ranks_with_local_gradient, mean_count_across_ranks
 from kd_d2.engine.trainer import _distributed
 from kd_d2.errors import UserError
-from kd_d2.workers import mean_count_of_workers, mean_with_own_gradient
 
 import pytest
 import torch
@@ -75,12 +75,12 @@ def _constant_draws(patch: pytest.MonkeyPatch) -> None:
         )
 
 
-OVER_ALL_WORKERS = ("loss_atss_", "loss_gfl_", "loss_fsaf_", "loss_reppoints_")
+OVER_ALL_RANKS = ("loss_atss_", "loss_gfl_", "loss_fsaf_", "loss_reppoints_")
 """Losses of our own detectors; those of Detectron2's divide by what one worker counts."""
 
 
 def _losses_and_gradients(model: torch.nn.Module, inputs: list[dict], shared: bool) -> tuple[dict, dict]:
-    """Losses that are over all workers, and the gradients that they alone give; the others only take part in the graph."""
+    """Losses that are over all ranks, and the gradients that they alone give; the others only take part in the graph."""
     bare: KDMetaArch = getattr(model, "module", model)
     bare.zero_grad()
     with pytest.MonkeyPatch.context() as patch, EventStorage():
@@ -90,7 +90,7 @@ def _losses_and_gradients(model: torch.nn.Module, inputs: list[dict], shared: bo
             _constant_draws(patch)
         losses = model(inputs)
         names = {name for distiller in bare.distillers.values() for name in distiller.loss_names}
-        names |= {name for name in losses if name.startswith(OVER_ALL_WORKERS)}
+        names |= {name for name in losses if name.startswith(OVER_ALL_RANKS)}
         sum(loss if name in names else 0 * loss for name, loss in losses.items()).backward()
     found = {name: parameter.grad.clone() for name, parameter in bare.named_parameters() if parameter.grad is not None}
     return {name: losses[name].detach() for name in names}, found
@@ -174,10 +174,10 @@ def _count(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     for counts, expected in (((3, 4), 3.5), ((1, 0), 0.5), ((0, 0), 0.5)):
         count = torch.tensor(float(counts[rank]))
-        assert float(mean_count_of_workers(count)) == expected
+        assert float(mean_count_across_ranks(count)) == expected
         assert float(count) == counts[rank]
     value = torch.tensor(1.0 + 2 * rank, requires_grad=True)
-    mean = mean_with_own_gradient(value)
+    mean = mean_across_ranks_with_local_gradient(value)
     mean.square().backward()
     assert (float(mean), float(value.grad)) == (2, 4)  # the slope at the mean, all of it on each
     torch.distributed.destroy_process_group()
@@ -185,7 +185,10 @@ def _count(rank: int, folder: str) -> None:
 
 def test_counts_of_workers_by_hand(tmp_path: Path) -> None:
     """Check that gradients averaged over workers are divided by the whole count, which is at least 1, and means with gradients."""
-    assert float(mean_count_of_workers(torch.tensor(0.0))) == 1 and float(mean_count_of_workers(torch.tensor(3.0))) == 3
+    assert (
+        float(mean_count_across_ranks(torch.tensor(0.0))) == 1
+        and float(mean_count_across_ranks(torch.tensor(3.0))) == 3
+    )
     torch.multiprocessing.start_processes(_count, nprocs=2, args=(str(tmp_path),), start_method="fork")
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from kd_d2 import KDMetaArch, Teacher, UserError, load_config
-from kd_d2.checkpoint import inherit, part_of
-from kd_d2.detectors import DetectorOutputs
+from kd_d2.adapters import DetectorOutputs
 from kd_d2.distillers import Distiller, FeatureImitation, Schedule, StructuralKD
-from kd_d2.distillers.base import AdaptationLayers
+from kd_d2.distillers.adaptation import AdaptationLayers
 from kd_d2.engine.optimizers import build_optimizers
 from kd_d2.engine.step import DistillationStep
+from kd_d2.inheritance import component_of, inherit
 from kd_d2.meta_arch import student_of
 
 import pytest
@@ -105,7 +105,7 @@ def test_each_detector_normalises_its_own_way(
     assert student.backbone.seen[-1][0, :, 3, 3].tolist() == [0.0, 1.0, 4.0]
     assert teacher.model.backbone.seen[-1][0, :, 3, 3].tolist() == [0.0, 1.0, 1.0]
     assert inputs[0]["image"][:, 0, 0].tolist() == [1.0, 2.0, 5.0]
-    assert teacher.in_own_format(inputs)[0].keys() == inputs[0].keys()
+    assert teacher.to_input_format(inputs)[0].keys() == inputs[0].keys()
 
     teacher = Teacher(toy_detector())
     KDMetaArch(student=student, teacher=teacher, distillers={"a": _structural((4, 8), 3)})(inputs)
@@ -550,7 +550,7 @@ def test_inheritance_without_distillers(kd_cfg: Callable, make_inputs: Callable,
     inherit(model.student, model.teacher.model, cfg.MODEL.KD.INHERIT.MODULES)
     source = model.teacher.model.state_dict()
     for name, tensor in model.student.state_dict().items():
-        expected = start if part_of(name) == "bottom_up" else source
+        expected = start if component_of(name) == "bottom_up" else source
         assert torch.equal(tensor, expected[name]), name
     assert not torch.equal(start["head.cls_score.weight"], source["head.cls_score.weight"])
     losses = model(make_inputs())

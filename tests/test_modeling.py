@@ -197,7 +197,7 @@ DENSE = {"fcos": FCOS, "atss": ATSS, "gfl": GFL, "fsaf": FSAF, "reppoints": RepP
 
 
 @pytest.mark.parametrize("kind", DENSE)
-def test_detectors_are_built_from_their_keys(kind: str, tiny_detector: Callable) -> None:
+def test_adapters_are_built_from_their_keys(kind: str, tiny_detector: Callable) -> None:
     node = {kind.upper(): {"NUM_CONVS": 2, "PRIOR_PROB": 0.2, "SCORE_THRESH_TEST": 0.125, "NMS_THRESH_TEST": 0.3}}
     model = tiny_detector(kind, {"MODEL": node, "INPUT": {"FORMAT": "RGB"}, "TEST": {"DETECTIONS_PER_IMAGE": 7}})
     assert type(model) is DENSE[kind]
@@ -208,7 +208,7 @@ def test_detectors_are_built_from_their_keys(kind: str, tiny_detector: Callable)
 
 
 @pytest.mark.parametrize("kind", DENSE)
-def test_detectors_learn_one_image(kind: str, tiny_detector: Callable, make_inputs: Callable, event_storage) -> None:
+def test_adapters_learn_one_image(kind: str, tiny_detector: Callable, make_inputs: Callable, event_storage) -> None:
     """Check that a few steps on one image are enough to find its objects: losses, decoding and scores agree."""
     model = tiny_detector(kind)
     inputs = make_inputs(sizes=((64, 80),), counts=(1,))

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from kd_d2 import Distiller, KDMetaArch, Teacher
-from kd_d2.detectors import DensePredictions, DetectorOutputs, build_adapter
+from kd_d2.adapters import DensePredictions, DetectorOutputs, build_adapter
 from kd_d2.distillers import CWD, FGD, MGD, PKD
-from kd_d2.distillers.base import AdaptationLayers
+from kd_d2.distillers.adaptation import AdaptationLayers
 from kd_d2.distillers.fgd import ContextBlock
 from kd_d2.distillers.generation import random_mask
 from kd_d2.errors import UserError

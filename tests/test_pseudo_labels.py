@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from kd_d2 import KDMetaArch, Teacher, UserError, load_config
-from kd_d2.data import build_stream_loader, pseudo_labels, register_coco_json
-from kd_d2.detectors import DetectorOutputs, build_adapter
+from kd_d2.adapters import DetectorOutputs, build_adapter
+from kd_d2.data import build_stream_loader, register_coco_json
 from kd_d2.distillers.icd.priors import compute_priors
 from kd_d2.distillers.icd.queries import ObservedFakeInstances
-from kd_d2.labels import PseudoLabels
+from kd_d2.pseudo_labels import PseudoLabels, label_images
 
 import numpy as np
 import pytest
@@ -330,7 +330,7 @@ def test_labels_are_of_scaled_images(tiny_detector: Callable, make_inputs: Calla
     batch = make_inputs(((64, 80),), (1,))
     batch[0].update(height=128, width=160, file_name="/data/a/b/1.png")
     other = [{**batch[0], "file_name": "/data/a/c/2.png"}]
-    tree, folder = pseudo_labels.label_images(model, [batch, other], 3, "nobody", 0.0)
+    tree, folder = label_images(model, [batch, other], 3, "nobody", 0.0)
     assert folder == "/data/a"
     assert [i["file_name"] for i in tree["images"]] == ["b/1.png", "c/2.png"]
     assert [c["name"] for c in tree["categories"]] == ["class 0", "class 1", "class 2"]

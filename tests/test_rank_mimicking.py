@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from kd_d2.detectors import (
+from kd_d2.adapters import (
     BACKGROUND,
     IGNORED,
     DensePredictions,
@@ -15,7 +15,7 @@ from kd_d2.detectors import (
     build_adapter,
 )
 from kd_d2.distillers import DISTILLER_REGISTRY, PFI, Distiller, RankMimicking, SoftLabel
-from kd_d2.distillers.base import AdaptationLayers
+from kd_d2.distillers.adaptation import AdaptationLayers
 from kd_d2.errors import UserError
 from kd_d2.losses import (
     count_ranked,

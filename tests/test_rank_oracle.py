@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from kd_d2.detectors import BACKGROUND, DensePredictions, build_adapter
+from kd_d2.adapters import BACKGROUND, DensePredictions, build_adapter
 from kd_d2.evaluation.rank_oracle import RANKS, SCORES, STUDENT, detect_with, exchanged_logits
 from kd_d2.losses import reordered
 

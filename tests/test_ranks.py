@@ -5,8 +5,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from kd_d2.detectors import DensePredictions, DetectorOutputs, build_adapter
-from kd_d2.distillers.base import AdaptationLayers
+from kd_d2.adapters import DensePredictions, DetectorOutputs, build_adapter
+from kd_d2.distillers.adaptation import AdaptationLayers
 
 import cv2
 import numpy as np
@@ -192,13 +192,13 @@ def test_what_cannot_be_drawn(draw: Callable, capsys, more: tuple, message: str)
     assert said.startswith("error: ") and message in said and said.count("\n") == 1
 
 
-def test_detectors_with_other_anchors(draw: Callable, distilled: Project, capsys) -> None:
+def test_adapters_with_other_anchors(draw: Callable, distilled: Project, capsys) -> None:
     with pytest.raises(SystemExit):
         draw("MODEL.ANCHOR_GENERATOR.OFFSET", 0.5, "MODEL.KD.DISTILLERS", "('StructuralKD',)")
     assert "error: tools/ranks.py compares predictions anchor by anchor, but at stride 8" in capsys.readouterr().err
 
 
-def test_detectors_without_dense_predictions(draw: Callable, tmp_path: Path, capsys) -> None:
+def test_adapters_without_dense_predictions(draw: Callable, tmp_path: Path, capsys) -> None:
     config = make_project(tmp_path / "rcnn", "faster-rcnn").student
     with pytest.raises(SystemExit):
         draw(config=config)

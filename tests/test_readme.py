@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from kd_d2 import DISTILLER_REGISTRY, KDMetaArch, Teacher, load_config
-from kd_d2.detectors import build_adapter
+from kd_d2.adapters import build_adapter
 from kd_d2.meta_arch import META_ARCH_REGISTRY
 
 import pytest

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from kd_d2 import UserError
 from kd_d2.engine import robustness as engine
-from kd_d2.engine.analysed import AnalysedModel
+from kd_d2.engine.analysed import TrainedModel
 from kd_d2.evaluation.corruptions import CORRUPTIONS, corrupt
 from kd_d2.evaluation.robustness import Robustness
 
@@ -101,7 +101,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Project, _Sees
     """A project whose models are all the toy detector."""
     project = make_project(tmp_path / "toy")
     detector = _SeesClassesByContrast(json.loads(project.annotations.read_text())).eval()
-    monkeypatch.setattr(AnalysedModel, "build", lambda _: detector)
+    monkeypatch.setattr(TrainedModel, "build", lambda _: detector)
     return project, detector
 
 

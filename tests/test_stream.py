@@ -7,8 +7,9 @@ from pathlib import Path
 from kd_d2.config import add_kd_config
 from kd_d2.data import build_stream_loader, register_coco_json
 from kd_d2.data.images import DataError, build_test_loader
-from kd_d2.data.stream import BatchStream, MappedDataset, seeded
+from kd_d2.data.stream import BatchStream, MappedDataset
 from kd_d2.errors import UserError
+from kd_d2.random_state import seeded
 
 import numpy as np
 import pytest

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kd_d2 import Teacher, UserError
+from kd_d2.adapters import RetinaNetAdapter
 from kd_d2.checkpoint import read_checkpoint
-from kd_d2.detectors import RetinaNetAdapter
 from kd_d2.distillers import DISTILLER_REGISTRY, ICD, Distiller, feature_imitation, gid
 from kd_d2.engine import trainer as trainer_module
-from kd_d2.engine.random_state import get_random_state, preserved_random_state, set_random_state
 from kd_d2.engine.step import NonFiniteLossError
+from kd_d2.random_state import get_random_state, preserved_random_state, set_random_state
 
 import numpy as np
 import pytest

@@ -16,7 +16,7 @@ from kd_d2.config import KD_META_ARCH, find_file
 from kd_d2.data import register_coco_json, register_synthetic
 from kd_d2.distillers.icd import ICD
 from kd_d2.engine.checks import check_classes, check_datasets, check_output_folder
-from kd_d2.errors import errors_as_sentences
+from kd_d2.errors import exit_on_user_error
 from kd_d2.evaluation.drawing import draw_instances, overlay_heat, per_pixel, sheet, titled
 from kd_d2.evaluation.examples import pixels, read_examples
 
@@ -110,5 +110,5 @@ if __name__ == "__main__":
     parser.add_argument("--images", type=int, default=8, help="images with instances, from the first on (default 8)")
     parser.add_argument("--instances", type=int, default=4, help="rows of a picture (default 4)")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides: KEY VALUE ...")
-    with errors_as_sentences():
+    with exit_on_user_error():
         main(parser.parse_args())

@@ -11,8 +11,8 @@ a file with several has "<!-- table of tools/compare.py: NAME -->" above each an
 
 import argparse
 
-from kd_d2.comparison import compare, read_matrix
-from kd_d2.errors import errors_as_sentences
+from kd_d2.errors import exit_on_user_error
+from kd_d2.sweep import compare, read_matrix
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -48,7 +48,7 @@ def _until_override(values: list[str] | None) -> tuple[list[str] | None, list[st
 
 if __name__ == "__main__":
     args = parse()
-    with errors_as_sentences():
+    with exit_on_user_error():
         compare(
             read_matrix(args.matrix),
             args.output,

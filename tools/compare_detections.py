@@ -18,7 +18,7 @@ from collections import Counter
 from kd_d2 import UserError
 from kd_d2.engine.analysed import add_model_arguments, detect_dataset, read_annotations, read_models
 from kd_d2.engine.checks import check_output_folder
-from kd_d2.errors import errors_as_sentences
+from kd_d2.errors import exit_on_user_error
 from kd_d2.evaluation.coco import found_objects
 from kd_d2.evaluation.drawing import draw_instances, sheet, titled
 
@@ -125,5 +125,5 @@ if __name__ == "__main__":
     parser.add_argument("--images", type=int, default=8, help="pictures (default 8)")
     parser.add_argument("--score-thresh", type=float, default=0.3, help="lowest score of a detection (default 0.3)")
     add_model_arguments(parser, "two or more")
-    with errors_as_sentences():
+    with exit_on_user_error():
         main(parser.parse_args())

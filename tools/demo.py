@@ -11,10 +11,10 @@ import os
 import time
 
 from kd_d2 import load_config
-from kd_d2.comparison import compare, read_matrix
 from kd_d2.data import register_synthetic
-from kd_d2.errors import errors_as_sentences
+from kd_d2.errors import exit_on_user_error
 from kd_d2.evaluation.drawing import draw_instances, sheet, titled
+from kd_d2.sweep import compare, read_matrix
 
 import cv2
 import torch
@@ -88,5 +88,5 @@ def ground_truth(entry: dict) -> Instances:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="output/demo", help="folder of runs, table and pictures")
-    with errors_as_sentences():
+    with exit_on_user_error():
         main(parser.parse_args().output)

@@ -20,7 +20,7 @@ from kd_d2 import UserError
 from kd_d2.config import find_file
 from kd_d2.engine.analysed import add_model_arguments, detect_dataset, read_annotations, read_models
 from kd_d2.engine.checks import check_output_folder
-from kd_d2.errors import errors_as_sentences
+from kd_d2.errors import exit_on_user_error
 from kd_d2.evaluation.error_plots import plot_error_curves, plot_error_shares
 from kd_d2.evaluation.error_types import SIZES, STAGES, ErrorCurves, analyze_errors
 
@@ -97,5 +97,5 @@ if __name__ == "__main__":
     parser.add_argument("--supercategories", help="yaml: super-category by class name")
     parser.add_argument("--classes", action="store_true", help="a picture of each class too")
     add_model_arguments(parser, "one or more")
-    with errors_as_sentences():
+    with exit_on_user_error():
         main(parser.parse_args())

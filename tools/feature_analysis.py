@@ -22,11 +22,11 @@ import os
 from collections.abc import Callable
 
 from kd_d2 import UserError
+from kd_d2.adapters import build_adapter
 from kd_d2.data import CheckedMapper
-from kd_d2.detectors import build_adapter
-from kd_d2.engine.analysed import AnalysedModel, add_model_arguments, read_models, restrict_images
+from kd_d2.engine.analysed import TrainedModel, add_model_arguments, read_models, restrict_images
 from kd_d2.engine.checks import check_output_folder
-from kd_d2.errors import errors_as_sentences
+from kd_d2.errors import exit_on_user_error
 from kd_d2.evaluation.examples import pixels
 from kd_d2.evaluation.feature_plots import channel_sheet, difference_sheet, plot_neighbours
 from kd_d2.evaluation.features import FeatureStatistics, difference_map
@@ -46,7 +46,7 @@ PIXELS, NOISE = "image pixels", "random numbers"
 class FeatureReader:
     """A model's neck outputs of an image, without what padding adds."""
 
-    def __init__(self, model: AnalysedModel):
+    def __init__(self, model: TrainedModel):
         self.title = model.title
         detector = model.build().to(torch.device(model.cfg.MODEL.DEVICE))
         self.adapter = build_adapter(detector)
@@ -206,5 +206,5 @@ if __name__ == "__main__":
     parser.add_argument("--channels", type=int, default=6, help="channels that are drawn (default 6)")
     parser.add_argument("--stride", type=int, help="of the level whose channels are drawn (default the finest)")
     add_model_arguments(parser, "one or more")
-    with errors_as_sentences():
+    with exit_on_user_error():
         main(parser.parse_args())

@@ -21,9 +21,9 @@ from kd_d2.data import build_stream_loader, register_coco_json, register_synthet
 from kd_d2.distillers import DISTILLER_REGISTRY
 from kd_d2.engine.checks import check_classes, check_datasets, check_distillation
 from kd_d2.engine.gradients import Pull, measure_pulls
-from kd_d2.engine.schedule import check_schedule
-from kd_d2.engine.trainer import load_beginning
-from kd_d2.errors import errors_as_sentences
+from kd_d2.engine.learning_rate import check_schedule
+from kd_d2.engine.trainer import load_initial_weights
+from kd_d2.errors import exit_on_user_error
 
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
@@ -41,7 +41,7 @@ def build(cfg: CfgNode, weights: str | None) -> KDMetaArch:
     model = build_model(cfg)
     check_classes(cfg, model)
     if weights is None:
-        load_beginning(cfg, model)
+        load_initial_weights(cfg, model)
         return model
     load_complete(model.student, weights, "the student")
     states = distiller_states(weights)
@@ -96,5 +96,5 @@ if __name__ == "__main__":
     parser.add_argument("--batches", type=int, default=4, help="of training data (default 4)")
     parser.add_argument("--iteration", type=int, help="of the training, for schedules (default the last)")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides: KEY VALUE ...")
-    with errors_as_sentences():
+    with exit_on_user_error():
         main(parser.parse_args())

@@ -18,7 +18,7 @@ from kd_d2 import UserError
 from kd_d2.engine import KDTrainer, launch, setup
 from kd_d2.engine.checks import check_distillation, check_output_folder
 from kd_d2.engine.loss_maps import FOLDER, LossMapRecorder, mean_loss_maps
-from kd_d2.errors import errors_as_sentences
+from kd_d2.errors import exit_on_user_error
 from kd_d2.evaluation.drawing import draw_instances, overlay_heat, per_pixel, sheet, titled
 from kd_d2.evaluation.examples import pixels, read_examples
 
@@ -137,5 +137,5 @@ if __name__ == "__main__":
     if arguments.command == "train":
         launch(train, arguments)
     else:
-        with errors_as_sentences():
+        with exit_on_user_error():
             draw(arguments)

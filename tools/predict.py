@@ -15,12 +15,12 @@ import os
 from dataclasses import dataclass
 
 from kd_d2 import UserError, load_config
+from kd_d2.adapters import build_adapter
 from kd_d2.checkpoint import load_complete
 from kd_d2.config import find_file
 from kd_d2.data import register_synthetic
-from kd_d2.detectors import build_adapter
 from kd_d2.engine.checks import check_output_folder
-from kd_d2.errors import errors_as_sentences
+from kd_d2.errors import exit_on_user_error
 from kd_d2.evaluation.drawing import draw_instances
 
 import torch
@@ -255,5 +255,5 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    with errors_as_sentences():
+    with exit_on_user_error():
         main(parse())

@@ -16,10 +16,9 @@ import shlex
 
 from kd_d2 import Teacher, UserError, load_config
 from kd_d2.data import build_test_loader, register_coco_json, register_synthetic
-from kd_d2.data.pseudo_labels import label_images
 from kd_d2.engine.checks import check_classes, check_datasets, check_distillation, check_output_folder
-from kd_d2.errors import errors_as_sentences
-from kd_d2.labels import PseudoLabels
+from kd_d2.errors import exit_on_user_error
+from kd_d2.pseudo_labels import PseudoLabels, label_images
 
 import torch
 from detectron2.config import CfgNode
@@ -60,7 +59,7 @@ def main(args: argparse.Namespace) -> None:
     loader = build_test_loader(cfg, name)
 
     def detect(batch: list[dict]) -> list[dict]:
-        return teacher.model(teacher.in_own_format(batch))
+        return teacher.model(teacher.to_input_format(batch))
 
     tree, folder = label_images(detect, tqdm(loader, unit="image"), teacher.spec.num_classes, name, threshold)
     with open(args.output, "w", encoding="utf-8") as file:
@@ -88,5 +87,5 @@ if __name__ == "__main__":
     parser.add_argument("--dataset", help="which of DATASETS.TRAIN (default the only one)")
     parser.add_argument("--score-thresh", type=float, help="default MODEL.KD.PSEUDO_LABELS.SCORE_THRESH")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides: KEY VALUE ...")
-    with errors_as_sentences():
+    with exit_on_user_error():
         main(parser.parse_args())

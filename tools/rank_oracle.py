@@ -15,7 +15,7 @@ from kd_d2.config import find_file
 from kd_d2.data import register_coco_json, register_synthetic
 from kd_d2.engine.analysed import load_dense_pair
 from kd_d2.engine.checks import check_datasets
-from kd_d2.errors import errors_as_sentences
+from kd_d2.errors import exit_on_user_error
 from kd_d2.evaluation.examples import read_examples
 from kd_d2.evaluation.rank_oracle import rank_oracle
 
@@ -44,5 +44,5 @@ if __name__ == "__main__":
     parser.add_argument("--weights", required=True, help="a checkpoint of the student")
     parser.add_argument("--images", type=int, default=400, help="of the test set, with objects (default 400)")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides: KEY VALUE ...")
-    with errors_as_sentences():
+    with exit_on_user_error():
         main(parser.parse_args())

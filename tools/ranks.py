@@ -17,14 +17,14 @@ import argparse
 import os
 
 from kd_d2 import KDMetaArch, UserError, load_config
+from kd_d2.adapters import DetectorOutputs
 from kd_d2.checkpoint import distiller_states
 from kd_d2.config import find_file
 from kd_d2.data import register_coco_json, register_synthetic
-from kd_d2.detectors import DetectorOutputs
-from kd_d2.distillers.base import AdaptationLayers
+from kd_d2.distillers.adaptation import AdaptationLayers
 from kd_d2.engine.analysed import load_dense_pair
 from kd_d2.engine.checks import check_datasets, check_output_folder
-from kd_d2.errors import errors_as_sentences
+from kd_d2.errors import exit_on_user_error
 from kd_d2.evaluation.drawing import PALETTE, draw_instances, overlay_heat, per_pixel, sheet, titled
 from kd_d2.evaluation.examples import pixels, read_examples, read_files
 from kd_d2.losses import prediction_difference
@@ -237,5 +237,5 @@ if __name__ == "__main__":
     parser.add_argument("--instances", type=int, default=3, help="rows of ranks (default 3)")
     parser.add_argument("--score-thresh", type=float, default=0.3, help="lowest score of a detection (default 0.3)")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides: KEY VALUE ...")
-    with errors_as_sentences():
+    with exit_on_user_error():
         main(parser.parse_args())

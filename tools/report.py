@@ -16,9 +16,8 @@ import os
 import tempfile
 
 from kd_d2 import UserError
-from kd_d2.comparison import read_matrix
 from kd_d2.engine.checks import check_output_folder
-from kd_d2.errors import errors_as_sentences
+from kd_d2.errors import exit_on_user_error
 from kd_d2.report import (
     Section,
     comparison_section,
@@ -30,6 +29,7 @@ from kd_d2.report import (
     robustness_section,
     run_section,
 )
+from kd_d2.sweep import read_matrix
 from kd_d2.versions import versions
 
 PICTURES = {"attention": "Attention of ICD's decoder", "ranks": "Ranks", "loss_maps": "Where the loss falls"}
@@ -86,5 +86,5 @@ if __name__ == "__main__":
     )
     for name in (*ANALYSES, *PICTURES):
         parser.add_argument("--" + name.replace("_", "-"), metavar="PATH", help="what its program wrote")
-    with errors_as_sentences():
+    with exit_on_user_error():
         main(parser.parse_args())

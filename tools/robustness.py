@@ -19,7 +19,7 @@ from kd_d2 import UserError
 from kd_d2.engine.analysed import add_model_arguments, read_models, restrict_images
 from kd_d2.engine.checks import check_output_folder
 from kd_d2.engine.robustness import measure_robustness
-from kd_d2.errors import errors_as_sentences
+from kd_d2.errors import exit_on_user_error
 from kd_d2.evaluation.corruptions import CORRUPTIONS, SEVERITIES, load_corruptions
 from kd_d2.evaluation.robustness import CLEAN_SEVERITY, Robustness
 from kd_d2.evaluation.robustness_plots import corruption_sheet, plot_robustness
@@ -115,5 +115,5 @@ if __name__ == "__main__":
         "--workers", type=int, default=os.cpu_count() or 1, help="processes that corrupt (default all cores)"
     )
     add_model_arguments(parser, "one or more")
-    with errors_as_sentences():
+    with exit_on_user_error():
         main(parser.parse_args())

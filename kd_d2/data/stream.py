@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import itertools
 import logging
-import random
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, get_detection_dataset_dicts
@@ -24,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..config import reads_annotations
 from ..errors import UserError
+from ..random_state import seeded
 from .images import CheckedMapper, DataError
 
 logger = logging.getLogger(__name__)
@@ -113,25 +112,6 @@ class MappedDataset(Dataset):
                 if mapped is not None:
                     return mapped
         raise DataError(f"{MAX_SKIPPED} training images in a row cannot be used, the first of them number {index}.")
-
-
-class seeded:
-    """Context in which Python's, NumPy's and torch's random numbers follow from (seed, position) alone."""
-
-    def __init__(self, seed: int, position: int):
-        self.words = np.random.SeedSequence([seed, position]).generate_state(3)
-
-    def __enter__(self) -> None:
-        self.saved = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        random.seed(int(self.words[0]))
-        np.random.seed(self.words[1])
-        torch.manual_seed(int(self.words[2]))
-
-    def __exit__(self, *exc: object) -> None:
-        python, numpy, torch_state = self.saved
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(torch_state)
 
 
 def build_stream_loader(cfg: CfgNode, seed: int, mapper: Callable | None = None) -> DataLoader:

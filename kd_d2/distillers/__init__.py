@@ -1,6 +1,6 @@
 """Distillation methods, each registered by name in DISTILLER_REGISTRY."""
 
-from .base import DISTILLER_REGISTRY, Distiller, OptimizerSettings, ParamGroup, Schedule
+from .base import DISTILLER_REGISTRY, Distiller, OptimizerSettings, ParamGroup
 from .crosskd import CrossKD
 from .cwd import CWD
 from .defeat import DeFeat
@@ -18,6 +18,7 @@ from .mgd import MGD
 from .pfi import PFI
 from .pkd import PKD
 from .rank_mimicking import RankMimicking
+from .schedule import Schedule
 from .soft_label import SoftLabel
 from .structural import StructuralKD
 

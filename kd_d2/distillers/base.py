@@ -16,9 +16,9 @@ from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
 from .. import errors
-from ..detectors import DetectorOutputs, DetectorSpec
+from ..adapters import DetectorOutputs, DetectorSpec
+from ..distributed import mean_count_across_ranks
 from ..errors import UserError
-from ..workers import mean_count_of_workers
 
 LOG_PERIOD = 20  # iterations, the period of Detectron2's writers
 
@@ -27,36 +27,6 @@ DISTILLER_REGISTRY.__doc__ = """
 Distillation methods by the name that MODEL.KD.DISTILLERS uses. Each is a `Distiller` class, called with
 `(cfg, student: DetectorSpec, teacher: DetectorSpec)`.
 """
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """When a distiller takes part: from `start` until before `end`, with a linear warm-up of its weight.
-
-    Attributes:
-        start: first iteration.
-        warmup: iterations over which the factor grows linearly; it reaches 1 in the last of them.
-        end: the first iteration without it; None for never.
-    """
-
-    start: int = 0
-    warmup: int = 0
-    end: int | None = None
-
-    @classmethod
-    def from_node(cls, node: CfgNode) -> Schedule:
-        return cls(node.START_ITER, node.WARMUP_ITERS, node.END_ITER)
-
-    def is_active(self, iteration: int) -> bool:
-        return self.start <= iteration and (self.end is None or iteration < self.end)
-
-    def factor(self, iteration: int) -> float:
-        """What the distiller's losses are multiplied by at `iteration`: in [0, 1]."""
-        if not self.is_active(iteration):
-            return 0.0
-        if self.warmup == 0:
-            return 1.0
-        return min(1.0, (iteration - self.start + 1) / self.warmup)
 
 
 @dataclass(frozen=True)
@@ -188,107 +158,6 @@ def is_auxiliary(loss_name: str) -> bool:
     return "_aux_" in loss_name
 
 
-def common_strides(student: DetectorSpec, teacher: DetectorSpec) -> list[int]:
-    """Strides of the neck levels that both detectors have, ascending. Raises a UserError where there is none."""
-    strides = sorted(student.shapes.keys() & teacher.shapes.keys())
-    if not strides:
-        raise UserError(
-            f"The student ({student.name}, strides {sorted(student.shapes)}) and the teacher ({teacher.name}, strides "
-            f"{sorted(teacher.shapes)}) have no feature level of the same stride."
-        )
-    return strides
-
-
-def check_same_anchors(method: str, student: DetectorSpec, teacher: DetectorSpec) -> None:
-    """Raise a UserError unless both detectors predict at the same anchors or points of the same levels."""
-
-    def anchors_of(spec: DetectorSpec) -> dict[int, list[list[float]]]:
-        return {stride: anchors.tolist() for stride, anchors in sorted((spec.cell_anchors or {}).items())}
-
-    ours, theirs = anchors_of(student), anchors_of(teacher)
-    if ours.keys() != theirs.keys():
-        raise UserError(
-            f"{method} compares predictions anchor by anchor, but the student ({student.name}) predicts at the strides "
-            f"{list(ours)} and the teacher ({teacher.name}) at {list(theirs)}."
-        )
-    for stride, anchors in ours.items():
-        if anchors != theirs[stride]:
-            raise UserError(
-                f"{method} compares predictions anchor by anchor, but at stride {stride} the student ({student.name}) has "
-                f"{_describe(anchors)} and the teacher ({teacher.name}) {_describe(theirs[stride])}."
-            )
-
-
-def _describe(anchors: list[list[float]]) -> str:
-    x1, y1, x2, y2 = anchors[0]
-    sides = f"{x2 - x1:.4g}x{y2 - y1:.4g} pixels around ({(x1 + x2) / 2:.4g}, {(y1 + y2) / 2:.4g})"
-    return f"{len(anchors)} anchors a position, the first of {sides}" if len(anchors) > 1 else f"one anchor of {sides}"
-
-
-def levels_by_stride(features: dict[int, Tensor], strides: Iterable[int], whose: str) -> list[Tensor]:
-    """The feature maps of the given strides. Raises where one was not captured."""
-    missing = [s for s in strides if s not in features]
-    if missing:
-        raise RuntimeError(
-            f"the {whose}'s features of stride {missing} were not captured; there are {sorted(features)}"
-        )
-    return [features[s] for s in strides]
-
-
-ADAPTATION_KERNELS = {"none": 0, "1x1": 1, "3x3": 3}
-
-
-class AdaptationLayers(nn.Module):
-    """What brings the student's features to the teacher's channels: one convolution a level, or nothing.
-
-    Args:
-        channels: by stride the student's and the teacher's channels.
-        kernel_size: side of the convolution; 0 for the identity.
-    """
-
-    def __init__(self, channels: dict[int, tuple[int, int]], kernel_size: int):
-        super().__init__()
-        self.strides = tuple(channels)
-        self.layers = nn.ModuleDict()
-        if kernel_size:
-            for stride, (student, teacher) in channels.items():
-                self.layers[str(stride)] = nn.Conv2d(student, teacher, kernel_size, padding=kernel_size // 2)
-
-    @classmethod
-    def from_node(cls, node_name: str, node: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> AdaptationLayers:
-        """The layers that `node.ADAPTATION` asks for, at every stride that both detectors have.
-
-        None asks for 1x1 where the channels differ, and for nothing where they agree.
-
-        Raises:
-            UserError: no common stride, or no adaptation and different channels.
-        """
-        channels = {
-            stride: (student.shapes[stride].channels, teacher.shapes[stride].channels)
-            for stride in common_strides(student, teacher)
-        }
-        needed = "none" if all(ours == theirs for ours, theirs in channels.values()) else "1x1"
-        kernel_size = ADAPTATION_KERNELS[node.ADAPTATION or needed]
-        for stride, (ours, theirs) in channels.items():
-            if not kernel_size and ours != theirs:
-                raise UserError(
-                    f"MODEL.KD.{node_name}.ADAPTATION is 'none', but at stride {stride} the student has {ours} channels "
-                    f"and the teacher {theirs}: set it to '1x1'."
-                )
-        return cls(channels, kernel_size)
-
-    def pairs(self, student: DetectorOutputs, teacher: DetectorOutputs) -> list[tuple[Tensor, Tensor]]:
-        """By level the student's adapted and the teacher's feature map, (B, C_teacher, H, W) each."""
-        student_maps = self(levels_by_stride(student.features, self.strides, "student"))
-        return list(zip(student_maps, levels_by_stride(teacher.features, self.strides, "teacher"), strict=True))
-
-    def forward(self, features: list[Tensor]) -> list[Tensor]:
-        """(B, C_student, H, W) per level, in order of `strides`, to (B, C_teacher, H, W)."""
-        if not self.layers:
-            return features
-        return [self.layers[str(s)](x) for s, x in zip(self.strides, features, strict=True)]
-
-
 def check_choice(node_name: str, key: str, value: object, choices: Iterable[str]) -> None:
     """Raise a UserError unless `value` is one of `choices`."""
     if value not in choices:
@@ -311,8 +180,8 @@ def log_scalar(name: str, value: Callable[[], Tensor]) -> None:
 
 
 def count_of(rows: Tensor) -> Tensor:
-    """The mean over workers of the number of rows, as a divisor: see `mean_count_of_workers`."""
-    return mean_count_of_workers(rows.new_tensor(len(rows), dtype=torch.float32))
+    """The mean across ranks of the number of rows, as a divisor: see `mean_count_across_ranks`."""
+    return mean_count_across_ranks(rows.new_tensor(len(rows), dtype=torch.float32))
 
 
 def in_float32(function):

@@ -11,11 +11,12 @@ from detectron2.config import CfgNode, configurable
 from detectron2.structures import Instances
 from torch import Tensor
 
-from ..detectors import IGNORED, DensePredictions, DetectorOutputs, DetectorSpec, towers_at
+from ..adapters import IGNORED, DensePredictions, DetectorOutputs, DetectorSpec, towers_at
+from ..distributed import mean_count_across_ranks, sum_across_ranks
 from ..errors import UserError
 from ..losses import quality_focal_loss, softmax_divergence, with_statistics_of
-from ..workers import mean_count_of_workers, sum_of_workers
-from .base import DISTILLER_REGISTRY, Distiller, check_number, check_same_anchors, in_float32
+from .base import DISTILLER_REGISTRY, Distiller, check_number, in_float32
+from .matching import check_same_anchors
 
 MIN_IOU = 1e-6
 MIN_AREA = 1e-7  # pixels
@@ -130,7 +131,7 @@ class CrossKD(Distiller):
         self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]
     ) -> dict[str, Tensor]:
         crossed, expected = self._crossed(student, teacher), teacher.dense
-        num_positives = mean_count_of_workers((student.dense.assignment >= 0).sum().float())
+        num_positives = mean_count_across_ranks((student.dense.assignment >= 0).sum().float())
         classes, boxes, box_weights = 0, 0, 0
         for stride, assignment in student.dense.assignment_by_level.items():
             counts = assignment != IGNORED
@@ -139,7 +140,7 @@ class CrossKD(Distiller):
             weight = target.float().sigmoid().amax(2) * counts
             boxes = boxes + (weight * self._box_losses(crossed, expected, stride)).sum()
             box_weights = box_weights + weight.sum()
-        divisor = mean_count_of_workers(box_weights) if self.box_loss == "distributions" else num_positives
+        divisor = mean_count_across_ranks(box_weights) if self.box_loss == "distributions" else num_positives
         losses = [classes / num_positives, boxes / divisor]
         if len(self.loss_names) > 2:
             picked = (
@@ -158,7 +159,7 @@ class CrossKD(Distiller):
             for towers in (ours, theirs)
         )
         with torch.autocast(student.images.tensor.device.type, enabled=False):
-            aligned = with_statistics_of(*maps, total=sum_of_workers)
+            aligned = with_statistics_of(*maps, total=sum_across_ranks)
         halves = aligned[: len(strides)], aligned[len(strides) :]
         return theirs.finish(*(dict(zip(strides, half, strict=True)) for half in halves))
 

@@ -6,18 +6,12 @@ from detectron2.config import CfgNode, configurable
 from detectron2.structures import Instances
 from torch import Tensor
 
-from ..detectors import DetectorOutputs, DetectorSpec
+from ..adapters import DetectorOutputs, DetectorSpec
 from ..errors import UserError
 from ..losses import channel_wise_loss
-from .base import (
-    ADAPTATION_KERNELS,
-    DISTILLER_REGISTRY,
-    AdaptationLayers,
-    Distiller,
-    check_choice,
-    check_number,
-    common_strides,
-)
+from .adaptation import ADAPTATION_KERNELS, AdaptationLayers
+from .base import DISTILLER_REGISTRY, Distiller, check_choice, check_number
+from .matching import common_strides
 
 WEIGHTS = {"neck": 10.0, "logits": 5.0}
 """By the key MAPS the WEIGHT that stands for None."""

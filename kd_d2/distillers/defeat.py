@@ -7,10 +7,11 @@ from detectron2.config import CfgNode, configurable
 from detectron2.structures import Instances
 from torch import Tensor
 
-from ..detectors import DetectorOutputs, DetectorSpec
+from ..adapters import DetectorOutputs, DetectorSpec
+from ..distributed import mean_count_across_ranks
 from ..losses import masked_squared_error
-from ..workers import mean_count_of_workers
-from .base import ADAPTATION_KERNELS, DISTILLER_REGISTRY, AdaptationLayers, Distiller, check_choice, check_number
+from .adaptation import ADAPTATION_KERNELS, AdaptationLayers
+from .base import DISTILLER_REGISTRY, Distiller, check_choice, check_number
 from .masks import inside_boxes
 
 
@@ -68,7 +69,7 @@ class DeFeat(Distiller):
         foreground = inside_boxes(student, targets, self.adaptation.strides)
         losses = []
         for weight, masks in zip(self.weights, (foreground, [1 - mask for mask in foreground]), strict=True):
-            counts_L = mean_count_of_workers(torch.stack([mask.sum() for mask in masks]))
+            counts_L = mean_count_across_ranks(torch.stack([mask.sum() for mask in masks]))
             totals_L = torch.stack([masked_squared_error(s, t, m) for (s, t), m in zip(pairs, masks, strict=True)])
             losses.append(weight * (totals_L / (2 * counts_L)).mean())
         return dict(zip(self.loss_names, losses, strict=True))

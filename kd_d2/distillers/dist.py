@@ -8,10 +8,11 @@ from detectron2.config import CfgNode, configurable
 from detectron2.structures import Instances
 from torch import Tensor
 
-from ..detectors import DetectorOutputs, DetectorSpec
+from ..adapters import DetectorOutputs, DetectorSpec
+from ..distributed import sum_across_ranks
 from ..losses import dist_loss
-from ..workers import sum_of_workers
-from .base import DISTILLER_REGISTRY, Distiller, check_number, check_same_anchors, in_float32
+from .base import DISTILLER_REGISTRY, Distiller, check_number, in_float32
+from .matching import check_same_anchors
 
 
 @DISTILLER_REGISTRY.register()
@@ -49,7 +50,7 @@ class DIST(Distiller):
         """
         super().__init__()
         self.weight = weight
-        self.loss = in_float32(partial(dist_loss, beta=beta, gamma=gamma, total=sum_of_workers))
+        self.loss = in_float32(partial(dist_loss, beta=beta, gamma=gamma, total=sum_across_ranks))
         self.on_proposals = on_proposals
         if on_proposals:
             self.needs = self.alternative_needs

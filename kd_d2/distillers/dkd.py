@@ -6,9 +6,15 @@ from detectron2.config import CfgNode, configurable
 from detectron2.structures import Instances
 from torch import Tensor
 
-from ..detectors import DetectorOutputs, DetectorSpec
+from ..adapters import DetectorOutputs, DetectorSpec
 from ..losses import decoupled_loss
-from .base import DISTILLER_REGISTRY, Distiller, check_number, count_of, in_float32
+from .base import (
+    DISTILLER_REGISTRY,
+    Distiller,
+    check_number,
+    count_of,
+    in_float32,
+)
 
 
 @DISTILLER_REGISTRY.register()

@@ -7,15 +7,9 @@ from detectron2.config import CfgNode, configurable
 from detectron2.structures import Instances
 from torch import Tensor
 
-from ..detectors import DetectorOutputs, DetectorSpec
-from .base import (
-    ADAPTATION_KERNELS,
-    DISTILLER_REGISTRY,
-    AdaptationLayers,
-    Distiller,
-    check_choice,
-    in_float32,
-)
+from ..adapters import DetectorOutputs, DetectorSpec
+from .adaptation import ADAPTATION_KERNELS, AdaptationLayers
+from .base import DISTILLER_REGISTRY, Distiller, check_choice, in_float32
 
 
 @DISTILLER_REGISTRY.register()

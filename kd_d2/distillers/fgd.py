@@ -8,12 +8,11 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..detectors import DetectorOutputs, DetectorSpec
+from ..adapters import DetectorOutputs, DetectorSpec
 from ..losses import attended_error, background_weights, foreground_weights, own_attention
+from .adaptation import ADAPTATION_KERNELS, AdaptationLayers
 from .base import (
-    ADAPTATION_KERNELS,
     DISTILLER_REGISTRY,
-    AdaptationLayers,
     Distiller,
     check_choice,
     check_number,

@@ -7,11 +7,12 @@ from detectron2.config import CfgNode, configurable
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor
 
-from ..detectors import DetectorOutputs, DetectorSpec
+from ..adapters import DetectorOutputs, DetectorSpec
+from ..distributed import mean_count_across_ranks
 from ..errors import UserError
 from ..losses import masked_squared_error
-from ..workers import mean_count_of_workers
-from .base import ADAPTATION_KERNELS, DISTILLER_REGISTRY, AdaptationLayers, Distiller, check_choice
+from .adaptation import ADAPTATION_KERNELS, AdaptationLayers
+from .base import DISTILLER_REGISTRY, Distiller, check_choice
 
 
 @DISTILLER_REGISTRY.register()
@@ -78,7 +79,7 @@ class FGFI(Distiller):
             mask = near_objects(student.anchors[stride], s.shape[-2:], targets, self.threshold)
             total = total + s.shape[1] * masked_squared_error(s, t, mask)
             masks.append(mask)
-        count = mean_count_of_workers(sum(mask.sum() for mask in masks))
+        count = mean_count_across_ranks(sum(mask.sum() for mask in masks))
         return {"loss_fgfi": self.weight * total / (2 * count)}
 
 

@@ -8,19 +8,18 @@ from detectron2.structures import Instances
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from ..detectors import DetectorOutputs, DetectorSpec
+from ..adapters import DetectorOutputs, DetectorSpec
+from ..distributed import mean_across_ranks
 from ..losses import shared_attention
-from ..workers import mean_of_workers
+from .adaptation import ADAPTATION_KERNELS, AdaptationLayers
 from .base import (
-    ADAPTATION_KERNELS,
     DISTILLER_REGISTRY,
-    AdaptationLayers,
     Distiller,
     check_choice,
     check_number,
     in_float32,
-    levels_by_stride,
 )
+from .matching import levels_by_stride
 
 SQUARE_EPS = 1e-24
 """Below it a squared distance counts as none, and has no gradient."""
@@ -237,15 +236,15 @@ def _mean_norm(difference: Tensor) -> Tensor:
 
 
 def _norm_of_batch(difference: Tensor) -> Tensor:
-    """The L2 norm of the images of all workers together, with a gradient of 0 where there is no difference.
+    """The L2 norm of the images of all ranks together, with a gradient of 0 where there is no difference.
 
-    Each worker's value is its part of it, of which the mean over workers is the norm; so are the gradients.
+    Each rank's value is its part of it, of which the mean across ranks is the norm; so are the gradients.
     """
     own = difference.square().sum()
-    mean = mean_of_workers(own.detach())
-    workers = comm.get_world_size()
-    norm = (mean * workers).clamp(min=SQUARE_EPS).sqrt()
-    part = workers * own / norm
+    mean = mean_across_ranks(own.detach())
+    ranks = comm.get_world_size()
+    norm = (mean * ranks).clamp(min=SQUARE_EPS).sqrt()
+    part = ranks * own / norm
     return (part + part.detach()) / 2
 
 

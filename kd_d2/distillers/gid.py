@@ -19,19 +19,13 @@ from detectron2.structures import Instances
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from ..detectors import DensePredictions, DetectorOutputs, DetectorSpec
+from ..adapters import DensePredictions, DetectorOutputs, DetectorSpec
+from ..distributed import mean_count_across_ranks
 from ..errors import UserError
 from ..modeling.assignment import Positives
-from ..workers import mean_count_of_workers
-from .base import (
-    ADAPTATION_KERNELS,
-    DISTILLER_REGISTRY,
-    AdaptationLayers,
-    Distiller,
-    check_choice,
-    check_number,
-    check_same_anchors,
-)
+from .adaptation import ADAPTATION_KERNELS, AdaptationLayers
+from .base import DISTILLER_REGISTRY, Distiller, check_choice, check_number
+from .matching import check_same_anchors
 
 CANDIDATES = 1000  # of an image, before the NMS
 FEWEST_RELATED = 3  # instances of an image whose distances tell something
@@ -132,7 +126,7 @@ class GID(Distiller):
         self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]
     ) -> dict[str, Tensor]:
         selected = select_instances(student.dense, teacher.dense, self.instances, self.nms_threshold)
-        count = mean_count_of_workers(selected.is_taken.sum().float())
+        count = mean_count_across_ranks(selected.is_taken.sum().float())
         students, teachers = self._features(student, teacher, selected)
         feature = _sum_of((students - teachers).square(), selected.is_taken) / (count * self.resolution**2)
         places = (x.unflatten(0, (-1, self.instances)) for x in (students, teachers, selected.is_taken))
@@ -234,4 +228,4 @@ def relation_loss(student: Tensor, teacher: Tensor, is_taken_BM: Tensor) -> Tens
     losses = F.smooth_l1_loss(normalized_distances(student), normalized_distances(teacher), reduction="none")
     is_related_B = is_taken_BM.sum(1) >= FEWEST_RELATED
     total = (losses.where(is_pair, 0).sum(1) / pairs_B).where(is_related_B, 0).sum()
-    return total / mean_count_of_workers(is_related_B.sum().float())
+    return total / mean_count_across_ranks(is_related_B.sum().float())

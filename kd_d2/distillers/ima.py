@@ -8,22 +8,21 @@ from detectron2.structures import Instances
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from ..detectors import DetectorOutputs, DetectorSpec
+from ..adapters import DetectorOutputs, DetectorSpec
+from ..distributed import mean_count_across_ranks
 from ..errors import UserError
 from ..losses import agreement, standardize
-from ..workers import mean_count_of_workers
+from .adaptation import ADAPTATION_KERNELS, AdaptationLayers
 from .base import (
-    ADAPTATION_KERNELS,
     DISTILLER_REGISTRY,
-    AdaptationLayers,
     Distiller,
     check_choice,
     in_float32,
-    levels_by_stride,
     log_scalar,
 )
 from .generation import generation_blocks, random_mask
 from .masks import inside_boxes
+from .matching import levels_by_stride
 
 MASKS = ("random", "instance", "none")
 INSTANCES = ("sample", "box")
@@ -146,7 +145,7 @@ class IMA(Distiller):
         if scales and scales[0].numel():
             log_scalar("ima_gamma", lambda: torch.stack(scales).mean())
         error_LN = torch.stack(errors)
-        count = mean_count_of_workers(error_LN.new_full((), error_LN.shape[1]))
+        count = mean_count_across_ranks(error_LN.new_full((), error_LN.shape[1]))
         error_N = error_LN.sum(0) if self.sum_levels else error_LN.mean(0)
         return {"loss_ima": self.weight * error_N.sum() / count}
 

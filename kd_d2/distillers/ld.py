@@ -11,12 +11,13 @@ from detectron2.config import CfgNode, configurable
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
-from ..detectors import DensePredictions, DetectorOutputs, DetectorSpec, Positives
+from ..adapters import DensePredictions, DetectorOutputs, DetectorSpec, Positives
+from ..distributed import mean_count_across_ranks
 from ..errors import UserError
 from ..losses import softmax_divergence
 from ..modeling.assignment import adaptive_thresholds
-from ..workers import mean_count_of_workers
-from .base import DISTILLER_REGISTRY, Distiller, check_number, check_same_anchors, in_float32
+from .base import DISTILLER_REGISTRY, Distiller, check_number, in_float32
+from .matching import check_same_anchors
 
 LOWEST_VALUABLE = 0.25
 """The part of a box's threshold from which on an anchor is valuable."""
@@ -28,7 +29,7 @@ class LD(Distiller):
 
     For a region of anchors, with weights q, and every side of their boxes:
 
-        L = sum of q * TEMPERATURE^2 * (mean over bins of KL(p_T || p_S)) / (4 * sum of q of all workers)
+        L = sum of q * TEMPERATURE^2 * (mean over bins of KL(p_T || p_S)) / (4 * sum of q of all ranks)
 
     The main region is the positives of the student's label assignment, q its largest class probability there. Optional are the
     valuable localisation region, near the boxes but not positive, with the overlap as q, see `valuable_region`; and at the positives
@@ -120,7 +121,7 @@ class LD(Distiller):
         if "loss_ld_class" in self.loss_names:
             logits = (positives.pick(dense.logits.values()) for dense in (ours, theirs))
             divergence_P = divergence(*logits, self.class_temperature) / next(iter(ours.logits.values())).shape[-1]
-            count = mean_count_of_workers(probability_P.new_tensor(len(probability_P)))
+            count = mean_count_across_ranks(probability_P.new_tensor(len(probability_P)))
             losses["loss_ld_class"] = self.class_weight * divergence_P.sum() / count
         return losses
 
@@ -130,7 +131,7 @@ class LD(Distiller):
         sides = (region.pick(x.box_regression.values()).unflatten(1, (4, -1)) for x in (student, teacher))
         ours_P4D, theirs_P4D = sides
         mean_P4 = divergence(ours_P4D, theirs_P4D, self.temperature) / ours_P4D.shape[-1]
-        return (weight_P[:, None] * mean_P4).sum() / (4 * mean_count_of_workers(weight_P.sum()))
+        return (weight_P[:, None] * mean_P4).sum() / (4 * mean_count_across_ranks(weight_P.sum()))
 
 
 divergence = in_float32(softmax_divergence)

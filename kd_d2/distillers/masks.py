@@ -12,7 +12,7 @@ from detectron2.structures import Instances
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..detectors import DetectorOutputs
+from ..adapters import DetectorOutputs
 
 
 def whole_maps(student: DetectorOutputs, targets: list[Instances], strides: Iterable[int]) -> list[Tensor]:

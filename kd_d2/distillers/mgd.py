@@ -7,12 +7,11 @@ from detectron2.config import CfgNode, configurable
 from detectron2.structures import Instances
 from torch import Tensor
 
-from ..detectors import DetectorOutputs, DetectorSpec
+from ..adapters import DetectorOutputs, DetectorSpec
 from ..errors import UserError
+from .adaptation import ADAPTATION_KERNELS, AdaptationLayers
 from .base import (
-    ADAPTATION_KERNELS,
     DISTILLER_REGISTRY,
-    AdaptationLayers,
     Distiller,
     check_choice,
     check_number,

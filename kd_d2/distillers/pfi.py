@@ -7,20 +7,14 @@ from detectron2.config import CfgNode, configurable
 from detectron2.structures import Instances
 from torch import Tensor
 
-from ..detectors import DetectorOutputs, DetectorSpec
+from ..adapters import DetectorOutputs, DetectorSpec
+from ..distributed import mean_across_ranks, mean_count_across_ranks
 from ..errors import UserError
 from ..losses import prediction_difference, relative_to_mean, weighted_imitation_loss
-from ..workers import mean_count_of_workers, mean_of_workers
-from .base import (
-    ADAPTATION_KERNELS,
-    DISTILLER_REGISTRY,
-    AdaptationLayers,
-    Distiller,
-    check_choice,
-    check_same_anchors,
-    log_scalar,
-)
+from .adaptation import ADAPTATION_KERNELS, AdaptationLayers
+from .base import DISTILLER_REGISTRY, Distiller, check_choice, log_scalar
 from .masks import inside_boxes, negative_positions, positive_positions, whole_maps
+from .matching import check_same_anchors
 
 PREDICTION = "prediction"
 MASKS = {
@@ -115,7 +109,7 @@ class PFI(Distiller):
             weights, divisors = self._prediction_weights(student, teacher), None
         else:
             weights = MASKS[self.mask](student, targets, self.adaptation.strides)
-            divisors = mean_count_of_workers(torch.stack([mask.sum() for mask in weights])).unbind()
+            divisors = mean_count_across_ranks(torch.stack([mask.sum() for mask in weights])).unbind()
         loss = self.weight * weighted_imitation_loss(students, teachers, weights, divisors)
         if student.losses:
             log_scalar("pfi_to_detector_loss", lambda: loss.detach() / sum(x.detach() for x in student.losses.values()))
@@ -128,4 +122,4 @@ class PFI(Distiller):
             weights = [prediction_difference(read(student, s), read(teacher, s)) for s in self.adaptation.strides]
         if not self.relative:
             return weights
-        return relative_to_mean(weights, [mean_of_workers(weight.detach().mean()) for weight in weights])
+        return relative_to_mean(weights, [mean_across_ranks(weight.detach().mean()) for weight in weights])

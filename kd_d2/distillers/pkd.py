@@ -9,17 +9,11 @@ from detectron2.structures import Instances
 from detectron2.utils import comm
 from torch import Tensor
 
-from ..detectors import DetectorOutputs, DetectorSpec
+from ..adapters import DetectorOutputs, DetectorSpec
+from ..distributed import mean_across_ranks, mean_across_ranks_with_local_gradient
 from ..losses import channel_means, channel_moments, pearson_loss_of_moments
-from ..workers import mean_of_workers, mean_with_own_gradient
-from .base import (
-    ADAPTATION_KERNELS,
-    DISTILLER_REGISTRY,
-    AdaptationLayers,
-    Distiller,
-    check_choice,
-    in_float32,
-)
+from .adaptation import ADAPTATION_KERNELS, AdaptationLayers
+from .base import DISTILLER_REGISTRY, Distiller, check_choice, in_float32
 
 RESIZED = ("student", "teacher")
 
@@ -29,7 +23,7 @@ class PKD(Distiller):
     """Distillation by Pearson correlation (Cao et al. 2022), made for detectors of different families.
 
     L = WEIGHT * sum over levels of 1/2 * mean over (B, C, H, W) of (F^_S - F^_T)^2, where F^ is standardised by channel over the whole
-    batch, that of all workers (see `pearson_loss`). Levels are paired by stride.
+    batch, that of all ranks (see `pearson_loss`). Levels are paired by stride.
     """
 
     needs = frozenset({"features"})
@@ -82,12 +76,12 @@ class PKD(Distiller):
     ) -> dict[str, Tensor]:
         pairs = [self._of_one_size(s, t) for s, t in self.adaptation.pairs(student, teacher)]
         channels = [t.shape[1] for _, t in pairs]
-        # All levels in one message each: their means, then moments around the means of all workers.
-        means = mean_of_workers(torch.cat([channel_means(s, t) for s, t in pairs], 1))
+        # All levels in one message each: their means, then moments around the means of all ranks.
+        means = mean_across_ranks(torch.cat([channel_means(s, t) for s, t in pairs], 1))
         moments = torch.cat(
             [channel_moments(s, t, mean) for (s, t), mean in zip(pairs, means.split(channels, 1), strict=True)], 1
         )
-        levels = mean_with_own_gradient(moments).split(channels, 1)
+        levels = mean_across_ranks_with_local_gradient(moments).split(channels, 1)
         counts = [comm.get_world_size() * t[:, 0].numel() for _, t in pairs]
         losses = [pearson_loss_of_moments(level, count) for level, count in zip(levels, counts, strict=True)]
         return {"loss_pkd": self.weight * sum(losses)}

@@ -7,11 +7,12 @@ from detectron2.structures import Boxes, Instances
 from detectron2.structures.boxes import matched_pairwise_iou
 from torch import Tensor
 
-from ..detectors import DensePredictions, DetectorOutputs, DetectorSpec, Positives
+from ..adapters import DensePredictions, DetectorOutputs, DetectorSpec, Positives
+from ..distributed import mean_count_across_ranks
 from ..errors import UserError
 from ..losses import count_ranked, rank_kl_loss
-from ..workers import mean_count_of_workers
-from .base import DISTILLER_REGISTRY, Distiller, check_number, check_same_anchors, in_float32
+from .base import DISTILLER_REGISTRY, Distiller, check_number, in_float32
+from .matching import check_same_anchors
 
 
 @DISTILLER_REGISTRY.register()
@@ -100,7 +101,7 @@ class RankMimicking(Distiller):
         positives = student.dense.positives
         instance_P = positives.among_all(targets)
         class_P, box_P4 = positives.ground_truth(targets)
-        count = mean_count_of_workers(count_ranked(instance_P).float())
+        count = mean_count_across_ranks(count_ranked(instance_P).float())
         scores = [self._scores(outputs.dense, positives, class_P) for outputs in (student, teacher)]
         losses = {"loss_rank_classification": self.weight * ranked(*scores, instance_P, count, self.temperature)}
         if self.localization:

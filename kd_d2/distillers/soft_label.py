@@ -6,19 +6,19 @@ from detectron2.config import CfgNode, configurable
 from detectron2.structures import Instances
 from torch import Tensor
 
-from ..detectors import IGNORED, DetectorOutputs, DetectorSpec
+from ..adapters import IGNORED, DetectorOutputs, DetectorSpec
+from ..distributed import mean_count_across_ranks
 from ..errors import UserError
 from ..losses import quality_focal_loss, soft_label_loss, softmax_divergence
-from ..workers import mean_count_of_workers
 from .base import (
     DISTILLER_REGISTRY,
     Distiller,
     check_choice,
     check_number,
-    check_same_anchors,
     count_of,
     in_float32,
 )
+from .matching import check_same_anchors
 
 LOSSES = ("kl", "quality_focal")
 FIRST_COUNTED = {"all": IGNORED + 1, "positives": 0}
@@ -129,7 +129,7 @@ class SoftLabel(Distiller):
             )
             for stride, assignment in student.dense.assignment_by_level.items()
         )
-        count = mean_count_of_workers((student.dense.assignment >= 0).sum().float())
+        count = mean_count_across_ranks((student.dense.assignment >= 0).sum().float())
         return {"loss_soft_label": self.weight * total / count}
 
     def _level_loss(self, student: Tensor, teacher: Tensor, counts: Tensor) -> Tensor:

@@ -11,14 +11,13 @@ from detectron2.config import CfgNode, configurable
 from detectron2.structures import Instances
 from torch import Tensor
 
-from ..detectors import DetectorOutputs, DetectorSpec
+from ..adapters import DetectorOutputs, DetectorSpec
 from ..errors import UserError
 from ..losses import fitting_window, min_max_normalize, ms_ssim_loss, spatial_attention, ssim_loss
 from ..losses.normalization import SCOPES
+from .adaptation import ADAPTATION_KERNELS, AdaptationLayers
 from .base import (
-    ADAPTATION_KERNELS,
     DISTILLER_REGISTRY,
-    AdaptationLayers,
     Distiller,
     check_choice,
     check_number,

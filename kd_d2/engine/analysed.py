@@ -20,7 +20,7 @@ from torch import nn
 from ..checkpoint import load_complete
 from ..config import find_file, load_config
 from ..data import build_test_loader, register_coco_json, register_synthetic
-from ..distillers.base import check_same_anchors
+from ..distillers.matching import check_same_anchors
 from ..errors import UserError
 from ..evaluation import build_evaluator
 from ..files import write_json
@@ -49,7 +49,7 @@ def load_dense_pair(cfg: CfgNode, weights: str, program: str) -> KDMetaArch:
 
 
 @dataclass
-class AnalysedModel:
+class TrainedModel:
     """A detector with its weights: a teacher, a plain student or a distilled one.
 
     Attributes:
@@ -109,7 +109,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, most: str) -> None:
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides for all models: KEY VALUE ...")
 
 
-def read_models(args: argparse.Namespace) -> list[AnalysedModel]:
+def read_models(args: argparse.Namespace) -> list[TrainedModel]:
     """The models of a command line, their data registered and checked.
 
     Raises:
@@ -123,7 +123,7 @@ def read_models(args: argparse.Namespace) -> list[AnalysedModel]:
         cfg.DATASETS.TRAIN = ()  # what it was trained on has no part in this
         register_coco_json(cfg)
         check_datasets(cfg, train=False)
-        models.append(AnalysedModel(title, cfg))
+        models.append(TrainedModel(title, cfg))
     for attribute, what in (("folder_name", "title"), ("dataset", "data set of DATASETS.TEST")):
         values = [getattr(model, attribute) for model in models]
         if attribute == "folder_name" and len(set(values)) < len(values):
@@ -146,7 +146,7 @@ def read_annotations(dataset: str) -> dict:
         return json.load(file)
 
 
-def restrict_images(models: list[AnalysedModel], count: int, output: str) -> None:
+def restrict_images(models: list[TrainedModel], count: int, output: str) -> None:
     """Let the models be tested on `count` images, spread evenly over their data set; `output` gets the list.
 
     Raises:
@@ -171,7 +171,7 @@ def restrict_images(models: list[AnalysedModel], count: int, output: str) -> Non
         register_coco_json(model.cfg)
 
 
-def detect_dataset(model: AnalysedModel, output: str) -> list[dict]:
+def detect_dataset(model: TrainedModel, output: str) -> list[dict]:
     """The model's detections of its data set in COCO's format; those of an earlier call with the same weights are kept."""
     folder = os.path.join(output, model.folder_name)
     path, source = os.path.join(folder, "coco_instances_results.json"), os.path.join(folder, "source.json")

@@ -9,8 +9,8 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from torch import nn
 
+from ..adapters import build_adapter
 from ..config import KD_META_ARCH
-from ..detectors import build_adapter
 from ..errors import UserError
 from ..meta_arch import student_of
 

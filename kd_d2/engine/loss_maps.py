@@ -11,9 +11,10 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
 from ..errors import UserError
+from ..files import atomic_write
 from ..meta_arch import KDMetaArch
+from ..random_state import preserved_random_state
 from .loss_normalizers import preserved_loss_normalizers
-from .random_state import preserved_random_state
 
 FOLDER = "loss_maps"
 
@@ -59,9 +60,8 @@ class LossMapRecorder(HookBase):
             maps = self.record()
             if comm.is_main_process():
                 path = os.path.join(self.folder, f"iteration_{iteration:07d}.npz")
-                with open(path + ".partial", "wb") as file:
+                with atomic_write(path, "wb") as file:
                     np.savez(file, **maps)
-                os.replace(path + ".partial", path)
 
     def record(self) -> dict[str, np.ndarray]:
         """The maps of this moment."""

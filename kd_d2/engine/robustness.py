@@ -27,7 +27,7 @@ from ..evaluation import build_evaluator
 from ..evaluation.corruptions import check_large_enough, corrupt
 from ..evaluation.robustness import Metrics, Robustness
 from ..files import write_json
-from .analysed import AnalysedModel
+from .analysed import TrainedModel
 
 CLEAN = "clean"
 
@@ -63,7 +63,7 @@ class RobustnessRecord:
         UserError: the file is about other weights, another config or other images.
     """
 
-    def __init__(self, model: AnalysedModel, output: str):
+    def __init__(self, model: TrainedModel, output: str):
         self.path = os.path.join(output, model.folder_name, "robustness.json")
         self.identity = model.identity()
         self.cells: dict[str, Metrics] = {}
@@ -93,7 +93,7 @@ def cell_name(corruption: str, severity: int) -> str:
 
 
 def measure_robustness(
-    model: AnalysedModel,
+    model: TrainedModel,
     output: str,
     corruptions: Sequence[str],
     severities: Sequence[int],
@@ -123,7 +123,7 @@ def measure_robustness(
 
 
 def _evaluate(
-    model: AnalysedModel,
+    model: TrainedModel,
     detector: nn.Module,
     mapper: CorruptedMapper,
     workers: int,

@@ -13,11 +13,11 @@ from detectron2.utils.logger import setup_logger
 
 from ..config import KD_META_ARCH, find_config_file, load_config
 from ..data import register_coco_json, register_synthetic
-from ..files import write_json, write_whole
+from ..files import write_json, write_text
 from ..modeling import unused_nodes
 from ..versions import versions
 from .checks import check_datasets, check_output_folder
-from .schedule import learning_rate_advice
+from .learning_rate import learning_rate_advice
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg.freeze()
     default_setup(cfg, args)
     if comm.is_main_process():
-        write_whole(os.path.join(cfg.OUTPUT_DIR, "student.yaml"), student_config(cfg).dump())
+        write_text(os.path.join(cfg.OUTPUT_DIR, "student.yaml"), student_config(cfg).dump())
         write_json(os.path.join(cfg.OUTPUT_DIR, "versions.json"), versions())
     if args.config_file and not args.eval_only:
         advice = learning_rate_advice(find_config_file(args.config_file, "--config-file"), args.opts)

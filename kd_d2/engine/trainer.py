@@ -17,20 +17,21 @@ from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..checkpoint import KDCheckpointer, UnreadableCheckpointError, inherit
+from ..checkpoint import KDCheckpointer, UnreadableCheckpointError
 from ..data import build_stream_loader, build_test_loader
 from ..errors import UserError
 from ..evaluation import build_evaluator
+from ..inheritance import inherit
 from ..meta_arch import KDMetaArch, student_of
+from ..random_state import preserved_random_state
 from ..teacher import Teacher
 from .balance_log import LastMultipliersLog
 from .checks import check_classes
+from .learning_rate import check_schedule, scale_to_world_size
 from .memory import PeakMemoryRecorder
 from .optimizers import build_optimizers
-from .random_state import preserved_random_state
-from .schedule import check_schedule, scale_to_world_size
+from .rank_states import RankStates, get_rank_state, set_rank_state
 from .step import DistillationStep
-from .worker_states import WorkerStates, get_worker_state, set_worker_state
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ class KDTrainer(DefaultTrainer):
         if resume or comm.get_world_size() > 1:
             self._resume_in_step(resume)
         if not resume:
-            load_beginning(self.cfg, self.bare_model)
+            load_initial_weights(self.cfg, self.bare_model)
         self._open_stream()
 
     def _resume_in_step(self, resume: bool) -> None:
@@ -143,7 +144,7 @@ class KDTrainer(DefaultTrainer):
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
         state["seed"] = self.seed
-        state.update(get_worker_state(student_of(self.bare_model)), other_workers=self.worker_states.others)
+        state.update(get_rank_state(student_of(self.bare_model)), other_workers=self.rank_states.others)
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -151,11 +152,11 @@ class KDTrainer(DefaultTrainer):
         self.start_iter = self.iter + 1
         self.seed = state["seed"]
         workers = [state, *state.get("other_workers", [])]
-        set_worker_state(student_of(self.bare_model), workers, seed=self.seed + 7919 * state["iteration"])
+        set_rank_state(student_of(self.bare_model), workers, seed=self.seed + 7919 * state["iteration"])
 
     def build_hooks(self) -> list[HookBase]:
-        self.worker_states = WorkerStates(student_of(self.bare_model), self.cfg.SOLVER.CHECKPOINT_PERIOD)
-        hooks = [PeakMemoryRecorder(), self.worker_states, *super().build_hooks()]
+        self.rank_states = RankStates(student_of(self.bare_model), self.cfg.SOLVER.CHECKPOINT_PERIOD)
+        hooks = [PeakMemoryRecorder(), self.rank_states, *super().build_hooks()]
         if isinstance(self.bare_model, KDMetaArch) and self.bare_model.balance:
             hooks.append(LastMultipliersLog(self.bare_model.balance))
         return hooks
@@ -189,7 +190,7 @@ class KDTrainer(DefaultTrainer):
             return super().test(cfg, model, evaluators)
 
 
-def load_beginning(cfg: CfgNode, model: nn.Module) -> None:
+def load_initial_weights(cfg: CfgNode, model: nn.Module) -> None:
     """The weights that a training begins with: those of MODEL.WEIGHTS, then the teacher's where the student inherits them.
 
     Raises:

@@ -7,12 +7,13 @@ import inspect
 import io
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
 
 from ..errors import UserError
+from ..random_state import preserved_random_state
 
 CORRUPTIONS = (
     *("gaussian_noise", "shot_noise", "impulse_noise"),
@@ -42,8 +43,9 @@ def corrupt(image: np.ndarray, corruption: str, severity: int, identity: int | s
     seed = zlib.crc32(f"{identity}/{corruption}/{severity}".encode())
     # Two of them do not draw from NumPy's global generator and take a seed of their own.
     own = {"seed": seed} if "seed" in inspect.signature(functions[corruption]).parameters else {}
-    with _seeded(seed), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+    with preserved_random_state(cuda=False), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        np.random.seed(seed)
         return np.uint8(functions[corruption](Image.fromarray(image), severity, **own))
 
 
@@ -69,13 +71,3 @@ def load_corruptions() -> dict[str, Callable]:
             "pip install 'kd_d2[robustness]' and then pip install --no-deps imagecorruptions-imaug."
         ) from error
     return corruption_dict
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    state = np.random.get_state()
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        np.random.set_state(state)

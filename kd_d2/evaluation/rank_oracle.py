@@ -15,7 +15,7 @@ from detectron2.structures import Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor
 
-from ..detectors import DensePredictions, DetectorOutputs
+from ..adapters import DensePredictions, DetectorOutputs
 from ..losses import reordered
 from ..meta_arch import KDMetaArch
 from .build import build_evaluator

@@ -1,6 +1,6 @@
 """Correlation of predictions (DIST), and channels brought to another's mean and deviation (CrossKD).
 
-What is said here of a batch may be spread over several workers: `total` then sums a tensor over all of them, and passes gradients
+What is said here of a batch may be spread over several ranks: `total` then sums a tensor over all of them, and passes gradients
 of all of them back. Shape suffixes: N rows (positions or proposals), K classes, C channels.
 """
 
@@ -37,7 +37,7 @@ def dist_loss(
         total: see above.
 
     Returns:
-        A scalar, the same on all workers.
+        A scalar, the same on all ranks.
     """
     dtype = torch.promote_types(student_probs.dtype, torch.float32)
     student_NK, teacher_NK = student_probs.to(dtype), teacher_probs.detach().to(dtype)
@@ -84,7 +84,7 @@ def with_statistics_of(
 
 
 def _channel_statistics(maps: list[Tensor], total: Callable[[Tensor], Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Mean and unbiased deviation (C, 1, 1) of each, all of them in two sums over workers. One position deviates by nothing."""
+    """Mean and unbiased deviation (C, 1, 1) of each, all of them in two sums across ranks. One position deviates by nothing."""
     channels = [x.shape[1] for x in maps]
     counts = maps[0].new_tensor([x[:, 0].numel() for x in maps])
     *sums, counts = total(torch.cat([*(x.sum((0, 2, 3)) for x in maps), counts])).split([*channels, len(maps)])

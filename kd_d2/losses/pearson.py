@@ -1,6 +1,6 @@
-"""Correlation of channels (Cao et al. 2022), in two steps, so that a batch may lie on several workers.
+"""Correlation of channels (Cao et al. 2022), in two steps, so that a batch may lie on several ranks.
 
-`channel_means` and `channel_moments` are means over the own images; a caller may average either over workers before it goes on.
+`channel_means` and `channel_moments` are means over the own images; a caller may average either across ranks before it goes on.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss
 
-from ..workers import mean_count_of_workers
+from ..distributed import mean_count_across_ranks
 from .assignment import Positives
 from .dense import AdaptiveDetector, adaptive_arguments, add_adaptive_keys
 
@@ -89,7 +89,7 @@ class ATSS(AdaptiveDetector):
         positives = Positives.of(assignment_BR)
         class_P, box_P4 = positives.ground_truth(targets)
         anchor_P4 = Boxes.cat(anchors).tensor[positives.anchor]
-        num_positives = mean_count_of_workers(class_P.new_tensor(len(class_P), dtype=torch.float32))
+        num_positives = mean_count_across_ranks(class_P.new_tensor(len(class_P), dtype=torch.float32))
         with torch.autocast(logits[0].device.type, enabled=False):
             logits_BRK = torch.cat(logits, 1).float()
             is_class_BRK = torch.zeros_like(logits_BRK)
@@ -105,7 +105,7 @@ class ATSS(AdaptiveDetector):
             )
         return {
             "loss_atss_cls": classification / num_positives,
-            "loss_atss_box": self.box_loss_weight * box / mean_count_of_workers(target_P.sum()),
+            "loss_atss_box": self.box_loss_weight * box / mean_count_across_ranks(target_P.sum()),
             "loss_atss_centerness": quality / num_positives,
         }
 

@@ -19,7 +19,7 @@ from detectron2.structures.boxes import matched_pairwise_iou
 from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor, nn
 
-from ..workers import mean_count_of_workers
+from ..distributed import mean_count_across_ranks
 from .assignment import BACKGROUND, IGNORED, Positives
 from .dense import SingleAnchorDetector, add_dense_keys, check_keys, dense_arguments
 
@@ -141,7 +141,7 @@ class FSAF(SingleAnchorDetector):
         cells, logits = Boxes.cat(anchors), predictions[0]
         positives = Positives.of(assignment_BR)
         class_P, _ = positives.ground_truth(targets)
-        num_positives = mean_count_of_workers(class_P.new_tensor(len(class_P), dtype=torch.float32))
+        num_positives = mean_count_across_ranks(class_P.new_tensor(len(class_P), dtype=torch.float32))
         with torch.autocast(logits[0].device.type, enabled=False):
             logits_BRK = torch.cat(logits, 1).float()
             is_class_BRK = torch.zeros_like(logits_BRK)

@@ -18,7 +18,7 @@ from detectron2.structures.boxes import matched_pairwise_iou
 from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss
 
-from ..workers import mean_count_of_workers
+from ..distributed import mean_count_across_ranks
 from .assignment import Positives
 from .dense import AdaptiveDetector, adaptive_arguments, add_adaptive_keys, check_keys
 
@@ -136,7 +136,7 @@ class GFL(AdaptiveDetector):
         positives = Positives.of(assignment_BR)
         class_P, box_P4 = positives.ground_truth(targets)
         anchor_P4 = Boxes.cat(anchors).tensor[positives.anchor]
-        num_positives = mean_count_of_workers(class_P.new_tensor(len(class_P), dtype=torch.float32))
+        num_positives = mean_count_across_ranks(class_P.new_tensor(len(class_P), dtype=torch.float32))
         with torch.autocast(logits[0].device.type, enabled=False):
             sides = positives.pick(distributions).float()
             predicted_P4 = self.box2box_transform.apply_deltas(sides, anchor_P4)
@@ -149,7 +149,7 @@ class GFL(AdaptiveDetector):
             box = (generalized_box_iou_loss(predicted_P4, box_P4) * weight_P).sum()
             distances_P4 = self.box2box_transform.get_distances(anchor_P4, box_P4)
             spread = (distribution_focal_loss(sides.unflatten(1, (4, -1)), distances_P4).mean(1) * weight_P).sum()
-        divisor = mean_count_of_workers(weight_P.sum())
+        divisor = mean_count_across_ranks(weight_P.sum())
         return {
             "loss_gfl_quality": classification / num_positives,
             "loss_gfl_box": self.box_loss_weight * box / divisor,

@@ -10,13 +10,13 @@ from typing import Any
 
 import yaml
 
-from ..comparison import Matrix
-from ..comparison.plots import plot_ap, plot_curves
-from ..comparison.report import first_curves, read_costs
-from ..comparison.runner import read_curves, read_metrics, read_versions
-from ..comparison.table import HEADERS, build_rows, format_row, read_results
 from ..errors import UserError
 from ..evaluation.error_types import SIZES
+from ..sweep import Matrix
+from ..sweep.plots import plot_ap, plot_curves
+from ..sweep.report import first_curves, read_costs
+from ..sweep.runner import read_curves, read_metrics, read_versions
+from ..sweep.table import HEADERS, build_rows, format_row, read_results
 from .page import Listing, Picture, Section, Table
 
 SUMMARY = ("AP", "AP50", "AP75", "APs", "APm", "APl")

@@ -9,20 +9,19 @@ from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from ...detectors import DetectorOutputs, DetectorSpec
+from ...adapters import DetectorOutputs, DetectorSpec
+from ...distributed import mean_count_across_ranks
 from ...errors import UserError
 from ...losses import attended_value_loss
-from ...workers import mean_count_of_workers
 from ..base import (
     DISTILLER_REGISTRY,
     Distiller,
     OptimizerSettings,
     ParamGroup,
     check_number,
-    common_strides,
     in_float32,
-    levels_by_stride,
 )
+from ..matching import common_strides, levels_by_stride
 from .decoder import Decoder
 from .encoding import InstanceEncoder, linear, mlp
 from .geometry import LevelGeometry
@@ -283,4 +282,4 @@ def auxiliary_losses(prediction_BQ5: Tensor, queries: InstanceQueries) -> tuple[
     distances = torch.cat([sizes / 2 + offset, sizes / 2 - offset], -1)
     scale = torch.where(queries.is_real[..., None], 1 / sizes.repeat(1, 1, 2), 0.0)
     box = ((prediction_BQ5[..., 1:].sigmoid() - distances).abs() * scale).sum()
-    return objectness / mean_count_of_workers(is_query.sum()), box / mean_count_of_workers(is_real.sum())
+    return objectness / mean_count_across_ranks(is_query.sum()), box / mean_count_across_ranks(is_real.sum())

@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Iterator
 
 import numpy as np
@@ -22,6 +21,7 @@ from detectron2.structures import BoxMode
 from torch import Tensor
 
 from ...errors import UserError
+from ...files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -152,8 +152,6 @@ def _write(path: str, tree: list) -> None:
     """Write whole or not at all; a cache that cannot be written costs time alone."""
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=os.path.dirname(path), delete=False) as file:
-            json.dump(tree, file)
-        os.replace(file.name, path)
+        write_json(path, tree, indent=None)
     except OSError as error:
         logger.info(f"The class priors are not kept in {path}: {error.strerror}")

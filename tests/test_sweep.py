@@ -7,14 +7,14 @@ import os
 import runpy
 
 from kd_d2 import UserError
-from kd_d2.comparison import compare, report, runner
-from kd_d2.comparison.costs import measure_costs
-from kd_d2.comparison.matrix import measured_settings, read_matrix
-from kd_d2.comparison.plots import look, plot_ap, plot_curves
-from kd_d2.comparison.report import first_curves, write_report
-from kd_d2.comparison.runner import Job, read_metrics, result_path, run_jobs, teacher_evaluation, training_job
-from kd_d2.comparison.table import HEADERS, as_csv, as_markdown, build_rows, format_row, pooled_deviation, read_results
 from kd_d2.config import load_config
+from kd_d2.sweep import compare, report, runner
+from kd_d2.sweep.costs import measure_costs
+from kd_d2.sweep.matrix import measured_settings, read_matrix
+from kd_d2.sweep.plots import look, plot_ap, plot_curves
+from kd_d2.sweep.report import first_curves, write_report
+from kd_d2.sweep.runner import Job, read_metrics, result_path, run_jobs, teacher_evaluation, training_job
+from kd_d2.sweep.table import HEADERS, as_csv, as_markdown, build_rows, format_row, pooled_deviation, read_results
 
 import pytest
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
-from kd_d2.detectors import (
+from kd_d2.adapters import (
     BACKGROUND,
     IGNORED,
     ATSSAdapter,
@@ -20,7 +20,7 @@ from kd_d2.detectors import (
     SingleAnchorAdapter,
     build_adapter,
 )
-from kd_d2.detectors.dense import labels_and_boxes
+from kd_d2.adapters.dense import labels_and_boxes
 from kd_d2.errors import UserError
 from kd_d2.modeling.assignment import assign_by_iou
 

@@ -9,16 +9,16 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from torch import nn
 
+from ..random_state import get_random_state, set_random_state
 from .loss_normalizers import get_loss_normalizers, set_loss_normalizers
-from .random_state import get_random_state, set_random_state
 
 
-def get_worker_state(model: nn.Module) -> dict[str, Any]:
+def get_rank_state(model: nn.Module) -> dict[str, Any]:
     """Of this process."""
     return {"random": get_random_state(), "normalizers": get_loss_normalizers(model)}
 
 
-def set_worker_state(model: nn.Module, states: list[dict[str, Any]], seed: int) -> None:
+def set_rank_state(model: nn.Module, states: list[dict[str, Any]], seed: int) -> None:
     """Give this process its own state again.
 
     Args:
@@ -34,7 +34,7 @@ def set_worker_state(model: nn.Module, states: list[dict[str, Any]], seed: int) 
         seed_all_rng((seed + rank) % 2**31)
 
 
-class WorkerStates(HookBase):
+class RankStates(HookBase):
     """Brings the states of all processes to the first one where a checkpoint is about to be written; `others` has them.
 
     Args:
@@ -50,4 +50,4 @@ class WorkerStates(HookBase):
     def after_step(self) -> None:
         following = self.trainer.iter + 1
         if following % self.period == 0 or following >= self.trainer.max_iter:
-            self.others = comm.gather(get_worker_state(self.model))[1:]
+            self.others = comm.gather(get_rank_state(self.model))[1:]

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..engine.checks import check_output_folder
 from ..errors import UserError
-from ..files import write_json, write_whole
+from ..files import write_json, write_text
 from .costs import measure_costs
 from .matrix import Matrix
 from .plots import Curves, plot_ap, plot_curves
@@ -65,7 +65,7 @@ def compare(
     rows = write_report(matrix.reduced_to(cells), results, costs, report)
     if readme is not None:
         path, before, after = _split_at_marks(readme)
-        write_whole(path, f"{before}\n\n{as_markdown(rows)}\n\n{after}")
+        write_text(path, f"{before}\n\n{as_markdown(rows)}\n\n{after}")
     return rows
 
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
 
-def get_random_state() -> dict[str, Any]:
-    """The states of Python's, NumPy's and torch's generators, in tensors and numbers."""
+def get_random_state(cuda: bool = True) -> dict[str, Any]:
+    """The states of Python's, NumPy's and torch's generators, in tensors and numbers.
+
+    Args:
+        cuda: whether those of the GPUs are wanted, which a process of a DataLoader must not ask for.
+    """
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     return {
@@ -24,7 +29,7 @@ def get_random_state() -> dict[str, Any]:
             "cached": cached,
         },
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state_all() if cuda and torch.cuda.is_available() else [],
     }
 
 
@@ -40,10 +45,25 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def preserved_random_state():
-    """Leave all random states as they were, whatever happens inside."""
-    state = get_random_state()
+def preserved_random_state(cuda: bool = True) -> Iterator[None]:
+    """Leave all random states as they were, whatever happens inside.
+
+    Args:
+        cuda: see `get_random_state`.
+    """
+    state = get_random_state(cuda)
     try:
         yield
     finally:
         set_random_state(state)
+
+
+@contextlib.contextmanager
+def seeded(*seeds: int) -> Iterator[None]:
+    """Within it the random numbers of Python, NumPy and torch on the CPU follow from `seeds` alone; behind it they go on as before."""
+    words = np.random.SeedSequence(seeds).generate_state(3)
+    with preserved_random_state(cuda=False):
+        random.seed(int(words[0]))
+        np.random.seed(words[1])
+        torch.manual_seed(int(words[2]))
+        yield

@@ -1,0 +1,27 @@
+"""Train a detector: a plain one, or a student with a teacher.
+
+kd-d2 train CONFIG [--resume] [--eval-teacher] [--num-gpus N] [KEY VALUE ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from ..engine import launch
+from ..engine.program import main
+from .arguments import add_import_argument, add_launch_arguments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "config_file", metavar="CONFIG", help="config file, or the name of one that ships or is in the model zoo"
+    )
+    parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint in OUTPUT_DIR")
+    parser.add_argument("--eval-teacher", action="store_true", help="evaluate the teacher before training")
+    add_import_argument(parser)
+    add_launch_arguments(parser)
+    parser.set_defaults(eval_only=False)
+
+
+def run(args: argparse.Namespace) -> None:
+    launch(main, args)

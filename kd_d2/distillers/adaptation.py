@@ -1,0 +1,63 @@
+"""Adaptation layers: the student's feature maps brought to the teacher's channels."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+from torch import Tensor, nn
+
+from ..adapters import DetectorOutputs, DetectorSpec
+from ..errors import UserError
+from .matching import common_strides, levels_by_stride
+
+ADAPTATION_KERNELS = {"none": 0, "1x1": 1, "3x3": 3}
+
+
+class AdaptationLayers(nn.Module):
+    """What brings the student's features to the teacher's channels: one convolution a level, or nothing.
+
+    Args:
+        channels: by stride the student's and the teacher's channels.
+        kernel_size: side of the convolution; 0 for the identity.
+    """
+
+    def __init__(self, channels: dict[int, tuple[int, int]], kernel_size: int):
+        super().__init__()
+        self.strides = tuple(channels)
+        self.layers = nn.ModuleDict()
+        if kernel_size:
+            for stride, (student, teacher) in channels.items():
+                self.layers[str(stride)] = nn.Conv2d(student, teacher, kernel_size, padding=kernel_size // 2)
+
+    @classmethod
+    def from_node(cls, node_name: str, node: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> AdaptationLayers:
+        """The layers that `node.ADAPTATION` asks for, at every stride that both detectors have.
+
+        None asks for 1x1 where the channels differ, and for nothing where they agree.
+
+        Raises:
+            UserError: no common stride, or no adaptation and different channels.
+        """
+        channels = {
+            stride: (student.shapes[stride].channels, teacher.shapes[stride].channels)
+            for stride in common_strides(student, teacher)
+        }
+        needed = "none" if all(ours == theirs for ours, theirs in channels.values()) else "1x1"
+        kernel_size = ADAPTATION_KERNELS[node.ADAPTATION or needed]
+        for stride, (ours, theirs) in channels.items():
+            if not kernel_size and ours != theirs:
+                raise UserError(
+                    f"MODEL.KD.{node_name}.ADAPTATION is 'none', but at stride {stride} the student has {ours} channels "
+                    f"and the teacher {theirs}: set it to '1x1'."
+                )
+        return cls(channels, kernel_size)
+
+    def pairs(self, student: DetectorOutputs, teacher: DetectorOutputs) -> list[tuple[Tensor, Tensor]]:
+        """By level the student's adapted and the teacher's feature map, (B, C_teacher, H, W) each."""
+        student_maps = self(levels_by_stride(student.features, self.strides, "student"))
+        return list(zip(student_maps, levels_by_stride(teacher.features, self.strides, "teacher"), strict=True))
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """(B, C_student, H, W) per level, in order of `strides`, to (B, C_teacher, H, W)."""
+        if not self.layers:
+            return features
+        return [self.layers[str(s)](x) for s, x in zip(self.strides, features, strict=True)]

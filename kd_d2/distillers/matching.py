@@ -1,0 +1,57 @@
+"""What of the student corresponds to what of the teacher: feature levels by stride, predictions by anchor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from ..adapters import DetectorSpec
+from ..errors import UserError
+
+
+def common_strides(student: DetectorSpec, teacher: DetectorSpec) -> list[int]:
+    """Strides of the neck levels that both detectors have, ascending. Raises a UserError where there is none."""
+    strides = sorted(student.shapes.keys() & teacher.shapes.keys())
+    if not strides:
+        raise UserError(
+            f"The student ({student.name}, strides {sorted(student.shapes)}) and the teacher ({teacher.name}, strides "
+            f"{sorted(teacher.shapes)}) have no feature level of the same stride."
+        )
+    return strides
+
+
+def check_same_anchors(method: str, student: DetectorSpec, teacher: DetectorSpec) -> None:
+    """Raise a UserError unless both detectors predict at the same anchors or points of the same levels."""
+
+    def anchors_of(spec: DetectorSpec) -> dict[int, list[list[float]]]:
+        return {stride: anchors.tolist() for stride, anchors in sorted((spec.cell_anchors or {}).items())}
+
+    ours, theirs = anchors_of(student), anchors_of(teacher)
+    if ours.keys() != theirs.keys():
+        raise UserError(
+            f"{method} compares predictions anchor by anchor, but the student ({student.name}) predicts at the strides "
+            f"{list(ours)} and the teacher ({teacher.name}) at {list(theirs)}."
+        )
+    for stride, anchors in ours.items():
+        if anchors != theirs[stride]:
+            raise UserError(
+                f"{method} compares predictions anchor by anchor, but at stride {stride} the student ({student.name}) has "
+                f"{_describe(anchors)} and the teacher ({teacher.name}) {_describe(theirs[stride])}."
+            )
+
+
+def _describe(anchors: list[list[float]]) -> str:
+    x1, y1, x2, y2 = anchors[0]
+    sides = f"{x2 - x1:.4g}x{y2 - y1:.4g} pixels around ({(x1 + x2) / 2:.4g}, {(y1 + y2) / 2:.4g})"
+    return f"{len(anchors)} anchors a position, the first of {sides}" if len(anchors) > 1 else f"one anchor of {sides}"
+
+
+def levels_by_stride(features: dict[int, Tensor], strides: Iterable[int], whose: str) -> list[Tensor]:
+    """The feature maps of the given strides. Raises where one was not captured."""
+    missing = [s for s in strides if s not in features]
+    if missing:
+        raise RuntimeError(
+            f"the {whose}'s features of stride {missing} were not captured; there are {sorted(features)}"
+        )
+    return [features[s] for s in strides]

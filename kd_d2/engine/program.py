@@ -1,0 +1,61 @@
+"""What train_net.py and `kd-d2 train` and `eval` do, in each process."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+
+from ..checkpoint import load_complete
+from ..config import KD_META_ARCH
+from ..errors import UserError
+from ..extensions import import_extensions
+from ..files import write_json
+from ..teacher import Teacher
+from .checks import check_classes
+from .setup import setup
+from .trainer import KDTrainer, evaluate_teacher
+
+
+def main(args: argparse.Namespace) -> dict | None:
+    """Train, or evaluate the detector (`eval_only`), the teacher, or both.
+
+    Args:
+        args: `config_file`, `opts`, `imports`, `resume`, `eval_only` and `eval_teacher`.
+
+    Returns:
+        The evaluation's results by task, which OUTPUT_DIR has as json too.
+    """
+    import_extensions(args.imports)
+    cfg = setup(args)
+    if args.eval_teacher and cfg.MODEL.META_ARCHITECTURE != KD_META_ARCH:
+        raise UserError(f"--eval-teacher: MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} has no teacher.")
+    if args.eval_only and args.eval_teacher:
+        results = evaluate_teacher(cfg, Teacher.from_config(cfg))
+        _write(cfg.OUTPUT_DIR, "teacher.json", results)
+        return results
+    if args.eval_only:
+        if not cfg.MODEL.WEIGHTS:
+            raise UserError("--eval-only needs MODEL.WEIGHTS: name the checkpoint that is to be evaluated.")
+        model = build_model(cfg)
+        check_classes(cfg, model)
+        load_complete(model, cfg.MODEL.WEIGHTS, "the detector")
+        results = KDTrainer.test(cfg, model)
+        _write(cfg.OUTPUT_DIR, "eval.json", results)
+        return results
+
+    trainer = KDTrainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    if args.eval_teacher:
+        _write(cfg.OUTPUT_DIR, "teacher.json", evaluate_teacher(cfg, trainer.bare_model.teacher))
+    trainer.train()
+    results = getattr(trainer, "_last_eval_results", {})
+    _write(cfg.OUTPUT_DIR, "train.json", results)
+    return results
+
+
+def _write(folder: str, name: str, results: dict) -> None:
+    if comm.is_main_process():
+        write_json(os.path.join(folder, name), results)

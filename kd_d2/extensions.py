@@ -1,0 +1,55 @@
+"""Code of users that registers methods, detectors or data sets: modules, or files anywhere."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Iterable
+
+from .errors import UserError
+
+
+def import_extensions(names: Iterable[str]) -> None:
+    """Import each module or file once; what they register is then there by name.
+
+    Args:
+        names: modules as `import` takes them, or paths of Python files.
+
+    Raises:
+        UserError: there is no such module or file.
+    """
+    for name in names:
+        if name.endswith(".py") or os.sep in name:
+            _import_file(os.path.abspath(os.path.expanduser(name)))
+        else:
+            _import_module(name)
+
+
+def _import_file(path: str) -> None:
+    name = os.path.splitext(os.path.basename(path))[0]
+    loaded = sys.modules.get(name)
+    if loaded is not None:
+        if os.path.realpath(getattr(loaded, "__file__", None) or "") == os.path.realpath(path):
+            return
+        raise UserError(f"--import: the file {path} has the name of another module, {name}: rename it.")
+    if not os.path.isfile(path):
+        raise UserError(f"--import: there is no file {path}.")
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # as an import does: its classes can be pickled, and it can import itself
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+
+
+def _import_module(name: str) -> None:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # the module is there, and lacks one of its own
+        raise UserError(f"--import: there is no module {name}.") from error
