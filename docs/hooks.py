@@ -1,0 +1,106 @@
+"""MkDocs hooks: pages that are made from the code and from the READMEs of the repository."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+import sys
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+PAGES = {
+    "projects/README.md": "results/index.md",
+    "projects/StructuralKD/README.md": "results/StructuralKD.md",
+    "projects/ICD/README.md": "results/ICD.md",
+    "projects/RankMimicking/README.md": "results/RankMimicking.md",
+    "projects/InstanceMaskAlignment/README.md": "results/InstanceMaskAlignment.md",
+    "projects/NewerMethods/README.md": "results/NewerMethods.md",
+    "projects/Baselines/README.md": "results/Baselines.md",
+    "benchmarks/README.md": "results/benchmarks.md",
+    "cluster/README.md": "guides/many-gpus.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+}
+"""By Markdown file of the repository the page that it becomes."""
+
+LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that no file under docs/ holds."""
+    pictures: dict[str, str] = {}
+    for source, page in PAGES.items():
+        with open(os.path.join(ROOT, source), encoding="utf-8") as file:
+            content = _with_links(file.read(), source, page, pictures)
+        files.append(File.generated(config, page, content=content))
+    for source, target in pictures.items():
+        files.append(File.generated(config, target, abs_src_path=os.path.join(ROOT, source)))
+    files.append(File.generated(config, "reference/commands.md", content=commands_page()))
+    files.append(File.generated(config, "reference/keys.md", content=keys_page()))
+    return files
+
+
+def on_page_markdown(markdown: str, page: object, config: MkDocsConfig, files: Files) -> str:
+    """Links out of docs/ of hand-written pages become names of files."""
+    path = page.file.src_uri
+    if path in PAGES.values() or path.startswith("reference/"):
+        return markdown
+    return _with_links(markdown, posixpath.join("docs", path), path, {})
+
+
+def _with_links(markdown: str, source: str, page: str, pictures: dict[str, str]) -> str:
+    """Links between files of the repository as links between pages; to a file that is no page, its name alone.
+
+    Args:
+        source: the file, from the root of the repository.
+        page: what it becomes, from the root of the site.
+        pictures: gets each picture that the file shows, with its place in the site.
+    """
+
+    def replaced(match: re.Match) -> str:
+        mark, text, target = match.groups()
+        path, hash_mark, anchor = target.partition("#")
+        if "://" in target or not path:
+            return match[0]
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
+        if mark:
+            place = posixpath.join("pictures", path.replace("/", "-"))
+            pictures[path] = place
+            return f"![{text}]({posixpath.relpath(place, posixpath.dirname(page) or '.')})"
+        known = PAGES.get(path) or (path.removeprefix("docs/") if path.startswith("docs/") and path.endswith(".md") else None)
+        if known:
+            return f"[{text}]({posixpath.relpath(known, posixpath.dirname(page) or '.')}{hash_mark}{anchor})"
+        return text if text.strip("`") == path else f"{text} (`{path}`)"
+
+    return LINK.sub(replaced, markdown)
+
+
+def commands_page() -> str:
+    """The help of every command."""
+    from kd_d2.cli import help_texts
+
+    parts = ["# Commands\n\n`kd-d2` is the one program; `python -m kd_d2` is the same. Overrides of config keys come last.\n"]
+    for command, text in help_texts().items():
+        parts.append(f"## {command}\n\n```text\n{text.rstrip()}\n```\n")
+    return "\n".join(parts)
+
+
+def keys_page() -> str:
+    """Every config key of the library."""
+    from kd_d2.reference import keys
+
+    parts = ["# Config keys\n\nKeys that Detectron2's own configs do not have. `kd-d2 config explain KEY` prints the same.\n"]
+    group = None
+    for key in keys():
+        node = key.name.rpartition(".")[0]
+        if node != group:
+            group = node
+            parts.append(f"\n## {node}\n\n| key | default | values | |\n|---|---|---|---|")
+        cells = (f"`{key.name.rpartition('.')[2]}`", f"`{key.default!r}`", key.values, key.description)
+        parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(parts) + "\n"
