@@ -1,4 +1,4 @@
-"""Every config key of the library and of the registered methods, with its type, default and meaning."""
+"""Every config key of the library, its detectors and the registered methods, with its type, default and meaning."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from .config import LIBRARY_KEYS
 from .distillers import DISTILLER_REGISTRY
 from .keys import Keys, keys_of
+from .modeling import MODELING_KEYS
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class KeyReference:
 
 
 def config_reference() -> list[KeyReference]:
-    """The keys of the library, then those of each registered method, in order of their names."""
-    nodes: dict[str, type[Keys]] = dict(LIBRARY_KEYS)
+    """The keys of the library, of its backbones and detectors, and of each registered method, in order of the methods' names."""
+    nodes: dict[str, type[Keys]] = LIBRARY_KEYS | {f"MODEL.{name}": keys for name, keys in MODELING_KEYS.items()}
     for _, method in sorted(DISTILLER_REGISTRY):
         nodes[f"MODEL.KD.{method.CONFIG_NODE}"] = method.Config
     return [entry for path, keys in nodes.items() for entry in _entries(path, keys)]

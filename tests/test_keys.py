@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from kd_d2.distillers import DISTILLER_REGISTRY, Distiller
 from kd_d2.errors import UserError
 from kd_d2.keys import Above, AtLeast, AtMost, Below, Condition, Keys, OneOf, keys_of
+from kd_d2.modeling import MODELING_KEYS
 from kd_d2.reference import config_reference
 
 import pytest
@@ -196,6 +197,9 @@ def test_the_reference_has_every_key_with_its_description(tiny_cfg: Callable) ->
 
     cfg = tiny_cfg("retinanet")
     assert {name for name in entries if name.startswith("MODEL.KD.")} == set(keys_below(cfg.MODEL.KD, "MODEL.KD"))
+    for name in MODELING_KEYS:
+        of_node = {key for key in entries if key.startswith(f"MODEL.{name}.")}
+        assert of_node == set(keys_below(cfg.MODEL[name], f"MODEL.{name}"))
     assert {"DATASETS.COCO_JSON", "SOLVER.AMP.DTYPE", "MODEL.KD.ICD.WARMUP_ITERS"} <= entries.keys()
     undescribed = [name for name, entry in entries.items() if not entry.description.endswith(".") or not entry.values]
     assert undescribed == []
