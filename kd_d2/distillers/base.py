@@ -58,7 +58,7 @@ class ParamGroup:
 class Distiller(nn.Module):
     """A distillation method.
 
-    Class attributes, the first four of which an instance may set anew in its `__init__`:
+    Class attributes, the first three of which an instance may set anew in its `__init__`:
         needs: what `forward` reads of the student: a subset of what `DetectorSpec.provides` may name.
         loss_names: exactly the keys of the losses that `forward` returns, each `loss_<something>`.
         aux_loss_names: those of `loss_names` that train the method's own parameters alone: neither weight nor schedule scales them.
@@ -69,7 +69,7 @@ class Distiller(nn.Module):
     Attributes:
         config: the values of the method's keys.
         weight: what the losses are multiplied by, but the auxiliary ones; `forward` leaves it out.
-        relative_weight: the weight over its default.
+        relative_weight: the weight over its default; 1 where that is 0.
     """
 
     needs: frozenset[str]
@@ -114,7 +114,7 @@ class Distiller(nn.Module):
         self.config = config
         default = self.default_weight(config, pair)
         self.weight = default if config.weight is None else config.weight
-        self.relative_weight = self.weight / default
+        self.relative_weight = self.weight / default if default else 1.0
         other = self.alternative_needs
         if other is not None and other <= pair.student.provides and not self.needs <= pair.student.provides:
             self.needs = other
