@@ -14,15 +14,15 @@ import json
 import statistics
 import time
 
-from kd_d2.distillers import ICD
-from kd_d2.distillers.icd.decoder import Decoder
-from kd_d2.distillers.icd.encoding import InstanceEncoder
+from kd_d2.adapters import DetectorSpec
+from kd_d2.distillers import ICD, Pair
 from kd_d2.distillers.icd.geometry import LevelGeometry
 from kd_d2.distillers.icd.queries import FakeInstances, build_queries
 from measuring import device_name, number_from_fresh_process, peak_memory, seconds
 from reference_icd import AuthorsICD
 
 import torch
+from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes, Instances
 
 SIZE = (800, 1216)
@@ -53,16 +53,13 @@ class OurICD:
 
     def __init__(self, inputs: Inputs):
         self.inputs = inputs
-        self.icd = ICD(
-            weight=8.0,
-            strides=inputs.strides,
-            encoder=InstanceEncoder(NUM_CLASSES, 256),
-            decoder=Decoder(CHANNELS, 256, 8, 1024, 1),
-            student_channels=CHANNELS,
-            fakes=FakeInstances(
-                torch.ones(NUM_CLASSES), torch.full((NUM_CLASSES, 2), 0.2), torch.full((NUM_CLASSES, 2), 0.1)
-            ),
-        ).to(inputs.device)
+        shapes = {stride: ShapeSpec(channels=CHANNELS, stride=stride) for stride in inputs.strides}
+        spec = DetectorSpec("RetinaNet", "one-stage", shapes, NUM_CLASSES, None, frozenset({"features"}))
+        self.icd = ICD(ICD.Config(), Pair(spec, spec))
+        self.icd.fakes = FakeInstances(
+            torch.ones(NUM_CLASSES), torch.full((NUM_CLASSES, 2), 0.2), torch.full((NUM_CLASSES, 2), 0.1)
+        )
+        self.icd.to(inputs.device)
 
     def run(self) -> None:
         for tensor in (*self.inputs.student, *self.icd.parameters()):
@@ -72,7 +69,7 @@ class OurICD:
         geometry = LevelGeometry.of(self.inputs.teacher, sizes, SIZE)
         encoded = self.icd.encoder(queries)
         losses = self.icd.losses(encoded, queries, self.inputs.student, self.inputs.teacher, geometry)
-        sum(losses.values()).backward()
+        sum(self.icd.scaled(losses).values()).backward()
 
 
 def build(whose: str, args: argparse.Namespace) -> OurICD | AuthorsICD:

@@ -23,12 +23,13 @@ from collections.abc import Callable
 
 from kd_d2 import DISTILLER_REGISTRY, Distiller, KDMetaArch, Teacher, UserError, load_config
 from kd_d2.adapters import build_adapter
+from kd_d2.distillers import Pair, build_distiller
 from kd_d2.engine.optimizers import build_optimizers
 from kd_d2.engine.step import DistillationStep
 from measuring import device_name, number_from_fresh_process, peak_memory, seconds
 
 import torch
-from detectron2.config import CfgNode, configurable
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
@@ -64,9 +65,8 @@ class ReadOnly(Distiller):
 
     loss_names = ("loss_nothing",)
 
-    @configurable
-    def __init__(self, *, needs: frozenset[str]):
-        super().__init__()
+    def __init__(self, needs: frozenset[str], pair: Pair):
+        super().__init__(self.Config(), pair)
         self.needs = needs
 
     def forward(self, student, teacher, targets):
@@ -118,11 +118,11 @@ class Bench:
     def model(self, variant: str) -> nn.Module:
         if variant == PLAIN:
             return self.student
-        specs = build_adapter(self.student).spec, self.teacher.spec
+        pair = Pair.from_config(self.cfg, build_adapter(self.student).spec, self.teacher.spec)
         if variant in READ:
-            distillers = {"ReadOnly": ReadOnly(needs=READ[variant])}
+            distillers = {"ReadOnly": ReadOnly(READ[variant], pair)}
         else:
-            distillers = {name: DISTILLER_REGISTRY.get(name)(self.cfg, *specs) for name in variant.split("+")}
+            distillers = {name: build_distiller(self.cfg, name, pair) for name in variant.split("+")}
         return KDMetaArch(student=self.student, teacher=self.teacher, distillers=distillers).to(self.device)
 
     def step(self, variant: str) -> DistillationStep:
@@ -157,7 +157,7 @@ class Bench:
             losses = [
                 loss
                 for distiller in model.distillers.values()
-                for loss in distiller(student, teacher, targets).values()
+                for loss in distiller.scaled(distiller(student, teacher, targets)).values()
             ]
             sum(losses).backward()
 

@@ -7,7 +7,8 @@ import difflib
 import logging
 import os
 from collections.abc import Iterable, Iterator
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
 import torch
 import yaml
@@ -16,90 +17,161 @@ from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY
 
-from . import errors
 from .distillers import DISTILLER_REGISTRY
-from .distillers.base import check_number
 from .errors import UserError
+from .keys import Above, AtLeast, Below, Keys
 from .modeling import add_modeling_config
 
 KD_META_ARCH = "KDMetaArch"
 INHERITABLE = ("neck", "head")
 
 
+@dataclass(frozen=True)
+class DatasetKeys(Keys):
+    coco_json: Annotated[
+        list,
+        "COCO-format data sets: [[name, annotations.json, image folder], ...]; the names are then used in TRAIN and TEST.",
+    ] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class DataloaderKeys(Keys):
+    filter_empty_annotations: Annotated[
+        bool, "Whether images without objects are left out of the training; Detectron2's default is True."
+    ] = False
+    skip_unusable_images: Annotated[
+        bool,
+        "Whether a training image that cannot be read is named in the log and the next one takes its place; otherwise it ends the "
+        "training.",
+    ] = False
+
+
+@dataclass(frozen=True)
+class AmpKeys(Keys):
+    dtype: Annotated[
+        Literal["float16", "bfloat16"],
+        "Autocast type under SOLVER.AMP.ENABLED; 'float16' comes with a gradient scaler.",
+    ] = "float16"
+
+
+@dataclass(frozen=True)
+class SolverKeys(Keys):
+    gradient_accumulation_steps: Annotated[
+        int,
+        "Parts into which a process divides its images of a batch, one forward and backward pass each, before the optimiser's step.",
+    ] = 1
+    channels_last: Annotated[
+        bool, "Train with channels last in memory: the same losses up to rounding, faster on CPUs."
+    ] = False
+
+
+@dataclass(frozen=True)
+class DistillationKeys(Keys):
+    student: Annotated[str, "The student's own meta-architecture, where MODEL.META_ARCHITECTURE is KDMetaArch."] = (
+        "RetinaNet"
+    )
+    distillers: Annotated[
+        tuple[str, ...], "Distillation methods by their registered names; each has its node beside this key."
+    ] = ()
+
+
+@dataclass(frozen=True)
+class TeacherKeys(Keys):
+    config_file: Annotated[
+        str,
+        "The teacher's config: a yaml file, or a model-zoo name such as 'COCO-Detection/retinanet_R_101_FPN_3x.yaml'.",
+    ] = ""
+    weights: Annotated[
+        str,
+        "The teacher's checkpoint; '' is the config's own MODEL.WEIGHTS, for a model-zoo name its trained checkpoint.",
+    ] = ""
+    opts: Annotated[list, "Overrides of the teacher's config: [KEY, value, ...]."] = field(default_factory=list)
+    compile: Annotated[
+        bool,
+        "Compile the teacher's backbone (torch.compile): a minute or two at the start, then a faster forward pass.",
+    ] = False
+    channels_last: Annotated[
+        bool, "Keep the teacher's weights with channels last, which mixed precision on a GPU prefers."
+    ] = False
+
+
+@dataclass(frozen=True)
+class PseudoLabelKeys(Keys):
+    enabled: Annotated[bool, "Train on the teacher's detections in place of annotations; none are read."] = False
+    score_thresh: Annotated[float, AtLeast(0), Below(1), "Detections with a higher score count."] = 0.3
+
+
+@dataclass(frozen=True)
+class InheritKeys(Keys):
+    enabled: Annotated[
+        bool,
+        "Before the first iteration copy the teacher's modules to the student, as far as names and shapes fit.",
+    ] = False
+    modules: Annotated[
+        tuple[Literal["neck", "head"], ...],
+        "Modules that are copied: the neck is the backbone without its bottom-up network, the head all that is not backbone.",
+    ] = INHERITABLE
+
+
+@dataclass(frozen=True)
+class BalanceKeys(Keys):
+    enabled: Annotated[
+        bool,
+        "Multiply the losses of each distiller, but its auxiliary ones, so that the norm of their gradient in the student's neck "
+        "keeps a chosen ratio to that of the detector's own losses, whatever the data, the image size and the detector.",
+    ] = False
+    target: Annotated[
+        float,
+        Above(0),
+        "The ratio of all active distillers together. Each has an equal share; a WEIGHT other than the method's default changes its "
+        "share in proportion.",
+    ] = 2.0
+    period: Annotated[int, AtLeast(1), "Iterations between two measurements of the ratios."] = 20
+    momentum: Annotated[float, AtLeast(0), Below(1), "Momentum of the ratios' moving average."] = 0.9
+    limit: Annotated[float, AtLeast(1), "Multipliers are at least 1 / LIMIT and at most LIMIT."] = 100000.0
+
+
+LIBRARY_KEYS: dict[str, type[Keys]] = {
+    "DATASETS": DatasetKeys,
+    "DATALOADER": DataloaderKeys,
+    "SOLVER.AMP": AmpKeys,
+    "SOLVER": SolverKeys,
+    "MODEL.KD": DistillationKeys,
+    "MODEL.KD.TEACHER": TeacherKeys,
+    "MODEL.KD.PSEUDO_LABELS": PseudoLabelKeys,
+    "MODEL.KD.INHERIT": InheritKeys,
+    "MODEL.KD.BALANCE": BalanceKeys,
+}
+"""The library's own keys by config node, those of methods and detectors excepted."""
+
+
 def add_kd_config(cfg: CN) -> None:
-    """Add the library's keys, with their defaults, to a Detectron2 config, and register its detectors by name."""
+    """Add the library's keys, with their defaults, to a Detectron2 config, and register its detectors by name.
+
+    Raises:
+        UserError: a registered method has the node of another or of the library.
+    """
     from . import meta_arch  # noqa: F401  registers KDMetaArch; it imports this module
 
-    # COCO-format data sets: [[name, annotations.json, image folder], ...]; the names are then used in TRAIN and TEST.
-    cfg.DATASETS.COCO_JSON = []
-    # Images without objects train here; Detectron2's default drops them.
-    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
-    # A training image that cannot be read ends the training; True: it is named in the log, and the next one takes its place.
-    cfg.DATALOADER.SKIP_UNUSABLE_IMAGES = False
-    # Autocast type under SOLVER.AMP.ENABLED: "float16" (with a gradient scaler) or "bfloat16".
-    cfg.SOLVER.AMP.DTYPE = "float16"
-    # Parts into which a process divides its images of a batch, one forward and backward pass each, before the optimiser's step.
-    cfg.SOLVER.GRADIENT_ACCUMULATION_STEPS = 1
-    # Train with channels last in memory: the same losses up to rounding, faster on CPUs.
-    cfg.SOLVER.CHANNELS_LAST = False
+    for path, keys in LIBRARY_KEYS.items():
+        keys.add_to(_node_at(cfg, path))
     add_modeling_config(cfg)
+    for name, method in DISTILLER_REGISTRY:
+        if method.CONFIG_NODE in cfg.MODEL.KD:
+            raise UserError(
+                f"The method {name} has the CONFIG_NODE {method.CONFIG_NODE!r}, which is a key of MODEL.KD already: rename it."
+            )
+        method.Config.add_to(_node_at(cfg, f"MODEL.KD.{method.CONFIG_NODE}"))
 
-    kd = cfg.MODEL.KD = CN()
-    # The student's own meta-architecture, where MODEL.META_ARCHITECTURE is KDMetaArch.
-    kd.STUDENT = "RetinaNet"
-    # Names from DISTILLER_REGISTRY; each has its node below.
-    kd.DISTILLERS = ()
 
-    kd.TEACHER = CN()
-    # A yaml file, or a model-zoo name such as "COCO-Detection/retinanet_R_101_FPN_3x.yaml".
-    kd.TEACHER.CONFIG_FILE = ""
-    # Checkpoint; "" is the config's own MODEL.WEIGHTS, for a model-zoo name its trained checkpoint.
-    kd.TEACHER.WEIGHTS = ""
-    # Overrides of the teacher's config: ["KEY", value, ...].
-    kd.TEACHER.OPTS = []
-    # Compile its backbone (torch.compile): a minute or two at the start, then a faster forward pass.
-    kd.TEACHER.COMPILE = False
-    # Its weights with channels last, which mixed precision on a GPU prefers.
-    kd.TEACHER.CHANNELS_LAST = False
-
-    kd.PSEUDO_LABELS = CN()
-    # Train on the teacher's detections in place of annotations; none are read.
-    kd.PSEUDO_LABELS.ENABLED = False
-    # Detections with a higher score count.
-    kd.PSEUDO_LABELS.SCORE_THRESH = 0.3
-
-    kd.INHERIT = CN()
-    # Before the first iteration copy the teacher's modules to the student, as far as names and shapes fit.
-    kd.INHERIT.ENABLED = False
-    # Which: "neck" (the backbone without its bottom-up network), "head" (all that is not backbone).
-    kd.INHERIT.MODULES = INHERITABLE
-
-    kd.BALANCE = CN()
-    # Multiply the losses of each distiller, but its auxiliary ones, so that the norm of their gradient in the student's neck
-    # keeps a chosen ratio to that of the detector's own losses, whatever the data, the image size and the detector.
-    kd.BALANCE.ENABLED = False
-    # The ratio of all active distillers together. Each has an equal share; a WEIGHT other than the method's default changes its
-    # share in proportion.
-    kd.BALANCE.TARGET = 2.0
-    # Iterations between two measurements of the ratios.
-    kd.BALANCE.PERIOD = 20
-    # Of the ratios' moving average.
-    kd.BALANCE.MOMENTUM = 0.9
-    # Multipliers are at least 1 / LIMIT and at most LIMIT.
-    kd.BALANCE.LIMIT = 100000.0
-
-    for _, distiller in DISTILLER_REGISTRY:
-        node = CN()
-        # What the method's losses are multiplied by.
-        node.WEIGHT = distiller.default_weight
-        # First iteration in which the method takes part.
-        node.START_ITER = 0
-        # Iterations over which its weight grows linearly from there.
-        node.WARMUP_ITERS = 0
-        # The first iteration without it; None for never.
-        node.END_ITER = None
-        distiller.add_config(node)
-        kd[distiller.CONFIG_NODE] = node
+def _node_at(cfg: CN, path: str) -> CN:
+    """The node at a dotted path; those that are not there are added."""
+    node = cfg
+    for part in path.split("."):
+        if part not in node:
+            node[part] = CN()
+        node = node[part]
+    return node
 
 
 class _SafeNode(CN):
@@ -406,8 +478,7 @@ def validate_kd_config(cfg: CN) -> None:
         for name in cfg.DATASETS[key]:
             if not isinstance(name, str):
                 raise UserError(f"DATASETS.{key} holds {name!r}; it must be a list of names of data sets.")
-    if cfg.SOLVER.AMP.DTYPE not in ("float16", "bfloat16"):
-        raise UserError(f"SOLVER.AMP.DTYPE is {cfg.SOLVER.AMP.DTYPE!r}; it must be 'float16' or 'bfloat16'.")
+    AmpKeys.read(cfg.SOLVER.AMP, "SOLVER.AMP")
     try:
         torch.device(cfg.MODEL.DEVICE)
     except (RuntimeError, TypeError) as error:
@@ -436,10 +507,10 @@ def _validate_distillation(cfg: CN) -> None:
             raise UserError(f"MODEL.KD.DISTILLERS names {name!r}, which is no distiller; there are {', '.join(known)}.")
         if list(kd.DISTILLERS).count(name) > 1:
             raise UserError(f"MODEL.KD.DISTILLERS names {name!r} twice.")
-        distiller = DISTILLER_REGISTRY.get(name)
-        node = kd[distiller.CONFIG_NODE]
-        _validate_schedule(distiller.CONFIG_NODE, node, cfg.SOLVER.MAX_ITER)
-        distiller.validate_config(node)
+        method = DISTILLER_REGISTRY.get(name)
+        node, node_name = kd[method.CONFIG_NODE], f"MODEL.KD.{method.CONFIG_NODE}"
+        _validate_schedule(node_name, node, cfg.SOLVER.MAX_ITER)
+        method.Config.read(node, node_name)
     for module in kd.INHERIT.MODULES:
         if module not in INHERITABLE:
             raise UserError(
@@ -447,11 +518,8 @@ def _validate_distillation(cfg: CN) -> None:
             )
     if kd.INHERIT.ENABLED and not kd.INHERIT.MODULES:
         raise UserError("MODEL.KD.INHERIT is enabled, but MODEL.KD.INHERIT.MODULES is empty.")
-    if not 0 <= kd.PSEUDO_LABELS.SCORE_THRESH < 1:
-        raise UserError(
-            f"MODEL.KD.PSEUDO_LABELS.SCORE_THRESH is {kd.PSEUDO_LABELS.SCORE_THRESH}; it must be from 0 to below 1."
-        )
-    _validate_balance(kd.BALANCE)
+    PseudoLabelKeys.read(kd.PSEUDO_LABELS, "MODEL.KD.PSEUDO_LABELS")
+    BalanceKeys.read(kd.BALANCE, "MODEL.KD.BALANCE")
     if not kd.DISTILLERS and not kd.INHERIT.ENABLED and not kd.PSEUDO_LABELS.ENABLED:
         raise UserError(
             "MODEL.KD.DISTILLERS is empty and MODEL.KD.INHERIT.ENABLED and MODEL.KD.PSEUDO_LABELS.ENABLED are False: nothing "
@@ -459,25 +527,12 @@ def _validate_distillation(cfg: CN) -> None:
         )
 
 
-def _validate_balance(node: CN) -> None:
-    errors.check_number("MODEL.KD.BALANCE.TARGET", node.TARGET, 0, exclusive=True)
-    errors.check_number("MODEL.KD.BALANCE.PERIOD", node.PERIOD, 1)
-    errors.check_number("MODEL.KD.BALANCE.MOMENTUM", node.MOMENTUM, 0)
-    errors.check_number("MODEL.KD.BALANCE.LIMIT", node.LIMIT, 1)
-    if node.MOMENTUM >= 1:
-        raise UserError(f"MODEL.KD.BALANCE.MOMENTUM is {node.MOMENTUM}; it must be below 1.")
-
-
 def _validate_schedule(name: str, node: CN, max_iter: int) -> None:
-    if node.WEIGHT is not None:
-        check_number(name, "WEIGHT", node.WEIGHT, 0)
-    check_number(name, "START_ITER", node.START_ITER, 0)
-    check_number(name, "WARMUP_ITERS", node.WARMUP_ITERS, 0)
     if max_iter <= node.START_ITER:
         raise UserError(
-            f"MODEL.KD.{name}.START_ITER is {node.START_ITER}, but training ends at SOLVER.MAX_ITER {max_iter}: it would never run."
+            f"{name}.START_ITER is {node.START_ITER}, but training ends at SOLVER.MAX_ITER {max_iter}: it would never run."
         )
     if node.END_ITER is not None and (not isinstance(node.END_ITER, int) or node.END_ITER <= node.START_ITER):
         raise UserError(
-            f"MODEL.KD.{name}.END_ITER is {node.END_ITER!r}; it must be None or a whole number above START_ITER {node.START_ITER}."
+            f"{name}.END_ITER is {node.END_ITER!r}; it must be None or a whole number above START_ITER {node.START_ITER}."
         )

@@ -10,10 +10,14 @@ class UserError(Exception):
     """Something that the user can mend: the message is one sentence that names the key, file or value."""
 
 
+def is_finite_number(value: object) -> bool:
+    """Whether `value` is an int or a float, and neither infinite nor NaN."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def check_number(key: str, value: object, minimum: float, *, exclusive: bool = False) -> None:
     """Raise a UserError that names `key` unless `value` is a finite number of at least (or, exclusive, above) `minimum`."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or value < minimum or (exclusive and value == minimum):
+    if not is_finite_number(value) or value < minimum or (exclusive and value == minimum):
         relation = "above" if exclusive else "at least"
         raise UserError(f"{key} is {value!r}; it must be a number {relation} {minimum}.")
 

@@ -7,12 +7,11 @@ import math
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.events import get_event_storage
-from torch import Tensor, nn
+from torch import nn
 
 from .adapters import DetectorOutputs, build_adapter
 from .balance import GradientBalance, shared_parameters
-from .distillers import DISTILLER_REGISTRY, Distiller, Schedule
-from .distillers.base import is_auxiliary
+from .distillers import DISTILLER_REGISTRY, Distiller, Losses, Pair, Schedule, build_distiller
 from .errors import UserError
 from .pseudo_labels import Annotations, PseudoLabels
 from .teacher import Teacher
@@ -73,18 +72,16 @@ class KDMetaArch(nn.Module):
         kd = cfg.MODEL.KD
         teacher = Teacher.from_config(cfg)
         student = META_ARCH_REGISTRY.get(kd.STUDENT)(cfg)
-        specs = build_adapter(student).spec, teacher.spec
-        methods = {name: DISTILLER_REGISTRY.get(name) for name in kd.DISTILLERS}
+        pair = Pair.from_config(cfg, build_adapter(student).spec, teacher.spec)
+        distillers = {name: build_distiller(cfg, name, pair) for name in kd.DISTILLERS}
+        nodes = {name: kd[DISTILLER_REGISTRY.get(name).CONFIG_NODE] for name in distillers}
         return {
             "student": student,
             "teacher": teacher,
-            "distillers": {name: method(cfg, *specs) for name, method in methods.items()},
+            "distillers": distillers,
             "labels": PseudoLabels(kd.PSEUDO_LABELS.SCORE_THRESH) if kd.PSEUDO_LABELS.ENABLED else Annotations(),
-            "schedules": {name: Schedule.from_node(kd[method.CONFIG_NODE]) for name, method in methods.items()},
-            "balance": GradientBalance.from_node(
-                kd.BALANCE,
-                {name: method.relative_weight(kd[method.CONFIG_NODE], specs[0]) for name, method in methods.items()},
-            ),
+            "schedules": {name: Schedule.from_node(node) for name, node in nodes.items()},
+            "balance": GradientBalance.from_node(kd.BALANCE, {n: d.relative_weight for n, d in distillers.items()}),
         }
 
     def _check_pair(self) -> None:
@@ -99,6 +96,11 @@ class KDMetaArch(nn.Module):
         if self.balance:
             shared_parameters(self.student)  # raises where nothing is trained
         for name, distiller in self.distillers.items():
+            if not {*distiller.aux_loss_names} <= {*distiller.loss_names}:
+                raise RuntimeError(
+                    f"{name} declares the auxiliary losses {sorted(distiller.aux_loss_names)}, which are not all among its losses "
+                    f"{sorted(distiller.loss_names)}"
+                )
             for whose, spec, needs in (
                 ("student", student, distiller.needs),
                 ("teacher", teacher, distiller.needs_of_teacher),
@@ -113,7 +115,7 @@ class KDMetaArch(nn.Module):
     def device(self):
         return next(self.student.parameters()).device
 
-    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
+    def forward(self, batched_inputs: list[dict]) -> Losses | list[dict]:
         """In training a dictionary of losses: the student's own and each distiller's. In eval the student's detections."""
         if not self.training:
             return self.student(batched_inputs)
@@ -138,24 +140,17 @@ class KDMetaArch(nn.Module):
         factors = self._factors(iteration, student, distilled)
         for name, distiller in self.distillers.items():
             if name in active:
-                new = {
-                    key: loss if is_auxiliary(key) else factors[name] * loss for key, loss in distilled[name].items()
-                }
+                new = distiller.scaled(distilled[name], factors[name])
             else:
                 new = distiller.idle_losses(like=student.images.tensor)
             self._add(losses, new, name, distiller)
         return losses
 
-    def _factors(
-        self, iteration: int, student: DetectorOutputs, distilled: dict[str, dict[str, Tensor]]
-    ) -> dict[str, float]:
-        """By active distiller what its losses, but the auxiliary ones, are multiplied by."""
+    def _factors(self, iteration: int, student: DetectorOutputs, distilled: dict[str, Losses]) -> dict[str, float]:
+        """By active distiller what its losses, but the auxiliary ones, are multiplied by beside their weight."""
         factors = {name: self.schedules[name].factor(iteration) for name in distilled}
         if self.balance:
-            totals = {
-                name: sum(loss for key, loss in losses.items() if not is_auxiliary(key))
-                for name, losses in distilled.items()
-            }
+            totals = {name: self.distillers[name].total(losses) for name, losses in distilled.items()}
             multipliers = self.balance.multipliers(
                 iteration, shared_parameters(self.student), sum(student.losses.values()), totals
             )
@@ -165,7 +160,7 @@ class KDMetaArch(nn.Module):
         return factors
 
     @staticmethod
-    def _add(losses: dict[str, Tensor], new: dict[str, Tensor], name: str, distiller: Distiller) -> None:
+    def _add(losses: Losses, new: Losses, name: str, distiller: Distiller) -> None:
         if new.keys() != set(distiller.loss_names) or new.keys() & losses.keys():
             raise RuntimeError(
                 f"{name} returned the losses {sorted(new)}; it declares {sorted(distiller.loss_names)}, and there are "

@@ -13,17 +13,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from kd_d2.adapters import DetectorSpec
 from kd_d2.config import load_config
 from kd_d2.data import register_coco_json
-from kd_d2.distillers import DISTILLER_REGISTRY
+from kd_d2.distillers import DISTILLER_REGISTRY, Distiller, Pair, build_distiller
 from kd_d2.engine import KDTrainer, launch
 
 import cv2
 import numpy as np
 import torch
 import yaml
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import logger as detectron2_logger
@@ -98,6 +101,38 @@ def targets_of(*images: list[list[float]]) -> list[Instances]:
         )
         for b in images
     ]
+
+
+def spec_of(
+    channels: dict[int, int], family: str = "one-stage", name: str = "Pupil", **changes: object
+) -> DetectorSpec:
+    """A detector of three classes with these channels by stride, which gives its features alone."""
+    shapes = {stride: ShapeSpec(channels=c, stride=stride) for stride, c in channels.items()}
+    rest = {"num_classes": 3, "cell_anchors": None, "provides": frozenset({"features"}), **changes}
+    return DetectorSpec(name=name, family=family, shapes=shapes, **rest)
+
+
+def make(
+    method: type[Distiller],
+    student: DetectorSpec,
+    teacher: DetectorSpec | None = None,
+    *,
+    datasets: tuple[str, ...] = (),
+    max_iter: int = 0,
+    **keys: object,
+) -> Distiller:
+    """A method with these keys, by default for two detectors of one kind: `make(DeFeat, spec_of({8: 4}), adaptation="1x1")`."""
+    return method(method.Config(**keys), Pair(student, teacher or student, datasets, max_iter))
+
+
+def configured(method: type[Distiller], cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> Distiller:
+    """A registered method as KDMetaArch builds it from a config."""
+    return build_distiller(cfg, method.__name__, Pair.from_config(cfg, student, teacher))
+
+
+def scaled(distiller: Distiller, *arguments: object) -> dict[str, torch.Tensor]:
+    """A method's losses as they enter the training outside any schedule: times its weight, but for the auxiliary ones."""
+    return distiller.scaled(distiller(*arguments))
 
 
 def merged(*trees: dict) -> dict:

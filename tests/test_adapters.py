@@ -591,5 +591,5 @@ def test_slim_resnet_refuses_equal_neighbours(tiny_cfg: Callable) -> None:
 )
 def test_slim_resnet_refuses_wrong_lists(tiny_cfg: Callable, key: str, value: tuple) -> None:
     """Check that the error names the key."""
-    with pytest.raises(UserError, match=rf"MODEL\.SLIM_RESNET\.{key} is .*; it must be four positive integers"):
+    with pytest.raises(UserError, match=rf"MODEL\.SLIM_RESNET\.{key} is .*; it must be four whole numbers at least 1"):
         build_backbone(_slim_cfg(tiny_cfg, **{key: value}))

@@ -12,13 +12,12 @@ from kd_d2 import KDMetaArch, Teacher, UserError
 from kd_d2.balance import GradientBalance, gradient_norm, shared_parameters
 from kd_d2.config import load_config
 from kd_d2.distillers import Distiller, FeatureImitation, Schedule
-from kd_d2.distillers.adaptation import AdaptationLayers
 
 import pytest
 import torch
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
-from helpers import KillAt, Project, make_project, make_trainer, train
+from helpers import KillAt, Project, make, make_project, make_trainer, spec_of, train
 from torch import Tensor, nn
 
 ON = {"MODEL__KD__BALANCE__ENABLED": True}
@@ -173,9 +172,10 @@ class Auxiliary(Distiller):
 
     needs = frozenset({"features"})
     loss_names = ("loss_a", "loss_a_aux_own")
+    aux_loss_names = ("loss_a_aux_own",)
 
     def __init__(self):
-        super().__init__()
+        super().__init__(self.Config(), pair=None)
         self.own = nn.Parameter(torch.tensor(5.0))
 
     def forward(self, student, teacher, targets) -> dict[str, Tensor]:
@@ -183,7 +183,7 @@ class Auxiliary(Distiller):
 
 
 def _imitation(weight: float = 1.0) -> FeatureImitation:
-    return FeatureImitation(weight=weight, adaptation=AdaptationLayers({4: (3, 3), 8: (3, 3)}, 0))
+    return make(FeatureImitation, spec_of({4: 3, 8: 3}), weight=weight)
 
 
 def test_losses_of_the_meta_architecture(
@@ -328,9 +328,9 @@ def test_two_processes_have_the_same_multipliers(tmp_path: Path) -> None:
     [
         ("TARGET", 0.0, "TARGET is 0.0; it must be a number above 0"),
         ("TARGET", math.inf, "TARGET is inf"),
-        ("PERIOD", 0, "PERIOD is 0; it must be a number at least 1"),
-        ("MOMENTUM", -0.1, "MOMENTUM is -0.1; it must be a number at least 0"),
-        ("MOMENTUM", 1.0, "MOMENTUM is 1.0; it must be below 1"),
+        ("PERIOD", 0, "PERIOD is 0; it must be a whole number at least 1"),
+        ("MOMENTUM", -0.1, "MOMENTUM is -0.1; it must be a number from 0 to below 1"),
+        ("MOMENTUM", 1.0, "MOMENTUM is 1.0; it must be a number from 0 to below 1"),
         ("LIMIT", 0.5, "LIMIT is 0.5; it must be a number at least 1"),
     ],
 )

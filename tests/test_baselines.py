@@ -19,7 +19,7 @@ import pytest
 import torch
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
-from helpers import targets_of
+from helpers import configured, scaled, targets_of
 from torch import Tensor
 
 METHODS = ("FGFI", "DeFeat", "FKD")
@@ -31,9 +31,8 @@ def build(tiny_cfg: Callable, tiny_detector: Callable) -> Callable[..., Distille
 
     def build(method: type[Distiller], **keys: Any) -> Distiller:
         cfg = tiny_cfg("retinanet", {"MODEL": {"KD": {method.CONFIG_NODE: {"ADAPTATION": "none", **keys}}}})
-        method.validate_config(cfg.MODEL.KD[method.CONFIG_NODE])
         torch.manual_seed(0)
-        return method(cfg, *(build_adapter(tiny_detector("retinanet")).spec for _ in range(2)))
+        return configured(method, cfg, *(build_adapter(tiny_detector("retinanet")).spec for _ in range(2)))
 
     return build
 
@@ -84,7 +83,7 @@ def test_fgfi_by_hand(build: Callable) -> None:
     masks = [near_objects(anchors[s], student[s].shape[-2:], targets, 0.5) for s in student]
     assert [int(m.sum()) for m in masks] == [1 + 16, 1 + 4, 1 + 1, 1 + 1, 1 + 1]
     total = sum((m[:, None] * (student[s] - teacher[s]).square()).sum() for s, m in zip(student, masks, strict=True))
-    loss = build(FGFI, WEIGHT=0.1)(_outputs(student, anchors), _outputs(teacher), targets)
+    loss = scaled(build(FGFI, WEIGHT=0.1), _outputs(student, anchors), _outputs(teacher), targets)
     assert loss["loss_fgfi"].item() == pytest.approx(0.1 * total.item() / (2 * 28), rel=1e-5)
     assert build(FGFI)(_outputs(student, anchors), _outputs(teacher), targets_of([], []))["loss_fgfi"].item() == 0
 
@@ -93,7 +92,7 @@ def test_defeat_by_hand(build: Callable) -> None:
     """Check halves of means over foreground and background elements, each level counting the same, with their weights."""
     student, teacher = _features()
     targets = targets_of([[0.0, 0, 32, 64]], [])
-    losses = build(DeFeat, WEIGHT=2.0)(_outputs(student), _outputs(teacher), targets)
+    losses = scaled(build(DeFeat, WEIGHT=2.0), _outputs(student), _outputs(teacher), targets)
     inside, outside = [], []
     for stride, s in student.items():
         error = (s - teacher[stride]).square()
@@ -232,13 +231,13 @@ def test_fgfi_reads_the_students_anchors_alone(
     """Check a teacher that has none, and a student whose RPN leaves a level out."""
     student, teacher = tiny_detector("faster"), tiny_detector("panoptic", seed=1)
     specs = build_adapter(student).spec, build_adapter(teacher).spec
-    fgfi = FGFI(tiny_cfg("faster"), *specs)
+    fgfi = configured(FGFI, tiny_cfg("faster"), *specs)
     model = KDMetaArch(student=student, teacher=Teacher(teacher), distillers={"FGFI": fgfi})
     assert model(make_inputs())["loss_fgfi"] > 0
     sizes = {"ANCHOR_GENERATOR": {"SIZES": [[16], [32], [64], [128]]}}
     fewer = tiny_detector("faster", {"MODEL": {"RPN": {"IN_FEATURES": ["p2", "p3", "p4", "p5"]}, **sizes}})
     with pytest.raises(UserError, match=r"GeneralizedRCNN has none at the strides \[64\]"):
-        FGFI(tiny_cfg("faster"), build_adapter(fewer).spec, specs[1])
+        configured(FGFI, tiny_cfg("faster"), build_adapter(fewer).spec, specs[1])
 
 
 def test_general_instances_by_hand() -> None:
@@ -336,7 +335,7 @@ def test_gid_on_detectors(
 ) -> None:
     """Check every dense detector, without any annotated object: instances are general."""
     student, other = tiny_detector(kind), tiny_detector(kind, seed=1)
-    gid = GID(tiny_cfg(kind), build_adapter(student).spec, build_adapter(other).spec)
+    gid = configured(GID, tiny_cfg(kind), build_adapter(student).spec, build_adapter(other).spec)
     model = KDMetaArch(student=student, teacher=Teacher(other), distillers={"GID": gid})
     losses = model(make_inputs(counts=(0, 0)))
     sum(losses[name] for name in gid.loss_names).backward()
@@ -349,14 +348,14 @@ def test_gid_on_detectors(
 def test_gid_needs_the_same_anchors(tiny_cfg: Callable, tiny_detector: Callable) -> None:
     specs = [build_adapter(tiny_detector(kind)).spec for kind in ("retinanet", "atss")]
     with pytest.raises(UserError, match="GID compares predictions anchor by anchor"):
-        GID(tiny_cfg("retinanet"), *specs)
+        configured(GID, tiny_cfg("retinanet"), *specs)
     two_stage = tiny_detector("faster")
     spec = build_adapter(two_stage).spec
     with pytest.raises(UserError, match=r"GID needs dense predictions, which the student \(GeneralizedRCNN\)"):
         KDMetaArch(
             student=two_stage,
             teacher=Teacher(tiny_detector("faster")),
-            distillers={"GID": GID(tiny_cfg("faster"), spec, spec)},
+            distillers={"GID": configured(GID, tiny_cfg("faster"), spec, spec)},
         )
 
 
@@ -377,7 +376,7 @@ def test_on_detectors(
     student, other = tiny_detector(kind), tiny_detector(teacher, seed=1)
     cfg = tiny_cfg(kind)
     specs = build_adapter(student).spec, build_adapter(other).spec
-    distillers = {name: DISTILLER_REGISTRY.get(name)(cfg, *specs) for name in METHODS}
+    distillers = {name: configured(DISTILLER_REGISTRY.get(name), cfg, *specs) for name in METHODS}
     model = KDMetaArch(student=student, teacher=Teacher(other), distillers=distillers)
     losses = model(make_inputs(counts=counts))
     names = [name for distiller in distillers.values() for name in distiller.loss_names]

@@ -18,12 +18,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.utils.events import EventStorage
+from helpers import configured, make, scaled, spec_of
 from torch import Tensor, nn
 
 FIXTURES = Path(__file__).parent / "fixtures" / "methods"
 """Numbers of public programs: megvii-research/mdistiller's `dkd_loss`, and the detection code of DIST's authors."""
 METHODS = {"DKD": DKD, "DIST": DIST, "SOFT_LABEL": SoftLabel}
 RCNNS = ("faster", "mask", "cascade")
+RCNN = spec_of({}, "two-stage", provides=frozenset({"proposals"}))
 
 
 @pytest.fixture
@@ -92,7 +94,7 @@ def test_dist_of_a_dense_head_is_the_authors(stored: Callable) -> None:
     student = {s: stored("dist", f"student.{s}").requires_grad_() for s in strides}
     teacher = {s: stored("dist", f"teacher.{s}") for s in strides}
     outputs = [_dense_outputs(maps, int(stored("dist", "classes"))) for maps in (student, teacher)]
-    (loss,) = DIST(weight=2.0)(*outputs, []).values()
+    (loss,) = scaled(make(DIST, spec_of({}, provides=frozenset({"dense"})), weight=2.0), *outputs, []).values()
     _assert_stored(loss, 2 * sum(stored("dist", f"loss.{s}") for s in strides))
     loss.backward()
     for stride, maps in student.items():
@@ -228,7 +230,7 @@ def test_the_teacher_classifies_once_for_all_methods(
     before = copy.deepcopy(teacher.model.state_dict())
     student = rcnn("faster")
     specs = build_adapter(student).spec, teacher.spec
-    distillers = {m.__name__: m(tiny_cfg("faster"), *specs) for m in METHODS.values()}
+    distillers = {m.__name__: configured(m, tiny_cfg("faster"), *specs) for m in METHODS.values()}
     model = KDMetaArch(student=student, teacher=teacher, distillers=distillers)
     calls: list[Tensor] = []
     given: list[tuple] = []
@@ -262,7 +264,7 @@ def test_a_step_of_all_three(
     """Check finite losses and gradients, images without objects included."""
     student, teacher = rcnn(kind), Teacher(rcnn(kind, seed=1))
     specs = build_adapter(student).spec, teacher.spec
-    distillers = {m.__name__: m(tiny_cfg(kind), *specs) for m in METHODS.values()}
+    distillers = {m.__name__: configured(m, tiny_cfg(kind), *specs) for m in METHODS.values()}
     losses = KDMetaArch(student=student, teacher=teacher, distillers=distillers)(make_inputs(counts=counts, masks=True))
     sum(losses.values()).backward()
     assert all(losses[n].isfinite() and losses[n] > 0 for d in distillers.values() for n in d.loss_names)
@@ -276,7 +278,7 @@ def test_equal_detectors_agree(
     student = tiny_detector("faster").eval()
     teacher = Teacher(copy.deepcopy(student))
     specs = build_adapter(student).spec, teacher.spec
-    distillers = {m.__name__: m(tiny_cfg("faster"), *specs) for m in METHODS.values()}
+    distillers = {m.__name__: configured(m, tiny_cfg("faster"), *specs) for m in METHODS.values()}
     model = KDMetaArch(student=student, teacher=teacher, distillers=distillers)
     model.training = True  # batch norms stay in eval mode
     losses = model(make_inputs())
@@ -297,16 +299,15 @@ def test_soft_labels_of_proposals_by_hand() -> None:
     for temperature in (1.0, 2.0):
         teacher = torch.tensor([[temperature * math.log(3), 0.0], [0.0, 0.0]])
         outputs = _proposal_outputs(student, teacher, [0, 1])
-        soft = SoftLabel(weight=6.0, temperature=temperature, on_proposals=True)
-        loss = soft(*outputs, [])["loss_soft_label"]
+        soft = make(SoftLabel, RCNN, weight=6.0, temperature=temperature)
+        loss = scaled(soft, *outputs, [])["loss_soft_label"]
         assert loss.item() == pytest.approx(temperature**2 * 6 * divergence / 2, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "method", [DKD(weight=1.0), DIST(weight=1.0, on_proposals=True), SoftLabel(weight=1.0, on_proposals=True)]
-)
-def test_box_head_losses_are_float32_under_autocast(method: Distiller) -> None:
+@pytest.mark.parametrize("method", METHODS.values())
+def test_box_head_losses_are_float32_under_autocast(method: type[Distiller]) -> None:
     """Check bfloat16 logits that are close together: the loss is that of their float32 copies."""
+    method = make(method, RCNN)
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(6, 4, generator=generator).bfloat16()
     teacher = student + (0.05 * torch.randn(6, 4, generator=generator)).bfloat16()
@@ -326,8 +327,7 @@ def build(tiny_cfg: Callable, tiny_detector: Callable) -> Callable[..., Distille
 
     def build(node: str, kind: str = "faster", **keys: Any) -> Distiller:
         cfg = tiny_cfg(kind, {"MODEL": {"KD": {node: keys}}})
-        METHODS[node].validate_config(cfg.MODEL.KD[node])
-        return METHODS[node](cfg, *(build_adapter(tiny_detector(kind)).spec for _ in range(2)))
+        return configured(METHODS[node], cfg, *(build_adapter(tiny_detector(kind)).spec for _ in range(2)))
 
     return build
 
@@ -335,9 +335,9 @@ def build(tiny_cfg: Callable, tiny_detector: Callable) -> Callable[..., Distille
 def test_defaults_are_the_authors(build: Callable) -> None:
     """Check DKD's weights for detectors, and that everything else is 1."""
     dkd, dist, soft = (build(node) for node in METHODS)
-    assert (dkd.weight, dkd.alpha, dkd.beta, dkd.temperature) == (1.0, 1.0, 0.25, 1.0)
+    assert (dkd.weight, dkd.config.alpha, dkd.config.beta, dkd.config.temperature) == (1.0, 1.0, 0.25, 1.0)
     assert (dist.weight, dist.loss.__wrapped__.keywords["beta"], dist.loss.__wrapped__.keywords["gamma"]) == (1, 1, 1)
-    assert (soft.weight, soft.temperature) == (1.0, 1.0)
+    assert (soft.weight, soft.config.temperature) == (1.0, 1.0)
 
 
 def test_keys_reach_the_losses(build: Callable) -> None:
@@ -346,9 +346,9 @@ def test_keys_reach_the_losses(build: Callable) -> None:
     student, teacher = torch.randn(2, 5, 4, generator=generator)
     outputs = _proposal_outputs(student, teacher, [0, 1, 2, 3, 3])
     labels = outputs[0].proposals.labels
-    dkd = build("DKD", WEIGHT=2.0, ALPHA=3.0, BETA=0.5, TEMPERATURE=4.0)(*outputs, [])["loss_dkd"]
+    dkd = scaled(build("DKD", WEIGHT=2.0, ALPHA=3.0, BETA=0.5, TEMPERATURE=4.0), *outputs, [])["loss_dkd"]
     torch.testing.assert_close(dkd, 2 * decoupled_loss(student, teacher, labels, 3.0, 0.5, 4.0))
-    dist = build("DIST", WEIGHT=2.0, BETA=3.0, GAMMA=0.5)(*outputs, [])["loss_dist"]
+    dist = scaled(build("DIST", WEIGHT=2.0, BETA=3.0, GAMMA=0.5), *outputs, [])["loss_dist"]
     torch.testing.assert_close(dist, 2 * dist_loss(student.softmax(1), teacher.softmax(1), 3.0, 0.5))
 
 
@@ -375,7 +375,7 @@ def test_pairs_that_cannot_are_told_in_a_sentence(
     student, teacher = tiny_detector(student), Teacher(tiny_detector(teacher))
     specs = build_adapter(student).spec, teacher.spec
     with pytest.raises(UserError, match=sentence):
-        distillers = {method: DISTILLER_REGISTRY.get(method)(tiny_cfg("faster"), *specs)}
+        distillers = {method: configured(DISTILLER_REGISTRY.get(method), tiny_cfg("faster"), *specs)}
         KDMetaArch(student=student, teacher=teacher, distillers=distillers)
 
 

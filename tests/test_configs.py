@@ -18,6 +18,7 @@ import torch
 import yaml
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
+from helpers import configured
 from torch import nn
 
 ROOT = Path(__file__).parents[1]
@@ -198,7 +199,7 @@ def test_every_config_loads_and_its_pair_can_be_built(
     ]  # theirs have no numbers
     assert specs[0].num_classes == specs[1].num_classes
     for name in cfg.MODEL.KD.DISTILLERS:
-        DISTILLER_REGISTRY.get(name)(cfg, *specs)
+        configured(DISTILLER_REGISTRY.get(name), cfg, *specs)
 
 
 @pytest.mark.parametrize("path", MATRICES, ids=name_of)
@@ -415,7 +416,7 @@ def test_tiny_examples_of_different_families(detector: str, fragment: str, stand
     student, other = (build_adapter(model).spec for model in pair(cfg))
     assert (student.family, other.family) == ("one-stage", "two-stage")
     (method,) = cfg.MODEL.KD.DISTILLERS
-    assert DISTILLER_REGISTRY.get(method)(cfg, student, other).adaptation.strides == (8, 16, 32, 64)
+    assert configured(DISTILLER_REGISTRY.get(method), cfg, student, other).adaptation.strides == (8, 16, 32, 64)
 
 
 PUBLISHED = {

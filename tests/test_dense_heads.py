@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from detectron2.layers import CycleBatchNormList
 from detectron2.structures import Boxes, pairwise_iou
 from detectron2.utils.events import EventStorage
+from helpers import configured, make
 from torch import Tensor, nn
 from torchvision.ops import box_iou, distance_box_iou, generalized_box_iou
 
@@ -309,9 +310,9 @@ def test_crosskd_is_its_definition(
     both = [[t.class_features, t.box_features] for t in (student.towers[split], theirs.towers[split])]
     ours = [{s: x.detach().requires_grad_() for s, x in features.items()} for features in both[0]]
     student.towers[split] = Towers(*ours, student.towers[split].finish)
-    box_loss = {"gfl": "distributions", "fcos": "iou", "fsaf": "iou"}.get(kind, "giou")
     weights = (1.0, 2.0, 3.0 if kind in ("fcos", "atss") else 0.0)
-    losses = CrossKD(split=split, weights=weights, box_loss=box_loss)(student, theirs, [])
+    keys = dict(zip(("class_weight", "box_weight", "centerness_weight"), weights, strict=True))
+    losses = make(CrossKD, teacher.spec, split=split, **keys)(student, theirs, [])
     assert len(losses) == (3 if weights[2] else 2)
     sum(losses.values()).backward()
 
@@ -335,7 +336,7 @@ def test_crosskds_gradient_reaches_the_student_alone(
     """Check the student's neck and first convolutions, not those behind the cut; the teacher keeps still, batch norms included."""
     student, teacher = dense(kind), Teacher(dense(kind, seed=1))
     before = copy.deepcopy(teacher.model.state_dict())
-    distiller = CrossKD(tiny_cfg(kind), build_adapter(student).spec, teacher.spec)
+    distiller = configured(CrossKD, tiny_cfg(kind), build_adapter(student).spec, teacher.spec)
     model = KDMetaArch(student=student, teacher=teacher, distillers={"CrossKD": distiller})
     losses = model(make_inputs())
     sum(losses[name] for name in distiller.loss_names).backward()
@@ -352,7 +353,7 @@ def test_a_student_may_end_in_another_head(
 ) -> None:
     """Check an ATSS under a GFL, whose anchors are the same: the losses are those of distributions."""
     student, teacher = dense("atss"), Teacher(dense("gfl", seed=1))
-    distiller = CrossKD(tiny_cfg("atss"), build_adapter(student).spec, teacher.spec)
+    distiller = configured(CrossKD, tiny_cfg("atss"), build_adapter(student).spec, teacher.spec)
     losses = KDMetaArch(student=student, teacher=teacher, distillers={"CrossKD": distiller})(make_inputs())
     assert distiller.box_loss == "distributions" and losses["loss_crosskd_box"] > 0
 
@@ -418,7 +419,7 @@ def test_ld_is_its_definition(
     for part in (student.dense.logits, student.dense.box_regression):
         for stride in part:
             part[stride] = part[stride].detach().requires_grad_()
-    losses = LD(main_weight=0.25, valuable_weight=0.5, class_weight=10.0)(student, theirs, targets)
+    losses = make(LD, teacher.spec, valuable_weight=0.5, class_weight=10.0)(student, theirs, targets)
     assert list(losses) == ["loss_ld", "loss_ld_valuable", "loss_ld_class"]
     leaves = [*student.dense.logits.values(), *student.dense.box_regression.values()]
     found = torch.autograd.grad(sum(losses.values()), leaves, allow_unused=True, materialize_grads=True)
@@ -491,7 +492,7 @@ def test_a_step_with_every_loss(
     specs = build_adapter(student).spec, teacher.spec
     methods = (CrossKD, LD) if kind == "gfl" else (CrossKD,)
     cfg = tiny_cfg(kind, {"MODEL": {"KD": keys}})
-    distillers = {m.__name__: m(cfg, *specs) for m in methods}
+    distillers = {m.__name__: configured(m, cfg, *specs) for m in methods}
     balance = GradientBalance(target=0.5, period=10, momentum=0.9, limit=100.0, weights={})
     for each in (None, balance):
         model = KDMetaArch(student=student, teacher=teacher, distillers=distillers, balance=each)
@@ -512,7 +513,8 @@ def test_equal_detectors_agree(
     student = dense(kind).eval()
     teacher = Teacher(copy.deepcopy(student))
     specs = build_adapter(student).spec, teacher.spec
-    distillers = {m.__name__: m(tiny_cfg(kind), *specs) for m in ((CrossKD, LD) if kind == "gfl" else (CrossKD,))}
+    methods = (CrossKD, LD) if kind == "gfl" else (CrossKD,)
+    distillers = {m.__name__: configured(m, tiny_cfg(kind), *specs) for m in methods}
     model = KDMetaArch(student=student, teacher=teacher, distillers=distillers)
     model.training = True  # batch norms stay in eval mode
     losses = model(make_inputs())
@@ -531,9 +533,8 @@ def build(tiny_cfg: Callable, tiny_detector: Callable) -> Callable[..., Distille
         method: type[Distiller], kind: str = "gfl", convolutions: tuple[int, int] = (4, 4), **keys: Any
     ) -> Distiller:
         cfg = tiny_cfg(kind, {"MODEL": {"KD": {method.CONFIG_NODE: keys}}})
-        method.validate_config(cfg.MODEL.KD[method.CONFIG_NODE])
         models = (tiny_detector(kind, {"MODEL": {kind.upper(): {"NUM_CONVS": n}}}) for n in convolutions)
-        return method(cfg, *(build_adapter(model).spec for model in models))
+        return configured(method, cfg, *(build_adapter(model).spec for model in models))
 
     return build
 
@@ -552,10 +553,10 @@ def test_crosskds_defaults_are_the_authors(build: Callable, kind: str) -> None:
 
 
 def test_crosskds_keys(build: Callable) -> None:
-    """Check that each weight is multiplied by WEIGHT, that a cut may be anywhere, and that the shorter of two heads decides."""
+    """Check WEIGHT and each loss's own, that a cut may be anywhere, and that the shorter of two heads decides."""
     keys = {"WEIGHT": 2.0, "CLASS_WEIGHT": 3.0, "BOX_WEIGHT": 0.5, "CENTERNESS_WEIGHT": 0.25}
     distiller = build(CrossKD, "fcos", SPLIT=4, **keys)
-    assert (distiller.weights, distiller.split) == ((6.0, 1.0, 0.5), 4)
+    assert (distiller.weight, distiller.weights, distiller.split) == (2.0, (3.0, 0.5, 0.25), 4)
     assert distiller.loss_names[-1] == "loss_crosskd_centerness"
     assert build(CrossKD, "gfl", (2, 4)).split == build(CrossKD, "gfl", (4, 2)).split == 1
 
@@ -563,7 +564,7 @@ def test_crosskds_keys(build: Callable) -> None:
 def test_lds_defaults_and_keys(build: Callable) -> None:
     """Check the authors' temperature and weight of the main region, and that the other losses come by their weights."""
     ld = build(LD)
-    assert (ld.main_weight, ld.temperature, ld.loss_names) == (0.25, 10.0, ("loss_ld",))
+    assert (ld.config.main_weight, ld.config.temperature, ld.loss_names) == (0.25, 10.0, ("loss_ld",))
     keys = {
         "VALUABLE_WEIGHT": 0.25,
         "CLASS_WEIGHT": 10.0,
@@ -572,8 +573,9 @@ def test_lds_defaults_and_keys(build: Callable) -> None:
         "CANDIDATES": 4,
     }
     ld = build(LD, WEIGHT=2.0, MAIN_WEIGHT=1.0, **keys)
-    assert (ld.main_weight, ld.valuable_weight, ld.class_weight) == (2.0, 0.5, 20.0)
-    assert (ld.temperature, ld.class_temperature, ld.candidates) == (5.0, 3.0, 4)
+    assert (ld.weight, ld.config.main_weight, ld.config.valuable_weight, ld.config.class_weight) == (2, 1, 0.25, 10)
+    assert (ld.config.temperature, ld.config.class_temperature, ld.config.candidates) == (5.0, 3.0, 4)
+    assert ld.loss_names == ("loss_ld", "loss_ld_valuable", "loss_ld_class")
 
 
 @pytest.mark.parametrize(
@@ -596,7 +598,7 @@ def test_pairs_that_cannot_are_told_in_a_sentence(
     student, teacher = tiny_detector(student), Teacher(tiny_detector(teacher.split()[-1], {"MODEL": keys}))
     specs = build_adapter(student).spec, teacher.spec
     with pytest.raises(UserError, match=sentence):
-        distillers = {method: DISTILLER_REGISTRY.get(method)(tiny_cfg("gfl"), *specs)}
+        distillers = {method: configured(DISTILLER_REGISTRY.get(method), tiny_cfg("gfl"), *specs)}
         KDMetaArch(student=student, teacher=teacher, distillers=distillers)
 
 

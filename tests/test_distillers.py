@@ -5,33 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kd_d2.adapters import DetectorOutputs, DetectorSpec
+from kd_d2.adapters import DetectorOutputs
 from kd_d2.distillers import DISTILLER_REGISTRY, Distiller, FeatureImitation, OptimizerSettings, Schedule, StructuralKD
 from kd_d2.distillers.adaptation import AdaptationLayers
-from kd_d2.distillers.base import check_number
 from kd_d2.distillers.matching import common_strides, levels_by_stride
-from kd_d2.errors import UserError
+from kd_d2.errors import UserError, check_number
 from kd_d2.losses import ms_ssim_loss, ssim_loss
 
 import kornia
 import pytest
 import torch
 from detectron2.config import CfgNode
-from detectron2.layers import ShapeSpec
+from helpers import configured, scaled, spec_of
 from torch import Tensor, nn
 
 METHODS = {"FEATURE_IMITATION": FeatureImitation, "STRUCTURAL": StructuralKD}
-
-
-def _spec(name: str, channels: dict[int, int], family: str = "one-stage") -> DetectorSpec:
-    return DetectorSpec(
-        name=name,
-        family=family,
-        shapes={stride: ShapeSpec(channels=c, stride=stride) for stride, c in channels.items()},
-        num_classes=3,
-        cell_anchors=None,
-        provides=frozenset({"features"}),
-    )
 
 
 def _outputs(features: dict[int, Tensor]) -> DetectorOutputs:
@@ -54,18 +42,16 @@ def build(tiny_cfg: Callable[..., CfgNode]) -> Callable[..., Distiller]:
         family: str = "one-stage",
         **keys: Any,
     ) -> Distiller:
-        node = tiny_cfg("retinanet", {"MODEL": {"KD": {node_name: keys}}})
-        method = METHODS[node_name]
-        method.validate_config(node.MODEL.KD[node_name])
+        cfg = tiny_cfg("retinanet", {"MODEL": {"KD": {node_name: keys}}})
         teacher = student if teacher is None else teacher
         torch.manual_seed(0)
-        return method(node, _spec("Pupil", student, family), _spec("Master", teacher, "two-stage"))
+        return configured(METHODS[node_name], cfg, spec_of(student, family), spec_of(teacher, "two-stage", "Master"))
 
     return build
 
 
 def _loss(distiller: Distiller, student: dict[int, Tensor], teacher: dict[int, Tensor]) -> float:
-    losses = distiller(_outputs(student), _outputs(teacher), [])
+    losses = scaled(distiller, _outputs(student), _outputs(teacher), [])
     assert tuple(losses) == distiller.loss_names
     (loss,) = losses.values()
     assert loss.shape == ()
@@ -283,7 +269,7 @@ def test_gradients_reach_the_student_at_every_level(build: Callable, node_name: 
     distiller = build(node_name, {8: 2, 16: 2})
     student = {s: torch.randn(1, 2, 64 // s, 64 // s, generator=generator).requires_grad_() for s in (8, 16)}
     teacher = {s: torch.randn(1, 2, 64 // s, 64 // s, generator=generator) for s in (8, 16)}
-    (loss,) = distiller(_outputs(student), _outputs(teacher), []).values()
+    (loss,) = scaled(distiller, _outputs(student), _outputs(teacher), []).values()
     loss.backward()
     assert all(x.grad.abs().max() > 0 for x in student.values())
     stepped = {s: x.detach() - 0.1 * x.grad / x.grad.norm() for s, x in student.items()}
@@ -365,7 +351,7 @@ def test_disjoint_strides_name_both(build: Callable, node_name: str) -> None:
 
 def test_common_strides_are_ascending() -> None:
     """Check the order, whatever the order of the detectors' own levels."""
-    assert common_strides(_spec("a", {64: 1, 8: 1, 16: 1}), _spec("b", {16: 1, 64: 1, 4: 1})) == [16, 64]
+    assert common_strides(spec_of({64: 1, 8: 1, 16: 1}), spec_of({16: 1, 64: 1, 4: 1})) == [16, 64]
 
 
 @pytest.mark.parametrize("node_name", METHODS)
@@ -409,10 +395,10 @@ def test_wrong_values_name_their_key(build: Callable, node_name: str, key: str, 
 def test_check_number_refuses_what_is_no_finite_number(value: object) -> None:
     """Check booleans, text, None, infinity and too small numbers; the minimum is fine unless excluded."""
     with pytest.raises(UserError, match=r"MODEL\.KD\.ICD\.WEIGHT is .*; it must be a number at least 0\."):
-        check_number("ICD", "WEIGHT", value, 0)
-    check_number("ICD", "WEIGHT", 0, 0)
+        check_number("MODEL.KD.ICD.WEIGHT", value, 0)
+    check_number("MODEL.KD.ICD.WEIGHT", 0, 0)
     with pytest.raises(UserError, match="must be a number above 0"):
-        check_number("ICD", "WEIGHT", 0, 0, exclusive=True)
+        check_number("MODEL.KD.ICD.WEIGHT", 0, 0, exclusive=True)
 
 
 def test_schedule_by_hand() -> None:
@@ -466,9 +452,11 @@ def test_registered_methods_keep_the_contract(name: str, tiny_cfg: Callable[...,
     assert method.loss_names
     assert len(set(method.loss_names)) == len(method.loss_names)
     assert all(n.startswith("loss_") for n in method.loss_names)
+    assert set(method.aux_loss_names) < set(method.loss_names)
+    assert set(method.aux_loss_names) == {n for n in method.loss_names if "_aux_" in n}
     node = tiny_cfg("retinanet").MODEL.KD[method.CONFIG_NODE]
     assert {"WEIGHT", "START_ITER", "WARMUP_ITERS", "END_ITER"} <= node.keys()
-    method.validate_config(node)
+    assert method.Config.read(node, "MODEL.KD") == method.Config()
     owners = [other for other, cls in DISTILLER_REGISTRY if cls.CONFIG_NODE == method.CONFIG_NODE]
     assert owners == [name]
 

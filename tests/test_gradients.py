@@ -30,7 +30,11 @@ class Slopes(nn.Module):
         for layer in (self.student.backbone, self.student.head):
             nn.init.ones_(layer.weight)
         self.decoder = nn.Parameter(torch.ones(()))
-        self.distillers = {"One": SimpleNamespace(loss_names=("loss_one", "loss_one_aux_own", "loss_one_idle"))}
+        self.distillers = {
+            "One": SimpleNamespace(
+                loss_names=("loss_one", "loss_one_aux_own", "loss_one_idle"), aux_loss_names=("loss_one_aux_own",)
+            )
+        }
         self.iterations: list[int] = []
 
     def forward(self, batch: dict[str, list[float]]) -> dict[str, Tensor]:

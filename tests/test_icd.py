@@ -10,10 +10,9 @@ from pathlib import Path
 
 from kd_d2 import KDMetaArch, Teacher
 from kd_d2.adapters import DetectorSpec
-from kd_d2.distillers import DISTILLER_REGISTRY, OptimizerSettings
+from kd_d2.distillers import OptimizerSettings
 from kd_d2.distillers.icd import decoder as decoder_module
 from kd_d2.distillers.icd import priors as priors_module
-from kd_d2.distillers.icd.decoder import Decoder
 from kd_d2.distillers.icd.distiller import ICD, auxiliary_losses
 from kd_d2.distillers.icd.encoding import InstanceEncoder, size_bins
 from kd_d2.distillers.icd.geometry import LevelGeometry
@@ -24,13 +23,14 @@ from kd_d2.errors import UserError
 from kd_d2.losses import attended_value_loss, icd_distill_loss
 from kd_d2.losses import icd as losses_module
 
+import helpers
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes, BoxMode, Instances
+from helpers import make, spec_of
 from torch import Tensor
 
 REFERENCE = Path(__file__).resolve().parent / "fixtures" / "icd_reference.npz"
@@ -56,17 +56,19 @@ def _fakes(num_classes: int = NUM_CLASSES, size: float = 0.2, deviation: float =
     )
 
 
+def _built(
+    strides: list[int], student: int, teacher: int, num_classes: int = NUM_CLASSES, dim: int = 16, **keys
+) -> ICD:
+    """A narrow ICD for detectors of so many channels, with the fakes of `_fakes`."""
+    specs = (spec_of(dict.fromkeys(strides, channels), num_classes=num_classes) for channels in (student, teacher))
+    icd = make(ICD, *specs, dim=dim, **{"num_heads": 4, "ffn_dim": 24, **keys})
+    icd.fakes = _fakes(num_classes)
+    return icd
+
+
 def _icd(channels: int = 16, dim: int = 16, num_layers: int = 1, **options) -> ICD:
     torch.manual_seed(1)
-    icd = ICD(
-        weight=8.0,
-        strides=STRIDES,
-        encoder=InstanceEncoder(NUM_CLASSES, dim),
-        decoder=Decoder(channels, dim, 4, 24, num_layers),
-        student_channels=channels + 4,
-        fakes=_fakes(),
-        **options,
-    )
+    icd = _built(STRIDES, channels + 4, channels, dim=dim, num_layers=num_layers, **options)
     for parameter in icd.parameters():  # biases are no longer zero, and every term matters
         parameter.data += 0.1 * torch.randn_like(parameter)
     return icd
@@ -152,7 +154,7 @@ def _plain_losses(
     wanted = torch.cat([center - low, high - center], 1)
     distance = (prediction[..., 1:][real].sigmoid() - wanted).abs() / box[:, [2, 3, 2, 3]]
     return {
-        "loss_icd": icd.weight * sum(distances) / len(distances),
+        "loss_icd": sum(distances) / len(distances),
         "loss_icd_aux_objectness": objectness,
         "loss_icd_aux_box": distance.sum(1).mean(),
     }
@@ -215,14 +217,8 @@ def test_the_authors_numbers() -> None:
     """Check every step, loss and gradient of the authors' program on random inputs (fixtures/make_icd_reference.py)."""
     reference = {name: torch.from_numpy(values) for name, values in np.load(REFERENCE).items()}
     dim, heads = reference["query"].shape[-1], reference["attention_logits"].shape[1]
-    icd = ICD(
-        weight=8.0,
-        strides=[8, 16, 32, 64, 128],
-        encoder=InstanceEncoder(80, dim),
-        decoder=Decoder(dim, dim, heads, 4 * dim, 1),
-        student_channels=dim,
-        fakes=_fakes(80),
-    )
+    icd = _built([8, 16, 32, 64, 128], dim, dim, 80, dim, num_heads=heads, ffn_dim=4 * dim)
+    assert icd.weight == 8
     parameters = _load_reference(icd, reference)
     teacher = [reference[f"teacher_p{level}"] for level in range(3, 8)]
     student = [reference[f"student_p{level}"].requires_grad_() for level in range(3, 8)]
@@ -256,7 +252,7 @@ def test_the_authors_numbers() -> None:
     rows_D, columns_D = reference["position"][1, 0].chunk(2)
     assert close(columns[0], columns_D) and close(columns[1], rows_D)
 
-    losses = icd.losses(query, queries, student, teacher, geometry)
+    losses = icd.scaled(icd.losses(query, queries, student, teacher, geometry))
     for ours, theirs in (("", "distill"), ("_aux_objectness", "aux_obj"), ("_aux_box", "aux_box")):
         assert losses[f"loss_icd{ours}"].item() == pytest.approx(reference[f"loss_{theirs}"].item(), rel=1e-5)
     sum(losses.values()).backward()
@@ -366,14 +362,7 @@ def test_padding_of_levels_is_the_nearest_pixels(size: tuple[int, int], shape: t
 @pytest.mark.parametrize("channels", [16, 12], ids=["same width", "input projection"])
 def test_equal_features_start_with_no_distance(channels: int) -> None:
     torch.manual_seed(0)
-    icd = ICD(
-        weight=8.0,
-        strides=STRIDES,
-        encoder=InstanceEncoder(NUM_CLASSES, 16),
-        decoder=Decoder(channels, 16, 4, 24, 2),
-        student_channels=channels,
-        fakes=_fakes(),
-    )
+    icd = _built(STRIDES, channels, channels, num_layers=2)
     queries, maps = _queries(), _maps(channels, 2)
     losses = icd.losses(icd.encoder(queries), queries, maps, maps, _geometry(maps))
     assert losses["loss_icd"].item() == pytest.approx(0, abs=1e-5)
@@ -617,15 +606,7 @@ def test_icd_in_a_training_step(kind: str, tiny_detector: Callable, make_inputs:
     """Check the warm-up: the student learns from ICD only after it; its value projection does so at once."""
     student, teacher = tiny_detector(kind), tiny_detector(kind, {"MODEL": {"FPN": {"OUT_CHANNELS": 12}}}, seed=1)
     strides = [8, 16, 32, 64, 128] if kind == "retinanet" else [4, 8, 16, 32, 64]
-    icd = ICD(
-        weight=8.0,
-        strides=strides,
-        encoder=InstanceEncoder(NUM_CLASSES, 16),
-        decoder=Decoder(12, 16, 4, 24, 1),
-        student_channels=8,
-        fakes=_fakes(),
-        detach_student_until=10,
-    )
+    icd = _built(strides, 8, 12, detach_student_iters=10)
     model = KDMetaArch(student=student, teacher=Teacher(teacher), distillers={"ICD": icd})
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     for iteration, learns in ((9, False), (10, True)):
@@ -639,14 +620,7 @@ def test_icd_in_a_training_step(kind: str, tiny_detector: Callable, make_inputs:
 
 
 def _spec(family: str = "one-stage", num_classes: int | None = 3, channels: tuple[int, ...] = (8, 8)) -> DetectorSpec:
-    return DetectorSpec(
-        name="Pupil",
-        family=family,
-        shapes={s: ShapeSpec(channels=c, stride=s) for s, c in zip(STRIDES, channels, strict=True)},
-        num_classes=num_classes,
-        cell_anchors=None,
-        provides=frozenset({"features", "targets"}),
-    )
+    return spec_of(dict(zip(STRIDES, channels, strict=True)), family, num_classes=num_classes)
 
 
 @pytest.fixture
@@ -658,8 +632,7 @@ def configured(annotated: Path, tiny_cfg: Callable) -> Callable[..., ICD]:
     ) -> ICD:
         cfg = tiny_cfg("retinanet", {"MODEL": {"KD": {"ICD": keys}}, "DATASETS": {"TRAIN": ("icd_with_file",)}})
         cfg.SOLVER.MAX_ITER = max_iter
-        ICD.validate_config(cfg.MODEL.KD.ICD)
-        return DISTILLER_REGISTRY.get("ICD")(cfg, student or _spec(), teacher or _spec())
+        return helpers.configured(ICD, cfg, student or _spec(), teacher or _spec())
 
     return build
 

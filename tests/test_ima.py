@@ -16,7 +16,7 @@ import pytest
 import torch
 from detectron2.structures import Instances
 from detectron2.utils.events import EventStorage
-from helpers import targets_of
+from helpers import configured, scaled, targets_of
 from torch import Tensor
 from torchvision.ops import roi_align
 
@@ -39,9 +39,8 @@ def build(tiny_cfg: Callable, tiny_detector: Callable) -> Callable[..., IMA]:
 
     def build(kind: str = "retinanet", teacher: str = "retinanet", **keys: Any) -> IMA:
         cfg = tiny_cfg(kind, {"MODEL": {"KD": {"IMA": {**OFF, **keys}}}})
-        IMA.validate_config(cfg.MODEL.KD.IMA)
         torch.manual_seed(0)
-        return IMA(cfg, *(build_adapter(tiny_detector(k)).spec for k in (kind, teacher)))
+        return configured(IMA, cfg, *(build_adapter(tiny_detector(k)).spec for k in (kind, teacher)))
 
     return build
 
@@ -53,7 +52,7 @@ def _features(seed: int = 0, side: int = 8, batch: int = 2) -> tuple[dict[int, T
 
 
 def _loss(ima: IMA, student: dict, teacher: dict, targets: list[Instances]) -> Tensor:
-    (loss,) = ima(_outputs(student), _outputs(teacher), targets).values()
+    (loss,) = scaled(ima, _outputs(student), _outputs(teacher), targets).values()
     return loss
 
 
@@ -205,7 +204,7 @@ def test_on_detectors(
     event_storage.iter = 19
     student, other = tiny_detector(kind), tiny_detector(teacher, seed=1)
     cfg = tiny_cfg(kind, {"MODEL": {"KD": {"IMA": keys}}})
-    ima = IMA(cfg, build_adapter(student).spec, build_adapter(other).spec)
+    ima = configured(IMA, cfg, build_adapter(student).spec, build_adapter(other).spec)
     model = KDMetaArch(student=student, teacher=Teacher(other), distillers={"IMA": ima})
     loss = model(make_inputs(counts=counts))["loss_ima"]
     loss.backward()

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from kd_d2.adapters import DetectorOutputs
 from kd_d2.distillers import DISTILLER_REGISTRY
-from kd_d2.distillers.adaptation import AdaptationLayers
 from kd_d2.distillers.feature_imitation import FeatureImitation
 from kd_d2.engine.loss_maps import LossMapRecorder
 from kd_d2.evaluation.examples import read_examples
@@ -20,7 +19,7 @@ import pytest
 import torch
 from detectron2.structures import ImageList
 from detectron2.utils import comm
-from helpers import ROOT, Project, clean_process, detector_of, make_project, make_trainer, run_program
+from helpers import ROOT, Project, clean_process, detector_of, make, make_project, make_trainer, run_program, spec_of
 
 PROGRAM = ROOT / "tools" / "loss_maps.py"
 KEYS = {
@@ -99,8 +98,7 @@ def test_every_method_tells_where_it_pulls(tmp_path: Path, run: Callable, method
 
 def test_pull_of_feature_imitation_by_hand() -> None:
     """weight 6 times the mean of two levels' mean squared errors: at a position 6 / 2 * 2 / N * |s - t|."""
-    spec = {4: (2, 2), 8: (2, 2)}
-    distiller = FeatureImitation(weight=6.0, adaptation=AdaptationLayers(spec, 0))
+    distiller = make(FeatureImitation, spec_of({4: 2, 8: 2}), weight=6.0)
     target = {4: torch.zeros(1, 2, 2, 2), 8: torch.zeros(1, 2, 1, 1)}
     features = {4: torch.zeros(1, 2, 2, 2), 8: torch.ones(1, 2, 1, 1)}
     features[4][0, :, 0, 1] = torch.tensor([3.0, 4.0])

@@ -11,7 +11,6 @@ from typing import Any
 from kd_d2 import KDMetaArch, Teacher, UserError, load_config
 from kd_d2.adapters import DetectorOutputs
 from kd_d2.distillers import Distiller, FeatureImitation, Schedule, StructuralKD
-from kd_d2.distillers.adaptation import AdaptationLayers
 from kd_d2.engine.optimizers import build_optimizers
 from kd_d2.engine.step import DistillationStep
 from kd_d2.inheritance import component_of, inherit
@@ -24,20 +23,16 @@ from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from detectron2.structures import Instances
 from detectron2.utils.events import EventStorage
+from helpers import configured, make, spec_of
 from torch import Tensor, nn
 
 
-def _imitation(channels: dict[int, tuple[int, int]], kernel_size: int = 0, weight: float = 1.0) -> FeatureImitation:
-    return FeatureImitation(weight=weight, adaptation=AdaptationLayers(channels, kernel_size))
+def _imitation(strides: tuple[int, ...], channels: int, adaptation: str = "none") -> FeatureImitation:
+    return make(FeatureImitation, spec_of(dict.fromkeys(strides, channels)), adaptation=adaptation)
 
 
 def _structural(strides: tuple[int, ...], channels: int) -> StructuralKD:
-    return StructuralKD(
-        weight=1.0,
-        map_loss=nn.functional.mse_loss,
-        normalization="sample",
-        adaptation=AdaptationLayers(dict.fromkeys(strides, (channels, channels)), 0),
-    )
+    return make(StructuralKD, spec_of(dict.fromkeys(strides, channels)), weight=1.0, loss="l2")
 
 
 class Recorder(Distiller):
@@ -45,10 +40,11 @@ class Recorder(Distiller):
 
     needs = frozenset({"features"})
     loss_names = ("loss_kd", "loss_kd_aux_size")
+    aux_loss_names = ("loss_kd_aux_size",)
 
-    def __init__(self, needs: frozenset[str] = needs, loss_names: tuple[str, ...] = loss_names):
-        super().__init__()
-        self.needs, self.loss_names = needs, loss_names
+    def __init__(self, needs: frozenset[str] = needs, loss_names: tuple[str, ...] = loss_names, weight: float = 1.0):
+        super().__init__(self.Config(weight=weight), pair=None)
+        self.needs, self.loss_names, self.aux_loss_names = needs, loss_names, loss_names[1:]
         self.own = nn.Parameter(torch.tensor(1.0))
         self.given: list[tuple[DetectorOutputs, DetectorOutputs, list[Instances]]] = []
 
@@ -68,7 +64,7 @@ def test_losses_and_gradient_by_hand(
 ) -> None:
     """Check pixels of 3: the student shows 2 * 3, the teacher 5 * 3, so the loss is 81 and its slope 2 * 3 * -9."""
     student, teacher = toy_detector(scale=2.0), Teacher(toy_detector(scale=5.0))
-    model = KDMetaArch(student=student, teacher=teacher, distillers={"FitNet": _imitation({4: (3, 3), 8: (3, 3)})})
+    model = KDMetaArch(student=student, teacher=teacher, distillers={"FitNet": _imitation((4, 8), 3)})
     losses = model(constant_inputs((3.0, 3.0, 3.0)))
     assert {name: loss.item() for name, loss in losses.items()} == {"loss_toy": 7.0, "loss_feature_imitation": 81.0}
     sum(losses.values()).backward()
@@ -130,7 +126,7 @@ def test_maps_that_do_not_agree_are_an_error(
     """Check maps of one stride but different sizes, which some losses would silently broadcast."""
     teacher = Teacher(toy_detector())
     monkeypatch.setattr(teacher.model.backbone, "forward", lambda x: {f"stride{s}": x[..., :1, :1] for s in (4, 8)})
-    model = KDMetaArch(student=toy_detector(), teacher=teacher, distillers={"a": _imitation({4: (3, 3), 8: (3, 3)})})
+    model = KDMetaArch(student=toy_detector(), teacher=teacher, distillers={"a": _imitation((4, 8), 3)})
     with pytest.raises(
         UserError, match=r"stride 4 .* student \(ToyDetector\) .* \(4, 4\) .* teacher \(ToyDetector\) .* \(1, 1\)"
     ):
@@ -152,7 +148,7 @@ def test_teacher_is_no_part_of_the_module(tiny_detector: Callable) -> None:
     model = KDMetaArch(
         student=tiny_detector("retinanet"),
         teacher=Teacher(tiny_detector("retinanet", seed=1)),
-        distillers={"FitNet": _imitation({8: (8, 8)}, kernel_size=1)},
+        distillers={"FitNet": _imitation((8,), 8, "1x1")},
     )
     theirs = {id(t) for t in (*model.teacher.model.parameters(), *model.teacher.model.buffers())}
     assert theirs
@@ -176,11 +172,11 @@ def _step(model: KDMetaArch, batches: list[list[dict]], cfg: Any) -> Distillatio
 
 
 def _cross_family(tiny_detector: Callable) -> KDMetaArch:
-    channels = dict.fromkeys((8, 16, 32, 64), (8, 8))
+    strides = (8, 16, 32, 64)
     return KDMetaArch(
         student=tiny_detector("retinanet"),
         teacher=Teacher(tiny_detector("faster", seed=1)),
-        distillers={"StructuralKD": _structural((8, 16, 32, 64), 8), "FeatureImitation": _imitation(channels, 1)},
+        distillers={"StructuralKD": _structural(strides, 8), "FeatureImitation": _imitation(strides, 8, "1x1")},
     )
 
 
@@ -226,7 +222,7 @@ def test_pair_across_families_shares_strides_8_to_64(
     """Check that RetinaNet under Faster R-CNN compares the four shared levels, each with its own partner."""
     student, teacher = tiny_detector("retinanet"), Teacher(tiny_detector("faster", seed=1))
     probe = KDMetaArch(student=student, teacher=teacher, distillers={})
-    distiller = StructuralKD(tiny_cfg("retinanet"), probe.adapter.spec, teacher.spec)
+    distiller = configured(StructuralKD, tiny_cfg("retinanet"), probe.adapter.spec, teacher.spec)
     assert distiller.adaptation.strides == (8, 16, 32, 64)
     model = KDMetaArch(student=student, teacher=teacher, distillers={"StructuralKD": distiller, "Recorder": Recorder()})
     losses = model(make_inputs())
@@ -242,7 +238,7 @@ def test_equal_models_have_nothing_to_learn(
     """Check that a student equal to its teacher costs nothing."""
     student = tiny_detector("retinanet").eval()
     teacher = Teacher(copy.deepcopy(student))
-    distillers = {"a": _structural((8, 16, 32, 64, 128), 8), "b": _imitation(dict.fromkeys((8, 128), (8, 8)))}
+    distillers = {"a": _structural((8, 16, 32, 64, 128), 8), "b": _imitation((8, 128), 8)}
     model = KDMetaArch(student=student, teacher=teacher, distillers=distillers)
     model.training = True  # batch norms stay in eval mode
     losses = model(make_inputs())
@@ -253,8 +249,8 @@ def test_equal_models_have_nothing_to_learn(
 def test_schedule_scales_all_but_auxiliary_losses(
     toy_detector: type, constant_inputs: Callable, event_storage: EventStorage
 ) -> None:
-    """Check start 2, warm-up 4, end 7: the loss follows the factor, the auxiliary one is all or nothing."""
-    distiller = Recorder()
+    """Check start 2, warm-up 4, end 7: the loss follows weight and factor, the auxiliary one is all or nothing."""
+    distiller = Recorder(weight=4.0)
     teacher = Teacher(toy_detector())
     model = KDMetaArch(
         student=toy_detector(),
@@ -272,7 +268,7 @@ def test_schedule_scales_all_but_auxiliary_losses(
         losses.append((result["loss_kd"].item(), result["loss_kd_aux_size"].item()))
         idle.append(len(model.idle_parameters(iteration)))
         teacher_runs.append(len(teacher.model.backbone.seen))
-    assert losses == [(0, 0), (0, 0), (2.5, 100), (5, 100), (7.5, 100), (10, 100), (10, 100), (0, 0)]
+    assert losses == [(0, 0), (0, 0), (10, 100), (20, 100), (30, 100), (40, 100), (40, 100), (0, 0)]
     assert idle == [1, 1, 0, 0, 0, 0, 0, 1]
     assert teacher_runs == [0, 0, 1, 1, 1, 1, 1, 0]
 
@@ -281,7 +277,7 @@ def test_idle_distiller_stays_in_the_graph(
     toy_detector: type, constant_inputs: Callable, event_storage: EventStorage
 ) -> None:
     """Check that its parameters get gradients (DDP waits for them), of zero, and are the ones named as idle."""
-    distillers = {"early": Recorder(), "late": _imitation({4: (3, 3), 8: (3, 3)}, kernel_size=1)}
+    distillers = {"early": Recorder(), "late": _imitation((4, 8), 3, "1x1")}
     model = KDMetaArch(
         student=toy_detector(),
         teacher=Teacher(toy_detector()),
@@ -376,6 +372,16 @@ def test_undeclared_losses_are_an_error(
         model(constant_inputs())
 
 
+def test_auxiliary_losses_are_among_the_losses(toy_detector: type) -> None:
+    """Check a distiller that declares an auxiliary loss which it does not return."""
+    distiller = Recorder()
+    distiller.aux_loss_names = ("loss_other",)
+    with pytest.raises(
+        RuntimeError, match=r"Recorder declares the auxiliary losses \['loss_other'\], which are not all"
+    ):
+        KDMetaArch(student=toy_detector(), teacher=Teacher(toy_detector()), distillers={"Recorder": distiller})
+
+
 def test_losses_of_one_name_are_an_error(
     toy_detector: type, constant_inputs: Callable, event_storage: EventStorage
 ) -> None:
@@ -422,7 +428,7 @@ def test_inference_is_the_student_alone(tiny_detector: Callable, make_inputs: Ca
     teacher = Teacher(tiny_detector("retinanet", seed=1))
     calls: list[None] = []
     teacher.model.backbone.register_forward_hook(lambda *_: calls.append(None))
-    model = KDMetaArch(student=student, teacher=teacher, distillers={"a": _imitation({8: (8, 8)}, 1)}).eval()
+    model = KDMetaArch(student=student, teacher=teacher, distillers={"a": _imitation((8,), 8, "1x1")}).eval()
     inputs = [{k: v for k, v in x.items() if k != "instances"} for x in make_inputs()]
     with torch.no_grad():
         detections, expected = model(inputs), copy.deepcopy(student)(inputs)

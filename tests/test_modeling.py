@@ -268,17 +268,17 @@ def test_boxes_that_are_no_numbers_make_losses_that_are_none(
 @pytest.mark.parametrize(
     ("kind", "keys", "message"),
     [
-        ("fcos", {"NUM_CONVS": 0}, "MODEL.FCOS.NUM_CONVS is 0; it must be a number at least 1"),
+        ("fcos", {"NUM_CONVS": 0}, "MODEL.FCOS.NUM_CONVS is 0; it must be a whole number at least 1"),
         (
             "fcos",
             {"CENTER_SAMPLING_RADIUS": 0.0},
             "MODEL.FCOS.CENTER_SAMPLING_RADIUS is 0.0; it must be a number above 0",
         ),
-        ("fcos", {"PRIOR_PROB": 1.0}, "MODEL.FCOS.PRIOR_PROB is 1.0; it must be between 0 and 1"),
+        ("fcos", {"PRIOR_PROB": 1.0}, "MODEL.FCOS.PRIOR_PROB is 1.0; it must be a number above 0 and below 1"),
         ("fcos", {"IN_FEATURES": ["p3", "p9"]}, r"MODEL.FCOS.IN_FEATURES is .*; the backbone gives p3, p4, p5, p6, p7"),
-        ("atss", {"TOPK": 0}, "MODEL.ATSS.TOPK is 0; it must be a number at least 1"),
+        ("atss", {"TOPK": 0}, "MODEL.ATSS.TOPK is 0; it must be a whole number at least 1"),
         ("gfl", {"ANCHOR_SCALE": 0.0}, "MODEL.GFL.ANCHOR_SCALE is 0.0; it must be a number above 0"),
-        ("gfl", {"REG_MAX": 0}, "MODEL.GFL.REG_MAX is 0; it must be a number at least 1"),
+        ("gfl", {"REG_MAX": 0}, "MODEL.GFL.REG_MAX is 0; it must be a whole number at least 1"),
         ("fsaf", {"EFFECTIVE_SCALE": 0.0}, "MODEL.FSAF.EFFECTIVE_SCALE is 0.0; it must be a number above 0"),
         ("reppoints", {"NUM_POINTS": 10}, "MODEL.REPPOINTS.NUM_POINTS is 10; it must be the square of an odd number"),
         ("reppoints", {"NUM_POINTS": 16}, "MODEL.REPPOINTS.NUM_POINTS is 16; it must be the square of an odd number"),
@@ -326,7 +326,7 @@ def test_mobilenet_freezes_as_configured(tiny_cfg: Callable) -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"MOBILENET_V2": {"WIDTH_MULT": 0.0}}, "WIDTH_MULT is 0.0; it must be above 0"),
+        ({"MOBILENET_V2": {"WIDTH_MULT": 0.0}}, "WIDTH_MULT is 0.0; it must be a number above 0 and at most 2"),
         ({"RESNETS": {"OUT_FEATURES": ["res6"]}}, "OUT_FEATURES names res6; MobileNetV2 has res2, res3, res4, res5"),
         ({"PIXEL_MEAN": [1.0], "PIXEL_STD": [1.0]}, "reads images of 3 channels"),
     ],

@@ -11,7 +11,6 @@ from typing import Any
 from kd_d2 import Distiller, KDMetaArch, Teacher
 from kd_d2.adapters import DensePredictions, DetectorOutputs, build_adapter
 from kd_d2.distillers import CWD, FGD, MGD, PKD
-from kd_d2.distillers.adaptation import AdaptationLayers
 from kd_d2.distillers.fgd import ContextBlock
 from kd_d2.distillers.generation import random_mask
 from kd_d2.errors import UserError
@@ -31,10 +30,9 @@ from kd_d2.losses import (
 import numpy as np
 import pytest
 import torch
-from detectron2.config import CfgNode
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
-from helpers import KillAt, make_project, save_fixed_weights, targets_of, train
+from helpers import KillAt, configured, make, make_project, save_fixed_weights, scaled, spec_of, targets_of, train
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -82,8 +80,8 @@ def test_cwd_of_the_program(case: str, temperature: float) -> None:
     """Check each level's loss, their weighted sum, and gradients."""
     values, student = _fixture("cwd"), _levels("cwd", "student")
     teacher = {s: values[f"teacher.{s}"] for s in STRIDES}
-    cwd = CWD(weight=10.0, adaptation=AdaptationLayers({s: (8, 8) for s in STRIDES}, 0), temperature=temperature)
-    loss = cwd(_outputs(student), _outputs(teacher), [])["loss_cwd"]
+    cwd = make(CWD, spec_of(dict.fromkeys(STRIDES, 8)), temperature=temperature)
+    loss = scaled(cwd, _outputs(student), _outputs(teacher), [])["loss_cwd"]
     loss.backward()
     for s in STRIDES:
         _assert_equal(channel_wise_loss(student[s], teacher[s], temperature), values[f"{case}.loss.{s}"])
@@ -101,8 +99,8 @@ def test_cwd_on_logits_of_the_program(classes: int) -> None:
     """Check one anchor of four classes, and two anchors of two: the same channels."""
     values, student = _fixture("cwd"), _levels("cwd", "student_logits")
     teacher = {s: values[f"teacher_logits.{s}"] for s in STRIDES}
-    cwd = CWD(weight=5.0, logit_strides=STRIDES)
-    loss = cwd(*(_outputs(x, _dense(x, classes)) for x in (student, teacher)), [])["loss_cwd"]
+    cwd = make(CWD, spec_of(dict.fromkeys(STRIDES, 8)), maps="logits")
+    loss = scaled(cwd, *(_outputs(x, _dense(x, classes)) for x in (student, teacher)), [])["loss_cwd"]
     loss.backward()
     _assert_equal(loss, sum(values[f"logits_tau1.weighted_loss.{s}"] for s in STRIDES))
     for s in STRIDES:
@@ -112,11 +110,12 @@ def test_cwd_on_logits_of_the_program(classes: int) -> None:
 def test_cwd_behind_an_adaptation_layer() -> None:
     """Check the gradient through a 1x1 layer: the program divides by the student's 6 channels, we by the 8 that are compared."""
     values, student = _fixture("cwd"), _levels("cwd", "adapted.student")
-    cwd = CWD(weight=5.0, adaptation=AdaptationLayers({s: (6, 8) for s in STRIDES}, 1))
+    cwd = make(CWD, *(spec_of(dict.fromkeys(STRIDES, c)) for c in (6, 8)), weight=5.0)
     for s in STRIDES:
         align = {name: values[f"adapted.param.{s}.align.{name}"] for name in ("weight", "bias")}
         _copy(cwd.adaptation.layers[str(s)], align)
-    cwd(_outputs(student), _outputs({s: values[f"teacher.{s}"] for s in STRIDES}), [])["loss_cwd"].backward()
+    teacher = {s: values[f"teacher.{s}"] for s in STRIDES}
+    scaled(cwd, _outputs(student), _outputs(teacher), [])["loss_cwd"].backward()
     for s in STRIDES:
         _assert_equal(student[s].grad * 8 / 6, values[f"adapted.public_grad_student.{s}"])
 
@@ -125,8 +124,8 @@ def test_pkd_of_the_program() -> None:
     """Check each level's loss, their weighted sum, and gradients."""
     values, student = _fixture("pkd"), _levels("pkd", "student")
     teacher = {s: values[f"teacher.{s}"] for s in STRIDES}
-    pkd = PKD(weight=10.0, adaptation=AdaptationLayers({s: (8, 8) for s in STRIDES}, 0))
-    loss = pkd(_outputs(student), _outputs(teacher), [])["loss_pkd"]
+    pkd = make(PKD, spec_of(dict.fromkeys(STRIDES, 8)))
+    loss = scaled(pkd, _outputs(student), _outputs(teacher), [])["loss_pkd"]
     loss.backward()
     _assert_equal(loss, sum(values[f"weighted_loss.{s}"] for s in STRIDES))
     for s in STRIDES:
@@ -139,7 +138,7 @@ def test_pkd_of_maps_of_other_size(resized: str) -> None:
     """Check a level of stride 16 beside one of stride 8, either of them resized."""
     values = _fixture("pkd")
     student = values["student.16"].clone().requires_grad_()
-    pkd = PKD(weight=1.0, adaptation=AdaptationLayers({16: (8, 8)}, 0), resized=resized)
+    pkd = make(PKD, spec_of({16: 8}), resize=resized)
     loss = pkd(_outputs({16: student}), _outputs({16: values["teacher.8"]}), [])["loss_pkd"]
     _assert_equal(loss, values[f"resize_{resized}.loss"])
     _assert_equal(torch.autograd.grad(loss, student)[0], values[f"resize_{resized}.grad_student"])
@@ -169,8 +168,8 @@ def test_mgd_of_the_program(program_mask: None) -> None:
     """Check the weighted sum, and the gradients in features, adaptation layers and generation blocks."""
     values, student = _fixture("mgd"), _levels("mgd", "student")
     teacher = {s: values[f"teacher.{s}"] for s in STRIDES}
-    adaptation = AdaptationLayers({s: (6, 8) for s in STRIDES}, 1)
-    mgd = MGD(weight=2e-5, adaptation=adaptation, channels={s: 8 for s in STRIDES}, mask_ratio=0.65)
+    mgd = make(MGD, *(spec_of(dict.fromkeys(STRIDES, c)) for c in (6, 8)))
+    adaptation = mgd.adaptation
 
     def of_level(prefix: str, stride: int) -> dict[str, Tensor]:
         start = f"{prefix}.{stride}."
@@ -181,7 +180,7 @@ def test_mgd_of_the_program(program_mask: None) -> None:
     }
     for s, module in layers.items():
         _copy(module, of_level("param", s))
-    loss = mgd(_outputs(student), _outputs(teacher), [])["loss_mgd"]
+    loss = scaled(mgd, _outputs(student), _outputs(teacher), [])["loss_mgd"]
     loss.backward()
     _assert_equal(loss, sum(values[f"weighted_loss.{s}"] for s in STRIDES))
     for s, module in layers.items():
@@ -211,8 +210,7 @@ FGD_LAYERS = {
 def _fgd() -> FGD:
     """With the program's parameters."""
     values = _fixture("fgd")
-    adaptation = AdaptationLayers({s: (6, 8) for s in STRIDES}, 1)
-    fgd = FGD(adaptation=adaptation, channels={s: 8 for s in STRIDES})
+    fgd = make(FGD, *(spec_of(dict.fromkeys(STRIDES, c)) for c in (6, 8)))
     assert fgd.weights == pytest.approx(values["weights"].tolist())
     for s in STRIDES:
         for theirs, ours in FGD_LAYERS.items():
@@ -236,7 +234,7 @@ def test_fgd_of_the_program(case: str, with_objects: tuple[bool, bool]) -> None:
     """Check the four parts, also where one image or none has an object."""
     values = _fixture("fgd")
     features = [{s: values[f"{whose}.{s}"] for s in STRIDES} for whose in ("student", "teacher")]
-    losses = _fgd()(*map(_outputs, features), _boxes(with_objects))
+    losses = scaled(_fgd(), *map(_outputs, features), _boxes(with_objects))
     for weight, name in zip(values["weights"], ("foreground", "background", "attention", "relation"), strict=True):
         expected = weight * sum(values[f"{case}.{s}.{name}"] for s in STRIDES)
         _assert_equal(losses[f"loss_fgd_{name}"], expected)
@@ -421,7 +419,7 @@ def test_context_block_by_hand() -> None:
 
 def test_fgd_gradient_numerically() -> None:
     """Check the four losses in float64, away from where an absolute value bends."""
-    fgd = FGD(adaptation=AdaptationLayers({8: (2, 2)}, 0), channels={8: 2}).double()
+    fgd = make(FGD, spec_of({8: 2})).double()
     for block in (fgd.student_relations, fgd.teacher_relations):
         nn.init.normal_(block["8"].transform[3].weight)
     student, teacher = _random(2, 2, 2, 3).requires_grad_(), _random(2, 2, 2, 3, seed=1)
@@ -432,15 +430,10 @@ def test_fgd_gradient_numerically() -> None:
 
 def test_equal_features_have_no_loss_and_finite_gradients() -> None:
     """Check CWD, PKD and FGD as it begins, of two equal maps."""
-    methods = (
-        CWD(weight=10.0, adaptation=AdaptationLayers({8: (4, 4)}, 0)),
-        PKD(weight=10.0, adaptation=AdaptationLayers({8: (4, 4)}, 0)),
-        FGD(adaptation=AdaptationLayers({8: (4, 4)}, 0), channels={8: 4}),
-    )
-    for method in methods:
+    for method in (make(method, spec_of({8: 4})) for method in (CWD, PKD, FGD)):
         maps = _random(2, 4, 8, 8).float()
         student = maps.clone().requires_grad_()
-        losses = method(_outputs({8: student}), _outputs({8: maps}), targets_of([[8.0, 8, 40, 40]], []))
+        losses = scaled(method, _outputs({8: student}), _outputs({8: maps}), targets_of([[8.0, 8, 40, 40]], []))
         assert [x.item() for x in losses.values()] == pytest.approx([0] * len(losses), abs=1e-5)
         sum(losses.values()).backward()
         assert student.grad.isfinite().all()
@@ -455,9 +448,8 @@ def build(tiny_cfg: Callable, tiny_detector: Callable) -> Callable[..., Distille
 
     def build(method: type[Distiller], kind: str = "retinanet", teacher: str = "retinanet", **keys: Any) -> Distiller:
         cfg = tiny_cfg(kind, {"MODEL": {"KD": {method.CONFIG_NODE: keys}}})
-        method.validate_config(cfg.MODEL.KD[method.CONFIG_NODE])
         torch.manual_seed(0)
-        return method(cfg, *(build_adapter(tiny_detector(k)).spec for k in (kind, teacher)))
+        return configured(method, cfg, *(build_adapter(tiny_detector(k)).spec for k in (kind, teacher)))
 
     return build
 
@@ -481,9 +473,9 @@ def test_defaults_are_the_authors(build: Callable, kind: str, pkd: float, mgd: f
     """Check weights, temperatures and mask by the student's family, whatever the teacher's, and no layers where channels agree."""
     for teacher in (kind, "faster"):
         methods = {method: build(method, kind, teacher) for method in METHODS}
-        assert (methods[CWD].weight, methods[CWD].temperature, methods[PKD].weight) == (10, 1, pkd)
+        assert (methods[CWD].weight, methods[CWD].config.temperature, methods[PKD].weight) == (10, 1, pkd)
         assert (methods[MGD].weight, methods[MGD].mask_ratio) == (mgd, ratio)
-        assert methods[FGD].weights == pytest.approx(fgd) and methods[FGD].temperature == 0.5
+        assert methods[FGD].weights == pytest.approx(fgd) and methods[FGD].config.temperature == 0.5
         assert all(not method.adaptation.layers for method in methods.values())
         assert not list(methods[CWD].parameters()) and not list(methods[PKD].parameters())
     assert build(CWD, "retinanet", MAPS="logits").weight == 5
@@ -495,19 +487,16 @@ def test_weights_that_are_named(build: Callable) -> None:
         assert build(method, WEIGHT=3.0).weight == 3
     assert build(MGD, MASK_RATIO=0.25).mask_ratio == 0.25
     keys = ("FOREGROUND_WEIGHT", "BACKGROUND_WEIGHT", "ATTENTION_WEIGHT", "RELATION_WEIGHT")
-    assert build(FGD, WEIGHT=3.0).weights == pytest.approx([3 * weight for weight in ONE_STAGE])
     for number, key in enumerate(keys):
-        expected = [0.5 if n == number else 2 * weight for n, weight in enumerate(ONE_STAGE)]
-        assert build(FGD, WEIGHT=2.0, **{key: 0.25}).weights == pytest.approx(expected)
+        fgd = build(FGD, WEIGHT=2.0, **{key: 0.25})
+        assert fgd.weight == 2 and fgd.relative_weight == 2
+        assert fgd.weights == pytest.approx([0.25 if n == number else weight for n, weight in enumerate(ONE_STAGE)])
 
 
 @pytest.mark.parametrize(("maps", "weight", "share"), [("neck", None, 1), ("neck", 5.0, 0.5), ("logits", 5.0, 1)])
-def test_share_of_cwd_among_balanced_methods(
-    maps: str, weight: float | None, share: float, tiny_cfg: Callable[..., CfgNode], tiny_detector: Callable
-) -> None:
+def test_share_of_cwd_among_balanced_methods(maps: str, weight: float | None, share: float, build: Callable) -> None:
     """Check that the published weight of what is compared counts as 1."""
-    kd = tiny_cfg("retinanet", {"MODEL": {"KD": {"CWD": {"MAPS": maps, "WEIGHT": weight}}}}).MODEL.KD
-    assert CWD.relative_weight(kd.CWD, build_adapter(tiny_detector("retinanet")).spec) == share
+    assert build(CWD, MAPS=maps, WEIGHT=weight).relative_weight == share
 
 
 @pytest.mark.parametrize(
@@ -558,7 +547,7 @@ def _model(
 ) -> KDMetaArch:
     cfg = tiny_cfg(kind, {"MODEL": {"KD": keys}})
     specs = build_adapter(student).spec, build_adapter(other).spec
-    distillers = {method.__name__: method(cfg, *specs) for method in methods}
+    distillers = {method.__name__: configured(method, cfg, *specs) for method in methods}
     return KDMetaArch(student=student, teacher=Teacher(other), distillers=distillers)
 
 
@@ -680,7 +669,7 @@ def test_cwd_on_logits_needs_them(build: Callable, tiny_cfg: Callable, tiny_dete
         UserError, match=rf"at stride 8 the student \(RetinaNet\) has {ratios} anchors .* \(FCOS\) 1\.$"
     ):
         build(CWD, "retinanet", "fcos", MAPS="logits")
-    assert build(CWD, "fcos", "gfl", MAPS="logits").logit_strides == (8, 16, 32, 64, 128)
+    assert build(CWD, "fcos", "gfl", MAPS="logits").strides == [8, 16, 32, 64, 128]
     assert CWD.needs == {"features"}
 
 
@@ -695,13 +684,12 @@ def test_pkd_takes_maps_of_other_sizes(
     monkeypatch.setattr(
         teacher.model.backbone, "forward", lambda x: {f"stride{s}": x[..., :: 2 * s, :: 2 * s] for s in (4, 8)}
     )
-    channels = {4: (3, 3), 8: (3, 3)}
-    pkd = PKD(weight=1.0, adaptation=AdaptationLayers(channels, 0))
+    pkd = make(PKD, spec_of({4: 3, 8: 3}), weight=1.0)
     model = KDMetaArch(student=toy_detector(), teacher=teacher, distillers={"PKD": pkd})
     inputs = constant_inputs()
     inputs[0]["image"] = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0))
     assert 0 < model(inputs)["loss_pkd"] < 2
-    both = {"PKD": pkd, "CWD": CWD(weight=1.0, adaptation=AdaptationLayers(channels, 0))}
+    both = {"PKD": pkd, "CWD": make(CWD, spec_of({4: 3, 8: 3}))}
     with pytest.raises(UserError, match="they cannot be compared"):
         KDMetaArch(student=toy_detector(), teacher=teacher, distillers=both)(inputs)
 

@@ -30,8 +30,9 @@ class WithDecoder(Distiller):
     needs = frozenset({"features"})
 
     def __init__(self, settings: OptimizerSettings = DECODER, name: str = "x"):
-        super().__init__()
+        super().__init__(self.Config(), pair=None)
         self.loss_names = (f"loss_{name}", f"loss_{name}_aux_y")
+        self.aux_loss_names = self.loss_names[1:]
         self.settings = settings
         self.adapter = nn.Parameter(torch.tensor(1.0))
         self.first = nn.Parameter(torch.tensor(1.0))

@@ -14,8 +14,7 @@ from kd_d2.adapters import (
     DetectorSpec,
     build_adapter,
 )
-from kd_d2.distillers import DISTILLER_REGISTRY, PFI, Distiller, RankMimicking, SoftLabel
-from kd_d2.distillers.adaptation import AdaptationLayers
+from kd_d2.distillers import PFI, Distiller, RankMimicking, SoftLabel
 from kd_d2.errors import UserError
 from kd_d2.losses import (
     count_ranked,
@@ -32,10 +31,21 @@ from kd_d2.teacher import Teacher
 
 import pytest
 import torch
-from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes, Instances
+from helpers import configured, make, scaled, spec_of
 from torch import Tensor
 
+DENSE = frozenset({"features", "anchors", "dense", "targets"})
+
+
+def _spec(**changes: Any) -> DetectorSpec:
+    """Of four channels at stride 8, where one anchor lies around (0, 0)."""
+    return spec_of(
+        **{"channels": {8: 4}, "cell_anchors": {8: torch.tensor([[-4.0, -4, 4, 4]])}, "provides": DENSE, **changes}
+    )
+
+
+NARROW = _spec(channels={8: 1, 16: 1})
 METHODS = {"RANK_MIMICKING": RankMimicking, "PFI": PFI, "SOFT_LABEL": SoftLabel}
 # The student thinks two candidates equal, the teacher gives one three times the other's share.
 EQUAL, THREE_TO_ONE = [0.0, 0.0], [math.log(3), 0.0]
@@ -249,7 +259,7 @@ def test_rank_mimicking_by_hand() -> None:
     # instance 0, class 1: anchors 0 and 3; instance 1, class 0: anchors 1 and 4
     student = _dense([[0.0, _logit(0.4)], [0, 0], [0, 0], [0, _logit(0.4)], [0, 0], [0, 0]])
     teacher = _dense([[0.0, _logit(0.9)], [0, 0], [0, 0], [0, _logit(0.4)], [0, 0], [0, 0]], [0, 4, 0, -8, 0, 0])
-    losses = RankMimicking(weight=4.0)(_outputs(student), _outputs(teacher), _targets())
+    losses = scaled(make(RankMimicking, _spec()), _outputs(student), _outputs(teacher), _targets())
     share = math.exp(0.5) / (1 + math.exp(0.5))  # of scores that differ by 0.9 - 0.4
     classification = share * math.log(2 * share) + (1 - share) * math.log(2 * (1 - share))
     assert losses["loss_rank_classification"].item() == pytest.approx(4 * classification / 2, rel=1e-5)
@@ -263,7 +273,7 @@ def test_rank_mimicking_options_by_hand() -> None:
     """Check logits and joint scores in the place of probabilities, and no localisation."""
     student = _dense([[0.0, 1.0], [0, 0], [0, 0], [0, 3.0], [0, 0], [0, 0]])
     teacher = _dense([[0.0, 2.0], [0, 0], [0, 0], [0, 2.0], [0, 0], [0, 0]])
-    losses = RankMimicking(weight=1.0, on_logits=True, localization=False)(
+    losses = make(RankMimicking, _spec(), on_logits=True, localization=False)(
         _outputs(student), _outputs(teacher), _targets()
     )
     assert list(losses) == ["loss_rank_classification"]
@@ -272,7 +282,7 @@ def test_rank_mimicking_options_by_hand() -> None:
     )
     # of instance 1, anchor 4 lies on the level with a quality of 0.25, anchor 1 on that with 0.5
     teacher = _dense([[0.0, 0.0], [math.log(3), 0], [0, 0], [0, 0], [math.log(3), 0], [0, 0]])
-    losses = RankMimicking(weight=1.0, joint_score=True, localization=False)(
+    losses = make(RankMimicking, _spec(provides=DENSE | {"quality"}), joint_score=True, localization=False)(
         _outputs(student), _outputs(teacher), _targets()
     )
     ours = [1 / (1 + math.exp(-1.0)) / 2, 1 / (1 + math.exp(-3.0)) / 2]
@@ -284,7 +294,7 @@ def test_rank_mimicking_with_temperatures_by_hand() -> None:
     """Check that the two ranks have one each."""
     student = _dense([[0.0, 1.0], [0, 0], [0, 0], [0, 3.0], [0, 0], [0, 0]])
     teacher = _dense([[0.0, 2.0], [0, 0], [0, 0], [0, 2.0], [0, 0], [0, 0]], [0, 4, 0, -8, 0, 0])
-    rank = RankMimicking(weight=1.0, on_logits=True, temperature=2.0, localization_temperature=0.5)
+    rank = make(RankMimicking, _spec(), on_logits=True, temperature=2.0, localization_temperature=0.5)
     losses = rank(_outputs(student), _outputs(teacher), _targets())
     scores = _rank([1.0, 3.0], [2.0, 2.0], [0, 0], temperature=2.0)
     overlaps = _rank([1.0, 0.0], [1.0, 0.5], [0, 0], temperature=0.5)
@@ -304,7 +314,9 @@ def test_soft_label_options_by_hand() -> None:
         ({"loss": "quality_focal", "focus": 1.0}, 3 * entropy),
         ({"loss": "quality_focal", "focus": 1.0, "anchors": "positives"}, 2 * entropy),
     ):
-        losses = SoftLabel(weight=2.0, **options)(_outputs(student), _outputs(teacher), _targets())
+        losses = scaled(
+            make(SoftLabel, _spec(), weight=2.0, **options), _outputs(student), _outputs(teacher), _targets()
+        )
         assert losses["loss_soft_label"].item() == pytest.approx(2 * expected / 4, rel=1e-5), options
 
 
@@ -312,7 +324,7 @@ def test_soft_label_leaves_out_what_the_detector_ignores() -> None:
     """Check one background and one ignored anchor of other opinion, over four positives."""
     student = _dense([[0.0, 0.0]] * 6)
     teacher = _dense([[0.0, 0.0]] * 2 + [[_logit(0.75), 0.0]] + [[0.0, 0.0]] * 2 + [[50.0, -50.0]])
-    losses = SoftLabel(weight=2.0)(_outputs(student), _outputs(teacher), _targets())
+    losses = scaled(make(SoftLabel, _spec(), weight=2.0), _outputs(student), _outputs(teacher), _targets())
     assert losses["loss_soft_label"].item() == pytest.approx(2 * DIVERGENCE / 4, rel=1e-5)
 
 
@@ -332,10 +344,10 @@ def test_pfi_masks_by_hand(mask: str, event_storage) -> None:
     (near, far), (coarse,) = MASKED[mask]
     target = Instances((16, 16), gt_boxes=Boxes(torch.tensor([[0.0, 0, 7, 7]])))
     features = {8: torch.tensor([[[[1.0, 2.0]]]]), 16: torch.tensor([[[[3.0]]]])}
-    distiller = PFI(weight=2.0, adaptation=AdaptationLayers({8: (1, 1), 16: (1, 1)}, 0), mask=mask)
+    distiller = make(PFI, NARROW, weight=2.0, mask=mask)
     dense = _dense([[0.0, 0.0]] * 6)
     dense.assign = lambda: PARTLY_POSITIVE
-    loss = distiller(_outputs(dense, features), _outputs(dense), [target])["loss_pfi"].item()
+    loss = scaled(distiller, _outputs(dense, features), _outputs(dense), [target])["loss_pfi"].item()
     assert loss == pytest.approx((near * 1 + far * 4) / max(near + far, 1) + coarse * 9)
 
 
@@ -343,14 +355,15 @@ def test_pfi_reads_each_positions_anchors_and_classes(event_storage) -> None:
     """Check P where the teacher differs in one class of one anchor: stride 8, second position, first anchor."""
     student, teacher = _dense([[0.0, 0.0]] * 6), _dense([[0.0, 0.0]] * 2 + [[_logit(0.9), 0.0]] + [[0.0, 0.0]] * 3)
     features = {8: torch.tensor([[[[1.0, 2.0]]]]), 16: torch.tensor([[[[3.0]]]])}
-    distiller = PFI(weight=1.0, adaptation=AdaptationLayers({8: (1, 1), 16: (1, 1)}, 0))
-    loss = distiller(_outputs(student, features), _outputs(teacher), _targets())["loss_pfi"].item()
+    loss = make(PFI, NARROW)(_outputs(student, features), _outputs(teacher), _targets())["loss_pfi"].item()
     assert loss == pytest.approx(0.4**2 / 4 * 4 / 2 / 2, rel=1e-5)
-    distiller.relative = True
-    loss = distiller(_outputs(student, features), _outputs(teacher), _targets())["loss_pfi"].item()
+    loss = make(PFI, NARROW, relative=True)(_outputs(student, features), _outputs(teacher), _targets())[
+        "loss_pfi"
+    ].item()
     assert loss == pytest.approx(2 * 4 / 2 / 2, rel=1e-5)
-    distiller.relative, distiller.on_logits = False, True
-    loss = distiller(_outputs(student, features), _outputs(teacher), _targets())["loss_pfi"].item()
+    loss = make(PFI, NARROW, on_logits=True)(_outputs(student, features), _outputs(teacher), _targets())[
+        "loss_pfi"
+    ].item()
     assert loss == pytest.approx(math.log(9) ** 2 / 4 * 4 / 2 / 2, rel=1e-5)
 
 
@@ -360,10 +373,9 @@ def test_pfi_gradients_through_the_prediction_are_an_option(through: bool, event
     for logits in student.logits.values():
         logits.requires_grad_()
     features = {8: torch.ones(1, 1, 1, 2, requires_grad=True), 16: torch.ones(1, 1, 1, 1, requires_grad=True)}
-    adaptation = AdaptationLayers({8: (1, 1), 16: (1, 1)}, 0)
-    PFI(weight=1.0, adaptation=adaptation, through_prediction=through)(
-        _outputs(student, features), _outputs(teacher), _targets()
-    )["loss_pfi"].backward()
+    make(PFI, NARROW, through_prediction=through)(_outputs(student, features), _outputs(teacher), _targets())[
+        "loss_pfi"
+    ].backward()
     assert all(x.grad.all() for x in features.values())
     assert all((x.grad is not None) == through for x in student.logits.values())
 
@@ -376,7 +388,7 @@ def test_all_three_in_a_training_step(
     student, teacher = tiny_detector("retinanet"), tiny_detector("retinanet", seed=1)
     cfg = tiny_cfg("retinanet", {"MODEL": {"KD": {"DISTILLERS": tuple(m.__name__ for m in METHODS.values())}}})
     specs = build_adapter(student).spec, build_adapter(teacher).spec
-    distillers = {m.__name__: DISTILLER_REGISTRY.get(m.__name__)(cfg, *specs) for m in METHODS.values()}
+    distillers = {m.__name__: configured(m, cfg, *specs) for m in METHODS.values()}
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     model = KDMetaArch(student=student, teacher=Teacher(teacher), distillers=distillers)
     event_storage.iter = 19  # written by Detectron2's writers
@@ -400,36 +412,16 @@ def test_equal_detectors_agree(tiny_detector: Callable, make_inputs: Callable, e
     targets = [x["instances"] for x in inputs]
     want = frozenset({"features", "dense", "targets"})
     outputs = [build_adapter(m).run(inputs, want, targets) for m in (student, teacher)]
-    strides = {s: (8, 8) for s in outputs[0].features}
-    for distiller in (
-        RankMimicking(weight=4.0),
-        SoftLabel(weight=1.0),
-        PFI(weight=1.5, adaptation=AdaptationLayers(strides, 0), mask="whole"),
-        PFI(weight=1.5, adaptation=AdaptationLayers(strides, 0)),
-    ):
-        assert sum(distiller(*outputs, targets).values()).item() == pytest.approx(0, abs=1e-6)
-
-
-def _spec(**changes: Any) -> DetectorSpec:
-    return DetectorSpec(
-        **{
-            "name": "Pupil",
-            "family": "one-stage",
-            "shapes": {8: ShapeSpec(channels=4, stride=8)},
-            "num_classes": 3,
-            "cell_anchors": {8: torch.tensor([[-4.0, -4, 4, 4]])},  # around (0, 0)
-            "provides": frozenset({"features", "anchors", "dense", "targets"}),
-            **changes,
-        }
-    )
+    spec = build_adapter(student).spec
+    for distiller in (make(RankMimicking, spec), make(SoftLabel, spec), make(PFI, spec, mask="whole"), make(PFI, spec)):
+        assert sum(scaled(distiller, *outputs, targets).values()).item() == pytest.approx(0, abs=1e-6)
 
 
 @pytest.fixture
 def build(tiny_cfg: Callable) -> Callable[..., Distiller]:
     def build(node: str, teacher: DetectorSpec, **keys: Any) -> Distiller:
         cfg = tiny_cfg("retinanet", {"MODEL": {"KD": {node: keys}}})
-        METHODS[node].validate_config(cfg.MODEL.KD[node])
-        return METHODS[node](cfg, _spec(), teacher)
+        return configured(METHODS[node], cfg, _spec(), teacher)
 
     return build
 
@@ -437,18 +429,21 @@ def build(tiny_cfg: Callable) -> Callable[..., Distiller]:
 def test_defaults_are_the_papers(build: Callable) -> None:
     """Check equation 10's weights, and that the headline's rank has both parts."""
     rank = build("RANK_MIMICKING", _spec())
-    assert (rank.weight, rank.on_logits, rank.joint_score, rank.localization) == (4.0, False, False, True)
+    assert rank.weight == 4.0
+    config = rank.config
+    assert (config.on_logits, config.joint_score, config.localization) == (False, False, True)
+    assert (config.temperature, config.localization_temperature) == (1.0, 1.0)
     pfi = build("PFI", _spec())
-    assert (pfi.weight, pfi.mask) == (1.5, "prediction")
-    assert not (pfi.on_logits or pfi.relative or pfi.through_prediction)
+    assert (pfi.weight, pfi.config.mask) == (1.5, "prediction")
+    assert not (pfi.config.on_logits or pfi.config.relative or pfi.config.through_prediction)
     assert not pfi.adaptation.layers
     soft = build("SOFT_LABEL", _spec())
-    assert (soft.weight, soft.loss, soft.temperature, soft.focus, soft.anchors) == (1.0, "kl", 1.0, 0.0, "all")
-    assert (rank.temperature, rank.localization_temperature) == (1.0, 1.0)
+    config = soft.config
+    assert (soft.weight, config.loss, config.temperature, config.focus, config.anchors) == (1, "kl", 1.0, 0.0, "all")
 
 
 def test_pfi_adapts_where_channels_differ(build: Callable) -> None:
-    teacher = _spec(shapes={8: ShapeSpec(channels=6, stride=8)})
+    teacher = _spec(channels={8: 6})
     assert build("PFI", teacher).adaptation.layers["8"].weight.shape == (6, 4, 1, 1)
     with pytest.raises(UserError, match="ADAPTATION is 'none', but at stride 8"):
         build("PFI", teacher, ADAPTATION="none")
@@ -480,11 +475,11 @@ def test_anchors_at_other_places_are_refused(tiny_cfg: Callable, tiny_detector: 
     shifted = {"MODEL": {"ANCHOR_GENERATOR": {"OFFSET": 0.5}}}
     student, teacher = (build_adapter(tiny_detector("retinanet", keys)).spec for keys in ({}, shifted))
     with pytest.raises(UserError, match=r"around \(0, 0\) and the teacher .RetinaNet. 3 anchors .* around \(4, 4\)"):
-        RankMimicking(tiny_cfg("retinanet"), student, teacher)
+        configured(RankMimicking, tiny_cfg("retinanet"), student, teacher)
 
 
 def test_masks_that_read_no_prediction_take_any_anchors(build: Callable) -> None:
-    assert build("PFI", _spec(cell_anchors={8: torch.zeros(2, 4)}), MASK="boxes").mask == "boxes"
+    assert build("PFI", _spec(cell_anchors={8: torch.zeros(2, 4)}), MASK="boxes").config.mask == "boxes"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from kd_d2.meta_arch import META_ARCH_REGISTRY
 
 import pytest
 import torch
+from helpers import configured
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,7 +41,9 @@ def test_five_lines_of_yaml(tmp_path):
 def channel_means():
     """The README's example of a method, registered for one test."""
     scope: dict = {}
-    exec(compile(example("distiller"), "README.md", "exec"), scope)
+    code = example("distiller")
+    assert len([line for line in code.splitlines() if line.strip() and not line.strip().startswith('"""')]) <= 25
+    exec(compile(code, "README.md", "exec"), scope)
     yield scope["ChannelMeans"]
     del DISTILLER_REGISTRY._obj_map["ChannelMeans"]
 
@@ -52,7 +55,7 @@ def test_the_example_of_a_method_trains(channel_means, tiny_cfg, tiny_detector, 
     }
     cfg = tiny_cfg("retinanet", overrides)
     student, teacher = META_ARCH_REGISTRY.get("RetinaNet")(cfg), Teacher(tiny_detector("retinanet", seed=1))
-    distiller = DISTILLER_REGISTRY.get("ChannelMeans")(cfg, build_adapter(student).spec, teacher.spec)
+    distiller = configured(channel_means, cfg, build_adapter(student).spec, teacher.spec)
     model = KDMetaArch(student=student, teacher=teacher, distillers={"ChannelMeans": distiller}).train()
     inputs = make_inputs()
     losses = model(inputs)

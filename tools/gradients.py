@@ -18,7 +18,6 @@ from kd_d2 import KDMetaArch, UserError, load_config
 from kd_d2.checkpoint import distiller_states, load_complete
 from kd_d2.config import find_file
 from kd_d2.data import build_stream_loader, register_coco_json, register_synthetic
-from kd_d2.distillers import DISTILLER_REGISTRY
 from kd_d2.engine.checks import check_classes, check_datasets, check_distillation
 from kd_d2.engine.gradients import Pull, measure_pulls
 from kd_d2.engine.learning_rate import check_schedule
@@ -74,18 +73,14 @@ def main(args: argparse.Namespace) -> None:
     rows = [(n, p.loss, p.strength, p.cosine) for n, p in pulls.items() if n not in model.distillers]
     print(tabulate(rows, HEADERS, tablefmt="github", floatfmt=("", ".4g", ".3g", "+.3f")))
     target = cfg.MODEL.KD.BALANCE.TARGET
-    rows = [(name, *weight_for(target, cfg, name, model, pulls[name])) for name in model.distillers]
+    rows = [(name, *weight_for(target, name, model, pulls[name])) for name in model.distillers]
     headers = (*WEIGHT_HEADERS, f"WEIGHT for {target:g}")
     print("\n" + tabulate(rows, headers, tablefmt="github", floatfmt=("", ".3g", ".4g", ".3g")), flush=True)
 
 
-def weight_for(
-    target: float, cfg: CfgNode, name: str, model: KDMetaArch, pull: Pull
-) -> tuple[float, float, float | None]:
+def weight_for(target: float, name: str, model: KDMetaArch, pull: Pull) -> tuple[float, float, float | None]:
     """A method's gradient ratio, its WEIGHT, and the WEIGHT that gives the ratio `target`; None where it has no gradient."""
-    method = DISTILLER_REGISTRY.get(name)
-    node = cfg.MODEL.KD[method.CONFIG_NODE]
-    weight = method.weight_of(node, model.adapter.spec)
+    weight = model.distillers[name].weight
     return pull.strength, weight, weight * target / pull.strength if pull.strength else None
 
 

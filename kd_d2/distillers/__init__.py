@@ -1,6 +1,20 @@
-"""Distillation methods, each registered by name in DISTILLER_REGISTRY."""
+"""Distillation methods, each registered by name in DISTILLER_REGISTRY, and what the author of another one needs."""
 
-from .base import DISTILLER_REGISTRY, Distiller, OptimizerSettings, ParamGroup
+from ..distributed import mean_count_across_ranks
+from ..keys import Above, AtLeast, AtMost, Below, Condition, OneOf
+from .adaptation import Adaptation, AdaptationLayers, AutoAdaptation
+from .base import (
+    DISTILLER_REGISTRY,
+    Distiller,
+    Losses,
+    OptimizerSettings,
+    ParamGroup,
+    Weight,
+    build_distiller,
+    count_of,
+    in_float32,
+    log_scalar,
+)
 from .crosskd import CrossKD
 from .cwd import CWD
 from .defeat import DeFeat
@@ -14,7 +28,9 @@ from .gid import GID
 from .icd import ICD
 from .ima import IMA
 from .ld import LD
+from .matching import check_same_anchors, common_strides
 from .mgd import MGD
+from .pair import Pair
 from .pfi import PFI
 from .pkd import PKD
 from .rank_mimicking import RankMimicking
@@ -37,14 +53,33 @@ __all__ = [
     "MGD",
     "PFI",
     "PKD",
+    "Above",
+    "Adaptation",
+    "AdaptationLayers",
+    "AtLeast",
+    "AtMost",
+    "AutoAdaptation",
+    "Below",
+    "Condition",
     "CrossKD",
     "DeFeat",
     "Distiller",
     "FeatureImitation",
+    "Losses",
+    "OneOf",
     "OptimizerSettings",
+    "Pair",
     "ParamGroup",
     "RankMimicking",
     "Schedule",
     "SoftLabel",
     "StructuralKD",
+    "Weight",
+    "build_distiller",
+    "check_same_anchors",
+    "common_strides",
+    "count_of",
+    "in_float32",
+    "log_scalar",
+    "mean_count_across_ranks",
 ]

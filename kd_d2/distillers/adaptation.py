@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from detectron2.config import CfgNode
+from typing import Annotated, Literal
+
 from torch import Tensor, nn
 
-from ..adapters import DetectorOutputs, DetectorSpec
+from ..adapters import DetectorOutputs
 from ..errors import UserError
-from .matching import common_strides, levels_by_stride
+from .matching import levels_by_stride
+from .pair import Pair
 
-ADAPTATION_KERNELS = {"none": 0, "1x1": 1, "3x3": 3}
+KERNEL_SIZES = {"none": 0, "1x1": 1, "3x3": 3}
+
+Adaptation = Annotated[
+    Literal["none", "1x1", "3x3"],
+    "Convolution that brings the student's features to the teacher's channels, one for each level.",
+]
+"""The type of a method's key ADAPTATION."""
+
+AutoAdaptation = Annotated[
+    Literal[None, "none", "1x1", "3x3"],
+    "Convolution that brings the student's features to the teacher's channels, one for each level; None is '1x1' where the channels "
+    "differ and 'none' where they agree.",
+]
+"""The type of a method's key ADAPTATION, where None leaves the choice to the pair."""
 
 
 class AdaptationLayers(nn.Module):
@@ -29,24 +44,24 @@ class AdaptationLayers(nn.Module):
                 self.layers[str(stride)] = nn.Conv2d(student, teacher, kernel_size, padding=kernel_size // 2)
 
     @classmethod
-    def from_node(cls, node_name: str, node: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> AdaptationLayers:
-        """The layers that `node.ADAPTATION` asks for, at every stride that both detectors have.
+    def build(cls, adaptation: str | None, pair: Pair, node: str) -> AdaptationLayers:
+        """The layers at every stride that both detectors have.
 
-        None asks for 1x1 where the channels differ, and for nothing where they agree.
+        Args:
+            adaptation: the key's value; None is 1x1 where the channels differ, and nothing where they agree.
+            pair: the detectors.
+            node: the method's CONFIG_NODE, for messages.
 
         Raises:
             UserError: no common stride, or no adaptation and different channels.
         """
-        channels = {
-            stride: (student.shapes[stride].channels, teacher.shapes[stride].channels)
-            for stride in common_strides(student, teacher)
-        }
+        channels = pair.channels
         needed = "none" if all(ours == theirs for ours, theirs in channels.values()) else "1x1"
-        kernel_size = ADAPTATION_KERNELS[node.ADAPTATION or needed]
+        kernel_size = KERNEL_SIZES[adaptation or needed]
         for stride, (ours, theirs) in channels.items():
             if not kernel_size and ours != theirs:
                 raise UserError(
-                    f"MODEL.KD.{node_name}.ADAPTATION is 'none', but at stride {stride} the student has {ours} channels "
+                    f"MODEL.KD.{node}.ADAPTATION is 'none', but at stride {stride} the student has {ours} channels "
                     f"and the teacher {theirs}: set it to '1x1'."
                 )
         return cls(channels, kernel_size)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from detectron2.config import CfgNode
@@ -15,18 +15,19 @@ from detectron2.utils.events import get_event_storage
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
-from .. import errors
-from ..adapters import DetectorOutputs, DetectorSpec
+from ..adapters import DetectorOutputs
 from ..distributed import mean_count_across_ranks
 from ..errors import UserError
+from ..keys import AtLeast, Keys, keys_of
+from .pair import Pair
 
 LOG_PERIOD = 20  # iterations, the period of Detectron2's writers
 
-DISTILLER_REGISTRY = Registry("DISTILLER")
-DISTILLER_REGISTRY.__doc__ = """
-Distillation methods by the name that MODEL.KD.DISTILLERS uses. Each is a `Distiller` class, called with
-`(cfg, student: DetectorSpec, teacher: DetectorSpec)`.
-"""
+Losses = dict[str, Tensor]
+"""Losses by name, scalars."""
+
+Weight = Annotated[float, AtLeast(0), "What the method's losses are multiplied by."]
+"""The type of the key WEIGHT."""
 
 
 @dataclass(frozen=True)
@@ -57,74 +58,94 @@ class ParamGroup:
 class Distiller(nn.Module):
     """A distillation method.
 
-    Class attributes:
-        needs: what `forward` reads of the student: a subset of what `DetectorSpec.provides` may name. An instance may need more, where
-            its keys say so.
-        alternative_needs: what it can read in place of `needs`; which of them, an instance says in its own `needs`.
-        loss_names: exactly the keys that `forward` returns, each `loss_<something>`; `loss_<something>_aux_<...>` is an
-            auxiliary loss, which trains the method's own parameters and is never scaled by the schedule.
-        CONFIG_NODE: the method's node under MODEL.KD.
-        default_weight: the default of the node's WEIGHT.
+    Class attributes, the first three of which an instance may set anew in its `__init__`:
+        needs: what `forward` reads of the student: a subset of what `DetectorSpec.provides` may name.
+        loss_names: exactly the keys of the losses that `forward` returns, each `loss_<something>`.
+        aux_loss_names: those of `loss_names` that train the method's own parameters alone: neither weight nor schedule scales them.
+        alternative_needs: what an instance needs in place of `needs` where the student provides these alone.
+        CONFIG_NODE: name of the method's node under MODEL.KD.
         resizes: whether `forward` takes maps of one stride whose sizes differ.
+
+    Attributes:
+        config: the values of the method's keys.
+        weight: what the losses are multiplied by, but the auxiliary ones; `forward` leaves it out.
+        relative_weight: the weight over its default; 1 where that is 0.
     """
 
-    needs: ClassVar[frozenset[str]]
-    alternative_needs: ClassVar[frozenset[str] | None] = None
-    loss_names: ClassVar[tuple[str, ...]]
+    needs: frozenset[str]
+    loss_names: tuple[str, ...]
+    aux_loss_names: tuple[str, ...] = ()
+    alternative_needs: frozenset[str] | None = None
     CONFIG_NODE: ClassVar[str]
-    default_weight: ClassVar[float] = 1.0
     resizes: ClassVar[bool] = False
 
-    @classmethod
-    def needs_of(cls, student: DetectorSpec) -> frozenset[str]:
-        """`needs`, or `alternative_needs` where the student provides these alone."""
-        other = cls.alternative_needs
-        is_other = other is not None and other <= student.provides and not cls.needs <= student.provides
-        return other if is_other else cls.needs
+    @dataclass(frozen=True)
+    class Config(Keys):
+        """The keys that all methods have. A method states its own in a subclass of the same name, a dataclass again."""
+
+        weight: Weight = 1.0
+        start_iter: Annotated[int, AtLeast(0), "First iteration in which the method takes part."] = 0
+        warmup_iters: Annotated[
+            int, AtLeast(0), "Iterations, from START_ITER on, over which the weight grows linearly."
+        ] = 0
+        end_iter: Annotated[int | None, "First iteration without the method; None for no end."] = None
+
+    def __init_subclass__(cls, **arguments: Any):
+        super().__init_subclass__(**arguments)
+        old = [name for name in ("add_config", "validate_config", "from_config") if name in vars(cls)]
+        if old:
+            raise UserError(
+                f"The method {cls.__name__} defines {' and '.join(old)}, as for kd_d2 0.1, which nothing calls any more: state its keys "
+                "in a dataclass `Config(Distiller.Config)` inside the class, build it in `__init__(self, config, pair)`, and return "
+                "losses without their weight from `forward` (README, Adding a method)."
+            )
+        keys_of(cls.Config)
+
+    def __init__(self, config: Config, pair: Pair):
+        """
+        Args:
+            config: the values of the method's keys.
+            pair: what the method is built for.
+
+        Raises:
+            UserError: the pair cannot be distilled with these values.
+        """
+        super().__init__()
+        self.config = config
+        default = self.default_weight(config, pair)
+        self.weight = default if config.weight is None else config.weight
+        self.relative_weight = self.weight / default if default else 1.0
+        other = self.alternative_needs
+        if other is not None and other <= pair.student.provides and not self.needs <= pair.student.provides:
+            self.needs = other
 
     @classmethod
-    def weight_default(cls, node: CfgNode, student: DetectorSpec) -> float:
-        """The WEIGHT that None stands for, which may depend on the student's family and on the method's other keys."""
-        return cls.default_weight
-
-    @classmethod
-    def weight_of(cls, node: CfgNode, student: DetectorSpec) -> float:
-        """The node's WEIGHT, or its default where that is None."""
-        return cls.weight_default(node, student) if node.WEIGHT is None else node.WEIGHT
-
-    @classmethod
-    def relative_weight(cls, node: CfgNode, student: DetectorSpec) -> float:
-        """The node's WEIGHT over its default."""
-        return cls.weight_of(node, student) / cls.weight_default(node, student)
+    def default_weight(cls, config: Config, pair: Pair) -> float:
+        """The default of WEIGHT. A method whose key has the default None chooses it here, by the pair and its other keys."""
+        return cls.Config.weight
 
     @property
     def needs_of_teacher(self) -> frozenset[str]:
-        """What `forward` reads of the teacher, where it is less than of the student a class attribute."""
+        """What `forward` reads of the teacher."""
         return self.needs - {"targets"}
 
-    @classmethod
-    def add_config(cls, node: CfgNode) -> None:
-        """Add the method's own keys to its node, which has WEIGHT, START_ITER, WARMUP_ITERS and END_ITER already."""
-
-    @classmethod
-    def validate_config(cls, node: CfgNode) -> None:
-        """Raise a UserError that names the key when a value of the method's own keys makes no sense."""
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> dict:
-        """The arguments of `__init__`, for `@configurable`. Raises a UserError where the pair cannot be distilled."""
-        raise NotImplementedError
-
-    def forward(
-        self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]
-    ) -> dict[str, Tensor]:
-        """The losses, each times its WEIGHT.
+    def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
+        """The losses, without the method's weight.
 
         Args:
             student, teacher: what `needs` names is there; the student's tensors carry gradients.
             targets: ground truth per image with `gt_boxes` in input pixels and `gt_classes`.
         """
         raise NotImplementedError
+
+    def total(self, losses: Losses) -> Tensor:
+        """The sum of losses that `forward` returned, but the auxiliary ones, times the weight."""
+        return self.weight * sum(loss for name, loss in losses.items() if name not in self.aux_loss_names)
+
+    def scaled(self, losses: Losses, factor: float = 1.0) -> Losses:
+        """Losses that `forward` returned times the weight and `factor`; the auxiliary ones as they are."""
+        factor = factor * self.weight
+        return {name: loss if name in self.aux_loss_names else factor * loss for name, loss in losses.items()}
 
     @torch.enable_grad()
     def loss_maps(
@@ -135,8 +156,7 @@ class Distiller(nn.Module):
         Here how hard it pulls: the length, over channels, of the gradient of its losses but the auxiliary ones. Levels that no
         loss reaches are zero. A method whose loss is a mean over positions may tell the loss itself.
         """
-        losses = self(student, teacher, targets)
-        loss = sum(value for name, value in losses.items() if not is_auxiliary(name))
+        loss = self.total(self(student, teacher, targets))
         maps = {stride: torch.zeros_like(level[:, 0]) for stride, level in student.features.items()}
         if loss.requires_grad:
             pulls = torch.autograd.grad(loss, list(student.features.values()), allow_unused=True)
@@ -147,26 +167,43 @@ class Distiller(nn.Module):
         """Which optimiser trains which of the distiller's own parameters."""
         return [ParamGroup(list(self.parameters()))]
 
-    def idle_losses(self, like: Tensor) -> dict[str, Tensor]:
+    def idle_losses(self, like: Tensor) -> Losses:
         """Zeros that keep the distiller's parameters in the graph, for iterations outside its schedule."""
         zero = like.new_zeros(()) + sum(p.sum() * 0.0 for p in self.parameters())
         return dict.fromkeys(self.loss_names, zero)
 
 
-def is_auxiliary(loss_name: str) -> bool:
-    """Whether a loss trains the method's own parameters alone."""
-    return "_aux_" in loss_name
+class DistillerRegistry(Registry):
+    """Refuses a method without a config node of its own."""
+
+    def _do_register(self, name: str, method: type[Distiller]) -> None:
+        node = getattr(method, "CONFIG_NODE", None)
+        if node is None:
+            raise UserError(f"The method {name} has no CONFIG_NODE, the name of its config node under MODEL.KD.")
+        for other, registered in self:
+            if node == registered.CONFIG_NODE:
+                raise UserError(
+                    f"The methods {other} and {name} have the same CONFIG_NODE {node!r}: rename one of them."
+                )
+        super()._do_register(name, method)
 
 
-def check_choice(node_name: str, key: str, value: object, choices: Iterable[str]) -> None:
-    """Raise a UserError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise UserError(f"MODEL.KD.{node_name}.{key} is {value!r}; it must be one of {', '.join(map(repr, choices))}.")
+DISTILLER_REGISTRY = DistillerRegistry("DISTILLER")
+DISTILLER_REGISTRY.__doc__ = """
+Distillation methods by the name that MODEL.KD.DISTILLERS uses. Each is a `Distiller` class, called with `(config, pair)`: see
+`build_distiller`.
+"""
 
 
-def check_number(node_name: str, key: str, value: object, minimum: float, *, exclusive: bool = False) -> None:
-    """Raise a UserError unless `value` is a finite number of at least (or, exclusive, above) `minimum`."""
-    errors.check_number(f"MODEL.KD.{node_name}.{key}", value, minimum, exclusive=exclusive)
+def build_distiller(cfg: CfgNode, name: str, pair: Pair) -> Distiller:
+    """Build the method of a registered name for a pair of detectors, with the values of its node in the config.
+
+    Raises:
+        UserError: a value is wrong, or the pair cannot be distilled by the method.
+    """
+    method = DISTILLER_REGISTRY.get(name)
+    node = f"MODEL.KD.{method.CONFIG_NODE}"
+    return method(method.Config.read(cfg.MODEL.KD[method.CONFIG_NODE], node), pair)
 
 
 def log_scalar(name: str, value: Callable[[], Tensor]) -> None:

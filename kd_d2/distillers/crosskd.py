@@ -5,22 +5,25 @@ Shape suffixes: B images, A anchors per position, H W map, D numbers of an ancho
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Annotated
+
 import torch
 import torch.nn.functional as F
-from detectron2.config import CfgNode, configurable
 from detectron2.structures import Instances
 from torch import Tensor
 
-from ..adapters import IGNORED, DensePredictions, DetectorOutputs, DetectorSpec, towers_at
+from ..adapters import IGNORED, DensePredictions, DetectorOutputs, towers_at
 from ..distributed import mean_count_across_ranks, sum_across_ranks
 from ..errors import UserError
+from ..keys import AtLeast
 from ..losses import quality_focal_loss, softmax_divergence, with_statistics_of
-from .base import DISTILLER_REGISTRY, Distiller, check_number, in_float32
+from .base import DISTILLER_REGISTRY, Distiller, Losses, in_float32
 from .matching import check_same_anchors
+from .pair import Pair
 
 MIN_IOU = 1e-6
 MIN_AREA = 1e-7  # pixels
-BOX_LOSSES = ("distributions", "giou", "iou")
 
 
 @DISTILLER_REGISTRY.register()
@@ -43,74 +46,55 @@ class CrossKD(Distiller):
     loss_names = ("loss_crosskd_class", "loss_crosskd_box")
     CONFIG_NODE = "CROSSKD"
 
-    @classmethod
-    def add_config(cls, node: CfgNode) -> None:
-        # The convolution of each tower behind which the student's features are taken, 0 for the neck's outputs. None: the last but one,
-        # of detectors that predict at points (FCOS, FSAF) the one in the middle, as the authors' 3 and 2 of 4.
-        node.SPLIT = None
-        # Of the three losses. None: 1, 1 and, with a centreness, 1; boxes as distributions 4; at points 0.4, 0.75 and 0.
-        node.CLASS_WEIGHT = None
-        node.BOX_WEIGHT = None
-        node.CENTERNESS_WEIGHT = None
+    @dataclass(frozen=True)
+    class Config(Distiller.Config):
+        split: Annotated[
+            int | None,
+            AtLeast(0),
+            "Convolution of each tower behind which the student's features are taken, 0 for the neck's outputs; None is the last but "
+            "one, of detectors that predict at points (FCOS, FSAF) the one in the middle, as the authors' 3 and 2 of 4.",
+        ] = None
+        class_weight: Annotated[
+            float | None, AtLeast(0), "Weight of the loss of classes; None is 1, at points 0.4."
+        ] = None
+        box_weight: Annotated[
+            float | None, AtLeast(0), "Weight of the loss of boxes; None is 1, of distributions 4, at points 0.75."
+        ] = None
+        centerness_weight: Annotated[
+            float | None,
+            AtLeast(0),
+            "Weight of the loss of centreness; None is 1 where there is a centreness, but at points 0.",
+        ] = None
 
-    @classmethod
-    def validate_config(cls, node: CfgNode) -> None:
-        for key in ("CLASS_WEIGHT", "BOX_WEIGHT", "CENTERNESS_WEIGHT"):
-            if node[key] is not None:
-                check_number(cls.CONFIG_NODE, key, node[key], 0)
-        if node.SPLIT is not None and (type(node.SPLIT) is not int or node.SPLIT < 0):
-            raise UserError(f"MODEL.KD.CROSSKD.SPLIT is {node.SPLIT!r}; it must be None or a whole number at least 0.")
-
-    @configurable
-    def __init__(
-        self,
-        *,
-        split: int | None,
-        weights: tuple[float, float, float] = (1.0, 1.0, 0.0),
-        box_loss: str = "giou",
-    ):
-        """
-        Args:
-            split: see SPLIT; None for a pair that has no towers, which is refused by what this then needs.
-            weights: of classes, boxes and centreness; 0 leaves the last one out.
-            box_loss: one of BOX_LOSSES.
-        """
-        super().__init__()
-        self.split = split
-        self.weights = weights
-        self.box_loss = box_loss
-        self.needs = CrossKD.needs if split is None else frozenset({"dense", "targets", towers_at(split)})
-        self.loss_names = CrossKD.loss_names + (("loss_crosskd_centerness",) if weights[2] else ())
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> dict:
-        node = cfg.MODEL.KD.CROSSKD
-        have_towers = bool(student.tower_channels and teacher.tower_channels)
-        if have_towers:
-            check_same_anchors(cls.__name__, student, teacher)
-        has_centerness = "quality" in teacher.provides
-        if node.CENTERNESS_WEIGHT and not has_centerness:
+    def __init__(self, config: Config, pair: Pair):
+        super().__init__(config, pair)
+        teacher = pair.teacher
+        has_centerness, at_points = "quality" in teacher.provides, "points" in teacher.provides
+        if config.centerness_weight and not has_centerness:
             raise UserError(
-                f"MODEL.KD.CROSSKD.CENTERNESS_WEIGHT is {node.CENTERNESS_WEIGHT}, but the teacher ({teacher.name}) has no centreness."
+                f"MODEL.KD.CROSSKD.CENTERNESS_WEIGHT is {config.centerness_weight}, but the teacher ({teacher.name}) has no centreness."
             )
-        at_points = "points" in teacher.provides
-        box_loss = "distributions" if teacher.num_bins else "iou" if at_points else "giou"
-        chosen = (
+        self.box_loss = "distributions" if teacher.num_bins else "iou" if at_points else "giou"
+        published = (
             0.4 if at_points else 1.0,
-            {"distributions": 4.0, "giou": 1.0, "iou": 0.75}[box_loss],
+            {"distributions": 4.0, "giou": 1.0, "iou": 0.75}[self.box_loss],
             1.0 if has_centerness and not at_points else 0.0,
         )
-        keys = (node.CLASS_WEIGHT, node.BOX_WEIGHT, node.CENTERNESS_WEIGHT)
-        weights = (default if key is None else key for key, default in zip(keys, chosen, strict=True))
-        return {
-            "split": cls._split(node.SPLIT, student, teacher, at_points) if have_towers else None,
-            "weights": tuple(node.WEIGHT * weight for weight in weights),
-            "box_loss": box_loss,
-        }
+        keys = config.class_weight, config.box_weight, config.centerness_weight
+        self.weights = tuple(default if key is None else key for key, default in zip(keys, published, strict=True))
+        if self.weights[2]:
+            self.loss_names = (*self.loss_names, "loss_crosskd_centerness")
+        if (
+            pair.student.tower_channels and teacher.tower_channels
+        ):  # else KDMetaArch refuses the pair for want of towers
+            check_same_anchors("CrossKD", pair.student, teacher)
+            self.split = self._split(config.split, pair, at_points)
+            self.needs = frozenset({"dense", "targets", towers_at(self.split)})
 
     @staticmethod
-    def _split(asked: int | None, student: DetectorSpec, teacher: DetectorSpec, at_points: bool) -> int:
+    def _split(asked: int | None, pair: Pair, at_points: bool) -> int:
         """Raises a UserError where the two cannot be cut there."""
+        student, teacher = pair.student, pair.teacher
         depths = len(student.tower_channels) - 1, len(teacher.tower_channels) - 1
         depth = min(depths)
         split = (depth // 2 if at_points else depth - 1) if asked is None else asked
@@ -127,9 +111,7 @@ class CrossKD(Distiller):
             )
         return split
 
-    def forward(
-        self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]
-    ) -> dict[str, Tensor]:
+    def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
         crossed, expected = self._crossed(student, teacher), teacher.dense
         num_positives = mean_count_across_ranks((student.dense.assignment >= 0).sum().float())
         classes, boxes, box_weights = 0, 0, 0

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from detectron2.config import CfgNode, configurable
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
 from detectron2.structures import Instances
-from torch import Tensor
 
-from ..adapters import DetectorOutputs, DetectorSpec
+from ..adapters import DetectorOutputs
 from ..errors import UserError
+from ..keys import Above, AtLeast
 from ..losses import channel_wise_loss
-from .adaptation import ADAPTATION_KERNELS, AdaptationLayers
-from .base import DISTILLER_REGISTRY, Distiller, check_choice, check_number
-from .matching import common_strides
-
-WEIGHTS = {"neck": 10.0, "logits": 5.0}
-"""By the key MAPS the WEIGHT that stands for None."""
+from .adaptation import AdaptationLayers, AutoAdaptation
+from .base import DISTILLER_REGISTRY, Distiller, Losses
+from .pair import Pair
 
 
 @DISTILLER_REGISTRY.register()
@@ -27,83 +26,58 @@ class CWD(Distiller):
     needs = frozenset({"features"})
     loss_names = ("loss_cwd",)
     CONFIG_NODE = "CWD"
-    default_weight = WEIGHTS["neck"]
 
-    @classmethod
-    def add_config(cls, node: CfgNode) -> None:
-        # None: 10 for MAPS "neck", 5 for "logits".
-        node.WEIGHT = None
-        # What is compared: the "neck"'s outputs, or the class "logits" of dense heads, whose channels are anchors times classes.
-        node.MAPS = "neck"
-        # Of the softmax.
-        node.TEMPERATURE = 1.0
-        # phi, between student and teacher features: "none", "1x1" or "3x3"; None: "1x1" where the channels differ. Logits have none.
-        node.ADAPTATION = None
+    @dataclass(frozen=True)
+    class Config(Distiller.Config):
+        weight: Annotated[
+            float | None,
+            AtLeast(0),
+            "What the method's losses are multiplied by; None is 10 for MAPS 'neck' and 5 for 'logits'.",
+        ] = None
+        maps: Annotated[
+            Literal["neck", "logits"],
+            "What is compared: the neck's outputs, or the class logits of dense heads, whose channels are anchors times classes.",
+        ] = "neck"
+        temperature: Annotated[float, Above(0), "Temperature of the softmax over positions."] = 1.0
+        adaptation: Annotated[
+            AutoAdaptation,
+            "Convolution that brings the student's features to the teacher's channels, one for each level; None is '1x1' where the "
+            "channels differ. Logits have none.",
+        ] = None
 
-    @classmethod
-    def weight_default(cls, node: CfgNode, student: DetectorSpec) -> float:
-        return WEIGHTS[node.MAPS]
+        def check(self, name: str) -> None:
+            if self.maps == "logits" and self.adaptation not in (None, "none"):
+                raise UserError(
+                    f"{name}.ADAPTATION is {self.adaptation!r}, which MAPS 'neck' alone reads; MAPS is {self.maps!r}."
+                )
 
-    @classmethod
-    def validate_config(cls, node: CfgNode) -> None:
-        check_choice(cls.CONFIG_NODE, "MAPS", node.MAPS, WEIGHTS)
-        check_choice(cls.CONFIG_NODE, "ADAPTATION", node.ADAPTATION, (None, *ADAPTATION_KERNELS))
-        check_number(cls.CONFIG_NODE, "TEMPERATURE", node.TEMPERATURE, 0, exclusive=True)
-        if node.MAPS == "logits" and ADAPTATION_KERNELS.get(node.ADAPTATION):
-            raise UserError(
-                f"MODEL.KD.CWD.ADAPTATION is {node.ADAPTATION!r}, which MAPS 'neck' alone reads; MAPS is {node.MAPS!r}."
-            )
-
-    @configurable
-    def __init__(
-        self,
-        *,
-        weight: float,
-        adaptation: AdaptationLayers | None = None,
-        logit_strides: tuple[int, ...] = (),
-        temperature: float = 1.0,
-    ):
-        """
-        Args:
-            weight: of the loss.
-            adaptation: the layers phi; its strides are the levels of the neck that are compared. None compares class logits.
-            logit_strides: the levels whose class logits are compared.
-            temperature: of the softmax.
-        """
-        super().__init__()
-        self.weight = weight
-        self.adaptation = adaptation
-        self.logit_strides = logit_strides
-        self.temperature = temperature
-        if adaptation is None:
+    def __init__(self, config: Config, pair: Pair):
+        super().__init__(config, pair)
+        self.strides = pair.strides
+        if config.maps == "logits":
             self.needs = frozenset({"features", "dense"})
+            _check_logit_channels(pair)
+        else:
+            self.adaptation = AdaptationLayers.build(config.adaptation, pair, self.CONFIG_NODE)
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> dict:
-        node = cfg.MODEL.KD.CWD
-        weight = cls.weight_of(node, student)
-        common = {"weight": weight, "temperature": node.TEMPERATURE}
-        if node.MAPS == "logits":
-            strides = common_strides(student, teacher)
-            _check_logit_channels(strides, student, teacher)
-            return {**common, "logit_strides": tuple(strides)}
-        return {**common, "adaptation": AdaptationLayers.from_node(cls.CONFIG_NODE, node, student, teacher)}
+    def default_weight(cls, config: Config, pair: Pair) -> float:
+        return 10.0 if config.maps == "neck" else 5.0
 
-    def forward(
-        self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]
-    ) -> dict[str, Tensor]:
-        if self.adaptation is None:
-            pairs = [tuple(outputs.logit_map(s) for outputs in (student, teacher)) for s in self.logit_strides]
+    def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
+        if self.config.maps == "logits":
+            pairs = [(student.logit_map(s), teacher.logit_map(s)) for s in self.strides]
         else:
             pairs = self.adaptation.pairs(student, teacher)
-        return {"loss_cwd": self.weight * sum(channel_wise_loss(s, t, self.temperature) for s, t in pairs)}
+        return {"loss_cwd": sum(channel_wise_loss(s, t, self.config.temperature) for s, t in pairs)}
 
 
-def _check_logit_channels(strides: list[int], student: DetectorSpec, teacher: DetectorSpec) -> None:
+def _check_logit_channels(pair: Pair) -> None:
     """Raise a UserError where two dense heads do not have equally many anchors a position. Others are refused by KDMetaArch."""
+    student, teacher = pair.student, pair.teacher
     if any("dense" not in spec.provides or spec.cell_anchors is None for spec in (student, teacher)):
         return
-    for stride in strides:
+    for stride in pair.strides:
         ours, theirs = (len(spec.cell_anchors[stride]) for spec in (student, teacher))
         if ours != theirs:
             raise UserError(

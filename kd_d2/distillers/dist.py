@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
-from detectron2.config import CfgNode, configurable
 from detectron2.structures import Instances
 from torch import Tensor
 
-from ..adapters import DetectorOutputs, DetectorSpec
+from ..adapters import DetectorOutputs
 from ..distributed import sum_across_ranks
+from ..keys import AtLeast
 from ..losses import dist_loss
-from .base import DISTILLER_REGISTRY, Distiller, check_number, in_float32
+from .base import DISTILLER_REGISTRY, Distiller, Losses, in_float32
 from .matching import check_same_anchors
+from .pair import Pair
 
 
 @DISTILLER_REGISTRY.register()
@@ -29,53 +32,24 @@ class DIST(Distiller):
     loss_names = ("loss_dist",)
     CONFIG_NODE = "DIST"
 
-    @classmethod
-    def add_config(cls, node: CfgNode) -> None:
-        # Of the correlation along classes, and of that along positions or proposals.
-        node.BETA = 1.0
-        node.GAMMA = 1.0
+    @dataclass(frozen=True)
+    class Config(Distiller.Config):
+        beta: Annotated[float, AtLeast(0), "Weight of the correlation along classes."] = 1.0
+        gamma: Annotated[float, AtLeast(0), "Weight of the correlation along positions or proposals."] = 1.0
 
-    @classmethod
-    def validate_config(cls, node: CfgNode) -> None:
-        for key in ("BETA", "GAMMA"):
-            check_number(cls.CONFIG_NODE, key, node[key], 0)
+    def __init__(self, config: Config, pair: Pair):
+        super().__init__(config, pair)
+        self.loss = in_float32(partial(dist_loss, beta=config.beta, gamma=config.gamma, total=sum_across_ranks))
+        if "dense" in self.needs:
+            check_same_anchors("DIST", pair.student, pair.teacher)
 
-    @configurable
-    def __init__(self, *, weight: float, beta: float = 1.0, gamma: float = 1.0, on_proposals: bool = False):
-        """
-        Args:
-            weight: of the loss.
-            beta, gamma: see the keys.
-            on_proposals: compare box heads, in place of dense heads.
-        """
-        super().__init__()
-        self.weight = weight
-        self.loss = in_float32(partial(dist_loss, beta=beta, gamma=gamma, total=sum_across_ranks))
-        self.on_proposals = on_proposals
-        if on_proposals:
-            self.needs = self.alternative_needs
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> dict:
-        node = cfg.MODEL.KD.DIST
-        on_proposals = cls.needs_of(student) == cls.alternative_needs
-        if not on_proposals:
-            check_same_anchors(cls.__name__, student, teacher)
-        return {"weight": node.WEIGHT, "beta": node.BETA, "gamma": node.GAMMA, "on_proposals": on_proposals}
-
-    def forward(
-        self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]
-    ) -> dict[str, Tensor]:
-        if self.on_proposals:
+    def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
+        if "proposals" in self.needs:
             proposals = student.proposals
             theirs = teacher.logits_at(proposals).float().softmax(1)
-            total = self.loss(proposals.logits.float().softmax(1), theirs)
-        else:
-            total = sum(
-                self.loss(*(_rows(outputs.probability_map(stride)) for outputs in (student, teacher)))
-                for stride in student.dense.logits
-            )
-        return {"loss_dist": self.weight * total}
+            return {"loss_dist": self.loss(proposals.logits.float().softmax(1), theirs)}
+        pairs = ((student.probability_map(s), teacher.probability_map(s)) for s in student.dense.logits)
+        return {"loss_dist": sum(self.loss(_rows(ours), _rows(theirs)) for ours, theirs in pairs)}
 
 
 def _rows(maps: Tensor) -> Tensor:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
-from detectron2.config import CfgNode, configurable
-from detectron2.structures import Instances
-from torch import Tensor
+from dataclasses import dataclass
 
-from ..adapters import DetectorOutputs, DetectorSpec
-from .adaptation import ADAPTATION_KERNELS, AdaptationLayers
-from .base import DISTILLER_REGISTRY, Distiller, check_choice, in_float32
+import torch.nn.functional as F
+from detectron2.structures import Instances
+
+from ..adapters import DetectorOutputs
+from .adaptation import Adaptation, AdaptationLayers
+from .base import DISTILLER_REGISTRY, Distiller, Losses, in_float32
+from .pair import Pair
 
 
 @DISTILLER_REGISTRY.register()
@@ -23,39 +24,17 @@ class FeatureImitation(Distiller):
     loss_names = ("loss_feature_imitation",)
     CONFIG_NODE = "FEATURE_IMITATION"
 
-    @classmethod
-    def add_config(cls, node: CfgNode) -> None:
-        # Layer between student and teacher features: "none", "1x1" or "3x3".
-        node.ADAPTATION = "none"
+    @dataclass(frozen=True)
+    class Config(Distiller.Config):
+        adaptation: Adaptation = "none"
 
-    @classmethod
-    def validate_config(cls, node: CfgNode) -> None:
-        check_choice(cls.CONFIG_NODE, "ADAPTATION", node.ADAPTATION, ADAPTATION_KERNELS)
+    def __init__(self, config: Config, pair: Pair):
+        super().__init__(config, pair)
+        self.adaptation = AdaptationLayers.build(config.adaptation, pair, self.CONFIG_NODE)
 
-    @configurable
-    def __init__(self, *, weight: float, adaptation: AdaptationLayers):
-        """
-        Args:
-            weight: multiplies the loss.
-            adaptation: the layers phi; its strides are the levels that are compared.
-        """
-        super().__init__()
-        self.weight = weight
-        self.adaptation = adaptation
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> dict:
-        node = cfg.MODEL.KD.FEATURE_IMITATION
-        return {
-            "weight": node.WEIGHT,
-            "adaptation": AdaptationLayers.from_node(cls.CONFIG_NODE, node, student, teacher),
-        }
-
-    def forward(
-        self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]
-    ) -> dict[str, Tensor]:
+    def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
         losses = [mean_squared_error(s, t) for s, t in self.adaptation.pairs(student, teacher)]
-        return {"loss_feature_imitation": self.weight * sum(losses) / len(losses)}
+        return {"loss_feature_imitation": sum(losses) / len(losses)}
 
 
 mean_squared_error = in_float32(F.mse_loss)

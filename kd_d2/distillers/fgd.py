@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Annotated
+
 import torch
-from detectron2.config import CfgNode, configurable
 from detectron2.structures import Instances
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..adapters import DetectorOutputs, DetectorSpec
+from ..adapters import DetectorOutputs
+from ..keys import Above, AtLeast
 from ..losses import attended_error, background_weights, foreground_weights, own_attention
-from .adaptation import ADAPTATION_KERNELS, AdaptationLayers
-from .base import (
-    DISTILLER_REGISTRY,
-    Distiller,
-    check_choice,
-    check_number,
-    in_float32,
-)
+from .adaptation import AdaptationLayers, AutoAdaptation
+from .base import DISTILLER_REGISTRY, Distiller, Losses, in_float32
+from .pair import Pair
 
 OUTSIDE = -1e4
 """Coordinates in pixels that pad an image's boxes: no position is there."""
-PART_KEYS = ("FOREGROUND_WEIGHT", "BACKGROUND_WEIGHT", "ATTENTION_WEIGHT", "RELATION_WEIGHT")
 ONE_STAGE = (1e-3, 5e-4, 5e-4, 5e-6)
 POINTS = (1.6e-3, 8e-4, 8e-4, 8e-6)
 TWO_STAGE = (5e-5, 2.5e-5, 5e-5, 5e-7)
@@ -45,72 +42,44 @@ class FGD(Distiller):
     loss_names = ("loss_fgd_foreground", "loss_fgd_background", "loss_fgd_attention", "loss_fgd_relation")
     CONFIG_NODE = "FGD"
 
-    @classmethod
-    def add_config(cls, node: CfgNode) -> None:
-        # alpha; None: 1.6e-3 for FCOS and RepPoints, 1e-3 for other one-stage detectors, 5e-5 for the rest.
-        node.FOREGROUND_WEIGHT = None
-        # beta; None: 8e-4, 5e-4, 2.5e-5.
-        node.BACKGROUND_WEIGHT = None
-        # gamma; None: 8e-4, 5e-4, 5e-5.
-        node.ATTENTION_WEIGHT = None
-        # lambda; None: 8e-6, 5e-6, 5e-7.
-        node.RELATION_WEIGHT = None
-        # Of the attention's softmax.
-        node.TEMPERATURE = 0.5
-        # phi, between student and teacher features: "none", "1x1" or "3x3"; None: "1x1" where the channels differ.
-        node.ADAPTATION = None
+    @dataclass(frozen=True)
+    class Config(Distiller.Config):
+        foreground_weight: Annotated[
+            float | None,
+            AtLeast(0),
+            "Weight of the foreground (alpha); None is 1.6e-3 for FCOS and RepPoints, 1e-3 for other one-stage students, 5e-5 for the rest.",
+        ] = None
+        background_weight: Annotated[
+            float | None,
+            AtLeast(0),
+            "Weight of the background (beta); None is 8e-4 for FCOS and RepPoints, 5e-4 for other one-stage students, 2.5e-5 for the rest.",
+        ] = None
+        attention_weight: Annotated[
+            float | None,
+            AtLeast(0),
+            "Weight of the attention (gamma); None is 8e-4 for FCOS and RepPoints, 5e-4 for other one-stage students, 5e-5 for the rest.",
+        ] = None
+        relation_weight: Annotated[
+            float | None,
+            AtLeast(0),
+            "Weight of the relation (lambda); None is 8e-6 for FCOS and RepPoints, 5e-6 for other one-stage students, 5e-7 for the rest.",
+        ] = None
+        temperature: Annotated[float, Above(0), "Temperature of the attention's softmax."] = 0.5
+        adaptation: AutoAdaptation = None
 
-    @classmethod
-    def validate_config(cls, node: CfgNode) -> None:
-        check_choice(cls.CONFIG_NODE, "ADAPTATION", node.ADAPTATION, (None, *ADAPTATION_KERNELS))
-        for key in PART_KEYS:
-            if node[key] is not None:
-                check_number(cls.CONFIG_NODE, key, node[key], 0)
-        check_number(cls.CONFIG_NODE, "TEMPERATURE", node.TEMPERATURE, 0, exclusive=True)
-
-    @configurable
-    def __init__(
-        self,
-        *,
-        adaptation: AdaptationLayers,
-        channels: dict[int, int],
-        weights: tuple[float, float, float, float] = ONE_STAGE,
-        temperature: float = 0.5,
-    ):
-        """
-        Args:
-            adaptation: the layers phi; its strides are the levels that are compared.
-            channels: the teacher's by stride.
-            weights: of the losses, in order of `loss_names`.
-            temperature: of the attention's softmax.
-        """
-        super().__init__()
-        self.adaptation = adaptation
-        self.weights = weights
-        self.temperature = temperature
+    def __init__(self, config: Config, pair: Pair):
+        super().__init__(config, pair)
+        self.adaptation = AdaptationLayers.build(config.adaptation, pair, self.CONFIG_NODE)
+        published = ONE_STAGE if pair.student.family == "one-stage" else TWO_STAGE
+        published = WEIGHTS_BY_NAME.get(pair.student.name, published)
+        keys = config.foreground_weight, config.background_weight, config.attention_weight, config.relation_weight
+        self.weights = tuple(default if key is None else key for key, default in zip(keys, published, strict=True))
         self.student_relations, self.teacher_relations = (
-            nn.ModuleDict({str(stride): ContextBlock(number) for stride, number in channels.items()}) for _ in range(2)
+            nn.ModuleDict({str(stride): ContextBlock(number) for stride, (_, number) in pair.channels.items()})
+            for _ in range(2)
         )
 
-    @classmethod
-    def from_config(cls, cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> dict:
-        node = cfg.MODEL.KD.FGD
-        adaptation = AdaptationLayers.from_node(cls.CONFIG_NODE, node, student, teacher)
-        published = ONE_STAGE if student.family == "one-stage" else TWO_STAGE
-        published = WEIGHTS_BY_NAME.get(student.name, published)
-        return {
-            "adaptation": adaptation,
-            "channels": {stride: teacher.shapes[stride].channels for stride in adaptation.strides},
-            "weights": tuple(
-                node.WEIGHT * (default if node[key] is None else node[key])
-                for key, default in zip(PART_KEYS, published, strict=True)
-            ),
-            "temperature": node.TEMPERATURE,
-        }
-
-    def forward(
-        self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]
-    ) -> dict[str, Tensor]:
+    def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
         boxes = [target.gt_boxes.tensor for target in targets]
         boxes_BN4 = pad_sequence(boxes, batch_first=True, padding_value=OUTSIDE)
         levels = [
@@ -126,8 +95,8 @@ class FGD(Distiller):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The losses of one level, unweighted, in order of `loss_names`; boxes in its cells."""
         foreground_BHW = foreground_weights(boxes_BN4, *teacher_BCHW.shape[-2:])
-        ours = own_attention(student_BCHW, self.temperature)
-        positions_B1HW, channels_BC11 = theirs = own_attention(teacher_BCHW, self.temperature)
+        ours = own_attention(student_BCHW, self.config.temperature)
+        positions_B1HW, channels_BC11 = theirs = own_attention(teacher_BCHW, self.config.temperature)
         error_BHW = positions_B1HW[:, 0] * attended_error(student_BCHW, teacher_BCHW, channels_BC11)
         related = self.student_relations[stride](student_BCHW) - self.teacher_relations[stride](teacher_BCHW)
         losses = (

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Annotated
+
 import torch
-from detectron2.config import CfgNode, configurable
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor
 
-from ..adapters import DetectorOutputs, DetectorSpec
+from ..adapters import DetectorOutputs
 from ..distributed import mean_count_across_ranks
 from ..errors import UserError
+from ..keys import AtLeast, Below
 from ..losses import masked_squared_error
-from .adaptation import ADAPTATION_KERNELS, AdaptationLayers
-from .base import DISTILLER_REGISTRY, Distiller, check_choice
+from .adaptation import Adaptation, AdaptationLayers
+from .base import DISTILLER_REGISTRY, Distiller, Losses, Weight
+from .pair import Pair
 
 
 @DISTILLER_REGISTRY.register()
@@ -24,63 +28,40 @@ class FGFI(Distiller):
     """
 
     needs = frozenset({"features", "anchors", "targets"})
-    needs_of_teacher = frozenset({"features"})
     loss_names = ("loss_fgfi",)
     CONFIG_NODE = "FGFI"
-    default_weight = 0.01  # of the authors' programs; the loss sums over channels
 
-    @classmethod
-    def add_config(cls, node: CfgNode) -> None:
-        # psi: the part of the best overlap of a box that an anchor needs.
-        node.THRESHOLD = 0.5
-        # phi, between student and teacher features: "none", "1x1" or "3x3".
-        node.ADAPTATION = "3x3"
+    @dataclass(frozen=True)
+    class Config(Distiller.Config):
+        weight: Weight = 0.01  # of the authors' programs; the loss sums over channels
+        threshold: Annotated[
+            float, AtLeast(0), Below(1), "Share of the best overlap of a box that an anchor needs (psi)."
+        ] = 0.5
+        adaptation: Adaptation = "3x3"
 
-    @classmethod
-    def validate_config(cls, node: CfgNode) -> None:
-        check_choice(cls.CONFIG_NODE, "ADAPTATION", node.ADAPTATION, ADAPTATION_KERNELS)
-        if not 0 <= node.THRESHOLD < 1:
-            raise UserError(f"MODEL.KD.FGFI.THRESHOLD is {node.THRESHOLD}; it must be from 0 to below 1.")
-
-    @configurable
-    def __init__(self, *, weight: float, adaptation: AdaptationLayers, threshold: float = 0.5):
-        """
-        Args:
-            weight: of the loss.
-            adaptation: the layers phi; its strides are the levels that are compared.
-            threshold: psi.
-        """
-        super().__init__()
-        self.weight = weight
-        self.adaptation = adaptation
-        self.threshold = threshold
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> dict:
-        node = cfg.MODEL.KD.FGFI
-        adaptation = AdaptationLayers.from_node(cls.CONFIG_NODE, node, student, teacher)
-        without = [] if student.cell_anchors is None else sorted({*adaptation.strides} - student.cell_anchors.keys())
+    def __init__(self, config: Config, pair: Pair):
+        super().__init__(config, pair)
+        self.adaptation = AdaptationLayers.build(config.adaptation, pair, self.CONFIG_NODE)
+        student = pair.student
+        without = [] if student.cell_anchors is None else sorted({*pair.strides} - student.cell_anchors.keys())
         if without:
             raise UserError(
                 f"FGFI reads the student's anchors on every level that is compared, but {student.name} has none at the strides "
                 f"{without}: add them to the IN_FEATURES of its anchors."
             )
-        return {
-            "weight": node.WEIGHT,
-            "adaptation": adaptation,
-            "threshold": node.THRESHOLD,
-        }
 
-    def forward(
-        self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]
-    ) -> dict[str, Tensor]:
+    @property
+    def needs_of_teacher(self) -> frozenset[str]:
+        return frozenset({"features"})
+
+    def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
         masks, total = [], 0
         for stride, (s, t) in zip(self.adaptation.strides, self.adaptation.pairs(student, teacher), strict=True):
-            mask = near_objects(student.anchors[stride], s.shape[-2:], targets, self.threshold)
+            mask = near_objects(student.anchors[stride], s.shape[-2:], targets, self.config.threshold)
             total = total + s.shape[1] * masked_squared_error(s, t, mask)
             masks.append(mask)
         count = mean_count_across_ranks(sum(mask.sum() for mask in masks))
-        return {"loss_fgfi": self.weight * total / (2 * count)}
+        return {"loss_fgfi": total / (2 * count)}
 
 
 @torch.no_grad()

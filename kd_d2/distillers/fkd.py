@@ -2,30 +2,47 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
 import torch
-from detectron2.config import CfgNode, configurable
 from detectron2.structures import Instances
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from ..adapters import DetectorOutputs, DetectorSpec
+from ..adapters import DetectorOutputs
 from ..distributed import mean_across_ranks
+from ..keys import Above, AtLeast, OneOf
 from ..losses import shared_attention
-from .adaptation import ADAPTATION_KERNELS, AdaptationLayers
-from .base import (
-    DISTILLER_REGISTRY,
-    Distiller,
-    check_choice,
-    check_number,
-    in_float32,
-)
+from .adaptation import Adaptation, AdaptationLayers
+from .base import DISTILLER_REGISTRY, Distiller, Losses, in_float32
 from .matching import levels_by_stride
+from .pair import Pair
 
 SQUARE_EPS = 1e-24
 """Below it a squared distance counts as none, and has no gradient."""
 
 
-ATTENTIONS = ("absolute", "adapted")
+def _mean_norm(difference: Tensor) -> Tensor:
+    """The mean over images of the L2 norm, with a gradient of 0 where there is no difference."""
+    return torch.linalg.vector_norm(difference.flatten(1), dim=1).mean()
+
+
+def _norm_of_batch(difference: Tensor) -> Tensor:
+    """The L2 norm of the images of all ranks together, with a gradient of 0 where there is no difference.
+
+    Each rank's value is its part of it, of which the mean across ranks is the norm; so are the gradients.
+    """
+    own = difference.square().sum()
+    mean = mean_across_ranks(own.detach())
+    ranks = comm.get_world_size()
+    norm = (mean * ranks).clamp(min=SQUARE_EPS).sqrt()
+    part = ranks * own / norm
+    return (part + part.detach()) / 2
+
+
+NORMS_OF_IMAGES = {"image": _mean_norm, "batch": _norm_of_batch}
+"""By the key NORM: from the difference of two maps (B, ...) to its norm."""
 
 
 @DISTILLER_REGISTRY.register()
@@ -46,93 +63,43 @@ class FKD(Distiller):
     loss_names = ("loss_fkd_attention", "loss_fkd_feature", "loss_fkd_relation")
     CONFIG_NODE = "FKD"
 
-    @classmethod
-    def add_config(cls, node: CfgNode) -> None:
-        node.ATTENTION_WEIGHT = 4e-3
-        node.FEATURE_WEIGHT = 7e-5
-        node.RELATION_WEIGHT = 7e-5
-        # Of the masks' softmax. The paper has 0.5, the authors' programs 0.1.
-        node.TEMPERATURE = 0.5
-        # Attention that is transferred: "absolute", the means of |F| (the paper), or "adapted", those of F, the student's through layers
-        # of their own (the authors' programs).
-        node.ATTENTION = "absolute"
-        # A norm is that of each "image", and their mean is taken (the paper), or of the whole "batch" (the authors' programs, whose
-        # one-stage program also has 6 times the weights).
-        node.NORM = "image"
-        # Channels within a non-local block.
-        node.RELATION_DIM = 64
-        # phi, between student and teacher features: "none", "1x1" or "3x3".
-        node.ADAPTATION = "1x1"
+    @dataclass(frozen=True)
+    class Config(Distiller.Config):
+        attention_weight: Annotated[float, AtLeast(0), "Weight of the attention transfer."] = 4e-3
+        feature_weight: Annotated[float, AtLeast(0), "Weight of the masked features."] = 7e-5
+        relation_weight: Annotated[float, AtLeast(0), "Weight of the relations."] = 7e-5
+        temperature: Annotated[
+            float, Above(0), "Temperature of the masks' softmax; the paper has 0.5, the authors' programs 0.1."
+        ] = 0.5
+        attention: Annotated[
+            Literal["absolute", "adapted"],
+            "Attention that is transferred: the means of |F| (the paper), or those of F, the student's through layers of their own "
+            "(the authors' programs).",
+        ] = "absolute"
+        norm: Annotated[
+            str,
+            OneOf(*NORMS_OF_IMAGES),
+            "Whether norms are of each image, and averaged (the paper), or of the whole batch (the authors' programs, whose "
+            "one-stage program also has 6 times the weights).",
+        ] = "image"
+        relation_dim: Annotated[int, AtLeast(1), "Channels within a non-local block."] = 64
+        adaptation: Adaptation = "1x1"
 
-    @classmethod
-    def validate_config(cls, node: CfgNode) -> None:
-        check_choice(cls.CONFIG_NODE, "ADAPTATION", node.ADAPTATION, ADAPTATION_KERNELS)
-        for key in ("ATTENTION_WEIGHT", "FEATURE_WEIGHT", "RELATION_WEIGHT"):
-            check_number(cls.CONFIG_NODE, key, node[key], 0)
-        check_choice(cls.CONFIG_NODE, "ATTENTION", node.ATTENTION, ATTENTIONS)
-        check_choice(cls.CONFIG_NODE, "NORM", node.NORM, NORMS_OF_IMAGES)
-        check_number(cls.CONFIG_NODE, "TEMPERATURE", node.TEMPERATURE, 0, exclusive=True)
-        check_number(cls.CONFIG_NODE, "RELATION_DIM", node.RELATION_DIM, 1)
-
-    @configurable
-    def __init__(
-        self,
-        *,
-        adaptation: AdaptationLayers,
-        channels: dict[int, tuple[int, int]],
-        attention_weight: float = 4e-3,
-        feature_weight: float = 7e-5,
-        relation_weight: float = 7e-5,
-        temperature: float = 0.5,
-        relation_dim: int = 64,
-        adapted_attention: bool = False,
-        norm: str = "image",
-    ):
-        """
-        Args:
-            adaptation: the layers phi; its strides are the levels that are compared.
-            channels: by stride the student's and the teacher's.
-            attention_weight, feature_weight, relation_weight: of the three losses.
-            temperature: of the masks' softmax.
-            relation_dim: channels within a non-local block.
-            adapted_attention: see the key ATTENTION.
-            norm: see the key NORM.
-        """
-        super().__init__()
-        self.adaptation = adaptation
-        self.weights = attention_weight, feature_weight, relation_weight
-        self.temperature = temperature
-        self.norm_of_images = NORMS_OF_IMAGES[norm]
+    def __init__(self, config: Config, pair: Pair):
+        super().__init__(config, pair)
+        self.adaptation = AdaptationLayers.build(config.adaptation, pair, self.CONFIG_NODE)
+        self.norm_of_images = NORMS_OF_IMAGES[config.norm]
         self.attention_adaptation = nn.ModuleDict()
-        if adapted_attention:
-            self.attention_adaptation = nn.ModuleDict(
-                {str(stride): AttentionAdaptation(*pair) for stride, pair in channels.items()}
-            )
+        if config.attention == "adapted":
+            for stride, channels in pair.channels.items():
+                self.attention_adaptation[str(stride)] = AttentionAdaptation(*channels)
         self.student_relations, self.teacher_relations, self.relation_adaptation = (nn.ModuleDict() for _ in range(3))
-        for stride, (ours, theirs) in channels.items():
-            self.student_relations[str(stride)] = NonLocalBlock(ours, relation_dim)
-            self.teacher_relations[str(stride)] = NonLocalBlock(theirs, relation_dim)
+        for stride, (ours, theirs) in pair.channels.items():
+            self.student_relations[str(stride)] = NonLocalBlock(ours, config.relation_dim)
+            self.teacher_relations[str(stride)] = NonLocalBlock(theirs, config.relation_dim)
             self.relation_adaptation[str(stride)] = nn.Conv2d(ours, theirs, 1)
 
-    @classmethod
-    def from_config(cls, cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> dict:
-        node = cfg.MODEL.KD.FKD
-        adaptation = AdaptationLayers.from_node(cls.CONFIG_NODE, node, student, teacher)
-        return {
-            "adaptation": adaptation,
-            "channels": {s: (student.shapes[s].channels, teacher.shapes[s].channels) for s in adaptation.strides},
-            "attention_weight": node.WEIGHT * node.ATTENTION_WEIGHT,
-            "feature_weight": node.WEIGHT * node.FEATURE_WEIGHT,
-            "relation_weight": node.WEIGHT * node.RELATION_WEIGHT,
-            "temperature": node.TEMPERATURE,
-            "relation_dim": node.RELATION_DIM,
-            "adapted_attention": node.ATTENTION == "adapted",
-            "norm": node.NORM,
-        }
-
-    def forward(
-        self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]
-    ) -> dict[str, Tensor]:
+    def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
         totals = [0.0, 0.0, 0.0]
         own = levels_by_stride(student.features, self.adaptation.strides, "student")
         for stride, level, (s, t) in zip(
@@ -144,7 +111,8 @@ class FKD(Distiller):
                 self.relation_distance(level, t, str(stride)),
             )
             totals = [total + distance for total, distance in zip(totals, distances, strict=True)]
-        return {n: w * total for n, w, total in zip(self.loss_names, self.weights, totals, strict=True)}
+        weights = self.config.attention_weight, self.config.feature_weight, self.config.relation_weight
+        return {n: w * total for n, w, total in zip(self.loss_names, weights, totals, strict=True)}
 
     @in_float32
     def attention_distance(self, own_BCHW: Tensor, student_BCHW: Tensor, teacher_BCHW: Tensor, stride: str) -> Tensor:
@@ -165,7 +133,7 @@ class FKD(Distiller):
         """The masked features' distance."""
         activations = student_BCHW.abs(), teacher_BCHW.abs()
         positions_B1HW, channels_BC11 = (
-            shared_attention(*(x.mean(dims, keepdim=True) for x in activations), self.temperature)
+            shared_attention(*(x.mean(dims, keepdim=True) for x in activations), self.config.temperature)
             for dims in (1, (2, 3))
         )
         squares_BCL = (student_BCHW - teacher_BCHW).square().flatten(2)
@@ -228,25 +196,3 @@ def _pointwise(layer: nn.Conv2d, x_BCL: Tensor) -> Tensor:
     """A convolution of one cell as a product of matrices, which is faster on small maps."""
     weight_BDC = layer.weight.flatten(1).expand(len(x_BCL), -1, -1)
     return torch.baddbmm(layer.bias[:, None], weight_BDC, x_BCL)
-
-
-def _mean_norm(difference: Tensor) -> Tensor:
-    """The mean over images of the L2 norm, with a gradient of 0 where there is no difference."""
-    return torch.linalg.vector_norm(difference.flatten(1), dim=1).mean()
-
-
-def _norm_of_batch(difference: Tensor) -> Tensor:
-    """The L2 norm of the images of all ranks together, with a gradient of 0 where there is no difference.
-
-    Each rank's value is its part of it, of which the mean across ranks is the norm; so are the gradients.
-    """
-    own = difference.square().sum()
-    mean = mean_across_ranks(own.detach())
-    ranks = comm.get_world_size()
-    norm = (mean * ranks).clamp(min=SQUARE_EPS).sqrt()
-    part = ranks * own / norm
-    return (part + part.detach()) / 2
-
-
-NORMS_OF_IMAGES = {"image": _mean_norm, "batch": _norm_of_batch}
-"""By the key NORM: from the difference of two maps (B, ...) to its norm."""

@@ -10,22 +10,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from detectron2.config import CfgNode, configurable
 from detectron2.layers import batched_nms
 from detectron2.structures import Instances
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from ..adapters import DensePredictions, DetectorOutputs, DetectorSpec
+from ..adapters import DensePredictions, DetectorOutputs
 from ..distributed import mean_count_across_ranks
-from ..errors import UserError
+from ..keys import Above, AtLeast, AtMost
 from ..modeling.assignment import Positives
-from .adaptation import ADAPTATION_KERNELS, AdaptationLayers
-from .base import DISTILLER_REGISTRY, Distiller, check_choice, check_number
+from .adaptation import Adaptation, AdaptationLayers
+from .base import DISTILLER_REGISTRY, Distiller, Losses
 from .matching import check_same_anchors
+from .pair import Pair
 
 CANDIDATES = 1000  # of an image, before the NMS
 FEWEST_RELATED = 3  # instances of an image whose distances tell something
@@ -62,74 +63,30 @@ class GID(Distiller):
     loss_names = ("loss_gid_feature", "loss_gid_relation", "loss_gid_class", "loss_gid_box")
     CONFIG_NODE = "GID"
 
-    @classmethod
-    def add_config(cls, node: CfgNode) -> None:
-        # Of an image.
-        node.INSTANCES = 10
-        node.NMS_THRESH = 0.3
-        # Side of an instance's features.
-        node.RESOLUTION = 10
-        node.FEATURE_WEIGHT = 5e-4
-        node.RELATION_WEIGHT = 40.0
-        node.CLASS_WEIGHT = 0.1
-        node.BOX_WEIGHT = 0.1
-        # phi, between student and teacher features: "none", "1x1" or "3x3".
-        node.ADAPTATION = "1x1"
+    @dataclass(frozen=True)
+    class Config(Distiller.Config):
+        instances: Annotated[int, AtLeast(1), "General instances of an image."] = 10
+        nms_thresh: Annotated[float, Above(0), AtMost(1), "Overlap of the NMS among candidates."] = 0.3
+        resolution: Annotated[int, AtLeast(1), "Side of an instance's features."] = 10
+        feature_weight: Annotated[float, AtLeast(0), "Weight of the features' loss."] = 5e-4
+        relation_weight: Annotated[float, AtLeast(0), "Weight of the relations' loss."] = 40.0
+        class_weight: Annotated[float, AtLeast(0), "Weight of the class responses' loss."] = 0.1
+        box_weight: Annotated[float, AtLeast(0), "Weight of the box responses' loss."] = 0.1
+        adaptation: Adaptation = "1x1"
 
-    @classmethod
-    def validate_config(cls, node: CfgNode) -> None:
-        check_choice(cls.CONFIG_NODE, "ADAPTATION", node.ADAPTATION, ADAPTATION_KERNELS)
-        for key in ("FEATURE_WEIGHT", "RELATION_WEIGHT", "CLASS_WEIGHT", "BOX_WEIGHT"):
-            check_number(cls.CONFIG_NODE, key, node[key], 0)
-        for key in ("INSTANCES", "RESOLUTION"):
-            check_number(cls.CONFIG_NODE, key, node[key], 1)
-        if not 0 < node.NMS_THRESH <= 1:
-            raise UserError(f"MODEL.KD.GID.NMS_THRESH is {node.NMS_THRESH}; it must be above 0 and at most 1.")
+    def __init__(self, config: Config, pair: Pair):
+        super().__init__(config, pair)
+        check_same_anchors("GID", pair.student, pair.teacher)
+        self.adaptation = AdaptationLayers.build(config.adaptation, pair, self.CONFIG_NODE)
+        self.weights = config.feature_weight, config.relation_weight, config.class_weight, config.box_weight
 
-    @configurable
-    def __init__(
-        self,
-        *,
-        adaptation: AdaptationLayers,
-        instances: int = 10,
-        nms_threshold: float = 0.3,
-        resolution: int = 10,
-        weights: tuple[float, float, float, float] = (5e-4, 40.0, 0.1, 0.1),
-    ):
-        """
-        Args:
-            adaptation: the layers phi; its strides are the levels.
-            instances, nms_threshold, resolution: see the keys.
-            weights: of the losses, in order of `loss_names`.
-        """
-        super().__init__()
-        self.adaptation = adaptation
-        self.instances = instances
-        self.nms_threshold = nms_threshold
-        self.resolution = resolution
-        self.weights = weights
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> dict:
-        node = cfg.MODEL.KD.GID
-        check_same_anchors(cls.__name__, student, teacher)
-        of_losses = (node.FEATURE_WEIGHT, node.RELATION_WEIGHT, node.CLASS_WEIGHT, node.BOX_WEIGHT)
-        return {
-            "adaptation": AdaptationLayers.from_node(cls.CONFIG_NODE, node, student, teacher),
-            "instances": node.INSTANCES,
-            "nms_threshold": node.NMS_THRESH,
-            "resolution": node.RESOLUTION,
-            "weights": tuple(node.WEIGHT * weight for weight in of_losses),
-        }
-
-    def forward(
-        self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]
-    ) -> dict[str, Tensor]:
-        selected = select_instances(student.dense, teacher.dense, self.instances, self.nms_threshold)
+    def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
+        config = self.config
+        selected = select_instances(student.dense, teacher.dense, config.instances, config.nms_thresh)
         count = mean_count_across_ranks(selected.is_taken.sum().float())
         students, teachers = self._features(student, teacher, selected)
-        feature = _sum_of((students - teachers).square(), selected.is_taken) / (count * self.resolution**2)
-        places = (x.unflatten(0, (-1, self.instances)) for x in (students, teachers, selected.is_taken))
+        feature = _sum_of((students - teachers).square(), selected.is_taken) / (count * config.resolution**2)
+        places = (x.unflatten(0, (-1, config.instances)) for x in (students, teachers, selected.is_taken))
         classes, box = self._responses(student.dense, teacher.dense, selected)
         losses = (feature, relation_loss(*places), classes / count, box / count)
         return {n: w * loss for n, w, loss in zip(self.loss_names, self.weights, losses, strict=True)}
@@ -147,7 +104,7 @@ class GID(Distiller):
         parts = []
         for stride, here in zip(student.dense.anchors, order_S.split(sizes.tolist()), strict=True):
             crop = partial(
-                roi_align, output_size=self.resolution, spatial_scale=1 / stride, sampling_ratio=2, aligned=True
+                roi_align, output_size=self.config.resolution, spatial_scale=1 / stride, sampling_ratio=2, aligned=True
             )
             parts.append([crop(x.float(), rois_S5[here]) for x in pairs[stride]])
         back_S = order_S.argsort()

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
 import torch
-from detectron2.config import CfgNode, configurable
 from detectron2.structures import Instances
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from ..adapters import DetectorOutputs, DetectorSpec
+from ..adapters import DetectorOutputs
 from ..distributed import mean_count_across_ranks
-from ..errors import UserError
+from ..keys import AtLeast, Below
 from ..losses import agreement, standardize
-from .adaptation import ADAPTATION_KERNELS, AdaptationLayers
-from .base import (
-    DISTILLER_REGISTRY,
-    Distiller,
-    check_choice,
-    in_float32,
-    log_scalar,
-)
+from .adaptation import Adaptation, AdaptationLayers
+from .base import DISTILLER_REGISTRY, Distiller, Losses, in_float32, log_scalar
 from .generation import generation_blocks, random_mask
 from .masks import inside_boxes
 from .matching import levels_by_stride
-
-MASKS = ("random", "instance", "none")
-INSTANCES = ("sample", "box")
-STANDARDIZED = ("both", "student", "none")
-LEVELS = ("mean", "sum")
+from .pair import Pair
 
 
 @DISTILLER_REGISTRY.register()
@@ -43,101 +35,43 @@ class IMA(Distiller):
     loss_names = ("loss_ima",)
     CONFIG_NODE = "IMA"
 
-    @classmethod
-    def add_config(cls, node: CfgNode) -> None:
-        # P, which also brings the student to the teacher's channels: "1x1", "3x3", or "none".
-        node.ADAPTATION = "1x1"
-        # Where positions are hidden: "random" over the map, inside the boxes of each "instance", or "none".
-        node.MASK = "random"
-        # zeta: the part that is hidden.
-        node.MASK_RATIO = 0.65
-        # G: two 3x3 convolutions, or nothing.
-        node.GENERATION = True
-        # What counts as an instance: a "sample" of the batch, or a ground-truth "box" (RoIAlign).
-        node.INSTANCE = "sample"
-        # Side of a box's features.
-        node.BOX_RESOLUTION = 7
-        # Whose features are standardised: of "both", of the "student", or "none".
-        node.STANDARDIZE = "both"
-        # Multiply the student's by gamma.
-        node.DEFLATE = True
-        # Over levels the "mean" or the "sum". The paper writes one level.
-        node.LEVELS = "mean"
+    @dataclass(frozen=True)
+    class Config(Distiller.Config):
+        adaptation: Annotated[
+            Adaptation, "Projection, which also brings the student's features to the teacher's channels (P)."
+        ] = "1x1"
+        mask: Annotated[
+            Literal["random", "instance", "none"],
+            "Where positions are hidden: over the whole map, inside the boxes of each instance, or nowhere.",
+        ] = "random"
+        mask_ratio: Annotated[float, AtLeast(0), Below(1), "Share of the positions that is hidden (zeta)."] = 0.65
+        generation: Annotated[bool, "Whether hidden positions are filled in again, by two 3x3 convolutions (G)."] = True
+        instance: Annotated[
+            Literal["sample", "box"],
+            "What counts as an instance: a sample of the batch, or a ground-truth box (RoIAlign).",
+        ] = "sample"
+        box_resolution: Annotated[int, AtLeast(1), "Side of a box's features."] = 7
+        standardize: Annotated[Literal["both", "student", "none"], "Whose features are standardised."] = "both"
+        deflate: Annotated[
+            bool, "Whether the student's features are multiplied by their agreement with the teacher's (gamma)."
+        ] = True
+        levels: Annotated[
+            Literal["mean", "sum"], "Whether the loss is the mean or the sum over levels; the paper writes one level."
+        ] = "mean"
 
-    @classmethod
-    def validate_config(cls, node: CfgNode) -> None:
-        check_choice(cls.CONFIG_NODE, "ADAPTATION", node.ADAPTATION, ADAPTATION_KERNELS)
-        check_choice(cls.CONFIG_NODE, "MASK", node.MASK, MASKS)
-        check_choice(cls.CONFIG_NODE, "INSTANCE", node.INSTANCE, INSTANCES)
-        check_choice(cls.CONFIG_NODE, "STANDARDIZE", node.STANDARDIZE, STANDARDIZED)
-        check_choice(cls.CONFIG_NODE, "LEVELS", node.LEVELS, LEVELS)
-        if not 0 <= node.MASK_RATIO < 1:
-            raise UserError(f"MODEL.KD.IMA.MASK_RATIO is {node.MASK_RATIO}; it must be from 0 to below 1.")
-        if node.BOX_RESOLUTION < 1:
-            raise UserError(f"MODEL.KD.IMA.BOX_RESOLUTION is {node.BOX_RESOLUTION}; it must be at least 1.")
+    def __init__(self, config: Config, pair: Pair):
+        super().__init__(config, pair)
+        self.adaptation = AdaptationLayers.build(config.adaptation, pair, self.CONFIG_NODE)
+        channels = {stride: theirs for stride, (_, theirs) in pair.channels.items()}
+        self.generation = generation_blocks(channels if config.generation else {})
 
-    @configurable
-    def __init__(
-        self,
-        *,
-        weight: float,
-        adaptation: AdaptationLayers,
-        generation_channels: dict[int, int] | None,
-        mask: str = "random",
-        mask_ratio: float = 0.65,
-        instance: str = "sample",
-        box_resolution: int = 7,
-        standardized: str = "both",
-        deflate: bool = True,
-        sum_levels: bool = False,
-    ):
-        """
-        Args:
-            weight: of the loss.
-            adaptation: the layers P; its strides are the levels that are compared.
-            generation_channels: of G by stride; None leaves G out.
-            mask, mask_ratio, instance, box_resolution, standardized, deflate: see the keys.
-            sum_levels: add the levels' losses up, in place of their mean.
-        """
-        super().__init__()
-        self.weight = weight
-        self.adaptation = adaptation
-        self.generation = generation_blocks(generation_channels or {})
-        self.mask = mask
-        self.mask_ratio = mask_ratio
-        self.instance = instance
-        self.box_resolution = box_resolution
-        self.standardized = standardized
-        self.deflate = deflate
-        self.sum_levels = sum_levels
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> dict:
-        node = cfg.MODEL.KD.IMA
-        adaptation = AdaptationLayers.from_node(cls.CONFIG_NODE, node, student, teacher)
-        channels = {stride: teacher.shapes[stride].channels for stride in adaptation.strides}
-        return {
-            "weight": node.WEIGHT,
-            "adaptation": adaptation,
-            "generation_channels": channels if node.GENERATION else None,
-            "mask": node.MASK,
-            "mask_ratio": node.MASK_RATIO,
-            "instance": node.INSTANCE,
-            "box_resolution": node.BOX_RESOLUTION,
-            "standardized": node.STANDARDIZE,
-            "deflate": node.DEFLATE,
-            "sum_levels": node.LEVELS == "sum",
-        }
-
-    def forward(
-        self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]
-    ) -> dict[str, Tensor]:
+    def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
         masks, pairs = self._masks(student, targets), self.adaptation.pairs(student, teacher)
         errors, scales = [], []
         for stride, mask, (s, t) in zip(self.adaptation.strides, masks, pairs, strict=True):
             filled, aim = (self._instances(x, targets, stride) for x in (self._fill(s * mask[:, None], stride), t))
             scale = None
-            if self.deflate:
+            if self.config.deflate:
                 own = student.features[stride]
                 scale = agreement(self._instances(own if own.shape == t.shape else s, targets, stride), aim)
                 scales.append(scale)
@@ -146,16 +80,16 @@ class IMA(Distiller):
             log_scalar("ima_gamma", lambda: torch.stack(scales).mean())
         error_LN = torch.stack(errors)
         count = mean_count_across_ranks(error_LN.new_full((), error_LN.shape[1]))
-        error_N = error_LN.sum(0) if self.sum_levels else error_LN.mean(0)
-        return {"loss_ima": self.weight * error_N.sum() / count}
+        error_N = error_LN.sum(0) if self.config.levels == "sum" else error_LN.mean(0)
+        return {"loss_ima": error_N.sum() / count}
 
     def _masks(self, student: DetectorOutputs, targets: list[Instances]) -> list[Tensor]:
         """M by level, (B, H, W) of zeros and ones."""
         maps = levels_by_stride(student.features, self.adaptation.strides, "student")
-        if self.mask == "none":
+        if self.config.mask == "none":
             return [x.new_ones(()).expand(len(x), *x.shape[-2:]) for x in maps]
-        shown = [random_mask(x, self.mask_ratio) for x in maps]
-        if self.mask == "random":
+        shown = [random_mask(x, self.config.mask_ratio) for x in maps]
+        if self.config.mask == "random":
             return shown
         inside = inside_boxes(student, targets, self.adaptation.strides)
         return [torch.maximum(seen, 1 - box.to(seen.dtype)) for seen, box in zip(shown, inside, strict=True)]
@@ -165,17 +99,17 @@ class IMA(Distiller):
 
     def _instances(self, maps: Tensor, targets: list[Instances], stride: int) -> Tensor:
         """What the loss compares, (N, C, H, W): samples or boxes."""
-        if self.instance == "sample":
+        if self.config.instance == "sample":
             return maps
         boxes = [target.gt_boxes.tensor for target in targets]
-        return roi_align(maps.float(), boxes, self.box_resolution, 1 / stride, sampling_ratio=2, aligned=True)
+        return roi_align(maps.float(), boxes, self.config.box_resolution, 1 / stride, sampling_ratio=2, aligned=True)
 
     @in_float32
     def aligned_errors(self, student_NCHW: Tensor, teacher_NCHW: Tensor, gamma_N: Tensor | None) -> Tensor:
         """The mean squared error of each aligned instance (N,); gamma is 1 where it is None."""
-        if self.standardized != "none":
+        if self.config.standardize != "none":
             student_NCHW = standardize(student_NCHW)
-        if self.standardized == "both":
+        if self.config.standardize == "both":
             teacher_NCHW = standardize(teacher_NCHW)
         if gamma_N is not None:
             student_NCHW = gamma_N[:, None, None, None] * student_NCHW

@@ -6,18 +6,22 @@ that a side's distribution is over.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Annotated
+
 import torch
-from detectron2.config import CfgNode, configurable
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
-from ..adapters import DensePredictions, DetectorOutputs, DetectorSpec, Positives
+from ..adapters import DensePredictions, DetectorOutputs, Positives
 from ..distributed import mean_count_across_ranks
 from ..errors import UserError
+from ..keys import Above, AtLeast
 from ..losses import softmax_divergence
 from ..modeling.assignment import adaptive_thresholds
-from .base import DISTILLER_REGISTRY, Distiller, check_number, in_float32
+from .base import DISTILLER_REGISTRY, Distiller, Losses, in_float32
 from .matching import check_same_anchors
+from .pair import Pair
 
 LOWEST_VALUABLE = 0.25
 """The part of a box's threshold from which on an anchor is valuable."""
@@ -40,89 +44,54 @@ class LD(Distiller):
     loss_names = ("loss_ld",)
     CONFIG_NODE = "LD"
 
-    @classmethod
-    def add_config(cls, node: CfgNode) -> None:
-        # Of the distributions' softmax; the loss is multiplied by its square.
-        node.TEMPERATURE = 10.0
-        node.MAIN_WEIGHT = 0.25
-        # Of the valuable localisation region (authors: 0.25), and of class logits at positives (authors: 10); 0 leaves them out.
-        node.VALUABLE_WEIGHT = 0.0
-        node.CLASS_WEIGHT = 0.0
-        node.CLASS_TEMPERATURE = 2.0
-        # Anchors of each level near a box whose overlaps make its threshold in the valuable region, as in ATSS.
-        node.CANDIDATES = 9
+    @dataclass(frozen=True)
+    class Config(Distiller.Config):
+        temperature: Annotated[
+            float, Above(0), "Temperature of the distributions' softmax; the loss is multiplied by its square."
+        ] = 10.0
+        main_weight: Annotated[float, AtLeast(0), "Weight of the main region."] = 0.25
+        valuable_weight: Annotated[
+            float, AtLeast(0), "Weight of the valuable localisation region (authors: 0.25); 0 leaves it out."
+        ] = 0.0
+        class_weight: Annotated[
+            float, AtLeast(0), "Weight of the class logits at positives (authors: 10); 0 leaves them out."
+        ] = 0.0
+        class_temperature: Annotated[float, Above(0), "Temperature of the softmax over class logits."] = 2.0
+        candidates: Annotated[
+            int,
+            AtLeast(1),
+            "Anchors of each level near a box whose overlaps make its threshold in the valuable region, as in ATSS.",
+        ] = 9
 
-    @classmethod
-    def validate_config(cls, node: CfgNode) -> None:
-        for key in ("MAIN_WEIGHT", "VALUABLE_WEIGHT", "CLASS_WEIGHT"):
-            check_number(cls.CONFIG_NODE, key, node[key], 0)
-        for key in ("TEMPERATURE", "CLASS_TEMPERATURE"):
-            check_number(cls.CONFIG_NODE, key, node[key], 0, exclusive=True)
-        check_number(cls.CONFIG_NODE, "CANDIDATES", node.CANDIDATES, 1)
-
-    @configurable
-    def __init__(
-        self,
-        *,
-        main_weight: float,
-        temperature: float = 10.0,
-        valuable_weight: float = 0.0,
-        class_weight: float = 0.0,
-        class_temperature: float = 2.0,
-        candidates: int = 9,
-    ):
-        """
-        Args:
-            main_weight, valuable_weight, class_weight: of the losses; 0 leaves the last two out.
-            temperature, class_temperature, candidates: see the keys.
-        """
-        super().__init__()
-        self.main_weight = main_weight
-        self.temperature = temperature
-        self.valuable_weight = valuable_weight
-        self.class_weight = class_weight
-        self.class_temperature = class_temperature
-        self.candidates = candidates
-        optional = {"loss_ld_valuable": valuable_weight, "loss_ld_class": class_weight}
-        self.loss_names = (*LD.loss_names, *(name for name, weight in optional.items() if weight))
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> dict:
-        node = cfg.MODEL.KD.LD
+    def __init__(self, config: Config, pair: Pair):
+        super().__init__(config, pair)
+        optional = {"loss_ld_valuable": config.valuable_weight, "loss_ld_class": config.class_weight}
+        self.loss_names = (*self.loss_names, *(name for name, weight in optional.items() if weight))
+        student, teacher = pair.student, pair.teacher
         if student.num_bins and teacher.num_bins:
-            check_same_anchors(cls.__name__, student, teacher)
+            check_same_anchors("LD", student, teacher)
             if student.num_bins != teacher.num_bins:
                 raise UserError(
                     f"LD compares distributions bin by bin, but those of the student ({student.name}) have {student.num_bins} "
                     f"bins and those of the teacher ({teacher.name}) {teacher.num_bins}: their REG_MAX must be the same."
                 )
-        return {
-            "main_weight": node.WEIGHT * node.MAIN_WEIGHT,
-            "temperature": node.TEMPERATURE,
-            "valuable_weight": node.WEIGHT * node.VALUABLE_WEIGHT,
-            "class_weight": node.WEIGHT * node.CLASS_WEIGHT,
-            "class_temperature": node.CLASS_TEMPERATURE,
-            "candidates": node.CANDIDATES,
-        }
 
-    def forward(
-        self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]
-    ) -> dict[str, Tensor]:
-        ours, theirs, positives = student.dense, teacher.dense, student.dense.positives
+    def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
+        config, ours, theirs, positives = self.config, student.dense, teacher.dense, student.dense.positives
         probability_P = positives.pick(ours.logits.values()).detach().float().sigmoid().amax(1)
-        losses = {"loss_ld": self.main_weight * self._of_region(ours, theirs, positives, probability_P)}
+        losses = {"loss_ld": config.main_weight * self._of_region(ours, theirs, positives, probability_P)}
         if "loss_ld_valuable" in self.loss_names:
             levels = list(ours.anchors.values())
-            weight_BR = torch.stack([valuable_region(levels, t.gt_boxes, self.candidates) for t in targets])
+            weight_BR = torch.stack([valuable_region(levels, t.gt_boxes, config.candidates) for t in targets])
             image, anchor = weight_BR.nonzero(as_tuple=True)
             region = Positives(image, anchor, torch.full_like(anchor, -1))
             valuable = self._of_region(ours, theirs, region, weight_BR[image, anchor])
-            losses["loss_ld_valuable"] = self.valuable_weight * valuable
+            losses["loss_ld_valuable"] = config.valuable_weight * valuable
         if "loss_ld_class" in self.loss_names:
             logits = (positives.pick(dense.logits.values()) for dense in (ours, theirs))
-            divergence_P = divergence(*logits, self.class_temperature) / next(iter(ours.logits.values())).shape[-1]
+            divergence_P = divergence(*logits, config.class_temperature) / next(iter(ours.logits.values())).shape[-1]
             count = mean_count_across_ranks(probability_P.new_tensor(len(probability_P)))
-            losses["loss_ld_class"] = self.class_weight * divergence_P.sum() / count
+            losses["loss_ld_class"] = config.class_weight * divergence_P.sum() / count
         return losses
 
     def _of_region(
@@ -130,7 +99,7 @@ class LD(Distiller):
     ) -> Tensor:
         sides = (region.pick(x.box_regression.values()).unflatten(1, (4, -1)) for x in (student, teacher))
         ours_P4D, theirs_P4D = sides
-        mean_P4 = divergence(ours_P4D, theirs_P4D, self.temperature) / ours_P4D.shape[-1]
+        mean_P4 = divergence(ours_P4D, theirs_P4D, self.config.temperature) / ours_P4D.shape[-1]
         return (weight_P[:, None] * mean_P4).sum() / (4 * mean_count_across_ranks(weight_P.sum()))
 
 

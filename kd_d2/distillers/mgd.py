@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Annotated
+
 import torch.nn.functional as F
-from detectron2.config import CfgNode, configurable
 from detectron2.structures import Instances
 from torch import Tensor
 
-from ..adapters import DetectorOutputs, DetectorSpec
-from ..errors import UserError
-from .adaptation import ADAPTATION_KERNELS, AdaptationLayers
-from .base import (
-    DISTILLER_REGISTRY,
-    Distiller,
-    check_choice,
-    check_number,
-    in_float32,
-)
+from ..adapters import DetectorOutputs
+from ..keys import AtLeast, Below
+from .adaptation import AdaptationLayers, AutoAdaptation
+from .base import DISTILLER_REGISTRY, Distiller, Losses, in_float32
 from .generation import generation_blocks, random_mask
+from .pair import Pair
 
 
 @DISTILLER_REGISTRY.register()
@@ -33,64 +30,38 @@ class MGD(Distiller):
     loss_names = ("loss_mgd",)
     CONFIG_NODE = "MGD"
 
-    @classmethod
-    def add_config(cls, node: CfgNode) -> None:
-        # None: 2e-5 for one-stage detectors, 5e-7 for the others.
-        node.WEIGHT = None
-        # The part that is hidden; None: 0.65 for one-stage detectors, 0.45 for the others.
-        node.MASK_RATIO = None
-        # phi, between student and teacher features: "none", "1x1" or "3x3"; None: "1x1" where the channels differ.
-        node.ADAPTATION = None
+    @dataclass(frozen=True)
+    class Config(Distiller.Config):
+        weight: Annotated[
+            float | None,
+            AtLeast(0),
+            "What the method's losses are multiplied by; None is 2e-5 for one-stage students and 5e-7 for others.",
+        ] = None
+        mask_ratio: Annotated[
+            float | None,
+            AtLeast(0),
+            Below(1),
+            "Share of the positions that is hidden; None is 0.65 for one-stage students and 0.45 for others.",
+        ] = None
+        adaptation: AutoAdaptation = None
+
+    def __init__(self, config: Config, pair: Pair):
+        super().__init__(config, pair)
+        self.adaptation = AdaptationLayers.build(config.adaptation, pair, self.CONFIG_NODE)
+        self.generation = generation_blocks({stride: theirs for stride, (_, theirs) in pair.channels.items()})
+        published = 0.65 if pair.student.family == "one-stage" else 0.45
+        self.mask_ratio = published if config.mask_ratio is None else config.mask_ratio
 
     @classmethod
-    def weight_default(cls, node: CfgNode, student: DetectorSpec) -> float:
-        return 2e-5 if student.family == "one-stage" else 5e-7
+    def default_weight(cls, config: Config, pair: Pair) -> float:
+        return 2e-5 if pair.student.family == "one-stage" else 5e-7
 
-    @classmethod
-    def validate_config(cls, node: CfgNode) -> None:
-        check_choice(cls.CONFIG_NODE, "ADAPTATION", node.ADAPTATION, (None, *ADAPTATION_KERNELS))
-        if node.MASK_RATIO is not None:
-            check_number(cls.CONFIG_NODE, "MASK_RATIO", node.MASK_RATIO, 0)
-            if node.MASK_RATIO >= 1:
-                raise UserError(f"MODEL.KD.MGD.MASK_RATIO is {node.MASK_RATIO}; it must be from 0 to below 1.")
-
-    @configurable
-    def __init__(
-        self, *, weight: float, adaptation: AdaptationLayers, channels: dict[int, int], mask_ratio: float = 0.65
-    ):
-        """
-        Args:
-            weight: of the loss.
-            adaptation: the layers phi; its strides are the levels that are compared.
-            channels: of G by stride, the teacher's.
-            mask_ratio: the part that is hidden.
-        """
-        super().__init__()
-        self.weight = weight
-        self.adaptation = adaptation
-        self.generation = generation_blocks(channels)
-        self.mask_ratio = mask_ratio
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> dict:
-        node = cfg.MODEL.KD.MGD
-        adaptation = AdaptationLayers.from_node(cls.CONFIG_NODE, node, student, teacher)
-        ratio = 0.65 if student.family == "one-stage" else 0.45
-        return {
-            "weight": cls.weight_of(node, student),
-            "adaptation": adaptation,
-            "channels": {stride: teacher.shapes[stride].channels for stride in adaptation.strides},
-            "mask_ratio": ratio if node.MASK_RATIO is None else node.MASK_RATIO,
-        }
-
-    def forward(
-        self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]
-    ) -> dict[str, Tensor]:
+    def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
         losses = []
         for stride, (s, t) in zip(self.adaptation.strides, self.adaptation.pairs(student, teacher), strict=True):
             filled = self.generation[str(stride)](s * random_mask(s, self.mask_ratio)[:, None])
             losses.append(squared_error(filled, t) / len(s))
-        return {"loss_mgd": self.weight * sum(losses)}
+        return {"loss_mgd": sum(losses)}
 
 
 @in_float32

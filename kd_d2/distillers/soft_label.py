@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from detectron2.config import CfgNode, configurable
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
 from detectron2.structures import Instances
 from torch import Tensor
 
-from ..adapters import IGNORED, DetectorOutputs, DetectorSpec
+from ..adapters import IGNORED, DetectorOutputs
 from ..distributed import mean_count_across_ranks
 from ..errors import UserError
+from ..keys import Above, AtLeast, OneOf
 from ..losses import quality_focal_loss, soft_label_loss, softmax_divergence
-from .base import (
-    DISTILLER_REGISTRY,
-    Distiller,
-    check_choice,
-    check_number,
-    count_of,
-    in_float32,
-)
+from .base import DISTILLER_REGISTRY, Distiller, Losses, count_of, in_float32
 from .matching import check_same_anchors
+from .pair import Pair
 
-LOSSES = ("kl", "quality_focal")
 FIRST_COUNTED = {"all": IGNORED + 1, "positives": 0}
 """By ANCHORS the lowest label of an anchor that counts, see `DensePredictions.assignment`."""
 
@@ -38,104 +34,64 @@ class SoftLabel(Distiller):
     loss_names = ("loss_soft_label",)
     CONFIG_NODE = "SOFT_LABEL"
 
-    @classmethod
-    def add_config(cls, node: CfgNode) -> None:
-        # LOSS, FOCUS and ANCHORS are of dense heads alone. "kl": KL(p_T || p_S); "quality_focal": binary cross-entropy with p_T, as in CrossKD's public program (with FOCUS 1), where
-        # gradients also pass through the factor |p_T - p_S|^FOCUS.
-        node.LOSS = "kl"
-        # Logits are divided by it, and the loss multiplied by its square; of "kl".
-        node.TEMPERATURE = 1.0
-        # Elements are weighted by |p_T - p_S| to this power; ours for "kl".
-        node.FOCUS = 0.0
-        # Anchors that count: "all" that are not ignored, or the "positives" alone (ours).
-        node.ANCHORS = "all"
+    @dataclass(frozen=True)
+    class Config(Distiller.Config):
+        loss: Annotated[
+            Literal["kl", "quality_focal"],
+            "Of dense heads: KL(p_T || p_S), or binary cross-entropy with p_T, as in CrossKD's public program (with FOCUS 1), where "
+            "gradients also pass through the factor |p_T - p_S|^FOCUS.",
+        ] = "kl"
+        temperature: Annotated[
+            float, Above(0), "Logits are divided by it, and the loss is multiplied by its square; of LOSS 'kl' alone."
+        ] = 1.0
+        focus: Annotated[
+            float, AtLeast(0), "Of dense heads: elements are weighted by |p_T - p_S| to this power; ours for 'kl'."
+        ] = 0.0
+        anchors: Annotated[
+            str,
+            OneOf(*FIRST_COUNTED),
+            "Of dense heads: anchors that count, all that are not ignored, or the positives alone (ours).",
+        ] = "all"
 
-    @classmethod
-    def validate_config(cls, node: CfgNode) -> None:
-        check_choice(cls.CONFIG_NODE, "LOSS", node.LOSS, LOSSES)
-        check_choice(cls.CONFIG_NODE, "ANCHORS", node.ANCHORS, FIRST_COUNTED)
-        check_number(cls.CONFIG_NODE, "TEMPERATURE", node.TEMPERATURE, 0, exclusive=True)
-        check_number(cls.CONFIG_NODE, "FOCUS", node.FOCUS, 0)
-        if node.LOSS != "kl" and node.TEMPERATURE != 1:
-            raise UserError(
-                f"MODEL.KD.SOFT_LABEL.TEMPERATURE is {node.TEMPERATURE}, which LOSS 'kl' alone reads; LOSS is {node.LOSS!r}."
-            )
-
-    @configurable
-    def __init__(
-        self,
-        *,
-        weight: float,
-        loss: str = "kl",
-        temperature: float = 1.0,
-        focus: float = 0.0,
-        anchors: str = "all",
-        on_proposals: bool = False,
-    ):
-        """
-        Args:
-            weight: of the loss.
-            loss, temperature, focus, anchors: see the keys.
-            on_proposals: compare box heads, in place of dense heads.
-        """
-        super().__init__()
-        self.weight = weight
-        self.loss = loss
-        self.temperature = temperature
-        self.focus = focus
-        self.anchors = anchors
-        self.on_proposals = on_proposals
-        if on_proposals:
-            self.needs = self.alternative_needs
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> dict:
-        node = cfg.MODEL.KD.SOFT_LABEL
-        on_proposals = cls.needs_of(student) == cls.alternative_needs
-        if on_proposals:
-            cls._check_of_proposals(node, student)
-        else:
-            check_same_anchors(cls.__name__, student, teacher)
-        return {
-            "weight": node.WEIGHT,
-            "loss": node.LOSS,
-            "temperature": node.TEMPERATURE,
-            "focus": node.FOCUS,
-            "anchors": node.ANCHORS,
-            "on_proposals": on_proposals,
-        }
-
-    @staticmethod
-    def _check_of_proposals(node: CfgNode, student: DetectorSpec) -> None:
-        for key, default in (("LOSS", "kl"), ("FOCUS", 0), ("ANCHORS", "all")):
-            if node[key] != default:
+        def check(self, name: str) -> None:
+            if self.loss != "kl" and self.temperature != 1:
                 raise UserError(
-                    f"MODEL.KD.SOFT_LABEL.{key} is {node[key]!r}, which is of dense heads; with the box head of the student "
-                    f"({student.name}) it must be {default!r}."
+                    f"{name}.TEMPERATURE is {self.temperature}, which LOSS 'kl' alone reads; LOSS is {self.loss!r}."
                 )
 
-    def forward(
-        self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]
-    ) -> dict[str, Tensor]:
-        if self.on_proposals:
+    def __init__(self, config: Config, pair: Pair):
+        super().__init__(config, pair)
+        if "dense" in self.needs:
+            check_same_anchors("SoftLabel", pair.student, pair.teacher)
+            return
+        for key, default in (("loss", "kl"), ("focus", 0), ("anchors", "all")):
+            if getattr(config, key) != default:
+                raise UserError(
+                    f"MODEL.KD.SOFT_LABEL.{key.upper()} is {getattr(config, key)!r}, which is of dense heads; with the box head of the "
+                    f"student ({pair.student.name}) it must be {default!r}."
+                )
+
+    def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
+        if "proposals" in self.needs:
             logits = student.proposals.logits
-            divergence_N = divergence(logits, teacher.logits_at(student.proposals), self.temperature)
-            return {"loss_soft_label": self.weight * divergence_N.sum() / count_of(logits)}
+            divergence_N = divergence(logits, teacher.logits_at(student.proposals), self.config.temperature)
+            return {"loss_soft_label": divergence_N.sum() / count_of(logits)}
         total = sum(
             self._level_loss(
                 student.dense.logits[stride],
                 teacher.dense.logits[stride],
-                (assignment >= FIRST_COUNTED[self.anchors])[..., None],
+                (assignment >= FIRST_COUNTED[self.config.anchors])[..., None],
             )
             for stride, assignment in student.dense.assignment_by_level.items()
         )
         count = mean_count_across_ranks((student.dense.assignment >= 0).sum().float())
-        return {"loss_soft_label": self.weight * total / count}
+        return {"loss_soft_label": total / count}
 
     def _level_loss(self, student: Tensor, teacher: Tensor, counts: Tensor) -> Tensor:
-        if self.loss == "kl":
-            return soft_label_loss(student, teacher, counts, self.temperature, self.focus)
-        return quality_focal_loss(student, teacher, counts, self.focus)
+        config = self.config
+        if config.loss == "kl":
+            return soft_label_loss(student, teacher, counts, config.temperature, config.focus)
+        return quality_focal_loss(student, teacher, counts, config.focus)
 
 
 divergence = in_float32(softmax_divergence)

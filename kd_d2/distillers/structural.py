@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from detectron2.config import CfgNode, configurable
 from detectron2.structures import Instances
 from torch import Tensor
 
-from ..adapters import DetectorOutputs, DetectorSpec
+from ..adapters import DetectorOutputs
 from ..errors import UserError
+from ..keys import Above, AtLeast, Condition, OneOf
 from ..losses import fitting_window, min_max_normalize, ms_ssim_loss, spatial_attention, ssim_loss
 from ..losses.normalization import SCOPES
-from .adaptation import ADAPTATION_KERNELS, AdaptationLayers
-from .base import (
-    DISTILLER_REGISTRY,
-    Distiller,
-    check_choice,
-    check_number,
-    in_float32,
-)
+from .adaptation import Adaptation, AdaptationLayers
+from .base import DISTILLER_REGISTRY, Distiller, Losses, in_float32
+from .pair import Pair
 
 MapLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(student, teacher, weight of each position or None) -> mean loss of two normalised maps (B, C, H, W)."""
 
 L1_SHARE = 0.15  # of l1_ms_ssim
+ODD = Condition("odd and positive", lambda size: size > 0 and size % 2 == 1)
 
 
 def _pointwise(loss: Callable[..., Tensor]) -> MapLoss:
@@ -39,35 +37,35 @@ def _pointwise(loss: Callable[..., Tensor]) -> MapLoss:
     return mean
 
 
-def _ssim(node: CfgNode) -> MapLoss:
+def _ssim(config: StructuralKD.Config) -> MapLoss:
     def loss(student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor:
-        window = fitting_window(student, node.WINDOW_SIZE)
-        return ssim_loss(student, teacher, window, exponents=node.SSIM_EXPONENTS, weight=weight)
+        window = fitting_window(student, config.window_size)
+        return ssim_loss(student, teacher, window, exponents=config.ssim_exponents, weight=weight)
 
     return loss
 
 
-def _ms_ssim(node: CfgNode) -> MapLoss:
+def _ms_ssim(config: StructuralKD.Config) -> MapLoss:
     def loss(student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor:
-        return ms_ssim_loss(student, teacher, fitting_window(student, node.MS_SSIM_WINDOW_SIZE), weight=weight)
+        return ms_ssim_loss(student, teacher, fitting_window(student, config.ms_ssim_window_size), weight=weight)
 
     return loss
 
 
-def _l1_ms_ssim(node: CfgNode) -> MapLoss:
-    l1, ms_ssim = _pointwise(F.l1_loss), _ms_ssim(node)
+def _l1_ms_ssim(config: StructuralKD.Config) -> MapLoss:
+    l1, ms_ssim = _pointwise(F.l1_loss), _ms_ssim(config)
     return lambda *maps: L1_SHARE * l1(*maps) + (1 - L1_SHARE) * ms_ssim(*maps)
 
 
-MAP_LOSSES: dict[str, Callable[[CfgNode], MapLoss]] = {
-    "l1": lambda node: _pointwise(F.l1_loss),
-    "l2": lambda node: _pointwise(F.mse_loss),
-    "smooth_l1": lambda node: _pointwise(partial(F.smooth_l1_loss, beta=node.SMOOTH_L1_BETA)),
+MAP_LOSSES: dict[str, Callable[[StructuralKD.Config], MapLoss]] = {
+    "l1": lambda config: _pointwise(F.l1_loss),
+    "l2": lambda config: _pointwise(F.mse_loss),
+    "smooth_l1": lambda config: _pointwise(partial(F.smooth_l1_loss, beta=config.smooth_l1_beta)),
     "ssim": _ssim,
     "ms_ssim": _ms_ssim,
     "l1_ms_ssim": _l1_ms_ssim,
 }
-"""By the name in MODEL.KD.STRUCTURAL.LOSS: from the node to a MapLoss."""
+"""By the name in MODEL.KD.STRUCTURAL.LOSS: from the keys to a MapLoss."""
 
 
 @DISTILLER_REGISTRY.register()
@@ -81,103 +79,67 @@ class StructuralKD(Distiller):
     loss_names = ("loss_structural",)
     CONFIG_NODE = "STRUCTURAL"
 
-    @classmethod
-    def add_config(cls, node: CfgNode) -> None:
-        # lambda of the paper; None: 4 for one-stage detectors, 2 for the others.
-        node.WEIGHT = None
-        # l: "l1", "l2", "smooth_l1", "ssim", "ms_ssim", or "l1_ms_ssim": 0.15 of l1 and 0.85 of ms_ssim.
-        node.LOSS = "ssim"
-        # Side of the windows of ssim and of ms_ssim in cells, odd; smaller maps take min(this, 2 * min(H, W) - 1).
-        node.WINDOW_SIZE = 11
-        node.MS_SSIM_WINDOW_SIZE = 33
-        # Of luminance, contrast and structure in "ssim"; 0 leaves one out.
-        node.SSIM_EXPONENTS = (1.0, 1.0, 1.0)
-        # Where smooth l1 turns from square to line.
-        node.SMOOTH_L1_BETA = 0.1
-        # Range that nu maps to [0, 1]: of the "sample", of each "channel", of teacher and student "joint", or "none".
-        node.NORMALIZATION = "sample"
-        # phi, between student and teacher features: "none", "1x1" or "3x3".
-        node.ADAPTATION = "none"
-        # Weigh positions by the attention of teacher and student (Zhang and Ma 2021).
-        node.SPATIAL_ATTENTION = False
-        # Of its softmax; None: 0.5 for one-stage detectors, 0.1 for the others.
-        node.ATTENTION_TEMPERATURE = None
+    @dataclass(frozen=True)
+    class Config(Distiller.Config):
+        weight: Annotated[
+            float | None, AtLeast(0), "Weight of the loss (lambda); None is 4 for one-stage students and 2 for others."
+        ] = None
+        loss: Annotated[
+            str,
+            OneOf(*MAP_LOSSES),
+            "Loss of two normalised maps (l); 'l1_ms_ssim' is 0.15 of l1 and 0.85 of ms_ssim.",
+        ] = "ssim"
+        window_size: Annotated[
+            int, ODD, "Side of the windows of ssim in cells; smaller maps take min(this, 2 * min(H, W) - 1)."
+        ] = 11
+        ms_ssim_window_size: Annotated[
+            int, ODD, "Side of the windows of ms_ssim in cells; smaller maps take min(this, 2 * min(H, W) - 1)."
+        ] = 33
+        ssim_exponents: Annotated[
+            tuple[float, float, float],
+            AtLeast(0),
+            "Exponents of luminance, contrast and structure in 'ssim'; 0 leaves one out.",
+        ] = (1.0, 1.0, 1.0)
+        smooth_l1_beta: Annotated[float, Above(0), "Difference at which smooth l1 turns from square to line."] = 0.1
+        normalization: Annotated[
+            str,
+            OneOf(*SCOPES),
+            "Range that nu maps to [0, 1]: of each sample, of each channel of a sample, of teacher and student jointly, or none.",
+        ] = "sample"
+        adaptation: Adaptation = "none"
+        spatial_attention: Annotated[
+            bool, "Whether positions are weighed by the attention of teacher and student (Zhang and Ma 2021)."
+        ] = False
+        attention_temperature: Annotated[
+            float | None,
+            Above(0),
+            "Temperature of the attention's softmax; None is 0.5 for one-stage students and 0.1 for others.",
+        ] = None
+
+        def check(self, name: str) -> None:
+            exponents = self.ssim_exponents
+            if not any(exponents):
+                raise UserError(f"{name}.SSIM_EXPONENTS is {exponents!r}: nothing is left of the loss.")
+            if self.loss != "ssim" and exponents != (1, 1, 1):
+                raise UserError(
+                    f"{name}.SSIM_EXPONENTS is {exponents!r}, which LOSS 'ssim' alone reads; LOSS is {self.loss!r}."
+                )
+
+    def __init__(self, config: Config, pair: Pair):
+        super().__init__(config, pair)
+        self.adaptation = AdaptationLayers.build(config.adaptation, pair, self.CONFIG_NODE)
+        self.map_loss = MAP_LOSSES[config.loss](config)
+        published = 0.5 if pair.student.family == "one-stage" else 0.1
+        temperature = published if config.attention_temperature is None else config.attention_temperature
+        self.attention_temperature = temperature if config.spatial_attention else None
 
     @classmethod
-    def weight_default(cls, node: CfgNode, student: DetectorSpec) -> float:
-        return 4.0 if student.family == "one-stage" else 2.0
+    def default_weight(cls, config: Config, pair: Pair) -> float:
+        return 4.0 if pair.student.family == "one-stage" else 2.0
 
-    @classmethod
-    def validate_config(cls, node: CfgNode) -> None:
-        check_choice(cls.CONFIG_NODE, "LOSS", node.LOSS, MAP_LOSSES)
-        check_choice(cls.CONFIG_NODE, "NORMALIZATION", node.NORMALIZATION, SCOPES)
-        check_choice(cls.CONFIG_NODE, "ADAPTATION", node.ADAPTATION, ADAPTATION_KERNELS)
-        check_number(cls.CONFIG_NODE, "SMOOTH_L1_BETA", node.SMOOTH_L1_BETA, 0, exclusive=True)
-        if node.ATTENTION_TEMPERATURE is not None:
-            check_number(cls.CONFIG_NODE, "ATTENTION_TEMPERATURE", node.ATTENTION_TEMPERATURE, 0, exclusive=True)
-        for key in ("WINDOW_SIZE", "MS_SSIM_WINDOW_SIZE"):
-            if node[key] < 1 or node[key] % 2 == 0:
-                raise UserError(f"MODEL.KD.{cls.CONFIG_NODE}.{key} is {node[key]}; it must be odd and positive.")
-        exponents = node.SSIM_EXPONENTS
-        if len(exponents) != 3:
-            raise UserError(
-                f"MODEL.KD.{cls.CONFIG_NODE}.SSIM_EXPONENTS is {exponents!r}; it must be three numbers: of luminance, contrast "
-                "and structure."
-            )
-        for exponent in exponents:
-            check_number(cls.CONFIG_NODE, "SSIM_EXPONENTS", exponent, 0)
-        if not any(exponents):
-            raise UserError(f"MODEL.KD.{cls.CONFIG_NODE}.SSIM_EXPONENTS is {exponents!r}: nothing is left of the loss.")
-        if node.LOSS != "ssim" and tuple(exponents) != (1, 1, 1):
-            raise UserError(
-                f"MODEL.KD.{cls.CONFIG_NODE}.SSIM_EXPONENTS is {exponents!r}, which LOSS 'ssim' alone reads; LOSS is {node.LOSS!r}."
-            )
-
-    @configurable
-    def __init__(
-        self,
-        *,
-        weight: float,
-        map_loss: MapLoss,
-        normalization: str,
-        adaptation: AdaptationLayers,
-        attention_temperature: float | None = None,
-    ):
-        """
-        Args:
-            weight: lambda.
-            map_loss: l, a mean over two normalised maps (B, C, H, W).
-            normalization: scope of nu, see `min_max_normalize`.
-            adaptation: the layers phi; its strides are the levels that are compared.
-            attention_temperature: positions are weighed by `spatial_attention` with it; None for the same weight everywhere.
-        """
-        super().__init__()
-        self.weight = weight
-        self.map_loss = map_loss
-        self.normalization = normalization
-        self.adaptation = adaptation
-        self.attention_temperature = attention_temperature
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> dict:
-        node = cfg.MODEL.KD.STRUCTURAL
-        weight = cls.weight_of(node, student)
-        temperature = node.ATTENTION_TEMPERATURE
-        if temperature is None:
-            temperature = 0.5 if student.family == "one-stage" else 0.1
-        return {
-            "weight": weight,
-            "map_loss": MAP_LOSSES[node.LOSS](node),
-            "normalization": node.NORMALIZATION,
-            "adaptation": AdaptationLayers.from_node(cls.CONFIG_NODE, node, student, teacher),
-            "attention_temperature": temperature if node.SPATIAL_ATTENTION else None,
-        }
-
-    def forward(
-        self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]
-    ) -> dict[str, Tensor]:
+    def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
         losses = [self.level_loss(s, t) for s, t in self.adaptation.pairs(student, teacher)]
-        return {"loss_structural": self.weight * sum(losses)}
+        return {"loss_structural": sum(losses)}
 
     @torch.enable_grad()
     def loss_maps(
@@ -198,4 +160,4 @@ class StructuralKD(Distiller):
         if self.attention_temperature is not None:
             attention = spatial_attention(student_BCHW, teacher_BCHW, self.attention_temperature)
             weight = attention if weight is None else weight * attention
-        return self.map_loss(*min_max_normalize(student_BCHW, teacher_BCHW, self.normalization), weight)
+        return self.map_loss(*min_max_normalize(student_BCHW, teacher_BCHW, self.config.normalization), weight)

@@ -11,7 +11,6 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor
 
 from ..balance import loss_gradient, shared_parameters
-from ..distillers.base import is_auxiliary
 from ..meta_arch import KDMetaArch
 
 OWN = "the detector's own"
@@ -53,7 +52,7 @@ def measure_pulls(model: KDMetaArch, batches: Iterable[list[dict]], iteration: i
         own = sum(losses.values())
         own_gradient = loss_gradient(own, parameters)
         together = {
-            method: sum(distilled[name] for name in distiller.loss_names if not is_auxiliary(name))
+            method: sum(distilled[name] for name in distiller.loss_names if name not in distiller.aux_loss_names)
             for method, distiller in model.distillers.items()
         }
         for name, loss in {OWN: own, **distilled, **together}.items():

@@ -2,19 +2,21 @@
 
 from detectron2.config import CfgNode
 
-from .atss import ATSS, add_atss_config
-from .fcos import FCOS, add_fcos_config
-from .fsaf import FSAF, add_fsaf_config
-from .gfl import GFL, add_gfl_config
-from .mobilenet import MobileNetV2, add_mobilenet_v2_config
-from .reppoints import RepPoints, add_reppoints_config
-from .slim_resnet import add_slim_resnet_config
+from ..keys import Keys
+from .atss import ATSS, ATSSKeys
+from .fcos import FCOS, FCOSKeys
+from .fsaf import FSAF, FSAFKeys
+from .gfl import GFL, GFLKeys
+from .mobilenet import MobileNetV2, MobileNetV2Keys
+from .reppoints import RepPoints, RepPointsKeys
+from .slim_resnet import SlimResNetKeys, add_slim_resnet_config
 
 __all__ = [
     "ATSS",
     "FCOS",
     "FSAF",
     "GFL",
+    "MODELING_KEYS",
     "MobileNetV2",
     "RepPoints",
     "add_modeling_config",
@@ -22,20 +24,23 @@ __all__ = [
     "unused_nodes",
 ]
 
-BACKBONES = {"SLIM_RESNET": add_slim_resnet_config, "MOBILENET_V2": add_mobilenet_v2_config}
-DETECTORS = {
-    "FCOS": add_fcos_config,
-    "ATSS": add_atss_config,
-    "GFL": add_gfl_config,
-    "FSAF": add_fsaf_config,
-    "REPPOINTS": add_reppoints_config,
+BACKBONES: dict[str, type[Keys]] = {"SLIM_RESNET": SlimResNetKeys, "MOBILENET_V2": MobileNetV2Keys}
+DETECTORS: dict[str, type[Keys]] = {
+    "FCOS": FCOSKeys,
+    "ATSS": ATSSKeys,
+    "GFL": GFLKeys,
+    "FSAF": FSAFKeys,
+    "REPPOINTS": RepPointsKeys,
 }
+MODELING_KEYS = {**BACKBONES, **DETECTORS}
+"""The keys of each by its node of MODEL."""
 
 
 def add_modeling_config(cfg: CfgNode) -> None:
     """Add the keys of all of them: a node of MODEL each."""
-    for add in (*BACKBONES.values(), *DETECTORS.values()):
-        add(cfg)
+    for name, keys in MODELING_KEYS.items():
+        cfg.MODEL[name] = CfgNode()
+        keys.add_to(cfg.MODEL[name])
 
 
 def unused_nodes(cfg: CfgNode) -> list[str]:

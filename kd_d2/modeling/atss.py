@@ -5,7 +5,8 @@ Shape suffixes: B images, K classes, R anchors of an image over all levels, P po
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,17 +21,14 @@ from torchvision.ops import generalized_box_iou_loss
 
 from ..distributed import mean_count_across_ranks
 from .assignment import Positives
-from .dense import AdaptiveDetector, adaptive_arguments, add_adaptive_keys
+from .dense import AdaptiveDetector, AdaptiveKeys, FocalAlpha, FocalGamma, adaptive_arguments
 
 
-def add_atss_config(cfg: CfgNode) -> None:
-    """Add MODEL.ATSS."""
-    node = cfg.MODEL.ATSS = CfgNode()
-    add_adaptive_keys(node)
-    node.FOCAL_LOSS_ALPHA = 0.25
-    node.FOCAL_LOSS_GAMMA = 2.0
-    # Of the boxes' GIoU loss.
-    node.BOX_LOSS_WEIGHT = 2.0
+@dataclass(frozen=True)
+class ATSSKeys(AdaptiveKeys):
+    focal_loss_alpha: FocalAlpha = 0.25
+    focal_loss_gamma: FocalGamma = 2.0
+    box_loss_weight: Annotated[float, "Weight of the boxes' GIoU loss."] = 2.0
 
 
 class ATSSHead(FCOSHead):
@@ -71,14 +69,14 @@ class ATSS(AdaptiveDetector):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        node = cfg.MODEL.ATSS
-        detector, head = adaptive_arguments(cfg, "ATSS")
+        keys = ATSSKeys.read(cfg.MODEL.ATSS, "MODEL.ATSS")
+        detector, head = adaptive_arguments(cfg, "ATSS", keys)
         return {
             **detector,
             "head": ATSSHead(**head),
-            "focal_loss_alpha": node.FOCAL_LOSS_ALPHA,
-            "focal_loss_gamma": node.FOCAL_LOSS_GAMMA,
-            "box_loss_weight": node.BOX_LOSS_WEIGHT,
+            "focal_loss_alpha": keys.focal_loss_alpha,
+            "focal_loss_gamma": keys.focal_loss_gamma,
+            "box_loss_weight": keys.box_loss_weight,
         }
 
     def losses(

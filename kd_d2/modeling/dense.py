@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
 import torch
 from detectron2.config import CfgNode
@@ -14,55 +14,53 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
-from ..errors import UserError, check_number
+from ..errors import UserError
+from ..keys import Above, AtLeast, Below, Keys
 from .assignment import assign_adaptively
 
-
-def add_dense_keys(node: CfgNode) -> None:
-    """Add the keys that every dense detector has, with the values of the papers."""
-    # Foreground classes.
-    node.NUM_CLASSES = 80
-    # Levels of the FPN that the head reads.
-    node.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
-    # Convolutions of each of the head's two towers, and their normalisation.
-    node.NUM_CONVS = 4
-    node.NORM = "GN"
-    # What every class's probability starts at.
-    node.PRIOR_PROB = 0.01
-    # Test: smallest score, boxes of a level that enter the NMS, and its overlap.
-    node.SCORE_THRESH_TEST = 0.05
-    node.TOPK_CANDIDATES_TEST = 1000
-    node.NMS_THRESH_TEST = 0.6
+FocalAlpha = Annotated[float, "Weight of the positives in the focal loss; background has the rest of 1."]
+FocalGamma = Annotated[float, "Exponent of the focal loss."]
 
 
-def check_keys(cfg: CfgNode, name: str, at_least_1: Iterable[str] = (), above_0: Iterable[str] = ()) -> CfgNode:
-    """The node MODEL.<name>. Raises a UserError where one of these keys is too small a number."""
-    node = cfg.MODEL[name]
-    for key in at_least_1:
-        check_number(f"MODEL.{name}.{key}", node[key], 1)
-    for key in above_0:
-        check_number(f"MODEL.{name}.{key}", node[key], 0, exclusive=True)
-    return node
+@dataclass(frozen=True)
+class DenseKeys(Keys):
+    """The keys that every dense detector has, with the values of the papers."""
+
+    num_classes: Annotated[int, AtLeast(1), "Foreground classes."] = 80
+    in_features: Annotated[list, "Levels of the FPN that the head reads, by name."] = field(
+        default_factory=lambda: ["p3", "p4", "p5", "p6", "p7"]
+    )
+    num_convs: Annotated[int, AtLeast(1), "Convolutions of each of the head's two towers."] = 4
+    norm: Annotated[str | None, "Normalisation of the head's towers, '' for none."] = "GN"
+    prior_prob: Annotated[float, Above(0), Below(1), "Probability that every class starts at."] = 0.01
+    score_thresh_test: Annotated[float, "Smallest score of a detection."] = 0.05
+    topk_candidates_test: Annotated[int, AtLeast(1), "Boxes of a level that enter the NMS."] = 1000
+    nms_thresh_test: Annotated[float, "Overlap of the NMS."] = 0.6
 
 
-def dense_arguments(cfg: CfgNode, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments that a dense detector's class takes from the node MODEL.<name>, and those of its head."""
-    node = check_keys(cfg, name, ("NUM_CLASSES", "NUM_CONVS", "TOPK_CANDIDATES_TEST"))
-    if not 0 < node.PRIOR_PROB < 1:
-        raise UserError(f"MODEL.{name}.PRIOR_PROB is {node.PRIOR_PROB}; it must be between 0 and 1.")
+@dataclass(frozen=True)
+class AdaptiveKeys(DenseKeys):
+    """The keys that detectors with adaptive label assignment share."""
+
+    topk: Annotated[int, AtLeast(1), "Candidates of each level for an instance."] = 9
+    anchor_scale: Annotated[float, Above(0), "Side of the one anchor of a position, in strides."] = 8.0
+
+
+def dense_arguments(cfg: CfgNode, name: str, keys: DenseKeys) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments that a dense detector's class takes from the keys of its node MODEL.<name>, and those of its head."""
     backbone = build_backbone(cfg)
     shapes = backbone.output_shape()
-    unknown = [level for level in node.IN_FEATURES if level not in shapes]
-    if unknown or not node.IN_FEATURES:
-        raise UserError(f"MODEL.{name}.IN_FEATURES is {node.IN_FEATURES}; the backbone gives {', '.join(shapes)}.")
-    input_shape = [shapes[name] for name in node.IN_FEATURES]
+    unknown = [level for level in keys.in_features if level not in shapes]
+    if unknown or not keys.in_features:
+        raise UserError(f"MODEL.{name}.IN_FEATURES is {keys.in_features}; the backbone gives {', '.join(shapes)}.")
+    input_shape = [shapes[name] for name in keys.in_features]
     detector = {
         "backbone": backbone,
-        "head_in_features": node.IN_FEATURES,
-        "num_classes": node.NUM_CLASSES,
-        "test_score_thresh": node.SCORE_THRESH_TEST,
-        "test_topk_candidates": node.TOPK_CANDIDATES_TEST,
-        "test_nms_thresh": node.NMS_THRESH_TEST,
+        "head_in_features": keys.in_features,
+        "num_classes": keys.num_classes,
+        "test_score_thresh": keys.score_thresh_test,
+        "test_topk_candidates": keys.topk_candidates_test,
+        "test_nms_thresh": keys.nms_thresh_test,
         "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
         "pixel_mean": cfg.MODEL.PIXEL_MEAN,
         "pixel_std": cfg.MODEL.PIXEL_STD,
@@ -70,28 +68,18 @@ def dense_arguments(cfg: CfgNode, name: str) -> tuple[dict[str, Any], dict[str, 
     }
     head = {
         "input_shape": input_shape,
-        "num_classes": node.NUM_CLASSES,
-        "conv_dims": [input_shape[0].channels] * node.NUM_CONVS,
-        "norm": node.NORM,
-        "prior_prob": node.PRIOR_PROB,
+        "num_classes": keys.num_classes,
+        "conv_dims": [input_shape[0].channels] * keys.num_convs,
+        "norm": keys.norm,
+        "prior_prob": keys.prior_prob,
     }
     return detector, head
 
 
-def add_adaptive_keys(node: CfgNode) -> None:
-    """Add the keys that detectors with adaptive label assignment share."""
-    add_dense_keys(node)
-    # Candidates of each level for an instance.
-    node.TOPK = 9
-    # Side of the one anchor of a position, in strides.
-    node.ANCHOR_SCALE = 8.0
-
-
-def adaptive_arguments(cfg: CfgNode, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments that an `AdaptiveDetector` takes from the node MODEL.<name>, and those of its head."""
-    node = check_keys(cfg, name, at_least_1=["TOPK"], above_0=["ANCHOR_SCALE"])
-    detector, head = dense_arguments(cfg, name)
-    return {**detector, "anchor_scale": node.ANCHOR_SCALE, "assign_topk": node.TOPK}, head
+def adaptive_arguments(cfg: CfgNode, name: str, keys: AdaptiveKeys) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments that an `AdaptiveDetector` takes from the keys of its node MODEL.<name>, and those of its head."""
+    detector, head = dense_arguments(cfg, name, keys)
+    return {**detector, "anchor_scale": keys.anchor_scale, "assign_topk": keys.topk}, head
 
 
 class SingleAnchorDetector(DenseDetector):

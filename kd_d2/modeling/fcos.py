@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -11,17 +12,17 @@ from detectron2.modeling.meta_arch import fcos
 from detectron2.structures import Boxes
 from torch import Tensor
 
-from .dense import add_dense_keys, check_keys, dense_arguments
+from ..keys import Above
+from .dense import DenseKeys, FocalAlpha, FocalGamma, dense_arguments
 
 
-def add_fcos_config(cfg: CfgNode) -> None:
-    """Add MODEL.FCOS."""
-    node = cfg.MODEL.FCOS = CfgNode()
-    add_dense_keys(node)
-    # A point is positive within so many strides of the centre of a box.
-    node.CENTER_SAMPLING_RADIUS = 1.5
-    node.FOCAL_LOSS_ALPHA = 0.25
-    node.FOCAL_LOSS_GAMMA = 2.0
+@dataclass(frozen=True)
+class FCOSKeys(DenseKeys):
+    center_sampling_radius: Annotated[
+        float, Above(0), "Strides from the centre of a box within which a point is positive."
+    ] = 1.5
+    focal_loss_alpha: FocalAlpha = 0.25
+    focal_loss_gamma: FocalGamma = 2.0
 
 
 @META_ARCH_REGISTRY.register()
@@ -62,12 +63,12 @@ class FCOS(fcos.FCOS):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        node = check_keys(cfg, "FCOS", above_0=["CENTER_SAMPLING_RADIUS"])
-        detector, head = dense_arguments(cfg, "FCOS")
+        keys = FCOSKeys.read(cfg.MODEL.FCOS, "MODEL.FCOS")
+        detector, head = dense_arguments(cfg, "FCOS", keys)
         return {
             **detector,
             "head": fcos.FCOSHead(**head),
-            "center_sampling_radius": node.CENTER_SAMPLING_RADIUS,
-            "focal_loss_alpha": node.FOCAL_LOSS_ALPHA,
-            "focal_loss_gamma": node.FOCAL_LOSS_GAMMA,
+            "center_sampling_radius": keys.center_sampling_radius,
+            "focal_loss_alpha": keys.focal_loss_alpha,
+            "focal_loss_gamma": keys.focal_loss_gamma,
         }

@@ -6,7 +6,8 @@ of all images, L levels.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +21,9 @@ from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor, nn
 
 from ..distributed import mean_count_across_ranks
+from ..keys import Above
 from .assignment import BACKGROUND, IGNORED, Positives
-from .dense import SingleAnchorDetector, add_dense_keys, check_keys, dense_arguments
+from .dense import DenseKeys, FocalAlpha, FocalGamma, SingleAnchorDetector, dense_arguments
 
 DISTANCE_UNIT = 4.0  # strides
 MIN_CELL_SHARE = 0.01
@@ -29,19 +31,22 @@ MIN_CELL_SHARE = 0.01
 MIN_IOU = 1e-6
 
 
-def add_fsaf_config(cfg: CfgNode) -> None:
-    """Add MODEL.FSAF."""
-    node = cfg.MODEL.FSAF = CfgNode()
-    add_dense_keys(node)
-    node.NORM = ""
-    node.NMS_THRESH_TEST = 0.5
-    # Of a box's sides: its middle, whose positions are to predict it, and the region where its class is ignored elsewhere. The paper
-    # ignores a larger one, 0.5; this is MMDetection's, with which the thesis trained.
-    node.EFFECTIVE_SCALE = 0.2
-    node.IGNORING_SCALE = 0.2
-    node.FOCAL_LOSS_ALPHA = 0.25
-    node.FOCAL_LOSS_GAMMA = 2.0
-    node.BOX_LOSS_WEIGHT = 1.0
+@dataclass(frozen=True)
+class FSAFKeys(DenseKeys):
+    norm: Annotated[str | None, "Normalisation of the head's towers, '' for none."] = ""
+    nms_thresh_test: Annotated[float, "Overlap of the NMS."] = 0.5
+    effective_scale: Annotated[
+        float, Above(0), "Part of a box's sides that is its middle, whose positions are to predict it."
+    ] = 0.2
+    ignoring_scale: Annotated[
+        float,
+        Above(0),
+        "Part of a box's sides that is the region where its class is ignored elsewhere. The paper ignores a larger one, 0.5; this is "
+        "MMDetection's, with which the thesis trained.",
+    ] = 0.2
+    focal_loss_alpha: FocalAlpha = 0.25
+    focal_loss_gamma: FocalGamma = 2.0
+    box_loss_weight: Annotated[float, "Weight of the boxes' IoU loss."] = 1.0
 
 
 class FSAFHead(RetinaNetHead):
@@ -90,16 +95,16 @@ class FSAF(SingleAnchorDetector):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        node = check_keys(cfg, "FSAF", above_0=["EFFECTIVE_SCALE", "IGNORING_SCALE"])
-        detector, head = dense_arguments(cfg, "FSAF")
+        keys = FSAFKeys.read(cfg.MODEL.FSAF, "MODEL.FSAF")
+        detector, head = dense_arguments(cfg, "FSAF", keys)
         return {
             **detector,
             "head": FSAFHead(**head),
-            "effective_scale": node.EFFECTIVE_SCALE,
-            "ignoring_scale": node.IGNORING_SCALE,
-            "focal_loss_alpha": node.FOCAL_LOSS_ALPHA,
-            "focal_loss_gamma": node.FOCAL_LOSS_GAMMA,
-            "box_loss_weight": node.BOX_LOSS_WEIGHT,
+            "effective_scale": keys.effective_scale,
+            "ignoring_scale": keys.ignoring_scale,
+            "focal_loss_alpha": keys.focal_loss_alpha,
+            "focal_loss_gamma": keys.focal_loss_gamma,
+            "box_loss_weight": keys.box_loss_weight,
         }
 
     @torch.no_grad()

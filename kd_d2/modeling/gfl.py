@@ -6,7 +6,8 @@ side's distribution is over.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,21 +20,21 @@ from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss
 
 from ..distributed import mean_count_across_ranks
+from ..keys import AtLeast
 from .assignment import Positives
-from .dense import AdaptiveDetector, adaptive_arguments, add_adaptive_keys, check_keys
+from .dense import AdaptiveDetector, AdaptiveKeys, adaptive_arguments
 
 
-def add_gfl_config(cfg: CfgNode) -> None:
-    """Add MODEL.GFL."""
-    node = cfg.MODEL.GFL = CfgNode()
-    add_adaptive_keys(node)
-    # Largest distance of a side from the position, in strides; a side's distribution is over 0 to REG_MAX.
-    node.REG_MAX = 16
-    # Exponent of the quality focal loss.
-    node.BETA = 2.0
-    # Of the boxes' GIoU loss, and of the distribution focal loss.
-    node.BOX_LOSS_WEIGHT = 2.0
-    node.DISTRIBUTION_LOSS_WEIGHT = 0.25
+@dataclass(frozen=True)
+class GFLKeys(AdaptiveKeys):
+    reg_max: Annotated[
+        int,
+        AtLeast(1),
+        "Largest distance of a side from the position, in strides; a side's distribution is over 0 to REG_MAX.",
+    ] = 16
+    beta: Annotated[float, "Exponent of the quality focal loss."] = 2.0
+    box_loss_weight: Annotated[float, "Weight of the boxes' GIoU loss."] = 2.0
+    distribution_loss_weight: Annotated[float, "Weight of the distribution focal loss."] = 0.25
 
 
 class GFLHead(RetinaNetHead):
@@ -117,15 +118,15 @@ class GFL(AdaptiveDetector):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        node = check_keys(cfg, "GFL", at_least_1=["REG_MAX"])
-        detector, head = adaptive_arguments(cfg, "GFL")
+        keys = GFLKeys.read(cfg.MODEL.GFL, "MODEL.GFL")
+        detector, head = adaptive_arguments(cfg, "GFL", keys)
         return {
             **detector,
-            "head": GFLHead(reg_max=node.REG_MAX, **head),
-            "reg_max": node.REG_MAX,
-            "beta": node.BETA,
-            "box_loss_weight": node.BOX_LOSS_WEIGHT,
-            "distribution_loss_weight": node.DISTRIBUTION_LOSS_WEIGHT,
+            "head": GFLHead(reg_max=keys.reg_max, **head),
+            "reg_max": keys.reg_max,
+            "beta": keys.beta,
+            "box_loss_weight": keys.box_loss_weight,
+            "distribution_loss_weight": keys.distribution_loss_weight,
         }
 
     def losses(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Annotated
+
 from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
@@ -10,6 +13,7 @@ from torch import Tensor
 from torchvision.models import mobilenet_v2
 
 from ..errors import UserError
+from ..keys import Above, AtMost, Keys
 from .necks import dense_fpn, rcnn_fpn, retinanet_fpn
 
 # The last of torchvision's blocks in each stage, by the names of Detectron2's stages, with the stage's stride.
@@ -17,13 +21,14 @@ LAST_BLOCK = {"stem": 1, "res2": 3, "res3": 6, "res4": 13, "res5": 17}
 STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
 
 
-def add_mobilenet_v2_config(cfg: CfgNode) -> None:
-    """Add MODEL.MOBILENET_V2. Freezing and outputs are MODEL.BACKBONE.FREEZE_AT and MODEL.RESNETS.OUT_FEATURES."""
-    cfg.MODEL.MOBILENET_V2 = CfgNode()
-    # Channels, as a part of the full network's: 0.5 is the half-width form.
-    cfg.MODEL.MOBILENET_V2.WIDTH_MULT = 1.0
-    # Normalisation: "BN", "SyncBN", "FrozenBN".
-    cfg.MODEL.MOBILENET_V2.NORM = "BN"
+@dataclass(frozen=True)
+class MobileNetV2Keys(Keys):
+    """Freezing and outputs are MODEL.BACKBONE.FREEZE_AT and MODEL.RESNETS.OUT_FEATURES."""
+
+    width_mult: Annotated[
+        float, Above(0), AtMost(2), "Channels, as a part of the full network's: 0.5 is the half-width form."
+    ] = 1.0
+    norm: Annotated[str | None, "Normalisation: 'BN', 'SyncBN' or 'FrozenBN'."] = "BN"
 
 
 class MobileNetV2(Backbone):
@@ -67,15 +72,13 @@ class MobileNetV2(Backbone):
 @BACKBONE_REGISTRY.register()
 def build_mobilenet_v2_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> MobileNetV2:
     """A MobileNetV2 as MODEL.MOBILENET_V2 says."""
-    node = cfg.MODEL.MOBILENET_V2
-    if not 0 < node.WIDTH_MULT <= 2:
-        raise UserError(f"MODEL.MOBILENET_V2.WIDTH_MULT is {node.WIDTH_MULT}; it must be above 0 and at most 2.")
+    keys = MobileNetV2Keys.read(cfg.MODEL.MOBILENET_V2, "MODEL.MOBILENET_V2")
     if input_shape.channels != 3:
         raise UserError(f"MobileNetV2 reads images of 3 channels; MODEL.PIXEL_MEAN has {input_shape.channels}.")
     unknown = sorted(set(cfg.MODEL.RESNETS.OUT_FEATURES) - STRIDES.keys())
     if unknown:
         raise UserError(f"MODEL.RESNETS.OUT_FEATURES names {', '.join(unknown)}; MobileNetV2 has {', '.join(STRIDES)}.")
-    net = MobileNetV2(node.WIDTH_MULT, node.NORM, list(cfg.MODEL.RESNETS.OUT_FEATURES))
+    net = MobileNetV2(keys.width_mult, keys.norm, list(cfg.MODEL.RESNETS.OUT_FEATURES))
     return net.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
 
 

@@ -7,7 +7,8 @@ images. Point sets are (..., 2 * points): y and x in turn, in strides from the p
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,36 +22,45 @@ from torch import Tensor, nn
 from torchvision.ops import DeformConv2d
 
 from ..distributed import mean_count_across_ranks
-from ..errors import UserError
+from ..keys import Above, AtLeast, Condition
 from .assignment import BACKGROUND, Positives, assign_by_iou
-from .dense import SingleAnchorDetector, add_dense_keys, check_keys, dense_arguments
+from .dense import DenseKeys, FocalAlpha, FocalGamma, SingleAnchorDetector, dense_arguments
 
 TRANSFER_LEARNING_RATE = 0.01
 """Part of the gradient that reaches the learned factor from deviation to half a side."""
 VARIANCE_EPS = 1e-6
 
 
-def add_reppoints_config(cfg: CfgNode) -> None:
-    """Add MODEL.REPPOINTS."""
-    node = cfg.MODEL.REPPOINTS = CfgNode()
-    add_dense_keys(node)
-    node.NUM_CONVS = 3
-    node.NORM = ""
-    node.NMS_THRESH_TEST = 0.5
-    # Points of a set: the square of an odd number.
-    node.NUM_POINTS = 9
-    # Part of the gradient that reaches the first points through where features are sampled.
-    node.GRADIENT_SHARE = 0.1
-    # Size of an instance in strides at which a level is its own; losses of boxes are in this unit.
-    node.BASE_SCALE = 4.0
-    # Overlap of the first box with the ground truth: below it background, from it on foreground; ignored between.
-    node.IOU_THRESHOLDS = [0.4, 0.5]
-    node.FOCAL_LOSS_ALPHA = 0.25
-    node.FOCAL_LOSS_GAMMA = 2.0
-    node.SMOOTH_L1_BETA = 0.11
-    # Of the boxes of the first and of the refined points.
-    node.INIT_LOSS_WEIGHT = 0.5
-    node.REFINE_LOSS_WEIGHT = 1.0
+ODD_SQUARE = Condition(
+    "the square of an odd number above 1, such as 9 or 25",
+    lambda number: number >= 9 and number % 2 == 1 and math.isqrt(number) ** 2 == number,
+)
+
+
+@dataclass(frozen=True)
+class RepPointsKeys(DenseKeys):
+    num_convs: Annotated[int, AtLeast(1), "Convolutions of each of the head's two towers."] = 3
+    norm: Annotated[str | None, "Normalisation of the head's towers, '' for none."] = ""
+    nms_thresh_test: Annotated[float, "Overlap of the NMS."] = 0.5
+    num_points: Annotated[int, ODD_SQUARE, "Points of a set."] = 9
+    gradient_share: Annotated[
+        float, "Part of the gradient that reaches the first points through where features are sampled."
+    ] = 0.1
+    base_scale: Annotated[
+        float,
+        Above(0),
+        "Size of an instance in strides at which a level is its own; losses of boxes are in this unit.",
+    ] = 4.0
+    iou_thresholds: Annotated[
+        list,
+        "Overlap of the first box with the ground truth: below the first number it is background, from the second on foreground; "
+        "ignored between.",
+    ] = field(default_factory=lambda: [0.4, 0.5])
+    focal_loss_alpha: FocalAlpha = 0.25
+    focal_loss_gamma: FocalGamma = 2.0
+    smooth_l1_beta: Annotated[float, "Difference at which smooth l1 turns from square to line."] = 0.11
+    init_loss_weight: Annotated[float, "Weight of the boxes of the first points."] = 0.5
+    refine_loss_weight: Annotated[float, "Weight of the boxes of the refined points."] = 1.0
 
 
 class PointConv(DeformConv2d):
@@ -187,25 +197,21 @@ class RepPoints(SingleAnchorDetector):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        node = check_keys(cfg, "REPPOINTS", above_0=["BASE_SCALE"])
-        if node.NUM_POINTS < 9 or math.isqrt(node.NUM_POINTS) ** 2 != node.NUM_POINTS or node.NUM_POINTS % 2 == 0:
-            raise UserError(
-                f"MODEL.REPPOINTS.NUM_POINTS is {node.NUM_POINTS}; it must be the square of an odd number above 1: 9, 25, ..."
-            )
-        detector, head = dense_arguments(cfg, "REPPOINTS")
+        keys = RepPointsKeys.read(cfg.MODEL.REPPOINTS, "MODEL.REPPOINTS")
+        detector, head = dense_arguments(cfg, "REPPOINTS", keys)
         return {
             **detector,
             "head": RepPointsHead(
-                num_points=node.NUM_POINTS, gradient_share=node.GRADIENT_SHARE, first_side=node.BASE_SCALE, **head
+                num_points=keys.num_points, gradient_share=keys.gradient_share, first_side=keys.base_scale, **head
             ),
-            "num_points": node.NUM_POINTS,
-            "base_scale": node.BASE_SCALE,
-            "iou_thresholds": node.IOU_THRESHOLDS,
-            "focal_loss_alpha": node.FOCAL_LOSS_ALPHA,
-            "focal_loss_gamma": node.FOCAL_LOSS_GAMMA,
-            "smooth_l1_beta": node.SMOOTH_L1_BETA,
-            "init_loss_weight": node.INIT_LOSS_WEIGHT,
-            "refine_loss_weight": node.REFINE_LOSS_WEIGHT,
+            "num_points": keys.num_points,
+            "base_scale": keys.base_scale,
+            "iou_thresholds": keys.iou_thresholds,
+            "focal_loss_alpha": keys.focal_loss_alpha,
+            "focal_loss_gamma": keys.focal_loss_gamma,
+            "smooth_l1_beta": keys.smooth_l1_beta,
+            "init_loss_weight": keys.init_loss_weight,
+            "refine_loss_weight": keys.refine_loss_weight,
         }
 
     @torch.no_grad()

@@ -7,7 +7,9 @@ weights fill every block of the same name and shape.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Annotated
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -16,38 +18,45 @@ from detectron2.modeling.backbone.fpn import FPN
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
 
 from ..errors import UserError
+from ..keys import AtLeast, Keys
 from .necks import dense_fpn, rcnn_fpn, retinanet_fpn
 
-STAGES = ("res2", "res3", "res4", "res5")
+
+@dataclass(frozen=True)
+class SlimResNetKeys(Keys):
+    """Norm, stem width, freezing and outputs are Detectron2's own keys of MODEL.RESNETS."""
+
+    blocks_per_stage: Annotated[
+        tuple[int, int, int, int],
+        AtLeast(1),
+        "Basic blocks in res2, res3, res4 and res5: (1, 1, 1, 1) is ResNet-10, (2, 2, 2, 2) ResNet-18.",
+    ] = (1, 1, 1, 1)
+    widths: Annotated[
+        tuple[int, int, int, int], AtLeast(1), "Channels of the four stages; neighbouring ones must differ."
+    ] = (64, 128, 256, 512)
+
+    def check(self, name: str) -> None:
+        if any(a == b for a, b in pairwise(self.widths)):
+            raise UserError(
+                f"{name}.WIDTHS is {self.widths}; neighbouring stages must differ, since Detectron2's basic block can halve the map only "
+                "where the width changes."
+            )
 
 
 def add_slim_resnet_config(cfg: CfgNode) -> None:
-    """Add MODEL.SLIM_RESNET. Norm, stem width, freezing and outputs are Detectron2's own keys of MODEL.RESNETS."""
+    """Add MODEL.SLIM_RESNET."""
     cfg.MODEL.SLIM_RESNET = CfgNode()
-    # Basic blocks in res2, res3, res4, res5: (1, 1, 1, 1) is ResNet-10, (2, 2, 2, 2) ResNet-18.
-    cfg.MODEL.SLIM_RESNET.BLOCKS_PER_STAGE = (1, 1, 1, 1)
-    # Channels of the stages; neighbouring ones must differ.
-    cfg.MODEL.SLIM_RESNET.WIDTHS = (64, 128, 256, 512)
+    SlimResNetKeys.add_to(cfg.MODEL.SLIM_RESNET)
 
 
 @BACKBONE_REGISTRY.register()
 def build_slim_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     """A ResNet of basic blocks as MODEL.SLIM_RESNET says."""
-    blocks, widths = cfg.MODEL.SLIM_RESNET.BLOCKS_PER_STAGE, cfg.MODEL.SLIM_RESNET.WIDTHS
-    for key, values in (("BLOCKS_PER_STAGE", blocks), ("WIDTHS", widths)):
-        if len(values) != len(STAGES) or not all(isinstance(v, int) and v > 0 for v in values):
-            raise UserError(
-                f"MODEL.SLIM_RESNET.{key} is {values}; it must be four positive integers, one for each of {STAGES}."
-            )
-    if any(a == b for a, b in pairwise(widths)):
-        raise UserError(
-            f"MODEL.SLIM_RESNET.WIDTHS is {widths}; neighbouring stages must differ, since Detectron2's basic block can halve "
-            "the map only where the width changes."
-        )
+    keys = SlimResNetKeys.read(cfg.MODEL.SLIM_RESNET, "MODEL.SLIM_RESNET")
     norm = cfg.MODEL.RESNETS.NORM
     stem = BasicStem(input_shape.channels, cfg.MODEL.RESNETS.STEM_OUT_CHANNELS, norm)
     stages, channels = [], cfg.MODEL.RESNETS.STEM_OUT_CHANNELS
-    for index, (count, width) in enumerate(zip(blocks, widths, strict=True)):
+    for index, (count, width) in enumerate(zip(keys.blocks_per_stage, keys.widths, strict=True)):
         strides = [1 if index == 0 else 2] + [1] * (count - 1)
         stages.append(
             ResNet.make_stage(

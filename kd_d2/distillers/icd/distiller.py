@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Annotated
+
 import torch
 import torch.nn.functional as F
-from detectron2.config import CfgNode, configurable
+from detectron2.config import CfgNode
 from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
@@ -12,16 +15,11 @@ from torch import Tensor, nn
 from ...adapters import DetectorOutputs, DetectorSpec
 from ...distributed import mean_count_across_ranks
 from ...errors import UserError
+from ...keys import Above, AtLeast
 from ...losses import attended_value_loss
-from ..base import (
-    DISTILLER_REGISTRY,
-    Distiller,
-    OptimizerSettings,
-    ParamGroup,
-    check_number,
-    in_float32,
-)
-from ..matching import common_strides, levels_by_stride
+from ..base import DISTILLER_REGISTRY, Distiller, Losses, OptimizerSettings, ParamGroup, in_float32
+from ..matching import levels_by_stride
+from ..pair import Pair
 from .decoder import Decoder
 from .encoding import InstanceEncoder, linear, mlp
 from .geometry import LevelGeometry
@@ -36,150 +34,99 @@ class ICD(Distiller):
 
     needs = frozenset({"features", "targets"})
     loss_names = ("loss_icd", "loss_icd_aux_objectness", "loss_icd_aux_box")
+    aux_loss_names = loss_names[1:]
     CONFIG_NODE = "ICD"
 
-    @classmethod
-    def add_config(cls, node: CfgNode) -> None:
-        # lambda of the paper; None: 8 for one-stage detectors, 3 for the others.
-        node.WEIGHT = None
-        # Width of queries, keys and values; a multiple of 4 and of NUM_HEADS.
-        node.DIM = 256
-        # Attention heads of the decoder.
-        node.NUM_HEADS = 8
-        # Layers of the decoder; the distillation losses of all of them are averaged.
-        node.NUM_LAYERS = 1
-        # Inner width of the decoder's feed-forward blocks.
-        node.FFN_DIM = 1024
-        # a: the encoded centre of an instance is moved by U(-a, a) of its width and height.
-        node.JITTER = 0.3
-        # Fake instances per real one; an image without instances gets one.
-        node.FAKES_PER_INSTANCE = 5.0
-        # Queries of an image, real and fake together.
-        node.MAX_QUERIES = 300
-        # Iterations, from START_ITER on, in which the distillation loss trains its value projection but not the student; None: a
-        # 90th of SOLVER.MAX_ITER and at most 1000, the paper's number of 90,000.
-        node.DETACH_STUDENT_ITERS = None
-        # Weights of the auxiliary task's losses, which train the decoder.
-        node.OBJECTNESS_WEIGHT = 1.0
-        node.BOX_WEIGHT = 1.0
-        # AdamW for everything of ICD's own: learning rate after the warm-up, before the cosine.
-        node.LR = 1e-4
-        node.WEIGHT_DECAY = 1e-4
-        # Iterations of its learning rate's linear warm-up (WARMUP_ITERS is the distillation loss's).
-        node.LR_WARMUP_ITERS = 10
-        # Limit of the gradient norm over all parameters of ICD together.
-        node.CLIP_NORM = 0.01
+    @dataclass(frozen=True)
+    class Config(Distiller.Config):
+        weight: Annotated[
+            float | None,
+            AtLeast(0),
+            "Weight of the distillation loss (lambda); None is 8 for one-stage students and 3 for others.",
+        ] = None
+        dim: Annotated[int, AtLeast(1), "Width of queries, keys and values; a multiple of 4 and of NUM_HEADS."] = 256
+        num_heads: Annotated[int, AtLeast(1), "Attention heads of the decoder."] = 8
+        num_layers: Annotated[
+            int, AtLeast(1), "Layers of the decoder; the distillation losses of all of them are averaged."
+        ] = 1
+        ffn_dim: Annotated[int, AtLeast(1), "Inner width of the decoder's feed-forward blocks."] = 1024
+        jitter: Annotated[
+            float,
+            AtLeast(0),
+            "The encoded centre of an instance is moved by U(-JITTER, JITTER) of its width and height (a).",
+        ] = 0.3
+        fakes_per_instance: Annotated[
+            float, AtLeast(0), "Fake instances for each real one; an image without instances gets one."
+        ] = 5.0
+        max_queries: Annotated[int, AtLeast(1), "Queries of an image, real and fake together."] = 300
+        detach_student_iters: Annotated[
+            int | None,
+            AtLeast(0),
+            "Iterations, from START_ITER on, in which the distillation loss trains its value projection but not the student; None is "
+            "a 90th of SOLVER.MAX_ITER and at most 1000, the paper's number for 90,000.",
+        ] = None
+        objectness_weight: Annotated[float, AtLeast(0), "Weight of the auxiliary task's identification loss."] = 1.0
+        box_weight: Annotated[float, AtLeast(0), "Weight of the auxiliary task's localisation loss."] = 1.0
+        lr: Annotated[
+            float,
+            Above(0),
+            "Learning rate of AdamW for all parameters of ICD's own, after the warm-up and before the cosine.",
+        ] = 1e-4
+        weight_decay: Annotated[float, AtLeast(0), "Weight decay of the AdamW for ICD's own parameters."] = 1e-4
+        lr_warmup_iters: Annotated[
+            int,
+            AtLeast(0),
+            "Iterations of the linear warm-up of this AdamW's learning rate (WARMUP_ITERS is the distillation loss's).",
+        ] = 10
+        clip_norm: Annotated[float, Above(0), "Limit of the gradient norm over all parameters of ICD together."] = 0.01
 
-    @classmethod
-    def weight_default(cls, node: CfgNode, student: DetectorSpec) -> float:
-        return 8.0 if student.family == "one-stage" else 3.0
+        def check(self, name: str) -> None:
+            for divisor, what in ((4, "4"), (self.num_heads, f"NUM_HEADS ({self.num_heads})")):
+                if self.dim % divisor:
+                    raise UserError(f"{name}.DIM is {self.dim}; it must be a multiple of {what}.")
 
-    @classmethod
-    def validate_config(cls, node: CfgNode) -> None:
-        for key in ("DIM", "NUM_HEADS", "NUM_LAYERS", "FFN_DIM", "MAX_QUERIES"):
-            check_number(cls.CONFIG_NODE, key, node[key], 1)
-        for key in (
-            "JITTER",
-            "FAKES_PER_INSTANCE",
-            "OBJECTNESS_WEIGHT",
-            "BOX_WEIGHT",
-            "WEIGHT_DECAY",
-            "LR_WARMUP_ITERS",
-        ):
-            check_number(cls.CONFIG_NODE, key, node[key], 0)
-        if node.DETACH_STUDENT_ITERS is not None:
-            check_number(cls.CONFIG_NODE, "DETACH_STUDENT_ITERS", node.DETACH_STUDENT_ITERS, 0)
-        for key in ("LR", "CLIP_NORM"):
-            check_number(cls.CONFIG_NODE, key, node[key], 0, exclusive=True)
-        for divisor, name in ((4, "4"), (node.NUM_HEADS, f"NUM_HEADS ({node.NUM_HEADS})")):
-            if node.DIM % divisor:
-                raise UserError(f"MODEL.KD.ICD.DIM is {node.DIM}; it must be a multiple of {name}.")
-
-    @configurable
-    def __init__(
-        self,
-        *,
-        weight: float,
-        strides: list[int],
-        encoder: InstanceEncoder,
-        decoder: Decoder,
-        student_channels: int,
-        fakes: FakeInstances,
-        jitter: float = 0.3,
-        fakes_per_instance: float = 5.0,
-        max_queries: int = 300,
-        detach_student_until: int = 0,
-        objectness_weight: float = 1.0,
-        box_weight: float = 1.0,
-        optimizer: OptimizerSettings | None = None,
-    ):
-        """
-        Args:
-            weight: lambda.
-            strides: the levels.
-            encoder, decoder: of one dim.
-            student_channels: of the student's features.
-            fakes: draws fake instances.
-            jitter, fakes_per_instance, max_queries: see `build_queries`.
-            detach_student_until: the first iteration whose distillation loss trains the student.
-            objectness_weight, box_weight: of the auxiliary losses.
-            optimizer: of all parameters of ICD; None for the student's.
-        """
-        super().__init__()
-        self.weight = weight
-        self.strides = strides
-        self.encoder = encoder
-        self.decoder = decoder
-        self.auxiliary_head = mlp(decoder.dim, decoder.dim, 5)
-        self.student_values = nn.ModuleList(
-            _starting_as(*decoder.value_projection(layer), student_channels) for layer in decoder.layers
-        )
-        self.fakes = fakes
-        self.query_options = {
-            "fakes_per_instance": fakes_per_instance,
-            "max_queries": max_queries,
-            "jitter": jitter,
-        }
-        self.detach_student_until = detach_student_until
-        self.objectness_weight = objectness_weight
-        self.box_weight = box_weight
-        self.optimizer = optimizer
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> dict:
-        node = cfg.MODEL.KD.ICD
-        strides = common_strides(student, teacher)
+    def __init__(self, config: Config, pair: Pair):
+        super().__init__(config, pair)
+        student, teacher = pair.student, pair.teacher
+        self.strides = pair.strides
         num_classes = student.num_classes or teacher.num_classes
         if num_classes is None:
             raise UserError(
                 f"ICD encodes each instance's class, but neither the student ({student.name}) nor the teacher "
                 f"({teacher.name}) tells how many classes it has."
             )
-        detached = node.DETACH_STUDENT_ITERS
-        if detached is None:
-            detached = min(1000, cfg.SOLVER.MAX_ITER // 90)
-        return {
-            "weight": cls.weight_of(node, student),
-            "strides": strides,
-            "encoder": InstanceEncoder(num_classes, node.DIM),
-            "decoder": Decoder(_channels(teacher, strides), node.DIM, node.NUM_HEADS, node.FFN_DIM, node.NUM_LAYERS),
-            "student_channels": _channels(student, strides),
-            "fakes": _fakes(cfg, num_classes),
-            "jitter": node.JITTER,
-            "fakes_per_instance": node.FAKES_PER_INSTANCE,
-            "max_queries": node.MAX_QUERIES,
-            "detach_student_until": node.START_ITER + detached,
-            "objectness_weight": node.OBJECTNESS_WEIGHT,
-            "box_weight": node.BOX_WEIGHT,
-            "optimizer": OptimizerSettings("icd", node.LR, node.WEIGHT_DECAY, node.LR_WARMUP_ITERS, node.CLIP_NORM),
+        teacher_channels, student_channels = (_channels(spec, self.strides) for spec in (teacher, student))
+        self.encoder = InstanceEncoder(num_classes, config.dim)
+        self.decoder = Decoder(teacher_channels, config.dim, config.num_heads, config.ffn_dim, config.num_layers)
+        self.auxiliary_head = mlp(config.dim, config.dim, 5)
+        self.student_values = nn.ModuleList(
+            _starting_as(*self.decoder.value_projection(layer), student_channels) for layer in self.decoder.layers
+        )
+        self.fakes = (
+            FakeInstances(*read_priors(pair.datasets, num_classes))
+            if pair.datasets
+            else ObservedFakeInstances(num_classes)
+        )
+        self.query_options = {
+            "fakes_per_instance": config.fakes_per_instance,
+            "max_queries": config.max_queries,
+            "jitter": config.jitter,
         }
+        detached = config.detach_student_iters
+        if detached is None:
+            detached = min(1000, pair.max_iter // 90)
+        self.detach_student_until = config.start_iter + detached
+
+    @classmethod
+    def default_weight(cls, config: Config, pair: Pair) -> float:
+        return 8.0 if pair.student.family == "one-stage" else 3.0
 
     def param_groups(self, cfg: CfgNode) -> list[ParamGroup]:
-        return [ParamGroup(list(self.parameters()), self.optimizer)]
+        own = self.config
+        optimizer = OptimizerSettings("icd", own.lr, own.weight_decay, own.lr_warmup_iters, own.clip_norm)
+        return [ParamGroup(list(self.parameters()), optimizer)]
 
-    def forward(
-        self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]
-    ) -> dict[str, Tensor]:
+    def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
         self.fakes.observe(targets, student.images.image_sizes)
         queries = build_queries(targets, student.images.image_sizes, self.fakes, **self.query_options)
         student_maps = levels_by_stride(student.features, self.strides, "student")
@@ -196,7 +143,7 @@ class ICD(Distiller):
         student_maps: list[Tensor],
         teacher_maps: list[Tensor],
         geometry: LevelGeometry,
-    ) -> dict[str, Tensor]:
+    ) -> Losses:
         """The three losses of encoded queries (B, Q, E); maps (B, C, H, W) per level."""
         found = self.decoder(query_BQE, queries.is_real[:, : queries.most_real], teacher_maps, geometry)
         distances = []
@@ -207,9 +154,9 @@ class ICD(Distiller):
             )
         objectness, box = auxiliary_losses(self.auxiliary_head(found[-1].instances), queries)
         return {
-            "loss_icd": self.weight * sum(distances) / len(distances),
-            "loss_icd_aux_objectness": self.objectness_weight * objectness,
-            "loss_icd_aux_box": self.box_weight * box,
+            "loss_icd": sum(distances) / len(distances),
+            "loss_icd_aux_objectness": self.config.objectness_weight * objectness,
+            "loss_icd_aux_box": self.config.box_weight * box,
         }
 
     @torch.no_grad()
@@ -233,12 +180,6 @@ class ICD(Distiller):
             }
             for image, target in enumerate(targets)
         ]
-
-
-def _fakes(cfg: CfgNode, num_classes: int) -> FakeInstances:
-    if cfg.MODEL.KD.PSEUDO_LABELS.ENABLED:
-        return ObservedFakeInstances(num_classes)
-    return FakeInstances(*read_priors(cfg.DATASETS.TRAIN, num_classes))
 
 
 def _starting_as(teacher_weight: Tensor, teacher_bias: Tensor, student_channels: int) -> nn.Linear:

@@ -1,0 +1,42 @@
+"""The two detectors of a distillation, and what their training is about."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from detectron2.config import CfgNode
+
+from ..adapters import DetectorSpec
+from .matching import common_strides
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What a method is built for.
+
+    Attributes:
+        student, teacher: the two detectors.
+        datasets: names of the training data sets whose annotations are read; none where pseudo-labels take their place.
+        max_iter: iterations of the training.
+    """
+
+    student: DetectorSpec
+    teacher: DetectorSpec
+    datasets: tuple[str, ...] = ()
+    max_iter: int = 0
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> Pair:
+        datasets = () if cfg.MODEL.KD.PSEUDO_LABELS.ENABLED else tuple(cfg.DATASETS.TRAIN)
+        return cls(student, teacher, datasets, cfg.SOLVER.MAX_ITER)
+
+    @property
+    def strides(self) -> list[int]:
+        """Strides of the neck levels that both detectors have, ascending. Raises a UserError where there is none."""
+        return common_strides(self.student, self.teacher)
+
+    @property
+    def channels(self) -> dict[int, tuple[int, int]]:
+        """Channels of student and teacher at each of these strides."""
+        shapes = self.student.shapes, self.teacher.shapes
+        return {stride: tuple(of_detector[stride].channels for of_detector in shapes) for stride in self.strides}

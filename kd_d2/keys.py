@@ -1,0 +1,207 @@
+"""Config keys stated once, as a dataclass: type, range, default and description; the yacs node is made from it.
+
+    @dataclass(frozen=True)
+    class Config(Keys):
+        temperature: Annotated[float, Above(0), "Temperature of the softmax."] = 1.0
+        mask: Annotated[Literal["random", "none"], "Which positions are hidden."] = "random"
+
+is a node with the keys TEMPERATURE and MASK. A key's type is bool, int, float, str, list, a Literal, a tuple of one of these, or one
+of these with None. Beside it stand, in any order, what the value has to fulfil and one description.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+
+from fvcore.common.config import CfgNode
+
+from .errors import UserError, is_finite_number
+
+KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a string", list: "a list"}
+COUNTS = {2: "two", 3: "three", 4: "four"}
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A condition on a value. `words` complete the sentence "it must be ...", `holds` tests a value of the right type."""
+
+    words: str
+    holds: Callable[[Any], bool] = dataclasses.field(compare=False)
+
+
+class AtLeast(Condition):
+    """The number, or each number of a tuple, is at least `bound`."""
+
+    def __init__(self, bound: float):
+        super().__init__(f"at least {bound}", lambda value: value >= bound)
+
+
+class Above(Condition):
+    """The number, or each number of a tuple, is greater than `bound`."""
+
+    def __init__(self, bound: float):
+        super().__init__(f"above {bound}", lambda value: value > bound)
+
+
+class AtMost(Condition):
+    """The number, or each number of a tuple, is at most `bound`."""
+
+    def __init__(self, bound: float):
+        super().__init__(f"at most {bound}", lambda value: value <= bound)
+
+
+class Below(Condition):
+    """The number, or each number of a tuple, is less than `bound`."""
+
+    def __init__(self, bound: float):
+        super().__init__(f"below {bound}", lambda value: value < bound)
+
+
+class OneOf(Condition):
+    """The value is one of `choices`: a Literal whose choices are known only at run time, such as the keys of a dictionary."""
+
+    def __init__(self, *choices: object):
+        super().__init__(f"one of {', '.join(map(repr, choices))}", lambda value: value in choices)
+
+
+@dataclass(frozen=True)
+class Key:
+    """One config key.
+
+    Attributes:
+        name: in capitals, as in a config file.
+        kind: bool, int, float, str or list; of a tuple that of its items; None for any value that the conditions allow.
+        optional: whether the value may be None.
+        length: number of items of a tuple, 0 for any number; None for a single value.
+        conditions: what the value, or each item of a tuple, must fulfil.
+        default: the default value.
+        description: what the key means; "" where nothing is said.
+    """
+
+    name: str
+    kind: type | None
+    optional: bool
+    length: int | None
+    conditions: tuple[Condition, ...]
+    default: Any
+    description: str
+
+    @property
+    def words(self) -> str:
+        """What the value must be, to complete the sentence "it must be ..."."""
+        return f"None or {self._words}" if self.optional else self._words
+
+    @property
+    def _words(self) -> str:
+        words = [condition.words for condition in self.conditions]
+        if self.kind is None:
+            return words[0] if self.length is None else f"a list whose entries are {words[0]}"
+        if len(words) == 2:
+            words = [f"{words[0].replace('at least', 'from')} {'to' if 'at least' in words[0] else 'and'} {words[1]}"]
+        if self.conditions and not isinstance(self.conditions[0], AtLeast | Above | AtMost | Below):
+            return words[0]
+        kind = KINDS[self.kind]
+        if self.length is not None:
+            several = kind.removeprefix("a ") + "s"
+            kind = f"{COUNTS.get(self.length, self.length)} {several}" if self.length else f"a list of {several}"
+        return " ".join([kind, *words])
+
+    def read(self, value: Any, full_name: str) -> Any:
+        """The value, a list as a tuple. Raises a UserError that names the key where it is not what the key must be."""
+        if value is None and self.optional:
+            return None
+        if self.length is None:
+            items: tuple = (value,)
+            is_right = True
+        else:
+            items = tuple(value) if isinstance(value, list | tuple) else ()
+            is_right = isinstance(value, list | tuple) and self.length in (0, len(items))
+        if not is_right or not all(self._fits(item) for item in items):
+            raise UserError(f"{full_name} is {value!r}; it must be {self.words}.")
+        return value if self.length is None else items
+
+    def _fits(self, item: Any) -> bool:
+        if self.kind is float:
+            is_right = is_finite_number(item)
+        elif self.kind is list:
+            is_right = isinstance(item, list | tuple)
+        else:
+            is_right = self.kind is None or type(item) is self.kind
+        return is_right and all(condition.holds(item) for condition in self.conditions)
+
+
+class Keys:
+    """Base of the dataclasses that state the keys of a config node."""
+
+    @classmethod
+    def add_to(cls, node: CfgNode) -> None:
+        """Add the keys with their defaults to a config node."""
+        for key in keys_of(cls):
+            node[key.name] = copy.copy(key.default)
+
+    @classmethod
+    def read(cls, node: CfgNode, name: str) -> Self:
+        """Read a node.
+
+        Args:
+            node: has all keys of the class.
+            name: of the node in messages, such as "MODEL.KD.ICD".
+
+        Raises:
+            UserError: a sentence that names the key whose value is of the wrong type, out of range or not among the choices, or
+                that does not go with another.
+        """
+        keys = keys_of(cls)
+        config = cls(**{key.name.lower(): key.read(node[key.name], f"{name}.{key.name}") for key in keys})
+        config.check(name)
+        return config
+
+    def check(self, name: str) -> None:
+        """Raise a UserError where values do not go together. `name` is the node's, such as "MODEL.KD.ICD"."""
+
+
+@functools.cache
+def keys_of(cls: type[Keys]) -> tuple[Key, ...]:
+    """The keys that a class states and inherits, in order.
+
+    Raises:
+        TypeError: the class is not decorated as a dataclass, or a key has a type that configs do not have.
+    """
+    if "__dataclass_fields__" not in vars(cls):
+        raise TypeError(f"{cls.__qualname__} lacks the decorator @dataclass(frozen=True)")
+    hints = get_type_hints(cls, include_extras=True)
+    return tuple(_key(cls, field, hints[field.name]) for field in dataclasses.fields(cls))
+
+
+def _key(cls: type[Keys], field: dataclasses.Field, hint: Any) -> Key:
+    extras: list[Any] = []
+    if get_origin(hint) is Annotated:
+        hint, *extras = get_args(hint)
+    conditions = [extra for extra in extras if isinstance(extra, Condition)]
+    descriptions = [extra for extra in extras if isinstance(extra, str)]
+    optional, length = False, None
+    if get_origin(hint) in (Union, types.UnionType):
+        kinds = [kind for kind in get_args(hint) if kind is not types.NoneType]
+        optional, hint = len(kinds) < len(get_args(hint)), kinds[0] if len(kinds) == 1 else hint
+    if get_origin(hint) is tuple:
+        items = get_args(hint)
+        length = 0 if items[-1] is Ellipsis else len(items)
+        hint = items[0]
+    if get_origin(hint) is Literal:
+        conditions, hint = [OneOf(*get_args(hint)), *conditions], None
+    elif hint not in KINDS:
+        raise TypeError(
+            f"{cls.__qualname__}.{field.name} is of type {hint}; a config key is a bool, int, float, str, list, Literal, or a tuple of these"
+        )
+    has_factory = field.default_factory is not dataclasses.MISSING
+    default = field.default_factory() if has_factory else field.default
+    if default is dataclasses.MISSING:
+        raise TypeError(f"{cls.__qualname__}.{field.name} has no default")
+    description = descriptions[-1] if descriptions else ""
+    return Key(field.name.upper(), hint, optional, length, tuple(conditions), default, description)

@@ -1,0 +1,207 @@
+"""Config keys that a dataclass states: the node, every kind of wrong value, and the reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from kd_d2.distillers import DISTILLER_REGISTRY, Distiller
+from kd_d2.errors import UserError
+from kd_d2.keys import Above, AtLeast, AtMost, Below, Condition, Keys, OneOf, keys_of
+from kd_d2.modeling import MODELING_KEYS
+from kd_d2.reference import config_reference
+
+import pytest
+from detectron2.config import CfgNode
+
+EVEN = Condition("even", lambda value: value % 2 == 0)
+
+
+@dataclass(frozen=True)
+class Toy(Keys):
+    flag: Annotated[bool, "Yes or no."] = True
+    count: Annotated[int, AtLeast(1), "How many."] = 3
+    rate: Annotated[float, Above(0), "How fast."] = 0.5
+    share: Annotated[float, AtLeast(0), Below(1), "How much."] = 0.25
+    part: Annotated[float, Above(0), AtMost(1), "How much of the rest."] = 1.0
+    pairs: Annotated[int, EVEN, "How many, in pairs."] = 2
+    limit: Annotated[float | None, AtLeast(0), "At most; None for no limit."] = None
+    name: str = ""
+    where: Literal["here", "there"] = "here"
+    whose: Literal[None, "mine"] = None
+    what: Annotated[str, OneOf("a", "b"), "Which."] = "a"
+    sizes: tuple[float, float, float] = (1.0, 2.0, 3.0)
+    words: tuple[str, ...] = ("x",)
+    sides: tuple[Literal["left", "right"], ...] = ()
+    anything: list = field(default_factory=list)
+
+    def check(self, name: str) -> None:
+        if self.flag and self.count == 13:
+            raise UserError(f"{name}.COUNT is 13, which FLAG does not like.")
+
+
+@dataclass(frozen=True)
+class Heir(Toy):
+    count: int = 7
+    more: Annotated[int, "Its own."] = 1
+
+
+def _read(keys: type[Keys] = Toy, **values: object) -> Keys:
+    node = CfgNode()
+    keys.add_to(node)
+    for name, value in values.items():
+        node[name] = value
+    return keys.read(node, "MODEL.TOY")
+
+
+def test_the_node_and_back() -> None:
+    """Check names, order and defaults, values that are read again, and lists where tuples are stated."""
+    node = CfgNode()
+    Toy.add_to(node)
+    assert list(node) == [name.upper() for name in Toy.__dataclass_fields__]
+    assert (node.COUNT, node.LIMIT, node.SIZES, node.ANYTHING) == (3, None, (1.0, 2.0, 3.0), [])
+    node.ANYTHING.append(1)
+    assert Toy().anything == []
+    assert _read() == Toy()
+    read = _read(RATE=2, LIMIT=0, SIZES=[3, 4, 5.5], WORDS=[], SIDES=["left"], ANYTHING=(1, "x"), WHOSE="mine")
+    assert (read.rate, read.limit, read.sizes, read.words, read.sides) == (2, 0, (3, 4, 5.5), (), ("left",))
+    assert (read.anything, read.whose) == ((1, "x"), "mine")
+
+
+def test_an_heir_states_a_default_anew() -> None:
+    """Check that its keys come behind those of its base, in whose order the new default stays."""
+    assert [key.name for key in keys_of(Heir)] == [*(key.name for key in keys_of(Toy)), "MORE"]
+    assert _read(Heir).count == 7 and _read(Heir, COUNT=0).count == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "must"),
+    [
+        ("FLAG", [1, "True", None], "True or False"),
+        ("COUNT", [0, 1.0, True, "3", None], "a whole number at least 1"),
+        ("RATE", [0, -1.0, math.nan, math.inf, True, "fast", None], "a number above 0"),
+        ("SHARE", [-0.1, 1, 1.0, "half"], "a number from 0 to below 1"),
+        ("PART", [0, 1.5, None], "a number above 0 and at most 1"),
+        ("PAIRS", [3, 2.0], "even"),
+        ("LIMIT", [-1, math.nan, "none"], "None or a number at least 0"),
+        ("NAME", [1, None, ("a",)], "a string"),
+        ("WHERE", ["nowhere", None, 1], "one of 'here', 'there'"),
+        ("WHOSE", ["yours", 0], "one of None, 'mine'"),
+        ("WHAT", ["c", None, ["a"]], "one of 'a', 'b'"),
+        ("SIZES", [(1, 2), (1, 2, "x"), 3, None, "abc"], "three numbers"),
+        ("WORDS", ["x", (1,), None], "a list of strings"),
+        ("SIDES", [("left", "up"), "left"], "a list whose entries are one of 'left', 'right'"),
+        ("ANYTHING", ["x", None], "a list"),
+    ],
+)
+def test_wrong_values(key: str, values: list, must: str) -> None:
+    """Check type, range and choice of every kind of key: one sentence with key, value and what it must be."""
+    for value in values:
+        with pytest.raises(UserError) as error:
+            _read(**{key: value})
+        assert str(error.value) == f"MODEL.TOY.{key} is {value!r}; it must be {must}."
+    assert next(k.words for k in keys_of(Toy) if k.name == key) == must
+
+
+def test_values_that_do_not_go_together() -> None:
+    with pytest.raises(UserError, match=r"^MODEL\.TOY\.COUNT is 13, which FLAG does not like\.$"):
+        _read(COUNT=13)
+    assert _read(COUNT=13, FLAG=False).count == 13
+
+
+def test_what_is_no_statement_of_keys() -> None:
+    """Check a class that is no dataclass, a type that configs do not have, and a key without a default."""
+
+    class Plain(Keys):
+        size: int = 1
+
+    @dataclass(frozen=True)
+    class Strange(Keys):
+        table: dict = field(default_factory=dict)
+
+    @dataclass(frozen=True)
+    class Open(Keys):
+        size: int
+
+    with pytest.raises(TypeError, match=r"Plain lacks the decorator @dataclass\(frozen=True\)"):
+        keys_of(Plain)
+    with pytest.raises(TypeError, match=r"Strange.table is of type <class 'dict'>; a config key is a bool"):
+        keys_of(Strange)
+    with pytest.raises(TypeError, match=r"Open.size has no default"):
+        keys_of(Open)
+
+
+# --------------------------------------------------------------------------------------------------- methods
+
+
+@pytest.fixture
+def registered() -> Iterator[Callable[[type[Distiller]], type[Distiller]]]:
+    """Register a method for one test."""
+    before = dict(DISTILLER_REGISTRY)
+    yield DISTILLER_REGISTRY.register()
+    for name in dict(DISTILLER_REGISTRY).keys() - before:
+        del DISTILLER_REGISTRY._obj_map[name]
+
+
+def _method(name: str, **attributes: object) -> type[Distiller]:
+    return type(name, (Distiller,), {"needs": frozenset({"features"}), "loss_names": ("loss_x",), **attributes})
+
+
+def test_two_methods_with_one_node_are_refused(registered: Callable) -> None:
+    """Check a second method with the node of another, also one that inherits it, and one without any."""
+    with pytest.raises(
+        UserError, match=r"^The methods CWD and Mine have the same CONFIG_NODE 'CWD': rename one of them\.$"
+    ):
+        registered(_method("Mine", CONFIG_NODE="CWD"))
+    first = registered(_method("First", CONFIG_NODE="OWN"))
+    with pytest.raises(UserError, match=r"^The methods First and Second have the same CONFIG_NODE 'OWN'"):
+        registered(type("Second", (first,), {}))
+    with pytest.raises(UserError, match=r"^The method Third has no CONFIG_NODE"):
+        registered(_method("Third"))
+    assert {"First"} == dict(DISTILLER_REGISTRY).keys() & {"Mine", "First", "Second", "Third"}
+
+
+def test_a_node_of_the_library_is_refused(registered: Callable, tiny_cfg: Callable) -> None:
+    registered(_method("Mine", CONFIG_NODE="TEACHER"))
+    with pytest.raises(UserError, match=r"^The method Mine has the CONFIG_NODE 'TEACHER', which is a key of MODEL\.KD"):
+        tiny_cfg("retinanet")
+
+
+@pytest.mark.parametrize("old", ["add_config", "validate_config", "from_config"])
+def test_a_method_written_for_an_older_version_is_refused(old: str) -> None:
+    """Check that the sentence says what is old and what to write in its place."""
+    with pytest.raises(
+        UserError, match=rf"^The method Mine defines {old}, .* a dataclass `Config\(Distiller\.Config\)`"
+    ):
+        _method("Mine", **{old: classmethod(lambda cls, *arguments: None)})
+
+
+def test_a_method_whose_config_is_no_dataclass_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"Config lacks the decorator"):
+        _method("Mine", Config=type("Config", (Distiller.Config,), {"size": 3}))
+
+
+def test_the_reference_has_every_key_with_its_description(tiny_cfg: Callable) -> None:
+    """Check the library's nodes and every method's against a config, and that nothing is left unsaid."""
+    entries = {entry.name: entry for entry in config_reference()}
+    assert len(entries) == len(config_reference())
+
+    def keys_below(node: CfgNode, path: str) -> Iterator[str]:
+        for name, value in node.items():
+            if isinstance(value, CfgNode):
+                yield from keys_below(value, f"{path}.{name}")
+            else:
+                yield f"{path}.{name}"
+
+    cfg = tiny_cfg("retinanet")
+    assert {name for name in entries if name.startswith("MODEL.KD.")} == set(keys_below(cfg.MODEL.KD, "MODEL.KD"))
+    for name in MODELING_KEYS:
+        of_node = {key for key in entries if key.startswith(f"MODEL.{name}.")}
+        assert of_node == set(keys_below(cfg.MODEL[name], f"MODEL.{name}"))
+    assert {"DATASETS.COCO_JSON", "SOLVER.AMP.DTYPE", "MODEL.KD.ICD.WARMUP_ITERS"} <= entries.keys()
+    undescribed = [name for name, entry in entries.items() if not entry.description.endswith(".") or not entry.values]
+    assert undescribed == []
+    dim = entries["MODEL.KD.ICD.DIM"]
+    assert (dim.values, dim.default) == ("a whole number at least 1", 256)
