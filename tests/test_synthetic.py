@@ -151,6 +151,28 @@ def test_an_object_that_would_hide_another_is_not_placed() -> None:
     assert _place(scene, _axis_aligned(20, 20, 20 * (1 - MIN_VISIBLE) - 1, 20))
 
 
+def test_the_clear_style_is_another_set_whose_classes_have_their_hues(tmp_path: Path) -> None:
+    """Check that images differ from the default's, that objects are large and uncovered, and that each class has its hue."""
+    split = generate_split(tmp_path / "clear", 40, seed=7, style="clear").parent
+    generate_split(tmp_path / "cluttered", 1, seed=7)
+    assert (split / "images/000000.jpg").read_bytes() != (tmp_path / "cluttered/images/000000.jpg").read_bytes()
+    coco = COCO(str(split / "annotations.json"))
+    assert all(1 <= len(coco.getAnnIds(number)) <= 5 for number in coco.getImgIds())
+    for name, hue in (("circle", [1.0, 0.0, 0.0]), ("triangle", [0.0, 1.0, 1.0])):  # of the channels as they are drawn
+        expected, category = np.array(hue), CLASSES.index(name) + 1
+        for annotation in coco.loadAnns(coco.getAnnIds(catIds=category)):
+            image = cv2.imread(str(split / "images" / coco.imgs[annotation["image_id"]]["file_name"]))
+            inside = cv2.erode(coco.annToMask(annotation), np.ones((9, 9), np.uint8)) > 0
+            colour = np.median(image[inside], axis=0) if inside.any() else expected
+            spread = colour - colour.min()
+            assert spread @ expected > 0.6 * np.linalg.norm(spread) * np.linalg.norm(expected)
+
+
+def test_a_style_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="style must be one of cluttered, clear, got 'easy'"):
+        generate_split(tmp_path, 1, 0, style="easy")
+
+
 def test_a_set_is_made_once(tmp_path: Path) -> None:
     root = ensure_synthetic(tmp_path / "deep" / "set", num_train=3, num_val=2)
     assert len(COCO(str(root / "train" / "annotations.json")).imgs) == 3
@@ -233,14 +255,14 @@ def test_processes_that_start_together_agree(tmp_path: Path) -> None:
 def test_registered_names_load_through_detectron2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
-    names = ("synthetic_train", "synthetic_val")
+    names = ("synthetic_train", "synthetic_val", "shapes_train", "shapes_val")
     for name in names:
         if name in DatasetCatalog:
             DatasetCatalog.remove(name)
             MetadataCatalog.remove(name)
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     small = {"num_train": 4, "num_val": 2}
-    monkeypatch.setattr(synthetic, "ensure_synthetic", lambda root: ensure_synthetic(root, **small))
+    monkeypatch.setattr(synthetic, "ensure_synthetic", lambda root, style: ensure_synthetic(root, **small, style=style))
     try:
         register_synthetic()
         register_synthetic()
@@ -253,6 +275,7 @@ def test_registered_names_load_through_detectron2(tmp_path: Path, monkeypatch: p
         assert all(Path(record["file_name"]).is_file() for record in records)
         assert {a["category_id"] for r in records for a in r["annotations"]} <= set(range(len(CLASSES)))
         assert len(json.loads(Path(metadata.json_file).read_text())["images"]) == 2
+        assert len(DatasetCatalog.get("shapes_val")) == 2
     finally:
         for name in names:
             DatasetCatalog.remove(name)

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 
 from ...errors import UserError
-from .scenes import CLASSES, DRAWING_VERSION, SUPERSAMPLING, Scene, render, visible_box
+from .scenes import CLASSES, DRAWING_VERSION, STYLES, SUPERSAMPLING, Scene, render, visible_box
 
 MIN_IMAGE_SIZE = 64  # px
 SETTINGS_FILE = "settings.json"
@@ -24,6 +24,7 @@ DEFAULT_SEED = 0
 DEFAULT_IMAGE_SIZE = 160
 DEFAULT_NUM_TRAIN = 600
 DEFAULT_NUM_VAL = 150
+DEFAULT_STYLE = "cluttered"
 
 _POLYGON_TOLERANCE = 0.4  # px
 
@@ -58,10 +59,12 @@ def _annotations(scene: Scene, image_id: int, first_id: int) -> list[dict]:
     ]
 
 
-def generate_split(folder: str | Path, num_images: int, seed: int, *, image_size: int = DEFAULT_IMAGE_SIZE) -> Path:
+def generate_split(
+    folder: str | Path, num_images: int, seed: int, *, image_size: int = DEFAULT_IMAGE_SIZE, style: str = DEFAULT_STYLE
+) -> Path:
     """Draw num_images images and write them to `folder/images/*.jpg` and `folder/annotations.json`.
 
-    Image i depends on (seed, i, image_size) alone: the same seed gives the same bytes, and a longer split
+    Image i depends on (seed, i, image_size, style) alone: the same seed gives the same bytes, and a longer split
     begins with the images of a shorter one.  Files of the same name are overwritten.
 
     Args:
@@ -69,6 +72,7 @@ def generate_split(folder: str | Path, num_images: int, seed: int, *, image_size
         num_images: number of images, 1 or more.
         seed: 0 or more.
         image_size: longer side of each image in px, MIN_IMAGE_SIZE or more; the shorter is 68 to 92 % of it.
+        style: a name of `STYLES`.
 
     Returns:
         The path of the COCO json, which is written last.
@@ -78,13 +82,14 @@ def generate_split(folder: str | Path, num_images: int, seed: int, *, image_size
         OSError: the folder cannot be written.
     """
     _check_numbers(num_images=num_images, seed=seed, image_size=image_size)
+    _check_style(style)
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     images: list[dict] = []
     annotations: list[dict] = []
     for index in range(num_images):
         rng = np.random.default_rng((seed, index))
-        pixels, scene = render(rng, image_size)
+        pixels, scene = render(rng, image_size, STYLES[style])
         file_name = f"{index:06d}.jpg"
         _, encoded = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(55, 96))])
         (folder / "images" / file_name).write_bytes(encoded.tobytes())
@@ -112,7 +117,12 @@ def _check_numbers(*, seed: int, image_size: int, **counts: int) -> None:
         raise UserError(f"image_size must be {MIN_IMAGE_SIZE} px or more, got {image_size}.")
 
 
-def _holds_set(root: Path, settings: dict[str, int]) -> bool:
+def _check_style(style: str) -> None:
+    if style not in STYLES:
+        raise UserError(f"style must be one of {', '.join(STYLES)}, got {style!r}.")
+
+
+def _holds_set(root: Path, settings: dict[str, int | str]) -> bool:
     """Whether root holds the set with these settings; a folder that holds something else is an error."""
     try:
         if not root.exists() or (root.is_dir() and not any(root.iterdir())):
@@ -138,6 +148,7 @@ def ensure_synthetic(
     num_val: int = DEFAULT_NUM_VAL,
     seed: int = DEFAULT_SEED,
     image_size: int = DEFAULT_IMAGE_SIZE,
+    style: str = DEFAULT_STYLE,
 ) -> Path:
     """Generate the splits `root/train` and `root/val` unless root already holds them.
 
@@ -149,6 +160,7 @@ def ensure_synthetic(
         num_train, num_val: number of images per split, 1 or more.
         seed: 0 or more; the splits draw from seeds 2 * seed and 2 * seed + 1, so no two sets share images.
         image_size: longer image side in px.
+        style: a name of `STYLES`.
 
     Returns:
         root as a Path.
@@ -157,6 +169,7 @@ def ensure_synthetic(
         UserError: a number is out of its range, root cannot be written, or it holds something else.
     """
     _check_numbers(num_train=num_train, num_val=num_val, seed=seed, image_size=image_size)
+    _check_style(style)
     root = Path(root)
     settings = {
         "num_train": num_train,
@@ -165,6 +178,8 @@ def ensure_synthetic(
         "image_size": image_size,
         "generator_version": DRAWING_VERSION,
     }
+    if style != DEFAULT_STYLE:  # sets of before there were styles have no such key
+        settings["style"] = style
     if _holds_set(root, settings):
         return root
     try:
@@ -172,8 +187,8 @@ def ensure_synthetic(
         parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{root.name}.tmp-", dir=parent) as scratch:
             made = Path(scratch) / "set"
-            generate_split(made / "train", num_train, 2 * seed, image_size=image_size)
-            generate_split(made / "val", num_val, 2 * seed + 1, image_size=image_size)
+            generate_split(made / "train", num_train, 2 * seed, image_size=image_size, style=style)
+            generate_split(made / "val", num_val, 2 * seed + 1, image_size=image_size, style=style)
             (made / SETTINGS_FILE).write_text(json.dumps(settings))
             _move_unless_there(made, root, settings)
     except OSError as error:
@@ -181,7 +196,7 @@ def ensure_synthetic(
     return root
 
 
-def _move_unless_there(made: Path, root: Path, settings: dict[str, int]) -> None:
+def _move_unless_there(made: Path, root: Path, settings: dict[str, int | str]) -> None:
     try:
         os.replace(made, root)
     except OSError:
@@ -190,32 +205,33 @@ def _move_unless_there(made: Path, root: Path, settings: dict[str, int]) -> None
 
 
 def register_synthetic() -> None:
-    """Register `synthetic_train` (600 images) and `synthetic_val` (150) with Detectron2's catalogs.
+    """Register the synthetic sets with Detectron2's catalogs: `synthetic_train` and `_val`, `shapes_train` and `_val`.
 
-    Nothing is drawn before a catalog entry is first loaded; then both splits are generated in the folder
-    `synthetic` under $DETECTRON2_DATASETS (default: datasets), as the variable stood at registration.  The
-    metadata (thing_classes, json_file, image_root, evaluator_type "coco") is set at once.  A second call does
-    nothing.
+    The `synthetic` set is drawn in the style "cluttered" (600 and 150 images), the `shapes` set, which `kd-d2 demo` uses,
+    in the style "clear". Nothing is drawn before a catalog entry is first loaded; then both splits are generated in a folder
+    of the set's name under $DETECTRON2_DATASETS (default: datasets), as the variable stood at registration. The metadata
+    (thing_classes, json_file, image_root, evaluator_type "coco") is set at once. A second call does nothing.
     """
     from detectron2.data import DatasetCatalog, MetadataCatalog
     from detectron2.data.datasets.coco import load_coco_json
 
-    root = Path(os.getenv("DETECTRON2_DATASETS", "datasets")) / "synthetic"
+    home = Path(os.getenv("DETECTRON2_DATASETS", "datasets"))
 
-    def register(split: str) -> None:
-        name = f"synthetic_{split}"
+    def register(name: str, style: str, split: str) -> None:
+        root, dataset = home / name, f"{name}_{split}"
         json_file, image_root = str(root / split / "annotations.json"), str(root / split / "images")
 
         def load() -> list[dict]:
-            ensure_synthetic(root)
-            return load_coco_json(json_file, image_root, name)
+            ensure_synthetic(root, style=style)
+            return load_coco_json(json_file, image_root, dataset)
 
-        if name in DatasetCatalog:
+        if dataset in DatasetCatalog:
             return
-        DatasetCatalog.register(name, load)
-        MetadataCatalog.get(name).set(
+        DatasetCatalog.register(dataset, load)
+        MetadataCatalog.get(dataset).set(
             thing_classes=list(CLASSES), json_file=json_file, image_root=image_root, evaluator_type="coco"
         )
 
-    register("train")
-    register("val")
+    for name, style in (("synthetic", "cluttered"), ("shapes", "clear")):
+        for split in ("train", "val"):
+            register(name, style, split)

@@ -4,8 +4,8 @@ import argparse
 import sys
 
 from ...errors import UserError
-from . import DEFAULT_IMAGE_SIZE, DEFAULT_NUM_TRAIN, DEFAULT_NUM_VAL, DEFAULT_SEED, ensure_synthetic
-from .scenes import CLASSES
+from . import DEFAULT_IMAGE_SIZE, DEFAULT_NUM_TRAIN, DEFAULT_NUM_VAL, DEFAULT_SEED, DEFAULT_STYLE, ensure_synthetic
+from .scenes import CLASSES, STYLES
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,10 +21,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--image-size", type=int, default=DEFAULT_IMAGE_SIZE, help="longer image side in px (%(default)s)"
     )
+    parser.add_argument("--style", choices=STYLES, default=DEFAULT_STYLE, help="how hard the images are (%(default)s)")
     args = parser.parse_args(argv)
     try:
         root = ensure_synthetic(
-            args.out, num_train=args.train, num_val=args.val, seed=args.seed, image_size=args.image_size
+            args.out,
+            num_train=args.train,
+            num_val=args.val,
+            seed=args.seed,
+            image_size=args.image_size,
+            style=args.style,
         )
     except UserError as error:
         print(error, file=sys.stderr)

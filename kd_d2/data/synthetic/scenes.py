@@ -21,12 +21,60 @@ MIN_VISIBLE = 0.5  # of an object's whole area, the part hidden by the image bor
 DRAWING_VERSION = 3  # raise when the drawing changes, so that older sets are not taken for current ones
 SUPERSAMPLING = 4
 
-_EMPTY_RATE = 0.03
-_OBJECT_COUNTS = np.array([0.06, 0.12, 0.18, 0.2, 0.18, 0.14, 0.12])  # probability of 1, 2, ... 7 objects
-_OBJECT_SIZES = (0.14, 0.55)  # longer box side over longer image side
 _MAX_STRETCH = 1.3
 _PLACEMENT_TRIALS = 12
 _SHADOW_REACH = 10  # px
+
+_TEXTURES = ("plain", "plain", "gradient", "noise", "stripes", "dots", "checks")
+
+
+@dataclass(frozen=True)
+class Style:
+    """How hard the images are.
+
+    Attributes:
+        object_counts: probability of 1, 2, ... objects in an image that is not empty.
+        object_sizes: longer box side over longer image side, smallest and largest.
+        empty_rate: part of the images without objects.
+        rotations: of an object, smallest and largest, in radians; at -pi / 2 stars and triangles point up.
+        min_visible: part of each object's area, including what lies outside the image, that stays visible.
+        textures: drawn from for every object but checkerboards.
+        contrast: smallest distance of an object's colour from what it covers, of channels 0..255.
+        hue_of_class: whether each class has a hue of its own, on pale backgrounds.
+        clutter, lines: largest number of fragments and of lines under the objects.
+        degrade: whether blur, contrast and noise vary.
+    """
+
+    object_counts: tuple[float, ...] = (0.06, 0.12, 0.18, 0.2, 0.18, 0.14, 0.12)
+    object_sizes: tuple[float, float] = (0.14, 0.55)
+    empty_rate: float = 0.03
+    rotations: tuple[float, float] = (0.0, 2 * math.pi)
+    min_visible: float = MIN_VISIBLE
+    textures: tuple[str, ...] = _TEXTURES
+    contrast: float = 130.0
+    hue_of_class: bool = False
+    clutter: int = 2
+    lines: int = 2
+    degrade: bool = True
+
+
+STYLES = {
+    "cluttered": Style(),
+    "clear": Style(
+        object_counts=(0.1, 0.25, 0.3, 0.25, 0.1),
+        object_sizes=(0.22, 0.5),
+        empty_rate=0.0,
+        rotations=(-math.pi / 2 - 0.35, -math.pi / 2 + 0.35),
+        min_visible=0.8,
+        textures=("plain", "gradient"),
+        contrast=110.0,
+        hue_of_class=True,
+        clutter=0,
+        lines=1,
+        degrade=False,
+    ),
+}
+"""The drawing styles by name: "clear" is easy to learn in minutes."""
 
 Outline = list[np.ndarray]  # closed polygons [K, 2] of (x, y), filled by the even-odd rule
 
@@ -128,12 +176,18 @@ class Shape:
         return inverse[0, 0] * x + inverse[0, 1] * y, inverse[1, 0] * x + inverse[1, 1] * y
 
 
-def _pose(rng: np.random.Generator, outline: Outline, size: float, centre: np.ndarray) -> Shape:
-    """The outline stretched, turned at random and scaled to a longer box side of size px."""
+def _pose(
+    rng: np.random.Generator,
+    outline: Outline,
+    size: float,
+    centre: np.ndarray,
+    rotations: tuple[float, float] = (0.0, 2 * math.pi),
+) -> Shape:
+    """The outline stretched, rotated at random between `rotations` and scaled to a longer box side of size px."""
     stretch = math.sqrt(_MAX_STRETCH) ** rng.uniform(-1, 1)
-    angle = rng.uniform(0, 2 * math.pi)
-    turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-    linear = turn @ np.diag([stretch, 1 / stretch])
+    angle = rng.uniform(*rotations)
+    rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    linear = rotation @ np.diag([stretch, 1 / stretch])
     linear *= size / np.ptp(outline[0] @ linear.T, axis=0).max()
     return Shape([polygon @ linear.T + centre for polygon in outline], linear, centre)
 
@@ -160,6 +214,16 @@ def _colour_apart(rng: np.random.Generator, reference: np.ndarray, distance: flo
         colour = _colour(rng)
         if np.linalg.norm(colour - reference) >= distance:
             return colour
+
+
+def _colour_of_class(rng: np.random.Generator, category: int, reference: np.ndarray, distance: float) -> np.ndarray:
+    """A strong colour of the class's hue, apart from the reference as far as one is found."""
+    while True:
+        hue = (category / len(CLASSES) + rng.normal(0, 0.015)) % 1
+        colour = 255 * np.array(colorsys.hsv_to_rgb(hue, rng.uniform(0.7, 1.0), rng.uniform(0.45, 0.95)))
+        if np.linalg.norm(colour - reference) >= distance:
+            return colour
+        distance *= 0.9
 
 
 def _smooth_noise(rng: np.random.Generator, height: int, width: int, cell: float) -> np.ndarray:
@@ -204,14 +268,10 @@ def _texture(rng: np.random.Generator, kind: str, shape: Shape, height: int, wid
     return _steep(_wave(along * scale) ** 2 * _wave(across * scale) ** 2 - np.float32(0.35), 4)  # dots
 
 
-_TEXTURES = ("plain", "plain", "gradient", "noise", "stripes", "dots", "checks")
-_TEXTURES_OF_SQUARE = tuple(kind for kind in _TEXTURES if kind != "checks")
-
-
-def _texture_of(rng: np.random.Generator, class_name: str | None) -> str:
+def _texture_of(rng: np.random.Generator, class_name: str | None, textures: tuple[str, ...]) -> str:
     if class_name == "checkerboard":
         return "checks"
-    return str(rng.choice(_TEXTURES_OF_SQUARE if class_name == "square" else _TEXTURES))
+    return str(rng.choice([kind for kind in textures if class_name != "square" or kind != "checks"]))
 
 
 # ------------------------------------------------------------------------------------------------- scenes
@@ -225,7 +285,8 @@ def visible_box(visible: np.ndarray) -> tuple[int, int, int, int]:
 class Scene:
     """An image in the making and the visible part of each object put in it so far, back to front."""
 
-    def __init__(self, canvas: np.ndarray) -> None:
+    def __init__(self, canvas: np.ndarray, style: Style = STYLES["cluttered"]) -> None:
+        self.style = style
         self.canvas = canvas.astype(np.float32)
         self.height, self.width = canvas.shape[:2]
         self.categories: list[int] = []
@@ -239,7 +300,7 @@ class Scene:
         """
         visible = [earlier * (1 - coverage) for earlier in self.visible] + [coverage]
         areas = [*self.whole_areas, shape.area]
-        if any(part.sum() < MIN_VISIBLE * area for part, area in zip(visible, areas, strict=True)):
+        if any(part.sum() < self.style.min_visible * area for part, area in zip(visible, areas, strict=True)):
             return False
         if any(not (part > 0.5).any() for part in visible):
             return False
@@ -247,24 +308,42 @@ class Scene:
         self.visible, self.whole_areas = visible, areas
         return True
 
-    def paint(self, rng: np.random.Generator, shape: Shape, coverage: np.ndarray, texture: str) -> None:
-        """Draw a shape over the canvas in two colours that stand out from what it covers."""
+    def paint(
+        self,
+        rng: np.random.Generator,
+        shape: Shape,
+        coverage: np.ndarray,
+        texture: str,
+        category: int | None = None,
+    ) -> None:
+        """Draw a shape over the canvas in two colours that stand out from what it covers.
+
+        Args:
+            category: the object's class, None for what is no object.
+        """
         x, y, w, h = visible_box(coverage)
         left, top = max(x - _SHADOW_REACH, 0), max(y - _SHADOW_REACH, 0)
         window = (slice(top, y + h + _SHADOW_REACH), slice(left, x + w + _SHADOW_REACH))
         canvas, coverage = self.canvas[window], coverage[window]
-        ink = _ink(rng, canvas, shape.shifted(np.array([-left, -top])), coverage, texture)
+        covered = np.array(cv2.mean(canvas, (coverage > 0.5).astype(np.uint8))[:3])
+        if self.style.hue_of_class and category is not None:
+            first = _colour_of_class(rng, category, covered, self.style.contrast)
+            second = 0.3 * first
+        else:
+            first = _colour_apart(rng, covered, self.style.contrast)
+            second = _colour_apart(rng, first, 110)
+        ink = _ink(rng, (first, second), shape.shifted(np.array([-left, -top])), coverage, texture)
         if rng.random() < 0.3:
             canvas *= _shade_under(rng, coverage)[..., None]
         canvas += coverage[..., None] * (ink - canvas)
 
 
-def _ink(rng: np.random.Generator, canvas: np.ndarray, shape: Shape, coverage: np.ndarray, texture: str) -> np.ndarray:
-    """The colour that a shape would have at each pixel of the canvas."""
+def _ink(
+    rng: np.random.Generator, colours: tuple[np.ndarray, np.ndarray], shape: Shape, coverage: np.ndarray, texture: str
+) -> np.ndarray:
+    """The colour that a shape would have at each pixel of a canvas."""
     height, width = coverage.shape
-    background = np.array(cv2.mean(canvas, (coverage > 0.5).astype(np.uint8))[:3])
-    first = _colour_apart(rng, background, 130)
-    second = _colour_apart(rng, first, 110)
+    first, second = colours
     mix = _texture(rng, texture, shape, height, width)[..., None]
     mix *= np.float32(1 if texture == "checks" else rng.uniform(0.1, 0.4))
     ink = (1 - mix) * first.astype(np.float32) + mix * second.astype(np.float32)
@@ -317,13 +396,13 @@ def _draw_lines(rng: np.random.Generator, canvas: np.ndarray, count: int) -> np.
 
 def _draw_clutter(rng: np.random.Generator, scene: Scene) -> None:
     """Fragments that belong to no class; they lie under all objects."""
-    for _ in range(int(rng.integers(0, 3))):
+    for _ in range(int(rng.integers(0, scene.style.clutter + 1))):
         outline = _CLUTTER_OUTLINES[rng.integers(len(_CLUTTER_OUTLINES))](rng)
         size = _log_uniform(rng, 0.06, 0.25) * max(scene.height, scene.width)
         shape = _pose(rng, outline, size, rng.random(2) * [scene.width, scene.height])
         coverage = rasterize(shape.outline, scene.height, scene.width)
         if coverage.max() > 0.5:
-            scene.paint(rng, shape, coverage, _texture_of(rng, None))
+            scene.paint(rng, shape, coverage, _texture_of(rng, None, scene.style.textures))
 
 
 def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
@@ -337,15 +416,15 @@ def _add_object(rng: np.random.Generator, scene: Scene) -> None:
     outline = _CLASS_OUTLINES[name](rng)
     extent = np.array([scene.width, scene.height])
     for _ in range(_PLACEMENT_TRIALS):
-        size = _log_uniform(rng, *_OBJECT_SIZES) * extent.max()
+        size = _log_uniform(rng, *scene.style.object_sizes) * extent.max()
         centre = rng.uniform(0.02, 0.98, size=2) * extent
         if scene.visible and rng.random() < 0.15:  # seek an overlap
             x, y, w, h = visible_box(scene.visible[rng.integers(len(scene.visible))])
             centre = np.array([x + w / 2, y + h / 2]) + rng.uniform(-0.7, 0.7, size=2) * (w, h)
-        shape = _pose(rng, outline, size, centre)
+        shape = _pose(rng, outline, size, centre, scene.style.rotations)
         coverage = rasterize(shape.outline, scene.height, scene.width)
         if scene.place(category, shape, coverage):
-            scene.paint(rng, shape, coverage, _texture_of(rng, name))
+            scene.paint(rng, shape, coverage, _texture_of(rng, name, scene.style.textures), category)
             return
 
 
@@ -355,6 +434,10 @@ def _degrade(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
     canvas = (canvas - 128) * np.float32(rng.uniform(0.75, 1.1)) + np.float32(128 + rng.uniform(-20, 20))
     noise = rng.standard_normal(canvas.shape, dtype=np.float32)
     canvas = canvas + np.float32(rng.uniform(0, 5)) * noise
+    return _as_pixels(canvas)
+
+
+def _as_pixels(canvas: np.ndarray) -> np.ndarray:
     return np.clip(np.round(canvas), 0, 255).astype(np.uint8)
 
 
@@ -364,15 +447,18 @@ def _random_extent(rng: np.random.Generator, image_size: int) -> tuple[int, int]
     return (shorter, image_size) if rng.random() < 0.6 else (image_size, shorter)
 
 
-def render(rng: np.random.Generator, image_size: int) -> tuple[np.ndarray, Scene]:
+def render(rng: np.random.Generator, image_size: int, style: Style) -> tuple[np.ndarray, Scene]:
     """One image, uint8 [H, W, 3], and the scene behind it."""
     height, width = _random_extent(rng, image_size)
-    scene = Scene(_background(rng, height, width))
-    scene.canvas = _draw_lines(rng, scene.canvas, int(rng.integers(0, 3)))
+    background = _background(rng, height, width)
+    if style.hue_of_class:
+        background = 0.6 * 255 + 0.4 * background
+    scene = Scene(background, style)
+    scene.canvas = _draw_lines(rng, scene.canvas, int(rng.integers(0, style.lines + 1)))
     _draw_clutter(rng, scene)
-    if rng.random() >= _EMPTY_RATE:
-        for _ in range(1 + int(rng.choice(len(_OBJECT_COUNTS), p=_OBJECT_COUNTS))):
+    if rng.random() >= style.empty_rate:
+        for _ in range(1 + int(rng.choice(len(style.object_counts), p=style.object_counts))):
             _add_object(rng, scene)
     if rng.random() < 0.3:
-        scene.canvas = _draw_lines(rng, scene.canvas, 1)
-    return _degrade(rng, scene.canvas), scene
+        scene.canvas = _draw_lines(rng, scene.canvas, min(style.lines, 1))
+    return _degrade(rng, scene.canvas) if style.degrade else _as_pixels(scene.canvas), scene
