@@ -72,7 +72,9 @@ def _with_links(markdown: str, source: str, page: str, pictures: dict[str, str])
             place = posixpath.join("pictures", path.replace("/", "-"))
             pictures[path] = place
             return f"![{text}]({posixpath.relpath(place, posixpath.dirname(page) or '.')})"
-        known = PAGES.get(path) or (path.removeprefix("docs/") if path.startswith("docs/") and path.endswith(".md") else None)
+        known = PAGES.get(path) or (
+            path.removeprefix("docs/") if path.startswith("docs/") and path.endswith(".md") else None
+        )
         if known:
             return f"[{text}]({posixpath.relpath(known, posixpath.dirname(page) or '.')}{hash_mark}{anchor})"
         return text if text.strip("`") == path else f"{text} (`{path}`)"
@@ -84,7 +86,9 @@ def commands_page() -> str:
     """The help of every command."""
     from kd_d2.cli import help_texts
 
-    parts = ["# Commands\n\n`kd-d2` is the one program; `python -m kd_d2` is the same. Overrides of config keys come last.\n"]
+    parts = [
+        "# Commands\n\n`kd-d2` is the one program; `python -m kd_d2` is the same. Overrides of config keys come last.\n"
+    ]
     for command, text in help_texts().items():
         parts.append(f"## {command}\n\n```text\n{text.rstrip()}\n```\n")
     return "\n".join(parts)
@@ -94,7 +98,9 @@ def keys_page() -> str:
     """Every config key of the library."""
     from kd_d2.reference import keys
 
-    parts = ["# Config keys\n\nKeys that Detectron2's own configs do not have. `kd-d2 config explain KEY` prints the same.\n"]
+    parts = [
+        "# Config keys\n\nKeys that Detectron2's own configs do not have. `kd-d2 config explain KEY` prints the same.\n"
+    ]
     group = None
     for key in keys():
         node = key.name.rpartition(".")[0]

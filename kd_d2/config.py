@@ -19,7 +19,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 
 from .distillers import DISTILLER_REGISTRY
 from .errors import UserError
-from .keys import Above, AtLeast, Below, Keys
+from .keys import Above, AtLeast, Below, Keys, keys_of
 from .modeling import add_modeling_config
 
 KD_META_ARCH = "KDMetaArch"
@@ -394,8 +394,14 @@ def _same_kind(default: Any, value: Any) -> bool:
 
 
 def _means_none(key: str, default: Any, value: Any) -> bool:
-    """Detectron2 takes None for some names in its models, such as a norm."""
-    return value is None and isinstance(default, str) and key.startswith("MODEL.") and not key.startswith("MODEL.KD.")
+    """Detectron2 takes None for some names in its models, such as a norm; of a method's keys, those that say so."""
+    if value is not None or not isinstance(default, str) or not key.startswith("MODEL."):
+        return False
+    return not key.startswith("MODEL.KD.") or any(
+        entry.accepts(None) and key == f"MODEL.KD.{method.CONFIG_NODE}.{entry.name}"
+        for _, method in DISTILLER_REGISTRY
+        for entry in keys_of(method.Config)
+    )
 
 
 def _resolve_paths(cfg: CN, folder: str, student_only: bool, needs_data: bool) -> None:

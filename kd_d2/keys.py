@@ -114,17 +114,17 @@ class Key:
 
     def read(self, value: Any, full_name: str) -> Any:
         """The value, a list as a tuple. Raises a UserError that names the key where it is not what the key must be."""
-        if value is None and self.optional:
-            return None
-        if self.length is None:
-            items: tuple = (value,)
-            is_right = True
-        else:
-            items = tuple(value) if isinstance(value, list | tuple) else ()
-            is_right = isinstance(value, list | tuple) and self.length in (0, len(items))
-        if not is_right or not all(self._fits(item) for item in items):
+        if not self.accepts(value):
             raise UserError(f"{full_name} is {value!r}; it must be {self.words}.")
-        return value if self.length is None else items
+        return tuple(value) if self.length is not None and value is not None else value
+
+    def accepts(self, value: Any) -> bool:
+        """Whether the value is of the right type and fulfils the conditions."""
+        if value is None and self.optional:
+            return True
+        if self.length is None:
+            return self._fits(value)
+        return isinstance(value, list | tuple) and self.length in (0, len(value)) and all(map(self._fits, value))
 
     def _fits(self, item: Any) -> bool:
         if self.kind is float:

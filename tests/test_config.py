@@ -250,7 +250,7 @@ def test_the_source_of_a_wrong_key_is_named(files: Files) -> None:
         (["MODEL.KD.STRUCTURAL.WINDOW_SIZE", 4], "MODEL.KD.STRUCTURAL.WINDOW_SIZE is 4; it must be odd and positive"),
         (
             ["MODEL.KD.STRUCTURAL.ADAPTATION", "2x2"],
-            "MODEL.KD.STRUCTURAL.ADAPTATION is '2x2'; it must be one of 'none'",
+            "MODEL.KD.STRUCTURAL.ADAPTATION is '2x2'; it must be one of None, 'none'",
         ),
     ],
 )

@@ -2,7 +2,7 @@
 
 from ..distributed import mean_count_across_ranks
 from ..keys import Above, AtLeast, AtMost, Below, Condition, OneOf
-from .adaptation import Adaptation, AdaptationLayers, AutoAdaptation
+from .adaptation import Adaptation, AdaptationLayers
 from .base import (
     DISTILLER_REGISTRY,
     Distiller,
@@ -58,7 +58,6 @@ __all__ = [
     "AdaptationLayers",
     "AtLeast",
     "AtMost",
-    "AutoAdaptation",
     "Below",
     "Condition",
     "CrossKD",

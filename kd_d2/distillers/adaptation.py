@@ -14,17 +14,11 @@ from .pair import Pair
 KERNEL_SIZES = {"none": 0, "1x1": 1, "3x3": 3}
 
 Adaptation = Annotated[
-    Literal["none", "1x1", "3x3"],
-    "Convolution that brings the student's features to the teacher's channels, one for each level.",
-]
-"""The type of a method's key ADAPTATION."""
-
-AutoAdaptation = Annotated[
     Literal[None, "none", "1x1", "3x3"],
     "Convolution that brings the student's features to the teacher's channels, one for each level; None is '1x1' where the channels "
     "differ and 'none' where they agree.",
 ]
-"""The type of a method's key ADAPTATION, where None leaves the choice to the pair."""
+"""The type of a method's key ADAPTATION."""
 
 
 class AdaptationLayers(nn.Module):

@@ -11,7 +11,7 @@ from ..adapters import DetectorOutputs
 from ..errors import UserError
 from ..keys import Above, AtLeast
 from ..losses import channel_wise_loss
-from .adaptation import AdaptationLayers, AutoAdaptation
+from .adaptation import Adaptation, AdaptationLayers
 from .base import DISTILLER_REGISTRY, Distiller, Losses
 from .pair import Pair
 
@@ -40,7 +40,7 @@ class CWD(Distiller):
         ] = "neck"
         temperature: Annotated[float, Above(0), "Temperature of the softmax over positions."] = 1.0
         adaptation: Annotated[
-            AutoAdaptation,
+            Adaptation,
             "Convolution that brings the student's features to the teacher's channels, one for each level; None is '1x1' where the "
             "channels differ. Logits have none.",
         ] = None

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..adapters import DetectorOutputs
 from ..keys import Above, AtLeast
 from ..losses import attended_error, background_weights, foreground_weights, own_attention
-from .adaptation import AdaptationLayers, AutoAdaptation
+from .adaptation import Adaptation, AdaptationLayers
 from .base import DISTILLER_REGISTRY, Distiller, Losses, in_float32
 from .pair import Pair
 
@@ -65,7 +65,7 @@ class FGD(Distiller):
             "Weight of the relation (lambda); None is 8e-6 for FCOS and RepPoints, 5e-6 for other one-stage students, 5e-7 for the rest.",
         ] = None
         temperature: Annotated[float, Above(0), "Temperature of the attention's softmax."] = 0.5
-        adaptation: AutoAdaptation = None
+        adaptation: Adaptation = None
 
     def __init__(self, config: Config, pair: Pair):
         super().__init__(config, pair)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..adapters import DetectorOutputs
 from ..keys import AtLeast, Below
-from .adaptation import AdaptationLayers, AutoAdaptation
+from .adaptation import Adaptation, AdaptationLayers
 from .base import DISTILLER_REGISTRY, Distiller, Losses, in_float32
 from .generation import generation_blocks, random_mask
 from .pair import Pair
@@ -43,7 +43,7 @@ class MGD(Distiller):
             Below(1),
             "Share of the positions that is hidden; None is 0.65 for one-stage students and 0.45 for others.",
         ] = None
-        adaptation: AutoAdaptation = None
+        adaptation: Adaptation = None
 
     def __init__(self, config: Config, pair: Pair):
         super().__init__(config, pair)

@@ -14,7 +14,7 @@ from ..distributed import mean_across_ranks, mean_count_across_ranks
 from ..errors import UserError
 from ..keys import OneOf
 from ..losses import prediction_difference, relative_to_mean, weighted_imitation_loss
-from .adaptation import AdaptationLayers, AutoAdaptation
+from .adaptation import Adaptation, AdaptationLayers
 from .base import DISTILLER_REGISTRY, Distiller, Losses, Weight, log_scalar
 from .masks import inside_boxes, negative_positions, positive_positions, whole_maps
 from .matching import check_same_anchors
@@ -60,7 +60,7 @@ class PFI(Distiller):
             bool, "Whether P is divided by its mean over each level: it says where, and no longer how much."
         ] = False
         through_prediction: Annotated[bool, "Whether gradients pass through P too."] = False
-        adaptation: AutoAdaptation = None
+        adaptation: Adaptation = None
 
         def check(self, name: str) -> None:
             for key in ("on_logits", "relative", "through_prediction"):

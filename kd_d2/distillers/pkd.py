@@ -15,7 +15,7 @@ from ..adapters import DetectorOutputs
 from ..distributed import mean_across_ranks, mean_across_ranks_with_local_gradient
 from ..keys import AtLeast
 from ..losses import channel_means, channel_moments, pearson_loss_of_moments
-from .adaptation import AdaptationLayers, AutoAdaptation
+from .adaptation import Adaptation, AdaptationLayers
 from .base import DISTILLER_REGISTRY, Distiller, Losses, in_float32
 from .pair import Pair
 
@@ -44,7 +44,7 @@ class PKD(Distiller):
             Literal["student", "teacher"],
             "Whose maps are resized to the partner's, where maps of one stride have different sizes.",
         ] = "student"
-        adaptation: AutoAdaptation = None
+        adaptation: Adaptation = None
 
     def __init__(self, config: Config, pair: Pair):
         super().__init__(config, pair)
