@@ -21,7 +21,7 @@ setup:
 	@bash tools/setup_env.sh
 
 demo: setup
-	$(VENV_PYTHON) tools/demo.py
+	$(VENV_PYTHON) -m kd_d2 demo
 
 test: lint
 	$(VENV_PYTHON) -m pytest
