@@ -72,13 +72,13 @@ def test_what_the_wheel_holds(wheel: Path) -> None:
 
 
 def test_an_own_method_trains_where_there_is_no_checkout(scripts: Path, tmp_path: Path) -> None:
-    """Check a training by name, one with a user's method, and a sweep; every process has kd_d2 from the environment alone."""
+    """Check a config by name, trainings with a user's method in one process and in two, and a sweep; every process has kd_d2 from the environment alone."""
     work, told = tmp_path / "work", tmp_path / "told"
     work.mkdir(), told.mkdir()
     (tmp_path / "methods").mkdir()
     (tmp_path / "methods" / "channel_means.py").write_text(example("distiller") + TELL)
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    environment |= {"OMP_NUM_THREADS": "1", "TELL": str(told)}
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TELL": str(told)}
     options = {"cwd": work, "env": environment}
     run(scripts / "python", "-m", "kd_d2.data.synthetic", "set", "--train", 12, "--val", 4, **options)
 
@@ -99,14 +99,16 @@ def test_an_own_method_trains_where_there_is_no_checkout(scripts: Path, tmp_path
     own = ("--import", tmp_path / "methods" / "channel_means.py")
     run(scripts / "kd-d2", "train", "teacher.yaml", **options)
     run(scripts / "kd-d2", "train", "own.yaml", *own, "MODEL.KD.CHANNEL_MEANS.WEIGHT=0.5", **options)
+    two = ("--num-gpus", 2, "MODEL.DEVICE", "cpu", "OUTPUT_DIR=two")
+    run(scripts / "kd-d2", "train", "own.yaml", *own, *two, **options)
     printed = run(scripts / "kd-d2", "sweep", "sweep.yaml", "--output", "sweep", *own, **options)
     assert "| own " in printed and "| plain " in printed and "| teacher " in printed
-    for folder in ("own", "sweep/own/seed0"):
+    for folder in ("own", "two", "sweep/own/seed0"):
         losses = json.loads((work / folder / "metrics.json").read_text().splitlines()[0])
         assert losses["loss_channel_means"] > 0
     prefix = str(scripts.parent) + os.sep
     processes = [json.loads(path.read_text()) for path in told.iterdir()]
-    assert len(processes) == 5  # a training; the sweep, its evaluation of the teacher and its two trainings
+    assert len(processes) == 5  # the first training; the sweep, its evaluation of the teacher and its two trainings
     for files in processes:
         assert len(files) > 20
         assert [file for file in files if not file.startswith(prefix)] == []
