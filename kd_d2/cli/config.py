@@ -7,6 +7,8 @@ kd-d2 config show CONFIG [--changes] [KEY VALUE ...]         a config with all i
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 
 from ..extensions import import_extensions
 from .arguments import add_config_argument, add_import_argument
@@ -28,11 +30,18 @@ def run(args: argparse.Namespace) -> None:
     from ..config_files import shipped_configs
 
     if args.action == "list":
-        print("\n".join(shipped_configs()))
+        _print("\n".join(shipped_configs()))
         return
     import_extensions(args.imports)
     cfg = read_config(args.config_file, args.opts)
     if args.changes:
-        print("\n".join(f"{key}: {value!r}" for key, value in changed_keys(cfg).items()))
+        _print("\n".join(f"{key}: {value!r}" for key, value in changed_keys(cfg).items()))
     else:
-        print(cfg.dump(), end="")
+        _print(cfg.dump().rstrip())
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `kd-d2 config list | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
