@@ -100,10 +100,10 @@ class Matrix:
 def read_matrix(path: str) -> Matrix:
     """Read a matrix from yaml.
 
-    Its keys: `config` (of the students, relative to the file), `baseline`, `student`, optionally `teacher`
-    (`config`, `fragments`, `opts`, `seeds`), and `cells`: by name a `title`, `fragments` (config files, relative to the matrix,
-    that are laid over the config one after another), `opts` (a mapping of keys to values, laid over these), `seeds`, and
-    `config` where it is not the common one.
+    Its keys: `config` (of the students), `baseline`, `student`, optionally `teacher` (`config`, `fragments`, `opts`, `seeds`),
+    and `cells`: by name a `title`, `fragments` (configs that are laid over the config one after another), `opts` (a mapping of
+    keys to values, laid over these), `seeds`, and `config` if it is not the common one. Configs are paths relative to the
+    matrix, or names (see `config_files.find_config_file`).
 
     Raises:
         UserError: a missing file, an unknown key.
