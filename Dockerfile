@@ -1,9 +1,9 @@
 # syntax=docker/dockerfile:1
-# kd_d2 for GPUs: official Detectron2 with its CUDA operators, entry point train_net.py.
+# kd_d2 for GPUs: official Detectron2 with its CUDA operators, entry point kd-d2.
 #
 #   docker build -t kd_d2 .
 #   docker run --gpus all --shm-size 8g -v "$PWD/datasets:/work/datasets" -v "$PWD/output:/work/output" kd_d2 \
-#       --config-file projects/StructuralKD/configs/retinanet_R101-R50_ssim.yaml --num-gpus 8
+#       train StructuralKD/retinanet_R101-R50_ssim --num-gpus 8
 #
 # Paths count from /work, which has what a checkout has. cluster/README.md: one box, Kubernetes, Slurm.
 
@@ -21,12 +21,12 @@ ENV VIRTUAL_ENV=/opt/venv PATH=/opt/venv/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABL
 WORKDIR /work
 # The packages first: they change less often than the code. A package without its code is enough for pip to read its needs.
 COPY requirements/pins.txt requirements/torch-source.txt requirements/imagecorruptions.txt requirements/
-COPY pyproject.toml LICENSE ./
+COPY pyproject.toml setup.py LICENSE ./
 # The versions are in the files of constraints.
 # hadolint ignore=DL3013
 RUN python3 -m venv "$VIRTUAL_ENV" \
     && pip install -c requirements/pins.txt pip setuptools \
-    && mkdir kd_d2 && touch kd_d2/__init__.py \
+    && mkdir kd_d2 configs projects && echo '__version__ = "0"' >kd_d2/__init__.py && touch README.md \
     && pip install --no-build-isolation -c requirements/pins.txt -c requirements/torch-source.txt '.[eval,robustness]' \
     && pip uninstall -y kd_d2 \
     && pip install --no-deps --require-hashes -r requirements/imagecorruptions.txt
@@ -63,5 +63,5 @@ USER 1000
 WORKDIR /work
 RUN python cluster/check_install.py --operators
 VOLUME ["/work/datasets", "/work/output"]
-ENTRYPOINT ["python", "train_net.py"]
+ENTRYPOINT ["kd-d2"]
 CMD ["--help"]

@@ -1,6 +1,8 @@
-# PYTHON=path      the Python 3.11 or 3.12 to build .venv from (default: searched)
-# DETECTRON2=      installed: the one that PYTHON has; source: official, built here; pypi: republished on PyPI
-#                  (default: installed where there is one, else pypi)
+# PYTHON=path      the Python 3.11 or 3.12 to build .venv from (default: the first on the PATH)
+# DETECTRON2=      pypi: sal-detectron2, a third party's republication of Detectron2 (April 2024), without compiled operators
+#                  source: the official Detectron2, built here (needs git and a C++ compiler)
+#                  installed: the one that PYTHON has
+#                  (default: installed if PYTHON has one that works, else pypi)
 PYTHON ?=
 DETECTRON2 ?=
 export PYTHON DETECTRON2
@@ -10,18 +12,18 @@ VENV_PYTHON := .venv/bin/python
 .PHONY: help setup demo test test-slow lint format clean
 
 help:
-	@echo "make setup      the environment, in .venv (PYTHON=path, DETECTRON2=installed|source|pypi)"
-	@echo "make demo       distillation from end to end on small made-up data"
+	@echo "make setup      the environment, in .venv (PYTHON=path, DETECTRON2=pypi|source|installed)"
+	@echo "make demo       distillation from end to end on a small synthetic set"
 	@echo "make test       lint and the fast tests"
 	@echo "make test-slow  the slow tests"
-	@echo "make lint       style check; make format mends what it can"
+	@echo "make lint       style check; make format fixes what it can"
 	@echo "make clean      removes caches and build leftovers (.venv and output/ stay)"
 
 setup:
 	@bash tools/setup_env.sh
 
 demo: setup
-	$(VENV_PYTHON) tools/demo.py
+	$(VENV_PYTHON) -m kd_d2 demo
 
 test: lint
 	$(VENV_PYTHON) -m pytest

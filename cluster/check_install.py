@@ -27,8 +27,6 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
 
 def check_operators() -> None:
     from detectron2 import _C
@@ -58,9 +56,7 @@ def check_ssim(device: str) -> None:
 
 def check_training(device: str) -> None:
     """A step of a small detector, its checkpoint, and its detections."""
-    cfg = load_config(
-        os.path.join(ROOT, "configs", "tiny", "retinanet-student.yaml"), ["MODEL.DEVICE", device, "MODEL.WEIGHTS", ""]
-    )
+    cfg = load_config("tiny/retinanet-student", ["MODEL.DEVICE", device, "MODEL.WEIGHTS", ""])
     model = build_model(cfg)
     objects = Instances(
         (64, 96), gt_boxes=Boxes(torch.tensor([[10.0, 10.0, 50.0, 40.0]])), gt_classes=torch.tensor([0])

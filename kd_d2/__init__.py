@@ -17,6 +17,7 @@ _MODULES = {
     "DISTILLER_REGISTRY": "distillers",
     "Distiller": "distillers",
     "KDMetaArch": "meta_arch",
+    "Predictor": "predictor",
     "Teacher": "teacher",
     "UserError": "errors",
     "add_kd_config": "config",

@@ -243,7 +243,7 @@ class KDCheckpointer(DetectionCheckpointer):
         broken = [k for k, v in data["model"].items() if not v.isfinite().all()]
         if broken:
             raise UserError(
-                f"Checkpoint {name}.pth is not written, since the weight {broken[0]} is not finite; the last checkpoint is intact."
+                f"Checkpoint {name}.pth is not written, since the weight {broken[0]} is not finite; checkpoints already written are intact."
             )
         data.update({key: obj.state_dict() for key, obj in self.checkpointables.items()})
         data.update(kwargs)
@@ -256,7 +256,7 @@ class KDCheckpointer(DetectionCheckpointer):
         except (OSError, RuntimeError) as error:  # torch's writer raises a RuntimeError where the disk is full
             reason = str(error).partition("\n")[0]
             raise UserError(
-                f"Checkpoint {path} cannot be written ({reason}); the last checkpoint is intact."
+                f"Checkpoint {path} cannot be written ({reason}); checkpoints already written are intact."
             ) from error
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:

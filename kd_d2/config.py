@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
-import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY
 
+from .config_files import find_config_file, find_file, find_weights, is_zoo_file, read_yaml
 from .distillers import DISTILLER_REGISTRY
 from .errors import UserError
 from .keys import Above, AtLeast, Below, Keys, keys_of
@@ -174,46 +172,6 @@ def _node_at(cfg: CN, path: str) -> CN:
     return node
 
 
-class _SafeNode(CN):
-    """A config node whose files, bases included, are plain yaml, but for those inside Detectron2's model zoo."""
-
-    @classmethod
-    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
-        try:
-            with _quiet_loader():
-                tree = super().load_yaml_with_base(filename, allow_unsafe=_is_zoo_file(filename))
-        except yaml.YAMLError as error:
-            what = " ".join(str(error).split())
-            raise UserError(f"Config file {filename} is not plain yaml: {what}.") from error
-        except (OSError, AssertionError, UnicodeDecodeError) as error:
-            raise UserError(f"Config file {filename} cannot be read: {error}.") from error
-        except (TypeError, AttributeError) as error:
-            raise UserError(f"Config file {filename} is empty, or its _BASE_ is not a path.") from error
-        except RecursionError as error:
-            raise UserError(f"Config file {filename} is its own _BASE_, directly or through others.") from error
-        if not isinstance(tree, dict):
-            raise UserError(f"Config file {filename} holds no config keys.")
-        return tree
-
-
-@contextlib.contextmanager
-def _quiet_loader() -> Iterator[None]:
-    """Without fvcore's warning that a file of the model zoo may run code: only those inside Detectron2 itself may."""
-    logger = logging.getLogger("fvcore.common.config")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def _is_zoo_file(filename: str) -> bool:
-    zoo = os.path.realpath(model_zoo.get_config_file("Base-RetinaNet.yaml"))
-    zoo = os.path.dirname(zoo)
-    return os.path.realpath(filename).startswith(zoo + os.sep)
-
-
 def load_config(
     config_file: str, opts: Iterable[Any] = (), *, student_only: bool = False, needs_data: bool = True
 ) -> CN:
@@ -222,7 +180,7 @@ def load_config(
     Relative paths in the config count from the working directory, then from the config file's folder.
 
     Args:
-        config_file: path of a yaml file, a model-zoo name, or "" for the defaults alone.
+        config_file: a config (see `config_files.find_config_file`), or "" for the defaults alone.
         opts: alternating keys and values.
         student_only: for evaluation: KDMetaArch becomes the student's own meta-architecture; nothing of the
             teacher, and no training data, has to exist.
@@ -235,20 +193,51 @@ def load_config(
         UserError: a missing or unreadable file, an unknown key, a value of the wrong type.
     """
     opts = list(opts)
-    cfg = get_cfg()
-    add_kd_config(cfg)
-    folder = ""
-    if config_file:
-        path = find_config_file(config_file, "--config-file")
-        folder = os.path.dirname(path)
-        _merge(cfg, read_yaml(path), path)
-    _merge(cfg, _tree_from_opts(list(opts), "the command line"), "the command line")
+    cfg = read_config(config_file, opts)
+    folder = os.path.dirname(find_config_file(config_file, "the config")) if config_file else ""
     if student_only and cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH:
         cfg.MODEL.META_ARCHITECTURE = cfg.MODEL.KD.STUDENT
     validate_kd_config(cfg)
     _choose_device(cfg, opts)
     _resolve_paths(cfg, folder, student_only, needs_data)
     return cfg
+
+
+def read_config(config_file: str, opts: Iterable[Any] = ()) -> CN:
+    """The keys of a config file and overrides, laid over the defaults; see `load_config`, which checks them as well.
+
+    Raises:
+        UserError: a missing or unreadable file, an unknown key, a value of the wrong type.
+    """
+    cfg = get_cfg()
+    add_kd_config(cfg)
+    if config_file:
+        path = find_config_file(config_file, "the config")
+        _merge(cfg, read_yaml(path), path)
+    _merge(cfg, _tree_from_opts(list(opts), "the command line"), "the command line")
+    return cfg
+
+
+def changed_keys(cfg: CN) -> dict[str, Any]:
+    """The keys that are not at the defaults of Detectron2 and of this library, with their values; tuples count as lists."""
+    defaults = get_cfg()
+    add_kd_config(defaults)
+    changed: dict[str, Any] = {}
+
+    def walk(node: CN, default: CN, prefix: str) -> None:
+        for key, value in node.items():
+            if isinstance(value, CN):
+                walk(value, default[key], f"{prefix}{key}.")
+            elif _as_lists(value) != _as_lists(default[key]):
+                changed[prefix + key] = _as_lists(value)
+
+    walk(cfg, defaults, "")
+    return changed
+
+
+def _as_lists(value: Any) -> Any:
+    """Tuples as lists, as json gives them back."""
+    return [_as_lists(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _choose_device(cfg: CN, opts: Iterable[Any]) -> None:
@@ -259,71 +248,6 @@ def _choose_device(cfg: CN, opts: Iterable[Any]) -> None:
                 f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but this machine has no usable GPU; set it to 'cpu'."
             )
         cfg.MODEL.DEVICE = "cpu"
-
-
-def find_config_file(name: str, key: str, folder: str = "") -> str:
-    """The path of a config: a file (from the working directory, then from `folder`), or a model-zoo name."""
-    try:
-        return find_file(name, key, folder)
-    except UserError:
-        with contextlib.suppress(RuntimeError):
-            path = model_zoo.get_config_file(name)
-            if os.path.isfile(path):
-                return path
-        raise
-
-
-def find_file(name: str, key: str, folder: str = "", *, is_folder: bool = False) -> str:
-    """The path of an existing file named by a config key. URLs pass as they are.
-
-    Raises:
-        UserError: naming the key and every place looked at.
-    """
-    if "://" in name:
-        return name
-    expanded = os.path.expanduser(name)
-    exists = os.path.isdir if is_folder else os.path.isfile
-    places = list(dict.fromkeys([os.path.abspath(expanded), os.path.abspath(os.path.join(folder, expanded))]))
-    for place in places:
-        if exists(place):
-            return place
-    kind = "folder" if is_folder else "file"
-    raise UserError(f"{key}: there is no {kind} {' nor '.join(places)}.")
-
-
-def find_weights(name: str, key: str, folder: str = "") -> str:
-    """The path of a checkpoint (see `find_file`) with what a query, as Detectron2's "?matching_heuristics=True", asks of it."""
-    file, mark, query = name.partition("?")
-    return find_file(file, key, folder) + mark + query
-
-
-def read_yaml(path: str) -> dict[str, Any]:
-    """Read a config file and its bases as plain yaml.
-
-    Raises:
-        UserError: not there, not yaml, or yaml that would run code.
-    """
-    tree = _SafeNode.load_yaml_with_base(path)
-    if tree.pop("VERSION", 2) != 2:
-        raise UserError(f"Config file {path} is of an old VERSION; Detectron2's configs of VERSION 2 are read.")
-    return tree
-
-
-def as_overrides(path: str) -> list[Any]:
-    """The keys that a config file and its bases set, as overrides: [key, value, ...].
-
-    Raises:
-        UserError: see `read_yaml`.
-    """
-
-    def walk(tree: dict[str, Any], prefix: str) -> Iterator[Any]:
-        for key, value in tree.items():
-            if isinstance(value, dict):
-                yield from walk(value, f"{prefix}{key}.")
-            else:
-                yield from (f"{prefix}{key}", value)
-
-    return list(walk(read_yaml(path), ""))
 
 
 def _tree_from_opts(opts: list[Any], source: str) -> dict[str, Any]:
@@ -424,7 +348,7 @@ def _resolve_paths(cfg: CN, folder: str, student_only: bool, needs_data: bool) -
         teacher = cfg.MODEL.KD.TEACHER
         # A model-zoo name stays a name: it also stands for the trained checkpoint.
         path = find_config_file(teacher.CONFIG_FILE, "MODEL.KD.TEACHER.CONFIG_FILE", folder)
-        if not _is_zoo_file(path):
+        if not is_zoo_file(path):
             teacher.CONFIG_FILE = path
         if teacher.WEIGHTS:
             teacher.WEIGHTS = find_weights(teacher.WEIGHTS, "MODEL.KD.TEACHER.WEIGHTS", folder)
@@ -447,7 +371,7 @@ def load_teacher_config(cfg: CN) -> CN:
     teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
     if node.WEIGHTS:
         teacher_cfg.MODEL.WEIGHTS = node.WEIGHTS
-    elif _is_zoo_file(path):
+    elif is_zoo_file(path):
         try:
             teacher_cfg.MODEL.WEIGHTS = model_zoo.get_checkpoint_url(node.CONFIG_FILE)
         except RuntimeError as error:

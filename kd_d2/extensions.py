@@ -12,10 +12,10 @@ from .errors import UserError
 
 
 def import_extensions(names: Iterable[str]) -> None:
-    """Import each module or file once; what they register is then there by name.
+    """Import each module or file once, so that what they register can be used by name.
 
     Args:
-        names: modules as `import` takes them, or paths of Python files.
+        names: modules as `import` takes them, also from the working directory; or paths of Python files.
 
     Raises:
         UserError: there is no such module or file.
@@ -47,9 +47,11 @@ def _import_file(path: str) -> None:
 
 
 def _import_module(name: str) -> None:
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # the program kd-d2 does not have it, as `python -m` does
     try:
         importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise  # the module is there, and lacks one of its own
+            raise  # it exists, and one that it imports does not
         raise UserError(f"--import: there is no module {name}.") from error

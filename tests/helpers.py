@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from kd_d2 import cli
 from kd_d2.adapters import DetectorSpec
 from kd_d2.config import load_config
 from kd_d2.data import register_coco_json
@@ -303,6 +304,12 @@ def run_train_net(*args: object) -> object:
     with clean_process():
         launch(lambda a: results.append(program["main"](a)), parsed)
     return results[0]
+
+
+def run_command(*arguments: object) -> None:
+    """Run `kd-d2 ARGUMENTS` in this process."""
+    with clean_process():
+        cli.main([str(a) for a in arguments])
 
 
 def run_program(path: Path, *arguments: object) -> None:

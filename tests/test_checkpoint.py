@@ -481,7 +481,9 @@ def test_a_crash_while_saving_leaves_the_last_good_file(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(torch, "save", crash)
     for name in ("model_1", "model_2"):
-        with pytest.raises(UserError, match=r"cannot be written .*No space left.*the last checkpoint is intact"):
+        with pytest.raises(
+            UserError, match=r"cannot be written .*No space left.*checkpoints already written are intact"
+        ):
             checkpointer.save(name)
         assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == good
     assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_1.pth")

@@ -329,7 +329,10 @@ def test_a_missing_file_names_both_places(
         opts = ["DATASETS.COCO_JSON", [triple], "DATASETS.TEST", ["mine"]]
     else:
         opts = [key, "gone"]
-    assert sentence(student, *opts) == f"{key}: there is no {kind} {elsewhere / 'gone'} nor {files.folder / 'gone'}."
+    expected = f"{key}: there is no {kind} {elsewhere / 'gone'} nor {files.folder / 'gone'}"
+    if "CONFIG_FILE" in key:
+        expected += ", and no config gone comes with kd_d2 or is in Detectron2's model zoo"
+    assert sentence(student, *opts) == f"{expected}."
     if key.startswith("DATASETS"):
         load_config(str(student), opts, needs_data=False)
 
@@ -338,7 +341,10 @@ def test_the_config_itself_is_missing(tmp_path: Path, monkeypatch: pytest.Monkey
     """Check the sentence for a config file that is neither on disk nor in the model zoo, a folder of it included."""
     monkeypatch.chdir(tmp_path)
     for name in ("gone.yaml", "COCO-Detection"):
-        assert sentence(name) == f"--config-file: there is no file {tmp_path / name}."
+        assert sentence(name).startswith(
+            f"the config: there is no file {tmp_path / name}, and no config {name} comes with kd_d2 or is in Detectron2's model zoo."
+        )
+    assert sentence(tmp_path / "gone.yaml") == f"the config: there is no file {tmp_path / 'gone.yaml'}."
 
 
 def test_unused_data_need_not_exist(files: Files) -> None:
@@ -367,10 +373,10 @@ def test_the_same_file_trains_the_plain_student(files: Files) -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"", "is empty, or its _BASE_ is not a path"),
+        (b"", "is empty"),
         (b"- SEED\n", "holds no config keys"),
         (b"SEED", "holds no config keys"),
-        (b"_BASE_: 3\n", "is empty, or its _BASE_ is not a path"),
+        (b"_BASE_: 3\n", "has the _BASE_ 3, which is neither a path nor a list of paths"),
         (b"_BASE_: a.yaml\n", "is its own _BASE_, directly or through others"),
         (b"SEED: [1\n", "is not plain yaml: while parsing a flow sequence"),
         (b"\xff\xfe\x00\x01", "cannot be read: 'utf-8' codec can't decode byte"),
@@ -385,9 +391,11 @@ def test_files_that_are_no_config(tmp_path: Path, content: bytes, expected: str)
 
 
 def test_a_missing_base_is_named(tmp_path: Path) -> None:
-    """Check that it is the base that is said to be missing."""
+    """Check that it is the base that is said to be missing, and what names it."""
     path = write_yaml(tmp_path / "a.yaml", {"_BASE_": "gone.yaml"})
-    assert sentence(path).startswith(f"Config file {tmp_path / 'gone.yaml'} cannot be read: ")
+    assert sentence(path).startswith(
+        f"_BASE_ of {path}: there is no file {tmp_path / 'gone.yaml'}, and no config gone.yaml"
+    )
 
 
 # --------------------------------------------------------------------------------------------- safe yaml
@@ -477,11 +485,11 @@ def test_a_zoo_name_stands_for_its_trained_checkpoint(files: Files) -> None:
 
 def test_a_zoo_name_without_a_checkpoint(files: Files) -> None:
     """Check the sentence for a zoo config that nobody trained."""
-    path = files.student(MODEL__KD__TEACHER={"CONFIG_FILE": "Base-RetinaNet.yaml", "WEIGHTS": ""})
+    path = files.student(MODEL__KD__TEACHER={"CONFIG_FILE": "Base-RCNN-C4.yaml", "WEIGHTS": ""})
     with pytest.raises(UserError) as caught:
         load_teacher_config(load_config(str(path)))
     assert str(caught.value) == (
-        "MODEL.KD.TEACHER.WEIGHTS is empty, and the model zoo has no checkpoint for Base-RetinaNet.yaml."
+        "MODEL.KD.TEACHER.WEIGHTS is empty, and the model zoo has no checkpoint for Base-RCNN-C4.yaml."
     )
 
 

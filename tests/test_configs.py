@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from kd_d2 import DISTILLER_REGISTRY
 from kd_d2.adapters import build_adapter
-from kd_d2.config import KD_META_ARCH, as_overrides, load_config, load_teacher_config, read_yaml
+from kd_d2.config import KD_META_ARCH, load_config, load_teacher_config
+from kd_d2.config_files import as_overrides, read_yaml
 from kd_d2.distillers.icd import distiller as icd
 from kd_d2.inheritance import component_of, inherit
 from kd_d2.sweep.matrix import read_matrix

@@ -15,8 +15,8 @@ MEASURED = HEADERS[1 : HEADERS.index("params M")]  # what follows from scores al
 def rows_of_cells(readme: str) -> list[tuple[str, dict[str, str]]]:
     """(title, columns) of every finished cell of the comparisons whose commands a README gives."""
     rows = []
-    for command in re.findall(r"python tools/compare.py((?:.*\\\n)*.*)", readme):
-        matrix = read_matrix(str(ROOT / re.search(r"--matrix (\S+)", command)[1]))
+    for command in re.findall(r"kd-d2 sweep (\S+\.yaml(?:.*\\\n)*.*)", readme):
+        matrix = read_matrix(str(ROOT / command.split()[0]))
         results = read_results(matrix, str(ROOT / re.search(r"--results (\S+)", command)[1]))
         for row in build_rows(matrix, results, {}):
             columns = dict(zip(HEADERS, format_row(row), strict=True))

@@ -120,7 +120,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
     project.output.mkdir()
     (project.output / "model_0000005.pth.partial").symlink_to("/dev/full")
     with pytest.raises(
-        UserError, match=r"Checkpoint .*model_0000005\.pth cannot be written .*; the last checkpoint is intact"
+        UserError, match=r"Checkpoint .*model_0000005\.pth cannot be written .*; checkpoints already written are intact"
     ):
         train(project)
     assert sorted(path.name for path in project.output.glob("model*")) == ["model_0000002.pth"]

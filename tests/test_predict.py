@@ -1,13 +1,12 @@
-"""tools/predict.py: what it detects, writes and draws, and what it says of input that it cannot use."""
+"""kd-d2 predict: what it detects, writes and draws, and what it says of input that it cannot use."""
 
 import json
-import runpy
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from kd_d2 import load_config
+from kd_d2 import Predictor, load_config
 from kd_d2.evaluation.drawing import PALETTE, draw_instances, titled
+from kd_d2.predictor import read_categories
 
 import numpy as np
 import pytest
@@ -15,11 +14,10 @@ import torch
 from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
 from detectron2.structures import Boxes, BoxMode, Instances
-from helpers import CLASSES, ROOT, Project, clean_process, make_project, save_fixed_weights
+from helpers import CLASSES, Project, make_project, run_command, save_fixed_weights
 from PIL import Image
 from pycocotools.coco import COCO
 
-PROGRAM = str(ROOT / "tools" / "predict.py")
 LOW = 0.02  # below the configs' own thresholds
 
 
@@ -47,15 +45,14 @@ def _project(folder: Path, detector: str) -> Project:
 
 
 @pytest.fixture
-def predict(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict]:
-    """Run the program as from a command line, in this process; returns what it wrote as detections.json."""
+def predict() -> Callable[..., dict]:
+    """Run the command; returns what it wrote as detections.json."""
 
-    def run(project: Project, output: Path, *inputs: object, options: tuple = (), opts: tuple = ()) -> dict:
-        weights = project.folder / "student.pth"
-        argv = ["--config-file", project.student, "--weights", weights, "--input", *inputs, "--output", output]
-        monkeypatch.setattr(sys, "argv", [PROGRAM, *(str(a) for a in (*argv, *options, *opts))])
-        with clean_process():
-            runpy.run_path(PROGRAM, run_name="__main__")
+    def run(
+        project: Project, output: Path, *inputs: object, options: tuple = (), opts: tuple = (), weights: object = None
+    ) -> dict:
+        model = ("--model", project.student, weights or project.folder / "student.pth")
+        run_command("predict", *model, "--input", *inputs, "--output", output, *options, *opts)
         return json.loads((output / "detections.json").read_text())
 
     return run
@@ -138,11 +135,10 @@ def test_without_the_data_classes_are_numbers(
 
 
 def test_built_in_data_sets_give_their_own_category_ids() -> None:
-    program = runpy.run_path(PROGRAM)
     cfg = load_config("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
-    categories = program["read_categories"](cfg, 80)
+    categories = read_categories(cfg, 80)
     assert [(c.id, c.name) for c in categories][-2:] == [(89, "hair drier"), (90, "toothbrush")]
-    assert program["read_categories"](cfg, 3)[2].name == "class 2"
+    assert read_categories(cfg, 3)[2].name == "class 2"
 
 
 def test_inputs_are_files_and_folders_in_order_and_each_once(
@@ -167,7 +163,7 @@ def test_inputs_are_files_and_folders_in_order_and_each_once(
     drawings = {image["drawing"] for image in tree["images"]}
     assert {path.name for path in (tmp_path / "out").iterdir()} == drawings | {"detections.json"}
     printed = capsys.readouterr().out
-    assert "Left out 2 files that cannot be read as images: cut.png, notes.txt\n" in printed
+    assert "Skipped 2 files that cannot be read as images: cut.png, notes.txt\n" in printed
     assert f"[3/6] {photos / 'colour.png'}: " in printed
 
 
@@ -176,7 +172,6 @@ def test_unusable_input_is_one_sentence_and_nothing_is_written(
     photos: Path,
     tmp_path: Path,
     predict: Callable[..., dict],
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "empty").mkdir()
@@ -186,15 +181,19 @@ def test_unusable_input_is_one_sentence_and_nothing_is_written(
     low = ("--score-thresh", "1.5")
     cases = [
         ((out, tmp_path / "none.jpg"), {}, "there is no image or folder", "none.jpg"),
-        ((out, image, "MODEL.DEVICE", "cpu"), {}, "MODEL.DEVICE; overrides stand behind another option", ""),
         ((out, tmp_path / "notes.txt"), {}, "notes.txt cannot be read as an image", "format"),
         ((out, image, tmp_path / "cut.jpg"), {}, "cut.jpg cannot be read as an image", "runcated"),
         ((out, tmp_path / "empty"), {}, "there is no image in", "empty"),
         ((tmp_path / "notes.txt" / "out", image), {}, "--output", "cannot be written"),
         ((photos, photos / "turned.jpg"), {}, "--output", "would replace an input image"),
         ((out, image), {"options": low}, "--score-thresh is 1.5", "between 0 and 1"),
-        ((out, image), {"options": ("--weights", "none.pth")}, "--weights: there is no file", "none.pth"),
-        ((out, image), {"opts": ("MODEL.DEVICE", "cpu", *low)}, "--score-thresh stands behind the overrides", ""),
+        ((out, image), {"weights": "none.pth"}, "MODEL.WEIGHTS: there is no file", "none.pth"),
+        (
+            (out, image),
+            {"opts": ("MODEL.DEVICE", "cpu", *low)},
+            "--score-thresh must come before the KEY VALUE overrides",
+            "",
+        ),
         ((out, image), {"opts": ("MODEL.RETINANET.NUM_CONVS", "2")}, "fills", "parameters of the detector"),
         ((out, image), {"opts": ("MODEL.FPN.OUT_CHANEL", "2")}, "Did you mean MODEL.FPN.OUT_CHANNELS", ""),
     ]
@@ -208,6 +207,22 @@ def test_unusable_input_is_one_sentence_and_nothing_is_written(
         assert all(word in error.splitlines()[-1] for word in words), error
         assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert not out.exists()
+
+
+def test_a_run_and_the_class(retinanet: Project, photos: Path, tmp_path: Path, predict: Callable[..., dict]) -> None:
+    """Check that the folder of a training stands for its config and checkpoint, and that kd_d2.Predictor detects the same."""
+    run = tmp_path / "run"
+    run.mkdir()
+    weights = retinanet.folder / "student.pth"
+    cfg = load_config(str(retinanet.student), ["MODEL.WEIGHTS", str(weights)], student_only=True)
+    (run / "config.yaml").write_text(cfg.dump())
+    (run / "model_final.pth").write_bytes(weights.read_bytes())
+    image, out = photos / "colour.png", tmp_path / "out"
+    # overrides may follow the list of inputs
+    run_command("predict", "--score-thresh", LOW, "--model", run, "--output", out, "--input", image, "MODEL.DEVICE=cpu")
+    found = Predictor(cfg, LOW)(str(image))
+    tree = json.loads((out / "detections.json").read_text())
+    assert [a["score"] for a in tree["annotations"]] == found.scores.tolist() != []
 
 
 def detections(size: tuple[int, int], boxes: list[list[float]], classes: list[int]) -> Instances:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import runpy
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,8 @@ from kd_d2.adapters import DetectorOutputs, build_adapter
 from kd_d2.data import build_stream_loader, register_coco_json
 from kd_d2.distillers.icd.priors import compute_priors
 from kd_d2.distillers.icd.queries import ObservedFakeInstances
-from kd_d2.pseudo_labels import PseudoLabels, label_images
+from kd_d2.label_file import label_images
+from kd_d2.pseudo_labels import PseudoLabels
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ import torch
 from detectron2.data import DatasetCatalog
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
-from helpers import ROOT, Project, clean_process, make_project, train
+from helpers import Project, clean_process, make_project, run_command, train
 
 KINDS = ("retinanet", "fcos", "atss", "gfl", "fsaf", "reppoints", "faster", "mask", "cascade", "panoptic")
 PSEUDO_LABELS = {"MODEL__KD__PSEUDO_LABELS__ENABLED": True, "MODEL__KD__PSEUDO_LABELS__SCORE_THRESH": 0.0}
@@ -271,18 +271,11 @@ def test_class_statistics_are_learned_from_what_is_seen() -> None:
     assert set(drawn.tolist()) >= {0, 2}
 
 
-def _run_tool(project: Project, *args: object) -> None:
-    program = runpy.run_path(str(ROOT / "tools" / "pseudo_labels.py"))
-    fields = {"config_file": str(project.student), "dataset": None, "score_thresh": None, "opts": [], **dict(args)}
-    with clean_process():
-        program["main"](argparse.Namespace(**fields))
-
-
 def test_labels_made_ahead(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Check that the file has the teacher's detections of each image on disk, and that a student trains on it by what is printed."""
     project = make_project(tmp_path, MODEL__KD__TEACHER__OPTS=LOW_THRESHOLDS, **PSEUDO_LABELS)
     path = tmp_path / "labels.json"
-    _run_tool(project, ("output", str(path)), ("score_thresh", 0.011))
+    run_command("pseudo-label", project.student, "--output", path, "--score-thresh", 0.011)
     tree = json.loads(path.read_text())
     assert [(i["id"], i["file_name"]) for i in tree["images"]] == [(n + 1, f"{n:03d}.png") for n in range(6)]
     assert [c["name"] for c in tree["categories"]] == ["red", "green", "blue"]
@@ -292,7 +285,7 @@ def test_labels_made_ahead(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
         assert annotation["area"] == pytest.approx(annotation["bbox"][2] * annotation["bbox"][3])
         assert 1 <= annotation["category_id"] <= 3
     printed = capsys.readouterr().out
-    assert f"{len(tree['annotations'])} annotations of 6 images, scores above 0.011" in printed
+    assert f"{len(tree['annotations'])} annotations of 6 images: {path}" in printed
     overrides = shlex.split(printed.splitlines()[-1])
     name = f"{project.name}_by_teacher"
     cfg = load_config(str(project.student), overrides)
@@ -320,8 +313,10 @@ def test_a_teacher_that_leaves_out_what_would_count(
                 labels=PseudoLabels(0.04),
             )
     project = make_project(tmp_path)
-    with pytest.raises(UserError, match=r"detections above 0.01 are to be labels .* gives none below 0.05"):
-        _run_tool(project, ("output", str(tmp_path / "labels.json")), ("score_thresh", 0.01))
+    with pytest.raises(SystemExit):
+        run_command("pseudo-label", project.student, "--output", tmp_path / "labels.json", "--score-thresh", 0.01)
+    error = capfd.readouterr().err
+    assert re.search(r"error: .*detections above 0.01 are to be labels .* gives none below 0.05", error)
 
 
 def test_labels_are_of_scaled_images(tiny_detector: Callable, make_inputs: Callable) -> None:
@@ -341,15 +336,19 @@ def test_labels_are_of_scaled_images(tiny_detector: Callable, make_inputs: Calla
 
 
 @pytest.mark.parametrize(
-    ("keys", "fields", "expected"),
+    ("keys", "options", "expected"),
     [
-        ({"MODEL__META_ARCHITECTURE": "RetinaNet"}, {}, "must be the config of a distillation"),
-        ({}, {"dataset": "other"}, "--dataset 'other' is not in DATASETS.TRAIN: tiny_"),
-        ({}, {"score_thresh": 1.0}, "--score-thresh is 1.0; it must be from 0 to below 1"),
-        ({}, {"output": "/proc/none/labels.json"}, "--output /proc/none cannot be written"),
+        ({"MODEL__META_ARCHITECTURE": "RetinaNet"}, (), "must be the config of a distillation"),
+        ({}, ("--dataset", "other"), "--dataset 'other' is not in DATASETS.TRAIN: tiny_"),
+        ({}, ("--score-thresh", 1.0), "--score-thresh is 1.0; it must be from 0 to below 1"),
+        ({}, ("--output", "/proc/none/labels.json"), "--output /proc/none cannot be written"),
     ],
 )
-def test_wrong_arguments_of_the_tool(tmp_path: Path, keys: dict, fields: dict, expected: str) -> None:
+def test_wrong_arguments_of_the_command(
+    tmp_path: Path, capfd: pytest.CaptureFixture, keys: dict, options: tuple, expected: str
+) -> None:
     project = make_project(tmp_path, **keys)
-    with pytest.raises(UserError, match=expected):
-        _run_tool(project, *{"output": str(tmp_path / "labels.json"), **fields}.items())
+    with pytest.raises(SystemExit) as ended:
+        run_command("pseudo-label", project.student, "--output", tmp_path / "labels.json", *options)
+    assert ended.value.code == 2
+    assert expected in capfd.readouterr().err.splitlines()[-1]

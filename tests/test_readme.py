@@ -24,7 +24,7 @@ def test_five_lines_of_yaml(tmp_path):
     """Check that the README's config, with files where it says, is a valid distillation on its own data."""
     text = example("config")
     assert len(text.strip().splitlines()) == 5
-    (tmp_path / "my.yaml").write_text(re.sub(r"(?<=[ \[])(projects|configs)/", rf"{ROOT}/\g<0>", text))
+    (tmp_path / "my.yaml").write_text(text)
     (tmp_path / "images").mkdir()
     for name in ("train.json", "val.json"):
         (tmp_path / name).write_text(json.dumps({"images": [], "annotations": [], "categories": []}))

@@ -161,8 +161,8 @@ def test_advice_by_hand(tmp_path: Path) -> None:
     assert "now the batch has 8 images" in learning_rate_advice(str(plain), ["SOLVER.IMS_PER_BATCH", "8.0"])
 
 
-def test_advice_on_the_model_zoo_runs_no_code() -> None:
-    """Its RetinaNet base computes anchors by a yaml tag: it is read, and the tag is passed over."""
+def test_advice_on_the_model_zoo() -> None:
+    """Its RetinaNet base computes anchors by a yaml tag, which plain yaml does not have."""
     path = model_zoo.get_config_file("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
     assert learning_rate_advice(path, []) is None
     assert "SOLVER.BASE_LR 0.01 comes from" in learning_rate_advice(path, ["SOLVER.IMS_PER_BATCH", 8])

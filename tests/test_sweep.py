@@ -1,14 +1,17 @@
-"""The comparison: matrix files, statistics of the table, resuming."""
+"""Sweeps: matrix files, statistics of the table, resuming."""
 
 import fcntl
 import json
+import logging
 import math
 import os
-import runpy
+import sys
+from dataclasses import replace
 
 from kd_d2 import UserError
+from kd_d2.cli import main
 from kd_d2.config import load_config
-from kd_d2.sweep import compare, report, runner
+from kd_d2.sweep import SweepOptions, report, run_sweep, runner
 from kd_d2.sweep.costs import measure_costs
 from kd_d2.sweep.matrix import measured_settings, read_matrix
 from kd_d2.sweep.plots import look, plot_ap, plot_curves
@@ -17,9 +20,15 @@ from kd_d2.sweep.runner import Job, read_metrics, result_path, run_jobs, teacher
 from kd_d2.sweep.table import HEADERS, as_csv, as_markdown, build_rows, format_row, pooled_deviation, read_results
 
 import pytest
+from helpers import clean_process
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 STUDENT = os.path.join(ROOT, "configs", "tiny", "retinanet-student.yaml")
+
+
+@pytest.fixture(autouse=True)
+def log_of_progress(caplog):
+    caplog.set_level(logging.INFO, "kd_d2")
 
 
 def write_matrix(folder, text):
@@ -156,18 +165,18 @@ def test_the_teacher_is_evaluated_among_the_cells(tmp_path, monkeypatch):
         "{MODEL.META_ARCHITECTURE: KDMetaArch, MODEL.KD.TEACHER.CONFIG_FILE: STUDENT, MODEL.KD.INHERIT.ENABLED: True}"
     )
     text = f"config: STUDENT\nbaseline: a\ncells: {{a: {{opts: {teacher}}}}}\n"
-    compare(read_matrix(write_matrix(tmp_path, text)), str(tmp_path / "output"), [], jobs=2)
+    run_sweep(read_matrix(write_matrix(tmp_path, text)), str(tmp_path / "output"), [], SweepOptions(jobs=2))
     ((jobs, parallel, threads),) = started
     assert ([job.cell for job in jobs], parallel, threads) == (["teacher", "a"], 2, 1)
 
 
 def test_threads_of_jobs_sleep_while_they_wait(tmp_path, monkeypatch):
     """Check the environment of a job, and that what the user says of it holds."""
-    script = tmp_path / "train_net.py"
+    script = tmp_path / "program.py"
     script.write_text(
         "import json, os, sys\njson.dump({'bbox': {}, **os.environ}, open(sys.argv[1] + '/train.json', 'w'))\n"
     )
-    monkeypatch.setattr(runner, "TRAIN_NET", str(script))
+    monkeypatch.setattr(runner, "PROGRAM", (sys.executable, str(script)))
     monkeypatch.setenv("KMP_BLOCKTIME", "5")
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.delenv(name, raising=False)
@@ -226,16 +235,16 @@ def test_settings_ignore_places_and_defaults():
     assert not {"OUTPUT_DIR", "SEED", "MODEL.DEVICE", "MODEL.MASK_ON"} & settings.keys()
 
 
-def test_a_finished_cell_is_not_run_again(tmp_path, monkeypatch, capsys):
+def test_a_finished_cell_is_not_run_again(tmp_path, monkeypatch, caplog):
     """Check that a result of the same settings is kept, and that one of other settings is refused with the key."""
-    monkeypatch.setattr(runner, "TRAIN_NET", str(tmp_path / "nothing.py"))
+    monkeypatch.setattr(runner, "PROGRAM", (sys.executable, str(tmp_path / "nothing.py")))
     matrix = read_matrix(write_matrix(tmp_path, MATRIX))
     job = training_job(matrix.cell("better"), 0, str(tmp_path), str(tmp_path / "cells"), [])
     os.makedirs(os.path.dirname(job.result))
     with open(job.result, "w") as file:
         json.dump(result("better", 0, 1.0) | {"settings": job.settings}, file)
     run_jobs([job], 1, 1)
-    assert "1 of 1 cells are finished already" in capsys.readouterr().out
+    assert "1 of 1 cells are finished already" in caplog.text
     changed = training_job(matrix.cell("better"), 0, str(tmp_path), str(tmp_path / "cells"), ["SOLVER.GAMMA", "0.2"])
     with pytest.raises(UserError, match=r"SOLVER.GAMMA: default then, 0.2 now"):
         run_jobs([changed], 1, 1)
@@ -243,7 +252,7 @@ def test_a_finished_cell_is_not_run_again(tmp_path, monkeypatch, capsys):
 
 def test_a_failing_cell_is_named_and_others_finish(tmp_path, monkeypatch):
     """Check that a cell whose process fails is reported with its log, after the others have left their results."""
-    script = tmp_path / "train_net.py"
+    script = tmp_path / "program.py"
     script.write_text(
         "import json, sys\n"
         "folder = sys.argv[1]\n"
@@ -254,7 +263,7 @@ def test_a_failing_cell_is_named_and_others_finish(tmp_path, monkeypatch):
         "        {'iteration': 19, 'time': 0.7, 'bbox/AP': 12.5, 'peak_memory_mib': 4.0}]\n"
         "open(folder + '/metrics.json', 'w').writelines(json.dumps(r) + '\\n' for r in rows)\n"
     )
-    monkeypatch.setattr(runner, "TRAIN_NET", str(script))
+    monkeypatch.setattr(runner, "PROGRAM", (sys.executable, str(script)))
     jobs = [
         Job(
             name,
@@ -278,15 +287,15 @@ def test_a_failing_cell_is_named_and_others_finish(tmp_path, monkeypatch):
     assert not (tmp_path / "cells" / "bad.json").exists()
 
 
-def test_a_cell_that_another_process_runs_is_left_to_it(tmp_path, monkeypatch, capsys):
+def test_a_cell_that_another_process_runs_is_left_to_it(tmp_path, monkeypatch, caplog):
     """Check that a locked folder is not trained in, and that what finished meanwhile is not run again."""
-    monkeypatch.setattr(runner, "TRAIN_NET", str(tmp_path / "nothing.py"))
+    monkeypatch.setattr(runner, "PROGRAM", (sys.executable, str(tmp_path / "nothing.py")))
     job = Job("busy", 0, [], str(tmp_path / "busy"), str(tmp_path / "cells" / "busy.json"), {})
     os.makedirs(job.output)
     with open(os.path.join(job.output, ".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         run_jobs([job], 1, 1)
-    assert f"busy seed 0: left out, another process is running it in {job.output}" in capsys.readouterr().out
+    assert f"busy seed 0: left out, another process is running it in {job.output}" in caplog.text
     assert not os.path.exists(os.path.join(job.output, "process.log"))
     with pytest.raises(UserError, match="1 cells failed: busy seed 0"):  # free again: it is tried
         run_jobs([job], 1, 1)
@@ -304,18 +313,18 @@ def test_metrics_of_a_run_that_was_killed_and_resumed(tmp_path):
     ]
 
 
-def test_progress_of_a_resumed_cell(tmp_path, capsys):
+def test_progress_of_a_resumed_cell(tmp_path, caplog):
     """Check that what an earlier process wrote is not taken for progress, and that the last row written counts."""
     job = Job("cell", 0, [], str(tmp_path), str(tmp_path / "result.json"), {"SOLVER.MAX_ITER": 100})
     metrics = tmp_path / "metrics.json"
     metrics.write_text('{"iteration": 79, "total_loss": 1.0}\n')
     job.started = metrics.stat().st_mtime + 1
     runner._report_progress(job)
-    assert capsys.readouterr().out == ""
+    assert caplog.text == ""
     job.started = 0.0
     metrics.write_text(metrics.read_text() + '{"iteration": 59, "total_loss": 2.0}\n{"iteration": 69, "tot')
     runner._report_progress(job)
-    assert "iteration 60, loss 2.000" in capsys.readouterr().out
+    assert "iteration 60, loss 2.000" in caplog.text
 
 
 def test_a_report_of_some_cells_in_a_folder_of_its_own(finished, tmp_path):
@@ -331,65 +340,82 @@ def test_a_report_of_some_cells_in_a_folder_of_its_own(finished, tmp_path):
     assert sorted(path.name for path in report.iterdir()) == ["ap.png", "curves.png", "table.csv", "table.md"]
 
 
-def test_a_table_that_is_kept_in_a_readme(finished, tmp_path):
-    """Check that only what is finished is reported, nothing is trained, and the text around the table stays, twice."""
+@pytest.mark.parametrize("program", ["kd-d2 sweep", "tools/compare.py"])
+def test_a_table_that_is_kept_in_a_readme(finished, tmp_path, program):
+    """Check that only what is finished is reported, nothing is trained, the text around the table stays, and an old mark is renewed."""
     matrix, folder = finished
     readme = tmp_path / "README.md"
-    readme.write_text("# Title\n\n<!-- table of tools/compare.py -->\nold\n<!-- end of the table -->\n\nBelow.\n")
+    readme.write_text(f"# Title\n\n<!-- table of {program} -->\nold\n<!-- end of the table -->\n\nBelow.\n")
     output = str(tmp_path / "output")
+    options = SweepOptions(results=folder, report=str(tmp_path), readme=str(readme), report_only=True)
     for _ in range(2):
-        rows = compare(matrix, output, [], results=folder, report=str(tmp_path), readme=str(readme), report_only=True)
+        rows = run_sweep(matrix, output, [], options)
         text = readme.read_text()
-        assert text.startswith("# Title\n\n<!-- table of tools/compare.py -->\n\n|") and text.endswith(
-            "table -->\n\nBelow.\n"
-        )
+        assert text.startswith("# Title\n\n<!-- table of kd-d2 sweep -->\n\n|")
+        assert text.endswith("table -->\n\nBelow.\n")
         assert "old" not in text and text.count(rows[-1].title) == 1
     assert os.listdir(output) == []
-    for bad in ("no marks", "<!-- end of the table --> <!-- table of tools/compare.py -->"):
+    for bad in ("no marks", f"<!-- end of the table --> <!-- table of {program} -->"):
         readme.write_text(bad)
-        with pytest.raises(UserError, match=r"needs one line <!-- table of tools/compare.py --> and below it one line"):
-            compare(matrix, output, [], results=folder, report=str(tmp_path), readme=str(readme), report_only=True)
+        with pytest.raises(UserError, match=r"needs one line <!-- table of kd-d2 sweep --> and below it one line"):
+            run_sweep(matrix, output, [], options)
         assert readme.read_text() == bad
     with pytest.raises(UserError, match="--readme: there is no file"):
-        compare(matrix, output, [], results=folder, readme=str(tmp_path / "none.md"), report_only=True)
+        run_sweep(matrix, output, [], replace(options, readme=str(tmp_path / "none.md")))
 
 
 def test_one_of_two_tables_in_a_readme(finished, tmp_path):
     """Check that the named table alone changes, and that a name without its marks is an error."""
     matrix, folder = finished
     readme = tmp_path / "README.md"
-    marks = "<!-- table of tools/compare.py: {} -->\n{}\n<!-- end of the table -->\n"
+    marks = "<!-- table of kd-d2 sweep: {} -->\n{}\n<!-- end of the table -->\n"
     readme.write_text(marks.format("first", "one") + marks.format("second", "two"))
-    arguments = {"results": folder, "report": str(tmp_path), "report_only": True}
+    options = SweepOptions(results=folder, report=str(tmp_path), report_only=True)
     for _ in range(2):
-        compare(matrix, str(tmp_path / "output"), [], readme=f"{readme}#second", **arguments)
-        first, second = readme.read_text().split("<!-- table of tools/compare.py: second -->")
+        run_sweep(matrix, str(tmp_path / "output"), [], replace(options, readme=f"{readme}#second"))
+        first, second = readme.read_text().split("<!-- table of kd-d2 sweep: second -->")
         assert first == marks.format("first", "one")
         assert second.startswith("\n\n|") and second.endswith("|\n\n<!-- end of the table -->\n")
         assert "two" not in second
     kept = readme.read_text()
     for name in ("#third", ""):
-        with pytest.raises(UserError, match=r"needs one line <!-- table of tools/compare.py"):
-            compare(matrix, str(tmp_path / "output"), [], readme=f"{readme}{name}", **arguments)
+        with pytest.raises(UserError, match=r"needs one line <!-- table of kd-d2 sweep"):
+            run_sweep(matrix, str(tmp_path / "output"), [], replace(options, readme=f"{readme}{name}"))
     for bad in (kept.replace("<!-- end of the table -->", "", 1), kept + kept):
         readme.write_text(bad)
-        with pytest.raises(UserError, match=r"needs one line <!-- table of tools/compare.py: first -->"):
-            compare(matrix, str(tmp_path / "output"), [], readme=f"{readme}#first", **arguments)
+        with pytest.raises(UserError, match=r"needs one line <!-- table of kd-d2 sweep: first -->"):
+            run_sweep(matrix, str(tmp_path / "output"), [], replace(options, readme=f"{readme}#first"))
 
 
 @pytest.mark.parametrize(
     ("arguments", "cells", "seeds", "opts"),
     [
-        (["--cells", "a", "b", "SOLVER.BASE_LR", "0.1"], ["a", "b"], None, ["SOLVER.BASE_LR", "0.1"]),
-        (["--seeds", "0", "1", "SOLVER.BASE_LR", "0.1"], None, [0, 1], ["SOLVER.BASE_LR", "0.1"]),
-        (["--cells", "a", "--jobs", "2", "SOLVER.BASE_LR", "1"], ["a"], None, ["SOLVER.BASE_LR", "1"]),
+        (["--cells", "plain", "better", "SOLVER.BASE_LR", "0.1"], ["plain", "better"], None, ["SOLVER.BASE_LR", "0.1"]),
+        (["--seeds", "0", "1", "SOLVER.BASE_LR=0.1"], None, [0, 1], ["SOLVER.BASE_LR", "0.1"]),
+        (["--cells", "plain", "--jobs", "2", "SOLVER.BASE_LR", "1"], ["plain"], None, ["SOLVER.BASE_LR", "1"]),
         ([], None, None, []),
     ],
 )
-def test_overrides_may_follow_a_list(arguments, cells, seeds, opts):
-    parse = runpy.run_path(os.path.join(ROOT, "tools", "compare.py"))["parse"]
-    args = parse(["--matrix", "m.yaml", "--output", "out", *arguments])
-    assert (args.cells, args.seeds, args.opts) == (cells, seeds, opts)
+def test_the_command(tmp_path, monkeypatch, arguments, cells, seeds, opts):
+    """Check the options, and that overrides may follow a list."""
+    seen = []
+    monkeypatch.setattr("kd_d2.sweep.run_sweep", lambda *arguments: seen.append(arguments))
+    with clean_process():
+        main(["sweep", write_matrix(tmp_path, MATRIX), "--output", "out", *arguments])
+    ((matrix, output, found, options),) = seen
+    assert (matrix.student, output, found) == ("plain", "out", opts)
+    assert (options.cells, options.seeds, options.jobs) == (cells, seeds, 2 if "--jobs" in arguments else 1)
+
+
+def test_jobs_import_what_the_sweep_imports(tmp_path):
+    """Check both kinds of jobs: the options come before the overrides."""
+    matrix = read_matrix(write_matrix(tmp_path, MATRIX))
+    cell, folder = matrix.cell("better"), str(tmp_path)
+    for make, arguments in ((training_job, (cell, 0)), (teacher_evaluation, (cell,))):
+        command = make(*arguments, folder, folder, [], ["one.py", "two"]).command
+        start = command.index("--import")
+        assert command[start : start + 4] == ["--import", "one.py", "--import", "two"]
+        assert start < command.index("SOLVER.CHANNELS_LAST")
 
 
 def test_costs_of_images_that_have_to_be_padded(tmp_path):

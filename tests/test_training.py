@@ -336,7 +336,9 @@ def test_a_loss_that_is_not_finite_stops_the_training(retinanet: Project, capfd:
     with pytest.raises(SystemExit) as caught:
         retinanet.main()
     out, err = capfd.readouterr()
-    said = "In iteration 2 the loss loss_feature_imitation is nan; training stops, and the last checkpoint is intact."
+    said = (
+        "In iteration 2 the loss loss_feature_imitation is nan; training stops; checkpoints already written are intact."
+    )
     assert caught.value.code == 2
     assert err.splitlines()[-1] == f"error: {said}"
     assert "Traceback" not in out + err
@@ -384,8 +386,8 @@ def test_weights_that_are_not_finite_are_never_saved(retinanet: Project) -> None
     with pytest.raises(UserError) as caught:
         train(retinanet, "SOLVER.CHECKPOINT_PERIOD", 1, hooks=(BreakWeights(),))
     assert str(caught.value) == (
-        "Checkpoint model_0000002.pth is not written, since the weight head.cls_subnet.0.weight is not finite; the last "
-        "checkpoint is intact."
+        "Checkpoint model_0000002.pth is not written, since the weight head.cls_subnet.0.weight is not finite; checkpoints "
+        "already written are intact."
     )
     assert sorted(p.name for p in retinanet.output.glob("model*")) == ["model_0000000.pth", "model_0000001.pth"]
     assert (retinanet.output / "last_checkpoint").read_text() == "model_0000001.pth"

@@ -1,18 +1,25 @@
-"""The program kd-d2: one module of this package a command, imported only when it is the one that runs."""
+"""The program kd-d2: one module of this package per command, imported only when it runs."""
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import sys
 from types import ModuleType
 
-from ..errors import exit_on_user_error
+from ..errors import UserError, exit_on_user_error
 from .overrides import split_overrides
 
 COMMANDS = {
     "train": "train a detector, plain or distilled",
     "eval": "evaluate a trained detector, or a teacher",
+    "predict": "detect objects in images",
+    "sweep": "train several methods and seeds, and compare them in a table",
+    "pseudo-label": "label training images by the teacher",
+    "config": "print configs",
+    "demo": "distillation from end to end on synthetic data",
+    "completion": "print a completion script for bash or zsh",
 }
 """By name what each does; `train` is the module kd_d2.cli.train, with `add_arguments(parser)` and `run(args)`."""
 
@@ -20,24 +27,30 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> None:
     """Run a command line; a UserError ends it with one sentence and exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] not in COMMANDS:
-        _overview().parse_args(argv or ["--help"])
-        return
-    module = _module_of(argv[0])
-    parser = argparse.ArgumentParser(
-        prog=f"kd-d2 {argv[0]}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    module.add_arguments(parser)
+    command, *arguments = argv or ["--help"]
+    if command.startswith("-"):
+        _overview().parse_args([command])
     with exit_on_user_error():
-        options, opts = split_overrides(argv[1:])
+        if command not in COMMANDS:
+            close = difflib.get_close_matches(command, COMMANDS, n=1)
+            hint = f"did you mean {close[0]}?" if close else "kd-d2 --help lists all commands."
+            raise UserError(f"kd-d2 has no command {command!r}; {hint}")
+        module = module_of(command)
+        parser = argparse.ArgumentParser(
+            prog=f"kd-d2 {command}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        module.add_arguments(parser)
+        options, opts = split_overrides(arguments)
         module.run(parser.parse_args(options, argparse.Namespace(opts=opts)))
 
 
-def _module_of(command: str) -> ModuleType:
+def module_of(command: str) -> ModuleType:
     return importlib.import_module(f".{command.replace('-', '_')}", __name__)
 
 
 def _overview() -> argparse.ArgumentParser:
+    from .. import __version__
+
     width = max(map(len, COMMANDS))
     parser = argparse.ArgumentParser(
         prog="kd-d2",
@@ -48,5 +61,5 @@ def _overview() -> argparse.ArgumentParser:
         + "\n\nkd-d2 COMMAND --help has the options of each.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
+    parser.add_argument("--version", action="version", version=__version__)
     return parser

@@ -9,6 +9,15 @@ from dataclasses import dataclass
 from ..errors import UserError
 
 
+def add_config_argument(parser: argparse.ArgumentParser, help: str = "a config") -> None:
+    """CONFIG, which is `args.config_file`."""
+    parser.add_argument(
+        "config_file",
+        metavar="CONFIG",
+        help=f"{help}: a file, the name of one that ships (kd-d2 config list), or one in Detectron2's model zoo",
+    )
+
+
 def add_import_argument(parser: argparse.ArgumentParser) -> None:
     """--import, of which `args.imports` is the list."""
     parser.add_argument(
@@ -43,6 +52,11 @@ class ModelPath:
     config: str
     weights: str
 
+    @property
+    def overrides(self) -> list[str]:
+        """The weights as an override of the config."""
+        return ["MODEL.WEIGHTS", self.weights] if self.weights else []
+
 
 def add_model_argument(parser: argparse._ActionsContainer, count: str, *, required: bool = True) -> None:
     """--model, of which `args.model` is a list of value lists, one for each `--model`: see `read_model_paths`.
@@ -73,6 +87,18 @@ def read_model_paths(values: list[list[str]]) -> list[ModelPath]:
         if titles.count(title) > 1:
             raise UserError(f"--model: two models have the title {title!r}; write TITLE=CONFIG_OR_RUN.")
     return models
+
+
+def read_one_model_path(values: list[list[str]]) -> ModelPath:
+    """The model of a `--model` that may be given once.
+
+    Raises:
+        UserError: see `read_model_paths`, or there are several.
+    """
+    models = read_model_paths(values)
+    if len(models) > 1:
+        raise UserError(f"--model: this command takes one model, not {len(models)}.")
+    return models[0]
 
 
 def _model_path(place: str, weights: str = "") -> ModelPath:

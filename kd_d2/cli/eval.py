@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..engine import launch
-from ..engine.program import main
-from ..errors import UserError
-from .arguments import add_import_argument, add_launch_arguments, add_model_argument, read_model_paths
+from .arguments import add_import_argument, add_launch_arguments, add_model_argument, read_one_model_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,12 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from ..engine import launch
+    from ..engine.program import main
+
     args.eval_teacher = args.teacher_of is not None
     args.config_file = args.teacher_of
     if not args.eval_teacher:
-        models = read_model_paths(args.model)
-        if len(models) > 1:
-            raise UserError("kd-d2 eval evaluates one --model at a time.")
-        args.config_file = models[0].config
-        args.opts += ["MODEL.WEIGHTS", models[0].weights] if models[0].weights else []
+        model = read_one_model_path(args.model)
+        args.config_file = model.config
+        args.opts += model.overrides
     launch(main, args)

@@ -7,15 +7,11 @@ from __future__ import annotations
 
 import argparse
 
-from ..engine import launch
-from ..engine.program import main
-from .arguments import add_import_argument, add_launch_arguments
+from .arguments import add_config_argument, add_import_argument, add_launch_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "config_file", metavar="CONFIG", help="config file, or the name of one that ships or is in the model zoo"
-    )
+    add_config_argument(parser)
     parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint in OUTPUT_DIR")
     parser.add_argument("--eval-teacher", action="store_true", help="evaluate the teacher before training")
     add_import_argument(parser)
@@ -24,4 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from ..engine import launch
+    from ..engine.program import main
+
     launch(main, args)

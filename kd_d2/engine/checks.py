@@ -33,7 +33,7 @@ def check_distillation(cfg: CfgNode) -> None:
     """Raise a UserError unless the config is a distillation's."""
     if cfg.MODEL.META_ARCHITECTURE != KD_META_ARCH:
         raise UserError(
-            "--config-file must be the config of a distillation: "
+            "CONFIG must be the config of a distillation: "
             f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}, not {KD_META_ARCH}."
         )
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
-import yaml
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 
+from ..config_files import read_layers
 from ..distillers import DISTILLER_REGISTRY
 from ..errors import UserError, check_number
 
@@ -94,7 +93,7 @@ def learning_rate_advice(config_file: str, opts: list[Any]) -> str | None:
 def _solver_layers(config_file: str, opts: list[Any]) -> Iterator[tuple[str, dict[str, float]]]:
     """What each file and the command line themselves say of batch and rate, later ones last."""
     keys = ("IMS_PER_BATCH", "BASE_LR")
-    for path, tree in _own_trees(config_file):
+    for path, tree in read_layers(config_file):
         solver = tree.get("SOLVER") or {}
         yield (
             path,
@@ -103,20 +102,3 @@ def _solver_layers(config_file: str, opts: list[Any]) -> Iterator[tuple[str, dic
     given = dict(zip(opts[::2], opts[1::2], strict=True))
     names = [f"SOLVER.{key}" for key in keys]
     yield "the command line", {name: float(given[name]) for name in names if name in given}
-
-
-def _own_trees(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A config file without its bases, after each of these."""
-    with open(path, encoding="utf-8") as file:
-        tree = yaml.load(file, _ValuesOnly)
-    bases = tree.get("_BASE_") or []
-    for base in [bases] if isinstance(bases, str) else bases:
-        yield from _own_trees(os.path.normpath(os.path.join(os.path.dirname(path), os.path.expanduser(base))))
-    yield path, tree
-
-
-class _ValuesOnly(yaml.SafeLoader):
-    """Plain yaml; what the model zoo computes by code is left out, and nothing runs."""
-
-
-_ValuesOnly.add_multi_constructor("", lambda loader, tag, node: None)

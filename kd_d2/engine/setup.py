@@ -11,7 +11,8 @@ from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from ..config import KD_META_ARCH, find_config_file, load_config
+from ..config import KD_META_ARCH, load_config
+from ..config_files import find_config_file
 from ..data import register_coco_json, register_synthetic
 from ..files import write_json, write_text
 from ..modeling import unused_nodes
@@ -43,7 +44,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         write_text(os.path.join(cfg.OUTPUT_DIR, "student.yaml"), student_config(cfg).dump())
         write_json(os.path.join(cfg.OUTPUT_DIR, "versions.json"), versions())
     if args.config_file and not args.eval_only:
-        advice = learning_rate_advice(find_config_file(args.config_file, "--config-file"), args.opts)
+        advice = learning_rate_advice(find_config_file(args.config_file, "the config"), args.opts)
         if advice:
             logger.warning(advice)
     return cfg

@@ -102,7 +102,7 @@ class DistillationStep(SimpleTrainer):
         for name, value in values.items():
             if not math.isfinite(value):
                 raise NonFiniteLossError(
-                    f"In iteration {self.iter} the loss {name} is {value}; training stops, and the last checkpoint is intact."
+                    f"In iteration {self.iter} the loss {name} is {value}; training stops; checkpoints already written are intact."
                 )
         storage = get_event_storage()
         storage.put_scalar("data_time", data_time)

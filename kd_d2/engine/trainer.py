@@ -218,7 +218,7 @@ def _explained(error: BaseException | None) -> UserError | None:
     """What a user can mend, as a sentence; None for any other error."""
     if isinstance(error, UserError):
         return error
-    go_on = "the last checkpoint is intact, and --resume goes on from it"
+    go_on = "checkpoints already written are intact, and --resume continues from the last"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(f"The disk of OUTPUT_DIR is full ({error.strerror}); {go_on}.")
     if str(error).startswith("DataLoader worker"):

@@ -1,6 +1,6 @@
 """Comparing methods: a matrix of cells and seeds, run resumably, in one table with plots."""
 
 from .matrix import Cell, Matrix, read_matrix
-from .report import compare
+from .report import SweepOptions, run_sweep
 
-__all__ = ["Cell", "Matrix", "compare", "read_matrix"]
+__all__ = ["Cell", "Matrix", "SweepOptions", "read_matrix", "run_sweep"]

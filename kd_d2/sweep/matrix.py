@@ -8,9 +8,9 @@ from itertools import chain
 from typing import Any
 
 import yaml
-from detectron2.config import CfgNode, get_cfg
 
-from ..config import KD_META_ARCH, add_kd_config, as_overrides, find_file, load_config
+from ..config import KD_META_ARCH, changed_keys, load_config
+from ..config_files import as_overrides, find_beside
 from ..errors import UserError
 
 # Keys that say where things lie or how they are run, not what is measured.
@@ -100,10 +100,10 @@ class Matrix:
 def read_matrix(path: str) -> Matrix:
     """Read a matrix from yaml.
 
-    Its keys: `config` (of the students, relative to the file), `baseline`, `student`, optionally `teacher`
-    (`config`, `fragments`, `opts`, `seeds`), and `cells`: by name a `title`, `fragments` (config files, relative to the matrix,
-    that are laid over the config one after another), `opts` (a mapping of keys to values, laid over these), `seeds`, and
-    `config` where it is not the common one.
+    Its keys: `config` (of the students), `baseline`, `student`, optionally `teacher` (`config`, `fragments`, `opts`, `seeds`),
+    and `cells`: by name a `title`, `fragments` (configs that are laid over the config one after another), `opts` (a mapping of
+    keys to values, laid over these), `seeds`, and `config` if it is not the common one. Configs are paths relative to the
+    matrix, or names (see `config_files.find_config_file`).
 
     Raises:
         UserError: a missing file, an unknown key.
@@ -114,7 +114,7 @@ def read_matrix(path: str) -> Matrix:
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"Matrix {path} cannot be read: {' '.join(str(error).split())}.") from error
     _only(path, "the matrix", tree, {"config", "baseline", "student", "teacher", "cells"})
-    folder = os.path.dirname(os.path.abspath(path))
+    path = os.path.abspath(path)
     common = tree.get("config")
 
     def cell(name: str, entry: dict[str, Any] | None) -> Cell:
@@ -123,12 +123,12 @@ def read_matrix(path: str) -> Matrix:
         config = entry.get("config", common)
         if not config:
             raise UserError(f"Matrix {path}: cell {name} has no config.")
-        files = [find_file(file, f"Matrix {path}: cell {name}", folder) for file in entry.get("fragments", ())]
+        files = [find_beside(file, path, f"Matrix {path}: cell {name}") for file in entry.get("fragments", ())]
         opts = (*chain.from_iterable(map(as_overrides, files)), *chain.from_iterable(entry.get("opts", {}).items()))
         return Cell(
             name=name,
             title=entry.get("title", name),
-            config=os.path.join(folder, config),
+            config=find_beside(config, path, f"Matrix {path}: cell {name}"),
             opts=opts,
             seeds=tuple(entry.get("seeds", (0,))),
         )
@@ -159,23 +159,5 @@ def measured_settings(config: str, opts: list[Any]) -> dict[str, Any]:
 
     A key that a later version adds does not change it, as long as it stays at its default.
     """
-    cfg = load_config(config, opts)
-    defaults = get_cfg()
-    add_kd_config(defaults)
-    different: dict[str, Any] = {}
-
-    def walk(node: CfgNode, default: CfgNode, prefix: str) -> None:
-        for key, value in node.items():
-            name = prefix + key
-            if isinstance(value, CfgNode):
-                walk(value, default[key], name + ".")
-            elif name not in LOCATION_KEYS and _plain(value) != _plain(default[key]):
-                different[name] = _plain(value)
-
-    walk(cfg, defaults, "")
-    return different
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, as json gives them back."""
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+    changed = changed_keys(load_config(config, opts))
+    return {key: value for key, value in changed.items() if key not in LOCATION_KEYS}

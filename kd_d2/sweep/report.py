@@ -1,9 +1,12 @@
-"""A whole comparison: run what is missing, then write table and plots."""
+"""A whole sweep: run what is missing, then write table and plots."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..engine.checks import check_output_folder
@@ -15,84 +18,88 @@ from .plots import Curves, plot_ap, plot_curves
 from .runner import run_jobs, teacher_evaluation, teacher_training, training_job
 from .table import Row, as_csv, as_markdown, build_rows, read_results
 
+logger = logging.getLogger(__name__)
+
 COSTS = "costs.json"
 ANY_MARK, END_MARK = "<!-- table of ", "<!-- end of the table -->"
 
 
-def compare(
-    matrix: Matrix,
-    output: str,
-    opts: list[Any],
-    *,
-    results: str | None = None,
-    report: str | None = None,
-    readme: str | None = None,
-    cells: list[str] | None = None,
-    seeds: list[int] | None = None,
-    jobs: int = 1,
-    threads: int = 1,
-    report_only: bool = False,
-) -> list[Row]:
-    """Run the cells of a matrix that are not finished, and write table and plots of all that are.
+@dataclass(frozen=True)
+class SweepOptions:
+    """How a sweep is run and reported.
 
-    Args:
-        output: folder of the runs, one a cell and seed.
-        opts: overrides for all cells.
-        results: folder of what is small enough to keep: a json a finished cell and seed, and `costs.json`; by default
-            `output`/results.
+    Attributes:
+        results: folder of what is small enough to keep: a json per finished cell and seed, and `costs.json`; by default
+            `results` in the folder of the trainings.
         report: folder of `table.md`, `table.csv`, `ap.png` and `curves.png`; by default `results`.
         readme: a Markdown file whose table, between two marks, is replaced by this one; `FILE#NAME` for the table of that name.
-        cells: only these are run and reported, beside baseline and plain student where they are finished; None for all.
+        report_only: train nothing, and report what is finished.
+        cells: only these are run and reported, beside baseline and plain student if they are finished; None for all.
         seeds: only these are run; None for all.
         jobs: trainings at a time.
         threads: CPU threads of each.
-        report_only: train nothing; what is finished is reported.
+        imports: modules and files of users that the trainings import, see `extensions`.
+    """
+
+    results: str | None = None
+    report: str | None = None
+    readme: str | None = None
+    report_only: bool = False
+    cells: list[str] | None = None
+    seeds: list[int] | None = None
+    jobs: int = 1
+    threads: int = 1
+    imports: Sequence[str] = ()
+
+
+def run_sweep(matrix: Matrix, output: str, opts: list[Any], options: SweepOptions | None = None) -> list[Row]:
+    """Train the cells of a matrix that are not finished, and write table and plots of all that are.
+
+    Args:
+        output: folder of the trainings, one per cell and seed.
+        opts: overrides for all cells.
 
     Returns:
         The rows of the table: everything that is finished by now.
+
+    Raises:
+        UserError: a folder or a readme cannot be written, a cell or its config is wrong, or trainings failed.
     """
+    options = options or SweepOptions()
     output = os.path.abspath(output)
-    results = os.path.abspath(results or os.path.join(output, "results"))
-    check_output_folder(output, "--output")
-    report = os.path.abspath(report or results)
-    check_output_folder(results, "--results")
-    check_output_folder(report, "--report")
-    if readme is not None:
-        _split_at_marks(readme)  # complains before anything is trained
-    costs = read_costs(results) or {}
-    if not report_only:
-        costs = _run_missing(matrix, output, results, opts, cells, seeds, jobs, threads)
-    rows = write_report(matrix.reduced_to(cells), results, costs, report)
-    if readme is not None:
-        path, before, after = _split_at_marks(readme)
+    results = os.path.abspath(options.results or os.path.join(output, "results"))
+    report = os.path.abspath(options.report or results)
+    for folder, key in ((output, "--output"), (results, "--results"), (report, "--report")):
+        check_output_folder(folder, key)
+    if options.readme is not None:
+        _split_at_marks(options.readme)  # fails before anything is trained
+    if options.report_only:
+        costs = read_costs(results) or {}
+    else:
+        costs = _run_missing(matrix, output, results, opts, options)
+    rows = write_report(matrix.reduced_to(options.cells), results, costs, report)
+    if options.readme is not None:
+        path, before, after = _split_at_marks(options.readme)
         write_text(path, f"{before}\n\n{as_markdown(rows)}\n\n{after}")
     return rows
 
 
 def _run_missing(
-    matrix: Matrix,
-    output: str,
-    results: str,
-    opts: list[Any],
-    cells: list[str] | None,
-    seeds: list[int] | None,
-    jobs: int,
-    threads: int,
+    matrix: Matrix, output: str, results: str, opts: list[Any], options: SweepOptions
 ) -> dict[str, dict[str, float]]:
     """Train what is not finished; returns the detectors' costs."""
-    evaluation = []
+    jobs, imports = [], options.imports
     if matrix.teacher is not None:
-        job, names_teacher = teacher_training(matrix, output, results, opts)
-        run_jobs([job], 1, jobs * threads)
+        job, names_teacher = teacher_training(matrix, output, results, opts, imports)
+        run_jobs([job], 1, options.jobs * options.threads)
         if not os.path.isfile(job.result):
-            raise UserError(
-                f"The teacher is being made by another process in {job.output}; start again when it has ended."
-            )
+            raise UserError(f"Another process is training the teacher in {job.output}; start again when it has ended.")
         opts = [*opts, *names_teacher]
     elif taught := matrix.taught_cell(opts):
-        evaluation = [teacher_evaluation(taught, output, results, opts)]
-    trainings = [training_job(cell, seed, output, results, opts) for cell, seed in matrix.select(cells, seeds)]
-    run_jobs([*evaluation, *trainings], jobs, threads)
+        jobs = [teacher_evaluation(taught, output, results, opts, imports)]
+    pairs = matrix.select(options.cells, options.seeds)
+    jobs += [training_job(cell, seed, output, results, opts, imports) for cell, seed in pairs]
+    run_jobs(jobs, options.jobs, options.threads)
     return _costs(matrix, results, opts)
 
 
@@ -103,7 +110,9 @@ def _split_at_marks(readme: str) -> tuple[str, str, str]:
         raise UserError(f"--readme: there is no file {path}.")
     with open(path, encoding="utf-8") as file:
         text = file.read()
-    mark = f"<!-- table of tools/compare.py{name and f': {name}'} -->"
+    name = name and f": {name}"
+    mark = f"<!-- table of kd-d2 sweep{name} -->"
+    text = text.replace(f"<!-- table of tools/compare.py{name} -->", mark)  # the program's name until 0.1
     before, _, below = text.partition(mark)
     table, end, after = below.partition(END_MARK)
     if not end or mark in below or ANY_MARK in table:
@@ -112,7 +121,7 @@ def _split_at_marks(readme: str) -> tuple[str, str, str]:
 
 
 def write_report(matrix: Matrix, results_folder: str, costs: dict[str, dict[str, float]], folder: str) -> list[Row]:
-    """Write table and plots of what is finished into `folder`, and print the table."""
+    """Write table and plots of what is finished into `folder`, and log the table."""
     results = read_results(matrix, results_folder)
     rows = build_rows(matrix, results, costs)
     for name, text in (("table.md", as_markdown(rows) + "\n"), ("table.csv", as_csv(rows))):
@@ -120,8 +129,8 @@ def write_report(matrix: Matrix, results_folder: str, costs: dict[str, dict[str,
             file.write(text)
     plot_ap(rows, os.path.join(folder, "ap.png"))
     plot_curves(first_curves(matrix, results), os.path.join(folder, "curves.png"))
-    print(as_markdown(rows), flush=True)
-    print(f"Table and plots are in {folder}", flush=True)
+    logger.info(as_markdown(rows))
+    logger.info(f"Table and plots are in {folder}")
     return rows
 
 

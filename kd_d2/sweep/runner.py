@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 
@@ -18,8 +20,9 @@ from ..errors import UserError
 from ..files import write_json
 from .matrix import Cell, Matrix, measured_settings
 
-TRAIN_NET = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))), "train_net.py")
+PROGRAM = (sys.executable, "-m", "kd_d2")
 METRICS = "metrics.json"
+logger = logging.getLogger(__name__)
 
 # The same losses up to rounding, in less time on a CPU (benchmarks/README.md).
 CHANNELS_LAST = ("SOLVER.CHANNELS_LAST", True, "MODEL.KD.TEACHER.CHANNELS_LAST", True)
@@ -33,7 +36,7 @@ class Job:
 
     Attributes:
         cell, seed: what it measures.
-        command: arguments of train_net.py.
+        command: arguments of kd-d2.
         output: its OUTPUT_DIR.
         result: the json file that says that it is finished.
         settings: what decides its result, see `measured_settings`.
@@ -70,13 +73,13 @@ def run_jobs(jobs: list[Job], parallel: int, threads: int) -> None:
     waiting = [job for job in jobs if not _is_finished(job)]
     running: list[Job] = []
     failed: list[Job] = []
-    print(f"{len(jobs) - len(waiting)} of {len(jobs)} cells are finished already", flush=True)
+    logger.info(f"{len(jobs) - len(waiting)} of {len(jobs)} cells are finished already")
     try:
         while waiting or running:
             while waiting and len(running) < parallel:
                 job = waiting.pop(0)
                 if not _claim(job):
-                    print(f"{job.name}: left out, another process is running it in {job.output}", flush=True)
+                    logger.info(f"{job.name}: left out, another process is running it in {job.output}")
                 elif _is_finished(job):  # by another comparison, while this one was busy
                     job.lock.close()
                 else:
@@ -97,46 +100,43 @@ def run_jobs(jobs: list[Job], parallel: int, threads: int) -> None:
         )
 
 
-def training_job(cell: Cell, seed: int, output: str, results: str, opts: list[Any]) -> Job:
+def training_job(cell: Cell, seed: int, output: str, results: str, opts: list[Any], imports: Sequence[str] = ()) -> Job:
     """Train a cell.
 
     Args:
         output: folder of all runs.
         results: folder of the finished cells' json files.
         opts: overrides, before the cell's own.
+        imports: modules and files that the process imports first.
     """
     folder = os.path.join(output, cell.name, f"seed{seed}")
     opts = [*_fast_layout(cell, opts), *opts, *cell.opts]
-    command = ["--config-file", cell.config, "--resume", *_as_arguments(opts), "SEED", str(seed), "OUTPUT_DIR", folder]
+    command = ["train", cell.config, "--resume", *_import_options(imports)]
+    command += [*_as_arguments(opts), "SEED", str(seed), "OUTPUT_DIR", folder]
     return Job(
         cell.name, seed, command, folder, result_path(results, cell.name, seed), measured_settings(cell.config, opts)
     )
 
 
-def teacher_evaluation(cell: Cell, output: str, results: str, opts: list[Any]) -> Job:
-    """Evaluate the teacher that a student's config names."""
+def teacher_evaluation(cell: Cell, output: str, results: str, opts: list[Any], imports: Sequence[str] = ()) -> Job:
+    """Evaluate the teacher that a student's config names; see `training_job`."""
     folder = os.path.join(output, "teacher")
     opts = [*_fast_layout(cell, opts), *opts, *cell.opts]
-    command = [
-        "--config-file",
-        cell.config,
-        "--eval-only",
-        "--eval-teacher",
-        *_as_arguments(opts),
-        "OUTPUT_DIR",
-        folder,
-    ]
+    command = ["eval", "--teacher-of", cell.config, *_import_options(imports)]
+    command += [*_as_arguments(opts), "OUTPUT_DIR", folder]
     settings = {k: v for k, v in measured_settings(cell.config, opts).items() if k.startswith(("INPUT.", "DATASETS."))}
     return Job("teacher", 0, command, folder, result_path(results, "teacher", 0), settings)
 
 
-def teacher_training(matrix: Matrix, output: str, results: str, opts: list[Any]) -> tuple[Job, list[Any]]:
-    """Train the matrix's teacher.
+def teacher_training(
+    matrix: Matrix, output: str, results: str, opts: list[Any], imports: Sequence[str] = ()
+) -> tuple[Job, list[Any]]:
+    """Train the matrix's teacher; see `training_job`.
 
     Returns:
         the job, and the overrides by which the students' configs name that teacher.
     """
-    job = training_job(matrix.teacher, matrix.teacher.seeds[0], output, results, opts)
+    job = training_job(matrix.teacher, matrix.teacher.seeds[0], output, results, opts, imports)
     config, weights = (os.path.join(job.output, name) for name in ("student.yaml", "model_final.pth"))
     return job, ["MODEL.KD.TEACHER.CONFIG_FILE", config, "MODEL.KD.TEACHER.WEIGHTS", weights]
 
@@ -148,6 +148,10 @@ def _fast_layout(cell: Cell, opts: list[Any]) -> tuple[Any, ...]:
 
 def result_path(results: str, cell: str, seed: int) -> str:
     return os.path.join(results, f"{cell}-seed{seed}.json")
+
+
+def _import_options(imports: Sequence[str]) -> list[str]:
+    return [option for name in imports for option in ("--import", name)]
 
 
 def _as_arguments(opts: list[Any]) -> list[str]:
@@ -190,14 +194,14 @@ def _start(job: Job, threads: int) -> Job:
     }
     with open(os.path.join(job.output, "process.log"), "ab") as log:
         job.process = subprocess.Popen(
-            [sys.executable, TRAIN_NET, *job.command],
+            [*PROGRAM, *job.command],
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
             pass_fds=[job.lock.fileno()],
         )
     job.started = time.time()
-    print(f"{job.name}: started, log in {job.output}/process.log", flush=True)
+    logger.info(f"{job.name}: started, log in {job.output}/process.log")
     return job
 
 
@@ -214,14 +218,14 @@ def _report_progress(job: Job) -> None:
     if tenth > job.reported:
         job.reported = tenth
         minutes = (time.time() - job.started) / 60
-        print(f"{job.name}: iteration {last}, loss {written[-1]['total_loss']:.3f}, {minutes:.1f} min", flush=True)
+        logger.info(f"{job.name}: iteration {last}, loss {written[-1]['total_loss']:.3f}, {minutes:.1f} min")
 
 
 def _finish(job: Job) -> bool:
     job.lock.close()
     minutes = (time.time() - job.started) / 60
     if job.process.returncode != 0:
-        print(f"{job.name}: FAILED with exit status {job.process.returncode}, see {job.output}/process.log", flush=True)
+        logger.info(f"{job.name}: FAILED with exit status {job.process.returncode}, see {job.output}/process.log")
         return False
     outcome = _outcome(job.output)
     metrics = read_metrics(job.output)
@@ -240,7 +244,7 @@ def _finish(job: Job) -> bool:
     os.makedirs(os.path.dirname(job.result), exist_ok=True)
     write_json(job.result, result, indent=None)
     ap = result["scores"].get("AP", float("nan"))
-    print(f"{job.name}: finished after {minutes:.1f} min, AP {ap:.2f}", flush=True)
+    logger.info(f"{job.name}: finished after {minutes:.1f} min, AP {ap:.2f}")
     return True
 
 
@@ -254,7 +258,7 @@ def read_versions(folder: str) -> dict[str, str]:
 
 
 def _outcome(folder: str) -> dict[str, Any]:
-    """What train_net.py wrote at its end: train.json of a training, teacher.json of the teacher's evaluation."""
+    """What the process wrote at its end: train.json of a training, teacher.json of the teacher's evaluation."""
     for name in ("train.json", "teacher.json"):
         path = os.path.join(folder, name)
         if os.path.isfile(path):

@@ -1,20 +1,10 @@
-#!/usr/bin/env python
-"""Distillation from end to end on the synthetic set: a teacher, a small student alone, the same student taught.
+"""Distillation from end to end on the synthetic set: a teacher, a small student alone, the same student distilled."""
 
-    tools/demo.py [--output DIR]
+from __future__ import annotations
 
-Prints one table and saves plots and detections as pictures. Started again, it goes on where it stopped.
-"""
-
-import argparse
+import logging
 import os
 import time
-
-from kd_d2 import load_config
-from kd_d2.data import register_synthetic
-from kd_d2.errors import exit_on_user_error
-from kd_d2.evaluation.drawing import draw_instances, sheet, titled
-from kd_d2.sweep import compare, read_matrix
 
 import cv2
 import torch
@@ -24,26 +14,37 @@ from detectron2.engine import DefaultPredictor
 from detectron2.structures import Boxes, BoxMode, Instances
 from torchvision.ops import nms
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from .config import load_config
+from .config_files import find_config_file
+from .data import register_synthetic
+from .evaluation.drawing import draw_instances, sheet, titled
+from .sweep import SweepOptions, read_matrix, run_sweep
+
 DATASET = "synthetic_val"
 PICTURES = 4
 SHOWN_SCORE = 0.3
 SHOWN_OVERLAP = 0.5  # intersection over union
 
+logger = logging.getLogger(__name__)
 
-def main(output: str) -> None:
+
+def run_demo(output: str) -> None:
+    """Train the three detectors, and leave table, plots and pictures of detections in `output`.
+
+    Started again, it resumes where it stopped.
+    """
     start = time.time()
     register_synthetic()
-    print("Making the synthetic data, where it is not there yet ...", flush=True)
+    logger.info("Making the synthetic data, if they are not there yet ...")
     images = DatasetCatalog.get(DATASET)
     DatasetCatalog.get("synthetic_train")
-    print("Training a teacher, then a plain and a distilled student side by side ...", flush=True)
-    compare(read_matrix(os.path.join(ROOT, "configs", "demo", "matrix.yaml")), output, [], jobs=2)
-    print("Drawing detections ...", flush=True)
+    logger.info("Training a teacher, then a plain and a distilled student side by side ...")
+    run_sweep(read_matrix(find_config_file("configs/demo/matrix.yaml", "the demo")), output, [], SweepOptions(jobs=2))
+    logger.info("Drawing detections ...")
     path = os.path.join(output, "detections.png")
     draw_side_by_side(images, output, path)
-    print(f"Detections of the three side by side: {path}")
-    print(f"Finished after {(time.time() - start) / 60:.1f} minutes")
+    logger.info(f"Detections of the three side by side: {path}")
+    logger.info(f"Finished after {(time.time() - start) / 60:.1f} minutes")
 
 
 def draw_side_by_side(images: list[dict], output: str, path: str) -> None:
@@ -65,12 +66,12 @@ def draw_side_by_side(images: list[dict], output: str, path: str) -> None:
 
 
 def surest(found: Instances) -> Instances:
-    """Of detections that overlap, whatever their classes, the one with the highest score: the picture stays readable."""
+    """Of overlapping detections of any class the one with the highest score, so that the picture stays readable."""
     return found[nms(found.pred_boxes.tensor, found.scores, SHOWN_OVERLAP)]
 
 
 def load_predictor(run: str) -> DefaultPredictor:
-    """Detectron2's own predictor on a run's plain student config and checkpoint."""
+    """Detectron2's own predictor with a run's plain student config and checkpoint."""
     weights = os.path.join(run, "model_final.pth")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return DefaultPredictor(
@@ -83,10 +84,3 @@ def ground_truth(entry: dict) -> Instances:
     truth = Instances((entry["height"], entry["width"]), gt_boxes=Boxes(torch.tensor(boxes)))
     truth.gt_classes = torch.tensor([a["category_id"] for a in entry["annotations"]])
     return truth
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default="output/demo", help="folder of runs, table and pictures")
-    with exit_on_user_error():
-        main(parser.parse_args().output)

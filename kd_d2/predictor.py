@@ -1,27 +1,12 @@
-#!/usr/bin/env python
-"""Detect objects in images of one's own: each image with its detections drawn, and all detections as COCO json.
+"""Detection in images of one's own: each image with its detections drawn, and all detections as COCO json."""
 
-    tools/predict.py --config-file CONFIG --weights CHECKPOINT --input IMAGE_OR_FOLDER ... --output DIR
-                     [--score-thresh 0.5] [KEY VALUE ...]
+from __future__ import annotations
 
-CONFIG is the one that the checkpoint was trained with; a distillation's stands for its student. DIR/detections.json has
-"images" (with the file read and the file drawn), "annotations" (boxes with scores) and "categories", as pycocotools
-loads them.
-"""
-
-import argparse
 import json
+import logging
 import os
 from dataclasses import dataclass
-
-from kd_d2 import UserError, load_config
-from kd_d2.adapters import build_adapter
-from kd_d2.checkpoint import load_complete
-from kd_d2.config import find_file
-from kd_d2.data import register_synthetic
-from kd_d2.engine.checks import check_output_folder
-from kd_d2.errors import exit_on_user_error
-from kd_d2.evaluation.drawing import draw_instances
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -34,20 +19,30 @@ from detectron2.structures import Instances
 from PIL import Image
 from torch import nn
 
+from .adapters import build_adapter
+from .checkpoint import load_complete
+from .data import register_synthetic
+from .engine.checks import check_output_folder
+from .errors import UserError
+from .evaluation.drawing import draw_instances
+from .files import write_json
+
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class Category:
-    """A class: `id` is the data set's own where it is known, else the model's number of the class."""
+    """A class: `id` is the data set's own if it is known, else the model's index of the class."""
 
     id: int
     name: str
 
 
 def find_images(inputs: list[str]) -> list[str]:
-    """The images among files and folders, each once. What a folder holds beside images is counted and left out.
+    """The images among files and folders, each once. Other files in a folder are skipped, with a line in the log.
 
     Raises:
-        UserError: a path is not there, a named file is no image, or there is no image at all.
+        UserError: a path does not exist, a file is not an image, or there is no image at all.
     """
     images, skipped = [], []
     for path in inputs:
@@ -62,11 +57,10 @@ def find_images(inputs: list[str]) -> list[str]:
                 raise UserError(f"--input: {path} cannot be read as an image: {problem}.")
             images.append(path)
         else:
-            hint = "; overrides stand behind another option" if path.isupper() and "." in path else ""
-            raise UserError(f"--input: there is no image or folder {path}{hint}.")
+            raise UserError(f"--input: there is no image or folder {path}.")
     if skipped:
         names = ", ".join(os.path.basename(path) for path in skipped[:5]) + (", ..." if len(skipped) > 5 else "")
-        print(f"Left out {len(skipped)} files that cannot be read as images: {names}", flush=True)
+        logger.info(f"Skipped {len(skipped)} files that cannot be read as images: {names}")
     if not images:
         raise UserError(f"--input: there is no image in {', '.join(inputs)}.")
     unique: dict[str, str] = {}
@@ -83,12 +77,12 @@ def _files_of(folder: str) -> list[str]:
 
 
 def _problem(path: str) -> str | None:
-    """Why a file cannot be read as an image; None where it can."""
+    """Why a file cannot be read as an image; None if it can."""
     try:
         with Image.open(path) as image:
             image.load()
     except Image.UnidentifiedImageError:
-        return "its format is none that is known"
+        return "unknown format"
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # whatever PIL's readers raise
         return (getattr(error, "strerror", None) or str(error)).rstrip(".")
     return None
@@ -116,19 +110,10 @@ def drawing_paths(images: list[str], folder: str) -> list[str]:
     return paths
 
 
-def read_config(args: argparse.Namespace) -> CfgNode:
-    """The detector's config with the checkpoint as its weights."""
-    wrong = [opt for opt in args.opts if opt.startswith("--")]
-    if wrong:
-        raise UserError(f"{wrong[0]} stands behind the overrides; options come before them.")
-    weights = find_file(args.weights, "--weights")
-    return load_config(args.config_file, [*args.opts, "MODEL.WEIGHTS", weights], student_only=True, needs_data=False)
-
-
 def read_categories(cfg: CfgNode, num_classes: int | None) -> list[Category] | None:
-    """The model's classes, named by the first data set of DATASETS.TEST or TRAIN that is known and has as many.
+    """The model's classes, named by the first data set of DATASETS.TEST or TRAIN that is known and has as many classes.
 
-    None where the model does not say how many it has.
+    None if the number of the model's classes is unknown.
     """
     if num_classes is None:
         return None
@@ -159,14 +144,19 @@ def _categories_of_catalog(name: str) -> list[Category]:
 
 
 class Predictor:
-    """Detects what DefaultPredictor would, in image files, with checkpoints that are read as safely as in training.
+    """Detects objects in image files, with the results of Detectron2's DefaultPredictor.
+
+    Checkpoints are read as safely as in training, and must fill the model completely.
 
     Args:
-        cfg: a plain detector's config; MODEL.WEIGHTS has to fill the model completely.
-        score_thresh: lowest score of a detection, also where the config's own threshold is higher.
+        cfg: a plain detector's config, as `load_config(..., student_only=True)` returns it.
+        score_thresh: lowest score of a detection, even if the config's own threshold is higher.
+
+    Raises:
+        UserError: the checkpoint cannot be read, or does not belong to the config.
     """
 
-    def __init__(self, cfg: CfgNode, score_thresh: float):
+    def __init__(self, cfg: CfgNode, score_thresh: float = 0.5):
         self.score_thresh = score_thresh
         self.input_format = cfg.INPUT.FORMAT
         self.resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
@@ -189,7 +179,9 @@ class Predictor:
         tensor = torch.as_tensor(resized.astype("float32").transpose(2, 0, 1))
         outputs = self.model([{"image": tensor, "height": height, "width": width}])[0]
         if "instances" not in outputs:
-            raise UserError(f"The model ({type(self.model).__name__}) is no detector: it returns {', '.join(outputs)}.")
+            raise UserError(
+                f"The model ({type(self.model).__name__}) is not a detector: it returns {', '.join(outputs)}."
+            )
         detections = outputs["instances"].to("cpu")
         return detections[detections.scores >= self.score_thresh]
 
@@ -207,14 +199,28 @@ def to_annotations(
     return annotations
 
 
-def main(args: argparse.Namespace) -> None:
-    if not 0 <= args.score_thresh <= 1:
-        raise UserError(f"--score-thresh is {args.score_thresh}; it must lie between 0 and 1.")
-    cfg = read_config(args)
-    images = find_images(args.input)
-    drawings = drawing_paths(images, args.output)
-    predictor = Predictor(cfg, args.score_thresh)
-    check_output_folder(args.output, "--output")
+def predict_images(cfg: CfgNode, inputs: list[str], output: str, score_thresh: float) -> dict[str, Any]:
+    """Detect objects in images, draw them into `output`, and write `output`/detections.json.
+
+    Args:
+        cfg: a plain detector's config; MODEL.WEIGHTS is its checkpoint.
+        inputs: image files, and folders of images.
+        output: folder of the drawings and of detections.json.
+        score_thresh: lowest score of a detection.
+
+    Returns:
+        What detections.json holds, as pycocotools loads it: "images" (with the file that was read and the drawing),
+        "annotations" (boxes with scores), "categories", and "info" about the run.
+
+    Raises:
+        UserError: an input, the checkpoint or the output folder cannot be used.
+    """
+    if not 0 <= score_thresh <= 1:
+        raise UserError(f"--score-thresh is {score_thresh}; it must lie between 0 and 1.")
+    images = find_images(inputs)
+    drawings = drawing_paths(images, output)
+    predictor = Predictor(cfg, score_thresh)
+    check_output_folder(output, "--output")
     categories = read_categories(cfg, build_adapter(predictor.model).spec.num_classes)
 
     entries, annotations = [], []
@@ -227,33 +233,16 @@ def main(args: argparse.Namespace) -> None:
             {"id": number, "file_name": path, "width": width, "height": height, "drawing": os.path.basename(drawing)}
         )
         annotations += to_annotations(detections, number, categories, first_id=len(annotations) + 1)
-        print(f"[{number}/{len(images)}] {path}: {len(detections)} detections", flush=True)
+        logger.info(f"[{number}/{len(images)}] {path}: {len(detections)} detections")
 
-    info = {"config_file": args.config_file, "weights": args.weights, "score_thresh": args.score_thresh}
     seen = categories or [Category(c, f"class {c}") for c in sorted({a["category_id"] for a in annotations})]
     tree = {
-        "info": info,
+        "info": {"weights": cfg.MODEL.WEIGHTS, "score_thresh": score_thresh},
         "images": entries,
         "annotations": annotations,
         "categories": [{"id": c.id, "name": c.name} for c in seen],
     }
-    path = os.path.join(args.output, "detections.json")
-    with open(path, "w") as file:
-        json.dump(tree, file)
-    print(f"{len(annotations)} detections in {len(images)} images: {path}, and the drawings beside it")
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True, help="the detector's config, or a model-zoo name")
-    parser.add_argument("--weights", required=True, help="its checkpoint")
-    parser.add_argument("--input", required=True, nargs="+", help="images, and folders of images")
-    parser.add_argument("--output", required=True, help="folder of the drawings and of detections.json")
-    parser.add_argument("--score-thresh", type=float, default=0.5, help="lowest score of a detection (default 0.5)")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides: KEY VALUE ...")
-    return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    with exit_on_user_error():
-        main(parse())
+    path = os.path.join(output, "detections.json")
+    write_json(path, tree, indent=None)
+    logger.info(f"{len(annotations)} detections in {len(images)} images: {path}, with the drawings beside it")
+    return tree

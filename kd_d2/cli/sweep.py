@@ -1,0 +1,42 @@
+"""Train the cells of a sweep with several seeds, and put teacher, plain and distilled students into one table.
+
+kd-d2 sweep SWEEP.yaml --output DIR [--cells NAME ...] [--seeds N ...] [--jobs N] [KEY VALUE ...]
+
+Every finished training leaves a small json in the folder of results. Started again, only what is missing runs, and a training
+that was stopped resumes from its last checkpoint. The overrides hold for all cells.
+With --readme the table replaces the one between the lines "<!-- table of kd-d2 sweep -->" and "<!-- end of the table -->" of a
+Markdown file; a file with several tables has "<!-- table of kd-d2 sweep: NAME -->" above each, and is given as FILE#NAME.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from ..extensions import import_extensions
+from .arguments import add_import_argument
+from .log import print_log
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("sweep", metavar="SWEEP.yaml", help="file of the cells, or the name of one that ships")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the trainings")
+    parser.add_argument("--results", metavar="DIR", help="folder of finished cells (default OUTPUT/results)")
+    parser.add_argument("--report", metavar="DIR", help="folder of table and plots (default: that of --results)")
+    parser.add_argument("--readme", metavar="FILE[#NAME]", help="Markdown file whose marked table is replaced")
+    parser.add_argument("--report-only", action="store_true", help="train nothing, report what is finished")
+    parser.add_argument("--cells", nargs="+", metavar="NAME", help="only these, beside baseline and plain student")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="only these seeds")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="trainings at a time (default 1)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads of each (default 1)")
+    add_import_argument(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..config_files import find_config_file
+    from ..sweep import SweepOptions, read_matrix, run_sweep
+
+    print_log()
+    import_extensions(args.imports)
+    matrix = read_matrix(find_config_file(args.sweep, "the sweep"))
+    names = SweepOptions.__dataclass_fields__
+    run_sweep(matrix, args.output, args.opts, SweepOptions(**{n: v for n, v in vars(args).items() if n in names}))

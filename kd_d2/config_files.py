@@ -1,0 +1,207 @@
+"""Config files: finding them by path or name, and reading them with their bases."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+from detectron2 import model_zoo
+from detectron2.config import CfgNode
+
+from .errors import UserError
+
+_PACKAGE = os.path.dirname(os.path.abspath(__file__))
+_SHARE = os.path.join(_PACKAGE, "share")
+ROOT = _SHARE if os.path.isdir(_SHARE) else os.path.dirname(_PACKAGE)
+"""The folder of `configs` and `projects`: inside an installed package, beside it in a checkout."""
+
+_ZOO = os.path.dirname(os.path.realpath(model_zoo.get_config_file("Base-RetinaNet.yaml")))
+
+
+def shipped_configs() -> dict[str, str]:
+    """The paths of the configs that come with the library, by name.
+
+    `tiny/retinanet-ssim` is configs/tiny/retinanet-ssim.yaml, and `ICD/fcos_R50` is projects/ICD/configs/fcos_R50.yaml.
+    """
+    patterns = ("configs/**/*.yaml", "projects/*/configs/**/*.yaml")
+    paths = [path for pattern in patterns for path in glob.glob(os.path.join(ROOT, pattern), recursive=True)]
+    return dict(sorted((_name_of(os.path.relpath(path, ROOT)), path) for path in paths))
+
+
+def _name_of(path: str) -> str:
+    """The name of a shipped config, from its path below ROOT."""
+    return re.sub(r"^(?:configs/|projects/([^/]+/)configs/)", r"\1", path.removesuffix(".yaml"))
+
+
+def find_config_file(name: str, key: str, folder: str = "") -> str:
+    """The path of a config: an existing file, the name of a config that ships, or one in Detectron2's model zoo.
+
+    Args:
+        name: a path, relative to the working directory or to `folder`, or a name.
+        key: what error messages call it.
+
+    Raises:
+        UserError: naming the key, every place looked at, and the closest names.
+    """
+    try:
+        return find_file(name, key, folder)
+    except UserError as error:
+        path = _find_by_name(name)
+        if path is None:
+            raise _not_found(str(error), name) from None
+        return path
+
+
+def _find_by_name(name: str) -> str | None:
+    path = shipped_configs().get(_name_of(name))
+    zoo = os.path.join(_ZOO, name)
+    return path or (zoo if os.path.isfile(zoo) else None)
+
+
+def _not_found(sentence: str, name: str) -> UserError:
+    if os.path.isabs(os.path.expanduser(name)):
+        return UserError(sentence)
+    zoo = [os.path.relpath(path, _ZOO) for path in glob.glob(os.path.join(_ZOO, "**", "*.yaml"), recursive=True)]
+    names = {_name_of(known): known for known in (*zoo, *shipped_configs())}
+    close = difflib.get_close_matches(_name_of(name), names, n=2)
+    hint = f" Did you mean {' or '.join(names[known] for known in close)}?" if close else ""
+    return UserError(
+        f"{sentence.removesuffix('.')}, and no config {name} comes with kd_d2 or is in Detectron2's model zoo.{hint}"
+    )
+
+
+def find_file(name: str, key: str, folder: str = "", *, is_folder: bool = False) -> str:
+    """The path of an existing file named by a config key. URLs pass as they are.
+
+    Raises:
+        UserError: naming the key and every place looked at.
+    """
+    if "://" in name:
+        return name
+    expanded = os.path.expanduser(name)
+    exists = os.path.isdir if is_folder else os.path.isfile
+    places = list(dict.fromkeys([os.path.abspath(expanded), os.path.abspath(os.path.join(folder, expanded))]))
+    for place in places:
+        if exists(place):
+            return place
+    kind = "folder" if is_folder else "file"
+    raise UserError(f"{key}: there is no {kind} {' nor '.join(places)}.")
+
+
+def find_weights(name: str, key: str, folder: str = "") -> str:
+    """The path of a checkpoint (see `find_file`) with what a query, as Detectron2's "?matching_heuristics=True", asks of it."""
+    file, mark, query = name.partition("?")
+    return find_file(file, key, folder) + mark + query
+
+
+def is_zoo_file(path: str) -> bool:
+    """Whether a config is one of Detectron2's own model zoo."""
+    return os.path.realpath(path).startswith(_ZOO + os.sep)
+
+
+def read_layers(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A config file and its bases as (path, the keys of that file alone), each after its own bases.
+
+    Files are plain yaml, except for those inside Detectron2's model zoo, some of which compute values by code.
+    A `_BASE_` is relative to the file that names it, or the name of a config as `find_config_file` takes it.
+
+    Raises:
+        UserError: a file is missing, is not yaml, or is yaml that would run code.
+    """
+    return _layers(path, ())
+
+
+def _layers(path: str, above: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
+    real = os.path.realpath(path)
+    if real in above:
+        raise UserError(f"Config file {path} is its own _BASE_, directly or through others.")
+    tree = _read_file(path)
+    bases = tree.pop("_BASE_", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise UserError(f"Config file {path} has the _BASE_ {bases!r}, which is neither a path nor a list of paths.")
+    for base in bases:
+        yield from _layers(find_beside(base, path, f"_BASE_ of {path}"), (*above, real))
+    yield path, tree
+
+
+def find_beside(name: str, path: str, key: str) -> str:
+    """The path of a config that the file `path` names: relative to that file, or by name.
+
+    Raises:
+        UserError: see `find_config_file`.
+    """
+    if "://" in name:
+        return name
+    file = os.path.join(os.path.dirname(path), os.path.expanduser(name))
+    if "://" in file:
+        return file
+    file = os.path.normpath(file)
+    if os.path.isfile(file):
+        return file
+    named = _find_by_name(name)
+    if named is None:
+        raise _not_found(f"{key}: there is no file {file}.", name)
+    return named
+
+
+def _read_file(path: str) -> dict[str, Any]:
+    try:
+        with CfgNode._open_cfg(path) as file:
+            text = file.read()
+        tree = yaml.unsafe_load(text) if is_zoo_file(path) else yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"Config file {path} is not plain yaml: {' '.join(str(error).split())}.") from error
+    except (OSError, AssertionError, UnicodeDecodeError) as error:
+        raise UserError(f"Config file {path} cannot be read: {error}.") from error
+    except RecursionError as error:
+        raise UserError(f"Config file {path} is nested too deeply.") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"Config file {path} {'is empty' if tree is None else 'holds no config keys'}.")
+    return tree
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """Read a config file and its bases.
+
+    Raises:
+        UserError: see `read_layers`; or a VERSION other than 2.
+    """
+    result: dict[str, Any] = {}
+    for name, tree in read_layers(path):
+        _lay_over(result, tree, name)
+    if result.pop("VERSION", 2) != 2:
+        raise UserError(f"Config file {path} is of an old VERSION; Detectron2's configs of VERSION 2 are read.")
+    return result
+
+
+def _lay_over(below: dict[str, Any], tree: dict[str, Any], name: str) -> None:
+    for key, value in tree.items():
+        if isinstance(value, dict) and key in below:
+            if not isinstance(below[key], dict):
+                raise UserError(f"Config file {name}: {key} is a group of keys here and a value in its _BASE_.")
+            _lay_over(below[key], value, name)
+        else:
+            below[key] = value
+
+
+def as_overrides(path: str) -> list[Any]:
+    """The keys that a config file and its bases set, as overrides: [key, value, ...].
+
+    Raises:
+        UserError: see `read_yaml`.
+    """
+
+    def walk(tree: dict[str, Any], prefix: str) -> Iterator[Any]:
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield from (f"{prefix}{key}", value)
+
+    return list(walk(read_yaml(path), ""))

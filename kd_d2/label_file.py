@@ -1,0 +1,134 @@
+"""Pseudo-labels as an annotation file: the training images labelled once by the teacher, in COCO's format."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from tqdm import tqdm
+
+from .data import build_test_loader, register_coco_json, register_synthetic
+from .engine.checks import check_classes, check_datasets, check_distillation, check_output_folder
+from .errors import UserError
+from .files import write_json
+from .pseudo_labels import PseudoLabels
+from .teacher import Teacher
+
+
+def write_label_file(
+    cfg: CfgNode, output: str, dataset: str | None = None, score_thresh: float | None = None
+) -> tuple[dict[str, Any], str]:
+    """Label a training set by the teacher of a distillation.
+
+    Args:
+        cfg: the distillation's config. With MODEL.KD.PSEUDO_LABELS.ENABLED the data set needs no annotations.
+        output: the annotation file.
+        dataset: one of DATASETS.TRAIN; None if there is only one.
+        score_thresh: detections with a higher score become annotations; None for MODEL.KD.PSEUDO_LABELS.SCORE_THRESH.
+
+    Returns:
+        What the file holds, and the command-line overrides of the config that train on it.
+
+    Raises:
+        UserError: config, data or output cannot be used, or the teacher gives no detections with so low a score.
+    """
+    check_distillation(cfg)
+    threshold = cfg.MODEL.KD.PSEUDO_LABELS.SCORE_THRESH if score_thresh is None else score_thresh
+    if not 0 <= threshold < 1:
+        raise UserError(f"--score-thresh is {threshold}; it must be from 0 to below 1.")
+    register_synthetic()
+    register_coco_json(cfg)
+    check_datasets(cfg, train=True)
+    name = choose_dataset(cfg, dataset)
+    check_output_folder(os.path.dirname(os.path.abspath(output)), "--output")
+    teacher = Teacher.from_config(cfg)
+    check_classes(cfg, teacher.model)
+    if "detections" not in teacher.spec.provides or teacher.spec.num_classes is None:
+        raise UserError(
+            f"The teacher ({teacher.spec.name}) gives no detections with classes, so it cannot label images."
+        )
+    PseudoLabels(threshold).check_threshold(teacher.spec)
+    teacher.to(torch.device(cfg.MODEL.DEVICE))
+
+    def detect(batch: list[dict]) -> list[dict]:
+        return teacher.model(teacher.to_input_format(batch))
+
+    batches = tqdm(build_test_loader(cfg, name), unit="image")
+    tree, folder = label_images(detect, batches, teacher.spec.num_classes, name, threshold)
+    write_json(output, tree, indent=None)
+    return tree, overrides_to_train_on(cfg, name, [f"{name}_by_teacher", os.path.abspath(output), folder])
+
+
+def choose_dataset(cfg: CfgNode, name: str | None) -> str:
+    """The given data set, by default the only one of DATASETS.TRAIN.
+
+    Raises:
+        UserError: it is not in DATASETS.TRAIN, or there are several to choose from.
+    """
+    names = cfg.DATASETS.TRAIN
+    if name is None and len(names) > 1:
+        raise UserError(f"DATASETS.TRAIN has {len(names)} data sets: choose one of {', '.join(names)} by --dataset.")
+    if name is not None and name not in names:
+        raise UserError(f"--dataset {name!r} is not in DATASETS.TRAIN: {', '.join(names)}.")
+    return name or names[0]
+
+
+@torch.no_grad()
+def label_images(
+    detect: Callable[[list[dict]], list[dict]],
+    batches: Iterable[list[dict]],
+    num_classes: int,
+    dataset: str,
+    score_threshold: float,
+) -> tuple[dict[str, Any], str]:
+    """Label images by a detector.
+
+    Args:
+        detect: a Detectron2 detector in eval mode; its detections are in pixels of the image on disk.
+        batches: the data set's images as Detectron2's test loader gives them.
+        num_classes: of `detect`.
+        dataset: the registered name; its class names are used if it has as many classes.
+        score_threshold: detections with a higher score become annotations.
+
+    Returns:
+        The tree of an annotation file, each annotation with its score, and the folder that its file names are relative to.
+    """
+    paths, images, annotations = [], [], []
+    for batch in batches:
+        for entry, output in zip(batch, detect(batch), strict=True):
+            detections = output["instances"].to("cpu")
+            detections = detections[detections.scores > score_threshold]
+            number = len(images) + 1
+            height, width = detections.image_size
+            paths.append(os.path.abspath(entry["file_name"]))
+            images.append({"id": number, "width": width, "height": height})
+            for annotation in instances_to_coco_json(detections, number):
+                annotation["category_id"] += 1
+                area = annotation["bbox"][2] * annotation["bbox"][3]
+                annotations.append({"id": len(annotations) + 1, **annotation, "area": area, "iscrowd": 0})
+    folder = os.path.commonpath([os.path.dirname(path) for path in paths])
+    for image, path in zip(images, paths, strict=True):
+        image["file_name"] = os.path.relpath(path, folder)
+    names = MetadataCatalog.get(dataset).get("thing_classes") or []
+    if len(names) != num_classes:
+        names = [f"class {number}" for number in range(num_classes)]
+    categories = [{"id": number, "name": name} for number, name in enumerate(names, 1)]
+    return {"images": images, "annotations": annotations, "categories": categories}, folder
+
+
+def overrides_to_train_on(cfg: CfgNode, name: str, labelled: list[str]) -> str:
+    """Command-line overrides of the config that replace a data set of DATASETS.TRAIN by its labelled copy.
+
+    Args:
+        labelled: the copy's entry of DATASETS.COCO_JSON.
+    """
+    files = [*(list(entry) for entry in cfg.DATASETS.COCO_JSON if entry[0] != labelled[0]), labelled]
+    names = tuple(labelled[0] if other == name else other for other in cfg.DATASETS.TRAIN)
+    keys = {"DATASETS.COCO_JSON": files, "DATASETS.TRAIN": names, "MODEL.KD.PSEUDO_LABELS.ENABLED": False}
+    return " ".join(f"{key} {shlex.quote(str(value))}" for key, value in keys.items())

@@ -1,0 +1,237 @@
+"""The program kd-d2: its commands, overrides, --model, and users' own modules."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+from kd_d2 import UserError, __version__, moved
+from kd_d2.cli import COMMANDS
+from kd_d2.cli.arguments import ModelPath, read_model_paths, read_one_model_path
+from kd_d2.cli.overrides import split_overrides
+from kd_d2.extensions import import_extensions
+
+import pytest
+import yaml
+from helpers import ROOT, make_project, run_command
+
+# ---------------------------------------------------------------------------------------------- commands
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess:
+    """`kd-d2 ARGUMENTS` in a process of its own, which prints at its end which heavy packages it has imported."""
+    code = (
+        "import atexit, sys\n"
+        "atexit.register(lambda: print('IMPORTED', *{'torch', 'detectron2', 'cv2'} & sys.modules.keys()))\n"
+        "from kd_d2.cli import main\n"
+        f"main({list(arguments)!r})\n"
+    )
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], [], ["--version"], *([name, "--help"] for name in COMMANDS)])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    done = _run(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "IMPORTED"
+    assert (__version__ if "--version" in arguments else f"usage: kd-d2 {' '.join(arguments[:-1])}") in done.stdout
+
+
+def test_the_overview_has_every_command() -> None:
+    printed = _run("--help").stdout
+    assert all(f"  {name} " in printed and text in printed for name, text in COMMANDS.items())
+    assert f"{__version__}\n" in _run("--version").stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        ("trian", "kd-d2 has no command 'trian'; did you mean train?"),
+        ("pseudo_label", "kd-d2 has no command 'pseudo_label'; did you mean pseudo-label?"),
+        ("xyz", "kd-d2 has no command 'xyz'; kd-d2 --help lists all commands."),
+    ],
+)
+def test_an_unknown_command(capsys: pytest.CaptureFixture, command: str, sentence: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_command(command, "--output", "x")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: {sentence}\n"
+
+
+def test_config_list_and_show(capsys: pytest.CaptureFixture) -> None:
+    """Check names, the resolved config as yaml, and the keys that differ from the defaults, overrides included."""
+    run_command("config", "list")
+    names = capsys.readouterr().out.splitlines()
+    assert {"tiny/retinanet-ssim", "ICD/fcos_R50", "recommended/icd", "Base-FCOS"} <= set(names)
+    run_command("config", "show", "tiny/retinanet-ssim", "SOLVER.BASE_LR=0.5", "MODEL.KD.BALANCE.ENABLED", "True")
+    tree = yaml.safe_load(capsys.readouterr().out)
+    assert tree["SOLVER"]["BASE_LR"] == 0.5 and tree["MODEL"]["KD"]["BALANCE"]["ENABLED"] is True
+    assert tree["MODEL"]["ROI_HEADS"]["NUM_CLASSES"] == 80
+    run_command("config", "show", "--changes", "recommended/icd", "SEED", "3")
+    changed = sorted(capsys.readouterr().out.splitlines())
+    assert changed == ["MODEL.KD.BALANCE.ENABLED: True", "MODEL.KD.DISTILLERS: ['ICD']", "SEED: 3"]
+
+
+def test_completion(capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("shtab")
+    run_command("completion", "bash")
+    printed = capsys.readouterr().out
+    assert "--score-thresh" in printed and "pseudo-label" in printed
+    assert not subprocess.run(["bash", "-n"], input=printed, text=True).returncode
+
+
+# --------------------------------------------------------------------------------------------- overrides
+
+
+@pytest.mark.parametrize(
+    ("line", "options", "overrides"),
+    [
+        ("", "", ""),
+        ("a.yaml --resume", "a.yaml --resume", ""),
+        ("a.yaml SOLVER.BASE_LR 0.1", "a.yaml", "SOLVER.BASE_LR 0.1"),
+        ("a.yaml SOLVER.BASE_LR=0.1 SEED 3", "a.yaml", "SOLVER.BASE_LR 0.1 SEED 3"),
+        ("--cells a b MODEL.KD.FGD.WEIGHT 2", "--cells a b", "MODEL.KD.FGD.WEIGHT 2"),
+        ("--cells A B_1 OUTPUT_DIR=x=y", "--cells A B_1", "OUTPUT_DIR x=y"),
+        ("a.yaml INPUT.MIN_SIZE_TEST= SEED -1", "a.yaml", "INPUT.MIN_SIZE_TEST= SEED -1"),
+        ("a.yaml SOLVER.STEPS --x", "a.yaml", "SOLVER.STEPS --x"),
+        ("--input My.JPG A.b", "--input My.JPG A.b", ""),
+        ("a.yaml SEED 3 no_key x", "a.yaml", "SEED 3 no_key x"),  # reading the config says that there is no such key
+    ],
+)
+def test_overrides_are_split_off(line: str, options: str, overrides: str) -> None:
+    expected = overrides.replace("INPUT.MIN_SIZE_TEST=", "INPUT.MIN_SIZE_TEST \0").split()
+    assert split_overrides(line.split()) == (options.split(), [value.replace("\0", "") for value in expected])
+
+
+def test_values_keep_spaces_and_lines() -> None:
+    arguments = ["DATASETS.TRAIN=('a', 'b')", "DATASETS.COCO_JSON", "[['a',\n'b = c', 'd']]"]
+    assert split_overrides(arguments)[1] == ["DATASETS.TRAIN", "('a', 'b')", *arguments[1:]]
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("a.yaml SEED 3 --resume", "The option --resume must come before the KEY VALUE overrides."),
+        ("a.yaml SEED", "The override SEED has no value"),
+        ("a.yaml SEED=3 SOLVER.BASE_LR", "The override SOLVER.BASE_LR has no value"),
+    ],
+)
+def test_wrong_overrides(line: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        split_overrides(line.split())
+
+
+# ----------------------------------------------------------------------------------------------- --model
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "runs" / "ssim=4"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").touch()
+    (folder / "model_final.pth").touch()
+    return folder
+
+
+def test_models(run_folder: Path) -> None:
+    """Check configs and run folders, with and without title and weights; a path that exists may have = in its name."""
+    config, weights = str(run_folder / "config.yaml"), str(run_folder / "model_final.pth")
+    other = run_folder / "model_0000399.pth"
+    other.touch()
+    values = [["dir/a.yaml"], ["b=dir/a.yaml", "x.pth"], [str(run_folder)], [f"c={run_folder}", str(other)]]
+    assert read_model_paths(values) == [
+        ModelPath("a", "dir/a.yaml", ""),
+        ModelPath("b", "dir/a.yaml", "x.pth"),
+        ModelPath("ssim=4", config, weights),
+        ModelPath("c", config, str(other)),
+    ]
+    assert ModelPath("b", "a.yaml", "x.pth").overrides == ["MODEL.WEIGHTS", "x.pth"]
+    assert ModelPath("b", "a.yaml", "").overrides == []
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ([["a.yaml", "b.pth", "c"]], "'c' is one value too many"),
+        ([["a.yaml"], ["b.yaml"], ["x/b.yaml"]], "two models have the title 'b'"),
+        ([["RUN"]], "RUN is not the output folder of a finished training: there is no .*model_final.pth"),
+        ([["RUN", "x.pth"]], "there is no x.pth"),
+    ],
+)
+def test_wrong_models(run_folder: Path, values: list[list[str]], sentence: str) -> None:
+    (run_folder / "model_final.pth").unlink()
+    values = [[value.replace("RUN", str(run_folder)) for value in model] for model in values]
+    with pytest.raises(UserError, match=sentence.replace("RUN", str(run_folder))):
+        read_model_paths(values)
+
+
+def test_commands_that_take_one_model() -> None:
+    assert read_one_model_path([["a.yaml", "x.pth"]]) == ModelPath("a", "a.yaml", "x.pth")
+    with pytest.raises(UserError, match="this command takes one model, not 2"):
+        read_one_model_path([["a.yaml"], ["b.yaml"]])
+
+
+# ---------------------------------------------------------------------------------------------- --import
+
+
+@pytest.fixture
+def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with modules and what is imported in the test taken back afterwards."""
+    before = dict(sys.modules)
+    (tmp_path / "kd_d2_test_good.py").write_text("runs = globals().get('runs', 0) + 1\nclass Thing: pass\n")
+    (tmp_path / "kd_d2_test_lacking.py").write_text("import kd_d2_test_nowhere\n")
+    (tmp_path / "kd_d2_test_broken.py").write_text("1 / 0\n")
+    (tmp_path / "json.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    yield tmp_path
+    for name in sys.modules.keys() - before.keys():
+        if name.startswith("kd_d2_test"):
+            del sys.modules[name]
+
+
+def test_a_file_and_a_module_are_imported_once(own_modules: Path) -> None:
+    """Check a path, the module of the same file in the working directory, and that classes can be found by pickle."""
+    import_extensions(["kd_d2_test_good", "kd_d2_test_good.py", str(own_modules / "kd_d2_test_good.py")])
+    module = sys.modules["kd_d2_test_good"]
+    assert module.runs == 1
+    assert importlib.import_module(module.Thing.__module__).Thing is module.Thing
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "sentence"),
+    [
+        ("kd_d2_test_nowhere", UserError, "--import: there is no module kd_d2_test_nowhere"),
+        ("kd_d2_test_good.part", UserError, "--import: there is no module kd_d2_test_good.part"),
+        ("nowhere.py", UserError, "--import: there is no file .*nowhere.py"),
+        ("json.py", UserError, "json.py has the name of another module, json: rename it"),
+        ("kd_d2_test_lacking", ModuleNotFoundError, "No module named 'kd_d2_test_nowhere'"),
+        ("kd_d2_test_lacking.py", ModuleNotFoundError, "No module named 'kd_d2_test_nowhere'"),
+        ("kd_d2_test_broken.py", ZeroDivisionError, "zero"),
+    ],
+)
+def test_what_cannot_be_imported(own_modules: Path, name: str, error: type, sentence: str) -> None:
+    """Check that a missing file or module is a sentence, and that an error inside the user's module keeps its traceback."""
+    with pytest.raises(error, match=sentence):
+        import_extensions([name])
+    assert name.removesuffix(".py") not in sys.modules or name == "json.py"
+
+
+def test_the_import_option_comes_before_the_config_is_read(own_modules: Path, capsys: pytest.CaptureFixture) -> None:
+    project = make_project(own_modules / "project", MODEL__KD__DISTILLERS=("Mine",))
+    with pytest.raises(SystemExit):
+        run_command("train", project.student, "--import", "nowhere.py")
+    assert "--import: there is no file" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------- moved modules
+
+
+@pytest.mark.parametrize("old", moved.MODULES)
+def test_moved_modules(old: str) -> None:
+    """Check that an old name names the new one, which is there."""
+    with pytest.raises(ModuleNotFoundError, match=f"kd_d2.{old} is now kd_d2.{moved.MODULES[old]}"):
+        importlib.import_module(f"kd_d2.{old}")
+    importlib.import_module(f"kd_d2.{moved.MODULES[old]}")
