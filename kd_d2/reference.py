@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from detectron2.config import CfgNode, get_cfg
+
 from .config import LIBRARY_KEYS
 from .distillers import DISTILLER_REGISTRY
+from .errors import UserError
 from .keys import Keys, keys_of
 from .modeling import MODELING_KEYS
 
@@ -40,3 +45,35 @@ def config_reference() -> list[KeyReference]:
 def _entries(path: str, keys: type[Keys]) -> Iterator[KeyReference]:
     for key in keys_of(keys):
         yield KeyReference(f"{path}.{key.name}", key.words, key.default, key.description)
+
+
+def explain(key: str) -> str:
+    """What a config key means, or all keys of a node, as text.
+
+    Raises:
+        UserError: there is no such key or node.
+    """
+    entries = [entry for entry in config_reference() if entry.name == key or entry.name.startswith(f"{key}.")]
+    if entries:
+        return "\n\n".join(_as_text(entry) for entry in entries)
+    defaults = dict(_leaves(get_cfg()))
+    if key in defaults:
+        return f"{key}\n    a key of Detectron2, {defaults[key]!r} by default; see detectron2.config.defaults"
+    known = [*(entry.name for entry in config_reference()), *defaults]
+    known += {name.rpartition(".")[0] for name in known}
+    close = difflib.get_close_matches(key, known, n=1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    raise UserError(f"There is no config key or node {key}.{hint}")
+
+
+def _as_text(entry: KeyReference) -> str:
+    description = textwrap.fill(entry.description, 100, initial_indent="    ", subsequent_indent="    ")
+    return f"{entry.name}\n{description}\n    {entry.values}; default {entry.default!r}"
+
+
+def _leaves(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

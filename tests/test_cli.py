@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from kd_d2 import UserError, __version__, moved
-from kd_d2.cli import COMMANDS
+from kd_d2.cli import COMMANDS, main
 from kd_d2.cli.arguments import ModelPath, read_model_paths, read_one_model_path
 from kd_d2.cli.overrides import split_overrides
 from kd_d2.extensions import import_extensions
@@ -235,3 +235,17 @@ def test_moved_modules(old: str) -> None:
     with pytest.raises(ModuleNotFoundError, match=f"kd_d2.{old} is now kd_d2.{moved.MODULES[old]}"):
         importlib.import_module(f"kd_d2.{old}")
     importlib.import_module(f"kd_d2.{moved.MODULES[old]}")
+
+
+def test_config_explain(capsys: pytest.CaptureFixture[str]) -> None:
+    """Check a key with its range and default, a whole node, a key of Detectron2, and a wrong name."""
+    main(["config", "explain", "MODEL.KD.BALANCE.TARGET"])
+    assert "a number above 0; default 2.0" in capsys.readouterr().out
+    main(["config", "explain", "MODEL.KD.DEFEAT"])
+    explained = [line for line in capsys.readouterr().out.splitlines() if line.startswith("MODEL.KD.DEFEAT.")]
+    assert len(explained) == 7 and explained[-1] == "MODEL.KD.DEFEAT.ADAPTATION"
+    main(["config", "explain", "SOLVER.BASE_LR"])
+    assert "a key of Detectron2, 0.001 by default" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["config", "explain", "MODEL.KD.BALANCE.TARGETS"])
+    assert "Did you mean MODEL.KD.BALANCE.TARGET?" in capsys.readouterr().err

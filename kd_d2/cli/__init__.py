@@ -21,7 +21,10 @@ COMMANDS = {
     "demo": "distillation from end to end on synthetic data",
     "completion": "print a completion script for bash or zsh",
 }
-"""By name what each does; `train` is the module kd_d2.cli.train, with `add_arguments(parser)` and `run(args)`."""
+"""By name what each does; `train` is the module kd_d2.cli.train, with `add_arguments(parser)` and `run(args)`.
+
+A module may name first arguments in `WITHOUT_OVERRIDES`: nothing behind them is taken for a config override.
+"""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -40,7 +43,8 @@ def main(argv: list[str] | None = None) -> None:
             prog=f"kd-d2 {command}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         module.add_arguments(parser)
-        options, opts = split_overrides(arguments)
+        plain = bool(arguments) and arguments[0] in getattr(module, "WITHOUT_OVERRIDES", ())
+        options, opts = (arguments, []) if plain else split_overrides(arguments)
         module.run(parser.parse_args(options, argparse.Namespace(opts=opts)))
 
 

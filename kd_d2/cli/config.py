@@ -2,6 +2,7 @@
 
 kd-d2 config list                                            the names of the configs that ship
 kd-d2 config show CONFIG [--changes] [KEY VALUE ...]         a config with all its bases and overrides
+kd-d2 config explain KEY_OR_NODE                             what keys mean, such as MODEL.KD.ICD or SOLVER.AMP.DTYPE
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import sys
 from ..extensions import import_extensions
 from .arguments import add_config_argument, add_import_argument
 
+WITHOUT_OVERRIDES = ("explain",)
+"""Actions whose arguments may look like overrides."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -23,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--changes", action="store_true", help="only the keys that are not at their defaults, one per line"
     )
     add_import_argument(show)
+    explain = actions.add_parser("explain", help="print type, default and meaning of a key, or of all keys of a node")
+    explain.add_argument("key", metavar="KEY_OR_NODE", help="a config key, or a node such as MODEL.KD.ICD")
+    add_import_argument(explain)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -33,6 +40,11 @@ def run(args: argparse.Namespace) -> None:
         _print("\n".join(shipped_configs()))
         return
     import_extensions(args.imports)
+    if args.action == "explain":
+        from ..reference import explain
+
+        _print(explain(args.key))
+        return
     cfg = read_config(args.config_file, args.opts)
     if args.changes:
         _print("\n".join(f"{key}: {value!r}" for key, value in changed_keys(cfg).items()))
