@@ -18,6 +18,7 @@ _MODULES = {
     "Distiller": "distillers",
     "KDMetaArch": "meta_arch",
     "Teacher": "teacher",
+    "TrainedModel": "analysis.models",
     "UserError": "errors",
     "add_kd_config": "config",
     "load_config": "config",

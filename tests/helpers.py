@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from kd_d2 import cli
 from kd_d2.config import load_config
 from kd_d2.data import register_coco_json
 from kd_d2.distillers import DISTILLER_REGISTRY
@@ -279,6 +280,12 @@ def run_program(path: Path, *arguments: object) -> None:
             runpy.run_path(str(path), run_name="__main__")
     finally:
         sys.argv = argv
+
+
+def kd_d2_command(*arguments: object) -> None:
+    """Run `kd-d2 ARGUMENTS` in this process."""
+    with clean_process():
+        cli.main([str(a) for a in arguments])
 
 
 @contextlib.contextmanager

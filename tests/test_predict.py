@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kd_d2 import load_config
-from kd_d2.evaluation.drawing import PALETTE, draw_instances, titled
+from kd_d2.analysis.drawing import PALETTE, draw_instances, titled
 
 import numpy as np
 import pytest

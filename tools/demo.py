@@ -11,9 +11,9 @@ import os
 import time
 
 from kd_d2 import load_config
+from kd_d2.analysis.drawing import draw_instances, sheet, titled
 from kd_d2.data import register_synthetic
 from kd_d2.errors import exit_on_user_error
-from kd_d2.evaluation.drawing import draw_instances, sheet, titled
 from kd_d2.sweep import compare, read_matrix
 
 import cv2

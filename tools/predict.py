@@ -16,12 +16,12 @@ from dataclasses import dataclass
 
 from kd_d2 import UserError, load_config
 from kd_d2.adapters import build_adapter
+from kd_d2.analysis.drawing import draw_instances
 from kd_d2.checkpoint import load_complete
 from kd_d2.config import find_file
 from kd_d2.data import register_synthetic
 from kd_d2.engine.checks import check_output_folder
 from kd_d2.errors import exit_on_user_error
-from kd_d2.evaluation.drawing import draw_instances
 
 import torch
 from detectron2.config import CfgNode

@@ -13,8 +13,12 @@ from .overrides import split_overrides
 COMMANDS = {
     "train": "train a detector, plain or distilled",
     "eval": "evaluate a trained detector, or a teacher",
+    "analyze": "analyze trained detectors: errors, robustness, features, ...",
 }
-"""By name what each does; `train` is the module kd_d2.cli.train, with `add_arguments(parser)` and `run(args)`."""
+"""By name what each does; `train` is the module kd_d2.cli.train, with `add_arguments(parser)` and `run(args)`.
+
+A module may also have `prepare(options)`, which is called first.
+"""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -27,9 +31,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog=f"kd-d2 {argv[0]}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    module.add_arguments(parser)
     with exit_on_user_error():
         options, opts = split_overrides(argv[1:])
+        if hasattr(module, "prepare"):
+            module.prepare(options)
+        module.add_arguments(parser)
         module.run(parser.parse_args(options, argparse.Namespace(opts=opts)))
 
 

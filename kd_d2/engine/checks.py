@@ -10,7 +10,6 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from torch import nn
 
 from ..adapters import build_adapter
-from ..config import KD_META_ARCH
 from ..errors import UserError
 from ..meta_arch import student_of
 
@@ -27,15 +26,6 @@ def check_output_folder(folder: str, key: str = "OUTPUT_DIR") -> None:
             pass
     except OSError as error:
         raise UserError(f"{key} {folder} cannot be written: {error.strerror}.") from error
-
-
-def check_distillation(cfg: CfgNode) -> None:
-    """Raise a UserError unless the config is a distillation's."""
-    if cfg.MODEL.META_ARCHITECTURE != KD_META_ARCH:
-        raise UserError(
-            "--config-file must be the config of a distillation: "
-            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}, not {KD_META_ARCH}."
-        )
 
 
 def check_datasets(cfg: CfgNode, *, train: bool) -> None:

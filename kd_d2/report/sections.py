@@ -11,7 +11,6 @@ from typing import Any
 import yaml
 
 from ..errors import UserError
-from ..evaluation.error_types import SIZES
 from ..sweep import Matrix
 from ..sweep.plots import plot_ap, plot_curves
 from ..sweep.report import first_curves, read_costs
@@ -21,6 +20,7 @@ from .page import Listing, Picture, Section, Table
 
 SUMMARY = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 CLASS_COLUMNS = 4
+SIZES = ("all", "small", "medium", "large")
 
 
 def comparison_section(matrix: Matrix, results_folder: str, scratch: str) -> Section:
