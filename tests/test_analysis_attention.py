@@ -42,7 +42,7 @@ def test_a_picture_for_each_image_with_instances(distilled: Project, tmp_path: P
         "analysis.json",
         "attention.json",
     ]  # the third has none
-    data = AttentionAnalysis.load(str(tmp_path / "out")).data
+    data = AttentionAnalysis.load(str(tmp_path / "out"))
     assert data.images == 3 and data.instances >= 3 and 0 < data.share_in_box < 1 and 0 < data.box_area < 1
     assert "% of an instance's attention lies in its box, which covers" in capsys.readouterr().out
     picture = cv2.imread(str(tmp_path / "out" / "001.png"))

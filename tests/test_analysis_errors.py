@@ -30,7 +30,7 @@ def test_two_models_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture) 
     run(*_model(project, "one"), *_model(project, "the other"), *common, "--classes", *_data(project))
     printed = capsys.readouterr().out
     assert "The annotations have no super-categories: Sim is Loc" in printed
-    assert "| one " in printed and "| the other " in printed
+    assert "| one, all " in printed and "| the other, small " in printed
     found = json.loads((output / "errors.json").read_text())
     assert found["one"] == found["the other"]
     assert found["one"]["classes"].keys() == {"red", "green", "blue"}

@@ -86,7 +86,9 @@ def run(capsys: pytest.CaptureFixture) -> Callable[..., tuple[dict[str, tuple[fl
         numbers = {
             row[0].strip(): row[1:] for row in rows if row[0].strip() not in ("loss", "method") and "--" not in row[0]
         }
-        return {name: tuple(float(n) if n.strip() else None for n in row) for name, row in numbers.items()}, printed
+        return {
+            name: tuple(None if n.strip() == "-" else float(n) for n in row) for name, row in numbers.items()
+        }, printed
 
     return run
 

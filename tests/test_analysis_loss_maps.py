@@ -56,7 +56,7 @@ def test_from_a_training_to_the_picture(tmp_path: Path, capsys: pytest.CaptureFi
     run(*both, "--images", 2, "--every", 4, "--stride", 16, "MODEL.KD.STRUCTURAL.LOSS", "ssim")
     printed = capsys.readouterr().out
     assert printed.count("% of the loss lies in the objects' boxes, which cover") == 3
-    data = LossMapAnalysis.load(str(output)).data
+    data = LossMapAnalysis.load(str(output))
     assert {title: share.records for title, share in data.runs.items()} == {"l1": 2, "ssim": 1}
     assert all(0 < share.share_in_boxes < 1 for share in data.runs.values()) and 0 < data.box_area < 1
     drawn = cv2.imread(str(output / "loss_maps.png"))

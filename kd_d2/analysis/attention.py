@@ -17,29 +17,12 @@ from ..distillers.icd import ICD
 from ..engine.checks import check_output_folder
 from ..errors import UserError
 from ..meta_arch import KDMetaArch
-from ..report.page import Section
 from .base import Analysis, check_at_least
 from .drawing import draw_instances, enlarged, overlay_heat, per_pixel, sheet, titled, write_picture
 from .examples import picture_name, pixels, read_examples
 from .models import Distillation, load_distillations
 
 SIDE = 200  # px of a picture's shorter side
-
-
-@dataclass
-class AttentionData:
-    """What attention.json holds; means over the instances.
-
-    Attributes:
-        images, instances: their numbers.
-        share_in_box: the fraction of an instance's attention in its box.
-        box_area: the fraction of the image that the box covers.
-    """
-
-    images: int
-    instances: int
-    share_in_box: float | None
-    box_area: float | None
 
 
 @dataclass
@@ -52,12 +35,17 @@ class AttentionAnalysis(Analysis):
     """
 
     name = "attention"
+    title = "Attention of ICD's decoder"
     file = "attention.json"
-    content = AttentionData
     model_count = (1, 1)
     read_models = staticmethod(partial(load_distillations, train=True))
 
-    data: AttentionData
+    images: int
+    instances: int
+    share_in_box: float
+    """The fraction of an instance's attention in its box, mean over the instances."""
+    box_area: float
+    """The fraction of the image that the box covers."""
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -81,16 +69,13 @@ class AttentionAnalysis(Analysis):
             picture = draw_attention(image, target.to("cpu"), attention, distillation.class_names, instances)
             write_picture(os.path.join(output, picture_name(example)), picture)
         shares = torch.cat(shares, 1)
-        return cls(AttentionData(len(examples), shares.shape[1], *shares.mean(1).tolist()))
+        return cls(len(examples), shares.shape[1], *shares.mean(1).tolist())
 
-    def summary(self) -> str:
-        return (
-            f"{100 * self.data.share_in_box:.0f} % of an instance's attention lies in its box, which covers "
-            f"{100 * self.data.box_area:.0f} % of the image (means of {self.data.instances} instances)."
-        )
-
-    def section(self) -> Section:
-        return Section("Attention of ICD's decoder", [self.summary()], self.pictures("*.png", names=True))
+    def sentences(self) -> list[str]:
+        return [
+            f"{100 * self.share_in_box:.0f} % of an instance's attention lies in its box, which covers "
+            f"{100 * self.box_area:.0f} % of the image (means of {self.instances} instances)."
+        ]
 
 
 def load_icd(distillation: Distillation) -> tuple[KDMetaArch, ICD]:

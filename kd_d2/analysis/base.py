@@ -14,16 +14,19 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
+from tabulate import tabulate
 
 from ..engine.checks import check_output_folder
 from ..errors import UserError
 from ..files import read_json, write_json
-from ..report.page import Picture, Section
+from ..report.page import Picture, Section, Table
 from .models import load_models
 from .registry import find_analysis
 
 MARKER = "analysis.json"
 """In a finished folder: the name of the analysis that made it."""
+NOT_STORED = {"stored": False}
+"""The metadata of a dataclass field of an `Analysis` that its data file does not have."""
 
 
 @dataclass
@@ -31,29 +34,30 @@ class Analysis(ABC):
     """An analysis; an instance is what one run of it found.
 
     A subclass is a dataclass that says what it measures in its docstring, which is also the text of
-    `kd-d2 analyze NAME --help`, and implements `run` and `section`; where it writes more than its data file, also `draw`.
+    `kd-d2 analyze NAME --help`. Its fields are stored in its data file and must be of types that JSON has: dataclasses, dict[str, ...],
+    list[...], str, int, float, bool and None; a field alone is the whole file. NaN is stored as null and loaded as None.
+    It implements `run`, and `sentences` and `tables`, which are printed and shown in reports; `draw` where it writes more.
 
     Class attributes:
         name: of the command, `kd-d2 analyze NAME`.
-        file: what the data file is called in the output folder.
-        content: the type of `data`, built of dataclasses, dict[str, ...], list[...], str, int, float, bool and None; NaN is
-            stored as null and loaded as None. `load` checks the file against it.
+        title: of its section in a report.
+        file: the data file in the output folder.
+        figures: pictures in the output folder with their captions; for a pattern with a *, the file's name follows the caption.
         model_count: the least and the largest number of models; None for no limit.
         read_models: makes what `run` takes of the command line's models and overrides: `load_models` or `load_distillations`.
 
     Attributes:
-        data: the numbers, as the data file has them.
-        folder: where they are saved; None before `save`.
+        folder: where it is saved; None before `save`.
     """
 
     name: ClassVar[str]
+    title: ClassVar[str]
     file: ClassVar[str]
-    content: ClassVar[Any]
+    figures: ClassVar[dict[str, str]] = {"*.png": ""}
     model_count: ClassVar[tuple[int, int | None]] = (1, None)
     read_models: ClassVar = staticmethod(load_models)
 
-    data: Any
-    folder: str | None = field(default=None, kw_only=True)
+    folder: str | None = field(default=None, init=False, repr=False, metadata=NOT_STORED)
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -70,17 +74,37 @@ class Analysis(ABC):
             output: folder in which pictures of single images are written as they are drawn.
         """
 
-    @abstractmethod
-    def section(self) -> Section:
-        """The part of a report; pictures are those of `folder`."""
+    def sentences(self) -> list[str]:
+        """What the tables and pictures show."""
+        return []
 
-    def summary(self) -> str:
-        """What the command prints at its end."""
-        return ""
+    def tables(self) -> list[Table]:
+        """The results."""
+        return []
+
+    def details(self) -> list[Table]:
+        """Tables for the report alone."""
+        return []
 
     def draw(self, folder: str) -> None:
-        """Write tables and plots beside the data file; of a loaded analysis, those that `data` is enough for."""
+        """Write tables and plots beside the data file; of a loaded analysis, those that its fields are enough for."""
         return
+
+    def summary(self) -> str:
+        """Sentences and tables as text."""
+        parts = self.sentences()
+        for table in self.tables():
+            align = ["left", *["right"] * (len(table.headers) - 1)]
+            parts.append(tabulate(table.rows, table.headers, "github", disable_numparse=True, colalign=align))
+        return "\n\n".join(parts)
+
+    def section(self) -> Section:
+        """The part of a report, with the pictures of `folder`."""
+        section = Section(self.title, self.sentences(), [*self.tables(), *self.details()])
+        for pattern, caption in self.figures.items():
+            for path in sorted(glob.glob(os.path.join(glob.escape(self.folder), pattern))):
+                section.blocks.append(Picture(path, caption + (os.path.basename(path) if "*" in pattern else "")))
+        return section
 
     def save(self, folder: str) -> None:
         """Write everything into a folder, and last what marks it as finished.
@@ -89,7 +113,8 @@ class Analysis(ABC):
             UserError: it cannot be written.
         """
         check_output_folder(folder, "--output")
-        write_json(os.path.join(folder, self.file), _as_tree(self.data))
+        tree = {name: _as_tree(getattr(self, name)) for name in self._stored()}
+        write_json(os.path.join(folder, self.file), tree if len(tree) > 1 else tree.popitem()[1])
         self.draw(folder)
         write_json(os.path.join(folder, MARKER), {"analysis": self.name})
         self.folder = folder
@@ -101,20 +126,19 @@ class Analysis(ABC):
         Raises:
             UserError: a file is missing, or has other content than this analysis writes.
         """
-        path = os.path.join(folder, cls.file)
-        data = _from_tree(cls.content, read_json(path), path, "the file")
-        if data in ({}, []):
+        path, stored = os.path.join(folder, cls.file), cls._stored()
+        tree = read_json(path)
+        values = _members(stored, tree if len(stored) > 1 else dict.fromkeys(stored, tree), path, "the file")
+        if tree == {}:
             raise UserError(f"{path}: the file is empty.")
-        return cls(data, folder=folder)
+        loaded = cls(**values)
+        loaded.folder = folder
+        return loaded
 
-    def pictures(self, pattern: str, caption: str = "", *, names: bool = False) -> list[Picture]:
-        """The folder's pictures of a pattern such as "curves.png" or "channels/*.png".
-
-        Args:
-            names: put the file's name behind the caption.
-        """
-        paths = sorted(glob.glob(os.path.join(glob.escape(self.folder), pattern)))
-        return [Picture(path, caption + (os.path.basename(path) if names else "")) for path in paths]
+    @classmethod
+    def _stored(cls) -> dict[str, Any]:
+        hints = get_type_hints(cls)
+        return {f.name: hints[f.name] for f in fields(cls) if f.metadata.get("stored", True)}
 
 
 def is_analysis(folder: str) -> bool:
@@ -164,25 +188,27 @@ def _as_tree(data: Any) -> Any:
 
 
 def _from_tree(kind: Any, tree: Any, path: str, place: str) -> Any:
-    """A tree of JSON as an instance of a type: see `Analysis.content`."""
+    """A tree of JSON as an instance of a type: see `Analysis`."""
     if is_dataclass(kind):
-        hints = get_type_hints(kind)
-        members = _checked(dict, tree, path, place)
-        missing = sorted(hints.keys() - members.keys())
-        if missing:
-            raise UserError(f"{path}: {place} has no {missing[0]!r}.")
-        return kind(**{name: _from_tree(hint, members[name], path, repr(name)) for name, hint in hints.items()})
+        return kind(**_members(get_type_hints(kind), tree, path, place))
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is dict:
         members = _checked(dict, tree, path, place)
         return {name: _from_tree(arguments[1], value, path, repr(name)) for name, value in members.items()}
-    if origin is list:
+    if origin is tuple and len(_checked(list, tree, path, place)) != len(arguments):
+        raise UserError(f"{path}: {place} has {len(tree)} entries, not {len(arguments)}.")
+    if origin in (list, tuple):
         return [
-            _from_tree(arguments[0], value, path, f"an entry of {place}") for value in _checked(list, tree, path, place)
+            _from_tree(arguments[0], entry, path, f"an entry of {place}") for entry in _checked(list, tree, path, place)
         ]
-    if origin in (Union, types.UnionType):
-        return _checked(arguments, tree, path, place)
-    return _checked(kind, tree, path, place)
+    return _checked(arguments if origin in (Union, types.UnionType) else kind, tree, path, place)
+
+
+def _members(hints: dict[str, Any], tree: Any, path: str, place: str) -> dict[str, Any]:
+    missing = sorted(hints.keys() - _checked(dict, tree, path, place).keys())
+    if missing:
+        raise UserError(f"{path}: {place} has no {missing[0]!r}.")
+    return {name: _from_tree(hint, tree[name], path, repr(name)) for name, hint in hints.items()}
 
 
 def _checked(kinds: type | tuple[type, ...], tree: Any, path: str, place: str) -> Any:

@@ -17,7 +17,6 @@ from detectron2.structures import Boxes, Instances
 from ..engine.checks import check_output_folder
 from ..errors import UserError
 from ..evaluation.coco import found_objects
-from ..report.page import Section
 from .base import Analysis, check_at_least
 from .drawing import draw_instances, sheet, titled, write_picture
 from .models import TrainedModel, read_annotations
@@ -35,28 +34,6 @@ class Difference:
 
 
 @dataclass
-class Total:
-    """Numbers of objects in all images."""
-
-    gained: int
-    lost: int
-
-
-@dataclass
-class Comparison:
-    """Two models compared.
-
-    Attributes:
-        compared: their titles.
-        images: by image id; images without a difference are left out.
-    """
-
-    compared: list[str]
-    total: Total
-    images: dict[str, Difference]
-
-
-@dataclass
 class DetectionAnalysis(Analysis):
     """Objects that one model finds and another misses, and the images on which they differ most.
 
@@ -67,11 +44,15 @@ class DetectionAnalysis(Analysis):
     """
 
     name = "detections"
+    title = "Detections"
     file = "differences.json"
-    content = Comparison
+    figures = {"[0-9][0-9]-*.png": ""}
     model_count = (2, None)
 
-    data: Comparison
+    compared: tuple[str, str]
+    total: dict[str, int]
+    images: dict[str, Difference]
+    """By image id; images without a difference are left out."""
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -97,19 +78,15 @@ class DetectionAnalysis(Analysis):
             picture = draw_differences(truth, image_id, read_image(files[image_id], "RGB"), differing[image_id], shown)
             name = os.path.splitext(os.path.basename(files[image_id]))[0]
             write_picture(os.path.join(output, f"{number:02d}-{name}.png"), picture)
-        total = Total(*(sum(len(getattr(d, key)) for d in differing.values()) for key in ("gained", "lost")))
-        return cls(Comparison([m.title for m in models[:2]], total, {str(image): d for image, d in differing.items()}))
+        total = {key: sum(len(getattr(d, key)) for d in differing.values()) for key in ("gained", "lost")}
+        return cls((models[0].title, models[1].title), total, {str(i): d for i, d in differing.items()})
 
-    def summary(self) -> str:
-        first, second = self.data.compared
-        return (
-            f"{second} finds {self.data.total.gained} objects that {first} does not, and misses {self.data.total.lost} that it "
-            f"finds; {len(self.data.images)} images differ"
-        )
-
-    def section(self) -> Section:
-        intro = f"{self.summary()}. Gained objects are green, lost ones red."
-        return Section("Detections", [intro], self.pictures("[0-9][0-9]-*.png", names=True))
+    def sentences(self) -> list[str]:
+        first, second = self.compared
+        return [
+            f"{second} finds {self.total['gained']} objects that {first} does not, and misses {self.total['lost']} that it finds; "
+            f"{len(self.images)} images differ. Gained objects are green, lost ones red."
+        ]
 
 
 def differences(truth: dict, first: set[int], second: set[int]) -> dict[int, Difference]:

@@ -22,7 +22,9 @@ def read_examples(cfg: CfgNode, count: int) -> list[dict]:
     """
     mapper = _mapper(cfg, with_truth=True)
     entries = (
-        d for d in DatasetCatalog.get(cfg.DATASETS.TEST[0]) if any(not a.get("iscrowd") for a in d["annotations"])
+        d
+        for d in DatasetCatalog.get(cfg.DATASETS.TEST[0])
+        if any(not a.get("iscrowd") for a in d.get("annotations", ()))
     )
     examples = [mapper(entry) for entry in islice(entries, count)]
     if not examples:

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
-from tabulate import tabulate
 from torch import Tensor
 
 from ..balance import loss_gradient, shared_parameters
@@ -24,12 +23,11 @@ from ..engine.checks import check_output_folder
 from ..engine.learning_rate import check_schedule
 from ..engine.trainer import load_initial_weights
 from ..meta_arch import KDMetaArch
-from ..report.page import Section, Table
+from ..report.page import Table
 from .base import Analysis, as_text, check_at_least
 from .models import Distillation, load_distillations
 
 DETECTION = "detection"
-LOSS_HEADERS = ("loss", "value", "gradient norm / detection", "cosine with detection")
 
 
 @dataclass(frozen=True)
@@ -63,21 +61,6 @@ class MethodWeight:
 
 
 @dataclass
-class GradientData:
-    """What gradients.json holds.
-
-    Attributes:
-        losses: by name, `DETECTION` first.
-        methods: by distiller.
-        target: MODEL.KD.BALANCE.TARGET.
-    """
-
-    losses: dict[str, GradientStats]
-    methods: dict[str, MethodWeight]
-    target: float
-
-
-@dataclass
 class GradientAnalysis(Analysis):
     """Gradient norm of each distillation loss relative to the detection loss, and the WEIGHT for a chosen ratio.
 
@@ -92,12 +75,17 @@ class GradientAnalysis(Analysis):
     """
 
     name = "gradients"
+    title = "Gradients"
     file = "gradients.json"
-    content = GradientData
     model_count = (1, 1)
     read_models = staticmethod(partial(load_distillations, train=True))
 
-    data: GradientData
+    losses: dict[str, GradientStats]
+    """By name, `DETECTION` first."""
+    methods: dict[str, MethodWeight]
+    """By distiller."""
+    target: float
+    """MODEL.KD.BALANCE.TARGET."""
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -128,41 +116,27 @@ class GradientAnalysis(Analysis):
             method, ratio = DISTILLER_REGISTRY.get(name), found.pop(name).norm_ratio
             weight = method.weight_of(cfg.MODEL.KD[method.CONFIG_NODE], model.adapter.spec)
             methods[name] = MethodWeight(ratio, weight, weight * target / ratio if ratio else None)
-        return cls(GradientData(found, methods, target))
+        return cls(found, methods, target)
 
-    def _rows(self) -> tuple[list[tuple], list[tuple]]:
-        losses = [(name, s.loss, s.norm_ratio, s.cosine) for name, s in self.data.losses.items()]
-        methods = [(name, m.norm_ratio, m.weight, m.suggested_weight) for name, m in self.data.methods.items()]
-        return losses, methods
+    def sentences(self) -> list[str]:
+        return [
+            "Gradients in the parameters that all losses share, relative to those of the detection loss; means over batches."
+        ]
 
-    def _method_headers(self) -> tuple[str, ...]:
-        return "method", "gradient norm / detection", "WEIGHT", f"WEIGHT for {self.data.target:g}"
-
-    def summary(self) -> str:
-        losses, methods = self._rows()
-        first = tabulate(losses, LOSS_HEADERS, tablefmt="github", floatfmt=("", ".4g", ".3g", "+.3f"))
-        second = tabulate(methods, self._method_headers(), tablefmt="github", floatfmt=("", ".3g", ".4g", ".3g"))
-        return f"{first}\n\n{second}"
-
-    def section(self) -> Section:
-        losses, methods = self._rows()
-        return Section(
-            "Gradients",
-            [
-                "Gradients in the parameters that all losses share, relative to those of the detection loss; means over batches."
-            ],
-            [
-                Table(
-                    LOSS_HEADERS,
-                    [[n, as_text(v, ".4g"), as_text(r, ".3g"), as_text(c, "+.3f")] for n, v, r, c in losses],
-                ),
-                Table(
-                    self._method_headers(),
-                    [[n, as_text(r, ".3g"), as_text(w, ".4g"), as_text(s, ".3g")] for n, r, w, s in methods],
-                    "The last column is the WEIGHT with which the method alone would have that ratio.",
-                ),
-            ],
-        )
+    def tables(self) -> list[Table]:
+        losses = [
+            [name, as_text(s.loss, ".4g"), as_text(s.norm_ratio, ".3g"), as_text(s.cosine, "+.3f")]
+            for name, s in self.losses.items()
+        ]
+        methods = [
+            [name, as_text(m.norm_ratio, ".3g"), as_text(m.weight, ".4g"), as_text(m.suggested_weight, ".3g")]
+            for name, m in self.methods.items()
+        ]
+        ratio = "gradient norm / detection"
+        return [
+            Table(["loss", "value", ratio, "cosine with detection"], losses),
+            Table(["method", ratio, "WEIGHT", f"WEIGHT for {self.target:g}"], methods, "Each method alone."),
+        ]
 
 
 def build_for_training(distillation: Distillation) -> KDMetaArch:

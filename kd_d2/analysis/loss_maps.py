@@ -26,8 +26,7 @@ from ..errors import UserError
 from ..files import atomic_write
 from ..meta_arch import KDMetaArch
 from ..random_state import preserved_random_state
-from ..report.page import Section, Table
-from .base import Analysis, as_text, check_at_least
+from .base import Analysis, check_at_least
 from .drawing import draw_instances, enlarged, overlay_heat, per_pixel, sheet, titled, write_picture
 from .examples import pixels, read_examples
 from .models import Models, check_distillation, read_paths
@@ -53,19 +52,6 @@ class RunShare:
 
 
 @dataclass
-class LossMapData:
-    """What loss_maps.json holds.
-
-    Attributes:
-        box_area: the fraction of the image that the objects' boxes cover, mean over the images.
-        runs: by title.
-    """
-
-    box_area: float
-    runs: dict[str, RunShare]
-
-
-@dataclass
 class LossMapAnalysis(Analysis):
     """Where on the image a distillation loss is large, averaged over a training.
 
@@ -79,10 +65,14 @@ class LossMapAnalysis(Analysis):
     """
 
     name = "loss-maps"
+    title = "Loss maps"
     file = "loss_maps.json"
-    content = LossMapData
+    figures = {PICTURE: "Yellow where the loss is largest."}
 
-    data: LossMapData
+    box_area: float
+    """The fraction of the image that the objects' boxes cover, mean over the images."""
+    runs: dict[str, RunShare]
+    """By title."""
 
     @staticmethod
     def read_models(models: Models, opts: Sequence[str] = ()) -> list[tuple[ModelPath, list[str]]]:
@@ -125,27 +115,17 @@ class LossMapAnalysis(Analysis):
                 )
                 launch(train_with_loss_maps, args)
                 comm.synchronize()
-        picture, data = draw_loss_maps(folders, stride)
+        picture, *found = draw_loss_maps(folders, stride)
         if comm.is_main_process():
             write_picture(os.path.join(output, PICTURE), picture)
-        return cls(data)
+        return cls(*found)
 
-    def summary(self) -> str:
-        return "\n".join(
+    def sentences(self) -> list[str]:
+        return [
             f"{title}: {100 * run.share_in_boxes:.0f} % of the loss lies in the objects' boxes, which cover "
-            f"{100 * self.data.box_area:.0f} % of the image (means; {run.records} records of the training)"
-            for title, run in self.data.runs.items()
-        )
-
-    def section(self) -> Section:
-        rows = [[t, str(r.records), as_text(100 * r.share_in_boxes, ".0f")] for t, r in self.data.runs.items()]
-        caption = f"The boxes cover {100 * self.data.box_area:.0f} % of the image."
-        section = Section(
-            "Loss maps", ["Where on the image the distillation loss is large, averaged over the training."]
-        )
-        section.blocks.append(Table(["training", "records", "% of the loss in objects' boxes"], rows, caption))
-        section.blocks += self.pictures(PICTURE, "Yellow where the loss is largest.")
-        return section
+            f"{100 * self.box_area:.0f} % of the image (means; {run.records} records of the training)."
+            for title, run in self.runs.items()
+        ]
 
 
 def train_with_loss_maps(args: argparse.Namespace) -> None:
@@ -270,8 +250,8 @@ def mean_loss_maps(output: str) -> tuple[dict[str, np.ndarray], int]:
     return {name: level / len(paths) for name, level in total.items()}, len(paths)
 
 
-def draw_loss_maps(folders: dict[str, str], stride: int) -> tuple[np.ndarray, LossMapData]:
-    """Trainings side by side, a row per image, and how much of each one's loss lies in the objects' boxes.
+def draw_loss_maps(folders: dict[str, str], stride: int) -> tuple[np.ndarray, float, dict[str, RunShare]]:
+    """Trainings side by side, a row per image; the area of the objects' boxes, and the share of each one's loss that lies in them.
 
     Args:
         folders: the trainings' output folders by title.
@@ -302,7 +282,7 @@ def draw_loss_maps(folders: dict[str, str], stride: int) -> tuple[np.ndarray, Lo
             row.append(titled(overlay_heat(enlarged(image, SIDE), heat), title))
         rows.append(row)
     runs = {title: RunShare(records[title], float(np.mean(of_images))) for title, of_images in shares.items()}
-    return sheet(rows), LossMapData(float(np.mean(covered)), runs)
+    return sheet(rows), float(np.mean(covered)), runs
 
 
 def inside_boxes(truth: Instances) -> np.ndarray:

@@ -54,7 +54,7 @@ class TrainedModel:
 
     def identity(self) -> dict[str, object]:
         """What results depend on: the weights' file, the config, the annotations."""
-        weights = local_path(_file_of(self.cfg.MODEL.WEIGHTS))
+        weights = _local_file(self.cfg.MODEL.WEIGHTS)
         status = os.stat(weights)
         annotations = MetadataCatalog.get(self.dataset).get("json_file")
         if annotations:
@@ -151,7 +151,7 @@ class Distillation:
 
     def distiller_states(self) -> dict[str, dict[str, Tensor]]:
         """The distillers' own layers in the checkpoint: see `kd_d2.checkpoint.distiller_states`."""
-        return distiller_states(local_path(_file_of(self.checkpoint)))
+        return distiller_states(_local_file(self.checkpoint))
 
     @property
     def class_names(self) -> list[str]:
@@ -262,6 +262,9 @@ def restrict_images(models: Sequence[TrainedModel], count: int, output: str) -> 
         register_coco_json(model.cfg)
 
 
-def _file_of(weights: str) -> str:
-    """Weights without what a query, as "?matching_heuristics=True", asks of them."""
-    return weights.partition("?")[0]
+def _local_file(weights: str) -> str:
+    """The local file of weights, which may be a URL and have a query such as "?matching_heuristics=True"."""
+    path = local_path(weights.partition("?")[0])
+    if not os.path.isfile(path):
+        raise UserError(f"There is no checkpoint {path}.")
+    return path

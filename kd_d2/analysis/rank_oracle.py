@@ -16,7 +16,6 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Instances
 from detectron2.utils.events import EventStorage
-from tabulate import tabulate
 from torch import Tensor
 
 from ..adapters import DensePredictions, DetectorOutputs
@@ -24,7 +23,7 @@ from ..engine.checks import check_output_folder
 from ..evaluation import build_evaluator
 from ..losses import reordered
 from ..meta_arch import KDMetaArch
-from ..report.page import Section, Table
+from ..report.page import Table
 from .base import Analysis, as_text, check_at_least
 from .examples import read_examples
 from .models import Distillation, load_distillations
@@ -45,12 +44,12 @@ class RankOracleAnalysis(Analysis):
     """
 
     name = "rank-oracle"
+    title = "Rank oracle"
     file = "rank_oracle.json"
-    content = dict[str, dict[str, float | None]]
     model_count = (1, 1)
     read_models = staticmethod(load_distillations)
 
-    data: dict[str, dict[str, float | None]]
+    variants: dict[str, dict[str, float | None]]
     """By variant and metric."""
 
     @classmethod
@@ -66,19 +65,15 @@ class RankOracleAnalysis(Analysis):
         results = rank_oracle(distillation.cfg, model, read_examples(distillation.cfg, images))
         return cls({name: {column: result[column] for column in COLUMNS} for name, result in results.items()})
 
-    def summary(self) -> str:
-        rows = [[name, *result.values()] for name, result in self.data.items()]
-        return tabulate(rows, headers=["", *COLUMNS], tablefmt="github", floatfmt=".2f")
-
-    def section(self) -> Section:
-        rows = [
-            [name, *(as_text(result.get(column), ".2f") for column in COLUMNS)] for name, result in self.data.items()
-        ]
-        caption = (
+    def sentences(self) -> list[str]:
+        return [
             "AP of the student as it is, with the class scores of each object's positive anchors in the teacher's order, and with "
             "the teacher's scores in their place."
-        )
-        return Section("Rank oracle", [], [Table(["", *COLUMNS], rows, caption)])
+        ]
+
+    def tables(self) -> list[Table]:
+        rows = [[name, *(as_text(of.get(column), ".2f") for column in COLUMNS)] for name, of in self.variants.items()]
+        return [Table(["", *COLUMNS], rows)]
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import glob
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ from ..engine.checks import check_output_folder
 from ..errors import UserError
 from ..losses import prediction_difference
 from ..meta_arch import KDMetaArch
-from ..report.page import Section
 from .base import Analysis, check_at_least
 from .drawing import PALETTE, draw_instances, enlarged, overlay_heat, per_pixel, sheet, titled, write_picture
 from .examples import picture_name, pixels, read_examples, read_files
@@ -33,19 +31,6 @@ from .models import Distillation, load_distillations
 
 SIDE = 240  # px of a picture's shorter side
 NEEDS = frozenset({"features", "dense"})
-
-
-@dataclass
-class RankData:
-    """What ranks.json holds.
-
-    Attributes:
-        images: the names of the pictures.
-        features_compared: whether they show differences of features too.
-    """
-
-    images: list[str]
-    features_compared: bool
 
 
 @dataclass
@@ -61,12 +46,15 @@ class RankAnalysis(Analysis):
     """
 
     name = "ranks"
+    title = "Ranks"
     file = "ranks.json"
-    content = RankData
     model_count = (1, 1)
     read_models = staticmethod(load_distillations)
 
-    data: RankData
+    images: list[str]
+    """The names of the pictures."""
+    features_compared: bool
+    """Whether they show differences of features too."""
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -97,16 +85,14 @@ class RankAnalysis(Analysis):
         for example in read_files(cfg, input) if input else read_examples(cfg, images):
             names.append(picture_name(example))
             write_picture(os.path.join(output, names[-1]), pair.draw(example, instances, score_thresh))
-        return cls(RankData(names, pair.layers is not None))
+        return cls(names, pair.layers is not None)
 
-    def summary(self) -> str:
-        if self.data.features_compared:
-            return ""
-        return "Features are not drawn: their channels differ, and config or checkpoint have no layers of PFI between them."
-
-    def section(self) -> Section:
-        pictures = [picture for name in self.data.images for picture in self.pictures(glob.escape(name), name)]
-        return Section("Ranks", [self.summary()] if self.summary() else [], pictures)
+    def sentences(self) -> list[str]:
+        if self.features_compared:
+            return []
+        return [
+            "Features are not drawn: their channels differ, and config or checkpoint have no layers of PFI between them."
+        ]
 
 
 class Pair:

@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "train a detector, plain or distilled",
     "eval": "evaluate a trained detector, or a teacher",
     "analyze": "analyze trained detectors: errors, robustness, features, ...",
+    "report": "write an HTML page about trainings, analyses and sweeps",
 }
 """By name what each does; `train` is the module kd_d2.cli.train, with `add_arguments(parser)` and `run(args)`.
 

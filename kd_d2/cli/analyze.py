@@ -20,7 +20,7 @@ COMMON = ("model", "output", "imports")
 
 def prepare(options: list[str]) -> None:
     """Import what --import names, so that analyses that it registers are there."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser("kd-d2 analyze", add_help=False, allow_abbrev=False)
     add_import_argument(parser)
     import_extensions(parser.parse_known_args(options)[0].imports)
 

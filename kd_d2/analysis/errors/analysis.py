@@ -11,14 +11,13 @@ from functools import partial
 from typing import Self
 
 import yaml
-from tabulate import tabulate
 from tqdm import tqdm
 
 from ...config import find_file
 from ...engine.checks import check_output_folder
 from ...errors import UserError
-from ...report.page import Section, Table
-from ..base import Analysis, as_text, check_at_least
+from ...report.page import Table
+from ..base import NOT_STORED, Analysis, as_text, check_at_least
 from ..models import TrainedModel, read_annotations
 from .curves import SIZES, STAGES, ErrorCurves, analyze_errors
 from .plots import plot_error_curves, plot_error_shares
@@ -51,12 +50,17 @@ class ErrorAnalysis(Analysis):
     """
 
     name = "errors"
+    title = "Error types"
     file = "errors.json"
-    content = dict[str, ModelErrors]
+    figures = {
+        "curves.png": "All classes.",
+        "costs.png": "The cost of each error type, by object size.",
+        "sizes.png": "Small, medium and large objects.",
+    }
 
-    data: dict[str, ModelErrors]
-    curves: dict[str, ErrorCurves] = field(default_factory=dict, repr=False)
-    draw_classes: bool = False
+    models: dict[str, ModelErrors]
+    curves: dict[str, ErrorCurves] = field(default_factory=dict, repr=False, metadata=NOT_STORED)
+    draw_classes: bool = field(default=False, metadata=NOT_STORED)
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -96,7 +100,7 @@ class ErrorAnalysis(Analysis):
         with open(os.path.join(folder, "errors.csv"), "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["model", "class", "size", *STAGES])
-            for title, errors in self.data.items():
+            for title, errors in self.models.items():
                 for name, areas in {"all": errors.overall, **errors.classes}.items():
                     writer.writerows(
                         [title, name, size, *(as_text(areas[size][stage], ".4f", "nan") for stage in STAGES)]
@@ -110,34 +114,27 @@ class ErrorAnalysis(Analysis):
         for name in next(iter(self.curves.values())).class_names if self.draw_classes else ():
             plot_error_curves(self.curves, os.path.join(folder, "classes", name.replace(os.sep, "-") + ".png"), name)
 
-    def summary(self) -> str:
-        rows = [[title, *errors.overall["all"].values()] for title, errors in self.data.items()]
-        return tabulate(rows, headers=["area under the curve", *STAGES], floatfmt=".3f", tablefmt="github")
+    def sentences(self) -> list[str]:
+        return [
+            "The area under the precision-recall curve in seven stages, each of which forgives more errors: IoU 0.75 (C75), 0.5 "
+            "(C50) and 0.1 (Loc), confusions with a class of the same super-category (Sim) and with any class (Oth), "
+            "detections of background (BG), and misses (FN)."
+        ]
 
-    def section(self) -> Section:
-        section = Section(
-            "Error types",
-            [
-                "The area under the precision-recall curve in seven stages, each of which forgives more errors: IoU 0.75 (C75), "
-                "0.5 (C50) and 0.1 (Loc), confusions with a class of the same super-category (Sim) and with any class (Oth), "
-                "detections of background (BG), and misses (FN)."
-            ],
-        )
-        overall = [
-            [f"{title}, {size}", *_row(errors.overall, size)] for size in SIZES for title, errors in self.data.items()
+    def tables(self) -> list[Table]:
+        rows = [
+            [f"{title}, {size}", *_row(errors.overall, size)] for size in SIZES for title, errors in self.models.items()
         ]
-        section.blocks.append(Table(["model, size of objects", *STAGES], overall))
-        section.blocks += self.pictures("curves.png", "All classes.")
-        section.blocks += self.pictures("costs.png", "The cost of each error type, by object size.")
-        section.blocks += self.pictures("sizes.png", "Small, medium and large objects.")
-        by_class = [
-            [f"{name}, {title}", *_row(errors.classes[name], "all")]
-            for name in dict.fromkeys(name for errors in self.data.values() for name in errors.classes)
-            for title, errors in self.data.items()
-            if name in errors.classes
+        return [Table(["model, size of objects", *STAGES], rows)]
+
+    def details(self) -> list[Table]:
+        names = dict.fromkeys(name for errors in self.models.values() for name in errors.classes)
+        rows = [
+            [f"{name}, {title}", *_row(errors.classes.get(name, {}), "all")]
+            for name in names
+            for title, errors in self.models.items()
         ]
-        section.blocks.append(Table(["class, model", *STAGES], by_class, "By class, objects of all sizes."))
-        return section
+        return [Table(["class, model", *STAGES], rows, "By class, objects of all sizes.")]
 
 
 def _row(areas: Areas, size: str) -> list[str]:

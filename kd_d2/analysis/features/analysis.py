@@ -13,7 +13,6 @@ from typing import Self
 import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, DatasetMapper
-from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,8 +20,8 @@ from ...adapters import build_adapter
 from ...data import CheckedMapper
 from ...engine.checks import check_output_folder
 from ...errors import UserError
-from ...report.page import Section, Table
-from ..base import Analysis, as_text, check_at_least
+from ...report.page import Table
+from ..base import NOT_STORED, Analysis, as_text, check_at_least
 from ..drawing import write_picture
 from ..examples import pixels
 from ..models import TrainedModel, restrict_images
@@ -31,23 +30,7 @@ from .statistics import FeatureStatistics, difference_map
 
 PIXELS, NOISE = "image pixels", "random numbers"
 Rows = list[dict[str, float | str | None]]
-
-
-@dataclass
-class FeatureData:
-    """What features.json holds: rows with "model", "stride" and a number by kind.
-
-    Attributes:
-        images: their number.
-        teacher: the title of the model that the others are compared with; None without.
-        correlations: of neighbors.
-        distances: to the teacher; empty without one.
-    """
-
-    images: int
-    teacher: str | None
-    correlations: Rows
-    distances: Rows
+"""Rows with "model", "stride" and a number by kind."""
 
 
 @dataclass
@@ -65,11 +48,20 @@ class FeatureAnalysis(Analysis):
     """
 
     name = "features"
+    title = "Features"
     file = "features.json"
-    content = FeatureData
+    figures = {
+        "neighbors.png": "Features against their right neighbors.",
+        "differences/*.png": "Where the students differ from the teacher: ",
+        "channels/*.png": "Channels side by side: ",
+    }
 
-    data: FeatureData
-    statistics: dict[str, FeatureStatistics] = field(default_factory=dict, repr=False)
+    images: int
+    correlations: Rows
+    """Of neighbors."""
+    distances: Rows
+    """To the teacher; empty without one."""
+    statistics: dict[str, FeatureStatistics] = field(default_factory=dict, repr=False, metadata=NOT_STORED)
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -108,10 +100,10 @@ class FeatureAnalysis(Analysis):
                 write_picture(os.path.join(output, folder, name), picture)
         correlations = gatherer.table(FeatureStatistics.mean_correlations)
         distances = gatherer.table(FeatureStatistics.mean_distances)
-        return cls(FeatureData(len(entries), teacher, correlations, distances), gatherer.statistics)
+        return cls(len(entries), correlations, distances, gatherer.statistics)
 
     def draw(self, folder: str) -> None:
-        for name, rows in (("correlation", self.data.correlations), ("distances", self.data.distances)):
+        for name, rows in (("correlation", self.correlations), ("distances", self.distances)):
             if rows:
                 with open(os.path.join(folder, f"{name}.csv"), "w", newline="") as file:
                     writer = csv.DictWriter(file, list(rows[0]))
@@ -120,45 +112,25 @@ class FeatureAnalysis(Analysis):
         if self.statistics:
             plot_neighbors(self.statistics, os.path.join(folder, "neighbors.png"))
 
-    def summary(self) -> str:
-        tables = [_by_level(self.data.correlations, "mean", "correlation of neighbors")]
-        if self.data.distances:
-            tables += [
-                _by_level(self.data.distances, "relative", f"|s - t|^2 / |t|^2 to {self.data.teacher}"),
-                _by_level(self.data.distances, "ssim", f"SSIM loss to {self.data.teacher}"),
-                _by_level(self.data.distances, "range", f"range over that of {self.data.teacher}"),
-            ]
-        return "\n\n".join(tables)
+    def sentences(self) -> list[str]:
+        return [f"Means over {self.images} images."]
 
-    def section(self) -> Section:
-        section = Section("Features", [f"Means over {self.data.images} images."])
-        section.blocks.append(_table(self.data.correlations, "Correlation of neighboring features."))
-        if self.data.distances:
+    def tables(self) -> list[Table]:
+        tables = [_table(self.correlations, "Correlation of neighboring features.")]
+        if self.distances:
             caption = (
                 "Distance of the students' maps to the teacher's: |s - t|² / |t|², correlation over positions, mean absolute "
                 "difference and SSIM loss of maps scaled to [0, 1], SSIM's components (1: as the teacher's), range over the "
                 "teacher's."
             )
-            section.blocks.append(_table(self.data.distances, caption))
-        section.blocks += self.pictures("neighbors.png", "Features against their right neighbors.")
-        section.blocks += self.pictures("differences/*.png", "Where the students differ from the teacher: ", names=True)
-        section.blocks += self.pictures("channels/*.png", "Channels side by side: ", names=True)
-        return section
+            tables.append(_table(self.distances, caption))
+        return tables
 
 
 def _table(rows: Rows, caption: str) -> Table:
     kinds = [key for key in rows[0] if key not in ("model", "stride")]
     cells = [[str(r.get("model")), str(r.get("stride")), *(as_text(r.get(kind)) for kind in kinds)] for r in rows]
     return Table(["model", "stride", *kinds], cells, caption)
-
-
-def _by_level(rows: Rows, value: str, title: str) -> str:
-    """A row per model, a column per level."""
-    titles, strides = ([*dict.fromkeys(row[key] for row in rows)] for key in ("model", "stride"))
-    cells = {(row["model"], row["stride"]): row[value] for row in rows}
-    table = [[title, *(cells.get((title, stride)) for stride in strides)] for title in titles]
-    headers = [title, *(f"stride {stride}" for stride in strides)]
-    return tabulate(table, headers=headers, floatfmt=".3f", tablefmt="github")
 
 
 class FeatureReader:

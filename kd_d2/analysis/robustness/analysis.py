@@ -12,13 +12,12 @@ from typing import Self
 
 from detectron2.data import DatasetCatalog
 from detectron2.data.detection_utils import read_image
-from tabulate import tabulate
 from tqdm import tqdm
 
 from ...engine.checks import check_output_folder
 from ...errors import UserError
-from ...report.page import Section, Table
-from ..base import Analysis, as_text, check_at_least
+from ...report.page import Table
+from ..base import NOT_STORED, Analysis, as_text, check_at_least
 from ..drawing import write_picture
 from ..models import TrainedModel, restrict_images
 from .corruptions import CORRUPTIONS, SEVERITIES, load_corruptions
@@ -41,12 +40,16 @@ class RobustnessAnalysis(Analysis):
     """
 
     name = "robustness"
+    title = "Robustness"
     file = "summary.json"
-    content = dict[str, dict[str, dict[str, float | None]]]
+    figures = {
+        "robustness.png": "AP over severity.",
+        "corruptions.png": f"An image in every corruption, at severity {SHOWN_SEVERITY}.",
+    }
 
-    data: dict[str, dict[str, dict[str, float | None]]]
+    models: dict[str, dict[str, dict[str, float | None]]]
     """By title and metric (AP, AP50): clean, mPC, rPC, and the mean over severities of every corruption."""
-    measured: dict[str, Robustness] = field(default_factory=dict, repr=False)
+    measured: dict[str, Robustness] = field(default_factory=dict, repr=False, metadata=NOT_STORED)
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -110,35 +113,20 @@ class RobustnessAnalysis(Analysis):
                 )
         plot_robustness(self.measured, os.path.join(folder, "robustness.png"))
 
-    def summary(self) -> str:
-        tables = []
-        for metric in METRICS:
-            names, rows = self._table(metric)
-            tables.append(tabulate(rows, headers=[metric, *names], floatfmt=".2f", tablefmt="github"))
-        return "\n\n".join(tables)
-
-    def _table(self, metric: str) -> tuple[list[str], list[list]]:
-        """The models' titles, and a row for each of clean, mPC, rPC and the corruptions."""
-        columns = {title: scores.get(metric, {}) for title, scores in self.data.items()}
-        names = dict.fromkeys(name for column in columns.values() for name in column)
-        return list(columns), [[name, *(column.get(name) for column in columns.values())] for name in names]
-
-    def section(self) -> Section:
-        intro = (
+    def sentences(self) -> list[str]:
+        return [
             "Performance on corrupted images: mPC is the mean over corruptions of the mean over severities, rPC is mPC / clean "
             "(Michaelis et al. 2019)."
-        )
-        section = Section("Robustness", [intro])
-        for metric in METRICS:
-            names, rows = self._table(metric)
-            table = [[name.replace("_", " "), *(as_text(v, ".2f") for v in values)] for name, *values in rows]
-            headers = ["", *(f"{name}, {metric}" for name in names)]
-            section.blocks.append(Table(headers, table, "Of each corruption the mean over severities."))
-        section.blocks += self.pictures("robustness.png", "AP over severity.")
-        section.blocks += self.pictures(
-            "corruptions.png", f"An image in every corruption, at severity {SHOWN_SEVERITY}."
-        )
-        return section
+        ]
+
+    def tables(self) -> list[Table]:
+        columns = {f"{t}, {metric}": of.get(metric, {}) for metric in METRICS for t, of in self.models.items()}
+        names = dict.fromkeys(name for column in columns.values() for name in column)
+        rows = [
+            [name.replace("_", " "), *(as_text(column.get(name), ".2f") for column in columns.values())]
+            for name in names
+        ]
+        return [Table(["", *columns], rows, "Of each corruption the mean over severities.")]
 
 
 def summarize(robustness: Robustness) -> dict[str, dict[str, float]]:

@@ -1,4 +1,4 @@
-"""tools/report.py: one page, self-contained, of what the other programs left; and what it says where something is missing."""
+"""`kd-d2 report`: one self-contained page about trainings, analyses and a sweep, and its error messages."""
 
 from __future__ import annotations
 
@@ -7,22 +7,18 @@ import functools
 import io
 import json
 import re
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
+from kd_d2.analysis import ANALYSES, find_analysis
 from kd_d2.report import Listing, Picture, Section, Table, render
 
 import numpy as np
 import pytest
-from helpers import ROOT, make_project, run_program, write_yaml
+from helpers import kd_d2_command, make_project, write_yaml
 from PIL import Image
 
-
-@pytest.fixture
-def run() -> Callable[..., None]:
-    """Run the program as from a command line, in this process."""
-    return functools.partial(run_program, ROOT / "tools" / "report.py")
+run = functools.partial(kd_d2_command, "report")
 
 
 class _Page(HTMLParser):
@@ -80,35 +76,48 @@ def test_page_of_blocks(tmp_path: Path) -> None:
     assert page.images[1].startswith("data:image/webp") and _image(page.images[1]).size == (2200, 88)
 
 
-def _analyses(folder: Path) -> list[object]:
-    """Folders as the programs of analysis leave them, and the options that name them."""
+def _analyses(folder: Path) -> list[Path]:
+    """Folders as the analyses leave them."""
     areas = {
         s: dict.fromkeys(("C75", "C50", "Loc", "Sim", "Oth", "BG", "FN"), 0.25)
         for s in ("all", "small", "medium", "large")
     }
-    scores = {"clean": 20.0, "mPC": 10.0, "rPC": 0.5, "fog": 10.0}
-    correlation = {"model": "student", "stride": 8, "horizontal": 0.5, "vertical": float("nan"), "mean": 0.5}
+    scores = {"clean": 20.0, "mPC": 10.0, "rPC": None, "fog": 10.0}
+    correlation = {"model": "student", "stride": 8, "horizontal": 0.5, "vertical": None, "mean": 0.5}
     distance = {"model": "student", "stride": 8, "relative": 0.1, "correlation": 0.9, "l1": 0.2, "ssim": 0.3}
-    files = {
-        "errors/errors.json": {"student": {"overall": areas, "classes": {"cat": areas}}},
-        "robustness/summary.json": {"student": {"AP": scores, "AP50": scores}},
-        "features/features.json": {"images": 7, "correlations": [correlation], "distances": [distance]},
-        "detections/differences.json": {
-            "compared": ["plain", "student"],
-            "total": {"gained": 3, "lost": 1},
-            "images": {},
-        },
+    features = {"images": 7, "correlations": [correlation], "distances": [distance]}
+    gradients = {
+        "losses": {"loss_one": {"loss": 1.25, "norm_ratio": 0.375, "cosine": None}},
+        "methods": {"One": {"norm_ratio": 0.0, "weight": 4.5, "suggested_weight": None}},
+        "target": 2.0,
     }
-    for name, tree in files.items():
-        (folder / name).parent.mkdir(parents=True)
-        (folder / name).write_text(json.dumps(tree))
+    found = {
+        "errors": ("errors", {"student": {"overall": areas, "classes": {"cat": areas}}}),
+        "robustness": ("summary", {"student": {"AP": scores, "AP50": scores}}),
+        "features": ("features", features),
+        "detections": (
+            "differences",
+            {"compared": ["plain", "student"], "total": {"gained": 3, "lost": 1}, "images": {}},
+        ),
+        "attention": ("attention", {"images": 1, "instances": 5, "share_in_box": 0.25, "box_area": 0.125}),
+        "loss-maps": ("loss_maps", {"box_area": 0.26, "runs": {"ssim": {"records": 40, "share_in_boxes": 0.27}}}),
+        "gradients": ("gradients", gradients),
+        "ranks": ("ranks", {"images": ["z.png"], "features_compared": False}),
+        "rank-oracle": ("rank_oracle", {"student": {"AP": 14.5, "AP50": None, "AP75": 0.5}}),
+    }
+    assert found.keys() == ANALYSES.keys()
+    for name, (file, tree) in found.items():
+        (folder / name).mkdir(parents=True)
+        (folder / name / f"{file}.json").write_text(json.dumps(tree))
+        (folder / name / "analysis.json").write_text(json.dumps({"analysis": name}))
     for name in ("errors/curves", "robustness/robustness", "features/channels/x", "detections/01-x", "attention/y"):
         _picture(folder / f"{name}.png")
-    names = ("errors", "robustness", "features", "detections", "attention")
-    return [x for name in names for x in (f"--{name}", folder / name)] + ["--loss-maps", _picture(folder / "maps.png")]
+    for name in ("loss-maps/loss_maps", "ranks/z"):
+        _picture(folder / f"{name}.png")
+    return [folder / name for name in found]
 
 
-def test_page_of_everything(tmp_path: Path, run: Callable, capsys: pytest.CaptureFixture) -> None:
+def test_page_of_everything(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Train two iterations, make a finished comparison by hand, and put them on a page with every analysis."""
     project = make_project(tmp_path / "project", SOLVER__MAX_ITER=2, SOLVER__STEPS=(), TEST__EVAL_PERIOD=1)
     project.main()
@@ -128,8 +137,8 @@ def test_page_of_everything(tmp_path: Path, run: Callable, capsys: pytest.Captur
             json.dumps({**result, "curves": curves, "versions": {"torch": "9.9"}})
         )
     page_file = tmp_path / "page.html"
-    options = ["--matrix", write_yaml(tmp_path / "matrix.yaml", matrix), "--results", results, "--run", project.output]
-    run("--output", page_file, "--title", "All of it", *options, *_analyses(tmp_path / "found"))
+    options = ["--sweep", write_yaml(tmp_path / "matrix.yaml", matrix), "--results", results]
+    run("--output", page_file, "--title", "All of it", *options, project.output, *_analyses(tmp_path / "found"))
     assert f"{page_file}: " in capsys.readouterr().out
     page = _Page(page_file.read_text())
     for text in (
@@ -143,47 +152,62 @@ def test_page_of_everything(tmp_path: Path, run: Callable, capsys: pytest.Captur
             "Means over 7 images",
             "0.900",
             "Attention of ICD's decoder",
-            "Where the loss falls",
+            "25 % of an instance's attention lies in its box, which covers 12 % of the image",
+            "ssim: 27 % of the loss lies in the objects' boxes, which cover 26 % of the image (means; 40 records",
+            "loss_one 1.25 0.375 -",
+            "One 0 4.5 -",
+            "student 14.50 - 0.50",
+            "Features are not drawn",
         ),
     ):
         assert page.says(text), text
-    assert all(uri.startswith("data:image/") for uri in page.images) and len(page.images) == 9
+    assert all(uri.startswith("data:image/") for uri in page.images) and len(page.images) == 10
     assert all(address.startswith("#part-") for address in page.loads)
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ([], "There is nothing to report: name a comparison"),
-        (["--matrix", "m.yaml"], "--matrix and --results belong together"),
-        (["--run", "empty"], "--run: empty has no config.yaml and metrics.json"),
-        (["--errors", "empty"], "--errors: empty has no errors.json, which tools/error_analysis.py writes"),
-        (["--robustness", "none"], "--robustness: none has no summary.json, which tools/robustness.py writes"),
-        (["--features", "empty"], "--features: empty has no features.json"),
-        (["--detections", "empty"], "--detections: empty has no differences.json"),
-        (["--loss-maps", "none.png"], "--loss-maps: none.png has no pictures"),
+        ([], "There is nothing to report: name the output folders of trainings or analyses"),
+        (["--sweep", "m.yaml"], "--sweep and --results belong together"),
+        (
+            ["empty"],
+            "empty is the output folder neither of a training (it has no config.yaml and metrics.json) nor of a",
+        ),
+        (["none"], "none is the output folder neither of a training"),
+        (["unknown"], "Unknown analysis 'mine'; available: errors, detections"),
+        (["unnamed"], "analysis.json: the file has no 'analysis'"),
+        (["SEED", "1"], "kd-d2 report takes no config overrides, such as SEED"),
     ],
 )
-def test_what_is_missing(tmp_path: Path, run: Callable, monkeypatch, capfd, options: list[str], expected: str) -> None:
+def test_what_is_missing(tmp_path: Path, monkeypatch, capfd, options: list[str], expected: str) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
+    for name, marker in (("empty", None), ("unknown", '{"analysis": "mine"}'), ("unnamed", "{}")):
+        (tmp_path / name).mkdir()
+        if marker:
+            (tmp_path / name / "analysis.json").write_text(marker)
     with pytest.raises(SystemExit):
         run("--output", "page.html", *options)
     assert expected in capfd.readouterr().err
     assert not (tmp_path / "page.html").exists()
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"a": 1}', "null"])
-@pytest.mark.parametrize("option", ["errors", "robustness", "features", "detections"])
-def test_files_that_hold_something_else(tmp_path: Path, run: Callable, capfd, option: str, text: str) -> None:
-    names = {"errors": "errors", "robustness": "summary", "features": "features", "detections": "differences"}
-    (tmp_path / f"{names[option]}.json").write_text(text)
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"a": 1}', "null", None])
+@pytest.mark.parametrize("name", list(ANALYSES))
+def test_files_that_hold_something_else(tmp_path: Path, capfd, name: str, text: str | None) -> None:
+    """Check that the sentence names the file, also where it is not there."""
+    (tmp_path / "analysis.json").write_text(json.dumps({"analysis": name}))
+    path = tmp_path / find_analysis(name).file
+    if text is not None:
+        path.write_text(text)
     with pytest.raises(SystemExit):
-        run("--output", tmp_path / "page.html", f"--{option}", tmp_path)
-    assert f"error: --{option}: {tmp_path} does not hold what its program writes (" in capfd.readouterr().err
+        run("--output", tmp_path / "page.html", tmp_path)
+    said = capfd.readouterr().err
+    assert said.startswith(f"error: {path}") and said.count("\n") == 1
+    assert not (tmp_path / "page.html").exists()
 
 
-def test_a_comparison_without_a_finished_cell(tmp_path: Path, run: Callable, capfd) -> None:
+def test_a_comparison_without_a_finished_cell(tmp_path: Path, capfd) -> None:
     project = make_project(tmp_path)
     matrix = {
         "config": str(project.student),
@@ -192,5 +216,5 @@ def test_a_comparison_without_a_finished_cell(tmp_path: Path, run: Callable, cap
         "cells": {"kd": {"title": "distilled"}},
     }
     with pytest.raises(SystemExit):
-        run("--output", tmp_path / "p.html", "--matrix", write_yaml(tmp_path / "m.yaml", matrix), "--results", tmp_path)
+        run("--output", tmp_path / "p.html", "--sweep", write_yaml(tmp_path / "m.yaml", matrix), "--results", tmp_path)
     assert f"--results: {tmp_path} has no finished cell of the matrix" in capfd.readouterr().err
