@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from typing import IO, Any
 
 from .errors import UserError
@@ -41,11 +42,13 @@ def write_text(path: str, text: str) -> None:
 
 
 def write_json(path: str, tree: Any, indent: int | None = 1) -> None:
-    """`atomic_write` of a tree; NaN and infinities, which JSON does not have, are written as null."""
+    """`atomic_write` of a tree, which may hold dataclasses; NaN and infinities, which JSON does not have, are written as null."""
     write_text(path, json.dumps(_finite(tree), indent=indent, allow_nan=False) + "\n")
 
 
 def _finite(tree: Any) -> Any:
+    if is_dataclass(tree):
+        return {field.name: _finite(getattr(tree, field.name)) for field in fields(tree)}
     if isinstance(tree, dict):
         return {key: _finite(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):

@@ -36,6 +36,7 @@ def test_two_models_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture) 
     assert found["one"]["classes"].keys() == {"red", "green", "blue"}
     overall = found["one"]["overall"]["all"]
     assert overall["C75"] <= overall["C50"] <= overall["Loc"] == overall["Sim"] <= overall["Oth"] <= overall["FN"] == 1
+    assert found["one"]["overall"]["large"]["C50"] is None  # there are no large objects; NaN would be no JSON
     assert (output / "errors.csv").read_text().splitlines()[0] == "model,class,size,C75,C50,Loc,Sim,Oth,BG,FN"
     for name in ("curves", "sizes", "costs", "classes/red", "classes/green", "classes/blue"):
         assert cv2.imread(str(output / f"{name}.png")).std() > 0

@@ -128,6 +128,8 @@ def test_two_students_and_their_teacher(tmp_path: Path, capsys: pytest.CaptureFi
         trees.append(json.loads((output / "features.json").read_text()))
     assert json.dumps(trees[0]) == json.dumps(trees[1])
     assert trees[0]["images"] == 4
+    undefined = next(row for row in trees[0]["correlations"] if row["stride"] == 128)
+    assert undefined["vertical"] is None  # of one cell; NaN would be no JSON
     of = {(row["model"], row["stride"]): row for row in trees[0]["distances"]}
     assert of.keys() == {(title, stride) for title in ("copy", "other") for stride in (8, 16, 32, 64, 128)}
     for stride in (8, 16, 32, 64, 128):

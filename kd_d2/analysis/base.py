@@ -113,7 +113,7 @@ class Analysis(ABC):
             UserError: it cannot be written.
         """
         check_output_folder(folder, "--output")
-        tree = {name: _as_tree(getattr(self, name)) for name in self._stored()}
+        tree = {name: getattr(self, name) for name in self._stored()}
         write_json(os.path.join(folder, self.file), tree if len(tree) > 1 else tree.popitem()[1])
         self.draw(folder)
         write_json(os.path.join(folder, MARKER), {"analysis": self.name})
@@ -161,6 +161,11 @@ class _Marker:
     analysis: str
 
 
+_NAMES = {
+    dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a whole number", float: "a number", type(None): "null"
+}  # fmt: skip
+
+
 def check_at_least(option: str, value: int, minimum: int) -> None:
     """Raise a UserError that names the option where its value is too small."""
     if value < minimum:
@@ -177,14 +182,6 @@ def nanmean(values: Any, axis: int | None = None) -> Any:
 def as_text(value: float | None, form: str = ".3f", missing: str = "-") -> str:
     """A number of a table; `missing` for None and NaN."""
     return missing if value is None or math.isnan(value) else format(value, form)
-
-
-def _as_tree(data: Any) -> Any:
-    if is_dataclass(data):
-        return {f.name: _as_tree(getattr(data, f.name)) for f in fields(data)}
-    if isinstance(data, dict):
-        return {key: _as_tree(value) for key, value in data.items()}
-    return [_as_tree(value) for value in data] if isinstance(data, list | tuple) else data
 
 
 def _from_tree(kind: Any, tree: Any, path: str, place: str) -> Any:
@@ -215,8 +212,6 @@ def _checked(kinds: type | tuple[type, ...], tree: Any, path: str, place: str) -
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
     allowed = (*kinds, int) if float in kinds else kinds
     if not isinstance(tree, allowed) or (isinstance(tree, bool) and bool not in kinds):
-        names = " or ".join(
-            {dict: "an object", list: "a list", str: "a text", type(None): "null"}.get(k, "a number") for k in kinds
-        )
+        names = " or ".join(_NAMES[kind] for kind in kinds)
         raise UserError(f"{path}: {place} is {str(tree)[:60]!r}, not {names}.")
     return tree

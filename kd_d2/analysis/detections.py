@@ -19,6 +19,7 @@ from ..errors import UserError
 from ..evaluation.coco import found_objects
 from .base import Analysis, check_at_least
 from .drawing import draw_instances, sheet, titled, write_picture
+from .examples import picture_name
 from .models import TrainedModel, read_annotations
 
 SIDE = 360  # px of a picture's shorter side
@@ -69,15 +70,16 @@ class DetectionAnalysis(Analysis):
         detections = {model.title: model.detections(output) for model in models}
         first, second = (found_objects(truth, detections[m.title], score_thresh) for m in models[:2])
         differing = differences(truth, first, second)
-        files = {entry["image_id"]: entry["file_name"] for entry in DatasetCatalog.get(models[0].dataset)}
+        entries = {entry["image_id"]: entry for entry in DatasetCatalog.get(models[0].dataset)}
         for number, image_id in enumerate(choose(differing, images), 1):
+            entry = entries[image_id]
             shown = {
                 title: [d for d in found if d["image_id"] == image_id and d["score"] >= score_thresh]
                 for title, found in detections.items()
             }
-            picture = draw_differences(truth, image_id, read_image(files[image_id], "RGB"), differing[image_id], shown)
-            name = os.path.splitext(os.path.basename(files[image_id]))[0]
-            write_picture(os.path.join(output, f"{number:02d}-{name}.png"), picture)
+            image = read_image(entry["file_name"], "RGB")
+            picture = draw_differences(truth, image_id, image, differing[image_id], shown)
+            write_picture(os.path.join(output, f"{number:02d}-{picture_name(entry)}"), picture)
         total = {key: sum(len(getattr(d, key)) for d in differing.values()) for key in ("gained", "lost")}
         return cls((models[0].title, models[1].title), total, {str(i): d for i, d in differing.items()})
 

@@ -23,7 +23,7 @@ from ...errors import UserError
 from ...report.page import Table
 from ..base import NOT_STORED, Analysis, as_text, check_at_least
 from ..drawing import write_picture
-from ..examples import pixels
+from ..examples import picture_name, pixels
 from ..models import TrainedModel, restrict_images
 from .plots import channel_sheet, difference_sheet, plot_neighbors
 from .statistics import FeatureStatistics, difference_map
@@ -94,10 +94,8 @@ class FeatureAnalysis(Analysis):
         gatherer = FeatureGatherer([FeatureReader(model) for model in models], teacher, stride, channels)
         entries = DatasetCatalog.get(models[0].dataset)
         for number, entry in enumerate(tqdm(entries, unit="image", leave=False)):
-            drawn = gatherer.add(entry, draw=number < pictures)
-            name = os.path.splitext(os.path.basename(entry["file_name"]))[0] + ".png"
-            for folder, picture in drawn.items():
-                write_picture(os.path.join(output, folder, name), picture)
+            for folder, picture in gatherer.add(entry, draw=number < pictures).items():
+                write_picture(os.path.join(output, folder, picture_name(entry)), picture)
         correlations = gatherer.table(FeatureStatistics.mean_correlations)
         distances = gatherer.table(FeatureStatistics.mean_distances)
         return cls(len(entries), correlations, distances, gatherer.statistics)
