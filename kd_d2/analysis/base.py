@@ -95,6 +95,7 @@ class Analysis(ABC):
         parts = self.sentences()
         for table in self.tables():
             align = ["left", *["right"] * (len(table.headers) - 1)]
+            parts += [table.caption] if table.caption else []
             parts.append(tabulate(table.rows, table.headers, "github", disable_numparse=True, colalign=align))
         return "\n\n".join(parts)
 

@@ -8,7 +8,7 @@ from ...figures import plt, save_figure
 from .curves import RECALLS, SIZES, STAGES, ErrorCurves
 
 COLORS = ("white", "0.82", "#6fa8dc", "#e06666", "#8fc97a", "#b490d6", "#f6b26b")
-MEANINGS = ("IoU 0.75", "IoU 0.5", "place", "similar class", "other class", "background", "missed")
+MEANINGS = ("IoU 0.75", "IoU 0.5", "localization", "similar class", "other class", "background", "missed")
 
 
 def plot_error_curves(
