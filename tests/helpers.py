@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import runpy
-import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -269,17 +268,6 @@ def run_train_net(*args: object) -> object:
     with clean_process():
         launch(lambda a: results.append(program["main"](a)), parsed)
     return results[0]
-
-
-def run_program(path: Path, *arguments: object) -> None:
-    """Run a program as `python PATH ARGUMENTS` would, but in this process."""
-    argv = sys.argv
-    sys.argv = [str(path), *(str(a) for a in arguments)]
-    try:
-        with clean_process():
-            runpy.run_path(str(path), run_name="__main__")
-    finally:
-        sys.argv = argv
 
 
 def kd_d2_command(*arguments: object) -> None:
