@@ -16,8 +16,8 @@ import sysconfig
 import tempfile
 
 from kd_d2 import load_config
+from kd_d2.analysis.robustness import corrupt
 from kd_d2.checkpoint import KDCheckpointer
-from kd_d2.evaluation.corruptions import corrupt
 from kd_d2.losses import ssim_loss
 from kd_d2.versions import versions
 

@@ -19,6 +19,7 @@ _MODULES = {
     "KDMetaArch": "meta_arch",
     "Predictor": "predictor",
     "Teacher": "teacher",
+    "TrainedModel": "analysis.models",
     "UserError": "errors",
     "add_kd_config": "config",
     "load_config": "config",

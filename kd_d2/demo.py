@@ -14,10 +14,10 @@ from detectron2.engine import DefaultPredictor
 from detectron2.structures import Boxes, BoxMode, Instances
 from torchvision.ops import nms
 
+from .analysis.drawing import draw_instances, sheet, titled
 from .config import load_config
 from .config_files import find_config_file
 from .data import register_synthetic
-from .evaluation.drawing import draw_instances, sheet, titled
 from .sweep import SweepOptions, read_matrix, run_sweep
 
 DATASET = "synthetic_val"

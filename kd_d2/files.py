@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from typing import IO, Any
+
+from .errors import UserError
 
 
 @contextlib.contextmanager
@@ -38,5 +42,29 @@ def write_text(path: str, text: str) -> None:
 
 
 def write_json(path: str, tree: Any, indent: int | None = 1) -> None:
-    """`atomic_write` of a tree."""
-    write_text(path, json.dumps(tree, indent=indent) + "\n")
+    """`atomic_write` of a tree, which may hold dataclasses; NaN and infinities, which JSON does not have, are written as null."""
+    write_text(path, json.dumps(_finite(tree), indent=indent, allow_nan=False) + "\n")
+
+
+def _finite(tree: Any) -> Any:
+    if is_dataclass(tree):
+        return {field.name: _finite(getattr(tree, field.name)) for field in fields(tree)}
+    if isinstance(tree, dict):
+        return {key: _finite(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_finite(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
+def read_json(path: str) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        UserError: the file is missing, unreadable or not JSON.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"it is not JSON: {error}"
+        raise UserError(f"{path} cannot be read ({reason}).") from error

@@ -20,11 +20,11 @@ from PIL import Image
 from torch import nn
 
 from .adapters import build_adapter
+from .analysis.drawing import draw_instances
 from .checkpoint import load_complete
 from .data import register_synthetic
 from .engine.checks import check_output_folder
 from .errors import UserError
-from .evaluation.drawing import draw_instances
 from .files import write_json
 
 logger = logging.getLogger(__name__)

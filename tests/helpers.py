@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import runpy
-import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -310,17 +309,6 @@ def run_command(*arguments: object) -> None:
     """Run `kd-d2 ARGUMENTS` in this process."""
     with clean_process():
         cli.main([str(a) for a in arguments])
-
-
-def run_program(path: Path, *arguments: object) -> None:
-    """Run a program as `python PATH ARGUMENTS` would, but in this process."""
-    argv = sys.argv
-    sys.argv = [str(path), *(str(a) for a in arguments)]
-    try:
-        with clean_process():
-            runpy.run_path(str(path), run_name="__main__")
-    finally:
-        sys.argv = argv
 
 
 @contextlib.contextmanager

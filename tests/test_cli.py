@@ -9,9 +9,9 @@ from pathlib import Path
 
 from kd_d2 import UserError, __version__, moved
 from kd_d2.cli import COMMANDS, main
-from kd_d2.cli.arguments import ModelPath, read_model_paths, read_one_model_path
 from kd_d2.cli.overrides import split_overrides
 from kd_d2.extensions import import_extensions
+from kd_d2.model_paths import ModelPath, read_model_paths, read_one_model_path
 
 import pytest
 import yaml

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kd_d2 import Predictor, load_config
-from kd_d2.evaluation.drawing import PALETTE, draw_instances, titled
+from kd_d2.analysis.drawing import PALETTE, draw_instances, titled
 from kd_d2.predictor import read_categories
 
 import numpy as np

@@ -16,14 +16,17 @@ COMMANDS = {
     "eval": "evaluate a trained detector, or a teacher",
     "predict": "detect objects in images",
     "sweep": "train several methods and seeds, and compare them in a table",
+    "analyze": "analyze trained detectors: errors, robustness, features, ...",
+    "report": "write an HTML page about trainings, analyses and sweeps",
     "pseudo-label": "label training images by the teacher",
-    "config": "print configs",
+    "config": "print and explain configs",
     "demo": "distillation from end to end on synthetic data",
     "completion": "print a completion script for bash or zsh",
 }
 """By name what each does; `train` is the module kd_d2.cli.train, with `add_arguments(parser)` and `run(args)`.
 
-A module may name first arguments in `WITHOUT_OVERRIDES`: nothing behind them is taken for a config override.
+A module may name first arguments in `WITHOUT_OVERRIDES`: nothing behind them is taken for a config override. It may also have
+`prepare(options)`, which is called first.
 """
 
 
@@ -42,9 +45,11 @@ def main(argv: list[str] | None = None) -> None:
         parser = argparse.ArgumentParser(
             prog=f"kd-d2 {command}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        module.add_arguments(parser)
         plain = bool(arguments) and arguments[0] in getattr(module, "WITHOUT_OVERRIDES", ())
         options, opts = (arguments, []) if plain else split_overrides(arguments)
+        if hasattr(module, "prepare"):
+            module.prepare(options)
+        module.add_arguments(parser)
         module.run(parser.parse_args(options, argparse.Namespace(opts=opts)))
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 
-from .arguments import add_import_argument, add_launch_arguments, add_model_argument, read_one_model_path
+from ..model_paths import read_one_model_path
+from .arguments import add_import_argument, add_launch_arguments, add_model_argument
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

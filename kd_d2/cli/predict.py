@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 
 from ..extensions import import_extensions
-from .arguments import add_import_argument, add_model_argument, read_one_model_path
+from ..model_paths import read_one_model_path
+from .arguments import add_import_argument, add_model_argument
 from .log import print_log
 
 

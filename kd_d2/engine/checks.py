@@ -29,11 +29,11 @@ def check_output_folder(folder: str, key: str = "OUTPUT_DIR") -> None:
         raise UserError(f"{key} {folder} cannot be written: {error.strerror}.") from error
 
 
-def check_distillation(cfg: CfgNode) -> None:
-    """Raise a UserError unless the config is a distillation's."""
+def check_distillation(cfg: CfgNode, source: str = "CONFIG") -> None:
+    """Raise a UserError unless the config is a distillation's. `source` is what the user named it by."""
     if cfg.MODEL.META_ARCHITECTURE != KD_META_ARCH:
         raise UserError(
-            "CONFIG must be the config of a distillation: "
+            f"{source} must be the config of a distillation: "
             f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}, not {KD_META_ARCH}."
         )
 

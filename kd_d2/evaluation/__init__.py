@@ -1,4 +1,4 @@
-"""Evaluators and analyses."""
+"""Evaluators of detections."""
 
 from .build import build_evaluator
 

@@ -1,27 +1,5 @@
-"""One page that puts together what was found about a comparison, trainings and models."""
+"""HTML reports: pages of sections, each a list of tables, pictures and texts. `kd_d2.report.sections` has those of trainings."""
 
 from .page import Listing, Picture, Section, Table, render
-from .sections import (
-    comparison_section,
-    detections_section,
-    errors_section,
-    features_section,
-    pictures_section,
-    robustness_section,
-    run_section,
-)
 
-__all__ = [
-    "Listing",
-    "Picture",
-    "Section",
-    "Table",
-    "comparison_section",
-    "detections_section",
-    "errors_section",
-    "features_section",
-    "pictures_section",
-    "render",
-    "robustness_section",
-    "run_section",
-]
+__all__ = ["Listing", "Picture", "Section", "Table", "render"]

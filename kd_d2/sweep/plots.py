@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
+from ..figures import plt, save_figure
 from .table import Row
 
 TEACHER_COLOR = "0.45"
@@ -45,7 +42,7 @@ def plot_ap(rows: list[Row], path: str) -> None:
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(students)), [row.title for row in students])
     axes[0].invert_yaxis()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_curves(curves: dict[str, Curves], path: str) -> None:
@@ -72,16 +69,10 @@ def plot_curves(curves: dict[str, Curves], path: str) -> None:
         axis.axis("off")
     lines = [plt.Line2D([], [], label=title, **look(i, len(curves))) for i, title in enumerate(curves)]
     figure.legend(handles=lines, loc="outside lower center", ncols=min(3, len(lines)), fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def look(index: int, count: int) -> dict[str, Any]:
     """Colour and dashes of one of so many lines: where the colours end they begin again with other dashes."""
     colors = matplotlib.colormaps["tab10" if count <= 10 else "tab20"].colors
     return {"color": colors[index % len(colors)], "linestyle": DASHES[index // len(colors) % len(DASHES)]}
-
-
-def _save(figure: plt.Figure, path: str) -> None:
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)

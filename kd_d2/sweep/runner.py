@@ -232,7 +232,7 @@ def _finish(job: Job) -> bool:
     result = {
         "cell": job.cell,
         "seed": job.seed,
-        "scores": {k: round(v, 4) for k, v in outcome["bbox"].items() if not k.startswith("AP-")},
+        "scores": {k: _rounded(v) for k, v in outcome["bbox"].items() if not k.startswith("AP-")},
         "minutes": round(minutes, 1),
         "seconds_per_iteration": _median([m["time"] for m in metrics if "time" in m]),
         "peak_memory_mib": max((m["peak_memory_mib"] for m in metrics if "peak_memory_mib" in m), default=None),
@@ -243,7 +243,8 @@ def _finish(job: Job) -> bool:
     }
     os.makedirs(os.path.dirname(job.result), exist_ok=True)
     write_json(job.result, result, indent=None)
-    ap = result["scores"].get("AP", float("nan"))
+    ap = result["scores"].get("AP")
+    ap = float("nan") if ap is None else ap
     logger.info(f"{job.name}: finished after {minutes:.1f} min, AP {ap:.2f}")
     return True
 
@@ -265,6 +266,11 @@ def _outcome(folder: str) -> dict[str, Any]:
             with open(path) as file:
                 return json.load(file)
     raise UserError(f"{folder} has no results, though its process ended well.")
+
+
+def _rounded(value: float | None) -> float | None:
+    """The JSON has null where there is no object to find."""
+    return None if value is None else round(value, 4)
 
 
 def _median(values: list[float]) -> float | None:

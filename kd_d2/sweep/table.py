@@ -72,7 +72,7 @@ def build_rows(
     rows = {}
     for name, title in titles.items():
         if name in results:
-            scores = {column: [r["scores"].get(column, math.nan) for r in results[name]] for column in SCORES}
+            scores = {column: [_score(r["scores"].get(column)) for r in results[name]] for column in SCORES}
             rows[name] = Row(
                 name,
                 title,
@@ -104,6 +104,10 @@ def pooled_deviation(first: list[float], second: list[float]) -> float | None:
 def _mean_multipliers(results: list[dict[str, Any]]) -> dict[str, float]:
     of_seeds = [result.get("multipliers") or {} for result in results]
     return {name: statistics.geometric_mean(m[name] for m in of_seeds if name in m) for name in of_seeds[0]}
+
+
+def _score(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _mean(values) -> float | None:

@@ -1,0 +1,159 @@
+"""`kd-d2 analyze detections`: the objects that one detector finds and another misses."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+from detectron2.data import DatasetCatalog
+from detectron2.data.detection_utils import read_image
+from detectron2.structures import Boxes, Instances
+
+from ..engine.checks import check_output_folder
+from ..errors import UserError
+from ..evaluation.coco import found_objects
+from .base import Analysis, check_at_least
+from .drawing import draw_instances, sheet, titled, write_picture
+from .examples import picture_name
+from .models import TrainedModel, read_annotations
+
+SIDE = 360  # px of a picture's shorter side
+GAINED, LOST, SAME = (42, 157, 80), (230, 57, 70), (150, 150, 150)
+
+
+@dataclass
+class Difference:
+    """Annotation ids of the objects that the second model finds and the first misses (gained), and the other way round (lost)."""
+
+    gained: list[int]
+    lost: list[int]
+
+
+@dataclass
+class DetectionAnalysis(Analysis):
+    """Objects that one model finds and another misses, and the images on which they differ most.
+
+    The first two models are compared: an object is gained where the second finds it and the first does not (a detection of its class
+    above the score, IoU at least 0.5), and lost the other way round. Half of the images are those with the most gained
+    objects, half those with the most lost. Each gets a picture: the objects, gained ones green, lost ones red, others grey;
+    then the detections of every model, for example of a teacher that is the third. differences.json counts all images.
+    """
+
+    name = "detections"
+    title = "Detections"
+    file = "differences.json"
+    figures = {"[0-9][0-9]-*.png": ""}
+    model_count = (2, None)
+
+    compared: tuple[str, str]
+    total: dict[str, int]
+    images: dict[str, Difference]
+    """By image id; images without a difference are left out."""
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--images", type=int, default=8, help="number of pictures (default 8)")
+        parser.add_argument("--score-thresh", type=float, default=0.3, help="lowest score of a detection (default 0.3)")
+
+    @classmethod
+    def run(cls, models: Sequence[TrainedModel], output: str, *, images: int = 8, score_thresh: float = 0.3) -> Self:
+        check_at_least("--images", images, 1)
+        if not 0 <= score_thresh <= 1:
+            raise UserError(f"--score-thresh is {score_thresh}; it must be between 0 and 1.")
+        check_output_folder(output, "--output")
+        truth = read_annotations(models[0].dataset)
+        detections = {model.title: model.detections(output) for model in models}
+        first, second = (found_objects(truth, detections[m.title], score_thresh) for m in models[:2])
+        differing = differences(truth, first, second)
+        entries = {entry["image_id"]: entry for entry in DatasetCatalog.get(models[0].dataset)}
+        for number, image_id in enumerate(choose(differing, images), 1):
+            entry = entries[image_id]
+            shown = {
+                title: [d for d in found if d["image_id"] == image_id and d["score"] >= score_thresh]
+                for title, found in detections.items()
+            }
+            image = read_image(entry["file_name"], "RGB")
+            picture = draw_differences(truth, image_id, image, differing[image_id], shown)
+            write_picture(os.path.join(output, f"{number:02d}-{picture_name(entry)}"), picture)
+        total = {key: sum(len(getattr(d, key)) for d in differing.values()) for key in ("gained", "lost")}
+        return cls((models[0].title, models[1].title), total, {str(i): d for i, d in differing.items()})
+
+    def sentences(self) -> list[str]:
+        first, second = self.compared
+        return [
+            f"{second} finds {self.total['gained']} objects that {first} does not, and misses {self.total['lost']} that it finds; "
+            f"{len(self.images)} images differ. Gained objects are green, lost ones red."
+        ]
+
+
+def differences(truth: dict, first: set[int], second: set[int]) -> dict[int, Difference]:
+    """By image the annotations that are gained and lost; images without any are left out."""
+    images: dict[int, Difference] = {}
+    for annotation in truth["annotations"]:
+        number = annotation["id"]
+        if (number in first) != (number in second):
+            difference = images.setdefault(annotation["image_id"], Difference([], []))
+            (difference.gained if number in second else difference.lost).append(number)
+    return images
+
+
+def choose(images: dict[int, Difference], count: int) -> list[int]:
+    """The images with the most gained and those with the most lost objects in turn, the largest difference first."""
+
+    def gain(image: int) -> int:
+        return len(images[image].gained) - len(images[image].lost)
+
+    by_gain = sorted(images, key=lambda i: (-gain(i), i))
+    by_loss = sorted(images, key=lambda i: (gain(i), i))
+    return list(dict.fromkeys(image for pair in zip(by_gain, by_loss, strict=True) for image in pair))[:count]
+
+
+def draw_differences(
+    truth: dict, image_id: int, image: np.ndarray, difference: Difference, detections: dict[str, list[dict]]
+) -> np.ndarray:
+    """The objects of an image, then the detections of each model.
+
+    Args:
+        image: RGB (H, W, 3) uint8.
+        detections: those of the image to be drawn, by the models' titles.
+    """
+    names = {c["id"]: c["name"] for c in sorted(truth["categories"], key=lambda c: c["id"])}
+    classes = {category: number for number, category in enumerate(names)}
+    class_names = list(names.values())
+    objects = [a for a in truth["annotations"] if a["image_id"] == image_id and not a.get("iscrowd")]
+    row = [
+        titled(
+            _draw_objects(image, objects, difference, classes, class_names),
+            f"objects: {len(difference.gained)} gained, {len(difference.lost)} lost",
+        )
+    ]
+    for title, found in detections.items():
+        row.append(
+            titled(draw_instances(image, as_instances(found, image, classes), class_names, min_side=SIDE), title)
+        )
+    return sheet([row])
+
+
+def _draw_objects(
+    image: np.ndarray, objects: list[dict], difference: Difference, classes: dict[int, int], names: list[str]
+) -> np.ndarray:
+    color_of = dict.fromkeys(difference.gained, GAINED) | dict.fromkeys(difference.lost, LOST)
+    objects = sorted(objects, key=lambda o: o["id"] in color_of)  # what differs is drawn on top
+    colors = [color_of.get(o["id"], SAME) for o in objects]
+    return draw_instances(image, as_instances(objects, image, classes), names, min_side=SIDE, colors=colors)
+
+
+def as_instances(entries: list[dict], image: np.ndarray, classes: dict[int, int]) -> Instances:
+    """Detections of COCO's format, or objects where they have no score, in pixels of the image."""
+    boxes = torch.tensor([e["bbox"] for e in entries]).view(-1, 4)
+    boxes = Boxes(torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1))
+    labels = torch.tensor([classes[e["category_id"]] for e in entries], dtype=torch.int64)
+    if entries and "score" not in entries[0]:
+        return Instances(image.shape[:2], gt_boxes=boxes, gt_classes=labels)
+    scores = torch.tensor([float(e["score"]) for e in entries])
+    return Instances(image.shape[:2], pred_boxes=boxes, pred_classes=labels, scores=scores)

@@ -1,0 +1,153 @@
+"""Drawing on images: instances, heat maps, titles, sheets of pictures. All images are RGB (H, W, 3) uint8."""
+
+from __future__ import annotations
+
+import os
+
+import cv2
+import matplotlib
+import numpy as np
+from detectron2.structures import Instances
+from PIL import Image, ImageDraw, ImageFont
+
+PALETTE = (
+    (230, 57, 70), (29, 120, 200), (42, 157, 80), (244, 140, 6), (131, 56, 200), (0, 150, 160), (214, 40, 140), (120, 90, 40),
+    (90, 110, 20), (70, 70, 160),
+)  # fmt: skip
+FONT = os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")  # OpenCV's own has ASCII alone
+LONGEST_ENLARGED = 4  # times min_side
+TITLE_HEIGHT, TITLE_MARGIN, TITLE_SIZES = 34, 6, range(20, 10, -1)
+WHITE, BLACK = (255, 255, 255), (30, 30, 30)
+
+
+def draw_instances(
+    image: np.ndarray,
+    instances: Instances,
+    class_names: list[str],
+    min_side: int = 480,
+    colors: list[tuple[int, int, int]] | None = None,
+) -> np.ndarray:
+    """Draw boxes with class name and score, and masks where there are any.
+
+    Args:
+        image: RGB (H, W, 3) uint8; enlarged until its shorter side is `min_side` pixels, so that labels stay readable.
+        instances: `pred_boxes`, `pred_classes`, `scores`, or `gt_boxes`, `gt_classes`, in pixels of `image`.
+        class_names: by class index.
+        colors: RGB of each instance; None for the colors of the classes.
+
+    Returns:
+        RGB uint8.
+    """
+    scale = max(1.0, min(min_side / min(image.shape[:2]), LONGEST_ENLARGED * min_side / max(image.shape[:2])))
+    canvas = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA)
+    canvas = np.ascontiguousarray(canvas)
+    is_truth = instances.has("gt_boxes")
+    boxes = (instances.gt_boxes if is_truth else instances.pred_boxes).tensor.numpy() * scale
+    classes = (instances.gt_classes if is_truth else instances.pred_classes).tolist()
+    scores = [None] * len(classes) if is_truth else instances.scores.tolist()
+    colors = colors or [PALETTE[label % len(PALETTE)] for label in classes]
+    thickness = max(2, round(min(canvas.shape[:2]) / 320))
+    order = np.argsort([-(b[2] - b[0]) * (b[3] - b[1]) for b in boxes], kind="stable")
+    for i in order:
+        left, top, right, bottom = boxes[i].round().astype(int)
+        if instances.has("pred_masks"):
+            _tint(canvas, instances.pred_masks[i].numpy(), colors[i])
+        cv2.rectangle(canvas, (left, top), (right, bottom), colors[i], thickness, cv2.LINE_AA)
+    picture = Image.fromarray(canvas)
+    plates: list[tuple[int, int, int, int]] = []
+    for i in order:
+        name = class_names[classes[i]] if classes[i] < len(class_names) else str(classes[i])
+        text = name if scores[i] is None else f"{name} {scores[i]:.2f}"
+        _label(picture, text, boxes[i][:2], colors[i], plates)
+    return np.asarray(picture)
+
+
+def _tint(canvas: np.ndarray, mask: np.ndarray, color: tuple[int, int, int]) -> None:
+    height, width = canvas.shape[:2]
+    inside = cv2.resize(mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST) > 0
+    canvas[inside] = (0.6 * canvas[inside] + 0.4 * np.array(color)).astype(np.uint8)
+
+
+def _label(picture: Image.Image, text: str, corner: np.ndarray, color: tuple[int, int, int], plates: list) -> None:
+    """The text on a plate above its box's corner; inside the image, and below plates that are there already."""
+    font = ImageFont.truetype(FONT, max(11, min(picture.size) // 34))
+    draw = ImageDraw.Draw(picture)
+    width, plate = int(draw.textlength(text, font)) + 6, sum(font.getmetrics()) + 2
+    left = int(np.clip(corner[0], 0, max(0, picture.width - width)))
+    lowest = max(0, picture.height - plate)
+    tops = [int(np.clip(corner[1] + (step - 1) * plate, 0, lowest)) for step in range(6)]
+    places = [(left, top, left + width, top + plate) for top in tops]
+    place = next((p for p in places if not any(_overlap(p, other) for other in plates)), places[0])
+    plates.append(place)
+    draw.rectangle((place[0], place[1], place[2] - 1, place[3] - 1), fill=color)
+    draw.text((place[0] + 3, place[1] + 1), text, fill=WHITE, font=font)
+
+
+def _overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def enlarged(image: np.ndarray, side: int, interpolation: int = cv2.INTER_CUBIC) -> np.ndarray:
+    """A copy whose shorter side has `side` pixels."""
+    scale = side / min(image.shape[:2])
+    return cv2.resize(image, None, fx=scale, fy=scale, interpolation=interpolation)
+
+
+def overlay_heat(
+    image: np.ndarray, heat: np.ndarray, opacity: float = 0.65, largest: float | None = None
+) -> np.ndarray:
+    """Colors over a darkened image: black and violet where the heat is 0, yellow where it is largest.
+
+    Args:
+        image: RGB (H, W, 3) uint8.
+        heat: (h, w) of any size, 0 or more; interpolated to the image.
+        largest: the value that is yellow, so that pictures can be compared; None for the heat's own maximum.
+    """
+    height, width = image.shape[:2]
+    heat = cv2.resize(heat.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
+    heat = heat / max(float(heat.max()) if largest is None else largest, 1e-12)
+    colors = matplotlib.colormaps["inferno"](heat)[..., :3] * 255
+    return np.round((1 - opacity) * image + opacity * colors).astype(np.uint8)
+
+
+def per_pixel(level: np.ndarray, stride: int, image_size: tuple[int, int]) -> np.ndarray:
+    """The map (H, W) of a level at the pixels of an image (height, width), interpolated; what lies in its padding is cut off."""
+    size = (level.shape[1] * stride, level.shape[0] * stride)
+    return cv2.resize(level, size, interpolation=cv2.INTER_LINEAR)[: image_size[0], : image_size[1]]
+
+
+def titled(image: np.ndarray, title: str) -> np.ndarray:
+    """The image below a strip with its title, which is written smaller where it is long, and truncated where it is too long."""
+    strip = Image.new("RGB", (image.shape[1], TITLE_HEIGHT), WHITE)
+    room = strip.width - 2 * TITLE_MARGIN
+    fonts = [ImageFont.truetype(FONT, size) for size in TITLE_SIZES]
+    font = next((f for f in fonts if f.getlength(title) <= room), fonts[-1])
+    written = title
+    while written and font.getlength(written) > room:
+        title, written = title[:-1], title[:-1].rstrip() + "\u2026"
+    ImageDraw.Draw(strip).text((TITLE_MARGIN, TITLE_HEIGHT // 2), written, fill=BLACK, font=font, anchor="lm")
+    return np.concatenate([np.asarray(strip), image])
+
+
+def sheet(rows: list[list[np.ndarray]], gap: int = 8) -> np.ndarray:
+    """Pictures in rows, on white; those of a row are of one size."""
+    joined = []
+    for row in rows:
+        height = max(p.shape[0] for p in row)
+        padded = [_on_white(p, height + gap, p.shape[1] + gap) for p in row]
+        joined.append(np.concatenate(padded, axis=1))
+    width = max(r.shape[1] for r in joined)
+    return np.concatenate([_on_white(r, r.shape[0], width) for r in joined])
+
+
+def write_picture(path: str, image: np.ndarray) -> None:
+    """Write an image into a file, whose folder is made where it is missing, and print the path."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    cv2.imwrite(path, image[:, :, ::-1])
+    print(path, flush=True)
+
+
+def _on_white(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    canvas = np.full((height, width, 3), 255, np.uint8)
+    canvas[: picture.shape[0], : picture.shape[1]] = picture
+    return canvas

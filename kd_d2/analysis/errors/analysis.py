@@ -1,0 +1,160 @@
+"""`kd-d2 analyze errors`."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Self
+
+import yaml
+from tqdm import tqdm
+
+from ...config import find_file
+from ...engine.checks import check_output_folder
+from ...errors import UserError
+from ...report.page import Table
+from ..base import NOT_STORED, Analysis, as_text, check_at_least
+from ..models import TrainedModel, read_annotations
+from .curves import SIZES, STAGES, ErrorCurves, analyze_errors
+from .plots import plot_error_curves, plot_error_shares
+
+Areas = dict[str, dict[str, float | None]]
+"""The area under the curve by size and stage."""
+
+
+@dataclass
+class ModelErrors:
+    """The areas of a model.
+
+    Attributes:
+        overall: means over the classes.
+        classes: by class.
+    """
+
+    overall: Areas
+    classes: dict[str, Areas]
+
+
+@dataclass
+class ErrorAnalysis(Analysis):
+    """Error types of detectors, class by class and by object size, one model or several side by side.
+
+    Precision over recall in seven stages, each of which forgives more errors: IoU 0.75, IoU 0.5, IoU 0.1, confusions with a similar
+    class (of the same super-category), with any class, with background, misses. The output folder gets curves.png (all
+    classes), sizes.png (small, medium, large), costs.png (the cost of each error type), errors.csv and errors.json with the areas
+    under the curves of every class, and with --classes a picture of each class.
+    """
+
+    name = "errors"
+    title = "Error types"
+    file = "errors.json"
+    figures = {
+        "curves.png": "All classes.",
+        "costs.png": "The cost of each error type, by object size.",
+        "sizes.png": "Small, medium and large objects.",
+    }
+
+    models: dict[str, ModelErrors]
+    curves: dict[str, ErrorCurves] = field(default_factory=dict, repr=False, metadata=NOT_STORED)
+    draw_classes: bool = field(default=False, metadata=NOT_STORED)
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default all cores)")
+        parser.add_argument(
+            "--supercategories",
+            metavar="FILE",
+            help="yaml: super-category by class name (default the annotation file's)",
+        )
+        parser.add_argument("--classes", action="store_true", help="draw the curves of each class too")
+
+    @classmethod
+    def run(
+        cls,
+        models: Sequence[TrainedModel],
+        output: str,
+        *,
+        workers: int = 1,
+        supercategories: str | None = None,
+        classes: bool = False,
+    ) -> Self:
+        check_at_least("--workers", workers, 1)
+        check_output_folder(output, "--output")
+        truth = read_annotations(models[0].dataset)
+        groups = read_supercategories(supercategories, truth)
+        if groups is None and not any(c.get("supercategory") for c in truth["categories"]):
+            print("The annotations have no super-categories: Sim is Loc. --supercategories names some.")
+        curves = {}
+        for model in models:
+            detections = model.detections(output)
+            progress = partial(tqdm, total=len(truth["categories"]), desc=model.title, unit="class")
+            curves[model.title] = analyze_errors(truth, detections, groups, workers, progress)
+        errors = {t: ModelErrors(c.areas(), {n: c.areas(n) for n in c.class_names}) for t, c in curves.items()}
+        return cls(errors, curves, classes)
+
+    def draw(self, folder: str) -> None:
+        with open(os.path.join(folder, "errors.csv"), "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["model", "class", "size", *STAGES])
+            for title, errors in self.models.items():
+                for name, areas in {"all": errors.overall, **errors.classes}.items():
+                    writer.writerows(
+                        [title, name, size, *(as_text(areas[size][stage], ".4f", "nan") for stage in STAGES)]
+                        for size in SIZES
+                    )
+        if not self.curves:
+            return
+        plot_error_curves(self.curves, os.path.join(folder, "curves.png"))
+        plot_error_curves(self.curves, os.path.join(folder, "sizes.png"), sizes=SIZES[1:])
+        plot_error_shares(self.curves, os.path.join(folder, "costs.png"))
+        for name in next(iter(self.curves.values())).class_names if self.draw_classes else ():
+            plot_error_curves(self.curves, os.path.join(folder, "classes", name.replace(os.sep, "-") + ".png"), name)
+
+    def sentences(self) -> list[str]:
+        return [
+            "The area under the precision-recall curve in seven stages, each of which forgives more errors: IoU 0.75 (C75), 0.5 "
+            "(C50) and 0.1 (Loc), confusions with a class of the same super-category (Sim) and with any class (Oth), "
+            "detections of background (BG), and misses (FN)."
+        ]
+
+    def tables(self) -> list[Table]:
+        rows = [
+            [f"{title}, {size}", *_row(errors.overall, size)] for size in SIZES for title, errors in self.models.items()
+        ]
+        return [Table(["model, size of objects", *STAGES], rows)]
+
+    def details(self) -> list[Table]:
+        names = dict.fromkeys(name for errors in self.models.values() for name in errors.classes)
+        rows = [
+            [f"{name}, {title}", *_row(errors.classes.get(name, {}), "all")]
+            for name in names
+            for title, errors in self.models.items()
+        ]
+        return [Table(["class, model", *STAGES], rows, "By class, objects of all sizes.")]
+
+
+def _row(areas: Areas, size: str) -> list[str]:
+    return [as_text(areas.get(size, {}).get(stage)) for stage in STAGES]
+
+
+def read_supercategories(path: str | None, truth: dict) -> dict[int, str] | None:
+    """Super-categories by category id; None for those of the annotation file.
+
+    Raises:
+        UserError: the file is no mapping, or names an unknown class.
+    """
+    if path is None:
+        return None
+    with open(find_file(path, "--supercategories"), encoding="utf-8") as file:
+        named = yaml.safe_load(file)
+    ids = {c["name"]: c["id"] for c in truth["categories"]}
+    if not isinstance(named, dict):
+        raise UserError(f"--supercategories: {path} must map names of classes to names of super-categories.")
+    for name in named:
+        if name not in ids:
+            raise UserError(f"--supercategories: {path} names the class {name!r}; there are {', '.join(ids)}.")
+    return {ids[name]: str(group) for name, group in named.items()}

@@ -1,0 +1,58 @@
+"""Images for analyses that draw: of the test set with their ground truth, or any image files."""
+
+from __future__ import annotations
+
+import os
+from itertools import islice
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.data import transforms as T
+
+from ..data import CheckedMapper
+from ..errors import UserError
+
+
+def read_examples(cfg: CfgNode, count: int) -> list[dict]:
+    """The first images of the test set that have instances, mapped with their ground truth at the test's size.
+
+    Raises:
+        UserError: no image has any.
+    """
+    mapper = _mapper(cfg, with_truth=True)
+    entries = (
+        d
+        for d in DatasetCatalog.get(cfg.DATASETS.TEST[0])
+        if any(not a.get("iscrowd") for a in d.get("annotations", ()))
+    )
+    examples = [mapper(entry) for entry in islice(entries, count)]
+    if not examples:
+        raise UserError(f"The data set {cfg.DATASETS.TEST[0]} has no image with objects.")
+    return examples
+
+
+def read_files(cfg: CfgNode, paths: list[str]) -> list[dict]:
+    """Image files, without ground truth, at the test's size.
+
+    Raises:
+        DataError: a file is missing or no image.
+    """
+    mapper = _mapper(cfg, with_truth=False)
+    return [mapper({"file_name": path}) for path in paths]
+
+
+def _mapper(cfg: CfgNode, *, with_truth: bool) -> CheckedMapper:
+    resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+    return CheckedMapper(DatasetMapper(cfg, is_train=with_truth, augmentations=[resize]))
+
+
+def picture_name(example: dict) -> str:
+    """The name of a picture of an example."""
+    return os.path.splitext(os.path.basename(example["file_name"]))[0] + ".png"
+
+
+def pixels(example: dict, cfg: CfgNode) -> np.ndarray:
+    """The image of an example as RGB (H, W, 3) uint8."""
+    image = example["image"].permute(1, 2, 0).numpy()
+    return np.ascontiguousarray(image if cfg.INPUT.FORMAT == "RGB" else image[:, :, ::-1])

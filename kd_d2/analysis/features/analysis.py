@@ -1,0 +1,240 @@
+"""`kd-d2 analyze features`."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+import numpy as np
+import torch
+from detectron2.data import DatasetCatalog, DatasetMapper
+from torch import Tensor
+from tqdm import tqdm
+
+from ...adapters import build_adapter
+from ...data import CheckedMapper
+from ...engine.checks import check_output_folder
+from ...errors import UserError
+from ...report.page import Table
+from ..base import NOT_STORED, Analysis, as_text, check_at_least
+from ..drawing import write_picture
+from ..examples import picture_name, pixels
+from ..models import TrainedModel, restrict_images
+from .plots import channel_sheet, difference_sheet, plot_neighbors
+from .statistics import FeatureStatistics, difference_map
+
+PIXELS, NOISE = "image pixels", "random numbers"
+Rows = list[dict[str, float | str | None]]
+"""Rows with "model", "stride" and a number by kind."""
+
+
+@dataclass
+class FeatureAnalysis(Analysis):
+    """Feature maps of the neck: correlation of neighbors, single channels, and where students differ from their teacher.
+
+    With --teacher TITLE, the model of that title is the teacher with which the others are compared. The output folder gets
+      correlation.csv  the correlation of horizontal and vertical neighbors, averaged over channels and images
+      neighbors.png    features against their right neighbors; image pixels and random numbers below, for comparison
+      distances.csv    each student's distance to the teacher: |s - t|^2 / |t|^2, correlation, L1 and SSIM loss of maps scaled to
+                       [0, 1], SSIM's components (1: as the teacher's), range (max - min) over the teacher's
+      differences/     a picture per image: where each student differs from the teacher, by level
+      channels/        a picture per image: the same random channels of all models, of the level with stride S
+    and features.json with all numbers.
+    """
+
+    name = "features"
+    title = "Features"
+    file = "features.json"
+    figures = {
+        "neighbors.png": "Features against their right neighbors.",
+        "differences/*.png": "Where the students differ from the teacher: ",
+        "channels/*.png": "Channels side by side: ",
+    }
+
+    images: int
+    correlations: Rows
+    """Of neighbors."""
+    distances: Rows
+    """To the teacher; empty without one."""
+    statistics: dict[str, FeatureStatistics] = field(default_factory=dict, repr=False, metadata=NOT_STORED)
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--teacher", metavar="TITLE", help="title of the --model that the others are compared with")
+        parser.add_argument("--images", type=int, default=100, help="spread evenly over the data set (default 100)")
+        parser.add_argument("--pictures", type=int, default=4, help="images that are drawn (default 4)")
+        parser.add_argument("--channels", type=int, default=6, help="channels that are drawn (default 6)")
+        parser.add_argument("--stride", type=int, help="of the level whose channels are drawn (default the finest)")
+
+    @classmethod
+    def run(
+        cls,
+        models: Sequence[TrainedModel],
+        output: str,
+        *,
+        teacher: str | None = None,
+        images: int = 100,
+        pictures: int = 4,
+        channels: int = 6,
+        stride: int | None = None,
+    ) -> Self:
+        check_at_least("--images", images, 1)
+        check_at_least("--pictures", pictures, 0)
+        check_at_least("--channels", channels, 0)
+        titles = [model.title for model in models]
+        if teacher is not None and teacher not in titles:
+            raise UserError(f"--teacher {teacher}: no --model has this title; there are {', '.join(titles)}.")
+        check_output_folder(output, "--output")
+        restrict_images(models, images, output)
+        gatherer = FeatureGatherer([FeatureReader(model) for model in models], teacher, stride, channels)
+        entries = DatasetCatalog.get(models[0].dataset)
+        for number, entry in enumerate(tqdm(entries, unit="image", leave=False)):
+            for folder, picture in gatherer.add(entry, draw=number < pictures).items():
+                write_picture(os.path.join(output, folder, picture_name(entry)), picture)
+        correlations = gatherer.table(FeatureStatistics.mean_correlations)
+        distances = gatherer.table(FeatureStatistics.mean_distances)
+        return cls(len(entries), correlations, distances, gatherer.statistics)
+
+    def draw(self, folder: str) -> None:
+        for name, rows in (("correlation", self.correlations), ("distances", self.distances)):
+            if rows:
+                with open(os.path.join(folder, f"{name}.csv"), "w", newline="") as file:
+                    writer = csv.DictWriter(file, list(rows[0]))
+                    writer.writeheader()
+                    writer.writerows(rows)
+        if self.statistics:
+            plot_neighbors(self.statistics, os.path.join(folder, "neighbors.png"))
+
+    def sentences(self) -> list[str]:
+        return [f"Means over {self.images} images."]
+
+    def tables(self) -> list[Table]:
+        tables = [_table(self.correlations, "Correlation of neighboring features.")]
+        if self.distances:
+            caption = (
+                "Distance of the students' maps to the teacher's: |s - t|² / |t|², correlation over positions, mean absolute "
+                "difference and SSIM loss of maps scaled to [0, 1], SSIM's components (1: as the teacher's), range over the "
+                "teacher's."
+            )
+            tables.append(_table(self.distances, caption))
+        return tables
+
+
+def _table(rows: Rows, caption: str) -> Table:
+    kinds = [key for key in rows[0] if key not in ("model", "stride")]
+    cells = [[str(r.get("model")), str(r.get("stride")), *(as_text(r.get(kind)) for kind in kinds)] for r in rows]
+    return Table(["model", "stride", *kinds], cells, caption)
+
+
+class FeatureReader:
+    """A model's neck outputs for an image, without the padding."""
+
+    def __init__(self, model: TrainedModel):
+        self.title = model.title
+        self.adapter = build_adapter(model.build())
+        self.mapper = CheckedMapper(DatasetMapper(model.cfg, is_train=False))
+        self.cfg = model.cfg
+
+    @torch.no_grad()
+    def __call__(self, entry: dict) -> dict[int, Tensor]:
+        """Maps (C, H, W) by stride."""
+        outputs = self.adapter.run([self.mapper(entry)], frozenset({"features"}))
+        height, width = outputs.images.image_sizes[0]
+        return {
+            stride: maps[0, :, : math.ceil(height / stride), : math.ceil(width / stride)].float()
+            for stride, maps in outputs.features.items()
+        }
+
+    def image(self, entry: dict) -> np.ndarray:
+        """RGB (H, W, 3) uint8 at the model's input size."""
+        return pixels(self.mapper(entry), self.cfg)
+
+
+class FeatureGatherer:
+    """Statistics and pictures of several models' features, one image after the other.
+
+    Args:
+        readers: one per model.
+        teacher: the title of the one with which the others are compared; None for none.
+        stride: of the level whose channels are drawn; None for the finest.
+        channels: how many are drawn.
+
+    Attributes:
+        statistics: by title, and those of image pixels and random numbers.
+
+    Raises:
+        UserError: a student has no level that can be compared with the teacher's, or a model no level of the stride.
+    """
+
+    def __init__(self, readers: list[FeatureReader], teacher: str | None, stride: int | None, channels: int):
+        self.readers = readers
+        self.teacher = next((reader for reader in readers if reader.title == teacher), None)
+        self.strides = {reader.title: _comparable_strides(reader, self.teacher) for reader in readers}
+        shapes = {reader.title: reader.adapter.spec.shapes for reader in readers}
+        self.drawn_stride = stride or min(shapes[readers[0].title])
+        for title, levels in shapes.items():
+            if self.drawn_stride not in levels:
+                raise UserError(f"--stride is {stride}; {title} has the strides {', '.join(map(str, levels))}.")
+        self.random = np.random.RandomState(0)
+        smallest = min(levels[self.drawn_stride].channels for levels in shapes.values())
+        self.channels = sorted(self.random.choice(smallest, min(channels, smallest), replace=False).tolist())
+        self.statistics = {name: FeatureStatistics() for name in (*shapes, PIXELS, NOISE)}
+
+    def add(self, entry: dict, *, draw: bool) -> dict[str, np.ndarray]:
+        """Gather an image's features. Returns its pictures by folder where they are to be drawn."""
+        image = self.readers[0].image(entry)
+        levels = {reader.title: reader(entry) for reader in self.readers}
+        differences = {title: self._compare(title, levels) for title in levels if self.strides[title]}
+        pixels_CHW = torch.from_numpy(image).permute(2, 0, 1).float()
+        noise_CHW = torch.from_numpy(self.random.uniform(size=pixels_CHW.shape))
+        for title, maps in (*levels.items(), (PIXELS, {1: pixels_CHW}), (NOISE, {1: noise_CHW})):
+            for stride, level in maps.items():
+                self.statistics[title].add(stride, level, self.random)
+        if not draw:
+            return {}
+        chosen = {title: maps[self.drawn_stride][self.channels].cpu().numpy() for title, maps in levels.items()}
+        drawn = {"channels": channel_sheet(image, chosen, self.channels, self.drawn_stride)}
+        if differences:
+            common = sorted(set.intersection(*(set(maps) for maps in differences.values())))
+            drawn["differences"] = difference_sheet(image, differences, common)
+        return drawn
+
+    def _compare(self, title: str, levels: dict[str, dict[int, Tensor]]) -> dict[int, np.ndarray]:
+        """Gather a student's distances to the teacher; returns the difference maps by stride."""
+        found = {}
+        for stride in self.strides[title]:
+            own, target = levels[title][stride], levels[self.teacher.title][stride]
+            if own.shape != target.shape:
+                raise UserError(
+                    f"At stride {stride} {title} has maps of {tuple(own.shape[1:])} cells and {self.teacher.title} of "
+                    f"{tuple(target.shape[1:])}: set INPUT.MIN_SIZE_TEST and INPUT.MAX_SIZE_TEST for all models."
+                )
+            self.statistics[title].add_distances(stride, own, target)
+            found[stride] = difference_map(own, target)
+        return found
+
+    def table(self, means: Callable[[FeatureStatistics], dict[int, dict[str, float]]]) -> Rows:
+        """Means over the images, a row per model and level."""
+        return [
+            {"model": title, "stride": stride, **values}
+            for title, statistics in self.statistics.items()
+            for stride, values in means(statistics).items()
+        ]
+
+
+def _comparable_strides(reader: FeatureReader, teacher: FeatureReader | None) -> list[int]:
+    if teacher is None or reader is teacher:
+        return []
+    own, others = reader.adapter.spec.shapes, teacher.adapter.spec.shapes
+    strides = [stride for stride in own if stride in others and own[stride].channels == others[stride].channels]
+    if not strides:
+        raise UserError(
+            f"{reader.title} and {teacher.title} have no level of one stride and one number of channels, so their features "
+            "cannot be compared; leave --teacher out."
+        )
+    return strides

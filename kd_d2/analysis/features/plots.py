@@ -1,0 +1,85 @@
+"""Plots of feature maps: neighbors against each other, channels side by side, and where student and teacher differ."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+from matplotlib.colors import LogNorm
+
+from ...figures import plt, save_figure
+from ..drawing import enlarged, overlay_heat, per_pixel, sheet, titled
+from .statistics import FeatureStatistics
+
+SIDE = 240  # px of a picture's shorter side
+TILE = 200  # px of a channel's shorter side
+
+
+def plot_neighbors(rows: dict[str, FeatureStatistics], path: str) -> None:
+    """Every feature against its right neighbor: a row per model, a column per level; lighter where there are more of them.
+
+    Axes reach from the 0.5th to the 99.5th percentile.
+    """
+    most = max(len(statistics.pairs) for statistics in rows.values())
+    figure, axes = plt.subplots(
+        len(rows), most, figsize=(2.3 * most, 2.3 * len(rows)), squeeze=False, layout="constrained"
+    )
+    for line, (title, statistics) in zip(axes, rows.items()):
+        correlations = statistics.mean_correlations()
+        for axis in line[len(statistics.pairs) :]:
+            axis.set_axis_off()
+        for axis, stride in zip(line, sorted(statistics.pairs)):
+            x, y = np.concatenate(statistics.pairs[stride], 1)
+            low, high = np.percentile(np.concatenate([x, y]), [0.5, 99.5])
+            high = max(high, low + 1e-6)
+            axis.hist2d(x, y, bins=60, range=[[low, high]] * 2, norm=LogNorm(), cmap="inferno")
+            axis.set_facecolor("black")
+            axis.set_title(f"stride {stride}, r = {correlations[stride]['horizontal']:.2f}", fontsize=9)
+            axis.tick_params(labelsize=7)
+            axis.set_aspect("equal")
+        line[0].set_ylabel(title, fontsize=9)
+    figure.supxlabel("feature", fontsize=9)
+    figure.supylabel("its right neighbor", fontsize=9)
+    save_figure(figure, path)
+
+
+def difference_sheet(
+    image: np.ndarray, differences: dict[str, dict[int, np.ndarray]], strides: list[int]
+) -> np.ndarray:
+    """Where each student differs from the teacher, a row per student, a column per level; colors of a level are comparable.
+
+    Args:
+        image: RGB (H, W, 3) uint8.
+        differences: maps (h, w) by student and stride.
+    """
+    plain = enlarged(image, SIDE)
+    rows = []
+    for title, maps in differences.items():
+        row = [titled(plain, title)]
+        for stride in strides:
+            largest = max(float(other[stride].max()) for other in differences.values())
+            heat = per_pixel(maps[stride], stride, image.shape[:2])
+            row.append(
+                titled(overlay_heat(plain, heat, largest=largest), f"stride {stride}: {maps[stride].mean():.3f}")
+            )
+        rows.append(row)
+    return sheet(rows)
+
+
+def channel_sheet(image: np.ndarray, channels: dict[str, np.ndarray], numbers: list[int], stride: int) -> np.ndarray:
+    """Chosen channels of a level, a row per model, a column per channel, each from its lowest value (black) to its highest (white).
+
+    Args:
+        image: RGB (H, W, 3) uint8.
+        channels: by model maps (k, h, w).
+        numbers: the k channels' numbers.
+    """
+    rows = []
+    for title, maps in channels.items():
+        row = [titled(enlarged(image, TILE), title)]
+        for number, channel in zip(numbers, maps):
+            span = max(float(channel.max() - channel.min()), 1e-12)
+            gray = per_pixel((channel - channel.min()) / span, stride, image.shape[:2])
+            gray = np.repeat((255 * gray).astype(np.uint8)[..., None], 3, axis=2)
+            row.append(titled(enlarged(gray, TILE, cv2.INTER_NEAREST), f"channel {number}"))
+        rows.append(row)
+    return sheet(rows)

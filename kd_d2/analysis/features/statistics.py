@@ -1,0 +1,110 @@
+"""Statistics of the feature maps of one image: correlation of neighbors, distance of a student's maps to its teacher's.
+
+Shape suffixes: C channels, H W map.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...losses import fitting_window, min_max_normalize, ssim_loss
+from ..base import nanmean
+
+SSIM_WINDOW = 11
+COMPONENTS = {"luminance": (1, 0, 0), "contrast": (0, 1, 0), "structure": (0, 0, 1)}
+HORIZONTAL, VERTICAL = "horizontal", "vertical"
+
+
+def neighbor_pairs(maps: Tensor, direction: str) -> tuple[Tensor, Tensor]:
+    """Every position of maps (C, H, W) beside its right or lower neighbor, (C, N) each."""
+    if direction == HORIZONTAL:
+        return maps[:, :, :-1].flatten(1), maps[:, :, 1:].flatten(1)
+    return maps[:, :-1].flatten(1), maps[:, 1:].flatten(1)
+
+
+def correlation(x: Tensor, y: Tensor) -> Tensor:
+    """Pearson's coefficient of each row of x and y (C, N): (C,); NaN where one of them is constant."""
+    x, y = (v.double() - v.double().mean(1, keepdim=True) for v in (x, y))
+    return (x * y).sum(1) / (x.square().sum(1) * y.square().sum(1)).sqrt()
+
+
+def neighbor_correlation(maps: Tensor) -> dict[str, float]:
+    """The correlation of neighboring features of maps (C, H, W), by direction, averaged over the channels that vary.
+
+    NaN where there are no two neighbors, or nothing varies (de Rijk 2022, table 9).
+    """
+    found = {}
+    for direction in (HORIZONTAL, VERTICAL):
+        x, y = neighbor_pairs(maps, direction)
+        found[direction] = float(correlation(x, y).nanmean()) if x.shape[1] > 1 else float("nan")
+    return found
+
+
+def distances(student: Tensor, teacher: Tensor) -> dict[str, float]:
+    """The distance of maps (C, H, W) to the teacher's: "relative" is |s - t|^2 / |t|^2; "correlation" is Pearson's, over positions,
+    averaged over channels; "l1" and "ssim" are the mean absolute difference and the SSIM loss (1 - SSIM) / 2 of both scaled to [0, 1],
+    "luminance", "contrast" and "structure" the means of SSIM's components, 1 where they agree; "range" is max - min over the teacher's."""
+    s, t = min_max_normalize(student[None], teacher[None])
+    window = fitting_window(s, SSIM_WINDOW)
+    correlations = (
+        correlation(student.flatten(1), teacher.flatten(1))
+        if student[0].numel() > 1
+        else student.new_full((1,), torch.nan)
+    )
+    return {
+        "relative": float((student - teacher).square().sum() / teacher.square().sum()),
+        "correlation": float(correlations.nanmean()),
+        "l1": float((s - t).abs().mean()),
+        "ssim": float(ssim_loss(s, t, window)),
+        **{name: 1 - 2 * float(ssim_loss(s, t, window, exponents=only)) for name, only in COMPONENTS.items()},
+        "range": float((student.max() - student.min()) / (teacher.max() - teacher.min())),
+    }
+
+
+def difference_map(student: Tensor, teacher: Tensor) -> np.ndarray:
+    """Where maps (C, H, W), each scaled to [0, 1], differ: the mean over channels of the absolute difference (H, W)."""
+    s, t = min_max_normalize(student[None], teacher[None])
+    return (s - t).abs().mean(1)[0].cpu().numpy()
+
+
+@dataclass
+class FeatureStatistics:
+    """Statistics of a model's levels, gathered over images; dictionaries by stride.
+
+    Args:
+        points: pairs of neighbors that are kept of a level of an image, for scatter plots.
+    """
+
+    points: int = 400
+    correlations: dict[int, list[dict[str, float]]] = field(default_factory=dict)
+    pairs: dict[int, list[np.ndarray]] = field(default_factory=dict)
+    distances: dict[int, list[dict[str, float]]] = field(default_factory=dict)
+
+    def add(self, stride: int, maps: Tensor, random: np.random.RandomState) -> None:
+        """A level (C, H, W) of an image."""
+        self.correlations.setdefault(stride, []).append(neighbor_correlation(maps))
+        x, y = (v.flatten() for v in neighbor_pairs(maps, HORIZONTAL))
+        if len(x):
+            chosen = torch.from_numpy(random.randint(len(x), size=self.points)).to(x.device)
+            self.pairs.setdefault(stride, []).append(torch.stack([x[chosen], y[chosen]]).cpu().numpy())
+
+    def add_distances(self, stride: int, maps: Tensor, teacher: Tensor) -> None:
+        """A level (C, H, W) of an image beside the teacher's of the same shape."""
+        self.distances.setdefault(stride, []).append(distances(maps, teacher))
+
+    def mean_correlations(self) -> dict[int, dict[str, float]]:
+        """By stride and direction, and "mean" of both, over the images that have neighbors."""
+        means = {stride: _means(entries) for stride, entries in self.correlations.items()}
+        return {stride: {**of, "mean": float(nanmean(list(of.values())))} for stride, of in means.items()}
+
+    def mean_distances(self) -> dict[int, dict[str, float]]:
+        """By stride and kind, over the images."""
+        return {stride: _means(entries) for stride, entries in self.distances.items()}
+
+
+def _means(entries: list[dict[str, float]]) -> dict[str, float]:
+    return {key: float(nanmean([entry[key] for entry in entries])) for key in entries[0]}

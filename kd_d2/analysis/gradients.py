@@ -1,0 +1,189 @@
+"""`kd-d2 analyze gradients`: the gradient of each distillation loss beside that of the detection loss."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage
+from torch import Tensor
+
+from ..balance import loss_gradient, shared_parameters
+from ..data import build_stream_loader
+from ..engine.checks import check_output_folder
+from ..engine.learning_rate import check_schedule
+from ..engine.trainer import load_initial_weights
+from ..meta_arch import KDMetaArch
+from ..report.page import Table
+from .base import Analysis, as_text, check_at_least
+from .models import Distillation, load_distillations
+
+DETECTION = "detection"
+
+
+@dataclass(frozen=True)
+class GradientStats:
+    """The gradient of a loss in the parameters of the student's neck, which all losses share; means over batches.
+
+    Attributes:
+        loss: its value.
+        norm_ratio: the norm of its gradient over that of the detection loss.
+        cosine: of its gradient and that of the detection loss; 0 where it has none.
+    """
+
+    loss: float | None
+    norm_ratio: float | None
+    cosine: float | None
+
+
+@dataclass
+class MethodWeight:
+    """The WEIGHT of a method.
+
+    Attributes:
+        norm_ratio: of the method's losses together, without the auxiliary ones.
+        weight: the config's.
+        suggested_weight: with which the method alone would have the gradient ratio `target`; None where it has no gradient.
+    """
+
+    norm_ratio: float | None
+    weight: float
+    suggested_weight: float | None
+
+
+@dataclass
+class GradientAnalysis(Analysis):
+    """Gradient norm of each distillation loss relative to the detection loss, and the WEIGHT for a chosen ratio.
+
+    A row per loss, means over training batches: its value; the norm of its gradient in the parameters of the student's neck, which
+    all losses share, over that of the detection loss; and the cosine of the two gradients, negative where the method opposes
+    the detection loss. A second table has a row per method: the same ratio of its losses together, its WEIGHT, and the WEIGHT
+    with which the method alone would have the ratio MODEL.KD.BALANCE.TARGET at this point of the training.
+
+    The model is a distillation: a config for the student as its training begins (MODEL.WEIGHTS, inheritance), or a run or a
+    config with a checkpoint; of a checkpoint of this library the distillers' own layers are loaded too. The batches are the first of
+    a training with the config's SEED, or 0 where it has none. The output folder gets gradients.json.
+    """
+
+    name = "gradients"
+    title = "Gradients"
+    file = "gradients.json"
+    model_count = (1, 1)
+    read_models = staticmethod(partial(load_distillations, train=True))
+
+    losses: dict[str, GradientStats]
+    """By name, `DETECTION` first."""
+    methods: dict[str, MethodWeight]
+    """By distiller."""
+    target: float
+    """MODEL.KD.BALANCE.TARGET."""
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--batches", type=int, default=4, help="batches of training data (default 4)")
+        parser.add_argument(
+            "--iteration", type=int, help="of the training, on which schedules depend (default the last)"
+        )
+
+    @classmethod
+    def run(
+        cls, models: Sequence[Distillation], output: str, *, batches: int = 4, iteration: int | None = None
+    ) -> Self:
+        check_at_least("--batches", batches, 1)
+        if iteration is not None:
+            check_at_least("--iteration", iteration, 0)
+        (distillation,) = models
+        cfg = distillation.cfg
+        check_schedule(cfg, 1)
+        seed = max(cfg.SEED, 0)
+        seed_all_rng(seed)
+        model = build_for_training(distillation).train()
+        check_output_folder(output, "--output")
+        data = islice(build_stream_loader(cfg, seed), batches)
+        found = measure_gradients(model, data, cfg.SOLVER.MAX_ITER - 1 if iteration is None else iteration)
+        target = cfg.MODEL.KD.BALANCE.TARGET
+        methods = {}
+        for name in model.distillers:
+            ratio, weight = found.pop(name).norm_ratio, model.distillers[name].weight
+            methods[name] = MethodWeight(ratio, weight, weight * target / ratio if ratio else None)
+        return cls(found, methods, target)
+
+    def sentences(self) -> list[str]:
+        return [
+            "Gradients in the parameters that all losses share, relative to those of the detection loss; means over batches."
+        ]
+
+    def tables(self) -> list[Table]:
+        losses = [
+            [name, as_text(s.loss, ".4g"), as_text(s.norm_ratio, ".3g"), as_text(s.cosine, "+.3f")]
+            for name, s in self.losses.items()
+        ]
+        methods = [
+            [name, as_text(m.norm_ratio, ".3g"), as_text(m.weight, ".4g"), as_text(m.suggested_weight, ".3g")]
+            for name, m in self.methods.items()
+        ]
+        ratio = "gradient norm / detection"
+        return [
+            Table(["loss", "value", ratio, "cosine with detection"], losses),
+            Table(["method", ratio, "WEIGHT", f"WEIGHT for {self.target:g}"], methods, "Each method alone."),
+        ]
+
+
+def build_for_training(distillation: Distillation) -> KDMetaArch:
+    """Student and teacher without a gradient balance; the student from the checkpoint, or as a training begins."""
+    cfg = distillation.cfg.clone()
+    cfg.MODEL.KD.BALANCE.ENABLED = False
+    distillation = Distillation(distillation.title, cfg, distillation.weights)
+    if not distillation.weights:
+        model = distillation.build()
+        load_initial_weights(cfg, model)
+        return model
+    model = distillation.build_trained()
+    states = distillation.distiller_states()
+    for name, distiller in model.distillers.items():
+        try:
+            distiller.load_state_dict(states[name])
+        except RuntimeError:
+            print(
+                f"The layers of {name} are as a training begins: {distillation.weights} has none that fit.", flush=True
+            )
+    return model
+
+
+def measure_gradients(model: KDMetaArch, batches: Iterable[list[dict]], iteration: int) -> dict[str, GradientStats]:
+    """The gradients of the detector's own losses together (`DETECTION`), of each loss of each distiller, and, by the name of
+    the distiller, of its losses but the auxiliary ones together.
+
+    Args:
+        model: in train mode, without a balance; its parameters stay as they are.
+        batches: of training data.
+        iteration: of the training, on which schedules depend.
+
+    Raises:
+        UserError: the student's backbone is fully frozen.
+    """
+    parameters = shared_parameters(model.student)
+    measured: dict[str, list[Tensor]] = {}
+    for batch in batches:
+        with EventStorage(iteration):
+            losses = model(batch)
+        distilled = {name: losses.pop(name) for d in model.distillers.values() for name in d.loss_names}
+        detection = sum(losses.values())
+        reference = loss_gradient(detection, parameters)
+        together = {
+            method: sum(distilled[name] for name in distiller.loss_names if name not in distiller.aux_loss_names)
+            for method, distiller in model.distillers.items()
+        }
+        for name, loss in {DETECTION: detection, **distilled, **together}.items():
+            gradient = loss_gradient(loss, parameters)
+            ratio = gradient.norm() / reference.norm()
+            cosine = F.cosine_similarity(gradient, reference, dim=0)
+            measured.setdefault(name, []).append(torch.stack([loss.detach(), ratio, cosine]))
+    return {name: GradientStats(*torch.stack(values).mean(0).tolist()) for name, values in measured.items()}

@@ -1,0 +1,298 @@
+"""`kd-d2 analyze loss-maps`: where on the image a distillation loss is large, averaged over a training."""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.engine import HookBase
+from detectron2.structures import Boxes, Instances
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+
+from ..cli.arguments import add_launch_arguments
+from ..engine import KDTrainer, launch, setup
+from ..engine.checks import check_distillation, check_output_folder
+from ..engine.loss_normalizers import preserved_loss_normalizers
+from ..errors import UserError
+from ..files import atomic_write
+from ..meta_arch import KDMetaArch
+from ..model_paths import ModelPath
+from ..random_state import preserved_random_state
+from .base import Analysis, check_at_least
+from .drawing import draw_instances, enlarged, overlay_heat, per_pixel, sheet, titled, write_picture
+from .examples import pixels, read_examples
+from .models import Models, read_paths
+
+FOLDER = "loss_maps"
+EXAMPLES = "examples.npz"
+PICTURE = "loss_maps.png"
+SIDE = 320  # px of a picture's shorter side
+RECORDS = 40  # in a training, unless --every says otherwise
+
+
+@dataclass
+class RunShare:
+    """Of one training.
+
+    Attributes:
+        records: how often the maps were recorded.
+        share_in_boxes: the fraction of the loss in the objects' boxes, mean over the images.
+    """
+
+    records: int
+    share_in_boxes: float
+
+
+@dataclass
+class LossMapAnalysis(Analysis):
+    """Where on the image a distillation loss is large, averaged over a training.
+
+    A --model that is a config, of a distillation with one distiller, is trained as by kd-d2 train, into a folder of its title in the
+    output folder. Every N iterations, by default 40 times, the training also records loss maps for images of the test set: of
+    StructuralKD the loss at every position (its mean over the channels), of the other methods the norm of the loss's gradient in
+    the student's features. A --model that is the output folder of such a training is only drawn.
+
+    loss_maps.png shows the trainings side by side: a row per image, with its objects first, then the mean of each training's maps,
+    black where it is 0 and yellow where it is largest. loss_maps.json has the share of each that lies in the objects' boxes.
+    """
+
+    name = "loss-maps"
+    title = "Loss maps"
+    file = "loss_maps.json"
+    figures = {PICTURE: "Yellow where the loss is largest."}
+
+    box_area: float
+    """The fraction of the image that the objects' boxes cover, mean over the images."""
+    runs: dict[str, RunShare]
+    """By title."""
+
+    @staticmethod
+    def read_models(models: Models, opts: Sequence[str] = ()) -> list[tuple[ModelPath, list[str]]]:
+        """The models with the overrides: a config is read when it is trained."""
+        return [(path, list(opts)) for path in read_paths(models)]
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--images", type=int, default=8, help="of the test set, with instances (default 8)")
+        parser.add_argument("--every", type=int, help=f"iterations between two records (default: {RECORDS} in all)")
+        parser.add_argument("--stride", type=int, default=8, help="of the level that is drawn (default 8)")
+        parser.add_argument("--resume", action="store_true", help="resume interrupted trainings")
+        add_launch_arguments(parser)
+
+    @classmethod
+    def run(
+        cls,
+        models: Sequence[tuple[ModelPath, list[str]]],
+        output: str,
+        *,
+        images: int = 8,
+        every: int | None = None,
+        stride: int = 8,
+        resume: bool = False,
+        **launch_options: Any,
+    ) -> Self:
+        check_at_least("--images", images, 1)
+        if every is not None:
+            check_at_least("--every", every, 1)
+        check_output_folder(output, "--output")
+        folders = {}
+        for path, opts in models:
+            folders[path.title] = os.path.dirname(path.config) if path.weights else os.path.join(output, path.title)
+            if not path.weights:
+                args = argparse.Namespace(config_file=path.config, resume=resume, images=images, every=every)
+                args.opts = [*opts, "OUTPUT_DIR", folders[path.title]]
+                vars(args).update(title=path.title, eval_only=False, eval_teacher=False)
+                vars(args).update(
+                    {"num_gpus": 1, "num_machines": 1, "machine_rank": 0, "dist_url": "auto"} | launch_options
+                )
+                launch(train_with_loss_maps, args)
+                comm.synchronize()
+        picture, *found = draw_loss_maps(folders, stride)
+        if comm.is_main_process():
+            write_picture(os.path.join(output, PICTURE), picture)
+        return cls(*found)
+
+    def sentences(self) -> list[str]:
+        return [
+            f"{title}: {100 * run.share_in_boxes:.0f} % of the loss lies in the objects' boxes, which cover "
+            f"{100 * self.box_area:.0f} % of the image (means; {run.records} records of the training)."
+            for title, run in self.runs.items()
+        ]
+
+
+def train_with_loss_maps(args: argparse.Namespace) -> None:
+    """Train a distillation, and record loss maps: the main function of each process.
+
+    Args:
+        args: those of `engine.setup`, and `title`, `resume`, `images` and `every`.
+    """
+    cfg = setup(args)
+    check_distillation(cfg, f"--model {args.title}")
+    trainer = KDTrainer(cfg)
+    examples = read_examples(cfg, args.images)
+    every = args.every or max(1, cfg.SOLVER.MAX_ITER // RECORDS)
+    recorder = LossMapRecorder(trainer.bare_model, examples, every, cfg.OUTPUT_DIR)
+    if not args.resume:
+        recorder.remove_records()
+    if comm.is_main_process():
+        save_examples(examples, cfg)
+    trainer.resume_or_load(resume=args.resume)
+    trainer.register_hooks([recorder])
+    trainer.train()
+
+
+class LossMapRecorder(HookBase):
+    """Every `every` iterations writes `loss_maps/iteration_<N>.npz` into the output folder.
+
+    Each file holds arrays "<image>/<stride>" (H, W), of student and teacher in eval mode. A resumed training overwrites the files of
+    the iterations that it repeats. All processes record, since losses are normalized over all of them, and the first writes.
+
+    Args:
+        model: has one distiller.
+        examples: images with their ground truth, as Detectron2's mapper gives them for a training.
+        every: iterations.
+        output: the training's output folder.
+
+    Raises:
+        UserError: there is no distiller, or there are several.
+    """
+
+    def __init__(self, model: KDMetaArch, examples: list[dict], every: int, output: str):
+        if len(model.distillers) != 1:
+            raise UserError(
+                "MODEL.KD.DISTILLERS must name one method, whose loss is recorded; it names "
+                f"{', '.join(model.distillers) or 'none'}."
+            )
+        self.model = model
+        (self.distiller,) = model.distillers.values()
+        self.examples = examples
+        self.every = every
+        self.folder = os.path.join(output, FOLDER)
+        os.makedirs(self.folder, exist_ok=True)
+
+    def remove_records(self) -> None:
+        """Remove the records of an earlier training in the folder."""
+        if comm.is_main_process():
+            for path in _records(self.folder):
+                os.remove(path)
+
+    def after_step(self) -> None:
+        iteration = self.trainer.iter + 1
+        if iteration % self.every == 0:
+            maps = self.record()
+            if comm.is_main_process():
+                path = os.path.join(self.folder, f"iteration_{iteration:07d}.npz")
+                with atomic_write(path, "wb") as file:
+                    np.savez(file, **maps)
+
+    def record(self) -> dict[str, np.ndarray]:
+        """The maps at the current iteration."""
+        maps = {}
+        was_training = self.model.training
+        self.model.eval()
+        with preserved_random_state(), preserved_loss_normalizers(self.model.student), EventStorage(self.trainer.iter):
+            self.model.teacher.to(self.model.device)
+            for number, example in enumerate(self.examples):
+                targets = [example["instances"].to(self.model.device)]
+                student = self.model.adapter.run([example], self.distiller.needs, targets)
+                teacher = self.model.teacher([example], self.distiller.needs_of_teacher)
+                for stride, level in self.distiller.loss_maps(student, teacher, targets).items():
+                    maps[f"{number}/{stride}"] = level[0].cpu().numpy()
+        self.model.train(was_training)
+        return maps
+
+
+def save_examples(examples: list[dict], cfg: CfgNode) -> None:
+    """Save the images and their objects beside the loss maps, for `draw_loss_maps`."""
+    arrays = {"classes": np.array(MetadataCatalog.get(cfg.DATASETS.TEST[0]).thing_classes)}
+    for number, example in enumerate(examples):
+        arrays[f"{number}/image"] = pixels(example, cfg)
+        arrays[f"{number}/boxes"] = example["instances"].gt_boxes.tensor.numpy()
+        arrays[f"{number}/labels"] = example["instances"].gt_classes.numpy()
+    np.savez(os.path.join(cfg.OUTPUT_DIR, FOLDER, EXAMPLES), **arrays)
+
+
+def read_saved_examples(output: str) -> tuple[list[tuple[np.ndarray, Instances]], list[str]]:
+    """Images RGB (H, W, 3) with their ground truth, and the names of the classes."""
+    with np.load(os.path.join(output, FOLDER, EXAMPLES)) as arrays:
+        examples = []
+        while f"{len(examples)}/image" in arrays:
+            number = len(examples)
+            image = arrays[f"{number}/image"]
+            truth = Instances(image.shape[:2], gt_boxes=Boxes(torch.from_numpy(arrays[f"{number}/boxes"])))
+            truth.gt_classes = torch.from_numpy(arrays[f"{number}/labels"])
+            examples.append((image, truth))
+        return examples, arrays["classes"].tolist()
+
+
+def mean_loss_maps(output: str) -> tuple[dict[str, np.ndarray], int]:
+    """The mean over a training's records by "<image>/<stride>", and the number of records.
+
+    Raises:
+        UserError: there are none.
+    """
+    paths = _records(os.path.join(output, FOLDER))
+    if not paths:
+        raise UserError(f"{output} has no {FOLDER}: name the config, and kd-d2 analyze loss-maps trains and records.")
+    total: dict[str, np.ndarray] = {}
+    for path in paths:
+        with np.load(path) as maps:
+            for name, level in maps.items():
+                total[name] = total.get(name, 0) + level.astype(np.float64)
+    return {name: level / len(paths) for name, level in total.items()}, len(paths)
+
+
+def draw_loss_maps(folders: dict[str, str], stride: int) -> tuple[np.ndarray, float, dict[str, RunShare]]:
+    """Trainings side by side, a row per image; the area of the objects' boxes, and the share of each one's loss that lies in them.
+
+    Args:
+        folders: the trainings' output folders by title.
+        stride: of the level.
+
+    Raises:
+        UserError: a training has no records, records of other images, or no such level.
+    """
+    maps, records = {}, {}
+    for title, folder in folders.items():
+        maps[title], records[title] = mean_loss_maps(folder)
+    first = next(iter(folders.values()))
+    examples, names = read_saved_examples(first)
+    for title, levels in maps.items():
+        if f"{len(examples) - 1}/{stride}" not in levels or f"{len(examples)}/{stride}" in levels:
+            strides = sorted({int(name.split("/")[1]) for name in levels})
+            raise UserError(
+                f"{folders[title]} has other images than {first}, or no level of stride {stride}; its strides are {strides}."
+            )
+    rows, covered, shares = [], [], {title: [] for title in folders}
+    for number, (image, truth) in enumerate(examples):
+        inside = inside_boxes(truth)
+        covered.append(inside.mean())
+        row = [titled(draw_instances(image, truth, names, min_side=SIDE), "objects")]
+        for title, levels in maps.items():
+            heat = per_pixel(levels[f"{number}/{stride}"], stride, image.shape[:2])
+            shares[title].append((heat * inside).sum() / max(heat.sum(), 1e-12))
+            row.append(titled(overlay_heat(enlarged(image, SIDE), heat), title))
+        rows.append(row)
+    runs = {title: RunShare(records[title], float(np.mean(of_images))) for title, of_images in shares.items()}
+    return sheet(rows), float(np.mean(covered)), runs
+
+
+def inside_boxes(truth: Instances) -> np.ndarray:
+    """(H, W) bool, whether a pixel is in any box."""
+    mask = np.zeros(truth.image_size, bool)
+    for left, top, right, bottom in truth.gt_boxes.tensor.round().int().tolist():
+        mask[max(top, 0) : bottom, max(left, 0) : right] = True
+    return mask
+
+
+def _records(folder: str) -> list[str]:
+    return glob.glob(os.path.join(glob.escape(folder), "iteration_*.npz"))

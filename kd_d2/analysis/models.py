@@ -1,0 +1,261 @@
+"""Trained models, and distillations, as analyses take them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import inference_on_dataset
+from detectron2.modeling import build_model
+from torch import Tensor, nn
+
+from ..checkpoint import distiller_states, load_complete, local_path
+from ..config import find_weights, load_config
+from ..data import build_test_loader, register_coco_json, register_synthetic
+from ..distillers.matching import check_same_anchors
+from ..engine.checks import check_classes, check_datasets, check_distillation
+from ..errors import UserError
+from ..evaluation import build_evaluator
+from ..files import read_json, write_json
+from ..meta_arch import KDMetaArch
+from ..model_paths import ModelPath, read_model_paths
+
+Models = Sequence[str | Sequence[str]]
+"""What `--model` takes, a string or a pair each: [TITLE=]CONFIG_OR_RUN, and weights where it is a config."""
+
+
+@dataclass
+class TrainedModel:
+    """A detector with its weights: a teacher, a plain student or a distilled one.
+
+    Attributes:
+        title: what pictures and tables call it.
+        cfg: its plain config; the first of DATASETS.TEST is the data set.
+    """
+
+    title: str
+    cfg: CfgNode
+
+    @property
+    def dataset(self) -> str:
+        """The name of the data set on which it is analyzed."""
+        return self.cfg.DATASETS.TEST[0]
+
+    @property
+    def folder_name(self) -> str:
+        """The title as the name of a folder."""
+        return re.sub(r"[^\w.-]+", "-", self.title)
+
+    def identity(self) -> dict[str, object]:
+        """What results depend on: the weights' file, the config, the annotations."""
+        weights = _local_file(self.cfg.MODEL.WEIGHTS)
+        status = os.stat(weights)
+        annotations = MetadataCatalog.get(self.dataset).get("json_file")
+        if annotations:
+            with open(annotations, "rb") as file:
+                data = file.read()
+        else:
+            data = "\n".join(str(entry["image_id"]) for entry in DatasetCatalog.get(self.dataset)).encode()
+        return {
+            "weights": [os.path.realpath(weights), status.st_size, status.st_mtime_ns],
+            "config": hashlib.sha256(self.cfg.dump().encode()).hexdigest(),
+            "data": hashlib.sha256(data).hexdigest(),
+        }
+
+    def build(self) -> nn.Module:
+        """The detector on its device, in eval mode, every weight loaded.
+
+        Raises:
+            UserError: the checkpoint is another model's, or the data set has other classes.
+        """
+        model = build_model(self.cfg).eval()
+        check_classes(self.cfg, model)
+        load_complete(model, self.cfg.MODEL.WEIGHTS, self.title)
+        return model
+
+    def detections(self, output: str) -> list[dict]:
+        """The model's detections of its data set in COCO's format.
+
+        They are kept in `output`, in a folder of the model's own, and read from there as long as `identity` stays the same.
+        """
+        folder = os.path.join(output, self.folder_name)
+        path, source = os.path.join(folder, "coco_instances_results.json"), os.path.join(folder, "source.json")
+        identity = self.identity()
+        if not (os.path.isfile(path) and os.path.isfile(source) and read_json(source) == identity):
+            os.makedirs(folder, exist_ok=True)
+            loader = build_test_loader(self.cfg, self.dataset)
+            inference_on_dataset(self.build(), loader, build_evaluator(self.cfg, self.dataset, folder))
+            write_json(source, identity)
+        return read_json(path)
+
+
+@dataclass
+class Distillation:
+    """The config of a distillation, which names the teacher, and a checkpoint of the student.
+
+    Attributes:
+        title: what pictures and tables call it.
+        cfg: its config.
+        weights: path or URL; "" for the student as a training begins.
+    """
+
+    title: str
+    cfg: CfgNode
+    weights: str
+
+    def build(self) -> KDMetaArch:
+        """Student, teacher and distillers in eval mode; the student as it is initialized."""
+        model = build_model(self.cfg).eval()
+        check_classes(self.cfg, model)
+        return model
+
+    def build_trained(self) -> KDMetaArch:
+        """`build`, with the checkpoint in the student.
+
+        Raises:
+            UserError: there is no checkpoint, or it is another model's.
+        """
+        model = self.build()
+        load_complete(model.student, self.checkpoint, "the student")
+        return model
+
+    def build_dense_pair(self, analysis: str) -> KDMetaArch:
+        """`build_trained`, where both detectors have dense predictions at the same anchors.
+
+        Args:
+            analysis: what compares these, for messages.
+
+        Raises:
+            UserError: they do not.
+        """
+        model = self.build()
+        for whose, adapter in (("student", model.adapter), ("teacher", model.teacher.adapter)):
+            if "dense" not in adapter.provides:
+                raise UserError(f"The {whose} ({type(adapter.model).__name__}) has no dense predictions to compare.")
+        check_same_anchors(analysis, model.adapter.spec, model.teacher.spec)
+        load_complete(model.student, self.checkpoint, "the student")
+        return model
+
+    @property
+    def checkpoint(self) -> str:
+        """`weights`, for an analysis that needs a trained student. Raises a UserError where there are none."""
+        if not self.weights:
+            raise UserError(f"--model {self.title}: write the student's checkpoint after the config, or name a run.")
+        return self.weights
+
+    def distiller_states(self) -> dict[str, dict[str, Tensor]]:
+        """The distillers' own layers in the checkpoint: see `kd_d2.checkpoint.distiller_states`."""
+        return distiller_states(_local_file(self.checkpoint))
+
+    @property
+    def class_names(self) -> list[str]:
+        """Of the data set, the first of DATASETS.TEST."""
+        return MetadataCatalog.get(self.cfg.DATASETS.TEST[0]).thing_classes
+
+
+def load_models(models: Models, opts: Sequence[str] = ()) -> list[TrainedModel]:
+    """Read the configs of trained models, and register and check their data.
+
+    Args:
+        models: for example ["plain=output/plain", ("retinanet.yaml", "model.pth")]. A distillation's config means its student.
+        opts: config overrides for all models, alternating keys and values.
+
+    Raises:
+        UserError: a config, checkpoint or data set that does not exist, or models that cannot be compared: two have one title,
+            or they are tested on different data sets.
+    """
+    register_synthetic()
+    found = []
+    for path in read_paths(models):
+        weights = ["MODEL.WEIGHTS", find_weights(path.weights, f"--model {path.title}")] if path.weights else []
+        cfg = load_config(path.config, [*opts, *weights], student_only=True)
+        if not cfg.MODEL.WEIGHTS:
+            raise UserError(f"--model {path.title}: write a checkpoint after the config {path.config}, or name a run.")
+        cfg.DATASETS.TRAIN = ()  # is not read
+        register_coco_json(cfg)
+        check_datasets(cfg, train=False)
+        found.append(TrainedModel(path.title, cfg))
+    folders = [model.folder_name for model in found]
+    for model in found:
+        if folders.count(model.folder_name) > 1:
+            raise UserError(f"--model: several titles give the folder name {model.folder_name!r}; choose other titles.")
+    datasets = [model.dataset for model in found]
+    if len(set(datasets)) > 1:
+        raise UserError(f"--model: the models have different data sets in DATASETS.TEST: {', '.join(datasets)}.")
+    return found
+
+
+def load_distillations(models: Models, opts: Sequence[str] = (), *, train: bool = False) -> list[Distillation]:
+    """Read the configs of distillations, and register and check their data.
+
+    Args:
+        models, opts: see `load_models`.
+        train: also check the training data.
+
+    Raises:
+        UserError: as `load_models`, and where a config is none of a distillation.
+    """
+    register_synthetic()
+    found = []
+    for path in read_paths(models):
+        cfg = load_config(path.config, list(opts))
+        check_distillation(cfg, f"--model {path.title}")
+        weights = path.weights and find_weights(path.weights, f"--model {path.title}")
+        register_coco_json(cfg)
+        check_datasets(cfg, train=train)
+        found.append(Distillation(path.title, cfg, weights))
+    return found
+
+
+def read_paths(models: Models) -> list[ModelPath]:
+    """`read_model_paths` of strings or pairs."""
+    return read_model_paths([[model] if isinstance(model, str) else list(model) for model in models])
+
+
+def read_annotations(dataset: str) -> dict:
+    """The content of a data set's annotation file.
+
+    Raises:
+        UserError: the data set is not one file in COCO's format.
+    """
+    path = MetadataCatalog.get(dataset).get("json_file")
+    if not path or not os.path.isfile(path):
+        raise UserError(f"The data set {dataset} has no annotation file in COCO's format, which this analysis reads.")
+    return read_json(path)
+
+
+def restrict_images(models: Sequence[TrainedModel], count: int, output: str) -> None:
+    """Let the models be tested on `count` images, spread evenly over their data set; `output` gets their annotation file.
+
+    Raises:
+        UserError: the data set is not one file in COCO's format.
+    """
+    dataset = models[0].dataset
+    tree = read_annotations(dataset)
+    if count >= len(tree["images"]):
+        return
+    chosen = [round(place) for place in np.linspace(0, len(tree["images"]) - 1, count)]
+    images = [tree["images"][place] for place in chosen]
+    ids = {image["id"] for image in images}
+    annotations = [a for a in tree["annotations"] if a["image_id"] in ids]
+    path = os.path.join(output, f"{count}-images.json")
+    write_json(path, {**tree, "images": images, "annotations": annotations}, indent=None)
+    entry = [f"{dataset}_{count}_images", path, MetadataCatalog.get(dataset).image_root]
+    for model in models:
+        model.cfg.DATASETS.COCO_JSON = [entry]
+        model.cfg.DATASETS.TEST = (entry[0],)
+        register_coco_json(model.cfg)
+
+
+def _local_file(weights: str) -> str:
+    """The local file of weights, which may be a URL and have a query such as "?matching_heuristics=True"."""
+    path = local_path(weights.partition("?")[0])
+    if not os.path.isfile(path):
+        raise UserError(f"There is no checkpoint {path}.")
+    return path

@@ -1,0 +1,135 @@
+"""`kd-d2 analyze rank-oracle`: AP of a student whose candidates have the teacher's order, or the teacher's scores.
+
+Shape suffixes: B images, A anchors per position, K classes, H W map, R anchors of an image over all levels, P positives.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.structures import Instances
+from detectron2.utils.events import EventStorage
+from torch import Tensor
+
+from ..adapters import DensePredictions, DetectorOutputs
+from ..engine.checks import check_output_folder
+from ..evaluation import build_evaluator
+from ..losses import reordered
+from ..meta_arch import KDMetaArch
+from ..report.page import Table
+from .base import Analysis, as_text, check_at_least
+from .examples import read_examples
+from .models import Distillation, load_distillations
+
+NEEDS = frozenset({"dense", "targets"})
+STUDENT, RANKS, SCORES = "student", "the teacher's ranks", "the teacher's scores"
+COLUMNS = ("AP", "AP50", "AP75")
+
+
+@dataclass
+class RankOracleAnalysis(Analysis):
+    """AP of a student if its class scores ranked each object's candidates as the teacher's do.
+
+    AP of the student on the first images of the test set that have objects: as it is; with the class scores of each object's
+    positive anchors permuted into the teacher's order, all else unchanged; and with the teacher's scores in their
+    place. The model is a distillation, and a checkpoint of a student of its kind; both detectors are dense ones with the same anchors.
+    The output folder gets rank_oracle.json.
+    """
+
+    name = "rank-oracle"
+    title = "Rank oracle"
+    file = "rank_oracle.json"
+    model_count = (1, 1)
+    read_models = staticmethod(load_distillations)
+
+    variants: dict[str, dict[str, float | None]]
+    """By variant and metric."""
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--images", type=int, default=400, help="of the test set, with objects (default 400)")
+
+    @classmethod
+    def run(cls, models: Sequence[Distillation], output: str, *, images: int = 400) -> Self:
+        check_at_least("--images", images, 1)
+        (distillation,) = models
+        model = distillation.build_dense_pair("kd-d2 analyze rank-oracle")
+        check_output_folder(output, "--output")
+        results = rank_oracle(distillation.cfg, model, read_examples(distillation.cfg, images))
+        return cls({name: {column: result[column] for column in COLUMNS} for name, result in results.items()})
+
+    def sentences(self) -> list[str]:
+        return [
+            "AP of the student as it is, with the class scores of each object's positive anchors in the teacher's order, and with "
+            "the teacher's scores in their place."
+        ]
+
+    def tables(self) -> list[Table]:
+        rows = [[name, *(as_text(of.get(column), ".2f") for column in COLUMNS)] for name, of in self.variants.items()]
+        return [Table(["", *COLUMNS], rows)]
+
+
+@torch.no_grad()
+def rank_oracle(cfg: CfgNode, model: KDMetaArch, examples: Iterable[dict]) -> dict[str, dict[str, float]]:
+    """Box AP of the student on images with ground truth: as it is, and with exchanged class scores of its positives.
+
+    Args:
+        cfg: names the data set of the examples, DATASETS.TEST's first.
+        model: in eval mode; both detectors have dense predictions at the same anchors.
+        examples: mapped entries of that data set with "instances".
+
+    Returns:
+        by variant, `STUDENT`, `RANKS` and `SCORES`, COCO's results for boxes. See `exchanged_logits`.
+    """
+    evaluators = {name: build_evaluator(cfg, cfg.DATASETS.TEST[0]) for name in (STUDENT, RANKS, SCORES)}
+    for evaluator in evaluators.values():
+        evaluator.reset()
+    image_ids = []
+    for example in examples:
+        targets = [example["instances"].to(model.device)]
+        with EventStorage():
+            student = model.adapter.run([example], NEEDS, targets)
+        teacher = model.teacher([example], NEEDS)
+        for name, logits in exchanged_logits(student.dense, teacher.dense, targets).items():
+            (found,) = detect_with(model.student, student, logits)
+            found = detector_postprocess(found, example["height"], example["width"])
+            evaluators[name].process([example], [{"instances": found}])
+        image_ids.append(example["image_id"])
+    return {name: evaluator.evaluate(img_ids=image_ids)["bbox"] for name, evaluator in evaluators.items()}
+
+
+def exchanged_logits(
+    student: DensePredictions, teacher: DensePredictions, targets: list[Instances]
+) -> dict[str, Tensor]:
+    """Class logits (B, R, K): the student's; those with the logits of each instance's class at its positives in the teacher's order;
+    and those with the teacher's logits in their place."""
+    positives = student.positives
+    class_P, _ = positives.ground_truth(targets)
+    ours_P, theirs_P = (positives.pick(dense.logits.values(), class_P) for dense in (student, teacher))
+    own = torch.cat(list(student.logits.values()), 1)
+    variants = {
+        STUDENT: ours_P,
+        RANKS: reordered(ours_P, theirs_P, positives.among_all(targets)),
+        SCORES: theirs_P,
+    }
+    where = positives.image, positives.anchor, class_P
+    return {name: own.index_put(where, values) for name, values in variants.items()}
+
+
+def detect_with(model: DenseDetector, outputs: DetectorOutputs, logits_BRK: Tensor) -> list[Instances]:
+    """The final detections of each image with other class logits than the head's."""
+    features = list(outputs.features.values())
+    _, *others = model.head(features)
+    sizes = [level.shape[1] for level in outputs.dense.logits.values()]
+    maps = [
+        level.unflatten(1, (*maps.shape[-2:], -1)).flatten(3).permute(0, 3, 1, 2)
+        for level, maps in zip(logits_BRK.split(sizes, 1), features, strict=True)
+    ]
+    return model.forward_inference(outputs.images, features, [maps, *others])

@@ -1,0 +1,69 @@
+"""Which analyses there are; nothing here imports PyTorch."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from .base import Analysis
+
+
+class Entry(NamedTuple):
+    """An analysis that can be run.
+
+    Attributes:
+        help: one line for `kd-d2 analyze --help`.
+        target: the class, or "module:class" of this package, imported when it is first used.
+    """
+
+    help: str
+    target: str | type[Analysis]
+
+
+ANALYSES: dict[str, Entry] = {
+    "errors": Entry("error types by class and object size, as precision-recall curves", "errors:ErrorAnalysis"),
+    "detections": Entry("objects that one model detects and another misses", "detections:DetectionAnalysis"),
+    "robustness": Entry("AP on corrupted images: 15 corruptions, 5 severities", "robustness:RobustnessAnalysis"),
+    "features": Entry("feature maps: correlation of neighbors, distance to the teacher", "features:FeatureAnalysis"),
+    "gradients": Entry("gradient norm and direction of each distillation loss", "gradients:GradientAnalysis"),
+    "loss-maps": Entry("where on the image a distillation loss is large", "loss_maps:LossMapAnalysis"),
+    "ranks": Entry("how student and teacher rank the candidates of each object", "ranks:RankAnalysis"),
+    "rank-oracle": Entry("AP of a student with the teacher's ranks or scores", "rank_oracle:RankOracleAnalysis"),
+    "attention": Entry("attention of ICD's decoder over the feature levels", "attention:AttentionAnalysis"),
+}
+"""The analyses by name: those of this package, and those added by `register_analysis`."""
+
+
+def register_analysis(cls: type[Analysis]) -> type[Analysis]:
+    """Class decorator: add an `Analysis` to `kd-d2 analyze` and `kd-d2 report`, under its `name`.
+
+    Raises:
+        UserError: the name is taken.
+    """
+    if cls.name in ANALYSES:
+        raise UserError(
+            f"An analysis named {cls.name!r} is registered already; choose another name for {cls.__name__}."
+        )
+    ANALYSES[cls.name] = Entry((inspect.getdoc(cls) or "").partition("\n")[0], cls)
+    return cls
+
+
+def find_analysis(name: str) -> type[Analysis]:
+    """The class of a registered analysis.
+
+    Raises:
+        UserError: there is none of this name.
+    """
+    if name not in ANALYSES:
+        raise UserError(
+            f"Unknown analysis {name!r}; available: {', '.join(ANALYSES)}. --import the file that registers others."
+        )
+    target = ANALYSES[name].target
+    if isinstance(target, str):
+        module, _, attribute = target.partition(":")
+        return getattr(importlib.import_module(f".{module}", __package__), attribute)
+    return target

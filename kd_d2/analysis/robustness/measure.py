@@ -1,0 +1,140 @@
+"""Evaluating a detector on corrupted images, resumably: each corruption at each severity is saved when it is measured."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from detectron2.data.detection_utils import build_augmentation, convert_PIL_to_numpy, read_image
+from detectron2.data.transforms import AugInput, AugmentationList
+from detectron2.evaluation import inference_on_dataset
+from PIL import Image
+from torch import nn
+
+from ...data import build_test_loader
+from ...errors import UserError
+from ...evaluation import build_evaluator
+from ...files import read_json, write_json
+from ..models import TrainedModel
+from .corruptions import check_large_enough, corrupt
+from .metrics import Metrics, Robustness
+
+CLEAN = "clean"
+
+
+class CorruptedMapper:
+    """Reads an image, corrupts it at its own size, and prepares it as the config prepares test images.
+
+    Args:
+        corruption: of CORRUPTIONS; None leaves the images clean.
+    """
+
+    def __init__(self, cfg: CfgNode, corruption: str | None, severity: int):
+        self.format = cfg.INPUT.FORMAT
+        self.augmentations = AugmentationList(build_augmentation(cfg, is_train=False))
+        self.corruption = corruption
+        self.severity = severity
+
+    def __call__(self, entry: dict[str, Any]) -> dict[str, Any]:
+        image = read_image(entry["file_name"], "RGB")
+        size = dict(zip(("height", "width"), image.shape[:2], strict=True))
+        if self.corruption is not None:
+            image = corrupt(image, self.corruption, self.severity, entry["image_id"])
+        source = AugInput(convert_PIL_to_numpy(Image.fromarray(image), self.format))
+        self.augmentations(source)
+        tensor = torch.from_numpy(np.ascontiguousarray(source.image.transpose(2, 0, 1)))
+        return {**size, **{k: v for k, v in entry.items() if k != "annotations"}, "image": tensor}
+
+
+class RobustnessRecord:
+    """What has been measured of a model: DIR/TITLE/robustness.json.
+
+    Raises:
+        UserError: the file is of other weights, another config or other images.
+    """
+
+    def __init__(self, model: TrainedModel, output: str):
+        self.path = os.path.join(output, model.folder_name, "robustness.json")
+        self.identity = model.identity()
+        self.cells: dict[str, Metrics] = {}
+        if os.path.isfile(self.path):
+            found = read_json(self.path)
+            if not isinstance(found, dict) or found.get("identity") != self.identity:
+                raise UserError(
+                    f"--output: {self.path} was measured with other weights, another config or other images than {model.title} "
+                    "has now; name another folder or remove the file."
+                )
+            self.cells = {
+                name: {metric: math.nan if value is None else value for metric, value in metrics.items()}
+                for name, metrics in found["cells"].items()
+            }
+
+    def add(self, name: str, metrics: Metrics) -> None:
+        self.cells[name] = metrics
+        os.makedirs(os.path.dirname(self.path), exist_ok=True)
+        write_json(self.path, {"identity": self.identity, "cells": self.cells})
+
+    def robustness(self, corruptions: Sequence[str], severities: Sequence[int]) -> Robustness:
+        """These corruptions and severities; all must be measured."""
+        of = {c: {s: self.cells[cell_name(c, s)] for s in severities} for c in corruptions}
+        return Robustness(self.cells[CLEAN], of)
+
+
+def cell_name(corruption: str, severity: int) -> str:
+    return f"{corruption}/{severity}"
+
+
+def measure_robustness(
+    model: TrainedModel,
+    output: str,
+    corruptions: Sequence[str],
+    severities: Sequence[int],
+    workers: int,
+    progress: Callable[..., Any],
+) -> Robustness:
+    """Evaluate a detector on clean images, and on every corruption at every severity that is not measured yet.
+
+    Args:
+        output: folder of the record.
+        workers: processes that read and corrupt images; the numbers do not depend on them.
+        progress: wraps an iterable and takes a description, as tqdm does.
+    """
+    record = RobustnessRecord(model, output)
+    wanted = {CLEAN: (None, 0)} | {cell_name(c, s): (c, s) for c in corruptions for s in severities}
+    for entry in DatasetCatalog.get(model.dataset):
+        check_large_enough((entry["height"], entry["width"]), entry["image_id"])
+    missing = {name: cell for name, cell in wanted.items() if name not in record.cells}
+    detector = None
+    for name, (corruption, severity) in missing.items():
+        detector = detector or model.build()
+        note = f"{model.title}: {name} ({len(record.cells)} of {len(wanted)} done)"
+        record.add(
+            name, _evaluate(model, detector, CorruptedMapper(model.cfg, corruption, severity), workers, progress, note)
+        )
+    return record.robustness(corruptions, severities)
+
+
+def _evaluate(
+    model: TrainedModel,
+    detector: nn.Module,
+    mapper: CorruptedMapper,
+    workers: int,
+    progress: Callable[..., Any],
+    note: str,
+) -> Metrics:
+    loader = build_test_loader(model.cfg, model.dataset, mapper, num_workers=workers)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        evaluator = build_evaluator(model.cfg, model.dataset, folder)
+        results = inference_on_dataset(detector, progress(loader, desc=note), evaluator)["bbox"]
+    # A detector that finds nothing at all has no precision for the evaluator; its AP is 0.
+    found_nothing = all(math.isnan(value) for value in results.values())
+    return {name: 0.0 if found_nothing else value for name, value in results.items() if not name.startswith("AP-")}

@@ -1,0 +1,45 @@
+"""Plots of robustness: performance over severity, and one image in every corruption."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...figures import plt, save_figure
+from ..drawing import sheet, titled
+from .corruptions import corrupt
+from .metrics import CLEAN_SEVERITY, Robustness
+
+COLUMNS = 4
+
+
+def plot_robustness(models: dict[str, Robustness], path: str, metric: str = "AP") -> None:
+    """A panel for each corruption and one for their mean: the metric over severity, 0 being clean, a line a model."""
+    corruptions = list(next(iter(models.values())).corrupted)
+    panels = ["mean of all", *corruptions]
+    rows = -(-len(panels) // COLUMNS)
+    columns = min(COLUMNS, len(panels))
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(2.7 * columns, 2.3 * rows + 0.4), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, panel in zip(axes.flat, panels):
+        for index, (title, robustness) in enumerate(models.items()):
+            points = robustness.by_severity(panel if panel in corruptions else None, metric)
+            axis.plot(*zip(*points.items()), color=f"C{index % 10}", marker=".", label=title)
+        axis.set_title(panel.replace("_", " "), fontsize=10)
+        axis.set_xticks(list(points), ["clean" if s == CLEAN_SEVERITY else str(s) for s in points], fontsize=8)
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    axes[0, 0].set_ylim(bottom=0)
+    for row in axes:
+        row[0].set_ylabel(metric)
+    figure.supxlabel("severity", fontsize=10)
+    axes[0, 0].legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def corruption_sheet(image: np.ndarray, identity: int | str, corruptions: list[str], severity: int) -> np.ndarray:
+    """One image, RGB (H, W, 3) uint8, in every corruption."""
+    tiles = [titled(image, "clean")]
+    tiles += [titled(corrupt(image, c, severity, identity), f"{c.replace('_', ' ')} {severity}") for c in corruptions]
+    return sheet([tiles[start : start + 4] for start in range(0, len(tiles), 4)])

@@ -1,0 +1,69 @@
+"""Analyze trained detectors and distillations.
+
+kd-d2 analyze ANALYSIS --model [TITLE=]CONFIG_OR_RUN [WEIGHTS] [--model ...] --output DIR [options] [KEY VALUE ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from collections.abc import Sequence
+
+from ..analysis import ANALYSES, find_analysis
+from ..errors import UserError
+from ..extensions import import_extensions
+from .arguments import add_import_argument, add_model_argument
+
+COUNTS = {(1, 1): "one", (1, None): "one or more", (2, None): "two or more"}
+COMMON = ("model", "output", "imports")
+
+
+def prepare(options: list[str]) -> None:
+    """Import what --import names, so that analyses that it registers are there."""
+    parser = argparse.ArgumentParser("kd-d2 analyze", add_help=False, allow_abbrev=False)
+    add_import_argument(parser)
+    import_extensions(parser.parse_known_args(options)[0].imports)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_import_argument(parser)
+    commands = parser.add_subparsers(
+        dest="analysis", required=True, metavar="ANALYSIS", title="analyses", parser_class=_AnalysisParser
+    )
+    for name, entry in ANALYSES.items():
+        commands.add_parser(name, help=entry.help, analysis=name)
+
+
+class _AnalysisParser(argparse.ArgumentParser):
+    """The parser of one analysis, which is only imported when it is the one that runs."""
+
+    def __init__(self, *, analysis: str, **keywords: object):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **keywords)
+        self.analysis = analysis
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        analysis = find_analysis(self.analysis)
+        self.description = inspect.getdoc(analysis)
+        add_model_argument(self, COUNTS.get(analysis.model_count, "several"))
+        self.add_argument("--output", required=True, metavar="DIR", help="folder of the results")
+        add_import_argument(self)
+        analysis.add_arguments(self)
+        known, rest = super().parse_known_args(args, namespace)
+        known.options = {name: value for name, value in vars(known).items() if name not in COMMON}
+        return known, rest
+
+
+def run(args: argparse.Namespace) -> None:
+    analysis = find_analysis(args.analysis)
+    least, most = analysis.model_count
+    if not least <= len(args.model) <= (most or len(args.model)):
+        raise UserError(
+            f"--model: kd-d2 analyze {args.analysis} takes {COUNTS.get(analysis.model_count, f'{least} to {most}')} of them, "
+            f"not {len(args.model)}."
+        )
+    from detectron2.utils import comm
+
+    result = analysis.run(analysis.read_models(args.model, args.opts), args.output, **args.options)
+    if comm.is_main_process():
+        result.save(args.output)
+        print(f"{result.summary()}\nThe results are in {args.output}".lstrip(), flush=True)

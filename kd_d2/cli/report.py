@@ -1,0 +1,62 @@
+"""Write one self-contained HTML page about trainings, analyses and a sweep.
+
+kd-d2 report --output PAGE.html [--title TITLE] [--sweep MATRIX.yaml --results DIR] [DIR ...]
+
+A DIR is the output folder of a training (scores by class, curves, cost, config) or of kd-d2 analyze (tables and pictures). A
+sweep adds its table with spreads, curves, settings and versions. The page opens from disk and needs no network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+
+from ..errors import UserError
+from ..extensions import import_extensions
+from .arguments import add_import_argument
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folders", nargs="*", metavar="DIR", help="output folder of a training or an analysis")
+    parser.add_argument("--output", required=True, metavar="PAGE.html", help="the page")
+    parser.add_argument("--title", default="Distilled detectors", help="of the page")
+    parser.add_argument("--sweep", metavar="MATRIX.yaml", help="yaml file of a sweep")
+    parser.add_argument("--results", metavar="DIR", help="folder of the sweep's results")
+    add_import_argument(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..analysis.base import is_analysis, load_analysis
+    from ..engine.checks import check_output_folder
+    from ..files import write_text
+    from ..report import render
+    from ..report.sections import is_run, run_section, sweep_section
+    from ..sweep import read_matrix
+    from ..versions import versions
+
+    if args.opts:
+        raise UserError(f"kd-d2 report takes no config overrides, such as {args.opts[0]}.")
+    if (args.sweep is None) != (args.results is None):
+        raise UserError("--sweep and --results belong together: the sweep's yaml file, and the folder of its results.")
+    if not args.sweep and not args.folders:
+        raise UserError("There is nothing to report: name the output folders of trainings or analyses, or a --sweep.")
+    import_extensions(args.imports)
+    sections = []
+    with tempfile.TemporaryDirectory() as scratch:
+        if args.sweep:
+            sections.append(sweep_section(read_matrix(args.sweep), args.results, scratch))
+        for folder in args.folders:
+            if is_analysis(folder):
+                sections.append(load_analysis(folder).section())
+            elif is_run(folder):
+                sections.append(run_section(folder, scratch))
+            else:
+                raise UserError(
+                    f"{folder} is the output folder neither of a training (it has no config.yaml and metrics.json) nor of a finished "
+                    "kd-d2 analyze (it has no analysis.json)."
+                )
+        page = render(args.title, sections, versions())
+    check_output_folder(os.path.dirname(os.path.abspath(args.output)), "--output")
+    write_text(args.output, page)
+    print(f"{args.output}: {len(page.encode()) / 1e6:.1f} MB")

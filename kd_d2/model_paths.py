@@ -1,0 +1,72 @@
+"""Trained detectors as people name them: the output folder of a training, or a config and a checkpoint."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from .errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelPath:
+    """A trained detector that is named by its files.
+
+    Attributes:
+        title: what tables and pictures call it.
+        config: its config file.
+        weights: its checkpoint; "" for the config's own MODEL.WEIGHTS.
+    """
+
+    title: str
+    config: str
+    weights: str
+
+    @property
+    def overrides(self) -> list[str]:
+        """The weights as an override of the config."""
+        return ["MODEL.WEIGHTS", self.weights] if self.weights else []
+
+
+def read_model_paths(values: list[list[str]]) -> list[ModelPath]:
+    """The models of `--model`.
+
+    Raises:
+        UserError: too many values, a run folder without config or checkpoint, or two models with one title.
+    """
+    models = [_model_path(*value) if len(value) <= 2 else _refuse(value) for value in values]
+    titles = [model.title for model in models]
+    for title in titles:
+        if titles.count(title) > 1:
+            raise UserError(f"--model: two models have the title {title!r}; write TITLE=CONFIG_OR_RUN.")
+    return models
+
+
+def read_one_model_path(values: list[list[str]]) -> ModelPath:
+    """The model of a `--model` that may be given once.
+
+    Raises:
+        UserError: see `read_model_paths`, or there are several.
+    """
+    models = read_model_paths(values)
+    if len(models) > 1:
+        raise UserError(f"--model: this command takes one model, not {len(models)}.")
+    return models[0]
+
+
+def _model_path(place: str, weights: str = "") -> ModelPath:
+    title, equals, path = place.partition("=")
+    if not equals or os.path.exists(place):
+        title, path = "", place
+    if not os.path.isdir(path):
+        return ModelPath(title or os.path.splitext(os.path.basename(path))[0], path, weights)
+    config = os.path.join(path, "config.yaml")
+    weights = weights or os.path.join(path, "model_final.pth")
+    for file in (config, weights):
+        if "://" not in file and not os.path.isfile(file):
+            raise UserError(f"--model: {path} is not the output folder of a finished training: there is no {file}.")
+    return ModelPath(title or os.path.basename(os.path.abspath(path)), config, weights)
+
+
+def _refuse(value: list[str]) -> ModelPath:
+    raise UserError(f"--model takes a config or a run, and weights; {value[2]!r} is one value too many.")

@@ -1,0 +1,218 @@
+"""What all analyses share: the registry, models and their weights, saved results, and analyses of users."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from kd_d2 import TrainedModel, UserError
+from kd_d2.analysis import ANALYSES, find_analysis, load_analysis, load_distillations, load_models, register_analysis
+from kd_d2.analysis.base import nanmean
+from kd_d2.analysis.errors import ErrorAnalysis
+from kd_d2.files import read_json, write_json
+
+import numpy as np
+import pytest
+import torch
+from detectron2.utils.file_io import PathManager
+from helpers import ROOT, Project, clean_process, make_project, run_command
+from iopath.common.file_io import PathHandler
+
+
+def example(name: str) -> str:
+    """The code block behind `<!-- test: name -->` in docs/analysis.md."""
+    text = (ROOT / "docs" / "analysis.md").read_text()
+    return re.search(rf"<!-- test: {name} -->\n```python\n(.*?)```", text, re.DOTALL)[1]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["analyze", "--help"]])
+def test_listing_commands_and_analyses_imports_no_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys, kd_d2.cli\n"
+        f"try: kd_d2.cli.main({arguments!r})\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'detectron2', 'matplotlib', 'cv2'} & sys.modules.keys()"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    expected = ANALYSES if "analyze" in arguments else ["train", "analyze", "report"]
+    assert all(f" {name} " in printed for name in expected)
+
+
+@pytest.mark.parametrize("name", list(ANALYSES))
+def test_every_analysis_explains_itself(name: str, capsys: pytest.CaptureFixture) -> None:
+    """Check the class that the table names, and its help."""
+    assert find_analysis(name).name == name
+    with pytest.raises(SystemExit) as end:
+        run_command("analyze", name, "--help")
+    printed = capsys.readouterr().out
+    assert end.value.code == 0
+    assert f"usage: kd-d2 analyze {name} " in printed and "--model" in printed and "--output" in printed
+    assert find_analysis(name).__doc__.partition("\n")[0] in printed
+
+
+def test_an_unknown_analysis(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        run_command("analyze", "horoscopes", "--model", "x", "--output", "y")
+    assert "invalid choice: 'horoscopes'" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"Unknown analysis 'horoscopes'; available: errors, "):
+        find_analysis("horoscopes")
+
+
+def test_an_analysis_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    """Check that --import adds it to the list, that it runs with its own option, and that a report shows it."""
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    for name in list(ANALYSES):
+        monkeypatch.setitem(ANALYSES, name, ANALYSES[name])
+    project, file = make_project(tmp_path / "project"), tmp_path / "my_counts.py"
+    file.write_text(example("analysis of your own"))
+    try:
+        with pytest.raises(SystemExit):
+            run_command("analyze", "--import", file, "--help")
+        assert "parameters          Numbers of parameters." in capsys.readouterr().out
+        with clean_process():
+            count = sum(p.numel() for p in load_models_of(project)[0].build().parameters())
+        common = ["--import", file, "--output", tmp_path / "found", "--times", 2]
+        run_command(
+            "analyze",
+            "parameters",
+            "--model",
+            f"mine={project.teacher}",
+            project.teacher_weights,
+            *common,
+            *_data(project),
+        )
+        assert f"{2 * count} |" in capsys.readouterr().out
+        assert json.loads((tmp_path / "found" / "parameters.json").read_text()) == {"mine": 2 * count}
+        run_command("report", "--import", file, "--output", tmp_path / "page.html", tmp_path / "found")
+        assert f"<td>{2 * count}</td>" in (tmp_path / "page.html").read_text()
+        with pytest.raises(UserError, match="named 'parameters' is registered already"):
+            register_analysis(find_analysis("parameters"))
+    finally:
+        ANALYSES.pop("parameters", None)
+
+
+def test_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the example of the documentation, where a run and a pair of config and checkpoint are as it says."""
+    project = make_project(tmp_path / "project", SOLVER__MAX_ITER=1, SOLVER__STEPS=())
+    project.main("OUTPUT_DIR", tmp_path / "output" / "plain")
+    (tmp_path / "student.pth").write_bytes((tmp_path / "output" / "plain" / "model_final.pth").read_bytes())
+    shutil.copy(tmp_path / "output" / "plain" / "config.yaml", tmp_path / "student.yaml")
+    monkeypatch.chdir(tmp_path)
+    scope: dict = {}
+    with clean_process():
+        exec(compile(example("analysis in python"), "analysis.md", "exec"), scope)
+    assert scope["again"].models.keys() == {"plain", "student"}
+    assert scope["again"].models["plain"] == scope["again"].models["student"]
+    assert scope["again"].models["plain"].overall["all"]["FN"] == 1
+
+
+def _data(project: Project) -> list[str]:
+    entry = [[project.name, str(project.annotations), str(project.annotations.parent / "images")]]
+    return ["DATASETS.COCO_JSON", str(entry), "DATASETS.TEST", str((project.name,))]
+
+
+def load_models_of(project: Project, weights: object = None, title: str = "one") -> list[TrainedModel]:
+    return load_models([(f"{title}={project.teacher}", str(weights or project.teacher_weights))], _data(project))
+
+
+class _Elsewhere(PathHandler):
+    """Addresses elsewhere://NAME of files in a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def _get_supported_prefixes(self) -> list[str]:
+        return ["elsewhere://"]
+
+    def _get_local_path(self, path: str, force: bool = False, **kwargs: object) -> str:
+        return str(self.folder / path.removeprefix("elsewhere://"))
+
+
+def test_weights_may_be_urls_and_have_queries(tmp_path: Path) -> None:
+    """Check the model's identity and build, and a distillation's student and its distillers' layers."""
+    project = make_project(tmp_path)
+    PathManager.register_handler(_Elsewhere(tmp_path), allow_override=True)
+    content = torch.load(project.teacher_weights)
+    torch.save({**content, "distillers": {"ICD.x": torch.ones(1)}}, tmp_path / "student.pth")
+    with clean_process():
+        for weights in ("elsewhere://student.pth", f"{tmp_path}/student.pth?matching_heuristics=True"):
+            (model,) = load_models_of(project, weights)
+            assert model.identity()["weights"][0] == str((tmp_path / "student.pth").resolve())
+            built = model.build().state_dict()
+            assert all(torch.equal(built[name], value) for name, value in content["model"].items())
+            (distillation,) = load_distillations([(str(project.student), weights)])
+            assert distillation.distiller_states()["ICD"]["x"].tolist() == [1]
+            student = distillation.build_trained().student.state_dict()
+            assert all(torch.equal(student[name], value) for name, value in content["model"].items())
+        for weights in ("nowhere://student.pth", "elsewhere://none.pth"):
+            (model,) = load_models_of(project, weights)
+            with pytest.raises(UserError, match=r"There is no checkpoint .*\.pth"):
+                model.identity()
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        (["a={plain}"], "--model a: write a checkpoint after the config"),
+        (["a b={plain} {weights}", "a-b={plain} {weights}"], "several titles give the folder name 'a-b'"),
+    ],
+)
+def test_models_that_cannot_be_loaded(tmp_path: Path, models: list[str], message: str) -> None:
+    project = make_project(tmp_path)
+    paths = {"plain": project.teacher, "weights": project.teacher_weights}
+    named = [[part.format(**paths) for part in model.rsplit(" ", model.count(" {w"))] for model in models]
+    with clean_process(), pytest.raises(UserError, match=message):
+        load_models(named, [*_data(project), *([] if len(named) > 1 else ["MODEL.WEIGHTS", ""])])
+
+
+def test_nan_is_null_in_files(tmp_path: Path) -> None:
+    path = str(tmp_path / "x.json")
+    write_json(path, {"a": [math.nan, 1.5], "b": (math.inf, "NaN"), "c": {"d": -math.inf}})
+    assert read_json(path) == {"a": [None, 1.5], "b": [None, "NaN"], "c": {"d": None}}
+    with pytest.raises(UserError, match=r"none.json cannot be read \(No such file"):
+        read_json(str(tmp_path / "none.json"))
+
+
+def test_nanmean() -> None:
+    assert nanmean([1.0, math.nan, 3.0]) == 2 and math.isnan(nanmean([math.nan]))
+    np.testing.assert_array_equal(nanmean(np.array([[1, np.nan], [3, np.nan]]), 0), [2, np.nan])
+
+
+AREAS = {s: dict.fromkeys(("C75", "C50"), 0.5) for s in ("all", "small")}
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({}, "the file is empty"),
+        ({"a": 1}, "'a' is '1', not an object"),
+        ({"a": {"overall": AREAS}}, "'a' has no 'classes'"),
+        ({"a": {"overall": {"all": {"C75": "x"}}, "classes": {}}}, "'C75' is 'x', not a number or null"),
+        ({"a": {"overall": {"all": {"C75": True}}, "classes": {}}}, "'C75' is 'True', not a number or null"),
+        ({"a": {"overall": AREAS, "classes": [AREAS]}}, "'classes' is .*, not an object"),
+    ],
+)
+def test_what_is_wrong_with_a_file(tmp_path: Path, tree: dict, message: str) -> None:
+    write_json(str(tmp_path / "errors.json"), tree)
+    write_json(str(tmp_path / "analysis.json"), {"analysis": "errors"})
+    with pytest.raises(UserError, match=message):
+        load_analysis(str(tmp_path))
+    write_json(str(tmp_path / "errors.json"), {"a": {"overall": {"all": {"C75": 1, "C50": None}}, "classes": {}}})
+    loaded = load_analysis(str(tmp_path))
+    assert isinstance(loaded, ErrorAnalysis) and loaded.models["a"].overall["all"] == {"C75": 1, "C50": None}
+    assert loaded.folder == str(tmp_path) and "| a, all" in loaded.summary()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("engine.analysed", "analysis.models"), ("evaluation.error_types", "analysis.errors")]
+)
+def test_an_old_module_names_the_new_one(old: str, new: str) -> None:
+    with pytest.raises(ModuleNotFoundError, match=f"kd_d2.{old} is now kd_d2.{new}"):
+        importlib.import_module(f"kd_d2.{old}")
+    importlib.import_module(f"kd_d2.{new}")

@@ -1,0 +1,115 @@
+"""`kd-d2 analyze attention`: its pictures and numbers, and its error messages."""
+
+import functools
+import re
+from pathlib import Path
+
+from kd_d2.analysis.attention import AttentionAnalysis, share_inside
+from kd_d2.analysis.drawing import per_pixel
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.structures import Boxes, Instances
+from helpers import Project, make_project, run_command, train
+
+run = functools.partial(run_command, "analyze", "attention", "--model")
+KEYS = {
+    "MODEL__KD__DISTILLERS": ("ICD",),
+    "MODEL__KD__ICD__DIM": 16,
+    "MODEL__KD__ICD__NUM_HEADS": 2,
+    "SOLVER__MAX_ITER": 1,
+    "SOLVER__STEPS": (),
+}
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """One iteration of ICD, and its checkpoint."""
+    project = make_project(tmp_path_factory.mktemp("icd"), "retinanet", **KEYS)
+    train(project)
+    return project
+
+
+def test_a_picture_for_each_image_with_instances(distilled: Project, tmp_path: Path, capsys) -> None:
+    weights = distilled.output / "model_final.pth"
+    run(distilled.student, weights, "--output", tmp_path / "out", "--images", 3, "--instances", 2)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "000.png",
+        "001.png",
+        "003.png",
+        "analysis.json",
+        "attention.json",
+    ]  # the third has none
+    data = AttentionAnalysis.load(str(tmp_path / "out"))
+    assert data.images == 3 and data.instances >= 3 and 0 < data.share_in_box < 1 and 0 < data.box_area < 1
+    assert "% of an instance's attention lies in its box, which covers" in capsys.readouterr().out
+    picture = cv2.imread(str(tmp_path / "out" / "001.png"))
+    columns = 2 + 5  # the instance, all levels together, P3 to P7
+    assert picture.shape[1] == columns * (200 + 8)
+    assert picture.shape[0] == 2 * (300 + 34 + 8)
+
+
+def test_share_inside_by_hand() -> None:
+    """Four cells of 8 pixels, one of them in the box, and one cell of 16 pixels, whose centre is on its border."""
+    target = Instances((16, 16), gt_boxes=Boxes(torch.tensor([[0.0, 0.0, 8.0, 8.0]])))
+    attention = {8: torch.tensor([[[0.1, 0.2], [0.2, 0.2]]]), 16: torch.tensor([[[0.3]]])}
+    inside, area = share_inside(attention, target)
+    assert inside.tolist() == pytest.approx([0.4]) and area.tolist() == [0.25]
+
+
+def test_heat_lies_where_the_attention_is() -> None:
+    """Check the place and the amount: a cell of stride 8 is 64 pixels; padding is cut off."""
+    level = np.zeros((4, 4), np.float32)
+    level[1, 2] = 1.0
+    pixels = per_pixel(level, 8, (30, 28)) / 64
+    assert pixels.shape == (30, 28)
+    assert pixels.sum() == pytest.approx(1, abs=0.02)
+    assert np.unravel_index(pixels.argmax(), pixels.shape)[0] in (11, 12)
+    assert np.unravel_index(pixels.argmax(), pixels.shape)[1] in (19, 20)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("plain config", "--model student must be the config of a distillation: MODEL.META_ARCH"),
+        ("other methods", "--model student must be the config of a distillation with ICD"),
+        ("student alone", r"student.pth does not hold the ICD decoder of this config: it has none"),
+        ("other width", r"does not hold the ICD decoder of this config: Missing key"),
+        ("no such file", r"--model student.*nothing.pth"),
+    ],
+)
+def test_what_cannot_be_drawn(distilled: Project, tmp_path: Path, capsys, what: str, message: str) -> None:
+    weights, opts = distilled.output / "model_final.pth", ()
+    if what == "plain config":
+        opts = ("MODEL.META_ARCHITECTURE", "RetinaNet")
+    elif what == "other methods":
+        opts = ("MODEL.KD.DISTILLERS", "('FeatureImitation',)")
+    elif what == "student alone":
+        checkpoint = torch.load(weights, weights_only=True)
+        weights = tmp_path / "student.pth"
+        torch.save({"model": checkpoint["model"]}, weights)
+    elif what == "other width":
+        opts = ("MODEL.KD.ICD.DIM", "32")
+    else:
+        weights = tmp_path / "nothing.pth"
+    with pytest.raises(SystemExit) as exit_status:
+        run(distilled.student, weights, "--output", tmp_path / "out", *opts)
+    assert exit_status.value.code == 2
+    assert not (tmp_path / "out").exists()
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+
+
+@pytest.mark.parametrize("option", ["--images", "--instances"])
+def test_counts_are_at_least_one(distilled: Project, tmp_path: Path, capsys, option: str) -> None:
+    with pytest.raises(SystemExit):
+        run(distilled.student, distilled.output / "model_final.pth", "--output", tmp_path / "out", option, 0)
+    assert f"error: {option} is 0; it must be at least 1." in capsys.readouterr().err
+
+
+def test_a_config_alone_has_no_decoder(distilled: Project, tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit):
+        run(distilled.student, "--output", tmp_path / "out")
+    assert "error: --model student: write the student's checkpoint after the config" in capsys.readouterr().err

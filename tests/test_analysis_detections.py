@@ -1,0 +1,96 @@
+"""`kd-d2 analyze detections`: which objects are gained and lost, which images are chosen, and the sheets."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+from kd_d2.analysis.detections import Difference, choose, differences
+from kd_d2.evaluation.coco import found_objects
+
+import cv2
+import pytest
+from helpers import make_project, run_command, save_fixed_weights
+
+run = functools.partial(run_command, "analyze", "detections")
+HERE, THERE = [10, 10, 40, 40], [80, 10, 40, 40]
+
+
+def _truth(*objects: tuple[int, int, list[float]]) -> dict:
+    annotations = [
+        {"id": n + 1, "image_id": image, "category_id": category, "bbox": box}
+        for n, (image, category, box) in enumerate(objects)
+    ]
+    images = [{"id": n, "width": 200, "height": 100, "file_name": f"{n}.jpg"} for n in (1, 2)]
+    return {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}],
+    }
+
+
+def test_found_objects_by_hand() -> None:
+    """Check class, image, overlap and score, and that one detection finds one object."""
+    truth = _truth((1, 1, HERE), (1, 2, THERE), (2, 1, HERE), (2, 1, [12, 10, 40, 40]))
+    right = {"image_id": 1, "category_id": 1, "bbox": HERE, "score": 0.5}
+    assert found_objects(truth, [right], 0.5) == {1}
+    assert found_objects(truth, [right], 0.6) == set()
+    assert found_objects(truth, [{**right, "category_id": 2}], 0.5) == set()
+    assert found_objects(truth, [{**right, "bbox": [32, 10, 40, 40]}], 0.5) == set()
+    assert found_objects(truth, [{**right, "image_id": 2}], 0.5) == {3}
+    assert found_objects(truth, [], 0.5) == set()
+
+
+def test_gained_and_lost_and_the_choice() -> None:
+    """Check both lists, and that images with gains and with losses are chosen in turn."""
+    truth = {"annotations": [{"id": n, "image_id": image} for n, image in enumerate((1, 1, 1, 2, 2, 3, 4))]}
+    images = differences(truth, {3, 4, 5, 6}, {0, 1, 2, 6})
+    assert images == {
+        1: Difference(gained=[0, 1, 2], lost=[]),
+        2: Difference(gained=[], lost=[3, 4]),
+        3: Difference(gained=[], lost=[5]),
+    }
+    assert choose(images, 2) == [1, 2]
+    assert choose(images, 9) == [1, 2, 3]
+    assert choose({}, 3) == []
+
+
+def test_sheets_of_three_models(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Check a sheet with the objects and three models, and the counts, with detections put in the models' place."""
+    project, output = make_project(tmp_path), tmp_path / "out"
+    other = tmp_path / "other.pth"
+    save_fixed_weights(project.teacher, other, seed=5)
+    models = [
+        x
+        for title, weights in (("plain", project.teacher_weights), ("distilled", other), ("teacher", other))
+        for x in ("--model", f"{title}={project.teacher}", weights)
+    ]
+    entry = [[project.name, str(project.annotations), str(project.annotations.parent / "images")]]
+    data = ["DATASETS.COCO_JSON", entry, "DATASETS.TEST", (project.name,)]
+    arguments = [*models, "--output", output, "--images", 2, "--score-thresh", 0.5, *data]
+    run(*arguments)
+    assert "distilled finds 0 objects that plain does not, and misses 0" in capsys.readouterr().out
+    # The detections are kept by weights and config, so these are taken for the models'.
+    truth = json.loads(project.annotations.read_text())
+    objects = truth["annotations"]
+    for title, kept in (("plain", objects[:1]), ("distilled", objects[1:]), ("teacher", objects)):
+        found = [{k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.9} for a in kept]
+        (output / title / "coco_instances_results.json").write_text(json.dumps(found))
+    run(*arguments)
+    printed = capsys.readouterr().out
+    assert f"distilled finds {len(objects) - 1} objects that plain does not, and misses 1 that it finds" in printed
+    tree = json.loads((output / "differences.json").read_text())
+    assert tree["total"] == {"gained": len(objects) - 1, "lost": 1}
+    sheets = sorted(output.glob("*.png"))
+    assert [p.name[:3] for p in sheets] == ["01-", "02-"]
+    assert cv2.imread(str(sheets[0])).shape[1] == 4 * (360 * 3 // 2 + 8) or cv2.imread(str(sheets[0])).shape[1] == 4 * (
+        360 + 8
+    )
+
+
+def test_one_model_is_not_enough(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    project = make_project(tmp_path)
+    with pytest.raises(SystemExit):
+        run("--model", f"one={project.teacher}", project.teacher_weights, "--output", tmp_path / "out")
+    assert "--model: kd-d2 analyze detections takes two or more of them, not 1" in capfd.readouterr().err

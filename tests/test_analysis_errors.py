@@ -1,0 +1,91 @@
+"""`kd-d2 analyze errors` on tiny detectors: its files, the detections that it keeps, and its error messages."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import cv2
+import pytest
+from helpers import Project, make_project, run_command
+
+run = functools.partial(run_command, "analyze", "errors")
+
+
+def _model(project: Project, title: str) -> list[object]:
+    return ["--model", f"{title}={project.teacher}", project.teacher_weights]
+
+
+def _data(project: Project, **more: object) -> list[object]:
+    entry = [[project.name, str(project.annotations), str(project.annotations.parent / "images")]]
+    keys = {"DATASETS.COCO_JSON": entry, "DATASETS.TEST": (project.name,), "MODEL.RETINANET.SCORE_THRESH_TEST": 0.0}
+    return [x for pair in {**keys, **more}.items() for x in pair]
+
+
+def test_two_models_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Check files and table; a second call detects nothing anew; a super-category file changes Sim."""
+    project, output = make_project(tmp_path), tmp_path / "out"
+    common = ["--output", output, "--workers", 1]
+    run(*_model(project, "one"), *_model(project, "the other"), *common, "--classes", *_data(project))
+    printed = capsys.readouterr().out
+    assert "The annotations have no super-categories: Sim is Loc" in printed
+    assert "| one, all " in printed and "| the other, small " in printed
+    found = json.loads((output / "errors.json").read_text())
+    assert found["one"] == found["the other"]
+    assert found["one"]["classes"].keys() == {"red", "green", "blue"}
+    overall = found["one"]["overall"]["all"]
+    assert overall["C75"] <= overall["C50"] <= overall["Loc"] == overall["Sim"] <= overall["Oth"] <= overall["FN"] == 1
+    assert found["one"]["overall"]["large"]["C50"] is None  # there are no large objects; NaN would be no JSON
+    assert (output / "errors.csv").read_text().splitlines()[0] == "model,class,size,C75,C50,Loc,Sim,Oth,BG,FN"
+    for name in ("curves", "sizes", "costs", "classes/red", "classes/green", "classes/blue"):
+        assert cv2.imread(str(output / f"{name}.png")).std() > 0
+
+    kept = (output / "one" / "coco_instances_results.json").stat().st_mtime_ns
+    above = tmp_path / "above.yaml"
+    above.write_text("red: color\ngreen: color\nblue: color\n")
+    run(*_model(project, "one"), *common, "--supercategories", above, *_data(project))
+    assert (output / "one" / "coco_instances_results.json").stat().st_mtime_ns == kept
+    overall = json.loads((output / "errors.json").read_text())["one"]["overall"]["all"]
+    assert overall["Sim"] == overall["Oth"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "data", "expected"),
+    [
+        (["--workers", 0], {}, "--workers is 0; it must be at least 1"),
+        (["--supercategories", "none.yaml"], {}, "--supercategories: there is no file"),
+        ([], {"MODEL.RETINANET.NUM_CLASSES": 4}, "has 3 classes, but the model (RetinaNet) predicts 4"),
+        ([], {"DATASETS.TEST": ()}, "DATASETS.TEST is empty"),
+    ],
+)
+def test_what_cannot_be_analysed(
+    tmp_path: Path, capfd: pytest.CaptureFixture, arguments: list, data: dict, expected: str
+) -> None:
+    project = make_project(tmp_path)
+    with pytest.raises(SystemExit):
+        run(*_model(project, "one"), "--output", tmp_path / "out", *arguments, *_data(project, **data))
+    assert expected in capfd.readouterr().err
+
+
+def test_wrong_models(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    """Check a missing checkpoint, two models of one title, a class that is not there, and another model's checkpoint."""
+    project, other = make_project(tmp_path / "a"), make_project(tmp_path / "b", "fcos")
+    above = tmp_path / "above.yaml"
+    above.write_text("purple: color\n")
+    end = ["--output", tmp_path / "out", "--workers", 1]
+    for arguments, expected in (
+        (["--model", f"one={project.teacher}", "none.pth", *end], "--model one: there is no file"),
+        ([*_model(project, "one"), *_model(project, "one"), *end], "--model: two models have the title 'one'"),
+        (
+            [*_model(project, "one"), *end, "--supercategories", above],
+            "names the class 'purple'; there are red, green, blue",
+        ),
+        (
+            ["--model", f"one={project.teacher}", other.teacher_weights, *end],
+            "Do its config and weights belong together?",
+        ),
+    ):
+        with pytest.raises(SystemExit):
+            run(*arguments, *_data(project))
+        assert expected in capfd.readouterr().err

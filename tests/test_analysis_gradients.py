@@ -1,0 +1,170 @@
+"""`kd-d2 analyze gradients`: gradient norms and cosines, by hand and from a command line."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+from kd_d2.analysis.gradients import DETECTION, measure_gradients
+from kd_d2.errors import UserError
+
+import pytest
+import torch
+from detectron2.utils.events import get_event_storage
+from helpers import make_project, run_command, save_fixed_weights, train
+from torch import Tensor, nn
+
+analyze = functools.partial(run_command, "analyze", "gradients")
+
+
+class Slopes(nn.Module):
+    """Losses that are planes over the backbone's two weights (1, 1), with the slopes of the batch; one is a method's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.student = nn.Module()
+        self.student.backbone = nn.Linear(2, 1, bias=False)
+        self.student.head = nn.Linear(2, 1, bias=False)
+        for layer in (self.student.backbone, self.student.head):
+            nn.init.ones_(layer.weight)
+        self.decoder = nn.Parameter(torch.ones(()))
+        self.distillers = {
+            "One": SimpleNamespace(
+                loss_names=("loss_one", "loss_one_aux_own", "loss_one_idle"), aux_loss_names=("loss_one_aux_own",)
+            )
+        }
+        self.iterations: list[int] = []
+
+    def forward(self, batch: dict[str, list[float]]) -> dict[str, Tensor]:
+        self.iterations.append(get_event_storage().iter)
+        backbone, head = self.student.backbone.weight[0], self.student.head.weight[0]
+        return {
+            "loss_cls": backbone @ torch.tensor(batch["cls"]) + 100 * head.sum(),
+            "loss_box": backbone @ torch.tensor(batch["box"]),
+            "loss_one": backbone @ torch.tensor(batch["one"]),
+            "loss_one_aux_own": 3 * self.decoder,
+            "loss_one_idle": torch.zeros(()),
+        }
+
+
+def test_gradients_are_means_of_ratios_and_cosines_over_the_shared_parameters() -> None:
+    """Check two batches: own gradients (3, 0) and (0, 4); the method's (6, 0), which is the same way, and (6, -2)."""
+    model = Slopes()
+    batches = [
+        {"cls": [1.0, 0.0], "box": [2.0, 0.0], "one": [6.0, 0.0]},
+        {"cls": [0.0, 3.0], "box": [0.0, 1.0], "one": [6.0, -2.0]},
+    ]
+    found = measure_gradients(model, batches, iteration=7)
+    assert list(found) == [DETECTION, "loss_one", "loss_one_aux_own", "loss_one_idle", "One"]
+    assert found["One"] == found["loss_one"]
+    assert (found[DETECTION].norm_ratio, found[DETECTION].cosine) == pytest.approx((1, 1))
+    assert found[DETECTION].loss == pytest.approx((203 + 204) / 2)
+    one = found["loss_one"]
+    assert one.loss == pytest.approx((6 + 4) / 2)
+    assert one.norm_ratio == pytest.approx((6 / 3 + 40**0.5 / 4) / 2)
+    assert one.cosine == pytest.approx((1 - 2 / 40**0.5) / 2)
+    for name, loss in (("loss_one_aux_own", 3), ("loss_one_idle", 0)):
+        assert (found[name].loss, found[name].norm_ratio, found[name].cosine) == (loss, 0, 0)
+    assert model.iterations == [7, 7]
+    assert all(p.grad is None and (p == 1).all() for p in model.parameters())
+
+
+def test_a_backbone_that_is_not_trained_is_refused() -> None:
+    model = Slopes()
+    model.student.backbone.requires_grad_(False)
+    with pytest.raises(UserError, match="FREEZE_AT"):
+        measure_gradients(model, [], 0)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture) -> Callable[..., tuple[dict[str, tuple[float, ...]], str]]:
+    """Run the program as from a command line, in this process; the numbers of its tables by row, and all that it printed."""
+
+    def run(*arguments: object) -> tuple[dict[str, tuple[float, ...]], str]:
+        capsys.readouterr()
+        analyze(*arguments)
+        printed = capsys.readouterr().out
+        rows = [line.strip("|").split("|") for line in printed.splitlines() if line.startswith("|")]
+        numbers = {
+            row[0].strip(): row[1:] for row in rows if row[0].strip() not in ("loss", "method") and "--" not in row[0]
+        }
+        return {
+            name: tuple(None if n.strip() == "-" else float(n) for n in row) for name, row in numbers.items()
+        }, printed
+
+    return run
+
+
+METHODS = {
+    "MODEL__KD__DISTILLERS": ("StructuralKD", "ICD", "FGFI"),
+    "MODEL__KD__ICD__DETACH_STUDENT_ITERS": 0,
+    "MODEL__KD__INHERIT__ENABLED": True,
+    "SOLVER__MAX_ITER": 1,
+    "SOLVER__STEPS": (),
+}
+
+
+def test_from_the_beginning_and_from_checkpoints(tmp_path: Path, run: Callable) -> None:
+    """Check every loss's row, that weights scale what they should, inheritance, and whose layers are taken from a checkpoint."""
+    project = make_project(tmp_path, **METHODS)
+    call = functools.partial(run, "--output", tmp_path / "found", "--batches", 1)
+    begun, _ = call("--model", project.student)
+    assert begun.keys() == {
+        DETECTION,
+        "loss_structural",
+        "loss_icd",
+        "loss_icd_aux_objectness",
+        "loss_icd_aux_box",
+        "loss_fgfi",
+        *METHODS["MODEL__KD__DISTILLERS"],
+    }
+    assert begun[DETECTION][1:] == (1, 1)
+    assert all(begun[name][1] > 0 for name in ("loss_structural", "loss_icd", "loss_fgfi"))
+    assert begun["loss_icd_aux_objectness"][1:] == (0, 0)
+    assert not (tmp_path / "output").exists()
+    for method, weight, target in (("StructuralKD", 4, 2), ("FGFI", 0.01, 2)):
+        ratio, now, wanted = begun[method]
+        assert (now, wanted) == (weight, pytest.approx(weight * target / ratio, rel=1e-2))
+    balanced, _ = call("--model", project.student, "MODEL.KD.BALANCE.ENABLED", True, "MODEL.KD.BALANCE.TARGET", 4.0)
+    assert balanced["loss_fgfi"] == begun["loss_fgfi"]
+    assert balanced["FGFI"][2] == pytest.approx(2 * begun["FGFI"][2], rel=1e-2)
+
+    doubled, _ = call("--model", project.student, "MODEL.KD.STRUCTURAL.WEIGHT", 8.0)
+    assert doubled["loss_structural"][:2] == pytest.approx([2 * x for x in begun["loss_structural"][:2]], rel=1e-2)
+    assert doubled["loss_structural"][2] == pytest.approx(begun["loss_structural"][2], abs=2e-3)
+    alone, _ = call("--model", project.student, "MODEL.KD.INHERIT.ENABLED", False)
+    assert alone[DETECTION][0] != pytest.approx(begun[DETECTION][0], rel=1e-3)
+    for iteration, has_gradient in ((4, False), (5, True)):
+        late, _ = call("--model", project.student, "--iteration", iteration, "MODEL.KD.ICD.DETACH_STUDENT_ITERS", 5)
+        assert (late["loss_icd"][1] > 0) == has_gradient
+
+    train(project)
+    trained, printed = call("--model", project.student, project.output / "model_final.pth")
+    assert trained.keys() == begun.keys() and "as a training begins" not in printed
+    plain = tmp_path / "plain.pth"
+    save_fixed_weights(project.teacher, plain)
+    _, printed = call("--model", project.student, plain)
+    assert "The layers of ICD are as a training begins" in printed and "layers of StructuralKD" not in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batches", 0], "--batches is 0"),
+        (["--iteration", -1], "--iteration is -1"),
+        (["nowhere.pth"], "nowhere.pth"),
+        (["MODEL.META_ARCHITECTURE", "RetinaNet"], "must be the config of a distillation"),
+        (["SOLVER.IMS_PER_BATCH", 0], "SOLVER.IMS_PER_BATCH is 0"),
+    ],
+)
+def test_what_cannot_work_is_one_sentence(
+    tmp_path: Path, arguments: list, message: str, capsys: pytest.CaptureFixture
+) -> None:
+    project = make_project(tmp_path, **METHODS)
+    with pytest.raises(SystemExit) as stop:
+        analyze("--output", tmp_path / "found", "--model", project.student, *arguments)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error

@@ -1,0 +1,176 @@
+"""`kd-d2 analyze loss-maps`: where a distillation loss is large, from the training to the picture."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+from kd_d2.adapters import DetectorOutputs
+from kd_d2.analysis.examples import read_examples
+from kd_d2.analysis.loss_maps import LossMapAnalysis, LossMapRecorder
+from kd_d2.distillers import DISTILLER_REGISTRY
+from kd_d2.distillers.feature_imitation import FeatureImitation
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.structures import ImageList
+from detectron2.utils import comm
+from helpers import Project, clean_process, detector_of, make, make_project, make_trainer, run_command, spec_of
+
+run = functools.partial(run_command, "analyze", "loss-maps")
+KEYS = {
+    "MODEL__KD__DISTILLERS": ("StructuralKD",),
+    "MODEL__KD__STRUCTURAL__LOSS": "l1",
+    "SEED": 5,
+    "SOLVER__MAX_ITER": 4,
+    "SOLVER__STEPS": (),
+}
+
+
+def _maps(run_folder: Path) -> dict[str, dict[str, np.ndarray]]:
+    return {path.stem: dict(np.load(path)) for path in (run_folder / "loss_maps").glob("iteration_*.npz")}
+
+
+def _total_losses(run_folder: Path) -> list[float]:
+    rows = map(json.loads, (run_folder / "metrics.json").read_text().splitlines())
+    return [row["total_loss"] for row in rows if "total_loss" in row]
+
+
+def test_from_a_training_to_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Check what is recorded and when, that the training is as without, and the sheet of two runs."""
+    project, output = make_project(tmp_path / "l1", **KEYS), tmp_path / "found"
+    run("--model", f"l1={project.student}", "--output", output, "--images", 2, "--every", 2)
+    maps = _maps(output / "l1")
+    assert maps.keys() == {"iteration_0000002", "iteration_0000004"}
+    noted = maps["iteration_0000004"]
+    assert noted.keys() == {f"{image}/{stride}" for image in (0, 1) for stride in (8, 16, 32, 64, 128)}
+    assert noted["0/8"].shape == (8, 12) and noted["1/8"].shape == (12, 8)  # 64 x 96 and 96 x 64 pixels
+    assert all((level >= 0).all() and level.max() > 0 for level in noted.values())
+    trained = _total_losses(output / "l1")
+
+    both = ["--model", output / "l1", "--model", f"ssim={project.student}", "--output", output]
+    run(*both, "--images", 2, "--every", 4, "--stride", 16, "MODEL.KD.STRUCTURAL.LOSS", "ssim")
+    printed = capsys.readouterr().out
+    assert printed.count("% of the loss lies in the objects' boxes, which cover") == 3
+    data = LossMapAnalysis.load(str(output))
+    assert {title: share.records for title, share in data.runs.items()} == {"l1": 2, "ssim": 1}
+    assert all(0 < share.share_in_boxes < 1 for share in data.runs.values()) and 0 < data.box_area < 1
+    drawn = cv2.imread(str(output / "loss_maps.png"))
+    assert drawn.shape == (2 * 8 + 34 * 2 + 320 + 480, 3 * (480 + 8), 3)
+
+    project.main()
+    assert trained == pytest.approx(_total_losses(project.output), rel=1e-3)
+
+
+@pytest.mark.parametrize("method", sorted(set(dict(DISTILLER_REGISTRY)) - {"StructuralKD"}))
+def test_every_method_has_loss_maps(tmp_path: Path, method: str) -> None:
+    """Check that the training is as without the records, and that the gradient is somewhere, in no image's padding alone."""
+    keys = {
+        **KEYS,
+        "MODEL__KD__DISTILLERS": (method,),
+        "MODEL__KD__ICD__DETACH_STUDENT_ITERS": 1,
+        "SOLVER__MAX_ITER": 2,
+    }
+    detector = detector_of(method)
+    project = make_project(tmp_path, detector, **keys)
+    run("--model", project.student, "--output", tmp_path, "--images", 2, "--every", 1)
+    maps = _maps(tmp_path / "student")["iteration_0000002"]
+    strides = (4, 8, 16, 32, 64) if detector == "faster-rcnn" else (8, 16, 32, 64, 128)
+    assert maps.keys() == {f"{image}/{stride}" for image in (0, 1) for stride in strides}
+    assert all((level >= 0).all() and np.isfinite(level).all() for level in maps.values())
+    assert any(level.max() > 0 for level in maps.values())
+    project.main()
+    assert _total_losses(tmp_path / "student") == pytest.approx(_total_losses(project.output), rel=1e-3)
+
+
+def test_pull_of_feature_imitation_by_hand() -> None:
+    """weight 6 times the mean of two levels' mean squared errors: at a position 6 / 2 * 2 / N * |s - t|."""
+    distiller = make(FeatureImitation, spec_of({4: 2, 8: 2}), weight=6.0)
+    target = {4: torch.zeros(1, 2, 2, 2), 8: torch.zeros(1, 2, 1, 1)}
+    features = {4: torch.zeros(1, 2, 2, 2), 8: torch.ones(1, 2, 1, 1)}
+    features[4][0, :, 0, 1] = torch.tensor([3.0, 4.0])
+    images = ImageList(torch.zeros(1, 3, 8, 8), [(8, 8)])
+    student = DetectorOutputs(images, {stride: level.requires_grad_() for stride, level in features.items()})
+    maps = distiller.loss_maps(student, DetectorOutputs(images, target), [])
+    torch.testing.assert_close(maps[4], torch.tensor([[[0.0, 6 / 8 * 5], [0.0, 0.0]]]))
+    torch.testing.assert_close(maps[8], torch.tensor([[[6 / 2 * 2**0.5]]]))
+
+
+def test_a_resumed_training_keeps_its_records_and_a_new_one_removes_them(tmp_path: Path) -> None:
+    project = make_project(tmp_path, **KEYS)
+    common = ["--model", project.student, "--output", tmp_path, "--images", 1]
+    run(*common, "--every", 1, "SOLVER.MAX_ITER", 2)
+    first = _maps(tmp_path / "student")
+    run(*common, "--every", 2, "--resume", "SOLVER.MAX_ITER", 4)
+    both = _maps(tmp_path / "student")
+    assert both.keys() == {f"iteration_{n:07d}" for n in (1, 2, 4)}
+    np.testing.assert_array_equal(both["iteration_0000001"]["0/8"], first["iteration_0000001"]["0/8"])
+    run(*common, "--every", 4)
+    assert _maps(tmp_path / "student").keys() == {"iteration_0000004"}
+
+
+def _record_as_one_of_two(rank: int, project: Project) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{project.folder}/store", rank=rank, world_size=2)
+    comm.create_local_process_group(2)
+    with clean_process():
+        trainer = make_trainer(project)
+        trainer.resume_or_load(resume=False)
+        examples = read_examples(trainer.cfg, 1)
+        trainer.register_hooks([LossMapRecorder(trainer.bare_model, examples, 1, trainer.cfg.OUTPUT_DIR)])
+        trainer.train()
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_record_together(tmp_path: Path) -> None:
+    """Check a detector and a method whose losses count over all processes: nothing waits for the other, and one writes."""
+    keys = {**KEYS, "MODEL__KD__DISTILLERS": ("PFI",), "SOLVER__IMS_PER_BATCH": 2, "SOLVER__MAX_ITER": 2}
+    project = make_project(tmp_path, "fsaf", **keys, MODEL__KD__PFI__MASK="positives")
+    torch.multiprocessing.start_processes(_record_as_one_of_two, nprocs=2, args=(project,), start_method="fork")
+    assert _maps(project.output).keys() == {"iteration_0000001", "iteration_0000002"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "arguments", "expected"),
+    [
+        (
+            {"MODEL__KD__DISTILLERS": ("FeatureImitation", "PFI")},
+            [],
+            "must name one method, whose loss is recorded; it names Feat",
+        ),
+        ({"MODEL__META_ARCHITECTURE": "RetinaNet"}, [], "--model student must be the config of a distillation"),
+        ({}, ["--every", 0], "--every is 0; it must be at least 1"),
+        ({}, ["--images", 0], "--images is 0; it must be at least 1"),
+    ],
+)
+def test_what_cannot_be_recorded(
+    tmp_path: Path, capfd: pytest.CaptureFixture, keys: dict, arguments: list, expected: str
+) -> None:
+    project = make_project(tmp_path, **{**KEYS, **keys})
+    with pytest.raises(SystemExit):
+        run("--model", project.student, "--output", tmp_path / "found", *arguments)
+    assert expected in capfd.readouterr().err
+
+
+def test_what_cannot_be_drawn(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    """Check a run without records, a level that is not there, and runs of other images."""
+    project = make_project(tmp_path / "project", **{**KEYS, "SOLVER__MAX_ITER": 1})
+    project.main()
+    with pytest.raises(SystemExit):
+        run("--model", project.output, "--output", tmp_path / "found")
+    assert (
+        f"{project.output} has no loss_maps: name the config, and kd-d2 analyze loss-maps trains"
+        in capfd.readouterr().err
+    )
+    common = ["--output", tmp_path]
+    for count in (1, 2):
+        run("--model", f"{count}={project.student}", *common, "--images", count, "--every", 1)
+    with pytest.raises(SystemExit):
+        run("--model", tmp_path / "1", *common, "--stride", 4)
+    assert "no level of stride 4; its strides are [8, 16, 32, 64, 128]" in capfd.readouterr().err
+    with pytest.raises(SystemExit):
+        run("--model", tmp_path / "1", "--model", tmp_path / "2", *common)
+    assert f"{tmp_path / '2'} has other images than {tmp_path / '1'}" in capfd.readouterr().err

@@ -1,0 +1,91 @@
+"""`kd-d2 analyze rank-oracle`: scores in the teacher's order and the teacher's scores, by hand and from a command line."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+from kd_d2.adapters import BACKGROUND, DensePredictions, build_adapter
+from kd_d2.analysis.rank_oracle import RANKS, SCORES, STUDENT, detect_with, exchanged_logits
+from kd_d2.losses import reordered
+
+import pytest
+import torch
+from detectron2.structures import Boxes, Instances
+from helpers import make_project, run_command, train
+
+run = functools.partial(run_command, "analyze", "rank-oracle")
+
+
+def test_scores_in_another_order_by_hand() -> None:
+    """Check two instances in mixed order, one with three positives, and one alone."""
+    scores = torch.tensor([5.0, 1.0, 7.0, 2.0, 9.0, 4.0])
+    other = torch.tensor([0.1, 0.9, 0.3, 0.8, 0.5, 0.2])
+    instances = torch.tensor([3, 3, 0, 3, 0, 8])
+    assert reordered(scores, other, instances).tolist() == [1.0, 5.0, 7.0, 2.0, 9.0, 4.0]
+    assert reordered(scores, -other, instances).tolist() == [5.0, 1.0, 9.0, 2.0, 7.0, 4.0]
+    assert reordered(scores[:0], other[:0], instances[:0]).tolist() == []
+
+
+def _dense(logits: list[list[float]]) -> DensePredictions:
+    """An image of four anchors on two levels, two classes; the first three are positives of one object."""
+    tensor = torch.tensor([logits])
+    anchors = Boxes(torch.zeros(2, 4))
+    return DensePredictions(
+        logits={8: tensor[:, :2], 16: tensor[:, 2:]},
+        box_regression={},
+        anchors={8: anchors, 16: anchors},
+        decode=lambda regression, anchors: regression,
+        assign=lambda: torch.tensor([[0, 0, 0, BACKGROUND]]),
+    )
+
+
+def test_exchanged_logits_by_hand() -> None:
+    """Check that the object's class at its positives alone changes, across levels."""
+    student = _dense([[1.0, 10], [2, 20], [3, 30], [4, 40]])
+    teacher = _dense([[0.0, 7], [0, 9], [0, 8], [0, 0]])
+    target = Instances((16, 16), gt_boxes=Boxes(torch.zeros(1, 4)), gt_classes=torch.tensor([1]))
+    found = exchanged_logits(student, teacher, [target])
+    assert {name: logits[0, :, 1].tolist() for name, logits in found.items()} == {
+        STUDENT: [10, 20, 30, 40],
+        RANKS: [10, 30, 20, 40],
+        SCORES: [7, 9, 8, 40],
+    }
+    assert all(logits[0, :, 0].tolist() == [1, 2, 3, 4] for logits in found.values())
+
+
+@pytest.mark.parametrize("kind", ["retinanet", "fcos", "atss", "gfl"])
+def test_own_logits_give_own_detections(kind: str, tiny_detector: Callable, make_inputs: Callable) -> None:
+    """Check that logits find their way back into the head's maps, and that others change what is found."""
+    model = tiny_detector(kind).eval()
+    with torch.no_grad():
+        model.head.cls_score.weight.normal_(std=0.5)
+        model.head.bbox_pred.weight.normal_(std=0.2)
+        outputs = build_adapter(model).run(make_inputs(), frozenset({"features", "dense"}))
+        logits = torch.cat(list(outputs.dense.logits.values()), 1)
+        features = list(outputs.features.values())
+        expected = model.forward_inference(outputs.images, features, model.head(features))
+        found = detect_with(model, outputs, logits)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert len(ours) > 5
+            torch.testing.assert_close(ours.scores, theirs.scores)
+            torch.testing.assert_close(ours.pred_boxes.tensor, theirs.pred_boxes.tensor)
+        assert all(len(few) == 0 for few in detect_with(model, outputs, torch.full_like(logits, -1e4)))
+
+
+def test_from_a_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Check the table's rows, that a student that is its teacher gains nothing, and a wrong number."""
+    project = make_project(tmp_path, SOLVER__MAX_ITER=1, SOLVER__STEPS=())
+    train(project)
+    command = ("--output", tmp_path / "found", "--model", project.student)
+    run(*command, project.teacher_weights, "--images", 3)
+    rows = [line.strip("|").split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    table = {name.strip(): [float(n) for n in numbers] for name, *numbers in rows[2:]}
+    assert table.keys() == {STUDENT, RANKS, SCORES}
+    assert table[STUDENT] == table[RANKS] == table[SCORES]
+    run(*command, project.output / "model_final.pth", "--images", 2)
+    assert capsys.readouterr().out.count("|") > 15
+    with pytest.raises(SystemExit):
+        run(*command, project.teacher_weights, "--images", 0)
+    assert "--images is 0" in capsys.readouterr().err

@@ -1,0 +1,203 @@
+"""`kd-d2 analyze ranks`: detections find their anchors, pictures for data and files, and error messages."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from kd_d2.adapters import DensePredictions, DetectorOutputs, build_adapter
+from kd_d2.analysis import ranks
+from kd_d2.analysis.drawing import TITLE_HEIGHT
+from kd_d2.analysis.ranks import (
+    SIDE,
+    detect_with_anchors,
+    difference_rows,
+    differences,
+    instance_ranks,
+)
+from kd_d2.distillers.adaptation import AdaptationLayers
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.structures import Boxes, Instances
+from helpers import Project, make_project, run_command, train
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """One iteration of Rank Mimicking and PFI, and its checkpoint."""
+    keys = {
+        "MODEL__KD__DISTILLERS": ("RankMimicking", "PFI"),
+        "MODEL__KD__PFI__ADAPTATION": "1x1",
+        "SOLVER__MAX_ITER": 1,
+        "SOLVER__STEPS": (),
+    }
+    project = make_project(tmp_path_factory.mktemp("ranks"), "retinanet", **keys)
+    train(project)
+    return project
+
+
+@pytest.fixture
+def draw(distilled: Project, tmp_path: Path) -> Callable[..., list[str]]:
+    """Run the command; the names of its pictures."""
+
+    def run(*more: object, config: Path = distilled.student, weights: Path | None = None) -> list[str]:
+        weights = weights or distilled.output / "model_final.pth"
+        run_command("analyze", "ranks", "--model", config, weights, "--output", tmp_path / "out", *more)
+        return sorted(p.name for p in (tmp_path / "out").glob("*.png"))
+
+    return run
+
+
+@pytest.mark.parametrize("kind", ["retinanet", "fcos", "atss", "gfl"])
+def test_detections_come_from_their_anchors(kind: str, tiny_detector: Callable, make_inputs: Callable) -> None:
+    """Check that the box and the score at each detection's anchor are the detection's."""
+    model = tiny_detector(kind).eval()
+    with torch.no_grad():
+        model.head.cls_score.weight.normal_(std=0.5)
+        model.head.bbox_pred.weight.normal_(std=0.2)
+        outputs = build_adapter(model).run(make_inputs()[:1], frozenset({"features", "dense"}))
+    found, anchors = detect_with_anchors(model, outputs, 0.0)
+    assert len(found) == len(anchors) > 10
+    boxes = torch.cat([*outputs.dense.boxes.values()], 1)[0][found.anchor]
+    expected = boxes.clamp(min=0).minimum(torch.tensor([80.0, 64.0]).repeat(2))
+    torch.testing.assert_close(found.pred_boxes.tensor, expected, rtol=1e-4, atol=1e-2)
+    scores = torch.cat([*outputs.dense.ranking_scores.values()], 1)[0][found.anchor]
+    torch.testing.assert_close(found.scores, scores[torch.arange(len(found)), found.pred_classes])
+
+
+def _known(logits: dict[int, list[list[float]]], features: dict[int, torch.Tensor]) -> DetectorOutputs:
+    """An image of 32 x 16 pixels: two levels with cells of 8 and 16 pixels, one anchor and one class a position."""
+    dense = DensePredictions(
+        logits={s: torch.tensor(rows).flatten()[None, :, None] for s, rows in logits.items()},
+        box_regression={},
+        anchors={s: Boxes(_cells(s, *np.shape(rows))) for s, rows in logits.items()},
+        decode=lambda regression, anchors: regression,
+    )
+    return DetectorOutputs(images=None, features=features, dense=dense)
+
+
+def _cells(side: int, rows: int, columns: int) -> torch.Tensor:
+    y, x = torch.meshgrid(torch.arange(rows) * side, torch.arange(columns) * side, indexing="ij")
+    return torch.stack([x, y, x + side, y + side], -1).view(-1, 4).float()
+
+
+def test_ranks_are_of_the_right_detector_and_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check which scores stand over whose picture, that the best positive has the ring, and the order of the instances."""
+    logits = [[0.0, 1, 2, 3], [0, 0, 0, 0]]
+    student = _known({8: logits, 16: [[0.0, 0]]}, {})
+    teacher = _known({8: [[-x for x in row] for row in logits], 16: [[0.0, 0]]}, {})
+    student.dense.assign = lambda: torch.tensor([[1, 0, 0, 0, -1, -1, -1, -1, -1, -1]])
+    target = Instances((16, 32), gt_boxes=Boxes(torch.tensor([[8.0, 0, 32, 8], [0, 0, 8, 8]])))
+    target.gt_classes = torch.tensor([0, 0])
+    found = instance_ranks(student, teacher, target, count=3)
+    assert [(of.instance, len(of.centers)) for of in found] == [(0, 3), (1, 1)]
+    assert len(instance_ranks(student, teacher, target, count=1)) == 1
+    titles: list[str] = []
+    monkeypatch.setattr(ranks, "titled", lambda picture, title: titles.append(title) or picture)
+    rows = ranks.rank_rows(np.zeros((16, 32, 3), np.uint8), student, teacher, target, ["thing"], count=3)
+    # sigmoid of 1, 2, 3 and of -1, -2, -3; of 0
+    assert titles == [
+        *("3 positives", "student: 0.73 to 0.95", "teacher: 0.05 to 0.27"),
+        *("1 positives", "student: 0.50 to 0.50", "teacher: 0.50 to 0.50"),
+    ]
+    scale = SIDE // 16
+    ring = [np.argwhere((drawn == 255).all(-1)) for drawn in rows[0][1:]]
+    best = [(28 * scale, 4 * scale), (12 * scale, 4 * scale)]  # centres of the student's and of the teacher's best
+    for white, (x, y), (other, _) in zip(ring, best, best[::-1], strict=True):
+        radius = np.hypot(white[:, 1] - x, white[:, 0] - y)
+        assert ((radius > 6.5) & (radius < 9.5)).sum() > 20
+        radius = np.hypot(white[:, 1] - other, white[:, 0] - y)
+        assert ((radius > 6.5) & (radius < 9.5)).sum() < 5
+
+
+def test_differences_are_where_they_are() -> None:
+    """Check the mean squared differences of a level, of probabilities and of features, and where they are brightest."""
+    features = {8: torch.zeros(1, 2, 2, 4), 16: torch.zeros(1, 2, 1, 2)}
+    other = {8: features[8].clone(), 16: features[16]}
+    other[8][0, :, 1, 0] = 2.0
+    logits = [[0.0] * 4, [0.0] * 4]
+    student = _known({8: logits, 16: [[0.0, 0]]}, features)
+    teacher = _known({8: [[0.0, 0, 0, 30], [0.0] * 4], 16: [[0.0, 0]]}, other)
+    found = differences(AdaptationLayers({8: (2, 2), 16: (2, 2)}, 0), student, teacher)
+    expected = torch.zeros(2, 1, 2, 4)
+    expected[0, 0, 0, 3] = 0.25
+    expected[1, 0, 1, 0] = 4.0
+    for kind, level in zip(("predictions", "features"), expected, strict=True):
+        torch.testing.assert_close(found[kind][8], level)
+        assert not found[kind][16].any()
+    rows = difference_rows(np.zeros((16, 32, 3), np.uint8), found)
+    assert [len(row) for row in rows] == [3, 3]
+    for row, (x, y) in zip(rows, ((28, 4), (4, 12)), strict=True):  # the centers of the brightest cells
+        bright = row[1][TITLE_HEIGHT:].astype(int).sum(-1)
+        places = np.argwhere(bright == bright.max()) * 16 / SIDE
+        assert np.abs(places - (y, x)).max() < 5
+    assert list(differences(None, student, teacher)) == ["predictions"]
+
+
+def test_a_plain_checkpoint_has_no_adaptation_layers(
+    draw: Callable, distilled: Project, tmp_path: Path, capsys
+) -> None:
+    """Check that features are compared as they are where channels agree, and not where layers are of another kind."""
+    content = torch.load(distilled.output / "model_final.pth")
+    torch.save({"model": content["model"]}, tmp_path / "plain.pth")
+    assert draw("--images", 1, weights=tmp_path / "plain.pth") == ["000.png"]
+    picture = cv2.imread(str(tmp_path / "out" / "000.png"))
+    rows_with_features = picture.shape[0]
+    with pytest.raises(SystemExit):
+        draw("--images", 1, "MODEL.KD.PFI.ADAPTATION", "3x3")
+    assert "error: The layers of PFI in" in capsys.readouterr().err
+    project = make_project(tmp_path / "narrow", "retinanet", **{"MODEL__FPN__OUT_CHANNELS": 8})
+    project.change(MODEL__KD__DISTILLERS=("RankMimicking",), SOLVER__MAX_ITER=1, SOLVER__STEPS=())
+    train(project)
+    draw("--images", 1, config=project.student, weights=project.output / "model_final.pth")
+    assert "Features are not drawn: their channels differ" in capsys.readouterr().out
+    assert cv2.imread(str(tmp_path / "out" / "000.png")).shape[0] < rows_with_features
+
+
+def test_a_picture_for_each_image_with_instances(draw: Callable, capsys) -> None:
+    assert draw("--images", 3, "--instances", 1, "--score-thresh", 0.0) == ["000.png", "001.png", "003.png"]
+    assert capsys.readouterr().out.count(".png") == 3
+
+
+def test_files_of_ones_own_have_no_ranks(draw: Callable, distilled: Project, tmp_path: Path) -> None:
+    image = distilled.annotations.parent / "images" / "001.png"
+    assert draw("--input", image) == ["001.png"]
+    picture = cv2.imread(str(tmp_path / "out" / "001.png"))
+    assert picture.shape == (
+        3 * (360 + 34 + 8),
+        6 * (240 + 8),
+        3,
+    )  # detections, predictions, features; all and P3 to P7
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--input", "nowhere.png"), "The image nowhere.png cannot be used"),
+        (("--images", 0), "--images is 0; it must be at least 1"),
+        (("--instances", 0), "--instances is 0; it must be at least 1"),
+        (("MODEL.META_ARCHITECTURE", "RetinaNet"), "MODEL.META_ARCHITECTURE is RetinaNet, not KDMetaArch"),
+        (("MODEL.RETINANET.NUM_CLASSES", 4), "3"),
+    ],
+)
+def test_what_cannot_be_drawn(draw: Callable, capsys, more: tuple, message: str) -> None:
+    with pytest.raises(SystemExit):
+        draw(*more)
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and message in said and said.count("\n") == 1
+
+
+def test_adapters_with_other_anchors(draw: Callable, distilled: Project, capsys) -> None:
+    with pytest.raises(SystemExit):
+        draw("MODEL.ANCHOR_GENERATOR.OFFSET", 0.5, "MODEL.KD.DISTILLERS", "('StructuralKD',)")
+    assert (
+        "error: kd-d2 analyze ranks compares predictions anchor by anchor, but at stride 8" in capsys.readouterr().err
+    )
+
+
+def test_adapters_without_dense_predictions(draw: Callable, tmp_path: Path, capsys) -> None:
+    config = make_project(tmp_path / "rcnn", "faster-rcnn").student
+    with pytest.raises(SystemExit):
+        draw(config=config)
+    assert "error: The student (GeneralizedRCNN) has no dense predictions to compare." in capsys.readouterr().err

@@ -1,0 +1,202 @@
+"""Corruptions and `kd-d2 analyze robustness`: repeatability, numbers known by hand, resuming after a kill."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+import sys
+from pathlib import Path
+
+from kd_d2 import UserError
+from kd_d2.analysis import TrainedModel
+from kd_d2.analysis.robustness import CORRUPTIONS, Robustness, corrupt
+from kd_d2.analysis.robustness import measure as engine
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.structures import Boxes, Instances
+from helpers import Killed, Project, make_project, run_command
+from torch import nn
+
+run = functools.partial(run_command, "analyze", "robustness")
+
+
+def _arguments(project: Project, output: Path, title: str = "toy", **keys: object) -> list[object]:
+    entry = [[project.name, str(project.annotations), str(project.annotations.parent / "images")]]
+    keys = {"DATASETS.COCO_JSON": entry, "DATASETS.TEST": (project.name,), **keys}
+    model = ["--model", f"{title}={project.teacher}", project.teacher_weights]
+    return [*model, "--workers", 0, "--output", output, *(x for pair in keys.items() for x in pair)]
+
+
+@pytest.mark.parametrize("corruption", CORRUPTIONS)
+def test_corruptions_are_repeatable(corruption: str) -> None:
+    """Check that image, corruption and severity alone decide the pixels, and the global generator goes on undisturbed."""
+    image = np.random.RandomState(0).randint(40, 200, (40, 56, 3)).astype(np.uint8)
+    image = cv2.GaussianBlur(image, (5, 5), 2)
+    np.random.seed(1)
+    expected = np.random.rand()
+    np.random.seed(1)
+    first = corrupt(image, corruption, 3, 7)
+    assert np.random.rand() == expected
+    np.random.seed(2)
+    np.testing.assert_array_equal(corrupt(image, corruption, 3, 7), first)
+    assert first.shape == image.shape and first.dtype == np.uint8
+    assert np.abs(first.astype(int) - image).mean() > 1
+    assert not np.array_equal(corrupt(image, corruption, 5, 7), first)
+    if corruption in ("gaussian_noise", "impulse_noise", "glass_blur", "snow", "fog", "elastic_transform"):
+        assert not np.array_equal(corrupt(image, corruption, 3, 8), first)
+
+
+def test_metrics_by_hand() -> None:
+    """Two corruptions: (30 + 10) / 2 = 20 and (40 + 0) / 2 = 20 and 20; clean 50: mPC 20, rPC 0.4."""
+    found = Robustness(
+        {"AP": 50.0, "AP50": 0.0},
+        {
+            "fog": {1: {"AP": 30.0, "AP50": 1.0}, 5: {"AP": 10.0, "AP50": 2.0}},
+            "snow": {1: {"AP": 40.0, "AP50": 3.0}, 5: {"AP": 0.0, "AP50": 4.0}},
+        },
+    )
+    assert found.of_corruption("fog") == 20 and found.of_corruption("snow") == 20
+    assert found.mean() == 20 and found.relative() == pytest.approx(0.4)
+    assert found.mean("AP50") == 2.5 and np.isnan(found.relative("AP50"))
+    assert found.by_severity() == {0: 50, 1: 35, 5: 5}
+    assert found.by_severity("fog", "AP50") == {0: 0, 1: 1, 5: 2}
+
+
+class _SeesClassesByContrast(nn.Module):
+    """Finds every object exactly, but sees green only down to half of the image's contrast, and blue only in clean images."""
+
+    def __init__(self, truth: dict):
+        super().__init__()
+        self.truth = truth
+        self.calls = 0
+
+    def forward(self, inputs: list[dict]) -> list[dict]:
+        self.calls += 1
+        given = inputs[0]
+        contrast = given["image"].float().std((1, 2)).sum() / cv2.imread(given["file_name"]).std((0, 1)).sum()
+        classes = 3 if contrast > 0.8 else 2 if contrast > 0.25 else 1
+        objects = [a for a in self.truth["annotations"] if a["image_id"] == given["image_id"]]
+        objects = [a for a in objects if a["category_id"] <= classes]
+        found = Instances((given["height"], given["width"]))
+        boxes = torch.tensor([a["bbox"] for a in objects]).float().view(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        found.pred_boxes = Boxes(boxes)
+        found.scores = torch.full((len(objects),), 0.9)
+        found.pred_classes = torch.tensor([a["category_id"] - 1 for a in objects], dtype=torch.int64)
+        return [{"instances": found}]
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Project, _SeesClassesByContrast]:
+    """A project whose models are all the toy detector."""
+    project = make_project(tmp_path / "toy")
+    detector = _SeesClassesByContrast(json.loads(project.annotations.read_text())).eval()
+    monkeypatch.setattr(TrainedModel, "build", lambda _: detector)
+    return project, detector
+
+
+def test_a_detector_with_known_robustness(tmp_path: Path, toy: tuple, capsys) -> None:
+    """Contrast leaves 0.4, 0.3, 0.2, 0.1 and 0.05: two of three classes twice, then one: mPC (2 * 66.7 + 3 * 33.3) / 5 = 46.7."""
+    project, output = toy[0], tmp_path / "out"
+    run("--corruptions", "contrast,jpeg_compression", *_arguments(project, output))
+    found = json.loads((output / "summary.json").read_text())["toy"]["AP"]
+    assert found["clean"] == pytest.approx(100) and found["contrast"] == pytest.approx(140 / 3)
+    assert found["jpeg_compression"] == pytest.approx(100)
+    assert found["mPC"] == pytest.approx(220 / 3) and found["rPC"] == pytest.approx(2.2 / 3)
+    with open(output / "robustness.csv") as file:
+        rows = {(row["corruption"], row["severity"]): float(row["AP"]) for row in csv.DictReader(file)}
+    expected = [100, 200 / 3, 200 / 3, 100 / 3, 100 / 3, 100 / 3]
+    assert [rows["clean", "0"], *(rows["contrast", str(s)] for s in range(1, 6))] == pytest.approx(expected, abs=1e-4)
+    assert "| mPC " in capsys.readouterr().out
+    for name in ("robustness", "corruptions"):
+        assert cv2.imread(str(output / f"{name}.png")).std() > 0
+
+
+def test_a_killed_run_goes_on(tmp_path: Path, toy: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kill the run at its fourth measurement; the second run measures the last two alone, a third none, the numbers are one run's."""
+    project, detector = toy
+    arguments = ["--corruptions", "contrast", *_arguments(project, tmp_path / "killed")]
+    evaluate, measured = engine._evaluate, []
+
+    def killed_at_the_fourth(*args: object) -> dict:
+        if len(measured) == 3:
+            raise Killed
+        measured.append(1)
+        return evaluate(*args)
+
+    monkeypatch.setattr(engine, "_evaluate", killed_at_the_fourth)
+    with pytest.raises(Killed):
+        run(*arguments)
+    monkeypatch.setattr(engine, "_evaluate", evaluate)
+    images = len(detector.truth["images"])
+    assert detector.calls == 3 * images
+    run(*arguments)
+    assert detector.calls == 6 * images
+    run(*arguments)
+    assert detector.calls == 6 * images
+    run("--corruptions", "contrast", *_arguments(project, tmp_path / "whole"))
+    summaries = [(tmp_path / name / "summary.json").read_text() for name in ("killed", "whole")]
+    assert summaries[0] == summaries[1]
+
+
+def test_workers_do_not_change_numbers_and_images_are_taken_evenly(tmp_path: Path) -> None:
+    project = make_project(tmp_path)
+    common = ["--corruptions", "gaussian_noise,glass_blur", "--severities", "3", "--images", "4"]
+    found = []
+    for workers in (0, 2):
+        output = tmp_path / f"workers{workers}"
+        arguments = _arguments(project, output, **{"MODEL.RETINANET.SCORE_THRESH_TEST": 0.0})
+        arguments[arguments.index("--workers") + 1] = workers
+        run(*common, *arguments)
+        found.append(json.loads((output / "summary.json").read_text()))
+        chosen = json.loads((output / "4-images.json").read_text())
+        assert [image["id"] for image in chosen["images"]] == [1, 3, 4, 6]
+        assert {a["image_id"] for a in chosen["annotations"]} == {1, 4, 6}  # the third has no objects
+    assert found[0] == found[1]
+
+
+def test_other_weights_in_the_same_folder(tmp_path: Path, toy: tuple, capfd) -> None:
+    project, output = toy[0], tmp_path / "out"
+    common = ["--corruptions", "fog", "--severities", "1"]
+    run(*common, *_arguments(project, output))
+    project.teacher_weights.write_bytes(project.teacher_weights.read_bytes() + b" ")
+    with pytest.raises(SystemExit):
+        run(*common, *_arguments(project, output))
+    assert "was measured with other weights, another config or other images than toy has now" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--workers", "-1"], "--workers is -1; it must be at least 0"),
+        (["--corruptions", "rain"], "--corruptions names 'rain'; there are gaussian_noise"),
+        (["--severities", "1,6"], "--severities names '6'; there are 1, 2, 3, 4, 5"),
+        (["--images", "0"], "--images is 0; it must be at least 1"),
+    ],
+)
+def test_what_cannot_be_measured(tmp_path: Path, capfd, arguments: list[str], expected: str) -> None:
+    project = make_project(tmp_path)
+    common = _arguments(project, tmp_path / "out")
+    if arguments[0] == "--workers":
+        common[common.index("--workers") + 1] = arguments[1]
+        arguments = []
+    with pytest.raises(SystemExit):
+        run(*arguments, *common)
+    assert expected in capfd.readouterr().err
+
+
+def test_an_image_too_small_to_corrupt(tmp_path: Path, toy: tuple, capfd) -> None:
+    toy[0].change_annotations(lambda tree: tree["images"][3].update(height=31))
+    with pytest.raises(SystemExit):
+        run(*_arguments(toy[0], tmp_path / "out"))
+    assert "The image 4 has 64 x 31 pixels; corruptions need 32 a side" in capfd.readouterr().err
+
+
+def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "imagecorruptions", None)
+    with pytest.raises(UserError, match=r"imagecorruptions-imaug, which is not installed"):
+        corrupt(np.zeros((40, 40, 3), np.uint8), "fog", 1, 0)
