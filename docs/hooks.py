@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import posixpath
 import re
-import sys
+from collections.abc import Callable
+
+from kd_d2.analysis import ANALYSES
+from kd_d2.reference import config_reference
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-
 PAGES = {
     "projects/README.md": "results/index.md",
     "projects/StructuralKD/README.md": "results/StructuralKD.md",
@@ -84,29 +87,35 @@ def _with_links(markdown: str, source: str, page: str, pictures: dict[str, str])
 
 def commands_page() -> str:
     """The help of every command."""
-    from kd_d2.cli import help_texts
+    from kd_d2.cli import COMMANDS, main
 
     parts = [
         "# Commands\n\n`kd-d2` is the one program; `python -m kd_d2` is the same. Overrides of config keys come last.\n"
     ]
-    for command, text in help_texts().items():
-        parts.append(f"## {command}\n\n```text\n{text.rstrip()}\n```\n")
+    commands = [[name] for name in COMMANDS]
+    commands += [["config", action] for action in ("list", "show", "explain")]
+    commands += [["analyze", name] for name in ANALYSES]
+    for command in sorted(commands):
+        parts.append(f"## {' '.join(command)}\n\n```text\n{_help_of(main, command)}\n```\n")
     return "\n".join(parts)
+
+
+def _help_of(main: Callable[[list[str]], None], command: list[str]) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+        main([*command, "--help"])
+    return text.getvalue().rstrip()
 
 
 def keys_page() -> str:
     """Every config key of the library."""
-    from kd_d2.reference import keys
-
     parts = [
         "# Config keys\n\nKeys that Detectron2's own configs do not have. `kd-d2 config explain KEY` prints the same.\n"
     ]
-    group = None
-    for key in keys():
-        node = key.name.rpartition(".")[0]
-        if node != group:
-            group = node
-            parts.append(f"\n## {node}\n\n| key | default | values | |\n|---|---|---|---|")
-        cells = (f"`{key.name.rpartition('.')[2]}`", f"`{key.default!r}`", key.values, key.description)
-        parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(parts) + "\n"
+    nodes: dict[str, list[str]] = {}
+    for key in config_reference():
+        node, _, name = key.name.rpartition(".")
+        cells = (f"`{name}`", f"`{key.default!r}`", key.values, key.description)
+        nodes.setdefault(node, []).append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    for node, rows in nodes.items():
+        parts += [f"## {node}\n", "| key | default | value | |\n|---|---|---|---|", *rows, ""]
+    return "\n".join(parts)

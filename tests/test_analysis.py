@@ -26,8 +26,8 @@ from iopath.common.file_io import PathHandler
 
 
 def example(name: str) -> str:
-    """The code block behind `<!-- test: name -->` in docs/analysis.md."""
-    text = (ROOT / "docs" / "analysis.md").read_text()
+    """The code block behind `<!-- test: name -->` in the guide."""
+    text = (ROOT / "docs" / "guides" / "own-analysis.md").read_text()
     return re.search(rf"<!-- test: {name} -->\n```python\n(.*?)```", text, re.DOTALL)[1]
 
 

@@ -1,4 +1,4 @@
-"""The README's examples work as they stand there."""
+"""The examples of README and guides work as they stand there, and the table of methods and detectors is true."""
 
 import json
 import re
@@ -10,14 +10,15 @@ from kd_d2.meta_arch import META_ARCH_REGISTRY
 
 import pytest
 import torch
+from detectron2.modeling import build_model
 from helpers import configured
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def example(name: str) -> str:
+def example(name: str, file: str = "README.md") -> str:
     """The code block behind `<!-- test: name -->`."""
-    return re.search(rf"<!-- test: {name} -->\n```\w+\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    return re.search(rf"<!-- test: {name} -->\n```\w+\n(.*?)```", (ROOT / file).read_text(), re.DOTALL)[1]
 
 
 def test_five_lines_of_yaml(tmp_path):
@@ -39,11 +40,11 @@ def test_five_lines_of_yaml(tmp_path):
 
 @pytest.fixture
 def channel_means():
-    """The README's example of a method, registered for one test."""
+    """The guide's example of a method, registered for one test."""
     scope: dict = {}
-    code = example("distiller")
+    code = example("distiller", "docs/guides/own-method.md")
     assert len([line for line in code.splitlines() if line.strip() and not line.strip().startswith('"""')]) <= 25
-    exec(compile(code, "README.md", "exec"), scope)
+    exec(compile(code, "own-method.md", "exec"), scope)
     yield scope["ChannelMeans"]
     del DISTILLER_REGISTRY._obj_map["ChannelMeans"]
 
@@ -66,3 +67,26 @@ def test_the_example_of_a_method_trains(channel_means, tiny_cfg, tiny_detector, 
         theirs = teacher(inputs, frozenset()).features
     expected = sum((ours[s].mean((2, 3)) - theirs[s].mean((2, 3))).square().mean() for s in (32, 64, 128))
     assert losses["loss_channel_means"].item() == pytest.approx(3.0 * expected.item(), rel=1e-3)
+
+
+def test_the_table_of_methods_and_detectors() -> None:
+    """Check every tick of the README against what the methods need and the detectors provide."""
+    columns = {"retinanet": 3, "fcos": 3, "atss": 3, "gfl": 3, "fsaf": 3, "reppoints": 4, "faster-rcnn": 5}
+    configs = {
+        name: load_config(str(ROOT / f"configs/tiny/{name}-student.yaml"), ["MODEL.WEIGHTS", ""]) for name in columns
+    }
+    specs = {name: build_adapter(build_model(cfg)).spec for name, cfg in configs.items()}
+    text = (ROOT / "README.md").read_text()
+    rows = {
+        row[1].strip("` "): row
+        for row in (line.split("|") for line in text.splitlines())
+        if row[0] == "" and len(row) == 9
+    }
+    assert {name for name, _ in DISTILLER_REGISTRY} == rows.keys() - {"MODEL.KD.DISTILLERS", "---"}
+    for name, method in DISTILLER_REGISTRY:
+        for detector, column in columns.items():
+            provided = specs[detector].provides
+            works = method.needs <= provided or (method.alternative_needs or {None}) <= provided
+            cell = rows[name][column].strip()
+            assert works == (cell == "✓" or cell.lower() == f"{detector} alone"), (name, detector)
+        assert (rows[name][6].strip() == "✓") == (method.needs <= {"features"}), name
