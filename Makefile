@@ -9,13 +9,14 @@ export PYTHON DETECTRON2
 
 VENV_PYTHON := .venv/bin/python
 
-.PHONY: help setup demo test test-slow lint format clean
+.PHONY: help setup demo test test-slow docs lint format clean
 
 help:
 	@echo "make setup      the environment, in .venv (PYTHON=path, DETECTRON2=pypi|source|installed)"
 	@echo "make demo       distillation from end to end on a small synthetic set"
 	@echo "make test       lint and the fast tests"
 	@echo "make test-slow  the slow tests"
+	@echo "make docs       the documentation site, in output/site"
 	@echo "make lint       style check; make format fixes what it can"
 	@echo "make clean      removes caches and build leftovers (.venv and output/ stay)"
 
@@ -30,6 +31,10 @@ test: lint
 
 test-slow: setup
 	$(VENV_PYTHON) -m pytest -m slow
+
+docs: setup
+	$(VENV_PYTHON) -m pip install -q -e .[docs] --no-build-isolation
+	PYTHONPATH=. $(VENV_PYTHON) -m mkdocs build
 
 lint: setup
 	$(VENV_PYTHON) -m ruff check .

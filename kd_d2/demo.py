@@ -20,7 +20,7 @@ from .config_files import find_config_file
 from .data import register_synthetic
 from .sweep import SweepOptions, read_matrix, run_sweep
 
-DATASET = "synthetic_val"
+DATASET = "shapes_val"
 PICTURES = 4
 SHOWN_SCORE = 0.3
 SHOWN_OVERLAP = 0.5  # intersection over union
@@ -37,7 +37,7 @@ def run_demo(output: str) -> None:
     register_synthetic()
     logger.info("Making the synthetic data, if they are not there yet ...")
     images = DatasetCatalog.get(DATASET)
-    DatasetCatalog.get("synthetic_train")
+    DatasetCatalog.get("shapes_train")
     logger.info("Training a teacher, then a plain and a distilled student side by side ...")
     run_sweep(read_matrix(find_config_file("configs/demo/matrix.yaml", "the demo")), output, [], SweepOptions(jobs=2))
     logger.info("Drawing detections ...")
