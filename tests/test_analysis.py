@@ -25,9 +25,9 @@ from helpers import ROOT, Project, clean_process, make_project, run_command
 from iopath.common.file_io import PathHandler
 
 
-def example(name: str) -> str:
-    """The code block behind `<!-- test: name -->` in the guide."""
-    text = (ROOT / "docs" / "guides" / "own-analysis.md").read_text()
+def example(name: str, file: str = "guides/own-analysis.md") -> str:
+    """The code block behind `<!-- test: name -->` in a file of docs/."""
+    text = (ROOT / "docs" / file).read_text()
     return re.search(rf"<!-- test: {name} -->\n```python\n(.*?)```", text, re.DOTALL)[1]
 
 
@@ -106,7 +106,7 @@ def test_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     scope: dict = {}
     with clean_process():
-        exec(compile(example("analysis in python"), "analysis.md", "exec"), scope)
+        exec(compile(example("analysis in python", "analysis.md"), "analysis.md", "exec"), scope)
     assert scope["again"].models.keys() == {"plain", "student"}
     assert scope["again"].models["plain"] == scope["again"].models["student"]
     assert scope["again"].models["plain"].overall["all"]["FN"] == 1
