@@ -11,7 +11,7 @@ from typing import Any
 
 from . import moved
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _MODULES = {
     "DISTILLER_REGISTRY": "distillers",

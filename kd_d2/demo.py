@@ -1,4 +1,4 @@
-"""Distillation from end to end on the synthetic set: a teacher, a small student alone, the same student distilled."""
+"""Distillation from end to end on the synthetic set of shapes: a teacher, a small student alone, the same student distilled."""
 
 from __future__ import annotations
 

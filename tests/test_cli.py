@@ -249,3 +249,15 @@ def test_config_explain(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["config", "explain", "MODEL.KD.BALANCE.TARGETS"])
     assert "Did you mean MODEL.KD.BALANCE.TARGET?" in capsys.readouterr().err
+
+
+def test_an_evaluation_leaves_the_configs_of_the_training(tmp_path: Path) -> None:
+    """Check that `--model RUN` still names a distillation after `kd-d2 eval`, whatever was overridden."""
+    project = make_project(tmp_path, SOLVER__MAX_ITER=1, SOLVER__STEPS=())
+    run_command("train", project.student)
+    names = ("config.yaml", "student.yaml", "versions.json")
+    before = {name: (project.output / name).read_text() for name in names}
+    assert "META_ARCHITECTURE: KDMetaArch" in before["config.yaml"]
+    run_command("eval", "--model", project.output, "INPUT.MIN_SIZE_TEST", 48)
+    assert (project.output / "eval.json").is_file()
+    assert {name: (project.output / name).read_text() for name in names} == before

@@ -3,6 +3,7 @@
 from ..modeling.assignment import BACKGROUND, IGNORED, Positives
 from .adapter import DETECTOR_ADAPTER_REGISTRY, BackboneAdapter, DetectorAdapter, build_adapter
 from .dense import (
+    AnchorDetectorAdapter,
     ATSSAdapter,
     DenseDetectorAdapter,
     FCOSAdapter,
@@ -19,6 +20,7 @@ __all__ = [
     "DETECTOR_ADAPTER_REGISTRY",
     "IGNORED",
     "ATSSAdapter",
+    "AnchorDetectorAdapter",
     "BackboneAdapter",
     "DenseDetectorAdapter",
     "DensePredictions",

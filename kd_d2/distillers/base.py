@@ -153,14 +153,14 @@ class Distiller(nn.Module):
     ) -> dict[int, Tensor]:
         """Where on the student's neck the method acts: by stride (B, H, W).
 
-        Here how hard it pulls: the length, over channels, of the gradient of its losses but the auxiliary ones. Levels that no
-        loss reaches are zero. A method whose loss is a mean over positions may tell the loss itself.
+        By default the norm over channels of the gradient of its losses, except auxiliary ones; zero for levels without a
+        gradient. A method whose loss is a mean over positions may return the loss itself.
         """
         loss = self.total(self(student, teacher, targets))
         maps = {stride: torch.zeros_like(level[:, 0]) for stride, level in student.features.items()}
         if loss.requires_grad:
-            pulls = torch.autograd.grad(loss, list(student.features.values()), allow_unused=True)
-            maps |= {stride: pull.norm(dim=1) for stride, pull in zip(maps, pulls) if pull is not None}
+            gradients = torch.autograd.grad(loss, list(student.features.values()), allow_unused=True)
+            maps |= {stride: gradient.norm(dim=1) for stride, gradient in zip(maps, gradients) if gradient is not None}
         return maps
 
     def param_groups(self, cfg: CfgNode) -> list[ParamGroup]:

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 def setup(args: argparse.Namespace) -> CfgNode:
     """Read and check config and data, start the log, and write `config.yaml`, `student.yaml` and `versions.json` into OUTPUT_DIR.
 
+    An evaluation leaves the files of a training that is there as they are.
+
     Args:
         args: `config_file`, `opts`, `eval_only` and `eval_teacher`.
 
@@ -39,15 +41,27 @@ def setup(args: argparse.Namespace) -> CfgNode:
     register_coco_json(cfg)
     check_datasets(cfg, train=not args.eval_only)
     cfg.freeze()
+    config_file = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
+    training_config = _read(config_file) if args.eval_only else None
     default_setup(cfg, args)
     if comm.is_main_process():
-        write_text(os.path.join(cfg.OUTPUT_DIR, "student.yaml"), student_config(cfg).dump())
-        write_json(os.path.join(cfg.OUTPUT_DIR, "versions.json"), versions())
+        if training_config is not None:
+            write_text(config_file, training_config)
+        else:
+            write_text(os.path.join(cfg.OUTPUT_DIR, "student.yaml"), student_config(cfg).dump())
+            write_json(os.path.join(cfg.OUTPUT_DIR, "versions.json"), versions())
     if args.config_file and not args.eval_only:
         advice = learning_rate_advice(find_config_file(args.config_file, "the config"), args.opts)
         if advice:
             logger.warning(advice)
     return cfg
+
+
+def _read(path: str) -> str | None:
+    if not os.path.isfile(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        return file.read()
 
 
 def student_config(cfg: CfgNode) -> CfgNode:
