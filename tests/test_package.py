@@ -76,7 +76,7 @@ def test_an_own_method_trains_where_there_is_no_checkout(scripts: Path, tmp_path
     work, told = tmp_path / "work", tmp_path / "told"
     work.mkdir(), told.mkdir()
     (tmp_path / "methods").mkdir()
-    (tmp_path / "methods" / "channel_means.py").write_text(example("distiller") + TELL)
+    (tmp_path / "methods" / "channel_means.py").write_text(example("distiller", "docs/guides/own-method.md") + TELL)
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TELL": str(told)}
     options = {"cwd": work, "env": environment}

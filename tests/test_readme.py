@@ -16,14 +16,14 @@ from helpers import configured
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def example(name: str, file: str = "README.md") -> str:
+def example(name: str, file: str) -> str:
     """The code block behind `<!-- test: name -->`."""
     return re.search(rf"<!-- test: {name} -->\n```\w+\n(.*?)```", (ROOT / file).read_text(), re.DOTALL)[1]
 
 
 def test_five_lines_of_yaml(tmp_path):
     """Check that the README's config, with files where it says, is a valid distillation on its own data."""
-    text = example("config")
+    text = example("config", "README.md")
     assert len(text.strip().splitlines()) == 5
     (tmp_path / "my.yaml").write_text(text)
     (tmp_path / "images").mkdir()
