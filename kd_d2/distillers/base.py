@@ -95,9 +95,9 @@ class Distiller(nn.Module):
         old = [name for name in ("add_config", "validate_config", "from_config") if name in vars(cls)]
         if old:
             raise UserError(
-                f"The method {cls.__name__} defines {' and '.join(old)}, as for kd_d2 0.1, which nothing calls any more: state its keys "
-                "in a dataclass `Config(Distiller.Config)` inside the class, build it in `__init__(self, config, pair)`, and return "
-                "losses without their weight from `forward` (README, Adding a method)."
+                f"The method {cls.__name__} defines {' and '.join(old)}, which kd_d2 no longer calls since 0.2: declare its keys in a "
+                "dataclass `Config(Distiller.Config)` inside the class, construct it in `__init__(self, config, pair)`, and return "
+                "unweighted losses from `forward` (docs/guides/own-method.md)."
             )
         keys_of(cls.Config)
 
