@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import posixpath
 import re
@@ -31,6 +32,7 @@ PAGES = {
 }
 """By Markdown file of the repository the page that it becomes."""
 
+log = logging.getLogger("mkdocs.hooks")
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 
 
@@ -71,15 +73,19 @@ def _with_links(markdown: str, source: str, page: str, pictures: dict[str, str])
         if "://" in target or not path:
             return match[0]
         path = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
-        if mark:
+        if mark and not path.startswith("docs/"):
             place = posixpath.join("pictures", path.replace("/", "-"))
             pictures[path] = place
             return f"![{text}]({posixpath.relpath(place, posixpath.dirname(page) or '.')})"
+        if mark:
+            return match[0]
         known = PAGES.get(path) or (
             path.removeprefix("docs/") if path.startswith("docs/") and path.endswith(".md") else None
         )
         if known:
             return f"[{text}]({posixpath.relpath(known, posixpath.dirname(page) or '.')}{hash_mark}{anchor})"
+        if not os.path.exists(os.path.join(ROOT, path)):
+            log.warning(f"{source} links to {path}, which does not exist")
         return text if text.strip("`") == path else f"{text} (`{path}`)"
 
     return LINK.sub(replaced, markdown)
