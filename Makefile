@@ -17,7 +17,7 @@ help:
 	@echo "make test       lint and the fast tests"
 	@echo "make test-slow  the slow tests"
 	@echo "make docs       the documentation site, in output/site"
-	@echo "make lint       style check; make format fixes what it can"
+	@echo "make lint       style and types; make format fixes the style where it can"
 	@echo "make clean      removes caches and build leftovers (.venv and output/ stay)"
 
 setup:
@@ -39,6 +39,7 @@ docs: setup
 lint: setup
 	$(VENV_PYTHON) -m ruff check .
 	$(VENV_PYTHON) -m ruff format --check .
+	$(VENV_PYTHON) -m pyrefly check
 
 format: setup
 	$(VENV_PYTHON) -m ruff check --fix .

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kd_d2.adapters import BACKGROUND, DensePredictions, build_adapter
-from kd_d2.analysis.rank_oracle import RANKS, SCORES, STUDENT, detect_with, exchanged_logits
+from kd_d2.analysis.rank_oracle import RANKS, SCORES, STUDENT, detect_with, exchanged_logits, rank_oracle
+from kd_d2.errors import UserError
 from kd_d2.losses import reordered
 
 import pytest
 import torch
+from detectron2.config import get_cfg
 from detectron2.structures import Boxes, Instances
 from helpers import make_project, run_command, train
 
@@ -89,3 +91,11 @@ def test_from_a_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     with pytest.raises(SystemExit):
         run(*command, project.teacher_weights, "--images", 0)
     assert "--images is 0" in capsys.readouterr().err
+
+
+def test_needs_coco_metrics() -> None:
+    """Check the sentence for a test set that Pascal VOC's metrics evaluate: they cannot take some of the images."""
+    cfg = get_cfg()
+    cfg.DATASETS.TEST = ("voc_2007_test",)
+    with pytest.raises(UserError, match="COCO's metrics, which voc_2007_test does not have"):
+        rank_oracle(cfg, None, [])

@@ -12,6 +12,7 @@ from typing import Self
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Instances
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from ..adapters import DensePredictions, DetectorOutputs
 from ..engine.checks import check_output_folder
+from ..errors import UserError
 from ..evaluation import build_evaluator
 from ..losses import reordered
 from ..meta_arch import KDMetaArch
@@ -87,8 +89,11 @@ def rank_oracle(cfg: CfgNode, model: KDMetaArch, examples: Iterable[dict]) -> di
 
     Returns:
         by variant, `STUDENT`, `RANKS` and `SCORES`, COCO's results for boxes. See `exchanged_logits`.
+
+    Raises:
+        UserError: the data set is not evaluated by COCO's metrics.
     """
-    evaluators = {name: build_evaluator(cfg, cfg.DATASETS.TEST[0]) for name in (STUDENT, RANKS, SCORES)}
+    evaluators = _coco_evaluators(cfg, cfg.DATASETS.TEST[0])
     for evaluator in evaluators.values():
         evaluator.reset()
     image_ids = []
@@ -103,6 +108,19 @@ def rank_oracle(cfg: CfgNode, model: KDMetaArch, examples: Iterable[dict]) -> di
             evaluators[name].process([example], [{"instances": found}])
         image_ids.append(example["image_id"])
     return {name: evaluator.evaluate(img_ids=image_ids)["bbox"] for name, evaluator in evaluators.items()}
+
+
+def _coco_evaluators(cfg: CfgNode, dataset: str) -> dict[str, COCOEvaluator]:
+    evaluators = {}
+    for name in (STUDENT, RANKS, SCORES):
+        evaluator = build_evaluator(cfg, dataset)
+        if not isinstance(evaluator, COCOEvaluator):
+            raise UserError(
+                f"kd-d2 analyze rank-oracle evaluates some of the images by COCO's metrics, which {dataset} does not have "
+                f"({type(evaluator).__name__}); give the data set as a COCO file in DATASETS.COCO_JSON."
+            )
+        evaluators[name] = evaluator
+    return evaluators
 
 
 def exchanged_logits(
