@@ -19,9 +19,13 @@ from mkdocs.structure.files import File, Files
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PAGES = {
     "projects/README.md": "results/index.md",
+    "projects/results.md": "results/all.md",
     "projects/StructuralKD/README.md": "results/StructuralKD.md",
+    "projects/StructuralKD/notes.md": "results/StructuralKD-notes.md",
     "projects/ICD/README.md": "results/ICD.md",
+    "projects/ICD/notes.md": "results/ICD-notes.md",
     "projects/RankMimicking/README.md": "results/RankMimicking.md",
+    "projects/RankMimicking/notes.md": "results/RankMimicking-notes.md",
     "projects/InstanceMaskAlignment/README.md": "results/InstanceMaskAlignment.md",
     "projects/NewerMethods/README.md": "results/NewerMethods.md",
     "projects/Baselines/README.md": "results/Baselines.md",

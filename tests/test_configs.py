@@ -220,16 +220,16 @@ def test_bases_are_detectron2s_own(name: str) -> None:
 
 
 def test_the_thesis_tables_are_complete() -> None:
-    """Check that the tables of this file and the folder name the same configs, and that the README has one for every row."""
+    """Check that the tables of this file and the folder name the same configs, and that the notes have one for every row."""
     files = {path.stem for path in THESIS.glob("*.yaml") if not path.stem.startswith("Base-")}
     assert files == PLAIN.keys() | DISTILLED.keys() | VARIANTS.keys() | OTHERS
     assert tables_in_readme(THESIS) == {"1", "2", "3", "4", "5", "6", "7", "10", "11"}
 
 
 def tables_in_readme(configs: Path) -> set[str]:
-    """The paper's tables that a project's README gives numbers of; each row must name configs that there are."""
+    """The paper's tables that a project's notes give numbers of; each row must name configs that there are."""
     tables = set()
-    for line in (configs.parent / "README.md").read_text().splitlines():
+    for line in (configs.parent / "notes.md").read_text().splitlines():
         if match := re.match(r"\| (\d+) \|.*\|(.*)\|$", line):
             tables.add(match[1])
             named = re.findall(r"`([\w/.-]+)`", match[2])

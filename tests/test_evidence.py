@@ -1,5 +1,6 @@
-"""The measured tables of the READMEs are those of the finished cells in projects/evidence."""
+"""The measured tables of the pages in projects are those of the finished cells in projects/evidence."""
 
+import functools
 import re
 from pathlib import Path
 
@@ -12,10 +13,11 @@ ROOT = Path(__file__).resolve().parent.parent
 MEASURED = HEADERS[1 : HEADERS.index("params M")]  # what follows from scores alone, not from the machine
 
 
-def rows_of_cells(readme: str) -> list[tuple[str, dict[str, str]]]:
-    """(title, columns) of every finished cell of the comparisons whose commands a README gives."""
+@functools.cache
+def rows_of_cells(page: str) -> list[tuple[str, dict[str, str]]]:
+    """(title, columns) of every finished cell of the sweeps whose commands a page gives."""
     rows = []
-    for command in re.findall(r"kd-d2 sweep (\S+\.yaml(?:.*\\\n)*.*)", readme):
+    for command in re.findall(r"kd-d2 sweep (\S+\.yaml(?:.*\\\n)*.*)", page):
         matrix = read_matrix(str(ROOT / command.split()[0]))
         results = read_results(matrix, str(ROOT / re.search(r"--results (\S+)", command)[1]))
         for row in build_rows(matrix, results, {}):
@@ -24,10 +26,10 @@ def rows_of_cells(readme: str) -> list[tuple[str, dict[str, str]]]:
     return rows
 
 
-def measured_rows(readme: str) -> list[dict[str, str]]:
+def measured_rows(page: str) -> list[dict[str, str]]:
     """The rows, by column, of tables that have a column AP50; "" is the title."""
     rows, header = [], None
-    for line in readme.splitlines():
+    for line in page.splitlines():
         if not line.startswith("|"):
             header = None
             continue
@@ -39,15 +41,16 @@ def measured_rows(readme: str) -> list[dict[str, str]]:
     return rows
 
 
-READMES = sorted(path for path in ROOT.glob("projects/**/README.md") if measured_rows(path.read_text()))
+PAGES = sorted(path for path in ROOT.glob("projects/**/*.md") if measured_rows(path.read_text()))
 
 
-@pytest.mark.parametrize("path", READMES, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT / "projects")))
 def test_measured_tables(path: Path) -> None:
     """Check that every measured row has the numbers of a finished cell of its title."""
-    text = path.read_text()
-    cells = rows_of_cells(text)
-    for row in measured_rows(text):
+    project = path.relative_to(ROOT / "projects").parts[0]
+    commands = [path, ROOT / "projects/results.md", *ROOT.glob(f"projects/{project}/notes.md")]
+    cells = [cell for page in commands for cell in rows_of_cells(page.read_text())]
+    for row in measured_rows(path.read_text()):
         told = {name: row[name] for name in MEASURED if name in row}
         candidates = [columns for title, columns in cells if title == row[""]]
         assert any(told.items() <= columns.items() for columns in candidates), row
