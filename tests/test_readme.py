@@ -2,10 +2,13 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 from kd_d2 import DISTILLER_REGISTRY, KDMetaArch, Teacher, load_config
-from kd_d2.adapters import build_adapter
+from kd_d2.adapters import DETECTOR_ADAPTER_REGISTRY, build_adapter
+from kd_d2.errors import UserError
+from kd_d2.extensions import import_extensions
 from kd_d2.meta_arch import META_ARCH_REGISTRY
 
 import pytest
@@ -67,6 +70,60 @@ def test_the_example_of_a_method_trains(channel_means, tiny_cfg, tiny_detector, 
         theirs = teacher(inputs, frozenset()).features
     expected = sum((ours[s].mean((2, 3)) - theirs[s].mean((2, 3))).square().mean() for s in (32, 64, 128))
     assert losses["loss_channel_means"].item() == pytest.approx(3.0 * expected.item(), rel=1e-3)
+
+
+@pytest.fixture
+def one_level_files(tmp_path, monkeypatch):
+    """The guide's detector and its adapter as files; what they register is gone afterwards."""
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    registries = META_ARCH_REGISTRY, DETECTOR_ADAPTER_REGISTRY
+    before = [dict(registry._obj_map) for registry in registries]
+    paths = [tmp_path / "one_level.py", tmp_path / "one_level_adapter.py"]
+    for path, name in zip(paths, ("detector of your own", "adapter of your own"), strict=True):
+        path.write_text(example(name, "docs/guides/own-detector.md"))
+    yield list(map(str, paths))
+    for registry, entries in zip(registries, before, strict=True):
+        registry._obj_map = entries
+
+
+def test_the_example_of_a_detector(one_level_files, tiny_cfg, make_inputs, event_storage):
+    """Check what the detector gives without its adapter; with it its own losses, and methods that read predictions."""
+    detector_file, adapter_file = one_level_files
+    import_extensions([detector_file])
+    overrides = {
+        "MODEL": {
+            "RETINANET": {"IN_FEATURES": ["p5"]},
+            "ANCHOR_GENERATOR": {"SIZES": [[32, 64]], "ASPECT_RATIOS": [[1.0]]},
+            "KD": {"DISTILLERS": ("RankMimicking", "PFI", "SoftLabel", "DIST", "StructuralKD")},
+        }
+    }
+    cfg = tiny_cfg("retinanet", overrides)
+    student, teacher = (META_ARCH_REGISTRY.get("OneLevelDetector")(cfg).train() for _ in range(2))
+    assert build_adapter(student).spec.provides == {"features", "detections", "targets"}
+    import_extensions([adapter_file])
+    adapter, inputs = build_adapter(student), make_inputs()
+    targets = [entry["instances"] for entry in inputs]
+    own, outputs = student(inputs), adapter.run(inputs, frozenset({"dense"}), targets)
+    assert outputs.losses.keys() == own.keys() == {"loss_scores", "loss_boxes"}
+    for name, loss in own.items():
+        assert outputs.losses[name].item() == pytest.approx(loss.item(), rel=1e-5)
+    teacher = Teacher(teacher)
+    names = cfg.MODEL.KD.DISTILLERS
+    distillers = {name: configured(DISTILLER_REGISTRY.get(name), cfg, adapter.spec, teacher.spec) for name in names}
+    losses = KDMetaArch(student=student, teacher=teacher, distillers=distillers).train()(inputs)
+    distilled = {name: loss for name, loss in losses.items() if name not in own}
+    assert len(distilled) >= 6 and all(loss > 0 for loss in distilled.values())
+    sum(distilled.values()).backward()
+    assert all(parameter.grad.any() for parameter in student.head.parameters())
+
+
+def test_two_adapters_for_one_class(one_level_files, tiny_detector):
+    """Check that the second adapter does not silently take the place of the first."""
+    import_extensions(one_level_files)
+    adapter = DETECTOR_ADAPTER_REGISTRY.get("OneLevelAdapter")
+    DETECTOR_ADAPTER_REGISTRY._do_register("Another", type("Another", (adapter,), {}))
+    with pytest.raises(UserError, match="OneLevelAdapter and Another are both registered for OneLevelDetector"):
+        build_adapter(tiny_detector("retinanet"))
 
 
 def test_the_table_of_methods_and_detectors() -> None:

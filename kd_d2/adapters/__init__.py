@@ -1,6 +1,6 @@
 """How Detectron2's detectors are read: adapters, and the plain data that they return."""
 
-from ..modeling.assignment import BACKGROUND, IGNORED, Positives
+from ..modeling.assignment import BACKGROUND, IGNORED, Positives, assign_by_iou
 from .adapter import DETECTOR_ADAPTER_REGISTRY, BackboneAdapter, DetectorAdapter, build_adapter
 from .dense import (
     AnchorDetectorAdapter,
@@ -11,6 +11,7 @@ from .dense import (
     GFLAdapter,
     RetinaNetAdapter,
     SingleAnchorAdapter,
+    labels_and_boxes,
 )
 from .outputs import DensePredictions, DetectorOutputs, DetectorSpec, SampledProposals, Towers, towers_at
 from .rcnn import RCNNAdapter
@@ -36,6 +37,8 @@ __all__ = [
     "SampledProposals",
     "SingleAnchorAdapter",
     "Towers",
+    "assign_by_iou",
     "build_adapter",
+    "labels_and_boxes",
     "towers_at",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -195,10 +194,19 @@ def first_anchors(generator: nn.Module, strides: list[int]) -> dict[int, Tensor]
 
 
 def build_adapter(model: nn.Module) -> DetectorAdapter:
-    """The adapter for `model`, chosen by its class."""
-    adapters: dict[type, Callable[[nn.Module], DetectorAdapter]] = {
-        a.model_class: a for _, a in DETECTOR_ADAPTER_REGISTRY
-    }
+    """The adapter for `model`, chosen by its class.
+
+    Raises:
+        UserError: two adapters are registered for one class.
+    """
+    adapters: dict[type, type[DetectorAdapter]] = {}
+    for _, adapter in DETECTOR_ADAPTER_REGISTRY:
+        known = adapters.setdefault(adapter.model_class, adapter)
+        if known is not adapter:
+            raise UserError(
+                f"The adapters {known.__name__} and {adapter.__name__} are both registered for "
+                f"{adapter.model_class.__name__}; give the new one a subclass of it as model_class, or register one of them."
+            )
     for cls in type(model).__mro__:
         adapter = adapters.get(cls)
         if adapter and all(getattr(type(model), method) is getattr(cls, method) for method in adapter.composes):
