@@ -135,8 +135,7 @@ def shared_parameters(student: nn.Module) -> list[nn.Parameter]:
     trained = {f"backbone.{n}": p for n, p in student.backbone.named_parameters() if p.requires_grad}
     if not trained:
         raise UserError(
-            "The student's backbone is fully frozen (MODEL.BACKBONE.FREEZE_AT): there are no parameters in which the gradients of "
-            "its losses could be compared."
+            "The student's backbone is fully frozen (MODEL.BACKBONE.FREEZE_AT), so that there is no gradient to measure."
         )
     neck = [p for name, p in trained.items() if component_of(name) == "neck"]
     return neck or list(trained.values())

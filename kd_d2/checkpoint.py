@@ -129,7 +129,7 @@ def local_path(path: str) -> str:
     try:
         return PathManager.get_local_path(path)
     except Exception as error:
-        raise UserError(f"Weights {path} cannot be fetched: {error}.") from error
+        raise UserError(f"Weights {path} cannot be downloaded: {error}.") from error
 
 
 @dataclass
@@ -209,7 +209,7 @@ def load_torchvision(model: nn.Module, weights: StateDict, source: TorchvisionFo
     if not fit.has_weights:
         raise UserError(f"{path} holds {what}, of which nothing fits the model's.")
     unused = Counter(_module_of(n) for n in offered if n not in fit.filled and n not in fit.misfits)
-    logger.info(f"Starting weights in torchvision's {source.architecture} format from {path}:\n{fit.table()}")
+    logger.info(f"Initial weights in torchvision's {source.architecture} format from {path}:\n{fit.table()}")
     if unused:
         logger.info(
             "Not used, since the model has no such block: " + ", ".join(f"{n} of {m}" for m, n in unused.items())
@@ -318,7 +318,7 @@ def load_complete(model: nn.Module, path: str, whose: str) -> None:
     buffers = {n for n, _ in model.named_buffers() if n.endswith(("running_mean", "running_var"))}
     needed = parameters | buffers
     if incompatible is None:
-        raise UserError(f"{path} holds starting weights in torchvision's format, not a trained detector for {whose}.")
+        raise UserError(f"{path} has initial weights in torchvision's format, not a trained detector for {whose}.")
     wrong_shape = {name: f"{tuple(a)} instead of {tuple(b)}" for name, a, b in incompatible.incorrect_shapes}
     unfilled = sorted(needed & ({*incompatible.missing_keys} | wrong_shape.keys()))
     if unfilled:

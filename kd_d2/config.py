@@ -253,7 +253,7 @@ def _choose_device(cfg: CN, opts: Iterable[Any]) -> None:
 def _tree_from_opts(opts: list[Any], source: str) -> dict[str, Any]:
     options = [o for o in opts[::2] if str(o).startswith("--")]
     if options:
-        raise UserError(f"{source}: {options[0]} stands among the overrides; options come before them.")
+        raise UserError(f"{source}: the option {options[0]} must come before the KEY VALUE overrides.")
     if len(opts) % 2:
         raise UserError(f"{source}: overrides come in pairs of a key and a value; {opts[-1]!r} has no value.")
     tree: dict[str, Any] = {}
@@ -434,7 +434,7 @@ def _validate_distillation(cfg: CN) -> None:
     known = sorted(name for name, _ in DISTILLER_REGISTRY)
     for name in kd.DISTILLERS:
         if name not in known:
-            raise UserError(f"MODEL.KD.DISTILLERS names {name!r}, which is no distiller; there are {', '.join(known)}.")
+            raise UserError(f"MODEL.KD.DISTILLERS names the unknown method {name!r}; available: {', '.join(known)}.")
         if list(kd.DISTILLERS).count(name) > 1:
             raise UserError(f"MODEL.KD.DISTILLERS names {name!r} twice.")
         method = DISTILLER_REGISTRY.get(name)

@@ -90,7 +90,7 @@ def find_file(name: str, key: str, folder: str = "", *, is_folder: bool = False)
         if exists(place):
             return place
     kind = "folder" if is_folder else "file"
-    raise UserError(f"{key}: there is no {kind} {' nor '.join(places)}.")
+    raise UserError(f"{key}: there is no {kind} {' or '.join(places)}.")
 
 
 def find_weights(name: str, key: str, folder: str = "") -> str:
@@ -176,7 +176,7 @@ def read_yaml(path: str) -> dict[str, Any]:
     for name, tree in read_layers(path):
         _lay_over(result, tree, name)
     if result.pop("VERSION", 2) != 2:
-        raise UserError(f"Config file {path} is of an old VERSION; Detectron2's configs of VERSION 2 are read.")
+        raise UserError(f"Config file {path} has an old VERSION; only VERSION 2 is supported.")
     return result
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 
 class UserError(Exception):
-    """Something that the user can mend: the message is one sentence that names the key, file or value."""
+    """An error that the user can fix: the message is one sentence that names the key, file or value."""
 
 
 def is_finite_number(value: object) -> bool:
@@ -32,6 +32,6 @@ def exit_on_user_error() -> Iterator[None]:
 
 
 def end_with(sentence: object) -> None:
-    """Print why the program cannot go on, and end it with exit status 2."""
+    """Print why the program cannot continue, and end it with exit status 2."""
     print(f"error: {sentence}", file=sys.stderr, flush=True)
     sys.exit(2)

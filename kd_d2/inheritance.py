@@ -38,7 +38,7 @@ def inherit(student: nn.Module, teacher: nn.Module, modules: Iterable[str]) -> F
     logger.info(f"Inherited from the teacher ({', '.join(modules)}):\n{fit.table()}")
     if not fit.has_weights:
         raise UserError(
-            f"MODEL.KD.INHERIT: nothing of the teacher's {' and '.join(modules)} ({type(teacher).__name__}) fits the student "
+            f"MODEL.KD.INHERIT: no weight of the teacher's {' and '.join(modules)} ({type(teacher).__name__}) fits the student "
             f"({type(student).__name__}) by name and shape."
         )
     return fit

@@ -54,8 +54,8 @@ class PseudoLabels(Annotations):
         lowest = teacher.score_threshold
         if lowest is not None and lowest > self.score_threshold:
             raise UserError(
-                f"The teacher's detections above {self.score_threshold} are to be labels (MODEL.KD.PSEUDO_LABELS.SCORE_THRESH), but the "
-                f"teacher ({teacher.name}) gives none below {lowest}: lower its SCORE_THRESH_TEST by MODEL.KD.TEACHER.OPTS."
+                f"Pseudo-labels need teacher detections down to score {self.score_threshold} (MODEL.KD.PSEUDO_LABELS.SCORE_THRESH), but the "
+                f"teacher ({teacher.name}) has none below {lowest}; lower its SCORE_THRESH_TEST by MODEL.KD.TEACHER.OPTS."
             )
 
     def __call__(self, batched_inputs: list[dict], teacher: DetectorOutputs | None) -> list[Instances]:

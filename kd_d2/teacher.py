@@ -93,6 +93,6 @@ class _Compiled:
             if self.fast is self.function:
                 raise
             reason = str(error).strip().partition("\n")[0]
-            logger.warning(f"MODEL.KD.TEACHER.COMPILE: the teacher runs uncompiled, for compiling failed ({reason}).")
+            logger.warning(f"MODEL.KD.TEACHER.COMPILE: compilation failed ({reason}); the teacher runs uncompiled.")
             self.fast = self.function
             return self.function(*args)

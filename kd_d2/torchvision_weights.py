@@ -97,10 +97,10 @@ def check_torchvision_input(model: nn.Module, path: str) -> None:
         same = value == needed if isinstance(needed, str) else np.allclose(value, needed, atol=1e-2)
         if value is not None and not same:
             raise UserError(
-                f"{path} holds weights in torchvision's format, which want {key} {needed}; the config says {value}."
+                f"{path} holds weights in torchvision's format, which need {key} {needed}; the config says {value}."
             )
     strided = [m for m in model.modules() if type(m).__name__ == "BottleneckBlock" and m.conv1.stride != m.conv2.stride]
     if any(m.conv1.stride > m.conv2.stride for m in strided):
         raise UserError(
-            f"{path} holds weights in torchvision's format, which want MODEL.RESNETS.STRIDE_IN_1X1 False; the config says True."
+            f"{path} holds weights in torchvision's format, which need MODEL.RESNETS.STRIDE_IN_1X1 False; the config says True."
         )

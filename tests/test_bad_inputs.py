@@ -65,7 +65,7 @@ def test_missing_teacher_config(project: Project, refused) -> None:
     """Check the key and the place, and that no output folder is made."""
     project.teacher.unlink()
     assert refused().startswith(
-        f"MODEL.KD.TEACHER.CONFIG_FILE: there is no file {Path.cwd() / 'teacher.yaml'} nor {project.teacher}, and no config "
+        f"MODEL.KD.TEACHER.CONFIG_FILE: there is no file {Path.cwd() / 'teacher.yaml'} or {project.teacher}, and no config "
     )
     assert not project.output.exists()
 
@@ -121,7 +121,7 @@ def test_starting_weights_for_a_teacher(project: Project, refused) -> None:
     torch.save(torchvision.models.resnet18(weights=None).state_dict(), project.teacher_weights)
     project.change_teacher(MODEL__SLIM_RESNET__WIDTHS=(64, 128, 256, 512), MODEL__RESNETS__STEM_OUT_CHANNELS=64)
     assert refused() == (
-        f"{project.teacher_weights} holds starting weights in torchvision's format, not a trained detector for the teacher."
+        f"{project.teacher_weights} has initial weights in torchvision's format, not a trained detector for the teacher."
     )
 
 
@@ -182,7 +182,7 @@ def test_nothing_to_inherit(project: Project, refused) -> None:
     other = {"MODEL.FPN.OUT_CHANNELS": 24, "MODEL.FPN.NORM": "", "MODEL.KD.DISTILLERS": ()}
     opts = [part for pair in other.items() for part in pair]
     assert refused("MODEL.KD.INHERIT.ENABLED", True, *opts) == (
-        "MODEL.KD.INHERIT: nothing of the teacher's neck and head (RetinaNet) fits the student (RetinaNet) by name and shape."
+        "MODEL.KD.INHERIT: no weight of the teacher's neck and head (RetinaNet) fits the student (RetinaNet) by name and shape."
     )
 
 
@@ -297,7 +297,7 @@ def test_a_broken_image_stops_the_training_in_a_sentence(project: Project, capfd
 @pytest.mark.parametrize(
     ("opts", "expected"),
     [
-        (["MODEL.KD.DISTILLERS", "('IDC',)"], "MODEL.KD.DISTILLERS names 'IDC', which is no distiller; there are "),
+        (["MODEL.KD.DISTILLERS", "('IDC',)"], "MODEL.KD.DISTILLERS names the unknown method 'IDC'; available: "),
         (
             ["MODEL.KD.STRUCTURAL.WEIHGT", 1],
             "the command line: there is no config key MODEL.KD.STRUCTURAL.WEIHGT. Did you mean MODEL.KD.STRUCTURAL.WEIGHT?",
@@ -305,13 +305,13 @@ def test_a_broken_image_stops_the_training_in_a_sentence(project: Project, capfd
         (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE is 'gpu', which PyTorch does not know"),
         (
             ["SOLVER.MAX_ITER", 3],
-            "No learning rates can be made of SOLVER.LR_SCHEDULER_NAME 'WarmupMultiStepLR', SOLVER.STEPS (3,) and SOLVER.MAX_ITER "
+            "Invalid learning rate schedule: SOLVER.LR_SCHEDULER_NAME 'WarmupMultiStepLR', SOLVER.STEPS (3,) and SOLVER.MAX_ITER "
             "3: Milestone must be smaller",
         ),
         (["SOLVER.CHECKPOINT_PERIOD", 0], "SOLVER.CHECKPOINT_PERIOD is 0; it must be a number at least 1."),
         (["SOLVER.BASE_LR", -1.0], "SOLVER.BASE_LR is -1.0; it must be a number at least 0."),
         (["DATALOADER.NUM_WORKERS", -1], "DATALOADER.NUM_WORKERS is -1; it must be a number at least 0."),
-        (["SEED", 1, "--resume"], "the command line: --resume stands among the overrides; options come before them."),
+        (["SEED", 1, "--resume"], "the command line: the option --resume must come before the KEY VALUE overrides."),
     ],
 )
 def test_keys(project: Project, refused, opts: list, expected: str) -> None:
@@ -372,7 +372,7 @@ def test_resuming_what_cannot_be_resumed(project: Project, capfd: pytest.Capture
 
     other_config = f"--resume: {file} is not from a training with this config ("
     assert resume(*plain("MODEL.FPN.OUT_CHANNELS", 24)) == (
-        f"{other_config}backbone.fpn_lateral3.weight does not fit); go on with the config that it was begun with, or start anew "
+        f"{other_config}backbone.fpn_lateral3.weight does not fit); resume with the config that it was started with, or train "
         "in another OUTPUT_DIR."
     )
     assert resume("MODEL.KD.FEATURE_IMITATION.ADAPTATION", "1x1").startswith(other_config)
@@ -381,7 +381,7 @@ def test_resuming_what_cannot_be_resumed(project: Project, capfd: pytest.Capture
 
     torch.save({"model": torch.load(file, weights_only=True)["model"]}, file)
     assert resume(*plain()).startswith(
-        f"{other_config}it holds weights alone); go on with the config that it was begun with"
+        f"{other_config}it holds weights alone); resume with the config that it was started with"
     )
     file.write_bytes(good[:3000])
     assert resume(*plain()).startswith(f"Checkpoint {file} is damaged or no checkpoint: it cannot be read (")
@@ -405,7 +405,7 @@ def test_files_of_proposals_are_not_read(project: Project, refused) -> None:
     for key in ("TRAIN", "TEST"):
         sentence = refused("MODEL.LOAD_PROPOSALS", True, f"DATASETS.PROPOSAL_FILES_{key}", (str(proposals),))
         assert sentence == (
-            "MODEL.LOAD_PROPOSALS is True: files of proposals are pickles, which can run code when they are read, so they are not."
+            "MODEL.LOAD_PROPOSALS is True: precomputed proposals are not supported, since they are pickle files, which can run code when they are loaded."
         )
     assert not marker.exists()
 

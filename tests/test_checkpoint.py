@@ -310,7 +310,7 @@ def test_another_input_format_is_refused(
     torch.save(torchvision_resnet.state_dict(), path)
     model = detector(tmp_path, **keys)
     said = sentence(KDCheckpointer(model).load, str(path))
-    assert said == f"{path} holds weights in torchvision's format, which want {expected}"
+    assert said == f"{path} holds weights in torchvision's format, which need {expected}"
 
 
 def test_a_resnet_of_which_nothing_fits(tmp_path: Path, torchvision_resnet: nn.Module) -> None:
@@ -325,7 +325,7 @@ def test_a_resnet_of_which_nothing_fits(tmp_path: Path, torchvision_resnet: nn.M
         f"{path} holds a ResNet in torchvision's format, of which nothing fits the model's."
     )
     assert sentence(load_complete, detector(tmp_path), str(path), "the teacher") == (
-        f"{path} holds starting weights in torchvision's format, not a trained detector for the teacher."
+        f"{path} has initial weights in torchvision's format, not a trained detector for the teacher."
     )
 
 
@@ -340,7 +340,7 @@ def test_starting_weights_fill_a_mobilenet(tmp_path: Path, log) -> None:
     KDCheckpointer(model).load(str(path))
     bottom_up = {name: tensor for name, tensor in model.state_dict().items() if component_of(name) == "bottom_up"}
     assert all(torch.equal(tensor, weights[name.partition("bottom_up.")[2]]) for name, tensor in bottom_up.items())
-    assert "Starting weights in torchvision's MobileNetV2 format" in log.text
+    assert "Initial weights in torchvision's MobileNetV2 format" in log.text
     assert "does not fit" not in log.text
     half = detector(tmp_path, MODEL__BACKBONE__NAME=backbone, MODEL__MOBILENET_V2__WIDTH_MULT=0.5)
     assert sentence(KDCheckpointer(half).load, str(path)) == (
@@ -416,7 +416,7 @@ def test_inheritance_of_one_part(log: pytest.LogCaptureFixture) -> None:
 def test_inheritance_of_nothing_is_an_error(student: nn.Module) -> None:
     """Check that a teacher of which nothing fits, but perhaps a batch counter, is named with its student."""
     assert sentence(inherit, student, Toy(), ("neck", "head")) == (
-        f"MODEL.KD.INHERIT: nothing of the teacher's neck and head (Toy) fits the student ({type(student).__name__}) by name "
+        f"MODEL.KD.INHERIT: no weight of the teacher's neck and head (Toy) fits the student ({type(student).__name__}) by name "
         "and shape."
     )
 

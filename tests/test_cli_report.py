@@ -217,4 +217,4 @@ def test_a_comparison_without_a_finished_cell(tmp_path: Path, capfd) -> None:
     }
     with pytest.raises(SystemExit):
         run("--output", tmp_path / "p.html", "--sweep", write_yaml(tmp_path / "m.yaml", matrix), "--results", tmp_path)
-    assert f"--results: {tmp_path} has no finished cell of the matrix" in capfd.readouterr().err
+    assert f"--results: {tmp_path} has no finished cell of the sweep" in capfd.readouterr().err

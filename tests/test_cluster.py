@@ -117,7 +117,7 @@ def test_slurm_script_on_two_nodes(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
         output = tmp_path / "output" / "student"
         assert read_checkpoint(str(output / "model_final.pth"))["iteration"] == iterations - 1
-    assert "Going on from" in (output / "log.txt").read_text()
+    assert "Resuming from" in (output / "log.txt").read_text()
     assert (output / "log.txt.rank1").is_file()
 
 

@@ -162,7 +162,7 @@ def test_coco_json_must_be_a_list_of_triples(value: str, entry: str) -> None:
         (["MODEL.KD.STRUCTURAL.LAMBDA", 5], "there is no config key MODEL.KD.STRUCTURAL.LAMBDA."),
         (["SOLVER", 5], "SOLVER is a group of keys and cannot be set to 5."),
         (["SOLVER.MAX_ITER"], "overrides come in pairs of a key and a value; 'SOLVER.MAX_ITER' has no value."),
-        (["SEED", 1, "--resume"], "--resume stands among the overrides; options come before them."),
+        (["SEED", 1, "--resume"], "the option --resume must come before the KEY VALUE overrides."),
         (["MODEL", "x", "MODEL.DEVICE", "cpu"], "MODEL.DEVICE is given, but also a value for its group MODEL."),
     ],
 )
@@ -194,7 +194,7 @@ def test_the_source_of_a_wrong_key_is_named(files: Files) -> None:
     [
         (
             ["MODEL.KD.DISTILLERS", "('IDC',)"],
-            "MODEL.KD.DISTILLERS names 'IDC', which is no distiller; there are .*FeatureImitation.*StructuralKD",
+            "MODEL.KD.DISTILLERS names the unknown method 'IDC'; available: .*FeatureImitation.*StructuralKD",
         ),
         (
             ["MODEL.KD.DISTILLERS", "('StructuralKD', 'StructuralKD')"],
@@ -233,7 +233,7 @@ def test_the_source_of_a_wrong_key_is_named(files: Files) -> None:
         ),
         (
             ["MODEL.KD.STRUCTURAL.SSIM_EXPONENTS", (0, 0, 0)],
-            r"MODEL.KD.STRUCTURAL.SSIM_EXPONENTS is \(0, 0, 0\): nothing is left of the loss",
+            r"MODEL.KD.STRUCTURAL.SSIM_EXPONENTS is \(0, 0, 0\): at least one exponent must be above 0",
         ),
         (
             ["MODEL.KD.STRUCTURAL.SSIM_EXPONENTS", (1, 0, 0), "MODEL.KD.STRUCTURAL.LOSS", "ms_ssim"],
@@ -329,7 +329,7 @@ def test_a_missing_file_names_both_places(
         opts = ["DATASETS.COCO_JSON", [triple], "DATASETS.TEST", ["mine"]]
     else:
         opts = [key, "gone"]
-    expected = f"{key}: there is no {kind} {elsewhere / 'gone'} nor {files.folder / 'gone'}"
+    expected = f"{key}: there is no {kind} {elsewhere / 'gone'} or {files.folder / 'gone'}"
     if "CONFIG_FILE" in key:
         expected += ", and no config gone comes with kd_d2 or is in Detectron2's model zoo"
     assert sentence(student, *opts) == f"{expected}."
@@ -380,7 +380,7 @@ def test_the_same_file_trains_the_plain_student(files: Files) -> None:
         (b"_BASE_: a.yaml\n", "is its own _BASE_, directly or through others"),
         (b"SEED: [1\n", "is not plain yaml: while parsing a flow sequence"),
         (b"\xff\xfe\x00\x01", "cannot be read: 'utf-8' codec can't decode byte"),
-        (b"VERSION: 1\n", "is of an old VERSION"),
+        (b"VERSION: 1\n", "has an old VERSION"),
     ],
 )
 def test_files_that_are_no_config(tmp_path: Path, content: bytes, expected: str) -> None:
@@ -498,7 +498,7 @@ def test_where_the_teachers_weights_come_from(files: Files) -> None:
     path = files.student(MODEL__KD__TEACHER={"CONFIG_FILE": "models/own.yaml", "WEIGHTS": ""})
     own = write_yaml(files.folder / "models" / "own.yaml", tree_of(MODEL__WEIGHTS="own.pth"))
     with pytest.raises(
-        UserError, match=r"^MODEL.KD.TEACHER.WEIGHTS: there is no file .*own.pth nor .*models/own.pth\.$"
+        UserError, match=r"^MODEL.KD.TEACHER.WEIGHTS: there is no file .*own.pth or .*models/own.pth\.$"
     ):
         load_teacher_config(load_config(str(path)))
     (files.folder / "models" / "own.pth").touch()

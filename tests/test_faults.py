@@ -99,7 +99,7 @@ def test_a_damaged_last_checkpoint(tmp_path: Path, damage) -> None:
     run_train_net("--config-file", project.student, "--resume")
     log = (project.output / "log.txt").read_text()
     assert "model_0000005.pth" in log and "Looking for the checkpoint before it." in log
-    assert f"Going on from {project.output / 'model_0000003.pth'}" in log
+    assert f"Resuming from {project.output / 'model_0000003.pth'}" in log
     resumed = read_checkpoint(str(project.output / "model_final.pth"))["model"]
     for name, tensor in unbroken.trainer.bare_model.student.state_dict().items():
         torch.testing.assert_close(resumed[name], tensor, rtol=1e-3, atol=1e-4)

@@ -232,7 +232,7 @@ def _resume_from_own_folder(rank: int, project: Project) -> None:
     folder = (
         () if rank == 0 else ("OUTPUT_DIR", project.folder / "elsewhere")
     )  # another disk, which never had a checkpoint
-    sentence = r"process 0 goes on from model_final.pth and process 1 from nothing; OUTPUT_DIR must be a folder that all machines share"
+    sentence = r"ranks resume from different checkpoints \(0: model_final.pth, 1: nothing\); OUTPUT_DIR must be on a file system that all machines share"
     with clean_process(), pytest.raises(UserError, match=sentence):
         make_trainer(project, *folder).resume_or_load(resume=True)
     torch.distributed.destroy_process_group()

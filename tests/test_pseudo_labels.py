@@ -305,7 +305,7 @@ def test_a_teacher_that_leaves_out_what_would_count(
 ) -> None:
     """Check one- and two-stage teachers and the tool: fewer labels than asked for are no labels."""
     for kind in ("retinanet", "faster", "cascade"):
-        with pytest.raises(UserError, match=r"gives none below 0.05: lower its SCORE_THRESH_TEST"):
+        with pytest.raises(UserError, match=r"has none below 0.05; lower its SCORE_THRESH_TEST"):
             KDMetaArch(
                 student=tiny_detector("retinanet"),
                 teacher=Teacher(tiny_detector(kind)),
@@ -316,7 +316,7 @@ def test_a_teacher_that_leaves_out_what_would_count(
     with pytest.raises(SystemExit):
         run_command("pseudo-label", project.student, "--output", tmp_path / "labels.json", "--score-thresh", 0.01)
     error = capfd.readouterr().err
-    assert re.search(r"error: .*detections above 0.01 are to be labels .* gives none below 0.05", error)
+    assert re.search(r"error: .*need teacher detections down to score 0.01 .* has none below 0.05", error)
 
 
 def test_labels_are_of_scaled_images(tiny_detector: Callable, make_inputs: Callable) -> None:

@@ -500,7 +500,7 @@ def test_triton_that_cannot_start_is_told(monkeypatch: pytest.MonkeyPatch, caplo
     assert [fused_ssim._triton_kernels(torch.device("cpu")) for _ in range(2)] == [None, None]
     fused_ssim._triton_kernels.cache_clear()
     assert [r.message for r in caplog.records] == [
-        "SSIM is computed without Triton's kernels on cpu, more slowly, for they failed (Failed to find C compiler.)."
+        "The Triton kernels of SSIM failed on cpu (Failed to find C compiler.); falling back to the slower PyTorch implementation."
     ]
 
 

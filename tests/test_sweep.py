@@ -295,7 +295,7 @@ def test_a_cell_that_another_process_runs_is_left_to_it(tmp_path, monkeypatch, c
     with open(os.path.join(job.output, ".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         run_jobs([job], 1, 1)
-    assert f"busy seed 0: left out, another process is running it in {job.output}" in caplog.text
+    assert f"busy seed 0: skipped, another process is training it in {job.output}" in caplog.text
     assert not os.path.exists(os.path.join(job.output, "process.log"))
     with pytest.raises(UserError, match="1 cells failed: busy seed 0"):  # free again: it is tried
         run_jobs([job], 1, 1)

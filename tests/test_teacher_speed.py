@@ -74,7 +74,7 @@ def test_compiling_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     said = []
     monkeypatch.setattr("kd_d2.teacher.logger.warning", said.append)
     assert train(project, "MODEL.KD.TEACHER.COMPILE", True).losses[0] == pytest.approx(expected[0], rel=1e-4)
-    assert said == ["MODEL.KD.TEACHER.COMPILE: the teacher runs uncompiled, for compiling failed (no compiler)."]
+    assert said == ["MODEL.KD.TEACHER.COMPILE: compilation failed (no compiler); the teacher runs uncompiled."]
 
 
 def test_errors_of_the_backbone_itself_are_not_hidden(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

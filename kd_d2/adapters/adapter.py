@@ -129,16 +129,14 @@ class BackboneAdapter(DetectorAdapter):
 
     def __init__(self, model: nn.Module):
         if not callable(getattr(getattr(model, "backbone", None), "output_shape", None)):
-            raise UserError(
-                f"{type(model).__name__} has no Detectron2 backbone, so there is nothing that a distiller could read."
-            )
+            raise UserError(f"{type(model).__name__} has no Detectron2 backbone, whose features methods could read.")
         super().__init__(model)
 
     def pad_to(self, size_divisibility: int) -> None:
         if size_divisibility != self.size_divisibility:
             raise UserError(
                 f"{type(self.model).__name__} pads its images to multiples of {self.size_divisibility} pixels and its "
-                f"partner needs multiples of {size_divisibility}; only detectors with an adapter of their own can change this."
+                f"partner needs multiples of {size_divisibility}; only detectors with their own adapter can change this."
             )
 
     def run(

@@ -107,7 +107,7 @@ class MappedDataset(Dataset):
                 except DataError as error:
                     if not self.skip_unusable:
                         raise
-                    logger.warning(f"{error} The next one takes its place.")
+                    logger.warning(f"{error} The next image is used instead.")
                     continue
                 if mapped is not None:
                     return mapped

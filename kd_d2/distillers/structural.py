@@ -119,7 +119,7 @@ class StructuralKD(Distiller):
         def check(self, name: str) -> None:
             exponents = self.ssim_exponents
             if not any(exponents):
-                raise UserError(f"{name}.SSIM_EXPONENTS is {exponents!r}: nothing is left of the loss.")
+                raise UserError(f"{name}.SSIM_EXPONENTS is {exponents!r}: at least one exponent must be above 0.")
             if self.loss != "ssim" and exponents != (1, 1, 1):
                 raise UserError(
                     f"{name}.SSIM_EXPONENTS is {exponents!r}, which LOSS 'ssim' alone reads; LOSS is {self.loss!r}."

@@ -49,7 +49,7 @@ def check_datasets(cfg: CfgNode, *, train: bool) -> None:
     """
     if cfg.MODEL.LOAD_PROPOSALS:
         raise UserError(
-            "MODEL.LOAD_PROPOSALS is True: files of proposals are pickles, which can run code when they are read, so they are not."
+            "MODEL.LOAD_PROPOSALS is True: precomputed proposals are not supported, since they are pickle files, which can run code when they are loaded."
         )
     keys = ["TRAIN", "TEST"] if train else ["TEST"]
     for key in keys:

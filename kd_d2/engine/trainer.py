@@ -91,8 +91,8 @@ class KDTrainer(DefaultTrainer):
         for rank, other in enumerate(beginnings):
             if other != beginnings[0]:
                 raise UserError(
-                    f"--resume: process 0 goes on from {beginnings[0]} and process {rank} from {other}; OUTPUT_DIR must be a folder "
-                    "that all machines share."
+                    f"--resume: ranks resume from different checkpoints (0: {beginnings[0]}, {rank}: {other}); OUTPUT_DIR must be on a "
+                    "file system that all machines share."
                 )
 
     def _resume_from_any(self, files: list[str]) -> str:
@@ -110,7 +110,7 @@ class KDTrainer(DefaultTrainer):
     def _resume(self, file: str) -> None:
         try:
             self.checkpointer.load(file)
-            logger.info(f"Going on from {file}")
+            logger.info(f"Resuming from {file}")
         except (KeyError, ValueError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
         else:
@@ -121,8 +121,8 @@ class KDTrainer(DefaultTrainer):
                 reason = "it holds weights alone"
         if reason:
             raise UserError(
-                f"--resume: {file} is not from a training with this config ({reason}); go on with the config that it was begun "
-                "with, or start anew in another OUTPUT_DIR."
+                f"--resume: {file} is not from a training with this config ({reason}); resume with the config that it was started "
+                "with, or train in another OUTPUT_DIR."
             )
 
     def _open_stream(self) -> None:
@@ -167,7 +167,7 @@ class KDTrainer(DefaultTrainer):
             return super().build_lr_scheduler(cfg, optimizer)
         except (ValueError, ZeroDivisionError) as error:
             raise UserError(
-                f"No learning rates can be made of SOLVER.LR_SCHEDULER_NAME {cfg.SOLVER.LR_SCHEDULER_NAME!r}, SOLVER.STEPS "
+                f"Invalid learning rate schedule: SOLVER.LR_SCHEDULER_NAME {cfg.SOLVER.LR_SCHEDULER_NAME!r}, SOLVER.STEPS "
                 f"{cfg.SOLVER.STEPS} and SOLVER.MAX_ITER {cfg.SOLVER.MAX_ITER}: {error}."
             ) from error
 
@@ -224,7 +224,7 @@ def _explained(error: BaseException | None) -> UserError | None:
     if str(error).startswith("DataLoader worker"):
         reason = str(error).partition("\n")[0].rstrip(" .")
         return UserError(
-            f"A process that reads training data has died ({reason}), most often for want of memory: lower DATALOADER.NUM_WORKERS; "
+            f"A process that reads training data has died ({reason}), most often because memory ran out: lower DATALOADER.NUM_WORKERS; "
             f"{go_on}."
         )
     return None

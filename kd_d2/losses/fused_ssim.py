@@ -74,7 +74,7 @@ def _triton_kernels(device: torch.device) -> ModuleType | None:
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         logger.warning(
-            f"SSIM is computed without Triton's kernels on {device}, more slowly, for they failed ({reason})."
+            f"The Triton kernels of SSIM failed on {device} ({reason}); falling back to the slower PyTorch implementation."
         )
         return None
     return ssim_triton

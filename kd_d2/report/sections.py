@@ -32,7 +32,7 @@ def sweep_section(matrix: Matrix, results_folder: str, scratch: str) -> Section:
     """
     results = read_results(matrix, results_folder)
     if not results:
-        raise UserError(f"--results: {results_folder} has no finished cell of the matrix.")
+        raise UserError(f"--results: {results_folder} has no finished cell of the sweep.")
     rows = [format_row(row) for row in build_rows(matrix, results, read_costs(results_folder) or {})]
     kept = [i for i in range(len(HEADERS)) if any(row[i] for row in rows)]
     table = Table([HEADERS[i] for i in kept], [[row[i] for i in kept] for row in rows])
@@ -110,7 +110,7 @@ def _results_by_dataset(folder: str) -> dict[str, dict]:
         return {}
     results = read_json(path)
     if not isinstance(results, dict):
-        raise UserError(f"{path} holds no results by name.")
+        raise UserError(f"{path} has no results by name.")
     return {"": results} if "bbox" in results else {name: r for name, r in results.items() if isinstance(r, dict)}
 
 

@@ -112,7 +112,7 @@ def read_matrix(path: str) -> Matrix:
         with open(path, encoding="utf-8") as file:
             tree = yaml.safe_load(file)
     except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"Matrix {path} cannot be read: {' '.join(str(error).split())}.") from error
+        raise UserError(f"Sweep {path} cannot be read: {' '.join(str(error).split())}.") from error
     _only(path, "the matrix", tree, {"config", "baseline", "student", "teacher", "cells"})
     path = os.path.abspath(path)
     common = tree.get("config")
@@ -122,13 +122,13 @@ def read_matrix(path: str) -> Matrix:
         _only(path, f"cell {name}", entry, {"title", "fragments", "opts", "seeds", "config"})
         config = entry.get("config", common)
         if not config:
-            raise UserError(f"Matrix {path}: cell {name} has no config.")
-        files = [find_beside(file, path, f"Matrix {path}: cell {name}") for file in entry.get("fragments", ())]
+            raise UserError(f"Sweep {path}: cell {name} has no config.")
+        files = [find_beside(file, path, f"Sweep {path}: cell {name}") for file in entry.get("fragments", ())]
         opts = (*chain.from_iterable(map(as_overrides, files)), *chain.from_iterable(entry.get("opts", {}).items()))
         return Cell(
             name=name,
             title=entry.get("title", name),
-            config=find_beside(config, path, f"Matrix {path}: cell {name}"),
+            config=find_beside(config, path, f"Sweep {path}: cell {name}"),
             opts=opts,
             seeds=tuple(entry.get("seeds", (0,))),
         )
@@ -137,20 +137,20 @@ def read_matrix(path: str) -> Matrix:
     names = [c.name for c in cells]
     for key in ("baseline", "student"):
         if key in tree and tree[key] not in names:
-            raise UserError(f"Matrix {path}: {key} is {tree[key]!r}, which is no cell; there are {', '.join(names)}.")
+            raise UserError(f"Sweep {path}: {key} is {tree[key]!r}, which is no cell; there are {', '.join(names)}.")
     if not cells or "baseline" not in tree:
-        raise UserError(f"Matrix {path} needs cells, and a baseline among them.")
+        raise UserError(f"Sweep {path} needs cells, and a baseline among them.")
     teacher = cell("teacher", tree["teacher"]) if "teacher" in tree else None
     return Matrix(cells, tree["baseline"], tree.get("student"), teacher, path)
 
 
 def _only(path: str, what: str, entry: Any, known: set[str]) -> None:
     if not isinstance(entry, dict):
-        raise UserError(f"Matrix {path}: {what} must be a mapping of keys to values.")
+        raise UserError(f"Sweep {path}: {what} must be a mapping of keys to values.")
     for key in entry:
         if key not in known:
             raise UserError(
-                f"Matrix {path}: {what} has the unknown key {key!r}; it may have {', '.join(sorted(known))}."
+                f"Sweep {path}: {what} has the unknown key {key!r}; it may have {', '.join(sorted(known))}."
             )
 
 

@@ -93,7 +93,9 @@ def _run_missing(
         job, names_teacher = teacher_training(matrix, output, results, opts, imports)
         run_jobs([job], 1, options.jobs * options.threads)
         if not os.path.isfile(job.result):
-            raise UserError(f"Another process is training the teacher in {job.output}; start again when it has ended.")
+            raise UserError(
+                f"Another process is training the teacher in {job.output}; run this command again when it has finished."
+            )
         opts = [*opts, *names_teacher]
     elif taught := matrix.taught_cell(opts):
         jobs = [teacher_evaluation(taught, output, results, opts, imports)]

@@ -79,7 +79,7 @@ def run_jobs(jobs: list[Job], parallel: int, threads: int) -> None:
             while waiting and len(running) < parallel:
                 job = waiting.pop(0)
                 if not _claim(job):
-                    logger.info(f"{job.name}: left out, another process is running it in {job.output}")
+                    logger.info(f"{job.name}: skipped, another process is training it in {job.output}")
                 elif _is_finished(job):  # by another comparison, while this one was busy
                     job.lock.close()
                 else:
@@ -168,7 +168,7 @@ def _is_finished(job: Job) -> bool:
         key = changed[0]
         raise UserError(
             f"{job.result} was measured with other settings ({key}: {before.get(key, 'default')} then, "
-            f"{job.settings.get(key, 'default')} now); move it away, or compare into another folder."
+            f"{job.settings.get(key, 'default')} now); move the file, or choose another --results folder."
         )
     return True
 
