@@ -9,12 +9,13 @@ export PYTHON DETECTRON2
 
 VENV_PYTHON := .venv/bin/python
 
-.PHONY: help setup demo test test-slow docs lint format clean
+.PHONY: help setup demo test test-unit test-slow docs lint format clean
 
 help:
 	@echo "make setup      the environment, in .venv (PYTHON=path, DETECTRON2=pypi|source|installed)"
 	@echo "make demo       distillation from end to end on a small synthetic set"
 	@echo "make test       lint and the fast tests"
+	@echo "make test-unit  the unit tests: losses, methods, detectors, configs"
 	@echo "make test-slow  the slow tests"
 	@echo "make docs       the documentation site, in output/site"
 	@echo "make lint       style and types; make format fixes the style where it can"
@@ -28,6 +29,9 @@ demo: setup
 
 test: lint
 	$(VENV_PYTHON) -m pytest
+
+test-unit: setup
+	$(VENV_PYTHON) -m pytest -m "unit and not slow"
 
 test-slow: setup
 	$(VENV_PYTHON) -m pytest -m slow

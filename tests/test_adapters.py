@@ -34,6 +34,8 @@ from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
+pytestmark = pytest.mark.unit
+
 NOTHING: frozenset[str] = frozenset()
 EVERYTHING = frozenset({"features", "anchors", "dense", "targets"})
 TOWERS = frozenset({"towers", "towers/0", "towers/1"})

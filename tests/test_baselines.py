@@ -22,6 +22,8 @@ from detectron2.utils.events import EventStorage
 from helpers import configured, scaled, targets_of
 from torch import Tensor
 
+pytestmark = pytest.mark.unit
+
 METHODS = ("FGFI", "DeFeat", "FKD")
 
 

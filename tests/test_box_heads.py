@@ -21,6 +21,8 @@ from detectron2.utils.events import EventStorage
 from helpers import configured, make, scaled, spec_of
 from torch import Tensor, nn
 
+pytestmark = pytest.mark.unit
+
 FIXTURES = Path(__file__).parent / "fixtures" / "methods"
 """Numbers of public programs: megvii-research/mdistiller's `dkd_loss`, and the detection code of DIST's authors."""
 METHODS = {"DKD": DKD, "DIST": DIST, "SOFT_LABEL": SoftLabel}

@@ -13,6 +13,8 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from helpers import CLASSES, clean_process, make_coco
 
+pytestmark = pytest.mark.unit
+
 
 class Set:
     """A COCO set of four images, whose annotation file a test changes."""

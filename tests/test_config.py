@@ -14,6 +14,8 @@ from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from helpers import TINY, tree_of, write_yaml
 
+pytestmark = pytest.mark.unit
+
 ZOO = Path(model_zoo.get_config_file("Base-RetinaNet.yaml")).parent
 ZOO_RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
 

@@ -10,6 +10,8 @@ import pytest
 from detectron2 import model_zoo
 from helpers import ROOT, write_yaml
 
+pytestmark = pytest.mark.unit
+
 
 @pytest.mark.parametrize(
     ("name", "path"),

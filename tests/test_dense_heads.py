@@ -26,6 +26,8 @@ from helpers import configured, make
 from torch import Tensor, nn
 from torchvision.ops import box_iou, distance_box_iou, generalized_box_iou
 
+pytestmark = pytest.mark.unit
+
 KINDS = ("retinanet", "fcos", "atss", "gfl", "fsaf")
 STRIDES = (8, 16, 32, 64, 128)
 WEIGHTS = {

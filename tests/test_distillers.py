@@ -19,6 +19,8 @@ from detectron2.config import CfgNode
 from helpers import configured, scaled, spec_of
 from torch import Tensor, nn
 
+pytestmark = pytest.mark.unit
+
 METHODS = {"FEATURE_IMITATION": FeatureImitation, "STRUCTURAL": StructuralKD}
 
 

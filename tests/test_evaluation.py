@@ -21,6 +21,8 @@ from helpers import ROOT, clean_process, make_coco, make_project
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+pytestmark = pytest.mark.unit
+
 FAKE_DETECTIONS = Path(__file__).resolve().parent / "fixtures" / "coco"
 
 

@@ -33,6 +33,8 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from helpers import make, spec_of
 from torch import Tensor
 
+pytestmark = pytest.mark.unit
+
 REFERENCE = Path(__file__).resolve().parent / "fixtures" / "icd_reference.npz"
 NUM_CLASSES = 3
 STRIDES = [8, 16]

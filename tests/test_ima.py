@@ -20,6 +20,8 @@ from helpers import configured, scaled, targets_of
 from torch import Tensor
 from torchvision.ops import roi_align
 
+pytestmark = pytest.mark.unit
+
 OFF: dict[str, Any] = {
     "ADAPTATION": "none",
     "MASK": "none",

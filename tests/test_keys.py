@@ -16,6 +16,8 @@ from kd_d2.reference import config_reference
 import pytest
 from detectron2.config import CfgNode
 
+pytestmark = pytest.mark.unit
+
 EVEN = Condition("even", lambda value: value % 2 == 0)
 
 

@@ -7,6 +7,8 @@ from kd_d2.losses import min_max_normalize, spatial_attention
 import pytest
 import torch
 
+pytestmark = pytest.mark.unit
+
 STUDENT = torch.tensor([[0.0, 2.0], [4.0, 8.0]]).view(1, 2, 1, 2)
 TEACHER = torch.tensor([[1.0, 1.0], [3.0, 5.0]]).view(1, 2, 1, 2)
 NORMALIZED = {

@@ -26,6 +26,8 @@ from detectron2.utils.events import EventStorage
 from helpers import configured, make, spec_of
 from torch import Tensor, nn
 
+pytestmark = pytest.mark.unit
+
 
 def _imitation(strides: tuple[int, ...], channels: int, adaptation: str = "none") -> FeatureImitation:
     return make(FeatureImitation, spec_of(dict.fromkeys(strides, channels)), adaptation=adaptation)

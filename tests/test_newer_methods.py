@@ -38,6 +38,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+pytestmark = pytest.mark.unit
+
 FIXTURES = Path(__file__).parent / "fixtures" / "methods"
 STRIDES = (8, 16, 32)
 METHODS = (CWD, PKD, MGD, FGD)

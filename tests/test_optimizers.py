@@ -18,6 +18,8 @@ from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
+pytestmark = pytest.mark.unit
+
 DECODER = OptimizerSettings("decoder", lr=0.1, weight_decay=0.5, warmup_iters=4, clip_norm=1.0)
 
 

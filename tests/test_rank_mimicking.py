@@ -35,6 +35,8 @@ from detectron2.structures import Boxes, Instances
 from helpers import configured, make, scaled, spec_of
 from torch import Tensor
 
+pytestmark = pytest.mark.unit
+
 DENSE = frozenset({"features", "anchors", "dense", "targets"})
 
 

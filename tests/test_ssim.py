@@ -16,6 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytestmark = pytest.mark.unit
+
 C1, C2 = 0.01**2, 0.03**2
 
 

@@ -6,12 +6,11 @@ import argparse
 import glob
 import math
 import os
-import types
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Self, get_type_hints
 
 import numpy as np
 from tabulate import tabulate
@@ -21,7 +20,7 @@ from ..errors import UserError
 from ..files import read_json, write_json
 from ..report.page import Picture, Section, Table
 from .models import load_models
-from .registry import find_analysis
+from .stored import members
 
 MARKER = "analysis.json"
 """In a finished folder: the name of the analysis that made it."""
@@ -129,7 +128,7 @@ class Analysis(ABC):
         """
         path, stored = os.path.join(folder, cls.file), cls._stored()
         tree = read_json(path)
-        values = _members(stored, tree if len(stored) > 1 else dict.fromkeys(stored, tree), path, "the file")
+        values = members(stored, tree if len(stored) > 1 else dict.fromkeys(stored, tree), path, "the file")
         if tree == {}:
             raise UserError(f"{path}: the file is empty.")
         loaded = cls(**values)
@@ -140,31 +139,6 @@ class Analysis(ABC):
     def _stored(cls) -> dict[str, Any]:
         hints = get_type_hints(cls)
         return {f.name: hints[f.name] for f in fields(cls) if f.metadata.get("stored", True)}
-
-
-def is_analysis(folder: str) -> bool:
-    """Whether an analysis has finished in this folder."""
-    return os.path.isfile(os.path.join(folder, MARKER))
-
-
-def load_analysis(folder: str) -> Analysis:
-    """The result of whichever analysis has written into a folder.
-
-    Raises:
-        UserError: no analysis has finished there, or its files have other content than it writes.
-    """
-    path = os.path.join(folder, MARKER)
-    return find_analysis(_from_tree(_Marker, read_json(path), path, "the file").analysis).load(folder)
-
-
-@dataclass
-class _Marker:
-    analysis: str
-
-
-_NAMES = {
-    dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a whole number", float: "a number", type(None): "null"
-}  # fmt: skip
 
 
 def check_at_least(option: str, value: int, minimum: int) -> None:
@@ -183,36 +157,3 @@ def nanmean(values: Any, axis: int | None = None) -> Any:
 def as_text(value: float | None, form: str = ".3f", missing: str = "-") -> str:
     """A number of a table; `missing` for None and NaN."""
     return missing if value is None or math.isnan(value) else format(value, form)
-
-
-def _from_tree(kind: Any, tree: Any, path: str, place: str) -> Any:
-    """A tree of JSON as an instance of a type: see `Analysis`."""
-    if is_dataclass(kind):
-        return kind(**_members(get_type_hints(kind), tree, path, place))
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin is dict:
-        members = _checked(dict, tree, path, place)
-        return {name: _from_tree(arguments[1], value, path, repr(name)) for name, value in members.items()}
-    if origin is tuple and len(_checked(list, tree, path, place)) != len(arguments):
-        raise UserError(f"{path}: {place} has {len(tree)} entries, not {len(arguments)}.")
-    if origin in (list, tuple):
-        return [
-            _from_tree(arguments[0], entry, path, f"an entry of {place}") for entry in _checked(list, tree, path, place)
-        ]
-    return _checked(arguments if origin in (Union, types.UnionType) else kind, tree, path, place)
-
-
-def _members(hints: dict[str, Any], tree: Any, path: str, place: str) -> dict[str, Any]:
-    missing = sorted(hints.keys() - _checked(dict, tree, path, place).keys())
-    if missing:
-        raise UserError(f"{path}: {place} has no {missing[0]!r}.")
-    return {name: _from_tree(hint, tree[name], path, repr(name)) for name, hint in hints.items()}
-
-
-def _checked(kinds: type | tuple[type, ...], tree: Any, path: str, place: str) -> Any:
-    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-    allowed = (*kinds, int) if float in kinds else kinds
-    if not isinstance(tree, allowed) or (isinstance(tree, bool) and bool not in kinds):
-        names = " or ".join(_NAMES[kind] for kind in kinds)
-        raise UserError(f"{path}: {place} is {str(tree)[:60]!r}, not {names}.")
-    return tree

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..analysis.base import is_analysis, load_analysis
+    from ..analysis.loading import is_analysis, load_analysis
     from ..engine.checks import check_output_folder
     from ..files import write_text
     from ..report import render

@@ -1,0 +1,31 @@
+"""Finished analyses of any kind, from the folders that they wrote."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from ..files import read_json
+from .base import MARKER, Analysis
+from .registry import find_analysis
+from .stored import from_tree
+
+
+@dataclass
+class _Marker:
+    analysis: str
+
+
+def is_analysis(folder: str) -> bool:
+    """Whether an analysis has finished in this folder."""
+    return os.path.isfile(os.path.join(folder, MARKER))
+
+
+def load_analysis(folder: str) -> Analysis:
+    """The result of whichever analysis has written into a folder.
+
+    Raises:
+        UserError: no analysis has finished there, or its files have other content than it writes.
+    """
+    path = os.path.join(folder, MARKER)
+    return find_analysis(from_tree(_Marker, read_json(path), path, "the file").analysis).load(folder)

@@ -1,0 +1,56 @@
+"""Data files of analyses as the types of their fields."""
+
+from __future__ import annotations
+
+import types
+from dataclasses import is_dataclass
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from ..errors import UserError
+
+_NAMES = {
+    dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a whole number", float: "a number", type(None): "null"
+}  # fmt: skip
+
+
+def from_tree(kind: Any, tree: Any, path: str, place: str) -> Any:
+    """A tree of JSON as an instance of a type that the fields of an `Analysis` may have.
+
+    Args:
+        kind: the type.
+        tree: what json.load returns.
+        path, place: the file, and what of it the tree is, for messages.
+
+    Raises:
+        UserError: the tree has other content.
+    """
+    if is_dataclass(kind):
+        return kind(**members(get_type_hints(kind), tree, path, place))
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is dict:
+        entries = _checked(dict, tree, path, place)
+        return {name: from_tree(arguments[1], value, path, repr(name)) for name, value in entries.items()}
+    if origin is tuple and len(_checked(list, tree, path, place)) != len(arguments):
+        raise UserError(f"{path}: {place} has {len(tree)} entries, not {len(arguments)}.")
+    if origin in (list, tuple):
+        return [
+            from_tree(arguments[0], entry, path, f"an entry of {place}") for entry in _checked(list, tree, path, place)
+        ]
+    return _checked(arguments if origin in (Union, types.UnionType) else kind, tree, path, place)
+
+
+def members(hints: dict[str, Any], tree: Any, path: str, place: str) -> dict[str, Any]:
+    """The values of the named members of an object, as the types that `hints` gives for them; see `from_tree`."""
+    missing = sorted(hints.keys() - _checked(dict, tree, path, place).keys())
+    if missing:
+        raise UserError(f"{path}: {place} has no {missing[0]!r}.")
+    return {name: from_tree(hint, tree[name], path, repr(name)) for name, hint in hints.items()}
+
+
+def _checked(kinds: type | tuple[type, ...], tree: Any, path: str, place: str) -> Any:
+    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+    allowed = (*kinds, int) if float in kinds else kinds
+    if not isinstance(tree, allowed) or (isinstance(tree, bool) and bool not in kinds):
+        names = " or ".join(_NAMES[kind] for kind in kinds)
+        raise UserError(f"{path}: {place} is {str(tree)[:60]!r}, not {names}.")
+    return tree
