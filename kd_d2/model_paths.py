@@ -8,6 +8,15 @@ from dataclasses import dataclass
 from .errors import UserError
 
 
+EXPORT_SUFFIXES = {".onnx": "onnx", ".ts": "torchscript", ".torchscript": "torchscript", ".xml": "openvino"}
+"""The formats of `kd-d2 export` by the suffixes of their files."""
+
+
+def format_of(path: str) -> str | None:
+    """The format of an exported model by its file's name, None of another file."""
+    return EXPORT_SUFFIXES.get(os.path.splitext(path)[1].lower())
+
+
 @dataclass(frozen=True)
 class ModelPath:
     """A trained detector that is named by its files.

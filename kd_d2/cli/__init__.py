@@ -14,7 +14,8 @@ from .overrides import split_overrides
 COMMANDS = {
     "train": "train a detector, plain or distilled",
     "eval": "evaluate a trained detector, or a teacher",
-    "predict": "detect objects in images",
+    "predict": "detect objects in images and videos",
+    "export": "write a detector as ONNX, TorchScript or OpenVINO",
     "sweep": "train several methods and seeds, and compare them in a table",
     "analyze": "analyze trained detectors: errors, robustness, features, ...",
     "report": "write an HTML page about trainings, analyses and sweeps",

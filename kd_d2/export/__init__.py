@@ -1,0 +1,7 @@
+"""Detectors as TorchScript, ONNX and OpenVINO files, which run without Detectron2, and how such files are run."""
+
+from .exporting import ExportOptions, export_detector
+from .metadata import ExportMetadata
+from .running import ExportedModel, load_exported
+
+__all__ = ["ExportMetadata", "ExportOptions", "ExportedModel", "export_detector", "load_exported"]

@@ -1,0 +1,113 @@
+"""Whether an exported file detects what its PyTorch model does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from detectron2.structures import Instances
+from torch import Tensor
+
+from ..errors import UserError
+
+SCORE_TOLERANCE = 1e-3
+BOX_TOLERANCE = 1e-4
+"""In parts of an image's longer side."""
+MASK_TOLERANCE = 1e-3
+"""Part of the pixels."""
+
+
+@dataclass
+class Comparison:
+    """How far the detections of one model are from another's, over all images so far.
+
+    Attributes:
+        images, detections: how many were compared.
+        box: largest difference of a coordinate, in pixels.
+        score: largest difference of a score.
+        unmatched: detections of either that have no counterpart in the other.
+    """
+
+    images: int = 0
+    detections: int = 0
+    box: float = 0.0
+    score: float = 0.0
+    unmatched: int = 0
+
+    def add(self, expected: Instances, found: Instances, threshold: float, limit: int | None) -> None:
+        """Compare the detections in one image.
+
+        A detection without counterpart does not count where the cut-off decided: at the score threshold, or at the limit
+        of detections.
+
+        Args:
+            threshold: the lowest score.
+            limit: the largest number of detections, None if there is none.
+        """
+        self.images += 1
+        pairs = match(expected, found)
+        for i, j in pairs:
+            box = expected.pred_boxes.tensor[i] - found.pred_boxes.tensor[j]
+            self.box = max(self.box, float(box.abs().max()))
+            self.score = max(self.score, abs(float(expected.scores[i] - found.scores[j])))
+        self.detections += len(pairs)
+        for side, index in ((expected, 0), (found, 1)):
+            lowest = threshold
+            if limit is not None and len(side) >= limit:
+                lowest = float(side.scores.min())
+            alone = set(range(len(side))) - {pair[index] for pair in pairs}
+            self.unmatched += sum(float(side.scores[i]) > lowest + SCORE_TOLERANCE for i in alone)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.detections} detections in {self.images} images: boxes differ by at most {self.box:.1e} pixels, "
+            f"scores by {self.score:.1e}"
+        )
+
+
+def match(expected: Instances, found: Instances) -> list[tuple[int, int]]:
+    """Pairs of detections that are equal within the tolerances, each in one pair at most."""
+    if not len(expected) or not len(found):
+        return []
+    side = max(expected.image_size)
+    box_EF = (expected.pred_boxes.tensor[:, None] - found.pred_boxes.tensor).abs().amax(-1) / (side * BOX_TOLERANCE)
+    score_EF = (expected.scores[:, None] - found.scores).abs() / SCORE_TOLERANCE
+    distance_EF = torch.maximum(box_EF, score_EF)
+    distance_EF[expected.pred_classes[:, None] != found.pred_classes] = torch.inf
+    if expected.has("pred_masks"):
+        different_EF = (expected.pred_masks[:, None] != found.pred_masks).float().mean((-2, -1))
+        distance_EF = torch.maximum(distance_EF, different_EF / MASK_TOLERANCE)
+    pairs = []
+    for i, row in enumerate(distance_EF):
+        j = int(row.argmin())
+        if row[j] <= 1:
+            pairs.append((i, j))
+            distance_EF[:, j] = torch.inf
+    return pairs
+
+
+Model = Callable[[list[dict]], list[dict[str, Instances]]]
+
+
+def compare(model: Model, exported: Model, images: list[Tensor], threshold: float, limit: int | None) -> Comparison:
+    """The detections of both in images [3, H, W], as the models take them; see `Comparison.add`."""
+    comparison = Comparison()
+    for image in images:
+        with torch.no_grad():
+            expected, found = (m([{"image": image}])[0]["instances"] for m in (model, exported))
+        comparison.add(expected, found, threshold, limit)
+    return comparison
+
+
+def require_equal(comparison: Comparison, what: str) -> None:
+    """
+    Raises:
+        UserError: a detection of one of both models has no counterpart.
+    """
+    if comparison.unmatched:
+        raise UserError(
+            f"{what} does not detect what PyTorch does, and was not written: {comparison.unmatched} detections have no counterpart "
+            f"with a box within {BOX_TOLERANCE} of the image's longer side and a score within {SCORE_TOLERANCE} "
+            f"({comparison})."
+        )

@@ -1,0 +1,188 @@
+"""From a trained detector to a checked file."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from dataclasses import dataclass, replace
+
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from torch import Tensor, nn
+
+from ..adapters import build_adapter
+from ..checkpoint import load_complete
+from ..engine.checks import check_output_folder
+from ..errors import UserError
+from ..model_paths import EXPORT_SUFFIXES, format_of
+from ..predictor import read_categories
+from .checking import Comparison, compare, require_equal
+from .graph import CandidateGraph, DetectionGraph, check_detector
+from .images import dataset_files, prepared, synthetic
+from .metadata import ExportMetadata
+from .quantizing import quantize_onnx
+from .running import load_exported, needed_package, reason
+from .writing import PACKAGES, WRITERS, add_onnx_metadata
+
+logger = logging.getLogger(__name__)
+
+CHECKED_IMAGES = 8
+CALIBRATION_IMAGES = 128
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """
+    Attributes:
+        fixed_size: (height, width) of the only input; None for any size.
+        nms: whether the file gives detections, or what `decoding.decode` makes them of.
+        score_thresh: lowest score of a detection; None for the config's own.
+        int8: whether to quantize the convolutions, of an ONNX file.
+        calibration_images: how many of DATASETS.TRAIN give the ranges of int8.
+    """
+
+    fixed_size: tuple[int, int] | None = None
+    nms: bool = True
+    score_thresh: float | None = None
+    int8: bool = False
+    calibration_images: int = CALIBRATION_IMAGES
+
+
+def export_detector(
+    cfg: CfgNode, path: str, options: ExportOptions | None = None, images: list[str] | None = None
+) -> Comparison:
+    """Write a detector as a file that runs without Detectron2, checked to detect what PyTorch does.
+
+    Args:
+        cfg: a plain detector's config; MODEL.WEIGHTS is its checkpoint.
+        path: the file; its suffix says the format, see `kd_d2.model_paths.EXPORT_SUFFIXES`.
+        images: files to check on; None for some of DATASETS.TEST, or synthetic ones if there is no such data set.
+
+    Returns:
+        The differences of the file's detections from PyTorch's.
+
+    Raises:
+        UserError: an option, the checkpoint, or the pair of detector and format cannot work, or the check fails; then no
+            file is written.
+    """
+    options = options or ExportOptions()
+    export_format = _check(path, options)
+    cfg = cfg.clone()
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg).eval()
+    load_complete(model, cfg.MODEL.WEIGHTS, "the detector")
+    check_detector(model)
+    if options.score_thresh is not None:
+        _set_score_threshold(model, options.score_thresh)
+    graph = DetectionGraph(model) if options.nms else CandidateGraph(model)
+    metadata = describe(cfg, model, options)
+    inputs = _inputs(cfg, metadata, images)
+    calibration = _calibration(cfg, metadata, options.calibration_images) if options.int8 else []
+
+    folder = os.path.dirname(os.path.abspath(path))
+    check_output_folder(folder, "--output")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as drafts:
+        draft = os.path.join(drafts, os.path.basename(path))
+        try:
+            WRITERS[export_format](graph, inputs[0], draft, metadata)
+            exported = load_exported(draft)
+            comparison = compare(model, exported, inputs, metadata.score_threshold, cfg.TEST.DETECTIONS_PER_IMAGE)
+        except UserError:
+            raise
+        except Exception as error:  # of the tracer, the exporter or the runtime
+            raise UserError(f"{metadata.detector} cannot be exported to {export_format}: {reason(error)}") from error
+        require_equal(comparison, path)
+        logger.info(f"{metadata.detector} as {export_format} and in PyTorch: {comparison}")
+        if calibration:
+            _quantize(draft, calibration, metadata)
+            compare(model, load_exported(draft), inputs, metadata.score_threshold, None)
+        for name in os.listdir(drafts):
+            os.replace(os.path.join(drafts, name), os.path.join(folder, name))
+    logger.info(f"{path}: {os.path.getsize(path) / 1e6:.1f} MB")
+    return comparison
+
+
+def _check(path: str, options: ExportOptions) -> str:
+    """The format that the file's name says, if it and the options go together and the packages are there."""
+    export_format = format_of(path)
+    if export_format is None:
+        raise UserError(f"--output {path}: the name must end with {', '.join(EXPORT_SUFFIXES)}, which says the format.")
+    if os.path.isdir(path):
+        raise UserError(f"--output {path} is a folder; name a file.")
+    if options.int8 and export_format != "onnx":
+        raise UserError(f"--int8 needs an ONNX file, which OpenVINO runs as well; --output {path} is {export_format}.")
+    if options.score_thresh is not None and not 0 <= options.score_thresh <= 1:
+        raise UserError(f"--score-thresh is {options.score_thresh}; it must lie between 0 and 1.")
+    if options.fixed_size is not None and min(options.fixed_size) < 1:
+        raise UserError(f"--size is {options.fixed_size}; height and width must be at least 1.")
+    if options.calibration_images < 1:
+        raise UserError(f"--calibration-images is {options.calibration_images}; it must be at least 1.")
+    for package in PACKAGES[export_format]:
+        needed_package(package)
+    return export_format
+
+
+def _set_score_threshold(model: nn.Module, threshold: float) -> None:
+    for module in model.modules():
+        if hasattr(module, "test_score_thresh"):
+            module.test_score_thresh = threshold
+
+
+def describe(cfg: CfgNode, model: nn.Module, options: ExportOptions) -> ExportMetadata:
+    """
+    Raises:
+        UserError: the model has no classes, or its images no three channels.
+    """
+    adapter = build_adapter(model)
+    categories = read_categories(cfg, adapter.num_classes)
+    if categories is None or adapter.score_threshold is None:
+        raise UserError(f"{type(model).__name__} is not a detector that kd-d2 can export: it has no classes or scores.")
+    if cfg.INPUT.FORMAT not in ("RGB", "BGR") or len(cfg.MODEL.PIXEL_MEAN) != 3:
+        raise UserError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT}; only RGB and BGR can be exported.")
+    decoding = {
+        "nms_threshold": "test_nms_thresh",
+        "topk_candidates": "test_topk_candidates",
+        "max_detections": "max_detections_per_image",
+    }
+    return ExportMetadata(
+        detector=type(model).__name__,
+        class_names=[category.name for category in categories],
+        category_ids=[category.id for category in categories],
+        input_format=cfg.INPUT.FORMAT,
+        min_size=cfg.INPUT.MIN_SIZE_TEST,
+        max_size=cfg.INPUT.MAX_SIZE_TEST,
+        fixed_size=list(options.fixed_size) if options.fixed_size else None,
+        padding=[round(mean) for mean in cfg.MODEL.PIXEL_MEAN],
+        size_divisibility=adapter.size_divisibility,
+        nms=options.nms,
+        score_threshold=adapter.score_threshold,
+        **({} if options.nms else {key: getattr(model, attribute) for key, attribute in decoding.items()}),
+    )
+
+
+def _inputs(cfg: CfgNode, metadata: ExportMetadata, images: list[str] | None) -> list[Tensor]:
+    """What the file is checked on: images, and one without objects."""
+    files = images or dataset_files(cfg, cfg.DATASETS.TEST, CHECKED_IMAGES)
+    if not files:
+        logger.warning("Checked on synthetic images: DATASETS.TEST is not there; --images names images of your own.")
+        return synthetic(metadata)
+    return [*(prepared(file, metadata) for file in files), synthetic(metadata)[-1]]
+
+
+def _calibration(cfg: CfgNode, metadata: ExportMetadata, count: int) -> list[Tensor]:
+    files = dataset_files(cfg, cfg.DATASETS.TRAIN, count)
+    if not files:
+        raise UserError("--int8 needs images of DATASETS.TRAIN, to measure the ranges of activations; none is there.")
+    return [prepared(file, metadata) for file in files]
+
+
+def _quantize(path: str, images: list[Tensor], metadata: ExportMetadata) -> None:
+    """Replace an ONNX file by its quantized form."""
+    source = f"{path}.float"
+    os.replace(path, source)
+    quantize_onnx(source, path, images)
+    os.remove(source)
+    add_onnx_metadata(path, replace(metadata, int8=True))
+    load_exported(path)([{"image": images[0]}])
+    logger.info(f"Quantized with {len(images)} images of DATASETS.TRAIN; kd-d2 eval measures the AP of the file.")

@@ -1,0 +1,89 @@
+"""A detector as a function of one image tensor, which can be traced."""
+
+from __future__ import annotations
+
+import torch
+from detectron2.export.torchscript_patch import patch_builtin_len
+from detectron2.modeling.meta_arch import GeneralizedRCNN
+from detectron2.structures import Instances
+from torch import Tensor, nn
+
+from ..adapters import build_adapter
+from ..errors import UserError
+
+MASKLESS = ("boxes", "scores", "classes")
+WITH_MASKS = (*MASKLESS, "masks")
+CANDIDATES = ("boxes", "scores", "levels")
+
+
+class DetectionGraph(nn.Module):
+    """Image uint8 [3, H, W] in the detector's channel order -> `outputs`.
+
+    Detections are Detectron2's own for an image whose output size is its input size, but for masks: they stay the head's
+    probabilities [N, M, M] inside the boxes.
+
+    Attributes:
+        outputs: names of what it returns.
+    """
+
+    outputs: tuple[str, ...]
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.eval()
+        self.outputs = WITH_MASKS if getattr(getattr(model, "roi_heads", None), "mask_on", False) else MASKLESS
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        # Detectron2 takes len() of tensors, which the patch records in the trace.
+        with torch.no_grad(), patch_builtin_len():
+            found = self._detect(image)
+        masks = (found.pred_masks[:, 0],) if "masks" in self.outputs else ()
+        return (found.pred_boxes.tensor, found.scores, found.pred_classes, *masks)
+
+    def _detect(self, image: Tensor) -> Instances:
+        if not isinstance(self.model, GeneralizedRCNN):
+            return self.model([{"image": image}])[0]["instances"]
+        found = self.model.inference([{"image": image}], do_postprocess=False)[0]  # keeps masks as the head gives them
+        return found[found.pred_boxes.nonempty()]
+
+
+class CandidateGraph(nn.Module):
+    """Image uint8 [3, H, W] -> boxes [R, 4] of all anchors, their scores [R, classes], and their levels [R] from 0.
+
+    Without sorting, thresholds and NMS, hence without shapes that depend on what is in the image.
+
+    Raises:
+        UserError: the detector is not a dense one that kd_d2 reads in full.
+    """
+
+    outputs = CANDIDATES
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.eval()
+        self.adapter = build_adapter(model)
+        if "dense" not in self.adapter.provides:
+            raise UserError(
+                f"--no-nms: {type(model).__name__} cannot do without NMS inside; leave the option out, or take a one-stage detector."
+            )
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            dense = self.adapter.run([{"image": image}], frozenset({"dense"})).dense
+            scores = [level[0] for level in dense.ranking_scores.values()]
+            boxes = [level[0] for level in dense.boxes.values()]
+            levels = [torch.full_like(level[:, 0], number, dtype=torch.int64) for number, level in enumerate(scores)]
+        return torch.cat(boxes), torch.cat(scores), torch.cat(levels)
+
+
+def check_detector(model: nn.Module) -> None:
+    """
+    Raises:
+        UserError: what the model gives beside boxes and masks would be lost.
+    """
+    if getattr(getattr(model, "roi_heads", None), "keypoint_on", False):
+        raise UserError("MODEL.KEYPOINT_ON is True: keypoints cannot be exported; boxes and masks can.")
+    if hasattr(model, "sem_seg_head"):
+        raise UserError(f"{type(model).__name__} has a head of semantic segmentation, which cannot be exported.")

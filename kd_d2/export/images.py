@@ -1,0 +1,46 @@
+"""Images that an export is checked and calibrated on, as the exported file takes them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from detectron2.data.detection_utils import read_image
+from torch import Tensor
+
+from ..data import register_coco_json, register_synthetic
+from .metadata import ExportMetadata
+
+
+def dataset_files(cfg: CfgNode, names: tuple[str, ...], count: int) -> list[str]:
+    """The files of `count` images, evenly spaced over the first of the data sets that is there; [] if none is."""
+    register_synthetic()
+    register_coco_json(cfg)
+    for name in names:
+        try:
+            entries = DatasetCatalog.get(name)
+        except (KeyError, OSError, AssertionError):
+            continue
+        positions = np.linspace(0, len(entries) - 1, min(count, len(entries))).round().astype(int)
+        return [entries[position]["file_name"] for position in positions]
+    return []
+
+
+def prepared(path: str, metadata: ExportMetadata) -> Tensor:
+    """An image file as a tensor uint8 [3, H, W]."""
+    image = read_image(path, metadata.input_format)
+    resized = metadata.resize_transform(*image.shape[:2]).apply_image(image)
+    return torch.from_numpy(metadata.padded(resized.transpose(2, 0, 1)))
+
+
+def synthetic(metadata: ExportMetadata, count: int = 4) -> list[Tensor]:
+    """Noise of several sizes; the last one is grey all over."""
+    random = np.random.RandomState(0)
+    images = []
+    for number in range(count):
+        height, width = metadata.fixed_size or random.randint(metadata.min_size // 2, metadata.min_size * 3 // 2, 2)
+        cells = random.randint(0, 256, (3, -(-height // 8), -(-width // 8))).astype(np.uint8)
+        noise = cells.repeat(8, 1).repeat(8, 2)[:, :height, :width]
+        images.append(torch.from_numpy(np.full_like(noise, 127) if number == count - 1 else noise.copy()))
+    return images

@@ -1,0 +1,142 @@
+"""Exported files, run by TorchScript, ONNX Runtime or OpenVINO, and called like a Detectron2 model."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.structures import Boxes, Instances
+
+from ..errors import UserError
+from ..model_paths import format_of
+from .decoding import decode
+from .metadata import ExportMetadata
+
+METADATA_FILE = "kd_d2.json"
+"""The file in a TorchScript archive that has the metadata."""
+OPENVINO_INFO = "kd_d2"
+"""Where OpenVINO's rt_info has them."""
+
+Session = Callable[[np.ndarray], list[np.ndarray]]
+"""Image uint8 [3, H, W] -> the file's outputs."""
+
+
+def needed_package(name: str) -> ModuleType:
+    """
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"The package {name} is needed and missing: pip install 'kd_d2[export]'.") from error
+
+
+def _open_torchscript(path: str) -> tuple[Session, dict[str, str]]:
+    extra = {METADATA_FILE: ""}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that torch.jit is deprecated
+        module = torch.jit.load(path, map_location="cpu", _extra_files=extra)
+
+    def run(image: np.ndarray) -> list[np.ndarray]:
+        with torch.no_grad():
+            return [output.numpy() for output in module(torch.from_numpy(image))]
+
+    return run, json.loads(extra[METADATA_FILE] or "{}")
+
+
+def _open_onnx(path: str) -> tuple[Session, dict[str, str]]:
+    runtime = needed_package("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors alone
+    session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda image: session.run(None, {"image": image}), session.get_modelmeta().custom_metadata_map
+
+
+def _open_openvino(path: str) -> tuple[Session, dict[str, str]]:
+    openvino = needed_package("openvino")
+    model = openvino.Core().read_model(path)
+    entries = model.get_rt_info(OPENVINO_INFO).value if model.has_rt_info(OPENVINO_INFO) else {}
+    return openvino_session(model), dict(entries)
+
+
+def openvino_session(model: Any) -> Session:
+    """An OpenVINO model, or the path of an ONNX file, on the CPU in float32: by itself OpenVINO takes bfloat16 where the CPU has it."""
+    openvino = needed_package("openvino")
+    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = openvino.Core().compile_model(model, "CPU", options)
+
+    def run(image: np.ndarray) -> list[np.ndarray]:
+        results = compiled(image)
+        return [np.array(results[output]) for output in compiled.outputs]
+
+    return run
+
+
+OPENERS = {"torchscript": _open_torchscript, "onnx": _open_onnx, "openvino": _open_openvino}
+
+
+class ExportedModel:
+    """Called like a Detectron2 model in eval mode: dictionaries with "image", "height" and "width" -> "instances".
+
+    Attributes:
+        metadata: what the file says about itself.
+    """
+
+    def __init__(self, session: Session, metadata: ExportMetadata):
+        self.session = session
+        self.metadata = metadata
+
+    def __call__(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Instances]]:
+        """
+        Args:
+            batched_inputs: "image" [3, H, W], 0 to 255, resized by `metadata.resize_transform`; "height" and "width" of the
+                image before, if detections are wanted in its pixels.
+        """
+        return [{"instances": self._detect(entry)} for entry in batched_inputs]
+
+    def _detect(self, entry: dict[str, Any]) -> Instances:
+        image = entry["image"]
+        size = tuple(image.shape[1:])
+        boxes, scores, third, *masks = map(torch.from_numpy, self.session(self.metadata.padded(image.to(torch.uint8).numpy())))
+        if self.metadata.nms:
+            classes = third
+        else:
+            boxes, scores, classes = decode(boxes, scores, third, self.metadata)
+        found = Instances(size, pred_boxes=Boxes(boxes), scores=scores, pred_classes=classes)
+        if masks:
+            found.pred_masks = masks[0][:, None]
+        return detector_postprocess(found, entry.get("height", size[0]), entry.get("width", size[1]))
+
+
+def load_exported(path: str) -> ExportedModel:
+    """A file of `kd-d2 export`.
+
+    Raises:
+        UserError: it is not there, cannot be read, or was written by another program; or a package is missing.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"There is no exported model {path}.")
+    try:
+        session, entries = OPENERS[format_of(path)](path)
+    except UserError:
+        raise
+    except Exception as error:  # each runtime has its own
+        raise UserError(f"{path} cannot be read as {format_of(path)}: {reason(error)}") from error
+    return ExportedModel(session, ExportMetadata.from_strings(entries, path))
+
+
+def reason(error: Exception) -> str:
+    """What an error of a runtime says, on one line."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    told = [line for line in lines if line and not line.startswith(("Exception from", "Check '", "FrontEnd API", "Summary"))]
+    return " ".join(told[:2]).rstrip(".") + "." if told else f"{type(error).__name__}."

@@ -1,0 +1,103 @@
+"""A traced graph as a TorchScript, ONNX or OpenVINO file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.onnx import register_custom_op_symbolic
+from torch.onnx.symbolic_helper import parse_args
+
+from .graph import CandidateGraph, DetectionGraph
+from .metadata import ExportMetadata
+from .running import METADATA_FILE, OPENVINO_INFO, needed_package
+
+OPSET = 19
+"""The first with deformable convolutions; ONNX Runtime and OpenVINO know it."""
+PACKAGES = {"torchscript": (), "onnx": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino")}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the tracer's warnings, and without the whole graph on the terminal where an operator is unknown."""
+    was_enabled = torch._C._jit_is_onnx_log_enabled()
+    torch._C._jit_set_onnx_log_enabled(False)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch._C._jit_set_onnx_log_enabled(was_enabled)
+
+
+def write_torchscript(graph: DetectionGraph | CandidateGraph, image: Tensor, path: str, metadata: ExportMetadata) -> None:
+    with _quiet():
+        traced = torch.jit.freeze(torch.jit.trace(graph, (image,), check_trace=False))
+        torch.jit.save(traced, path, _extra_files={METADATA_FILE: json.dumps(metadata.to_strings())})
+
+
+def write_onnx(graph: DetectionGraph | CandidateGraph, image: Tensor, path: str, metadata: ExportMetadata) -> None:
+    """By tracing: PyTorch's newer exporter cannot follow sizes that depend on what is in an image."""
+    axes = {name: {0: "anchors" if isinstance(graph, CandidateGraph) else "detections"} for name in graph.outputs}
+    if metadata.fixed_size is None:
+        axes["image"] = {1: "height", 2: "width"}
+    elif isinstance(graph, CandidateGraph):
+        axes = {}
+    register_custom_op_symbolic("torchvision::deform_conv2d", _deform_conv, OPSET)
+    with _quiet():
+        torch.onnx.export(
+            graph,
+            (image,),
+            path,
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=["image"],
+            output_names=list(graph.outputs),
+            dynamic_axes=axes,
+        )
+    add_onnx_metadata(path, metadata)
+
+
+def add_onnx_metadata(path: str, metadata: ExportMetadata) -> None:
+    """Write the entries into a file that is there."""
+    onnx = needed_package("onnx")
+    model = onnx.load(path)
+    onnx.helper.set_model_props(model, metadata.to_strings())
+    onnx.save(model, path)
+
+
+def write_openvino(graph: DetectionGraph | CandidateGraph, image: Tensor, path: str, metadata: ExportMetadata) -> None:
+    """Through ONNX: PATH.xml, and PATH.bin with the weights in float32."""
+    openvino = needed_package("openvino")
+    with tempfile.TemporaryDirectory() as folder:
+        source = os.path.join(folder, "model.onnx")
+        write_onnx(graph, image, source, metadata)
+        model = openvino.Core().read_model(source)
+        for key, value in metadata.to_strings().items():
+            model.set_rt_info(value, [OPENVINO_INFO, key])
+        openvino.save_model(model, path, compress_to_fp16=False)
+
+
+WRITERS = {"torchscript": write_torchscript, "onnx": write_onnx, "openvino": write_openvino}
+
+
+@parse_args("v", "v", "v", "v", "v", "i", "i", "i", "i", "i", "i", "i", "i", "b")
+def _deform_conv(
+    g, image, weight, offset, mask, bias, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups, offset_groups, use_mask
+):  # fmt: skip
+    """torchvision's deformable convolution as ONNX's."""
+    return g.op(
+        "DeformConv",
+        *(image, weight, offset, bias, *([mask] if use_mask else [])),
+        strides_i=[stride_h, stride_w],
+        pads_i=[pad_h, pad_w, pad_h, pad_w],
+        dilations_i=[dilation_h, dilation_w],
+        group_i=groups,
+        offset_group_i=offset_groups,
+    )
