@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from .errors import UserError
 
-
 EXPORT_SUFFIXES = {".onnx": "onnx", ".ts": "torchscript", ".torchscript": "torchscript", ".xml": "openvino"}
 """The formats of `kd-d2 export` by the suffixes of their files."""
 
@@ -23,8 +22,8 @@ class ModelPath:
 
     Attributes:
         title: what tables and pictures call it.
-        config: its config file.
-        weights: its checkpoint; "" for the config's own MODEL.WEIGHTS.
+        config: its config file; of an exported model that is given alone, its file.
+        weights: its checkpoint, or an exported model's file; "" for the config's own MODEL.WEIGHTS.
     """
 
     title: str
@@ -32,32 +31,44 @@ class ModelPath:
     weights: str
 
     @property
+    def exported(self) -> str | None:
+        """The file of `kd-d2 export` that it is, None for a PyTorch detector."""
+        return next((path for path in (self.weights, self.config) if format_of(path)), None)
+
+    @property
     def overrides(self) -> list[str]:
         """The weights as an override of the config."""
         return ["MODEL.WEIGHTS", self.weights] if self.weights else []
 
 
-def read_model_paths(values: list[list[str]]) -> list[ModelPath]:
+def read_model_paths(values: list[list[str]], *, may_be_exported: bool = False) -> list[ModelPath]:
     """The models of `--model`.
 
+    Args:
+        may_be_exported: whether the command takes files of `kd-d2 export`.
+
     Raises:
-        UserError: too many values, a run folder without config or checkpoint, or two models with one title.
+        UserError: too many values, a run folder without config or checkpoint, two models with one title, or an exported model
+            that cannot be taken.
     """
     models = [_model_path(*value) if len(value) <= 2 else _refuse(value) for value in values]
     titles = [model.title for model in models]
     for title in titles:
         if titles.count(title) > 1:
             raise UserError(f"--model: two models have the title {title!r}; write TITLE=CONFIG_OR_RUN.")
+    for model in models:
+        if model.exported and not may_be_exported:
+            raise UserError(f"--model: {model.exported} is an exported model, which only kd-d2 predict and eval take.")
     return models
 
 
-def read_one_model_path(values: list[list[str]]) -> ModelPath:
+def read_one_model_path(values: list[list[str]], *, may_be_exported: bool = False) -> ModelPath:
     """The model of a `--model` that may be given once.
 
     Raises:
         UserError: see `read_model_paths`, or there are several.
     """
-    models = read_model_paths(values)
+    models = read_model_paths(values, may_be_exported=may_be_exported)
     if len(models) > 1:
         raise UserError(f"--model: this command takes one model, not {len(models)}.")
     return models[0]

@@ -1,33 +1,28 @@
-"""Detection in images of one's own: each image with its detections drawn, and all detections as COCO json."""
+"""Detection in images by a trained detector."""
 
 from __future__ import annotations
 
+import itertools
 import json
-import logging
-import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import read_image
-from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
-from PIL import Image
-from torch import nn
 
 from .adapters import build_adapter
-from .analysis.drawing import draw_instances
 from .checkpoint import load_complete
 from .data import register_synthetic
-from .engine.checks import check_output_folder
+from .data.images import resize_at_test
 from .errors import UserError
-from .files import write_json
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -36,78 +31,6 @@ class Category:
 
     id: int
     name: str
-
-
-def find_images(inputs: list[str]) -> list[str]:
-    """The images among files and folders, each once. Other files in a folder are skipped, with a line in the log.
-
-    Raises:
-        UserError: a path does not exist, a file is not an image, or there is no image at all.
-    """
-    images, skipped = [], []
-    for path in inputs:
-        if os.path.isdir(path):
-            entries = _files_of(path)
-            problems = {entry: _problem(entry) for entry in entries}
-            images += [entry for entry, problem in problems.items() if problem is None]
-            skipped += [entry for entry, problem in problems.items() if problem is not None]
-        elif os.path.isfile(path):
-            problem = _problem(path)
-            if problem is not None:
-                raise UserError(f"--input: {path} cannot be read as an image: {problem}.")
-            images.append(path)
-        else:
-            raise UserError(f"--input: there is no image or folder {path}.")
-    if skipped:
-        names = ", ".join(os.path.basename(path) for path in skipped[:5]) + (", ..." if len(skipped) > 5 else "")
-        logger.info(f"Skipped {len(skipped)} files that cannot be read as images: {names}")
-    if not images:
-        raise UserError(f"--input: there is no image in {', '.join(inputs)}.")
-    unique: dict[str, str] = {}
-    for image in images:
-        unique.setdefault(os.path.realpath(image), image)
-    return list(unique.values())
-
-
-def _files_of(folder: str) -> list[str]:
-    try:
-        return sorted(entry.path for entry in os.scandir(folder) if entry.is_file() and entry.name[0] != ".")
-    except OSError as error:
-        raise UserError(f"--input: the folder {folder} cannot be read: {error.strerror}.") from error
-
-
-def _problem(path: str) -> str | None:
-    """Why a file cannot be read as an image; None if it can."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except Image.UnidentifiedImageError:
-        return "unknown format"
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # whatever PIL's readers raise
-        return (getattr(error, "strerror", None) or str(error)).rstrip(".")
-    return None
-
-
-def drawing_paths(images: list[str], folder: str) -> list[str]:
-    """For each image the file to draw it to; images of the same name are numbered.
-
-    Raises:
-        UserError: a drawing would replace an input.
-    """
-    inputs = {os.path.realpath(path) for path in images}
-    taken, paths = set(), []
-    for image in images:
-        stem = os.path.splitext(os.path.basename(image))[0]
-        name, number = f"{stem}.jpg", 1
-        while name in taken:
-            number += 1
-            name = f"{stem}-{number}.jpg"
-        taken.add(name)
-        path = os.path.join(folder, name)
-        if os.path.realpath(path) in inputs:
-            raise UserError(f"--output: the drawing {path} would replace an input image; choose another folder.")
-        paths.append(path)
-    return paths
 
 
 def read_categories(cfg: CfgNode, num_classes: int | None) -> list[Category] | None:
@@ -143,8 +66,69 @@ def _categories_of_catalog(name: str) -> list[Category]:
     return [Category(ids[number], name) for number, name in enumerate(names)]
 
 
-class Predictor:
-    """Detects objects in image files, with the results of Detectron2's DefaultPredictor.
+class ImageDetector:
+    """Detects objects in images by any model that is called as Detectron2's are.
+
+    Args:
+        model: dictionaries with "image" (3, H, W), "height" and "width" -> dictionaries with "instances".
+        input_format: order of the channels that the model takes, as INPUT.FORMAT.
+        resize: (height, width) of an image -> how it is resized.
+        categories: by class index; None if they are unknown.
+        score_thresh: lowest score of a detection.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
+        input_format: str,
+        resize: Callable[[int, int], T.Transform],
+        categories: list[Category] | None,
+        score_thresh: float,
+    ):
+        self.model = model
+        self.input_format = input_format
+        self.resize = resize
+        self.categories = categories
+        self.score_thresh = score_thresh
+
+    def __call__(self, path: str) -> Instances:
+        """The detections in an image file, on the CPU, in the image's own pixels.
+
+        Raises:
+            UserError: the model is no detector.
+        """
+        return self.detect([read_image(path, self.input_format)])[0]
+
+    @torch.no_grad()
+    def detect(self, images: list[np.ndarray]) -> list[Instances]:
+        """The detections in images (H, W, 3) of `input_format`, on the CPU, in each image's own pixels.
+
+        Neighbours of one size after resizing go through the model together: the results are those of single images,
+        which the padding of a batch of several sizes would change.
+
+        Raises:
+            UserError: the model is no detector.
+        """
+        entries = [self._entry(image) for image in images]
+        found = []
+        for _, batch in itertools.groupby(entries, key=lambda entry: entry["image"].shape):
+            for outputs in self.model(list(batch)):
+                if "instances" not in outputs:
+                    name = type(self.model).__name__
+                    raise UserError(f"The model ({name}) is not a detector: it returns {', '.join(outputs)}.")
+                detections = outputs["instances"].to("cpu")
+                found.append(detections[detections.scores >= self.score_thresh])
+        return found
+
+    def _entry(self, image: np.ndarray) -> dict[str, Any]:
+        height, width = image.shape[:2]
+        resized = self.resize(height, width).apply_image(image)
+        tensor = torch.as_tensor(resized.astype("float32").transpose(2, 0, 1))
+        return {"image": tensor, "height": height, "width": width}
+
+
+class Predictor(ImageDetector):
+    """A trained PyTorch detector, with the results of Detectron2's DefaultPredictor.
 
     Checkpoints are read as safely as in training, and must fill the model completely.
 
@@ -157,92 +141,11 @@ class Predictor:
     """
 
     def __init__(self, cfg: CfgNode, score_thresh: float = 0.5):
-        self.score_thresh = score_thresh
-        self.input_format = cfg.INPUT.FORMAT
-        self.resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
-        self.model: nn.Module = build_model(cfg).eval()
-        load_complete(self.model, cfg.MODEL.WEIGHTS, "the detector")
-        for module in self.model.modules():
+        model = build_model(cfg).eval()
+        load_complete(model, cfg.MODEL.WEIGHTS, "the detector")
+        for module in model.modules():
             if hasattr(module, "test_score_thresh"):
                 module.test_score_thresh = min(module.test_score_thresh, score_thresh)
-
-    @torch.no_grad()
-    def __call__(self, path: str) -> Instances:
-        """The detections in an image, on the CPU, in the image's own pixels.
-
-        Raises:
-            UserError: the model is no detector.
-        """
-        image = read_image(path, self.input_format)
-        height, width = image.shape[:2]
-        resized = self.resize.get_transform(image).apply_image(image)
-        tensor = torch.as_tensor(resized.astype("float32").transpose(2, 0, 1))
-        outputs = self.model([{"image": tensor, "height": height, "width": width}])[0]
-        if "instances" not in outputs:
-            raise UserError(
-                f"The model ({type(self.model).__name__}) is not a detector: it returns {', '.join(outputs)}."
-            )
-        detections = outputs["instances"].to("cpu")
-        return detections[detections.scores >= self.score_thresh]
-
-
-def to_annotations(
-    detections: Instances, image_id: int, categories: list[Category] | None, first_id: int
-) -> list[dict]:
-    """COCO annotations with scores, numbered from `first_id`."""
-    annotations = []
-    for number, entry in enumerate(instances_to_coco_json(detections, image_id)):
-        if categories:
-            entry["category_id"] = categories[entry["category_id"]].id
-        area = entry["bbox"][2] * entry["bbox"][3]
-        annotations.append({"id": first_id + number, **entry, "area": area, "iscrowd": 0})
-    return annotations
-
-
-def predict_images(cfg: CfgNode, inputs: list[str], output: str, score_thresh: float) -> dict[str, Any]:
-    """Detect objects in images, draw them into `output`, and write `output`/detections.json.
-
-    Args:
-        cfg: a plain detector's config; MODEL.WEIGHTS is its checkpoint.
-        inputs: image files, and folders of images.
-        output: folder of the drawings and of detections.json.
-        score_thresh: lowest score of a detection.
-
-    Returns:
-        What detections.json holds, as pycocotools loads it: "images" (with the file that was read and the drawing),
-        "annotations" (boxes with scores), "categories", and "info" about the run.
-
-    Raises:
-        UserError: an input, the checkpoint or the output folder cannot be used.
-    """
-    if not 0 <= score_thresh <= 1:
-        raise UserError(f"--score-thresh is {score_thresh}; it must lie between 0 and 1.")
-    images = find_images(inputs)
-    drawings = drawing_paths(images, output)
-    predictor = Predictor(cfg, score_thresh)
-    check_output_folder(output, "--output")
-    categories = read_categories(cfg, build_adapter(predictor.model).spec.num_classes)
-
-    entries, annotations = [], []
-    for number, (path, drawing) in enumerate(zip(images, drawings), 1):
-        detections = predictor(path)
-        drawn = draw_instances(read_image(path, "RGB"), detections, [c.name for c in categories or []])
-        Image.fromarray(drawn).save(drawing, quality=95)
-        height, width = detections.image_size
-        entries.append(
-            {"id": number, "file_name": path, "width": width, "height": height, "drawing": os.path.basename(drawing)}
-        )
-        annotations += to_annotations(detections, number, categories, first_id=len(annotations) + 1)
-        logger.info(f"[{number}/{len(images)}] {path}: {len(detections)} detections")
-
-    seen = categories or [Category(c, f"class {c}") for c in sorted({a["category_id"] for a in annotations})]
-    tree = {
-        "info": {"weights": cfg.MODEL.WEIGHTS, "score_thresh": score_thresh},
-        "images": entries,
-        "annotations": annotations,
-        "categories": [{"id": c.id, "name": c.name} for c in seen],
-    }
-    path = os.path.join(output, "detections.json")
-    write_json(path, tree, indent=None)
-    logger.info(f"{len(annotations)} detections in {len(images)} images: {path}, with the drawings beside it")
-    return tree
+        resize = partial(resize_at_test, min_size=cfg.INPUT.MIN_SIZE_TEST, max_size=cfg.INPUT.MAX_SIZE_TEST)
+        categories = read_categories(cfg, build_adapter(model).spec.num_classes)
+        super().__init__(model, cfg.INPUT.FORMAT, resize, categories, score_thresh)

@@ -163,7 +163,7 @@ def test_inputs_are_files_and_folders_in_order_and_each_once(
     drawings = {image["drawing"] for image in tree["images"]}
     assert {path.name for path in (tmp_path / "out").iterdir()} == drawings | {"detections.json"}
     printed = capsys.readouterr().out
-    assert "Skipped 2 files that cannot be read as images: cut.png, notes.txt\n" in printed
+    assert "Skipped 2 files that cannot be read as images or videos: cut.png, notes.txt\n" in printed
     assert f"[3/6] {photos / 'colour.png'}: " in printed
 
 
@@ -180,12 +180,12 @@ def test_unusable_input_is_one_sentence_and_nothing_is_written(
     image, out = photos / "colour.png", tmp_path / "out"
     low = ("--score-thresh", "1.5")
     cases = [
-        ((out, tmp_path / "none.jpg"), {}, "there is no image or folder", "none.jpg"),
+        ((out, tmp_path / "none.jpg"), {}, "there is no file or folder", "none.jpg"),
         ((out, tmp_path / "notes.txt"), {}, "notes.txt cannot be read as an image", "format"),
         ((out, image, tmp_path / "cut.jpg"), {}, "cut.jpg cannot be read as an image", "runcated"),
         ((out, tmp_path / "empty"), {}, "there is no image in", "empty"),
         ((tmp_path / "notes.txt" / "out", image), {}, "--output", "cannot be written"),
-        ((photos, photos / "turned.jpg"), {}, "--output", "would replace an input image"),
+        ((photos, photos / "turned.jpg"), {}, "--output", "would replace an input"),
         ((out, image), {"options": low}, "--score-thresh is 1.5", "between 0 and 1"),
         ((out, image), {"weights": "none.pth"}, "MODEL.WEIGHTS: there is no file", "none.pth"),
         (

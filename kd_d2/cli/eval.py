@@ -1,6 +1,7 @@
-"""Evaluate a trained detector, or the teacher of a distillation, on DATASETS.TEST.
+"""Evaluate a trained detector, a file of kd-d2 export, or the teacher of a distillation, on DATASETS.TEST.
 
 kd-d2 eval --model CONFIG_OR_RUN [WEIGHTS] [KEY VALUE ...]
+kd-d2 eval --model CONFIG_OR_RUN EXPORTED [KEY VALUE ...]
 kd-d2 eval --teacher-of CONFIG [KEY VALUE ...]
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..errors import UserError
 from ..model_paths import read_one_model_path
 from .arguments import add_import_argument, add_launch_arguments, add_model_argument
 
@@ -28,7 +30,11 @@ def run(args: argparse.Namespace) -> None:
     args.eval_teacher = args.teacher_of is not None
     args.config_file = args.teacher_of
     if not args.eval_teacher:
-        model = read_one_model_path(args.model)
+        model = read_one_model_path(args.model, may_be_exported=True)
         args.config_file = model.config
-        args.opts += model.overrides
+        args.exported = model.exported
+        if args.exported is None:
+            args.opts += model.overrides
+        elif model.config == args.exported:
+            raise UserError(f"--model {model.config} names no data: write --model CONFIG_OR_RUN {model.config}.")
     launch(main, args)

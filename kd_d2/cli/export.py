@@ -20,7 +20,11 @@ from .log import print_log
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_argument(parser, "one")
     parser.add_argument("--output", required=True, metavar="FILE", help="the file; its suffix says the format")
-    parser.add_argument("--format", choices=sorted({*EXPORT_SUFFIXES.values()}), help="the format, if you want it checked against the suffix")
+    parser.add_argument(
+        "--format",
+        choices=sorted({*EXPORT_SUFFIXES.values()}),
+        help="the format, if you want it checked against the suffix",
+    )
     parser.add_argument(
         "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="the only size of an input (default: any size)"
     )
@@ -28,7 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--score-thresh", type=float, help="lowest score of a detection (default: the config's)")
     parser.add_argument("--int8", action="store_true", help="quantize convolutions after training, of an ONNX file")
     parser.add_argument(
-        "--calibration-images", type=int, default=128, metavar="N", help="images of DATASETS.TRAIN for --int8 (default 128)"
+        "--calibration-images",
+        type=int,
+        default=128,
+        metavar="N",
+        help="images of DATASETS.TRAIN for --int8 (default 128)",
     )
     parser.add_argument("--images", nargs="+", help="images to check on (default: 8 of DATASETS.TEST)")
     add_import_argument(parser)
@@ -38,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     from ..config import load_config
     from ..errors import UserError
     from ..export import ExportOptions, export_detector
-    from ..predictor import find_images
+    from ..prediction import find_images
 
     print_log()
     import_extensions(args.imports)

@@ -1,35 +1,63 @@
-"""Detect objects in images: each image with its detections drawn, and all detections as COCO json.
+"""Detect objects in images and videos: each with its detections drawn, and all detections as COCO json.
 
-kd-d2 predict --model CONFIG_OR_RUN [WEIGHTS] --input IMAGE_OR_FOLDER ... --output DIR [KEY VALUE ...]
+kd-d2 predict --model CONFIG_OR_RUN [WEIGHTS] --input FILE_OR_FOLDER ... --output DIR [KEY VALUE ...]
+kd-d2 predict --model EXPORTED --input FILE_OR_FOLDER ... --output DIR
 
-DIR/detections.json has "images" (with the file read and the drawing), "annotations" (boxes with scores) and "categories",
-as pycocotools loads them.
+EXPORTED is a file of kd-d2 export. DIR/detections.json has "images" (with the file read and the drawing; of a video each
+frame, with its number and time), "annotations" (boxes with scores) and "categories", as pycocotools loads them.
 """
 
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
+from ..errors import UserError
 from ..extensions import import_extensions
-from ..model_paths import read_one_model_path
+from ..model_paths import ModelPath, read_one_model_path
 from .arguments import add_import_argument, add_model_argument
 from .log import print_log
 
+if TYPE_CHECKING:
+    from ..predictor import ImageDetector
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_argument(parser, "one")
-    parser.add_argument("--input", required=True, nargs="+", help="images, and folders of images")
+    add_model_argument(parser, "one, which may be a file of kd-d2 export")
+    parser.add_argument(
+        "--input", required=True, nargs="+", help="images, videos, and folders of them, with their subfolders"
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the drawings and of detections.json")
     parser.add_argument("--score-thresh", type=float, default=0.5, help="lowest score of a detection (default 0.5)")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="images of one size at once (default 1)")
+    parser.add_argument("--no-drawings", action="store_true", help="write detections.json alone")
     add_import_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..config import load_config
-    from ..predictor import predict_images
+    from ..prediction import PredictOptions, find_inputs, predict
 
     print_log()
     import_extensions(args.imports)
-    model = read_one_model_path(args.model)
-    cfg = load_config(model.config, [*args.opts, *model.overrides], student_only=True, needs_data=False)
-    predict_images(cfg, args.input, args.output, args.score_thresh)
+    if not 0 <= args.score_thresh <= 1:
+        raise UserError(f"--score-thresh is {args.score_thresh}; it must lie between 0 and 1.")
+    model = read_one_model_path(args.model, may_be_exported=True)
+    inputs = find_inputs(args.input, without=args.output)
+    detector, weights = load_detector(model, args.opts, args.score_thresh)
+    info = {"weights": weights, "score_thresh": args.score_thresh}
+    predict(detector, inputs, args.output, info, PredictOptions(args.batch, not args.no_drawings))
+
+
+def load_detector(model: ModelPath, opts: list[str], score_thresh: float) -> tuple[ImageDetector, str]:
+    """The detector, and the file that its weights are from."""
+    if model.exported:
+        from ..export import load_exported_detector
+
+        if opts:
+            raise UserError(f"{model.exported} is an exported model, in which the override {opts[0]} changes nothing.")
+        return load_exported_detector(model.exported, score_thresh), model.exported
+    from ..config import load_config
+    from ..predictor import Predictor
+
+    cfg = load_config(model.config, [*opts, *model.overrides], student_only=True, needs_data=False)
+    return Predictor(cfg, score_thresh), cfg.MODEL.WEIGHTS

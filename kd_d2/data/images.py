@@ -7,6 +7,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, build_detection_test_loader
+from detectron2.data import transforms as T
 from detectron2.data.detection_utils import SizeMismatchError
 from torch.utils.data import DataLoader
 
@@ -56,3 +57,10 @@ def build_test_loader(
     """
     mapper = CheckedMapper(mapper or DatasetMapper(cfg, is_train=False))
     return build_detection_test_loader(cfg, dataset, mapper=mapper, **overrides)
+
+
+def resize_at_test(height: int, width: int, min_size: int, max_size: int) -> T.Transform:
+    """How an image of this size is resized for INPUT.MIN_SIZE_TEST (0: not at all) and MAX_SIZE_TEST."""
+    if min_size == 0:
+        return T.NoOpTransform()
+    return T.ResizeTransform(height, width, *T.ResizeShortestEdge.get_output_shape(height, width, min_size, max_size))

@@ -23,7 +23,8 @@ def main(args: argparse.Namespace) -> dict | None:
     """Train, or evaluate the detector (`eval_only`), the teacher, or both.
 
     Args:
-        args: `config_file`, `opts`, `imports`, `resume`, `eval_only` and `eval_teacher`.
+        args: `config_file`, `opts`, `imports`, `resume`, `eval_only` and `eval_teacher`; `exported`, if there is one, is
+            evaluated in place of the detector.
 
     Returns:
         The evaluation's results by task, which OUTPUT_DIR has as json too.
@@ -35,6 +36,12 @@ def main(args: argparse.Namespace) -> dict | None:
     if args.eval_only and args.eval_teacher:
         results = evaluate_teacher(cfg, Teacher.from_config(cfg))
         _write(cfg.OUTPUT_DIR, "teacher.json", results)
+        return results
+    if getattr(args, "exported", None):
+        from ..export.evaluating import evaluate_exported
+
+        results = evaluate_exported(cfg, args.exported)
+        _write(cfg.OUTPUT_DIR, f"eval-{os.path.basename(args.exported)}.json", results)
         return results
     if args.eval_only:
         if not cfg.MODEL.WEIGHTS:

@@ -2,6 +2,13 @@
 
 from .exporting import ExportOptions, export_detector
 from .metadata import ExportMetadata
-from .running import ExportedModel, load_exported
+from .running import ExportedModel, load_exported, load_exported_detector
 
-__all__ = ["ExportMetadata", "ExportOptions", "ExportedModel", "export_detector", "load_exported"]
+__all__ = [
+    "ExportMetadata",
+    "ExportOptions",
+    "ExportedModel",
+    "export_detector",
+    "load_exported",
+    "load_exported_detector",
+]

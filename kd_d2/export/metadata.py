@@ -10,6 +10,7 @@ import numpy as np
 from detectron2.data import transforms as T
 
 from .. import __version__
+from ..data.images import resize_at_test
 from ..errors import UserError
 
 
@@ -22,8 +23,8 @@ class ExportMetadata:
         class_names, category_ids: by the class index that the file returns.
         input_format: order of the channels, RGB or BGR. The input `image` is uint8 [3, height, width]; mean and standard
             deviation are inside.
-        min_size, max_size: the shorter side of an image is resized to min_size pixels, or less, so that the longer is at
-            most max_size.
+        min_size, max_size: the shorter side of an image is resized to min_size pixels (0: not at all), or less, so that
+            the longer is at most max_size.
         fixed_size: [height, width] of the one size that the input may have, or None. An image is resized to fit inside,
             and padded at its right and bottom.
         padding: value of that padding in each channel.
@@ -74,11 +75,9 @@ class ExportMetadata:
     def resize_transform(self, height: int, width: int) -> T.Transform:
         """How an image of this size is resized."""
         if self.fixed_size is None:
-            size = T.ResizeShortestEdge.get_output_shape(height, width, self.min_size, self.max_size)
-        else:
-            scale = min(self.fixed_size[0] / height, self.fixed_size[1] / width)
-            size = max(1, round(height * scale)), max(1, round(width * scale))
-        return T.ResizeTransform(height, width, *size)
+            return resize_at_test(height, width, self.min_size, self.max_size)
+        scale = min(self.fixed_size[0] / height, self.fixed_size[1] / width)
+        return T.ResizeTransform(height, width, max(1, round(height * scale)), max(1, round(width * scale)))
 
     def padded(self, image: np.ndarray) -> np.ndarray:
         """The input that the file takes, of a resized image uint8 [3, H, W]."""
@@ -97,5 +96,5 @@ class Resize(T.Augmentation):
         super().__init__()
         self.metadata = metadata
 
-    def get_transform(self, image):  # noqa: ANN001, ANN201: Detectron2 reads the arguments' names
+    def get_transform(self, image: np.ndarray) -> T.Transform:
         return self.metadata.resize_transform(*image.shape[:2])

@@ -22,7 +22,9 @@ def quantize_onnx(source: str, target: str, images: list[Tensor], keep_float: tu
     """
     onnx = needed_package("onnx")
     quantization = needed_package("onnxruntime.quantization")
-    convolutions = [node.name for node in onnx.load(source, load_external_data=False).graph.node if node.op_type == "Conv"]
+    convolutions = [
+        node.name for node in onnx.load(source, load_external_data=False).graph.node if node.op_type == "Conv"
+    ]
 
     class Images(quantization.CalibrationDataReader):
         left = iter(images)
@@ -51,8 +53,10 @@ def quantize_onnx(source: str, target: str, images: list[Tensor], keep_float: tu
 @contextlib.contextmanager
 def _without_log() -> Iterator[None]:
     """ONNX Runtime advises a pre-processing that needs all shapes to be known."""
+    handlers = logging.root.handlers[:]
     logging.disable(logging.WARNING)
     try:
         yield
     finally:
         logging.disable(logging.NOTSET)
+        logging.root.handlers[:] = handlers

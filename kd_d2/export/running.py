@@ -17,6 +17,7 @@ from detectron2.structures import Boxes, Instances
 
 from ..errors import UserError
 from ..model_paths import format_of
+from ..predictor import Category, ImageDetector
 from .decoding import decode
 from .metadata import ExportMetadata
 
@@ -107,7 +108,9 @@ class ExportedModel:
     def _detect(self, entry: dict[str, Any]) -> Instances:
         image = entry["image"]
         size = tuple(image.shape[1:])
-        boxes, scores, third, *masks = map(torch.from_numpy, self.session(self.metadata.padded(image.to(torch.uint8).numpy())))
+        boxes, scores, third, *masks = map(
+            torch.from_numpy, self.session(self.metadata.padded(image.to(torch.uint8).numpy()))
+        )
         if self.metadata.nms:
             classes = third
         else:
@@ -135,8 +138,27 @@ def load_exported(path: str) -> ExportedModel:
     return ExportedModel(session, ExportMetadata.from_strings(entries, path))
 
 
+def load_exported_detector(path: str, score_thresh: float) -> ImageDetector:
+    """A file of `kd-d2 export` as a detector of images.
+
+    Raises:
+        UserError: see `load_exported`; or the file gives no detections of so low a score.
+    """
+    model = load_exported(path)
+    metadata = model.metadata
+    if score_thresh < metadata.score_threshold:
+        raise UserError(
+            f"--score-thresh is {score_thresh}, but {path} gives no detections below {metadata.score_threshold}: take that, "
+            "or export with a lower --score-thresh."
+        )
+    categories = [Category(*entry) for entry in zip(metadata.category_ids, metadata.class_names, strict=True)]
+    return ImageDetector(model, metadata.input_format, metadata.resize_transform, categories, score_thresh)
+
+
 def reason(error: Exception) -> str:
     """What an error of a runtime says, on one line."""
     lines = [line.strip() for line in str(error).splitlines()]
-    told = [line for line in lines if line and not line.startswith(("Exception from", "Check '", "FrontEnd API", "Summary"))]
+    told = [
+        line for line in lines if line and not line.startswith(("Exception from", "Check '", "FrontEnd API", "Summary"))
+    ]
     return " ".join(told[:2]).rstrip(".") + "." if told else f"{type(error).__name__}."

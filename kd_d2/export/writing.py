@@ -36,7 +36,9 @@ def _quiet() -> Iterator[None]:
         torch._C._jit_set_onnx_log_enabled(was_enabled)
 
 
-def write_torchscript(graph: DetectionGraph | CandidateGraph, image: Tensor, path: str, metadata: ExportMetadata) -> None:
+def write_torchscript(
+    graph: DetectionGraph | CandidateGraph, image: Tensor, path: str, metadata: ExportMetadata
+) -> None:
     with _quiet():
         traced = torch.jit.freeze(torch.jit.trace(graph, (image,), check_trace=False))
         torch.jit.save(traced, path, _extra_files={METADATA_FILE: json.dumps(metadata.to_strings())})

@@ -145,7 +145,7 @@ class PointTransform:
 
     def apply_deltas(self, points: Tensor, anchors: Tensor) -> Tensor:
         """Boxes (P, 4) of point sets (P, 2 * points) around the centres of anchors (P, 4)."""
-        point_Pn2 = points.unflatten(-1, (-1, 2)).flip(-1)  # x before y
+        point_Pn2 = torch.stack([points[..., 1::2], points[..., 0::2]], -1)  # x before y
         mean = point_Pn2.mean(-2)
         variance = (point_Pn2 - mean[..., None, :]).square().sum(-2) / (point_Pn2.shape[-2] - 1)
         deviation = (variance + VARIANCE_EPS).sqrt()

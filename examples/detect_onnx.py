@@ -1,0 +1,26 @@
+"""Detection with a file of `kd-d2 export`, without kd_d2, Detectron2 or PyTorch: pip install numpy onnxruntime pillow
+
+python detect_onnx.py MODEL.onnx IMAGE
+"""
+
+import json
+import sys
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+metadata = session.get_modelmeta().custom_metadata_map
+names, shorter, longest = (json.loads(metadata[key]) for key in ("class_names", "min_size", "max_size"))
+
+image = Image.open(sys.argv[2]).convert("RGB")
+scale = min(shorter / min(image.size), longest / max(image.size))
+resized = np.asarray(image.resize([int(side * scale + 0.5) for side in image.size], Image.Resampling.BILINEAR))
+channels = resized.transpose(2, 0, 1)[:: -1 if metadata["input_format"] == "BGR" else 1]
+boxes, scores, classes = session.run(["boxes", "scores", "classes"], {"image": np.ascontiguousarray(channels)})
+boxes *= np.tile([image.width / resized.shape[1], image.height / resized.shape[0]], 2).astype(np.float32)
+
+for box, score, label in zip(boxes, scores, classes):
+    if score >= 0.5:
+        print(f"{names[label]} {score:.3f}", *(f"{side:.1f}" for side in box))

@@ -1,0 +1,38 @@
+"""AP of an exported file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, MetadataCatalog
+
+from ..data import build_test_loader
+from ..engine.trainer import KDTrainer
+from ..errors import UserError
+from .metadata import Resize
+from .running import load_exported
+
+
+def evaluate_exported(cfg: CfgNode, path: str) -> dict[str, Any]:
+    """Evaluate a file of `kd-d2 export` on DATASETS.TEST, images resized as the file says.
+
+    Raises:
+        UserError: see `load_exported`; or the data have another number of classes.
+    """
+    model = load_exported(path)
+    names = model.metadata.class_names
+    for dataset in cfg.DATASETS.TEST:
+        classes = MetadataCatalog.get(dataset).get("thing_classes", names)
+        if len(classes) != len(names):
+            raise UserError(f"The data set {dataset} has {len(classes)} classes, but {path} predicts {len(names)}.")
+    mapper = DatasetMapper(
+        is_train=False, augmentations=[Resize(model.metadata)], image_format=model.metadata.input_format
+    )
+
+    class Test(KDTrainer):
+        @classmethod
+        def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+            return build_test_loader(cfg, dataset_name, mapper)
+
+    return Test.test(cfg, model)

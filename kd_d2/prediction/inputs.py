@@ -1,0 +1,135 @@
+"""Images and videos among files and folders, and where their drawings go."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+
+from PIL import Image
+
+from ..errors import UserError
+from .video import video_problem
+
+logger = logging.getLogger(__name__)
+
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
+
+
+@dataclass(frozen=True)
+class Input:
+    """An image or a video.
+
+    Attributes:
+        path: the file.
+        name: path below the folder that was given, or the file's name, for what is written about it.
+    """
+
+    path: str
+    name: str
+
+    @property
+    def is_video(self) -> bool:
+        return self.path.lower().endswith(VIDEO_SUFFIXES)
+
+
+def find_images(paths: list[str], option: str = "--images") -> list[str]:
+    """The files of the images among files and folder trees.
+
+    Raises:
+        UserError: see `find_inputs`; `option` is what the user named them by.
+    """
+    images = [found.path for found in find_inputs(paths, option=option) if not found.is_video]
+    if not images:
+        raise UserError(f"{option}: there is no image in {', '.join(paths)}.")
+    return images
+
+
+def find_inputs(paths: list[str], without: str | None = None, option: str = "--input") -> list[Input]:
+    """The images and videos among files and folder trees, each once. Other files of a folder are skipped, with a line in the log.
+
+    Args:
+        without: a folder that is left out of the trees.
+        option: what the user named the paths by.
+
+    Raises:
+        UserError: a path does not exist, a file is neither image nor video, or there is none at all.
+    """
+    found, skipped = [], []
+    for path in paths:
+        if os.path.isdir(path):
+            entries = [Input(file, os.path.relpath(file, path)) for file in _files_below(path, without, option)]
+            problems = {entry: _problem(entry) for entry in entries}
+            found += [entry for entry, problem in problems.items() if problem is None]
+            skipped += [entry.name for entry, problem in problems.items() if problem is not None]
+        elif os.path.isfile(path):
+            entry = Input(path, os.path.basename(path))
+            problem = _problem(entry)
+            if problem is not None:
+                kind = "a video" if entry.is_video else "an image"
+                raise UserError(f"{option}: {path} cannot be read as {kind}: {problem}.")
+            found.append(entry)
+        else:
+            raise UserError(f"{option}: there is no file or folder {path}.")
+    if skipped:
+        names = ", ".join(skipped[:5]) + (", ..." if len(skipped) > 5 else "")
+        logger.info(f"Skipped {len(skipped)} files that cannot be read as images or videos: {names}")
+    if not found:
+        raise UserError(f"{option}: there is no image in {', '.join(paths)}.")
+    unique: dict[str, Input] = {}
+    for entry in found:
+        unique.setdefault(os.path.realpath(entry.path), entry)
+    return list(unique.values())
+
+
+def _files_below(folder: str, without: str | None, option: str) -> list[str]:
+    """Files of the tree in order, those of a folder before those of its subfolders; nothing hidden."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{option}: the folder {error.filename} cannot be read: {error.strerror}.") from error
+
+    left_out = without and os.path.realpath(without)
+    files = []
+    for place, subfolders, names in os.walk(folder, onerror=refuse):
+        subfolders[:] = sorted(
+            name for name in subfolders if name[0] != "." and os.path.realpath(os.path.join(place, name)) != left_out
+        )
+        files += [os.path.join(place, name) for name in sorted(names) if name[0] != "."]
+    return files
+
+
+def _problem(entry: Input) -> str | None:
+    """Why a file cannot be read; None if it can."""
+    return video_problem(entry.path) if entry.is_video else _image_problem(entry.path)
+
+
+def _image_problem(path: str) -> str | None:
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except Image.UnidentifiedImageError:
+        return "unknown format"
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # whatever PIL's readers raise
+        return (getattr(error, "strerror", None) or str(error)).rstrip(".")
+    return None
+
+
+def drawing_names(inputs: list[Input], folder: str) -> list[str]:
+    """For each input the file in `folder` to draw it to, in subfolders as it lay in its own; equal names are numbered.
+
+    Raises:
+        UserError: a drawing would replace an input.
+    """
+    files = {os.path.realpath(entry.path) for entry in inputs}
+    names: dict[str, None] = {}
+    for entry in inputs:
+        stem, suffix = os.path.splitext(entry.name)[0], ".mp4" if entry.is_video else ".jpg"
+        name, number = f"{stem}{suffix}", 1
+        while name in names:
+            number += 1
+            name = f"{stem}-{number}{suffix}"
+        names[name] = None
+        path = os.path.join(folder, name)
+        if os.path.realpath(path) in files:
+            raise UserError(f"--output: the drawing {path} would replace an input; choose another folder.")
+    return list(names)

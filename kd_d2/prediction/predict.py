@@ -1,0 +1,166 @@
+"""Detection in images and videos, with drawings and COCO json."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from detectron2.data.detection_utils import read_image
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.structures import Instances
+from PIL import Image
+
+from ..analysis.drawing import draw_instances
+from ..engine.checks import check_output_folder
+from ..errors import UserError
+from ..files import write_json
+from ..predictor import Category, ImageDetector
+from .inputs import Input, drawing_names
+from .video import VideoReader, VideoWriter
+
+logger = logging.getLogger(__name__)
+
+DETECTIONS = "detections.json"
+FRAMES_PER_LINE = 100
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """
+    Attributes:
+        batch: how many images go through the model together, if they are of one size.
+        drawings: whether to draw the detections.
+    """
+
+    batch: int = 1
+    drawings: bool = True
+
+
+def predict(
+    detector: ImageDetector,
+    inputs: list[Input],
+    output: str,
+    info: dict[str, Any],
+    options: PredictOptions | None = None,
+) -> dict[str, Any]:
+    """Detect objects in images and videos, draw them into `output`, and write `output`/detections.json.
+
+    Args:
+        inputs: see `find_inputs`.
+        info: of the run, for detections.json.
+
+    Returns:
+        What detections.json holds, as pycocotools loads it: "images" (with the file that was read and its drawing; of a
+        video each frame, with its number and its time in seconds), "annotations" (boxes with scores), "categories", "info".
+
+    Raises:
+        UserError: an option or the output folder cannot be used.
+    """
+    options = options or PredictOptions()
+    if options.batch < 1:
+        raise UserError(f"--batch is {options.batch}; it must be at least 1.")
+    drawings = drawing_names(inputs, output) if options.drawings else [None] * len(inputs)
+    check_output_folder(output, "--output")
+    run = _Run(detector, output, options)
+    numbered = [(f"[{n}/{len(inputs)}]", *pair) for n, pair in enumerate(zip(inputs, drawings, strict=True), 1)]
+    for is_video, group in itertools.groupby(numbered, key=lambda item: item[1].is_video):
+        if is_video:
+            for item in group:
+                run.video(*item)
+        else:
+            run.images(group)
+    tree = run.tree(info)
+    path = os.path.join(output, DETECTIONS)
+    write_json(path, tree, indent=None)
+    beside = ", with the drawings beside it" if options.drawings else ""
+    logger.info(f"{len(tree['annotations'])} detections in {len(tree['images'])} images: {path}{beside}")
+    return tree
+
+
+class _Run:
+    """What has been detected so far."""
+
+    def __init__(self, detector: ImageDetector, output: str, options: PredictOptions):
+        self.detector, self.output, self.options = detector, output, options
+        self.names = [category.name for category in detector.categories or []]
+        self.entries: list[dict[str, Any]] = []
+        self.annotations: list[dict[str, Any]] = []
+
+    def images(self, numbered: Iterable[tuple[str, Input, str | None]]) -> None:
+        for batch in _batches(numbered, self.options.batch):
+            found = self._detect([read_image(source.path, "RGB") for _, source, _ in batch])
+            for (number, source, drawing), (image, detections) in zip(batch, found, strict=True):
+                if drawing is not None:
+                    Image.fromarray(self._drawn(image, detections)).save(self._place(drawing), quality=95)
+                self._add(detections, source, drawing)
+                logger.info(f"{number} {source.path}: {len(detections)} detections")
+
+    def video(self, number: str, source: Input, drawing: str | None) -> None:
+        reader = VideoReader(source.path)
+        before, frames = len(self.annotations), 0
+        with VideoWriter(self._place(drawing) if drawing is not None else "", reader.fps) as writer:
+            for batch in _batches(reader, self.options.batch):
+                for image, detections in self._detect(batch):
+                    if drawing is not None:
+                        writer.write(self._drawn(image, detections))
+                    self._add(detections, source, drawing, frame=frames, time=round(frames / reader.fps, 4))
+                    frames += 1
+                    if frames % FRAMES_PER_LINE == 0:
+                        logger.info(f"{number} {source.path}: {frames} of {reader.length or '?'} frames")
+        if frames < reader.length:
+            logger.warning(f"{source.path} ends after {frames} of {reader.length} frames.")
+        logger.info(f"{number} {source.path}: {len(self.annotations) - before} detections in {frames} frames")
+
+    def _detect(self, images: list[np.ndarray]) -> list[tuple[np.ndarray, Instances]]:
+        flipped = self.detector.input_format == "BGR"
+        found = self.detector.detect([image[:, :, ::-1] if flipped else image for image in images])
+        return list(zip(images, found, strict=True))
+
+    def _drawn(self, image: np.ndarray, detections: Instances) -> np.ndarray:
+        return draw_instances(image, detections, self.names)
+
+    def _place(self, name: str) -> str:
+        path = os.path.join(self.output, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        return path
+
+    def _add(self, detections: Instances, source: Input, drawing: str | None, **of_frame: float) -> None:
+        height, width = detections.image_size
+        entry = {"id": len(self.entries) + 1, "file_name": source.path, "width": width, "height": height, **of_frame}
+        self.entries.append(entry if drawing is None else {**entry, "drawing": drawing})
+        first = len(self.annotations) + 1
+        self.annotations += to_annotations(detections, entry["id"], self.detector.categories, first)
+
+    def tree(self, info: dict[str, Any]) -> dict[str, Any]:
+        seen = sorted({annotation["category_id"] for annotation in self.annotations})
+        categories = self.detector.categories or [Category(number, f"class {number}") for number in seen]
+        return {
+            "info": info,
+            "images": self.entries,
+            "annotations": self.annotations,
+            "categories": [{"id": category.id, "name": category.name} for category in categories],
+        }
+
+
+def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
+
+
+def to_annotations(
+    detections: Instances, image_id: int, categories: list[Category] | None, first_id: int
+) -> list[dict]:
+    """COCO annotations with scores, numbered from `first_id`."""
+    annotations = []
+    for number, entry in enumerate(instances_to_coco_json(detections, image_id)):
+        if categories:
+            entry["category_id"] = categories[entry["category_id"]].id
+        area = entry["bbox"][2] * entry["bbox"][3]
+        annotations.append({"id": first_id + number, **entry, "area": area, "iscrowd": 0})
+    return annotations

@@ -1,0 +1,76 @@
+"""Videos, frame by frame, through OpenCV."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from types import TracebackType
+
+import cv2
+import numpy as np
+
+from ..errors import UserError
+
+
+def video_problem(path: str) -> str | None:
+    """Why a file cannot be read as a video; None if its first frame can."""
+    if not os.access(path, os.R_OK):
+        return "Permission denied"
+    capture = cv2.VideoCapture(path)
+    try:
+        return None if capture.isOpened() and capture.read()[0] else "it is damaged, or OpenCV does not know its format"
+    finally:
+        capture.release()
+
+
+class VideoReader:
+    """Iterates over the frames, RGB (H, W, 3) uint8.
+
+    Attributes:
+        fps: frames per second.
+        length: frames that the file announces; it may hold fewer.
+    """
+
+    def __init__(self, path: str):
+        self._capture = cv2.VideoCapture(path)
+        self.fps = self._capture.get(cv2.CAP_PROP_FPS) or 25.0
+        self.length = max(int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT)), 0)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        while True:
+            is_there, frame = self._capture.read()
+            if not is_there:
+                self._capture.release()
+                return
+            yield np.ascontiguousarray(frame[:, :, ::-1])
+
+
+class VideoWriter:
+    """Writes frames of one size, RGB (H, W, 3) uint8, into an mp4 file; a context manager."""
+
+    def __init__(self, path: str, fps: float):
+        self._path, self._fps = path, fps
+        self._writer: cv2.VideoWriter | None = None
+
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def write(self, frame: np.ndarray) -> None:
+        """
+        Raises:
+            UserError: this OpenCV cannot write such videos.
+        """
+        if self._writer is None:
+            size = frame.shape[1], frame.shape[0]
+            self._writer = cv2.VideoWriter(self._path, cv2.VideoWriter_fourcc(*"mp4v"), self._fps, size)
+            if not self._writer.isOpened():
+                raise UserError(
+                    f"The video {self._path} cannot be written by this OpenCV; --no-drawings leaves it out."
+                )
+        self._writer.write(np.ascontiguousarray(frame[:, :, ::-1]))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._writer is not None:
+            self._writer.release()

@@ -1,0 +1,421 @@
+"""kd-d2 export: files that detect what PyTorch does, at any size and number of objects, and refusals."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+from kd_d2 import UserError, load_config
+from kd_d2.export import ExportOptions, export_detector, exporting, load_exported, load_exported_detector
+from kd_d2.export.checking import Comparison, match
+from kd_d2.export.decoding import decode
+from kd_d2.predictor import Predictor
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from helpers import CLASSES, META_ARCHITECTURES, ROOT, make_project, run_command, save_fixed_weights
+from PIL import Image
+from torch import Tensor, nn
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("openvino")
+
+DETECTORS = (*META_ARCHITECTURES, "mask-rcnn", "cascade-rcnn", "c4")
+TOPK = 30
+"""Candidates of a level, fewer than there are."""
+GREY = torch.full((3, 50, 50), 127, dtype=torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CfgNode]:
+    """By name the configs of tiny detectors with fixed weights; made when first asked for."""
+
+    class Configs(dict):
+        def __missing__(self, name: str) -> CfgNode:
+            self[name] = _make_config(tmp_path_factory.mktemp(name), name)
+            return self[name]
+
+    return Configs()
+
+
+def limit_of(detector: str) -> int:
+    """Detections of an image: fewer than there would be in one of IMAGES."""
+    return 2 if "rcnn" in detector or detector == "c4" else 10
+
+
+def _make_config(folder: Path, name: str) -> CfgNode:
+    project = make_project(folder, name if name in META_ARCHITECTURES else "faster-rcnn")
+    cfg = load_config(str(project.student), ["OUTPUT_DIR", str(folder)], student_only=True)
+    if name == "mask-rcnn":
+        cfg.MODEL.MASK_ON = True
+        cfg.MODEL.ROI_MASK_HEAD.update(NAME="MaskRCNNConvUpsampleHead", NUM_CONV=1, CONV_DIM=8)
+    if name == "cascade-rcnn":
+        cfg.MODEL.ROI_HEADS.NAME = "CascadeROIHeads"
+        cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = True
+    for node in ("RETINANET", "FCOS", "ATSS", "GFL", "FSAF", "REPPOINTS"):
+        cfg.MODEL[node].TOPK_CANDIDATES_TEST = TOPK
+    cfg.MODEL.RPN.PRE_NMS_TOPK_TEST = TOPK
+    cfg.TEST.DETECTIONS_PER_IMAGE = limit_of(name)
+    config_file = folder / "plain.yaml"
+    config_file.write_text(cfg.dump())
+    weights = save_fixed_weights(config_file, folder / "model.pth", seed=2).state_dict()
+    for key, tensor in weights.items():
+        if "cls_score.weight" in key or "bbox_pred.weight" in key:
+            tensor *= 0.03  # scores between 0 and 1, boxes that are not the whole image
+    torch.save({"model": weights}, folder / "model.pth")
+    cfg.MODEL.WEIGHTS = str(folder / "model.pth")
+    _set_threshold(cfg, 0.0)
+    _set_threshold(cfg, float(detect(pytorch_model(cfg), GREY).scores.max()) + 1e-3)  # nothing is in the grey image
+    return cfg
+
+
+def _set_threshold(cfg: CfgNode, threshold: float) -> None:
+    for node in ("RETINANET", "FCOS", "ATSS", "GFL", "FSAF", "REPPOINTS", "ROI_HEADS"):
+        cfg.MODEL[node].SCORE_THRESH_TEST = threshold
+
+
+def pytorch_model(cfg: CfgNode) -> nn.Module:
+    model = build_model(cfg).eval()
+    model.load_state_dict(torch.load(cfg.MODEL.WEIGHTS)["model"])
+    return model
+
+
+def noise(height: int, width: int, seed: int = 0) -> Tensor:
+    cells = np.random.RandomState(seed).randint(0, 256, (3, -(-height // 8), -(-width // 8))).astype(np.uint8)
+    return torch.from_numpy(cells.repeat(8, 1).repeat(8, 2)[:, :height, :width].copy())
+
+
+IMAGES = [noise(64, 96), noise(96, 64, 1), noise(77, 130, 2), noise(33, 200, 3), GREY]
+
+
+def detect(model, image: Tensor) -> Instances:
+    with torch.no_grad():
+        return model([{"image": image}])[0]["instances"]
+
+
+def assert_equal(expected: Instances, found: Instances) -> None:
+    """Boxes to a hundredth of a pixel, scores to 1e-4, classes, and masks but for single pixels."""
+    assert len(found) == len(expected)
+    assert found.image_size == tuple(map(int, expected.image_size))
+    pairs = match(expected, found)
+    assert [i for i, _ in pairs] == list(range(len(expected)))
+    order = [j for _, j in pairs]
+    found = found[order]
+    torch.testing.assert_close(found.pred_boxes.tensor, expected.pred_boxes.tensor, atol=1e-2, rtol=0)
+    torch.testing.assert_close(found.scores, expected.scores, atol=1e-4, rtol=0)
+    assert found.pred_classes.tolist() == expected.pred_classes.tolist()
+    if expected.has("pred_masks"):
+        assert found.pred_masks.shape == expected.pred_masks.shape
+        assert (found.pred_masks != expected.pred_masks).sum() <= 1e-3 * expected.pred_masks.numel()
+
+
+FAST = {
+    ("retinanet", "onnx"),
+    ("retinanet", "ts"),
+    ("reppoints", "onnx"),
+    ("faster-rcnn", "onnx"),
+    ("mask-rcnn", "onnx"),
+}
+PAIRS = [
+    pytest.param(detector, suffix, marks=() if (detector, suffix) in FAST else pytest.mark.slow)
+    for detector in DETECTORS
+    for suffix in ("onnx", "ts", "xml")
+    if (detector, suffix) != ("reppoints", "xml")
+]
+
+
+@pytest.mark.parametrize(("detector", "suffix"), PAIRS)
+def test_file_detects_what_pytorch_does(
+    detector: str, suffix: str, configs: dict[str, CfgNode], tmp_path: Path
+) -> None:
+    """Check sizes that were not traced, an image without texture, and more candidates and detections than the limits."""
+    cfg = configs[detector]
+    path = tmp_path / f"model.{suffix}"
+    comparison = export_detector(cfg, str(path))
+    model, exported = pytorch_model(cfg), load_exported(str(path))
+    expected = [detect(model, image) for image in IMAGES]
+    for image, detections in zip(IMAGES, expected, strict=True):
+        assert_equal(detections, detect(exported, image))
+    assert max(map(len, expected)) == limit_of(detector) and len(expected[-1]) == 0
+    assert comparison.images == 7 and comparison.unmatched == 0 and comparison.box < 1e-2 and comparison.score < 1e-4
+
+
+def test_openvino_cannot_run_deformable_convolutions(configs: dict[str, CfgNode], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="RepPoints cannot be exported to openvino: .*DeformConv"):
+        export_detector(configs["reppoints"], str(tmp_path / "model.xml"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "detector",
+    [
+        "retinanet",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("fcos", "atss", "gfl", "fsaf", "reppoints")),
+    ],
+)
+def test_without_nms_the_graph_is_static_and_decoding_gives_the_detections(
+    detector: str, configs: dict[str, CfgNode], tmp_path: Path
+) -> None:
+    cfg, path = configs[detector], tmp_path / "model.onnx"
+    export_detector(cfg, str(path), ExportOptions(nms=False))
+    graph = onnx.load(path).graph
+    assert {"NonMaxSuppression", "NonZero", "TopK", "If", "Loop"}.isdisjoint(node.op_type for node in graph.node)
+    assert [output.name for output in graph.output] == ["boxes", "scores", "levels"]
+    model, exported = pytorch_model(cfg), load_exported(str(path))
+    for image in IMAGES:
+        assert_equal(detect(model, image), detect(exported, image))
+
+
+def test_decoding_by_hand() -> None:
+    """Check threshold, candidates of a level, NMS within classes, and the limit, on boxes side by side."""
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [20, 0, 30, 10], [40, 0, 50, 10], [60, 0, 70, 10]])
+    scores = torch.tensor([[0.9, 0.0], [0.8, 0.7], [0.05, 0.0], [0.6, 0.0], [0.5, 0.4]])
+    levels = torch.tensor([0, 0, 0, 1, 1])
+    info = exporting.ExportMetadata(
+        "X", ["a", "b"], [1, 2], "RGB", 8, 8, None, [0, 0, 0], 1, False, 0.1, nms_threshold=0.5, topk_candidates=3, max_detections=4
+    )  # fmt: skip
+    found_boxes, found_scores, found_classes = decode(boxes, scores, levels, info)
+    torch.testing.assert_close(
+        found_scores, torch.tensor([0.9, 0.7, 0.6, 0.5])
+    )  # 0.8 overlaps 0.9; 0.4 is one too many
+    assert found_classes.tolist() == [0, 1, 0, 0]
+    assert found_boxes[:, 0].tolist() == [0, 0, 40, 60]
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "ts"])
+def test_fixed_size(suffix: str, configs: dict[str, CfgNode], tmp_path: Path) -> None:
+    """Check that an image is fitted into the one size, padded with the mean, and its boxes come back in its own pixels."""
+    cfg, path = configs["retinanet"], tmp_path / f"model.{suffix}"
+    export_detector(cfg, str(path), ExportOptions(fixed_size=(64, 128)))
+    detector = load_exported_detector(str(path), detect_threshold := detector_threshold(path))
+    image = noise(100, 100, 5).permute(1, 2, 0).numpy()
+    resized = np.asarray(Image.fromarray(image).resize((64, 64), Image.Resampling.BILINEAR))
+    padded = np.empty((64, 128, 3), np.uint8)
+    padded[:] = [round(mean) for mean in cfg.MODEL.PIXEL_MEAN]
+    padded[:, :64] = resized
+    expected = detect(pytorch_model(cfg), torch.from_numpy(padded.transpose(2, 0, 1).copy()))
+    expected.pred_boxes.scale(100 / 64, 100 / 64)
+    expected.pred_boxes.clip((100, 100))
+    expected = expected[expected.pred_boxes.nonempty() & (expected.scores >= detect_threshold)]
+    found = detector.detect([image])[0]
+    assert len(found) == len(expected) > 0
+    torch.testing.assert_close(found.pred_boxes.tensor, expected.pred_boxes.tensor, atol=1e-2, rtol=0)
+    torch.testing.assert_close(found.scores, expected.scores, atol=1e-4, rtol=0)
+    if suffix == "onnx":
+        shape = onnx.load(path).graph.input[0].type.tensor_type.shape.dim
+        assert [dim.dim_value for dim in shape] == [3, 64, 128]
+
+
+def detector_threshold(path: Path) -> float:
+    return load_exported(str(path)).metadata.score_threshold
+
+
+def test_metadata(configs: dict[str, CfgNode], tmp_path: Path) -> None:
+    """Check what a program without kd_d2 reads in the file."""
+    path = tmp_path / "model.onnx"
+    export_detector(configs["retinanet"], str(path), ExportOptions(score_thresh=0.25))
+    model = onnx.load(path)
+    entries = {entry.key: entry.value for entry in model.metadata_props}
+    assert entries["detector"] == "RetinaNet" and entries["input_format"] == "RGB"
+    assert json.loads(entries["class_names"]) == list(CLASSES) and json.loads(entries["category_ids"]) == [1, 2, 3]
+    assert (entries["min_size"], entries["max_size"], entries["fixed_size"]) == ("64", "128", "null")
+    assert (entries["score_threshold"], entries["nms"], entries["int8"]) == ("0.25", "true", "false")
+    onnx.checker.check_model(model)
+    [image] = model.graph.input
+    assert image.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    assert [dim.dim_param or dim.dim_value for dim in image.type.tensor_type.shape.dim] == [3, "height", "width"]
+    assert [output.name for output in model.graph.output] == ["boxes", "scores", "classes"]
+
+
+def test_int8_quantizes_convolutions_and_still_runs_where_nothing_is_found(
+    configs: dict[str, CfgNode], tmp_path: Path
+) -> None:
+    cfg, path = configs["retinanet"], tmp_path / "model.onnx"
+    export_detector(cfg, str(path), ExportOptions(int8=True, calibration_images=4))
+    types = [node.op_type for node in onnx.load(path).graph.node]
+    assert types.count("DequantizeLinear") >= types.count("Conv") > 10
+    exported, model = load_exported(str(path)), pytorch_model(cfg)
+    assert exported.metadata.int8
+    assert len(detect(exported, GREY)) <= 2
+    near = [match_loosely(detect(model, image), detect(exported, image)) for image in IMAGES[:4]]
+    assert np.mean(near) > 0.5
+
+
+def match_loosely(expected: Instances, found: Instances) -> float:
+    """Part of the expected detections with a found one of their class that overlaps by half."""
+    from detectron2.structures import pairwise_iou
+
+    overlap = pairwise_iou(expected.pred_boxes, found.pred_boxes) > 0.5
+    return float((overlap & (expected.pred_classes[:, None] == found.pred_classes)).any(1).float().mean())
+
+
+def instances(boxes: list[list[float]], scores: list[float], classes: list[int]) -> Instances:
+    return Instances(
+        (100, 200),
+        pred_boxes=Boxes(torch.tensor(boxes).view(-1, 4)),
+        scores=torch.tensor(scores),
+        pred_classes=torch.tensor(classes, dtype=torch.int64),
+    )
+
+
+def test_comparison_tells_equal_from_different_detections() -> None:
+    """Check order, a shifted box, another class, another score; and what counts at the threshold and at the limit."""
+    a, b = [0.0, 0, 10, 10], [50.0, 0, 60, 10]
+
+    def unmatched(found: Instances, threshold: float = 0.1, limit: int | None = None) -> int:
+        comparison = Comparison()
+        comparison.add(instances([a, b], [0.9, 0.5], [0, 1]), found, threshold, limit)
+        return comparison.unmatched
+
+    assert unmatched(instances([b, a], [0.5, 0.9], [1, 0])) == 0
+    assert unmatched(instances([[0, 0, 10, 10.03], b], [0.9, 0.5], [0, 1])) == 2  # tolerance: 200 * 1e-4 pixels
+    assert unmatched(instances([[0, 0, 10, 10.01], b], [0.9, 0.5], [0, 1])) == 0
+    assert unmatched(instances([a, b], [0.9, 0.5], [1, 1])) == 2
+    assert unmatched(instances([a, b], [0.898, 0.5], [0, 1])) == 2
+    assert unmatched(instances([a], [0.9], [0])) == 1
+    assert unmatched(instances([a], [0.9], [0]), threshold=0.4995) == 0
+    assert unmatched(instances([a], [0.9], [0]), limit=2) == 0
+
+
+def test_file_that_detects_something_else_is_not_written(
+    configs: dict[str, CfgNode], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = exporting.WRITERS["onnx"]
+
+    def write_another(graph: nn.Module, *arguments: object) -> None:
+        graph.model.box2box_transform.weights = (1.1, 1.0, 1.0, 1.0)
+        write(graph, *arguments)
+        graph.model.box2box_transform.weights = (1.0, 1.0, 1.0, 1.0)
+
+    monkeypatch.setitem(exporting.WRITERS, "onnx", write_another)
+    with pytest.raises(UserError, match=r"does not detect what PyTorch does, and was not written: \d+ detections"):
+        export_detector(configs["retinanet"], str(tmp_path / "model.onnx"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def run_folder(configs: dict[str, CfgNode], tmp_path: Path) -> Path:
+    """The output folder of a training of RetinaNet."""
+    cfg, folder = configs["retinanet"], tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(cfg.dump())
+    (folder / "model_final.pth").write_bytes(Path(cfg.MODEL.WEIGHTS).read_bytes())
+    return folder
+
+
+def test_command_prediction_and_evaluation(
+    run_folder: Path, configs: dict[str, CfgNode], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Check that export, predict and eval work together: detections and AP of the file are those of the checkpoint."""
+    path = tmp_path / "student.onnx"
+    run_command("export", "--model", run_folder, "--output", path)
+    assert "RetinaNet as onnx and in PyTorch: " in capsys.readouterr().out
+    threshold = detector_threshold(path)
+    images = Path(configs["retinanet"].MODEL.WEIGHTS).parent / "data" / "images"
+    trees = []
+    for number, model in enumerate((run_folder, path)):
+        output = tmp_path / str(number)
+        run_command("predict", "--model", model, "--input", images, "--output", output, "--score-thresh", threshold)
+        trees.append(json.loads((output / "detections.json").read_text()))
+    assert trees[0]["categories"] == trees[1]["categories"] and trees[0]["images"] == trees[1]["images"]
+    expected, found = (tree["annotations"] for tree in trees)
+    assert len(found) == len(expected) > 5
+    np.testing.assert_allclose([a["bbox"] for a in found], [a["bbox"] for a in expected], atol=1e-2)
+    np.testing.assert_allclose([a["score"] for a in found], [a["score"] for a in expected], atol=1e-4)
+    assert [a["category_id"] for a in found] == [a["category_id"] for a in expected]
+
+    run_command("eval", "--model", run_folder, "OUTPUT_DIR", run_folder)
+    run_command("eval", "--model", run_folder, path, "OUTPUT_DIR", run_folder)
+    of_checkpoint, of_file = (
+        json.loads((run_folder / name).read_text()) for name in ("eval.json", "eval-student.onnx.json")
+    )
+    np.testing.assert_allclose(list(of_file["bbox"].values()), list(of_checkpoint["bbox"].values()), atol=0.05)
+
+
+def test_example_without_detectron2(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Check that the example imports neither torch nor this library and prints the detections of the checkpoint."""
+    path, image = tmp_path / "student.onnx", tmp_path / "image.png"
+    run_command("export", "--model", run_folder, "--output", path)
+    Image.fromarray(noise(120, 150, 7).permute(1, 2, 0).numpy()).save(image)
+    source = (ROOT / "examples" / "detect_onnx.py").read_text()
+    assert not any(f"import {name}" in source for name in ("torch", "detectron2", "kd_d2"))
+    cfg = load_config(str(run_folder / "config.yaml"), ["MODEL.WEIGHTS", str(run_folder / "model_final.pth")])
+    expected = Predictor(cfg, 0.5)(str(image))
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["detect_onnx.py", str(path), str(image)])
+    runpy.run_path(str(ROOT / "examples" / "detect_onnx.py"))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(expected)
+    for line, box, score, label in zip(lines, expected.pred_boxes.tensor, expected.scores, expected.pred_classes):
+        name, *numbers = line.split()
+        assert name == CLASSES[label]
+        np.testing.assert_allclose(list(map(float, numbers)), [float(score), *box.tolist()], atol=0.06)
+
+
+def test_what_cannot_be_exported_is_one_sentence(
+    run_folder: Path, configs: dict[str, CfgNode], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    (tmp_path / "notes.onnx").write_text("no model")
+    (tmp_path / "notes.ts").write_text("no model")
+    torch.jit.save(torch.jit.trace(nn.Identity(), torch.ones(1)), str(tmp_path / "other.ts"))
+    rcnn = Path(configs["faster-rcnn"].MODEL.WEIGHTS).parent
+    onnx_file = tmp_path / "x.onnx"
+    predict = ("predict", "--input", rcnn / "data", "--output", tmp_path / "out", "--model")
+    cases = [
+        (("--output", tmp_path / "x.pt"), "the name must end with .onnx, .ts, .torchscript, .xml"),
+        (("--output", tmp_path / "x.ts", "--format", "onnx"), "--format is onnx, but the name"),
+        (("--output", tmp_path / "x.ts", "--int8"), "--int8 needs an ONNX file"),
+        (("--output", onnx_file, "--size", "0", "9"), "--size is (0, 9)"),
+        (("--output", onnx_file, "--score-thresh", "2"), "--score-thresh is 2.0"),
+        (("--output", onnx_file, "--int8", "--calibration-images", "0"), "--calibration-images is 0"),
+        (("--output", onnx_file, "--int8", "DATASETS.TRAIN", "()"), "needs images of DATASETS.TRAIN"),
+        (("--output", onnx_file, "--images", tmp_path / "none"), "--images: there is no file or folder"),
+        (("--output", onnx_file, "MODEL.WEIGHTS", "none.pth"), "MODEL.WEIGHTS: there is no file"),
+    ]
+    commands = [(("export", "--model", run_folder, *arguments), words) for arguments, words in cases]
+    commands += [
+        (("export", "--model", rcnn / "plain.yaml", rcnn / "model.pth", "--output", onnx_file, "--no-nms"), "GeneralizedRCNN cannot do without NMS"),
+        (("export", "--model", tmp_path / "notes.onnx", "--output", onnx_file), "only kd-d2 predict and eval take"),
+        ((*predict, tmp_path / "none.onnx"), "There is no exported model"),
+        ((*predict, tmp_path / "notes.onnx"), "cannot be read as onnx"),
+        ((*predict, tmp_path / "notes.ts"), "cannot be read as torchscript"),
+        ((*predict, tmp_path / "other.ts"), "was not written by kd-d2 export"),
+        (("eval", "--model", tmp_path / "notes.onnx"), "names no data: write --model CONFIG_OR_RUN"),
+    ]  # fmt: skip
+    for command, words in commands:
+        with pytest.raises(SystemExit) as ended:
+            run_command(*command)
+        assert ended.value.code == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: ") and words in error, error
+    assert not onnx_file.exists() and not (tmp_path / "out").exists()
+
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(UserError, match=r"The package onnx is needed and missing: pip install 'kd_d2\[export\]'"):
+        export_detector(configs["retinanet"], str(onnx_file))
+    keypoints = configs["faster-rcnn"].clone()
+    model = pytorch_model(keypoints)
+    model.roi_heads.keypoint_on = True
+    with pytest.raises(UserError, match="keypoints cannot be exported"):
+        exporting.check_detector(model)
+
+
+def test_prediction_below_the_threshold_of_the_file(run_folder: Path, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "student.ts"
+    run_command("export", "--model", run_folder, "--output", path, "--score-thresh", "0.4")
+    options = ("--input", run_folder, "--output", tmp_path / "out", "--model", path)
+    Image.new("RGB", (64, 64)).save(run_folder / "a.png")
+    for more, words in (
+        (("--score-thresh", "0.3"), "gives no detections below 0.4"),
+        (("MODEL.DEVICE", "cpu"), "the override MODEL.DEVICE changes nothing"),
+    ):
+        with pytest.raises(SystemExit):
+            run_command("predict", *options, *more)
+        assert words in capsys.readouterr().err
