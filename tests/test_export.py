@@ -47,7 +47,7 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CfgNode]:
 
 def limit_of(detector: str) -> int:
     """Detections of an image: fewer than there would be in one of IMAGES."""
-    return 2 if "rcnn" in detector or detector == "c4" else 10
+    return 2 if "rcnn" in detector or detector == "c4" else 8
 
 
 def _make_config(folder: Path, name: str) -> CfgNode:
@@ -148,7 +148,7 @@ def test_file_detects_what_pytorch_does(
 
 
 def test_openvino_cannot_run_deformable_convolutions(configs: dict[str, CfgNode], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="RepPoints cannot be exported to openvino: .*DeformConv"):
+    with pytest.raises(UserError, match=r"RepPoints cannot be exported to openvino: .*DeformConv"):
         export_detector(configs["reppoints"], str(tmp_path / "model.xml"))
     assert list(tmp_path.iterdir()) == []
 
@@ -234,26 +234,23 @@ def test_metadata(configs: dict[str, CfgNode], tmp_path: Path) -> None:
     assert [output.name for output in model.graph.output] == ["boxes", "scores", "classes"]
 
 
-def test_int8_quantizes_convolutions_and_still_runs_where_nothing_is_found(
-    configs: dict[str, CfgNode], tmp_path: Path
-) -> None:
+@pytest.mark.slow
+def test_int8(configs: dict[str, CfgNode], tmp_path: Path) -> None:
+    """Check that convolutions are quantized, scores stay close, and the file runs where nothing is found."""
     cfg, path = configs["retinanet"], tmp_path / "model.onnx"
     export_detector(cfg, str(path), ExportOptions(int8=True, calibration_images=4))
     types = [node.op_type for node in onnx.load(path).graph.node]
     assert types.count("DequantizeLinear") >= types.count("Conv") > 10
-    exported, model = load_exported(str(path)), pytorch_model(cfg)
-    assert exported.metadata.int8
-    assert len(detect(exported, GREY)) <= 2
-    near = [match_loosely(detect(model, image), detect(exported, image)) for image in IMAGES[:4]]
-    assert np.mean(near) > 0.5
+    exported = load_exported(str(path))
+    assert exported.metadata.int8 and len(detect(exported, GREY)) <= 2
 
-
-def match_loosely(expected: Instances, found: Instances) -> float:
-    """Part of the expected detections with a found one of their class that overlaps by half."""
-    from detectron2.structures import pairwise_iou
-
-    overlap = pairwise_iou(expected.pred_boxes, found.pred_boxes) > 0.5
-    return float((overlap & (expected.pred_classes[:, None] == found.pred_classes)).any(1).float().mean())
+    every = [tmp_path / "float.onnx", tmp_path / "int8.onnx"]
+    for file, int8 in zip(every, (False, True)):
+        export_detector(cfg, str(file), ExportOptions(nms=False, int8=int8, calibration_images=4))
+    for image in IMAGES[:4]:
+        expected, found = (load_exported(str(file)).session(image.numpy())[1] for file in every)
+        assert 0 < np.abs(found - expected).max() < 0.2
+        assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.95
 
 
 def instances(boxes: list[list[float]], scores: list[float], classes: list[int]) -> Instances:
@@ -336,7 +333,9 @@ def test_command_prediction_and_evaluation(
     of_checkpoint, of_file = (
         json.loads((run_folder / name).read_text()) for name in ("eval.json", "eval-student.onnx.json")
     )
-    np.testing.assert_allclose(list(of_file["bbox"].values()), list(of_checkpoint["bbox"].values()), atol=0.05)
+    assert of_checkpoint["bbox"]["AP50"] > 0
+    for key, value in of_checkpoint["bbox"].items():
+        assert of_file["bbox"][key] == (value if value is None else pytest.approx(value, abs=0.05)), key
 
 
 def test_example_without_detectron2(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -377,10 +376,10 @@ def test_what_cannot_be_exported_is_one_sentence(
         (("--output", onnx_file, "--int8", "--calibration-images", "0"), "--calibration-images is 0"),
         (("--output", onnx_file, "--int8", "DATASETS.TRAIN", "()"), "needs images of DATASETS.TRAIN"),
         (("--output", onnx_file, "--images", tmp_path / "none"), "--images: there is no file or folder"),
-        (("--output", onnx_file, "MODEL.WEIGHTS", "none.pth"), "MODEL.WEIGHTS: there is no file"),
     ]
     commands = [(("export", "--model", run_folder, *arguments), words) for arguments, words in cases]
     commands += [
+        (("export", "--model", run_folder / "config.yaml", "none.pth", "--output", onnx_file), "MODEL.WEIGHTS: there is no file"),
         (("export", "--model", rcnn / "plain.yaml", rcnn / "model.pth", "--output", onnx_file, "--no-nms"), "GeneralizedRCNN cannot do without NMS"),
         (("export", "--model", tmp_path / "notes.onnx", "--output", onnx_file), "only kd-d2 predict and eval take"),
         ((*predict, tmp_path / "none.onnx"), "There is no exported model"),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from kd_d2 import Predictor, load_config
 from kd_d2.analysis.drawing import PALETTE, draw_instances, titled
+from kd_d2.prediction.video import VideoReader, VideoWriter
 from kd_d2.predictor import read_categories
 
 import numpy as np
@@ -265,3 +266,104 @@ def test_a_title_is_written_whole_where_there_is_room_and_cut_where_there_is_non
     assert (strip["äöü"] != strip["???"]).any()
     assert (strip["a" * 24] != strip["a" * 24 + "b"]).any()
     assert (strip["a" * 99] == strip["a" * 98]).all()
+
+
+def write_video(path: Path, frames: list[np.ndarray], fps: float = 5.0) -> None:
+    with VideoWriter(str(path), fps) as writer:
+        for frame in frames:
+            writer.write(frame)
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    """Five frames of 64 x 96, five a second, each brighter than the one before."""
+    path = tmp_path / "clip.mp4"
+    cells = np.random.RandomState(4).randint(0, 150, (8, 12, 3)).repeat(8, 0).repeat(8, 1)
+    write_video(path, [(cells + 20 * number).astype(np.uint8) for number in range(5)])
+    return path
+
+
+def test_a_tree_of_folders_is_kept_and_the_output_is_not_read_again(
+    retinanet: Project, photos: Path, predict: Callable[..., dict]
+) -> None:
+    deeper = photos / "deeper" / "still"
+    deeper.mkdir(parents=True)
+    (photos / ".git").mkdir()
+    for place in (deeper / "colour.png", photos / ".git" / "colour.png"):
+        place.write_bytes((photos / "colour.png").read_bytes())
+    out = photos / "found"
+    for _ in range(2):
+        tree = predict(retinanet, out, photos)
+        names = [image["drawing"] for image in tree["images"]]
+        assert names == ["alpha.jpg", "colour.jpg", "grey.jpg", "palette.jpg", "turned.jpg", "deeper/still/colour.jpg"]
+        assert all((out / name).is_file() for name in names)
+
+
+def test_without_drawings_there_is_the_file_alone(
+    retinanet: Project, photos: Path, tmp_path: Path, predict: Callable[..., dict]
+) -> None:
+    tree = predict(retinanet, tmp_path / "out", photos, options=("--no-drawings",))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["detections.json"]
+    assert len(tree["images"]) == 5 and not any("drawing" in image for image in tree["images"])
+
+
+def test_a_batch_detects_what_single_images_do(
+    project: Project, photos: Path, clip: Path, tmp_path: Path, predict: Callable[..., dict]
+) -> None:
+    """Check images of several sizes, which are not padded to one another, and frames."""
+    options = ("--no-drawings", "--score-thresh", LOW)
+    one, four = (
+        predict(project, tmp_path / f"{batch}", photos, clip, options=(*options, "--batch", batch)) for batch in (1, 4)
+    )
+    assert one["images"] == four["images"] and len(one["annotations"]) == len(four["annotations"]) > 20
+    for expected, found in zip(one["annotations"], four["annotations"], strict=True):
+        assert found["category_id"] == expected["category_id"]
+        np.testing.assert_allclose(found["bbox"], expected["bbox"], atol=0.05)
+        np.testing.assert_allclose(found["score"], expected["score"], atol=1e-4)
+
+
+def test_frames_of_a_video_are_detected_drawn_and_numbered(
+    retinanet: Project, photos: Path, clip: Path, tmp_path: Path, predict: Callable[..., dict]
+) -> None:
+    out = tmp_path / "out"
+    tree = predict(retinanet, out, clip, photos / "grey.png", options=("--score-thresh", LOW))
+    frames, picture = tree["images"][:5], tree["images"][5]
+    assert [(frame["frame"], frame["time"], frame["drawing"]) for frame in frames] == [
+        (number, number / 5, "clip.mp4") for number in range(5)
+    ]
+    assert "frame" not in picture and picture["drawing"] == "grey.jpg" and picture["id"] == 6
+    decoded = list(VideoReader(str(clip)))
+    cfg = load_config(
+        str(retinanet.student), ["MODEL.WEIGHTS", str(retinanet.folder / "student.pth")], student_only=True
+    )
+    detector = Predictor(cfg, LOW)
+    for frame, pixels in zip(frames, decoded, strict=True):
+        expected = detector.detect([pixels if detector.input_format == "RGB" else pixels[:, :, ::-1]])[0]
+        found = [a["score"] for a in tree["annotations"] if a["image_id"] == frame["id"]]
+        assert found == expected.scores.tolist() != []
+    drawn = VideoReader(str(out / "clip.mp4"))
+    assert (drawn.fps, drawn.length) == (5.0, 5)
+    assert [frame.shape for frame in drawn] == [(480, 720, 3)] * 5
+
+
+def test_a_video_that_is_cut_off_or_none_is_named(
+    retinanet: Project, clip: Path, tmp_path: Path, predict: Callable[..., dict], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "none.mp4").write_text("no video")
+    (tmp_path / "empty.avi").write_bytes(b"")
+    for name in ("none.mp4", "empty.avi"):
+        with pytest.raises(SystemExit):
+            predict(retinanet, tmp_path / "out", tmp_path / name)
+        assert f"{name} cannot be read as a video: it is damaged" in capsys.readouterr().err
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for name in ("none.mp4", "clip.mp4"):
+        (folder / name).write_bytes((tmp_path / name).read_bytes())
+    tree = predict(retinanet, tmp_path / "out", folder)
+    assert (
+        len(tree["images"]) == 5
+        and "Skipped 1 files that cannot be read as images or videos: none.mp4" in capsys.readouterr().out
+    )
+    with pytest.raises(SystemExit):
+        predict(retinanet, tmp_path / "out", clip, options=("--batch", 0))
+    assert "--batch is 0; it must be at least 1" in capsys.readouterr().err

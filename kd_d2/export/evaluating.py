@@ -11,7 +11,7 @@ from ..data import build_test_loader
 from ..engine.trainer import KDTrainer
 from ..errors import UserError
 from .metadata import Resize
-from .running import load_exported
+from .running import ExportedModel, load_exported
 
 
 def evaluate_exported(cfg: CfgNode, path: str) -> dict[str, Any]:
@@ -26,6 +26,11 @@ def evaluate_exported(cfg: CfgNode, path: str) -> dict[str, Any]:
         classes = MetadataCatalog.get(dataset).get("thing_classes", names)
         if len(classes) != len(names):
             raise UserError(f"The data set {dataset} has {len(classes)} classes, but {path} predicts {len(names)}.")
+    return evaluate(cfg, model)
+
+
+def evaluate(cfg: CfgNode, model: ExportedModel) -> dict[str, Any]:
+    """The results on DATASETS.TEST by task."""
     mapper = DatasetMapper(
         is_train=False, augmentations=[Resize(model.metadata)], image_format=model.metadata.input_format
     )

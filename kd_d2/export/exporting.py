@@ -91,7 +91,7 @@ def export_detector(
         except UserError:
             raise
         except Exception as error:  # of the tracer, the exporter or the runtime
-            raise UserError(f"{metadata.detector} cannot be exported to {export_format}: {reason(error)}") from error
+            raise UserError(f"{metadata.detector} cannot be exported to {export_format}: {reason(error)}.") from error
         require_equal(comparison, path)
         logger.info(f"{metadata.detector} as {export_format} and in PyTorch: {comparison}")
         if calibration:

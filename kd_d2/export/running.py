@@ -70,10 +70,14 @@ def _open_openvino(path: str) -> tuple[Session, dict[str, str]]:
     return openvino_session(model), dict(entries)
 
 
-def openvino_session(model: Any) -> Session:
-    """An OpenVINO model, or the path of an ONNX file, on the CPU in float32: by itself OpenVINO takes bfloat16 where the CPU has it."""
+def openvino_session(model: Any, precision: str = "f32") -> Session:
+    """An OpenVINO model, or the path of an ONNX file, on the CPU.
+
+    Args:
+        precision: of what is not quantized; by itself OpenVINO takes "bf16" where the CPU has it.
+    """
     openvino = needed_package("openvino")
-    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     compiled = openvino.Core().compile_model(model, "CPU", options)
 
     def run(image: np.ndarray) -> list[np.ndarray]:
@@ -134,7 +138,7 @@ def load_exported(path: str) -> ExportedModel:
     except UserError:
         raise
     except Exception as error:  # each runtime has its own
-        raise UserError(f"{path} cannot be read as {format_of(path)}: {reason(error)}") from error
+        raise UserError(f"{path} cannot be read as {format_of(path)}: {reason(error)}.") from error
     return ExportedModel(session, ExportMetadata.from_strings(entries, path))
 
 
@@ -156,9 +160,8 @@ def load_exported_detector(path: str, score_thresh: float) -> ImageDetector:
 
 
 def reason(error: Exception) -> str:
-    """What an error of a runtime says, on one line."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    told = [
-        line for line in lines if line and not line.startswith(("Exception from", "Check '", "FrontEnd API", "Summary"))
-    ]
-    return " ".join(told[:2]).rstrip(".") + "." if told else f"{type(error).__name__}."
+    """What an error of a runtime says, on one line: OpenVINO tells where it was thrown first."""
+    lines = [line.strip("- \t.") for line in str(error).splitlines()]
+    told = [line for line in lines if line and not line.startswith(("Exception from", "Check '", "FrontEnd API"))]
+    unknown = [line for line in told if line.startswith("No conversion rule")]
+    return next(iter([*unknown, *told]), type(error).__name__)
