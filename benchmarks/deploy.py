@@ -89,7 +89,7 @@ def main() -> None:
             cfg = load_config(path.config, [*opts, *path.overrides, "MODEL.DEVICE", "cpu"], student_only=True)
             place = os.path.join(folder, str(number))
             os.makedirs(place)
-            subset(cfg, args.images, place)
+            subset(cfg, args.images, folder)
             cfg.OUTPUT_DIR = place
             for title, model in variants(cfg, place, args.calibration_images):
                 results = evaluate(cfg, model) if isinstance(model, ExportedModel) else KDTrainer.test(cfg, model)

@@ -47,7 +47,7 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CfgNode]:
 
 def limit_of(detector: str) -> int:
     """Detections of an image: fewer than there would be in one of IMAGES."""
-    return 2 if "rcnn" in detector or detector == "c4" else 8
+    return 2 if "rcnn" in detector or detector == "c4" else 6
 
 
 def _make_config(folder: Path, name: str) -> CfgNode:
@@ -250,7 +250,7 @@ def test_int8(configs: dict[str, CfgNode], tmp_path: Path) -> None:
     for image in IMAGES[:4]:
         expected, found = (load_exported(str(file)).session(image.numpy())[1] for file in every)
         assert 0 < np.abs(found - expected).max() < 0.2
-        assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.95
+        assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.85
 
 
 def instances(boxes: list[list[float]], scores: list[float], classes: list[int]) -> Instances:
@@ -277,6 +277,7 @@ def test_comparison_tells_equal_from_different_detections() -> None:
     assert unmatched(instances([a, b], [0.9, 0.5], [1, 1])) == 2
     assert unmatched(instances([a, b], [0.898, 0.5], [0, 1])) == 2
     assert unmatched(instances([a], [0.9], [0])) == 1
+    assert unmatched(instances([a, b, a], [0.9, 0.5, 0.0], [0, 1, 0])) == 1  # below the threshold, where nothing may be
     assert unmatched(instances([a], [0.9], [0]), threshold=0.4995) == 0
     assert unmatched(instances([a], [0.9], [0]), limit=2) == 0
 

@@ -57,7 +57,7 @@ class Comparison:
             if limit is not None and len(side) >= limit:
                 lowest = float(side.scores.min())
             alone = set(range(len(side))) - {pair[index] for pair in pairs}
-            self.unmatched += sum(float(side.scores[i]) > lowest + SCORE_TOLERANCE for i in alone)
+            self.unmatched += sum(abs(float(side.scores[i]) - lowest) > SCORE_TOLERANCE for i in alone)
 
     def __str__(self) -> str:
         return (

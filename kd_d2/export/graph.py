@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from detectron2.export.torchscript_patch import patch_builtin_len
 from detectron2.modeling.meta_arch import GeneralizedRCNN
 from detectron2.structures import Instances
 from torch import Tensor, nn
+from torchvision.ops import boxes as ops
 
 from ..adapters import build_adapter
 from ..errors import UserError
@@ -36,7 +40,7 @@ class DetectionGraph(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         # Detectron2 takes len() of tensors, which the patch records in the trace.
-        with torch.no_grad(), patch_builtin_len():
+        with torch.no_grad(), patch_builtin_len(), _nms_without_branch():
             found = self._detect(image)
         masks = (found.pred_masks[:, 0],) if "masks" in self.outputs else ()
         return (found.pred_boxes.tensor, found.scores, found.pred_classes, *masks)
@@ -46,6 +50,24 @@ class DetectionGraph(nn.Module):
             return self.model([{"image": image}])[0]["instances"]
         found = self.model.inference([{"image": image}], do_postprocess=False)[0]  # keeps masks as the head gives them
         return found[found.pred_boxes.nonempty()]
+
+
+@contextlib.contextmanager
+def _nms_without_branch() -> Iterator[None]:
+    """Let torchvision's batched_nms be traced without its branch for no boxes, in which OpenVINO makes one box out of none."""
+    original = ops.batched_nms
+    ops.batched_nms = batched_nms
+    try:
+        yield
+    finally:
+        ops.batched_nms = original
+
+
+def batched_nms(boxes_N4: Tensor, scores_N: Tensor, classes_N: Tensor, iou_threshold: float) -> Tensor:
+    """torchvision's: the boxes of each class are moved to where no other class has any."""
+    largest = torch.cat([boxes_N4, boxes_N4.new_zeros(1, 4)]).max()
+    offset_N1 = (classes_N.to(boxes_N4) * (largest + 1))[:, None]
+    return ops.nms(boxes_N4 + offset_N1, scores_N, iou_threshold)
 
 
 class CandidateGraph(nn.Module):
