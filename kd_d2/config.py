@@ -61,6 +61,21 @@ class SolverKeys(Keys):
     channels_last: Annotated[
         bool, "Train with channels last in memory: the same losses up to rounding, faster on CPUs."
     ] = False
+    checkpoint_minutes: Annotated[
+        float,
+        AtLeast(0),
+        "Minutes after which a checkpoint is written as model_latest.pth, if none was written since; 0 for never.",
+    ] = 10.0
+    checkpoints_to_keep: Annotated[
+        int,
+        AtLeast(0),
+        "Checkpoints of SOLVER.CHECKPOINT_PERIOD that are kept, the last ones; 0 keeps all. model_final.pth, and model_best.pth of "
+        "trainings that are evaluated meanwhile, are kept too.",
+    ] = 0
+    checkpoint_async: Annotated[
+        bool,
+        "Write checkpoints in another thread while the training continues; takes memory for a copy of the weights.",
+    ] = False
 
 
 @dataclass(frozen=True)
@@ -290,11 +305,14 @@ def _with_default_types(tree: dict[str, Any], defaults: CN, source: str, prefix:
                 raise UserError(f"{source}: {full_key} is a group of keys and cannot be set to {value!r}.")
             converted[key] = _with_default_types(value, default, source, full_key + ".")
             continue
-        value = CN._decode_cfg_value(value)
+        value = _decoded(value, f"{source}: {full_key}")
         if isinstance(default, int | float) and not isinstance(default, bool) and type(value) in (int, float):
             if isinstance(default, int) and isinstance(value, float) and not value.is_integer():
                 raise UserError(f"{source}: {full_key} is {value}; it must be a whole number.")
-            value = type(default)(value)
+            try:
+                value = type(default)(value)
+            except OverflowError:
+                raise UserError(f"{source}: {full_key} is too large a number.") from None
         if isinstance(default, list | tuple) and isinstance(value, str):
             raise UserError(
                 f'{source}: {full_key} is the text {value!r}, but must be a list; one entry is written ("{value}",) '
@@ -306,6 +324,14 @@ def _with_default_types(tree: dict[str, Any], defaults: CN, source: str, prefix:
             )
         converted[key] = value
     return converted
+
+
+def _decoded(value: Any, where: str) -> Any:
+    """A text as the Python literal that it is, if it is one: yacs' reading of overrides."""
+    try:
+        return CN._decode_cfg_value(value)
+    except (RecursionError, MemoryError) as error:
+        raise UserError(f"{where} is nested too deeply.") from error
 
 
 def _same_kind(default: Any, value: Any) -> bool:
@@ -409,6 +435,7 @@ def validate_kd_config(cfg: CN) -> None:
             if not isinstance(name, str):
                 raise UserError(f"DATASETS.{key} holds {name!r}; it must be a list of names of data sets.")
     AmpKeys.read(cfg.SOLVER.AMP, "SOLVER.AMP")
+    SolverKeys.read(cfg.SOLVER, "SOLVER")
     try:
         torch.device(cfg.MODEL.DEVICE)
     except (RuntimeError, TypeError) as error:

@@ -24,11 +24,14 @@ def check_number(key: str, value: object, minimum: float, *, exclusive: bool = F
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """A UserError inside is printed as its sentence alone, and ends the program with exit status 2."""
+    """A UserError inside is printed as its sentence alone, and ends the program with exit status 2; Ctrl-C ends it with 130."""
     try:
         yield
     except UserError as error:
         end_with(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
 
 
 def end_with(sentence: object) -> None:

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
-import yaml
-
 from ..config import KD_META_ARCH, changed_keys, load_config
 from ..config_files import as_overrides, find_beside
 from ..errors import UserError
+from ..plain_yaml import read_plain_yaml
 
 # Keys that say where things lie or how they are run, not what is measured.
 LOCATION_KEYS = (
@@ -26,6 +25,9 @@ LOCATION_KEYS = (
     "DATALOADER.NUM_WORKERS",
     "SOLVER.CHANNELS_LAST",
     "SOLVER.CHECKPOINT_PERIOD",
+    "SOLVER.CHECKPOINT_MINUTES",
+    "SOLVER.CHECKPOINTS_TO_KEEP",
+    "SOLVER.CHECKPOINT_ASYNC",
     "TEST.EVAL_PERIOD",
     "SEED",
 )
@@ -108,11 +110,7 @@ def read_matrix(path: str) -> Matrix:
     Raises:
         UserError: a missing file, an unknown key.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            tree = yaml.safe_load(file)
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"Sweep {path} cannot be read: {' '.join(str(error).split())}.") from error
+    tree = read_plain_yaml(path, f"Sweep {path}")
     _only(path, "the matrix", tree, {"config", "baseline", "student", "teacher", "cells"})
     path = os.path.abspath(path)
     common = tree.get("config")

@@ -1,4 +1,4 @@
-"""Running the cells of a comparison: each in a process of its own, several at a time, finished ones never again."""
+"""Running the cells of a sweep: each in its own process, several at a time, finished ones never again."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 from ..config import load_config
+from ..engine.stop_request import exit_on_sigterm
 from ..errors import UserError
 from ..files import write_json
 from .matrix import Cell, Matrix, measured_settings
@@ -58,10 +59,11 @@ class Job:
         return f"{self.cell} seed {self.seed}"
 
 
+@exit_on_sigterm()
 def run_jobs(jobs: list[Job], parallel: int, threads: int) -> None:
     """Run every job that has no result yet, and write its result file when it ends well.
 
-    A job that another comparison is running at this time is left to it.
+    A job that another sweep is running at this time is left to it. SIGTERM and Ctrl-C stop all jobs, each with a checkpoint.
 
     Args:
         parallel: processes at a time.
@@ -80,7 +82,7 @@ def run_jobs(jobs: list[Job], parallel: int, threads: int) -> None:
                 job = waiting.pop(0)
                 if not _claim(job):
                     logger.info(f"{job.name}: skipped, another process is training it in {job.output}")
-                elif _is_finished(job):  # by another comparison, while this one was busy
+                elif _is_finished(job):  # by another sweep, while this one was busy
                     job.lock.close()
                 else:
                     running.append(_start(job, threads))
@@ -92,8 +94,10 @@ def run_jobs(jobs: list[Job], parallel: int, threads: int) -> None:
                     if not _finish(job):
                         failed.append(job)
     finally:
-        for job in running:
+        for job in running:  # each writes a checkpoint
             job.process.terminate()
+        for job in running:
+            job.process.wait()
     if failed:
         raise UserError(
             f"{len(failed)} cells failed: " + "; ".join(f"{j.name}, see {j.output}/process.log" for j in failed) + "."
