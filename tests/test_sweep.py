@@ -18,7 +18,8 @@ from kd_d2.sweep.costs import measure_costs
 from kd_d2.sweep.matrix import measured_settings, read_matrix
 from kd_d2.sweep.plots import look, plot_ap, plot_curves
 from kd_d2.sweep.report import first_curves, write_report
-from kd_d2.sweep.runner import Job, read_metrics, result_path, run_jobs, teacher_evaluation, training_job
+from kd_d2.sweep.results import read_metrics, result_path
+from kd_d2.sweep.runner import Job, run_jobs, teacher_evaluation, training_job
 from kd_d2.sweep.table import HEADERS, as_csv, as_markdown, build_rows, format_row, pooled_deviation, read_results
 
 import pytest

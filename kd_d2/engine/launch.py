@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 import signal
@@ -26,6 +27,7 @@ def launch(main: Callable[[argparse.Namespace], object], args: argparse.Namespac
     Detectron2's launcher: one process a GPU, or as many on CPUs where there is none and MODEL.DEVICE is "cpu". A UserError is printed as
     its sentence alone, and the program ends with exit status 2. A signal that stops a training ends it with 128 + its number.
     """
+    logging.raiseExceptions = False  # a log file that cannot be written is not worth a traceback per message
     with exit_on_user_error():
         _launch(main, args)
 
@@ -47,10 +49,11 @@ def _launch_several(main: Callable[[argparse.Namespace], object], args: argparse
             detectron2_launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
     except ProcessRaisedException as error:
         # One of the processes raised: what arrives is its traceback as text, whose last line names the error.
-        sentence = re.match(r"kd_d2[\w.]*Error: (.+)", str(error).strip().splitlines()[-1])
+        last = str(error).strip().splitlines()[-1]
+        sentence = re.match(r"kd_d2[\w.]*Error: (.+)|OSError: \[Errno (?:28|122|27)\] (.+)", last)
         if sentence is None:
             raise
-        raise UserError(sentence[1]) from None
+        raise UserError(sentence[1] or sentence[2]) from None
     except ProcessExitedException as error:
         number = -error.exit_code
         if number == signal.SIGKILL:

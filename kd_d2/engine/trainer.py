@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import weakref
@@ -20,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint import KDCheckpointer, UnreadableCheckpointError
 from ..data import build_stream_loader, build_test_loader
-from ..errors import UserError
+from ..errors import DISK_IS_FULL, UserError
 from ..evaluation import build_evaluator
 from ..inheritance import inherit
 from ..meta_arch import KDMetaArch, student_of
@@ -156,6 +155,10 @@ class KDTrainer(DefaultTrainer):
             raise
         except (OSError, RuntimeError) as error:
             sentence = _explained(error)
+            if sentence is None and not os.path.isdir(self.cfg.OUTPUT_DIR):
+                sentence = UserError(
+                    f"OUTPUT_DIR {self.cfg.OUTPUT_DIR} is no longer there: the training cannot write into it."
+                )
             if sentence is None:
                 raise
             raise sentence from error
@@ -265,7 +268,7 @@ def _explained(error: BaseException | None) -> UserError | None:
     if isinstance(error, UserError):
         return error
     go_on = "checkpoints already written are intact, and --resume continues from the last"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
         return UserError(f"The disk of OUTPUT_DIR is full ({error.strerror}); {go_on}.")
     if str(error).startswith("DataLoader worker"):
         reason = str(error).partition("\n")[0].rstrip(" .")
