@@ -14,9 +14,9 @@ from ..typed_json import from_tree, members
 METRICS = "metrics.json"
 REQUIRED = {"scores": dict[str, float | None], "settings": dict}
 OPTIONAL = {
-    "seconds_per_iteration": float | None,
-    "peak_memory_mib": float | None,
-    "multipliers": dict[str, float] | None,
+    "seconds_per_iteration": float,
+    "peak_memory_mib": float,
+    "multipliers": dict[str, float],
     "curves": dict[str, list[list[float]]],
     "versions": dict[str, str],
 }
@@ -35,7 +35,7 @@ def read_result(path: str) -> dict[str, Any]:
     tree = read_json(path)
     members(REQUIRED, tree, path, "the file")
     for key, kind in OPTIONAL.items():
-        if key in tree:
+        if tree.get(key) is not None:
             from_tree(kind, tree[key], path, repr(key))
     return tree
 
