@@ -27,9 +27,9 @@ from ..random_state import preserved_random_state
 from ..teacher import Teacher
 from .balance_log import LastMultipliersLog
 from .checkpoints import BestCheckpoint, Checkpoints
-from .checks import check_classes
+from .checks import check_classes, check_schedule
 from .folder_lock import unlock_folder
-from .learning_rate import check_schedule, scale_to_world_size
+from .learning_rate import scale_to_world_size
 from .memory import PeakMemoryRecorder
 from .optimizers import build_optimizers
 from .rank_states import get_rank_state, set_rank_state
