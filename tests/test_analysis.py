@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kd_d2 import TrainedModel, UserError
+from kd_d2 import UserError
 from kd_d2.analysis import (
     ANALYSES,
     TrainedModel,
