@@ -12,10 +12,12 @@ from PIL import Image
 
 session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
 metadata = session.get_modelmeta().custom_metadata_map
+if metadata["nms"] != "true" or metadata["fixed_size"] != "null":
+    sys.exit(f"{sys.argv[1]} was exported with --no-nms or --size, which this example leaves out.")
 names, shorter, longest = (json.loads(metadata[key]) for key in ("class_names", "min_size", "max_size"))
 
 image = Image.open(sys.argv[2]).convert("RGB")
-scale = min(shorter / min(image.size), longest / max(image.size))
+scale = min(shorter / min(image.size), longest / max(image.size)) if shorter else 1
 resized = np.asarray(image.resize([int(side * scale + 0.5) for side in image.size], Image.Resampling.BILINEAR))
 channels = resized.transpose(2, 0, 1)[:: -1 if metadata["input_format"] == "BGR" else 1]
 boxes, scores, classes = session.run(["boxes", "scores", "classes"], {"image": np.ascontiguousarray(channels)})

@@ -23,9 +23,10 @@ from helpers import CLASSES, META_ARCHITECTURES, ROOT, make_project, run_command
 from PIL import Image
 from torch import Tensor, nn
 
-onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
-pytest.importorskip("openvino")
+NEEDS_EXTRA = "needs the extra export: pip install '.[export]'"
+onnx = pytest.importorskip("onnx", reason=NEEDS_EXTRA)
+pytest.importorskip("onnxruntime", reason=NEEDS_EXTRA)
+pytest.importorskip("openvino", reason=NEEDS_EXTRA)
 
 DETECTORS = (*META_ARCHITECTURES, "mask-rcnn", "cascade-rcnn", "c4")
 TOPK = 30
