@@ -120,9 +120,7 @@ def assert_equal(expected: Instances, found: Instances) -> None:
 FAST = {
     ("retinanet", "onnx"),
     ("retinanet", "ts"),
-    ("reppoints", "onnx"),
     ("faster-rcnn", "onnx"),
-    ("mask-rcnn", "onnx"),
 }
 PAIRS = [
     pytest.param(detector, suffix, marks=() if (detector, suffix) in FAST else pytest.mark.slow)
