@@ -13,6 +13,7 @@ from torch import nn
 from .adapters import DetectorOutputs, DetectorSpec, build_adapter
 from .checkpoint import load_complete
 from .config import load_teacher_config
+from .lazy_teacher import build_lazy_teacher, is_lazy_config
 
 logger = logging.getLogger(__name__)
 
@@ -47,13 +48,17 @@ class Teacher:
         Raises:
             UserError: config or weights are missing, damaged, or do not belong together.
         """
-        teacher_cfg = load_teacher_config(cfg)
-        model = build_model(teacher_cfg)
-        load_complete(model, teacher_cfg.MODEL.WEIGHTS, "the teacher")
-        logger.info(f"Teacher: {type(model).__name__} from {teacher_cfg.MODEL.WEIGHTS}")
+        if is_lazy_config(cfg.MODEL.KD.TEACHER.CONFIG_FILE):
+            lazy = build_lazy_teacher(cfg)
+            model, weights, input_format = lazy.model, lazy.weights, lazy.input_format
+        else:
+            teacher_cfg = load_teacher_config(cfg)
+            model, weights, input_format = build_model(teacher_cfg), teacher_cfg.MODEL.WEIGHTS, teacher_cfg.INPUT.FORMAT
+        load_complete(model, weights, "the teacher")
+        logger.info(f"Teacher: {type(model).__name__} from {weights}")
         return cls(
             model,
-            flip_channels=teacher_cfg.INPUT.FORMAT != cfg.INPUT.FORMAT,
+            flip_channels=input_format != cfg.INPUT.FORMAT,
             compiled=cfg.MODEL.KD.TEACHER.COMPILE,
             channels_last=cfg.MODEL.KD.TEACHER.CHANNELS_LAST,
         )

@@ -84,13 +84,18 @@ class DistillationKeys(Keys):
 class TeacherKeys(Keys):
     config_file: Annotated[
         str,
-        "The teacher's config: a yaml file, or a model-zoo name such as 'COCO-Detection/retinanet_R_101_FPN_3x.yaml'.",
+        "The teacher's config: a yaml file, a LazyConfig (.py), or a model-zoo name such as 'COCO-Detection/retinanet_R_101_FPN_3x.yaml'.",
     ] = ""
+    trust_config: Annotated[
+        bool, "Whether a LazyConfig that Detectron2 does not ship may be loaded, which runs its code."
+    ] = False
     weights: Annotated[
         str,
         "The teacher's checkpoint; '' is the config's own MODEL.WEIGHTS, for a model-zoo name its trained checkpoint.",
     ] = ""
-    opts: Annotated[list, "Overrides of the teacher's config: [KEY, value, ...]."] = field(default_factory=list)
+    opts: Annotated[
+        list, "Overrides of the teacher's config: [KEY, value, ...]; of a LazyConfig ['key=value', ...]."
+    ] = field(default_factory=list)
     compile: Annotated[
         bool,
         "Compile the teacher's backbone (torch.compile): a minute or two at the start, then a faster forward pass.",
