@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -418,3 +420,11 @@ def test_prediction_below_the_threshold_of_the_file(run_folder: Path, tmp_path: 
         with pytest.raises(SystemExit):
             run_command("predict", *options, *more)
         assert words in capsys.readouterr().err
+
+
+def test_onnx_runtime_sends_no_usage_data(tmp_path: Path) -> None:
+    """Check, in a process of its own, that importing it leaves no device identifier in the home directory."""
+    code = "from kd_d2.export.running import needed_package; needed_package('onnxruntime')"
+    environment = {k: v for k, v in os.environ.items() if k not in ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**environment, "HOME": str(tmp_path)}, check=True)
+    assert not list(tmp_path.rglob("*onnxruntime*"))

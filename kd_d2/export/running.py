@@ -31,10 +31,12 @@ Session = Callable[[np.ndarray], list[np.ndarray]]
 
 
 def needed_package(name: str) -> ModuleType:
-    """
+    """A package of the extra `export`, imported. ONNX Runtime sends usage data to its publisher unless told not to.
+
     Raises:
         UserError: it is not installed.
     """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         return importlib.import_module(name)
     except ImportError as error:
