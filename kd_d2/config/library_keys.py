@@ -46,6 +46,16 @@ class AmpKeys(Keys):
 
 @dataclass(frozen=True)
 class SolverKeys(Keys):
+    optimizer: Annotated[
+        Literal["SGD", "AdamW"],
+        "The student's optimizer. SOLVER's learning rates and weight decays hold for both; momentum and Nesterov are of SGD.",
+    ] = "SGD"
+    ema_decay: Annotated[
+        float,
+        AtLeast(0),
+        Below(1),
+        "Decay of the exponential moving average of the student's weights, which is evaluated and saved in their place; 0 for none.",
+    ] = 0.0
     gradient_accumulation_steps: Annotated[
         int,
         "Parts into which a process divides its images of a batch, one forward and backward pass each, before the optimiser's step.",
