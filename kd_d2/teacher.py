@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from .adapters import DetectorOutputs, DetectorSpec, build_adapter
 from .checkpoint import load_complete
+from .class_names import match_classes, names_in_checkpoint, names_in_data, names_in_training_set
 from .config import load_teacher_config
 
 logger = logging.getLogger(__name__)
@@ -50,6 +52,11 @@ class Teacher:
         teacher_cfg = load_teacher_config(cfg)
         model = build_model(teacher_cfg)
         load_complete(model, teacher_cfg.MODEL.WEIGHTS, "the teacher")
+        own, wanted = names_in_checkpoint(teacher_cfg.MODEL.WEIGHTS), names_in_data(cfg)
+        if own is None:  # of the set that its config names, where that is this one in another order
+            own = names_in_training_set(teacher_cfg, os.path.dirname(cfg.MODEL.KD.TEACHER.CONFIG_FILE))
+            own = own if own and wanted and sorted(own.names) == sorted(wanted.names) else None
+        match_classes(model, "the teacher", own, wanted)
         logger.info(f"Teacher: {type(model).__name__} from {teacher_cfg.MODEL.WEIGHTS}")
         return cls(
             model,

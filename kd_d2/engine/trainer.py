@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint import KDCheckpointer, UnreadableCheckpointError
+from ..class_names import match_classes, names_in_checkpoint, names_in_data
 from ..data import build_stream_loader, build_test_loader
 from ..errors import UserError
 from ..evaluation import build_evaluator
@@ -59,6 +60,8 @@ class KDTrainer(DefaultTrainer):
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = KDCheckpointer(student_of(self.bare_model), cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        classes = names_in_data(cfg)
+        self.checkpointer.class_names = list(classes.names) if classes else None
         if isinstance(self.bare_model, KDMetaArch):
             self.checkpointer.add_checkpointable("distillers", self.bare_model.distillers)
             if self.bare_model.balance:
@@ -108,6 +111,12 @@ class KDTrainer(DefaultTrainer):
         raise errors[0]
 
     def _resume(self, file: str) -> None:
+        own, wanted = names_in_checkpoint(file), names_in_data(self.cfg)
+        if own and wanted and own.names != wanted.names:
+            raise UserError(
+                f"--resume: {file} was trained with the classes {', '.join(own.names)}, but {wanted.source} has "
+                f"{', '.join(wanted.names)}; resume with the data that it was started with, or train in another OUTPUT_DIR."
+            )
         try:
             self.checkpointer.load(file)
             logger.info(f"Resuming from {file}")
@@ -196,7 +205,11 @@ def load_initial_weights(cfg: CfgNode, model: nn.Module) -> None:
     Raises:
         UserError: they cannot be read, or nothing of them fits.
     """
-    KDCheckpointer(student_of(model), save_to_disk=False).load(cfg.MODEL.WEIGHTS)
+    student = student_of(model)
+    KDCheckpointer(student, save_to_disk=False).load(cfg.MODEL.WEIGHTS)
+    own, wanted = names_in_checkpoint(cfg.MODEL.WEIGHTS), names_in_data(cfg)
+    if own and wanted and sorted(own.names) == sorted(wanted.names):
+        match_classes(student, "MODEL.WEIGHTS", own, wanted)
     if isinstance(model, KDMetaArch) and cfg.MODEL.KD.INHERIT.ENABLED:
         inherit(model.student, model.teacher.model, cfg.MODEL.KD.INHERIT.MODULES)
 
