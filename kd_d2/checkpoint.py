@@ -7,8 +7,10 @@ import logging
 import os
 import pickle
 import re
+import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qs, urlparse
@@ -76,7 +78,10 @@ def read_checkpoint(path: str) -> dict[str, Any]:
             with open(path, "rb") as file:
                 content = _PlainUnpickler(file, encoding="latin1").load()
         else:
+            _check_size(path)
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except FileNotFoundError as error:
         raise UnreadableCheckpointError(f"There is no checkpoint {path}.") from error
     except Exception as error:  # torch.load and pickle raise whatever a damaged byte leads them to
@@ -103,10 +108,37 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     if not isinstance(content.get("model"), dict):
         content = {"model": content}
     _check_names(content["model"], path)
-    wrong = [k for k, v in content["model"].items() if not isinstance(v, Tensor | np.ndarray)]
-    if wrong:
-        raise UserError(f"Checkpoint {path} holds no dictionary of weights: its entry {wrong[0]!r} is no tensor.")
+    for name, value in content["model"].items():
+        reason = _why_no_weight(value)
+        if reason:
+            raise UserError(f"Checkpoint {path} holds no dictionary of weights: its entry {name!r} {reason}.")
     return content
+
+
+def _why_no_weight(value: Any) -> str | None:
+    """Why a value cannot be a weight of a model, or None."""
+    if isinstance(value, np.ndarray):
+        return None if value.dtype.kind in "biuf" else f"is an array of {value.dtype}"
+    if not isinstance(value, Tensor):
+        return "is no tensor"
+    if value.is_meta:
+        return "is a tensor without data (on the meta device)"
+    if value.is_nested or value.is_quantized or value.layout is not torch.strided:
+        kind = "nested" if value.is_nested else "quantized" if value.is_quantized else "sparse"
+        return f"is a {kind} tensor"
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        return "is an expanded tensor, which repeats its data"
+    return None
+
+
+def _check_size(path: str) -> None:
+    """Refuse a zip file that takes many times its size when it is unpacked, which no checkpoint of PyTorch does."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > 10 * os.path.getsize(path) + 2**20:
+        raise UserError(f"Checkpoint {path} of {os.path.getsize(path)} bytes unpacks to {unpacked}; it is not loaded.")
 
 
 def distiller_states(path: str) -> dict[str, StateDict]:
@@ -131,7 +163,7 @@ def local_path(path: str) -> str:
     """The local file of a path or URL, fetched where needed."""
     try:
         return PathManager.get_local_path(path)
-    except Exception as error:
+    except Exception as error:  # whatever the libraries behind a URL raise
         raise UserError(f"Weights {path} cannot be downloaded: {error}.") from error
 
 
@@ -229,19 +261,24 @@ class KDCheckpointer(DetectionCheckpointer):
         checkpointables: what else to save and resume, such as `distillers` and `trainer`.
 
     Attributes:
+        asynchronous: whether `save` returns before its file is written, which another thread does.
         class_names: by class index; saved with the model. None where they are unknown.
         incompatible: names of the model and of the last file that did not fit together; None after torchvision's format.
     """
 
     class_names: list[str] | None = None
     incompatible: Any = None
+    asynchronous = False
+    _writing: Future | None = None
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write `<name>.pth` so that a kill at any moment leaves the last good file usable.
 
         Raises:
-            UserError: a weight is not finite; nothing is written.
+            UserError: a weight is not finite, nothing is written; or a file, with `asynchronous` also an earlier one, cannot be
+                written.
         """
+        self.wait()
         if not self.save_dir or not self.save_to_disk:
             return
         data = {"model": self.model.state_dict()}
@@ -256,6 +293,24 @@ class KDCheckpointer(DetectionCheckpointer):
         data.update(kwargs)
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
+        if self.asynchronous:
+            thread = ThreadPoolExecutor(1)
+            self._writing = thread.submit(self._write, copy_to_cpu(data), path)
+            thread.shutdown(wait=False)
+        else:
+            self._write(data, path)
+
+    def wait(self) -> None:
+        """Until the last file is written.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def _write(self, data: dict[str, Any], path: str) -> None:
         try:
             with atomic_write(path, "wb") as file:
                 torch.save(data, file)
@@ -304,6 +359,17 @@ class KDCheckpointer(DetectionCheckpointer):
             return super().load(path, checkpointables)
         finally:
             self._parsed_url_during_load = None
+
+
+def copy_to_cpu(tree: Any) -> Any:
+    """A tree of dicts, lists and tuples whose tensors are copied into memory of their own, on the CPU."""
+    if isinstance(tree, torch.Tensor):
+        return tree.detach().to("cpu", copy=True)
+    if isinstance(tree, dict):
+        return {key: copy_to_cpu(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(map(copy_to_cpu, tree))
+    return tree
 
 
 def load_complete(model: nn.Module, path: str, whose: str) -> None:

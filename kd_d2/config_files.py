@@ -11,15 +11,16 @@ from typing import Any
 
 import yaml
 from detectron2 import model_zoo
-from detectron2.config import CfgNode
 
 from .errors import UserError
+from .plain_yaml import read_plain_yaml, read_text
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 _SHARE = os.path.join(_PACKAGE, "share")
 ROOT = _SHARE if os.path.isdir(_SHARE) else os.path.dirname(_PACKAGE)
 """The folder of `configs` and `projects`: inside an installed package, beside it in a checkout."""
 
+MOST_LAYERS = 200
 _ZOO = os.path.dirname(os.path.realpath(model_zoo.get_config_file("Base-RetinaNet.yaml")))
 
 
@@ -113,7 +114,12 @@ def read_layers(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         UserError: a file is missing, is not yaml, or is yaml that would run code.
     """
-    return _layers(path, ())
+    for number, layer in enumerate(_layers(path, ())):
+        if number == MOST_LAYERS:
+            raise UserError(
+                f"Config file {path} has more than {MOST_LAYERS} _BASE_ files, counted each time that one is named."
+            )
+        yield layer
 
 
 def _layers(path: str, above: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -151,16 +157,8 @@ def find_beside(name: str, path: str, key: str) -> str:
 
 
 def _read_file(path: str) -> dict[str, Any]:
-    try:
-        with CfgNode._open_cfg(path) as file:
-            text = file.read()
-        tree = yaml.unsafe_load(text) if is_zoo_file(path) else yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"Config file {path} is not plain yaml: {' '.join(str(error).split())}.") from error
-    except (OSError, AssertionError, UnicodeDecodeError) as error:
-        raise UserError(f"Config file {path} cannot be read: {error}.") from error
-    except RecursionError as error:
-        raise UserError(f"Config file {path} is nested too deeply.") from error
+    what = f"Config file {path}"
+    tree = yaml.unsafe_load(read_text(path, what)) if is_zoo_file(path) else read_plain_yaml(path, what)
     if not isinstance(tree, dict):
         raise UserError(f"Config file {path} {'is empty' if tree is None else 'holds no config keys'}.")
     return tree

@@ -1,13 +1,31 @@
 """The one error type that speaks to the user instead of to a programmer, and how programs end with it."""
 
 import contextlib
+import errno
 import math
 import sys
 from collections.abc import Iterator
 
+LONGEST_MESSAGE = 2000
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class UserError(Exception):
-    """An error that the user can fix: the message is one sentence that names the key, file or value."""
+    """An error that the user can fix: the message is one sentence that names the key, file or value.
+
+    What a file may have put into the message stays on its line: control characters are written as escapes, and the middle of a very
+    long message is left out.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """The text with escapes in place of characters that are not printed, such as line breaks and the escape sequences of terminals."""
+    if len(text) > LONGEST_MESSAGE:
+        text = f"{text[: LONGEST_MESSAGE // 2]} ... {text[-LONGEST_MESSAGE // 2 :]}"
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def is_finite_number(value: object) -> bool:
@@ -24,11 +42,21 @@ def check_number(key: str, value: object, minimum: float, *, exclusive: bool = F
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """A UserError inside is printed as its sentence alone, and ends the program with exit status 2."""
+    """A UserError inside, or a disk that is full, is printed as one sentence, and ends the program with exit status 2.
+
+    Ctrl-C ends it with 130.
+    """
     try:
         yield
     except UserError as error:
         end_with(error)
+    except OSError as error:
+        if error.errno not in DISK_IS_FULL:
+            raise
+        end_with(printable(f"{error.filename or 'A file'} cannot be written: {error.strerror}."))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
 
 
 def end_with(sentence: object) -> None:

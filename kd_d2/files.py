@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import IO, Any
@@ -33,6 +34,18 @@ def atomic_write(path: str, mode: str = "w") -> Iterator[IO]:
         with contextlib.suppress(OSError):
             os.remove(partial)
         raise
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """Make `target` a second name of the file `source`, or a copy on file systems without hard links; atomic."""
+    partial = f"{target}.partial"
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(partial)
+    try:
+        os.link(source, partial)
+    except OSError:
+        shutil.copyfile(source, partial)
+    os.replace(partial, target)
 
 
 def write_text(path: str, text: str) -> None:
@@ -65,6 +78,6 @@ def read_json(path: str) -> Any:
     try:
         with open(path, encoding="utf-8") as file:
             return json.load(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"it is not JSON: {error}"
         raise UserError(f"{path} cannot be read ({reason}).") from error

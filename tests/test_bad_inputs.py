@@ -16,7 +16,7 @@ import torch
 from helpers import ROOT, Project, make_project, save_fixed_weights
 
 # What may lie in OUTPUT_DIR before a training has begun, each of it whole.
-BEFORE_TRAINING = {"config.yaml", "log.txt", "metrics.json", "student.yaml", "versions.json"}
+BEFORE_TRAINING = {".training.lock", "config.yaml", "log.txt", "metrics.json", "student.yaml", "versions.json"}
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@
 import logging
 import os
 import pickle
+import re
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -563,3 +565,43 @@ def test_a_checkpoint_from_the_middle_detects_in_plain_detectron2(run: Project, 
         assert torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)
         assert torch.equal(found.scores, expected.scores)
         assert torch.equal(found.pred_classes, expected.pred_classes)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "expected"),
+    [
+        (torch.eye(3).to_sparse(), "is a sparse tensor"),
+        (torch.eye(3).to_sparse_csr(), "is a sparse tensor"),
+        (torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "is a quantized tensor"),
+        (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "is a nested tensor"),
+        (torch.ones(2, device="meta"), "is a tensor without data"),
+        (torch.ones(1).expand(10**12), "is an expanded tensor"),
+        ({"weight": torch.ones(1)}, "is no tensor"),
+    ],
+    ids=["sparse", "csr", "quantized", "nested", "meta", "expanded", "dictionary"],
+)
+def test_tensors_that_are_no_weights(tmp_path: Path, tensor: torch.Tensor, expected: str) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save({"model": {"a.weight": tensor}}, path)
+    assert f"its entry 'a.weight' {expected}" in sentence(read_checkpoint, str(path))
+
+
+@pytest.mark.parametrize("values", [["x"], np.array(["2020-01-01"], "datetime64[D]"), [None]], ids=str)
+def test_arrays_that_are_no_weights(tmp_path: Path, values: object) -> None:
+    path = tmp_path / "weights.pkl"
+    path.write_bytes(pickle.dumps({"model": {"a": np.array(values)}, "__author__": "someone"}))
+    said = sentence(read_checkpoint, str(path))
+    assert str(path) in said and ("is an array of" in said or "was not loaded" in said or "is damaged" in said)
+
+
+def test_a_file_that_unpacks_to_many_times_its_size(tmp_path: Path) -> None:
+    """Check that it is refused before it is unpacked."""
+    path, packed = tmp_path / "weights.pth", tmp_path / "packed.pth"
+    torch.save({"model": {"a": torch.zeros(4 * 2**20)}}, path)
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
+        for entry in source.infolist():
+            target.writestr(entry.filename, source.read(entry))
+    assert packed.stat().st_size < 2**17
+    assert re.search(
+        r"packed\.pth of \d+ bytes unpacks to 1677\d+; it is not loaded", sentence(read_checkpoint, str(packed))
+    )

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from kd_d2 import load_config
@@ -60,7 +62,7 @@ def test_files_name_what_there_is() -> None:
     assert [volume.split(":")[1] for volume in compose["volumes"]] == volumes
     pod = job["spec"]["template"]["spec"]
     container = pod["containers"][0]
-    assert {mount["mountPath"] for mount in container["volumeMounts"]} == {*volumes, "/dev/shm"}
+    assert {mount["mountPath"] for mount in container["volumeMounts"]} == {*volumes, "/dev/shm", "/tmp"}
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     start = container["args"].index("-m")
     assert container["args"][start : start + 3] == ["-m", "kd_d2", "train"]
@@ -86,7 +88,9 @@ def test_an_installation_that_works() -> None:
 STANDINS = {
     "scontrol": 'if [ "$1" = show ]; then echo localhost; else echo "$@" >>"$STANDIN_LOG"; fi',
     # Each "node" is a group of processes here.
-    "srun": 'shift; for node in $(seq "$SLURM_NNODES"); do "$@" & pids="$pids $!"; done; for p in $pids; do wait "$p" || exit 1; done',
+    "srun": 'shift; for node in $(seq "$SLURM_NNODES"); do "$@" & pids="$pids $!"; done; echo "$pids" >"$STANDIN_LOG.pids"; '
+    'for p in $pids; do wait "$p" || exit 1; done',
+    "scancel": 'kill -TERM $(cat "$STANDIN_LOG.pids")',
 }
 
 
@@ -117,8 +121,19 @@ def test_slurm_script_on_two_nodes(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
         output = tmp_path / "output" / "student"
         assert read_checkpoint(str(output / "model_final.pth"))["iteration"] == iterations - 1
-    assert "Resuming from" in (output / "log.txt").read_text()
+    log = output / "log.txt"
+    assert "Resuming from" in log.read_text()
     assert (output / "log.txt.rank1").is_file()
+    script[3:] = ["SOLVER.MAX_ITER", "100000"]
+    job = subprocess.Popen(list(map(str, script)), cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
+    while '"iteration": 19' not in (output / "metrics.json").read_text():
+        assert job.poll() is None
+        time.sleep(0.2)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(timeout=60) == 0
+    stopped = int(re.search(r"SIGTERM: training stopped after iteration (\d+)", log.read_text())[1])
+    assert read_checkpoint(str(output / "model_latest.pth"))["iteration"] == stopped
+    assert (tmp_path / "scontrol.log").read_text() == f"requeue {os.getpid()}\n"
 
 
 @pytest.mark.slow

@@ -1,11 +1,14 @@
 """Reading configs: types, paths, safe yaml, and every nonsensical value answered by one sentence that names it."""
 
 import os
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
-from kd_d2.config import add_kd_config, load_config, load_teacher_config
+from kd_d2.config import SolverKeys, add_kd_config, load_config, load_teacher_config
 from kd_d2.engine import student_config
 from kd_d2.errors import UserError
+from kd_d2.keys import keys_of
 from kd_d2.modeling import add_slim_resnet_config
 
 import pytest
@@ -392,6 +395,73 @@ def test_files_that_are_no_config(tmp_path: Path, content: bytes, expected: str)
     assert sentence(path).startswith(f"Config file {path} {expected}")
 
 
+def _doubling(folder: Path) -> str:
+    """A config whose bases are read 2^24 times."""
+    for level in range(24):
+        (folder / f"{level}.yaml").write_text(f"_BASE_: [{level + 1}.yaml, {level + 1}.yaml]\n")
+    (folder / "24.yaml").write_text("SEED: 1\n")
+    return "_BASE_: 0.yaml\n"
+
+
+ALIASES = "a: &a [x]\n" + "".join(f"{c}: &{c} [{', '.join([f'*{p}'] * 9)}]\n" for p, c in pairwise("abcdefghi"))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("SEED: " + "9" * 5000, "has a value that cannot be read: Exceeds the limit"),
+        ("SEED: " + "[" * 100 + "]" * 100, "is nested more than 50 levels deep"),
+        ("SEED: " + "[" * 9000 + "]" * 9000, "is nested too deeply"),
+        ("SEED: 2026-01-01", "SEED is '2026-01-01'; it must be of type int"),
+        ("? [1, 2]\n: 3", "is not plain yaml: while constructing a mapping"),
+        ("1: 3", "there is no config key 1."),
+        ("SOLVER: {BASE_LR: " + "9" * 400 + "}", "SOLVER.BASE_LR is too large a number"),
+        ("SEED: .inf", "SEED is inf; it must be a whole number"),
+        (ALIASES, "has more than 200000 values"),
+        ("SEED: &a [*a]", "SEED is"),
+        ("#" * (4 * 2**20 + 1), "is larger than 4 MiB"),
+        (_doubling, "has more than 200 _BASE_ files"),
+    ],
+    ids=[
+        "digits",
+        "100 deep",
+        "9000 deep",
+        "date",
+        "unhashable",
+        "1",
+        "400 digits",
+        "inf",
+        "aliases",
+        "self",
+        "large",
+        "bases",
+    ],
+)
+def test_hostile_configs(tmp_path: Path, content: str | Callable, expected: str) -> None:
+    """Check the sentence for each, in bounded time and memory."""
+    path = tmp_path / "a.yaml"
+    path.write_text(content(tmp_path) if callable(content) else content)
+    assert expected in sentence(path)
+
+
+def test_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("\ufeffSEED: 5\n", encoding="utf-8")
+    assert load_config(str(path)).SEED == 5
+
+
+def test_a_named_pipe_as_config(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    os.mkfifo(path)
+    assert "there is no file" in sentence(path)
+
+
+@pytest.mark.parametrize("value", ["(" * 5000, "[" * 80 + "]" * 80, "9" * 5000, "-" * 100_000 + "1"])
+def test_hostile_overrides(value: str) -> None:
+    with pytest.raises(UserError, match=r"^the command line: SEED"):
+        load_config("", ["SEED", value])
+
+
 def test_a_missing_base_is_named(tmp_path: Path) -> None:
     """Check that it is the base that is said to be missing, and what names it."""
     path = write_yaml(tmp_path / "a.yaml", {"_BASE_": "gone.yaml"})
@@ -582,8 +652,7 @@ def test_the_librarys_keys_leave_detectron2s_defaults_alone() -> None:
         (ours.DATASETS, "COCO_JSON"),
         (ours.SOLVER.AMP, "DTYPE"),
         (ours.DATALOADER, "SKIP_UNUSABLE_IMAGES"),
-        (ours.SOLVER, "GRADIENT_ACCUMULATION_STEPS"),
-        (ours.SOLVER, "CHANNELS_LAST"),
+        *((ours.SOLVER, key.name) for key in keys_of(SolverKeys)),
         (ours.MODEL, "KD"),
         *((ours.MODEL, name) for name in ("SLIM_RESNET", "MOBILENET_V2", "FCOS", "ATSS", "GFL", "FSAF", "REPPOINTS")),
     ):

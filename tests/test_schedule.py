@@ -6,7 +6,8 @@ from pathlib import Path
 
 from kd_d2 import UserError
 from kd_d2.config import load_config
-from kd_d2.engine.learning_rate import check_schedule, learning_rate_advice, scale_to_world_size
+from kd_d2.engine.checks import check_schedule
+from kd_d2.engine.learning_rate import learning_rate_advice, scale_to_world_size
 
 import pytest
 import torch

@@ -5,7 +5,9 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
+import time
 from dataclasses import replace
 
 from kd_d2 import UserError
@@ -16,7 +18,8 @@ from kd_d2.sweep.costs import measure_costs
 from kd_d2.sweep.matrix import measured_settings, read_matrix
 from kd_d2.sweep.plots import look, plot_ap, plot_curves
 from kd_d2.sweep.report import first_curves, write_report
-from kd_d2.sweep.runner import Job, read_metrics, result_path, run_jobs, teacher_evaluation, training_job
+from kd_d2.sweep.results import read_metrics, result_path
+from kd_d2.sweep.runner import Job, run_jobs, teacher_evaluation, training_job
 from kd_d2.sweep.table import HEADERS, as_csv, as_markdown, build_rows, format_row, pooled_deviation, read_results
 
 import pytest
@@ -207,7 +210,7 @@ def test_no_two_lines_of_a_plot_look_alike(count):
         ("config: STUDENT\nbaseline: x\ncells: {plain: {}}", "baseline is 'x', which is no cell; there are plain"),
         ("config: STUDENT\nbaseline: plain\ncells: {plain: {optz: {}}}", "cell plain has the unknown key 'optz'"),
         ("baseline: plain\ncells: {plain: {}}", "cell plain has no config"),
-        ("config: [", "cannot be read"),
+        ("config: [", "is not plain yaml"),
         ("config: STUDENT\ncells: {plain: {}}", "a baseline"),
     ],
 )
@@ -285,6 +288,36 @@ def test_a_failing_cell_is_named_and_others_finish(tmp_path, monkeypatch):
     assert good["multipliers"] == {"PFI": 1235.0}
     assert good["curves"] == {"total_loss": [[9, 1.0]], "bbox/AP": [[19, 12.5]]}
     assert not (tmp_path / "cells" / "bad.json").exists()
+
+
+def test_sigterm_stops_the_cells(tmp_path, monkeypatch):
+    """Check that a sweep that is asked to stop asks its trainings, and waits until they have."""
+    script = tmp_path / "program.py"
+    script.write_text(
+        "import signal, sys, time\n"
+        "def stop(number, frame):\n"
+        "    time.sleep(1)\n"
+        "    open(sys.argv[1] + '/stopped', 'w')\n"
+        "    sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        "open(sys.argv[1] + '/started', 'w')\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setattr(runner, "PROGRAM", (sys.executable, str(script)))
+    folders = [tmp_path / name for name in ("a", "b")]
+    jobs = [Job(f.name, 0, [str(f)], str(f), str(f / "result.json"), {}) for f in folders]
+    sweep = os.fork()
+    if sweep == 0:
+        try:
+            run_jobs(jobs, 2, 1)
+        except SystemExit as end:
+            os._exit(end.code)
+        os._exit(1)
+    while not all((folder / "started").exists() for folder in folders):
+        time.sleep(0.05)
+    os.kill(sweep, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(sweep, 0)[1]) == 143
+    assert all((folder / "stopped").exists() for folder in folders)
 
 
 def test_a_cell_that_another_process_runs_is_left_to_it(tmp_path, monkeypatch, caplog):

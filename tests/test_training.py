@@ -96,11 +96,11 @@ def test_a_resumed_run_goes_on_as_if_unbroken(project: Project) -> None:
     # Small steps: on a CPU not even two equal trainings are bitwise the same, and large steps make much of little.
     project.change(SOLVER__BASE_LR=0.001, TEST__EVAL_PERIOD=2)
     unbroken = train(project, "OUTPUT_DIR", project.folder / "unbroken")
-    killed = train(project, hooks=(KillAt(3),))
-    assert (project.output / "last_checkpoint").read_text() == "model_0000002.pth"
+    killed = train(project, hooks=(KillAt(4),))
+    assert (project.output / "last_checkpoint").read_text() == "model_latest.pth"  # of the evaluation after iteration 3
     resumed = train(project, resume=True, seed=12345)
-    assert_same(killed.losses, unbroken.losses, range(4))
-    assert_same(resumed.losses, unbroken.losses, range(3, 7))
+    assert_same(killed.losses, unbroken.losses, range(5))
+    assert_same(resumed.losses, unbroken.losses, range(4, 7))
     for name, tensor in weights(resumed).items():
         torch.testing.assert_close(tensor, weights(unbroken)[name], rtol=1e-5, atol=1e-6)
     assert resumed.losses[6]["loss_feature_imitation"] > 0

@@ -19,8 +19,8 @@ from ..engine.checks import check_output_folder
 from ..errors import UserError
 from ..files import read_json, write_json
 from ..report.page import Picture, Section, Table
+from ..typed_json import members
 from .models import load_models
-from .stored import members
 
 MARKER = "analysis.json"
 """In a finished folder: the name of the analysis that made it."""

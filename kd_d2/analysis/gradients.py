@@ -17,8 +17,7 @@ from torch import Tensor
 
 from ..balance import loss_gradient, shared_parameters
 from ..data import build_stream_loader
-from ..engine.checks import check_output_folder
-from ..engine.learning_rate import check_schedule
+from ..engine.checks import check_output_folder, check_schedule
 from ..engine.trainer import load_initial_weights
 from ..meta_arch import KDMetaArch
 from ..report.page import Table

@@ -6,9 +6,9 @@ import os
 from dataclasses import dataclass
 
 from ..files import read_json
+from ..typed_json import from_tree
 from .base import MARKER, Analysis
 from .registry import find_analysis
-from .stored import from_tree
 
 
 @dataclass

@@ -11,6 +11,7 @@ from detectron2.data.detection_utils import SizeMismatchError
 from torch.utils.data import DataLoader
 
 from ..errors import UserError
+from .workers import init_worker
 
 
 class DataError(UserError):
@@ -55,4 +56,6 @@ def build_test_loader(
         overrides: of what `build_detection_test_loader` takes from the config, such as `num_workers`.
     """
     mapper = CheckedMapper(mapper or DatasetMapper(cfg, is_train=False))
-    return build_detection_test_loader(cfg, dataset, mapper=mapper, **overrides)
+    loader = build_detection_test_loader(cfg, dataset, mapper=mapper, **overrides)
+    loader.worker_init_fn = init_worker
+    return loader

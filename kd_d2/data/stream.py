@@ -24,6 +24,7 @@ from ..config import reads_annotations
 from ..errors import UserError
 from ..random_state import seeded
 from .images import CheckedMapper, DataError
+from .workers import init_worker
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +158,7 @@ def build_stream_loader(cfg: CfgNode, seed: int, mapper: Callable | None = None)
         collate_fn=_as_list,
         # Its own generator: starting the workers draws nothing from the random numbers of the training.
         generator=torch.Generator(),
-        worker_init_fn=_one_thread,
+        worker_init_fn=init_worker,
     )
 
 
@@ -185,7 +186,3 @@ def _index_stream(cfg: CfgNode, dicts: list[dict], seed: int) -> Callable[[], It
 
 def _as_list(batch: list[dict]) -> list[dict]:
     return batch
-
-
-def _one_thread(worker_id: int) -> None:
-    torch.set_num_threads(1)

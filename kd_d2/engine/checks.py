@@ -1,4 +1,4 @@
-"""What can only be checked once data and models are known, still before anything is trained."""
+"""What can only be checked once data, models and processes are known, still before anything is trained: see `config.validation`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,17 @@ from torch import nn
 
 from ..adapters import build_adapter
 from ..config import KD_META_ARCH
-from ..errors import UserError
+from ..errors import UserError, check_number
 from ..meta_arch import student_of
+
+SMALLEST = {
+    "SOLVER.MAX_ITER": 1,
+    "SOLVER.CHECKPOINT_PERIOD": 1,
+    "SOLVER.BASE_LR": 0,
+    "SOLVER.MOMENTUM": 0,
+    "SOLVER.WEIGHT_DECAY": 0,
+    "DATALOADER.NUM_WORKERS": 0,
+}
 
 
 def check_output_folder(folder: str, key: str = "OUTPUT_DIR") -> None:
@@ -95,6 +104,25 @@ def check_classes(cfg: CfgNode, model: nn.Module) -> None:
                 f"The data set {name} has {len(classes)} classes, but the model ({type(student).__name__}) predicts {predicted}: "
                 f"set MODEL.{_class_node(cfg, type(student).__name__)}.NUM_CLASSES to it."
             )
+
+
+def check_schedule(cfg: CfgNode, world_size: int) -> None:
+    """Check that a training can follow the config's numbers.
+
+    Raises:
+        UserError: one is too small, or the batch cannot be divided among the processes, or a share of it into the parts of an
+            accumulation.
+    """
+    for key, minimum in SMALLEST.items():
+        section, name = key.split(".")
+        check_number(key, cfg[section][name], minimum)
+    batch, parts = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.GRADIENT_ACCUMULATION_STEPS
+    if batch % world_size or batch < 1:
+        raise UserError(f"SOLVER.IMS_PER_BATCH is {batch}; it must be a multiple of the {world_size} processes.")
+    if parts < 1 or batch // world_size % parts:
+        raise UserError(
+            f"SOLVER.GRADIENT_ACCUMULATION_STEPS is {parts}; it must divide the {batch // world_size} images of a process."
+        )
 
 
 def _class_node(cfg: CfgNode, detector: str) -> str:

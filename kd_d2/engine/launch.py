@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
+import signal
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
-from torch.multiprocessing import ProcessRaisedException
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from ..errors import UserError, end_with
+from ..errors import UserError, exit_on_user_error
+from .stop_request import forwarded_to_children
 
 
 def launch(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
@@ -21,24 +25,42 @@ def launch(main: Callable[[argparse.Namespace], object], args: argparse.Namespac
 
     Under torchrun the environment says which process this is. Otherwise --num-gpus and --num-machines do, through
     Detectron2's launcher: one process a GPU, or as many on CPUs where there is none and MODEL.DEVICE is "cpu". A UserError is printed as
-    its sentence alone, and the program ends with exit status 2.
+    its sentence alone, and the program ends with exit status 2. A signal that stops a training ends it with 128 + its number.
     """
+    logging.raiseExceptions = False  # a log file that cannot be written is not worth a traceback per message
+    with exit_on_user_error():
+        _launch(main, args)
+
+
+def _launch(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _join_torchrun()
+        main(args)
+    elif args.num_gpus * args.num_machines <= 1:
+        main(args)
+    else:
+        _launch_several(main, args)
+
+
+def _launch_several(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
+    _check_gpus(args.num_gpus, args.opts)
     try:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            _join_torchrun()
-            main(args)
-            return
-        if args.num_gpus * args.num_machines > 1:
-            _check_gpus(args.num_gpus, args.opts)
-        detectron2_launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
-    except UserError as error:
-        end_with(error)
+        with forwarded_to_children():
+            detectron2_launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
     except ProcessRaisedException as error:
-        # One of several processes raised: what arrives is its traceback as text, whose last line names the error.
-        sentence = re.match(r"kd_d2[\w.]*Error: (.+)", str(error).strip().splitlines()[-1])
+        # One of the processes raised: what arrives is its traceback as text, whose last line names the error.
+        last = str(error).strip().splitlines()[-1]
+        sentence = re.match(r"kd_d2[\w.]*Error: (.+)|OSError: \[Errno (?:28|122|27)\] (.+)", last)
         if sentence is None:
             raise
-        end_with(sentence[1])
+        raise UserError(sentence[1] or sentence[2]) from None
+    except ProcessExitedException as error:
+        number = -error.exit_code
+        if number == signal.SIGKILL:
+            raise UserError(
+                f"Rank {error.error_index} was killed (SIGKILL), most often because memory ran out; the other ranks were ended too."
+            ) from error
+        sys.exit(128 + number if number > 0 else error.exit_code)
 
 
 def _check_gpus(wanted: int, opts: list[str]) -> None:

@@ -10,17 +10,9 @@ from detectron2.engine import DefaultTrainer
 
 from ..config_files import read_layers
 from ..distillers import DISTILLER_REGISTRY
-from ..errors import UserError, check_number
+from ..errors import UserError
 
 DEFAULT_BATCH = 16  # Detectron2's
-SMALLEST = {
-    "SOLVER.MAX_ITER": 1,
-    "SOLVER.CHECKPOINT_PERIOD": 1,
-    "SOLVER.BASE_LR": 0,
-    "SOLVER.MOMENTUM": 0,
-    "SOLVER.WEIGHT_DECAY": 0,
-    "DATALOADER.NUM_WORKERS": 0,
-}
 
 
 def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
@@ -49,25 +41,6 @@ def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
                 node[key] = round(value / factor)
     scaled.freeze()
     return scaled
-
-
-def check_schedule(cfg: CfgNode, world_size: int) -> None:
-    """Check that a training can follow the config's numbers.
-
-    Raises:
-        UserError: one is too small, or the batch cannot be divided among the processes, or a share of it into the parts of an
-            accumulation.
-    """
-    for key, minimum in SMALLEST.items():
-        section, name = key.split(".")
-        check_number(key, cfg[section][name], minimum)
-    batch, parts = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.GRADIENT_ACCUMULATION_STEPS
-    if batch % world_size or batch < 1:
-        raise UserError(f"SOLVER.IMS_PER_BATCH is {batch}; it must be a multiple of the {world_size} processes.")
-    if parts < 1 or batch // world_size % parts:
-        raise UserError(
-            f"SOLVER.GRADIENT_ACCUMULATION_STEPS is {parts}; it must divide the {batch // world_size} images of a process."
-        )
 
 
 def learning_rate_advice(config_file: str, opts: list[Any]) -> str | None:

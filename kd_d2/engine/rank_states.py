@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from torch import nn
@@ -32,22 +31,3 @@ def set_rank_state(model: nn.Module, states: list[dict[str, Any]], seed: int) ->
         set_random_state(own["random"])
     else:
         seed_all_rng((seed + rank) % 2**31)
-
-
-class RankStates(HookBase):
-    """Brings the states of all processes to the first one where a checkpoint is about to be written; `others` has them.
-
-    Args:
-        model: whose loss normalisers they are.
-        period: of the checkpoints.
-    """
-
-    def __init__(self, model: nn.Module, period: int):
-        self.model = model
-        self.period = period
-        self.others: list[dict[str, Any]] = []
-
-    def after_step(self) -> None:
-        following = self.trainer.iter + 1
-        if following % self.period == 0 or following >= self.trainer.max_iter:
-            self.others = comm.gather(get_rank_state(self.model))[1:]

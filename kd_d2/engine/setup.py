@@ -12,13 +12,15 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ..class_names import as_comment, names_in_checkpoint, names_in_data, names_in_training_set
-from ..config import KD_META_ARCH, load_config
+from ..config import KD_META_ARCH, SolverKeys, load_config
 from ..config_files import find_config_file
 from ..data import ClassOrder, register_coco_json, register_synthetic
 from ..files import write_json, write_text
+from ..keys import keys_of
 from ..modeling import unused_nodes
 from ..versions import versions
 from .checks import check_datasets, check_output_folder
+from .folder_lock import lock_folder
 from .learning_rate import learning_rate_advice
 
 logger = logging.getLogger(__name__)
@@ -27,7 +29,7 @@ logger = logging.getLogger(__name__)
 def setup(args: argparse.Namespace) -> CfgNode:
     """Read and check config and data, start the log, and write `config.yaml`, `student.yaml` and `versions.json` into OUTPUT_DIR.
 
-    An evaluation leaves the files of a training that is there as they are.
+    An evaluation leaves the files of a training that is there as they are. A training locks the folder, until its end.
 
     Args:
         args: `config_file`, `opts`, `eval_only` and `eval_teacher`.
@@ -37,6 +39,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     """
     cfg = load_config(args.config_file, args.opts, student_only=args.eval_only and not args.eval_teacher)
     check_output_folder(cfg.OUTPUT_DIR)
+    if comm.is_main_process() and not args.eval_only:
+        lock_folder(cfg.OUTPUT_DIR)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="kd_d2")
     register_synthetic()
     register_coco_json(cfg, _class_order(cfg, args), train=not args.eval_only)
@@ -90,7 +94,9 @@ def student_config(cfg: CfgNode) -> CfgNode:
         plain.MODEL.META_ARCHITECTURE = plain.MODEL.KD.STUDENT
     del plain.MODEL["KD"]
     del plain.DATASETS["COCO_JSON"]
-    del plain.SOLVER.AMP["DTYPE"], plain.SOLVER["GRADIENT_ACCUMULATION_STEPS"], plain.SOLVER["CHANNELS_LAST"]
+    del plain.SOLVER.AMP["DTYPE"]
+    for key in keys_of(SolverKeys):
+        del plain.SOLVER[key.name]
     del plain.DATALOADER["SKIP_UNUSABLE_IMAGES"]
     for name in unused_nodes(plain):
         del plain.MODEL[name]

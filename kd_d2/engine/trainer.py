@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import weakref
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase
+from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
@@ -20,19 +20,22 @@ from torch.nn.parallel import DistributedDataParallel
 from ..checkpoint import KDCheckpointer, UnreadableCheckpointError
 from ..class_names import match_classes, names_in_checkpoint, names_in_data
 from ..data import build_stream_loader, build_test_loader
-from ..errors import UserError
+from ..errors import DISK_IS_FULL, UserError
 from ..evaluation import build_evaluator
 from ..inheritance import inherit
 from ..meta_arch import KDMetaArch, student_of
 from ..random_state import preserved_random_state
 from ..teacher import Teacher
 from .balance_log import LastMultipliersLog
-from .checks import check_classes
-from .learning_rate import check_schedule, scale_to_world_size
+from .checkpoints import BestCheckpoint, Checkpoints
+from .checks import check_classes, check_schedule
+from .folder_lock import unlock_folder
+from .learning_rate import scale_to_world_size
 from .memory import PeakMemoryRecorder
 from .optimizers import build_optimizers
-from .rank_states import RankStates, get_rank_state, set_rank_state
+from .rank_states import get_rank_state, set_rank_state
 from .step import DistillationStep
+from .stop_request import StopRequest, TrainingStopped
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +51,7 @@ class KDTrainer(DefaultTrainer):
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
+        self.stop = StopRequest()
 
         self.bare_model = self.build_model(cfg)
         if cfg.SOLVER.CHANNELS_LAST:
@@ -62,6 +66,7 @@ class KDTrainer(DefaultTrainer):
         self.checkpointer = KDCheckpointer(student_of(self.bare_model), cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         classes = names_in_data(cfg)
         self.checkpointer.class_names = list(classes.names) if classes else None
+        self.checkpointer.asynchronous = cfg.SOLVER.CHECKPOINT_ASYNC
         if isinstance(self.bare_model, KDMetaArch):
             self.checkpointer.add_checkpointable("distillers", self.bare_model.distillers)
             if self.bare_model.balance:
@@ -139,21 +144,40 @@ class KDTrainer(DefaultTrainer):
         self._trainer.data_loader.batch_sampler.start = self.start_iter
 
     def train(self) -> Any:
+        """Train to the end, evaluations included.
+
+        Raises:
+            TrainingStopped: a signal asked the training to stop; there is a checkpoint of the last iteration.
+            UserError: an error that the user can fix.
+        """
         if self._trainer.data_loader is None:
             self._open_stream()
         logging.getLogger("detectron2.engine.train_loop").addFilter(_without_traceback)
         try:
-            return super().train()
+            with self.stop:
+                return super().train()
+        except TrainingStopped as stopped:
+            logger.warning(
+                f"{stopped.signal_name}: training stopped after iteration {self.iter}; --resume continues from "
+                f"{self.checkpointer.get_checkpoint_file()}"
+            )
+            raise
         except (OSError, RuntimeError) as error:
             sentence = _explained(error)
+            if sentence is None and not os.path.isdir(self.cfg.OUTPUT_DIR):
+                sentence = UserError(
+                    f"OUTPUT_DIR {self.cfg.OUTPUT_DIR} is no longer there: the training cannot write into it."
+                )
             if sentence is None:
                 raise
             raise sentence from error
+        finally:
+            unlock_folder(self.cfg.OUTPUT_DIR)
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
         state["seed"] = self.seed
-        state.update(get_rank_state(student_of(self.bare_model)), other_workers=self.rank_states.others)
+        state.update(get_rank_state(student_of(self.bare_model)), other_workers=self.checkpoints.others)
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -164,11 +188,36 @@ class KDTrainer(DefaultTrainer):
         set_rank_state(student_of(self.bare_model), workers, seed=self.seed + 7919 * state["iteration"])
 
     def build_hooks(self) -> list[HookBase]:
-        self.rank_states = RankStates(student_of(self.bare_model), self.cfg.SOLVER.CHECKPOINT_PERIOD)
-        hooks = [PeakMemoryRecorder(), self.rank_states, *super().build_hooks()]
+        """Detectron2's, with `Checkpoints` in place of its PeriodicCheckpointer, and an evaluation that a signal interrupts."""
+        self.checkpoints = Checkpoints(self.cfg, self.checkpointer, student_of(self.bare_model), self.stop)
+        hooks: list[HookBase | None] = [PeakMemoryRecorder()]
+        for hook in super().build_hooks():
+            if isinstance(hook, EvalHook):
+                hooks += [
+                    self.checkpoints,
+                    EvalHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate),
+                    self._best_checkpoint(),
+                ]
+            elif not isinstance(hook, PeriodicCheckpointer):
+                hooks.append(hook)
         if isinstance(self.bare_model, KDMetaArch) and self.bare_model.balance:
             hooks.append(LastMultipliersLog(self.bare_model.balance))
         return hooks
+
+    def _best_checkpoint(self) -> BestCheckpoint | None:
+        if self.cfg.TEST.EVAL_PERIOD <= 0 or not comm.is_main_process():
+            return None
+        return BestCheckpoint(self.checkpointer, lambda: getattr(self, "_last_eval_results", {}))
+
+    def _evaluate(self) -> dict:
+        if self.checkpoints.stopping:
+            return {}
+        handle = self.model.register_forward_pre_hook(lambda *_: self.stop.raise_if_received())
+        try:
+            self._last_eval_results = self.test(self.cfg, self.model)
+        finally:
+            handle.remove()
+        return self._last_eval_results
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer):
@@ -232,7 +281,7 @@ def _explained(error: BaseException | None) -> UserError | None:
     if isinstance(error, UserError):
         return error
     go_on = "checkpoints already written are intact, and --resume continues from the last"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
         return UserError(f"The disk of OUTPUT_DIR is full ({error.strerror}); {go_on}.")
     if str(error).startswith("DataLoader worker"):
         reason = str(error).partition("\n")[0].rstrip(" .")

@@ -13,8 +13,9 @@ from ..files import read_json
 from ..sweep import Matrix
 from ..sweep.plots import plot_ap, plot_curves
 from ..sweep.report import first_curves, read_costs
-from ..sweep.runner import read_curves, read_metrics, read_versions
+from ..sweep.results import read_curves, read_metrics, read_versions
 from ..sweep.table import HEADERS, build_rows, format_row, read_results
+from ..typed_json import from_tree
 from .page import Listing, Picture, Section, Table
 
 SUMMARY = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -111,14 +112,18 @@ def _results_by_dataset(folder: str) -> dict[str, dict]:
     results = read_json(path)
     if not isinstance(results, dict):
         raise UserError(f"{path} has no results by name.")
-    return {"": results} if "bbox" in results else {name: r for name, r in results.items() if isinstance(r, dict)}
+    by_dataset = {"": results} if "bbox" in results else results
+    return {name: _scores_by_task(r, path) for name, r in by_dataset.items() if isinstance(r, dict)}
+
+
+def _scores_by_task(results: dict[str, Any], path: str) -> dict[str, dict[str, float | None]]:
+    tasks = {task: scores for task, scores in results.items() if isinstance(scores, dict)}
+    return from_tree(dict[str, dict[str, float | None]], tasks, path, "the file")
 
 
 def _score_tables(results: dict[str, dict[str, float]], dataset: str) -> list[Table]:
     tables = []
     for task, scores in results.items():
-        if not isinstance(scores, dict):
-            continue
         of = " ".join(part for part in (task, dataset) if part)
         overall = [name for name in SUMMARY if name in scores]
         tables.append(Table(["", *overall], [[of, *(_points(scores[name]) for name in overall)]]))

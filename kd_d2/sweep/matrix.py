@@ -7,13 +7,14 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
-import yaml
-
 from ..config import KD_META_ARCH, changed_keys, load_config
 from ..config_files import as_overrides, find_beside
 from ..errors import UserError
+from ..plain_yaml import read_plain_yaml
 
-# Keys that say where things lie or how they are run, not what is measured.
+KINDS = {str: "text", int: "whole number", dict: "mapping"}
+
+# Keys that say where files are or how a training is run, not what is measured.
 LOCATION_KEYS = (
     "OUTPUT_DIR",
     "DATASETS.COCO_JSON",
@@ -26,6 +27,9 @@ LOCATION_KEYS = (
     "DATALOADER.NUM_WORKERS",
     "SOLVER.CHANNELS_LAST",
     "SOLVER.CHECKPOINT_PERIOD",
+    "SOLVER.CHECKPOINT_MINUTES",
+    "SOLVER.CHECKPOINTS_TO_KEEP",
+    "SOLVER.CHECKPOINT_ASYNC",
     "TEST.EVAL_PERIOD",
     "SEED",
 )
@@ -108,23 +112,21 @@ def read_matrix(path: str) -> Matrix:
     Raises:
         UserError: a missing file, an unknown key.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            tree = yaml.safe_load(file)
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"Sweep {path} cannot be read: {' '.join(str(error).split())}.") from error
-    _only(path, "the matrix", tree, {"config", "baseline", "student", "teacher", "cells"})
+    tree = read_plain_yaml(path, f"Sweep {path}")
+    _check(path, "the sweep", tree, {"config": str, "baseline": str, "student": str, "teacher": dict, "cells": dict})
     path = os.path.abspath(path)
     common = tree.get("config")
 
     def cell(name: str, entry: dict[str, Any] | None) -> Cell:
         entry = entry or {}
-        _only(path, f"cell {name}", entry, {"title", "fragments", "opts", "seeds", "config"})
+        _check(
+            path, f"cell {name}", entry, {"title": str, "fragments": [str], "opts": dict, "seeds": [int], "config": str}
+        )
         config = entry.get("config", common)
         if not config:
             raise UserError(f"Sweep {path}: cell {name} has no config.")
         files = [find_beside(file, path, f"Sweep {path}: cell {name}") for file in entry.get("fragments", ())]
-        opts = (*chain.from_iterable(map(as_overrides, files)), *chain.from_iterable(entry.get("opts", {}).items()))
+        opts = (*chain.from_iterable(map(as_overrides, files)), *chain.from_iterable((entry.get("opts") or {}).items()))
         return Cell(
             name=name,
             title=entry.get("title", name),
@@ -144,14 +146,25 @@ def read_matrix(path: str) -> Matrix:
     return Matrix(cells, tree["baseline"], tree.get("student"), teacher, path)
 
 
-def _only(path: str, what: str, entry: Any, known: set[str]) -> None:
+def _check(path: str, what: str, entry: Any, known: dict[str, Any]) -> None:
+    """Raise a UserError unless the entry is a mapping of known keys to values of their types; [str] is a list of texts."""
     if not isinstance(entry, dict):
         raise UserError(f"Sweep {path}: {what} must be a mapping of keys to values.")
-    for key in entry:
+    for key, value in entry.items():
         if key not in known:
             raise UserError(
                 f"Sweep {path}: {what} has the unknown key {key!r}; it may have {', '.join(sorted(known))}."
             )
+        kind = known[key]
+        if isinstance(kind, list):
+            fits, words = (
+                isinstance(value, list) and all(type(v) is kind[0] for v in value),
+                f"a list of {KINDS[kind[0]]}s",
+            )
+        else:
+            fits, words = type(value) is kind or (kind is dict and value is None), f"a {KINDS[kind]}"
+        if not fits:
+            raise UserError(f"Sweep {path}: {key} of {what} is {value!r}; it must be {words}.")
 
 
 def measured_settings(config: str, opts: list[Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -11,7 +10,8 @@ from typing import Any
 
 from ..engine.checks import check_output_folder
 from ..errors import UserError
-from ..files import write_json, write_text
+from ..files import read_json, write_json, write_text
+from ..typed_json import from_tree
 from .costs import measure_costs
 from .matrix import Matrix
 from .plots import Curves, plot_ap, plot_curves
@@ -146,8 +146,7 @@ def read_costs(folder: str) -> dict[str, dict[str, float]] | None:
     path = os.path.join(folder, COSTS)
     if not os.path.isfile(path):
         return None
-    with open(path) as file:
-        return json.load(file)
+    return from_tree(dict[str, dict[str, float]], read_json(path), path, "the file")
 
 
 def _costs(matrix: Matrix, folder: str, opts: list[Any]) -> dict[str, dict[str, float]]:

@@ -1,10 +1,8 @@
-"""Running the cells of a comparison: each in a process of its own, several at a time, finished ones never again."""
+"""Running the cells of a sweep: each in its own process, several at a time, finished ones never again."""
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
-import json
 import logging
 import os
 import statistics
@@ -16,12 +14,23 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 from ..config import load_config
+from ..engine.stop_request import exit_on_sigterm
 from ..errors import UserError
 from ..files import write_json
 from .matrix import Cell, Matrix, measured_settings
+from .results import (
+    METRICS,
+    read_curves,
+    read_metrics,
+    read_multipliers,
+    read_outcome,
+    read_result,
+    read_versions,
+    result_path,
+    written_rows,
+)
 
 PROGRAM = (sys.executable, "-m", "kd_d2")
-METRICS = "metrics.json"
 logger = logging.getLogger(__name__)
 
 # The same losses up to rounding, in less time on a CPU (benchmarks/README.md).
@@ -58,10 +67,11 @@ class Job:
         return f"{self.cell} seed {self.seed}"
 
 
+@exit_on_sigterm()
 def run_jobs(jobs: list[Job], parallel: int, threads: int) -> None:
     """Run every job that has no result yet, and write its result file when it ends well.
 
-    A job that another comparison is running at this time is left to it.
+    A job that another sweep is running at this time is left to it. SIGTERM and Ctrl-C stop all jobs, each with a checkpoint.
 
     Args:
         parallel: processes at a time.
@@ -80,7 +90,7 @@ def run_jobs(jobs: list[Job], parallel: int, threads: int) -> None:
                 job = waiting.pop(0)
                 if not _claim(job):
                     logger.info(f"{job.name}: skipped, another process is training it in {job.output}")
-                elif _is_finished(job):  # by another comparison, while this one was busy
+                elif _is_finished(job):  # by another sweep, while this one was busy
                     job.lock.close()
                 else:
                     running.append(_start(job, threads))
@@ -92,8 +102,10 @@ def run_jobs(jobs: list[Job], parallel: int, threads: int) -> None:
                     if not _finish(job):
                         failed.append(job)
     finally:
-        for job in running:
+        for job in running:  # each writes a checkpoint
             job.process.terminate()
+        for job in running:
+            job.process.wait()
     if failed:
         raise UserError(
             f"{len(failed)} cells failed: " + "; ".join(f"{j.name}, see {j.output}/process.log" for j in failed) + "."
@@ -146,10 +158,6 @@ def _fast_layout(cell: Cell, opts: list[Any]) -> tuple[Any, ...]:
     return CHANNELS_LAST if load_config(cell.config, [*opts, *cell.opts]).MODEL.DEVICE == "cpu" else ()
 
 
-def result_path(results: str, cell: str, seed: int) -> str:
-    return os.path.join(results, f"{cell}-seed{seed}.json")
-
-
 def _import_options(imports: Sequence[str]) -> list[str]:
     return [option for name in imports for option in ("--import", name)]
 
@@ -161,8 +169,7 @@ def _as_arguments(opts: list[Any]) -> list[str]:
 def _is_finished(job: Job) -> bool:
     if not os.path.isfile(job.result):
         return False
-    with open(job.result) as file:
-        before = json.load(file)["settings"]
+    before = read_result(job.result)["settings"]
     changed = sorted(k for k in before.keys() | job.settings.keys() if before.get(k) != job.settings.get(k))
     if changed:
         key = changed[0]
@@ -210,7 +217,7 @@ def _report_progress(job: Job) -> None:
     path = os.path.join(job.output, METRICS)
     if "SOLVER.MAX_ITER" not in job.settings or not os.path.isfile(path) or os.path.getmtime(path) < job.started:
         return
-    written = [row for row in _written_rows(job.output) if "total_loss" in row]
+    written = [row for row in written_rows(job.output) if "total_loss" in row]
     if not written:
         return
     last = written[-1]["iteration"] + 1
@@ -227,7 +234,7 @@ def _finish(job: Job) -> bool:
     if job.process.returncode != 0:
         logger.info(f"{job.name}: FAILED with exit status {job.process.returncode}, see {job.output}/process.log")
         return False
-    outcome = _outcome(job.output)
+    outcome = read_outcome(job.output)
     metrics = read_metrics(job.output)
     result = {
         "cell": job.cell,
@@ -249,25 +256,6 @@ def _finish(job: Job) -> bool:
     return True
 
 
-def read_versions(folder: str) -> dict[str, str]:
-    """What a training was made with, as its output folder says."""
-    path = os.path.join(folder, "versions.json")
-    if not os.path.isfile(path):
-        return {}
-    with open(path) as file:
-        return json.load(file)
-
-
-def _outcome(folder: str) -> dict[str, Any]:
-    """What the process wrote at its end: train.json of a training, teacher.json of the teacher's evaluation."""
-    for name in ("train.json", "teacher.json"):
-        path = os.path.join(folder, name)
-        if os.path.isfile(path):
-            with open(path) as file:
-                return json.load(file)
-    raise UserError(f"{folder} has no results, though its process ended well.")
-
-
 def _rounded(value: float | None) -> float | None:
     """The JSON has null where there is no object to find."""
     return None if value is None else round(value, 4)
@@ -275,46 +263,3 @@ def _rounded(value: float | None) -> float | None:
 
 def _median(values: list[float]) -> float | None:
     return round(statistics.median(values), 4) if values else None
-
-
-def read_curves(metrics: list[dict[str, Any]]) -> dict[str, list]:
-    """Losses and AP over iterations, for the plots."""
-    curves: dict[str, list] = {}
-    for row in metrics:
-        for key, value in row.items():
-            if key == "total_loss" or key.startswith("loss_") or key == "bbox/AP":
-                curves.setdefault(key, []).append([row["iteration"], round(value, 4)])
-    return curves
-
-
-def read_multipliers(metrics: list[dict[str, Any]]) -> dict[str, float]:
-    """The last multiplier of each distiller's losses, where MODEL.KD.BALANCE gave them one."""
-    mark = "kd/balance/"
-    return {
-        name.removeprefix(mark): float(f"{value:.4g}")
-        for row in metrics
-        for name, value in row.items()
-        if name.startswith(mark)
-    }
-
-
-def read_metrics(folder: str) -> list[dict[str, Any]]:
-    """Detectron2's metrics.json, a row an iteration, in their order.
-
-    What a kill left half-written is passed over; an iteration that was repeated after it counts as it was at last.
-    """
-    rows = {row["iteration"]: row for row in _written_rows(folder)}
-    return [rows[iteration] for iteration in sorted(rows)]
-
-
-def _written_rows(folder: str) -> list[dict[str, Any]]:
-    """The rows of metrics.json as they were written."""
-    path = os.path.join(folder, METRICS)
-    if not os.path.isfile(path):
-        return []
-    rows = []
-    with open(path) as file:
-        for line in file:
-            with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
-    return rows

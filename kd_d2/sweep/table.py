@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import os
 import statistics
@@ -14,7 +13,7 @@ from typing import Any
 from tabulate import tabulate
 
 from .matrix import Matrix
-from .runner import result_path
+from .results import read_result, result_path
 
 SCORES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
@@ -59,8 +58,7 @@ def read_results(matrix: Matrix, folder: str) -> dict[str, list[dict[str, Any]]]
         for seed in of_cell:
             path = result_path(folder, name, seed)
             if os.path.isfile(path):
-                with open(path) as file:
-                    results.setdefault(name, []).append(json.load(file))
+                results.setdefault(name, []).append(read_result(path))
     return results
 
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Self
 
-import yaml
 from tqdm import tqdm
 
 from ...config import find_file
 from ...engine.checks import check_output_folder
 from ...errors import UserError
+from ...plain_yaml import read_plain_yaml
 from ...report.page import Table
 from ..base import NOT_STORED, Analysis, as_text, check_at_least
 from ..models import TrainedModel, read_annotations
@@ -149,8 +149,7 @@ def read_supercategories(path: str | None, truth: dict) -> dict[int, str] | None
     """
     if path is None:
         return None
-    with open(find_file(path, "--supercategories"), encoding="utf-8") as file:
-        named = yaml.safe_load(file)
+    named = read_plain_yaml(find_file(path, "--supercategories"), f"--supercategories: {path}")
     ids = {c["name"]: c["id"] for c in truth["categories"]}
     if not isinstance(named, dict):
         raise UserError(f"--supercategories: {path} must map names of classes to names of super-categories.")

@@ -1,4 +1,4 @@
-"""Data files of analyses as the types of their fields."""
+"""JSON as the types that it must have."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import types
 from dataclasses import is_dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from ..errors import UserError
+from .errors import UserError
 
+LARGEST = 10**300
 _NAMES = {
     dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a whole number", float: "a number", type(None): "null"
 }  # fmt: skip
 
 
 def from_tree(kind: Any, tree: Any, path: str, place: str) -> Any:
-    """A tree of JSON as an instance of a type that the fields of an `Analysis` may have.
+    """A tree of JSON as an instance of a type: a dataclass, dict[str, ...], list[...], str, int, float, bool, None, or several of these.
 
     Args:
         kind: the type.
@@ -53,4 +54,6 @@ def _checked(kinds: type | tuple[type, ...], tree: Any, path: str, place: str) -
     if not isinstance(tree, allowed) or (isinstance(tree, bool) and bool not in kinds):
         names = " or ".join(_NAMES[kind] for kind in kinds)
         raise UserError(f"{path}: {place} is {str(tree)[:60]!r}, not {names}.")
+    if isinstance(tree, int) and int not in kinds and abs(tree) > LARGEST:
+        raise UserError(f"{path}: {place} is too large a number.")
     return tree

@@ -1,0 +1,36 @@
+"""Configs: the library's keys, reading files and overrides, and checking them before anything expensive starts."""
+
+from ..config_files import find_file, find_weights
+from .library_keys import (
+    INHERITABLE,
+    KD_META_ARCH,
+    LIBRARY_KEYS,
+    AmpKeys,
+    BalanceKeys,
+    PseudoLabelKeys,
+    SolverKeys,
+    add_kd_config,
+    reads_annotations,
+)
+from .loading import load_config, load_teacher_config
+from .reading import changed_keys, read_config
+from .validation import validate_kd_config
+
+__all__ = [
+    "INHERITABLE",
+    "KD_META_ARCH",
+    "LIBRARY_KEYS",
+    "AmpKeys",
+    "BalanceKeys",
+    "PseudoLabelKeys",
+    "SolverKeys",
+    "add_kd_config",
+    "changed_keys",
+    "find_file",
+    "find_weights",
+    "load_config",
+    "load_teacher_config",
+    "read_config",
+    "reads_annotations",
+    "validate_kd_config",
+]

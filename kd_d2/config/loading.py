@@ -1,0 +1,118 @@
+"""The configs of students and teachers, read, checked, with their paths found."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from detectron2 import model_zoo
+from detectron2.config import CfgNode as CN
+from detectron2.config import get_cfg
+
+from ..config_files import find_config_file, find_file, find_weights, is_zoo_file, read_yaml
+from ..errors import UserError
+from .library_keys import KD_META_ARCH, add_kd_config
+from .reading import merge, read_config, tree_from_opts
+from .validation import validate_kd_config
+
+
+def load_config(
+    config_file: str, opts: Iterable[Any] = (), *, student_only: bool = False, needs_data: bool = True
+) -> CN:
+    """Read a config file and overrides into a full config.
+
+    Relative paths in the config count from the working directory, then from the config file's folder.
+
+    Args:
+        config_file: a config (see `config_files.find_config_file`), or "" for the defaults alone.
+        opts: alternating keys and values.
+        student_only: for evaluation: KDMetaArch becomes the student's own meta-architecture; nothing of the
+            teacher, and no training data, has to exist.
+        needs_data: False where no data set is read: files that DATASETS.COCO_JSON names need not exist.
+
+    Returns:
+        The config, checked by `validate_kd_config`, not frozen.
+
+    Raises:
+        UserError: a missing or unreadable file, an unknown key, a value of the wrong type.
+    """
+    opts = list(opts)
+    cfg = read_config(config_file, opts)
+    folder = os.path.dirname(find_config_file(config_file, "the config")) if config_file else ""
+    if student_only and cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH:
+        cfg.MODEL.META_ARCHITECTURE = cfg.MODEL.KD.STUDENT
+    validate_kd_config(cfg)
+    _choose_device(cfg, opts)
+    _resolve_paths(cfg, folder, student_only, needs_data)
+    return cfg
+
+
+def _choose_device(cfg: CN, opts: Iterable[Any]) -> None:
+    """Detectron2's default device is a GPU; without one, only a device that somebody asked for is an error."""
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        if "MODEL.DEVICE" in opts:
+            raise UserError(
+                f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but this machine has no usable GPU; set it to 'cpu'."
+            )
+        cfg.MODEL.DEVICE = "cpu"
+
+
+def _resolve_paths(cfg: CN, folder: str, student_only: bool, needs_data: bool) -> None:
+    used = set(cfg.DATASETS.TEST) | (set() if student_only else set(cfg.DATASETS.TRAIN))
+    resolved = []
+    for name, json_file, images in cfg.DATASETS.COCO_JSON:
+        if name in used:
+            key = f"DATASETS.COCO_JSON ({name})"
+            try:
+                json_file = find_file(json_file, key, folder)
+                images = find_file(images, key, folder, is_folder=True)
+            except UserError:
+                if needs_data:
+                    raise
+        resolved.append([name, json_file, images])
+    cfg.DATASETS.COCO_JSON = resolved
+    if cfg.MODEL.WEIGHTS:
+        cfg.MODEL.WEIGHTS = find_weights(cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS", folder)
+    if cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH:
+        teacher = cfg.MODEL.KD.TEACHER
+        # A model-zoo name stays a name: it also stands for the trained checkpoint.
+        path = find_config_file(teacher.CONFIG_FILE, "MODEL.KD.TEACHER.CONFIG_FILE", folder)
+        if not is_zoo_file(path):
+            teacher.CONFIG_FILE = path
+        if teacher.WEIGHTS:
+            teacher.WEIGHTS = find_weights(teacher.WEIGHTS, "MODEL.KD.TEACHER.WEIGHTS", folder)
+
+
+def load_teacher_config(cfg: CN) -> CN:
+    """The teacher's own full config, its MODEL.WEIGHTS being the checkpoint to load, on the student's device.
+
+    A teacher config that says KDMetaArch stands for its student.
+    """
+    node = cfg.MODEL.KD.TEACHER
+    path = find_config_file(node.CONFIG_FILE, "MODEL.KD.TEACHER.CONFIG_FILE")
+    teacher_cfg = get_cfg()
+    add_kd_config(teacher_cfg)
+    merge(teacher_cfg, read_yaml(path), path)
+    source = "MODEL.KD.TEACHER.OPTS"
+    merge(teacher_cfg, tree_from_opts(list(node.OPTS), source), source)
+    if teacher_cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH:
+        teacher_cfg.MODEL.META_ARCHITECTURE = teacher_cfg.MODEL.KD.STUDENT
+    teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
+    if node.WEIGHTS:
+        teacher_cfg.MODEL.WEIGHTS = node.WEIGHTS
+    elif is_zoo_file(path):
+        try:
+            teacher_cfg.MODEL.WEIGHTS = model_zoo.get_checkpoint_url(node.CONFIG_FILE)
+        except RuntimeError as error:
+            raise UserError(
+                f"MODEL.KD.TEACHER.WEIGHTS is empty, and the model zoo has no checkpoint for {node.CONFIG_FILE}."
+            ) from error
+    if not teacher_cfg.MODEL.WEIGHTS:
+        raise UserError(
+            f"MODEL.KD.TEACHER.WEIGHTS is empty, and {path} names no MODEL.WEIGHTS: the teacher would be untrained."
+        )
+    folder = os.path.dirname(path)
+    teacher_cfg.MODEL.WEIGHTS = find_weights(teacher_cfg.MODEL.WEIGHTS, "MODEL.KD.TEACHER.WEIGHTS", folder)
+    return teacher_cfg

@@ -1,0 +1,148 @@
+"""Config files and overrides, laid over the defaults with their types."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from detectron2.config import CfgNode as CN
+from detectron2.config import get_cfg
+
+from ..config_files import find_config_file, read_yaml
+from ..distillers import DISTILLER_REGISTRY
+from ..errors import UserError
+from ..keys import keys_of
+from .library_keys import add_kd_config
+
+
+def read_config(config_file: str, opts: Iterable[Any] = ()) -> CN:
+    """The keys of a config file and overrides, laid over the defaults; see `load_config`, which checks them as well.
+
+    Raises:
+        UserError: a missing or unreadable file, an unknown key, a value of the wrong type.
+    """
+    cfg = get_cfg()
+    add_kd_config(cfg)
+    if config_file:
+        path = find_config_file(config_file, "the config")
+        merge(cfg, read_yaml(path), path)
+    merge(cfg, tree_from_opts(list(opts), "the command line"), "the command line")
+    return cfg
+
+
+def changed_keys(cfg: CN) -> dict[str, Any]:
+    """The keys that are not at the defaults of Detectron2 and of this library, with their values; tuples count as lists."""
+    defaults = get_cfg()
+    add_kd_config(defaults)
+    changed: dict[str, Any] = {}
+
+    def walk(node: CN, default: CN, prefix: str) -> None:
+        for key, value in node.items():
+            if isinstance(value, CN):
+                walk(value, default[key], f"{prefix}{key}.")
+            elif _as_lists(value) != _as_lists(default[key]):
+                changed[prefix + key] = _as_lists(value)
+
+    walk(cfg, defaults, "")
+    return changed
+
+
+def _as_lists(value: Any) -> Any:
+    """Tuples as lists, as json gives them back."""
+    return [_as_lists(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def tree_from_opts(opts: list[Any], source: str) -> dict[str, Any]:
+    """Overrides, [KEY, value, ...], as a tree. `source` is what error messages call them."""
+    options = [o for o in opts[::2] if str(o).startswith("--")]
+    if options:
+        raise UserError(f"{source}: the option {options[0]} must come before the KEY VALUE overrides.")
+    if len(opts) % 2:
+        raise UserError(f"{source}: overrides come in pairs of a key and a value; {opts[-1]!r} has no value.")
+    tree: dict[str, Any] = {}
+    for key, value in zip(opts[::2], opts[1::2], strict=True):
+        *parents, leaf = str(key).split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise UserError(f"{source}: {key} is given, but also a value for its group {parent}.")
+        node[leaf] = value
+    return tree
+
+
+def merge(cfg: CN, tree: dict[str, Any], source: str) -> None:
+    """Lay a tree of keys over a config.
+
+    Raises:
+        UserError: an unknown key, or a value of the wrong type; the message begins with `source`.
+    """
+    try:
+        cfg.merge_from_other_cfg(type(cfg)(_with_default_types(tree, cfg, source)))
+    except (KeyError, ValueError, AssertionError) as error:
+        raise UserError(f"{source}: {error.args[0] if error.args else error}") from error
+
+
+def _with_default_types(tree: dict[str, Any], defaults: CN, source: str, prefix: str = "") -> dict[str, Any]:
+    """`tree` with every number converted to the type of its default; unknown keys and wrong types are UserErrors."""
+    converted = {}
+    for key, value in tree.items():
+        full_key = f"{prefix}{key}"
+        if key not in defaults:
+            close = difflib.get_close_matches(str(key), defaults.keys(), n=1)
+            hint = f" Did you mean {prefix}{close[0]}?" if close else ""
+            raise UserError(f"{source}: there is no config key {full_key}.{hint}")
+        default = defaults[key]
+        if isinstance(default, CN):
+            if not isinstance(value, dict):
+                raise UserError(f"{source}: {full_key} is a group of keys and cannot be set to {value!r}.")
+            converted[key] = _with_default_types(value, default, source, full_key + ".")
+            continue
+        value = _decoded(value, f"{source}: {full_key}")
+        if isinstance(default, int | float) and not isinstance(default, bool) and type(value) in (int, float):
+            if isinstance(default, int) and isinstance(value, float) and not value.is_integer():
+                raise UserError(f"{source}: {full_key} is {value}; it must be a whole number.")
+            try:
+                value = type(default)(value)
+            except OverflowError:
+                raise UserError(f"{source}: {full_key} is too large a number.") from None
+        if isinstance(default, list | tuple) and isinstance(value, str):
+            raise UserError(
+                f'{source}: {full_key} is the text {value!r}, but must be a list; one entry is written ("{value}",) '
+                "with its comma."
+            )
+        if not _same_kind(default, value) and not _means_none(full_key, default, value):
+            raise UserError(
+                f"{source}: {full_key} is {value!r}; it must be of type {type(default).__name__}, as its default {default!r}."
+            )
+        converted[key] = value
+    return converted
+
+
+def _decoded(value: Any, where: str) -> Any:
+    """A text as the Python literal that it is, if it is one: yacs' reading of overrides."""
+    try:
+        return CN._decode_cfg_value(value)
+    except (RecursionError, MemoryError) as error:
+        raise UserError(f"{where} is nested too deeply.") from error
+
+
+def _same_kind(default: Any, value: Any) -> bool:
+    sequences = (list, tuple)
+    return (
+        default is None
+        or type(value) is type(default)
+        or (isinstance(default, sequences) and isinstance(value, sequences))
+    )
+
+
+def _means_none(key: str, default: Any, value: Any) -> bool:
+    """Detectron2 takes None for some names in its models, such as a norm; of a method's keys, those that say so."""
+    if value is not None or not isinstance(default, str) or not key.startswith("MODEL."):
+        return False
+    return not key.startswith("MODEL.KD.") or any(
+        entry.accepts(None) and key == f"MODEL.KD.{method.CONFIG_NODE}.{entry.name}"
+        for _, method in DISTILLER_REGISTRY
+        for entry in keys_of(method.Config)
+    )

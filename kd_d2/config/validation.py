@@ -1,0 +1,92 @@
+"""The first check of a training: what a config says, before anything is read or built.
+
+Behind it come, in this order, the data (`engine.checks.check_datasets`, `check_classes`), the pair of student and teacher
+(`KDMetaArch`), and batch and schedule (`engine.checks.check_schedule`), all before the first iteration.
+"""
+
+from __future__ import annotations
+
+import torch
+from detectron2.config import CfgNode as CN
+from detectron2.modeling import META_ARCH_REGISTRY
+
+from ..distillers import DISTILLER_REGISTRY
+from ..errors import UserError
+from .library_keys import INHERITABLE, KD_META_ARCH, AmpKeys, BalanceKeys, PseudoLabelKeys, SolverKeys
+
+
+def validate_kd_config(cfg: CN) -> None:
+    """Check every key of the library that has a wrong value to be found without building anything.
+
+    Raises:
+        UserError: one sentence that names the key.
+    """
+    for entry in cfg.DATASETS.COCO_JSON:
+        if not isinstance(entry, list | tuple) or len(entry) != 3 or not all(isinstance(part, str) for part in entry):
+            raise UserError(
+                "DATASETS.COCO_JSON must be a list of lists, [[name, annotations.json, image folder], ...]; one entry is "
+                f"{entry!r}."
+            )
+    for key in ("TRAIN", "TEST"):
+        for name in cfg.DATASETS[key]:
+            if not isinstance(name, str):
+                raise UserError(f"DATASETS.{key} holds {name!r}; it must be a list of names of data sets.")
+    AmpKeys.read(cfg.SOLVER.AMP, "SOLVER.AMP")
+    SolverKeys.read(cfg.SOLVER, "SOLVER")
+    try:
+        torch.device(cfg.MODEL.DEVICE)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, which PyTorch does not know; it is usually 'cuda' or 'cpu'."
+        ) from error
+    if cfg.MODEL.META_ARCHITECTURE not in META_ARCH_REGISTRY:
+        raise UserError(
+            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}, which no registered detector has as its name."
+        )
+    if cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH:
+        _validate_distillation(cfg)
+
+
+def _validate_distillation(cfg: CN) -> None:
+    kd = cfg.MODEL.KD
+    if kd.STUDENT == KD_META_ARCH or kd.STUDENT not in META_ARCH_REGISTRY:
+        raise UserError(
+            f"MODEL.KD.STUDENT is {kd.STUDENT!r}; it must be the name of a registered detector, such as 'RetinaNet'."
+        )
+    if not kd.TEACHER.CONFIG_FILE:
+        raise UserError("MODEL.KD.TEACHER.CONFIG_FILE is empty: name the teacher's config.")
+    known = sorted(name for name, _ in DISTILLER_REGISTRY)
+    for name in kd.DISTILLERS:
+        if name not in known:
+            raise UserError(f"MODEL.KD.DISTILLERS names the unknown method {name!r}; available: {', '.join(known)}.")
+        if list(kd.DISTILLERS).count(name) > 1:
+            raise UserError(f"MODEL.KD.DISTILLERS names {name!r} twice.")
+        method = DISTILLER_REGISTRY.get(name)
+        node, node_name = kd[method.CONFIG_NODE], f"MODEL.KD.{method.CONFIG_NODE}"
+        _validate_schedule(node_name, node, cfg.SOLVER.MAX_ITER)
+        method.Config.read(node, node_name)
+    for module in kd.INHERIT.MODULES:
+        if module not in INHERITABLE:
+            raise UserError(
+                f"MODEL.KD.INHERIT.MODULES names {module!r}; it may name {' and '.join(map(repr, INHERITABLE))}."
+            )
+    if kd.INHERIT.ENABLED and not kd.INHERIT.MODULES:
+        raise UserError("MODEL.KD.INHERIT is enabled, but MODEL.KD.INHERIT.MODULES is empty.")
+    PseudoLabelKeys.read(kd.PSEUDO_LABELS, "MODEL.KD.PSEUDO_LABELS")
+    BalanceKeys.read(kd.BALANCE, "MODEL.KD.BALANCE")
+    if not kd.DISTILLERS and not kd.INHERIT.ENABLED and not kd.PSEUDO_LABELS.ENABLED:
+        raise UserError(
+            "MODEL.KD.DISTILLERS is empty and MODEL.KD.INHERIT.ENABLED and MODEL.KD.PSEUDO_LABELS.ENABLED are False: nothing "
+            f"would come from the teacher. For a plain student set MODEL.META_ARCHITECTURE to {kd.STUDENT!r}."
+        )
+
+
+def _validate_schedule(name: str, node: CN, max_iter: int) -> None:
+    if max_iter <= node.START_ITER:
+        raise UserError(
+            f"{name}.START_ITER is {node.START_ITER}, but training ends at SOLVER.MAX_ITER {max_iter}: it would never run."
+        )
+    if node.END_ITER is not None and (not isinstance(node.END_ITER, int) or node.END_ITER <= node.START_ITER):
+        raise UserError(
+            f"{name}.END_ITER is {node.END_ITER!r}; it must be None or a whole number above START_ITER {node.START_ITER}."
+        )

@@ -1,0 +1,147 @@
+"""When a training writes checkpoints, and which of them are kept."""
+
+from __future__ import annotations
+
+import glob
+import math
+import os
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from torch import nn
+
+from ..checkpoint import KDCheckpointer
+from ..files import link_or_copy
+from .rank_states import get_rank_state
+from .stop_request import StopRequest, TrainingStopped
+
+LATEST = "model_latest"
+"""The name of the checkpoint that is written between those of SOLVER.CHECKPOINT_PERIOD, each in place of the one before."""
+BEST = "model_best"
+
+
+class Checkpoints(HookBase):
+    """Writes checkpoints: after every SOLVER.CHECKPOINT_PERIOD iterations and the last one, and as `model_latest.pth` after
+    SOLVER.CHECKPOINT_MINUTES, before an evaluation, and when a signal asks the training to stop, which ends it.
+
+    A hook of all ranks, since a checkpoint has the state of each; the first writes it.
+
+    Args:
+        cfg: of the training.
+        checkpointer: of the first rank.
+        model: the student, whose loss normalisers each rank has.
+        stop: the signal that any rank has received.
+
+    Attributes:
+        others: the states of the other ranks at the last checkpoint.
+        stopping: whether a signal ended the training, on all ranks.
+    """
+
+    def __init__(self, cfg: CfgNode, checkpointer: KDCheckpointer, model: nn.Module, stop: StopRequest):
+        self.checkpointer = checkpointer
+        self.model = model
+        self.stop = stop
+        self.period = cfg.SOLVER.CHECKPOINT_PERIOD
+        self.seconds = 60 * cfg.SOLVER.CHECKPOINT_MINUTES or math.inf
+        self.evaluation_period = cfg.TEST.EVAL_PERIOD
+        self.keep = cfg.SOLVER.CHECKPOINTS_TO_KEEP
+        self.others: list[dict[str, Any]] = []
+        self.stopping = False
+        self.written = time.monotonic()
+
+    def before_train(self) -> None:
+        self.written = time.monotonic()
+
+    def after_step(self) -> None:
+        is_due, signal_number = self._agreed()
+        finished = self.trainer.iter + 1
+        names = [f"model_{self.trainer.iter:07d}"] if finished % self.period == 0 else []
+        if finished >= self.trainer.max_iter:
+            names.append("model_final")
+        evaluates = self.evaluation_period > 0 and finished % self.evaluation_period == 0
+        if not names and (is_due or evaluates or signal_number):
+            names.append(LATEST)
+        if names:
+            self._write(names)
+        if signal_number:
+            self.stopping = True
+            self.checkpointer.wait()
+            comm.synchronize()  # no rank ends while the first one writes
+            raise TrainingStopped(signal_number)
+
+    def after_train(self) -> None:
+        self.checkpointer.wait()
+
+    def _agreed(self) -> tuple[bool, int]:
+        """Whether the first rank's clock wants a checkpoint, and a signal that some rank received; the same on all ranks."""
+        is_due = comm.is_main_process() and time.monotonic() - self.written > self.seconds
+        if comm.get_world_size() == 1:
+            return is_due, self.stop.number
+        device = next(self.model.parameters()).device
+        flags = torch.tensor([int(is_due), self.stop.number], device=device)
+        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+        is_due, number = flags.tolist()
+        return bool(is_due), number
+
+    def _write(self, names: list[str]) -> None:
+        self.others = comm.gather(get_rank_state(self.model))[1:]
+        self.written = time.monotonic()
+        if comm.is_main_process():
+            for name in names:
+                self.checkpointer.save(name, iteration=self.trainer.iter)
+            self._remove_old()
+
+    def _remove_old(self) -> None:
+        """All but the last `keep` of those written by period; 0 keeps all."""
+        pattern = os.path.join(glob.escape(self.checkpointer.save_dir), "model_*.pth")
+        numbered = sorted(path for path in glob.glob(pattern) if re.search(r"model_\d{7,}\.pth$", path))
+        for path in numbered[: -self.keep] if self.keep else []:
+            os.remove(path)
+
+
+class BestCheckpoint(HookBase):
+    """Keeps the checkpoint with the highest AP of those that were evaluated as `model_best.pth`.
+
+    A hook of the first rank, behind the evaluation and `Checkpoints`.
+
+    Args:
+        checkpointer: has written the checkpoint that is evaluated.
+        results: () -> the last evaluation's results.
+    """
+
+    def __init__(self, checkpointer: KDCheckpointer, results: Callable[[], dict]):
+        self.checkpointer = checkpointer
+        self.results = results
+        self.seen: dict | None = None
+        self.best = -math.inf
+
+    def after_step(self) -> None:
+        results = self.results()
+        if results and results is not self.seen:
+            self.seen = results
+            self._compare(results)
+
+    def after_train(self) -> None:
+        self.after_step()
+
+    def _compare(self, results: dict) -> None:
+        of_first_set = results if "bbox" in results else next(iter(results.values()))
+        ap = of_first_set.get("bbox", {}).get("AP", -math.inf)
+        if ap > self.best:
+            self.best = ap
+            self.checkpointer.wait()
+            link_or_copy(
+                self.checkpointer.get_checkpoint_file(), os.path.join(self.checkpointer.save_dir, f"{BEST}.pth")
+            )
+
+    def state_dict(self) -> dict[str, float]:
+        return {"best": self.best} if math.isfinite(self.best) else {}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.best = state["best"]

@@ -1,0 +1,93 @@
+"""Yaml files of users, read in bounded time and memory, without running code."""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import Any
+
+import yaml
+from detectron2.utils.file_io import PathManager
+
+from .errors import UserError
+
+LARGEST_FILE = 4 * 2**20
+"""Bytes."""
+MOST_NODES = 200_000
+"""Values of a file, of what an alias stands for each time anew."""
+DEEPEST = 50
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, for which dates are text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def read_plain_yaml(path: str, what: str) -> Any:
+    """What a yaml file holds.
+
+    Args:
+        path: a file, or what Detectron2's PathManager opens.
+        what: the file for messages, such as "Config file x.yaml".
+
+    Raises:
+        UserError: it is not a regular file, too large, not plain yaml, nested too deeply, or its aliases expand to too much.
+    """
+    text = read_text(path, what)
+    loader = None
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _size(node, {}, what) > MOST_NODES:
+            raise UserError(f"{what} has more than {MOST_NODES} values, of which aliases (*name) may be copies.")
+        return loader.construct_document(node)
+    except yaml.YAMLError as error:
+        raise UserError(f"{what} is not plain yaml: {' '.join(str(error).split())}.") from error
+    except RecursionError as error:
+        raise UserError(f"{what} is nested too deeply.") from error
+    except ValueError as error:  # a number that Python does not read
+        raise UserError(f"{what} has a value that cannot be read: {error}.") from error
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def read_text(path: str, what: str) -> str:
+    """The text of a regular file of at most `LARGEST_FILE` bytes.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        local = PathManager.get_local_path(path)
+        if not stat.S_ISREG(os.stat(local).st_mode):  # opening a named pipe would wait
+            raise UserError(f"{what} is not a regular file.")
+        with open(local, encoding="utf-8-sig") as file:
+            text = file.read(LARGEST_FILE + 1)
+    except (OSError, AssertionError, ValueError) as error:
+        raise UserError(f"{what} cannot be read: {error}.") from error
+    if len(text) > LARGEST_FILE:
+        raise UserError(f"{what} is larger than {LARGEST_FILE // 2**20} MiB.")
+    return text
+
+
+def _size(node: yaml.Node, sizes: dict[int, int], what: str, depth: int = 0) -> int:
+    """The number of values below a node with aliases expanded, each node looked at once."""
+    if id(node) in sizes:
+        return sizes[id(node)]
+    if depth > DEEPEST:
+        raise UserError(f"{what} is nested more than {DEEPEST} levels deep.")
+    sizes[id(node)] = 0  # of a node that holds itself; what is made of it is refused by whoever reads it
+    if isinstance(node, yaml.MappingNode):
+        children = [child for pair in node.value for child in pair]
+    else:
+        children = node.value if isinstance(node, yaml.SequenceNode) else []
+    sizes[id(node)] = 1 + sum(_size(child, sizes, what, depth + 1) for child in children)
+    return sizes[id(node)]

@@ -1,0 +1,285 @@
+"""Signals, clocks and locks: a training that is asked to stop loses nothing, and two do not share a folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from kd_d2 import UserError
+from kd_d2.checkpoint import KDCheckpointer, read_checkpoint
+from kd_d2.engine.folder_lock import lock_folder, unlock_folder
+from kd_d2.engine.stop_request import StopRequest, TrainingStopped
+from kd_d2.engine.trainer import KDTrainer
+
+import pytest
+import torch
+from detectron2.engine import HookBase
+from helpers import Project, make_project, train
+
+SHORT = {
+    "SEED": 7,
+    "SOLVER__MAX_ITER": 8,
+    "SOLVER__STEPS": (),
+    "SOLVER__BASE_LR": 0.00002,
+    "SOLVER__CHECKPOINT_PERIOD": 100,
+}
+
+
+class After(HookBase):
+    """Calls a function after an iteration."""
+
+    def __init__(self, iteration: int, function: Callable[[], object]):
+        self.iteration = iteration
+        self.function = function
+
+    def after_step(self) -> None:
+        if self.trainer.iter == self.iteration:
+            self.function()
+
+
+def send(number: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+def stop_in(project: Project, iteration: int, number: int = signal.SIGTERM, *opts: object) -> TrainingStopped:
+    """Train until the signal, which arrives while the given iteration begins."""
+
+    class Before(After):
+        def before_step(self) -> None:
+            super().after_step()
+
+        def after_step(self) -> None:
+            pass
+
+    with pytest.raises(TrainingStopped) as stopped:
+        train(project, *opts, hooks=(Before(iteration, send(number)),))
+    return stopped.value
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_loses_no_iteration(tmp_path: Path, number: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Check the exit status, the checkpoint of the very iteration, and that the resumed training has the losses of an unbroken one."""
+    unbroken = train(make_project(tmp_path / "unbroken", **SHORT))
+    project = make_project(tmp_path / "stopped", **SHORT)
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    assert stop_in(project, 4, number).code == 128 + number
+    assert handlers == [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    path = project.output / "model_latest.pth"
+    assert read_checkpoint(str(path))["iteration"] == 4
+    name = signal.Signals(number).name
+    assert f"{name}: training stopped after iteration 4; --resume continues from {path}" in caplog.text
+    resumed = train(project, resume=True)
+    assert sorted(resumed.losses) == [5, 6, 7]
+    for iteration, losses in resumed.losses.items():
+        assert losses == pytest.approx(unbroken.losses[iteration], rel=1e-3), iteration
+    assert (project.output / "last_checkpoint").read_text() == "model_final.pth"
+
+
+def test_a_signal_in_the_last_iteration(tmp_path: Path) -> None:
+    """Check that the final checkpoint is written and the evaluation left to the next run."""
+    project = make_project(tmp_path, **SHORT)
+    stop_in(project, 7)
+    assert [path.name for path in project.output.glob("*.pth")] == ["model_final.pth"]
+    run = train(project, resume=True)
+    assert run.losses == {} and "bbox" in run.trainer._last_eval_results
+
+
+def test_a_signal_in_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that the evaluation ends at the next image, and that the iterations before it are in a checkpoint."""
+    project = make_project(tmp_path, **SHORT, TEST__EVAL_PERIOD=3)
+    build, seen = KDTrainer.build_test_loader, []
+
+    def images(cfg, name):
+        for number, batch in enumerate(build(cfg, name)):
+            if number == 2:
+                send(signal.SIGTERM)()
+            seen.append(number)
+            yield batch
+
+    class Loader:
+        def __init__(self, *args):
+            self.args = args
+
+        def __len__(self):
+            return 6
+
+        def __iter__(self):
+            return images(*self.args)
+
+    monkeypatch.setattr(KDTrainer, "build_test_loader", lambda *args: Loader(*args))
+    with pytest.raises(TrainingStopped):
+        train(project)
+    assert seen == [0, 1, 2]
+    assert read_checkpoint(str(project.output / "model_latest.pth"))["iteration"] == 2
+
+
+def test_a_second_signal_ends_the_process_at_once() -> None:
+    """Check that one delivered twice counts once, and what a later one does."""
+    child = os.fork()
+    if child == 0:
+        with StopRequest() as stop:
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGUSR1)
+            if stop.number != signal.SIGUSR1:
+                os._exit(1)
+            stop._received -= 60
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+            os._exit(2)
+    assert os.waitpid(child, 0)[1] == signal.SIGTERM
+
+
+def test_checkpoints_by_time(tmp_path: Path) -> None:
+    """Check with a period of no time that every iteration has one, in place of the one before."""
+    project = make_project(tmp_path, **SHORT)
+    seen = []
+
+    def note() -> None:
+        seen.append(read_checkpoint(str(project.output / "model_latest.pth"))["iteration"])
+
+    train(project, "SOLVER.CHECKPOINT_MINUTES", 1e-9, hooks=(After(2, note), After(5, note)))
+    assert seen == [2, 5]
+    assert sorted(path.name for path in project.output.glob("*.pth")) == ["model_final.pth", "model_latest.pth"]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_the_last_checkpoints_are_kept(tmp_path: Path, asynchronous: bool) -> None:
+    project = make_project(tmp_path, **{**SHORT, "SOLVER__CHECKPOINT_PERIOD": 2})
+    keys = "SOLVER.CHECKPOINTS_TO_KEEP", 2, "SOLVER.CHECKPOINT_ASYNC", asynchronous
+    run = train(project, *keys)
+    names = ["model_0000005.pth", "model_0000007.pth", "model_final.pth"]
+    assert sorted(path.name for path in project.output.glob("model*")) == names
+    final = read_checkpoint(str(project.output / "model_final.pth"))["model"]
+    for name, tensor in run.trainer.bare_model.student.state_dict().items():
+        torch.testing.assert_close(final[name], tensor, rtol=0, atol=0)
+
+
+def test_the_best_checkpoint_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check with made-up AP of 10, 30, 20 that it is the second one's, also where the training was resumed between."""
+    project = make_project(tmp_path, **SHORT, TEST__EVAL_PERIOD=2)
+    aps = iter([10.0, 30.0, float("nan"), 20.0])
+    monkeypatch.setattr(KDTrainer, "test", lambda *args: {"bbox": {"AP": next(aps)}})
+    best = project.output / "model_best.pth"
+    seen = []
+
+    def note() -> None:
+        seen.append(read_checkpoint(str(best))["iteration"])
+
+    with pytest.raises(TrainingStopped):
+        train(project, hooks=(After(1, note), After(3, note), After(3, send(signal.SIGTERM))))
+    train(project, resume=True)
+    note()
+    assert seen == [1, 3, 3]
+
+
+def test_an_asynchronous_write_that_fails(tmp_path: Path) -> None:
+    """Check that the next call says so, in one sentence, and that the checkpoint before is intact."""
+    checkpointer = KDCheckpointer(torch.nn.Linear(2, 2), str(tmp_path))
+    checkpointer.asynchronous = True
+    checkpointer.save("model_0000000", iteration=0)
+    checkpointer.wait()
+    (tmp_path / "model_0000001.pth.partial").symlink_to("/dev/full")
+    checkpointer.save("model_0000001", iteration=1)
+    with pytest.raises(UserError, match=r"model_0000001\.pth cannot be written"):
+        checkpointer.wait()
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000000.pth"
+
+
+def test_an_asynchronous_write_has_the_weights_of_its_iteration(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    checkpointer = KDCheckpointer(model, str(tmp_path))
+    checkpointer.asynchronous = True
+    before = model.weight.detach().clone()
+    checkpointer.save("model")
+    model.weight.data.zero_()
+    checkpointer.wait()
+    assert torch.equal(read_checkpoint(str(tmp_path / "model.pth"))["model"]["weight"], before)
+
+
+def test_a_folder_that_another_training_uses(tmp_path: Path) -> None:
+    """Check the sentence in another process, that this one may go on, and that the lock ends with its process."""
+    project = make_project(tmp_path, **SHORT)
+    project.output.mkdir()
+    lock_folder(str(project.output))
+    lock_folder(str(project.output))
+    command = [sys.executable, "-m", "kd_d2", "train", str(project.student), "SOLVER.MAX_ITER", "1"]
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert re.search(
+        rf"^error: OUTPUT_DIR {project.output} is in use by another training \(process {os.getpid()} on \S+\); choose another folder",
+        refused.stderr,
+        re.MULTILINE,
+    )
+    assert not (project.output / "config.yaml").exists()
+    unlock_folder(str(project.output))
+    child = os.fork()
+    if child == 0:
+        lock_folder(str(project.output))
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    lock_folder(str(project.output))
+    unlock_folder(str(project.output))
+
+
+def test_ctrl_c_before_a_training(tmp_path: Path) -> None:
+    """Check that there is one word and no traceback."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from kd_d2.cli import main; import time, kd_d2.cli.config as c; c.run = lambda a: time.sleep(30); "
+         "print('here', flush=True); main(['config', 'list'])"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    process.stdout.readline()
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=20)
+    assert process.returncode == 130 and error == "interrupted\n"
+
+
+def _started(project: Project) -> subprocess.Popen:
+    """A training in two processes, past its first iterations; it prints into the file `log`."""
+    command = [sys.executable, "-m", "kd_d2", "train", str(project.student), "--num-gpus", "2", "MODEL.DEVICE", "cpu"]
+    with open(project.folder / "log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    metrics = project.output / "metrics.json"
+    while process.poll() is None and not (metrics.exists() and "iteration" in metrics.read_text()):
+        time.sleep(0.1)
+    assert process.poll() is None, (project.folder / "log").read_text()
+    return process
+
+
+def _ranks(process: subprocess.Popen) -> list[int]:
+    """Process ids of the ranks, which are those children that are no helpers of multiprocessing."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+LONG = {**SHORT, "SOLVER__MAX_ITER": 100_000}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["parent", "one rank"])
+def test_two_ranks_stop_together(tmp_path: Path, target: str) -> None:
+    """Check that a signal to the program or to one rank stops both, with a checkpoint that has the state of both."""
+    process = _started(make_project(tmp_path, **LONG))
+    os.kill(process.pid if target == "parent" else _ranks(process)[1], signal.SIGTERM)
+    status, log = process.wait(timeout=60), (tmp_path / "log").read_text()
+    assert status == 128 + signal.SIGTERM, log
+    found = re.search(r"SIGTERM: training stopped after iteration (\d+)", log)
+    checkpoint = read_checkpoint(str(tmp_path / "output" / "model_latest.pth"))
+    assert checkpoint["iteration"] == int(found[1])
+    assert len(checkpoint["trainer"]["other_workers"]) == 1
+    assert "Traceback" not in log
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_ends_the_other(tmp_path: Path) -> None:
+    process = _started(make_project(tmp_path, **LONG))
+    os.kill(_ranks(process)[1], signal.SIGKILL)
+    assert process.wait(timeout=120) == 2
+    assert "error: Rank 1 was killed (SIGKILL), most often because memory ran out" in (tmp_path / "log").read_text()
