@@ -11,7 +11,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
-from detectron2.data.detection_utils import read_image
+from detectron2.data import detection_utils
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
@@ -22,8 +22,9 @@ from .adapters import build_adapter
 from .analysis.drawing import draw_instances
 from .checkpoint import load_complete
 from .class_names import names_in_checkpoint
-from .data import register_synthetic
+from .data import read_image, register_synthetic
 from .data.coco import read_categories as read_category_entries
+from .data.images import DataError, open_image, read_checked
 from .engine.checks import check_output_folder
 from .errors import UserError
 from .files import write_json
@@ -49,13 +50,12 @@ def find_images(inputs: list[str]) -> list[str]:
     for path in inputs:
         if os.path.isdir(path):
             entries = _files_of(path)
-            problems = {entry: _problem(entry) for entry in entries}
-            images += [entry for entry, problem in problems.items() if problem is None]
-            skipped += [entry for entry, problem in problems.items() if problem is not None]
+            for entry in entries:
+                (skipped if _problem(entry) else images).append(entry)
         elif os.path.isfile(path):
             problem = _problem(path)
             if problem is not None:
-                raise UserError(f"--input: {path} cannot be read as an image: {problem}.")
+                raise UserError(f"--input: {problem}")
             images.append(path)
         else:
             raise UserError(f"--input: there is no image or folder {path}.")
@@ -78,15 +78,16 @@ def _files_of(folder: str) -> list[str]:
 
 
 def _problem(path: str) -> str | None:
-    """Why a file cannot be read as an image; None if it can."""
-    try:
-        with Image.open(path) as image:
+    """A sentence why a file cannot be read as an image; None if it can."""
+
+    def read() -> None:
+        with open_image(path) as image:
             image.load()
-    except Image.UnidentifiedImageError:
-        return "unknown format"
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # whatever PIL's readers raise
-        return (getattr(error, "strerror", None) or str(error)).rstrip(".")
-    return None
+
+    try:
+        return read_checked(path, read)
+    except DataError as error:
+        return str(error)
 
 
 def drawing_paths(images: list[str], folder: str) -> list[str]:
@@ -178,19 +179,22 @@ class Predictor:
         """The detections in an image, on the CPU, in the image's own pixels.
 
         Raises:
-            UserError: the model is no detector.
+            UserError: the model is no detector, or the image cannot be used.
         """
-        image = read_image(path, self.input_format)
-        height, width = image.shape[:2]
-        resized = self.resize.get_transform(image).apply_image(image)
-        tensor = torch.as_tensor(resized.astype("float32").transpose(2, 0, 1))
-        outputs = self.model([{"image": tensor, "height": height, "width": width}])[0]
+        outputs = self.model([read_checked(path, lambda: self._read(path))])[0]
         if "instances" not in outputs:
             raise UserError(
                 f"The model ({type(self.model).__name__}) is not a detector: it returns {', '.join(outputs)}."
             )
         detections = outputs["instances"].to("cpu")
         return detections[detections.scores >= self.score_thresh]
+
+    def _read(self, path: str) -> dict[str, Any]:
+        image = detection_utils.read_image(path, self.input_format)
+        height, width = image.shape[:2]
+        resized = self.resize.get_transform(image).apply_image(image)
+        tensor = torch.as_tensor(resized.astype("float32").transpose(2, 0, 1))
+        return {"image": tensor, "height": height, "width": width}
 
 
 def to_annotations(

@@ -1,7 +1,7 @@
 """Data: COCO-format sets by config, the synthetic set, the resumable stream."""
 
 from .coco_json import ClassOrder, check_coco_json, register_coco_json
-from .images import CheckedMapper, build_test_loader
+from .images import CheckedMapper, build_test_loader, read_image
 from .stream import build_stream_loader
 from .synthetic import register_synthetic
 
@@ -11,6 +11,7 @@ __all__ = [
     "build_stream_loader",
     "build_test_loader",
     "check_coco_json",
+    "read_image",
     "register_coco_json",
     "register_synthetic",
 ]

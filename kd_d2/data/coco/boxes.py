@@ -62,14 +62,14 @@ def check_format(path: str, boxes: Iterable[tuple[Box, Size]]) -> None:
         return
     if all(max(map(abs, box)) <= 1 for box, _ in boxes) and any(min(size) > 2 for _, size in boxes):
         raise UserError(
-            f"{path}: all its boxes lie between 0 and 1, such as {boxes[0][0]}, so they are fractions of the image, not pixels; "
-            f"kd-d2 convert {path} OUT --boxes relative-xywh (or relative-xyxy, relative-cxcywh) writes them as COCO has them."
+            f"{path}: all its boxes lie between 0 and 1, such as {boxes[0][0]}, so they are fractions of the image; write them in "
+            "pixels, as COCO's x, y, width, height."
         )
     beyond = [box for box, size in boxes if reaches_out(box, size)]
     if 2 * len(beyond) > len(boxes) and all(_fits_as_corners(box, size) for box, size in boxes):
         raise UserError(
             f"{path}: {len(beyond)} of its {len(boxes)} boxes end outside their image, such as {beyond[0]}, while all fit as "
-            f"corners x1, y1, x2, y2; kd-d2 convert {path} OUT --boxes xyxy writes them as COCO's x, y, width, height."
+            "corners x1, y1, x2, y2; write them as COCO's x, y, width, height."
         )
 
 

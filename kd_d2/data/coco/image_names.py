@@ -13,9 +13,10 @@ from urllib.parse import unquote
 from PIL import Image
 
 from ...errors import UserError
+from ..images import IMAGE_FORMATS, open_image
 
 UPLOAD_PREFIX = re.compile(r"[0-9a-f]{8}[-_](?=.)")  # Label Studio's
-SUFFIXES = frozenset(Image.registered_extensions()) - {".pdf", ".mpg", ".mpeg", ".ps", ".eps"}
+SUFFIXES = frozenset(suffix for suffix, form in Image.registered_extensions().items() if form in IMAGE_FORMATS)
 
 
 def is_image_name(name: str) -> bool:
@@ -113,7 +114,7 @@ def size_on_disk(path: str) -> tuple[int, int]:
         UserError: it cannot be read as an image.
     """
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
             return image.size[::-1] if turned else image.size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

@@ -104,8 +104,7 @@ def _read_tree(path: str, annotated: bool, repairs: Repairs) -> dict[str, Any]:
     lists = ("images", "annotations", "categories")
     if not isinstance(tree, dict) or not all(isinstance(tree.get(key), list) for key in lists):
         raise UserError(
-            f"{path} is not a COCO annotation file: it needs the lists 'images', 'annotations' and 'categories'; kd-d2 convert "
-            "reads other formats."
+            f"{path} is not a COCO annotation file: it needs the lists 'images', 'annotations' and 'categories'."
         )
     for key in lists:
         for entry in tree[key]:
