@@ -47,7 +47,9 @@ def names_in_training_set(cfg: CfgNode, folder: str = "") -> ClassOrder | None:
     """
     files = {name: json_file for name, json_file, _ in cfg.DATASETS.COCO_JSON}
     try:
-        path = next(find_file(files[name], "DATASETS.COCO_JSON", folder) for name in cfg.DATASETS.TRAIN if name in files)
+        path = next(
+            find_file(files[name], "DATASETS.COCO_JSON", folder) for name in cfg.DATASETS.TRAIN if name in files
+        )
         names = tuple(category["name"] for category in read_categories(path))
     except (StopIteration, UserError):
         return None

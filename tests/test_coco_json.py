@@ -121,7 +121,10 @@ REFUSED = {
     "image id twice": (_set("images", 1, id="1"), ": the id 1 occurs more than once in its images; annotations refer"),
     "no categories": (lambda tree: tree.update(categories=[], annotations=[]), " has no categories: name the classes"),
     "no name": (_drop("categories", 0, "name"), ": a category has no 'name': {'id': 1}."),
-    "category id twice": (_set("categories", 1, id=3), ": the id 3 occurs more than once in its categories; annotations"),
+    "category id twice": (
+        _set("categories", 1, id=3),
+        ": the id 3 occurs more than once in its categories; annotations",
+    ),
     "a name twice": (
         _set("categories", 1, name="red"),
         ": the categories 1 and 2 have the same name 'red'; rename one, or give its annotations the other's id.",
@@ -140,13 +143,22 @@ REFUSED = {
         ": the annotation with id 2 is of category 9, which is not among the file's categories: add it there.",
     ),
     "ignore": (_set("annotations", 1, ignore=1), ": the annotation with id 2 has 'ignore' set, which Detectron2 does"),
-    "crowd": (_set("annotations", 1, iscrowd="many"), ": the annotation with id 2 has iscrowd 'many'; it must be 0 or 1."),
+    "crowd": (
+        _set("annotations", 1, iscrowd="many"),
+        ": the annotation with id 2 has iscrowd 'many'; it must be 0 or 1.",
+    ),
     "three numbers": (
         _set("annotations", 1, bbox=[1, 2, 3]),
         ": the annotation with id 2 has the bbox [1, 2, 3]; it must be four finite numbers [x, y, width, height].",
     ),
-    "a word": (_set("annotations", 1, bbox=[1, 2, 3, "a"]), ": the annotation with id 2 has the bbox [1, 2, 3, 'a']; it"),
-    "nan": (_set("annotations", 1, bbox=[1, 2, 3, float("nan")]), ": the annotation with id 2 has the bbox [1, 2, 3, nan]"),
+    "a word": (
+        _set("annotations", 1, bbox=[1, 2, 3, "a"]),
+        ": the annotation with id 2 has the bbox [1, 2, 3, 'a']; it",
+    ),
+    "nan": (
+        _set("annotations", 1, bbox=[1, 2, 3, float("nan")]),
+        ": the annotation with id 2 has the bbox [1, 2, 3, nan]",
+    ),
     "corners": (
         _boxes(lambda x, y, w, h, *size: [x, y, x + w, y + h]),
         ": 3 of its 4 boxes end outside their image, such as [",
@@ -209,11 +221,20 @@ def _lvis(tree: dict) -> None:
 
 
 ACCEPTED = {
-    "sizes left out": (_without("images", "width", "height"), "sizes of images read from their files (4; the first: 000.png)"),
+    "sizes left out": (
+        _without("images", "width", "height"),
+        "sizes of images read from their files (4; the first: 000.png)",
+    ),
     "sizes of zero": (_each("images", "width", lambda *_: 0), "sizes of images read from their files (4"),
-    "sizes as text": (_each("images", "width", lambda value, _: str(value)), "sizes of images read as whole numbers (4; the"),
+    "sizes as text": (
+        _each("images", "width", lambda value, _: str(value)),
+        "sizes of images read as whole numbers (4; the",
+    ),
     "ids as floats": (
-        _all(_each("images", "id", lambda value, _: float(value)), _each("categories", "id", lambda value, _: float(value))),
+        _all(
+            _each("images", "id", lambda value, _: float(value)),
+            _each("categories", "id", lambda value, _: float(value)),
+        ),
         "ids of images read as whole numbers (4; the first: 1.0)",
     ),
     "references as text": (
@@ -221,10 +242,22 @@ ACCEPTED = {
         "references read as whole numbers (4; the first: category_id '2')",
     ),
     "ids of text": (_ids_of_text, "images numbered from 1, since ids are text (1; the first: 'image-1')"),
-    "no annotation ids": (_without("annotations", "id"), "annotations numbered from 1, since an id is missing, repeated"),
-    "negative ids": (_each("annotations", "id", lambda _, n: n - 9), "annotations numbered from 1, since an id is missing"),
-    "an id of zero": (_each("annotations", "id", lambda _, n: n), "annotations numbered from 1, since an id is missing"),
-    "huge ids": (_each("annotations", "id", lambda _, n: 2**63 + n), "annotations numbered from 1, since an id is missing"),
+    "no annotation ids": (
+        _without("annotations", "id"),
+        "annotations numbered from 1, since an id is missing, repeated",
+    ),
+    "negative ids": (
+        _each("annotations", "id", lambda _, n: n - 9),
+        "annotations numbered from 1, since an id is missing",
+    ),
+    "an id of zero": (
+        _each("annotations", "id", lambda _, n: n),
+        "annotations numbered from 1, since an id is missing",
+    ),
+    "huge ids": (
+        _each("annotations", "id", lambda _, n: 2**63 + n),
+        "annotations numbered from 1, since an id is missing",
+    ),
     "ids twice": (_each("annotations", "id", lambda *_: 3), "annotations numbered from 1, since an id is missing"),
     "backslashes": (
         _each("images", "file_name", lambda name, _: f"..\\images\\{name}"),
@@ -276,14 +309,26 @@ ACCEPTED = {
         ],
         "boxes taken from segmentations (4; the first: annotation with id 1)",
     ),
-    "iscrowd null": (_each("annotations", "iscrowd", lambda *_: None), "iscrowd read as 0 or 1 (4; the first: annotation"),
-    "iscrowd false": (_each("annotations", "iscrowd", lambda *_: False), "iscrowd read as 0 or 1 (4; the first: annotation"),
-    "area null": (_each("annotations", "area", lambda *_: None), "areas taken from boxes (4; the first: annotation with id 1"),
+    "iscrowd null": (
+        _each("annotations", "iscrowd", lambda *_: None),
+        "iscrowd read as 0 or 1 (4; the first: annotation",
+    ),
+    "iscrowd false": (
+        _each("annotations", "iscrowd", lambda *_: False),
+        "iscrowd read as 0 or 1 (4; the first: annotation",
+    ),
+    "area null": (
+        _each("annotations", "area", lambda *_: None),
+        "areas taken from boxes (4; the first: annotation with id 1",
+    ),
     # Segmentations do not matter in a run that trains boxes alone, and nothing is said of them.
     "flat polygons": (_each("annotations", "segmentation", lambda *_: [1, 2, 3, 4, 5, 6]), None),
     "short polygons": (_each("annotations", "segmentation", lambda *_: [[1, 2], [3, 4, 5, 6]]), None),
     "run lengths without size": (_each("annotations", "segmentation", lambda *_: {"counts": [6144]}), None),
-    "run lengths of nonsense": (_each("annotations", "segmentation", lambda *_: {"counts": "zzzz", "size": [9, 9]}), None),
+    "run lengths of nonsense": (
+        _each("annotations", "segmentation", lambda *_: {"counts": "zzzz", "size": [9, 9]}),
+        None,
+    ),
     "empty segmentations": (_each("annotations", "segmentation", lambda *_: []), None),
 }
 
@@ -372,7 +417,11 @@ def test_the_size_of_a_turned_image_is_that_of_the_upright_one(coco: Set) -> Non
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (50, 20)).save(coco.images / "turned.jpg", exif=exif)
-    assert size_on_disk(str(coco.images / "turned.jpg")) == read_image(str(coco.images / "turned.jpg")).shape[1::-1] == (20, 50)
+    assert (
+        size_on_disk(str(coco.images / "turned.jpg"))
+        == read_image(str(coco.images / "turned.jpg")).shape[1::-1]
+        == (20, 50)
+    )
 
 
 def _with_masks(tree: dict) -> None:
@@ -388,10 +437,22 @@ def _polygon(convert):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (_polygon(lambda a: a["segmentation"][0]), "segmentations read as lists of polygons, or with their image's size (1"),
-        (_polygon(lambda a: [*a["segmentation"], [1, 2, 3, 4]]), "segmentations read as lists of polygons, or with their"),
-        (_polygon(lambda a: {"counts": [0, 6144]}), "segmentations read as lists of polygons, or with their image's size (1"),
-        (_polygon(lambda a: [[1, 2]]), "annotations without a polygon of three points dropped (1; the first: annotation with id 2"),
+        (
+            _polygon(lambda a: a["segmentation"][0]),
+            "segmentations read as lists of polygons, or with their image's size (1",
+        ),
+        (
+            _polygon(lambda a: [*a["segmentation"], [1, 2, 3, 4]]),
+            "segmentations read as lists of polygons, or with their",
+        ),
+        (
+            _polygon(lambda a: {"counts": [0, 6144]}),
+            "segmentations read as lists of polygons, or with their image's size (1",
+        ),
+        (
+            _polygon(lambda a: [[1, 2]]),
+            "annotations without a polygon of three points dropped (1; the first: annotation with id 2",
+        ),
     ],
     ids=["flat", "one short", "run lengths without size", "all short"],
 )
@@ -409,8 +470,14 @@ def test_masks_that_are_trained(coco: Set, change, expected: str) -> None:
     ("convert", "expected"),
     [
         (lambda a: [], "has no segmentation, which MODEL.MASK_ON needs; set MODEL.MASK_ON False to train boxes alone."),
-        (lambda a: {"counts": [9]}, "has run lengths that do not fill its image of 64 x 96 pixels: {'counts': [9]}; write"),
-        (lambda a: {"counts": "01", "size": [96, 64]}, "has run lengths that do not fill its image of 64 x 96 pixels: "),
+        (
+            lambda a: {"counts": [9]},
+            "has run lengths that do not fill its image of 64 x 96 pixels: {'counts': [9]}; write",
+        ),
+        (
+            lambda a: {"counts": "01", "size": [96, 64]},
+            "has run lengths that do not fill its image of 64 x 96 pixels: ",
+        ),
     ],
 )
 def test_masks_that_cannot_be_trained(coco: Set, convert, expected: str) -> None:
@@ -450,7 +517,12 @@ def test_other_forms_of_boxes(coco: Set, form: str) -> None:
 
 def test_boxes_beyond_their_image_are_counted_and_clipped(coco: Set, caplog: pytest.LogCaptureFixture) -> None:
     """Check the count by hand, the warning, and that training clips them; one that fits only as corners is not enough."""
-    boxes = [[-30, -5, 400, 20], [-30, 5, 50, 20], [5, 40, 20, 90], [-1, -1, 20, 20]]  # the last one is within tolerance
+    boxes = [
+        [-30, -5, 400, 20],
+        [-30, 5, 50, 20],
+        [5, 40, 20, 90],
+        [-1, -1, 20, 20],
+    ]  # the last one is within tolerance
 
     def replace(tree: dict) -> None:
         tree["annotations"] = [
@@ -464,9 +536,7 @@ def test_boxes_beyond_their_image_are_counted_and_clipped(coco: Set, caplog: pyt
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.RANDOM_FLIP = (64,), "none"
     with caplog.at_level(logging.WARNING):
         register_coco_json(cfg)
-    assert [r.getMessage() for r in caplog.records] == [
-        "mine: 3 boxes reach beyond their image; training clips them."
-    ]
+    assert [r.getMessage() for r in caplog.records] == ["mine: 3 boxes reach beyond their image; training clips them."]
     instances = next(iter(build_stream_loader(cfg, seed=0)))[0]["instances"]
     assert instances.gt_boxes.tensor.tolist() == [[0, 0, 96, 15], [0, 5, 20, 25], [5, 40, 25, 64], [0, 0, 19, 19]]
 
@@ -521,7 +591,9 @@ def test_sets_of_other_classes(coco: Set, tmp_path: Path) -> None:
         "one of them, or leave its boxes out."
     )
     other.change(lambda tree: tree.update(annotations=[], categories=[{"id": 1, "name": "purple"}]))
-    with pytest.raises(UserError, match=r"has none of the classes of .* \(red, green, blue\): rename them in one of them"):
+    with pytest.raises(
+        UserError, match=r"has none of the classes of .* \(red, green, blue\): rename them in one of them"
+    ):
         register_coco_json(cfg)
 
 
@@ -541,7 +613,9 @@ def test_a_set_with_its_categories_in_another_order(coco: Set, tmp_path: Path, k
     cfg.DATASETS.COCO_JSON += other.config("theirs").DATASETS.COCO_JSON
     cfg.DATASETS[key] = (*cfg.DATASETS[key], "theirs")
     register_coco_json(cfg)
-    classes = [[a["category_id"] for d in DatasetCatalog.get(name) for a in d["annotations"]] for name in ("mine", "theirs")]
+    classes = [
+        [a["category_id"] for d in DatasetCatalog.get(name) for a in d["annotations"]] for name in ("mine", "theirs")
+    ]
     assert classes[0] == classes[1]
     metadata = MetadataCatalog.get("theirs")
     assert metadata.thing_classes == list(CLASSES)

@@ -23,8 +23,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import make_coco, make_project
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from helpers import make_coco, make_project
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from pycocotools.coco import COCO

@@ -15,8 +15,8 @@ from detectron2.evaluation import inference_on_dataset
 from detectron2.modeling import build_model
 from torch import Tensor, nn
 
-from ..class_names import match_classes, names_in_checkpoint, names_in_data, names_in_training_set
 from ..checkpoint import distiller_states, load_complete, local_path
+from ..class_names import match_classes, names_in_checkpoint, names_in_data, names_in_training_set
 from ..config import find_weights, load_config
 from ..data import build_test_loader, register_coco_json, register_synthetic
 from ..distillers.matching import check_same_anchors

@@ -95,9 +95,7 @@ def register_coco_json(cfg: CfgNode, classes: ClassOrder | None = None, *, train
             classes = ClassOrder(tuple(MetadataCatalog.get(name).thing_classes), json_file)
 
 
-def _register(
-    name: str, json_file: str, folder: str, annotated: bool, masks: bool, classes: ClassOrder | None
-) -> None:
+def _register(name: str, json_file: str, folder: str, annotated: bool, masks: bool, classes: ClassOrder | None) -> None:
     data = read_coco(json_file, folder, annotated=annotated, masks=masks)
     if annotated and classes:
         data = with_classes(data, classes)
@@ -138,7 +136,9 @@ def with_classes(data: CocoData, classes: ClassOrder) -> CocoData:
     added = [{"id": next_id + number, "name": name} for number, name in enumerate(missing)]
     if len(kept) == len(categories) and not added:
         if tuple(data.class_names) != classes.names:
-            logger.info(f"{path}: its classes are matched by name with those of {classes.source}, which has another order.")
+            logger.info(
+                f"{path}: its classes are matched by name with those of {classes.source}, which has another order."
+            )
         return data
     for category in categories:
         if category not in kept:

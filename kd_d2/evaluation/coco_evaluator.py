@@ -36,7 +36,9 @@ class CocoEvaluator(COCOEvaluator):
             annotation.setdefault("area", width * height)
             annotation.setdefault("iscrowd", 0)
 
-    def _derive_coco_results(self, coco_eval: Any, iou_type: str, class_names: list[str] | None = None) -> dict[str, float]:
+    def _derive_coco_results(
+        self, coco_eval: Any, iou_type: str, class_names: list[str] | None = None
+    ) -> dict[str, float]:
         """Detectron2 takes the classes to be in order of category id, which a set that follows another's order need not be."""
         numbers = self._metadata.get("thing_dataset_id_to_contiguous_id")
         if class_names and numbers and len(numbers) == len(class_names):

@@ -123,7 +123,9 @@ class Annotations:
             self.repairs.add("annotations without a polygon of three points dropped", f"annotation {_name(annotation)}")
             return False
         if found != value:
-            self.repairs.add("segmentations read as lists of polygons, or with their image's size", f"annotation {_name(annotation)}")
+            self.repairs.add(
+                "segmentations read as lists of polygons, or with their image's size", f"annotation {_name(annotation)}"
+            )
             annotation["segmentation"] = found
         return True
 
@@ -142,7 +144,9 @@ class Annotations:
                 self.repairs.add("numbers of boxes read from text", f"annotation {_name(annotation)}, {box}")
                 box = numbers
         if not isinstance(box, list) or len(box) != 4 or not all(_is_coordinate(value) for value in box):
-            raise UserError(f"{what} has the bbox {str(box)[:80]}; it must be four finite numbers [x, y, width, height].")
+            raise UserError(
+                f"{what} has the bbox {str(box)[:80]}; it must be four finite numbers [x, y, width, height]."
+            )
         return box
 
     def _has_area(self, entry: Entry, annotation: Entry) -> bool:

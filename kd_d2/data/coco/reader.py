@@ -65,7 +65,8 @@ def read_coco(
     if annotated and not categories:
         raise UserError(f"{path} has no categories: name the classes in its list 'categories'.")
     tree = {**raw, "images": images, "annotations": annotations, "categories": categories}
-    return CocoData(tree, repairs, is_as_written=not repairs and tree == raw)
+    is_as_written = not repairs and tree == {**raw, "categories": sorted(raw["categories"], key=lambda c: c["id"])}
+    return CocoData(tree, repairs, is_as_written)
 
 
 def read_categories(path: str) -> list[Entry]:
