@@ -460,7 +460,7 @@ def test_masks_that_are_trained(coco: Set, change, expected: str) -> None:
     """Check that segmentations are kept and put into Detectron2's form where MODEL.MASK_ON is set."""
     coco.change(change)
     data = read_coco(str(coco.json), str(coco.images), masks=True)
-    assert [line.partition(": ")[2] for line in data.repairs.sentences()][0].startswith(expected)
+    assert next(line.partition(": ")[2] for line in data.repairs.sentences()).startswith(expected)
     x, y, w, h = [12, 32, 30, 25] if "dropped" in expected else data.tree["annotations"][1]["bbox"]
     outline = data.tree["annotations"][1]["segmentation"]
     assert outline in ([[x, y, x + w, y, x + w, y + h, x, y + h]], {"counts": [0, 6144], "size": [96, 64]})

@@ -181,7 +181,12 @@ def test_unusable_input_is_one_sentence_and_nothing_is_written(
     low = ("--score-thresh", "1.5")
     cases = [
         ((out, tmp_path / "none.jpg"), {}, "there is no image or folder", "none.jpg"),
-        ((out, tmp_path / "notes.txt"), {}, "notes.txt cannot be used", "it is none of JPEG, PNG, BMP, WEBP, TIFF, GIF, PPM."),
+        (
+            (out, tmp_path / "notes.txt"),
+            {},
+            "notes.txt cannot be used",
+            "it is none of JPEG, PNG, BMP, WEBP, TIFF, GIF, PPM.",
+        ),
         ((out, image, tmp_path / "cut.png"), {}, "cut.png cannot be used", "runcated"),
         ((out, tmp_path / "empty"), {}, "there is no image in", "empty"),
         ((tmp_path / "notes.txt" / "out", image), {}, "--output", "cannot be written"),

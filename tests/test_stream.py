@@ -121,10 +121,10 @@ def test_positions_beyond_a_word_and_seed_zero() -> None:
 
 def test_a_refused_image_is_replaced_by_the_next() -> None:
     """Check that the mapper's None passes on to the next index, round the end, and that only Nones are an error."""
-    dataset = MappedDataset([0, 1, 2], lambda entry: None if entry else "first", seed=0)
+    dataset = MappedDataset([{}, {"image_id": 1}, {"image_id": 2}], lambda entry: None if entry else "first", seed=0)
     assert [dataset[(0, i)] for i in range(3)] == ["first"] * 3
     with pytest.raises(DataError, match="100 training images in a row cannot be used, the first of them number 1"):
-        MappedDataset([0, 1, 2], lambda entry: None, seed=0)[(0, 1)]
+        MappedDataset([{}] * 3, lambda entry: None, seed=0)[(0, 1)]
 
 
 # ------------------------------------------------------------------------------------------------- the loader
