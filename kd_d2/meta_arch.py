@@ -64,8 +64,9 @@ class KDMetaArch(nn.Module):
         self._check_pair()
         divisibility = math.lcm(self.adapter.size_divisibility, teacher.adapter.size_divisibility)
         if distillers or self.labels.needs:
-            self.adapter.pad_to(divisibility)
-            teacher.adapter.pad_to(divisibility)
+            square = max(self.adapter.square_size, teacher.adapter.square_size)
+            self.adapter.pad_to(divisibility, square)
+            teacher.adapter.pad_to(divisibility, square)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:

@@ -15,6 +15,7 @@ from .adapters import DetectorOutputs, DetectorSpec, build_adapter
 from .checkpoint import load_complete
 from .class_names import match_classes, names_in_checkpoint, names_in_data, names_in_training_set
 from .config import load_teacher_config
+from .lazy_teacher import build_lazy_teacher, is_lazy_config
 
 logger = logging.getLogger(__name__)
 
@@ -49,18 +50,23 @@ class Teacher:
         Raises:
             UserError: config or weights are missing, damaged, or do not belong together.
         """
-        teacher_cfg = load_teacher_config(cfg)
-        model = build_model(teacher_cfg)
-        load_complete(model, teacher_cfg.MODEL.WEIGHTS, "the teacher")
-        own, wanted = names_in_checkpoint(teacher_cfg.MODEL.WEIGHTS), names_in_data(cfg)
-        if own is None:  # of the set that its config names, where that is this one in another order
-            own = names_in_training_set(teacher_cfg, os.path.dirname(cfg.MODEL.KD.TEACHER.CONFIG_FILE))
-            own = own if own and wanted and sorted(own.names) == sorted(wanted.names) else None
+        classes = None  # of the data that it was trained on, where its config names them
+        if is_lazy_config(cfg.MODEL.KD.TEACHER.CONFIG_FILE):
+            lazy = build_lazy_teacher(cfg)
+            model, weights, input_format = lazy.model, lazy.weights, lazy.input_format
+        else:
+            teacher_cfg = load_teacher_config(cfg)
+            model, weights, input_format = build_model(teacher_cfg), teacher_cfg.MODEL.WEIGHTS, teacher_cfg.INPUT.FORMAT
+            classes = names_in_training_set(teacher_cfg, os.path.dirname(cfg.MODEL.KD.TEACHER.CONFIG_FILE))
+        load_complete(model, weights, "the teacher")
+        own, wanted = names_in_checkpoint(weights), names_in_data(cfg)
+        if own is None and classes and wanted and sorted(classes.names) == sorted(wanted.names):
+            own = classes
         match_classes(model, "the teacher", own, wanted)
-        logger.info(f"Teacher: {type(model).__name__} from {teacher_cfg.MODEL.WEIGHTS}")
+        logger.info(f"Teacher: {type(model).__name__} from {weights}")
         return cls(
             model,
-            flip_channels=teacher_cfg.INPUT.FORMAT != cfg.INPUT.FORMAT,
+            flip_channels=input_format != cfg.INPUT.FORMAT,
             compiled=cfg.MODEL.KD.TEACHER.COMPILE,
             channels_last=cfg.MODEL.KD.TEACHER.CHANNELS_LAST,
         )

@@ -256,18 +256,20 @@ def make_readers(folder: Path) -> list[Reader]:
     ]  # fmt: skip
 
 
-def attack_files(readers: list[Reader], tries: int, seed: int, keep: Path | None) -> None:
-    """Print for each reader how many files it was given, and how many did harm."""
+def attack_files(readers: list[Reader], tries: int, seed: int, keep: Path | None = None) -> list[str]:
+    """Print for each reader how many files it was given, and how many did harm; returns what did."""
+    harms = []
     print("| reader | files | read | refused in one sentence | " + " | ".join(HARM) + " |")
     print("|---" * (4 + len(HARM)) + "|")
     for reader in readers:
         outcomes = Counter()
         for number, outcome, detail in _outcomes(reader, tries, seed, keep):
             outcomes[outcome] += 1
-            if outcome in HARM and outcomes[outcome] <= 3:
-                print(f"{reader.name} {number}: {outcome}: {detail}", file=sys.stderr)
+            if outcome in HARM:
+                harms.append(f"{reader.name} {number}: {outcome}: {detail}")
         counts = [sum(outcomes.values()), outcomes["read"], outcomes["refused"], *(outcomes[harm] for harm in HARM)]
         print("| " + " | ".join([reader.name, *map(str, counts)]) + " |", flush=True)
+    return harms
 
 
 def _outcomes(reader: Reader, tries: int, seed: int, keep: Path | None) -> Iterator[tuple[int, str, str]]:
@@ -396,9 +398,9 @@ def whole_files(output: Path) -> int:
     return max(iterations)
 
 
-def attack_kills(folder: Path, tries: int, seed: int) -> None:
-    """Print how many kills of trainings in one process lost a file, or more than they may."""
-    draw = random.Random(seed)
+def attack_kills(folder: Path, tries: int, seed: int) -> list[str]:
+    """Print how many kills of trainings in one process lost a file, or more than they may; returns what did."""
+    draw, all_harms = random.Random(seed), []
     for number in (signal.SIGKILL, signal.SIGTERM):
         project, harms, lost = make_project(folder / f"killed-{number}", **LONG), [], []
         progress = os.open(folder / f"progress-{number}", os.O_RDWR | os.O_CREAT)
@@ -431,11 +433,12 @@ def attack_kills(folder: Path, tries: int, seed: int) -> None:
             f"| {name} at random moments, one process | {tries // 2} | {len(harms)} | most iterations lost: {max(lost)} |",
             flush=True,
         )
-        print(*harms[:5], sep="\n", file=sys.stderr)
+        all_harms += harms
+    return all_harms
 
 
-def attack_ranks(folder: Path, tries: int, seed: int) -> None:
-    """Print how many SIGTERMs to a training in two processes, or to one of the two, lost an iteration."""
+def attack_ranks(folder: Path, tries: int, seed: int) -> list[str]:
+    """Print how many SIGTERMs to a training in two processes, or to one of the two, lost an iteration; returns what did."""
     draw, harms = random.Random(seed), []
     project = make_project(folder / "ranks", **LONG)
     command = [
@@ -471,11 +474,11 @@ def attack_ranks(folder: Path, tries: int, seed: int) -> None:
             process.kill()
             harms.append(f"{attempt}: {type(error).__name__}: {error}")
     print(f"| SIGTERM to two ranks or one of them | {tries} | {len(harms)} | |", flush=True)
-    print(*harms[:5], sep="\n", file=sys.stderr)
+    return harms
 
 
-def attack_disk(folder: Path, tries: int, seed: int) -> None:
-    """Print how many trainings whose files may not grow beyond a random size left a half file, or ended without a sentence."""
+def attack_disk(folder: Path, tries: int, seed: int) -> list[str]:
+    """Print how many trainings whose files may not grow beyond a random size left a half file, or ended without a sentence; returns what did."""
     draw, harms = random.Random(seed), []
     for attempt in range(tries):
         project = make_project(folder / f"disk-{attempt}", **{**LONG, "SOLVER__MAX_ITER": 12})
@@ -496,7 +499,7 @@ def attack_disk(folder: Path, tries: int, seed: int) -> None:
         except Exception as error:
             harms.append(f"{attempt}: {type(error).__name__}: {error}")
     print(f"| files that cannot grow beyond a random size | {tries} | {len(harms)} | |", flush=True)
-    print(*harms[:5], sep="\n", file=sys.stderr)
+    return harms
 
 
 def main() -> None:
@@ -514,15 +517,17 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        if args.attack != "files":
+        if args.attack == "files":
+            if args.keep:
+                args.keep.mkdir(parents=True, exist_ok=True)
+            readers = make_readers(Path(folder))
+            chosen = [reader for reader in readers if not args.readers or reader.name in args.readers]
+            harms = attack_files(chosen, args.tries, args.seed, args.keep)
+        else:
             attack = {"kills": attack_kills, "ranks": attack_ranks, "disk": attack_disk}[args.attack]
-            attack(Path(folder), args.tries, args.seed)
-            return
-        if args.keep:
-            args.keep.mkdir(parents=True, exist_ok=True)
-        readers = make_readers(Path(folder))
-        chosen = [reader for reader in readers if not args.readers or reader.name in args.readers]
-        attack_files(chosen, args.tries, args.seed, args.keep)
+            harms = attack(Path(folder), args.tries, args.seed)
+    if harms:
+        sys.exit("\n".join(harms[:20]))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kd_d2 import TrainedModel, UserError
-from kd_d2.analysis import ANALYSES, find_analysis, load_analysis, load_distillations, load_models, register_analysis
+from kd_d2 import UserError
+from kd_d2.analysis import (
+    ANALYSES,
+    TrainedModel,
+    find_analysis,
+    load_analysis,
+    load_distillations,
+    load_models,
+    register_analysis,
+)
 from kd_d2.analysis.base import nanmean
 from kd_d2.analysis.errors import ErrorAnalysis
 from kd_d2.files import read_json, write_json
@@ -20,6 +28,7 @@ from kd_d2.files import read_json, write_json
 import numpy as np
 import pytest
 import torch
+from detectron2.config import get_cfg
 from detectron2.utils.file_io import PathManager
 from helpers import ROOT, Project, clean_process, make_project, run_command
 from iopath.common.file_io import PathHandler
@@ -216,3 +225,13 @@ def test_an_old_module_names_the_new_one(old: str, new: str) -> None:
     with pytest.raises(ModuleNotFoundError, match=f"kd_d2.{old} is now kd_d2.{new}"):
         importlib.import_module(f"kd_d2.{old}")
     importlib.import_module(f"kd_d2.{new}")
+
+
+@pytest.mark.parametrize(
+    ("title", "folder"),
+    [("a b/c", "a-b-c"), ("../../x", "-..-x"), ("..", "model"), ("\x1b[31m<b>", "-31m-b-"), ("x" * 10_000, "x" * 100)],
+    ids=["space", "above", "dots", "escape", "long"],
+)
+def test_folders_of_hostile_titles(title: str, folder: str) -> None:
+    """Check that a model's own files stay in the folder of the analysis."""
+    assert TrainedModel(title, get_cfg()).folder_name == folder

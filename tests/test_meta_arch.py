@@ -113,13 +113,25 @@ def test_each_detector_normalises_its_own_way(
 def test_sizes_that_do_not_agree_are_an_error(
     toy_detector: type, constant_inputs: Callable, event_storage: EventStorage
 ) -> None:
-    """Check a teacher that pads to squares of 32 beside a student that does not: the sentence names both."""
+    """Check a teacher that pads to squares of 32, whatever it is told, beside a student that does not: the sentence names both."""
     teacher = Teacher(toy_detector(constraints={"square_size": 32}))
+    teacher.adapter.pad_to = lambda *sizes: None
     model = KDMetaArch(student=toy_detector(), teacher=teacher, distillers={"a": _structural((4, 8), 3)})
+    model.adapter.pad_to(8)
     with pytest.raises(
         UserError, match=r"student \(ToyDetector\) saw images of \(16, 16\) .* teacher \(ToyDetector\) of \(32, 32\)"
     ):
         model(constant_inputs())
+
+
+def test_both_detectors_pad_to_the_squares_of_one(
+    toy_detector: type, constant_inputs: Callable, event_storage: EventStorage
+) -> None:
+    teacher = Teacher(toy_detector(constraints={"square_size": 32}))
+    model = KDMetaArch(student=toy_detector(), teacher=teacher, distillers={"a": _structural((4, 8), 3)})
+    inputs = constant_inputs()
+    assert model.adapter.preprocess(inputs).tensor.shape[-2:] == (32, 32)
+    assert all(loss.isfinite() for loss in model(inputs).values())
 
 
 def test_maps_that_do_not_agree_are_an_error(

@@ -212,6 +212,16 @@ def test_no_two_lines_of_a_plot_look_alike(count):
         ("baseline: plain\ncells: {plain: {}}", "cell plain has no config"),
         ("config: [", "is not plain yaml"),
         ("config: STUDENT\ncells: {plain: {}}", "a baseline"),
+        (
+            "config: [STUDENT]\nbaseline: plain\ncells: {plain: {}}",
+            r"config of the sweep is \['.*'\]; it must be a text",
+        ),
+        (
+            "config: STUDENT\nbaseline: plain\ncells: {plain: {seeds: [a]}}",
+            "seeds of cell plain is .* a list of whole numbers",
+        ),
+        ("config: STUDENT\nbaseline: plain\ncells: {'../plain': {}}", "the cell '../plain' cannot name a folder"),
+        ("config: STUDENT\nbaseline: plain\ncells: {.: {}}", "the cell '.' cannot name a folder"),
     ],
 )
 def test_a_wrong_matrix_is_one_sentence(tmp_path, text, message):

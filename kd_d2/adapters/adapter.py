@@ -43,6 +43,7 @@ class DetectorAdapter:
         self.size_divisibility = max(
             backbone.padding_constraints.get("size_divisibility", backbone.size_divisibility), 1
         )
+        self.square_size = backbone.padding_constraints.get("square_size", 0)
         self._stride_of = {name: shape.stride for name, shape in self.neck_shapes().items()}
 
     @property
@@ -96,9 +97,10 @@ class DetectorAdapter:
             "weights belong to which class; write the categories of the data with ids in the model's order."
         )
 
-    def pad_to(self, size_divisibility: int) -> None:
-        """From now on pad images to a multiple of `size_divisibility` pixels."""
+    def pad_to(self, size_divisibility: int, square_size: int = 0) -> None:
+        """From now on pad images to a multiple of `size_divisibility` pixels, and where it is above 0 to squares of a side."""
         self.size_divisibility = size_divisibility
+        self.square_size = square_size
 
     def run(
         self, batched_inputs: list[dict], want: frozenset[str], targets: list[Instances] | None = None
@@ -119,7 +121,7 @@ class DetectorAdapter:
         images = [move_device_like(x["image"], model.pixel_mean) for x in batched_inputs]
         return ImageList.from_tensors(
             [(image - model.pixel_mean) / model.pixel_std for image in images],
-            padding_constraints={**model.backbone.padding_constraints, "size_divisibility": self.size_divisibility},
+            padding_constraints={"size_divisibility": self.size_divisibility, "square_size": self.square_size},
         )
 
     def in_input_pixels(self, results: list[Instances], images: ImageList) -> list[Instances]:
@@ -143,11 +145,12 @@ class BackboneAdapter(DetectorAdapter):
             raise UserError(f"{type(model).__name__} has no Detectron2 backbone, whose features methods could read.")
         super().__init__(model)
 
-    def pad_to(self, size_divisibility: int) -> None:
-        if size_divisibility != self.size_divisibility:
+    def pad_to(self, size_divisibility: int, square_size: int = 0) -> None:
+        if (size_divisibility, square_size) != (self.size_divisibility, self.square_size):
+            needed = f"squares of {square_size}" if square_size else f"multiples of {size_divisibility}"
             raise UserError(
                 f"{type(self.model).__name__} pads its images to multiples of {self.size_divisibility} pixels and its "
-                f"partner needs multiples of {size_divisibility}; only detectors with their own adapter can change this."
+                f"partner needs {needed}; only detectors with their own adapter can change this."
             )
 
     def run(

@@ -51,7 +51,7 @@ class TrainedModel:
     @property
     def folder_name(self) -> str:
         """The title as the name of a folder."""
-        return re.sub(r"[^\w.-]+", "-", self.title)
+        return re.sub(r"[^\w.-]+", "-", self.title).lstrip(".")[:100] or "model"
 
     def identity(self) -> dict[str, object]:
         """What results depend on: the weights' file, the config, the annotations."""

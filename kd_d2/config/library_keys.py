@@ -46,6 +46,16 @@ class AmpKeys(Keys):
 
 @dataclass(frozen=True)
 class SolverKeys(Keys):
+    optimizer: Annotated[
+        Literal["SGD", "AdamW"],
+        "The student's optimizer. SOLVER's learning rates and weight decays hold for both; momentum and Nesterov are of SGD.",
+    ] = "SGD"
+    ema_decay: Annotated[
+        float,
+        AtLeast(0),
+        Below(1),
+        "Decay of the exponential moving average of the student's weights, which is evaluated and saved in their place; 0 for none.",
+    ] = 0.0
     gradient_accumulation_steps: Annotated[
         int,
         "Parts into which a process divides its images of a batch, one forward and backward pass each, before the optimiser's step.",
@@ -84,13 +94,18 @@ class DistillationKeys(Keys):
 class TeacherKeys(Keys):
     config_file: Annotated[
         str,
-        "The teacher's config: a yaml file, or a model-zoo name such as 'COCO-Detection/retinanet_R_101_FPN_3x.yaml'.",
+        "The teacher's config: a yaml file, a LazyConfig (.py), or a model-zoo name such as 'COCO-Detection/retinanet_R_101_FPN_3x.yaml'.",
     ] = ""
+    trust_config: Annotated[
+        bool, "Whether a LazyConfig that Detectron2 does not ship may be loaded, which runs its code."
+    ] = False
     weights: Annotated[
         str,
         "The teacher's checkpoint; '' is the config's own MODEL.WEIGHTS, for a model-zoo name its trained checkpoint.",
     ] = ""
-    opts: Annotated[list, "Overrides of the teacher's config: [KEY, value, ...]."] = field(default_factory=list)
+    opts: Annotated[
+        list, "Overrides of the teacher's config: [KEY, value, ...]; of a LazyConfig ['key=value', ...]."
+    ] = field(default_factory=list)
     compile: Annotated[
         bool,
         "Compile the teacher's backbone (torch.compile): a minute or two at the start, then a faster forward pass.",

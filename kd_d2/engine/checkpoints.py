@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import math
 import os
@@ -18,6 +19,7 @@ from torch import nn
 
 from ..checkpoint import KDCheckpointer
 from ..files import link_or_copy
+from .averaging import AveragedStudent
 from .rank_states import get_rank_state
 from .stop_request import StopRequest, TrainingStopped
 
@@ -37,14 +39,23 @@ class Checkpoints(HookBase):
         checkpointer: of the first rank.
         model: the student, whose loss normalisers each rank has.
         stop: the signal that any rank has received.
+        averaged: of the student, which is saved in its place.
 
     Attributes:
         others: the states of the other ranks at the last checkpoint.
         stopping: whether a signal ended the training, on all ranks.
     """
 
-    def __init__(self, cfg: CfgNode, checkpointer: KDCheckpointer, model: nn.Module, stop: StopRequest):
+    def __init__(
+        self,
+        cfg: CfgNode,
+        checkpointer: KDCheckpointer,
+        model: nn.Module,
+        stop: StopRequest,
+        averaged: AveragedStudent | None = None,
+    ):
         self.checkpointer = checkpointer
+        self.averaged = averaged
         self.model = model
         self.stop = stop
         self.period = cfg.SOLVER.CHECKPOINT_PERIOD
@@ -93,8 +104,9 @@ class Checkpoints(HookBase):
         self.others = comm.gather(get_rank_state(self.model))[1:]
         self.written = time.monotonic()
         if comm.is_main_process():
-            for name in names:
-                self.checkpointer.save(name, iteration=self.trainer.iter)
+            with self.averaged.in_place_of_student() if self.averaged else contextlib.nullcontext():
+                for name in names:
+                    self.checkpointer.save(name, iteration=self.trainer.iter)
             self._remove_old()
 
     def _remove_old(self) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.solver import build_optimizer
+from detectron2.solver import build_optimizer, get_default_optimizer_params
+from detectron2.solver.build import maybe_add_gradient_clipping
 from fvcore.common.param_scheduler import CompositeParamScheduler, CosineParamScheduler, LinearParamScheduler
 from torch import nn
 
@@ -60,8 +61,21 @@ def _warmup_cosine(warmup_iters: int, max_iter: int):
     )
 
 
+def _build_adamw(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW over Detectron2's parameter groups: no weight decay or another one for norms and biases, as SOLVER says."""
+    params = get_default_optimizer_params(
+        model,
+        base_lr=cfg.SOLVER.BASE_LR,
+        weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
+        bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
+        weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+    )
+    optimizer = torch.optim.AdamW(params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
+    return maybe_add_gradient_clipping(cfg, optimizer)
+
+
 def build_optimizers(cfg: CfgNode, model: nn.Module) -> tuple[torch.optim.Optimizer, dict[str, AuxiliaryOptimizer]]:
-    """The student's optimiser as Detectron2 builds it, and the others by name.
+    """The student's optimiser, Detectron2's SGD or AdamW, and the others by name.
 
     Args:
         cfg: SOLVER is the student's.
@@ -74,7 +88,7 @@ def build_optimizers(cfg: CfgNode, model: nn.Module) -> tuple[torch.optim.Optimi
                 if group.optimizer is not None:
                     settings.setdefault(group.optimizer, []).extend(group.params)
     elsewhere = {id(p) for params in settings.values() for p in params}
-    optimizer = build_optimizer(cfg, model)
+    optimizer = build_optimizer(cfg, model) if cfg.SOLVER.OPTIMIZER == "SGD" else _build_adamw(cfg, model)
     for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if id(p) not in elsewhere]
     auxiliary = {s.name: AuxiliaryOptimizer(s, params, cfg.SOLVER.MAX_ITER) for s, params in settings.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import weakref
@@ -26,6 +27,7 @@ from ..inheritance import inherit
 from ..meta_arch import KDMetaArch, student_of
 from ..random_state import preserved_random_state
 from ..teacher import Teacher
+from .averaging import AveragedStudent, Unaveraged
 from .balance_log import LastMultipliersLog
 from .checkpoints import BestCheckpoint, Checkpoints
 from .checks import check_classes, check_schedule
@@ -38,6 +40,9 @@ from .step import DistillationStep
 from .stop_request import StopRequest, TrainingStopped
 
 logger = logging.getLogger(__name__)
+
+UNAVERAGED = "unaveraged"
+"""The entry of a checkpoint with the student's own weights, where its `model` is their average."""
 
 
 class KDTrainer(DefaultTrainer):
@@ -71,6 +76,10 @@ class KDTrainer(DefaultTrainer):
             self.checkpointer.add_checkpointable("distillers", self.bare_model.distillers)
             if self.bare_model.balance:
                 self.checkpointer.add_checkpointable("balance", self.bare_model.balance)
+        self.averaged = None
+        if cfg.SOLVER.EMA_DECAY:
+            self.averaged = AveragedStudent(student_of(self.bare_model), cfg.SOLVER.EMA_DECAY)
+            self.checkpointer.add_checkpointable(UNAVERAGED, Unaveraged(self.averaged))
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -123,8 +132,12 @@ class KDTrainer(DefaultTrainer):
                 f"{', '.join(wanted.names)}; resume with the data that it was started with, or train in another OUTPUT_DIR."
             )
         try:
-            self.checkpointer.load(file)
+            rest = self.checkpointer.load(file)
             logger.info(f"Resuming from {file}")
+            if UNAVERAGED in rest:
+                logger.warning(
+                    f"{file} is from a training with SOLVER.EMA_DECAY, and this one has none: it continues from the averaged weights."
+                )
         except (KeyError, ValueError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
         else:
@@ -189,11 +202,13 @@ class KDTrainer(DefaultTrainer):
 
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's, with `Checkpoints` in place of its PeriodicCheckpointer, and an evaluation that a signal interrupts."""
-        self.checkpoints = Checkpoints(self.cfg, self.checkpointer, student_of(self.bare_model), self.stop)
+        student = student_of(self.bare_model)
+        self.checkpoints = Checkpoints(self.cfg, self.checkpointer, student, self.stop, self.averaged)
         hooks: list[HookBase | None] = [PeakMemoryRecorder()]
         for hook in super().build_hooks():
             if isinstance(hook, EvalHook):
                 hooks += [
+                    self.averaged,
                     self.checkpoints,
                     EvalHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate),
                     self._best_checkpoint(),
@@ -214,7 +229,8 @@ class KDTrainer(DefaultTrainer):
             return {}
         handle = self.model.register_forward_pre_hook(lambda *_: self.stop.raise_if_received())
         try:
-            self._last_eval_results = self.test(self.cfg, self.model)
+            with self.averaged.in_place_of_student() if self.averaged else contextlib.nullcontext():
+                self._last_eval_results = self.test(self.cfg, self.model)
         finally:
             handle.remove()
         return self._last_eval_results

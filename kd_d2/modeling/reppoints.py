@@ -287,7 +287,8 @@ def assign_nearest(anchors: list[Boxes], gt_boxes: Boxes) -> Tensor:
     side_L = torch.stack([level.tensor[0, 2] - level.tensor[0, 0] for level in anchors])
     level_N = (torch.bucketize(extent_N2.log2().mean(1), side_L.log2(), right=True) - 1).clamp(min=0)
     counts = torch.tensor([len(level) for level in anchors], device=side_L.device)
-    level_R = torch.repeat_interleave(torch.arange(len(anchors), device=side_L.device), counts)
+    levels = torch.arange(len(anchors), device=side_L.device)
+    level_R = torch.repeat_interleave(levels, counts, output_size=len(everywhere))
     offset_NR2 = (everywhere.get_centers() - gt_boxes.get_centers()[:, None]) / extent_N2[:, None]
     distance_NR = offset_NR2.norm(dim=-1).masked_fill(level_R != level_N[:, None], torch.inf)
     nearest_N1 = distance_NR.argmin(1, keepdim=True)

@@ -15,6 +15,7 @@ from fvcore.nn import FlopCountAnalysis
 from torch import nn
 
 from ..config import load_config, load_teacher_config
+from ..lazy_teacher import is_lazy_config
 from .matrix import Matrix
 
 REPEATS = 10
@@ -42,7 +43,10 @@ def _teacher(matrix: Matrix, opts: list[Any]) -> dict[str, CfgNode]:
     if matrix.teacher is not None:
         return {"teacher": load_config(matrix.teacher.config, [*opts, *matrix.teacher.opts], student_only=True)}
     cell = matrix.taught_cell(opts)
-    return {} if cell is None else {"teacher": load_teacher_config(load_config(cell.config, [*opts, *cell.opts]))}
+    cfg = None if cell is None else load_config(cell.config, [*opts, *cell.opts])
+    if cfg is None or is_lazy_config(cfg.MODEL.KD.TEACHER.CONFIG_FILE):  # the costs of a LazyConfig are not measured
+        return {}
+    return {"teacher": load_teacher_config(cfg)}
 
 
 def _architecture(cfg: CfgNode) -> str:

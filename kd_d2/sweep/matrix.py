@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
@@ -135,6 +136,11 @@ def read_matrix(path: str) -> Matrix:
             seeds=tuple(entry.get("seeds", (0,))),
         )
 
+    for name in tree.get("cells") or {}:
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]{0,99}", name):
+            raise UserError(
+                f"Sweep {path}: the cell {name!r} cannot name a folder; use up to 100 letters, digits, and the characters _ . + -"
+            )
     cells = tuple(cell(name, entry) for name, entry in (tree.get("cells") or {}).items())
     names = [c.name for c in cells]
     for key in ("baseline", "student"):

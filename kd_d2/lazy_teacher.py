@@ -1,0 +1,80 @@
+"""Teachers whose config is a Python file: Detectron2's LazyConfigs, such as its new baselines, ViTDet and Swin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from detectron2 import model_zoo
+from detectron2.config import CfgNode, LazyConfig, instantiate
+from torch import nn
+
+from .config_files import find_config_file, find_weights, is_zoo_file
+from .errors import UserError
+
+FILE, TRUST, OPTS = (f"MODEL.KD.TEACHER.{key}" for key in ("CONFIG_FILE", "TRUST_CONFIG", "OPTS"))
+
+
+@dataclass
+class LazyTeacher:
+    """A detector from a Python config, without its weights.
+
+    Attributes:
+        weights: its checkpoint.
+        input_format: order of the channels that it reads.
+    """
+
+    model: nn.Module
+    weights: str
+    input_format: str
+
+
+def is_lazy_config(name: str) -> bool:
+    return name.endswith(".py")
+
+
+def build_lazy_teacher(cfg: CfgNode) -> LazyTeacher:
+    """Build the teacher of a Python config, `model` in it, on the student's device.
+
+    A config that Detectron2 ships is loaded; any other one only with MODEL.KD.TEACHER.TRUST_CONFIG, since it is a program.
+    MODEL.KD.TEACHER.OPTS are overrides as Detectron2 takes them for such configs: ["model.roi_heads.num_classes=20"].
+
+    Raises:
+        UserError: the config is not trusted, cannot be loaded, or names no detector or weights.
+    """
+    node = cfg.MODEL.KD.TEACHER
+    path = find_config_file(node.CONFIG_FILE, FILE)
+    if not is_zoo_file(path) and not node.TRUST_CONFIG:
+        raise UserError(
+            f"{FILE} {path} is a Python file, which runs code when it is loaded; set {TRUST} True if you trust it."
+        )
+    config = _load(path, [str(override) for override in node.OPTS])
+    if "model" not in config:
+        raise UserError(f"{FILE} {path} defines no `model`.")
+    try:
+        model = instantiate(config.model).to(cfg.MODEL.DEVICE)
+    except Exception as error:  # whatever the classes of the config raise
+        raise UserError(f"{FILE} {path}: its model cannot be built ({type(error).__name__}: {error}).") from error
+    return LazyTeacher(model, _weights(node, path), getattr(model, "input_format", None) or "BGR")
+
+
+def _load(path: str, overrides: list[str]) -> Any:
+    try:
+        config = LazyConfig.load(path)
+    except Exception as error:  # the file's own code
+        raise UserError(f"{FILE} {path} cannot be loaded ({type(error).__name__}: {error}).") from error
+    try:
+        return LazyConfig.apply_overrides(config, overrides)
+    except Exception as error:  # of Hydra's parser and OmegaConf
+        raise UserError(f"{OPTS} {overrides} cannot be applied to {path}; write KEY=VALUE ({error}).") from error
+
+
+def _weights(node: CfgNode, path: str) -> str:
+    if node.WEIGHTS:
+        return find_weights(node.WEIGHTS, "MODEL.KD.TEACHER.WEIGHTS")
+    try:
+        return model_zoo.get_checkpoint_url(node.CONFIG_FILE)
+    except RuntimeError as error:
+        raise UserError(
+            f"MODEL.KD.TEACHER.WEIGHTS is empty, and the model zoo has no checkpoint for {path}: name the teacher's checkpoint."
+        ) from error

@@ -1,0 +1,139 @@
+"""Teachers from LazyConfigs: ViTDet's and Swin's backbones teach dense detectors and R-CNNs; what is not trusted is not run."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from kd_d2 import Teacher, UserError, load_config
+from kd_d2.lazy_teacher import build_lazy_teacher
+
+import pytest
+import torch
+from detectron2.config import LazyConfig, instantiate
+from helpers import Project, make_project, train
+
+DETECTOR = """
+from functools import partial
+
+import torch.nn as nn
+from detectron2 import model_zoo
+from detectron2.config import LazyCall as L
+from detectron2.modeling import FPN, SimpleFeaturePyramid, SwinTransformer, ViT
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+
+model = model_zoo.get_config("common/models/mask_rcnn_fpn.py").model
+model.roi_heads.num_classes = 3
+model.roi_heads.mask_in_features = None
+model.roi_heads.mask_pooler = None
+model.roi_heads.mask_head = None
+model.roi_heads.box_pooler.output_size = 3
+model.roi_heads.box_head.conv_dims = []
+model.roi_heads.box_head.fc_dims = [16]
+for part in (model.proposal_generator.head, ):
+    part.in_channels = 16
+model.roi_heads.box_head.input_shape.channels = 16
+model.roi_heads.box_head.input_shape.height = model.roi_heads.box_head.input_shape.width = 3
+model.roi_heads.box_predictor.input_shape.channels = 16
+"""
+VITDET = (
+    DETECTOR
+    + """
+model.input_format = "RGB"
+model.backbone = L(SimpleFeaturePyramid)(
+    net=L(ViT)(
+        img_size=64, patch_size=16, embed_dim=24, depth=2, num_heads=2, window_size=4, mlp_ratio=2, qkv_bias=True,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6), window_block_indexes=[0], residual_block_indexes=[], use_rel_pos=True,
+        out_feature="last_feat",
+    ),
+    in_feature="${.net.out_feature}", out_channels=16, scale_factors=(4.0, 2.0, 1.0, 0.5), top_block=L(LastLevelMaxPool)(),
+    norm="LN", square_pad=128,
+)
+"""
+)
+SWIN = (
+    DETECTOR
+    + """
+model.backbone = L(FPN)(
+    bottom_up=L(SwinTransformer)(depths=[1, 1, 1, 1], embed_dim=12, num_heads=[1, 2, 3, 4], window_size=4, drop_path_rate=0.0),
+    in_features=("p0", "p1", "p2", "p3"), out_channels=16, square_pad=0, top_block=L(LastLevelMaxPool)(),
+)
+"""
+)
+
+
+def make_pair(folder: Path, student: str, config: str, **keys: object) -> Project:
+    """A tiny project whose teacher is a LazyConfig with random weights."""
+    project = make_project(folder, student, **keys)
+    path = folder / "teacher.py"
+    path.write_text(config)
+    torch.manual_seed(0)
+    torch.save({"model": instantiate(LazyConfig.load(str(path)).model).state_dict()}, folder / "lazy.pth")
+    project.change(
+        MODEL__KD__TEACHER__CONFIG_FILE="teacher.py",
+        MODEL__KD__TEACHER__WEIGHTS="lazy.pth",
+        MODEL__KD__TEACHER__TRUST_CONFIG=True,
+        MODEL__KD__DISTILLERS=("FeatureImitation", "PKD", "MGD"),
+        SOLVER__MAX_ITER=2,
+        SOLVER__STEPS=(),
+    )
+    return project
+
+
+@pytest.mark.parametrize("student", ["retinanet", "faster-rcnn"])
+@pytest.mark.parametrize("config", [VITDET, SWIN], ids=["vitdet", "swin"])
+def test_a_transformer_teaches(tmp_path: Path, student: str, config: str) -> None:
+    """Check the losses of two iterations, also where the teacher wants square images, and that the teacher stays as it is."""
+    project = make_pair(tmp_path, student, config)
+    run = train(project)
+    names = {"loss_feature_imitation", "loss_pkd", "loss_mgd"}
+    for losses in run.losses.values():
+        assert names <= losses.keys() and all(math.isfinite(value) and value > 0 for value in losses.values())
+    teacher, saved = run.trainer.bare_model.teacher.model, torch.load(tmp_path / "lazy.pth")["model"]
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in teacher.state_dict().items())
+
+
+def test_the_channel_order_of_the_config(tmp_path: Path) -> None:
+    """Check that a teacher of RGB images gets the BGR student's images the other way around."""
+    project = make_pair(tmp_path, "retinanet", VITDET)
+    teacher = Teacher.from_config(load_config(str(project.student), ["INPUT.FORMAT", "BGR"]))
+    image = torch.stack([torch.full((4, 4), float(channel)) for channel in range(3)])
+    assert teacher.flip_channels
+    assert teacher.to_input_format([{"image": image}])[0]["image"][:, 0, 0].tolist() == [2, 1, 0]
+
+
+def test_overrides(tmp_path: Path) -> None:
+    project = make_pair(tmp_path, "retinanet", SWIN)
+    cfg = load_config(str(project.student), ["MODEL.KD.TEACHER.OPTS", ["model.roi_heads.num_classes=7"]])
+    assert build_lazy_teacher(cfg).model.roi_heads.num_classes == 7
+
+
+@pytest.mark.parametrize(
+    ("config", "opts", "expected"),
+    [
+        ("open('ran', 'w')", ["MODEL.KD.TEACHER.TRUST_CONFIG", False], "set MODEL.KD.TEACHER.TRUST_CONFIG True if you trust"),
+        ("model = 1 / 0", [], r"cannot be loaded \(ZeroDivisionError"),
+        ("other = dict(a=1)", [], "defines no `model`"),
+        ("from detectron2.config import LazyCall as L\nmodel = L(int)(x='a')", [], "its model cannot be built"),
+        (SWIN, ["MODEL.KD.TEACHER.OPTS", ["model.x"]], "cannot be applied to .* write KEY=VALUE"),
+        (SWIN, ["MODEL.KD.TEACHER.WEIGHTS", ""], "the model zoo has no checkpoint for .*teacher.py: name the teacher's checkpoint"),
+    ],
+    ids=["not trusted", "error", "no model", "no detector", "override", "no weights"],
+)  # fmt: skip
+def test_what_cannot_be_a_teacher(tmp_path: Path, monkeypatch, config: str, opts: list, expected: str) -> None:
+    """Check each sentence, and that a file that is not trusted does not run."""
+    monkeypatch.chdir(tmp_path)
+    project = make_pair(tmp_path / "project", "retinanet", SWIN)
+    (tmp_path / "project" / "teacher.py").write_text(config)
+    with pytest.raises(UserError, match=expected):
+        build_lazy_teacher(load_config(str(project.student), opts))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_config_of_the_model_zoo(tmp_path: Path) -> None:
+    """Check that one that Detectron2 ships is trusted."""
+    project = make_project(tmp_path)
+    opts = ["MODEL.KD.TEACHER.CONFIG_FILE", "new_baselines/mask_rcnn_R_50_FPN_50ep_LSJ.py"]
+    lazy = build_lazy_teacher(load_config(str(project.student), opts))
+    assert type(lazy.model).__name__ == "GeneralizedRCNN" and lazy.input_format == "BGR"
+    assert lazy.weights == str(project.teacher_weights)
