@@ -28,6 +28,9 @@ from .torchvision_weights import StateDict, TorchvisionFormat, check_torchvision
 
 logger = logging.getLogger(__name__)
 
+CLASS_NAMES = "class_names"
+"""The entry of a checkpoint that has the names of the classes, a list by class index. Detectron2 passes over it."""
+
 
 class _PlainUnpickler(pickle._Unpickler):
     """Reads pickles of arrays and plain containers; anything else in them is refused, not run.
@@ -259,9 +262,11 @@ class KDCheckpointer(DetectionCheckpointer):
 
     Attributes:
         asynchronous: whether `save` returns before its file is written, which another thread does.
+        class_names: by class index; saved with the model. None where they are unknown.
         incompatible: names of the model and of the last file that did not fit together; None after torchvision's format.
     """
 
+    class_names: list[str] | None = None
     incompatible: Any = None
     asynchronous = False
     _writing: Future | None = None
@@ -282,6 +287,8 @@ class KDCheckpointer(DetectionCheckpointer):
             raise UserError(
                 f"Checkpoint {name}.pth is not written, since the weight {broken[0]} is not finite; checkpoints already written are intact."
             )
+        if self.class_names:
+            data[CLASS_NAMES] = list(self.class_names)
         data.update({key: obj.state_dict() for key, obj in self.checkpointables.items()})
         data.update(kwargs)
         path = os.path.join(self.save_dir, f"{name}.pth")

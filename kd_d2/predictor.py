@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,13 +13,14 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
-from detectron2.data.detection_utils import read_image
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
 
 from .adapters import build_adapter
 from .checkpoint import load_complete
-from .data import register_synthetic
+from .class_names import names_in_checkpoint
+from .data import read_image, register_synthetic
+from .data.coco import read_categories as read_category_entries
 from .data.images import resize_at_test
 from .errors import UserError
 
@@ -34,27 +34,33 @@ class Category:
 
 
 def read_categories(cfg: CfgNode, num_classes: int | None) -> list[Category] | None:
-    """The model's classes, named by the first data set of DATASETS.TEST or TRAIN that is known and has as many classes.
+    """The model's classes: by the names in its checkpoint, with the ids of the first data set of DATASETS.TEST or TRAIN that has them.
 
-    None if the number of the model's classes is unknown.
+    A checkpoint without names takes them from the first of these sets that has as many classes.
+
+    Returns:
+        By class index; None if the number of the model's classes is unknown.
     """
     if num_classes is None:
         return None
     register_synthetic()
-    annotations = {name: path for name, path, _ in cfg.DATASETS.COCO_JSON}
+    files = {name: path for name, path, _ in cfg.DATASETS.COCO_JSON}
+    own = names_in_checkpoint(cfg.MODEL.WEIGHTS)
     for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
-        categories = _categories_of_file(annotations[name]) if name in annotations else _categories_of_catalog(name)
-        if len(categories) == num_classes:
+        categories = _categories_of_file(files[name]) if name in files else _categories_of_catalog(name)
+        if own is None and len(categories) == num_classes:
             return categories
-    return [Category(number, f"class {number}") for number in range(num_classes)]
+        id_of = {category.name: category.id for category in categories}
+        if own is not None and {*own.names} <= id_of.keys():
+            return [Category(id_of[name], name) for name in own.names]
+    names = own.names if own else [f"class {number}" for number in range(num_classes)]
+    return [Category(number, name) for number, name in enumerate(names)]
 
 
 def _categories_of_file(path: str) -> list[Category]:
     try:
-        with open(path, encoding="utf-8") as file:
-            entries = json.load(file)["categories"]
-        return sorted((Category(int(e["id"]), str(e["name"])) for e in entries), key=lambda c: c.id)
-    except (OSError, ValueError, KeyError, TypeError):
+        return [Category(entry["id"], entry["name"]) for entry in read_category_entries(path)]
+    except UserError:
         return []
 
 
@@ -95,7 +101,7 @@ class ImageDetector:
         """The detections in an image file, on the CPU, in the image's own pixels.
 
         Raises:
-            UserError: the model is no detector.
+            UserError: the model is no detector, or the image cannot be used.
         """
         return self.detect([read_image(path, self.input_format)])[0]
 

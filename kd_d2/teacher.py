@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from .adapters import DetectorOutputs, DetectorSpec, build_adapter
 from .checkpoint import load_complete
+from .class_names import match_classes, names_in_checkpoint, names_in_data, names_in_training_set
 from .config import load_teacher_config
 from .lazy_teacher import build_lazy_teacher, is_lazy_config
 
@@ -48,13 +50,19 @@ class Teacher:
         Raises:
             UserError: config or weights are missing, damaged, or do not belong together.
         """
+        classes = None  # of the data that it was trained on, where its config names them
         if is_lazy_config(cfg.MODEL.KD.TEACHER.CONFIG_FILE):
             lazy = build_lazy_teacher(cfg)
             model, weights, input_format = lazy.model, lazy.weights, lazy.input_format
         else:
             teacher_cfg = load_teacher_config(cfg)
             model, weights, input_format = build_model(teacher_cfg), teacher_cfg.MODEL.WEIGHTS, teacher_cfg.INPUT.FORMAT
+            classes = names_in_training_set(teacher_cfg, os.path.dirname(cfg.MODEL.KD.TEACHER.CONFIG_FILE))
         load_complete(model, weights, "the teacher")
+        own, wanted = names_in_checkpoint(weights), names_in_data(cfg)
+        if own is None and classes and wanted and sorted(classes.names) == sorted(wanted.names):
+            own = classes
+        match_classes(model, "the teacher", own, wanted)
         logger.info(f"Teacher: {type(model).__name__} from {weights}")
         return cls(
             model,

@@ -203,8 +203,8 @@ def _no_images(tree: dict) -> None:
             ": the annotation with id 2 has the bbox [1, 2, 3]; it",
         ),
         (
-            lambda tree: tree["annotations"][1].update(id=1),
-            ": the id 1 occurs more than once in its annotations.",
+            lambda tree: tree["images"][1].update(id=1),
+            ": the id 1 occurs more than once in its images; annotations refer to it, so give each its own.",
         ),
         (lambda tree: tree["images"][1].update(file_name="gone.png"), ": 1 of 6 images are not in "),
     ],
@@ -242,7 +242,7 @@ def test_odd_boxes_are_reported_and_training_goes_on(project: Project) -> None:
     results = project.main()
     assert "bbox" in results
     text = (project.output / "log.txt").read_text()
-    assert f"WARNING: {project.name}: 2 boxes have no area; training drops them" in text
+    assert f"WARNING: {project.annotations}: boxes without area dropped (2; the first: annotation with id 2" in text
     assert f"WARNING: {project.name}: 2 boxes reach beyond their image; training clips them." in text
     assert (project.output / "model_final.pth").exists()
 

@@ -1,17 +1,30 @@
 """COCO files: what is wrong with one is said before training; what training can live with is counted and reported."""
 
+import contextlib
+import io
 import json
 import logging
+import os
+import shutil
 from pathlib import Path
 
 from kd_d2.config import add_kd_config
 from kd_d2.data import build_stream_loader, check_coco_json, register_coco_json
+from kd_d2.data.coco import BOX_FORMATS, read_coco
+from kd_d2.data.coco.image_names import size_on_disk
+from kd_d2.data.coco.segmentation import normalize_segmentation
+from kd_d2.data.coco_json import ClassOrder, CocoSummary
 from kd_d2.errors import UserError
 
+import numpy as np
 import pytest
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import read_image
 from helpers import CLASSES, clean_process, make_coco
+from PIL import Image
+from pycocotools import mask as mask_util
+from pycocotools.coco import COCO
 
 pytestmark = pytest.mark.unit
 
@@ -67,6 +80,7 @@ def _clean():
         ('{"images": [], "annotations": [], "categories": []}', "has no images."),
         ("[" * 100_000, "is not readable json: "),
     ],
+    ids=range(6),
 )
 def test_files_of_something_else(coco: Set, content: str, expected: str) -> None:
     """Check that a file that is not COCO's json is named with what it lacks."""
@@ -90,51 +104,76 @@ def _drop(key: str, index: int, field: str):
     return lambda tree: tree[key][index].pop(field)
 
 
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        (
-            _drop("images", 1, "file_name"),
-            " is not a COCO annotation file: an image has no str 'file_name': {'id': 2, ",
-        ),
-        (_set("images", 1, width="96"), " is not a COCO annotation file: an image has no int 'width': "),
-        (_set("images", 1, id=True), " is not a COCO annotation file: an image has no int 'id': "),
-        (_set("images", 1, id=1), ": the id 1 occurs more than once in its images."),
-        (_set("images", 1, height=0), ": the image with id 2 has 64 x 0 pixels; both must be positive."),
-        (lambda tree: tree.update(categories=[]), " has no categories."),
-        (_drop("categories", 0, "name"), " is not a COCO annotation file: a category has no str 'name': {'id': 1}."),
-        (_set("categories", 1, id=3), ": the id 3 occurs more than once in its categories."),
-        (_drop("annotations", 0, "bbox"), " is not a COCO annotation file: an annotation has no list 'bbox': "),
-        (
-            lambda tree: tree["annotations"].append(7),
-            " is not a COCO annotation file: an annotation has no int 'id': 7.",
-        ),
-        (_set("annotations", 1, id=1), ": the id 1 occurs more than once in its annotations."),
-        (_set("annotations", 1, image_id=9), ": the annotation with id 2 is of image 9, which is not in the file."),
-        (
-            _set("annotations", 1, category_id=9),
-            ": the annotation with id 2 is of category 9, which is not in the file.",
-        ),
-        (
-            _set("annotations", 1, ignore=1),
-            ": the annotation with id 2 has 'ignore' set, which Detectron2 does not know",
-        ),
-        (
-            _set("annotations", 1, bbox=[1, 2, 3]),
-            ": the annotation with id 2 has the bbox [1, 2, 3]; it must be four finite numbers [x, y, width, height].",
-        ),
-        (
-            _set("annotations", 1, bbox=[1, 2, 3, "4"]),
-            ": the annotation with id 2 has the bbox [1, 2, 3, '4']; it must",
-        ),
-        (
-            _set("annotations", 1, bbox=[1, 2, 3, float("nan")]),
-            ": the annotation with id 2 has the bbox [1, 2, 3, nan]",
-        ),
-    ],
-)
-def test_wrong_entries(coco: Set, change, expected: str) -> None:
-    """Check that each kind of wrong entry is named with the file and the entry's id."""
+def _boxes(convert):
+    """Every box rewritten by a function of its four numbers and its image's size."""
+
+    def change(tree: dict) -> None:
+        size_of = {image["id"]: (image["width"], image["height"]) for image in tree["images"]}
+        for annotation in tree["annotations"]:
+            annotation["bbox"] = convert(*annotation["bbox"], *size_of[annotation["image_id"]])
+
+    return change
+
+
+REFUSED = {
+    "no file name": (_drop("images", 1, "file_name"), ": an image has no 'file_name': {'id': 2, "),
+    "image id": (_set("images", 1, id=True), ": an entry of images has no usable id: {'id': True, "),
+    "image id twice": (_set("images", 1, id="1"), ": the id 1 occurs more than once in its images; annotations refer"),
+    "no categories": (lambda tree: tree.update(categories=[], annotations=[]), " has no categories: name the classes"),
+    "no name": (_drop("categories", 0, "name"), ": a category has no 'name': {'id': 1}."),
+    "category id twice": (
+        _set("categories", 1, id=3),
+        ": the id 3 occurs more than once in its categories; annotations",
+    ),
+    "a name twice": (
+        _set("categories", 1, name="red"),
+        ": the categories 1 and 2 have the same name 'red'; rename one, or give its annotations the other's id.",
+    ),
+    "no box": (
+        _drop("annotations", 0, "bbox"),
+        ": the annotation with id 1 has neither a bbox nor a segmentation: remove it, or write its bbox.",
+    ),
+    "no object": (lambda tree: tree["annotations"].append(7), ": its annotations hold 7; each entry must be an object"),
+    "unknown image": (
+        _set("annotations", 1, image_id=9),
+        ": the annotation with id 2 is of image 9, which is not among the file's images: remove it, or add the image.",
+    ),
+    "unknown category": (
+        _set("annotations", 1, category_id=9),
+        ": the annotation with id 2 is of category 9, which is not among the file's categories: add it there.",
+    ),
+    "ignore": (_set("annotations", 1, ignore=1), ": the annotation with id 2 has 'ignore' set, which Detectron2 does"),
+    "crowd": (
+        _set("annotations", 1, iscrowd="many"),
+        ": the annotation with id 2 has iscrowd 'many'; it must be 0 or 1.",
+    ),
+    "three numbers": (
+        _set("annotations", 1, bbox=[1, 2, 3]),
+        ": the annotation with id 2 has the bbox [1, 2, 3]; it must be four finite numbers [x, y, width, height].",
+    ),
+    "a word": (
+        _set("annotations", 1, bbox=[1, 2, 3, "a"]),
+        ": the annotation with id 2 has the bbox [1, 2, 3, 'a']; it",
+    ),
+    "nan": (
+        _set("annotations", 1, bbox=[1, 2, 3, float("nan")]),
+        ": the annotation with id 2 has the bbox [1, 2, 3, nan]",
+    ),
+    "corners": (
+        _boxes(lambda x, y, w, h, *size: [x, y, x + w, y + h]),
+        ": 3 of its 4 boxes end outside their image, such as [",
+    ),
+    "fractions": (
+        _boxes(lambda x, y, w, h, width, height: [x / width, y / height, w / width, h / height]),
+        ": all its boxes lie between 0 and 1, such as [0.52",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_ambiguous_is_refused(coco: Set, case: str) -> None:
+    """Check that each kind of wrong entry is named with the file, the entry and what to do."""
+    change, expected = REFUSED[case]
     coco.check()
     coco.change(change)
     assert coco.sentence().startswith(f"{coco.json}{expected}")
@@ -144,33 +183,360 @@ def test_images_that_are_not_on_disk(coco: Set) -> None:
     """Check that missing images are counted and the first is named."""
     (coco.images / "001.png").unlink()
     (coco.images / "003.png").unlink()
-    assert coco.sentence() == (f"{coco.json}: 2 of 4 images are not in {coco.images}, the first is 001.png.")
+    assert coco.sentence() == (
+        f"{coco.json}: 2 of 4 images are not in {coco.images}, the first is 001.png; name the folder that holds them."
+    )
 
 
-def test_odd_boxes_are_counted_reported_and_survived(coco: Set, caplog: pytest.LogCaptureFixture) -> None:
-    """Check the counts by hand, the warnings, and that training drops the empty boxes and clips the others."""
-    beyond = [[-30, -5, 400, 20], [-30, 5, 50, 20], [5, 40, 20, 90]]
-    boxes = [*beyond, [5, 5, 0, 9], [40, 40, -9, -9], [-1, -1, 20, 20]]  # the last one is within tolerance
+def _each(key: str, field: str, convert):
+    def change(tree: dict) -> None:
+        for number, entry in enumerate(tree[key]):
+            entry[field] = convert(entry.get(field), number)
+
+    return change
+
+
+def _all(*changes):
+    return lambda tree: [change(tree) for change in changes]
+
+
+def _without(key: str, *fields: str):
+    return lambda tree: [entry.pop(field, None) for entry in tree[key] for field in fields]
+
+
+def _ids_of_text(tree: dict) -> None:
+    _each("images", "id", lambda value, _: f"image-{value}")(tree)
+    _each("annotations", "image_id", lambda value, _: f"image-{value}")(tree)
+
+
+def _roboflow(tree: dict) -> None:
+    tree["categories"] = [{"id": 0, "name": "colors", "supercategory": "none"}] + [
+        {**category, "supercategory": "colors"} for category in tree["categories"]
+    ]
+
+
+def _lvis(tree: dict) -> None:
+    for image in tree["images"]:
+        image["coco_url"] = f"http://images.cocodataset.org/val2017/{image.pop('file_name')}"
+
+
+ACCEPTED = {
+    "sizes left out": (
+        _without("images", "width", "height"),
+        "sizes of images read from their files (4; the first: 000.png)",
+    ),
+    "sizes of zero": (_each("images", "width", lambda *_: 0), "sizes of images read from their files (4"),
+    "sizes as text": (
+        _each("images", "width", lambda value, _: str(value)),
+        "sizes of images read as whole numbers (4; the",
+    ),
+    "ids as floats": (
+        _all(
+            _each("images", "id", lambda value, _: float(value)),
+            _each("categories", "id", lambda value, _: float(value)),
+        ),
+        "ids of images read as whole numbers (4; the first: 1.0)",
+    ),
+    "references as text": (
+        _each("annotations", "category_id", lambda value, _: str(value)),
+        "references read as whole numbers (4; the first: category_id '2')",
+    ),
+    "ids of text": (_ids_of_text, "images numbered from 1, since ids are text (1; the first: 'image-1')"),
+    "no annotation ids": (
+        _without("annotations", "id"),
+        "annotations numbered from 1, since an id is missing, repeated",
+    ),
+    "negative ids": (
+        _each("annotations", "id", lambda _, n: n - 9),
+        "annotations numbered from 1, since an id is missing",
+    ),
+    "an id of zero": (
+        _each("annotations", "id", lambda _, n: n),
+        "annotations numbered from 1, since an id is missing",
+    ),
+    "huge ids": (
+        _each("annotations", "id", lambda _, n: 2**63 + n),
+        "annotations numbered from 1, since an id is missing",
+    ),
+    "ids twice": (_each("annotations", "id", lambda *_: 3), "annotations numbered from 1, since an id is missing"),
+    "backslashes": (
+        _each("images", "file_name", lambda name, _: f"..\\images\\{name}"),
+        "images found under another name (4; the first: ..\\images\\000.png is 000.png)",
+    ),
+    "a folder": (_each("images", "file_name", lambda name, _: f"val/{name}"), "images found under another name (4"),
+    "an upload prefix": (
+        _each("images", "file_name", lambda name, _: f"/data/upload/3/1b2c3d4e-{name}"),
+        "images found under another name (4",
+    ),
+    "a URL": (
+        _each("images", "file_name", lambda name, _: f"https://host/a%20b/{name}?token=7"),
+        "images found under another name (4",
+    ),
+    "local files": (
+        _each("images", "file_name", lambda name, _: f"/data/local-files/?d=set%2F{name}"),
+        "images found under another name (4",
+    ),
+    "letter case": (_each("images", "file_name", lambda name, _: name.upper()), "images found under another name (4"),
+    "another format": (
+        _each("images", "file_name", lambda name, _: name.replace("png", "jpeg")),
+        "images found under another name (4",
+    ),
+    "LVIS": (_lvis, "images found under another name (4"),
+    "Roboflow": (_roboflow, "categories left out that only stand for others, without boxes (1; the first: 'colors')"),
+    "background": (
+        lambda tree: tree["categories"].insert(0, {"id": 0, "name": "__background__"}),
+        "categories left out that only stand for others, without boxes (1; the first: '__background__')",
+    ),
+    "every annotation twice": (
+        lambda tree: tree["annotations"].extend([{**a, "id": a["id"] + 10} for a in tree["annotations"]]),
+        "annotations repeated exactly dropped (4; the first: annotation with id 11 of image 1)",
+    ),
+    "a box without area": (
+        lambda tree: tree["annotations"].append(
+            {"id": 9, "image_id": 3, "category_id": 1, "bbox": [5, 5, 0, 9], "area": 0, "iscrowd": 0}
+        ),
+        "boxes without area dropped (1; the first: annotation with id 9, bbox [5, 5, 0, 9])",
+    ),
+    "boxes as text": (
+        _each("annotations", "bbox", lambda box, _: [str(v) for v in box]),
+        "numbers of boxes read from text (4; the first: annotation with id 1, ['50', ",
+    ),
+    "boxes of polygons": (
+        lambda tree: [
+            a.update(segmentation=[[x, y, x + w, y, x + w, y + h]])
+            for a in tree["annotations"]
+            for x, y, w, h in [a.pop("bbox")]
+        ],
+        "boxes taken from segmentations (4; the first: annotation with id 1)",
+    ),
+    "iscrowd null": (
+        _each("annotations", "iscrowd", lambda *_: None),
+        "iscrowd read as 0 or 1 (4; the first: annotation",
+    ),
+    "iscrowd false": (
+        _each("annotations", "iscrowd", lambda *_: False),
+        "iscrowd read as 0 or 1 (4; the first: annotation",
+    ),
+    "area null": (
+        _each("annotations", "area", lambda *_: None),
+        "areas taken from boxes (4; the first: annotation with id 1",
+    ),
+    # Segmentations do not matter in a run that trains boxes alone, and nothing is said of them.
+    "flat polygons": (_each("annotations", "segmentation", lambda *_: [1, 2, 3, 4, 5, 6]), None),
+    "short polygons": (_each("annotations", "segmentation", lambda *_: [[1, 2], [3, 4, 5, 6]]), None),
+    "run lengths without size": (_each("annotations", "segmentation", lambda *_: {"counts": [6144]}), None),
+    "run lengths of nonsense": (
+        _each("annotations", "segmentation", lambda *_: {"counts": "zzzz", "size": [9, 9]}),
+        None,
+    ),
+    "empty segmentations": (_each("annotations", "segmentation", lambda *_: []), None),
+}
+
+
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_what_is_unambiguous_is_repaired(coco: Set, case: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Check that training and evaluation read what the unspoilt file says, and that the log says once what was repaired."""
+    cfg = coco.config()
+    register_coco_json(cfg)
+    wanted, truth = _records("mine"), _truth("mine")
+    DatasetCatalog.remove("mine")
+    MetadataCatalog.remove("mine")
+    change, expected = ACCEPTED[case]
+    coco.change(change)
+    with caplog.at_level(logging.WARNING, "kd_d2"):
+        register_coco_json(cfg)
+    said = [record.getMessage() for record in caplog.records]
+    assert any(line.startswith(f"{coco.json}: {expected}") for line in said) if expected else not said, said
+    assert len(said) == len(set(said)) <= 3
+    assert _records("mine") == wanted
+    assert MetadataCatalog.get("mine").thing_classes == list(CLASSES)
+    assert _truth("mine") == truth
+
+
+def _records(name: str) -> list[dict]:
+    """Detectron2's dictionaries without what training boxes does not read."""
+    return [
+        {**d, "annotations": [{k: v for k, v in a.items() if k != "segmentation"} for a in d["annotations"]]}
+        for d in DatasetCatalog.get(name)
+    ]
+
+
+def _truth(name: str) -> list[tuple]:
+    """Id, image, category, box, area and crowd of each annotation as the evaluators read them."""
+    keys = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
+    with contextlib.redirect_stdout(io.StringIO()):
+        tree = COCO(MetadataCatalog.get(name).json_file)
+    return [tuple(a[key] for key in keys) for a in tree.anns.values()]
+
+
+def test_a_clean_file_is_read_as_it_is_and_a_repaired_one_from_the_cache(coco: Set) -> None:
+    """Check that the user's folder stays as it is, and that the same repairs are the same file."""
+    cfg = coco.config()
+    register_coco_json(cfg)
+    assert MetadataCatalog.get("mine").json_file == str(coco.json)
+    DatasetCatalog.remove("mine")
+    MetadataCatalog.remove("mine")
+    coco.json.write_bytes(b"\xef\xbb\xbf" + coco.json.read_bytes())
+    before = {path: path.read_bytes() for path in coco.json.parent.rglob("*") if path.is_file()}
+    register_coco_json(cfg)
+    clean = Path(MetadataCatalog.get("mine").json_file)
+    assert clean.parent == Path(os.environ["XDG_CACHE_HOME"]) / "kd_d2" / "annotations"
+    assert json.loads(clean.read_text()) == json.loads(coco.json.read_text(encoding="utf-8-sig"))
+    assert {path: path.read_bytes() for path in coco.json.parent.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_encodings(coco: Set, encoding: str) -> None:
+    """Check that a file of any Unicode encoding is read."""
+    summary = coco.check()
+    coco.json.write_text(coco.json.read_text(), encoding=encoding)
+    assert (coco.check().images, coco.check().classes) == (summary.images, summary.classes)
+
+
+def test_images_whose_names_may_mean_several_files(coco: Set) -> None:
+    """Check that two files of one name, and two entries of one file, are refused; the folder that the name has decides."""
+    for folder in ("a", "b"):
+        (coco.images / folder).mkdir()
+        shutil.copy(coco.images / "000.png", coco.images / folder / "same.png")
+    coco.change(_set("images", 0, file_name="c/Same.png"))
+    assert coco.sentence() == (
+        f"The image c/Same.png may be a/same.png or b/same.png in {coco.images}: write the one that is meant as its file name."
+    )
+    coco.change(_set("images", 0, file_name="export/b/Same.png"))
+    assert coco.check().repairs == [
+        f"{coco.json}: images found under another name (1; the first: export/b/Same.png is b/same.png)."
+    ]
+    coco.change(_set("images", 1, file_name="b/same.png"))
+    assert coco.sentence() == (
+        f"{coco.json}: the images export/b/Same.png and b/same.png both seem to be b/same.png in {coco.images}."
+    )
+
+
+def test_the_size_of_a_turned_image_is_that_of_the_upright_one(coco: Set) -> None:
+    """Check a JPEG whose EXIF orientation exchanges its sides, as Detectron2 reads it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (50, 20)).save(coco.images / "turned.jpg", exif=exif)
+    assert (
+        size_on_disk(str(coco.images / "turned.jpg"))
+        == read_image(str(coco.images / "turned.jpg")).shape[1::-1]
+        == (20, 50)
+    )
+
+
+def _with_masks(tree: dict) -> None:
+    for annotation in tree["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        annotation["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+
+
+def _polygon(convert):
+    return _all(_with_masks, lambda tree: tree["annotations"][1].update(segmentation=convert(tree["annotations"][1])))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (
+            _polygon(lambda a: a["segmentation"][0]),
+            "segmentations read as lists of polygons, or with their image's size (1",
+        ),
+        (
+            _polygon(lambda a: [*a["segmentation"], [1, 2, 3, 4]]),
+            "segmentations read as lists of polygons, or with their",
+        ),
+        (
+            _polygon(lambda a: {"counts": [0, 6144]}),
+            "segmentations read as lists of polygons, or with their image's size (1",
+        ),
+        (
+            _polygon(lambda a: [[1, 2]]),
+            "annotations without a polygon of three points dropped (1; the first: annotation with id 2",
+        ),
+    ],
+    ids=["flat", "one short", "run lengths without size", "all short"],
+)
+def test_masks_that_are_trained(coco: Set, change, expected: str) -> None:
+    """Check that segmentations are kept and put into Detectron2's form where MODEL.MASK_ON is set."""
+    coco.change(change)
+    data = read_coco(str(coco.json), str(coco.images), masks=True)
+    assert next(line.partition(": ")[2] for line in data.repairs.sentences()).startswith(expected)
+    x, y, w, h = [12, 32, 30, 25] if "dropped" in expected else data.tree["annotations"][1]["bbox"]
+    outline = data.tree["annotations"][1]["segmentation"]
+    assert outline in ([[x, y, x + w, y, x + w, y + h, x, y + h]], {"counts": [0, 6144], "size": [96, 64]})
+
+
+@pytest.mark.parametrize(
+    ("convert", "expected"),
+    [
+        (lambda a: [], "has no segmentation, which MODEL.MASK_ON needs; set MODEL.MASK_ON False to train boxes alone."),
+        (
+            lambda a: {"counts": [9]},
+            "has run lengths that do not fill its image of 64 x 96 pixels: {'counts': [9]}; write",
+        ),
+        (
+            lambda a: {"counts": "01", "size": [96, 64]},
+            "has run lengths that do not fill its image of 64 x 96 pixels: ",
+        ),
+    ],
+)
+def test_masks_that_cannot_be_trained(coco: Set, convert, expected: str) -> None:
+    coco.change(_polygon(convert))
+    with pytest.raises(UserError) as caught:
+        read_coco(str(coco.json), str(coco.images), masks=True)
+    assert str(caught.value).startswith(f"{coco.json}: the annotation with id 2 {expected}")
+
+
+def test_compressed_run_lengths_are_measured_as_pycocotools_does(coco: Set) -> None:
+    """Check that masks that pycocotools encodes are taken as they are: their lengths fill the image."""
+    random = np.random.RandomState(0)
+    for _ in range(20):
+        height, width = random.randint(1, 70, 2)
+        mask = np.asfortranarray(random.rand(height, width) > random.rand(), np.uint8)
+        encoded = mask_util.encode(mask)
+        encoded["counts"] = encoded["counts"].decode()
+        assert normalize_segmentation(encoded, height, width) == {**encoded, "size": [height, width]}
+        assert normalize_segmentation({"counts": encoded["counts"]}, height + 1, width) is None
+
+
+@pytest.mark.parametrize("form", [form for form in BOX_FORMATS if form != "xywh"])
+def test_other_forms_of_boxes(coco: Set, form: str) -> None:
+    """Check that a file that is written in each form, by its definition, is read as the original."""
+    wanted = read_coco(str(coco.json), str(coco.images)).tree["annotations"]
+
+    def rewrite(x, y, w, h, width, height):
+        numbers = {"xywh": (x, y, w, h), "xyxy": (x, y, x + w, y + h), "cxcywh": (x + w / 2, y + h / 2, w, h)}
+        scale = (width, height) * 2 if form.startswith("relative") else (1, 1, 1, 1)
+        return [number / side for number, side in zip(numbers[form.rpartition("-")[2]], scale)]
+
+    coco.change(_boxes(rewrite))
+    found = read_coco(str(coco.json), str(coco.images), boxes=form).tree["annotations"]
+    assert [a["bbox"] for a in found] == [pytest.approx(a["bbox"]) for a in wanted]
+    assert [a["area"] for a in found] == [pytest.approx(a["area"]) for a in wanted]
+
+
+def test_boxes_beyond_their_image_are_counted_and_clipped(coco: Set, caplog: pytest.LogCaptureFixture) -> None:
+    """Check the count by hand, the warning, and that training clips them; one that fits only as corners is not enough."""
+    boxes = [
+        [-30, -5, 400, 20],
+        [-30, 5, 50, 20],
+        [5, 40, 20, 90],
+        [-1, -1, 20, 20],
+    ]  # the last one is within tolerance
 
     def replace(tree: dict) -> None:
         tree["annotations"] = [
-            {"id": i, "image_id": 1, "category_id": 1, "bbox": box, "iscrowd": 0} for i, box in enumerate(boxes)
+            {"id": i, "image_id": 1, "category_id": 1, "bbox": box, "iscrowd": 0} for i, box in enumerate(boxes, 1)
         ]
         tree["images"] = tree["images"][:1]
 
     coco.change(replace)
-    summary = coco.check()
-    assert (summary.images, summary.boxes, summary.classes) == (1, 6, list(CLASSES))
-    assert (summary.boxes_without_area, summary.boxes_out_of_range, summary.zero_ids) == (2, 3, 1)
+    assert coco.check() == CocoSummary(1, 4, list(CLASSES), 3, [])
     cfg = coco.config()
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.RANDOM_FLIP = (64,), "none"
     with caplog.at_level(logging.WARNING):
         register_coco_json(cfg)
-    assert [r.getMessage() for r in caplog.records] == [
-        "mine: 2 boxes have no area; training drops them, evaluation counts them as missed.",
-        "mine: 3 boxes reach beyond their image; training clips them.",
-        "mine: an annotation has id 0, which pycocotools never counts as found; number them from 1.",
-    ]
+    assert [r.getMessage() for r in caplog.records] == ["mine: 3 boxes reach beyond their image; training clips them."]
     instances = next(iter(build_stream_loader(cfg, seed=0)))[0]["instances"]
     assert instances.gt_boxes.tensor.tolist() == [[0, 0, 96, 15], [0, 5, 20, 25], [5, 40, 25, 64], [0, 0, 19, 19]]
 
@@ -211,13 +577,66 @@ def test_sets_without_a_usable_image(coco: Set) -> None:
     assert str(caught.value) == "DATASETS.TRAIN mine cannot be trained on: No valid data found in mine."
 
 
-def test_training_sets_of_other_classes(coco: Set, tmp_path: Path) -> None:
-    """Check that two training sets whose classes differ are refused in a sentence."""
+def test_sets_of_other_classes(coco: Set, tmp_path: Path) -> None:
+    """Check that a set with boxes of a class that the first does not have is refused, and one without any of its classes."""
     other = Set(tmp_path / "other")
     other.change(_set("categories", 0, name="purple"))
     cfg = coco.config()
     cfg.DATASETS.COCO_JSON += other.config("theirs").DATASETS.COCO_JSON
-    cfg.DATASETS.TRAIN = ("mine", "theirs")
+    cfg.DATASETS.TEST = ("theirs",)
+    with pytest.raises(UserError) as caught:
+        register_coco_json(cfg)
+    assert str(caught.value) == (
+        f"{other.json} has boxes of the class 'purple', which {coco.json} does not have (red, green, blue): rename the class in "
+        "one of them, or leave its boxes out."
+    )
+    other.change(lambda tree: tree.update(annotations=[], categories=[{"id": 1, "name": "purple"}]))
+    with pytest.raises(
+        UserError, match=r"has none of the classes of .* \(red, green, blue\): rename them in one of them"
+    ):
+        register_coco_json(cfg)
+
+
+def _reversed_categories(tree: dict) -> None:
+    """The same classes with ids in the other order."""
+    tree["categories"] = [{"id": 4 - c["id"], "name": c["name"]} for c in tree["categories"]]
+    for annotation in tree["annotations"]:
+        annotation["category_id"] = 4 - annotation["category_id"]
+
+
+@pytest.mark.parametrize("key", ["TRAIN", "TEST"])
+def test_a_set_with_its_categories_in_another_order(coco: Set, tmp_path: Path, key: str) -> None:
+    """Check that it has the same class indices as the first, in training and in testing, and keeps its own ids."""
+    other = Set(tmp_path / "other")
+    other.change(_reversed_categories)
+    cfg = coco.config()
+    cfg.DATASETS.COCO_JSON += other.config("theirs").DATASETS.COCO_JSON
+    cfg.DATASETS[key] = (*cfg.DATASETS[key], "theirs")
     register_coco_json(cfg)
-    with pytest.raises(UserError, match=r"^DATASETS.TRAIN mine, theirs cannot be trained on: .*different metadata"):
-        build_stream_loader(cfg, seed=0)
+    classes = [
+        [a["category_id"] for d in DatasetCatalog.get(name) for a in d["annotations"]] for name in ("mine", "theirs")
+    ]
+    assert classes[0] == classes[1]
+    metadata = MetadataCatalog.get("theirs")
+    assert metadata.thing_classes == list(CLASSES)
+    assert metadata.thing_dataset_id_to_contiguous_id == {1: 2, 2: 1, 3: 0}
+    assert metadata.json_file == str(other.json)
+    if key == "TRAIN":
+        cfg.SOLVER.IMS_PER_BATCH = 2
+        assert len(next(iter(build_stream_loader(cfg, seed=0)))) == 2
+
+
+def test_a_set_that_lacks_classes_or_names_more_without_boxes(coco: Set, tmp_path: Path) -> None:
+    """Check that the classes of a model decide, as a test set of few images or an export of unused labels needs it."""
+    coco.change(
+        lambda tree: tree.update(
+            categories=[{"id": 5, "name": "unused"}, *(c for c in tree["categories"] if c["name"] != "blue")],
+            annotations=[a for a in tree["annotations"] if a["category_id"] != 3],
+        )
+    )
+    register_coco_json(coco.config(), ClassOrder(("blue", "green", "red"), "model.pth"))
+    metadata = MetadataCatalog.get("mine")
+    assert metadata.thing_classes == ["blue", "green", "red"]
+    assert metadata.thing_dataset_id_to_contiguous_id == {1: 2, 2: 1, 6: 0}
+    categories = json.loads(Path(metadata.json_file).read_text())["categories"]
+    assert [(c["id"], c["name"]) for c in categories] == [(1, "red"), (2, "green"), (6, "blue")]

@@ -16,13 +16,14 @@ from typing import Any
 from kd_d2 import UserError
 from kd_d2.checkpoint import read_checkpoint
 from kd_d2.config import load_config
-from kd_d2.data.coco_json import _load, check_coco_json
+from kd_d2.data.coco_json import _register, check_coco_json
 from kd_d2.engine.learning_rate import learning_rate_advice
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from helpers import make_coco, make_project
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -95,8 +96,14 @@ def _read_annotations(path: Path, images: Path) -> None:
     except UserError as error:
         assert "\n" not in str(error)
         return
-    _load("fuzzed", str(path), str(images))
-    COCO(str(path))
+    name = "fuzzed"
+    _register(name, str(path), str(images), True, False, None)
+    try:
+        DatasetCatalog.get(name)
+        COCO(MetadataCatalog.get(name).json_file)
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
 
 
 @given(data=st.data())

@@ -177,13 +177,18 @@ def test_unusable_input_is_one_sentence_and_nothing_is_written(
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("no image")
-    (tmp_path / "cut.jpg").write_bytes((photos / "turned.jpg").read_bytes()[:400])
+    (tmp_path / "cut.png").write_bytes((photos / "colour.png").read_bytes()[:400])
     image, out = photos / "colour.png", tmp_path / "out"
     low = ("--score-thresh", "1.5")
     cases = [
         ((out, tmp_path / "none.jpg"), {}, "there is no file or folder", "none.jpg"),
-        ((out, tmp_path / "notes.txt"), {}, "notes.txt cannot be read as an image", "format"),
-        ((out, image, tmp_path / "cut.jpg"), {}, "cut.jpg cannot be read as an image", "runcated"),
+        (
+            (out, tmp_path / "notes.txt"),
+            {},
+            "notes.txt cannot be used",
+            "it is none of JPEG, PNG, BMP, WEBP, TIFF, GIF, PPM.",
+        ),
+        ((out, image, tmp_path / "cut.png"), {}, "cut.png cannot be used", "runcated"),
         ((out, tmp_path / "empty"), {}, "there is no image in", "empty"),
         ((tmp_path / "notes.txt" / "out", image), {}, "--output", "cannot be written"),
         ((photos, photos / "turned.jpg"), {}, "--output", "would replace an input"),

@@ -86,6 +86,17 @@ class DetectorAdapter:
         deepest = {shape.stride: (name, shape) for name, shape in shapes}
         return dict(deepest.values())
 
+    def reorder_classes(self, order: list[int]) -> None:
+        """Give the model's class index i, from now on, the meaning that index order[i] had, by reordering its weights.
+
+        Raises:
+            UserError: which weights belong to which class is not known for this model.
+        """
+        raise UserError(
+            f"The classes of {type(self.model).__name__} have another order than those of the data, and it is not known which of its "
+            "weights belong to which class; write the categories of the data with ids in the model's order."
+        )
+
     def pad_to(self, size_divisibility: int, square_size: int = 0) -> None:
         """From now on pad images to a multiple of `size_divisibility` pixels, and where it is above 0 to squares of a side."""
         self.size_divisibility = size_divisibility
@@ -192,6 +203,20 @@ def first_anchors(generator: nn.Module, strides: list[int]) -> dict[int, Tensor]
     """By stride the anchors (A, 4) of a level's first position, in pixels: where they lie counts as much as their size."""
     cells = [torch.empty(1, 1, 1, 1) for _ in strides]
     return {stride: anchors.tensor for stride, anchors in zip(strides, generator(cells), strict=True)}
+
+
+@torch.no_grad()
+def reorder_outputs(layer: nn.Module, order: list[int], groups: int = 1, width: int = 1) -> None:
+    """Reorder the outputs of a convolution or linear layer, in place.
+
+    Args:
+        layer: its outputs are `groups` times the classes, `width` outputs each; behind the last group others may follow, which stay.
+        order: output i takes the place of what was order[i].
+    """
+    for tensor in (layer.weight, layer.bias):
+        if tensor is not None:
+            classes = tensor[: groups * len(order) * width].unflatten(0, (groups, len(order), width))
+            classes.copy_(classes[:, order].clone())
 
 
 def build_adapter(model: nn.Module) -> DetectorAdapter:

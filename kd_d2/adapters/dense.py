@@ -10,13 +10,14 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.meta_arch import RetinaNet
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
 from detectron2.modeling.meta_arch.fcos import FCOS
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from torch import Tensor, nn
 
 from ..modeling import ATSS, FSAF, GFL
 from ..modeling.assignment import BACKGROUND, IGNORED, assign_by_iou
 from ..modeling.dense import SingleAnchorDetector
-from .adapter import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter, first_anchors
+from .adapter import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter, first_anchors, reorder_outputs
 from .outputs import DensePredictions, DetectorOutputs, Towers, towers_at
 from .towers import channels_of_towers, finish, recorded
 
@@ -73,6 +74,12 @@ class AnchorDetectorAdapter(DenseDetectorAdapter):
         super().__init__(model)
         if self.tower_channels:
             self.provides |= {"towers", *map(towers_at, range(len(self.tower_channels)))}
+
+    def reorder_classes(self, order: list[int]) -> None:
+        if not isinstance(self.model.head, RetinaNetHead):
+            super().reorder_classes(order)
+        layer = self.model.head.cls_score
+        reorder_outputs(layer, order, groups=layer.out_channels // len(order))
 
     @property
     def tower_channels(self) -> tuple[int, ...] | None:

@@ -7,12 +7,18 @@ from collections.abc import Iterator
 
 import torch
 from detectron2.modeling.meta_arch import GeneralizedRCNN
-from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNOutputLayers, StandardROIHeads
+from detectron2.modeling.roi_heads import (
+    CascadeROIHeads,
+    FastRCNNOutputLayers,
+    MaskRCNNConvUpsampleHead,
+    Res5ROIHeads,
+    StandardROIHeads,
+)
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from .adapter import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter, first_anchors
+from .adapter import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter, first_anchors, reorder_outputs
 from .outputs import DetectorOutputs, SampledProposals
 
 TRAINING_PASS = ("forward", "_forward_box", "label_and_sample_proposals")
@@ -49,6 +55,22 @@ class RCNNAdapter(DetectorAdapter):
         if isinstance(predictor, nn.ModuleList):  # a cascade's, of which the last one's scores are cut
             predictor = predictor[-1]
         return getattr(predictor, "test_score_thresh", None)
+
+    def reorder_classes(self, order: list[int]) -> None:
+        heads = self.model.roi_heads
+        predictors = _predictors(heads)
+        masks = heads.mask_head if getattr(heads, "mask_on", False) else None
+        known = type(heads) in (StandardROIHeads, CascadeROIHeads, Res5ROIHeads)
+        known = known and all(type(predictor) is FastRCNNOutputLayers for predictor in predictors)
+        if not known or type(masks) not in (type(None), MaskRCNNConvUpsampleHead):
+            super().reorder_classes(order)
+        for predictor in predictors:
+            reorder_outputs(predictor.cls_score, order)  # the background is last
+            box_dim = len(predictor.box2box_transform.weights)
+            if predictor.bbox_pred.out_features > box_dim:  # else one box for all classes
+                reorder_outputs(predictor.bbox_pred, order, width=box_dim)
+        if masks is not None and masks.predictor.out_channels > 1:
+            reorder_outputs(masks.predictor, order)
 
     def _rpn_strides(self) -> list[int]:
         shapes = self.model.backbone.output_shape()
@@ -137,5 +159,10 @@ def _classifies_by_softmax(heads: nn.Module) -> bool:
     own = tuple(getattr(type(heads), method, None) for method in TRAINING_PASS)
     if own not in [tuple(getattr(cls, m) for m in TRAINING_PASS) for cls in (StandardROIHeads, CascadeROIHeads)]:
         return False
-    predictors = heads.box_predictor if isinstance(heads.box_predictor, nn.ModuleList) else [heads.box_predictor]
-    return all(isinstance(p, FastRCNNOutputLayers) and not p.use_sigmoid_ce for p in predictors)
+    return all(isinstance(p, FastRCNNOutputLayers) and not p.use_sigmoid_ce for p in _predictors(heads))
+
+
+def _predictors(heads: nn.Module) -> list[nn.Module]:
+    """Those of the box head, of a cascade one a stage."""
+    predictor = getattr(heads, "box_predictor", None)
+    return list(predictor) if isinstance(predictor, nn.ModuleList) else [predictor]

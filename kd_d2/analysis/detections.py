@@ -11,9 +11,9 @@ from typing import Self
 import numpy as np
 import torch
 from detectron2.data import DatasetCatalog
-from detectron2.data.detection_utils import read_image
 from detectron2.structures import Boxes, Instances
 
+from ..data import read_image
 from ..engine.checks import check_output_folder
 from ..errors import UserError
 from ..evaluation.coco import found_objects

@@ -16,6 +16,7 @@ from detectron2.modeling import build_model
 from torch import Tensor, nn
 
 from ..checkpoint import distiller_states, load_complete, local_path
+from ..class_names import match_classes, names_in_checkpoint, names_in_data, names_in_training_set
 from ..config import find_weights, load_config
 from ..data import build_test_loader, register_coco_json, register_synthetic
 from ..distillers.matching import check_same_anchors
@@ -77,6 +78,7 @@ class TrainedModel:
         model = build_model(self.cfg).eval()
         check_classes(self.cfg, model)
         load_complete(model, self.cfg.MODEL.WEIGHTS, self.title)
+        match_classes(model, self.title, names_in_checkpoint(self.cfg.MODEL.WEIGHTS), names_in_data(self.cfg))
         return model
 
     def detections(self, output: str) -> list[dict]:
@@ -121,9 +123,7 @@ class Distillation:
         Raises:
             UserError: there is no checkpoint, or it is another model's.
         """
-        model = self.build()
-        load_complete(model.student, self.checkpoint, "the student")
-        return model
+        return self._loaded(self.build())
 
     def build_dense_pair(self, analysis: str) -> KDMetaArch:
         """`build_trained`, where both detectors have dense predictions at the same anchors.
@@ -139,7 +139,11 @@ class Distillation:
             if "dense" not in adapter.provides:
                 raise UserError(f"The {whose} ({type(adapter.model).__name__}) has no dense predictions to compare.")
         check_same_anchors(analysis, model.adapter.spec, model.teacher.spec)
+        return self._loaded(model)
+
+    def _loaded(self, model: KDMetaArch) -> KDMetaArch:
         load_complete(model.student, self.checkpoint, "the student")
+        match_classes(model.student, "the student", names_in_checkpoint(self.checkpoint), names_in_data(self.cfg))
         return model
 
     @property
@@ -171,14 +175,15 @@ def load_models(models: Models, opts: Sequence[str] = ()) -> list[TrainedModel]:
             or they are tested on different data sets.
     """
     register_synthetic()
-    found = []
+    found, classes = [], None
     for path in read_paths(models):
         weights = ["MODEL.WEIGHTS", find_weights(path.weights, f"--model {path.title}")] if path.weights else []
         cfg = load_config(path.config, [*opts, *weights], student_only=True)
         if not cfg.MODEL.WEIGHTS:
             raise UserError(f"--model {path.title}: write a checkpoint after the config {path.config}, or name a run.")
+        classes = classes or names_in_checkpoint(cfg.MODEL.WEIGHTS) or names_in_training_set(cfg)
         cfg.DATASETS.TRAIN = ()  # is not read
-        register_coco_json(cfg)
+        register_coco_json(cfg, classes)
         check_datasets(cfg, train=False)
         found.append(TrainedModel(path.title, cfg))
     folders = [model.folder_name for model in found]
@@ -247,10 +252,11 @@ def restrict_images(models: Sequence[TrainedModel], count: int, output: str) -> 
     path = os.path.join(output, f"{count}-images.json")
     write_json(path, {**tree, "images": images, "annotations": annotations}, indent=None)
     entry = [f"{dataset}_{count}_images", path, MetadataCatalog.get(dataset).image_root]
+    classes = names_in_data(models[0].cfg)
     for model in models:
         model.cfg.DATASETS.COCO_JSON = [entry]
         model.cfg.DATASETS.TEST = (entry[0],)
-        register_coco_json(model.cfg)
+        register_coco_json(model.cfg, classes)
 
 
 def _local_file(weights: str) -> str:

@@ -1,15 +1,17 @@
 """Data: COCO-format sets by config, the synthetic set, the resumable stream."""
 
-from .coco_json import check_coco_json, register_coco_json
-from .images import CheckedMapper, build_test_loader
+from .coco_json import ClassOrder, check_coco_json, register_coco_json
+from .images import CheckedMapper, build_test_loader, read_image
 from .stream import build_stream_loader
 from .synthetic import register_synthetic
 
 __all__ = [
     "CheckedMapper",
+    "ClassOrder",
     "build_stream_loader",
     "build_test_loader",
     "check_coco_json",
+    "read_image",
     "register_coco_json",
     "register_synthetic",
 ]

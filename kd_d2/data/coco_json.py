@@ -1,12 +1,13 @@
-"""COCO-format data by config: DATASETS.COCO_JSON registered, and looked at before anything relies on it."""
+"""COCO-format data by config: DATASETS.COCO_JSON read in clean form, and registered so that everything reads that."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import logging
 import os
-from collections import Counter
+import tempfile
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +17,11 @@ from detectron2.data.datasets import load_coco_json
 
 from ..config import reads_annotations
 from ..errors import UserError
+from ..files import write_text
+from .coco import CocoData, read_coco
+from .coco.boxes import reaches_out
 
 logger = logging.getLogger(__name__)
-
-LARGEST = 1e9  # px; no image is larger
 
 
 @dataclass
@@ -27,55 +29,157 @@ class CocoSummary:
     """What `check_coco_json` counted.
 
     Attributes:
-        images, boxes: how many there are.
+        images, boxes: how many are used.
         classes: names in order of category id.
-        boxes_without_area: boxes whose width or height is not above 0; training drops them.
         boxes_out_of_range: boxes that reach more than one pixel beyond their image; training clips them.
-        zero_ids: annotations with id 0, which pycocotools counts as missed even when they are found.
+        repairs: what is read otherwise than it is written, a sentence each.
     """
 
     images: int
     boxes: int
     classes: list[str]
-    boxes_without_area: int = 0
-    boxes_out_of_range: int = 0
-    zero_ids: int = 0
+    boxes_out_of_range: int
+    repairs: list[str]
 
 
-def register_coco_json(cfg: CfgNode) -> None:
-    """Register the entries of DATASETS.COCO_JSON that TRAIN or TEST names, after checking their files.
+@dataclass(frozen=True)
+class ClassOrder:
+    """The classes in a model's order.
 
-    Of those that only train with pseudo-labels, images alone are read.
+    Attributes:
+        names: by class index.
+        source: what has them, for messages.
+    """
+
+    names: tuple[str, ...]
+    source: str
+
+
+def register_coco_json(cfg: CfgNode, classes: ClassOrder | None = None, *, train: bool = True) -> None:
+    """Register the entries of DATASETS.COCO_JSON that TRAIN or TEST names, after reading and checking their files.
+
+    Where a file needs repairs, which are logged, its clean form is written to a cache folder, and that file is the data set's
+    `json_file`. Of those that only train with pseudo-labels, images alone are read.
+
+    Args:
+        cfg: DATASETS, MODEL.MASK_ON and MODEL.KD.PSEUDO_LABELS are read.
+        classes: the class order of all sets; by default that of the first one of TRAIN, else of TEST, which has its classes in
+            order of category id. Sets that have the same classes in another order, or lack some, follow by name.
+
+        train: also the sets of TRAIN.
 
     Raises:
-        UserError: see `check_coco_json`; or the name belongs to another data set already.
+        UserError: see `read_coco`; or the name belongs to another data set already; or a set has other classes.
     """
-    used = {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST}
-    for name, json_file, folder in cfg.DATASETS.COCO_JSON:
-        if name not in used or not os.path.isfile(json_file):
+    used = [*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST]
+    entries = {entry[0]: entry[1:] for entry in cfg.DATASETS.COCO_JSON}
+    for name in dict.fromkeys(used):
+        json_file, folder = entries.get(name, ("", ""))
+        if not os.path.isfile(json_file):
             continue
         annotated = name in cfg.DATASETS.TEST or reads_annotations(cfg)
+        registration = [json_file, folder, annotated, cfg.MODEL.MASK_ON, classes and classes.names]
         if name in DatasetCatalog.list():
-            known = MetadataCatalog.get(name)
-            if known.get("json_file") != json_file:
+            known = MetadataCatalog.get(name).get("registration")
+            if known is None or known[0] != json_file:
                 raise UserError(
                     f"DATASETS.COCO_JSON: the name {name!r} belongs to another data set already; choose a new one."
                 )
-            if known.get("annotated") == annotated:
-                continue
-            DatasetCatalog.remove(name)
-            MetadataCatalog.remove(name)
-        summary = check_coco_json(json_file, folder, annotated=annotated)
-        log_summary(name, json_file, summary)
-        DatasetCatalog.register(name, functools.partial(_load if annotated else _load_images, name, json_file, folder))
-        metadata = MetadataCatalog.get(name)
-        metadata.set(json_file=json_file, image_root=folder, evaluator_type="coco", annotated=annotated)
-        if summary.classes:
-            metadata.set(thing_classes=summary.classes)
+            if known != registration:
+                DatasetCatalog.remove(name)
+                MetadataCatalog.remove(name)
+        if name not in DatasetCatalog.list():
+            _register(name, json_file, folder, annotated, cfg.MODEL.MASK_ON and annotated, classes)
+            MetadataCatalog.get(name).set(registration=registration)
+        if classes is None and MetadataCatalog.get(name).get("thing_classes"):
+            classes = ClassOrder(tuple(MetadataCatalog.get(name).thing_classes), json_file)
 
 
-def _load_images(name: str, json_file: str, folder: str) -> list[dict[str, Any]]:
+def _register(name: str, json_file: str, folder: str, annotated: bool, masks: bool, classes: ClassOrder | None) -> None:
+    data = read_coco(json_file, folder, annotated=annotated, masks=masks)
+    if annotated and classes:
+        data = with_classes(data, classes)
+    log_summary(name, json_file, summarize(data))
+    usable_file = json_file if data.is_as_written else write_clean(data)
+    categories = data.tree["categories"]
+    names = list(classes.names) if annotated and classes else data.class_names
+    number_of = {category["id"]: names.index(category["name"]) for category in categories if category["name"] in names}
+    load = functools.partial(_load, usable_file, folder, number_of) if annotated else None
+    DatasetCatalog.register(name, load or functools.partial(_load_images, usable_file, folder))
+    metadata = MetadataCatalog.get(name)
+    metadata.set(json_file=usable_file, image_root=folder, evaluator_type="coco")
+    if names:
+        metadata.set(thing_classes=names, thing_dataset_id_to_contiguous_id=number_of)
+
+
+def with_classes(data: CocoData, classes: ClassOrder) -> CocoData:
+    """The same with exactly these classes: those without boxes are left out or added, ids stay.
+
+    Raises:
+        UserError: there are boxes of another class.
+    """
+    path, categories = data.repairs.path, data.tree["categories"]
+    used = {annotation["category_id"] for annotation in data.tree["annotations"]}
+    for category in categories:
+        if category["name"] not in classes.names and category["id"] in used:
+            raise UserError(
+                f"{path} has boxes of the class {category['name']!r}, which {classes.source} does not have "
+                f"({', '.join(classes.names)}): rename the class in one of them, or leave its boxes out."
+            )
+    kept = [category for category in categories if category["name"] in classes.names]
+    if not kept:
+        raise UserError(
+            f"{path} has none of the classes of {classes.source} ({', '.join(classes.names)}): rename them in one of them."
+        )
+    missing = [name for name in classes.names if name not in data.class_names]
+    next_id = max(category["id"] for category in categories) + 1
+    added = [{"id": next_id + number, "name": name} for number, name in enumerate(missing)]
+    if len(kept) == len(categories) and not added:
+        if tuple(data.class_names) != classes.names:
+            logger.info(
+                f"{path}: its classes are matched by name with those of {classes.source}, which has another order."
+            )
+        return data
+    for category in categories:
+        if category not in kept:
+            data.repairs.add(f"categories without boxes left out that {classes.source} does not have", category["name"])
+    for category in added:
+        data.repairs.add(f"categories added that {classes.source} has", category["name"])
+    return CocoData({**data.tree, "categories": [*kept, *added]}, data.repairs, is_as_written=False)
+
+
+def write_clean(data: CocoData) -> str:
+    """Write an annotation file in clean form into the cache folder, under a name that follows from its content; returns its path."""
+    content = json.dumps(data.tree)
+    folder = _cache_folder()
+    path = os.path.join(folder, hashlib.sha256(content.encode()).hexdigest()[:32] + ".json")
+    if not os.path.isfile(path):
+        unfinished = f"{path}.{os.getpid()}"  # other processes may write the same
+        write_text(unfinished, content)
+        os.replace(unfinished, path)
+    logger.info(f"{data.repairs.path}: its clean form, which training and evaluation read, is {path}")
+    return path
+
+
+def _cache_folder() -> str:
+    """A folder for files that can be made anew: that of XDG_CACHE_HOME, ~/.cache, or one for temporary files."""
+    caches = [os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache"), tempfile.gettempdir()]
+    error = None
+    for cache in filter(os.path.isabs, caches):
+        folder = os.path.join(cache, "kd_d2", "annotations")
+        try:
+            os.makedirs(folder, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
+        except OSError as failure:
+            error = failure
+    raise UserError(f"XDG_CACHE_HOME names no folder that can be written ({error}), nor is there another for caches.")
+
+
+def _load_images(json_file: str, folder: str) -> list[dict[str, Any]]:
     """Detectron2's dictionaries of images that nobody has looked at."""
+    with open(json_file, encoding="utf-8") as file:
+        images = json.load(file)["images"]
     return [
         {
             "file_name": os.path.join(folder, image["file_name"]),
@@ -83,114 +187,51 @@ def _load_images(name: str, json_file: str, folder: str) -> list[dict[str, Any]]
             "width": image["width"],
             "image_id": image["id"],
         }
-        for image in _read(json_file, annotated=False)["images"]
+        for image in images
     ]
 
 
-def _load(name: str, json_file: str, folder: str) -> list[dict[str, Any]]:
-    """Detectron2's dictionaries, less the boxes without area: it would turn negative sides around."""
-    dicts = load_coco_json(json_file, folder, name)
+def _load(json_file: str, folder: str, number_of: dict[int, int]) -> list[dict[str, Any]]:
+    """Detectron2's dictionaries, with classes by the model's numbers."""
+    dicts = load_coco_json(json_file, folder)
     for image in dicts:
-        image["annotations"] = [a for a in image["annotations"] if min(a["bbox"][2:]) > 0]
+        for annotation in image["annotations"]:
+            annotation["category_id"] = number_of[annotation["category_id"]]
     return dicts
 
 
-def check_coco_json(path: str, image_folder: str, *, annotated: bool = True) -> CocoSummary:
+def check_coco_json(path: str, image_folder: str, *, annotated: bool = True, masks: bool = False) -> CocoSummary:
     """Read an annotation file in COCO's format and check that Detectron2 can train and evaluate on it.
 
     Args:
         path: the json file.
         image_folder: where its images lie.
         annotated: False for images alone: annotations need not be there and are not looked at.
+        masks: whether segmentations are needed.
 
     Raises:
-        UserError: not json, not COCO's format, no images, repeated ids, or images that are not on disk.
+        UserError: see `read_coco`.
     """
-    tree = _read(path, annotated)
-    images = {}
-    for image in tree["images"]:
-        _require(path, "an image", image, id=int, file_name=str, width=int, height=int)
-        images[image["id"]] = image
-        if image["width"] <= 0 or image["height"] <= 0:
-            raise UserError(
-                f"{path}: the image with id {image['id']} has {image['width']} x {image['height']} pixels; both must be positive."
-            )
-    if not images:
-        raise UserError(f"{path} has no images.")
-    _require_unique_ids(path, tree, "images")
-    missing = [i["file_name"] for i in tree["images"] if not os.path.isfile(os.path.join(image_folder, i["file_name"]))]
-    if missing:
-        raise UserError(
-            f"{path}: {len(missing)} of {len(images)} images are not in {image_folder}, the first is {missing[0]}."
-        )
-    for category in tree["categories"]:
-        _require(path, "a category", category, id=int, name=str)
-    _require_unique_ids(path, tree, "categories")
-    names = {c["id"]: c["name"] for c in sorted(tree["categories"], key=lambda c: c["id"])}
-    if annotated and not names:
-        raise UserError(f"{path} has no categories.")
+    return summarize(read_coco(path, image_folder, annotated=annotated, masks=masks))
 
-    summary = CocoSummary(len(images), len(tree["annotations"]), list(names.values()))
-    for annotation in tree["annotations"]:
-        _require(path, "an annotation", annotation, id=int, image_id=int, category_id=int, bbox=list)
-        what = f"{path}: the annotation with id {annotation['id']}"
-        if annotation["image_id"] not in images:
-            raise UserError(f"{what} is of image {annotation['image_id']}, which is not in the file.")
-        if annotation["category_id"] not in names:
-            raise UserError(f"{what} is of category {annotation['category_id']}, which is not in the file.")
-        if annotation.get("ignore"):
-            raise UserError(f"{what} has 'ignore' set, which Detectron2 does not know; use 'iscrowd' or leave it out.")
-        box = annotation["bbox"]
-        if len(box) != 4 or not all(isinstance(v, int | float) and abs(v) < LARGEST for v in box):
-            raise UserError(f"{what} has the bbox {box}; it must be four finite numbers [x, y, width, height].")
-        x, y, w, h = box
-        image = images[annotation["image_id"]]
-        summary.boxes_without_area += w <= 0 or h <= 0
-        summary.boxes_out_of_range += x < -1 or y < -1 or x + w > image["width"] + 1 or y + h > image["height"] + 1
-        summary.zero_ids += annotation["id"] == 0
-    _require_unique_ids(path, tree, "annotations")
-    return summary
+
+def summarize(data: CocoData) -> CocoSummary:
+    """Count what an annotation file holds."""
+    size_of = {image["id"]: (image["width"], image["height"]) for image in data.tree["images"]}
+    annotations = data.tree["annotations"]
+    return CocoSummary(
+        images=len(size_of),
+        boxes=len(annotations),
+        classes=data.class_names,
+        boxes_out_of_range=sum(reaches_out(a["bbox"], size_of[a["image_id"]]) for a in annotations),
+        repairs=data.repairs.sentences(),
+    )
 
 
 def log_summary(name: str, path: str, summary: CocoSummary) -> None:
-    """Say what the file holds, and warn of what training or evaluation will treat in its own way."""
+    """Say what the file holds, what was repaired, and what training will treat in its own way."""
     logger.info(f"{name}: {summary.images} images, {summary.boxes} boxes, {len(summary.classes)} classes in {path}")
-    if summary.boxes_without_area:
-        logger.warning(
-            f"{name}: {summary.boxes_without_area} boxes have no area; training drops them, evaluation counts them as missed."
-        )
+    for sentence in summary.repairs:
+        logger.warning(sentence)
     if summary.boxes_out_of_range:
         logger.warning(f"{name}: {summary.boxes_out_of_range} boxes reach beyond their image; training clips them.")
-    if summary.zero_ids:
-        logger.warning(f"{name}: an annotation has id 0, which pycocotools never counts as found; number them from 1.")
-
-
-def _read(path: str, annotated: bool) -> dict[str, Any]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            tree = json.load(file)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not readable json: {error}.") from error
-    if isinstance(tree, dict) and not annotated:
-        tree = {"categories": [], **tree, "annotations": []}
-    lists = ("images", "annotations", "categories")
-    if not isinstance(tree, dict) or not all(isinstance(tree.get(key), list) for key in lists):
-        raise UserError(
-            f"{path} is not a COCO annotation file: it needs the lists 'images', 'annotations' and 'categories'."
-        )
-    return tree
-
-
-def _require_unique_ids(path: str, tree: dict[str, Any], key: str) -> None:
-    counts = Counter(entry["id"] for entry in tree[key])
-    repeated = [i for i, n in counts.items() if n > 1]
-    if repeated:
-        raise UserError(f"{path}: the id {repeated[0]} occurs more than once in its {key}.")
-
-
-def _require(path: str, what: str, entry: Any, **fields: type) -> None:
-    for key, kind in fields.items():
-        if not isinstance(entry, dict) or not isinstance(entry.get(key), kind) or isinstance(entry.get(key), bool):
-            raise UserError(
-                f"{path} is not a COCO annotation file: {what} has no {kind.__name__} {key!r}: {str(entry)[:120]}."
-            )

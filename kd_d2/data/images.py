@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
+import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, build_detection_test_loader
+from detectron2.data import DatasetMapper, build_detection_test_loader, detection_utils
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import SizeMismatchError
+from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import log_first_n
+from PIL import Image, ImageFile
 from torch.utils.data import DataLoader
 
 from ..errors import UserError
@@ -21,6 +27,85 @@ class DataError(UserError):
     def __init__(self, message: str):
         # A worker process hands its exception on as the text of a traceback, which ends with the sentence.
         super().__init__(message.rpartition(f"{__name__}.DataError: ")[2].strip())
+
+
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
+"""Pillow's names of the formats that are read; others, some of which start programs, are never opened."""
+
+READING_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, SizeMismatchError)
+"""What Pillow's readers and Detectron2 raise at a damaged image."""
+
+Content = TypeVar("Content")
+
+
+@contextlib.contextmanager
+def open_image(path: str) -> Iterator[Image.Image]:
+    """Pillow's Image.open, of IMAGE_FORMATS alone, whatever the file's suffix says."""
+    with PathManager.open(path, "rb") as file, Image.open(file, formats=IMAGE_FORMATS) as image:
+        yield image
+
+
+def read_checked(path: str, read: Callable[[], Content]) -> Content:
+    """What a function makes of an image file; of a JPEG that lacks its end, what is there is read, with a warning.
+
+    Args:
+        path: the file that `read` is going to read with Pillow.
+        read: called again where the end is missing.
+
+    Raises:
+        DataError: the file is not there, is not one of IMAGE_FORMATS, damaged, or too large or too narrow.
+    """
+    try:
+        with open_image(path) as image:
+            is_jpeg = image.format in ("JPEG", "MPO")
+        try:
+            return read()
+        except OSError as error:
+            if not is_jpeg or "truncated" not in str(error):
+                raise
+        with _without_their_ends():
+            content = read()
+        message = f"The image {path} is truncated; what is left of it is used, the rest is gray."
+        log_first_n(logging.WARNING, message, name=__name__, key="message")
+        return content
+    except READING_ERRORS as error:
+        raise DataError(f"The image {path} cannot be used: {_reason(error)}.") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):
+        return f"it is none of {', '.join(IMAGE_FORMATS)}"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"it has more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels; write it smaller"
+    if "must be > 0" in str(error):  # Pillow, asked to resize to that
+        return "it is so narrow that its shorter side is less than a pixel when it is resized"
+    return str(error).rstrip(".")
+
+
+@contextlib.contextmanager
+def _without_their_ends() -> Iterator[None]:
+    """Within, Pillow reads truncated images."""
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = True
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+def read_image(path: str, channels: str) -> np.ndarray:
+    """Detectron2's `read_image` as `read_checked`.
+
+    Args:
+        channels: order of the channels, such as "BGR".
+
+    Returns:
+        Height x width x channels.
+
+    Raises:
+        DataError: see `read_checked`.
+    """
+    return read_checked(path, lambda: detection_utils.read_image(path, channels))
 
 
 class CheckedMapper:
@@ -37,12 +122,11 @@ class CheckedMapper:
         """What the mapper makes of the entry.
 
         Raises:
-            DataError: the image is not there, is none, or has another size than its annotations say.
+            DataError: see `read_checked`; or the image has another size than its annotations say.
         """
-        try:
+        if "file_name" not in entry:
             return self.mapper(entry)
-        except (OSError, SizeMismatchError) as error:
-            raise DataError(f"The image {entry.get('file_name')} cannot be used: {error}") from error
+        return read_checked(entry["file_name"], lambda: self.mapper(entry))
 
 
 def build_test_loader(

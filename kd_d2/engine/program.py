@@ -9,6 +9,7 @@ from detectron2.modeling import build_model
 from detectron2.utils import comm
 
 from ..checkpoint import load_complete
+from ..class_names import match_classes, names_in_checkpoint, names_in_data
 from ..config import KD_META_ARCH
 from ..errors import UserError
 from ..extensions import import_extensions
@@ -49,6 +50,7 @@ def main(args: argparse.Namespace) -> dict | None:
         model = build_model(cfg)
         check_classes(cfg, model)
         load_complete(model, cfg.MODEL.WEIGHTS, "the detector")
+        match_classes(model, "the detector", names_in_checkpoint(cfg.MODEL.WEIGHTS), names_in_data(cfg))
         results = KDTrainer.test(cfg, model)
         _write(cfg.OUTPUT_DIR, "eval.json", results)
         return results

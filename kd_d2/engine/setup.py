@@ -11,9 +11,10 @@ from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+from ..class_names import as_comment, names_in_checkpoint, names_in_data, names_in_training_set
 from ..config import KD_META_ARCH, SolverKeys, load_config
 from ..config_files import find_config_file
-from ..data import register_coco_json, register_synthetic
+from ..data import ClassOrder, register_coco_json, register_synthetic
 from ..files import write_json, write_text
 from ..keys import keys_of
 from ..modeling import unused_nodes
@@ -42,7 +43,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         lock_folder(cfg.OUTPUT_DIR)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="kd_d2")
     register_synthetic()
-    register_coco_json(cfg)
+    register_coco_json(cfg, _class_order(cfg, args), train=not args.eval_only)
     check_datasets(cfg, train=not args.eval_only)
     cfg.freeze()
     config_file = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
@@ -52,13 +53,30 @@ def setup(args: argparse.Namespace) -> CfgNode:
         if training_config is not None:
             write_text(config_file, training_config)
         else:
-            write_text(os.path.join(cfg.OUTPUT_DIR, "student.yaml"), student_config(cfg).dump())
+            write_text(os.path.join(cfg.OUTPUT_DIR, "student.yaml"), student_yaml(cfg))
             write_json(os.path.join(cfg.OUTPUT_DIR, "versions.json"), versions())
     if args.config_file and not args.eval_only:
         advice = learning_rate_advice(find_config_file(args.config_file, "the config"), args.opts)
         if advice:
             logger.warning(advice)
     return cfg
+
+
+def _class_order(cfg: CfgNode, args: argparse.Namespace) -> ClassOrder | None:
+    """The order of the classes of a model that is there already; None for that of the data."""
+    last = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
+    if args.eval_only:
+        names = None if args.eval_teacher else names_in_checkpoint(cfg.MODEL.WEIGHTS)
+        return names or names_in_training_set(cfg)
+    if getattr(args, "resume", False) and os.path.isfile(last):
+        return names_in_checkpoint(os.path.join(cfg.OUTPUT_DIR, (_read(last) or "").strip()))
+    return None
+
+
+def student_yaml(cfg: CfgNode) -> str:
+    """`student_config` as yaml, with the names of its classes in a comment, since Detectron2 has no key for them."""
+    classes = names_in_data(cfg)
+    return (as_comment(classes.names) if classes else "") + student_config(cfg).dump()
 
 
 def _read(path: str) -> str | None:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint import KDCheckpointer, UnreadableCheckpointError
+from ..class_names import match_classes, names_in_checkpoint, names_in_data
 from ..data import build_stream_loader, build_test_loader
 from ..errors import DISK_IS_FULL, UserError
 from ..evaluation import build_evaluator
@@ -68,6 +69,8 @@ class KDTrainer(DefaultTrainer):
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = KDCheckpointer(student_of(self.bare_model), cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        classes = names_in_data(cfg)
+        self.checkpointer.class_names = list(classes.names) if classes else None
         self.checkpointer.asynchronous = cfg.SOLVER.CHECKPOINT_ASYNC
         if isinstance(self.bare_model, KDMetaArch):
             self.checkpointer.add_checkpointable("distillers", self.bare_model.distillers)
@@ -122,6 +125,12 @@ class KDTrainer(DefaultTrainer):
         raise errors[0]
 
     def _resume(self, file: str) -> None:
+        own, wanted = names_in_checkpoint(file), names_in_data(self.cfg)
+        if own and wanted and own.names != wanted.names:
+            raise UserError(
+                f"--resume: {file} was trained with the classes {', '.join(own.names)}, but {wanted.source} has "
+                f"{', '.join(wanted.names)}; resume with the data that it was started with, or train in another OUTPUT_DIR."
+            )
         try:
             rest = self.checkpointer.load(file)
             logger.info(f"Resuming from {file}")
@@ -261,7 +270,11 @@ def load_initial_weights(cfg: CfgNode, model: nn.Module) -> None:
     Raises:
         UserError: they cannot be read, or nothing of them fits.
     """
-    KDCheckpointer(student_of(model), save_to_disk=False).load(cfg.MODEL.WEIGHTS)
+    student = student_of(model)
+    KDCheckpointer(student, save_to_disk=False).load(cfg.MODEL.WEIGHTS)
+    own, wanted = names_in_checkpoint(cfg.MODEL.WEIGHTS), names_in_data(cfg)
+    if own and wanted and sorted(own.names) == sorted(wanted.names):
+        match_classes(student, "MODEL.WEIGHTS", own, wanted)
     if isinstance(model, KDMetaArch) and cfg.MODEL.KD.INHERIT.ENABLED:
         inherit(model.student, model.teacher.model, cfg.MODEL.KD.INHERIT.MODULES)
 

@@ -36,6 +36,15 @@ class CocoEvaluator(COCOEvaluator):
             annotation.setdefault("area", width * height)
             annotation.setdefault("iscrowd", 0)
 
+    def _derive_coco_results(
+        self, coco_eval: Any, iou_type: str, class_names: list[str] | None = None
+    ) -> dict[str, float]:
+        """Detectron2 takes the classes to be in order of category id, which a set that follows another's order need not be."""
+        numbers = self._metadata.get("thing_dataset_id_to_contiguous_id")
+        if class_names and numbers and len(numbers) == len(class_names):
+            class_names = [class_names[numbers[category]] for category in sorted(numbers)]
+        return super()._derive_coco_results(coco_eval, iou_type, class_names)
+
     def _eval_predictions(self, predictions: list[dict[str, Any]], img_ids: list[int] | None = None) -> None:
         found = list(chain.from_iterable(prediction["instances"] for prediction in predictions))
         tasks = self._tasks or self._tasks_from_predictions(found)

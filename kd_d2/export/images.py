@@ -6,10 +6,9 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
-from detectron2.data.detection_utils import read_image
 from torch import Tensor
 
-from ..data import register_coco_json, register_synthetic
+from ..data import read_image, register_coco_json, register_synthetic
 from .metadata import ExportMetadata
 
 

@@ -6,8 +6,7 @@ import logging
 import os
 from dataclasses import dataclass
 
-from PIL import Image
-
+from ..data.images import DataError, open_image, read_checked
 from ..errors import UserError
 from .video import video_problem
 
@@ -66,8 +65,7 @@ def find_inputs(paths: list[str], without: str | None = None, option: str = "--i
             entry = Input(path, os.path.basename(path))
             problem = _problem(entry)
             if problem is not None:
-                kind = "a video" if entry.is_video else "an image"
-                raise UserError(f"{option}: {path} cannot be read as {kind}: {problem}.")
+                raise UserError(f"{option}: {problem}")
             found.append(entry)
         else:
             raise UserError(f"{option}: there is no file or folder {path}.")
@@ -99,19 +97,19 @@ def _files_below(folder: str, without: str | None, option: str) -> list[str]:
 
 
 def _problem(entry: Input) -> str | None:
-    """Why a file cannot be read; None if it can."""
-    return video_problem(entry.path) if entry.is_video else _image_problem(entry.path)
+    """A sentence why a file cannot be read; None if it can."""
+    if entry.is_video:
+        problem = video_problem(entry.path)
+        return problem and f"The video {entry.path} cannot be read: {problem}."
 
-
-def _image_problem(path: str) -> str | None:
-    try:
-        with Image.open(path) as image:
+    def read() -> None:
+        with open_image(entry.path) as image:
             image.load()
-    except Image.UnidentifiedImageError:
-        return "unknown format"
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # whatever PIL's readers raise
-        return (getattr(error, "strerror", None) or str(error)).rstrip(".")
-    return None
+
+    try:
+        return read_checked(entry.path, read)
+    except DataError as error:
+        return str(error)
 
 
 def drawing_names(inputs: list[Input], folder: str) -> list[str]:

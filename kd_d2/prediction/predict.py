@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from detectron2.data.detection_utils import read_image
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
 from PIL import Image
 
 from ..analysis.drawing import draw_instances
+from ..data import read_image
 from ..engine.checks import check_output_folder
 from ..errors import UserError
 from ..files import write_json

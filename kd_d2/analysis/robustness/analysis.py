@@ -11,9 +11,9 @@ from functools import partial
 from typing import Self
 
 from detectron2.data import DatasetCatalog
-from detectron2.data.detection_utils import read_image
 from tqdm import tqdm
 
+from ...data import read_image
 from ...engine.checks import check_output_folder
 from ...errors import UserError
 from ...report.page import Table

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
-from detectron2.data.detection_utils import build_augmentation, convert_PIL_to_numpy, read_image
+from detectron2.data.detection_utils import build_augmentation, convert_PIL_to_numpy
 from detectron2.data.transforms import AugInput, AugmentationList
 from detectron2.evaluation import inference_on_dataset
 from PIL import Image
 from torch import nn
 
-from ...data import build_test_loader
+from ...data import build_test_loader, read_image
 from ...errors import UserError
 from ...evaluation import build_evaluator
 from ...files import read_json, write_json

@@ -1,0 +1,8 @@
+"""COCO annotation files as tools really write them, read into one clean form."""
+
+from .boxes import BOX_FORMATS
+from .image_names import ImageFinder
+from .reader import CocoData, read_categories, read_coco, read_json_bytes
+from .repairs import Repairs
+
+__all__ = ["BOX_FORMATS", "CocoData", "ImageFinder", "Repairs", "read_categories", "read_coco", "read_json_bytes"]

@@ -1,0 +1,220 @@
+"""The annotations of a COCO file in clean form."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from ...errors import UserError
+from .boxes import BOX_FORMATS, Box, check_format
+from .ids import Ids, whole_number
+from .repairs import Repairs
+from .segmentation import box_of, normalize_segmentation
+
+Entry = dict[str, Any]
+LARGEST = 1e9  # px; no image is larger
+LARGEST_ID = 2**53  # pycocotools keeps ids as floating-point numbers, and takes 0 for "not found"
+IS_CROWD = {0: 0, 1: 1, None: 0, "0": 0, "1": 1, "": 0, "false": 0, "true": 1}
+
+
+class Annotations:
+    """Reads annotations.
+
+    Args:
+        path: the file, for messages.
+        images: by id, with width and height.
+        image_ids, category_ids: what references mean.
+        repairs: what is repaired is added.
+    """
+
+    def __init__(self, path: str, images: dict[int, Entry], image_ids: Ids, category_ids: Ids, repairs: Repairs):
+        self.path = path
+        self.images = images
+        self.image_ids = image_ids
+        self.category_ids = category_ids
+        self.repairs = repairs
+
+    def read(self, entries: list[Entry], *, masks: bool, boxes: str) -> list[Entry]:
+        """The annotations in clean form: those without area and repeated ones left out, ids from 1 where they are unusable.
+
+        Args:
+            entries: as they are written; not changed.
+            masks: whether segmentations are needed.
+            boxes: the form of the boxes, one of BOX_FORMATS.
+
+        Raises:
+            UserError: an annotation refers to what is not there, or its box is none; boxes are plainly of another form.
+        """
+        found = [(entry, self._read(entry, masks)) for entry in entries]
+        found = [(entry, annotation) for entry, annotation in found if annotation is not None]
+        if boxes == "xywh":
+            check_format(self.path, [(a["bbox"], self._size(a)) for _, a in found])
+        else:
+            for _, annotation in found:
+                annotation["bbox"] = BOX_FORMATS[boxes](annotation["bbox"], self._size(annotation))
+                annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
+        kept = self._without_repeated([pair for pair in found if self._has_area(*pair)], masks)
+        self._number(kept)
+        return [annotation for _, annotation in kept]
+
+    def _size(self, annotation: Entry) -> tuple[int, int]:
+        image = self.images[annotation["image_id"]]
+        return image["width"], image["height"]
+
+    def _read(self, entry: Entry, masks: bool) -> Entry | None:
+        what = f"{self.path}: the annotation {_name(entry)}"
+        image_id = self.image_ids.find(entry.get("image_id"))
+        if image_id is None:
+            raise UserError(
+                f"{what} is of image {entry.get('image_id')!r}, which is not among the file's images: remove it, or add the image."
+            )
+        category_id = self.category_ids.find(entry.get("category_id"))
+        if category_id is None:
+            raise UserError(
+                f"{what} is of category {entry.get('category_id')!r}, which is not among the file's categories: add it there."
+            )
+        if entry.get("ignore"):
+            raise UserError(f"{what} has 'ignore' set, which Detectron2 does not know; use 'iscrowd' or leave it out.")
+        for key in ("image_id", "category_id"):
+            if type(entry[key]) is not int and whole_number(entry[key]) is not None:
+                self.repairs.add("references read as whole numbers", f"{key} {entry[key]!r}")
+        annotation = {**entry, "image_id": image_id, "category_id": category_id}
+        self._read_crowd(what, annotation)
+        annotation["bbox"] = self._read_box(what, annotation)
+        if not self._read_segmentation(what, annotation, masks):
+            return None
+        if "area" in annotation and not _is_positive(annotation["area"]):
+            if annotation["area"] != 0 or annotation["bbox"][2] * annotation["bbox"][3] > 0:
+                self.repairs.add("areas taken from boxes", f"annotation {_name(entry)}, area {annotation['area']!r}")
+            annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
+        return annotation
+
+    def _read_crowd(self, what: str, annotation: Entry) -> None:
+        if "iscrowd" not in annotation:
+            return
+        value = annotation["iscrowd"]
+        key = value.lower() if isinstance(value, str) else value
+        if isinstance(key, list | dict) or key not in IS_CROWD:
+            raise UserError(f"{what} has iscrowd {value!r}; it must be 0 or 1.")
+        if type(value) is not int:
+            self.repairs.add("iscrowd read as 0 or 1", f"annotation {_name(annotation)}, {value!r}")
+        annotation["iscrowd"] = IS_CROWD[key]
+
+    def _read_segmentation(self, what: str, annotation: Entry, masks: bool) -> bool:
+        """Whether the annotation is kept."""
+        value = annotation.get("segmentation")
+        image = self.images[annotation["image_id"]]
+        if not masks:
+            if value and not _is_harmless(value, image):
+                del annotation["segmentation"]
+            return True
+        if not value:
+            raise UserError(
+                f"{what} has no segmentation, which MODEL.MASK_ON needs; set MODEL.MASK_ON False to train boxes alone."
+            )
+        found = normalize_segmentation(value, image["height"], image["width"])
+        if found is None and isinstance(value, dict):
+            raise UserError(
+                f"{what} has run lengths that do not fill its image of {image['width']} x {image['height']} pixels: "
+                f"{str(value)[:80]}; write its mask anew."
+            )
+        if found is None:
+            self.repairs.add("annotations without a polygon of three points dropped", f"annotation {_name(annotation)}")
+            return False
+        if found != value:
+            self.repairs.add(
+                "segmentations read as lists of polygons, or with their image's size", f"annotation {_name(annotation)}"
+            )
+            annotation["segmentation"] = found
+        return True
+
+    def _read_box(self, what: str, annotation: Entry) -> Box:
+        box = annotation.get("bbox")
+        if box in (None, []):
+            image = self.images[annotation["image_id"]]
+            outline = normalize_segmentation(annotation.get("segmentation"), image["height"], image["width"])
+            if outline is None:
+                raise UserError(f"{what} has neither a bbox nor a segmentation: remove it, or write its bbox.")
+            self.repairs.add("boxes taken from segmentations", f"annotation {_name(annotation)}")
+            return box_of(outline)
+        if isinstance(box, list) and any(isinstance(value, str) for value in box):
+            numbers = [_written_number(value) for value in box]
+            if None not in numbers:
+                self.repairs.add("numbers of boxes read from text", f"annotation {_name(annotation)}, {box}")
+                box = numbers
+        if not isinstance(box, list) or len(box) != 4 or not all(_is_coordinate(value) for value in box):
+            raise UserError(
+                f"{what} has the bbox {str(box)[:80]}; it must be four finite numbers [x, y, width, height]."
+            )
+        return box
+
+    def _has_area(self, entry: Entry, annotation: Entry) -> bool:
+        if min(annotation["bbox"][2:]) > 0:
+            return True
+        self.repairs.add("boxes without area dropped", f"annotation {_name(entry)}, bbox {entry.get('bbox')}")
+        return False
+
+    def _without_repeated(self, found: list[tuple[Entry, Entry]], masks: bool) -> list[tuple[Entry, Entry]]:
+        seen, kept = set(), []
+        for entry, annotation in found:
+            outline = json.dumps(annotation["segmentation"]) if masks else ""
+            key = (
+                annotation["image_id"], annotation["category_id"], *annotation["bbox"], annotation.get("iscrowd", 0), outline
+            )  # fmt: skip
+            if key in seen:
+                self.repairs.add("annotations repeated exactly dropped", f"annotation {_name(entry)} of image {key[0]}")
+                continue
+            seen.add(key)
+            kept.append((entry, annotation))
+        return kept
+
+    def _number(self, kept: list[tuple[Entry, Entry]]) -> None:
+        """Ids from 1, unless all are there, differ, and mean an annotation to the evaluators."""
+        ids = [whole_number(entry.get("id")) for entry, _ in kept]
+        seen: set[int] = set()
+        unusable = None
+        for (entry, _), number in zip(kept, ids):
+            if number is None or not 0 < number < LARGEST_ID or number in seen:
+                unusable = repr(entry.get("id"))
+                break
+            seen.add(number)
+        if unusable:
+            self.repairs.add(
+                "annotations numbered from 1, since an id is missing, repeated, not positive or no number", unusable
+            )
+            ids = list(range(1, len(kept) + 1))
+        for (entry, annotation), number in zip(kept, ids):
+            if not unusable and type(entry["id"]) is not int:
+                self.repairs.add("ids of annotations read as whole numbers", repr(entry["id"]))
+            annotation["id"] = number
+
+
+def _name(entry: Entry) -> str:
+    """What a message calls an annotation."""
+    return f"with id {entry['id']!r}" if "id" in entry else f"without id, {str(entry)[:80]},"
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < LARGEST**2
+
+
+def _is_coordinate(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
+
+
+def _written_number(value: Any) -> float | None:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) and not isinstance(value, bool) else None
+
+
+def _is_harmless(segmentation: Any, image: Entry) -> bool:
+    """Whether Detectron2 reads it without leaving the annotation out; of polygons that is seen without looking at every point."""
+    if isinstance(segmentation, dict):
+        return normalize_segmentation(segmentation, image["height"], image["width"]) == segmentation
+    return isinstance(segmentation, list) and all(
+        isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in segmentation
+    )

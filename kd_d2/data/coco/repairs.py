@@ -1,0 +1,31 @@
+"""What was repaired while an annotation file was read."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+
+class Repairs:
+    """Counts repairs by kind, with the first example of each.
+
+    Args:
+        path: the annotation file.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
+
+    def add(self, kind: str, example: object) -> None:
+        """Count one. `kind` says what was done, such as "boxes without area dropped"."""
+        self.counts[kind] += 1
+        if kind not in self.examples:
+            self.examples[kind] = str(example)[:120]
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def sentences(self) -> list[str]:
+        """One for each kind."""
+        return [f"{self.path}: {kind} ({n}; the first: {self.examples[kind]})." for kind, n in self.counts.items()]

@@ -1,0 +1,82 @@
+"""Segmentations of annotations: polygons and run lengths in the form that Detectron2 and pycocotools read."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from pycocotools import mask as mask_util
+
+
+def normalize_segmentation(value: Any, height: int, width: int) -> Any:
+    """A list of polygons, or run lengths with their size; None where there is no usable segmentation.
+
+    Args:
+        value: as it is written: polygons, one flat polygon, run lengths with or without their size.
+        height, width: of the image, in pixels.
+    """
+    if isinstance(value, dict):
+        return _run_lengths(value, height, width)
+    if not isinstance(value, list):
+        return None
+    if value and all(_is_number(entry) for entry in value):
+        value = [value]
+    polygons = [polygon for polygon in value if _is_polygon(polygon)]
+    return polygons or None
+
+
+def box_of_polygons(polygons: list[list[float]]) -> list[float]:
+    """The box [x, y, width, height] around polygons."""
+    xs = [x for polygon in polygons for x in polygon[::2]]
+    ys = [y for polygon in polygons for y in polygon[1::2]]
+    return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9 and not math.isnan(value)
+
+
+def _is_polygon(value: Any) -> bool:
+    return isinstance(value, list) and len(value) >= 6 and len(value) % 2 == 0 and all(map(_is_number, value))
+
+
+def _run_lengths(value: dict[str, Any], height: int, width: int) -> dict[str, Any] | None:
+    counts = value.get("counts")
+    if value.get("size") not in (None, [], [height, width]):
+        return None
+    found = {**value, "size": [height, width]}
+    if isinstance(counts, list):
+        whole = all(isinstance(count, int) and not isinstance(count, bool) and count >= 0 for count in counts)
+        return found if whole and sum(counts) == height * width else None
+    if not isinstance(counts, str) or not counts or not all(48 <= ord(letter) < 112 for letter in counts):
+        return None
+    return found if _total(counts) == height * width else None
+
+
+def _total(compressed: str) -> int:
+    """The pixels that compressed run lengths cover; pycocotools does not check them before it writes to memory."""
+    runs: list[int] = []
+    value = shift = 0
+    for letter in compressed:
+        bits = ord(letter) - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            if bits & 16:
+                value -= 1 << shift
+            if len(runs) > 2:
+                value += runs[-2]
+            if value < 0:
+                return -1
+            runs.append(value)
+            value = shift = 0
+    return sum(runs)
+
+
+def box_of(segmentation: Any) -> list[float]:
+    """The box [x, y, width, height] around a normalized segmentation."""
+    if isinstance(segmentation, list):
+        return box_of_polygons(segmentation)
+    if isinstance(segmentation["counts"], list):
+        segmentation = mask_util.frPyObjects(segmentation, *segmentation["size"])
+    return mask_util.toBbox(segmentation).tolist()

@@ -1,0 +1,149 @@
+"""Names of classes travel with checkpoints, and models and data are matched by them."""
+
+import json
+from pathlib import Path
+
+from kd_d2.checkpoint import CLASS_NAMES, KDCheckpointer, read_checkpoint
+from kd_d2.class_names import match_classes, names_in_checkpoint
+from kd_d2.config import load_config
+from kd_d2.data.coco_json import ClassOrder
+from kd_d2.errors import UserError
+from kd_d2.predictor import read_categories
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from helpers import META_ARCHITECTURES, Project, fixed_weights, make_project, run_train_net
+from torch import nn
+
+OWN = ClassOrder(("red", "green", "blue"), "model.pth")
+OTHER = ClassOrder(("blue", "red", "green"), "val.json")
+
+
+def _write_in_other_order(tree: dict) -> None:
+    """The same data, with the ids of OTHER."""
+    id_of = {name: number for number, name in enumerate(OTHER.names, 1)}
+    name_of = {category["id"]: category["name"] for category in tree["categories"]}
+    tree["categories"] = [{"id": id_of[name], "name": name} for name in OTHER.names]
+    for annotation in tree["annotations"]:
+        annotation["category_id"] = id_of[name_of[annotation["category_id"]]]
+
+
+@pytest.mark.parametrize(
+    "detector", sorted(META_ARCHITECTURES.keys() - {"reppoints"})
+)  # equal scores, of which any may be kept
+def test_a_reordered_model_finds_the_same_under_other_numbers(tmp_path: Path, detector: str) -> None:
+    """Check detections before and after: equal boxes and scores, each class with the number of its name."""
+    torch.manual_seed(0)
+    model = build_model(load_config(str(make_project(tmp_path, detector).teacher))).eval()
+    fixed_weights(model)
+    _make_it_detect(model.state_dict())
+    batch = [{"image": torch.rand(3, 64, 96) * 255, "height": 64, "width": 96}]
+    before = _named(model, batch, OWN)
+    assert len({name for name, *_ in before}) > 1
+    match_classes(model, "the model", OWN, OTHER)
+    assert _named(model, batch, OTHER) == before
+
+
+def _make_it_detect(weights: dict[str, torch.Tensor]) -> None:
+    """Scores near one half, of each class its own, and boxes that are not the whole image."""
+    for name, tensor in weights.items():
+        if "cls_score.weight" in name or "bbox_pred.weight" in name:
+            tensor *= 0.03
+        if "cls_score.bias" in name:
+            tensor.copy_(torch.linspace(-0.2, 0.2, len(tensor)))
+
+
+def _named(model: nn.Module, batch: list[dict], classes: ClassOrder) -> list[tuple]:
+    with torch.no_grad():
+        found = model(batch)[0]["instances"]
+    boxes = (found.pred_boxes.tensor * 100).round().tolist()
+    scores = (found.scores * 10_000).round().tolist()
+    return sorted(zip((classes.names[c] for c in found.pred_classes), scores, map(tuple, boxes), strict=True))
+
+
+def test_unequal_classes_are_refused() -> None:
+    """Check the sentence, and that nothing happens where an order is unknown or the same."""
+    model = nn.Linear(1, 1)
+    match_classes(model, "the teacher", None, OTHER)
+    match_classes(model, "the teacher", OWN, ClassOrder(OWN.names, "elsewhere"))
+    with pytest.raises(UserError) as caught:
+        match_classes(model, "the teacher", OWN, ClassOrder(("red", "green", "purple"), "val.json"))
+    assert str(caught.value) == (
+        "The classes of the teacher (model.pth) are not those of val.json: it lacks 'purple' and has 'blue' beside them; rename them "
+        "in the annotations, or take a model of the same classes."
+    )
+
+
+def test_names_in_a_checkpoint(tmp_path: Path) -> None:
+    """Check a round trip, written at once and by another thread, and files that have no names or none that can be used."""
+    for asynchronous in (False, True):
+        checkpointer = KDCheckpointer(nn.Linear(2, 2), str(tmp_path))
+        checkpointer.class_names, checkpointer.asynchronous = list(OWN.names), asynchronous
+        checkpointer.save("own")
+        checkpointer.wait()
+        assert names_in_checkpoint(str(tmp_path / "own.pth")) == ClassOrder(OWN.names, str(tmp_path / "own.pth"))
+        (tmp_path / "own.pth").unlink()
+    torch.save({"model": {}, CLASS_NAMES: [1, 2]}, tmp_path / "numbers.pth")
+    (tmp_path / "damaged.pth").write_bytes(b"PK\x03\x04")
+    for name in ("numbers.pth", "damaged.pth", "gone.pth", "model.pkl"):
+        assert names_in_checkpoint(str(tmp_path / name)) is None
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project after one iteration."""
+    project = make_project(tmp_path_factory.mktemp("project"), SOLVER__MAX_ITER=1, SOLVER__CHECKPOINT_PERIOD=1)
+    project.main()
+    return project
+
+
+def test_training_writes_the_names(trained: Project, tmp_path: Path) -> None:
+    """Check the checkpoint and student.yaml; and that predictions have them when the data are gone."""
+    final = trained.output / "model_final.pth"
+    assert read_checkpoint(str(final))[CLASS_NAMES] == list(OWN.names)
+    student = (trained.output / "student.yaml").read_text()
+    assert json.loads(student.splitlines()[0].removeprefix("# class_names: ")) == list(OWN.names)
+    cfg = load_config(str(trained.student), ["MODEL.WEIGHTS", str(final), "DATASETS.TRAIN", "()"], student_only=True)
+    cfg.DATASETS.COCO_JSON, cfg.DATASETS.TEST = [], ()
+    assert [category.name for category in read_categories(cfg, 3)] == list(OWN.names)
+
+
+def test_evaluation_and_resuming_with_data_in_another_order(trained: Project) -> None:
+    """Check that an evaluation gives the same results, and that a training goes on with the order that it has."""
+    final = trained.output / "model_final.pth"
+    content = read_checkpoint(str(final))
+    _make_it_detect(content["model"])
+    torch.save(content, trained.folder / "detects.pth")
+    wanted, found = _evaluate(trained)
+    assert {name for name, *_ in found} == {*OWN.names}
+    original = trained.annotations.read_text()
+    try:
+        trained.change_annotations(_write_in_other_order)
+        assert _evaluate(trained) == (wanted, found)
+        trained.main("--resume", "SOLVER.MAX_ITER", 2)
+        assert read_checkpoint(str(final))[CLASS_NAMES] == list(OWN.names)
+    finally:
+        trained.annotations.write_text(original)
+
+
+def _evaluate(project: Project) -> tuple[str, list[tuple]]:
+    """Results, as text since they hold NaN, and detections with the names that the annotation file has for them."""
+    results = project.main("--eval-only", "MODEL.WEIGHTS", project.folder / "detects.pth")
+    name_of = {c["id"]: c["name"] for c in json.loads(project.annotations.read_text())["categories"]}
+    found = json.loads((project.output / "inference" / "coco_instances_results.json").read_text())
+    rows = ((name_of[d["category_id"]], d["image_id"], round(d["score"], 4), *map(round, d["bbox"])) for d in found)
+    return str(sorted(results["bbox"].items())), sorted(rows)
+
+
+def test_a_teacher_with_its_classes_in_another_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Check that a teacher whose checkpoint has names is reordered, or refused before the training starts."""
+    project = make_project(tmp_path, SOLVER__MAX_ITER=1)
+    weights = read_checkpoint(str(project.teacher_weights))
+    torch.save({**weights, CLASS_NAMES: list(OTHER.names)}, project.teacher_weights)
+    project.main()
+    assert "The classes of the teacher are put into the order of" in (project.output / "log.txt").read_text()
+    torch.save({**weights, CLASS_NAMES: ["red", "green", "purple"]}, project.teacher_weights)
+    with pytest.raises(SystemExit):
+        run_train_net("--config-file", project.student, "OUTPUT_DIR", tmp_path / "second")
+    assert "The classes of the teacher (" in capsys.readouterr().err

@@ -1,0 +1,100 @@
+"""Images: which files are opened, and what is said of those that cannot be used."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from kd_d2.data import CheckedMapper, read_image
+from kd_d2.data.images import DataError
+from kd_d2.prediction import find_images
+
+import numpy as np
+import pytest
+from detectron2.config import get_cfg
+from detectron2.data import DatasetMapper
+from PIL import Image, ImageFile
+
+pytestmark = pytest.mark.unit
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def _map(path: Path) -> dict:
+    mapper = CheckedMapper(DatasetMapper(get_cfg(), is_train=False))
+    return mapper({"file_name": str(path), "image_id": 1, "annotations": []})
+
+
+def _gradient(path: Path) -> np.ndarray:
+    pixels = np.stack([np.add.outer(np.arange(64), np.arange(96)).astype(np.uint8)] * 3, axis=-1)
+    Image.fromarray(pixels).save(path, quality=95)
+    return pixels
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM"])
+def test_formats_are_recognized_by_content(tmp_path: Path, form: str) -> None:
+    """Check each format that is read, under another's suffix."""
+    Image.new("RGB", (40, 30), "white").save(tmp_path / "any.dat", form)
+    assert (read_image(str(tmp_path / "any.dat"), "BGR") == 255).mean() == 1
+    assert _map(tmp_path / "any.dat")["image"].shape == (3, 800, 1067)
+
+
+@pytest.mark.parametrize("read", [_map, lambda path: find_images([str(path)])], ids=["data set", "predict"])
+def test_other_formats_are_never_opened(tmp_path: Path, read: Callable) -> None:
+    """Check that PostScript, which Pillow hands to a program, is refused by its content, and what is allowed is said."""
+    (tmp_path / "photo.jpg").write_bytes(EPS)
+    assert Image.open(tmp_path / "photo.jpg").format == "EPS"
+    with pytest.raises(Exception) as caught:
+        read(tmp_path / "photo.jpg")
+    assert str(caught.value).removeprefix("--input: ") == (
+        f"The image {tmp_path / 'photo.jpg'} cannot be used: it is none of JPEG, PNG, BMP, WEBP, TIFF, GIF, PPM."
+    )
+
+
+def test_a_truncated_jpeg_is_read_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Check that what is there is the original, that it is said once, and that Pillow is left as it was."""
+    path = tmp_path / "cut.jpg"
+    pixels = _gradient(path)
+    path.write_bytes(path.read_bytes()[:-200])
+    with caplog.at_level(logging.WARNING, "kd_d2"):
+        found = [read_image(str(path), "RGB"), read_image(str(path), "RGB")]
+        assert _map(path)["image"].shape == (3, 800, 1200)
+        assert find_images([str(path)]) == [str(path)]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"The image {path} is truncated; what is left of it is used, the rest is gray."
+    ]
+    assert np.array_equal(*found)
+    assert np.abs(found[0][:32].astype(int) - pixels[:32]).max() < 12
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+def test_other_truncated_images_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "cut.png"
+    _gradient(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DataError, match=rf"^The image {path} cannot be used: .*truncated[^.]*\.$"):
+        read_image(str(path), "RGB")
+
+
+def test_images_that_are_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check Pillow's limit, twice MAX_IMAGE_PIXELS, at one of 1000 pixels."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    Image.new("RGB", (50, 41)).save(tmp_path / "large.png")
+    with pytest.raises(DataError) as caught:
+        _map(tmp_path / "large.png")
+    expected = f"The image {tmp_path / 'large.png'} cannot be used: it has more than 2000 pixels; write it smaller."
+    assert str(caught.value) == expected
+
+
+@pytest.mark.parametrize("size", [(1, 6000), (6000, 1)])
+def test_images_that_are_too_narrow(tmp_path: Path, size: tuple[int, int]) -> None:
+    """Check strips whose shorter side of 1333 / 6000 pixels is rounded to none."""
+    Image.new("RGB", size).save(tmp_path / "strip.png")
+    with pytest.raises(
+        DataError, match="it is so narrow that its shorter side is less than a pixel when it is resized"
+    ):
+        _map(tmp_path / "strip.png")
+
+
+def test_entries_without_a_file(tmp_path: Path) -> None:
+    """Check that a mapper of one's own may read from elsewhere."""
+    assert CheckedMapper(lambda entry: entry["number"])({"number": 7}) == 7
