@@ -44,6 +44,7 @@ from kd_d2.config import load_config
 from kd_d2.data.coco_json import check_coco_json
 from kd_d2.data.images import CheckedMapper
 from kd_d2.engine import KDTrainer
+from kd_d2.prediction import find_images
 from kd_d2.report.sections import run_section
 from kd_d2.sweep import read_matrix
 from kd_d2.sweep.table import read_results

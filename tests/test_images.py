@@ -45,7 +45,7 @@ def test_other_formats_are_never_opened(tmp_path: Path, read: Callable) -> None:
     assert Image.open(tmp_path / "photo.jpg").format == "EPS"
     with pytest.raises(Exception) as caught:
         read(tmp_path / "photo.jpg")
-    assert str(caught.value).removeprefix("--input: ") == (
+    assert str(caught.value).removeprefix("--images: ") == (
         f"The image {tmp_path / 'photo.jpg'} cannot be used: it is none of JPEG, PNG, BMP, WEBP, TIFF, GIF, PPM."
     )
 
