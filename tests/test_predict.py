@@ -359,7 +359,7 @@ def test_a_video_that_is_cut_off_or_none_is_named(
     for name in ("none.mp4", "empty.avi"):
         with pytest.raises(SystemExit):
             predict(retinanet, tmp_path / "out", tmp_path / name)
-        assert f"{name} cannot be read as a video: it is damaged" in capsys.readouterr().err
+        assert f"{name} cannot be read: it is damaged" in capsys.readouterr().err
     folder = tmp_path / "videos"
     folder.mkdir()
     for name in ("none.mp4", "clip.mp4"):
