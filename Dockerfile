@@ -27,7 +27,7 @@ COPY pyproject.toml setup.py LICENSE ./
 RUN python3 -m venv "$VIRTUAL_ENV" \
     && pip install -c requirements/pins.txt pip setuptools \
     && mkdir kd_d2 configs projects && echo '__version__ = "0"' >kd_d2/__init__.py && touch README.md \
-    && pip install --no-build-isolation -c requirements/pins.txt -c requirements/torch-source.txt '.[eval,robustness]' \
+    && pip install --no-build-isolation -c requirements/pins.txt -c requirements/torch-source.txt '.[eval,robustness,export]' \
     && pip uninstall -y kd_d2 \
     && pip install --no-deps --require-hashes -r requirements/imagecorruptions.txt
 # Turing to Blackwell; --build-arg TORCH_CUDA_ARCH_LIST=9.0 builds for an H100 alone, in a fraction of the time.
