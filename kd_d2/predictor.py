@@ -155,3 +155,10 @@ class Predictor(ImageDetector):
         resize = partial(resize_at_test, min_size=cfg.INPUT.MIN_SIZE_TEST, max_size=cfg.INPUT.MAX_SIZE_TEST)
         categories = read_categories(cfg, build_adapter(model).spec.num_classes)
         super().__init__(model, cfg.INPUT.FORMAT, resize, categories, score_thresh)
+
+
+def __getattr__(name: str) -> Any:
+    moved = {"predict_images": "predict", "find_images": "find_images", "drawing_paths": "inputs.drawing_names"}
+    if name in moved:
+        raise AttributeError(f"kd_d2.predictor.{name} is now kd_d2.prediction.{moved[name]}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from kd_d2 import Predictor, load_config
+from kd_d2 import Predictor, load_config, predictor
 from kd_d2.analysis.drawing import PALETTE, draw_instances, titled
 from kd_d2.prediction.video import VideoReader, VideoWriter
 from kd_d2.predictor import read_categories
@@ -372,3 +372,8 @@ def test_a_video_that_is_cut_off_or_none_is_named(
     with pytest.raises(SystemExit):
         predict(retinanet, tmp_path / "out", clip, options=("--batch", 0))
     assert "--batch is 0; it must be at least 1" in capsys.readouterr().err
+
+
+def test_names_that_have_moved() -> None:
+    with pytest.raises(AttributeError, match=r"predict_images is now kd_d2\.prediction\.predict$"):
+        predictor.predict_images  # noqa: B018

@@ -19,7 +19,7 @@ _held: dict[str, IO] = {}
 def lock_folder(folder: str) -> None:
     """Lock an output folder for this process, until `unlock_folder` or the end of the process, however it ends.
 
-    A lock of POSIX records: child processes do not inherit it, and this process may take it again.
+    A POSIX record lock: child processes do not inherit it, and this process may take it again.
 
     Raises:
         UserError: another process holds it.
@@ -32,7 +32,9 @@ def lock_folder(folder: str) -> None:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
-            logger.warning(f"OUTPUT_DIR {folder} cannot be locked ({error.strerror}): no second training must use it.")
+            logger.warning(
+                f"OUTPUT_DIR {folder} cannot be locked ({error.strerror}): make sure that no other training uses it."
+            )
             return
         file.seek(0)
         owner = file.read().strip()

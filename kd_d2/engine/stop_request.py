@@ -67,6 +67,9 @@ class StopRequest:
 @contextlib.contextmanager
 def forwarded_to_children() -> Iterator[None]:
     """Within this context, SIGNALS are passed on to the processes that this one has started."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def forward(number: int, frame: FrameType | None) -> None:
         for child in multiprocessing.active_children():

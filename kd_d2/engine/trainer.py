@@ -293,7 +293,7 @@ def evaluate_teacher(cfg: CfgNode, teacher: Teacher) -> dict:
 
 
 def _explained(error: BaseException | None) -> UserError | None:
-    """What a user can mend, as a sentence; None for any other error."""
+    """The UserError for an error that the user can fix; None for any other error."""
     if isinstance(error, UserError):
         return error
     go_on = "checkpoints already written are intact, and --resume continues from the last"
@@ -309,7 +309,7 @@ def _explained(error: BaseException | None) -> UserError | None:
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
-    """An error that a user can mend is logged as its sentence; Detectron2 would log a traceback."""
+    """Log an error that the user can fix as one sentence; Detectron2 would log a traceback."""
     sentence = _explained(record.exc_info[1]) if record.exc_info else None
     if sentence is not None:
         record.msg, record.args, record.exc_info = str(sentence), (), None
