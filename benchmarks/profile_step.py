@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Where the time of a distillation's iteration goes: teacher, student, each method, backward, optimiser; and in which operators.
 
-    benchmarks/profile_step.py [--pair tiny|coco] [--methods NAME ...] [--iterations N] [--threads N] [--trace FILE.json]
+    benchmarks/profile_step.py [--pair tiny|coco] [--batch N] [--methods NAME ...] [--iterations N] [--threads N] [--trace FILE.json]
 
 The pairs are those of benchmarks/step.py. On a GPU the times are the device's, and every wait of the CPU for it is listed as well. --trace
 writes what chrome://tracing and Perfetto show.
@@ -19,9 +19,10 @@ from step import PAIRS, PAST_WARM_UPS, Bench
 import torch
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-OPERATORS = 12  # rows of the second table
+OPERATORS = 12  # rows of the tables of operators and of kernels
 WAITS = ("aten::item", "aten::_local_scalar_dense", "cudaStreamSynchronize", "cudaDeviceSynchronize", "aten::nonzero")
 
 
@@ -58,6 +59,7 @@ def label(step: DistillationStep) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", choices=PAIRS, default="tiny")
+    parser.add_argument("--batch", type=int, help="images an iteration (default that of the pair)")
     parser.add_argument("--methods", nargs="+", default=[name for name, _ in DISTILLER_REGISTRY])
     parser.add_argument("--iterations", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
@@ -65,7 +67,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
-    step = Bench(args.pair).step("+".join(args.methods))
+    step = Bench(args.pair, args.batch).step("+".join(args.methods))
     names = label(step)
     has_gpu = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if has_gpu else [])
@@ -93,8 +95,13 @@ def main() -> None:
     print_shares("part", parts, whole, args.iterations)
     others = [event for key, event in events.items() if key not in (*names, "iteration")]
     others.sort(key=lambda event: -getattr(event, own))
-    print_shares("operator", [[e.key, getattr(e, own)] for e in others[:OPERATORS]], whole, args.iterations)
+    operators = [event for event in others if event.device_type == DeviceType.CPU]
+    print_shares("operator", [[e.key, getattr(e, own)] for e in operators[:OPERATORS]], whole, args.iterations)
     if has_gpu:
+        kernels = [event for event in others if event.device_type == DeviceType.CUDA]
+        print_shares("kernel", [[e.key[:90], getattr(e, own)] for e in kernels[:OPERATORS]], whole, args.iterations)
+        wall = events["iteration"].cpu_time_total
+        print(f"{wall / 1000 / args.iterations:.1f} ms an iteration on the CPU, {len(kernels)} kinds of kernels\n")
         counts = [[name, events[name].count / args.iterations] for name in WAITS if name in events]
         print(tabulate(counts, headers=["wait for the device", "times an iteration"], tablefmt="github"))
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Seconds and peak memory of a training iteration: the plain student, with one teacher forward, with each method.
 
-    benchmarks/step.py [--pair PAIR] [--methods NAME[+NAME] ...] [--rounds N] [--threads N] [--output FILE.json]
+    benchmarks/step.py [--pair PAIR] [--batch N] [--methods NAME[+NAME] ...] [--rounds N] [--threads N] [--output FILE.json]
 
 Times: all variants share one student and one teacher and take turns, round after round, in one process; the median of a
 variant's rounds, and the median of its ratio to student and teacher alone in the same round: to "student + teacher's neck" for
@@ -81,8 +81,8 @@ HEAD_PARTS = ("proposals", "towers")
 class Bench:
     """A student and a teacher of a pair, and the training step of any variant of them."""
 
-    def __init__(self, pair: str):
-        student_config, teacher_config, batch, size = PAIRS[pair]
+    def __init__(self, pair: str, batch: int | None = None):
+        student_config, teacher_config, usual_batch, size = PAIRS[pair]
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         opts = ["MODEL.DEVICE", self.device, "MODEL.WEIGHTS", ""]
         self.cfg = load_config(student_config, [*opts, "SOLVER.BASE_LR", TINY_RATE])
@@ -90,7 +90,7 @@ class Bench:
         self.student = _build(self.cfg)
         self.teacher = Teacher(_build(load_config(teacher_config, opts)))
         self.references = [PLAIN, *(name for name, needs in READ.items() if needs <= self.teacher.spec.provides)]
-        self.data = batch_of(batch, size, self.teacher.spec.num_classes)
+        self.data = batch_of(batch or usual_batch, size, self.teacher.spec.num_classes)
         self.cfg.DATASETS.TRAIN = (DATASET,)
         if DATASET in DatasetCatalog:
             DatasetCatalog.remove(DATASET)
@@ -234,6 +234,7 @@ def measure_memory(bench: Bench, variant: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", choices=PAIRS, default="tiny")
+    parser.add_argument("--batch", type=int, help="images an iteration (default that of the pair)")
     parser.add_argument("--methods", nargs="+", help="methods, joined by + (default all that go with the pair)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
@@ -241,7 +242,7 @@ def main() -> None:
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    bench = Bench(args.pair)
+    bench = Bench(args.pair, args.batch)
     if args.memory_of:
         print(measure_memory(bench, args.memory_of))
         return
@@ -250,7 +251,7 @@ def main() -> None:
     variants = [*bench.references, *methods]
     times = measure_times(bench, variants, args.rounds)
     alone = measure_alone(bench, methods, args.rounds)
-    options = ["--pair", args.pair, "--threads", args.threads]
+    options = ["--pair", args.pair, "--threads", args.threads, *(["--batch", args.batch] if args.batch else [])]
     memory = {
         v: measure_memory(bench, v)
         if bench.device == "cuda"
@@ -261,6 +262,7 @@ def main() -> None:
     ratios = {v: [a / b for a, b in zip(times[v], references[v])] for v in variants}
     result = {
         "pair": args.pair,
+        "batch": len(bench.data),
         "device": device_name(args.threads),
         "torch": torch.__version__,
         "variants": {
@@ -287,7 +289,9 @@ def main() -> None:
         for v in variants
     ]
     headers = ["", "s / iteration", "ratio", "lowest", "highest", "s alone", "of iteration", "memory MiB"]
-    print(f"{args.pair}, {result['device']}, torch {torch.__version__}, median of {args.rounds} interleaved rounds")
+    print(
+        f"{args.pair}, batch {result['batch']}, {result['device']}, torch {torch.__version__}, median of {args.rounds} interleaved rounds"
+    )
     print(
         tabulate(
             rows, headers=headers, floatfmt=("", ".4f", ".3f", ".3f", ".3f", ".4f", ".3f", ".0f"), tablefmt="github"

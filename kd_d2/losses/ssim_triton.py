@@ -1,7 +1,10 @@
 """The fused SSIM loss on a GPU: two Triton kernels, one to the loss and its slopes in the moments, one back to the student.
 
-Shape suffixes: N maps (images times channels), H W map. A program makes one tile of a map; a blur is the tile's part of the
-blur matrices of rows and columns times what they read, so reflected borders and adjoints need nothing of their own.
+Shape suffixes: N maps (images times channels), H W map. A program makes a tile of ROWS x COLUMNS cells, a column a thread: it
+blurs one line that the tile needs after the other along the line, by taps read through the cache, and adds the result, times the
+blur matrix's column, to all of the tile's lines at once, which stay in registers. Weights are read from blur matrices, so
+reflected borders and adjoints need nothing of their own. Passes over a map, each read or written once with ROWS + 2 * RADIUS lines
+for ROWS: two read and three written for the loss, five read and one written for the gradient.
 """
 
 from __future__ import annotations
@@ -14,8 +17,9 @@ from torch import Tensor
 from .gaussian import blur_matrix
 from .similarity import EPS, K1, K2, SIGMA
 
-TILE = 32
-"""Side of the cells that a program makes."""
+ROWS, COLUMNS = 8, 32
+"""The tile of cells that a program makes."""
+LAUNCH = {"num_warps": 1, "maxnreg": 128}
 
 
 def loss_and_gradient(
@@ -23,14 +27,13 @@ def loss_and_gradient(
 ) -> Tensor:
     """The mean loss; the gradient of the sum of SSIM / 4 goes to `gradient`."""
     B, C, H, W = student.shape
-    device, radius = student.device, window_size // 2
+    device = student.device
     rows, columns = (blur_matrix(side, window_size, SIGMA, torch.float32, device) for side in (H, W))
     offset_N = teacher.mean((-2, -1), dtype=torch.float32).flatten()
-    grid = (B * C, triton.cdiv(H, TILE), triton.cdiv(W, TILE))
+    grid = (B * C, triton.cdiv(H, ROWS), triton.cdiv(W, COLUMNS))
     sums = torch.empty(grid, dtype=torch.float32, device=device)
     slopes_3NHW = torch.empty((3, B * C, H, W) if gradient is not None else (0,), dtype=torch.float32, device=device)
-    read = triton.next_power_of_2(TILE + 2 * radius)
-    sizes = {"C": C, "H": H, "W": W, "RADIUS": radius, "TILE": TILE, "READ": read}
+    sizes = {"C": C, "H": H, "W": W, "RADIUS": window_size // 2, "ROWS": ROWS, "COLUMNS": COLUMNS, **LAUNCH}
     c1, c2 = (K1 * max_val) ** 2, (K2 * max_val) ** 2
     maps = (student, teacher, *student.stride(), *teacher.stride(), offset_N, rows, columns)
     with torch.cuda.device_of(student):
@@ -41,43 +44,46 @@ def loss_and_gradient(
 
 
 @triton.jit
-def _load(maps, stride_b, stride_c, stride_h, stride_w, n, y, x, is_inside, C):
-    """The cells (y, x) of map n in float32, 0 outside."""
-    start = maps + (n // C).to(tl.int64) * stride_b + (n % C).to(tl.int64) * stride_c
-    return tl.load(start + y * stride_h + x * stride_w, mask=is_inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _band(matrix, made, read, side, TRANSPOSED: tl.constexpr):
-    """The part (made, read) of a blur matrix, or of its transpose: 0 outside."""
-    is_inside = (made < side) & (read >= 0) & (read < side)
-    place = read * side + made if TRANSPOSED else made * side + read
-    return tl.load(matrix + place, mask=is_inside, other=0.0)
-
-
-@triton.jit
-def _blur(x, rows, columns):
-    """rows (TILE, READ) times x (READ, READ) times the transpose of columns (TILE, READ)."""
-    return tl.dot(tl.dot(rows, x, input_precision="ieee"), tl.trans(columns), input_precision="ieee")
+def _map(maps, stride_b, stride_c, n, C):
+    """Where map n begins."""
+    return maps + (n // C).to(tl.int64) * stride_b + (n % C).to(tl.int64) * stride_c
 
 
 @triton.jit
 def _similarity(
     student, teacher, s_b, s_c, s_h, s_w, t_b, t_c, t_h, t_w, offset_n, row_matrix, column_matrix, slopes, sums, c1, c2, eps,
-    C, H, W, WANTS_SLOPES: tl.constexpr, RADIUS: tl.constexpr, TILE: tl.constexpr, READ: tl.constexpr,
+    C, H, W, WANTS_SLOPES: tl.constexpr, RADIUS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The sum of q = SSIM / 4 over a tile, and the slopes of q in the blurred s, s^2 and s * t; see `ssim_chunks`."""
     n, i, j = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    made, read = tl.arange(0, TILE), tl.arange(0, READ) - RADIUS
-    y, x = (i * TILE + read)[:, None], (j * TILE + read)[None, :]
-    is_inside = (y >= 0) & (y < H) & (x >= 0) & (x < W)
+    row, column = (i * ROWS + tl.arange(0, ROWS))[:, None], (j * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    student, teacher = _map(student, s_b, s_c, n, C), _map(teacher, t_b, t_c, n, C)
     offset = tl.load(offset_n + n)
-    s = tl.where(is_inside, _load(student, s_b, s_c, s_h, s_w, n, y, x, is_inside, C) - offset, 0.0)
-    t = tl.where(is_inside, _load(teacher, t_b, t_c, t_h, t_w, n, y, x, is_inside, C) - offset, 0.0)
-    rows = _band(row_matrix, (i * TILE + made)[:, None], (i * TILE + read)[None, :], H, False)
-    columns = _band(column_matrix, (j * TILE + made)[:, None], (j * TILE + read)[None, :], W, False)
-    mean_s, mean_t = _blur(s, rows, columns), _blur(t, rows, columns)
-    squares, product = _blur(s * s + t * t, rows, columns), _blur(s * t, rows, columns)
+    mean_s = tl.zeros((ROWS, COLUMNS), tl.float32)
+    mean_t = tl.zeros((ROWS, COLUMNS), tl.float32)
+    squares = tl.zeros((ROWS, COLUMNS), tl.float32)
+    product = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for y in range(max(i * ROWS - RADIUS, 0), min((i + 1) * ROWS + RADIUS, H)):
+        line_s = tl.zeros((1, COLUMNS), tl.float32)
+        line_t = tl.zeros((1, COLUMNS), tl.float32)
+        line_squares = tl.zeros((1, COLUMNS), tl.float32)
+        line_product = tl.zeros((1, COLUMNS), tl.float32)
+        for tap in tl.static_range(-RADIUS, RADIUS + 1):
+            x = column + tap
+            is_inside = (x >= 0) & (x < W) & (column < W)
+            weight = tl.load(column_matrix + column * W + x, mask=is_inside, other=0.0)
+            s = tl.load(student + y * s_h + x * s_w, mask=is_inside, other=0.0).to(tl.float32) - offset
+            t = tl.load(teacher + y * t_h + x * t_w, mask=is_inside, other=0.0).to(tl.float32) - offset
+            weighted_s, weighted_t = weight * s, weight * t
+            line_s += weighted_s
+            line_t += weighted_t
+            line_squares += weighted_s * s + weighted_t * t
+            line_product += weighted_s * t
+        weight = tl.load(row_matrix + row * H + y, mask=row < H, other=0.0)
+        mean_s += weight * line_s
+        mean_t += weight * line_t
+        squares += weight * line_squares
+        product += weight * line_product
 
     a, b = mean_s * mean_t, mean_s * mean_s + mean_t * mean_t
     c = (product - a) + c2 / 2
@@ -87,7 +93,6 @@ def _similarity(
     b = true_s * true_s + true_t * true_t + c1
     inverse = 1 / (b * d + eps)
     q = a * c * inverse
-    row, column = (i * TILE + made)[:, None], (j * TILE + made)[None, :]
     is_cell = (row < H) & (column < W)
     program = (n * tl.num_programs(1) + i) * tl.num_programs(2) + j
     tl.store(sums + program, tl.sum(tl.where(is_cell, q, 0.0)))
@@ -103,26 +108,37 @@ def _similarity(
 @triton.jit
 def _adjoint(
     student, teacher, s_b, s_c, s_h, s_w, t_b, t_c, t_h, t_w, offset_n, row_matrix, column_matrix, slopes,
-    gradient, g_b, g_c, g_h, g_w, C, H, W, RADIUS: tl.constexpr, TILE: tl.constexpr, READ: tl.constexpr,
+    gradient, g_b, g_c, g_h, g_w, C, H, W, RADIUS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the sum of q in the student's cells of a tile: the slopes, blurred back."""
     n, i, j = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    made, read = tl.arange(0, TILE), tl.arange(0, READ) - RADIUS
-    y, x = (i * TILE + read)[:, None], (j * TILE + read)[None, :]
-    is_inside = (y >= 0) & (y < H) & (x >= 0) & (x < W)
-    rows = _band(row_matrix, (i * TILE + made)[:, None], (i * TILE + read)[None, :], H, True)
-    columns = _band(column_matrix, (j * TILE + made)[:, None], (j * TILE + read)[None, :], W, True)
-    place = slopes + (n.to(tl.int64) * H + y) * W + x
+    row, column = (i * ROWS + tl.arange(0, ROWS))[:, None], (j * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     level = tl.num_programs(0).to(tl.int64) * H * W
-    by_mean = _blur(tl.load(place, mask=is_inside, other=0.0), rows, columns)
-    by_square = _blur(tl.load(place + level, mask=is_inside, other=0.0), rows, columns)
-    by_product = _blur(tl.load(place + 2 * level, mask=is_inside, other=0.0), rows, columns)
+    by_mean_map = slopes + n.to(tl.int64) * H * W
+    by_square_map, by_product_map = by_mean_map + level, by_mean_map + 2 * level
+    by_mean = tl.zeros((ROWS, COLUMNS), tl.float32)
+    by_square = tl.zeros((ROWS, COLUMNS), tl.float32)
+    by_product = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for y in range(max(i * ROWS - RADIUS, 0), min((i + 1) * ROWS + RADIUS, H)):
+        line_mean = tl.zeros((1, COLUMNS), tl.float32)
+        line_square = tl.zeros((1, COLUMNS), tl.float32)
+        line_product = tl.zeros((1, COLUMNS), tl.float32)
+        for tap in tl.static_range(-RADIUS, RADIUS + 1):
+            x = column + tap
+            is_inside = (x >= 0) & (x < W) & (column < W)
+            weight = tl.load(column_matrix + x * W + column, mask=is_inside, other=0.0)
+            line_mean += weight * tl.load(by_mean_map + y * W + x, mask=is_inside, other=0.0)
+            line_square += weight * tl.load(by_square_map + y * W + x, mask=is_inside, other=0.0)
+            line_product += weight * tl.load(by_product_map + y * W + x, mask=is_inside, other=0.0)
+        weight = tl.load(row_matrix + y * H + row, mask=row < H, other=0.0)
+        by_mean += weight * line_mean
+        by_square += weight * line_square
+        by_product += weight * line_product
 
-    row, column = (i * TILE + made)[:, None], (j * TILE + made)[None, :]
     is_cell = (row < H) & (column < W)
     offset = tl.load(offset_n + n)
-    s = _load(student, s_b, s_c, s_h, s_w, n, row, column, is_cell, C) - offset
-    t = _load(teacher, t_b, t_c, t_h, t_w, n, row, column, is_cell, C) - offset
-    start = gradient + (n // C).to(tl.int64) * g_b + (n % C).to(tl.int64) * g_c
-    total = by_mean + 2 * s * by_square + t * by_product
-    tl.store(start + row * g_h + column * g_w, total.to(gradient.dtype.element_ty), mask=is_cell)
+    s = tl.load(_map(student, s_b, s_c, n, C) + row * s_h + column * s_w, mask=is_cell, other=0.0).to(tl.float32)
+    t = tl.load(_map(teacher, t_b, t_c, n, C) + row * t_h + column * t_w, mask=is_cell, other=0.0).to(tl.float32)
+    total = by_mean + 2 * (s - offset) * by_square + (t - offset) * by_product
+    place = _map(gradient, g_b, g_c, n, C) + row * g_h + column * g_w
+    tl.store(place, total.to(gradient.dtype.element_ty), mask=is_cell)

@@ -1,0 +1,110 @@
+#!/usr/bin/env python
+"""Whether kd_d2 is right and fast on this machine's GPU: tests, kernels, iterations, and where their time goes; in one folder.
+
+    benchmarks/gpu_check.py [--output output/gpu-check] [--only STAGE ...] [--minutes 8]
+
+Needs nothing from outside: data and weights are made up. A stage that does not end within its time is stopped, and the others go
+on. summary.md has the tables, one log a stage the rest. Exits with 1 if a stage failed.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+FAILED_TO_END = 124
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command of the check.
+
+    Attributes:
+        command: arguments of Python; {folder} is the output folder.
+        seconds: after which it is stopped.
+    """
+
+    command: list[str]
+    seconds: int
+
+
+def _benchmark(program: str, *arguments: str) -> list[str]:
+    return [str(HERE / program), *arguments]
+
+
+def _step(pair: str, batch: int) -> list[str]:
+    return _benchmark("step.py", "--pair", pair, "--batch", str(batch), "--rounds", "5", "--output", f"{{folder}}/step-{pair}-{batch}.json")  # fmt: skip
+
+
+STAGES = {
+    "environment": Stage(["-m", "detectron2.utils.collect_env"], 60),
+    "tests": Stage(["-m", "pytest", "-q", "-m", "slow or not slow", "-k", "cuda or gpu", "tests"], 180),
+    "ssim": Stage(_benchmark("ssim.py", "--output", "{folder}/ssim.json"), 90),
+    "step-coco-8": Stage(_step("coco", 8), 120),
+    "step-coco-16": Stage(_step("coco", 16), 150),
+    "step-coco-faster-rcnn-8": Stage(_step("coco-faster-rcnn", 8), 120),
+    "profile": Stage(
+        _benchmark("profile_step.py", "--pair", "coco", "--batch", "8", "--methods", "StructuralKD", "ICD"), 90
+    ),
+}
+
+
+def run_stage(stage: Stage, log: Path, deadline: float) -> int:
+    """The exit code of a stage; its output goes to the log."""
+    command = [sys.executable, *(argument.format(folder=log.parent) for argument in stage.command)]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    with log.open("w") as file:
+        try:
+            limit = max(1.0, min(stage.seconds, deadline - time.monotonic()))
+            return subprocess.run(
+                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=limit
+            ).returncode
+        except subprocess.TimeoutExpired:
+            return FAILED_TO_END
+
+
+def tables(log: Path) -> list[str]:
+    """The Markdown tables of a log, with the line above each."""
+    lines = log.read_text(errors="replace").splitlines()
+    kept = []
+    for above, line in zip(["", *lines], lines):
+        if line.startswith("|"):
+            kept += [line] if above.startswith("|") else ["", above, "", line]
+    return kept
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT / "output" / "gpu-check")
+    parser.add_argument(
+        "--only", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE", help=", ".join(STAGES)
+    )
+    parser.add_argument("--minutes", type=float, default=8.0, help="for all stages together")
+    args = parser.parse_args()
+    folder = args.output.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
+    summary, failed = ["# GPU check", "", "| stage | result | s |", "|---|---|---|"], []
+    details: list[str] = []
+    for name in args.only:
+        log, start = folder / f"{name}.log", time.monotonic()
+        code = run_stage(STAGES[name], log, begin + 60 * args.minutes)
+        result = {0: "passed", FAILED_TO_END: "stopped: out of time"}.get(code, f"failed with exit code {code}")
+        failed += [name] if code else []
+        print(f"{name}: {result}, {time.monotonic() - start:.0f} s, {log}", flush=True)
+        summary.append(f"| {name} | {result} | {time.monotonic() - start:.0f} |")
+        found = tables(log)
+        details += ["", f"## {name}", *found] if found else []
+    (folder / "summary.md").write_text("\n".join([*summary, *details, ""]))
+    print(f"{folder / 'summary.md'} has the tables" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""What the GPU's kernels ask of a GPU, read from what Triton's compiler makes of them on a machine without one."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+ARCHITECTURES = [75, 80, 90, 100]
+REGISTERS, STACK = 128, 64
+"""Bounds for a thread: registers, and bytes of stack, where what does not fit in registers goes."""
+
+POINTERS = {"student", "teacher", "gradient"}
+FLOAT_POINTERS = {"offset_n", "row_matrix", "column_matrix", "slopes", "sums"}
+FLOATS = {"c1", "c2", "eps"}
+KERNELS = {"_similarity": {"WANTS_SLOPES": True}, "_adjoint": {}}
+
+
+def _resources(kernel: str, architecture: int, dtype: str, folder: Path) -> dict[str, int]:
+    """Registers and bytes of stack of a thread, read from the compiled kernel."""
+    from kd_d2.losses import ssim_triton
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = getattr(ssim_triton, kernel)
+    constants = {"RADIUS": 5, "ROWS": ssim_triton.ROWS, "COLUMNS": ssim_triton.COLUMNS, **KERNELS[kernel]}
+
+    def type_of(name: str) -> str:
+        if name in constants:
+            return "constexpr"
+        if name in POINTERS:
+            return f"*{dtype}"
+        return "*fp32" if name in FLOAT_POINTERS else "fp32" if name in FLOATS else "i32"
+
+    source = ASTSource(
+        fn=function, signature={name: type_of(name) for name in function.arg_names}, constexprs=constants
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=ssim_triton.LAUNCH)
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    program = shutil.which("cuobjdump") or Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    usage = subprocess.run([program, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernels_keep_to_registers(kernel: str, architecture: int, tmp_path: Path) -> None:
+    """Check registers and stack of a thread for GPUs from Turing to Blackwell: a spill shows as stack."""
+    for dtype in ("fp32", "bf16"):
+        resources = _resources(kernel, architecture, dtype, tmp_path)
+        print(kernel, architecture, dtype, resources)
+        assert resources["REG"] <= REGISTERS and resources["STACK"] <= STACK, (dtype, resources)
