@@ -16,6 +16,7 @@ from .checkpoint import load_complete
 from .class_names import match_classes, names_in_checkpoint, names_in_data, names_in_training_set
 from .config import load_teacher_config
 from .lazy_teacher import build_lazy_teacher, is_lazy_config
+from .memory_format import has_channels_last
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class Teacher:
             model,
             flip_channels=input_format != cfg.INPUT.FORMAT,
             compiled=cfg.MODEL.KD.TEACHER.COMPILE,
-            channels_last=cfg.MODEL.KD.TEACHER.CHANNELS_LAST,
+            channels_last=has_channels_last(cfg, cfg.MODEL.KD.TEACHER.CHANNELS_LAST),
         )
 
     @property

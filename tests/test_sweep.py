@@ -12,7 +12,6 @@ from dataclasses import replace
 
 from kd_d2 import UserError
 from kd_d2.cli import main
-from kd_d2.config import load_config
 from kd_d2.sweep import SweepOptions, report, run_sweep, runner
 from kd_d2.sweep.costs import measure_costs
 from kd_d2.sweep.matrix import measured_settings, read_matrix
@@ -145,18 +144,6 @@ def test_fragments_are_laid_over_the_config(tmp_path):
     (tmp_path / "two.yaml").unlink()
     with pytest.raises(UserError, match=r"matrix.yaml: cell a: there is no file .*two.yaml"):
         read_matrix(str(tmp_path / "matrix.yaml"))
-
-
-def test_jobs_on_a_cpu_have_channels_last(tmp_path):
-    """Check of trainings and of the teacher's evaluation, that overrides go before it, and that it is no part of what is measured."""
-    matrix = read_matrix(write_matrix(tmp_path, MATRIX))
-    cell, folder = matrix.cell("better"), str(tmp_path)
-    for job in (training_job(cell, 0, folder, folder, []), teacher_evaluation(cell, folder, folder, [])):
-        start = job.command.index("SOLVER.CHANNELS_LAST")
-        assert job.command[start : start + 4] == list(map(str, runner.CHANNELS_LAST))
-    job = training_job(cell, 0, folder, folder, ["SOLVER.CHANNELS_LAST", "False"])
-    assert load_config(cell.config, job.command[3:]).SOLVER.CHANNELS_LAST is False
-    assert "SOLVER.CHANNELS_LAST" not in job.settings
 
 
 def test_the_teacher_is_evaluated_among_the_cells(tmp_path, monkeypatch):
@@ -455,10 +442,10 @@ def test_jobs_import_what_the_sweep_imports(tmp_path):
     matrix = read_matrix(write_matrix(tmp_path, MATRIX))
     cell, folder = matrix.cell("better"), str(tmp_path)
     for make, arguments in ((training_job, (cell, 0)), (teacher_evaluation, (cell,))):
-        command = make(*arguments, folder, folder, [], ["one.py", "two"]).command
+        command = make(*arguments, folder, folder, ["SOLVER.GAMMA", 0.2], ["one.py", "two"]).command
         start = command.index("--import")
         assert command[start : start + 4] == ["--import", "one.py", "--import", "two"]
-        assert start < command.index("SOLVER.CHANNELS_LAST")
+        assert start < command.index("SOLVER.GAMMA")
 
 
 def test_costs_of_images_that_have_to_be_padded(tmp_path):

@@ -61,8 +61,9 @@ class SolverKeys(Keys):
         "Parts into which a process divides its images of a batch, one forward and backward pass each, before the optimiser's step.",
     ] = 1
     channels_last: Annotated[
-        bool, "Train with channels last in memory: the same losses up to rounding, faster on CPUs."
-    ] = False
+        bool | None,
+        "Train with channels last in memory, with the same losses up to rounding; None does on a CPU, where it is faster.",
+    ] = None
     checkpoint_minutes: Annotated[
         float,
         AtLeast(0),
@@ -111,8 +112,8 @@ class TeacherKeys(Keys):
         "Compile the teacher's backbone (torch.compile): a minute or two at the start, then a faster forward pass.",
     ] = False
     channels_last: Annotated[
-        bool, "Keep the teacher's weights with channels last, which mixed precision on a GPU prefers."
-    ] = False
+        bool | None, "Keep the teacher's weights with channels last in memory; None does on a CPU, where it is faster."
+    ] = None
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from ..data import build_stream_loader, build_test_loader
 from ..errors import DISK_IS_FULL, UserError
 from ..evaluation import build_evaluator
 from ..inheritance import inherit
+from ..memory_format import has_channels_last
 from ..meta_arch import KDMetaArch, student_of
 from ..random_state import preserved_random_state
 from ..teacher import Teacher
@@ -59,7 +60,7 @@ class KDTrainer(DefaultTrainer):
         self.stop = StopRequest()
 
         self.bare_model = self.build_model(cfg)
-        if cfg.SOLVER.CHANNELS_LAST:
+        if has_channels_last(cfg, cfg.SOLVER.CHANNELS_LAST):
             self.bare_model.to(memory_format=torch.channels_last)
         check_classes(cfg, self.bare_model)
         optimizer, auxiliary = build_optimizers(cfg, self.bare_model)

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from ..config import load_config
 from ..engine.stop_request import exit_on_sigterm
 from ..errors import UserError
 from ..files import write_json
@@ -33,8 +32,6 @@ from .results import (
 PROGRAM = (sys.executable, "-m", "kd_d2")
 logger = logging.getLogger(__name__)
 
-# The same losses up to rounding, in less time on a CPU (benchmarks/README.md).
-CHANNELS_LAST = ("SOLVER.CHANNELS_LAST", True, "MODEL.KD.TEACHER.CHANNELS_LAST", True)
 # Idle threads sleep. Those that spin, the OpenMP runtimes' default, take the cores that other jobs need.
 SLEEPING_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
 
@@ -122,7 +119,7 @@ def training_job(cell: Cell, seed: int, output: str, results: str, opts: list[An
         imports: modules and files that the process imports first.
     """
     folder = os.path.join(output, cell.name, f"seed{seed}")
-    opts = [*_fast_layout(cell, opts), *opts, *cell.opts]
+    opts = [*opts, *cell.opts]
     command = ["train", cell.config, "--resume", *_import_options(imports)]
     command += [*_as_arguments(opts), "SEED", str(seed), "OUTPUT_DIR", folder]
     return Job(
@@ -133,7 +130,7 @@ def training_job(cell: Cell, seed: int, output: str, results: str, opts: list[An
 def teacher_evaluation(cell: Cell, output: str, results: str, opts: list[Any], imports: Sequence[str] = ()) -> Job:
     """Evaluate the teacher that a student's config names; see `training_job`."""
     folder = os.path.join(output, "teacher")
-    opts = [*_fast_layout(cell, opts), *opts, *cell.opts]
+    opts = [*opts, *cell.opts]
     command = ["eval", "--teacher-of", cell.config, *_import_options(imports)]
     command += [*_as_arguments(opts), "OUTPUT_DIR", folder]
     settings = {k: v for k, v in measured_settings(cell.config, opts).items() if k.startswith(("INPUT.", "DATASETS."))}
@@ -151,11 +148,6 @@ def teacher_training(
     job = training_job(matrix.teacher, matrix.teacher.seeds[0], output, results, opts, imports)
     config, weights = (os.path.join(job.output, name) for name in ("student.yaml", "model_final.pth"))
     return job, ["MODEL.KD.TEACHER.CONFIG_FILE", config, "MODEL.KD.TEACHER.WEIGHTS", weights]
-
-
-def _fast_layout(cell: Cell, opts: list[Any]) -> tuple[Any, ...]:
-    """Overrides for a cell that runs on a CPU, where the later ones say nothing else."""
-    return CHANNELS_LAST if load_config(cell.config, [*opts, *cell.opts]).MODEL.DEVICE == "cpu" else ()
 
 
 def _import_options(imports: Sequence[str]) -> list[str]:
