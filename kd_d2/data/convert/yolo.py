@@ -1,0 +1,237 @@
+"""YOLO: a text file an image, with classes and splits in a data.yaml, as Ultralytics and Roboflow write it, or in lists of names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...errors import UserError
+from ...plain_yaml import read_plain_yaml
+from ..coco.ids import whole_number
+from .labels import REMEDY, LabelledBox, LabelledImage, Labels, read_box
+from .source import Source
+
+NAME_LISTS = ("classes.txt", "obj.names", "predefined_classes.txt")
+YAML_SPLITS = ("train", "val", "test")
+LARGEST_FRACTION = 2.0
+
+
+@dataclass
+class Description:
+    """What a data.yaml, or a list of names, says.
+
+    Attributes:
+        file: below the folder.
+        names: classes by number.
+        splits: by name the folders and lists of images, as they are written.
+        folder: the yaml's `path`.
+        keypoint_values: numbers behind the box on a line of a set with keypoints.
+    """
+
+    file: str
+    names: dict[int, str]
+    splits: dict[str, list[str]] = field(default_factory=dict)
+    folder: str = ""
+    keypoint_values: int = 0
+
+
+def recognizes(source: Source) -> bool:
+    if any(_is_description(file) for file in source.files) and source.having(".txt"):
+        return True
+    texts = frozenset(source.having(".txt"))
+    return any(candidate in texts for image in source.images[:50] for candidate in _label_files(image))
+
+
+def read(source: Source) -> Labels:
+    """Read the labels of all images of the splits; an image without a file of labels is one without objects, as for Ultralytics.
+
+    Raises:
+        UserError: there is no list of classes, a split's images are not there, or a line cannot be read.
+    """
+    description = _read_description(source)
+    labels = Labels(classes=list(description.names.values()), lists_images=True)
+    texts, used = frozenset(source.having(".txt")), set()
+    for split, images in _images_of_splits(source, description).items():
+        for image in images:
+            with source.may_be_broken():
+                found = next((file for file in _label_files(image) if file in texts), None)
+                if found:
+                    used.add(found)
+                    labels.add(split, _read_labels(source, image, found, description))
+                elif source.options.unlabelled != "drop":
+                    source.notes.add("images without a file of labels taken as images without objects", image)
+                    labels.add(split, LabelledImage(image, [], source.path(image)))
+    stems = {os.path.splitext(os.path.basename(image))[0] for image in source.images}
+    for file in sorted(texts - used):
+        folder, name = os.path.split(file)
+        if os.path.basename(folder) == "labels" and os.path.splitext(name)[0] not in stems:
+            source.notes.add("files of labels left out that belong to no image", file)
+    return labels
+
+
+def _read_labels(source: Source, image: str, file: str, description: Description) -> LabelledImage:
+    boxes: list[LabelledBox] = []
+    path, size = source.path(file), source.size_of(image)
+    for number, line in enumerate(source.read_text(file).splitlines(), 1):
+        if line.strip():
+            with source.may_be_broken():
+                boxes.append(_read_line(source, f"{path}: its line {number}", line.split(), size, description))
+    return LabelledImage(image, boxes, path)
+
+
+def _read_line(
+    source: Source, where: str, values: list[str], size: tuple[int, int], description: Description
+) -> LabelledBox:
+    from globox import BoundingBox, BoxFormat
+
+    count = len(values)
+    if description.keypoint_values and count == 5 + description.keypoint_values:
+        source.notes.add("keypoints left out", where)
+        values = values[:5]
+    if count == 6:
+        source.notes.add("scores behind boxes left out", where)
+        values = values[:5]
+    line = " ".join(values)
+    if len(values) == 5:
+        box = read_box(where, BoundingBox.from_txt, line, box_format=BoxFormat.XYWH, relative=True, image_size=size)
+    else:
+        box = read_box(where, BoundingBox.from_yolo_seg, line, image_size=size)
+        source.notes.add("outlines and rotated boxes read as the upright boxes around them", where)
+    if any(abs(float(value)) > LARGEST_FRACTION for value in values[1:]):
+        raise UserError(f"{where} has a number above {LARGEST_FRACTION:g}, while YOLO's are fractions of the image: {REMEDY}.")
+    label = whole_number(box.label) if whole_number(box.label) is not None else _from_float(box.label)
+    if label not in description.names:
+        raise UserError(
+            f"{where} is of class {box.label}, while {source.path(description.file)} has the classes 0 to "
+            f"{max(description.names)}: add its name there, or correct the line."
+        )
+    box.label = description.names[label]
+    return box
+
+
+def _from_float(text: str) -> int | None:
+    """The whole number of "1.0e+00", as numpy.savetxt writes it."""
+    try:
+        return whole_number(float(text))
+    except ValueError:
+        return None
+
+
+def _label_files(image: str) -> Iterator[str]:
+    """Where the labels of an image may be: in the folder `labels` in place of `images`, or beside it."""
+    folder, name = os.path.split(image)
+    text = os.path.splitext(name)[0] + ".txt"
+    parts = folder.split(os.sep)
+    for place in reversed(range(len(parts))):
+        if parts[place].lower() == "images":
+            yield os.path.join(*parts[:place], "labels", *parts[place + 1 :], text)
+    yield os.path.join(folder, text)
+    yield os.path.join(folder, "labels", text)
+    yield os.path.join(os.path.dirname(folder), "labels", text)
+
+
+# ------------------------------------------------------------------------------------ classes and splits
+
+
+def _is_description(file: str) -> bool:
+    return file.lower().endswith((".yaml", ".yml")) or os.path.basename(file) in NAME_LISTS
+
+
+def _read_description(source: Source) -> Description:
+    found = [file for file in source.files if file.lower().endswith((".yaml", ".yml"))]
+    described = [(file, tree) for file in found if "names" in (tree := _read_yaml(source, file))]
+    if len(described) > 1:
+        raise UserError(
+            f"IN: {source.folder} has several yaml files with names, {described[0][0]} and {described[1][0]}: convert the folder "
+            "of one data set."
+        )
+    if described:
+        return _from_yaml(source, *described[0])
+    for file in source.files:
+        if os.path.basename(file) in NAME_LISTS:
+            lines = [line.strip() for line in source.read_text(file).splitlines()]
+            return _checked(source, Description(file, {number: line for number, line in enumerate(lines) if line}))
+    raise UserError(
+        f"IN: {source.folder} has no data.yaml with the names of the classes: write one, such as 'names: [cat, dog]'."
+    )
+
+
+def _read_yaml(source: Source, file: str) -> dict[str, Any]:
+    tree = read_plain_yaml(source.path(file), source.path(file))
+    return tree if isinstance(tree, dict) else {}
+
+
+def _from_yaml(source: Source, file: str, tree: dict[str, Any]) -> Description:
+    path, names = source.path(file), tree["names"]
+    if isinstance(names, list):
+        names = dict(enumerate(names))
+    if not isinstance(names, dict) or not names or any(whole_number(key) is None for key in names):
+        raise UserError(f"{path}: its names must be a list, or numbers with names, such as '0: cat'.")
+    numbered = {whole_number(key): str(name).strip() for key, name in names.items()}
+    description = Description(file, dict(sorted(numbered.items())), folder=str(tree.get("path") or ""))
+    for split in YAML_SPLITS:
+        entries = tree.get(split) or tree.get("valid" if split == "val" else split)
+        entries = entries if isinstance(entries, list) else [entries]
+        description.splits |= {split: [str(entry) for entry in entries]} if entries[0] else {}
+    shape = tree.get("kpt_shape")
+    if isinstance(shape, list) and len(shape) == 2 and all(isinstance(side, int) for side in shape):
+        description.keypoint_values = shape[0] * shape[1]
+    return _checked(source, description)
+
+
+def _checked(source: Source, description: Description) -> Description:
+    names = list(description.names.values())
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None or "" in names:
+        raise UserError(f"{source.path(description.file)}: two classes are called {twice!r}; give each its own name.")
+    return description
+
+
+def _images_of_splits(source: Source, description: Description) -> dict[str, list[str]]:
+    """By name the images of a split, as the yaml says; where it says nothing, as folders are called."""
+    splits: dict[str, list[str]] = {}
+    for split, entries in description.splits.items():
+        images = [image for entry in entries for image in _images_of(source, description, entry)]
+        if images:
+            splits[split] = list(dict.fromkeys(images))
+        elif split == "train":
+            raise UserError(
+                f"{source.path(description.file)}: its images for {split} are not in {source.folder}: {entries[0]}; correct the path."
+            )
+        else:
+            source.notes.add("splits of the yaml file left out that have no images", f"{split}, {entries[0]}")
+    if not splits:
+        for image in source.images:
+            splits.setdefault(source.split_of(image), []).append(image)
+    return splits
+
+
+def _images_of(source: Source, description: Description, entry: str) -> list[str]:
+    """The images that an entry of a split means: a folder, or a text file with a path a line; whatever stands before the part that
+    is there is taken for another machine's.
+    """
+    place = _place_of(source, description, entry)
+    if place is None:
+        return []
+    if place in source.files:
+        names = [line.strip() for line in source.read_text(place).splitlines() if line.strip()]
+        images = [source.find_image(name, place) for name in names]
+        for name, image in zip(names, images):
+            if image is None:
+                with source.may_be_broken():
+                    raise UserError(f"{source.path(place)} lists {name}, which is not in {source.folder}: {REMEDY}.")
+        return [image for image in images if image is not None]
+    return [image for image in source.images if place == "." or image.startswith(place + os.sep)]
+
+
+def _place_of(source: Source, description: Description, entry: str) -> str | None:
+    base = os.path.dirname(description.file)
+    parts = [part for part in entry.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+    tails = [os.path.join(*parts[start:]) for start in range(len(parts))]
+    for name in (os.path.join(description.folder, entry), entry, *tails):
+        place = os.path.normpath(os.path.join(base, name))
+        if place in source.files or os.path.isdir(source.path(place)) and not place.startswith(("..", os.sep)):
+            return place
+    return None
