@@ -398,8 +398,13 @@ def test_entities_and_huge_files_are_refused(tmp_path: Path, monkeypatch: pytest
     bomb = f'<!DOCTYPE a [<!ENTITY l0 "ha">{laughs}]><annotation><filename>&l11;</filename></annotation>'
     for encoding in ("utf-8", "utf-16"):
         (root / "xml/a.xml").write_bytes(bomb.encode(encoding))
-        assert refusal(root, "voc") == "xml/a.xml declares the entity 'l0', which labels do not need: remove its DOCTYPE."
-    text(root / "xml/a.xml", '<!DOCTYPE a [<!ENTITY f SYSTEM "file:///etc/passwd">]><annotation><filename>&f;</filename></annotation>')
+        assert (
+            refusal(root, "voc") == "xml/a.xml declares the entity 'l0', which labels do not need: remove its DOCTYPE."
+        )
+    text(
+        root / "xml/a.xml",
+        '<!DOCTYPE a [<!ENTITY f SYSTEM "file:///etc/passwd">]><annotation><filename>&f;</filename></annotation>',
+    )
     assert "declares the entity 'f'" in refusal(root, "voc")
     monkeypatch.setattr(source_module, "LARGEST_FILE", 2**10)
     text(root / "xml/a.xml", voc_xml("a.jpg" + " " * 2**10))
@@ -632,7 +637,10 @@ def test_open_images(tmp_path: Path) -> None:
 def test_a_coco_export_of_roboflow(tmp_path: Path) -> None:
     """Check that the placeholder category goes, and that splits with images of the same name are kept apart."""
     root = tmp_path / "set"
-    categories = [{"id": 0, "name": "cells", "supercategory": "none"}, {"id": 1, "name": "RBC", "supercategory": "cells"}]
+    categories = [
+        {"id": 0, "name": "cells", "supercategory": "none"},
+        {"id": 1, "name": "RBC", "supercategory": "cells"},
+    ]
     for split in ("train", "valid"):
         picture(root / split / "a.jpg")
         image = {"id": 0, "file_name": "a.jpg", "width": 40, "height": 30}
@@ -653,15 +661,16 @@ def test_a_share_for_validation(tmp_path: Path) -> None:
     """Check that the split depends on the names alone, and that both parts together are the whole."""
     written = Written(tmp_path)
     as_yolo(written)
-    whole = text(written.root / "data.yaml", "names: [red, green, blue]") and boxes(run(written.root)["all"])
+    text(written.root / "data.yaml", "names: [red, green, blue]")
+    whole = boxes(run(written.root)["all"])
     parts = {split: boxes(tree) for split, tree in run(written.root, val_share=0.3).items()}
     assert {split: len(part) for split, part in parts.items()} == {"train": 4, "val": 2}
     assert parts["train"] | parts["val"] == whole
     assert {split: boxes(tree) for split, tree in run(written.root, val_share=0.3).items()} == parts
-    with pytest.raises(UserError, match="--val-share 0.01 of 6 images leaves no image for train or val"):
+    with pytest.raises(UserError, match=r"--val-share 0\.01 of 6 images leaves no image for train or val"):
         run(written.root, val_share=0.01)
     text(written.root / "data.yaml", "{names: [red, green, blue], train: images, val: images}")
-    with pytest.raises(UserError, match="--val-share: .* has the splits train, val already; leave it out."):
+    with pytest.raises(UserError, match=r"--val-share: .* has the splits train, val already; leave it out\."):
         run(written.root, val_share=0.3)
 
 

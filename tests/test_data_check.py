@@ -54,7 +54,13 @@ def found(sets: list[DataSet], **keywords: object) -> tuple[list[str], list[str]
 def test_counts_by_hand() -> None:
     """Check sizes at COCO's borders, crowds, images without boxes and percentiles."""
     images = [{"id": i, "file_name": f"{i}.jpg", "width": 100 * i, "height": 200} for i in (1, 2, 3, 4)]
-    boxes = [(1, 1, [0, 0, 31, 33]), (1, 1, [0, 0, 32, 32]), (1, 2, [0, 0, 96, 95]), (2, 1, [0, 0, 96, 96]), (3, 2, [0, 0, 1, 1])]
+    boxes = [
+        (1, 1, [0, 0, 31, 33]),
+        (1, 1, [0, 0, 32, 32]),
+        (1, 2, [0, 0, 96, 95]),
+        (2, 1, [0, 0, 96, 96]),
+        (3, 2, [0, 0, 1, 1]),
+    ]
     annotations = [
         {"id": n, "image_id": i, "category_id": c, "bbox": b, "area": b[2] * b[3], "iscrowd": int(n == 5)}
         for n, (i, c, b) in enumerate(boxes, 1)
@@ -163,7 +169,9 @@ def test_images_that_cannot_be_used(pair: list[DataSet], images: int | None, exp
     Image.new("RGB", (60, 64)).save(Path(pair[1].folder) / "005.png")
     errors, warnings = found(pair, images=images)
     assert warnings == []
-    counts = [next((int(e.split(": ")[1].split()[0]) for e in errors if e.startswith(role)), 0) for role in ("train", "test")]
+    counts = [
+        next((int(e.split(": ")[1].split()[0]) for e in errors if e.startswith(role)), 0) for role in ("train", "test")
+    ]
     assert counts == expected
     if images is None:
         assert errors[0] == (
@@ -203,7 +211,10 @@ def test_the_command_on_files(pair: list[DataSet], tmp_path: Path, capsys: pytes
     main(arguments)
     printed = capsys.readouterr().out
     assert f"train: annotations.json, {pair[0].json_file}\n6 images, 1 of them without annotations; 9 boxes;" in printed
-    assert "nothing that stops or falsifies a training in annotations, file contents and up to 200 images of each set" in printed
+    assert (
+        "nothing that stops or falsifies a training in annotations, file contents and up to 200 images of each set"
+        in printed
+    )
     written = json.loads((tmp_path / "out/check.json").read_text())
     assert [entry["role"] for entry in written["sets"]] == ["train", "test"]
     assert sum(c["small"] + c["medium"] + c["large"] for c in written["sets"][0]["classes"]) == 9
@@ -223,7 +234,10 @@ def test_the_command_on_a_config(tmp_path: Path, capsys: pytest.CaptureFixture) 
     with pytest.raises(SystemExit) as ended:
         main(["data", "check", str(project.student), "--images", "all"])
     assert ended.value.code == 1
-    assert f"{project.name}, {project.name}: 6 of 6 images for testing are in the training set too" in capsys.readouterr().out
+    assert (
+        f"{project.name}, {project.name}: 6 of 6 images for testing are in the training set too"
+        in capsys.readouterr().out
+    )
     sets, skips = sets_of_config(str(project.student), ["DATALOADER.SKIP_UNUSABLE_IMAGES", "True"])
     assert [(s.role, s.name, s.json_file) for s in sets] == [
         (role, project.name, str(project.annotations)) for role in ("train", "test")

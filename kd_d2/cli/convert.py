@@ -38,7 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="images without labels: without objects, or left out (default: keep for YOLO, drop for others)",
     )
     parser.add_argument(
-        "--val-share", type=float, default=0.0, metavar="S", help="share of a set without splits that becomes val, such as 0.2"
+        "--val-share",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="share of a set without splits that becomes val, such as 0.2",
     )
     parser.add_argument("--drop-broken", action="store_true", help="leave out what cannot be read, and say how much")
     parser.add_argument("--overwrite", action="store_true", help="replace the files of an earlier conversion")

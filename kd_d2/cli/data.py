@@ -21,7 +21,10 @@ from .log import print_log
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     check = actions.add_parser(
-        "check", help="print classes, sizes and what is wrong", formatter_class=parser.formatter_class, description=__doc__
+        "check",
+        help="print classes, sizes and what is wrong",
+        formatter_class=parser.formatter_class,
+        description=__doc__,
     )
     check.add_argument("config_file", nargs="?", metavar="CONFIG", help="a config, in place of --train and --test")
     for role in ("train", "test"):
@@ -33,9 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar=("JSON", "IMAGES"),
             help=f"a COCO json for {role}ing, and the folder of its images; may be repeated",
         )
-    check.add_argument("--images", default="200", metavar="N", help="images of each set that are read, or all (default 200)")
+    check.add_argument(
+        "--images", default="200", metavar="N", help="images of each set that are read, or all (default 200)"
+    )
     check.add_argument("--output", metavar="DIR", help="folder of check.json and samples.png (default: not written)")
-    check.add_argument("--samples", type=int, default=12, metavar="N", help="images of each set in samples.png (default 12)")
+    check.add_argument(
+        "--samples", type=int, default=12, metavar="N", help="images of each set in samples.png (default 12)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -51,7 +58,10 @@ def run(args: argparse.Namespace) -> None:
     if given and args.opts:
         raise UserError(f"The override {args.opts[0]} changes nothing without a CONFIG.")
     if given:
-        sets, skips = [DataSet(role, os.path.basename(json_file), json_file, folder) for role, json_file, folder in given], False
+        sets, skips = (
+            [DataSet(role, os.path.basename(json_file), json_file, folder) for role, json_file, folder in given],
+            False,
+        )
     else:
         sets, skips = sets_of_config(args.config_file, args.opts)
     if args.output:

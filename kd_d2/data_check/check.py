@@ -53,7 +53,9 @@ class DataCheck:
     def _verdict(self) -> str:
         read = "all images" if self.checked_images is None else f"up to {self.checked_images} images of each set"
         found = f"{len(self.errors)} errors" if self.errors else "nothing that stops or falsifies a training"
-        return f"{found} in annotations, file contents and {read} read ({len(self.findings) - len(self.errors)} warnings)"
+        return (
+            f"{found} in annotations, file contents and {read} read ({len(self.findings) - len(self.errors)} warnings)"
+        )
 
     def as_tree(self) -> dict[str, Any]:
         """Everything in types that JSON has."""

@@ -108,6 +108,11 @@ def find_between(
     if shared != [name for name in data.class_names if name in train_data.class_names]:
         yield Finding(False, where, f"{others} has its classes in another order; they are matched by name.")
     with_boxes = [{entry.name for entry in statistics.classes if entry.boxes} for statistics in counts]
-    for names, here, there in ((with_boxes[0] - with_boxes[1], train, others), (with_boxes[1] - with_boxes[0], others, train)):
+    for names, here, there in (
+        (with_boxes[0] - with_boxes[1], train, others),
+        (with_boxes[1] - with_boxes[0], others, train),
+    ):
         if names:
-            yield Finding(False, where, f"classes with boxes in {here} alone, not in {there}: {', '.join(sorted(names))}.")
+            yield Finding(
+                False, where, f"classes with boxes in {here} alone, not in {there}: {', '.join(sorted(names))}."
+            )

@@ -61,7 +61,10 @@ def _image_folder(source: Source, file: str, split: str) -> str:
     beside = os.path.dirname(file)
     above = os.path.dirname(beside)
     names = [part for part in (split, "images") if part != WHOLE]
-    places = [os.path.join(above, "images", split), *(os.path.join(place, n) for place in (beside, above) for n in names)]
+    places = [
+        os.path.join(above, "images", split),
+        *(os.path.join(place, n) for place in (beside, above) for n in names),
+    ]
     for place in [*places, beside, above]:
         if any(image.startswith(os.path.join(place, "")) for image in source.images):
             return source.path(place) if place else source.folder

@@ -77,7 +77,12 @@ class Conversion:
 
 
 def convert(
-    folder: str, output: str, format: str | None = None, options: ConvertOptions | None = None, *, overwrite: bool = False
+    folder: str,
+    output: str,
+    format: str | None = None,
+    options: ConvertOptions | None = None,
+    *,
+    overwrite: bool = False,
 ) -> Conversion:
     """Write a data set as COCO json, one file a split; its images stay where they are.
 
@@ -141,6 +146,11 @@ def _config(splits: dict[str, SplitFile]) -> str:
     lines = ["DATASETS:", "  COCO_JSON:"]
     lines += [f"    - {json.dumps([s.dataset, s.file, s.folder], ensure_ascii=False)}" for s in splits.values()]
     lines += [f"  TRAIN: [{splits[train].dataset}]" if train else "  TRAIN: []"]
-    lines += [f"  TEST: [{splits[test].dataset}]" if test else "  TEST: [] # name a set here, or convert with --val-share"]
+    lines += [
+        f"  TEST: [{splits[test].dataset}]" if test else "  TEST: [] # name a set here, or convert with --val-share"
+    ]
     classes = max(len(split.boxes) for split in splits.values())
-    return "\n".join([*lines, f"# {classes} classes: NUM_CLASSES of the detector, such as MODEL.RETINANET.NUM_CLASSES"]) + "\n"
+    return (
+        "\n".join([*lines, f"# {classes} classes: NUM_CLASSES of the detector, such as MODEL.RETINANET.NUM_CLASSES"])
+        + "\n"
+    )

@@ -54,9 +54,7 @@ def _add_image(source: Source, file: str, name: str, labels: Labels) -> Labelled
     return image
 
 
-def _read_row(
-    source: Source, where: str, row: dict[str, Any], image: str, names: dict[str, str]
-) -> LabelledBox:
+def _read_row(source: Source, where: str, row: dict[str, Any], image: str, names: dict[str, str]) -> LabelledBox:
     from globox import BoundingBox
 
     def create() -> BoundingBox:

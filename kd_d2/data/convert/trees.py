@@ -135,7 +135,9 @@ def share_out(splits: dict[str, Split], share: float, source: Source) -> dict[st
         raise UserError(f"--val-share {share} of {len(by_hash)} images leaves no image for train or val.")
     chosen = {image["id"] for image in by_hash[:count]}
     return {
-        name: Split(_part(whole.tree, {i["id"] for i in by_hash if (i["id"] in chosen) == (name == "val")}), whole.folder)
+        name: Split(
+            _part(whole.tree, {i["id"] for i in by_hash if (i["id"] in chosen) == (name == "val")}), whole.folder
+        )
         for name in ("train", "val")
     }
 

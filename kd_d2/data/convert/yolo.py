@@ -100,7 +100,9 @@ def _read_line(
         box = read_box(where, BoundingBox.from_yolo_seg, line, image_size=size)
         source.notes.add("outlines and rotated boxes read as the upright boxes around them", where)
     if any(abs(float(value)) > LARGEST_FRACTION for value in values[1:]):
-        raise UserError(f"{where} has a number above {LARGEST_FRACTION:g}, while YOLO's are fractions of the image: {REMEDY}.")
+        raise UserError(
+            f"{where} has a number above {LARGEST_FRACTION:g}, while YOLO's are fractions of the image: {REMEDY}."
+        )
     label = whole_number(box.label) if whole_number(box.label) is not None else _from_float(box.label)
     if label not in description.names:
         raise UserError(
@@ -232,6 +234,6 @@ def _place_of(source: Source, description: Description, entry: str) -> str | Non
     tails = [os.path.join(*parts[start:]) for start in range(len(parts))]
     for name in (os.path.join(description.folder, entry), entry, *tails):
         place = os.path.normpath(os.path.join(base, name))
-        if place in source.files or os.path.isdir(source.path(place)) and not place.startswith(("..", os.sep)):
+        if place in source.files or (os.path.isdir(source.path(place)) and not place.startswith(("..", os.sep))):
             return place
     return None
