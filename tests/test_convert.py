@@ -502,6 +502,8 @@ def test_splits_of_yolo(tmp_path: Path, description: str) -> None:
     ("description", "sentence"),
     [
         ("nc: 2", "IN: IN_FOLDER has no data.yaml with the names of the classes: write one, such as 'names: [cat, dog]'."),
+        ("names: []", "data.yaml names no classes, or one of them with an empty name; give each a name."),
+        ("names: ['']", "data.yaml names no classes, or one of them with an empty name; give each a name."),
         ("names: 3", "data.yaml: its names must be a list, or numbers with names, such as '0: cat'."),
         ("names: {cat: 0}", "data.yaml: its names must be a list, or numbers with names, such as '0: cat'."),
         ("names: [cat, cat]", "data.yaml: two classes are called 'cat'; give each its own name."),
@@ -715,6 +717,25 @@ def test_options_that_are_wrong(tmp_path: Path, capsys: pytest.CaptureFixture) -
         with pytest.raises(SystemExit):
             main(["convert", "a", "b", *arguments])
         assert capsys.readouterr().err == f"error: {sentence}\n"
+
+
+@pytest.mark.parametrize(
+    ("format", "options", "sentence"),
+    [
+        ("yolo", {"first_pixel": 0}, "--first-pixel changes nothing for YOLO: leave it out."),
+        ("cvat", {"difficult": "drop"}, "--difficult changes nothing for CVAT for images: leave it out."),
+        ("coco", {"drop_broken": True}, "--drop-broken changes nothing for COCO: leave it out."),
+        (
+            "voc",
+            {"unlabelled": "keep", "drop_broken": True},
+            "--unlabelled keep and --drop-broken exclude each other: an image",
+        ),
+    ],
+)
+def test_options_that_do_not_fit_the_format(tmp_path: Path, format: str, options: dict, sentence: str) -> None:
+    written = Written(tmp_path)
+    WRITERS[format](written)
+    assert refusal(written.root, **options).startswith(sentence)
 
 
 def test_without_globox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

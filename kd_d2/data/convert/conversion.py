@@ -6,14 +6,14 @@ import json
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from tabulate import tabulate
 
 from ...engine.checks import check_output_folder
 from ...errors import UserError, printable
 from ...files import write_json, write_text
-from .formats import find_format
+from .formats import Format, find_format
 from .source import WHOLE, ConvertOptions, Source
 from .trees import Split, share_out
 
@@ -99,6 +99,7 @@ def convert(
     options = options or ConvertOptions()
     source = Source(os.path.abspath(folder), options, without=os.path.abspath(output))
     form = find_format(source, format)
+    _check_options(options, form)
     splits = form.read(source)
     if options.val_share:
         splits = share_out(splits, options.val_share, source)
@@ -114,6 +115,17 @@ def convert(
     written = {name: _describe(f"{title}_{name}", files[name], split) for name, split in splits.items()}
     write_text(config, _config(written))
     return Conversion(form.title, written, source.notes.sentences(), config)
+
+
+def _check_options(options: ConvertOptions, form: Format) -> None:
+    for field in fields(options):
+        if getattr(options, field.name) != field.default and field.name not in form.options:
+            raise UserError(f"--{field.name.replace('_', '-')} changes nothing for {form.title}: leave it out.")
+    if options.unlabelled == "keep" and options.drop_broken:
+        raise UserError(
+            "--unlabelled keep and --drop-broken exclude each other: an image whose labels cannot be read would count as one without "
+            "objects."
+        )
 
 
 def _checked(split: str) -> str:

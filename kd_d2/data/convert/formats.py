@@ -21,29 +21,31 @@ class Format:
         title: for messages.
         recognizes: whether a folder looks like it.
         read: the splits by name.
+        options: those of ConvertOptions that make a difference.
     """
 
     title: str
     recognizes: Callable[[Source], bool]
     read: Callable[[Source], dict[str, Split]]
+    options: frozenset[str]
 
 
-def _through_globox(title: str, module: ModuleType) -> Format:
+def _through_globox(title: str, module: ModuleType, *options: str) -> Format:
     def read(source: Source) -> dict[str, Split]:
         if find_spec("globox") is None:
             raise UserError(f"{title} is read by the package globox: pip install 'kd_d2[convert]'.")
         return build_splits(module.read(source), source)
 
-    return Format(title, module.recognizes, read)
+    return Format(title, module.recognizes, read, frozenset({"unlabelled", "drop_broken", "val_share", *options}))
 
 
 FORMATS = {
-    "voc": _through_globox("Pascal VOC", voc),
+    "voc": _through_globox("Pascal VOC", voc, "difficult", "first_pixel"),
     "yolo": _through_globox("YOLO", yolo),
-    "labelme": _through_globox("LabelMe", labelme),
+    "labelme": _through_globox("LabelMe", labelme, "difficult"),
     "cvat": _through_globox("CVAT for images", cvat),
     "openimages": _through_globox("Open Images", open_images),
-    "coco": Format("COCO", coco_files.recognizes, coco_files.read_splits),
+    "coco": Format("COCO", coco_files.recognizes, coco_files.read_splits, frozenset({"val_share"})),
 }
 
 

@@ -14,7 +14,7 @@ from .labels import REMEDY, LabelledBox, LabelledImage, Labels, read_box
 from .source import Source
 
 NAME_LISTS = ("classes.txt", "obj.names", "predefined_classes.txt")
-YAML_SPLITS = ("train", "val", "test")
+YAML_SPLITS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
 LARGEST_FRACTION = 2.0
 
 
@@ -169,14 +169,15 @@ def _from_yaml(source: Source, file: str, tree: dict[str, Any]) -> Description:
     path, names = source.path(file), tree["names"]
     if isinstance(names, list):
         names = dict(enumerate(names))
-    if not isinstance(names, dict) or not names or any(whole_number(key) is None for key in names):
+    if not isinstance(names, dict) or any(whole_number(key) is None for key in names):
         raise UserError(f"{path}: its names must be a list, or numbers with names, such as '0: cat'.")
     numbered = {whole_number(key): str(name).strip() for key, name in names.items()}
     description = Description(file, dict(sorted(numbered.items())), folder=str(tree.get("path") or ""))
-    for split in YAML_SPLITS:
-        entries = tree.get(split) or tree.get("valid" if split == "val" else split)
-        entries = entries if isinstance(entries, list) else [entries]
-        description.splits |= {split: [str(entry) for entry in entries]} if entries[0] else {}
+    for split, keys in YAML_SPLITS.items():
+        written = next((tree[key] for key in keys if tree.get(key)), [])
+        entries = [str(entry) for entry in (written if isinstance(written, list) else [written]) if entry]
+        if entries:
+            description.splits[split] = entries
     shape = tree.get("kpt_shape")
     if isinstance(shape, list) and len(shape) == 2 and all(isinstance(side, int) for side in shape):
         description.keypoint_values = shape[0] * shape[1]
@@ -184,10 +185,12 @@ def _from_yaml(source: Source, file: str, tree: dict[str, Any]) -> Description:
 
 
 def _checked(source: Source, description: Description) -> Description:
-    names = list(description.names.values())
+    names, path = list(description.names.values()), source.path(description.file)
+    if not names or "" in names:
+        raise UserError(f"{path} names no classes, or one of them with an empty name; give each a name.")
     twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None or "" in names:
-        raise UserError(f"{source.path(description.file)}: two classes are called {twice!r}; give each its own name.")
+    if twice is not None:
+        raise UserError(f"{path}: two classes are called {twice!r}; give each its own name.")
     return description
 
 
