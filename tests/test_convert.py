@@ -23,6 +23,7 @@ import pytest
 import yaml
 from helpers import CLASSES, make_coco
 from PIL import Image
+from test_readme import example
 
 pytestmark = pytest.mark.unit
 
@@ -236,6 +237,27 @@ def test_what_is_printed_trains(tmp_path: Path, capsys: pytest.CaptureFixture) -
         {"id": 1, "image_id": 1, "category_id": 2, "bbox": [1, 2, 39, 28], "area": 1092, "iscrowd": 0}
     ]
     assert tree["images"] == [{"id": 1, "file_name": "valid/a.jpg", "width": 40, "height": 30}]
+
+
+def test_the_configs_of_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that the guide's ten lines of yaml are a distillation on a converted set."""
+    written = Written(tmp_path)
+    as_voc(written)
+    monkeypatch.chdir(tmp_path)
+    main(["convert", str(written.root), "coco", "--val-share", "0.4"])
+    for name in ("resnet18.pth", "output/teacher/model_final.pth"):
+        text(tmp_path / name, "")
+    lines = 0
+    for name in ("teacher", "student"):
+        content = example(name, "docs/guides/published-data.md")
+        text(tmp_path / f"{name}.yaml", content)
+        lines += len([line for line in content.splitlines() if not line.startswith("#")])
+    assert lines <= 10
+    cfg = load_config("student.yaml")
+    assert cfg.MODEL.META_ARCHITECTURE == "KDMetaArch" and len(CLASSES) == cfg.MODEL.RETINANET.NUM_CLASSES
+    assert str(tmp_path / "teacher.yaml") == cfg.MODEL.KD.TEACHER.CONFIG_FILE
+    assert cfg.DATASETS.TRAIN == load_config("teacher.yaml").DATASETS.TRAIN == ("set_train",)
+    assert cfg.DATASETS.TEST == ("set_val",)
 
 
 # -------------------------------------------------------------------------------------------- Pascal VOC

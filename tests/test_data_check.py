@@ -252,6 +252,7 @@ def test_the_command_on_a_config(tmp_path: Path, capsys: pytest.CaptureFixture) 
         (["a.yaml", "--train", "a", "b"], "Name either a CONFIG, or annotation files by --train and --test."),
         (["--train", "a", "b", "SEED", "1"], "The override SEED changes nothing without a CONFIG."),
         (["--train", "a", "b", "--images", "some"], "--images is 'some'; it must be a whole number or all."),
+        (["--train", "a", "b", "--samples", "0"], "--samples is 0; it must be at least 1."),
     ],
 )
 def test_wrong_arguments(capsys: pytest.CaptureFixture, arguments: list[str], sentence: str) -> None:

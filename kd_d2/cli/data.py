@@ -46,12 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from ..analysis.base import check_at_least
     from ..analysis.drawing import write_picture
     from ..data_check import DataSet, check_sets, draw_samples, sets_of_config
     from ..engine.checks import check_output_folder
 
     print_log()
     images = _read_count(args.images)
+    check_at_least("--samples", args.samples, 1)
     given = [(role, *entry) for role in ("train", "test") for entry in getattr(args, role)]
     if (args.config_file is None) == (not given):
         raise UserError("Name either a CONFIG, or annotation files by --train and --test.")
