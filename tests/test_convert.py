@@ -222,6 +222,7 @@ def test_what_is_printed_trains(tmp_path: Path, capsys: pytest.CaptureFixture) -
     printed = capsys.readouterr().out
     out = tmp_path / "out"
     assert f"train: 2 images, 1 of them without boxes; 2 boxes: {out}/train.json" in printed
+    assert "the first: train/a.xml: its object 1)." in printed
     assert f"valid: 1 images, 0 of them without boxes; 1 boxes: {out}/valid.json" in printed
     assert [line.split("|")[1:4] for line in printed.splitlines() if line.startswith("| cat")] == [
         [" cat                 ", "       1 ", "       0 "]
@@ -305,6 +306,14 @@ def test_lists_of_the_devkit_that_do_not_fit(devkit: Path) -> None:
     (devkit / "Annotations/000005.xml").unlink()
     assert "lists 000005, of which there is no file of labels" in refusal(devkit)
     assert boxes(run(devkit, unlabelled="keep")["test"]) == {"000005": []}
+
+
+def test_a_broken_file_of_the_devkit_counts_once(devkit: Path) -> None:
+    text(devkit / "Annotations/000001.xml", "<annotation>")
+    assert "entries left out that cannot be read (1)" in notes(devkit, drop_broken=True)
+    assert {split: len(tree["images"]) for split, tree in run(devkit, drop_broken=True).items()} == {
+        "train": 1, "trainval": 3, "val": 1
+    }  # fmt: skip
 
 
 def test_two_devkits(devkit: Path) -> None:

@@ -25,7 +25,7 @@ def read_splits(source: Source) -> dict[str, Split]:
     splits: dict[str, Split] = {}
     for file in source.having(".json"):
         if not _is_coco(source, file):
-            source.notes.add("json files left out that are not COCO's", file)
+            source.note("json files left out that are not COCO's", file)
             continue
         split = _split_of(source, file)
         if split in splits:
@@ -37,7 +37,7 @@ def read_splits(source: Source) -> dict[str, Split]:
         data = read_coco(source.path(file), folder)
         for kind, count in data.repairs.counts.items():
             for _ in range(count):
-                source.notes.add(kind, f"{file}, {data.repairs.examples[kind]}")
+                source.note(kind, f"{file}, {data.repairs.examples[kind]}")
         splits[split] = Split(data.tree, folder)
     return splits
 

@@ -70,10 +70,12 @@ class Conversion:
             )
         classes = list(dict.fromkeys(label for split in self.splits.values() for label in split.boxes))
         rows = [[printable(label), *(split.boxes.get(label, 0) for split in self.splits.values())] for label in classes]
-        table = tabulate(rows, [f"{self.title}: class", *self.splits], "github")
+        align = ["left", *["right"] * len(self.splits)]
+        table = tabulate(rows, [f"{self.title}: class", *self.splits], "github", disable_numparse=True, colalign=align)
         with open(self.config, encoding="utf-8") as file:
-            config = f"{file.read().rstrip()}\n\nis in {self.config}; add it to the _BASE_ of a config."
-        return "\n\n".join(["\n".join(lines), table, *(["\n".join(self.notes)] if self.notes else []), config])
+            config = f"{self.config} has the lines that use them; add it to the _BASE_ of a config:\n\n{file.read().rstrip()}"
+        notes = ["\n".join(map(printable, self.notes))] if self.notes else []
+        return "\n\n".join(["\n".join(lines), table, *notes, config])
 
 
 def convert(

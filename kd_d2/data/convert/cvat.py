@@ -71,10 +71,10 @@ def _read_shape(source: Source, where: str, shape: Element) -> LabelledBox | Non
             raise UserError(f"{where} is a rotated box, of which the upright one is not known: {REMEDY}.")
         return read_box(where, BoundingBox.from_cvat, shape)
     if shape.tag == "polygon":
-        source.notes.add("outlines read as the boxes around them", where)
+        source.note("outlines read as the boxes around them", where)
         return read_box(where, lambda: BoundingBox.from_labelme(_as_labelme(shape)))
     if shape.tag in WITHOUT_BOX:
-        source.notes.add("shapes left out that have no box, such as points and lines", f"{where}, a {shape.tag}")
+        source.note("shapes left out that have no box, such as points and lines", f"{where}, a {shape.tag}")
     return None
 
 

@@ -37,7 +37,7 @@ def read(source: Source) -> Labels:
         with source.may_be_broken():
             tree = _read_json(source, file)
             if not _is_labelme(tree):
-                source.notes.add("json files left out that are not LabelMe's", file)
+                source.note("json files left out that are not LabelMe's", file)
                 continue
             image = _read_image(source, file, tree)
             labels.add(source.split_of(file, image.file), image)
@@ -71,7 +71,7 @@ def _read_image(source: Source, file: str, tree: dict[str, Any]) -> LabelledImag
             if whole is box:
                 boxes.append(box)
             else:
-                source.notes.add("shapes of one group_id joined into one object", box.where)
+                source.note("shapes of one group_id joined into one object", box.where)
                 whole.corners = _around(whole, box)
     return LabelledImage(image, boxes, path, _written_size(tree))
 
@@ -83,10 +83,10 @@ def _read_shape(source: Source, where: str, shape: Any) -> LabelledBox | None:
         raise UserError(f"{where} is {str(shape)[:80]!r}, not an object in braces.")
     kind = shape.get("shape_type", "polygon")  # as LabelMe reads old files
     if kind not in SHAPES:
-        source.notes.add("shapes left out that have no box, such as points, lines and circles", f"{where}, a {kind}")
+        source.note("shapes left out that have no box, such as points, lines and circles", f"{where}, a {kind}")
         return None
     if kind != "rectangle":
-        source.notes.add("outlines read as the boxes around them", where)
+        source.note("outlines read as the boxes around them", where)
     box = read_box(where, BoundingBox.from_labelme, shape)
     box.difficult = shape.get("difficult") is True
     return box

@@ -37,7 +37,7 @@ def read(source: Source) -> Labels:
                 images[name] = _add_image(source, file, name, labels)
             image = images[name]
             if image is None:
-                source.notes.add("boxes left out of images that are not there", f"{where}, {name}")
+                source.note("boxes left out of images that are not there", f"{where}, {name}")
                 continue
             with source.may_be_broken():
                 image.boxes.append(_read_row(source, where, row, image.file, names))

@@ -107,7 +107,11 @@ class Source:
         except UserError as error:
             if not self.options.drop_broken:
                 raise
-            self.notes.add("entries left out that cannot be read", error)
+            self.note("entries left out that cannot be read", error)
+
+    def note(self, kind: str, example: object) -> None:
+        """Count one that is left out or read otherwise; files are named by their paths below the root."""
+        self.notes.add(kind, str(example).replace(os.path.join(self.folder, ""), ""))
 
     def read_xml(self, file: str) -> ElementTree.Element:
         """The root of an XML file; entities, which could expand without bound, are refused."""

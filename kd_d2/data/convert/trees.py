@@ -54,10 +54,10 @@ def _add_unlabelled(labels: Labels, source: Source) -> None:
         if file in labelled:
             continue
         if source.options.unlabelled == "keep" and not labels.lists_images:
-            source.notes.add("images without labels taken as images without objects", file)
+            source.note("images without labels taken as images without objects", file)
             labels.add(source.split_of(file), LabelledImage(file, [], source.path(file)))
         else:
-            source.notes.add("images left out that have no labels or are in no split", file)
+            source.note("images left out that have no labels or are in no split", file)
 
 
 def _build(images: list[LabelledImage], names: list[str], source: Source) -> Tree:
@@ -95,20 +95,20 @@ def _boxes(image: LabelledImage, size: Size, source: Source) -> Iterator[tuple[L
     seen = set()
     for box in image.boxes:
         if box.difficult:
-            source.notes.add(DIFFICULT[source.options.difficult], box.where)
+            source.note(DIFFICULT[source.options.difficult], box.where)
             if source.options.difficult == "drop":
                 continue
         left, top, right, bottom = box.corners
         if reaches_out([left, top, right - left, bottom - top], size):
-            source.notes.add("boxes cut at the sides of their image", f"{box.where}, {box.corners}")
+            source.note("boxes cut at the sides of their image", f"{box.where}, {box.corners}")
         left, right = (_rounded(min(max(value, 0), size[0])) for value in (left, right))
         top, bottom = (_rounded(min(max(value, 0), size[1])) for value in (top, bottom))
         bbox = [left, top, _rounded(right - left), _rounded(bottom - top)]
         is_crowd = box.crowd or (box.difficult and source.options.difficult == "crowd")
         if min(bbox[2:]) <= 0:
-            source.notes.add("boxes without area dropped", f"{box.where}, {box.corners}")
+            source.note("boxes without area dropped", f"{box.where}, {box.corners}")
         elif (box.label, is_crowd, *bbox) in seen:
-            source.notes.add("boxes repeated exactly dropped", box.where)
+            source.note("boxes repeated exactly dropped", box.where)
         else:
             seen.add((box.label, is_crowd, *bbox))
             yield box, is_crowd, bbox

@@ -32,13 +32,13 @@ def read(source: Source) -> Labels:
     """
     split_lists = _split_lists(source)
     labels = Labels(lists_images=bool(split_lists))
-    image_of: dict[str, LabelledImage] = {}
+    image_of: dict[str, LabelledImage | None] = {}  # None of files that are broken
     for file in source.having(".xml"):
+        stem = os.path.splitext(os.path.basename(file))[0]
+        image_of[stem] = None
         with source.may_be_broken():
-            image = _read_image(source, file)
-            if split_lists:
-                image_of[os.path.splitext(os.path.basename(file))[0]] = image
-            else:
+            image_of[stem] = image = _read_image(source, file)
+            if not split_lists:
                 labels.add(source.split_of(file, image.file), image)
     for split, stems in split_lists.items():
         for stem in stems:
@@ -50,11 +50,13 @@ def read(source: Source) -> Labels:
                         f"{source.folder}: ImageSets/Main/{split}.txt lists {stem}, of which there is no file of labels: remove "
                         "the list if its labels are not published, or the entry, or pass --unlabelled keep if it has no objects."
                     )
-                labels.add(split, image_of[stem])
+                image = image_of[stem]
+                if image is not None:
+                    labels.add(split, image)
     if split_lists:
         listed = {stem for stems in split_lists.values() for stem in stems}
-        for stem in image_of.keys() - listed:
-            source.notes.add("labels left out that no list of ImageSets/Main has", stem)
+        for stem in sorted(image_of.keys() - listed):
+            source.note("labels left out that no list of ImageSets/Main has", stem)
     _count_from_zero(source, labels)
     return labels
 
@@ -63,7 +65,7 @@ def _without_labels(source: Source, stem: str) -> LabelledImage:
     image = source.find_image(stem, "")
     if image is None:
         raise UserError(f"{source.folder}: ImageSets/Main lists {stem}, of which there is no image.")
-    source.notes.add("images without labels taken as images without objects", image)
+    source.note("images without labels taken as images without objects", image)
     return LabelledImage(image, [], source.path(image))
 
 
@@ -114,7 +116,7 @@ def _split_lists(source: Source) -> dict[str, list[str]]:
             folders.add(folder)
             stems = [line[0] for line in lines]
             for stem in (stem for stem, count in Counter(stems).items() if count > 1):
-                source.notes.add(f"entries of {os.path.basename(file)} repeated", stem)
+                source.note(f"entries of {os.path.basename(file)} repeated", stem)
             lists[os.path.splitext(os.path.basename(file))[0]] = list(dict.fromkeys(stems))
     if len(folders) > 1:
         sets = " and ".join(os.path.dirname(os.path.dirname(folder)) for folder in sorted(folders))
@@ -129,12 +131,12 @@ def _count_from_zero(source: Source, labels: Labels) -> None:
     first_pixel = source.options.first_pixel
     if first_pixel == 0 or (first_pixel is None and at_zero):
         for box in at_zero:
-            source.notes.add("boxes that begin at 0, so that pixels of all are counted from 0", box.where)
+            source.note("boxes that begin at 0, so that pixels of all are counted from 0", box.where)
         return
     for box in boxes:
         left, top, right, bottom = box.corners
         box.corners = (left - 1, top - 1, right, bottom)
-        source.notes.add("pixels counted from 1, as Pascal VOC defines it (--first-pixel 0 if not)", box.where)
+        source.note("pixels counted from 1, as Pascal VOC defines it (--first-pixel 0 if not)", box.where)
 
 
 def _all_boxes(labels: Labels) -> Iterator[LabelledBox]:

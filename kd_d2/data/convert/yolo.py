@@ -38,13 +38,13 @@ def read(source: Source) -> Labels:
                     used.add(found)
                     labels.add(split, _read_labels(source, image, found, description))
                 elif source.options.unlabelled != "drop":
-                    source.notes.add("images without a file of labels taken as images without objects", image)
+                    source.note("images without a file of labels taken as images without objects", image)
                     labels.add(split, LabelledImage(image, [], source.path(image)))
     stems = {os.path.splitext(os.path.basename(image))[0] for image in source.images}
     for file in sorted(texts - used):
         folder, name = os.path.split(file)
         if os.path.basename(folder) == "labels" and os.path.splitext(name)[0] not in stems:
-            source.notes.add("files of labels left out that belong to no image", file)
+            source.note("files of labels left out that belong to no image", file)
     return labels
 
 
@@ -65,17 +65,17 @@ def _read_line(
 
     count = len(values)
     if description.keypoint_values and count == 5 + description.keypoint_values:
-        source.notes.add("keypoints left out", where)
+        source.note("keypoints left out", where)
         values = values[:5]
     if count == 6:
-        source.notes.add("scores behind boxes left out", where)
+        source.note("scores behind boxes left out", where)
         values = values[:5]
     line = " ".join(values)
     if len(values) == 5:
         box = read_box(where, BoundingBox.from_txt, line, box_format=BoxFormat.XYWH, relative=True, image_size=size)
     else:
         box = read_box(where, BoundingBox.from_yolo_seg, line, image_size=size)
-        source.notes.add("outlines and rotated boxes read as the upright boxes around them", where)
+        source.note("outlines and rotated boxes read as the upright boxes around them", where)
     if any(abs(float(value)) > LARGEST_FRACTION for value in values[1:]):
         raise UserError(
             f"{where} has a number above {LARGEST_FRACTION:g}, while YOLO's are fractions of the image: {REMEDY}."

@@ -114,7 +114,7 @@ def images_of_splits(source: Source, description: Description) -> dict[str, list
                 f"{source.path(description.file)}: its images for {split} are not in {source.folder}: {entries[0]}; correct the path."
             )
         else:
-            source.notes.add("splits of the yaml file left out that have no images", f"{split}, {entries[0]}")
+            source.note("splits of the yaml file left out that have no images", f"{split}, {entries[0]}")
     if not splits:
         for image in source.images:
             splits.setdefault(source.split_of(image), []).append(image)
