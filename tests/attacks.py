@@ -42,7 +42,7 @@ from kd_d2.analysis.loading import load_analysis
 from kd_d2.checkpoint import read_checkpoint
 from kd_d2.config import load_config
 from kd_d2.data.coco_json import check_coco_json
-from kd_d2.data.convert import convert
+from kd_d2.data.convert import ConvertOptions, convert
 from kd_d2.data.images import CheckedMapper
 from kd_d2.engine import KDTrainer
 from kd_d2.prediction import find_images
@@ -203,7 +203,10 @@ def label_readers() -> list[Reader]:
                 (folder / other).write_bytes(DATA_YAML if other == "data.yaml" else YOLO)
             shutil.copyfile(path, folder / name)
             before = set(os.listdir(path.parent))
-            result = convert(str(folder), str(path.parent / "out"), title.removesuffix("'s yaml"), overwrite=True)
+            places = str(folder), str(path.parent / "out"), title.removesuffix("'s yaml")
+            with contextlib.suppress(UserError):
+                convert(*places, ConvertOptions(drop_broken=True), overwrite=True)
+            result = convert(*places, overwrite=True)
             assert set(os.listdir(path.parent)) - before <= {"out"}, "a file outside of OUT"
             return result
 

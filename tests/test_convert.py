@@ -721,7 +721,11 @@ def test_folders_that_cannot_be_converted(tmp_path: Path) -> None:
     text(empty / "a.json", json.dumps({"shapes": [], "imagePath": "a.jpg"}))
     assert refusal(empty) == "IN: IN_FOLDER may be voc or labelme: name one with --format."
     (empty / "a.jpg").write_bytes(b"no image")
-    assert refusal(empty, "voc").startswith("IN: no box was read")
+    text(empty / "a.xml", "<annotation>")
+    assert refusal(empty, "voc", drop_broken=True) == (
+        "IN: no box was read in IN_FOLDER; the first that cannot be read: a.xml is not readable XML: no element found: line 1, column "
+        "12.; nothing is written."
+    )
 
 
 def test_files_that_are_there_stay(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

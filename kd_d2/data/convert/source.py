@@ -19,6 +19,7 @@ from .labels import Size
 SPLIT = re.compile(r"(trainval|train|training|val|valid|validation|minival|dev|test|testing)(\d{4})?", re.IGNORECASE)
 WHOLE = "all"
 """The split of what belongs to none."""
+BROKEN = "entries left out that cannot be read"
 LARGEST_FILE = 256 * 2**20
 """Bytes of a file that is read at once."""
 
@@ -107,7 +108,7 @@ class Source:
         except UserError as error:
             if not self.options.drop_broken:
                 raise
-            self.note("entries left out that cannot be read", error)
+            self.note(BROKEN, error)
 
     def note(self, kind: str, example: object) -> None:
         """Count one that is left out or read otherwise; files are named by their paths below the root."""

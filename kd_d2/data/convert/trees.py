@@ -10,7 +10,7 @@ from typing import Any
 from ...errors import UserError
 from ..coco.boxes import reaches_out
 from .labels import REMEDY, LabelledBox, LabelledImage, Labels, Size
-from .source import WHOLE, Source
+from .source import BROKEN, WHOLE, Source
 
 Tree = dict[str, list[dict[str, Any]]]
 DIFFICULT = {
@@ -43,7 +43,12 @@ def build_splits(labels: Labels, source: Source) -> dict[str, Split]:
     _add_unlabelled(labels, source)
     used = {box.label for images in labels.splits.values() for image in images for box in image.boxes}
     if not used:
-        raise UserError(f"IN: no box was read in {source.folder}; nothing is written.")
+        broken = (
+            f"the first that cannot be read: {source.notes.examples[BROKEN]}; "
+            if BROKEN in source.notes.examples
+            else ""
+        )
+        raise UserError(f"IN: no box was read in {source.folder}; {broken}nothing is written.")
     names = labels.classes if labels.classes is not None else sorted(used)
     return {split: Split(_build(images, names, source), source.folder) for split, images in labels.splits.items()}
 
