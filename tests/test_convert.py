@@ -723,8 +723,8 @@ def test_folders_that_cannot_be_converted(tmp_path: Path) -> None:
     (empty / "a.jpg").write_bytes(b"no image")
     text(empty / "a.xml", "<annotation>")
     assert refusal(empty, "voc", drop_broken=True) == (
-        "IN: no box was read in IN_FOLDER; the first that cannot be read: a.xml is not readable XML: no element found: line 1, column "
-        "12.; nothing is written."
+        "IN: no box was read in IN_FOLDER (the first entry that cannot be read: a.xml is not readable XML: no element found: line 1, "
+        "column 12); nothing is written."
     )
 
 

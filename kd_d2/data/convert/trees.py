@@ -43,12 +43,9 @@ def build_splits(labels: Labels, source: Source) -> dict[str, Split]:
     _add_unlabelled(labels, source)
     used = {box.label for images in labels.splits.values() for image in images for box in image.boxes}
     if not used:
-        broken = (
-            f"the first that cannot be read: {source.notes.examples[BROKEN]}; "
-            if BROKEN in source.notes.examples
-            else ""
-        )
-        raise UserError(f"IN: no box was read in {source.folder}; {broken}nothing is written.")
+        broken = source.notes.examples.get(BROKEN)
+        reason = f" (the first entry that cannot be read: {broken.rstrip('.')})" if broken else ""
+        raise UserError(f"IN: no box was read in {source.folder}{reason}; nothing is written.")
     names = labels.classes if labels.classes is not None else sorted(used)
     return {split: Split(_build(images, names, source), source.folder) for split, images in labels.splits.items()}
 
