@@ -104,6 +104,7 @@ def commands_page() -> str:
     ]
     commands = [[name] for name in COMMANDS]
     commands += [["config", action] for action in ("list", "show", "explain")]
+    commands.append(["data", "check"])
     commands += [["analyze", name] for name in ANALYSES]
     for command in sorted(commands):
         parts.append(f"## {' '.join(command)}\n\n```text\n{_help_of(main, command)}\n```\n")

@@ -42,6 +42,7 @@ from kd_d2.analysis.loading import load_analysis
 from kd_d2.checkpoint import read_checkpoint
 from kd_d2.config import load_config
 from kd_d2.data.coco_json import check_coco_json
+from kd_d2.data.convert import ConvertOptions, convert
 from kd_d2.data.images import CheckedMapper
 from kd_d2.engine import KDTrainer
 from kd_d2.prediction import find_images
@@ -171,6 +172,54 @@ YAML_BOMB = "a: &a [x]\n" + "".join(
 )
 
 
+ENTITIES = "".join(f'<!ENTITY l{n} "{f"&l{n - 1};" * 10}">' for n in range(1, 12))
+XML_BOMB = f'<!DOCTYPE a [<!ENTITY l0 "ha">{ENTITIES}]><annotation><filename>&l11;</filename></annotation>'.encode()
+VOC = b"""<annotation><filename>a.jpg</filename><size><width>40</width><height>30</height></size><object><name>x</name><difficult>1</difficult>
+<bndbox><xmin>1</xmin><ymin>2</ymin><xmax>9</xmax><ymax>9</ymax></bndbox></object></annotation>"""
+CVAT = b"""<annotations><image name="a.jpg" width="40" height="30"><box label="x" xtl="1" ytl="2" xbr="9" ybr="9"/>
+<polygon label="y" points="1,2;3,4;5,6"/></image></annotations>"""
+LABELME = b"""{"imagePath": "a.jpg", "imageWidth": 40, "imageHeight": 30, "shapes":
+[{"label": "x", "shape_type": "rectangle", "points": [[1, 2], [9, 9]], "group_id": 1}, {"label": "y", "points": [[1, 2], [3, 4], [5, 6]]}]}"""
+OPEN_IMAGES = b"ImageID,LabelName,XMin,XMax,YMin,YMax,IsGroupOf\na,x,0.1,0.5,0.2,1.0,0\na,y,0.1,0.5,0.2,1.0,1\n"
+DATA_YAML = b"{path: ../here, train: images, val: images, names: {0: x, 1: y}, kpt_shape: [1, 3]}\n"
+YOLO = b"0 0.5 0.5 0.2 0.2\n1 0.5 0.5 0.2 0.2 0.1 0.1 2\n1 0.1 0.1 0.5 0.5 0.1 0.5\n"
+LABELS = {
+    "voc": ("a.xml", VOC), "cvat": ("a.xml", CVAT), "labelme": ("a.json", LABELME), "openimages": ("a.csv", OPEN_IMAGES),
+    "yolo": ("images/a.txt", YOLO), "yolo's yaml": ("data.yaml", DATA_YAML),
+}  # fmt: skip
+"""By format, and of its list of classes, the file of labels of an image in `images`."""
+
+
+def label_readers() -> list[Reader]:
+    """The formats of `kd-d2 convert`, each with its file among others that are good."""
+
+    def reader(title: str, name: str, good: bytes) -> Reader:
+        def read(path: Path) -> object:
+            folder = path.parent / "labels"
+            shutil.rmtree(folder, ignore_errors=True)
+            (folder / "images").mkdir(parents=True)
+            (folder / "images" / "a.jpg").write_bytes(image_bytes())
+            for other in ("data.yaml", "images/a.txt") if title.startswith("yolo") else ():
+                (folder / other).write_bytes(DATA_YAML if other == "data.yaml" else YOLO)
+            shutil.copyfile(path, folder / name)
+            before = set(os.listdir(path.parent))
+            places = str(folder), str(path.parent / "out"), title.removesuffix("'s yaml")
+            with contextlib.suppress(UserError):
+                convert(*places, ConvertOptions(drop_broken=True), overwrite=True)
+            result = convert(*places, overwrite=True)
+            assert set(os.listdir(path.parent)) - before <= {"out"}, "a file outside of OUT"
+            return result
+
+        hostile = (
+            [XML_BOMB, XML_BOMB.decode().encode("utf-16")]
+            if name.endswith("xml")
+            else [b"[" * 9999, YAML_BOMB.encode()]
+        )
+        return Reader(f"labels, {title}", [good], read, [*hostile, b"", b"\xff\xfe"], os.path.splitext(name)[1])
+
+    return [reader(title, name, good) for title, (name, good) in LABELS.items()]
+
+
 def make_readers(folder: Path) -> list[Reader]:
     """Every reader, with files from a training and an analysis."""
     project = make_project(folder / "project", SOLVER__MAX_ITER=2, SOLVER__STEPS=())
@@ -253,6 +302,7 @@ def make_readers(folder: Path) -> list[Reader]:
         Reader("metrics of a report", [(project.output / "metrics.json").read_bytes()], read_with("metrics.json", report), [b"{}\n", b"[]\n", b"5\n"]),
         Reader("results of a report", [(project.output / "train.json").read_bytes()], read_with("train.json", report), [b"[]", b"null", b'{"bbox": 5}'], ".json"),
         Reader("analysis", [b'{"student": {"AP": 1.0, "AP50": 2.0, "AP75": null}}'], read_with("rank_oracle.json", read_analysis), [b"{}", b"[]"], ".json"),
+        *label_readers(),
     ]  # fmt: skip
 
 

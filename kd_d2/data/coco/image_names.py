@@ -6,7 +6,7 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from urllib.parse import unquote
 
@@ -30,10 +30,12 @@ class ImageFinder:
 
     Args:
         folder: of the images.
+        files: the only ones that may be found, relative to the folder; None for all.
     """
 
-    def __init__(self, folder: str):
+    def __init__(self, folder: str, files: Iterable[str] | None = None):
         self.folder = folder
+        self._given = None if files is None else frozenset(files)
 
     def find(self, name: str) -> str | None:
         """The path of an image relative to the folder; None if there is none.
@@ -41,10 +43,8 @@ class ImageFinder:
         Raises:
             UserError: several files may be meant.
         """
-        if os.path.isfile(os.path.join(self.folder, name)):
-            return name
-        for spelling in _spellings(name):
-            if os.path.isfile(os.path.join(self.folder, spelling)):
+        for spelling in (name, *_spellings(name)):
+            if self._has(spelling):
                 return spelling
         plain = unquote(name.replace("\\", "/")).partition("?")[0]
         for index, form in zip(self._indices, FORMS):
@@ -60,9 +60,14 @@ class ImageFinder:
                 return found[0]
         return None
 
+    def _has(self, name: str) -> bool:
+        return os.path.isfile(os.path.join(self.folder, name)) if self._given is None else name in self._given
+
     @cached_property
     def files(self) -> list[str]:
         """All images of the folder and the folders in it, relative to it."""
+        if self._given is not None:
+            return sorted(self._given)
         return sorted(
             os.path.relpath(os.path.join(parent, name), self.folder)
             for parent, _, names in os.walk(self.folder)

@@ -14,6 +14,7 @@ from .image_names import ImageFinder, size_on_disk
 from .repairs import Repairs
 
 Entry = dict[str, Any]
+LISTS = ("images", "annotations", "categories")
 BACKGROUND = ("background", "__background__", "_background_", "bg")
 
 
@@ -102,12 +103,11 @@ def _read_tree(path: str, annotated: bool, repairs: Repairs) -> dict[str, Any]:
         repairs.add("byte order mark skipped", "at its beginning")
     if isinstance(tree, dict) and not annotated:
         tree = {"categories": [], **tree, "annotations": []}
-    lists = ("images", "annotations", "categories")
-    if not isinstance(tree, dict) or not all(isinstance(tree.get(key), list) for key in lists):
+    if not isinstance(tree, dict) or not all(isinstance(tree.get(key), list) for key in LISTS):
         raise UserError(
             f"{path} is not a COCO annotation file: it needs the lists 'images', 'annotations' and 'categories'."
         )
-    for key in lists:
+    for key in LISTS:
         for entry in tree[key]:
             if not isinstance(entry, dict):
                 raise UserError(f"{path}: its {key} hold {str(entry)[:120]}; each entry must be an object in braces.")

@@ -1,0 +1,88 @@
+"""Look at data sets before training.
+
+kd-d2 data check CONFIG [--output DIR] [KEY VALUE ...]                        the sets of DATASETS.TRAIN and TEST
+kd-d2 data check --train JSON IMAGES [--test JSON IMAGES] [--output DIR]      COCO json files with their folders of images
+
+Prints classes, boxes by class and size, sizes of images, and what stops, falsifies or may harm a training: what is read
+otherwise than it is written, boxes that look like mistakes, classes that differ between the sets, the same images in
+training and test (by content), images that cannot be read. The exit status is 1 where something stops or falsifies it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from ..errors import UserError
+from .log import print_log
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    check = actions.add_parser(
+        "check",
+        help="print classes, sizes and what is wrong",
+        formatter_class=parser.formatter_class,
+        description=__doc__,
+    )
+    check.add_argument("config_file", nargs="?", metavar="CONFIG", help="a config, in place of --train and --test")
+    for role in ("train", "test"):
+        check.add_argument(
+            f"--{role}",
+            nargs=2,
+            action="append",
+            default=[],
+            metavar=("JSON", "IMAGES"),
+            help=f"a COCO json for {role}ing, and the folder of its images; may be repeated",
+        )
+    check.add_argument(
+        "--images", default="200", metavar="N", help="images of each set that are read, or all (default 200)"
+    )
+    check.add_argument("--output", metavar="DIR", help="folder of check.json and samples.png (default: not written)")
+    check.add_argument(
+        "--samples", type=int, default=12, metavar="N", help="images of each set in samples.png (default 12)"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..analysis.base import check_at_least
+    from ..analysis.drawing import write_picture
+    from ..data_check import DataSet, check_sets, draw_samples, sets_of_config
+    from ..engine.checks import check_output_folder
+
+    print_log()
+    images = _read_count(args.images)
+    check_at_least("--samples", args.samples, 1)
+    given = [(role, *entry) for role in ("train", "test") for entry in getattr(args, role)]
+    if (args.config_file is None) == (not given):
+        raise UserError("Name either a CONFIG, or annotation files by --train and --test.")
+    if given and args.opts:
+        raise UserError(f"The override {args.opts[0]} changes nothing without a CONFIG.")
+    if given:
+        sets, skips = (
+            [DataSet(role, os.path.basename(json_file), json_file, folder) for role, json_file, folder in given],
+            False,
+        )
+    else:
+        sets, skips = sets_of_config(args.config_file, args.opts)
+    if args.output:
+        check_output_folder(args.output, "--output")
+    result = check_sets(sets, images, skips_unusable=skips)
+    print(result.summary())
+    if args.output:
+        result.save(args.output)
+        picture = draw_samples(result.sets, args.samples)
+        if picture is not None:
+            write_picture(os.path.join(args.output, "samples.png"), picture)
+    if result.errors:
+        sys.exit(1)
+
+
+def _read_count(text: str) -> int | None:
+    """A number of images, None for all."""
+    if text == "all":
+        return None
+    if not text.isdecimal():
+        raise UserError(f"--images is {text!r}; it must be a whole number or all.")
+    return int(text)

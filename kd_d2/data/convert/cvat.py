@@ -1,0 +1,84 @@
+"""CVAT for images 1.1: one XML file with all images."""
+
+from __future__ import annotations
+
+from itertools import islice
+from xml.etree.ElementTree import Element
+
+from ...errors import UserError
+from ..coco.ids import whole_number
+from .labels import REMEDY, LabelledBox, LabelledImage, Labels, read_box
+from .source import Source
+
+WITHOUT_BOX = ("polyline", "points", "mask", "cuboid", "skeleton", "ellipse")
+
+
+def recognizes(source: Source) -> bool:
+    for file in islice(source.having(".xml"), 5):
+        try:
+            if source.read_xml(file).tag == "annotations":
+                return True
+        except UserError:  # is said when it is read
+            continue
+    return False
+
+
+def read(source: Source) -> Labels:
+    """Read all XML files.
+
+    Raises:
+        UserError: a file cannot be read, is one of CVAT for video, or an image is not there.
+    """
+    labels, order = Labels(), {}
+    for file in source.having(".xml"):
+        root, path = source.read_xml(file), source.path(file)
+        if root.tag != "annotations":
+            raise UserError(f"{path} is not of CVAT's form: its root is {root.tag!r}, not 'annotations'.")
+        if root.find("track") is not None:
+            raise UserError(f"{path} has tracks of a video: export the task as 'CVAT for images'.")
+        order |= {name.text.strip(): None for name in root.findall("meta//label/name") if name.text}
+        for node in root.iter("image"):
+            with source.may_be_broken():
+                image = _read_image(source, file, node)
+                split = (node.get("subset") or "").lower()
+                labels.add(source.split_of(file, image.file) if split in ("", "default") else split, image)
+    used = {box.label for images in labels.splits.values() for image in images for box in image.boxes}
+    labels.classes = list(order) if used <= order.keys() and order else None
+    return labels
+
+
+def _read_image(source: Source, file: str, node: Element) -> LabelledImage:
+    path, name = source.path(file), node.get("name") or ""
+    image = source.find_image(name, file) if name else None
+    if image is None:
+        raise UserError(f"{path}: its image {name or '(no name)'} is not in {source.folder}.")
+    boxes: list[LabelledBox] = []
+    for number, shape in enumerate(node, 1):
+        where = f"{path}: the image {name}, its shape {number}"
+        with source.may_be_broken():
+            box = _read_shape(source, where, shape)
+            if box is not None:
+                boxes.append(box)
+    width, height = whole_number(node.get("width")), whole_number(node.get("height"))
+    return LabelledImage(image, boxes, f"{path} ({name})", (width, height) if width and height else None)
+
+
+def _read_shape(source: Source, where: str, shape: Element) -> LabelledBox | None:
+    from globox import BoundingBox
+
+    if shape.tag == "box":
+        if (shape.get("rotation") or "0").strip("0.") != "":
+            raise UserError(f"{where} is a rotated box, of which the upright one is not known: {REMEDY}.")
+        return read_box(where, BoundingBox.from_cvat, shape)
+    if shape.tag == "polygon":
+        source.note("outlines read as the boxes around them", where)
+        return read_box(where, lambda: BoundingBox.from_labelme(_as_labelme(shape)))
+    if shape.tag in WITHOUT_BOX:
+        source.note("shapes left out that have no box, such as points and lines", f"{where}, a {shape.tag}")
+    return None
+
+
+def _as_labelme(polygon: Element) -> dict[str, object]:
+    """A polygon in LabelMe's form, of which globox reads the box around it."""
+    points = [point.split(",") for point in (polygon.get("points") or "").split(";")]
+    return {"label": polygon.get("label") or "", "points": [[float(x), float(y)] for x, y in points]}

@@ -1,0 +1,65 @@
+"""The formats that can be converted, and finding out which one a folder has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from types import ModuleType
+
+from ...errors import UserError
+from . import coco_files, cvat, labelme, open_images, voc, yolo
+from .source import Source
+from .trees import Split, build_splits
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format.
+
+    Attributes:
+        title: for messages.
+        recognizes: whether a folder looks like it.
+        read: the splits by name.
+        options: those of ConvertOptions that make a difference.
+    """
+
+    title: str
+    recognizes: Callable[[Source], bool]
+    read: Callable[[Source], dict[str, Split]]
+    options: frozenset[str]
+
+
+def _through_globox(title: str, module: ModuleType, *options: str) -> Format:
+    def read(source: Source) -> dict[str, Split]:
+        if find_spec("globox") is None:
+            raise UserError(f"{title} is read by the package globox: pip install 'kd_d2[convert]'.")
+        return build_splits(module.read(source), source)
+
+    return Format(title, module.recognizes, read, frozenset({"unlabelled", "drop_broken", "val_share", *options}))
+
+
+FORMATS = {
+    "voc": _through_globox("Pascal VOC", voc, "difficult", "first_pixel"),
+    "yolo": _through_globox("YOLO", yolo),
+    "labelme": _through_globox("LabelMe", labelme, "difficult"),
+    "cvat": _through_globox("CVAT for images", cvat),
+    "openimages": _through_globox("Open Images", open_images),
+    "coco": Format("COCO", coco_files.recognizes, coco_files.read_splits, frozenset({"val_share"})),
+}
+
+
+def find_format(source: Source, name: str | None) -> Format:
+    """The format of this name, or the one that a folder has.
+
+    Raises:
+        UserError: it has none of them, or may have several.
+    """
+    if name is not None:
+        return FORMATS[name]
+    found = [name for name, form in FORMATS.items() if form.recognizes(source)]
+    if len(found) > 1:
+        raise UserError(f"IN: {source.folder} may be {' or '.join(found)}: name one with --format.")
+    if not found:
+        raise UserError(f"IN: {source.folder} has labels of none of the formats {', '.join(FORMATS)}.")
+    return FORMATS[found[0]]

@@ -1,0 +1,103 @@
+"""LabelMe: a json file an image, with rectangles and polygons."""
+
+from __future__ import annotations
+
+import os
+from itertools import islice
+from typing import Any
+
+from ...errors import UserError
+from ..coco import read_json_bytes
+from ..coco.ids import whole_number
+from .labels import LabelledBox, LabelledImage, Labels, Size, read_box
+from .source import Source
+
+SHAPES = ("rectangle", "polygon", "mask")
+"""Kinds of shapes of which the points are around the object; `mask` has the corners of its box."""
+
+
+def recognizes(source: Source) -> bool:
+    for file in islice(source.having(".json"), 5):
+        try:
+            if _is_labelme(_read_json(source, file)):
+                return True
+        except UserError:  # is said when it is read
+            continue
+    return False
+
+
+def read(source: Source) -> Labels:
+    """Read all json files.
+
+    Raises:
+        UserError: a file cannot be read, or its image is not there.
+    """
+    labels = Labels()
+    for file in source.having(".json"):
+        with source.may_be_broken():
+            tree = _read_json(source, file)
+            if not _is_labelme(tree):
+                source.note("json files left out that are not LabelMe's", file)
+                continue
+            image = _read_image(source, file, tree)
+            labels.add(source.split_of(file, image.file), image)
+    return labels
+
+
+def _read_json(source: Source, file: str) -> Any:
+    source.read_bytes(file)  # refuses what is too large
+    return read_json_bytes(source.path(file))[0]
+
+
+def _is_labelme(tree: Any) -> bool:
+    return isinstance(tree, dict) and isinstance(tree.get("shapes"), list) and "imagePath" in tree
+
+
+def _read_image(source: Source, file: str, tree: dict[str, Any]) -> LabelledImage:
+    path, name = source.path(file), str(tree["imagePath"] or "")
+    stem = os.path.splitext(os.path.basename(file))[0]
+    image = (source.find_image(name, file) if name else None) or source.find_image(stem, file)
+    if image is None:
+        raise UserError(f"{path}: its image {name or '(no imagePath)'} is not in {source.folder}.")
+    boxes: list[LabelledBox] = []
+    group_of: dict[tuple[str, str], LabelledBox] = {}
+    for number, shape in enumerate(tree["shapes"], 1):
+        with source.may_be_broken():
+            box = _read_shape(source, f"{path}: its shape {number}", shape)
+            if box is None:
+                continue
+            group = shape.get("group_id")
+            whole = group_of.setdefault((box.label, str(group)), box) if group is not None else box
+            if whole is box:
+                boxes.append(box)
+            else:
+                source.note("shapes of one group_id joined into one object", box.where)
+                whole.corners = _around(whole, box)
+    return LabelledImage(image, boxes, path, _written_size(tree))
+
+
+def _read_shape(source: Source, where: str, shape: Any) -> LabelledBox | None:
+    from globox import BoundingBox
+
+    if not isinstance(shape, dict):
+        raise UserError(f"{where} is {str(shape)[:80]!r}, not an object in braces.")
+    kind = shape.get("shape_type", "polygon")  # as LabelMe reads old files
+    if kind not in SHAPES:
+        source.note("shapes left out that have no box, such as points, lines and circles", f"{where}, a {kind}")
+        return None
+    if kind != "rectangle":
+        source.note("outlines read as the boxes around them", where)
+    box = read_box(where, BoundingBox.from_labelme, shape)
+    box.difficult = shape.get("difficult") is True
+    return box
+
+
+def _around(a: LabelledBox, b: LabelledBox) -> tuple[float, float, float, float]:
+    least = [min(pair) for pair in zip(a.corners[:2], b.corners[:2])]
+    most = [max(pair) for pair in zip(a.corners[2:], b.corners[2:])]
+    return (*least, *most)
+
+
+def _written_size(tree: dict[str, Any]) -> Size | None:
+    width, height = whole_number(tree.get("imageWidth")), whole_number(tree.get("imageHeight"))
+    return (width, height) if width and height else None

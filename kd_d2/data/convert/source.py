@@ -1,0 +1,171 @@
+"""The folder that is converted: its files, which split they belong to, and the image that a name means."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, cached_property
+from xml.etree import ElementTree
+from xml.parsers import expat
+
+from ...errors import UserError
+from ..coco import ImageFinder, Repairs
+from ..coco.image_names import is_image_name, size_on_disk
+from .labels import Size
+
+SPLIT = re.compile(r"(trainval|train|training|val|valid|validation|minival|dev|test|testing)(\d{4})?", re.IGNORECASE)
+WHOLE = "all"
+"""The split of what belongs to none."""
+BROKEN = "entries left out that cannot be read"
+LARGEST_FILE = 256 * 2**20
+"""Bytes of a file that is read at once."""
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """How a data set is converted.
+
+    Attributes:
+        difficult: what becomes of boxes that are marked as difficult: "crowd" (COCO's iscrowd: neither trained on nor counted by the
+            evaluation), "keep" or "drop".
+        first_pixel: the number of an image's first pixel in Pascal VOC files, 0 or 1; None: 0 where a box begins at 0, else 1.
+        unlabelled: images without labels: "keep" as images without objects, or "drop"; None for what the format says.
+        drop_broken: leave out what cannot be read, instead of ending with an error.
+        val_share: the share of a data set without splits that becomes its split val.
+    """
+
+    difficult: str = "crowd"
+    first_pixel: int | None = None
+    unlabelled: str | None = None
+    drop_broken: bool = False
+    val_share: float = 0.0
+
+
+class Source:
+    """A folder tree.
+
+    Args:
+        folder: its root.
+        options: of the conversion.
+        without: a folder in it that is left out.
+
+    Attributes:
+        notes: what is left out or read otherwise than it is written.
+        files: all files but hidden ones, by their paths below the root.
+        images: those that have the suffix of an image.
+    """
+
+    def __init__(self, folder: str, options: ConvertOptions, without: str | None = None):
+        if not os.path.isdir(folder):
+            raise UserError(f"IN: there is no folder {folder}.")
+        self.folder = folder
+        self.options = options
+        self.notes = Repairs(folder)
+        self.files = sorted(_files_below(folder, without))
+        self.images = [file for file in self.files if is_image_name(file)]
+        if not self.images:
+            raise UserError(f"IN: there is no image in {folder}; name the folder that holds images and labels.")
+        self.size_of = cache(self._size_of)
+
+    def path(self, file: str) -> str:
+        return os.path.join(self.folder, file)
+
+    def having(self, suffix: str) -> list[str]:
+        """The files with a suffix, such as ".xml"."""
+        return [file for file in self.files if file.lower().endswith(suffix)]
+
+    def split_of(self, *files: str) -> str:
+        """The first folder on the way to one of the files that is named like a split; WHOLE where there is none."""
+        for file in files:
+            for folder in os.path.dirname(file).split(os.sep):
+                if SPLIT.fullmatch(folder):
+                    return folder.lower()
+        return WHOLE
+
+    def find_image(self, name: str, labels: str) -> str | None:
+        """The image that a file of labels means by a name, among those of its split; None if there is none.
+
+        Raises:
+            UserError: several may be meant.
+        """
+        beside = os.path.normpath(os.path.join(os.path.dirname(labels), name.replace("\\", "/")))
+        if beside in self._known_images:
+            return beside
+        split = self.split_of(labels)
+        return self._finders.get(split, self._finders[None]).find(name)
+
+    def _size_of(self, image: str) -> Size:
+        return size_on_disk(self.path(image))
+
+    @contextlib.contextmanager
+    def may_be_broken(self) -> Iterator[None]:
+        """With --drop-broken, a UserError inside is noted and goes no further."""
+        try:
+            yield
+        except UserError as error:
+            if not self.options.drop_broken:
+                raise
+            self.note(BROKEN, error)
+
+    def note(self, kind: str, example: object) -> None:
+        """Count one that is left out or read otherwise; files are named by their paths below the root."""
+        self.notes.add(kind, str(example).replace(os.path.join(self.folder, ""), ""))
+
+    def read_xml(self, file: str) -> ElementTree.Element:
+        """The root of an XML file; entities, which could expand without bound, are refused."""
+        content, path = self.read_bytes(file), self.path(file)
+
+        def refuse(name: str, *_: object) -> None:
+            raise UserError(f"{path} declares the entity {name!r}, which labels do not need: remove its DOCTYPE.")
+
+        try:
+            scanner = expat.ParserCreate()
+            scanner.EntityDeclHandler = refuse
+            scanner.Parse(content, True)
+            return ElementTree.fromstring(content)
+        except (expat.ExpatError, ElementTree.ParseError, LookupError, ValueError) as error:
+            raise UserError(f"{path} is not readable XML: {error}.") from error
+
+    def read_bytes(self, file: str) -> bytes:
+        """The content of a file of at most LARGEST_FILE bytes."""
+        path = self.path(file)
+        try:
+            if not os.path.isfile(path) or os.path.getsize(path) > LARGEST_FILE:
+                raise UserError(f"{path} is not a regular file of at most {LARGEST_FILE // 2**20} MiB.")
+            with open(path, "rb") as opened:
+                return opened.read()
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+
+    def read_text(self, file: str) -> str:
+        """The text of a file in UTF-8."""
+        try:
+            return self.read_bytes(file).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.path(file)} is not text in UTF-8: {error}.") from error
+
+    @cached_property
+    def _known_images(self) -> frozenset[str]:
+        return frozenset(self.images)
+
+    @cached_property
+    def _finders(self) -> dict[str | None, ImageFinder]:
+        """By split, and for None of all images."""
+        of_split: dict[str | None, list[str]] = {None: self.images}
+        for image in self.images:
+            of_split.setdefault(self.split_of(image), []).append(image)
+        if list(of_split) != [None, WHOLE]:
+            of_split[WHOLE] = self.images
+        return {split: ImageFinder(self.folder, images) for split, images in of_split.items()}
+
+
+def _files_below(folder: str, without: str | None) -> Iterator[str]:
+    def refuse(error: OSError) -> None:
+        raise UserError(f"IN: the folder {error.filename} cannot be read: {error.strerror}.") from error
+
+    for place, subfolders, names in os.walk(folder, onerror=refuse):
+        subfolders[:] = [n for n in subfolders if n[0] != "." and n != "__MACOSX" and os.path.join(place, n) != without]
+        yield from (os.path.relpath(os.path.join(place, name), folder) for name in names if name[0] != ".")

@@ -1,0 +1,151 @@
+"""Labels as trees of COCO's format, one a split."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ...errors import UserError
+from ..coco.boxes import reaches_out
+from .labels import REMEDY, LabelledBox, LabelledImage, Labels, Size
+from .source import BROKEN, WHOLE, Source
+
+Tree = dict[str, list[dict[str, Any]]]
+DIFFICULT = {
+    "crowd": "difficult boxes set as crowd, which is neither trained on nor counted",
+    "keep": "difficult boxes kept as others",
+    "drop": "difficult boxes dropped",
+}
+DIGITS = 3  # of coordinates, behind the point
+
+
+@dataclass
+class Split:
+    """A part of a data set.
+
+    Attributes:
+        tree: "images", "annotations" and "categories" of COCO's format.
+        folder: that the names of its images are relative to.
+    """
+
+    tree: Tree
+    folder: str
+
+
+def build_splits(labels: Labels, source: Source) -> dict[str, Split]:
+    """The splits of a data set by name, all with the same categories; what is left out is noted.
+
+    Raises:
+        UserError: there are no boxes, an image cannot be read, has two labels, or is not of the size that its labels say.
+    """
+    _add_unlabelled(labels, source)
+    used = {box.label for images in labels.splits.values() for image in images for box in image.boxes}
+    if not used:
+        broken = source.notes.examples.get(BROKEN)
+        reason = f" (the first entry that cannot be read: {broken.rstrip('.')})" if broken else ""
+        raise UserError(f"IN: no box was read in {source.folder}{reason}; nothing is written.")
+    names = labels.classes if labels.classes is not None else sorted(used)
+    return {split: Split(_build(images, names, source), source.folder) for split, images in labels.splits.items()}
+
+
+def _add_unlabelled(labels: Labels, source: Source) -> None:
+    labelled = {image.file for images in labels.splits.values() for image in images}
+    for file in source.images:
+        if file in labelled:
+            continue
+        if source.options.unlabelled == "keep" and not labels.lists_images:
+            source.note("images without labels taken as images without objects", file)
+            labels.add(source.split_of(file), LabelledImage(file, [], source.path(file)))
+        else:
+            source.note("images left out that have no labels or are in no split", file)
+
+
+def _build(images: list[LabelledImage], names: list[str], source: Source) -> Tree:
+    number_of = {name: number for number, name in enumerate(names, 1)}
+    tree: Tree = {"images": [], "annotations": []}
+    known: dict[str, str] = {}
+    for image in images:
+        with source.may_be_broken():
+            width, height = _size(image, known, source)
+            number = len(tree["images"]) + 1
+            tree["images"].append({"id": number, "file_name": image.file, "width": width, "height": height})
+            for box, is_crowd, bbox in _boxes(image, (width, height), source):
+                tree["annotations"].append(
+                    {"id": len(tree["annotations"]) + 1, "image_id": number, "category_id": number_of[box.label]}
+                    | {"bbox": bbox, "area": _rounded(bbox[2] * bbox[3]), "iscrowd": int(is_crowd)}
+                )
+    return tree | {"categories": [{"id": number, "name": name} for name, number in number_of.items()]}
+
+
+def _size(image: LabelledImage, known: dict[str, str], source: Source) -> Size:
+    other = known.setdefault(image.file, image.where)
+    if other != image.where:
+        raise UserError(f"The image {source.path(image.file)} has two labels, {other} and {image.where}: remove one.")
+    size = source.size_of(image.file)
+    if image.written_size not in (None, size):
+        raise UserError(
+            f"{image.where} says that its image has {' x '.join(map(str, image.written_size))} pixels, but {image.file} has "
+            f"{' x '.join(map(str, size))} (upright, as EXIF says): {REMEDY}."
+        )
+    return size
+
+
+def _boxes(image: LabelledImage, size: Size, source: Source) -> Iterator[tuple[LabelledBox, bool, list[float]]]:
+    """The boxes that are kept, with whether COCO's iscrowd is set, and as [x, y, width, height] inside their image."""
+    seen = set()
+    for box in image.boxes:
+        if box.difficult:
+            source.note(DIFFICULT[source.options.difficult], box.where)
+            if source.options.difficult == "drop":
+                continue
+        left, top, right, bottom = box.corners
+        if reaches_out([left, top, right - left, bottom - top], size):
+            source.note("boxes cut at the sides of their image", f"{box.where}, {box.corners}")
+        left, right = (_rounded(min(max(value, 0), size[0])) for value in (left, right))
+        top, bottom = (_rounded(min(max(value, 0), size[1])) for value in (top, bottom))
+        bbox = [left, top, _rounded(right - left), _rounded(bottom - top)]
+        is_crowd = box.crowd or (box.difficult and source.options.difficult == "crowd")
+        if min(bbox[2:]) <= 0:
+            source.note("boxes without area dropped", f"{box.where}, {box.corners}")
+        elif (box.label, is_crowd, *bbox) in seen:
+            source.note("boxes repeated exactly dropped", box.where)
+        else:
+            seen.add((box.label, is_crowd, *bbox))
+            yield box, is_crowd, bbox
+
+
+def _rounded(value: float) -> float:
+    """Whole numbers as such."""
+    value = round(float(value), DIGITS)
+    return int(value) if value.is_integer() else value
+
+
+def share_out(splits: dict[str, Split], share: float, source: Source) -> dict[str, Split]:
+    """A data set without splits in `train` and `val`: which images are in `val` depends on their names alone.
+
+    Raises:
+        UserError: it has splits, or too few images for both.
+    """
+    if list(splits) != [WHOLE]:
+        raise UserError(f"--val-share: {source.folder} has the splits {', '.join(splits)} already; leave it out.")
+    whole = splits[WHOLE]
+    by_hash = sorted(whole.tree["images"], key=lambda image: hashlib.sha256(image["file_name"].encode()).digest())
+    count = round(share * len(by_hash))
+    if not 0 < count < len(by_hash):
+        raise UserError(f"--val-share {share} of {len(by_hash)} images leaves no image for train or val.")
+    chosen = {image["id"] for image in by_hash[:count]}
+    return {
+        name: Split(
+            _part(whole.tree, {i["id"] for i in by_hash if (i["id"] in chosen) == (name == "val")}), whole.folder
+        )
+        for name in ("train", "val")
+    }
+
+
+def _part(tree: Tree, images: set[int]) -> Tree:
+    return tree | {
+        "images": [image for image in tree["images"] if image["id"] in images],
+        "annotations": [annotation for annotation in tree["annotations"] if annotation["image_id"] in images],
+    }

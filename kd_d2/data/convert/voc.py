@@ -1,0 +1,146 @@
+"""Pascal VOC: an XML file an image, with ImageSets/Main where the set is laid out as the devkit."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from xml.etree.ElementTree import Element
+
+from ...errors import UserError
+from ..coco.ids import whole_number
+from .labels import LabelledBox, LabelledImage, Labels, Size, read_box
+from .source import Source
+
+
+def recognizes(source: Source) -> bool:
+    for file in islice(source.having(".xml"), 5):
+        try:
+            if source.read_xml(file).tag == "annotation":
+                return True
+        except UserError:  # is said when it is read
+            return True
+    return False
+
+
+def read(source: Source) -> Labels:
+    """Read all XML files.
+
+    Raises:
+        UserError: a file cannot be read, or its image is not there; lists of images name what is not there.
+    """
+    split_lists = _split_lists(source)
+    labels = Labels(lists_images=bool(split_lists))
+    image_of: dict[str, LabelledImage | None] = {}  # None of files that are broken
+    for file in source.having(".xml"):
+        stem = os.path.splitext(os.path.basename(file))[0]
+        image_of[stem] = None
+        with source.may_be_broken():
+            image_of[stem] = image = _read_image(source, file)
+            if not split_lists:
+                labels.add(source.split_of(file, image.file), image)
+    for split, stems in split_lists.items():
+        for stem in stems:
+            with source.may_be_broken():
+                if stem not in image_of and source.options.unlabelled == "keep":
+                    image_of[stem] = _without_labels(source, stem)
+                if stem not in image_of:
+                    raise UserError(
+                        f"{source.folder}: ImageSets/Main/{split}.txt lists {stem}, of which there is no file of labels: remove "
+                        "the list if its labels are not published, or the entry, or pass --unlabelled keep if it has no objects."
+                    )
+                image = image_of[stem]
+                if image is not None:
+                    labels.add(split, image)
+    if split_lists:
+        listed = {stem for stems in split_lists.values() for stem in stems}
+        for stem in sorted(image_of.keys() - listed):
+            source.note("labels left out that no list of ImageSets/Main has", stem)
+    _count_from_zero(source, labels)
+    return labels
+
+
+def _without_labels(source: Source, stem: str) -> LabelledImage:
+    image = source.find_image(stem, "")
+    if image is None:
+        raise UserError(f"{source.folder}: ImageSets/Main lists {stem}, of which there is no image.")
+    source.note("images without labels taken as images without objects", image)
+    return LabelledImage(image, [], source.path(image))
+
+
+def _read_image(source: Source, file: str) -> LabelledImage:
+    root, path = source.read_xml(file), source.path(file)
+    if root.tag != "annotation":
+        raise UserError(f"{path} is not of Pascal VOC's form: its root is {root.tag!r}, not 'annotation'.")
+    by_stem = source.find_image(os.path.splitext(os.path.basename(file))[0], file)
+    name = (root.findtext("filename") or "").strip()
+    by_name = source.find_image(name, file) if name else None
+    if by_stem and by_name and by_stem != by_name:
+        raise UserError(
+            f"{path} says that its image is {name}, but its own name is that of {by_stem}: rename it, or correct its <filename>."
+        )
+    image = by_name or by_stem
+    if image is None:
+        raise UserError(f"{path}: its image {name or '(no filename)'} is not in {source.folder}.")
+    boxes: list[LabelledBox] = []
+    for number, node in enumerate(root.findall("object"), 1):
+        with source.may_be_broken():
+            boxes.append(_read_object(f"{path}: its object {number}", node))
+    return LabelledImage(image, boxes, path, _written_size(root))
+
+
+def _read_object(where: str, node: Element) -> LabelledBox:
+    from globox import BoundingBox
+
+    box = read_box(where, BoundingBox.from_xml, node)
+    box.difficult = (node.findtext("difficult") or "").strip().lower() in ("1", "true")
+    return box
+
+
+def _written_size(root: Element) -> Size | None:
+    width, height = (whole_number(root.findtext(f"size/{side}")) for side in ("width", "height"))
+    return (width, height) if width and height else None
+
+
+def _split_lists(source: Source) -> dict[str, list[str]]:
+    """By name the stems of the images in a list of ImageSets/Main; those of single classes have a second column."""
+    lists: dict[str, list[str]] = {}
+    folders = set()
+    for file in source.having(".txt"):
+        folder = os.path.dirname(file)
+        if not f"{os.sep}{folder}".endswith(os.path.join(os.sep, "ImageSets", "Main")):
+            continue
+        lines = [line.split() for line in source.read_text(file).splitlines() if line.strip()]
+        if lines and all(len(line) == 1 for line in lines):
+            folders.add(folder)
+            stems = [line[0] for line in lines]
+            for stem in (stem for stem, count in Counter(stems).items() if count > 1):
+                source.note(f"entries of {os.path.basename(file)} repeated", stem)
+            lists[os.path.splitext(os.path.basename(file))[0]] = list(dict.fromkeys(stems))
+    if len(folders) > 1:
+        sets = " and ".join(os.path.dirname(os.path.dirname(folder)) for folder in sorted(folders))
+        raise UserError(f"IN: {source.folder} holds several data sets, {sets}: convert them one at a time.")
+    return lists
+
+
+def _count_from_zero(source: Source, labels: Labels) -> None:
+    """Boxes whose pixels are counted from 1, with the right and the lower side in the box, become COCO's."""
+    boxes = list(_all_boxes(labels))
+    at_zero = [box for box in boxes if min(box.corners[:2]) <= 0]
+    first_pixel = source.options.first_pixel
+    if first_pixel == 0 or (first_pixel is None and at_zero):
+        for box in at_zero:
+            source.note("boxes that begin at 0, so that pixels of all are counted from 0", box.where)
+        return
+    for box in boxes:
+        left, top, right, bottom = box.corners
+        box.corners = (left - 1, top - 1, right, bottom)
+        source.note("pixels counted from 1, as Pascal VOC defines it (--first-pixel 0 if not)", box.where)
+
+
+def _all_boxes(labels: Labels) -> Iterator[LabelledBox]:
+    """Each once; lists may share images."""
+    images = {id(image): image for images in labels.splits.values() for image in images}
+    for image in images.values():
+        yield from image.boxes

@@ -1,0 +1,111 @@
+"""YOLO: a text file an image, with a class, and a box or an outline in fractions of the image, on each line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from ...errors import UserError
+from ..coco.ids import whole_number
+from .labels import REMEDY, LabelledBox, LabelledImage, Labels, read_box
+from .source import Source
+from .yolo_description import Description, images_of_splits, is_description, read_description
+
+LARGEST_FRACTION = 2.0
+
+
+def recognizes(source: Source) -> bool:
+    if any(is_description(file) for file in source.files) and source.having(".txt"):
+        return True
+    texts = frozenset(source.having(".txt"))
+    return any(candidate in texts for image in source.images[:50] for candidate in _label_files(image))
+
+
+def read(source: Source) -> Labels:
+    """Read the labels of all images of the splits; an image without a file of labels is one without objects, as for Ultralytics.
+
+    Raises:
+        UserError: there is no list of classes, a split's images are not there, or a line cannot be read.
+    """
+    description = read_description(source)
+    labels = Labels(classes=list(description.names.values()), lists_images=True)
+    texts, used = frozenset(source.having(".txt")), set()
+    for split, images in images_of_splits(source, description).items():
+        for image in images:
+            with source.may_be_broken():
+                found = next((file for file in _label_files(image) if file in texts), None)
+                if found:
+                    used.add(found)
+                    labels.add(split, _read_labels(source, image, found, description))
+                elif source.options.unlabelled != "drop":
+                    source.note("images without a file of labels taken as images without objects", image)
+                    labels.add(split, LabelledImage(image, [], source.path(image)))
+    stems = {os.path.splitext(os.path.basename(image))[0] for image in source.images}
+    for file in sorted(texts - used):
+        folder, name = os.path.split(file)
+        if os.path.basename(folder) == "labels" and os.path.splitext(name)[0] not in stems:
+            source.note("files of labels left out that belong to no image", file)
+    return labels
+
+
+def _read_labels(source: Source, image: str, file: str, description: Description) -> LabelledImage:
+    boxes: list[LabelledBox] = []
+    path, size = source.path(file), source.size_of(image)
+    for number, line in enumerate(source.read_text(file).splitlines(), 1):
+        if line.strip():
+            with source.may_be_broken():
+                boxes.append(_read_line(source, f"{path}: its line {number}", line.split(), size, description))
+    return LabelledImage(image, boxes, path)
+
+
+def _read_line(
+    source: Source, where: str, values: list[str], size: tuple[int, int], description: Description
+) -> LabelledBox:
+    from globox import BoundingBox, BoxFormat
+
+    count = len(values)
+    if description.keypoint_values and count == 5 + description.keypoint_values:
+        source.note("keypoints left out", where)
+        values = values[:5]
+    if count == 6:
+        source.note("scores behind boxes left out", where)
+        values = values[:5]
+    line = " ".join(values)
+    if len(values) == 5:
+        box = read_box(where, BoundingBox.from_txt, line, box_format=BoxFormat.XYWH, relative=True, image_size=size)
+    else:
+        box = read_box(where, BoundingBox.from_yolo_seg, line, image_size=size)
+        source.note("outlines and rotated boxes read as the upright boxes around them", where)
+    if any(abs(float(value)) > LARGEST_FRACTION for value in values[1:]):
+        raise UserError(
+            f"{where} has a number above {LARGEST_FRACTION:g}, while YOLO's are fractions of the image: {REMEDY}."
+        )
+    label = whole_number(box.label) if whole_number(box.label) is not None else _from_float(box.label)
+    if label not in description.names:
+        raise UserError(
+            f"{where} is of class {box.label}, while {source.path(description.file)} has the classes 0 to "
+            f"{max(description.names)}: add its name there, or correct the line."
+        )
+    box.label = description.names[label]
+    return box
+
+
+def _from_float(text: str) -> int | None:
+    """The whole number of "1.0e+00", as numpy.savetxt writes it."""
+    try:
+        return whole_number(float(text))
+    except ValueError:
+        return None
+
+
+def _label_files(image: str) -> Iterator[str]:
+    """Where the labels of an image may be: in the folder `labels` in place of `images`, or beside it."""
+    folder, name = os.path.split(image)
+    text = os.path.splitext(name)[0] + ".txt"
+    parts = folder.split(os.sep)
+    for place in reversed(range(len(parts))):
+        if parts[place].lower() == "images":
+            yield os.path.join(*parts[:place], "labels", *parts[place + 1 :], text)
+    yield os.path.join(folder, text)
+    yield os.path.join(folder, "labels", text)
+    yield os.path.join(os.path.dirname(folder), "labels", text)

@@ -1,0 +1,150 @@
+"""The classes and the splits of a YOLO data set: its data.yaml, as Ultralytics and Roboflow write it, or a list of names."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...errors import UserError
+from ...plain_yaml import read_plain_yaml
+from ..coco.ids import whole_number
+from .labels import REMEDY
+from .source import Source
+
+NAME_LISTS = ("classes.txt", "obj.names", "predefined_classes.txt")
+YAML_SPLITS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
+
+
+@dataclass
+class Description:
+    """What a data.yaml, or a list of names, says.
+
+    Attributes:
+        file: below the folder.
+        names: classes by number.
+        splits: by name the folders and lists of images, as they are written.
+        folder: the yaml's `path`.
+        keypoint_values: numbers behind the box on a line of a set with keypoints.
+    """
+
+    file: str
+    names: dict[int, str]
+    splits: dict[str, list[str]] = field(default_factory=dict)
+    folder: str = ""
+    keypoint_values: int = 0
+
+
+def is_description(file: str) -> bool:
+    """Whether a file may be one."""
+    return file.lower().endswith((".yaml", ".yml")) or os.path.basename(file) in NAME_LISTS
+
+
+def read_description(source: Source) -> Description:
+    """What the yaml file with `names` says, or the first list of names.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    found = [file for file in source.files if file.lower().endswith((".yaml", ".yml"))]
+    described = [(file, tree) for file in found if "names" in (tree := _read_yaml(source, file))]
+    if len(described) > 1:
+        raise UserError(
+            f"IN: {source.folder} has several yaml files with names, {described[0][0]} and {described[1][0]}: convert the folder "
+            "of one data set."
+        )
+    if described:
+        return _from_yaml(source, *described[0])
+    for file in source.files:
+        if os.path.basename(file) in NAME_LISTS:
+            lines = [line.strip() for line in source.read_text(file).splitlines()]
+            return _checked(source, Description(file, {number: line for number, line in enumerate(lines) if line}))
+    raise UserError(
+        f"IN: {source.folder} has no data.yaml with the names of the classes: write one, such as 'names: [cat, dog]'."
+    )
+
+
+def _read_yaml(source: Source, file: str) -> dict[str, Any]:
+    tree = read_plain_yaml(source.path(file), source.path(file))
+    return tree if isinstance(tree, dict) else {}
+
+
+def _from_yaml(source: Source, file: str, tree: dict[str, Any]) -> Description:
+    path, names = source.path(file), tree["names"]
+    if isinstance(names, list):
+        names = dict(enumerate(names))
+    if not isinstance(names, dict) or any(whole_number(key) is None for key in names):
+        raise UserError(f"{path}: its names must be a list, or numbers with names, such as '0: cat'.")
+    numbered = {whole_number(key): str(name).strip() for key, name in names.items()}
+    description = Description(file, dict(sorted(numbered.items())), folder=str(tree.get("path") or ""))
+    for split, keys in YAML_SPLITS.items():
+        written = next((tree[key] for key in keys if tree.get(key)), [])
+        entries = [str(entry) for entry in (written if isinstance(written, list) else [written]) if entry]
+        if entries:
+            description.splits[split] = entries
+    shape = tree.get("kpt_shape")
+    if isinstance(shape, list) and len(shape) == 2 and all(isinstance(side, int) for side in shape):
+        description.keypoint_values = shape[0] * shape[1]
+    return _checked(source, description)
+
+
+def _checked(source: Source, description: Description) -> Description:
+    names, path = list(description.names.values()), source.path(description.file)
+    if not names or "" in names:
+        raise UserError(f"{path} names no classes, or one of them with an empty name; give each a name.")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{path}: two classes are called {twice!r}; give each its own name.")
+    return description
+
+
+def images_of_splits(source: Source, description: Description) -> dict[str, list[str]]:
+    """By name the images of a split, as the yaml says; where it says nothing, as folders are called.
+
+    Raises:
+        UserError: those for training are not there.
+    """
+    splits: dict[str, list[str]] = {}
+    for split, entries in description.splits.items():
+        images = [image for entry in entries for image in _images_of(source, description, entry)]
+        if images:
+            splits[split] = list(dict.fromkeys(images))
+        elif split == "train":
+            raise UserError(
+                f"{source.path(description.file)}: its images for {split} are not in {source.folder}: {entries[0]}; correct the path."
+            )
+        else:
+            source.note("splits of the yaml file left out that have no images", f"{split}, {entries[0]}")
+    if not splits:
+        for image in source.images:
+            splits.setdefault(source.split_of(image), []).append(image)
+    return splits
+
+
+def _images_of(source: Source, description: Description, entry: str) -> list[str]:
+    """The images that an entry of a split means: a folder, or a text file with a path a line; whatever stands before the part that
+    is there is taken for another machine's.
+    """
+    place = _place_of(source, description, entry)
+    if place is None:
+        return []
+    if place in source.files:
+        names = [line.strip() for line in source.read_text(place).splitlines() if line.strip()]
+        images = [source.find_image(name, place) for name in names]
+        for name, image in zip(names, images):
+            if image is None:
+                with source.may_be_broken():
+                    raise UserError(f"{source.path(place)} lists {name}, which is not in {source.folder}: {REMEDY}.")
+        return [image for image in images if image is not None]
+    return [image for image in source.images if place == "." or image.startswith(place + os.sep)]
+
+
+def _place_of(source: Source, description: Description, entry: str) -> str | None:
+    base = os.path.dirname(description.file)
+    parts = [part for part in entry.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+    tails = [os.path.join(*parts[start:]) for start in range(len(parts))]
+    for name in (os.path.join(description.folder, entry), entry, *tails):
+        place = os.path.normpath(os.path.join(base, name))
+        if place in source.files or (os.path.isdir(source.path(place)) and not place.startswith(("..", os.sep))):
+            return place
+    return None

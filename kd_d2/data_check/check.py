@@ -1,0 +1,113 @@
+"""A check of data sets as a whole: what was measured and found, as text and as json."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tabulate import tabulate
+
+from ..data.coco import CocoData, read_coco
+from ..errors import UserError, printable
+from ..files import write_json
+from .files import find_repeated, find_unreadable
+from .findings import Finding, find_between, find_in_set
+from .sets import DataSet
+from .statistics import PERCENTILES, SetStatistics, measure
+
+FILE = "check.json"
+
+
+@dataclass
+class DataCheck:
+    """What was found in data sets.
+
+    Attributes:
+        sets: those that could be read, with their annotations.
+        statistics: of each of them.
+        findings: errors and warnings.
+        checked_images: how many images of each set were read at most; None for all.
+    """
+
+    sets: list[tuple[DataSet, CocoData]]
+    statistics: list[SetStatistics]
+    findings: list[Finding]
+    checked_images: int | None
+
+    @property
+    def errors(self) -> list[Finding]:
+        """What stops or falsifies a training."""
+        return [finding for finding in self.findings if finding.is_error]
+
+    def summary(self) -> str:
+        """Everything as text."""
+        parts = [_describe(dataset, s) for (dataset, _), s in zip(self.sets, self.statistics)]
+        warnings = [finding for finding in self.findings if not finding.is_error]
+        for title, findings in (("warnings", warnings), ("errors", self.errors)):
+            if findings:
+                lines = [f"- {finding.dataset}: {printable(finding.text)}" for finding in findings]
+                parts.append("\n".join([f"{title}:", *lines]))
+        return "\n\n".join([*parts, self._verdict()])
+
+    def _verdict(self) -> str:
+        read = "all images" if self.checked_images is None else f"up to {self.checked_images} images of each set"
+        found = f"{len(self.errors)} errors" if self.errors else "nothing that stops or falsifies a training"
+        return (
+            f"{found} in annotations, file contents and {read} read ({len(self.findings) - len(self.errors)} warnings)"
+        )
+
+    def as_tree(self) -> dict[str, Any]:
+        """Everything in types that JSON has."""
+        sets = [asdict(dataset) | asdict(s) for (dataset, _), s in zip(self.sets, self.statistics)]
+        findings = [asdict(finding) for finding in self.findings]
+        return {"sets": sets, "findings": findings, "checked_images": self.checked_images, "percentiles": PERCENTILES}
+
+    def save(self, folder: str) -> None:
+        """Write `check.json`."""
+        write_json(os.path.join(folder, FILE), self.as_tree())
+
+
+def check_sets(sets: list[DataSet], images: int | None = 200, *, skips_unusable: bool = False) -> DataCheck:
+    """Check data sets in COCO's format, each by itself and against the first one for training.
+
+    Args:
+        sets: of which those for training come first.
+        images: how many images of each set are read; None for all.
+        skips_unusable: whether the training skips images that cannot be read.
+    """
+    read: list[tuple[DataSet, CocoData]] = []
+    findings: list[Finding] = []
+    for dataset in sets:
+        try:
+            read.append((dataset, read_coco(dataset.json_file, dataset.folder)))
+        except UserError as error:
+            findings.append(Finding(True, dataset.name, str(error)))
+    statistics = [measure(data) for _, data in read]
+    for (dataset, data), counts in zip(read, statistics):
+        findings += find_in_set(dataset.name, data, counts)
+        findings += find_unreadable(dataset, data, images, skips_unusable)
+    for (dataset, data), counts in zip(read[1:], statistics[1:]):
+        first, first_data = read[0]
+        findings += find_between(first.name, first_data, dataset.name, data, (statistics[0], counts))
+    findings += find_repeated(read)
+    return DataCheck(read, statistics, findings, images)
+
+
+def _describe(dataset: DataSet, statistics: SetStatistics) -> str:
+    crowds = f", {statistics.crowds} crowds" if statistics.crowds else ""
+    sizes = ", ".join(f"{width} x {height} ({count})" for width, height, count in statistics.image_sizes)
+    head = (
+        f"{dataset.role}: {dataset.name}, {dataset.json_file}\n{statistics.images} images, {statistics.empty} of them without "
+        f"annotations; {statistics.boxes} boxes{crowds}; most frequent sizes: {sizes}"
+    )
+    rows = [[printable(c.name), c.boxes, c.small, c.medium, c.large, c.images] for c in statistics.classes]
+    classes = _table(rows, ["class", "boxes", "small", "medium", "large", "images"])
+    measured = [[name, *(f"{value:.4g}" for value in values)] for name, values in statistics.percentiles.items()]
+    headers = ["", "least", *(f"{p} %" for p in PERCENTILES[1:-1]), "most"]
+    return "\n\n".join([head, classes, _table(measured, headers)])
+
+
+def _table(rows: list[list[Any]], headers: list[str]) -> str:
+    align = ["left", *["right"] * (len(headers) - 1)]
+    return tabulate(rows, headers, "github", disable_numparse=True, colalign=align if rows else None)

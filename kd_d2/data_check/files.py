@@ -1,0 +1,98 @@
+"""What image files have: the same content twice, within a set or in training and test, and files that cannot be read."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import product
+
+import numpy as np
+from tqdm import tqdm
+
+from ..data.coco import CocoData
+from ..data.images import DataError, read_image
+from ..errors import UserError
+from .findings import Finding
+from .sets import DataSet
+
+
+def find_repeated(sets: list[tuple[DataSet, CocoData]]) -> Iterator[Finding]:
+    """Images with the same bytes; those that are in a training and in a test set falsify the evaluation.
+
+    Only files of equal size are read.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    paths = [[os.path.join(dataset.folder, i["file_name"]) for i in data.tree["images"]] for dataset, data in sets]
+    digests = _digests([path for of_set in paths for path in of_set])
+    names: list[dict[str, list[str]]] = []
+    for (dataset, _), of_set in zip(sets, paths):
+        names.append(defaultdict(list))
+        for path in of_set:
+            if path in digests:
+                names[-1][digests[path]].append(os.path.relpath(path, dataset.folder))
+        twice = [found for found in names[-1].values() if len(found) > 1]
+        if twice:
+            count = sum(len(found) - 1 for found in twice)
+            text = f"{count} images are copies of others in it, such as {twice[0][1]} of {twice[0][0]}."
+            yield Finding(False, dataset.name, text)
+    roles = [[number for number, (dataset, _) in enumerate(sets) if dataset.role == role] for role in ("train", "test")]
+    for train, test in product(*roles):
+        both = [digest for digest in names[test] if digest in names[train]]
+        if both:
+            count, first = sum(len(names[test][digest]) for digest in both), names[test][both[0]][0]
+            yield Finding(
+                True,
+                f"{sets[train][0].name}, {sets[test][0].name}",
+                f"{count} of {len(paths[test])} images for testing are in the training set too, such as {first} "
+                f"({names[train][both[0]][0]}): leave them out of one.",
+            )
+
+
+def _digests(paths: list[str]) -> dict[str, str]:
+    """By path a digest of the content, of the files that are not of a size of their own."""
+    of_size: dict[int, dict[str, None]] = defaultdict(dict)
+    times: dict[str, int] = defaultdict(int)
+    for path in paths:
+        times[path] += 1
+        of_size[os.path.getsize(path)][path] = None
+    alike = [path for found in of_size.values() for path in found if len(found) > 1 or times[path] > 1]
+    return {path: _digest(path) for path in alike}
+
+
+def _digest(path: str) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"The image {path} cannot be read: {error.strerror}.") from error
+
+
+def find_unreadable(dataset: DataSet, data: CocoData, count: int | None, skips: bool) -> Iterator[Finding]:
+    """Images that cannot be read, or have another size than the annotations say, among `count` of them at even distances.
+
+    Args:
+        count: None for all.
+        skips: whether the training skips such images.
+    """
+    images = data.tree["images"]
+    count = len(images) if count is None else min(count, len(images))
+    chosen = [images[i] for i in np.linspace(0, len(images) - 1, count).round().astype(int)] if count else []
+    problems = []
+    for image in tqdm(chosen, f"images of {dataset.name}", unit="image", disable=None):
+        path = os.path.join(dataset.folder, image["file_name"])
+        try:
+            height, width = read_image(path, "RGB").shape[:2]
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        if (width, height) != (image["width"], image["height"]):
+            problems.append(
+                f"The image {path} has {width} x {height} pixels, but its annotations say {image['width']} x {image['height']}."
+            )
+    if problems:
+        text = f"{len(problems)} of {len(chosen)} images cannot be used, the first: {problems[0]}"
+        yield Finding(not skips, dataset.name, text)

@@ -1,0 +1,118 @@
+"""What annotations have that stops, falsifies or may harm a training."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ..data.coco import CocoData
+from ..data.coco.boxes import reaches_out
+from ..data.coco_json import ClassOrder, with_classes
+from ..errors import UserError
+from .statistics import SetStatistics
+
+SMALLEST_SIDE = 2  # px
+LONGEST = 20  # times as long as wide
+WHOLE_IMAGE = 0.98  # of its area
+FEWEST_BOXES = 10
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about a data set.
+
+    Attributes:
+        is_error: it stops or falsifies a training.
+        dataset: its name, or the two that it is about.
+        text: a sentence.
+    """
+
+    is_error: bool
+    dataset: str
+    text: str
+
+
+def find_in_set(name: str, data: CocoData, statistics: SetStatistics) -> Iterator[Finding]:
+    """Of one data set: what is read otherwise than it is written, boxes that look like mistakes, and rare or similar classes."""
+    for sentence in data.repairs.sentences():
+        yield Finding(False, name, sentence)
+    yield from (Finding(False, name, text) for text in _about_boxes(data))
+    yield from (Finding(False, name, text) for text in _about_classes(statistics))
+    if not statistics.boxes:
+        yield Finding(True, name, "it has no boxes.")
+
+
+def _about_boxes(data: CocoData) -> Iterator[str]:
+    image_of = {image["id"]: image for image in data.tree["images"]}
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for annotation in data.tree["annotations"]:
+        if annotation.get("iscrowd"):
+            continue
+        image = image_of[annotation["image_id"]]
+        for text, is_so in SUSPICIOUS.items():
+            if is_so(annotation["bbox"], (image["width"], image["height"])):
+                found[text].append(annotation)
+    for text in SUSPICIOUS:
+        if found[text]:
+            first = found[text][0]
+            name = image_of[first["image_id"]]["file_name"]
+            yield f"{len(found[text])} boxes {text}, the first is {first['bbox']} of {name}."
+
+
+def _is_thin(box: list[float], size: tuple[int, int]) -> bool:
+    return max(box[2:]) > LONGEST * min(box[2:])
+
+
+def _is_whole_image(box: list[float], size: tuple[int, int]) -> bool:
+    return box[2] * box[3] >= WHOLE_IMAGE * size[0] * size[1]
+
+
+SUSPICIOUS: dict[str, Callable[[list[float], tuple[int, int]], bool]] = {
+    "reach beyond their image, where training cuts them": reaches_out,
+    f"have a side below {SMALLEST_SIDE} pixels": lambda box, size: min(box[2:]) < SMALLEST_SIDE,
+    f"are more than {LONGEST} times as long as wide": _is_thin,
+    f"cover {WHOLE_IMAGE:.0%} of their image or more": _is_whole_image,
+}
+"""By what is said of them, whether a box [x, y, width, height] in an image of (width, height) is one."""
+
+
+def _about_classes(statistics: SetStatistics) -> Iterator[str]:
+    absent = [entry.name for entry in statistics.classes if entry.boxes == 0]
+    rare = [f"{entry.name} ({entry.boxes})" for entry in statistics.classes if 0 < entry.boxes < FEWEST_BOXES]
+    if absent and statistics.boxes:
+        yield f"classes without boxes: {', '.join(absent)}."
+    if rare:
+        yield f"classes with fewer than {FEWEST_BOXES} boxes: {', '.join(rare)}."
+    alike = defaultdict(list)
+    for entry in statistics.classes:
+        alike["".join(letter for letter in entry.name.casefold() if letter.isalnum())].append(entry.name)
+    for names in alike.values():
+        if len(names) > 1:
+            yield f"classes whose names hardly differ: {', '.join(map(repr, names))}."
+
+
+def find_between(
+    train: str, train_data: CocoData, others: str, data: CocoData, counts: tuple[SetStatistics, SetStatistics]
+) -> Iterator[Finding]:
+    """Of a data set and the first training set, which decides the classes: what differs in the classes."""
+    where = f"{train}, {others}"
+    order = ClassOrder(tuple(train_data.class_names), train_data.repairs.path)
+    try:
+        with_classes(data, order)
+    except UserError as error:
+        yield Finding(True, where, str(error))
+        return
+    shared = [name for name in train_data.class_names if name in data.class_names]
+    if shared != [name for name in data.class_names if name in train_data.class_names]:
+        yield Finding(False, where, f"{others} has its classes in another order; they are matched by name.")
+    with_boxes = [{entry.name for entry in statistics.classes if entry.boxes} for statistics in counts]
+    for names, here, there in (
+        (with_boxes[0] - with_boxes[1], train, others),
+        (with_boxes[1] - with_boxes[0], others, train),
+    ):
+        if names:
+            yield Finding(
+                False, where, f"classes with boxes in {here} alone, not in {there}: {', '.join(sorted(names))}."
+            )

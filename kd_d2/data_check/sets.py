@@ -1,0 +1,62 @@
+"""The data sets that are checked, and what they are for."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from detectron2.data import MetadataCatalog
+
+from ..config import load_config
+from ..config_files import find_config_file, find_file
+from ..data import register_synthetic
+from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set.
+
+    Attributes:
+        role: "train" or "test".
+        name: for tables and messages.
+        json_file, folder: annotations in COCO's format, and where its images lie.
+    """
+
+    role: str
+    name: str
+    json_file: str
+    folder: str
+
+
+def sets_of_config(config_file: str, opts: list[Any]) -> tuple[list[DataSet], bool]:
+    """The sets of DATASETS.TRAIN and TEST, and whether the training skips images that it cannot read; no teacher has to exist.
+
+    Raises:
+        UserError: the config cannot be read, or a set is not in COCO's format or not there.
+    """
+    cfg = load_config(config_file, opts, student_only=True, needs_data=False)
+    register_synthetic()
+    base = os.path.dirname(find_config_file(config_file, "the config"))
+    entries = {name: (json_file, folder) for name, json_file, folder in cfg.DATASETS.COCO_JSON}
+    sets = []
+    for role in ("train", "test"):
+        for name in cfg.DATASETS[role.upper()]:
+            json_file, folder = entries.get(name) or _built_in(role.upper(), name)
+            key = f"DATASETS.COCO_JSON ({name})"
+            json_file, folder = find_file(json_file, key, base), find_file(folder, key, base, is_folder=True)
+            sets.append(DataSet(role, name, json_file, folder))
+    if not sets:
+        raise UserError(f"{config_file}: DATASETS.TRAIN and DATASETS.TEST are empty: name a data set.")
+    return sets, cfg.DATALOADER.SKIP_UNUSABLE_IMAGES
+
+
+def _built_in(key: str, name: str) -> tuple[str, str]:
+    metadata = MetadataCatalog.get(name)
+    files = metadata.get("json_file"), metadata.get("image_root")
+    if None in files:
+        raise UserError(
+            f"DATASETS.{key} names {name!r}, which is neither an entry of DATASETS.COCO_JSON nor a built-in set in COCO's format."
+        )
+    return files

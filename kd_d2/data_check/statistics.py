@@ -1,0 +1,89 @@
+"""Counts and sizes of a data set."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..data.coco import CocoData
+
+AREAS = (32**2, 96**2)
+"""px^2; COCO's borders between small, medium and large objects."""
+PERCENTILES = (0, 5, 50, 95, 100)
+
+
+@dataclass
+class ClassCounts:
+    """Boxes of a class by COCO's sizes, and the images that have one; crowds are not counted.
+
+    Attributes:
+        small, medium, large: boxes of an area below 32^2, below 96^2 and from there on.
+        images: with a box of the class.
+    """
+
+    name: str
+    small: int
+    medium: int
+    large: int
+    images: int
+
+    @property
+    def boxes(self) -> int:
+        return self.small + self.medium + self.large
+
+
+@dataclass
+class SetStatistics:
+    """What a data set holds.
+
+    Attributes:
+        images, empty: how many images, and how many of them without annotations.
+        boxes, crowds: annotations with iscrowd 0 and 1.
+        classes: in order of category id.
+        percentiles: by what was measured the values at PERCENTILES: widths and heights of images, boxes an image, sides of boxes
+            (the root of the area, px) and aspect ratios of boxes (width by height).
+        image_sizes: the most frequent sizes, each as width, height and count.
+    """
+
+    images: int
+    empty: int
+    boxes: int
+    crowds: int
+    classes: list[ClassCounts]
+    percentiles: dict[str, list[float]]
+    image_sizes: list[list[int]]
+
+
+def measure(data: CocoData) -> SetStatistics:
+    """Count and measure a data set."""
+    images = data.tree["images"]
+    objects = [a for a in data.tree["annotations"] if not a.get("iscrowd")]
+    bboxes = np.array([a["bbox"] for a in objects], dtype=float).reshape(-1, 4)
+    areas = np.array([a.get("area", a["bbox"][2] * a["bbox"][3]) for a in objects], dtype=float)
+    labels = np.array([a["category_id"] for a in objects], dtype=np.int64)
+    owners = np.array([a["image_id"] for a in objects], dtype=np.int64)
+    sizes = np.searchsorted(AREAS, areas, side="right")
+    classes = []
+    for category in data.tree["categories"]:
+        own = labels == category["id"]
+        small, medium, large = (int((sizes[own] == size).sum()) for size in range(3))
+        classes.append(ClassCounts(category["name"], small, medium, large, len(np.unique(owners[own]))))
+    boxes_of = Counter(owners.tolist())
+    measured = {
+        "image width": [image["width"] for image in images],
+        "image height": [image["height"] for image in images],
+        "boxes an image": [boxes_of[image["id"]] for image in images],
+        "side of a box": np.sqrt(bboxes[:, 2] * bboxes[:, 3]),
+        "width / height of a box": bboxes[:, 2] / bboxes[:, 3],
+    }
+    return SetStatistics(
+        images=len(images),
+        empty=len(images) - len({a["image_id"] for a in data.tree["annotations"]}),
+        boxes=len(objects),
+        crowds=len(data.tree["annotations"]) - len(objects),
+        classes=classes,
+        percentiles={name: np.percentile(v, PERCENTILES).tolist() for name, v in measured.items() if len(v)},
+        image_sizes=[[*size, n] for size, n in Counter((i["width"], i["height"]) for i in images).most_common(3)],
+    )

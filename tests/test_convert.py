@@ -1,0 +1,783 @@
+"""kd-d2 convert: every format into COCO json and back to the same boxes, and what is said of data that is broken or ambiguous."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+from kd_d2.cli import main
+from kd_d2.cli.convert import FORMATS as OFFERED
+from kd_d2.config import load_config
+from kd_d2.data import check_coco_json
+from kd_d2.data.convert import FORMATS, ConvertOptions, convert
+from kd_d2.data.convert import formats as formats_module
+from kd_d2.data.convert import source as source_module
+from kd_d2.errors import UserError
+
+import pytest
+import yaml
+from helpers import CLASSES, make_coco
+from PIL import Image
+from test_readme import example
+
+pytestmark = pytest.mark.unit
+
+Tree = dict[str, list[dict]]
+
+
+def picture(path: Path, size: tuple[int, int] = (40, 30)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size).save(path)
+    return path
+
+
+def text(path: Path, content: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+def voc_object(name: str, *corners: float, more: str = "") -> str:
+    sides = "".join(f"<{side}>{value}</{side}>" for side, value in zip(("xmin", "ymin", "xmax", "ymax"), corners))
+    return f"<object><name>{escape(name)}</name>{more}<bndbox>{sides}</bndbox></object>"
+
+
+def voc_xml(filename: str, *objects: str, size: tuple[int, int] | None = (40, 30)) -> str:
+    sides = f"<size><width>{size[0]}</width><height>{size[1]}</height></size>" if size else ""
+    return f"<annotation><filename>{escape(filename)}</filename>{sides}{''.join(objects)}</annotation>"
+
+
+def run(folder: Path, format: str | None = None, **options: object) -> dict[str, Tree]:
+    """The trees by split of a conversion; each is read as it is written, without repairs."""
+    result = convert(str(folder), str(folder.parent / "out"), format, ConvertOptions(**options), overwrite=True)
+    for split in result.splits.values():
+        assert check_coco_json(split.file, split.folder).repairs == []
+    return {name: json.loads(Path(split.file).read_text()) for name, split in result.splits.items()}
+
+
+def notes(folder: Path, format: str | None = None, **options: object) -> list[str]:
+    """What a conversion says was left out or read otherwise, without the folder and with counts alone."""
+    result = convert(str(folder), str(folder.parent / "out"), format, ConvertOptions(**options), overwrite=True)
+    return [note.removeprefix(f"{folder}: ").partition("; the first")[0] + ")" for note in result.notes]
+
+
+def refusal(folder: Path, format: str | None = None, **options: object) -> str:
+    with pytest.raises(UserError) as caught:
+        convert(str(folder), str(folder.parent / "refused"), format, ConvertOptions(**options))
+    assert not (folder.parent / "refused").exists()
+    return str(caught.value).replace(f"{folder}{os.sep}", "").replace(str(folder), "IN_FOLDER")
+
+
+def boxes(tree: Tree) -> dict[str, list[tuple[str, list[float]]]]:
+    """By the stem of the image its boxes, in order."""
+    name_of = {category["id"]: category["name"] for category in tree["categories"]}
+    found: dict[str, list] = {Path(image["file_name"]).stem: [] for image in tree["images"]}
+    stem_of = {image["id"]: Path(image["file_name"]).stem for image in tree["images"]}
+    for annotation in tree["annotations"]:
+        found[stem_of[annotation["image_id"]]].append((name_of[annotation["category_id"]], annotation["bbox"]))
+    return {stem: sorted(entries) for stem, entries in found.items()}
+
+
+# ------------------------------------------------------------------------------------------ round trips
+
+
+class Written:
+    """A COCO set of six images in another format; the third has no objects."""
+
+    def __init__(self, folder: Path):
+        path = make_coco(folder / "coco", 6)
+        self.tree = json.loads(path.read_text())
+        self.images = path.parent / "images"
+        self.root = folder / "set"
+        self.name_of = {category["id"]: category["name"] for category in self.tree["categories"]}
+
+    def objects(self, image: dict) -> list[tuple[str, list[float]]]:
+        return [
+            (self.name_of[a["category_id"]], a["bbox"])
+            for a in self.tree["annotations"]
+            if a["image_id"] == image["id"]
+        ]
+
+    def put(self, image: dict, folder: str) -> None:
+        (self.root / folder).mkdir(parents=True, exist_ok=True)
+        (self.root / folder / image["file_name"]).hardlink_to(self.images / image["file_name"])
+
+
+def as_voc(written: Written) -> None:
+    for image in written.tree["images"]:
+        written.put(image, "JPEGImages")
+        objects = [voc_object(name, x + 1, y + 1, x + w, y + h) for name, (x, y, w, h) in written.objects(image)]
+        content = voc_xml(image["file_name"], *objects, size=(image["width"], image["height"]))
+        text(written.root / "Annotations" / f"{Path(image['file_name']).stem}.xml", content)
+
+
+def as_yolo(written: Written) -> None:
+    text(written.root / "data.yaml", yaml.safe_dump({"train": "images", "names": list(CLASSES)}))
+    for image in written.tree["images"]:
+        written.put(image, "images")
+        width, height = image["width"], image["height"]
+        lines = [
+            f"{CLASSES.index(name)} {(x + w / 2) / width:.6f} {(y + h / 2) / height:.6f} {w / width:.6f} {h / height:.6f}"
+            for name, (x, y, w, h) in written.objects(image)
+        ]
+        text(written.root / "labels" / f"{Path(image['file_name']).stem}.txt", "\n".join(lines))
+
+
+def as_labelme(written: Written) -> None:
+    for number, image in enumerate(written.tree["images"]):
+        written.put(image, ".")
+        shapes = [
+            {"label": name, "shape_type": "rectangle", "points": [[x + w, y], [x, y + h]]}
+            if number % 2
+            else {"label": name, "shape_type": "polygon", "points": [[x, y], [x + w, y + h / 2], [x + w / 2, y + h]]}
+            for name, (x, y, w, h) in written.objects(image)
+        ]
+        tree = {"shapes": shapes, "imagePath": f"..\\photos\\{image['file_name']}", "imageData": "AAAA"}
+        tree |= {"imageWidth": image["width"], "imageHeight": image["height"]}
+        text(written.root / f"{Path(image['file_name']).stem}.json", json.dumps(tree))
+
+
+def as_cvat(written: Written) -> None:
+    nodes = []
+    for number, image in enumerate(written.tree["images"]):
+        written.put(image, "images")
+        shapes = [
+            f'<box label="{name}" xtl="{x}" ytl="{y}" xbr="{x + w}" ybr="{y + h}"/>'
+            if number % 2
+            else f'<polygon label="{name}" points="{x},{y};{x + w},{y};{x + w},{y + h}"/>'
+            for name, (x, y, w, h) in written.objects(image)
+        ]
+        size = f'width="{image["width"]}" height="{image["height"]}"'
+        nodes.append(f'<image id="{number}" name="photos/{image["file_name"]}" {size}>{"".join(shapes)}</image>')
+    labels = "".join(f"<label><name>{name}</name></label>" for name in CLASSES)
+    text(
+        written.root / "annotations.xml",
+        f"<annotations><version>1.1</version><meta><job><labels>{labels}</labels></job></meta>{''.join(nodes)}</annotations>",
+    )
+
+
+def as_open_images(written: Written) -> None:
+    rows = []
+    for image in written.tree["images"]:
+        written.put(image, "images")
+        width, height = image["width"], image["height"]
+        for name, (x, y, w, h) in written.objects(image):
+            row = {"ImageID": Path(image["file_name"]).stem, "LabelName": f"/m/{name}", "IsGroupOf": "0"}
+            row |= {"XMin": x / width, "XMax": (x + w) / width, "YMin": y / height, "YMax": (y + h) / height}
+            rows.append(row)
+    text(written.root / "class-descriptions.csv", "".join(f"/m/{name},{name}\n" for name in CLASSES))
+    with open(written.root / "boxes.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def as_coco(written: Written) -> None:
+    for image in written.tree["images"]:
+        written.put(image, "images")
+    text(written.root / "annotations" / "instances.json", json.dumps(written.tree))
+
+
+WRITERS = {
+    "voc": as_voc, "yolo": as_yolo, "labelme": as_labelme, "cvat": as_cvat, "openimages": as_open_images, "coco": as_coco
+}  # fmt: skip
+
+
+def test_every_format_is_tested_and_offered() -> None:
+    assert tuple(FORMATS) == tuple(WRITERS) == OFFERED
+
+
+@pytest.mark.parametrize("format", WRITERS)
+def test_round_trip(tmp_path: Path, format: str) -> None:
+    """Check that the format is found out, and that all boxes come back to half a pixel, with every image of the format."""
+    written = Written(tmp_path)
+    WRITERS[format](written)
+    (tree,) = run(written.root).values()
+    expected, found = boxes(written.tree), boxes(tree)
+    if format == "openimages":  # an image without objects has no row
+        assert expected.pop("002") == []
+    assert found.keys() == expected.keys()
+    for stem, entries in expected.items():
+        assert [name for name, _ in found[stem]] == [name for name, _ in entries]
+        for (_, box), (_, wanted) in zip(found[stem], entries):
+            assert box == pytest.approx(wanted, abs=0.5)
+    in_order = format in ("yolo", "cvat", "coco")
+    assert [category["name"] for category in tree["categories"]] == (list(CLASSES) if in_order else sorted(CLASSES))
+
+
+def test_what_is_printed_trains(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Check the counts of a hand-made set, and that the written config names files and images that are there."""
+    root = tmp_path / "Cats & Dogs"
+    for split, name in (("train", "a"), ("train", "b"), ("valid", "a")):
+        picture(root / split / f"{name}.jpg")
+    text(root / "train/a.xml", voc_xml("a.jpg", voc_object("cat", 1, 1, 10, 20), voc_object("dog", 5, 5, 9, 9)))
+    text(root / "train/b.xml", voc_xml("b.jpg"))
+    text(root / "valid/a.xml", voc_xml("a.jpg", voc_object("dog", 2, 3, 40, 30)))
+    main(["convert", str(root), str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    out = tmp_path / "out"
+    assert f"train: 2 images, 1 of them without boxes; 2 boxes: {out}/train.json" in printed
+    assert "the first: train/a.xml: its object 1)." in printed
+    assert f"valid: 1 images, 0 of them without boxes; 1 boxes: {out}/valid.json" in printed
+    assert [line.split("|")[1:4] for line in printed.splitlines() if line.startswith("| cat")] == [
+        [" cat                 ", "       1 ", "       0 "]
+    ]
+    assert "pixels counted from 1, as Pascal VOC defines it (--first-pixel 0 if not) (3; the first:" in printed
+    assert (out / "datasets.yaml").read_text().rstrip() in printed
+    config = text(tmp_path / "my.yaml", "_BASE_: [tiny/retinanet-student, out/datasets.yaml]\n")
+    cfg = load_config(str(config))
+    assert cfg.DATASETS.TRAIN == ("cats_dogs_train",) and cfg.DATASETS.TEST == ("cats_dogs_valid",)
+    assert cfg.DATASETS.COCO_JSON[1] == ["cats_dogs_valid", f"{out}/valid.json", str(root)]
+    tree = json.loads((out / "valid.json").read_text())
+    assert tree["annotations"] == [
+        {"id": 1, "image_id": 1, "category_id": 2, "bbox": [1, 2, 39, 28], "area": 1092, "iscrowd": 0}
+    ]
+    assert tree["images"] == [{"id": 1, "file_name": "valid/a.jpg", "width": 40, "height": 30}]
+
+
+def test_the_configs_of_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that the guide's ten lines of yaml are a distillation on a converted set."""
+    written = Written(tmp_path)
+    as_voc(written)
+    monkeypatch.chdir(tmp_path)
+    main(["convert", str(written.root), "coco", "--val-share", "0.4"])
+    for name in ("resnet18.pth", "output/teacher/model_final.pth"):
+        text(tmp_path / name, "")
+    lines = 0
+    for name in ("teacher", "student"):
+        content = example(name, "docs/guides/published-data.md")
+        text(tmp_path / f"{name}.yaml", content)
+        lines += len([line for line in content.splitlines() if not line.startswith("#")])
+    assert lines <= 10
+    cfg = load_config("student.yaml")
+    assert cfg.MODEL.META_ARCHITECTURE == "KDMetaArch" and len(CLASSES) == cfg.MODEL.RETINANET.NUM_CLASSES
+    assert str(tmp_path / "teacher.yaml") == cfg.MODEL.KD.TEACHER.CONFIG_FILE
+    assert cfg.DATASETS.TRAIN == load_config("teacher.yaml").DATASETS.TRAIN == ("set_train",)
+    assert cfg.DATASETS.TEST == ("set_val",)
+
+
+# -------------------------------------------------------------------------------------------- Pascal VOC
+
+
+@pytest.fixture
+def devkit(tmp_path: Path) -> Path:
+    """VOC's layout with five images, of which the lists of ImageSets/Main name four."""
+    root = tmp_path / "VOC2007"
+    for number in range(1, 6):
+        picture(root / "JPEGImages" / f"{number:06d}.jpg")
+        text(root / "Annotations" / f"{number:06d}.xml", voc_xml(f"{number:06d}.jpg", voc_object("cow", 1, 1, 9, 9)))
+    text(root / "ImageSets/Main/train.txt", "000001\n000002\n")
+    text(root / "ImageSets/Main/val.txt", "000003\n000003\n")
+    text(root / "ImageSets/Main/trainval.txt", "000001\n000002\n000003\n000004")
+    text(root / "ImageSets/Main/cow_train.txt", "000001  1\n000002 -1\n")
+    text(root / "ImageSets/Layout/train.txt", "000001 1\n")
+    return root
+
+
+def test_the_devkit(devkit: Path) -> None:
+    """Check that splits come from the lists of images, not from those of classes."""
+    trees = run(devkit)
+    assert {split: sorted(boxes(tree)) for split, tree in trees.items()} == {
+        "train": ["000001", "000002"],
+        "trainval": ["000001", "000002", "000003", "000004"],
+        "val": ["000003"],
+    }
+    assert boxes(trees["trainval"])["000001"] == boxes(trees["train"])["000001"] == [("cow", [0, 0, 9, 9])]
+    assert notes(devkit) == [
+        "entries of val.txt repeated (1)",
+        "labels left out that no list of ImageSets/Main has (1)",
+        "pixels counted from 1, as Pascal VOC defines it (--first-pixel 0 if not) (4)",
+        "images left out that have no labels or are in no split (1)",
+    ]
+
+
+def test_lists_of_the_devkit_that_do_not_fit(devkit: Path) -> None:
+    text(devkit / "ImageSets/Main/test.txt", "../../etc/passwd\n")
+    assert refusal(devkit) == (
+        "IN_FOLDER: ImageSets/Main/test.txt lists ../../etc/passwd, of which there is no file of labels: remove the list if its "
+        "labels are not published, or the entry, or pass --unlabelled keep if it has no objects."
+    )
+    text(devkit / "ImageSets/Main/test.txt", "000005\n")
+    (devkit / "Annotations/000005.xml").unlink()
+    assert "lists 000005, of which there is no file of labels" in refusal(devkit)
+    assert boxes(run(devkit, unlabelled="keep")["test"]) == {"000005": []}
+
+
+def test_a_broken_file_of_the_devkit_counts_once(devkit: Path) -> None:
+    text(devkit / "Annotations/000001.xml", "<annotation>")
+    assert "entries left out that cannot be read (1)" in notes(devkit, drop_broken=True)
+    assert {split: len(tree["images"]) for split, tree in run(devkit, drop_broken=True).items()} == {
+        "train": 1, "trainval": 3, "val": 1
+    }  # fmt: skip
+
+
+def test_two_devkits(devkit: Path) -> None:
+    both = devkit.parent / "both"
+    both.mkdir()
+    devkit.rename(both / "VOC2007")
+    text(both / "VOC2012/ImageSets/Main/train.txt", "000001\n")
+    assert refusal(both) == "IN: IN_FOLDER holds several data sets, VOC2007 and VOC2012: convert them one at a time."
+
+
+def voc_of(tmp_path: Path, *objects: str, **keywords: object) -> Path:
+    root = tmp_path / "set"
+    picture(root / "images/a.jpg")
+    text(root / "xml/a.xml", voc_xml("a.jpg", *objects, **keywords))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("first_pixel", "corners", "expected"),
+    [
+        (None, (1, 1, 10, 20), [0, 0, 10, 20]),
+        (None, (0, 5, 10, 20), [0, 5, 10, 15]),  # pixel 0 is only there when they are counted from it
+        (0, (1, 1, 10, 20), [1, 1, 9, 19]),
+        (1, (1, 1, 40, 30), [0, 0, 40, 30]),
+        (None, (2.5, 3.25, 10, 20), [1.5, 2.25, 8.5, 17.75]),
+    ],
+)
+def test_the_first_pixel(tmp_path: Path, first_pixel: int | None, corners: tuple, expected: list[float]) -> None:
+    (tree,) = run(voc_of(tmp_path, voc_object("a", *corners)), first_pixel=first_pixel).values()
+    assert tree["annotations"][0]["bbox"] == expected
+
+
+def test_difficult_boxes(tmp_path: Path) -> None:
+    marked = voc_object("a", 1, 1, 9, 9, more="<difficult>1</difficult>")
+    root = voc_of(tmp_path, marked, voc_object("a", 3, 3, 20, 20, more="<difficult>0</difficult>"))
+    crowds = {
+        choice: [a["iscrowd"] for a in run(root, difficult=choice)["all"]["annotations"]]
+        for choice in ("crowd", "keep", "drop")
+    }
+    assert crowds == {"crowd": [1, 0], "keep": [0, 0], "drop": [0]}
+    assert notes(root)[1:] == ["difficult boxes set as crowd, which is neither trained on nor counted (1)"]
+    assert notes(root, difficult="drop")[1:] == ["difficult boxes dropped (1)"]
+
+
+def test_boxes_that_are_cut_and_dropped(tmp_path: Path) -> None:
+    root = voc_of(
+        tmp_path,
+        voc_object("a", -8, 5, 10, 20),
+        voc_object("a", 10, 20, 60, 40),
+        voc_object("a", 50, 5, 60, 20),
+        voc_object("a", 7, 5, 7, 20),
+        voc_object("b", 5, 5, 9, 9),
+        voc_object("b", 5, 5, 9, 9),
+    )
+    (tree,) = run(root).values()
+    assert [a["bbox"] for a in tree["annotations"]] == [[0, 5, 10, 15], [10, 20, 30, 10], [5, 5, 4, 4]]
+    assert notes(root) == [
+        "boxes that begin at 0, so that pixels of all are counted from 0 (1)",
+        "boxes cut at the sides of their image (3)",
+        "boxes without area dropped (2)",
+        "boxes repeated exactly dropped (1)",
+    ]
+
+
+def test_images_of_voc_are_found_by_what_is_right(tmp_path: Path) -> None:
+    """Check a filename without suffix, one of an image that was renamed, folders in folders, and sizes of 0."""
+    root = tmp_path / "set"
+    for name in ("sub/x/a.png", "sub/y/b.JPEG", "c.jpg"):
+        picture(root / name)
+    text(root / "xml/sub/x/a.xml", voc_xml("a", voc_object("k", 1, 1, 9, 9), size=(0, 0)))
+    text(root / "xml/sub/y/b.xml", voc_xml("IMG_0001.jpg", voc_object("k", 1, 1, 9, 9), size=None))
+    text(root / "xml/c.xml", voc_xml("/home/me/c.jpg", voc_object("k", 1, 1, 9, 9)))
+    (tree,) = run(root).values()
+    assert [image["file_name"] for image in tree["images"]] == ["c.jpg", "sub/x/a.png", "sub/y/b.JPEG"]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("<annotation>", "xml/a.xml is not readable XML: no element found: line 1, column 12."),
+        ("<html></html>", "xml/a.xml is not of Pascal VOC's form: its root is 'html', not 'annotation'."),
+        (voc_xml("b.jpg"), "xml/a.xml says that its image is b.jpg, but its own name is that of images/a.jpg: rename it, or correct its <filename>."),
+        (voc_xml("a.jpg", size=(30, 40)), "xml/a.xml says that its image has 30 x 40 pixels, but images/a.jpg has 40 x 30 (upright, as EXIF says): correct it, or leave out what cannot be read with --drop-broken."),
+        (voc_xml("a.jpg", "<object><name>k</name></object>"), "xml/a.xml: its object 1 is no box (Syntax error in imagenet annotation format): correct it, or leave out what cannot be read with --drop-broken."),
+        (voc_xml("a.jpg", voc_object("k", 1, 1, 9, 9), voc_object("k", 9, 1, 5, 9)), "xml/a.xml: its object 2 is no box (`xmax` must be greater than `xmin`): correct it, or leave out what cannot be read with --drop-broken."),
+        (voc_xml("a.jpg", voc_object("k", 1, 1, float("inf"), 9)), "xml/a.xml: its object 1 has the corners (1.0, 1.0, inf, 9.0), which are not all finite: correct it, or leave out what cannot be read with --drop-broken."),
+        (voc_xml("a.jpg", voc_object(" ", 1, 1, 9, 9)), "xml/a.xml: its object 1 has no class: correct it, or leave out what cannot be read with --drop-broken."),
+    ],
+)  # fmt: skip
+def test_broken_files_of_voc(tmp_path: Path, content: str, sentence: str) -> None:
+    """Check the sentence, and that --drop-broken leaves out that entry alone."""
+    root = voc_of(tmp_path)
+    picture(root / "images/b.jpg")
+    picture(root / "images/good.jpg")
+    text(root / "xml/a.xml", content)
+    text(root / "xml/good.xml", voc_xml("good.jpg", voc_object("k", 2, 2, 9, 9)))
+    assert refusal(root, "voc") == sentence
+    (tree,) = run(root, "voc", drop_broken=True).values()
+    assert boxes(tree)["good"] == [("k", [1, 1, 8, 8])]
+    assert "entries left out that cannot be read (1)" in notes(root, "voc", drop_broken=True)
+
+
+def test_two_labels_of_one_image(tmp_path: Path) -> None:
+    root = voc_of(tmp_path, voc_object("k", 1, 1, 9, 9))
+    text(root / "more/a.xml", voc_xml("a.jpg", voc_object("k", 1, 1, 9, 9)))
+    assert refusal(root) == "The image images/a.jpg has two labels, more/a.xml and xml/a.xml: remove one."
+
+
+def test_entities_and_huge_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check an expansion that would fill the memory, in any encoding, a file of another machine, and a limit of 1 KiB."""
+    root = voc_of(tmp_path)
+    laughs = "".join(f'<!ENTITY l{n} "{f"&l{n - 1};" * 10}">' for n in range(1, 12))
+    bomb = f'<!DOCTYPE a [<!ENTITY l0 "ha">{laughs}]><annotation><filename>&l11;</filename></annotation>'
+    for encoding in ("utf-8", "utf-16"):
+        (root / "xml/a.xml").write_bytes(bomb.encode(encoding))
+        assert (
+            refusal(root, "voc") == "xml/a.xml declares the entity 'l0', which labels do not need: remove its DOCTYPE."
+        )
+    text(
+        root / "xml/a.xml",
+        '<!DOCTYPE a [<!ENTITY f SYSTEM "file:///etc/passwd">]><annotation><filename>&f;</filename></annotation>',
+    )
+    assert "declares the entity 'f'" in refusal(root, "voc")
+    monkeypatch.setattr(source_module, "LARGEST_FILE", 2**10)
+    text(root / "xml/a.xml", voc_xml("a.jpg" + " " * 2**10))
+    assert "xml/a.xml is not a regular file of at most 0 MiB." in refusal(root, "voc")
+
+
+# ------------------------------------------------------------------------------------------------- YOLO
+
+
+def yolo_of(tmp_path: Path, *lines: str, description: str = "names: [cat, dog]") -> Path:
+    root = tmp_path / "set"
+    picture(root / "images/a.jpg")
+    text(root / "labels/a.txt", "\n".join(lines))
+    text(root / "data.yaml", description)
+    return root
+
+
+def test_lines_of_yolo(tmp_path: Path) -> None:
+    """Check a box, a class written as a float, a score, a polygon, a rotated box and an empty line, by hand."""
+    lines = [
+        "0 0.5 0.5 0.5 0.2",
+        "1.0e+00 0.25 0.5 0.5 1.0",
+        "",
+        "1 0.5 0.5 0.1 0.1 0.87",
+        "0 0.1 0.2 0.3 0.2 0.3 0.4",
+        "1 0.5 0.1 0.9 0.5 0.5 0.9 0.1 0.5",
+    ]
+    root = yolo_of(tmp_path, *lines)
+    (tree,) = run(root).values()
+    assert [(a["category_id"], a["bbox"]) for a in tree["annotations"]] == [
+        (1, [10, 12, 20, 6]), (2, [0, 0, 20, 30]), (2, [18, 13.5, 4, 3]), (1, [4, 6, 8, 6]), (2, [4, 3, 32, 24])
+    ]  # fmt: skip
+    assert notes(root) == [
+        "scores behind boxes left out (1)",
+        "outlines and rotated boxes read as the upright boxes around them (2)",
+    ]
+
+
+def test_keypoints_of_yolo(tmp_path: Path) -> None:
+    root = yolo_of(tmp_path, "0 0.5 0.5 0.5 0.2 0.4 0.4 2 0.6 0.6 2", description="{names: [a], kpt_shape: [2, 3]}")
+    assert [a["bbox"] for a in run(root)["all"]["annotations"]] == [[10, 12, 20, 6]]
+    assert notes(root) == ["keypoints left out (1)"]
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("0 0.5 0.5 0.1", "labels/a.txt: its line 2 is no box (Syntax error in yolo_seg annotation file"),
+        ("0 0.5 0.5 x 0.1", "labels/a.txt: its line 2 is no box (Syntax error in txt annotation file)"),
+        ("0 0.5 0.5 -0.1 0.1", "labels/a.txt: its line 2 is no box (`xmax` must be greater than `xmin`)"),
+        ("0 nan 0.5 0.1 0.1", "labels/a.txt: its line 2 is no box"),
+        ("0 20 15 10 8", "labels/a.txt: its line 2 has a number above 2, while YOLO's are fractions of the image"),
+        ("2 0.5 0.5 0.1 0.1", "labels/a.txt: its line 2 is of class 2, while data.yaml has the classes 0 to 1: add its name there"),
+        ("cat 0.5 0.5 0.1 0.1", "labels/a.txt: its line 2 is of class cat, while data.yaml"),
+    ],
+)  # fmt: skip
+def test_broken_lines_of_yolo(tmp_path: Path, line: str, sentence: str) -> None:
+    root = yolo_of(tmp_path, "0 0.5 0.5 0.5 0.2", line)
+    assert refusal(root).startswith(sentence)
+    assert len(run(root, drop_broken=True)["all"]["annotations"]) == 1
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        "{train: ../train/images, val: ../valid/images, names: [x]}",  # Roboflow
+        "{path: ../datasets/mine, train: train/images, val: valid/images, names: {0: x}}",  # Ultralytics
+        "{train: /content/mine/train/images, val: [/content/mine/valid/images], names: [x]}",  # another machine's
+        "{train: train.txt, val: lists/val.txt, names: [x]}",
+        "{names: [x]}",  # by the names of the folders
+    ],
+)
+def test_splits_of_yolo(tmp_path: Path, description: str) -> None:
+    """Check the ways to name splits; images of several suffixes, and one without a file of labels."""
+    root = tmp_path / "set"
+    for name in ("train/images/a.jpg", "train/images/deep/b.png", "valid/images/a.webp", "valid/images/c.jpg"):
+        picture(root / name)
+        if "c.jpg" not in name:
+            text((root / name.replace("images", "labels")).with_suffix(".txt"), "0 0.5 0.5 0.5 0.5\n")
+    text(root / "train.txt", "./train/images/a.jpg\n/other/machine/train/images/deep/b.png\n")
+    text(root / "lists/val.txt", "../valid/images/a.webp\nvalid/images/c.jpg\n")
+    text(root / "data.yaml", description)
+    text(root / "README.roboflow.txt", "This dataset was exported via roboflow.com")
+    trees = run(root)
+    assert [boxes(tree) for tree in trees.values()] == [
+        {"a": [("x", [10, 7.5, 20, 15])], "b": [("x", [10, 7.5, 20, 15])]},
+        {"a": [("x", [10, 7.5, 20, 15])], "c": []},
+    ]
+    assert notes(root) == ["images without a file of labels taken as images without objects (1)"]
+    if "valid" in trees or "val" in trees:
+        assert [len(tree["images"]) for tree in run(root, unlabelled="drop").values()] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("description", "sentence"),
+    [
+        ("nc: 2", "IN: IN_FOLDER has no data.yaml with the names of the classes: write one, such as 'names: [cat, dog]'."),
+        ("names: []", "data.yaml names no classes, or one of them with an empty name; give each a name."),
+        ("names: ['']", "data.yaml names no classes, or one of them with an empty name; give each a name."),
+        ("names: 3", "data.yaml: its names must be a list, or numbers with names, such as '0: cat'."),
+        ("names: {cat: 0}", "data.yaml: its names must be a list, or numbers with names, such as '0: cat'."),
+        ("names: [cat, cat]", "data.yaml: two classes are called 'cat'; give each its own name."),
+        ("names: [", "data.yaml is not plain yaml: while parsing a flow node"),
+        ("{names: [a], train: ../nowhere}", "data.yaml: its images for train are not in IN_FOLDER: ../nowhere; correct the path."),
+        ("{names: [a], train: /etc}", "data.yaml: its images for train are not in IN_FOLDER: /etc; correct the path."),
+        ("{names: [a], train: ../../..}", "data.yaml: its images for train are not in IN_FOLDER"),
+    ],
+)  # fmt: skip
+def test_descriptions_of_yolo_that_do_not_fit(tmp_path: Path, description: str, sentence: str) -> None:
+    assert refusal(yolo_of(tmp_path, "0 0.5 0.5 0.5 0.2", description=description), "yolo").startswith(sentence)
+
+
+def test_a_list_of_names_in_place_of_a_yaml(tmp_path: Path) -> None:
+    """Check what labelImg writes: labels beside the images, and classes.txt."""
+    root = tmp_path / "set"
+    picture(root / "a.jpg")
+    text(root / "a.txt", "1 0.5 0.5 0.5 0.2")
+    text(root / "classes.txt", "cat\ndog\n")
+    (tree,) = run(root).values()
+    assert boxes(tree) == {"a": [("dog", [10, 12, 20, 6])]}
+    assert [category["name"] for category in tree["categories"]] == ["cat", "dog"]
+
+
+# -------------------------------------------------------------------------- LabelMe, CVAT, Open Images, COCO
+
+
+def labelme_of(tmp_path: Path, *shapes: object, **keys: object) -> Path:
+    root = tmp_path / "set"
+    picture(root / "a.jpg")
+    text(root / "a.json", json.dumps({"shapes": shapes, "imagePath": "a.jpg", **keys}))
+    return root
+
+
+def test_shapes_of_labelme(tmp_path: Path) -> None:
+    """Check groups, kinds that have no box, old files without a kind, and a difficult one."""
+    root = labelme_of(
+        tmp_path,
+        {"label": "a", "shape_type": "rectangle", "points": [[1, 2], [5, 6]], "group_id": 1},
+        {"label": "a", "shape_type": "polygon", "points": [[8, 8], [9, 12], [10, 9]], "group_id": 1},
+        {"label": "b", "shape_type": "rectangle", "points": [[1, 2], [5, 6]], "group_id": 1, "difficult": True},
+        {"label": "c", "shape_type": "circle", "points": [[1, 2], [5, 6]]},
+        {"label": "a", "points": [[20, 20], [30, 20], [30, 25]]},
+    )
+    (tree,) = run(root).values()
+    assert [(a["category_id"], a["bbox"], a["iscrowd"]) for a in tree["annotations"]] == [
+        (1, [1, 2, 9, 10], 0), (2, [1, 2, 4, 4], 1), (1, [20, 20, 10, 5], 0)
+    ]  # fmt: skip
+    assert notes(root)[:3] == [
+        "outlines read as the boxes around them (2)",
+        "shapes of one group_id joined into one object (1)",
+        "shapes left out that have no box, such as points, lines and circles (1)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("shape", "sentence"),
+    [
+        ({"label": "a", "shape_type": "rectangle"}, "a.json: its shape 1 is no box (Syntax error in labelme annotation file)"),
+        ({"shape_type": "rectangle", "points": [[1, 2], [3, 4]]}, "a.json: its shape 1 is no box"),
+        ({"label": "a", "shape_type": "polygon", "points": [[1, 2], 3]}, "a.json: its shape 1 is no box"),
+        ("x", "a.json: its shape 1 is 'x', not an object in braces."),
+    ],
+)  # fmt: skip
+def test_broken_shapes_of_labelme(tmp_path: Path, shape: object, sentence: str) -> None:
+    root = labelme_of(tmp_path, shape, {"label": "a", "shape_type": "rectangle", "points": [[1, 2], [5, 6]]})
+    assert refusal(root).startswith(sentence)
+    assert len(run(root, drop_broken=True)["all"]["annotations"]) == 1
+
+
+def test_hostile_names_of_images(tmp_path: Path) -> None:
+    """Check that a name cannot reach an image outside the folder."""
+    picture(tmp_path / "outside.jpg")
+    for name in ("../outside.jpg", str(tmp_path / "outside.jpg"), "..%2Foutside.jpg", "x\\..\\..\\outside.jpg"):
+        root = labelme_of(tmp_path, imagePath=name)
+        (root / "a.json").rename(root / "b.json")
+        sentence = refusal(root)
+        assert sentence.startswith("b.json: its image ") and sentence.endswith(" is not in IN_FOLDER.")
+
+
+def cvat_of(tmp_path: Path, shapes: str, image: str = 'name="a.jpg"', more: str = "") -> Path:
+    root = tmp_path / "set"
+    picture(root / "images/a.jpg")
+    text(root / "annotations.xml", f"<annotations>{more}<image {image}>{shapes}</image></annotations>")
+    return root
+
+
+def test_shapes_and_subsets_of_cvat(tmp_path: Path) -> None:
+    box = '<box label="b" xtl="1" ytl="2" xbr="5" ybr="6"><attribute name="x">1</attribute></box>'
+    root = cvat_of(tmp_path, box + '<points label="p" points="1,2"/><tag label="t"/>', 'name="a.jpg" subset="Train"')
+    assert {split: boxes(tree) for split, tree in run(root).items()} == {"train": {"a": [("b", [1, 2, 4, 4])]}}
+    assert notes(root) == ["shapes left out that have no box, such as points and lines (1)"]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "keywords", "sentence"),
+    [
+        ('<box label="b" xtl="1" ytl="2" xbr="5"/>', {}, "annotations.xml: the image a.jpg, its shape 1 is no box (Syntax error in CVAT"),
+        ('<box label="b" xtl="1" ytl="2" xbr="5" ybr="6" rotation="12.5"/>', {}, "annotations.xml: the image a.jpg, its shape 1 is a rotated box"),
+        ('<polygon label="b" points="1,2;3"/>', {}, "annotations.xml: the image a.jpg, its shape 1 is no box"),
+        ("", {"image": 'name="../b.jpg"'}, "annotations.xml: its image ../b.jpg is not in IN_FOLDER."),
+        ("", {"more": "<track/>"}, "annotations.xml has tracks of a video: export the task as 'CVAT for images'."),
+        ('<box label="b" xtl="1" ytl="2" xbr="5" ybr="6"/>', {"image": 'name="a.jpg" subset="../../x"'}, "IN: a split is called '../../x'; it must be a name"),
+    ],
+)  # fmt: skip
+def test_broken_files_of_cvat(tmp_path: Path, shapes: str, keywords: dict, sentence: str) -> None:
+    assert refusal(cvat_of(tmp_path, shapes, **keywords)).startswith(sentence)
+
+
+def test_open_images(tmp_path: Path) -> None:
+    """Check splits by file, groups, and boxes of images that were not downloaded."""
+    root = tmp_path / "set"
+    for name in ("train/a.jpg", "validation/b.jpg", "validation/c.jpg"):
+        picture(root / name)
+    header = "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsGroupOf\n"
+    text(root / "train-annotations-bbox.csv", f"{header}a,x,/m/1,1,0.1,0.5,0.2,1.0,0,1\nz,x,/m/1,1,0,1,0,1,0,0\n")
+    text(root / "validation-annotations-bbox.csv", f"{header}b,x,/m/2,1,0.1,0.5,0.2,1.0,0,-1\n")
+    text(root / "class-descriptions-boxable.csv", '/m/1,Cat\n/m/2,"Dog, small"\n')
+    trees = run(root)
+    assert {split: boxes(tree) for split, tree in trees.items()} == {
+        "train": {"a": [("Cat", [4, 6, 16, 24])]},
+        "validation": {"b": [("Dog, small", [4, 6, 16, 24])]},
+    }
+    assert [tree["annotations"][0]["iscrowd"] for tree in trees.values()] == [1, 0]
+    assert notes(root) == [
+        "boxes left out of images that are not there (1)",
+        "images left out that have no labels or are in no split (1)",
+    ]
+    text(root / "train-annotations-bbox.csv", f"{header}a,x,/m/1,1,0.1,,0.2,1.0,0,1\n")
+    assert refusal(root).startswith("train-annotations-bbox.csv: its line 2 is no box (could not convert")
+
+
+def test_a_coco_export_of_roboflow(tmp_path: Path) -> None:
+    """Check that the placeholder category goes, and that splits with images of the same name are kept apart."""
+    root = tmp_path / "set"
+    categories = [
+        {"id": 0, "name": "cells", "supercategory": "none"},
+        {"id": 1, "name": "RBC", "supercategory": "cells"},
+    ]
+    for split in ("train", "valid"):
+        picture(root / split / "a.jpg")
+        image = {"id": 0, "file_name": "a.jpg", "width": 40, "height": 30}
+        box = {"id": 0, "image_id": 0, "category_id": 1, "bbox": [1, 2, 3, 4], "area": 12, "iscrowd": 0}
+        tree = {"images": [image], "annotations": [box], "categories": categories}
+        text(root / split / "_annotations.coco.json", json.dumps(tree))
+    result = convert(str(root), str(tmp_path / "out"))
+    assert [(name, split.folder, split.boxes) for name, split in result.splits.items()] == [
+        ("train", str(root / "train"), {"RBC": 1}),
+        ("valid", str(root / "valid"), {"RBC": 1}),
+    ]
+
+
+# ------------------------------------------------------------------------------------------ any format
+
+
+def test_a_share_for_validation(tmp_path: Path) -> None:
+    """Check that the split depends on the names alone, and that both parts together are the whole."""
+    written = Written(tmp_path)
+    as_yolo(written)
+    text(written.root / "data.yaml", "names: [red, green, blue]")
+    whole = boxes(run(written.root)["all"])
+    parts = {split: boxes(tree) for split, tree in run(written.root, val_share=0.3).items()}
+    assert {split: len(part) for split, part in parts.items()} == {"train": 4, "val": 2}
+    assert parts["train"] | parts["val"] == whole
+    assert {split: boxes(tree) for split, tree in run(written.root, val_share=0.3).items()} == parts
+    with pytest.raises(UserError, match=r"--val-share 0\.01 of 6 images leaves no image for train or val"):
+        run(written.root, val_share=0.01)
+    text(written.root / "data.yaml", "{names: [red, green, blue], train: images, val: images}")
+    with pytest.raises(UserError, match=r"--val-share: .* has the splits train, val already; leave it out\."):
+        run(written.root, val_share=0.3)
+
+
+def test_folders_that_cannot_be_converted(tmp_path: Path) -> None:
+    assert refusal(tmp_path / "nowhere") == "IN: there is no folder IN_FOLDER."
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert refusal(empty) == "IN: there is no image in IN_FOLDER; name the folder that holds images and labels."
+    picture(empty / "a.jpg")
+    assert refusal(empty) == (
+        "IN: IN_FOLDER has labels of none of the formats voc, yolo, labelme, cvat, openimages, coco."
+    )
+    text(empty / "a.xml", voc_xml("a.jpg"))
+    assert refusal(empty) == "IN: no box was read in IN_FOLDER; nothing is written."
+    text(empty / "a.json", json.dumps({"shapes": [], "imagePath": "a.jpg"}))
+    assert refusal(empty) == "IN: IN_FOLDER may be voc or labelme: name one with --format."
+    (empty / "a.jpg").write_bytes(b"no image")
+    text(empty / "a.xml", "<annotation>")
+    assert refusal(empty, "voc", drop_broken=True) == (
+        "IN: no box was read in IN_FOLDER (the first entry that cannot be read: a.xml is not readable XML: no element found: line 1, "
+        "column 12); nothing is written."
+    )
+
+
+def test_files_that_are_there_stay(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    root = voc_of(tmp_path, voc_object("k", 1, 1, 9, 9))
+    mine = text(root / "out/all.json", "mine")
+    with pytest.raises(SystemExit) as ended:
+        main(["convert", str(root), str(root / "out")])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == (
+        f"error: OUT: {mine} is there already: choose another folder, or pass --overwrite.\n"
+    )
+    assert mine.read_text() == "mine"
+    main(["convert", str(root), str(root / "out"), "--overwrite"])
+    before = mine.read_text()
+    main(["convert", str(root), str(root / "out"), "--overwrite"])  # OUT in IN is not read as a COCO set
+    assert mine.read_text() == before and json.loads(before)["annotations"]
+
+
+def test_options_that_are_wrong(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for arguments, sentence in (
+        (["--val-share", "1"], "--val-share is 1.0; it must be from 0 to below 1."),
+        (["SEED", "1"], "kd-d2 convert takes no config overrides, such as SEED."),
+    ):
+        with pytest.raises(SystemExit):
+            main(["convert", "a", "b", *arguments])
+        assert capsys.readouterr().err == f"error: {sentence}\n"
+
+
+@pytest.mark.parametrize(
+    ("format", "options", "sentence"),
+    [
+        ("yolo", {"first_pixel": 0}, "--first-pixel changes nothing for YOLO: leave it out."),
+        ("cvat", {"difficult": "drop"}, "--difficult changes nothing for CVAT for images: leave it out."),
+        ("coco", {"drop_broken": True}, "--drop-broken changes nothing for COCO: leave it out."),
+        (
+            "voc",
+            {"unlabelled": "keep", "drop_broken": True},
+            "--unlabelled keep and --drop-broken exclude each other: an image",
+        ),
+    ],
+)
+def test_options_that_do_not_fit_the_format(tmp_path: Path, format: str, options: dict, sentence: str) -> None:
+    written = Written(tmp_path)
+    WRITERS[format](written)
+    assert refusal(written.root, **options).startswith(sentence)
+
+
+def test_without_globox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check what is said where the package is missing, and that COCO needs none."""
+    find: Callable = importlib.util.find_spec
+    monkeypatch.setattr(formats_module, "find_spec", lambda name: None if name == "globox" else find(name))
+    assert refusal(voc_of(tmp_path)) == "Pascal VOC is read by the package globox: pip install 'kd_d2[convert]'."
+    written = Written(tmp_path / "other")
+    as_coco(written)
+    assert boxes(run(written.root)["all"]) == boxes(written.tree)

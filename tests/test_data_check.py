@@ -1,0 +1,276 @@
+"""kd-d2 data check: counts by hand, what it finds, what is an error, and what it writes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from kd_d2.cli import main
+from kd_d2.data.coco import CocoData, Repairs, read_coco
+from kd_d2.data_check import DataSet, check_sets, draw_samples, measure, sets_of_config
+from kd_d2.data_check.picture import CELL, _choose
+from kd_d2.errors import UserError
+
+import cv2
+import numpy as np
+import pytest
+from helpers import CLASSES, clean_process, make_coco, make_project, write_yaml
+from PIL import Image
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture(autouse=True)
+def _clean():
+    with clean_process():
+        yield
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> list[DataSet]:
+    """A training and a test set, which differ in their pixels."""
+    sets = []
+    for seed, role in ((0, "train"), (3, "test")):
+        path = make_coco(tmp_path / role, 6, seed=seed)
+        sets.append(DataSet(role, role, str(path), str(path.parent / "images")))
+    return sets
+
+
+def change(dataset: DataSet, code) -> None:
+    path = Path(dataset.json_file)
+    tree = json.loads(path.read_text())
+    code(tree)
+    path.write_text(json.dumps(tree))
+
+
+def found(sets: list[DataSet], **keywords: object) -> tuple[list[str], list[str]]:
+    """Errors and warnings, but for those of rare classes, which every tiny set has."""
+    findings = [f for f in check_sets(sets, **keywords).findings if "fewer than 10 boxes" not in f.text]
+    as_text = [(f.is_error, f"{f.dataset}: {f.text}") for f in findings]
+    return [text for is_error, text in as_text if is_error], [text for is_error, text in as_text if not is_error]
+
+
+def test_counts_by_hand() -> None:
+    """Check sizes at COCO's borders, crowds, images without boxes and percentiles."""
+    images = [{"id": i, "file_name": f"{i}.jpg", "width": 100 * i, "height": 200} for i in (1, 2, 3, 4)]
+    boxes = [
+        (1, 1, [0, 0, 31, 33]),
+        (1, 1, [0, 0, 32, 32]),
+        (1, 2, [0, 0, 96, 95]),
+        (2, 1, [0, 0, 96, 96]),
+        (3, 2, [0, 0, 1, 1]),
+    ]
+    annotations = [
+        {"id": n, "image_id": i, "category_id": c, "bbox": b, "area": b[2] * b[3], "iscrowd": int(n == 5)}
+        for n, (i, c, b) in enumerate(boxes, 1)
+    ]  # fmt: skip
+    categories = [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}, {"id": 3, "name": "c"}]
+    tree = {"images": images, "annotations": annotations, "categories": categories}
+    statistics = measure(CocoData(tree, Repairs("x"), True))
+    assert [(c.name, c.boxes, c.small, c.medium, c.large, c.images) for c in statistics.classes] == [
+        ("a", 3, 1, 1, 1, 2), ("b", 1, 0, 1, 0, 1), ("c", 0, 0, 0, 0, 0)
+    ]  # fmt: skip
+    assert (statistics.images, statistics.empty, statistics.boxes, statistics.crowds) == (4, 1, 4, 1)
+    percentiles = statistics.percentiles
+    assert percentiles["image width"] == pytest.approx([100, 115, 250, 385, 400])
+    assert percentiles["boxes an image"] == pytest.approx([0, 0, 0.5, 2.7, 3])
+    assert percentiles["side of a box"][::2] == pytest.approx([(31 * 33) ** 0.5, (32 + (96 * 95) ** 0.5) / 2, 96])
+    assert percentiles["width / height of a box"][::4] == pytest.approx([31 / 33, 96 / 95])
+    assert statistics.image_sizes == [[100, 200, 1], [200, 200, 1], [300, 200, 1]]
+
+
+def test_sets_in_order(pair: list[DataSet]) -> None:
+    assert found(pair) == ([], [])
+
+
+def test_what_annotations_have(pair: list[DataSet]) -> None:
+    """Check repairs, and boxes and names that look like mistakes; the first of each is named."""
+
+    def spoil(tree: dict) -> None:
+        tree["categories"] += [{"id": 4, "name": "Red "}, {"id": 5, "name": "none yet"}]
+        common = {"image_id": 3, "area": 1, "iscrowd": 0}
+        boxes = [(4, [90, 60, 30, 10]), (4, [1, 1, 40, 1]), (4, [0, 0, 96, 64]), (1, [1, 1, 1, 1.5])]
+        tree["annotations"] += [{**common, "id": -n, "category_id": c, "bbox": b} for n, (c, b) in enumerate(boxes, 1)]
+
+    change(pair[0], spoil)
+    errors, warnings = found(pair[:1])
+    assert errors == []
+    assert warnings == [
+        f"train: {pair[0].json_file}: annotations numbered from 1, since an id is missing, repeated, not positive or no number (1; the first: -1).",
+        "train: 1 boxes reach beyond their image, where training cuts them, the first is [90, 60, 30, 10] of 002.png.",
+        "train: 2 boxes have a side below 2 pixels, the first is [1, 1, 40, 1] of 002.png.",
+        "train: 1 boxes are more than 20 times as long as wide, the first is [1, 1, 40, 1] of 002.png.",
+        "train: 1 boxes cover 98% of their image or more, the first is [0, 0, 96, 64] of 002.png.",
+        "train: classes without boxes: none yet.",
+        "train: classes whose names hardly differ: 'red', 'Red '.",
+    ]
+
+
+def test_annotations_that_stop_a_training(pair: list[DataSet]) -> None:
+    """Check that one set that cannot be read does not hide what the other has, and that no boxes are an error."""
+    change(pair[0], lambda tree: tree["annotations"][0].update(image_id=99))
+    change(pair[1], lambda tree: tree.update(annotations=[]))
+    errors, _ = found(pair)
+    assert errors == [
+        f"train: {pair[0].json_file}: the annotation with id 1 is of image 99, which is not among the file's images: remove it, or "
+        "add the image.",
+        "test: it has no boxes.",
+    ]
+
+
+def test_classes_that_differ(pair: list[DataSet]) -> None:
+    def rename(tree: dict, old: str, new: str) -> None:
+        next(category for category in tree["categories"] if category["name"] == old)["name"] = new
+
+    def turn(tree: dict) -> None:
+        for entry in (*tree["categories"], *tree["annotations"]):
+            key = "id" if "name" in entry else "category_id"
+            entry[key] = 4 - entry[key]
+
+    change(pair[1], turn)
+    assert found(pair) == ([], ["train, test: test has its classes in another order; they are matched by name."])
+    change(pair[1], turn)
+    green = next(a["category_id"] for a in json.loads(Path(pair[1].json_file).read_text())["annotations"])
+    name = CLASSES[green - 1]
+    change(pair[1], lambda tree: rename(tree, name, "violet"))
+    errors, _ = found(pair)
+    assert errors == [
+        f"train, test: {pair[1].json_file} has boxes of the class 'violet', which {pair[0].json_file} does not have "
+        f"({', '.join(CLASSES)}): rename the class in one of them, or leave its boxes out."
+    ]
+    change(pair[1], lambda tree: rename(tree, "violet", name))
+    change(pair[1], lambda tree: tree.update(annotations=[a for a in tree["annotations"] if a["category_id"] != green]))
+    assert f"train, test: classes with boxes in train alone, not in test: {name}." in found(pair)[1]
+
+
+def test_the_same_images_twice(pair: list[DataSet]) -> None:
+    """Check copies under other names within a set, which are a warning, and in training and test, which are an error."""
+    train, test = (Path(dataset.folder) for dataset in pair)
+    shutil.copy(train / "000.png", train / "002.png")
+    shutil.copy(train / "004.png", test / "000.png")
+    errors, warnings = found(pair)
+    assert errors == [
+        "train, test: 1 of 6 images for testing are in the training set too, such as 000.png (004.png): leave them out of one."
+    ]
+    assert warnings == ["train: 1 images are copies of others in it, such as 002.png of 000.png."]
+    same = DataSet("test", "mine", pair[0].json_file, pair[0].folder)
+    assert "train, mine: 6 of 6 images for testing are in the training set too" in found([pair[0], same])[0][0]
+    twice = DataSet("train", "more", pair[0].json_file, pair[0].folder)
+    assert found([pair[0], twice])[0] == []
+
+
+@pytest.mark.parametrize(("images", "expected"), [(None, [2, 1]), (2, [1, 1]), (0, [0, 0])])
+def test_images_that_cannot_be_used(pair: list[DataSet], images: int | None, expected: list[int]) -> None:
+    """Check one that is no image and one of another size: among all, among the first and the last, among none."""
+    folder = Path(pair[0].folder)
+    (folder / "000.png").write_bytes(b"no image")
+    Image.new("RGB", (96, 60)).save(folder / "002.png")
+    Image.new("RGB", (60, 64)).save(Path(pair[1].folder) / "005.png")
+    errors, warnings = found(pair, images=images)
+    assert warnings == []
+    counts = [
+        next((int(e.split(": ")[1].split()[0]) for e in errors if e.startswith(role)), 0) for role in ("train", "test")
+    ]
+    assert counts == expected
+    if images is None:
+        assert errors[0] == (
+            f"train: 2 of 6 images cannot be used, the first: The image {folder}/000.png cannot be used: it is none of JPEG, PNG, "
+            "BMP, WEBP, TIFF, GIF, PPM."
+        )
+        assert errors[1].endswith("005.png has 60 x 64 pixels, but its annotations say 64 x 96.")
+    assert len(found(pair, images=images, skips_unusable=True)[1]) == len(errors)
+
+
+def test_samples_show_each_class(pair: list[DataSet]) -> None:
+    """Check that a class of one image is among the first, and that a box is drawn in the middle of its cell."""
+
+    def add_rare(tree: dict) -> None:
+        tree["categories"].append({"id": 4, "name": "rare"})
+        tree["annotations"] = [a for a in tree["annotations"] if a["image_id"] != 6]
+        box = {"id": 900, "image_id": 6, "category_id": 4, "bbox": [8, 12, 48, 72], "area": 48 * 72, "iscrowd": 0}
+        tree["annotations"].append(box)
+
+    change(pair[0], add_rare)
+    data = read_coco(pair[0].json_file, pair[0].folder)
+    assert 6 in [image["id"] for image in _choose(data, 4)]
+    assert _choose(data, 6)[-1]["id"] == 3  # without boxes
+    data.tree["images"] = [image for image in data.tree["images"] if image["id"] == 6]
+    data.tree["annotations"] = [a for a in data.tree["annotations"] if a["image_id"] == 6]
+    drawn = draw_samples([(pair[0], data)], 4)[-CELL[1] - 8 :, : CELL[0]]
+    colored = np.argwhere((drawn[: CELL[1]] == (244, 140, 6)).all(-1))  # the color of the fourth class
+    scale, left = CELL[1] / 96, (CELL[0] - 64 * CELL[1] / 96) / 2
+    assert colored.max(0).tolist() == pytest.approx([(12 + 72) * scale, left + (8 + 48) * scale], abs=3)
+
+
+def test_the_command_on_files(pair: list[DataSet], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Check what is printed and written, and the exit status of an error."""
+    arguments = ["data", "check", "--output", str(tmp_path / "out")]
+    for dataset in pair:
+        arguments += [f"--{dataset.role}", dataset.json_file, dataset.folder]
+    main(arguments)
+    printed = capsys.readouterr().out
+    assert f"train: annotations.json, {pair[0].json_file}\n6 images, 1 of them without annotations; 9 boxes;" in printed
+    assert (
+        "nothing that stops or falsifies a training in annotations, file contents and up to 200 images of each set"
+        in printed
+    )
+    written = json.loads((tmp_path / "out/check.json").read_text())
+    assert [entry["role"] for entry in written["sets"]] == ["train", "test"]
+    assert sum(c["small"] + c["medium"] + c["large"] for c in written["sets"][0]["classes"]) == 9
+    assert [finding["is_error"] for finding in written["findings"]] == [False, False]
+    assert cv2.imread(str(tmp_path / "out/samples.png")).shape[1] == 4 * (CELL[0] + 8)
+    shutil.copy(Path(pair[0].folder) / "000.png", Path(pair[1].folder) / "000.png")
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 1
+    assert "errors:\n- annotations.json, annotations.json: 1 of 6 images for testing" in capsys.readouterr().out
+
+
+def test_the_command_on_a_config(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Check that paths count from the config's folder, that no teacher is needed, and that training on the test set is said."""
+    project = make_project(tmp_path)
+    project.teacher_weights.unlink()
+    with pytest.raises(SystemExit) as ended:
+        main(["data", "check", str(project.student), "--images", "all"])
+    assert ended.value.code == 1
+    assert (
+        f"{project.name}, {project.name}: 6 of 6 images for testing are in the training set too"
+        in capsys.readouterr().out
+    )
+    sets, skips = sets_of_config(str(project.student), ["DATALOADER.SKIP_UNUSABLE_IMAGES", "True"])
+    assert [(s.role, s.name, s.json_file) for s in sets] == [
+        (role, project.name, str(project.annotations)) for role in ("train", "test")
+    ]
+    assert skips
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "Name either a CONFIG, or annotation files by --train and --test."),
+        (["a.yaml", "--train", "a", "b"], "Name either a CONFIG, or annotation files by --train and --test."),
+        (["--train", "a", "b", "SEED", "1"], "The override SEED changes nothing without a CONFIG."),
+        (["--train", "a", "b", "--images", "some"], "--images is 'some'; it must be a whole number or all."),
+        (["--train", "a", "b", "--samples", "0"], "--samples is 0; it must be at least 1."),
+    ],
+)
+def test_wrong_arguments(capsys: pytest.CaptureFixture, arguments: list[str], sentence: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["data", "check", *arguments])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: {sentence}\n"
+
+
+@pytest.mark.parametrize(
+    ("datasets", "sentence"),
+    [
+        ({"TRAIN": ["voc_2007_train"]}, "DATASETS.TRAIN names 'voc_2007_train', which is neither an entry of DATASETS.COCO_JSON nor"),
+        ({"TRAIN": [], "TEST": []}, "DATASETS.TRAIN and DATASETS.TEST are empty: name a data set."),
+        ({"COCO_JSON": [["x", "x.json", "x"]], "TRAIN": ["x"]}, r"DATASETS.COCO_JSON \(x\): there is no file"),
+    ],
+)  # fmt: skip
+def test_configs_whose_sets_are_not_there(tmp_path: Path, datasets: dict, sentence: str) -> None:
+    config = write_yaml(tmp_path / "a.yaml", {"_BASE_": "tiny/retinanet-student", "DATASETS": datasets})
+    with pytest.raises(UserError, match=sentence):
+        sets_of_config(str(config), [])
