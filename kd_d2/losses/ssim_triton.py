@@ -9,6 +9,8 @@ for ROWS: two read and three written for the loss, five read and one written for
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -33,7 +35,8 @@ def loss_and_gradient(
     grid = (B * C, triton.cdiv(H, ROWS), triton.cdiv(W, COLUMNS))
     sums = torch.empty(grid, dtype=torch.float32, device=device)
     slopes_3NHW = torch.empty((3, B * C, H, W) if gradient is not None else (0,), dtype=torch.float32, device=device)
-    sizes = {"C": C, "H": H, "W": W, "RADIUS": window_size // 2, "ROWS": ROWS, "COLUMNS": COLUMNS, **LAUNCH}
+    sizes: dict[str, Any] = {"C": C, "H": H, "W": W, "RADIUS": window_size // 2, "ROWS": ROWS, "COLUMNS": COLUMNS}
+    sizes.update(LAUNCH)  # which Triton takes beside a kernel's own arguments
     c1, c2 = (K1 * max_val) ** 2, (K2 * max_val) ** 2
     maps = (student, teacher, *student.stride(), *teacher.stride(), offset_N, rows, columns)
     with torch.cuda.device_of(student):
