@@ -32,7 +32,7 @@ from .balance_log import LastMultipliersLog
 from .checkpoints import BestCheckpoint, Checkpoints
 from .checks import check_classes, check_schedule
 from .folder_lock import unlock_folder
-from .learning_rate import scale_to_world_size
+from .learning_rate import build_lr_scheduler, scale_to_world_size
 from .memory import PeakMemoryRecorder
 from .optimizers import build_optimizers
 from .rank_states import get_rank_state, set_rank_state
@@ -237,13 +237,7 @@ class KDTrainer(DefaultTrainer):
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer):
-        try:
-            return super().build_lr_scheduler(cfg, optimizer)
-        except (ValueError, ZeroDivisionError) as error:
-            raise UserError(
-                f"Invalid learning rate schedule: SOLVER.LR_SCHEDULER_NAME {cfg.SOLVER.LR_SCHEDULER_NAME!r}, SOLVER.STEPS "
-                f"{cfg.SOLVER.STEPS} and SOLVER.MAX_ITER {cfg.SOLVER.MAX_ITER}: {error}."
-            ) from error
+        return build_lr_scheduler(cfg, optimizer)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
