@@ -36,6 +36,7 @@ from .learning_rate import build_lr_scheduler, scale_to_world_size
 from .memory import PeakMemoryRecorder
 from .optimizers import build_optimizers
 from .rank_states import get_rank_state, set_rank_state
+from .run_record import RunRecord
 from .step import DistillationStep
 from .stop_request import StopRequest, TrainingStopped
 
@@ -68,7 +69,10 @@ class KDTrainer(DefaultTrainer):
             _distributed(self.bare_model), optimizer, auxiliary, autocast, cfg.SOLVER.GRADIENT_ACCUMULATION_STEPS
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = KDCheckpointer(student_of(self.bare_model), cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        teacher = self.bare_model.teacher.model if isinstance(self.bare_model, KDMetaArch) else None
+        self.checkpointer = KDCheckpointer(
+            student_of(self.bare_model), cfg.OUTPUT_DIR, run=RunRecord(cfg, teacher), trainer=weakref.proxy(self)
+        )
         classes = names_in_data(cfg)
         self.checkpointer.class_names = list(classes.names) if classes else None
         self.checkpointer.asynchronous = cfg.SOLVER.CHECKPOINT_ASYNC
