@@ -474,7 +474,7 @@ def _in_child(rank: int, main, args: tuple) -> None:
 
 
 class _Arguments:
-    num_gpus, num_machines, machine_rank, dist_url, opts = 1, 1, 0, "auto", ()
+    num_gpus, num_machines, machine_rank, dist_url, rank_timeout, opts = 1, 1, 0, "auto", 30, ()
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -21,7 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ..checkpoint import KDCheckpointer, UnreadableCheckpointError
 from ..class_names import match_classes, names_in_checkpoint, names_in_data
 from ..data import build_stream_loader, build_test_loader
-from ..errors import DISK_IS_FULL, UserError
+from ..data.images import DataError
+from ..errors import UserError
 from ..evaluation import build_evaluator
 from ..inheritance import inherit
 from ..meta_arch import KDMetaArch, student_of
@@ -31,6 +32,7 @@ from .averaging import AveragedStudent, Unaveraged
 from .balance_log import LastMultipliersLog
 from .checkpoints import BestCheckpoint, Checkpoints
 from .checks import check_classes, check_schedule
+from .failures import Failures
 from .folder_lock import unlock_folder
 from .learning_rate import build_lr_scheduler, scale_to_world_size
 from .memory import PeakMemoryRecorder
@@ -169,7 +171,9 @@ class KDTrainer(DefaultTrainer):
         """
         if self._trainer.data_loader is None:
             self._open_stream()
-        logging.getLogger("detectron2.engine.train_loop").addFilter(_without_traceback)
+        failures = Failures(self.cfg.OUTPUT_DIR)
+        train_loop = logging.getLogger("detectron2.engine.train_loop")
+        train_loop.addFilter(failures.log_as_sentence)
         try:
             with self.stop:
                 return super().train()
@@ -179,16 +183,13 @@ class KDTrainer(DefaultTrainer):
                 f"{self.checkpointer.get_checkpoint_file()}"
             )
             raise
-        except (OSError, RuntimeError) as error:
-            sentence = _explained(error)
-            if sentence is None and not os.path.isdir(self.cfg.OUTPUT_DIR):
-                sentence = UserError(
-                    f"OUTPUT_DIR {self.cfg.OUTPUT_DIR} is no longer there: the training cannot write into it."
-                )
+        except (OSError, RuntimeError, MemoryError, DataError) as error:
+            sentence = failures.explain(error)
             if sentence is None:
                 raise
             raise sentence from error
         finally:
+            train_loop.removeFilter(failures.log_as_sentence)
             unlock_folder(self.cfg.OUTPUT_DIR)
 
     def state_dict(self) -> dict[str, Any]:
@@ -288,30 +289,6 @@ def evaluate_teacher(cfg: CfgNode, teacher: Teacher) -> dict:
     teacher.to(torch.device(cfg.MODEL.DEVICE))
     logger.info("Evaluating the teacher")
     return KDTrainer.test(cfg, teacher.model)
-
-
-def _explained(error: BaseException | None) -> UserError | None:
-    """The UserError for an error that the user can fix; None for any other error."""
-    if isinstance(error, UserError):
-        return error
-    go_on = "checkpoints already written are intact, and --resume continues from the last"
-    if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
-        return UserError(f"The disk of OUTPUT_DIR is full ({error.strerror}); {go_on}.")
-    if str(error).startswith("DataLoader worker"):
-        reason = str(error).partition("\n")[0].rstrip(" .")
-        return UserError(
-            f"A process that reads training data has died ({reason}), most often because memory ran out: lower DATALOADER.NUM_WORKERS; "
-            f"{go_on}."
-        )
-    return None
-
-
-def _without_traceback(record: logging.LogRecord) -> bool:
-    """Log an error that the user can fix as one sentence; Detectron2 would log a traceback."""
-    sentence = _explained(record.exc_info[1]) if record.exc_info else None
-    if sentence is not None:
-        record.msg, record.args, record.exc_info = str(sentence), (), None
-    return True
 
 
 def _distributed(model: nn.Module) -> nn.Module:
