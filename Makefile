@@ -9,7 +9,7 @@ export PYTHON DETECTRON2
 
 VENV_PYTHON := .venv/bin/python
 
-.PHONY: help setup demo test test-unit test-slow docs lint format clean
+.PHONY: help setup demo test test-unit test-slow docs lint format licenses sbom lock clean
 
 help:
 	@echo "make setup      the environment, in .venv (PYTHON=path, DETECTRON2=pypi|source|installed)"
@@ -19,6 +19,9 @@ help:
 	@echo "make test-slow  the slow tests"
 	@echo "make docs       the documentation site, in output/site"
 	@echo "make lint       style and types; make format fixes the style where it can"
+	@echo "make licenses   docs/licenses.md: the licences of the packages in .venv"
+	@echo "make sbom       output/sbom.json: the packages in .venv as CycloneDX"
+	@echo "make lock       requirements/lock*.txt anew: hashes for the versions in requirements/"
 	@echo "make clean      removes caches and build leftovers (.venv and output/ stay)"
 
 setup:
@@ -48,6 +51,9 @@ lint: setup
 format: setup
 	$(VENV_PYTHON) -m ruff check --fix .
 	$(VENV_PYTHON) -m ruff format .
+
+licenses sbom lock: setup
+	@bash tools/supply.sh $@
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
