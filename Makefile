@@ -9,7 +9,11 @@ export PYTHON DETECTRON2
 
 VENV_PYTHON := .venv/bin/python
 
-.PHONY: help setup demo test test-unit test-slow docs lint format licenses sbom lock clean
+# On a machine without a network, the packages of make gpu-pack; see tools/gpu_pack.py.
+GPU_PYTHON = $(if $(wildcard $(VENV_PYTHON)),$(VENV_PYTHON),$(or $(PYTHON),python3))
+GPU_ENV = PYTHONPATH=$(CURDIR):$(CURDIR)/output/gpu-pack/site:$$PYTHONPATH
+
+.PHONY: help setup demo test test-unit test-slow docs lint format licenses sbom lock clean gpu-check gpu-pack gpu-evidence
 
 help:
 	@echo "make setup      the environment, in .venv (PYTHON=path, DETECTRON2=pypi|source|installed)"
@@ -17,6 +21,9 @@ help:
 	@echo "make test       lint and the fast tests"
 	@echo "make test-unit  the unit tests: losses, methods, detectors, configs"
 	@echo "make test-slow  the slow tests"
+	@echo "make gpu-check  whether a GPU's results and speed are right, in output/gpu-check (8 minutes)"
+	@echo "make gpu-pack   packages and, with ARGS=\"--add PATH\", data for a GPU machine without a network"
+	@echo "make gpu-evidence  the long comparison on a GPU, nine minutes at a time (ARGS: benchmarks/gpu_evidence.py --help)"
 	@echo "make docs       the documentation site, in output/site"
 	@echo "make lint       style and types; make format fixes the style where it can"
 	@echo "make licenses   docs/licenses.md: the licences of the packages in .venv"
@@ -38,6 +45,15 @@ test-unit: setup
 
 test-slow: setup
 	$(VENV_PYTHON) -m pytest -m slow
+
+gpu-check:
+	$(GPU_ENV) $(GPU_PYTHON) benchmarks/gpu_check.py $(ARGS)
+
+gpu-evidence:
+	$(GPU_ENV) $(GPU_PYTHON) benchmarks/gpu_evidence.py $(ARGS)
+
+gpu-pack: setup
+	$(VENV_PYTHON) tools/gpu_pack.py $(ARGS)
 
 docs: setup
 	$(VENV_PYTHON) -m pip install -q -e .[docs] --no-build-isolation

@@ -15,6 +15,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 FAILED_TO_END = 124
@@ -87,6 +89,10 @@ def main() -> int:
     )
     parser.add_argument("--minutes", type=float, default=8.0, help="for all stages together")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit(
+            "PyTorch finds no GPU on this machine, so there is nothing to check: see nvidia-smi, and whether this PyTorch is a CUDA build."
+        )
     folder = args.output.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()

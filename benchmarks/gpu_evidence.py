@@ -1,0 +1,87 @@
+#!/usr/bin/env python
+"""Trains the cells of a sweep on one GPU, many at a time, for a given number of minutes; started again, it goes on.
+
+    benchmarks/gpu_evidence.py [--sweep configs/evidence/long-matrix.yaml] [--name long] [--minutes 9] [--jobs N]
+        [--cells NAME ...] [--seeds N ...] [KEY VALUE ...]
+
+Small trainings leave most of a GPU idle. With NVIDIA's Multi-Process Service (MPS) their kernels run side by side; it is started for this program
+alone, where the driver brings it. When the time is over every training writes a checkpoint and ends; finished cells are in
+projects/evidence/NAME. The overrides name the data and weights, as in projects/results.md.
+"""
+
+import argparse
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MPS = "nvidia-cuda-mps-control"
+ON_A_GPU = ["MODEL.DEVICE", "cuda", "SOLVER.AMP.ENABLED", "False"]
+GRACE_SECONDS = 60  # for checkpoints
+
+
+@contextlib.contextmanager
+def multi_process_service() -> Iterator[dict[str, str]]:
+    """The environment of processes that share the GPU; an empty one, and a line that says so, where MPS does not start."""
+    program = shutil.which(MPS)
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {"CUDA_MPS_PIPE_DIRECTORY": folder, "CUDA_MPS_LOG_DIRECTORY": folder}
+        variables = {**os.environ, **environment}
+        if program is None or subprocess.run([program, "-d"], env=variables).returncode:
+            print(
+                f"{MPS} is not there or does not start: trainings take turns on the GPU, several times slower.",
+                flush=True,
+            )
+            yield {}
+            return
+        try:
+            yield environment
+        finally:
+            subprocess.run([program], input="quit\n", text=True, env=variables)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sweep", default="configs/evidence/long-matrix.yaml")
+    parser.add_argument("--name", default="long", help="of the folders of runs and results")
+    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=max(1, (os.cpu_count() or 1) // 2),
+        help="trainings at a time (default half the cores)",
+    )
+    parser.add_argument("--cells", nargs="+", default=[])
+    parser.add_argument("--seeds", nargs="+", default=[])
+    parser.add_argument("overrides", nargs=argparse.REMAINDER)
+    args = parser.parse_args()
+    command = [sys.executable, "-m", "kd_d2", "sweep", args.sweep, "--output", f"output/evidence-{args.name}"]
+    command += [
+        "--results",
+        f"projects/evidence/{args.name}",
+        "--report",
+        f"output/report-{args.name}",
+        "--jobs",
+        str(args.jobs),
+    ]
+    for option, values in (("--cells", args.cells), ("--seeds", args.seeds)):
+        command += [option, *values] if values else []
+    with multi_process_service() as environment:
+        sweep = subprocess.Popen([*command, *ON_A_GPU, *args.overrides], cwd=ROOT, env={**os.environ, **environment})
+        try:
+            return sweep.wait(60 * args.minutes)
+        except subprocess.TimeoutExpired:
+            print(f"{args.minutes:g} minutes are over: every training writes a checkpoint.", flush=True)
+            sweep.send_signal(signal.SIGTERM)
+            sweep.wait(GRACE_SECONDS)
+            return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

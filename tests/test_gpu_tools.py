@@ -1,0 +1,72 @@
+"""The programs for GPU machines, as far as a machine without a GPU shows them: what they read, run and pack."""
+
+import importlib.util
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from packaging.version import Version
+
+ROOT = Path(__file__).parent.parent
+
+
+def load(path: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_check_stops_a_stage_that_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check a stage's time limit, its exit code and its log."""
+    check = load("benchmarks/gpu_check.py", monkeypatch)
+    log = tmp_path / "stage.log"
+    far = time.monotonic() + 1000
+    assert check.run_stage(check.Stage(["-c", "print('{folder}')"], 60), log, far) == 0
+    assert log.read_text() == f"{tmp_path}\n"
+    assert check.run_stage(check.Stage(["-c", "raise SystemExit(3)"], 60), log, far) == 3
+    endless = check.Stage(["-c", "print('begun'); import time; time.sleep(600)"], 2)
+    assert check.run_stage(endless, log, far) == check.FAILED_TO_END
+    assert log.read_text() == "begun\n"
+
+
+def test_check_reads_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that the summary gets each table of a log with the line above it, and nothing else."""
+    log = tmp_path / "log"
+    log.write_text("noise\ntitle\n| a | b |\n|---|---|\n| 1 | 2 |\nnoise\n| c |\n|---|\n")
+    expected = ["", "title", "", "| a | b |", "|---|---|", "| 1 | 2 |", "", "noise", "", "| c |", "|---|"]
+    assert load("benchmarks/gpu_check.py", monkeypatch).tables(log) == expected
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_check_without_a_gpu(tmp_path: Path) -> None:
+    """Check the sentence on a machine that has none."""
+    command = [sys.executable, ROOT / "benchmarks" / "gpu_check.py", "--output", tmp_path / "check"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr.startswith("PyTorch finds no GPU on this machine")
+    assert not (tmp_path / "check").exists()
+
+
+def test_pack_has_what_the_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that packages of the machine are left out where their versions do, and PyTorch always."""
+    pack = load("tools/gpu_pack.py", monkeypatch)
+    present = pack.read_freeze("numpy==2.5.2\nKornia==0.9.0\nsome @ file:///x\npycocotools==2.0.1\n")
+    assert present == {"numpy": Version("2.5.2"), "kornia": Version("0.9.0"), "pycocotools": Version("2.0.1")}
+    everything, missing = pack.missing_packages({}), pack.missing_packages(present)
+    assert set(everything) - set(missing) == {"kornia"}
+    assert {"numpy", "pycocotools", "sal-detectron2", "fvcore", "yacs"} <= set(missing)
+    assert not {"torch", "torchvision", "triton", "kd-d2", "sympy"} & set(everything)
+
+
+def test_evidence_without_mps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Check that trainings run without NVIDIA's service too, and that it is told."""
+    evidence = load("benchmarks/gpu_evidence.py", monkeypatch)
+    monkeypatch.setattr(evidence, "MPS", "no-such-program")
+    with evidence.multi_process_service() as environment:
+        assert environment == {}
+    assert "no-such-program is not there or does not start" in capsys.readouterr().out

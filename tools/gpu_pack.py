@@ -1,0 +1,127 @@
+#!/usr/bin/env python
+"""What kd_d2 needs on a GPU machine without a network, in one archive: the packages that its Python lacks, and data.
+
+    tools/gpu_pack.py [--python 3.12] [--installed FILE] [--add PATH[=NAME] ...] [--output output/gpu-pack.tar.xz]
+
+--installed is what `python -m pip list --format=freeze` prints on that machine; packages in it whose versions do are left out, and
+PyTorch, torchvision and Triton always are. --add takes files and folders along: data, weights. On the machine, in the clone:
+
+    mkdir -p output && tar xJf gpu-pack.tar.xz -C output && make gpu-check
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parent.parent
+OF_THE_MACHINE = ("torch", "torchvision", "triton")
+DETECTRON2 = "sal-detectron2"
+DETECTRON2_PYTHON = (
+    "3.10"  # what its wheel is marked for, but for extensions that are not used; see requirements/detectron2.txt
+)
+SOURCE_ALONE = ("antlr4-python3-runtime", "fvcore")  # pure Python, without wheels in the registry
+ALSO = ("faster-coco-eval",)  # the evaluator's extra
+PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (35, 34, 31, 28, 27, 24, 17)] + ["manylinux2014_x86_64"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", default="3.12", help="minor version of the machine's Python (default 3.12)")
+    parser.add_argument("--installed", type=Path, help="its packages, as pip lists them with --format=freeze")
+    parser.add_argument("--add", nargs="+", default=[], metavar="PATH[=NAME]", help="files and folders to take along")
+    parser.add_argument("--output", type=Path, default=ROOT / "output" / "gpu-pack.tar.xz")
+    args = parser.parse_args()
+    additions = [_addition(text) for text in args.add]
+    present = read_freeze(args.installed.read_text()) if args.installed else {}
+    needed = missing_packages(present)
+    with tempfile.TemporaryDirectory() as folder:
+        site, wheels = Path(folder) / "gpu-pack" / "site", Path(folder) / "wheels"
+        fetch_wheels(needed, args.python, wheels)
+        for file in wheels.glob("*.whl"):
+            with zipfile.ZipFile(file) as wheel:
+                wheel.extractall(site)
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(args.output, "w:xz") as archive:
+            archive.add(site.parent, "gpu-pack")
+            for path, name in additions:
+                archive.add(path, f"gpu-pack/{name}")
+    print(f"{args.output}: {len(needed)} packages, {args.output.stat().st_size / 1e6:.0f} MB")
+
+
+def _addition(text: str) -> tuple[Path, str]:
+    path, _, name = text.partition("=")
+    if not Path(path).exists():
+        sys.exit(f"--add {path} does not exist.")
+    return Path(path), name or Path(path).name
+
+
+def read_freeze(text: str) -> dict[str, Version]:
+    """Versions by normalised name."""
+    pairs = (line.split("==") for line in text.split() if "==" in line)
+    return {_normalised(name): Version(version) for name, version in pairs}
+
+
+def missing_packages(present: dict[str, Version]) -> dict[str, str]:
+    """Name and version of what kd_d2 and Detectron2 require and the machine lacks: in the versions of this environment."""
+    specifiers: dict[str, SpecifierSet] = {}
+    waiting = [Requirement(name) for name in ("kd_d2", DETECTRON2, *ALSO)]
+    while waiting:
+        requirement = waiting.pop()
+        name = _normalised(requirement.name)
+        is_new = name not in specifiers
+        specifiers[name] = specifiers.get(name, SpecifierSet()) & requirement.specifier
+        if is_new and name not in OF_THE_MACHINE:
+            waiting += [
+                other
+                for other in map(Requirement, metadata.requires(name) or [])
+                if other.marker is None or other.marker.evaluate({"extra": ""})
+            ]
+    return {
+        name: metadata.version(name)
+        for name, specifier in sorted(specifiers.items())
+        if name not in (*OF_THE_MACHINE, "kd-d2") and not (name in present and present[name] in specifier)
+    }
+
+
+def fetch_wheels(packages: dict[str, str], python: str, folder: Path) -> None:
+    """The packages' wheels for the machine; those that are published as source alone are built."""
+    pins = {name: f"{name}=={version}" for name, version in packages.items()}
+    built = [pins.pop(name) for name in SOURCE_ALONE if name in pins]
+    detectron2 = [pins.pop(DETECTRON2)] if DETECTRON2 in pins else []
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    platforms = [option for platform in PLATFORMS for option in ("--platform", platform)]
+    for version, wanted in ((python, list(pins.values())), (DETECTRON2_PYTHON, detectron2)):
+        options = [
+            "--no-deps",
+            "--only-binary=:all:",
+            "--python-version",
+            version,
+            "--implementation",
+            "cp",
+            *platforms,
+        ]
+        _run([*pip, "download", *options, "-d", folder, *wanted], wanted)
+    _run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, *built], built)
+
+
+def _run(command: list, wanted: list[str]) -> None:
+    if wanted and subprocess.run(command).returncode:
+        sys.exit(f"pip found no wheels of {', '.join(wanted)}: see its messages above.")
+
+
+def _normalised(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+if __name__ == "__main__":
+    main()
