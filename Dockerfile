@@ -10,8 +10,13 @@
 # CUDA's version is that of the torch wheel in requirements/torch-source.txt; Ubuntu 24.04 has Python 3.12.
 ARG CUDA=13.0.2
 ARG UBUNTU=ubuntu24.04
+# Tags of base images can change. To pin them by content, which was not possible where this file was written:
+#   docker buildx imagetools inspect nvidia/cuda:13.0.2-devel-ubuntu24.04 --format '{{.Manifest.Digest}}', and the same of -base-
+#   docker build --build-arg DEVEL_DIGEST=@sha256:... --build-arg BASE_DIGEST=@sha256:... -t kd_d2 .
+ARG DEVEL_DIGEST=
+ARG BASE_DIGEST=
 
-FROM nvidia/cuda:${CUDA}-devel-${UBUNTU} AS build
+FROM nvidia/cuda:${CUDA}-devel-${UBUNTU}${DEVEL_DIGEST} AS build
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 # hadolint ignore=DL3008
 RUN apt-get update \
@@ -19,17 +24,13 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 ENV VIRTUAL_ENV=/opt/venv PATH=/opt/venv/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /work
-# The packages first: they change less often than the code. A package without its code is enough for pip to read its needs.
-COPY requirements/pins.txt requirements/torch-source.txt requirements/imagecorruptions.txt requirements/
-COPY pyproject.toml setup.py LICENSE ./
-# The versions are in the files of constraints.
-# hadolint ignore=DL3013
+# The packages first, each with the hash of its file: they change less often than the code.
+COPY requirements/lock-image.txt requirements/imagecorruptions.txt requirements/
 RUN python3 -m venv "$VIRTUAL_ENV" \
-    && pip install -c requirements/pins.txt pip setuptools \
-    && mkdir kd_d2 configs projects && echo '__version__ = "0"' >kd_d2/__init__.py && touch README.md \
-    && pip install --no-build-isolation -c requirements/pins.txt -c requirements/torch-source.txt '.[eval,robustness,export]' \
-    && pip uninstall -y kd_d2 \
-    && pip install --no-deps --require-hashes -r requirements/imagecorruptions.txt
+    && awk '/^[a-zA-Z]/ { wanted = /^(pip|setuptools)==/ } wanted' requirements/lock-image.txt >/tmp/builders.txt \
+    && pip install --require-hashes --no-deps -r /tmp/builders.txt \
+    && pip install --require-hashes --no-deps --no-build-isolation -r requirements/lock-image.txt \
+    && pip install --require-hashes --no-deps -r requirements/imagecorruptions.txt
 # Turing to Blackwell; --build-arg TORCH_CUDA_ARCH_LIST=9.0 builds for an H100 alone, in a fraction of the time.
 ARG TORCH_CUDA_ARCH_LIST="7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 ARG DETECTRON2=git+https://github.com/facebookresearch/detectron2@02b5c4e295e990042a714712c21dc79b731e8833
@@ -39,7 +40,7 @@ COPY . .
 RUN pip install --no-deps --no-build-isolation --editable . \
     && python cluster/check_install.py --operators
 
-FROM nvidia/cuda:${CUDA}-base-${UBUNTU}
+FROM nvidia/cuda:${CUDA}-base-${UBUNTU}${BASE_DIGEST}
 # Triton, of which the SSIM loss and torch.compile are made on a GPU, compiles its launchers when it first runs: a C compiler and
 # Python's headers belong to what runs.
 # hadolint ignore=DL3008

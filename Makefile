@@ -13,7 +13,7 @@ VENV_PYTHON := .venv/bin/python
 GPU_PYTHON = $(if $(wildcard $(VENV_PYTHON)),$(VENV_PYTHON),$(or $(PYTHON),python3))
 GPU_ENV = PYTHONPATH=$(CURDIR):$(CURDIR)/output/gpu-pack/site:$$PYTHONPATH
 
-.PHONY: help setup demo test test-unit test-slow docs lint format clean gpu-check gpu-pack gpu-evidence
+.PHONY: help setup demo test test-unit test-slow docs lint format licenses sbom lock clean gpu-check gpu-pack gpu-evidence
 
 help:
 	@echo "make setup      the environment, in .venv (PYTHON=path, DETECTRON2=pypi|source|installed)"
@@ -26,6 +26,9 @@ help:
 	@echo "make gpu-evidence  the long comparison on a GPU, nine minutes at a time (ARGS: benchmarks/gpu_evidence.py --help)"
 	@echo "make docs       the documentation site, in output/site"
 	@echo "make lint       style and types; make format fixes the style where it can"
+	@echo "make licenses   docs/licenses.md: the licences of the packages in .venv"
+	@echo "make sbom       output/sbom.json: the packages in .venv as CycloneDX"
+	@echo "make lock       requirements/lock*.txt anew: hashes for the versions in requirements/"
 	@echo "make clean      removes caches and build leftovers (.venv and output/ stay)"
 
 setup:
@@ -64,6 +67,9 @@ lint: setup
 format: setup
 	$(VENV_PYTHON) -m ruff check --fix .
 	$(VENV_PYTHON) -m ruff format .
+
+licenses sbom lock: setup
+	@bash tools/supply.sh $@
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

@@ -8,7 +8,7 @@ train_net.py --config-file CONFIG --eval-only --eval-teacher [KEY VALUE ...]
 
 import argparse
 
-from kd_d2.cli.arguments import add_import_argument
+from kd_d2.cli.arguments import add_import_argument, add_rank_timeout_argument
 from kd_d2.engine import launch
 from kd_d2.engine.program import main
 
@@ -23,6 +23,7 @@ def argument_parser() -> argparse.ArgumentParser:
         help="evaluate the teacher once before training, or with --eval-only the teacher alone",
     )
     add_import_argument(parser)
+    add_rank_timeout_argument(parser)
     return parser
 
 

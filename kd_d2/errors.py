@@ -6,7 +6,8 @@ import math
 import sys
 from collections.abc import Iterator
 
-LONGEST_MESSAGE = 2000
+from .text import keep_controls_out_of_logs, printable
+
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -19,13 +20,6 @@ class UserError(Exception):
 
     def __init__(self, message: str):
         super().__init__(printable(message))
-
-
-def printable(text: str) -> str:
-    """The text with escapes in place of characters that are not printed, such as line breaks and the escape sequences of terminals."""
-    if len(text) > LONGEST_MESSAGE:
-        text = f"{text[: LONGEST_MESSAGE // 2]} ... {text[-LONGEST_MESSAGE // 2 :]}"
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def is_finite_number(value: object) -> bool:
@@ -44,8 +38,9 @@ def check_number(key: str, value: object, minimum: float, *, exclusive: bool = F
 def exit_on_user_error() -> Iterator[None]:
     """A UserError inside, or a disk that is full, is printed as one sentence, and ends the program with exit status 2.
 
-    Ctrl-C ends it with 130.
+    Ctrl-C ends it with 130. Logs are kept free of control characters.
     """
+    keep_controls_out_of_logs()
     try:
         yield
     except UserError as error:

@@ -2,7 +2,7 @@
 
     python tests/attacks.py files [--tries 2000] [--readers config image ...]
     python tests/attacks.py kills [--tries 100]
-    python tests/attacks.py ranks [--tries 10]
+    python tests/attacks.py ranks [--tries 40]
     python tests/attacks.py disk [--tries 20]
 
 Each prints a row (attack, tried, harmed) of a Markdown table, with --seed the same files and moments again. What harmed is printed too,
@@ -487,44 +487,82 @@ def attack_kills(folder: Path, tries: int, seed: int) -> list[str]:
     return all_harms
 
 
+COUNTER = """
+import os
+from detectron2.utils import comm
+from kd_d2.engine import KDTrainer
+
+step = KDTrainer.after_step
+
+def counted(self):
+    if comm.is_main_process():
+        with open(os.environ["PROGRESS"], "r+b") as file:
+            file.write(b"%-12d" % self.iter)
+    step(self)
+
+KDTrainer.after_step = counted
+"""
+"""An extension (--import) that writes the number of finished iterations into a file."""
+
+
 def attack_ranks(folder: Path, tries: int, seed: int) -> list[str]:
-    """Print how many SIGTERMs to a training in two processes, or to one of the two, lost an iteration; returns what did."""
-    draw, harms = random.Random(seed), []
-    project = make_project(folder / "ranks", **LONG)
-    command = [
-        sys.executable,
-        "-m",
-        "kd_d2",
-        "train",
-        str(project.student),
-        "--resume",
-        "--num-gpus",
-        "2",
-        "MODEL.DEVICE",
-        "cpu",
-    ]
-    for attempt in range(tries):
-        log = project.folder / "log"
-        start = log.stat().st_size if log.exists() else 0
-        with open(log, "ab") as file:
-            process = subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        while process.poll() is None and b"total_loss" not in log.read_bytes()[start:]:
-            time.sleep(0.1)
-        time.sleep(draw.uniform(0, 3))
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        ranks = [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-        os.kill(draw.choice([process.pid, *ranks]), signal.SIGTERM)
-        try:
-            status = process.wait(timeout=120)
-            said = log.read_text(errors="replace")[start:]
-            stopped = int(said.rpartition("training stopped after iteration ")[2].partition(";")[0])
-            assert status == 143 and whole_files(project.output) == stopped, f"status {status}, stopped after {stopped}"
-            assert "Traceback" not in said, "traceback"
-        except Exception as error:
-            process.kill()
-            harms.append(f"{attempt}: {type(error).__name__}: {error}")
-    print(f"| SIGTERM to two ranks or one of them | {tries} | {len(harms)} | |", flush=True)
-    return harms
+    """Print how many kills of the program, or of a rank, of trainings in two processes lost more than they may; returns what did."""
+    draw, all_harms = random.Random(seed), []
+    progress, counter = folder / "progress", folder / "counter.py"
+    counter.write_text(COUNTER)
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        project, harms, lost = make_project(folder / f"ranks-{number}", **LONG), [], []
+        program = [sys.executable, "-m", "kd_d2", "train", str(project.student), "--resume", "--num-gpus", "2"]
+        command = [*program, "--import", str(counter), "MODEL.DEVICE", "cpu"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PROGRESS": str(progress)}
+        for attempt in range(tries // 2):
+            before = whole_files(project.output) if project.output.is_dir() else -1
+            progress.write_bytes(b"%-12d" % before)
+            with open(project.folder / "log", "wb") as log:
+                process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+            if draw.random() < 0.7:  # the beginning takes most of the time
+                while process.poll() is None and int(progress.read_bytes()) == before:
+                    time.sleep(0.05)
+                time.sleep(draw.uniform(0, 3))
+            else:
+                time.sleep(draw.uniform(0.05, 8))
+            ranks = _ranks_of(process.pid)
+            target = draw.choice([process.pid, *ranks])
+            os.kill(target, number)
+            try:
+                status = process.wait(timeout=120)
+                _wait_for_end(ranks)
+                finished, after = int(progress.read_bytes()), whole_files(project.output)
+                lost.append(finished - after)
+                allowed = 0 if number == signal.SIGTERM else LONG["SOLVER__CHECKPOINT_PERIOD"]
+                assert before <= after and finished - after <= allowed, f"{finished} finished, checkpoint of {after}"
+                expected = {signal.SIGTERM: 143, signal.SIGKILL: -9 if target == process.pid else 2}[number]
+                assert finished == before or status == expected, f"status {status}, not {expected}"
+                assert b"Traceback" not in (project.folder / "log").read_bytes(), "traceback"
+            except Exception as error:
+                process.kill()
+                harms.append(f"{attempt}: {type(error).__name__}: {error}")
+        name = signal.Signals(number).name
+        print(
+            f"| {name} at random moments, two processes, to the program or to a rank | {tries // 2} | {len(harms)} | most iterations lost: "
+            f"{max(lost, default=0)} |",
+            flush=True,
+        )
+        all_harms += harms
+    return all_harms
+
+
+def _ranks_of(pid: int) -> list[int]:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def _wait_for_end(pids: list[int], seconds: float = 60) -> None:
+    """Of processes that may have lost their parent."""
+    end = time.monotonic() + seconds
+    while alive := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < end, f"ranks {alive} go on"
+        time.sleep(0.1)
 
 
 def attack_disk(folder: Path, tries: int, seed: int) -> list[str]:
@@ -560,7 +598,7 @@ def main() -> None:
     files.add_argument("--readers", nargs="+")
     files.add_argument("--keep", type=Path, help="folder of the files that harmed")
     commands.add_parser("kills").add_argument("--tries", type=int, default=100)
-    commands.add_parser("ranks").add_argument("--tries", type=int, default=10)
+    commands.add_parser("ranks").add_argument("--tries", type=int, default=40)
     commands.add_parser("disk").add_argument("--tries", type=int, default=20)
     for command in commands.choices.values():
         command.add_argument("--seed", type=int, default=0)

@@ -13,7 +13,9 @@ from kd_d2.errors import UserError
 
 import pytest
 import torch
-from helpers import ROOT, Project, make_project, save_fixed_weights
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from helpers import CLASSES, ROOT, Project, make_coco, make_project, save_fixed_weights
 
 # What may lie in OUTPUT_DIR before a training has begun, each of it whole.
 BEFORE_TRAINING = {".training.lock", "config.yaml", "log.txt", "metrics.json", "student.yaml", "versions.json"}
@@ -279,6 +281,38 @@ def test_data_keys(project: Project, refused, monkeypatch, opts: list, expected:
     assert refused(*opts) == expected.replace("NAME", project.name)
 
 
+def test_keypoints_and_masks_that_the_data_lack(refused, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Check sets of DATASETS.COCO_JSON, one that was registered by a program, and one whose reader is not installed."""
+    assert refused("MODEL.KEYPOINT_ON", True).endswith("set it to False, or register the set with Detectron2's "
+        "register_coco_instances in a file for --import.")  # fmt: skip
+    assert refused("MODEL.MASK_ON", True).endswith(
+        "has no segmentation, which MODEL.MASK_ON needs; set MODEL.MASK_ON False to train boxes alone."
+    )
+    path = make_coco(tmp_path / "others")
+    register_coco_instances("without_masks", {}, str(path), str(path.parent / "images"))
+    monkeypatch.setattr(MetadataCatalog.get("without_masks"), "thing_classes", list(CLASSES), raising=False)
+    try:
+        key = "DATASETS.TEST", ("without_masks",), "DATASETS.TRAIN", ("without_masks",)
+        assert refused("MODEL.MASK_ON", True, *key) == (
+            "DATASETS.TEST names 'without_masks', of which annotation 1 has no segmentation, but MODEL.MASK_ON is True; set it to False to "
+            "train and evaluate boxes alone."
+        )
+        said = refused("MODEL.MASK_ON", True, *key[2:], "DATASETS.TEST", ())
+        assert said.startswith(
+            f"DATASETS.TRAIN without_masks: an object of {path.parent / 'images' / '000.png'} has no segmentation"
+        )
+    finally:
+        DatasetCatalog.remove("without_masks")
+        MetadataCatalog.remove("without_masks")
+    monkeypatch.setitem(sys.modules, "lvis", None)
+    sentence = "names 'lvis_v1_val', which needs the package lvis: pip install lvis"
+    for key in ("DATASETS.TRAIN", "DATASETS.TEST"):
+        assert refused(key, ("lvis_v1_val",)) == f"{key} {sentence}"
+    monkeypatch.setattr("kd_d2.engine.checks._check_files", lambda *args: None)
+    assert refused("DATASETS.TEST", ("lvis_v1_val",)) == f"DATASETS.TEST {sentence.replace(chr(39), '')}"
+    assert refused("DATASETS.TEST", ("cityscapes_fine_sem_seg_val",)).endswith("is none of coco, pascal_voc and lvis.")
+
+
 def test_a_broken_image_stops_the_training_in_a_sentence(project: Project, capfd: pytest.CaptureFixture) -> None:
     """Check that an image that turns out to be none during training is named, and the last checkpoint kept."""
     broken = project.annotations.parent / "images" / "003.png"
@@ -308,6 +342,16 @@ def test_a_broken_image_stops_the_training_in_a_sentence(project: Project, capfd
             "Invalid learning rate schedule: SOLVER.LR_SCHEDULER_NAME 'WarmupMultiStepLR', SOLVER.STEPS (3,) and SOLVER.MAX_ITER "
             "3: Milestone must be smaller",
         ),
+        (
+            ["SOLVER.LR_SCHEDULER_NAME", "WarmupStepWithFixedGammaLR"],
+            "SOLVER.LR_SCHEDULER_NAME is 'WarmupStepWithFixedGammaLR'; it must be 'WarmupMultiStepLR' or 'WarmupCosineLR'.",
+        ),
+        (
+            ["SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "SOLVER.BASE_LR", 0.1, "SOLVER.BASE_LR_END", 0.2],
+            "SOLVER.BASE_LR_END is 0.2; for WarmupCosineLR it must lie between 0 and SOLVER.BASE_LR 0.1.",
+        ),
+        (["SOLVER.STEPS", ("a",)], "Invalid learning rate schedule: SOLVER.LR_SCHEDULER_NAME 'WarmupMultiStepLR', "),
+        (["SOLVER.WARMUP_ITERS", -1], "SOLVER.WARMUP_ITERS is -1; it must be a number at least 0."),
         (["SOLVER.CHECKPOINT_PERIOD", 0], "SOLVER.CHECKPOINT_PERIOD is 0; it must be a number at least 1."),
         (["SOLVER.BASE_LR", -1.0], "SOLVER.BASE_LR is -1.0; it must be a number at least 0."),
         (["DATALOADER.NUM_WORKERS", -1], "DATALOADER.NUM_WORKERS is -1; it must be a number at least 0."),
@@ -430,7 +474,7 @@ def _in_child(rank: int, main, args: tuple) -> None:
 
 
 class _Arguments:
-    num_gpus, num_machines, machine_rank, dist_url, opts = 1, 1, 0, "auto", ()
+    num_gpus, num_machines, machine_rank, dist_url, rank_timeout, opts = 1, 1, 0, "auto", 30, ()
 
 
 @pytest.mark.parametrize("processes", [1, 2])

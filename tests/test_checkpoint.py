@@ -536,7 +536,7 @@ def test_the_file_is_a_plain_student(run: Project) -> None:
     content = torch.load(run.output / "model_0000001.pth", weights_only=True)
     plain = build_model(load_config(str(run.teacher))).state_dict()  # of the same shape as the student
     assert {k: v.shape for k, v in content["model"].items()} == {k: v.shape for k, v in plain.items()}
-    assert content.keys() == {"model", "class_names", "distillers", "trainer", "iteration"}
+    assert content.keys() == {"model", "class_names", "run", "distillers", "trainer", "iteration"}
     assert {name.split(".")[0] for name in content["distillers"]} == {"FeatureImitation"}
 
 

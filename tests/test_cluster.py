@@ -17,6 +17,7 @@ from kd_d2 import load_config
 from kd_d2.checkpoint import read_checkpoint
 from kd_d2.config_files import shipped_configs
 
+import kubernetes_validate
 import pytest
 import torch
 import yaml
@@ -41,6 +42,59 @@ def test_dockerfile_is_linted() -> None:
 def test_slurm_script_is_linted() -> None:
     done = _run(_installed("shellcheck"), CLUSTER / "slurm.sbatch")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_kubernetes_file_follows_its_schema(tmp_path: Path) -> None:
+    """Check it against the schemas of Kubernetes, none of whose keys is unknown, and that a misspelt key is seen."""
+    schema_version = "1.33.0"
+    text = (CLUSTER / "kubernetes.yaml").read_text()
+    for document in yaml.safe_load_all(text):
+        kubernetes_validate.validate(document, schema_version, strict=True)
+    wrong = list(yaml.safe_load_all(text.replace("readOnlyRootFilesystem", "readonlyRootFilesystem")))
+    with pytest.raises(kubernetes_validate.ValidationError, match="readonlyRootFilesystem"):
+        kubernetes_validate.validate(wrong[1], schema_version, strict=True)
+
+
+def test_compose_file_follows_its_schema() -> None:
+    done = _run(_installed("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", CLUSTER / "compose.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_pods_may_do_no_more_than_they_must() -> None:
+    """Check the restricted profile of Kubernetes' pod security standards, and that every resource is limited."""
+    _, job = yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text())
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert pod["automountServiceAccountToken"] is False
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}
+    }  # fmt: skip
+    requests, limits = container["resources"]["requests"], container["resources"]["limits"]
+    assert limits.items() >= requests.items() and limits.keys() >= {"cpu", "memory", "ephemeral-storage"}
+    assert pod["terminationGracePeriodSeconds"] >= 120 and "livenessProbe" in container
+
+
+def test_locks_have_the_pinned_versions_and_hashes() -> None:
+    """Check that each version of requirements/ has hashes, and that no file names where packages come from."""
+    requirements = ROOT / "requirements"
+
+    def versions(*names: str) -> set[str]:
+        text = "\n".join((requirements / name).read_text() for name in names)
+        return {
+            re.sub(r"[._](?=.*==)", "-", found.lower())
+            for found in re.findall(r"^[\w.-]+==[^\s;]+", text, re.MULTILINE)
+        }
+
+    assert versions("lock.txt") == versions("pins.txt", "torch.txt")
+    assert versions("lock-source.txt") == versions("pins.txt", "torch-source.txt")
+    assert versions("lock-image.txt") < versions("lock-source.txt")
+    for lock in requirements.glob("lock*.txt"):
+        entries = re.split(r"\n(?=[A-Za-z])", lock.read_text())
+        assert all("--hash=sha256:" in entry for entry in entries if not entry.startswith("#")), lock
+    for path in requirements.iterdir():
+        assert "://" not in path.read_text(), path
 
 
 def test_dockerfile_builds_the_detectron2_that_setup_builds() -> None:

@@ -179,6 +179,33 @@ def test_what_is_ambiguous_is_refused(coco: Set, case: str) -> None:
     assert coco.sentence().startswith(f"{coco.json}{expected}")
 
 
+def test_more_annotations_than_an_image_may_have(coco: Set) -> None:
+    """Check the largest number that is read, and one more."""
+
+    def fill(count: int) -> None:
+        boxes = ([n % 50, n // 50 % 20, 10 + n // 1000, 12] for n in range(count))
+        entries = [{"id": n + 1, "image_id": 2, "category_id": 1, "bbox": box} for n, box in enumerate(boxes)]
+        coco.change(lambda tree: tree.update(annotations=entries))
+
+    fill(10_000)
+    assert coco.check().boxes == 10_000
+    fill(10_001)
+    assert coco.sentence() == (
+        f"{coco.json}: the image 001.png has 10001 annotations, and an image may have 10000: cut it into tiles."
+    )
+
+
+@pytest.mark.parametrize("value", [[10, 10, "visible"], ["x", None, 2], {"nose": [1, 2]}, "none", 5, None])
+def test_keypoints_that_detectron2_cannot_read_are_left_out(coco: Set, value: object) -> None:
+    """Check that boxes are read, by Detectron2's own reader too, and that keypoints that are numbers stay."""
+    coco.change(lambda tree: [a.update(keypoints=value if a["id"] == 1 else [1, 2, 2]) for a in tree["annotations"]])
+    with clean_process():
+        register_coco_json(coco.config())
+        annotations = [a for image in DatasetCatalog.get("mine") for a in image["annotations"]]
+    assert "keypoints" not in annotations[0]
+    assert len(annotations) > 2 and all(a["keypoints"] == [1.5, 2.5, 2] for a in annotations[1:])
+
+
 def test_images_that_are_not_on_disk(coco: Set) -> None:
     """Check that missing images are counted and the first is named."""
     (coco.images / "001.png").unlink()

@@ -8,15 +8,19 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from kd_d2 import UserError
 from kd_d2.checkpoint import read_checkpoint
 from kd_d2.data.stream import MappedDataset
+from kd_d2.engine import KDTrainer
 
 import pytest
 import torch
+from detectron2.engine import HookBase
 from helpers import KillAt, Project, make_project, make_trainer, run_train_net, train
 
 KILLS = 20
@@ -157,6 +161,120 @@ def test_a_data_worker_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert _whole_checkpoints(project.output)
     monkeypatch.setattr(MappedDataset, "__getitem__", read)
     assert max(train(project, resume=True).losses) == 7
+
+
+def _end_of(project: Project, *opts: object) -> tuple[int | None, list[str]]:
+    """The exit status of a training in a process of its own, and the lines that it prints."""
+
+    def run() -> None:
+        torch.set_num_threads(1)
+        with open(project.folder / "printed", "w", buffering=1) as sys.stdout:
+            sys.stderr = sys.stdout
+            run_train_net("--config-file", project.student, *opts)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join(120)
+    said = (project.folder / "printed").read_text()
+    process.kill()
+    assert "Traceback" not in said, said
+    return process.exitcode, said.splitlines()
+
+
+class _After(HookBase):
+    def __init__(self, iteration: int, action: Callable[[], object]):
+        self.iteration, self.action = iteration, action
+
+    def after_step(self) -> None:
+        if self.trainer.iter == self.iteration:
+            self.action()
+
+
+@pytest.fixture
+def after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
+    """(iteration, action): do something behind that iteration of the trainings to come, before any other hook."""
+    build = KDTrainer.build_hooks
+
+    def call(iteration: int, action: Callable[[], object]) -> None:
+        monkeypatch.setattr(KDTrainer, "build_hooks", lambda self: [_After(iteration, action), *build(self)])
+
+    return call
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_vanishes(tmp_path: Path, after: Callable, workers: int) -> None:
+    """Check the sentence, what is said to be saved, and that the program ends, whatever its data workers wait for."""
+    project = make_project(tmp_path, **OFTEN, DATALOADER__NUM_WORKERS=workers)
+    gone = project.annotations.parent / "images" / "004.png"
+    after(3, gone.unlink)
+    status, lines = _end_of(project)
+    assert status == 2
+    last = project.output / (project.output / "last_checkpoint").read_text()
+    assert (
+        lines[-1]
+        == f"error: The image {gone} cannot be used: No such file or directory; --resume continues from {last}."
+    )
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize(
+    "lose", [shutil.rmtree, lambda output: output.rename(f"{output}-moved")], ids=["removed", "moved"]
+)
+def test_an_output_folder_that_is_lost(tmp_path: Path, after: Callable, lose: Callable, asynchronous: bool) -> None:
+    """Check that what was trained until then is saved into a new one, from where --resume goes on."""
+    project = make_project(tmp_path, **OFTEN, SOLVER__CHECKPOINT_ASYNC=asynchronous)
+    after(3, lambda: lose(project.output))
+    status, lines = _end_of(project)
+    assert status == 2
+    assert lines[-1] == (
+        f"error: OUTPUT_DIR {project.output} was removed or replaced during the training; the training stops, and --resume continues from "
+        f"{project.output / 'model_latest.pth'}."
+    )
+    assert _whole_checkpoints(project.output) == [5]
+    assert min(train(project, resume=True, hooks=(KillAt(6),)).losses) == 6
+
+
+def test_a_file_in_place_of_the_output_folder(tmp_path: Path, after: Callable) -> None:
+    project = make_project(tmp_path, **OFTEN)
+    after(3, lambda: (project.output.rename(tmp_path / "moved"), project.output.write_text("")))
+    status, lines = _end_of(project)
+    assert status == 2
+    assert lines[-1] == f"error: OUTPUT_DIR {project.output} is no longer there; no checkpoint is there yet."
+
+
+def test_an_output_folder_that_becomes_read_only(
+    tmp_path: Path, after: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = make_project(tmp_path, **OFTEN)
+
+    def refuse(*args: object, **options: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    after(3, lambda: monkeypatch.setattr("kd_d2.files.open", refuse, raising=False))
+    status, lines = _end_of(project)
+    assert status == 2
+    path = project.output / "model_0000005.pth"
+    sentence = f"Checkpoint {path} cannot be written ([Errno 30] Read-only file system); checkpoints already written are intact."
+    assert lines[-1] == f"error: {sentence}"
+    assert _whole_checkpoints(project.output) == [2]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB."),
+                                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")])  # fmt: skip
+def test_memory_that_runs_out(tmp_path: Path, after: Callable, error: Exception) -> None:
+    def fail() -> None:
+        raise error
+
+    after(3, fail)
+    project = make_project(tmp_path, **OFTEN)
+    reason = str(error).rstrip(".") or "MemoryError"
+    last = project.output / "model_0000002.pth"
+    with pytest.raises(UserError) as caught:
+        train(project)
+    assert str(caught.value) == (
+        f"Memory ran out ({reason}): raise SOLVER.GRADIENT_ACCUMULATION_STEPS, or lower SOLVER.IMS_PER_BATCH or the sizes of INPUT; --resume "
+        f"continues from {last}."
+    )
 
 
 def test_an_unusable_image_is_skipped_where_the_config_says_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from kd_d2 import UserError
 from kd_d2.checkpoint import KDCheckpointer, read_checkpoint
+from kd_d2.engine import lost_ranks
 from kd_d2.engine.folder_lock import lock_folder, unlock_folder
 from kd_d2.engine.stop_request import StopRequest, TrainingStopped
 from kd_d2.engine.trainer import KDTrainer
@@ -20,6 +21,7 @@ from kd_d2.engine.trainer import KDTrainer
 import pytest
 import torch
 from detectron2.engine import HookBase
+from detectron2.utils import comm
 from helpers import Project, make_project, train
 
 SHORT = {
@@ -241,9 +243,10 @@ def test_ctrl_c_before_a_training(tmp_path: Path) -> None:
     assert process.returncode == 130 and error == "interrupted\n"
 
 
-def _started(project: Project) -> subprocess.Popen:
+def _started(project: Project, *options: str) -> subprocess.Popen:
     """A training in two processes, past its first iterations; it prints into the file `log`."""
-    command = [sys.executable, "-m", "kd_d2", "train", str(project.student), "--num-gpus", "2", "MODEL.DEVICE", "cpu"]
+    program = [sys.executable, "-m", "kd_d2", "train", str(project.student), "--num-gpus", "2"]
+    command = [*program, *options, "MODEL.DEVICE", "cpu"]
     with open(project.folder / "log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
     metrics = project.output / "metrics.json"
@@ -282,4 +285,57 @@ def test_a_rank_that_is_killed_ends_the_other(tmp_path: Path) -> None:
     process = _started(make_project(tmp_path, **LONG))
     os.kill(_ranks(process)[1], signal.SIGKILL)
     assert process.wait(timeout=120) == 2
-    assert "error: Rank 1 was killed (SIGKILL), most often because memory ran out" in (tmp_path / "log").read_text()
+    log = (tmp_path / "log").read_text()
+    assert "error: Rank 1 was killed (SIGKILL), most often because memory ran out" in log
+    assert "Traceback" not in log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_hangs_ends_the_other(tmp_path: Path, rank: int) -> None:
+    """Stop one as a debugger does: after --rank-timeout the other one names it, and the program ends."""
+    process = _started(make_project(tmp_path, **LONG), "--rank-timeout", "0.1")
+    os.kill(_ranks(process)[rank], signal.SIGSTOP)
+    assert process.wait(timeout=180) == 2
+    log = (tmp_path / "log").read_text()
+    assert re.search(
+        rf"^error: Rank {rank} no longer answers, having been killed, out of memory, or without progress for --rank-timeout; rank {1 - rank} "
+        r"stops too \(Timed out waiting 6000ms for recv operation to complete\); no checkpoint is there yet\.$",
+        log,
+        re.MULTILINE,
+    )
+    assert "Traceback" not in log
+
+
+@pytest.mark.slow
+def test_a_rank_without_memory_ends_the_other(tmp_path: Path) -> None:
+    """Give one of two ranks, started by torchrun, no more memory than it has."""
+    project = make_project(tmp_path, **LONG)
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import os, torch\nfrom kd_d2.cli import main\nfrom kd_d2.engine import KDTrainer\n"
+        "step = KDTrainer.run_step\n"
+        "def greedy(self):\n"
+        "    if os.environ['RANK'] == '1' and self.iter == 3: torch.zeros(2**50)\n"
+        "    step(self)\n"
+        "KDTrainer.run_step = greedy\n"
+        f"main(['train', {str(project.student)!r}, 'MODEL.DEVICE', 'cpu'])\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=180, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 1
+    assert "error: Memory ran out (" in done.stderr
+    assert "error: Rank 1 no longer answers" in done.stderr or "SIGTERM: stopping" in done.stderr
+
+
+@pytest.mark.parametrize(("message", "expected"), [
+    ("[/a/b.cc:1] Timed out waiting 60ms for recv. See", "Rank 1 no longer answers, having been killed, out of memory, or without progress "
+     "for --rank-timeout; rank 0 stops too (Timed out waiting 60ms for recv)"),
+    ("a mistake of ours", None),
+])  # fmt: skip
+def test_sentences_of_lost_ranks(monkeypatch: pytest.MonkeyPatch, message: str, expected: str | None) -> None:
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(lost_ranks, "ranks_that_are_silent", lambda: [1])
+    assert lost_ranks.explain_lost_ranks(RuntimeError(message)) == expected

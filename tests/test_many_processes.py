@@ -226,6 +226,18 @@ def test_two_resumed_processes_go_on_as_if_unbroken(tmp_path: Path) -> None:
         assert losses == pytest.approx(unbroken[iteration], rel=1e-4)
 
 
+def test_one_process_goes_on_from_a_checkpoint_of_two(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Check that the line says so, and that the losses are as before but for what depends on the process: here nothing."""
+    keys = {"MODEL__RESNETS__NORM": "FrozenBN", "MODEL__FPN__NORM": "", "SOLVER__IMS_PER_BATCH": 2, "SOLVER__STEPS": ()}
+    project = make_project(tmp_path, "fcos", SEED=3, SOLVER__MAX_ITER=4, SOLVER__CHECKPOINT_PERIOD=2, **keys)
+    _train_in_two(project, "killed", killed_behind=1)
+    caplog.clear()
+    resumed = train(project, resume=True)
+    assert sorted(resumed.losses) == [2, 3]
+    said = [record.message for record in caplog.records if record.message.startswith("--resume")]
+    assert len(said) == 1 and said[0].endswith("since the checkpoint was written with: processes 2, now 1.")
+
+
 def _resume_from_own_folder(rank: int, project: Project) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{project.folder}/store", rank=rank, world_size=2)
     comm.create_local_process_group(2)

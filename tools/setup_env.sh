@@ -70,9 +70,10 @@ printf '%s\n' "$want" "$python" >"$STATE"
 site=$("$VPY" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
 # The packages, in the versions of requirements/.
+lock='' constraints=()
 case $want in
-pypi) constraints=(-c requirements/pins.txt -c requirements/torch.txt) ;;
-source) constraints=(-c requirements/pins.txt -c requirements/torch-source.txt) ;;
+pypi) lock=requirements/lock.txt ;; # with the hash of every file
+source) lock=requirements/lock-source.txt ;;
 installed) # the packages of the base Python, whose versions stay; only what it lacks is pinned
     "$python" - >"$site/kd_d2_base.pth" <<'PY'
 import sys
@@ -87,9 +88,16 @@ PY
     constraints=(-c .venv/constraints.txt)
     ;;
 esac
-install -q "${constraints[@]}" pip setuptools
 echo "== setup: torch and the other packages (several minutes and 6 GB on a new machine)"
-install "${constraints[@]}" -e '.[dev]'
+if [ -n "$lock" ]; then
+    awk '/^[a-zA-Z]/ { wanted = /^(pip|setuptools)==/ } wanted' $lock >.venv/builders.txt
+    install -q --require-hashes --no-deps -r .venv/builders.txt
+    install --require-hashes --no-deps -r $lock
+    install -q --no-deps -e .
+else
+    install -q "${constraints[@]}" pip setuptools
+    install "${constraints[@]}" -e '.[dev]'
+fi
 install -q --no-deps --require-hashes -r requirements/imagecorruptions.txt
 case $want in
 pypi) # its wheel is marked for Python 3.10, but only its compiled operators are, which are not used

@@ -19,6 +19,7 @@ from ..engine.checks import check_output_folder
 from ..errors import UserError
 from ..files import read_json, write_json
 from ..report.page import Picture, Section, Table
+from ..text import label
 from ..typed_json import members
 from .models import load_models
 
@@ -95,7 +96,9 @@ class Analysis(ABC):
         for table in self.tables():
             align = ["left", *["right"] * (len(table.headers) - 1)]
             parts += [table.caption] if table.caption else []
-            parts.append(tabulate(table.rows, table.headers, "github", disable_numparse=True, colalign=align))
+            rows = [[label(cell) for cell in row] for row in table.rows]
+            headers = [label(header) for header in table.headers]
+            parts.append(tabulate(rows, headers, "github", disable_numparse=True, colalign=align))
         return "\n\n".join(parts)
 
     def section(self) -> Section:

@@ -10,6 +10,8 @@ import numpy as np
 from detectron2.structures import Instances
 from PIL import Image, ImageDraw, ImageFont
 
+from ..text import label, printable
+
 PALETTE = (
     (230, 57, 70), (29, 120, 200), (42, 157, 80), (244, 140, 6), (131, 56, 200), (0, 150, 160), (214, 40, 140), (120, 90, 40),
     (90, 110, 20), (70, 70, 160),
@@ -70,7 +72,7 @@ def _tint(canvas: np.ndarray, mask: np.ndarray, color: tuple[int, int, int]) -> 
 
 def _label(picture: Image.Image, text: str, corner: np.ndarray, color: tuple[int, int, int], plates: list) -> None:
     """The text on a plate above its box's corner; inside the image, and below plates that are there already."""
-    font = ImageFont.truetype(FONT, max(11, min(picture.size) // 34))
+    text, font = label(text), ImageFont.truetype(FONT, max(11, min(picture.size) // 34))
     draw = ImageDraw.Draw(picture)
     width, plate = int(draw.textlength(text, font)) + 6, sum(font.getmetrics()) + 2
     left = int(np.clip(corner[0], 0, max(0, picture.width - width)))
@@ -118,7 +120,7 @@ def per_pixel(level: np.ndarray, stride: int, image_size: tuple[int, int]) -> np
 
 def titled(image: np.ndarray, title: str) -> np.ndarray:
     """The image below a strip with its title, which is written smaller where it is long, and truncated where it is too long."""
-    strip = Image.new("RGB", (image.shape[1], TITLE_HEIGHT), WHITE)
+    title, strip = printable(title), Image.new("RGB", (image.shape[1], TITLE_HEIGHT), WHITE)
     room = strip.width - 2 * TITLE_MARGIN
     fonts = [ImageFont.truetype(FONT, size) for size in TITLE_SIZES]
     font = next((f for f in fonts if f.getlength(title) <= room), fonts[-1])
@@ -144,7 +146,7 @@ def write_picture(path: str, image: np.ndarray) -> None:
     """Write an image into a file, whose folder is made where it is missing, and print the path."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     cv2.imwrite(path, image[:, :, ::-1])
-    print(path, flush=True)
+    print(printable(path), flush=True)
 
 
 def _on_white(picture: np.ndarray, height: int, width: int) -> np.ndarray:

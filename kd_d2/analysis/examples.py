@@ -12,6 +12,7 @@ from detectron2.data import transforms as T
 
 from ..data import CheckedMapper
 from ..errors import UserError
+from ..text import file_stem
 
 
 def read_examples(cfg: CfgNode, count: int) -> list[dict]:
@@ -49,7 +50,7 @@ def _mapper(cfg: CfgNode, *, with_truth: bool) -> CheckedMapper:
 
 def picture_name(example: dict) -> str:
     """The name of a picture of an example."""
-    return os.path.splitext(os.path.basename(example["file_name"]))[0] + ".png"
+    return file_stem(os.path.splitext(os.path.basename(example["file_name"]))[0]) + ".png"
 
 
 def pixels(example: dict, cfg: CfgNode) -> np.ndarray:

@@ -27,6 +27,7 @@ from ..files import atomic_write
 from ..meta_arch import KDMetaArch
 from ..model_paths import ModelPath
 from ..random_state import preserved_random_state
+from ..text import folder_name
 from .base import Analysis, check_at_least
 from .drawing import draw_instances, enlarged, overlay_heat, per_pixel, sheet, titled, write_picture
 from .examples import pixels, read_examples
@@ -106,13 +107,16 @@ class LossMapAnalysis(Analysis):
         check_output_folder(output, "--output")
         folders = {}
         for path, opts in models:
-            folders[path.title] = os.path.dirname(path.config) if path.weights else os.path.join(output, path.title)
+            folders[path.title] = (
+                os.path.dirname(path.config) if path.weights else os.path.join(output, folder_name(path.title))
+            )
             if not path.weights:
                 args = argparse.Namespace(config_file=path.config, resume=resume, images=images, every=every)
                 args.opts = [*opts, "OUTPUT_DIR", folders[path.title]]
                 vars(args).update(title=path.title, eval_only=False, eval_teacher=False)
                 vars(args).update(
-                    {"num_gpus": 1, "num_machines": 1, "machine_rank": 0, "dist_url": "auto"} | launch_options
+                    {"num_gpus": 1, "num_machines": 1, "machine_rank": 0, "dist_url": "auto", "rank_timeout": 30}
+                    | launch_options
                 )
                 launch(train_with_loss_maps, args)
                 comm.synchronize()

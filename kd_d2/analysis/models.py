@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,6 +25,7 @@ from ..evaluation import build_evaluator
 from ..files import read_json, write_json
 from ..meta_arch import KDMetaArch
 from ..model_paths import ModelPath, read_model_paths
+from ..text import folder_name
 
 Models = Sequence[str | Sequence[str]]
 """What `--model` takes, a string or a pair each: [TITLE=]CONFIG_OR_RUN, and weights where it is a config."""
@@ -51,7 +51,7 @@ class TrainedModel:
     @property
     def folder_name(self) -> str:
         """The title as the name of a folder."""
-        return re.sub(r"[^\w.-]+", "-", self.title).lstrip(".")[:100] or "model"
+        return folder_name(self.title)
 
     def identity(self) -> dict[str, object]:
         """What results depend on: the weights' file, the config, the annotations."""

@@ -32,6 +32,18 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-machines", type=int, default=1, help="machines (default 1)")
     parser.add_argument("--machine-rank", type=int, default=0, help="number of this machine, from 0")
     parser.add_argument("--dist-url", default="auto", help="URL of the first process, such as tcp://HOST:PORT")
+    add_rank_timeout_argument(parser)
+
+
+def add_rank_timeout_argument(parser: argparse.ArgumentParser) -> None:
+    """How long ranks wait for each other."""
+    parser.add_argument(
+        "--rank-timeout",
+        type=float,
+        default=30,
+        metavar="MINUTES",
+        help="a rank for which the others wait so long ends the program (default 30); it must be more than the first rank needs to evaluate",
+    )
 
 
 def add_model_argument(parser: argparse._ActionsContainer, count: str, *, required: bool = True) -> None:

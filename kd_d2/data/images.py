@@ -18,6 +18,7 @@ from PIL import Image, ImageFile
 from torch.utils.data import DataLoader
 
 from ..errors import UserError
+from ..text import printable
 from .workers import init_worker
 
 
@@ -65,7 +66,7 @@ def read_checked(path: str, read: Callable[[], Content]) -> Content:
                 raise
         with _without_their_ends():
             content = read()
-        message = f"The image {path} is truncated; what is left of it is used, the rest is gray."
+        message = f"The image {printable(path)} is truncated; what is left of it is used, the rest is gray."
         log_first_n(logging.WARNING, message, name=__name__, key="message")
         return content
     except READING_ERRORS as error:
@@ -79,7 +80,7 @@ def _reason(error: Exception) -> str:
         return f"it has more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels; write it smaller"
     if "must be > 0" in str(error):  # Pillow, asked to resize to that
         return "it is so narrow that its shorter side is less than a pixel when it is resized"
-    return str(error).rstrip(".")
+    return (getattr(error, "strerror", None) or str(error)).rstrip(".")
 
 
 @contextlib.contextmanager

@@ -133,9 +133,11 @@ def build_stream_loader(cfg: CfgNode, seed: int, mapper: Callable | None = None)
             filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and reads_annotations(cfg),
             min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
         )
-    except (AssertionError, ValueError) as error:
+    except (AssertionError, ValueError, ImportError) as error:
         raise UserError(f"DATASETS.TRAIN {', '.join(cfg.DATASETS.TRAIN)} cannot be trained on: {error}") from error
-    if not reads_annotations(cfg):
+    if reads_annotations(cfg):
+        _check_masks(cfg, dicts)
+    else:
         dicts = [{key: value for key, value in d.items() if key != "annotations"} for d in dicts]
     grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
     stream = BatchStream(
@@ -160,6 +162,15 @@ def build_stream_loader(cfg: CfgNode, seed: int, mapper: Callable | None = None)
         generator=torch.Generator(),
         worker_init_fn=init_worker,
     )
+
+
+def _check_masks(cfg: CfgNode, dicts: list[dict]) -> None:
+    for image in dicts if cfg.MODEL.MASK_ON else ():
+        if not all(annotation.get("segmentation") for annotation in image["annotations"]):
+            raise UserError(
+                f"DATASETS.TRAIN {', '.join(cfg.DATASETS.TRAIN)}: an object of {image['file_name']} has no segmentation, but MODEL.MASK_ON is "
+                "True; set it to False to train boxes alone."
+            )
 
 
 def _index_stream(cfg: CfgNode, dicts: list[dict], seed: int) -> Callable[[], Iterator[int]]:

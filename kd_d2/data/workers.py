@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 
 import torch
 
 
 def init_worker(worker_id: int) -> None:
-    """One thread, and no reaction to signals that ask the training to stop: its own process ends the workers when it ends.
+    """One thread of work, and no reaction to signals that ask the training to stop, which a cluster may send to all processes of a job.
 
-    Of SIGTERM the first one is ignored, which a cluster may send to all processes of a job.
+    SIGTERM of the training's own process ends the worker, whatever it waits for.
     """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_exit_on_sigterm_of, args=(os.getppid(),), daemon=True).start()
+
+
+def _exit_on_sigterm_of(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -18,8 +18,10 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..checkpoint import KDCheckpointer
+from ..errors import UserError
 from ..files import link_or_copy
 from .averaging import AveragedStudent
+from .failures import saved
 from .rank_states import get_rank_state
 from .stop_request import StopRequest, TrainingStopped
 
@@ -63,11 +65,14 @@ class Checkpoints(HookBase):
         self.evaluation_period = cfg.TEST.EVAL_PERIOD
         self.keep = cfg.SOLVER.CHECKPOINTS_TO_KEEP
         self.others: list[dict[str, Any]] = []
+        self.files_at_start: list[str] = []
         self.stopping = False
         self.written = time.monotonic()
 
     def before_train(self) -> None:
         self.written = time.monotonic()
+        folder = self.checkpointer.save_dir
+        self.files_at_start = os.listdir(folder) if comm.is_main_process() and folder else []
 
     def after_step(self) -> None:
         is_due, signal_number = self._agreed()
@@ -104,10 +109,26 @@ class Checkpoints(HookBase):
         self.others = comm.gather(get_rank_state(self.model))[1:]
         self.written = time.monotonic()
         if comm.is_main_process():
+            is_lost = self._has_lost_its_folder()
+            names = [LATEST] if is_lost else names
             with self.averaged.in_place_of_student() if self.averaged else contextlib.nullcontext():
                 for name in names:
                     self.checkpointer.save(name, iteration=self.trainer.iter)
+            if is_lost:
+                self.checkpointer.wait()
+                folder = self.checkpointer.save_dir
+                raise UserError(
+                    f"OUTPUT_DIR {folder} was removed or replaced during the training; the training stops, and {saved(folder)}."
+                )
             self._remove_old()
+
+    def _has_lost_its_folder(self) -> bool:
+        """Whether none of the files that were there when the training began is left; then there is a folder again."""
+        folder = self.checkpointer.save_dir
+        if not self.files_at_start or any(os.path.lexists(os.path.join(folder, name)) for name in self.files_at_start):
+            return False
+        os.makedirs(folder, exist_ok=True)
+        return True
 
     def _remove_old(self) -> None:
         """All but the last `keep` of those written by period; 0 keeps all."""

@@ -12,10 +12,13 @@ from torch import nn
 from ..adapters import build_adapter
 from ..config import KD_META_ARCH
 from ..errors import UserError, check_number
+from ..evaluation import check_evaluation
+from ..files import read_json
 from ..meta_arch import student_of
 
 SMALLEST = {
     "SOLVER.MAX_ITER": 1,
+    "SOLVER.WARMUP_ITERS": 0,
     "SOLVER.CHECKPOINT_PERIOD": 1,
     "SOLVER.BASE_LR": 0,
     "SOLVER.MOMENTUM": 0,
@@ -73,6 +76,10 @@ def check_datasets(cfg: CfgNode, *, train: bool) -> None:
                     f"DATASETS.COCO_JSON ({', '.join(entries) or 'empty'})."
                 )
             _check_files(key, name)
+            _check_keypoints(cfg, key, name)
+    for name in cfg.DATASETS.TEST:
+        check_evaluation(name)
+        _check_masks_for_evaluation(cfg, name)
 
 
 def _check_files(key: str, name: str) -> None:
@@ -84,9 +91,33 @@ def _check_files(key: str, name: str) -> None:
         DatasetCatalog.get(name)  # the synthetic set is made when it is first read
     except (OSError, AssertionError) as error:
         raise UserError(
-            f"DATASETS.{key} names {name!r}, whose files are not there ({annotations or folder}); the environment variable "
+            f"DATASETS.{key} names {name!r}, whose files are not there ({annotations or folder or error}); the environment variable "
             "DETECTRON2_DATASETS names the folder that holds Detectron2's built-in data sets."
         ) from error
+    except ImportError as error:
+        raise UserError(
+            f"DATASETS.{key} names {name!r}, which needs the package {error.name}: pip install {error.name}"
+        ) from error
+
+
+def _check_keypoints(cfg: CfgNode, key: str, name: str) -> None:
+    if cfg.MODEL.KEYPOINT_ON and MetadataCatalog.get(name).get("keypoint_names") is None:
+        raise UserError(
+            f"DATASETS.{key} names {name!r}, which has no keypoints (sets of DATASETS.COCO_JSON have boxes and masks alone), but "
+            "MODEL.KEYPOINT_ON is True: set it to False, or register the set with Detectron2's register_coco_instances in a file for --import."
+        )
+
+
+def _check_masks_for_evaluation(cfg: CfgNode, name: str) -> None:
+    metadata = MetadataCatalog.get(name)
+    if not cfg.MODEL.MASK_ON or metadata.get("evaluator_type") != "coco":
+        return
+    for annotation in read_json(metadata.json_file)["annotations"]:
+        if not annotation.get("segmentation"):
+            raise UserError(
+                f"DATASETS.TEST names {name!r}, of which annotation {annotation.get('id')} has no segmentation, but MODEL.MASK_ON is True; set "
+                "it to False to train and evaluate boxes alone."
+            )
 
 
 def check_classes(cfg: CfgNode, model: nn.Module) -> None:

@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from itertools import pairwise
 
 import torch
@@ -16,7 +17,7 @@ from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from ..errors import UserError, exit_on_user_error
+from ..errors import UserError, check_number, exit_on_user_error
 from .stop_request import forwarded_to_children
 
 
@@ -34,7 +35,7 @@ def launch(main: Callable[[argparse.Namespace], object], args: argparse.Namespac
 
 def _launch(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        _join_torchrun()
+        _join_torchrun(_timeout(args))
         main(args)
     elif args.num_gpus * args.num_machines <= 1:
         main(args)
@@ -46,7 +47,9 @@ def _launch_several(main: Callable[[argparse.Namespace], object], args: argparse
     _check_gpus(args.num_gpus, args.opts)
     try:
         with forwarded_to_children():
-            detectron2_launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
+            detectron2_launch(
+                main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (args,), _timeout(args)
+            )
     except ProcessRaisedException as error:
         # One of the processes raised: what arrives is its traceback as text, whose last line names the error.
         last = str(error).strip().splitlines()[-1]
@@ -59,6 +62,11 @@ def _launch_several(main: Callable[[argparse.Namespace], object], args: argparse
         if number == signal.SIGKILL:
             raise UserError(
                 f"Rank {error.error_index} was killed (SIGKILL), most often because memory ran out; the other ranks were ended too."
+            ) from error
+        if number == signal.SIGABRT:
+            raise UserError(
+                f"Rank {error.error_index} ended itself (SIGABRT), as NCCL does where another rank does not answer for --rank-timeout; its last "
+                "lines above say more."
             ) from error
         sys.exit(128 + number if number > 0 else error.exit_code)
 
@@ -73,10 +81,15 @@ def _check_gpus(wanted: int, opts: list[str]) -> None:
         )
 
 
-def _join_torchrun() -> None:
+def _timeout(args: argparse.Namespace) -> timedelta:
+    check_number("--rank-timeout", args.rank_timeout, 0, exclusive=True)
+    return timedelta(minutes=args.rank_timeout)
+
+
+def _join_torchrun(timeout: timedelta) -> None:
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
-    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
     comm.synchronize()

@@ -1,10 +1,12 @@
-"""Batch, learning rate and iterations: scaled to the number of processes, and whether they belong together."""
+"""Batch, learning rate and iterations: the schedule, scaled to the number of processes, and whether they belong together."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+from detectron2 import solver as detectron2_solver
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 
@@ -13,6 +15,8 @@ from ..distillers import DISTILLER_REGISTRY
 from ..errors import UserError
 
 DEFAULT_BATCH = 16  # Detectron2's
+SCHEDULES = ("WarmupMultiStepLR", "WarmupCosineLR")
+"""Detectron2's WarmupStepWithFixedGammaLR is not among them: it fails after the last iteration."""
 
 
 def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
@@ -41,6 +45,26 @@ def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
                 node[key] = round(value / factor)
     scaled.freeze()
     return scaled
+
+
+def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> detectron2_solver.LRMultiplier:
+    """Detectron2's learning rate schedule of SOLVER.
+
+    Raises:
+        UserError: there is none of that name, or SOLVER's numbers do not make one.
+    """
+    name, end, rate = cfg.SOLVER.LR_SCHEDULER_NAME, cfg.SOLVER.BASE_LR_END, cfg.SOLVER.BASE_LR
+    if name not in SCHEDULES:
+        raise UserError(f"SOLVER.LR_SCHEDULER_NAME is {name!r}; it must be {' or '.join(map(repr, SCHEDULES))}.")
+    if name == "WarmupCosineLR" and not 0 <= end <= rate:
+        raise UserError(f"SOLVER.BASE_LR_END is {end}; for {name} it must lie between 0 and SOLVER.BASE_LR {rate}.")
+    try:
+        return detectron2_solver.build_lr_scheduler(cfg, optimizer)
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise UserError(
+            f"Invalid learning rate schedule: SOLVER.LR_SCHEDULER_NAME {name!r}, SOLVER.STEPS {cfg.SOLVER.STEPS} and SOLVER.MAX_ITER "
+            f"{cfg.SOLVER.MAX_ITER}: {error}."
+        ) from error
 
 
 def learning_rate_advice(config_file: str, opts: list[Any]) -> str | None:

@@ -18,6 +18,7 @@ from ..data import ClassOrder, register_coco_json, register_synthetic
 from ..files import write_json, write_text
 from ..keys import keys_of
 from ..modeling import unused_nodes
+from ..text import keep_controls_out_of_logs
 from ..versions import versions
 from .checks import check_datasets, check_output_folder
 from .folder_lock import lock_folder
@@ -41,6 +42,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     check_output_folder(cfg.OUTPUT_DIR)
     if comm.is_main_process() and not args.eval_only:
         lock_folder(cfg.OUTPUT_DIR)
+    keep_controls_out_of_logs()
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="kd_d2")
     register_synthetic()
     register_coco_json(cfg, _class_order(cfg, args), train=not args.eval_only)

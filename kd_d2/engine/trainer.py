@@ -21,7 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ..checkpoint import KDCheckpointer, UnreadableCheckpointError
 from ..class_names import match_classes, names_in_checkpoint, names_in_data
 from ..data import build_stream_loader, build_test_loader
-from ..errors import DISK_IS_FULL, UserError
+from ..data.images import DataError
+from ..errors import UserError
 from ..evaluation import build_evaluator
 from ..inheritance import inherit
 from ..memory_format import has_channels_last
@@ -32,11 +33,13 @@ from .averaging import AveragedStudent, Unaveraged
 from .balance_log import LastMultipliersLog
 from .checkpoints import BestCheckpoint, Checkpoints
 from .checks import check_classes, check_schedule
+from .failures import Failures
 from .folder_lock import unlock_folder
-from .learning_rate import scale_to_world_size
+from .learning_rate import build_lr_scheduler, scale_to_world_size
 from .memory import PeakMemoryRecorder
 from .optimizers import build_optimizers
 from .rank_states import get_rank_state, set_rank_state
+from .run_record import RunRecord
 from .step import DistillationStep
 from .stop_request import StopRequest, TrainingStopped
 
@@ -69,7 +72,10 @@ class KDTrainer(DefaultTrainer):
             _distributed(self.bare_model), optimizer, auxiliary, autocast, cfg.SOLVER.GRADIENT_ACCUMULATION_STEPS
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = KDCheckpointer(student_of(self.bare_model), cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        teacher = self.bare_model.teacher.model if isinstance(self.bare_model, KDMetaArch) else None
+        self.checkpointer = KDCheckpointer(
+            student_of(self.bare_model), cfg.OUTPUT_DIR, run=RunRecord(cfg, teacher), trainer=weakref.proxy(self)
+        )
         classes = names_in_data(cfg)
         self.checkpointer.class_names = list(classes.names) if classes else None
         self.checkpointer.asynchronous = cfg.SOLVER.CHECKPOINT_ASYNC
@@ -166,7 +172,9 @@ class KDTrainer(DefaultTrainer):
         """
         if self._trainer.data_loader is None:
             self._open_stream()
-        logging.getLogger("detectron2.engine.train_loop").addFilter(_without_traceback)
+        failures = Failures(self.cfg.OUTPUT_DIR)
+        train_loop = logging.getLogger("detectron2.engine.train_loop")
+        train_loop.addFilter(failures.log_as_sentence)
         try:
             with self.stop:
                 return super().train()
@@ -176,16 +184,13 @@ class KDTrainer(DefaultTrainer):
                 f"{self.checkpointer.get_checkpoint_file()}"
             )
             raise
-        except (OSError, RuntimeError) as error:
-            sentence = _explained(error)
-            if sentence is None and not os.path.isdir(self.cfg.OUTPUT_DIR):
-                sentence = UserError(
-                    f"OUTPUT_DIR {self.cfg.OUTPUT_DIR} is no longer there: the training cannot write into it."
-                )
+        except (OSError, RuntimeError, MemoryError, DataError) as error:
+            sentence = failures.explain(error)
             if sentence is None:
                 raise
             raise sentence from error
         finally:
+            train_loop.removeFilter(failures.log_as_sentence)
             unlock_folder(self.cfg.OUTPUT_DIR)
 
     def state_dict(self) -> dict[str, Any]:
@@ -238,13 +243,7 @@ class KDTrainer(DefaultTrainer):
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer):
-        try:
-            return super().build_lr_scheduler(cfg, optimizer)
-        except (ValueError, ZeroDivisionError) as error:
-            raise UserError(
-                f"Invalid learning rate schedule: SOLVER.LR_SCHEDULER_NAME {cfg.SOLVER.LR_SCHEDULER_NAME!r}, SOLVER.STEPS "
-                f"{cfg.SOLVER.STEPS} and SOLVER.MAX_ITER {cfg.SOLVER.MAX_ITER}: {error}."
-            ) from error
+        return build_lr_scheduler(cfg, optimizer)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
@@ -291,30 +290,6 @@ def evaluate_teacher(cfg: CfgNode, teacher: Teacher) -> dict:
     teacher.to(torch.device(cfg.MODEL.DEVICE))
     logger.info("Evaluating the teacher")
     return KDTrainer.test(cfg, teacher.model)
-
-
-def _explained(error: BaseException | None) -> UserError | None:
-    """The UserError for an error that the user can fix; None for any other error."""
-    if isinstance(error, UserError):
-        return error
-    go_on = "checkpoints already written are intact, and --resume continues from the last"
-    if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
-        return UserError(f"The disk of OUTPUT_DIR is full ({error.strerror}); {go_on}.")
-    if str(error).startswith("DataLoader worker"):
-        reason = str(error).partition("\n")[0].rstrip(" .")
-        return UserError(
-            f"A process that reads training data has died ({reason}), most often because memory ran out: lower DATALOADER.NUM_WORKERS; "
-            f"{go_on}."
-        )
-    return None
-
-
-def _without_traceback(record: logging.LogRecord) -> bool:
-    """Log an error that the user can fix as one sentence; Detectron2 would log a traceback."""
-    sentence = _explained(record.exc_info[1]) if record.exc_info else None
-    if sentence is not None:
-        record.msg, record.args, record.exc_info = str(sentence), (), None
-    return True
 
 
 def _distributed(model: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 from detectron2.config import CfgNode
@@ -11,6 +12,22 @@ from detectron2.evaluation import DatasetEvaluator, LVISEvaluator, PascalVOCDete
 from ..errors import UserError
 from .coco_evaluator import CocoEvaluator
 
+EVALUATOR_TYPES = ("coco", "coco_panoptic_seg", "pascal_voc", "lvis")
+PACKAGES = {"lvis": "lvis"}
+"""The package that an evaluator type needs and kd_d2 does not require."""
+
+
+def check_evaluation(dataset_name: str) -> None:
+    """Raise a UserError unless there is an evaluator for the data set, and the package that it needs."""
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    if kind not in EVALUATOR_TYPES:
+        raise UserError(
+            f"DATASETS.TEST names {dataset_name}, whose evaluator type {kind!r} is none of coco, pascal_voc and lvis."
+        )
+    package = PACKAGES.get(kind)
+    if package and importlib.util.find_spec(package) is None:
+        raise UserError(f"DATASETS.TEST names {dataset_name}, which needs the package {package}: pip install {package}")
+
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
     """COCO's, Pascal VOC's or LVIS's evaluator, as the data set's metadata says.
@@ -19,16 +36,13 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
         output_folder: for the detections as json; by default OUTPUT_DIR/inference.
 
     Raises:
-        UserError: the data set is evaluated in a way that has nothing to do with boxes.
+        UserError: see `check_evaluation`.
     """
+    check_evaluation(dataset_name)
     output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
-    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
-    if kind in ("coco", "coco_panoptic_seg"):
-        return CocoEvaluator(dataset_name, output_folder)
+    kind = MetadataCatalog.get(dataset_name).evaluator_type
     if kind == "pascal_voc":
         return PascalVOCDetectionEvaluator(dataset_name)
     if kind == "lvis":
         return LVISEvaluator(dataset_name, output_dir=output_folder)
-    raise UserError(
-        f"DATASETS.TEST names {dataset_name}, whose evaluator type {kind!r} is none of coco, pascal_voc and lvis."
-    )
+    return CocoEvaluator(dataset_name, output_folder)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ..data.images import DataError, open_image, read_checked
 from ..errors import UserError
+from ..text import LONGEST_FILE_NAME, file_stem, printable
 from .video import video_problem
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ def find_inputs(paths: list[str], without: str | None = None, option: str = "--i
         else:
             raise UserError(f"{option}: there is no file or folder {path}.")
     if skipped:
-        names = ", ".join(skipped[:5]) + (", ..." if len(skipped) > 5 else "")
+        names = printable(", ".join(skipped[:5])) + (", ..." if len(skipped) > 5 else "")
         logger.info(f"Skipped {len(skipped)} files that cannot be read as images or videos: {names}")
     if not found:
         raise UserError(f"{option}: there is no image in {', '.join(paths)}.")
@@ -121,7 +122,9 @@ def drawing_names(inputs: list[Input], folder: str) -> list[str]:
     files = {os.path.realpath(entry.path) for entry in inputs}
     names: dict[str, None] = {}
     for entry in inputs:
-        stem, suffix = os.path.splitext(entry.name)[0], ".mp4" if entry.is_video else ".jpg"
+        place, file = os.path.split(os.path.splitext(entry.name)[0])
+        file = file if len(os.fsencode(file)) <= LONGEST_FILE_NAME else file_stem(file)
+        stem, suffix = os.path.join(place, file), ".mp4" if entry.is_video else ".jpg"
         name, number = f"{stem}{suffix}", 1
         while name in names:
             number += 1

@@ -20,6 +20,7 @@ from ..engine.checks import check_output_folder
 from ..errors import UserError
 from ..files import write_json
 from ..predictor import Category, ImageDetector
+from ..text import printable
 from .inputs import Input, drawing_names
 from .video import VideoReader, VideoWriter
 
@@ -98,10 +99,10 @@ class _Run:
                 if drawing is not None:
                     Image.fromarray(self._drawn(image, detections)).save(self._place(drawing), quality=95)
                 self._add(detections, source, drawing)
-                logger.info(f"{number} {source.path}: {len(detections)} detections")
+                logger.info(f"{number} {printable(source.path)}: {len(detections)} detections")
 
     def video(self, number: str, source: Input, drawing: str | None) -> None:
-        reader = VideoReader(source.path)
+        reader, name = VideoReader(source.path), printable(source.path)
         before, frames = len(self.annotations), 0
         with VideoWriter(self._place(drawing) if drawing is not None else "", reader.fps) as writer:
             for batch in _batches(reader, self.options.batch):
@@ -111,10 +112,10 @@ class _Run:
                     self._add(detections, source, drawing, frame=frames, time=round(frames / reader.fps, 4))
                     frames += 1
                     if frames % FRAMES_PER_LINE == 0:
-                        logger.info(f"{number} {source.path}: {frames} of {reader.length or '?'} frames")
+                        logger.info(f"{number} {name}: {frames} of {reader.length or '?'} frames")
         if frames < reader.length:
-            logger.warning(f"{source.path} ends after {frames} of {reader.length} frames.")
-        logger.info(f"{number} {source.path}: {len(self.annotations) - before} detections in {frames} frames")
+            logger.warning(f"{name} ends after {frames} of {reader.length} frames.")
+        logger.info(f"{number} {name}: {len(self.annotations) - before} detections in {frames} frames")
 
     def _detect(self, images: list[np.ndarray]) -> list[tuple[np.ndarray, Instances]]:
         flipped = self.detector.input_format == "BGR"

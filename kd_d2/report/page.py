@@ -11,6 +11,8 @@ from importlib.resources import files
 from jinja2 import Environment
 from PIL import Image
 
+from ..text import without_controls
+
 WIDEST = 2200  # px; larger pictures are made smaller
 MANY_COLORS = 4096  # pictures with more are photographs
 
@@ -78,12 +80,16 @@ class Section:
     blocks: list[Table | Picture | Listing] = field(default_factory=list)
 
 
+def _without_controls(value: object) -> object:
+    return without_controls(value) if isinstance(value, str) else value
+
+
 def render(title: str, sections: Sequence[Section], versions: dict[str, str]) -> str:
     """The page.
 
     Args:
         versions: of what made the page, for its end.
     """
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_without_controls)
     template = environment.from_string(files(__package__).joinpath("page.html.jinja").read_text(encoding="utf-8"))
     return template.render(title=title, sections=sections, versions=versions)

@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib
 
 from ..figures import plt, save_figure
+from ..text import label
 from .table import Row
 
 TEACHER_COLOR = "0.45"
@@ -40,7 +41,7 @@ def plot_ap(rows: list[Row], path: str) -> None:
         axis.set_xlabel(column)
         axis.margins(x=0.12, y=0.02)
         axis.grid(axis="x", alpha=0.3)
-    axes[0].set_yticks(range(len(students)), [row.title for row in students])
+    axes[0].set_yticks(range(len(students)), [label(row.title) for row in students])
     axes[0].invert_yaxis()
     save_figure(figure, path)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import os
 import statistics
@@ -12,6 +10,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from ..text import csv_text, markdown_cell
 from .matrix import Matrix
 from .results import read_result, result_path
 
@@ -155,14 +154,10 @@ def as_markdown(rows: list[Row]) -> str:
     """The table in Markdown, without the columns that are empty in every row."""
     cells = [format_row(row) for row in rows]
     kept = [i for i in range(len(HEADERS)) if any(row[i] for row in cells)]
-    body = [[row[i] for i in kept] for row in cells]
+    body = [[markdown_cell(row[i]) for i in kept] for row in cells]
     return tabulate(body, headers=[HEADERS[i] for i in kept], tablefmt="github", disable_numparse=True)
 
 
 def as_csv(rows: list[Row]) -> str:
     """The table as comma-separated values."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("cell", *HEADERS[1:]))
-    writer.writerows([row.name, *format_row(row)[1:]] for row in rows)
-    return text.getvalue()
+    return csv_text([("cell", *HEADERS[1:]), *([row.name, *format_row(row)[1:]] for row in rows)])

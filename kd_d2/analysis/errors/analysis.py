@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,8 +14,10 @@ from tqdm import tqdm
 from ...config import find_file
 from ...engine.checks import check_output_folder
 from ...errors import UserError
+from ...files import write_text
 from ...plain_yaml import read_plain_yaml
 from ...report.page import Table
+from ...text import csv_text, file_stem
 from ..base import NOT_STORED, Analysis, as_text, check_at_least
 from ..models import TrainedModel, read_annotations
 from .curves import SIZES, STAGES, ErrorCurves, analyze_errors
@@ -97,22 +98,20 @@ class ErrorAnalysis(Analysis):
         return cls(errors, curves, classes)
 
     def draw(self, folder: str) -> None:
-        with open(os.path.join(folder, "errors.csv"), "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["model", "class", "size", *STAGES])
-            for title, errors in self.models.items():
-                for name, areas in {"all": errors.overall, **errors.classes}.items():
-                    writer.writerows(
-                        [title, name, size, *(as_text(areas[size][stage], ".4f", "nan") for stage in STAGES)]
-                        for size in SIZES
-                    )
+        rows = [
+            [title, name, size, *(as_text(areas[size][stage], ".4f", "nan") for stage in STAGES)]
+            for title, errors in self.models.items()
+            for name, areas in {"all": errors.overall, **errors.classes}.items()
+            for size in SIZES
+        ]
+        write_text(os.path.join(folder, "errors.csv"), csv_text([["model", "class", "size", *STAGES], *rows]))
         if not self.curves:
             return
         plot_error_curves(self.curves, os.path.join(folder, "curves.png"))
         plot_error_curves(self.curves, os.path.join(folder, "sizes.png"), sizes=SIZES[1:])
         plot_error_shares(self.curves, os.path.join(folder, "costs.png"))
         for name in next(iter(self.curves.values())).class_names if self.draw_classes else ():
-            plot_error_curves(self.curves, os.path.join(folder, "classes", name.replace(os.sep, "-") + ".png"), name)
+            plot_error_curves(self.curves, os.path.join(folder, "classes", f"{file_stem(name)}.png"), name)
 
     def sentences(self) -> list[str]:
         return [

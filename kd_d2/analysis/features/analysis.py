@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -20,7 +19,9 @@ from ...adapters import build_adapter
 from ...data import CheckedMapper
 from ...engine.checks import check_output_folder
 from ...errors import UserError
+from ...files import write_text
 from ...report.page import Table
+from ...text import csv_text
 from ..base import NOT_STORED, Analysis, as_text, check_at_least
 from ..drawing import write_picture
 from ..examples import picture_name, pixels
@@ -103,10 +104,8 @@ class FeatureAnalysis(Analysis):
     def draw(self, folder: str) -> None:
         for name, rows in (("correlation", self.correlations), ("distances", self.distances)):
             if rows:
-                with open(os.path.join(folder, f"{name}.csv"), "w", newline="") as file:
-                    writer = csv.DictWriter(file, list(rows[0]))
-                    writer.writeheader()
-                    writer.writerows(rows)
+                cells = [list(rows[0]), *(list(row.values()) for row in rows)]
+                write_text(os.path.join(folder, f"{name}.csv"), csv_text(cells))
         if self.statistics:
             plot_neighbors(self.statistics, os.path.join(folder, "neighbors.png"))
 

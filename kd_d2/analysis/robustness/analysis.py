@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 from detectron2.data import DatasetCatalog
 from tqdm import tqdm
@@ -16,7 +15,9 @@ from tqdm import tqdm
 from ...data import read_image
 from ...engine.checks import check_output_folder
 from ...errors import UserError
+from ...files import write_text
 from ...report.page import Table
+from ...text import csv_text
 from ..base import NOT_STORED, Analysis, as_text, check_at_least
 from ..drawing import write_picture
 from ..models import TrainedModel, restrict_images
@@ -100,17 +101,13 @@ class RobustnessAnalysis(Analysis):
     def draw(self, folder: str) -> None:
         if not self.measured:
             return
-        with open(os.path.join(folder, "robustness.csv"), "w", newline="") as file:
-            writer = csv.writer(file)
-            metrics = list(next(iter(self.measured.values())).clean)
-            writer.writerow(["model", "corruption", "severity", *metrics])
-            for title, robustness in self.measured.items():
-                rows = {("clean", CLEAN_SEVERITY): robustness.clean}
-                rows |= {(c, s): values for c, by_s in robustness.corrupted.items() for s, values in by_s.items()}
-                writer.writerows(
-                    [title, c, s, *(as_text(values[m], ".4f", "nan") for m in metrics)]
-                    for (c, s), values in rows.items()
-                )
+        metrics = list(next(iter(self.measured.values())).clean)
+        rows: list[list[Any]] = [["model", "corruption", "severity", *metrics]]
+        for title, robustness in self.measured.items():
+            found = {("clean", CLEAN_SEVERITY): robustness.clean}
+            found |= {(c, s): values for c, by_s in robustness.corrupted.items() for s, values in by_s.items()}
+            rows += [[title, c, s, *(as_text(of[m], ".4f", "nan") for m in metrics)] for (c, s), of in found.items()]
+        write_text(os.path.join(folder, "robustness.csv"), csv_text(rows))
         plot_robustness(self.measured, os.path.join(folder, "robustness.png"))
 
     def sentences(self) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from typing import Any
 
 from ...errors import UserError
@@ -14,6 +15,8 @@ from .segmentation import box_of, normalize_segmentation
 
 Entry = dict[str, Any]
 LARGEST = 1e9  # px; no image is larger
+MOST_BOXES = 10_000
+"""Of an image: every one of them is compared with every anchor."""
 LARGEST_ID = 2**53  # pycocotools keeps ids as floating-point numbers, and takes 0 for "not found"
 IS_CROWD = {0: 0, 1: 1, None: 0, "0": 0, "1": 1, "": 0, "false": 0, "true": 1}
 
@@ -46,6 +49,7 @@ class Annotations:
         Raises:
             UserError: an annotation refers to what is not there, or its box is none; boxes are plainly of another form.
         """
+        self._check_counts(entries)
         found = [(entry, self._read(entry, masks)) for entry in entries]
         found = [(entry, annotation) for entry, annotation in found if annotation is not None]
         if boxes == "xywh":
@@ -57,6 +61,15 @@ class Annotations:
         kept = self._without_repeated([pair for pair in found if self._has_area(*pair)], masks)
         self._number(kept)
         return [annotation for _, annotation in kept]
+
+    def _check_counts(self, entries: list[Entry]) -> None:
+        counts = Counter(self.image_ids.find(entry.get("image_id")) for entry in entries)
+        for image_id, count in counts.most_common(1):
+            if count > MOST_BOXES and image_id is not None:
+                raise UserError(
+                    f"{self.path}: the image {self.images[image_id]['file_name']} has {count} annotations, and an image may have {MOST_BOXES}: cut "
+                    "it into tiles."
+                )
 
     def _size(self, annotation: Entry) -> tuple[int, int]:
         image = self.images[annotation["image_id"]]
@@ -82,6 +95,8 @@ class Annotations:
         annotation = {**entry, "image_id": image_id, "category_id": category_id}
         self._read_crowd(what, annotation)
         annotation["bbox"] = self._read_box(what, annotation)
+        if not _are_numbers(annotation.get("keypoints", [])):
+            del annotation["keypoints"]  # not trained, but Detectron2 would compute with them
         if not self._read_segmentation(what, annotation, masks):
             return None
         if "area" in annotation and not _is_positive(annotation["area"]):
@@ -201,6 +216,10 @@ def _is_positive(value: Any) -> bool:
 
 def _is_coordinate(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_coordinate, value))
 
 
 def _written_number(value: Any) -> float | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import UserError
+from ...text import has_controls, label
 from .annotations import Annotations
 from .ids import Ids, whole_number
 from .image_names import ImageFinder, size_on_disk
@@ -15,6 +16,7 @@ from .repairs import Repairs
 
 Entry = dict[str, Any]
 LISTS = ("images", "annotations", "categories")
+LONGEST_CLASS_NAME = 200
 BACKGROUND = ("background", "__background__", "_background_", "bg")
 
 
@@ -165,6 +167,11 @@ def _read_categories(path: str, entries: list[Entry], repairs: Repairs) -> tuple
             name = str(name)
         if not isinstance(name, str):
             raise UserError(f"{path}: a category has no 'name': {str(entry)[:120]}.")
+        if has_controls(name) or len(name) > LONGEST_CLASS_NAME:
+            raise UserError(
+                f"{path}: the category {entry['id']!r} has a name with control characters or more than {LONGEST_CLASS_NAME} characters "
+                f"({label(name)}); rename it."
+            )
         categories.append({**entry, "id": ids.find(entry["id"]), "name": name})
     id_of: dict[str, int] = {}
     for category in categories:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+from ...text import printable
+
 
 class Repairs:
     """Counts repairs by kind, with the first example of each.
@@ -21,7 +23,7 @@ class Repairs:
         """Count one. `kind` says what was done, such as "boxes without area dropped"."""
         self.counts[kind] += 1
         if kind not in self.examples:
-            self.examples[kind] = str(example)[:120]
+            self.examples[kind] = printable(str(example), 120)
 
     def __len__(self) -> int:
         return len(self.counts)

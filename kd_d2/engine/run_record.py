@@ -1,0 +1,114 @@
+"""What a training is, so that one that is resumed as another says so."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.utils import comm
+from torch import nn
+
+from ..config import changed_keys
+from ..errors import UserError
+
+logger = logging.getLogger(__name__)
+
+WITHOUT_EFFECT = (
+    "OUTPUT_DIR", "TEST.", "DATASETS.TEST", "DATASETS.COCO_JSON", "DATALOADER.NUM_WORKERS", "VIS_PERIOD", "VERSION", "CUDNN_BENCHMARK",
+    "MODEL.DEVICE", "MODEL.WEIGHTS", "MODEL.KD.INHERIT.", "MODEL.KD.TEACHER.WEIGHTS", "MODEL.KD.TEACHER.COMPILE",
+    "MODEL.KD.TEACHER.CHANNELS_LAST", "SOLVER.CHANNELS_LAST", "SOLVER.CHECKPOINT", "SOLVER.REFERENCE_WORLD_SIZE",
+)  # fmt: skip
+"""Beginnings of the keys that change nothing in a resumed training, beside rounding; files count by their content instead."""
+STORED = (
+    "SEED", "SOLVER.BASE_LR", "SOLVER.BIAS_LR_FACTOR", "SOLVER.MOMENTUM", "SOLVER.NESTEROV", "SOLVER.WEIGHT_DECAY",
+    "SOLVER.WEIGHT_DECAY_NORM", "SOLVER.WEIGHT_DECAY_BIAS",
+)  # fmt: skip
+"""Keys whose values a checkpoint restores, as states of seeds and optimisers."""
+PROCESSES, ANNOTATIONS, TEACHER = "processes", "annotations of DATASETS.TRAIN", "weights of the teacher"
+
+
+class RunRecord:
+    """The processes, config, annotations and teacher of a training: an entry of its checkpoints.
+
+    Loading that of a checkpoint logs in one line what is no longer the same.
+
+    Args:
+        cfg: as it is trained.
+        teacher: the detector, if there is one.
+    """
+
+    def __init__(self, cfg: CfgNode, teacher: nn.Module | None):
+        keys = {key: value for key, value in changed_keys(cfg).items() if not _is_without_effect(key)}
+        self.content: dict[str, Any] = {
+            PROCESSES: comm.get_world_size(),
+            ANNOTATIONS: [_content_of(name) for name in cfg.DATASETS.TRAIN],
+            TEACHER: None if teacher is None else _content_of_weights(teacher),
+            **keys,
+        }
+        config_file = "MODEL.KD.TEACHER.CONFIG_FILE"
+        if config_file in keys:
+            self.content[config_file] = os.path.basename(keys[config_file])
+        self.optimizer = cfg.SOLVER.OPTIMIZER
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.content
+
+    def load_state_dict(self, before: dict[str, Any]) -> None:
+        """Compare with the run that wrote a checkpoint.
+
+        Raises:
+            UserError: it had another optimiser.
+        """
+        optimizer = before.get("SOLVER.OPTIMIZER", "SGD")
+        if optimizer != self.optimizer:
+            raise UserError(
+                f"--resume: the checkpoint has the state of SOLVER.OPTIMIZER {optimizer}, not of {self.optimizer}; resume with {optimizer}, or "
+                "start from the checkpoint's weights (MODEL.WEIGHTS) in another OUTPUT_DIR."
+            )
+        changes = [_sentence(key, before, self.content) for key in self.content | before if not self._has(key, before)]
+        if changes and comm.is_main_process():
+            logger.warning(
+                f"--resume: the losses may differ from those of an unbroken training, since the checkpoint was written with: {'; '.join(changes)}."
+            )
+
+    def _has(self, key: str, before: dict[str, Any]) -> bool:
+        return before.get(key) == self.content.get(key)
+
+
+def _sentence(key: str, before: dict[str, Any], now: dict[str, Any]) -> str:
+    if key in (ANNOTATIONS, TEACHER):
+        return f"other {key}"
+    if key in STORED:
+        return f"{key} {_value(key, before)}, which stays, not {_value(key, now)}"
+    return f"{key} {_value(key, before)}, now {_value(key, now)}"
+
+
+def _value(key: str, content: dict[str, Any]) -> str:
+    text = str(content[key]) if key in content else "its default"
+    return text if len(text) <= 100 else text[:100] + "..."
+
+
+def _is_without_effect(key: str) -> bool:
+    return key.startswith(WITHOUT_EFFECT) or key.endswith("_TEST")
+
+
+def _content_of(dataset: str) -> str | None:
+    """The hash of a data set's annotation file; None of one that has none."""
+    path = MetadataCatalog.get(dataset).get("json_file")
+    if not path or not os.path.isfile(path):
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _content_of_weights(model: nn.Module) -> str:
+    content = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        content.update(name.encode())
+        content.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return content.hexdigest()

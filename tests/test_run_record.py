@@ -1,0 +1,107 @@
+"""A training that is resumed as another one: one line says what is no longer the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from kd_d2 import UserError
+
+import pytest
+import torch
+from helpers import KillAt, Project, clean_process, make_project, make_trainer, save_fixed_weights, train
+
+WRITTEN_WITH = (
+    "--resume: the losses may differ from those of an unbroken training, since the checkpoint was written with: "
+)
+KEYS = {"SEED": 7, "SOLVER__MAX_ITER": 4, "SOLVER__STEPS": (), "SOLVER__BASE_LR": 0.002, "SOLVER__CHECKPOINT_PERIOD": 2}
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A training with a checkpoint of its second iteration."""
+    project = make_project(tmp_path_factory.mktemp("stopped"), **KEYS)
+    train(project, hooks=(KillAt(1),))
+    return project
+
+
+def resumed(project: Project, caplog: pytest.LogCaptureFixture, *opts: object):
+    """The trainer that goes on from the checkpoint, and what the log says to be no longer the same."""
+    with clean_process():
+        trainer = make_trainer(project, *opts)
+        trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 2
+    lines = [record.message for record in caplog.records if record.message.startswith("--resume")]
+    assert len(lines) <= 1
+    return trainer, lines[0].removeprefix(WRITTEN_WITH) if lines else ""
+
+
+@pytest.mark.parametrize(
+    ("opts", "expected"),
+    [
+        ([], ""),
+        (["DATALOADER.NUM_WORKERS", 1, "TEST.EVAL_PERIOD", 1, "SOLVER.CHECKPOINT_PERIOD", 1, "MODEL.RETINANET.SCORE_THRESH_TEST", 0.3], ""),
+        (["SOLVER.MAX_ITER", 8], "SOLVER.MAX_ITER 4, now 8."),
+        (["SOLVER.STEPS", (3,)], "SOLVER.STEPS [], now [3]."),
+        (["SOLVER.WARMUP_ITERS", 1], "SOLVER.WARMUP_ITERS 2, now 1."),
+        (["SOLVER.IMS_PER_BATCH", 4], "SOLVER.IMS_PER_BATCH 2, now 4."),
+        (["SOLVER.BASE_LR", 0.5, "SEED", 8], "SOLVER.BASE_LR 0.002, which stays, not 0.5; SEED 7, which stays, not 8."),
+        (["MODEL.KD.DISTILLERS", ("StructuralKD",)], "MODEL.KD.DISTILLERS ['FeatureImitation'], now ['StructuralKD']."),
+        (["MODEL.KD.FEATURE_IMITATION.WEIGHT", 9.0], "MODEL.KD.FEATURE_IMITATION.WEIGHT its default, now 9.0."),
+        (["INPUT.MIN_SIZE_TRAIN", (64,)], "INPUT.MIN_SIZE_TRAIN [64, 80], now [64]."),
+    ],
+)  # fmt: skip
+def test_other_keys(stopped: Project, caplog: pytest.LogCaptureFixture, opts: list, expected: str) -> None:
+    """Check the line, and of values that stay that they do."""
+    trainer, line = resumed(stopped, caplog, *opts)
+    assert line == expected
+    assert trainer.seed == 7
+    assert trainer.scheduler.base_lrs[0] == 0.002
+
+
+def test_another_optimizer_is_refused(stopped: Project, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(
+        UserError, match=r"has the state of SOLVER\.OPTIMIZER SGD, not of AdamW; resume with SGD, or start from"
+    ):
+        resumed(stopped, caplog, "SOLVER.OPTIMIZER", "AdamW")
+
+
+def test_other_data_and_another_teacher(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Check that files count by their content: moved they are the same."""
+    project = make_project(tmp_path / "a", **KEYS)
+    train(project, hooks=(KillAt(1),))
+    moved = tmp_path / "moved"
+    shutil.copytree(project.folder / "data", moved / "data")
+    shutil.copyfile(project.teacher, moved / "teacher.yaml")
+    shutil.copyfile(project.teacher_weights, moved / "teacher.pth")
+    sets = [[project.name, str(moved / "data" / "annotations.json"), str(moved / "data" / "images")]]
+    keys = ["DATASETS.COCO_JSON", sets, "MODEL.KD.TEACHER.CONFIG_FILE", moved / "teacher.yaml"]
+    keys += ["MODEL.KD.TEACHER.WEIGHTS", moved / "teacher.pth"]
+    assert resumed(project, caplog, *keys)[1] == ""
+    tree = json.loads((moved / "data" / "annotations.json").read_text())
+    tree["annotations"][0]["bbox"][0] += 1
+    (moved / "data" / "annotations.json").write_text(json.dumps(tree))
+    save_fixed_weights(project.teacher, moved / "teacher.pth", seed=2)
+    assert resumed(project, caplog, *keys)[1] == "other annotations of DATASETS.TRAIN; other weights of the teacher."
+
+
+def test_another_number_of_processes(stopped: Project, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    """Check with a checkpoint that says to be of four processes; real ones are in tests/test_many_processes.py."""
+    output = tmp_path / "output"
+    shutil.copytree(stopped.output, output)
+    path = output / "model_0000001.pth"
+    content = torch.load(path, weights_only=True)
+    content["run"]["processes"] = 4
+    torch.save(content, path)
+    assert resumed(stopped, caplog, "OUTPUT_DIR", output)[1] == "processes 4, now 1."
+
+
+def test_a_checkpoint_without_a_record(stopped: Project, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    shutil.copytree(stopped.output, output)
+    path = output / "model_0000001.pth"
+    content = torch.load(path, weights_only=True)
+    del content["run"]
+    torch.save(content, path)
+    assert resumed(stopped, caplog, "OUTPUT_DIR", output, "SOLVER.MAX_ITER", 9)[1] == ""
