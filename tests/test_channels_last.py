@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kd_d2 import DISTILLER_REGISTRY, KDMetaArch, load_config
+from kd_d2 import DISTILLER_REGISTRY, KDMetaArch, UserError, load_config
 from kd_d2.memory_format import has_channels_last
 
 import pytest
 import torch
 from helpers import Run, detector_of, make_project, train
 
+WIDE = {"MODEL__SLIM_RESNET__WIDTHS": (16, 24, 32, 48)}
 SMALL_ICD = {"MODEL__KD__ICD__DIM": 16, "MODEL__KD__ICD__NUM_HEADS": 2, "MODEL__KD__ICD__FFN_DIM": 32}
 NEITHER = ("SOLVER.CHANNELS_LAST", False, "MODEL.KD.TEACHER.CHANNELS_LAST", False)
 
@@ -29,9 +30,30 @@ def test_default_by_device(choice: bool | None) -> None:
         assert has_channels_last(cfg, choice) is (device == "cpu" if choice is None else choice)
 
 
+def test_narrow_strided_convolutions(tmp_path: Path) -> None:
+    """Check that a model whose gradient would crash PyTorch trains without channels last, and is refused with it."""
+    project = make_project(tmp_path, SOLVER__MAX_ITER=1, SOLVER__STEPS=())
+    run = train(project)
+    weight = run.trainer.bare_model.student.backbone.bottom_up.res3[0].conv1.weight
+    assert not weight.is_contiguous(memory_format=torch.channels_last)
+    with pytest.raises(UserError) as caught:
+        train(project, "SOLVER.CHANNELS_LAST", True)
+    assert str(caught.value) == (
+        "SOLVER.CHANNELS_LAST is True, but PyTorch crashes in the gradient of student.backbone.bottom_up.res3.0.shortcut, a strided 1x1 "
+        "convolution of fewer than 16 channels, with channels last on a CPU; set it to False."
+    )
+
+
 @pytest.mark.parametrize("method", [name for name, _ in DISTILLER_REGISTRY])
 def test_same_losses(tmp_path: Path, method: str) -> None:
-    keys = {"MODEL__KD__DISTILLERS": (method,), "SOLVER__BASE_LR": 0.001, "SOLVER__MAX_ITER": 2, "SEED": 1, **SMALL_ICD}
+    keys = {
+        "MODEL__KD__DISTILLERS": (method,),
+        "SOLVER__BASE_LR": 0.001,
+        "SOLVER__MAX_ITER": 2,
+        "SEED": 1,
+        **SMALL_ICD,
+        **WIDE,
+    }
     detector = detector_of(method)
     expected = train(make_project(tmp_path / "plain", detector, **keys, SOLVER__STEPS=()), *NEITHER)
     ours = train(make_project(tmp_path / "last", detector, **keys, SOLVER__STEPS=()))
@@ -40,7 +62,7 @@ def test_same_losses(tmp_path: Path, method: str) -> None:
 
 def test_resumed_training(tmp_path: Path) -> None:
     """Check the losses after a stop, the layout, and that the checkpoint is the plain student's."""
-    keys = {"SOLVER__BASE_LR": 0.001, "SOLVER__CHECKPOINT_PERIOD": 2, "SEED": 1}
+    keys = {"SOLVER__BASE_LR": 0.001, "SOLVER__CHECKPOINT_PERIOD": 2, "SEED": 1, **WIDE}
     expected = train(make_project(tmp_path / "plain", **keys), *NEITHER)
     project = make_project(tmp_path / "last", **keys)
     train(project, "SOLVER.MAX_ITER", 2)

@@ -37,6 +37,23 @@ class DataloaderKeys(Keys):
 
 
 @dataclass(frozen=True)
+class LargeScaleJitterKeys(Keys):
+    enabled: Annotated[
+        bool,
+        "Resize each training image by a random factor and cut or pad it to a square (Ghiasi et al. 2021), in place of INPUT.MIN_SIZE_TRAIN.",
+    ] = False
+    size: Annotated[int, AtLeast(1), "Side of the square in pixels."] = 1024
+    min_scale: Annotated[float, Above(0), "The smallest factor; at 1 the image just fits the square."] = 0.1
+    max_scale: Annotated[float, Above(0), "The largest factor."] = 2.0
+
+    def check(self, name: str) -> None:
+        if self.min_scale > self.max_scale:
+            raise UserError(
+                f"{name}.MIN_SCALE is {self.min_scale} and MAX_SCALE {self.max_scale}; it must not be larger."
+            )
+
+
+@dataclass(frozen=True)
 class AmpKeys(Keys):
     dtype: Annotated[
         Literal["float16", "bfloat16"],
@@ -155,6 +172,7 @@ class BalanceKeys(Keys):
 LIBRARY_KEYS: dict[str, type[Keys]] = {
     "DATASETS": DatasetKeys,
     "DATALOADER": DataloaderKeys,
+    "INPUT.LARGE_SCALE_JITTER": LargeScaleJitterKeys,
     "SOLVER.AMP": AmpKeys,
     "SOLVER": SolverKeys,
     "MODEL.KD": DistillationKeys,

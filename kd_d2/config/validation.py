@@ -12,7 +12,15 @@ from detectron2.modeling import META_ARCH_REGISTRY
 
 from ..distillers import DISTILLER_REGISTRY
 from ..errors import UserError
-from .library_keys import INHERITABLE, KD_META_ARCH, AmpKeys, BalanceKeys, PseudoLabelKeys, SolverKeys
+from .library_keys import (
+    INHERITABLE,
+    KD_META_ARCH,
+    AmpKeys,
+    BalanceKeys,
+    LargeScaleJitterKeys,
+    PseudoLabelKeys,
+    SolverKeys,
+)
 
 
 def validate_kd_config(cfg: CN) -> None:
@@ -31,6 +39,7 @@ def validate_kd_config(cfg: CN) -> None:
         for name in cfg.DATASETS[key]:
             if not isinstance(name, str):
                 raise UserError(f"DATASETS.{key} holds {name!r}; it must be a list of names of data sets.")
+    LargeScaleJitterKeys.read(cfg.INPUT.LARGE_SCALE_JITTER, "INPUT.LARGE_SCALE_JITTER")
     AmpKeys.read(cfg.SOLVER.AMP, "SOLVER.AMP")
     SolverKeys.read(cfg.SOLVER, "SOLVER")
     try:

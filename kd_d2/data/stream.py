@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, get_detection_dataset_dicts
+from detectron2.data import get_detection_dataset_dicts
 from detectron2.data.common import DatasetFromList
 from detectron2.data.samplers import RandomSubsetTrainingSampler, RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..config import reads_annotations
 from ..errors import UserError
 from ..random_state import seeded
+from .augmentation import build_mapper
 from .images import CheckedMapper, DataError
 from .workers import init_worker
 
@@ -121,7 +122,7 @@ def build_stream_loader(cfg: CfgNode, seed: int, mapper: Callable | None = None)
     Args:
         cfg: DATASETS.TRAIN, SOLVER.IMS_PER_BATCH, INPUT and DATALOADER are read.
         seed: decides order and augmentation; the same in all processes.
-        mapper: replaces Detectron2's DatasetMapper.
+        mapper: replaces that of `build_mapper`.
 
     Returns:
         A DataLoader whose `batch_sampler.start` may be set before iteration.
@@ -149,7 +150,7 @@ def build_stream_loader(cfg: CfgNode, seed: int, mapper: Callable | None = None)
     )
     dataset = MappedDataset(
         DatasetFromList(dicts, copy=False),
-        mapper or DatasetMapper(cfg, is_train=True),
+        mapper or build_mapper(cfg),
         seed,
         skip_unusable=cfg.DATALOADER.SKIP_UNUSABLE_IMAGES,
     )
@@ -158,6 +159,7 @@ def build_stream_loader(cfg: CfgNode, seed: int, mapper: Callable | None = None)
         batch_sampler=stream,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=_as_list,
+        pin_memory=cfg.MODEL.DEVICE.startswith("cuda"),
         # Its own generator: starting the workers draws nothing from the random numbers of the training.
         generator=torch.Generator(),
         worker_init_fn=init_worker,

@@ -25,7 +25,7 @@ from ..data.images import DataError
 from ..errors import UserError
 from ..evaluation import build_evaluator
 from ..inheritance import inherit
-from ..memory_format import has_channels_last
+from ..memory_format import trains_with_channels_last
 from ..meta_arch import KDMetaArch, student_of
 from ..random_state import preserved_random_state
 from ..teacher import Teacher
@@ -63,7 +63,7 @@ class KDTrainer(DefaultTrainer):
         self.stop = StopRequest()
 
         self.bare_model = self.build_model(cfg)
-        if has_channels_last(cfg, cfg.SOLVER.CHANNELS_LAST):
+        if trains_with_channels_last(cfg, self.bare_model):
             self.bare_model.to(memory_format=torch.channels_last)
         check_classes(cfg, self.bare_model)
         optimizer, auxiliary = build_optimizers(cfg, self.bare_model)
