@@ -232,8 +232,8 @@ def test_a_folder_that_another_training_uses(tmp_path: Path) -> None:
 def test_ctrl_c_before_a_training(tmp_path: Path) -> None:
     """Check that there is one word and no traceback."""
     process = subprocess.Popen(
-        [sys.executable, "-c", "from kd_d2.cli import main; import time, kd_d2.cli.config as c; c.run = lambda a: time.sleep(30); "
-         "print('here', flush=True); main(['config', 'list'])"],
+        [sys.executable, "-c", "from kd_d2.cli import main; import time, kd_d2.cli.config as c; "
+         "c.run = lambda a: (print('here', flush=True), time.sleep(30)); main(['config', 'list'])"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     process.stdout.readline()
