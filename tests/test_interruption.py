@@ -232,7 +232,9 @@ def test_a_folder_that_another_training_uses(tmp_path: Path) -> None:
 def test_ctrl_c_before_a_training(tmp_path: Path) -> None:
     """Check that there is one word and no traceback."""
     process = subprocess.Popen(
-        [sys.executable, "-c", "from kd_d2.cli import main; import time, kd_d2.cli.config as c; "
+        # A program that a shell starts in the background ignores Ctrl-C, and so does what it starts.
+        [sys.executable, "-c", "from kd_d2.cli import main; import signal, time, kd_d2.cli.config as c; "
+         "signal.signal(signal.SIGINT, signal.default_int_handler); "
          "c.run = lambda a: (print('here', flush=True), time.sleep(30)); main(['config', 'list'])"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
