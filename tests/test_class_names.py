@@ -1,8 +1,10 @@
 """Names of classes travel with checkpoints, and models and data are matched by them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+from kd_d2.adapters import build_adapter
 from kd_d2.checkpoint import CLASS_NAMES, KDCheckpointer, read_checkpoint
 from kd_d2.class_names import match_classes, names_in_checkpoint
 from kd_d2.config import load_config
@@ -45,6 +47,42 @@ def test_a_reordered_model_finds_the_same_under_other_numbers(tmp_path: Path, de
     assert _named(model, batch, OTHER) == before
 
 
+def test_reordered_reppoints_give_the_same_logits_in_another_order(tiny_detector: Callable) -> None:
+    """Check the head's predictions, since its detections have equal scores of which any may be kept."""
+    model = tiny_detector("reppoints").eval()
+    images = [{"image": torch.rand(3, 64, 96) * 255, "height": 64, "width": 96}]
+    with torch.no_grad():
+        before = build_adapter(model).run(images, frozenset({"dense"})).dense
+        match_classes(model, "the model", OWN, OTHER)
+        after = build_adapter(model).run(images, frozenset({"dense"})).dense
+    order = [OWN.names.index(name) for name in OTHER.names]
+    for stride, logits in before.logits.items():
+        assert not torch.equal(after.logits[stride], logits)
+        assert torch.equal(after.logits[stride], logits[..., order])
+        assert torch.equal(after.box_regression[stride], before.box_regression[stride])
+
+
+@pytest.mark.parametrize(("kind", "agnostic"), [("mask", False), ("mask", True), ("cascade", True)])
+def test_reordered_box_and_mask_heads_find_the_same(tiny_detector: Callable, kind: str, agnostic: bool) -> None:
+    """Check boxes, scores and masks of heads that have one of them for each class, or one for all."""
+    heads = {
+        "ROI_HEADS": {"SCORE_THRESH_TEST": 0.0},
+        "ROI_BOX_HEAD": {"CLS_AGNOSTIC_BBOX_REG": agnostic},
+        "ROI_MASK_HEAD": {"CLS_AGNOSTIC_MASK": agnostic},
+    }
+    model = tiny_detector(kind, {"MODEL": heads}).eval()
+    for name, tensor in model.state_dict().items():
+        if name.endswith("cls_score.bias"):
+            tensor.copy_(torch.linspace(-0.2, 0.2, len(tensor)))
+        elif name.endswith(("bbox_pred.weight", "mask_head.predictor.weight")):
+            tensor *= 5  # initialized too small to tell classes apart
+    batch = [{"image": torch.rand(3, 64, 96) * 255, "height": 64, "width": 96}]
+    before = _named(model, batch, OWN)
+    assert len({name for name, *_ in before}) > 1
+    match_classes(model, "the model", OWN, OTHER)
+    assert _named(model, batch, OTHER) == before
+
+
 def _make_it_detect(weights: dict[str, torch.Tensor]) -> None:
     """Scores near one half, of each class its own, and boxes that are not the whole image."""
     for name, tensor in weights.items():
@@ -59,7 +97,8 @@ def _named(model: nn.Module, batch: list[dict], classes: ClassOrder) -> list[tup
         found = model(batch)[0]["instances"]
     boxes = (found.pred_boxes.tensor * 100).round().tolist()
     scores = (found.scores * 10_000).round().tolist()
-    return sorted(zip((classes.names[c] for c in found.pred_classes), scores, map(tuple, boxes), strict=True))
+    sizes = found.pred_masks.flatten(1).sum(1).tolist() if found.has("pred_masks") else [0] * len(found)
+    return sorted(zip((classes.names[c] for c in found.pred_classes), scores, map(tuple, boxes), sizes, strict=True))
 
 
 def test_unequal_classes_are_refused() -> None:
