@@ -8,7 +8,7 @@ train_net.py --config-file CONFIG --eval-only --eval-teacher [KEY VALUE ...]
 
 import argparse
 
-from kd_d2.cli.arguments import add_import_argument, add_rank_timeout_argument
+from kd_d2.arguments import add_import_argument, add_rank_timeout_argument
 from kd_d2.engine import launch
 from kd_d2.engine.program import main
 

@@ -38,6 +38,8 @@ moved.explain(__name__)
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
+        if _MODULES[name] == "config":  # whoever builds a model by a config needs KDMetaArch registered
+            importlib.import_module(".meta_arch", __name__)
         value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
         globals()[name] = value
         return value

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import IO, Any
@@ -81,3 +82,17 @@ def read_json(path: str) -> Any:
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"it is not JSON: {error}"
         raise UserError(f"{path} cannot be read ({reason}).") from error
+
+
+def check_output_folder(folder: str, key: str = "OUTPUT_DIR") -> None:
+    """Make the output folder and try to write into it. `key` is what the user named it by.
+
+    Raises:
+        UserError: it cannot be made or written.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{key} {folder} cannot be written: {error.strerror}.") from error

@@ -14,9 +14,9 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from tqdm import tqdm
 
 from .data import build_test_loader, register_coco_json, register_synthetic
-from .engine.checks import check_classes, check_datasets, check_distillation, check_output_folder
+from .engine.checks import check_classes, check_datasets, check_distillation
 from .errors import UserError
-from .files import write_json
+from .files import check_output_folder, write_json
 from .pseudo_labels import PseudoLabels
 from .teacher import Teacher
 

@@ -14,8 +14,8 @@ import torch
 from detectron2.structures import Instances
 
 from ..distillers.icd import ICD
-from ..engine.checks import check_output_folder
 from ..errors import UserError
+from ..files import check_output_folder
 from ..meta_arch import KDMetaArch
 from .base import Analysis, check_at_least
 from .drawing import draw_instances, enlarged, overlay_heat, per_pixel, sheet, titled, write_picture

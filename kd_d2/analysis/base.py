@@ -15,9 +15,8 @@ from typing import Any, ClassVar, Self, get_type_hints
 import numpy as np
 from tabulate import tabulate
 
-from ..engine.checks import check_output_folder
 from ..errors import UserError
-from ..files import read_json, write_json
+from ..files import check_output_folder, read_json, write_json
 from ..report.page import Picture, Section, Table
 from ..text import label
 from ..typed_json import members

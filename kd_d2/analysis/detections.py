@@ -14,9 +14,9 @@ from detectron2.data import DatasetCatalog
 from detectron2.structures import Boxes, Instances
 
 from ..data import read_image
-from ..engine.checks import check_output_folder
 from ..errors import UserError
 from ..evaluation.coco import found_objects
+from ..files import check_output_folder
 from .base import Analysis, check_at_least
 from .drawing import draw_instances, sheet, titled, write_picture
 from .examples import picture_name

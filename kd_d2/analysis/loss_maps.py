@@ -18,12 +18,12 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
-from ..cli.arguments import add_launch_arguments
+from ..arguments import add_launch_arguments
 from ..engine import KDTrainer, launch, setup
-from ..engine.checks import check_distillation, check_output_folder
+from ..engine.checks import check_distillation
 from ..engine.loss_normalizers import preserved_loss_normalizers
 from ..errors import UserError
-from ..files import atomic_write
+from ..files import atomic_write, check_output_folder
 from ..meta_arch import KDMetaArch
 from ..model_paths import ModelPath
 from ..random_state import preserved_random_state

@@ -20,9 +20,9 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor
 
 from ..adapters import DensePredictions, DetectorOutputs
-from ..engine.checks import check_output_folder
 from ..errors import UserError
 from ..evaluation import build_evaluator
+from ..files import check_output_folder
 from ..losses import reordered
 from ..meta_arch import KDMetaArch
 from ..report.page import Table

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ..adapters import DetectorOutputs
 from ..distillers.adaptation import AdaptationLayers
-from ..engine.checks import check_output_folder
 from ..errors import UserError
+from ..files import check_output_folder
 from ..losses import prediction_difference
 from ..meta_arch import KDMetaArch
 from .base import Analysis, check_at_least

@@ -10,9 +10,9 @@ import inspect
 from collections.abc import Sequence
 
 from ..analysis import ANALYSES, find_analysis
+from ..arguments import add_import_argument, add_model_argument
 from ..errors import UserError
 from ..extensions import import_extensions
-from .arguments import add_import_argument, add_model_argument
 
 COUNTS = {(1, 1): "one", (1, None): "one or more", (2, None): "two or more"}
 COMMON = ("model", "output", "imports")

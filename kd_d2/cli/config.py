@@ -11,8 +11,8 @@ import argparse
 import os
 import sys
 
+from ..arguments import add_config_argument, add_import_argument
 from ..extensions import import_extensions
-from .arguments import add_config_argument, add_import_argument
 
 WITHOUT_OVERRIDES = ("explain",)
 """Actions whose arguments may look like overrides."""

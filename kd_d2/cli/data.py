@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     from ..analysis.base import check_at_least
     from ..analysis.drawing import write_picture
     from ..data_check import DataSet, check_sets, draw_samples, sets_of_config
-    from ..engine.checks import check_output_folder
+    from ..files import check_output_folder
 
     print_log()
     images = _read_count(args.images)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import argparse
 
+from ..arguments import add_import_argument, add_launch_arguments, add_model_argument
 from ..errors import UserError
 from ..model_paths import read_one_model_path
-from .arguments import add_import_argument, add_launch_arguments, add_model_argument
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,17 +24,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..engine import launch
-    from ..engine.program import main
+    from ..engine import launch, program
 
+    evaluate = program.main
     args.eval_teacher = args.teacher_of is not None
     args.config_file = args.teacher_of
     if not args.eval_teacher:
         model = read_one_model_path(args.model, may_be_exported=True)
         args.config_file = model.config
-        args.exported = model.exported
-        if args.exported is None:
+        if model.exported is None:
             args.opts += model.overrides
-        elif model.config == args.exported:
+        elif model.config == model.exported:
             raise UserError(f"--model {model.config} names no data: write --model CONFIG_OR_RUN {model.config}.")
-    launch(main, args)
+        else:
+            from ..export import evaluating
+
+            evaluate, args.exported = evaluating.main, model.exported
+    launch(evaluate, args)

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import argparse
 
+from ..arguments import add_import_argument, add_model_argument
 from ..extensions import import_extensions
 from ..model_paths import EXPORT_SUFFIXES, format_of, read_one_model_path
-from .arguments import add_import_argument, add_model_argument
 from .log import print_log
 
 

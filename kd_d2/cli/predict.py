@@ -12,10 +12,10 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from ..arguments import add_import_argument, add_model_argument
 from ..errors import UserError
 from ..extensions import import_extensions
 from ..model_paths import ModelPath, read_one_model_path
-from .arguments import add_import_argument, add_model_argument
 from .log import print_log
 
 if TYPE_CHECKING:

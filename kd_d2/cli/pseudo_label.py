@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 
+from ..arguments import add_config_argument, add_import_argument
 from ..extensions import import_extensions
-from .arguments import add_config_argument, add_import_argument
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,9 +12,9 @@ import argparse
 import os
 import tempfile
 
+from ..arguments import add_import_argument
 from ..errors import UserError
 from ..extensions import import_extensions
-from .arguments import add_import_argument
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,8 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ..analysis.loading import is_analysis, load_analysis
-    from ..engine.checks import check_output_folder
-    from ..files import write_text
+    from ..files import check_output_folder, write_text
     from ..report import render
     from ..report.sections import is_run, run_section, sweep_section
     from ..sweep import read_matrix

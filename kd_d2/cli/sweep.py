@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import argparse
 
+from ..arguments import add_import_argument
 from ..extensions import import_extensions
-from .arguments import add_import_argument
 from .log import print_log
 
 

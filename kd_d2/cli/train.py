@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from .arguments import add_config_argument, add_import_argument, add_launch_arguments
+from ..arguments import add_config_argument, add_import_argument, add_launch_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

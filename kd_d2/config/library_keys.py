@@ -185,13 +185,13 @@ LIBRARY_KEYS: dict[str, type[Keys]] = {
 
 
 def add_kd_config(cfg: CfgNode) -> None:
-    """Add the library's keys, with their defaults, to a Detectron2 config, and register its detectors by name.
+    """Add the library's keys, with their defaults, to a Detectron2 config.
+
+    Imported as `kd_d2.add_kd_config`, the library's detectors are registered with it.
 
     Raises:
         UserError: a registered method has the node of another or of the library.
     """
-    from .. import meta_arch  # noqa: F401  registers KDMetaArch; it imports this package
-
     for path, keys in LIBRARY_KEYS.items():
         keys.add_to(_node_at(cfg, path))
     add_modeling_config(cfg)

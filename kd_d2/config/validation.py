@@ -48,7 +48,7 @@ def validate_kd_config(cfg: CN) -> None:
         raise UserError(
             f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, which PyTorch does not know; it is usually 'cuda' or 'cpu'."
         ) from error
-    if cfg.MODEL.META_ARCHITECTURE not in META_ARCH_REGISTRY:
+    if cfg.MODEL.META_ARCHITECTURE != KD_META_ARCH and cfg.MODEL.META_ARCHITECTURE not in META_ARCH_REGISTRY:
         raise UserError(
             f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}, which no registered detector has as its name."
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -25,20 +24,6 @@ SMALLEST = {
     "SOLVER.WEIGHT_DECAY": 0,
     "DATALOADER.NUM_WORKERS": 0,
 }
-
-
-def check_output_folder(folder: str, key: str = "OUTPUT_DIR") -> None:
-    """Make the output folder and try to write into it. `key` is what the user named it by.
-
-    Raises:
-        UserError: it cannot be made or written.
-    """
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"{key} {folder} cannot be written: {error.strerror}.") from error
 
 
 def check_distillation(cfg: CfgNode, source: str = "CONFIG") -> None:

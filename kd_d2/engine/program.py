@@ -24,8 +24,7 @@ def main(args: argparse.Namespace) -> dict | None:
     """Train, or evaluate the detector (`eval_only`), the teacher, or both.
 
     Args:
-        args: `config_file`, `opts`, `imports`, `resume`, `eval_only` and `eval_teacher`; `exported`, if there is one, is
-            evaluated in place of the detector.
+        args: `config_file`, `opts`, `imports`, `resume`, `eval_only` and `eval_teacher`.
 
     Returns:
         The evaluation's results by task, which OUTPUT_DIR has as json too.
@@ -36,13 +35,7 @@ def main(args: argparse.Namespace) -> dict | None:
         raise UserError(f"--eval-teacher: MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} has no teacher.")
     if args.eval_only and args.eval_teacher:
         results = evaluate_teacher(cfg, Teacher.from_config(cfg))
-        _write(cfg.OUTPUT_DIR, "teacher.json", results)
-        return results
-    if getattr(args, "exported", None):
-        from ..export.evaluating import evaluate_exported
-
-        results = evaluate_exported(cfg, args.exported)
-        _write(cfg.OUTPUT_DIR, f"eval-{os.path.basename(args.exported)}.json", results)
+        write_results(cfg.OUTPUT_DIR, "teacher.json", results)
         return results
     if args.eval_only:
         if not cfg.MODEL.WEIGHTS:
@@ -52,19 +45,20 @@ def main(args: argparse.Namespace) -> dict | None:
         load_complete(model, cfg.MODEL.WEIGHTS, "the detector")
         match_classes(model, "the detector", names_in_checkpoint(cfg.MODEL.WEIGHTS), names_in_data(cfg))
         results = KDTrainer.test(cfg, model)
-        _write(cfg.OUTPUT_DIR, "eval.json", results)
+        write_results(cfg.OUTPUT_DIR, "eval.json", results)
         return results
 
     trainer = KDTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     if args.eval_teacher:
-        _write(cfg.OUTPUT_DIR, "teacher.json", evaluate_teacher(cfg, trainer.bare_model.teacher))
+        write_results(cfg.OUTPUT_DIR, "teacher.json", evaluate_teacher(cfg, trainer.bare_model.teacher))
     trainer.train()
     results = getattr(trainer, "_last_eval_results", {})
-    _write(cfg.OUTPUT_DIR, "train.json", results)
+    write_results(cfg.OUTPUT_DIR, "train.json", results)
     return results
 
 
-def _write(folder: str, name: str, results: dict) -> None:
+def write_results(folder: str, name: str, results: dict) -> None:
+    """Write an evaluation's results as json, once of all processes."""
     if comm.is_main_process():
         write_json(os.path.join(folder, name), results)

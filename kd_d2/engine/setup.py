@@ -15,12 +15,12 @@ from ..class_names import as_comment, names_in_checkpoint, names_in_data, names_
 from ..config import KD_META_ARCH, SolverKeys, load_config
 from ..config_files import find_config_file
 from ..data import ClassOrder, register_coco_json, register_synthetic
-from ..files import write_json, write_text
+from ..files import check_output_folder, write_json, write_text
 from ..keys import keys_of
 from ..modeling import unused_nodes
 from ..text import keep_controls_out_of_logs
 from ..versions import versions
-from .checks import check_datasets, check_output_folder
+from .checks import check_datasets
 from .folder_lock import lock_folder
 from .learning_rate import learning_rate_advice
 

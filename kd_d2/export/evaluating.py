@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, MetadataCatalog
 
 from ..data import build_test_loader
+from ..engine.program import write_results
+from ..engine.setup import setup
 from ..engine.trainer import KDTrainer
 from ..errors import UserError
+from ..extensions import import_extensions
 from .metadata import Resize
 from .running import ExportedModel, load_exported
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """What `kd-d2 eval --model CONFIG_OR_RUN EXPORTED` does in each process: `engine.program.main` for `args.exported`."""
+    import_extensions(args.imports)
+    cfg = setup(args)
+    results = evaluate_exported(cfg, args.exported)
+    write_results(cfg.OUTPUT_DIR, f"eval-{os.path.basename(args.exported)}.json", results)
+    return results
 
 
 def evaluate_exported(cfg: CfgNode, path: str) -> dict[str, Any]:

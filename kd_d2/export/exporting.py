@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..adapters import build_adapter
 from ..checkpoint import load_complete
-from ..engine.checks import check_output_folder
 from ..errors import UserError
+from ..files import check_output_folder
 from ..model_paths import EXPORT_SUFFIXES, format_of
 from ..predictor import read_categories
 from .checking import Comparison, compare, require_equal

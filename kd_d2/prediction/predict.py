@@ -16,9 +16,8 @@ from PIL import Image
 
 from ..analysis.drawing import draw_instances
 from ..data import read_image
-from ..engine.checks import check_output_folder
 from ..errors import UserError
-from ..files import write_json
+from ..files import check_output_folder, write_json
 from ..predictor import Category, ImageDetector
 from ..text import printable
 from .inputs import Input, drawing_names

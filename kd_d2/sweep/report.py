@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..engine.checks import check_output_folder
 from ..errors import UserError
-from ..files import read_json, write_json, write_text
+from ..files import check_output_folder, read_json, write_json, write_text
 from ..typed_json import from_tree
 from .costs import measure_costs
 from .matrix import Matrix

@@ -12,9 +12,8 @@ from typing import Self
 from tqdm import tqdm
 
 from ...config import find_file
-from ...engine.checks import check_output_folder
 from ...errors import UserError
-from ...files import write_text
+from ...files import check_output_folder, write_text
 from ...plain_yaml import read_plain_yaml
 from ...report.page import Table
 from ...text import csv_text, file_stem

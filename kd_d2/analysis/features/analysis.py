@@ -17,9 +17,8 @@ from tqdm import tqdm
 
 from ...adapters import build_adapter
 from ...data import CheckedMapper
-from ...engine.checks import check_output_folder
 from ...errors import UserError
-from ...files import write_text
+from ...files import check_output_folder, write_text
 from ...report.page import Table
 from ...text import csv_text
 from ..base import NOT_STORED, Analysis, as_text, check_at_least

@@ -13,9 +13,8 @@ from detectron2.data import DatasetCatalog
 from tqdm import tqdm
 
 from ...data import read_image
-from ...engine.checks import check_output_folder
 from ...errors import UserError
-from ...files import write_text
+from ...files import check_output_folder, write_text
 from ...report.page import Table
 from ...text import csv_text
 from ..base import NOT_STORED, Analysis, as_text, check_at_least

@@ -10,9 +10,8 @@ from dataclasses import dataclass, fields
 
 from tabulate import tabulate
 
-from ...engine.checks import check_output_folder
 from ...errors import UserError, printable
-from ...files import write_json, write_text
+from ...files import check_output_folder, write_json, write_text
 from .formats import Format, find_format
 from .source import WHOLE, ConvertOptions, Source
 from .trees import Split, share_out
