@@ -1,19 +1,25 @@
 #!/usr/bin/env python
-"""Seconds of an iteration on 1 to 64 devices, modelled from parts that are measured here, and checked on two processes.
+"""Seconds and memory of an iteration on 1 to 64 devices, modelled from parts that are measured here, and checked on two processes.
 
     benchmarks/scale.py [--pair PAIR] [--method NAME[+NAME]] [--batch N] [--rounds N] [--bandwidth GB/s] [--latency US]
+    benchmarks/scale.py --of STEP.json [--method NAME[+NAME]] --bandwidth GB/s --latency US
 
 Measured: an iteration of one process; the backward pass; with two processes the same iteration, and the exchange (all-reduce) of as many gradients
 alone. Each device has the batch of one. A ring of N devices moves 2 (N - 1) / N times the gradients through every link and waits 2 (N - 1) times for
 a message. What of that is not hidden behind the backward pass is added: all of it at worst, at best what is longer than that pass. --bandwidth and --latency are
-those between devices (default: as measured between two processes here). Two processes on a CPU take one thread each, as the one does.
+those between devices (default: as measured between two processes here). Two processes on a CPU take one thread each, as the one does. Memory is each
+device's, models included: of several it is that of one and the buffers in which DistributedDataParallel exchanges the gradients. With --of, seconds and
+memory are those that benchmarks/step.py wrote, on another machine perhaps; its memory is without the models.
 """
 
 import argparse
+import json
+import math
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from measuring import device_name, seconds
+from measuring import device_name, peak_memory, seconds
 from step import PAIRS, PAST_WARM_UPS, Bench
 
 import torch
@@ -32,14 +38,24 @@ def median_seconds(call: Callable[[], object], rounds: int) -> float:
     return statistics.median([seconds(call) for _ in range(rounds + 1)][1:])
 
 
-def iteration(pair: str, method: str, batch: int | None, rounds: int) -> tuple[float, int]:
-    """Seconds of a process's iteration, alone or as one of several, and how many gradients it has."""
-    step = Bench(pair, batch).step(method)
-    number = sum(p.numel() for p in step.model.parameters() if p.requires_grad)
-    if comm.get_world_size() > 1:
-        step.model = DistributedDataParallel(step.model)
-    with EventStorage(PAST_WARM_UPS):
-        return median_seconds(step.run_step, rounds), number
+def iteration(pair: str, method: str, batch: int | None, rounds: int) -> tuple[float, float, int]:
+    """Seconds of a process's iteration, alone or as one of several, MiB that it takes, and how many gradients it has.
+
+    On a CPU, memory is right in a fresh process alone.
+    """
+
+    def measure() -> None:
+        nonlocal duration, number
+        step = Bench(pair, batch).step(method)
+        number = sum(p.numel() for p in step.model.parameters() if p.requires_grad)
+        if comm.get_world_size() > 1:
+            step.model = DistributedDataParallel(step.model)
+        with EventStorage(PAST_WARM_UPS):
+            duration = median_seconds(step.run_step, rounds)
+
+    duration, number = 0.0, 0
+    memory = peak_memory(measure)
+    return duration, memory, number
 
 
 def backward(pair: str, method: str, batch: int | None, rounds: int) -> float:
@@ -55,16 +71,63 @@ def backward(pair: str, method: str, batch: int | None, rounds: int) -> float:
 
 
 def of_two(pair: str, method: str, batch: int | None, rounds: int, results: list) -> None:
-    """In each of two processes: seconds of an iteration, of the exchange of all gradients, and of a small one."""
+    """In each of two processes: seconds and MiB of an iteration, seconds of the exchange of all gradients, and of a small one."""
     torch.set_num_threads(1)
-    whole, number = iteration(pair, method, batch, rounds)
+    whole, memory, number = iteration(pair, method, batch, rounds)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     exchanges = []
     for elements in (number, SMALL_MESSAGE):
         gradients = torch.zeros(elements, device=device)
         exchanges.append(median_seconds(lambda gradients=gradients: distributed.all_reduce(gradients), rounds))
     if comm.get_rank() == 0:
-        results[:] = [whole, *exchanges]
+        results[:] = [whole, memory, *exchanges]
+
+
+@dataclass
+class Parts:
+    """What the model is made of: seconds and MiB of one process, and what is sent; NaN where it was not measured."""
+
+    device: str
+    one: float
+    memory: float
+    gradients: int
+    backward: float = math.inf
+    two: float = math.nan
+    memory_of_two: float = math.nan
+    exchange: float = math.nan
+    latency: float = math.nan
+
+    @property
+    def size(self) -> int:
+        """Of the gradients, in bytes."""
+        return 4 * self.gradients
+
+
+def measured_here(pair: str, method: str, batch: int | None, rounds: int) -> Parts:
+    torch.set_num_threads(1)
+    options = pair, method, batch, rounds
+    one, memory, number = iteration(*options)
+    behind = backward(*options)
+    with torch.multiprocessing.Manager() as manager:
+        results = manager.list()
+        launch(of_two, 2, dist_url="auto", args=(*options, results))
+        two, memory_of_two, exchange, small = results
+    return Parts(device_name(1), one, memory, number, behind, two, memory_of_two, exchange - small, small / 2)
+
+
+def measured_elsewhere(path: str, method: str) -> tuple[str, Parts]:
+    """The pair and the parts of a result of benchmarks/step.py."""
+    with open(path) as file:
+        result = json.load(file)
+    variant = result["variants"][method]
+    parameters = Bench(result["pair"], 1).step(method).model.parameters()
+    number = sum(p.numel() for p in parameters if p.requires_grad)
+    return result["pair"], Parts(
+        f"{result['device']}, batch {result['batch']}",
+        statistics.median(variant["seconds"]),
+        variant["memory_mib"],
+        number,
+    )
 
 
 def main() -> None:
@@ -73,32 +136,36 @@ def main() -> None:
     parser.add_argument("--method", default="StructuralKD")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--of", metavar="STEP.json", help="a result of benchmarks/step.py, in place of measurements here"
+    )
     parser.add_argument("--bandwidth", type=float, help="GB/s between devices")
     parser.add_argument("--latency", type=float, help="microseconds of a message between devices")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    options = args.pair, args.method, args.batch, args.rounds
-    one, number = iteration(*options)
-    behind = backward(*options)
-    with torch.multiprocessing.Manager() as manager:
-        results = manager.list()
-        launch(of_two, 2, dist_url="auto", args=(*options, results))
-        two, exchange, small = results
-    size = 4 * number
-    latency = small / 2 if args.latency is None else args.latency / 1e6
-    rate = size / max(exchange - small, 1e-9) if args.bandwidth is None else args.bandwidth * 1e9
+    if args.of:
+        if args.bandwidth is None or args.latency is None:
+            parser.error("--of needs --bandwidth and --latency")
+        pair, parts = measured_elsewhere(args.of, args.method)
+    else:
+        pair, parts = args.pair, measured_here(args.pair, args.method, args.batch, args.rounds)
+    latency = parts.latency if args.latency is None else args.latency / 1e6
+    rate = parts.size / max(parts.exchange, 1e-9) if args.bandwidth is None else args.bandwidth * 1e9
 
     rows = []
     for devices in DEVICES:
-        through = 2 * (devices - 1) / devices * size / rate + 2 * (devices - 1) * latency
-        best, worst = one + max(0.0, through - behind), one + through
-        rows.append([devices, through, best, worst, one / worst, two if devices == 2 else None])
+        through = 2 * (devices - 1) / devices * parts.size / rate + 2 * (devices - 1) * latency
+        best, worst = parts.one + max(0.0, through - parts.backward), parts.one + through
+        memory = parts.memory + (parts.size / 2**20 if devices > 1 else 0)
+        rows.append([devices, through, best, worst, parts.one / worst, memory])
     print(
-        f"{args.pair}, {args.method}, {device_name(1)}, torch {torch.__version__}, {size / 2**20:.1f} MiB of gradients, backward pass {behind:.3f} s"
+        f"{pair}, {args.method}, {parts.device}, {parts.size / 2**20:.1f} MiB of gradients, {rate / 1e9:.2f} GB/s, {latency * 1e6:.0f} us a message"
     )
-    print(f"{rate / 1e9:.2f} GB/s, {latency * 1e6:.0f} us a message")
-    headers = ["devices", "exchange s", "s / iteration, at best", "at worst", "efficiency, at worst", "measured"]
-    print(tabulate(rows, headers=headers, floatfmt=("", ".4f", ".3f", ".3f", ".3f", ".3f"), tablefmt="github"))
+    headers = ["devices", "exchange s", "s / iteration, at best", "at worst", "efficiency, at worst", "MiB"]
+    print(tabulate(rows, headers=headers, floatfmt=("", ".4f", ".3f", ".3f", ".3f", ".0f"), tablefmt="github"))
+    if not args.of:
+        print(
+            f"Measured: backward pass {parts.backward:.3f} s; of two {parts.two:.3f} s / iteration, {parts.memory_of_two:.0f} MiB"
+        )
 
 
 if __name__ == "__main__":
