@@ -46,7 +46,10 @@ def _step(pair: str, batch: int) -> list[str]:
 STAGES = {
     "environment": Stage(["-m", "detectron2.utils.collect_env"], 60),
     "tests": Stage(["-m", "pytest", "-q", "-m", "slow or not slow", "-k", "cuda or gpu", "tests"], 180),
-    "ssim": Stage(_benchmark("ssim.py", "--output", "{folder}/ssim.json"), 90),
+    **{
+        name: Stage(_benchmark("losses.py", name, "--output", f"{{folder}}/{name}.json"), 90)
+        for name in ("ssim", "icd", "soft-label")
+    },
     "step-coco-8": Stage(_step("coco", 8), 120),
     "step-coco-16": Stage(_step("coco", 16), 150),
     "step-coco-faster-rcnn-8": Stage(_step("coco-faster-rcnn", 8), 120),
