@@ -10,7 +10,7 @@ from kd_d2 import DISTILLER_REGISTRY, Distiller, KDMetaArch, Teacher
 from kd_d2.adapters import DensePredictions, DetectorOutputs, build_adapter
 from kd_d2.distillers import FGFI, FKD, GID, DeFeat
 from kd_d2.distillers.fgfi import near_objects
-from kd_d2.distillers.fkd import NonLocalBlock
+from kd_d2.distillers.fkd import NonLocalBlock, mean_activations
 from kd_d2.distillers.gid import relation_loss, select_instances
 from kd_d2.errors import UserError
 from kd_d2.losses import channel_attention, masked_squared_error, spatial_attention
@@ -202,7 +202,7 @@ def test_fkd_gradient_numerically(build: Callable, attention: str, norm: str) ->
         getattr(FKD, f"{name}_distance").__wrapped__ for name in ("relation", "attention", "feature")
     )
     assert torch.autograd.gradcheck(lambda s: relation(fkd, s, teacher, "8"), student)
-    assert torch.autograd.gradcheck(lambda s: transfer(fkd, s, s, teacher, "8"), student)
+    assert torch.autograd.gradcheck(lambda s: transfer(fkd, s, teacher, mean_activations(s, teacher), "8"), student)
     # the masks are constants: numerically, of the distance under the masks of this student
     mask = (spatial_attention(student, teacher, 0.5) * channel_attention(student, teacher, 0.5)).detach()
 
@@ -211,7 +211,7 @@ def test_fkd_gradient_numerically(build: Callable, attention: str, norm: str) ->
 
     assert torch.autograd.gradcheck(masked_distance, student)
     (expected,) = torch.autograd.grad(masked_distance(student).sum(), student)
-    (found,) = torch.autograd.grad(masked(fkd, student, teacher), student)
+    (found,) = torch.autograd.grad(masked(fkd, student, teacher, mean_activations(student, teacher)), student)
     torch.testing.assert_close(found, expected)
 
 

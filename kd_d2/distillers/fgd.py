@@ -12,7 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..adapters import DetectorOutputs
 from ..keys import Above, AtLeast
-from ..losses import attended_error, background_weights, foreground_weights, own_attention
+from ..losses import background_weights, foreground_weights, own_attention
+from ..losses.focal import attended_square
 from .adaptation import Adaptation, AdaptationLayers
 from .base import DISTILLER_REGISTRY, Distiller, Losses, in_float32
 from .pair import Pair
@@ -97,13 +98,18 @@ class FGD(Distiller):
         foreground_BHW = foreground_weights(boxes_BN4, *teacher_BCHW.shape[-2:])
         ours = own_attention(student_BCHW, self.config.temperature)
         positions_B1HW, channels_BC11 = theirs = own_attention(teacher_BCHW, self.config.temperature)
-        error_BHW = positions_B1HW[:, 0] * attended_error(student_BCHW, teacher_BCHW, channels_BC11)
-        related = self.student_relations[stride](student_BCHW) - self.teacher_relations[stride](teacher_BCHW)
+        difference_BCHW = student_BCHW - teacher_BCHW
+        error_BHW = positions_B1HW[:, 0] * attended_square(difference_BCHW, channels_BC11)
+        contexts_BC = (
+            self.student_relations[stride].context(student_BCHW),
+            self.teacher_relations[stride].context(teacher_BCHW),
+        )
+        related_BCHW = difference_BCHW + (contexts_BC[0] - contexts_BC[1])[..., None, None]
         losses = (
             (foreground_BHW * error_BHW).sum(),
             (background_weights(foreground_BHW) * error_BHW).sum(),
             sum((a - b).abs().sum() for a, b in zip(ours, theirs, strict=True)),
-            related.square().sum(),
+            torch.linalg.vector_norm(related_BCHW).square(),
         )
         return tuple(loss / len(teacher_BCHW) for loss in losses)
 
@@ -129,7 +135,10 @@ class ContextBlock(nn.Module):
         nn.init.zeros_(self.transform[-1].weight)
         nn.init.zeros_(self.transform[-1].bias)
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
+    def context(self, x_BCHW: Tensor) -> Tensor:
+        """What is added at every position, (B, C)."""
         share_BL1 = self.attention(x_BCHW).flatten(2).softmax(2).transpose(1, 2)
-        context_BC = (x_BCHW.flatten(2) @ share_BL1)[..., 0]
-        return x_BCHW + self.transform(context_BC)[..., None, None]
+        return self.transform((x_BCHW.flatten(2) @ share_BL1)[..., 0])
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return x_BCHW + self.context(x_BCHW)[..., None, None]

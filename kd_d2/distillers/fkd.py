@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..adapters import DetectorOutputs
 from ..distributed import mean_across_ranks
 from ..keys import Above, AtLeast, OneOf
-from ..losses import shared_attention
+from ..losses import mean_activation, shared_attention
 from .adaptation import Adaptation, AdaptationLayers
 from .base import DISTILLER_REGISTRY, Distiller, Losses, in_float32
 from .matching import levels_by_stride
@@ -41,8 +41,14 @@ def _norm_of_batch(difference: Tensor) -> Tensor:
     return (part + part.detach()) / 2
 
 
+Activations = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Mean activations of student and teacher (B, 1, H, W), then of both (B, C, 1, 1)."""
 NORMS_OF_IMAGES = {"image": _mean_norm, "batch": _norm_of_batch}
 """By the key NORM: from the difference of two maps (B, ...) to its norm."""
+
+
+def mean_activations(student: Tensor, teacher: Tensor) -> Activations:
+    return tuple((mean_activation(student, dims), mean_activation(teacher, dims)) for dims in (1, (2, 3)))
 
 
 @DISTILLER_REGISTRY.register()
@@ -105,9 +111,10 @@ class FKD(Distiller):
         for stride, level, (s, t) in zip(
             self.adaptation.strides, own, self.adaptation.pairs(student, teacher), strict=True
         ):
+            activations = mean_activations(s, t)
             distances = (
-                self.attention_distance(level, s, t, str(stride)),
-                self.feature_distance(s, t),
+                self.attention_distance(level, t, activations, str(stride)),
+                self.feature_distance(s, t, activations),
                 self.relation_distance(level, t, str(stride)),
             )
             totals = [total + distance for total, distance in zip(totals, distances, strict=True)]
@@ -115,27 +122,23 @@ class FKD(Distiller):
         return {n: w * total for n, w, total in zip(self.loss_names, weights, totals, strict=True)}
 
     @in_float32
-    def attention_distance(self, own_BCHW: Tensor, student_BCHW: Tensor, teacher_BCHW: Tensor, stride: str) -> Tensor:
+    def attention_distance(
+        self, own_BCHW: Tensor, teacher_BCHW: Tensor, activations: Activations, stride: str
+    ) -> Tensor:
         """The attention's distance: of the spatial and of the channel attention, added up.
 
         Args:
-            own_BCHW, student_BCHW: the student's map before and behind its adaptation layer.
+            own_BCHW: the student's map before its adaptation layer.
         """
         if self.attention_adaptation:
-            ours = self.attention_adaptation[stride](own_BCHW)
             theirs = [teacher_BCHW.mean(dims) for dims in (1, (2, 3))]
-        else:
-            ours, theirs = ([x.abs().mean(dims) for dims in (1, (2, 3))] for x in (student_BCHW, teacher_BCHW))
-        return sum(self.norm_of_images(a - b) for a, b in zip(ours, theirs, strict=True))
+            activations = zip(self.attention_adaptation[stride](own_BCHW), theirs, strict=True)
+        return sum(self.norm_of_images(ours - theirs) for ours, theirs in activations)
 
     @in_float32
-    def feature_distance(self, student_BCHW: Tensor, teacher_BCHW: Tensor) -> Tensor:
+    def feature_distance(self, student_BCHW: Tensor, teacher_BCHW: Tensor, activations: Activations) -> Tensor:
         """The masked features' distance."""
-        activations = student_BCHW.abs(), teacher_BCHW.abs()
-        positions_B1HW, channels_BC11 = (
-            shared_attention(*(x.mean(dims, keepdim=True) for x in activations), self.config.temperature)
-            for dims in (1, (2, 3))
-        )
+        positions_B1HW, channels_BC11 = (shared_attention(*pair, self.config.temperature) for pair in activations)
         squares_BCL = (student_BCHW - teacher_BCHW).square().flatten(2)
         by_channel_BC1 = squares_BCL @ positions_B1HW.flatten(2).transpose(1, 2)
         masked_B = (by_channel_BC1.flatten(1) * channels_BC11.flatten(1)).sum(1)

@@ -1,6 +1,6 @@
 """Pure functions on tensors: no config, no Detectron2, nothing of the rest of the project."""
 
-from .attention import channel_attention, own_attention, shared_attention, spatial_attention
+from .attention import channel_attention, mean_activation, own_attention, shared_attention, spatial_attention
 from .channel_wise import channel_wise_loss
 from .correlation import dist_loss, with_statistics_of
 from .divergence import decoupled_loss, softmax_divergence
@@ -38,6 +38,7 @@ __all__ = [
     "icd_distill_loss",
     "instance_attention",
     "masked_squared_error",
+    "mean_activation",
     "min_max_normalize",
     "ms_ssim_loss",
     "own_attention",

@@ -15,7 +15,7 @@ def spatial_attention(student: Tensor, teacher: Tensor, temperature: float) -> T
     Args:
         student, teacher: (B, C, H, W); the channel counts may differ.
     """
-    return shared_attention(*(_mean_activation(features, 1) for features in (student, teacher)), temperature)
+    return shared_attention(*(mean_activation(features, 1) for features in (student, teacher)), temperature)
 
 
 @torch.no_grad()
@@ -27,13 +27,20 @@ def channel_attention(student: Tensor, teacher: Tensor, temperature: float) -> T
     Args:
         student, teacher: (B, C, H, W).
     """
-    return shared_attention(*(_mean_activation(features, (2, 3)) for features in (student, teacher)), temperature)
+    return shared_attention(*(mean_activation(features, (2, 3)) for features in (student, teacher)), temperature)
 
 
 @torch.no_grad()
 def shared_attention(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """Of mean activations (B, ...): number of elements * softmax over them / temperature, averaged over both."""
     return sum(_softmax_attention(x, temperature) for x in (student, teacher)) / 2
+
+
+def mean_activation(features: Tensor, dims: int | tuple[int, ...]) -> Tensor:
+    """Mean of |F| over dimensions, which stay with one element. Computed in float32 or better, in one pass over the map."""
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    total = torch.linalg.vector_norm(features, 1, dims, keepdim=True, dtype=dtype)
+    return total * (total.numel() / features.numel())
 
 
 def own_attention(features: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -45,15 +52,9 @@ def own_attention(features: Tensor, temperature: float) -> tuple[Tensor, Tensor]
     Args:
         features: (B, C, H, W).
     """
-    positions, channels = (_softmax_attention(_mean_activation(features, dims), temperature) for dims in (1, (2, 3)))
+    positions, channels = (_softmax_attention(mean_activation(features, dims), temperature) for dims in (1, (2, 3)))
     return positions, channels
 
 
 def _softmax_attention(activations: Tensor, temperature: float) -> Tensor:
     return (activations / temperature).flatten(1).softmax(1).view_as(activations) * activations[0].numel()
-
-
-def _mean_activation(features: Tensor, dims: int | tuple[int, ...]) -> Tensor:
-    """Mean of |F| over dimensions that stay, with one element."""
-    dtype = torch.promote_types(features.dtype, torch.float32)
-    return features.abs().mean(dims, keepdim=True, dtype=dtype)

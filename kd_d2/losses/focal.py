@@ -56,4 +56,9 @@ def attended_error(student: Tensor, teacher: Tensor, channels: Tensor) -> Tensor
         student, teacher: (B, C, H, W); gradients go to the student alone.
         channels: attention (B, C, 1, 1).
     """
-    return torch.einsum("bchw,bc->bhw", (student - teacher.detach()).square(), channels.flatten(1))
+    return attended_square(student - teacher.detach(), channels)
+
+
+def attended_square(difference: Tensor, channels: Tensor) -> Tensor:
+    """`attended_error` of F_S - F_T."""
+    return torch.linalg.vector_norm(difference * channels.sqrt(), dim=1).square()
