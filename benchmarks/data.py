@@ -4,7 +4,7 @@
     benchmarks/data.py [--images 118000] [--boxes-per-image 7] [--workers 2] [--batches 20]
 
 The annotations are made up, with a polygon each; the images are 64 different JPEGs of 640 x 480 pixels under as many names as there are annotations for.
-"resident" is what a process has more than before the set was read; of a worker, what it does not share with others (Pss).
+"resident" is what the process has more than before the set was read. Workers are forks of it: "of its own" is what a worker does not share.
 """
 
 import argparse
@@ -57,9 +57,9 @@ def write_set(folder: Path, images: int, boxes_per_image: int) -> Path:
 
 
 def memory(process: int | str, field: str) -> float:
-    """MiB of Rss or Pss."""
+    """MiB of the lines whose names begin with a field's, such as Rss or Private."""
     text = Path(f"/proc/{process}/smaps_rollup").read_text()
-    return sum(map(int, re.findall(rf"^{field}:\s+(\d+)", text, re.M))) * 1024 / MIB
+    return sum(map(int, re.findall(rf"^{field}\w*:\s+(\d+)", text, re.M))) * 1024 / MIB
 
 
 def main() -> None:
@@ -101,7 +101,7 @@ def main() -> None:
             ],
             ["then until the first batch of 16", f"{first - read:.1f} s"],
             ["resident, the process", f"{memory('self', 'Rss') - before:.0f} MiB"],
-            *[[f"not shared, worker {n}", f"{memory(pid, 'Pss'):.0f} MiB"] for n, pid in enumerate(workers)],
+            *[[f"of its own, worker {n}", f"{memory(pid, 'Private_'):.0f} MiB"] for n, pid in enumerate(workers)],
             [f"images a second, {args.workers} workers", f"{16 * args.batches / seconds:.1f}"],
         ]
         print(tabulate(rows, tablefmt="github"))
