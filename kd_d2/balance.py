@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from detectron2.config import CfgNode
-from detectron2.utils import comm
 from torch import Tensor, nn
 
 from .errors import UserError
+from .gradients import LogAverages, gradient_norm
 from .inheritance import component_of
-
-LOSS_SCALES = (2.0**16, 2.0**8, 1.0)
-"""What a loss in float16 is multiplied by before its gradient is taken: the first that does not overflow."""
+from .level_balance import LevelBalance
 
 
 class GradientBalance:
@@ -28,6 +25,7 @@ class GradientBalance:
     over measurements.
 
     Attributes:
+        levels: what spreads each distiller's gradient over the neck's levels; None for nothing.
         ratios: by distiller the averaged gradient ratio; one that had no gradient yet is not there.
         last_multipliers: by distiller that is active, what `multipliers` returned last.
     """
@@ -40,6 +38,7 @@ class GradientBalance:
         momentum: float = 0.9,
         limit: float = 100000.0,
         weights: Mapping[str, float] | None = None,
+        levels: LevelBalance | None = None,
     ):
         """
         Args:
@@ -49,14 +48,16 @@ class GradientBalance:
             momentum: of the moving average, in [0, 1). The first 1 / (1 - momentum) measurements count equally.
             limit: multipliers are at least 1 / limit and at most limit.
             weights: by distiller what its share is proportional to; 1 where it is not named.
+            levels: see the attribute.
         """
         self.target = target
         self.period = period
         self.momentum = momentum
+        self.levels = levels
         self.limit = limit
         self.weights = dict(weights or {})
         self.last_multipliers: dict[str, float] = {}
-        self._averages: dict[str, tuple[float, int]] = {}  # mean of log(ratio), number of measurements
+        self._averages = LogAverages(momentum)
         self._last_iteration: int | None = None
 
     @classmethod
@@ -64,14 +65,28 @@ class GradientBalance:
         """From MODEL.KD.BALANCE; None where it is not enabled."""
         if not node.ENABLED:
             return None
-        return cls(target=node.TARGET, period=node.PERIOD, momentum=node.MOMENTUM, limit=node.LIMIT, weights=weights)
+        levels = LevelBalance(node.MOMENTUM) if node.LEVELS else None
+        return cls(
+            target=node.TARGET,
+            period=node.PERIOD,
+            momentum=node.MOMENTUM,
+            limit=node.LIMIT,
+            weights=weights,
+            levels=levels,
+        )
 
     @property
     def ratios(self) -> dict[str, float]:
-        return {name: math.exp(mean) for name, (mean, _) in self._averages.items()}
+        return self._averages.values()
 
     def multipliers(
-        self, iteration: int, parameters: list[nn.Parameter], own_loss: Tensor, losses: Mapping[str, Tensor]
+        self,
+        iteration: int,
+        parameters: list[nn.Parameter],
+        own_loss: Tensor,
+        losses: Mapping[str, Tensor],
+        features: Mapping[int, Tensor] | None = None,
+        gated: Mapping[str, Mapping[int, Tensor]] | None = None,
     ) -> dict[str, float]:
         """The multiplier of each active distiller, after a measurement where one is due.
 
@@ -83,16 +98,16 @@ class GradientBalance:
             parameters: see `shared_parameters`.
             own_loss: the sum of the detector's own losses.
             losses: by active distiller the sum of its losses but the auxiliary ones, before any schedule.
+            features, gated: what `LevelBalance.measure` takes, where there is one.
         """
         weights = {name: self.weights.get(name, 1.0) for name in losses}
         if iteration != self._last_iteration:
             self._last_iteration = iteration
             is_due = self._is_due(iteration)
-            self._measure(
-                parameters,
-                own_loss,
-                {n: loss for n, loss in losses.items() if weights[n] > 0 and (is_due or n not in self._averages)},
-            )
+            due = {n: loss for n, loss in losses.items() if weights[n] > 0 and (is_due or n not in self._averages)}
+            if due and self.levels:
+                self.levels.measure(features, own_loss, due, gated)
+            self._measure(parameters, own_loss, due)
         total, ratios = sum(weights.values()), self.ratios
         self.last_multipliers = {
             name: self._bounded(self.target * weight / total / ratios[name]) if name in ratios else 1.0
@@ -115,15 +130,16 @@ class GradientBalance:
         own = gradient_norm(own_loss, parameters)
         for name, norm in norms.items():
             if 0 < norm < math.inf and 0 < own < math.inf:
-                mean, count = self._averages.get(name, (0.0, 0))
-                momentum = min(self.momentum, count / (count + 1))
-                self._averages[name] = momentum * mean + (1 - momentum) * math.log(norm / own), count + 1
+                self._averages.add(name, norm / own)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"averages": {name: list(average) for name, average in self._averages.items()}}
+        state = {"averages": {name: [mean, count] for name, mean, count in self._averages.state()}}
+        return state | ({"levels": self.levels.state_dict()} if self.levels else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._averages = {name: (mean, count) for name, (mean, count) in state["averages"].items()}
+        self._averages.load((name, *average) for name, average in state["averages"].items())
+        if self.levels and "levels" in state:
+            self.levels.load_state_dict(state["levels"])
 
 
 def shared_parameters(student: nn.Module) -> list[nn.Parameter]:
@@ -139,34 +155,3 @@ def shared_parameters(student: nn.Module) -> list[nn.Parameter]:
         )
     neck = [p for name, p in trained.items() if component_of(name) == "neck"]
     return neck or list(trained.values())
-
-
-def loss_gradient(loss: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The gradient of a loss in all parameters together (P,), the mean over processes; the graph is kept.
-
-    Under autocast in float16 the loss is scaled as by a gradient scaler. Zero where the loss does not depend on a parameter.
-    """
-    parameters = list(parameters)
-    device = parameters[0].device.type
-    in_float16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.float16
-    with torch.autocast(device, enabled=False):
-        for scale in LOSS_SCALES if in_float16 else (1.0,):
-            gradient = _flat_gradient(loss * scale, parameters) / scale
-            if scale == 1.0 or gradient.isfinite().all():
-                break
-    if comm.get_world_size() > 1:
-        torch.distributed.all_reduce(gradient)
-        gradient /= comm.get_world_size()
-    return gradient
-
-
-def gradient_norm(loss: Tensor, parameters: Iterable[nn.Parameter]) -> float:
-    """The norm of `loss_gradient`."""
-    return loss_gradient(loss, parameters).norm().item()
-
-
-def _flat_gradient(loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
-    if not loss.requires_grad:
-        return torch.cat([torch.zeros_like(p).flatten() for p in parameters])
-    parts = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
-    return torch.cat([part.flatten() for part in parts])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 from detectron2.config import CfgNode, configurable
@@ -137,8 +138,9 @@ class KDMetaArch(nn.Module):
             if not all(distiller.resizes for distiller in active.values()):
                 self._check_same_maps(student, teacher)
         losses = dict(student.losses)
-        distilled = {name: distiller(student, teacher, targets) for name, distiller in active.items()}
-        factors = self._factors(iteration, student, distilled)
+        seen = {name: self._seen_by(name, student) for name in active}
+        distilled = {name: distiller(seen[name], teacher, targets) for name, distiller in active.items()}
+        factors = self._factors(iteration, student, seen, distilled)
         for name, distiller in self.distillers.items():
             if name in active:
                 new = distiller.scaled(distilled[name], factors[name])
@@ -147,13 +149,30 @@ class KDMetaArch(nn.Module):
             self._add(losses, new, name, distiller)
         return losses
 
-    def _factors(self, iteration: int, student: DetectorOutputs, distilled: dict[str, Losses]) -> dict[str, float]:
+    def _seen_by(self, distiller: str, student: DetectorOutputs) -> DetectorOutputs:
+        """The student's outputs as a distiller gets them."""
+        if not self.balance or not self.balance.levels:
+            return student
+        return dataclasses.replace(student, features=self.balance.levels.gated(distiller, student.features))
+
+    def _factors(
+        self,
+        iteration: int,
+        student: DetectorOutputs,
+        seen: dict[str, DetectorOutputs],
+        distilled: dict[str, Losses],
+    ) -> dict[str, float]:
         """By active distiller what its losses, but the auxiliary ones, are multiplied by beside their weight."""
         factors = {name: self.schedules[name].factor(iteration) for name in distilled}
         if self.balance:
             totals = {name: self.distillers[name].total(losses) for name, losses in distilled.items()}
             multipliers = self.balance.multipliers(
-                iteration, shared_parameters(self.student), sum(student.losses.values()), totals
+                iteration,
+                shared_parameters(self.student),
+                sum(student.losses.values()),
+                totals,
+                student.features,
+                {name: outputs.features for name, outputs in seen.items()},
             )
             for name, multiplier in multipliers.items():
                 factors[name] *= multiplier

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kd_d2 import KDMetaArch, Teacher, UserError
-from kd_d2.balance import GradientBalance, gradient_norm, shared_parameters
+from kd_d2.balance import GradientBalance, shared_parameters
 from kd_d2.config import load_config
 from kd_d2.distillers import Distiller, FeatureImitation, Schedule
+from kd_d2.gradients import gradient_norm
+from kd_d2.level_balance import LevelBalance
 
 import pytest
 import torch
@@ -153,6 +155,31 @@ def test_float16_neither_underflows_nor_overflows(factor: float) -> None:
         assert gradient_norm(loss, model.layer.parameters()) == pytest.approx(factor, rel=1e-2)
 
 
+def test_levels_have_the_shares_of_the_detectors_gradient() -> None:
+    """Own norms 3 and 4, a distiller's 12 and 5, together 13: to be 13 * 3 / 5 and 13 * 4 / 5."""
+    levels = LevelBalance(momentum=0.5)
+    features = {8: torch.zeros(1, 1, 1, 1), 16: torch.zeros(1, 2, 1, 1)}
+    for level in features.values():
+        level.requires_grad_()
+    gated = levels.gated("A", features)
+    own, loss = 3 * features[8].sum() + 4 * features[16][0, 1].sum(), 12 * gated[8].sum() + 5 * gated[16][0, 0].sum()
+    levels.measure(features, own, {"A": loss, "B": loss * 0}, {"A": gated, "B": gated})
+    assert levels.factors("A") == pytest.approx({8: 7.8 / 12, 16: 10.4 / 5}) and levels.factors("B") == {}
+    found = torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, list(features.values()))])
+    assert found.tolist() == pytest.approx([7.8, 10.4, 0.0])
+
+    restored = LevelBalance(momentum=0.5)
+    restored.load_state_dict(levels.state_dict())
+    again = restored.gated("A", features)
+    loss = 12 * again[8].sum() + 5 * again[16][0, 0].sum()
+    assert torch.autograd.grad(loss, features[8], retain_graph=True)[0].item() == pytest.approx(7.8)
+    # own norms 16 / 3 and 1e-9, which counts as 16 / 3000: the geometric means with the first are 4 and sqrt(16 / 750)
+    restored.measure(features, 16 / 3 * features[8].sum() + 1e-9 * features[16][0, 1].sum(), {"A": loss}, {"A": again})
+    small = (16 / 750) ** 0.5
+    whole = 13 / math.hypot(4, small)
+    assert restored.factors("A") == pytest.approx({8: whole * 4 / 12, 16: whole * small / 5})
+
+
 def test_parameters_that_all_losses_share(tiny_detector: Callable) -> None:
     """Those of the neck; of a backbone without one all; frozen ones are left out."""
     retinanet = tiny_detector("retinanet")
@@ -270,9 +297,12 @@ def _written(output: Path) -> dict[str, float]:
     return {name.removeprefix(mark): x for row in rows for name, x in row.items() if name.startswith(mark)}
 
 
-def test_a_resumed_run_goes_on_with_its_multipliers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("levels", [False, True])
+def test_a_resumed_run_goes_on_with_its_multipliers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, levels: bool
+) -> None:
     """Killed between two measurements, with ICD not yet pulling at the student when it began; the last ones are in the log."""
-    project = make_project(tmp_path, **METHODS)
+    project = make_project(tmp_path, **METHODS, MODEL__KD__BALANCE__LEVELS=levels)
     unbroken = train(project, "OUTPUT_DIR", tmp_path / "unbroken")
     train(project, hooks=(KillAt(3),))
     with caplog.at_level(logging.INFO, "kd_d2"):
@@ -282,15 +312,19 @@ def test_a_resumed_run_goes_on_with_its_multipliers(tmp_path: Path, caplog: pyte
         assert losses == pytest.approx(unbroken.losses[iteration], rel=1e-5)
     first, second = (run.trainer.bare_model.balance.ratios for run in (unbroken, resumed))
     assert second == pytest.approx(first, rel=1e-5) and second.keys() == {"StructuralKD", "ICD", "PFI"}
+    if levels:
+        factors = [run.trainer.bare_model.balance.levels.factors("ICD") for run in (unbroken, resumed)]
+        assert factors[1] == pytest.approx(factors[0], rel=1e-5) and len(factors[0]) > 1
     last = resumed.trainer.bare_model.balance.last_multipliers
     assert _written(project.output) == pytest.approx(last) and last.keys() == second.keys()
     ours = [record.getMessage() for record in caplog.records if "MODEL.KD.BALANCE" in record.getMessage()]
     assert len(ours) == 1 and all(f"{name} {x:.3g}" in ours[0] for name, x in last.items())
 
 
-def test_accumulation_and_mixed_precision(tmp_path: Path) -> None:
+@pytest.mark.parametrize("levels", [False, True])
+def test_accumulation_and_mixed_precision(tmp_path: Path, levels: bool) -> None:
     """Check that a ratio in bfloat16 and of half a batch is near that of the whole in float32, and its own losses are finite."""
-    project = make_project(tmp_path, **METHODS)
+    project = make_project(tmp_path, **METHODS, MODEL__KD__BALANCE__LEVELS=levels)
     project.change(SOLVER__MAX_ITER=1, MODEL__KD__ICD__DETACH_STUDENT_ITERS=0)
     project.change(
         INPUT__MIN_SIZE_TRAIN=(160,), INPUT__MAX_SIZE_TRAIN=240
@@ -312,14 +346,17 @@ def _measure(rank: int, project: Project, folder: str) -> None:
     found = slopes.multipliers(balance(2.0), 0, own, A=a, B=b)  # means: own (1, 1), A (2, 4), B (1, 0)
     assert found == pytest.approx({"A": 2**0.5 / 20**0.5, "B": 2**0.5})
     run = train(project, seed=rank)
-    ratios = comm.all_gather(run.trainer.bare_model.balance.ratios)
+    trained = run.trainer.bare_model.balance
+    ratios = comm.all_gather(trained.ratios)
     assert ratios[0] == ratios[1] and ratios[0].keys() == {"StructuralKD", "ICD", "PFI"}
+    factors = comm.all_gather([trained.levels.factors(name) for name in trained.ratios])
+    assert factors[0] == factors[1] and max(factors[0][0].values()) > 1 > min(factors[0][0].values())
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes_have_the_same_multipliers(tmp_path: Path) -> None:
     """By hand, where one process has no loss of a distiller, and in a training in step with DistributedDataParallel."""
-    project = make_project(tmp_path, **METHODS)
+    project = make_project(tmp_path, **METHODS, MODEL__KD__BALANCE__LEVELS=True)
     torch.multiprocessing.start_processes(_measure, nprocs=2, args=(project, str(tmp_path)), start_method="fork")
 
 

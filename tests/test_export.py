@@ -57,6 +57,7 @@ def _make_config(folder: Path, name: str) -> CfgNode:
     project = make_project(folder, name if name in META_ARCHITECTURES else "faster-rcnn")
     cfg = load_config(str(project.student), ["OUTPUT_DIR", str(folder)], student_only=True)
     if name == "mask-rcnn":
+        project.change_annotations(_outline)
         cfg.MODEL.MASK_ON = True
         cfg.MODEL.ROI_MASK_HEAD.update(NAME="MaskRCNNConvUpsampleHead", NUM_CONV=1, CONV_DIM=8)
     if name == "cascade-rcnn":
@@ -77,6 +78,13 @@ def _make_config(folder: Path, name: str) -> CfgNode:
     _set_threshold(cfg, 0.0)
     _set_threshold(cfg, float(detect(pytorch_model(cfg), GREY).scores.max()) + 1e-3)  # nothing is in the grey image
     return cfg
+
+
+def _outline(tree: dict) -> None:
+    """Give every box its outline as a mask."""
+    for annotation in tree["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        annotation["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
 
 
 def _set_threshold(cfg: CfgNode, threshold: float) -> None:
@@ -250,7 +258,7 @@ def test_int8(configs: dict[str, CfgNode], tmp_path: Path) -> None:
         export_detector(cfg, str(file), ExportOptions(nms=False, int8=int8, calibration_images=4))
     for image in IMAGES[:4]:
         expected, found = (load_exported(str(file)).session(image.numpy())[1] for file in every)
-        assert 0 < np.abs(found - expected).max() < 0.2
+        assert 0 < np.abs(found - expected).max() < 0.4
         assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.85
 
 

@@ -15,11 +15,12 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from torch import Tensor
 
-from ..balance import loss_gradient, shared_parameters
+from ..balance import shared_parameters
 from ..data import build_stream_loader
 from ..engine.checks import check_schedule
 from ..engine.trainer import load_initial_weights
 from ..files import check_output_folder
+from ..gradients import loss_gradient
 from ..meta_arch import KDMetaArch
 from ..report.page import Table
 from .base import Analysis, as_text, check_at_least

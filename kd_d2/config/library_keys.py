@@ -167,6 +167,11 @@ class BalanceKeys(Keys):
     period: Annotated[int, AtLeast(1), "Iterations between two measurements of the ratios."] = 20
     momentum: Annotated[float, AtLeast(0), Below(1), "Momentum of the ratios' moving average."] = 0.9
     limit: Annotated[float, AtLeast(1), "Multipliers are at least 1 / LIMIT and at most LIMIT."] = 100000.0
+    levels: Annotated[
+        bool,
+        "Also scale each distiller's gradient in the student's neck outputs, so that it is spread over the levels as the gradient of the "
+        "detector's own losses is. It has no effect on gradients that reach the neck through the detector's head.",
+    ] = False
 
 
 LIBRARY_KEYS: dict[str, type[Keys]] = {

@@ -1,0 +1,75 @@
+"""Gradients of losses, whose norms are measured in the course of a training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+import torch
+from detectron2.utils import comm
+from torch import Tensor
+
+LOSS_SCALES = (2.0**16, 2.0**8, 1.0)
+"""What a loss in float16 is multiplied by before its gradient is taken: the first that does not overflow."""
+
+
+def gradients_of(loss: Tensor, tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The gradients of a loss, of this process alone; the graph is kept. Zero where the loss does not depend on a tensor.
+
+    Under autocast in float16 the loss is scaled as by a gradient scaler.
+    """
+    tensors = list(tensors)
+    if not loss.requires_grad:
+        return [torch.zeros_like(x) for x in tensors]
+    device = tensors[0].device.type
+    in_float16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.float16
+    with torch.autocast(device, enabled=False):
+        for scale in LOSS_SCALES if in_float16 else (1.0,):
+            gradients = torch.autograd.grad(
+                loss * scale, tensors, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            gradients = [gradient / scale for gradient in gradients]
+            if scale == 1.0 or all(gradient.isfinite().all() for gradient in gradients):
+                break
+    return gradients
+
+
+def loss_gradient(loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+    """The gradient of a loss in all parameters together (P,), the mean over processes; the graph is kept: see `gradients_of`."""
+    gradient = torch.cat([part.flatten() for part in gradients_of(loss, parameters)])
+    if comm.get_world_size() > 1:
+        torch.distributed.all_reduce(gradient)
+        gradient /= comm.get_world_size()
+    return gradient
+
+
+def gradient_norm(loss: Tensor, parameters: Iterable[Tensor]) -> float:
+    """The norm of `loss_gradient`."""
+    return loss_gradient(loss, parameters).norm().item()
+
+
+class LogAverages:
+    """Moving averages of logarithms, by key. The first 1 / (1 - momentum) values of a key count equally."""
+
+    def __init__(self, momentum: float):
+        self.momentum = momentum
+        self._averages: dict[Hashable, tuple[float, int]] = {}  # mean, number of values
+
+    def add(self, key: Hashable, value: float) -> None:
+        mean, count = self._averages.get(key, (0.0, 0))
+        momentum = min(self.momentum, count / (count + 1))
+        self._averages[key] = momentum * mean + (1 - momentum) * math.log(value), count + 1
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._averages
+
+    def values(self) -> dict[Any, float]:
+        """By key the geometric mean."""
+        return {key: math.exp(mean) for key, (mean, _) in self._averages.items()}
+
+    def state(self) -> list[tuple[Hashable, float, int]]:
+        return [(key, *average) for key, average in self._averages.items()]
+
+    def load(self, state: Iterable[tuple[Hashable, float, int]]) -> None:
+        self._averages = {key: (mean, count) for key, mean, count in state}

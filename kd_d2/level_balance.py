@@ -1,0 +1,109 @@
+"""LevelBalance: a distiller's gradient is spread over the levels of the student's neck as the detector's own is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .distributed import mean_across_ranks
+from .gradients import LogAverages, gradients_of
+
+SMALLEST_SHARE = 1e-3
+"""Norms of a level below this share of the largest level's count as so large: they are rounding, or say nothing."""
+
+
+class LevelBalance:
+    """Scales a distiller's gradient in each of the student's neck outputs; the forward pass stays as it is.
+
+    The gradient of many methods is almost entirely in the coarsest levels, where the detector has hardly any. The factor of a level is
+    proportional to the norm of the detector's own gradient over the norm of the distiller's, moving averages over measurements. The
+    norm of a distiller's gradient in all levels together stays what it is: see `GradientBalance` for that.
+    """
+
+    def __init__(self, momentum: float):
+        self._norms, self._own_norms = LogAverages(momentum), LogAverages(momentum)  # by distiller and stride
+        self._gates: dict[str, dict[int, _Gate]] = {}
+
+    def gated(self, name: str, features: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Neck outputs by stride for a distiller, whose gradient will be scaled."""
+        gates = self._gates[name] = {stride: _Gate() for stride in features}
+        self._set_gates(name)
+        return {stride: _Gated.apply(level, gates[stride]) for stride, level in features.items()}
+
+    def factors(self, name: str) -> dict[int, float]:
+        """By stride; none before the first gradient of the distiller and of the detector."""
+        norms = {stride: norm for (whose, stride), norm in self._norms.values().items() if whose == name}
+        own = {stride: norm for (whose, stride), norm in self._own_norms.values().items() if whose == name}
+        whole = math.hypot(*norms.values()) / math.hypot(*own.values()) if norms else 1.0
+        return {stride: whole * own[stride] / norm for stride, norm in norms.items()}
+
+    def measure(
+        self,
+        features: Mapping[int, Tensor],
+        own_loss: Tensor,
+        losses: Mapping[str, Tensor],
+        gated: Mapping[str, Mapping[int, Tensor]],
+    ) -> None:
+        """Set the factors, also for the backward pass of the losses that are given. The same on all processes.
+
+        Args:
+            features: the student's neck outputs by stride.
+            own_loss: the sum of the detector's own losses.
+            losses: by distiller the sum of its losses.
+            gated: by distiller what `gated` gave it.
+        """
+        own = _norms(own_loss, features)
+        for name, loss in losses.items():
+            norms = _norms(loss, gated[name])
+            if own and norms:
+                for stride in norms:
+                    self._norms.add((name, stride), norms[stride])
+                    self._own_norms.add((name, stride), own[stride])
+                self._set_gates(name)
+
+    def _set_gates(self, name: str) -> None:
+        for stride, factor in self.factors(name).items():
+            if stride in self._gates[name]:
+                self._gates[name][stride].factor = factor
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            name: [[*key, mean, count] for key, mean, count in averages.state()]
+            for name, averages in (("norms", self._norms), ("own_norms", self._own_norms))
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for averages, rows in ((self._norms, state["norms"]), (self._own_norms, state["own_norms"])):
+            averages.load(((name, stride), mean, count) for name, stride, mean, count in rows)
+
+
+@dataclass
+class _Gate:
+    factor: float = 1.0
+
+
+class _Gated(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by the gate's factor at the time of the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gate: _Gate) -> Tensor:
+        ctx.gate = gate
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.gate.factor, None
+
+
+def _norms(loss: Tensor, features: Mapping[int, Tensor]) -> dict[int, float]:
+    """By stride the norm of the gradient of all processes' images, at least `SMALLEST_SHARE` of the largest; empty where there is none."""
+    squares = torch.stack([gradient.float().square().sum() for gradient in gradients_of(loss, features.values())])
+    norms = mean_across_ranks(squares).sqrt().tolist()
+    if not 0 < max(norms) < math.inf:
+        return {}
+    return {stride: max(norm, SMALLEST_SHARE * max(norms)) for stride, norm in zip(features, norms, strict=True)}
