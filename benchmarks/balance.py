@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What MODEL.KD.BALANCE costs: an iteration that measures gradient ratios beside one that does not.
 
-    benchmarks/balance.py [--pair PAIR] [--methods NAME[+NAME] ...] [--rounds N] [--threads N]
+    benchmarks/balance.py [--pair PAIR] [--methods NAME[+NAME] ...] [--levels] [--rounds N] [--threads N]
 
 Both take turns in one process, round after round. "measurement" is the difference of their medians, "of iteration" what it adds to an
 iteration at the default PERIOD: the difference in the same round, divided by PERIOD and by the iteration without (median, lowest,
@@ -12,6 +12,7 @@ import argparse
 import statistics
 
 from kd_d2.balance import GradientBalance
+from kd_d2.level_balance import LevelBalance
 from measuring import device_name, seconds
 from step import PAIRS, PAST_WARM_UPS, Bench
 
@@ -24,6 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", choices=PAIRS, default="tiny")
     parser.add_argument("--methods", nargs="+", help="methods, joined by + (default all that go with the pair)")
+    parser.add_argument("--levels", action="store_true", help="with MODEL.KD.BALANCE.LEVELS")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -35,7 +37,9 @@ def main() -> None:
     with EventStorage(PAST_WARM_UPS) as storage:
         for method in args.methods or bench.methods():
             without, measuring = bench.step(method), bench.step(method)
-            measuring.model.balance = GradientBalance(target=2.0, period=1)
+            measuring.model.balance = GradientBalance(
+                target=2.0, period=1, levels=LevelBalance(0.9) if args.levels else None
+            )
             pairs = []
             for _ in range(args.rounds + 1):
                 storage.iter += 1

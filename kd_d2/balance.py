@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 from .errors import UserError
-from .gradients import LogAverages, gradient_norm
+from .gradients import LogAverages, gradient_norm, gradients_of, mean_of_processes
 from .inheritance import component_of
 from .level_balance import LevelBalance
 
@@ -105,9 +105,8 @@ class GradientBalance:
             self._last_iteration = iteration
             is_due = self._is_due(iteration)
             due = {n: loss for n, loss in losses.items() if weights[n] > 0 and (is_due or n not in self._averages)}
-            if due and self.levels:
-                self.levels.measure(features, own_loss, due, gated)
-            self._measure(parameters, own_loss, due)
+            if due:
+                self._measure(parameters, own_loss, due, features, gated)
         total, ratios = sum(weights.values()), self.ratios
         self.last_multipliers = {
             name: self._bounded(self.target * weight / total / ratios[name]) if name in ratios else 1.0
@@ -123,11 +122,20 @@ class GradientBalance:
             return iteration & (iteration - 1) == 0  # 0 and the powers of two
         return iteration % self.period == 0
 
-    def _measure(self, parameters: list[nn.Parameter], own_loss: Tensor, losses: Mapping[str, Tensor]) -> None:
+    def _measure(
+        self,
+        parameters: list[nn.Parameter],
+        own_loss: Tensor,
+        losses: Mapping[str, Tensor],
+        features: Mapping[int, Tensor] | None,
+        gated: Mapping[str, Mapping[int, Tensor]] | None,
+    ) -> None:
+        outputs = features if self.levels else {}
+        gradients = gradients_of(own_loss, [*parameters, *outputs.values()])
+        own = mean_of_processes(gradients[: len(parameters)]).norm().item()
+        if self.levels:
+            self.levels.measure(dict(zip(outputs, gradients[len(parameters) :], strict=True)), losses, gated)
         norms = {name: gradient_norm(loss, parameters) for name, loss in losses.items()}
-        if not any(norms.values()):
-            return
-        own = gradient_norm(own_loss, parameters)
         for name, norm in norms.items():
             if 0 < norm < math.inf and 0 < own < math.inf:
                 self._averages.add(name, norm / own)

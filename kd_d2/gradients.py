@@ -37,7 +37,12 @@ def gradients_of(loss: Tensor, tensors: Iterable[Tensor]) -> list[Tensor]:
 
 def loss_gradient(loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:
     """The gradient of a loss in all parameters together (P,), the mean over processes; the graph is kept: see `gradients_of`."""
-    gradient = torch.cat([part.flatten() for part in gradients_of(loss, parameters)])
+    return mean_of_processes(gradients_of(loss, parameters))
+
+
+def mean_of_processes(gradients: Iterable[Tensor]) -> Tensor:
+    """The mean over processes of all gradients together (P,)."""
+    gradient = torch.cat([part.flatten() for part in gradients])
     if comm.get_world_size() > 1:
         torch.distributed.all_reduce(gradient)
         gradient /= comm.get_world_size()

@@ -44,22 +44,20 @@ class LevelBalance:
 
     def measure(
         self,
-        features: Mapping[int, Tensor],
-        own_loss: Tensor,
+        own: Mapping[int, Tensor],
         losses: Mapping[str, Tensor],
         gated: Mapping[str, Mapping[int, Tensor]],
     ) -> None:
         """Set the factors, also for the backward pass of the losses that are given. The same on all processes.
 
         Args:
-            features: the student's neck outputs by stride.
-            own_loss: the sum of the detector's own losses.
+            own: by stride the gradient of the detector's own losses in the neck output.
             losses: by distiller the sum of its losses.
             gated: by distiller what `gated` gave it.
         """
-        own = _norms(own_loss, features)
+        own = _norms(own)
         for name, loss in losses.items():
-            norms = _norms(loss, gated[name])
+            norms = _norms(dict(zip(gated[name], gradients_of(loss, gated[name].values()), strict=True)))
             if own and norms:
                 for stride in norms:
                     self._norms.add((name, stride), norms[stride])
@@ -100,10 +98,10 @@ class _Gated(torch.autograd.Function):
         return gradient * ctx.gate.factor, None
 
 
-def _norms(loss: Tensor, features: Mapping[int, Tensor]) -> dict[int, float]:
-    """By stride the norm of the gradient of all processes' images, at least `SMALLEST_SHARE` of the largest; empty where there is none."""
-    squares = torch.stack([gradient.float().square().sum() for gradient in gradients_of(loss, features.values())])
+def _norms(gradients: Mapping[int, Tensor]) -> dict[int, float]:
+    """The norms over all processes' images, at least `SMALLEST_SHARE` of the largest; empty where there is no gradient."""
+    squares = torch.stack([gradient.float().square().sum() for gradient in gradients.values()])
     norms = mean_across_ranks(squares).sqrt().tolist()
     if not 0 < max(norms) < math.inf:
         return {}
-    return {stride: max(norm, SMALLEST_SHARE * max(norms)) for stride, norm in zip(features, norms, strict=True)}
+    return {stride: max(norm, SMALLEST_SHARE * max(norms)) for stride, norm in zip(gradients, norms, strict=True)}

@@ -162,8 +162,9 @@ def test_levels_have_the_shares_of_the_detectors_gradient() -> None:
     for level in features.values():
         level.requires_grad_()
     gated = levels.gated("A", features)
-    own, loss = 3 * features[8].sum() + 4 * features[16][0, 1].sum(), 12 * gated[8].sum() + 5 * gated[16][0, 0].sum()
-    levels.measure(features, own, {"A": loss, "B": loss * 0}, {"A": gated, "B": gated})
+    own = {8: torch.tensor([3.0]), 16: torch.tensor([0.0, 4.0])}
+    loss = 12 * gated[8].sum() + 5 * gated[16][0, 0].sum()
+    levels.measure(own, {"A": loss, "B": loss * 0}, {"A": gated, "B": gated})
     assert levels.factors("A") == pytest.approx({8: 7.8 / 12, 16: 10.4 / 5}) and levels.factors("B") == {}
     found = torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, list(features.values()))])
     assert found.tolist() == pytest.approx([7.8, 10.4, 0.0])
@@ -174,7 +175,7 @@ def test_levels_have_the_shares_of_the_detectors_gradient() -> None:
     loss = 12 * again[8].sum() + 5 * again[16][0, 0].sum()
     assert torch.autograd.grad(loss, features[8], retain_graph=True)[0].item() == pytest.approx(7.8)
     # own norms 16 / 3 and 1e-9, which counts as 16 / 3000: the geometric means with the first are 4 and sqrt(16 / 750)
-    restored.measure(features, 16 / 3 * features[8].sum() + 1e-9 * features[16][0, 1].sum(), {"A": loss}, {"A": again})
+    restored.measure({8: torch.tensor([16 / 3]), 16: torch.tensor([0.0, 1e-9])}, {"A": loss}, {"A": again})
     small = (16 / 750) ** 0.5
     whole = 13 / math.hypot(4, small)
     assert restored.factors("A") == pytest.approx({8: whole * 4 / 12, 16: whole * small / 5})
