@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from dataclasses import is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from .errors import UserError
@@ -19,14 +19,16 @@ def from_tree(kind: Any, tree: Any, path: str, place: str) -> Any:
 
     Args:
         kind: the type.
-        tree: what json.load returns.
+        tree: what json.load returns; members of a dataclass that have a default may be missing.
         path, place: the file, and what of it the tree is, for messages.
 
     Raises:
         UserError: the tree has other content.
     """
     if is_dataclass(kind):
-        return kind(**members(get_type_hints(kind), tree, path, place))
+        hints, present = get_type_hints(kind), _checked(dict, tree, path, place)
+        optional = {f.name for f in fields(kind) if f.default is not MISSING or f.default_factory is not MISSING}
+        return kind(**members({n: h for n, h in hints.items() if n in present or n not in optional}, tree, path, place))
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is dict:
         entries = _checked(dict, tree, path, place)

@@ -19,16 +19,27 @@ from torch import Tensor, nn
 analyze = functools.partial(run_command, "analyze", "gradients")
 
 
+class Neck(nn.Module):
+    """Two levels of one position, each of which is a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+
+    def forward(self) -> dict[str, Tensor]:
+        return {"p3": self.weight[:1], "p4": self.weight[1:]}
+
+
 class Slopes(nn.Module):
     """Losses that are planes over the backbone's two weights (1, 1), with the slopes of the batch; one is a method's own."""
 
     def __init__(self):
         super().__init__()
         self.student = nn.Module()
-        self.student.backbone = nn.Linear(2, 1, bias=False)
+        self.student.backbone = Neck()
         self.student.head = nn.Linear(2, 1, bias=False)
-        for layer in (self.student.backbone, self.student.head):
-            nn.init.ones_(layer.weight)
+        nn.init.ones_(self.student.head.weight)
+        self.adapter = SimpleNamespace(by_stride=lambda named: {8: named["p3"], 16: named["p4"]})
         self.decoder = nn.Parameter(torch.ones(()))
         self.distillers = {
             "One": SimpleNamespace(
@@ -39,7 +50,7 @@ class Slopes(nn.Module):
 
     def forward(self, batch: dict[str, list[float]]) -> dict[str, Tensor]:
         self.iterations.append(get_event_storage().iter)
-        backbone, head = self.student.backbone.weight[0], self.student.head.weight[0]
+        backbone, head = torch.cat([*self.student.backbone().values()]), self.student.head.weight[0]
         return {
             "loss_cls": backbone @ torch.tensor(batch["cls"]) + 100 * head.sum(),
             "loss_box": backbone @ torch.tensor(batch["box"]),
@@ -67,6 +78,9 @@ def test_gradients_are_means_of_ratios_and_cosines_over_the_shared_parameters() 
     assert one.cosine == pytest.approx((1 - 2 / 40**0.5) / 2)
     for name, loss in (("loss_one_aux_own", 3), ("loss_one_idle", 0)):
         assert (found[name].loss, found[name].norm_ratio, found[name].cosine) == (loss, 0, 0)
+    assert found[DETECTION].levels == pytest.approx({"8": 0.5, "16": 0.5})
+    assert one.levels == pytest.approx({"8": (1 + 6 / 40**0.5) / 2, "16": 2 / 40**0.5 / 2})
+    assert found["loss_one_idle"].levels == {"8": 0.0, "16": 0.0}
     assert model.iterations == [7, 7]
     assert all(p.grad is None and (p == 1).all() for p in model.parameters())
 
@@ -87,6 +101,8 @@ def run(capsys: pytest.CaptureFixture) -> Callable[..., tuple[dict[str, tuple[fl
         analyze(*arguments)
         printed = capsys.readouterr().out
         rows = [line.strip("|").split("|") for line in printed.splitlines() if line.startswith("|")]
+        names = [row[0].strip() for row in rows]
+        rows = rows[: names.index("loss, by stride")]
         numbers = {
             row[0].strip(): row[1:] for row in rows if row[0].strip() not in ("loss", "method") and "--" not in row[0]
         }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Self
@@ -20,7 +21,7 @@ from ..data import build_stream_loader
 from ..engine.checks import check_schedule
 from ..engine.trainer import load_initial_weights
 from ..files import check_output_folder
-from ..gradients import loss_gradient
+from ..gradients import gradients_of, loss_gradient
 from ..meta_arch import KDMetaArch
 from ..report.page import Table
 from .base import Analysis, as_text, check_at_least
@@ -37,11 +38,14 @@ class GradientStats:
         loss: its value.
         norm_ratio: the norm of its gradient over that of the detection loss.
         cosine: of its gradient and that of the detection loss; 0 where it has none.
+        levels: by stride the norm of its gradient in that neck output over the norm in all of them; 0 where it has none.
+            Empty in files of older versions.
     """
 
     loss: float | None
     norm_ratio: float | None
     cosine: float | None
+    levels: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -66,7 +70,8 @@ class GradientAnalysis(Analysis):
     A row per loss, means over training batches: its value; the norm of its gradient in the parameters of the student's neck, which
     all losses share, over that of the detection loss; and the cosine of the two gradients, negative where the method opposes
     the detection loss. A second table has a row per method: the same ratio of its losses together, its WEIGHT, and the WEIGHT
-    with which the method alone would have the ratio MODEL.KD.BALANCE.TARGET at this point of the training.
+    with which the method alone would have the ratio MODEL.KD.BALANCE.TARGET at this point of the training. A third has the share of
+    each level of the neck in a loss's gradient, which MODEL.KD.BALANCE.LEVELS makes those of the detection loss.
 
     The model is a distillation: a config for the student as its training begins (MODEL.WEIGHTS, inheritance), or a run or a
     config with a checkpoint; of a checkpoint of this library the distillers' own layers are loaded too. The batches are the first of
@@ -131,10 +136,16 @@ class GradientAnalysis(Analysis):
             for name, m in self.methods.items()
         ]
         ratio = "gradient norm / detection"
-        return [
+        tables = [
             Table(["loss", "value", ratio, "cosine with detection"], losses),
             Table(["method", ratio, "WEIGHT", f"WEIGHT for {self.target:g}"], methods, "Each method alone."),
         ]
+        strides = next((s.levels for s in self.losses.values()), {})
+        if strides:
+            shares = [[name, *(f"{share:.2f}" for share in s.levels.values())] for name, s in self.losses.items()]
+            title = "Share of each neck output in the gradient's norm."
+            tables.append(Table(["loss, by stride", *strides], shares, title))
+        return tables
 
 
 def build_for_training(distillation: Distillation) -> KDMetaArch:
@@ -172,8 +183,9 @@ def measure_gradients(model: KDMetaArch, batches: Iterable[list[dict]], iteratio
     """
     parameters = shared_parameters(model.student)
     measured: dict[str, list[Tensor]] = {}
+    shares: dict[str, list[Tensor]] = {}
     for batch in batches:
-        with EventStorage(iteration):
+        with EventStorage(iteration), _recorded_features(model) as features:
             losses = model(batch)
         distilled = {name: losses.pop(name) for d in model.distillers.values() for name in d.loss_names}
         detection = sum(losses.values())
@@ -187,4 +199,28 @@ def measure_gradients(model: KDMetaArch, batches: Iterable[list[dict]], iteratio
             ratio = gradient.norm() / reference.norm()
             cosine = F.cosine_similarity(gradient, reference, dim=0)
             measured.setdefault(name, []).append(torch.stack([loss.detach(), ratio, cosine]))
-    return {name: GradientStats(*torch.stack(values).mean(0).tolist()) for name, values in measured.items()}
+            norms = torch.stack([level.norm() for level in gradients_of(loss, features.values())])
+            shares.setdefault(name, []).append(F.normalize(norms, dim=0))
+    return {
+        name: GradientStats(
+            *torch.stack(values).mean(0).tolist(), _by_stride(features, torch.stack(shares[name]).mean(0))
+        )
+        for name, values in measured.items()
+    }
+
+
+@contextlib.contextmanager
+def _recorded_features(model: KDMetaArch) -> Iterator[dict[int, Tensor]]:
+    """The neck outputs by stride of the forward pass of the student within."""
+    features: dict[int, Tensor] = {}
+    record = model.student.backbone.register_forward_hook(
+        lambda _module, _args, named: features.update(model.adapter.by_stride(named))
+    )
+    try:
+        yield features
+    finally:
+        record.remove()
+
+
+def _by_stride(features: dict[int, Tensor], values: Tensor) -> dict[str, float]:
+    return dict(zip(map(str, features), values.tolist(), strict=True))
