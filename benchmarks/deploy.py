@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from kd_d2 import load_config
-from kd_d2.cli.arguments import add_model_argument
+from kd_d2.arguments import add_model_argument
 from kd_d2.cli.overrides import split_overrides
 from kd_d2.engine import KDTrainer
 from kd_d2.errors import exit_on_user_error
