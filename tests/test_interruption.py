@@ -332,6 +332,39 @@ def test_a_rank_without_memory_ends_the_other(tmp_path: Path) -> None:
     assert "error: Rank 1 no longer answers" in done.stderr or "SIGTERM: stopping" in done.stderr
 
 
+@pytest.mark.slow
+def test_torchrun_restarts_a_killed_rank_and_the_training_is_the_same(tmp_path: Path) -> None:
+    """Kill one of two ranks between two checkpoints: the weights at the end are those of a training that nothing happened to."""
+    found = []
+    for name in ("undisturbed", "killed"):
+        project = make_project(tmp_path / name, **{**SHORT, "SOLVER__CHECKPOINT_PERIOD": 3})
+        script, mark = tmp_path / name / "rank.py", tmp_path / name / "mark"
+        if name == "undisturbed":
+            mark.touch()
+        script.write_text(
+            "import os, signal\nfrom kd_d2.cli import main\nfrom kd_d2.engine import KDTrainer\n"
+            "step = KDTrainer.run_step\n"
+            "def killed_once(self):\n"
+            f"    if os.environ['RANK'] == '1' and self.iter == 5 and not os.path.exists({str(mark)!r}):\n"
+            f"        open({str(mark)!r}, 'w').close()\n"
+            "        os.kill(os.getpid(), signal.SIGKILL)\n"
+            "    step(self)\n"
+            "KDTrainer.run_step = killed_once\n"
+            f"main(['train', {str(project.student)!r}, '--resume', 'MODEL.DEVICE', 'cpu'])\n"
+        )
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        done = subprocess.run(
+            [*torchrun, "--max-restarts", "1", str(script)],
+            capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert ("Resuming from" in done.stderr + done.stdout) == (name == "killed")
+        found.append(read_checkpoint(str(project.output / "model_final.pth")))
+    whole, restarted = found
+    assert whole["iteration"] == restarted["iteration"] == 7
+    torch.testing.assert_close(restarted["model"], whole["model"])
+
+
 @pytest.mark.parametrize(("message", "expected"), [
     ("[/a/b.cc:1] Timed out waiting 60ms for recv. See", "Rank 1 no longer answers, having been killed, out of memory, or without progress "
      "for --rank-timeout; rank 0 stops too (Timed out waiting 60ms for recv)"),

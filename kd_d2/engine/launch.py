@@ -90,6 +90,10 @@ def _join_torchrun(timeout: timedelta) -> None:
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
-    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+    store, rank, ranks = next(torch.distributed.rendezvous("env://", timeout=timeout))
+    # torchrun's store may be that of the ranks before a restart, with the addresses of those that are no more.
+    store = torch.distributed.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
     comm.synchronize()
