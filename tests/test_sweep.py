@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from kd_d2 import UserError
 from kd_d2.cli import main
+from kd_d2.files import write_json
 from kd_d2.sweep import SweepOptions, report, run_sweep, runner
 from kd_d2.sweep.costs import measure_costs
 from kd_d2.sweep.matrix import measured_settings, read_matrix
@@ -105,6 +106,23 @@ def test_a_gain_within_the_spread_is_not_better(finished):
     better = next(row for row in build_rows(matrix, results, {}) if row.name == "better")
     assert better.gain == pytest.approx(2.0)
     assert better.is_better is False  # pooled sqrt((1 + 4) / 2) = 1.58
+
+
+def test_a_cell_that_detects_nothing_is_read_and_drawn(finished, tmp_path):
+    """Check AP of NaN, which JSON has as null, in the scores and in the curve."""
+    matrix, output = finished
+    path = result_path(output, "better", 0)
+    with open(path) as file:
+        original = file.read()
+    nothing = {**json.loads(original), "curves": {"bbox/AP": [[1, None], [2, None]], "loss_cls": [[1, 0.5], [2, None]]}}
+    nothing["scores"]["AP"] = None
+    try:
+        write_json(path, nothing)
+        results = read_results(matrix, output)
+        assert "nan" in as_markdown(build_rows(matrix, results, {}))
+        plot_curves(first_curves(matrix, results), str(tmp_path / "curves.png"))
+    finally:
+        write_json(path, json.loads(original))
 
 
 def test_table_texts(finished):
