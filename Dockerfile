@@ -10,11 +10,11 @@
 # CUDA's version is that of the torch wheel in requirements/torch-source.txt; Ubuntu 24.04 has Python 3.12.
 ARG CUDA=13.0.2
 ARG UBUNTU=ubuntu24.04
-# Tags of base images can change. To pin them by content, which was not possible where this file was written:
+# The base images by content, since tags can change. A digest counts more than its tag: another CUDA or UBUNTU needs its own, or empty ones.
 #   docker buildx imagetools inspect nvidia/cuda:13.0.2-devel-ubuntu24.04 --format '{{.Manifest.Digest}}', and the same of -base-
 #   docker build --build-arg DEVEL_DIGEST=@sha256:... --build-arg BASE_DIGEST=@sha256:... -t kd_d2 .
-ARG DEVEL_DIGEST=
-ARG BASE_DIGEST=
+ARG DEVEL_DIGEST=@sha256:5dc1bca23d05bd37b011be68ec470c03b403a5da07ec3a86e41af9470e9d0cc6
+ARG BASE_DIGEST=@sha256:2ab6381d970b211fb93853796dc6707eb8a72575a375c422b17cf4d8b2641701
 
 FROM nvidia/cuda:${CUDA}-devel-${UBUNTU}${DEVEL_DIGEST} AS build
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
