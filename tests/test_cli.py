@@ -261,3 +261,16 @@ def test_an_evaluation_leaves_the_configs_of_the_training(tmp_path: Path) -> Non
     run_command("eval", "--model", project.output, "INPUT.MIN_SIZE_TEST", 48)
     assert (project.output / "eval.json").is_file()
     assert {name: (project.output / name).read_text() for name in names} == before
+
+
+def test_in_a_fresh_process_reading_a_config_registers_its_detector(tmp_path: Path) -> None:
+    """Check that reading needs no detector, and that the package's own function leaves none to be registered."""
+    program = """
+import sys
+from kd_d2.config import load_config
+from detectron2.modeling import META_ARCH_REGISTRY
+assert load_config(sys.argv[1]).MODEL.META_ARCHITECTURE not in META_ARCH_REGISTRY
+from kd_d2 import load_config
+assert load_config(sys.argv[1]).MODEL.META_ARCHITECTURE in META_ARCH_REGISTRY
+"""
+    subprocess.run([sys.executable, "-c", program, make_project(tmp_path).student], check=True, cwd=ROOT)
