@@ -1,9 +1,11 @@
 """What the GPU's kernels ask of a GPU, read from what Triton's compiler makes of them on a machine without one."""
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,3 +59,38 @@ def test_kernels_keep_to_registers(kernel: str, architecture: int, tmp_path: Pat
         resources = _resources(kernel, architecture, dtype, tmp_path)
         print(kernel, architecture, dtype, resources)
         assert resources["REG"] <= REGISTERS and resources["STACK"] <= STACK, (dtype, resources)
+
+
+TRITON = """
+import sys, torch
+from kd_d2.losses import ssim_chunks, ssim_triton
+torch.manual_seed(0)
+for shape, window, offset, dtype, layout in (
+    ((1, 1, 17, 35), 11, 0.0, torch.float32, torch.contiguous_format),
+    ((2, 2, 7, 10), 13, 100.0, torch.float32, torch.contiguous_format),
+    ((1, 2, 9, 34), 5, -3.0, torch.float32, torch.channels_last),
+    ((1, 1, 9, 20), 11, 0.0, torch.bfloat16, torch.contiguous_format),
+):
+    student = (torch.rand(shape) + offset).to(dtype, memory_format=layout)
+    teacher = (0.7 * student.float() + 0.3 * (torch.rand(shape) + offset)).to(dtype)
+    results = []
+    for module in (ssim_triton, ssim_chunks):
+        gradient = torch.empty_like(student)
+        loss = module.loss_and_gradient(student, teacher, window, 1.0, gradient)
+        assert module.loss_and_gradient(student, teacher, window, 1.0, None) == loss
+        results.append((loss, gradient))
+    (loss, gradient), (expected, reference) = results
+    assert abs(loss - expected) < 1e-6, (shape, loss, expected)
+    error = (gradient - reference).double().norm() / reference.double().norm()
+    assert error < (1e-5 if dtype == torch.float32 else 1e-2), (shape, error)
+print("equal")
+"""
+
+
+def test_triton_kernels_on_its_interpreter() -> None:
+    """Check the GPU's kernels, run on the CPU by Triton's interpreter, against the chunks: shapes, windows, layouts, types."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", TRITON], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.stdout.strip() == "equal", result.stderr
