@@ -130,12 +130,15 @@ class GradientBalance:
         features: Mapping[int, Tensor] | None,
         gated: Mapping[str, Mapping[int, Tensor]] | None,
     ) -> None:
+        norms = {name: gradient_norm(loss, parameters) for name, loss in losses.items()}
+        if not any(norms.values()):  # as in every iteration before a method's first gradient
+            return
         outputs = features if self.levels else {}
         gradients = gradients_of(own_loss, [*parameters, *outputs.values()])
         own = mean_of_processes(gradients[: len(parameters)]).norm().item()
         if self.levels:
             self.levels.measure(dict(zip(outputs, gradients[len(parameters) :], strict=True)), losses, gated)
-        norms = {name: gradient_norm(loss, parameters) for name, loss in losses.items()}
+            norms = {name: gradient_norm(loss, parameters) for name, loss in losses.items()}
         for name, norm in norms.items():
             if 0 < norm < math.inf and 0 < own < math.inf:
                 self._averages.add(name, norm / own)

@@ -118,6 +118,15 @@ def test_an_own_gradient_that_says_nothing_is_passed_over(slopes: Slopes, own: t
     assert scaled.ratios == {"A": 1.0}
 
 
+def test_the_own_gradient_is_taken_only_where_a_distiller_has_one(slopes: Slopes) -> None:
+    """Check that the detector's backward pass does not run in every iteration before a distiller's first gradient."""
+    scaled, own, passes = balance(), slopes.loss(3, 4), []
+    own.register_hook(passes.append)
+    for iteration, loss in enumerate((slopes.loss(0, 0), torch.zeros(()), slopes.loss(0, 10))):
+        scaled.multipliers(iteration, slopes.parameters, own, {"A": loss})
+        assert len(passes) == (iteration == 2)
+
+
 def test_one_measurement_an_iteration(slopes: Slopes) -> None:
     """The second part of an accumulated batch has the multipliers of the first."""
     scaled = balance()

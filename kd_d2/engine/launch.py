@@ -91,7 +91,7 @@ def _join_torchrun(timeout: timedelta) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
     store, rank, ranks = next(torch.distributed.rendezvous("env://", timeout=timeout))
-    # torchrun's store may be that of the ranks before a restart, with the addresses of those that are no more.
+    # After a restart torchrun may reuse its store, which still has the addresses of the old ranks.
     store = torch.distributed.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)

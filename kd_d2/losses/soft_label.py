@@ -33,5 +33,5 @@ def soft_label_loss(
     if focus:
         divergence = divergence * (student.detach().sigmoid() - target).abs() ** focus
     if weight is not None:
-        divergence = divergence * weight
+        divergence = divergence * weight.detach()
     return divergence.sum() * temperature**2
