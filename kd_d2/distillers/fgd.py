@@ -17,6 +17,7 @@ from ..losses.focal import attended_square
 from .adaptation import Adaptation, AdaptationLayers
 from .base import DISTILLER_REGISTRY, Distiller, Losses, in_float32
 from .pair import Pair
+from .pointwise import pointwise
 
 OUTSIDE = -1e4
 """Coordinates in pixels that pad an image's boxes: no position is there."""
@@ -137,8 +138,9 @@ class ContextBlock(nn.Module):
 
     def context(self, x_BCHW: Tensor) -> Tensor:
         """What is added at every position, (B, C)."""
-        share_BL1 = self.attention(x_BCHW).flatten(2).softmax(2).transpose(1, 2)
-        return self.transform((x_BCHW.flatten(2) @ share_BL1)[..., 0])
+        x_BCL = x_BCHW.flatten(2)
+        share_BL1 = pointwise(self.attention, x_BCL).softmax(2).transpose(1, 2)
+        return self.transform((x_BCL @ share_BL1)[..., 0])
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return x_BCHW + self.context(x_BCHW)[..., None, None]

@@ -18,6 +18,7 @@ from .adaptation import Adaptation, AdaptationLayers
 from .base import DISTILLER_REGISTRY, Distiller, Losses, in_float32
 from .matching import levels_by_stride
 from .pair import Pair
+from .pointwise import pointwise
 
 SQUARE_EPS = 1e-24
 """Below it a squared distance counts as none, and has no gradient."""
@@ -147,7 +148,7 @@ class FKD(Distiller):
     @in_float32
     def relation_distance(self, student_BCHW: Tensor, teacher_BCHW: Tensor, stride: str) -> Tensor:
         """The relations' distance."""
-        ours = _pointwise(self.relation_adaptation[stride], self.student_relations[stride](student_BCHW).flatten(2))
+        ours = pointwise(self.relation_adaptation[stride], self.student_relations[stride](student_BCHW).flatten(2))
         return self.norm_of_images(ours - self.teacher_relations[stride](teacher_BCHW).flatten(2))
 
 
@@ -187,15 +188,9 @@ class NonLocalBlock(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         x_BCL = x_BCHW.flatten(2)
-        phi_BDL, g_BDL = (_pointwise(layer, x_BCL) for layer in (self.phi, self.g))
+        phi_BDL, g_BDL = (pointwise(layer, x_BCL) for layer in (self.phi, self.g))
         # <theta, phi> g = theta (phi g): the matrix of all pairs of positions is never made, nor theta's map.
         related_BDD = g_BDL @ phi_BDL.transpose(1, 2) / phi_BDL.shape[-1]
         weight_BDC = related_BDD @ self.theta.weight.flatten(1)
         gathered_BDL = torch.baddbmm(related_BDD @ self.theta.bias[:, None], weight_BDC, x_BCL)
-        return x_BCHW + _pointwise(self.out, gathered_BDL).view_as(x_BCHW)
-
-
-def _pointwise(layer: nn.Conv2d, x_BCL: Tensor) -> Tensor:
-    """A convolution of one cell as a product of matrices, which is faster on small maps."""
-    weight_BDC = layer.weight.flatten(1).expand(len(x_BCL), -1, -1)
-    return torch.baddbmm(layer.bias[:, None], weight_BDC, x_BCL)
+        return x_BCHW + pointwise(self.out, gathered_BDL).view_as(x_BCHW)
