@@ -427,7 +427,8 @@ def test_images_whose_names_may_mean_several_files(coco: Set) -> None:
         shutil.copy(coco.images / "000.png", coco.images / folder / "same.png")
     coco.change(_set("images", 0, file_name="c/Same.png"))
     assert coco.sentence() == (
-        f"The image c/Same.png may be a/same.png or b/same.png in {coco.images}: write the one that is meant as its file name."
+        f"The image c/Same.png may be a/same.png or b/same.png in {coco.images}: write the one that is meant as its "
+        "file name, or take the other away."
     )
     coco.change(_set("images", 0, file_name="export/b/Same.png"))
     assert coco.check().repairs == [

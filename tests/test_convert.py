@@ -559,6 +559,21 @@ def test_a_list_of_names_in_place_of_a_yaml(tmp_path: Path) -> None:
     assert [category["name"] for category in tree["categories"]] == ["cat", "dog"]
 
 
+def test_names_of_the_darknet_export_of_roboflow(tmp_path: Path) -> None:
+    """Check that each split has its own list of names, and that lists that differ are refused."""
+    root = tmp_path / "set"
+    for split in ("train", "valid"):
+        picture(root / split / "a.jpg")
+        text(root / split / "a.txt", "1 0.5 0.5 0.5 0.2")
+        text(root / split / "_darknet.labels", "cat\ndog")
+    train, valid = run(root).values()
+    assert boxes(train) == boxes(valid) == {"a": [("dog", [10, 12, 20, 6])]}
+    text(root / "valid" / "_darknet.labels", "dog\ncat")
+    assert refusal(root) == (
+        "IN: train/_darknet.labels and valid/_darknet.labels have other classes: convert the folder of one data set."
+    )
+
+
 # -------------------------------------------------------------------------- LabelMe, CVAT, Open Images, COCO
 
 
@@ -667,12 +682,14 @@ def test_open_images(tmp_path: Path) -> None:
     assert refusal(root).startswith("train-annotations-bbox.csv: its line 2 is no box (could not convert")
 
 
-def test_a_coco_export_of_roboflow(tmp_path: Path) -> None:
-    """Check that the placeholder category goes, and that splits with images of the same name are kept apart."""
+@pytest.mark.parametrize("project", ["cells", "RBC"])
+def test_a_coco_export_of_roboflow(tmp_path: Path, project: str) -> None:
+    """Check that the placeholder category goes, also where it has the name of the only class, and that splits with images of the
+    same name are kept apart."""
     root = tmp_path / "set"
     categories = [
-        {"id": 0, "name": "cells", "supercategory": "none"},
-        {"id": 1, "name": "RBC", "supercategory": "cells"},
+        {"id": 0, "name": project, "supercategory": "none"},
+        {"id": 1, "name": "RBC", "supercategory": project},
     ]
     for split in ("train", "valid"):
         picture(root / split / "a.jpg")
@@ -685,6 +702,39 @@ def test_a_coco_export_of_roboflow(tmp_path: Path) -> None:
         ("train", str(root / "train"), {"RBC": 1}),
         ("valid", str(root / "valid"), {"RBC": 1}),
     ]
+
+
+def test_a_coco_file_twice(tmp_path: Path) -> None:
+    """Check that a second file of a split is left out where it says the same, and refused otherwise."""
+    written = Written(tmp_path)
+    as_coco(written)
+    copy = written.root / "images" / "_annotations.coco.json"
+    text(copy, (written.root / "annotations" / "instances.json").read_text())
+    assert boxes(run(written.root)["all"]) == boxes(written.tree)
+    assert notes(written.root) == ["json files left out that repeat another (1)"]
+    text(copy, json.dumps({**written.tree, "annotations": []}))
+    assert refusal(written.root).startswith(
+        "IN: IN_FOLDER has several COCO files of the split all, the second is images/"
+    )
+
+
+def test_images_that_a_coco_file_lacks(tmp_path: Path) -> None:
+    """Check that --drop-broken leaves them out with their boxes, and that some image must be there."""
+    written = Written(tmp_path)
+    as_coco(written)
+    absent = written.tree["images"][0]
+    (written.root / "images" / absent["file_name"]).unlink()
+    assert refusal(written.root) == (
+        f"annotations/instances.json: 1 of 6 images are not in images, the first is {absent['file_name']}; name the folder that "
+        "holds them, or leave them out with --drop-broken."
+    )
+    rest = {stem: found for stem, found in boxes(written.tree).items() if stem != Path(absent["file_name"]).stem}
+    assert boxes(run(written.root, drop_broken=True)["all"]) == rest
+    assert notes(written.root, drop_broken=True) == ["images left out that are not there (1)"]
+    for image in written.tree["images"][1:]:
+        (written.root / "images" / image["file_name"]).unlink()
+    picture(written.root / "images" / "other.jpg")
+    assert "6 of 6 images are not in images" in refusal(written.root, drop_broken=True)
 
 
 # ------------------------------------------------------------------------------------------ any format
@@ -759,7 +809,7 @@ def test_options_that_are_wrong(tmp_path: Path, capsys: pytest.CaptureFixture) -
     [
         ("yolo", {"first_pixel": 0}, "--first-pixel changes nothing for YOLO: leave it out."),
         ("cvat", {"difficult": "drop"}, "--difficult changes nothing for CVAT for images: leave it out."),
-        ("coco", {"drop_broken": True}, "--drop-broken changes nothing for COCO: leave it out."),
+        ("coco", {"difficult": "drop"}, "--difficult changes nothing for COCO: leave it out."),
         (
             "voc",
             {"unlabelled": "keep", "drop_broken": True},

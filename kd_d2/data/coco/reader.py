@@ -20,6 +20,10 @@ LONGEST_CLASS_NAME = 200
 BACKGROUND = ("background", "__background__", "_background_", "bg")
 
 
+class MissingImagesError(UserError):
+    """Images of an annotation file are not on disk."""
+
+
 @dataclass
 class CocoData:
     """An annotation file in clean form.
@@ -42,7 +46,13 @@ class CocoData:
 
 
 def read_coco(
-    path: str, image_folder: str, *, annotated: bool = True, masks: bool = False, boxes: str = "xywh"
+    path: str,
+    image_folder: str,
+    *,
+    annotated: bool = True,
+    masks: bool = False,
+    boxes: str = "xywh",
+    drop_missing: bool = False,
 ) -> CocoData:
     """Read an annotation file in COCO's format as tools write it.
 
@@ -52,19 +62,28 @@ def read_coco(
         annotated: False for images alone: annotations need not be there and are not looked at.
         masks: whether segmentations are needed; otherwise they do not matter.
         boxes: the form of its boxes, one of BOX_FORMATS.
+        drop_missing: whether images that are not on disk are left out, as long as one is.
 
     Raises:
-        UserError: not json, not COCO's format, no images, references to what is not there, images that are not on disk, or boxes
-            in another form.
+        MissingImagesError: images are not on disk.
+        UserError: not json, not COCO's format, no images, references to what is not there, or boxes in another form.
     """
     repairs = Repairs(path)
     raw = _read_tree(path, annotated, repairs)
     image_ids = Ids(path, "images", raw["images"], repairs)
-    images = _read_images(path, image_folder, raw["images"], image_ids, repairs)
+    images, missing = _read_images(path, image_folder, raw["images"], image_ids, repairs)
+    if missing and not (images and drop_missing):
+        raise MissingImagesError(
+            f"{path}: {len(missing)} of {len(raw['images'])} images are not in {image_folder}, the first is "
+            f"{next(iter(missing.values()))}; name the folder that holds them."
+        )
+    for name in missing.values():
+        repairs.add("images left out that are not there", name)
+    entries = [a for a in raw["annotations"] if image_ids.find(a.get("image_id")) not in missing]
     categories, category_ids = _read_categories(path, raw["categories"], repairs)
     reader = Annotations(path, {image["id"]: image for image in images}, image_ids, category_ids, repairs)
-    annotations = reader.read(raw["annotations"], masks=masks, boxes=boxes)
-    categories = _without_placeholders(categories, {a["category_id"] for a in annotations}, repairs)
+    annotations = reader.read(entries, masks=masks, boxes=boxes)
+    categories = _classes(path, categories, {a["category_id"] for a in annotations}, repairs)
     if annotated and not categories:
         raise UserError(f"{path} has no categories: name the classes in its list 'categories'.")
     tree = {**raw, "images": images, "annotations": annotations, "categories": categories}
@@ -82,7 +101,7 @@ def read_categories(path: str) -> list[Entry]:
     raw = _read_tree(path, True, repairs)
     categories, ids = _read_categories(path, raw["categories"], repairs)
     used = {ids.find(annotation.get("category_id")) for annotation in raw["annotations"]}
-    return _without_placeholders(categories, used, repairs)
+    return _classes(path, categories, used, repairs)
 
 
 def read_json_bytes(path: str) -> tuple[Any, bool]:
@@ -118,9 +137,12 @@ def _read_tree(path: str, annotated: bool, repairs: Repairs) -> dict[str, Any]:
     return tree
 
 
-def _read_images(path: str, folder: str, entries: list[Entry], ids: Ids, repairs: Repairs) -> list[Entry]:
+def _read_images(
+    path: str, folder: str, entries: list[Entry], ids: Ids, repairs: Repairs
+) -> tuple[list[Entry], dict[int, str]]:
+    """The images that are there, and the names of those that are not by id."""
     finder = ImageFinder(folder)
-    images, missing = [], []
+    images, missing = [], {}
     user_of: dict[str, str] = {}
     for entry in entries:
         name = entry.get("file_name") or entry.get("coco_url")
@@ -128,7 +150,7 @@ def _read_images(path: str, folder: str, entries: list[Entry], ids: Ids, repairs
             raise UserError(f"{path}: an image has no 'file_name': {str(entry)[:120]}.")
         found = finder.find(name)
         if found is None:
-            missing.append(name)
+            missing[ids.find(entry["id"])] = name
             continue
         if found != entry.get("file_name"):
             repairs.add("images found under another name", f"{name} is {found}")
@@ -136,14 +158,9 @@ def _read_images(path: str, folder: str, entries: list[Entry], ids: Ids, repairs
             raise UserError(f"{path}: the images {user_of[found]} and {name} both seem to be {found} in {folder}.")
         user_of[found] = name
         images.append({**entry, "id": ids.find(entry["id"]), "file_name": found})
-    if missing:
-        raise UserError(
-            f"{path}: {len(missing)} of {len(entries)} images are not in {folder}, the first is {missing[0]}; name the folder "
-            "that holds them."
-        )
     for image in images:
         _complete_size(image, folder, repairs)
-    return images
+    return images, missing
 
 
 def _complete_size(image: Entry, folder: str, repairs: Repairs) -> None:
@@ -173,16 +190,22 @@ def _read_categories(path: str, entries: list[Entry], repairs: Repairs) -> tuple
                 f"({label(name)}); rename it."
             )
         categories.append({**entry, "id": ids.find(entry["id"]), "name": name})
+    in_order = [category["id"] for category in categories] == sorted(category["id"] for category in categories)
+    return categories if in_order else sorted(categories, key=lambda category: category["id"]), ids
+
+
+def _classes(path: str, categories: list[Entry], used: set[int | None], repairs: Repairs) -> list[Entry]:
+    """The categories that are classes, each of another name; `used` are the ids that have boxes."""
+    classes = _without_placeholders(categories, used, repairs)
     id_of: dict[str, int] = {}
-    for category in categories:
+    for category in classes:
         if category["name"] in id_of:
             raise UserError(
                 f"{path}: the categories {id_of[category['name']]} and {category['id']} have the same name {category['name']!r}; "
                 "rename one, or give its annotations the other's id."
             )
         id_of[category["name"]] = category["id"]
-    in_order = [category["id"] for category in categories] == sorted(category["id"] for category in categories)
-    return categories if in_order else sorted(categories, key=lambda category: category["id"]), ids
+    return classes
 
 
 def _without_placeholders(categories: list[Entry], used: set[int | None], repairs: Repairs) -> list[Entry]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+from filecmp import cmp
 
 from ...errors import UserError
 from ..coco import read_coco, read_json_bytes
-from ..coco.reader import LISTS
+from ..coco.reader import LISTS, MissingImagesError
 from .source import SPLIT, WHOLE, Source
 from .trees import Split
 
@@ -23,22 +24,29 @@ def read_splits(source: Source) -> dict[str, Split]:
         UserError: a file is refused by `read_coco`, or two are of one split.
     """
     splits: dict[str, Split] = {}
+    file_of: dict[str, str] = {}
     for file in source.having(".json"):
         if not _is_coco(source, file):
             source.note("json files left out that are not COCO's", file)
             continue
         split = _split_of(source, file)
+        if split in splits and cmp(source.path(file), source.path(file_of[split]), shallow=False):
+            source.note("json files left out that repeat another", f"{file} is {file_of[split]}")
+            continue
         if split in splits:
             raise UserError(
                 f"IN: {source.folder} has several COCO files of the split {split}, the second is {file}: convert the folder of one "
                 "data set, or name the file in DATASETS.COCO_JSON."
             )
         folder = _image_folder(source, file, split)
-        data = read_coco(source.path(file), folder)
+        try:
+            data = read_coco(source.path(file), folder, drop_missing=source.options.drop_broken)
+        except MissingImagesError as error:
+            raise UserError(f"{str(error).rstrip('.')}, or leave them out with --drop-broken.") from error
         for kind, count in data.repairs.counts.items():
             for _ in range(count):
                 source.note(kind, f"{file}, {data.repairs.examples[kind]}")
-        splits[split] = Split(data.tree, folder)
+        splits[split], file_of[split] = Split(data.tree, folder), file
     return splits
 
 

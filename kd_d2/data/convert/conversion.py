@@ -164,6 +164,11 @@ def _config(splits: dict[str, SplitFile]) -> str:
     ]
     classes = max(len(split.boxes) for split in splits.values())
     return (
-        "\n".join([*lines, f"# {classes} classes: NUM_CLASSES of the detector, such as MODEL.RETINANET.NUM_CLASSES"])
+        "\n".join(
+            [
+                *lines,
+                f"# {classes} class{'es' if classes > 1 else ''}: NUM_CLASSES of the detector, such as MODEL.RETINANET.NUM_CLASSES",
+            ]
+        )
         + "\n"
     )

@@ -45,7 +45,7 @@ FORMATS = {
     "labelme": _through_globox("LabelMe", labelme, "difficult"),
     "cvat": _through_globox("CVAT for images", cvat),
     "openimages": _through_globox("Open Images", open_images),
-    "coco": Format("COCO", coco_files.recognizes, coco_files.read_splits, frozenset({"val_share"})),
+    "coco": Format("COCO", coco_files.recognizes, coco_files.read_splits, frozenset({"drop_broken", "val_share"})),
 }
 
 

@@ -12,7 +12,7 @@ from ..coco.ids import whole_number
 from .labels import REMEDY
 from .source import Source
 
-NAME_LISTS = ("classes.txt", "obj.names", "predefined_classes.txt")
+NAME_LISTS = ("classes.txt", "obj.names", "predefined_classes.txt", "_darknet.labels")
 YAML_SPLITS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
 
 
@@ -55,13 +55,28 @@ def read_description(source: Source) -> Description:
         )
     if described:
         return _from_yaml(source, *described[0])
-    for file in source.files:
-        if os.path.basename(file) in NAME_LISTS:
-            lines = [line.strip() for line in source.read_text(file).splitlines()]
-            return _checked(source, Description(file, {number: line for number, line in enumerate(lines) if line}))
+    lists = [file for file in source.files if os.path.basename(file) in NAME_LISTS]
+    if lists:
+        return _from_lists(source, lists)
     raise UserError(
         f"IN: {source.folder} has no data.yaml with the names of the classes: write one, such as 'names: [cat, dog]'."
     )
+
+
+def _from_lists(source: Source, files: list[str]) -> Description:
+    """The first list of names; others of the same file name, such as each split's own, must have the same."""
+    first = files[0]
+    names = _lines(source, first)
+    for other in files[1:]:
+        if os.path.basename(other) == os.path.basename(first) and _lines(source, other) != names:
+            raise UserError(
+                f"IN: {source.path(first)} and {source.path(other)} have other classes: convert the folder of one data set."
+            )
+    return _checked(source, Description(first, {number: name for number, name in enumerate(names) if name}))
+
+
+def _lines(source: Source, file: str) -> list[str]:
+    return [line.strip() for line in source.read_text(file).rstrip().splitlines()]
 
 
 def _read_yaml(source: Source, file: str) -> dict[str, Any]:
