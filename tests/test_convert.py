@@ -627,7 +627,9 @@ def test_hostile_names_of_images(tmp_path: Path) -> None:
         root = labelme_of(tmp_path, imagePath=name)
         (root / "a.json").rename(root / "b.json")
         sentence = refusal(root)
-        assert sentence.startswith("b.json: its image ") and sentence.endswith(" is not in IN_FOLDER.")
+        assert sentence.startswith("b.json: its image ") and sentence.endswith(
+            " is not in IN_FOLDER: correct it, or leave out what cannot be read with --drop-broken."
+        )
 
 
 def cvat_of(tmp_path: Path, shapes: str, image: str = 'name="a.jpg"', more: str = "") -> Path:
@@ -650,7 +652,7 @@ def test_shapes_and_subsets_of_cvat(tmp_path: Path) -> None:
         ('<box label="b" xtl="1" ytl="2" xbr="5"/>', {}, "annotations.xml: the image a.jpg, its shape 1 is no box (Syntax error in CVAT"),
         ('<box label="b" xtl="1" ytl="2" xbr="5" ybr="6" rotation="12.5"/>', {}, "annotations.xml: the image a.jpg, its shape 1 is a rotated box"),
         ('<polygon label="b" points="1,2;3"/>', {}, "annotations.xml: the image a.jpg, its shape 1 is no box"),
-        ("", {"image": 'name="../b.jpg"'}, "annotations.xml: its image ../b.jpg is not in IN_FOLDER."),
+        ("", {"image": 'name="../b.jpg"'}, "annotations.xml: its image ../b.jpg is not in IN_FOLDER: correct it, or leave out what"),
         ("", {"more": "<track/>"}, "annotations.xml has tracks of a video: export the task as 'CVAT for images'."),
         ('<box label="b" xtl="1" ytl="2" xbr="5" ybr="6"/>', {"image": 'name="a.jpg" subset="../../x"'}, "IN: a split is called '../../x'; it must be a name"),
     ],
@@ -734,7 +736,17 @@ def test_images_that_a_coco_file_lacks(tmp_path: Path) -> None:
     for image in written.tree["images"][1:]:
         (written.root / "images" / image["file_name"]).unlink()
     picture(written.root / "images" / "other.jpg")
-    assert "6 of 6 images are not in images" in refusal(written.root, drop_broken=True)
+    sentence = refusal(written.root, drop_broken=True)
+    assert "6 of 6 images are not in images" in sentence and sentence.endswith("; name the folder that holds them.")
+
+
+def test_a_coco_file_with_images_in_two_folders(tmp_path: Path) -> None:
+    """Check that images beside the file count too, where its folder `images` has only some of them."""
+    written = Written(tmp_path)
+    for number, image in enumerate(written.tree["images"]):
+        written.put(image, "train/images" if number % 2 else "train")
+    text(written.root / "train" / "_annotations.coco.json", json.dumps(written.tree))
+    assert boxes(run(written.root)["train"]) == boxes(written.tree)
 
 
 # ------------------------------------------------------------------------------------------ any format

@@ -21,7 +21,15 @@ BACKGROUND = ("background", "__background__", "_background_", "bg")
 
 
 class MissingImagesError(UserError):
-    """Images of an annotation file are not on disk."""
+    """Images of an annotation file are not on disk.
+
+    Attributes:
+        found: how many are.
+    """
+
+    def __init__(self, message: str, found: int):
+        super().__init__(message)
+        self.found = found
 
 
 @dataclass
@@ -75,7 +83,8 @@ def read_coco(
     if missing and not (images and drop_missing):
         raise MissingImagesError(
             f"{path}: {len(missing)} of {len(raw['images'])} images are not in {image_folder}, the first is "
-            f"{next(iter(missing.values()))}; name the folder that holds them."
+            f"{next(iter(missing.values()))}; name the folder that holds them.",
+            found=len(images),
         )
     for name in missing.values():
         repairs.add("images left out that are not there", name)

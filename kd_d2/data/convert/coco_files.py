@@ -7,7 +7,7 @@ import re
 from filecmp import cmp
 
 from ...errors import UserError
-from ..coco import read_coco, read_json_bytes
+from ..coco import CocoData, read_coco, read_json_bytes
 from ..coco.reader import LISTS, MissingImagesError
 from .source import SPLIT, WHOLE, Source
 from .trees import Split
@@ -38,16 +38,29 @@ def read_splits(source: Source) -> dict[str, Split]:
                 f"IN: {source.folder} has several COCO files of the split {split}, the second is {file}: convert the folder of one "
                 "data set, or name the file in DATASETS.COCO_JSON."
             )
-        folder = _image_folder(source, file, split)
-        try:
-            data = read_coco(source.path(file), folder, drop_missing=source.options.drop_broken)
-        except MissingImagesError as error:
-            raise UserError(f"{str(error).rstrip('.')}, or leave them out with --drop-broken.") from error
+        data, folder = _read(source, file, split)
         for kind, count in data.repairs.counts.items():
             for _ in range(count):
                 source.note(kind, f"{file}, {data.repairs.examples[kind]}")
         splits[split], file_of[split] = Split(data.tree, folder), file
     return splits
+
+
+def _read(source: Source, file: str, split: str) -> tuple[CocoData, str]:
+    """A file with the first folder that has all of its images; with --drop-broken the one that has most of them."""
+    path = source.path(file)
+    errors: dict[str, MissingImagesError] = {}
+    for folder in _image_folders(source, file, split):
+        try:
+            return read_coco(path, folder), folder
+        except MissingImagesError as error:
+            errors[folder] = error
+    folder = max(errors, key=lambda folder: errors[folder].found)
+    if not errors[folder].found:
+        raise errors[folder]
+    if not source.options.drop_broken:
+        raise UserError(f"{str(errors[folder]).rstrip('.')}, or leave them out with --drop-broken.") from errors[folder]
+    return read_coco(path, folder, drop_missing=True), folder
 
 
 def _is_coco(source: Source, file: str) -> bool:
@@ -64,8 +77,8 @@ def _split_of(source: Source, file: str) -> str:
     return named[0] if named else source.split_of(file)
 
 
-def _image_folder(source: Source, file: str, split: str) -> str:
-    """Of the folders where tools put images the first that has an image."""
+def _image_folders(source: Source, file: str, split: str) -> list[str]:
+    """Of the folders where tools put images those that have an image, the likeliest first."""
     beside = os.path.dirname(file)
     above = os.path.dirname(beside)
     names = [part for part in (split, "images") if part != WHOLE]
@@ -73,7 +86,9 @@ def _image_folder(source: Source, file: str, split: str) -> str:
         os.path.join(above, "images", split),
         *(os.path.join(place, n) for place in (beside, above) for n in names),
     ]
-    for place in [*places, beside, above]:
-        if any(image.startswith(os.path.join(place, "")) for image in source.images):
-            return source.path(place) if place else source.folder
-    return source.folder
+    found = [
+        source.path(place) if place else source.folder
+        for place in [*places, beside, above]
+        if any(image.startswith(os.path.join(place, "")) for image in source.images)
+    ]
+    return list(dict.fromkeys(found or [source.folder]))

@@ -51,7 +51,7 @@ def _read_image(source: Source, file: str, node: Element) -> LabelledImage:
     path, name = source.path(file), node.get("name") or ""
     image = source.find_image(name, file) if name else None
     if image is None:
-        raise UserError(f"{path}: its image {name or '(no name)'} is not in {source.folder}.")
+        raise UserError(f"{path}: its image {name or '(no name)'} is not in {source.folder}: {REMEDY}.")
     boxes: list[LabelledBox] = []
     for number, shape in enumerate(node, 1):
         where = f"{path}: the image {name}, its shape {number}"

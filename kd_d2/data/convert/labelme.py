@@ -9,7 +9,7 @@ from typing import Any
 from ...errors import UserError
 from ..coco import read_json_bytes
 from ..coco.ids import whole_number
-from .labels import LabelledBox, LabelledImage, Labels, Size, read_box
+from .labels import REMEDY, LabelledBox, LabelledImage, Labels, Size, read_box
 from .source import Source
 
 SHAPES = ("rectangle", "polygon", "mask")
@@ -58,7 +58,7 @@ def _read_image(source: Source, file: str, tree: dict[str, Any]) -> LabelledImag
     stem = os.path.splitext(os.path.basename(file))[0]
     image = (source.find_image(name, file) if name else None) or source.find_image(stem, file)
     if image is None:
-        raise UserError(f"{path}: its image {name or '(no imagePath)'} is not in {source.folder}.")
+        raise UserError(f"{path}: its image {name or '(no imagePath)'} is not in {source.folder}: {REMEDY}.")
     boxes: list[LabelledBox] = []
     group_of: dict[tuple[str, str], LabelledBox] = {}
     for number, shape in enumerate(tree["shapes"], 1):

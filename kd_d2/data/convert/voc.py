@@ -10,7 +10,7 @@ from xml.etree.ElementTree import Element
 
 from ...errors import UserError
 from ..coco.ids import whole_number
-from .labels import LabelledBox, LabelledImage, Labels, Size, read_box
+from .labels import REMEDY, LabelledBox, LabelledImage, Labels, Size, read_box
 from .source import Source
 
 
@@ -82,7 +82,7 @@ def _read_image(source: Source, file: str) -> LabelledImage:
         )
     image = by_name or by_stem
     if image is None:
-        raise UserError(f"{path}: its image {name or '(no filename)'} is not in {source.folder}.")
+        raise UserError(f"{path}: its image {name or '(no filename)'} is not in {source.folder}: {REMEDY}.")
     boxes: list[LabelledBox] = []
     for number, node in enumerate(root.findall("object"), 1):
         with source.may_be_broken():
