@@ -7,9 +7,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from .checkpoint import Fit, fill
+from .checkpoint import Fit, StateDict, fill
 from .errors import UserError
-from .torchvision_weights import StateDict
 
 logger = logging.getLogger(__name__)
 

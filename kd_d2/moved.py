@@ -27,6 +27,7 @@ MODULES = {
     "evaluation.robustness": "analysis.robustness",
     "evaluation.robustness_plots": "analysis.robustness",
     "labels": "pseudo_labels",
+    "torchvision_weights": "checkpoint.torchvision",
     "workers": "distributed",
 }
 

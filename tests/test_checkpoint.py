@@ -15,11 +15,11 @@ from kd_d2.checkpoint import (
     load_complete,
     read_checkpoint,
 )
+from kd_d2.checkpoint.torchvision import rename_torchvision_resnet
 from kd_d2.config import load_config
 from kd_d2.errors import UserError
 from kd_d2.inheritance import component_of, inherit
 from kd_d2.modeling import add_slim_resnet_config
-from kd_d2.torchvision_weights import rename_torchvision_resnet
 
 import cv2
 import numpy as np

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor, nn
 
-from .errors import UserError
+from ..errors import UserError
 
 StateDict = dict[str, Tensor]
 

@@ -1,0 +1,21 @@
+"""Checkpoints: student-only files, safe reading, torchvision's formats."""
+
+from .checkpointer import CLASS_NAMES, KDCheckpointer, copy_to_cpu, load_complete
+from .fitting import Fit, fill, load_torchvision
+from .reading import UnreadableCheckpointError, distiller_states, local_path, read_checkpoint
+from .torchvision import StateDict
+
+__all__ = [
+    "CLASS_NAMES",
+    "Fit",
+    "KDCheckpointer",
+    "StateDict",
+    "UnreadableCheckpointError",
+    "copy_to_cpu",
+    "distiller_states",
+    "fill",
+    "load_complete",
+    "load_torchvision",
+    "local_path",
+    "read_checkpoint",
+]

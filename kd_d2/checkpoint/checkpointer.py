@@ -1,0 +1,172 @@
+"""The checkpoints of trainings: a plain Detectron2 student, and what a training resumes from."""
+
+from __future__ import annotations
+
+import glob
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+from urllib.parse import parse_qs, urlparse
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from torch import nn
+
+from ..errors import UserError
+from ..files import atomic_write
+from .fitting import load_torchvision
+from .reading import UnreadableCheckpointError, local_path, read_checkpoint
+from .torchvision import torchvision_format
+
+CLASS_NAMES = "class_names"
+"""The entry of a checkpoint that has the names of the classes, a list by class index. Detectron2 passes over it."""
+
+
+class KDCheckpointer(DetectionCheckpointer):
+    """Writes files whose `model` is a plain Detectron2 student, and reads files without running code from them.
+
+    Args:
+        model: the student itself, not the meta-architecture around it.
+        save_dir: folder of the checkpoints.
+        checkpointables: what else to save and resume, such as `distillers` and `trainer`.
+
+    Attributes:
+        asynchronous: whether `save` returns before its file is written, which another thread does.
+        class_names: by class index; saved with the model. None where they are unknown.
+        incompatible: names of the model and of the last file that did not fit together; None after torchvision's format.
+    """
+
+    class_names: list[str] | None = None
+    incompatible: Any = None
+    asynchronous = False
+    _writing: Future | None = None
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write `<name>.pth` so that a kill at any moment leaves the last good file usable.
+
+        Raises:
+            UserError: a weight is not finite, nothing is written; or a file, with `asynchronous` also an earlier one, cannot be
+                written.
+        """
+        self.wait()
+        if not self.save_dir or not self.save_to_disk:
+            return
+        data = {"model": self.model.state_dict()}
+        broken = [k for k, v in data["model"].items() if not v.isfinite().all()]
+        if broken:
+            raise UserError(
+                f"Checkpoint {name}.pth is not written, since the weight {broken[0]} is not finite; checkpoints already written are intact."
+            )
+        if self.class_names:
+            data[CLASS_NAMES] = list(self.class_names)
+        data.update({key: obj.state_dict() for key, obj in self.checkpointables.items()})
+        data.update(kwargs)
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info(f"Saving checkpoint to {path}")
+        if self.asynchronous:
+            thread = ThreadPoolExecutor(1)
+            self._writing = thread.submit(self._write, copy_to_cpu(data), path)
+            thread.shutdown(wait=False)
+        else:
+            self._write(data, path)
+
+    def wait(self) -> None:
+        """Until the last file is written.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def _write(self, data: dict[str, Any], path: str) -> None:
+        try:
+            with atomic_write(path, "wb") as file:
+                torch.save(data, file)
+            self.tag_last_checkpoint(os.path.basename(path))
+        except (OSError, RuntimeError) as error:  # torch's writer raises a RuntimeError where the disk is full
+            reason = str(error).partition("\n")[0]
+            raise UserError(
+                f"Checkpoint {path} cannot be written ({reason}); checkpoints already written are intact."
+            ) from error
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        with atomic_write(os.path.join(self.save_dir, "last_checkpoint"), "wb") as file:
+            file.write(last_filename_basename.encode())
+
+    def resumable_files(self) -> list[str]:
+        """The last checkpoint, then the others of the folder, the youngest first."""
+        last = self.get_checkpoint_file()
+        others = glob.glob(os.path.join(glob.escape(self.save_dir), "model_*.pth"))
+        return [last, *sorted(set(others) - {last}, key=os.path.getmtime, reverse=True)]
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        content = read_checkpoint(filename)
+        url = self._parsed_url_during_load
+        if parse_qs(url.query).get("matching_heuristics") == ["True"]:
+            content["matching_heuristics"] = True
+        return content
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        if source := torchvision_format(checkpoint["model"]):
+            path = urlparse(self._parsed_url_during_load.geturl()).path
+            load_torchvision(self.model, checkpoint["model"], source, path)
+            return None
+        incompatible = self.incompatible = super()._load_model(checkpoint)
+        unfilled = {*incompatible.missing_keys} | {name for name, _, _ in incompatible.incorrect_shapes}
+        if unfilled >= {name for name, _ in self.model.named_parameters()}:
+            source = self._parsed_url_during_load.geturl()
+            raise UserError(
+                f"{source} fills no parameter of {type(self.model).__name__}: it is another model's checkpoint."
+            )
+        return incompatible
+
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        if path and not os.path.isfile(local := local_path(urlparse(path)._replace(query="").geturl())):
+            raise UnreadableCheckpointError(f"There is no checkpoint {local}.")
+        try:
+            return super().load(path, checkpointables)
+        finally:
+            self._parsed_url_during_load = None
+
+
+def copy_to_cpu(tree: Any) -> Any:
+    """A tree of dicts, lists and tuples whose tensors are copied into memory of their own, on the CPU."""
+    if isinstance(tree, torch.Tensor):
+        return tree.detach().to("cpu", copy=True)
+    if isinstance(tree, dict):
+        return {key: copy_to_cpu(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(map(copy_to_cpu, tree))
+    return tree
+
+
+def load_complete(model: nn.Module, path: str, whose: str) -> None:
+    """Load a trained detector of which every parameter must be filled.
+
+    Args:
+        model: the detector.
+        path: file or URL.
+        whose: for messages, such as "the teacher".
+
+    Raises:
+        UserError: the file cannot be read, or leaves parameters of the model unfilled.
+    """
+    checkpointer = KDCheckpointer(model, save_to_disk=False)
+    checkpointer._log_incompatible_keys = lambda incompatible: None  # said below, in one sentence
+    checkpointer.load(path)
+    incompatible = checkpointer.incompatible
+    parameters = {name for name, _ in model.named_parameters()}
+    buffers = {n for n, _ in model.named_buffers() if n.endswith(("running_mean", "running_var"))}
+    needed = parameters | buffers
+    if incompatible is None:
+        raise UserError(f"{path} has initial weights in torchvision's format, not a trained detector for {whose}.")
+    wrong_shape = {name: f"{tuple(a)} instead of {tuple(b)}" for name, a, b in incompatible.incorrect_shapes}
+    unfilled = sorted(needed & ({*incompatible.missing_keys} | wrong_shape.keys()))
+    if unfilled:
+        first = unfilled[0] + (f" (shape {wrong_shape[unfilled[0]]})" if unfilled[0] in wrong_shape else "")
+        raise UserError(
+            f"{path} fills {len(needed) - len(unfilled)} of {len(needed)} parameters of {whose} ({type(model).__name__}); the "
+            f"first that it does not fill is {first}. Do its config and weights belong together?"
+        )

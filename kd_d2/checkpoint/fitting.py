@@ -1,0 +1,102 @@
+"""Filling a model from a state dictionary as far as names and shapes agree."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from tabulate import tabulate
+from torch import nn
+
+from ..errors import UserError
+from .torchvision import StateDict, TorchvisionFormat, check_torchvision_input
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Fit:
+    """How a state dictionary fits a model.
+
+    Attributes:
+        filled: names that were copied.
+        misfits: names with the reason why they were not.
+        missing: names of the model that nothing was offered for.
+    """
+
+    filled: list[str] = field(default_factory=list)
+    misfits: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether more was copied than batch counters, which fit everywhere."""
+        return not all(name.endswith("num_batches_tracked") for name in self.filled)
+
+    def table(self) -> str:
+        """One row a module (first two name parts): how many tensors were filled, and what did not fit."""
+        total = Counter(_module_of(k) for k in [*self.filled, *self.misfits, *self.missing])
+        filled = Counter(_module_of(k) for k in self.filled)
+        missing = Counter(_module_of(k) for k in self.missing)
+        rows = [[m, f"{filled[m]} of {n}", missing[m] or ""] for m, n in sorted(total.items())]
+        table = tabulate(rows, headers=["module", "filled", "not offered"], tablefmt="simple")
+        if self.misfits:
+            table += "\n" + tabulate(sorted(self.misfits.items()), headers=["does not fit", "why"], tablefmt="simple")
+        return table
+
+
+def _module_of(name: str) -> str:
+    parts = name.split(".")
+    return ".".join(parts[: 3 if parts[0] == "backbone" and "bottom_up" in parts else 2])
+
+
+@torch.no_grad()
+def fill(model: nn.Module, offered: StateDict, names: Iterable[str] | None = None) -> Fit:
+    """Copy tensors into a model by name, as far as shapes agree.
+
+    Args:
+        model: changed in place.
+        offered: tensors by the model's names; dtype and device are converted.
+        names: which of the model's tensors to fill; None for all.
+    """
+    own = model.state_dict()
+    fit = Fit()
+    for name in own if names is None else names:
+        if name not in offered:
+            fit.missing.append(name)
+        elif own[name].shape != offered[name].shape:
+            fit.misfits[name] = f"shape {tuple(offered[name].shape)} offered, {tuple(own[name].shape)} needed"
+        else:
+            own[name].copy_(torch.as_tensor(offered[name]))
+            fit.filled.append(name)
+    return fit
+
+
+def load_torchvision(model: nn.Module, weights: StateDict, source: TorchvisionFormat, path: str) -> Fit:
+    """Fill a detector's bottom-up network from weights under torchvision's names, and log a table of what fitted.
+
+    Raises:
+        UserError: the model has no such network or nothing fits it; or its input format is not that of torchvision's weights.
+    """
+    what = f"a {source.architecture} in torchvision's format"
+    starts = [n.removesuffix(source.first) for n in model.state_dict() if n.endswith(source.first)]
+    if len(starts) != 1:
+        raise UserError(
+            f"{path} holds {what}, but {type(model).__name__} has {len(starts)} {source.architecture}s to fill."
+        )
+    check_torchvision_input(model, path)
+    prefix = starts[0]
+    offered = source.rename(weights, prefix)
+    fit = fill(model, offered, [n for n in model.state_dict() if n.startswith(prefix)])
+    if not fit.has_weights:
+        raise UserError(f"{path} holds {what}, of which nothing fits the model's.")
+    unused = Counter(_module_of(n) for n in offered if n not in fit.filled and n not in fit.misfits)
+    logger.info(f"Initial weights in torchvision's {source.architecture} format from {path}:\n{fit.table()}")
+    if unused:
+        logger.info(
+            "Not used, since the model has no such block: " + ", ".join(f"{n} of {m}" for m, n in unused.items())
+        )
+    return fit

@@ -1,0 +1,153 @@
+"""Reading checkpoint files without ever running code from them."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import zipfile
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.utils.file_io import PathManager
+from torch import Tensor
+
+from ..errors import UserError
+from .torchvision import StateDict
+
+
+class _PlainUnpickler(pickle._Unpickler):
+    """Reads pickles of arrays and plain containers; anything else in them is refused, not run.
+
+    Python's own unpickler, not the one in C: that one takes gigabytes where one damaged byte names a high place of its memo.
+    """
+
+    ALLOWED = {
+        ("collections", "OrderedDict"),
+        ("numpy", "dtype"),
+        ("numpy", "ndarray"),
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("numpy.core.multiarray", "scalar"),
+        ("numpy._core.multiarray", "_reconstruct"),
+        ("numpy._core.multiarray", "scalar"),
+        ("numpy.core.numeric", "_frombuffer"),
+        ("numpy._core.numeric", "_frombuffer"),
+        ("_codecs", "encode"),
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self.ALLOWED:
+            return super().find_class(module.replace("numpy._core", "numpy.core"), name)
+        raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")  # worded as torch does
+
+
+class UnreadableCheckpointError(UserError):
+    """A checkpoint is not there, or damaged."""
+
+
+def read_checkpoint(path: str) -> dict[str, Any]:
+    """Read a checkpoint file without ever running code from it.
+
+    Args:
+        path: a `.pth` file (tensors and plain containers), or a model-zoo or Caffe2 `.pkl` file (arrays and plain containers).
+
+    Returns:
+        What the file holds, always with an entry "model"; tensors on the CPU.
+
+    Raises:
+        UserError: the file is not there, damaged, or holds more than tensors and plain containers.
+    """
+    try:
+        if path.endswith(".pkl"):
+            with open(path, "rb") as file:
+                content = _PlainUnpickler(file, encoding="latin1").load()
+        else:
+            _check_size(path)
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UnreadableCheckpointError(f"There is no checkpoint {path}.") from error
+    except Exception as error:  # torch.load and pickle raise whatever a damaged byte leads them to
+        refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if refused:
+            raise UserError(
+                f"Checkpoint {path} was not loaded: it holds more than tensors and plain data ({refused[1]}), which could run "
+                "code."
+            ) from error
+        # What torch says of a file that it cannot unpickle recommends to load it unsafely.
+        reason = "" if isinstance(error, pickle.UnpicklingError) else str(error).partition("\n")[0].partition(". ")[0]
+        raise UnreadableCheckpointError(
+            f"Checkpoint {path} is damaged or no checkpoint: it cannot be read ({reason or type(error).__name__})."
+        ) from error
+    _check_names(content, path)
+    if path.endswith(".pkl") and not ("model" in content and "__author__" in content):
+        content = content.get("blobs", content)
+        _check_names(content, path)
+        weights = {k: v for k, v in content.items() if not k.endswith("_momentum")}
+        content = {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+    if isinstance(content.get("model_state"), dict):  # pycls
+        weights = {k: v for k, v in content["model_state"].items() if not k.endswith("num_batches_tracked")}
+        content = {"model": weights, "__author__": "pycls", "matching_heuristics": True}
+    if not isinstance(content.get("model"), dict):
+        content = {"model": content}
+    _check_names(content["model"], path)
+    for name, value in content["model"].items():
+        reason = _why_no_weight(value)
+        if reason:
+            raise UserError(f"Checkpoint {path} holds no dictionary of weights: its entry {name!r} {reason}.")
+    return content
+
+
+def _why_no_weight(value: Any) -> str | None:
+    """Why a value cannot be a weight of a model, or None."""
+    if isinstance(value, np.ndarray):
+        return None if value.dtype.kind in "biuf" else f"is an array of {value.dtype}"
+    if not isinstance(value, Tensor):
+        return "is no tensor"
+    if value.is_meta:
+        return "is a tensor without data (on the meta device)"
+    if value.is_nested or value.is_quantized or value.layout is not torch.strided:
+        kind = "nested" if value.is_nested else "quantized" if value.is_quantized else "sparse"
+        return f"is a {kind} tensor"
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        return "is an expanded tensor, which repeats its data"
+    return None
+
+
+def _check_size(path: str) -> None:
+    """Refuse a zip file that takes many times its size when it is unpacked, which no checkpoint of PyTorch does."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > 10 * os.path.getsize(path) + 2**20:
+        raise UserError(f"Checkpoint {path} of {os.path.getsize(path)} bytes unpacks to {unpacked}; it is not loaded.")
+
+
+def distiller_states(path: str) -> dict[str, StateDict]:
+    """The distillers' own layers in a checkpoint of this library: by distiller, by its own names; {} for one without any.
+
+    Raises:
+        UserError: see `read_checkpoint`.
+    """
+    states: dict[str, StateDict] = defaultdict(dict)
+    for key, value in (read_checkpoint(path).get("distillers") or {}).items():
+        distiller, _, name = key.partition(".")
+        states[distiller][name] = value
+    return states
+
+
+def _check_names(content: Any, path: str) -> None:
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise UserError(f"Checkpoint {path} holds a {type(content).__name__}, not a dictionary of weights by name.")
+
+
+def local_path(path: str) -> str:
+    """The local file of a path or URL, fetched where needed."""
+    try:
+        return PathManager.get_local_path(path)
+    except Exception as error:  # whatever the libraries behind a URL raise
+        raise UserError(f"Weights {path} cannot be downloaded: {error}.") from error
