@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from kd_d2.adapters import (
@@ -185,8 +186,13 @@ def test_quality_focal_loss_by_hand() -> None:
         loss = quality_focal_loss(student, teacher, power=power)
         assert loss.item() == pytest.approx(0.25**power * math.log(2), rel=1e-5)
     assert quality_focal_loss(student, teacher, torch.tensor([0.0, 1.0])).item() == 0
-    student, teacher = 3 * torch.randn(2, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda s: quality_focal_loss(s, teacher, power=1.5), [student.requires_grad_()])
+    (gradient,) = torch.autograd.grad(quality_focal_loss(teacher.requires_grad_(), teacher), teacher)
+    assert gradient.tolist() == [0, 0]
+    student, teacher = 3 * torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weight = torch.rand(6, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for power in (1.0, 1.5):
+        loss = partial(quality_focal_loss, teacher_logits=teacher, weight=weight, power=power)
+        assert torch.autograd.gradcheck(loss, [student.requires_grad_()])
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
