@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 
 import torch
 from detectron2.config import CfgNode
@@ -14,6 +13,7 @@ from torch import nn
 from .adapters import DetectorOutputs, DetectorSpec, build_adapter
 from .checkpoint import load_complete
 from .class_names import match_classes, names_in_checkpoint, names_in_data, names_in_training_set
+from .compiled import compile_backbone
 from .config import load_teacher_config
 from .lazy_teacher import build_lazy_teacher, is_lazy_config
 from .memory_format import has_channels_last
@@ -29,7 +29,7 @@ class Teacher:
     Args:
         model: the detector; its parameters are frozen here.
         flip_channels: whether the images that it is given have the opposite channel order (RGB for BGR or back).
-        compiled: run its backbone through torch.compile; where that fails, a warning says so and it runs as it is.
+        compiled: run its backbone through torch.compile, see `compile_backbone`.
         channels_last: keep its weights with channels last.
     """
 
@@ -40,7 +40,7 @@ class Teacher:
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
         if compiled:
-            self.model.backbone.forward = _Compiled(self.model.backbone.forward)
+            compile_backbone(self.model, "MODEL.KD.TEACHER.COMPILE")
         self.adapter = build_adapter(self.model)
         self.flip_channels = flip_channels
 
@@ -91,22 +91,3 @@ class Teacher:
         if not self.flip_channels:
             return batched_inputs
         return [{**x, "image": x["image"].flip(0)} for x in batched_inputs]
-
-
-class _Compiled:
-    """A function of maps of any size through torch.compile, or as it is where compiling fails."""
-
-    def __init__(self, function: Callable):
-        self.function = function
-        self.fast = torch.compile(function, dynamic=True)
-
-    def __call__(self, *args: object) -> object:
-        try:
-            return self.fast(*args)
-        except Exception as error:
-            if self.fast is self.function:
-                raise
-            reason = str(error).strip().partition("\n")[0]
-            logger.warning(f"MODEL.KD.TEACHER.COMPILE: compilation failed ({reason}); the teacher runs uncompiled.")
-            self.fast = self.function
-            return self.function(*args)

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint import KDCheckpointer, UnreadableCheckpointError
 from ..class_names import match_classes, names_in_checkpoint, names_in_data
+from ..compiled import compile_backbone
 from ..data import build_stream_loader, build_test_loader
 from ..data.images import DataError
 from ..errors import UserError
@@ -87,6 +88,8 @@ class KDTrainer(DefaultTrainer):
         if cfg.SOLVER.EMA_DECAY:
             self.averaged = AveragedStudent(student_of(self.bare_model), cfg.SOLVER.EMA_DECAY)
             self.checkpointer.add_checkpointable(UNAVERAGED, Unaveraged(self.averaged))
+        if cfg.SOLVER.COMPILE:
+            compile_backbone(student_of(self.bare_model), "SOLVER.COMPILE")
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:

@@ -1,12 +1,16 @@
-"""The teacher compiled or with channels last: the same features, its weights untouched, and a way out where compiling fails."""
+"""Teacher and student compiled or with channels last: the same results, weights untouched, and a way out where compiling fails."""
 
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 from kd_d2 import Teacher
+from kd_d2.checkpoint import read_checkpoint
+from kd_d2.compiled import compile_backbone
+from kd_d2.errors import UserError
 
 import pytest
 import torch
@@ -59,7 +63,22 @@ def test_compiled(model: nn.Module) -> None:
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
 
 
-def test_compiling_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_a_compiled_student(tmp_path: Path) -> None:
+    """Compare the losses, and the names in the checkpoint, with those of the uncompiled training, averaged weights included."""
+    project = make_project(tmp_path, SEED=1, SOLVER__EMA_DECAY=0.5)
+    folders = {compiled: str(tmp_path / f"compiled-{compiled}") for compiled in (False, True)}
+    plain, compiled = (
+        train(project, "SOLVER.COMPILE", c, "OUTPUT_DIR", folder).losses for c, folder in folders.items()
+    )
+    for iteration, losses in plain.items():
+        assert compiled[iteration] == pytest.approx(losses, rel=1e-3)
+    first, second = (read_checkpoint(os.path.join(folder, "model_final.pth")) for folder in folders.values())
+    assert first["model"].keys() == second["model"].keys() and first["unaveraged"].keys() == second["unaveraged"].keys()
+
+
+@pytest.mark.parametrize("key", ["MODEL.KD.TEACHER.COMPILE", "SOLVER.COMPILE"])
+def test_compiling_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     """Check one warning, and the losses of a training without it."""
 
     def no_compiler(function, dynamic: bool):
@@ -72,9 +91,17 @@ def test_compiling_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     expected = train(project).losses
     monkeypatch.setattr(torch, "compile", no_compiler)
     said = []
-    monkeypatch.setattr("kd_d2.teacher.logger.warning", said.append)
-    assert train(project, "MODEL.KD.TEACHER.COMPILE", True).losses[0] == pytest.approx(expected[0], rel=1e-4)
-    assert said == ["MODEL.KD.TEACHER.COMPILE: compilation failed (no compiler); the teacher runs uncompiled."]
+    monkeypatch.setattr("kd_d2.compiled.logger.warning", said.append)
+    assert train(project, key, True).losses[0] == pytest.approx(expected[0], rel=1e-4)
+    assert said == [f"{key}: compilation failed (no compiler); the backbone runs uncompiled."]
+
+
+def test_a_model_without_a_backbone() -> None:
+    with pytest.raises(
+        UserError,
+        match=r"^SOLVER\.COMPILE is True, but Linear has no backbone that could be compiled; set it to False\.$",
+    ):
+        compile_backbone(nn.Linear(2, 2), "SOLVER.COMPILE")
 
 
 def test_errors_of_the_backbone_itself_are_not_hidden(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
