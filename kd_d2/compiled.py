@@ -1,4 +1,4 @@
-"""A detector's backbone through torch.compile, or as it is where compiling fails."""
+"""torch.compile for the backbone of a detector, with a fallback."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ logger = logging.getLogger(__name__)
 
 
 def compile_backbone(model: nn.Module, key: str) -> None:
-    """Run the backbone of a detector through torch.compile, for images of any size.
+    """Compile the forward pass of a detector's backbone with `torch.compile`, for images of any size.
 
-    Where that fails, a warning says so and the backbone runs as it is. Weights and their names stay.
+    If compilation fails, a warning is logged and the backbone runs uncompiled. The state_dict does not change.
 
     Args:
         key: the config key that asks for it, for messages.

@@ -428,7 +428,7 @@ def test_images_whose_names_may_mean_several_files(coco: Set) -> None:
     coco.change(_set("images", 0, file_name="c/Same.png"))
     assert coco.sentence() == (
         f"The image c/Same.png may be a/same.png or b/same.png in {coco.images}: write the one that is meant as its "
-        "file name, or take the other away."
+        "file name, or remove the other."
     )
     coco.change(_set("images", 0, file_name="export/b/Same.png"))
     assert coco.check().repairs == [

@@ -570,7 +570,7 @@ def test_names_of_the_darknet_export_of_roboflow(tmp_path: Path) -> None:
     assert boxes(train) == boxes(valid) == {"a": [("dog", [10, 12, 20, 6])]}
     text(root / "valid" / "_darknet.labels", "dog\ncat")
     assert refusal(root) == (
-        "IN: train/_darknet.labels and valid/_darknet.labels have other classes: convert the folder of one data set."
+        "IN: train/_darknet.labels and valid/_darknet.labels list different classes: convert the folder of one data set."
     )
 
 
@@ -706,6 +706,12 @@ def test_a_coco_export_of_roboflow(tmp_path: Path, project: str) -> None:
     ]
 
 
+def test_a_folder_without_a_coco_file(tmp_path: Path) -> None:
+    picture(tmp_path / "set" / "a.jpg")
+    text(tmp_path / "set" / "notes.json", "{}")
+    assert refusal(tmp_path / "set", "coco") == "IN: IN_FOLDER has no json file in COCO's format; nothing is written."
+
+
 def test_a_coco_file_twice(tmp_path: Path) -> None:
     """Check that a second file of a split is left out where it says the same, and refused otherwise."""
     written = Written(tmp_path)
@@ -732,7 +738,7 @@ def test_images_that_a_coco_file_lacks(tmp_path: Path) -> None:
     )
     rest = {stem: found for stem, found in boxes(written.tree).items() if stem != Path(absent["file_name"]).stem}
     assert boxes(run(written.root, drop_broken=True)["all"]) == rest
-    assert notes(written.root, drop_broken=True) == ["images left out that are not there (1)"]
+    assert notes(written.root, drop_broken=True) == ["images left out that are not on disk (1)"]
     for image in written.tree["images"][1:]:
         (written.root / "images" / image["file_name"]).unlink()
     picture(written.root / "images" / "other.jpg")

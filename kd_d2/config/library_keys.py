@@ -83,7 +83,7 @@ class SolverKeys(Keys):
     ] = None
     compile: Annotated[
         bool,
-        "Compile the backbone of the model that is trained (torch.compile): minutes at the start, then faster iterations; the same losses up to "
+        "Compile the backbone of the model that is trained (torch.compile), which takes minutes at the start; the losses are the same up to "
         "rounding.",
     ] = False
     checkpoint_minutes: Annotated[

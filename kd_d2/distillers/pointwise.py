@@ -1,4 +1,4 @@
-"""Convolutions of one cell as products of matrices, which are faster than PyTorch's on small maps and for few channels."""
+"""1x1 convolutions as matrix products, which are faster on small maps and for few output channels."""
 
 import torch
 from torch import Tensor, nn

@@ -14,8 +14,8 @@ def quality_focal_loss(
     """Sum over all elements of |p_T - p_S|^power * BCE(p_S, p_T), with p = sigmoid(logits).
 
     Li et al. 2020, equation 5, with the teacher's probabilities as targets; CrossKD (Wang et al. 2024) takes power 1, for which the
-    gradient is made in the forward pass: half of the memory traffic, and one map kept instead of several. Gradients go to the student
-    alone, through both factors. Computed in float32 or better.
+    gradient is computed in the forward pass: it takes two thirds of the memory traffic, and one tensor is saved for the backward pass.
+    Gradients go to the student alone, through both factors. Computed in float32 or better.
 
     Args:
         student_logits, teacher_logits: of one shape; each element is a binary classification of its own.

@@ -54,8 +54,8 @@ class ImageFinder:
                 found = [f for f in found if os.path.basename(os.path.dirname(f)).lower() == parent] or found
             if len(found) > 1:
                 raise UserError(
-                    f"The image {name} may be {found[0]} or {found[1]} in {self.folder}: write the one that is meant as its file name, or take the "
-                    "other away."
+                    f"The image {name} may be {found[0]} or {found[1]} in {self.folder}: write the one that is meant as its file name, or remove the "
+                    "other."
                 )
             if found:
                 return found[0]

@@ -87,7 +87,7 @@ def read_coco(
             found=len(images),
         )
     for name in missing.values():
-        repairs.add("images left out that are not there", name)
+        repairs.add("images left out that are not on disk", name)
     entries = [a for a in raw["annotations"] if image_ids.find(a.get("image_id")) not in missing]
     categories, category_ids = _read_categories(path, raw["categories"], repairs)
     reader = Annotations(path, {image["id"]: image for image in images}, image_ids, category_ids, repairs)

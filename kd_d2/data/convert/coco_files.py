@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 import re
-from filecmp import cmp
 
 from ...errors import UserError
 from ..coco import CocoData, read_coco, read_json_bytes
@@ -21,7 +21,7 @@ def read_splits(source: Source) -> dict[str, Split]:
     """The splits by name; repairs are noted.
 
     Raises:
-        UserError: a file is refused by `read_coco`, or two are of one split.
+        UserError: there is no file, one is refused by `read_coco`, or two are of one split.
     """
     splits: dict[str, Split] = {}
     file_of: dict[str, str] = {}
@@ -30,7 +30,7 @@ def read_splits(source: Source) -> dict[str, Split]:
             source.note("json files left out that are not COCO's", file)
             continue
         split = _split_of(source, file)
-        if split in splits and cmp(source.path(file), source.path(file_of[split]), shallow=False):
+        if split in splits and filecmp.cmp(source.path(file), source.path(file_of[split]), shallow=False):
             source.note("json files left out that repeat another", f"{file} is {file_of[split]}")
             continue
         if split in splits:
@@ -43,6 +43,8 @@ def read_splits(source: Source) -> dict[str, Split]:
             for _ in range(count):
                 source.note(kind, f"{file}, {data.repairs.examples[kind]}")
         splits[split], file_of[split] = Split(data.tree, folder), file
+    if not splits:
+        raise UserError(f"IN: {source.folder} has no json file in COCO's format; nothing is written.")
     return splits
 
 

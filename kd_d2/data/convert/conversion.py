@@ -162,13 +162,7 @@ def _config(splits: dict[str, SplitFile]) -> str:
     lines += [
         f"  TEST: [{splits[test].dataset}]" if test else "  TEST: [] # name a set here, or convert with --val-share"
     ]
-    classes = max(len(split.boxes) for split in splits.values())
-    return (
-        "\n".join(
-            [
-                *lines,
-                f"# {classes} class{'es' if classes > 1 else ''}: NUM_CLASSES of the detector, such as MODEL.RETINANET.NUM_CLASSES",
-            ]
-        )
-        + "\n"
-    )
+    count = max(len(split.boxes) for split in splits.values())
+    classes = "1 class" if count == 1 else f"{count} classes"
+    lines += [f"# {classes}: NUM_CLASSES of the detector, such as MODEL.RETINANET.NUM_CLASSES", ""]
+    return "\n".join(lines)

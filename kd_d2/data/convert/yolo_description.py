@@ -64,13 +64,13 @@ def read_description(source: Source) -> Description:
 
 
 def _from_lists(source: Source, files: list[str]) -> Description:
-    """The first list of names; others of the same file name, such as each split's own, must have the same."""
+    """The first list of names. Other files of the same name, such as one in each split, must list the same classes."""
     first = files[0]
     names = _lines(source, first)
     for other in files[1:]:
         if os.path.basename(other) == os.path.basename(first) and _lines(source, other) != names:
             raise UserError(
-                f"IN: {source.path(first)} and {source.path(other)} have other classes: convert the folder of one data set."
+                f"IN: {source.path(first)} and {source.path(other)} list different classes: convert the folder of one data set."
             )
     return _checked(source, Description(first, {number: name for number, name in enumerate(names) if name}))
 
