@@ -720,7 +720,9 @@ def test_a_coco_file_twice(tmp_path: Path) -> None:
     text(copy, (written.root / "annotations" / "instances.json").read_text())
     assert boxes(run(written.root)["all"]) == boxes(written.tree)
     assert notes(written.root) == ["json files left out that repeat another (1)"]
-    text(copy, json.dumps({**written.tree, "annotations": []}))
+    original = written.root / "annotations" / "instances.json"
+    text(copy, original.read_text().replace("red", "rod"))
+    os.utime(copy, ns=(original.stat().st_atime_ns, original.stat().st_mtime_ns))
     assert refusal(written.root).startswith(
         "IN: IN_FOLDER has several COCO files of the split all, the second is images/"
     )
@@ -753,6 +755,10 @@ def test_a_coco_file_with_images_in_two_folders(tmp_path: Path) -> None:
         written.put(image, "train/images" if number % 2 else "train")
     text(written.root / "train" / "_annotations.coco.json", json.dumps(written.tree))
     assert boxes(run(written.root)["train"]) == boxes(written.tree)
+    absent = written.tree["images"][0]["file_name"]
+    (written.root / "train" / absent).unlink()
+    rest = {stem: found for stem, found in boxes(written.tree).items() if stem != Path(absent).stem}
+    assert boxes(run(written.root, drop_broken=True)["train"]) == rest
 
 
 # ------------------------------------------------------------------------------------------ any format

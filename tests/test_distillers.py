@@ -9,6 +9,7 @@ from kd_d2.adapters import DetectorOutputs
 from kd_d2.distillers import DISTILLER_REGISTRY, Distiller, FeatureImitation, OptimizerSettings, Schedule, StructuralKD
 from kd_d2.distillers.adaptation import AdaptationLayers
 from kd_d2.distillers.matching import common_strides, levels_by_stride
+from kd_d2.distillers.pointwise import pointwise
 from kd_d2.errors import UserError, check_number
 from kd_d2.losses import ms_ssim_loss, ssim_loss
 
@@ -468,3 +469,16 @@ def test_adaptation_layers_check_the_number_of_levels() -> None:
     layers = AdaptationLayers({8: (1, 1)}, 1)
     with pytest.raises(ValueError, match="zip"):
         layers([torch.rand(1, 1, 2, 2)] * 2)
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_pointwise_is_the_convolution(outputs: int) -> None:
+    """Check the values, and the gradients of input, weight and bias, against PyTorch's own."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, outputs, 1).double()
+    maps = torch.randn(2, 4, 3, 5, dtype=torch.float64, requires_grad=True)
+    found, expected = pointwise(layer, maps.flatten(2)).view(2, outputs, 3, 5), layer(maps)
+    torch.testing.assert_close(found, expected)
+    upstream, leaves = torch.randn_like(expected), (maps, layer.weight, layer.bias)
+    for ours, theirs in zip(*(torch.autograd.grad(x, leaves, upstream) for x in (found, expected)), strict=True):
+        torch.testing.assert_close(ours, theirs)
