@@ -193,6 +193,29 @@ def test_mgd_of_the_program(program_mask: None) -> None:
             _assert_equal(parameter.grad, expected[name])
 
 
+def test_residual_generation_starts_as_the_identity() -> None:
+    """Check the loss, worked out from the masked features, and which parameters the first step moves."""
+    student = torch.tensor([[[[1.0, -2.0], [3.0, 0.5]]]], requires_grad=True)
+    teacher = torch.tensor([[[[0.0, -1.0], [1.0, 0.5]]]])
+    mgd = make(MGD, spec_of({8: 1}), residual=True, mask_ratio=0.0)
+    loss = mgd(_outputs({8: student}), _outputs({8: teacher}), [])["loss_mgd"]
+    loss.backward()
+    assert loss.item() == 1 + 1 + 4
+    assert torch.equal(student.grad, 2 * (student - teacher).detach())
+    first, _, second = mgd.generation["8"]
+    assert not first.weight.grad.any()
+    assert second.bias.grad.item() == 2 * (1 - 1 + 2)
+
+
+def test_residual_generation_adds_to_what_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that a hidden position is zero, and that trained layers are added to what is left."""
+    monkeypatch.setattr(torch, "rand", lambda *size, device: torch.tensor([[[0.9, 0.1]]]))
+    mgd = make(MGD, spec_of({8: 1}), residual=True, mask_ratio=0.5)
+    nn.init.constant_(mgd.generation["8"][2].bias, 10.0)
+    loss = mgd(_outputs({8: torch.tensor([[[[3.0, 5.0]]]])}), _outputs({8: torch.zeros(1, 1, 1, 2)}), [])["loss_mgd"]
+    assert loss.item() == 13**2 + 10**2
+
+
 def test_random_mask_keeps_what_the_program_keeps(program_mask: None) -> None:
     values = _fixture("mgd")
     for s in STRIDES:

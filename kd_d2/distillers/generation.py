@@ -11,11 +11,30 @@ def random_mask(maps: Tensor, ratio: float) -> Tensor:
     return (torch.rand(len(maps), *maps.shape[-2:], device=maps.device) >= ratio).to(maps.dtype)
 
 
-def generation_blocks(channels: dict[int, int]) -> nn.ModuleDict:
-    """By stride what fills hidden positions in: two 3x3 convolutions with a ReLU between, of that stride's channels."""
-    return nn.ModuleDict({str(stride): _block(number) for stride, number in channels.items()})
+def generation_blocks(channels: dict[int, int], residual: bool = False) -> nn.ModuleDict:
+    """By stride what fills hidden positions in: two 3x3 convolutions with a ReLU between, of that stride's channels.
+
+    A residual block adds what they give to its input; its second convolution starts at zero, so that it starts as the identity.
+    """
+    block = ResidualBlock if residual else GenerationBlock
+    return nn.ModuleDict({str(stride): block(number) for stride, number in channels.items()})
 
 
-def _block(channels: int) -> nn.Sequential:
-    layers = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
-    return nn.Sequential(next(layers), nn.ReLU(inplace=True), next(layers))
+class GenerationBlock(nn.Sequential):
+    """Two 3x3 convolutions with a ReLU between."""
+
+    def __init__(self, channels: int):
+        first, second = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        super().__init__(first, nn.ReLU(inplace=True), second)
+
+
+class ResidualBlock(GenerationBlock):
+    """A generation block that adds its output to its input, and starts as the identity."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels)
+        nn.init.zeros_(self[2].weight)
+        nn.init.zeros_(self[2].bias)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return maps + super().forward(maps)

@@ -23,7 +23,8 @@ class MGD(Distiller):
 
     L = WEIGHT * sum over levels and (B, C, H, W) of (G(M * phi(F_S)) - F_T)^2 / B
 
-    M hides positions at random, G, two 3x3 convolutions with a ReLU between, fills them in again.
+    M hides positions at random, G, two 3x3 convolutions with a ReLU between, fills them in again. With RESIDUAL (not the
+    paper's) G adds what they give to its input and starts as the identity: a short training does not have to learn it first.
     """
 
     needs = frozenset({"features"})
@@ -43,12 +44,17 @@ class MGD(Distiller):
             Below(1),
             "Share of the positions that is hidden; None is 0.65 for one-stage students and 0.45 for others.",
         ] = None
+        residual: Annotated[
+            bool,
+            "Whether the generation network adds its output to its input and starts as the identity; the paper's does not.",
+        ] = False
         adaptation: Adaptation = None
 
     def __init__(self, config: Config, pair: Pair):
         super().__init__(config, pair)
         self.adaptation = AdaptationLayers.build(config.adaptation, pair, self.CONFIG_NODE)
-        self.generation = generation_blocks({stride: theirs for stride, (_, theirs) in pair.channels.items()})
+        channels = {stride: theirs for stride, (_, theirs) in pair.channels.items()}
+        self.generation = generation_blocks(channels, residual=config.residual)
         published = 0.65 if pair.student.family == "one-stage" else 0.45
         self.mask_ratio = published if config.mask_ratio is None else config.mask_ratio
 
