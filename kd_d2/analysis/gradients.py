@@ -102,8 +102,7 @@ class GradientAnalysis(Analysis):
         cls, models: Sequence[Distillation], output: str, *, batches: int = 4, iteration: int | None = None
     ) -> Self:
         check_at_least("--batches", batches, 1)
-        if iteration is not None:
-            check_at_least("--iteration", iteration, 0)
+        check_at_least("--iteration", iteration, 0)
         (distillation,) = models
         cfg = distillation.cfg
         check_schedule(cfg, 1)
