@@ -143,9 +143,9 @@ class Analysis(ABC):
         return {f.name: hints[f.name] for f in fields(cls) if f.metadata.get("stored", True)}
 
 
-def check_at_least(option: str, value: int, minimum: int) -> None:
-    """Raise a UserError that names the option where its value is too small."""
-    if value < minimum:
+def check_at_least(option: str, value: int | None, minimum: int) -> None:
+    """Raise a UserError that names the option where its value is too small; None is an option that is not given."""
+    if value is not None and value < minimum:
         raise UserError(f"{option} is {value}; it must be at least {minimum}.")
 
 

@@ -126,26 +126,15 @@ def draw_differences(
     classes = {category: number for number, category in enumerate(names)}
     class_names = list(names.values())
     objects = [a for a in truth["annotations"] if a["image_id"] == image_id and not a.get("iscrowd")]
-    row = [
-        titled(
-            _draw_objects(image, objects, difference, classes, class_names),
-            f"objects: {len(difference.gained)} gained, {len(difference.lost)} lost",
-        )
-    ]
-    for title, found in detections.items():
-        row.append(
-            titled(draw_instances(image, as_instances(found, image, classes), class_names, min_side=SIDE), title)
-        )
-    return sheet([row])
-
-
-def _draw_objects(
-    image: np.ndarray, objects: list[dict], difference: Difference, classes: dict[int, int], names: list[str]
-) -> np.ndarray:
     color_of = dict.fromkeys(difference.gained, GAINED) | dict.fromkeys(difference.lost, LOST)
-    objects = sorted(objects, key=lambda o: o["id"] in color_of)  # what differs is drawn on top
+    objects.sort(key=lambda o: o["id"] in color_of)  # what differs is drawn on top
     colors = [color_of.get(o["id"], SAME) for o in objects]
-    return draw_instances(image, as_instances(objects, image, classes), names, min_side=SIDE, colors=colors)
+    drawn = draw_instances(image, as_instances(objects, image, classes), class_names, min_side=SIDE, colors=colors)
+    row = [titled(drawn, f"objects: {len(difference.gained)} gained, {len(difference.lost)} lost")]
+    for title, found in detections.items():
+        drawn = draw_instances(image, as_instances(found, image, classes), class_names, min_side=SIDE)
+        row.append(titled(drawn, title))
+    return sheet([row])
 
 
 def as_instances(entries: list[dict], image: np.ndarray, classes: dict[int, int]) -> Instances:

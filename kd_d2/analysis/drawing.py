@@ -135,11 +135,11 @@ def sheet(rows: list[list[np.ndarray]], gap: int = 8) -> np.ndarray:
     """Pictures in rows, on white; those of a row are of one size."""
     joined = []
     for row in rows:
-        height = max(p.shape[0] for p in row)
-        padded = [_on_white(p, height + gap, p.shape[1] + gap) for p in row]
+        bottom = max(p.shape[0] for p in row) + gap
+        padded = [np.pad(p, ((0, bottom - p.shape[0]), (0, gap), (0, 0)), constant_values=255) for p in row]
         joined.append(np.concatenate(padded, axis=1))
     width = max(r.shape[1] for r in joined)
-    return np.concatenate([_on_white(r, r.shape[0], width) for r in joined])
+    return np.concatenate([np.pad(r, ((0, 0), (0, width - r.shape[1]), (0, 0)), constant_values=255) for r in joined])
 
 
 def write_picture(path: str, image: np.ndarray) -> None:
@@ -147,9 +147,3 @@ def write_picture(path: str, image: np.ndarray) -> None:
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     cv2.imwrite(path, image[:, :, ::-1])
     print(printable(path), flush=True)
-
-
-def _on_white(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    canvas = np.full((height, width, 3), 255, np.uint8)
-    canvas[: picture.shape[0], : picture.shape[1]] = picture
-    return canvas

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..balance import shared_parameters
 from ..data import build_stream_loader
@@ -103,8 +102,7 @@ class GradientAnalysis(Analysis):
         cls, models: Sequence[Distillation], output: str, *, batches: int = 4, iteration: int | None = None
     ) -> Self:
         check_at_least("--batches", batches, 1)
-        if iteration is not None:
-            check_at_least("--iteration", iteration, 0)
+        check_at_least("--iteration", iteration, 0)
         (distillation,) = models
         cfg = distillation.cfg
         check_schedule(cfg, 1)
@@ -182,10 +180,15 @@ def measure_gradients(model: KDMetaArch, batches: Iterable[list[dict]], iteratio
         UserError: the student's backbone is fully frozen.
     """
     parameters = shared_parameters(model.student)
+    features: dict[int, Tensor] = {}  # the neck outputs by stride of the latest batch
+
+    def record(_module: nn.Module, _args: tuple, named: dict[str, Tensor]) -> None:
+        features.update(model.adapter.by_stride(named))
+
     measured: dict[str, list[Tensor]] = {}
     shares: dict[str, list[Tensor]] = {}
     for batch in batches:
-        with EventStorage(iteration), _recorded_features(model) as features:
+        with EventStorage(iteration), model.student.backbone.register_forward_hook(record):
             losses = model(batch)
         distilled = {name: losses.pop(name) for d in model.distillers.values() for name in d.loss_names}
         detection = sum(losses.values())
@@ -201,26 +204,6 @@ def measure_gradients(model: KDMetaArch, batches: Iterable[list[dict]], iteratio
             measured.setdefault(name, []).append(torch.stack([loss.detach(), ratio, cosine]))
             norms = torch.stack([level.norm() for level in gradients_of(loss, features.values())])
             shares.setdefault(name, []).append(F.normalize(norms, dim=0))
-    return {
-        name: GradientStats(
-            *torch.stack(values).mean(0).tolist(), _by_stride(features, torch.stack(shares[name]).mean(0))
-        )
-        for name, values in measured.items()
-    }
-
-
-@contextlib.contextmanager
-def _recorded_features(model: KDMetaArch) -> Iterator[dict[int, Tensor]]:
-    """The neck outputs by stride of the forward pass of the student within."""
-    features: dict[int, Tensor] = {}
-    record = model.student.backbone.register_forward_hook(
-        lambda _module, _args, named: features.update(model.adapter.by_stride(named))
-    )
-    try:
-        yield features
-    finally:
-        record.remove()
-
-
-def _by_stride(features: dict[int, Tensor], values: Tensor) -> dict[str, float]:
-    return dict(zip(map(str, features), values.tolist(), strict=True))
+    strides = list(map(str, features))
+    levels = {n: dict(zip(strides, torch.stack(s).mean(0).tolist(), strict=True)) for n, s in shares.items()}
+    return {n: GradientStats(*torch.stack(values).mean(0).tolist(), levels[n]) for n, values in measured.items()}

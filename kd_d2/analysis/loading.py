@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 from ..files import read_json
-from ..typed_json import from_tree
+from ..typed_json import members
 from .base import MARKER, Analysis
 from .registry import find_analysis
-
-
-@dataclass
-class _Marker:
-    analysis: str
 
 
 def is_analysis(folder: str) -> bool:
@@ -28,4 +22,4 @@ def load_analysis(folder: str) -> Analysis:
         UserError: no analysis has finished there, or its files have other content than it writes.
     """
     path = os.path.join(folder, MARKER)
-    return find_analysis(from_tree(_Marker, read_json(path), path, "the file").analysis).load(folder)
+    return find_analysis(members({"analysis": str}, read_json(path), path, "the file")["analysis"]).load(folder)

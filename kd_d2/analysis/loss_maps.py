@@ -102,8 +102,7 @@ class LossMapAnalysis(Analysis):
         **launch_options: Any,
     ) -> Self:
         check_at_least("--images", images, 1)
-        if every is not None:
-            check_at_least("--every", every, 1)
+        check_at_least("--every", every, 1)
         check_output_folder(output, "--output")
         folders = {}
         for path, opts in models:

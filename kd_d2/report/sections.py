@@ -8,17 +8,17 @@ from typing import Any
 
 import yaml
 
+from ..analysis.base import as_text
 from ..errors import UserError
 from ..files import read_json
 from ..sweep import Matrix
 from ..sweep.plots import plot_ap, plot_curves
 from ..sweep.report import first_curves, read_costs
 from ..sweep.results import read_curves, read_metrics, read_versions
-from ..sweep.table import HEADERS, build_rows, format_row, read_results
+from ..sweep.table import SCORES, build_rows, filled_columns, read_results
 from ..typed_json import from_tree
 from .page import Listing, Picture, Section, Table
 
-SUMMARY = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 CLASS_COLUMNS = 4
 
 
@@ -34,11 +34,11 @@ def sweep_section(matrix: Matrix, results_folder: str, scratch: str) -> Section:
     results = read_results(matrix, results_folder)
     if not results:
         raise UserError(f"--results: {results_folder} has no finished cell of the sweep.")
-    rows = [format_row(row) for row in build_rows(matrix, results, read_costs(results_folder) or {})]
-    kept = [i for i in range(len(HEADERS)) if any(row[i] for row in rows)]
-    table = Table([HEADERS[i] for i in kept], [[row[i] for i in kept] for row in rows])
+    headers, *rows = filled_columns(build_rows(matrix, results, read_costs(results_folder)))
+    table = Table(headers, rows)
+    titles = {cell.name: cell.title for cell in matrix.cells}
     table.caption = (
-        f"Mean and standard deviation over seeds. gain: over {_title(matrix, matrix.baseline)}; > 2 sd: whether it is more than two "
+        f"Mean and standard deviation over seeds. gain: over {titles[matrix.baseline]}; > 2 sd: whether it is more than two "
         "pooled standard deviations; gap closed: share of the way from the plain student to the teacher. Parameters, GFLOPs and "
         "ms / image are the detector's own at inference; s / iteration and memory the training's."
     )
@@ -51,12 +51,8 @@ def sweep_section(matrix: Matrix, results_folder: str, scratch: str) -> Section:
         section.blocks.append(Picture(curves, "AP and losses over the iterations, the first seed of each."))
     for name, of_cell in results.items():
         settings = {key: of_cell[0][key] for key in ("settings", "versions") if of_cell[0].get(key)}
-        section.blocks.append(Listing(f"Settings: {_title(matrix, name)}", _as_yaml(settings)))
+        section.blocks.append(Listing(f"Settings: {titles.get(name, name)}", _as_yaml(settings)))
     return section
-
-
-def _title(matrix: Matrix, name: str) -> str:
-    return next((cell.title for cell in matrix.cells if cell.name == name), name)
 
 
 def is_run(folder: str) -> bool:
@@ -74,7 +70,6 @@ def run_section(folder: str, scratch: str) -> Section:
     Raises:
         UserError: metrics.json has no iteration.
     """
-    config = os.path.join(folder, "config.yaml")
     metrics = read_metrics(folder)
     if not metrics:
         raise UserError(f"{folder}: metrics.json has no iteration.")
@@ -86,7 +81,7 @@ def run_section(folder: str, scratch: str) -> Section:
     plot_curves({name: read_curves(metrics)}, curves)
     if os.path.isfile(curves):
         section.blocks.append(Picture(curves, "AP and losses over the iterations."))
-    with open(config, encoding="utf-8") as file:
+    with open(os.path.join(folder, "config.yaml"), encoding="utf-8") as file:
         section.blocks.append(Listing("config.yaml", file.read()))
     made_with = read_versions(folder)
     if made_with:
@@ -125,12 +120,12 @@ def _score_tables(results: dict[str, dict[str, float]], dataset: str) -> list[Ta
     tables = []
     for task, scores in results.items():
         of = " ".join(part for part in (task, dataset) if part)
-        overall = [name for name in SUMMARY if name in scores]
-        tables.append(Table(["", *overall], [[of, *(_points(scores[name]) for name in overall)]]))
+        overall = [name for name in SCORES if name in scores]
+        tables.append(Table(["", *overall], [[of, *(as_text(scores[name], ".2f") for name in overall)]]))
         classes = [(name.removeprefix("AP-"), value) for name, value in scores.items() if name.startswith("AP-")]
         classes.sort(key=lambda entry: -entry[1] if entry[1] is not None and not math.isnan(entry[1]) else math.inf)
         if classes:
-            tables.append(_in_columns([(name, _points(value)) for name, value in classes], f"{of} AP by class."))
+            tables.append(_in_columns([(name, as_text(value, ".2f")) for name, value in classes], f"{of} AP by class."))
     return tables
 
 
@@ -145,7 +140,3 @@ def _in_columns(entries: list[tuple[str, str]], caption: str) -> Table:
 
 def _as_yaml(tree: dict) -> str:
     return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=120)
-
-
-def _points(value: float | None) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.2f}"

@@ -79,10 +79,8 @@ class Matrix:
 
     def taught_cell(self, opts: list[Any]) -> Cell | None:
         """A cell whose config, under these overrides, names a teacher; None where all are plain detectors."""
-        for cell in self.cells:
-            if load_config(cell.config, [*opts, *cell.opts]).MODEL.META_ARCHITECTURE == KD_META_ARCH:
-                return cell
-        return None
+        configs = ((cell, load_config(cell.config, [*opts, *cell.opts])) for cell in self.cells)
+        return next((cell for cell, cfg in configs if cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH), None)
 
     def select(self, names: list[str] | None, seeds: list[int] | None) -> list[tuple[Cell, int]]:
         """(cell, seed) pairs, first seeds of all cells first.

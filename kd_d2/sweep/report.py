@@ -73,7 +73,7 @@ def run_sweep(matrix: Matrix, output: str, opts: list[Any], options: SweepOption
     if options.readme is not None:
         _split_at_marks(options.readme)  # fails before anything is trained
     if options.report_only:
-        costs = read_costs(results) or {}
+        costs = read_costs(results)
     else:
         costs = _run_missing(matrix, output, results, opts, options)
     rows = write_report(matrix.reduced_to(options.cells), results, costs, report)
@@ -126,8 +126,7 @@ def write_report(matrix: Matrix, results_folder: str, costs: dict[str, dict[str,
     results = read_results(matrix, results_folder)
     rows = build_rows(matrix, results, costs)
     for name, text in (("table.md", as_markdown(rows) + "\n"), ("table.csv", as_csv(rows))):
-        with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
-            file.write(text)
+        write_text(os.path.join(folder, name), text)
     plot_ap(rows, os.path.join(folder, "ap.png"))
     plot_curves(first_curves(matrix, results), os.path.join(folder, "curves.png"))
     logger.info(as_markdown(rows))
@@ -140,18 +139,16 @@ def first_curves(matrix: Matrix, results: dict[str, list[dict[str, Any]]]) -> di
     return {cell.title: results[cell.name][0]["curves"] for cell in matrix.cells if results.get(cell.name)}
 
 
-def read_costs(folder: str) -> dict[str, dict[str, float]] | None:
-    """What was measured of the detectors before; None where nothing was."""
+def read_costs(folder: str) -> dict[str, dict[str, float]]:
+    """What was measured of the detectors before; empty where nothing was."""
     path = os.path.join(folder, COSTS)
-    if not os.path.isfile(path):
-        return None
-    return from_tree(dict[str, dict[str, float]], read_json(path), path, "the file")
+    return from_tree(dict[str, dict[str, float]], read_json(path), path, "the file") if os.path.isfile(path) else {}
 
 
 def _costs(matrix: Matrix, folder: str, opts: list[Any]) -> dict[str, dict[str, float]]:
     """The detectors' costs, measured once, and again when the matrix has got a new cell."""
     known = read_costs(folder)
-    if known is not None and {cell.name for cell in matrix.cells} <= known.keys():
+    if {cell.name for cell in matrix.cells} <= known.keys():
         return known
     costs = measure_costs(matrix, opts)
     write_json(os.path.join(folder, COSTS), costs)

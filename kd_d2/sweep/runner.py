@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import IO, Any
 
 from ..engine.stop_request import exit_on_sigterm
@@ -57,7 +57,7 @@ class Job:
     process: subprocess.Popen | None = None
     lock: IO | None = None
     started: float = 0.0
-    reported: int = field(default=-1)
+    reported: int = -1
 
     @property
     def name(self) -> str:
@@ -120,8 +120,7 @@ def training_job(cell: Cell, seed: int, output: str, results: str, opts: list[An
     """
     folder = os.path.join(output, cell.name, f"seed{seed}")
     opts = [*opts, *cell.opts]
-    command = ["train", cell.config, "--resume", *_import_options(imports)]
-    command += [*_as_arguments(opts), "SEED", str(seed), "OUTPUT_DIR", folder]
+    command = ["train", cell.config, "--resume", *_arguments(imports, opts), "SEED", str(seed), "OUTPUT_DIR", folder]
     return Job(
         cell.name, seed, command, folder, result_path(results, cell.name, seed), measured_settings(cell.config, opts)
     )
@@ -131,8 +130,7 @@ def teacher_evaluation(cell: Cell, output: str, results: str, opts: list[Any], i
     """Evaluate the teacher that a student's config names; see `training_job`."""
     folder = os.path.join(output, "teacher")
     opts = [*opts, *cell.opts]
-    command = ["eval", "--teacher-of", cell.config, *_import_options(imports)]
-    command += [*_as_arguments(opts), "OUTPUT_DIR", folder]
+    command = ["eval", "--teacher-of", cell.config, *_arguments(imports, opts), "OUTPUT_DIR", folder]
     settings = {k: v for k, v in measured_settings(cell.config, opts).items() if k.startswith(("INPUT.", "DATASETS."))}
     return Job("teacher", 0, command, folder, result_path(results, "teacher", 0), settings)
 
@@ -150,12 +148,9 @@ def teacher_training(
     return job, ["MODEL.KD.TEACHER.CONFIG_FILE", config, "MODEL.KD.TEACHER.WEIGHTS", weights]
 
 
-def _import_options(imports: Sequence[str]) -> list[str]:
-    return [option for name in imports for option in ("--import", name)]
-
-
-def _as_arguments(opts: list[Any]) -> list[str]:
-    return [o if isinstance(o, str) else repr(o) for o in opts]
+def _arguments(imports: Sequence[str], opts: list[Any]) -> list[str]:
+    options = [option for name in imports for option in ("--import", name)]
+    return [*options, *(o if isinstance(o, str) else repr(o) for o in opts)]
 
 
 def _is_finished(job: Job) -> bool:
@@ -231,7 +226,10 @@ def _finish(job: Job) -> bool:
     result = {
         "cell": job.cell,
         "seed": job.seed,
-        "scores": {k: _rounded(v) for k, v in outcome["bbox"].items() if not k.startswith("AP-")},
+        # The JSON has null where there is no object to find.
+        "scores": {
+            k: None if v is None else round(v, 4) for k, v in outcome["bbox"].items() if not k.startswith("AP-")
+        },
         "minutes": round(minutes, 1),
         "seconds_per_iteration": _median([m["time"] for m in metrics if "time" in m]),
         "peak_memory_mib": max((m["peak_memory_mib"] for m in metrics if "peak_memory_mib" in m), default=None),
@@ -246,11 +244,6 @@ def _finish(job: Job) -> bool:
     ap = float("nan") if ap is None else ap
     logger.info(f"{job.name}: finished after {minutes:.1f} min, AP {ap:.2f}")
     return True
-
-
-def _rounded(value: float | None) -> float | None:
-    """The JSON has null where there is no object to find."""
-    return None if value is None else round(value, 4)
 
 
 def _median(values: list[float]) -> float | None:

@@ -150,12 +150,17 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def as_markdown(rows: list[Row]) -> str:
-    """The table in Markdown, without the columns that are empty in every row."""
+def filled_columns(rows: list[Row]) -> list[list[str]]:
+    """The headers, then the rows as text, without the columns that are empty in every row."""
     cells = [format_row(row) for row in rows]
     kept = [i for i in range(len(HEADERS)) if any(row[i] for row in cells)]
-    body = [[markdown_cell(row[i]) for i in kept] for row in cells]
-    return tabulate(body, headers=[HEADERS[i] for i in kept], tablefmt="github", disable_numparse=True)
+    return [[row[i] for i in kept] for row in (HEADERS, *cells)]
+
+
+def as_markdown(rows: list[Row]) -> str:
+    """The table in Markdown, without the columns that are empty in every row."""
+    headers, *body = filled_columns(rows)
+    return tabulate([list(map(markdown_cell, row)) for row in body], headers, "github", disable_numparse=True)
 
 
 def as_csv(rows: list[Row]) -> str:

@@ -27,7 +27,7 @@ def neighbor_pairs(maps: Tensor, direction: str) -> tuple[Tensor, Tensor]:
 
 
 def correlation(x: Tensor, y: Tensor) -> Tensor:
-    """Pearson's coefficient of each row of x and y (C, N): (C,); NaN where one of them is constant."""
+    """Pearson's coefficient of each row of x and y (C, N): (C,); NaN where one of them is constant, or there are no two values."""
     x, y = (v.double() - v.double().mean(1, keepdim=True) for v in (x, y))
     return (x * y).sum(1) / (x.square().sum(1) * y.square().sum(1)).sqrt()
 
@@ -37,11 +37,7 @@ def neighbor_correlation(maps: Tensor) -> dict[str, float]:
 
     NaN where there are no two neighbors, or nothing varies (de Rijk 2022, table 9).
     """
-    found = {}
-    for direction in (HORIZONTAL, VERTICAL):
-        x, y = neighbor_pairs(maps, direction)
-        found[direction] = float(correlation(x, y).nanmean()) if x.shape[1] > 1 else float("nan")
-    return found
+    return {d: float(correlation(*neighbor_pairs(maps, d)).nanmean()) for d in (HORIZONTAL, VERTICAL)}
 
 
 def distances(student: Tensor, teacher: Tensor) -> dict[str, float]:
@@ -50,14 +46,9 @@ def distances(student: Tensor, teacher: Tensor) -> dict[str, float]:
     "luminance", "contrast" and "structure" the means of SSIM's components, 1 where they agree; "range" is max - min over the teacher's."""
     s, t = min_max_normalize(student[None], teacher[None])
     window = fitting_window(s, SSIM_WINDOW)
-    correlations = (
-        correlation(student.flatten(1), teacher.flatten(1))
-        if student[0].numel() > 1
-        else student.new_full((1,), torch.nan)
-    )
     return {
         "relative": float((student - teacher).square().sum() / teacher.square().sum()),
-        "correlation": float(correlations.nanmean()),
+        "correlation": float(correlation(student.flatten(1), teacher.flatten(1)).nanmean()),
         "l1": float((s - t).abs().mean()),
         "ssim": float(ssim_loss(s, t, window)),
         **{name: 1 - 2 * float(ssim_loss(s, t, window, exponents=only)) for name, only in COMPONENTS.items()},

@@ -79,8 +79,7 @@ class RobustnessAnalysis(Analysis):
         _check_choices("--corruptions", corruptions, CORRUPTIONS)
         _check_choices("--severities", list(map(str, severities)), list(map(str, SEVERITIES)))
         load_corruptions()
-        if images is not None:
-            check_at_least("--images", images, 1)
+        check_at_least("--images", images, 1)
         check_output_folder(output, "--output")
         if images is not None:
             restrict_images(models, images, output)
