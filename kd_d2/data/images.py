@@ -64,8 +64,11 @@ def read_checked(path: str, read: Callable[[], Content]) -> Content:
         except OSError as error:
             if not is_jpeg or "truncated" not in str(error):
                 raise
-        with _without_their_ends():
+        before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, True
+        try:
             content = read()
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = before
         message = f"The image {printable(path)} is truncated; what is left of it is used, the rest is gray."
         log_first_n(logging.WARNING, message, name=__name__, key="message")
         return content
@@ -81,17 +84,6 @@ def _reason(error: Exception) -> str:
     if "must be > 0" in str(error):  # Pillow, asked to resize to that
         return "it is so narrow that its shorter side is less than a pixel when it is resized"
     return (getattr(error, "strerror", None) or str(error)).rstrip(".")
-
-
-@contextlib.contextmanager
-def _without_their_ends() -> Iterator[None]:
-    """Within, Pillow reads truncated images."""
-    before = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = True
-    try:
-        yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def read_image(path: str, channels: str) -> np.ndarray:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import get_detection_dataset_dicts
+from detectron2.data.build import trivial_batch_collator
 from detectron2.data.common import DatasetFromList
 from detectron2.data.samplers import RandomSubsetTrainingSampler, RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
@@ -127,7 +128,6 @@ def build_stream_loader(cfg: CfgNode, seed: int, mapper: Callable | None = None)
     Returns:
         A DataLoader whose `batch_sampler.start` may be set before iteration.
     """
-    world_size = comm.get_world_size()
     try:
         dicts = get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN,
@@ -146,7 +146,7 @@ def build_stream_loader(cfg: CfgNode, seed: int, mapper: Callable | None = None)
         [int(d["width"] > d["height"]) for d in dicts] if grouped else None,
         cfg.SOLVER.IMS_PER_BATCH,
         comm.get_rank(),
-        world_size,
+        comm.get_world_size(),
     )
     dataset = MappedDataset(
         DatasetFromList(dicts, copy=False),
@@ -158,7 +158,7 @@ def build_stream_loader(cfg: CfgNode, seed: int, mapper: Callable | None = None)
         dataset,
         batch_sampler=stream,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
-        collate_fn=_as_list,
+        collate_fn=trivial_batch_collator,
         pin_memory=cfg.MODEL.DEVICE.startswith("cuda"),
         # Its own generator: starting the workers draws nothing from the random numbers of the training.
         generator=torch.Generator(),
@@ -195,7 +195,3 @@ def _index_stream(cfg: CfgNode, dicts: list[dict], seed: int) -> Callable[[], It
         f"DATALOADER.SAMPLER_TRAIN is {name!r}; it must be 'TrainingSampler', 'RepeatFactorTrainingSampler' or "
         "'RandomSubsetTrainingSampler'."
     )
-
-
-def _as_list(batch: list[dict]) -> list[dict]:
-    return batch

@@ -11,10 +11,9 @@ from ...errors import UserError
 from .boxes import BOX_FORMATS, Box, check_format
 from .ids import Ids, whole_number
 from .repairs import Repairs
-from .segmentation import box_of, normalize_segmentation
+from .segmentation import LARGEST, box_of, is_coordinate, normalize_segmentation
 
 Entry = dict[str, Any]
-LARGEST = 1e9  # px; no image is larger
 MOST_BOXES = 10_000
 """Of an image: every one of them is compared with every anchor."""
 LARGEST_ID = 2**53  # pycocotools keeps ids as floating-point numbers, and takes 0 for "not found"
@@ -50,8 +49,7 @@ class Annotations:
             UserError: an annotation refers to what is not there, or its box is none; boxes are plainly of another form.
         """
         self._check_counts(entries)
-        found = [(entry, self._read(entry, masks)) for entry in entries]
-        found = [(entry, annotation) for entry, annotation in found if annotation is not None]
+        found = [(entry, a) for entry in entries if (a := self._read(entry, masks)) is not None]
         if boxes == "xywh":
             check_format(self.path, [(a["bbox"], self._size(a)) for _, a in found])
         else:
@@ -95,7 +93,8 @@ class Annotations:
         annotation = {**entry, "image_id": image_id, "category_id": category_id}
         self._read_crowd(what, annotation)
         annotation["bbox"] = self._read_box(what, annotation)
-        if not _are_numbers(annotation.get("keypoints", [])):
+        keypoints = annotation.get("keypoints", [])
+        if not isinstance(keypoints, list) or not all(map(is_coordinate, keypoints)):
             del annotation["keypoints"]  # not trained, but Detectron2 would compute with them
         if not self._read_segmentation(what, annotation, masks):
             return None
@@ -158,7 +157,7 @@ class Annotations:
             if None not in numbers:
                 self.repairs.add("numbers of boxes read from text", f"annotation {_name(annotation)}, {box}")
                 box = numbers
-        if not isinstance(box, list) or len(box) != 4 or not all(_is_coordinate(value) for value in box):
+        if not isinstance(box, list) or len(box) != 4 or not all(map(is_coordinate, box)):
             raise UserError(
                 f"{what} has the bbox {str(box)[:80]}; it must be four finite numbers [x, y, width, height]."
             )
@@ -212,14 +211,6 @@ def _name(entry: Entry) -> str:
 
 def _is_positive(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < LARGEST**2
-
-
-def _is_coordinate(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
-
-
-def _are_numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_coordinate, value))
 
 
 def _written_number(value: Any) -> float | None:

@@ -199,8 +199,7 @@ def _read_categories(path: str, entries: list[Entry], repairs: Repairs) -> tuple
                 f"({label(name)}); rename it."
             )
         categories.append({**entry, "id": ids.find(entry["id"]), "name": name})
-    in_order = [category["id"] for category in categories] == sorted(category["id"] for category in categories)
-    return categories if in_order else sorted(categories, key=lambda category: category["id"]), ids
+    return sorted(categories, key=lambda category: category["id"]), ids
 
 
 def _classes(path: str, categories: list[Entry], used: set[int | None], repairs: Repairs) -> list[Entry]:

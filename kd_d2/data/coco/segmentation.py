@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from pycocotools import mask as mask_util
+
+LARGEST = 1e9  # px; no image is larger
 
 
 def normalize_segmentation(value: Any, height: int, width: int) -> Any:
@@ -19,25 +20,19 @@ def normalize_segmentation(value: Any, height: int, width: int) -> Any:
         return _run_lengths(value, height, width)
     if not isinstance(value, list):
         return None
-    if value and all(_is_number(entry) for entry in value):
+    if value and all(map(is_coordinate, value)):
         value = [value]
     polygons = [polygon for polygon in value if _is_polygon(polygon)]
     return polygons or None
 
 
-def box_of_polygons(polygons: list[list[float]]) -> list[float]:
-    """The box [x, y, width, height] around polygons."""
-    xs = [x for polygon in polygons for x in polygon[::2]]
-    ys = [y for polygon in polygons for y in polygon[1::2]]
-    return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9 and not math.isnan(value)
+def is_coordinate(value: Any) -> bool:
+    """Whether a value is a finite number of pixels."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def _is_polygon(value: Any) -> bool:
-    return isinstance(value, list) and len(value) >= 6 and len(value) % 2 == 0 and all(map(_is_number, value))
+    return isinstance(value, list) and len(value) >= 6 and len(value) % 2 == 0 and all(map(is_coordinate, value))
 
 
 def _run_lengths(value: dict[str, Any], height: int, width: int) -> dict[str, Any] | None:
@@ -76,7 +71,9 @@ def _total(compressed: str) -> int:
 def box_of(segmentation: Any) -> list[float]:
     """The box [x, y, width, height] around a normalized segmentation."""
     if isinstance(segmentation, list):
-        return box_of_polygons(segmentation)
+        xs = [x for polygon in segmentation for x in polygon[::2]]
+        ys = [y for polygon in segmentation for y in polygon[1::2]]
+        return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
     if isinstance(segmentation["counts"], list):
         segmentation = mask_util.frPyObjects(segmentation, *segmentation["size"])
     return mask_util.toBbox(segmentation).tolist()

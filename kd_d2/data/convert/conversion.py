@@ -104,7 +104,10 @@ def convert(
     splits = form.read(source)
     if options.val_share:
         splits = share_out(splits, options.val_share, source)
-    files = {name: os.path.join(os.path.abspath(output), f"{_checked(name)}.json") for name in splits}
+    for name in splits:  # which become those of files
+        if not re.fullmatch(r"\w[\w.-]{0,99}", name):
+            raise UserError(f"IN: a split is called {name!r}; it must be a name of letters, digits, '_', '-' and '.'.")
+    files = {name: os.path.join(os.path.abspath(output), f"{name}.json") for name in splits}
     config = os.path.join(os.path.abspath(output), CONFIG)
     for file in (*files.values(), config):
         if os.path.lexists(file) and not overwrite:
@@ -127,13 +130,6 @@ def _check_options(options: ConvertOptions, form: Format) -> None:
             "--unlabelled keep and --drop-broken exclude each other: an image whose labels cannot be read would count as one without "
             "objects."
         )
-
-
-def _checked(split: str) -> str:
-    """The name of a split, which becomes that of a file."""
-    if not re.fullmatch(r"\w[\w.-]{0,99}", split):
-        raise UserError(f"IN: a split is called {split!r}; it must be a name of letters, digits, '_', '-' and '.'.")
-    return split
 
 
 def _describe(dataset: str, file: str, split: Split) -> SplitFile:

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from xml.etree.ElementTree import Element
 
 from ...errors import UserError
-from ..coco.ids import whole_number
-from .labels import REMEDY, LabelledBox, LabelledImage, Labels, read_box
+from .labels import REMEDY, LabelledBox, LabelledImage, Labels, read_box, written_size
 from .source import Source
 
 WITHOUT_BOX = ("polyline", "points", "mask", "cuboid", "skeleton", "ellipse")
 
 
 def recognizes(source: Source) -> bool:
-    for file in islice(source.having(".xml"), 5):
-        try:
-            if source.read_xml(file).tag == "annotations":
-                return True
-        except UserError:  # is said when it is read
-            continue
-    return False
+    return any(source.root_tag(file) == "annotations" for file in source.having(".xml")[:5])
 
 
 def read(source: Source) -> Labels:
@@ -59,8 +51,7 @@ def _read_image(source: Source, file: str, node: Element) -> LabelledImage:
             box = _read_shape(source, where, shape)
             if box is not None:
                 boxes.append(box)
-    width, height = whole_number(node.get("width")), whole_number(node.get("height"))
-    return LabelledImage(image, boxes, f"{path} ({name})", (width, height) if width and height else None)
+    return LabelledImage(image, boxes, f"{path} ({name})", written_size(node.get("width"), node.get("height")))
 
 
 def _read_shape(source: Source, where: str, shape: Element) -> LabelledBox | None:

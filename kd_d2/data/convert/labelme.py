@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from itertools import islice
 from typing import Any
 
 from ...errors import UserError
 from ..coco import read_json_bytes
-from ..coco.ids import whole_number
-from .labels import REMEDY, LabelledBox, LabelledImage, Labels, Size, read_box
+from .labels import REMEDY, LabelledBox, LabelledImage, Labels, read_box, written_size
 from .source import Source
 
 SHAPES = ("rectangle", "polygon", "mask")
@@ -17,12 +16,10 @@ SHAPES = ("rectangle", "polygon", "mask")
 
 
 def recognizes(source: Source) -> bool:
-    for file in islice(source.having(".json"), 5):
-        try:
+    for file in source.having(".json")[:5]:
+        with contextlib.suppress(UserError):  # is said when it is read
             if _is_labelme(_read_json(source, file)):
                 return True
-        except UserError:  # is said when it is read
-            continue
     return False
 
 
@@ -73,7 +70,8 @@ def _read_image(source: Source, file: str, tree: dict[str, Any]) -> LabelledImag
             else:
                 source.note("shapes of one group_id joined into one object", box.where)
                 whole.corners = _around(whole, box)
-    return LabelledImage(image, boxes, path, _written_size(tree))
+    size = written_size(tree.get("imageWidth"), tree.get("imageHeight"))
+    return LabelledImage(image, boxes, path, size)
 
 
 def _read_shape(source: Source, where: str, shape: Any) -> LabelledBox | None:
@@ -96,8 +94,3 @@ def _around(a: LabelledBox, b: LabelledBox) -> tuple[float, float, float, float]
     least = [min(pair) for pair in zip(a.corners[:2], b.corners[:2])]
     most = [max(pair) for pair in zip(a.corners[2:], b.corners[2:])]
     return (*least, *most)
-
-
-def _written_size(tree: dict[str, Any]) -> Size | None:
-    width, height = whole_number(tree.get("imageWidth")), whole_number(tree.get("imageHeight"))
-    return (width, height) if width and height else None

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
+from ..coco.ids import whole_number
 
 if TYPE_CHECKING:
     from globox import BoundingBox
@@ -72,6 +73,12 @@ class Labels:
     def add(self, split: str, image: LabelledImage) -> None:
         """Add an image to a split."""
         self.splits.setdefault(split, []).append(image)
+
+
+def written_size(width: Any, height: Any) -> Size | None:
+    """The size of an image as labels say it, in any form of whole numbers; None where they do not."""
+    size = whole_number(width), whole_number(height)
+    return size if all(size) else None
 
 
 def read_box(where: str, read: Callable[..., BoundingBox], *arguments: Any, **options: Any) -> LabelledBox:

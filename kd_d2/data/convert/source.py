@@ -129,6 +129,13 @@ class Source:
         except (expat.ExpatError, ElementTree.ParseError, LookupError, ValueError) as error:
             raise UserError(f"{path} is not readable XML: {error}.") from error
 
+    def root_tag(self, file: str) -> str | None:
+        """The tag of an XML file's root; None where it cannot be read, which is said when it is read as a whole."""
+        try:
+            return self.read_xml(file).tag
+        except UserError:
+            return None
+
     def read_bytes(self, file: str) -> bytes:
         """The content of a file of at most LARGEST_FILE bytes."""
         path = self.path(file)

@@ -135,12 +135,9 @@ def share_out(splits: dict[str, Split], share: float, source: Source) -> dict[st
     count = round(share * len(by_hash))
     if not 0 < count < len(by_hash):
         raise UserError(f"--val-share {share} of {len(by_hash)} images leaves no image for train or val.")
-    chosen = {image["id"] for image in by_hash[:count]}
+    parts = {"train": by_hash[count:], "val": by_hash[:count]}
     return {
-        name: Split(
-            _part(whole.tree, {i["id"] for i in by_hash if (i["id"] in chosen) == (name == "val")}), whole.folder
-        )
-        for name in ("train", "val")
+        name: Split(_part(whole.tree, {image["id"] for image in part}), whole.folder) for name, part in parts.items()
     }
 
 

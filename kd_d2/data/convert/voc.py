@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
-from itertools import islice
 from xml.etree.ElementTree import Element
 
 from ...errors import UserError
-from ..coco.ids import whole_number
-from .labels import REMEDY, LabelledBox, LabelledImage, Labels, Size, read_box
+from .labels import REMEDY, LabelledBox, LabelledImage, Labels, read_box, written_size
 from .source import Source
 
 
 def recognizes(source: Source) -> bool:
-    for file in islice(source.having(".xml"), 5):
-        try:
-            if source.read_xml(file).tag == "annotation":
-                return True
-        except UserError:  # is said when it is read
-            return True
-    return False
+    return any(source.root_tag(file) in ("annotation", None) for file in source.having(".xml")[:5])
 
 
 def read(source: Source) -> Labels:
@@ -87,7 +78,8 @@ def _read_image(source: Source, file: str) -> LabelledImage:
     for number, node in enumerate(root.findall("object"), 1):
         with source.may_be_broken():
             boxes.append(_read_object(f"{path}: its object {number}", node))
-    return LabelledImage(image, boxes, path, _written_size(root))
+    size = written_size(root.findtext("size/width"), root.findtext("size/height"))
+    return LabelledImage(image, boxes, path, size)
 
 
 def _read_object(where: str, node: Element) -> LabelledBox:
@@ -96,11 +88,6 @@ def _read_object(where: str, node: Element) -> LabelledBox:
     box = read_box(where, BoundingBox.from_xml, node)
     box.difficult = (node.findtext("difficult") or "").strip().lower() in ("1", "true")
     return box
-
-
-def _written_size(root: Element) -> Size | None:
-    width, height = (whole_number(root.findtext(f"size/{side}")) for side in ("width", "height"))
-    return (width, height) if width and height else None
 
 
 def _split_lists(source: Source) -> dict[str, list[str]]:
@@ -126,7 +113,8 @@ def _split_lists(source: Source) -> dict[str, list[str]]:
 
 def _count_from_zero(source: Source, labels: Labels) -> None:
     """Boxes whose pixels are counted from 1, with the right and the lower side in the box, become COCO's."""
-    boxes = list(_all_boxes(labels))
+    images = {id(image): image for images in labels.splits.values() for image in images}  # lists may share images
+    boxes = [box for image in images.values() for box in image.boxes]
     at_zero = [box for box in boxes if min(box.corners[:2]) <= 0]
     first_pixel = source.options.first_pixel
     if first_pixel == 0 or (first_pixel is None and at_zero):
@@ -137,10 +125,3 @@ def _count_from_zero(source: Source, labels: Labels) -> None:
         left, top, right, bottom = box.corners
         box.corners = (left - 1, top - 1, right, bottom)
         source.note("pixels counted from 1, as Pascal VOC defines it (--first-pixel 0 if not)", box.where)
-
-
-def _all_boxes(labels: Labels) -> Iterator[LabelledBox]:
-    """Each once; lists may share images."""
-    images = {id(image): image for images in labels.splits.values() for image in images}
-    for image in images.values():
-        yield from image.boxes

@@ -80,7 +80,10 @@ def _read_line(
         raise UserError(
             f"{where} has a number above {LARGEST_FRACTION:g}, while YOLO's are fractions of the image: {REMEDY}."
         )
-    label = whole_number(box.label) if whole_number(box.label) is not None else _from_float(box.label)
+    try:
+        label = whole_number(float(box.label))  # "1.0e+00" too, as numpy.savetxt writes it
+    except ValueError:
+        label = None
     if label not in description.names:
         raise UserError(
             f"{where} is of class {box.label}, while {source.path(description.file)} has the classes 0 to "
@@ -88,14 +91,6 @@ def _read_line(
         )
     box.label = description.names[label]
     return box
-
-
-def _from_float(text: str) -> int | None:
-    """The whole number of "1.0e+00", as numpy.savetxt writes it."""
-    try:
-        return whole_number(float(text))
-    except ValueError:
-        return None
 
 
 def _label_files(image: str) -> Iterator[str]:

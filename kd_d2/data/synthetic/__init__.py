@@ -81,8 +81,7 @@ def generate_split(
         UserError: a number is out of its range.
         OSError: the folder cannot be written.
     """
-    _check_numbers(num_images=num_images, seed=seed, image_size=image_size)
-    _check_style(style)
+    _check(num_images=num_images, seed=seed, image_size=image_size, style=style)
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     images: list[dict] = []
@@ -107,7 +106,7 @@ def generate_split(
     return json_file
 
 
-def _check_numbers(*, seed: int, image_size: int, **counts: int) -> None:
+def _check(*, seed: int, image_size: int, style: str, **counts: int) -> None:
     for name, count in counts.items():
         if count < 1:
             raise UserError(f"{name} must be 1 or more, got {count}.")
@@ -115,9 +114,6 @@ def _check_numbers(*, seed: int, image_size: int, **counts: int) -> None:
         raise UserError(f"seed must be 0 or more, got {seed}.")
     if image_size < MIN_IMAGE_SIZE:
         raise UserError(f"image_size must be {MIN_IMAGE_SIZE} px or more, got {image_size}.")
-
-
-def _check_style(style: str) -> None:
     if style not in STYLES:
         raise UserError(f"style must be one of {', '.join(STYLES)}, got {style!r}.")
 
@@ -168,8 +164,7 @@ def ensure_synthetic(
     Raises:
         UserError: a number is out of its range, root cannot be written, or it holds something else.
     """
-    _check_numbers(num_train=num_train, num_val=num_val, seed=seed, image_size=image_size)
-    _check_style(style)
+    _check(num_train=num_train, num_val=num_val, seed=seed, image_size=image_size, style=style)
     root = Path(root)
     settings = {
         "num_train": num_train,
@@ -190,18 +185,14 @@ def ensure_synthetic(
             generate_split(made / "train", num_train, 2 * seed, image_size=image_size, style=style)
             generate_split(made / "val", num_val, 2 * seed + 1, image_size=image_size, style=style)
             (made / SETTINGS_FILE).write_text(json.dumps(settings))
-            _move_unless_there(made, root, settings)
+            try:
+                os.replace(made, root)
+            except OSError:
+                if not _holds_set(root, settings):
+                    raise
     except OSError as error:
         raise UserError(f"Cannot write the synthetic set to {root}: {error}.") from error
     return root
-
-
-def _move_unless_there(made: Path, root: Path, settings: dict[str, int | str]) -> None:
-    try:
-        os.replace(made, root)
-    except OSError:
-        if not _holds_set(root, settings):
-            raise
 
 
 def register_synthetic() -> None:

@@ -433,23 +433,14 @@ def _degrade(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
         canvas = cv2.GaussianBlur(canvas, (0, 0), rng.uniform(0.4, 1.0))
     canvas = (canvas - 128) * np.float32(rng.uniform(0.75, 1.1)) + np.float32(128 + rng.uniform(-20, 20))
     noise = rng.standard_normal(canvas.shape, dtype=np.float32)
-    canvas = canvas + np.float32(rng.uniform(0, 5)) * noise
-    return _as_pixels(canvas)
-
-
-def _as_pixels(canvas: np.ndarray) -> np.ndarray:
-    return np.clip(np.round(canvas), 0, 255).astype(np.uint8)
-
-
-def _random_extent(rng: np.random.Generator, image_size: int) -> tuple[int, int]:
-    """Height and width in px: the longer side is image_size, three images of five are landscape."""
-    shorter = round(image_size * rng.uniform(0.68, 0.92))
-    return (shorter, image_size) if rng.random() < 0.6 else (image_size, shorter)
+    return canvas + np.float32(rng.uniform(0, 5)) * noise
 
 
 def render(rng: np.random.Generator, image_size: int, style: Style) -> tuple[np.ndarray, Scene]:
-    """One image, uint8 [H, W, 3], and the scene behind it."""
-    height, width = _random_extent(rng, image_size)
+    """One image, uint8 [H, W, 3] with a longer side of image_size px, and the scene behind it."""
+    shorter = round(image_size * rng.uniform(0.68, 0.92))
+    is_landscape = rng.random() < 0.6
+    height, width = (shorter, image_size) if is_landscape else (image_size, shorter)
     background = _background(rng, height, width)
     if style.hue_of_class:
         background = 0.6 * 255 + 0.4 * background
@@ -461,4 +452,5 @@ def render(rng: np.random.Generator, image_size: int, style: Style) -> tuple[np.
             _add_object(rng, scene)
     if rng.random() < 0.3:
         scene.canvas = _draw_lines(rng, scene.canvas, min(style.lines, 1))
-    return _degrade(rng, scene.canvas) if style.degrade else _as_pixels(scene.canvas), scene
+    canvas = _degrade(rng, scene.canvas) if style.degrade else scene.canvas
+    return np.clip(np.round(canvas), 0, 255).astype(np.uint8), scene
