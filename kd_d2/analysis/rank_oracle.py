@@ -93,14 +93,8 @@ def rank_oracle(cfg: CfgNode, model: KDMetaArch, examples: Iterable[dict]) -> di
     Raises:
         UserError: the data set is not evaluated by COCO's metrics.
     """
-    dataset = cfg.DATASETS.TEST[0]
-    evaluators = {name: build_evaluator(cfg, dataset) for name in (STUDENT, RANKS, SCORES)}
+    evaluators = _coco_evaluators(cfg, cfg.DATASETS.TEST[0])
     for evaluator in evaluators.values():
-        if not isinstance(evaluator, COCOEvaluator):
-            raise UserError(
-                f"kd-d2 analyze rank-oracle evaluates some of the images by COCO's metrics, which {dataset} does not have "
-                f"({type(evaluator).__name__}); give the data set as a COCO file in DATASETS.COCO_JSON."
-            )
         evaluator.reset()
     image_ids = []
     for example in examples:
@@ -114,6 +108,19 @@ def rank_oracle(cfg: CfgNode, model: KDMetaArch, examples: Iterable[dict]) -> di
             evaluators[name].process([example], [{"instances": found}])
         image_ids.append(example["image_id"])
     return {name: evaluator.evaluate(img_ids=image_ids)["bbox"] for name, evaluator in evaluators.items()}
+
+
+def _coco_evaluators(cfg: CfgNode, dataset: str) -> dict[str, COCOEvaluator]:
+    evaluators = {}
+    for name in (STUDENT, RANKS, SCORES):
+        evaluator = build_evaluator(cfg, dataset)
+        if not isinstance(evaluator, COCOEvaluator):
+            raise UserError(
+                f"kd-d2 analyze rank-oracle evaluates some of the images by COCO's metrics, which {dataset} does not have "
+                f"({type(evaluator).__name__}); give the data set as a COCO file in DATASETS.COCO_JSON."
+            )
+        evaluators[name] = evaluator
+    return evaluators
 
 
 def exchanged_logits(
