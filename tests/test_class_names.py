@@ -58,7 +58,8 @@ def test_reordered_reppoints_give_the_same_logits_in_another_order(tiny_detector
     order = [OWN.names.index(name) for name in OTHER.names]
     for stride, logits in before.logits.items():
         assert not torch.equal(after.logits[stride], logits)
-        assert torch.equal(after.logits[stride], logits[..., order])
+        # Some processors sum a convolution's channels in another order.
+        torch.testing.assert_close(after.logits[stride], logits[..., order], atol=1e-5, rtol=0)
         assert torch.equal(after.box_regression[stride], before.box_regression[stride])
 
 
