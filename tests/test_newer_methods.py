@@ -194,7 +194,7 @@ def test_mgd_of_the_program(program_mask: None) -> None:
 
 
 def test_residual_generation_starts_as_the_identity() -> None:
-    """Check the loss, worked out from the masked features, and which parameters the first step moves."""
+    """Check the loss, worked out from the features, and which parameters the first step moves."""
     student = torch.tensor([[[[1.0, -2.0], [3.0, 0.5]]]], requires_grad=True)
     teacher = torch.tensor([[[[0.0, -1.0], [1.0, 0.5]]]])
     mgd = make(MGD, spec_of({8: 1}), residual=True, mask_ratio=0.0)
