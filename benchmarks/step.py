@@ -39,7 +39,8 @@ from tabulate import tabulate
 from torch import nn
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-TINY = os.path.join(os.path.dirname(HERE), "configs", "tiny")
+CONFIGS = os.path.join(os.path.dirname(HERE), "configs")
+TINY = os.path.join(CONFIGS, "tiny")
 PAIRS = {
     "tiny": (f"{TINY}/retinanet-student.yaml", f"{TINY}/retinanet-teacher.yaml", 8, (192, 256)),
     "tiny-gfl": (f"{TINY}/gfl-student.yaml", f"{TINY}/gfl-teacher.yaml", 8, (192, 256)),
@@ -122,7 +123,12 @@ class Bench:
         if variant in READ:
             distillers = {"ReadOnly": ReadOnly(READ[variant], pair)}
         else:
-            distillers = {name: build_distiller(self.cfg, name, pair) for name in variant.split("+")}
+            cfg, names = self.cfg, variant.split("+")
+            if "/" in variant:
+                cfg = cfg.clone()
+                cfg.merge_from_other_cfg(CfgNode(CfgNode.load_yaml_with_base(f"{CONFIGS}/{variant}.yaml")))
+                names = cfg.MODEL.KD.DISTILLERS
+            distillers = {name: build_distiller(cfg, name, pair) for name in names}
         return KDMetaArch(student=self.student, teacher=self.teacher, distillers=distillers).to(self.device)
 
     def step(self, variant: str) -> DistillationStep:
@@ -235,7 +241,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", choices=PAIRS, default="tiny")
     parser.add_argument("--batch", type=int, help="images an iteration (default that of the pair)")
-    parser.add_argument("--methods", nargs="+", help="methods, joined by + (default all that go with the pair)")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        help="methods, joined by +, or a file of configs/ such as recommended/fgd (default all methods that go with the pair)",
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", help="json file for the figures")

@@ -167,6 +167,16 @@ def test_fkd_of_the_program_by_hand(build: Callable) -> None:
     assert losses["loss_fkd_relation"].item() == pytest.approx(7e-5 * relation.item(), rel=1e-4)
 
 
+def test_fkd_without_what_has_no_weight(build: Callable) -> None:
+    """Check that the masked features are as before, and that nothing else is left, also no layers."""
+    maps = [_outputs(features) for features in _features()]
+    part = build(FKD, ATTENTION="adapted", ATTENTION_WEIGHT=0.0, RELATION_WEIGHT=0.0)
+    losses = part(*maps, [])
+    assert part.loss_names == tuple(losses) == ("loss_fkd_feature",)
+    assert losses.items() <= build(FKD)(*maps, []).items()
+    assert not list(part.parameters())
+
+
 def test_non_local_block_is_the_sum_over_all_pairs() -> None:
     """Check against the matrix of all pairs of positions."""
     torch.manual_seed(0)
@@ -315,6 +325,13 @@ def test_gid_responses_and_features_by_hand(build: Callable) -> None:
     assert losses["loss_gid_class"].item() == pytest.approx(0.1 * classes.item() / 5, rel=1e-5)
     assert losses["loss_gid_box"].item() == pytest.approx(0.1 * box.item() / 5, rel=1e-5)
     assert losses["loss_gid_relation"].item() == pytest.approx(0, abs=1e-9)  # the same distances
+    for absent, weights in (
+        (["relation", "class", "box"], {"RELATION_WEIGHT": 0.0, "CLASS_WEIGHT": 0.0, "BOX_WEIGHT": 0.0}),
+        (["class"], {"CLASS_WEIGHT": 0.0}),
+    ):
+        part = build(GID, INSTANCES=7, **weights)
+        rest = {name: loss for name, loss in losses.items() if name.split("_")[-1] not in absent}
+        assert part(outputs[0], other, targets_of([])) == rest and part.loss_names == tuple(rest)
 
 
 def test_gid_gradient_is_of_the_taken_places(build: Callable) -> None:

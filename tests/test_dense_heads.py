@@ -31,13 +31,13 @@ pytestmark = pytest.mark.unit
 KINDS = ("retinanet", "fcos", "atss", "gfl", "fsaf")
 STRIDES = (8, 16, 32, 64, 128)
 WEIGHTS = {
-    "retinanet": (1.0, 1.0, 0.0),
-    "fcos": (0.4, 0.75, 0.0),
+    "retinanet": (1.0, 1.0),
+    "fcos": (0.4, 0.75),
     "atss": (1.0, 1.0, 1.0),
-    "gfl": (1.0, 4.0, 0.0),
-    "fsaf": (0.4, 0.75, 0.0),
+    "gfl": (1.0, 4.0),
+    "fsaf": (0.4, 0.75),
 }
-"""The authors' for classes, boxes and centreness; FSAF as FCOS."""
+"""The authors' for classes, boxes and, where it counts, centreness; FSAF as FCOS."""
 
 
 @pytest.fixture
@@ -545,12 +545,11 @@ def build(tiny_cfg: Callable, tiny_detector: Callable) -> Callable[..., Distille
 def test_crosskds_defaults_are_the_authors(build: Callable, kind: str) -> None:
     """Check weights, kind of box loss and where the heads of four convolutions are cut: behind the third, at points the second."""
     distiller = build(CrossKD, kind)
-    assert distiller.weights == WEIGHTS[kind]
+    assert tuple(distiller.weights.values()) == WEIGHTS[kind]
     assert distiller.box_loss == {"gfl": "distributions", "fcos": "iou", "fsaf": "iou"}.get(kind, "giou")
     split = 2 if kind in ("fcos", "fsaf") else 3
     assert (distiller.split, distiller.needs) == (split, {"dense", "targets", f"towers/{split}"})
-    has_centerness = kind == "atss"
-    assert ("loss_crosskd_centerness" in distiller.loss_names) == has_centerness
+    assert ("loss_crosskd_centerness" in distiller.loss_names) == (kind == "atss")
     assert build(CrossKD, kind, (1, 1)).split == 0
 
 
@@ -558,7 +557,7 @@ def test_crosskds_keys(build: Callable) -> None:
     """Check WEIGHT and each loss's own, that a cut may be anywhere, and that the shorter of two heads decides."""
     keys = {"WEIGHT": 2.0, "CLASS_WEIGHT": 3.0, "BOX_WEIGHT": 0.5, "CENTERNESS_WEIGHT": 0.25}
     distiller = build(CrossKD, "fcos", SPLIT=4, **keys)
-    assert (distiller.weight, distiller.weights, distiller.split) == (2.0, (3.0, 0.5, 0.25), 4)
+    assert (distiller.weight, [*distiller.weights.values()], distiller.split) == (2.0, [3.0, 0.5, 0.25], 4)
     assert distiller.loss_names[-1] == "loss_crosskd_centerness"
     assert build(CrossKD, "gfl", (2, 4)).split == build(CrossKD, "gfl", (4, 2)).split == 1
 
@@ -566,7 +565,7 @@ def test_crosskds_keys(build: Callable) -> None:
 def test_lds_defaults_and_keys(build: Callable) -> None:
     """Check the authors' temperature and weight of the main region, and that the other losses come by their weights."""
     ld = build(LD)
-    assert (ld.config.main_weight, ld.config.temperature, ld.loss_names) == (0.25, 10.0, ("loss_ld",))
+    assert (ld.weights, ld.config.temperature, ld.loss_names) == ({"loss_ld": 0.25}, 10.0, ("loss_ld",))
     keys = {
         "VALUABLE_WEIGHT": 0.25,
         "CLASS_WEIGHT": 10.0,
@@ -575,7 +574,7 @@ def test_lds_defaults_and_keys(build: Callable) -> None:
         "CANDIDATES": 4,
     }
     ld = build(LD, WEIGHT=2.0, MAIN_WEIGHT=1.0, **keys)
-    assert (ld.weight, ld.config.main_weight, ld.config.valuable_weight, ld.config.class_weight) == (2, 1, 0.25, 10)
+    assert (ld.weight, [*ld.weights.values()]) == (2, [1, 0.25, 10])
     assert (ld.config.temperature, ld.config.class_temperature, ld.config.candidates) == (5.0, 3.0, 4)
     assert ld.loss_names == ("loss_ld", "loss_ld_valuable", "loss_ld_class")
 

@@ -236,7 +236,7 @@ def _fgd() -> FGD:
     """With the program's parameters."""
     values = _fixture("fgd")
     fgd = make(FGD, *(spec_of(dict.fromkeys(STRIDES, c)) for c in (6, 8)))
-    assert fgd.weights == pytest.approx(values["weights"].tolist())
+    assert [*fgd.weights.values()] == pytest.approx(values["weights"].tolist())
     for s in STRIDES:
         for theirs, ours in FGD_LAYERS.items():
             layer = fgd.get_submodule(ours.format(s=s))
@@ -277,9 +277,9 @@ def test_fgd_of_each_level_of_the_program() -> None:
         _assert_equal(foreground, values[f"loss.{s}.mask_fg"])
         _assert_equal(background_weights(foreground), values[f"loss.{s}.mask_bg"])
         parts = fgd.level_losses(*pairs[s], boxes / s, str(s))
-        for name, part in zip(("foreground", "background", "attention", "relation"), parts, strict=True):
-            _assert_equal(part, values[f"loss.{s}.{name}"])
-        sum(weight * part for weight, part in zip(fgd.weights, parts, strict=True)).backward()
+        for name in ("foreground", "background", "attention", "relation"):
+            _assert_equal(parts[f"loss_fgd_{name}"], values[f"loss.{s}.{name}"])
+        sum(weight * parts[name] for name, weight in fgd.weights.items()).backward()
         _assert_equal(student[s].grad, values[f"loss.{s}.grad_student"])
         for theirs, ours in FGD_LAYERS.items():
             for name, parameter in fgd.get_submodule(ours.format(s=s)).named_parameters():
@@ -450,7 +450,20 @@ def test_fgd_gradient_numerically() -> None:
     student, teacher = _random(2, 2, 2, 3).requires_grad_(), _random(2, 2, 2, 3, seed=1)
     boxes = torch.tensor([[[0.0, 0, 1, 0.5]], [[-1e4] * 4]], dtype=torch.float64)
     losses = FGD.level_losses.__wrapped__
-    assert torch.autograd.gradcheck(lambda s: losses(fgd, s, teacher, boxes, "8"), student)
+    assert torch.autograd.gradcheck(lambda s: tuple(losses(fgd, s, teacher, boxes, "8").values()), student)
+
+
+def test_fgd_without_what_has_no_weight() -> None:
+    """Check that foreground and background are as before, and that nothing else is left, also no layers."""
+    maps = [_outputs({8: _random(1, 4, 8, 8, seed=seed).float()}) for seed in (0, 1)]
+    targets = targets_of([[8.0, 8, 40, 40]])
+    full, part = (
+        make(FGD, spec_of({8: 4}), **keys) for keys in ({}, {"attention_weight": 0.0, "relation_weight": 0.0})
+    )
+    losses = part(*maps, targets)
+    assert part.loss_names == tuple(losses) == ("loss_fgd_foreground", "loss_fgd_background")
+    assert losses.items() <= full(*maps, targets).items()
+    assert not list(part.parameters())
 
 
 def test_equal_features_have_no_loss_and_finite_gradients() -> None:
@@ -500,7 +513,7 @@ def test_defaults_are_the_authors(build: Callable, kind: str, pkd: float, mgd: f
         methods = {method: build(method, kind, teacher) for method in METHODS}
         assert (methods[CWD].weight, methods[CWD].config.temperature, methods[PKD].weight) == (10, 1, pkd)
         assert (methods[MGD].weight, methods[MGD].mask_ratio) == (mgd, ratio)
-        assert methods[FGD].weights == pytest.approx(fgd) and methods[FGD].config.temperature == 0.5
+        assert [*methods[FGD].weights.values()] == pytest.approx(fgd) and methods[FGD].config.temperature == 0.5
         assert all(not method.adaptation.layers for method in methods.values())
         assert not list(methods[CWD].parameters()) and not list(methods[PKD].parameters())
     assert build(CWD, "retinanet", MAPS="logits").weight == 5
@@ -515,7 +528,7 @@ def test_weights_that_are_named(build: Callable) -> None:
     for number, key in enumerate(keys):
         fgd = build(FGD, WEIGHT=2.0, **{key: 0.25})
         assert fgd.weight == 2 and fgd.relative_weight == 2
-        assert fgd.weights == pytest.approx([0.25 if n == number else weight for n, weight in enumerate(ONE_STAGE)])
+        assert [*fgd.weights.values()] == pytest.approx([0.25 if n == number else w for n, w in enumerate(ONE_STAGE)])
 
 
 @pytest.mark.parametrize(("maps", "weight", "share"), [("neck", None, 1), ("neck", 5.0, 0.5), ("logits", 5.0, 1)])

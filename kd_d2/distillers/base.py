@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -123,6 +123,17 @@ class Distiller(nn.Module):
     def default_weight(cls, config: Config, pair: Pair) -> float:
         """The default of WEIGHT. A method whose key has the default None chooses it here, by the pair and its other keys."""
         return cls.Config.weight
+
+    def weigh_losses(self, *weights: float, optional: Collection[str]) -> dict[str, float]:
+        """The weights of the losses by name. Optional losses of weight 0 are left out, of `loss_names` too: `forward` skips them.
+
+        Args:
+            weights: in the order of `loss_names`.
+            optional: names of losses whose layers, if they have any, no other loss needs.
+        """
+        by_name = dict(zip(self.loss_names, weights, strict=True))
+        self.loss_names = tuple(name for name, weight in by_name.items() if weight or name not in optional)
+        return {name: by_name[name] for name in self.loss_names}
 
     @property
     def needs_of_teacher(self) -> frozenset[str]:

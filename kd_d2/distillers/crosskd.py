@@ -22,6 +22,7 @@ from .base import DISTILLER_REGISTRY, Distiller, Losses, in_float32
 from .matching import check_same_anchors
 from .pair import Pair
 
+CLASS, BOX, CENTERNESS = (f"loss_crosskd_{part}" for part in ("class", "box", "centerness"))
 MIN_IOU = 1e-6
 MIN_AREA = 1e-7  # pixels
 
@@ -43,7 +44,7 @@ class CrossKD(Distiller):
     """
 
     needs = frozenset({"dense", "targets", "towers"})
-    loss_names = ("loss_crosskd_class", "loss_crosskd_box")
+    loss_names = (CLASS, BOX, CENTERNESS)
     CONFIG_NODE = "CROSSKD"
 
     @dataclass(frozen=True)
@@ -81,9 +82,8 @@ class CrossKD(Distiller):
             1.0 if has_centerness and not at_points else 0.0,
         )
         keys = config.class_weight, config.box_weight, config.centerness_weight
-        self.weights = tuple(default if key is None else key for key, default in zip(keys, published, strict=True))
-        if self.weights[2]:
-            self.loss_names = (*self.loss_names, "loss_crosskd_centerness")
+        weights = (default if key is None else key for key, default in zip(keys, published, strict=True))
+        self.weights = self.weigh_losses(*weights, optional=(CENTERNESS,))
         if (
             pair.student.tower_channels and teacher.tower_channels
         ):  # else KDMetaArch refuses the pair for want of towers
@@ -123,14 +123,14 @@ class CrossKD(Distiller):
             boxes = boxes + (weight * self._box_losses(crossed, expected, stride)).sum()
             box_weights = box_weights + weight.sum()
         divisor = mean_count_across_ranks(box_weights) if self.box_loss == "distributions" else num_positives
-        losses = [classes / num_positives, boxes / divisor]
-        if len(self.loss_names) > 2:
+        losses = {CLASS: classes / num_positives, BOX: boxes / divisor}
+        if CENTERNESS in self.weights:
             picked = (
                 student.dense.positives.pick(dense.quality[stride] for stride in student.dense.logits)
                 for dense in (crossed, expected)
             )
-            losses.append(_centerness_loss(*picked) / num_positives)
-        return {n: weight * loss for n, weight, loss in zip(self.loss_names, self.weights, losses)}
+            losses[CENTERNESS] = _centerness_loss(*picked) / num_positives
+        return {name: weight * losses[name] for name, weight in self.weights.items()}
 
     def _crossed(self, student: DetectorOutputs, teacher: DetectorOutputs) -> DensePredictions:
         """What the teacher's head predicts from the student's features."""

@@ -19,6 +19,9 @@ from .base import DISTILLER_REGISTRY, Distiller, Losses, in_float32
 from .pair import Pair
 from .pointwise import pointwise
 
+FOREGROUND, BACKGROUND, ATTENTION, RELATION = (
+    f"loss_fgd_{part}" for part in ("foreground", "background", "attention", "relation")
+)
 OUTSIDE = -1e4
 """Coordinates in pixels that pad an image's boxes: no position is there."""
 ONE_STAGE = (1e-3, 5e-4, 5e-4, 5e-6)
@@ -38,10 +41,12 @@ class FGD(Distiller):
       and M as in `foreground_weights` and `background_weights`;
     - attention: sum of |A_S - A_T| over positions and over channels;
     - relation: sum of (R_S(phi(F_S)) - R_T(F_T))^2, with a `ContextBlock` R for each detector.
+
+    Attention and relation are left out where their weight is 0.
     """
 
     needs = frozenset({"features", "targets"})
-    loss_names = ("loss_fgd_foreground", "loss_fgd_background", "loss_fgd_attention", "loss_fgd_relation")
+    loss_names = (FOREGROUND, BACKGROUND, ATTENTION, RELATION)
     CONFIG_NODE = "FGD"
 
     @dataclass(frozen=True)
@@ -75,44 +80,42 @@ class FGD(Distiller):
         published = ONE_STAGE if pair.student.family == "one-stage" else TWO_STAGE
         published = WEIGHTS_BY_NAME.get(pair.student.name, published)
         keys = config.foreground_weight, config.background_weight, config.attention_weight, config.relation_weight
-        self.weights = tuple(default if key is None else key for key, default in zip(keys, published, strict=True))
+        weights = (default if key is None else key for key, default in zip(keys, published, strict=True))
+        self.weights = self.weigh_losses(*weights, optional=(ATTENTION, RELATION))
+        channels = {str(stride): number for stride, (_, number) in pair.channels.items() if RELATION in self.weights}
         self.student_relations, self.teacher_relations = (
-            nn.ModuleDict({str(stride): ContextBlock(number) for stride, (_, number) in pair.channels.items()})
-            for _ in range(2)
+            nn.ModuleDict({stride: ContextBlock(number) for stride, number in channels.items()}) for _ in range(2)
         )
 
     def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
         boxes = [target.gt_boxes.tensor for target in targets]
         boxes_BN4 = pad_sequence(boxes, batch_first=True, padding_value=OUTSIDE)
         levels = [
-            torch.stack(self.level_losses(s, t, boxes_BN4 / stride, str(stride)))
+            self.level_losses(s, t, boxes_BN4 / stride, str(stride))
             for stride, (s, t) in zip(self.adaptation.strides, self.adaptation.pairs(student, teacher), strict=True)
         ]
-        totals = sum(levels).unbind()
-        return {n: w * total for n, w, total in zip(self.loss_names, self.weights, totals, strict=True)}
+        return {name: weight * sum(level[name] for level in levels) for name, weight in self.weights.items()}
 
     @in_float32
-    def level_losses(
-        self, student_BCHW: Tensor, teacher_BCHW: Tensor, boxes_BN4: Tensor, stride: str
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The losses of one level, unweighted, in order of `loss_names`; boxes in its cells."""
+    def level_losses(self, student_BCHW: Tensor, teacher_BCHW: Tensor, boxes_BN4: Tensor, stride: str) -> Losses:
+        """The losses of one level, unweighted; boxes in its cells."""
         foreground_BHW = foreground_weights(boxes_BN4, *teacher_BCHW.shape[-2:])
-        ours = own_attention(student_BCHW, self.config.temperature)
         positions_B1HW, channels_BC11 = theirs = own_attention(teacher_BCHW, self.config.temperature)
         difference_BCHW = student_BCHW - teacher_BCHW
         error_BHW = positions_B1HW[:, 0] * attended_square(difference_BCHW, channels_BC11)
-        contexts_BC = (
-            self.student_relations[stride].context(student_BCHW),
-            self.teacher_relations[stride].context(teacher_BCHW),
-        )
-        related_BCHW = difference_BCHW + (contexts_BC[0] - contexts_BC[1])[..., None, None]
-        losses = (
-            (foreground_BHW * error_BHW).sum(),
-            (background_weights(foreground_BHW) * error_BHW).sum(),
-            sum((a - b).abs().sum() for a, b in zip(ours, theirs, strict=True)),
-            torch.linalg.vector_norm(related_BCHW).square(),
-        )
-        return tuple(loss / len(teacher_BCHW) for loss in losses)
+        losses = {
+            FOREGROUND: (foreground_BHW * error_BHW).sum(),
+            BACKGROUND: (background_weights(foreground_BHW) * error_BHW).sum(),
+        }
+        if ATTENTION in self.weights:
+            ours = own_attention(student_BCHW, self.config.temperature)
+            losses[ATTENTION] = sum((a - b).abs().sum() for a, b in zip(ours, theirs, strict=True))
+        if RELATION in self.weights:
+            ours_BC = self.student_relations[stride].context(student_BCHW)
+            theirs_BC = self.teacher_relations[stride].context(teacher_BCHW)
+            related_BCHW = difference_BCHW + (ours_BC - theirs_BC)[..., None, None]
+            losses[RELATION] = torch.linalg.vector_norm(related_BCHW).square()
+        return {name: loss / len(teacher_BCHW) for name, loss in losses.items()}
 
 
 class ContextBlock(nn.Module):

@@ -20,6 +20,7 @@ from .matching import levels_by_stride
 from .pair import Pair
 from .pointwise import pointwise
 
+ATTENTION, FEATURE, RELATION = (f"loss_fkd_{part}" for part in ("attention", "feature", "relation"))
 SQUARE_EPS = 1e-24
 """Below it a squared distance counts as none, and has no gradient."""
 
@@ -64,10 +65,12 @@ class FKD(Distiller):
     - masked features (equation 5): of phi(F_S) and F_T, each element weighed by the square root of spatial times channel mask, the
       softmax attention of both detectors;
     - relations (equation 7): of what a non-local block makes of each detector's features.
+
+    Attention transfer and relations are left out where their weight is 0.
     """
 
     needs = frozenset({"features"})
-    loss_names = ("loss_fkd_attention", "loss_fkd_feature", "loss_fkd_relation")
+    loss_names = (ATTENTION, FEATURE, RELATION)
     CONFIG_NODE = "FKD"
 
     @dataclass(frozen=True)
@@ -95,32 +98,33 @@ class FKD(Distiller):
     def __init__(self, config: Config, pair: Pair):
         super().__init__(config, pair)
         self.adaptation = AdaptationLayers.build(config.adaptation, pair, self.CONFIG_NODE)
+        weights = config.attention_weight, config.feature_weight, config.relation_weight
+        self.weights = self.weigh_losses(*weights, optional=(ATTENTION, RELATION))
         self.norm_of_images = NORMS_OF_IMAGES[config.norm]
         self.attention_adaptation = nn.ModuleDict()
-        if config.attention == "adapted":
+        if config.attention == "adapted" and ATTENTION in self.weights:
             for stride, channels in pair.channels.items():
                 self.attention_adaptation[str(stride)] = AttentionAdaptation(*channels)
         self.student_relations, self.teacher_relations, self.relation_adaptation = (nn.ModuleDict() for _ in range(3))
-        for stride, (ours, theirs) in pair.channels.items():
-            self.student_relations[str(stride)] = NonLocalBlock(ours, config.relation_dim)
-            self.teacher_relations[str(stride)] = NonLocalBlock(theirs, config.relation_dim)
-            self.relation_adaptation[str(stride)] = nn.Conv2d(ours, theirs, 1)
+        if RELATION in self.weights:
+            for stride, (ours, theirs) in pair.channels.items():
+                self.student_relations[str(stride)] = NonLocalBlock(ours, config.relation_dim)
+                self.teacher_relations[str(stride)] = NonLocalBlock(theirs, config.relation_dim)
+                self.relation_adaptation[str(stride)] = nn.Conv2d(ours, theirs, 1)
 
     def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
-        totals = [0.0, 0.0, 0.0]
+        totals = dict.fromkeys(self.weights, 0.0)
         own = levels_by_stride(student.features, self.adaptation.strides, "student")
         for stride, level, (s, t) in zip(
             self.adaptation.strides, own, self.adaptation.pairs(student, teacher), strict=True
         ):
             activations = mean_activations(s, t)
-            distances = (
-                self.attention_distance(level, t, activations, str(stride)),
-                self.feature_distance(s, t, activations),
-                self.relation_distance(level, t, str(stride)),
-            )
-            totals = [total + distance for total, distance in zip(totals, distances, strict=True)]
-        weights = self.config.attention_weight, self.config.feature_weight, self.config.relation_weight
-        return {n: w * total for n, w, total in zip(self.loss_names, weights, totals, strict=True)}
+            totals[FEATURE] += self.feature_distance(s, t, activations)
+            if ATTENTION in totals:
+                totals[ATTENTION] += self.attention_distance(level, t, activations, str(stride))
+            if RELATION in totals:
+                totals[RELATION] += self.relation_distance(level, t, str(stride))
+        return {name: weight * totals[name] for name, weight in self.weights.items()}
 
     @in_float32
     def attention_distance(

@@ -28,6 +28,7 @@ from .base import DISTILLER_REGISTRY, Distiller, Losses
 from .matching import check_same_anchors
 from .pair import Pair
 
+FEATURE, RELATION, CLASS, BOX = (f"loss_gid_{part}" for part in ("feature", "relation", "class", "box"))
 CANDIDATES = 1000  # of an image, before the NMS
 FEWEST_RELATED = 3  # instances of an image whose distances tell something
 
@@ -57,10 +58,12 @@ class GID(Distiller):
     - features: sum over instances of |RoIAlign(phi(F_S)) - RoIAlign(F_T)|^2 / (S * h * w), on the anchor's level;
     - relations: smooth l1 between the distances of an image's instances, each divided by their mean; mean over images;
     - responses: binary cross-entropy with the teacher's probabilities and l1 of the box regression, over S.
+
+    Relations and responses are left out where their weight is 0.
     """
 
     needs = frozenset({"features", "dense"})
-    loss_names = ("loss_gid_feature", "loss_gid_relation", "loss_gid_class", "loss_gid_box")
+    loss_names = (FEATURE, RELATION, CLASS, BOX)
     CONFIG_NODE = "GID"
 
     @dataclass(frozen=True)
@@ -77,19 +80,24 @@ class GID(Distiller):
     def __init__(self, config: Config, pair: Pair):
         super().__init__(config, pair)
         check_same_anchors("GID", pair.student, pair.teacher)
+        weights = config.feature_weight, config.relation_weight, config.class_weight, config.box_weight
+        self.weights = self.weigh_losses(*weights, optional=(RELATION, CLASS, BOX))
         self.adaptation = AdaptationLayers.build(config.adaptation, pair, self.CONFIG_NODE)
-        self.weights = config.feature_weight, config.relation_weight, config.class_weight, config.box_weight
 
     def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
         config = self.config
         selected = select_instances(student.dense, teacher.dense, config.instances, config.nms_thresh)
         count = mean_count_across_ranks(selected.is_taken.sum().float())
         students, teachers = self._features(student, teacher, selected)
-        feature = _sum_of((students - teachers).square(), selected.is_taken) / (count * config.resolution**2)
-        places = (x.unflatten(0, (-1, config.instances)) for x in (students, teachers, selected.is_taken))
-        classes, box = self._responses(student.dense, teacher.dense, selected)
-        losses = (feature, relation_loss(*places), classes / count, box / count)
-        return {n: w * loss for n, w, loss in zip(self.loss_names, self.weights, losses, strict=True)}
+        square = _sum_of((students - teachers).square(), selected.is_taken)
+        losses = {FEATURE: square / (count * config.resolution**2)}
+        if RELATION in self.weights:
+            places = (x.unflatten(0, (-1, config.instances)) for x in (students, teachers, selected.is_taken))
+            losses[RELATION] = relation_loss(*places)
+        if CLASS in self.weights or BOX in self.weights:
+            classes, box = self._responses(student.dense, teacher.dense, selected)
+            losses |= {CLASS: classes / count, BOX: box / count}
+        return {name: weight * losses[name] for name, weight in self.weights.items()}
 
     def _features(
         self, student: DetectorOutputs, teacher: DetectorOutputs, selected: GeneralInstances

@@ -23,6 +23,7 @@ from .base import DISTILLER_REGISTRY, Distiller, Losses, in_float32
 from .matching import check_same_anchors
 from .pair import Pair
 
+MAIN, VALUABLE, CLASS = "loss_ld", "loss_ld_valuable", "loss_ld_class"
 LOWEST_VALUABLE = 0.25
 """The part of a box's threshold from which on an anchor is valuable."""
 
@@ -41,7 +42,7 @@ class LD(Distiller):
     """
 
     needs = frozenset({"dense", "distributions", "targets"})
-    loss_names = ("loss_ld",)
+    loss_names = (MAIN, VALUABLE, CLASS)
     CONFIG_NODE = "LD"
 
     @dataclass(frozen=True)
@@ -65,8 +66,8 @@ class LD(Distiller):
 
     def __init__(self, config: Config, pair: Pair):
         super().__init__(config, pair)
-        optional = {"loss_ld_valuable": config.valuable_weight, "loss_ld_class": config.class_weight}
-        self.loss_names = (*self.loss_names, *(name for name, weight in optional.items() if weight))
+        weights = config.main_weight, config.valuable_weight, config.class_weight
+        self.weights = self.weigh_losses(*weights, optional=(VALUABLE, CLASS))
         student, teacher = pair.student, pair.teacher
         if student.num_bins and teacher.num_bins:
             check_same_anchors("LD", student, teacher)
@@ -79,20 +80,19 @@ class LD(Distiller):
     def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
         config, ours, theirs, positives = self.config, student.dense, teacher.dense, student.dense.positives
         probability_P = positives.pick(ours.logits.values()).detach().float().sigmoid().amax(1)
-        losses = {"loss_ld": config.main_weight * self._of_region(ours, theirs, positives, probability_P)}
-        if "loss_ld_valuable" in self.loss_names:
+        losses = {MAIN: self._of_region(ours, theirs, positives, probability_P)}
+        if VALUABLE in self.weights:
             levels = list(ours.anchors.values())
             weight_BR = torch.stack([valuable_region(levels, t.gt_boxes, config.candidates) for t in targets])
             image, anchor = weight_BR.nonzero(as_tuple=True)
             region = Positives(image, anchor, torch.full_like(anchor, -1))
-            valuable = self._of_region(ours, theirs, region, weight_BR[image, anchor])
-            losses["loss_ld_valuable"] = config.valuable_weight * valuable
-        if "loss_ld_class" in self.loss_names:
+            losses[VALUABLE] = self._of_region(ours, theirs, region, weight_BR[image, anchor])
+        if CLASS in self.weights:
             logits = (positives.pick(dense.logits.values()) for dense in (ours, theirs))
             divergence_P = divergence(*logits, config.class_temperature) / next(iter(ours.logits.values())).shape[-1]
             count = mean_count_across_ranks(probability_P.new_tensor(len(probability_P)))
-            losses["loss_ld_class"] = config.class_weight * divergence_P.sum() / count
-        return losses
+            losses[CLASS] = divergence_P.sum() / count
+        return {name: weight * losses[name] for name, weight in self.weights.items()}
 
     def _of_region(
         self, student: DensePredictions, teacher: DensePredictions, region: Positives, weight_P: Tensor
