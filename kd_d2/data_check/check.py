@@ -48,14 +48,10 @@ class DataCheck:
             if findings:
                 lines = [f"- {finding.dataset}: {printable(finding.text)}" for finding in findings]
                 parts.append("\n".join([f"{title}:", *lines]))
-        return "\n\n".join([*parts, self._verdict()])
-
-    def _verdict(self) -> str:
         read = "all images" if self.checked_images is None else f"up to {self.checked_images} images of each set"
         found = f"{len(self.errors)} errors" if self.errors else "nothing that stops or falsifies a training"
-        return (
-            f"{found} in annotations, file contents and {read} read ({len(self.findings) - len(self.errors)} warnings)"
-        )
+        parts.append(f"{found} in annotations, file contents and {read} read ({len(warnings)} warnings)")
+        return "\n\n".join(parts)
 
     def as_tree(self) -> dict[str, Any]:
         """Everything in types that JSON has."""

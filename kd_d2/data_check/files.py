@@ -54,13 +54,11 @@ def find_repeated(sets: list[tuple[DataSet, CocoData]]) -> Iterator[Finding]:
 
 def _digests(paths: list[str]) -> dict[str, str]:
     """By path a digest of the content, of the files that are not of a size of their own."""
-    of_size: dict[int, dict[str, None]] = defaultdict(dict)
-    times: dict[str, int] = defaultdict(int)
+    of_size: dict[int, list[str]] = defaultdict(list)
     for path in paths:
-        times[path] += 1
-        of_size[os.path.getsize(path)][path] = None
-    alike = [path for found in of_size.values() for path in found if len(found) > 1 or times[path] > 1]
-    return {path: _digest(path) for path in alike}
+        of_size[os.path.getsize(path)].append(path)
+    alike = [path for found in of_size.values() if len(found) > 1 for path in found]
+    return {path: _digest(path) for path in dict.fromkeys(alike)}
 
 
 def _digest(path: str) -> str:

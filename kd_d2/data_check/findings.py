@@ -36,10 +36,8 @@ class Finding:
 
 def find_in_set(name: str, data: CocoData, statistics: SetStatistics) -> Iterator[Finding]:
     """Of one data set: what is read otherwise than it is written, boxes that look like mistakes, and rare or similar classes."""
-    for sentence in data.repairs.sentences():
-        yield Finding(False, name, sentence)
-    yield from (Finding(False, name, text) for text in _about_boxes(data))
-    yield from (Finding(False, name, text) for text in _about_classes(statistics))
+    for text in (*data.repairs.sentences(), *_about_boxes(data), *_about_classes(statistics)):
+        yield Finding(False, name, text)
     if not statistics.boxes:
         yield Finding(True, name, "it has no boxes.")
 
@@ -61,19 +59,13 @@ def _about_boxes(data: CocoData) -> Iterator[str]:
             yield f"{len(found[text])} boxes {text}, the first is {first['bbox']} of {name}."
 
 
-def _is_thin(box: list[float], size: tuple[int, int]) -> bool:
-    return max(box[2:]) > LONGEST * min(box[2:])
-
-
-def _is_whole_image(box: list[float], size: tuple[int, int]) -> bool:
-    return box[2] * box[3] >= WHOLE_IMAGE * size[0] * size[1]
-
-
 SUSPICIOUS: dict[str, Callable[[list[float], tuple[int, int]], bool]] = {
     "reach beyond their image, where training cuts them": reaches_out,
     f"have a side below {SMALLEST_SIDE} pixels": lambda box, size: min(box[2:]) < SMALLEST_SIDE,
-    f"are more than {LONGEST} times as long as wide": _is_thin,
-    f"cover {WHOLE_IMAGE:.0%} of their image or more": _is_whole_image,
+    f"are more than {LONGEST} times as long as wide": lambda box, size: max(box[2:]) > LONGEST * min(box[2:]),
+    f"cover {WHOLE_IMAGE:.0%} of their image or more": (
+        lambda box, size: box[2] * box[3] >= WHOLE_IMAGE * size[0] * size[1]
+    ),
 }
 """By what is said of them, whether a box [x, y, width, height] in an image of (width, height) is one."""
 

@@ -74,7 +74,9 @@ def export_detector(
     load_complete(model, cfg.MODEL.WEIGHTS, "the detector")
     check_detector(model)
     if options.score_thresh is not None:
-        _set_score_threshold(model, options.score_thresh)
+        for module in model.modules():
+            if hasattr(module, "test_score_thresh"):
+                module.test_score_thresh = options.score_thresh
     graph = DetectionGraph(model) if options.nms else CandidateGraph(model)
     metadata = describe(cfg, model, options)
     inputs = _inputs(cfg, metadata, images)
@@ -121,12 +123,6 @@ def _check(path: str, options: ExportOptions) -> str:
     for package in PACKAGES[export_format]:
         needed_package(package)
     return export_format
-
-
-def _set_score_threshold(model: nn.Module, threshold: float) -> None:
-    for module in model.modules():
-        if hasattr(module, "test_score_thresh"):
-            module.test_score_thresh = threshold
 
 
 def describe(cfg: CfgNode, model: nn.Module, options: ExportOptions) -> ExportMetadata:

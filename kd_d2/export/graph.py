@@ -15,10 +15,6 @@ from torchvision.ops import boxes as ops
 from ..adapters import build_adapter
 from ..errors import UserError
 
-MASKLESS = ("boxes", "scores", "classes")
-WITH_MASKS = (*MASKLESS, "masks")
-CANDIDATES = ("boxes", "scores", "levels")
-
 
 class DetectionGraph(nn.Module):
     """Image uint8 [3, H, W] in the detector's channel order -> `outputs`.
@@ -36,7 +32,8 @@ class DetectionGraph(nn.Module):
         super().__init__()
         self.model = model
         self.eval()
-        self.outputs = WITH_MASKS if getattr(getattr(model, "roi_heads", None), "mask_on", False) else MASKLESS
+        has_masks = getattr(getattr(model, "roi_heads", None), "mask_on", False)
+        self.outputs = ("boxes", "scores", "classes", *(("masks",) if has_masks else ()))
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         # Detectron2 takes len() of tensors, which the patch records in the trace.
@@ -79,7 +76,7 @@ class CandidateGraph(nn.Module):
         UserError: the detector is not a dense one that kd_d2 reads in full.
     """
 
-    outputs = CANDIDATES
+    outputs = ("boxes", "scores", "levels")
 
     def __init__(self, model: nn.Module):
         super().__init__()

@@ -11,27 +11,23 @@ from torch import Tensor
 from .running import needed_package
 
 
-def quantize_onnx(source: str, target: str, images: list[Tensor], keep_float: tuple[str, ...] = ()) -> None:
+def quantize_onnx(source: str, target: str, images: list[Tensor]) -> None:
     """Write `source` with convolutions in int8: weights by channel, activations in the ranges that occur in `images`.
 
     What follows the head stays float. In the QDQ format, which ONNX Runtime and OpenVINO run.
 
     Args:
         images: calibration images uint8 [3, H, W], as the file takes them.
-        keep_float: parts of the names of convolutions that stay float.
     """
     onnx = needed_package("onnx")
     quantization = needed_package("onnxruntime.quantization")
-    convolutions = [
-        node.name for node in onnx.load(source, load_external_data=False).graph.node if node.op_type == "Conv"
-    ]
+    nodes = onnx.load(source, load_external_data=False).graph.node
 
     class Images(quantization.CalibrationDataReader):
-        left = iter(images)
+        left = ({"image": image.numpy()} for image in images)
 
         def get_next(self) -> dict | None:
-            image = next(self.left, None)
-            return None if image is None else {"image": image.numpy()}
+            return next(self.left, None)
 
     with _without_log():
         quantization.quantize_static(
@@ -42,7 +38,7 @@ def quantize_onnx(source: str, target: str, images: list[Tensor], keep_float: tu
             per_channel=True,
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
-            nodes_to_quantize=[name for name in convolutions if not any(part in name for part in keep_float)],
+            nodes_to_quantize=[node.name for node in nodes if node.op_type == "Conv"],
         )
     model = onnx.load(target)
     # With the inferred shapes ONNX Runtime fuses reshapes in a way that fails where a level has no candidate.

@@ -114,13 +114,8 @@ class ExportedModel:
     def _detect(self, entry: dict[str, Any]) -> Instances:
         image = entry["image"]
         size = tuple(image.shape[1:])
-        boxes, scores, third, *masks = map(
-            torch.from_numpy, self.session(self.metadata.padded(image.to(torch.uint8).numpy()))
-        )
-        if self.metadata.nms:
-            classes = third
-        else:
-            boxes, scores, classes = decode(boxes, scores, third, self.metadata)
+        outputs = map(torch.from_numpy, self.session(self.metadata.padded(image.to(torch.uint8).numpy())))
+        boxes, scores, classes, *masks = outputs if self.metadata.nms else decode(*outputs, self.metadata)
         found = Instances(size, pred_boxes=Boxes(boxes), scores=scores, pred_classes=classes)
         if masks:
             found.pred_masks = masks[0][:, None]
