@@ -16,6 +16,7 @@ from .distillers import DISTILLER_REGISTRY, Distiller, Losses, Pair, Schedule, b
 from .errors import UserError
 from .pseudo_labels import Annotations, PseudoLabels
 from .teacher import Teacher
+from .transfer import instances_on_device
 
 PARTS_IN_WORDS = {
     "dense": "dense predictions",
@@ -130,7 +131,7 @@ class KDMetaArch(nn.Module):
             teacher = self.teacher(
                 batched_inputs, self.labels.needs.union(*(d.needs_of_teacher for d in active.values()))
             )
-        targets = [target.to(self.device) for target in self.labels(batched_inputs, teacher)]
+        targets = [instances_on_device(target, self.device) for target in self.labels(batched_inputs, teacher)]
         inputs = [{**x, "instances": target} for x, target in zip(batched_inputs, targets, strict=True)]
         student = self.adapter.run(inputs, frozenset().union(*(d.needs for d in active.values())), targets)
         if teacher is not None:

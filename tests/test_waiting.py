@@ -1,37 +1,25 @@
-"""Where a training step would make the host wait for a GPU: known places alone, each with its reason.
-
-Operators whose results have a size or a value that the host needs (item, nonzero, boolean indices, unique, repeat_interleave without
-a size) are recorded on a CPU, so that some of these places are of CPUs alone.
-"""
+"""Where a training step would make the host wait for a GPU: known places alone, each with its reason."""
 
 from __future__ import annotations
 
-import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from kd_d2.adapters import Positives
+from kd_d2.adapters.anchors import grid_anchors
+from kd_d2.losses import fused_ssim
+from kd_d2.losses.gaussian import blur_matrix
+from kd_d2.transfer import instances_on_device, on_device
 
 import pytest
 import torch
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from helpers import META_ARCHITECTURES, make_project, make_trainer, methods_of
-from torch.utils._python_dispatch import TorchDispatchMode
-
-aten = torch.ops.aten
-WAITING = {
-    aten._local_scalar_dense.default,
-    aten.nonzero.default,
-    aten.masked_select.default,
-    aten.equal.default,
-    aten._unique2.default,
-    aten.unique_consecutive.default,
-    aten.unique_dim.default,
-    aten.repeat_interleave.Tensor,
-}
-INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+from simulated_gpu import GPU, GpuTensor, SimulatedGpu, move_to_gpu
 
 KNOWN = {
-    ("adapter.py", "preprocess"): "ImageList compares sizes, on the host",
     ("assignment.py", "of"): "the positions of the positives; their number is needed for everything at them",
     ("assignment.py", "assign_by_iou"): "Detectron2's Matcher",
     ("dense.py", "losses"): "Detectron2's RetinaNet",
@@ -42,56 +30,77 @@ KNOWN = {
     ("rcnn.py", "_propose"): "Detectron2's RPN",
     ("rcnn.py", "_class_logits"): "Detectron2's RoI pooler assigns levels",
     ("gid.py", "select_instances"): "the NMS",
-    ("queries.py", "<genexpr>"): "on the host",
-    ("queries.py", "build_queries"): "on the host",
-    ("encoding.py", "describe"): "one_hot checks classes on CPUs alone",
-    ("fsaf.py", "_positive_losses"): "one_hot checks classes on CPUs alone",
-    ("fsaf.py", "_ignored"): "one_hot checks classes on CPUs alone",
+    ("gid.py", "_features"): "how many instances each level has",
+    ("gaussian.py", "blur_matrix"): "copied once for each size of a map",
 }
 """By file and function of kd_d2 why it waits."""
 
 
-class WaitRecorder(TorchDispatchMode):
-    """Notes the last function of kd_d2 on the stack of every operator that waits."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.places: set[tuple[str, str]] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        waits = func in WAITING and (kwargs or {}).get("output_size") is None
-        if func in INDEXING:
-            waits = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
-        if waits:
-            ours = [frame for frame in traceback.extract_stack() if "/kd_d2/" in frame.filename]
-            if ours:  # else the backward pass of one that was noted
-                self.places.add((Path(ours[-1].filename).name, ours[-1].name))
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("detector", META_ARCHITECTURES)
-def test_a_training_step_waits_in_known_places_alone(tmp_path: Path, detector: str) -> None:
-    """Check forward and backward pass of every method that goes with the detector."""
+def test_a_training_step_waits_in_known_places_alone(
+    tmp_path: Path, detector: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check forward and backward pass of every method that goes with the detector; the teacher's, where it is dense, never waits."""
     icd = {"MODEL__KD__ICD__DIM": 16, "MODEL__KD__ICD__NUM_HEADS": 2, "MODEL__KD__ICD__FFN_DIM": 32}
     trainer = make_trainer(make_project(tmp_path, detector, MODEL__KD__DISTILLERS=tuple(methods_of(detector)), **icd))
     trainer.resume_or_load(resume=False)
     model, batch = trainer.bare_model.train(), next(iter(trainer._trainer.data_loader))
-    recorder = WaitRecorder()
-    with EventStorage(), recorder:
-        sum(model(batch).values()).backward()
-    assert recorder.places <= KNOWN.keys()
+    expected = model.teacher(batch, frozenset({"features"})).features
+    monkeypatch.setattr(fused_ssim, "_triton_kernels", lambda device: None)
+    for module in (model, model.teacher.model):
+        move_to_gpu(module)
+    with EventStorage(), SimulatedGpu() as step:
+        losses = model(batch)
+        sum(losses.values()).backward()
+    assert all(isinstance(loss, GpuTensor) for loss in losses.values())
+    assert step.places <= KNOWN.keys()
+    images = [{"image": GpuTensor(x["image"])} for x in batch]
+    with SimulatedGpu() as pass_of_teacher:
+        outputs = model.teacher(images, frozenset({"features"} if detector == "faster-rcnn" else {"features", "dense"}))
+    assert not pass_of_teacher.places
+    for stride, level in outputs.features.items():
+        torch.testing.assert_close(level.inner, expected[stride])
 
 
 @pytest.mark.parametrize(
-    "call",
+    ("call", "waits"),
     [
-        lambda: Positives.of(torch.tensor([[0, -1, 2]])),
-        lambda: Positives(*torch.zeros(3, 2, dtype=torch.int64)).pick([torch.ones(1, 2, 3)]),
+        (lambda: Positives.of(GpuTensor(torch.tensor([[0, -1, 2]]))), True),
+        (lambda: blur_matrix(9, 3, 1.0, torch.float32, GPU), True),
+        (lambda: on_device([1, 2], GPU) + GpuTensor(torch.ones(2)), False),
+        (lambda: Positives(*on_device([[0, 0, 0]] * 3, GPU)).pick([GpuTensor(torch.ones(1, 2, 3))]), False),
     ],
-    ids=["waits", "does not wait"],
+    ids=["its size", "a copy", "a copy that does not wait", "indices"],
 )
-def test_what_waits_is_seen(call, request: pytest.FixtureRequest) -> None:
-    recorder = WaitRecorder()
-    with recorder:
+def test_what_waits_is_seen(call: Callable, waits: bool) -> None:
+    blur_matrix.cache_clear()
+    with SimulatedGpu() as gpu:
         call()
-    assert recorder.places == ({("assignment.py", "of")} if request.node.callspec.id == "waits" else set())
+    blur_matrix.cache_clear()
+    assert bool(gpu.places) == waits
+
+
+def test_instances_are_copied_without_waiting() -> None:
+    """Check boxes, numbers and masks, and what has no device."""
+    instances = Instances((4, 6), gt_boxes=Boxes([[0.0, 1.0, 2.0, 3.0]]), gt_classes=torch.tensor([2]))
+    instances.gt_masks, instances.names = BitMasks(torch.ones(1, 4, 6)), ["a"]
+    copies = instances_on_device(instances, torch.device("cpu"))
+    assert copies.image_size == (4, 6) and copies.names == ["a"]
+    assert copies.gt_masks.tensor.all() and copies.gt_classes.tolist() == [2]
+    del instances._fields["gt_masks"]
+    with SimulatedGpu() as gpu:
+        copies = instances_on_device(instances, GPU)
+    assert not gpu.places
+    assert copies.gt_boxes.device == copies.gt_classes.device == GPU
+    assert copies.gt_boxes.tensor.inner.tolist() == [[0.0, 1.0, 2.0, 3.0]]
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.5])
+def test_anchors_are_the_generators(offset: float) -> None:
+    """Check levels that are not square, and several sizes and shapes of anchors."""
+    generator = DefaultAnchorGenerator(
+        sizes=[[8, 10], [16]], aspect_ratios=[[0.5, 1.0], [2.0]], strides=[8, 16], offset=offset
+    )
+    maps = [torch.zeros(1, 1, 3, 5), torch.zeros(1, 1, 2, 3)]
+    for found, expected in zip(grid_anchors(generator, maps), generator(maps), strict=True):
+        assert torch.equal(found.tensor, expected.tensor)

@@ -199,13 +199,6 @@ DETECTOR_ADAPTER_REGISTRY.register(BackboneAdapter)
 
 
 @torch.no_grad()
-def first_anchors(generator: nn.Module, strides: list[int]) -> dict[int, Tensor]:
-    """By stride the anchors (A, 4) of a level's first position, in pixels: where they lie counts as much as their size."""
-    cells = [torch.empty(1, 1, 1, 1) for _ in strides]
-    return {stride: anchors.tensor for stride, anchors in zip(strides, generator(cells), strict=True)}
-
-
-@torch.no_grad()
 def reorder_outputs(layer: nn.Module, order: list[int], groups: int = 1, width: int = 1) -> None:
     """Reorder the outputs of a convolution or linear layer, in place.
 

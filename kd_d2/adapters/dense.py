@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ..modeling import ATSS, FSAF, GFL
 from ..modeling.assignment import BACKGROUND, IGNORED, assign_by_iou
 from ..modeling.dense import SingleAnchorDetector
-from .adapter import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter, first_anchors, reorder_outputs
+from .adapter import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter, reorder_outputs
+from .anchors import first_anchors, grid_anchors
 from .outputs import DensePredictions, DetectorOutputs, Towers, towers_at
 from .towers import channels_of_towers, finish, recorded
 
@@ -114,7 +115,7 @@ class AnchorDetectorAdapter(DenseDetectorAdapter):
         splits = [split for split in range(len(self.tower_channels or ())) if towers_at(split) in want]
         need_head = targets is not None or splits or not want.isdisjoint({"dense", "detections"})
         if need_head or "anchors" in want:
-            outputs.anchors = dict(zip(strides, self.model.anchor_generator(features), strict=True))
+            outputs.anchors = dict(zip(strides, grid_anchors(self.model.anchor_generator, features), strict=True))
         if not need_head:
             return
         with recorded(self.model.head, features, splits) as cut:

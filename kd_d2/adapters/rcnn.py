@@ -18,7 +18,8 @@ from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from .adapter import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter, first_anchors, reorder_outputs
+from .adapter import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter, reorder_outputs
+from .anchors import first_anchors, grid_anchors
 from .outputs import DetectorOutputs, SampledProposals
 
 TRAINING_PASS = ("forward", "_forward_box", "label_and_sample_proposals")
@@ -91,7 +92,7 @@ class RCNNAdapter(DetectorAdapter):
         if "anchors" in want:
             rpn = model.proposal_generator
             maps = [named[name] for name in rpn.in_features]
-            outputs.anchors = dict(zip(self._rpn_strides(), rpn.anchor_generator(maps), strict=True))
+            outputs.anchors = dict(zip(self._rpn_strides(), grid_anchors(rpn.anchor_generator, maps), strict=True))
         if "proposals" in want:
             outputs.classify = torch.no_grad()(lambda boxes: self._class_logits(named, boxes))
         if "detections" in want:

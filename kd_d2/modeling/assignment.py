@@ -16,6 +16,8 @@ from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor
 
+from ..transfer import on_device
+
 BACKGROUND = -1
 IGNORED = -2
 
@@ -43,7 +45,7 @@ class Positives:
     def among_all(self, targets: list[Instances]) -> Tensor:
         """(P,) index of the instance among those of all images together."""
         starts = list(accumulate(map(len, targets), initial=0))[:-1]
-        return torch.tensor(starts, device=self.image.device)[self.image] + self.instance
+        return on_device(starts, self.image.device)[self.image] + self.instance
 
     def ground_truth(self, targets: list[Instances]) -> tuple[Tensor, Tensor]:
         """Classes (P,) and boxes (P, 4) of the instances."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..distributed import mean_count_across_ranks
 from ..keys import Above
+from ..transfer import on_device
 from .assignment import BACKGROUND, IGNORED, Positives
 from .dense import DenseKeys, FocalAlpha, FocalGamma, SingleAnchorDetector, dense_arguments
 
@@ -115,7 +116,7 @@ class FSAF(SingleAnchorDetector):
         assignment_BR = torch.stack(candidates)
         positives = Positives.of(assignment_BR)
         classification_P, box_P = self._positive_losses(cells, predictions, positives, targets)
-        ends_L = torch.tensor([len(level) for level in anchors], device=cells.device).cumsum(0)
+        ends_L = on_device([len(level) for level in anchors], cells.device).cumsum(0)
         level_P = torch.bucketize(positives.anchor, ends_L, right=True)
         instance_P = positives.among_all(targets)
         best_N = best_level(classification_P + box_P, instance_P, level_P, sum(map(len, targets)), len(anchors))

@@ -23,6 +23,7 @@ from torchvision.ops import DeformConv2d
 
 from ..distributed import mean_count_across_ranks
 from ..keys import Above, AtLeast, Condition
+from ..transfer import on_device
 from .assignment import BACKGROUND, Positives, assign_by_iou
 from .dense import DenseKeys, FocalAlpha, FocalGamma, SingleAnchorDetector, dense_arguments
 
@@ -286,7 +287,7 @@ def assign_nearest(anchors: list[Boxes], gt_boxes: Boxes) -> Tensor:
     extent_N2 = (gt_boxes.tensor[:, 2:] - gt_boxes.tensor[:, :2]).clamp(min=1e-6)
     side_L = torch.stack([level.tensor[0, 2] - level.tensor[0, 0] for level in anchors])
     level_N = (torch.bucketize(extent_N2.log2().mean(1), side_L.log2(), right=True) - 1).clamp(min=0)
-    counts = torch.tensor([len(level) for level in anchors], device=side_L.device)
+    counts = on_device([len(level) for level in anchors], side_L.device)
     levels = torch.arange(len(anchors), device=side_L.device)
     level_R = torch.repeat_interleave(levels, counts, output_size=len(everywhere))
     offset_NR2 = (everywhere.get_centers() - gt_boxes.get_centers()[:, None]) / extent_N2[:, None]
