@@ -92,8 +92,9 @@ class SimulatedGpu(TorchFunctionMode):
         super().__exit__(*error)
 
     def note(self) -> None:
-        ours = [frame for frame in traceback.extract_stack() if "/kd_d2/" in frame.filename]
-        if ours:
+        stack = traceback.extract_stack()
+        ours = [frame for frame in stack if "/kd_d2/" in frame.filename]
+        if ours and not any(frame.name == "_engine_run_backward" for frame in stack):
             self.places.add((Path(ours[-1].filename).name, ours[-1].name))
 
     def __torch_function__(self, function: Callable, types, args=(), kwargs=None):

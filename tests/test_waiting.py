@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
 from kd_d2.adapters import Positives
 from kd_d2.adapters.anchors import grid_anchors
+from kd_d2.engine.optimizers import build_optimizers
+from kd_d2.engine.step import DistillationStep
 from kd_d2.losses import fused_ssim
 from kd_d2.losses.gaussian import blur_matrix
 from kd_d2.transfer import instances_on_device, on_device
@@ -19,6 +22,7 @@ from detectron2.utils.events import EventStorage
 from helpers import META_ARCHITECTURES, make_project, make_trainer, methods_of
 from simulated_gpu import GPU, GpuTensor, SimulatedGpu, move_to_gpu
 
+SMALL_ICD = {"MODEL__KD__ICD__DIM": 16, "MODEL__KD__ICD__NUM_HEADS": 2, "MODEL__KD__ICD__FFN_DIM": 32}
 KNOWN = {
     ("assignment.py", "of"): "the positions of the positives; their number is needed for everything at them",
     ("assignment.py", "assign_by_iou"): "Detectron2's Matcher",
@@ -41,8 +45,8 @@ def test_a_training_step_waits_in_known_places_alone(
     tmp_path: Path, detector: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Check forward and backward pass of every method that goes with the detector; the teacher's, where it is dense, never waits."""
-    icd = {"MODEL__KD__ICD__DIM": 16, "MODEL__KD__ICD__NUM_HEADS": 2, "MODEL__KD__ICD__FFN_DIM": 32}
-    trainer = make_trainer(make_project(tmp_path, detector, MODEL__KD__DISTILLERS=tuple(methods_of(detector)), **icd))
+    project = make_project(tmp_path, detector, MODEL__KD__DISTILLERS=tuple(methods_of(detector)), **SMALL_ICD)
+    trainer = make_trainer(project)
     trainer.resume_or_load(resume=False)
     model, batch = trainer.bare_model.train(), next(iter(trainer._trainer.data_loader))
     expected = model.teacher(batch, frozenset({"features"})).features
@@ -60,6 +64,33 @@ def test_a_training_step_waits_in_known_places_alone(
     assert not pass_of_teacher.places
     for stride, level in outputs.features.items():
         torch.testing.assert_close(level.inner, expected[stride])
+
+
+def test_an_iteration_waits_once_more(tmp_path: Path) -> None:
+    """Check that optimisers and a balance that does not measure add nothing: the losses do, which are logged and checked."""
+    balance = {"MODEL__KD__BALANCE__ENABLED": True, "MODEL__KD__BALANCE__LEVELS": True}
+    methods = (
+        "FeatureImitation",
+        "ICD",
+    )  # ICD has an optimiser of its own
+    project = make_project(tmp_path, "retinanet", MODEL__KD__DISTILLERS=methods, **SMALL_ICD, **balance)
+    trainer = make_trainer(project, "SOLVER.CLIP_GRADIENTS.ENABLED", False)
+    trainer.resume_or_load(resume=False)
+    model, batch = trainer.bare_model.train(), next(iter(trainer._trainer.data_loader))
+    for module in (model, model.teacher.model):
+        move_to_gpu(module)
+    step = DistillationStep(model, *build_optimizers(trainer.cfg, model))
+    step._data_loader_iter_obj = itertools.repeat(batch)
+    places = []
+    with EventStorage(2) as storage:
+        for step.iter in (2, 3):
+            with SimulatedGpu() as gpu:
+                step.run_step()
+            places.append(gpu.places)
+            storage.step()
+    assert ("balance.py", "_measure") in places[0] - places[1]
+    clipping = ("optimizers.py", "step")  # waits on CPUs alone, where a list of tensors is multiplied one by one
+    assert places[1] - KNOWN.keys() == {("step.py", "_record"), clipping}
 
 
 @pytest.mark.parametrize(
