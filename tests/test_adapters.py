@@ -31,6 +31,7 @@ import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone
 from detectron2.modeling.backbone import build_resnet_backbone
+from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.meta_arch import GeneralizedRCNN, PanopticFPN, RetinaNet
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils.events import EventStorage
@@ -305,13 +306,21 @@ def test_assignment_equals_label_anchors(tiny_detector: Callable) -> None:
 
 def test_assignment_of_an_image_without_objects_is_background() -> None:
     """Check that nothing is ignored or matched, even where the matcher's lowest label is "ignored"."""
-    anchors = Boxes(torch.tensor([[0.0, 0.0, 8.0, 8.0]]))
-    empty = Boxes(torch.zeros(0, 4))
+    matcher = Matcher([0.1], [-1, 1])
+    assert assign_by_iou(torch.zeros(0, 1), matcher).tolist() == [BACKGROUND]
 
-    def matcher(quality: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.zeros(1, dtype=torch.int64), torch.full((1,), -1, dtype=torch.int8)
 
-    assert assign_by_iou(pairwise_iou(empty, anchors), matcher).tolist() == [BACKGROUND]
+@pytest.mark.parametrize("allow_low_quality_matches", [True, False])
+@pytest.mark.parametrize(("thresholds", "labels"), [([0.4, 0.5], [0, -1, 1]), ([0.2, 0.4, 0.8], [-1, 0, -1, 1])])
+def test_assignment_is_the_matchers(thresholds: list, labels: list, allow_low_quality_matches: bool) -> None:
+    """Check overlaps with many ties, also at the thresholds, and boxes that nothing overlaps."""
+    overlap = torch.randint(0, 11, (6, 40), generator=torch.Generator().manual_seed(0)) / 10
+    overlap[2], overlap[:, :4] = 0, 0
+    matcher = Matcher(thresholds, labels, allow_low_quality_matches)
+    for rows in (overlap, overlap[:1], overlap / 3):
+        index, label = matcher(rows)
+        expected = index.masked_fill(label == 0, BACKGROUND).masked_fill(label == -1, IGNORED)
+        assert torch.equal(assign_by_iou(rows, matcher), expected)
 
 
 def test_run_gives_the_assignment_of_its_own_loss(

@@ -25,7 +25,6 @@ from simulated_gpu import GPU, GpuTensor, SimulatedGpu, move_to_gpu
 SMALL_ICD = {"MODEL__KD__ICD__DIM": 16, "MODEL__KD__ICD__NUM_HEADS": 2, "MODEL__KD__ICD__FFN_DIM": 32}
 KNOWN = {
     ("assignment.py", "of"): "the positions of the positives; their number is needed for everything at them",
-    ("assignment.py", "assign_by_iou"): "Detectron2's Matcher",
     ("dense.py", "losses"): "Detectron2's RetinaNet",
     ("fcos.py", "losses"): "Detectron2's FCOS and fvcore's IoU loss",
     ("atss.py", "losses"): "torchvision's IoU loss, once a batch",

@@ -76,15 +76,23 @@ def assign_by_iou(overlap_NR: Tensor, matcher: Matcher) -> Tensor:
 
     Args:
         overlap_NR: IoU of the N ground-truth boxes with R anchors over all levels.
-        matcher: labels 0 (background), -1 (ignored) and 1 (foreground).
+        matcher: labels 0 (background), -1 (ignored) and 1 (foreground). It is read, not called: a GPU would be waited for.
 
     Returns:
         (R,) int64: index of the box, `BACKGROUND` or `IGNORED`.
     """
-    index, label = matcher(overlap_NR)
     if len(overlap_NR) == 0:
-        return torch.full_like(index, BACKGROUND)
-    return index.masked_fill(label == 0, BACKGROUND).masked_fill(label == -1, IGNORED)
+        return torch.full(overlap_NR.shape[1:], BACKGROUND, device=overlap_NR.device)
+    best_R, index_R = overlap_NR.max(0)
+    assignment_R = index_R
+    for label, low, high in zip(matcher.labels, matcher.thresholds, matcher.thresholds[1:]):
+        if label != 1:
+            is_between_R = (best_R >= low) & (best_R < high)
+            assignment_R = assignment_R.masked_fill(is_between_R, BACKGROUND if label == 0 else IGNORED)
+    if matcher.allow_low_quality_matches:
+        is_best_of_a_box_R = (overlap_NR == overlap_NR.amax(1, keepdim=True)).any(0)
+        assignment_R = torch.where(is_best_of_a_box_R, index_R, assignment_R)
+    return assignment_R
 
 
 @torch.no_grad()
