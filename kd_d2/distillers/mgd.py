@@ -51,16 +51,13 @@ class MGD(Distiller):
         adaptation: Adaptation = None
 
     def __init__(self, config: Config, pair: Pair):
-        super().__init__(config, pair)
+        is_one_stage = pair.student.family == "one-stage"
+        super().__init__(config, pair, 2e-5 if is_one_stage else 5e-7)
         self.adaptation = AdaptationLayers.build(config.adaptation, pair, self.CONFIG_NODE)
         channels = {stride: theirs for stride, (_, theirs) in pair.channels.items()}
         self.generation = generation_blocks(channels, residual=config.residual)
-        published = 0.65 if pair.student.family == "one-stage" else 0.45
+        published = 0.65 if is_one_stage else 0.45
         self.mask_ratio = published if config.mask_ratio is None else config.mask_ratio
-
-    @classmethod
-    def default_weight(cls, config: Config, pair: Pair) -> float:
-        return 2e-5 if pair.student.family == "one-stage" else 5e-7
 
     def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
         losses = []

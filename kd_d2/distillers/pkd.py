@@ -47,12 +47,8 @@ class PKD(Distiller):
         adaptation: Adaptation = None
 
     def __init__(self, config: Config, pair: Pair):
-        super().__init__(config, pair)
+        super().__init__(config, pair, 10.0 if pair.student.family == "one-stage" else 6.0)
         self.adaptation = AdaptationLayers.build(config.adaptation, pair, self.CONFIG_NODE)
-
-    @classmethod
-    def default_weight(cls, config: Config, pair: Pair) -> float:
-        return 10.0 if pair.student.family == "one-stage" else 6.0
 
     def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
         pairs = [self._of_one_size(s, t) for s, t in self.adaptation.pairs(student, teacher)]

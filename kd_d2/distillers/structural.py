@@ -113,15 +113,12 @@ class StructuralKD(Distiller):
                 )
 
     def __init__(self, config: Config, pair: Pair):
-        super().__init__(config, pair)
+        is_one_stage = pair.student.family == "one-stage"
+        super().__init__(config, pair, 4.0 if is_one_stage else 2.0)
         self.adaptation = AdaptationLayers.build(config.adaptation, pair, self.CONFIG_NODE)
-        published = 0.5 if pair.student.family == "one-stage" else 0.1
+        published = 0.5 if is_one_stage else 0.1
         temperature = published if config.attention_temperature is None else config.attention_temperature
         self.attention_temperature = temperature if config.spatial_attention else None
-
-    @classmethod
-    def default_weight(cls, config: Config, pair: Pair) -> float:
-        return 4.0 if pair.student.family == "one-stage" else 2.0
 
     def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
         losses = [self.level_loss(s, t) for s, t in self.adaptation.pairs(student, teacher)]

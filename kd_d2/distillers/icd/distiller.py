@@ -86,8 +86,8 @@ class ICD(Distiller):
                     raise UserError(f"{name}.DIM is {self.dim}; it must be a multiple of {what}.")
 
     def __init__(self, config: Config, pair: Pair):
-        super().__init__(config, pair)
         student, teacher = pair.student, pair.teacher
+        super().__init__(config, pair, 8.0 if student.family == "one-stage" else 3.0)
         self.strides = pair.strides
         num_classes = student.num_classes or teacher.num_classes
         if num_classes is None:
@@ -116,10 +116,6 @@ class ICD(Distiller):
         if detached is None:
             detached = min(1000, pair.max_iter // 90)
         self.detach_student_until = config.start_iter + detached
-
-    @classmethod
-    def default_weight(cls, config: Config, pair: Pair) -> float:
-        return 8.0 if pair.student.family == "one-stage" else 3.0
 
     def param_groups(self, cfg: CfgNode) -> list[ParamGroup]:
         own = self.config
