@@ -149,12 +149,9 @@ class CrossKD(Distiller):
         """(B, HWA) of a level's boxes."""
         if self.box_loss == "distributions":
             sides = (dense.box_regression[stride].unflatten(2, (4, -1)) for dense in (crossed, expected))
-            return _divergence(*sides).mean(2)
+            return softmax_divergence(*sides).mean(2)
         loss = giou_loss if self.box_loss == "giou" else iou_loss
         return loss(crossed.boxes[stride], expected.boxes[stride])
-
-
-_divergence = in_float32(softmax_divergence)
 
 
 @in_float32

@@ -10,7 +10,7 @@ from detectron2.structures import Instances
 from ..adapters import DetectorOutputs
 from ..keys import Above, AtLeast
 from ..losses import decoupled_loss
-from .base import DISTILLER_REGISTRY, Distiller, Losses, count_of, in_float32
+from .base import DISTILLER_REGISTRY, Distiller, Losses, count_of
 
 
 @DISTILLER_REGISTRY.register()
@@ -38,7 +38,7 @@ class DKD(Distiller):
 
     def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
         proposals, config = student.proposals, self.config
-        loss = decoupled(
+        loss = decoupled_loss(
             proposals.logits,
             teacher.logits_at(proposals),
             proposals.labels,
@@ -48,6 +48,3 @@ class DKD(Distiller):
             count_of(proposals.logits),
         )
         return {"loss_dkd": loss}
-
-
-decoupled = in_float32(decoupled_loss)

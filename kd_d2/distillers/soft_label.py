@@ -13,7 +13,7 @@ from ..distributed import mean_count_across_ranks
 from ..errors import UserError
 from ..keys import Above, AtLeast, OneOf
 from ..losses import quality_focal_loss, soft_label_loss, softmax_divergence
-from .base import DISTILLER_REGISTRY, Distiller, Losses, count_of, in_float32
+from .base import DISTILLER_REGISTRY, Distiller, Losses, count_of
 from .matching import check_same_anchors
 from .pair import Pair
 
@@ -74,7 +74,7 @@ class SoftLabel(Distiller):
     def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
         if "proposals" in self.needs:
             logits = student.proposals.logits
-            divergence_N = divergence(logits, teacher.logits_at(student.proposals), self.config.temperature)
+            divergence_N = softmax_divergence(logits, teacher.logits_at(student.proposals), self.config.temperature)
             return {"loss_soft_label": divergence_N.sum() / count_of(logits)}
         total = sum(
             self._level_loss(
@@ -92,6 +92,3 @@ class SoftLabel(Distiller):
         if config.loss == "kl":
             return soft_label_loss(student, teacher, counts, config.temperature, config.focus)
         return quality_focal_loss(student, teacher, counts, config.focus)
-
-
-divergence = in_float32(softmax_divergence)
