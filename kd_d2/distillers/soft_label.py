@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from detectron2.structures import Instances
-from torch import Tensor
 
 from ..adapters import IGNORED, DetectorOutputs
 from ..distributed import mean_count_across_ranks
@@ -76,19 +75,13 @@ class SoftLabel(Distiller):
             logits = student.proposals.logits
             divergence_N = softmax_divergence(logits, teacher.logits_at(student.proposals), self.config.temperature)
             return {"loss_soft_label": divergence_N.sum() / count_of(logits)}
-        total = sum(
-            self._level_loss(
-                student.dense.logits[stride],
-                teacher.dense.logits[stride],
-                (assignment >= FIRST_COUNTED[self.config.anchors])[..., None],
-            )
-            for stride, assignment in student.dense.assignment_by_level.items()
-        )
+        config, total = self.config, 0
+        for stride, assignment in student.dense.assignment_by_level.items():
+            logits = student.dense.logits[stride], teacher.dense.logits[stride]
+            counts = (assignment >= FIRST_COUNTED[config.anchors])[..., None]
+            if config.loss == "kl":
+                total = total + soft_label_loss(*logits, counts, config.temperature, config.focus)
+            else:
+                total = total + quality_focal_loss(*logits, counts, config.focus)
         count = mean_count_across_ranks((student.dense.assignment >= 0).sum().float())
         return {"loss_soft_label": total / count}
-
-    def _level_loss(self, student: Tensor, teacher: Tensor, counts: Tensor) -> Tensor:
-        config = self.config
-        if config.loss == "kl":
-            return soft_label_loss(student, teacher, counts, config.temperature, config.focus)
-        return quality_focal_loss(student, teacher, counts, config.focus)
