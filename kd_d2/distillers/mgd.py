@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 import torch.nn.functional as F
 from detectron2.structures import Instances
-from torch import Tensor
 
 from ..adapters import DetectorOutputs
 from ..keys import AtLeast, Below
@@ -63,11 +63,8 @@ class MGD(Distiller):
         losses = []
         for stride, (s, t) in zip(self.adaptation.strides, self.adaptation.pairs(student, teacher), strict=True):
             filled = self.generation[str(stride)](s * random_mask(s, self.mask_ratio)[:, None])
-            losses.append(squared_error(filled, t) / len(s))
+            losses.append(sum_of_squares(filled, t) / len(s))
         return {"loss_mgd": sum(losses)}
 
 
-@in_float32
-def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """The sum of squared differences."""
-    return F.mse_loss(student, teacher, reduction="sum")
+sum_of_squares = in_float32(partial(F.mse_loss, reduction="sum"))

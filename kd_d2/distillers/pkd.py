@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -71,7 +72,4 @@ class PKD(Distiller):
         return student, resize(teacher, student.shape[-2:])
 
 
-@in_float32
-def resize(maps: Tensor, size: torch.Size) -> Tensor:
-    """Bilinear, corners not aligned."""
-    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
+resize = in_float32(partial(F.interpolate, mode="bilinear", align_corners=False))
