@@ -38,13 +38,6 @@ class DKD(Distiller):
 
     def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
         proposals, config = student.proposals, self.config
-        loss = decoupled_loss(
-            proposals.logits,
-            teacher.logits_at(proposals),
-            proposals.labels,
-            config.alpha,
-            config.beta,
-            config.temperature,
-            count_of(proposals.logits),
-        )
-        return {"loss_dkd": loss}
+        theirs, count = teacher.logits_at(proposals), count_of(proposals.logits)
+        keys = config.alpha, config.beta, config.temperature
+        return {"loss_dkd": decoupled_loss(proposals.logits, theirs, proposals.labels, *keys, count)}
