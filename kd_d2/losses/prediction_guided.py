@@ -46,10 +46,9 @@ def weighted_imitation_loss(
         weights: by level (B, H, W).
         divisors: by level; None for the number of positions, B * H * W.
     """
-    losses = []
-    for level, (student, teacher, weight) in enumerate(zip(student_features, teacher_features, weights, strict=True)):
-        total = masked_squared_error(student, teacher, weight)
-        losses.append(total / (weight.numel() if divisors is None else divisors[level]))
+    divisors = divisors or [weight.numel() for weight in weights]
+    levels = zip(student_features, teacher_features, weights, divisors, strict=True)
+    losses = [masked_squared_error(s, t, weight) / divisor for s, t, weight, divisor in levels]
     return sum(losses) / len(losses)
 
 
