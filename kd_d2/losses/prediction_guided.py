@@ -60,9 +60,8 @@ def masked_squared_error(student: Tensor, teacher: Tensor, mask: Tensor) -> Tens
         mask: (B, H, W), zeros and ones or any weights.
     """
     dtype = torch.promote_types(student.dtype, torch.float32)
-    with torch.autocast(student.device.type, enabled=False):
-        difference = (student.to(dtype) - teacher.detach().to(dtype)).square().mean(1)
-        return (mask * difference).sum()
+    difference = (student.to(dtype) - teacher.detach().to(dtype)).square().mean(1)
+    return (mask * difference).sum()
 
 
 def relative_to_mean(weights: list[Tensor], means: list[Tensor] | None = None) -> list[Tensor]:
