@@ -7,16 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 EPS = 1e-5
+"""Added to variances."""
 
 
-def standardize(maps: Tensor, eps: float = EPS) -> Tensor:
-    """(F - mean) / std over the positions of each map (N, C, H, W); a constant map becomes zeros, with finite gradients.
-
-    Args:
-        eps: added to the variance.
-    """
+def standardize(maps: Tensor) -> Tensor:
+    """(F - mean) / std over the positions of each map (N, C, H, W); a constant map becomes zeros, with finite gradients."""
     centered = maps - maps.mean((-2, -1), keepdim=True)
-    return centered * (centered.square().mean((-2, -1), keepdim=True) + eps).rsqrt()
+    return centered * (centered.square().mean((-2, -1), keepdim=True) + EPS).rsqrt()
 
 
 @torch.no_grad()
