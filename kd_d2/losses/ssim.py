@@ -13,7 +13,6 @@ from .fused_ssim import FusedSSIMLoss
 from .similarity import Moments, contrast_structure, local_moments, luminance, similarity_map
 
 MS_SSIM_SIGMAS = (0.5, 1.0, 2.0, 4.0, 8.0)
-"""Of the Gaussian windows, in cells, ascending."""
 
 
 def ssim_loss(
@@ -59,11 +58,15 @@ def ms_ssim_loss(
     window_size: int = 33,
     max_val: float = 1.0,
     *,
+    sigmas: Sequence[float] = MS_SSIM_SIGMAS,
     weight: Tensor | None = None,
 ) -> Tensor:
     """Mean of 1 - l of the largest sigma * product of c * s over all sigmas: scales are windows on one full-size map.
 
     (Zhao et al. 2017, equation 8.) Arguments and errors as for `ssim_loss`.
+
+    Args:
+        sigmas: of the Gaussian windows, in cells, ascending.
     """
     _check(student, teacher, window_size)
     dtype = torch.promote_types(student.dtype, torch.float32)
@@ -75,8 +78,8 @@ def ms_ssim_loss(
             return math.prod(term(moments, max_val) for term in terms)
 
         product = 1.0
-        for sigma in MS_SSIM_SIGMAS:
-            terms = [contrast_structure, luminance] if sigma == MS_SSIM_SIGMAS[-1] else [contrast_structure]
+        for sigma in sigmas:
+            terms = [contrast_structure, luminance] if sigma == sigmas[-1] else [contrast_structure]
             # What is between is made again in the backward pass: kept, it would be ten maps for each sigma.
             product = product * checkpoint(similarity, sigma, terms, use_reentrant=False, preserve_rng_state=False)
         return _weighted_mean(1 - product, weight)

@@ -7,13 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 EPS = 1e-5
-"""Added to variances."""
 
 
-def standardize(maps: Tensor) -> Tensor:
-    """(F - mean) / std over the positions of each map (N, C, H, W); a constant map becomes zeros, with finite gradients."""
+def standardize(maps: Tensor, eps: float = EPS) -> Tensor:
+    """(F - mean) / std over the positions of each map (N, C, H, W); a constant map becomes zeros, with finite gradients.
+
+    Args:
+        eps: added to the variance.
+    """
     centered = maps - maps.mean((-2, -1), keepdim=True)
-    return centered * (centered.square().mean((-2, -1), keepdim=True) + EPS).rsqrt()
+    return centered * (centered.square().mean((-2, -1), keepdim=True) + eps).rsqrt()
 
 
 @torch.no_grad()
