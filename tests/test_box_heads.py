@@ -338,7 +338,7 @@ def test_defaults_are_the_authors(build: Callable) -> None:
     """Check DKD's weights for detectors, and that everything else is 1."""
     dkd, dist, soft = (build(node) for node in METHODS)
     assert (dkd.weight, dkd.config.alpha, dkd.config.beta, dkd.config.temperature) == (1.0, 1.0, 0.25, 1.0)
-    assert (dist.weight, dist.loss.__wrapped__.keywords["beta"], dist.loss.__wrapped__.keywords["gamma"]) == (1, 1, 1)
+    assert (dist.weight, dist.config.beta, dist.config.gamma) == (1, 1, 1)
     assert (soft.weight, soft.config.temperature) == (1.0, 1.0)
 
 

@@ -101,28 +101,24 @@ class Distiller(nn.Module):
             )
         keys_of(cls.Config)
 
-    def __init__(self, config: Config, pair: Pair):
+    def __init__(self, config: Config, pair: Pair, default_weight: float | None = None):
         """
         Args:
             config: the values of the method's keys.
             pair: what the method is built for.
+            default_weight: of a method whose key WEIGHT has the default None: what the pair and its other keys make of that.
 
         Raises:
             UserError: the pair cannot be distilled with these values.
         """
         super().__init__()
         self.config = config
-        default = self.default_weight(config, pair)
+        default = self.Config.weight if default_weight is None else default_weight
         self.weight = default if config.weight is None else config.weight
         self.relative_weight = self.weight / default if default else 1.0
         other = self.alternative_needs
         if other is not None and other <= pair.student.provides and not self.needs <= pair.student.provides:
             self.needs = other
-
-    @classmethod
-    def default_weight(cls, config: Config, pair: Pair) -> float:
-        """The default of WEIGHT. A method whose key has the default None chooses it here, by the pair and its other keys."""
-        return cls.Config.weight
 
     def weigh_losses(self, *weights: float, optional: Collection[str]) -> dict[str, float]:
         """The weights of the losses by name. Optional losses of weight 0 are left out, of `loss_names` too: `forward` skips them.

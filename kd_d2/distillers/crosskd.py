@@ -84,9 +84,8 @@ class CrossKD(Distiller):
         keys = config.class_weight, config.box_weight, config.centerness_weight
         weights = (default if key is None else key for key, default in zip(keys, published, strict=True))
         self.weights = self.weigh_losses(*weights, optional=(CENTERNESS,))
-        if (
-            pair.student.tower_channels and teacher.tower_channels
-        ):  # else KDMetaArch refuses the pair for want of towers
+        # Without towers KDMetaArch refuses the pair.
+        if pair.student.tower_channels and teacher.tower_channels:
             check_same_anchors("CrossKD", pair.student, teacher)
             self.split = self._split(config.split, pair, at_points)
             self.needs = frozenset({"dense", "targets", towers_at(self.split)})
@@ -140,8 +139,7 @@ class CrossKD(Distiller):
             [features[stride] for features in (towers.class_features, towers.box_features) for stride in strides]
             for towers in (ours, theirs)
         )
-        with torch.autocast(student.images.tensor.device.type, enabled=False):
-            aligned = with_statistics_of(*maps, total=sum_across_ranks)
+        aligned = with_statistics_of(*maps, total=sum_across_ranks)
         halves = aligned[: len(strides)], aligned[len(strides) :]
         return theirs.finish(*(dict(zip(strides, half, strict=True)) for half in halves))
 
@@ -149,22 +147,16 @@ class CrossKD(Distiller):
         """(B, HWA) of a level's boxes."""
         if self.box_loss == "distributions":
             sides = (dense.box_regression[stride].unflatten(2, (4, -1)) for dense in (crossed, expected))
-            return _divergence(*sides).mean(2)
+            return softmax_divergence(*sides).mean(2)
         loss = giou_loss if self.box_loss == "giou" else iou_loss
         return loss(crossed.boxes[stride], expected.boxes[stride])
-
-
-_divergence = in_float32(softmax_divergence)
 
 
 @in_float32
 def giou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
     """1 - GIoU (Rezatofighi et al. 2019) of boxes (..., 4), pair by pair: (...). Nothing is indexed, so that a GPU need not be waited for."""
     shared, union = _shared_and_union(boxes, targets)
-    hull = _area(
-        torch.minimum(boxes[..., :2], targets[..., :2]),
-        torch.maximum(boxes[..., 2:], targets[..., 2:]),
-    )
+    hull = _area(torch.minimum(boxes[..., :2], targets[..., :2]), torch.maximum(boxes[..., 2:], targets[..., 2:]))
     return 1 - shared / union.clamp(min=MIN_AREA) + (hull - union) / hull.clamp(min=MIN_AREA)
 
 

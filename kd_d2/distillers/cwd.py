@@ -52,17 +52,13 @@ class CWD(Distiller):
                 )
 
     def __init__(self, config: Config, pair: Pair):
-        super().__init__(config, pair)
+        super().__init__(config, pair, 10.0 if config.maps == "neck" else 5.0)
         self.strides = pair.strides
         if config.maps == "logits":
             self.needs = frozenset({"features", "dense"})
             _check_logit_channels(pair)
         else:
             self.adaptation = AdaptationLayers.build(config.adaptation, pair, self.CONFIG_NODE)
-
-    @classmethod
-    def default_weight(cls, config: Config, pair: Pair) -> float:
-        return 10.0 if config.maps == "neck" else 5.0
 
     def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
         if self.config.maps == "logits":

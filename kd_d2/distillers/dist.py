@@ -13,7 +13,7 @@ from ..adapters import DetectorOutputs
 from ..distributed import sum_across_ranks
 from ..keys import AtLeast
 from ..losses import dist_loss
-from .base import DISTILLER_REGISTRY, Distiller, Losses, in_float32
+from .base import DISTILLER_REGISTRY, Distiller, Losses
 from .matching import check_same_anchors
 from .pair import Pair
 
@@ -39,7 +39,7 @@ class DIST(Distiller):
 
     def __init__(self, config: Config, pair: Pair):
         super().__init__(config, pair)
-        self.loss = in_float32(partial(dist_loss, beta=config.beta, gamma=config.gamma, total=sum_across_ranks))
+        self.loss = partial(dist_loss, beta=config.beta, gamma=config.gamma, total=sum_across_ranks)
         if "dense" in self.needs:
             check_same_anchors("DIST", pair.student, pair.teacher)
 

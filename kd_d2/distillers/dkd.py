@@ -10,7 +10,7 @@ from detectron2.structures import Instances
 from ..adapters import DetectorOutputs
 from ..keys import Above, AtLeast
 from ..losses import decoupled_loss
-from .base import DISTILLER_REGISTRY, Distiller, Losses, count_of, in_float32
+from .base import DISTILLER_REGISTRY, Distiller, Losses, count_of
 
 
 @DISTILLER_REGISTRY.register()
@@ -38,16 +38,6 @@ class DKD(Distiller):
 
     def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
         proposals, config = student.proposals, self.config
-        loss = decoupled(
-            proposals.logits,
-            teacher.logits_at(proposals),
-            proposals.labels,
-            config.alpha,
-            config.beta,
-            config.temperature,
-            count_of(proposals.logits),
-        )
-        return {"loss_dkd": loss}
-
-
-decoupled = in_float32(decoupled_loss)
+        theirs, count = teacher.logits_at(proposals), count_of(proposals.logits)
+        keys = config.alpha, config.beta, config.temperature
+        return {"loss_dkd": decoupled_loss(proposals.logits, theirs, proposals.labels, *keys, count)}

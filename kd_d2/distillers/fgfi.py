@@ -75,9 +75,6 @@ def near_objects(anchors: Boxes, shape: tuple[int, int], targets: list[Instances
     masks = []
     for target in targets:
         overlap_NR = pairwise_iou(target.gt_boxes, anchors)
-        if len(target):
-            is_near_R = (overlap_NR > threshold * overlap_NR.amax(1, keepdim=True)).any(0)
-        else:
-            is_near_R = overlap_NR.new_zeros(len(anchors), dtype=torch.bool)
+        is_near_R = (overlap_NR > threshold * overlap_NR.amax(1, keepdim=True)).any(0)
         masks.append(is_near_R.view(*shape, -1).any(-1))
     return torch.stack(masks).float()

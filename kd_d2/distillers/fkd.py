@@ -16,7 +16,6 @@ from ..keys import Above, AtLeast, OneOf
 from ..losses import mean_activation, shared_attention
 from .adaptation import Adaptation, AdaptationLayers
 from .base import DISTILLER_REGISTRY, Distiller, Losses, in_float32
-from .matching import levels_by_stride
 from .pair import Pair
 from .pointwise import pointwise
 
@@ -114,10 +113,8 @@ class FKD(Distiller):
 
     def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
         totals = dict.fromkeys(self.weights, 0.0)
-        own = levels_by_stride(student.features, self.adaptation.strides, "student")
-        for stride, level, (s, t) in zip(
-            self.adaptation.strides, own, self.adaptation.pairs(student, teacher), strict=True
-        ):
+        for stride, (s, t) in zip(self.adaptation.strides, self.adaptation.pairs(student, teacher), strict=True):
+            level = student.features[stride]
             activations = mean_activations(s, t)
             totals[FEATURE] += self.feature_distance(s, t, activations)
             if ATTENTION in totals:

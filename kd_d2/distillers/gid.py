@@ -109,12 +109,9 @@ class GID(Distiller):
         sizes = torch.stack([(level_S == level).sum() for level in range(len(student.dense.anchors))])
         rois_S5 = torch.cat([selected.anchors.image[:, None].to(selected.boxes.dtype), selected.boxes], 1)
         pairs = dict(zip(self.adaptation.strides, self.adaptation.pairs(student, teacher), strict=True))
-        parts = []
+        crop, parts = partial(roi_align, output_size=self.config.resolution, sampling_ratio=2, aligned=True), []
         for stride, here in zip(student.dense.anchors, order_S.split(sizes.tolist()), strict=True):
-            crop = partial(
-                roi_align, output_size=self.config.resolution, spatial_scale=1 / stride, sampling_ratio=2, aligned=True
-            )
-            parts.append([crop(x.float(), rois_S5[here]) for x in pairs[stride]])
+            parts.append([crop(x.float(), rois_S5[here], spatial_scale=1 / stride) for x in pairs[stride]])
         back_S = order_S.argsort()
         return tuple(torch.cat(of_detector)[back_S] for of_detector in zip(*parts, strict=True))
 
@@ -158,9 +155,8 @@ def select_instances(
     )
     kept = batched_nms(boxes_P4, score_BC.flatten(), image_P, nms_threshold)  # best first
     rank = (image_P[kept, None] == number_B).cumsum(0).gather(1, image_P[kept, None])[:, 0] - 1
-    place = torch.where(
-        rank < most, image_P[kept] * most + rank, num_images * most
-    )  # the last for those that have none
+    # Those that have no place share one behind the last.
+    place = torch.where(rank < most, image_P[kept] * most + rank, num_images * most)
     chosen_S = kept.new_zeros(num_images * most + 1).scatter_(0, place, kept)[:-1]
     is_taken_S = kept.new_zeros(num_images * most + 1, dtype=torch.bool).scatter_(0, place, True)[:-1]
     image_S = number_B.repeat_interleave(most, output_size=num_images * most)

@@ -18,7 +18,6 @@ from .adaptation import Adaptation, AdaptationLayers
 from .base import DISTILLER_REGISTRY, Distiller, Losses, in_float32, log_scalar
 from .generation import generation_blocks, random_mask
 from .masks import inside_boxes
-from .matching import levels_by_stride
 from .pair import Pair
 
 
@@ -66,7 +65,7 @@ class IMA(Distiller):
         self.generation = generation_blocks(channels if config.generation else {})
 
     def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
-        masks, pairs = self._masks(student, targets), self.adaptation.pairs(student, teacher)
+        pairs, masks = self.adaptation.pairs(student, teacher), self._masks(student, targets)
         errors, scales = [], []
         for stride, mask, (s, t) in zip(self.adaptation.strides, masks, pairs, strict=True):
             filled, aim = (self._instances(x, targets, stride) for x in (self._fill(s * mask[:, None], stride), t))
@@ -85,7 +84,7 @@ class IMA(Distiller):
 
     def _masks(self, student: DetectorOutputs, targets: list[Instances]) -> list[Tensor]:
         """M by level, (B, H, W) of zeros and ones."""
-        maps = levels_by_stride(student.features, self.adaptation.strides, "student")
+        maps = [student.features[stride] for stride in self.adaptation.strides]
         if self.config.mask == "none":
             return [x.new_ones(()).expand(len(x), *x.shape[-2:]) for x in maps]
         shown = [random_mask(x, self.config.mask_ratio) for x in maps]

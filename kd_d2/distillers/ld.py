@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..keys import Above, AtLeast
 from ..losses import softmax_divergence
 from ..modeling.assignment import adaptive_thresholds
-from .base import DISTILLER_REGISTRY, Distiller, Losses, in_float32
+from .base import DISTILLER_REGISTRY, Distiller, Losses, count_of
 from .matching import check_same_anchors
 from .pair import Pair
 
@@ -89,9 +89,9 @@ class LD(Distiller):
             losses[VALUABLE] = self._of_region(ours, theirs, region, weight_BR[image, anchor])
         if CLASS in self.weights:
             logits = (positives.pick(dense.logits.values()) for dense in (ours, theirs))
-            divergence_P = divergence(*logits, config.class_temperature) / next(iter(ours.logits.values())).shape[-1]
-            count = mean_count_across_ranks(probability_P.new_tensor(len(probability_P)))
-            losses[CLASS] = divergence_P.sum() / count
+            divergence_P = softmax_divergence(*logits, config.class_temperature)
+            num_classes = next(iter(ours.logits.values())).shape[-1]
+            losses[CLASS] = (divergence_P / num_classes).sum() / count_of(probability_P)
         return {name: weight * losses[name] for name, weight in self.weights.items()}
 
     def _of_region(
@@ -99,11 +99,8 @@ class LD(Distiller):
     ) -> Tensor:
         sides = (region.pick(x.box_regression.values()).unflatten(1, (4, -1)) for x in (student, teacher))
         ours_P4D, theirs_P4D = sides
-        mean_P4 = divergence(ours_P4D, theirs_P4D, self.config.temperature) / ours_P4D.shape[-1]
+        mean_P4 = softmax_divergence(ours_P4D, theirs_P4D, self.config.temperature) / ours_P4D.shape[-1]
         return (weight_P[:, None] * mean_P4).sum() / (4 * mean_count_across_ranks(weight_P.sum()))
-
-
-divergence = in_float32(softmax_divergence)
 
 
 @torch.no_grad()

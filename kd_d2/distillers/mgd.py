@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 import torch.nn.functional as F
 from detectron2.structures import Instances
-from torch import Tensor
 
 from ..adapters import DetectorOutputs
 from ..keys import AtLeast, Below
@@ -51,26 +51,20 @@ class MGD(Distiller):
         adaptation: Adaptation = None
 
     def __init__(self, config: Config, pair: Pair):
-        super().__init__(config, pair)
+        is_one_stage = pair.student.family == "one-stage"
+        super().__init__(config, pair, 2e-5 if is_one_stage else 5e-7)
         self.adaptation = AdaptationLayers.build(config.adaptation, pair, self.CONFIG_NODE)
         channels = {stride: theirs for stride, (_, theirs) in pair.channels.items()}
         self.generation = generation_blocks(channels, residual=config.residual)
-        published = 0.65 if pair.student.family == "one-stage" else 0.45
+        published = 0.65 if is_one_stage else 0.45
         self.mask_ratio = published if config.mask_ratio is None else config.mask_ratio
-
-    @classmethod
-    def default_weight(cls, config: Config, pair: Pair) -> float:
-        return 2e-5 if pair.student.family == "one-stage" else 5e-7
 
     def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
         losses = []
         for stride, (s, t) in zip(self.adaptation.strides, self.adaptation.pairs(student, teacher), strict=True):
             filled = self.generation[str(stride)](s * random_mask(s, self.mask_ratio)[:, None])
-            losses.append(squared_error(filled, t) / len(s))
+            losses.append(sum_of_squares(filled, t) / len(s))
         return {"loss_mgd": sum(losses)}
 
 
-@in_float32
-def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """The sum of squared differences."""
-    return F.mse_loss(student, teacher, reduction="sum")
+sum_of_squares = in_float32(partial(F.mse_loss, reduction="sum"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -47,12 +48,8 @@ class PKD(Distiller):
         adaptation: Adaptation = None
 
     def __init__(self, config: Config, pair: Pair):
-        super().__init__(config, pair)
+        super().__init__(config, pair, 10.0 if pair.student.family == "one-stage" else 6.0)
         self.adaptation = AdaptationLayers.build(config.adaptation, pair, self.CONFIG_NODE)
-
-    @classmethod
-    def default_weight(cls, config: Config, pair: Pair) -> float:
-        return 10.0 if pair.student.family == "one-stage" else 6.0
 
     def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
         pairs = [self._of_one_size(s, t) for s, t in self.adaptation.pairs(student, teacher)]
@@ -75,7 +72,4 @@ class PKD(Distiller):
         return student, resize(teacher, student.shape[-2:])
 
 
-@in_float32
-def resize(maps: Tensor, size: torch.Size) -> Tensor:
-    """Bilinear, corners not aligned."""
-    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
+resize = in_float32(partial(F.interpolate, mode="bilinear", align_corners=False))

@@ -14,7 +14,7 @@ from ..distributed import mean_count_across_ranks
 from ..errors import UserError
 from ..keys import Above
 from ..losses import count_ranked, rank_kl_loss
-from .base import DISTILLER_REGISTRY, Distiller, Losses, Weight, in_float32
+from .base import DISTILLER_REGISTRY, Distiller, Losses, Weight
 from .matching import check_same_anchors
 from .pair import Pair
 
@@ -77,11 +77,12 @@ class RankMimicking(Distiller):
         class_P, box_P4 = positives.ground_truth(targets)
         count = mean_count_across_ranks(count_ranked(instance_P).float())
         scores = [self._scores(outputs.dense, positives, class_P) for outputs in (student, teacher)]
-        losses = {"loss_rank_classification": ranked(*scores, instance_P, count, self.config.temperature)}
+        losses = {"loss_rank_classification": rank_kl_loss(*scores, instance_P, count, self.config.temperature)}
         if self.config.localization:
-            overlaps = [overlap(outputs.dense.boxes_at(positives), box_P4) for outputs in (student, teacher)]
+            boxes = (Boxes(outputs.dense.boxes_at(positives)) for outputs in (student, teacher))
+            overlaps = [matched_pairwise_iou(predicted, Boxes(box_P4)) for predicted in boxes]
             temperature = self.config.localization_temperature
-            losses["loss_rank_localization"] = ranked(*overlaps, instance_P, count, temperature)
+            losses["loss_rank_localization"] = rank_kl_loss(*overlaps, instance_P, count, temperature)
         return losses
 
     def _scores(self, dense: DensePredictions, positives: Positives, class_P: Tensor) -> Tensor:
@@ -93,12 +94,3 @@ class RankMimicking(Distiller):
         if self.config.joint_score:
             scores = scores * positives.pick(dense.quality.values())[:, 0].float().sigmoid()
         return scores
-
-
-ranked = in_float32(rank_kl_loss)
-
-
-@in_float32
-def overlap(boxes_P4: Tensor, ground_truth_P4: Tensor) -> Tensor:
-    """IoU (P,) of predicted boxes with the ground truth of each."""
-    return matched_pairwise_iou(Boxes(boxes_P4), Boxes(ground_truth_P4))

@@ -32,6 +32,4 @@ class Schedule:
         """What the distiller's losses are multiplied by at `iteration`: in [0, 1]."""
         if not self.is_active(iteration):
             return 0.0
-        if self.warmup == 0:
-            return 1.0
-        return min(1.0, (iteration - self.start + 1) / self.warmup)
+        return min(1.0, (iteration - self.start + 1) / max(1, self.warmup))

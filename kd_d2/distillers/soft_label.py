@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from detectron2.structures import Instances
-from torch import Tensor
 
 from ..adapters import IGNORED, DetectorOutputs
 from ..distributed import mean_count_across_ranks
 from ..errors import UserError
 from ..keys import Above, AtLeast, OneOf
 from ..losses import quality_focal_loss, soft_label_loss, softmax_divergence
-from .base import DISTILLER_REGISTRY, Distiller, Losses, count_of, in_float32
+from .base import DISTILLER_REGISTRY, Distiller, Losses, count_of
 from .matching import check_same_anchors
 from .pair import Pair
 
@@ -74,24 +73,15 @@ class SoftLabel(Distiller):
     def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
         if "proposals" in self.needs:
             logits = student.proposals.logits
-            divergence_N = divergence(logits, teacher.logits_at(student.proposals), self.config.temperature)
+            divergence_N = softmax_divergence(logits, teacher.logits_at(student.proposals), self.config.temperature)
             return {"loss_soft_label": divergence_N.sum() / count_of(logits)}
-        total = sum(
-            self._level_loss(
-                student.dense.logits[stride],
-                teacher.dense.logits[stride],
-                (assignment >= FIRST_COUNTED[self.config.anchors])[..., None],
-            )
-            for stride, assignment in student.dense.assignment_by_level.items()
-        )
+        config, total = self.config, 0
+        for stride, assignment in student.dense.assignment_by_level.items():
+            logits = student.dense.logits[stride], teacher.dense.logits[stride]
+            counts = (assignment >= FIRST_COUNTED[config.anchors])[..., None]
+            if config.loss == "kl":
+                total = total + soft_label_loss(*logits, counts, config.temperature, config.focus)
+            else:
+                total = total + quality_focal_loss(*logits, counts, config.focus)
         count = mean_count_across_ranks((student.dense.assignment >= 0).sum().float())
         return {"loss_soft_label": total / count}
-
-    def _level_loss(self, student: Tensor, teacher: Tensor, counts: Tensor) -> Tensor:
-        config = self.config
-        if config.loss == "kl":
-            return soft_label_loss(student, teacher, counts, config.temperature, config.focus)
-        return quality_focal_loss(student, teacher, counts, config.focus)
-
-
-divergence = in_float32(softmax_divergence)

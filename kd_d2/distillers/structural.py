@@ -21,51 +21,38 @@ from .adaptation import Adaptation, AdaptationLayers
 from .base import DISTILLER_REGISTRY, Distiller, Losses, in_float32
 from .pair import Pair
 
-MapLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""(student, teacher, weight of each position or None) -> mean loss of two normalised maps (B, C, H, W)."""
-
 L1_SHARE = 0.15  # of l1_ms_ssim
 ODD = Condition("odd and positive", lambda size: size > 0 and size % 2 == 1)
 
 
-def _pointwise(loss: Callable[..., Tensor]) -> MapLoss:
-    def mean(student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor:
-        if weight is None:
-            return loss(student, teacher)
-        return (weight * loss(student, teacher, reduction="none")).mean()
-
-    return mean
+def _pointwise(loss: Callable[..., Tensor], student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor:
+    if weight is None:
+        return loss(student, teacher)
+    return (weight * loss(student, teacher, reduction="none")).mean()
 
 
-def _ssim(config: StructuralKD.Config) -> MapLoss:
-    def loss(student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor:
-        window = fitting_window(student, config.window_size)
-        return ssim_loss(student, teacher, window, exponents=config.ssim_exponents, weight=weight)
-
-    return loss
+def _ssim(config: StructuralKD.Config, student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor:
+    window = fitting_window(student, config.window_size)
+    return ssim_loss(student, teacher, window, exponents=config.ssim_exponents, weight=weight)
 
 
-def _ms_ssim(config: StructuralKD.Config) -> MapLoss:
-    def loss(student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor:
-        return ms_ssim_loss(student, teacher, fitting_window(student, config.ms_ssim_window_size), weight=weight)
-
-    return loss
+def _ms_ssim(config: StructuralKD.Config, student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor:
+    return ms_ssim_loss(student, teacher, fitting_window(student, config.ms_ssim_window_size), weight=weight)
 
 
-def _l1_ms_ssim(config: StructuralKD.Config) -> MapLoss:
-    l1, ms_ssim = _pointwise(F.l1_loss), _ms_ssim(config)
-    return lambda *maps: L1_SHARE * l1(*maps) + (1 - L1_SHARE) * ms_ssim(*maps)
+def _l1_ms_ssim(config: StructuralKD.Config, *maps: Tensor | None) -> Tensor:
+    return L1_SHARE * _pointwise(F.l1_loss, *maps) + (1 - L1_SHARE) * _ms_ssim(config, *maps)
 
 
-MAP_LOSSES: dict[str, Callable[[StructuralKD.Config], MapLoss]] = {
-    "l1": lambda config: _pointwise(F.l1_loss),
-    "l2": lambda config: _pointwise(F.mse_loss),
-    "smooth_l1": lambda config: _pointwise(partial(F.smooth_l1_loss, beta=config.smooth_l1_beta)),
+MAP_LOSSES: dict[str, Callable[..., Tensor]] = {
+    "l1": lambda config, *maps: _pointwise(F.l1_loss, *maps),
+    "l2": lambda config, *maps: _pointwise(F.mse_loss, *maps),
+    "smooth_l1": lambda config, *maps: _pointwise(partial(F.smooth_l1_loss, beta=config.smooth_l1_beta), *maps),
     "ssim": _ssim,
     "ms_ssim": _ms_ssim,
     "l1_ms_ssim": _l1_ms_ssim,
 }
-"""By the name in MODEL.KD.STRUCTURAL.LOSS: from the keys to a MapLoss."""
+"""By the name in MODEL.KD.STRUCTURAL.LOSS: (keys, normalised student, teacher (B, C, H, W), weight of positions or None) -> mean loss."""
 
 
 @DISTILLER_REGISTRY.register()
@@ -126,16 +113,12 @@ class StructuralKD(Distiller):
                 )
 
     def __init__(self, config: Config, pair: Pair):
-        super().__init__(config, pair)
+        is_one_stage = pair.student.family == "one-stage"
+        super().__init__(config, pair, 4.0 if is_one_stage else 2.0)
         self.adaptation = AdaptationLayers.build(config.adaptation, pair, self.CONFIG_NODE)
-        self.map_loss = MAP_LOSSES[config.loss](config)
-        published = 0.5 if pair.student.family == "one-stage" else 0.1
+        published = 0.5 if is_one_stage else 0.1
         temperature = published if config.attention_temperature is None else config.attention_temperature
         self.attention_temperature = temperature if config.spatial_attention else None
-
-    @classmethod
-    def default_weight(cls, config: Config, pair: Pair) -> float:
-        return 4.0 if pair.student.family == "one-stage" else 2.0
 
     def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
         losses = [self.level_loss(s, t) for s, t in self.adaptation.pairs(student, teacher)]
@@ -160,4 +143,5 @@ class StructuralKD(Distiller):
         if self.attention_temperature is not None:
             attention = spatial_attention(student_BCHW, teacher_BCHW, self.attention_temperature)
             weight = attention if weight is None else weight * attention
-        return self.map_loss(*min_max_normalize(student_BCHW, teacher_BCHW, self.config.normalization), weight)
+        maps = min_max_normalize(student_BCHW, teacher_BCHW, self.config.normalization)
+        return MAP_LOSSES[self.config.loss](self.config, *maps, weight)

@@ -44,12 +44,9 @@ def channel_moments(student: Tensor, teacher: Tensor, means: Tensor) -> Tensor:
         student, teacher: (B, C, H, W); gradients go to the student alone.
         means: (2, C), see `channel_means`.
     """
-    with torch.autocast(student.device.type, enabled=False):
-        s, t = (
-            maps.to(means.dtype) - mean[:, None, None]
-            for maps, mean in zip((student, teacher.detach()), means, strict=True)
-        )
-        return torch.stack([product.mean((0, 2, 3)) for product in (s.square(), t.square(), s * t)])
+    both = zip((student, teacher.detach()), means, strict=True)
+    s, t = (maps.to(means.dtype) - mean[:, None, None] for maps, mean in both)
+    return torch.stack([product.mean((0, 2, 3)) for product in (s.square(), t.square(), s * t)])
 
 
 def pearson_loss_of_moments(moments: Tensor, count: int) -> Tensor:

@@ -46,10 +46,9 @@ def weighted_imitation_loss(
         weights: by level (B, H, W).
         divisors: by level; None for the number of positions, B * H * W.
     """
-    losses = []
-    for level, (student, teacher, weight) in enumerate(zip(student_features, teacher_features, weights, strict=True)):
-        total = masked_squared_error(student, teacher, weight)
-        losses.append(total / (weight.numel() if divisors is None else divisors[level]))
+    divisors = divisors or [weight.numel() for weight in weights]
+    levels = zip(student_features, teacher_features, weights, divisors, strict=True)
+    losses = [masked_squared_error(s, t, weight) / divisor for s, t, weight, divisor in levels]
     return sum(losses) / len(losses)
 
 
@@ -61,9 +60,8 @@ def masked_squared_error(student: Tensor, teacher: Tensor, mask: Tensor) -> Tens
         mask: (B, H, W), zeros and ones or any weights.
     """
     dtype = torch.promote_types(student.dtype, torch.float32)
-    with torch.autocast(student.device.type, enabled=False):
-        difference = (student.to(dtype) - teacher.detach().to(dtype)).square().mean(1)
-        return (mask * difference).sum()
+    difference = (student.to(dtype) - teacher.detach().to(dtype)).square().mean(1)
+    return (mask * difference).sum()
 
 
 def relative_to_mean(weights: list[Tensor], means: list[Tensor] | None = None) -> list[Tensor]:

@@ -25,12 +25,11 @@ def quality_focal_loss(
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     student, teacher = student_logits.to(dtype), teacher_logits.detach().to(dtype)
     weight = student.new_ones(()) if weight is None else weight.to(dtype)
-    with torch.autocast(student.device.type, enabled=False):
-        if power == 1:
-            return _LinearQualityFocal.apply(student, teacher, weight)
-        target = teacher.sigmoid()
-        entropy = F.binary_cross_entropy_with_logits(student, target, reduction="none")
-        return (weight * (target - student.sigmoid()).abs().pow(power) * entropy).sum()
+    if power == 1:
+        return _LinearQualityFocal.apply(student, teacher, weight)
+    target = teacher.sigmoid()
+    entropy = F.binary_cross_entropy_with_logits(student, target, reduction="none")
+    return (weight * (target - student.sigmoid()).abs().pow(power) * entropy).sum()
 
 
 class _LinearQualityFocal(torch.autograd.Function):

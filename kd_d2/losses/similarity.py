@@ -5,6 +5,7 @@ The reference that the fused loss is tested against, and what is computed wherev
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -93,10 +94,7 @@ def similarity_map(
     else:
         factors += [_power(contrast(moments, max_val), beta)] if beta else []
         factors += [_power(structure(moments, max_val), gamma)] if gamma else []
-    product = torch.ones_like(student)
-    for factor in factors:
-        product = product * factor
-    return product
+    return math.prod(factors, start=torch.ones_like(student))
 
 
 def _power(x: Tensor, exponent: float) -> Tensor:

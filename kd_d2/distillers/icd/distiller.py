@@ -86,8 +86,8 @@ class ICD(Distiller):
                     raise UserError(f"{name}.DIM is {self.dim}; it must be a multiple of {what}.")
 
     def __init__(self, config: Config, pair: Pair):
-        super().__init__(config, pair)
         student, teacher = pair.student, pair.teacher
+        super().__init__(config, pair, 8.0 if student.family == "one-stage" else 3.0)
         self.strides = pair.strides
         num_classes = student.num_classes or teacher.num_classes
         if num_classes is None:
@@ -102,11 +102,10 @@ class ICD(Distiller):
         self.student_values = nn.ModuleList(
             _starting_as(*self.decoder.value_projection(layer), student_channels) for layer in self.decoder.layers
         )
-        self.fakes = (
-            FakeInstances(*read_priors(pair.datasets, num_classes))
-            if pair.datasets
-            else ObservedFakeInstances(num_classes)
-        )
+        if pair.datasets:
+            self.fakes = FakeInstances(*read_priors(pair.datasets, num_classes))
+        else:
+            self.fakes = ObservedFakeInstances(num_classes)
         self.query_options = {
             "fakes_per_instance": config.fakes_per_instance,
             "max_queries": config.max_queries,
@@ -116,10 +115,6 @@ class ICD(Distiller):
         if detached is None:
             detached = min(1000, pair.max_iter // 90)
         self.detach_student_until = config.start_iter + detached
-
-    @classmethod
-    def default_weight(cls, config: Config, pair: Pair) -> float:
-        return 8.0 if pair.student.family == "one-stage" else 3.0
 
     def param_groups(self, cfg: CfgNode) -> list[ParamGroup]:
         own = self.config
@@ -172,14 +167,10 @@ class ICD(Distiller):
         geometry = LevelGeometry.of(maps, teacher.images.image_sizes, teacher.images.tensor.shape[-2:])
         logits = self.decoder.attention_logits(self.encoder(queries), maps, geometry)
         attention_BQL = sum(layer.softmax(-1).mean(1) for layer in logits) / len(logits)
-        levels = attention_BQL.split([h * w for h, w in geometry.shapes], -1)
-        return [
-            {
-                stride: level[image, : len(target)].unflatten(-1, shape)
-                for stride, level, shape in zip(self.strides, levels, geometry.shapes, strict=True)
-            }
-            for image, target in enumerate(targets)
-        ]
+        levels = zip(attention_BQL.split([h * w for h, w in geometry.shapes], -1), geometry.shapes, strict=True)
+        maps_BQHW = [level.unflatten(-1, shape) for level, shape in levels]
+        of_images = ([x[image, : len(target)] for x in maps_BQHW] for image, target in enumerate(targets))
+        return [dict(zip(self.strides, attention, strict=True)) for attention in of_images]
 
 
 def _starting_as(teacher_weight: Tensor, teacher_bias: Tensor, student_channels: int) -> nn.Linear:

@@ -58,10 +58,8 @@ class LevelGeometry:
 
 def _valid_cells(image_size: Size, shape: Size, padded_size: Size) -> Size:
     """Rows and columns whose first pixel belongs to the image."""
-    height, width = (
-        -(-pixels * cells // whole) for pixels, cells, whole in zip(image_size, shape, padded_size, strict=True)
-    )
-    return height, width
+    axes = zip(image_size, shape, padded_size, strict=True)
+    return tuple(-(-pixels * cells // whole) for pixels, cells, whole in axes)
 
 
 def _mask(extents_B2: Tensor, shape: Size) -> Tensor:

@@ -50,7 +50,11 @@ def read_priors(datasets: tuple[str, ...], num_classes: int) -> Priors:
             f"ICD draws fake instances like those of the training set, but DATASETS.TRAIN {', '.join(datasets)} has no boxes."
         )
     if cache:
-        _write(cache, [column.tolist() for column in priors])
+        try:  # a cache that cannot be written costs time alone
+            os.makedirs(os.path.dirname(cache), exist_ok=True)
+            write_json(cache, [column.tolist() for column in priors], indent=None)
+        except OSError as error:
+            logger.info(f"The class priors are not kept in {cache}: {error.strerror}")
     return priors
 
 
@@ -146,12 +150,3 @@ def _cache_file(datasets: tuple[str, ...], num_classes: int) -> str | None:
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return os.path.join(home, "kd_d2", f"icd-priors-{digest}.json")
-
-
-def _write(path: str, tree: list) -> None:
-    """Write whole or not at all; a cache that cannot be written costs time alone."""
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        write_json(path, tree, indent=None)
-    except OSError as error:
-        logger.info(f"The class priors are not kept in {path}: {error.strerror}")

@@ -95,11 +95,10 @@ class ObservedFakeInstances(FakeInstances):
     @torch.no_grad()
     def observe(self, targets: list[Instances], image_sizes: list[tuple[int, int]]) -> None:
         classes = torch.cat([t.gt_classes for t in targets])
-        extents = [
-            t.gt_boxes.tensor.new_tensor([width, height])
+        corners = [
+            t.gt_boxes.tensor.view(-1, 2, 2) / t.gt_boxes.tensor.new_tensor([width, height])
             for t, (height, width) in zip(targets, image_sizes, strict=True)
         ]
-        corners = [t.gt_boxes.tensor.view(-1, 2, 2) / extent for t, extent in zip(targets, extents, strict=True)]
         sizes = torch.cat([x[:, 1] - x[:, 0] for x in corners]).double()
         self.counts.index_add_(0, classes, torch.ones_like(classes, dtype=torch.float64))
         self.sums.index_add_(0, classes, sizes)
