@@ -69,15 +69,8 @@ class ATSS(AdaptiveDetector):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        keys = ATSSKeys.read(cfg.MODEL.ATSS, "MODEL.ATSS")
-        detector, head = adaptive_arguments(cfg, "ATSS", keys)
-        return {
-            **detector,
-            "head": ATSSHead(**head),
-            "focal_loss_alpha": keys.focal_loss_alpha,
-            "focal_loss_gamma": keys.focal_loss_gamma,
-            "box_loss_weight": keys.box_loss_weight,
-        }
+        detector, head = adaptive_arguments(cfg, "ATSS", ATSSKeys)
+        return {**detector, "head": ATSSHead(**head)}
 
     def losses(
         self, anchors: list[Boxes], predictions: list[list[Tensor]], assignment_BR: Tensor, targets: list[Instances]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any
 
 import torch
@@ -46,8 +46,13 @@ class AdaptiveKeys(DenseKeys):
     anchor_scale: Annotated[float, Above(0), "Side of the one anchor of a position, in strides."] = 8.0
 
 
-def dense_arguments(cfg: CfgNode, name: str, keys: DenseKeys) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments that a dense detector's class takes from the keys of its node MODEL.<name>, and those of its head."""
+def dense_arguments(cfg: CfgNode, name: str, kind: type[DenseKeys]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments that a dense detector's class takes from the keys of its node MODEL.<name>, and those of its head.
+
+    The detector's own keys, which `DenseKeys` does not have, are arguments of the same names.
+    """
+    keys = kind.read(cfg.MODEL[name], f"MODEL.{name}")
+    shared = {key.name for key in fields(DenseKeys)}
     backbone = build_backbone(cfg)
     shapes = backbone.output_shape()
     unknown = [level for level in keys.in_features if level not in shapes]
@@ -65,6 +70,7 @@ def dense_arguments(cfg: CfgNode, name: str, keys: DenseKeys) -> tuple[dict[str,
         "pixel_mean": cfg.MODEL.PIXEL_MEAN,
         "pixel_std": cfg.MODEL.PIXEL_STD,
         "input_format": cfg.INPUT.FORMAT,
+        **{key.name: getattr(keys, key.name) for key in fields(keys) if key.name not in shared},
     }
     head = {
         "input_shape": input_shape,
@@ -76,10 +82,11 @@ def dense_arguments(cfg: CfgNode, name: str, keys: DenseKeys) -> tuple[dict[str,
     return detector, head
 
 
-def adaptive_arguments(cfg: CfgNode, name: str, keys: AdaptiveKeys) -> tuple[dict[str, Any], dict[str, Any]]:
+def adaptive_arguments(cfg: CfgNode, name: str, kind: type[AdaptiveKeys]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments that an `AdaptiveDetector` takes from the keys of its node MODEL.<name>, and those of its head."""
-    detector, head = dense_arguments(cfg, name, keys)
-    return {**detector, "anchor_scale": keys.anchor_scale, "assign_topk": keys.topk}, head
+    detector, head = dense_arguments(cfg, name, kind)
+    detector["assign_topk"] = detector.pop("topk")
+    return detector, head
 
 
 class SingleAnchorDetector(DenseDetector):

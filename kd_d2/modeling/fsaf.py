@@ -95,17 +95,8 @@ class FSAF(SingleAnchorDetector):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        keys = FSAFKeys.read(cfg.MODEL.FSAF, "MODEL.FSAF")
-        detector, head = dense_arguments(cfg, "FSAF", keys)
-        return {
-            **detector,
-            "head": FSAFHead(**head),
-            "effective_scale": keys.effective_scale,
-            "ignoring_scale": keys.ignoring_scale,
-            "focal_loss_alpha": keys.focal_loss_alpha,
-            "focal_loss_gamma": keys.focal_loss_gamma,
-            "box_loss_weight": keys.box_loss_weight,
-        }
+        detector, head = dense_arguments(cfg, "FSAF", FSAFKeys)
+        return {**detector, "head": FSAFHead(**head)}
 
     @torch.no_grad()
     def assign(self, anchors: list[Boxes], predictions: list[list[Tensor]], targets: list[Instances]) -> Tensor:

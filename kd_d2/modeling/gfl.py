@@ -118,16 +118,8 @@ class GFL(AdaptiveDetector):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        keys = GFLKeys.read(cfg.MODEL.GFL, "MODEL.GFL")
-        detector, head = adaptive_arguments(cfg, "GFL", keys)
-        return {
-            **detector,
-            "head": GFLHead(reg_max=keys.reg_max, **head),
-            "reg_max": keys.reg_max,
-            "beta": keys.beta,
-            "box_loss_weight": keys.box_loss_weight,
-            "distribution_loss_weight": keys.distribution_loss_weight,
-        }
+        detector, head = adaptive_arguments(cfg, "GFL", GFLKeys)
+        return {**detector, "head": GFLHead(reg_max=detector["reg_max"], **head)}
 
     def losses(
         self, anchors: list[Boxes], predictions: list[list[Tensor]], assignment_BR: Tensor, targets: list[Instances]

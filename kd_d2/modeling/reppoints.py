@@ -197,22 +197,14 @@ class RepPoints(SingleAnchorDetector):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        keys = RepPointsKeys.read(cfg.MODEL.REPPOINTS, "MODEL.REPPOINTS")
-        detector, head = dense_arguments(cfg, "REPPOINTS", keys)
-        return {
-            **detector,
-            "head": RepPointsHead(
-                num_points=keys.num_points, gradient_share=keys.gradient_share, first_side=keys.base_scale, **head
-            ),
-            "num_points": keys.num_points,
-            "base_scale": keys.base_scale,
-            "iou_thresholds": keys.iou_thresholds,
-            "focal_loss_alpha": keys.focal_loss_alpha,
-            "focal_loss_gamma": keys.focal_loss_gamma,
-            "smooth_l1_beta": keys.smooth_l1_beta,
-            "init_loss_weight": keys.init_loss_weight,
-            "refine_loss_weight": keys.refine_loss_weight,
-        }
+        detector, head = dense_arguments(cfg, "REPPOINTS", RepPointsKeys)
+        points = RepPointsHead(
+            num_points=detector["num_points"],
+            gradient_share=detector.pop("gradient_share"),
+            first_side=detector["base_scale"],
+            **head,
+        )
+        return {**detector, "head": points}
 
     @torch.no_grad()
     def assign(self, anchors: list[Boxes], predictions: list[list[Tensor]], targets: list[Instances]) -> Tensor:
