@@ -92,7 +92,7 @@ def adaptive_arguments(cfg: CfgNode, name: str, kind: type[AdaptiveKeys]) -> tup
 class SingleAnchorDetector(DenseDetector):
     """A dense detector with one square anchor a position.
 
-    A subclass has `assign`, `losses`, `scores`, and in `dims` the sizes of what its head gives an anchor.
+    A subclass has `assign`, `losses`, where it has a quality `scores`, and in `dims` the sizes of what its head gives an anchor.
     """
 
     def __init__(
@@ -162,8 +162,8 @@ class SingleAnchorDetector(DenseDetector):
         raise NotImplementedError
 
     def scores(self, predictions: list[list[Tensor]]) -> list[Tensor]:
-        """By level the scores (B, HW, K) that boxes are ranked by."""
-        raise NotImplementedError
+        """By level the scores (B, HW, K) that boxes are ranked by: the classes' probabilities."""
+        return [level.sigmoid() for level in predictions[0]]
 
     def forward_inference(
         self, images: ImageList, features: list[Tensor], predictions: list[list[Tensor]]
@@ -189,7 +189,7 @@ class SingleAnchorDetector(DenseDetector):
 
 
 class AdaptiveDetector(SingleAnchorDetector):
-    """With the label assignment of ATSS; a subclass has `losses` and `scores`."""
+    """With the label assignment of ATSS."""
 
     def __init__(self, *, assign_topk: int = 9, anchor_scale: float = 8.0, **arguments: Any):
         """

@@ -157,10 +157,6 @@ class FSAF(SingleAnchorDetector):
         is_class_NK = F.one_hot(target.gt_classes, self.num_classes)
         return near_NR.float().T @ is_class_NK.float() > 0
 
-    def scores(self, predictions: list[list[Tensor]]) -> list[Tensor]:
-        """The class probabilities."""
-        return [level.sigmoid() for level in predictions[0]]
-
 
 def covers_cell(cells: Boxes, gt_boxes: Boxes, scale: float) -> Tensor:
     """(N, R) whether a box, its sides times `scale` around its centre, covers enough of a position's cell."""

@@ -149,10 +149,6 @@ class GFL(AdaptiveDetector):
             "loss_gfl_distribution": self.distribution_loss_weight * spread / divisor,
         }
 
-    def scores(self, predictions: list[list[Tensor]]) -> list[Tensor]:
-        """The joint scores."""
-        return [level.sigmoid() for level in predictions[0]]
-
 
 def quality_focal_loss(logits: Tensor, quality: Tensor, beta: float = 2.0) -> Tensor:
     """QFL (Li et al. 2020, equation 2): |quality - p|^beta times binary cross-entropy, p = sigmoid(logits).

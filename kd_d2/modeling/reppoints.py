@@ -254,10 +254,6 @@ class RepPoints(SingleAnchorDetector):
         loss = smooth_l1_loss(predicted_P4 / unit_P1, box_P4 / unit_P1, beta=self.smooth_l1_beta, reduction="sum")
         return loss / mean_count_across_ranks(box_P4.new_tensor(float(len(box_P4))))
 
-    def scores(self, predictions: list[list[Tensor]]) -> list[Tensor]:
-        """The class probabilities."""
-        return [level.sigmoid() for level in predictions[0]]
-
 
 @torch.no_grad()
 def assign_nearest(anchors: list[Boxes], gt_boxes: Boxes) -> Tensor:
