@@ -12,11 +12,12 @@ from detectron2.modeling import Backbone, build_backbone
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, ImageList, Instances
+from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor, nn
 
 from ..errors import UserError
 from ..keys import Above, AtLeast, Below, Keys
-from .assignment import assign_adaptively
+from .assignment import Positives, assign_adaptively
 
 FocalAlpha = Annotated[float, "Weight of the positives in the focal loss; background has the rest of 1."]
 FocalGamma = Annotated[float, "Exponent of the focal loss."]
@@ -105,6 +106,8 @@ class SingleAnchorDetector(DenseDetector):
         num_classes: int,
         dims: list[int],
         anchor_scale: float,
+        focal_loss_alpha: float = 0.25,
+        focal_loss_gamma: float = 2.0,
         test_score_thresh: float = 0.05,
         test_topk_candidates: int = 1000,
         test_nms_thresh: float = 0.6,
@@ -119,6 +122,7 @@ class SingleAnchorDetector(DenseDetector):
             box2box_transform: its `apply_deltas(regression (N, D), anchors (N, 4))` gives boxes (N, 4).
             dims: of the head's outputs at a position.
             anchor_scale: side of the anchors in strides.
+            focal_loss_alpha, focal_loss_gamma: of `focal_loss`, for subclasses that call it.
             input_format: order of the channels that pixel_mean is in.
         """
         super().__init__(backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std)
@@ -126,6 +130,8 @@ class SingleAnchorDetector(DenseDetector):
         self.dims = dims
         self.input_format = input_format
         self.box2box_transform = box2box_transform
+        self.focal_loss_alpha = focal_loss_alpha
+        self.focal_loss_gamma = focal_loss_gamma
         self.test_score_thresh = test_score_thresh
         self.test_topk_candidates = test_topk_candidates
         self.test_nms_thresh = test_nms_thresh
@@ -160,6 +166,13 @@ class SingleAnchorDetector(DenseDetector):
     ) -> dict[str, Tensor]:
         """The losses of transposed predictions under a label assignment."""
         raise NotImplementedError
+
+    def focal_loss(self, logits: list[Tensor], positives: Positives, class_P: Tensor) -> Tensor:
+        """Focal loss (B, R, K) of all anchors and classes, in float32; `class_P` are the classes of the positives."""
+        logits_BRK = torch.cat(logits, 1).float()
+        is_class_BRK = torch.zeros_like(logits_BRK)
+        is_class_BRK[positives.image, positives.anchor, class_P] = 1
+        return sigmoid_focal_loss(logits_BRK, is_class_BRK, alpha=self.focal_loss_alpha, gamma=self.focal_loss_gamma)
 
     def scores(self, predictions: list[list[Tensor]]) -> list[Tensor]:
         """By level the scores (B, HW, K) that boxes are ranked by: the classes' probabilities."""

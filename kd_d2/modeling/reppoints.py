@@ -17,7 +17,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.structures import Boxes, Instances, pairwise_iou
-from fvcore.nn import sigmoid_focal_loss, smooth_l1_loss
+from fvcore.nn import smooth_l1_loss
 from torch import Tensor, nn
 from torchvision.ops import DeformConv2d
 
@@ -168,8 +168,6 @@ class RepPoints(SingleAnchorDetector):
         num_points: int = 9,
         base_scale: float = 4.0,
         iou_thresholds: list[float] = (0.4, 0.5),
-        focal_loss_alpha: float = 0.25,
-        focal_loss_gamma: float = 2.0,
         smooth_l1_beta: float = 0.11,
         init_loss_weight: float = 0.5,
         refine_loss_weight: float = 1.0,
@@ -189,8 +187,6 @@ class RepPoints(SingleAnchorDetector):
             **arguments,
         )
         self.matcher = Matcher(list(iou_thresholds), [0, -1, 1], allow_low_quality_matches=True)
-        self.focal_loss_alpha = focal_loss_alpha
-        self.focal_loss_gamma = focal_loss_gamma
         self.smooth_l1_beta = smooth_l1_beta
         self.init_loss_weight = init_loss_weight
         self.refine_loss_weight = refine_loss_weight
@@ -230,12 +226,7 @@ class RepPoints(SingleAnchorDetector):
         num_positives = mean_count_across_ranks(class_P.new_tensor(len(class_P), dtype=torch.float32))
         nearest_BR = torch.stack([assign_nearest(anchors, t.gt_boxes) for t in targets])
         with torch.autocast(logits[0].device.type, enabled=False):
-            logits_BRK = torch.cat(logits, 1).float()
-            is_class_BRK = torch.zeros_like(logits_BRK)
-            is_class_BRK[positives.image, positives.anchor, class_P] = 1
-            classification = sigmoid_focal_loss(
-                logits_BRK, is_class_BRK, alpha=self.focal_loss_alpha, gamma=self.focal_loss_gamma
-            )
+            classification = self.focal_loss(logits, positives, class_P)
             asked_BR1 = (assignment_BR >= BACKGROUND)[..., None]
             return {
                 "loss_reppoints_cls": (classification * asked_BR1).sum() / num_positives,
