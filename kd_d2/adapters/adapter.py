@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import ClassVar
 
 import torch
@@ -164,14 +165,9 @@ class BackboneAdapter(DetectorAdapter):
             if not runs_on:
                 raise _FeaturesRead
 
-        handle = self.model.backbone.register_forward_hook(capture)
         results = None
-        try:
+        with self.model.backbone.register_forward_hook(capture), contextlib.suppress(_FeaturesRead):
             results = self.model(batched_inputs if targets is not None else list(map(_unscaled, batched_inputs)))
-        except _FeaturesRead:
-            pass
-        finally:
-            handle.remove()
         if len(seen) != 1:
             raise RuntimeError(
                 f"{type(self.model).__name__} called its backbone {len(seen)} times in one forward pass; exactly one was expected"

@@ -124,16 +124,12 @@ class RCNNAdapter(DetectorAdapter):
         """What the first stage of the box head reads and says inside: boxes of each image, and class logits."""
         boxes: list[list[Boxes]] = []
         logits: list[Tensor] = []
-        handles = []
-        if wanted:
-            pooler, (_, predictor) = self.model.roi_heads.box_pooler, self._first_stage()
-            handles.append(pooler.register_forward_pre_hook(lambda _, args: boxes.append(list(args[1]))))
-            handles.append(predictor.register_forward_hook(lambda _, args, out: logits.append(out[0])))
-        try:
+        with contextlib.ExitStack() as hooks:
+            if wanted:
+                pooler, (_, predictor) = self.model.roi_heads.box_pooler, self._first_stage()
+                hooks.enter_context(pooler.register_forward_pre_hook(lambda _, args: boxes.append(list(args[1]))))
+                hooks.enter_context(predictor.register_forward_hook(lambda _, args, out: logits.append(out[0])))
             yield boxes, logits
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _first_stage(self) -> tuple[nn.Module, nn.Module]:
         """Box head and predictor; of a cascade the first, the one that is trained on the proposals themselves."""
