@@ -37,6 +37,8 @@ class DetectorAdapter:
     composes: ClassVar[tuple[str, ...]] = ()
     family: ClassVar[str]
     provides: ClassVar[frozenset[str]]
+    num_bins: int | None = None
+    tower_channels: tuple[int, ...] | None = None
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -69,14 +71,6 @@ class DetectorAdapter:
     @property
     def score_threshold(self) -> float | None:
         return getattr(self.model, "test_score_thresh", None)
-
-    @property
-    def num_bins(self) -> int | None:
-        return None
-
-    @property
-    def tower_channels(self) -> tuple[int, ...] | None:
-        return None
 
     def cell_anchors(self) -> dict[int, Tensor] | None:
         return None
@@ -134,6 +128,7 @@ class DetectorAdapter:
         return {stride: features[name] for name, stride in self._stride_of.items()}
 
 
+@DETECTOR_ADAPTER_REGISTRY.register()
 class BackboneAdapter(DetectorAdapter):
     """The fallback for any model with a `backbone`: runs the model as it is and takes what its backbone returns."""
 
@@ -189,9 +184,6 @@ def _unscaled(entry: dict) -> dict:
 
 class _FeaturesRead(Exception):
     """Ends a forward pass behind the backbone: nobody asked for the rest."""
-
-
-DETECTOR_ADAPTER_REGISTRY.register(BackboneAdapter)
 
 
 @torch.no_grad()

@@ -51,10 +51,8 @@ class RCNNAdapter(DetectorAdapter):
 
     @property
     def score_threshold(self) -> float | None:
-        predictor = getattr(self.model.roi_heads, "box_predictor", None)
-        if isinstance(predictor, nn.ModuleList):  # a cascade's, of which the last one's scores are cut
-            predictor = predictor[-1]
-        return getattr(predictor, "test_score_thresh", None)
+        last = _predictors(self.model.roi_heads)[-1]  # of a cascade the one whose scores are cut
+        return getattr(last, "test_score_thresh", None)
 
     def reorder_classes(self, order: list[int]) -> None:
         heads = self.model.roi_heads
