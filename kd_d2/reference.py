@@ -39,12 +39,11 @@ def config_reference() -> list[KeyReference]:
     nodes: dict[str, type[Keys]] = LIBRARY_KEYS | {f"MODEL.{name}": keys for name, keys in MODELING_KEYS.items()}
     for _, method in sorted(DISTILLER_REGISTRY):
         nodes[f"MODEL.KD.{method.CONFIG_NODE}"] = method.Config
-    return [entry for path, keys in nodes.items() for entry in _entries(path, keys)]
-
-
-def _entries(path: str, keys: type[Keys]) -> Iterator[KeyReference]:
-    for key in keys_of(keys):
-        yield KeyReference(f"{path}.{key.name}", key.words, key.default, key.description)
+    return [
+        KeyReference(f"{path}.{key.name}", key.words, key.default, key.description)
+        for path, keys in nodes.items()
+        for key in keys_of(keys)
+    ]
 
 
 def explain(key: str) -> str:
