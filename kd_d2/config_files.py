@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import glob
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -187,12 +188,13 @@ def as_overrides(path: str) -> list[Any]:
     Raises:
         UserError: see `read_yaml`.
     """
+    return list(itertools.chain.from_iterable(leaves(read_yaml(path))))
 
-    def walk(tree: dict[str, Any], prefix: str) -> Iterator[Any]:
-        for key, value in tree.items():
-            if isinstance(value, dict):
-                yield from walk(value, f"{prefix}{key}.")
-            else:
-                yield from (f"{prefix}{key}", value)
 
-    return list(walk(read_yaml(path), ""))
+def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The keys in full, such as "MODEL.DEVICE", and values of a tree of config keys."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
