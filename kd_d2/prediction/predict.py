@@ -6,7 +6,7 @@ import itertools
 import logging
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -141,7 +141,7 @@ class _Run:
             "info": info,
             "images": self.entries,
             "annotations": self.annotations,
-            "categories": [{"id": category.id, "name": category.name} for category in categories],
+            "categories": list(map(asdict, categories)),
         }
 
 
