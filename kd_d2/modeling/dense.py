@@ -7,11 +7,10 @@ from typing import Annotated, Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.layers import ShapeSpec
+from detectron2.layers import ShapeSpec, batched_nms
 from detectron2.modeling import Backbone, build_backbone
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
-from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.structures import Boxes, ImageList, Instances
 from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor, nn
@@ -187,8 +186,18 @@ class SingleAnchorDetector(DenseDetector):
         scores, boxes = self.scores(predictions), predictions[1]
         results = []
         for index, image_size in enumerate(images.image_sizes):
-            of_image = ([level[index] for level in levels] for levels in (scores, boxes))
-            results.append(RetinaNet.inference_single_image(self, anchors, *of_image, image_size))
+            candidates = self._decode_multi_level_predictions(
+                anchors,
+                [level[index] for level in scores],
+                [level[index] for level in boxes],
+                self.test_score_thresh,
+                self.test_topk_candidates,
+                image_size,
+            )
+            keep = batched_nms(
+                candidates.pred_boxes.tensor, candidates.scores, candidates.pred_classes, self.test_nms_thresh
+            )
+            results.append(candidates[keep[: self.max_detections_per_image]])
         return results
 
 
