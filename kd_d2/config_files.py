@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import glob
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -52,26 +53,22 @@ def find_config_file(name: str, key: str, folder: str = "") -> str:
     try:
         return find_file(name, key, folder)
     except UserError as error:
-        path = _find_by_name(name)
-        if path is None:
-            raise _not_found(str(error), name) from None
+        sentence = str(error)
+    return _find_by_name(name, sentence)
+
+
+def _find_by_name(name: str, sentence: str) -> str:
+    """The path of a config that ships or is in the model zoo. A UserError begins with `sentence`, which says that it is no file."""
+    path = shipped_configs().get(_name_of(name), os.path.join(_ZOO, name))
+    if os.path.isfile(path):
         return path
-
-
-def _find_by_name(name: str) -> str | None:
-    path = shipped_configs().get(_name_of(name))
-    zoo = os.path.join(_ZOO, name)
-    return path or (zoo if os.path.isfile(zoo) else None)
-
-
-def _not_found(sentence: str, name: str) -> UserError:
     if os.path.isabs(os.path.expanduser(name)):
-        return UserError(sentence)
+        raise UserError(sentence)
     zoo = [os.path.relpath(path, _ZOO) for path in glob.glob(os.path.join(_ZOO, "**", "*.yaml"), recursive=True)]
     names = {_name_of(known): known for known in (*zoo, *shipped_configs())}
     close = difflib.get_close_matches(_name_of(name), names, n=2)
     hint = f" Did you mean {' or '.join(names[known] for known in close)}?" if close else ""
-    return UserError(
+    raise UserError(
         f"{sentence.removesuffix('.')}, and no config {name} comes with kd_d2 or is in Detectron2's model zoo.{hint}"
     )
 
@@ -150,10 +147,7 @@ def find_beside(name: str, path: str, key: str) -> str:
     file = os.path.normpath(file)
     if os.path.isfile(file):
         return file
-    named = _find_by_name(name)
-    if named is None:
-        raise _not_found(f"{key}: there is no file {file}.", name)
-    return named
+    return _find_by_name(name, f"{key}: there is no file {file}.")
 
 
 def _read_file(path: str) -> dict[str, Any]:
@@ -194,12 +188,13 @@ def as_overrides(path: str) -> list[Any]:
     Raises:
         UserError: see `read_yaml`.
     """
+    return list(itertools.chain.from_iterable(leaves(read_yaml(path))))
 
-    def walk(tree: dict[str, Any], prefix: str) -> Iterator[Any]:
-        for key, value in tree.items():
-            if isinstance(value, dict):
-                yield from walk(value, f"{prefix}{key}.")
-            else:
-                yield from (f"{prefix}{key}", value)
 
-    return list(walk(read_yaml(path), ""))
+def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The keys in full, such as "MODEL.DEVICE", and values of a tree of config keys."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -7,8 +7,9 @@ from collections.abc import Hashable, Iterable
 from typing import Any
 
 import torch
-from detectron2.utils import comm
 from torch import Tensor
+
+from .distributed import mean_across_ranks
 
 LOSS_SCALES = (2.0**16, 2.0**8, 1.0)
 """What a loss in float16 is multiplied by before its gradient is taken: the first that does not overflow."""
@@ -42,11 +43,7 @@ def loss_gradient(loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:
 
 def mean_of_processes(gradients: Iterable[Tensor]) -> Tensor:
     """The mean over processes of all gradients together (P,)."""
-    gradient = torch.cat([part.flatten() for part in gradients])
-    if comm.get_world_size() > 1:
-        torch.distributed.all_reduce(gradient)
-        gradient /= comm.get_world_size()
-    return gradient
+    return mean_across_ranks(torch.cat([part.flatten() for part in gradients]))
 
 
 def gradient_norm(loss: Tensor, parameters: Iterable[Tensor]) -> float:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from tqdm import tqdm
 
 from .data import build_test_loader, register_coco_json, register_synthetic
 from .engine.checks import check_classes, check_datasets, check_distillation
 from .errors import UserError
 from .files import check_output_folder, write_json
+from .prediction.predict import to_annotations
+from .predictor import Category
 from .pseudo_labels import PseudoLabels
 from .teacher import Teacher
 
@@ -99,6 +101,10 @@ def label_images(
     Returns:
         The tree of an annotation file, each annotation with its score, and the folder that its file names are relative to.
     """
+    names = MetadataCatalog.get(dataset).get("thing_classes") or []
+    if len(names) != num_classes:
+        names = [f"class {number}" for number in range(num_classes)]
+    categories = [Category(number, name) for number, name in enumerate(names, 1)]
     paths, images, annotations = [], [], []
     for batch in batches:
         for entry, output in zip(batch, detect(batch), strict=True):
@@ -108,18 +114,11 @@ def label_images(
             height, width = detections.image_size
             paths.append(os.path.abspath(entry["file_name"]))
             images.append({"id": number, "width": width, "height": height})
-            for annotation in instances_to_coco_json(detections, number):
-                annotation["category_id"] += 1
-                area = annotation["bbox"][2] * annotation["bbox"][3]
-                annotations.append({"id": len(annotations) + 1, **annotation, "area": area, "iscrowd": 0})
+            annotations += to_annotations(detections, number, categories, len(annotations) + 1)
     folder = os.path.commonpath([os.path.dirname(path) for path in paths])
     for image, path in zip(images, paths, strict=True):
         image["file_name"] = os.path.relpath(path, folder)
-    names = MetadataCatalog.get(dataset).get("thing_classes") or []
-    if len(names) != num_classes:
-        names = [f"class {number}" for number in range(num_classes)]
-    categories = [{"id": number, "name": name} for number, name in enumerate(names, 1)]
-    return {"images": images, "annotations": annotations, "categories": categories}, folder
+    return {"images": images, "annotations": annotations, "categories": list(map(asdict, categories))}, folder
 
 
 def overrides_to_train_on(cfg: CfgNode, name: str, labelled: list[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from detectron2 import model_zoo
@@ -15,29 +14,18 @@ from .errors import UserError
 FILE, TRUST, OPTS = (f"MODEL.KD.TEACHER.{key}" for key in ("CONFIG_FILE", "TRUST_CONFIG", "OPTS"))
 
 
-@dataclass
-class LazyTeacher:
-    """A detector from a Python config, without its weights.
-
-    Attributes:
-        weights: its checkpoint.
-        input_format: order of the channels that it reads.
-    """
-
-    model: nn.Module
-    weights: str
-    input_format: str
-
-
 def is_lazy_config(name: str) -> bool:
     return name.endswith(".py")
 
 
-def build_lazy_teacher(cfg: CfgNode) -> LazyTeacher:
+def build_lazy_teacher(cfg: CfgNode) -> tuple[nn.Module, str, str]:
     """Build the teacher of a Python config, `model` in it, on the student's device.
 
     A config that Detectron2 ships is loaded; any other one only with MODEL.KD.TEACHER.TRUST_CONFIG, since it is a program.
     MODEL.KD.TEACHER.OPTS are overrides as Detectron2 takes them for such configs: ["model.roi_heads.num_classes=20"].
+
+    Returns:
+        the detector without its weights, its checkpoint, and the order of the channels that it reads.
 
     Raises:
         UserError: the config is not trusted, cannot be loaded, or names no detector or weights.
@@ -55,7 +43,7 @@ def build_lazy_teacher(cfg: CfgNode) -> LazyTeacher:
         model = instantiate(config.model).to(cfg.MODEL.DEVICE)
     except Exception as error:  # whatever the classes of the config raise
         raise UserError(f"{FILE} {path}: its model cannot be built ({type(error).__name__}: {error}).") from error
-    return LazyTeacher(model, _weights(node, path), getattr(model, "input_format", None) or "BGR")
+    return model, _weights(node, path), getattr(model, "input_format", None) or "BGR"
 
 
 def _load(path: str, overrides: list[str]) -> Any:

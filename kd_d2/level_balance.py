@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,13 +26,13 @@ class LevelBalance:
 
     def __init__(self, momentum: float):
         self._norms, self._own_norms = LogAverages(momentum), LogAverages(momentum)  # by distiller and stride
-        self._gates: dict[str, dict[int, _Gate]] = {}
+        self._gates: dict[str, dict[int, float]] = {}  # by distiller and stride the factor of the next backward pass
 
     def gated(self, name: str, features: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """Neck outputs by stride for a distiller, whose gradient will be scaled."""
-        gates = self._gates[name] = {stride: _Gate() for stride in features}
+        gates = self._gates[name] = dict.fromkeys(features, 1.0)
         self._set_gates(name)
-        return {stride: _Gated.apply(level, gates[stride]) for stride, level in features.items()}
+        return {stride: _Gated.apply(level, gates, stride) for stride, level in features.items()}
 
     def factors(self, name: str) -> dict[int, float]:
         """By stride; none before the first gradient of the distiller and of the detector."""
@@ -67,7 +66,7 @@ class LevelBalance:
     def _set_gates(self, name: str) -> None:
         for stride, factor in self.factors(name).items():
             if stride in self._gates[name]:
-                self._gates[name][stride].factor = factor
+                self._gates[name][stride] = factor
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -80,22 +79,17 @@ class LevelBalance:
             averages.load(((name, stride), mean, count) for name, stride, mean, count in rows)
 
 
-@dataclass
-class _Gate:
-    factor: float = 1.0
-
-
 class _Gated(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by the gate's factor at the time of the backward pass."""
+    """The identity, whose gradient is multiplied by the factor that the stride has at the time of the backward pass."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, gate: _Gate) -> Tensor:
-        ctx.gate = gate
+    def forward(ctx, x: Tensor, factors: Mapping[int, float], stride: int) -> Tensor:
+        ctx.factors, ctx.stride = factors, stride
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient * ctx.gate.factor, None
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient * ctx.factors[ctx.stride], None, None
 
 
 def _norms(gradients: Mapping[int, Tensor]) -> dict[int, float]:

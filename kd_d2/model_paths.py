@@ -51,7 +51,7 @@ def read_model_paths(values: list[list[str]], *, may_be_exported: bool = False) 
         UserError: too many values, a run folder without config or checkpoint, two models with one title, or an exported model
             that cannot be taken.
     """
-    models = [_model_path(*value) if len(value) <= 2 else _refuse(value) for value in values]
+    models = [_model_path(*value) for value in values]
     titles = [model.title for model in models]
     for title in titles:
         if titles.count(title) > 1:
@@ -74,7 +74,9 @@ def read_one_model_path(values: list[list[str]], *, may_be_exported: bool = Fals
     return models[0]
 
 
-def _model_path(place: str, weights: str = "") -> ModelPath:
+def _model_path(place: str, weights: str = "", *more: str) -> ModelPath:
+    if more:
+        raise UserError(f"--model takes a config or a run, and weights; {more[0]!r} is one value too many.")
     title, equals, path = place.partition("=")
     if not equals or os.path.exists(place):
         title, path = "", place
@@ -86,7 +88,3 @@ def _model_path(place: str, weights: str = "") -> ModelPath:
         if "://" not in file and not os.path.isfile(file):
             raise UserError(f"--model: {path} is not the output folder of a finished training: there is no {file}.")
     return ModelPath(title or os.path.basename(os.path.abspath(path)), config, weights)
-
-
-def _refuse(value: list[str]) -> ModelPath:
-    raise UserError(f"--model takes a config or a run, and weights; {value[2]!r} is one value too many.")

@@ -39,7 +39,6 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
         if fullname in self.names:
             raise ModuleNotFoundError(f"{fullname} is now {self.names[fullname]}", name=fullname)
-        return None
 
 
 def explain(package: str) -> None:

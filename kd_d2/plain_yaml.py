@@ -39,24 +39,19 @@ def read_plain_yaml(path: str, what: str) -> Any:
         UserError: it is not a regular file, too large, not plain yaml, nested too deeply, or its aliases expand to too much.
     """
     text = read_text(path, what)
-    loader = None
     try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
+        node = yaml.compose(text, _Loader)
         if node is None:
             return None
         if _size(node, {}, what) > MOST_NODES:
             raise UserError(f"{what} has more than {MOST_NODES} values, of which aliases (*name) may be copies.")
-        return loader.construct_document(node)
+        return _Loader("").construct_document(node)
     except yaml.YAMLError as error:
         raise UserError(f"{what} is not plain yaml: {' '.join(str(error).split())}.") from error
     except RecursionError as error:
         raise UserError(f"{what} is nested too deeply.") from error
     except ValueError as error:  # a number that Python does not read
         raise UserError(f"{what} has a value that cannot be read: {error}.") from error
-    finally:
-        if loader is not None:
-            loader.dispose()
 
 
 def read_text(path: str, what: str) -> str:

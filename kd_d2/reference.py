@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import textwrap
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import get_cfg
 
 from .config import LIBRARY_KEYS
+from .config_files import leaves
 from .distillers import DISTILLER_REGISTRY
 from .errors import UserError
 from .keys import Keys, keys_of
@@ -39,12 +39,11 @@ def config_reference() -> list[KeyReference]:
     nodes: dict[str, type[Keys]] = LIBRARY_KEYS | {f"MODEL.{name}": keys for name, keys in MODELING_KEYS.items()}
     for _, method in sorted(DISTILLER_REGISTRY):
         nodes[f"MODEL.KD.{method.CONFIG_NODE}"] = method.Config
-    return [entry for path, keys in nodes.items() for entry in _entries(path, keys)]
-
-
-def _entries(path: str, keys: type[Keys]) -> Iterator[KeyReference]:
-    for key in keys_of(keys):
-        yield KeyReference(f"{path}.{key.name}", key.words, key.default, key.description)
+    return [
+        KeyReference(f"{path}.{key.name}", key.words, key.default, key.description)
+        for path, keys in nodes.items()
+        for key in keys_of(keys)
+    ]
 
 
 def explain(key: str) -> str:
@@ -56,7 +55,7 @@ def explain(key: str) -> str:
     entries = [entry for entry in config_reference() if entry.name == key or entry.name.startswith(f"{key}.")]
     if entries:
         return "\n\n".join(_as_text(entry) for entry in entries)
-    defaults = dict(_leaves(get_cfg()))
+    defaults = dict(leaves(get_cfg()))
     if key in defaults:
         return f"{key}\n    a key of Detectron2, {defaults[key]!r} by default; see detectron2.config.defaults"
     known = [*(entry.name for entry in config_reference()), *defaults]
@@ -69,11 +68,3 @@ def explain(key: str) -> str:
 def _as_text(entry: KeyReference) -> str:
     description = textwrap.fill(entry.description, 100, initial_indent="    ", subsequent_indent="    ")
     return f"{entry.name}\n{description}\n    {entry.values}; default {entry.default!r}"
-
-
-def _leaves(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in node.items():
-        if isinstance(value, CfgNode):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

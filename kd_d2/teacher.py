@@ -53,8 +53,7 @@ class Teacher:
         """
         classes = None  # of the data that it was trained on, where its config names them
         if is_lazy_config(cfg.MODEL.KD.TEACHER.CONFIG_FILE):
-            lazy = build_lazy_teacher(cfg)
-            model, weights, input_format = lazy.model, lazy.weights, lazy.input_format
+            model, weights, input_format = build_lazy_teacher(cfg)
         else:
             teacher_cfg = load_teacher_config(cfg)
             model, weights, input_format = build_model(teacher_cfg), teacher_cfg.MODEL.WEIGHTS, teacher_cfg.INPUT.FORMAT

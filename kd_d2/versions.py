@@ -22,9 +22,8 @@ def _version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
-        pass
-    if package == "detectron2":  # may have come under another name
-        import detectron2
+        if package != "detectron2":
+            return None
+    import detectron2  # may have come under another name
 
-        return detectron2.__version__
-    return None
+    return detectron2.__version__

@@ -105,7 +105,7 @@ def test_the_channel_order_of_the_config(tmp_path: Path) -> None:
 def test_overrides(tmp_path: Path) -> None:
     project = make_pair(tmp_path, "retinanet", SWIN)
     cfg = load_config(str(project.student), ["MODEL.KD.TEACHER.OPTS", ["model.roi_heads.num_classes=7"]])
-    assert build_lazy_teacher(cfg).model.roi_heads.num_classes == 7
+    assert build_lazy_teacher(cfg)[0].roi_heads.num_classes == 7
 
 
 @pytest.mark.parametrize(
@@ -134,6 +134,6 @@ def test_a_config_of_the_model_zoo(tmp_path: Path) -> None:
     """Check that one that Detectron2 ships is trusted."""
     project = make_project(tmp_path)
     opts = ["MODEL.KD.TEACHER.CONFIG_FILE", "new_baselines/mask_rcnn_R_50_FPN_50ep_LSJ.py"]
-    lazy = build_lazy_teacher(load_config(str(project.student), opts))
-    assert type(lazy.model).__name__ == "GeneralizedRCNN" and lazy.input_format == "BGR"
-    assert lazy.weights == str(project.teacher_weights)
+    model, weights, input_format = build_lazy_teacher(load_config(str(project.student), opts))
+    assert type(model).__name__ == "GeneralizedRCNN" and input_format == "BGR"
+    assert weights == str(project.teacher_weights)

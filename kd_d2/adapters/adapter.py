@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import ClassVar
 
 import torch
@@ -36,6 +37,8 @@ class DetectorAdapter:
     composes: ClassVar[tuple[str, ...]] = ()
     family: ClassVar[str]
     provides: ClassVar[frozenset[str]]
+    num_bins: int | None = None
+    tower_channels: tuple[int, ...] | None = None
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -68,14 +71,6 @@ class DetectorAdapter:
     @property
     def score_threshold(self) -> float | None:
         return getattr(self.model, "test_score_thresh", None)
-
-    @property
-    def num_bins(self) -> int | None:
-        return None
-
-    @property
-    def tower_channels(self) -> tuple[int, ...] | None:
-        return None
 
     def cell_anchors(self) -> dict[int, Tensor] | None:
         return None
@@ -133,6 +128,7 @@ class DetectorAdapter:
         return {stride: features[name] for name, stride in self._stride_of.items()}
 
 
+@DETECTOR_ADAPTER_REGISTRY.register()
 class BackboneAdapter(DetectorAdapter):
     """The fallback for any model with a `backbone`: runs the model as it is and takes what its backbone returns."""
 
@@ -164,14 +160,9 @@ class BackboneAdapter(DetectorAdapter):
             if not runs_on:
                 raise _FeaturesRead
 
-        handle = self.model.backbone.register_forward_hook(capture)
         results = None
-        try:
+        with self.model.backbone.register_forward_hook(capture), contextlib.suppress(_FeaturesRead):
             results = self.model(batched_inputs if targets is not None else list(map(_unscaled, batched_inputs)))
-        except _FeaturesRead:
-            pass
-        finally:
-            handle.remove()
         if len(seen) != 1:
             raise RuntimeError(
                 f"{type(self.model).__name__} called its backbone {len(seen)} times in one forward pass; exactly one was expected"
@@ -193,9 +184,6 @@ def _unscaled(entry: dict) -> dict:
 
 class _FeaturesRead(Exception):
     """Ends a forward pass behind the backbone: nobody asked for the rest."""
-
-
-DETECTOR_ADAPTER_REGISTRY.register(BackboneAdapter)
 
 
 @torch.no_grad()

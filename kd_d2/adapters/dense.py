@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.meta_arch import RetinaNet
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
@@ -65,7 +65,8 @@ class DenseDetectorAdapter(DetectorAdapter):
 class AnchorDetectorAdapter(DenseDetectorAdapter):
     """A dense detector in full: also anchors, dense predictions, and its head cut where it has towers.
 
-    Its label assignment is made once, for its loss and distillers. A subclass says what the head gives, how anchors are assigned, and what the losses are.
+    Its label assignment is made once, for its loss and distillers. A subclass says how anchors are assigned, and what the head gives and
+    the losses are where these are not as RetinaNet's and FCOS's.
     """
 
     composes = (*DenseDetectorAdapter.composes, "forward_training")
@@ -100,7 +101,8 @@ class AnchorDetectorAdapter(DenseDetectorAdapter):
 
     def transpose(self, predictions: Any) -> list[list[Tensor]]:
         """What the head gives: logits, box regression and, where there is one, quality, by level (B, HWA, dim)."""
-        raise NotImplementedError
+        dims = (self.model.num_classes, 4, 1)
+        return self.model._transpose_dense_predictions(predictions, dims[: len(predictions)])
 
     def assign(self, anchors: list[Boxes], predictions: list[list[Tensor]], targets: list[Instances]) -> Tensor:
         """The detector's label assignment (B, R), of its transposed predictions where it depends on them."""
@@ -108,7 +110,9 @@ class AnchorDetectorAdapter(DenseDetectorAdapter):
 
     def losses(self, dense: DensePredictions, predictions: list[list[Tensor]], targets: list[Instances]) -> dict:
         """The detector's own losses of its transposed predictions."""
-        raise NotImplementedError
+        logits, deltas, *quality = predictions
+        labels, boxes = labels_and_boxes(dense.assignment, targets, self.model.num_classes)
+        return self.model.losses(list(dense.anchors.values()), logits, labels, deltas, boxes, *quality)
 
     def read_head(self, outputs: DetectorOutputs, want: frozenset[str], targets: list[Instances] | None) -> None:
         strides, features = list(outputs.features), list(outputs.features.values())
@@ -158,18 +162,9 @@ class RetinaNetAdapter(AnchorDetectorAdapter):
     model_class = RetinaNet
     composes = (*AnchorDetectorAdapter.composes, "label_anchors")
 
-    def transpose(self, predictions: Any) -> list[list[Tensor]]:
-        dims = (self.model.num_classes, 4)
-        return [[permute_to_N_HWA_K(x, dim) for x in levels] for levels, dim in zip(predictions, dims, strict=True)]
-
     def assign(self, anchors: list[Boxes], predictions: list[list[Tensor]], targets: list[Instances]) -> Tensor:
         everywhere, matcher = Boxes.cat(anchors), self.model.anchor_matcher
         return torch.stack([assign_by_iou(pairwise_iou(target.gt_boxes, everywhere), matcher) for target in targets])
-
-    def losses(self, dense: DensePredictions, predictions: list[list[Tensor]], targets: list[Instances]) -> dict:
-        logits, deltas = predictions
-        labels, boxes = labels_and_boxes(dense.assignment, targets, self.model.num_classes)
-        return self.model.losses(list(dense.anchors.values()), logits, labels, deltas, boxes)
 
 
 @DETECTOR_ADAPTER_REGISTRY.register()
@@ -179,10 +174,6 @@ class FCOSAdapter(AnchorDetectorAdapter):
     model_class = FCOS
     composes = (*AnchorDetectorAdapter.composes, "label_anchors")
     provides = AnchorDetectorAdapter.provides | {"quality", "points"}
-
-    def transpose(self, predictions: Any) -> list[list[Tensor]]:
-        dims = (self.model.num_classes, 4, 1)
-        return [[permute_to_N_HWA_K(x, dim) for x in levels] for levels, dim in zip(predictions, dims, strict=True)]
 
     @torch.no_grad()
     def assign(self, anchors: list[Boxes], predictions: list[list[Tensor]], targets: list[Instances]) -> Tensor:
@@ -195,11 +186,6 @@ class FCOSAdapter(AnchorDetectorAdapter):
             else:
                 rows.append(torch.full((sum(map(len, anchors)),), BACKGROUND, device=anchors[0].device))
         return torch.stack(rows)
-
-    def losses(self, dense: DensePredictions, predictions: list[list[Tensor]], targets: list[Instances]) -> dict:
-        logits, deltas, centerness = predictions
-        labels, boxes = labels_and_boxes(dense.assignment, targets, self.model.num_classes)
-        return self.model.losses(list(dense.anchors.values()), logits, labels, deltas, boxes, centerness)
 
 
 @DETECTOR_ADAPTER_REGISTRY.register()

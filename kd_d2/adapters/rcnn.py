@@ -52,10 +52,8 @@ class RCNNAdapter(DetectorAdapter):
 
     @property
     def score_threshold(self) -> float | None:
-        predictor = getattr(self.model.roi_heads, "box_predictor", None)
-        if isinstance(predictor, nn.ModuleList):  # a cascade's, of which the last one's scores are cut
-            predictor = predictor[-1]
-        return getattr(predictor, "test_score_thresh", None)
+        last = _predictors(self.model.roi_heads)[-1]  # of a cascade the one whose scores are cut
+        return getattr(last, "test_score_thresh", None)
 
     def reorder_classes(self, order: list[int]) -> None:
         heads = self.model.roi_heads
@@ -125,29 +123,19 @@ class RCNNAdapter(DetectorAdapter):
         """What the first stage of the box head reads and says inside: boxes of each image, and class logits."""
         boxes: list[list[Boxes]] = []
         logits: list[Tensor] = []
-        handles = []
-        if wanted:
-            pooler, (_, predictor) = self.model.roi_heads.box_pooler, self._first_stage()
-            handles.append(pooler.register_forward_pre_hook(lambda _, args: boxes.append(list(args[1]))))
-            handles.append(predictor.register_forward_hook(lambda _, args, out: logits.append(out[0])))
-        try:
+        with contextlib.ExitStack() as hooks:
+            if wanted:
+                pooler, predictor = self.model.roi_heads.box_pooler, _predictors(self.model.roi_heads)[0]
+                hooks.enter_context(pooler.register_forward_pre_hook(lambda _, args: boxes.append(list(args[1]))))
+                hooks.enter_context(predictor.register_forward_hook(lambda _, args, out: logits.append(out[0])))
             yield boxes, logits
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _first_stage(self) -> tuple[nn.Module, nn.Module]:
-        """Box head and predictor; of a cascade the first, the one that is trained on the proposals themselves."""
-        heads = self.model.roi_heads
-        parts = heads.box_head, heads.box_predictor
-        return tuple(part[0] if isinstance(part, nn.ModuleList) else part for part in parts)
 
     def _class_logits(self, named: dict[str, Tensor], boxes: list[Boxes]) -> Tensor:
-        """Class logits (N, K + 1) of the box head's first stage."""
+        """Class logits (N, K + 1) of the box head; of a cascade's first stage, which is trained on the proposals themselves."""
         heads = self.model.roi_heads
-        box_head, predictor = self._first_stage()
+        box_head = heads.box_head[0] if isinstance(heads.box_head, nn.ModuleList) else heads.box_head
         pooled = heads.box_pooler([named[name] for name in heads.box_in_features], boxes)
-        return predictor(box_head(pooled))[0]
+        return _predictors(heads)[0](box_head(pooled))[0]
 
     def _sampled(self, named: dict[str, Tensor], proposals: list[Instances]) -> SampledProposals:
         """Of labelled proposals in eval mode, where the box head does not train."""

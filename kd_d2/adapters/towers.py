@@ -44,19 +44,15 @@ def recorded(
 ) -> Iterator[dict[int, tuple[list[Tensor], list[Tensor]]]]:
     """By split the class and the box tower's features of each level, of the head's one forward pass inside."""
     found: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
-    handles = []
-    for split in splits:
-        found[split] = ([], []) if split else (features, features)
-        for name, levels in zip(TOWERS, found[split], strict=True):
-            tower = getattr(head, name)
-            if split:
-                last = tower[_cut(tower, split) - 1]
-                handles.append(last.register_forward_hook(lambda _, args, out, to=levels: to.append(out)))
-    try:
+    with contextlib.ExitStack() as hooks:
+        for split in splits:
+            found[split] = ([], []) if split else (features, features)
+            for name, levels in zip(TOWERS, found[split], strict=True):
+                tower = getattr(head, name)
+                if split:
+                    last = tower[_cut(tower, split) - 1]
+                    hooks.enter_context(last.register_forward_hook(lambda _, args, out, to=levels: to.append(out)))
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def finish(head: nn.Module, split: int, class_features: list[Tensor], box_features: list[Tensor]) -> tuple:

@@ -13,7 +13,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from ..errors import UserError
-from ..files import atomic_write
+from ..files import atomic_write, write_text
 from .fitting import load_torchvision
 from .reading import UnreadableCheckpointError, local_path, read_checkpoint
 from .torchvision import torchvision_format
@@ -92,8 +92,7 @@ class KDCheckpointer(DetectionCheckpointer):
             ) from error
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        with atomic_write(os.path.join(self.save_dir, "last_checkpoint"), "wb") as file:
-            file.write(last_filename_basename.encode())
+        write_text(os.path.join(self.save_dir, "last_checkpoint"), last_filename_basename)
 
     def resumable_files(self) -> list[str]:
         """The last checkpoint, then the others of the folder, the youngest first."""

@@ -13,8 +13,6 @@ from ..errors import UserError
 from .coco_evaluator import CocoEvaluator
 
 EVALUATOR_TYPES = ("coco", "coco_panoptic_seg", "pascal_voc", "lvis")
-PACKAGES = {"lvis": "lvis"}
-"""The package that an evaluator type needs and kd_d2 does not require."""
 
 
 def check_evaluation(dataset_name: str) -> None:
@@ -24,9 +22,8 @@ def check_evaluation(dataset_name: str) -> None:
         raise UserError(
             f"DATASETS.TEST names {dataset_name}, whose evaluator type {kind!r} is none of coco, pascal_voc and lvis."
         )
-    package = PACKAGES.get(kind)
-    if package and importlib.util.find_spec(package) is None:
-        raise UserError(f"DATASETS.TEST names {dataset_name}, which needs the package {package}: pip install {package}")
+    if kind == "lvis" and importlib.util.find_spec("lvis") is None:  # a package that kd_d2 does not require
+        raise UserError(f"DATASETS.TEST names {dataset_name}, which needs the package lvis: pip install lvis")
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:

@@ -12,6 +12,7 @@ from detectron2.evaluation.coco_evaluation import _evaluate_predictions_on_coco
 from pycocotools.coco import COCO
 
 from ..files import write_json
+from .coco import complete
 
 try:
     from faster_coco_eval import COCOeval_faster
@@ -32,9 +33,7 @@ class CocoEvaluator(COCOEvaluator):
     def __init__(self, dataset_name: str, output_dir: str):
         super().__init__(dataset_name, output_dir=output_dir, use_fast_impl=False)
         for annotation in self._coco_api.anns.values():
-            width, height = annotation["bbox"][2:]
-            annotation.setdefault("area", width * height)
-            annotation.setdefault("iscrowd", 0)
+            annotation.update(complete(annotation))
 
     def _derive_coco_results(
         self, coco_eval: Any, iou_type: str, class_names: list[str] | None = None

@@ -15,7 +15,6 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.meta_arch.fcos import FCOSHead
 from detectron2.structures import Boxes, Instances
-from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss
 
@@ -52,8 +51,6 @@ class ATSS(AdaptiveDetector):
     def __init__(
         self,
         *,
-        focal_loss_alpha: float = 0.25,
-        focal_loss_gamma: float = 2.0,
         box_loss_weight: float = 2.0,
         **arguments,
     ):
@@ -63,21 +60,12 @@ class ATSS(AdaptiveDetector):
         """
         transform = Box2BoxTransform(weights=(10.0, 10.0, 5.0, 5.0))
         super().__init__(box2box_transform=transform, dims=[arguments["num_classes"], 4, 1], **arguments)
-        self.focal_loss_alpha = focal_loss_alpha
-        self.focal_loss_gamma = focal_loss_gamma
         self.box_loss_weight = box_loss_weight
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        keys = ATSSKeys.read(cfg.MODEL.ATSS, "MODEL.ATSS")
-        detector, head = adaptive_arguments(cfg, "ATSS", keys)
-        return {
-            **detector,
-            "head": ATSSHead(**head),
-            "focal_loss_alpha": keys.focal_loss_alpha,
-            "focal_loss_gamma": keys.focal_loss_gamma,
-            "box_loss_weight": keys.box_loss_weight,
-        }
+        detector, head = adaptive_arguments(cfg, "ATSS", ATSSKeys)
+        return {**detector, "head": ATSSHead(**head)}
 
     def losses(
         self, anchors: list[Boxes], predictions: list[list[Tensor]], assignment_BR: Tensor, targets: list[Instances]
@@ -89,12 +77,7 @@ class ATSS(AdaptiveDetector):
         anchor_P4 = Boxes.cat(anchors).tensor[positives.anchor]
         num_positives = mean_count_across_ranks(class_P.new_tensor(len(class_P), dtype=torch.float32))
         with torch.autocast(logits[0].device.type, enabled=False):
-            logits_BRK = torch.cat(logits, 1).float()
-            is_class_BRK = torch.zeros_like(logits_BRK)
-            is_class_BRK[positives.image, positives.anchor, class_P] = 1
-            classification = sigmoid_focal_loss(
-                logits_BRK, is_class_BRK, alpha=self.focal_loss_alpha, gamma=self.focal_loss_gamma, reduction="sum"
-            )
+            classification = self.focal_loss(logits, positives, class_P).sum()
             target_P = centerness_of(anchor_P4, box_P4)
             predicted_P4 = self.box2box_transform.apply_deltas(positives.pick(deltas).float(), anchor_P4)
             box = (generalized_box_iou_loss(predicted_P4, box_P4) * target_P).sum()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any
 
 import torch
@@ -12,11 +12,12 @@ from detectron2.modeling import Backbone, build_backbone
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, ImageList, Instances
+from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor, nn
 
 from ..errors import UserError
 from ..keys import Above, AtLeast, Below, Keys
-from .assignment import assign_adaptively
+from .assignment import Positives, assign_adaptively
 
 FocalAlpha = Annotated[float, "Weight of the positives in the focal loss; background has the rest of 1."]
 FocalGamma = Annotated[float, "Exponent of the focal loss."]
@@ -46,8 +47,13 @@ class AdaptiveKeys(DenseKeys):
     anchor_scale: Annotated[float, Above(0), "Side of the one anchor of a position, in strides."] = 8.0
 
 
-def dense_arguments(cfg: CfgNode, name: str, keys: DenseKeys) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments that a dense detector's class takes from the keys of its node MODEL.<name>, and those of its head."""
+def dense_arguments(cfg: CfgNode, name: str, kind: type[DenseKeys]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments that a dense detector's class takes from the keys of its node MODEL.<name>, and those of its head.
+
+    The detector's own keys, which `DenseKeys` does not have, are arguments of the same names.
+    """
+    keys = kind.read(cfg.MODEL[name], f"MODEL.{name}")
+    shared = {key.name for key in fields(DenseKeys)}
     backbone = build_backbone(cfg)
     shapes = backbone.output_shape()
     unknown = [level for level in keys.in_features if level not in shapes]
@@ -65,6 +71,7 @@ def dense_arguments(cfg: CfgNode, name: str, keys: DenseKeys) -> tuple[dict[str,
         "pixel_mean": cfg.MODEL.PIXEL_MEAN,
         "pixel_std": cfg.MODEL.PIXEL_STD,
         "input_format": cfg.INPUT.FORMAT,
+        **{key.name: getattr(keys, key.name) for key in fields(keys) if key.name not in shared},
     }
     head = {
         "input_shape": input_shape,
@@ -76,16 +83,17 @@ def dense_arguments(cfg: CfgNode, name: str, keys: DenseKeys) -> tuple[dict[str,
     return detector, head
 
 
-def adaptive_arguments(cfg: CfgNode, name: str, keys: AdaptiveKeys) -> tuple[dict[str, Any], dict[str, Any]]:
+def adaptive_arguments(cfg: CfgNode, name: str, kind: type[AdaptiveKeys]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments that an `AdaptiveDetector` takes from the keys of its node MODEL.<name>, and those of its head."""
-    detector, head = dense_arguments(cfg, name, keys)
-    return {**detector, "anchor_scale": keys.anchor_scale, "assign_topk": keys.topk}, head
+    detector, head = dense_arguments(cfg, name, kind)
+    detector["assign_topk"] = detector.pop("topk")
+    return detector, head
 
 
 class SingleAnchorDetector(DenseDetector):
     """A dense detector with one square anchor a position.
 
-    A subclass has `assign`, `losses`, `scores`, and in `dims` the sizes of what its head gives an anchor.
+    A subclass has `assign`, `losses`, where it has a quality `scores`, and in `dims` the sizes of what its head gives an anchor.
     """
 
     def __init__(
@@ -98,6 +106,8 @@ class SingleAnchorDetector(DenseDetector):
         num_classes: int,
         dims: list[int],
         anchor_scale: float,
+        focal_loss_alpha: float = 0.25,
+        focal_loss_gamma: float = 2.0,
         test_score_thresh: float = 0.05,
         test_topk_candidates: int = 1000,
         test_nms_thresh: float = 0.6,
@@ -112,6 +122,7 @@ class SingleAnchorDetector(DenseDetector):
             box2box_transform: its `apply_deltas(regression (N, D), anchors (N, 4))` gives boxes (N, 4).
             dims: of the head's outputs at a position.
             anchor_scale: side of the anchors in strides.
+            focal_loss_alpha, focal_loss_gamma: of `focal_loss`, for subclasses that call it.
             input_format: order of the channels that pixel_mean is in.
         """
         super().__init__(backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std)
@@ -119,6 +130,8 @@ class SingleAnchorDetector(DenseDetector):
         self.dims = dims
         self.input_format = input_format
         self.box2box_transform = box2box_transform
+        self.focal_loss_alpha = focal_loss_alpha
+        self.focal_loss_gamma = focal_loss_gamma
         self.test_score_thresh = test_score_thresh
         self.test_topk_candidates = test_topk_candidates
         self.test_nms_thresh = test_nms_thresh
@@ -154,9 +167,16 @@ class SingleAnchorDetector(DenseDetector):
         """The losses of transposed predictions under a label assignment."""
         raise NotImplementedError
 
+    def focal_loss(self, logits: list[Tensor], positives: Positives, class_P: Tensor) -> Tensor:
+        """Focal loss (B, R, K) of all anchors and classes, in float32; `class_P` are the classes of the positives."""
+        logits_BRK = torch.cat(logits, 1).float()
+        is_class_BRK = torch.zeros_like(logits_BRK)
+        is_class_BRK[positives.image, positives.anchor, class_P] = 1
+        return sigmoid_focal_loss(logits_BRK, is_class_BRK, alpha=self.focal_loss_alpha, gamma=self.focal_loss_gamma)
+
     def scores(self, predictions: list[list[Tensor]]) -> list[Tensor]:
-        """By level the scores (B, HW, K) that boxes are ranked by."""
-        raise NotImplementedError
+        """By level the scores (B, HW, K) that boxes are ranked by: the classes' probabilities."""
+        return [level.sigmoid() for level in predictions[0]]
 
     def forward_inference(
         self, images: ImageList, features: list[Tensor], predictions: list[list[Tensor]]
@@ -182,7 +202,7 @@ class SingleAnchorDetector(DenseDetector):
 
 
 class AdaptiveDetector(SingleAnchorDetector):
-    """With the label assignment of ATSS; a subclass has `losses` and `scores`."""
+    """With the label assignment of ATSS."""
 
     def __init__(self, *, assign_topk: int = 9, anchor_scale: float = 8.0, **arguments: Any):
         """

@@ -63,12 +63,5 @@ class FCOS(fcos.FCOS):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        keys = FCOSKeys.read(cfg.MODEL.FCOS, "MODEL.FCOS")
-        detector, head = dense_arguments(cfg, "FCOS", keys)
-        return {
-            **detector,
-            "head": fcos.FCOSHead(**head),
-            "center_sampling_radius": keys.center_sampling_radius,
-            "focal_loss_alpha": keys.focal_loss_alpha,
-            "focal_loss_gamma": keys.focal_loss_gamma,
-        }
+        detector, head = dense_arguments(cfg, "FCOS", FCOSKeys)
+        return {**detector, "head": fcos.FCOSHead(**head)}

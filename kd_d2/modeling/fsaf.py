@@ -75,8 +75,6 @@ class FSAF(SingleAnchorDetector):
         *,
         effective_scale: float = 0.2,
         ignoring_scale: float = 0.2,
-        focal_loss_alpha: float = 0.25,
-        focal_loss_gamma: float = 2.0,
         box_loss_weight: float = 1.0,
         **arguments: Any,
     ):
@@ -90,23 +88,12 @@ class FSAF(SingleAnchorDetector):
         super().__init__(box2box_transform=Box2BoxTransformLinear(), dims=dims, anchor_scale=1.0, **arguments)
         self.effective_scale = effective_scale
         self.ignoring_scale = ignoring_scale
-        self.focal_loss_alpha = focal_loss_alpha
-        self.focal_loss_gamma = focal_loss_gamma
         self.box_loss_weight = box_loss_weight
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        keys = FSAFKeys.read(cfg.MODEL.FSAF, "MODEL.FSAF")
-        detector, head = dense_arguments(cfg, "FSAF", keys)
-        return {
-            **detector,
-            "head": FSAFHead(**head),
-            "effective_scale": keys.effective_scale,
-            "ignoring_scale": keys.ignoring_scale,
-            "focal_loss_alpha": keys.focal_loss_alpha,
-            "focal_loss_gamma": keys.focal_loss_gamma,
-            "box_loss_weight": keys.box_loss_weight,
-        }
+        detector, head = dense_arguments(cfg, "FSAF", FSAFKeys)
+        return {**detector, "head": FSAFHead(**head)}
 
     @torch.no_grad()
     def assign(self, anchors: list[Boxes], predictions: list[list[Tensor]], targets: list[Instances]) -> Tensor:
@@ -135,10 +122,8 @@ class FSAF(SingleAnchorDetector):
             positives.pick(distances).float(), cells.tensor[positives.anchor]
         )
         overlap_P = matched_pairwise_iou(Boxes(predicted_P4), Boxes(box_P4))
-        return self._focal_loss(logits_PK, is_class_PK).sum(1), -overlap_P.clamp(min=MIN_IOU).log()
-
-    def _focal_loss(self, logits: Tensor, is_class: Tensor) -> Tensor:
-        return sigmoid_focal_loss(logits, is_class, alpha=self.focal_loss_alpha, gamma=self.focal_loss_gamma)
+        focal_PK = sigmoid_focal_loss(logits_PK, is_class_PK, alpha=self.focal_loss_alpha, gamma=self.focal_loss_gamma)
+        return focal_PK.sum(1), -overlap_P.clamp(min=MIN_IOU).log()
 
     def losses(
         self, anchors: list[Boxes], predictions: list[list[Tensor]], assignment_BR: Tensor, targets: list[Instances]
@@ -149,11 +134,9 @@ class FSAF(SingleAnchorDetector):
         class_P, _ = positives.ground_truth(targets)
         num_positives = mean_count_across_ranks(class_P.new_tensor(len(class_P), dtype=torch.float32))
         with torch.autocast(logits[0].device.type, enabled=False):
-            logits_BRK = torch.cat(logits, 1).float()
-            is_class_BRK = torch.zeros_like(logits_BRK)
-            is_class_BRK[positives.image, positives.anchor, class_P] = 1
-            ignored_BRK = torch.stack([self._ignored(cells, target) for target in targets]) & (is_class_BRK == 0)
-            classification = self._focal_loss(logits_BRK, is_class_BRK).masked_fill(ignored_BRK, 0).sum()
+            ignored_BRK = torch.stack([self._ignored(cells, target) for target in targets])
+            ignored_BRK[positives.image, positives.anchor, class_P] = False
+            classification = self.focal_loss(logits, positives, class_P).masked_fill(ignored_BRK, 0).sum()
             _, box_P = self._positive_losses(cells, predictions, positives, targets)
         return {
             "loss_fsaf_cls": classification / num_positives,
@@ -166,10 +149,6 @@ class FSAF(SingleAnchorDetector):
         near_NR |= covers_cell(cells, target.gt_boxes, self.ignoring_scale)
         is_class_NK = F.one_hot(target.gt_classes, self.num_classes)
         return near_NR.float().T @ is_class_NK.float() > 0
-
-    def scores(self, predictions: list[list[Tensor]]) -> list[Tensor]:
-        """The class probabilities."""
-        return [level.sigmoid() for level in predictions[0]]
 
 
 def covers_cell(cells: Boxes, gt_boxes: Boxes, scale: float) -> Tensor:

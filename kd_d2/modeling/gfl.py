@@ -118,16 +118,8 @@ class GFL(AdaptiveDetector):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        keys = GFLKeys.read(cfg.MODEL.GFL, "MODEL.GFL")
-        detector, head = adaptive_arguments(cfg, "GFL", keys)
-        return {
-            **detector,
-            "head": GFLHead(reg_max=keys.reg_max, **head),
-            "reg_max": keys.reg_max,
-            "beta": keys.beta,
-            "box_loss_weight": keys.box_loss_weight,
-            "distribution_loss_weight": keys.distribution_loss_weight,
-        }
+        detector, head = adaptive_arguments(cfg, "GFL", GFLKeys)
+        return {**detector, "head": GFLHead(reg_max=detector["reg_max"], **head)}
 
     def losses(
         self, anchors: list[Boxes], predictions: list[list[Tensor]], assignment_BR: Tensor, targets: list[Instances]
@@ -156,10 +148,6 @@ class GFL(AdaptiveDetector):
             "loss_gfl_box": self.box_loss_weight * box / divisor,
             "loss_gfl_distribution": self.distribution_loss_weight * spread / divisor,
         }
-
-    def scores(self, predictions: list[list[Tensor]]) -> list[Tensor]:
-        """The joint scores."""
-        return [level.sigmoid() for level in predictions[0]]
 
 
 def quality_focal_loss(logits: Tensor, quality: Tensor, beta: float = 2.0) -> Tensor:

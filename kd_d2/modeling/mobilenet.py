@@ -63,9 +63,7 @@ class MobileNetV2(Backbone):
         if freeze_at:
             last = list(LAST_BLOCK.values())[freeze_at - 1]
             for index, block in enumerate(self.features[: last + 1]):
-                for parameter in block.parameters():
-                    parameter.requires_grad = False
-                self.features[index] = FrozenBatchNorm2d.convert_frozen_batchnorm(block)
+                self.features[index] = FrozenBatchNorm2d.convert_frozen_batchnorm(block.requires_grad_(False))
         return self
 
 

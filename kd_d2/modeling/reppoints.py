@@ -17,7 +17,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.structures import Boxes, Instances, pairwise_iou
-from fvcore.nn import sigmoid_focal_loss, smooth_l1_loss
+from fvcore.nn import smooth_l1_loss
 from torch import Tensor, nn
 from torchvision.ops import DeformConv2d
 
@@ -169,8 +169,6 @@ class RepPoints(SingleAnchorDetector):
         num_points: int = 9,
         base_scale: float = 4.0,
         iou_thresholds: list[float] = (0.4, 0.5),
-        focal_loss_alpha: float = 0.25,
-        focal_loss_gamma: float = 2.0,
         smooth_l1_beta: float = 0.11,
         init_loss_weight: float = 0.5,
         refine_loss_weight: float = 1.0,
@@ -190,30 +188,20 @@ class RepPoints(SingleAnchorDetector):
             **arguments,
         )
         self.matcher = Matcher(list(iou_thresholds), [0, -1, 1], allow_low_quality_matches=True)
-        self.focal_loss_alpha = focal_loss_alpha
-        self.focal_loss_gamma = focal_loss_gamma
         self.smooth_l1_beta = smooth_l1_beta
         self.init_loss_weight = init_loss_weight
         self.refine_loss_weight = refine_loss_weight
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        keys = RepPointsKeys.read(cfg.MODEL.REPPOINTS, "MODEL.REPPOINTS")
-        detector, head = dense_arguments(cfg, "REPPOINTS", keys)
-        return {
-            **detector,
-            "head": RepPointsHead(
-                num_points=keys.num_points, gradient_share=keys.gradient_share, first_side=keys.base_scale, **head
-            ),
-            "num_points": keys.num_points,
-            "base_scale": keys.base_scale,
-            "iou_thresholds": keys.iou_thresholds,
-            "focal_loss_alpha": keys.focal_loss_alpha,
-            "focal_loss_gamma": keys.focal_loss_gamma,
-            "smooth_l1_beta": keys.smooth_l1_beta,
-            "init_loss_weight": keys.init_loss_weight,
-            "refine_loss_weight": keys.refine_loss_weight,
-        }
+        detector, head = dense_arguments(cfg, "REPPOINTS", RepPointsKeys)
+        points = RepPointsHead(
+            num_points=detector["num_points"],
+            gradient_share=detector.pop("gradient_share"),
+            first_side=detector["base_scale"],
+            **head,
+        )
+        return {**detector, "head": points}
 
     @torch.no_grad()
     def assign(self, anchors: list[Boxes], predictions: list[list[Tensor]], targets: list[Instances]) -> Tensor:
@@ -239,12 +227,7 @@ class RepPoints(SingleAnchorDetector):
         num_positives = mean_count_across_ranks(class_P.new_tensor(len(class_P), dtype=torch.float32))
         nearest_BR = torch.stack([assign_nearest(anchors, t.gt_boxes) for t in targets])
         with torch.autocast(logits[0].device.type, enabled=False):
-            logits_BRK = torch.cat(logits, 1).float()
-            is_class_BRK = torch.zeros_like(logits_BRK)
-            is_class_BRK[positives.image, positives.anchor, class_P] = 1
-            classification = sigmoid_focal_loss(
-                logits_BRK, is_class_BRK, alpha=self.focal_loss_alpha, gamma=self.focal_loss_gamma
-            )
+            classification = self.focal_loss(logits, positives, class_P)
             asked_BR1 = (assignment_BR >= BACKGROUND)[..., None]
             return {
                 "loss_reppoints_cls": (classification * asked_BR1).sum() / num_positives,
@@ -262,10 +245,6 @@ class RepPoints(SingleAnchorDetector):
         predicted_P4 = self.box2box_transform.apply_deltas(positives.pick(points).float(), anchor_P4)
         loss = smooth_l1_loss(predicted_P4 / unit_P1, box_P4 / unit_P1, beta=self.smooth_l1_beta, reduction="sum")
         return loss / mean_count_across_ranks(box_P4.new_tensor(float(len(box_P4))))
-
-    def scores(self, predictions: list[list[Tensor]]) -> list[Tensor]:
-        """The class probabilities."""
-        return [level.sigmoid() for level in predictions[0]]
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import itertools
 import logging
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -96,7 +96,8 @@ class _Run:
             found = self._detect([read_image(source.path, "RGB") for _, source, _ in batch])
             for (number, source, drawing), (image, detections) in zip(batch, found, strict=True):
                 if drawing is not None:
-                    Image.fromarray(self._drawn(image, detections)).save(self._place(drawing), quality=95)
+                    drawn = draw_instances(image, detections, self.names)
+                    Image.fromarray(drawn).save(self._place(drawing), quality=95)
                 self._add(detections, source, drawing)
                 logger.info(f"{number} {printable(source.path)}: {len(detections)} detections")
 
@@ -107,7 +108,7 @@ class _Run:
             for batch in _batches(reader, self.options.batch):
                 for image, detections in self._detect(batch):
                     if drawing is not None:
-                        writer.write(self._drawn(image, detections))
+                        writer.write(draw_instances(image, detections, self.names))
                     self._add(detections, source, drawing, frame=frames, time=round(frames / reader.fps, 4))
                     frames += 1
                     if frames % FRAMES_PER_LINE == 0:
@@ -120,9 +121,6 @@ class _Run:
         flipped = self.detector.input_format == "BGR"
         found = self.detector.detect([image[:, :, ::-1] if flipped else image for image in images])
         return list(zip(images, found, strict=True))
-
-    def _drawn(self, image: np.ndarray, detections: Instances) -> np.ndarray:
-        return draw_instances(image, detections, self.names)
 
     def _place(self, name: str) -> str:
         path = os.path.join(self.output, name)
@@ -143,7 +141,7 @@ class _Run:
             "info": info,
             "images": self.entries,
             "annotations": self.annotations,
-            "categories": [{"id": category.id, "name": category.name} for category in categories],
+            "categories": list(map(asdict, categories)),
         }
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
-from types import TracebackType
 
 import cv2
 import numpy as np
@@ -45,15 +45,12 @@ class VideoReader:
             yield np.ascontiguousarray(frame[:, :, ::-1])
 
 
-class VideoWriter:
+class VideoWriter(contextlib.AbstractContextManager):
     """Writes frames of one size, RGB (H, W, 3) uint8, into an mp4 file; a context manager."""
 
     def __init__(self, path: str, fps: float):
         self._path, self._fps = path, fps
         self._writer: cv2.VideoWriter | None = None
-
-    def __enter__(self) -> VideoWriter:
-        return self
 
     def write(self, frame: np.ndarray) -> None:
         """
@@ -69,8 +66,6 @@ class VideoWriter:
                 )
         self._writer.write(np.ascontiguousarray(frame[:, :, ::-1]))
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._writer is not None:
             self._writer.release()
