@@ -171,7 +171,7 @@ def test_a_node_of_the_library_is_refused(registered: Callable, tiny_cfg: Callab
         tiny_cfg("retinanet")
 
 
-@pytest.mark.parametrize("old", ["add_config", "validate_config", "from_config"])
+@pytest.mark.parametrize("old", ["add_config", "validate_config", "from_config", "default_weight"])
 def test_a_method_written_for_an_older_version_is_refused(old: str) -> None:
     """Check that the sentence says what is old and what to write in its place."""
     with pytest.raises(

@@ -92,12 +92,12 @@ class Distiller(nn.Module):
 
     def __init_subclass__(cls, **arguments: Any):
         super().__init_subclass__(**arguments)
-        old = [name for name in ("add_config", "validate_config", "from_config") if name in vars(cls)]
+        old = [name for name in ("add_config", "validate_config", "from_config", "default_weight") if name in vars(cls)]
         if old:
             raise UserError(
                 f"The method {cls.__name__} defines {' and '.join(old)}, which kd_d2 no longer calls since 0.2: declare its keys in a "
-                "dataclass `Config(Distiller.Config)` inside the class, construct it in `__init__(self, config, pair)`, and return "
-                "unweighted losses from `forward` (docs/guides/own-method.md)."
+                "dataclass `Config(Distiller.Config)` inside the class, construct it in `__init__(self, config, pair)`, where "
+                "`super().__init__` takes a `default_weight`, and return unweighted losses from `forward` (docs/guides/own-method.md)."
             )
         keys_of(cls.Config)
 

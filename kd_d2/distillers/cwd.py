@@ -52,7 +52,7 @@ class CWD(Distiller):
                 )
 
     def __init__(self, config: Config, pair: Pair):
-        super().__init__(config, pair, 10.0 if config.maps == "neck" else 5.0)
+        super().__init__(config, pair, default_weight=10.0 if config.maps == "neck" else 5.0)
         self.strides = pair.strides
         if config.maps == "logits":
             self.needs = frozenset({"features", "dense"})

@@ -52,7 +52,7 @@ class MGD(Distiller):
 
     def __init__(self, config: Config, pair: Pair):
         is_one_stage = pair.student.family == "one-stage"
-        super().__init__(config, pair, 2e-5 if is_one_stage else 5e-7)
+        super().__init__(config, pair, default_weight=2e-5 if is_one_stage else 5e-7)
         self.adaptation = AdaptationLayers.build(config.adaptation, pair, self.CONFIG_NODE)
         channels = {stride: theirs for stride, (_, theirs) in pair.channels.items()}
         self.generation = generation_blocks(channels, residual=config.residual)

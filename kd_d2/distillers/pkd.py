@@ -48,7 +48,7 @@ class PKD(Distiller):
         adaptation: Adaptation = None
 
     def __init__(self, config: Config, pair: Pair):
-        super().__init__(config, pair, 10.0 if pair.student.family == "one-stage" else 6.0)
+        super().__init__(config, pair, default_weight=10.0 if pair.student.family == "one-stage" else 6.0)
         self.adaptation = AdaptationLayers.build(config.adaptation, pair, self.CONFIG_NODE)
 
     def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:

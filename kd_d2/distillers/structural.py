@@ -114,7 +114,7 @@ class StructuralKD(Distiller):
 
     def __init__(self, config: Config, pair: Pair):
         is_one_stage = pair.student.family == "one-stage"
-        super().__init__(config, pair, 4.0 if is_one_stage else 2.0)
+        super().__init__(config, pair, default_weight=4.0 if is_one_stage else 2.0)
         self.adaptation = AdaptationLayers.build(config.adaptation, pair, self.CONFIG_NODE)
         published = 0.5 if is_one_stage else 0.1
         temperature = published if config.attention_temperature is None else config.attention_temperature

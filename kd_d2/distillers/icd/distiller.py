@@ -87,7 +87,7 @@ class ICD(Distiller):
 
     def __init__(self, config: Config, pair: Pair):
         student, teacher = pair.student, pair.teacher
-        super().__init__(config, pair, 8.0 if student.family == "one-stage" else 3.0)
+        super().__init__(config, pair, default_weight=8.0 if student.family == "one-stage" else 3.0)
         self.strides = pair.strides
         num_classes = student.num_classes or teacher.num_classes
         if num_classes is None:
