@@ -10,6 +10,7 @@ from typing import Any
 
 from kd_d2 import KDMetaArch, Teacher, UserError
 from kd_d2.adapters import DensePredictions, DetectorOutputs, SampledProposals, build_adapter
+from kd_d2.adapters.rcnn import box_predictors
 from kd_d2.distillers import DIST, DISTILLER_REGISTRY, DKD, Distiller, SoftLabel
 from kd_d2.losses import decoupled_loss, dist_loss, softmax_divergence
 
@@ -187,7 +188,7 @@ def test_the_students_proposals_are_those_of_its_own_loss(
     keys = {"MODEL": {"ROI_BOX_HEAD": {"TRAIN_ON_PRED_BOXES": on_predicted}}}
     model = rcnn(kind, {} if kind == "cascade" else keys)
     adapter, inputs = build_adapter(model), make_inputs(masks=True)
-    predictor = adapter._first_stage()[1]
+    predictor = box_predictors(model.roi_heads)[0]
     calls: list[None] = []
     predictor.register_forward_hook(lambda *_: calls.append(None))
     outputs = adapter.run(inputs, frozenset({"proposals"}), [x["instances"] for x in inputs])
@@ -236,7 +237,7 @@ def test_the_teacher_classifies_once_for_all_methods(
     model = KDMetaArch(student=student, teacher=teacher, distillers=distillers)
     calls: list[Tensor] = []
     given: list[tuple] = []
-    teacher.adapter._first_stage()[1].register_forward_hook(lambda _, args, out: calls.append(out[0]))
+    box_predictors(teacher.model.roi_heads)[0].register_forward_hook(lambda _, args, out: calls.append(out[0]))
     distillers["DKD"].register_forward_pre_hook(lambda _, args: given.append(args))
     for iteration in range(2):
         losses = model(make_inputs(seed=iteration))

@@ -52,12 +52,12 @@ class RCNNAdapter(DetectorAdapter):
 
     @property
     def score_threshold(self) -> float | None:
-        last = _predictors(self.model.roi_heads)[-1]  # of a cascade the one whose scores are cut
+        last = box_predictors(self.model.roi_heads)[-1]  # of a cascade the one whose scores are cut
         return getattr(last, "test_score_thresh", None)
 
     def reorder_classes(self, order: list[int]) -> None:
         heads = self.model.roi_heads
-        predictors = _predictors(heads)
+        predictors = box_predictors(heads)
         masks = heads.mask_head if getattr(heads, "mask_on", False) else None
         known = type(heads) in (StandardROIHeads, CascadeROIHeads, Res5ROIHeads)
         known = known and all(type(predictor) is FastRCNNOutputLayers for predictor in predictors)
@@ -125,7 +125,7 @@ class RCNNAdapter(DetectorAdapter):
         logits: list[Tensor] = []
         with contextlib.ExitStack() as hooks:
             if wanted:
-                pooler, predictor = self.model.roi_heads.box_pooler, _predictors(self.model.roi_heads)[0]
+                pooler, predictor = self.model.roi_heads.box_pooler, box_predictors(self.model.roi_heads)[0]
                 hooks.enter_context(pooler.register_forward_pre_hook(lambda _, args: boxes.append(list(args[1]))))
                 hooks.enter_context(predictor.register_forward_hook(lambda _, args, out: logits.append(out[0])))
             yield boxes, logits
@@ -135,7 +135,7 @@ class RCNNAdapter(DetectorAdapter):
         heads = self.model.roi_heads
         box_head = heads.box_head[0] if isinstance(heads.box_head, nn.ModuleList) else heads.box_head
         pooled = heads.box_pooler([named[name] for name in heads.box_in_features], boxes)
-        return _predictors(heads)[0](box_head(pooled))[0]
+        return box_predictors(heads)[0](box_head(pooled))[0]
 
     def _sampled(self, named: dict[str, Tensor], proposals: list[Instances]) -> SampledProposals:
         """Of labelled proposals in eval mode, where the box head does not train."""
@@ -148,10 +148,10 @@ def _classifies_by_softmax(heads: nn.Module) -> bool:
     own = tuple(getattr(type(heads), method, None) for method in TRAINING_PASS)
     if own not in [tuple(getattr(cls, m) for m in TRAINING_PASS) for cls in (StandardROIHeads, CascadeROIHeads)]:
         return False
-    return all(isinstance(p, FastRCNNOutputLayers) and not p.use_sigmoid_ce for p in _predictors(heads))
+    return all(isinstance(p, FastRCNNOutputLayers) and not p.use_sigmoid_ce for p in box_predictors(heads))
 
 
-def _predictors(heads: nn.Module) -> list[nn.Module]:
+def box_predictors(heads: nn.Module) -> list[nn.Module]:
     """Those of the box head, of a cascade one a stage."""
     predictor = getattr(heads, "box_predictor", None)
     return list(predictor) if isinstance(predictor, nn.ModuleList) else [predictor]
