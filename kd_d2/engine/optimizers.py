@@ -8,7 +8,8 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.solver import build_optimizer, get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
-from fvcore.common.param_scheduler import CompositeParamScheduler, CosineParamScheduler, LinearParamScheduler
+from detectron2.solver.lr_scheduler import WarmupParamScheduler
+from fvcore.common.param_scheduler import CosineParamScheduler
 from torch import nn
 
 from ..distillers import OptimizerSettings
@@ -55,10 +56,7 @@ def _warmup_cosine(warmup_iters: int, max_iter: int):
     cosine = CosineParamScheduler(1.0, 0.0)
     if warmup_iters == 0:
         return cosine
-    warmup = warmup_iters / max_iter
-    return CompositeParamScheduler(
-        [LinearParamScheduler(1.0 / warmup_iters, 1.0), cosine], [warmup, 1.0 - warmup], ["rescaled", "rescaled"]
-    )
+    return WarmupParamScheduler(cosine, 1.0 / warmup_iters, warmup_iters / max_iter, rescale_interval=True)
 
 
 def _build_adamw(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
