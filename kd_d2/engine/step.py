@@ -79,17 +79,14 @@ class DistillationStep(SimpleTrainer):
         total: dict[str, Tensor] = {}
         for start in range(0, len(data), size):
             is_last = start + size == len(data)
-            with contextlib.nullcontext() if is_last else self._without_exchange():
+            exchanges = is_last or not isinstance(self.model, DistributedDataParallel)
+            with contextlib.nullcontext() if exchanges else self.model.no_sync():
                 with torch.autocast(self.device_type, self.autocast, enabled=self.autocast is not None):
                     losses = self.model(data[start : start + size])
                 self.scaler.scale(sum(losses.values()) / self.accumulation_steps).backward()
             for name, loss in losses.items():
                 total[name] = total.get(name, 0) + loss.detach() / self.accumulation_steps
         return total
-
-    def _without_exchange(self) -> contextlib.AbstractContextManager:
-        """Gradients stay in this process."""
-        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else contextlib.nullcontext()
 
     def _record(self, losses: dict[str, Tensor], data_time: float) -> None:
         """Put every loss, averaged over processes, into the event storage; stop at one that is not finite."""
