@@ -31,13 +31,12 @@ from ..meta_arch import KDMetaArch, student_of
 from ..random_state import preserved_random_state
 from ..teacher import Teacher
 from .averaging import AveragedStudent, Unaveraged
-from .balance_log import LastMultipliersLog
 from .checkpoints import BestCheckpoint, Checkpoints
 from .checks import check_classes, check_schedule
 from .failures import Failures
 from .folder_lock import unlock_folder
+from .hooks import LastMultipliersLog, PeakMemoryRecorder
 from .learning_rate import build_lr_scheduler, scale_to_world_size
-from .memory import PeakMemoryRecorder
 from .optimizers import build_optimizers
 from .rank_states import get_rank_state, set_rank_state
 from .run_record import RunRecord
