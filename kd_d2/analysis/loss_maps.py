@@ -21,7 +21,7 @@ from detectron2.utils.events import EventStorage
 from ..arguments import add_launch_arguments
 from ..engine import KDTrainer, launch, setup
 from ..engine.checks import check_distillation
-from ..engine.loss_normalizers import preserved_loss_normalizers
+from ..engine.rank_states import preserved_loss_normalizers
 from ..errors import UserError
 from ..files import atomic_write, check_output_folder
 from ..meta_arch import KDMetaArch
