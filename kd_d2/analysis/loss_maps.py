@@ -144,9 +144,9 @@ def train_with_loss_maps(args: argparse.Namespace) -> None:
     examples = read_examples(cfg, args.images)
     every = args.every or max(1, cfg.SOLVER.MAX_ITER // RECORDS)
     recorder = LossMapRecorder(trainer.bare_model, examples, every, cfg.OUTPUT_DIR)
-    if not args.resume:
-        recorder.remove_records()
     if comm.is_main_process():
+        for path in _records(recorder.folder) if not args.resume else ():  # of an earlier training
+            os.remove(path)
         save_examples(examples, cfg)
     trainer.resume_or_load(resume=args.resume)
     trainer.register_hooks([recorder])
@@ -181,12 +181,6 @@ class LossMapRecorder(HookBase):
         self.every = every
         self.folder = os.path.join(output, FOLDER)
         os.makedirs(self.folder, exist_ok=True)
-
-    def remove_records(self) -> None:
-        """Remove the records of an earlier training in the folder."""
-        if comm.is_main_process():
-            for path in _records(self.folder):
-                os.remove(path)
 
     def after_step(self) -> None:
         iteration = self.trainer.iter + 1
