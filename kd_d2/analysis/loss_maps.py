@@ -38,6 +38,7 @@ EXAMPLES = "examples.npz"
 PICTURE = "loss_maps.png"
 SIDE = 320  # px of a picture's shorter side
 RECORDS = 40  # in a training, unless --every says otherwise
+LAUNCH_DEFAULTS = {"num_gpus": 1, "num_machines": 1, "machine_rank": 0, "dist_url": "auto", "rank_timeout": 30}
 
 
 @dataclass
@@ -106,19 +107,15 @@ class LossMapAnalysis(Analysis):
         check_output_folder(output, "--output")
         folders = {}
         for path, opts in models:
-            folders[path.title] = (
-                os.path.dirname(path.config) if path.weights else os.path.join(output, folder_name(path.title))
-            )
-            if not path.weights:
-                args = argparse.Namespace(config_file=path.config, resume=resume, images=images, every=every)
-                args.opts = [*opts, "OUTPUT_DIR", folders[path.title]]
-                vars(args).update(title=path.title, eval_only=False, eval_teacher=False)
-                vars(args).update(
-                    {"num_gpus": 1, "num_machines": 1, "machine_rank": 0, "dist_url": "auto", "rank_timeout": 30}
-                    | launch_options
-                )
-                launch(train_with_loss_maps, args)
-                comm.synchronize()
+            if path.weights:
+                folders[path.title] = os.path.dirname(path.config)
+                continue
+            folders[path.title] = os.path.join(output, folder_name(path.title))
+            args = argparse.Namespace(config_file=path.config, resume=resume, images=images, every=every)
+            args.opts = [*opts, "OUTPUT_DIR", folders[path.title]]
+            vars(args).update(title=path.title, eval_only=False, eval_teacher=False, **LAUNCH_DEFAULTS | launch_options)
+            launch(train_with_loss_maps, args)
+            comm.synchronize()
         picture, *found = draw_loss_maps(folders, stride)
         if comm.is_main_process():
             write_picture(os.path.join(output, PICTURE), picture)
