@@ -90,12 +90,11 @@ class DistillationStep(SimpleTrainer):
 
     def _record(self, losses: dict[str, Tensor], data_time: float) -> None:
         """Put every loss, averaged over processes, into the event storage; stop at one that is not finite."""
-        names = list(losses)
-        values = torch.stack([losses[name].detach().float() for name in names])
+        values = torch.stack([loss.float() for loss in losses.values()])
         if comm.get_world_size() > 1:
             torch.distributed.all_reduce(values)
             values /= comm.get_world_size()
-        values = dict(zip(names, values.tolist(), strict=True))
+        values = dict(zip(losses, values.tolist(), strict=True))
         for name, value in values.items():
             if not math.isfinite(value):
                 raise NonFiniteLossError(
