@@ -12,6 +12,8 @@ MODULES = {
     "engine.analysed": "analysis.models",
     "engine.gradients": "analysis.gradients",
     "engine.loss_maps": "analysis.loss_maps",
+    "engine.loss_normalizers": "engine.rank_states",
+    "engine.memory": "engine.hooks",
     "engine.random_state": "random_state",
     "engine.robustness": "analysis.robustness",
     "engine.schedule": "engine.learning_rate",

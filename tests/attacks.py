@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_d2 import UserError
-from kd_d2.analysis.loading import load_analysis
+from kd_d2.analysis import load_analysis
 from kd_d2.checkpoint import read_checkpoint
 from kd_d2.config import load_config
 from kd_d2.data.coco_json import check_coco_json

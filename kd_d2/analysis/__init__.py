@@ -19,7 +19,7 @@ from .registry import ANALYSES, find_analysis, register_analysis
 
 _MODULES = {
     "Analysis": "base",
-    "load_analysis": "loading",
+    "load_analysis": "base",
     "Distillation": "models",
     "TrainedModel": "models",
     "load_distillations": "models",

@@ -21,6 +21,7 @@ from ..report.page import Picture, Section, Table
 from ..text import label
 from ..typed_json import members
 from .models import load_models
+from .registry import find_analysis
 
 MARKER = "analysis.json"
 """In a finished folder: the name of the analysis that made it."""
@@ -141,6 +142,21 @@ class Analysis(ABC):
     def _stored(cls) -> dict[str, Any]:
         hints = get_type_hints(cls)
         return {f.name: hints[f.name] for f in fields(cls) if f.metadata.get("stored", True)}
+
+
+def is_analysis(folder: str) -> bool:
+    """Whether an analysis has finished in this folder."""
+    return os.path.isfile(os.path.join(folder, MARKER))
+
+
+def load_analysis(folder: str) -> Analysis:
+    """The result of whichever analysis has written into a folder.
+
+    Raises:
+        UserError: no analysis has finished there, or its files have other content than it writes.
+    """
+    path = os.path.join(folder, MARKER)
+    return find_analysis(members({"analysis": str}, read_json(path), path, "the file")["analysis"]).load(folder)
 
 
 def check_at_least(option: str, value: int | None, minimum: int) -> None:

@@ -21,7 +21,7 @@ from detectron2.utils.events import EventStorage
 from ..arguments import add_launch_arguments
 from ..engine import KDTrainer, launch, setup
 from ..engine.checks import check_distillation
-from ..engine.loss_normalizers import preserved_loss_normalizers
+from ..engine.rank_states import preserved_loss_normalizers
 from ..errors import UserError
 from ..files import atomic_write, check_output_folder
 from ..meta_arch import KDMetaArch
@@ -38,6 +38,7 @@ EXAMPLES = "examples.npz"
 PICTURE = "loss_maps.png"
 SIDE = 320  # px of a picture's shorter side
 RECORDS = 40  # in a training, unless --every says otherwise
+LAUNCH_DEFAULTS = {"num_gpus": 1, "num_machines": 1, "machine_rank": 0, "dist_url": "auto", "rank_timeout": 30}
 
 
 @dataclass
@@ -106,19 +107,15 @@ class LossMapAnalysis(Analysis):
         check_output_folder(output, "--output")
         folders = {}
         for path, opts in models:
-            folders[path.title] = (
-                os.path.dirname(path.config) if path.weights else os.path.join(output, folder_name(path.title))
-            )
-            if not path.weights:
-                args = argparse.Namespace(config_file=path.config, resume=resume, images=images, every=every)
-                args.opts = [*opts, "OUTPUT_DIR", folders[path.title]]
-                vars(args).update(title=path.title, eval_only=False, eval_teacher=False)
-                vars(args).update(
-                    {"num_gpus": 1, "num_machines": 1, "machine_rank": 0, "dist_url": "auto", "rank_timeout": 30}
-                    | launch_options
-                )
-                launch(train_with_loss_maps, args)
-                comm.synchronize()
+            if path.weights:
+                folders[path.title] = os.path.dirname(path.config)
+                continue
+            folders[path.title] = os.path.join(output, folder_name(path.title))
+            args = argparse.Namespace(config_file=path.config, resume=resume, images=images, every=every)
+            args.opts = [*opts, "OUTPUT_DIR", folders[path.title]]
+            vars(args).update(title=path.title, eval_only=False, eval_teacher=False, **LAUNCH_DEFAULTS | launch_options)
+            launch(train_with_loss_maps, args)
+            comm.synchronize()
         picture, *found = draw_loss_maps(folders, stride)
         if comm.is_main_process():
             write_picture(os.path.join(output, PICTURE), picture)
@@ -144,9 +141,9 @@ def train_with_loss_maps(args: argparse.Namespace) -> None:
     examples = read_examples(cfg, args.images)
     every = args.every or max(1, cfg.SOLVER.MAX_ITER // RECORDS)
     recorder = LossMapRecorder(trainer.bare_model, examples, every, cfg.OUTPUT_DIR)
-    if not args.resume:
-        recorder.remove_records()
     if comm.is_main_process():
+        for path in _records(recorder.folder) if not args.resume else ():  # of an earlier training
+            os.remove(path)
         save_examples(examples, cfg)
     trainer.resume_or_load(resume=args.resume)
     trainer.register_hooks([recorder])
@@ -181,12 +178,6 @@ class LossMapRecorder(HookBase):
         self.every = every
         self.folder = os.path.join(output, FOLDER)
         os.makedirs(self.folder, exist_ok=True)
-
-    def remove_records(self) -> None:
-        """Remove the records of an earlier training in the folder."""
-        if comm.is_main_process():
-            for path in _records(self.folder):
-                os.remove(path)
 
     def after_step(self) -> None:
         iteration = self.trainer.iter + 1

@@ -60,10 +60,8 @@ def run(args: argparse.Namespace) -> None:
     if given and args.opts:
         raise UserError(f"The override {args.opts[0]} changes nothing without a CONFIG.")
     if given:
-        sets, skips = (
-            [DataSet(role, os.path.basename(json_file), json_file, folder) for role, json_file, folder in given],
-            False,
-        )
+        sets = [DataSet(role, os.path.basename(json_file), json_file, folder) for role, json_file, folder in given]
+        skips = False
     else:
         sets, skips = sets_of_config(args.config_file, args.opts)
     if args.output:

@@ -10,16 +10,12 @@ frame, with its number and time), "annotations" (boxes with scores) and "categor
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
 from ..arguments import add_import_argument, add_model_argument
 from ..errors import UserError
 from ..extensions import import_extensions
-from ..model_paths import ModelPath, read_one_model_path
+from ..model_paths import read_one_model_path
 from .log import print_log
-
-if TYPE_CHECKING:
-    from ..predictor import ImageDetector
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,21 +39,19 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--score-thresh is {args.score_thresh}; it must lie between 0 and 1.")
     model = read_one_model_path(args.model, may_be_exported=True)
     inputs = find_inputs(args.input, without=args.output)
-    detector, weights = load_detector(model, args.opts, args.score_thresh)
-    info = {"weights": weights, "score_thresh": args.score_thresh}
-    predict(detector, inputs, args.output, info, PredictOptions(args.batch, not args.no_drawings))
-
-
-def load_detector(model: ModelPath, opts: list[str], score_thresh: float) -> tuple[ImageDetector, str]:
-    """The detector, and the file that its weights are from."""
     if model.exported:
         from ..export import load_exported_detector
 
-        if opts:
-            raise UserError(f"{model.exported} is an exported model, in which the override {opts[0]} changes nothing.")
-        return load_exported_detector(model.exported, score_thresh), model.exported
-    from ..config import load_config
-    from ..predictor import Predictor
+        if args.opts:
+            raise UserError(
+                f"{model.exported} is an exported model, in which the override {args.opts[0]} changes nothing."
+            )
+        detector, weights = load_exported_detector(model.exported, args.score_thresh), model.exported
+    else:
+        from ..config import load_config
+        from ..predictor import Predictor
 
-    cfg = load_config(model.config, [*opts, *model.overrides], student_only=True, needs_data=False)
-    return Predictor(cfg, score_thresh), cfg.MODEL.WEIGHTS
+        cfg = load_config(model.config, [*args.opts, *model.overrides], student_only=True, needs_data=False)
+        detector, weights = Predictor(cfg, args.score_thresh), cfg.MODEL.WEIGHTS
+    info = {"weights": weights, "score_thresh": args.score_thresh}
+    predict(detector, inputs, args.output, info, PredictOptions(args.batch, not args.no_drawings))

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..analysis.loading import is_analysis, load_analysis
+    from ..analysis.base import is_analysis, load_analysis
     from ..files import check_output_folder, write_text
     from ..report import render
     from ..report.sections import is_run, run_section, sweep_section

@@ -129,12 +129,9 @@ def _decoded(value: Any, where: str) -> Any:
 
 
 def _same_kind(default: Any, value: Any) -> bool:
-    sequences = (list, tuple)
-    return (
-        default is None
-        or type(value) is type(default)
-        or (isinstance(default, sequences) and isinstance(value, sequences))
-    )
+    if isinstance(default, list | tuple):
+        return isinstance(value, list | tuple)
+    return default is None or type(value) is type(default)
 
 
 def _means_none(key: str, default: Any, value: Any) -> bool:

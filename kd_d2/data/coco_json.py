@@ -104,8 +104,8 @@ def _register(name: str, json_file: str, folder: str, annotated: bool, masks: bo
     categories = data.tree["categories"]
     names = list(classes.names) if annotated and classes else data.class_names
     number_of = {category["id"]: names.index(category["name"]) for category in categories if category["name"] in names}
-    load = functools.partial(_load, usable_file, folder, number_of) if annotated else None
-    DatasetCatalog.register(name, load or functools.partial(_load_images, usable_file, folder))
+    load = functools.partial(_load, number_of=number_of) if annotated else _load_images
+    DatasetCatalog.register(name, functools.partial(load, usable_file, folder))
     metadata = MetadataCatalog.get(name)
     metadata.set(json_file=usable_file, image_root=folder, evaluator_type="coco")
     if names:

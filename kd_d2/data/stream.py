@@ -179,11 +179,11 @@ def _index_stream(cfg: CfgNode, dicts: list[dict], seed: int) -> Callable[[], It
     name = cfg.DATALOADER.SAMPLER_TRAIN
     if name == "TrainingSampler":
         return TrainingSampler(len(dicts), seed=seed)._infinite_indices
-    if name == "RepeatFactorTrainingSampler" and not reads_annotations(cfg):
-        raise UserError(
-            f"DATALOADER.SAMPLER_TRAIN {name} counts annotations, and with MODEL.KD.PSEUDO_LABELS none are read."
-        )
     if name == "RepeatFactorTrainingSampler":
+        if not reads_annotations(cfg):
+            raise UserError(
+                f"DATALOADER.SAMPLER_TRAIN {name} counts annotations, and with MODEL.KD.PSEUDO_LABELS none are read."
+            )
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
             dicts, cfg.DATALOADER.REPEAT_THRESHOLD
         )

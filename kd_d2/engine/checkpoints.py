@@ -156,14 +156,9 @@ class BestCheckpoint(HookBase):
 
     def after_step(self) -> None:
         results = self.results()
-        if results and results is not self.seen:
-            self.seen = results
-            self._compare(results)
-
-    def after_train(self) -> None:
-        self.after_step()
-
-    def _compare(self, results: dict) -> None:
+        if not results or results is self.seen:
+            return
+        self.seen = results
         of_first_set = results if "bbox" in results else next(iter(results.values()))
         ap = of_first_set.get("bbox", {}).get("AP", -math.inf)
         if ap > self.best:
@@ -172,6 +167,9 @@ class BestCheckpoint(HookBase):
             link_or_copy(
                 self.checkpointer.get_checkpoint_file(), os.path.join(self.checkpointer.save_dir, f"{BEST}.pth")
             )
+
+    def after_train(self) -> None:
+        self.after_step()
 
     def state_dict(self) -> dict[str, float]:
         return {"best": self.best} if math.isfinite(self.best) else {}

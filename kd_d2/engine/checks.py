@@ -113,12 +113,14 @@ def check_classes(cfg: CfgNode, model: nn.Module) -> None:
     """
     student = student_of(model)
     predicted = build_adapter(student).spec.num_classes
+    detector = type(student).__name__
+    node = detector.upper() if detector.upper() in cfg.MODEL else "ROI_HEADS"  # that of R-CNNs
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         classes = MetadataCatalog.get(name).get("thing_classes")
         if classes is not None and predicted is not None and len(classes) != predicted:
             raise UserError(
-                f"The data set {name} has {len(classes)} classes, but the model ({type(student).__name__}) predicts {predicted}: "
-                f"set MODEL.{_class_node(cfg, type(student).__name__)}.NUM_CLASSES to it."
+                f"The data set {name} has {len(classes)} classes, but the model ({detector}) predicts {predicted}: "
+                f"set MODEL.{node}.NUM_CLASSES to it."
             )
 
 
@@ -139,8 +141,3 @@ def check_schedule(cfg: CfgNode, world_size: int) -> None:
         raise UserError(
             f"SOLVER.GRADIENT_ACCUMULATION_STEPS is {parts}; it must divide the {batch // world_size} images of a process."
         )
-
-
-def _class_node(cfg: CfgNode, detector: str) -> str:
-    """The node of MODEL whose NUM_CLASSES a detector reads: its own, or that of R-CNNs."""
-    return detector.upper() if detector.upper() in cfg.MODEL else "ROI_HEADS"

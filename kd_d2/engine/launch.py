@@ -30,17 +30,13 @@ def launch(main: Callable[[argparse.Namespace], object], args: argparse.Namespac
     """
     logging.raiseExceptions = False  # a log file that cannot be written is not worth a traceback per message
     with exit_on_user_error():
-        _launch(main, args)
-
-
-def _launch(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        _join_torchrun(_timeout(args))
-        main(args)
-    elif args.num_gpus * args.num_machines <= 1:
-        main(args)
-    else:
-        _launch_several(main, args)
+        is_of_torchrun = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if is_of_torchrun:
+            _join_torchrun(_timeout(args))
+        if is_of_torchrun or args.num_gpus * args.num_machines <= 1:
+            main(args)
+        else:
+            _launch_several(main, args)
 
 
 def _launch_several(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -75,27 +74,16 @@ def learning_rate_advice(config_file: str, opts: list[Any]) -> str | None:
     """
     batch = of_rate = DEFAULT_BATCH
     rate, source = None, "Detectron2's default"
-    for name, solver in _solver_layers(config_file, opts):
-        batch = solver.get("SOLVER.IMS_PER_BATCH", batch)
-        if "SOLVER.BASE_LR" in solver:
-            rate, source, of_rate = solver["SOLVER.BASE_LR"], name, batch
+    layers = [(path, tree.get("SOLVER") or {}) for path, tree in read_layers(config_file)]
+    pairs = zip(opts[::2], opts[1::2], strict=True)
+    given = {key.removeprefix("SOLVER."): value for key, value in pairs if key.startswith("SOLVER.")}
+    for name, solver in [*layers, ("the command line", given)]:
+        batch = float(solver.get("IMS_PER_BATCH", batch))
+        if "BASE_LR" in solver:
+            rate, source, of_rate = float(solver["BASE_LR"]), name, batch
     if rate is None or batch == of_rate or batch < 1:
         return None
     return (
         f"SOLVER.BASE_LR {rate:g} comes from {source}, where it belongs to SOLVER.IMS_PER_BATCH {of_rate:g}; now the batch has {batch:g} "
         f"images. The linear rule gives SOLVER.BASE_LR {rate * batch / of_rate:g}, with {of_rate / batch:g} times the iterations."
     )
-
-
-def _solver_layers(config_file: str, opts: list[Any]) -> Iterator[tuple[str, dict[str, float]]]:
-    """What each file and the command line themselves say of batch and rate, later ones last."""
-    keys = ("IMS_PER_BATCH", "BASE_LR")
-    for path, tree in read_layers(config_file):
-        solver = tree.get("SOLVER") or {}
-        yield (
-            path,
-            {f"SOLVER.{key}": float(solver[key]) for key in keys if key in solver},
-        )
-    given = dict(zip(opts[::2], opts[1::2], strict=True))
-    names = [f"SOLVER.{key}" for key in keys]
-    yield "the command line", {name: float(given[name]) for name in names if name in given}

@@ -23,9 +23,8 @@ def explain_lost_ranks(error: BaseException | None) -> str | None:
         return None
     silent = ranks_that_are_silent()
     who = f"Rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent))}" if silent else "Another rank"
-    reason = re.sub(r"^\[[^]]*\] ", "", str(error).strip().splitlines()[-1]).partition(". ")[
-        0
-    ]  # without gloo's place in its source
+    last = re.sub(r"^\[[^]]*\] ", "", str(error).strip().splitlines()[-1])  # without gloo's place in its source
+    reason = last.partition(". ")[0]
     return (
         f"{who} no longer answer{'s' * (len(silent) < 2)}, having been killed, out of memory, or without progress for --rank-timeout; rank "
         f"{comm.get_rank()} stops too ({reason[:200]})"

@@ -8,7 +8,8 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.solver import build_optimizer, get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
-from fvcore.common.param_scheduler import CompositeParamScheduler, CosineParamScheduler, LinearParamScheduler
+from detectron2.solver.lr_scheduler import WarmupParamScheduler
+from fvcore.common.param_scheduler import CosineParamScheduler
 from torch import nn
 
 from ..distillers import OptimizerSettings
@@ -29,7 +30,10 @@ class AuxiliaryOptimizer:
         self.params = params
         self.optimizer = torch.optim.AdamW(params, lr=settings.lr, weight_decay=settings.weight_decay)
         self.max_iter = max_iter
-        self.multiplier = _warmup_cosine(settings.warmup_iters, max_iter)
+        self.multiplier = CosineParamScheduler(1.0, 0.0)
+        if settings.warmup_iters:
+            first, length = 1.0 / settings.warmup_iters, settings.warmup_iters / max_iter
+            self.multiplier = WarmupParamScheduler(self.multiplier, first, length, rescale_interval=True)
 
     def step(self, iteration: int, scaler: torch.amp.GradScaler) -> None:
         """Clip the gradients of all parameters together, and step with this iteration's learning rate."""
@@ -49,16 +53,6 @@ class AuxiliaryOptimizer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state)
-
-
-def _warmup_cosine(warmup_iters: int, max_iter: int):
-    cosine = CosineParamScheduler(1.0, 0.0)
-    if warmup_iters == 0:
-        return cosine
-    warmup = warmup_iters / max_iter
-    return CompositeParamScheduler(
-        [LinearParamScheduler(1.0 / warmup_iters, 1.0), cosine], [warmup, 1.0 - warmup], ["rescaled", "rescaled"]
-    )
 
 
 def _build_adamw(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

@@ -1,7 +1,10 @@
-"""What each process of a training has of its own: random numbers and running loss normalisers."""
+"""What each process of a training has of its own: random numbers, and the running loss normalisers that dense detectors keep outside
+their state_dict."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from detectron2.utils import comm
@@ -9,7 +12,6 @@ from detectron2.utils.env import seed_all_rng
 from torch import nn
 
 from ..random_state import get_random_state, set_random_state
-from .loss_normalizers import get_loss_normalizers, set_loss_normalizers
 
 
 def get_rank_state(model: nn.Module) -> dict[str, Any]:
@@ -31,3 +33,24 @@ def set_rank_state(model: nn.Module, states: list[dict[str, Any]], seed: int) ->
         set_random_state(own["random"])
     else:
         seed_all_rng((seed + rank) % 2**31)
+
+
+def get_loss_normalizers(model: nn.Module) -> dict[str, float]:
+    """By the name of the module that has it."""
+    return {name: float(m.loss_normalizer) for name, m in model.named_modules() if "loss_normalizer" in vars(m)}
+
+
+def set_loss_normalizers(model: nn.Module, values: dict[str, float]) -> None:
+    modules = dict(model.named_modules())
+    for name, value in values.items():
+        modules[name].loss_normalizer = value
+
+
+@contextlib.contextmanager
+def preserved_loss_normalizers(model: nn.Module) -> Iterator[None]:
+    """Leave them as they were, whatever losses are computed inside."""
+    values = get_loss_normalizers(model)
+    try:
+        yield
+    finally:
+        set_loss_normalizers(model, values)

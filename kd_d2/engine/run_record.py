@@ -70,14 +70,12 @@ class RunRecord:
                 f"--resume: the checkpoint has the state of SOLVER.OPTIMIZER {optimizer}, not of {self.optimizer}; resume with {optimizer}, or "
                 "start from the checkpoint's weights (MODEL.WEIGHTS) in another OUTPUT_DIR."
             )
-        changes = [_sentence(key, before, self.content) for key in self.content | before if not self._has(key, before)]
+        now = self.content
+        changes = [_sentence(key, before, now) for key in now | before if before.get(key) != now.get(key)]
         if changes and comm.is_main_process():
             logger.warning(
                 f"--resume: the losses may differ from those of an unbroken training, since the checkpoint was written with: {'; '.join(changes)}."
             )
-
-    def _has(self, key: str, before: dict[str, Any]) -> bool:
-        return before.get(key) == self.content.get(key)
 
 
 def _sentence(key: str, before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -55,7 +55,9 @@ def setup(args: argparse.Namespace) -> CfgNode:
         if training_config is not None:
             write_text(config_file, training_config)
         else:
-            write_text(os.path.join(cfg.OUTPUT_DIR, "student.yaml"), student_yaml(cfg))
+            classes = names_in_data(cfg)
+            comment = as_comment(classes.names) if classes else ""  # since Detectron2 has no key for them
+            write_text(os.path.join(cfg.OUTPUT_DIR, "student.yaml"), comment + student_config(cfg).dump())
             write_json(os.path.join(cfg.OUTPUT_DIR, "versions.json"), versions())
     if args.config_file and not args.eval_only:
         advice = learning_rate_advice(find_config_file(args.config_file, "the config"), args.opts)
@@ -73,12 +75,6 @@ def _class_order(cfg: CfgNode, args: argparse.Namespace) -> ClassOrder | None:
     if getattr(args, "resume", False) and os.path.isfile(last):
         return names_in_checkpoint(os.path.join(cfg.OUTPUT_DIR, (_read(last) or "").strip()))
     return None
-
-
-def student_yaml(cfg: CfgNode) -> str:
-    """`student_config` as yaml, with the names of its classes in a comment, since Detectron2 has no key for them."""
-    classes = names_in_data(cfg)
-    return (as_comment(classes.names) if classes else "") + student_config(cfg).dump()
 
 
 def _read(path: str) -> str | None:

@@ -79,7 +79,8 @@ class DistillationStep(SimpleTrainer):
         total: dict[str, Tensor] = {}
         for start in range(0, len(data), size):
             is_last = start + size == len(data)
-            with contextlib.nullcontext() if is_last else self._without_exchange():
+            exchanges = is_last or not isinstance(self.model, DistributedDataParallel)
+            with contextlib.nullcontext() if exchanges else self.model.no_sync():
                 with torch.autocast(self.device_type, self.autocast, enabled=self.autocast is not None):
                     losses = self.model(data[start : start + size])
                 self.scaler.scale(sum(losses.values()) / self.accumulation_steps).backward()
@@ -87,18 +88,13 @@ class DistillationStep(SimpleTrainer):
                 total[name] = total.get(name, 0) + loss.detach() / self.accumulation_steps
         return total
 
-    def _without_exchange(self) -> contextlib.AbstractContextManager:
-        """Gradients stay in this process."""
-        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else contextlib.nullcontext()
-
     def _record(self, losses: dict[str, Tensor], data_time: float) -> None:
         """Put every loss, averaged over processes, into the event storage; stop at one that is not finite."""
-        names = list(losses)
-        values = torch.stack([losses[name].detach().float() for name in names])
+        values = torch.stack([loss.float() for loss in losses.values()])
         if comm.get_world_size() > 1:
             torch.distributed.all_reduce(values)
             values /= comm.get_world_size()
-        values = dict(zip(names, values.tolist(), strict=True))
+        values = dict(zip(losses, values.tolist(), strict=True))
         for name, value in values.items():
             if not math.isfinite(value):
                 raise NonFiniteLossError(

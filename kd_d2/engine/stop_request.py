@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Self
 
@@ -36,17 +36,14 @@ class StopRequest:
     def __init__(self) -> None:
         self.number = 0
         self._received = 0.0
-        self._previous: dict[int, object] = {}
+        self._handlers = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        self._handlers.enter_context(_handled_by(self._receive, SIGNALS))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
+        self._handlers.close()
 
     def raise_if_received(self) -> None:
         """Raise `TrainingStopped` after a signal."""
@@ -67,31 +64,32 @@ class StopRequest:
 @contextlib.contextmanager
 def forwarded_to_children() -> Iterator[None]:
     """Within this context, SIGNALS are passed on to the processes that this one has started."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def forward(number: int, frame: FrameType | None) -> None:
         for child in multiprocessing.active_children():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child.pid, number)
 
-    previous = {number: signal.signal(number, forward) for number in SIGNALS}
-    try:
+    with _handled_by(forward, SIGNALS):
         yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
 def exit_on_sigterm() -> Iterator[None]:
     """Within this context SIGTERM raises SystemExit, as Ctrl-C raises KeyboardInterrupt: what has been started can be ended."""
+    with _handled_by(lambda number, frame: sys.exit(128 + number), [signal.SIGTERM]):
+        yield
+
+
+@contextlib.contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None], signals: Iterable[signal.Signals]) -> Iterator[None]:
+    """Within this context a function handles the signals; outside the main thread, where Python allows none, nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    previous = {number: signal.signal(number, handler) for number in signals}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, before in previous.items():
+            signal.signal(number, before)

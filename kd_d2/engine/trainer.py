@@ -31,13 +31,12 @@ from ..meta_arch import KDMetaArch, student_of
 from ..random_state import preserved_random_state
 from ..teacher import Teacher
 from .averaging import AveragedStudent, Unaveraged
-from .balance_log import LastMultipliersLog
 from .checkpoints import BestCheckpoint, Checkpoints
 from .checks import check_classes, check_schedule
 from .failures import Failures
 from .folder_lock import unlock_folder
+from .hooks import LastMultipliersLog, PeakMemoryRecorder
 from .learning_rate import build_lr_scheduler, scale_to_world_size
-from .memory import PeakMemoryRecorder
 from .optimizers import build_optimizers
 from .rank_states import get_rank_state, set_rank_state
 from .run_record import RunRecord
@@ -213,25 +212,18 @@ class KDTrainer(DefaultTrainer):
         """Detectron2's, with `Checkpoints` in place of its PeriodicCheckpointer, and an evaluation that a signal interrupts."""
         student = student_of(self.bare_model)
         self.checkpoints = Checkpoints(self.cfg, self.checkpointer, student, self.stop, self.averaged)
+        evaluation, best = EvalHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate), None
+        if self.cfg.TEST.EVAL_PERIOD > 0 and comm.is_main_process():
+            best = BestCheckpoint(self.checkpointer, lambda: getattr(self, "_last_eval_results", {}))
         hooks: list[HookBase | None] = [PeakMemoryRecorder()]
         for hook in super().build_hooks():
             if isinstance(hook, EvalHook):
-                hooks += [
-                    self.averaged,
-                    self.checkpoints,
-                    EvalHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate),
-                    self._best_checkpoint(),
-                ]
+                hooks += [self.averaged, self.checkpoints, evaluation, best]
             elif not isinstance(hook, PeriodicCheckpointer):
                 hooks.append(hook)
         if isinstance(self.bare_model, KDMetaArch) and self.bare_model.balance:
             hooks.append(LastMultipliersLog(self.bare_model.balance))
         return hooks
-
-    def _best_checkpoint(self) -> BestCheckpoint | None:
-        if self.cfg.TEST.EVAL_PERIOD <= 0 or not comm.is_main_process():
-            return None
-        return BestCheckpoint(self.checkpointer, lambda: getattr(self, "_last_eval_results", {}))
 
     def _evaluate(self) -> dict:
         if self.checkpoints.stopping:

@@ -34,8 +34,9 @@ def sweep_section(matrix: Matrix, results_folder: str, scratch: str) -> Section:
     results = read_results(matrix, results_folder)
     if not results:
         raise UserError(f"--results: {results_folder} has no finished cell of the sweep.")
-    headers, *rows = filled_columns(build_rows(matrix, results, read_costs(results_folder)))
-    table = Table(headers, rows)
+    rows = build_rows(matrix, results, read_costs(results_folder))
+    headers, *cells = filled_columns(rows)
+    table = Table(headers, cells)
     titles = {cell.name: cell.title for cell in matrix.cells}
     table.caption = (
         f"Mean and standard deviation over seeds. gain: over {titles[matrix.baseline]}; > 2 sd: whether it is more than two "
@@ -44,7 +45,7 @@ def sweep_section(matrix: Matrix, results_folder: str, scratch: str) -> Section:
     )
     section = Section("Sweep", (), [table])
     ap, curves = (os.path.join(scratch, name) for name in ("ap.png", "curves.png"))
-    plot_ap(build_rows(matrix, results, {}), ap)
+    plot_ap(rows, ap)
     section.blocks.append(Picture(ap, "AP and AP50 by method; a dot is a seed, the dashed line the teacher."))
     plot_curves(first_curves(matrix, results), curves)
     if os.path.isfile(curves):

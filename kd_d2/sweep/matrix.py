@@ -162,12 +162,11 @@ def _check(path: str, what: str, entry: Any, known: dict[str, Any]) -> None:
             )
         kind = known[key]
         if isinstance(kind, list):
-            fits, words = (
-                isinstance(value, list) and all(type(v) is kind[0] for v in value),
-                f"a list of {KINDS[kind[0]]}s",
-            )
+            words = f"a list of {KINDS[kind[0]]}s"
+            fits = isinstance(value, list) and all(type(v) is kind[0] for v in value)
         else:
-            fits, words = type(value) is kind or (kind is dict and value is None), f"a {KINDS[kind]}"
+            words = f"a {KINDS[kind]}"
+            fits = type(value) is kind or (kind is dict and value is None)
         if not fits:
             raise UserError(f"Sweep {path}: {key} of {what} is {value!r}; it must be {words}.")
 

@@ -223,6 +223,7 @@ def _finish(job: Job) -> bool:
         return False
     outcome = read_outcome(job.output)
     metrics = read_metrics(job.output)
+    seconds = [row["time"] for row in metrics if "time" in row]
     result = {
         "cell": job.cell,
         "seed": job.seed,
@@ -231,7 +232,7 @@ def _finish(job: Job) -> bool:
             k: None if v is None else round(v, 4) for k, v in outcome["bbox"].items() if not k.startswith("AP-")
         },
         "minutes": round(minutes, 1),
-        "seconds_per_iteration": _median([m["time"] for m in metrics if "time" in m]),
+        "seconds_per_iteration": round(statistics.median(seconds), 4) if seconds else None,
         "peak_memory_mib": max((m["peak_memory_mib"] for m in metrics if "peak_memory_mib" in m), default=None),
         "multipliers": read_multipliers(metrics),
         "curves": read_curves(metrics),
@@ -244,7 +245,3 @@ def _finish(job: Job) -> bool:
     ap = float("nan") if ap is None else ap
     logger.info(f"{job.name}: finished after {minutes:.1f} min, AP {ap:.2f}")
     return True
-
-
-def _median(values: list[float]) -> float | None:
-    return round(statistics.median(values), 4) if values else None

@@ -83,11 +83,6 @@ class RobustnessRecord:
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
         write_json(self.path, {"identity": self.identity, "cells": self.cells})
 
-    def robustness(self, corruptions: Sequence[str], severities: Sequence[int]) -> Robustness:
-        """These corruptions and severities; all must be measured."""
-        of = {c: {s: self.cells[cell_name(c, s)] for s in severities} for c in corruptions}
-        return Robustness(self.cells[CLEAN], of)
-
 
 def cell_name(corruption: str, severity: int) -> str:
     return f"{corruption}/{severity}"
@@ -117,10 +112,10 @@ def measure_robustness(
     for name, (corruption, severity) in missing.items():
         detector = detector or model.build()
         note = f"{model.title}: {name} ({len(record.cells)} of {len(wanted)} done)"
-        record.add(
-            name, _evaluate(model, detector, CorruptedMapper(model.cfg, corruption, severity), workers, progress, note)
-        )
-    return record.robustness(corruptions, severities)
+        mapper = CorruptedMapper(model.cfg, corruption, severity)
+        record.add(name, _evaluate(model, detector, mapper, workers, progress, note))
+    of = {c: {s: record.cells[cell_name(c, s)] for s in severities} for c in corruptions}
+    return Robustness(record.cells[CLEAN], of)
 
 
 def _evaluate(

@@ -46,7 +46,6 @@ class Ids:
 
     def __init__(self, path: str, kind: str, entries: list[dict[str, Any]], repairs: Repairs):
         self.number_of: dict[Key, int] = {}
-        written: list[Key] = []
         for entry in entries:
             key = key_of(entry.get("id"))
             if key is None:
@@ -59,12 +58,11 @@ class Ids:
                 )
             if isinstance(key, int) and type(entry["id"]) is not int:
                 repairs.add(f"ids of {kind} read as whole numbers", repr(entry["id"]))
-            written.append(key)
             self.number_of[key] = key if isinstance(key, int) else 0
-        text = [key for key in written if isinstance(key, str)]
+        text = [key for key in self.number_of if isinstance(key, str)]
         if text:
             repairs.add(f"{kind} numbered from 1, since ids are text", repr(text[0]))
-            self.number_of = {key: number for number, key in enumerate(written, 1)}
+            self.number_of = {key: number for number, key in enumerate(self.number_of, 1)}
 
     def find(self, value: Any) -> int | None:
         """The number of the entry that a reference means; None if there is none."""

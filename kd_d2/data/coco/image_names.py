@@ -13,9 +13,9 @@ from urllib.parse import unquote
 from PIL import Image
 
 from ...errors import UserError
-from ..images import IMAGE_FORMATS, open_image
+from ..images import IMAGE_FORMATS, READING_ERRORS, open_image
 
-UPLOAD_PREFIX = re.compile(r"[0-9a-f]{8}[-_](?=.)")  # Label Studio's
+UPLOAD_PREFIX = re.compile(r"^[0-9a-f]{8}[-_](?=.)")  # Label Studio's
 SUFFIXES = frozenset(suffix for suffix, form in Image.registered_extensions().items() if form in IMAGE_FORMATS)
 
 
@@ -102,7 +102,7 @@ def _base(name: str) -> str:
 
 
 def _without_prefix(name: str) -> str:
-    return UPLOAD_PREFIX.sub("", _base(name), count=1) if UPLOAD_PREFIX.match(_base(name)) else _base(name)
+    return UPLOAD_PREFIX.sub("", _base(name))
 
 
 def _stem(name: str) -> str:
@@ -123,5 +123,5 @@ def size_on_disk(path: str) -> tuple[int, int]:
         with open_image(path) as image:
             turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
             return image.size[::-1] if turned else image.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except READING_ERRORS as error:
         raise UserError(f"The image {path} cannot be read: {error}.") from error

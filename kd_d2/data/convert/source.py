@@ -14,7 +14,6 @@ from xml.parsers import expat
 from ...errors import UserError
 from ..coco import ImageFinder, Repairs
 from ..coco.image_names import is_image_name, size_on_disk
-from .labels import Size
 
 SPLIT = re.compile(r"(trainval|train|training|val|valid|validation|minival|dev|test|testing)(\d{4})?", re.IGNORECASE)
 WHOLE = "all"
@@ -68,7 +67,8 @@ class Source:
         self.images = [file for file in self.files if is_image_name(file)]
         if not self.images:
             raise UserError(f"IN: there is no image in {folder}; name the folder that holds images and labels.")
-        self.size_of = cache(self._size_of)
+        self._known_images = frozenset(self.images)
+        self.size_of = cache(lambda image: size_on_disk(self.path(image)))
 
     def path(self, file: str) -> str:
         return os.path.join(self.folder, file)
@@ -96,9 +96,6 @@ class Source:
             return beside
         split = self.split_of(labels)
         return self._finders.get(split, self._finders[None]).find(name)
-
-    def _size_of(self, image: str) -> Size:
-        return size_on_disk(self.path(image))
 
     @contextlib.contextmanager
     def may_be_broken(self) -> Iterator[None]:
@@ -153,10 +150,6 @@ class Source:
             return self.read_bytes(file).decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(f"{self.path(file)} is not text in UTF-8: {error}.") from error
-
-    @cached_property
-    def _known_images(self) -> frozenset[str]:
-        return frozenset(self.images)
 
     @cached_property
     def _finders(self) -> dict[str | None, ImageFinder]:
