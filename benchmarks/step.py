@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Seconds and peak memory of a training iteration: the plain student, with one teacher forward, with each method.
 
-    benchmarks/step.py [--pair PAIR] [--batch N] [--methods NAME[+NAME] ...] [--rounds N] [--threads N] [--output FILE.json]
+    benchmarks/step.py [--pair PAIR] [--batch N] [--methods NAME[+NAME] | recommended/NAME ...] [--rounds N] [--threads N] [--output FILE.json]
 
 Times: all variants share one student and one teacher and take turns, round after round, in one process; the median of a
 variant's rounds, and the median of its ratio to student and teacher alone in the same round: to "student + teacher's neck" for

@@ -1,4 +1,4 @@
-"""A GPU that is none: tensors that say they are on one, are computed on the CPU, and tell what would make the host wait for them."""
+"""A simulated GPU: tensors that report a CUDA device, are computed on the CPU, and record what would synchronize the two."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TO_HOST = {"cpu", "tolist", "numpy", "to"}
 
 
 class GpuTensor(Tensor):
-    """A tensor "on the GPU". Python alone is deceived: what C++ allocates for it is a tensor of the CPU."""
+    """A tensor whose device is a GPU for Python code; its data, and what C++ code allocates for it, are on the CPU."""
 
     inner: Tensor
     observer: SimulatedGpu | None = None

@@ -17,7 +17,7 @@ from kd_d2.transfer import instances_on_device, on_device
 import pytest
 import torch
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
-from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances, RotatedBoxes
 from detectron2.utils.events import EventStorage
 from helpers import META_ARCHITECTURES, make_project, make_trainer, methods_of
 from simulated_gpu import GPU, GpuTensor, SimulatedGpu, move_to_gpu
@@ -117,6 +117,8 @@ def test_instances_are_copied_without_waiting() -> None:
     copies = instances_on_device(instances, torch.device("cpu"))
     assert copies.image_size == (4, 6) and copies.names == ["a"]
     assert copies.gt_masks.tensor.all() and copies.gt_classes.tolist() == [2]
+    rotated = Instances((4, 6), gt_boxes=RotatedBoxes([[2.0, 1.0, 2.0, 1.0, 30.0]]))
+    assert isinstance(instances_on_device(rotated, torch.device("cpu")).gt_boxes, RotatedBoxes)
     del instances._fields["gt_masks"]
     with SimulatedGpu() as gpu:
         copies = instances_on_device(instances, GPU)

@@ -1,4 +1,4 @@
-"""The anchors that a detector's generator makes, without its copies from host to GPU."""
+"""Anchors of a detector's anchor generator, computed on the device of its feature maps."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def grid_anchors(generator: nn.Module, maps: list[Tensor]) -> list[Boxes]:
-    """What `generator(maps)` returns.
+    """The same anchors as `generator(maps)`.
 
-    `DefaultAnchorGenerator` computes positions on the host and waits for the GPU to copy them; here they are computed on the GPU.
+    `DefaultAnchorGenerator` computes positions on the CPU and copies them to the GPU, which synchronizes the two; here they are computed
+    on the device of the maps. Other generators are called.
     """
     if type(generator) is not DefaultAnchorGenerator:
         return generator(maps)

@@ -106,7 +106,7 @@ class Distiller(nn.Module):
         Args:
             config: the values of the method's keys.
             pair: what the method is built for.
-            default_weight: of a method whose key WEIGHT has the default None: what the pair and its other keys make of that.
+            default_weight: the weight where the key WEIGHT is None, for methods whose default depends on the pair or on other keys.
 
         Raises:
             UserError: the pair cannot be distilled with these values.
@@ -121,11 +121,11 @@ class Distiller(nn.Module):
             self.needs = other
 
     def weigh_losses(self, *weights: float, optional: Collection[str]) -> dict[str, float]:
-        """The weights of the losses by name. Optional losses of weight 0 are left out, of `loss_names` too: `forward` skips them.
+        """The weights of the losses by name, without optional losses of weight 0, which are also removed from `loss_names`.
 
         Args:
             weights: in the order of `loss_names`.
-            optional: names of losses whose layers, if they have any, no other loss needs.
+            optional: names of the losses that `forward` can skip.
         """
         by_name = dict(zip(self.loss_names, weights, strict=True))
         self.loss_names = tuple(name for name, weight in by_name.items() if weight or name not in optional)

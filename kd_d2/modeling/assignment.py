@@ -76,7 +76,7 @@ def assign_by_iou(overlap_NR: Tensor, matcher: Matcher) -> Tensor:
 
     Args:
         overlap_NR: IoU of the N ground-truth boxes with R anchors over all levels.
-        matcher: labels 0 (background), -1 (ignored) and 1 (foreground). It is read, not called: a GPU would be waited for.
+        matcher: labels 0 (background), -1 (ignored) and 1 (foreground). Only its attributes are used: calling it synchronizes the GPU.
 
     Returns:
         (R,) int64: index of the box, `BACKGROUND` or `IGNORED`.
