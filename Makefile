@@ -26,7 +26,7 @@ help:
 	@echo "make gpu-evidence  the long comparison on a GPU, nine minutes at a time (ARGS: benchmarks/gpu_evidence.py --help)"
 	@echo "make docs       the documentation site, in output/site"
 	@echo "make lint       style and types; make format fixes the style where it can"
-	@echo "make licenses   docs/licenses.md: the licences of the packages in .venv"
+	@echo "make licenses   docs/licenses.md: the licenses of the packages in .venv"
 	@echo "make sbom       output/sbom.json: the packages in .venv as CycloneDX"
 	@echo "make lock       requirements/lock*.txt anew: hashes for the versions in requirements/"
 	@echo "make clean      removes caches and build leftovers (.venv and output/ stay)"

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Where the time of a distillation's iteration goes: teacher, student, each method, backward, optimiser; and in which operators.
+"""Where the time of a distillation's iteration goes: teacher, student, each method, backward, optimizer; and in which operators.
 
     benchmarks/profile_step.py [--pair tiny|coco] [--batch N] [--methods NAME ...] [--iterations N] [--threads N] [--trace FILE.json]
 

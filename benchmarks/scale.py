@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Seconds and memory of an iteration on 1 to 64 devices, modelled from parts that are measured here, and checked on two processes.
+"""Seconds and memory of an iteration on 1 to 64 devices, modeled from parts that are measured here, and checked on two processes.
 
     benchmarks/scale.py [--pair PAIR] [--method NAME[+NAME]] [--batch N] [--rounds N] [--bandwidth GB/s] [--latency US]
     benchmarks/scale.py --of STEP.json [--method NAME[+NAME]] --bandwidth GB/s --latency US

@@ -175,7 +175,7 @@ def _leaves(levels: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
 
 
 def _build(cfg: CfgNode) -> nn.Module:
-    """The detector with random weights; behind frozen norms that do not normalise they would grow without end."""
+    """The detector with random weights; behind frozen norms that do not normalize they would grow without end."""
     model = build_model(cfg)
     for module in model.modules():
         if isinstance(module, FrozenBatchNorm2d):

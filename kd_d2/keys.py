@@ -6,7 +6,7 @@
         mask: Annotated[Literal["random", "none"], "Which positions are hidden."] = "random"
 
 is a node with the keys TEMPERATURE and MASK. A key's type is bool, int, float, str, list, a Literal, a tuple of one of these, or one
-of these with None. Beside it stand, in any order, what the value has to fulfil and one description.
+of these with None. Beside it stand, in any order, what the value has to fulfill and one description.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Key:
         kind: bool, int, float, str or list; of a tuple that of its items; None for any value that the conditions allow.
         optional: whether the value may be None.
         length: number of items of a tuple, 0 for any number; None for a single value.
-        conditions: what the value, or each item of a tuple, must fulfil.
+        conditions: what the value, or each item of a tuple, must fulfill.
         default: the default value.
         description: what the key means; "" where nothing is said.
     """

@@ -109,7 +109,7 @@ class ImageDetector:
     def detect(self, images: list[np.ndarray]) -> list[Instances]:
         """The detections in images (H, W, 3) of `input_format`, on the CPU, in each image's own pixels.
 
-        Neighbours of one size after resizing go through the model together: the results are those of single images,
+        Neighbors of one size after resizing go through the model together: the results are those of single images,
         which the padding of a batch of several sizes would change.
 
         Raises:

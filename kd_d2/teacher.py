@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class Teacher:
-    """A trained detector that is only ever read: frozen, in eval mode, in no state_dict, optimiser or DDP bucket.
+    """A trained detector that is only ever read: frozen, in eval mode, in no state_dict, optimizer or DDP bucket.
 
     A plain object, so that a module that holds it does not own its weights.
 

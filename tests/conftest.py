@@ -233,7 +233,7 @@ class ToyHead(nn.Module):
 
 
 class ToyDetector(DenseDetector):
-    """`loss_toy` is the mean over its first level of scale * normalised pixel + 1, and so is its one box's score."""
+    """`loss_toy` is the mean over its first level of scale * normalized pixel + 1, and so is its one box's score."""
 
     def __init__(
         self,

@@ -60,7 +60,7 @@ NARROW = {
 
 
 def make_coco(folder: Path, num_images: int = 6, *, classes: tuple[str, ...] = CLASSES, seed: int = 0) -> Path:
-    """Rectangles of the classes' colours on noise, landscape and portrait in turn; the third image has no objects.
+    """Rectangles of the classes' colors on noise, landscape and portrait in turn; the third image has no objects.
 
     Drawn with NumPy's frozen generator and written as PNG, so that every machine sees the same pixels.
 

@@ -92,7 +92,7 @@ def _assert_own_losses(model: nn.Module, batches: list[list[dict]], want: frozen
 def test_retinanet_losses_are_its_own(
     tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage, want: frozenset[str]
 ) -> None:
-    """Check losses, gradients, buffers and the running normaliser over two batches, one image without objects."""
+    """Check losses, gradients, buffers and the running normalizer over two batches, one image without objects."""
     model = tiny_detector("retinanet")
     reference = copy.deepcopy(model)
     batches = [make_inputs(), make_inputs(counts=(0, 4), seed=1)]
@@ -526,10 +526,10 @@ def test_of_two_levels_of_one_stride_the_deeper_counts(toy_detector: type) -> No
 
 
 @pytest.mark.parametrize("constraints", [{}, {"size_divisibility": 4}, {"square_size": 0}])
-def test_preprocess_normalises_and_pads(
+def test_preprocess_normalizes_and_pads(
     toy_detector: type, constant_inputs: Callable, constraints: dict[str, int]
 ) -> None:
-    """Check padding with zeros behind the normalised image; `pad_to` overrules the backbone's own wish."""
+    """Check padding with zeros behind the normalized image; `pad_to` overrules the backbone's own wish."""
     model = toy_detector(divisibility=4, pixel_mean=(1.0, 2.0, 3.0), constraints=constraints)
     model.pixel_std.fill_(2.0)
     adapter = build_adapter(model)
@@ -604,10 +604,10 @@ def test_slim_resnet_freezes_as_configured(tiny_cfg: Callable) -> None:
     assert trained == {"res3", "res4", "res5"}
 
 
-def test_slim_resnet_refuses_equal_neighbours(tiny_cfg: Callable) -> None:
+def test_slim_resnet_refuses_equal_neighbors(tiny_cfg: Callable) -> None:
     """Check widths between which Detectron2's basic block would have no shortcut to halve the map with."""
     with pytest.raises(
-        UserError, match=r"MODEL\.SLIM_RESNET\.WIDTHS is \(64, 64, 128, 256\); neighbouring stages must differ"
+        UserError, match=r"MODEL\.SLIM_RESNET\.WIDTHS is \(64, 64, 128, 256\); neighboring stages must differ"
     ):
         build_backbone(_slim_cfg(tiny_cfg, WIDTHS=(64, 64, 128, 256)))
 

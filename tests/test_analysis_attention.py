@@ -52,7 +52,7 @@ def test_a_picture_for_each_image_with_instances(distilled: Project, tmp_path: P
 
 
 def test_share_inside_by_hand() -> None:
-    """Four cells of 8 pixels, one of them in the box, and one cell of 16 pixels, whose centre is on its border."""
+    """Four cells of 8 pixels, one of them in the box, and one cell of 16 pixels, whose center is on its border."""
     target = Instances((16, 16), gt_boxes=Boxes(torch.tensor([[0.0, 0.0, 8.0, 8.0]])))
     attention = {8: torch.tensor([[[0.1, 0.2], [0.2, 0.2]]]), 16: torch.tensor([[[0.3]]])}
     inside, area = share_inside(attention, target)

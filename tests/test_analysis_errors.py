@@ -59,7 +59,7 @@ def test_two_models_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture) 
         ([], {"DATASETS.TEST": ()}, "DATASETS.TEST is empty"),
     ],
 )
-def test_what_cannot_be_analysed(
+def test_what_cannot_be_analyzed(
     tmp_path: Path, capfd: pytest.CaptureFixture, arguments: list, data: dict, expected: str
 ) -> None:
     project = make_project(tmp_path)

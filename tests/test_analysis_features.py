@@ -175,7 +175,7 @@ def test_levels_do_not_know_of_padding(tmp_path: Path) -> None:
         (["--stride", 4], "--stride is 4; one has the strides 8, 16, 32, 64, 128"),
     ],
 )
-def test_what_cannot_be_analysed(tmp_path: Path, capfd, arguments: list, expected: str) -> None:
+def test_what_cannot_be_analyzed(tmp_path: Path, capfd, arguments: list, expected: str) -> None:
     project = make_project(tmp_path)
     with pytest.raises(SystemExit):
         run(*_model(project, "one"), *arguments, "--output", tmp_path / "out", *_data(project))

@@ -103,7 +103,7 @@ def test_ranks_are_of_the_right_detector_and_place(monkeypatch: pytest.MonkeyPat
     ]
     scale = SIDE // 16
     ring = [np.argwhere((drawn == 255).all(-1)) for drawn in rows[0][1:]]
-    best = [(28 * scale, 4 * scale), (12 * scale, 4 * scale)]  # centres of the student's and of the teacher's best
+    best = [(28 * scale, 4 * scale), (12 * scale, 4 * scale)]  # centers of the student's and of the teacher's best
     for white, (x, y), (other, _) in zip(ring, best, best[::-1], strict=True):
         radius = np.hypot(white[:, 1] - x, white[:, 0] - y)
         assert ((radius > 6.5) & (radius < 9.5)).sum() > 20

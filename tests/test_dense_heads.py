@@ -37,7 +37,7 @@ WEIGHTS = {
     "gfl": (1.0, 4.0),
     "fsaf": (0.4, 0.75),
 }
-"""The authors' for classes, boxes and, where it counts, centreness; FSAF as FCOS."""
+"""The authors' for classes, boxes and, where it counts, centerness; FSAF as FCOS."""
 
 
 @pytest.fixture
@@ -240,7 +240,7 @@ def _slow_box_loss(kind: str, numbers: Tensor, expected: Tensor, anchors: Tensor
 
 
 def _slow_head(kind: str, head: nn.Module, split: int, level: int, maps: tuple[Tensor, Tensor]) -> list[Tensor]:
-    """What the rest of the head gives of a level: logits, boxes, centreness where it has one, (B, HWA, dim)."""
+    """What the rest of the head gives of a level: logits, boxes, centerness where it has one, (B, HWA, dim)."""
     layers = (head.cls_subnet, head.bbox_subnet)
     start = max(2 * split - 1, 0)  # convolution and ReLU in turn
     class_map, box_map = maps
@@ -266,7 +266,7 @@ def _slow_crosskd(
     theirs: list[dict[int, Tensor]],
     student: DetectorOutputs,
 ) -> list[Tensor]:
-    """Classes, boxes and centreness by the definition, without any weight; all in double precision."""
+    """Classes, boxes and centerness by the definition, without any weight; all in double precision."""
     assignment = student.dense.assignment_by_level
     positives = max(sum(int((a >= 0).sum()) for a in assignment.values()), 1)
     classes, boxes, centerness, weights = (torch.zeros((), dtype=torch.float64) for _ in range(4))
@@ -326,7 +326,7 @@ def test_crosskd_is_its_definition(
     sum(weight * value for weight, value in zip(weights, expected, strict=True)).backward()
     for found, right in zip(ours, slow, strict=True):
         for stride in STRIDES:
-            # on the coarsest level two or three positions are left, whose standardised values hardly depend on them
+            # on the coarsest level two or three positions are left, whose standardized values hardly depend on them
             scale = max(float(right[s].grad.abs().max()) for s in STRIDES)
             torch.testing.assert_close(found[stride].grad.double(), right[stride].grad, rtol=1e-3, atol=1e-4 * scale)
 
@@ -399,7 +399,7 @@ def _slow_ld(
 
 
 def _slow_region(anchors: Tensor, boxes: Tensor, thresholds: Tensor) -> dict[int, float]:
-    """Weight by anchor of the valuable localisation region of an image."""
+    """Weight by anchor of the valuable localization region of an image."""
     region: dict[int, float] = {}
     overlaps, distances = box_iou(boxes, anchors), distance_box_iou(boxes, anchors)
     for box, threshold in enumerate(thresholds.flatten().tolist()):
@@ -611,9 +611,9 @@ def test_heads_of_other_depth_must_agree_at_the_cut(build: Callable) -> None:
         build(CrossKD, "gfl", (2, 4), SPLIT=3)
 
 
-def test_a_centreness_that_is_not_there(build: Callable) -> None:
+def test_a_centerness_that_is_not_there(build: Callable) -> None:
     with pytest.raises(
-        UserError, match=r"CROSSKD\.CENTERNESS_WEIGHT is 1\.0, but the teacher \(GFL\) has no centreness"
+        UserError, match=r"CROSSKD\.CENTERNESS_WEIGHT is 1\.0, but the teacher \(GFL\) has no centerness"
     ):
         build(CrossKD, "gfl", CENTERNESS_WEIGHT=1.0)
 

@@ -100,7 +100,7 @@ def test_structural_of_one_joint_range(build: Callable) -> None:
     assert _loss(sample, student, teacher) == pytest.approx((0 + 1 / 4 + 0 + 0) / 4)
 
 
-def test_structural_normalises_each_sample_and_channel_as_configured(build: Callable) -> None:
+def test_structural_normalizes_each_sample_and_channel_as_configured(build: Callable) -> None:
     """Check that scaling a sample (or a channel) changes nothing under its own scope, and does under another."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.rand(2, 2, 2, 6, 6, generator=generator)
@@ -214,7 +214,7 @@ EXTREMES = {
 @pytest.mark.parametrize("loss", ["l1", "l2", "smooth_l1", "ssim", "ms_ssim", "l1_ms_ssim", "structure", "attention"])
 @pytest.mark.parametrize("maps", EXTREMES.values(), ids=EXTREMES.keys())
 def test_structural_is_finite(build: Callable, maps: tuple[Tensor, Tensor], loss: str, scope: str) -> None:
-    """Check every loss and scope of the normalisation, gradients included."""
+    """Check every loss and scope of the normalization, gradients included."""
     keys = {"structure": {"SSIM_EXPONENTS": (0.0, 0.0, 1.0)}, "attention": {"SPATIAL_ATTENTION": True}}
     distiller = build("STRUCTURAL", {8: 3}, NORMALIZATION=scope, **keys.get(loss, {"LOSS": loss}))
     student = maps[0].clone().requires_grad_()
@@ -435,8 +435,8 @@ def test_idle_losses_keep_parameters_in_the_graph(build: Callable, node_name: st
     assert all(p.grad is not None and p.grad.abs().max() == 0 for p in distiller.parameters())
 
 
-def test_param_groups_default_to_the_students_optimiser(build: Callable, tiny_cfg: Callable[..., CfgNode]) -> None:
-    """Check that a method which says nothing leaves all its parameters to the student's optimiser."""
+def test_param_groups_default_to_the_students_optimizer(build: Callable, tiny_cfg: Callable[..., CfgNode]) -> None:
+    """Check that a method which says nothing leaves all its parameters to the student's optimizer."""
     distiller = build("STRUCTURAL", {8: 2}, ADAPTATION="1x1")
     (group,) = distiller.param_groups(tiny_cfg("retinanet"))
     assert group.optimizer is None

@@ -33,7 +33,7 @@ pytest.importorskip("openvino", reason=NEEDS_EXTRA)
 DETECTORS = (*META_ARCHITECTURES, "mask-rcnn", "cascade-rcnn", "c4")
 TOPK = 30
 """Candidates of a level, fewer than there are."""
-GREY = torch.full((3, 50, 50), 127, dtype=torch.uint8)
+GRAY = torch.full((3, 50, 50), 127, dtype=torch.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def _make_config(folder: Path, name: str) -> CfgNode:
     torch.save({"model": weights}, folder / "model.pth")
     cfg.MODEL.WEIGHTS = str(folder / "model.pth")
     _set_threshold(cfg, 0.0)
-    _set_threshold(cfg, float(detect(pytorch_model(cfg), GREY).scores.max()) + 1e-3)  # nothing is in the grey image
+    _set_threshold(cfg, float(detect(pytorch_model(cfg), GRAY).scores.max()) + 1e-3)  # nothing is in the gray image
     return cfg
 
 
@@ -103,7 +103,7 @@ def noise(height: int, width: int, seed: int = 0) -> Tensor:
     return torch.from_numpy(cells.repeat(8, 1).repeat(8, 2)[:, :height, :width].copy())
 
 
-IMAGES = [noise(64, 96), noise(96, 64, 1), noise(77, 130, 2), noise(33, 200, 3), GREY]
+IMAGES = [noise(64, 96), noise(96, 64, 1), noise(77, 130, 2), noise(33, 200, 3), GRAY]
 
 
 def detect(model, image: Tensor) -> Instances:
@@ -251,7 +251,7 @@ def test_int8(configs: dict[str, CfgNode], tmp_path: Path) -> None:
     types = [node.op_type for node in onnx.load(path).graph.node]
     assert types.count("DequantizeLinear") >= types.count("Conv") > 10
     exported = load_exported(str(path))
-    assert exported.metadata.int8 and len(detect(exported, GREY)) <= 2
+    assert exported.metadata.int8 and len(detect(exported, GRAY)) <= 2
 
     every = [tmp_path / "float.onnx", tmp_path / "int8.onnx"]
     for file, int8 in zip(every, (False, True)):

@@ -229,7 +229,7 @@ def test_the_authors_numbers() -> None:
     left, top, right, bottom = reference["target_ltrb"].unbind(-1)
     boxes = torch.stack([(right - left) / 2, (bottom - top) / 2, left + right, top + bottom], -1)
     queries = InstanceQueries(
-        boxes=boxes,  # around the jittered centre, which is at 0
+        boxes=boxes,  # around the jittered center, which is at 0
         centers=torch.zeros(*boxes.shape[:2], 2),
         classes=reference["descriptor"][..., :80].argmax(-1),
         is_real=reference["query_is_real"].bool(),
@@ -390,7 +390,7 @@ def test_distillation_trains_the_student_and_its_projection_alone() -> None:
 
 
 def test_auxiliary_losses_by_hand() -> None:
-    """A box of 0.4 x 0.2 whose centre was moved by (0.1, 0): distances 0.3, 0.1, 0.1, 0.1; the prediction is 0.5."""
+    """A box of 0.4 x 0.2 whose center was moved by (0.1, 0): distances 0.3, 0.1, 0.1, 0.1; the prediction is 0.5."""
     queries = InstanceQueries(
         boxes=torch.tensor([[[0.5, 0.5, 0.4, 0.2], [0.3, 0.3, 0.1, 0.1], [0.0, 0.0, 0.0, 0.0]]]),
         centers=torch.tensor([[[0.6, 0.5], [0.3, 0.3], [0.0, 0.0]]]),
@@ -506,7 +506,7 @@ def test_size_bins() -> None:
 
 
 def test_the_description_hides_the_exact_box() -> None:
-    """Check that two boxes of one class, centre and size bin are described alike, whatever their exact size."""
+    """Check that two boxes of one class, center and size bin are described alike, whatever their exact size."""
     encoder = InstanceEncoder(NUM_CLASSES, 16)
     queries = _queries(jitter=0)
     described = encoder.describe(queries)

@@ -98,7 +98,7 @@ def test_all_stages_off_is_the_squared_error(build: Callable, event_storage: Eve
     ],
 )
 def test_alignment(build: Callable, keys: dict, aligned: Callable, event_storage: EventStorage) -> None:
-    """Check that samples are standardised, then deflated by how much they agreed before."""
+    """Check that samples are standardized, then deflated by how much they agreed before."""
     student, teacher = _features()
     pairs = [aligned(student[s], teacher[s]) for s in student]
     expected = sum((s - t).square().mean() for s, t in pairs) / 5

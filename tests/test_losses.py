@@ -1,4 +1,4 @@
-"""Normalisation and attention of feature maps, worked out by hand."""
+"""Normalization and attention of feature maps, worked out by hand."""
 
 import math
 

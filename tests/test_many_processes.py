@@ -161,7 +161,7 @@ OPTIONS = {
     [("retinanet", "published"), ("retinanet", "other"), ("retinanet", "masked"), ("gfl", "heads")]
     + [(detector, "published") for detector in ("faster-rcnn", "fcos", "atss", "gfl", "fsaf", "reppoints")],
 )
-def test_every_method_normalises_over_the_whole_batch(tmp_path: Path, detector: str, options: str) -> None:
+def test_every_method_normalizes_over_the_whole_batch(tmp_path: Path, detector: str, options: str) -> None:
     """Compare losses and gradients of all methods at once, through the one wrap of the model, without a search for unused parameters."""
     dense = detector != "faster-rcnn"
     methods = methods_of(detector)
@@ -215,7 +215,7 @@ def _train_in_two(
 
 
 def test_two_resumed_processes_go_on_as_if_unbroken(tmp_path: Path) -> None:
-    """Check that each has its own random numbers again, which IMA's masks are of, and its own running normaliser of RetinaNet."""
+    """Check that each has its own random numbers again, which IMA's masks are of, and its own running normalizer of RetinaNet."""
     project = make_project(tmp_path, MODEL__KD__DISTILLERS=("IMA",), SOLVER__IMS_PER_BATCH=2, SOLVER__STEPS=())
     project.change(SOLVER__MAX_ITER=4, SOLVER__CHECKPOINT_PERIOD=2, SOLVER__BASE_LR=0.001)
     unbroken = _train_in_two(project, "unbroken", "OUTPUT_DIR", tmp_path / "unbroken")

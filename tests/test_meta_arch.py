@@ -91,7 +91,7 @@ def test_images_are_padded_to_the_least_common_multiple(
     assert student.backbone.seen[-1].shape == (1, 3, 12, 16)
 
 
-def test_each_detector_normalises_its_own_way(
+def test_each_detector_normalizes_its_own_way(
     toy_detector: type, constant_inputs: Callable, event_storage: EventStorage
 ) -> None:
     """Check an RGB student of a BGR teacher: (1, 2, 5) becomes (5, 2, 1), then each one's own mean goes off."""
@@ -225,7 +225,7 @@ def test_distillation_gradient_reaches_student_and_adapters_alone(
     assert not any(name.startswith("student.head") for name in reached)
     # p7 (stride 128) is in no pair
     expected = {n for n, _ in model.named_parameters() if "student.head" not in n and "top_block.p7" not in n}
-    # biases in front of a min-max normalisation or a batch norm may have no gradient
+    # biases in front of a min-max normalization or a batch norm may have no gradient
     assert {n for n in expected if n.endswith("weight") and "norm" not in n} <= reached <= expected
     assert all(p.grad is None for p in model.teacher.model.parameters())
 
@@ -561,7 +561,7 @@ def test_from_config_refuses_a_teacher_of_other_classes(kd_cfg: Callable) -> Non
 
 
 def test_inheritance_without_distillers(kd_cfg: Callable, make_inputs: Callable, event_storage: EventStorage) -> None:
-    """Check `DISTILLERS: ()`: neck and head come from the teacher, losses and optimiser are the student's."""
+    """Check `DISTILLERS: ()`: neck and head come from the teacher, losses and optimizer are the student's."""
     cfg = kd_cfg("retinanet", {"DISTILLERS": [], "INHERIT": {"ENABLED": True}})
     model = build_model(cfg)
     calls: list[None] = []

@@ -37,7 +37,7 @@ def _grid(stride: int, columns: int, rows: int, side: float) -> Boxes:
 
 
 def test_adaptive_assignment_by_hand() -> None:
-    """Check candidates, threshold, and that the centre must lie inside, on a row of anchors of one level."""
+    """Check candidates, threshold, and that the center must lie inside, on a row of anchors of one level."""
     anchors = [_grid(8, 5, 1, 8.0)]  # at x = 4, 12, 20, 28, 36
     box = Boxes(torch.tensor([[8.0, 0, 24, 8]]))  # overlaps 0, 1/2, 1/2, 0, 0
     # three nearest: at 12 and 20 (distance 4), then 4 or 28 (12): overlaps 1/2, 1/2, 0; mean 1/3, deviation 0.289: threshold 0.622
@@ -46,7 +46,7 @@ def test_adaptive_assignment_by_hand() -> None:
     assert assign_adaptively(anchors, box, topk=2).tolist() == [BACKGROUND, 0, 0, BACKGROUND, BACKGROUND]
     # all five: mean 0.2, deviation sqrt((2 * 0.09 + 3 * 0.04) / 4) = 0.274: threshold 0.474
     assert assign_adaptively(anchors, box, topk=9).tolist() == [BACKGROUND, 0, 0, BACKGROUND, BACKGROUND]
-    # a box that overlaps an anchor whose centre it does not hold: 0.8 * 0.375 of it
+    # a box that overlaps an anchor whose center it does not hold: 0.8 * 0.375 of it
     narrow = Boxes(torch.tensor([[9.0, 0, 12, 8]]))
     assert pairwise_iou(narrow, anchors[0])[0].tolist() == pytest.approx([0, 0.375, 0, 0, 0])
     assert assign_adaptively(anchors, narrow, topk=2).tolist() == [BACKGROUND] * 5
@@ -129,7 +129,7 @@ def test_quality_focal_loss_by_hand() -> None:
 
 
 def test_distribution_focal_loss_by_hand() -> None:
-    """Check the two neighbours' shares at 1.25 of 0 to 3, a whole distance, and both ends."""
+    """Check the two neighbors' shares at 1.25 of 0 to 3, a whole distance, and both ends."""
     probability = torch.tensor([0.1, 0.2, 0.3, 0.4])
     logits = probability.log().expand(4, 4)
     loss = distribution_focal_loss(logits, torch.tensor([1.25, 2.0, -5.0, 77.0]))
@@ -170,7 +170,7 @@ def test_atss_losses_by_hand(tiny_detector: Callable) -> None:
     assert losses["loss_atss_cls"].item() == pytest.approx((0.25 + 5 * 0.75) * 0.25 * math.log(2), rel=1e-5)
     # the anchor is the predicted box: GIoU is the IoU, 1/4, since it holds the true one
     assert losses["loss_atss_box"].item() == pytest.approx(2 * (1 - 0.25), rel=1e-5)
-    # the centreness is 1
+    # the centerness is 1
     assert losses["loss_atss_centerness"].item() == pytest.approx(math.log(2), rel=1e-5)
     scores = model.scores([[torch.zeros(1, 2, 3)], [], [torch.full((1, 2, 1), -math.log(7))]])
     torch.testing.assert_close(scores[0], torch.full((1, 2, 3), 0.25))  # sqrt(1/2 * 1/8)
@@ -360,7 +360,7 @@ def test_fsaf_candidates_by_hand() -> None:
     assert covers_cell(cells, boxes, 0.2).tolist() == [[0, 0, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0]]
     inside = in_middle(cells, boxes, 0.2)
     assert inside.tolist() == [[0, 0, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0]]
-    # half of the sides: [10, 30] and [26, 28]; the cells' centres are at 4, 12, 20, 28, 36, 44
+    # half of the sides: [10, 30] and [26, 28]; the cells' centers are at 4, 12, 20, 28, 36, 44
     assert in_middle(cells, boxes, 0.5).tolist() == [[0, 1, 1, 1, 0, 0], [0, 0, 0, 1, 0, 0]]
     assert smallest_box(in_middle(cells, boxes, 0.5), boxes).tolist() == [BACKGROUND, 0, 0, 1, BACKGROUND, BACKGROUND]
     assert smallest_box(inside[:0], boxes[:0]).tolist() == [BACKGROUND] * 6
@@ -382,7 +382,7 @@ def test_fsaf_losses_by_hand(tiny_detector: Callable) -> None:
     target = Instances((16, 16), gt_boxes=Boxes(torch.tensor([[0.0, 0, 16, 16]])), gt_classes=torch.tensor([1]))
     half = torch.tensor(
         [[0.5, 0.5, 0.5, 0.5]]
-    )  # strides: [0, 8] around the first cell's centre, [0, 16] on the coarse level
+    )  # strides: [0, 8] around the first cell's center, [0, 16] on the coarse level
     predictions = [[torch.zeros(1, 4, 3), torch.zeros(1, 1, 3)], [half.expand(1, 4, 4), half[None]]]
     # the middle [6.4, 9.6] covers 0.04 of each fine cell
     assignment = model.assign(anchors, predictions, [target])
@@ -419,7 +419,7 @@ def test_reppoints_nearest_positions_by_hand() -> None:
     """Check the level by size (anchors of 32 and 64), the nearest position in parts of the box, and two boxes at one."""
     anchors = [_grid(8, 4, 2, 32.0), _grid(16, 2, 1, 64.0)]
     boxes = [
-        [0.0, 0, 63, 64],  # side 63.5: fine; centre (31.5, 32), nearest to (28, 12)
+        [0.0, 0, 63, 64],  # side 63.5: fine; center (31.5, 32), nearest to (28, 12)
         [16.0, 0, 48, 128],  # side 64: coarse
         [4.0, 4, 6, 6],  # too small for any: the finest
         [3.0, 3, 6.9, 6.9],  # nearest to the same position, and nearer in parts of its size
@@ -435,7 +435,7 @@ def test_reppoints_that_overlap_nothing_have_no_positive(tiny_detector: Callable
     """Check points of no extent between positions 8 apart: an instance of 4 pixels overlaps none and takes none, nor hinders another."""
     model = tiny_detector("reppoints")
     anchors = [_grid(8, 4, 4, 32.0)]
-    boxes = Boxes(torch.tensor([[6.0, 6, 10, 10], [3.0, 3, 13, 13]]))  # the second has the centres (4, 4), (12, 4), ...
+    boxes = Boxes(torch.tensor([[6.0, 6, 10, 10], [3.0, 3, 13, 13]]))  # the second has the centers (4, 4), (12, 4), ...
     target = Instances((32, 32), gt_boxes=boxes, gt_classes=torch.tensor([0, 1]))
     points = torch.zeros(1, 16, 18)
     (row,) = model.assign(anchors, [[], [], [points]], [target])

@@ -577,7 +577,7 @@ OTHER_TEACHER: dict[str, Any] = {
         "PIXEL_STD": [57.0, 57.0, 57.0],
     }
 }
-"""Other channels in the neck, other norms, and another normalisation of the images."""
+"""Other channels in the neck, other norms, and another normalization of the images."""
 
 
 def _model(

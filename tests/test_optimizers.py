@@ -1,4 +1,4 @@
-"""The student's optimiser, and AdamW for the distillers that ask for one of their own."""
+"""The student's optimizer, and AdamW for the distillers that ask for one of their own."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DECODER = OptimizerSettings("decoder", lr=0.1, weight_decay=0.5, warmup_iters=4,
 
 
 class WithDecoder(Distiller):
-    """One adapter for the student's optimiser, a decoder (with a norm) for its own.
+    """One adapter for the student's optimizer, a decoder (with a norm) for its own.
 
     Its losses have the gradients 1 (adapter), 3 and 4 (the decoder's two scalars).
     """
@@ -101,13 +101,13 @@ def test_real_student_and_plain_detector(tiny_detector: Callable, tiny_cfg: Call
 
 
 def test_one_optimizer_for_equal_settings(toy_detector: type, tiny_cfg: Callable) -> None:
-    """Check that equal settings of two distillers share an optimiser; one name for different ones is an error."""
+    """Check that equal settings of two distillers share an optimizer; one name for different ones is an error."""
     a, b = WithDecoder(), WithDecoder(name="z")
     _, auxiliary = build_optimizers(tiny_cfg("retinanet"), _model(toy_detector, a=a, b=b))
     assert list(auxiliary) == ["decoder"]
     assert _ids([a.first, b.first]) <= _ids_in(auxiliary["decoder"].optimizer)
     b.settings = OptimizerSettings("decoder", lr=0.2)
-    with pytest.raises(RuntimeError, match=r"two optimisers of one name: \['decoder', 'decoder'\]"):
+    with pytest.raises(RuntimeError, match=r"two optimizers of one name: \['decoder', 'decoder'\]"):
         build_optimizers(tiny_cfg("retinanet"), _model(toy_detector, a=a, b=b))
     b.settings = OptimizerSettings("other", lr=0.2)
     _, auxiliary = build_optimizers(tiny_cfg("retinanet"), _model(toy_detector, a=a, b=b))
@@ -196,7 +196,7 @@ def _run(step: DistillationStep, storage: EventStorage, iterations: int) -> None
         step.run_step()
 
 
-def test_training_step_uses_both_optimisers(
+def test_training_step_uses_both_optimizers(
     toy_detector: type, tiny_cfg: Callable, constant_inputs: Callable, event_storage: EventStorage
 ) -> None:
     """Check the first iteration by hand: student and adapter by SGD, the decoder by AdamW at its own warmed-up rate."""

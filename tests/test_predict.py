@@ -61,13 +61,13 @@ def predict() -> Callable[..., dict]:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """A folder of images as people have them: colour, grey, with alpha, with a palette, and turned by EXIF."""
+    """A folder of images as people have them: color, gray, with alpha, with a palette, and turned by EXIF."""
     random = np.random.RandomState(3)
     picture = Image.fromarray(random.randint(0, 255, (12, 16, 3)).astype(np.uint8)).resize((96, 64))
     folder = tmp_path / "photos"
     folder.mkdir()
-    picture.save(folder / "colour.png")
-    picture.convert("L").save(folder / "grey.png")
+    picture.save(folder / "color.png")
+    picture.convert("L").save(folder / "gray.png")
     picture.convert("RGBA").save(folder / "alpha.png")
     picture.convert("P").save(folder / "palette.gif")
     exif = Image.Exif()
@@ -85,7 +85,7 @@ def test_detections_are_those_of_the_default_predictor(
     cfg.MODEL.RETINANET.SCORE_THRESH_TEST = cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = LOW
     predictor = DefaultPredictor(cfg)
     files = {Path(image["file_name"]).name: image for image in tree["images"]}
-    assert files.keys() == {"colour.png", "grey.png", "alpha.png", "palette.gif", "turned.jpg"}
+    assert files.keys() == {"color.png", "gray.png", "alpha.png", "palette.gif", "turned.jpg"}
     for name, image in files.items():
         expected = predictor(read_image(str(photos / name), "BGR"))["instances"]
         found = [a for a in tree["annotations"] if a["image_id"] == image["id"]]
@@ -101,7 +101,7 @@ def test_detections_are_those_of_the_default_predictor(
 def test_only_detections_from_the_threshold_on_are_kept(
     retinanet: Project, photos: Path, tmp_path: Path, predict: Callable[..., dict]
 ) -> None:
-    image = photos / "colour.png"
+    image = photos / "color.png"
     every = [
         a["score"] for a in predict(retinanet, tmp_path / "a", image, options=("--score-thresh", 0))["annotations"]
     ]
@@ -110,7 +110,7 @@ def test_only_detections_from_the_threshold_on_are_kept(
     assert [a["score"] for a in some["annotations"]] == [s for s in every if s >= middle]
     none = predict(retinanet, tmp_path / "c", image, options=("--score-thresh", 1))
     assert len(none["images"]) == 1 and none["annotations"] == []
-    assert Image.open(tmp_path / "c" / "colour.jpg").size == (720, 480)
+    assert Image.open(tmp_path / "c" / "color.jpg").size == (720, 480)
 
 
 def test_the_file_is_one_that_pycocotools_reads(
@@ -130,7 +130,7 @@ def test_without_the_data_classes_are_numbers(
 ) -> None:
     gone = f"[['gone', '{tmp_path}/gone.json', '{tmp_path}/gone']]"
     opts = ("DATASETS.COCO_JSON", gone, "DATASETS.TEST", "('gone',)", "DATASETS.TRAIN", "('coco_2017_train',)")
-    tree = predict(retinanet, tmp_path / "out", photos / "grey.png", options=("--score-thresh", LOW), opts=opts)
+    tree = predict(retinanet, tmp_path / "out", photos / "gray.png", options=("--score-thresh", LOW), opts=opts)
     assert [(c["id"], c["name"]) for c in tree["categories"]] == [(0, "class 0"), (1, "class 1"), (2, "class 2")]
     assert {a["category_id"] for a in tree["annotations"]} <= {0, 1, 2}
 
@@ -148,16 +148,16 @@ def test_inputs_are_files_and_folders_in_order_and_each_once(
     """Check that a folder may hold other files, and that images of the same name get drawings of their own."""
     (photos / "notes.txt").write_text("no image")
     (photos / ".hidden.png").write_text("no image")
-    (photos / "cut.png").write_bytes((photos / "colour.png").read_bytes()[:200])
+    (photos / "cut.png").write_bytes((photos / "color.png").read_bytes()[:200])
     (photos / "deeper").mkdir()
-    other = tmp_path / "colour.png"
-    other.write_bytes((photos / "colour.png").read_bytes())
-    tree = predict(retinanet, tmp_path / "out", other, photos, photos / "grey.png")
+    other = tmp_path / "color.png"
+    other.write_bytes((photos / "color.png").read_bytes())
+    tree = predict(retinanet, tmp_path / "out", other, photos, photos / "gray.png")
     assert [(Path(image["file_name"]).parent.name, image["drawing"]) for image in tree["images"]] == [
-        (tmp_path.name, "colour.jpg"),
+        (tmp_path.name, "color.jpg"),
         ("photos", "alpha.jpg"),
-        ("photos", "colour-2.jpg"),
-        ("photos", "grey.jpg"),
+        ("photos", "color-2.jpg"),
+        ("photos", "gray.jpg"),
         ("photos", "palette.jpg"),
         ("photos", "turned.jpg"),
     ]
@@ -165,7 +165,7 @@ def test_inputs_are_files_and_folders_in_order_and_each_once(
     assert {path.name for path in (tmp_path / "out").iterdir()} == drawings | {"detections.json"}
     printed = capsys.readouterr().out
     assert "Skipped 2 files that cannot be read as images or videos: cut.png, notes.txt\n" in printed
-    assert f"[3/6] {photos / 'colour.png'}: " in printed
+    assert f"[3/6] {photos / 'color.png'}: " in printed
 
 
 def test_unusable_input_is_one_sentence_and_nothing_is_written(
@@ -177,8 +177,8 @@ def test_unusable_input_is_one_sentence_and_nothing_is_written(
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("no image")
-    (tmp_path / "cut.png").write_bytes((photos / "colour.png").read_bytes()[:400])
-    image, out = photos / "colour.png", tmp_path / "out"
+    (tmp_path / "cut.png").write_bytes((photos / "color.png").read_bytes()[:400])
+    image, out = photos / "color.png", tmp_path / "out"
     low = ("--score-thresh", "1.5")
     cases = [
         ((out, tmp_path / "none.jpg"), {}, "there is no file or folder", "none.jpg"),
@@ -223,7 +223,7 @@ def test_a_run_and_the_class(retinanet: Project, photos: Path, tmp_path: Path, p
     cfg = load_config(str(retinanet.student), ["MODEL.WEIGHTS", str(weights)], student_only=True)
     (run / "config.yaml").write_text(cfg.dump())
     (run / "model_final.pth").write_bytes(weights.read_bytes())
-    image, out = photos / "colour.png", tmp_path / "out"
+    image, out = photos / "color.png", tmp_path / "out"
     # overrides may follow the list of inputs
     run_command("predict", "--score-thresh", LOW, "--model", run, "--output", out, "--input", image, "MODEL.DEVICE=cpu")
     found = Predictor(cfg, LOW)(str(image))
@@ -240,11 +240,11 @@ def detections(size: tuple[int, int], boxes: list[list[float]], classes: list[in
 
 
 def test_drawing_shows_box_mask_and_label_in_the_enlarged_image() -> None:
-    grey = np.full((48, 64, 3), 128, np.uint8)
+    gray = np.full((48, 64, 3), 128, np.uint8)
     found = detections((48, 64), [[16.0, 24.0, 48.0, 40.0]], [0])
     found.pred_masks = torch.zeros(1, 48, 64, dtype=torch.bool)
     found.pred_masks[0, 30:34, 20:44] = True
-    drawn = draw_instances(grey, found, ["Bäcker"])
+    drawn = draw_instances(gray, found, ["Bäcker"])
     assert drawn.shape == (480, 640, 3)
     changed = (drawn != 128).any(2)
     assert all(changed[240, 160:480]) and all(changed[400, 160:480]) and all(changed[240:400, 160])  # the box's sides
@@ -255,9 +255,9 @@ def test_drawing_shows_box_mask_and_label_in_the_enlarged_image() -> None:
 
 def test_labels_of_nested_boxes_do_not_hide_each_other() -> None:
     """Check that plates whose boxes have nearly the same corner stand below one another, each whole."""
-    grey = np.full((480, 640, 3), 128, np.uint8)
+    gray = np.full((480, 640, 3), 128, np.uint8)
     boxes = [[10.0, 0.0, 400.0, 300.0], [11.0, 1.0, 399.0, 299.0], [12.0, 2.0, 398.0, 298.0]]
-    drawn = draw_instances(grey, detections((480, 640), boxes, [0, 1, 2]), ["a", "b", "c"])
+    drawn = draw_instances(gray, detections((480, 640), boxes, [0, 1, 2]), ["a", "b", "c"])
     areas = [int((drawn[:80, 14:60] == color).all(2).sum()) for color in PALETTE[:3]]
     assert min(areas) > 0.7 * max(areas)
 
@@ -294,13 +294,13 @@ def test_a_tree_of_folders_is_kept_and_the_output_is_not_read_again(
     deeper = photos / "deeper" / "still"
     deeper.mkdir(parents=True)
     (photos / ".git").mkdir()
-    for place in (deeper / "colour.png", photos / ".git" / "colour.png"):
-        place.write_bytes((photos / "colour.png").read_bytes())
+    for place in (deeper / "color.png", photos / ".git" / "color.png"):
+        place.write_bytes((photos / "color.png").read_bytes())
     out = photos / "found"
     for _ in range(2):
         tree = predict(retinanet, out, photos)
         names = [image["drawing"] for image in tree["images"]]
-        assert names == ["alpha.jpg", "colour.jpg", "grey.jpg", "palette.jpg", "turned.jpg", "deeper/still/colour.jpg"]
+        assert names == ["alpha.jpg", "color.jpg", "gray.jpg", "palette.jpg", "turned.jpg", "deeper/still/color.jpg"]
         assert all((out / name).is_file() for name in names)
 
 
@@ -331,12 +331,12 @@ def test_frames_of_a_video_are_detected_drawn_and_numbered(
     retinanet: Project, photos: Path, clip: Path, tmp_path: Path, predict: Callable[..., dict]
 ) -> None:
     out = tmp_path / "out"
-    tree = predict(retinanet, out, clip, photos / "grey.png", options=("--score-thresh", LOW))
+    tree = predict(retinanet, out, clip, photos / "gray.png", options=("--score-thresh", LOW))
     frames, picture = tree["images"][:5], tree["images"][5]
     assert [(frame["frame"], frame["time"], frame["drawing"]) for frame in frames] == [
         (number, number / 5, "clip.mp4") for number in range(5)
     ]
-    assert "frame" not in picture and picture["drawing"] == "grey.jpg" and picture["id"] == 6
+    assert "frame" not in picture and picture["drawing"] == "gray.jpg" and picture["id"] == 6
     decoded = list(VideoReader(str(clip)))
     cfg = load_config(
         str(retinanet.student), ["MODEL.WEIGHTS", str(retinanet.folder / "student.pth")], student_only=True

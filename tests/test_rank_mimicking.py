@@ -278,7 +278,7 @@ def test_rank_mimicking_by_hand() -> None:
 
 
 def test_rank_mimicking_options_by_hand() -> None:
-    """Check logits and joint scores in the place of probabilities, and no localisation."""
+    """Check logits and joint scores in the place of probabilities, and no localization."""
     student = _dense([[0.0, 1.0], [0, 0], [0, 0], [0, 3.0], [0, 0], [0, 0]])
     teacher = _dense([[0.0, 2.0], [0, 0], [0, 0], [0, 2.0], [0, 0], [0, 0]])
     losses = make(RankMimicking, _spec(), on_logits=True, localization=False)(
@@ -494,7 +494,7 @@ def test_masks_that_read_no_prediction_take_any_anchors(build: Callable) -> None
     ("node", "keys", "message"),
     [
         ("RANK_MIMICKING", {"ON_LOGITS": True, "JOINT_SCORE": True}, "ON_LOGITS and JOINT_SCORE are both True"),
-        ("RANK_MIMICKING", {"JOINT_SCORE": True}, "has no centreness"),
+        ("RANK_MIMICKING", {"JOINT_SCORE": True}, "has no centerness"),
         ("PFI", {"MASK": "foreground"}, "MODEL.KD.PFI.MASK is 'foreground'"),
         ("PFI", {"ADAPTATION": "5x5"}, "MODEL.KD.PFI.ADAPTATION is '5x5'"),
         (

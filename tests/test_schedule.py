@@ -123,7 +123,7 @@ def _only_distillation(model: torch.nn.Module) -> None:
 
 
 def test_accumulation_trains_every_optimizer_and_resumes(tmp_path: Path) -> None:
-    """Two parts, two optimisers, a scaler's loss: a resumed training has the losses of an unbroken one."""
+    """Two parts, two optimizers, a scaler's loss: a resumed training has the losses of an unbroken one."""
     keys = {"MODEL__KD__DISTILLERS": ("ICD", "StructuralKD"), "SOLVER__GRADIENT_ACCUMULATION_STEPS": 2, "SEED": 1}
     small = {
         "MODEL__KD__ICD__DIM": 16,

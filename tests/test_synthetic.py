@@ -62,7 +62,7 @@ def test_longer_split_begins_with_the_shorter_one(tmp_path: Path, split: Path) -
         assert image.read_bytes() == (split / "images" / image.name).read_bytes()
 
 
-def test_splits_of_one_and_of_neighbouring_seeds_share_no_image(tmp_path: Path) -> None:
+def test_splits_of_one_and_of_neighboring_seeds_share_no_image(tmp_path: Path) -> None:
     for seed in (0, 1):
         ensure_synthetic(tmp_path / str(seed), num_train=3, num_val=3, seed=seed)
     images = [path.read_bytes() for path in tmp_path.rglob("*.jpg")]
@@ -163,8 +163,8 @@ def test_the_clear_style_is_another_set_whose_classes_have_their_hues(tmp_path: 
         for annotation in coco.loadAnns(coco.getAnnIds(catIds=category)):
             image = cv2.imread(str(split / "images" / coco.imgs[annotation["image_id"]]["file_name"]))
             inside = cv2.erode(coco.annToMask(annotation), np.ones((9, 9), np.uint8)) > 0
-            colour = np.median(image[inside], axis=0) if inside.any() else expected
-            spread = colour - colour.min()
+            color = np.median(image[inside], axis=0) if inside.any() else expected
+            spread = color - color.min()
             assert spread @ expected > 0.6 * np.linalg.norm(spread) * np.linalg.norm(expected)
 
 

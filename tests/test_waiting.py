@@ -66,12 +66,12 @@ def test_a_training_step_waits_in_known_places_alone(
 
 
 def test_an_iteration_waits_once_more(tmp_path: Path) -> None:
-    """Check that optimisers and a balance that does not measure add nothing: the losses do, which are logged and checked."""
+    """Check that optimizers and a balance that does not measure add nothing: the losses do, which are logged and checked."""
     balance = {"MODEL__KD__BALANCE__ENABLED": True, "MODEL__KD__BALANCE__LEVELS": True}
     methods = (
         "FeatureImitation",
         "ICD",
-    )  # ICD has an optimiser of its own
+    )  # ICD has an optimizer of its own
     project = make_project(tmp_path, "retinanet", MODEL__KD__DISTILLERS=methods, **SMALL_ICD, **balance)
     trainer = make_trainer(project, "SOLVER.CLIP_GRADIENTS.ENABLED", False)
     trainer.resume_or_load(resume=False)

@@ -66,9 +66,9 @@ def _addition(text: str) -> tuple[Path, str]:
 
 
 def read_freeze(text: str) -> dict[str, Version]:
-    """Versions by normalised name."""
+    """Versions by normalized name."""
     pairs = (line.split("==") for line in text.split() if "==" in line)
-    return {_normalised(name): Version(version) for name, version in pairs}
+    return {_normalized(name): Version(version) for name, version in pairs}
 
 
 def missing_packages(present: dict[str, Version]) -> dict[str, str]:
@@ -77,7 +77,7 @@ def missing_packages(present: dict[str, Version]) -> dict[str, str]:
     waiting = [Requirement(name) for name in ("kd_d2", DETECTRON2, *ALSO)]
     while waiting:
         requirement = waiting.pop()
-        name = _normalised(requirement.name)
+        name = _normalized(requirement.name)
         is_new = name not in specifiers
         specifiers[name] = specifiers.get(name, SpecifierSet()) & requirement.specifier
         if is_new and name not in OF_THE_MACHINE:
@@ -119,7 +119,7 @@ def _run(command: list, wanted: list[str]) -> None:
         sys.exit(f"pip found no wheels of {', '.join(wanted)}: see its messages above.")
 
 
-def _normalised(name: str) -> str:
+def _normalized(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 

@@ -2,7 +2,7 @@
 # What the environment is made of:
 #
 #   tools/supply.sh lock       requirements/lock*.txt: every version of requirements/ with the hashes of its files
-#   tools/supply.sh licenses   docs/licenses.md: the licences of the packages in .venv
+#   tools/supply.sh licenses   docs/licenses.md: the licenses of the packages in .venv
 #   tools/supply.sh sbom       output/sbom.json: the packages in .venv as CycloneDX
 #
 # The tools lie in an environment of their own, output/supply.
@@ -34,9 +34,9 @@ lock)
     ;;
 licenses)
     {
-        echo "# Licences of the packages"
+        echo "# Licenses of the packages"
         echo
-        echo "The packages of \`make setup\` with their versions and licences, as their authors state them, on Linux. \`make licenses\` writes this page anew."
+        echo "The packages of \`make setup\` with their versions and licenses, as their authors state them, on Linux. \`make licenses\` writes this page anew."
         echo
         mapfile -t names < <(sed -nE 's/^([A-Za-z0-9_.-]+)==.*/\1/p' requirements/lock.txt)
         $tools/bin/pip-licenses --python .venv/bin/python --format markdown --order name --packages "${names[@]}"

@@ -111,7 +111,7 @@ class DetectorAdapter:
         raise NotImplementedError
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
-        """Normalise as the detector does; pad to `size_divisibility`."""
+        """Normalize as the detector does; pad to `size_divisibility`."""
         model = self.model
         images = [move_device_like(x["image"], model.pixel_mean) for x in batched_inputs]
         return ImageList.from_tensors(

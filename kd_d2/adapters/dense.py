@@ -169,7 +169,7 @@ class RetinaNetAdapter(AnchorDetectorAdapter):
 
 @DETECTOR_ADAPTER_REGISTRY.register()
 class FCOSAdapter(AnchorDetectorAdapter):
-    """FCOS: points, as anchors of one stride's side, and centreness."""
+    """FCOS: points, as anchors of one stride's side, and centerness."""
 
     model_class = FCOS
     composes = (*AnchorDetectorAdapter.composes, "label_anchors")
@@ -206,7 +206,7 @@ class SingleAnchorAdapter(AnchorDetectorAdapter):
 
 @DETECTOR_ADAPTER_REGISTRY.register()
 class ATSSAdapter(SingleAnchorAdapter):
-    """ATSS, which has a centreness."""
+    """ATSS, which has a centerness."""
 
     model_class = ATSS
     provides = AnchorDetectorAdapter.provides | {"quality"}

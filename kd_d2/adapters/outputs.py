@@ -26,7 +26,7 @@ class DensePredictions:
         logits: class logits (B, HWA, K).
         box_regression: box regression as the head gives it (B, HWA, D); D is 4, or more where sides are distributions.
         anchors: the anchors of a level, or its points as boxes of no area, HWA of them.
-        quality: centreness or joint-score logits (B, HWA, 1), or None where the detector has none.
+        quality: centerness or joint-score logits (B, HWA, 1), or None where the detector has none.
         decode: (box_regression (..., N, D), their N anchors) -> boxes in input pixels (..., N, 4).
         assign: () -> label assignment (B, R), see `assignment`.
     """
@@ -128,7 +128,7 @@ class DetectorOutputs:
     """One forward pass of a detector, as far as it was asked for.
 
     Attributes:
-        images: the normalised and padded input.
+        images: the normalized and padded input.
         features: neck outputs (B, C, H, W) keyed by stride.
         losses: the detector's own losses; empty where no targets were given.
         anchors: by stride, of a dense head or of an R-CNN's RPN; None where there are none or nobody asked.

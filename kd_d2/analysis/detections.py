@@ -40,7 +40,7 @@ class DetectionAnalysis(Analysis):
 
     The first two models are compared: an object is gained where the second finds it and the first does not (a detection of its class
     above the score, IoU at least 0.5), and lost the other way round. Half of the images are those with the most gained
-    objects, half those with the most lost. Each gets a picture: the objects, gained ones green, lost ones red, others grey;
+    objects, half those with the most lost. Each gets a picture: the objects, gained ones green, lost ones red, others gray;
     then the detections of every model, for example of a teacher that is the third. differences.json counts all images.
     """
 

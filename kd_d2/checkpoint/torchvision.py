@@ -46,7 +46,7 @@ class TorchvisionFormat:
 
     Attributes:
         architecture: what users call it.
-        names: some of its tensors, by which a file is recognised.
+        names: some of its tensors, by which a file is recognized.
         first: what its first tensor is called in our bottom-up network.
         rename: (weights, prefix) -> weights under our names.
     """

@@ -75,7 +75,7 @@ class SolverKeys(Keys):
     ] = 0.0
     gradient_accumulation_steps: Annotated[
         int,
-        "Parts into which a process divides its images of a batch, one forward and backward pass each, before the optimiser's step.",
+        "Parts into which a process divides its images of a batch, one forward and backward pass each, before the optimizer's step.",
     ] = 1
     channels_last: Annotated[
         bool | None,

@@ -32,7 +32,7 @@ Weight = Annotated[float, AtLeast(0), "What the method's losses are multiplied b
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """An optimiser beside the student's.
+    """An optimizer beside the student's.
 
     Attributes:
         name: for the log ("lr_<name>") and the checkpoint.
@@ -49,7 +49,7 @@ class OptimizerSettings:
 
 @dataclass
 class ParamGroup:
-    """Parameters of a distiller and who optimises them: None is the student's own optimiser."""
+    """Parameters of a distiller and who optimizes them: None is the student's own optimizer."""
 
     params: list[nn.Parameter]
     optimizer: OptimizerSettings | None = None
@@ -171,7 +171,7 @@ class Distiller(nn.Module):
         return maps
 
     def param_groups(self, cfg: CfgNode) -> list[ParamGroup]:
-        """Which optimiser trains which of the distiller's own parameters."""
+        """Which optimizer trains which of the distiller's own parameters."""
         return [ParamGroup(list(self.parameters()))]
 
     def idle_losses(self, like: Tensor) -> Losses:

@@ -38,7 +38,7 @@ class CrossKD(Distiller):
     - boxes: sum over these anchors, each times the teacher's largest class probability. Of distributions the divergence summed over
       bins, mean over sides, over the sum of the weights; else GIoU loss of decoded boxes, of detectors that predict at points
       -log(IoU), over the positives;
-    - centreness: BCE with the teacher's, mean over the positives.
+    - centerness: BCE with the teacher's, mean over the positives.
 
     What the boxes are is the teacher's: its head makes them. Positives are those of the student's label assignment.
     """
@@ -64,7 +64,7 @@ class CrossKD(Distiller):
         centerness_weight: Annotated[
             float | None,
             AtLeast(0),
-            "Weight of the loss of centreness; None is 1 where there is a centreness, but at points 0.",
+            "Weight of the loss of centerness; None is 1 where there is a centerness, but at points 0.",
         ] = None
 
     def __init__(self, config: Config, pair: Pair):
@@ -73,7 +73,7 @@ class CrossKD(Distiller):
         has_centerness, at_points = "quality" in teacher.provides, "points" in teacher.provides
         if config.centerness_weight and not has_centerness:
             raise UserError(
-                f"MODEL.KD.CROSSKD.CENTERNESS_WEIGHT is {config.centerness_weight}, but the teacher ({teacher.name}) has no centreness."
+                f"MODEL.KD.CROSSKD.CENTERNESS_WEIGHT is {config.centerness_weight}, but the teacher ({teacher.name}) has no centerness."
             )
         self.box_loss = "distributions" if teacher.num_bins else "iou" if at_points else "giou"
         published = (

@@ -50,7 +50,7 @@ class IMA(Distiller):
             "What counts as an instance: a sample of the batch, or a ground-truth box (RoIAlign).",
         ] = "sample"
         box_resolution: Annotated[int, AtLeast(1), "Side of a box's features."] = 7
-        standardize: Annotated[Literal["both", "student", "none"], "Whose features are standardised."] = "both"
+        standardize: Annotated[Literal["both", "student", "none"], "Whose features are standardized."] = "both"
         deflate: Annotated[
             bool, "Whether the student's features are multiplied by their agreement with the teacher's (gamma)."
         ] = True

@@ -30,14 +30,14 @@ LOWEST_VALUABLE = 0.25
 
 @DISTILLER_REGISTRY.register()
 class LD(Distiller):
-    """Localisation distillation (Zheng et al. 2022) between detectors whose box sides are distributions, as GFL's.
+    """Localization distillation (Zheng et al. 2022) between detectors whose box sides are distributions, as GFL's.
 
     For a region of anchors, with weights q, and every side of their boxes:
 
         L = sum of q * TEMPERATURE^2 * (mean over bins of KL(p_T || p_S)) / (4 * sum of q of all ranks)
 
     The main region is the positives of the student's label assignment, q its largest class probability there. Optional are the
-    valuable localisation region, near the boxes but not positive, with the overlap as q, see `valuable_region`; and at the positives
+    valuable localization region, near the boxes but not positive, with the overlap as q, see `valuable_region`; and at the positives
     the divergence of the softmax over class logits, mean over classes and positives.
     """
 
@@ -52,7 +52,7 @@ class LD(Distiller):
         ] = 10.0
         main_weight: Annotated[float, AtLeast(0), "Weight of the main region."] = 0.25
         valuable_weight: Annotated[
-            float, AtLeast(0), "Weight of the valuable localisation region (authors: 0.25); 0 leaves it out."
+            float, AtLeast(0), "Weight of the valuable localization region (authors: 0.25); 0 leaves it out."
         ] = 0.0
         class_weight: Annotated[
             float, AtLeast(0), "Weight of the class logits at positives (authors: 10); 0 leaves them out."
@@ -105,7 +105,7 @@ class LD(Distiller):
 
 @torch.no_grad()
 def valuable_region(anchors: list[Boxes], gt_boxes: Boxes, candidates: int = 9) -> Tensor:
-    """The valuable localisation region (Zheng et al. 2022, algorithm 1): anchors with 0.25 * t <= DIoU with a box < t.
+    """The valuable localization region (Zheng et al. 2022, algorithm 1): anchors with 0.25 * t <= DIoU with a box < t.
 
     t is the box's threshold in ATSS, see `adaptive_thresholds`.
 
@@ -126,7 +126,7 @@ def valuable_region(anchors: list[Boxes], gt_boxes: Boxes, candidates: int = 9) 
 
 
 def center_penalty(boxes: Boxes, others: Boxes) -> Tensor:
-    """What DIoU takes off IoU, (N, R): squared distance of the centres over squared diagonal of the box around both."""
+    """What DIoU takes off IoU, (N, R): squared distance of the centers over squared diagonal of the box around both."""
     offset_NR2 = boxes.get_centers()[:, None] - others.get_centers()
     low_NR2 = torch.minimum(boxes.tensor[:, None, :2], others.tensor[:, :2])
     high_NR2 = torch.maximum(boxes.tensor[:, None, 2:], others.tensor[:, 2:])

@@ -36,7 +36,7 @@ def negative_positions(student: DetectorOutputs, targets: list[Instances], strid
 
 
 def inside_boxes(student: DetectorOutputs, targets: list[Instances], strides: Iterable[int]) -> list[Tensor]:
-    """Where the position's centre lies inside a ground-truth box."""
+    """Where the position's center lies inside a ground-truth box."""
     boxes_BN4 = pad_sequence([target.gt_boxes.tensor for target in targets], batch_first=True)  # padding has no inside
     x1, y1, x2, y2 = boxes_BN4.unsqueeze(-1).unbind(2)
     masks = []

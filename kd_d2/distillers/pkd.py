@@ -25,7 +25,7 @@ from .pair import Pair
 class PKD(Distiller):
     """Distillation by Pearson correlation (Cao et al. 2022), made for detectors of different families.
 
-    L = WEIGHT * sum over levels of 1/2 * mean over (B, C, H, W) of (F^_S - F^_T)^2, where F^ is standardised by channel over the whole
+    L = WEIGHT * sum over levels of 1/2 * mean over (B, C, H, W) of (F^_S - F^_T)^2, where F^ is standardized by channel over the whole
     batch, that of all ranks (see `pearson_loss`). Levels are paired by stride.
     """
 

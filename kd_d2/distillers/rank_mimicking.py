@@ -39,7 +39,7 @@ class RankMimicking(Distiller):
             "large.",
         ] = False
         joint_score: Annotated[
-            bool, "Whether candidates rank by probability times centreness, for detectors that have a centreness."
+            bool, "Whether candidates rank by probability times centerness, for detectors that have a centerness."
         ] = False
         localization: Annotated[
             bool, "Whether candidates also rank by the overlap of the predicted box with the ground truth."
@@ -66,7 +66,7 @@ class RankMimicking(Distiller):
         for whose, spec in (("student", pair.student), ("teacher", pair.teacher)):
             if config.joint_score and "quality" not in spec.provides:
                 raise UserError(
-                    f"MODEL.KD.RANK_MIMICKING.JOINT_SCORE is True, but the {whose} ({spec.name}) has no centreness."
+                    f"MODEL.KD.RANK_MIMICKING.JOINT_SCORE is True, but the {whose} ({spec.name}) has no centerness."
                 )
         if not config.localization:
             self.loss_names = self.loss_names[:1]

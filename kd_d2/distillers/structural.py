@@ -1,4 +1,4 @@
-"""StructuralKD: normalised feature maps compared by l1, l2, smooth l1 or structural similarity (de Rijk 2022)."""
+"""StructuralKD: normalized feature maps compared by l1, l2, smooth l1 or structural similarity (de Rijk 2022)."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ MAP_LOSSES: dict[str, Callable[..., Tensor]] = {
     "ms_ssim": _ms_ssim,
     "l1_ms_ssim": _l1_ms_ssim,
 }
-"""By the name in MODEL.KD.STRUCTURAL.LOSS: (keys, normalised student, teacher (B, C, H, W), weight of positions or None) -> mean loss."""
+"""By the name in MODEL.KD.STRUCTURAL.LOSS: (keys, normalized student, teacher (B, C, H, W), weight of positions or None) -> mean loss."""
 
 
 @DISTILLER_REGISTRY.register()
@@ -74,7 +74,7 @@ class StructuralKD(Distiller):
         loss: Annotated[
             str,
             OneOf(*MAP_LOSSES),
-            "Loss of two normalised maps (l); 'l1_ms_ssim' is 0.15 of l1 and 0.85 of ms_ssim.",
+            "Loss of two normalized maps (l); 'l1_ms_ssim' is 0.15 of l1 and 0.85 of ms_ssim.",
         ] = "ssim"
         window_size: Annotated[
             int, ODD, "Side of the windows of ssim in cells; smaller maps take min(this, 2 * min(H, W) - 1)."

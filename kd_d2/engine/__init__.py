@@ -1,4 +1,4 @@
-"""Training and evaluating: the trainer, its step, its optimisers, and how programs start."""
+"""Training and evaluating: the trainer, its step, its optimizers, and how programs start."""
 
 from .launch import launch
 from .setup import setup, student_config

@@ -39,7 +39,7 @@ class Checkpoints(HookBase):
     Args:
         cfg: of the training.
         checkpointer: of the first rank.
-        model: the student, whose loss normalisers each rank has.
+        model: the student, whose loss normalizers each rank has.
         stop: the signal that any rank has received.
         averaged: of the student, which is saved in its place.
 

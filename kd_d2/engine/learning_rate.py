@@ -22,7 +22,7 @@ def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
     """The config for so many processes, where SOLVER.REFERENCE_WORLD_SIZE says for how many it was written.
 
     Batch, learning rate and iterations scale as in Detectron2, and with them the iterations of the distillers: all counts whose
-    names end in _ITER or _ITERS. Learning rates of auxiliary optimisers stay: Adam's steps do not grow with the batch.
+    names end in _ITER or _ITERS. Learning rates of auxiliary optimizers stay: Adam's steps do not grow with the batch.
 
     Raises:
         UserError: the batch cannot have been written for that many processes.

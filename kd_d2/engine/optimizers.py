@@ -1,4 +1,4 @@
-"""The student's optimiser, and those that distillers ask for beside it."""
+"""The student's optimizer, and those that distillers ask for beside it."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _build_adamw(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def build_optimizers(cfg: CfgNode, model: nn.Module) -> tuple[torch.optim.Optimizer, dict[str, AuxiliaryOptimizer]]:
-    """The student's optimiser, Detectron2's SGD or AdamW, and the others by name.
+    """The student's optimizer, Detectron2's SGD or AdamW, and the others by name.
 
     Args:
         cfg: SOLVER is the student's.
@@ -87,5 +87,5 @@ def build_optimizers(cfg: CfgNode, model: nn.Module) -> tuple[torch.optim.Optimi
         group["params"] = [p for p in group["params"] if id(p) not in elsewhere]
     auxiliary = {s.name: AuxiliaryOptimizer(s, params, cfg.SOLVER.MAX_ITER) for s, params in settings.items()}
     if len(auxiliary) != len(settings):
-        raise RuntimeError(f"two optimisers of one name: {[s.name for s in settings]}")
+        raise RuntimeError(f"two optimizers of one name: {[s.name for s in settings]}")
     return optimizer, auxiliary

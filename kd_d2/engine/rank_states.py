@@ -1,4 +1,4 @@
-"""What each process of a training has of its own: random numbers, and the running loss normalisers that dense detectors keep outside
+"""What each process of a training has of its own: random numbers, and the running loss normalizers that dense detectors keep outside
 their state_dict."""
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def set_rank_state(model: nn.Module, states: list[dict[str, Any]], seed: int) ->
     """Give this process its own state again.
 
     Args:
-        states: of the processes that there were, in order of rank. A process without one takes the first's normalisers, and
+        states: of the processes that there were, in order of rank. A process without one takes the first's normalizers, and
             random numbers from `seed`.
     """
     rank = comm.get_rank()

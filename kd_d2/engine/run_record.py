@@ -28,7 +28,7 @@ STORED = (
     "SEED", "SOLVER.BASE_LR", "SOLVER.BIAS_LR_FACTOR", "SOLVER.MOMENTUM", "SOLVER.NESTEROV", "SOLVER.WEIGHT_DECAY",
     "SOLVER.WEIGHT_DECAY_NORM", "SOLVER.WEIGHT_DECAY_BIAS",
 )  # fmt: skip
-"""Keys whose values a checkpoint restores, as states of seeds and optimisers."""
+"""Keys whose values a checkpoint restores, as states of seeds and optimizers."""
 PROCESSES, ANNOTATIONS, TEACHER = "processes", "annotations of DATASETS.TRAIN", "weights of the teacher"
 
 
@@ -62,7 +62,7 @@ class RunRecord:
         """Compare with the run that wrote a checkpoint.
 
         Raises:
-            UserError: it had another optimiser.
+            UserError: it had another optimizer.
         """
         optimizer = before.get("SOLVER.OPTIMIZER", "SGD")
         if optimizer != self.optimizer:

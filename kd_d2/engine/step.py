@@ -1,4 +1,4 @@
-"""One training iteration: forward, backward, check, and the step of every optimiser."""
+"""One training iteration: forward, backward, check, and the step of every optimizer."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class NonFiniteLossError(UserError, FloatingPointError):
 
 
 class DistillationStep(SimpleTrainer):
-    """Detectron2's SimpleTrainer with several optimisers, and mixed precision on any device.
+    """Detectron2's SimpleTrainer with several optimizers, and mixed precision on any device.
 
     Args:
         model: a KDMetaArch or a plain detector, perhaps wrapped for several processes.
         optimizer: the student's.
-        auxiliary: further optimisers by name.
+        auxiliary: further optimizers by name.
         autocast: the type of mixed precision; None for float32. float16 scales its gradients.
         accumulation_steps: parts of a batch that pass one after another; losses that divide by a count divide by their
             part's, and batch norms see their part.

@@ -34,7 +34,7 @@ def prepared(path: str, metadata: ExportMetadata) -> Tensor:
 
 
 def synthetic(metadata: ExportMetadata, count: int = 4) -> list[Tensor]:
-    """Noise of several sizes; the last one is grey all over."""
+    """Noise of several sizes; the last one is gray all over."""
     random = np.random.RandomState(0)
     images = []
     for number in range(count):

@@ -16,7 +16,7 @@ ATTENTION_EPS = 1e-6
 
 
 def icd_distill_loss(student_value: Tensor, teacher_value: Tensor, attention_logits: Tensor, is_real: Tensor) -> Tensor:
-    """Distance of normalised values, weighted by the attention of the real instances, without lambda.
+    """Distance of normalized values, weighted by the attention of the real instances, without lambda.
 
     mean over b, m of sum_l w * mean_d (LN(V_S) - LN(V_T))^2 / sum_l w, with w = sum over real q of softmax_l(logits).
     An image without real instances gives 0. Gradients go to `student_value` alone. Computed in float32 or better.
@@ -51,10 +51,10 @@ def attended_value_loss(
 
 
 class _AttendedValueLoss(torch.autograd.Function):
-    """With s, t the centred values of a position and head, r_s, r_t their reciprocal deviations, <.,.> the mean over D:
+    """With s, t the centered values of a position and head, r_s, r_t their reciprocal deviations, <.,.> the mean over D:
 
     |LN(V_S) - LN(V_T)|^2 / D = r_s^2 <s,s> + r_t^2 <t,t> - 2 r_s r_t <s,t>, and its gradient in V_S is
-    2 / D * r_s * ((1 - r_s^2 <s,s> + r_s r_t <s,t>) r_s s - r_t t): no normalised tensor is needed.
+    2 / D * r_s * ((1 - r_s^2 <s,s> + r_s r_t <s,t>) r_s s - r_t t): no normalized tensor is needed.
     """
 
     @staticmethod

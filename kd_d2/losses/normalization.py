@@ -18,7 +18,7 @@ def min_max_normalize(
         eps: the smallest range that is divided by, so that constant maps give zeros and finite gradients.
 
     Returns:
-        The normalised student and teacher.
+        The normalized student and teacher.
 
     Raises:
         ValueError: an unknown scope.

@@ -15,7 +15,7 @@ SQUARE_EPS = 1e-24
 
 
 def pearson_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Scalar: half the mean squared difference of maps that are standardised by channel (Cao et al. 2022).
+    """Scalar: half the mean squared difference of maps that are standardized by channel (Cao et al. 2022).
 
     1/2 * mean over (B, C, H, W) of (F^_S - F^_T)^2, where F^ = (F - mean) / (deviation + 1e-6) with mean and unbiased deviation over
     (B, H, W). But for the 1e-6 it is (n - 1) / n * (1 - r), with n = BHW and r the mean over channels of Pearson's correlation. Gradients

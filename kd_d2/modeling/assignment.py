@@ -99,8 +99,8 @@ def assign_by_iou(overlap_NR: Tensor, matcher: Matcher) -> Tensor:
 def assign_adaptively(anchors: list[Boxes], gt_boxes: Boxes, topk: int = 9) -> Tensor:
     """Adaptive training sample selection (Zhang et al. 2020, algorithm 1).
 
-    The candidates of an instance are, of each level, the `topk` anchors whose centres are nearest to its own. Positive are
-    those whose overlap with it is at least mean + standard deviation of the candidates' overlaps, and whose centre lies
+    The candidates of an instance are, of each level, the `topk` anchors whose centers are nearest to its own. Positive are
+    those whose overlap with it is at least mean + standard deviation of the candidates' overlaps, and whose center lies
     inside it. An anchor that is positive for several takes the one it overlaps most.
 
     Args:

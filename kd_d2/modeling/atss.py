@@ -38,14 +38,14 @@ class ATSSHead(FCOSHead):
         self.scales = nn.Parameter(torch.ones(self._num_features))
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Levels (B, C, H, W) to logits (B, K, H, W), box deltas (B, 4, H, W) and centreness (B, 1, H, W) by level."""
+        """Levels (B, C, H, W) to logits (B, K, H, W), box deltas (B, 4, H, W) and centerness (B, 1, H, W) by level."""
         logits, deltas, centerness = super().forward(features)
         return logits, [level * scale for level, scale in zip(deltas, self.scales, strict=True)], centerness
 
 
 @META_ARCH_REGISTRY.register()
 class ATSS(AdaptiveDetector):
-    """Anchors as RetinaNet, one a position; assignment by the statistics of each instance; focal, GIoU and centreness loss."""
+    """Anchors as RetinaNet, one a position; assignment by the statistics of each instance; focal, GIoU and centerness loss."""
 
     @configurable
     def __init__(
@@ -70,7 +70,7 @@ class ATSS(AdaptiveDetector):
     def losses(
         self, anchors: list[Boxes], predictions: list[list[Tensor]], assignment_BR: Tensor, targets: list[Instances]
     ) -> dict[str, Tensor]:
-        """Focal loss of all anchors; GIoU loss of the positives, weighted by their centreness; centreness of the positives."""
+        """Focal loss of all anchors; GIoU loss of the positives, weighted by their centerness; centerness of the positives."""
         logits, deltas, centerness = predictions
         positives = Positives.of(assignment_BR)
         class_P, box_P4 = positives.ground_truth(targets)
@@ -91,13 +91,13 @@ class ATSS(AdaptiveDetector):
         }
 
     def scores(self, predictions: list[list[Tensor]]) -> list[Tensor]:
-        """sqrt(class probability * centreness), as FCOS's."""
+        """sqrt(class probability * centerness), as FCOS's."""
         logits, _, centerness = predictions
         return [(x.sigmoid() * y.sigmoid()).sqrt() for x, y in zip(logits, centerness, strict=True)]
 
 
 def centerness_of(anchor_P4: Tensor, box_P4: Tensor) -> Tensor:
-    """Centreness (P,) of the anchors' centres in their boxes (Tian et al. 2019, equation 3): 1 at the middle, 0 at a side."""
+    """Centerness (P,) of the anchors' centers in their boxes (Tian et al. 2019, equation 3): 1 at the middle, 0 at a side."""
     center_P2 = (anchor_P4[:, :2] + anchor_P4[:, 2:]) / 2
     before, behind = center_P2 - box_P4[:, :2], box_P4[:, 2:] - center_P2
     return (torch.minimum(before, behind) / torch.maximum(before, behind)).prod(1).sqrt()

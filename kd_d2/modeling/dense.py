@@ -32,7 +32,7 @@ class DenseKeys(Keys):
         default_factory=lambda: ["p3", "p4", "p5", "p6", "p7"]
     )
     num_convs: Annotated[int, AtLeast(1), "Convolutions of each of the head's two towers."] = 4
-    norm: Annotated[str | None, "Normalisation of the head's towers, '' for none."] = "GN"
+    norm: Annotated[str | None, "Normalization of the head's towers, '' for none."] = "GN"
     prior_prob: Annotated[float, Above(0), Below(1), "Probability that every class starts at."] = 0.01
     score_thresh_test: Annotated[float, "Smallest score of a detection."] = 0.05
     topk_candidates_test: Annotated[int, AtLeast(1), "Boxes of a level that enter the NMS."] = 1000

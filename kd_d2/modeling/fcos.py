@@ -19,7 +19,7 @@ from .dense import DenseKeys, FocalAlpha, FocalGamma, dense_arguments
 @dataclass(frozen=True)
 class FCOSKeys(DenseKeys):
     center_sampling_radius: Annotated[
-        float, Above(0), "Strides from the centre of a box within which a point is positive."
+        float, Above(0), "Strides from the center of a box within which a point is positive."
     ] = 1.5
     focal_loss_alpha: FocalAlpha = 0.25
     focal_loss_gamma: FocalGamma = 2.0

@@ -34,7 +34,7 @@ MIN_IOU = 1e-6
 
 @dataclass(frozen=True)
 class FSAFKeys(DenseKeys):
-    norm: Annotated[str | None, "Normalisation of the head's towers, '' for none."] = ""
+    norm: Annotated[str | None, "Normalization of the head's towers, '' for none."] = ""
     nms_thresh_test: Annotated[float, "Overlap of the NMS."] = 0.5
     effective_scale: Annotated[
         float, Above(0), "Part of a box's sides that is its middle, whose positions are to predict it."
@@ -152,13 +152,13 @@ class FSAF(SingleAnchorDetector):
 
 
 def covers_cell(cells: Boxes, gt_boxes: Boxes, scale: float) -> Tensor:
-    """(N, R) whether a box, its sides times `scale` around its centre, covers enough of a position's cell."""
+    """(N, R) whether a box, its sides times `scale` around its center, covers enough of a position's cell."""
     center, half = gt_boxes.get_centers(), (gt_boxes.tensor[:, 2:] - gt_boxes.tensor[:, :2]) * (scale / 2)
     return pairwise_ioa(Boxes(torch.cat([center - half, center + half], 1)), cells) > MIN_CELL_SHARE
 
 
 def in_middle(cells: Boxes, gt_boxes: Boxes, scale: float) -> Tensor:
-    """(N, R) whether a position is in the middle of a box: `covers_cell`, and its centre is inside the box."""
+    """(N, R) whether a position is in the middle of a box: `covers_cell`, and its center is inside the box."""
     x, y = cells.get_centers().unbind(1)
     x1, y1, x2, y2 = gt_boxes.tensor[:, :, None].unbind(1)
     return covers_cell(cells, gt_boxes, scale) & (x > x1) & (x < x2) & (y > y1) & (y < y2)

@@ -1,4 +1,4 @@
-"""GFL: generalised focal loss (Li et al. 2020).
+"""GFL: generalized focal loss (Li et al. 2020).
 
 Shape suffixes: B images, K classes, R anchors of an image over all levels, P positives of all images, D distances that a
 side's distribution is over.
@@ -59,7 +59,7 @@ class GFLHead(RetinaNetHead):
 
 
 class DistributionTransform:
-    """Boxes whose sides are distributions over distances from the anchor's centre.
+    """Boxes whose sides are distributions over distances from the anchor's center.
 
     Args:
         anchor_scale: side of the anchors in strides; the distances are in strides.
@@ -71,7 +71,7 @@ class DistributionTransform:
         self.reg_max = reg_max
 
     def get_distances(self, anchors: Tensor, boxes: Tensor) -> Tensor:
-        """(P, 4) distances of a box's left, top, right and bottom side from its anchor's centre, in strides."""
+        """(P, 4) distances of a box's left, top, right and bottom side from its anchor's center, in strides."""
         center = (anchors[:, :2] + anchors[:, 2:]) / 2
         return torch.cat([center - boxes[:, :2], boxes[:, 2:] - center], 1) / self._stride(anchors)
 

@@ -28,7 +28,7 @@ class MobileNetV2Keys(Keys):
     width_mult: Annotated[
         float, Above(0), AtMost(2), "Channels, as a part of the full network's: 0.5 is the half-width form."
     ] = 1.0
-    norm: Annotated[str | None, "Normalisation: 'BN', 'SyncBN' or 'FrozenBN'."] = "BN"
+    norm: Annotated[str | None, "Normalization: 'BN', 'SyncBN' or 'FrozenBN'."] = "BN"
 
 
 class MobileNetV2(Backbone):

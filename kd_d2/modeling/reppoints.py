@@ -41,7 +41,7 @@ ODD_SQUARE = Condition(
 @dataclass(frozen=True)
 class RepPointsKeys(DenseKeys):
     num_convs: Annotated[int, AtLeast(1), "Convolutions of each of the head's two towers."] = 3
-    norm: Annotated[str | None, "Normalisation of the head's towers, '' for none."] = ""
+    norm: Annotated[str | None, "Normalization of the head's towers, '' for none."] = ""
     nms_thresh_test: Annotated[float, "Overlap of the NMS."] = 0.5
     num_points: Annotated[int, ODD_SQUARE, "Points of a set."] = 9
     gradient_share: Annotated[
@@ -145,7 +145,7 @@ class PointTransform:
         self.moment_transfer = moment_transfer
 
     def apply_deltas(self, points: Tensor, anchors: Tensor) -> Tensor:
-        """Boxes (P, 4) of point sets (P, 2 * points) around the centres of anchors (P, 4)."""
+        """Boxes (P, 4) of point sets (P, 2 * points) around the centers of anchors (P, 4)."""
         point_Pn2 = torch.stack([points[..., 1::2], points[..., 0::2]], -1)  # x before y
         mean = point_Pn2.mean(-2)
         variance = (point_Pn2 - mean[..., None, :]).square().sum(-2) / (point_Pn2.shape[-2] - 1)
@@ -249,7 +249,7 @@ class RepPoints(SingleAnchorDetector):
 
 @torch.no_grad()
 def assign_nearest(anchors: list[Boxes], gt_boxes: Boxes) -> Tensor:
-    """Each instance to the position nearest to its centre, on the level whose anchors are nearest below it in size.
+    """Each instance to the position nearest to its center, on the level whose anchors are nearest below it in size.
 
     Distances are in parts of the instance's width and height. A position that is the nearest of several takes the nearest.
 

@@ -32,13 +32,13 @@ class SlimResNetKeys(Keys):
         "Basic blocks in res2, res3, res4 and res5: (1, 1, 1, 1) is ResNet-10, (2, 2, 2, 2) ResNet-18.",
     ] = (1, 1, 1, 1)
     widths: Annotated[
-        tuple[int, int, int, int], AtLeast(1), "Channels of the four stages; neighbouring ones must differ."
+        tuple[int, int, int, int], AtLeast(1), "Channels of the four stages; neighboring ones must differ."
     ] = (64, 128, 256, 512)
 
     def check(self, name: str) -> None:
         if any(a == b for a, b in pairwise(self.widths)):
             raise UserError(
-                f"{name}.WIDTHS is {self.widths}; neighbouring stages must differ, since Detectron2's basic block can halve the map only "
+                f"{name}.WIDTHS is {self.widths}; neighboring stages must differ, since Detectron2's basic block can halve the map only "
                 "where the width changes."
             )
 

@@ -74,6 +74,6 @@ def plot_curves(curves: dict[str, Curves], path: str) -> None:
 
 
 def look(index: int, count: int) -> dict[str, Any]:
-    """Colour and dashes of one of so many lines: where the colours end they begin again with other dashes."""
+    """Color and dashes of one of so many lines: where the colors end they begin again with other dashes."""
     colors = matplotlib.colormaps["tab10" if count <= 10 else "tab20"].colors
     return {"color": colors[index % len(colors)], "linestyle": DASHES[index // len(colors) % len(DASHES)]}

@@ -1,6 +1,6 @@
 """Drawing of the synthetic set's images: textured shapes of eight classes over each other on cluttered backgrounds.
 
-Colour and rotation say nothing about the class; a checkerboard is told from a square by its texture alone, while the
+Color and rotation say nothing about the class; a checkerboard is told from a square by its texture alone, while the
 other shapes may carry the same checks. No object is drawn with less than MIN_VISIBLE of its area in sight.
 """
 
@@ -39,7 +39,7 @@ class Style:
         rotations: of an object, smallest and largest, in radians; at -pi / 2 stars and triangles point up.
         min_visible: part of each object's area, including what lies outside the image, that stays visible.
         textures: drawn from for every object but checkerboards.
-        contrast: smallest distance of an object's colour from what it covers, of channels 0..255.
+        contrast: smallest distance of an object's color from what it covers, of channels 0..255.
         hue_of_class: whether each class has a hue of its own, on pale backgrounds.
         clutter, lines: largest number of fragments and of lines under the objects.
         degrade: whether blur, contrast and noise vary.
@@ -157,7 +157,7 @@ class Shape:
 
     outline: Outline
     linear: np.ndarray
-    centre: np.ndarray
+    center: np.ndarray
 
     @property
     def area(self) -> float:
@@ -166,13 +166,13 @@ class Shape:
         return outer - sum(holes)
 
     def shifted(self, offset: np.ndarray) -> Shape:
-        return Shape([polygon + offset for polygon in self.outline], self.linear, self.centre + offset)
+        return Shape([polygon + offset for polygon in self.outline], self.linear, self.center + offset)
 
     def own_coordinates(self, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
         """Where each pixel lies in the shape's own frame, for textures that turn and stretch with it."""
         inverse = np.linalg.inv(self.linear).astype(np.float32)
-        x = np.arange(width, dtype=np.float32)[None, :] + np.float32(0.5 - self.centre[0])
-        y = np.arange(height, dtype=np.float32)[:, None] + np.float32(0.5 - self.centre[1])
+        x = np.arange(width, dtype=np.float32)[None, :] + np.float32(0.5 - self.center[0])
+        y = np.arange(height, dtype=np.float32)[:, None] + np.float32(0.5 - self.center[1])
         return inverse[0, 0] * x + inverse[0, 1] * y, inverse[1, 0] * x + inverse[1, 1] * y
 
 
@@ -180,7 +180,7 @@ def _pose(
     rng: np.random.Generator,
     outline: Outline,
     size: float,
-    centre: np.ndarray,
+    center: np.ndarray,
     rotations: tuple[float, float] = (0.0, 2 * math.pi),
 ) -> Shape:
     """The outline stretched, rotated at random between `rotations` and scaled to a longer box side of size px."""
@@ -189,7 +189,7 @@ def _pose(
     rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     linear = rotation @ np.diag([stretch, 1 / stretch])
     linear *= size / np.ptp(outline[0] @ linear.T, axis=0).max()
-    return Shape([polygon @ linear.T + centre for polygon in outline], linear, centre)
+    return Shape([polygon @ linear.T + center for polygon in outline], linear, center)
 
 
 def rasterize(outline: Outline, height: int, width: int) -> np.ndarray:
@@ -201,28 +201,28 @@ def rasterize(outline: Outline, height: int, width: int) -> np.ndarray:
     return cv2.resize(fine, (width, height), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
 
 
-# ------------------------------------------------------------------------------------ colours and textures
+# ------------------------------------------------------------------------------------ colors and textures
 
 
-def _colour(rng: np.random.Generator) -> np.ndarray:
+def _color(rng: np.random.Generator) -> np.ndarray:
     return 255 * np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.05, 0.95), rng.uniform(0.15, 1.0)))
 
 
-def _colour_apart(rng: np.random.Generator, reference: np.ndarray, distance: float) -> np.ndarray:
-    """A random colour at least `distance` (Euclidean, of 0..255 channels) from the reference."""
+def _color_apart(rng: np.random.Generator, reference: np.ndarray, distance: float) -> np.ndarray:
+    """A random color at least `distance` (Euclidean, of 0..255 channels) from the reference."""
     while True:
-        colour = _colour(rng)
-        if np.linalg.norm(colour - reference) >= distance:
-            return colour
+        color = _color(rng)
+        if np.linalg.norm(color - reference) >= distance:
+            return color
 
 
-def _colour_of_class(rng: np.random.Generator, category: int, reference: np.ndarray, distance: float) -> np.ndarray:
-    """A strong colour of the class's hue, apart from the reference as far as one is found."""
+def _color_of_class(rng: np.random.Generator, category: int, reference: np.ndarray, distance: float) -> np.ndarray:
+    """A strong color of the class's hue, apart from the reference as far as one is found."""
     while True:
         hue = (category / len(CLASSES) + rng.normal(0, 0.015)) % 1
-        colour = 255 * np.array(colorsys.hsv_to_rgb(hue, rng.uniform(0.7, 1.0), rng.uniform(0.45, 0.95)))
-        if np.linalg.norm(colour - reference) >= distance:
-            return colour
+        color = 255 * np.array(colorsys.hsv_to_rgb(hue, rng.uniform(0.7, 1.0), rng.uniform(0.45, 0.95)))
+        if np.linalg.norm(color - reference) >= distance:
+            return color
         distance *= 0.9
 
 
@@ -247,7 +247,7 @@ def _checks(u: np.ndarray, v: np.ndarray, cells: int) -> np.ndarray:
 
 
 def _texture(rng: np.random.Generator, kind: str, shape: Shape, height: int, width: int) -> np.ndarray:
-    """How much of the second of two colours each pixel takes, float32 [height, width] in 0..1."""
+    """How much of the second of two colors each pixel takes, float32 [height, width] in 0..1."""
     if kind == "plain":
         return np.full((height, width), rng.uniform(0, 0.3), np.float32)
     if kind == "noise":
@@ -316,7 +316,7 @@ class Scene:
         texture: str,
         category: int | None = None,
     ) -> None:
-        """Draw a shape over the canvas in two colours that stand out from what it covers.
+        """Draw a shape over the canvas in two colors that stand out from what it covers.
 
         Args:
             category: the object's class, None for what is no object.
@@ -327,11 +327,11 @@ class Scene:
         canvas, coverage = self.canvas[window], coverage[window]
         covered = np.array(cv2.mean(canvas, (coverage > 0.5).astype(np.uint8))[:3])
         if self.style.hue_of_class and category is not None:
-            first = _colour_of_class(rng, category, covered, self.style.contrast)
+            first = _color_of_class(rng, category, covered, self.style.contrast)
             second = 0.3 * first
         else:
-            first = _colour_apart(rng, covered, self.style.contrast)
-            second = _colour_apart(rng, first, 110)
+            first = _color_apart(rng, covered, self.style.contrast)
+            second = _color_apart(rng, first, 110)
         ink = _ink(rng, (first, second), shape.shifted(np.array([-left, -top])), coverage, texture)
         if rng.random() < 0.3:
             canvas *= _shade_under(rng, coverage)[..., None]
@@ -339,11 +339,11 @@ class Scene:
 
 
 def _ink(
-    rng: np.random.Generator, colours: tuple[np.ndarray, np.ndarray], shape: Shape, coverage: np.ndarray, texture: str
+    rng: np.random.Generator, colors: tuple[np.ndarray, np.ndarray], shape: Shape, coverage: np.ndarray, texture: str
 ) -> np.ndarray:
-    """The colour that a shape would have at each pixel of a canvas."""
+    """The color that a shape would have at each pixel of a canvas."""
     height, width = coverage.shape
-    first, second = colours
+    first, second = colors
     mix = _texture(rng, texture, shape, height, width)[..., None]
     mix *= np.float32(1 if texture == "checks" else rng.uniform(0.1, 0.4))
     ink = (1 - mix) * first.astype(np.float32) + mix * second.astype(np.float32)
@@ -366,9 +366,9 @@ def _shade_under(rng: np.random.Generator, coverage: np.ndarray) -> np.ndarray:
 
 def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     frame = Shape([], np.diag([width / 2, height / 2]), np.array([width / 2, height / 2]))
-    ground = _colour(rng)
-    colours = [ground] + [np.clip(ground + rng.normal(0, 30, size=3), 0, 255) for _ in range(3)]
-    first, second, third, fourth = (colour.astype(np.float32) for colour in colours)
+    ground = _color(rng)
+    colors = [ground] + [np.clip(ground + rng.normal(0, 30, size=3), 0, 255) for _ in range(3)]
+    first, second, third, fourth = (color.astype(np.float32) for color in colors)
     ramp = _texture(rng, "gradient", frame, height, width)[..., None]
     canvas = (1 - ramp) * first + ramp * second
     clouds = _smooth_noise(rng, height, width, rng.uniform(0.2, 0.6) * height)[..., None]
@@ -388,9 +388,9 @@ def _draw_lines(rng: np.random.Generator, canvas: np.ndarray, count: int) -> np.
         ends = rng.uniform(-0.1, 1.1, size=(3, 2)) * [width, height]
         t = np.linspace(0, 1, 12)[:, None]
         curve = (1 - t) ** 2 * ends[0] + 2 * t * (1 - t) * ends[1] + t**2 * ends[2]
-        colour = tuple(float(channel) for channel in _colour(rng))
+        color = tuple(float(channel) for channel in _color(rng))
         points = np.round(curve).astype(np.int32)
-        cv2.polylines(lined, [points], False, colour, int(rng.integers(1, 3)), cv2.LINE_AA)
+        cv2.polylines(lined, [points], False, color, int(rng.integers(1, 3)), cv2.LINE_AA)
     return canvas + np.float32(rng.uniform(0.4, 0.9)) * (lined - canvas)
 
 
@@ -417,11 +417,11 @@ def _add_object(rng: np.random.Generator, scene: Scene) -> None:
     extent = np.array([scene.width, scene.height])
     for _ in range(_PLACEMENT_TRIALS):
         size = _log_uniform(rng, *scene.style.object_sizes) * extent.max()
-        centre = rng.uniform(0.02, 0.98, size=2) * extent
+        center = rng.uniform(0.02, 0.98, size=2) * extent
         if scene.visible and rng.random() < 0.15:  # seek an overlap
             x, y, w, h = visible_box(scene.visible[rng.integers(len(scene.visible))])
-            centre = np.array([x + w / 2, y + h / 2]) + rng.uniform(-0.7, 0.7, size=2) * (w, h)
-        shape = _pose(rng, outline, size, centre, scene.style.rotations)
+            center = np.array([x + w / 2, y + h / 2]) + rng.uniform(-0.7, 0.7, size=2) * (w, h)
+        shape = _pose(rng, outline, size, center, scene.style.rotations)
         coverage = rasterize(shape.outline, scene.height, scene.width)
         if scene.place(category, shape, coverage):
             scene.paint(rng, shape, coverage, _texture_of(rng, name, scene.style.textures), category)

@@ -53,7 +53,7 @@ class ICD(Distiller):
         jitter: Annotated[
             float,
             AtLeast(0),
-            "The encoded centre of an instance is moved by U(-JITTER, JITTER) of its width and height (a).",
+            "The encoded center of an instance is moved by U(-JITTER, JITTER) of its width and height (a).",
         ] = 0.3
         fakes_per_instance: Annotated[
             float, AtLeast(0), "Fake instances for each real one; an image without instances gets one."
@@ -66,7 +66,7 @@ class ICD(Distiller):
             "a 90th of SOLVER.MAX_ITER and at most 1000, the paper's number for 90,000.",
         ] = None
         objectness_weight: Annotated[float, AtLeast(0), "Weight of the auxiliary task's identification loss."] = 1.0
-        box_weight: Annotated[float, AtLeast(0), "Weight of the auxiliary task's localisation loss."] = 1.0
+        box_weight: Annotated[float, AtLeast(0), "Weight of the auxiliary task's localization loss."] = 1.0
         lr: Annotated[
             float,
             Above(0),
@@ -197,11 +197,11 @@ def _channels(spec: DetectorSpec, strides: list[int]) -> int:
 
 @in_float32
 def auxiliary_losses(prediction_BQ5: Tensor, queries: InstanceQueries) -> tuple[Tensor, Tensor]:
-    """Identification and localisation: is the instance real, and where are the sides of its box?
+    """Identification and localization: is the instance real, and where are the sides of its box?
 
     Args:
         prediction_BQ5: objectness logit, then the logits of the distances (left, top, right, bottom) from the jittered
-            centre to the sides, in parts of the image.
+            center to the sides, in parts of the image.
 
     Returns:
         binary cross-entropy, mean over all queries but padding; L1 in parts of the box's own size, summed over the

@@ -40,7 +40,7 @@ class InstanceEncoder(nn.Module):
 
     Args:
         num_classes: K.
-        dim: of the vectors; the centre's sine embedding has as many.
+        dim: of the vectors; the center's sine embedding has as many.
     """
 
     def __init__(self, num_classes: int, dim: int):
@@ -50,7 +50,7 @@ class InstanceEncoder(nn.Module):
         self.mlp = mlp(num_classes + dim + 2 * SIZE_BINS, dim, dim)
 
     def describe(self, queries: InstanceQueries) -> Tensor:
-        """(B, Q, K + dim + 10): one-hot class, embedding of the jittered centre (x, then y), one-hot bins of width and height."""
+        """(B, Q, K + dim + 10): one-hot class, embedding of the jittered center (x, then y), one-hot bins of width and height."""
         num_waves = self.dim // 4
         x, y = (sine_waves(queries.centers[..., i], num_waves) for i in (0, 1))
         pixels = queries.boxes[..., 2:] * queries.image_sizes.flip(1)[:, None]

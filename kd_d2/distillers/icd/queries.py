@@ -24,8 +24,8 @@ class InstanceQueries:
     """Queries of a batch; in each image the real ones first, then the fakes, then padding.
 
     Attributes:
-        boxes: (B, Q, 4) centre x, y, width, height in parts of the image.
-        centers: (B, Q, 2) the jittered centres x, y in parts of the image.
+        boxes: (B, Q, 4) center x, y, width, height in parts of the image.
+        centers: (B, Q, 2) the jittered centers x, y in parts of the image.
         classes: (B, Q) int64.
         is_real: (B, Q) bool, of the ground truth.
         is_padding: (B, Q) bool, neither real nor fake.
@@ -63,7 +63,7 @@ class FakeInstances(nn.Module):
         """Draw `count` instances with torch's generator of the device.
 
         Returns:
-            boxes (N, 4) centre x, y, width, height in parts of the image, and classes (N,).
+            boxes (N, 4) center x, y, width, height in parts of the image, and classes (N,).
         """
         device = self.cumulative.device
         classes = torch.searchsorted(self.cumulative, torch.rand(count, device=device), right=True)
@@ -128,7 +128,7 @@ def build_queries(
         image_sizes: height and width of the images in pixels, without padding.
         fakes_per_instance: fakes per real instance; an image without instances gets one fake.
         max_queries: of an image, real and fake together; of more real instances a random choice is taken.
-        jitter: the centre is moved by U(-jitter, jitter) times width and height.
+        jitter: the center is moved by U(-jitter, jitter) times width and height.
     """
     device = targets[0].gt_boxes.device
     targets = [t if len(t) <= max_queries else t[torch.randperm(len(t), device=device)[:max_queries]] for t in targets]
