@@ -57,13 +57,13 @@ def names_in_training_set(cfg: CfgNode, folder: str = "") -> ClassOrder | None:
 
 
 def names_in_data(cfg: CfgNode) -> ClassOrder | None:
-    """The classes of the config's data sets as they are registered, in the model's order; None if no set is known."""
+    """The classes of the config's datasets as they are registered, in the model's order; None if no set is known."""
     own = {entry[0] for entry in cfg.DATASETS.COCO_JSON}
     names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
     for name in sorted(names, key=lambda name: name not in own):  # a built-in one may be the default that nobody chose
         classes = MetadataCatalog.get(name).get("thing_classes")
         if classes:
-            return ClassOrder(tuple(classes), f"the data set {name}")
+            return ClassOrder(tuple(classes), f"the dataset {name}")
     return None
 
 

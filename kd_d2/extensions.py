@@ -1,4 +1,4 @@
-"""Code of users that registers methods, detectors or data sets: modules, or files anywhere."""
+"""Code of users that registers methods, detectors or datasets: modules, or files anywhere."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def write_label_file(
     """Label a training set by the teacher of a distillation.
 
     Args:
-        cfg: the distillation's config. With MODEL.KD.PSEUDO_LABELS.ENABLED the data set needs no annotations.
+        cfg: the distillation's config. With MODEL.KD.PSEUDO_LABELS.ENABLED the dataset needs no annotations.
         output: the annotation file.
         dataset: one of DATASETS.TRAIN; None if there is only one.
         score_thresh: detections with a higher score become annotations; None for MODEL.KD.PSEUDO_LABELS.SCORE_THRESH.
@@ -68,14 +68,14 @@ def write_label_file(
 
 
 def choose_dataset(cfg: CfgNode, name: str | None) -> str:
-    """The given data set, by default the only one of DATASETS.TRAIN.
+    """The given dataset, by default the only one of DATASETS.TRAIN.
 
     Raises:
         UserError: it is not in DATASETS.TRAIN, or there are several to choose from.
     """
     names = cfg.DATASETS.TRAIN
     if name is None and len(names) > 1:
-        raise UserError(f"DATASETS.TRAIN has {len(names)} data sets: choose one of {', '.join(names)} by --dataset.")
+        raise UserError(f"DATASETS.TRAIN has {len(names)} datasets: choose one of {', '.join(names)} by --dataset.")
     if name is not None and name not in names:
         raise UserError(f"--dataset {name!r} is not in DATASETS.TRAIN: {', '.join(names)}.")
     return name or names[0]
@@ -93,7 +93,7 @@ def label_images(
 
     Args:
         detect: a Detectron2 detector in eval mode; its detections are in pixels of the image on disk.
-        batches: the data set's images as Detectron2's test loader gives them.
+        batches: the dataset's images as Detectron2's test loader gives them.
         num_classes: of `detect`.
         dataset: the registered name; its class names are used if it has as many classes.
         score_threshold: detections with a higher score become annotations.
@@ -122,7 +122,7 @@ def label_images(
 
 
 def overrides_to_train_on(cfg: CfgNode, name: str, labelled: list[str]) -> str:
-    """Command-line overrides of the config that replace a data set of DATASETS.TRAIN by its labelled copy.
+    """Command-line overrides of the config that replace a dataset of DATASETS.TRAIN by its labelled copy.
 
     Args:
         labelled: the copy's entry of DATASETS.COCO_JSON.

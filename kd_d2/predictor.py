@@ -27,14 +27,14 @@ from .errors import UserError
 
 @dataclass
 class Category:
-    """A class: `id` is the data set's own if it is known, else the model's index of the class."""
+    """A class: `id` is the dataset's own if it is known, else the model's index of the class."""
 
     id: int
     name: str
 
 
 def read_categories(cfg: CfgNode, num_classes: int | None) -> list[Category] | None:
-    """The model's classes: by the names in its checkpoint, with the ids of the first data set of DATASETS.TEST or TRAIN that has them.
+    """The model's classes: by the names in its checkpoint, with the ids of the first dataset of DATASETS.TEST or TRAIN that has them.
 
     A checkpoint without names takes them from the first of these sets that has as many classes.
 

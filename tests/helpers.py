@@ -197,8 +197,8 @@ class Project:
         folder: all of it.
         student, teacher: config files; the student's says KDMetaArch.
         teacher_weights: the teacher's checkpoint, with which its config does not start by itself.
-        annotations: of the one data set, which serves for training and for testing.
-        name: the data set's name, registered by whoever reads the config.
+        annotations: of the one dataset, which serves for training and for testing.
+        name: the dataset's name, registered by whoever reads the config.
     """
 
     folder: Path
@@ -313,7 +313,7 @@ def run_command(*arguments: object) -> None:
 
 @contextlib.contextmanager
 def clean_process() -> Iterator[None]:
-    """Take back what a training program leaves in its process: log handlers, registered data sets, random states."""
+    """Take back what a training program leaves in its process: log handlers, registered datasets, random states."""
     datasets, metadata = set(DatasetCatalog.list()), set(MetadataCatalog.list())
     loggers = {name: logging.getLogger(name) for name in ("detectron2", "fvcore", "kd_d2")}
     kept = {name: (log.handlers[:], log.propagate, log.level) for name, log in loggers.items()}

@@ -147,10 +147,10 @@ def test_class_counts_of_student_and_teacher(project: Project, refused) -> None:
 
 @pytest.mark.parametrize("eval_only", [False, True])
 def test_class_counts_of_data_and_model(project: Project, refused, eval_only: bool) -> None:
-    """Check data set, model and both counts, for a plain model too, in training and in evaluation."""
+    """Check dataset, model and both counts, for a plain model too, in training and in evaluation."""
     args = ["--eval-only", "MODEL.WEIGHTS", project.teacher_weights] if eval_only else plain()
     assert refused(*args, "MODEL.RETINANET.NUM_CLASSES", 4) == (
-        f"The data set {project.name} has 3 classes, but the model (RetinaNet) predicts 4: set MODEL.RETINANET.NUM_CLASSES "
+        f"The dataset {project.name} has 3 classes, but the model (RetinaNet) predicts 4: set MODEL.RETINANET.NUM_CLASSES "
         "to it."
     )
 
@@ -225,7 +225,7 @@ def test_an_annotation_file_that_is_no_json(project: Project, refused) -> None:
 
 
 def test_a_set_of_which_nothing_is_left(project: Project, refused) -> None:
-    """Check that a data set whose images are all filtered out is named before training."""
+    """Check that a dataset whose images are all filtered out is named before training."""
     project.change_annotations(lambda tree: tree.update(annotations=[]))
     assert refused("DATALOADER.FILTER_EMPTY_ANNOTATIONS", True) == (
         f"DATASETS.TRAIN {project.name} cannot be trained on: No valid data found in {project.name}."
@@ -252,16 +252,16 @@ def test_odd_boxes_are_reported_and_training_goes_on(project: Project) -> None:
 @pytest.mark.parametrize(
     ("opts", "expected"),
     [
-        (["DATASETS.TRAIN", ()], "DATASETS.TRAIN is empty: name a data set."),
+        (["DATASETS.TRAIN", ()], "DATASETS.TRAIN is empty: name a dataset."),
         (
             ["DATASETS.TRAIN", ("nothing",)],
-            "DATASETS.TRAIN names 'nothing', which is neither one of Detectron2's data sets nor an entry of DATASETS.COCO_JSON "
+            "DATASETS.TRAIN names 'nothing', which is neither one of Detectron2's datasets nor an entry of DATASETS.COCO_JSON "
             "(NAME).",
         ),
         (
             ["DATASETS.TEST", ("voc_2007_test",)],
             "DATASETS.TEST names 'voc_2007_test', whose files are not there (datasets/VOC2007); the environment variable "
-            "DETECTRON2_DATASETS names the folder that holds Detectron2's built-in data sets.",
+            "DETECTRON2_DATASETS names the folder that holds Detectron2's built-in datasets.",
         ),
         (
             ["DATASETS.COCO_JSON", "('a', 'b', 'c')"],
@@ -276,7 +276,7 @@ def test_odd_boxes_are_reported_and_training_goes_on(project: Project) -> None:
     ],
 )
 def test_data_keys(project: Project, refused, monkeypatch, opts: list, expected: str) -> None:
-    """Check the sentences for data sets that are not there and loaders that cannot be."""
+    """Check the sentences for datasets that are not there and loaders that cannot be."""
     monkeypatch.chdir(project.folder)
     assert refused(*opts) == expected.replace("NAME", project.name)
 

@@ -589,7 +589,7 @@ def test_a_name_that_is_taken(coco: Set, tmp_path: Path) -> None:
         with pytest.raises(UserError) as caught:
             register_coco_json(other.config(name))
         assert str(caught.value) == (
-            f"DATASETS.COCO_JSON: the name {name!r} belongs to another data set already; choose a new one."
+            f"DATASETS.COCO_JSON: the name {name!r} belongs to another dataset already; choose a new one."
         )
 
 

@@ -321,7 +321,7 @@ def test_two_devkits(devkit: Path) -> None:
     both.mkdir()
     devkit.rename(both / "VOC2007")
     text(both / "VOC2012/ImageSets/Main/train.txt", "000001\n")
-    assert refusal(both) == "IN: IN_FOLDER holds several data sets, VOC2007 and VOC2012: convert them one at a time."
+    assert refusal(both) == "IN: IN_FOLDER holds several datasets, VOC2007 and VOC2012: convert them one at a time."
 
 
 def voc_of(tmp_path: Path, *objects: str, **keywords: object) -> Path:
@@ -570,7 +570,7 @@ def test_names_of_the_darknet_export_of_roboflow(tmp_path: Path) -> None:
     assert boxes(train) == boxes(valid) == {"a": [("dog", [10, 12, 20, 6])]}
     text(root / "valid" / "_darknet.labels", "dog\ncat")
     assert refusal(root) == (
-        "IN: train/_darknet.labels and valid/_darknet.labels list different classes: convert the folder of one data set."
+        "IN: train/_darknet.labels and valid/_darknet.labels list different classes: convert the folder of one dataset."
     )
 
 

@@ -266,7 +266,7 @@ def test_wrong_arguments(capsys: pytest.CaptureFixture, arguments: list[str], se
     ("datasets", "sentence"),
     [
         ({"TRAIN": ["voc_2007_train"]}, "DATASETS.TRAIN names 'voc_2007_train', which is neither an entry of DATASETS.COCO_JSON nor"),
-        ({"TRAIN": [], "TEST": []}, "DATASETS.TRAIN and DATASETS.TEST are empty: name a data set."),
+        ({"TRAIN": [], "TEST": []}, "DATASETS.TRAIN and DATASETS.TEST are empty: name a dataset."),
         ({"COCO_JSON": [["x", "x.json", "x"]], "TRAIN": ["x"]}, r"DATASETS.COCO_JSON \(x\): there is no file"),
     ],
 )  # fmt: skip

@@ -38,7 +38,7 @@ def test_formats_are_recognized_by_content(tmp_path: Path, form: str) -> None:
     assert _map(tmp_path / "any.dat")["image"].shape == (3, 800, 1067)
 
 
-@pytest.mark.parametrize("read", [_map, lambda path: find_images([str(path)])], ids=["data set", "predict"])
+@pytest.mark.parametrize("read", [_map, lambda path: find_images([str(path)])], ids=["dataset", "predict"])
 def test_other_formats_are_never_opened(tmp_path: Path, read: Callable) -> None:
     """Check that PostScript, which Pillow hands to a program, is refused by its content, and what is allowed is said."""
     (tmp_path / "photo.jpg").write_bytes(EPS)

@@ -19,7 +19,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import SizeMismatchError
 from helpers import clean_process, make_coco
 
-GROUPS = [0, 1, 1, 0, 1, 1, 0]  # of a data set of seven
+GROUPS = [0, 1, 1, 0, 1, 1, 0]  # of a dataset of seven
 
 
 def indices() -> itertools.chain:

@@ -29,7 +29,7 @@ def read_examples(cfg: CfgNode, count: int) -> list[dict]:
     )
     examples = [mapper(entry) for entry in islice(entries, count)]
     if not examples:
-        raise UserError(f"The data set {cfg.DATASETS.TEST[0]} has no image with objects.")
+        raise UserError(f"The dataset {cfg.DATASETS.TEST[0]} has no image with objects.")
     return examples
 
 

@@ -37,7 +37,7 @@ class TrainedModel:
 
     Attributes:
         title: what pictures and tables call it.
-        cfg: its plain config; the first of DATASETS.TEST is the data set.
+        cfg: its plain config; the first of DATASETS.TEST is the dataset.
     """
 
     title: str
@@ -45,7 +45,7 @@ class TrainedModel:
 
     @property
     def dataset(self) -> str:
-        """The name of the data set on which it is analyzed."""
+        """The name of the dataset on which it is analyzed."""
         return self.cfg.DATASETS.TEST[0]
 
     @property
@@ -73,7 +73,7 @@ class TrainedModel:
         """The detector on its device, in eval mode, every weight loaded.
 
         Raises:
-            UserError: the checkpoint is another model's, or the data set has other classes.
+            UserError: the checkpoint is another model's, or the dataset has other classes.
         """
         model = build_model(self.cfg).eval()
         check_classes(self.cfg, model)
@@ -82,7 +82,7 @@ class TrainedModel:
         return model
 
     def detections(self, output: str) -> list[dict]:
-        """The model's detections of its data set in COCO's format.
+        """The model's detections of its dataset in COCO's format.
 
         They are kept in `output`, in a folder of the model's own, and read from there as long as `identity` stays the same.
         """
@@ -159,7 +159,7 @@ class Distillation:
 
     @property
     def class_names(self) -> list[str]:
-        """Of the data set, the first of DATASETS.TEST."""
+        """Of the dataset, the first of DATASETS.TEST."""
         return MetadataCatalog.get(self.cfg.DATASETS.TEST[0]).thing_classes
 
 
@@ -171,8 +171,8 @@ def load_models(models: Models, opts: Sequence[str] = ()) -> list[TrainedModel]:
         opts: config overrides for all models, alternating keys and values.
 
     Raises:
-        UserError: a config, checkpoint or data set that does not exist, or models that cannot be compared: two have one title,
-            or they are tested on different data sets.
+        UserError: a config, checkpoint or dataset that does not exist, or models that cannot be compared: two have one title,
+            or they are tested on different datasets.
     """
     register_synthetic()
     found, classes = [], None
@@ -192,7 +192,7 @@ def load_models(models: Models, opts: Sequence[str] = ()) -> list[TrainedModel]:
             raise UserError(f"--model: several titles give the folder name {model.folder_name!r}; choose other titles.")
     datasets = [model.dataset for model in found]
     if len(set(datasets)) > 1:
-        raise UserError(f"--model: the models have different data sets in DATASETS.TEST: {', '.join(datasets)}.")
+        raise UserError(f"--model: the models have different datasets in DATASETS.TEST: {', '.join(datasets)}.")
     return found
 
 
@@ -224,22 +224,22 @@ def read_paths(models: Models) -> list[ModelPath]:
 
 
 def read_annotations(dataset: str) -> dict:
-    """The content of a data set's annotation file.
+    """The content of a dataset's annotation file.
 
     Raises:
-        UserError: the data set is not one file in COCO's format.
+        UserError: the dataset is not one file in COCO's format.
     """
     path = MetadataCatalog.get(dataset).get("json_file")
     if not path or not os.path.isfile(path):
-        raise UserError(f"The data set {dataset} has no annotation file in COCO's format, which this analysis reads.")
+        raise UserError(f"The dataset {dataset} has no annotation file in COCO's format, which this analysis reads.")
     return read_json(path)
 
 
 def restrict_images(models: Sequence[TrainedModel], count: int, output: str) -> None:
-    """Let the models be tested on `count` images, spread evenly over their data set; `output` gets their annotation file.
+    """Let the models be tested on `count` images, spread evenly over their dataset; `output` gets their annotation file.
 
     Raises:
-        UserError: the data set is not one file in COCO's format.
+        UserError: the dataset is not one file in COCO's format.
     """
     dataset = models[0].dataset
     tree = read_annotations(dataset)

@@ -83,15 +83,15 @@ def rank_oracle(cfg: CfgNode, model: KDMetaArch, examples: Iterable[dict]) -> di
     """Box AP of the student on images with ground truth: as it is, and with exchanged class scores of its positives.
 
     Args:
-        cfg: names the data set of the examples, DATASETS.TEST's first.
+        cfg: names the dataset of the examples, DATASETS.TEST's first.
         model: in eval mode; both detectors have dense predictions at the same anchors.
-        examples: mapped entries of that data set with "instances".
+        examples: mapped entries of that dataset with "instances".
 
     Returns:
         by variant, `STUDENT`, `RANKS` and `SCORES`, COCO's results for boxes. See `exchanged_logits`.
 
     Raises:
-        UserError: the data set is not evaluated by COCO's metrics.
+        UserError: the dataset is not evaluated by COCO's metrics.
     """
     evaluators = _coco_evaluators(cfg, cfg.DATASETS.TEST[0])
     for evaluator in evaluators.values():
@@ -117,7 +117,7 @@ def _coco_evaluators(cfg: CfgNode, dataset: str) -> dict[str, COCOEvaluator]:
         if not isinstance(evaluator, COCOEvaluator):
             raise UserError(
                 f"kd-d2 analyze rank-oracle evaluates some of the images by COCO's metrics, which {dataset} does not have "
-                f"({type(evaluator).__name__}); give the data set as a COCO file in DATASETS.COCO_JSON."
+                f"({type(evaluator).__name__}); give the dataset as a COCO file in DATASETS.COCO_JSON."
             )
         evaluators[name] = evaluator
     return evaluators

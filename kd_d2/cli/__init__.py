@@ -12,8 +12,8 @@ from ..errors import UserError, exit_on_user_error
 from .overrides import split_overrides
 
 COMMANDS = {
-    "convert": "write a data set of another format as COCO json",
-    "data": "look at data sets before training",
+    "convert": "write a dataset of another format as COCO json",
+    "data": "look at datasets before training",
     "train": "train a detector, plain or distilled",
     "eval": "evaluate a trained detector, or a teacher",
     "predict": "detect objects in images and videos",

@@ -1,4 +1,4 @@
-"""Write a data set of another format as COCO json, one file a split; its images stay where they are.
+"""Write a dataset of another format as COCO json, one file a split; its images stay where they are.
 
 kd-d2 convert IN OUT [--format FORMAT]
 

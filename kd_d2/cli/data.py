@@ -1,4 +1,4 @@
-"""Look at data sets before training.
+"""Look at datasets before training.
 
 kd-d2 data check CONFIG [--output DIR] [KEY VALUE ...]                        the sets of DATASETS.TRAIN and TEST
 kd-d2 data check --train JSON IMAGES [--test JSON IMAGES] [--output DIR]      COCO json files with their folders of images

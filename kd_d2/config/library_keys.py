@@ -20,7 +20,7 @@ INHERITABLE = ("neck", "head")
 class DatasetKeys(Keys):
     coco_json: Annotated[
         list,
-        "COCO-format data sets: [[name, annotations.json, image folder], ...]; the names are then used in TRAIN and TEST.",
+        "COCO-format datasets: [[name, annotations.json, image folder], ...]; the names are then used in TRAIN and TEST.",
     ] = field(default_factory=list)
 
 
@@ -224,5 +224,5 @@ def _node_at(cfg: CfgNode, path: str) -> CfgNode:
 
 
 def reads_annotations(cfg: CfgNode) -> bool:
-    """Whether the ground truth of the training comes from its data sets."""
+    """Whether the ground truth of the training comes from its datasets."""
     return cfg.MODEL.META_ARCHITECTURE != KD_META_ARCH or not cfg.MODEL.KD.PSEUDO_LABELS.ENABLED

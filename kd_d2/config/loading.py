@@ -30,7 +30,7 @@ def load_config(
         opts: alternating keys and values.
         student_only: for evaluation: KDMetaArch becomes the student's own meta-architecture; nothing of the
             teacher, and no training data, has to exist.
-        needs_data: False where no data set is read: files that DATASETS.COCO_JSON names need not exist.
+        needs_data: False where no dataset is read: files that DATASETS.COCO_JSON names need not exist.
 
     Returns:
         The config, checked by `validate_kd_config`, not frozen.

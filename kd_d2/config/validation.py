@@ -38,7 +38,7 @@ def validate_kd_config(cfg: CN) -> None:
     for key in ("TRAIN", "TEST"):
         for name in cfg.DATASETS[key]:
             if not isinstance(name, str):
-                raise UserError(f"DATASETS.{key} holds {name!r}; it must be a list of names of data sets.")
+                raise UserError(f"DATASETS.{key} holds {name!r}; it must be a list of names of datasets.")
     LargeScaleJitterKeys.read(cfg.INPUT.LARGE_SCALE_JITTER, "INPUT.LARGE_SCALE_JITTER")
     AmpKeys.read(cfg.SOLVER.AMP, "SOLVER.AMP")
     SolverKeys.read(cfg.SOLVER, "SOLVER")

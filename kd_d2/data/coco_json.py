@@ -58,7 +58,7 @@ class ClassOrder:
 def register_coco_json(cfg: CfgNode, classes: ClassOrder | None = None, *, train: bool = True) -> None:
     """Register the entries of DATASETS.COCO_JSON that TRAIN or TEST names, after reading and checking their files.
 
-    Where a file needs repairs, which are logged, its clean form is written to a cache folder, and that file is the data set's
+    Where a file needs repairs, which are logged, its clean form is written to a cache folder, and that file is the dataset's
     `json_file`. Of those that only train with pseudo-labels, images alone are read.
 
     Args:
@@ -69,7 +69,7 @@ def register_coco_json(cfg: CfgNode, classes: ClassOrder | None = None, *, train
         train: also the sets of TRAIN.
 
     Raises:
-        UserError: see `read_coco`; or the name belongs to another data set already; or a set has other classes.
+        UserError: see `read_coco`; or the name belongs to another dataset already; or a set has other classes.
     """
     used = [*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST]
     entries = {entry[0]: entry[1:] for entry in cfg.DATASETS.COCO_JSON}
@@ -83,7 +83,7 @@ def register_coco_json(cfg: CfgNode, classes: ClassOrder | None = None, *, train
             known = MetadataCatalog.get(name).get("registration")
             if known is None or known[0] != json_file:
                 raise UserError(
-                    f"DATASETS.COCO_JSON: the name {name!r} belongs to another data set already; choose a new one."
+                    f"DATASETS.COCO_JSON: the name {name!r} belongs to another dataset already; choose a new one."
                 )
             if known != registration:
                 DatasetCatalog.remove(name)

@@ -1,4 +1,4 @@
-"""Images of data sets, read so that one that cannot be used is named."""
+"""Images of datasets, read so that one that cannot be used is named."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .workers import init_worker
 
 
 class DataError(UserError):
-    """An image of a data set cannot be used."""
+    """An image of a dataset cannot be used."""
 
     def __init__(self, message: str):
         # A worker process hands its exception on as the text of a traceback, which ends with the sentence.
@@ -105,7 +105,7 @@ class CheckedMapper:
     """A mapper that names the file of an image that cannot be used.
 
     Args:
-        mapper: of data set dictionaries, as Detectron2's DatasetMapper.
+        mapper: of dataset dictionaries, as Detectron2's DatasetMapper.
     """
 
     def __init__(self, mapper: Callable[[dict], Any]):

@@ -31,7 +31,7 @@ from .workers import init_worker
 logger = logging.getLogger(__name__)
 
 Position = tuple[int, int]
-"""(position in the stream, index in the data set)"""
+"""(position in the stream, index in the dataset)"""
 
 MAX_SKIPPED = 100
 
@@ -40,7 +40,7 @@ class BatchStream(Sampler[list[Position]]):
     """An endless stream of batches of positions; images of a batch are all landscape or all portrait.
 
     Args:
-        indices: () -> the endless stream of data set indices of all processes together, from its beginning.
+        indices: () -> the endless stream of dataset indices of all processes together, from its beginning.
         group_of: the group of every index; None puts all into one.
         batch_size: images of a batch over all processes.
         rank, world_size: this process takes every world_size-th image of each batch.
@@ -80,10 +80,10 @@ class BatchStream(Sampler[list[Position]]):
 
 
 class MappedDataset(Dataset):
-    """Maps data set dictionaries as Detectron2 does, the randomness of each seeded by (seed, position).
+    """Maps dataset dictionaries as Detectron2 does, the randomness of each seeded by (seed, position).
 
     Args:
-        dataset: data set dictionaries by index.
+        dataset: dataset dictionaries by index.
         mapper: the mapper; None from it skips to the next index.
         seed: the run's seed.
         skip_unusable: go on with the next index where an image cannot be read, too; otherwise that ends the training.

@@ -1,4 +1,4 @@
-"""A check of data sets as a whole: what was measured and found, as text and as json."""
+"""A check of datasets as a whole: what was measured and found, as text and as json."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FILE = "check.json"
 
 @dataclass
 class DataCheck:
-    """What was found in data sets.
+    """What was found in datasets.
 
     Attributes:
         sets: those that could be read, with their annotations.
@@ -65,7 +65,7 @@ class DataCheck:
 
 
 def check_sets(sets: list[DataSet], images: int | None = 200, *, skips_unusable: bool = False) -> DataCheck:
-    """Check data sets in COCO's format, each by itself and against the first one for training.
+    """Check datasets in COCO's format, each by itself and against the first one for training.
 
     Args:
         sets: of which those for training come first.

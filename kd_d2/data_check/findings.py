@@ -21,7 +21,7 @@ FEWEST_BOXES = 10
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about a data set.
+    """Something about a dataset.
 
     Attributes:
         is_error: it stops or falsifies a training.
@@ -35,7 +35,7 @@ class Finding:
 
 
 def find_in_set(name: str, data: CocoData, statistics: SetStatistics) -> Iterator[Finding]:
-    """Of one data set: what is read otherwise than it is written, boxes that look like mistakes, and rare or similar classes."""
+    """Of one dataset: what is read otherwise than it is written, boxes that look like mistakes, and rare or similar classes."""
     for text in (*data.repairs.sentences(), *_about_boxes(data), *_about_classes(statistics)):
         yield Finding(False, name, text)
     if not statistics.boxes:
@@ -88,7 +88,7 @@ def _about_classes(statistics: SetStatistics) -> Iterator[str]:
 def find_between(
     train: str, train_data: CocoData, others: str, data: CocoData, counts: tuple[SetStatistics, SetStatistics]
 ) -> Iterator[Finding]:
-    """Of a data set and the first training set, which decides the classes: what differs in the classes."""
+    """Of a dataset and the first training set, which decides the classes: what differs in the classes."""
     where = f"{train}, {others}"
     order = ClassOrder(tuple(train_data.class_names), train_data.repairs.path)
     try:

@@ -1,4 +1,4 @@
-"""The data sets that are checked, and what they are for."""
+"""The datasets that are checked, and what they are for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..errors import UserError
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set.
+    """A dataset.
 
     Attributes:
         role: "train" or "test".
@@ -48,7 +48,7 @@ def sets_of_config(config_file: str, opts: list[Any]) -> tuple[list[DataSet], bo
             json_file, folder = find_file(json_file, key, base), find_file(folder, key, base, is_folder=True)
             sets.append(DataSet(role, name, json_file, folder))
     if not sets:
-        raise UserError(f"{config_file}: DATASETS.TRAIN and DATASETS.TEST are empty: name a data set.")
+        raise UserError(f"{config_file}: DATASETS.TRAIN and DATASETS.TEST are empty: name a dataset.")
     return sets, cfg.DATALOADER.SKIP_UNUSABLE_IMAGES
 
 

@@ -1,4 +1,4 @@
-"""Counts and sizes of a data set."""
+"""Counts and sizes of a dataset."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ClassCounts:
 
 @dataclass
 class SetStatistics:
-    """What a data set holds.
+    """What a dataset holds.
 
     Attributes:
         images, empty: how many images, and how many of them without annotations.
@@ -57,7 +57,7 @@ class SetStatistics:
 
 
 def measure(data: CocoData) -> SetStatistics:
-    """Count and measure a data set."""
+    """Count and measure a dataset."""
     images = data.tree["images"]
     objects = [a for a in data.tree["annotations"] if not a.get("iscrowd")]
     bboxes = np.array([a["bbox"] for a in objects], dtype=float).reshape(-1, 4)

@@ -16,7 +16,7 @@ class Pair:
 
     Attributes:
         student, teacher: the two detectors.
-        datasets: names of the training data sets whose annotations are read; none where pseudo-labels take their place.
+        datasets: names of the training datasets whose annotations are read; none where pseudo-labels take their place.
         max_iter: iterations of the training.
     """
 

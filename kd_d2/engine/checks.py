@@ -36,13 +36,13 @@ def check_distillation(cfg: CfgNode, source: str = "CONFIG") -> None:
 
 
 def check_datasets(cfg: CfgNode, *, train: bool) -> None:
-    """Check that the data sets of the config exist, can be read without harm, and are not empty.
+    """Check that the datasets of the config exist, can be read without harm, and are not empty.
 
     Args:
         train: also those of DATASETS.TRAIN; otherwise only those of DATASETS.TEST.
 
     Raises:
-        UserError: naming the key and the data set.
+        UserError: naming the key and the dataset.
     """
     if cfg.MODEL.LOAD_PROPOSALS:
         raise UserError(
@@ -52,12 +52,12 @@ def check_datasets(cfg: CfgNode, *, train: bool) -> None:
     for key in keys:
         names = cfg.DATASETS[key]
         if not names and key == keys[0]:
-            raise UserError(f"DATASETS.{key} is empty: name a data set.")
+            raise UserError(f"DATASETS.{key} is empty: name a dataset.")
         for name in names:
             if name not in DatasetCatalog.list():
                 entries = [n for n, _, _ in cfg.DATASETS.COCO_JSON]
                 raise UserError(
-                    f"DATASETS.{key} names {name!r}, which is neither one of Detectron2's data sets nor an entry of "
+                    f"DATASETS.{key} names {name!r}, which is neither one of Detectron2's datasets nor an entry of "
                     f"DATASETS.COCO_JSON ({', '.join(entries) or 'empty'})."
                 )
             _check_files(key, name)
@@ -77,7 +77,7 @@ def _check_files(key: str, name: str) -> None:
     except (OSError, AssertionError) as error:
         raise UserError(
             f"DATASETS.{key} names {name!r}, whose files are not there ({annotations or folder or error}); the environment variable "
-            "DETECTRON2_DATASETS names the folder that holds Detectron2's built-in data sets."
+            "DETECTRON2_DATASETS names the folder that holds Detectron2's built-in datasets."
         ) from error
     except ImportError as error:
         raise UserError(
@@ -106,10 +106,10 @@ def _check_masks_for_evaluation(cfg: CfgNode, name: str) -> None:
 
 
 def check_classes(cfg: CfgNode, model: nn.Module) -> None:
-    """Check that the data sets have as many classes as the model predicts.
+    """Check that the datasets have as many classes as the model predicts.
 
     Raises:
-        UserError: naming the data set and both counts.
+        UserError: naming the dataset and both counts.
     """
     student = student_of(model)
     predicted = build_adapter(student).spec.num_classes
@@ -119,7 +119,7 @@ def check_classes(cfg: CfgNode, model: nn.Module) -> None:
         classes = MetadataCatalog.get(name).get("thing_classes")
         if classes is not None and predicted is not None and len(classes) != predicted:
             raise UserError(
-                f"The data set {name} has {len(classes)} classes, but the model ({detector}) predicts {predicted}: "
+                f"The dataset {name} has {len(classes)} classes, but the model ({detector}) predicts {predicted}: "
                 f"set MODEL.{node}.NUM_CLASSES to it."
             )
 

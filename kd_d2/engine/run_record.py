@@ -96,7 +96,7 @@ def _is_without_effect(key: str) -> bool:
 
 
 def _content_of(dataset: str) -> str | None:
-    """The hash of a data set's annotation file; None of one that has none."""
+    """The hash of a dataset's annotation file; None of one that has none."""
     path = MetadataCatalog.get(dataset).get("json_file")
     if not path or not os.path.isfile(path):
         return None

@@ -254,7 +254,7 @@ class KDTrainer(DefaultTrainer):
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None) -> dict:
-        """Evaluate on every data set of DATASETS.TEST; the random numbers of the training stay as they are."""
+        """Evaluate on every dataset of DATASETS.TEST; the random numbers of the training stay as they are."""
         with preserved_random_state():
             return super().test(cfg, model, evaluators)
 

@@ -1,4 +1,4 @@
-"""The evaluator that belongs to a data set."""
+"""The evaluator that belongs to a dataset."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EVALUATOR_TYPES = ("coco", "coco_panoptic_seg", "pascal_voc", "lvis")
 
 
 def check_evaluation(dataset_name: str) -> None:
-    """Raise a UserError unless there is an evaluator for the data set, and the package that it needs."""
+    """Raise a UserError unless there is an evaluator for the dataset, and the package that it needs."""
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
     if kind not in EVALUATOR_TYPES:
         raise UserError(
@@ -27,7 +27,7 @@ def check_evaluation(dataset_name: str) -> None:
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
-    """COCO's, Pascal VOC's or LVIS's evaluator, as the data set's metadata says.
+    """COCO's, Pascal VOC's or LVIS's evaluator, as the dataset's metadata says.
 
     Args:
         output_folder: for the detections as json; by default OUTPUT_DIR/inference.

@@ -39,7 +39,7 @@ def evaluate_exported(cfg: CfgNode, path: str) -> dict[str, Any]:
     for dataset in cfg.DATASETS.TEST:
         classes = MetadataCatalog.get(dataset).get("thing_classes", names)
         if len(classes) != len(names):
-            raise UserError(f"The data set {dataset} has {len(classes)} classes, but {path} predicts {len(names)}.")
+            raise UserError(f"The dataset {dataset} has {len(classes)} classes, but {path} predicts {len(names)}.")
     return evaluate(cfg, model)
 
 

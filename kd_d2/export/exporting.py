@@ -57,7 +57,7 @@ def export_detector(
     Args:
         cfg: a plain detector's config; MODEL.WEIGHTS is its checkpoint.
         path: the file; its suffix says the format, see `kd_d2.model_paths.EXPORT_SUFFIXES`.
-        images: files to check on; None for some of DATASETS.TEST, or synthetic ones if there is no such data set.
+        images: files to check on; None for some of DATASETS.TEST, or synthetic ones if there is no such dataset.
 
     Returns:
         The differences of the file's detections from PyTorch's.

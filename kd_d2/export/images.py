@@ -13,7 +13,7 @@ from .metadata import ExportMetadata
 
 
 def dataset_files(cfg: CfgNode, names: tuple[str, ...], count: int) -> list[str]:
-    """The files of `count` images, evenly spaced over the first of the data sets that is there; [] if none is."""
+    """The files of `count` images, evenly spaced over the first of the datasets that is there; [] if none is."""
     register_synthetic()
     register_coco_json(cfg)
     for name in names:

@@ -101,7 +101,7 @@ def _cost_sentence(metrics: list[dict[str, Any]]) -> str:
 
 
 def _results_by_dataset(folder: str) -> dict[str, dict]:
-    """Results of the evaluation at the end of a training; the name is empty where there is one data set."""
+    """Results of the evaluation at the end of a training; the name is empty where there is one dataset."""
     path = os.path.join(folder, "train.json")
     if not os.path.isfile(path):
         return {}

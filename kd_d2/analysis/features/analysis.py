@@ -66,7 +66,7 @@ class FeatureAnalysis(Analysis):
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--teacher", metavar="TITLE", help="title of the --model that the others are compared with")
-        parser.add_argument("--images", type=int, default=100, help="spread evenly over the data set (default 100)")
+        parser.add_argument("--images", type=int, default=100, help="spread evenly over the dataset (default 100)")
         parser.add_argument("--pictures", type=int, default=4, help="images that are drawn (default 4)")
         parser.add_argument("--channels", type=int, default=6, help="channels that are drawn (default 6)")
         parser.add_argument("--stride", type=int, help="of the level whose channels are drawn (default the finest)")

@@ -53,9 +53,7 @@ class RobustnessAnalysis(Analysis):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument(
-            "--images", type=int, help="number of images, spread evenly over the data set (default all)"
-        )
+        parser.add_argument("--images", type=int, help="number of images, spread evenly over the dataset (default all)")
         for name, values in (("corruptions", CORRUPTIONS), ("severities", SEVERITIES)):
             parser.add_argument(
                 f"--{name}", type=_comma_separated, default=values, metavar="A,B,...", help=f"default all {len(values)}"

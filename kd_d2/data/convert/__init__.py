@@ -1,4 +1,4 @@
-"""Data sets in the formats of other tools, read through globox and written as COCO json."""
+"""Datasets in the formats of other tools, read through globox and written as COCO json."""
 
 from .conversion import Conversion, SplitFile, convert
 from .formats import FORMATS

@@ -36,7 +36,7 @@ def read_splits(source: Source) -> dict[str, Split]:
         if split in splits:
             raise UserError(
                 f"IN: {source.folder} has several COCO files of the split {split}, the second is {file}: convert the folder of one "
-                "data set, or name the file in DATASETS.COCO_JSON."
+                "dataset, or name the file in DATASETS.COCO_JSON."
             )
         data, folder = _read(source, file, split)
         for kind, count in data.repairs.counts.items():

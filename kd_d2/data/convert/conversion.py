@@ -1,4 +1,4 @@
-"""A data set converted: one COCO json a split, a config that names them, and what was counted and left out."""
+"""A dataset converted: one COCO json a split, a config that names them, and what was counted and left out."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def convert(
     *,
     overwrite: bool = False,
 ) -> Conversion:
-    """Write a data set as COCO json, one file a split; its images stay where they are.
+    """Write a dataset as COCO json, one file a split; its images stay where they are.
 
     Args:
         folder: images and labels.

@@ -58,12 +58,12 @@ class LabelledImage:
 
 @dataclass
 class Labels:
-    """A data set.
+    """A dataset.
 
     Attributes:
         splits: by name the images.
-        classes: in the order of the data set; None where it has none: sorted by name then.
-        lists_images: whether the data set lists the images of its splits, so that others are in none.
+        classes: in the order of the dataset; None where it has none: sorted by name then.
+        lists_images: whether the dataset lists the images of its splits, so that others are in none.
     """
 
     splits: dict[str, list[LabelledImage]] = field(default_factory=dict)

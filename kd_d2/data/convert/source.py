@@ -25,7 +25,7 @@ LARGEST_FILE = 256 * 2**20
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """How a data set is converted.
+    """How a dataset is converted.
 
     Attributes:
         difficult: what becomes of boxes that are marked as difficult: "crowd" (COCO's iscrowd: neither trained on nor counted by the
@@ -33,7 +33,7 @@ class ConvertOptions:
         first_pixel: the number of an image's first pixel in Pascal VOC files, 0 or 1; None: 0 where a box begins at 0, else 1.
         unlabelled: images without labels: "keep" as images without objects, or "drop"; None for what the format says.
         drop_broken: leave out what cannot be read, instead of ending with an error.
-        val_share: the share of a data set without splits that becomes its split val.
+        val_share: the share of a dataset without splits that becomes its split val.
     """
 
     difficult: str = "crowd"

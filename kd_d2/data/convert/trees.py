@@ -23,7 +23,7 @@ DIGITS = 3  # of coordinates, behind the point
 
 @dataclass
 class Split:
-    """A part of a data set.
+    """A part of a dataset.
 
     Attributes:
         tree: "images", "annotations" and "categories" of COCO's format.
@@ -35,7 +35,7 @@ class Split:
 
 
 def build_splits(labels: Labels, source: Source) -> dict[str, Split]:
-    """The splits of a data set by name, all with the same categories; what is left out is noted.
+    """The splits of a dataset by name, all with the same categories; what is left out is noted.
 
     Raises:
         UserError: there are no boxes, an image cannot be read, has two labels, or is not of the size that its labels say.
@@ -123,7 +123,7 @@ def _rounded(value: float) -> float:
 
 
 def share_out(splits: dict[str, Split], share: float, source: Source) -> dict[str, Split]:
-    """A data set without splits in `train` and `val`: which images are in `val` depends on their names alone.
+    """A dataset without splits in `train` and `val`: which images are in `val` depends on their names alone.
 
     Raises:
         UserError: it has splits, or too few images for both.

@@ -107,7 +107,7 @@ def _split_lists(source: Source) -> dict[str, list[str]]:
             lists[os.path.splitext(os.path.basename(file))[0]] = list(dict.fromkeys(stems))
     if len(folders) > 1:
         sets = " and ".join(os.path.dirname(os.path.dirname(folder)) for folder in sorted(folders))
-        raise UserError(f"IN: {source.folder} holds several data sets, {sets}: convert them one at a time.")
+        raise UserError(f"IN: {source.folder} holds several datasets, {sets}: convert them one at a time.")
     return lists
 
 

@@ -1,4 +1,4 @@
-"""The classes and the splits of a YOLO data set: its data.yaml, as Ultralytics and Roboflow write it, or a list of names."""
+"""The classes and the splits of a YOLO dataset: its data.yaml, as Ultralytics and Roboflow write it, or a list of names."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def read_description(source: Source) -> Description:
     if len(described) > 1:
         raise UserError(
             f"IN: {source.folder} has several yaml files with names, {described[0][0]} and {described[1][0]}: convert the folder "
-            "of one data set."
+            "of one dataset."
         )
     if described:
         return _from_yaml(source, *described[0])
@@ -70,7 +70,7 @@ def _from_lists(source: Source, files: list[str]) -> Description:
     for other in files[1:]:
         if os.path.basename(other) == os.path.basename(first) and _lines(source, other) != names:
             raise UserError(
-                f"IN: {source.path(first)} and {source.path(other)} list different classes: convert the folder of one data set."
+                f"IN: {source.path(first)} and {source.path(other)} list different classes: convert the folder of one dataset."
             )
     return _checked(source, Description(first, {number: name for number, name in enumerate(names) if name}))
 

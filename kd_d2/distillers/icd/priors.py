@@ -34,7 +34,7 @@ Priors = tuple[Tensor, Tensor, Tensor]
 
 @functools.lru_cache
 def read_priors(datasets: tuple[str, ...], num_classes: int) -> Priors:
-    """Priors of registered data sets. Those of annotation files are kept in the user's cache folder.
+    """Priors of registered datasets. Those of annotation files are kept in the user's cache folder.
 
     Raises:
         UserError: there is no box.
@@ -87,7 +87,7 @@ def priors_of_sums(counts_K: Tensor, sums_K2: Tensor, squares_K2: Tensor) -> Pri
 
 
 def _read_boxes(name: str, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Classes (N,) and sizes (N, 2) of a data set's boxes, crowds left out."""
+    """Classes (N,) and sizes (N, 2) of a dataset's boxes, crowds left out."""
     json_file = MetadataCatalog.get(name).get("json_file")
     if json_file and os.path.isfile(json_file):
         with open(json_file) as file, _no_garbage_collection():
@@ -139,7 +139,7 @@ def _visible(
 
 
 def _cache_file(datasets: tuple[str, ...], num_classes: int) -> str | None:
-    """Where the priors of these annotation files are kept; None where a data set is not one file."""
+    """Where the priors of these annotation files are kept; None where a dataset is not one file."""
     identity: list = [num_classes]
     for name in datasets:
         json_file = MetadataCatalog.get(name).get("json_file")
