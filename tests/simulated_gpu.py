@@ -105,6 +105,8 @@ class SimulatedGpu(TorchFunctionMode):
         if isinstance(source, GpuTensor) and (name in TO_HOST - {"to"} or (name == "to" and CPU in devices)):
             self.note()
             return function(source.inner.detach(), *args[1:], **kwargs)
+        if isinstance(source, GpuTensor) and name == "new_tensor":
+            self.note()
         if GPU not in devices and name != "cuda":
             return function(*args, **kwargs)
         if name in FROM_HOST and not isinstance(source, GpuTensor) and not kwargs.get("non_blocking"):

@@ -56,7 +56,8 @@ class DensePredictions:
     @cached_property
     def boxes(self) -> dict[int, Tensor]:
         """Decoded boxes (B, HWA, 4) in pixels of the network's input, by stride."""
-        return {stride: self.decode(r, self.anchors[stride]) for stride, r in self.box_regression.items()}
+        regression, anchors = torch.cat([*self.box_regression.values()], 1), Boxes.cat([*self.anchors.values()])
+        return self._by_level(self.decode(regression, anchors))
 
     @cached_property
     def assignment(self) -> Tensor:
@@ -71,8 +72,7 @@ class DensePredictions:
     @property
     def assignment_by_level(self) -> dict[int, Tensor]:
         """The label assignment (B, HWA) of each level, by stride."""
-        sizes = [logits.shape[1] for logits in self.logits.values()]
-        return dict(zip(self.logits, self.assignment.split(sizes, 1), strict=True))
+        return self._by_level(self.assignment)
 
     @cached_property
     def positives(self) -> Positives:
@@ -83,6 +83,11 @@ class DensePredictions:
         """Decoded boxes (P, 4) of the positives alone, in pixels of the network's input."""
         anchors = Boxes.cat(list(self.anchors.values()))
         return self.decode(positives.pick(self.box_regression.values()), anchors[positives.anchor])
+
+    def _by_level(self, values: Tensor) -> dict[int, Tensor]:
+        """Views of (B, R, ...) by stride, (B, HWA, ...)."""
+        sizes = [logits.shape[1] for logits in self.logits.values()]
+        return dict(zip(self.logits, values.split(sizes, 1), strict=True))
 
 
 @dataclass

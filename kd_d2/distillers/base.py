@@ -225,7 +225,7 @@ def log_scalar(name: str, value: Callable[[], Tensor]) -> None:
 
 def count_of(rows: Tensor) -> Tensor:
     """The mean across ranks of the number of rows, as a divisor: see `mean_count_across_ranks`."""
-    return mean_count_across_ranks(rows.new_tensor(len(rows), dtype=torch.float32))
+    return mean_count_across_ranks(rows.new_full((), len(rows), dtype=torch.float32))
 
 
 def in_float32(function):

@@ -113,14 +113,15 @@ class CrossKD(Distiller):
     def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
         crossed, expected = self._crossed(student, teacher), teacher.dense
         num_positives = mean_count_across_ranks((student.dense.assignment >= 0).sum().float())
-        classes, boxes, box_weights = 0, 0, 0
-        for stride, assignment in student.dense.assignment_by_level.items():
-            counts = assignment != IGNORED
-            target = expected.logits[stride]
-            classes = classes + quality_focal_loss(crossed.logits[stride], target, counts[..., None], power=1.0)
-            weight = target.float().sigmoid().amax(2) * counts
-            boxes = boxes + (weight * self._box_losses(crossed, expected, stride)).sum()
-            box_weights = box_weights + weight.sum()
+        counts_BR = student.dense.assignment != IGNORED
+        sizes = [target.shape[1] for target in expected.logits.values()]
+        classes = sum(
+            quality_focal_loss(crossed.logits[stride], target, counts[..., None], power=1.0)
+            for (stride, target), counts in zip(expected.logits.items(), counts_BR.split(sizes, 1), strict=True)
+        )
+        largest_BR = torch.cat([logits.amax(2) for logits in expected.logits.values()], 1)
+        weights_BR = largest_BR.float().sigmoid() * counts_BR
+        boxes, box_weights = (weights_BR * self._box_losses(crossed, expected)).sum(), weights_BR.sum()
         divisor = mean_count_across_ranks(box_weights) if self.box_loss == "distributions" else num_positives
         losses = {CLASS: classes / num_positives, BOX: boxes / divisor}
         if CENTERNESS in self.weights:
@@ -143,13 +144,15 @@ class CrossKD(Distiller):
         halves = aligned[: len(strides)], aligned[len(strides) :]
         return theirs.finish(*(dict(zip(strides, half, strict=True)) for half in halves))
 
-    def _box_losses(self, crossed: DensePredictions, expected: DensePredictions, stride: int) -> Tensor:
-        """(B, HWA) of a level's boxes."""
+    def _box_losses(self, crossed: DensePredictions, expected: DensePredictions) -> Tensor:
+        """(B, R)."""
         if self.box_loss == "distributions":
-            sides = (dense.box_regression[stride].unflatten(2, (4, -1)) for dense in (crossed, expected))
+            sides = (
+                torch.cat([*dense.box_regression.values()], 1).unflatten(2, (4, -1)) for dense in (crossed, expected)
+            )
             return softmax_divergence(*sides).mean(2)
         loss = giou_loss if self.box_loss == "giou" else iou_loss
-        return loss(crossed.boxes[stride], expected.boxes[stride])
+        return loss(*(torch.cat([*dense.boxes.values()], 1) for dense in (crossed, expected)))
 
 
 @in_float32

@@ -74,22 +74,27 @@ def with_statistics_of(
         total: see above.
     """
     dtype = torch.promote_types(student[0].dtype, torch.float32)
-    student, teacher = [x.to(dtype) for x in student], [x.detach().to(dtype) for x in teacher]
-    statistics = _channel_statistics([*student, *teacher], total)
-    pairs = zip(student, statistics[: len(student)], statistics[len(student) :], strict=True)
+    maps = [*(x.to(dtype) for x in student), *(x.detach().to(dtype) for x in teacher)]
+    centered, means, deviations = _standard_form(maps, total)
+    (mean_t, deviation_s, deviation_t) = means.chunk(2)[1], *deviations.chunk(2)
+    channels = [x.shape[1] for x in student]
+    scales, shifts = ((deviation_t / (deviation_s + DEVIATION_EPS)).split(channels), mean_t.split(channels))
     return [
-        (maps - mean_s) / (deviation_s + DEVIATION_EPS) * deviation_t + mean_t
-        for maps, (mean_s, deviation_s), (mean_t, deviation_t) in pairs
+        torch.addcmul(shift[:, None, None], x, scale[:, None, None])
+        for x, scale, shift in zip(centered, scales, shifts, strict=False)
     ]
 
 
-def _channel_statistics(maps: list[Tensor], total: Callable[[Tensor], Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Mean and unbiased deviation (C, 1, 1) of each, all of them in two sums across ranks. One position deviates by nothing."""
+def _standard_form(maps: list[Tensor], total: Callable[[Tensor], Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
+    """The maps less their channels' means; means and unbiased deviations of the channels of all of them, in two sums across ranks.
+
+    One position deviates by nothing.
+    """
     channels = [x.shape[1] for x in maps]
-    counts = maps[0].new_tensor([x[:, 0].numel() for x in maps])
-    *sums, counts = total(torch.cat([*(x.sum((0, 2, 3)) for x in maps), counts])).split([*channels, len(maps)])
-    means = [(s / count.clamp(min=1))[:, None, None] for s, count in zip(sums, counts, strict=True)]
-    squares = total(torch.cat([(x - mean).square().sum((0, 2, 3)) for x, mean in zip(maps, means, strict=True)]))
-    variances = [s / (count - 1).clamp(min=1) for s, count in zip(squares.split(channels), counts, strict=True)]
-    deviations = [variance.clamp(min=SQUARE_EPS).sqrt()[:, None, None] for variance in variances]
-    return list(zip(means, deviations, strict=True))
+    counts = torch.cat([x.new_full((x.shape[1],), x[:, 0].numel()) for x in maps])
+    sums, counts = total(torch.stack([torch.cat([x.sum((0, 2, 3)) for x in maps]), counts]))
+    means = sums / counts.clamp(min=1)
+    centered = [x - mean[:, None, None] for x, mean in zip(maps, means.split(channels), strict=True)]
+    norms = torch.cat([torch.linalg.vector_norm(x, dim=(0, 2, 3)) for x in centered])
+    variances = total(norms.square()) / (counts - 1).clamp(min=1)
+    return centered, means, variances.clamp(min=SQUARE_EPS).sqrt()

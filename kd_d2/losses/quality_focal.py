@@ -41,7 +41,7 @@ class _LinearQualityFocal(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
         target, probability = teacher.sigmoid(), student.sigmoid()
-        entropy = F.binary_cross_entropy_with_logits(student, target, reduction="none")
+        entropy = F.softplus(student).addcmul_(target, student, value=-1)
         difference = probability - target
         size = difference.abs()
         loss = torch.mul(size, entropy, out=target).mul_(weight).sum()

@@ -132,7 +132,7 @@ class FSAF(SingleAnchorDetector):
         cells, logits = Boxes.cat(anchors), predictions[0]
         positives = Positives.of(assignment_BR)
         class_P, _ = positives.ground_truth(targets)
-        num_positives = mean_count_across_ranks(class_P.new_tensor(len(class_P), dtype=torch.float32))
+        num_positives = mean_count_across_ranks(class_P.new_full((), len(class_P), dtype=torch.float32))
         with torch.autocast(logits[0].device.type, enabled=False):
             ignored_BRK = torch.stack([self._ignored(cells, target) for target in targets])
             ignored_BRK[positives.image, positives.anchor, class_P] = False

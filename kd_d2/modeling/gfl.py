@@ -129,7 +129,7 @@ class GFL(AdaptiveDetector):
         positives = Positives.of(assignment_BR)
         class_P, box_P4 = positives.ground_truth(targets)
         anchor_P4 = Boxes.cat(anchors).tensor[positives.anchor]
-        num_positives = mean_count_across_ranks(class_P.new_tensor(len(class_P), dtype=torch.float32))
+        num_positives = mean_count_across_ranks(class_P.new_full((), len(class_P), dtype=torch.float32))
         with torch.autocast(logits[0].device.type, enabled=False):
             sides = positives.pick(distributions).float()
             predicted_P4 = self.box2box_transform.apply_deltas(sides, anchor_P4)

@@ -12,6 +12,7 @@ import torch
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
+from ...transfer import on_device
 from .priors import priors_of_sums
 
 FAKE_SIZE_RANGE = (0.002, 0.7)
@@ -96,7 +97,7 @@ class ObservedFakeInstances(FakeInstances):
     def observe(self, targets: list[Instances], image_sizes: list[tuple[int, int]]) -> None:
         classes = torch.cat([t.gt_classes for t in targets])
         corners = [
-            t.gt_boxes.tensor.view(-1, 2, 2) / t.gt_boxes.tensor.new_tensor([width, height])
+            t.gt_boxes.tensor.view(-1, 2, 2) / on_device([width, height], t.gt_boxes.device)
             for t, (height, width) in zip(targets, image_sizes, strict=True)
         ]
         sizes = torch.cat([x[:, 1] - x[:, 0] for x in corners]).double()
