@@ -128,12 +128,14 @@ class KDMetaArch(nn.Module):
         if active or self.labels.needs:
             batched_inputs = [{**x, "image": x["image"].to(self.device, non_blocking=True)} for x in batched_inputs]
             self.teacher.to(self.device)
-            teacher = self.teacher(
-                batched_inputs, self.labels.needs.union(*(d.needs_of_teacher for d in active.values()))
-            )
+        of_teacher = self.labels.needs.union(*(d.needs_of_teacher for d in active.values()))
+        if self.labels.needs:
+            teacher = self.teacher(batched_inputs, of_teacher)
         targets = [instances_on_device(target, self.device) for target in self.labels(batched_inputs, teacher)]
         inputs = [{**x, "instances": target} for x, target in zip(batched_inputs, targets, strict=True)]
         student = self.adapter.run(inputs, frozenset().union(*(d.needs for d in active.values())), targets)
+        if active and teacher is None:  # after the student, whose losses wait for the GPU: what follows is queued behind it
+            teacher = self.teacher(batched_inputs, of_teacher)
         if teacher is not None:
             self._check_same_input(student, teacher)
             if not all(distiller.resizes for distiller in active.values()):

@@ -12,6 +12,7 @@ from kd_d2.engine.optimizers import build_optimizers
 from kd_d2.engine.step import DistillationStep
 from kd_d2.losses import fused_ssim
 from kd_d2.losses.gaussian import blur_matrix
+from kd_d2.teacher import Teacher
 from kd_d2.transfer import instances_on_device, on_device
 
 import pytest
@@ -63,6 +64,31 @@ def test_a_training_step_waits_in_known_places_alone(
     assert not pass_of_teacher.places
     for stride, level in outputs.features.items():
         torch.testing.assert_close(level.inner, expected[stride])
+
+
+def test_nothing_waits_after_the_teacher_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that losses and gradients of methods are queued while the GPU computes the teacher's outputs: the waiting of the student's
+    own losses is over then. Two methods count, of which the host needs the number.
+    """
+    methods = tuple(method for method in methods_of("retinanet") if method not in ("RankMimicking", "GID"))
+    trainer = make_trainer(make_project(tmp_path, "retinanet", MODEL__KD__DISTILLERS=methods, **SMALL_ICD))
+    trainer.resume_or_load(resume=False)
+    model, batch = trainer.bare_model.train(), next(iter(trainer._trainer.data_loader))
+    monkeypatch.setattr(fused_ssim, "_triton_kernels", lambda device: None)
+    for module in (model, model.teacher.model):
+        move_to_gpu(module)
+    before, run = set(), Teacher.__call__
+
+    def start_teacher(*args):
+        before.update(gpu.places)
+        gpu.places.clear()
+        return run(*args)
+
+    monkeypatch.setattr(Teacher, "__call__", start_teacher)
+    with EventStorage(), SimulatedGpu() as gpu:
+        sum(model(batch).values()).backward()
+    assert before == {("dense.py", "losses")}
+    assert gpu.places <= {("gaussian.py", "blur_matrix")}
 
 
 def test_an_iteration_waits_once_more(tmp_path: Path) -> None:
