@@ -41,15 +41,20 @@ def dist_loss(
     """
     dtype = torch.promote_types(student_probs.dtype, torch.float32)
     student_NK, teacher_NK = student_probs.to(dtype), teacher_probs.detach().to(dtype)
-    rows = [x - x.mean(1, keepdim=True) for x in (student_NK, teacher_NK)]
-    along_classes = (1 - _correlation(*(x.sum(1) for x in _products(*rows)))).sum()
+    along_classes = student_NK.new_zeros(())
+    if beta:
+        rows = [x - x.mean(1, keepdim=True) for x in (student_NK, teacher_NK)]
+        along_classes = (1 - _correlation(*(x.sum(1) for x in _products(*rows)))).sum()
     count = student_NK.new_full((1,), len(student_NK))
     sums = total(torch.cat([student_NK.sum(0), teacher_NK.sum(0), along_classes[None], count]))
     number = sums[-1].clamp(min=1)
-    means = (sums[:-2] / number).chunk(2)
-    columns = [x - mean for x, mean in zip((student_NK, teacher_NK), means, strict=True)]
-    products_3K = total(torch.stack([x.sum(0) for x in _products(*columns)]))
-    return beta * sums[-2] / number + gamma * (1 - _correlation(*products_3K)).mean()
+    loss = beta * sums[-2] / number
+    if gamma:
+        means = (sums[:-2] / number).chunk(2)
+        columns = [x - mean for x, mean in zip((student_NK, teacher_NK), means, strict=True)]
+        products_3K = total(torch.stack([x.sum(0) for x in _products(*columns)]))
+        loss = loss + gamma * (1 - _correlation(*products_3K)).mean()
+    return loss
 
 
 def _products(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
