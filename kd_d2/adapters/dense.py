@@ -15,7 +15,7 @@ from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from torch import Tensor, nn
 
 from ..modeling import ATSS, FSAF, GFL
-from ..modeling.assignment import BACKGROUND, IGNORED, assign_by_iou
+from ..modeling.assignment import BACKGROUND, IGNORED, Positives, assign_by_iou
 from ..modeling.dense import SingleAnchorDetector
 from .adapter import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter, reorder_outputs
 from .anchors import first_anchors, grid_anchors
@@ -134,6 +134,8 @@ class AnchorDetectorAdapter(DenseDetectorAdapter):
         if targets is not None:
             dense.assign = lambda: self.assign(list(outputs.anchors.values()), predictions, targets)
             outputs.losses = self.losses(dense, predictions, targets)
+            if {"dense", "targets"} <= want:  # these losses have waited for the GPU: it is not kept waiting again
+                dense.positives = Positives.of(dense.assignment)
 
     def _dense(self, predictions: list[list[Tensor]], anchors: dict[int, Boxes]) -> DensePredictions:
         logits, regression, *others = (dict(zip(anchors, levels, strict=True)) for levels in predictions)
