@@ -191,7 +191,7 @@ def test_unusable_input_is_one_sentence_and_nothing_is_written(
         ((out, image, tmp_path / "cut.png"), {}, "cut.png cannot be used", "runcated"),
         ((out, tmp_path / "empty"), {}, "there is no image in", "empty"),
         ((tmp_path / "notes.txt" / "out", image), {}, "--output", "cannot be written"),
-        ((photos, photos / "turned.jpg"), {}, "--output", "would replace an input"),
+        ((photos, photos / "turned.jpg"), {}, "--output", "would overwrite an input"),
         ((out, image), {"options": low}, "--score-thresh is 1.5", "between 0 and 1"),
         ((out, image), {"weights": "none.pth"}, "MODEL.WEIGHTS: there is no file", "none.pth"),
         (
