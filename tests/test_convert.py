@@ -740,12 +740,12 @@ def test_images_that_a_coco_file_lacks(tmp_path: Path) -> None:
     )
     rest = {stem: found for stem, found in boxes(written.tree).items() if stem != Path(absent["file_name"]).stem}
     assert boxes(run(written.root, drop_broken=True)["all"]) == rest
-    assert notes(written.root, drop_broken=True) == ["images left out that are not on disk (1)"]
+    assert notes(written.root, drop_broken=True) == ["missing images dropped (1)"]
     for image in written.tree["images"][1:]:
         (written.root / "images" / image["file_name"]).unlink()
     picture(written.root / "images" / "other.jpg")
     sentence = refusal(written.root, drop_broken=True)
-    assert "6 of 6 images are not in images" in sentence and sentence.endswith("; name the folder that holds them.")
+    assert "6 of 6 images are not in images" in sentence and sentence.endswith("; specify their folder.")
 
 
 def test_a_coco_file_with_images_in_two_folders(tmp_path: Path) -> None:

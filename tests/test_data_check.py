@@ -97,7 +97,7 @@ def test_what_annotations_have(pair: list[DataSet]) -> None:
     errors, warnings = found(pair[:1])
     assert errors == []
     assert warnings == [
-        f"train: {pair[0].json_file}: annotations numbered from 1, since an id is missing, repeated, not positive or no number (1; the first: -1).",
+        f"train: {pair[0].json_file}: annotations numbered from 1 because an id is missing, repeated, not positive or not a number (1; the first: -1).",
         "train: 1 boxes reach beyond their image, where training cuts them, the first is [90, 60, 30, 10] of 002.png.",
         "train: 2 boxes have a side below 2 pixels, the first is [1, 1, 40, 1] of 002.png.",
         "train: 1 boxes are more than 20 times as long as wide, the first is [1, 1, 40, 1] of 002.png.",
@@ -113,7 +113,7 @@ def test_annotations_that_stop_a_training(pair: list[DataSet]) -> None:
     change(pair[1], lambda tree: tree.update(annotations=[]))
     errors, _ = found(pair)
     assert errors == [
-        f"train: {pair[0].json_file}: the annotation with id 1 is of image 99, which is not among the file's images: remove it, or "
+        f"train: {pair[0].json_file}: the annotation with id 1 refers to image 99, which is not among the file's images: remove it, or "
         "add the image.",
         "test: it has no boxes.",
     ]
@@ -137,7 +137,7 @@ def test_classes_that_differ(pair: list[DataSet]) -> None:
     errors, _ = found(pair)
     assert errors == [
         f"train, test: {pair[1].json_file} has boxes of the class 'violet', which {pair[0].json_file} does not have "
-        f"({', '.join(CLASSES)}): rename the class in one of them, or leave its boxes out."
+        f"({', '.join(CLASSES)}): rename the class in one of them, or remove its boxes."
     ]
     change(pair[1], lambda tree: rename(tree, "violet", name))
     change(pair[1], lambda tree: tree.update(annotations=[a for a in tree["annotations"] if a["category_id"] != green]))
@@ -175,7 +175,7 @@ def test_images_that_cannot_be_used(pair: list[DataSet], images: int | None, exp
     assert counts == expected
     if images is None:
         assert errors[0] == (
-            f"train: 2 of 6 images cannot be used, the first: The image {folder}/000.png cannot be used: it is none of JPEG, PNG, "
+            f"train: 2 of 6 images cannot be used, the first: The image {folder}/000.png cannot be used: its format is none of JPEG, PNG, "
             "BMP, WEBP, TIFF, GIF, PPM."
         )
         assert errors[1].endswith("005.png has 60 x 64 pixels, but its annotations say 64 x 96.")

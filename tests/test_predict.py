@@ -186,7 +186,7 @@ def test_unusable_input_is_one_sentence_and_nothing_is_written(
             (out, tmp_path / "notes.txt"),
             {},
             "notes.txt cannot be used",
-            "it is none of JPEG, PNG, BMP, WEBP, TIFF, GIF, PPM.",
+            "its format is none of JPEG, PNG, BMP, WEBP, TIFF, GIF, PPM.",
         ),
         ((out, image, tmp_path / "cut.png"), {}, "cut.png cannot be used", "runcated"),
         ((out, tmp_path / "empty"), {}, "there is no image in", "empty"),
