@@ -616,7 +616,7 @@ def test_sets_of_other_classes(coco: Set, tmp_path: Path) -> None:
         register_coco_json(cfg)
     assert str(caught.value) == (
         f"{other.json} has boxes of the class 'purple', which {coco.json} does not have (red, green, blue): rename the class in "
-        "one of them, or leave its boxes out."
+        "one of them, or remove its boxes."
     )
     other.change(lambda tree: tree.update(annotations=[], categories=[{"id": 1, "name": "purple"}]))
     with pytest.raises(

@@ -735,8 +735,8 @@ def test_images_that_a_coco_file_lacks(tmp_path: Path) -> None:
     absent = written.tree["images"][0]
     (written.root / "images" / absent["file_name"]).unlink()
     assert refusal(written.root) == (
-        f"annotations/instances.json: 1 of 6 images are not in images, the first is {absent['file_name']}; name the folder that "
-        "holds them, or leave them out with --drop-broken."
+        f"annotations/instances.json: 1 of 6 images are not in images, the first is {absent['file_name']}; specify their "
+        "folder, or leave them out with --drop-broken."
     )
     rest = {stem: found for stem, found in boxes(written.tree).items() if stem != Path(absent["file_name"]).stem}
     assert boxes(run(written.root, drop_broken=True)["all"]) == rest
