@@ -68,7 +68,7 @@ def names_in_data(cfg: CfgNode) -> ClassOrder | None:
 
 
 def match_classes(model: nn.Module, whose: str, own: ClassOrder | None, wanted: ClassOrder | None) -> None:
-    """Reorder a model's classes in place, exactly. Do nothing if either order is unknown.
+    """Reorder a model's classes in place by permuting its weights. Do nothing if either order is unknown.
 
     Args:
         model: detector with its weights.

@@ -41,7 +41,7 @@ class PseudoLabels(Annotations):
         self.check_threshold(teacher)
         if "keypoints" in student.provides:
             raise UserError(
-                f"MODEL.KD.PSEUDO_LABELS has boxes and masks only, but the student ({student.name}) is also trained on keypoints."
+                f"MODEL.KD.PSEUDO_LABELS provides boxes and masks only, but the student ({student.name}) is also trained on keypoints."
             )
         if "masks" in student.provides - teacher.provides:
             raise UserError(

@@ -46,7 +46,7 @@ def find_images(paths: list[str], option: str = "--images") -> list[str]:
 
 
 def find_inputs(paths: list[str], without: str | None = None, option: str = "--input") -> list[Input]:
-    """Return the images and videos among files and folder trees, without duplicates; other files in folders are logged.
+    """Return the images and videos among files and folder trees, without duplicates; skip and log other files of trees.
 
     Args:
         without: folder to exclude from the trees.

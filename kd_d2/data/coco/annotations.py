@@ -38,7 +38,7 @@ class Annotations:
         self.repairs = repairs
 
     def read(self, entries: list[Entry], *, masks: bool, boxes: str) -> list[Entry]:
-        """Return repaired annotations: duplicates and boxes without area dropped, unusable ids replaced by 1, 2, ...
+        """Return repaired annotations without duplicates and empty boxes, renumbered from 1 if any id is unusable.
 
         Args:
             entries: annotations of the file; not modified.

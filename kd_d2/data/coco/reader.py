@@ -1,4 +1,4 @@
-"""Reader of COCO annotation files: repairs unambiguous problems and reports all others as errors."""
+"""Reader of COCO annotation files that repairs unambiguous problems and rejects all others."""
 
 from __future__ import annotations
 

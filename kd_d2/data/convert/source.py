@@ -99,7 +99,7 @@ class Source:
 
     @contextlib.contextmanager
     def may_be_broken(self) -> Iterator[None]:
-        """Context manager that, with --drop-broken, notes a UserError and suppresses it."""
+        """With --drop-broken, note and suppress a UserError raised in the block."""
         try:
             yield
         except UserError as error:
