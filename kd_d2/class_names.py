@@ -1,4 +1,4 @@
-"""Names of classes: they travel with checkpoints, and models and data are matched by them."""
+"""Class names stored in checkpoints, and matching of models to data by them."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ logger = logging.getLogger(__name__)
 
 
 def names_in_checkpoint(path: str) -> ClassOrder | None:
-    """The classes of a checkpoint of this library by the model's class index; None where a file has none, or is none.
+    """Return the classes in a checkpoint of this library by class index; None if the file has none or is not one.
 
     Args:
-        path: file or URL; only a local file is read.
+        path: file or URL; only a local `.pth` file is read.
     """
     file = urlparse(path).path
     if not file.endswith(".pth") or not os.path.isfile(file):
         return None
     try:
         names = read_checkpoint(file).get(CLASS_NAMES)
-    except UserError:  # is said where its weights are loaded
+    except UserError:  # reported when its weights are loaded
         return None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return None
@@ -40,10 +40,10 @@ def names_in_checkpoint(path: str) -> ClassOrder | None:
 
 
 def names_in_training_set(cfg: CfgNode, folder: str = "") -> ClassOrder | None:
-    """The classes of the first set of DATASETS.TRAIN that DATASETS.COCO_JSON has, in order of category id; None if it is not there.
+    """Return the classes of the first DATASETS.TRAIN set in DATASETS.COCO_JSON by category id, or None if unavailable.
 
     Args:
-        folder: relative paths count from the working directory, then from here.
+        folder: directory against which relative paths are resolved if they are not found in the working directory.
     """
     files = {name: json_file for name, json_file, _ in cfg.DATASETS.COCO_JSON}
     try:
@@ -57,10 +57,10 @@ def names_in_training_set(cfg: CfgNode, folder: str = "") -> ClassOrder | None:
 
 
 def names_in_data(cfg: CfgNode) -> ClassOrder | None:
-    """The classes of the config's datasets as they are registered, in the model's order; None if no set is known."""
+    """Return the registered classes of the config's datasets, in the model's order, or None if no dataset has any."""
     own = {entry[0] for entry in cfg.DATASETS.COCO_JSON}
     names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
-    for name in sorted(names, key=lambda name: name not in own):  # a built-in one may be the default that nobody chose
+    for name in sorted(names, key=lambda name: name not in own):  # a built-in dataset may be an unchanged default
         classes = MetadataCatalog.get(name).get("thing_classes")
         if classes:
             return ClassOrder(tuple(classes), f"the dataset {name}")
@@ -68,16 +68,16 @@ def names_in_data(cfg: CfgNode) -> ClassOrder | None:
 
 
 def match_classes(model: nn.Module, whose: str, own: ClassOrder | None, wanted: ClassOrder | None) -> None:
-    """Put a model's classes into another order, in place, exactly; nothing happens where one order is unknown.
+    """Reorder a model's classes in place by permuting its weights. Do nothing if either order is unknown.
 
     Args:
-        model: a detector with its weights.
-        whose: for messages, such as "the teacher".
-        own: the order of its classes now.
-        wanted: the order that they shall have.
+        model: detector with its weights.
+        whose: name of the model in messages, such as "the teacher".
+        own: current class order of the model.
+        wanted: target class order.
 
     Raises:
-        UserError: the two have different classes, or this kind of detector cannot be changed.
+        UserError: the class names differ, or this kind of detector does not support reordering.
     """
     if own is None or wanted is None or own.names == wanted.names:
         return
@@ -85,15 +85,15 @@ def match_classes(model: nn.Module, whose: str, own: ClassOrder | None, wanted: 
         lacking = [name for name in wanted.names if name not in own.names]
         extra = [name for name in own.names if name not in wanted.names]
         differences = [f"lacks {', '.join(map(repr, lacking[:5]))}"] if lacking else []
-        differences += [f"has {', '.join(map(repr, extra[:5]))} beside them"] if extra else []
+        differences += [f"also has {', '.join(map(repr, extra[:5]))}"] if extra else []
         raise UserError(
             f"The classes of {whose} ({own.source}) are not those of {wanted.source}: it {' and '.join(differences)}; rename them "
-            "in the annotations, or take a model of the same classes."
+            "in the annotations, or use a model with the same classes."
         )
     build_adapter(model).reorder_classes([own.names.index(name) for name in wanted.names])
-    logger.info(f"The classes of {whose} are put into the order of {wanted.source}: {', '.join(wanted.names)}")
+    logger.info(f"The classes of {whose} are reordered to match {wanted.source}: {', '.join(wanted.names)}")
 
 
 def as_comment(names: tuple[str, ...]) -> str:
-    """A line for a yaml file that keeps the names where Detectron2 has no key for them."""
+    """Return a YAML comment with the class names, for which Detectron2 has no config key."""
     return f"# class_names: {json.dumps(names)}\n"

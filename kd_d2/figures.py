@@ -1,4 +1,4 @@
-"""Matplotlib without a display, and how its figures are saved."""
+"""Matplotlib with a non-interactive backend, and saving of figures."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.text import Text
 
-matplotlib.rcParams["text.parse_math"] = False  # a name may have dollar signs
+matplotlib.rcParams["text.parse_math"] = False  # names may contain dollar signs
 
 
 def save_figure(figure: plt.Figure, path: str) -> None:
-    """Write a figure into a file, whose folder is made where it is missing, and close it. Its texts are put on a line each, and shortened."""
+    """Save a figure, creating the folder if needed, and close it. Each text is shortened to one line."""
     for text in figure.findobj(Text):
         text.set_text(label(text.get_text()))
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)

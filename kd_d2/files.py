@@ -1,4 +1,4 @@
-"""Files that are written completely or not at all."""
+"""Atomic file writes, and JSON files."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ from .errors import UserError
 
 @contextlib.contextmanager
 def atomic_write(path: str, mode: str = "w") -> Iterator[IO]:
-    """Open a file for writing so that a kill at any moment leaves the old file or the new one.
-
-    An exception inside leaves the old file.
+    """Open a file for atomic writing: the old file is replaced only after the block has finished without an exception.
 
     Args:
-        mode: "w" for text in UTF-8, "wb" for bytes.
+        path: target file.
+        mode: "w" for UTF-8 text, "wb" for bytes.
     """
     partial = f"{path}.partial"
     try:
@@ -38,7 +37,7 @@ def atomic_write(path: str, mode: str = "w") -> Iterator[IO]:
 
 
 def link_or_copy(source: str, target: str) -> None:
-    """Make `target` a second name of the file `source`, or a copy on file systems without hard links; atomic."""
+    """Atomically make `target` a hard link to `source`, or a copy if hard links are not supported."""
     partial = f"{target}.partial"
     with contextlib.suppress(FileNotFoundError):
         os.remove(partial)
@@ -50,13 +49,13 @@ def link_or_copy(source: str, target: str) -> None:
 
 
 def write_text(path: str, text: str) -> None:
-    """`atomic_write` of a text."""
+    """Write a text file atomically."""
     with atomic_write(path) as file:
         file.write(text)
 
 
 def write_json(path: str, tree: Any, indent: int | None = 1) -> None:
-    """`atomic_write` of a tree, which may hold dataclasses; NaN and infinities, which JSON does not have, are written as null."""
+    """Write a JSON file atomically. The tree may contain dataclasses; NaN and infinities are written as null."""
     write_text(path, json.dumps(_finite(tree), indent=indent, allow_nan=False) + "\n")
 
 
@@ -71,24 +70,24 @@ def _finite(tree: Any) -> Any:
 
 
 def read_json(path: str) -> Any:
-    """What a JSON file holds.
+    """Load a JSON file.
 
     Raises:
-        UserError: the file is missing, unreadable or not JSON.
+        UserError: the file is missing, unreadable or not valid JSON.
     """
     try:
         with open(path, encoding="utf-8") as file:
             return json.load(file)
     except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"it is not JSON: {error}"
+        reason = error.strerror if isinstance(error, OSError) else f"it is not valid JSON: {error}"
         raise UserError(f"{path} cannot be read ({reason}).") from error
 
 
 def check_output_folder(folder: str, key: str = "OUTPUT_DIR") -> None:
-    """Make the output folder and try to write into it. `key` is what the user named it by.
+    """Create the output folder and check that it is writable; messages refer to it by the config key or option `key`.
 
     Raises:
-        UserError: it cannot be made or written.
+        UserError: the folder cannot be created or is not writable.
     """
     try:
         os.makedirs(folder, exist_ok=True)

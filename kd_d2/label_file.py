@@ -1,4 +1,4 @@
-"""Pseudo-labels as an annotation file: the training images labelled once by the teacher, in COCO's format."""
+"""Pseudo-labels of the teacher as a COCO annotation file."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from .teacher import Teacher
 def write_label_file(
     cfg: CfgNode, output: str, dataset: str | None = None, score_thresh: float | None = None
 ) -> tuple[dict[str, Any], str]:
-    """Label a training set by the teacher of a distillation.
+    """Label a training set with the teacher of a distillation config.
 
     Args:
-        cfg: the distillation's config. With MODEL.KD.PSEUDO_LABELS.ENABLED the dataset needs no annotations.
-        output: the annotation file.
-        dataset: one of DATASETS.TRAIN; None if there is only one.
-        score_thresh: detections with a higher score become annotations; None for MODEL.KD.PSEUDO_LABELS.SCORE_THRESH.
+        cfg: distillation config. With MODEL.KD.PSEUDO_LABELS.ENABLED the dataset needs no annotations.
+        output: path of the annotation file.
+        dataset: an entry of DATASETS.TRAIN; may be None if there is only one.
+        score_thresh: score above which detections become annotations; None for MODEL.KD.PSEUDO_LABELS.SCORE_THRESH.
 
     Returns:
-        What the file holds, and the command-line overrides of the config that train on it.
+        The content of the file, and the command-line overrides of the config for training on it.
 
     Raises:
-        UserError: config, data or output cannot be used, or the teacher gives no detections with so low a score.
+        UserError: config, data or output is invalid, or the teacher's own score threshold is above `score_thresh`.
     """
     check_distillation(cfg)
     threshold = cfg.MODEL.KD.PSEUDO_LABELS.SCORE_THRESH if score_thresh is None else score_thresh
@@ -53,7 +53,7 @@ def write_label_file(
     check_classes(cfg, teacher.model)
     if "detections" not in teacher.spec.provides or teacher.spec.num_classes is None:
         raise UserError(
-            f"The teacher ({teacher.spec.name}) gives no detections with classes, so it cannot label images."
+            f"The teacher ({teacher.spec.name}) does not predict detections with classes, so it cannot label images."
         )
     PseudoLabels(threshold).check_threshold(teacher.spec)
     teacher.to(torch.device(cfg.MODEL.DEVICE))
@@ -68,14 +68,14 @@ def write_label_file(
 
 
 def choose_dataset(cfg: CfgNode, name: str | None) -> str:
-    """The given dataset, by default the only one of DATASETS.TRAIN.
+    """Return the given dataset, by default the only entry of DATASETS.TRAIN.
 
     Raises:
-        UserError: it is not in DATASETS.TRAIN, or there are several to choose from.
+        UserError: the dataset is not in DATASETS.TRAIN, or `name` is None and there are several.
     """
     names = cfg.DATASETS.TRAIN
     if name is None and len(names) > 1:
-        raise UserError(f"DATASETS.TRAIN has {len(names)} datasets: choose one of {', '.join(names)} by --dataset.")
+        raise UserError(f"DATASETS.TRAIN has {len(names)} datasets: choose one of {', '.join(names)} with --dataset.")
     if name is not None and name not in names:
         raise UserError(f"--dataset {name!r} is not in DATASETS.TRAIN: {', '.join(names)}.")
     return name or names[0]
@@ -89,17 +89,17 @@ def label_images(
     dataset: str,
     score_threshold: float,
 ) -> tuple[dict[str, Any], str]:
-    """Label images by a detector.
+    """Label images with a detector.
 
     Args:
-        detect: a Detectron2 detector in eval mode; its detections are in pixels of the image on disk.
-        batches: the dataset's images as Detectron2's test loader gives them.
-        num_classes: of `detect`.
-        dataset: the registered name; its class names are used if it has as many classes.
-        score_threshold: detections with a higher score become annotations.
+        detect: Detectron2 detector in eval mode, with detections in pixels of the image on disk.
+        batches: batches of Detectron2's test loader.
+        num_classes: number of classes of `detect`.
+        dataset: registered name; its class names are used if their number is `num_classes`.
+        score_threshold: score above which detections become annotations.
 
     Returns:
-        The tree of an annotation file, each annotation with its score, and the folder that its file names are relative to.
+        The tree of an annotation file with the score of each annotation, and the folder of its relative file names.
     """
     names = MetadataCatalog.get(dataset).get("thing_classes") or []
     if len(names) != num_classes:
@@ -122,10 +122,10 @@ def label_images(
 
 
 def overrides_to_train_on(cfg: CfgNode, name: str, labelled: list[str]) -> str:
-    """Command-line overrides of the config that replace a dataset of DATASETS.TRAIN by its labelled copy.
+    """Return command-line overrides of the config that replace a dataset of DATASETS.TRAIN with its labeled copy.
 
     Args:
-        labelled: the copy's entry of DATASETS.COCO_JSON.
+        labelled: entry of the copy in DATASETS.COCO_JSON.
     """
     files = [*(list(entry) for entry in cfg.DATASETS.COCO_JSON if entry[0] != labelled[0]), labelled]
     names = tuple(labelled[0] if other == name else other for other in cfg.DATASETS.TRAIN)

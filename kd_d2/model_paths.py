@@ -1,4 +1,4 @@
-"""Trained detectors as people name them: the output folder of a training, or a config and a checkpoint."""
+"""Parsing of `--model` arguments: the output folder of a training, or a config and a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from dataclasses import dataclass
 from .errors import UserError
 
 EXPORT_SUFFIXES = {".onnx": "onnx", ".ts": "torchscript", ".torchscript": "torchscript", ".xml": "openvino"}
-"""The formats of `kd-d2 export` by the suffixes of their files."""
+"""Formats of `kd-d2 export` by file suffix."""
 
 
 def format_of(path: str) -> str | None:
-    """The format of an exported model by its file's name, None of another file."""
+    """Return the format of an exported model by its file suffix, or None for any other file."""
     return EXPORT_SUFFIXES.get(os.path.splitext(path)[1].lower())
 
 
 @dataclass(frozen=True)
 class ModelPath:
-    """A trained detector that is named by its files.
+    """The files of a trained detector.
 
     Attributes:
-        title: what tables and pictures call it.
-        config: its config file; of an exported model that is given alone, its file.
-        weights: its checkpoint, or an exported model's file; "" for the config's own MODEL.WEIGHTS.
+        title: name of the detector in tables and figures.
+        config: config file; for an exported model given without a config, its file.
+        weights: checkpoint or file of an exported model; "" for the config's MODEL.WEIGHTS.
     """
 
     title: str
@@ -32,7 +32,7 @@ class ModelPath:
 
     @property
     def exported(self) -> str | None:
-        """The file of `kd-d2 export` that it is, None for a PyTorch detector."""
+        """The file of an exported model, or None for a PyTorch detector."""
         return next((path for path in (self.weights, self.config) if format_of(path)), None)
 
     @property
@@ -42,14 +42,14 @@ class ModelPath:
 
 
 def read_model_paths(values: list[list[str]], *, may_be_exported: bool = False) -> list[ModelPath]:
-    """The models of `--model`.
+    """Parse the values of `--model`.
 
     Args:
-        may_be_exported: whether the command takes files of `kd-d2 export`.
+        may_be_exported: whether the command accepts exported models.
 
     Raises:
-        UserError: too many values, a run folder without config or checkpoint, two models with one title, or an exported model
-            that cannot be taken.
+        UserError: there are too many values, a run folder lacks its config or checkpoint, two models have the same
+            title, or an exported model is not accepted.
     """
     models = [_model_path(*value) for value in values]
     titles = [model.title for model in models]
@@ -58,25 +58,25 @@ def read_model_paths(values: list[list[str]], *, may_be_exported: bool = False) 
             raise UserError(f"--model: two models have the title {title!r}; write TITLE=CONFIG_OR_RUN.")
     for model in models:
         if model.exported and not may_be_exported:
-            raise UserError(f"--model: {model.exported} is an exported model, which only kd-d2 predict and eval take.")
+            raise UserError(f"--model: {model.exported} is an exported model, accepted only by kd-d2 predict and eval.")
     return models
 
 
 def read_one_model_path(values: list[list[str]], *, may_be_exported: bool = False) -> ModelPath:
-    """The model of a `--model` that may be given once.
+    """Parse the values of a `--model` option that accepts one model.
 
     Raises:
-        UserError: see `read_model_paths`, or there are several.
+        UserError: see `read_model_paths`, or there are several models.
     """
     models = read_model_paths(values, may_be_exported=may_be_exported)
     if len(models) > 1:
-        raise UserError(f"--model: this command takes one model, not {len(models)}.")
+        raise UserError(f"--model: this command accepts one model, not {len(models)}.")
     return models[0]
 
 
 def _model_path(place: str, weights: str = "", *more: str) -> ModelPath:
     if more:
-        raise UserError(f"--model takes a config or a run, and weights; {more[0]!r} is one value too many.")
+        raise UserError(f"--model takes a config or run, and weights; {more[0]!r} is one value too many.")
     title, equals, path = place.partition("=")
     if not equals or os.path.exists(place):
         title, path = "", place

@@ -1,4 +1,4 @@
-"""Yaml files of users, read in bounded time and memory, without running code."""
+"""Loading of untrusted YAML files in bounded time and memory, without code execution."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .errors import UserError
 LARGEST_FILE = 4 * 2**20
 """Bytes."""
 MOST_NODES = 200_000
-"""Values of a file, of what an alias stands for each time anew."""
+"""Maximum number of values in a file, with aliases expanded."""
 DEEPEST = 50
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, for which dates are text."""
+    """The safe loader with dates loaded as strings."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -29,14 +29,14 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def read_plain_yaml(path: str, what: str) -> Any:
-    """What a yaml file holds.
+    """Load a YAML file.
 
     Args:
-        path: a file, or what Detectron2's PathManager opens.
-        what: the file for messages, such as "Config file x.yaml".
+        path: file, or any path that Detectron2's PathManager supports.
+        what: name of the file in messages, such as "Config file x.yaml".
 
     Raises:
-        UserError: it is not a regular file, too large, not plain yaml, nested too deeply, or its aliases expand to too much.
+        UserError: it is not a regular file, too large, not plain YAML, too deeply nested, or has too many values.
     """
     text = read_text(path, what)
     try:
@@ -44,25 +44,25 @@ def read_plain_yaml(path: str, what: str) -> Any:
         if node is None:
             return None
         if _size(node, {}, what) > MOST_NODES:
-            raise UserError(f"{what} has more than {MOST_NODES} values, of which aliases (*name) may be copies.")
+            raise UserError(f"{what} has more than {MOST_NODES} values after expanding aliases (*name).")
         return _Loader("").construct_document(node)
     except yaml.YAMLError as error:
         raise UserError(f"{what} is not plain yaml: {' '.join(str(error).split())}.") from error
     except RecursionError as error:
         raise UserError(f"{what} is nested too deeply.") from error
-    except ValueError as error:  # a number that Python does not read
+    except ValueError as error:  # a number that Python cannot parse
         raise UserError(f"{what} has a value that cannot be read: {error}.") from error
 
 
 def read_text(path: str, what: str) -> str:
-    """The text of a regular file of at most `LARGEST_FILE` bytes.
+    """Return the text of a regular file of at most `LARGEST_FILE` characters.
 
     Raises:
-        UserError: it is none.
+        UserError: it is not a regular file, is too large or cannot be read.
     """
     try:
         local = PathManager.get_local_path(path)
-        if not stat.S_ISREG(os.stat(local).st_mode):  # opening a named pipe would wait
+        if not stat.S_ISREG(os.stat(local).st_mode):  # opening a named pipe would block
             raise UserError(f"{what} is not a regular file.")
         with open(local, encoding="utf-8-sig") as file:
             text = file.read(LARGEST_FILE + 1)
@@ -74,12 +74,12 @@ def read_text(path: str, what: str) -> str:
 
 
 def _size(node: yaml.Node, sizes: dict[int, int], what: str, depth: int = 0) -> int:
-    """The number of values below a node with aliases expanded, each node looked at once."""
+    """Return the number of values of a node with aliases expanded, visiting each node once."""
     if id(node) in sizes:
         return sizes[id(node)]
     if depth > DEEPEST:
         raise UserError(f"{what} is nested more than {DEEPEST} levels deep.")
-    sizes[id(node)] = 0  # of a node that holds itself; what is made of it is refused by whoever reads it
+    sizes[id(node)] = 0  # ends the recursion at a node that contains itself; the callers reject such trees
     if isinstance(node, yaml.MappingNode):
         children = [child for pair in node.value for child in pair]
     else:

@@ -1,4 +1,4 @@
-"""Detection in images by a trained detector."""
+"""Inference on images with a trained detector."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from .errors import UserError
 
 @dataclass
 class Category:
-    """A class: `id` is the dataset's own if it is known, else the model's index of the class."""
+    """A class. `id` is the dataset's category id if known, else the model's class index."""
 
     id: int
     name: str
 
 
 def read_categories(cfg: CfgNode, num_classes: int | None) -> list[Category] | None:
-    """The model's classes: by the names in its checkpoint, with the ids of the first dataset of DATASETS.TEST or TRAIN that has them.
+    """Return the model's classes: names from its checkpoint, ids from the first set of DATASETS.TEST or TRAIN with them.
 
-    A checkpoint without names takes them from the first of these sets that has as many classes.
+    If the checkpoint has no names, they are taken from the first of these sets that has `num_classes` classes.
 
     Returns:
-        By class index; None if the number of the model's classes is unknown.
+        Classes by class index, or None if `num_classes` is None.
     """
     if num_classes is None:
         return None
@@ -73,14 +73,14 @@ def _categories_of_catalog(name: str) -> list[Category]:
 
 
 class ImageDetector:
-    """Detects objects in images by any model that is called as Detectron2's are.
+    """Detects objects in images with any model that has the call interface of Detectron2's models.
 
     Args:
-        model: dictionaries with "image" (3, H, W), "height" and "width" -> dictionaries with "instances".
-        input_format: order of the channels that the model takes, as INPUT.FORMAT.
-        resize: (height, width) of an image -> how it is resized.
-        categories: by class index; None if they are unknown.
-        score_thresh: lowest score of a detection.
+        model: function from dictionaries with "image" (3, H, W), "height" and "width" to dictionaries with "instances".
+        input_format: channel order of the model's input, as in INPUT.FORMAT.
+        resize: function from an image's (height, width) to its resize transform.
+        categories: classes by class index; None if unknown.
+        score_thresh: minimum score of a detection.
     """
 
     def __init__(
@@ -98,22 +98,22 @@ class ImageDetector:
         self.score_thresh = score_thresh
 
     def __call__(self, path: str) -> Instances:
-        """The detections in an image file, on the CPU, in the image's own pixels.
+        """Detect objects in an image file; the detections are on the CPU, in pixels of the original image.
 
         Raises:
-            UserError: the model is no detector, or the image cannot be used.
+            UserError: the model is not a detector, or the image cannot be used.
         """
         return self.detect([read_image(path, self.input_format)])[0]
 
     @torch.no_grad()
     def detect(self, images: list[np.ndarray]) -> list[Instances]:
-        """The detections in images (H, W, 3) of `input_format`, on the CPU, in each image's own pixels.
+        """Detect objects in images (H, W, 3) of `input_format`; detections are on the CPU, in pixels of each input image.
 
-        Neighbors of one size after resizing go through the model together: the results are those of single images,
-        which the padding of a batch of several sizes would change.
+        Consecutive images of equal size after resizing are batched. The results are those of single images, since no
+        image is padded to the size of another.
 
         Raises:
-            UserError: the model is no detector.
+            UserError: the model is not a detector.
         """
         entries = [self._entry(image) for image in images]
         found = []
@@ -134,16 +134,16 @@ class ImageDetector:
 
 
 class Predictor(ImageDetector):
-    """A trained PyTorch detector, with the results of Detectron2's DefaultPredictor.
+    """A trained PyTorch detector, with the same results as Detectron2's DefaultPredictor.
 
-    Checkpoints are read as safely as in training, and must fill the model completely.
+    Checkpoints are loaded as safely as in training and must contain all of the model's weights.
 
     Args:
-        cfg: a plain detector's config, as `load_config(..., student_only=True)` returns it.
-        score_thresh: lowest score of a detection, even if the config's own threshold is higher.
+        cfg: plain detector config, as returned by `load_config(..., student_only=True)`.
+        score_thresh: minimum score of a detection; overrides higher thresholds of the config.
 
     Raises:
-        UserError: the checkpoint cannot be read, or does not belong to the config.
+        UserError: the checkpoint cannot be read, or does not match the config.
     """
 
     def __init__(self, cfg: CfgNode, score_thresh: float = 0.5):

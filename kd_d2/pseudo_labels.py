@@ -1,4 +1,4 @@
-"""Where a batch's ground truth comes from: the annotations, or the teacher."""
+"""Sources of a batch's ground truth: the annotations or the teacher's detections."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from .errors import UserError
 
 
 class Annotations:
-    """The ground truth that the data bring."""
+    """Ground truth from the dataset's annotations."""
 
     needs: frozenset[str] = frozenset()
 
     def check(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
-        """Raise a UserError where the pair cannot be trained in this way."""
+        """Raise a UserError if this ground truth does not suit the student and teacher."""
 
     def __call__(self, batched_inputs: list[dict], teacher: DetectorOutputs | None) -> list[Instances]:
-        """Ground truth per image, in pixels of the input.
+        """Return the ground truth of each image, in pixels of the input.
 
         Args:
-            teacher: its outputs for the batch, with the parts that `needs` names.
+            teacher: the teacher's outputs for the batch, with the parts named in `needs`.
         """
         return [x["instances"] for x in batched_inputs]
 
 
 class PseudoLabels(Annotations):
-    """The teacher's detections above a score as ground truth (de Rijk 2022, table 11); annotations are not looked at.
+    """Ground truth from the teacher's detections (de Rijk 2022, table 11); annotations are ignored.
 
     Args:
-        score_threshold: detections with a higher score count.
+        score_threshold: score above which detections are used.
     """
 
     needs = frozenset({"detections"})
@@ -41,7 +41,7 @@ class PseudoLabels(Annotations):
         self.check_threshold(teacher)
         if "keypoints" in student.provides:
             raise UserError(
-                f"MODEL.KD.PSEUDO_LABELS gives boxes and masks, but the student ({student.name}) is also trained on keypoints."
+                f"MODEL.KD.PSEUDO_LABELS provides boxes and masks only, but the student ({student.name}) is also trained on keypoints."
             )
         if "masks" in student.provides - teacher.provides:
             raise UserError(
@@ -50,12 +50,12 @@ class PseudoLabels(Annotations):
             )
 
     def check_threshold(self, teacher: DetectorSpec) -> None:
-        """Raise a UserError where the teacher itself leaves out detections that would count."""
+        """Raise a UserError if the teacher's own score threshold discards detections that would be used."""
         lowest = teacher.score_threshold
         if lowest is not None and lowest > self.score_threshold:
             raise UserError(
                 f"Pseudo-labels need teacher detections down to score {self.score_threshold} (MODEL.KD.PSEUDO_LABELS.SCORE_THRESH), but the "
-                f"teacher ({teacher.name}) has none below {lowest}; lower its SCORE_THRESH_TEST by MODEL.KD.TEACHER.OPTS."
+                f"teacher ({teacher.name}) has none below {lowest}; lower its SCORE_THRESH_TEST in MODEL.KD.TEACHER.OPTS."
             )
 
     def __call__(self, batched_inputs: list[dict], teacher: DetectorOutputs | None) -> list[Instances]:

@@ -1,4 +1,4 @@
-"""Text of unknown origin, such as the names of classes and files, made fit for where it is shown."""
+"""Sanitizing of untrusted text, such as class and file names, for display."""
 
 from __future__ import annotations
 
@@ -12,38 +12,36 @@ from collections.abc import Iterable, Sequence
 
 LONGEST_MESSAGE = 2000
 LONGEST_LABEL = 80
-LONGEST_FILE_NAME = 200  # bytes; file systems take 255, of which a suffix or a number in front needs some
+LONGEST_FILE_NAME = 200  # bytes; the usual file system limit of 255 minus room for a suffix or a numeric prefix
 COLOR = re.compile(r"\x1b\[[\d;]*m")
 
 
 def printable(text: str, longest: int = LONGEST_MESSAGE) -> str:
-    """The text on one line: escapes in place of characters that are not printed, such as line breaks and the escape sequences of
-    terminals; without its middle where it is longer.
-    """
+    """Return the text on one line, with non-printable characters escaped and its middle elided if it is too long."""
     if len(text) > longest:
         text = f"{text[: longest // 2]} ... {text[-longest // 2 :]}"
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def label(text: str) -> str:
-    """`printable`, so short that it has a place in a picture or a table."""
+    """Return `printable` text that is short enough for a figure or a table."""
     return printable(text, LONGEST_LABEL)
 
 
 def has_controls(text: str) -> bool:
-    """Whether there are control characters, line breaks of any kind, or halves of characters."""
+    """Return whether the text has control characters, line breaks of any kind, or surrogates."""
     return any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in text)
 
 
 def without_controls(text: str) -> str:
-    """The text with escapes in place of control characters but for line breaks and tabs, and of halves of characters."""
+    """Return the text with control characters, except newlines and tabs, and surrogates escaped."""
     if not has_controls(text):
         return text
     return "".join(ascii(c)[1:-1] if has_controls(c) and c not in "\n\t" else c for c in text)
 
 
 def file_stem(name: str) -> str:
-    """The name of a file of its own in a folder, without suffix; as it is wherever it can be one."""
+    """Return a unique, valid file name without suffix for `name`, unchanged where it is already valid."""
     cut = name.encode(errors="replace")[:LONGEST_FILE_NAME].decode(errors="ignore")
     stem = "".join("-" if c in "/\\" or has_controls(c) else c for c in cut)
     if stem == name and stem.strip("."):
@@ -52,18 +50,18 @@ def file_stem(name: str) -> str:
 
 
 def folder_name(title: str) -> str:
-    """A title as the name of a folder: letters, digits, and _ . -"""
+    """Return a folder name for a title, with letters, digits, `_`, `.` and `-` only."""
     cut = re.sub(r"[^\w.-]+", "-", title).lstrip(".").encode()[:100].decode(errors="ignore")
     return cut or "model"
 
 
 def markdown_cell(text: str) -> str:
-    """A cell of a Markdown table, which has no HTML of its own."""
+    """Return the text as a cell of a Markdown table, with `|` and `<` escaped."""
     return printable(text).replace("|", "\\|").replace("<", "&lt;")
 
 
 def csv_text(rows: Iterable[Sequence[object]]) -> str:
-    """Comma-separated values; a text that a spreadsheet would take for a formula has an apostrophe before it."""
+    """Return the rows as CSV. Text that a spreadsheet would evaluate as a formula is prefixed with an apostrophe."""
     stream = io.StringIO()
     csv.writer(stream, lineterminator="\n").writerows([_csv_cell(cell) for cell in row] for row in rows)
     return stream.getvalue()
@@ -85,7 +83,7 @@ def _is_number(text: str) -> bool:
 
 
 class _Record(logging.LogRecord):
-    """A line of the log without control characters of what it is about; the colors of Detectron2's own lines stay."""
+    """A log record with control characters escaped, except the color codes of loggers outside this package."""
 
     def getMessage(self) -> str:
         message = super().getMessage()
@@ -97,5 +95,5 @@ class _Record(logging.LogRecord):
 
 
 def keep_controls_out_of_logs() -> None:
-    """From now on no log of this process has control characters but line breaks and tabs."""
+    """Escape control characters, except newlines and tabs, in all log messages of this process from now on."""
     logging.setLogRecordFactory(_Record)

@@ -1,4 +1,4 @@
-"""JSON as the types that it must have."""
+"""Conversion of JSON trees into typed Python objects."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from .errors import UserError
 
 LARGEST = 10**300
 _NAMES = {
-    dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a whole number", float: "a number", type(None): "null"
+    dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "a whole number", float: "a number", type(None): "null"
 }  # fmt: skip
 
 
 def from_tree(kind: Any, tree: Any, path: str, place: str) -> Any:
-    """A tree of JSON as an instance of a type: a dataclass, dict[str, ...], list[...], str, int, float, bool, None, or several of these.
+    """Convert a JSON tree to a dataclass, dict[str, ...], list[...], str, int, float, bool, None or a union of these.
 
     Args:
-        kind: the type.
-        tree: what json.load returns; members of a dataclass that have a default may be missing.
-        path, place: the file, and what of it the tree is, for messages.
+        kind: target type.
+        tree: result of json.load; dataclass fields with defaults may be missing.
+        path, place: file and location of the tree in it, for messages.
 
     Raises:
-        UserError: the tree has other content.
+        UserError: the tree does not match the type.
     """
     if is_dataclass(kind):
         hints, present = get_type_hints(kind), _checked(dict, tree, path, place)
@@ -43,7 +43,7 @@ def from_tree(kind: Any, tree: Any, path: str, place: str) -> Any:
 
 
 def members(hints: dict[str, Any], tree: Any, path: str, place: str) -> dict[str, Any]:
-    """The values of the named members of an object, as the types that `hints` gives for them; see `from_tree`."""
+    """Convert the members of a JSON object that `hints` names to the types given there; see `from_tree`."""
     missing = sorted(hints.keys() - _checked(dict, tree, path, place).keys())
     if missing:
         raise UserError(f"{path}: {place} has no {missing[0]!r}.")

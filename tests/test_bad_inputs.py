@@ -206,7 +206,7 @@ def _no_images(tree: dict) -> None:
         ),
         (
             lambda tree: tree["images"][1].update(id=1),
-            ": the id 1 occurs more than once in its images; annotations refer to it, so give each its own.",
+            ": the id 1 occurs more than once in its images; annotations refer to it, so ids must be unique.",
         ),
         (lambda tree: tree["images"][1].update(file_name="gone.png"), ": 1 of 6 images are not in "),
     ],
@@ -245,7 +245,7 @@ def test_odd_boxes_are_reported_and_training_goes_on(project: Project) -> None:
     assert "bbox" in results
     text = (project.output / "log.txt").read_text()
     assert f"WARNING: {project.annotations}: boxes without area dropped (2; the first: annotation with id 2" in text
-    assert f"WARNING: {project.name}: 2 boxes reach beyond their image; training clips them." in text
+    assert f"WARNING: {project.name}: 2 boxes extend beyond their image; training clips them." in text
     assert (project.output / "model_final.pth").exists()
 
 
@@ -286,7 +286,7 @@ def test_keypoints_and_masks_that_the_data_lack(refused, monkeypatch: pytest.Mon
     assert refused("MODEL.KEYPOINT_ON", True).endswith("set it to False, or register the set with Detectron2's "
         "register_coco_instances in a file for --import.")  # fmt: skip
     assert refused("MODEL.MASK_ON", True).endswith(
-        "has no segmentation, which MODEL.MASK_ON needs; set MODEL.MASK_ON False to train boxes alone."
+        "has no segmentation, which MODEL.MASK_ON needs; set MODEL.MASK_ON False to train on boxes only."
     )
     path = make_coco(tmp_path / "others")
     register_coco_instances("without_masks", {}, str(path), str(path.parent / "images"))

@@ -110,8 +110,8 @@ def test_unequal_classes_are_refused() -> None:
     with pytest.raises(UserError) as caught:
         match_classes(model, "the teacher", OWN, ClassOrder(("red", "green", "purple"), "val.json"))
     assert str(caught.value) == (
-        "The classes of the teacher (model.pth) are not those of val.json: it lacks 'purple' and has 'blue' beside them; rename them "
-        "in the annotations, or take a model of the same classes."
+        "The classes of the teacher (model.pth) are not those of val.json: it lacks 'purple' and also has 'blue'; rename them "
+        "in the annotations, or use a model with the same classes."
     )
 
 
@@ -182,7 +182,7 @@ def test_a_teacher_with_its_classes_in_another_order(tmp_path: Path, capsys: pyt
     weights = read_checkpoint(str(project.teacher_weights))
     torch.save({**weights, CLASS_NAMES: list(OTHER.names)}, project.teacher_weights)
     project.main()
-    assert "The classes of the teacher are put into the order of" in (project.output / "log.txt").read_text()
+    assert "The classes of the teacher are reordered to match" in (project.output / "log.txt").read_text()
     torch.save({**weights, CLASS_NAMES: ["red", "green", "purple"]}, project.teacher_weights)
     with pytest.raises(SystemExit):
         run_train_net("--config-file", project.student, "OUTPUT_DIR", tmp_path / "second")

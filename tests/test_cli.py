@@ -169,7 +169,7 @@ def test_wrong_models(run_folder: Path, values: list[list[str]], sentence: str) 
 
 def test_commands_that_take_one_model() -> None:
     assert read_one_model_path([["a.yaml", "x.pth"]]) == ModelPath("a", "a.yaml", "x.pth")
-    with pytest.raises(UserError, match="this command takes one model, not 2"):
+    with pytest.raises(UserError, match="this command accepts one model, not 2"):
         read_one_model_path([["a.yaml"], ["b.yaml"]])
 
 

@@ -119,7 +119,7 @@ REFUSED = {
     "no file name": (_drop("images", 1, "file_name"), ": an image has no 'file_name': {'id': 2, "),
     "image id": (_set("images", 1, id=True), ": an entry of images has no usable id: {'id': True, "),
     "image id twice": (_set("images", 1, id="1"), ": the id 1 occurs more than once in its images; annotations refer"),
-    "no categories": (lambda tree: tree.update(categories=[], annotations=[]), " has no categories: name the classes"),
+    "no categories": (lambda tree: tree.update(categories=[], annotations=[]), " has no categories: add the classes"),
     "no name": (_drop("categories", 0, "name"), ": a category has no 'name': {'id': 1}."),
     "category id twice": (
         _set("categories", 1, id=3),
@@ -131,16 +131,16 @@ REFUSED = {
     ),
     "no box": (
         _drop("annotations", 0, "bbox"),
-        ": the annotation with id 1 has neither a bbox nor a segmentation: remove it, or write its bbox.",
+        ": the annotation with id 1 has neither a bbox nor a segmentation: remove it, or add its bbox.",
     ),
-    "no object": (lambda tree: tree["annotations"].append(7), ": its annotations hold 7; each entry must be an object"),
+    "no object": (lambda tree: tree["annotations"].append(7), ": its annotations contain 7; each entry must be a JSON"),
     "unknown image": (
         _set("annotations", 1, image_id=9),
-        ": the annotation with id 2 is of image 9, which is not among the file's images: remove it, or add the image.",
+        ": the annotation with id 2 refers to image 9, which is not among the file's images: remove it, or add the image.",
     ),
     "unknown category": (
         _set("annotations", 1, category_id=9),
-        ": the annotation with id 2 is of category 9, which is not among the file's categories: add it there.",
+        ": the annotation with id 2 refers to category 9, which is not among the file's categories: add it there.",
     ),
     "ignore": (_set("annotations", 1, ignore=1), ": the annotation with id 2 has 'ignore' set, which Detectron2 does"),
     "crowd": (
@@ -165,7 +165,7 @@ REFUSED = {
     ),
     "fractions": (
         _boxes(lambda x, y, w, h, width, height: [x / width, y / height, w / width, h / height]),
-        ": all its boxes lie between 0 and 1, such as [0.52",
+        ": all its boxes are between 0 and 1, such as [0.52",
     ),
 }
 
@@ -191,7 +191,7 @@ def test_more_annotations_than_an_image_may_have(coco: Set) -> None:
     assert coco.check().boxes == 10_000
     fill(10_001)
     assert coco.sentence() == (
-        f"{coco.json}: the image 001.png has 10001 annotations, and an image may have 10000: cut it into tiles."
+        f"{coco.json}: the image 001.png has 10001 annotations, more than 10000: split it into tiles."
     )
 
 
@@ -211,7 +211,7 @@ def test_images_that_are_not_on_disk(coco: Set) -> None:
     (coco.images / "001.png").unlink()
     (coco.images / "003.png").unlink()
     assert coco.sentence() == (
-        f"{coco.json}: 2 of 4 images are not in {coco.images}, the first is 001.png; name the folder that holds them."
+        f"{coco.json}: 2 of 4 images are not in {coco.images}, the first is 001.png; specify their folder."
     )
 
 
@@ -250,12 +250,12 @@ def _lvis(tree: dict) -> None:
 ACCEPTED = {
     "sizes left out": (
         _without("images", "width", "height"),
-        "sizes of images read from their files (4; the first: 000.png)",
+        "image sizes read from the image files (4; the first: 000.png)",
     ),
-    "sizes of zero": (_each("images", "width", lambda *_: 0), "sizes of images read from their files (4"),
+    "sizes of zero": (_each("images", "width", lambda *_: 0), "image sizes read from the image files (4"),
     "sizes as text": (
         _each("images", "width", lambda value, _: str(value)),
-        "sizes of images read as whole numbers (4; the",
+        "image sizes read as whole numbers (4; the",
     ),
     "ids as floats": (
         _all(
@@ -268,24 +268,24 @@ ACCEPTED = {
         _each("annotations", "category_id", lambda value, _: str(value)),
         "references read as whole numbers (4; the first: category_id '2')",
     ),
-    "ids of text": (_ids_of_text, "images numbered from 1, since ids are text (1; the first: 'image-1')"),
+    "ids of text": (_ids_of_text, "images numbered from 1 because ids are text (1; the first: 'image-1')"),
     "no annotation ids": (
         _without("annotations", "id"),
-        "annotations numbered from 1, since an id is missing, repeated",
+        "annotations numbered from 1 because an id is missing, repeated",
     ),
     "negative ids": (
         _each("annotations", "id", lambda _, n: n - 9),
-        "annotations numbered from 1, since an id is missing",
+        "annotations numbered from 1 because an id is missing",
     ),
     "an id of zero": (
         _each("annotations", "id", lambda _, n: n),
-        "annotations numbered from 1, since an id is missing",
+        "annotations numbered from 1 because an id is missing",
     ),
     "huge ids": (
         _each("annotations", "id", lambda _, n: 2**63 + n),
-        "annotations numbered from 1, since an id is missing",
+        "annotations numbered from 1 because an id is missing",
     ),
-    "ids twice": (_each("annotations", "id", lambda *_: 3), "annotations numbered from 1, since an id is missing"),
+    "ids twice": (_each("annotations", "id", lambda *_: 3), "annotations numbered from 1 because an id is missing"),
     "backslashes": (
         _each("images", "file_name", lambda name, _: f"..\\images\\{name}"),
         "images found under another name (4; the first: ..\\images\\000.png is 000.png)",
@@ -309,14 +309,14 @@ ACCEPTED = {
         "images found under another name (4",
     ),
     "LVIS": (_lvis, "images found under another name (4"),
-    "Roboflow": (_roboflow, "categories left out that only stand for others, without boxes (1; the first: 'colors')"),
+    "Roboflow": (_roboflow, "placeholder categories without boxes dropped (1; the first: 'colors')"),
     "background": (
         lambda tree: tree["categories"].insert(0, {"id": 0, "name": "__background__"}),
-        "categories left out that only stand for others, without boxes (1; the first: '__background__')",
+        "placeholder categories without boxes dropped (1; the first: '__background__')",
     ),
     "every annotation twice": (
         lambda tree: tree["annotations"].extend([{**a, "id": a["id"] + 10} for a in tree["annotations"]]),
-        "annotations repeated exactly dropped (4; the first: annotation with id 11 of image 1)",
+        "duplicate annotations dropped (4; the first: annotation with id 11 of image 1)",
     ),
     "a box without area": (
         lambda tree: tree["annotations"].append(
@@ -326,7 +326,7 @@ ACCEPTED = {
     ),
     "boxes as text": (
         _each("annotations", "bbox", lambda box, _: [str(v) for v in box]),
-        "numbers of boxes read from text (4; the first: annotation with id 1, ['50', ",
+        "box coordinates read from text (4; the first: annotation with id 1, ['50', ",
     ),
     "boxes of polygons": (
         lambda tree: [
@@ -334,7 +334,7 @@ ACCEPTED = {
             for a in tree["annotations"]
             for x, y, w, h in [a.pop("bbox")]
         ],
-        "boxes taken from segmentations (4; the first: annotation with id 1)",
+        "boxes computed from segmentations (4; the first: annotation with id 1)",
     ),
     "iscrowd null": (
         _each("annotations", "iscrowd", lambda *_: None),
@@ -346,7 +346,7 @@ ACCEPTED = {
     ),
     "area null": (
         _each("annotations", "area", lambda *_: None),
-        "areas taken from boxes (4; the first: annotation with id 1",
+        "areas computed from boxes (4; the first: annotation with id 1",
     ),
     # Segmentations do not matter in a run that trains boxes alone, and nothing is said of them.
     "flat polygons": (_each("annotations", "segmentation", lambda *_: [1, 2, 3, 4, 5, 6]), None),
@@ -427,8 +427,8 @@ def test_images_whose_names_may_mean_several_files(coco: Set) -> None:
         shutil.copy(coco.images / "000.png", coco.images / folder / "same.png")
     coco.change(_set("images", 0, file_name="c/Same.png"))
     assert coco.sentence() == (
-        f"The image c/Same.png may be a/same.png or b/same.png in {coco.images}: write the one that is meant as its "
-        "file name, or remove the other."
+        f"The image c/Same.png may be a/same.png or b/same.png in {coco.images}: use the right one as its file name, "
+        "or remove the other."
     )
     coco.change(_set("images", 0, file_name="export/b/Same.png"))
     assert coco.check().repairs == [
@@ -436,7 +436,7 @@ def test_images_whose_names_may_mean_several_files(coco: Set) -> None:
     ]
     coco.change(_set("images", 1, file_name="b/same.png"))
     assert coco.sentence() == (
-        f"{coco.json}: the images export/b/Same.png and b/same.png both seem to be b/same.png in {coco.images}."
+        f"{coco.json}: the images export/b/Same.png and b/same.png both match b/same.png in {coco.images}."
     )
 
 
@@ -497,14 +497,14 @@ def test_masks_that_are_trained(coco: Set, change, expected: str) -> None:
 @pytest.mark.parametrize(
     ("convert", "expected"),
     [
-        (lambda a: [], "has no segmentation, which MODEL.MASK_ON needs; set MODEL.MASK_ON False to train boxes alone."),
+        (lambda a: [], "has no segmentation, which MODEL.MASK_ON needs; set MODEL.MASK_ON False to train on boxes"),
         (
             lambda a: {"counts": [9]},
-            "has run lengths that do not fill its image of 64 x 96 pixels: {'counts': [9]}; write",
+            "has run lengths that do not fit its image of 64 x 96 pixels: {'counts': [9]}; export",
         ),
         (
             lambda a: {"counts": "01", "size": [96, 64]},
-            "has run lengths that do not fill its image of 64 x 96 pixels: ",
+            "has run lengths that do not fit its image of 64 x 96 pixels: ",
         ),
     ],
 )
@@ -564,7 +564,7 @@ def test_boxes_beyond_their_image_are_counted_and_clipped(coco: Set, caplog: pyt
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.RANDOM_FLIP = (64,), "none"
     with caplog.at_level(logging.WARNING):
         register_coco_json(cfg)
-    assert [r.getMessage() for r in caplog.records] == ["mine: 3 boxes reach beyond their image; training clips them."]
+    assert [r.getMessage() for r in caplog.records] == ["mine: 3 boxes extend beyond their image; training clips them."]
     instances = next(iter(build_stream_loader(cfg, seed=0)))[0]["instances"]
     assert instances.gt_boxes.tensor.tolist() == [[0, 0, 96, 15], [0, 5, 20, 25], [5, 40, 25, 64], [0, 0, 19, 19]]
 
@@ -589,7 +589,7 @@ def test_a_name_that_is_taken(coco: Set, tmp_path: Path) -> None:
         with pytest.raises(UserError) as caught:
             register_coco_json(other.config(name))
         assert str(caught.value) == (
-            f"DATASETS.COCO_JSON: the name {name!r} belongs to another dataset already; choose a new one."
+            f"DATASETS.COCO_JSON: the name {name!r} is already taken by another dataset; choose a new one."
         )
 
 
@@ -616,7 +616,7 @@ def test_sets_of_other_classes(coco: Set, tmp_path: Path) -> None:
         register_coco_json(cfg)
     assert str(caught.value) == (
         f"{other.json} has boxes of the class 'purple', which {coco.json} does not have (red, green, blue): rename the class in "
-        "one of them, or leave its boxes out."
+        "one of them, or remove its boxes."
     )
     other.change(lambda tree: tree.update(annotations=[], categories=[{"id": 1, "name": "purple"}]))
     with pytest.raises(

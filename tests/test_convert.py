@@ -227,7 +227,7 @@ def test_what_is_printed_trains(tmp_path: Path, capsys: pytest.CaptureFixture) -
     assert [line.split("|")[1:4] for line in printed.splitlines() if line.startswith("| cat")] == [
         [" cat                 ", "       1 ", "       0 "]
     ]
-    assert "pixels counted from 1, as Pascal VOC defines it (--first-pixel 0 if not) (3; the first:" in printed
+    assert "coordinates read as 1-based, as Pascal VOC defines them (--first-pixel 0 if not) (3; the first:" in printed
     assert (out / "datasets.yaml").read_text().rstrip() in printed
     config = text(tmp_path / "my.yaml", "_BASE_: [tiny/retinanet-student, out/datasets.yaml]\n")
     cfg = load_config(str(config))
@@ -289,28 +289,28 @@ def test_the_devkit(devkit: Path) -> None:
     }
     assert boxes(trees["trainval"])["000001"] == boxes(trees["train"])["000001"] == [("cow", [0, 0, 9, 9])]
     assert notes(devkit) == [
-        "entries of val.txt repeated (1)",
-        "labels left out that no list of ImageSets/Main has (1)",
-        "pixels counted from 1, as Pascal VOC defines it (--first-pixel 0 if not) (4)",
-        "images left out that have no labels or are in no split (1)",
+        "duplicate entries of val.txt dropped (1)",
+        "labels that are in no list of ImageSets/Main dropped (1)",
+        "coordinates read as 1-based, as Pascal VOC defines them (--first-pixel 0 if not) (4)",
+        "images without labels or in no split dropped (1)",
     ]
 
 
 def test_lists_of_the_devkit_that_do_not_fit(devkit: Path) -> None:
     text(devkit / "ImageSets/Main/test.txt", "../../etc/passwd\n")
     assert refusal(devkit) == (
-        "IN_FOLDER: ImageSets/Main/test.txt lists ../../etc/passwd, of which there is no file of labels: remove the list if its "
+        "IN_FOLDER: ImageSets/Main/test.txt lists ../../etc/passwd, which has no label file: remove the list if its "
         "labels are not published, or the entry, or pass --unlabelled keep if it has no objects."
     )
     text(devkit / "ImageSets/Main/test.txt", "000005\n")
     (devkit / "Annotations/000005.xml").unlink()
-    assert "lists 000005, of which there is no file of labels" in refusal(devkit)
+    assert "lists 000005, which has no label file" in refusal(devkit)
     assert boxes(run(devkit, unlabelled="keep")["test"]) == {"000005": []}
 
 
 def test_a_broken_file_of_the_devkit_counts_once(devkit: Path) -> None:
     text(devkit / "Annotations/000001.xml", "<annotation>")
-    assert "entries left out that cannot be read (1)" in notes(devkit, drop_broken=True)
+    assert "unreadable entries dropped (1)" in notes(devkit, drop_broken=True)
     assert {split: len(tree["images"]) for split, tree in run(devkit, drop_broken=True).items()} == {
         "train": 1, "trainval": 3, "val": 1
     }  # fmt: skip
@@ -321,7 +321,7 @@ def test_two_devkits(devkit: Path) -> None:
     both.mkdir()
     devkit.rename(both / "VOC2007")
     text(both / "VOC2012/ImageSets/Main/train.txt", "000001\n")
-    assert refusal(both) == "IN: IN_FOLDER holds several datasets, VOC2007 and VOC2012: convert them one at a time."
+    assert refusal(both) == "IN: IN_FOLDER contains several datasets, VOC2007 and VOC2012: convert them one at a time."
 
 
 def voc_of(tmp_path: Path, *objects: str, **keywords: object) -> Path:
@@ -354,7 +354,7 @@ def test_difficult_boxes(tmp_path: Path) -> None:
         for choice in ("crowd", "keep", "drop")
     }
     assert crowds == {"crowd": [1, 0], "keep": [0, 0], "drop": [0]}
-    assert notes(root)[1:] == ["difficult boxes set as crowd, which is neither trained on nor counted (1)"]
+    assert notes(root)[1:] == ["difficult boxes marked as crowd, which is ignored in training and evaluation (1)"]
     assert notes(root, difficult="drop")[1:] == ["difficult boxes dropped (1)"]
 
 
@@ -371,10 +371,10 @@ def test_boxes_that_are_cut_and_dropped(tmp_path: Path) -> None:
     (tree,) = run(root).values()
     assert [a["bbox"] for a in tree["annotations"]] == [[0, 5, 10, 15], [10, 20, 30, 10], [5, 5, 4, 4]]
     assert notes(root) == [
-        "boxes that begin at 0, so that pixels of all are counted from 0 (1)",
-        "boxes cut at the sides of their image (3)",
+        "boxes that start at 0, so all coordinates are read as 0-based (1)",
+        "boxes clipped to their image (3)",
         "boxes without area dropped (2)",
-        "boxes repeated exactly dropped (1)",
+        "duplicate boxes dropped (1)",
     ]
 
 
@@ -394,13 +394,13 @@ def test_images_of_voc_are_found_by_what_is_right(tmp_path: Path) -> None:
     ("content", "sentence"),
     [
         ("<annotation>", "xml/a.xml is not readable XML: no element found: line 1, column 12."),
-        ("<html></html>", "xml/a.xml is not of Pascal VOC's form: its root is 'html', not 'annotation'."),
-        (voc_xml("b.jpg"), "xml/a.xml says that its image is b.jpg, but its own name is that of images/a.jpg: rename it, or correct its <filename>."),
-        (voc_xml("a.jpg", size=(30, 40)), "xml/a.xml says that its image has 30 x 40 pixels, but images/a.jpg has 40 x 30 (upright, as EXIF says): correct it, or leave out what cannot be read with --drop-broken."),
-        (voc_xml("a.jpg", "<object><name>k</name></object>"), "xml/a.xml: its object 1 is no box (Syntax error in imagenet annotation format): correct it, or leave out what cannot be read with --drop-broken."),
-        (voc_xml("a.jpg", voc_object("k", 1, 1, 9, 9), voc_object("k", 9, 1, 5, 9)), "xml/a.xml: its object 2 is no box (`xmax` must be greater than `xmin`): correct it, or leave out what cannot be read with --drop-broken."),
-        (voc_xml("a.jpg", voc_object("k", 1, 1, float("inf"), 9)), "xml/a.xml: its object 1 has the corners (1.0, 1.0, inf, 9.0), which are not all finite: correct it, or leave out what cannot be read with --drop-broken."),
-        (voc_xml("a.jpg", voc_object(" ", 1, 1, 9, 9)), "xml/a.xml: its object 1 has no class: correct it, or leave out what cannot be read with --drop-broken."),
+        ("<html></html>", "xml/a.xml is not in Pascal VOC's format: its root is 'html', not 'annotation'."),
+        (voc_xml("b.jpg"), "xml/a.xml says that its image is b.jpg, but its own name matches images/a.jpg: rename it, or correct its <filename>."),
+        (voc_xml("a.jpg", size=(30, 40)), "xml/a.xml says that its image has 30 x 40 pixels, but images/a.jpg has 40 x 30 (EXIF orientation applied): correct it, or pass --drop-broken to skip unreadable entries."),
+        (voc_xml("a.jpg", "<object><name>k</name></object>"), "xml/a.xml: its object 1 is not a valid box (Syntax error in imagenet annotation format): correct it, or pass --drop-broken to skip unreadable entries."),
+        (voc_xml("a.jpg", voc_object("k", 1, 1, 9, 9), voc_object("k", 9, 1, 5, 9)), "xml/a.xml: its object 2 is not a valid box (`xmax` must be greater than `xmin`): correct it, or pass --drop-broken to skip unreadable entries."),
+        (voc_xml("a.jpg", voc_object("k", 1, 1, float("inf"), 9)), "xml/a.xml: its object 1 has the corners (1.0, 1.0, inf, 9.0), which are not all finite: correct it, or pass --drop-broken to skip unreadable entries."),
+        (voc_xml("a.jpg", voc_object(" ", 1, 1, 9, 9)), "xml/a.xml: its object 1 has no class: correct it, or pass --drop-broken to skip unreadable entries."),
     ],
 )  # fmt: skip
 def test_broken_files_of_voc(tmp_path: Path, content: str, sentence: str) -> None:
@@ -413,7 +413,7 @@ def test_broken_files_of_voc(tmp_path: Path, content: str, sentence: str) -> Non
     assert refusal(root, "voc") == sentence
     (tree,) = run(root, "voc", drop_broken=True).values()
     assert boxes(tree)["good"] == [("k", [1, 1, 8, 8])]
-    assert "entries left out that cannot be read (1)" in notes(root, "voc", drop_broken=True)
+    assert "unreadable entries dropped (1)" in notes(root, "voc", drop_broken=True)
 
 
 def test_two_labels_of_one_image(tmp_path: Path) -> None:
@@ -469,27 +469,27 @@ def test_lines_of_yolo(tmp_path: Path) -> None:
         (1, [10, 12, 20, 6]), (2, [0, 0, 20, 30]), (2, [18, 13.5, 4, 3]), (1, [4, 6, 8, 6]), (2, [4, 3, 32, 24])
     ]  # fmt: skip
     assert notes(root) == [
-        "scores behind boxes left out (1)",
-        "outlines and rotated boxes read as the upright boxes around them (2)",
+        "scores of boxes dropped (1)",
+        "outlines and rotated boxes converted to their bounding boxes (2)",
     ]
 
 
 def test_keypoints_of_yolo(tmp_path: Path) -> None:
     root = yolo_of(tmp_path, "0 0.5 0.5 0.5 0.2 0.4 0.4 2 0.6 0.6 2", description="{names: [a], kpt_shape: [2, 3]}")
     assert [a["bbox"] for a in run(root)["all"]["annotations"]] == [[10, 12, 20, 6]]
-    assert notes(root) == ["keypoints left out (1)"]
+    assert notes(root) == ["keypoints dropped (1)"]
 
 
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ("0 0.5 0.5 0.1", "labels/a.txt: its line 2 is no box (Syntax error in yolo_seg annotation file"),
-        ("0 0.5 0.5 x 0.1", "labels/a.txt: its line 2 is no box (Syntax error in txt annotation file)"),
-        ("0 0.5 0.5 -0.1 0.1", "labels/a.txt: its line 2 is no box (`xmax` must be greater than `xmin`)"),
-        ("0 nan 0.5 0.1 0.1", "labels/a.txt: its line 2 is no box"),
-        ("0 20 15 10 8", "labels/a.txt: its line 2 has a number above 2, while YOLO's are fractions of the image"),
-        ("2 0.5 0.5 0.1 0.1", "labels/a.txt: its line 2 is of class 2, while data.yaml has the classes 0 to 1: add its name there"),
-        ("cat 0.5 0.5 0.1 0.1", "labels/a.txt: its line 2 is of class cat, while data.yaml"),
+        ("0 0.5 0.5 0.1", "labels/a.txt: its line 2 is not a valid box (Syntax error in yolo_seg annotation file"),
+        ("0 0.5 0.5 x 0.1", "labels/a.txt: its line 2 is not a valid box (Syntax error in txt annotation file)"),
+        ("0 0.5 0.5 -0.1 0.1", "labels/a.txt: its line 2 is not a valid box (`xmax` must be greater than `xmin`)"),
+        ("0 nan 0.5 0.1 0.1", "labels/a.txt: its line 2 is not a valid box"),
+        ("0 20 15 10 8", "labels/a.txt: its line 2 has a number above 2, but YOLO's are fractions of the image"),
+        ("2 0.5 0.5 0.1 0.1", "labels/a.txt: its line 2 has class 2, but data.yaml has the classes 0 to 1: add its name there"),
+        ("cat 0.5 0.5 0.1 0.1", "labels/a.txt: its line 2 has class cat, but data.yaml"),
     ],
 )  # fmt: skip
 def test_broken_lines_of_yolo(tmp_path: Path, line: str, sentence: str) -> None:
@@ -524,7 +524,7 @@ def test_splits_of_yolo(tmp_path: Path, description: str) -> None:
         {"a": [("x", [10, 7.5, 20, 15])], "b": [("x", [10, 7.5, 20, 15])]},
         {"a": [("x", [10, 7.5, 20, 15])], "c": []},
     ]
-    assert notes(root) == ["images without a file of labels taken as images without objects (1)"]
+    assert notes(root) == ["images without a label file read as images without objects (1)"]
     if "valid" in trees or "val" in trees:
         assert [len(tree["images"]) for tree in run(root, unlabelled="drop").values()] == [2, 1]
 
@@ -532,12 +532,12 @@ def test_splits_of_yolo(tmp_path: Path, description: str) -> None:
 @pytest.mark.parametrize(
     ("description", "sentence"),
     [
-        ("nc: 2", "IN: IN_FOLDER has no data.yaml with the names of the classes: write one, such as 'names: [cat, dog]'."),
-        ("names: []", "data.yaml names no classes, or one of them with an empty name; give each a name."),
-        ("names: ['']", "data.yaml names no classes, or one of them with an empty name; give each a name."),
-        ("names: 3", "data.yaml: its names must be a list, or numbers with names, such as '0: cat'."),
-        ("names: {cat: 0}", "data.yaml: its names must be a list, or numbers with names, such as '0: cat'."),
-        ("names: [cat, cat]", "data.yaml: two classes are called 'cat'; give each its own name."),
+        ("nc: 2", "IN: IN_FOLDER has no data.yaml with class names: create one, such as 'names: [cat, dog]'."),
+        ("names: []", "data.yaml has no class names, or an empty one; each class needs a name."),
+        ("names: ['']", "data.yaml has no class names, or an empty one; each class needs a name."),
+        ("names: 3", "data.yaml: its names must be a list, or map numbers to names, such as '0: cat'."),
+        ("names: {cat: 0}", "data.yaml: its names must be a list, or map numbers to names, such as '0: cat'."),
+        ("names: [cat, cat]", "data.yaml: two classes are named 'cat'; class names must be unique."),
         ("names: [", "data.yaml is not plain yaml: while parsing a flow node"),
         ("{names: [a], train: ../nowhere}", "data.yaml: its images for train are not in IN_FOLDER: ../nowhere; correct the path."),
         ("{names: [a], train: /etc}", "data.yaml: its images for train are not in IN_FOLDER: /etc; correct the path."),
@@ -599,19 +599,19 @@ def test_shapes_of_labelme(tmp_path: Path) -> None:
         (1, [1, 2, 9, 10], 0), (2, [1, 2, 4, 4], 1), (1, [20, 20, 10, 5], 0)
     ]  # fmt: skip
     assert notes(root)[:3] == [
-        "outlines read as the boxes around them (2)",
-        "shapes of one group_id joined into one object (1)",
-        "shapes left out that have no box, such as points, lines and circles (1)",
+        "outlines converted to their bounding boxes (2)",
+        "shapes with the same group_id merged into one object (1)",
+        "shapes without a box dropped, such as points, lines and circles (1)",
     ]
 
 
 @pytest.mark.parametrize(
     ("shape", "sentence"),
     [
-        ({"label": "a", "shape_type": "rectangle"}, "a.json: its shape 1 is no box (Syntax error in labelme annotation file)"),
-        ({"shape_type": "rectangle", "points": [[1, 2], [3, 4]]}, "a.json: its shape 1 is no box"),
-        ({"label": "a", "shape_type": "polygon", "points": [[1, 2], 3]}, "a.json: its shape 1 is no box"),
-        ("x", "a.json: its shape 1 is 'x', not an object in braces."),
+        ({"label": "a", "shape_type": "rectangle"}, "a.json: its shape 1 is not a valid box (Syntax error in labelme annotation file)"),
+        ({"shape_type": "rectangle", "points": [[1, 2], [3, 4]]}, "a.json: its shape 1 is not a valid box"),
+        ({"label": "a", "shape_type": "polygon", "points": [[1, 2], 3]}, "a.json: its shape 1 is not a valid box"),
+        ("x", "a.json: its shape 1 is 'x', not a JSON object."),
     ],
 )  # fmt: skip
 def test_broken_shapes_of_labelme(tmp_path: Path, shape: object, sentence: str) -> None:
@@ -628,7 +628,7 @@ def test_hostile_names_of_images(tmp_path: Path) -> None:
         (root / "a.json").rename(root / "b.json")
         sentence = refusal(root)
         assert sentence.startswith("b.json: its image ") and sentence.endswith(
-            " is not in IN_FOLDER: correct it, or leave out what cannot be read with --drop-broken."
+            " is not in IN_FOLDER: correct it, or pass --drop-broken to skip unreadable entries."
         )
 
 
@@ -643,18 +643,18 @@ def test_shapes_and_subsets_of_cvat(tmp_path: Path) -> None:
     box = '<box label="b" xtl="1" ytl="2" xbr="5" ybr="6"><attribute name="x">1</attribute></box>'
     root = cvat_of(tmp_path, box + '<points label="p" points="1,2"/><tag label="t"/>', 'name="a.jpg" subset="Train"')
     assert {split: boxes(tree) for split, tree in run(root).items()} == {"train": {"a": [("b", [1, 2, 4, 4])]}}
-    assert notes(root) == ["shapes left out that have no box, such as points and lines (1)"]
+    assert notes(root) == ["shapes without a box dropped, such as points and lines (1)"]
 
 
 @pytest.mark.parametrize(
     ("shapes", "keywords", "sentence"),
     [
-        ('<box label="b" xtl="1" ytl="2" xbr="5"/>', {}, "annotations.xml: the image a.jpg, its shape 1 is no box (Syntax error in CVAT"),
+        ('<box label="b" xtl="1" ytl="2" xbr="5"/>', {}, "annotations.xml: the image a.jpg, its shape 1 is not a valid box (Syntax error in CVAT"),
         ('<box label="b" xtl="1" ytl="2" xbr="5" ybr="6" rotation="12.5"/>', {}, "annotations.xml: the image a.jpg, its shape 1 is a rotated box"),
-        ('<polygon label="b" points="1,2;3"/>', {}, "annotations.xml: the image a.jpg, its shape 1 is no box"),
-        ("", {"image": 'name="../b.jpg"'}, "annotations.xml: its image ../b.jpg is not in IN_FOLDER: correct it, or leave out what"),
+        ('<polygon label="b" points="1,2;3"/>', {}, "annotations.xml: the image a.jpg, its shape 1 is not a valid box"),
+        ("", {"image": 'name="../b.jpg"'}, "annotations.xml: its image ../b.jpg is not in IN_FOLDER: correct it, or pass --drop-broken"),
         ("", {"more": "<track/>"}, "annotations.xml has tracks of a video: export the task as 'CVAT for images'."),
-        ('<box label="b" xtl="1" ytl="2" xbr="5" ybr="6"/>', {"image": 'name="a.jpg" subset="../../x"'}, "IN: a split is called '../../x'; it must be a name"),
+        ('<box label="b" xtl="1" ytl="2" xbr="5" ybr="6"/>', {"image": 'name="a.jpg" subset="../../x"'}, "IN: a split is named '../../x'; only letters"),
     ],
 )  # fmt: skip
 def test_broken_files_of_cvat(tmp_path: Path, shapes: str, keywords: dict, sentence: str) -> None:
@@ -677,11 +677,11 @@ def test_open_images(tmp_path: Path) -> None:
     }
     assert [tree["annotations"][0]["iscrowd"] for tree in trees.values()] == [1, 0]
     assert notes(root) == [
-        "boxes left out of images that are not there (1)",
-        "images left out that have no labels or are in no split (1)",
+        "boxes of missing images dropped (1)",
+        "images without labels or in no split dropped (1)",
     ]
     text(root / "train-annotations-bbox.csv", f"{header}a,x,/m/1,1,0.1,,0.2,1.0,0,1\n")
-    assert refusal(root).startswith("train-annotations-bbox.csv: its line 2 is no box (could not convert")
+    assert refusal(root).startswith("train-annotations-bbox.csv: its line 2 is not a valid box (could not convert")
 
 
 @pytest.mark.parametrize("project", ["cells", "RBC"])
@@ -719,12 +719,12 @@ def test_a_coco_file_twice(tmp_path: Path) -> None:
     copy = written.root / "images" / "_annotations.coco.json"
     text(copy, (written.root / "annotations" / "instances.json").read_text())
     assert boxes(run(written.root)["all"]) == boxes(written.tree)
-    assert notes(written.root) == ["json files left out that repeat another (1)"]
+    assert notes(written.root) == ["duplicate json files skipped (1)"]
     original = written.root / "annotations" / "instances.json"
     text(copy, original.read_text().replace("red", "rod"))
     os.utime(copy, ns=(original.stat().st_atime_ns, original.stat().st_mtime_ns))
     assert refusal(written.root).startswith(
-        "IN: IN_FOLDER has several COCO files of the split all, the second is images/"
+        "IN: IN_FOLDER has several COCO files for the split all, the second is images/"
     )
 
 
@@ -735,17 +735,17 @@ def test_images_that_a_coco_file_lacks(tmp_path: Path) -> None:
     absent = written.tree["images"][0]
     (written.root / "images" / absent["file_name"]).unlink()
     assert refusal(written.root) == (
-        f"annotations/instances.json: 1 of 6 images are not in images, the first is {absent['file_name']}; name the folder that "
-        "holds them, or leave them out with --drop-broken."
+        f"annotations/instances.json: 1 of 6 images are not in images, the first is {absent['file_name']}; specify their "
+        "folder, or leave them out with --drop-broken."
     )
     rest = {stem: found for stem, found in boxes(written.tree).items() if stem != Path(absent["file_name"]).stem}
     assert boxes(run(written.root, drop_broken=True)["all"]) == rest
-    assert notes(written.root, drop_broken=True) == ["images left out that are not on disk (1)"]
+    assert notes(written.root, drop_broken=True) == ["missing images dropped (1)"]
     for image in written.tree["images"][1:]:
         (written.root / "images" / image["file_name"]).unlink()
     picture(written.root / "images" / "other.jpg")
     sentence = refusal(written.root, drop_broken=True)
-    assert "6 of 6 images are not in images" in sentence and sentence.endswith("; name the folder that holds them.")
+    assert "6 of 6 images are not in images" in sentence and sentence.endswith("; specify their folder.")
 
 
 def test_a_coco_file_with_images_in_two_folders(tmp_path: Path) -> None:
@@ -777,7 +777,7 @@ def test_a_share_for_validation(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--val-share 0\.01 of 6 images leaves no image for train or val"):
         run(written.root, val_share=0.01)
     text(written.root / "data.yaml", "{names: [red, green, blue], train: images, val: images}")
-    with pytest.raises(UserError, match=r"--val-share: .* has the splits train, val already; leave it out\."):
+    with pytest.raises(UserError, match=r"--val-share: .* already has the splits train, val; leave it out\."):
         run(written.root, val_share=0.3)
 
 
@@ -785,19 +785,19 @@ def test_folders_that_cannot_be_converted(tmp_path: Path) -> None:
     assert refusal(tmp_path / "nowhere") == "IN: there is no folder IN_FOLDER."
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert refusal(empty) == "IN: there is no image in IN_FOLDER; name the folder that holds images and labels."
+    assert refusal(empty) == "IN: there is no image in IN_FOLDER; specify the folder of images and labels."
     picture(empty / "a.jpg")
     assert refusal(empty) == (
-        "IN: IN_FOLDER has labels of none of the formats voc, yolo, labelme, cvat, openimages, coco."
+        "IN: IN_FOLDER has no labels in any of the formats voc, yolo, labelme, cvat, openimages, coco."
     )
     text(empty / "a.xml", voc_xml("a.jpg"))
     assert refusal(empty) == "IN: no box was read in IN_FOLDER; nothing is written."
     text(empty / "a.json", json.dumps({"shapes": [], "imagePath": "a.jpg"}))
-    assert refusal(empty) == "IN: IN_FOLDER may be voc or labelme: name one with --format."
+    assert refusal(empty) == "IN: IN_FOLDER may be voc or labelme: choose one with --format."
     (empty / "a.jpg").write_bytes(b"no image")
     text(empty / "a.xml", "<annotation>")
     assert refusal(empty, "voc", drop_broken=True) == (
-        "IN: no box was read in IN_FOLDER (the first entry that cannot be read: a.xml is not readable XML: no element found: line 1, "
+        "IN: no box was read in IN_FOLDER (the first unreadable entry: a.xml is not readable XML: no element found: line 1, "
         "column 12); nothing is written."
     )
 
@@ -809,7 +809,7 @@ def test_files_that_are_there_stay(tmp_path: Path, capsys: pytest.CaptureFixture
         main(["convert", str(root), str(root / "out")])
     assert ended.value.code == 2
     assert capsys.readouterr().err == (
-        f"error: OUT: {mine} is there already: choose another folder, or pass --overwrite.\n"
+        f"error: OUT: {mine} already exists: choose another folder, or pass --overwrite.\n"
     )
     assert mine.read_text() == "mine"
     main(["convert", str(root), str(root / "out"), "--overwrite"])
@@ -831,13 +831,13 @@ def test_options_that_are_wrong(tmp_path: Path, capsys: pytest.CaptureFixture) -
 @pytest.mark.parametrize(
     ("format", "options", "sentence"),
     [
-        ("yolo", {"first_pixel": 0}, "--first-pixel changes nothing for YOLO: leave it out."),
-        ("cvat", {"difficult": "drop"}, "--difficult changes nothing for CVAT for images: leave it out."),
-        ("coco", {"difficult": "drop"}, "--difficult changes nothing for COCO: leave it out."),
+        ("yolo", {"first_pixel": 0}, "--first-pixel has no effect for YOLO: leave it out."),
+        ("cvat", {"difficult": "drop"}, "--difficult has no effect for CVAT for images: leave it out."),
+        ("coco", {"difficult": "drop"}, "--difficult has no effect for COCO: leave it out."),
         (
             "voc",
             {"unlabelled": "keep", "drop_broken": True},
-            "--unlabelled keep and --drop-broken exclude each other: an image",
+            "--unlabelled keep and --drop-broken cannot be combined: an image",
         ),
     ],
 )
@@ -851,7 +851,7 @@ def test_without_globox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     """Check what is said where the package is missing, and that COCO needs none."""
     find: Callable = importlib.util.find_spec
     monkeypatch.setattr(formats_module, "find_spec", lambda name: None if name == "globox" else find(name))
-    assert refusal(voc_of(tmp_path)) == "Pascal VOC is read by the package globox: pip install 'kd_d2[convert]'."
+    assert refusal(voc_of(tmp_path)) == "Pascal VOC needs the package globox: pip install 'kd_d2[convert]'."
     written = Written(tmp_path / "other")
     as_coco(written)
     assert boxes(run(written.root)["all"]) == boxes(written.tree)

@@ -391,7 +391,7 @@ def test_what_cannot_be_exported_is_one_sentence(
     commands += [
         (("export", "--model", run_folder / "config.yaml", "none.pth", "--output", onnx_file), "MODEL.WEIGHTS: there is no file"),
         (("export", "--model", rcnn / "plain.yaml", rcnn / "model.pth", "--output", onnx_file, "--no-nms"), "GeneralizedRCNN cannot do without NMS"),
-        (("export", "--model", tmp_path / "notes.onnx", "--output", onnx_file), "only kd-d2 predict and eval take"),
+        (("export", "--model", tmp_path / "notes.onnx", "--output", onnx_file), "only by kd-d2 predict and eval"),
         ((*predict, tmp_path / "none.onnx"), "There is no exported model"),
         ((*predict, tmp_path / "notes.onnx"), "cannot be read as onnx"),
         ((*predict, tmp_path / "notes.ts"), "cannot be read as torchscript"),

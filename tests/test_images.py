@@ -46,7 +46,7 @@ def test_other_formats_are_never_opened(tmp_path: Path, read: Callable) -> None:
     with pytest.raises(Exception) as caught:
         read(tmp_path / "photo.jpg")
     assert str(caught.value).removeprefix("--images: ") == (
-        f"The image {tmp_path / 'photo.jpg'} cannot be used: it is none of JPEG, PNG, BMP, WEBP, TIFF, GIF, PPM."
+        f"The image {tmp_path / 'photo.jpg'} cannot be used: its format is none of JPEG, PNG, BMP, WEBP, TIFF, GIF, PPM."
     )
 
 
@@ -60,7 +60,7 @@ def test_a_truncated_jpeg_is_read_with_one_warning(tmp_path: Path, caplog: pytes
         assert _map(path)["image"].shape == (3, 800, 1200)
         assert find_images([str(path)]) == [str(path)]
     assert [record.getMessage() for record in caplog.records] == [
-        f"The image {path} is truncated; what is left of it is used, the rest is gray."
+        f"The image {path} is truncated; the missing part is filled with gray."
     ]
     assert np.array_equal(*found)
     assert np.abs(found[0][:32].astype(int) - pixels[:32]).max() < 12
@@ -81,7 +81,7 @@ def test_images_that_are_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     Image.new("RGB", (50, 41)).save(tmp_path / "large.png")
     with pytest.raises(DataError) as caught:
         _map(tmp_path / "large.png")
-    expected = f"The image {tmp_path / 'large.png'} cannot be used: it has more than 2000 pixels; write it smaller."
+    expected = f"The image {tmp_path / 'large.png'} cannot be used: it has more than 2000 pixels; downscale it."
     assert str(caught.value) == expected
 
 
@@ -90,7 +90,7 @@ def test_images_that_are_too_narrow(tmp_path: Path, size: tuple[int, int]) -> No
     """Check strips whose shorter side of 1333 / 6000 pixels is rounded to none."""
     Image.new("RGB", size).save(tmp_path / "strip.png")
     with pytest.raises(
-        DataError, match="it is so narrow that its shorter side is less than a pixel when it is resized"
+        DataError, match="it is so narrow that its shorter side would be less than one pixel after resizing"
     ):
         _map(tmp_path / "strip.png")
 

@@ -123,7 +123,7 @@ def test_a_refused_image_is_replaced_by_the_next() -> None:
     """Check that the mapper's None passes on to the next index, round the end, and that only Nones are an error."""
     dataset = MappedDataset([{}, {"image_id": 1}, {"image_id": 2}], lambda entry: None if entry else "first", seed=0)
     assert [dataset[(0, i)] for i in range(3)] == ["first"] * 3
-    with pytest.raises(DataError, match="100 training images in a row cannot be used, the first of them number 1"):
+    with pytest.raises(DataError, match="100 training images in a row cannot be used, starting at number 1"):
         MappedDataset([{}] * 3, lambda entry: None, seed=0)[(0, 1)]
 
 
@@ -290,7 +290,7 @@ def test_an_image_of_a_test_set_that_cannot_be_used(cfg: CfgNode, workers: int) 
     """Check the same sentence in an evaluation, whose images no other may replace."""
     path = Path(DatasetCatalog.get("stream")[3]["file_name"])
     path.write_text("no image")
-    with pytest.raises(DataError, match=f"^The image {path} cannot be used: it is none of JPEG, PNG, "):
+    with pytest.raises(DataError, match=f"^The image {path} cannot be used: its format is none of JPEG, PNG, "):
         list(build_test_loader(cfg, "stream", num_workers=workers))
 
 

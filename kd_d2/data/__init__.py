@@ -1,4 +1,4 @@
-"""Data: COCO-format sets by config, the synthetic set, the resumable stream."""
+"""Datasets in COCO format, synthetic datasets, and the resumable training data loader."""
 
 from .coco_json import ClassOrder, check_coco_json, register_coco_json
 from .images import CheckedMapper, build_test_loader, read_image

@@ -1,4 +1,4 @@
-"""How a config's training images are resized, cut and flipped."""
+"""Augmentation of training images."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ..errors import UserError
 
 
 def build_mapper(cfg: CfgNode) -> DatasetMapper:
-    """Detectron2's mapper of a config, with large-scale jitter where INPUT.LARGE_SCALE_JITTER enables it.
+    """Build Detectron2's DatasetMapper from a config, with large-scale jitter if INPUT.LARGE_SCALE_JITTER is enabled.
 
     Raises:
-        UserError: INPUT.CROP is enabled too.
+        UserError: both INPUT.LARGE_SCALE_JITTER and INPUT.CROP are enabled.
     """
     if not cfg.INPUT.LARGE_SCALE_JITTER.ENABLED:
         return DatasetMapper(cfg, is_train=True)

@@ -1,4 +1,4 @@
-"""COCO-format data by config: DATASETS.COCO_JSON read in clean form, and registered so that everything reads that."""
+"""Loading, repair and registration of the COCO-format datasets in DATASETS.COCO_JSON."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class CocoSummary:
-    """What `check_coco_json` counted.
+    """Counts of an annotation file.
 
     Attributes:
-        images, boxes: how many are used.
-        classes: names in order of category id.
-        boxes_out_of_range: boxes that reach more than one pixel beyond their image; training clips them.
-        repairs: what is read otherwise than it is written, a sentence each.
+        images, boxes: numbers of images and boxes in use.
+        classes: class names sorted by category id.
+        boxes_out_of_range: number of boxes that extend more than one pixel beyond their image; training clips them.
+        repairs: sentences that describe the repairs.
     """
 
     images: int
@@ -44,11 +44,11 @@ class CocoSummary:
 
 @dataclass(frozen=True)
 class ClassOrder:
-    """The classes in a model's order.
+    """Class names in a model's order.
 
     Attributes:
-        names: by class index.
-        source: what has them, for messages.
+        names: class names by class index.
+        source: origin of the names, for messages.
     """
 
     names: tuple[str, ...]
@@ -56,20 +56,19 @@ class ClassOrder:
 
 
 def register_coco_json(cfg: CfgNode, classes: ClassOrder | None = None, *, train: bool = True) -> None:
-    """Register the entries of DATASETS.COCO_JSON that TRAIN or TEST names, after reading and checking their files.
+    """Check and register the entries of DATASETS.COCO_JSON that are used in DATASETS.TRAIN or DATASETS.TEST.
 
-    Where a file needs repairs, which are logged, its clean form is written to a cache folder, and that file is the dataset's
-    `json_file`. Of those that only train with pseudo-labels, images alone are read.
+    If a file needs repairs, they are logged, and a repaired copy is written to a cache folder and used as the dataset's
+    `json_file`. Annotations of sets that are used only for training with pseudo-labels are not read.
 
     Args:
-        cfg: DATASETS, MODEL.MASK_ON and MODEL.KD.PSEUDO_LABELS are read.
-        classes: the class order of all sets; by default that of the first one of TRAIN, else of TEST, which has its classes in
-            order of category id. Sets that have the same classes in another order, or lack some, follow by name.
-
-        train: also the sets of TRAIN.
+        cfg: config; DATASETS, MODEL.MASK_ON and MODEL.KD.PSEUDO_LABELS are read.
+        classes: class order of all sets; by default the classes of the first set of TRAIN, else of TEST, sorted by
+            category id. Sets with the same classes in another order, or with fewer classes, are matched by name.
+        train: whether the sets of TRAIN are registered, too.
 
     Raises:
-        UserError: see `read_coco`; or the name belongs to another dataset already; or a set has other classes.
+        UserError: see `read_coco`; or a name is registered for another dataset; or a set has other classes.
     """
     used = [*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST]
     entries = {entry[0]: entry[1:] for entry in cfg.DATASETS.COCO_JSON}
@@ -83,7 +82,7 @@ def register_coco_json(cfg: CfgNode, classes: ClassOrder | None = None, *, train
             known = MetadataCatalog.get(name).get("registration")
             if known is None or known[0] != json_file:
                 raise UserError(
-                    f"DATASETS.COCO_JSON: the name {name!r} belongs to another dataset already; choose a new one."
+                    f"DATASETS.COCO_JSON: the name {name!r} is already taken by another dataset; choose a new one."
                 )
             if known != registration:
                 DatasetCatalog.remove(name)
@@ -113,10 +112,10 @@ def _register(name: str, json_file: str, folder: str, annotated: bool, masks: bo
 
 
 def with_classes(data: CocoData, classes: ClassOrder) -> CocoData:
-    """The same with exactly these classes: those without boxes are left out or added, ids stay.
+    """Return the data with exactly the given classes, dropping or adding classes without boxes; category ids are kept.
 
     Raises:
-        UserError: there are boxes of another class.
+        UserError: there are boxes of other classes, or the data have none of the given classes.
     """
     path, categories = data.repairs.path, data.tree["categories"]
     used = {annotation["category_id"] for annotation in data.tree["annotations"]}
@@ -124,7 +123,7 @@ def with_classes(data: CocoData, classes: ClassOrder) -> CocoData:
         if category["name"] not in classes.names and category["id"] in used:
             raise UserError(
                 f"{path} has boxes of the class {category['name']!r}, which {classes.source} does not have "
-                f"({', '.join(classes.names)}): rename the class in one of them, or leave its boxes out."
+                f"({', '.join(classes.names)}): rename the class in one of them, or remove its boxes."
             )
     kept = [category for category in categories if category["name"] in classes.names]
     if not kept:
@@ -136,33 +135,31 @@ def with_classes(data: CocoData, classes: ClassOrder) -> CocoData:
     added = [{"id": next_id + number, "name": name} for number, name in enumerate(missing)]
     if len(kept) == len(categories) and not added:
         if tuple(data.class_names) != classes.names:
-            logger.info(
-                f"{path}: its classes are matched by name with those of {classes.source}, which has another order."
-            )
+            logger.info(f"{path}: its classes are matched by name with those of {classes.source}, whose order differs.")
         return data
     for category in categories:
         if category not in kept:
-            data.repairs.add(f"categories without boxes left out that {classes.source} does not have", category["name"])
+            data.repairs.add(f"categories without boxes dropped that are not in {classes.source}", category["name"])
     for category in added:
-        data.repairs.add(f"categories added that {classes.source} has", category["name"])
+        data.repairs.add(f"categories added from {classes.source}", category["name"])
     return CocoData({**data.tree, "categories": [*kept, *added]}, data.repairs, is_as_written=False)
 
 
 def write_clean(data: CocoData) -> str:
-    """Write an annotation file in clean form into the cache folder, under a name that follows from its content; returns its path."""
+    """Write the repaired annotations to the cache folder, named by a hash of the content, and return the path."""
     content = json.dumps(data.tree)
     folder = _cache_folder()
     path = os.path.join(folder, hashlib.sha256(content.encode()).hexdigest()[:32] + ".json")
     if not os.path.isfile(path):
-        unfinished = f"{path}.{os.getpid()}"  # other processes may write the same
+        unfinished = f"{path}.{os.getpid()}"  # other processes may write the same file
         write_text(unfinished, content)
         os.replace(unfinished, path)
-    logger.info(f"{data.repairs.path}: its clean form, which training and evaluation read, is {path}")
+    logger.info(f"{data.repairs.path}: training and evaluation read the repaired copy {path}")
     return path
 
 
 def _cache_folder() -> str:
-    """A folder for files that can be made anew: that of XDG_CACHE_HOME, ~/.cache, or one for temporary files."""
+    """Return a writable cache folder in XDG_CACHE_HOME, ~/.cache or the folder for temporary files."""
     caches = [os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache"), tempfile.gettempdir()]
     error = None
     for cache in filter(os.path.isabs, caches):
@@ -173,11 +170,11 @@ def _cache_folder() -> str:
                 return folder
         except OSError as failure:
             error = failure
-    raise UserError(f"XDG_CACHE_HOME names no folder that can be written ({error}), nor is there another for caches.")
+    raise UserError(f"There is no writable cache folder ({error}); set XDG_CACHE_HOME to one.")
 
 
 def _load_images(json_file: str, folder: str) -> list[dict[str, Any]]:
-    """Detectron2's dictionaries of images that nobody has looked at."""
+    """Return Detectron2's dataset dictionaries of unannotated images."""
     with open(json_file, encoding="utf-8") as file:
         images = json.load(file)["images"]
     return [
@@ -192,7 +189,7 @@ def _load_images(json_file: str, folder: str) -> list[dict[str, Any]]:
 
 
 def _load(json_file: str, folder: str, number_of: dict[int, int]) -> list[dict[str, Any]]:
-    """Detectron2's dictionaries, with classes by the model's numbers."""
+    """Return Detectron2's dataset dictionaries with the model's class indices."""
     dicts = load_coco_json(json_file, folder)
     for image in dicts:
         for annotation in image["annotations"]:
@@ -201,13 +198,13 @@ def _load(json_file: str, folder: str, number_of: dict[int, int]) -> list[dict[s
 
 
 def check_coco_json(path: str, image_folder: str, *, annotated: bool = True, masks: bool = False) -> CocoSummary:
-    """Read an annotation file in COCO's format and check that Detectron2 can train and evaluate on it.
+    """Read an annotation file in COCO format and check that Detectron2 can train and evaluate on it.
 
     Args:
-        path: the json file.
-        image_folder: where its images lie.
-        annotated: False for images alone: annotations need not be there and are not looked at.
-        masks: whether segmentations are needed.
+        path: JSON file.
+        image_folder: folder of the images.
+        annotated: whether annotations are read; if False, they are optional and ignored.
+        masks: whether segmentations are required.
 
     Raises:
         UserError: see `read_coco`.
@@ -216,7 +213,7 @@ def check_coco_json(path: str, image_folder: str, *, annotated: bool = True, mas
 
 
 def summarize(data: CocoData) -> CocoSummary:
-    """Count what an annotation file holds."""
+    """Count the images, boxes and classes of an annotation file."""
     size_of = {image["id"]: (image["width"], image["height"]) for image in data.tree["images"]}
     annotations = data.tree["annotations"]
     return CocoSummary(
@@ -229,9 +226,9 @@ def summarize(data: CocoData) -> CocoSummary:
 
 
 def log_summary(name: str, path: str, summary: CocoSummary) -> None:
-    """Say what the file holds, what was repaired, and what training will treat in its own way."""
+    """Log the counts of an annotation file, its repairs, and the number of boxes that training will clip."""
     logger.info(f"{name}: {summary.images} images, {summary.boxes} boxes, {len(summary.classes)} classes in {path}")
     for sentence in summary.repairs:
         logger.warning(sentence)
     if summary.boxes_out_of_range:
-        logger.warning(f"{name}: {summary.boxes_out_of_range} boxes reach beyond their image; training clips them.")
+        logger.warning(f"{name}: {summary.boxes_out_of_range} boxes extend beyond their image; training clips them.")

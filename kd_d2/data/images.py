@@ -1,4 +1,4 @@
-"""Images of datasets, read so that one that cannot be used is named."""
+"""Image loading with errors that name the file."""
 
 from __future__ import annotations
 
@@ -23,38 +23,38 @@ from .workers import init_worker
 
 
 class DataError(UserError):
-    """An image of a dataset cannot be used."""
+    """Raised when an image of a dataset cannot be used."""
 
     def __init__(self, message: str):
-        # A worker process hands its exception on as the text of a traceback, which ends with the sentence.
+        # A worker process passes its exception on as traceback text, which ends with the message.
         super().__init__(message.rpartition(f"{__name__}.DataError: ")[2].strip())
 
 
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
-"""Pillow's names of the formats that are read; others, some of which start programs, are never opened."""
+"""Pillow's names of the supported formats. Other formats are never opened; decoders of some start external programs."""
 
 READING_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, SizeMismatchError)
-"""What Pillow's readers and Detectron2 raise at a damaged image."""
+"""Exceptions that Pillow and Detectron2 raise for damaged images."""
 
 Content = TypeVar("Content")
 
 
 @contextlib.contextmanager
 def open_image(path: str) -> Iterator[Image.Image]:
-    """Pillow's Image.open, of IMAGE_FORMATS alone, whatever the file's suffix says."""
+    """Open an image with Pillow if its content is in one of IMAGE_FORMATS, regardless of the file's suffix."""
     with PathManager.open(path, "rb") as file, Image.open(file, formats=IMAGE_FORMATS) as image:
         yield image
 
 
 def read_checked(path: str, read: Callable[[], Content]) -> Content:
-    """What a function makes of an image file; of a JPEG that lacks its end, what is there is read, with a warning.
+    """Return the result of `read` on an image file. A truncated JPEG is decoded as far as possible, with a warning.
 
     Args:
-        path: the file that `read` is going to read with Pillow.
-        read: called again where the end is missing.
+        path: file that `read` loads with Pillow.
+        read: function that loads the file; called a second time if the file is a truncated JPEG.
 
     Raises:
-        DataError: the file is not there, is not one of IMAGE_FORMATS, damaged, or too large or too narrow.
+        DataError: the file is missing, not in one of IMAGE_FORMATS, damaged, too large or too narrow.
     """
     try:
         with open_image(path) as image:
@@ -69,7 +69,7 @@ def read_checked(path: str, read: Callable[[], Content]) -> Content:
             content = read()
         finally:
             ImageFile.LOAD_TRUNCATED_IMAGES = before
-        message = f"The image {printable(path)} is truncated; what is left of it is used, the rest is gray."
+        message = f"The image {printable(path)} is truncated; the missing part is filled with gray."
         log_first_n(logging.WARNING, message, name=__name__, key="message")
         return content
     except READING_ERRORS as error:
@@ -78,22 +78,22 @@ def read_checked(path: str, read: Callable[[], Content]) -> Content:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
-        return f"it is none of {', '.join(IMAGE_FORMATS)}"
+        return f"its format is none of {', '.join(IMAGE_FORMATS)}"
     if isinstance(error, Image.DecompressionBombError):
-        return f"it has more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels; write it smaller"
-    if "must be > 0" in str(error):  # Pillow, asked to resize to that
-        return "it is so narrow that its shorter side is less than a pixel when it is resized"
+        return f"it has more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels; downscale it"
+    if "must be > 0" in str(error):  # Pillow's message for a target size of 0
+        return "it is so narrow that its shorter side would be less than one pixel after resizing"
     return (getattr(error, "strerror", None) or str(error)).rstrip(".")
 
 
 def read_image(path: str, channels: str) -> np.ndarray:
-    """Detectron2's `read_image` as `read_checked`.
+    """Read an image with Detectron2's `read_image` through `read_checked`.
 
     Args:
-        channels: order of the channels, such as "BGR".
+        channels: channel order, such as "BGR".
 
     Returns:
-        Height x width x channels.
+        Array of shape (height, width, channels).
 
     Raises:
         DataError: see `read_checked`.
@@ -102,20 +102,20 @@ def read_image(path: str, channels: str) -> np.ndarray:
 
 
 class CheckedMapper:
-    """A mapper that names the file of an image that cannot be used.
+    """A dataset mapper whose errors name the image file.
 
     Args:
-        mapper: of dataset dictionaries, as Detectron2's DatasetMapper.
+        mapper: function of a dataset dictionary, such as Detectron2's DatasetMapper.
     """
 
     def __init__(self, mapper: Callable[[dict], Any]):
         self.mapper = mapper
 
     def __call__(self, entry: dict) -> Any:
-        """What the mapper makes of the entry.
+        """Apply the mapper to an entry.
 
         Raises:
-            DataError: see `read_checked`; or the image has another size than its annotations say.
+            DataError: see `read_checked`; or the image size differs from the one in the annotations.
         """
         if "file_name" not in entry:
             return self.mapper(entry)
@@ -125,13 +125,13 @@ class CheckedMapper:
 def build_test_loader(
     cfg: CfgNode, dataset: str, mapper: Callable[[dict], dict] | None = None, **overrides: Any
 ) -> DataLoader:
-    """Detectron2's loader of a test set.
+    """Build Detectron2's test loader for a dataset.
 
     Args:
-        cfg: INPUT and DATALOADER are read.
-        dataset: its name.
-        mapper: replaces Detectron2's DatasetMapper.
-        overrides: of what `build_detection_test_loader` takes from the config, such as `num_workers`.
+        cfg: config; INPUT and DATALOADER are read.
+        dataset: registered name.
+        mapper: mapper used instead of Detectron2's DatasetMapper.
+        overrides: arguments of `build_detection_test_loader` that replace those from the config, such as `num_workers`.
     """
     mapper = CheckedMapper(mapper or DatasetMapper(cfg, is_train=False))
     loader = build_detection_test_loader(cfg, dataset, mapper=mapper, **overrides)
@@ -140,7 +140,7 @@ def build_test_loader(
 
 
 def resize_at_test(height: int, width: int, min_size: int, max_size: int) -> T.Transform:
-    """How an image of this size is resized for INPUT.MIN_SIZE_TEST (0: not at all) and MAX_SIZE_TEST."""
+    """Return the resize transform of an image for INPUT.MIN_SIZE_TEST (0: no resizing) and INPUT.MAX_SIZE_TEST."""
     if min_size == 0:
         return T.NoOpTransform()
     return T.ResizeTransform(height, width, *T.ResizeShortestEdge.get_output_shape(height, width, min_size, max_size))

@@ -1,9 +1,9 @@
-"""The training data as one endless stream of batches that can be entered at any position.
+"""Training data loader as an infinite stream of batches that can be resumed at any position.
 
-Detectron2's own loader cannot go on where it stopped: its workers' seeds are fresh and its aspect-ratio buckets are lost.
-Here batches are grouped by index before any image is read, and the augmentation of an image is seeded by the run's seed
-and the image's position in the stream; so batch number n is the same in every run, whatever came before and however many
-workers or processes read it.
+Detectron2's loader cannot be resumed exactly: worker seeds are not restored and the aspect-ratio buckets are lost.
+Here, batches are grouped by index before any image is read, and the augmentation of an image is seeded with the run's
+seed and the image's position in the stream. Batch n is therefore the same in every run, independent of the resume
+position and of the numbers of workers and processes.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ MAX_SKIPPED = 100
 
 
 class BatchStream(Sampler[list[Position]]):
-    """An endless stream of batches of positions; images of a batch are all landscape or all portrait.
+    """Infinite batch sampler that yields positions; all images of a batch belong to the same group.
 
     Args:
-        indices: () -> the endless stream of dataset indices of all processes together, from its beginning.
-        group_of: the group of every index; None puts all into one.
-        batch_size: images of a batch over all processes.
-        rank, world_size: this process takes every world_size-th image of each batch.
+        indices: function that returns the infinite stream of dataset indices of all processes, from its start.
+        group_of: group of each dataset index, such as landscape or portrait; None for a single group.
+        batch_size: total batch size over all processes.
+        rank, world_size: this process takes every world_size-th image of each batch, starting at rank.
 
     Attributes:
-        start: the number of the first batch that iteration yields.
+        start: number of the first batch that iteration yields.
     """
 
     def __init__(
@@ -80,13 +80,13 @@ class BatchStream(Sampler[list[Position]]):
 
 
 class MappedDataset(Dataset):
-    """Maps dataset dictionaries as Detectron2 does, the randomness of each seeded by (seed, position).
+    """Applies a mapper to dataset dictionaries as Detectron2 does, with random numbers seeded by (seed, position).
 
     Args:
         dataset: dataset dictionaries by index.
-        mapper: the mapper; None from it skips to the next index.
+        mapper: dataset mapper; if it returns None, the next index is used.
         seed: the run's seed.
-        skip_unusable: go on with the next index where an image cannot be read, too; otherwise that ends the training.
+        skip_unusable: whether the next index is also used if an image cannot be read, instead of raising a DataError.
     """
 
     def __init__(
@@ -110,20 +110,20 @@ class MappedDataset(Dataset):
                 except DataError as error:
                     if not self.skip_unusable:
                         raise
-                    logger.warning(f"{error} The next image is used instead.")
+                    logger.warning(f"{error} Using the next image instead.")
                     continue
                 if mapped is not None:
                     return mapped
-        raise DataError(f"{MAX_SKIPPED} training images in a row cannot be used, the first of them number {index}.")
+        raise DataError(f"{MAX_SKIPPED} training images in a row cannot be used, starting at number {index}.")
 
 
 def build_stream_loader(cfg: CfgNode, seed: int, mapper: Callable | None = None) -> DataLoader:
-    """The training loader of a config: yields this process's part of batch 0, 1, 2, ... as lists of dictionaries.
+    """Build the training loader, which yields this process's part of batches 0, 1, 2, ... as lists of dictionaries.
 
     Args:
-        cfg: DATASETS.TRAIN, SOLVER.IMS_PER_BATCH, INPUT and DATALOADER are read.
-        seed: decides order and augmentation; the same in all processes.
-        mapper: replaces that of `build_mapper`.
+        cfg: config; DATASETS.TRAIN, SOLVER.IMS_PER_BATCH, INPUT and DATALOADER are read.
+        seed: seed of sampling and augmentation; must be the same in all processes.
+        mapper: mapper used instead of that of `build_mapper`.
 
     Returns:
         A DataLoader whose `batch_sampler.start` may be set before iteration.
@@ -160,7 +160,7 @@ def build_stream_loader(cfg: CfgNode, seed: int, mapper: Callable | None = None)
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=trivial_batch_collator,
         pin_memory=cfg.MODEL.DEVICE.startswith("cuda"),
-        # Its own generator: starting the workers draws nothing from the random numbers of the training.
+        # A separate generator, so that starting workers does not change the training's random state.
         generator=torch.Generator(),
         worker_init_fn=init_worker,
     )
@@ -171,7 +171,7 @@ def _check_masks(cfg: CfgNode, dicts: list[dict]) -> None:
         if not all(annotation.get("segmentation") for annotation in image["annotations"]):
             raise UserError(
                 f"DATASETS.TRAIN {', '.join(cfg.DATASETS.TRAIN)}: an object of {image['file_name']} has no segmentation, but MODEL.MASK_ON is "
-                "True; set it to False to train boxes alone."
+                "True; set it to False to train on boxes only."
             )
 
 
@@ -182,7 +182,7 @@ def _index_stream(cfg: CfgNode, dicts: list[dict], seed: int) -> Callable[[], It
     if name == "RepeatFactorTrainingSampler":
         if not reads_annotations(cfg):
             raise UserError(
-                f"DATALOADER.SAMPLER_TRAIN {name} counts annotations, and with MODEL.KD.PSEUDO_LABELS none are read."
+                f"DATALOADER.SAMPLER_TRAIN {name} needs annotations, but MODEL.KD.PSEUDO_LABELS ignores them."
             )
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
             dicts, cfg.DATALOADER.REPEAT_THRESHOLD

@@ -1,4 +1,4 @@
-"""The processes that read data for a DataLoader."""
+"""Initialization of DataLoader worker processes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 
 def init_worker(worker_id: int) -> None:
-    """One thread of work, and no reaction to signals that ask the training to stop, which a cluster may send to all processes of a job.
+    """Limit a worker to one thread, and ignore the stop signals that a cluster may send to all processes of a job.
 
-    SIGTERM of the training's own process ends the worker, whatever it waits for.
+    SIGTERM from the parent process terminates the worker at any time.
     """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""What `kd-d2 data check` measures of datasets, and what it finds in them that stops, falsifies or harms a training."""
+"""Dataset statistics and problem detection for `kd-d2 data check`."""
 
 from .check import DataCheck, check_sets
 from .findings import Finding

@@ -1,4 +1,4 @@
-"""A check of datasets as a whole: what was measured and found, as text and as json."""
+"""The complete check of datasets, with its results as text and JSON."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ FILE = "check.json"
 
 @dataclass
 class DataCheck:
-    """What was found in datasets.
+    """Results of a check.
 
     Attributes:
-        sets: those that could be read, with their annotations.
-        statistics: of each of them.
+        sets: readable datasets, with their annotations.
+        statistics: statistics of each of these sets.
         findings: errors and warnings.
-        checked_images: how many images of each set were read at most; None for all.
+        checked_images: maximum number of images read per set; None for all.
     """
 
     sets: list[tuple[DataSet, CocoData]]
@@ -37,11 +37,11 @@ class DataCheck:
 
     @property
     def errors(self) -> list[Finding]:
-        """What stops or falsifies a training."""
+        """Findings that break a training or invalidate its results."""
         return [finding for finding in self.findings if finding.is_error]
 
     def summary(self) -> str:
-        """Everything as text."""
+        """Return the results as text."""
         parts = [_describe(dataset, s) for (dataset, _), s in zip(self.sets, self.statistics)]
         warnings = [finding for finding in self.findings if not finding.is_error]
         for title, findings in (("warnings", warnings), ("errors", self.errors)):
@@ -49,12 +49,12 @@ class DataCheck:
                 lines = [f"- {finding.dataset}: {printable(finding.text)}" for finding in findings]
                 parts.append("\n".join([f"{title}:", *lines]))
         read = "all images" if self.checked_images is None else f"up to {self.checked_images} images of each set"
-        found = f"{len(self.errors)} errors" if self.errors else "nothing that stops or falsifies a training"
-        parts.append(f"{found} in annotations, file contents and {read} read ({len(warnings)} warnings)")
+        found = f"{len(self.errors)} errors" if self.errors else "no errors"
+        parts.append(f"{found} in annotations, file contents and {read} ({len(warnings)} warnings)")
         return "\n\n".join(parts)
 
     def as_tree(self) -> dict[str, Any]:
-        """Everything in types that JSON has."""
+        """Return the results as a JSON-serializable dictionary."""
         sets = [asdict(dataset) | asdict(s) for (dataset, _), s in zip(self.sets, self.statistics)]
         findings = [asdict(finding) for finding in self.findings]
         return {"sets": sets, "findings": findings, "checked_images": self.checked_images, "percentiles": PERCENTILES}
@@ -65,12 +65,12 @@ class DataCheck:
 
 
 def check_sets(sets: list[DataSet], images: int | None = 200, *, skips_unusable: bool = False) -> DataCheck:
-    """Check datasets in COCO's format, each by itself and against the first one for training.
+    """Check datasets in COCO format, each by itself and against the first training set.
 
     Args:
-        sets: of which those for training come first.
-        images: how many images of each set are read; None for all.
-        skips_unusable: whether the training skips images that cannot be read.
+        sets: datasets, training sets first.
+        images: number of images to read per set; None for all.
+        skips_unusable: whether the training skips unreadable images.
     """
     read: list[tuple[DataSet, CocoData]] = []
     findings: list[Finding] = []
@@ -100,7 +100,7 @@ def _describe(dataset: DataSet, statistics: SetStatistics) -> str:
     rows = [[printable(c.name), c.boxes, c.small, c.medium, c.large, c.images] for c in statistics.classes]
     classes = _table(rows, ["class", "boxes", "small", "medium", "large", "images"])
     measured = [[name, *(f"{value:.4g}" for value in values)] for name, values in statistics.percentiles.items()]
-    headers = ["", "least", *(f"{p} %" for p in PERCENTILES[1:-1]), "most"]
+    headers = ["", "min", *(f"{p} %" for p in PERCENTILES[1:-1]), "max"]
     return "\n\n".join([head, classes, _table(measured, headers)])
 
 

@@ -1,4 +1,4 @@
-"""What image files have: the same content twice, within a set or in training and test, and files that cannot be read."""
+"""Checks of image files: duplicates within a set, overlap of training and test sets, and unreadable files."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from .sets import DataSet
 
 
 def find_repeated(sets: list[tuple[DataSet, CocoData]]) -> Iterator[Finding]:
-    """Images with the same bytes; those that are in a training and in a test set falsify the evaluation.
+    """Find images with identical bytes: a warning within a set, an error if they are in both a training and a test set.
 
-    Only files of equal size are read.
+    Only files that share their size with another file are read.
 
     Raises:
         UserError: a file cannot be read.
@@ -37,7 +37,7 @@ def find_repeated(sets: list[tuple[DataSet, CocoData]]) -> Iterator[Finding]:
         twice = [found for found in names[-1].values() if len(found) > 1]
         if twice:
             count = sum(len(found) - 1 for found in twice)
-            text = f"{count} images are copies of others in it, such as {twice[0][1]} of {twice[0][0]}."
+            text = f"{count} images are duplicates of others in the set, such as {twice[0][1]} of {twice[0][0]}."
             yield Finding(False, dataset.name, text)
     roles = [[number for number, (dataset, _) in enumerate(sets) if dataset.role == role] for role in ("train", "test")]
     for train, test in product(*roles):
@@ -47,13 +47,13 @@ def find_repeated(sets: list[tuple[DataSet, CocoData]]) -> Iterator[Finding]:
             yield Finding(
                 True,
                 f"{sets[train][0].name}, {sets[test][0].name}",
-                f"{count} of {len(paths[test])} images for testing are in the training set too, such as {first} "
-                f"({names[train][both[0]][0]}): leave them out of one.",
+                f"{count} of {len(paths[test])} test images are also in the training set, such as {first} "
+                f"({names[train][both[0]][0]}): remove them from one set.",
             )
 
 
 def _digests(paths: list[str]) -> dict[str, str]:
-    """By path a digest of the content, of the files that are not of a size of their own."""
+    """Return content digests by path, for files that share their size with another file."""
     of_size: dict[int, list[str]] = defaultdict(list)
     for path in paths:
         of_size[os.path.getsize(path)].append(path)
@@ -70,11 +70,11 @@ def _digest(path: str) -> str:
 
 
 def find_unreadable(dataset: DataSet, data: CocoData, count: int | None, skips: bool) -> Iterator[Finding]:
-    """Images that cannot be read, or have another size than the annotations say, among `count` of them at even distances.
+    """Find images that are unreadable or differ in size from their annotations, among `count` evenly spaced images.
 
     Args:
-        count: None for all.
-        skips: whether the training skips such images.
+        count: number of images to read; None for all.
+        skips: whether the training skips such images, which makes the finding a warning.
     """
     images = data.tree["images"]
     count = len(images) if count is None else min(count, len(images))

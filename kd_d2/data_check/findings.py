@@ -1,4 +1,4 @@
-"""What annotations have that stops, falsifies or may harm a training."""
+"""Checks of annotations for errors and likely mistakes."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from ..errors import UserError
 from .statistics import SetStatistics
 
 SMALLEST_SIDE = 2  # px
-LONGEST = 20  # times as long as wide
-WHOLE_IMAGE = 0.98  # of its area
+LONGEST = 20  # ratio of the longer to the shorter side
+WHOLE_IMAGE = 0.98  # fraction of the image area
 FEWEST_BOXES = 10
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about a dataset.
+    """An error or warning about a dataset.
 
     Attributes:
-        is_error: it stops or falsifies a training.
-        dataset: its name, or the two that it is about.
-        text: a sentence.
+        is_error: whether it breaks a training or invalidates its results.
+        dataset: name of the dataset, or of both datasets if it concerns two.
+        text: message.
     """
 
     is_error: bool
@@ -35,7 +35,7 @@ class Finding:
 
 
 def find_in_set(name: str, data: CocoData, statistics: SetStatistics) -> Iterator[Finding]:
-    """Of one dataset: what is read otherwise than it is written, boxes that look like mistakes, and rare or similar classes."""
+    """Find repairs, suspicious boxes, and rare or similarly named classes of one dataset."""
     for text in (*data.repairs.sentences(), *_about_boxes(data), *_about_classes(statistics)):
         yield Finding(False, name, text)
     if not statistics.boxes:
@@ -56,18 +56,18 @@ def _about_boxes(data: CocoData) -> Iterator[str]:
         if found[text]:
             first = found[text][0]
             name = image_of[first["image_id"]]["file_name"]
-            yield f"{len(found[text])} boxes {text}, the first is {first['bbox']} of {name}."
+            yield f"{len(found[text])} boxes {text}, the first is {first['bbox']} in {name}."
 
 
 SUSPICIOUS: dict[str, Callable[[list[float], tuple[int, int]], bool]] = {
-    "reach beyond their image, where training cuts them": reaches_out,
+    "extend beyond their image, where training clips them": reaches_out,
     f"have a side below {SMALLEST_SIDE} pixels": lambda box, size: min(box[2:]) < SMALLEST_SIDE,
     f"are more than {LONGEST} times as long as wide": lambda box, size: max(box[2:]) > LONGEST * min(box[2:]),
-    f"cover {WHOLE_IMAGE:.0%} of their image or more": (
+    f"cover at least {WHOLE_IMAGE:.0%} of their image": (
         lambda box, size: box[2] * box[3] >= WHOLE_IMAGE * size[0] * size[1]
     ),
 }
-"""By what is said of them, whether a box [x, y, width, height] in an image of (width, height) is one."""
+"""Tests for suspicious boxes [x, y, width, height] in an image of (width, height), by their description."""
 
 
 def _about_classes(statistics: SetStatistics) -> Iterator[str]:
@@ -82,13 +82,13 @@ def _about_classes(statistics: SetStatistics) -> Iterator[str]:
         alike["".join(letter for letter in entry.name.casefold() if letter.isalnum())].append(entry.name)
     for names in alike.values():
         if len(names) > 1:
-            yield f"classes whose names hardly differ: {', '.join(map(repr, names))}."
+            yield f"classes with nearly identical names: {', '.join(map(repr, names))}."
 
 
 def find_between(
     train: str, train_data: CocoData, others: str, data: CocoData, counts: tuple[SetStatistics, SetStatistics]
 ) -> Iterator[Finding]:
-    """Of a dataset and the first training set, which decides the classes: what differs in the classes."""
+    """Find differences in classes between a dataset and the first training set, which determines the classes."""
     where = f"{train}, {others}"
     order = ClassOrder(tuple(train_data.class_names), train_data.repairs.path)
     try:
@@ -98,7 +98,7 @@ def find_between(
         return
     shared = [name for name in train_data.class_names if name in data.class_names]
     if shared != [name for name in data.class_names if name in train_data.class_names]:
-        yield Finding(False, where, f"{others} has its classes in another order; they are matched by name.")
+        yield Finding(False, where, f"{others} has its classes in a different order; they are matched by name.")
     with_boxes = [{entry.name for entry in statistics.classes if entry.boxes} for statistics in counts]
     for names, here, there in (
         (with_boxes[0] - with_boxes[1], train, others),
@@ -106,5 +106,5 @@ def find_between(
     ):
         if names:
             yield Finding(
-                False, where, f"classes with boxes in {here} alone, not in {there}: {', '.join(sorted(names))}."
+                False, where, f"classes with boxes only in {here}, not in {there}: {', '.join(sorted(names))}."
             )

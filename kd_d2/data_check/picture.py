@@ -1,4 +1,4 @@
-"""A picture of sample images with their labelled boxes."""
+"""A figure of sample images with their annotated boxes."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from .sets import DataSet
 
 COLUMNS = 4
 CELL = (400, 300)
-"""Width and height of an image on the sheet, px."""
+"""Width and height of an image in the figure, px."""
 
 
 def draw_samples(sets: list[tuple[DataSet, CocoData]], count: int) -> np.ndarray | None:
-    """Images of each set with their boxes, chosen so that each class is shown where there is room.
+    """Draw images of each set with their boxes, covering as many classes as possible.
 
     Args:
-        count: of each set, at most.
+        count: maximum number of images per set.
 
     Returns:
-        RGB (H, W, 3) uint8; None where no image can be read.
+        RGB (H, W, 3) uint8, or None if no image can be read.
     """
     rows = []
     for dataset, data in sets:
@@ -37,7 +37,7 @@ def draw_samples(sets: list[tuple[DataSet, CocoData]], count: int) -> np.ndarray
 
 
 def _choose(data: CocoData, count: int) -> list[dict]:
-    """Images in an order that is random but always the same: first those that add a class, then others with boxes, then the rest."""
+    """Choose images in a fixed random order: first those that add a class, then others with boxes, then the rest."""
     classes_of: dict[int, set[int]] = {image["id"]: set() for image in data.tree["images"]}
     for annotation in data.tree["annotations"]:
         classes_of[annotation["image_id"]].add(annotation["category_id"])
@@ -57,7 +57,7 @@ def _choose(data: CocoData, count: int) -> list[dict]:
 def _draw(dataset: DataSet, data: CocoData, image: dict) -> np.ndarray | None:
     try:
         pixels = read_image(os.path.join(dataset.folder, image["file_name"]), "RGB")
-    except DataError:  # is a finding
+    except DataError:  # reported as a finding
         return None
     annotations = [a for a in data.tree["annotations"] if a["image_id"] == image["id"]]
     names = {category["id"]: category["name"] for category in data.tree["categories"]}
@@ -73,7 +73,7 @@ def _draw(dataset: DataSet, data: CocoData, image: dict) -> np.ndarray | None:
 
 
 def _fitted(picture: np.ndarray) -> np.ndarray:
-    """In the middle of a white cell."""
+    """Resize a picture to fit a cell and center it on white."""
     scale = min(CELL[0] / picture.shape[1], CELL[1] / picture.shape[0])
     size = [max(1, round(side * scale)) for side in picture.shape[1::-1]]
     small = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)

@@ -1,4 +1,4 @@
-"""The datasets that are checked, and what they are for."""
+"""The datasets to check."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ..errors import UserError
 
 @dataclass(frozen=True)
 class DataSet:
-    """A dataset.
+    """A dataset to check.
 
     Attributes:
         role: "train" or "test".
-        name: for tables and messages.
-        json_file, folder: annotations in COCO's format, and where its images lie.
+        name: name for tables and messages.
+        json_file, folder: annotation file in COCO format, and folder of the images.
     """
 
     role: str
@@ -31,10 +31,10 @@ class DataSet:
 
 
 def sets_of_config(config_file: str, opts: list[Any]) -> tuple[list[DataSet], bool]:
-    """The sets of DATASETS.TRAIN and TEST, and whether the training skips images that it cannot read; no teacher has to exist.
+    """Return the sets of DATASETS.TRAIN and TEST, and DATALOADER.SKIP_UNUSABLE_IMAGES; the teacher need not exist.
 
     Raises:
-        UserError: the config cannot be read, or a set is not in COCO's format or not there.
+        UserError: the config cannot be read, or a set is missing or not in COCO format.
     """
     cfg = load_config(config_file, opts, student_only=True, needs_data=False)
     register_synthetic()

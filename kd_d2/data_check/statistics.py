@@ -1,4 +1,4 @@
-"""Counts and sizes of a dataset."""
+"""Dataset statistics."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import numpy as np
 from ..data.coco import CocoData
 
 AREAS = (32**2, 96**2)
-"""px^2; COCO's borders between small, medium and large objects."""
+"""COCO's area thresholds between small, medium and large objects, px^2."""
 PERCENTILES = (0, 5, 50, 95, 100)
 
 
 @dataclass
 class ClassCounts:
-    """Boxes of a class by COCO's sizes, and the images that have one; crowds are not counted.
+    """Counts of a class by COCO's object sizes, without crowds.
 
     Attributes:
-        small, medium, large: boxes of an area below 32^2, below 96^2 and from there on.
-        images: with a box of the class.
+        small, medium, large: number of boxes with an area below 32^2, below 96^2, and of at least 96^2 px^2.
+        images: number of images with a box of the class.
     """
 
     name: str
@@ -36,15 +36,15 @@ class ClassCounts:
 
 @dataclass
 class SetStatistics:
-    """What a dataset holds.
+    """Statistics of a dataset.
 
     Attributes:
-        images, empty: how many images, and how many of them without annotations.
-        boxes, crowds: annotations with iscrowd 0 and 1.
-        classes: in order of category id.
-        percentiles: by what was measured the values at PERCENTILES: widths and heights of images, boxes an image, sides of boxes
-            (the root of the area, px) and aspect ratios of boxes (width by height).
-        image_sizes: the most frequent sizes, each as width, height and count.
+        images, empty: number of images, and number of images without annotations.
+        boxes, crowds: number of annotations with iscrowd 0 and 1.
+        classes: counts by class, sorted by category id.
+        percentiles: values at PERCENTILES of image width and height, boxes per image, box side (square root of
+            width * height, px) and box aspect ratio (width / height), by name.
+        image_sizes: the most frequent image sizes, each as width, height and count.
     """
 
     images: int
@@ -57,7 +57,7 @@ class SetStatistics:
 
 
 def measure(data: CocoData) -> SetStatistics:
-    """Count and measure a dataset."""
+    """Compute the statistics of a dataset."""
     images = data.tree["images"]
     objects = [a for a in data.tree["annotations"] if not a.get("iscrowd")]
     bboxes = np.array([a["bbox"] for a in objects], dtype=float).reshape(-1, 4)

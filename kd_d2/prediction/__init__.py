@@ -1,4 +1,4 @@
-"""Detection in images and videos of one's own: each with its detections drawn, and all detections as COCO json."""
+"""Inference on images and videos, with visualizations and COCO JSON output."""
 
 from .inputs import find_images, find_inputs
 from .predict import PredictOptions, predict

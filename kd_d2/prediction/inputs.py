@@ -1,4 +1,4 @@
-"""Images and videos among files and folders, and where their drawings go."""
+"""Input images and videos, and the file names of their drawings."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Input:
     """An image or a video.
 
     Attributes:
-        path: the file.
-        name: path below the folder that was given, or the file's name, for what is written about it.
+        path: path of the file.
+        name: path relative to the input folder, or the file's base name; used to name outputs.
     """
 
     path: str
@@ -34,10 +34,10 @@ class Input:
 
 
 def find_images(paths: list[str], option: str = "--images") -> list[str]:
-    """The files of the images among files and folder trees.
+    """Return the paths of all images among files and folder trees.
 
     Raises:
-        UserError: see `find_inputs`; `option` is what the user named them by.
+        UserError: there is no image; see also `find_inputs`. `option` is the command-line option named in messages.
     """
     images = [found.path for found in find_inputs(paths, option=option) if not found.is_video]
     if not images:
@@ -46,14 +46,14 @@ def find_images(paths: list[str], option: str = "--images") -> list[str]:
 
 
 def find_inputs(paths: list[str], without: str | None = None, option: str = "--input") -> list[Input]:
-    """The images and videos among files and folder trees, each once. Other files of a folder are skipped, with a line in the log.
+    """Return the images and videos among files and folder trees, without duplicates; skip and log other files of trees.
 
     Args:
-        without: a folder that is left out of the trees.
-        option: what the user named the paths by.
+        without: folder to exclude from the trees.
+        option: command-line option named in messages.
 
     Raises:
-        UserError: a path does not exist, a file is neither image nor video, or there is none at all.
+        UserError: a path does not exist, a given file is neither an image nor a video, or nothing is found.
     """
     found, skipped = [], []
     for path in paths:
@@ -82,7 +82,7 @@ def find_inputs(paths: list[str], without: str | None = None, option: str = "--i
 
 
 def _files_below(folder: str, without: str | None, option: str) -> list[str]:
-    """Files of the tree in order, those of a folder before those of its subfolders; nothing hidden."""
+    """Return the files of a tree except hidden ones, sorted, those of a folder before those of its subfolders."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{option}: the folder {error.filename} cannot be read: {error.strerror}.") from error
@@ -98,7 +98,7 @@ def _files_below(folder: str, without: str | None, option: str) -> list[str]:
 
 
 def _problem(entry: Input) -> str | None:
-    """A sentence why a file cannot be read; None if it can."""
+    """Return a sentence that says why a file cannot be read, or None if it can."""
     if entry.is_video:
         problem = video_problem(entry.path)
         return problem and f"The video {entry.path} cannot be read: {problem}."
@@ -114,10 +114,10 @@ def _problem(entry: Input) -> str | None:
 
 
 def drawing_names(inputs: list[Input], folder: str) -> list[str]:
-    """For each input the file in `folder` to draw it to, in subfolders as it lay in its own; equal names are numbered.
+    """Return the path of each input's drawing below `folder`, with the input's subfolders; equal names are numbered.
 
     Raises:
-        UserError: a drawing would replace an input.
+        UserError: a drawing would overwrite an input.
     """
     files = {os.path.realpath(entry.path) for entry in inputs}
     names: dict[str, None] = {}
@@ -132,5 +132,5 @@ def drawing_names(inputs: list[Input], folder: str) -> list[str]:
         names[name] = None
         path = os.path.join(folder, name)
         if os.path.realpath(path) in files:
-            raise UserError(f"--output: the drawing {path} would replace an input; choose another folder.")
+            raise UserError(f"--output: the drawing {path} would overwrite an input; choose another folder.")
     return list(names)

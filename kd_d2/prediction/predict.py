@@ -1,4 +1,4 @@
-"""Detection in images and videos, with drawings and COCO json."""
+"""Inference on images and videos, with drawings and COCO JSON."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ FRAMES_PER_LINE = 100
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """
+    """Options of `predict`.
+
     Attributes:
-        batch: how many images go through the model together, if they are of one size.
+        batch: maximum batch size; only consecutive images of equal size are batched.
         drawings: whether to draw the detections.
     """
 
@@ -48,18 +49,18 @@ def predict(
     info: dict[str, Any],
     options: PredictOptions | None = None,
 ) -> dict[str, Any]:
-    """Detect objects in images and videos, draw them into `output`, and write `output`/detections.json.
+    """Detect objects in images and videos, save drawings in `output`, and write `output`/detections.json.
 
     Args:
         inputs: see `find_inputs`.
-        info: of the run, for detections.json.
+        info: information on the run for detections.json.
 
     Returns:
-        What detections.json holds, as pycocotools loads it: "images" (with the file that was read and its drawing; of a
-        video each frame, with its number and its time in seconds), "annotations" (boxes with scores), "categories", "info".
+        Content of detections.json, which pycocotools can load: "images" (input file and drawing; for a video one entry
+        per frame, with frame number and time in seconds), "annotations" (boxes with scores), "categories" and "info".
 
     Raises:
-        UserError: an option or the output folder cannot be used.
+        UserError: an option or the output folder is invalid.
     """
     options = options or PredictOptions()
     if options.batch < 1:
@@ -77,14 +78,12 @@ def predict(
     tree = run.tree(info)
     path = os.path.join(output, DETECTIONS)
     write_json(path, tree, indent=None)
-    beside = ", with the drawings beside it" if options.drawings else ""
+    beside = ", with drawings in the same folder" if options.drawings else ""
     logger.info(f"{len(tree['annotations'])} detections in {len(tree['images'])} images: {path}{beside}")
     return tree
 
 
 class _Run:
-    """What has been detected so far."""
-
     def __init__(self, detector: ImageDetector, output: str, options: PredictOptions):
         self.detector, self.output, self.options = detector, output, options
         self.names = [category.name for category in detector.categories or []]
@@ -154,7 +153,7 @@ def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 def to_annotations(
     detections: Instances, image_id: int, categories: list[Category] | None, first_id: int
 ) -> list[dict]:
-    """COCO annotations with scores, numbered from `first_id`."""
+    """Return detections as COCO annotations with scores, with ids from `first_id` on."""
     annotations = []
     for number, entry in enumerate(instances_to_coco_json(detections, image_id)):
         if categories:

@@ -1,4 +1,4 @@
-"""Videos, frame by frame, through OpenCV."""
+"""Reading and writing of videos with OpenCV."""
 
 from __future__ import annotations
 
@@ -13,22 +13,24 @@ from ..errors import UserError
 
 
 def video_problem(path: str) -> str | None:
-    """Why a file cannot be read as a video; None if its first frame can."""
+    """Return why a file cannot be read as a video, or None if its first frame can be read."""
     if not os.access(path, os.R_OK):
         return "Permission denied"
     capture = cv2.VideoCapture(path)
     try:
-        return None if capture.isOpened() and capture.read()[0] else "it is damaged, or OpenCV does not know its format"
+        return (
+            None if capture.isOpened() and capture.read()[0] else "it is damaged, or OpenCV does not support its format"
+        )
     finally:
         capture.release()
 
 
 class VideoReader:
-    """Iterates over the frames, RGB (H, W, 3) uint8.
+    """Iterates over the frames of a video, RGB (H, W, 3) uint8.
 
     Attributes:
         fps: frames per second.
-        length: frames that the file announces; it may hold fewer.
+        length: number of frames according to the file's metadata; the file may have fewer.
     """
 
     def __init__(self, path: str):
@@ -46,23 +48,20 @@ class VideoReader:
 
 
 class VideoWriter(contextlib.AbstractContextManager):
-    """Writes frames of one size, RGB (H, W, 3) uint8, into an mp4 file; a context manager."""
+    """Context manager that writes frames of equal size, RGB (H, W, 3) uint8, to an MP4 file."""
 
     def __init__(self, path: str, fps: float):
         self._path, self._fps = path, fps
         self._writer: cv2.VideoWriter | None = None
 
     def write(self, frame: np.ndarray) -> None:
-        """
-        Raises:
-            UserError: this OpenCV cannot write such videos.
-        """
+        """Append a frame, or raise a UserError if this build of OpenCV cannot write MP4 files."""
         if self._writer is None:
             size = frame.shape[1], frame.shape[0]
             self._writer = cv2.VideoWriter(self._path, cv2.VideoWriter_fourcc(*"mp4v"), self._fps, size)
             if not self._writer.isOpened():
                 raise UserError(
-                    f"The video {self._path} cannot be written by this OpenCV; --no-drawings leaves it out."
+                    f"The video {self._path} cannot be written with this build of OpenCV; pass --no-drawings."
                 )
         self._writer.write(np.ascontiguousarray(frame[:, :, ::-1]))
 

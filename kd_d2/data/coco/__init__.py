@@ -1,4 +1,4 @@
-"""COCO annotation files as tools really write them, read into one clean form."""
+"""Reading and repair of COCO annotation files as written by common tools."""
 
 from .boxes import BOX_FORMATS
 from .image_names import ImageFinder

@@ -1,4 +1,4 @@
-"""The annotations of a COCO file in clean form."""
+"""Validation and repair of the annotations of a COCO file."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from .segmentation import LARGEST, box_of, is_coordinate, normalize_segmentation
 
 Entry = dict[str, Any]
 MOST_BOXES = 10_000
-"""Of an image: every one of them is compared with every anchor."""
-LARGEST_ID = 2**53  # pycocotools keeps ids as floating-point numbers, and takes 0 for "not found"
+"""Maximum number of boxes per image; each one is compared with every anchor."""
+LARGEST_ID = 2**53  # pycocotools stores ids as floating-point numbers, with 0 for "not found"
 IS_CROWD = {0: 0, 1: 1, None: 0, "0": 0, "1": 1, "": 0, "false": 0, "true": 1}
 
 
 class Annotations:
-    """Reads annotations.
+    """Reads the annotations of a file.
 
     Args:
-        path: the file, for messages.
-        images: by id, with width and height.
-        image_ids, category_ids: what references mean.
-        repairs: what is repaired is added.
+        path: annotation file, for messages.
+        images: images with width and height, by id.
+        image_ids, category_ids: ids that annotations may refer to.
+        repairs: record to which repairs are added.
     """
 
     def __init__(self, path: str, images: dict[int, Entry], image_ids: Ids, category_ids: Ids, repairs: Repairs):
@@ -38,15 +38,15 @@ class Annotations:
         self.repairs = repairs
 
     def read(self, entries: list[Entry], *, masks: bool, boxes: str) -> list[Entry]:
-        """The annotations in clean form: those without area and repeated ones left out, ids from 1 where they are unusable.
+        """Return repaired annotations without duplicates and empty boxes, renumbered from 1 if any id is unusable.
 
         Args:
-            entries: as they are written; not changed.
-            masks: whether segmentations are needed.
-            boxes: the form of the boxes, one of BOX_FORMATS.
+            entries: annotations of the file; not modified.
+            masks: whether segmentations are required.
+            boxes: box format, one of BOX_FORMATS.
 
         Raises:
-            UserError: an annotation refers to what is not there, or its box is none; boxes are plainly of another form.
+            UserError: an annotation is invalid, its image or category is missing, or boxes are in another format.
         """
         self._check_counts(entries)
         found = [(entry, a) for entry in entries if (a := self._read(entry, masks)) is not None]
@@ -65,7 +65,7 @@ class Annotations:
         for image_id, count in counts.most_common(1):
             if count > MOST_BOXES and image_id is not None:
                 raise UserError(
-                    f"{self.path}: the image {self.images[image_id]['file_name']} has {count} annotations, and an image may have {MOST_BOXES}: cut "
+                    f"{self.path}: the image {self.images[image_id]['file_name']} has {count} annotations, more than {MOST_BOXES}: split "
                     "it into tiles."
                 )
 
@@ -78,15 +78,15 @@ class Annotations:
         image_id = self.image_ids.find(entry.get("image_id"))
         if image_id is None:
             raise UserError(
-                f"{what} is of image {entry.get('image_id')!r}, which is not among the file's images: remove it, or add the image."
+                f"{what} refers to image {entry.get('image_id')!r}, which is not among the file's images: remove it, or add the image."
             )
         category_id = self.category_ids.find(entry.get("category_id"))
         if category_id is None:
             raise UserError(
-                f"{what} is of category {entry.get('category_id')!r}, which is not among the file's categories: add it there."
+                f"{what} refers to category {entry.get('category_id')!r}, which is not among the file's categories: add it there."
             )
         if entry.get("ignore"):
-            raise UserError(f"{what} has 'ignore' set, which Detectron2 does not know; use 'iscrowd' or leave it out.")
+            raise UserError(f"{what} has 'ignore' set, which Detectron2 does not support; use 'iscrowd' or remove it.")
         for key in ("image_id", "category_id"):
             if type(entry[key]) is not int and whole_number(entry[key]) is not None:
                 self.repairs.add("references read as whole numbers", f"{key} {entry[key]!r}")
@@ -95,12 +95,12 @@ class Annotations:
         annotation["bbox"] = self._read_box(what, annotation)
         keypoints = annotation.get("keypoints", [])
         if not isinstance(keypoints, list) or not all(map(is_coordinate, keypoints)):
-            del annotation["keypoints"]  # not trained, but Detectron2 would compute with them
+            del annotation["keypoints"]  # unused in training, but processed by Detectron2
         if not self._read_segmentation(what, annotation, masks):
             return None
         if "area" in annotation and not _is_positive(annotation["area"]):
             if annotation["area"] != 0 or annotation["bbox"][2] * annotation["bbox"][3] > 0:
-                self.repairs.add("areas taken from boxes", f"annotation {_name(entry)}, area {annotation['area']!r}")
+                self.repairs.add("areas computed from boxes", f"annotation {_name(entry)}, area {annotation['area']!r}")
             annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
         return annotation
 
@@ -116,7 +116,7 @@ class Annotations:
         annotation["iscrowd"] = IS_CROWD[key]
 
     def _read_segmentation(self, what: str, annotation: Entry, masks: bool) -> bool:
-        """Whether the annotation is kept."""
+        """Read the segmentation, and return whether the annotation is kept."""
         value = annotation.get("segmentation")
         image = self.images[annotation["image_id"]]
         if not masks:
@@ -125,13 +125,13 @@ class Annotations:
             return True
         if not value:
             raise UserError(
-                f"{what} has no segmentation, which MODEL.MASK_ON needs; set MODEL.MASK_ON False to train boxes alone."
+                f"{what} has no segmentation, which MODEL.MASK_ON needs; set MODEL.MASK_ON False to train on boxes only."
             )
         found = normalize_segmentation(value, image["height"], image["width"])
         if found is None and isinstance(value, dict):
             raise UserError(
-                f"{what} has run lengths that do not fill its image of {image['width']} x {image['height']} pixels: "
-                f"{str(value)[:80]}; write its mask anew."
+                f"{what} has run lengths that do not fit its image of {image['width']} x {image['height']} pixels: "
+                f"{str(value)[:80]}; export its mask again."
             )
         if found is None:
             self.repairs.add("annotations without a polygon of three points dropped", f"annotation {_name(annotation)}")
@@ -149,13 +149,13 @@ class Annotations:
             image = self.images[annotation["image_id"]]
             outline = normalize_segmentation(annotation.get("segmentation"), image["height"], image["width"])
             if outline is None:
-                raise UserError(f"{what} has neither a bbox nor a segmentation: remove it, or write its bbox.")
-            self.repairs.add("boxes taken from segmentations", f"annotation {_name(annotation)}")
+                raise UserError(f"{what} has neither a bbox nor a segmentation: remove it, or add its bbox.")
+            self.repairs.add("boxes computed from segmentations", f"annotation {_name(annotation)}")
             return box_of(outline)
         if isinstance(box, list) and any(isinstance(value, str) for value in box):
             numbers = [_written_number(value) for value in box]
             if None not in numbers:
-                self.repairs.add("numbers of boxes read from text", f"annotation {_name(annotation)}, {box}")
+                self.repairs.add("box coordinates read from text", f"annotation {_name(annotation)}, {box}")
                 box = numbers
         if not isinstance(box, list) or len(box) != 4 or not all(map(is_coordinate, box)):
             raise UserError(
@@ -177,14 +177,14 @@ class Annotations:
                 annotation["image_id"], annotation["category_id"], *annotation["bbox"], annotation.get("iscrowd", 0), outline
             )  # fmt: skip
             if key in seen:
-                self.repairs.add("annotations repeated exactly dropped", f"annotation {_name(entry)} of image {key[0]}")
+                self.repairs.add("duplicate annotations dropped", f"annotation {_name(entry)} of image {key[0]}")
                 continue
             seen.add(key)
             kept.append((entry, annotation))
         return kept
 
     def _number(self, kept: list[tuple[Entry, Entry]]) -> None:
-        """Ids from 1, unless all are there, differ, and mean an annotation to the evaluators."""
+        """Number the annotations from 1, unless all have unique ids that the evaluators accept."""
         ids = [whole_number(entry.get("id")) for entry, _ in kept]
         seen: set[int] = set()
         unusable = None
@@ -195,7 +195,7 @@ class Annotations:
             seen.add(number)
         if unusable:
             self.repairs.add(
-                "annotations numbered from 1, since an id is missing, repeated, not positive or no number", unusable
+                "annotations numbered from 1 because an id is missing, repeated, not positive or not a number", unusable
             )
             ids = list(range(1, len(kept) + 1))
         for (entry, annotation), number in zip(kept, ids):
@@ -205,7 +205,7 @@ class Annotations:
 
 
 def _name(entry: Entry) -> str:
-    """What a message calls an annotation."""
+    """Return how messages refer to an annotation."""
     return f"with id {entry['id']!r}" if "id" in entry else f"without id, {str(entry)[:80]},"
 
 
@@ -222,7 +222,7 @@ def _written_number(value: Any) -> float | None:
 
 
 def _is_harmless(segmentation: Any, image: Entry) -> bool:
-    """Whether Detectron2 reads it without leaving the annotation out; of polygons that is seen without looking at every point."""
+    """Return whether Detectron2 keeps the annotation; coordinates of polygons are not checked, for speed."""
     if isinstance(segmentation, dict):
         return normalize_segmentation(segmentation, image["height"], image["width"]) == segmentation
     return isinstance(segmentation, list) and all(

@@ -1,4 +1,4 @@
-"""The ways in which tools write a box, and signs that a file has another than COCO's [x, y, width, height]."""
+"""Box formats, and detection of files whose boxes are not in COCO's [x, y, width, height]."""
 
 from __future__ import annotations
 
@@ -38,38 +38,38 @@ BOX_FORMATS: dict[str, Callable[[Box, Size], Box]] = {
     "relative-xyxy": partial(_fractions, convert=_corners),
     "relative-cxcywh": partial(_fractions, convert=_center),
 }
-"""By name the function from a box and its image's size to COCO's [x, y, width, height] in pixels.
+"""Functions by format name that convert a box, given its image's size, to COCO's [x, y, width, height] in pixels.
 
-xyxy has corners, cxcywh the center with width and height; relative ones are fractions of the image's sides.
+xyxy: corners; cxcywh: center, width and height; relative formats: fractions of the image's width and height.
 """
 
 
 def reaches_out(box: Box, size: Size) -> bool:
-    """Whether a box of COCO's format reaches more than a pixel beyond its image."""
+    """Return whether a box in COCO's format extends more than one pixel beyond its image."""
     x, y, width, height = box
     return x < -1 or y < -1 or x + width > size[0] + 1 or y + height > size[1] + 1
 
 
 def check_format(path: str, boxes: Iterable[tuple[Box, Size]]) -> None:
-    """Raise a UserError where boxes are plainly not [x, y, width, height] in pixels.
+    """Raise a UserError if boxes are clearly not [x, y, width, height] in pixels.
 
     Args:
-        path: the annotation file.
-        boxes: as they are written, each with the size of its image.
+        path: annotation file.
+        boxes: unconverted boxes, each with the size of its image.
     """
     boxes = [(box, size) for box, size in boxes if box[2] > 0 and box[3] > 0]
     if not boxes:
         return
     if all(max(map(abs, box)) <= 1 for box, _ in boxes) and any(min(size) > 2 for _, size in boxes):
         raise UserError(
-            f"{path}: all its boxes lie between 0 and 1, such as {boxes[0][0]}, so they are fractions of the image; write them in "
+            f"{path}: all its boxes are between 0 and 1, such as {boxes[0][0]}, so they are fractions of the image; convert them to "
             "pixels, as COCO's x, y, width, height."
         )
     beyond = [box for box, size in boxes if reaches_out(box, size)]
     if 2 * len(beyond) > len(boxes) and all(_fits_as_corners(box, size) for box, size in boxes):
         raise UserError(
             f"{path}: {len(beyond)} of its {len(boxes)} boxes end outside their image, such as {beyond[0]}, while all fit as "
-            "corners x1, y1, x2, y2; write them as COCO's x, y, width, height."
+            "corners x1, y1, x2, y2; convert them to COCO's x, y, width, height."
         )
 
 

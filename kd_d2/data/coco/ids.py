@@ -1,4 +1,4 @@
-"""Ids of images and categories: whole numbers, however they are written."""
+"""Normalization of image and category ids to integers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Key = int | str
 
 
 def whole_number(value: Any) -> int | None:
-    """12 for 12, 12.0, "12" and "12.0"; None for what is no whole number."""
+    """Return 12 for 12, 12.0, "12" and "12.0"; None if the value is not a whole number."""
     if isinstance(value, bool):
         return None
     if isinstance(value, int):
@@ -26,22 +26,22 @@ def whole_number(value: Any) -> int | None:
 
 
 def key_of(value: Any) -> Key | None:
-    """What an id is looked up by: a number where it is one, else its text; None for anything else."""
+    """Return the lookup key of an id: an integer if it is a whole number, else its text, or None for other types."""
     number = whole_number(value)
     return number if number is not None else value if isinstance(value, str) else None
 
 
 class Ids:
-    """The ids of the images or the categories of a file. Where one is text, all are numbered from 1.
+    """Integer ids of the images or categories of a file. If any id is text, all entries are numbered from 1.
 
     Args:
-        path: the annotation file, for messages.
+        path: annotation file, for messages.
         kind: "images" or "categories".
-        entries: dictionaries; not changed.
-        repairs: what is repaired is added.
+        entries: dictionaries of the file; not modified.
+        repairs: record to which repairs are added.
 
     Raises:
-        UserError: an entry has no id, or two have the same.
+        UserError: an entry has no usable id, or two entries have the same id.
     """
 
     def __init__(self, path: str, kind: str, entries: list[dict[str, Any]], repairs: Repairs):
@@ -50,20 +50,20 @@ class Ids:
             key = key_of(entry.get("id"))
             if key is None:
                 raise UserError(
-                    f"{path}: an entry of {kind} has no usable id: {str(entry)[:120]}; each needs a number or a name of its own."
+                    f"{path}: an entry of {kind} has no usable id: {str(entry)[:120]}; each needs a unique number or name."
                 )
             if key in self.number_of:
                 raise UserError(
-                    f"{path}: the id {key!r} occurs more than once in its {kind}; annotations refer to it, so give each its own."
+                    f"{path}: the id {key!r} occurs more than once in its {kind}; annotations refer to it, so ids must be unique."
                 )
             if isinstance(key, int) and type(entry["id"]) is not int:
                 repairs.add(f"ids of {kind} read as whole numbers", repr(entry["id"]))
             self.number_of[key] = key if isinstance(key, int) else 0
         text = [key for key in self.number_of if isinstance(key, str)]
         if text:
-            repairs.add(f"{kind} numbered from 1, since ids are text", repr(text[0]))
+            repairs.add(f"{kind} numbered from 1 because ids are text", repr(text[0]))
             self.number_of = {key: number for number, key in enumerate(self.number_of, 1)}
 
     def find(self, value: Any) -> int | None:
-        """The number of the entry that a reference means; None if there is none."""
+        """Return the integer id of the entry that a reference refers to, or None if there is none."""
         return self.number_of.get(key_of(value))

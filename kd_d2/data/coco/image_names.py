@@ -1,4 +1,4 @@
-"""Finding the image that a file name means, where folder and annotations spell it in different ways."""
+"""Lookup of image files whose names in the annotations differ from those on disk."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ SUFFIXES = frozenset(suffix for suffix, form in Image.registered_extensions().it
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file has the suffix of an image, and is not hidden."""
+    """Return whether a file has an image suffix and is not hidden."""
     base = os.path.basename(name)
     return os.path.splitext(base)[1].lower() in SUFFIXES and not base.startswith(".")
 
 
 class ImageFinder:
-    """Finds images of a folder by names that may have other folders, slashes, upload prefixes or letter case.
+    """Finds images in a folder by names that may differ in folders, slashes, upload prefixes, suffix or letter case.
 
     Args:
-        folder: of the images.
-        files: the only ones that may be found, relative to the folder; None for all.
+        folder: folder of the images.
+        files: candidates, relative to the folder; None for all images.
     """
 
     def __init__(self, folder: str, files: Iterable[str] | None = None):
@@ -38,10 +38,10 @@ class ImageFinder:
         self._given = None if files is None else frozenset(files)
 
     def find(self, name: str) -> str | None:
-        """The path of an image relative to the folder; None if there is none.
+        """Return the path of an image relative to the folder, or None if it is not found.
 
         Raises:
-            UserError: several files may be meant.
+            UserError: several files match.
         """
         for spelling in (name, *_spellings(name)):
             if self._has(spelling):
@@ -49,12 +49,12 @@ class ImageFinder:
         plain = unquote(name.replace("\\", "/")).partition("?")[0]
         for index, form in zip(self._indices, FORMS):
             found = index.get(form(plain), [])
-            if len(found) > 1:  # of files of one name the one in the same folder
+            if len(found) > 1:  # prefer the file whose folder has the same name
                 parent = os.path.dirname(plain).rpartition("/")[2].lower()
                 found = [f for f in found if os.path.basename(os.path.dirname(f)).lower() == parent] or found
             if len(found) > 1:
                 raise UserError(
-                    f"The image {name} may be {found[0]} or {found[1]} in {self.folder}: write the one that is meant as its file name, or remove the "
+                    f"The image {name} may be {found[0]} or {found[1]} in {self.folder}: use the right one as its file name, or remove the "
                     "other."
                 )
             if found:
@@ -66,7 +66,7 @@ class ImageFinder:
 
     @cached_property
     def files(self) -> list[str]:
-        """All images of the folder and the folders in it, relative to it."""
+        """All images of the folder tree, relative to the folder."""
         if self._given is not None:
             return sorted(self._given)
         return sorted(
@@ -88,7 +88,7 @@ class ImageFinder:
 
 
 def _spellings(name: str) -> Iterator[str]:
-    """The name, and what follows each of its folders, with slashes, and with what a URL encodes written out."""
+    """Yield variants of a name: with forward slashes, without query, URL-decoded, and without leading folders."""
     path = name.replace("\\", "/")
     query = re.search(r"[?&]d=([^&]+)", path)  # Label Studio's local files
     for form in dict.fromkeys([*([query[1]] if query else []), path, path.partition("?")[0]]):
@@ -110,11 +110,11 @@ def _stem(name: str) -> str:
 
 
 FORMS: tuple[Callable[[str], str], ...] = (_base, _without_prefix, _stem)
-"""What names are compared by, the strictest first."""
+"""Normalizations by which names are compared, strictest first."""
 
 
 def size_on_disk(path: str) -> tuple[int, int]:
-    """Width and height of an image as Detectron2 reads it, upright by its EXIF orientation.
+    """Return width and height of an image as Detectron2 reads it, with the EXIF orientation applied.
 
     Raises:
         UserError: it cannot be read as an image.

@@ -1,4 +1,4 @@
-"""Reading a COCO annotation file: what is unambiguous is repaired and counted, the rest is refused in a sentence."""
+"""Reader of COCO annotation files that repairs unambiguous problems and rejects all others."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ BACKGROUND = ("background", "__background__", "_background_", "bg")
 
 
 class MissingImagesError(UserError):
-    """Images of an annotation file are not on disk.
+    """Raised when images of an annotation file are not on disk.
 
     Attributes:
-        found: how many are.
+        found: number of images on disk.
     """
 
     def __init__(self, message: str, found: int):
@@ -34,13 +34,13 @@ class MissingImagesError(UserError):
 
 @dataclass
 class CocoData:
-    """An annotation file in clean form.
+    """A repaired annotation file.
 
     Attributes:
-        tree: "images" (with files that exist, by name relative to the folder, and sizes), "annotations" (with ids from 1, boxes
-            [x, y, width, height] with an area), "categories" in order of id, and whatever else the file has.
-        repairs: what is otherwise than in the file.
-        is_as_written: whether the file says the same, and can be read by any program in its place.
+        tree: "images" (with sizes, and names of existing files relative to the folder), "annotations" (with positive
+            ids and boxes [x, y, width, height] of positive area), "categories" sorted by id, and other keys.
+        repairs: differences from the file.
+        is_as_written: whether the file needs no repairs and can be used directly.
     """
 
     tree: dict[str, Any]
@@ -49,7 +49,7 @@ class CocoData:
 
     @property
     def class_names(self) -> list[str]:
-        """In order of category id."""
+        """Class names sorted by category id."""
         return [category["name"] for category in self.tree["categories"]]
 
 
@@ -62,19 +62,19 @@ def read_coco(
     boxes: str = "xywh",
     drop_missing: bool = False,
 ) -> CocoData:
-    """Read an annotation file in COCO's format as tools write it.
+    """Read and repair an annotation file in COCO format.
 
     Args:
-        path: the json file.
-        image_folder: where its images lie.
-        annotated: False for images alone: annotations need not be there and are not looked at.
-        masks: whether segmentations are needed; otherwise they do not matter.
-        boxes: the form of its boxes, one of BOX_FORMATS.
-        drop_missing: whether images that are not on disk are left out, as long as one is.
+        path: JSON file.
+        image_folder: folder of the images.
+        annotated: whether annotations are read; if False, they are optional and ignored.
+        masks: whether segmentations are required; if False, unusable ones are removed.
+        boxes: box format of the file, one of BOX_FORMATS.
+        drop_missing: whether images that are not on disk are dropped, if at least one image is found.
 
     Raises:
         MissingImagesError: images are not on disk.
-        UserError: not json, not COCO's format, no images, references to what is not there, or boxes in another form.
+        UserError: not JSON, not in COCO format, no images, invalid references, or boxes in another format.
     """
     repairs = Repairs(path)
     raw = _read_tree(path, annotated, repairs)
@@ -83,28 +83,28 @@ def read_coco(
     if missing and not (images and drop_missing):
         raise MissingImagesError(
             f"{path}: {len(missing)} of {len(raw['images'])} images are not in {image_folder}, the first is "
-            f"{next(iter(missing.values()))}; name the folder that holds them.",
+            f"{next(iter(missing.values()))}; specify their folder.",
             found=len(images),
         )
     for name in missing.values():
-        repairs.add("images left out that are not on disk", name)
+        repairs.add("missing images dropped", name)
     entries = [a for a in raw["annotations"] if image_ids.find(a.get("image_id")) not in missing]
     categories, category_ids = _read_categories(path, raw["categories"], repairs)
     reader = Annotations(path, {image["id"]: image for image in images}, image_ids, category_ids, repairs)
     annotations = reader.read(entries, masks=masks, boxes=boxes)
     categories = _classes(path, categories, {a["category_id"] for a in annotations}, repairs)
     if annotated and not categories:
-        raise UserError(f"{path} has no categories: name the classes in its list 'categories'.")
+        raise UserError(f"{path} has no categories: add the classes to its list 'categories'.")
     tree = {**raw, "images": images, "annotations": annotations, "categories": categories}
     is_as_written = not repairs and tree == {**raw, "categories": sorted(raw["categories"], key=lambda c: c["id"])}
     return CocoData(tree, repairs, is_as_written)
 
 
 def read_categories(path: str) -> list[Entry]:
-    """The categories of an annotation file in order of id; its images need not be there.
+    """Return the categories of an annotation file sorted by id. Its images need not exist.
 
     Raises:
-        UserError: it is not json, not COCO's format, or its categories are unusable.
+        UserError: the file is not JSON, not in COCO format, or its categories are invalid.
     """
     repairs = Repairs(path)
     raw = _read_tree(path, True, repairs)
@@ -114,10 +114,10 @@ def read_categories(path: str) -> list[Entry]:
 
 
 def read_json_bytes(path: str) -> tuple[Any, bool]:
-    """What a json file in any Unicode encoding holds, and whether it begins with a byte order mark.
+    """Load a JSON file in any Unicode encoding, and return its content and whether it has a byte order mark.
 
     Raises:
-        UserError: it is not readable json.
+        UserError: the file cannot be read or is not valid JSON.
     """
     try:
         with open(path, "rb") as file:
@@ -140,7 +140,7 @@ def _read_tree(path: str, annotated: bool, repairs: Repairs) -> dict[str, Any]:
     for key in LISTS:
         for entry in tree[key]:
             if not isinstance(entry, dict):
-                raise UserError(f"{path}: its {key} hold {str(entry)[:120]}; each entry must be an object in braces.")
+                raise UserError(f"{path}: its {key} contain {str(entry)[:120]}; each entry must be a JSON object.")
     if not tree["images"]:
         raise UserError(f"{path} has no images.")
     return tree
@@ -149,7 +149,7 @@ def _read_tree(path: str, annotated: bool, repairs: Repairs) -> dict[str, Any]:
 def _read_images(
     path: str, folder: str, entries: list[Entry], ids: Ids, repairs: Repairs
 ) -> tuple[list[Entry], dict[int, str]]:
-    """The images that are there, and the names of those that are not by id."""
+    """Return the images that are on disk, and the names of the missing ones by id."""
     finder = ImageFinder(folder)
     images, missing = [], {}
     user_of: dict[str, str] = {}
@@ -164,7 +164,7 @@ def _read_images(
         if found != entry.get("file_name"):
             repairs.add("images found under another name", f"{name} is {found}")
         if found in user_of and (found != name or found != user_of[found]):
-            raise UserError(f"{path}: the images {user_of[found]} and {name} both seem to be {found} in {folder}.")
+            raise UserError(f"{path}: the images {user_of[found]} and {name} both match {found} in {folder}.")
         user_of[found] = name
         images.append({**entry, "id": ids.find(entry["id"]), "file_name": found})
     for image in images:
@@ -176,10 +176,10 @@ def _complete_size(image: Entry, folder: str, repairs: Repairs) -> None:
     written = image.get("width"), image.get("height")
     sizes = tuple(whole_number(side) for side in written)
     if not all(side is not None and 0 < side < 1e9 for side in sizes):
-        repairs.add("sizes of images read from their files", image["file_name"])
+        repairs.add("image sizes read from the image files", image["file_name"])
         sizes = size_on_disk(os.path.join(folder, image["file_name"]))
     elif any(type(side) is not int for side in written):
-        repairs.add("sizes of images read as whole numbers", f"{image['file_name']}, {written[0]!r} x {written[1]!r}")
+        repairs.add("image sizes read as whole numbers", f"{image['file_name']}, {written[0]!r} x {written[1]!r}")
     image["width"], image["height"] = sizes
 
 
@@ -189,7 +189,7 @@ def _read_categories(path: str, entries: list[Entry], repairs: Repairs) -> tuple
     for entry in entries:
         name = entry.get("name")
         if isinstance(name, int | float) and not isinstance(name, bool):
-            repairs.add("names of categories read as text", name)
+            repairs.add("category names read as text", name)
             name = str(name)
         if not isinstance(name, str):
             raise UserError(f"{path}: a category has no 'name': {str(entry)[:120]}.")
@@ -203,7 +203,7 @@ def _read_categories(path: str, entries: list[Entry], repairs: Repairs) -> tuple
 
 
 def _classes(path: str, categories: list[Entry], used: set[int | None], repairs: Repairs) -> list[Entry]:
-    """The categories that are classes, each of another name; `used` are the ids that have boxes."""
+    """Return the categories without placeholders, checking that names are unique; `used` are the ids with boxes."""
     classes = _without_placeholders(categories, used, repairs)
     id_of: dict[str, int] = {}
     for category in classes:
@@ -217,13 +217,13 @@ def _classes(path: str, categories: list[Entry], used: set[int | None], repairs:
 
 
 def _without_placeholders(categories: list[Entry], used: set[int | None], repairs: Repairs) -> list[Entry]:
-    """Without what is no class: the background, and the root that Roboflow puts before the others; neither has boxes."""
+    """Drop categories without boxes that are not classes: the background and the root category of Roboflow exports."""
     parents = [category.get("supercategory") for category in categories]
     kept = []
     for category in categories:
         is_root = category.get("supercategory") in (None, "", "none") and category["name"] in parents
         if category["id"] not in used and (is_root or category["name"].lower() in BACKGROUND):
-            repairs.add("categories left out that only stand for others, without boxes", repr(category["name"]))
+            repairs.add("placeholder categories without boxes dropped", repr(category["name"]))
         else:
             kept.append(category)
     return kept

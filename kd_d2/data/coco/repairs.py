@@ -1,4 +1,4 @@
-"""What was repaired while an annotation file was read."""
+"""Record of the repairs to an annotation file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Repairs:
     """Counts repairs by kind, with the first example of each.
 
     Args:
-        path: the annotation file.
+        path: annotation file.
     """
 
     def __init__(self, path: str):
@@ -20,7 +20,7 @@ class Repairs:
         self.examples: dict[str, str] = {}
 
     def add(self, kind: str, example: object) -> None:
-        """Count one. `kind` says what was done, such as "boxes without area dropped"."""
+        """Count a repair. `kind` describes it, such as "boxes without area dropped"."""
         self.counts[kind] += 1
         if kind not in self.examples:
             self.examples[kind] = printable(str(example), 120)
@@ -29,5 +29,5 @@ class Repairs:
         return len(self.counts)
 
     def sentences(self) -> list[str]:
-        """One for each kind."""
+        """Return one sentence per kind of repair."""
         return [f"{self.path}: {kind} ({n}; the first: {self.examples[kind]})." for kind, n in self.counts.items()]

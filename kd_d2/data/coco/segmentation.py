@@ -1,4 +1,4 @@
-"""Segmentations of annotations: polygons and run lengths in the form that Detectron2 and pycocotools read."""
+"""Normalization of segmentations to the polygons and RLE that Detectron2 and pycocotools read."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ LARGEST = 1e9  # px; no image is larger
 
 
 def normalize_segmentation(value: Any, height: int, width: int) -> Any:
-    """A list of polygons, or run lengths with their size; None where there is no usable segmentation.
+    """Return a list of polygons or an RLE with its size, or None if there is no usable segmentation.
 
     Args:
-        value: as it is written: polygons, one flat polygon, run lengths with or without their size.
-        height, width: of the image, in pixels.
+        value: segmentation in the file: polygons, one flat polygon, or RLE with or without its size.
+        height, width: size of the image, in pixels.
     """
     if isinstance(value, dict):
         return _run_lengths(value, height, width)
@@ -27,7 +27,7 @@ def normalize_segmentation(value: Any, height: int, width: int) -> Any:
 
 
 def is_coordinate(value: Any) -> bool:
-    """Whether a value is a finite number of pixels."""
+    """Return whether a value is a finite number of pixels."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
@@ -49,7 +49,7 @@ def _run_lengths(value: dict[str, Any], height: int, width: int) -> dict[str, An
 
 
 def _total(compressed: str) -> int:
-    """The pixels that compressed run lengths cover; pycocotools does not check them before it writes to memory."""
+    """Return the number of pixels of a compressed RLE, or -1 if invalid; pycocotools writes to memory unchecked."""
     runs: list[int] = []
     value = shift = 0
     for letter in compressed:
@@ -69,7 +69,7 @@ def _total(compressed: str) -> int:
 
 
 def box_of(segmentation: Any) -> list[float]:
-    """The box [x, y, width, height] around a normalized segmentation."""
+    """Return the bounding box [x, y, width, height] of a normalized segmentation."""
     if isinstance(segmentation, list):
         xs = [x for polygon in segmentation for x in polygon[::2]]
         ys = [y for polygon in segmentation for y in polygon[1::2]]

@@ -1,4 +1,4 @@
-"""Datasets in the formats of other tools, read through globox and written as COCO json."""
+"""Conversion of datasets in the formats of other tools to COCO JSON, with globox."""
 
 from .conversion import Conversion, SplitFile, convert
 from .formats import FORMATS

@@ -1,4 +1,4 @@
-"""COCO json files as tools export them, in clean form; for sets that are used as they are, no conversion is needed."""
+"""COCO JSON files as exported by common tools; files that can be used directly need no conversion."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ def recognizes(source: Source) -> bool:
 
 
 def read_splits(source: Source) -> dict[str, Split]:
-    """The splits by name; repairs are noted.
+    """Return the splits by name, and note repairs.
 
     Raises:
-        UserError: there is no file, one is refused by `read_coco`, or two are of one split.
+        UserError: there is no COCO file, `read_coco` rejects one, or two different files have the same split.
     """
     splits: dict[str, Split] = {}
     file_of: dict[str, str] = {}
     for file in source.having(".json"):
         if not _is_coco(source, file):
-            source.note("json files left out that are not COCO's", file)
+            source.note("json files skipped that are not in COCO's format", file)
             continue
         split = _split_of(source, file)
         if split in splits and filecmp.cmp(source.path(file), source.path(file_of[split]), shallow=False):
-            source.note("json files left out that repeat another", f"{file} is {file_of[split]}")
+            source.note("duplicate json files skipped", f"{file} is {file_of[split]}")
             continue
         if split in splits:
             raise UserError(
-                f"IN: {source.folder} has several COCO files of the split {split}, the second is {file}: convert the folder of one "
+                f"IN: {source.folder} has several COCO files for the split {split}, the second is {file}: convert the folder of one "
                 "dataset, or name the file in DATASETS.COCO_JSON."
             )
         data, folder = _read(source, file, split)
@@ -49,7 +49,7 @@ def read_splits(source: Source) -> dict[str, Split]:
 
 
 def _read(source: Source, file: str, split: str) -> tuple[CocoData, str]:
-    """A file with the first folder that has all of its images; with --drop-broken the one that has most of them."""
+    """Read a file with the first folder that has all its images, or, with --drop-broken, the one that has the most."""
     path = source.path(file)
     errors: dict[str, MissingImagesError] = {}
     for folder in _image_folders(source, file, split):
@@ -80,7 +80,7 @@ def _split_of(source: Source, file: str) -> str:
 
 
 def _image_folders(source: Source, file: str, split: str) -> list[str]:
-    """Of the folders where tools put images those that have an image, the likeliest first."""
+    """Return the candidate image folders that contain images, most likely first."""
     beside = os.path.dirname(file)
     above = os.path.dirname(beside)
     names = [part for part in (split, "images") if part != WHOLE]

@@ -1,4 +1,4 @@
-"""A dataset converted: one COCO json a split, a config that names them, and what was counted and left out."""
+"""Conversion of a dataset to one COCO JSON file per split, with a config and a summary."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from .trees import Split, share_out
 
 CONFIG = "datasets.yaml"
 EVALUATED = ("val", "valid", "validation", "minival", "dev", "test", "testing")
-"""Splits that are evaluated, the first that is there; with the year that COCO puts behind it."""
+"""Names of splits for evaluation, by priority; a year may follow the name, as in COCO."""
 
 
 @dataclass
 class SplitFile:
-    """A split that was written.
+    """A converted split.
 
     Attributes:
-        dataset: its name in DATASETS.
-        file, folder: the json, and what its images' names are relative to.
-        images, empty: how many images, and how many of them without boxes.
-        boxes: by class, in order of category id.
-        crowds: how many boxes have iscrowd set.
+        dataset: name of the dataset in DATASETS.
+        file, folder: JSON file, and the folder that its image names are relative to.
+        images, empty: number of images, and number of images without boxes.
+        boxes: number of boxes by class, sorted by category id.
+        crowds: number of boxes with iscrowd set.
     """
 
     dataset: str
@@ -44,13 +44,13 @@ class SplitFile:
 
 @dataclass
 class Conversion:
-    """What was converted.
+    """Result of a conversion.
 
     Attributes:
-        title: of the format.
-        splits: by name.
-        notes: what was left out or read otherwise than it is written, a sentence a kind.
-        config: the file with the lines that use the splits.
+        title: name of the format.
+        splits: splits by name.
+        notes: one sentence per kind of dropped or modified entries.
+        config: path of the YAML file that uses the splits.
     """
 
     title: str
@@ -59,7 +59,7 @@ class Conversion:
     config: str
 
     def summary(self) -> str:
-        """All of it as text."""
+        """Return the result as text."""
         lines = []
         for name, split in self.splits.items():
             boxes = sum(split.boxes.values())
@@ -72,7 +72,7 @@ class Conversion:
         align = ["left", *["right"] * len(self.splits)]
         table = tabulate(rows, [f"{self.title}: class", *self.splits], "github", disable_numparse=True, colalign=align)
         with open(self.config, encoding="utf-8") as file:
-            config = f"{self.config} has the lines that use them; add it to the _BASE_ of a config:\n\n{file.read().rstrip()}"
+            config = f"{self.config} uses the splits; add it to the _BASE_ of a config:\n\n{file.read().rstrip()}"
         notes = ["\n".join(map(printable, self.notes))] if self.notes else []
         return "\n\n".join(["\n".join(lines), table, *notes, config])
 
@@ -85,17 +85,17 @@ def convert(
     *,
     overwrite: bool = False,
 ) -> Conversion:
-    """Write a dataset as COCO json, one file a split; its images stay where they are.
+    """Convert a dataset to COCO JSON, one file per split, without copying images.
 
     Args:
-        folder: images and labels.
-        output: folder of the json files and of `datasets.yaml`.
-        format: one of FORMATS; None to find out.
-        options: how it is read.
-        overwrite: replace files of an earlier conversion.
+        folder: folder of images and labels.
+        output: folder for the JSON files and `datasets.yaml`.
+        format: one of FORMATS; None to detect it.
+        options: conversion options.
+        overwrite: whether files of an earlier conversion are replaced.
 
     Raises:
-        UserError: something is broken or ambiguous; nothing is written then.
+        UserError: the dataset is invalid or ambiguous; nothing is written then.
     """
     options = options or ConvertOptions()
     source = Source(os.path.abspath(folder), options, without=os.path.abspath(output))
@@ -104,14 +104,14 @@ def convert(
     splits = form.read(source)
     if options.val_share:
         splits = share_out(splits, options.val_share, source)
-    for name in splits:  # which become those of files
+    for name in splits:  # also used as file names
         if not re.fullmatch(r"\w[\w.-]{0,99}", name):
-            raise UserError(f"IN: a split is called {name!r}; it must be a name of letters, digits, '_', '-' and '.'.")
+            raise UserError(f"IN: a split is named {name!r}; only letters, digits, '_', '-' and '.' are allowed.")
     files = {name: os.path.join(os.path.abspath(output), f"{name}.json") for name in splits}
     config = os.path.join(os.path.abspath(output), CONFIG)
     for file in (*files.values(), config):
         if os.path.lexists(file) and not overwrite:
-            raise UserError(f"OUT: {file} is there already: choose another folder, or pass --overwrite.")
+            raise UserError(f"OUT: {file} already exists: choose another folder, or pass --overwrite.")
     check_output_folder(output, "OUT")
     for name, split in splits.items():
         write_json(files[name], split.tree, indent=None)
@@ -124,10 +124,10 @@ def convert(
 def _check_options(options: ConvertOptions, form: Format) -> None:
     for field in fields(options):
         if getattr(options, field.name) != field.default and field.name not in form.options:
-            raise UserError(f"--{field.name.replace('_', '-')} changes nothing for {form.title}: leave it out.")
+            raise UserError(f"--{field.name.replace('_', '-')} has no effect for {form.title}: leave it out.")
     if options.unlabelled == "keep" and options.drop_broken:
         raise UserError(
-            "--unlabelled keep and --drop-broken exclude each other: an image whose labels cannot be read would count as one without "
+            "--unlabelled keep and --drop-broken cannot be combined: an image with unreadable labels would count as one without "
             "objects."
         )
 
@@ -148,7 +148,7 @@ def _describe(dataset: str, file: str, split: Split) -> SplitFile:
 
 
 def _config(splits: dict[str, SplitFile]) -> str:
-    """Lines of yaml that train on the splits."""
+    """Return a YAML config that uses the splits for training and evaluation."""
     plain = {re.sub(r"\d{4}$", "", name): name for name in splits}
     test = next((plain[name] for name in EVALUATED if name in plain), None)
     train = plain.get("train") or plain.get("training") or plain.get("trainval") or plain.get(WHOLE)

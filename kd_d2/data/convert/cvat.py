@@ -1,4 +1,4 @@
-"""CVAT for images 1.1: one XML file with all images."""
+"""CVAT for images 1.1: one XML file for all images."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def read(source: Source) -> Labels:
     """Read all XML files.
 
     Raises:
-        UserError: a file cannot be read, is one of CVAT for video, or an image is not there.
+        UserError: a file cannot be read or is in the format CVAT for video, or an image is missing.
     """
     labels, order = Labels(), {}
     for file in source.having(".xml"):
         root, path = source.read_xml(file), source.path(file)
         if root.tag != "annotations":
-            raise UserError(f"{path} is not of CVAT's form: its root is {root.tag!r}, not 'annotations'.")
+            raise UserError(f"{path} is not in CVAT's format: its root is {root.tag!r}, not 'annotations'.")
         if root.find("track") is not None:
             raise UserError(f"{path} has tracks of a video: export the task as 'CVAT for images'.")
         order |= {name.text.strip(): None for name in root.findall("meta//label/name") if name.text}
@@ -59,17 +59,17 @@ def _read_shape(source: Source, where: str, shape: Element) -> LabelledBox | Non
 
     if shape.tag == "box":
         if (shape.get("rotation") or "0").strip("0.") != "":
-            raise UserError(f"{where} is a rotated box, of which the upright one is not known: {REMEDY}.")
+            raise UserError(f"{where} is a rotated box, which cannot be converted: {REMEDY}.")
         return read_box(where, BoundingBox.from_cvat, shape)
     if shape.tag == "polygon":
-        source.note("outlines read as the boxes around them", where)
+        source.note("outlines converted to their bounding boxes", where)
         return read_box(where, lambda: BoundingBox.from_labelme(_as_labelme(shape)))
     if shape.tag in WITHOUT_BOX:
-        source.note("shapes left out that have no box, such as points and lines", f"{where}, a {shape.tag}")
+        source.note("shapes without a box dropped, such as points and lines", f"{where}, a {shape.tag}")
     return None
 
 
 def _as_labelme(polygon: Element) -> dict[str, object]:
-    """A polygon in LabelMe's form, of which globox reads the box around it."""
+    """Return a polygon in LabelMe format, from which globox reads its bounding box."""
     points = [point.split(",") for point in (polygon.get("points") or "").split(";")]
     return {"label": polygon.get("label") or "", "points": [[float(x), float(y)] for x, y in points]}

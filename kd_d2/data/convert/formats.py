@@ -1,4 +1,4 @@
-"""The formats that can be converted, and finding out which one a folder has."""
+"""Supported formats and their detection."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .trees import Split, build_splits
 
 @dataclass(frozen=True)
 class Format:
-    """A format.
+    """A dataset format.
 
     Attributes:
-        title: for messages.
-        recognizes: whether a folder looks like it.
-        read: the splits by name.
-        options: those of ConvertOptions that make a difference.
+        title: name for messages.
+        recognizes: function that returns whether a folder seems to have this format.
+        read: function that returns the splits by name.
+        options: names of the ConvertOptions fields that have an effect.
     """
 
     title: str
@@ -33,7 +33,7 @@ class Format:
 def _through_globox(title: str, module: ModuleType, *options: str) -> Format:
     def read(source: Source) -> dict[str, Split]:
         if find_spec("globox") is None:
-            raise UserError(f"{title} is read by the package globox: pip install 'kd_d2[convert]'.")
+            raise UserError(f"{title} needs the package globox: pip install 'kd_d2[convert]'.")
         return build_splits(module.read(source), source)
 
     return Format(title, module.recognizes, read, frozenset({"unlabelled", "drop_broken", "val_share", *options}))
@@ -50,16 +50,16 @@ FORMATS = {
 
 
 def find_format(source: Source, name: str | None) -> Format:
-    """The format of this name, or the one that a folder has.
+    """Return the named format, or detect the format of a folder if `name` is None.
 
     Raises:
-        UserError: it has none of them, or may have several.
+        UserError: no format or more than one matches.
     """
     if name is not None:
         return FORMATS[name]
     found = [name for name, form in FORMATS.items() if form.recognizes(source)]
     if len(found) > 1:
-        raise UserError(f"IN: {source.folder} may be {' or '.join(found)}: name one with --format.")
+        raise UserError(f"IN: {source.folder} may be {' or '.join(found)}: choose one with --format.")
     if not found:
-        raise UserError(f"IN: {source.folder} has labels of none of the formats {', '.join(FORMATS)}.")
+        raise UserError(f"IN: {source.folder} has no labels in any of the formats {', '.join(FORMATS)}.")
     return FORMATS[found[0]]

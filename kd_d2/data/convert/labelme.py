@@ -1,4 +1,4 @@
-"""LabelMe: a json file an image, with rectangles and polygons."""
+"""LabelMe: one JSON file per image, with rectangles and polygons."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from .labels import REMEDY, LabelledBox, LabelledImage, Labels, read_box, writte
 from .source import Source
 
 SHAPES = ("rectangle", "polygon", "mask")
-"""Kinds of shapes of which the points are around the object; `mask` has the corners of its box."""
+"""Shape types whose points enclose the object; the points of `mask` are the corners of its box."""
 
 
 def recognizes(source: Source) -> bool:
     for file in source.having(".json")[:5]:
-        with contextlib.suppress(UserError):  # is said when it is read
+        with contextlib.suppress(UserError):  # raised again when the file is read
             if _is_labelme(_read_json(source, file)):
                 return True
     return False
 
 
 def read(source: Source) -> Labels:
-    """Read all json files.
+    """Read all JSON files.
 
     Raises:
-        UserError: a file cannot be read, or its image is not there.
+        UserError: a file cannot be read, or its image is missing.
     """
     labels = Labels()
     for file in source.having(".json"):
         with source.may_be_broken():
             tree = _read_json(source, file)
             if not _is_labelme(tree):
-                source.note("json files left out that are not LabelMe's", file)
+                source.note("json files skipped that are not in LabelMe's format", file)
                 continue
             image = _read_image(source, file, tree)
             labels.add(source.split_of(file, image.file), image)
@@ -42,7 +42,7 @@ def read(source: Source) -> Labels:
 
 
 def _read_json(source: Source, file: str) -> Any:
-    source.read_bytes(file)  # refuses what is too large
+    source.read_bytes(file)  # rejects files that are too large
     return read_json_bytes(source.path(file))[0]
 
 
@@ -68,7 +68,7 @@ def _read_image(source: Source, file: str, tree: dict[str, Any]) -> LabelledImag
             if whole is box:
                 boxes.append(box)
             else:
-                source.note("shapes of one group_id joined into one object", box.where)
+                source.note("shapes with the same group_id merged into one object", box.where)
                 whole.corners = _around(whole, box)
     size = written_size(tree.get("imageWidth"), tree.get("imageHeight"))
     return LabelledImage(image, boxes, path, size)
@@ -78,13 +78,13 @@ def _read_shape(source: Source, where: str, shape: Any) -> LabelledBox | None:
     from globox import BoundingBox
 
     if not isinstance(shape, dict):
-        raise UserError(f"{where} is {str(shape)[:80]!r}, not an object in braces.")
-    kind = shape.get("shape_type", "polygon")  # as LabelMe reads old files
+        raise UserError(f"{where} is {str(shape)[:80]!r}, not a JSON object.")
+    kind = shape.get("shape_type", "polygon")  # LabelMe's default for old files
     if kind not in SHAPES:
-        source.note("shapes left out that have no box, such as points, lines and circles", f"{where}, a {kind}")
+        source.note("shapes without a box dropped, such as points, lines and circles", f"{where}, a {kind}")
         return None
     if kind != "rectangle":
-        source.note("outlines read as the boxes around them", where)
+        source.note("outlines converted to their bounding boxes", where)
     box = read_box(where, BoundingBox.from_labelme, shape)
     box.difficult = shape.get("difficult") is True
     return box

@@ -1,4 +1,4 @@
-"""What every format is read into: images with labelled boxes, in splits."""
+"""Common representation of all formats: splits of images with labeled boxes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..coco.ids import whole_number
 if TYPE_CHECKING:
     from globox import BoundingBox
 
-REMEDY = "correct it, or leave out what cannot be read with --drop-broken"
+REMEDY = "correct it, or pass --drop-broken to skip unreadable entries"
 LARGEST = 1e9  # px
 
 Size = tuple[int, int]
@@ -25,11 +25,11 @@ class LabelledBox:
     """An object.
 
     Attributes:
-        label: its class.
+        label: class name.
         corners: left, top, right, bottom in pixels.
         where: file and entry, for messages.
-        difficult: marked as hard to recognize, and not to be counted.
-        crowd: stands for a group of objects.
+        difficult: whether it is marked as hard to recognize and is ignored in evaluation.
+        crowd: whether it is a group of objects.
     """
 
     label: str
@@ -44,10 +44,10 @@ class LabelledImage:
     """An image with its objects.
 
     Attributes:
-        file: path below the folder that is converted.
-        boxes: its objects.
-        where: what labels it, for messages.
-        written_size: its size as the labels say it; None where they do not.
+        file: path relative to the converted folder.
+        boxes: objects of the image.
+        where: source of its labels, for messages.
+        written_size: image size in the labels; None if they have none.
     """
 
     file: str
@@ -58,12 +58,12 @@ class LabelledImage:
 
 @dataclass
 class Labels:
-    """A dataset.
+    """A labeled dataset.
 
     Attributes:
-        splits: by name the images.
-        classes: in the order of the dataset; None where it has none: sorted by name then.
-        lists_images: whether the dataset lists the images of its splits, so that others are in none.
+        splits: images by split name.
+        classes: class names in the dataset's order; None if it has no order, in which case they are sorted by name.
+        lists_images: whether the dataset lists the images of its splits; other images are then in no split.
     """
 
     splits: dict[str, list[LabelledImage]] = field(default_factory=dict)
@@ -76,20 +76,20 @@ class Labels:
 
 
 def written_size(width: Any, height: Any) -> Size | None:
-    """The size of an image as labels say it, in any form of whole numbers; None where they do not."""
+    """Return the image size from labels, in any notation of whole numbers, or None if it is missing."""
     size = whole_number(width), whole_number(height)
     return size if all(size) else None
 
 
 def read_box(where: str, read: Callable[..., BoundingBox], *arguments: Any, **options: Any) -> LabelledBox:
-    """What one of globox's readers of a box makes of an entry.
+    """Read a box with one of globox's parsers.
 
     Args:
         where: file and entry, for messages.
-        read: such as `BoundingBox.from_xml`.
+        read: parser, such as `BoundingBox.from_xml`; called with the remaining arguments.
 
     Raises:
-        UserError: it is no box, or has no class.
+        UserError: the entry is not a valid box, or has no class.
     """
     from globox.errors import ParsingError
 
@@ -97,7 +97,7 @@ def read_box(where: str, read: Callable[..., BoundingBox], *arguments: Any, **op
         box = read(*arguments, **options)
     except (ParsingError, ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         reason = str(error).rstrip(".") or type(error).__name__
-        raise UserError(f"{where} is no box ({reason}): {REMEDY}.") from error
+        raise UserError(f"{where} is not a valid box ({reason}): {REMEDY}.") from error
     if not all(math.isfinite(value) and abs(value) < LARGEST for value in box.ltrb):
         raise UserError(f"{where} has the corners {box.ltrb}, which are not all finite: {REMEDY}.")
     label = box.label.strip()

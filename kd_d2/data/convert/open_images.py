@@ -1,4 +1,4 @@
-"""Open Images: a csv file of boxes a split, and one with the names of the classes."""
+"""Open Images: one CSV file of boxes per split, and one with the class names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def recognizes(source: Source) -> bool:
 
 
 def read(source: Source) -> Labels:
-    """Read all csv files of boxes. Rows of images that are not there are left out, since mostly a part of the set is downloaded.
+    """Read all CSV files of boxes. Rows of missing images are skipped, since the set is usually downloaded in part.
 
     Raises:
         UserError: a file or a row cannot be read.
@@ -37,7 +37,7 @@ def read(source: Source) -> Labels:
                 images[name] = _add_image(source, file, name, labels)
             image = images[name]
             if image is None:
-                source.note("boxes left out of images that are not there", f"{where}, {name}")
+                source.note("boxes of missing images dropped", f"{where}, {name}")
                 continue
             with source.may_be_broken():
                 image.boxes.append(_read_row(source, where, row, image.file, names))
@@ -90,7 +90,7 @@ def _is_boxes(source: Source, file: str) -> bool:
 
 
 def _class_names(source: Source) -> dict[str, str]:
-    """Names by what stands for them, such as /m/01g317, of all files of two columns."""
+    """Return class names by label id, such as /m/01g317, from all CSV files with "class" in their names."""
     from globox import AnnotationSet
 
     names: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""The folder that is converted: its files, which split they belong to, and the image that a name means."""
+"""Access to the files of a converted folder, with their splits and the lookup of images by name."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from ..coco.image_names import is_image_name, size_on_disk
 
 SPLIT = re.compile(r"(trainval|train|training|val|valid|validation|minival|dev|test|testing)(\d{4})?", re.IGNORECASE)
 WHOLE = "all"
-"""The split of what belongs to none."""
-BROKEN = "entries left out that cannot be read"
+"""Name of the split of files that belong to no split."""
+BROKEN = "unreadable entries dropped"
 LARGEST_FILE = 256 * 2**20
-"""Bytes of a file that is read at once."""
+"""Maximum size in bytes of a label file."""
 
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """How a dataset is converted.
+    """Options of a conversion.
 
     Attributes:
-        difficult: what becomes of boxes that are marked as difficult: "crowd" (COCO's iscrowd: neither trained on nor counted by the
+        difficult: treatment of boxes that are marked as difficult: "crowd" (COCO's iscrowd, ignored in training and
             evaluation), "keep" or "drop".
-        first_pixel: the number of an image's first pixel in Pascal VOC files, 0 or 1; None: 0 where a box begins at 0, else 1.
-        unlabelled: images without labels: "keep" as images without objects, or "drop"; None for what the format says.
-        drop_broken: leave out what cannot be read, instead of ending with an error.
-        val_share: the share of a dataset without splits that becomes its split val.
+        first_pixel: coordinate of the first pixel in Pascal VOC files, 0 or 1; None: 0 if any box starts at 0, else 1.
+        unlabelled: treatment of images without labels: "keep" without objects, or "drop"; None: default of the format.
+        drop_broken: whether unreadable entries are dropped instead of raising an error.
+        val_share: fraction of the images used as split val if the dataset has no splits.
     """
 
     difficult: str = "crowd"
@@ -44,17 +44,17 @@ class ConvertOptions:
 
 
 class Source:
-    """A folder tree.
+    """The folder tree of a dataset.
 
     Args:
-        folder: its root.
-        options: of the conversion.
-        without: a folder in it that is left out.
+        folder: root folder.
+        options: conversion options.
+        without: subfolder to exclude.
 
     Attributes:
-        notes: what is left out or read otherwise than it is written.
-        files: all files but hidden ones, by their paths below the root.
-        images: those that have the suffix of an image.
+        notes: record of dropped and modified entries.
+        files: paths of all files except hidden ones, relative to the root.
+        images: the files with an image suffix.
     """
 
     def __init__(self, folder: str, options: ConvertOptions, without: str | None = None):
@@ -66,7 +66,7 @@ class Source:
         self.files = sorted(_files_below(folder, without))
         self.images = [file for file in self.files if is_image_name(file)]
         if not self.images:
-            raise UserError(f"IN: there is no image in {folder}; name the folder that holds images and labels.")
+            raise UserError(f"IN: there is no image in {folder}; specify the folder of images and labels.")
         self._known_images = frozenset(self.images)
         self.size_of = cache(lambda image: size_on_disk(self.path(image)))
 
@@ -74,11 +74,11 @@ class Source:
         return os.path.join(self.folder, file)
 
     def having(self, suffix: str) -> list[str]:
-        """The files with a suffix, such as ".xml"."""
+        """Return the files with a suffix, such as ".xml"."""
         return [file for file in self.files if file.lower().endswith(suffix)]
 
     def split_of(self, *files: str) -> str:
-        """The first folder on the way to one of the files that is named like a split; WHOLE where there is none."""
+        """Return the first parent folder of the files that is named like a split, or WHOLE if there is none."""
         for file in files:
             for folder in os.path.dirname(file).split(os.sep):
                 if SPLIT.fullmatch(folder):
@@ -86,10 +86,10 @@ class Source:
         return WHOLE
 
     def find_image(self, name: str, labels: str) -> str | None:
-        """The image that a file of labels means by a name, among those of its split; None if there is none.
+        """Return the image that a label file refers to by `name`, within its split, or None if there is none.
 
         Raises:
-            UserError: several may be meant.
+            UserError: several images match.
         """
         beside = os.path.normpath(os.path.join(os.path.dirname(labels), name.replace("\\", "/")))
         if beside in self._known_images:
@@ -99,7 +99,7 @@ class Source:
 
     @contextlib.contextmanager
     def may_be_broken(self) -> Iterator[None]:
-        """With --drop-broken, a UserError inside is noted and goes no further."""
+        """With --drop-broken, note and suppress a UserError raised in the block."""
         try:
             yield
         except UserError as error:
@@ -108,11 +108,11 @@ class Source:
             self.note(BROKEN, error)
 
     def note(self, kind: str, example: object) -> None:
-        """Count one that is left out or read otherwise; files are named by their paths below the root."""
+        """Count a dropped or modified entry; paths in `example` are shortened to be relative to the root."""
         self.notes.add(kind, str(example).replace(os.path.join(self.folder, ""), ""))
 
     def read_xml(self, file: str) -> ElementTree.Element:
-        """The root of an XML file; entities, which could expand without bound, are refused."""
+        """Return the root element of an XML file; entities, which could expand without bound, are rejected."""
         content, path = self.read_bytes(file), self.path(file)
 
         def refuse(name: str, *_: object) -> None:
@@ -127,14 +127,14 @@ class Source:
             raise UserError(f"{path} is not readable XML: {error}.") from error
 
     def root_tag(self, file: str) -> str | None:
-        """The tag of an XML file's root; None where it cannot be read, which is said when it is read as a whole."""
+        """Return the tag of an XML file's root element, or None if the file cannot be read."""
         try:
             return self.read_xml(file).tag
         except UserError:
             return None
 
     def read_bytes(self, file: str) -> bytes:
-        """The content of a file of at most LARGEST_FILE bytes."""
+        """Return the content of a file of at most LARGEST_FILE bytes."""
         path = self.path(file)
         try:
             if not os.path.isfile(path) or os.path.getsize(path) > LARGEST_FILE:
@@ -145,7 +145,7 @@ class Source:
             raise UserError(f"{path} cannot be read: {error.strerror}.") from error
 
     def read_text(self, file: str) -> str:
-        """The text of a file in UTF-8."""
+        """Return the text of a UTF-8 file."""
         try:
             return self.read_bytes(file).decode("utf-8-sig")
         except UnicodeDecodeError as error:
@@ -153,7 +153,7 @@ class Source:
 
     @cached_property
     def _finders(self) -> dict[str | None, ImageFinder]:
-        """By split, and for None of all images."""
+        """Image finders by split, with None for all images."""
         of_split: dict[str | None, list[str]] = {None: self.images}
         for image in self.images:
             of_split.setdefault(self.split_of(image), []).append(image)

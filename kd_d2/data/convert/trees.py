@@ -1,4 +1,4 @@
-"""Labels as trees of COCO's format, one a split."""
+"""Conversion of labels to COCO trees, one per split."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from .source import BROKEN, WHOLE, Source
 
 Tree = dict[str, list[dict[str, Any]]]
 DIFFICULT = {
-    "crowd": "difficult boxes set as crowd, which is neither trained on nor counted",
-    "keep": "difficult boxes kept as others",
+    "crowd": "difficult boxes marked as crowd, which is ignored in training and evaluation",
+    "keep": "difficult boxes kept as normal boxes",
     "drop": "difficult boxes dropped",
 }
-DIGITS = 3  # of coordinates, behind the point
+DIGITS = 3  # decimal places of coordinates
 
 
 @dataclass
 class Split:
-    """A part of a dataset.
+    """A split of a dataset.
 
     Attributes:
-        tree: "images", "annotations" and "categories" of COCO's format.
-        folder: that the names of its images are relative to.
+        tree: "images", "annotations" and "categories" in COCO format.
+        folder: folder that the image names are relative to.
     """
 
     tree: Tree
@@ -35,16 +35,16 @@ class Split:
 
 
 def build_splits(labels: Labels, source: Source) -> dict[str, Split]:
-    """The splits of a dataset by name, all with the same categories; what is left out is noted.
+    """Build the splits by name, all with the same categories, and note dropped entries.
 
     Raises:
-        UserError: there are no boxes, an image cannot be read, has two labels, or is not of the size that its labels say.
+        UserError: there are no boxes, or an image cannot be read, has two labels, or differs in size from its labels.
     """
     _add_unlabelled(labels, source)
     used = {box.label for images in labels.splits.values() for image in images for box in image.boxes}
     if not used:
         broken = source.notes.examples.get(BROKEN)
-        reason = f" (the first entry that cannot be read: {broken.rstrip('.')})" if broken else ""
+        reason = f" (the first unreadable entry: {broken.rstrip('.')})" if broken else ""
         raise UserError(f"IN: no box was read in {source.folder}{reason}; nothing is written.")
     names = labels.classes if labels.classes is not None else sorted(used)
     return {split: Split(_build(images, names, source), source.folder) for split, images in labels.splits.items()}
@@ -56,10 +56,10 @@ def _add_unlabelled(labels: Labels, source: Source) -> None:
         if file in labelled:
             continue
         if source.options.unlabelled == "keep" and not labels.lists_images:
-            source.note("images without labels taken as images without objects", file)
+            source.note("images without labels read as images without objects", file)
             labels.add(source.split_of(file), LabelledImage(file, [], source.path(file)))
         else:
-            source.note("images left out that have no labels or are in no split", file)
+            source.note("images without labels or in no split dropped", file)
 
 
 def _build(images: list[LabelledImage], names: list[str], source: Source) -> Tree:
@@ -87,13 +87,13 @@ def _size(image: LabelledImage, known: dict[str, str], source: Source) -> Size:
     if image.written_size not in (None, size):
         raise UserError(
             f"{image.where} says that its image has {' x '.join(map(str, image.written_size))} pixels, but {image.file} has "
-            f"{' x '.join(map(str, size))} (upright, as EXIF says): {REMEDY}."
+            f"{' x '.join(map(str, size))} (EXIF orientation applied): {REMEDY}."
         )
     return size
 
 
 def _boxes(image: LabelledImage, size: Size, source: Source) -> Iterator[tuple[LabelledBox, bool, list[float]]]:
-    """The boxes that are kept, with whether COCO's iscrowd is set, and as [x, y, width, height] inside their image."""
+    """Yield the kept boxes, each with its iscrowd flag and as [x, y, width, height] clipped to the image."""
     seen = set()
     for box in image.boxes:
         if box.difficult:
@@ -102,7 +102,7 @@ def _boxes(image: LabelledImage, size: Size, source: Source) -> Iterator[tuple[L
                 continue
         left, top, right, bottom = box.corners
         if reaches_out([left, top, right - left, bottom - top], size):
-            source.note("boxes cut at the sides of their image", f"{box.where}, {box.corners}")
+            source.note("boxes clipped to their image", f"{box.where}, {box.corners}")
         left, right = (_rounded(min(max(value, 0), size[0])) for value in (left, right))
         top, bottom = (_rounded(min(max(value, 0), size[1])) for value in (top, bottom))
         bbox = [left, top, _rounded(right - left), _rounded(bottom - top)]
@@ -110,26 +110,26 @@ def _boxes(image: LabelledImage, size: Size, source: Source) -> Iterator[tuple[L
         if min(bbox[2:]) <= 0:
             source.note("boxes without area dropped", f"{box.where}, {box.corners}")
         elif (box.label, is_crowd, *bbox) in seen:
-            source.note("boxes repeated exactly dropped", box.where)
+            source.note("duplicate boxes dropped", box.where)
         else:
             seen.add((box.label, is_crowd, *bbox))
             yield box, is_crowd, bbox
 
 
 def _rounded(value: float) -> float:
-    """Whole numbers as such."""
+    """Round to DIGITS decimal places; whole numbers are returned as int."""
     value = round(float(value), DIGITS)
     return int(value) if value.is_integer() else value
 
 
 def share_out(splits: dict[str, Split], share: float, source: Source) -> dict[str, Split]:
-    """A dataset without splits in `train` and `val`: which images are in `val` depends on their names alone.
+    """Divide a dataset without splits into `train` and `val` by a hash of the image names.
 
     Raises:
-        UserError: it has splits, or too few images for both.
+        UserError: the dataset has splits, or one of the two would be empty.
     """
     if list(splits) != [WHOLE]:
-        raise UserError(f"--val-share: {source.folder} has the splits {', '.join(splits)} already; leave it out.")
+        raise UserError(f"--val-share: {source.folder} already has the splits {', '.join(splits)}; leave it out.")
     whole = splits[WHOLE]
     by_hash = sorted(whole.tree["images"], key=lambda image: hashlib.sha256(image["file_name"].encode()).digest())
     count = round(share * len(by_hash))

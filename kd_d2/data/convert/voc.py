@@ -1,4 +1,4 @@
-"""Pascal VOC: an XML file an image, with ImageSets/Main where the set is laid out as the devkit."""
+"""Pascal VOC: one XML file per image, and split lists in ImageSets/Main if the layout is that of the devkit."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def read(source: Source) -> Labels:
     """Read all XML files.
 
     Raises:
-        UserError: a file cannot be read, or its image is not there; lists of images name what is not there.
+        UserError: a file cannot be read, or an image or the labels of a listed image are missing.
     """
     split_lists = _split_lists(source)
     labels = Labels(lists_images=bool(split_lists))
-    image_of: dict[str, LabelledImage | None] = {}  # None of files that are broken
+    image_of: dict[str, LabelledImage | None] = {}  # None for unreadable files
     for file in source.having(".xml"):
         stem = os.path.splitext(os.path.basename(file))[0]
         image_of[stem] = None
@@ -38,7 +38,7 @@ def read(source: Source) -> Labels:
                     image_of[stem] = _without_labels(source, stem)
                 if stem not in image_of:
                     raise UserError(
-                        f"{source.folder}: ImageSets/Main/{split}.txt lists {stem}, of which there is no file of labels: remove "
+                        f"{source.folder}: ImageSets/Main/{split}.txt lists {stem}, which has no label file: remove "
                         "the list if its labels are not published, or the entry, or pass --unlabelled keep if it has no objects."
                     )
                 image = image_of[stem]
@@ -47,7 +47,7 @@ def read(source: Source) -> Labels:
     if split_lists:
         listed = {stem for stems in split_lists.values() for stem in stems}
         for stem in sorted(image_of.keys() - listed):
-            source.note("labels left out that no list of ImageSets/Main has", stem)
+            source.note("labels that are in no list of ImageSets/Main dropped", stem)
     _count_from_zero(source, labels)
     return labels
 
@@ -55,21 +55,21 @@ def read(source: Source) -> Labels:
 def _without_labels(source: Source, stem: str) -> LabelledImage:
     image = source.find_image(stem, "")
     if image is None:
-        raise UserError(f"{source.folder}: ImageSets/Main lists {stem}, of which there is no image.")
-    source.note("images without labels taken as images without objects", image)
+        raise UserError(f"{source.folder}: ImageSets/Main lists {stem}, which has no image.")
+    source.note("images without labels read as images without objects", image)
     return LabelledImage(image, [], source.path(image))
 
 
 def _read_image(source: Source, file: str) -> LabelledImage:
     root, path = source.read_xml(file), source.path(file)
     if root.tag != "annotation":
-        raise UserError(f"{path} is not of Pascal VOC's form: its root is {root.tag!r}, not 'annotation'.")
+        raise UserError(f"{path} is not in Pascal VOC's format: its root is {root.tag!r}, not 'annotation'.")
     by_stem = source.find_image(os.path.splitext(os.path.basename(file))[0], file)
     name = (root.findtext("filename") or "").strip()
     by_name = source.find_image(name, file) if name else None
     if by_stem and by_name and by_stem != by_name:
         raise UserError(
-            f"{path} says that its image is {name}, but its own name is that of {by_stem}: rename it, or correct its <filename>."
+            f"{path} says that its image is {name}, but its own name matches {by_stem}: rename it, or correct its <filename>."
         )
     image = by_name or by_stem
     if image is None:
@@ -91,7 +91,7 @@ def _read_object(where: str, node: Element) -> LabelledBox:
 
 
 def _split_lists(source: Source) -> dict[str, list[str]]:
-    """By name the stems of the images in a list of ImageSets/Main; those of single classes have a second column."""
+    """Return image stems by list in ImageSets/Main, except lists of single classes, which have a second column."""
     lists: dict[str, list[str]] = {}
     folders = set()
     for file in source.having(".txt"):
@@ -103,25 +103,25 @@ def _split_lists(source: Source) -> dict[str, list[str]]:
             folders.add(folder)
             stems = [line[0] for line in lines]
             for stem in (stem for stem, count in Counter(stems).items() if count > 1):
-                source.note(f"entries of {os.path.basename(file)} repeated", stem)
+                source.note(f"duplicate entries of {os.path.basename(file)} dropped", stem)
             lists[os.path.splitext(os.path.basename(file))[0]] = list(dict.fromkeys(stems))
     if len(folders) > 1:
         sets = " and ".join(os.path.dirname(os.path.dirname(folder)) for folder in sorted(folders))
-        raise UserError(f"IN: {source.folder} holds several datasets, {sets}: convert them one at a time.")
+        raise UserError(f"IN: {source.folder} contains several datasets, {sets}: convert them one at a time.")
     return lists
 
 
 def _count_from_zero(source: Source, labels: Labels) -> None:
-    """Boxes whose pixels are counted from 1, with the right and the lower side in the box, become COCO's."""
+    """Convert boxes in 1-based pixels with inclusive right and bottom sides to COCO's coordinates."""
     images = {id(image): image for images in labels.splits.values() for image in images}  # lists may share images
     boxes = [box for image in images.values() for box in image.boxes]
     at_zero = [box for box in boxes if min(box.corners[:2]) <= 0]
     first_pixel = source.options.first_pixel
     if first_pixel == 0 or (first_pixel is None and at_zero):
         for box in at_zero:
-            source.note("boxes that begin at 0, so that pixels of all are counted from 0", box.where)
+            source.note("boxes that start at 0, so all coordinates are read as 0-based", box.where)
         return
     for box in boxes:
         left, top, right, bottom = box.corners
         box.corners = (left - 1, top - 1, right, bottom)
-        source.note("pixels counted from 1, as Pascal VOC defines it (--first-pixel 0 if not)", box.where)
+        source.note("coordinates read as 1-based, as Pascal VOC defines them (--first-pixel 0 if not)", box.where)

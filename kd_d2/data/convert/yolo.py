@@ -1,4 +1,4 @@
-"""YOLO: a text file an image, with a class, and a box or an outline in fractions of the image, on each line."""
+"""YOLO: one text file per image; each line has a class and a box or outline in fractions of the image."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def recognizes(source: Source) -> bool:
 
 
 def read(source: Source) -> Labels:
-    """Read the labels of all images of the splits; an image without a file of labels is one without objects, as for Ultralytics.
+    """Read the labels of all images of the splits. As in Ultralytics, images without a label file have no objects.
 
     Raises:
-        UserError: there is no list of classes, a split's images are not there, or a line cannot be read.
+        UserError: there is no list of classes, images of a split are missing, or a line cannot be read.
     """
     description = read_description(source)
     labels = Labels(classes=list(description.names.values()), lists_images=True)
@@ -38,13 +38,13 @@ def read(source: Source) -> Labels:
                     used.add(found)
                     labels.add(split, _read_labels(source, image, found, description))
                 elif source.options.unlabelled != "drop":
-                    source.note("images without a file of labels taken as images without objects", image)
+                    source.note("images without a label file read as images without objects", image)
                     labels.add(split, LabelledImage(image, [], source.path(image)))
     stems = {os.path.splitext(os.path.basename(image))[0] for image in source.images}
     for file in sorted(texts - used):
         folder, name = os.path.split(file)
         if os.path.basename(folder) == "labels" and os.path.splitext(name)[0] not in stems:
-            source.note("files of labels left out that belong to no image", file)
+            source.note("label files without an image skipped", file)
     return labels
 
 
@@ -65,28 +65,28 @@ def _read_line(
 
     count = len(values)
     if description.keypoint_values and count == 5 + description.keypoint_values:
-        source.note("keypoints left out", where)
+        source.note("keypoints dropped", where)
         values = values[:5]
     if count == 6:
-        source.note("scores behind boxes left out", where)
+        source.note("scores of boxes dropped", where)
         values = values[:5]
     line = " ".join(values)
     if len(values) == 5:
         box = read_box(where, BoundingBox.from_txt, line, box_format=BoxFormat.XYWH, relative=True, image_size=size)
     else:
         box = read_box(where, BoundingBox.from_yolo_seg, line, image_size=size)
-        source.note("outlines and rotated boxes read as the upright boxes around them", where)
+        source.note("outlines and rotated boxes converted to their bounding boxes", where)
     if any(abs(float(value)) > LARGEST_FRACTION for value in values[1:]):
         raise UserError(
-            f"{where} has a number above {LARGEST_FRACTION:g}, while YOLO's are fractions of the image: {REMEDY}."
+            f"{where} has a number above {LARGEST_FRACTION:g}, but YOLO's are fractions of the image: {REMEDY}."
         )
     try:
-        label = whole_number(float(box.label))  # "1.0e+00" too, as numpy.savetxt writes it
+        label = whole_number(float(box.label))  # numpy.savetxt writes 1 as "1.0e+00"
     except ValueError:
         label = None
     if label not in description.names:
         raise UserError(
-            f"{where} is of class {box.label}, while {source.path(description.file)} has the classes 0 to "
+            f"{where} has class {box.label}, but {source.path(description.file)} has the classes 0 to "
             f"{max(description.names)}: add its name there, or correct the line."
         )
     box.label = description.names[label]
@@ -94,7 +94,7 @@ def _read_line(
 
 
 def _label_files(image: str) -> Iterator[str]:
-    """Where the labels of an image may be: in the folder `labels` in place of `images`, or beside it."""
+    """Yield possible label files of an image: in a folder `labels` that replaces `images`, or next to the image."""
     folder, name = os.path.split(image)
     text = os.path.splitext(name)[0] + ".txt"
     parts = folder.split(os.sep)

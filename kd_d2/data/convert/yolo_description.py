@@ -1,4 +1,4 @@
-"""The classes and the splits of a YOLO dataset: its data.yaml, as Ultralytics and Roboflow write it, or a list of names."""
+"""Classes and splits of a YOLO dataset, from data.yaml as written by Ultralytics and Roboflow, or a list of names."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ YAML_SPLITS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
 
 @dataclass
 class Description:
-    """What a data.yaml, or a list of names, says.
+    """Content of a data.yaml or a list of names.
 
     Attributes:
-        file: below the folder.
-        names: classes by number.
-        splits: by name the folders and lists of images, as they are written.
-        folder: the yaml's `path`.
-        keypoint_values: numbers behind the box on a line of a set with keypoints.
+        file: path relative to the dataset's folder.
+        names: class names by number.
+        splits: unresolved folders and image lists by split name.
+        folder: `path` in the YAML file.
+        keypoint_values: count of keypoint values after the box on each line; 0 without keypoints.
     """
 
     file: str
@@ -36,15 +36,15 @@ class Description:
 
 
 def is_description(file: str) -> bool:
-    """Whether a file may be one."""
+    """Return whether a file may be a description, by its name."""
     return file.lower().endswith((".yaml", ".yml")) or os.path.basename(file) in NAME_LISTS
 
 
 def read_description(source: Source) -> Description:
-    """What the yaml file with `names` says, or the first list of names.
+    """Read the YAML file that has `names`, or the first list of names.
 
     Raises:
-        UserError: there is none, or it cannot be read.
+        UserError: there is none, there are several YAML files with `names`, or the file cannot be read.
     """
     found = [file for file in source.files if file.lower().endswith((".yaml", ".yml"))]
     described = [(file, tree) for file in found if "names" in (tree := _read_yaml(source, file))]
@@ -58,13 +58,11 @@ def read_description(source: Source) -> Description:
     lists = [file for file in source.files if os.path.basename(file) in NAME_LISTS]
     if lists:
         return _from_lists(source, lists)
-    raise UserError(
-        f"IN: {source.folder} has no data.yaml with the names of the classes: write one, such as 'names: [cat, dog]'."
-    )
+    raise UserError(f"IN: {source.folder} has no data.yaml with class names: create one, such as 'names: [cat, dog]'.")
 
 
 def _from_lists(source: Source, files: list[str]) -> Description:
-    """The first list of names. Other files of the same name, such as one in each split, must list the same classes."""
+    """Read the first list of names. Files of the same name in other folders must list the same classes."""
     first = files[0]
     names = _lines(source, first)
     for other in files[1:]:
@@ -89,7 +87,7 @@ def _from_yaml(source: Source, file: str, tree: dict[str, Any]) -> Description:
     if isinstance(names, list):
         names = dict(enumerate(names))
     if not isinstance(names, dict) or any(whole_number(key) is None for key in names):
-        raise UserError(f"{path}: its names must be a list, or numbers with names, such as '0: cat'.")
+        raise UserError(f"{path}: its names must be a list, or map numbers to names, such as '0: cat'.")
     numbered = {whole_number(key): str(name).strip() for key, name in names.items()}
     description = Description(file, dict(sorted(numbered.items())), folder=str(tree.get("path") or ""))
     for split, keys in YAML_SPLITS.items():
@@ -106,18 +104,18 @@ def _from_yaml(source: Source, file: str, tree: dict[str, Any]) -> Description:
 def _checked(source: Source, description: Description) -> Description:
     names, path = list(description.names.values()), source.path(description.file)
     if not names or "" in names:
-        raise UserError(f"{path} names no classes, or one of them with an empty name; give each a name.")
+        raise UserError(f"{path} has no class names, or an empty one; each class needs a name.")
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise UserError(f"{path}: two classes are called {twice!r}; give each its own name.")
+        raise UserError(f"{path}: two classes are named {twice!r}; class names must be unique.")
     return description
 
 
 def images_of_splits(source: Source, description: Description) -> dict[str, list[str]]:
-    """By name the images of a split, as the yaml says; where it says nothing, as folders are called.
+    """Return the images by split, according to the YAML file or, if it has no splits, to the folder names.
 
     Raises:
-        UserError: those for training are not there.
+        UserError: the training images are missing.
     """
     splits: dict[str, list[str]] = {}
     for split, entries in description.splits.items():
@@ -129,7 +127,7 @@ def images_of_splits(source: Source, description: Description) -> dict[str, list
                 f"{source.path(description.file)}: its images for {split} are not in {source.folder}: {entries[0]}; correct the path."
             )
         else:
-            source.note("splits of the yaml file left out that have no images", f"{split}, {entries[0]}")
+            source.note("splits of the yaml file without images skipped", f"{split}, {entries[0]}")
     if not splits:
         for image in source.images:
             splits.setdefault(source.split_of(image), []).append(image)
@@ -137,8 +135,8 @@ def images_of_splits(source: Source, description: Description) -> dict[str, list
 
 
 def _images_of(source: Source, description: Description, entry: str) -> list[str]:
-    """The images that an entry of a split means: a folder, or a text file with a path a line; whatever stands before the part that
-    is there is taken for another machine's.
+    """Return the images of a split's entry, which is a folder or a text file with one path per line. Leading folders
+    that do not exist are ignored.
     """
     place = _place_of(source, description, entry)
     if place is None:

@@ -1,6 +1,6 @@
-"""A synthetic object-detection set, drawn from a seed and written to disk as COCO json and JPEG files.
+"""Synthetic object detection datasets, generated from a seed and written to disk as COCO JSON and JPEG files.
 
-Boxes, areas and polygons describe the visible part of an object, and every drawn object is annotated.
+Boxes, areas and polygons cover the visible part of an object. Every object is annotated.
 
     python -m kd_d2.data.synthetic OUT --train 600 --val 150 --seed 0
 """
@@ -30,7 +30,7 @@ _POLYGON_TOLERANCE = 0.4  # px
 
 
 def _polygons(visible: np.ndarray) -> list[list[float]]:
-    """Outer contours of the visible part in COCO form; holes are filled."""
+    """Return the outer contours of the visible part as COCO polygons; holes are filled."""
     x, y, w, h = visible_box(visible)
     mask = (visible[y : y + h, x : x + w] > 0.5).astype(np.uint8)
     fine = np.repeat(np.repeat(mask, SUPERSAMPLING, axis=0), SUPERSAMPLING, axis=1)
@@ -62,23 +62,23 @@ def _annotations(scene: Scene, image_id: int, first_id: int) -> list[dict]:
 def generate_split(
     folder: str | Path, num_images: int, seed: int, *, image_size: int = DEFAULT_IMAGE_SIZE, style: str = DEFAULT_STYLE
 ) -> Path:
-    """Draw num_images images and write them to `folder/images/*.jpg` and `folder/annotations.json`.
+    """Generate num_images images and write them to `folder/images/*.jpg` and `folder/annotations.json`.
 
-    Image i depends on (seed, i, image_size, style) alone: the same seed gives the same bytes, and a longer split
-    begins with the images of a shorter one.  Files of the same name are overwritten.
+    Image i depends only on (seed, i, image_size, style): the same seed gives the same bytes, and a longer split
+    starts with the images of a shorter one. Existing files are overwritten.
 
     Args:
-        folder: made with its parents where it does not exist.
+        folder: output folder; created with its parents if it does not exist.
         num_images: number of images, 1 or more.
-        seed: 0 or more.
-        image_size: longer side of each image in px, MIN_IMAGE_SIZE or more; the shorter is 68 to 92 % of it.
-        style: a name of `STYLES`.
+        seed: random seed, 0 or more.
+        image_size: longer side of each image in px, MIN_IMAGE_SIZE or more; the shorter side is 68 to 92 % of it.
+        style: key of `STYLES`.
 
     Returns:
-        The path of the COCO json, which is written last.
+        The path of the COCO JSON file, which is written last.
 
     Raises:
-        UserError: a number is out of its range.
+        UserError: an argument is out of range.
         OSError: the folder cannot be written.
     """
     _check(num_images=num_images, seed=seed, image_size=image_size, style=style)
@@ -119,7 +119,7 @@ def _check(*, seed: int, image_size: int, style: str, **counts: int) -> None:
 
 
 def _holds_set(root: Path, settings: dict[str, int | str]) -> bool:
-    """Whether root holds the set with these settings; a folder that holds something else is an error."""
+    """Return whether root contains the set with these settings; raise a UserError if it contains anything else."""
     try:
         if not root.exists() or (root.is_dir() and not any(root.iterdir())):
             return False
@@ -127,12 +127,11 @@ def _holds_set(root: Path, settings: dict[str, int | str]) -> bool:
     except (OSError, ValueError) as error:
         raise UserError(
             f"{root} exists but is not a synthetic set (no readable {SETTINGS_FILE} in it): "
-            "name another folder or remove it."
+            "choose another folder or remove it."
         ) from error
     if found != settings:
         raise UserError(
-            f"{root} holds a synthetic set made with {found}, not with the wanted {settings}: "
-            "name another folder or remove it."
+            f"{root} has a synthetic set with the settings {found}, not {settings}: choose another folder or remove it."
         )
     return True
 
@@ -146,23 +145,23 @@ def ensure_synthetic(
     image_size: int = DEFAULT_IMAGE_SIZE,
     style: str = DEFAULT_STYLE,
 ) -> Path:
-    """Generate the splits `root/train` and `root/val` unless root already holds them.
+    """Generate the splits `root/train` and `root/val` unless they exist.
 
-    The set is drawn in a temporary folder beside root and renamed at the end, so root is absent or whole.
-    Several processes may call this at once: the first to finish wins and the others use its set.
+    The set is generated in a temporary folder next to root and then renamed, so root is never incomplete.
+    Concurrent calls are safe: the first process to finish wins, and the others use its set.
 
     Args:
-        root: folder of the set; it may exist if it is empty or holds a set made with the same settings.
+        root: folder of the set; may exist if it is empty or contains a set with the same settings.
         num_train, num_val: number of images per split, 1 or more.
-        seed: 0 or more; the splits draw from seeds 2 * seed and 2 * seed + 1, so no two sets share images.
+        seed: random seed, 0 or more; the splits use the seeds 2 * seed and 2 * seed + 1, so no two sets share images.
         image_size: longer image side in px.
-        style: a name of `STYLES`.
+        style: key of `STYLES`.
 
     Returns:
         root as a Path.
 
     Raises:
-        UserError: a number is out of its range, root cannot be written, or it holds something else.
+        UserError: an argument is out of range, root cannot be written, or it contains anything else.
     """
     _check(num_train=num_train, num_val=num_val, seed=seed, image_size=image_size, style=style)
     root = Path(root)
@@ -173,7 +172,7 @@ def ensure_synthetic(
         "image_size": image_size,
         "generator_version": DRAWING_VERSION,
     }
-    if style != DEFAULT_STYLE:  # sets of before there were styles have no such key
+    if style != DEFAULT_STYLE:  # sets from before styles were added lack this key
         settings["style"] = style
     if _holds_set(root, settings):
         return root
@@ -196,12 +195,12 @@ def ensure_synthetic(
 
 
 def register_synthetic() -> None:
-    """Register the synthetic sets with Detectron2's catalogs: `synthetic_train` and `_val`, `shapes_train` and `_val`.
+    """Register the datasets `synthetic_train`, `synthetic_val`, `shapes_train` and `shapes_val` with Detectron2.
 
-    The `synthetic` set is drawn in the style "cluttered" (600 and 150 images), the `shapes` set, which `kd-d2 demo` uses,
-    in the style "clear". Nothing is drawn before a catalog entry is first loaded; then both splits are generated in a folder
-    of the set's name under $DETECTRON2_DATASETS (default: datasets), as the variable stood at registration. The metadata
-    (thing_classes, json_file, image_root, evaluator_type "coco") is set at once. A second call does nothing.
+    The style of the `synthetic` set (600 and 150 images) is "cluttered", that of `shapes`, which `kd-d2 demo` uses,
+    "clear". Both splits of a set are generated when one of them is first loaded, in a folder named like the set under
+    $DETECTRON2_DATASETS (default: datasets); the variable is read at registration. The metadata (thing_classes,
+    json_file, image_root, evaluator_type "coco") is set immediately. Further calls have no effect.
     """
     from detectron2.data import DatasetCatalog, MetadataCatalog
     from detectron2.data.datasets.coco import load_coco_json

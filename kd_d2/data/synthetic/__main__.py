@@ -9,19 +9,19 @@ from .scenes import CLASSES, STYLES
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write a synthetic set; the exit status is 2, after one sentence, for input that cannot be used."""
+    """Generate a synthetic dataset. Return the exit status, which is 2 for invalid input."""
     parser = argparse.ArgumentParser(
         prog="python -m kd_d2.data.synthetic",
-        description="Write a synthetic object-detection set in COCO form.",
+        description="Generate a synthetic object detection dataset in COCO format.",
     )
-    parser.add_argument("out", metavar="OUT", help="folder of the set; train/ and val/ are made in it")
-    parser.add_argument("--train", type=int, default=DEFAULT_NUM_TRAIN, help="training images (%(default)s)")
-    parser.add_argument("--val", type=int, default=DEFAULT_NUM_VAL, help="validation images (%(default)s)")
-    parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help="0 or more (%(default)s)")
+    parser.add_argument("out", metavar="OUT", help="output folder; train/ and val/ are created in it")
+    parser.add_argument("--train", type=int, default=DEFAULT_NUM_TRAIN, help="number of training images (%(default)s)")
+    parser.add_argument("--val", type=int, default=DEFAULT_NUM_VAL, help="number of validation images (%(default)s)")
+    parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help="random seed, 0 or more (%(default)s)")
     parser.add_argument(
         "--image-size", type=int, default=DEFAULT_IMAGE_SIZE, help="longer image side in px (%(default)s)"
     )
-    parser.add_argument("--style", choices=STYLES, default=DEFAULT_STYLE, help="how hard the images are (%(default)s)")
+    parser.add_argument("--style", choices=STYLES, default=DEFAULT_STYLE, help="drawing style (%(default)s)")
     args = parser.parse_args(argv)
     try:
         root = ensure_synthetic(

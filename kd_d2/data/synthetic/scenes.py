@@ -1,7 +1,7 @@
-"""Drawing of the synthetic set's images: textured shapes of eight classes over each other on cluttered backgrounds.
+"""Rendering of synthetic images: overlapping textured shapes of eight classes on cluttered backgrounds.
 
-Color and rotation say nothing about the class; a checkerboard is told from a square by its texture alone, while the
-other shapes may carry the same checks. No object is drawn with less than MIN_VISIBLE of its area in sight.
+Color and rotation are independent of the class. A checkerboard differs from a square only by its texture, which other
+shapes may also have. At least MIN_VISIBLE of each object's area is visible.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 CLASSES: tuple[str, ...] = (
     "circle", "ring", "square", "checkerboard", "triangle", "hexagon", "star", "cross",
 )  # fmt: skip
-MIN_VISIBLE = 0.5  # of an object's whole area, the part hidden by the image border included
-DRAWING_VERSION = 3  # raise when the drawing changes, so that older sets are not taken for current ones
+MIN_VISIBLE = 0.5  # fraction of an object's whole area, including the part outside the image
+DRAWING_VERSION = 3  # increment when the drawing changes, so that older sets are not reused
 SUPERSAMPLING = 4
 
 _MAX_STRETCH = 1.3
@@ -30,18 +30,18 @@ _TEXTURES = ("plain", "plain", "gradient", "noise", "stripes", "dots", "checks")
 
 @dataclass(frozen=True)
 class Style:
-    """How hard the images are.
+    """Parameters that determine the difficulty of the images.
 
     Attributes:
-        object_counts: probability of 1, 2, ... objects in an image that is not empty.
-        object_sizes: longer box side over longer image side, smallest and largest.
-        empty_rate: part of the images without objects.
-        rotations: of an object, smallest and largest, in radians; at -pi / 2 stars and triangles point up.
-        min_visible: part of each object's area, including what lies outside the image, that stays visible.
-        textures: drawn from for every object but checkerboards.
-        contrast: smallest distance of an object's color from what it covers, of channels 0..255.
-        hue_of_class: whether each class has a hue of its own, on pale backgrounds.
-        clutter, lines: largest number of fragments and of lines under the objects.
+        object_counts: probabilities of 1, 2, ... objects in a non-empty image.
+        object_sizes: minimum and maximum ratio of the longer box side to the longer image side.
+        empty_rate: fraction of images without objects.
+        rotations: minimum and maximum rotation of objects in radians; at -pi / 2 stars and triangles point up.
+        min_visible: minimum visible fraction of each object's area, which includes the part outside the image.
+        textures: textures to sample from for all objects except checkerboards.
+        contrast: minimum Euclidean distance between an object's color and what it covers, channels in 0..255.
+        hue_of_class: whether each class has its own hue, on pale backgrounds.
+        clutter, lines: maximum numbers of fragments and lines under the objects.
         degrade: whether blur, contrast and noise vary.
     """
 
@@ -74,7 +74,7 @@ STYLES = {
         degrade=False,
     ),
 }
-"""The drawing styles by name: "clear" is easy to learn in minutes."""
+"""Drawing styles by name; "clear" can be learned in minutes."""
 
 Outline = list[np.ndarray]  # closed polygons [K, 2] of (x, y), filled by the even-odd rule
 
@@ -127,7 +127,7 @@ def _blob(rng: np.random.Generator) -> Outline:
 
 
 def _band(rng: np.random.Generator) -> Outline:
-    """A part of an annulus, too short to be taken for a hidden ring."""
+    """Return a segment of an annulus, too short to be mistaken for an occluded ring."""
     angles = np.linspace(0, rng.uniform(0.6, 2.2), 16)
     arc = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     return [np.concatenate([arc, rng.uniform(0.7, 0.9) * arc[::-1]])]
@@ -153,7 +153,7 @@ _CLUTTER_OUTLINES = (_blob, _blob, _band, _corner, _zigzag, _bar)
 
 @dataclass(frozen=True)
 class Shape:
-    """An outline in image coordinates, with the map that took it there from its own frame, about [-1, 1]."""
+    """An outline in image coordinates, with the affine map from its own frame, about [-1, 1]."""
 
     outline: Outline
     linear: np.ndarray
@@ -161,7 +161,7 @@ class Shape:
 
     @property
     def area(self) -> float:
-        """Whole area in square px, of which image border and occluders take no part."""
+        """Whole area in px^2, including occluded parts and parts outside the image."""
         outer, *holes = (cv2.contourArea(polygon.astype(np.float32)) for polygon in self.outline)
         return outer - sum(holes)
 
@@ -169,7 +169,7 @@ class Shape:
         return Shape([polygon + offset for polygon in self.outline], self.linear, self.center + offset)
 
     def own_coordinates(self, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """Where each pixel lies in the shape's own frame, for textures that turn and stretch with it."""
+        """Return each pixel's coordinates in the shape's own frame, for textures that rotate and stretch with it."""
         inverse = np.linalg.inv(self.linear).astype(np.float32)
         x = np.arange(width, dtype=np.float32)[None, :] + np.float32(0.5 - self.center[0])
         y = np.arange(height, dtype=np.float32)[:, None] + np.float32(0.5 - self.center[1])
@@ -183,7 +183,7 @@ def _pose(
     center: np.ndarray,
     rotations: tuple[float, float] = (0.0, 2 * math.pi),
 ) -> Shape:
-    """The outline stretched, rotated at random between `rotations` and scaled to a longer box side of size px."""
+    """Stretch an outline, rotate it within `rotations` at random, and scale it to a longer box side of size px."""
     stretch = math.sqrt(_MAX_STRETCH) ** rng.uniform(-1, 1)
     angle = rng.uniform(*rotations)
     rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
@@ -193,7 +193,7 @@ def _pose(
 
 
 def rasterize(outline: Outline, height: int, width: int) -> np.ndarray:
-    """The part of each pixel that the outline covers, float32 [height, width] in 0..1."""
+    """Return the fraction of each pixel covered by the outline, float32 [height, width] in 0..1."""
     fraction_bits = 4
     fine = np.zeros((height * SUPERSAMPLING, width * SUPERSAMPLING), np.uint8)
     corners = [(polygon * SUPERSAMPLING - 0.5) * 2**fraction_bits for polygon in outline]
@@ -209,7 +209,7 @@ def _color(rng: np.random.Generator) -> np.ndarray:
 
 
 def _color_apart(rng: np.random.Generator, reference: np.ndarray, distance: float) -> np.ndarray:
-    """A random color at least `distance` (Euclidean, of 0..255 channels) from the reference."""
+    """Return a random color at a Euclidean distance (channels in 0..255) of at least `distance` from the reference."""
     while True:
         color = _color(rng)
         if np.linalg.norm(color - reference) >= distance:
@@ -217,7 +217,7 @@ def _color_apart(rng: np.random.Generator, reference: np.ndarray, distance: floa
 
 
 def _color_of_class(rng: np.random.Generator, category: int, reference: np.ndarray, distance: float) -> np.ndarray:
-    """A strong color of the class's hue, apart from the reference as far as one is found."""
+    """Return a saturated color of the class's hue, relaxing `distance` from the reference until one is found."""
     while True:
         hue = (category / len(CLASSES) + rng.normal(0, 0.015)) % 1
         color = 255 * np.array(colorsys.hsv_to_rgb(hue, rng.uniform(0.7, 1.0), rng.uniform(0.45, 0.95)))
@@ -227,7 +227,7 @@ def _color_of_class(rng: np.random.Generator, category: int, reference: np.ndarr
 
 
 def _smooth_noise(rng: np.random.Generator, height: int, width: int, cell: float) -> np.ndarray:
-    """Noise of 0..1 that changes over about `cell` px."""
+    """Return smooth noise in 0..1 with a length scale of about `cell` px."""
     rows, columns = math.ceil(height / cell) + 1, math.ceil(width / cell) + 1
     coarse = rng.random((rows, columns), dtype=np.float32)
     return np.clip(cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC), 0, 1)
@@ -247,13 +247,13 @@ def _checks(u: np.ndarray, v: np.ndarray, cells: int) -> np.ndarray:
 
 
 def _texture(rng: np.random.Generator, kind: str, shape: Shape, height: int, width: int) -> np.ndarray:
-    """How much of the second of two colors each pixel takes, float32 [height, width] in 0..1."""
+    """Return the weight of the second of two colors at each pixel, float32 [height, width] in 0..1."""
     if kind == "plain":
         return np.full((height, width), rng.uniform(0, 0.3), np.float32)
     if kind == "noise":
         return _smooth_noise(rng, height, width, rng.uniform(1.5, 8))
     u, v = shape.own_coordinates(height, width)
-    length = 2 * math.sqrt(abs(np.linalg.det(shape.linear)))  # px that the own frame's [-1, 1] takes up
+    length = 2 * math.sqrt(abs(np.linalg.det(shape.linear)))  # px per extent [-1, 1] of the shape's own frame
     cells = int(np.clip(length / rng.uniform(4, 9), 3, 8))
     if kind == "checks":
         return _checks(u, v, cells)
@@ -278,12 +278,12 @@ def _texture_of(rng: np.random.Generator, class_name: str | None, textures: tupl
 
 
 def visible_box(visible: np.ndarray) -> tuple[int, int, int, int]:
-    """x, y, width and height in px around the pixels of which more than half is visible."""
+    """Return the bounding box x, y, width, height in px of the pixels that are more than half visible."""
     return cv2.boundingRect((visible > 0.5).astype(np.uint8))
 
 
 class Scene:
-    """An image in the making and the visible part of each object put in it so far, back to front."""
+    """An image under construction, with the visible part of each object so far, back to front."""
 
     def __init__(self, canvas: np.ndarray, style: Style = STYLES["cluttered"]) -> None:
         self.style = style
@@ -294,9 +294,9 @@ class Scene:
         self.visible: list[np.ndarray] = []
 
     def place(self, category: int, shape: Shape, coverage: np.ndarray) -> bool:
-        """Put an object in front of the others unless it or one of them would have too little left in sight.
+        """Place an object in front of the others unless this leaves too little of any object visible.
 
-        Returns whether it was put there; the canvas is left for `paint`.
+        Returns whether it was placed. The canvas is not changed; see `paint`.
         """
         visible = [earlier * (1 - coverage) for earlier in self.visible] + [coverage]
         areas = [*self.whole_areas, shape.area]
@@ -316,10 +316,10 @@ class Scene:
         texture: str,
         category: int | None = None,
     ) -> None:
-        """Draw a shape over the canvas in two colors that stand out from what it covers.
+        """Draw a shape on the canvas in two colors that contrast with what it covers.
 
         Args:
-            category: the object's class, None for what is no object.
+            category: class index of the object; None for clutter.
         """
         x, y, w, h = visible_box(coverage)
         left, top = max(x - _SHADOW_REACH, 0), max(y - _SHADOW_REACH, 0)
@@ -341,7 +341,7 @@ class Scene:
 def _ink(
     rng: np.random.Generator, colors: tuple[np.ndarray, np.ndarray], shape: Shape, coverage: np.ndarray, texture: str
 ) -> np.ndarray:
-    """The color that a shape would have at each pixel of a canvas."""
+    """Return the color of a shape at each pixel of a canvas."""
     height, width = coverage.shape
     first, second = colors
     mix = _texture(rng, texture, shape, height, width)[..., None]
@@ -357,7 +357,7 @@ def _ink(
 
 
 def _shade_under(rng: np.random.Generator, coverage: np.ndarray) -> np.ndarray:
-    """The light that the shadow of a shape leaves, 0..1."""
+    """Return the brightness factor of each pixel under a shape's shadow, in 0..1."""
     height, width = coverage.shape
     shift = np.array([[1, 0, rng.uniform(-3, 3)], [0, 1, rng.uniform(1, 4)]])
     shadow = cv2.GaussianBlur(cv2.warpAffine(coverage, shift, (width, height)), (0, 0), rng.uniform(1, 2))
@@ -381,7 +381,7 @@ def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray
 
 
 def _draw_lines(rng: np.random.Generator, canvas: np.ndarray, count: int) -> np.ndarray:
-    """Thin lines and open curves across the canvas."""
+    """Draw thin lines and open curves across the canvas."""
     height, width = canvas.shape[:2]
     lined = canvas.copy()
     for _ in range(count):
@@ -395,7 +395,7 @@ def _draw_lines(rng: np.random.Generator, canvas: np.ndarray, count: int) -> np.
 
 
 def _draw_clutter(rng: np.random.Generator, scene: Scene) -> None:
-    """Fragments that belong to no class; they lie under all objects."""
+    """Draw fragments of no class, before any objects."""
     for _ in range(int(rng.integers(0, scene.style.clutter + 1))):
         outline = _CLUTTER_OUTLINES[rng.integers(len(_CLUTTER_OUTLINES))](rng)
         size = _log_uniform(rng, 0.06, 0.25) * max(scene.height, scene.width)
@@ -410,7 +410,7 @@ def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
 
 
 def _add_object(rng: np.random.Generator, scene: Scene) -> None:
-    """Put one more object in the scene, or none where no room is found in a number of trials."""
+    """Add an object to the scene, or none if no valid placement is found in _PLACEMENT_TRIALS trials."""
     category = int(rng.integers(len(CLASSES)))
     name = CLASSES[category]
     outline = _CLASS_OUTLINES[name](rng)
@@ -437,7 +437,7 @@ def _degrade(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
 
 
 def render(rng: np.random.Generator, image_size: int, style: Style) -> tuple[np.ndarray, Scene]:
-    """One image, uint8 [H, W, 3] with a longer side of image_size px, and the scene behind it."""
+    """Render an image, uint8 [H, W, 3] with a longer side of image_size px, and return it with its scene."""
     shorter = round(image_size * rng.uniform(0.68, 0.92))
     is_landscape = rng.random() < 0.6
     height, width = (shorter, image_size) if is_landscape else (image_size, shorter)
