@@ -5,12 +5,12 @@
 #   docker run --gpus all --shm-size 8g -v "$PWD/datasets:/work/datasets" -v "$PWD/output:/work/output" kd_d2 \
 #       train StructuralKD/retinanet_R101-R50_ssim --num-gpus 8
 #
-# Paths count from /work, which has what a checkout has. cluster/README.md: one box, Kubernetes, Slurm.
+# Paths are relative to /work, which has the files of a checkout. cluster/README.md: one box, Kubernetes, Slurm.
 
 # CUDA's version is that of the torch wheel in requirements/torch-source.txt; Ubuntu 24.04 has Python 3.12.
 ARG CUDA=13.0.2
 ARG UBUNTU=ubuntu24.04
-# The base images by content, since tags can change. A digest counts more than its tag: another CUDA or UBUNTU needs its own, or empty ones.
+# Base images are pinned by digest, since tags can change. Digests take precedence over tags: another CUDA or UBUNTU needs its own, or empty ones.
 #   docker buildx imagetools inspect nvidia/cuda:13.0.2-devel-ubuntu24.04 --format '{{.Manifest.Digest}}', and the same of -base-
 #   docker build --build-arg DEVEL_DIGEST=@sha256:... --build-arg BASE_DIGEST=@sha256:... -t kd_d2 .
 ARG DEVEL_DIGEST=@sha256:5dc1bca23d05bd37b011be68ec470c03b403a5da07ec3a86e41af9470e9d0cc6
@@ -24,14 +24,14 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 ENV VIRTUAL_ENV=/opt/venv PATH=/opt/venv/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /work
-# The packages first, each with the hash of its file: they change less often than the code.
+# Packages first, each with its file hash: they change less often than the code.
 COPY requirements/lock-image.txt requirements/imagecorruptions.txt requirements/
 RUN python3 -m venv "$VIRTUAL_ENV" \
     && awk '/^[a-zA-Z]/ { wanted = /^(pip|setuptools)==/ } wanted' requirements/lock-image.txt >/tmp/builders.txt \
     && pip install --require-hashes --no-deps -r /tmp/builders.txt \
     && pip install --require-hashes --no-deps --no-build-isolation -r requirements/lock-image.txt \
     && pip install --require-hashes --no-deps -r requirements/imagecorruptions.txt
-# Turing to Blackwell; --build-arg TORCH_CUDA_ARCH_LIST=9.0 builds for an H100 alone, in a fraction of the time.
+# Turing to Blackwell; --build-arg TORCH_CUDA_ARCH_LIST=9.0 builds only for an H100, in a fraction of the time.
 ARG TORCH_CUDA_ARCH_LIST="7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 ARG DETECTRON2=git+https://github.com/facebookresearch/detectron2@02b5c4e295e990042a714712c21dc79b731e8833
 # hadolint ignore=DL3013
@@ -41,8 +41,8 @@ RUN pip install --no-deps --no-build-isolation --editable . \
     && python cluster/check_install.py --operators
 
 FROM nvidia/cuda:${CUDA}-base-${UBUNTU}${BASE_DIGEST}
-# Triton, of which the SSIM loss and torch.compile are made on a GPU, compiles its launchers when it first runs: a C compiler and
-# Python's headers belong to what runs.
+# On a GPU, the SSIM loss and torch.compile use Triton, which compiles its launchers on first use: the runtime image needs a C compiler
+# and Python's headers.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends gcc libc6-dev python3 python3-dev \
@@ -52,7 +52,7 @@ RUN apt-get update \
     && install --directory --owner=1000 --mode=0777 /work /work/datasets /work/output
 COPY --from=build /opt/venv /opt/venv
 COPY --from=build --chown=1000:1000 /work /work
-# What programs keep for the next time lies in the output volume; a user without a home can write it too.
+# Caches are in the output volume, which a user without a home directory can also write to.
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     XDG_CACHE_HOME=/work/output/.cache \

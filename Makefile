@@ -1,15 +1,15 @@
 # PYTHON=path      the Python 3.11 or 3.12 to build .venv from (default: the first on the PATH)
-# DETECTRON2=      pypi: sal-detectron2, a third party's republication of Detectron2 (April 2024), without compiled operators
+# DETECTRON2=      pypi: sal-detectron2, a third-party republication of Detectron2 (April 2024), without compiled operators
 #                  source: the official Detectron2, built here (needs git and a C++ compiler)
-#                  installed: the one that PYTHON has
-#                  (default: installed if PYTHON has one that works, else pypi)
+#                  installed: the one in PYTHON
+#                  (default: installed if PYTHON has a working one, else pypi)
 PYTHON ?=
 DETECTRON2 ?=
 export PYTHON DETECTRON2
 
 VENV_PYTHON := .venv/bin/python
 
-# On a machine without a network, the packages of make gpu-pack; see tools/gpu_pack.py.
+# On a machine without a network, use the packages of make gpu-pack; see tools/gpu_pack.py.
 GPU_PYTHON = $(if $(wildcard $(VENV_PYTHON)),$(VENV_PYTHON),$(or $(PYTHON),python3))
 GPU_ENV = PYTHONPATH=$(CURDIR):$(CURDIR)/output/gpu-pack/site:$$PYTHONPATH
 
@@ -17,19 +17,19 @@ GPU_ENV = PYTHONPATH=$(CURDIR):$(CURDIR)/output/gpu-pack/site:$$PYTHONPATH
 
 help:
 	@echo "make setup      the environment, in .venv (PYTHON=path, DETECTRON2=pypi|source|installed)"
-	@echo "make demo       distillation from end to end on a small synthetic set"
+	@echo "make demo       end-to-end distillation on a small synthetic dataset"
 	@echo "make test       lint and the fast tests"
 	@echo "make test-unit  the unit tests: losses, methods, detectors, configs"
 	@echo "make test-slow  the slow tests"
-	@echo "make gpu-check  whether a GPU's results and speed are right, in output/gpu-check (8 minutes)"
+	@echo "make gpu-check  check a GPU's results and speed, in output/gpu-check (8 minutes)"
 	@echo "make gpu-pack   packages and, with ARGS=\"--add PATH\", data for a GPU machine without a network"
 	@echo "make gpu-evidence  the long comparison on a GPU, nine minutes at a time (ARGS: benchmarks/gpu_evidence.py --help)"
 	@echo "make docs       the documentation site, in output/site"
-	@echo "make lint       style and types; make format fixes the style where it can"
+	@echo "make lint       style and types; make format fixes the style"
 	@echo "make licenses   docs/licenses.md: the licenses of the packages in .venv"
 	@echo "make sbom       output/sbom.json: the packages in .venv as CycloneDX"
-	@echo "make lock       requirements/lock*.txt anew: hashes for the versions in requirements/"
-	@echo "make clean      removes caches and build leftovers (.venv and output/ stay)"
+	@echo "make lock       regenerate requirements/lock*.txt: hashes for the versions in requirements/"
+	@echo "make clean      remove caches and build files (keeps .venv and output/)"
 
 setup:
 	@bash tools/setup_env.sh

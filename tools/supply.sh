@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# What the environment is made of:
+# Locks, licenses and SBOM of the environment:
 #
-#   tools/supply.sh lock       requirements/lock*.txt: every version of requirements/ with the hashes of its files
+#   tools/supply.sh lock       requirements/lock*.txt: every version in requirements/ with the hashes of its files
 #   tools/supply.sh licenses   docs/licenses.md: the licenses of the packages in .venv
 #   tools/supply.sh sbom       output/sbom.json: the packages in .venv as CycloneDX
 #
-# The tools lie in an environment of their own, output/supply.
+# The tools have their own environment, output/supply.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
