@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Operators that a training iteration runs, each of which starts at least one kernel on a GPU: in how many parts a method's work comes.
+"""Number of operators in a training iteration, each of which launches at least one kernel on a GPU.
 
     benchmarks/operators.py [--pair PAIR] [--methods NAME[+NAME] | recommended/NAME ...] [--output FILE.json]
 
-Counted are PyTorch's operators that compute or copy, not those that make views or allocate memory, of forward and backward pass,
-and of each method those beyond "student + teacher's neck" or "student + teacher": see step.py. The numbers depend on the detectors, and neither
-on the machine nor on the size of the images; on a GPU StructuralKD has kernels of its own in place of most of its operators.
+PyTorch operators that compute or copy are counted in the forward and the backward pass, not views and allocations. The numbers of a
+method are those in addition to "student + teacher's neck" or "student + teacher", see step.py. They depend on the detectors, not on the
+machine or the image size. On a GPU, StructuralKD replaces most of its operators with its own kernels.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ALLOCATING = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+WITHOUT_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "promote_types"}
 IMAGES = 2
 
 
@@ -33,7 +33,7 @@ class OperatorCount(TorchDispatchMode):
         self.number = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.number += not function.is_view and function.overloadpacket.__name__ not in ALLOCATING
+        self.number += not function.is_view and function.overloadpacket.__name__ not in WITHOUT_KERNEL
         return function(*args, **(kwargs or {}))
 
 
