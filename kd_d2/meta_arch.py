@@ -134,7 +134,8 @@ class KDMetaArch(nn.Module):
         targets = [instances_on_device(target, self.device) for target in self.labels(batched_inputs, teacher)]
         inputs = [{**x, "instances": target} for x, target in zip(batched_inputs, targets, strict=True)]
         student = self.adapter.run(inputs, frozenset().union(*(d.needs for d in active.values())), targets)
-        if active and teacher is None:  # after the student, whose losses wait for the GPU: what follows is queued behind it
+        if active and teacher is None:
+            # The student's losses synchronize with the GPU; everything after the teacher is queued while it runs.
             teacher = self.teacher(batched_inputs, of_teacher)
         if teacher is not None:
             self._check_same_input(student, teacher)
