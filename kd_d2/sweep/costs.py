@@ -90,7 +90,7 @@ def _build(cfg: CfgNode) -> nn.Module:
 
 
 def _gflops(model: nn.Module, side: int) -> float:
-    """Return the multiply-adds (1e9) of backbone and, in dense detectors, head, which are independent of image content."""
+    """Return the multiply-adds (1e9) of backbone and, in dense detectors, head: the part independent of the image."""
     logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
     divisibility = max(model.backbone.size_divisibility, 1)
     side = -(-side // divisibility) * divisibility  # as the detector pads it
