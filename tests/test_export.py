@@ -379,7 +379,7 @@ def test_what_cannot_be_exported_is_one_sentence(
     predict = ("predict", "--input", rcnn / "data", "--output", tmp_path / "out", "--model")
     cases = [
         (("--output", tmp_path / "x.pt"), "the name must end with .onnx, .ts, .torchscript, .xml"),
-        (("--output", tmp_path / "x.ts", "--format", "onnx"), "--format is onnx, but the name"),
+        (("--output", tmp_path / "x.ts", "--format", "onnx"), "--format is onnx, but --output"),
         (("--output", tmp_path / "x.ts", "--int8"), "--int8 needs an ONNX file"),
         (("--output", onnx_file, "--size", "0", "9"), "--size is (0, 9)"),
         (("--output", onnx_file, "--score-thresh", "2"), "--score-thresh is 2.0"),
@@ -396,7 +396,7 @@ def test_what_cannot_be_exported_is_one_sentence(
         ((*predict, tmp_path / "notes.onnx"), "cannot be read as onnx"),
         ((*predict, tmp_path / "notes.ts"), "cannot be read as torchscript"),
         ((*predict, tmp_path / "other.ts"), "was not written by kd-d2 export"),
-        (("eval", "--model", tmp_path / "notes.onnx"), "names no data: write --model CONFIG_OR_RUN"),
+        (("eval", "--model", tmp_path / "notes.onnx"), "names no data; use --model CONFIG_OR_RUN"),
     ]  # fmt: skip
     for command, words in commands:
         with pytest.raises(SystemExit) as ended:
@@ -425,7 +425,7 @@ def test_prediction_below_the_threshold_of_the_file(run_folder: Path, tmp_path: 
     Image.new("RGB", (64, 64)).save(run_folder / "a.png")
     for more, words in (
         (("--score-thresh", "0.3"), "returns no detections below 0.4"),
-        (("MODEL.DEVICE", "cpu"), "the override MODEL.DEVICE changes nothing"),
+        (("MODEL.DEVICE", "cpu"), "the override MODEL.DEVICE has no effect"),
     ):
         with pytest.raises(SystemExit):
             run_command("predict", *options, *more)
