@@ -34,10 +34,11 @@ class GradientStats:
     """The gradient of a loss with respect to the student's neck parameters, which all losses share; means over batches.
 
     Attributes:
-        loss: value of the loss. norm_ratio: norm of the gradient divided by that of the detection loss. cosine: cosine
-        similarity of the gradient to that of the detection loss; 0 if the loss has no gradient. levels: by stride, the
-        gradient norm for that neck output divided by the norm for all of them; 0 without gradient.
-            Empty in files of older versions.
+        loss: value of the loss.
+        norm_ratio: norm of the gradient divided by that of the detection loss.
+        cosine: cosine similarity of the gradient to that of the detection loss; 0 without a gradient.
+        levels: by stride, the gradient norm for that neck output divided by the norm for all of them; 0 without a
+            gradient. Empty in files of older versions.
     """
 
     loss: float | None

@@ -19,21 +19,19 @@ class ExportMetadata:
     """The entries of ONNX's metadata_props, of kd_d2.json in a TorchScript file, and of OpenVINO's rt_info.
 
     Attributes:
-        detector: class name of the detector. class_names, category_ids: by the class index that the file returns.
+        detector: class name of the detector.
+        class_names, category_ids: by the class index that the file returns.
         input_format: channel order, RGB or BGR. The input `image` is uint8 [3, height, width]; the file applies mean
-        and
-            standard deviation.
+            and standard deviation.
         min_size, max_size: the shorter side of an image is resized to min_size pixels (0: no resizing), or less, so
-            that
-            the longer side is at most max_size.
+            that the longer side is at most max_size.
         fixed_size: [height, width] of the only supported input, or None. An image is resized to fit inside, and padded
             at the right and bottom.
         padding: padding value of each channel.
         size_divisibility: the file pads its input to a multiple of it.
         nms: whether the outputs are detections, the best first: `boxes` [N, 4] (left, top, right, bottom in input
-            pixels), `scores` [N], `classes` [N], and for some detectors `masks` [N, M, M], probabilities inside the
-            box. Otherwise, for all anchors, `boxes` [R, 4], `scores` [R, classes] and `levels` [R], for
-            `decoding.decode`.
+            pixels), `scores` [N], `classes` [N], and for some detectors `masks` [N, M, M], probabilities inside boxes.
+            Otherwise, for all anchors, `boxes` [R, 4], `scores` [R, classes], `levels` [R] for `decoding.decode`.
         score_threshold: detections have higher scores.
         nms_threshold, topk_candidates, max_detections: parameters of `decode`; None if `nms`.
         int8: whether convolutions are quantized.

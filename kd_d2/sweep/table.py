@@ -22,12 +22,13 @@ class Row:
     """Results of a cell over all finished seeds.
 
     Attributes:
-        scores: values of the seeds (0 to 100) by column. costs: parameters (millions), GFLOPs and ms per image of the
-        detector; see `costs.measure_costs`. gain: mean AP minus that of the baseline; None without a baseline.
-        is_better: whether the gain is more than two pooled standard deviations; None if unknown. gap_closed: closed
-        fraction of the gap between plain student and teacher. multipliers: last multiplier of the losses by distiller,
-        geometric mean over seeds; empty without MODEL.KD.BALANCE. seconds_per_iteration, peak_memory_mib: of the
-        training, mean over seeds.
+        scores: values of the seeds (0 to 100) by column.
+        costs: parameters (millions), GFLOPs and ms per image of the detector; see `costs.measure_costs`.
+        gain: mean AP minus that of the baseline; None without a baseline.
+        is_better: whether the gain is more than two pooled standard deviations; None if unknown.
+        gap_closed: closed fraction of the gap between plain student and teacher.
+        multipliers: last multiplier of the losses by distiller, geometric mean over seeds; empty without balancing.
+        seconds_per_iteration, peak_memory_mib: of the training, mean over seeds.
     """
 
     name: str

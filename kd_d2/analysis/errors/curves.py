@@ -64,9 +64,11 @@ def analyze_errors(
     """Compute the curves of detections.
 
     Args:
-        truth: content of a COCO annotation file. detections: COCO results: image_id, category_id, bbox, score.
-        supercategories: by category id; by default those of the annotation file. A class without one is similar to
-        none. workers: number of processes. progress: wraps the iterable of finished classes, for a progress bar.
+        truth: content of a COCO annotation file.
+        detections: COCO results: image_id, category_id, bbox, score.
+        supercategories: by category id; defaults to the annotation file's. A class without one is similar to no other.
+        workers: number of processes.
+        progress: wraps the iterable of finished classes, for a progress bar.
 
     Raises:
         UserError: a detection has an unknown image or category, or the annotations have no images or categories.
