@@ -3,8 +3,8 @@
 kd-d2 pseudo-label CONFIG --output FILE [--dataset NAME] [--score-thresh T] [KEY VALUE ...]
 
 CONFIG is that of a distillation; with MODEL.KD.PSEUDO_LABELS.ENABLED its images need no annotations. Detections above
-the score are written as annotations, with masks if the teacher predicts them. The last line has overrides of CONFIG to
-train on the file. It is not needed with MODEL.KD.PSEUDO_LABELS.ENABLED: the teacher then labels every augmented image.
+the score are written as annotations, with masks if the teacher predicts them. The last printed line has the overrides
+to train on the file. MODEL.KD.PSEUDO_LABELS.ENABLED needs no file: the teacher then labels every augmented image.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def check_known(detections: list[dict[str, Any]], truth: dict[str, Any]) -> None
 
 
 def complete(annotation: dict[str, Any]) -> dict[str, Any]:
-    """Add fields that annotation files may omit but pycocotools needs."""
+    """Return the annotation with fields that files may omit but pycocotools needs."""
     width, height = annotation["bbox"][2:]
     return {"area": width * height, "iscrowd": 0, **annotation}
 
@@ -59,7 +59,7 @@ def evaluate_boxes(
 def found_objects(
     truth: dict[str, Any], detections: list[dict[str, Any]], score: float, overlap: float = 0.5
 ) -> set[int]:
-    """Return ids of the annotations matched by a detection of their class with this score and overlap or more."""
+    """Return ids of annotations that a detection of their class matches with this score and IoU or more, one for each."""
     check_known(detections, truth)
     sure = [detection for detection in detections if detection["score"] >= score]
     ids = [c["id"] for c in truth["categories"]]

@@ -70,7 +70,7 @@ class ExportMetadata:
             raise UserError(f"{path} was not written by kd-d2 export: its metadata lack {error}.") from error
 
     def resize_transform(self, height: int, width: int) -> T.Transform:
-        """Return the resizing of an image of this size."""
+        """Return the transform that resizes an image of this size."""
         if self.fixed_size is None:
             return resize_at_test(height, width, self.min_size, self.max_size)
         scale = min(self.fixed_size[0] / height, self.fixed_size[1] / width)

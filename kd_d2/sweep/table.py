@@ -27,7 +27,7 @@ class Row:
         gain: mean AP minus that of the baseline; None without a baseline.
         is_better: whether the gain is more than two pooled standard deviations; None if unknown.
         gap_closed: closed fraction of the gap between plain student and teacher.
-        multipliers: last multiplier of the losses by distiller, geometric mean over seeds; empty without balancing.
+        multipliers: last loss multiplier by distiller, geometric mean over seeds; empty without MODEL.KD.BALANCE.
         seconds_per_iteration, peak_memory_mib: of the training, mean over seeds.
     """
 

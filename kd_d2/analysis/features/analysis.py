@@ -184,7 +184,7 @@ class FeatureGatherer:
         self.statistics = {name: FeatureStatistics() for name in (*shapes, PIXELS, NOISE)}
 
     def add(self, entry: dict, *, draw: bool) -> dict[str, np.ndarray]:
-        """Add the features of an image; return its pictures by folder, which are empty unless `draw` is set."""
+        """Add the features of an image; return its pictures by folder, or an empty dict unless `draw` is set."""
         image = self.readers[0].image(entry)
         levels = {reader.title: reader(entry) for reader in self.readers}
         differences = {title: self._compare(title, levels) for title in levels if self.strides[title]}
