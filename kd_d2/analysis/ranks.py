@@ -263,7 +263,7 @@ def rank_rows(
 def differences(
     layers: AdaptationLayers | None, student: DetectorOutputs, teacher: DetectorOutputs
 ) -> dict[str, dict[int, Tensor]]:
-    """Return mean squared differences (B, H, W) by stride: of predictions (P of PFI) and, given layers, features (D)."""
+    """Return mean squared differences (B, H, W) by stride: predictions (P of PFI) and, with layers, features (D)."""
     strides = sorted(student.dense.logits)
     found = {
         "predictions": {

@@ -59,7 +59,7 @@ def evaluate_boxes(
 def found_objects(
     truth: dict[str, Any], detections: list[dict[str, Any]], score: float, overlap: float = 0.5
 ) -> set[int]:
-    """Return ids of annotations that a detection of their class matches with this score and IoU or more, one for each."""
+    """Return ids of the annotations found by detections of their class with at least this score and IoU (one each)."""
     check_known(detections, truth)
     sure = [detection for detection in detections if detection["score"] >= score]
     ids = [c["id"] for c in truth["categories"]]
