@@ -1,6 +1,6 @@
 """kd_d2: knowledge distillation for object detection on Detectron2.
 
-The names below are imported when they are first used, and Detectron2 with them; `kd_d2.losses` does without it.
+The names below, and with them Detectron2, are imported on first use; `kd_d2.losses` does not need Detectron2.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MODULES = {
 
 __all__ = [*_MODULES, "data", "modeling"]
 
-# What Detectron2's own code warns of at every start, and no user of it can change.
+# Warnings of Detectron2's code at every start, which users cannot avoid.
 warnings.filterwarnings("ignore", message=r".*torch\.jit\.script")
 warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
 warnings.filterwarnings("ignore", message=r"torch\.meshgrid")
@@ -38,7 +38,7 @@ moved.explain(__name__)
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        if _MODULES[name] == "config":  # whoever builds a model by a config needs KDMetaArch registered
+        if _MODULES[name] == "config":  # building a model from a config needs KDMetaArch registered
             importlib.import_module(".meta_arch", __name__)
         value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
         globals()[name] = value

@@ -1,4 +1,4 @@
-"""python -m kd_d2 is the program kd-d2."""
+"""Entry point of python -m kd_d2, the same program as kd-d2."""
 
 from kd_d2.cli import main
 

@@ -1,4 +1,4 @@
-"""Arguments that commands share."""
+"""Command line arguments shared by several commands."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import argparse
 
 
 def add_config_argument(parser: argparse.ArgumentParser, help: str = "a config") -> None:
-    """CONFIG, which is `args.config_file`."""
+    """Add CONFIG as `args.config_file`."""
     parser.add_argument(
         "config_file",
         metavar="CONFIG",
-        help=f"{help}: a file, the name of one that ships (kd-d2 config list), or one in Detectron2's model zoo",
+        help=f"{help}: a file, the name of a shipped one (kd-d2 config list), or one in Detectron2's model zoo",
     )
 
 
 def add_import_argument(parser: argparse.ArgumentParser) -> None:
-    """--import, of which `args.imports` is the list."""
+    """Add --import as the list `args.imports`."""
     parser.add_argument(
         "--import",
         dest="imports",
@@ -27,31 +27,30 @@ def add_import_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
-    """How many processes run, and where: Detectron2's options."""
-    parser.add_argument("--num-gpus", type=int, default=1, help="GPUs, and processes, of each machine (default 1)")
-    parser.add_argument("--num-machines", type=int, default=1, help="machines (default 1)")
-    parser.add_argument("--machine-rank", type=int, default=0, help="number of this machine, from 0")
+    """Add Detectron2's options for distributed processes."""
+    parser.add_argument("--num-gpus", type=int, default=1, help="number of GPUs and processes per machine (default 1)")
+    parser.add_argument("--num-machines", type=int, default=1, help="number of machines (default 1)")
+    parser.add_argument("--machine-rank", type=int, default=0, help="rank of this machine, from 0")
     parser.add_argument("--dist-url", default="auto", help="URL of the first process, such as tcp://HOST:PORT")
     add_rank_timeout_argument(parser)
 
 
 def add_rank_timeout_argument(parser: argparse.ArgumentParser) -> None:
-    """How long ranks wait for each other."""
+    """Add the timeout of ranks that wait for each other."""
     parser.add_argument(
         "--rank-timeout",
         type=float,
         default=30,
         metavar="MINUTES",
-        help="a rank for which the others wait so long ends the program (default 30); it must be more than the first rank needs to evaluate",
+        help="end the program if ranks wait this long for another (default 30); must exceed an evaluation by the first rank",
     )
 
 
 def add_model_argument(parser: argparse._ActionsContainer, count: str, *, required: bool = True) -> None:
-    """--model, of which `args.model` is a list of value lists, one for each `--model`: see
-    `kd_d2.model_paths`.
+    """Add --model as `args.model`, with a list of values for each `--model`; see `kd_d2.model_paths`.
 
     Args:
-        count: how many models the command takes, for the help.
+        count: the number of models that the command takes, for the help text.
     """
     parser.add_argument(
         "--model",
@@ -59,6 +58,6 @@ def add_model_argument(parser: argparse._ActionsContainer, count: str, *, requir
         nargs="+",
         required=required,
         metavar=("[TITLE=]CONFIG_OR_RUN", "WEIGHTS"),
-        help="a trained model: the output folder of a training, or a config and a checkpoint; a distillation's config means "
-        f"its student ({count})",
+        help="a trained model: the output folder of a training, or a config and a checkpoint; the config of a distillation "
+        f"selects its student ({count})",
     )

@@ -1,4 +1,4 @@
-"""Distillation from end to end on the synthetic set of shapes: a teacher, a small student alone, the same student distilled."""
+"""Distillation end to end on the synthetic shapes: a teacher, a small student alone, and the same student distilled."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ logger = logging.getLogger(__name__)
 
 
 def run_demo(output: str) -> None:
-    """Train the three detectors, and leave table, plots and pictures of detections in `output`.
+    """Train the three detectors, and write the table, plots and pictures of detections to `output`.
 
-    Started again, it resumes where it stopped.
+    An interrupted demo resumes where it stopped.
     """
     start = time.time()
     register_synthetic()
-    logger.info("Making the synthetic data, if they are not there yet ...")
+    logger.info("Creating the synthetic data, unless it already exists ...")
     images = DatasetCatalog.get(DATASET)
     DatasetCatalog.get("shapes_train")
     logger.info("Training a teacher, then a plain and a distilled student side by side ...")
@@ -48,7 +48,7 @@ def run_demo(output: str) -> None:
 
 
 def draw_side_by_side(images: list[dict], output: str, path: str) -> None:
-    """Ground truth, teacher, plain and distilled student on the first images that have several objects."""
+    """Draw the ground truth and the detections of the three detectors on the first images with several objects."""
     runs = {"teacher": "teacher/seed0", "plain student": "plain/seed0", "distilled student": "distilled/seed0"}
     predictors = {title: load_predictor(os.path.join(output, run)) for title, run in runs.items()}
     names = MetadataCatalog.get(DATASET).thing_classes
@@ -66,12 +66,12 @@ def draw_side_by_side(images: list[dict], output: str, path: str) -> None:
 
 
 def surest(found: Instances) -> Instances:
-    """Of overlapping detections of any class the one with the highest score, so that the picture stays readable."""
+    """Keep only the highest-scoring of overlapping detections of any class, so that the picture is readable."""
     return found[nms(found.pred_boxes.tensor, found.scores, SHOWN_OVERLAP)]
 
 
 def load_predictor(run: str) -> DefaultPredictor:
-    """Detectron2's own predictor with a run's plain student config and checkpoint."""
+    """Create Detectron2's predictor from the plain student config and the checkpoint of a run."""
     weights = os.path.join(run, "model_final.pth")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return DefaultPredictor(

@@ -1,4 +1,4 @@
-"""Modules that have another name since 0.2: importing the old one says the new one."""
+"""Modules that were renamed in 0.2; importing an old name raises an error with the new name."""
 
 from __future__ import annotations
 
@@ -44,5 +44,5 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def explain(package: str) -> None:
-    """Let imports of the package's old modules fail with a message that names the new ones."""
+    """Make imports of the package's old modules fail with a message that gives the new names."""
     sys.meta_path.append(_Finder(package))

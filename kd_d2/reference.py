@@ -1,4 +1,4 @@
-"""Every config key of the library, its detectors and the registered methods, with its type, default and meaning."""
+"""Reference of the config keys of the library, its detectors and the registered methods: type, default, description."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from .modeling import MODELING_KEYS
 
 @dataclass(frozen=True)
 class KeyReference:
-    """A config key as the reference shows it.
+    """A config key in the reference.
 
     Attributes:
-        name: in full, such as "MODEL.KD.ICD.DIM".
-        values: its type and range in words, such as "a whole number at least 1".
-        default: its default value.
-        description: what it means.
+        name: full name, such as "MODEL.KD.ICD.DIM".
+        values: type and range in words, such as "a whole number at least 1".
+        default: default value.
+        description: meaning of the key.
     """
 
     name: str
@@ -35,7 +35,7 @@ class KeyReference:
 
 
 def config_reference() -> list[KeyReference]:
-    """The keys of the library, of its backbones and detectors, and of each registered method, in order of the methods' names."""
+    """Return the keys of the library, its backbones and detectors, and the registered methods (sorted by name)."""
     nodes: dict[str, type[Keys]] = LIBRARY_KEYS | {f"MODEL.{name}": keys for name, keys in MODELING_KEYS.items()}
     for _, method in sorted(DISTILLER_REGISTRY):
         nodes[f"MODEL.KD.{method.CONFIG_NODE}"] = method.Config
@@ -47,10 +47,10 @@ def config_reference() -> list[KeyReference]:
 
 
 def explain(key: str) -> str:
-    """What a config key means, or all keys of a node, as text.
+    """Return an explanation of a config key, or of all keys of a node, as text.
 
     Raises:
-        UserError: there is no such key or node.
+        UserError: the key or node does not exist.
     """
     entries = [entry for entry in config_reference() if entry.name == key or entry.name.startswith(f"{key}.")]
     if entries:

@@ -1,4 +1,4 @@
-"""Which versions a result was made with."""
+"""Versions of the software that produced a result."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PACKAGES = ("kd_d2", "torch", "torchvision", "detectron2", "kornia", "numpy", "p
 
 
 def versions() -> dict[str, str]:
-    """Python, the packages that numbers hang on, and the device."""
+    """Return the versions of Python and of the packages that results depend on, and the device."""
     found = {"python": platform.python_version()}
     found |= {package: text for package in PACKAGES if (text := _version(package))}
     found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
@@ -24,6 +24,6 @@ def _version(package: str) -> str | None:
     except PackageNotFoundError:
         if package != "detectron2":
             return None
-    import detectron2  # may have come under another name
+    import detectron2  # may be installed under another name
 
     return detectron2.__version__

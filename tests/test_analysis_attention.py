@@ -75,8 +75,8 @@ def test_heat_lies_where_the_attention_is() -> None:
     [
         ("plain config", "--model student must be the config of a distillation: MODEL.META_ARCH"),
         ("other methods", "--model student must be the config of a distillation with ICD"),
-        ("student alone", r"student.pth does not hold the ICD decoder of this config: it has none"),
-        ("other width", r"does not hold the ICD decoder of this config: Missing key"),
+        ("student alone", r"student.pth does not contain the ICD decoder of this config: it has none"),
+        ("other width", r"does not contain the ICD decoder of this config: Missing key"),
         ("no such file", r"--model student.*nothing.pth"),
     ],
 )

@@ -29,7 +29,7 @@ def test_two_models_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture) 
     common = ["--output", output, "--workers", 1]
     run(*_model(project, "one"), *_model(project, "the other"), *common, "--classes", *_data(project))
     printed = capsys.readouterr().out
-    assert "The annotations have no super-categories: Sim is Loc" in printed
+    assert "The annotations have no super-categories, so Sim equals Loc" in printed
     assert "| one, all " in printed and "| the other, small " in printed
     found = json.loads((output / "errors.json").read_text())
     assert found["one"] == found["the other"]
@@ -79,7 +79,7 @@ def test_wrong_models(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
         ([*_model(project, "one"), *_model(project, "one"), *end], "--model: two models have the title 'one'"),
         (
             [*_model(project, "one"), *end, "--supercategories", above],
-            "names the class 'purple'; there are red, green, blue",
+            "names the class 'purple'; available: red, green, blue",
         ),
         (
             ["--model", f"one={project.teacher}", other.teacher_weights, *end],

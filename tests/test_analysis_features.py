@@ -195,4 +195,4 @@ def test_features_that_cannot_be_compared(tmp_path: Path, capfd) -> None:
     save_fixed_weights(other.teacher, other.teacher_weights)
     with pytest.raises(SystemExit):
         run(*models, *common)
-    assert "small and big have no level of one stride and one number of channels" in capfd.readouterr().err
+    assert "small and big have no level with the same stride and number of channels" in capfd.readouterr().err

@@ -162,7 +162,7 @@ def test_from_the_beginning_and_from_checkpoints(tmp_path: Path, run: Callable) 
     plain = tmp_path / "plain.pth"
     save_fixed_weights(project.teacher, plain)
     _, printed = call("--model", project.student, plain)
-    assert "The layers of ICD are as a training begins" in printed and "layers of StructuralKD" not in printed
+    assert "The layers of ICD keep initial weights" in printed and "layers of StructuralKD" not in printed
 
 
 @pytest.mark.parametrize(

@@ -173,4 +173,4 @@ def test_what_cannot_be_drawn(tmp_path: Path, capfd: pytest.CaptureFixture) -> N
     assert "no level of stride 4; its strides are [8, 16, 32, 64, 128]" in capfd.readouterr().err
     with pytest.raises(SystemExit):
         run("--model", tmp_path / "1", "--model", tmp_path / "2", *common)
-    assert f"{tmp_path / '2'} has other images than {tmp_path / '1'}" in capfd.readouterr().err
+    assert f"{tmp_path / '2'} has different images than {tmp_path / '1'}" in capfd.readouterr().err

@@ -97,5 +97,5 @@ def test_needs_coco_metrics() -> None:
     """Check the sentence for a test set that Pascal VOC's metrics evaluate: they cannot take some of the images."""
     cfg = get_cfg()
     cfg.DATASETS.TEST = ("voc_2007_test",)
-    with pytest.raises(UserError, match="COCO's metrics, which voc_2007_test does not have"):
+    with pytest.raises(UserError, match="COCO metrics, which voc_2007_test does not use"):
         rank_oracle(cfg, None, [])

@@ -146,7 +146,7 @@ def test_a_plain_checkpoint_has_no_adaptation_layers(
     rows_with_features = picture.shape[0]
     with pytest.raises(SystemExit):
         draw("--images", 1, "MODEL.KD.PFI.ADAPTATION", "3x3")
-    assert "error: The layers of PFI in" in capsys.readouterr().err
+    assert "error: The PFI layers in" in capsys.readouterr().err
     project = make_project(tmp_path / "narrow", "retinanet", **{"MODEL__FPN__OUT_CHANNELS": 8})
     project.change(MODEL__KD__DISTILLERS=("RankMimicking",), SOLVER__MAX_ITER=1, SOLVER__STEPS=())
     train(project)

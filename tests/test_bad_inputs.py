@@ -310,7 +310,7 @@ def test_keypoints_and_masks_that_the_data_lack(refused, monkeypatch: pytest.Mon
         assert refused(key, ("lvis_v1_val",)) == f"{key} {sentence}"
     monkeypatch.setattr("kd_d2.engine.checks._check_files", lambda *args: None)
     assert refused("DATASETS.TEST", ("lvis_v1_val",)) == f"DATASETS.TEST {sentence.replace(chr(39), '')}"
-    assert refused("DATASETS.TEST", ("cityscapes_fine_sem_seg_val",)).endswith("is none of coco, pascal_voc and lvis.")
+    assert refused("DATASETS.TEST", ("cityscapes_fine_sem_seg_val",)).endswith("is not coco, pascal_voc or lvis.")
 
 
 def test_a_broken_image_stops_the_training_in_a_sentence(project: Project, capfd: pytest.CaptureFixture) -> None:

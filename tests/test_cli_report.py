@@ -168,13 +168,13 @@ def test_page_of_everything(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ([], "There is nothing to report: name the output folders of trainings or analyses"),
-        (["--sweep", "m.yaml"], "--sweep and --results belong together"),
+        ([], "There is nothing to report; give output folders of trainings or analyses"),
+        (["--sweep", "m.yaml"], "--sweep and --results must be given together"),
         (
             ["empty"],
-            "empty is the output folder neither of a training (it has no config.yaml and metrics.json) nor of a",
+            "empty is neither the output folder of a training (it has no config.yaml and metrics.json) nor that of a",
         ),
-        (["none"], "none is the output folder neither of a training"),
+        (["none"], "none is neither the output folder of a training"),
         (["unknown"], "Unknown analysis 'mine'; available: errors, detections"),
         (["unnamed"], "analysis.json: the file has no 'analysis'"),
         (["SEED", "1"], "kd-d2 report takes no config overrides, such as SEED"),

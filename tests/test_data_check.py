@@ -242,9 +242,9 @@ def test_the_command_on_a_config(tmp_path: Path, capsys: pytest.CaptureFixture) 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], "Name either a CONFIG, or annotation files by --train and --test."),
-        (["a.yaml", "--train", "a", "b"], "Name either a CONFIG, or annotation files by --train and --test."),
-        (["--train", "a", "b", "SEED", "1"], "The override SEED changes nothing without a CONFIG."),
+        ([], "Give either a CONFIG, or annotation files with --train and --test."),
+        (["a.yaml", "--train", "a", "b"], "Give either a CONFIG, or annotation files with --train and --test."),
+        (["--train", "a", "b", "SEED", "1"], "The override SEED has no effect without a CONFIG."),
         (["--train", "a", "b", "--images", "some"], "--images is 'some'; it must be a whole number or all."),
         (["--train", "a", "b", "--samples", "0"], "--samples is 0; it must be at least 1."),
     ],

@@ -302,7 +302,7 @@ def test_file_that_detects_something_else_is_not_written(
         graph.model.box2box_transform.weights = (1.0, 1.0, 1.0, 1.0)
 
     monkeypatch.setitem(exporting.WRITERS, "onnx", write_another)
-    with pytest.raises(UserError, match=r"does not detect what PyTorch does, and was not written: \d+ detections"):
+    with pytest.raises(UserError, match=r"was not written, since its detections differ from PyTorch's: \d+ have"):
         export_detector(configs["retinanet"], str(tmp_path / "model.onnx"))
     assert list(tmp_path.iterdir()) == []
 
@@ -379,7 +379,7 @@ def test_what_cannot_be_exported_is_one_sentence(
     predict = ("predict", "--input", rcnn / "data", "--output", tmp_path / "out", "--model")
     cases = [
         (("--output", tmp_path / "x.pt"), "the name must end with .onnx, .ts, .torchscript, .xml"),
-        (("--output", tmp_path / "x.ts", "--format", "onnx"), "--format is onnx, but the name"),
+        (("--output", tmp_path / "x.ts", "--format", "onnx"), "--format is onnx, but --output"),
         (("--output", tmp_path / "x.ts", "--int8"), "--int8 needs an ONNX file"),
         (("--output", onnx_file, "--size", "0", "9"), "--size is (0, 9)"),
         (("--output", onnx_file, "--score-thresh", "2"), "--score-thresh is 2.0"),
@@ -390,13 +390,13 @@ def test_what_cannot_be_exported_is_one_sentence(
     commands = [(("export", "--model", run_folder, *arguments), words) for arguments, words in cases]
     commands += [
         (("export", "--model", run_folder / "config.yaml", "none.pth", "--output", onnx_file), "MODEL.WEIGHTS: there is no file"),
-        (("export", "--model", rcnn / "plain.yaml", rcnn / "model.pth", "--output", onnx_file, "--no-nms"), "GeneralizedRCNN cannot do without NMS"),
+        (("export", "--model", rcnn / "plain.yaml", rcnn / "model.pth", "--output", onnx_file, "--no-nms"), "GeneralizedRCNN needs NMS internally"),
         (("export", "--model", tmp_path / "notes.onnx", "--output", onnx_file), "only by kd-d2 predict and eval"),
         ((*predict, tmp_path / "none.onnx"), "There is no exported model"),
         ((*predict, tmp_path / "notes.onnx"), "cannot be read as onnx"),
         ((*predict, tmp_path / "notes.ts"), "cannot be read as torchscript"),
         ((*predict, tmp_path / "other.ts"), "was not written by kd-d2 export"),
-        (("eval", "--model", tmp_path / "notes.onnx"), "names no data: write --model CONFIG_OR_RUN"),
+        (("eval", "--model", tmp_path / "notes.onnx"), "names no data; use --model CONFIG_OR_RUN"),
     ]  # fmt: skip
     for command, words in commands:
         with pytest.raises(SystemExit) as ended:
@@ -407,7 +407,9 @@ def test_what_cannot_be_exported_is_one_sentence(
     assert not onnx_file.exists() and not (tmp_path / "out").exists()
 
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(UserError, match=r"The package onnx is needed and missing: pip install 'kd_d2\[export\]'"):
+    with pytest.raises(
+        UserError, match=r"The package onnx is required but not installed: pip install 'kd_d2\[export\]'"
+    ):
         export_detector(configs["retinanet"], str(onnx_file))
     keypoints = configs["faster-rcnn"].clone()
     model = pytorch_model(keypoints)
@@ -422,8 +424,8 @@ def test_prediction_below_the_threshold_of_the_file(run_folder: Path, tmp_path: 
     options = ("--input", run_folder, "--output", tmp_path / "out", "--model", path)
     Image.new("RGB", (64, 64)).save(run_folder / "a.png")
     for more, words in (
-        (("--score-thresh", "0.3"), "gives no detections below 0.4"),
-        (("MODEL.DEVICE", "cpu"), "the override MODEL.DEVICE changes nothing"),
+        (("--score-thresh", "0.3"), "returns no detections below 0.4"),
+        (("MODEL.DEVICE", "cpu"), "the override MODEL.DEVICE has no effect"),
     ):
         with pytest.raises(SystemExit):
             run_command("predict", *options, *more)

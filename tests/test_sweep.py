@@ -212,7 +212,7 @@ def test_no_two_lines_of_a_plot_look_alike(count):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("config: STUDENT\nbaseline: x\ncells: {plain: {}}", "baseline is 'x', which is no cell; there are plain"),
+        ("config: STUDENT\nbaseline: x\ncells: {plain: {}}", "baseline 'x' is not a cell; available: plain"),
         ("config: STUDENT\nbaseline: plain\ncells: {plain: {optz: {}}}", "cell plain has the unknown key 'optz'"),
         ("baseline: plain\ncells: {plain: {}}", "cell plain has no config"),
         ("config: [", "is not plain yaml"),
@@ -225,8 +225,8 @@ def test_no_two_lines_of_a_plot_look_alike(count):
             "config: STUDENT\nbaseline: plain\ncells: {plain: {seeds: [a]}}",
             "seeds of cell plain is .* a list of whole numbers",
         ),
-        ("config: STUDENT\nbaseline: plain\ncells: {'../plain': {}}", "the cell '../plain' cannot name a folder"),
-        ("config: STUDENT\nbaseline: plain\ncells: {.: {}}", "the cell '.' cannot name a folder"),
+        ("config: STUDENT\nbaseline: plain\ncells: {'../plain': {}}", "the cell '../plain' is not a valid folder name"),
+        ("config: STUDENT\nbaseline: plain\ncells: {.: {}}", "the cell '.' is not a valid folder name"),
     ],
 )
 def test_a_wrong_matrix_is_one_sentence(tmp_path, text, message):
@@ -239,7 +239,7 @@ def test_a_wrong_matrix_is_one_sentence(tmp_path, text, message):
 def test_selecting_an_unknown_cell(tmp_path):
     """Check that a cell that is not in the matrix is refused by name, and that seeds run before cells."""
     matrix = read_matrix(write_matrix(tmp_path, MATRIX))
-    with pytest.raises(UserError, match="no cell 'worse'; there are plain, inheritance"):
+    with pytest.raises(UserError, match="no cell 'worse'; available: plain, inheritance"):
         matrix.select(["worse"], None)
     pairs = [(cell.name, seed) for cell, seed in matrix.select(["better", "plain"], None)]
     assert pairs == [("plain", 0), ("better", 0), ("better", 1), ("better", 2)]
@@ -262,7 +262,7 @@ def test_a_finished_cell_is_not_run_again(tmp_path, monkeypatch, caplog):
     with open(job.result, "w") as file:
         json.dump(result("better", 0, 1.0) | {"settings": job.settings}, file)
     run_jobs([job], 1, 1)
-    assert "1 of 1 cells are finished already" in caplog.text
+    assert "1 of 1 cells are already finished" in caplog.text
     changed = training_job(matrix.cell("better"), 0, str(tmp_path), str(tmp_path / "cells"), ["SOLVER.GAMMA", "0.2"])
     with pytest.raises(UserError, match=r"SOLVER.GAMMA: default then, 0.2 now"):
         run_jobs([changed], 1, 1)

@@ -1,4 +1,4 @@
-"""Analyses of trained detectors and distillations: what `kd-d2 analyze` runs and `kd-d2 report` shows.
+"""Analyses of trained detectors and distillations, for `kd-d2 analyze` and `kd-d2 report`.
 
     from kd_d2.analysis import errors, load_models
 
@@ -6,8 +6,8 @@
     result = errors.ErrorAnalysis.run(models, "output/errors")
     result.save("output/errors")
 
-Each analysis is a subclass of `Analysis`; `ANALYSES` lists them by name, and `register_analysis` adds one. The classes and
-functions below are imported when they are first used, so that listing the analyses is fast.
+Each analysis is a subclass of `Analysis`. `ANALYSES` lists them by name; `register_analysis` adds one. The classes and
+functions below are imported on first use, so that listing the analyses is fast.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`kd-d2 analyze attention`: the attention of ICD's decoder over the feature levels, instance by instance."""
+"""`kd-d2 analyze attention`: the attention of ICD's decoder over the feature levels, by instance."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from .drawing import draw_instances, enlarged, overlay_heat, per_pixel, sheet, t
 from .examples import picture_name, pixels, read_examples
 from .models import Distillation, load_distillations
 
-SIDE = 200  # px of a picture's shorter side
+SIDE = 200  # shorter side of a picture, in pixels
 
 
 @dataclass
 class AttentionAnalysis(Analysis):
     """The attention of ICD's decoder over the feature levels, drawn on images of the test set.
 
-    The model is a distillation with ICD and a checkpoint of its training. The output folder gets a picture per image with a row per
-    instance: the box, the attention of all levels together, and that of each level, scaled to its own maximum; and
-    attention.json with the mean share of an instance's attention that lies in its box.
+    The model is a distillation with ICD and a checkpoint of its training. The output folder contains one picture per
+    image, with one row per instance: the box, the attention over all levels, and the attention of each level scaled to
+    its maximum. attention.json has the mean fraction of an instance's attention inside its box.
     """
 
     name = "attention"
@@ -43,14 +43,14 @@ class AttentionAnalysis(Analysis):
     images: int
     instances: int
     share_in_box: float
-    """The fraction of an instance's attention in its box, mean over the instances."""
+    """The fraction of an instance's attention inside its box, averaged over the instances."""
     box_area: float
-    """The fraction of the image that the box covers."""
+    """The fraction of the image covered by the box, averaged over the instances."""
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--images", type=int, default=8, help="the first with instances (default 8)")
-        parser.add_argument("--instances", type=int, default=4, help="rows of a picture (default 4)")
+        parser.add_argument("--images", type=int, default=8, help="number of test images with instances (default 8)")
+        parser.add_argument("--instances", type=int, default=4, help="number of rows in a picture (default 4)")
 
     @classmethod
     def run(cls, models: Sequence[Distillation], output: str, *, images: int = 8, instances: int = 4) -> Self:
@@ -79,10 +79,10 @@ class AttentionAnalysis(Analysis):
 
 
 def load_icd(distillation: Distillation) -> tuple[KDMetaArch, ICD]:
-    """The teacher and the trained ICD of a checkpoint; the student stays as it is initialized.
+    """Load the model and the trained ICD of a checkpoint, without loading weights into the student.
 
     Raises:
-        UserError: the config has no ICD, or the checkpoint no ICD of its kind.
+        UserError: the config has no ICD, or the checkpoint has no matching ICD.
     """
     if "ICD" not in distillation.cfg.MODEL.KD.DISTILLERS:
         raise UserError(
@@ -95,7 +95,7 @@ def load_icd(distillation: Distillation) -> tuple[KDMetaArch, ICD]:
     except RuntimeError as error:
         reason = "it has none" if not state else str(error).splitlines()[1].strip()
         raise UserError(
-            f"--model: {distillation.weights} does not hold the ICD decoder of this config: {reason}"
+            f"--model: {distillation.weights} does not contain the ICD decoder of this config: {reason}"
         ) from error
     return model, model.distillers["ICD"]
 
@@ -103,11 +103,11 @@ def load_icd(distillation: Distillation) -> tuple[KDMetaArch, ICD]:
 def draw_attention(
     image: np.ndarray, target: Instances, attention: dict[int, torch.Tensor], names: list[str], count: int
 ) -> np.ndarray:
-    """A row for each of the `count` largest instances.
+    """Draw one row for each of the `count` largest instances.
 
     Args:
         image: RGB (H, W, 3) uint8.
-        attention: by stride (N, h, w).
+        attention: maps (N, h, w) by stride.
     """
     plain = enlarged(image, SIDE)
     rows = []
@@ -128,7 +128,7 @@ def draw_attention(
 
 
 def share_inside(attention: dict[int, torch.Tensor], target: Instances) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each instance the fraction of its attention on cells with their center in its box, and the box's fraction of the image."""
+    """Return the fraction of each instance's attention in cells centered in its box, and the box's area fraction."""
     inside = 0
     for stride, level in attention.items():
         y, x = ((torch.arange(n, device=level.device) + 0.5) * stride for n in level.shape[-2:])

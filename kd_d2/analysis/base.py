@@ -1,4 +1,4 @@
-"""The protocol of an analysis: run, print, save, load, and show in a report."""
+"""The base class of the analyses, which are run, printed, saved, loaded and shown in reports."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ from .models import load_models
 from .registry import find_analysis
 
 MARKER = "analysis.json"
-"""In a finished folder: the name of the analysis that made it."""
+"""The file that marks the output folder of a finished analysis; it has the name of the analysis."""
 NOT_STORED = {"stored": False}
-"""The metadata of a dataclass field of an `Analysis` that its data file does not have."""
+"""Metadata of a dataclass field of an `Analysis` that is not stored in its data file."""
 
 
 @dataclass
 class Analysis(ABC):
-    """An analysis; an instance is what one run of it found.
+    """Base class of an analysis; an instance has the results of one run.
 
-    A subclass is a dataclass that says what it measures in its docstring, which is also the text of
-    `kd-d2 analyze NAME --help`. Its fields are stored in its data file and must be of types that JSON has: dataclasses, dict[str, ...],
-    list[...], str, int, float, bool and None; a field alone is the whole file. NaN is stored as null and loaded as None.
-    It implements `run`, and `sentences` and `tables`, which are printed and shown in reports; `draw` where it writes more.
+    A subclass is a dataclass; its docstring is also the text of `kd-d2 analyze NAME --help`. Its fields are stored in
+    its data file and must have types that JSON supports: dataclasses, dict[str, ...], list[...], str, int, float, bool
+    and None. A file with one field has only its value. NaN is stored as null and loaded as None. A subclass implements
+    `run`, `sentences` and `tables`, which are printed and shown in reports, and `draw` if it writes more files.
 
     Class attributes:
-        name: of the command, `kd-d2 analyze NAME`.
-        title: of its section in a report.
+        name: the name in the command `kd-d2 analyze NAME`.
+        title: the title of the section in a report.
         file: the data file in the output folder.
-        figures: pictures in the output folder with their captions; for a pattern with a *, the file's name follows the caption.
-        model_count: the least and the largest number of models; None for no limit.
-        read_models: makes what `run` takes of the command line's models and overrides: `load_models` or `load_distillations`.
+        figures: pictures in the output folder, with captions; the file name is appended if the pattern contains a *.
+        model_count: the minimum and maximum number of models; None for no limit.
+        read_models: converts models and overrides of the command line for `run`: `load_models` or `load_distillations`.
 
     Attributes:
-        folder: where it is saved; None before `save`.
+        folder: the folder in which it is saved; None before `save`.
     """
 
     name: ClassVar[str]
@@ -61,7 +61,7 @@ class Analysis(ABC):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Add the analysis's own options; each is a keyword argument of `run`."""
+        """Add the options of the analysis; each is a keyword argument of `run`."""
         return
 
     @classmethod
@@ -70,28 +70,28 @@ class Analysis(ABC):
         """Analyze models.
 
         Args:
-            models: what `read_models` returns.
-            output: folder in which pictures of single images are written as they are drawn.
+            models: the return value of `read_models`.
+            output: folder to which pictures of single images are written.
         """
 
     def sentences(self) -> list[str]:
-        """What the tables and pictures show."""
+        """Return sentences that describe the tables and pictures."""
         return []
 
     def tables(self) -> list[Table]:
-        """The results."""
+        """Return tables of the results."""
         return []
 
     def details(self) -> list[Table]:
-        """Tables for the report alone."""
+        """Return tables that only the report shows."""
         return []
 
     def draw(self, folder: str) -> None:
-        """Write tables and plots beside the data file; of a loaded analysis, those that its fields are enough for."""
+        """Write tables and plots next to the data file; after `load`, only those based on stored fields."""
         return
 
     def summary(self) -> str:
-        """Sentences and tables as text."""
+        """Return the sentences and tables as text."""
         parts = self.sentences()
         for table in self.tables():
             align = ["left", *["right"] * (len(table.headers) - 1)]
@@ -102,7 +102,7 @@ class Analysis(ABC):
         return "\n\n".join(parts)
 
     def section(self) -> Section:
-        """The part of a report, with the pictures of `folder`."""
+        """Return the section of a report, with the pictures in `folder`."""
         section = Section(self.title, self.sentences(), [*self.tables(), *self.details()])
         for pattern, caption in self.figures.items():
             for path in sorted(glob.glob(os.path.join(glob.escape(self.folder), pattern))):
@@ -110,10 +110,10 @@ class Analysis(ABC):
         return section
 
     def save(self, folder: str) -> None:
-        """Write everything into a folder, and last what marks it as finished.
+        """Write all files to a folder, the marker of a finished analysis last.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: the folder is not writable.
         """
         check_output_folder(folder, "--output")
         tree = {name: getattr(self, name) for name in self._stored()}
@@ -124,10 +124,10 @@ class Analysis(ABC):
 
     @classmethod
     def load(cls, folder: str) -> Self:
-        """What `save` has written.
+        """Load what `save` wrote.
 
         Raises:
-            UserError: a file is missing, or has other content than this analysis writes.
+            UserError: a file is missing, or its content is not what this analysis writes.
         """
         path, stored = os.path.join(folder, cls.file), cls._stored()
         tree = read_json(path)
@@ -145,33 +145,33 @@ class Analysis(ABC):
 
 
 def is_analysis(folder: str) -> bool:
-    """Whether an analysis has finished in this folder."""
+    """Return whether the folder contains a finished analysis."""
     return os.path.isfile(os.path.join(folder, MARKER))
 
 
 def load_analysis(folder: str) -> Analysis:
-    """The result of whichever analysis has written into a folder.
+    """Load the results of the analysis that wrote a folder.
 
     Raises:
-        UserError: no analysis has finished there, or its files have other content than it writes.
+        UserError: the folder contains no finished analysis, or the content of a file is not what the analysis writes.
     """
     path = os.path.join(folder, MARKER)
     return find_analysis(members({"analysis": str}, read_json(path), path, "the file")["analysis"]).load(folder)
 
 
 def check_at_least(option: str, value: int | None, minimum: int) -> None:
-    """Raise a UserError that names the option where its value is too small; None is an option that is not given."""
+    """Raise a UserError that names the option if its value is too small; None means that the option is not given."""
     if value is not None and value < minimum:
         raise UserError(f"{option} is {value}; it must be at least {minimum}.")
 
 
 def nanmean(values: Any, axis: int | None = None) -> Any:
-    """The mean of the values that are not NaN; NaN where there is none."""
+    """Return the mean of the values that are not NaN, or NaN if there are none."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         return np.nanmean(values, axis)
 
 
 def as_text(value: float | None, form: str = ".3f", missing: str = "-") -> str:
-    """A number of a table; `missing` for None and NaN."""
+    """Format a number for a table; return `missing` for None and NaN."""
     return missing if value is None or math.isnan(value) else format(value, form)

@@ -1,4 +1,4 @@
-"""`kd-d2 analyze detections`: the objects that one detector finds and another misses."""
+"""`kd-d2 analyze detections`: objects that one detector finds and another misses."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from .drawing import draw_instances, sheet, titled, write_picture
 from .examples import picture_name
 from .models import TrainedModel, read_annotations
 
-SIDE = 360  # px of a picture's shorter side
+SIDE = 360  # shorter side of a picture, in pixels
 GAINED, LOST, SAME = (42, 157, 80), (230, 57, 70), (150, 150, 150)
 
 
 @dataclass
 class Difference:
-    """Annotation ids of the objects that the second model finds and the first misses (gained), and the other way round (lost)."""
+    """Annotation ids of the objects that only the second model finds (gained) or only the first model finds (lost)."""
 
     gained: list[int]
     lost: list[int]
@@ -36,12 +36,12 @@ class Difference:
 
 @dataclass
 class DetectionAnalysis(Analysis):
-    """Objects that one model finds and another misses, and the images on which they differ most.
+    """Objects that one model finds and another misses, and the images on which the models differ most.
 
-    The first two models are compared: an object is gained where the second finds it and the first does not (a detection of its class
-    above the score, IoU at least 0.5), and lost the other way round. Half of the images are those with the most gained
-    objects, half those with the most lost. Each gets a picture: the objects, gained ones green, lost ones red, others gray;
-    then the detections of every model, for example of a teacher that is the third. differences.json counts all images.
+    The first two models are compared. An object is gained if only the second finds it (a detection of its class with
+    the minimum score and IoU at least 0.5), and lost if only the first does. Half of the pictures show the images with
+    the most gained objects, half those with the most lost: the objects (gained ones green, lost ones red, others gray),
+    then the detections of every model, for example of a teacher as the third. differences.json covers all images.
     """
 
     name = "detections"
@@ -53,12 +53,12 @@ class DetectionAnalysis(Analysis):
     compared: tuple[str, str]
     total: dict[str, int]
     images: dict[str, Difference]
-    """By image id; images without a difference are left out."""
+    """By image id; images without a difference are omitted."""
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--images", type=int, default=8, help="number of pictures (default 8)")
-        parser.add_argument("--score-thresh", type=float, default=0.3, help="lowest score of a detection (default 0.3)")
+        parser.add_argument("--score-thresh", type=float, default=0.3, help="minimum detection score (default 0.3)")
 
     @classmethod
     def run(cls, models: Sequence[TrainedModel], output: str, *, images: int = 8, score_thresh: float = 0.3) -> Self:
@@ -92,7 +92,7 @@ class DetectionAnalysis(Analysis):
 
 
 def differences(truth: dict, first: set[int], second: set[int]) -> dict[int, Difference]:
-    """By image the annotations that are gained and lost; images without any are left out."""
+    """Return the gained and lost annotations by image; images without any are omitted."""
     images: dict[int, Difference] = {}
     for annotation in truth["annotations"]:
         number = annotation["id"]
@@ -103,7 +103,7 @@ def differences(truth: dict, first: set[int], second: set[int]) -> dict[int, Dif
 
 
 def choose(images: dict[int, Difference], count: int) -> list[int]:
-    """The images with the most gained and those with the most lost objects in turn, the largest difference first."""
+    """Return alternately the images with the most gained and the most lost objects, largest differences first."""
 
     def gain(image: int) -> int:
         return len(images[image].gained) - len(images[image].lost)
@@ -116,18 +116,18 @@ def choose(images: dict[int, Difference], count: int) -> list[int]:
 def draw_differences(
     truth: dict, image_id: int, image: np.ndarray, difference: Difference, detections: dict[str, list[dict]]
 ) -> np.ndarray:
-    """The objects of an image, then the detections of each model.
+    """Draw the objects of an image, then the detections of each model.
 
     Args:
         image: RGB (H, W, 3) uint8.
-        detections: those of the image to be drawn, by the models' titles.
+        detections: detections on the image by model title.
     """
     names = {c["id"]: c["name"] for c in sorted(truth["categories"], key=lambda c: c["id"])}
     classes = {category: number for number, category in enumerate(names)}
     class_names = list(names.values())
     objects = [a for a in truth["annotations"] if a["image_id"] == image_id and not a.get("iscrowd")]
     color_of = dict.fromkeys(difference.gained, GAINED) | dict.fromkeys(difference.lost, LOST)
-    objects.sort(key=lambda o: o["id"] in color_of)  # what differs is drawn on top
+    objects.sort(key=lambda o: o["id"] in color_of)  # differences are drawn on top
     colors = [color_of.get(o["id"], SAME) for o in objects]
     drawn = draw_instances(image, as_instances(objects, image, classes), class_names, min_side=SIDE, colors=colors)
     row = [titled(drawn, f"objects: {len(difference.gained)} gained, {len(difference.lost)} lost")]
@@ -138,7 +138,7 @@ def draw_differences(
 
 
 def as_instances(entries: list[dict], image: np.ndarray, classes: dict[int, int]) -> Instances:
-    """Detections of COCO's format, or objects where they have no score, in pixels of the image."""
+    """Convert detections in COCO format, or annotations if they have no score, to instances in pixels of the image."""
     boxes = torch.tensor([e["bbox"] for e in entries]).view(-1, 4)
     boxes = Boxes(torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1))
     labels = torch.tensor([classes[e["category_id"]] for e in entries], dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Drawing on images: instances, heat maps, titles, sheets of pictures. All images are RGB (H, W, 3) uint8."""
+"""Drawing on images: instances, heat maps, titles, grids of pictures. All images are RGB (H, W, 3) uint8."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PALETTE = (
     (230, 57, 70), (29, 120, 200), (42, 157, 80), (244, 140, 6), (131, 56, 200), (0, 150, 160), (214, 40, 140), (120, 90, 40),
     (90, 110, 20), (70, 70, 160),
 )  # fmt: skip
-FONT = os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")  # OpenCV's own has ASCII alone
+FONT = os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")  # OpenCV's font has only ASCII
 LONGEST_ENLARGED = 4  # times min_side
 TITLE_HEIGHT, TITLE_MARGIN, TITLE_SIZES = 34, 6, range(20, 10, -1)
 WHITE, BLACK = (255, 255, 255), (30, 30, 30)
@@ -29,10 +29,10 @@ def draw_instances(
     min_side: int = 480,
     colors: list[tuple[int, int, int]] | None = None,
 ) -> np.ndarray:
-    """Draw boxes with class name and score, and masks where there are any.
+    """Draw boxes with class names and scores, and masks if available.
 
     Args:
-        image: RGB (H, W, 3) uint8; enlarged until its shorter side is `min_side` pixels, so that labels stay readable.
+        image: RGB (H, W, 3) uint8; enlarged to a shorter side of `min_side` pixels, so that labels are readable.
         instances: `pred_boxes`, `pred_classes`, `scores`, or `gt_boxes`, `gt_classes`, in pixels of `image`.
         class_names: by class index.
         colors: RGB of each instance; None for the colors of the classes.
@@ -71,7 +71,7 @@ def _tint(canvas: np.ndarray, mask: np.ndarray, color: tuple[int, int, int]) -> 
 
 
 def _label(picture: Image.Image, text: str, corner: np.ndarray, color: tuple[int, int, int], plates: list) -> None:
-    """The text on a plate above its box's corner; inside the image, and below plates that are there already."""
+    """Draw text on a plate above the corner of its box, inside the image and below existing plates."""
     text, font = label(text), ImageFont.truetype(FONT, max(11, min(picture.size) // 34))
     draw = ImageDraw.Draw(picture)
     width, plate = int(draw.textlength(text, font)) + 6, sum(font.getmetrics()) + 2
@@ -90,7 +90,7 @@ def _overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool
 
 
 def enlarged(image: np.ndarray, side: int, interpolation: int = cv2.INTER_CUBIC) -> np.ndarray:
-    """A copy whose shorter side has `side` pixels."""
+    """Return a resized copy whose shorter side has `side` pixels."""
     scale = side / min(image.shape[:2])
     return cv2.resize(image, None, fx=scale, fy=scale, interpolation=interpolation)
 
@@ -98,12 +98,12 @@ def enlarged(image: np.ndarray, side: int, interpolation: int = cv2.INTER_CUBIC)
 def overlay_heat(
     image: np.ndarray, heat: np.ndarray, opacity: float = 0.65, largest: float | None = None
 ) -> np.ndarray:
-    """Colors over a darkened image: black and violet where the heat is 0, yellow where it is largest.
+    """Overlay a heat map on a darkened image, from black and violet (0) to yellow (maximum).
 
     Args:
         image: RGB (H, W, 3) uint8.
-        heat: (h, w) of any size, 0 or more; interpolated to the image.
-        largest: the value that is yellow, so that pictures can be compared; None for the heat's own maximum.
+        heat: (h, w) of any size, nonnegative; interpolated to the size of the image.
+        largest: the value shown in yellow, so that pictures can be compared; None for the maximum of the heat map.
     """
     height, width = image.shape[:2]
     heat = cv2.resize(heat.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
@@ -113,13 +113,13 @@ def overlay_heat(
 
 
 def per_pixel(level: np.ndarray, stride: int, image_size: tuple[int, int]) -> np.ndarray:
-    """The map (H, W) of a level at the pixels of an image (height, width), interpolated; what lies in its padding is cut off."""
+    """Interpolate a map of a level to the pixels (H, W) of an image (height, width), without the padding."""
     size = (level.shape[1] * stride, level.shape[0] * stride)
     return cv2.resize(level, size, interpolation=cv2.INTER_LINEAR)[: image_size[0], : image_size[1]]
 
 
 def titled(image: np.ndarray, title: str) -> np.ndarray:
-    """The image below a strip with its title, which is written smaller where it is long, and truncated where it is too long."""
+    """Add a strip with a title above the image; long titles are written smaller, then truncated."""
     title, strip = printable(title), Image.new("RGB", (image.shape[1], TITLE_HEIGHT), WHITE)
     room = strip.width - 2 * TITLE_MARGIN
     fonts = [ImageFont.truetype(FONT, size) for size in TITLE_SIZES]
@@ -132,7 +132,7 @@ def titled(image: np.ndarray, title: str) -> np.ndarray:
 
 
 def sheet(rows: list[list[np.ndarray]], gap: int = 8) -> np.ndarray:
-    """Pictures in rows, on white; those of a row are of one size."""
+    """Arrange rows of pictures on a white background."""
     joined = []
     for row in rows:
         bottom = max(p.shape[0] for p in row) + gap
@@ -143,7 +143,7 @@ def sheet(rows: list[list[np.ndarray]], gap: int = 8) -> np.ndarray:
 
 
 def write_picture(path: str, image: np.ndarray) -> None:
-    """Write an image into a file, whose folder is made where it is missing, and print the path."""
+    """Write an image to a file, create its folder if it does not exist, and print the path."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     cv2.imwrite(path, image[:, :, ::-1])
     print(printable(path), flush=True)

@@ -1,4 +1,4 @@
-"""Images for analyses that draw: of the test set with their ground truth, or any image files."""
+"""Images for analyses that draw pictures: from the test set with ground truth, or from image files."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ..text import file_stem
 
 
 def read_examples(cfg: CfgNode, count: int) -> list[dict]:
-    """The first images of the test set that have instances, mapped with their ground truth at the test's size.
+    """Return the first images of the test set that have instances, mapped with ground truth at the test resolution.
 
     Raises:
-        UserError: no image has any.
+        UserError: no image has instances.
     """
     mapper = _mapper(cfg, with_truth=True)
     entries = (
@@ -34,10 +34,10 @@ def read_examples(cfg: CfgNode, count: int) -> list[dict]:
 
 
 def read_files(cfg: CfgNode, paths: list[str]) -> list[dict]:
-    """Image files, without ground truth, at the test's size.
+    """Read image files at the test resolution, without ground truth.
 
     Raises:
-        DataError: a file is missing or no image.
+        DataError: a file is missing or is not an image.
     """
     mapper = _mapper(cfg, with_truth=False)
     return [mapper({"file_name": path}) for path in paths]
@@ -49,11 +49,11 @@ def _mapper(cfg: CfgNode, *, with_truth: bool) -> CheckedMapper:
 
 
 def picture_name(example: dict) -> str:
-    """The name of a picture of an example."""
+    """Return the file name for a picture of an example."""
     return file_stem(os.path.splitext(os.path.basename(example["file_name"]))[0]) + ".png"
 
 
 def pixels(example: dict, cfg: CfgNode) -> np.ndarray:
-    """The image of an example as RGB (H, W, 3) uint8."""
+    """Return the image of an example as RGB (H, W, 3) uint8."""
     image = example["image"].permute(1, 2, 0).numpy()
     return np.ascontiguousarray(image if cfg.INPUT.FORMAT == "RGB" else image[:, :, ::-1])

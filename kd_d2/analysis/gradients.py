@@ -1,4 +1,4 @@
-"""`kd-d2 analyze gradients`: the gradient of each distillation loss beside that of the detection loss."""
+"""`kd-d2 analyze gradients`: the gradient of each distillation loss compared with that of the detection loss."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ DETECTION = "detection"
 
 @dataclass(frozen=True)
 class GradientStats:
-    """The gradient of a loss in the parameters of the student's neck, which all losses share; means over batches.
+    """The gradient of a loss with respect to the student's neck parameters, which all losses share; means over batches.
 
     Attributes:
-        loss: its value.
-        norm_ratio: the norm of its gradient over that of the detection loss.
-        cosine: of its gradient and that of the detection loss; 0 where it has none.
-        levels: by stride the norm of its gradient in that neck output over the norm in all of them; 0 where it has none.
-            Empty in files of older versions.
+        loss: value of the loss.
+        norm_ratio: norm of the gradient divided by that of the detection loss.
+        cosine: cosine similarity of the gradient to that of the detection loss; 0 without a gradient.
+        levels: by stride, the gradient norm for that neck output divided by the norm for all of them; 0 without a
+            gradient. Empty in files of older versions.
     """
 
     loss: float | None
@@ -52,9 +52,9 @@ class MethodWeight:
     """The WEIGHT of a method.
 
     Attributes:
-        norm_ratio: of the method's losses together, without the auxiliary ones.
-        weight: the config's.
-        suggested_weight: with which the method alone would have the gradient ratio `target`; None where it has no gradient.
+        norm_ratio: gradient norm ratio of the sum of the method's losses, without auxiliary ones.
+        weight: the value in the config.
+        suggested_weight: the weight for the gradient ratio `target` of the method alone; None if it has no gradient.
     """
 
     norm_ratio: float | None
@@ -66,15 +66,17 @@ class MethodWeight:
 class GradientAnalysis(Analysis):
     """Gradient norm of each distillation loss relative to the detection loss, and the WEIGHT for a chosen ratio.
 
-    A row per loss, means over training batches: its value; the norm of its gradient in the parameters of the student's neck, which
-    all losses share, over that of the detection loss; and the cosine of the two gradients, negative where the method opposes
-    the detection loss. A second table has a row per method: the same ratio of its losses together, its WEIGHT, and the WEIGHT
-    with which the method alone would have the ratio MODEL.KD.BALANCE.TARGET at this point of the training. A third has the share of
-    each level of the neck in a loss's gradient, which MODEL.KD.BALANCE.LEVELS makes those of the detection loss.
+    A first table has means over training batches for each loss: its value; the norm of its gradient with respect to the
+    student's neck parameters, which all losses share, divided by that of the detection loss; and the cosine of the two
+    gradients, negative if the method opposes the detection loss. A second table has the same ratio for each method's
+    losses in sum, its WEIGHT, and the WEIGHT with which the method alone would have the ratio MODEL.KD.BALANCE.TARGET
+    at this point of the training. A third has the share of each neck level in the gradient of each loss, which
+    MODEL.KD.BALANCE.LEVELS sets to that of the detection loss.
 
-    The model is a distillation: a config for the student as its training begins (MODEL.WEIGHTS, inheritance), or a run or a
-    config with a checkpoint; of a checkpoint of this library the distillers' own layers are loaded too. The batches are the first of
-    a training with the config's SEED, or 0 where it has none. The output folder gets gradients.json.
+    The model is a distillation: a config for the student at the start of training (MODEL.WEIGHTS, inheritance), or a
+    run or a config with a checkpoint. The layers of the distillers are also loaded from a checkpoint of this library.
+    The batches are the first of a training with the config's SEED, or 0 if unset. The output folder contains
+    gradients.json.
     """
 
     name = "gradients"
@@ -92,9 +94,9 @@ class GradientAnalysis(Analysis):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--batches", type=int, default=4, help="batches of training data (default 4)")
+        parser.add_argument("--batches", type=int, default=4, help="number of training batches (default 4)")
         parser.add_argument(
-            "--iteration", type=int, help="of the training, on which schedules depend (default the last)"
+            "--iteration", type=int, help="training iteration, on which schedules depend (default the last)"
         )
 
     @classmethod
@@ -121,7 +123,7 @@ class GradientAnalysis(Analysis):
 
     def sentences(self) -> list[str]:
         return [
-            "Gradients in the parameters that all losses share, relative to those of the detection loss; means over batches."
+            "Gradients for the parameters that all losses share, relative to the detection loss; means over batches."
         ]
 
     def tables(self) -> list[Table]:
@@ -147,7 +149,7 @@ class GradientAnalysis(Analysis):
 
 
 def build_for_training(distillation: Distillation) -> KDMetaArch:
-    """Student and teacher without a gradient balance; the student from the checkpoint, or as a training begins."""
+    """Build student and teacher without balancing; the student from the checkpoint, or as at the start of training."""
     cfg = distillation.cfg.clone()
     cfg.MODEL.KD.BALANCE.ENABLED = False
     distillation = Distillation(distillation.title, cfg, distillation.weights)
@@ -161,26 +163,24 @@ def build_for_training(distillation: Distillation) -> KDMetaArch:
         try:
             distiller.load_state_dict(states[name])
         except RuntimeError:
-            print(
-                f"The layers of {name} are as a training begins: {distillation.weights} has none that fit.", flush=True
-            )
+            print(f"The layers of {name} keep initial weights: {distillation.weights} has none that fit.", flush=True)
     return model
 
 
 def measure_gradients(model: KDMetaArch, batches: Iterable[list[dict]], iteration: int) -> dict[str, GradientStats]:
-    """The gradients of the detector's own losses together (`DETECTION`), of each loss of each distiller, and, by the name of
-    the distiller, of its losses but the auxiliary ones together.
+    """Measure gradients: of the detection losses in sum (`DETECTION`), of each distillation loss and, by the name of
+    the distiller, of its losses in sum without auxiliary ones.
 
     Args:
-        model: in train mode, without a balance; its parameters stay as they are.
-        batches: of training data.
-        iteration: of the training, on which schedules depend.
+        model: in train mode, without gradient balancing; its parameters are not changed.
+        batches: training batches.
+        iteration: training iteration, on which schedules depend.
 
     Raises:
         UserError: the student's backbone is fully frozen.
     """
     parameters = shared_parameters(model.student)
-    features: dict[int, Tensor] = {}  # the neck outputs by stride of the latest batch
+    features: dict[int, Tensor] = {}  # neck outputs of the latest batch, by stride
 
     def record(_module: nn.Module, _args: tuple, named: dict[str, Tensor]) -> None:
         features.update(model.adapter.by_stride(named))

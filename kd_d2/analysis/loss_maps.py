@@ -1,4 +1,4 @@
-"""`kd-d2 analyze loss-maps`: where on the image a distillation loss is large, averaged over a training."""
+"""`kd-d2 analyze loss-maps`: where in the image a distillation loss is large, averaged over a training."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ from .models import Models, read_paths
 FOLDER = "loss_maps"
 EXAMPLES = "examples.npz"
 PICTURE = "loss_maps.png"
-SIDE = 320  # px of a picture's shorter side
-RECORDS = 40  # in a training, unless --every says otherwise
+SIDE = 320  # shorter side of a picture, in pixels
+RECORDS = 40  # per training, unless --every is given
 LAUNCH_DEFAULTS = {"num_gpus": 1, "num_machines": 1, "machine_rank": 0, "dist_url": "auto", "rank_timeout": 30}
 
 
 @dataclass
 class RunShare:
-    """Of one training.
+    """Results of one training.
 
     Attributes:
-        records: how often the maps were recorded.
-        share_in_boxes: the fraction of the loss in the objects' boxes, mean over the images.
+        records: number of times the maps were recorded.
+        share_in_boxes: fraction of the loss inside the objects' boxes, averaged over the images.
     """
 
     records: int
@@ -56,15 +56,15 @@ class RunShare:
 
 @dataclass
 class LossMapAnalysis(Analysis):
-    """Where on the image a distillation loss is large, averaged over a training.
+    """Where in the image a distillation loss is large, averaged over a training.
 
-    A --model that is a config, of a distillation with one distiller, is trained as by kd-d2 train, into a folder of its title in the
-    output folder. Every N iterations, by default 40 times, the training also records loss maps for images of the test set: of
-    StructuralKD the loss at every position (its mean over the channels), of the other methods the norm of the loss's gradient in
-    the student's features. A --model that is the output folder of such a training is only drawn.
+    A --model that is the config of a distillation with one distiller is trained as with kd-d2 train, in a subfolder
+    named after its title. Every N iterations, by default 40 times, loss maps are recorded for images of the test set:
+    the loss at every position (averaged over channels) for StructuralKD, the norm of the loss's gradient with respect
+    to the student's features for other methods. A --model that is the output folder of such a training is only drawn.
 
-    loss_maps.png shows the trainings side by side: a row per image, with its objects first, then the mean of each training's maps,
-    black where it is 0 and yellow where it is largest. loss_maps.json has the share of each that lies in the objects' boxes.
+    loss_maps.png shows the trainings side by side, one row per image: the objects, then the mean of each training's
+    maps from black (0) to yellow (maximum). loss_maps.json has the fraction of each loss inside the objects' boxes.
     """
 
     name = "loss-maps"
@@ -73,20 +73,20 @@ class LossMapAnalysis(Analysis):
     figures = {PICTURE: "Yellow where the loss is largest."}
 
     box_area: float
-    """The fraction of the image that the objects' boxes cover, mean over the images."""
+    """The fraction of the image covered by the objects' boxes, averaged over the images."""
     runs: dict[str, RunShare]
     """By title."""
 
     @staticmethod
     def read_models(models: Models, opts: Sequence[str] = ()) -> list[tuple[ModelPath, list[str]]]:
-        """The models with the overrides: a config is read when it is trained."""
+        """Return the models with the overrides; a config is read when it is trained."""
         return [(path, list(opts)) for path in read_paths(models)]
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--images", type=int, default=8, help="of the test set, with instances (default 8)")
-        parser.add_argument("--every", type=int, help=f"iterations between two records (default: {RECORDS} in all)")
-        parser.add_argument("--stride", type=int, default=8, help="of the level that is drawn (default 8)")
+        parser.add_argument("--images", type=int, default=8, help="number of test images with instances (default 8)")
+        parser.add_argument("--every", type=int, help=f"iterations between records (default: {RECORDS} records)")
+        parser.add_argument("--stride", type=int, default=8, help="stride of the level to draw (default 8)")
         parser.add_argument("--resume", action="store_true", help="resume interrupted trainings")
         add_launch_arguments(parser)
 
@@ -130,10 +130,10 @@ class LossMapAnalysis(Analysis):
 
 
 def train_with_loss_maps(args: argparse.Namespace) -> None:
-    """Train a distillation, and record loss maps: the main function of each process.
+    """Train a distillation and record loss maps; the main function of each process.
 
     Args:
-        args: those of `engine.setup`, and `title`, `resume`, `images` and `every`.
+        args: those of `engine.setup`, plus `title`, `resume`, `images` and `every`.
     """
     cfg = setup(args)
     check_distillation(cfg, f"--model {args.title}")
@@ -142,7 +142,7 @@ def train_with_loss_maps(args: argparse.Namespace) -> None:
     every = args.every or max(1, cfg.SOLVER.MAX_ITER // RECORDS)
     recorder = LossMapRecorder(trainer.bare_model, examples, every, cfg.OUTPUT_DIR)
     if comm.is_main_process():
-        for path in _records(recorder.folder) if not args.resume else ():  # of an earlier training
+        for path in _records(recorder.folder) if not args.resume else ():  # from an earlier training
             os.remove(path)
         save_examples(examples, cfg)
     trainer.resume_or_load(resume=args.resume)
@@ -151,19 +151,19 @@ def train_with_loss_maps(args: argparse.Namespace) -> None:
 
 
 class LossMapRecorder(HookBase):
-    """Every `every` iterations writes `loss_maps/iteration_<N>.npz` into the output folder.
+    """Writes `loss_maps/iteration_<N>.npz` in the output folder every `every` iterations.
 
-    Each file holds arrays "<image>/<stride>" (H, W), of student and teacher in eval mode. A resumed training overwrites the files of
-    the iterations that it repeats. All processes record, since losses are normalized over all of them, and the first writes.
+    Each file has arrays "<image>/<stride>" (H, W), with student and teacher in eval mode. A resumed training overwrites
+    files of repeated iterations. All processes record, as losses are normalized over all of them; the first one writes.
 
     Args:
         model: has one distiller.
-        examples: images with their ground truth, as Detectron2's mapper gives them for a training.
-        every: iterations.
-        output: the training's output folder.
+        examples: images with ground truth, as returned by Detectron2's mapper for training.
+        every: number of iterations.
+        output: output folder of the training.
 
     Raises:
-        UserError: there is no distiller, or there are several.
+        UserError: there is no distiller or more than one.
     """
 
     def __init__(self, model: KDMetaArch, examples: list[dict], every: int, output: str):
@@ -189,7 +189,7 @@ class LossMapRecorder(HookBase):
                     np.savez(file, **maps)
 
     def record(self) -> dict[str, np.ndarray]:
-        """The maps at the current iteration."""
+        """Return the maps at the current iteration."""
         maps = {}
         was_training = self.model.training
         self.model.eval()
@@ -206,7 +206,7 @@ class LossMapRecorder(HookBase):
 
 
 def save_examples(examples: list[dict], cfg: CfgNode) -> None:
-    """Save the images and their objects beside the loss maps, for `draw_loss_maps`."""
+    """Save the images and their objects next to the loss maps, for `draw_loss_maps`."""
     arrays = {"classes": np.array(MetadataCatalog.get(cfg.DATASETS.TEST[0]).thing_classes)}
     for number, example in enumerate(examples):
         arrays[f"{number}/image"] = pixels(example, cfg)
@@ -216,7 +216,7 @@ def save_examples(examples: list[dict], cfg: CfgNode) -> None:
 
 
 def read_saved_examples(output: str) -> tuple[list[tuple[np.ndarray, Instances]], list[str]]:
-    """Images RGB (H, W, 3) with their ground truth, and the names of the classes."""
+    """Return RGB images (H, W, 3) with their ground truth, and the class names."""
     with np.load(os.path.join(output, FOLDER, EXAMPLES)) as arrays:
         examples = []
         while f"{len(examples)}/image" in arrays:
@@ -229,10 +229,10 @@ def read_saved_examples(output: str) -> tuple[list[tuple[np.ndarray, Instances]]
 
 
 def mean_loss_maps(output: str) -> tuple[dict[str, np.ndarray], int]:
-    """The mean over a training's records by "<image>/<stride>", and the number of records.
+    """Return the mean of a training's records by "<image>/<stride>", and the number of records.
 
     Raises:
-        UserError: there are none.
+        UserError: there are no records.
     """
     paths = _records(os.path.join(output, FOLDER))
     if not paths:
@@ -246,14 +246,14 @@ def mean_loss_maps(output: str) -> tuple[dict[str, np.ndarray], int]:
 
 
 def draw_loss_maps(folders: dict[str, str], stride: int) -> tuple[np.ndarray, float, dict[str, RunShare]]:
-    """Trainings side by side, a row per image; the area of the objects' boxes, and the share of each one's loss that lies in them.
+    """Draw trainings side by side, one row per image; return the picture, the mean box area, and the results by title.
 
     Args:
-        folders: the trainings' output folders by title.
-        stride: of the level.
+        folders: output folders of the trainings by title.
+        stride: stride of the level.
 
     Raises:
-        UserError: a training has no records, records of other images, or no such level.
+        UserError: a training has no records, records of different images, or no such level.
     """
     maps, records = {}, {}
     for title, folder in folders.items():
@@ -264,7 +264,7 @@ def draw_loss_maps(folders: dict[str, str], stride: int) -> tuple[np.ndarray, fl
         if f"{len(examples) - 1}/{stride}" not in levels or f"{len(examples)}/{stride}" in levels:
             strides = sorted({int(name.split("/")[1]) for name in levels})
             raise UserError(
-                f"{folders[title]} has other images than {first}, or no level of stride {stride}; its strides are {strides}."
+                f"{folders[title]} has different images than {first} or no level of stride {stride}; its strides are {strides}."
             )
     rows, covered, shares = [], [], {title: [] for title in folders}
     for number, (image, truth) in enumerate(examples):
@@ -281,7 +281,7 @@ def draw_loss_maps(folders: dict[str, str], stride: int) -> tuple[np.ndarray, fl
 
 
 def inside_boxes(truth: Instances) -> np.ndarray:
-    """(H, W) bool, whether a pixel is in any box."""
+    """Return a bool mask (H, W) of the pixels inside any box."""
     mask = np.zeros(truth.image_size, bool)
     for left, top, right, bottom in truth.gt_boxes.tensor.round().int().tolist():
         mask[max(top, 0) : bottom, max(left, 0) : right] = True

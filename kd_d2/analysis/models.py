@@ -1,4 +1,4 @@
-"""Trained models, and distillations, as analyses take them."""
+"""Trained models and distillations, the input of the analyses."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from ..model_paths import ModelPath, read_model_paths
 from ..text import folder_name
 
 Models = Sequence[str | Sequence[str]]
-"""What `--model` takes, a string or a pair each: [TITLE=]CONFIG_OR_RUN, and weights where it is a config."""
+"""Values of `--model`, each a string or a pair: [TITLE=]CONFIG_OR_RUN, and the weights if it is a config."""
 
 
 @dataclass
 class TrainedModel:
-    """A detector with its weights: a teacher, a plain student or a distilled one.
+    """A detector with its weights: a teacher, a plain student or a distilled student.
 
     Attributes:
-        title: what pictures and tables call it.
-        cfg: its plain config; the first of DATASETS.TEST is the dataset.
+        title: the name in pictures and tables.
+        cfg: the config of the plain detector; the first of DATASETS.TEST is the dataset.
     """
 
     title: str
@@ -45,16 +45,16 @@ class TrainedModel:
 
     @property
     def dataset(self) -> str:
-        """The name of the dataset on which it is analyzed."""
+        """The name of the dataset on which the model is analyzed."""
         return self.cfg.DATASETS.TEST[0]
 
     @property
     def folder_name(self) -> str:
-        """The title as the name of a folder."""
+        """The title as a valid folder name."""
         return folder_name(self.title)
 
     def identity(self) -> dict[str, object]:
-        """What results depend on: the weights' file, the config, the annotations."""
+        """Return a record of what the results depend on: the weights file, the config and the annotations."""
         weights = _local_file(self.cfg.MODEL.WEIGHTS)
         status = os.stat(weights)
         annotations = MetadataCatalog.get(self.dataset).get("json_file")
@@ -70,10 +70,10 @@ class TrainedModel:
         }
 
     def build(self) -> nn.Module:
-        """The detector on its device, in eval mode, every weight loaded.
+        """Build the detector on its device, in eval mode, with all weights loaded.
 
         Raises:
-            UserError: the checkpoint is another model's, or the dataset has other classes.
+            UserError: the checkpoint is for a different model, or the dataset has different classes.
         """
         model = build_model(self.cfg).eval()
         check_classes(self.cfg, model)
@@ -82,9 +82,9 @@ class TrainedModel:
         return model
 
     def detections(self, output: str) -> list[dict]:
-        """The model's detections of its dataset in COCO's format.
+        """Return the model's detections on its dataset in COCO format.
 
-        They are kept in `output`, in a folder of the model's own, and read from there as long as `identity` stays the same.
+        They are cached in the model's subfolder of `output` and read from there as long as `identity` is unchanged.
         """
         folder = os.path.join(output, self.folder_name)
         path, source = os.path.join(folder, "coco_instances_results.json"), os.path.join(folder, "source.json")
@@ -102,9 +102,9 @@ class Distillation:
     """The config of a distillation, which names the teacher, and a checkpoint of the student.
 
     Attributes:
-        title: what pictures and tables call it.
-        cfg: its config.
-        weights: path or URL; "" for the student as a training begins.
+        title: the name in pictures and tables.
+        cfg: the config of the distillation.
+        weights: path or URL; "" for the student at the start of training.
     """
 
     title: str
@@ -112,27 +112,27 @@ class Distillation:
     weights: str
 
     def build(self) -> KDMetaArch:
-        """Student, teacher and distillers in eval mode; the student as it is initialized."""
+        """Build student, teacher and distillers in eval mode, without loading weights into the student."""
         model = build_model(self.cfg).eval()
         check_classes(self.cfg, model)
         return model
 
     def build_trained(self) -> KDMetaArch:
-        """`build`, with the checkpoint in the student.
+        """Call `build` and load the checkpoint into the student.
 
         Raises:
-            UserError: there is no checkpoint, or it is another model's.
+            UserError: there is no checkpoint, or it is for a different model.
         """
         return self._loaded(self.build())
 
     def build_dense_pair(self, analysis: str) -> KDMetaArch:
-        """`build_trained`, where both detectors have dense predictions at the same anchors.
+        """Build as `build_trained`, and check that both detectors have dense predictions at the same anchors.
 
         Args:
-            analysis: what compares these, for messages.
+            analysis: the name of the analysis, for error messages.
 
         Raises:
-            UserError: they do not.
+            UserError: see `build_trained`; or a detector has no dense predictions, or the anchors differ.
         """
         model = self.build()
         for whose, adapter in (("student", model.adapter), ("teacher", model.teacher.adapter)):
@@ -148,18 +148,18 @@ class Distillation:
 
     @property
     def checkpoint(self) -> str:
-        """`weights`, for an analysis that needs a trained student. Raises a UserError where there are none."""
+        """`weights`, for an analysis that needs a trained student. Raises a UserError if it is empty."""
         if not self.weights:
             raise UserError(f"--model {self.title}: write the student's checkpoint after the config, or name a run.")
         return self.weights
 
     def distiller_states(self) -> dict[str, dict[str, Tensor]]:
-        """The distillers' own layers in the checkpoint: see `kd_d2.checkpoint.distiller_states`."""
+        """Return the state of the distillers' layers in the checkpoint; see `kd_d2.checkpoint.distiller_states`."""
         return distiller_states(_local_file(self.checkpoint))
 
     @property
     def class_names(self) -> list[str]:
-        """Of the dataset, the first of DATASETS.TEST."""
+        """Class names of the dataset, the first of DATASETS.TEST."""
         return MetadataCatalog.get(self.cfg.DATASETS.TEST[0]).thing_classes
 
 
@@ -167,12 +167,12 @@ def load_models(models: Models, opts: Sequence[str] = ()) -> list[TrainedModel]:
     """Read the configs of trained models, and register and check their data.
 
     Args:
-        models: for example ["plain=output/plain", ("retinanet.yaml", "model.pth")]. A distillation's config means its student.
+        models: for example ["plain=output/plain", ("retinanet.yaml", "model.pth")].
+            The config of a distillation is reduced to its student.
         opts: config overrides for all models, alternating keys and values.
 
     Raises:
-        UserError: a config, checkpoint or dataset that does not exist, or models that cannot be compared: two have one title,
-            or they are tested on different datasets.
+        UserError: a config, checkpoint or dataset is missing, two titles give one folder name, or the datasets differ.
     """
     register_synthetic()
     found, classes = [], None
@@ -182,7 +182,7 @@ def load_models(models: Models, opts: Sequence[str] = ()) -> list[TrainedModel]:
         if not cfg.MODEL.WEIGHTS:
             raise UserError(f"--model {path.title}: write a checkpoint after the config {path.config}, or name a run.")
         classes = classes or names_in_checkpoint(cfg.MODEL.WEIGHTS) or names_in_training_set(cfg)
-        cfg.DATASETS.TRAIN = ()  # is not read
+        cfg.DATASETS.TRAIN = ()  # not read
         register_coco_json(cfg, classes)
         check_datasets(cfg, train=False)
         found.append(TrainedModel(path.title, cfg))
@@ -204,7 +204,7 @@ def load_distillations(models: Models, opts: Sequence[str] = (), *, train: bool 
         train: also check the training data.
 
     Raises:
-        UserError: as `load_models`, and where a config is none of a distillation.
+        UserError: see `load_models`; or a config is not that of a distillation.
     """
     register_synthetic()
     found = []
@@ -219,27 +219,27 @@ def load_distillations(models: Models, opts: Sequence[str] = (), *, train: bool 
 
 
 def read_paths(models: Models) -> list[ModelPath]:
-    """`read_model_paths` of strings or pairs."""
+    """Call `read_model_paths` with strings or pairs."""
     return read_model_paths([[model] if isinstance(model, str) else list(model) for model in models])
 
 
 def read_annotations(dataset: str) -> dict:
-    """The content of a dataset's annotation file.
+    """Return the content of a dataset's annotation file.
 
     Raises:
-        UserError: the dataset is not one file in COCO's format.
+        UserError: the dataset is not a single file in COCO format.
     """
     path = MetadataCatalog.get(dataset).get("json_file")
     if not path or not os.path.isfile(path):
-        raise UserError(f"The dataset {dataset} has no annotation file in COCO's format, which this analysis reads.")
+        raise UserError(f"The dataset {dataset} has no annotation file in COCO format, which this analysis needs.")
     return read_json(path)
 
 
 def restrict_images(models: Sequence[TrainedModel], count: int, output: str) -> None:
-    """Let the models be tested on `count` images, spread evenly over their dataset; `output` gets their annotation file.
+    """Restrict the models' test set to `count` images, evenly spaced, and write their annotation file to `output`.
 
     Raises:
-        UserError: the dataset is not one file in COCO's format.
+        UserError: the dataset is not a single file in COCO format.
     """
     dataset = models[0].dataset
     tree = read_annotations(dataset)
@@ -260,7 +260,7 @@ def restrict_images(models: Sequence[TrainedModel], count: int, output: str) -> 
 
 
 def _local_file(weights: str) -> str:
-    """The local file of weights, which may be a URL and have a query such as "?matching_heuristics=True"."""
+    """Return the local path of weights, which may be a URL and have a query such as "?matching_heuristics=True"."""
     path = local_path(weights.partition("?")[0])
     if not os.path.isfile(path):
         raise UserError(f"There is no checkpoint {path}.")

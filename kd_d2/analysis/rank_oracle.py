@@ -1,6 +1,6 @@
-"""`kd-d2 analyze rank-oracle`: AP of a student whose candidates have the teacher's order, or the teacher's scores.
+"""`kd-d2 analyze rank-oracle`: AP of a student whose candidates are ranked or scored like the teacher's.
 
-Shape suffixes: B images, A anchors per position, K classes, H W map, R anchors of an image over all levels, P positives.
+Shape suffixes: B images, A anchors per position, K classes, H W map, R anchors of an image on all levels, P positives.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ COLUMNS = ("AP", "AP50", "AP75")
 
 @dataclass
 class RankOracleAnalysis(Analysis):
-    """AP of a student if its class scores ranked each object's candidates as the teacher's do.
+    """AP of a student if its class scores ranked the candidates of each object like the teacher's.
 
-    AP of the student on the first images of the test set that have objects: as it is; with the class scores of each object's
-    positive anchors permuted into the teacher's order, all else unchanged; and with the teacher's scores in their
-    place. The model is a distillation, and a checkpoint of a student of its kind; both detectors are dense ones with the same anchors.
-    The output folder gets rank_oracle.json.
+    Evaluates the student on the first test images with objects: unchanged; with only the class scores of each object's
+    positive anchors permuted into the teacher's order; and with these scores replaced by the teacher's. The model is a
+    distillation and a checkpoint of a matching student. Both detectors must be dense and have the same anchors. The
+    output folder contains rank_oracle.json.
     """
 
     name = "rank-oracle"
@@ -56,7 +56,7 @@ class RankOracleAnalysis(Analysis):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--images", type=int, default=400, help="of the test set, with objects (default 400)")
+        parser.add_argument("--images", type=int, default=400, help="number of test images with objects (default 400)")
 
     @classmethod
     def run(cls, models: Sequence[Distillation], output: str, *, images: int = 400) -> Self:
@@ -69,8 +69,8 @@ class RankOracleAnalysis(Analysis):
 
     def sentences(self) -> list[str]:
         return [
-            "AP of the student as it is, with the class scores of each object's positive anchors in the teacher's order, and with "
-            "the teacher's scores in their place."
+            "AP of the student unchanged, with the class scores of each object's positive anchors in the teacher's "
+            "order, and with the teacher's scores instead."
         ]
 
     def tables(self) -> list[Table]:
@@ -80,18 +80,18 @@ class RankOracleAnalysis(Analysis):
 
 @torch.no_grad()
 def rank_oracle(cfg: CfgNode, model: KDMetaArch, examples: Iterable[dict]) -> dict[str, dict[str, float]]:
-    """Box AP of the student on images with ground truth: as it is, and with exchanged class scores of its positives.
+    """Compute the box AP of the student on images with ground truth: unchanged, and with exchanged scores of positives.
 
     Args:
-        cfg: names the dataset of the examples, DATASETS.TEST's first.
+        cfg: has the dataset of the examples as the first of DATASETS.TEST.
         model: in eval mode; both detectors have dense predictions at the same anchors.
         examples: mapped entries of that dataset with "instances".
 
     Returns:
-        by variant, `STUDENT`, `RANKS` and `SCORES`, COCO's results for boxes. See `exchanged_logits`.
+        COCO results for boxes by variant: `STUDENT`, `RANKS` and `SCORES`; see `exchanged_logits`.
 
     Raises:
-        UserError: the dataset is not evaluated by COCO's metrics.
+        UserError: the dataset is not evaluated with COCO metrics.
     """
     evaluators = _coco_evaluators(cfg, cfg.DATASETS.TEST[0])
     for evaluator in evaluators.values():
@@ -116,7 +116,7 @@ def _coco_evaluators(cfg: CfgNode, dataset: str) -> dict[str, COCOEvaluator]:
         evaluator = build_evaluator(cfg, dataset)
         if not isinstance(evaluator, COCOEvaluator):
             raise UserError(
-                f"kd-d2 analyze rank-oracle evaluates some of the images by COCO's metrics, which {dataset} does not have "
+                f"kd-d2 analyze rank-oracle evaluates some images with COCO metrics, which {dataset} does not use "
                 f"({type(evaluator).__name__}); give the dataset as a COCO file in DATASETS.COCO_JSON."
             )
         evaluators[name] = evaluator
@@ -126,8 +126,8 @@ def _coco_evaluators(cfg: CfgNode, dataset: str) -> dict[str, COCOEvaluator]:
 def exchanged_logits(
     student: DensePredictions, teacher: DensePredictions, targets: list[Instances]
 ) -> dict[str, Tensor]:
-    """Class logits (B, R, K): the student's; those with the logits of each instance's class at its positives in the teacher's order;
-    and those with the teacher's logits in their place."""
+    """Return class logits (B, R, K) by variant: the student's, also with the logits of each instance's class at its
+    positives in the teacher's order or replaced by the teacher's."""
     positives = student.positives
     class_P, _ = positives.ground_truth(targets)
     ours_P, theirs_P = (positives.pick(dense.logits.values(), class_P) for dense in (student, teacher))
@@ -142,7 +142,7 @@ def exchanged_logits(
 
 
 def detect_with(model: DenseDetector, outputs: DetectorOutputs, logits_BRK: Tensor) -> list[Instances]:
-    """The final detections of each image with other class logits than the head's."""
+    """Return the final detections of each image, with class logits in place of the head's."""
     features = list(outputs.features.values())
     _, *others = model.head(features)
     sizes = [level.shape[1] for level in outputs.dense.logits.values()]

@@ -29,7 +29,7 @@ from .drawing import PALETTE, draw_instances, enlarged, overlay_heat, per_pixel,
 from .examples import picture_name, pixels, read_examples, read_files
 from .models import Distillation, load_distillations
 
-SIDE = 240  # px of a picture's shorter side
+SIDE = 240  # shorter side of a picture, in pixels
 NEEDS = frozenset({"features", "dense"})
 
 
@@ -37,12 +37,12 @@ NEEDS = frozenset({"features", "dense"})
 class RankAnalysis(Analysis):
     """How student and teacher rank the candidates of each object, and where their predictions and features differ.
 
-    The model is a distillation, and a checkpoint of a student of its kind, distilled or plain; both detectors are dense ones with the
-    same anchors. The output folder gets a picture per image: the detections of student and teacher, each with the anchor
-    that it came from (dashed, a dot at its center); for each of the largest instances the positives' centers, colored by the score
-    that student and teacher give them, the best with a ring; and where class probabilities and features of the two differ,
-    all levels together and each alone. Where their channels differ, features can only be compared through PFI's adaptation
-    layers: config and checkpoint must have them. Images given by --input have no ground truth and therefore no positives.
+    The model is a distillation and a checkpoint of a matching student, distilled or plain. Both detectors must be dense
+    and have the same anchors. The output folder contains one picture per image: the detections of student and teacher,
+    each with its anchor (dashed, with a dot at the center); for each of the largest instances, the centers of the
+    positives, colored by the scores of student and teacher, with a ring around the best; and the differences in class
+    probabilities and features, over all levels and by level. If the channels differ, features can only be compared with
+    PFI's adaptation layers in config and checkpoint. Images of --input have no ground truth, hence no positives.
     """
 
     name = "ranks"
@@ -52,18 +52,18 @@ class RankAnalysis(Analysis):
     read_models = staticmethod(load_distillations)
 
     images: list[str]
-    """The names of the pictures."""
+    """File names of the pictures."""
     features_compared: bool
-    """Whether they show differences of features too."""
+    """Whether the pictures also show differences of features."""
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
-            "--images", type=int, default=8, help="of the test set, the first with instances (default 8)"
+            "--images", type=int, default=8, help="number of test images, the first with instances (default 8)"
         )
-        parser.add_argument("--input", nargs="+", metavar="IMAGE", help="image files instead")
-        parser.add_argument("--instances", type=int, default=3, help="rows of ranks (default 3)")
-        parser.add_argument("--score-thresh", type=float, default=0.3, help="lowest score of a detection (default 0.3)")
+        parser.add_argument("--input", nargs="+", metavar="IMAGE", help="image files to use instead of test images")
+        parser.add_argument("--instances", type=int, default=3, help="number of instances to show ranks of (default 3)")
+        parser.add_argument("--score-thresh", type=float, default=0.3, help="minimum detection score (default 0.3)")
 
     @classmethod
     def run(
@@ -91,18 +91,18 @@ class RankAnalysis(Analysis):
         if self.features_compared:
             return []
         return [
-            "Features are not drawn: their channels differ, and config or checkpoint have no layers of PFI between them."
+            "Features are not drawn: their channels differ, and config or checkpoint have no PFI layers to adapt them."
         ]
 
 
 class Pair:
-    """Student and teacher of a distillation, and what is drawn of them.
+    """Draws the predictions of student and teacher of a distillation.
 
     Attributes:
-        layers: bring the student's features to the teacher's channels: see `comparable_layers`.
+        layers: map the student's features to the teacher's channels; see `comparable_layers`.
 
     Raises:
-        UserError: they have no dense predictions at the same anchors.
+        UserError: the detectors have no dense predictions at the same anchors.
     """
 
     def __init__(self, distillation: Distillation):
@@ -113,10 +113,10 @@ class Pair:
 
     @torch.no_grad()
     def draw(self, example: dict, instances: int, score_thresh: float) -> np.ndarray:
-        """The sheet of an image: detections, ranks of the largest instances, differences."""
+        """Draw the picture of an image: detections, ranks of the largest instances, differences."""
         image = pixels(example, self.cfg)
         targets = [example["instances"].to(self.model.device)] if "instances" in example else None
-        with EventStorage():  # detectors count their positives
+        with EventStorage():  # detectors log their numbers of positives
             student = self.model.adapter.run([example], NEEDS, targets)
         teacher = self.model.teacher([example], NEEDS)
         first = []
@@ -134,16 +134,14 @@ class Pair:
 
 
 def comparable_layers(model: KDMetaArch, distillation: Distillation) -> AdaptationLayers | None:
-    """Layers that bring the student's features to the teacher's channels: PFI's of the checkpoint, or the identity where the
-    channels agree; None where features cannot be compared."""
+    """Return layers that map the student's features to the teacher's channels: PFI's from the checkpoint, the identity
+    if the channels are equal, or None if features cannot be compared."""
     trained = distillation.distiller_states()["PFI"]
     if trained and "PFI" in model.distillers:
         try:
             model.distillers["PFI"].load_state_dict(trained)
         except RuntimeError as error:
-            raise UserError(
-                f"The layers of PFI in {distillation.weights} are not those of the config: {error}"
-            ) from error
+            raise UserError(f"The PFI layers in {distillation.weights} do not match the config: {error}") from error
         return model.distillers["PFI"].adaptation
     student, teacher = model.adapter.spec.shapes, model.teacher.spec.shapes
     channels = {s: (student[s].channels, teacher[s].channels) for s in sorted(student.keys() & teacher.keys())}
@@ -152,14 +150,14 @@ def comparable_layers(model: KDMetaArch, distillation: Distillation) -> Adaptati
 
 @torch.no_grad()
 def detect_with_anchors(model: DenseDetector, outputs: DetectorOutputs, score_thresh: float) -> tuple[Instances, Boxes]:
-    """The final detections of one image, and the anchor that each came from."""
+    """Return the final detections of one image and the anchor of each."""
     features = list(outputs.features.values())
     (found,) = model.forward_inference(outputs.images, features, model.head(features))
     found = found[found.scores >= score_thresh]
     dense = outputs.dense
     boxes, anchors = torch.cat([*dense.boxes.values()], 1)[0], Boxes.cat([*dense.anchors.values()]).tensor
     scores = torch.cat([*dense.ranking_scores.values()], 1)[0][:, found.pred_classes].T
-    # A detection has the box and score of its anchor, up to rounding: the nearest is the one.
+    # A detection has the box and score of its anchor up to rounding, so the nearest one is its anchor.
     distance = (found.pred_boxes.tensor[:, None] - boxes).abs().sum(-1) + 1e4 * (found.scores[:, None] - scores).abs()
     found.anchor = distance.argmin(1)
     height, width = outputs.images.image_sizes[0]
@@ -168,7 +166,7 @@ def detect_with_anchors(model: DenseDetector, outputs: DetectorOutputs, score_th
 
 
 def draw_detections(image: np.ndarray, found: Instances, anchors: Boxes, names: list[str]) -> np.ndarray:
-    """Detections over their anchors, which are dashed in the same colors."""
+    """Draw detections over their anchors, which are dashed in the same colors."""
     canvas, scale = enlarged(image, SIDE), SIDE / min(image.shape[:2])
     for box, label in zip((anchors.tensor.numpy() * scale).round(), found.pred_classes.tolist(), strict=True):
         color = PALETTE[label % len(PALETTE)]
@@ -194,7 +192,7 @@ def _dashed(canvas: np.ndarray, start: np.ndarray, end: np.ndarray, color: tuple
 
 
 def draw_ranks(image: np.ndarray, box: Tensor, centers: Tensor, scores: Tensor) -> np.ndarray:
-    """The positives' centers (P, 2) of an instance, colored by their scores (P,), 0 violet to the largest yellow."""
+    """Draw the centers (P, 2) of an instance's positives, colored by their scores (P,) from violet (0) to yellow."""
     scale = SIDE / min(image.shape[:2])
     canvas = (0.55 * enlarged(image, SIDE)).astype(np.uint8)
     x1, y1, x2, y2 = (box * scale).round().int().tolist()
@@ -213,9 +211,9 @@ class InstanceRanks:
     """The positives of an instance.
 
     Attributes:
-        instance: its number.
-        centers: of the positives' anchors (P, 2).
-        scores: (P,) by detector, "student" and "teacher".
+        instance: index of the instance.
+        centers: centers (P, 2) of the positives' anchors.
+        scores: scores (P,) by detector, "student" and "teacher".
     """
 
     instance: int
@@ -226,7 +224,7 @@ class InstanceRanks:
 def instance_ranks(
     student: DetectorOutputs, teacher: DetectorOutputs, target: Instances, count: int
 ) -> list[InstanceRanks]:
-    """The positives of the `count` largest instances that have any, the largest first."""
+    """Return the positives of the `count` largest instances that have any, the largest first."""
     positives = student.dense.positives
     class_P, _ = positives.ground_truth([target])
     centers = Boxes.cat([*student.dense.anchors.values()])[positives.anchor].get_centers().cpu()
@@ -250,7 +248,7 @@ def rank_rows(
     names: list[str],
     count: int,
 ) -> list[list[np.ndarray]]:
-    """A row per instance: its box, and the ranks of student and teacher."""
+    """Draw one row per instance: its box, and its positives ranked by student and teacher."""
     rows = []
     for ranks in instance_ranks(student, teacher, target, count):
         boxed = draw_instances(image, target[[ranks.instance]].to("cpu"), names, min_side=SIDE)
@@ -265,7 +263,7 @@ def rank_rows(
 def differences(
     layers: AdaptationLayers | None, student: DetectorOutputs, teacher: DetectorOutputs
 ) -> dict[str, dict[int, Tensor]]:
-    """By stride (B, H, W): mean squared differences of class probabilities (P of PFI), and of features where there are layers (D)."""
+    """Return mean squared differences (B, H, W) by stride: predictions (P of PFI) and, with layers, features (D)."""
     strides = sorted(student.dense.logits)
     found = {
         "predictions": {
@@ -279,7 +277,7 @@ def differences(
 
 
 def difference_rows(image: np.ndarray, found: dict[str, dict[int, Tensor]]) -> list[list[np.ndarray]]:
-    """A row per kind of difference: all levels together, and each level."""
+    """Draw one row per kind of difference: all levels together, then each level."""
     rows, plain = [], enlarged(image, SIDE)
     for kind, levels in found.items():
         spread = {s: per_pixel(level[0].cpu().numpy(), s, image.shape[:2]) for s, level in levels.items()}

@@ -1,4 +1,4 @@
-"""Which analyses there are; nothing here imports PyTorch."""
+"""The registry of analyses; it does not import PyTorch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 class Entry(NamedTuple):
-    """An analysis that can be run.
+    """A registered analysis.
 
     Attributes:
         help: one line for `kd-d2 analyze --help`.
-        target: the class, or "module:class" of this package, imported when it is first used.
+        target: the class, or "module:class" in this package, which is imported on first use.
     """
 
     help: str
@@ -30,37 +30,37 @@ ANALYSES: dict[str, Entry] = {
     "robustness": Entry("AP on corrupted images: 15 corruptions, 5 severities", "robustness:RobustnessAnalysis"),
     "features": Entry("feature maps: correlation of neighbors, distance to the teacher", "features:FeatureAnalysis"),
     "gradients": Entry("gradient norm and direction of each distillation loss", "gradients:GradientAnalysis"),
-    "loss-maps": Entry("where on the image a distillation loss is large", "loss_maps:LossMapAnalysis"),
+    "loss-maps": Entry("where in the image a distillation loss is large", "loss_maps:LossMapAnalysis"),
     "ranks": Entry("how student and teacher rank the candidates of each object", "ranks:RankAnalysis"),
     "rank-oracle": Entry("AP of a student with the teacher's ranks or scores", "rank_oracle:RankOracleAnalysis"),
     "attention": Entry("attention of ICD's decoder over the feature levels", "attention:AttentionAnalysis"),
 }
-"""The analyses by name: those of this package, and those added by `register_analysis`."""
+"""Analyses by name: those of this package and those added by `register_analysis`."""
 
 
 def register_analysis(cls: type[Analysis]) -> type[Analysis]:
-    """Class decorator: add an `Analysis` to `kd-d2 analyze` and `kd-d2 report`, under its `name`.
+    """Register an `Analysis` under its `name` for `kd-d2 analyze` and `kd-d2 report`; a class decorator.
 
     Raises:
-        UserError: the name is taken.
+        UserError: the name is already taken.
     """
     if cls.name in ANALYSES:
         raise UserError(
-            f"An analysis named {cls.name!r} is registered already; choose another name for {cls.__name__}."
+            f"An analysis named {cls.name!r} is already registered; choose another name for {cls.__name__}."
         )
     ANALYSES[cls.name] = Entry((inspect.getdoc(cls) or "").partition("\n")[0], cls)
     return cls
 
 
 def find_analysis(name: str) -> type[Analysis]:
-    """The class of a registered analysis.
+    """Return the class of a registered analysis.
 
     Raises:
-        UserError: there is none of this name.
+        UserError: no analysis has this name.
     """
     if name not in ANALYSES:
         raise UserError(
-            f"Unknown analysis {name!r}; available: {', '.join(ANALYSES)}. --import the file that registers others."
+            f"Unknown analysis {name!r}; available: {', '.join(ANALYSES)}. Use --import to register others."
         )
     target = ANALYSES[name].target
     if isinstance(target, str):

@@ -1,4 +1,4 @@
-"""The program kd-d2: one module of this package per command, imported only when it runs."""
+"""The command line program kd-d2; each command is a module of this package, imported only when it runs."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from ..errors import UserError, exit_on_user_error
 from .overrides import split_overrides
 
 COMMANDS = {
-    "convert": "write a dataset of another format as COCO json",
-    "data": "look at datasets before training",
+    "convert": "convert a dataset to COCO JSON",
+    "data": "check datasets before training",
     "train": "train a detector, plain or distilled",
     "eval": "evaluate a trained detector, or a teacher",
     "predict": "detect objects in images and videos",
-    "export": "write a detector as ONNX, TorchScript or OpenVINO",
+    "export": "export a detector to ONNX, TorchScript or OpenVINO",
     "sweep": "train several methods and seeds, and compare them in a table",
     "analyze": "analyze trained detectors: errors, robustness, features, ...",
     "report": "write an HTML page about trainings, analyses and sweeps",
-    "pseudo-label": "label training images by the teacher",
+    "pseudo-label": "label training images with the teacher",
     "config": "print and explain configs",
-    "demo": "distillation from end to end on synthetic data",
+    "demo": "run distillation end to end on synthetic data",
     "completion": "print a completion script for bash or zsh",
 }
-"""By name what each does; `train` is the module kd_d2.cli.train, with `add_arguments(parser)` and `run(args)`.
+"""Commands by name; `train` is the module kd_d2.cli.train, with `add_arguments(parser)` and `run(args)`.
 
-A module may name first arguments in `WITHOUT_OVERRIDES`: nothing behind them is taken for a config override. It may also have
-`prepare(options)`, which is called first.
+A module may list first arguments in `WITHOUT_OVERRIDES`, after which no argument is parsed as a config override. It may
+also have `prepare(options)`, which is called first.
 """
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a command line; a UserError ends it with one sentence and exit status 2."""
+    """Run a command line; on a UserError, print one sentence and exit with status 2."""
     argv = sys.argv[1:] if argv is None else argv
     command, *arguments = argv or ["--help"]
     if command.startswith("-"):
@@ -70,7 +70,7 @@ def _overview() -> argparse.ArgumentParser:
         description="Knowledge distillation for object detection on Detectron2.",
         epilog="commands:\n"
         + "\n".join(f"  {name:{width}}  {text}" for name, text in COMMANDS.items())
-        + "\n\nkd-d2 COMMAND --help has the options of each.",
+        + "\n\nkd-d2 COMMAND --help lists the options of a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=__version__)

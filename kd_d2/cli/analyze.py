@@ -19,7 +19,7 @@ COMMON = ("model", "output", "imports")
 
 
 def prepare(options: list[str]) -> None:
-    """Import what --import names, so that analyses that it registers are there."""
+    """Import the values of --import, so that the analyses that they register are available."""
     parser = argparse.ArgumentParser("kd-d2 analyze", add_help=False, allow_abbrev=False)
     add_import_argument(parser)
     import_extensions(parser.parse_known_args(options)[0].imports)
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class _AnalysisParser(argparse.ArgumentParser):
-    """The parser of one analysis, which is only imported when it is the one that runs."""
+    """Parser of one analysis, which is imported only when it is selected."""
 
     def __init__(self, *, analysis: str, **keywords: object):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **keywords)
@@ -45,7 +45,7 @@ class _AnalysisParser(argparse.ArgumentParser):
         analysis = find_analysis(self.analysis)
         self.description = inspect.getdoc(analysis)
         add_model_argument(self, COUNTS.get(analysis.model_count, "several"))
-        self.add_argument("--output", required=True, metavar="DIR", help="folder of the results")
+        self.add_argument("--output", required=True, metavar="DIR", help="folder for the results")
         add_import_argument(self)
         analysis.add_arguments(self)
         known, rest = super().parse_known_args(args, namespace)

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _complete_files(parser: argparse.ArgumentParser) -> None:
-    """Let every free argument be completed as a path."""
+    """Complete every argument without choices as a path."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for command in action.choices.values():

@@ -1,8 +1,8 @@
-"""Look at configs.
+"""Print and explain configs.
 
-kd-d2 config list                                            the names of the configs that ship
-kd-d2 config show CONFIG [--changes] [KEY VALUE ...]         a config with all its bases and overrides
-kd-d2 config explain KEY_OR_NODE                             what keys mean, such as MODEL.KD.ICD or SOLVER.AMP.DTYPE
+kd-d2 config list                                            print the names of shipped configs
+kd-d2 config show CONFIG [--changes] [KEY VALUE ...]         print a config with all its bases and overrides
+kd-d2 config explain KEY_OR_NODE                             explain keys, such as MODEL.KD.ICD or SOLVER.AMP.DTYPE
 """
 
 from __future__ import annotations
@@ -20,12 +20,10 @@ WITHOUT_OVERRIDES = ("explain",)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    actions.add_parser("list", help="print the names of the configs that ship")
-    show = actions.add_parser("show", help="print a config with all its bases and overrides, as yaml")
+    actions.add_parser("list", help="print the names of shipped configs")
+    show = actions.add_parser("show", help="print a config with all its bases and overrides, as YAML")
     add_config_argument(show)
-    show.add_argument(
-        "--changes", action="store_true", help="only the keys that are not at their defaults, one per line"
-    )
+    show.add_argument("--changes", action="store_true", help="print only keys with non-default values, one per line")
     add_import_argument(show)
     explain = actions.add_parser("explain", help="print type, default and meaning of a key, or of all keys of a node")
     explain.add_argument("key", metavar="KEY_OR_NODE", help="a config key, or a node such as MODEL.KD.ICD")
@@ -55,5 +53,5 @@ def run(args: argparse.Namespace) -> None:
 def _print(text: str) -> None:
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # `kd-d2 config list | head` has read enough
+    except BrokenPipeError:  # for example `kd-d2 config list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

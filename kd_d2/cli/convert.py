@@ -1,10 +1,10 @@
-"""Write a dataset of another format as COCO json, one file a split; its images stay where they are.
+"""Convert a dataset to COCO JSON, with one file per split; the images are not moved.
 
 kd-d2 convert IN OUT [--format FORMAT]
 
-Formats: Pascal VOC (folders of xml, or the devkit with ImageSets), YOLO (with data.yaml, also as Roboflow writes it), LabelMe,
-CVAT for images 1.1, Open Images csv, and COCO as tools export it. Needs the package globox (pip install 'kd_d2[convert]'). What
-was counted and left out is printed, with the lines of yaml that train on it, which are in OUT/datasets.yaml too.
+Formats: Pascal VOC (XML folders, or the devkit with ImageSets), YOLO (with data.yaml, also from Roboflow), LabelMe,
+CVAT for images 1.1, Open Images CSV, COCO as exported by tools. Needs the package globox: pip install 'kd_d2[convert]'.
+Prints what was counted and left out, and the YAML lines for training on it, which are also in OUT/datasets.yaml.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ FORMATS = ("voc", "yolo", "labelme", "cvat", "openimages", "coco")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", metavar="IN", help="folder with images and labels")
-    parser.add_argument("output", metavar="OUT", help="folder of the json files and of datasets.yaml")
-    parser.add_argument("--format", choices=FORMATS, help="the format (default: found out)")
+    parser.add_argument("output", metavar="OUT", help="folder for the JSON files and datasets.yaml")
+    parser.add_argument("--format", choices=FORMATS, help="the format (default: detected)")
     parser.add_argument(
         "--difficult",
         choices=["crowd", "keep", "drop"],
         default="crowd",
-        help="boxes that are marked as difficult: COCO's iscrowd, neither trained on nor counted (default), kept like others, or dropped",
+        help="boxes marked as difficult: COCO's iscrowd, neither trained on nor counted (default), kept, or dropped",
     )
     parser.add_argument(
         "--first-pixel",
         type=int,
         choices=[0, 1],
-        help="number of an image's first pixel in Pascal VOC files (default: 0 where a box begins at 0, else 1)",
+        help="coordinate of the first pixel in Pascal VOC files (default: 0 if a box begins at 0, else 1)",
     )
     parser.add_argument(
         "--unlabelled",
         choices=["keep", "drop"],
-        help="images without labels: without objects, or left out (default: keep for YOLO, drop for others)",
+        help="images without labels: keep as images without objects, or drop (default: keep for YOLO, drop for others)",
     )
     parser.add_argument(
         "--val-share",
         type=float,
         default=0.0,
         metavar="S",
-        help="share of a set without splits that becomes val, such as 0.2",
+        help="fraction of a dataset without splits to use as val, such as 0.2",
     )
-    parser.add_argument("--drop-broken", action="store_true", help="leave out what cannot be read, and say how much")
+    parser.add_argument("--drop-broken", action="store_true", help="leave out what cannot be read, and print how much")
     parser.add_argument("--overwrite", action="store_true", help="replace the files of an earlier conversion")
 
 

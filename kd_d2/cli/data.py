@@ -1,11 +1,11 @@
-"""Look at datasets before training.
+"""Check datasets before training.
 
-kd-d2 data check CONFIG [--output DIR] [KEY VALUE ...]                        the sets of DATASETS.TRAIN and TEST
-kd-d2 data check --train JSON IMAGES [--test JSON IMAGES] [--output DIR]      COCO json files with their folders of images
+kd-d2 data check CONFIG [--output DIR] [KEY VALUE ...]                        datasets of DATASETS.TRAIN and TEST
+kd-d2 data check --train JSON IMAGES [--test JSON IMAGES] [--output DIR]      COCO JSON files with their image folders
 
-Prints classes, boxes by class and size, sizes of images, and what stops, falsifies or may harm a training: what is read
-otherwise than it is written, boxes that look like mistakes, classes that differ between the sets, the same images in
-training and test (by content), images that cannot be read. The exit status is 1 where something stops or falsifies it.
+Prints classes, boxes by class and size, image sizes, and what prevents, falsifies or may harm a training: entries that
+are read differently than written, suspicious boxes, classes that differ between the datasets, the same images in
+training and test (by content), unreadable images. The exit status is 1 if anything prevents or falsifies a training.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     check = actions.add_parser(
         "check",
-        help="print classes, sizes and what is wrong",
+        help="print classes, sizes and problems",
         formatter_class=parser.formatter_class,
         description=__doc__,
     )
-    check.add_argument("config_file", nargs="?", metavar="CONFIG", help="a config, in place of --train and --test")
+    check.add_argument("config_file", nargs="?", metavar="CONFIG", help="a config, instead of --train and --test")
     for role in ("train", "test"):
         check.add_argument(
             f"--{role}",
@@ -34,14 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             action="append",
             default=[],
             metavar=("JSON", "IMAGES"),
-            help=f"a COCO json for {role}ing, and the folder of its images; may be repeated",
+            help=f"a COCO JSON file for {role}ing and its image folder; may be repeated",
         )
     check.add_argument(
-        "--images", default="200", metavar="N", help="images of each set that are read, or all (default 200)"
+        "--images", default="200", metavar="N", help="number of images to read per dataset, or all (default 200)"
     )
-    check.add_argument("--output", metavar="DIR", help="folder of check.json and samples.png (default: not written)")
+    check.add_argument("--output", metavar="DIR", help="folder for check.json and samples.png (default: not written)")
     check.add_argument(
-        "--samples", type=int, default=12, metavar="N", help="images of each set in samples.png (default 12)"
+        "--samples", type=int, default=12, metavar="N", help="images per dataset in samples.png (default 12)"
     )
 
 
@@ -56,9 +56,9 @@ def run(args: argparse.Namespace) -> None:
     check_at_least("--samples", args.samples, 1)
     given = [(role, *entry) for role in ("train", "test") for entry in getattr(args, role)]
     if (args.config_file is None) == (not given):
-        raise UserError("Name either a CONFIG, or annotation files by --train and --test.")
+        raise UserError("Give either a CONFIG, or annotation files with --train and --test.")
     if given and args.opts:
-        raise UserError(f"The override {args.opts[0]} changes nothing without a CONFIG.")
+        raise UserError(f"The override {args.opts[0]} has no effect without a CONFIG.")
     if given:
         sets = [DataSet(role, os.path.basename(json_file), json_file, folder) for role, json_file, folder in given]
         skips = False
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _read_count(text: str) -> int | None:
-    """A number of images, None for all."""
+    """Parse a number of images; None for all."""
     if text == "all":
         return None
     if not text.isdecimal():

@@ -1,8 +1,8 @@
-"""Distillation from end to end on a synthetic set: a teacher, a small student alone, and the same student distilled.
+"""Run distillation end to end on a synthetic dataset: a teacher, a small student alone, and the same student distilled.
 
 kd-d2 demo [--output DIR]
 
-Prints a table, and saves plots and pictures of detections. Started again, it resumes where it stopped.
+Prints a table, and saves plots and pictures of detections. An interrupted demo resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         default="output/demo",
         metavar="DIR",
-        help="folder of runs, table and pictures (default output/demo)",
+        help="folder for runs, table and pictures (default output/demo)",
     )
 
 

@@ -17,7 +17,7 @@ from ..model_paths import read_one_model_path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     choice = parser.add_mutually_exclusive_group(required=True)
     add_model_argument(choice, "one", required=False)
-    choice.add_argument("--teacher-of", metavar="CONFIG", help="evaluate the teacher that this config names")
+    choice.add_argument("--teacher-of", metavar="CONFIG", help="evaluate the teacher of this config")
     add_import_argument(parser)
     add_launch_arguments(parser)
     parser.set_defaults(eval_only=True, resume=False)
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
         if model.exported is None:
             args.opts += model.overrides
         elif model.config == model.exported:
-            raise UserError(f"--model {model.config} names no data: write --model CONFIG_OR_RUN {model.config}.")
+            raise UserError(f"--model {model.config} names no data; use --model CONFIG_OR_RUN {model.config}.")
         else:
             from ..export import evaluating
 

@@ -1,10 +1,10 @@
-"""Write a trained detector as an ONNX, TorchScript or OpenVINO file, which runs without Detectron2.
+"""Export a trained detector to an ONNX, TorchScript or OpenVINO file, which runs without Detectron2.
 
 kd-d2 export --model CONFIG_OR_RUN [WEIGHTS] --output FILE.onnx [KEY VALUE ...]
 
-FILE ends with .onnx, .ts (TorchScript) or .xml (OpenVINO). It takes one image, uint8 [3, height, width], and gives its
-detections; its metadata say how images are resized and what the classes are called. It is written only if its detections in
-some images of DATASETS.TEST are PyTorch's, and the differences are printed.
+FILE ends with .onnx, .ts (TorchScript) or .xml (OpenVINO). It takes one image, uint8 [3, height, width], and returns
+the detections; its metadata contains the resizing of images and the class names. It is written only if its detections
+on some images of DATASETS.TEST match those of PyTorch. The differences are printed.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from .log import print_log
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_argument(parser, "one")
-    parser.add_argument("--output", required=True, metavar="FILE", help="the file; its suffix says the format")
+    parser.add_argument("--output", required=True, metavar="FILE", help="the file; its suffix determines the format")
     parser.add_argument(
         "--format",
         choices=sorted({*EXPORT_SUFFIXES.values()}),
-        help="the format, if you want it checked against the suffix",
+        help="the format, to be checked against the suffix",
     )
     parser.add_argument(
-        "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="the only size of an input (default: any size)"
+        "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="the only supported input size (default: any)"
     )
-    parser.add_argument("--no-nms", action="store_true", help="give all boxes and scores, without thresholds and NMS")
-    parser.add_argument("--score-thresh", type=float, help="lowest score of a detection (default: the config's)")
-    parser.add_argument("--int8", action="store_true", help="quantize convolutions after training, of an ONNX file")
+    parser.add_argument("--no-nms", action="store_true", help="output all boxes and scores, without thresholds and NMS")
+    parser.add_argument("--score-thresh", type=float, help="minimum detection score (default: that of the config)")
+    parser.add_argument("--int8", action="store_true", help="quantize the convolutions of an ONNX file after training")
     parser.add_argument(
         "--calibration-images",
         type=int,
         default=128,
         metavar="N",
-        help="images of DATASETS.TRAIN for --int8 (default 128)",
+        help="number of images of DATASETS.TRAIN for --int8 (default 128)",
     )
-    parser.add_argument("--images", nargs="+", help="images to check on (default: 8 of DATASETS.TEST)")
+    parser.add_argument("--images", nargs="+", help="images for the check (default: 8 of DATASETS.TEST)")
     add_import_argument(parser)
 
 
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     print_log()
     import_extensions(args.imports)
     if args.format not in (None, format_of(args.output)):
-        raise UserError(f"--format is {args.format}, but the name of --output {args.output} does not say so.")
+        raise UserError(f"--format is {args.format}, but --output {args.output} has a different suffix.")
     model = read_one_model_path(args.model)
     cfg = load_config(model.config, [*args.opts, *model.overrides], student_only=True, needs_data=False)
     options = ExportOptions(

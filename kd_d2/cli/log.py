@@ -1,4 +1,4 @@
-"""What the library reports, on the terminal."""
+"""Log messages on the terminal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 
 def print_log() -> None:
-    """Print the messages of the library's loggers as they are, for commands that have no log file."""
+    """Print the messages of the library's loggers without prefixes, for commands that have no log file."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("kd_d2")

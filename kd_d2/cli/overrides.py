@@ -11,12 +11,12 @@ _OVERRIDE = re.compile(rf"((?:[A-Z][A-Z0-9_]*(?:\.[A-Z0-9_]+)+)|{_TOP_LEVEL_KEYS
 
 
 def split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
-    """The options of a command line, and its overrides as alternating keys and values.
+    """Split a command line into options and overrides, which are alternating keys and values.
 
-    The overrides begin with the first argument that is written as a config key, such as SOLVER.BASE_LR.
+    The overrides begin with the first argument that has the form of a config key, such as SOLVER.BASE_LR.
 
     Raises:
-        UserError: an option among the overrides, or a key without a value.
+        UserError: an option follows an override, or a key has no value.
     """
     first = next((number for number, argument in enumerate(argv) if _OVERRIDE.fullmatch(argument)), len(argv))
     options, rest, overrides = argv[:first], argv[first:], []

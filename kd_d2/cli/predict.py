@@ -1,10 +1,10 @@
-"""Detect objects in images and videos: each with its detections drawn, and all detections as COCO json.
+"""Detect objects in images and videos, and write drawings and all detections in COCO JSON.
 
 kd-d2 predict --model CONFIG_OR_RUN [WEIGHTS] --input FILE_OR_FOLDER ... --output DIR [KEY VALUE ...]
 kd-d2 predict --model EXPORTED --input FILE_OR_FOLDER ... --output DIR
 
-EXPORTED is a file of kd-d2 export. DIR/detections.json has "images" (with the file read and the drawing; of a video each
-frame, with its number and time), "annotations" (boxes with scores) and "categories", as pycocotools loads them.
+EXPORTED is a file of kd-d2 export. DIR/detections.json has "images" (with the input file and the drawing; for a video,
+each frame with its number and time), "annotations" (boxes with scores) and "categories", in the format of pycocotools.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from .log import print_log
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_argument(parser, "one, which may be a file of kd-d2 export")
     parser.add_argument(
-        "--input", required=True, nargs="+", help="images, videos, and folders of them, with their subfolders"
+        "--input", required=True, nargs="+", help="images, videos, and folders of them, including subfolders"
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the drawings and of detections.json")
-    parser.add_argument("--score-thresh", type=float, default=0.5, help="lowest score of a detection (default 0.5)")
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="images of one size at once (default 1)")
-    parser.add_argument("--no-drawings", action="store_true", help="write detections.json alone")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for drawings and detections.json")
+    parser.add_argument("--score-thresh", type=float, default=0.5, help="minimum detection score (default 0.5)")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="batch size (images of one size; default 1)")
+    parser.add_argument("--no-drawings", action="store_true", help="write only detections.json")
     add_import_argument(parser)
 
 
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     print_log()
     import_extensions(args.imports)
     if not 0 <= args.score_thresh <= 1:
-        raise UserError(f"--score-thresh is {args.score_thresh}; it must lie between 0 and 1.")
+        raise UserError(f"--score-thresh is {args.score_thresh}; it must be between 0 and 1.")
     model = read_one_model_path(args.model, may_be_exported=True)
     inputs = find_inputs(args.input, without=args.output)
     if model.exported:
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
 
         if args.opts:
             raise UserError(
-                f"{model.exported} is an exported model, in which the override {args.opts[0]} changes nothing."
+                f"{model.exported} is an exported model, on which the override {args.opts[0]} has no effect."
             )
         detector, weights = load_exported_detector(model.exported, args.score_thresh), model.exported
     else:

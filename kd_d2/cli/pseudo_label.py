@@ -1,10 +1,10 @@
-"""Label the training images once by the teacher, as an annotation file in COCO's format.
+"""Label the training images once with the teacher, and write an annotation file in COCO format.
 
 kd-d2 pseudo-label CONFIG --output FILE [--dataset NAME] [--score-thresh T] [KEY VALUE ...]
 
-CONFIG is that of a distillation; with MODEL.KD.PSEUDO_LABELS.ENABLED the images need no annotations. Detections above the
-score become annotations, with masks if the teacher predicts them. The last line printed has the overrides of CONFIG that
-train on the file. Training with MODEL.KD.PSEUDO_LABELS.ENABLED needs no file: the teacher then labels every augmented image.
+CONFIG is that of a distillation; with MODEL.KD.PSEUDO_LABELS.ENABLED its images need no annotations. Detections above
+the score are written as annotations, with masks if the teacher predicts them. The last printed line has the overrides
+to train on the file. MODEL.KD.PSEUDO_LABELS.ENABLED needs no file: the teacher then labels every augmented image.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="FILE", help="the annotation file")
     parser.add_argument("--dataset", metavar="NAME", help="one of DATASETS.TRAIN (default: the only one)")
     parser.add_argument(
-        "--score-thresh", type=float, help="lowest score of a label (default MODEL.KD.PSEUDO_LABELS.SCORE_THRESH)"
+        "--score-thresh", type=float, help="minimum score of a label (default MODEL.KD.PSEUDO_LABELS.SCORE_THRESH)"
     )
     add_import_argument(parser)
 

@@ -2,7 +2,7 @@
 
 kd-d2 report --output PAGE.html [--title TITLE] [--sweep MATRIX.yaml --results DIR] [DIR ...]
 
-A DIR is the output folder of a training (scores by class, curves, cost, config) or of kd-d2 analyze (tables and pictures). A
+DIR is the output folder of a training (scores by class, curves, cost, config) or of kd-d2 analyze (tables, pictures). A
 sweep adds its table with spreads, curves, settings and versions. The page opens from disk and needs no network.
 """
 
@@ -20,8 +20,8 @@ from ..extensions import import_extensions
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folders", nargs="*", metavar="DIR", help="output folder of a training or an analysis")
     parser.add_argument("--output", required=True, metavar="PAGE.html", help="the page")
-    parser.add_argument("--title", default="Distilled detectors", help="of the page")
-    parser.add_argument("--sweep", metavar="MATRIX.yaml", help="yaml file of a sweep")
+    parser.add_argument("--title", default="Distilled detectors", help="title of the page")
+    parser.add_argument("--sweep", metavar="MATRIX.yaml", help="YAML file of a sweep")
     parser.add_argument("--results", metavar="DIR", help="folder of the sweep's results")
     add_import_argument(parser)
 
@@ -37,9 +37,9 @@ def run(args: argparse.Namespace) -> None:
     if args.opts:
         raise UserError(f"kd-d2 report takes no config overrides, such as {args.opts[0]}.")
     if (args.sweep is None) != (args.results is None):
-        raise UserError("--sweep and --results belong together: the sweep's yaml file, and the folder of its results.")
+        raise UserError("--sweep and --results must be given together: the sweep's YAML file and its results folder.")
     if not args.sweep and not args.folders:
-        raise UserError("There is nothing to report: name the output folders of trainings or analyses, or a --sweep.")
+        raise UserError("There is nothing to report; give output folders of trainings or analyses, or a --sweep.")
     import_extensions(args.imports)
     sections = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -52,8 +52,8 @@ def run(args: argparse.Namespace) -> None:
                 sections.append(run_section(folder, scratch))
             else:
                 raise UserError(
-                    f"{folder} is the output folder neither of a training (it has no config.yaml and metrics.json) nor of a finished "
-                    "kd-d2 analyze (it has no analysis.json)."
+                    f"{folder} is neither the output folder of a training (it has no config.yaml and metrics.json) "
+                    "nor that of a finished kd-d2 analyze (it has no analysis.json)."
                 )
         page = render(args.title, sections, versions())
     check_output_folder(os.path.dirname(os.path.abspath(args.output)), "--output")

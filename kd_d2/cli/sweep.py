@@ -1,11 +1,11 @@
-"""Train the cells of a sweep with several seeds, and put teacher, plain and distilled students into one table.
+"""Train the cells of a sweep with several seeds, and compare teacher, plain and distilled students in one table.
 
 kd-d2 sweep SWEEP.yaml --output DIR [--cells NAME ...] [--seeds N ...] [--jobs N] [KEY VALUE ...]
 
-Every finished training leaves a small json in the folder of results. Started again, only what is missing runs, and a training
-that was stopped resumes from its last checkpoint. The overrides hold for all cells.
-With --readme the table replaces the one between the lines "<!-- table of kd-d2 sweep -->" and "<!-- end of the table -->" of a
-Markdown file; a file with several tables has "<!-- table of kd-d2 sweep: NAME -->" above each, and is given as FILE#NAME.
+Every finished training writes a small JSON file to the results folder. A restarted sweep runs only missing trainings
+and resumes interrupted ones from their last checkpoints. The overrides apply to all cells. With --readme, the table
+replaces the one between the lines "<!-- table of kd-d2 sweep -->" and "<!-- end of the table -->" of a Markdown file.
+For a file with several tables, "<!-- table of kd-d2 sweep: NAME -->" is selected with FILE#NAME.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from .log import print_log
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("sweep", metavar="SWEEP.yaml", help="file of the cells, or the name of one that ships")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the trainings")
-    parser.add_argument("--results", metavar="DIR", help="folder of finished cells (default OUTPUT/results)")
-    parser.add_argument("--report", metavar="DIR", help="folder of table and plots (default: that of --results)")
+    parser.add_argument("sweep", metavar="SWEEP.yaml", help="file of the cells, or the name of a shipped one")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the trainings")
+    parser.add_argument("--results", metavar="DIR", help="folder for finished cells (default OUTPUT/results)")
+    parser.add_argument("--report", metavar="DIR", help="folder for table and plots (default: that of --results)")
     parser.add_argument("--readme", metavar="FILE[#NAME]", help="Markdown file whose marked table is replaced")
-    parser.add_argument("--report-only", action="store_true", help="train nothing, report what is finished")
-    parser.add_argument("--cells", nargs="+", metavar="NAME", help="only these, beside baseline and plain student")
+    parser.add_argument("--report-only", action="store_true", help="report finished trainings without running any")
+    parser.add_argument("--cells", nargs="+", metavar="NAME", help="only these, plus baseline and plain student")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="only these seeds")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="trainings at a time (default 1)")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads of each (default 1)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="number of parallel trainings (default 1)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads per training (default 1)")
     add_import_argument(parser)
 
 

@@ -1,4 +1,4 @@
-"""Train a detector: a plain one, or a student with a teacher.
+"""Train a plain detector, or a student with a teacher.
 
 kd-d2 train CONFIG [--resume] [--eval-teacher] [--num-gpus N] [KEY VALUE ...]
 """

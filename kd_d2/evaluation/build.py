@@ -1,4 +1,4 @@
-"""The evaluator that belongs to a dataset."""
+"""Selection of the evaluator of a dataset."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ EVALUATOR_TYPES = ("coco", "coco_panoptic_seg", "pascal_voc", "lvis")
 
 
 def check_evaluation(dataset_name: str) -> None:
-    """Raise a UserError unless there is an evaluator for the dataset, and the package that it needs."""
+    """Raise a UserError unless there is an evaluator for the dataset and its package is installed."""
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
     if kind not in EVALUATOR_TYPES:
         raise UserError(
-            f"DATASETS.TEST names {dataset_name}, whose evaluator type {kind!r} is none of coco, pascal_voc and lvis."
+            f"DATASETS.TEST names {dataset_name}, whose evaluator type {kind!r} is not coco, pascal_voc or lvis."
         )
-    if kind == "lvis" and importlib.util.find_spec("lvis") is None:  # a package that kd_d2 does not require
+    if kind == "lvis" and importlib.util.find_spec("lvis") is None:  # an optional dependency
         raise UserError(f"DATASETS.TEST names {dataset_name}, which needs the package lvis: pip install lvis")
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
-    """COCO's, Pascal VOC's or LVIS's evaluator, as the dataset's metadata says.
+    """Build the evaluator of COCO, Pascal VOC or LVIS according to the metadata of the dataset.
 
     Args:
-        output_folder: for the detections as json; by default OUTPUT_DIR/inference.
+        output_folder: folder for the detections in JSON; by default OUTPUT_DIR/inference.
 
     Raises:
         UserError: see `check_evaluation`.

@@ -1,4 +1,4 @@
-"""COCO's evaluation on trees that lie in memory, silently."""
+"""COCO evaluation of annotations and detections in memory, without printing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..errors import UserError
 
 
 def check_known(detections: list[dict[str, Any]], truth: dict[str, Any]) -> None:
-    """Raise a UserError where a detection is of an image or a category that the annotations do not have."""
+    """Raise a UserError if the image or the category of a detection is not in the annotations."""
     for key, known in (("image_id", "images"), ("category_id", "categories")):
         ids = {entry["id"] for entry in truth[known]}
         for detection in detections:
@@ -24,7 +24,7 @@ def check_known(detections: list[dict[str, Any]], truth: dict[str, Any]) -> None
 
 
 def complete(annotation: dict[str, Any]) -> dict[str, Any]:
-    """With what an annotation file may leave out and pycocotools needs."""
+    """Return the annotation with fields that files may omit but pycocotools needs."""
     width, height = annotation["bbox"][2:]
     return {"area": width * height, "iscrowd": 0, **annotation}
 
@@ -37,7 +37,7 @@ def evaluate_boxes(
     thresholds: tuple[float, ...],
     max_detections: int = 100,
 ) -> COCOeval:
-    """pycocotools' evaluation, not yet accumulated, of these categories at these overlaps."""
+    """Evaluate these categories at these IoU thresholds with pycocotools, without accumulating the results."""
     with contextlib.redirect_stdout(io.StringIO()):
         truth, found = COCO(), COCO()
         categories = [{"id": category_id} for category_id in category_ids]
@@ -59,7 +59,7 @@ def evaluate_boxes(
 def found_objects(
     truth: dict[str, Any], detections: list[dict[str, Any]], score: float, overlap: float = 0.5
 ) -> set[int]:
-    """Ids of the annotations that a detection of their class, at least so sure, overlaps enough; each detection finds one."""
+    """Return ids of the annotations found by detections of their class with at least this score and IoU (one each)."""
     check_known(detections, truth)
     sure = [detection for detection in detections if detection["score"] >= score]
     ids = [c["id"] for c in truth["categories"]]

@@ -1,4 +1,4 @@
-"""Detectron2's COCO evaluator, its precision and recall counted by faster-coco-eval where that is installed."""
+"""Detectron2's COCO evaluator, accelerated by faster-coco-eval if it is installed."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ logger = logging.getLogger(__name__)
 
 
 def faster_evaluation(truth: COCO, detections: COCO, task: str) -> COCOeval_faster:
-    """faster-coco-eval's COCOeval, whose summary is printed as pycocotools' is. The numbers are pycocotools' too."""
+    """Return faster-coco-eval's COCOeval, which has the same results and printed summary as pycocotools."""
     return COCOeval_faster(truth, detections, task, print_function=print)
 
 
 class CocoEvaluator(COCOEvaluator):
-    """Takes annotation files that leave out what pycocotools cannot do without: area and iscrowd."""
+    """COCO evaluator for annotation files that may omit area and iscrowd, which pycocotools requires."""
 
     def __init__(self, dataset_name: str, output_dir: str):
         super().__init__(dataset_name, output_dir=output_dir, use_fast_impl=False)
@@ -38,7 +38,7 @@ class CocoEvaluator(COCOEvaluator):
     def _derive_coco_results(
         self, coco_eval: Any, iou_type: str, class_names: list[str] | None = None
     ) -> dict[str, float]:
-        """Detectron2 takes the classes to be in order of category id, which a set that follows another's order need not be."""
+        """Sort the class names by category id, as Detectron2 assumes; a dataset may have the order of another one."""
         numbers = self._metadata.get("thing_dataset_id_to_contiguous_id")
         if class_names and numbers and len(numbers) == len(class_names):
             class_names = [class_names[numbers[category]] for category in sorted(numbers)]

@@ -1,4 +1,4 @@
-"""Detectors as TorchScript, ONNX and OpenVINO files, which run without Detectron2, and how such files are run."""
+"""Export of detectors to TorchScript, ONNX and OpenVINO files, which run without Detectron2, and their inference."""
 
 from .exporting import ExportOptions, export_detector
 from .metadata import ExportMetadata

@@ -1,4 +1,4 @@
-"""Whether an exported file detects what its PyTorch model does."""
+"""Comparison of the detections of an exported file and its PyTorch model."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from ..errors import UserError
 
 SCORE_TOLERANCE = 1e-3
 BOX_TOLERANCE = 1e-4
-"""In parts of an image's longer side."""
+"""Fraction of an image's longer side."""
 MASK_TOLERANCE = 1e-3
-"""Part of the pixels."""
+"""Fraction of the pixels."""
 
 
 @dataclass
 class Comparison:
-    """How far the detections of one model are from another's, over all images so far.
+    """Differences between the detections of two models, over all images so far.
 
     Attributes:
-        images, detections: how many were compared.
-        box: largest difference of a coordinate, in pixels.
-        score: largest difference of a score.
-        unmatched: detections of either that have no counterpart in the other.
+        images, detections: numbers of compared images and detections.
+        box: maximum difference of a coordinate, in pixels.
+        score: maximum difference of a score.
+        unmatched: number of detections of either model without a counterpart.
     """
 
     images: int = 0
@@ -38,12 +38,12 @@ class Comparison:
     def add(self, expected: Instances, found: Instances, threshold: float, limit: int | None) -> None:
         """Compare the detections in one image.
 
-        A detection without counterpart does not count where the cut-off decided: at the score threshold, or at the limit
-        of detections.
+        A detection without a counterpart is ignored if its score is at the cutoff: the score threshold, or the lowest
+        score if the limit of detections is reached.
 
         Args:
-            threshold: the lowest score.
-            limit: the largest number of detections, None if there is none.
+            threshold: the minimum score.
+            limit: the maximum number of detections; None for no limit.
         """
         self.images += 1
         pairs = match(expected, found)
@@ -67,7 +67,7 @@ class Comparison:
 
 
 def match(expected: Instances, found: Instances) -> list[tuple[int, int]]:
-    """Pairs of detections that are equal within the tolerances, each in one pair at most."""
+    """Return pairs of detections that are equal within the tolerances; each is in at most one pair."""
     if not len(expected) or not len(found):
         return []
     side = max(expected.image_size)
@@ -91,7 +91,7 @@ Model = Callable[[list[dict]], list[dict[str, Instances]]]
 
 
 def compare(model: Model, exported: Model, images: list[Tensor], threshold: float, limit: int | None) -> Comparison:
-    """The detections of both in images [3, H, W], as the models take them; see `Comparison.add`."""
+    """Compare the detections of both models in images [3, H, W] of their input format; see `Comparison.add`."""
     comparison = Comparison()
     for image in images:
         with torch.no_grad():
@@ -101,13 +101,10 @@ def compare(model: Model, exported: Model, images: list[Tensor], threshold: floa
 
 
 def require_equal(comparison: Comparison, what: str) -> None:
-    """
-    Raises:
-        UserError: a detection of one of both models has no counterpart.
-    """
+    """Raise a UserError if a detection of either model has no counterpart."""
     if comparison.unmatched:
         raise UserError(
-            f"{what} does not detect what PyTorch does, and was not written: {comparison.unmatched} detections have no counterpart "
+            f"{what} was not written, since its detections differ from PyTorch's: {comparison.unmatched} have no counterpart "
             f"with a box within {BOX_TOLERANCE} of the image's longer side and a score within {SCORE_TOLERANCE} "
             f"({comparison})."
         )

@@ -1,4 +1,4 @@
-"""Detections of what a file without NMS returns, by the rules of Detectron2's dense detectors."""
+"""Decoding of the outputs of a file without NMS into detections, as in Detectron2's dense detectors."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .metadata import ExportMetadata
 def decode(
     boxes_R4: Tensor, scores_RK: Tensor, levels_R: Tensor, info: ExportMetadata
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes [N, 4], scores [N] and classes [N], the best first.
+    """Return boxes [N, 4], scores [N] and classes [N], the best first.
 
-    1. Of every level the `topk_candidates` best pairs of anchor and class whose score is above `score_threshold`.
-    2. NMS within each class at an overlap of `nms_threshold`.
-    3. The `max_detections` best.
+    1. Select the `topk_candidates` best pairs of anchor and class per level with a score above `score_threshold`.
+    2. Apply NMS per class with the IoU threshold `nms_threshold`.
+    3. Select the `max_detections` best.
 
     Args:
-        boxes_R4, scores_RK, levels_R: outputs of the file, R anchors.
+        boxes_R4, scores_RK, levels_R: outputs of the file for R anchors.
     """
     kept = []
     for level in range(int(levels_R.max()) + 1):

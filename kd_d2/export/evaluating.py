@@ -1,4 +1,4 @@
-"""AP of an exported file."""
+"""Evaluation of an exported file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .running import ExportedModel, load_exported
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    """What `kd-d2 eval --model CONFIG_OR_RUN EXPORTED` does in each process: `engine.program.main` for `args.exported`."""
+    """Run `kd-d2 eval --model CONFIG_OR_RUN EXPORTED` in each process; `engine.program.main` for `args.exported`."""
     import_extensions(args.imports)
     cfg = setup(args)
     results = evaluate_exported(cfg, args.exported)
@@ -29,10 +29,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def evaluate_exported(cfg: CfgNode, path: str) -> dict[str, Any]:
-    """Evaluate a file of `kd-d2 export` on DATASETS.TEST, images resized as the file says.
+    """Evaluate a file of `kd-d2 export` on DATASETS.TEST, with images resized according to its metadata.
 
     Raises:
-        UserError: see `load_exported`; or the data have another number of classes.
+        UserError: see `load_exported`; or a dataset has a different number of classes.
     """
     model = load_exported(path)
     names = model.metadata.class_names
@@ -44,7 +44,7 @@ def evaluate_exported(cfg: CfgNode, path: str) -> dict[str, Any]:
 
 
 def evaluate(cfg: CfgNode, model: ExportedModel) -> dict[str, Any]:
-    """The results on DATASETS.TEST by task."""
+    """Return the results on DATASETS.TEST by task."""
     mapper = DatasetMapper(
         is_train=False, augmentations=[Resize(model.metadata)], image_format=model.metadata.input_format
     )

@@ -1,4 +1,4 @@
-"""From a trained detector to a checked file."""
+"""Export of a trained detector to a file, with a check of its detections."""
 
 from __future__ import annotations
 
@@ -33,13 +33,14 @@ CALIBRATION_IMAGES = 128
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """
+    """Options of an export.
+
     Attributes:
-        fixed_size: (height, width) of the only input; None for any size.
-        nms: whether the file gives detections, or what `decoding.decode` makes them of.
-        score_thresh: lowest score of a detection; None for the config's own.
-        int8: whether to quantize the convolutions, of an ONNX file.
-        calibration_images: how many of DATASETS.TRAIN give the ranges of int8.
+        fixed_size: (height, width) of the only supported input; None for any size.
+        nms: whether the outputs of the file are detections, or the inputs of `decoding.decode`.
+        score_thresh: minimum score of a detection; None for that of the config.
+        int8: whether to quantize the convolutions of an ONNX file.
+        calibration_images: number of images of DATASETS.TRAIN that determine the int8 ranges.
     """
 
     fixed_size: tuple[int, int] | None = None
@@ -52,19 +53,19 @@ class ExportOptions:
 def export_detector(
     cfg: CfgNode, path: str, options: ExportOptions | None = None, images: list[str] | None = None
 ) -> Comparison:
-    """Write a detector as a file that runs without Detectron2, checked to detect what PyTorch does.
+    """Export a detector to a file that runs without Detectron2, and check that its detections are those of PyTorch.
 
     Args:
-        cfg: a plain detector's config; MODEL.WEIGHTS is its checkpoint.
-        path: the file; its suffix says the format, see `kd_d2.model_paths.EXPORT_SUFFIXES`.
-        images: files to check on; None for some of DATASETS.TEST, or synthetic ones if there is no such dataset.
+        cfg: config of a plain detector; MODEL.WEIGHTS is its checkpoint.
+        path: the file; its suffix determines the format, see `kd_d2.model_paths.EXPORT_SUFFIXES`.
+        images: image files for the check; None for some of DATASETS.TEST, or synthetic ones if no dataset is available.
 
     Returns:
-        The differences of the file's detections from PyTorch's.
+        The differences between the detections of the file and PyTorch.
 
     Raises:
-        UserError: an option, the checkpoint, or the pair of detector and format cannot work, or the check fails; then no
-            file is written.
+        UserError: an option, the checkpoint, or the combination of detector and format is not supported, or the check
+            fails; no file is written.
     """
     options = options or ExportOptions()
     export_format = _check(path, options)
@@ -92,7 +93,7 @@ def export_detector(
             comparison = compare(model, exported, inputs, metadata.score_threshold, cfg.TEST.DETECTIONS_PER_IMAGE)
         except UserError:
             raise
-        except Exception as error:  # of the tracer, the exporter or the runtime
+        except Exception as error:  # from the tracer, the exporter or the runtime
             raise UserError(f"{metadata.detector} cannot be exported to {export_format}: {reason(error)}.") from error
         require_equal(comparison, path)
         logger.info(f"{metadata.detector} as {export_format} and in PyTorch: {comparison}")
@@ -106,16 +107,16 @@ def export_detector(
 
 
 def _check(path: str, options: ExportOptions) -> str:
-    """The format that the file's name says, if it and the options go together and the packages are there."""
+    """Return the format given by the file name; check that the options fit it and that its packages are installed."""
     export_format = format_of(path)
     if export_format is None:
-        raise UserError(f"--output {path}: the name must end with {', '.join(EXPORT_SUFFIXES)}, which says the format.")
+        raise UserError(f"--output {path}: the name must end with {', '.join(EXPORT_SUFFIXES)}, which sets the format.")
     if os.path.isdir(path):
         raise UserError(f"--output {path} is a folder; name a file.")
     if options.int8 and export_format != "onnx":
         raise UserError(f"--int8 needs an ONNX file, which OpenVINO runs as well; --output {path} is {export_format}.")
     if options.score_thresh is not None and not 0 <= options.score_thresh <= 1:
-        raise UserError(f"--score-thresh is {options.score_thresh}; it must lie between 0 and 1.")
+        raise UserError(f"--score-thresh is {options.score_thresh}; it must be between 0 and 1.")
     if options.fixed_size is not None and min(options.fixed_size) < 1:
         raise UserError(f"--size is {options.fixed_size}; height and width must be at least 1.")
     if options.calibration_images < 1:
@@ -126,10 +127,7 @@ def _check(path: str, options: ExportOptions) -> str:
 
 
 def describe(cfg: CfgNode, model: nn.Module, options: ExportOptions) -> ExportMetadata:
-    """
-    Raises:
-        UserError: the model has no classes, or its images no three channels.
-    """
+    """Create the metadata. Raises a UserError if the model has no classes or its images do not have three channels."""
     adapter = build_adapter(model)
     categories = read_categories(cfg, adapter.num_classes)
     if categories is None or adapter.score_threshold is None:
@@ -158,10 +156,10 @@ def describe(cfg: CfgNode, model: nn.Module, options: ExportOptions) -> ExportMe
 
 
 def _inputs(cfg: CfgNode, metadata: ExportMetadata, images: list[str] | None) -> list[Tensor]:
-    """What the file is checked on: images, and one without objects."""
+    """Return the images for the check, including one without objects."""
     files = images or dataset_files(cfg, cfg.DATASETS.TEST, CHECKED_IMAGES)
     if not files:
-        logger.warning("Checked on synthetic images: DATASETS.TEST is not there; --images names images of your own.")
+        logger.warning("Checked on synthetic images: DATASETS.TEST is not available; use --images for other images.")
         return synthetic(metadata)
     return [*(prepared(file, metadata) for file in files), synthetic(metadata)[-1]]
 
@@ -169,12 +167,12 @@ def _inputs(cfg: CfgNode, metadata: ExportMetadata, images: list[str] | None) ->
 def _calibration(cfg: CfgNode, metadata: ExportMetadata, count: int) -> list[Tensor]:
     files = dataset_files(cfg, cfg.DATASETS.TRAIN, count)
     if not files:
-        raise UserError("--int8 needs images of DATASETS.TRAIN, to measure the ranges of activations; none is there.")
+        raise UserError("--int8 needs images of DATASETS.TRAIN to measure activation ranges; none are available.")
     return [prepared(file, metadata) for file in files]
 
 
 def _quantize(path: str, images: list[Tensor], metadata: ExportMetadata) -> None:
-    """Replace an ONNX file by its quantized form."""
+    """Replace an ONNX file with its quantized version."""
     source = f"{path}.float"
     os.replace(path, source)
     quantize_onnx(source, path, images)

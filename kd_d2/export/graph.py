@@ -1,4 +1,4 @@
-"""A detector as a function of one image tensor, which can be traced."""
+"""A detector as a traceable function of one image tensor."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ..errors import UserError
 class DetectionGraph(nn.Module):
     """Image uint8 [3, H, W] in the detector's channel order -> `outputs`.
 
-    Detections are Detectron2's own for an image whose output size is its input size, but for masks: they stay the head's
-    probabilities [N, M, M] inside the boxes.
+    Detections are those of Detectron2 for an image whose output size is its input size, except for masks, which are the
+    head's probabilities [N, M, M] inside the boxes.
 
     Attributes:
-        outputs: names of what it returns.
+        outputs: names of the outputs.
     """
 
     outputs: tuple[str, ...]
@@ -45,13 +45,13 @@ class DetectionGraph(nn.Module):
     def _detect(self, image: Tensor) -> Instances:
         if not isinstance(self.model, GeneralizedRCNN):
             return self.model([{"image": image}])[0]["instances"]
-        found = self.model.inference([{"image": image}], do_postprocess=False)[0]  # keeps masks as the head gives them
+        found = self.model.inference([{"image": image}], do_postprocess=False)[0]  # keeps the masks of the head
         return found[found.pred_boxes.nonempty()]
 
 
 @contextlib.contextmanager
 def _nms_without_branch() -> Iterator[None]:
-    """Let torchvision's batched_nms be traced without its branch for no boxes, in which OpenVINO makes one box out of none."""
+    """Trace torchvision's batched_nms without its branch for no boxes, in which OpenVINO would create a box."""
     original = ops.batched_nms
     ops.batched_nms = batched_nms
     try:
@@ -61,7 +61,7 @@ def _nms_without_branch() -> Iterator[None]:
 
 
 def batched_nms(boxes_N4: Tensor, scores_N: Tensor, classes_N: Tensor, iou_threshold: float) -> Tensor:
-    """torchvision's: the boxes of each class are moved to where no other class has any."""
+    """Apply torchvision's batched NMS: the boxes of each class are offset so that classes do not overlap."""
     largest = torch.cat([boxes_N4, boxes_N4.new_zeros(1, 4)]).max()
     offset_N1 = (classes_N.to(boxes_N4) * (largest + 1))[:, None]
     return ops.nms(boxes_N4 + offset_N1, scores_N, iou_threshold)
@@ -70,10 +70,10 @@ def batched_nms(boxes_N4: Tensor, scores_N: Tensor, classes_N: Tensor, iou_thres
 class CandidateGraph(nn.Module):
     """Image uint8 [3, H, W] -> boxes [R, 4] of all anchors, their scores [R, classes], and their levels [R] from 0.
 
-    Without sorting, thresholds and NMS, hence without shapes that depend on what is in the image.
+    There is no sorting, threshold or NMS, hence no shape depends on the image content.
 
     Raises:
-        UserError: the detector is not a dense one that kd_d2 reads in full.
+        UserError: the detector has no dense predictions that kd_d2 can read.
     """
 
     outputs = ("boxes", "scores", "levels")
@@ -85,7 +85,7 @@ class CandidateGraph(nn.Module):
         self.adapter = build_adapter(model)
         if "dense" not in self.adapter.provides:
             raise UserError(
-                f"--no-nms: {type(model).__name__} cannot do without NMS inside; leave the option out, or take a one-stage detector."
+                f"--no-nms: {type(model).__name__} needs NMS internally; omit the option, or use a one-stage detector."
             )
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
@@ -98,11 +98,8 @@ class CandidateGraph(nn.Module):
 
 
 def check_detector(model: nn.Module) -> None:
-    """
-    Raises:
-        UserError: what the model gives beside boxes and masks would be lost.
-    """
+    """Raise a UserError if the model has outputs other than boxes and masks, which would be lost."""
     if getattr(getattr(model, "roi_heads", None), "keypoint_on", False):
         raise UserError("MODEL.KEYPOINT_ON is True: keypoints cannot be exported; boxes and masks can.")
     if hasattr(model, "sem_seg_head"):
-        raise UserError(f"{type(model).__name__} has a head of semantic segmentation, which cannot be exported.")
+        raise UserError(f"{type(model).__name__} has a semantic segmentation head, which cannot be exported.")

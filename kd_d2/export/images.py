@@ -1,4 +1,4 @@
-"""Images that an export is checked and calibrated on, as the exported file takes them."""
+"""Images for checking and calibrating an export, in the input format of the exported file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .metadata import ExportMetadata
 
 
 def dataset_files(cfg: CfgNode, names: tuple[str, ...], count: int) -> list[str]:
-    """The files of `count` images, evenly spaced over the first of the datasets that is there; [] if none is."""
+    """Return the files of `count` images, evenly spaced over the first available dataset; [] if there is none."""
     register_synthetic()
     register_coco_json(cfg)
     for name in names:
@@ -27,14 +27,14 @@ def dataset_files(cfg: CfgNode, names: tuple[str, ...], count: int) -> list[str]
 
 
 def prepared(path: str, metadata: ExportMetadata) -> Tensor:
-    """An image file as a tensor uint8 [3, H, W]."""
+    """Load an image file as a uint8 tensor [3, H, W], resized and padded."""
     image = read_image(path, metadata.input_format)
     resized = metadata.resize_transform(*image.shape[:2]).apply_image(image)
     return torch.from_numpy(metadata.padded(resized.transpose(2, 0, 1)))
 
 
 def synthetic(metadata: ExportMetadata, count: int = 4) -> list[Tensor]:
-    """Noise of several sizes; the last one is gray all over."""
+    """Return noise images of several sizes; the last image is uniformly gray."""
     random = np.random.RandomState(0)
     images = []
     for number in range(count):

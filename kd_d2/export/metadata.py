@@ -1,4 +1,4 @@
-"""What an exported file says about itself: how images are prepared for it, and what its outputs mean."""
+"""Metadata of an exported file: the preprocessing of images and the meaning of the outputs."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ class ExportMetadata:
     """The entries of ONNX's metadata_props, of kd_d2.json in a TorchScript file, and of OpenVINO's rt_info.
 
     Attributes:
-        detector: its class.
+        detector: class name of the detector.
         class_names, category_ids: by the class index that the file returns.
-        input_format: order of the channels, RGB or BGR. The input `image` is uint8 [3, height, width]; mean and standard
-            deviation are inside.
-        min_size, max_size: the shorter side of an image is resized to min_size pixels (0: not at all), or less, so that
-            the longer is at most max_size.
-        fixed_size: [height, width] of the one size that the input may have, or None. An image is resized to fit inside,
-            and padded at its right and bottom.
-        padding: value of that padding in each channel.
-        size_divisibility: the file itself pads to a multiple of it.
-        nms: whether the outputs are detections, the best first: `boxes` [N, 4] (left, top, right, bottom in pixels of the
-            input), `scores` [N], `classes` [N], and of some detectors `masks` [N, M, M], probabilities inside the box.
-            If not: of all anchors `boxes` [R, 4], `scores` [R, classes] and `levels` [R], for `decoding.decode`.
-        score_threshold: detections have a higher score.
-        nms_threshold, topk_candidates, max_detections: what `decode` needs; None if `nms`.
+        input_format: channel order, RGB or BGR. The input `image` is uint8 [3, height, width]; the file applies mean
+            and standard deviation.
+        min_size, max_size: the shorter side of an image is resized to min_size pixels (0: no resizing), or less, so
+            that the longer side is at most max_size.
+        fixed_size: [height, width] of the only supported input, or None. An image is resized to fit inside, and padded
+            at the right and bottom.
+        padding: padding value of each channel.
+        size_divisibility: the file pads its input to a multiple of it.
+        nms: whether the outputs are detections, the best first: `boxes` [N, 4] (left, top, right, bottom in input
+            pixels), `scores` [N], `classes` [N], and for some detectors `masks` [N, M, M], probabilities inside boxes.
+            Otherwise, for all anchors, `boxes` [R, 4], `scores` [R, classes], `levels` [R] for `decoding.decode`.
+        score_threshold: detections have higher scores.
+        nms_threshold, topk_candidates, max_detections: parameters of `decode`; None if `nms`.
         int8: whether convolutions are quantized.
-        kd_d2_version: of the program that wrote the file.
+        kd_d2_version: version of kd_d2 that wrote the file.
     """
 
     detector: str
@@ -56,15 +56,12 @@ class ExportMetadata:
     kd_d2_version: str = __version__
 
     def to_strings(self) -> dict[str, str]:
-        """Text as it is, everything else as JSON."""
+        """Return the entries as strings: text unchanged, everything else as JSON."""
         return {key: value if isinstance(value, str) else json.dumps(value) for key, value in asdict(self).items()}
 
     @classmethod
     def from_strings(cls, entries: Mapping[str, str], path: str) -> ExportMetadata:
-        """
-        Raises:
-            UserError: an entry is missing or has another form: the file `path` is not one that kd-d2 wrote.
-        """
+        """Parse the entries of the file `path`. Raises a UserError if one is missing or invalid."""
         try:
             return cls(
                 **{f.name: entries[f.name] if f.type == "str" else json.loads(entries[f.name]) for f in fields(cls)}
@@ -73,14 +70,14 @@ class ExportMetadata:
             raise UserError(f"{path} was not written by kd-d2 export: its metadata lack {error}.") from error
 
     def resize_transform(self, height: int, width: int) -> T.Transform:
-        """How an image of this size is resized."""
+        """Return the transform that resizes an image of this size."""
         if self.fixed_size is None:
             return resize_at_test(height, width, self.min_size, self.max_size)
         scale = min(self.fixed_size[0] / height, self.fixed_size[1] / width)
         return T.ResizeTransform(height, width, max(1, round(height * scale)), max(1, round(width * scale)))
 
     def padded(self, image: np.ndarray) -> np.ndarray:
-        """The input that the file takes, of a resized image uint8 [3, H, W]."""
+        """Pad a resized image uint8 [3, H, W] to the input size of the file."""
         if self.fixed_size is None:
             return np.ascontiguousarray(image)
         canvas = np.empty((3, *self.fixed_size), np.uint8)

@@ -1,4 +1,4 @@
-"""Post-training quantization to int8: the convolutions of an ONNX file."""
+"""Post-training int8 quantization of the convolutions in an ONNX file."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .running import needed_package
 
 
 def quantize_onnx(source: str, target: str, images: list[Tensor]) -> None:
-    """Write `source` with convolutions in int8: weights by channel, activations in the ranges that occur in `images`.
+    """Write `source` with int8 convolutions: weights per channel, activations in the ranges observed on `images`.
 
-    What follows the head stays float. In the QDQ format, which ONNX Runtime and OpenVINO run.
+    Operations after the head remain in float. The format is QDQ, which ONNX Runtime and OpenVINO support.
 
     Args:
-        images: calibration images uint8 [3, H, W], as the file takes them.
+        images: calibration images uint8 [3, H, W], in the input format of the file.
     """
     onnx = needed_package("onnx")
     quantization = needed_package("onnxruntime.quantization")
@@ -41,14 +41,14 @@ def quantize_onnx(source: str, target: str, images: list[Tensor]) -> None:
             nodes_to_quantize=[node.name for node in nodes if node.op_type == "Conv"],
         )
     model = onnx.load(target)
-    # With the inferred shapes ONNX Runtime fuses reshapes in a way that fails where a level has no candidate.
+    # With inferred shapes, ONNX Runtime fuses reshapes in a way that fails if a level has no candidates.
     del model.graph.value_info[:]
     onnx.save(model, target)
 
 
 @contextlib.contextmanager
 def _without_log() -> Iterator[None]:
-    """ONNX Runtime advises a pre-processing that needs all shapes to be known."""
+    """Suppress ONNX Runtime's advice on a preprocessing step that needs all shapes to be known."""
     handlers = logging.root.handlers[:]
     logging.disable(logging.WARNING)
     try:

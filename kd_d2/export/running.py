@@ -1,4 +1,4 @@
-"""Exported files, run by TorchScript, ONNX Runtime or OpenVINO, and called like a Detectron2 model."""
+"""Inference with exported files in TorchScript, ONNX Runtime or OpenVINO, called like a Detectron2 model."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ from .decoding import decode
 from .metadata import ExportMetadata
 
 METADATA_FILE = "kd_d2.json"
-"""The file in a TorchScript archive that has the metadata."""
+"""The metadata file in a TorchScript archive."""
 OPENVINO_INFO = "kd_d2"
-"""Where OpenVINO's rt_info has them."""
+"""The key of the metadata in OpenVINO's rt_info."""
 
 Session = Callable[[np.ndarray], list[np.ndarray]]
-"""Image uint8 [3, H, W] -> the file's outputs."""
+"""Image uint8 [3, H, W] -> outputs of the file."""
 
 
 def needed_package(name: str) -> ModuleType:
-    """A package of the extra `export`, imported. ONNX Runtime sends usage data to its publisher unless told not to.
+    """Import a package of the extra `export`, with ONNX Runtime's telemetry disabled by default.
 
     Raises:
-        UserError: it is not installed.
+        UserError: the package is not installed.
     """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f"The package {name} is needed and missing: pip install 'kd_d2[export]'.") from error
+        raise UserError(f"The package {name} is required but not installed: pip install 'kd_d2[export]'.") from error
 
 
 def _open_torchscript(path: str) -> tuple[Session, dict[str, str]]:
     extra = {METADATA_FILE: ""}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that torch.jit is deprecated
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
         module = torch.jit.load(path, map_location="cpu", _extra_files=extra)
 
     def run(image: np.ndarray) -> list[np.ndarray]:
@@ -60,7 +60,7 @@ def _open_onnx(path: str) -> tuple[Session, dict[str, str]]:
     runtime = needed_package("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # errors alone
+    options.log_severity_level = 3  # errors only
     session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda image: session.run(None, {"image": image}), session.get_modelmeta().custom_metadata_map
 
@@ -73,10 +73,10 @@ def _open_openvino(path: str) -> tuple[Session, dict[str, str]]:
 
 
 def openvino_session(model: Any, precision: str = "f32") -> Session:
-    """An OpenVINO model, or the path of an ONNX file, on the CPU.
+    """Create a session for an OpenVINO model, or the path of an ONNX file, on the CPU.
 
     Args:
-        precision: of what is not quantized; by itself OpenVINO takes "bf16" where the CPU has it.
+        precision: of layers that are not quantized; OpenVINO's default is "bf16" if the CPU supports it.
     """
     openvino = needed_package("openvino")
     options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
@@ -93,10 +93,10 @@ OPENERS = {"torchscript": _open_torchscript, "onnx": _open_onnx, "openvino": _op
 
 
 class ExportedModel:
-    """Called like a Detectron2 model in eval mode: dictionaries with "image", "height" and "width" -> "instances".
+    """Exported model, called like a Detectron2 model in eval mode: "image", "height" and "width" -> "instances".
 
     Attributes:
-        metadata: what the file says about itself.
+        metadata: metadata of the file.
     """
 
     def __init__(self, session: Session, metadata: ExportMetadata):
@@ -106,8 +106,8 @@ class ExportedModel:
     def __call__(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Instances]]:
         """
         Args:
-            batched_inputs: "image" [3, H, W], 0 to 255, resized by `metadata.resize_transform`; "height" and "width" of the
-                image before, if detections are wanted in its pixels.
+            batched_inputs: "image" [3, H, W], 0 to 255, resized by `metadata.resize_transform`; "height" and "width" of
+                the original image for detections in its pixels.
         """
         return [{"instances": self._detect(entry)} for entry in batched_inputs]
 
@@ -123,10 +123,10 @@ class ExportedModel:
 
 
 def load_exported(path: str) -> ExportedModel:
-    """A file of `kd-d2 export`.
+    """Load a file of `kd-d2 export`.
 
     Raises:
-        UserError: it is not there, cannot be read, or was written by another program; or a package is missing.
+        UserError: the file is missing, cannot be read, or was written by another program; or a package is missing.
     """
     if not os.path.isfile(path):
         raise UserError(f"There is no exported model {path}.")
@@ -134,30 +134,30 @@ def load_exported(path: str) -> ExportedModel:
         session, entries = OPENERS[format_of(path)](path)
     except UserError:
         raise
-    except Exception as error:  # each runtime has its own
+    except Exception as error:  # each runtime has its own types
         raise UserError(f"{path} cannot be read as {format_of(path)}: {reason(error)}.") from error
     return ExportedModel(session, ExportMetadata.from_strings(entries, path))
 
 
 def load_exported_detector(path: str, score_thresh: float) -> ImageDetector:
-    """A file of `kd-d2 export` as a detector of images.
+    """Load a file of `kd-d2 export` as a detector of images.
 
     Raises:
-        UserError: see `load_exported`; or the file gives no detections of so low a score.
+        UserError: see `load_exported`; or `score_thresh` is below the score threshold of the file.
     """
     model = load_exported(path)
     metadata = model.metadata
     if score_thresh < metadata.score_threshold:
         raise UserError(
-            f"--score-thresh is {score_thresh}, but {path} gives no detections below {metadata.score_threshold}: take that, "
-            "or export with a lower --score-thresh."
+            f"--score-thresh is {score_thresh}, but {path} returns no detections below {metadata.score_threshold}; "
+            "use that value, or export with a lower --score-thresh."
         )
     categories = [Category(*entry) for entry in zip(metadata.category_ids, metadata.class_names, strict=True)]
     return ImageDetector(model, metadata.input_format, metadata.resize_transform, categories, score_thresh)
 
 
 def reason(error: Exception) -> str:
-    """What an error of a runtime says, on one line: OpenVINO tells where it was thrown first."""
+    """Return the message of a runtime's error on one line, without the source locations that OpenVINO adds."""
     lines = [line.strip("- \t.") for line in str(error).splitlines()]
     told = [line for line in lines if line and not line.startswith(("Exception from", "Check '", "FrontEnd API"))]
     unknown = [line for line in told if line.startswith("No conversion rule")]

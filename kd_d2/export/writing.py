@@ -1,4 +1,4 @@
-"""A traced graph as a TorchScript, ONNX or OpenVINO file."""
+"""Writers of traced graphs in TorchScript, ONNX and OpenVINO format."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from .metadata import ExportMetadata
 from .running import METADATA_FILE, OPENVINO_INFO, needed_package
 
 OPSET = 19
-"""The first with deformable convolutions; ONNX Runtime and OpenVINO know it."""
+"""The first opset with deformable convolutions; ONNX Runtime and OpenVINO support it."""
 PACKAGES = {"torchscript": (), "onnx": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino")}
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the tracer's warnings, and without the whole graph on the terminal where an operator is unknown."""
+    """Suppress the warnings of the tracer, and the printing of the whole graph if an operator is unknown."""
     was_enabled = torch._C._jit_is_onnx_log_enabled()
     torch._C._jit_set_onnx_log_enabled(False)
     try:
@@ -45,7 +45,7 @@ def write_torchscript(
 
 
 def write_onnx(graph: DetectionGraph | CandidateGraph, image: Tensor, path: str, metadata: ExportMetadata) -> None:
-    """By tracing: PyTorch's newer exporter cannot follow sizes that depend on what is in an image."""
+    """Export by tracing, since PyTorch's newer exporter does not support sizes that depend on the image content."""
     axes = {name: {0: "anchors" if isinstance(graph, CandidateGraph) else "detections"} for name in graph.outputs}
     if metadata.fixed_size is None:
         axes["image"] = {1: "height", 2: "width"}
@@ -67,7 +67,7 @@ def write_onnx(graph: DetectionGraph | CandidateGraph, image: Tensor, path: str,
 
 
 def add_onnx_metadata(path: str, metadata: ExportMetadata) -> None:
-    """Write the entries into a file that is there."""
+    """Add the metadata to an existing file."""
     onnx = needed_package("onnx")
     model = onnx.load(path)
     onnx.helper.set_model_props(model, metadata.to_strings())
@@ -75,7 +75,7 @@ def add_onnx_metadata(path: str, metadata: ExportMetadata) -> None:
 
 
 def write_openvino(graph: DetectionGraph | CandidateGraph, image: Tensor, path: str, metadata: ExportMetadata) -> None:
-    """Through ONNX: PATH.xml, and PATH.bin with the weights in float32."""
+    """Convert from ONNX, and write PATH.xml and PATH.bin, with weights in float32."""
     openvino = needed_package("openvino")
     with tempfile.TemporaryDirectory() as folder:
         source = os.path.join(folder, "model.onnx")
@@ -93,7 +93,7 @@ WRITERS = {"torchscript": write_torchscript, "onnx": write_onnx, "openvino": wri
 def _deform_conv(
     g, image, weight, offset, mask, bias, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups, offset_groups, use_mask
 ):  # fmt: skip
-    """torchvision's deformable convolution as ONNX's."""
+    """Convert torchvision's deformable convolution to that of ONNX."""
     return g.op(
         "DeformConv",
         *(image, weight, offset, bias, *([mask] if use_mask else [])),

@@ -1,4 +1,4 @@
-"""HTML reports: pages of sections, each a list of tables, pictures and texts. `kd_d2.report.sections` has those of trainings."""
+"""HTML reports: pages of sections with tables, pictures and texts. `kd_d2.report.sections` has those of trainings."""
 
 from .page import Listing, Picture, Section, Table, render
 

@@ -1,4 +1,4 @@
-"""A page of sections as one HTML file that needs nothing beside itself."""
+"""A page of sections as a self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from PIL import Image
 
 from ..text import without_controls
 
-WIDEST = 2200  # px; larger pictures are made smaller
-MANY_COLORS = 4096  # pictures with more are photographs
+WIDEST = 2200  # pixels; larger pictures are downsized
+MANY_COLORS = 4096  # pictures with more colors are photographs
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Table:
 
 @dataclass
 class Picture:
-    """A picture file, put into the page."""
+    """A picture file, embedded in the page."""
 
     path: str
     caption: str = ""
@@ -42,7 +42,7 @@ class Picture:
 
     @property
     def uri(self) -> str:
-        """The picture as a data URI: photographs as WebP, plots as they are."""
+        """The picture as a data URI: photographs as WebP, plots unchanged."""
         with Image.open(self.path) as opened:
             image = opened.convert("RGB")
             if image.width <= WIDEST and image.getcolors(MANY_COLORS) is not None:
@@ -72,7 +72,7 @@ class Section:
     """A part of the page.
 
     Attributes:
-        intro: sentences, one a paragraph.
+        intro: sentences, one per paragraph.
     """
 
     title: str
@@ -85,10 +85,10 @@ def _without_controls(value: object) -> object:
 
 
 def render(title: str, sections: Sequence[Section], versions: dict[str, str]) -> str:
-    """The page.
+    """Render the page as HTML.
 
     Args:
-        versions: of what made the page, for its end.
+        versions: software versions, shown at the end of the page.
     """
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_without_controls)
     template = environment.from_string(files(__package__).joinpath("page.html.jinja").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The sections of a report about trainings and sweeps."""
+"""Report sections of trainings and sweeps."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ CLASS_COLUMNS = 4
 
 
 def sweep_section(matrix: Matrix, results_folder: str, scratch: str) -> Section:
-    """Table, plots and settings of a sweep.
+    """Create the section of a sweep: table, plots and settings.
 
     Args:
-        scratch: a folder for the plots.
+        scratch: a temporary folder for the plots.
 
     Raises:
         UserError: no cell of the matrix is finished.
@@ -40,8 +40,8 @@ def sweep_section(matrix: Matrix, results_folder: str, scratch: str) -> Section:
     titles = {cell.name: cell.title for cell in matrix.cells}
     table.caption = (
         f"Mean and standard deviation over seeds. gain: over {titles[matrix.baseline]}; > 2 sd: whether it is more than two "
-        "pooled standard deviations; gap closed: share of the way from the plain student to the teacher. Parameters, GFLOPs and "
-        "ms / image are the detector's own at inference; s / iteration and memory the training's."
+        "pooled standard deviations; gap closed: closed fraction of the gap from the plain student to the teacher. Parameters, "
+        "GFLOPs and ms / image are those of the detector at inference; s / iteration and memory those of the training."
     )
     section = Section("Sweep", (), [table])
     ap, curves = (os.path.join(scratch, name) for name in ("ap.png", "curves.png"))
@@ -49,7 +49,7 @@ def sweep_section(matrix: Matrix, results_folder: str, scratch: str) -> Section:
     section.blocks.append(Picture(ap, "AP and AP50 by method; a dot is a seed, the dashed line the teacher."))
     plot_curves(first_curves(matrix, results), curves)
     if os.path.isfile(curves):
-        section.blocks.append(Picture(curves, "AP and losses over the iterations, the first seed of each."))
+        section.blocks.append(Picture(curves, "AP and losses over the iterations, first seed of each cell."))
     for name, of_cell in results.items():
         settings = {key: of_cell[0][key] for key in ("settings", "versions") if of_cell[0].get(key)}
         section.blocks.append(Listing(f"Settings: {titles.get(name, name)}", _as_yaml(settings)))
@@ -57,23 +57,23 @@ def sweep_section(matrix: Matrix, results_folder: str, scratch: str) -> Section:
 
 
 def is_run(folder: str) -> bool:
-    """Whether a folder is the output folder of a training."""
+    """Return whether a folder is the output folder of a training."""
     return all(os.path.isfile(os.path.join(folder, name)) for name in ("config.yaml", "metrics.json"))
 
 
 def run_section(folder: str, scratch: str) -> Section:
-    """Scores, classes, curves, cost and config of a training.
+    """Create the section of a training: scores, classes, curves, cost and config.
 
     Args:
         folder: see `is_run`.
-        scratch: a folder for the plots.
+        scratch: a temporary folder for the plots.
 
     Raises:
-        UserError: metrics.json has no iteration.
+        UserError: metrics.json has no iterations.
     """
     metrics = read_metrics(folder)
     if not metrics:
-        raise UserError(f"{folder}: metrics.json has no iteration.")
+        raise UserError(f"{folder}: metrics.json has no iterations.")
     name = "/".join(os.path.abspath(folder).split(os.sep)[-2:])
     section = Section(f"Training {name}", [_cost_sentence(metrics)])
     for dataset, results in _results_by_dataset(folder).items():
@@ -95,13 +95,13 @@ def _cost_sentence(metrics: list[dict[str, Any]]) -> str:
     seconds = sorted(row["time"] for row in metrics if "time" in row)
     memory = max((row["peak_memory_mib"] for row in metrics if "peak_memory_mib" in row), default=None)
     parts = [f"{last} iterations"]
-    parts += [f"{seconds[len(seconds) // 2]:.2f} s an iteration (median)"] if seconds else []
+    parts += [f"{seconds[len(seconds) // 2]:.2f} s per iteration (median)"] if seconds else []
     parts += [f"peak memory {memory:.0f} MiB"] if memory is not None else []
     return ", ".join(parts) + "."
 
 
 def _results_by_dataset(folder: str) -> dict[str, dict]:
-    """Results of the evaluation at the end of a training; the name is empty where there is one dataset."""
+    """Return the results at the end of a training by dataset; the name is empty if there is only one dataset."""
     path = os.path.join(folder, "train.json")
     if not os.path.isfile(path):
         return {}
@@ -131,7 +131,7 @@ def _score_tables(results: dict[str, dict[str, float]], dataset: str) -> list[Ta
 
 
 def _in_columns(entries: list[tuple[str, str]], caption: str) -> Table:
-    """Names with their values, down one pair of columns after the other."""
+    """Arrange names and values in pairs of columns, from top to bottom."""
     height = -(-len(entries) // CLASS_COLUMNS)
     padded = entries + [("", "")] * (-len(entries) % height)
     columns = [padded[start : start + height] for start in range(0, len(padded), height)]

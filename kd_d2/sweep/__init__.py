@@ -1,4 +1,4 @@
-"""Comparing methods: a matrix of cells and seeds, run resumably, in one table with plots."""
+"""Comparison of methods: a resumable run of a matrix of cells and seeds, summarized in a table and plots."""
 
 from .matrix import Cell, Matrix, read_matrix
 from .report import SweepOptions, run_sweep

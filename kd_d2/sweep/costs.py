@@ -1,4 +1,4 @@
-"""What a detector costs to run: parameters, operations, time."""
+"""Inference costs of a detector: parameters, operations, time."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ REPEATS = 10
 
 
 def measure_costs(matrix: Matrix, opts: list[Any]) -> dict[str, dict[str, float]]:
-    """Costs of the teacher ("teacher"), where there is one, and of every cell's student.
+    """Measure the costs of the student of every cell and of the teacher ("teacher"), if there is one.
 
-    Images are square, of the side INPUT.MIN_SIZE_TEST; weights are random, with all detections suppressed, so the time
-    is that of the network. Times are medians of interleaved runs of one image.
+    Images are square with side INPUT.MIN_SIZE_TEST. Weights are random, with all detections suppressed, so that the
+    time is that of the network. Times are medians of interleaved runs on one image.
 
     Returns:
-        by cell: "params" in millions, "gflops" (multiply-adds, 1e9) and "ms_per_image".
+        "params" in millions, "gflops" (multiply-adds, 1e9) and "ms_per_image" by cell.
     """
     students = {c.name: load_config(c.config, [*opts, *c.opts], student_only=True) for c in matrix.cells}
     configs = {**_teacher(matrix, opts), **students}
@@ -50,7 +50,7 @@ def _teacher(matrix: Matrix, opts: list[Any]) -> dict[str, CfgNode]:
 
 
 def _architecture(cfg: CfgNode) -> str:
-    """The same text for the same detector, however it is trained."""
+    """Return a text that is equal for equal detectors, independent of their training."""
     model = cfg.MODEL.clone()
     model.defrost()
     model.KD, model.WEIGHTS = CfgNode(), ""
@@ -90,7 +90,7 @@ def _build(cfg: CfgNode) -> nn.Module:
 
 
 def _gflops(model: nn.Module, side: int) -> float:
-    """Multiply-adds of backbone and, for dense detectors, head: what does not depend on the image's content."""
+    """Return the multiply-adds (1e9) of backbone and, in dense detectors, head: the part independent of the image."""
     logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
     divisibility = max(model.backbone.size_divisibility, 1)
     side = -(-side // divisibility) * divisibility  # as the detector pads it
@@ -106,6 +106,6 @@ def _gflops(model: nn.Module, side: int) -> float:
 
 
 def _deformable_convolution(inputs: list[Any], outputs: list[Any]) -> int:
-    """Multiply-adds of the convolution itself, the interpolation left out."""
+    """Return the multiply-adds of the convolution itself, without the interpolation."""
     weight, made = (value.type().sizes() for value in (inputs[1], outputs[0]))
     return math.prod(made) * math.prod(weight[1:])

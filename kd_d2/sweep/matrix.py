@@ -1,4 +1,4 @@
-"""The matrix of a comparison: which cells there are, and what makes each of them different."""
+"""The matrix of a comparison: its cells and their settings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..plain_yaml import read_plain_yaml
 
 KINDS = {str: "text", int: "whole number", dict: "mapping"}
 
-# Keys that say where files are or how a training is run, not what is measured.
+# Keys for the locations of files and the execution of a training, which do not define what is measured.
 LOCATION_KEYS = (
     "OUTPUT_DIR",
     "DATASETS.COCO_JSON",
@@ -42,11 +42,11 @@ class Cell:
     """One row of the table.
 
     Attributes:
-        name: its name in the matrix.
-        title: what the table calls it.
+        name: the name in the matrix.
+        title: the title in the table.
         config: the config file.
         opts: overrides of the config: key, value, ...
-        seeds: the seeds it is trained with.
+        seeds: the seeds for training.
     """
 
     name: str
@@ -58,13 +58,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A whole comparison.
+    """A complete comparison.
 
     Attributes:
-        cells: in order of the table, the teacher not among them.
-        baseline: the cell that gains are over.
-        student: the plain student's cell, from which the gap to the teacher is counted.
-        teacher: trained first where the matrix gives its config; None where the students' config names one, or all cells
+        cells: in the order of the table, without the teacher.
+        baseline: the cell that gains are relative to.
+        student: the cell of the plain student, from which the gap to the teacher is measured.
+        teacher: trained first if the matrix has its config; None if the students' config names a teacher, or all cells
             are plain detectors.
     """
 
@@ -78,39 +78,39 @@ class Matrix:
         return next(cell for cell in self.cells if cell.name == name)
 
     def taught_cell(self, opts: list[Any]) -> Cell | None:
-        """A cell whose config, under these overrides, names a teacher; None where all are plain detectors."""
+        """Return a cell whose config, with these overrides, names a teacher, or None if all are plain detectors."""
         configs = ((cell, load_config(cell.config, [*opts, *cell.opts])) for cell in self.cells)
         return next((cell for cell, cfg in configs if cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH), None)
 
     def select(self, names: list[str] | None, seeds: list[int] | None) -> list[tuple[Cell, int]]:
-        """(cell, seed) pairs, first seeds of all cells first.
+        """Return (cell, seed) pairs, sorted by seed.
 
         Raises:
-            UserError: a name that the matrix does not have.
+            UserError: a name is not in the matrix.
         """
         known = [cell.name for cell in self.cells]
         for name in names or []:
             if name not in known:
-                raise UserError(f"{self.path} has no cell {name!r}; there are {', '.join(known)}.")
+                raise UserError(f"{self.path} has no cell {name!r}; available: {', '.join(known)}.")
         pairs = [(c, s) for c in self.cells for s in c.seeds if names is None or c.name in names]
         return sorted(((c, s) for c, s in pairs if seeds is None or s in seeds), key=lambda pair: pair[1])
 
     def reduced_to(self, names: list[str] | None) -> Matrix:
-        """The matrix with these cells alone, baseline and plain student always among them; None for all."""
+        """Return the matrix with only these cells, baseline and plain student; with all cells for None."""
         kept = {cell.name for cell in self.cells} if names is None else {*names, self.baseline, self.student}
         return replace(self, cells=tuple(cell for cell in self.cells if cell.name in kept))
 
 
 def read_matrix(path: str) -> Matrix:
-    """Read a matrix from yaml.
+    """Read a matrix from YAML.
 
-    Its keys: `config` (of the students), `baseline`, `student`, optionally `teacher` (`config`, `fragments`, `opts`, `seeds`),
-    and `cells`: by name a `title`, `fragments` (configs that are laid over the config one after another), `opts` (a mapping of
-    keys to values, laid over these), `seeds`, and `config` if it is not the common one. Configs are paths relative to the
-    matrix, or names (see `config_files.find_config_file`).
+    The keys are `config` (of the students), `baseline`, `student`, optionally `teacher` (`config`, `fragments`, `opts`,
+    `seeds`), and `cells`. The keys of a cell are `title`, `fragments` (configs merged into the config, in order),
+    `opts` (a mapping of keys to values, merged last), `seeds`, and `config` if it is not the common one. Configs are
+    paths relative to the matrix, or names (see `config_files.find_config_file`).
 
     Raises:
-        UserError: a missing file, an unknown key.
+        UserError: a file is missing, or a key is unknown.
     """
     tree = read_plain_yaml(path, f"Sweep {path}")
     _check(path, "the sweep", tree, {"config": str, "baseline": str, "student": str, "teacher": dict, "cells": dict})
@@ -138,13 +138,13 @@ def read_matrix(path: str) -> Matrix:
     for name in tree.get("cells") or {}:
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]{0,99}", name):
             raise UserError(
-                f"Sweep {path}: the cell {name!r} cannot name a folder; use up to 100 letters, digits, and the characters _ . + -"
+                f"Sweep {path}: the cell {name!r} is not a valid folder name; use up to 100 letters, digits, and the characters _ . + -"
             )
     cells = tuple(cell(name, entry) for name, entry in (tree.get("cells") or {}).items())
     names = [c.name for c in cells]
     for key in ("baseline", "student"):
         if key in tree and tree[key] not in names:
-            raise UserError(f"Sweep {path}: {key} is {tree[key]!r}, which is no cell; there are {', '.join(names)}.")
+            raise UserError(f"Sweep {path}: {key} {tree[key]!r} is not a cell; available: {', '.join(names)}.")
     if not cells or "baseline" not in tree:
         raise UserError(f"Sweep {path} needs cells, and a baseline among them.")
     teacher = cell("teacher", tree["teacher"]) if "teacher" in tree else None
@@ -152,7 +152,7 @@ def read_matrix(path: str) -> Matrix:
 
 
 def _check(path: str, what: str, entry: Any, known: dict[str, Any]) -> None:
-    """Raise a UserError unless the entry is a mapping of known keys to values of their types; [str] is a list of texts."""
+    """Raise a UserError unless the entry maps known keys to values of their types; [str] is a list of str."""
     if not isinstance(entry, dict):
         raise UserError(f"Sweep {path}: {what} must be a mapping of keys to values.")
     for key, value in entry.items():
@@ -172,9 +172,9 @@ def _check(path: str, what: str, entry: Any, known: dict[str, Any]) -> None:
 
 
 def measured_settings(config: str, opts: list[Any]) -> dict[str, Any]:
-    """What of a config decides the result: every key that is not at its default, but for the places of files.
+    """Return the keys of a config that determine the result: all with non-default values, except LOCATION_KEYS.
 
-    A key that a later version adds does not change it, as long as it stays at its default.
+    A key that a later version adds does not change the settings as long as it has its default value.
     """
     changed = changed_keys(load_config(config, opts))
     return {key: value for key, value in changed.items() if key not in LOCATION_KEYS}

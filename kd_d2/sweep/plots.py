@@ -1,4 +1,4 @@
-"""Pictures of a comparison: AP with its spread, and losses and AP over the iterations."""
+"""Plots of a comparison: AP with its spread, and losses and AP over the iterations."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ TEACHER_COLOR = "0.45"
 DASHES = ("-", "--", ":", "-.")
 
 Curves = dict[str, list[tuple[int, float]]]
-"""Points (iteration, value) by what they are of: "bbox/AP", "total_loss", "loss_..."."""
+"""Points (iteration, value) by metric: "bbox/AP", "total_loss", "loss_..."."""
 
 
 def plot_ap(rows: list[Row], path: str) -> None:
-    """Bars of mean AP and AP50, every seed a dot, the teacher a line."""
+    """Plot mean AP and AP50 as bars, each seed as a dot, and the teacher as a line."""
     students = [row for row in rows if row.name != "teacher"]
     teacher = next((row for row in rows if row.name == "teacher"), None)
     figure, axes = plt.subplots(1, 2, figsize=(11, 0.45 * len(students) + 1.6), sharey=True, layout="constrained")
@@ -47,7 +47,7 @@ def plot_ap(rows: list[Row], path: str) -> None:
 
 
 def plot_curves(curves: dict[str, Curves], path: str) -> None:
-    """AP and every loss over the iterations, one line a training; nothing where no training has two points of anything."""
+    """Plot AP and every loss over the iterations, one line per training; nothing if no metric has two points."""
     drawable = {key for c in curves.values() for key, points in c.items() if len(points) > 1}
     panels = sorted(drawable, key=lambda key: (key != "bbox/AP", key != "total_loss", key))
     if not panels:
@@ -74,6 +74,6 @@ def plot_curves(curves: dict[str, Curves], path: str) -> None:
 
 
 def look(index: int, count: int) -> dict[str, Any]:
-    """Color and dashes of one of so many lines: where the colors end they begin again with other dashes."""
+    """Return the color and dashes of one of `count` lines; colors repeat with different dashes."""
     colors = matplotlib.colormaps["tab10" if count <= 10 else "tab20"].colors
     return {"color": colors[index % len(colors)], "linestyle": DASHES[index // len(colors) % len(DASHES)]}

@@ -1,4 +1,4 @@
-"""A whole sweep: run what is missing, then write table and plots."""
+"""A complete sweep: run missing trainings, then write the table and plots."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ ANY_MARK, END_MARK = "<!-- table of ", "<!-- end of the table -->"
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """How a sweep is run and reported.
+    """Options for running and reporting a sweep.
 
     Attributes:
-        results: folder of what is small enough to keep: a json per finished cell and seed, and `costs.json`; by default
+        results: folder of small files to keep: one JSON file per finished cell and seed, and `costs.json`; by default
             `results` in the folder of the trainings.
         report: folder of `table.md`, `table.csv`, `ap.png` and `curves.png`; by default `results`.
-        readme: a Markdown file whose table, between two marks, is replaced by this one; `FILE#NAME` for the table of that name.
-        report_only: train nothing, and report what is finished.
-        cells: only these are run and reported, beside baseline and plain student if they are finished; None for all.
-        seeds: only these are run; None for all.
-        jobs: trainings at a time.
-        threads: CPU threads of each.
-        imports: modules and files of users that the trainings import, see `extensions`.
+        readme: a Markdown file, whose table between two marks is replaced; `FILE#NAME` for the table with that name.
+        report_only: report finished trainings without running any.
+        cells: cells to run and to report, in addition to finished baseline and plain student; None for all.
+        seeds: seeds to run; None for all.
+        jobs: number of parallel trainings.
+        threads: number of CPU threads per training.
+        imports: user modules and files for the trainings to import, see `extensions`.
     """
 
     results: str | None = None
@@ -52,17 +52,17 @@ class SweepOptions:
 
 
 def run_sweep(matrix: Matrix, output: str, opts: list[Any], options: SweepOptions | None = None) -> list[Row]:
-    """Train the cells of a matrix that are not finished, and write table and plots of all that are.
+    """Train the unfinished cells of a matrix, and write the table and plots of all finished ones.
 
     Args:
         output: folder of the trainings, one per cell and seed.
         opts: overrides for all cells.
 
     Returns:
-        The rows of the table: everything that is finished by now.
+        The rows of the table with all finished cells.
 
     Raises:
-        UserError: a folder or a readme cannot be written, a cell or its config is wrong, or trainings failed.
+        UserError: a folder or a readme is not writable, a cell or its config is invalid, or trainings failed.
     """
     options = options or SweepOptions()
     output = os.path.abspath(output)
@@ -71,7 +71,7 @@ def run_sweep(matrix: Matrix, output: str, opts: list[Any], options: SweepOption
     for folder, key in ((output, "--output"), (results, "--results"), (report, "--report")):
         check_output_folder(folder, key)
     if options.readme is not None:
-        _split_at_marks(options.readme)  # fails before anything is trained
+        _split_at_marks(options.readme)  # fails before training
     if options.report_only:
         costs = read_costs(results)
     else:
@@ -86,7 +86,7 @@ def run_sweep(matrix: Matrix, output: str, opts: list[Any], options: SweepOption
 def _run_missing(
     matrix: Matrix, output: str, results: str, opts: list[Any], options: SweepOptions
 ) -> dict[str, dict[str, float]]:
-    """Train what is not finished; returns the detectors' costs."""
+    """Train unfinished cells and return the costs of the detectors."""
     jobs, imports = [], options.imports
     if matrix.teacher is not None:
         job, names_teacher = teacher_training(matrix, output, results, opts, imports)
@@ -105,7 +105,7 @@ def _run_missing(
 
 
 def _split_at_marks(readme: str) -> tuple[str, str, str]:
-    """The path in `FILE#NAME`, what the file has up to the mark of that table, and what it has from the end mark on."""
+    """Return the path in `FILE#NAME`, and the text of the file up to the mark of the table and from its end mark on."""
     path, _, name = readme.partition("#")
     if not os.path.isfile(path):
         raise UserError(f"--readme: there is no file {path}.")
@@ -113,7 +113,7 @@ def _split_at_marks(readme: str) -> tuple[str, str, str]:
         text = file.read()
     name = name and f": {name}"
     mark = f"<!-- table of kd-d2 sweep{name} -->"
-    text = text.replace(f"<!-- table of tools/compare.py{name} -->", mark)  # the program's name until 0.1
+    text = text.replace(f"<!-- table of tools/compare.py{name} -->", mark)  # the name of the program until 0.1
     before, _, below = text.partition(mark)
     table, end, after = below.partition(END_MARK)
     if not end or mark in below or ANY_MARK in table:
@@ -122,7 +122,7 @@ def _split_at_marks(readme: str) -> tuple[str, str, str]:
 
 
 def write_report(matrix: Matrix, results_folder: str, costs: dict[str, dict[str, float]], folder: str) -> list[Row]:
-    """Write table and plots of what is finished into `folder`, and log the table."""
+    """Write the table and plots of finished cells to `folder`, and log the table."""
     results = read_results(matrix, results_folder)
     rows = build_rows(matrix, results, costs)
     for name, text in (("table.md", as_markdown(rows) + "\n"), ("table.csv", as_csv(rows))):
@@ -135,18 +135,18 @@ def write_report(matrix: Matrix, results_folder: str, costs: dict[str, dict[str,
 
 
 def first_curves(matrix: Matrix, results: dict[str, list[dict[str, Any]]]) -> dict[str, Curves]:
-    """By title the curves of each finished cell's first seed."""
+    """Return the curves of the first seed of each finished cell by title."""
     return {cell.title: results[cell.name][0]["curves"] for cell in matrix.cells if results.get(cell.name)}
 
 
 def read_costs(folder: str) -> dict[str, dict[str, float]]:
-    """What was measured of the detectors before; empty where nothing was."""
+    """Return the stored costs of the detectors, or an empty dict if there are none."""
     path = os.path.join(folder, COSTS)
     return from_tree(dict[str, dict[str, float]], read_json(path), path, "the file") if os.path.isfile(path) else {}
 
 
 def _costs(matrix: Matrix, folder: str, opts: list[Any]) -> dict[str, dict[str, float]]:
-    """The detectors' costs, measured once, and again when the matrix has got a new cell."""
+    """Return the costs of the detectors; they are measured once, and again if the matrix has a new cell."""
     known = read_costs(folder)
     if {cell.name for cell in matrix.cells} <= known.keys():
         return known

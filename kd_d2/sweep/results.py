@@ -1,4 +1,4 @@
-"""What trainings leave in their folders, and the json files of finished cells."""
+"""Output files of trainings, and JSON files of finished cells."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def result_path(results: str, cell: str, seed: int) -> str:
 
 
 def read_result(path: str) -> dict[str, Any]:
-    """The json file of a finished cell.
+    """Read the JSON file of a finished cell.
 
     Raises:
-        UserError: it cannot be read, or is none.
+        UserError: the file cannot be read, or its content is invalid.
     """
     tree = read_json(path)
     members(REQUIRED, tree, path, "the file")
@@ -41,10 +41,10 @@ def read_result(path: str) -> dict[str, Any]:
 
 
 def read_outcome(folder: str) -> dict[str, Any]:
-    """What the process wrote at its end: train.json of a training, teacher.json of the teacher's evaluation.
+    """Read the results of a process: train.json of a training, or teacher.json of an evaluation of the teacher.
 
     Raises:
-        UserError: there is none, or it has no results for boxes.
+        UserError: there is no such file, or it has no results for boxes.
     """
     for name in ("train.json", "teacher.json"):
         path = os.path.join(folder, name)
@@ -52,17 +52,17 @@ def read_outcome(folder: str) -> dict[str, Any]:
             outcome = read_json(path)
             members({"bbox": dict[str, float | None]}, outcome, path, "the file")
             return outcome
-    raise UserError(f"{folder} has no results, though its process ended well.")
+    raise UserError(f"{folder} has no results, although its process succeeded.")
 
 
 def read_versions(folder: str) -> dict[str, str]:
-    """What a training was made with, as its output folder says."""
+    """Read the software versions of a training from its output folder."""
     path = os.path.join(folder, "versions.json")
     return from_tree(dict[str, str], read_json(path), path, "the file") if os.path.isfile(path) else {}
 
 
 def read_curves(metrics: list[dict[str, Any]]) -> dict[str, list]:
-    """Losses and AP over iterations, for the plots."""
+    """Return losses and AP over iterations, for plots."""
     curves: dict[str, list] = {}
     for row in metrics:
         for key, value in row.items():
@@ -72,7 +72,7 @@ def read_curves(metrics: list[dict[str, Any]]) -> dict[str, list]:
 
 
 def read_multipliers(metrics: list[dict[str, Any]]) -> dict[str, float]:
-    """The last multiplier of each distiller's losses, where MODEL.KD.BALANCE gave them one."""
+    """Return the last multiplier of each distiller's losses; empty without MODEL.KD.BALANCE."""
     mark = "kd/balance/"
     return {
         name.removeprefix(mark): float(f"{value:.4g}")
@@ -83,16 +83,16 @@ def read_multipliers(metrics: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def read_metrics(folder: str) -> list[dict[str, Any]]:
-    """Detectron2's metrics.json, a row an iteration, in their order.
+    """Read Detectron2's metrics.json, with one row per iteration, in order.
 
-    What a kill left half-written is passed over; an iteration that was repeated after it counts as it was at last.
+    Incomplete rows of a killed process are skipped; only the last row of a repeated iteration is kept.
     """
     rows = {row["iteration"]: row for row in written_rows(folder)}
     return [rows[iteration] for iteration in sorted(rows)]
 
 
 def written_rows(folder: str) -> list[dict[str, Any]]:
-    """The rows of metrics.json as they were written; what is no row of numbers with an iteration is passed over."""
+    """Return the rows of metrics.json in file order; lines other than rows of numbers with an iteration are skipped."""
     path = os.path.join(folder, METRICS)
     if not os.path.isfile(path):
         return []

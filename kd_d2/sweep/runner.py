@@ -1,4 +1,4 @@
-"""Running the cells of a sweep: each in its own process, several at a time, finished ones never again."""
+"""Execution of the unfinished cells of a sweep: each in its own process, several in parallel."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .results import (
 PROGRAM = (sys.executable, "-m", "kd_d2")
 logger = logging.getLogger(__name__)
 
-# Idle threads sleep. Those that spin, the OpenMP runtimes' default, take the cores that other jobs need.
+# Idle threads sleep. Spinning, the default of OpenMP runtimes, would occupy cores that other jobs need.
 SLEEPING_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
 
 
@@ -41,11 +41,11 @@ class Job:
     """One process: a training of one cell with one seed, or the evaluation of the teacher.
 
     Attributes:
-        cell, seed: what it measures.
+        cell, seed: the cell and seed to measure.
         command: arguments of kd-d2.
-        output: its OUTPUT_DIR.
-        result: the json file that says that it is finished.
-        settings: what decides its result, see `measured_settings`.
+        output: the OUTPUT_DIR.
+        result: the JSON file that exists once the job has finished.
+        settings: the keys that determine the result, see `measured_settings`.
     """
 
     cell: str
@@ -66,28 +66,28 @@ class Job:
 
 @exit_on_sigterm()
 def run_jobs(jobs: list[Job], parallel: int, threads: int) -> None:
-    """Run every job that has no result yet, and write its result file when it ends well.
+    """Run every job that has no result yet, and write its result file if it succeeds.
 
-    A job that another sweep is running at this time is left to it. SIGTERM and Ctrl-C stop all jobs, each with a checkpoint.
+    Jobs that another sweep is running are skipped. SIGTERM and Ctrl-C stop all jobs, each with a checkpoint.
 
     Args:
-        parallel: processes at a time.
-        threads: CPU threads of each.
+        parallel: number of parallel processes.
+        threads: number of CPU threads per process.
 
     Raises:
-        UserError: a job failed (the others are let finish), or a result is of other settings.
+        UserError: a job failed (raised after the others have finished), or a result has different settings.
     """
     waiting = [job for job in jobs if not _is_finished(job)]
     running: list[Job] = []
     failed: list[Job] = []
-    logger.info(f"{len(jobs) - len(waiting)} of {len(jobs)} cells are finished already")
+    logger.info(f"{len(jobs) - len(waiting)} of {len(jobs)} cells are already finished")
     try:
         while waiting or running:
             while waiting and len(running) < parallel:
                 job = waiting.pop(0)
                 if not _claim(job):
                     logger.info(f"{job.name}: skipped, another process is training it in {job.output}")
-                elif _is_finished(job):  # by another sweep, while this one was busy
+                elif _is_finished(job):  # by another sweep in the meantime
                     job.lock.close()
                 else:
                     running.append(_start(job, threads))
@@ -110,12 +110,12 @@ def run_jobs(jobs: list[Job], parallel: int, threads: int) -> None:
 
 
 def training_job(cell: Cell, seed: int, output: str, results: str, opts: list[Any], imports: Sequence[str] = ()) -> Job:
-    """Train a cell.
+    """Create the job that trains a cell.
 
     Args:
         output: folder of all runs.
-        results: folder of the finished cells' json files.
-        opts: overrides, before the cell's own.
+        results: folder of the JSON files of finished cells.
+        opts: overrides, applied before those of the cell.
         imports: modules and files that the process imports first.
     """
     folder = os.path.join(output, cell.name, f"seed{seed}")
@@ -127,7 +127,7 @@ def training_job(cell: Cell, seed: int, output: str, results: str, opts: list[An
 
 
 def teacher_evaluation(cell: Cell, output: str, results: str, opts: list[Any], imports: Sequence[str] = ()) -> Job:
-    """Evaluate the teacher that a student's config names; see `training_job`."""
+    """Create the job that evaluates the teacher of a student's config; see `training_job`."""
     folder = os.path.join(output, "teacher")
     opts = [*opts, *cell.opts]
     command = ["eval", "--teacher-of", cell.config, *_arguments(imports, opts), "OUTPUT_DIR", folder]
@@ -138,10 +138,9 @@ def teacher_evaluation(cell: Cell, output: str, results: str, opts: list[Any], i
 def teacher_training(
     matrix: Matrix, output: str, results: str, opts: list[Any], imports: Sequence[str] = ()
 ) -> tuple[Job, list[Any]]:
-    """Train the matrix's teacher; see `training_job`.
+    """Create the job that trains the teacher of the matrix, and the overrides that select it for the students.
 
-    Returns:
-        the job, and the overrides by which the students' configs name that teacher.
+    See `training_job`.
     """
     job = training_job(matrix.teacher, matrix.teacher.seeds[0], output, results, opts, imports)
     config, weights = (os.path.join(job.output, name) for name in ("student.yaml", "model_final.pth"))
@@ -161,14 +160,14 @@ def _is_finished(job: Job) -> bool:
     if changed:
         key = changed[0]
         raise UserError(
-            f"{job.result} was measured with other settings ({key}: {before.get(key, 'default')} then, "
+            f"{job.result} was measured with different settings ({key}: {before.get(key, 'default')} then, "
             f"{job.settings.get(key, 'default')} now); move the file, or choose another --results folder."
         )
     return True
 
 
 def _claim(job: Job) -> bool:
-    """Lock the job's folder until its process and this one have ended; False where somebody else holds it."""
+    """Lock the job's folder until its process and this one have ended; return False if it is already locked."""
     os.makedirs(job.output, exist_ok=True)
     job.lock = open(os.path.join(job.output, ".lock"), "w")  # noqa: SIM115
     try:
@@ -200,7 +199,7 @@ def _start(job: Job, threads: int) -> Job:
 
 
 def _report_progress(job: Job) -> None:
-    """A line every tenth of the training."""
+    """Log a line for every tenth of the training."""
     path = os.path.join(job.output, METRICS)
     if "SOLVER.MAX_ITER" not in job.settings or not os.path.isfile(path) or os.path.getmtime(path) < job.started:
         return
@@ -227,7 +226,7 @@ def _finish(job: Job) -> bool:
     result = {
         "cell": job.cell,
         "seed": job.seed,
-        # The JSON has null where there is no object to find.
+        # The JSON file has null if there are no objects.
         "scores": {
             k: None if v is None else round(v, 4) for k, v in outcome["bbox"].items() if not k.startswith("AP-")
         },

@@ -1,4 +1,4 @@
-"""The table of a comparison: means and spreads, gains, and how much of the way to the teacher was made."""
+"""The table of a comparison: means and spreads, gains, and the closed fraction of the gap to the teacher."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ SCORES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 @dataclass
 class Row:
-    """A cell over all its finished seeds.
+    """Results of a cell over all finished seeds.
 
     Attributes:
-        scores: by column (0 to 100) the values of the seeds.
-        costs: parameters (millions), GFLOPs and ms an image of the detector; see `costs.measure_costs`.
-        gain: mean AP over the baseline's; None where there is none.
-        is_better: the gain is more than two pooled standard deviations; None where that cannot be told.
-        gap_closed: share of the way from the plain student to the teacher.
-        multipliers: by distiller the last multiplier of its losses, geometric mean over seeds; empty without MODEL.KD.BALANCE.
+        scores: values of the seeds (0 to 100) by column.
+        costs: parameters (millions), GFLOPs and ms per image of the detector; see `costs.measure_costs`.
+        gain: mean AP minus that of the baseline; None without a baseline.
+        is_better: whether the gain is more than two pooled standard deviations; None if unknown.
+        gap_closed: closed fraction of the gap between plain student and teacher.
+        multipliers: last loss multiplier by distiller, geometric mean over seeds; empty without MODEL.KD.BALANCE.
         seconds_per_iteration, peak_memory_mib: of the training, mean over seeds.
     """
 
@@ -48,7 +48,7 @@ class Row:
 
 
 def read_results(matrix: Matrix, folder: str) -> dict[str, list[dict[str, Any]]]:
-    """The finished results by cell, the teacher's under "teacher"."""
+    """Read the finished results by cell, those of the teacher as "teacher"."""
     seeds = {cell.name: cell.seeds for cell in matrix.cells} | {
         "teacher": matrix.teacher.seeds if matrix.teacher else (0,)
     }
@@ -64,7 +64,7 @@ def read_results(matrix: Matrix, folder: str) -> dict[str, list[dict[str, Any]]]
 def build_rows(
     matrix: Matrix, results: dict[str, list[dict[str, Any]]], costs: dict[str, dict[str, float]]
 ) -> list[Row]:
-    """The rows of the table: the teacher, then the finished cells in the matrix's order."""
+    """Return the rows of the table: the teacher, then the finished cells in the order of the matrix."""
     titles = {"teacher": "teacher"} | {cell.name: cell.title for cell in matrix.cells}
     rows = {}
     for name, title in titles.items():
@@ -91,7 +91,7 @@ def build_rows(
 
 
 def pooled_deviation(first: list[float], second: list[float]) -> float | None:
-    """Pooled sample standard deviation of two samples; None where one has fewer than two values."""
+    """Return the pooled sample standard deviation of two samples, or None if one has fewer than two values."""
     if min(len(first), len(second)) < 2:
         return None
     squares = sum((len(x) - 1) * statistics.variance(x) for x in (first, second))
@@ -118,7 +118,7 @@ HEADERS = (
 
 
 def format_row(row: Row) -> list[str]:
-    """The cells of a row as text, in the order of HEADERS."""
+    """Return the cells of a row as text, in the order of HEADERS."""
     better = {None: "", True: "yes", False: "no"}[row.is_better]
     return [
         row.title,
@@ -151,18 +151,18 @@ def _number(value: float | None, form: str) -> str:
 
 
 def filled_columns(rows: list[Row]) -> list[list[str]]:
-    """The headers, then the rows as text, without the columns that are empty in every row."""
+    """Return the headers, then the rows as text, without columns that are empty in every row."""
     cells = [format_row(row) for row in rows]
     kept = [i for i in range(len(HEADERS)) if any(row[i] for row in cells)]
     return [[row[i] for i in kept] for row in (HEADERS, *cells)]
 
 
 def as_markdown(rows: list[Row]) -> str:
-    """The table in Markdown, without the columns that are empty in every row."""
+    """Return the table in Markdown, without columns that are empty in every row."""
     headers, *body = filled_columns(rows)
     return tabulate([list(map(markdown_cell, row)) for row in body], headers, "github", disable_numparse=True)
 
 
 def as_csv(rows: list[Row]) -> str:
-    """The table as comma-separated values."""
+    """Return the table as comma-separated values."""
     return csv_text([("cell", *HEADERS[1:]), *([row.name, *format_row(row)[1:]] for row in rows)])

@@ -23,15 +23,15 @@ from .curves import SIZES, STAGES, ErrorCurves, analyze_errors
 from .plots import plot_error_curves, plot_error_shares
 
 Areas = dict[str, dict[str, float | None]]
-"""The area under the curve by size and stage."""
+"""Area under the curve by size and stage."""
 
 
 @dataclass
 class ModelErrors:
-    """The areas of a model.
+    """Areas under the curves of a model.
 
     Attributes:
-        overall: means over the classes.
+        overall: averaged over the classes.
         classes: by class.
     """
 
@@ -41,12 +41,12 @@ class ModelErrors:
 
 @dataclass
 class ErrorAnalysis(Analysis):
-    """Error types of detectors, class by class and by object size, one model or several side by side.
+    """Error types of detectors by class and object size, for one model or several side by side.
 
-    Precision over recall in seven stages, each of which forgives more errors: IoU 0.75, IoU 0.5, IoU 0.1, confusions with a similar
-    class (of the same super-category), with any class, with background, misses. The output folder gets curves.png (all
-    classes), sizes.png (small, medium, large), costs.png (the cost of each error type), errors.csv and errors.json with the areas
-    under the curves of every class, and with --classes a picture of each class.
+    There are seven precision-recall curves, each of which ignores more errors: IoU 0.75, IoU 0.5, IoU 0.1, confusions
+    with a similar class (of the same super-category), confusions with any class, background, misses. The output folder
+    contains curves.png (all classes), sizes.png (small, medium, large), costs.png (the cost of each error type),
+    errors.csv and errors.json (areas under the curves by class), and with --classes one picture per class.
     """
 
     name = "errors"
@@ -68,9 +68,9 @@ class ErrorAnalysis(Analysis):
         parser.add_argument(
             "--supercategories",
             metavar="FILE",
-            help="yaml: super-category by class name (default the annotation file's)",
+            help="YAML file with super-categories by class name (default: those of the annotation file)",
         )
-        parser.add_argument("--classes", action="store_true", help="draw the curves of each class too")
+        parser.add_argument("--classes", action="store_true", help="also draw the curves of each class")
 
     @classmethod
     def run(
@@ -87,7 +87,7 @@ class ErrorAnalysis(Analysis):
         truth = read_annotations(models[0].dataset)
         groups = read_supercategories(supercategories, truth)
         if groups is None and not any(c.get("supercategory") for c in truth["categories"]):
-            print("The annotations have no super-categories: Sim is Loc. --supercategories names some.")
+            print("The annotations have no super-categories, so Sim equals Loc; define some with --supercategories.")
         curves = {}
         for model in models:
             detections = model.detections(output)
@@ -114,7 +114,7 @@ class ErrorAnalysis(Analysis):
 
     def sentences(self) -> list[str]:
         return [
-            "The area under the precision-recall curve in seven stages, each of which forgives more errors: IoU 0.75 (C75), 0.5 "
+            "The area under the precision-recall curve in seven stages, each of which ignores more errors: IoU 0.75 (C75), 0.5 "
             "(C50) and 0.1 (Loc), confusions with a class of the same super-category (Sim) and with any class (Oth), "
             "detections of background (BG), and misses (FN)."
         ]
@@ -140,18 +140,18 @@ def _row(areas: Areas, size: str) -> list[str]:
 
 
 def read_supercategories(path: str | None, truth: dict) -> dict[int, str] | None:
-    """Super-categories by category id; None for those of the annotation file.
+    """Return super-categories by category id, or None for those of the annotation file.
 
     Raises:
-        UserError: the file is no mapping, or names an unknown class.
+        UserError: the file is not a mapping, or names an unknown class.
     """
     if path is None:
         return None
     named = read_plain_yaml(find_file(path, "--supercategories"), f"--supercategories: {path}")
     ids = {c["name"]: c["id"] for c in truth["categories"]}
     if not isinstance(named, dict):
-        raise UserError(f"--supercategories: {path} must map names of classes to names of super-categories.")
+        raise UserError(f"--supercategories: {path} must map class names to super-category names.")
     for name in named:
         if name not in ids:
-            raise UserError(f"--supercategories: {path} names the class {name!r}; there are {', '.join(ids)}.")
+            raise UserError(f"--supercategories: {path} names the class {name!r}; available: {', '.join(ids)}.")
     return {ids[name]: str(group) for name, group in named.items()}

@@ -1,7 +1,7 @@
-"""Error types as precision-recall curves: the analysis of COCO's detection challenge (Hoiem et al. 2012; thesis, figures 10 and 11).
+"""Error types as precision-recall curves, the analysis of the COCO detection challenge.
 
-There are seven curves per class, each of which forgives more errors than the one before; the area between two curves is the cost
-of an error type.
+See Hoiem et al. 2012 and figures 10 and 11 of the thesis. Each class has seven curves. Each curve ignores more errors
+than the previous one; the area between two curves is the cost of an error type.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ...evaluation.coco import check_known, evaluate_boxes
 from ..base import nanmean
 
 STAGES = ("C75", "C50", "Loc", "Sim", "Oth", "BG", "FN")
-"""IoU 0.75; 0.5; 0.1; then without confusions within the super-category, with any class, with background; no misses."""
+"""IoU 0.75; 0.5; 0.1; then ignoring confusions within the super-category; with any class; with background; misses."""
 SIZES = ("all", "small", "medium", "large")
 RECALLS = np.linspace(0, 1, 101)
 LOCALIZATION_IOU = 0.1
@@ -30,11 +30,11 @@ MAX_DETECTIONS = 100
 
 @dataclass
 class ErrorCurves:
-    """Precision over `RECALLS`.
+    """Precision at the recalls `RECALLS`.
 
     Attributes:
-        class_names: K names.
-        precision: (K, 4, 7, 101) by class, size and stage; NaN where the class has no object of the size.
+        class_names: names of the K classes.
+        precision: (K, 4, 7, 101) by class, size, stage and recall; NaN if the class has no object of the size.
     """
 
     class_names: list[str]
@@ -42,11 +42,11 @@ class ErrorCurves:
 
     @property
     def overall(self) -> np.ndarray:
-        """(4, 7, 101) mean over the classes that have objects."""
+        """Mean over the classes that have objects, (4, 7, 101)."""
         return nanmean(self.precision, 0)
 
     def areas(self, name: str | None = None) -> dict[str, dict[str, float]]:
-        """Area under each curve by size and stage, of a class or overall."""
+        """Return the area under each curve by size and stage, for a class or overall."""
         curves = self.overall if name is None else self.precision[self.class_names.index(name)]
         return {
             size: {stage: float(area) for stage, area in zip(STAGES, of_size, strict=True)}
@@ -61,17 +61,17 @@ def analyze_errors(
     workers: int = 1,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> ErrorCurves:
-    """The curves of some detections.
+    """Compute the curves of detections.
 
     Args:
-        truth: the tree of a COCO annotation file.
-        detections: COCO's results: image_id, category_id, bbox, score.
-        supercategories: by category id; by default what the annotation file says. A class without one is alone in its own.
-        workers: processes.
-        progress: wraps the classes as they are done, for a progress bar.
+        truth: content of a COCO annotation file.
+        detections: COCO results: image_id, category_id, bbox, score.
+        supercategories: by category id; defaults to the annotation file's. A class without one is similar to no other.
+        workers: number of processes.
+        progress: wraps the iterable of finished classes, for a progress bar.
 
     Raises:
-        UserError: detections of an image or category that the annotations do not have; no categories.
+        UserError: a detection has an unknown image or category, or the annotations have no images or categories.
     """
     categories = sorted(truth.get("categories", ()), key=lambda c: c["id"])
     if not categories or not truth.get("images"):
@@ -105,7 +105,7 @@ def analyze_errors(
 
 
 _truth: dict[str, Any] = {}
-"""The annotations, in each worker process: they are sent once, not with every class."""
+"""The annotations in each worker process, sent once instead of with every class."""
 
 
 def _remember(truth: dict[str, Any]) -> None:
@@ -117,7 +117,7 @@ def _curves_in_worker(*job: Any) -> np.ndarray:
 
 
 def _class_curves(truth: dict[str, Any], category_id: int, detections: list[dict], similar: set[int]) -> np.ndarray:
-    """(4, 7, 101) of a class."""
+    """Return the curves of a class (4, 7, 101)."""
     own = _precision(truth, category_id, detections, set(), (0.75, 0.5, LOCALIZATION_IOU))
     everything = {c["id"] for c in truth["categories"]}
     (similar_ignored,) = _precision(truth, category_id, detections, similar, (LOCALIZATION_IOU,))
@@ -134,7 +134,7 @@ def _precision(
     ignored: set[int],
     thresholds: tuple[float, ...],
 ) -> np.ndarray:
-    """(thresholds, 4, 101) of a class, with the objects of the `ignored` classes neither required nor counted as errors."""
+    """Return the precision of a class (thresholds, 4, 101), ignoring detections of objects of the `ignored` classes."""
     annotations = []
     for annotation in truth["annotations"]:
         if annotation["category_id"] == category_id:

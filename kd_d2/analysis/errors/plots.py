@@ -1,4 +1,4 @@
-"""Plots of the error analysis: the thesis's figures 10 and 11."""
+"""Plots of the error analysis (figures 10 and 11 of the thesis)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ MEANINGS = ("IoU 0.75", "IoU 0.5", "localization", "similar class", "other class
 def plot_error_curves(
     models: dict[str, ErrorCurves], path: str, name: str | None = None, sizes: tuple = ("all",)
 ) -> None:
-    """Precision over recall, the cost of each error type as a colored area: a column per model, a row per size.
+    """Plot precision over recall, with error costs as colored areas: one column per model, one row per size.
 
     Args:
-        models: by title.
-        name: of a class; None for the mean over classes.
+        models: curves by title.
+        name: name of a class; None for the mean over classes.
     """
     figure, axes = plt.subplots(
         len(sizes), len(models), figsize=(4.6 * len(models), 3.9 * len(sizes)), squeeze=False, layout="constrained"
@@ -44,7 +44,7 @@ def _draw(axis: plt.Axes, curves: np.ndarray) -> None:
 
 
 def plot_error_shares(models: dict[str, ErrorCurves], path: str) -> None:
-    """The cost of each error type by object size, the models side by side (overall, in AP points)."""
+    """Plot the cost of each error type by object size, with the models side by side (overall, in AP points)."""
     figure, axes = plt.subplots(1, len(SIZES), figsize=(3.4 * len(SIZES), 3.6), sharey=True, layout="constrained")
     width = 0.8 / len(models)
     for axis, size in zip(axes, SIZES, strict=True):

@@ -30,21 +30,21 @@ from .statistics import FeatureStatistics, difference_map
 
 PIXELS, NOISE = "image pixels", "random numbers"
 Rows = list[dict[str, float | str | None]]
-"""Rows with "model", "stride" and a number by kind."""
+"""Rows with "model", "stride" and one number per kind of statistic."""
 
 
 @dataclass
 class FeatureAnalysis(Analysis):
-    """Feature maps of the neck: correlation of neighbors, single channels, and where students differ from their teacher.
+    """Feature maps of the neck: correlation of neighbors, single channels, and differences from the teacher.
 
-    With --teacher TITLE, the model of that title is the teacher with which the others are compared. The output folder gets
-      correlation.csv  the correlation of horizontal and vertical neighbors, averaged over channels and images
-      neighbors.png    features against their right neighbors; image pixels and random numbers below, for comparison
-      distances.csv    each student's distance to the teacher: |s - t|^2 / |t|^2, correlation, L1 and SSIM loss of maps scaled to
-                       [0, 1], SSIM's components (1: as the teacher's), range (max - min) over the teacher's
-      differences/     a picture per image: where each student differs from the teacher, by level
-      channels/        a picture per image: the same random channels of all models, of the level with stride S
-    and features.json with all numbers.
+    With --teacher TITLE, the other models are compared with the model of that title. The output folder contains:
+      correlation.csv  correlation of horizontal and vertical neighbors, averaged over channels and images
+      neighbors.png    features against their right neighbors, then image pixels and random numbers for comparison
+      distances.csv    distance of each student to the teacher: |s - t|^2 / |t|^2, correlation, L1 and SSIM loss of maps
+                       scaled to [0, 1], SSIM components (1 if equal), range (max - min) relative to the teacher's
+      differences/     one picture per image: where each student differs from the teacher, by level
+      channels/        one picture per image: the same random channels of all models, at the level with stride S
+      features.json    all numbers
     """
 
     name = "features"
@@ -58,18 +58,18 @@ class FeatureAnalysis(Analysis):
 
     images: int
     correlations: Rows
-    """Of neighbors."""
+    """Correlations of neighbors."""
     distances: Rows
-    """To the teacher; empty without one."""
+    """Distances to the teacher; empty without one."""
     statistics: dict[str, FeatureStatistics] = field(default_factory=dict, repr=False, metadata=NOT_STORED)
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--teacher", metavar="TITLE", help="title of the --model that the others are compared with")
-        parser.add_argument("--images", type=int, default=100, help="spread evenly over the dataset (default 100)")
-        parser.add_argument("--pictures", type=int, default=4, help="images that are drawn (default 4)")
-        parser.add_argument("--channels", type=int, default=6, help="channels that are drawn (default 6)")
-        parser.add_argument("--stride", type=int, help="of the level whose channels are drawn (default the finest)")
+        parser.add_argument("--teacher", metavar="TITLE", help="title of the --model to compare the others with")
+        parser.add_argument("--images", type=int, default=100, help="number of images, evenly spaced (default 100)")
+        parser.add_argument("--pictures", type=int, default=4, help="number of images to draw (default 4)")
+        parser.add_argument("--channels", type=int, default=6, help="number of channels to draw (default 6)")
+        parser.add_argument("--stride", type=int, help="stride of the level to draw channels of (default the finest)")
 
     @classmethod
     def run(
@@ -116,7 +116,7 @@ class FeatureAnalysis(Analysis):
         if self.distances:
             caption = (
                 "Distance of the students' maps to the teacher's: |s - t|² / |t|², correlation over positions, mean absolute "
-                "difference and SSIM loss of maps scaled to [0, 1], SSIM's components (1: as the teacher's), range over the "
+                "difference and SSIM loss of maps scaled to [0, 1], SSIM components (1 if equal), range relative to the "
                 "teacher's."
             )
             tables.append(_table(self.distances, caption))
@@ -130,7 +130,7 @@ def _table(rows: Rows, caption: str) -> Table:
 
 
 class FeatureReader:
-    """A model's neck outputs for an image, without the padding."""
+    """Computes the neck outputs of a model for an image, without the padding."""
 
     def __init__(self, model: TrainedModel):
         self.title = model.title
@@ -140,7 +140,7 @@ class FeatureReader:
 
     @torch.no_grad()
     def __call__(self, entry: dict) -> dict[int, Tensor]:
-        """Maps (C, H, W) by stride."""
+        """Return maps (C, H, W) by stride."""
         outputs = self.adapter.run([self.mapper(entry)], frozenset({"features"}))
         height, width = outputs.images.image_sizes[0]
         return {
@@ -149,24 +149,24 @@ class FeatureReader:
         }
 
     def image(self, entry: dict) -> np.ndarray:
-        """RGB (H, W, 3) uint8 at the model's input size."""
+        """Return the image as RGB (H, W, 3) uint8 at the model's input resolution."""
         return pixels(self.mapper(entry), self.cfg)
 
 
 class FeatureGatherer:
-    """Statistics and pictures of several models' features, one image after the other.
+    """Collects statistics and draws pictures of several models' features, image by image.
 
     Args:
         readers: one per model.
-        teacher: the title of the one with which the others are compared; None for none.
-        stride: of the level whose channels are drawn; None for the finest.
-        channels: how many are drawn.
+        teacher: title of the model to compare the others with; None for no comparison.
+        stride: stride of the level to draw channels of; None for the finest.
+        channels: number of channels to draw.
 
     Attributes:
-        statistics: by title, and those of image pixels and random numbers.
+        statistics: by title, plus those of image pixels and random numbers.
 
     Raises:
-        UserError: a student has no level that can be compared with the teacher's, or a model no level of the stride.
+        UserError: a student has no level that is comparable with the teacher's, or a model has no level of the stride.
     """
 
     def __init__(self, readers: list[FeatureReader], teacher: str | None, stride: int | None, channels: int):
@@ -184,7 +184,7 @@ class FeatureGatherer:
         self.statistics = {name: FeatureStatistics() for name in (*shapes, PIXELS, NOISE)}
 
     def add(self, entry: dict, *, draw: bool) -> dict[str, np.ndarray]:
-        """Gather an image's features. Returns its pictures by folder where they are to be drawn."""
+        """Add the features of an image; return its pictures by folder, or an empty dict unless `draw` is set."""
         image = self.readers[0].image(entry)
         levels = {reader.title: reader(entry) for reader in self.readers}
         differences = {title: self._compare(title, levels) for title in levels if self.strides[title]}
@@ -203,7 +203,7 @@ class FeatureGatherer:
         return drawn
 
     def _compare(self, title: str, levels: dict[str, dict[int, Tensor]]) -> dict[int, np.ndarray]:
-        """Gather a student's distances to the teacher; returns the difference maps by stride."""
+        """Add the distances of a student to the teacher; return the difference maps by stride."""
         found = {}
         for stride in self.strides[title]:
             own, target = levels[title][stride], levels[self.teacher.title][stride]
@@ -217,7 +217,7 @@ class FeatureGatherer:
         return found
 
     def table(self, means: Callable[[FeatureStatistics], dict[int, dict[str, float]]]) -> Rows:
-        """Means over the images, a row per model and level."""
+        """Return means over the images, one row per model and level."""
         return [
             {"model": title, "stride": stride, **values}
             for title, statistics in self.statistics.items()
@@ -232,7 +232,7 @@ def _comparable_strides(reader: FeatureReader, teacher: FeatureReader | None) ->
     strides = [stride for stride in own if stride in others and own[stride].channels == others[stride].channels]
     if not strides:
         raise UserError(
-            f"{reader.title} and {teacher.title} have no level of one stride and one number of channels, so their features "
-            "cannot be compared; leave --teacher out."
+            f"{reader.title} and {teacher.title} have no level with the same stride and number of channels, so their features "
+            "cannot be compared; omit --teacher."
         )
     return strides

@@ -1,4 +1,4 @@
-"""Plots of feature maps: neighbors against each other, channels side by side, and where student and teacher differ."""
+"""Plots of feature maps: neighbors, channels side by side, and differences between student and teacher."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ...figures import plt, save_figure
 from ..drawing import enlarged, overlay_heat, per_pixel, sheet, titled
 from .statistics import FeatureStatistics
 
-SIDE = 240  # px of a picture's shorter side
-TILE = 200  # px of a channel's shorter side
+SIDE = 240  # shorter side of a picture, in pixels
+TILE = 200  # shorter side of a channel, in pixels
 
 
 def plot_neighbors(rows: dict[str, FeatureStatistics], path: str) -> None:
-    """Every feature against its right neighbor: a row per model, a column per level; lighter where there are more of them.
+    """Plot 2D histograms of features and their right neighbors, one row per model, one column per level.
 
-    Axes reach from the 0.5th to the 99.5th percentile.
+    The axes range from the 0.5th to the 99.5th percentile; lighter colors are larger counts.
     """
     most = max(len(statistics.pairs) for statistics in rows.values())
     figure, axes = plt.subplots(
@@ -45,7 +45,7 @@ def plot_neighbors(rows: dict[str, FeatureStatistics], path: str) -> None:
 def difference_sheet(
     image: np.ndarray, differences: dict[str, dict[int, np.ndarray]], strides: list[int]
 ) -> np.ndarray:
-    """Where each student differs from the teacher, a row per student, a column per level; colors of a level are comparable.
+    """Draw where students differ from the teacher: one row per student, one column (with comparable colors) per level.
 
     Args:
         image: RGB (H, W, 3) uint8.
@@ -66,12 +66,12 @@ def difference_sheet(
 
 
 def channel_sheet(image: np.ndarray, channels: dict[str, np.ndarray], numbers: list[int], stride: int) -> np.ndarray:
-    """Chosen channels of a level, a row per model, a column per channel, each from its lowest value (black) to its highest (white).
+    """Draw channels of a level, one row per model, one column per channel, each scaled from black to white.
 
     Args:
         image: RGB (H, W, 3) uint8.
-        channels: by model maps (k, h, w).
-        numbers: the k channels' numbers.
+        channels: maps (k, h, w) by model.
+        numbers: numbers of the k channels.
     """
     rows = []
     for title, maps in channels.items():

@@ -1,7 +1,4 @@
-"""Statistics of the feature maps of one image: correlation of neighbors, distance of a student's maps to its teacher's.
-
-Shape suffixes: C channels, H W map.
-"""
+"""Statistics of the feature maps of an image: correlation of neighbors, distance between student and teacher."""
 
 from __future__ import annotations
 
@@ -20,30 +17,33 @@ HORIZONTAL, VERTICAL = "horizontal", "vertical"
 
 
 def neighbor_pairs(maps: Tensor, direction: str) -> tuple[Tensor, Tensor]:
-    """Every position of maps (C, H, W) beside its right or lower neighbor, (C, N) each."""
+    """Return the features of maps (C, H, W) and their right or lower neighbors, (C, N) each."""
     if direction == HORIZONTAL:
         return maps[:, :, :-1].flatten(1), maps[:, :, 1:].flatten(1)
     return maps[:, :-1].flatten(1), maps[:, 1:].flatten(1)
 
 
 def correlation(x: Tensor, y: Tensor) -> Tensor:
-    """Pearson's coefficient of each row of x and y (C, N): (C,); NaN where one of them is constant, or there are no two values."""
+    """Return Pearson's coefficient (C,) of each row of x and y (C, N), or NaN if a row is constant or N < 2."""
     x, y = (v.double() - v.double().mean(1, keepdim=True) for v in (x, y))
     return (x * y).sum(1) / (x.square().sum(1) * y.square().sum(1)).sqrt()
 
 
 def neighbor_correlation(maps: Tensor) -> dict[str, float]:
-    """The correlation of neighboring features of maps (C, H, W), by direction, averaged over the channels that vary.
+    """Return the correlation of neighbors in maps (C, H, W) by direction (de Rijk 2022, table 9).
 
-    NaN where there are no two neighbors, or nothing varies (de Rijk 2022, table 9).
+    Constant channels are left out of the mean; NaN if all are constant or there are fewer than two pairs of neighbors.
     """
     return {d: float(correlation(*neighbor_pairs(maps, d)).nanmean()) for d in (HORIZONTAL, VERTICAL)}
 
 
 def distances(student: Tensor, teacher: Tensor) -> dict[str, float]:
-    """The distance of maps (C, H, W) to the teacher's: "relative" is |s - t|^2 / |t|^2; "correlation" is Pearson's, over positions,
-    averaged over channels; "l1" and "ssim" are the mean absolute difference and the SSIM loss (1 - SSIM) / 2 of both scaled to [0, 1],
-    "luminance", "contrast" and "structure" the means of SSIM's components, 1 where they agree; "range" is max - min over the teacher's."""
+    """Return the distances of maps (C, H, W) to the teacher's.
+
+    "relative" is |s - t|^2 / |t|^2. "correlation" is Pearson's over positions, averaged over channels. "l1" and "ssim"
+    are the mean absolute difference and the SSIM loss (1 - SSIM) / 2 of both scaled to [0, 1]. "luminance", "contrast"
+    and "structure" are the means of SSIM's components, 1 if equal. "range" is max - min relative to the teacher's.
+    """
     s, t = min_max_normalize(student[None], teacher[None])
     window = fitting_window(s, SSIM_WINDOW)
     return {
@@ -57,17 +57,17 @@ def distances(student: Tensor, teacher: Tensor) -> dict[str, float]:
 
 
 def difference_map(student: Tensor, teacher: Tensor) -> np.ndarray:
-    """Where maps (C, H, W), each scaled to [0, 1], differ: the mean over channels of the absolute difference (H, W)."""
+    """Return the absolute difference of maps (C, H, W), each scaled to [0, 1], averaged over channels (H, W)."""
     s, t = min_max_normalize(student[None], teacher[None])
     return (s - t).abs().mean(1)[0].cpu().numpy()
 
 
 @dataclass
 class FeatureStatistics:
-    """Statistics of a model's levels, gathered over images; dictionaries by stride.
+    """Statistics of a model's levels, collected over images; dictionaries by stride.
 
     Args:
-        points: pairs of neighbors that are kept of a level of an image, for scatter plots.
+        points: number of pairs of neighbors to sample per level and image, for histograms.
     """
 
     points: int = 400
@@ -76,7 +76,7 @@ class FeatureStatistics:
     distances: dict[int, list[dict[str, float]]] = field(default_factory=dict)
 
     def add(self, stride: int, maps: Tensor, random: np.random.RandomState) -> None:
-        """A level (C, H, W) of an image."""
+        """Add a level (C, H, W) of an image."""
         self.correlations.setdefault(stride, []).append(neighbor_correlation(maps))
         x, y = (v.flatten() for v in neighbor_pairs(maps, HORIZONTAL))
         if len(x):
@@ -84,16 +84,16 @@ class FeatureStatistics:
             self.pairs.setdefault(stride, []).append(torch.stack([x[chosen], y[chosen]]).cpu().numpy())
 
     def add_distances(self, stride: int, maps: Tensor, teacher: Tensor) -> None:
-        """A level (C, H, W) of an image beside the teacher's of the same shape."""
+        """Add the distances of a level (C, H, W) of an image to the teacher's, which has the same shape."""
         self.distances.setdefault(stride, []).append(distances(maps, teacher))
 
     def mean_correlations(self) -> dict[int, dict[str, float]]:
-        """By stride and direction, and "mean" of both, over the images that have neighbors."""
+        """Return means over images with neighbors by stride and direction, with the "mean" of both directions."""
         means = {stride: _means(entries) for stride, entries in self.correlations.items()}
         return {stride: {**of, "mean": float(nanmean(list(of.values())))} for stride, of in means.items()}
 
     def mean_distances(self) -> dict[int, dict[str, float]]:
-        """By stride and kind, over the images."""
+        """Return means over images by stride and kind."""
         return {stride: _means(entries) for stride, entries in self.distances.items()}
 
 

@@ -33,10 +33,10 @@ SHOWN_SEVERITY = 3
 class RobustnessAnalysis(Analysis):
     """AP of detectors on corrupted images: 15 kinds of noise, blur, weather and digital artifacts at 5 severities.
 
-    mPC, the mean performance under corruption, is the mean over corruptions of the mean over severities; rPC is mPC / clean
-    (Michaelis et al. 2019). An image is always corrupted in the same way. Every measurement is saved at once: the same command
-    resumes after an interruption. The output folder gets robustness.csv (every metric of every corruption and severity), summary.json
-    (mPC and rPC), robustness.png and corruptions.png (one image in every corruption).
+    mPC, the mean performance under corruption, is the mean over corruptions of the mean over severities; rPC is mPC /
+    clean (Michaelis et al. 2019). Corruptions are deterministic. Every measurement is saved immediately, so that the
+    same command resumes after an interruption. The output folder contains robustness.csv (metrics by corruption and
+    severity), summary.json (mPC and rPC), robustness.png and corruptions.png (an image under every corruption).
     """
 
     name = "robustness"
@@ -44,16 +44,16 @@ class RobustnessAnalysis(Analysis):
     file = "summary.json"
     figures = {
         "robustness.png": "AP over severity.",
-        "corruptions.png": f"An image in every corruption, at severity {SHOWN_SEVERITY}.",
+        "corruptions.png": f"An image under every corruption, at severity {SHOWN_SEVERITY}.",
     }
 
     models: dict[str, dict[str, dict[str, float | None]]]
-    """By title and metric (AP, AP50): clean, mPC, rPC, and the mean over severities of every corruption."""
+    """By title and metric (AP, AP50): clean, mPC, rPC, and the mean over severities for every corruption."""
     measured: dict[str, Robustness] = field(default_factory=dict, repr=False, metadata=NOT_STORED)
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--images", type=int, help="number of images, spread evenly over the dataset (default all)")
+        parser.add_argument("--images", type=int, help="number of images, evenly spaced (default all)")
         for name, values in (("corruptions", CORRUPTIONS), ("severities", SEVERITIES)):
             parser.add_argument(
                 f"--{name}", type=_comma_separated, default=values, metavar="A,B,...", help=f"default all {len(values)}"
@@ -119,11 +119,11 @@ class RobustnessAnalysis(Analysis):
             [name.replace("_", " "), *(as_text(column.get(name), ".2f") for column in columns.values())]
             for name in names
         ]
-        return [Table(["", *columns], rows, "Of each corruption the mean over severities.")]
+        return [Table(["", *columns], rows, "Means over severities for each corruption.")]
 
 
 def summarize(robustness: Robustness) -> dict[str, dict[str, float]]:
-    """By metric: clean, mPC, rPC, and the mean over severities of every corruption."""
+    """Return, by metric, clean, mPC, rPC, and the mean over severities for every corruption."""
     return {
         metric: {
             "clean": robustness.clean[metric],
@@ -142,4 +142,4 @@ def _comma_separated(text: str) -> list[str]:
 def _check_choices(option: str, values: Sequence[str], choices: Sequence[str]) -> None:
     for value in values:
         if value not in choices:
-            raise UserError(f"{option} names {value!r}; there are {', '.join(choices)}.")
+            raise UserError(f"{option} names {value!r}; available: {', '.join(choices)}.")

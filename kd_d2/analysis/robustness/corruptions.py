@@ -1,4 +1,4 @@
-"""The corruptions of "Benchmarking Robustness in Object Detection" (Michaelis et al. 2019), repeatable to the pixel."""
+"""Corruptions of "Benchmarking Robustness in Object Detection" (Michaelis et al. 2019), reproducible to the pixel."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ def corrupt(image: np.ndarray, corruption: str, severity: int, identity: int | s
 
     Args:
         image: uint8, (H, W, 3), RGB, both sides at least 32 pixels.
-        corruption: of CORRUPTIONS.
+        corruption: one of CORRUPTIONS.
         severity: 1 to 5.
-        identity: of the image; the same identity, corruption and severity always draw the same random numbers. The global
-            generators stay as they are.
+        identity: id of the image, which seeds the random numbers together with corruption and severity. The state of
+            the global generators is preserved.
 
     Raises:
-        UserError: a side is below 32 pixels, or imagecorruptions is not installed.
+        UserError: a side is shorter than 32 pixels, or imagecorruptions is not installed.
     """
     check_large_enough(image.shape[:2], identity)
     functions = load_corruptions()
     seed = zlib.crc32(f"{identity}/{corruption}/{severity}".encode())
-    # Two of them do not draw from NumPy's global generator and take a seed of their own.
+    # Two of them take a seed instead of using NumPy's global generator.
     own = {"seed": seed} if "seed" in inspect.signature(functions[corruption]).parameters else {}
     with preserved_random_state(cuda=False), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -50,7 +50,7 @@ def corrupt(image: np.ndarray, corruption: str, severity: int, identity: int | s
 
 
 def check_large_enough(size: tuple[int, int], identity: int | str) -> None:
-    """Raise a UserError where an image's height or width is too small to be corrupted."""
+    """Raise a UserError if the height or width of an image is too small for the corruptions."""
     if min(size) < SMALLEST_SIDE:
         raise UserError(
             f"The image {identity} has {size[1]} x {size[0]} pixels; corruptions need {SMALLEST_SIDE} a side."
@@ -58,16 +58,16 @@ def check_large_enough(size: tuple[int, int], identity: int | str) -> None:
 
 
 def load_corruptions() -> dict[str, Callable]:
-    """The functions by name.
+    """Return the corruption functions by name.
 
     Raises:
-        UserError: the package that has them is not installed.
+        UserError: the package imagecorruptions is not installed.
     """
     try:
         from imagecorruptions import corruption_dict
     except ImportError as error:
         raise UserError(
-            f"Corruptions come from the package imagecorruptions-imaug, which is not installed with what it needs ({error}): "
+            f"The package imagecorruptions-imaug or one of its dependencies is not installed ({error}): "
             "pip install 'kd_d2[robustness]' and then pip install --no-deps imagecorruptions-imaug."
         ) from error
     return corruption_dict

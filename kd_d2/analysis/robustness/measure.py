@@ -1,4 +1,4 @@
-"""Evaluating a detector on corrupted images, resumably: each corruption at each severity is saved when it is measured."""
+"""Resumable evaluation of a detector on corrupted images: each corruption and severity is saved once measured."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ CLEAN = "clean"
 
 
 class CorruptedMapper:
-    """Reads an image, corrupts it at its own size, and prepares it as the config prepares test images.
+    """Reads an image, corrupts it at its original size, and applies the test augmentations of the config.
 
     Args:
-        corruption: of CORRUPTIONS; None leaves the images clean.
+        corruption: one of CORRUPTIONS; None for clean images.
     """
 
     def __init__(self, cfg: CfgNode, corruption: str | None, severity: int):
@@ -56,10 +56,10 @@ class CorruptedMapper:
 
 
 class RobustnessRecord:
-    """What has been measured of a model: DIR/TITLE/robustness.json.
+    """The metrics measured so far for a model, stored in DIR/TITLE/robustness.json.
 
     Raises:
-        UserError: the file is of other weights, another config or other images.
+        UserError: the existing file is for different weights, a different config or different images.
     """
 
     def __init__(self, model: TrainedModel, output: str):
@@ -70,8 +70,8 @@ class RobustnessRecord:
             found = read_json(self.path)
             if not isinstance(found, dict) or found.get("identity") != self.identity:
                 raise UserError(
-                    f"--output: {self.path} was measured with other weights, another config or other images than {model.title} "
-                    "has now; name another folder or remove the file."
+                    f"--output: {self.path} was measured with different weights, config or images than {model.title} "
+                    "has now; use another folder or remove the file."
                 )
             self.cells = {
                 name: {metric: math.nan if value is None else value for metric, value in metrics.items()}
@@ -96,12 +96,12 @@ def measure_robustness(
     workers: int,
     progress: Callable[..., Any],
 ) -> Robustness:
-    """Evaluate a detector on clean images, and on every corruption at every severity that is not measured yet.
+    """Evaluate a detector on clean images, and under every corruption and severity that has not been measured yet.
 
     Args:
         output: folder of the record.
-        workers: processes that read and corrupt images; the numbers do not depend on them.
-        progress: wraps an iterable and takes a description, as tqdm does.
+        workers: number of processes that read and corrupt images; it does not affect the results.
+        progress: wraps an iterable and takes a description, such as tqdm.
     """
     record = RobustnessRecord(model, output)
     wanted = {CLEAN: (None, 0)} | {cell_name(c, s): (c, s) for c in corruptions for s in severities}
@@ -130,6 +130,6 @@ def _evaluate(
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         evaluator = build_evaluator(model.cfg, model.dataset, folder)
         results = inference_on_dataset(detector, progress(loader, desc=note), evaluator)["bbox"]
-    # A detector that finds nothing at all has no precision for the evaluator; its AP is 0.
+    # The evaluator returns NaN for a detector without any detections; its AP is 0.
     found_nothing = all(math.isnan(value) for value in results.values())
     return {name: 0.0 if found_nothing else value for name, value in results.items() if not name.startswith("AP-")}

@@ -1,4 +1,4 @@
-"""Plots of robustness: performance over severity, and one image in every corruption."""
+"""Plots of robustness: performance over severity, and an image under every corruption."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COLUMNS = 4
 
 
 def plot_robustness(models: dict[str, Robustness], path: str, metric: str = "AP") -> None:
-    """A panel for each corruption and one for their mean: the metric over severity, 0 being clean, a line a model."""
+    """Plot the metric over severity (0: clean), one line per model: a panel per corruption and one for the mean."""
     corruptions = list(next(iter(models.values())).corrupted)
     panels = ["mean of all", *corruptions]
     rows = -(-len(panels) // COLUMNS)
@@ -39,7 +39,7 @@ def plot_robustness(models: dict[str, Robustness], path: str, metric: str = "AP"
 
 
 def corruption_sheet(image: np.ndarray, identity: int | str, corruptions: list[str], severity: int) -> np.ndarray:
-    """One image, RGB (H, W, 3) uint8, in every corruption."""
+    """Draw an image, RGB (H, W, 3) uint8, under every corruption."""
     tiles = [titled(image, "clean")]
     tiles += [titled(corrupt(image, c, severity, identity), f"{c.replace('_', ' ')} {severity}") for c in corruptions]
     return sheet([tiles[start : start + 4] for start in range(0, len(tiles), 4)])
