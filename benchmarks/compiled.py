@@ -3,7 +3,7 @@
 
     benchmarks/compiled.py [--pair tiny|coco] [--batch N] [--rounds N] [--threads N]
 
-The plain student of benchmarks/step.py, with channels last on a CPU; ratios are within a round; "first" includes compiling.
+Uses the plain student of benchmarks/step.py, channels-last on a CPU. Ratios are within a round; "first" compiles.
 """
 
 import argparse

@@ -116,7 +116,7 @@ def fetch_wheels(packages: dict[str, str], python: str, folder: Path) -> None:
 
 def _run(command: list, wanted: list[str]) -> None:
     if wanted and subprocess.run(command).returncode:
-        sys.exit(f"pip found no wheels of {', '.join(wanted)}: see its messages above.")
+        sys.exit(f"pip found no wheels for {', '.join(wanted)}: see its messages above.")
 
 
 def _normalized(name: str) -> str:
