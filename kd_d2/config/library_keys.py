@@ -204,7 +204,7 @@ def add_kd_config(cfg: CfgNode) -> None:
     for name, method in DISTILLER_REGISTRY:
         if method.CONFIG_NODE in cfg.MODEL.KD:
             raise UserError(
-                f"The method {name} has the CONFIG_NODE {method.CONFIG_NODE!r}, which is already a key of MODEL.KD: rename it."
+                f"The method {name} has the CONFIG_NODE {method.CONFIG_NODE!r}, which is a key of MODEL.KD already: rename it."
             )
         method.Config.add_to(_node_at(cfg, f"MODEL.KD.{method.CONFIG_NODE}"))
 
