@@ -145,7 +145,7 @@ class KDTrainer(DefaultTrainer):
             logger.info(f"Resuming from {file}")
             if UNAVERAGED in rest:
                 logger.warning(
-                    f"{file} is from a training with SOLVER.EMA_DECAY, but this one does not use it: it continues from the averaged weights."
+                    f"{file} is from a training with SOLVER.EMA_DECAY, but this one has none: it continues from the averaged weights."
                 )
         except (KeyError, ValueError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
