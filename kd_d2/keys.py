@@ -64,7 +64,7 @@ class Below(Condition):
 
 
 class OneOf(Condition):
-    """The value is one of `choices`. Like a Literal with choices known only at run time, such as the keys of a dict."""
+    """The value is one of `choices`: a Literal with choices known only at run time, such as the keys of a dict."""
 
     def __init__(self, *choices: object):
         super().__init__(f"one of {', '.join(map(repr, choices))}", lambda value: value in choices)

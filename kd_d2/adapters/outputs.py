@@ -125,7 +125,7 @@ def towers_at(split: int) -> str:
 
 @dataclass
 class DetectorOutputs:
-    """The requested outputs of one forward pass of a detector. Other optional parts are None.
+    """The requested outputs of one forward pass of a detector. Parts that were not requested are None or empty.
 
     Attributes:
         images: the normalized and padded input.

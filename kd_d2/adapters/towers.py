@@ -33,7 +33,7 @@ def _channels(tower: nn.Sequential) -> tuple[int, ...]:
 
 
 def _cut(tower: nn.Sequential, split: int) -> int:
-    """Return the number of layers before the activation of convolution `split`; 0 for the first convolution's input."""
+    """Return the number of tower layers before the activation of convolution `split`; 0 if `split` is 0."""
     activations = [number for number, layer in enumerate(tower) if isinstance(layer, nn.ReLU)]
     return activations[split - 1] if split else 0
 

@@ -23,7 +23,7 @@ CLASS_NAMES = "class_names"
 
 
 class KDCheckpointer(DetectionCheckpointer):
-    """Writes checkpoints whose `model` is a plain Detectron2 student, and reads checkpoints without running their code.
+    """Writes checkpoints with a plain Detectron2 student as `model`, and reads files without running code from them.
 
     Args:
         model: the student itself, not the meta-architecture around it.

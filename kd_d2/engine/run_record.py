@@ -28,7 +28,7 @@ STORED = (
     "SEED", "SOLVER.BASE_LR", "SOLVER.BIAS_LR_FACTOR", "SOLVER.MOMENTUM", "SOLVER.NESTEROV", "SOLVER.WEIGHT_DECAY",
     "SOLVER.WEIGHT_DECAY_NORM", "SOLVER.WEIGHT_DECAY_BIAS",
 )  # fmt: skip
-"""Keys whose values are restored from a checkpoint, as part of the seed and the optimizer state."""
+"""Keys whose values a checkpoint restores through the seed and the optimizer state."""
 PROCESSES, ANNOTATIONS, TEACHER = "processes", "annotations of DATASETS.TRAIN", "weights of the teacher"
 
 
