@@ -1,4 +1,4 @@
-"""The packages of kd_d2, and the configs that ship inside it; everything else is in pyproject.toml."""
+"""Packages of kd_d2 and the configs shipped with it; all other settings are in pyproject.toml."""
 
 from setuptools import find_packages, setup
 

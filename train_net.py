@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train or evaluate a detector: plain, or a student with a teacher.
+"""Train or evaluate a detector, either a plain one or a student with a teacher.
 
 train_net.py --config-file CONFIG [--num-gpus N] [--resume] [--eval-teacher] [KEY VALUE ...]
 train_net.py --config-file CONFIG --eval-only MODEL.WEIGHTS CHECKPOINT [KEY VALUE ...]
@@ -20,7 +20,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--eval-teacher",
         action="store_true",
-        help="evaluate the teacher once before training, or with --eval-only the teacher alone",
+        help="evaluate the teacher before training, or with --eval-only, only the teacher",
     )
     add_import_argument(parser)
     add_rank_timeout_argument(parser)

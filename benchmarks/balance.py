@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""What MODEL.KD.BALANCE costs: an iteration that measures gradient ratios beside one that does not.
+"""Measure the cost of MODEL.KD.BALANCE: an iteration that measures gradient ratios compared to one that does not.
 
     benchmarks/balance.py [--pair PAIR] [--methods NAME[+NAME] ...] [--levels] [--rounds N] [--threads N]
 
-Both take turns in one process, round after round. "measurement" is the difference of their medians, "of iteration" what it adds to an
-iteration at the default PERIOD: the difference in the same round, divided by PERIOD and by the iteration without (median, lowest,
-highest of the rounds). The pairs are those of benchmarks/step.py.
+Both alternate in one process, round after round. "measurement" is the difference of their medians. "of iteration" is
+the relative cost at the default PERIOD: the difference in the same round, divided by PERIOD and by the iteration
+without measurement (median, lowest and highest of the rounds). The pairs are those of benchmarks/step.py.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from tabulate import tabulate
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", choices=PAIRS, default="tiny")
-    parser.add_argument("--methods", nargs="+", help="methods, joined by + (default all that go with the pair)")
+    parser.add_argument("--methods", nargs="+", help="methods, joined by + (default all that support the pair)")
     parser.add_argument("--levels", action="store_true", help="with MODEL.KD.BALANCE.LEVELS")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)

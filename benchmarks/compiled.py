@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Seconds of a training iteration of the student with SOLVER.COMPILE and without, in turns, float32 and mixed precision.
+"""Measure seconds per training iteration with and without SOLVER.COMPILE, in float32 and mixed precision.
 
     benchmarks/compiled.py [--pair tiny|coco] [--batch N] [--rounds N] [--threads N]
 
-The plain student of benchmarks/step.py, with channels last on a CPU; a ratio is within a round. "first" holds the compiling.
+Uses the plain student of benchmarks/step.py, channels-last on a CPU. Ratios are within a round; "first" compiles.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from tabulate import tabulate
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", choices=PAIRS, default="tiny")
-    parser.add_argument("--batch", type=int, help="images an iteration (default that of the pair)")
+    parser.add_argument("--batch", type=int, help="images per iteration (default that of the pair)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()

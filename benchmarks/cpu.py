@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""What SOLVER.CHANNELS_LAST with the teacher's, and SOLVER.AMP with bfloat16 on top of them, make of an iteration's seconds on a CPU.
+"""Measure seconds per iteration on a CPU with CHANNELS_LAST for student and teacher, and also with bfloat16 SOLVER.AMP.
 
     benchmarks/cpu.py [--pair tiny|coco] [--methods NAME[+NAME] ...] [--rounds N] [--threads N]
 
-Every variant of benchmarks/step.py takes turns with itself with channels last and with both; a ratio is within a round.
+Each variant of benchmarks/step.py alternates between the defaults, channels last and both. Ratios are within a round.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def main() -> None:
     with EventStorage(PAST_WARM_UPS):
         for number in range(args.rounds + 1):
             for name, memory_format in LAYOUTS.items():
-                for variant in variants:  # all share the student, whose layout changes once a round
+                for variant in variants:  # all share the student, whose layout changes once per round
                     times[variant][name].append(seconds(laid_out(steps[variant][name], memory_format).run_step))
             print(f"round {number}", flush=True)
     rows = []

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Seconds and memory of reading COCO-size annotations, and images a second that a worker makes.
+"""Measure time and memory to load COCO-size annotations, and the throughput of data loading workers.
 
     benchmarks/data.py [--images 118000] [--boxes-per-image 7] [--workers 2] [--batches 20]
 
-The annotations are made up, with a polygon each; the images are 64 different JPEGs of 640 x 480 pixels under as many names as there are annotations for.
-"resident" is what the process has more than before the set was read. Workers are forks of it: "of its own" is what a worker does not share.
+The annotations are synthetic, with one polygon each. The images are links to 64 different JPEGs of 640 x 480 pixels.
+"resident" is the increase of the process's resident memory, "of its own" the private memory of a (forked) worker.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def write_set(folder: Path, images: int, boxes_per_image: int) -> Path:
 
 
 def memory(process: int | str, field: str) -> float:
-    """MiB of the lines whose names begin with a field's, such as Rss or Private."""
+    """Return the MiB of all fields of a process's memory that begin with `field`, such as Rss or Private."""
     text = Path(f"/proc/{process}/smaps_rollup").read_text()
     return sum(map(int, re.findall(rf"^{field}\w*:\s+(\d+)", text, re.M))) * 1024 / MIB
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""AP against milliseconds: detectors in PyTorch, TorchScript, ONNX Runtime and OpenVINO, in float and in int8, on the CPU.
+"""Measure AP and CPU latency of detectors in PyTorch, TorchScript, ONNX Runtime and OpenVINO, in float and int8.
 
     benchmarks/deploy.py --model [TITLE=]CONFIG_OR_RUN [WEIGHTS] [--model ...] [--images N] [--rounds N] [--threads N]
         [--calibration-images N] [--output FILE.json] [KEY VALUE ...]
 
-Milliseconds are of the model alone, from the resized image to the detections: all variants take turns on the same images,
-and the median counts. AP is of N images, evenly spaced over DATASETS.TEST.
+Latency is the median time of the model only, from the resized image to the detections, with all variants alternating on
+the same images. AP is measured on N images, evenly spaced over DATASETS.TEST.
 """
 
 import argparse
@@ -38,7 +38,7 @@ TIMED_IMAGES = 16
 
 
 def variants(cfg: CfgNode, folder: str, calibration_images: int) -> Iterator[tuple[str, Callable]]:
-    """By title, models that are called like Detectron2's; their files go into `folder`."""
+    """Yield titles and models with Detectron2's call interface; their files are written to `folder`."""
     yield "PyTorch", Predictor(cfg, score_thresh=1.0).model
     script, plain, int8 = (os.path.join(folder, name) for name in ("float.ts", "float.onnx", "int8.onnx"))
     export_detector(cfg, script)
@@ -54,7 +54,7 @@ def variants(cfg: CfgNode, folder: str, calibration_images: int) -> Iterator[tup
 
 
 def subset(cfg: CfgNode, count: int, folder: str) -> None:
-    """Let DATASETS.TEST be `count` of its images."""
+    """Reduce DATASETS.TEST to `count` of its images."""
     [name] = cfg.DATASETS.TEST
     [(_, annotations, images)] = [entry for entry in cfg.DATASETS.COCO_JSON if entry[0] == name]
     with open(annotations) as file:
@@ -75,7 +75,7 @@ def main() -> None:
     options, opts = split_overrides(sys.argv[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_argument(parser, "one or more")
-    parser.add_argument("--images", type=int, default=500, help="images that AP is measured on (default 500)")
+    parser.add_argument("--images", type=int, default=500, help="images to measure AP on (default 500)")
     parser.add_argument("--calibration-images", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
@@ -111,7 +111,7 @@ def main() -> None:
                 for image in inputs:
                     for key, model in models.items():
                         taken = seconds(partial(model, [{"image": image}]))
-                        if turn:  # the first warms up
+                        if turn:  # the first turn is a warm-up
                             times[key].append(taken)
     for row in rows:
         row["ms"] = 1000 * statistics.median(times[row["model"], row["runtime"]])

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Whether kd_d2 is right and fast on this machine's GPU: tests, kernels, iterations, and where their time goes; in one folder.
+"""Check correctness and speed of kd_d2 on this machine's GPU: tests, kernels, training iterations and a profile.
 
     benchmarks/gpu_check.py [--output output/gpu-check] [--only STAGE ...] [--minutes 8]
 
-Needs nothing from outside: data and weights are made up. A stage that does not end within its time is stopped, and the others go
-on. summary.md has the tables, one log a stage the rest. Exits with 1 if a stage failed.
+No downloads are needed: data and weights are synthetic. A stage that exceeds its time limit is stopped, and the next
+one starts. summary.md has the tables, and each stage has a log. The exit status is 1 if a stage failed.
 """
 
 import argparse
@@ -24,11 +24,11 @@ FAILED_TO_END = 124
 
 @dataclass(frozen=True)
 class Stage:
-    """A command of the check.
+    """One stage of the check.
 
     Attributes:
-        command: arguments of Python; {folder} is the output folder.
-        seconds: after which it is stopped.
+        command: arguments of Python; {folder} is replaced with the output folder.
+        seconds: time limit.
     """
 
     command: list[str]
@@ -60,7 +60,7 @@ STAGES = {
 
 
 def run_stage(stage: Stage, log: Path, deadline: float) -> int:
-    """The exit code of a stage; its output goes to the log."""
+    """Run a stage, write its output to the log, and return its exit code."""
     command = [sys.executable, *(argument.format(folder=log.parent) for argument in stage.command)]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -75,7 +75,7 @@ def run_stage(stage: Stage, log: Path, deadline: float) -> int:
 
 
 def tables(log: Path) -> list[str]:
-    """The Markdown tables of a log, with the line above each."""
+    """Return the Markdown tables of a log, each with the line above it."""
     lines = log.read_text(errors="replace").splitlines()
     kept = []
     for above, line in zip(["", *lines], lines):
@@ -90,11 +90,11 @@ def main() -> int:
     parser.add_argument(
         "--only", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE", help=", ".join(STAGES)
     )
-    parser.add_argument("--minutes", type=float, default=8.0, help="for all stages together")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time limit of all stages together")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit(
-            "PyTorch finds no GPU on this machine, so there is nothing to check: see nvidia-smi, and whether this PyTorch is a CUDA build."
+            "PyTorch finds no GPU on this machine: check the output of nvidia-smi, and whether this PyTorch is a CUDA build."
         )
     folder = args.output.resolve()
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Trains the cells of a sweep on one GPU, many at a time, for a given number of minutes; started again, it goes on.
+"""Train the cells of a sweep on one GPU, many in parallel, for a given number of minutes; run it again to continue.
 
     benchmarks/gpu_evidence.py [--sweep configs/evidence/long-matrix.yaml] [--name long] [--minutes 9] [--jobs N]
         [--cells NAME ...] [--seeds N ...] [KEY VALUE ...]
 
-Small trainings leave most of a GPU idle. With NVIDIA's Multi-Process Service (MPS) their kernels run side by side; it is started for this program
-alone, where the driver brings it. When the time is over every training writes a checkpoint and ends; finished cells are in
-projects/evidence/NAME. The overrides name the data and weights, as in projects/results.md.
+Small trainings leave most of a GPU idle. With NVIDIA's Multi-Process Service (MPS), their kernels run concurrently. It
+is started for this program only, if available. When the time is up, every training writes a checkpoint and stops.
+Finished cells are in projects/evidence/NAME. The overrides set the data and weights, as in projects/results.md.
 """
 
 import argparse
@@ -28,14 +28,14 @@ GRACE_SECONDS = 60  # for checkpoints
 
 @contextlib.contextmanager
 def multi_process_service() -> Iterator[dict[str, str]]:
-    """The environment of processes that share the GPU; an empty one, and a line that says so, where MPS does not start."""
+    """Start MPS and yield the environment variables to use it; if it does not start, say so and yield none."""
     program = shutil.which(MPS)
     with tempfile.TemporaryDirectory() as folder:
         environment = {"CUDA_MPS_PIPE_DIRECTORY": folder, "CUDA_MPS_LOG_DIRECTORY": folder}
         variables = {**os.environ, **environment}
         if program is None or subprocess.run([program, "-d"], env=variables).returncode:
             print(
-                f"{MPS} is not there or does not start: trainings take turns on the GPU, several times slower.",
+                f"{MPS} is missing or does not start: trainings will take turns on the GPU, several times slower.",
                 flush=True,
             )
             yield {}
@@ -49,13 +49,13 @@ def multi_process_service() -> Iterator[dict[str, str]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", default="configs/evidence/long-matrix.yaml")
-    parser.add_argument("--name", default="long", help="of the folders of runs and results")
+    parser.add_argument("--name", default="long", help="name of the folders of runs and results")
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument(
         "--jobs",
         type=int,
         default=max(1, (os.cpu_count() or 1) // 2),
-        help="trainings at a time (default half the cores)",
+        help="number of parallel trainings (default half the cores)",
     )
     parser.add_argument("--cells", nargs="+", default=[])
     parser.add_argument("--seeds", nargs="+", default=[])
@@ -77,7 +77,7 @@ def main() -> int:
         try:
             return sweep.wait(60 * args.minutes)
         except subprocess.TimeoutExpired:
-            print(f"{args.minutes:g} minutes are over: every training writes a checkpoint.", flush=True)
+            print(f"{args.minutes:g} minutes are up: every training writes a checkpoint.", flush=True)
             sweep.send_signal(signal.SIGTERM)
             sweep.wait(GRACE_SECONDS)
             return 0

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Seconds and peak memory of ICD alone, forward and backward: 2 images of 800x1216, 256 channels.
+"""Measure time and peak memory of ICD only, forward and backward, with 2 images of 800x1216 and 256 channels.
 
     benchmarks/icd.py [--levels p3-p7|p2-p6] [--instances 10] [--rounds 7] [--threads 2] [--output FILE.json]
                       [--authors CHECKOUT/pytorch_release]
 
-Encoding, decoder, auxiliary task, student's values and distillation loss, with gradients of the student's features and
-of everything of ICD's own. Times: the median of the rounds after one that is thrown away. Memory: in a fresh process, above
-what features and ICD itself take. With a checkout of the authors' repository, their code and ours take turns.
+This includes encoding, decoder, auxiliary task, student values and distillation loss, with gradients of the student's
+features and ICD's parameters. Times are medians over the rounds after a warm-up round. Memory is measured in a fresh
+process, above that of the features and ICD itself. With a checkout of the authors' repository, both codes alternate.
 """
 
 import argparse
@@ -31,7 +31,7 @@ STRIDES = {"p3-p7": [8, 16, 32, 64, 128], "p2-p6": [4, 8, 16, 32, 64]}
 
 
 class Inputs:
-    """Features of teacher and student, and the images' instances."""
+    """Features of teacher and student, and instances of the images."""
 
     def __init__(self, levels: str, instances: int):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -49,7 +49,7 @@ class Inputs:
 
 
 class OurICD:
-    """ICD as this library has it; `run` is one forward and backward."""
+    """This library's ICD. `run` is one forward and backward pass."""
 
     def __init__(self, inputs: Inputs):
         self.inputs = inputs
@@ -83,10 +83,10 @@ def build(whose: str, args: argparse.Namespace) -> OurICD | AuthorsICD:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--levels", choices=STRIDES, default="p3-p7")
-    parser.add_argument("--instances", type=int, default=10, help="of each image")
+    parser.add_argument("--instances", type=int, default=10, help="instances per image")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", help="json file for the figures")
+    parser.add_argument("--output", help="JSON file for the results")
     parser.add_argument("--authors", metavar="FOLDER", help="pytorch_release of the authors' repository")
     parser.add_argument("--memory", choices=["ours", "authors"], help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Seconds and peak memory of a loss, forward and backward, beside other implementations of it.
+"""Measure time and peak memory of a loss, forward and backward, compared to other implementations.
 
     benchmarks/losses.py ssim [--rounds 9] [--threads 2] [--output FILE.json]
     benchmarks/losses.py icd | soft-label [...]
 
-Inputs have the sizes of 2 images of 800x1216, levels P3 to P7: SSIM's are maps of 256 channels, ICD's its values in 8 heads of 32, SoftLabel's the
-logits of 80 classes and 9 anchors. The gradient goes to the student. The implementations take turns, round after round, in one process: ratios are
-to the first in the same round. Memory: in a fresh process, above what the inputs take. "plain" is the formula under autograd, "compiled" the same
-through torch.compile. pytorch-msssim takes part where it is installed; it smooths without padding, so its maps are smaller.
+Inputs are for 2 images of 800x1216 on levels P3 to P7: maps of 256 channels for SSIM, values of 8 heads of 32 channels
+for ICD, logits of 80 classes and 9 anchors for SoftLabel; only the student has a gradient. Implementations alternate in
+one process; ratios are to the first one in the same round. Memory is measured in a fresh process, above the inputs.
+"plain" uses autograd, "compiled" also torch.compile. pytorch-msssim, if installed, does not pad: its maps are smaller.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Implementation = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Contest:
-    """Implementations of one loss, called with a student's tensor, a teacher's, and what else there is, for each of `inputs`."""
+    """Implementations of one loss, called with each of `inputs`: a student tensor, a teacher tensor, and others."""
 
     inputs: Callable[[], list[list[Tensor]]]
     implementations: dict[str, Implementation]
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("loss", choices=CONTESTS)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", help="json file for the figures")
+    parser.add_argument("--output", help="JSON file for the results")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -138,7 +138,7 @@ def main() -> None:
     implementations, inputs = contest.implementations, Inputs(contest)
     if args.memory_of:
         implementation = implementations[args.memory_of]
-        inputs.run(implementation)  # what a compiler needs is not the loss's
+        inputs.run(implementation)  # exclude the memory of compilation
         inputs.forget()
         print(peak_memory(partial(inputs.run, implementation)))
         return

@@ -1,4 +1,4 @@
-"""Seconds and memory of a call, for the programs of this folder."""
+"""Measurement of time and memory for the programs in this folder."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ import torch
 
 
 def peak_memory(call: Callable[[], object]) -> float:
-    """MiB that the call needs at its peak above what was there before; on a CPU only meaningful in a fresh process.
+    """Return the peak memory of a call above the memory before it, in MiB; on a CPU, valid only in a fresh process.
 
-    On a CPU of the resident set, on a GPU of allocated memory.
+    It is the allocated memory on a GPU, and the resident set size on a CPU.
     """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed before would be there for the call
+    ctypes.CDLL(None).malloc_trim(0)  # otherwise the call could reuse freed memory
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak starts anew
+        file.write("5")  # reset the peak
     before = _status("VmRSS")
     call()
     return (_status("VmHWM") - before) / 2**10
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """Of the call, the device's work included."""
+    """Return the seconds that a call takes, including the work on the device."""
     start = time.perf_counter()
     call()
     if torch.cuda.is_available():
@@ -44,7 +44,7 @@ def _status(key: str) -> int:
 
 
 def number_from_fresh_process(program: str, *arguments: object) -> float:
-    """What the program, started with these arguments, prints last."""
+    """Run a program and return the number in its last line of output."""
     command = [sys.executable, program, *map(str, arguments)]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return float(output.splitlines()[-1])

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Where the time of a distillation's iteration goes: teacher, student, each method, backward, optimizer; and in which operators.
+"""Profile an iteration of distillation by part (teacher, student, each method, backward, optimizer) and by operator.
 
     benchmarks/profile_step.py [--pair tiny|coco] [--batch N] [--methods NAME ...] [--iterations N] [--threads N] [--trace FILE.json]
 
-The pairs are those of benchmarks/step.py. On a GPU the times are the device's, and every wait of the CPU for it is listed as well. --trace
-writes what chrome://tracing and Perfetto show.
+The pairs are those of benchmarks/step.py. On a GPU, times are device times, and synchronizations are listed too.
+--trace writes a timeline for chrome://tracing and Perfetto.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def labelled_backward() -> Iterator[None]:
 
 
 def label(step: DistillationStep) -> list[str]:
-    """Give the parts of the step names that the profiler shows; returns these, in their order."""
+    """Label the parts of the step for the profiler, and return the labels in order."""
     model = step.model
     model.teacher.adapter.run = labelled("teacher", model.teacher.adapter.run)
     model.adapter.run = labelled("student and its losses", model.adapter.run)
@@ -59,11 +59,11 @@ def label(step: DistillationStep) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", choices=PAIRS, default="tiny")
-    parser.add_argument("--batch", type=int, help="images an iteration (default that of the pair)")
+    parser.add_argument("--batch", type=int, help="images per iteration (default that of the pair)")
     parser.add_argument("--methods", nargs="+", default=[name for name, _ in DISTILLER_REGISTRY])
     parser.add_argument("--iterations", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--trace", help="file of the timeline")
+    parser.add_argument("--trace", help="JSON file for the timeline")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
@@ -107,7 +107,7 @@ def main() -> None:
 
 
 def print_shares(what: str, rows: list[list], whole: float, iterations: int) -> None:
-    """Microseconds of all iterations as milliseconds of one, and as a share."""
+    """Print a table that converts microseconds of all iterations to milliseconds and percent per iteration."""
     table = [[name, time / 1000 / iterations, 100 * time / whole] for name, time in rows]
     print(tabulate(table, headers=[what, "ms", "%"], floatfmt=".1f", tablefmt="github"), end="\n\n")
 

@@ -1,7 +1,7 @@
-"""The authors' own PyTorch code of ICD, from a checkout of their repository (megvii-research/ICD), for benchmarks/icd.py.
+"""The authors' PyTorch code of ICD, from a checkout of their repository (megvii-research/ICD), for benchmarks/icd.py.
 
-Nothing of it is here: their decoder, encoder and losses are imported from the checkout and called in the order in which
-their teacher and distiller call them. It was written for an older PyTorch and NumPy, whose names are put back first.
+Their decoder, encoder and losses are imported from the checkout, and called in the same order as in their teacher and
+distiller. The code was written for older versions of PyTorch and NumPy, whose removed names are restored first.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ DISTILLATION = {
 
 
 class AuthorsICD:
-    """Encoding, both decoders, auxiliary task and distillation loss as they published them; `run` is one forward and backward.
+    """Encoding, both decoders, auxiliary task and distillation loss as published. `run` is one forward and backward.
 
     Args:
         checkout: folder `pytorch_release` of their repository.
         teacher, student: levels (B, 256, H, W).
         targets: ground truth of each image.
-        size: of the images, all of them unpadded.
+        size: size of the unpadded images.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class AuthorsICD:
         device = str(teacher[0].device)
         distiller = {"INS": {**DECODER, "INPUT_FEATS": self.keys}, "INS_ATT_MIMIC": DISTILLATION}
         cfg = CfgNode({"MODEL": {"DEVICE": device, "DISTILLER": distiller}, "SOLVER": {"MAX_ITER": 90000}})
-        with contextlib.chdir(checkout):  # they read the class statistics relative to it
+        with contextlib.chdir(checkout):  # they use a relative path for the class statistics
             self.utils, distillers = _import(Path.cwd())
             self.positions = self.utils.PositionEmbeddingSine(128, normalize=True)
             self.decoder = self.utils.build_decoder_module(cfg)
@@ -108,11 +108,11 @@ class AuthorsICD:
 
 
 def _import(checkout: Path) -> tuple[types.ModuleType, types.ModuleType]:
-    """Their modules `utils` and `distiller`, without those beside them that need AdelaiDet."""
+    """Import their modules `utils` and `distiller`, without the other modules, which need AdelaiDet."""
     if not (checkout / "models" / "distiller.py").is_file():
         sys.exit(f"error: {os.fspath(checkout)} is not the folder pytorch_release of the authors' repository")
     for module in (torch.nn.functional, torch.nn.modules.activation):
-        module.__dict__.pop("__all__", None)  # they import what these import
+        module.__dict__.pop("__all__", None)  # their star imports rely on names that these modules import
     for name in ("Tuple", "Optional"):
         setattr(torch.nn.functional, name, getattr(typing, name))
     for name in ("xavier_uniform_", "xavier_normal_", "constant_"):

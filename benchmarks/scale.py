@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""Seconds and memory of an iteration on 1 to 64 devices, modeled from parts that are measured here, and checked on two processes.
+"""Model time and memory per iteration on 1 to 64 devices from measurements here, and check it with two processes.
 
     benchmarks/scale.py [--pair PAIR] [--method NAME[+NAME]] [--batch N] [--rounds N] [--bandwidth GB/s] [--latency US]
     benchmarks/scale.py --of STEP.json [--method NAME[+NAME]] --bandwidth GB/s --latency US
 
-Measured: an iteration of one process; the backward pass; with two processes the same iteration, and the exchange (all-reduce) of as many gradients
-alone. Each device has the batch of one. A ring of N devices moves 2 (N - 1) / N times the gradients through every link and waits 2 (N - 1) times for
-a message. What of that is not hidden behind the backward pass is added: all of it at worst, at best what is longer than that pass. --bandwidth and --latency are
-those between devices (default: as measured between two processes here). Two processes on a CPU take one thread each, as the one does. Memory is each
-device's, models included: of several it is that of one and the buffers in which DistributedDataParallel exchanges the gradients. With --of, seconds and
-memory are those that benchmarks/step.py wrote, on another machine perhaps; its memory is without the models.
+Measured: an iteration and the backward pass of one process; and with two processes, an iteration and the all-reduce of
+the gradients. The batch size per device is constant. In a ring of N devices, each link transfers 2 (N - 1) / N times
+the gradients, with 2 (N - 1) message latencies. At worst, all of this adds to the iteration; at best, only what exceeds
+the backward pass. --bandwidth and --latency are between devices (default: measured between two processes). On a CPU,
+each process uses one thread. Memory is per device, models included; several devices add DistributedDataParallel's
+gradient buffers. With --of, time and memory (without the models) are results of benchmarks/step.py from any machine.
 """
 
 import argparse
@@ -39,9 +39,9 @@ def median_seconds(call: Callable[[], object], rounds: int) -> float:
 
 
 def iteration(pair: str, method: str, batch: int | None, rounds: int) -> tuple[float, float, int]:
-    """Seconds of a process's iteration, alone or as one of several, MiB that it takes, and how many gradients it has.
+    """Return seconds per iteration of this process, alone or as one of several, MiB, and the number of gradients.
 
-    On a CPU, memory is right in a fresh process alone.
+    On a CPU, the memory is valid only in a fresh process.
     """
 
     def measure() -> None:
@@ -59,7 +59,7 @@ def iteration(pair: str, method: str, batch: int | None, rounds: int) -> tuple[f
 
 
 def backward(pair: str, method: str, batch: int | None, rounds: int) -> float:
-    """Seconds of the backward pass."""
+    """Return the seconds of the backward pass."""
     bench = Bench(pair, batch)
     model = bench.step(method).model
     times = []
@@ -71,7 +71,7 @@ def backward(pair: str, method: str, batch: int | None, rounds: int) -> float:
 
 
 def of_two(pair: str, method: str, batch: int | None, rounds: int, results: list) -> None:
-    """In each of two processes: seconds and MiB of an iteration, seconds of the exchange of all gradients, and of a small one."""
+    """Measure in two processes: seconds and MiB per iteration, and seconds to all-reduce all gradients and a few."""
     torch.set_num_threads(1)
     whole, memory, number = iteration(pair, method, batch, rounds)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -85,7 +85,7 @@ def of_two(pair: str, method: str, batch: int | None, rounds: int, results: list
 
 @dataclass
 class Parts:
-    """What the model is made of: seconds and MiB of one process, and what is sent; NaN where it was not measured."""
+    """Inputs of the model: seconds, MiB, and number of gradients; NaN if not measured."""
 
     device: str
     one: float
@@ -99,7 +99,7 @@ class Parts:
 
     @property
     def size(self) -> int:
-        """Of the gradients, in bytes."""
+        """Size of the gradients in bytes."""
         return 4 * self.gradients
 
 
@@ -116,7 +116,7 @@ def measured_here(pair: str, method: str, batch: int | None, rounds: int) -> Par
 
 
 def measured_elsewhere(path: str, method: str) -> tuple[str, Parts]:
-    """The pair and the parts of a result of benchmarks/step.py."""
+    """Return the pair and the parts of a result of benchmarks/step.py."""
     with open(path) as file:
         result = json.load(file)
     variant = result["variants"][method]
@@ -136,11 +136,9 @@ def main() -> None:
     parser.add_argument("--method", default="StructuralKD")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument(
-        "--of", metavar="STEP.json", help="a result of benchmarks/step.py, in place of measurements here"
-    )
+    parser.add_argument("--of", metavar="STEP.json", help="result of benchmarks/step.py to use instead of measurements")
     parser.add_argument("--bandwidth", type=float, help="GB/s between devices")
-    parser.add_argument("--latency", type=float, help="microseconds of a message between devices")
+    parser.add_argument("--latency", type=float, help="microseconds per message between devices")
     args = parser.parse_args()
     if args.of:
         if args.bandwidth is None or args.latency is None:

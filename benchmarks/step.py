@@ -1,17 +1,17 @@
 #!/usr/bin/env python
-"""Seconds and peak memory of a training iteration: the plain student, with one teacher forward, with each method.
+"""Measure time and peak memory of a training iteration: plain student, student with teacher, and with each method.
 
     benchmarks/step.py [--pair PAIR] [--batch N] [--methods NAME[+NAME] | recommended/NAME ...] [--rounds N] [--threads N] [--output FILE.json]
 
-Times: all variants share one student and one teacher and take turns, round after round, in one process; the median of a
-variant's rounds, and the median of its ratio to student and teacher alone in the same round: to "student + teacher's neck" for
-methods that read features alone, to "student + teacher" for those that read predictions too. Each method alone is its losses and
-their gradients as far as what the detectors gave, also as a part of the same; it is not
-measured for methods that run part of a detector's head themselves. Memory: the peak during one iteration above what it was before, of the resident set in a fresh process, or
-of what is allocated on the GPU.
+All variants share one student and one teacher, and alternate in one process. Times are medians over rounds, and ratios
+are medians of the ratio to student and teacher without a method in the same round: to "student + teacher's neck" for
+methods that use only features, to "student + teacher" for those that also use predictions. "s alone" is the time of a
+method's losses and their gradients with respect to the detector outputs, and "of iteration" its ratio to the same
+reference; both are omitted for methods that run part of a detector's head. Memory is the peak of one iteration above
+the level before it: allocated memory on a GPU, otherwise the resident set size in a fresh process.
 
-The pairs: "tiny", "tiny-gfl" and "tiny-faster-rcnn" are those of configs/tiny, R18 -> R10, 8 images of 192x256. "coco" and
-"coco-faster-rcnn" are Detectron2's RetinaNet and Faster R-CNN, R101 -> R50, 2 images of 800x1216.
+Pairs: "tiny", "tiny-gfl" and "tiny-faster-rcnn" are those of configs/tiny, R18 -> R10, with 8 images of 192x256. "coco"
+and "coco-faster-rcnn" are Detectron2's RetinaNet and Faster R-CNN, R101 -> R50, with 2 images of 800x1216.
 """
 
 import argparse
@@ -58,11 +58,11 @@ PLAIN, NECK, WHOLE = "student", "student + teacher's neck", "student + teacher"
 BOXES = 7
 PAST_WARM_UPS = 10**6  # iterations
 TINY_RATE = "1e-12"
-"""Random weights must not move: variants share a student, and losses would grow from one to the next."""
+"""Learning rate that keeps the random weights constant: variants share the student, and losses would diverge."""
 
 
 class ReadOnly(Distiller):
-    """Makes parts of the teacher be read, and adds nothing."""
+    """Requests parts of the teacher's outputs without adding a loss."""
 
     loss_names = ("loss_nothing",)
 
@@ -76,11 +76,11 @@ class ReadOnly(Distiller):
 
 READ = {NECK: frozenset({"features"}), WHOLE: frozenset({"features", "dense"})}
 HEAD_PARTS = ("proposals", "towers")
-"""Parts of detectors by which methods run a part of a head."""
+"""Prefixes of the parts that methods use to run part of a head themselves."""
 
 
 class Bench:
-    """A student and a teacher of a pair, and the training step of any variant of them."""
+    """The student and the teacher of a pair, and the training step of any variant."""
 
     def __init__(self, pair: str, batch: int | None = None):
         student_config, teacher_config, usual_batch, size = PAIRS[pair]
@@ -98,7 +98,7 @@ class Bench:
         DatasetCatalog.register(DATASET, lambda: _as_dataset(self.data))
 
     def methods(self) -> list[str]:
-        """The names of the methods that go with the pair."""
+        """Return the names of the methods that support the pair."""
         return [name for name, _ in DISTILLER_REGISTRY if self._goes_with(name)]
 
     def _goes_with(self, method: str) -> bool:
@@ -109,7 +109,7 @@ class Bench:
         return True
 
     def reference_of(self, variant: str) -> str:
-        """The variant without a method that a variant is compared to."""
+        """Return the variant without a method that a variant is compared to."""
         if variant in self.references:
             return WHOLE if variant == WHOLE else NECK
         return (
@@ -138,9 +138,9 @@ class Bench:
         return step
 
     def method_alone(self, variant: str) -> Callable[[], None] | None:
-        """A method's losses and their gradients as far as features and predictions, both detectors having run.
+        """Return a function that runs only a method's losses and their gradients with respect to the detector outputs.
 
-        None for a method that runs a part of a head.
+        It is None for a method that runs part of a head.
         """
         model = self.model(variant)
         needs = frozenset().union(*(distiller.needs for distiller in model.distillers.values()))
@@ -159,7 +159,7 @@ class Bench:
         def run() -> None:
             for dense in filter(None, (student.dense, teacher.dense)):
                 for lazy in ("positives", "probabilities", "ranking_scores", "boxes"):
-                    vars(dense).pop(lazy, None)  # derived anew in every iteration
+                    vars(dense).pop(lazy, None)  # recomputed in every iteration
             losses = [
                 loss
                 for distiller in model.distillers.values()
@@ -175,7 +175,7 @@ def _leaves(levels: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
 
 
 def _build(cfg: CfgNode) -> nn.Module:
-    """The detector with random weights; behind frozen norms that do not normalize they would grow without end."""
+    """Build a detector with random weights. Frozen norms do not normalize: scale them to keep activations bounded."""
     model = build_model(cfg)
     for module in model.modules():
         if isinstance(module, FrozenBatchNorm2d):
@@ -195,7 +195,7 @@ def batch_of(batch: int, size: tuple[int, int], num_classes: int) -> list[dict]:
 
 
 def _as_dataset(inputs: list[dict]) -> list[dict]:
-    """For methods that read the training set's statistics."""
+    """Convert inputs to a dataset for methods that use statistics of the training set."""
     dicts = []
     for item in inputs:
         target = item["instances"]
@@ -208,7 +208,7 @@ def _as_dataset(inputs: list[dict]) -> list[dict]:
 
 
 def measure_times(bench: Bench, variants: list[str], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every round, by variant. One round more is run first and thrown away."""
+    """Return the seconds of every round by variant, after a warm-up round."""
     steps = {variant: bench.step(variant) for variant in variants}
     times: dict[str, list[float]] = {variant: [] for variant in variants}
     with EventStorage(PAST_WARM_UPS):
@@ -220,18 +220,18 @@ def measure_times(bench: Bench, variants: list[str], rounds: int) -> dict[str, l
 
 
 def measure_alone(bench: Bench, methods: list[str], rounds: int) -> dict[str, float]:
-    """Median seconds of each method without the detectors: what does not drown in the noise of a whole iteration."""
+    """Return the median seconds of each method without the detectors, free of the noise of a whole iteration."""
     medians = {}
     with EventStorage(PAST_WARM_UPS):
         for method in methods:
-            call = bench.method_alone(method)  # holds what both detectors gave: one at a time
+            call = bench.method_alone(method)  # keeps the outputs of both detectors, so one at a time
             if call is not None:
                 medians[method] = statistics.median([seconds(call) for _ in range(rounds + 1)][1:])
     return medians
 
 
 def measure_memory(bench: Bench, variant: str) -> float:
-    """Peak memory of one iteration above the state before it, in MiB; on a CPU in a fresh process alone."""
+    """Return the peak memory of one iteration above the memory before it, in MiB; on a CPU, only in a fresh process."""
     step = bench.step(variant)
     with EventStorage(PAST_WARM_UPS):
         return peak_memory(step.run_step)
@@ -240,15 +240,15 @@ def measure_memory(bench: Bench, variant: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", choices=PAIRS, default="tiny")
-    parser.add_argument("--batch", type=int, help="images an iteration (default that of the pair)")
+    parser.add_argument("--batch", type=int, help="images per iteration (default that of the pair)")
     parser.add_argument(
         "--methods",
         nargs="+",
-        help="methods, joined by +, or a file of configs/ such as recommended/fgd (default all methods that go with the pair)",
+        help="methods, joined by +, or a config in configs/ such as recommended/fgd (default all methods that support the pair)",
     )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", help="json file for the figures")
+    parser.add_argument("--output", help="JSON file for the results")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Seconds of the frozen teacher's forward pass as far as its neck: as it is, compiled, with channels last, in bfloat16.
+"""Measure the frozen teacher's forward pass up to its neck: unchanged, compiled, with channels last, and in bfloat16.
 
     benchmarks/teacher.py [--pair tiny|coco] [--rounds N] [--threads N]
 
-Variants take turns, over batches of several sizes as training has them; a ratio is to "as it is" of the same round. The pairs are those of
-benchmarks/step.py. What compiling takes is the first pass over all sizes.
+Variants alternate over batches of several sizes, as in training. Ratios are to "as it is" in the same round. The pairs
+are those of benchmarks/step.py. The first pass over all sizes includes compilation.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from step import PAIRS, Bench, batch_of
 import torch
 from tabulate import tabulate
 
-WIDER = (1.0, 1.125, 1.25)  # than the pair's images
+WIDER = (1.0, 1.125, 1.25)  # factors on the image width of the pair
 
 
 class Variant(NamedTuple):
@@ -41,7 +41,7 @@ VARIANTS = {
 
 
 class Forward:
-    """The pass of one variant over all batches."""
+    """The forward passes of one variant over all batches."""
 
     def __init__(self, model: torch.nn.Module, batches: list[list[dict]], device: str, variant: Variant):
         self.teacher = Teacher(model, compiled=variant.compiled, channels_last=variant.channels_last)

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Seconds of an iteration of a plain detector under Detectron2's DefaultTrainer and under kd_d2's trainer, data loading included.
+"""Measure seconds per iteration of a plain detector with Detectron2's DefaultTrainer and kd_d2's, with data loading.
 
     benchmarks/trainer.py [--rounds N] [--iterations N] [--threads N]
 
-Both train the student of configs/tiny on the same made-up set and take turns, a few iterations at a time, in one process; ratios are within a
-round. kd_d2's trainer takes part with the memory format that Detectron2 has, and as it is by default.
+Both train the student of configs/tiny on the same synthetic dataset, and alternate every few iterations in one process.
+Ratios are within a round. kd_d2's trainer runs with Detectron2's memory format, and with its own default.
 """
 
 import argparse
@@ -36,7 +36,7 @@ TRAINERS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--iterations", type=int, default=5, help="of each trainer in a round")
+    parser.add_argument("--iterations", type=int, default=5, help="iterations of each trainer per round")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

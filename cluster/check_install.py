@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Whether an installation works: imports, operators, a forward and backward pass, and a checkpoint that comes back.
+"""Check an installation: imports, operators, a forward and backward pass, and saving and loading of a checkpoint.
 
     cluster/check_install.py [--operators]
 
---operators: Detectron2's compiled operators must be there, with CUDA, and what Triton compiles its launchers with. Needs no GPU;
-where there is one, the passes run on it too.
+--operators: also require Detectron2's compiled operators with CUDA, and a C compiler for Triton's launchers. No GPU is
+needed; if there is one, the forward and backward passes run on it too.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def check_operators() -> None:
 
 
 def check_compiler() -> None:
-    """A C compiler that finds Python's headers."""
+    """Check that there is a C compiler that finds Python's headers."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or "cc"
     command = [compiler, "-I", sysconfig.get_path("include"), "-fsyntax-only", "-x", "c", "-"]
     try:
@@ -46,7 +46,7 @@ def check_compiler() -> None:
 
 
 def check_ssim(device: str) -> None:
-    """The loss with kernels of its own, forward and backward: two maps that are constant and equal are alike."""
+    """Check forward and backward of the SSIM loss, which has custom kernels, on two equal constant maps."""
     student = torch.ones(1, 2, 40, 60, device=device, requires_grad=True)
     loss = ssim_loss(student, torch.ones_like(student))
     loss.backward()
@@ -55,7 +55,7 @@ def check_ssim(device: str) -> None:
 
 
 def check_training(device: str) -> None:
-    """A step of a small detector, its checkpoint, and its detections."""
+    """Check a training step, a checkpoint and the detections of a small detector."""
     cfg = load_config("tiny/retinanet-student", ["MODEL.DEVICE", device, "MODEL.WEIGHTS", ""])
     model = build_model(cfg)
     objects = Instances(
@@ -68,7 +68,7 @@ def check_training(device: str) -> None:
         KDCheckpointer(model, folder).save("model")
         KDCheckpointer(model, folder).load(os.path.join(folder, "model.pth"))
     if "instances" not in model.eval()([entry])[0]:
-        raise SystemExit("The detector gave no detections.")
+        raise SystemExit("The detector returned no detections.")
 
 
 def main(operators: bool) -> None:
@@ -84,5 +84,5 @@ def main(operators: bool) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--operators", action="store_true", help="ask for Detectron2's compiled operators")
+    parser.add_argument("--operators", action="store_true", help="require Detectron2's compiled operators")
     sys.exit(main(parser.parse_args().operators))

@@ -1,4 +1,4 @@
-"""MkDocs hooks: pages that are made from the code and from the READMEs of the repository."""
+"""MkDocs hooks that generate pages from the code and the READMEs of the repository."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
-"""By Markdown file of the repository the page that it becomes."""
+"""Generated page of each Markdown file in the repository."""
 
 log = logging.getLogger("mkdocs.hooks")
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that no file under docs/ holds."""
+    """Add the pages that are not files in docs/."""
     pictures: dict[str, str] = {}
     for source, page in PAGES.items():
         with open(os.path.join(ROOT, source), encoding="utf-8") as file:
@@ -55,7 +55,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: object, config: MkDocsConfig, files: Files) -> str:
-    """Links out of docs/ of hand-written pages become names of files."""
+    """Replace links in handwritten pages to files outside docs/ with the names of the files."""
     path = page.file.src_uri
     if path in PAGES.values() or path.startswith("reference/"):
         return markdown
@@ -63,12 +63,12 @@ def on_page_markdown(markdown: str, page: object, config: MkDocsConfig, files: F
 
 
 def _with_links(markdown: str, source: str, page: str, pictures: dict[str, str]) -> str:
-    """Links between files of the repository as links between pages; to a file that is no page, its name alone.
+    """Convert links between files of the repository to links between pages, or to the file name if it is not a page.
 
     Args:
-        source: the file, from the root of the repository.
-        page: what it becomes, from the root of the site.
-        pictures: gets each picture that the file shows, with its place in the site.
+        source: path of the file in the repository.
+        page: path of its page on the site.
+        pictures: filled with the pictures that the file shows and their paths on the site.
     """
 
     def replaced(match: re.Match) -> str:
@@ -96,11 +96,11 @@ def _with_links(markdown: str, source: str, page: str, pictures: dict[str, str])
 
 
 def commands_page() -> str:
-    """The help of every command."""
+    """Return the page with the help of every command."""
     from kd_d2.cli import COMMANDS, main
 
     parts = [
-        "# Commands\n\n`kd-d2` is the one program; `python -m kd_d2` is the same. Overrides of config keys come last.\n"
+        "# Commands\n\nThe program is `kd-d2`, or equivalently `python -m kd_d2`. Overrides of config keys come last.\n"
     ]
     commands = [[name] for name in COMMANDS]
     commands += [["config", action] for action in ("list", "show", "explain")]
@@ -118,9 +118,9 @@ def _help_of(main: Callable[[list[str]], None], command: list[str]) -> str:
 
 
 def keys_page() -> str:
-    """Every config key of the library."""
+    """Return the page with every config key of the library."""
     parts = [
-        "# Config keys\n\nKeys that Detectron2's own configs do not have. `kd-d2 config explain KEY` prints the same.\n"
+        "# Config keys\n\nKeys that kd_d2 adds to Detectron2's configs. `kd-d2 config explain KEY` prints the same.\n"
     ]
     nodes: dict[str, list[str]] = {}
     for key in config_reference():

@@ -1,4 +1,4 @@
-"""Detection with a file of `kd-d2 export`, without kd_d2, Detectron2 or PyTorch: pip install numpy onnxruntime pillow
+"""Detection with an exported ONNX model, without kd_d2, Detectron2 or PyTorch: pip install numpy onnxruntime pillow
 
 python detect_onnx.py MODEL.onnx IMAGE
 """
@@ -13,7 +13,7 @@ from PIL import Image
 session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
 metadata = session.get_modelmeta().custom_metadata_map
 if metadata["nms"] != "true" or metadata["fixed_size"] != "null":
-    sys.exit(f"{sys.argv[1]} was exported with --no-nms or --size, which this example leaves out.")
+    sys.exit(f"{sys.argv[1]} was exported with --no-nms or --size, which this example does not support.")
 names, shorter, longest = (json.loads(metadata[key]) for key in ("class_names", "min_size", "max_size"))
 
 image = Image.open(sys.argv[2]).convert("RGB")

@@ -1,4 +1,4 @@
-"""Config files: finding them by path or name, and reading them with their bases."""
+"""Lookup of config files by path or name, and loading with their bases."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .plain_yaml import read_plain_yaml, read_text
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 _SHARE = os.path.join(_PACKAGE, "share")
 ROOT = _SHARE if os.path.isdir(_SHARE) else os.path.dirname(_PACKAGE)
-"""The folder of `configs` and `projects`: inside an installed package, beside it in a checkout."""
+"""The folder of `configs` and `projects`: inside an installed package, next to it in a checkout."""
 
 MOST_LAYERS = 200
 _ZOO = os.path.dirname(os.path.realpath(model_zoo.get_config_file("Base-RetinaNet.yaml")))
 
 
 def shipped_configs() -> dict[str, str]:
-    """The paths of the configs that come with the library, by name.
+    """Return the paths of the configs that are shipped with the library, by name.
 
     `tiny/retinanet-ssim` is configs/tiny/retinanet-ssim.yaml, and `ICD/fcos_R50` is projects/ICD/configs/fcos_R50.yaml.
     """
@@ -36,19 +36,19 @@ def shipped_configs() -> dict[str, str]:
 
 
 def _name_of(path: str) -> str:
-    """The name of a shipped config, from its path below ROOT."""
+    """Return the name of a shipped config from its path relative to ROOT."""
     return re.sub(r"^(?:configs/|projects/([^/]+/)configs/)", r"\1", path.removesuffix(".yaml"))
 
 
 def find_config_file(name: str, key: str, folder: str = "") -> str:
-    """The path of a config: an existing file, the name of a config that ships, or one in Detectron2's model zoo.
+    """Find a config: an existing file, a shipped config by name, or one in Detectron2's model zoo.
 
     Args:
         name: a path, relative to the working directory or to `folder`, or a name.
-        key: what error messages call it.
+        key: name of the config in error messages.
 
     Raises:
-        UserError: naming the key, every place looked at, and the closest names.
+        UserError: not found; the message names the key, the searched paths and the closest names.
     """
     try:
         return find_file(name, key, folder)
@@ -58,7 +58,7 @@ def find_config_file(name: str, key: str, folder: str = "") -> str:
 
 
 def _find_by_name(name: str, sentence: str) -> str:
-    """The path of a config that ships or is in the model zoo. A UserError begins with `sentence`, which says that it is no file."""
+    """Find a shipped or model zoo config. The UserError begins with `sentence`, which says that it is not a file."""
     path = shipped_configs().get(_name_of(name), os.path.join(_ZOO, name))
     if os.path.isfile(path):
         return path
@@ -74,10 +74,10 @@ def _find_by_name(name: str, sentence: str) -> str:
 
 
 def find_file(name: str, key: str, folder: str = "", *, is_folder: bool = False) -> str:
-    """The path of an existing file named by a config key. URLs pass as they are.
+    """Return the path of an existing file that a config key names. URLs are returned unchanged.
 
     Raises:
-        UserError: naming the key and every place looked at.
+        UserError: not found; the message names the key and the searched paths.
     """
     if "://" in name:
         return name
@@ -92,29 +92,29 @@ def find_file(name: str, key: str, folder: str = "", *, is_folder: bool = False)
 
 
 def find_weights(name: str, key: str, folder: str = "") -> str:
-    """The path of a checkpoint (see `find_file`) with what a query, as Detectron2's "?matching_heuristics=True", asks of it."""
+    """Return the path of a checkpoint (see `find_file`) with its query, such as "?matching_heuristics=True"."""
     file, mark, query = name.partition("?")
     return find_file(file, key, folder) + mark + query
 
 
 def is_zoo_file(path: str) -> bool:
-    """Whether a config is one of Detectron2's own model zoo."""
+    """Return whether a config is in Detectron2's model zoo."""
     return os.path.realpath(path).startswith(_ZOO + os.sep)
 
 
 def read_layers(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A config file and its bases as (path, the keys of that file alone), each after its own bases.
+    """Yield a config file and its bases as (path, keys in that file only), each after its own bases.
 
-    Files are plain yaml, except for those inside Detectron2's model zoo, some of which compute values by code.
-    A `_BASE_` is relative to the file that names it, or the name of a config as `find_config_file` takes it.
+    Files are plain YAML, except those in Detectron2's model zoo, some of which compute values with code. A `_BASE_` is
+    a path relative to the file that contains it, or a config name (see `find_config_file`).
 
     Raises:
-        UserError: a file is missing, is not yaml, or is yaml that would run code.
+        UserError: a file is missing, is not YAML, or is YAML that would run code.
     """
     for number, layer in enumerate(_layers(path, ())):
         if number == MOST_LAYERS:
             raise UserError(
-                f"Config file {path} has more than {MOST_LAYERS} _BASE_ files, counted each time that one is named."
+                f"Config file {path} has more than {MOST_LAYERS} _BASE_ files, with repeated ones counted each time."
             )
         yield layer
 
@@ -134,7 +134,7 @@ def _layers(path: str, above: tuple[str, ...]) -> Iterator[tuple[str, dict[str, 
 
 
 def find_beside(name: str, path: str, key: str) -> str:
-    """The path of a config that the file `path` names: relative to that file, or by name.
+    """Return the path of a config that the file `path` refers to: relative to that file, or by name.
 
     Raises:
         UserError: see `find_config_file`.
@@ -159,10 +159,10 @@ def _read_file(path: str) -> dict[str, Any]:
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """Read a config file and its bases.
+    """Load a config file merged with its bases.
 
     Raises:
-        UserError: see `read_layers`; or a VERSION other than 2.
+        UserError: see `read_layers`, or VERSION is not 2.
     """
     result: dict[str, Any] = {}
     for name, tree in read_layers(path):
@@ -183,7 +183,7 @@ def _lay_over(below: dict[str, Any], tree: dict[str, Any], name: str) -> None:
 
 
 def as_overrides(path: str) -> list[Any]:
-    """The keys that a config file and its bases set, as overrides: [key, value, ...].
+    """Return the keys that a config file and its bases set, as overrides: [key, value, ...].
 
     Raises:
         UserError: see `read_yaml`.
@@ -192,7 +192,7 @@ def as_overrides(path: str) -> list[Any]:
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The keys in full, such as "MODEL.DEVICE", and values of a tree of config keys."""
+    """Yield the full keys, such as "MODEL.DEVICE", and the values of a tree of config keys."""
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from leaves(value, f"{prefix}{key}.")

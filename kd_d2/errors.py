@@ -1,4 +1,4 @@
-"""The one error type that speaks to the user instead of to a programmer, and how programs end with it."""
+"""Errors that the user can fix, and program exit with their messages."""
 
 import contextlib
 import errno
@@ -12,10 +12,10 @@ DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(Exception):
-    """An error that the user can fix: the message is one sentence that names the key, file or value.
+    """An error that the user can fix. Its message is one sentence that names the key, file or value.
 
-    What a file may have put into the message stays on its line: control characters are written as escapes, and the middle of a very
-    long message is left out.
+    Control characters, which text from files may contain, are escaped, and very long messages are shortened in the
+    middle.
     """
 
     def __init__(self, message: str):
@@ -23,12 +23,12 @@ class UserError(Exception):
 
 
 def is_finite_number(value: object) -> bool:
-    """Whether `value` is an int or a float, and neither infinite nor NaN."""
+    """Return whether `value` is an int or a float, and neither infinite nor NaN."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_number(key: str, value: object, minimum: float, *, exclusive: bool = False) -> None:
-    """Raise a UserError that names `key` unless `value` is a finite number of at least (or, exclusive, above) `minimum`."""
+    """Raise a UserError that names `key` unless `value` is finite and at least (if `exclusive`, above) `minimum`."""
     if not is_finite_number(value) or value < minimum or (exclusive and value == minimum):
         relation = "above" if exclusive else "at least"
         raise UserError(f"{key} is {value!r}; it must be a number {relation} {minimum}.")
@@ -36,9 +36,9 @@ def check_number(key: str, value: object, minimum: float, *, exclusive: bool = F
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """A UserError inside, or a disk that is full, is printed as one sentence, and ends the program with exit status 2.
+    """Exit with status 2 and a one-sentence message on a UserError or a full disk, and with status 130 on Ctrl-C.
 
-    Ctrl-C ends it with 130. Logs are kept free of control characters.
+    Also keeps control characters out of the logs.
     """
     keep_controls_out_of_logs()
     try:
@@ -55,6 +55,6 @@ def exit_on_user_error() -> Iterator[None]:
 
 
 def end_with(sentence: object) -> None:
-    """Print why the program cannot continue, and end it with exit status 2."""
+    """Print an error message and exit with status 2."""
     print(f"error: {sentence}", file=sys.stderr, flush=True)
     sys.exit(2)

@@ -1,4 +1,4 @@
-"""Code of users that registers methods, detectors or datasets: modules, or files anywhere."""
+"""Import of user modules and files that register methods, detectors or datasets."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .errors import UserError
 
 
 def import_extensions(names: Iterable[str]) -> None:
-    """Import each module or file once, so that what they register can be used by name.
+    """Import each module or file once, to register its methods, detectors or datasets.
 
     Args:
-        names: modules as `import` takes them, also from the working directory; or paths of Python files.
+        names: module names, also from the working directory, or paths of Python files.
 
     Raises:
-        UserError: there is no such module or file.
+        UserError: a module or file does not exist, or a file has the name of another module.
     """
     for name in names:
         if name.endswith(".py") or os.sep in name:
@@ -38,7 +38,7 @@ def _import_file(path: str) -> None:
         raise UserError(f"--import: there is no file {path}.")
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # as an import does: its classes can be pickled, and it can import itself
+    sys.modules[name] = module  # as `import` does, for pickling and circular imports
     try:
         spec.loader.exec_module(module)
     except BaseException:
@@ -48,10 +48,10 @@ def _import_file(path: str) -> None:
 
 def _import_module(name: str) -> None:
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # the program kd-d2 does not have it, as `python -m` does
+        sys.path.append(os.getcwd())  # `python -m` adds it, but the kd-d2 program does not
     try:
         importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise  # it exists, and one that it imports does not
+            raise  # the module exists, but one that it imports does not
         raise UserError(f"--import: there is no module {name}.") from error

@@ -1,12 +1,12 @@
-"""Config keys stated once, as a dataclass: type, range, default and description; the yacs node is made from it.
+"""Config keys declared as dataclasses with type, range, default and description, from which yacs nodes are built.
 
     @dataclass(frozen=True)
     class Config(Keys):
         temperature: Annotated[float, Above(0), "Temperature of the softmax."] = 1.0
         mask: Annotated[Literal["random", "none"], "Which positions are hidden."] = "random"
 
-is a node with the keys TEMPERATURE and MASK. A key's type is bool, int, float, str, list, a Literal, a tuple of one of these, or one
-of these with None. Beside it stand, in any order, what the value has to fulfill and one description.
+declares a node with the keys TEMPERATURE and MASK. The type of a key is bool, int, float, str, list, a Literal, a tuple
+of one of these, or one of these or None. Conditions on the value and one description follow in any order.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ COUNTS = {2: "two", 3: "three", 4: "four"}
 
 @dataclass(frozen=True)
 class Condition:
-    """A condition on a value. `words` complete the sentence "it must be ...", `holds` tests a value of the right type."""
+    """A condition on a value. `words` completes "it must be ..."; `holds` tests a value of the right type."""
 
     words: str
     holds: Callable[[Any], bool] = dataclasses.field(compare=False)
@@ -64,7 +64,7 @@ class Below(Condition):
 
 
 class OneOf(Condition):
-    """The value is one of `choices`: a Literal whose choices are known only at run time, such as the keys of a dictionary."""
+    """The value is one of `choices`: a Literal with choices known only at run time, such as the keys of a dict."""
 
     def __init__(self, *choices: object):
         super().__init__(f"one of {', '.join(map(repr, choices))}", lambda value: value in choices)
@@ -75,13 +75,13 @@ class Key:
     """One config key.
 
     Attributes:
-        name: in capitals, as in a config file.
-        kind: bool, int, float, str or list; of a tuple that of its items; None for any value that the conditions allow.
+        name: name in uppercase, as in a config file.
+        kind: bool, int, float, str or list (of the items of a tuple); None for any value that the conditions allow.
         optional: whether the value may be None.
         length: number of items of a tuple, 0 for any number; None for a single value.
-        conditions: what the value, or each item of a tuple, must fulfill.
+        conditions: conditions that the value, or each item of a tuple, must satisfy.
         default: the default value.
-        description: what the key means; "" where nothing is said.
+        description: description of the key; "" if there is none.
     """
 
     name: str
@@ -94,7 +94,7 @@ class Key:
 
     @property
     def words(self) -> str:
-        """What the value must be, to complete the sentence "it must be ..."."""
+        """Allowed values, as the end of the sentence "it must be ..."."""
         return f"None or {self._words}" if self.optional else self._words
 
     @property
@@ -113,13 +113,13 @@ class Key:
         return " ".join([kind, *words])
 
     def read(self, value: Any, full_name: str) -> Any:
-        """The value, a list as a tuple. Raises a UserError that names the key where it is not what the key must be."""
+        """Return the value, with a list converted to a tuple; raise a UserError that names the key if it is invalid."""
         if not self.accepts(value):
             raise UserError(f"{full_name} is {value!r}; it must be {self.words}.")
         return tuple(value) if self.length is not None and value is not None else value
 
     def accepts(self, value: Any) -> bool:
-        """Whether the value is of the right type and fulfils the conditions."""
+        """Return whether the value has the right type and satisfies the conditions."""
         if value is None and self.optional:
             return True
         if self.length is None:
@@ -137,25 +137,25 @@ class Key:
 
 
 class Keys:
-    """Base of the dataclasses that state the keys of a config node."""
+    """Base class of the dataclasses that declare the keys of a config node."""
 
     @classmethod
     def add_to(cls, node: CfgNode) -> None:
-        """Add the keys with their defaults to a config node."""
+        """Add the keys, with their defaults, to a config node."""
         for key in keys_of(cls):
             node[key.name] = copy.copy(key.default)
 
     @classmethod
     def read(cls, node: CfgNode, name: str) -> Self:
-        """Read a node.
+        """Read and validate a node.
 
         Args:
-            node: has all keys of the class.
-            name: of the node in messages, such as "MODEL.KD.ICD".
+            node: node with all keys of the class.
+            name: name of the node in messages, such as "MODEL.KD.ICD".
 
         Raises:
-            UserError: a sentence that names the key whose value is of the wrong type, out of range or not among the choices, or
-                that does not go with another.
+            UserError: a value has the wrong type, is out of range or not one of the choices, or conflicts with another;
+                the message names the key.
         """
         keys = keys_of(cls)
         config = cls(**{key.name.lower(): key.read(node[key.name], f"{name}.{key.name}") for key in keys})
@@ -163,15 +163,15 @@ class Keys:
         return config
 
     def check(self, name: str) -> None:
-        """Raise a UserError where values do not go together. `name` is the node's, such as "MODEL.KD.ICD"."""
+        """Raise a UserError if values conflict. `name` is that of the node in messages, such as "MODEL.KD.ICD"."""
 
 
 @functools.cache
 def keys_of(cls: type[Keys]) -> tuple[Key, ...]:
-    """The keys that a class states and inherits, in order.
+    """Return the keys that a class declares and inherits, in order.
 
     Raises:
-        TypeError: the class is not decorated as a dataclass, or a key has a type that configs do not have.
+        TypeError: the class is not decorated as a dataclass, or a key has an unsupported type.
     """
     if "__dataclass_fields__" not in vars(cls):
         raise TypeError(f"{cls.__qualname__} lacks the decorator @dataclass(frozen=True)")

@@ -1,4 +1,4 @@
-"""Random states as tensors, so that a checkpoint can hold them and be read as plain data."""
+"""Random states as tensors and plain values, which checkpoints can store safely."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 
 
 def get_random_state(cuda: bool = True) -> dict[str, Any]:
-    """The states of Python's, NumPy's and torch's generators, in tensors and numbers.
+    """Return the states of the random number generators of Python, NumPy and torch as tensors and plain values.
 
     Args:
-        cuda: whether those of the GPUs are wanted, which a process of a DataLoader must not ask for.
+        cuda: whether to include the GPUs; must be False in DataLoader workers.
     """
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
@@ -34,7 +34,7 @@ def get_random_state(cuda: bool = True) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Restore what `get_random_state` gave. CUDA states are restored where the number of devices agrees."""
+    """Restore a state from `get_random_state`. CUDA states are restored if the number of devices is the same."""
     python, numpy = state["python"], state["numpy"]
     random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
     keys = numpy["keys"].numpy().astype(np.uint32)
@@ -46,7 +46,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def preserved_random_state(cuda: bool = True) -> Iterator[None]:
-    """Leave all random states as they were, whatever happens inside.
+    """Restore all random states on exit.
 
     Args:
         cuda: see `get_random_state`.
@@ -60,7 +60,7 @@ def preserved_random_state(cuda: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def seeded(*seeds: int) -> Iterator[None]:
-    """Within it the random numbers of Python, NumPy and torch on the CPU follow from `seeds` alone; behind it they go on as before."""
+    """Seed Python, NumPy and torch on the CPU from `seeds` within this context; restore their states on exit."""
     words = np.random.SeedSequence(seeds).generate_state(3)
     with preserved_random_state(cuda=False):
         random.seed(int(words[0]))

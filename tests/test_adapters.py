@@ -249,7 +249,7 @@ def test_retinanet_dense_predictions_are_the_heads(
             boxes = model.box2box_transform.apply_deltas(deltas[level][image], anchors[level].tensor)
             torch.testing.assert_close(dense.boxes[stride][image], boxes, rtol=1e-6, atol=1e-5)
             assert not torch.allclose(boxes, anchors[level].tensor, atol=0.1)
-    with pytest.raises(RuntimeError, match="label assignment was asked of a forward pass that had no targets"):
+    with pytest.raises(RuntimeError, match="label assignment requested from a forward pass without targets"):
         dense.assignment  # noqa: B018
 
 
@@ -607,7 +607,7 @@ def test_slim_resnet_freezes_as_configured(tiny_cfg: Callable) -> None:
 def test_slim_resnet_refuses_equal_neighbors(tiny_cfg: Callable) -> None:
     """Check widths between which Detectron2's basic block would have no shortcut to halve the map with."""
     with pytest.raises(
-        UserError, match=r"MODEL\.SLIM_RESNET\.WIDTHS is \(64, 64, 128, 256\); neighboring stages must differ"
+        UserError, match=r"MODEL\.SLIM_RESNET\.WIDTHS is \(64, 64, 128, 256\); adjacent stages must differ"
     ):
         build_backbone(_slim_cfg(tiny_cfg, WIDTHS=(64, 64, 128, 256)))
 

@@ -83,7 +83,7 @@ def test_wrong_models(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
         ),
         (
             ["--model", f"one={project.teacher}", other.teacher_weights, *end],
-            "Do its config and weights belong together?",
+            "Do its config and weights match?",
         ),
     ):
         with pytest.raises(SystemExit):

@@ -70,7 +70,7 @@ def test_values_that_do_not_go_together() -> None:
     cfg = config(MIN_SCALE=0.5, MAX_SCALE=0.2)
     with pytest.raises(UserError) as caught:
         validate_kd_config(cfg)
-    assert str(caught.value) == ("INPUT.LARGE_SCALE_JITTER.MIN_SCALE is 0.5 and MAX_SCALE 0.2; it must not be larger.")
+    assert str(caught.value) == ("INPUT.LARGE_SCALE_JITTER.MIN_SCALE is 0.5; it must be at most MAX_SCALE 0.2.")
     cfg = config()
     cfg.INPUT.CROP.ENABLED = True
     with pytest.raises(UserError) as caught:

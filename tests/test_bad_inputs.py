@@ -78,7 +78,7 @@ def test_corrupt_teacher_weights(project: Project, refused, damage: str) -> None
     whole = project.teacher_weights.read_bytes()
     project.teacher_weights.write_bytes({"cut": whole[:20000], "empty": b"", "garbage": b"\xe4" * 5000}[damage])
     assert refused().startswith(
-        f"Checkpoint {project.teacher_weights} is damaged or no checkpoint: it cannot be read ("
+        f"Checkpoint {project.teacher_weights} is damaged or not a checkpoint: it cannot be read ("
     )
 
 
@@ -100,8 +100,8 @@ def test_weights_of_another_detector(project: Project, refused, tmp_path: Path) 
     """Check that a file that fills most of the teacher, but not all of it, is told from one of which it was trained."""
     other = make_project(tmp_path / "other", "faster-rcnn")
     assert refused("MODEL.KD.TEACHER.WEIGHTS", other.teacher_weights) == (
-        f"{other.teacher_weights} fills 90 of 102 parameters of the teacher (RetinaNet); the first that it does not fill is "
-        "backbone.top_block.p6.bias. Do its config and weights belong together?"
+        f"{other.teacher_weights} fills 90 of 102 parameters of the teacher (RetinaNet); the first one not filled is "
+        "backbone.top_block.p6.bias. Do its config and weights match?"
     )
     torch.save({"model": {"weight": torch.zeros(1)}}, project.teacher_weights)
     assert refused() == f"{project.teacher_weights} fills no parameter of RetinaNet: it is another model's checkpoint."
@@ -111,8 +111,8 @@ def test_weights_of_another_class_count(project: Project, refused) -> None:
     """Check that the tensor that does not fit is named with both shapes."""
     project.change_teacher(MODEL__RETINANET__NUM_CLASSES=5)
     assert refused() == (
-        f"{project.teacher_weights} fills 100 of 102 parameters of the teacher (RetinaNet); the first that it does not fill is "
-        "head.cls_score.bias (shape (27,) instead of (45,)). Do its config and weights belong together?"
+        f"{project.teacher_weights} fills 100 of 102 parameters of the teacher (RetinaNet); the first one not filled is "
+        "head.cls_score.bias (shape (27,) instead of (45,)). Do its config and weights match?"
     )
 
 
@@ -151,7 +151,7 @@ def test_class_counts_of_data_and_model(project: Project, refused, eval_only: bo
     args = ["--eval-only", "MODEL.WEIGHTS", project.teacher_weights] if eval_only else plain()
     assert refused(*args, "MODEL.RETINANET.NUM_CLASSES", 4) == (
         f"The dataset {project.name} has 3 classes, but the model (RetinaNet) predicts 4: set MODEL.RETINANET.NUM_CLASSES "
-        "to it."
+        "accordingly."
     )
 
 
@@ -260,14 +260,14 @@ def test_odd_boxes_are_reported_and_training_goes_on(project: Project) -> None:
         ),
         (
             ["DATASETS.TEST", ("voc_2007_test",)],
-            "DATASETS.TEST names 'voc_2007_test', whose files are not there (datasets/VOC2007); the environment variable "
+            "DATASETS.TEST names 'voc_2007_test', whose files do not exist (datasets/VOC2007); the environment variable "
             "DETECTRON2_DATASETS names the folder that holds Detectron2's built-in datasets.",
         ),
         (
             ["DATASETS.COCO_JSON", "('a', 'b', 'c')"],
             "DATASETS.COCO_JSON must be a list of lists, [[name, annotations.json, image folder], ...]; one entry is 'a'.",
         ),
-        (["SOLVER.IMS_PER_BATCH", 0], "SOLVER.IMS_PER_BATCH is 0; it must be a multiple of the 1 processes."),
+        (["SOLVER.IMS_PER_BATCH", 0], "SOLVER.IMS_PER_BATCH is 0; it must be a multiple of 1 (processes)."),
         (
             ["DATALOADER.SAMPLER_TRAIN", "Shuffler"],
             "DATALOADER.SAMPLER_TRAIN is 'Shuffler'; it must be 'TrainingSampler', 'RepeatFactorTrainingSampler' or "
@@ -283,7 +283,7 @@ def test_data_keys(project: Project, refused, monkeypatch, opts: list, expected:
 
 def test_keypoints_and_masks_that_the_data_lack(refused, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Check sets of DATASETS.COCO_JSON, one that was registered by a program, and one whose reader is not installed."""
-    assert refused("MODEL.KEYPOINT_ON", True).endswith("set it to False, or register the set with Detectron2's "
+    assert refused("MODEL.KEYPOINT_ON", True).endswith("set it to False, or register the dataset with Detectron2's "
         "register_coco_instances in a file for --import.")  # fmt: skip
     assert refused("MODEL.MASK_ON", True).endswith(
         "has no segmentation, which MODEL.MASK_ON needs; set MODEL.MASK_ON False to train on boxes only."
@@ -294,8 +294,8 @@ def test_keypoints_and_masks_that_the_data_lack(refused, monkeypatch: pytest.Mon
     try:
         key = "DATASETS.TEST", ("without_masks",), "DATASETS.TRAIN", ("without_masks",)
         assert refused("MODEL.MASK_ON", True, *key) == (
-            "DATASETS.TEST names 'without_masks', of which annotation 1 has no segmentation, but MODEL.MASK_ON is True; set it to False to "
-            "train and evaluate boxes alone."
+            "DATASETS.TEST names 'without_masks', whose annotation 1 has no segmentation, but MODEL.MASK_ON is True; set it to False to "
+            "train and evaluate only boxes."
         )
         said = refused("MODEL.MASK_ON", True, *key[2:], "DATASETS.TEST", ())
         assert said.startswith(
@@ -348,7 +348,7 @@ def test_a_broken_image_stops_the_training_in_a_sentence(project: Project, capfd
         ),
         (
             ["SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "SOLVER.BASE_LR", 0.1, "SOLVER.BASE_LR_END", 0.2],
-            "SOLVER.BASE_LR_END is 0.2; for WarmupCosineLR it must lie between 0 and SOLVER.BASE_LR 0.1.",
+            "SOLVER.BASE_LR_END is 0.2; for WarmupCosineLR it must be between 0 and SOLVER.BASE_LR 0.1.",
         ),
         (["SOLVER.STEPS", ("a",)], "Invalid learning rate schedule: SOLVER.LR_SCHEDULER_NAME 'WarmupMultiStepLR', "),
         (["SOLVER.WARMUP_ITERS", -1], "SOLVER.WARMUP_ITERS is -1; it must be a number at least 0."),
@@ -370,7 +370,7 @@ def test_a_gpu_that_is_not_there(project: Project, refused) -> None:
         "MODEL.DEVICE is 'cuda', but this machine has no usable GPU; set it to 'cpu'."
     )
     assert refused("--num-gpus", 2) == (
-        "--num-gpus is 2, but this machine has 0 usable GPUs; for processes on CPUs hide the GPUs, if any, and set MODEL.DEVICE to cpu "
+        "--num-gpus is 2, but this machine has 0 usable GPUs; to run on CPUs, hide the GPUs, if any, and set MODEL.DEVICE to cpu "
         "on the command line."
     )
     project.change(MODEL__DEVICE="cuda")  # as in the defaults and in every dumped config
@@ -385,7 +385,7 @@ def test_an_output_folder_that_cannot_be_written(project: Project, refused) -> N
 
 def test_evaluation_without_weights(project: Project, refused) -> None:
     """Check the sentences of --eval-only without a checkpoint, and with one of another model."""
-    assert refused("--eval-only") == "--eval-only needs MODEL.WEIGHTS: name the checkpoint that is to be evaluated."
+    assert refused("--eval-only") == "--eval-only needs MODEL.WEIGHTS: name the checkpoint to evaluate."
     torch.save({"model": {"weight": torch.zeros(1)}}, project.teacher_weights)
     assert refused("--eval-only", "MODEL.WEIGHTS", project.teacher_weights) == (
         f"{project.teacher_weights} fills no parameter of RetinaNet: it is another model's checkpoint."
@@ -425,10 +425,10 @@ def test_resuming_what_cannot_be_resumed(project: Project, capfd: pytest.Capture
 
     torch.save({"model": torch.load(file, weights_only=True)["model"]}, file)
     assert resume(*plain()).startswith(
-        f"{other_config}it holds weights alone); resume with the config that it was started with"
+        f"{other_config}it holds only weights); resume with the config that it was started with"
     )
     file.write_bytes(good[:3000])
-    assert resume(*plain()).startswith(f"Checkpoint {file} is damaged or no checkpoint: it cannot be read (")
+    assert resume(*plain()).startswith(f"Checkpoint {file} is damaged or not a checkpoint: it cannot be read (")
     tag.write_text("gone.pth")
     assert resume(*plain()) == f"There is no checkpoint {project.output / 'gone.pth'}."
     tag.write_text("model_final.pth")

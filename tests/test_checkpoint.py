@@ -121,7 +121,7 @@ def test_damaged_files(tmp_path: Path, suffix: str, content: str) -> None:
     }
     path.write_bytes(contents[content])
     said = sentence(read_checkpoint, str(path))
-    assert said.startswith(f"Checkpoint {path} is damaged or no checkpoint: it cannot be read (")
+    assert said.startswith(f"Checkpoint {path} is damaged or not a checkpoint: it cannot be read (")
     assert "\n" not in said
     assert "weights_only" not in said
 
@@ -132,8 +132,8 @@ def test_damaged_files(tmp_path: Path, suffix: str, content: str) -> None:
         ([torch.zeros(1)], "holds a list, not a dictionary of weights by name."),
         ({3: torch.zeros(1)}, "holds a dict, not a dictionary of weights by name."),
         ({"model": {3: torch.zeros(1)}}, "holds a dict, not a dictionary of weights by name."),
-        ({"model": {"a": 3}}, "holds no dictionary of weights: its entry 'a' is no tensor."),
-        ({"model_state": 3}, "holds no dictionary of weights: its entry 'model_state' is no tensor."),
+        ({"model": {"a": 3}}, "is not a dictionary of weights: its entry 'a' is not a tensor."),
+        ({"model_state": 3}, "is not a dictionary of weights: its entry 'model_state' is not a tensor."),
     ],
 )
 def test_files_without_weights(tmp_path: Path, content: object, expected: str) -> None:
@@ -324,7 +324,7 @@ def test_a_resnet_of_which_nothing_fits(tmp_path: Path, torchvision_resnet: nn.M
     )
     narrow = detector(tmp_path, MODEL__SLIM_RESNET__WIDTHS=(8, 16, 24, 32), MODEL__RESNETS__STEM_OUT_CHANNELS=8)
     assert sentence(KDCheckpointer(narrow).load, str(path)) == (
-        f"{path} holds a ResNet in torchvision's format, of which nothing fits the model's."
+        f"{path} holds a ResNet in torchvision's format, but none of its weights fits the model."
     )
     assert sentence(load_complete, detector(tmp_path), str(path), "the teacher") == (
         f"{path} has initial weights in torchvision's format, not a trained detector for the teacher."
@@ -346,7 +346,7 @@ def test_starting_weights_fill_a_mobilenet(tmp_path: Path, log) -> None:
     assert "does not fit" not in log.text
     half = detector(tmp_path, MODEL__BACKBONE__NAME=backbone, MODEL__MOBILENET_V2__WIDTH_MULT=0.5)
     assert sentence(KDCheckpointer(half).load, str(path)) == (
-        f"{path} holds a MobileNetV2 in torchvision's format, of which nothing fits the model's."
+        f"{path} holds a MobileNetV2 in torchvision's format, but none of its weights fits the model."
     )
 
 
@@ -448,8 +448,8 @@ def test_a_teacher_must_be_filled_completely(tmp_path: Path) -> None:
 
     for gone in ("head.score.bias", "head.norm.running_var"):
         assert load({k: v for k, v in weights.items() if k != gone}) == (
-            f"{path} fills {total - 1} of {total} parameters of the teacher (Toy); the first that it does not fill is {gone}. "
-            "Do its config and weights belong together?"
+            f"{path} fills {total - 1} of {total} parameters of the teacher (Toy); the first one not filled is {gone}. "
+            "Do its config and weights match?"
         )
     assert "head.score.bias (shape (9,) instead of (3,))" in load(weights | {"head.score.bias": torch.zeros(9)})
     assert load({"other.weight": torch.zeros(2)}) == (
@@ -576,7 +576,7 @@ def test_a_checkpoint_from_the_middle_detects_in_plain_detectron2(run: Project, 
         (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "is a nested tensor"),
         (torch.ones(2, device="meta"), "is a tensor without data"),
         (torch.ones(1).expand(10**12), "is an expanded tensor"),
-        ({"weight": torch.ones(1)}, "is no tensor"),
+        ({"weight": torch.ones(1)}, "is not a tensor"),
     ],
     ids=["sparse", "csr", "quantized", "nested", "meta", "expanded", "dictionary"],
 )

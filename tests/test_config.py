@@ -88,10 +88,10 @@ def test_numbers_take_the_type_of_their_default(files: Files, key: str, value: o
     [
         ("0.5", "SOLVER.MAX_ITER is 0.5; it must be a whole number."),
         ("1e999", "SOLVER.MAX_ITER is inf; it must be a whole number."),
-        ("True", "SOLVER.MAX_ITER is True; it must be of type int, as its default 40000."),
-        ("many", "SOLVER.MAX_ITER is 'many'; it must be of type int, as its default 40000."),
-        ("None", "SOLVER.MAX_ITER is None; it must be of type int, as its default 40000."),
-        ("(1,)", "SOLVER.MAX_ITER is (1,); it must be of type int, as its default 40000."),
+        ("True", "SOLVER.MAX_ITER is True; it must be of type int, like its default 40000."),
+        ("many", "SOLVER.MAX_ITER is 'many'; it must be of type int, like its default 40000."),
+        ("None", "SOLVER.MAX_ITER is None; it must be of type int, like its default 40000."),
+        ("(1,)", "SOLVER.MAX_ITER is (1,); it must be of type int, like its default 40000."),
     ],
 )
 def test_other_values_for_a_whole_number_are_refused(value: str, reason: str) -> None:
@@ -136,8 +136,8 @@ def test_none_is_kept_where_detectron2_knows_it() -> None:
 def test_a_text_in_place_of_a_list(files: Files) -> None:
     """Check that a name in brackets without its comma is explained."""
     assert sentence(files.student(), "MODEL.KD.DISTILLERS", "('ICD')") == (
-        "the command line: MODEL.KD.DISTILLERS is the text 'ICD', but must be a list; one entry is written "
-        '("ICD",) with its comma.'
+        "the command line: MODEL.KD.DISTILLERS is the string 'ICD', but must be a list; a list with one entry is "
+        '("ICD",), with the comma.'
     )
 
 
@@ -168,7 +168,7 @@ def test_coco_json_must_be_a_list_of_triples(value: str, entry: str) -> None:
         (["SOLVER", 5], "SOLVER is a group of keys and cannot be set to 5."),
         (["SOLVER.MAX_ITER"], "overrides come in pairs of a key and a value; 'SOLVER.MAX_ITER' has no value."),
         (["SEED", 1, "--resume"], "the option --resume must come before the KEY VALUE overrides."),
-        (["MODEL", "x", "MODEL.DEVICE", "cpu"], "MODEL.DEVICE is given, but also a value for its group MODEL."),
+        (["MODEL", "x", "MODEL.DEVICE", "cpu"], "MODEL.DEVICE is set, but so is a value for its group MODEL."),
     ],
 )
 def test_keys_that_are_not_there(opts: list, expected: str) -> None:
@@ -207,7 +207,7 @@ def test_the_source_of_a_wrong_key_is_named(files: Files) -> None:
         ),
         (["MODEL.KD.STUDENT", "Retina"], "MODEL.KD.STUDENT is 'Retina'; it must be the name of a registered detector"),
         (["MODEL.KD.STUDENT", "KDMetaArch"], "MODEL.KD.STUDENT is 'KDMetaArch'; it must be the name"),
-        (["MODEL.META_ARCHITECTURE", "Retina"], "MODEL.META_ARCHITECTURE is 'Retina', which no registered detector"),
+        (["MODEL.META_ARCHITECTURE", "Retina"], "MODEL.META_ARCHITECTURE is 'Retina', which is not the name of a"),
         (["MODEL.KD.TEACHER.CONFIG_FILE", ""], r"MODEL.KD.TEACHER.CONFIG_FILE is empty: name the teacher's config\.$"),
         (
             ["MODEL.KD.INHERIT.MODULES", "('body',)"],
@@ -219,7 +219,7 @@ def test_the_source_of_a_wrong_key_is_named(files: Files) -> None:
         ),
         (
             ["MODEL.KD.DISTILLERS", "()"],
-            "MODEL.KD.DISTILLERS is empty and MODEL.KD.INHERIT.ENABLED and MODEL.KD.PSEUDO_LABELS.ENABLED are False: nothing",
+            "MODEL.KD.DISTILLERS is empty and MODEL.KD.INHERIT.ENABLED and MODEL.KD.PSEUDO_LABELS.ENABLED are False: the teacher",
         ),
         (
             ["MODEL.KD.PSEUDO_LABELS.SCORE_THRESH", 1],
@@ -580,7 +580,7 @@ def test_where_the_teachers_weights_come_from(files: Files) -> None:
     with pytest.raises(UserError) as caught:
         load_teacher_config(load_config(str(path)))
     assert str(caught.value) == (
-        f"MODEL.KD.TEACHER.WEIGHTS is empty, and {own} names no MODEL.WEIGHTS: the teacher would be untrained."
+        f"MODEL.KD.TEACHER.WEIGHTS is empty, and {own} does not set MODEL.WEIGHTS: the teacher would be untrained."
     )
 
 

@@ -102,7 +102,7 @@ def test_a_damaged_last_checkpoint(tmp_path: Path, damage) -> None:
     damage(project.output / "model_0000005.pth")
     run_train_net("--config-file", project.student, "--resume")
     log = (project.output / "log.txt").read_text()
-    assert "model_0000005.pth" in log and "Looking for the checkpoint before it." in log
+    assert "model_0000005.pth" in log and "Trying the previous checkpoint." in log
     assert f"Resuming from {project.output / 'model_0000003.pth'}" in log
     resumed = read_checkpoint(str(project.output / "model_final.pth"))["model"]
     for name, tensor in unbroken.trainer.bare_model.student.state_dict().items():
@@ -114,7 +114,7 @@ def test_every_checkpoint_damaged(tmp_path: Path) -> None:
     train(project)
     for path in project.output.glob("*.pth"):
         _cut(path)
-    with pytest.raises(UserError, match=r"model_final\.pth is damaged or no checkpoint"):
+    with pytest.raises(UserError, match=r"model_final\.pth is damaged or not a checkpoint"):
         train(project, resume=True)
 
 
@@ -156,7 +156,7 @@ def test_a_data_worker_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return read(self, where)
 
     monkeypatch.setattr(MappedDataset, "__getitem__", read_until_killed)
-    with pytest.raises(UserError, match=r"A process that reads training data has died .*lower DATALOADER\.NUM_WORKERS"):
+    with pytest.raises(UserError, match=r"A data loading process died .*lower DATALOADER\.NUM_WORKERS"):
         train(project)
     assert _whole_checkpoints(project.output)
     monkeypatch.setattr(MappedDataset, "__getitem__", read)
@@ -227,7 +227,7 @@ def test_an_output_folder_that_is_lost(tmp_path: Path, after: Callable, lose: Ca
     status, lines = _end_of(project)
     assert status == 2
     assert lines[-1] == (
-        f"error: OUTPUT_DIR {project.output} was removed or replaced during the training; the training stops, and --resume continues from "
+        f"error: OUTPUT_DIR {project.output} was removed or replaced during training; training stops, and --resume continues from "
         f"{project.output / 'model_latest.pth'}."
     )
     assert _whole_checkpoints(project.output) == [5]
@@ -239,7 +239,7 @@ def test_a_file_in_place_of_the_output_folder(tmp_path: Path, after: Callable) -
     after(3, lambda: (project.output.rename(tmp_path / "moved"), project.output.write_text("")))
     status, lines = _end_of(project)
     assert status == 2
-    assert lines[-1] == f"error: OUTPUT_DIR {project.output} is no longer there; no checkpoint is there yet."
+    assert lines[-1] == f"error: OUTPUT_DIR {project.output} no longer exists; there is no checkpoint yet."
 
 
 def test_an_output_folder_that_becomes_read_only(
@@ -272,7 +272,7 @@ def test_memory_that_runs_out(tmp_path: Path, after: Callable, error: Exception)
     with pytest.raises(UserError) as caught:
         train(project)
     assert str(caught.value) == (
-        f"Memory ran out ({reason}): raise SOLVER.GRADIENT_ACCUMULATION_STEPS, or lower SOLVER.IMS_PER_BATCH or the sizes of INPUT; --resume "
+        f"Out of memory ({reason}): raise SOLVER.GRADIENT_ACCUMULATION_STEPS, or lower SOLVER.IMS_PER_BATCH or the image sizes in INPUT; --resume "
         f"continues from {last}."
     )
 

@@ -246,7 +246,7 @@ def test_a_box_beyond_what_a_float_holds(coco: Path) -> None:
 
 @pytest.mark.parametrize("key", ["TRAIN", "TEST"])
 def test_a_list_for_the_name_of_a_data_set(config: Path, key: str) -> None:
-    with pytest.raises(UserError, match=rf"DATASETS\.{key} holds \['a'\]; it must be a list of names of datasets"):
+    with pytest.raises(UserError, match=rf"DATASETS\.{key} contains \['a'\]; it must be a list of dataset names"):
         load_config(str(config), [f"DATASETS.{key}", "[['a']]"])
 
 

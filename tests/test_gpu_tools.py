@@ -69,4 +69,4 @@ def test_evidence_without_mps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     monkeypatch.setattr(evidence, "MPS", "no-such-program")
     with evidence.multi_process_service() as environment:
         assert environment == {}
-    assert "no-such-program is not there or does not start" in capsys.readouterr().out
+    assert "no-such-program is missing or does not start" in capsys.readouterr().out

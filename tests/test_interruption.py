@@ -288,7 +288,7 @@ def test_a_rank_that_is_killed_ends_the_other(tmp_path: Path) -> None:
     os.kill(_ranks(process)[1], signal.SIGKILL)
     assert process.wait(timeout=120) == 2
     log = (tmp_path / "log").read_text()
-    assert "error: Rank 1 was killed (SIGKILL), most often because memory ran out" in log
+    assert "error: Rank 1 was killed (SIGKILL), most likely because it ran out of memory" in log
     assert "Traceback" not in log
 
 
@@ -301,8 +301,8 @@ def test_a_rank_that_hangs_ends_the_other(tmp_path: Path, rank: int) -> None:
     assert process.wait(timeout=180) == 2
     log = (tmp_path / "log").read_text()
     assert re.search(
-        rf"^error: Rank {rank} no longer answers, having been killed, out of memory, or without progress for --rank-timeout; rank {1 - rank} "
-        r"stops too \(Timed out waiting 6000ms for recv operation to complete\); no checkpoint is there yet\.$",
+        rf"^error: Rank {rank} no longer responds \(killed, out of memory, or no progress within --rank-timeout\); rank {1 - rank} "
+        r"stops too \(Timed out waiting 6000ms for recv operation to complete\); there is no checkpoint yet\.$",
         log,
         re.MULTILINE,
     )
@@ -328,8 +328,8 @@ def test_a_rank_without_memory_ends_the_other(tmp_path: Path) -> None:
         command, capture_output=True, text=True, timeout=180, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 1
-    assert "error: Memory ran out (" in done.stderr
-    assert "error: Rank 1 no longer answers" in done.stderr or "SIGTERM: stopping" in done.stderr
+    assert "error: Out of memory (" in done.stderr
+    assert "error: Rank 1 no longer responds" in done.stderr or "SIGTERM: stopping" in done.stderr
 
 
 @pytest.mark.slow
@@ -366,8 +366,8 @@ def test_torchrun_restarts_a_killed_rank_and_the_training_is_the_same(tmp_path: 
 
 
 @pytest.mark.parametrize(("message", "expected"), [
-    ("[/a/b.cc:1] Timed out waiting 60ms for recv. See", "Rank 1 no longer answers, having been killed, out of memory, or without progress "
-     "for --rank-timeout; rank 0 stops too (Timed out waiting 60ms for recv)"),
+    ("[/a/b.cc:1] Timed out waiting 60ms for recv. See", "Rank 1 no longer responds (killed, out of memory, or no progress within "
+     "--rank-timeout); rank 0 stops too (Timed out waiting 60ms for recv)"),
     ("a mistake of ours", None),
 ])  # fmt: skip
 def test_sentences_of_lost_ranks(monkeypatch: pytest.MonkeyPatch, message: str, expected: str | None) -> None:

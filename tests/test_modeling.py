@@ -275,7 +275,7 @@ def test_boxes_that_are_no_numbers_make_losses_that_are_none(
             "MODEL.FCOS.CENTER_SAMPLING_RADIUS is 0.0; it must be a number above 0",
         ),
         ("fcos", {"PRIOR_PROB": 1.0}, "MODEL.FCOS.PRIOR_PROB is 1.0; it must be a number above 0 and below 1"),
-        ("fcos", {"IN_FEATURES": ["p3", "p9"]}, r"MODEL.FCOS.IN_FEATURES is .*; the backbone gives p3, p4, p5, p6, p7"),
+        ("fcos", {"IN_FEATURES": ["p3", "p9"]}, r"MODEL.FCOS.IN_FEATURES is .*; the backbone has p3, p4, p5, p6, p7"),
         ("atss", {"TOPK": 0}, "MODEL.ATSS.TOPK is 0; it must be a whole number at least 1"),
         ("gfl", {"ANCHOR_SCALE": 0.0}, "MODEL.GFL.ANCHOR_SCALE is 0.0; it must be a number above 0"),
         ("gfl", {"REG_MAX": 0}, "MODEL.GFL.REG_MAX is 0; it must be a whole number at least 1"),
@@ -328,7 +328,7 @@ def test_mobilenet_freezes_as_configured(tiny_cfg: Callable) -> None:
     [
         ({"MOBILENET_V2": {"WIDTH_MULT": 0.0}}, "WIDTH_MULT is 0.0; it must be a number above 0 and at most 2"),
         ({"RESNETS": {"OUT_FEATURES": ["res6"]}}, "OUT_FEATURES names res6; MobileNetV2 has res2, res3, res4, res5"),
-        ({"PIXEL_MEAN": [1.0], "PIXEL_STD": [1.0]}, "reads images of 3 channels"),
+        ({"PIXEL_MEAN": [1.0], "PIXEL_STD": [1.0]}, "takes images with 3 channels"),
     ],
 )
 def test_mobilenet_refuses_what_it_cannot_be(tiny_cfg: Callable, keys: dict, message: str) -> None:

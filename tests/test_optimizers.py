@@ -107,7 +107,7 @@ def test_one_optimizer_for_equal_settings(toy_detector: type, tiny_cfg: Callable
     assert list(auxiliary) == ["decoder"]
     assert _ids([a.first, b.first]) <= _ids_in(auxiliary["decoder"].optimizer)
     b.settings = OptimizerSettings("decoder", lr=0.2)
-    with pytest.raises(RuntimeError, match=r"two optimizers of one name: \['decoder', 'decoder'\]"):
+    with pytest.raises(RuntimeError, match=r"two optimizers have the same name: \['decoder', 'decoder'\]"):
         build_optimizers(tiny_cfg("retinanet"), _model(toy_detector, a=a, b=b))
     b.settings = OptimizerSettings("other", lr=0.2)
     _, auxiliary = build_optimizers(tiny_cfg("retinanet"), _model(toy_detector, a=a, b=b))

@@ -13,7 +13,7 @@ import torch
 from helpers import KillAt, Project, clean_process, make_project, make_trainer, save_fixed_weights, train
 
 WRITTEN_WITH = (
-    "--resume: the losses may differ from those of an unbroken training, since the checkpoint was written with: "
+    "--resume: the losses may differ from those of an uninterrupted training, since the checkpoint was written with: "
 )
 KEYS = {"SEED": 7, "SOLVER__MAX_ITER": 4, "SOLVER__STEPS": (), "SOLVER__BASE_LR": 0.002, "SOLVER__CHECKPOINT_PERIOD": 2}
 
@@ -46,7 +46,7 @@ def resumed(project: Project, caplog: pytest.LogCaptureFixture, *opts: object):
         (["SOLVER.STEPS", (3,)], "SOLVER.STEPS [], now [3]."),
         (["SOLVER.WARMUP_ITERS", 1], "SOLVER.WARMUP_ITERS 2, now 1."),
         (["SOLVER.IMS_PER_BATCH", 4], "SOLVER.IMS_PER_BATCH 2, now 4."),
-        (["SOLVER.BASE_LR", 0.5, "SEED", 8], "SOLVER.BASE_LR 0.002, which stays, not 0.5; SEED 7, which stays, not 8."),
+        (["SOLVER.BASE_LR", 0.5, "SEED", 8], "SOLVER.BASE_LR 0.002, which is kept, not 0.5; SEED 7, which is kept, not 8."),
         (["MODEL.KD.DISTILLERS", ("StructuralKD",)], "MODEL.KD.DISTILLERS ['FeatureImitation'], now ['StructuralKD']."),
         (["MODEL.KD.FEATURE_IMITATION.WEIGHT", 9.0], "MODEL.KD.FEATURE_IMITATION.WEIGHT its default, now 9.0."),
         (["INPUT.MIN_SIZE_TRAIN", (64,)], "INPUT.MIN_SIZE_TRAIN [64, 80], now [64]."),

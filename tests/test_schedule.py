@@ -39,16 +39,16 @@ def test_scaling_to_the_number_of_processes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "processes", "expected"),
     [
-        ({"IMS_PER_BATCH": 3}, 2, "SOLVER.IMS_PER_BATCH is 3; it must be a multiple of the 2 processes."),
+        ({"IMS_PER_BATCH": 3}, 2, "SOLVER.IMS_PER_BATCH is 3; it must be a multiple of 2 (processes)."),
         (
             {"IMS_PER_BATCH": 8, "GRADIENT_ACCUMULATION_STEPS": 3},
             2,
-            "SOLVER.GRADIENT_ACCUMULATION_STEPS is 3; it must divide the 4 images of a process.",
+            "SOLVER.GRADIENT_ACCUMULATION_STEPS is 3; it must divide the 4 images per process.",
         ),
         (
             {"IMS_PER_BATCH": 8, "GRADIENT_ACCUMULATION_STEPS": 0},
             1,
-            "SOLVER.GRADIENT_ACCUMULATION_STEPS is 0; it must divide the 8 images of a process.",
+            "SOLVER.GRADIENT_ACCUMULATION_STEPS is 0; it must divide the 8 images per process.",
         ),
     ],
 )
@@ -145,8 +145,8 @@ def test_advice_by_hand(tmp_path: Path) -> None:
     child = write_yaml(tmp_path / "child.yaml", {"_BASE_": "base.yaml", "SOLVER": {"IMS_PER_BATCH": 4}})
     plain = write_yaml(tmp_path / "plain.yaml", {"_BASE_": "base.yaml", "MODEL": {"MASK_ON": False}})
     assert learning_rate_advice(str(child), []) == (
-        f"SOLVER.BASE_LR 0.02 comes from {base}, where it belongs to SOLVER.IMS_PER_BATCH 16; now the batch has 4 images. The linear "
-        "rule gives SOLVER.BASE_LR 0.005, with 4 times the iterations."
+        f"SOLVER.BASE_LR 0.02 comes from {base}, where SOLVER.IMS_PER_BATCH is 16; the batch size is now 4. The linear "
+        "scaling rule gives SOLVER.BASE_LR 0.005, with 4 times the iterations."
     )
     assert learning_rate_advice(str(plain), []) is None
     assert "gives SOLVER.BASE_LR 0.04, with 0.5 times" in learning_rate_advice(
@@ -159,7 +159,7 @@ def test_advice_by_hand(tmp_path: Path) -> None:
     ):
         assert learning_rate_advice(str(plain), opts) is None
     assert learning_rate_advice(str(child), ["SOLVER.BASE_LR", "0.005"]) is None
-    assert "now the batch has 8 images" in learning_rate_advice(str(plain), ["SOLVER.IMS_PER_BATCH", "8.0"])
+    assert "the batch size is now 8." in learning_rate_advice(str(plain), ["SOLVER.IMS_PER_BATCH", "8.0"])
 
 
 def test_advice_on_the_model_zoo() -> None:
@@ -177,7 +177,4 @@ def test_our_configs_need_no_advice(path: Path) -> None:
 def test_advice_is_in_the_log(tmp_path: Path) -> None:
     project = make_project(tmp_path, SOLVER__BASE_LR=0.01)
     project.main("SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", 1, "SOLVER.STEPS", "()")
-    assert (
-        "where it belongs to SOLVER.IMS_PER_BATCH 2; now the batch has 4 images"
-        in (project.output / "log.txt").read_text()
-    )
+    assert "where SOLVER.IMS_PER_BATCH is 2; the batch size is now 4." in (project.output / "log.txt").read_text()

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""What kd_d2 needs on a GPU machine without a network, in one archive: the packages that its Python lacks, and data.
+"""Pack everything that kd_d2 needs on a GPU machine without a network into one archive: missing packages, and data.
 
     tools/gpu_pack.py [--python 3.12] [--installed FILE] [--add PATH[=NAME] ...] [--output output/gpu-pack.tar.xz]
 
---installed is what `python -m pip list --format=freeze` prints on that machine; packages in it whose versions do are left out, and
-PyTorch, torchvision and Triton always are. --add takes files and folders along: data, weights. On the machine, in the clone:
+--installed is the output of `python -m pip list --format=freeze` there; suitable packages in it are omitted, as are
+PyTorch, torchvision and Triton. --add includes files and folders, such as data and weights. There, in the clone:
 
     mkdir -p output && tar xJf gpu-pack.tar.xz -C output && make gpu-check
 """
@@ -27,18 +27,18 @@ ROOT = Path(__file__).resolve().parent.parent
 OF_THE_MACHINE = ("torch", "torchvision", "triton")
 DETECTRON2 = "sal-detectron2"
 DETECTRON2_PYTHON = (
-    "3.10"  # what its wheel is marked for, but for extensions that are not used; see requirements/detectron2.txt
+    "3.10"  # tag of its wheel, only because of extensions that are not used; see requirements/detectron2.txt
 )
-SOURCE_ALONE = ("antlr4-python3-runtime", "fvcore")  # pure Python, without wheels in the registry
-ALSO = ("faster-coco-eval",)  # the evaluator's extra
+SOURCE_ALONE = ("antlr4-python3-runtime", "fvcore")  # pure Python, no wheels on PyPI
+ALSO = ("faster-coco-eval",)  # extra of the evaluator
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (35, 34, 31, 28, 27, 24, 17)] + ["manylinux2014_x86_64"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--python", default="3.12", help="minor version of the machine's Python (default 3.12)")
-    parser.add_argument("--installed", type=Path, help="its packages, as pip lists them with --format=freeze")
-    parser.add_argument("--add", nargs="+", default=[], metavar="PATH[=NAME]", help="files and folders to take along")
+    parser.add_argument("--python", default="3.12", help="minor Python version of the machine (default 3.12)")
+    parser.add_argument("--installed", type=Path, help="its packages, as listed by pip with --format=freeze")
+    parser.add_argument("--add", nargs="+", default=[], metavar="PATH[=NAME]", help="files and folders to include")
     parser.add_argument("--output", type=Path, default=ROOT / "output" / "gpu-pack.tar.xz")
     args = parser.parse_args()
     additions = [_addition(text) for text in args.add]
@@ -66,13 +66,13 @@ def _addition(text: str) -> tuple[Path, str]:
 
 
 def read_freeze(text: str) -> dict[str, Version]:
-    """Versions by normalized name."""
+    """Return versions by normalized package name."""
     pairs = (line.split("==") for line in text.split() if "==" in line)
     return {_normalized(name): Version(version) for name, version in pairs}
 
 
 def missing_packages(present: dict[str, Version]) -> dict[str, str]:
-    """Name and version of what kd_d2 and Detectron2 require and the machine lacks: in the versions of this environment."""
+    """Return the requirements of kd_d2 and Detectron2 missing on the machine, with the versions of this environment."""
     specifiers: dict[str, SpecifierSet] = {}
     waiting = [Requirement(name) for name in ("kd_d2", DETECTRON2, *ALSO)]
     while waiting:
@@ -94,7 +94,7 @@ def missing_packages(present: dict[str, Version]) -> dict[str, str]:
 
 
 def fetch_wheels(packages: dict[str, str], python: str, folder: Path) -> None:
-    """The packages' wheels for the machine; those that are published as source alone are built."""
+    """Download wheels of the packages for the machine, and build those that are published only as source."""
     pins = {name: f"{name}=={version}" for name, version in packages.items()}
     built = [pins.pop(name) for name in SOURCE_ALONE if name in pins]
     detectron2 = [pins.pop(DETECTRON2)] if DETECTRON2 in pins else []
@@ -116,7 +116,7 @@ def fetch_wheels(packages: dict[str, str], python: str, folder: Path) -> None:
 
 def _run(command: list, wanted: list[str]) -> None:
     if wanted and subprocess.run(command).returncode:
-        sys.exit(f"pip found no wheels of {', '.join(wanted)}: see its messages above.")
+        sys.exit(f"pip found no wheels for {', '.join(wanted)}: see its messages above.")
 
 
 def _normalized(name: str) -> str:

@@ -1,4 +1,4 @@
-"""How Detectron2's detectors are read: adapters, and the plain data that they return."""
+"""Detector adapters, which expose the intermediate outputs of Detectron2 detectors as plain data."""
 
 from ..modeling.assignment import BACKGROUND, IGNORED, Positives, assign_by_iou
 from .adapter import DETECTOR_ADAPTER_REGISTRY, BackboneAdapter, DetectorAdapter, build_adapter

@@ -1,4 +1,4 @@
-"""The base of all detector adapters, and how one is chosen for a model."""
+"""Base class of the detector adapters, and selection of the adapter for a model."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from .outputs import DetectorOutputs, DetectorSpec
 
 DETECTOR_ADAPTER_REGISTRY = Registry("DETECTOR_ADAPTER")
 DETECTOR_ADAPTER_REGISTRY.__doc__ = """
-Adapters by name. Each is called with the model and reads models of its `model_class`; `build_adapter` takes the one
-whose `model_class` comes first in the model's method resolution order.
+Registry of adapters. Each is called with the model and supports models of its `model_class`; `build_adapter` selects
+the one whose `model_class` comes first in the model's method resolution order.
 """
 
 
 class DetectorAdapter:
-    """Reads one family of detectors: composes the detector's public pieces, and changes nothing of it.
+    """Runs one family of detectors through its public components, without modifying the detector.
 
     Class attributes:
-        model_class: the detector class that the adapter reads.
-        composes: methods of that class whose work the adapter does itself. A subclass of `model_class` that
-            overrides one of them is not read by this adapter, since what it adds would be lost.
+        model_class: the supported detector class.
+        composes: methods of that class that the adapter replaces. A subclass of `model_class` that overrides one of
+            them is not supported by this adapter, because the override would be ignored.
         family: "one-stage", "two-stage" or "other".
-        provides: parts that `run` can be asked for.
+        provides: parts that can be requested from `run`.
     """
 
     model_class: ClassVar[type[nn.Module]]
@@ -76,42 +76,42 @@ class DetectorAdapter:
         return None
 
     def neck_shapes(self) -> dict[str, ShapeSpec]:
-        """Neck outputs by name, in order of stride. Of two with the same stride the later, deeper one counts."""
+        """Return the neck outputs by name, ordered by stride. Of two with the same stride, keep the deeper one."""
         shapes = sorted(self.model.backbone.output_shape().items(), key=lambda item: item[1].stride)
         deepest = {shape.stride: (name, shape) for name, shape in shapes}
         return dict(deepest.values())
 
     def reorder_classes(self, order: list[int]) -> None:
-        """Give the model's class index i, from now on, the meaning that index order[i] had, by reordering its weights.
+        """Reorder the model's weights in place so that class index i takes the meaning of index order[i].
 
         Raises:
-            UserError: which weights belong to which class is not known for this model.
+            UserError: it is not known which weights of this model belong to which class.
         """
         raise UserError(
-            f"The classes of {type(self.model).__name__} have another order than those of the data, and it is not known which of its "
-            "weights belong to which class; write the categories of the data with ids in the model's order."
+            f"The class order of {type(self.model).__name__} differs from that of the data, and it is not known which of its "
+            "weights belong to which class; number the category ids of the data in the model's order."
         )
 
     def pad_to(self, size_divisibility: int, square_size: int = 0) -> None:
-        """From now on pad images to a multiple of `size_divisibility` pixels, and where it is above 0 to squares of a side."""
+        """Set the padding: to multiples of `size_divisibility` pixels, or to squares of side `square_size` if not 0."""
         self.size_divisibility = size_divisibility
         self.square_size = square_size
 
     def run(
         self, batched_inputs: list[dict], want: frozenset[str], targets: list[Instances] | None = None
     ) -> DetectorOutputs:
-        """One forward pass.
+        """Run one forward pass.
 
         Args:
-            batched_inputs: Detectron2's input dictionaries; images in the detector's own channel order.
-            want: the parts to read beside the images and the losses. What is not wanted is not computed,
-                unless the losses need it.
-            targets: ground truth per image on the detector's device; None computes no losses.
+            batched_inputs: Detectron2's input dictionaries, with images in the detector's channel order.
+            want: parts to return in addition to the images and the losses. Other parts are computed only if the
+                losses need them.
+            targets: ground truth of each image on the detector's device; None to skip the losses.
         """
         raise NotImplementedError
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
-        """Normalize as the detector does; pad to `size_divisibility`."""
+        """Normalize the images as the detector does, and pad them (see `pad_to`)."""
         model = self.model
         images = [move_device_like(x["image"], model.pixel_mean) for x in batched_inputs]
         return ImageList.from_tensors(
@@ -120,17 +120,17 @@ class DetectorAdapter:
         )
 
     def in_input_pixels(self, results: list[Instances], images: ImageList) -> list[Instances]:
-        """A head's results as final detections: boxes cut at the image, those without area left out, masks of its size."""
+        """Convert a head's results to final detections: clip boxes to the image, drop empty ones, paste the masks."""
         return [detector_postprocess(r, *size) for r, size in zip(results, images.image_sizes, strict=True)]
 
     def by_stride(self, features: dict[str, Tensor]) -> dict[int, Tensor]:
-        """The named outputs of the backbone, keyed by stride."""
+        """Return the outputs of the backbone by stride."""
         return {stride: features[name] for name, stride in self._stride_of.items()}
 
 
 @DETECTOR_ADAPTER_REGISTRY.register()
 class BackboneAdapter(DetectorAdapter):
-    """The fallback for any model with a `backbone`: runs the model as it is and takes what its backbone returns."""
+    """Fallback for any model with a `backbone`: runs the model unchanged and captures the backbone's outputs."""
 
     model_class = nn.Module
     family = "other"
@@ -138,14 +138,14 @@ class BackboneAdapter(DetectorAdapter):
 
     def __init__(self, model: nn.Module):
         if not callable(getattr(getattr(model, "backbone", None), "output_shape", None)):
-            raise UserError(f"{type(model).__name__} has no Detectron2 backbone, whose features methods could read.")
+            raise UserError(f"{type(model).__name__} has no Detectron2 backbone to take features from.")
         super().__init__(model)
 
     def pad_to(self, size_divisibility: int, square_size: int = 0) -> None:
         if (size_divisibility, square_size) != (self.size_divisibility, self.square_size):
             needed = f"squares of {square_size}" if square_size else f"multiples of {size_divisibility}"
             raise UserError(
-                f"{type(self.model).__name__} pads its images to multiples of {self.size_divisibility} pixels and its "
+                f"{type(self.model).__name__} pads its images to multiples of {self.size_divisibility} pixels, but its "
                 f"partner needs {needed}; only detectors with their own adapter can change this."
             )
 
@@ -178,12 +178,12 @@ class BackboneAdapter(DetectorAdapter):
 
 
 def _unscaled(entry: dict) -> dict:
-    """Without the size that detections would be scaled to: they stay in pixels of the input."""
+    """Drop the size that detections would be scaled to, so that they stay in input pixels."""
     return {key: value for key, value in entry.items() if key not in ("height", "width")}
 
 
 class _FeaturesRead(Exception):
-    """Ends a forward pass behind the backbone: nobody asked for the rest."""
+    """Ends a forward pass after the backbone if nothing else is needed."""
 
 
 @torch.no_grad()
@@ -191,8 +191,8 @@ def reorder_outputs(layer: nn.Module, order: list[int], groups: int = 1, width: 
     """Reorder the outputs of a convolution or linear layer, in place.
 
     Args:
-        layer: its outputs are `groups` times the classes, `width` outputs each; behind the last group others may follow, which stay.
-        order: output i takes the place of what was order[i].
+        layer: layer with `groups` groups of outputs, `width` outputs per class; further outputs are left unchanged.
+        order: output i becomes what was output order[i].
     """
     for tensor in (layer.weight, layer.bias):
         if tensor is not None:
@@ -201,10 +201,10 @@ def reorder_outputs(layer: nn.Module, order: list[int], groups: int = 1, width: 
 
 
 def build_adapter(model: nn.Module) -> DetectorAdapter:
-    """The adapter for `model`, chosen by its class.
+    """Build the adapter for `model`, selected by its class.
 
     Raises:
-        UserError: two adapters are registered for one class.
+        UserError: two adapters are registered for the same class.
     """
     adapters: dict[type, type[DetectorAdapter]] = {}
     for _, adapter in DETECTOR_ADAPTER_REGISTRY:
@@ -212,7 +212,7 @@ def build_adapter(model: nn.Module) -> DetectorAdapter:
         if known is not adapter:
             raise UserError(
                 f"The adapters {known.__name__} and {adapter.__name__} are both registered for "
-                f"{adapter.model_class.__name__}; give the new one a subclass of it as model_class, or register one of them."
+                f"{adapter.model_class.__name__}; set model_class of the new one to a subclass, or register only one of them."
             )
     for cls in type(model).__mro__:
         adapter = adapters.get(cls)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def grid_anchors(generator: nn.Module, maps: list[Tensor]) -> list[Boxes]:
-    """The same anchors as `generator(maps)`.
+    """Return the same anchors as `generator(maps)`.
 
-    `DefaultAnchorGenerator` computes positions on the CPU and copies them to the GPU, which synchronizes the two; here they are computed
-    on the device of the maps. Other generators are called.
+    `DefaultAnchorGenerator` computes positions on the CPU and copies them to the GPU, which synchronizes the device.
+    Here they are computed on the device of the maps. Other generators are called directly.
     """
     if type(generator) is not DefaultAnchorGenerator:
         return generator(maps)
@@ -32,6 +32,6 @@ def grid_anchors(generator: nn.Module, maps: list[Tensor]) -> list[Boxes]:
 
 @torch.no_grad()
 def first_anchors(generator: nn.Module, strides: list[int]) -> dict[int, Tensor]:
-    """By stride the anchors (A, 4) of a level's first position, in pixels: where they lie counts as much as their size."""
+    """Return the anchors (A, 4) of each level's first position by stride, in pixels, to compare sizes and positions."""
     cells = [torch.empty(1, 1, 1, 1) for _ in strides]
     return {stride: anchors.tensor for stride, anchors in zip(strides, generator(cells), strict=True)}

@@ -1,4 +1,4 @@
-"""Adapters of dense, one-stage detectors: anything on Detectron2's DenseDetector; RetinaNet, FCOS, ATSS and GFL in full."""
+"""Adapters for dense, one-stage detectors: any DenseDetector; full support for RetinaNet, FCOS, ATSS, GFL and more."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from .anchors import first_anchors, grid_anchors
 from .outputs import DensePredictions, DetectorOutputs, Towers, towers_at
 from .towers import channels_of_towers, finish, recorded
 
-FCOS_MATCH_THRESHOLD = 1e-5  # Detectron2's own, of its quality of a match
+FCOS_MATCH_THRESHOLD = 1e-5  # Detectron2's threshold of the match quality
 
 
 @DETECTOR_ADAPTER_REGISTRY.register()
 class DenseDetectorAdapter(DetectorAdapter):
-    """Any DenseDetector: its features, and its losses through its own `forward_training`."""
+    """Features, detections and losses of any DenseDetector, with the losses from its `forward_training`."""
 
     model_class = DenseDetector
     composes = ("forward", "preprocess_image")
@@ -47,7 +47,7 @@ class DenseDetectorAdapter(DetectorAdapter):
         return outputs
 
     def read_head(self, outputs: DetectorOutputs, want: frozenset[str], targets: list[Instances] | None) -> None:
-        """Fill in what the head gives: losses, anchors, dense predictions, detections."""
+        """Fill in the outputs of the head: losses, anchors, dense predictions and detections."""
         if targets is None and "detections" not in want:
             return
         features = list(outputs.features.values())
@@ -58,15 +58,15 @@ class DenseDetectorAdapter(DetectorAdapter):
             outputs.detections = self.detect(outputs.images, features, predictions)
 
     def detect(self, images: ImageList, features: list[Tensor], predictions: Any) -> list[Instances]:
-        """Final detections of what the head gave."""
+        """Return the final detections from the outputs of the head."""
         return self.in_input_pixels(self.model.forward_inference(images, features, predictions), images)
 
 
 class AnchorDetectorAdapter(DenseDetectorAdapter):
-    """A dense detector in full: also anchors, dense predictions, and its head cut where it has towers.
+    """Full support for a dense detector: also anchors, dense predictions, and `Towers` if its head has them.
 
-    Its label assignment is made once, for its loss and distillers. A subclass says how anchors are assigned, and what the head gives and
-    the losses are where these are not as RetinaNet's and FCOS's.
+    Labels are assigned once, for both losses and distillers. A subclass defines `assign`, and `transpose` and `losses`
+    if the head outputs or the losses differ from those of RetinaNet and FCOS.
     """
 
     composes = (*DenseDetectorAdapter.composes, "forward_training")
@@ -88,9 +88,9 @@ class AnchorDetectorAdapter(DenseDetectorAdapter):
         return channels_of_towers(self.model.head)
 
     def detect(self, images: ImageList, features: list[Tensor], predictions: Any) -> list[Instances]:
-        """In float32 under autocast too: half a pixel is a lot for a box that others are to learn.
+        """Decode in float32 even under autocast, since half a pixel matters for boxes that are training targets.
 
-        Of copies: Detectron2 makes probabilities of the logits in their place.
+        The predictions are copied because Detectron2 applies the sigmoid to the logits in place.
         """
         with torch.autocast(images.tensor.device.type, enabled=False):
             predictions = [[level.to(torch.float32, copy=True) for level in levels] for levels in predictions]
@@ -100,16 +100,16 @@ class AnchorDetectorAdapter(DenseDetectorAdapter):
         return first_anchors(self.model.anchor_generator, list(self._stride_of.values()))
 
     def transpose(self, predictions: Any) -> list[list[Tensor]]:
-        """What the head gives: logits, box regression and, where there is one, quality, by level (B, HWA, dim)."""
+        """Return the head's logits, box regression and, if present, quality, each by level as (B, HWA, dim)."""
         dims = (self.model.num_classes, 4, 1)
         return self.model._transpose_dense_predictions(predictions, dims[: len(predictions)])
 
     def assign(self, anchors: list[Boxes], predictions: list[list[Tensor]], targets: list[Instances]) -> Tensor:
-        """The detector's label assignment (B, R), of its transposed predictions where it depends on them."""
+        """Return the detector's label assignment (B, R); it may depend on the transposed predictions."""
         raise NotImplementedError
 
     def losses(self, dense: DensePredictions, predictions: list[list[Tensor]], targets: list[Instances]) -> dict:
-        """The detector's own losses of its transposed predictions."""
+        """Compute the detection losses from the transposed predictions."""
         logits, deltas, *quality = predictions
         labels, boxes = labels_and_boxes(dense.assignment, targets, self.model.num_classes)
         return self.model.losses(list(dense.anchors.values()), logits, labels, deltas, boxes, *quality)
@@ -149,7 +149,7 @@ class AnchorDetectorAdapter(DenseDetectorAdapter):
         return self._dense(self.transpose(finish(self.model.head, split, *levels)), anchors)
 
     def _decode(self, regression: Tensor, anchors: Boxes) -> Tensor:
-        """In float32 under autocast too, as detections are."""
+        """Decode boxes in float32 even under autocast, like `detect`."""
         anchors = anchors.tensor.expand(*regression.shape[:-1], 4)
         with torch.autocast(regression.device.type, enabled=False):
             regression = regression.float().flatten(0, -2)
@@ -171,7 +171,7 @@ class RetinaNetAdapter(AnchorDetectorAdapter):
 
 @DETECTOR_ADAPTER_REGISTRY.register()
 class FCOSAdapter(AnchorDetectorAdapter):
-    """FCOS: points, as anchors of one stride's side, and centerness."""
+    """FCOS, with centerness, and with points represented as anchors with a side of one stride."""
 
     model_class = FCOS
     composes = (*AnchorDetectorAdapter.composes, "label_anchors")
@@ -179,7 +179,7 @@ class FCOSAdapter(AnchorDetectorAdapter):
 
     @torch.no_grad()
     def assign(self, anchors: list[Boxes], predictions: list[list[Tensor]], targets: list[Instances]) -> Tensor:
-        """FCOS's label assignment that keeps the ground-truth index (Detectron2's `label_anchors` drops it)."""
+        """FCOS's label assignment with the ground-truth index, which Detectron2's `label_anchors` drops."""
         rows = []
         for target in targets:
             if len(target):
@@ -192,7 +192,7 @@ class FCOSAdapter(AnchorDetectorAdapter):
 
 @DETECTOR_ADAPTER_REGISTRY.register()
 class SingleAnchorAdapter(AnchorDetectorAdapter):
-    """The detectors of one anchor a position: RepPoints, and others that have no quality."""
+    """Detectors with one anchor per position and no quality prediction, such as RepPoints."""
 
     model_class = SingleAnchorDetector
 
@@ -208,7 +208,7 @@ class SingleAnchorAdapter(AnchorDetectorAdapter):
 
 @DETECTOR_ADAPTER_REGISTRY.register()
 class ATSSAdapter(SingleAnchorAdapter):
-    """ATSS, which has a centerness."""
+    """ATSS, with centerness."""
 
     model_class = ATSS
     provides = AnchorDetectorAdapter.provides | {"quality"}
@@ -216,7 +216,7 @@ class ATSSAdapter(SingleAnchorAdapter):
 
 @DETECTOR_ADAPTER_REGISTRY.register()
 class GFLAdapter(SingleAnchorAdapter):
-    """GFL, whose class probabilities are joint scores already, and whose box regression is distributions."""
+    """GFL, with joint scores as class probabilities, and distributions as box regression."""
 
     model_class = GFL
     provides = AnchorDetectorAdapter.provides | {"distributions"}
@@ -228,7 +228,7 @@ class GFLAdapter(SingleAnchorAdapter):
 
 @DETECTOR_ADAPTER_REGISTRY.register()
 class FSAFAdapter(SingleAnchorAdapter):
-    """FSAF: points, as anchors of one stride's side."""
+    """FSAF, with points represented as anchors with a side of one stride."""
 
     model_class = FSAF
     provides = AnchorDetectorAdapter.provides | {"points"}
@@ -238,11 +238,11 @@ class FSAFAdapter(SingleAnchorAdapter):
 def labels_and_boxes(
     assignment_BR: Tensor, targets: list[Instances], num_classes: int
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The assignment in the form that Detectron2's dense losses take.
+    """Convert a label assignment to the format of Detectron2's dense losses.
 
     Returns:
-        per image the labels (R,): class, `num_classes` for background, -1 ignored; and the matched boxes (R, 4),
-        meaningful for foreground alone.
+        Labels (R,) of each image: class, `num_classes` for background, -1 for ignored; and matched boxes (R, 4), valid
+        only for foreground.
     """
     labels, boxes = [], []
     for index, target in zip(assignment_BR, targets, strict=True):

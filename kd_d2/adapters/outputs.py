@@ -1,6 +1,6 @@
-"""What a detector adapter reads from a detector in one forward pass.
+"""Outputs of a detector adapter in one forward pass.
 
-Shape suffixes: B images, A anchors per position, K classes, C channels, H W map, R anchors of an image over
+Shapes: B images, A anchors per position, K classes, C channels, H and W of the feature map, R anchors of an image over
 all levels, N proposals of all images.
 """
 
@@ -20,13 +20,13 @@ from ..modeling.assignment import Positives
 
 @dataclass
 class DensePredictions:
-    """Predictions of a dense head, every dictionary keyed by stride, in ascending order.
+    """Predictions of a dense head. All dictionaries are keyed by stride in ascending order.
 
     Attributes:
         logits: class logits (B, HWA, K).
-        box_regression: box regression as the head gives it (B, HWA, D); D is 4, or more where sides are distributions.
-        anchors: the anchors of a level, or its points as boxes of no area, HWA of them.
-        quality: centerness or joint-score logits (B, HWA, 1), or None where the detector has none.
+        box_regression: raw box regression of the head (B, HWA, D); D is 4, or larger if box sides are distributions.
+        anchors: the HWA anchors of each level; points are anchors with a side of one stride.
+        quality: centerness or joint-score logits (B, HWA, 1); None if the detector predicts none.
         decode: (box_regression (..., N, D), their N anchors) -> boxes in input pixels (..., N, 4).
         assign: () -> label assignment (B, R), see `assignment`.
     """
@@ -40,12 +40,12 @@ class DensePredictions:
 
     @cached_property
     def probabilities(self) -> dict[int, Tensor]:
-        """Class probabilities (B, HWA, K) by stride, in float32 as all that is made of the head's outputs here."""
+        """Class probabilities (B, HWA, K) by stride, in float32, as is everything derived from the head's outputs."""
         return {stride: logits.float().sigmoid() for stride, logits in self.logits.items()}
 
     @cached_property
     def ranking_scores(self) -> dict[int, Tensor]:
-        """The scores (B, HWA, K) by which the detector ranks its boxes: sqrt(class * quality) where it has a quality."""
+        """Scores (B, HWA, K) by which the detector ranks its boxes: sqrt(class * quality) if it predicts a quality."""
         if self.quality is None:
             return self.probabilities
         return {
@@ -55,32 +55,32 @@ class DensePredictions:
 
     @cached_property
     def boxes(self) -> dict[int, Tensor]:
-        """Decoded boxes (B, HWA, 4) in pixels of the network's input, by stride."""
+        """Decoded boxes (B, HWA, 4) in input pixels, by stride."""
         regression, anchors = torch.cat([*self.box_regression.values()], 1), Boxes.cat([*self.anchors.values()])
         return self._by_level(self.decode(regression, anchors))
 
     @cached_property
     def assignment(self) -> Tensor:
-        """For every anchor, levels in order of stride, the index of its ground-truth box: (B, R) int64.
+        """Index of the ground-truth box of each anchor, with levels in order of stride: (B, R) int64.
 
-        `BACKGROUND` (-1) where it has none, `IGNORED` (-2) where the detector's own loss ignores it.
+        It is `BACKGROUND` (-1) if there is none, and `IGNORED` (-2) if the detection loss ignores the anchor.
         """
         if self.assign is None:
-            raise RuntimeError("the label assignment was asked of a forward pass that had no targets")
+            raise RuntimeError("label assignment requested from a forward pass without targets")
         return self.assign()
 
     @property
     def assignment_by_level(self) -> dict[int, Tensor]:
-        """The label assignment (B, HWA) of each level, by stride."""
+        """Label assignment (B, HWA) of each level, by stride."""
         return self._by_level(self.assignment)
 
     @cached_property
     def positives(self) -> Positives:
-        """The anchors that have an instance, of the label assignment."""
+        """The positive anchors of the label assignment."""
         return Positives.of(self.assignment)
 
     def boxes_at(self, positives: Positives) -> Tensor:
-        """Decoded boxes (P, 4) of the positives alone, in pixels of the network's input."""
+        """Return the decoded boxes (P, 4) of the positives only, in input pixels."""
         anchors = Boxes.cat(list(self.anchors.values()))
         return self.decode(positives.pick(self.box_regression.values()), anchors[positives.anchor])
 
@@ -92,12 +92,12 @@ class DensePredictions:
 
 @dataclass
 class SampledProposals:
-    """The proposals that an R-CNN's box head is trained on, image after image, and how it classifies them.
+    """The proposals that an R-CNN's box head is trained on, concatenated over images, and their class logits.
 
-    Of a cascade: those of its first stage, which alone reads the proposals themselves.
+    For a cascade, these are from the first stage, the only one that takes the proposals themselves.
 
     Attributes:
-        boxes: by image, in pixels of the network's input.
+        boxes: boxes of each image, in input pixels.
         logits: class logits (N, K + 1), background last.
         labels: (N,) int64 classes, K for background.
     """
@@ -109,13 +109,13 @@ class SampledProposals:
 
 @dataclass
 class Towers:
-    """A dense head of two towers of convolutions, cut behind one of these.
+    """A dense head with two towers of convolutions, split after one of the convolutions.
 
     Attributes:
-        class_features, box_features: by stride what goes into the activation behind the cut, (B, C, H, W); at a cut before the
-            first convolution the neck's outputs, without one.
-        finish: the same, class and box, of this or another detector -> dense predictions of the rest of this one's head. Gradients
-            flow through it where they are enabled.
+        class_features, box_features: inputs (B, C, H, W) of the activation after the split, by stride; for a split
+            before the first convolution, the neck outputs.
+        finish: (class features, box features), of this or another detector -> dense predictions of the rest of this
+            head. Gradients flow through it if enabled.
     """
 
     class_features: dict[int, Tensor]
@@ -124,25 +124,25 @@ class Towers:
 
 
 def towers_at(split: int) -> str:
-    """The name of the part that is a dense head's `Towers`, cut behind the convolution `split`, or with 0 before the first."""
+    """Return the name of the part for `Towers` split after convolution number `split`, or before the first one if 0."""
     return f"towers/{split}"
 
 
 @dataclass
 class DetectorOutputs:
-    """One forward pass of a detector, as far as it was asked for.
+    """The requested outputs of one forward pass of a detector. Parts that were not requested are None or empty.
 
     Attributes:
         images: the normalized and padded input.
-        features: neck outputs (B, C, H, W) keyed by stride.
-        losses: the detector's own losses; empty where no targets were given.
-        anchors: by stride, of a dense head or of an R-CNN's RPN; None where there are none or nobody asked.
-        dense: predictions of a dense head; None where there is none or nobody asked.
-        detections: per image the final detections in pixels of the image without its padding, masks of its size; None where
-            nobody asked.
-        proposals: those that the box head was trained on in this pass; None where there is none or nobody asked.
-        classify: boxes of each image -> class logits (N, K + 1) of an R-CNN's box head, without gradient; None as above.
-        towers: of a dense head, by where it is cut; only the cuts that were asked for.
+        features: neck outputs (B, C, H, W) by stride.
+        losses: detection losses; empty without targets.
+        anchors: anchors of a dense head or of an R-CNN's RPN, by stride; None if there are none.
+        dense: predictions of a dense head; None if there is none.
+        detections: final detections of each image in pixels of the unpadded input image, with masks of its size.
+        proposals: proposals that the box head was trained on in this forward pass; None if there are none.
+        classify: boxes of each image -> class logits (N, K + 1) of an R-CNN's box head, without gradient; None if there
+            is no box head.
+        towers: towers of a dense head by split; only the requested splits.
     """
 
     images: ImageList
@@ -157,38 +157,38 @@ class DetectorOutputs:
     _classified: tuple[SampledProposals, Tensor] | None = field(default=None, init=False, repr=False)
 
     def logits_at(self, proposals: SampledProposals) -> Tensor:
-        """Class logits (N, K + 1) of the box head at another detector's proposals, without gradient; asked again, it is not run again."""
+        """Return the box head's class logits (N, K + 1) at another detector's proposals, without gradient (cached)."""
         if self._classified is None or self._classified[0] is not proposals:
             self._classified = proposals, self.classify(proposals.boxes)
         return self._classified[1]
 
     def logit_map(self, stride: int) -> Tensor:
-        """Class logits of a level of the dense head at its positions, (B, A * K, H, W) in float32."""
+        """Return the class logits of one level of the dense head as a map, (B, A * K, H, W) in float32."""
         shape = self.features[stride].shape[-2:]
         return self.dense.logits[stride].float().unflatten(1, (*shape, -1)).flatten(3).permute(0, 3, 1, 2)
 
     def probability_map(self, stride: int) -> Tensor:
-        """Class probabilities, as `logit_map`."""
+        """Return the class probabilities of one level, in the same form as `logit_map`."""
         return self.logit_map(stride).sigmoid()
 
 
 @dataclass(frozen=True)
 class DetectorSpec:
-    """What is known of a detector before its first forward pass.
+    """Static properties of a detector, known before its first forward pass.
 
     Attributes:
-        name: the meta-architecture's class name, for messages.
+        name: class name of the meta-architecture, for messages.
         family: "one-stage", "two-stage" or "other".
-        shapes: channels and stride of each neck output, keyed by stride.
-        num_classes: foreground classes, None where the detector does not tell.
-        cell_anchors: by stride the anchors (A, 4) of the first position, in pixels; None where there are none.
-        provides: which of "features", "anchors", "dense", "detections", "targets" its adapter can read; "quality" where its
-            dense predictions have one; "distributions" where the box regression is logits of distributions; "points" where its
-            anchors are points; "towers" and every `towers_at` where its head can be cut; "proposals" where a box head classifies
-            them by softmax; "masks" and "keypoints" where it is trained on them and its detections have them.
-        score_threshold: what its detections score at least, None where the detector does not tell.
-        num_bins: of the distribution of a box's side, None where there are none.
-        tower_channels: of a dense head's features before its first convolution and behind each; None where it has no towers.
+        shapes: channels and stride of each neck output, by stride.
+        num_classes: number of foreground classes; None if unknown.
+        cell_anchors: anchors (A, 4) of the first position by stride, in pixels; None if there are none.
+        provides: which of "features", "anchors", "dense", "detections", "targets" its adapter can return; "quality" if
+            its dense predictions include one; "distributions" if the box regression consists of distribution logits;
+            "points" if its anchors are points; "towers" and each `towers_at` if its head can be split; "proposals" if a
+            box head classifies them by softmax; "masks" and "keypoints" if it is trained on them and detects them.
+        score_threshold: minimum score of its detections; None if unknown.
+        num_bins: number of bins in the distribution of a box side; None if there are no distributions.
+        tower_channels: channels of a dense head before its first convolution and after each; None without towers.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Adapter of the R-CNN family: Faster, Mask, Cascade R-CNN, and every GeneralizedRCNN that keeps its forward pass."""
+"""Adapter for Faster, Mask and Cascade R-CNN, and any GeneralizedRCNN that does not override the forward pass."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from .anchors import first_anchors, grid_anchors
 from .outputs import DetectorOutputs, SampledProposals
 
 TRAINING_PASS = ("forward", "_forward_box", "label_and_sample_proposals")
-"""Methods of Detectron2's box heads that are relied on: another head's proposals are not read."""
+"""Methods of Detectron2's box heads that the adapter relies on; proposals of heads that override them are not read."""
 
 
 @DETECTOR_ADAPTER_REGISTRY.register()
 class RCNNAdapter(DetectorAdapter):
-    """Features of all neck levels, the RPN's anchors, the box head's proposals, and the losses of RPN and heads."""
+    """R-CNNs: features of all neck levels, RPN anchors, proposals of the box head, and losses of the RPN and heads."""
 
     model_class = GeneralizedRCNN
     composes = ("forward", "preprocess_image")
@@ -52,7 +52,7 @@ class RCNNAdapter(DetectorAdapter):
 
     @property
     def score_threshold(self) -> float | None:
-        last = box_predictors(self.model.roi_heads)[-1]  # of a cascade the one whose scores are cut
+        last = box_predictors(self.model.roi_heads)[-1]  # for a cascade, the one whose scores are thresholded
         return getattr(last, "test_score_thresh", None)
 
     def reorder_classes(self, order: list[int]) -> None:
@@ -66,7 +66,7 @@ class RCNNAdapter(DetectorAdapter):
         for predictor in predictors:
             reorder_outputs(predictor.cls_score, order)  # the background is last
             box_dim = len(predictor.box2box_transform.weights)
-            if predictor.bbox_pred.out_features > box_dim:  # else one box for all classes
+            if predictor.bbox_pred.out_features > box_dim:  # otherwise class-agnostic
                 reorder_outputs(predictor.bbox_pred, order, width=box_dim)
         if masks is not None and masks.predictor.out_channels > 1:
             reorder_outputs(masks.predictor, order)
@@ -113,14 +113,14 @@ class RCNNAdapter(DetectorAdapter):
     def _propose(
         self, batched_inputs: list[dict], images: ImageList, named: dict[str, Tensor], targets: list[Instances] | None
     ) -> tuple[list[Instances], dict[str, Tensor]]:
-        """The RPN's proposals and losses, or the proposals that the data bring."""
+        """Return the proposals and losses of the RPN, or the precomputed proposals from the data."""
         if self.model.proposal_generator is None:
             return [x["proposals"].to(self.model.device) for x in batched_inputs], {}
         return self.model.proposal_generator(images, named, targets)
 
     @contextlib.contextmanager
     def _recorded(self, wanted: bool) -> Iterator[tuple[list[list[Boxes]], list[Tensor]]]:
-        """What the first stage of the box head reads and says inside: boxes of each image, and class logits."""
+        """Record the boxes of each image and the class logits of the box head's first stage within this context."""
         boxes: list[list[Boxes]] = []
         logits: list[Tensor] = []
         with contextlib.ExitStack() as hooks:
@@ -131,20 +131,20 @@ class RCNNAdapter(DetectorAdapter):
             yield boxes, logits
 
     def _class_logits(self, named: dict[str, Tensor], boxes: list[Boxes]) -> Tensor:
-        """Class logits (N, K + 1) of the box head; of a cascade's first stage, which is trained on the proposals themselves."""
+        """Return the class logits (N, K + 1) of the box head's first stage, which is trained on the proposals."""
         heads = self.model.roi_heads
         box_head = heads.box_head[0] if isinstance(heads.box_head, nn.ModuleList) else heads.box_head
         pooled = heads.box_pooler([named[name] for name in heads.box_in_features], boxes)
         return box_predictors(heads)[0](box_head(pooled))[0]
 
     def _sampled(self, named: dict[str, Tensor], proposals: list[Instances]) -> SampledProposals:
-        """Of labelled proposals in eval mode, where the box head does not train."""
+        """Classify labeled proposals in eval mode, in which the box head does not sample proposals itself."""
         boxes = [x.proposal_boxes for x in proposals]
         return SampledProposals(boxes, self._class_logits(named, boxes), torch.cat([x.gt_classes for x in proposals]))
 
 
 def _classifies_by_softmax(heads: nn.Module) -> bool:
-    """Whether these are Detectron2's own box heads, whose training pass gives back the proposals that it sampled."""
+    """Return whether these are Detectron2's softmax box heads, which return their sampled proposals in training."""
     own = tuple(getattr(type(heads), method, None) for method in TRAINING_PASS)
     if own not in [tuple(getattr(cls, m) for m in TRAINING_PASS) for cls in (StandardROIHeads, CascadeROIHeads)]:
         return False
@@ -152,6 +152,6 @@ def _classifies_by_softmax(heads: nn.Module) -> bool:
 
 
 def box_predictors(heads: nn.Module) -> list[nn.Module]:
-    """Those of the box head, of a cascade one a stage."""
+    """Return the box predictors: one, or one per stage of a cascade."""
     predictor = getattr(heads, "box_predictor", None)
     return list(predictor) if isinstance(predictor, nn.ModuleList) else [predictor]

@@ -1,4 +1,4 @@
-"""Dense heads of two towers of convolutions, cut behind one of them: RetinaNetHead and those made of it."""
+"""Splitting of dense heads with two convolution towers: RetinaNetHead and its subclasses."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..modeling.fsaf import FSAFHead
 from ..modeling.gfl import GFLHead
 
 READ_HEADS = {head.forward for head in (RetinaNetHead, FCOSHead, ATSSHead, GFLHead, FSAFHead)}
-"""Forward passes that hand each level to both towers and read nothing else of it."""
+"""Forward methods that pass each level to both towers and do not use it otherwise."""
 TOWERS = ("cls_subnet", "bbox_subnet")
 
 
 def channels_of_towers(head: nn.Module) -> tuple[int, ...] | None:
-    """Channels before the first convolution and behind each; None where the head has no towers that can be cut."""
+    """Return the channels before the first convolution and after each, or None if the head cannot be split."""
     if type(head).forward not in READ_HEADS:
         return None
     both = [_channels(getattr(head, name)) for name in TOWERS]
@@ -33,7 +33,7 @@ def _channels(tower: nn.Sequential) -> tuple[int, ...]:
 
 
 def _cut(tower: nn.Sequential, split: int) -> int:
-    """Number of layers before the activation of the convolution `split`; 0 before the first convolution."""
+    """Return the number of tower layers before the activation of convolution `split`; 0 if `split` is 0."""
     activations = [number for number, layer in enumerate(tower) if isinstance(layer, nn.ReLU)]
     return activations[split - 1] if split else 0
 
@@ -42,7 +42,7 @@ def _cut(tower: nn.Sequential, split: int) -> int:
 def recorded(
     head: nn.Module, features: list[Tensor], splits: Iterable[int]
 ) -> Iterator[dict[int, tuple[list[Tensor], list[Tensor]]]]:
-    """By split the class and the box tower's features of each level, of the head's one forward pass inside."""
+    """Record the class and box tower features of each level, by split, in one forward pass within this context."""
     found: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
     with contextlib.ExitStack() as hooks:
         for split in splits:
@@ -56,9 +56,9 @@ def recorded(
 
 
 def finish(head: nn.Module, split: int, class_features: list[Tensor], box_features: list[Tensor]) -> tuple:
-    """What the head gives, by kind and level, where the features behind `split` are these.
+    """Run the rest of the head on features after `split`, and return its outputs by kind and level.
 
-    The head itself runs, with the rest of each tower in the tower's place; it and its parameters stay as they are.
+    A shallow copy of the head runs, with each tower replaced by its remaining layers; the head itself is not modified.
     """
     rest = copy.copy(head)
     rest._modules = dict(head._modules)
@@ -69,7 +69,7 @@ def finish(head: nn.Module, split: int, class_features: list[Tensor], box_featur
 
 
 class _Rest(nn.Module):
-    """The end of a tower, which finds its own features in a level's pair."""
+    """The remaining layers of a tower, which take its features from the pair of a level."""
 
     def __init__(self, layers: nn.Sequential, number: int):
         super().__init__()

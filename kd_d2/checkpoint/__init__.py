@@ -1,4 +1,4 @@
-"""Checkpoints: student-only files, safe reading, torchvision's formats."""
+"""Checkpoints: student-only files, safe loading, and torchvision's formats."""
 
 from .checkpointer import CLASS_NAMES, KDCheckpointer, copy_to_cpu, load_complete
 from .fitting import Fit, fill, load_torchvision

@@ -1,4 +1,4 @@
-"""The checkpoints of trainings: a plain Detectron2 student, and what a training resumes from."""
+"""Training checkpoints: a plain Detectron2 student, and the state to resume from."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from .reading import UnreadableCheckpointError, local_path, read_checkpoint
 from .torchvision import torchvision_format
 
 CLASS_NAMES = "class_names"
-"""The entry of a checkpoint that has the names of the classes, a list by class index. Detectron2 passes over it."""
+"""The checkpoint entry for the class names, a list ordered by class index. Detectron2 ignores it."""
 
 
 class KDCheckpointer(DetectionCheckpointer):
-    """Writes files whose `model` is a plain Detectron2 student, and reads files without running code from them.
+    """Writes checkpoints with a plain Detectron2 student as `model`, and reads files without running code from them.
 
     Args:
         model: the student itself, not the meta-architecture around it.
         save_dir: folder of the checkpoints.
-        checkpointables: what else to save and resume, such as `distillers` and `trainer`.
+        checkpointables: other objects to save and resume, such as `distillers` and `trainer`.
 
     Attributes:
-        asynchronous: whether `save` returns before its file is written, which another thread does.
-        class_names: by class index; saved with the model. None where they are unknown.
-        incompatible: names of the model and of the last file that did not fit together; None after torchvision's format.
+        asynchronous: whether `save` returns before the file is written, by another thread.
+        class_names: class names by class index, saved with the model; None if unknown.
+        incompatible: incompatible keys of the model and the last loaded file; None for files in torchvision's format.
     """
 
     class_names: list[str] | None = None
@@ -42,11 +42,11 @@ class KDCheckpointer(DetectionCheckpointer):
     _writing: Future | None = None
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Write `<name>.pth` so that a kill at any moment leaves the last good file usable.
+        """Write `<name>.pth` atomically: if the process is killed, the last complete file stays usable.
 
         Raises:
-            UserError: a weight is not finite, nothing is written; or a file, with `asynchronous` also an earlier one, cannot be
-                written.
+            UserError: a weight is not finite, in which case nothing is written; or the file, or with `asynchronous` an
+                earlier one, cannot be written.
         """
         self.wait()
         if not self.save_dir or not self.save_to_disk:
@@ -71,10 +71,10 @@ class KDCheckpointer(DetectionCheckpointer):
             self._write(data, path)
 
     def wait(self) -> None:
-        """Until the last file is written.
+        """Wait until the last file is written.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: the file cannot be written.
         """
         if self._writing is not None:
             writing, self._writing = self._writing, None
@@ -85,7 +85,7 @@ class KDCheckpointer(DetectionCheckpointer):
             with atomic_write(path, "wb") as file:
                 torch.save(data, file)
             self.tag_last_checkpoint(os.path.basename(path))
-        except (OSError, RuntimeError) as error:  # torch's writer raises a RuntimeError where the disk is full
+        except (OSError, RuntimeError) as error:  # torch's writer raises a RuntimeError if the disk is full
             reason = str(error).partition("\n")[0]
             raise UserError(
                 f"Checkpoint {path} cannot be written ({reason}); checkpoints already written are intact."
@@ -95,7 +95,7 @@ class KDCheckpointer(DetectionCheckpointer):
         write_text(os.path.join(self.save_dir, "last_checkpoint"), last_filename_basename)
 
     def resumable_files(self) -> list[str]:
-        """The last checkpoint, then the others of the folder, the youngest first."""
+        """Return the last checkpoint, followed by the other checkpoints in the folder, newest first."""
         last = self.get_checkpoint_file()
         others = glob.glob(os.path.join(glob.escape(self.save_dir), "model_*.pth"))
         return [last, *sorted(set(others) - {last}, key=os.path.getmtime, reverse=True)]
@@ -131,7 +131,7 @@ class KDCheckpointer(DetectionCheckpointer):
 
 
 def copy_to_cpu(tree: Any) -> Any:
-    """A tree of dicts, lists and tuples whose tensors are copied into memory of their own, on the CPU."""
+    """Copy a tree of dicts, lists and tuples, with its tensors in new CPU memory."""
     if isinstance(tree, torch.Tensor):
         return tree.detach().to("cpu", copy=True)
     if isinstance(tree, dict):
@@ -142,18 +142,18 @@ def copy_to_cpu(tree: Any) -> Any:
 
 
 def load_complete(model: nn.Module, path: str, whose: str) -> None:
-    """Load a trained detector of which every parameter must be filled.
+    """Load a trained detector, whose checkpoint must fill every parameter.
 
     Args:
         model: the detector.
         path: file or URL.
-        whose: for messages, such as "the teacher".
+        whose: name of the detector in messages, such as "the teacher".
 
     Raises:
         UserError: the file cannot be read, or leaves parameters of the model unfilled.
     """
     checkpointer = KDCheckpointer(model, save_to_disk=False)
-    checkpointer._log_incompatible_keys = lambda incompatible: None  # said below, in one sentence
+    checkpointer._log_incompatible_keys = lambda incompatible: None  # reported below, in one sentence
     checkpointer.load(path)
     incompatible = checkpointer.incompatible
     parameters = {name for name, _ in model.named_parameters()}
@@ -167,5 +167,5 @@ def load_complete(model: nn.Module, path: str, whose: str) -> None:
         first = unfilled[0] + (f" (shape {wrong_shape[unfilled[0]]})" if unfilled[0] in wrong_shape else "")
         raise UserError(
             f"{path} fills {len(needed) - len(unfilled)} of {len(needed)} parameters of {whose} ({type(model).__name__}); the "
-            f"first that it does not fill is {first}. Do its config and weights belong together?"
+            f"first one not filled is {first}. Do its config and weights match?"
         )

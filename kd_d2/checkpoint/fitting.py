@@ -1,4 +1,4 @@
-"""Filling a model from a state dictionary as far as names and shapes agree."""
+"""Filling a model from a state dict where names and shapes match."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Fit:
-    """How a state dictionary fits a model.
+    """The result of filling a model from a state dict.
 
     Attributes:
-        filled: names that were copied.
-        misfits: names with the reason why they were not.
-        missing: names of the model that nothing was offered for.
+        filled: names of the tensors that were copied.
+        misfits: names of the tensors that were not copied, with the reason.
+        missing: names of the model's tensors that are not in the state dict.
     """
 
     filled: list[str] = field(default_factory=list)
@@ -33,11 +33,11 @@ class Fit:
 
     @property
     def has_weights(self) -> bool:
-        """Whether more was copied than batch counters, which fit everywhere."""
+        """Whether anything other than batch counters, which fit any model, was copied."""
         return not all(name.endswith("num_batches_tracked") for name in self.filled)
 
     def table(self) -> str:
-        """One row a module (first two name parts): how many tensors were filled, and what did not fit."""
+        """Return a table of filled tensors with one row per module (see `_module_of`), and a table of misfits."""
         total = Counter(_module_of(k) for k in [*self.filled, *self.misfits, *self.missing])
         filled = Counter(_module_of(k) for k in self.filled)
         missing = Counter(_module_of(k) for k in self.missing)
@@ -55,12 +55,12 @@ def _module_of(name: str) -> str:
 
 @torch.no_grad()
 def fill(model: nn.Module, offered: StateDict, names: Iterable[str] | None = None) -> Fit:
-    """Copy tensors into a model by name, as far as shapes agree.
+    """Copy tensors into a model by name where the shapes match.
 
     Args:
-        model: changed in place.
-        offered: tensors by the model's names; dtype and device are converted.
-        names: which of the model's tensors to fill; None for all.
+        model: modified in place.
+        offered: tensors by the model's names, converted to the model's dtype and device.
+        names: names of the model's tensors to fill; None for all.
     """
     own = model.state_dict()
     fit = Fit()
@@ -76,10 +76,10 @@ def fill(model: nn.Module, offered: StateDict, names: Iterable[str] | None = Non
 
 
 def load_torchvision(model: nn.Module, weights: StateDict, source: TorchvisionFormat, path: str) -> Fit:
-    """Fill a detector's bottom-up network from weights under torchvision's names, and log a table of what fitted.
+    """Fill a detector's bottom-up network from weights with torchvision's names, and log a table of what fits.
 
     Raises:
-        UserError: the model has no such network or nothing fits it; or its input format is not that of torchvision's weights.
+        UserError: the model does not have exactly one such network, nothing fits it, or its input format differs.
     """
     what = f"a {source.architecture} in torchvision's format"
     starts = [n.removesuffix(source.first) for n in model.state_dict() if n.endswith(source.first)]
@@ -92,7 +92,7 @@ def load_torchvision(model: nn.Module, weights: StateDict, source: TorchvisionFo
     offered = source.rename(weights, prefix)
     fit = fill(model, offered, [n for n in model.state_dict() if n.startswith(prefix)])
     if not fit.has_weights:
-        raise UserError(f"{path} holds {what}, of which nothing fits the model's.")
+        raise UserError(f"{path} holds {what}, but none of its weights fits the model.")
     unused = Counter(_module_of(n) for n in offered if n not in fit.filled and n not in fit.misfits)
     logger.info(f"Initial weights in torchvision's {source.architecture} format from {path}:\n{fit.table()}")
     if unused:

@@ -1,4 +1,4 @@
-"""Reading checkpoint files without ever running code from them."""
+"""Safe loading of checkpoint files, without running code from them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from .torchvision import StateDict
 
 
 class _PlainUnpickler(pickle._Unpickler):
-    """Reads pickles of arrays and plain containers; anything else in them is refused, not run.
+    """Loads pickles of arrays and plain containers, and rejects anything else without running it.
 
-    Python's own unpickler, not the one in C: that one takes gigabytes where one damaged byte names a high place of its memo.
+    Based on the Python unpickler: the C one allocates gigabytes if a corrupted byte gives a high memo index.
     """
 
     ALLOWED = {
@@ -40,24 +40,24 @@ class _PlainUnpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self.ALLOWED:
             return super().find_class(module.replace("numpy._core", "numpy.core"), name)
-        raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")  # worded as torch does
+        raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")  # same wording as torch
 
 
 class UnreadableCheckpointError(UserError):
-    """A checkpoint is not there, or damaged."""
+    """A checkpoint does not exist or is damaged."""
 
 
 def read_checkpoint(path: str) -> dict[str, Any]:
-    """Read a checkpoint file without ever running code from it.
+    """Load a checkpoint file without running code from it.
 
     Args:
-        path: a `.pth` file (tensors and plain containers), or a model-zoo or Caffe2 `.pkl` file (arrays and plain containers).
+        path: a `.pth` file (tensors and plain containers), or a model zoo or Caffe2 `.pkl` (arrays, containers).
 
     Returns:
-        What the file holds, always with an entry "model"; tensors on the CPU.
+        The content of the file, always with an entry "model", with tensors on the CPU.
 
     Raises:
-        UserError: the file is not there, damaged, or holds more than tensors and plain containers.
+        UserError: the file does not exist, is damaged, or holds anything other than tensors and plain containers.
     """
     try:
         if path.endswith(".pkl"):
@@ -70,17 +70,17 @@ def read_checkpoint(path: str) -> dict[str, Any]:
         raise
     except FileNotFoundError as error:
         raise UnreadableCheckpointError(f"There is no checkpoint {path}.") from error
-    except Exception as error:  # torch.load and pickle raise whatever a damaged byte leads them to
+    except Exception as error:  # a damaged file can make torch.load and pickle raise any error
         refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if refused:
             raise UserError(
                 f"Checkpoint {path} was not loaded: it holds more than tensors and plain data ({refused[1]}), which could run "
                 "code."
             ) from error
-        # What torch says of a file that it cannot unpickle recommends to load it unsafely.
+        # For a file that it cannot unpickle, torch's message recommends unsafe loading.
         reason = "" if isinstance(error, pickle.UnpicklingError) else str(error).partition("\n")[0].partition(". ")[0]
         raise UnreadableCheckpointError(
-            f"Checkpoint {path} is damaged or no checkpoint: it cannot be read ({reason or type(error).__name__})."
+            f"Checkpoint {path} is damaged or not a checkpoint: it cannot be read ({reason or type(error).__name__})."
         ) from error
     _check_names(content, path)
     if path.endswith(".pkl") and not ("model" in content and "__author__" in content):
@@ -97,16 +97,16 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     for name, value in content["model"].items():
         reason = _why_no_weight(value)
         if reason:
-            raise UserError(f"Checkpoint {path} holds no dictionary of weights: its entry {name!r} {reason}.")
+            raise UserError(f"Checkpoint {path} is not a dictionary of weights: its entry {name!r} {reason}.")
     return content
 
 
 def _why_no_weight(value: Any) -> str | None:
-    """Why a value cannot be a weight of a model, or None."""
+    """Return why a value cannot be a weight of a model, or None if it can."""
     if isinstance(value, np.ndarray):
         return None if value.dtype.kind in "biuf" else f"is an array of {value.dtype}"
     if not isinstance(value, Tensor):
-        return "is no tensor"
+        return "is not a tensor"
     if value.is_meta:
         return "is a tensor without data (on the meta device)"
     if value.is_nested or value.is_quantized or value.layout is not torch.strided:
@@ -118,7 +118,7 @@ def _why_no_weight(value: Any) -> str | None:
 
 
 def _check_size(path: str) -> None:
-    """Refuse a zip file that takes many times its size when it is unpacked, which no checkpoint of PyTorch does."""
+    """Reject a zip file that unpacks to many times its size, which PyTorch checkpoints never do."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
@@ -128,7 +128,7 @@ def _check_size(path: str) -> None:
 
 
 def distiller_states(path: str) -> dict[str, StateDict]:
-    """The distillers' own layers in a checkpoint of this library: by distiller, by its own names; {} for one without any.
+    """Return the state dict of each distiller's own layers in a checkpoint of this library, by distiller; {} if none.
 
     Raises:
         UserError: see `read_checkpoint`.
@@ -146,8 +146,8 @@ def _check_names(content: Any, path: str) -> None:
 
 
 def local_path(path: str) -> str:
-    """The local file of a path or URL, fetched where needed."""
+    """Return the local file of a path or URL, downloading it if needed."""
     try:
         return PathManager.get_local_path(path)
-    except Exception as error:  # whatever the libraries behind a URL raise
+    except Exception as error:  # the libraries that handle URLs raise various errors
         raise UserError(f"Weights {path} cannot be downloaded: {error}.") from error

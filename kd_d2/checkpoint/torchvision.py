@@ -1,4 +1,4 @@
-"""Backbones' weights in torchvision's format: which they are, what they are called in Detectron2, and the input they want."""
+"""Backbone weights in torchvision's format: detection, renaming, and required input format."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _RESNET_RULES = (
 
 
 def rename_torchvision_resnet(weights: StateDict, prefix: str = "") -> StateDict:
-    """torchvision's ResNet names as Detectron2's, behind `prefix`; the classifier `fc` is left out."""
+    """Rename torchvision's ResNet weights to Detectron2's names after `prefix`, without the classifier `fc`."""
     renamed = {}
     for name, tensor in weights.items():
         if name.startswith("fc."):
@@ -36,19 +36,19 @@ def rename_torchvision_resnet(weights: StateDict, prefix: str = "") -> StateDict
 
 
 def rename_torchvision_mobilenet(weights: StateDict, prefix: str = "") -> StateDict:
-    """torchvision's MobileNetV2 names, which are ours too, behind `prefix`, without what follows the last stage."""
+    """Add `prefix` to torchvision's MobileNetV2 names, which this library uses; drop layers after the last stage."""
     return {prefix + n: t for n, t in weights.items() if not n.startswith(("classifier.", "features.18."))}
 
 
 @dataclass(frozen=True)
 class TorchvisionFormat:
-    """A family of torchvision's classifiers.
+    """A family of torchvision classifiers.
 
     Attributes:
-        architecture: what users call it.
-        names: some of its tensors, by which a file is recognized.
-        first: what its first tensor is called in our bottom-up network.
-        rename: (weights, prefix) -> weights under our names.
+        architecture: name of the family in messages.
+        names: names of some of its tensors that identify a file.
+        first: name of its first tensor in the bottom-up network of a detector.
+        rename: (weights, prefix) -> weights with the detector's names.
     """
 
     architecture: str
@@ -74,7 +74,7 @@ FORMATS = (
 
 
 def torchvision_format(weights: StateDict) -> TorchvisionFormat | None:
-    """The family whose names these are; None where they are no file of torchvision's."""
+    """Return the family that the weights' names identify, or None if they are not in torchvision's format."""
     return next((f for f in FORMATS if f.names <= weights.keys()), None)
 
 
@@ -86,7 +86,7 @@ TORCHVISION_INPUT = {
 
 
 def check_torchvision_input(model: nn.Module, path: str) -> None:
-    """Raise a UserError where a detector would feed torchvision's weights other pixels, or has other strides."""
+    """Raise a UserError if a detector's input format, normalization or strides differ from torchvision's."""
     actual = {
         "INPUT.FORMAT": getattr(model, "input_format", None),
         "MODEL.PIXEL_MEAN": model.pixel_mean.flatten().tolist(),

@@ -1,4 +1,4 @@
-"""Configs: the library's keys, reading files and overrides, and checking them before anything expensive starts."""
+"""Configs: the library's keys, loading of files and overrides, and validation before anything expensive starts."""
 
 from ..config_files import find_file, find_weights
 from .library_keys import (

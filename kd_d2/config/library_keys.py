@@ -1,4 +1,4 @@
-"""The config keys of the library, those of methods and detectors excepted."""
+"""Config keys of the library, except those of methods and detectors."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ INHERITABLE = ("neck", "head")
 class DatasetKeys(Keys):
     coco_json: Annotated[
         list,
-        "COCO-format datasets: [[name, annotations.json, image folder], ...]; the names are then used in TRAIN and TEST.",
+        "COCO-format datasets: [[name, annotations.json, image folder], ...]. The names can be used in TRAIN and TEST.",
     ] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class DataloaderKeys(Keys):
     filter_empty_annotations: Annotated[
-        bool, "Whether images without objects are left out of the training; Detectron2's default is True."
+        bool, "Whether images without objects are excluded from training; Detectron2's default is True."
     ] = False
     skip_unusable_images: Annotated[
         bool,
-        "Whether a training image that cannot be read is named in the log and the next one takes its place; otherwise it ends the "
-        "training.",
+        "Whether a training image that cannot be read is logged and replaced with the next one; otherwise it is an error that ends "
+        "the training.",
     ] = False
 
 
@@ -40,24 +40,22 @@ class DataloaderKeys(Keys):
 class LargeScaleJitterKeys(Keys):
     enabled: Annotated[
         bool,
-        "Resize each training image by a random factor and cut or pad it to a square (Ghiasi et al. 2021), in place of INPUT.MIN_SIZE_TRAIN.",
+        "Scale each training image randomly and crop or pad it to a square (Ghiasi et al. 2021), instead of INPUT.MIN_SIZE_TRAIN.",
     ] = False
     size: Annotated[int, AtLeast(1), "Side of the square in pixels."] = 1024
-    min_scale: Annotated[float, Above(0), "The smallest factor; at 1 the image just fits the square."] = 0.1
-    max_scale: Annotated[float, Above(0), "The largest factor."] = 2.0
+    min_scale: Annotated[float, Above(0), "Smallest scale factor; at 1, the image just fits into the square."] = 0.1
+    max_scale: Annotated[float, Above(0), "Largest scale factor."] = 2.0
 
     def check(self, name: str) -> None:
         if self.min_scale > self.max_scale:
-            raise UserError(
-                f"{name}.MIN_SCALE is {self.min_scale} and MAX_SCALE {self.max_scale}; it must not be larger."
-            )
+            raise UserError(f"{name}.MIN_SCALE is {self.min_scale}; it must be at most MAX_SCALE {self.max_scale}.")
 
 
 @dataclass(frozen=True)
 class AmpKeys(Keys):
     dtype: Annotated[
         Literal["float16", "bfloat16"],
-        "Autocast type under SOLVER.AMP.ENABLED; 'float16' comes with a gradient scaler.",
+        "Autocast dtype if SOLVER.AMP.ENABLED is True; 'float16' uses gradient scaling.",
     ] = "float16"
 
 
@@ -65,51 +63,49 @@ class AmpKeys(Keys):
 class SolverKeys(Keys):
     optimizer: Annotated[
         Literal["SGD", "AdamW"],
-        "The student's optimizer. SOLVER's learning rates and weight decays hold for both; momentum and Nesterov are of SGD.",
+        "Optimizer of the student. SOLVER's learning rates and weight decays apply to both; momentum and Nesterov only to SGD.",
     ] = "SGD"
     ema_decay: Annotated[
         float,
         AtLeast(0),
         Below(1),
-        "Decay of the exponential moving average of the student's weights, which is evaluated and saved in their place; 0 for none.",
+        "Decay of the exponential moving average of the student's weights, which is evaluated and saved in their place; 0 disables it.",
     ] = 0.0
     gradient_accumulation_steps: Annotated[
         int,
-        "Parts into which a process divides its images of a batch, one forward and backward pass each, before the optimizer's step.",
+        "Number of forward and backward passes per optimizer step, into which each process splits its images of a batch.",
     ] = 1
     channels_last: Annotated[
         bool | None,
-        "Train with channels last in memory, with the same losses up to rounding; None does on a CPU, where it is faster.",
+        "Train with the channels-last memory format, with the same losses up to rounding; None enables it on a CPU, where it is faster.",
     ] = None
     compile: Annotated[
         bool,
-        "Compile the backbone of the model that is trained (torch.compile), which takes minutes at the start; the losses are the same up to "
+        "Compile the backbone of the trained model (torch.compile), which takes minutes at startup; the losses are the same up to "
         "rounding.",
     ] = False
     checkpoint_minutes: Annotated[
         float,
         AtLeast(0),
-        "Minutes after which a checkpoint is written as model_latest.pth, if none was written since; 0 for never.",
+        "Minutes since the last checkpoint after which model_latest.pth is written; 0 disables it.",
     ] = 10.0
     checkpoints_to_keep: Annotated[
         int,
         AtLeast(0),
-        "Checkpoints of SOLVER.CHECKPOINT_PERIOD that are kept, the last ones; 0 keeps all. model_final.pth, and model_best.pth of "
-        "trainings that are evaluated meanwhile, are kept too.",
+        "Number of most recent checkpoints of SOLVER.CHECKPOINT_PERIOD to keep; 0 keeps all. model_final.pth and, with periodic "
+        "evaluation, model_best.pth are kept too.",
     ] = 0
     checkpoint_async: Annotated[
         bool,
-        "Write checkpoints in another thread while the training continues; takes memory for a copy of the weights.",
+        "Write checkpoints in another thread while training continues; needs memory for a copy of the weights.",
     ] = False
 
 
 @dataclass(frozen=True)
 class DistillationKeys(Keys):
-    student: Annotated[str, "The student's own meta-architecture, where MODEL.META_ARCHITECTURE is KDMetaArch."] = (
-        "RetinaNet"
-    )
+    student: Annotated[str, "Meta-architecture of the student if MODEL.META_ARCHITECTURE is KDMetaArch."] = "RetinaNet"
     distillers: Annotated[
-        tuple[str, ...], "Distillation methods by their registered names; each has its node beside this key."
+        tuple[str, ...], "Registered names of the distillation methods; each has its own node in MODEL.KD."
     ] = ()
 
 
@@ -117,42 +113,42 @@ class DistillationKeys(Keys):
 class TeacherKeys(Keys):
     config_file: Annotated[
         str,
-        "The teacher's config: a yaml file, a LazyConfig (.py), or a model-zoo name such as 'COCO-Detection/retinanet_R_101_FPN_3x.yaml'.",
+        "Config of the teacher: a YAML file, a LazyConfig (.py), or a model zoo name such as 'COCO-Detection/retinanet_R_101_FPN_3x.yaml'.",
     ] = ""
     trust_config: Annotated[
-        bool, "Whether a LazyConfig that Detectron2 does not ship may be loaded, which runs its code."
+        bool, "Whether to load LazyConfigs that are not part of Detectron2, which runs their code."
     ] = False
     weights: Annotated[
         str,
-        "The teacher's checkpoint; '' is the config's own MODEL.WEIGHTS, for a model-zoo name its trained checkpoint.",
+        "Checkpoint of the teacher; '' for MODEL.WEIGHTS of its config, or for a model zoo name, its trained checkpoint.",
     ] = ""
     opts: Annotated[
-        list, "Overrides of the teacher's config: [KEY, value, ...]; of a LazyConfig ['key=value', ...]."
+        list, "Overrides of the teacher's config: [KEY, value, ...], or ['key=value', ...] for a LazyConfig."
     ] = field(default_factory=list)
     compile: Annotated[
         bool,
-        "Compile the teacher's backbone (torch.compile): a minute or two at the start, then a faster forward pass.",
+        "Compile the teacher's backbone (torch.compile): takes a minute or two at startup and speeds up its forward pass.",
     ] = False
     channels_last: Annotated[
-        bool | None, "Keep the teacher's weights with channels last in memory; None does on a CPU, where it is faster."
+        bool | None, "Use channels-last memory format for the teacher; None enables it on a CPU, where it is faster."
     ] = None
 
 
 @dataclass(frozen=True)
 class PseudoLabelKeys(Keys):
-    enabled: Annotated[bool, "Train on the teacher's detections in place of annotations; none are read."] = False
-    score_thresh: Annotated[float, AtLeast(0), Below(1), "Detections with a higher score count."] = 0.3
+    enabled: Annotated[bool, "Train on the teacher's detections instead of annotations, which are not read."] = False
+    score_thresh: Annotated[float, AtLeast(0), Below(1), "Score threshold of the teacher's detections."] = 0.3
 
 
 @dataclass(frozen=True)
 class InheritKeys(Keys):
     enabled: Annotated[
         bool,
-        "Before the first iteration copy the teacher's modules to the student, as far as names and shapes fit.",
+        "Copy modules of the teacher to the student before the first iteration, where names and shapes match.",
     ] = False
     modules: Annotated[
         tuple[Literal["neck", "head"], ...],
-        "Modules that are copied: the neck is the backbone without its bottom-up network, the head all that is not backbone.",
+        "Modules to copy: the neck is the backbone without its bottom-up network, the head is everything outside the backbone.",
     ] = INHERITABLE
 
 
@@ -160,22 +156,22 @@ class InheritKeys(Keys):
 class BalanceKeys(Keys):
     enabled: Annotated[
         bool,
-        "Multiply the losses of each distiller, but its auxiliary ones, so that the norm of their gradient in the student's neck "
-        "keeps a chosen ratio to that of the detector's own losses, whatever the data, the image size and the detector.",
+        "Scale the losses of each distiller, except its auxiliary ones, so that the norm of their gradient in the student's neck "
+        "keeps a fixed ratio to that of the detection losses, independent of the data, the image size and the detector.",
     ] = False
     target: Annotated[
         float,
         Above(0),
-        "The ratio of all active distillers together. Each has an equal share; a WEIGHT other than the method's default changes its "
-        "share in proportion.",
+        "Gradient ratio of all active distillers together. Each has an equal share; a WEIGHT that differs from the method's default "
+        "scales its share proportionally.",
     ] = 2.0
-    period: Annotated[int, AtLeast(1), "Iterations between two measurements of the ratios."] = 20
-    momentum: Annotated[float, AtLeast(0), Below(1), "Momentum of the ratios' moving average."] = 0.9
-    limit: Annotated[float, AtLeast(1), "Multipliers are at least 1 / LIMIT and at most LIMIT."] = 100000.0
+    period: Annotated[int, AtLeast(1), "Iterations between measurements of the ratios."] = 20
+    momentum: Annotated[float, AtLeast(0), Below(1), "Momentum of the moving average of the ratios."] = 0.9
+    limit: Annotated[float, AtLeast(1), "Multipliers are clamped to [1 / LIMIT, LIMIT]."] = 100000.0
     levels: Annotated[
         bool,
-        "Also scale each distiller's gradient in the student's neck outputs, so that it is spread over the levels as the gradient of the "
-        "detector's own losses is. It has no effect on gradients that reach the neck through the detector's head.",
+        "Also scale each distiller's gradient in the student's neck outputs, so that it is distributed over the levels like the gradient "
+        "of the detection losses. Gradients that reach the neck through the detector's head are not affected.",
     ] = False
 
 
@@ -191,16 +187,16 @@ LIBRARY_KEYS: dict[str, type[Keys]] = {
     "MODEL.KD.INHERIT": InheritKeys,
     "MODEL.KD.BALANCE": BalanceKeys,
 }
-"""The library's own keys by config node, those of methods and detectors excepted."""
+"""The library's own keys by config node, except those of methods and detectors."""
 
 
 def add_kd_config(cfg: CfgNode) -> None:
     """Add the library's keys, with their defaults, to a Detectron2 config.
 
-    Imported as `kd_d2.add_kd_config`, the library's detectors are registered with it.
+    Importing it as `kd_d2.add_kd_config` also registers the library's detectors.
 
     Raises:
-        UserError: a registered method has the node of another or of the library.
+        UserError: a registered method uses the node of another method or of the library.
     """
     for path, keys in LIBRARY_KEYS.items():
         keys.add_to(_node_at(cfg, path))
@@ -214,7 +210,7 @@ def add_kd_config(cfg: CfgNode) -> None:
 
 
 def _node_at(cfg: CfgNode, path: str) -> CfgNode:
-    """The node at a dotted path; those that are not there are added."""
+    """Return the node at a dotted path, and create it if it does not exist."""
     node = cfg
     for part in path.split("."):
         if part not in node:
@@ -224,5 +220,5 @@ def _node_at(cfg: CfgNode, path: str) -> CfgNode:
 
 
 def reads_annotations(cfg: CfgNode) -> bool:
-    """Whether the ground truth of the training comes from its datasets."""
+    """Return whether the training's ground truth comes from the annotations of its datasets."""
     return cfg.MODEL.META_ARCHITECTURE != KD_META_ARCH or not cfg.MODEL.KD.PSEUDO_LABELS.ENABLED

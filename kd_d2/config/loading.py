@@ -1,4 +1,4 @@
-"""The configs of students and teachers, read, checked, with their paths found."""
+"""Loading of student and teacher configs: reading, validation, and resolution of paths."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from .validation import validate_kd_config
 def load_config(
     config_file: str, opts: Iterable[Any] = (), *, student_only: bool = False, needs_data: bool = True
 ) -> CN:
-    """Read a config file and overrides into a full config.
+    """Load a config file and overrides into a full config.
 
-    Relative paths in the config count from the working directory, then from the config file's folder.
+    Relative paths in the config are resolved against the working directory, then against the config file's folder.
 
     Args:
-        config_file: a config (see `config_files.find_config_file`), or "" for the defaults alone.
+        config_file: a config (see `config_files.find_config_file`), or "" for the defaults.
         opts: alternating keys and values.
-        student_only: for evaluation: KDMetaArch becomes the student's own meta-architecture; nothing of the
-            teacher, and no training data, has to exist.
-        needs_data: False where no dataset is read: files that DATASETS.COCO_JSON names need not exist.
+        student_only: for evaluation: replace KDMetaArch with the student's meta-architecture; the teacher and the
+            training data need not exist.
+        needs_data: whether the files in DATASETS.COCO_JSON must exist; False if no dataset is read.
 
     Returns:
-        The config, checked by `validate_kd_config`, not frozen.
+        The config, validated by `validate_kd_config`, not frozen.
 
     Raises:
         UserError: a missing or unreadable file, an unknown key, a value of the wrong type.
@@ -50,7 +50,7 @@ def load_config(
 
 
 def _choose_device(cfg: CN, opts: Iterable[Any]) -> None:
-    """Detectron2's default device is a GPU; without one, only a device that somebody asked for is an error."""
+    """Replace Detectron2's default "cuda" with "cpu" if there is no GPU; raise a UserError if it was set in `opts`."""
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         if "MODEL.DEVICE" in opts:
             raise UserError(
@@ -77,7 +77,7 @@ def _resolve_paths(cfg: CN, folder: str, student_only: bool, needs_data: bool) -
         cfg.MODEL.WEIGHTS = find_weights(cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS", folder)
     if cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH:
         teacher = cfg.MODEL.KD.TEACHER
-        # A model-zoo name stays a name: it also stands for the trained checkpoint.
+        # Keep a model zoo name unchanged: it also identifies the trained checkpoint.
         path = find_config_file(teacher.CONFIG_FILE, "MODEL.KD.TEACHER.CONFIG_FILE", folder)
         if not is_zoo_file(path):
             teacher.CONFIG_FILE = path
@@ -86,9 +86,9 @@ def _resolve_paths(cfg: CN, folder: str, student_only: bool, needs_data: bool) -
 
 
 def load_teacher_config(cfg: CN) -> CN:
-    """The teacher's own full config, its MODEL.WEIGHTS being the checkpoint to load, on the student's device.
+    """Load the teacher's full config, with the checkpoint to load in MODEL.WEIGHTS, and the student's device.
 
-    A teacher config that says KDMetaArch stands for its student.
+    If the config has KDMetaArch, the teacher is its student.
     """
     node = cfg.MODEL.KD.TEACHER
     path = find_config_file(node.CONFIG_FILE, "MODEL.KD.TEACHER.CONFIG_FILE")
@@ -111,7 +111,7 @@ def load_teacher_config(cfg: CN) -> CN:
             ) from error
     if not teacher_cfg.MODEL.WEIGHTS:
         raise UserError(
-            f"MODEL.KD.TEACHER.WEIGHTS is empty, and {path} names no MODEL.WEIGHTS: the teacher would be untrained."
+            f"MODEL.KD.TEACHER.WEIGHTS is empty, and {path} does not set MODEL.WEIGHTS: the teacher would be untrained."
         )
     folder = os.path.dirname(path)
     teacher_cfg.MODEL.WEIGHTS = find_weights(teacher_cfg.MODEL.WEIGHTS, "MODEL.KD.TEACHER.WEIGHTS", folder)

@@ -1,4 +1,4 @@
-"""Config files and overrides, laid over the defaults with their types."""
+"""Merging of config files and overrides into the defaults, with conversion to their types."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .library_keys import add_kd_config
 
 
 def read_config(config_file: str, opts: Iterable[Any] = ()) -> CN:
-    """The keys of a config file and overrides, laid over the defaults; see `load_config`, which checks them as well.
+    """Merge a config file and overrides into the defaults, without the checks of `load_config`.
 
     Raises:
         UserError: a missing or unreadable file, an unknown key, a value of the wrong type.
@@ -32,7 +32,7 @@ def read_config(config_file: str, opts: Iterable[Any] = ()) -> CN:
 
 
 def changed_keys(cfg: CN) -> dict[str, Any]:
-    """The keys that are not at the defaults of Detectron2 and of this library, with their values; tuples count as lists."""
+    """Return the keys whose values differ from the defaults of Detectron2 and this library; tuples count as lists."""
     defaults = get_cfg()
     add_kd_config(defaults)
     changed: dict[str, Any] = {}
@@ -49,12 +49,12 @@ def changed_keys(cfg: CN) -> dict[str, Any]:
 
 
 def _as_lists(value: Any) -> Any:
-    """Tuples as lists, as json gives them back."""
+    """Convert tuples to lists, as a JSON round trip does."""
     return [_as_lists(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def tree_from_opts(opts: list[Any], source: str) -> dict[str, Any]:
-    """Overrides, [KEY, value, ...], as a tree. `source` is what error messages call them."""
+    """Convert overrides, [KEY, value, ...], to a tree. Error messages call them `source`."""
     options = [o for o in opts[::2] if str(o).startswith("--")]
     if options:
         raise UserError(f"{source}: the option {options[0]} must come before the KEY VALUE overrides.")
@@ -67,13 +67,13 @@ def tree_from_opts(opts: list[Any], source: str) -> dict[str, Any]:
         for parent in parents:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
-                raise UserError(f"{source}: {key} is given, but also a value for its group {parent}.")
+                raise UserError(f"{source}: {key} is set, but so is a value for its group {parent}.")
         node[leaf] = value
     return tree
 
 
 def merge(cfg: CN, tree: dict[str, Any], source: str) -> None:
-    """Lay a tree of keys over a config.
+    """Merge a tree of keys into a config.
 
     Raises:
         UserError: an unknown key, or a value of the wrong type; the message begins with `source`.
@@ -85,7 +85,7 @@ def merge(cfg: CN, tree: dict[str, Any], source: str) -> None:
 
 
 def _with_default_types(tree: dict[str, Any], defaults: CN, source: str, prefix: str = "") -> dict[str, Any]:
-    """`tree` with every number converted to the type of its default; unknown keys and wrong types are UserErrors."""
+    """Convert every number in `tree` to the type of its default; raise a UserError for unknown keys and wrong types."""
     converted = {}
     for key, value in tree.items():
         full_key = f"{prefix}{key}"
@@ -109,19 +109,19 @@ def _with_default_types(tree: dict[str, Any], defaults: CN, source: str, prefix:
                 raise UserError(f"{source}: {full_key} is too large a number.") from None
         if isinstance(default, list | tuple) and isinstance(value, str):
             raise UserError(
-                f'{source}: {full_key} is the text {value!r}, but must be a list; one entry is written ("{value}",) '
-                "with its comma."
+                f'{source}: {full_key} is the string {value!r}, but must be a list; a list with one entry is ("{value}",), '
+                "with the comma."
             )
         if not _same_kind(default, value) and not _means_none(full_key, default, value):
             raise UserError(
-                f"{source}: {full_key} is {value!r}; it must be of type {type(default).__name__}, as its default {default!r}."
+                f"{source}: {full_key} is {value!r}; it must be of type {type(default).__name__}, like its default {default!r}."
             )
         converted[key] = value
     return converted
 
 
 def _decoded(value: Any, where: str) -> Any:
-    """A text as the Python literal that it is, if it is one: yacs' reading of overrides."""
+    """Decode a string that is a Python literal, as yacs does for overrides."""
     try:
         return CN._decode_cfg_value(value)
     except (RecursionError, MemoryError) as error:
@@ -135,7 +135,7 @@ def _same_kind(default: Any, value: Any) -> bool:
 
 
 def _means_none(key: str, default: Any, value: Any) -> bool:
-    """Detectron2 takes None for some names in its models, such as a norm; of a method's keys, those that say so."""
+    """Return whether None is allowed, as for Detectron2's model names, such as norms, and optional keys of methods."""
     if value is not None or not isinstance(default, str) or not key.startswith("MODEL."):
         return False
     return not key.startswith("MODEL.KD.") or any(

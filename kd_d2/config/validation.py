@@ -1,7 +1,7 @@
-"""The first check of a training: what a config says, before anything is read or built.
+"""Validation of config values before any data is read or model is built.
 
-Behind it come, in this order, the data (`engine.checks.check_datasets`, `check_classes`), the pair of student and teacher
-(`KDMetaArch`), and batch and schedule (`engine.checks.check_schedule`), all before the first iteration.
+It is followed, before the first iteration, by checks of the data (`engine.checks.check_datasets`, `check_classes`), the
+student-teacher pair (`KDMetaArch`), and batch size and schedule (`engine.checks.check_schedule`).
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from .library_keys import (
 
 
 def validate_kd_config(cfg: CN) -> None:
-    """Check every key of the library that has a wrong value to be found without building anything.
+    """Validate every key of the library that can be checked without building anything.
 
     Raises:
-        UserError: one sentence that names the key.
+        UserError: a value is invalid; the message names the key.
     """
     for entry in cfg.DATASETS.COCO_JSON:
         if not isinstance(entry, list | tuple) or len(entry) != 3 or not all(isinstance(part, str) for part in entry):
@@ -38,7 +38,7 @@ def validate_kd_config(cfg: CN) -> None:
     for key in ("TRAIN", "TEST"):
         for name in cfg.DATASETS[key]:
             if not isinstance(name, str):
-                raise UserError(f"DATASETS.{key} holds {name!r}; it must be a list of names of datasets.")
+                raise UserError(f"DATASETS.{key} contains {name!r}; it must be a list of dataset names.")
     LargeScaleJitterKeys.read(cfg.INPUT.LARGE_SCALE_JITTER, "INPUT.LARGE_SCALE_JITTER")
     AmpKeys.read(cfg.SOLVER.AMP, "SOLVER.AMP")
     SolverKeys.read(cfg.SOLVER, "SOLVER")
@@ -50,7 +50,7 @@ def validate_kd_config(cfg: CN) -> None:
         ) from error
     if cfg.MODEL.META_ARCHITECTURE != KD_META_ARCH and cfg.MODEL.META_ARCHITECTURE not in META_ARCH_REGISTRY:
         raise UserError(
-            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}, which no registered detector has as its name."
+            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}, which is not the name of a registered detector."
         )
     if cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH:
         _validate_distillation(cfg)
@@ -85,8 +85,8 @@ def _validate_distillation(cfg: CN) -> None:
     BalanceKeys.read(kd.BALANCE, "MODEL.KD.BALANCE")
     if not kd.DISTILLERS and not kd.INHERIT.ENABLED and not kd.PSEUDO_LABELS.ENABLED:
         raise UserError(
-            "MODEL.KD.DISTILLERS is empty and MODEL.KD.INHERIT.ENABLED and MODEL.KD.PSEUDO_LABELS.ENABLED are False: nothing "
-            f"would come from the teacher. For a plain student set MODEL.META_ARCHITECTURE to {kd.STUDENT!r}."
+            "MODEL.KD.DISTILLERS is empty and MODEL.KD.INHERIT.ENABLED and MODEL.KD.PSEUDO_LABELS.ENABLED are False: the "
+            f"teacher would have no effect. For a plain student, set MODEL.META_ARCHITECTURE to {kd.STUDENT!r}."
         )
 
 

@@ -1,4 +1,4 @@
-"""Training and evaluating: the trainer, its step, its optimizers, and how programs start."""
+"""Training and evaluation: trainer, training step, optimizers and program launch."""
 
 from .launch import launch
 from .setup import setup, student_config

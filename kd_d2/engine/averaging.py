@@ -1,4 +1,4 @@
-"""The average of a student's weights over the training, which is evaluated and saved in their place."""
+"""Exponential moving average (EMA) of the student's weights, evaluated and saved in place of the weights themselves."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 
 class AveragedStudent(HookBase):
-    """An exponential moving average of the student's weights (EMA).
+    """Maintains an exponential moving average (EMA) of the student's weights.
 
-    After iteration n (from 0) the average is d * average + (1 - d) * weights, where d is the smaller one of `decay` and
-    (n + 1) / (n + 10), so that the first iterations, of random weights, are soon forgotten. Buffers, such as the statistics of batch
-    norms, are those of the student.
+    After iteration n (starting at 0), the average is d * average + (1 - d) * weights with d = min(`decay`,
+    (n + 1) / (n + 10)), so that the random weights of the first iterations fade quickly. Buffers, such as batch norm
+    statistics, are copied from the student.
 
-    A checkpoint has the average as its `model`, and the student's own weights in an entry of their own, from which a training resumes.
+    A checkpoint stores the average as its `model`; a separate entry has the student's own weights, to resume from.
 
     Args:
-        student: the model that is trained.
-        decay: below 1.
+        student: the model being trained.
+        decay: less than 1.
     """
 
     def __init__(self, student: nn.Module, decay: float):
@@ -45,7 +45,7 @@ class AveragedStudent(HookBase):
 
     @contextlib.contextmanager
     def in_place_of_student(self) -> Iterator[None]:
-        """Within this context the student has the averaged weights, and `average` the student's."""
+        """Swap the averaged weights into the student, and the student's weights into `average`, within this context."""
         self._swap()
         try:
             yield
@@ -58,7 +58,7 @@ class AveragedStudent(HookBase):
 
 
 class Unaveraged:
-    """What a checkpoint has beside the average: the student's own weights. For use within `in_place_of_student`."""
+    """Checkpointable for the student's own weights. Save it within `in_place_of_student`."""
 
     def __init__(self, averaged: AveragedStudent):
         self.averaged = averaged
@@ -67,7 +67,7 @@ class Unaveraged:
         return self.averaged.average.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Of a student that has just got the average from the checkpoint's `model`."""
+        """Load the student's own weights; the student must already hold the average from the checkpoint's `model`."""
         self.averaged.average.load_state_dict(self.averaged.student.state_dict())
         self.averaged.student.load_state_dict(state)
         self.averaged._is_resumed = True

@@ -1,4 +1,4 @@
-"""When a training writes checkpoints, and which of them are kept."""
+"""Checkpoint schedule and retention."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ from .rank_states import get_rank_state
 from .stop_request import StopRequest, TrainingStopped
 
 LATEST = "model_latest"
-"""The name of the checkpoint that is written between those of SOLVER.CHECKPOINT_PERIOD, each in place of the one before."""
+"""The name of the checkpoint written between those of SOLVER.CHECKPOINT_PERIOD; each overwrites the previous one."""
 BEST = "model_best"
 
 
 class Checkpoints(HookBase):
-    """Writes checkpoints: after every SOLVER.CHECKPOINT_PERIOD iterations and the last one, and as `model_latest.pth` after
-    SOLVER.CHECKPOINT_MINUTES, before an evaluation, and when a signal asks the training to stop, which ends it.
+    """Writes checkpoints every SOLVER.CHECKPOINT_PERIOD iterations and after the last one, and `model_latest.pth` every
+    SOLVER.CHECKPOINT_MINUTES, before an evaluation, and when a signal stops the training.
 
-    A hook of all ranks, since a checkpoint has the state of each; the first writes it.
+    Register the hook on all ranks: a checkpoint holds the state of every rank. Rank 0 writes it.
 
     Args:
-        cfg: of the training.
-        checkpointer: of the first rank.
-        model: the student, whose loss normalizers each rank has.
-        stop: the signal that any rank has received.
-        averaged: of the student, which is saved in its place.
+        cfg: the training config.
+        checkpointer: writes the files, on rank 0.
+        model: the student; the loss normalizers of each rank are saved.
+        stop: the stop request of this rank.
+        averaged: the averaged student, saved in place of the student.
 
     Attributes:
-        others: the states of the other ranks at the last checkpoint.
-        stopping: whether a signal ended the training, on all ranks.
+        others: states of the other ranks at the last checkpoint; empty except on rank 0.
+        stopping: whether a signal received by any rank has stopped the training.
     """
 
     def __init__(
@@ -88,14 +88,14 @@ class Checkpoints(HookBase):
         if signal_number:
             self.stopping = True
             self.checkpointer.wait()
-            comm.synchronize()  # no rank ends while the first one writes
+            comm.synchronize()  # no rank may exit while rank 0 writes
             raise TrainingStopped(signal_number)
 
     def after_train(self) -> None:
         self.checkpointer.wait()
 
     def _agreed(self) -> tuple[bool, int]:
-        """Whether the first rank's clock wants a checkpoint, and a signal that some rank received; the same on all ranks."""
+        """Return whether a checkpoint is due on rank 0 and the signal that any rank received, the same on all ranks."""
         is_due = comm.is_main_process() and time.monotonic() - self.written > self.seconds
         if comm.get_world_size() == 1:
             return is_due, self.stop.number
@@ -118,12 +118,12 @@ class Checkpoints(HookBase):
                 self.checkpointer.wait()
                 folder = self.checkpointer.save_dir
                 raise UserError(
-                    f"OUTPUT_DIR {folder} was removed or replaced during the training; the training stops, and {saved(folder)}."
+                    f"OUTPUT_DIR {folder} was removed or replaced during training; training stops, and {saved(folder)}."
                 )
             self._remove_old()
 
     def _has_lost_its_folder(self) -> bool:
-        """Whether none of the files that were there when the training began is left; then there is a folder again."""
+        """Return whether the folder had files when training began and has lost all of them; if so, create it again."""
         folder = self.checkpointer.save_dir
         if not self.files_at_start or any(os.path.lexists(os.path.join(folder, name)) for name in self.files_at_start):
             return False
@@ -131,7 +131,7 @@ class Checkpoints(HookBase):
         return True
 
     def _remove_old(self) -> None:
-        """All but the last `keep` of those written by period; 0 keeps all."""
+        """Delete all but the last `keep` periodic checkpoints; 0 keeps all."""
         pattern = os.path.join(glob.escape(self.checkpointer.save_dir), "model_*.pth")
         numbered = sorted(path for path in glob.glob(pattern) if re.search(r"model_\d{7,}\.pth$", path))
         for path in numbered[: -self.keep] if self.keep else []:
@@ -139,13 +139,13 @@ class Checkpoints(HookBase):
 
 
 class BestCheckpoint(HookBase):
-    """Keeps the checkpoint with the highest AP of those that were evaluated as `model_best.pth`.
+    """Keeps the evaluated checkpoint with the highest box AP as `model_best.pth`.
 
-    A hook of the first rank, behind the evaluation and `Checkpoints`.
+    Register the hook on rank 0 only, after `Checkpoints` and the evaluation.
 
     Args:
-        checkpointer: has written the checkpoint that is evaluated.
-        results: () -> the last evaluation's results.
+        checkpointer: wrote the checkpoint that is evaluated.
+        results: () -> results of the last evaluation.
     """
 
     def __init__(self, checkpointer: KDCheckpointer, results: Callable[[], dict]):

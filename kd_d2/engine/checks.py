@@ -1,4 +1,4 @@
-"""What can only be checked once data, models and processes are known, still before anything is trained: see `config.validation`."""
+"""Checks before training that need the data, the model or the number of processes; see also `config.validation`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SMALLEST = {
 
 
 def check_distillation(cfg: CfgNode, source: str = "CONFIG") -> None:
-    """Raise a UserError unless the config is a distillation's. `source` is what the user named it by."""
+    """Raise a UserError unless this is a distillation config. `source` is the config's name in the message."""
     if cfg.MODEL.META_ARCHITECTURE != KD_META_ARCH:
         raise UserError(
             f"{source} must be the config of a distillation: "
@@ -36,13 +36,13 @@ def check_distillation(cfg: CfgNode, source: str = "CONFIG") -> None:
 
 
 def check_datasets(cfg: CfgNode, *, train: bool) -> None:
-    """Check that the datasets of the config exist, can be read without harm, and are not empty.
+    """Check that the config names datasets, and that they exist, are safe to read, and have the required annotations.
 
     Args:
-        train: also those of DATASETS.TRAIN; otherwise only those of DATASETS.TEST.
+        train: whether to check DATASETS.TRAIN in addition to DATASETS.TEST.
 
     Raises:
-        UserError: naming the key and the dataset.
+        UserError: a check fails; the message names the key and the dataset.
     """
     if cfg.MODEL.LOAD_PROPOSALS:
         raise UserError(
@@ -73,10 +73,10 @@ def _check_files(key: str, name: str) -> None:
     if (annotations and os.path.isfile(annotations)) or (folder and os.path.isdir(folder)):
         return
     try:
-        DatasetCatalog.get(name)  # the synthetic set is made when it is first read
+        DatasetCatalog.get(name)  # the synthetic dataset is generated on first use
     except (OSError, AssertionError) as error:
         raise UserError(
-            f"DATASETS.{key} names {name!r}, whose files are not there ({annotations or folder or error}); the environment variable "
+            f"DATASETS.{key} names {name!r}, whose files do not exist ({annotations or folder or error}); the environment variable "
             "DETECTRON2_DATASETS names the folder that holds Detectron2's built-in datasets."
         ) from error
     except ImportError as error:
@@ -88,8 +88,8 @@ def _check_files(key: str, name: str) -> None:
 def _check_keypoints(cfg: CfgNode, key: str, name: str) -> None:
     if cfg.MODEL.KEYPOINT_ON and MetadataCatalog.get(name).get("keypoint_names") is None:
         raise UserError(
-            f"DATASETS.{key} names {name!r}, which has no keypoints (sets of DATASETS.COCO_JSON have boxes and masks alone), but "
-            "MODEL.KEYPOINT_ON is True: set it to False, or register the set with Detectron2's register_coco_instances in a file for --import."
+            f"DATASETS.{key} names {name!r}, which has no keypoints (datasets in DATASETS.COCO_JSON have only boxes and masks), but "
+            "MODEL.KEYPOINT_ON is True: set it to False, or register the dataset with Detectron2's register_coco_instances in a file for --import."
         )
 
 
@@ -100,8 +100,8 @@ def _check_masks_for_evaluation(cfg: CfgNode, name: str) -> None:
     for annotation in read_json(metadata.json_file)["annotations"]:
         if not annotation.get("segmentation"):
             raise UserError(
-                f"DATASETS.TEST names {name!r}, of which annotation {annotation.get('id')} has no segmentation, but MODEL.MASK_ON is True; set "
-                "it to False to train and evaluate boxes alone."
+                f"DATASETS.TEST names {name!r}, whose annotation {annotation.get('id')} has no segmentation, but MODEL.MASK_ON is True; set "
+                "it to False to train and evaluate only boxes."
             )
 
 
@@ -109,35 +109,35 @@ def check_classes(cfg: CfgNode, model: nn.Module) -> None:
     """Check that the datasets have as many classes as the model predicts.
 
     Raises:
-        UserError: naming the dataset and both counts.
+        UserError: the counts differ; the message names the dataset and both counts.
     """
     student = student_of(model)
     predicted = build_adapter(student).spec.num_classes
     detector = type(student).__name__
-    node = detector.upper() if detector.upper() in cfg.MODEL else "ROI_HEADS"  # that of R-CNNs
+    node = detector.upper() if detector.upper() in cfg.MODEL else "ROI_HEADS"  # for R-CNNs
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         classes = MetadataCatalog.get(name).get("thing_classes")
         if classes is not None and predicted is not None and len(classes) != predicted:
             raise UserError(
                 f"The dataset {name} has {len(classes)} classes, but the model ({detector}) predicts {predicted}: "
-                f"set MODEL.{node}.NUM_CLASSES to it."
+                f"set MODEL.{node}.NUM_CLASSES accordingly."
             )
 
 
 def check_schedule(cfg: CfgNode, world_size: int) -> None:
-    """Check that a training can follow the config's numbers.
+    """Check the schedule, batch size and gradient accumulation of the config.
 
     Raises:
-        UserError: one is too small, or the batch cannot be divided among the processes, or a share of it into the parts of an
-            accumulation.
+        UserError: a value is too small, the batch size is not divisible by the number of processes, or the images per
+            process are not divisible by the number of accumulation steps.
     """
     for key, minimum in SMALLEST.items():
         section, name = key.split(".")
         check_number(key, cfg[section][name], minimum)
     batch, parts = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.GRADIENT_ACCUMULATION_STEPS
     if batch % world_size or batch < 1:
-        raise UserError(f"SOLVER.IMS_PER_BATCH is {batch}; it must be a multiple of the {world_size} processes.")
+        raise UserError(f"SOLVER.IMS_PER_BATCH is {batch}; it must be a multiple of {world_size} (processes).")
     if parts < 1 or batch // world_size % parts:
         raise UserError(
-            f"SOLVER.GRADIENT_ACCUMULATION_STEPS is {parts}; it must divide the {batch // world_size} images of a process."
+            f"SOLVER.GRADIENT_ACCUMULATION_STEPS is {parts}; it must divide the {batch // world_size} images per process."
         )

@@ -1,4 +1,4 @@
-"""What ends a training from outside, in one sentence for the user, with what was saved."""
+"""Messages for errors that end a training."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from .lost_ranks import explain_lost_ranks
 
 
 class Failures:
-    """Explains the errors that end a training.
+    """Explains errors that end a training.
 
     Args:
-        folder: the training's OUTPUT_DIR.
+        folder: OUTPUT_DIR of the training.
     """
 
     def __init__(self, folder: str):
         self.folder = folder
 
     def explain(self, error: BaseException | None) -> UserError | None:
-        """The UserError for an error that the user can fix; None for any other error."""
+        """Return a UserError for an error that the user can fix, or None for any other error."""
         if isinstance(error, DataError):
             return UserError(f"{str(error).rstrip('.')}; {saved(self.folder)}.")
         if isinstance(error, UserError):
@@ -37,13 +37,13 @@ class Failures:
         if error.errno in DISK_IS_FULL:
             return f"The disk of OUTPUT_DIR is full ({error.strerror})"
         if not os.path.isdir(self.folder):
-            return f"OUTPUT_DIR {self.folder} is no longer there"
+            return f"OUTPUT_DIR {self.folder} no longer exists"
         if not os.access(self.folder, os.W_OK):
-            return f"OUTPUT_DIR {self.folder} can no longer be written ({error.strerror})"
+            return f"OUTPUT_DIR {self.folder} is no longer writable ({error.strerror})"
         return None
 
     def log_as_sentence(self, record: logging.LogRecord) -> bool:
-        """A filter for loggers: an error that the user can fix is one sentence; Detectron2 would log a traceback."""
+        """Replace the traceback of an error that the user can fix with one sentence, as a logging filter."""
         sentence = self.explain(record.exc_info[1]) if record.exc_info else None
         if sentence is not None:
             record.msg, record.args, record.exc_info = str(sentence), (), None
@@ -51,22 +51,22 @@ class Failures:
 
 
 def saved(folder: str) -> str:
-    """From where a training that ends can go on."""
+    """Return a clause that says which checkpoint --resume would continue from."""
     try:
         with open(os.path.join(folder, "last_checkpoint"), encoding="utf-8") as file:
             path = os.path.join(folder, file.read().strip())
     except OSError:
         path = ""
-    return f"--resume continues from {path}" if os.path.isfile(path) else "no checkpoint is there yet"
+    return f"--resume continues from {path}" if os.path.isfile(path) else "there is no checkpoint yet"
 
 
 def _of_memory(error: BaseException | None) -> str | None:
     reason = str(error).strip().partition("\n")[0].rstrip(" .")
     if reason.startswith("DataLoader worker"):
-        return f"A process that reads training data has died ({reason}), most often because memory ran out: lower DATALOADER.NUM_WORKERS"
+        return f"A data loading process died ({reason}), most likely because it ran out of memory: lower DATALOADER.NUM_WORKERS"
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in reason:
         return (
-            f"Memory ran out ({reason or type(error).__name__}): raise SOLVER.GRADIENT_ACCUMULATION_STEPS, or lower SOLVER.IMS_PER_BATCH or "
-            "the sizes of INPUT"
+            f"Out of memory ({reason or type(error).__name__}): raise SOLVER.GRADIENT_ACCUMULATION_STEPS, or lower SOLVER.IMS_PER_BATCH or "
+            "the image sizes in INPUT"
         )
     return None

@@ -1,4 +1,4 @@
-"""One training at a time in an output folder."""
+"""A lock that allows one training at a time in an output folder."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _held: dict[str, IO] = {}
 
 
 def lock_folder(folder: str) -> None:
-    """Lock an output folder for this process, until `unlock_folder` or the end of the process, however it ends.
+    """Lock an output folder for this process until `unlock_folder` is called or the process exits for any reason.
 
-    A POSIX record lock: child processes do not inherit it, and this process may take it again.
+    This is a POSIX record lock: child processes do not inherit it, and this process may acquire it again.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds the lock.
     """
     folder = os.path.realpath(folder)
-    if folder not in _held:  # opened once: to close any other descriptor of the file would release the lock
+    if folder not in _held:  # open once: closing any other descriptor of the file would release the lock
         _held[folder] = open(os.path.join(folder, LOCK), "a+", encoding="utf-8")  # noqa: SIM115
     file = _held[folder]
     try:
@@ -48,7 +48,7 @@ def lock_folder(folder: str) -> None:
 
 
 def unlock_folder(folder: str) -> None:
-    """Undo `lock_folder`; nothing happens where this process does not hold the lock."""
+    """Release the lock on an output folder if this process holds it."""
     file = _held.pop(os.path.realpath(folder), None)
     if file is not None:
         file.close()

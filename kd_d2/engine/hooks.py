@@ -1,4 +1,4 @@
-"""What a training adds to its metrics and its log."""
+"""Training hooks for metrics and logs."""
 
 import logging
 import resource
@@ -12,9 +12,9 @@ logger = logging.getLogger(__name__)
 
 
 class PeakMemoryRecorder(HookBase):
-    """Writes `peak_memory_mib` among the metrics: the most that this process ever held, of its GPU where it has one, else resident.
+    """Records the metric `peak_memory_mib` of this process: allocated GPU memory, or resident memory without a GPU.
 
-    As a metric it outlives a resumed run, whose last process may have done little.
+    Metrics survive a resume; the last process of a resumed training may have used little memory.
     """
 
     def after_step(self) -> None:
@@ -26,7 +26,7 @@ class PeakMemoryRecorder(HookBase):
 
 
 class LastMultipliersLog(HookBase):
-    """Logs the last multipliers of a balance at the end of a training."""
+    """Logs the last multipliers of the gradient balance at the end of training."""
 
     def __init__(self, balance: GradientBalance):
         self.balance = balance

@@ -1,4 +1,4 @@
-"""Starting a program: in one process, in several, or as one of those that torchrun started."""
+"""Program launch: in one process, in several, or as one of the processes started by torchrun."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from .stop_request import forwarded_to_children
 def launch(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
     """Run `main(args)` in every process of the job.
 
-    Under torchrun the environment says which process this is. Otherwise --num-gpus and --num-machines do, through
-    Detectron2's launcher: one process a GPU, or as many on CPUs where there is none and MODEL.DEVICE is "cpu". A UserError is printed as
-    its sentence alone, and the program ends with exit status 2. A signal that stops a training ends it with 128 + its number.
+    Under torchrun, the environment defines the rank of this process. Otherwise, Detectron2's launcher starts --num-gpus
+    processes on each of --num-machines machines: one per GPU, or on CPUs if there is no GPU and MODEL.DEVICE is "cpu".
+    A UserError exits with status 2 and prints only its message; a signal exits with status 128 + the signal number.
     """
-    logging.raiseExceptions = False  # a log file that cannot be written is not worth a traceback per message
+    logging.raiseExceptions = False  # do not print a traceback per message if the log file cannot be written
     with exit_on_user_error():
         is_of_torchrun = int(os.environ.get("WORLD_SIZE", "1")) > 1
         if is_of_torchrun:
@@ -47,7 +47,7 @@ def _launch_several(main: Callable[[argparse.Namespace], object], args: argparse
                 main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (args,), _timeout(args)
             )
     except ProcessRaisedException as error:
-        # One of the processes raised: what arrives is its traceback as text, whose last line names the error.
+        # A child process raised: the message is its traceback as text, and the last line names the exception.
         last = str(error).strip().splitlines()[-1]
         sentence = re.match(r"kd_d2[\w.]*Error: (.+)|OSError: \[Errno (?:28|122|27)\] (.+)", last)
         if sentence is None:
@@ -57,12 +57,12 @@ def _launch_several(main: Callable[[argparse.Namespace], object], args: argparse
         number = -error.exit_code
         if number == signal.SIGKILL:
             raise UserError(
-                f"Rank {error.error_index} was killed (SIGKILL), most often because memory ran out; the other ranks were ended too."
+                f"Rank {error.error_index} was killed (SIGKILL), most likely because it ran out of memory; the other ranks were terminated too."
             ) from error
         if number == signal.SIGABRT:
             raise UserError(
-                f"Rank {error.error_index} ended itself (SIGABRT), as NCCL does where another rank does not answer for --rank-timeout; its last "
-                "lines above say more."
+                f"Rank {error.error_index} aborted (SIGABRT), as NCCL does when another rank does not respond within --rank-timeout; see its "
+                "last lines above."
             ) from error
         sys.exit(128 + number if number > 0 else error.exit_code)
 
@@ -72,7 +72,7 @@ def _check_gpus(wanted: int, opts: list[str]) -> None:
     on_cpus = present == 0 and ("MODEL.DEVICE", "cpu") in pairwise(opts)
     if wanted > present and not on_cpus:
         raise UserError(
-            f"--num-gpus is {wanted}, but this machine has {present} usable GPUs; for processes on CPUs hide the GPUs, if any, and set "
+            f"--num-gpus is {wanted}, but this machine has {present} usable GPUs; to run on CPUs, hide the GPUs, if any, and set "
             "MODEL.DEVICE to cpu on the command line."
         )
 
@@ -87,7 +87,7 @@ def _join_torchrun(timeout: timedelta) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
     store, rank, ranks = next(torch.distributed.rendezvous("env://", timeout=timeout))
-    # After a restart torchrun may reuse its store, which still has the addresses of the old ranks.
+    # After a restart, torchrun may reuse its store, which still holds the addresses of the old ranks.
     store = torch.distributed.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)

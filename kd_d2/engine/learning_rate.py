@@ -1,4 +1,4 @@
-"""Batch, learning rate and iterations: the schedule, scaled to the number of processes, and whether they belong together."""
+"""Learning rate schedules, scaling to the number of processes, and advice on learning rate and batch size."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from ..config_files import read_layers
 from ..distillers import DISTILLER_REGISTRY
 from ..errors import UserError
 
-DEFAULT_BATCH = 16  # Detectron2's
+DEFAULT_BATCH = 16  # Detectron2's default
 SCHEDULES = ("WarmupMultiStepLR", "WarmupCosineLR")
-"""Detectron2's WarmupStepWithFixedGammaLR is not among them: it fails after the last iteration."""
+"""Supported schedules. Detectron2's WarmupStepWithFixedGammaLR is excluded: it fails after the last iteration."""
 
 
 def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
-    """The config for so many processes, where SOLVER.REFERENCE_WORLD_SIZE says for how many it was written.
+    """Scale a config from SOLVER.REFERENCE_WORLD_SIZE processes to `world_size` processes.
 
-    Batch, learning rate and iterations scale as in Detectron2, and with them the iterations of the distillers: all counts whose
-    names end in _ITER or _ITERS. Learning rates of auxiliary optimizers stay: Adam's steps do not grow with the batch.
+    Batch size, learning rate and iterations scale as in Detectron2, and so do the iterations of the distillers: all
+    keys that end in _ITER or _ITERS. The learning rates of auxiliary optimizers do not change, because Adam's steps do
+    not grow with the batch size.
 
     Raises:
-        UserError: the batch cannot have been written for that many processes.
+        UserError: SOLVER.REFERENCE_WORLD_SIZE is negative or does not divide the batch size.
     """
     reference, batch = cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.IMS_PER_BATCH
     if reference < 0 or (reference and batch % reference):
@@ -47,16 +48,16 @@ def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
 
 
 def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> detectron2_solver.LRMultiplier:
-    """Detectron2's learning rate schedule of SOLVER.
+    """Build Detectron2's learning rate scheduler from SOLVER.
 
     Raises:
-        UserError: there is none of that name, or SOLVER's numbers do not make one.
+        UserError: the name is not supported, or the values in SOLVER do not define a valid schedule.
     """
     name, end, rate = cfg.SOLVER.LR_SCHEDULER_NAME, cfg.SOLVER.BASE_LR_END, cfg.SOLVER.BASE_LR
     if name not in SCHEDULES:
         raise UserError(f"SOLVER.LR_SCHEDULER_NAME is {name!r}; it must be {' or '.join(map(repr, SCHEDULES))}.")
     if name == "WarmupCosineLR" and not 0 <= end <= rate:
-        raise UserError(f"SOLVER.BASE_LR_END is {end}; for {name} it must lie between 0 and SOLVER.BASE_LR {rate}.")
+        raise UserError(f"SOLVER.BASE_LR_END is {end}; for {name} it must be between 0 and SOLVER.BASE_LR {rate}.")
     try:
         return detectron2_solver.build_lr_scheduler(cfg, optimizer)
     except (ValueError, TypeError, ZeroDivisionError) as error:
@@ -67,11 +68,7 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> detect
 
 
 def learning_rate_advice(config_file: str, opts: list[Any]) -> str | None:
-    """What to do about a batch size that was changed, in a later file or on the command line, without its learning rate.
-
-    Returns:
-        A sentence; None where they belong together.
-    """
+    """Return advice if a later file or the command line changes the batch size but not the learning rate, or None."""
     batch = of_rate = DEFAULT_BATCH
     rate, source = None, "Detectron2's default"
     layers = [(path, tree.get("SOLVER") or {}) for path, tree in read_layers(config_file)]
@@ -84,6 +81,6 @@ def learning_rate_advice(config_file: str, opts: list[Any]) -> str | None:
     if rate is None or batch == of_rate or batch < 1:
         return None
     return (
-        f"SOLVER.BASE_LR {rate:g} comes from {source}, where it belongs to SOLVER.IMS_PER_BATCH {of_rate:g}; now the batch has {batch:g} "
-        f"images. The linear rule gives SOLVER.BASE_LR {rate * batch / of_rate:g}, with {of_rate / batch:g} times the iterations."
+        f"SOLVER.BASE_LR {rate:g} comes from {source}, where SOLVER.IMS_PER_BATCH is {of_rate:g}; the batch size is now {batch:g}. "
+        f"The linear scaling rule gives SOLVER.BASE_LR {rate * batch / of_rate:g}, with {of_rate / batch:g} times the iterations."
     )

@@ -1,4 +1,4 @@
-"""The student's optimizer, and those that distillers ask for beside it."""
+"""The student's optimizer and the auxiliary optimizers of distillers."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ..meta_arch import KDMetaArch
 
 
 class AuxiliaryOptimizer:
-    """AdamW for a distiller's own network: its own learning rate, schedule and clipping.
+    """AdamW for a distiller's own network, with its own learning rate, schedule and gradient clipping.
 
     Args:
-        settings: as the distiller gave them.
-        params: the parameters.
-        max_iter: length of the training in iterations, where the cosine reaches zero.
+        settings: the distiller's optimizer settings.
+        params: the parameters to optimize.
+        max_iter: length of the training in iterations, at which the cosine schedule reaches zero.
     """
 
     def __init__(self, settings: OptimizerSettings, params: list[nn.Parameter], max_iter: int):
@@ -36,7 +36,7 @@ class AuxiliaryOptimizer:
             self.multiplier = WarmupParamScheduler(self.multiplier, first, length, rescale_interval=True)
 
     def step(self, iteration: int, scaler: torch.amp.GradScaler) -> None:
-        """Clip the gradients of all parameters together, and step with this iteration's learning rate."""
+        """Clip the total gradient norm of all parameters, and step with the learning rate of this iteration."""
         if all(p.grad is None for p in self.params):
             return
         self.optimizer.param_groups[0]["lr"] = self.lr(iteration)
@@ -45,7 +45,7 @@ class AuxiliaryOptimizer:
         scaler.step(self.optimizer)
 
     def lr(self, iteration: int) -> float:
-        """The learning rate of an iteration: it needs no memory, so there is nothing to resume."""
+        """Return the learning rate of an iteration. It is stateless, so there is nothing to resume."""
         return self.settings.lr * self.multiplier(iteration / self.max_iter)
 
     def state_dict(self) -> dict[str, Any]:
@@ -56,7 +56,7 @@ class AuxiliaryOptimizer:
 
 
 def _build_adamw(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW over Detectron2's parameter groups: no weight decay or another one for norms and biases, as SOLVER says."""
+    """Build AdamW over Detectron2's parameter groups, with the weight decays of SOLVER for norms and biases."""
     params = get_default_optimizer_params(
         model,
         base_lr=cfg.SOLVER.BASE_LR,
@@ -69,10 +69,10 @@ def _build_adamw(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def build_optimizers(cfg: CfgNode, model: nn.Module) -> tuple[torch.optim.Optimizer, dict[str, AuxiliaryOptimizer]]:
-    """The student's optimizer, Detectron2's SGD or AdamW, and the others by name.
+    """Build the student's optimizer, Detectron2's SGD or AdamW, and the auxiliary optimizers by name.
 
     Args:
-        cfg: SOLVER is the student's.
+        cfg: the config; SOLVER configures the student's optimizer.
         model: a KDMetaArch or a plain detector.
     """
     settings: dict[OptimizerSettings, list[nn.Parameter]] = {}
@@ -87,5 +87,5 @@ def build_optimizers(cfg: CfgNode, model: nn.Module) -> tuple[torch.optim.Optimi
         group["params"] = [p for p in group["params"] if id(p) not in elsewhere]
     auxiliary = {s.name: AuxiliaryOptimizer(s, params, cfg.SOLVER.MAX_ITER) for s, params in settings.items()}
     if len(auxiliary) != len(settings):
-        raise RuntimeError(f"two optimizers of one name: {[s.name for s in settings]}")
+        raise RuntimeError(f"two optimizers have the same name: {[s.name for s in settings]}")
     return optimizer, auxiliary

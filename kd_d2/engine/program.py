@@ -1,4 +1,4 @@
-"""What train_net.py and `kd-d2 train` and `eval` do, in each process."""
+"""Main function of train_net.py, `kd-d2 train` and `kd-d2 eval`."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .trainer import KDTrainer, evaluate_teacher
 
 
 def main(args: argparse.Namespace) -> dict | None:
-    """Train, or evaluate the detector (`eval_only`), the teacher, or both.
+    """Train, evaluate the detector (`eval_only`) or the teacher (both flags), or evaluate the teacher and then train.
 
     Args:
         args: `config_file`, `opts`, `imports`, `resume`, `eval_only` and `eval_teacher`.
 
     Returns:
-        The evaluation's results by task, which OUTPUT_DIR has as json too.
+        The evaluation results by task, which are also written to OUTPUT_DIR as JSON.
     """
     import_extensions(args.imports)
     cfg = setup(args)
@@ -39,7 +39,7 @@ def main(args: argparse.Namespace) -> dict | None:
         return results
     if args.eval_only:
         if not cfg.MODEL.WEIGHTS:
-            raise UserError("--eval-only needs MODEL.WEIGHTS: name the checkpoint that is to be evaluated.")
+            raise UserError("--eval-only needs MODEL.WEIGHTS: name the checkpoint to evaluate.")
         model = build_model(cfg)
         check_classes(cfg, model)
         load_complete(model, cfg.MODEL.WEIGHTS, "the detector")
@@ -59,6 +59,6 @@ def main(args: argparse.Namespace) -> dict | None:
 
 
 def write_results(folder: str, name: str, results: dict) -> None:
-    """Write an evaluation's results as json, once of all processes."""
+    """Write evaluation results as JSON, on rank 0 only."""
     if comm.is_main_process():
         write_json(os.path.join(folder, name), results)

@@ -1,5 +1,4 @@
-"""What each process of a training has of its own: random numbers, and the running loss normalizers that dense detectors keep outside
-their state_dict."""
+"""Per-process training state: random states, and the loss normalizers that are not in a dense detector's state_dict."""
 
 from __future__ import annotations
 
@@ -15,16 +14,16 @@ from ..random_state import get_random_state, set_random_state
 
 
 def get_rank_state(model: nn.Module) -> dict[str, Any]:
-    """Of this process."""
+    """Return the state of this process."""
     return {"random": get_random_state(), "normalizers": get_loss_normalizers(model)}
 
 
 def set_rank_state(model: nn.Module, states: list[dict[str, Any]], seed: int) -> None:
-    """Give this process its own state again.
+    """Restore the state of this process.
 
     Args:
-        states: of the processes that there were, in order of rank. A process without one takes the first's normalizers, and
-            random numbers from `seed`.
+        states: states of the previous processes, in order of rank. A process without one takes the loss normalizers of
+            rank 0, and seeds its random numbers from `seed`.
     """
     rank = comm.get_rank()
     own = states[rank] if rank < len(states) else None
@@ -36,7 +35,7 @@ def set_rank_state(model: nn.Module, states: list[dict[str, Any]], seed: int) ->
 
 
 def get_loss_normalizers(model: nn.Module) -> dict[str, float]:
-    """By the name of the module that has it."""
+    """Return the loss normalizers by module name."""
     return {name: float(m.loss_normalizer) for name, m in model.named_modules() if "loss_normalizer" in vars(m)}
 
 
@@ -48,7 +47,7 @@ def set_loss_normalizers(model: nn.Module, values: dict[str, float]) -> None:
 
 @contextlib.contextmanager
 def preserved_loss_normalizers(model: nn.Module) -> Iterator[None]:
-    """Leave them as they were, whatever losses are computed inside."""
+    """Restore the loss normalizers on exit, whatever losses are computed within this context."""
     values = get_loss_normalizers(model)
     try:
         yield

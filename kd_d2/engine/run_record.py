@@ -1,4 +1,4 @@
-"""What a training is, so that one that is resumed as another says so."""
+"""A record of everything that determines a training, compared on resume."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ WITHOUT_EFFECT = (
     "MODEL.DEVICE", "MODEL.WEIGHTS", "MODEL.KD.INHERIT.", "MODEL.KD.TEACHER.WEIGHTS", "MODEL.KD.TEACHER.COMPILE",
     "MODEL.KD.TEACHER.CHANNELS_LAST", "SOLVER.CHANNELS_LAST", "SOLVER.COMPILE", "SOLVER.CHECKPOINT", "SOLVER.REFERENCE_WORLD_SIZE",
 )  # fmt: skip
-"""Beginnings of the keys that change nothing in a resumed training, beside rounding; files count by their content instead."""
+"""Prefixes of keys that do not affect a resumed training except for rounding; files are compared by content instead."""
 STORED = (
     "SEED", "SOLVER.BASE_LR", "SOLVER.BIAS_LR_FACTOR", "SOLVER.MOMENTUM", "SOLVER.NESTEROV", "SOLVER.WEIGHT_DECAY",
     "SOLVER.WEIGHT_DECAY_NORM", "SOLVER.WEIGHT_DECAY_BIAS",
 )  # fmt: skip
-"""Keys whose values a checkpoint restores, as states of seeds and optimizers."""
+"""Keys whose values a checkpoint restores through the seed and the optimizer state."""
 PROCESSES, ANNOTATIONS, TEACHER = "processes", "annotations of DATASETS.TRAIN", "weights of the teacher"
 
 
 class RunRecord:
-    """The processes, config, annotations and teacher of a training: an entry of its checkpoints.
+    """A record of the processes, config, annotations and teacher of a training, stored in its checkpoints.
 
-    Loading that of a checkpoint logs in one line what is no longer the same.
+    Loading the record of a checkpoint logs all differences in one line.
 
     Args:
-        cfg: as it is trained.
-        teacher: the detector, if there is one.
+        cfg: the training config.
+        teacher: the teacher detector, if any.
     """
 
     def __init__(self, cfg: CfgNode, teacher: nn.Module | None):
@@ -59,10 +59,10 @@ class RunRecord:
         return self.content
 
     def load_state_dict(self, before: dict[str, Any]) -> None:
-        """Compare with the run that wrote a checkpoint.
+        """Compare with the record of the run that wrote the checkpoint.
 
         Raises:
-            UserError: it had another optimizer.
+            UserError: that run used another optimizer.
         """
         optimizer = before.get("SOLVER.OPTIMIZER", "SGD")
         if optimizer != self.optimizer:
@@ -74,7 +74,7 @@ class RunRecord:
         changes = [_sentence(key, before, now) for key in now | before if before.get(key) != now.get(key)]
         if changes and comm.is_main_process():
             logger.warning(
-                f"--resume: the losses may differ from those of an unbroken training, since the checkpoint was written with: {'; '.join(changes)}."
+                f"--resume: the losses may differ from those of an uninterrupted training, since the checkpoint was written with: {'; '.join(changes)}."
             )
 
 
@@ -82,7 +82,7 @@ def _sentence(key: str, before: dict[str, Any], now: dict[str, Any]) -> str:
     if key in (ANNOTATIONS, TEACHER):
         return f"other {key}"
     if key in STORED:
-        return f"{key} {_value(key, before)}, which stays, not {_value(key, now)}"
+        return f"{key} {_value(key, before)}, which is kept, not {_value(key, now)}"
     return f"{key} {_value(key, before)}, now {_value(key, now)}"
 
 
@@ -96,7 +96,7 @@ def _is_without_effect(key: str) -> bool:
 
 
 def _content_of(dataset: str) -> str | None:
-    """The hash of a dataset's annotation file; None of one that has none."""
+    """Return the hash of a dataset's annotation file, or None if it has no such file."""
     path = MetadataCatalog.get(dataset).get("json_file")
     if not path or not os.path.isfile(path):
         return None

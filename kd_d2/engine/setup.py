@@ -1,4 +1,4 @@
-"""What every program does between its command line and its work."""
+"""Program setup: config, data checks, logging and output folder."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ logger = logging.getLogger(__name__)
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    """Read and check config and data, start the log, and write `config.yaml`, `student.yaml` and `versions.json` into OUTPUT_DIR.
+    """Check config and data, set up logging, and write `config.yaml`, `student.yaml` and `versions.json` to OUTPUT_DIR.
 
-    An evaluation leaves the files of a training that is there as they are. A training locks the folder, until its end.
+    An evaluation does not change the files of an existing training. A training locks the folder until it ends.
 
     Args:
         args: `config_file`, `opts`, `eval_only` and `eval_teacher`.
 
     Raises:
-        UserError: whatever of config, data or output folder cannot work.
+        UserError: the config, the data or the output folder is invalid.
     """
     cfg = load_config(args.config_file, args.opts, student_only=args.eval_only and not args.eval_teacher)
     check_output_folder(cfg.OUTPUT_DIR)
@@ -56,7 +56,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
             write_text(config_file, training_config)
         else:
             classes = names_in_data(cfg)
-            comment = as_comment(classes.names) if classes else ""  # since Detectron2 has no key for them
+            comment = as_comment(classes.names) if classes else ""  # Detectron2 has no key for class names
             write_text(os.path.join(cfg.OUTPUT_DIR, "student.yaml"), comment + student_config(cfg).dump())
             write_json(os.path.join(cfg.OUTPUT_DIR, "versions.json"), versions())
     if args.config_file and not args.eval_only:
@@ -67,7 +67,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 
 def _class_order(cfg: CfgNode, args: argparse.Namespace) -> ClassOrder | None:
-    """The order of the classes of a model that is there already; None for that of the data."""
+    """Return the class order of an existing model, or None to use the order of the data."""
     last = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
     if args.eval_only:
         names = None if args.eval_teacher else names_in_checkpoint(cfg.MODEL.WEIGHTS)
@@ -85,7 +85,7 @@ def _read(path: str) -> str | None:
 
 
 def student_config(cfg: CfgNode) -> CfgNode:
-    """The student as a plain Detectron2 config: no key of this library, but for those of its own detectors and backbones that are used."""
+    """Return the student's plain Detectron2 config; only keys for this library's own detector or backbone are kept."""
     plain = cfg.clone()
     plain.defrost()
     if plain.MODEL.META_ARCHITECTURE == KD_META_ARCH:

@@ -1,4 +1,4 @@
-"""One training iteration: forward, backward, check, and the step of every optimizer."""
+"""One training iteration: forward, backward, check of the losses, and optimizer steps."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from .optimizers import AuxiliaryOptimizer
 
 
 class NonFiniteLossError(UserError, FloatingPointError):
-    """A loss became infinite or NaN; no parameter has been changed by it."""
+    """A loss is infinite or NaN. It has not changed any parameter."""
 
 
 class DistillationStep(SimpleTrainer):
     """Detectron2's SimpleTrainer with several optimizers, and mixed precision on any device.
 
     Args:
-        model: a KDMetaArch or a plain detector, perhaps wrapped for several processes.
-        optimizer: the student's.
-        auxiliary: further optimizers by name.
-        autocast: the type of mixed precision; None for float32. float16 scales its gradients.
-        accumulation_steps: parts of a batch that pass one after another; losses that divide by a count divide by their
-            part's, and batch norms see their part.
+        model: a KDMetaArch or a plain detector, wrapped in DistributedDataParallel if there are several processes.
+        optimizer: the student's optimizer.
+        auxiliary: auxiliary optimizers by name.
+        autocast: dtype of mixed precision, with gradient scaling for float16; None for float32.
+        accumulation_steps: number of parts of a batch that are processed one after another. Loss normalizers and batch
+            norm statistics are those of each part.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class DistillationStep(SimpleTrainer):
         self.scaler.update()
 
     def _accumulate(self, data: list[dict]) -> dict[str, Tensor]:
-        """Forward and backward, part by part; returns the mean losses. Gradients are exchanged with the last part alone."""
+        """Run forward and backward on each part; return the mean losses. Only the last part synchronizes gradients."""
         size = len(data) // self.accumulation_steps
         total: dict[str, Tensor] = {}
         for start in range(0, len(data), size):
@@ -89,7 +89,7 @@ class DistillationStep(SimpleTrainer):
         return total
 
     def _record(self, losses: dict[str, Tensor], data_time: float) -> None:
-        """Put every loss, averaged over processes, into the event storage; stop at one that is not finite."""
+        """Put all losses, averaged over processes, into the event storage; raise an error if one is not finite."""
         values = torch.stack([loss.float() for loss in losses.values()])
         if comm.get_world_size() > 1:
             torch.distributed.all_reduce(values)

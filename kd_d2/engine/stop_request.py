@@ -1,4 +1,4 @@
-"""Signals that ask a training to stop: those of Kubernetes, Slurm and spot machines (SIGTERM, SIGUSR1), and Ctrl-C."""
+"""Signals that stop a training: SIGTERM and SIGUSR1 from Kubernetes, Slurm and spot instances, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from typing import Self
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_REQUEST = 2.0
-"""Seconds within which signals count as one: terminals and launchers send a request to a process group and to its members."""
+"""Seconds within which signals count as one: terminals and launchers signal both a process group and its members."""
 
 
 class TrainingStopped(SystemExit):
-    """A training stopped because a signal asked for it. The exit status is 128 + the number of the signal."""
+    """A signal stopped the training. The exit status is 128 + the signal number."""
 
     def __init__(self, number: int):
         super().__init__(128 + number)
@@ -27,10 +27,10 @@ class TrainingStopped(SystemExit):
 
 
 class StopRequest:
-    """Within this context the first of SIGNALS is remembered; a second one ends the process at once.
+    """Context manager that records the first of SIGNALS received; a second one ends the process immediately.
 
     Attributes:
-        number: of the signal that was received; 0 for none.
+        number: number of the received signal; 0 for none.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class StopRequest:
         self._handlers.close()
 
     def raise_if_received(self) -> None:
-        """Raise `TrainingStopped` after a signal."""
+        """Raise `TrainingStopped` if a signal was received."""
         if self.number:
             raise TrainingStopped(self.number)
 
@@ -54,7 +54,7 @@ class StopRequest:
         if not self.number:
             self.number, self._received = number, time.monotonic()
             name = signal.Signals(number).name
-            # Not through logging or print, which the signal may have interrupted.
+            # Do not use logging or print, which the signal may have interrupted.
             os.write(2, f"{name}: stopping after this iteration; send it again to stop at once\n".encode())
         elif time.monotonic() - self._received > SAME_REQUEST:
             signal.signal(number, signal.SIG_DFL)
@@ -63,7 +63,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def forwarded_to_children() -> Iterator[None]:
-    """Within this context, SIGNALS are passed on to the processes that this one has started."""
+    """Forward SIGNALS to the child processes within this context."""
 
     def forward(number: int, frame: FrameType | None) -> None:
         for child in multiprocessing.active_children():
@@ -76,14 +76,14 @@ def forwarded_to_children() -> Iterator[None]:
 
 @contextlib.contextmanager
 def exit_on_sigterm() -> Iterator[None]:
-    """Within this context SIGTERM raises SystemExit, as Ctrl-C raises KeyboardInterrupt: what has been started can be ended."""
+    """Raise SystemExit on SIGTERM within this context, so that cleanup runs as for the KeyboardInterrupt of Ctrl-C."""
     with _handled_by(lambda number, frame: sys.exit(128 + number), [signal.SIGTERM]):
         yield
 
 
 @contextlib.contextmanager
 def _handled_by(handler: Callable[[int, FrameType | None], None], signals: Iterable[signal.Signals]) -> Iterator[None]:
-    """Within this context a function handles the signals; outside the main thread, where Python allows none, nothing changes."""
+    """Handle the signals within this context; do nothing outside the main thread, where Python allows no handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

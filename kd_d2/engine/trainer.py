@@ -1,4 +1,4 @@
-"""KDTrainer: Detectron2's DefaultTrainer in its class methods and hooks, with its own set-up, step and resuming."""
+"""KDTrainer: Detectron2's DefaultTrainer with its own setup, training step and resuming."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from .stop_request import StopRequest, TrainingStopped
 logger = logging.getLogger(__name__)
 
 UNAVERAGED = "unaveraged"
-"""The entry of a checkpoint with the student's own weights, where its `model` is their average."""
+"""The checkpoint entry with the student's own weights if `model` is their average."""
 
 
 class KDTrainer(DefaultTrainer):
@@ -92,9 +92,9 @@ class KDTrainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Go on from the last checkpoint of OUTPUT_DIR, or load MODEL.WEIGHTS and inherit from the teacher.
+        """Resume from the last checkpoint in OUTPUT_DIR, or load MODEL.WEIGHTS and inherit from the teacher.
 
-        Also opens the stream of training data, so that whatever is wrong with it is said now.
+        Also opens the training data stream, so that errors in the data are reported now.
         """
         resume = resume and self.checkpointer.has_checkpoint()
         if resume or comm.get_world_size() > 1:
@@ -104,7 +104,7 @@ class KDTrainer(DefaultTrainer):
         self._open_stream()
 
     def _resume_in_step(self, resume: bool) -> None:
-        """Go on from a checkpoint where this process has one; raises a UserError unless all processes went on from the same."""
+        """Resume this process if requested; raise a UserError unless all processes resume from the same checkpoint."""
         beginning, failure = "nothing", None
         try:
             if resume:
@@ -122,14 +122,14 @@ class KDTrainer(DefaultTrainer):
                 )
 
     def _resume_from_any(self, files: list[str]) -> str:
-        """Go on from the first file that can be read, and return its name; raises what is wrong with the first where none can."""
+        """Resume from the first readable file and return its name; if there is none, raise the first file's error."""
         errors = []
         for file in files:
             try:
                 self._resume(file)
                 return os.path.basename(file)
             except UnreadableCheckpointError as error:
-                logger.warning(f"{error} Looking for the checkpoint before it.")
+                logger.warning(f"{error} Trying the previous checkpoint.")
                 errors.append(error)
         raise errors[0]
 
@@ -145,7 +145,7 @@ class KDTrainer(DefaultTrainer):
             logger.info(f"Resuming from {file}")
             if UNAVERAGED in rest:
                 logger.warning(
-                    f"{file} is from a training with SOLVER.EMA_DECAY, and this one has none: it continues from the averaged weights."
+                    f"{file} is from a training with SOLVER.EMA_DECAY, but this one has none: it continues from the averaged weights."
                 )
         except (KeyError, ValueError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
@@ -154,7 +154,7 @@ class KDTrainer(DefaultTrainer):
             misfits = [*fit.missing_keys, *fit.unexpected_keys, *(name for name, _, _ in fit.incorrect_shapes)]
             reason = f"{misfits[0]} does not fit" if misfits else ""
             if self.start_iter == 0:
-                reason = "it holds weights alone"
+                reason = "it holds only weights"
         if reason:
             raise UserError(
                 f"--resume: {file} is not from a training with this config ({reason}); resume with the config that it was started "
@@ -166,10 +166,10 @@ class KDTrainer(DefaultTrainer):
         self._trainer.data_loader.batch_sampler.start = self.start_iter
 
     def train(self) -> Any:
-        """Train to the end, evaluations included.
+        """Train and evaluate until the last iteration.
 
         Raises:
-            TrainingStopped: a signal asked the training to stop; there is a checkpoint of the last iteration.
+            TrainingStopped: a signal stopped the training; a checkpoint of the last completed iteration exists.
             UserError: an error that the user can fix.
         """
         if self._trainer.data_loader is None:
@@ -209,7 +209,7 @@ class KDTrainer(DefaultTrainer):
         set_rank_state(student_of(self.bare_model), workers, seed=self.seed + 7919 * state["iteration"])
 
     def build_hooks(self) -> list[HookBase]:
-        """Detectron2's, with `Checkpoints` in place of its PeriodicCheckpointer, and an evaluation that a signal interrupts."""
+        """Build Detectron2's hooks, with `Checkpoints` as checkpointer and an evaluation that signals can interrupt."""
         student = student_of(self.bare_model)
         self.checkpoints = Checkpoints(self.cfg, self.checkpointer, student, self.stop, self.averaged)
         evaluation, best = EvalHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate), None
@@ -254,16 +254,16 @@ class KDTrainer(DefaultTrainer):
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None) -> dict:
-        """Evaluate on every dataset of DATASETS.TEST; the random numbers of the training stay as they are."""
+        """Evaluate on all datasets in DATASETS.TEST, without changing the random state of the training."""
         with preserved_random_state():
             return super().test(cfg, model, evaluators)
 
 
 def load_initial_weights(cfg: CfgNode, model: nn.Module) -> None:
-    """The weights that a training begins with: those of MODEL.WEIGHTS, then the teacher's where the student inherits them.
+    """Load the initial weights: those of MODEL.WEIGHTS, then those inherited from the teacher, if enabled.
 
     Raises:
-        UserError: they cannot be read, or nothing of them fits.
+        UserError: they cannot be read, or none of them fits.
     """
     student = student_of(model)
     KDCheckpointer(student, save_to_disk=False).load(cfg.MODEL.WEIGHTS)
@@ -275,7 +275,7 @@ def load_initial_weights(cfg: CfgNode, model: nn.Module) -> None:
 
 
 def evaluate_teacher(cfg: CfgNode, teacher: Teacher) -> dict:
-    """The teacher's own results on DATASETS.TEST, at the student's image sizes, in the teacher's channel order."""
+    """Evaluate the teacher on DATASETS.TEST, at the student's image sizes and in the teacher's channel order."""
     check_classes(cfg, teacher.model)
     cfg = cfg.clone()
     cfg.defrost()

@@ -1,4 +1,4 @@
-"""Detectors and backbones that Detectron2 lacks; importing registers them."""
+"""Detectors and backbones that Detectron2 does not have. Importing this package registers them."""
 
 from detectron2.config import CfgNode
 
@@ -33,17 +33,17 @@ DETECTORS: dict[str, type[Keys]] = {
     "REPPOINTS": RepPointsKeys,
 }
 MODELING_KEYS = {**BACKBONES, **DETECTORS}
-"""The keys of each by its node of MODEL."""
+"""Config keys of each detector and backbone by its node of MODEL."""
 
 
 def add_modeling_config(cfg: CfgNode) -> None:
-    """Add the keys of all of them: a node of MODEL each."""
+    """Add the config keys of all detectors and backbones: one node of MODEL each."""
     for name, keys in MODELING_KEYS.items():
         cfg.MODEL[name] = CfgNode()
         keys.add_to(cfg.MODEL[name])
 
 
 def unused_nodes(cfg: CfgNode) -> list[str]:
-    """Those of these nodes that the config's own detector does not read."""
+    """Return the names of these nodes that the config's detector does not use."""
     backbones = [name for name in BACKBONES if name.lower() not in cfg.MODEL.BACKBONE.NAME]
     return backbones + [name for name in DETECTORS if name != cfg.MODEL.META_ARCHITECTURE.upper()]

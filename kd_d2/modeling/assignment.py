@@ -1,6 +1,6 @@
-"""Which anchor is to predict which instance: label assignments, and what is read at their positives.
+"""Label assignment of anchors, and selection of predictions at the positives.
 
-A label assignment is (B, R) int64: for every anchor, levels one after the other, the index of its ground-truth box in the
+A label assignment is (B, R) int64: for each anchor, concatenated over levels, the index of its ground-truth box in the
 image, `BACKGROUND` or `IGNORED`. Shape suffixes: B images, R anchors of an image over all levels, N boxes of an image,
 C candidates of a box, P positives of all images.
 """
@@ -24,12 +24,12 @@ IGNORED = -2
 
 @dataclass
 class Positives:
-    """The anchors of a batch that have an instance, in order of image and anchor.
+    """The positive anchors of a batch, ordered by image and anchor.
 
     Attributes:
-        image: (P,) int64, the image of each.
-        anchor: (P,) int64, its index over all levels of the image.
-        instance: (P,) int64, the index of its ground truth among those of its image.
+        image: (P,) int64, index of the image.
+        anchor: (P,) int64, index of the anchor over all levels of the image.
+        instance: (P,) int64, index of the ground-truth instance in the image.
     """
 
     image: Tensor
@@ -38,27 +38,27 @@ class Positives:
 
     @classmethod
     def of(cls, assignment_BR: Tensor) -> Positives:
-        """Those of a label assignment."""
+        """Return the positives of a label assignment."""
         image, anchor = (assignment_BR >= 0).nonzero(as_tuple=True)
         return cls(image, anchor, assignment_BR[image, anchor])
 
     def among_all(self, targets: list[Instances]) -> Tensor:
-        """(P,) index of the instance among those of all images together."""
+        """Return the indices (P,) of the instances in the concatenation of all images' instances."""
         starts = list(accumulate(map(len, targets), initial=0))[:-1]
         return on_device(starts, self.image.device)[self.image] + self.instance
 
     def ground_truth(self, targets: list[Instances]) -> tuple[Tensor, Tensor]:
-        """Classes (P,) and boxes (P, 4) of the instances."""
+        """Return the classes (P,) and boxes (P, 4) of the instances."""
         instance_P = self.among_all(targets)
         classes = torch.cat([target.gt_classes for target in targets])
         boxes = torch.cat([target.gt_boxes.tensor for target in targets])
         return classes[instance_P], boxes[instance_P]
 
     def pick(self, levels: Iterable[Tensor], channel_P: Tensor | None = None) -> Tensor:
-        """What levels, (B, HWA, X) each, hold at the positives.
+        """Gather the values of levels, (B, HWA, X) each, at the positives, without concatenating the levels.
 
         Returns:
-            (P, X), or (P,) where `channel_P` says which of the X. The levels are not copied together.
+            (P, X), or (P,) if `channel_P` selects one of the X channels for each positive.
         """
         picked, end = None, 0
         for level in levels:
@@ -72,11 +72,11 @@ class Positives:
 
 @torch.no_grad()
 def assign_by_iou(overlap_NR: Tensor, matcher: Matcher) -> Tensor:
-    """RetinaNet's label assignment with the ground-truth index (Detectron2's `label_anchors` drops it).
+    """RetinaNet's label assignment with the ground-truth index, which Detectron2's `label_anchors` drops.
 
     Args:
-        overlap_NR: IoU of the N ground-truth boxes with R anchors over all levels.
-        matcher: labels 0 (background), -1 (ignored) and 1 (foreground). Only its attributes are used: calling it synchronizes the GPU.
+        overlap_NR: IoU of the N ground-truth boxes with the R anchors over all levels.
+        matcher: labels 0 (background), -1 (ignored), 1 (foreground). It is not called, which would synchronize the GPU.
 
     Returns:
         (R,) int64: index of the box, `BACKGROUND` or `IGNORED`.
@@ -99,16 +99,16 @@ def assign_by_iou(overlap_NR: Tensor, matcher: Matcher) -> Tensor:
 def assign_adaptively(anchors: list[Boxes], gt_boxes: Boxes, topk: int = 9) -> Tensor:
     """Adaptive training sample selection (Zhang et al. 2020, algorithm 1).
 
-    The candidates of an instance are, of each level, the `topk` anchors whose centers are nearest to its own. Positive are
-    those whose overlap with it is at least mean + standard deviation of the candidates' overlaps, and whose center lies
-    inside it. An anchor that is positive for several takes the one it overlaps most.
+    The candidates of an instance are, on each level, the `topk` anchors whose centers are nearest to that of the
+    instance. A candidate is positive if its IoU is at least the mean plus the standard deviation of all candidates, and
+    its center is inside the instance. If it is positive for several instances, it takes the one with the highest IoU.
 
     Args:
-        anchors: by level.
+        anchors: anchors of each level.
         gt_boxes: N boxes.
 
     Returns:
-        (R,) int64, R anchors over all levels: index of the box, or `BACKGROUND`.
+        (R,) int64, with R anchors over all levels: index of the box, or `BACKGROUND`.
     """
     everywhere = Boxes.cat(anchors)
     if len(gt_boxes) == 0:
@@ -127,11 +127,11 @@ def assign_adaptively(anchors: list[Boxes], gt_boxes: Boxes, topk: int = 9) -> T
 
 @torch.no_grad()
 def adaptive_thresholds(anchors: list[Boxes], gt_boxes: Boxes, topk: int = 9) -> tuple[Tensor, Tensor, Tensor]:
-    """Candidates of each instance, and from which overlap on they are positive, see `assign_adaptively`.
+    """Select the candidates of each instance and compute their IoU threshold, see `assign_adaptively`.
 
     Returns:
-        overlaps (N, R) with all anchors, indices of the candidates (N, C), and thresholds (N, 1): mean and standard deviation of
-        the candidates' overlaps added up.
+        IoUs with all anchors (N, R), indices of the candidates (N, C), and thresholds (N, 1): the mean plus the
+        standard deviation of the candidates' IoUs.
     """
     everywhere = Boxes.cat(anchors)
     overlap_NR = pairwise_iou(gt_boxes, everywhere)
@@ -144,6 +144,6 @@ def adaptive_thresholds(anchors: list[Boxes], gt_boxes: Boxes, topk: int = 9) ->
         start += len(level)
     candidates_NC = torch.cat(candidates, 1)
     overlap_NC = overlap_NR.gather(1, candidates_NC)
-    correction = min(1, candidates_NC.shape[1] - 1)  # a single candidate has no deviation
+    correction = min(1, candidates_NC.shape[1] - 1)  # the deviation of a single candidate is undefined
     threshold_N1 = overlap_NC.mean(1, keepdim=True) + overlap_NC.std(1, correction=correction, keepdim=True)
     return overlap_NR, candidates_NC, threshold_N1

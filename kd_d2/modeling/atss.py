@@ -27,25 +27,25 @@ from .dense import AdaptiveDetector, AdaptiveKeys, FocalAlpha, FocalGamma, adapt
 class ATSSKeys(AdaptiveKeys):
     focal_loss_alpha: FocalAlpha = 0.25
     focal_loss_gamma: FocalGamma = 2.0
-    box_loss_weight: Annotated[float, "Weight of the boxes' GIoU loss."] = 2.0
+    box_loss_weight: Annotated[float, "Weight of the GIoU loss of the boxes."] = 2.0
 
 
 class ATSSHead(FCOSHead):
-    """FCOS's head with one anchor a position and a learned scale of each level's box regression."""
+    """FCOS's head with one anchor per position and a learned scale for each level's box regression."""
 
     def __init__(self, **arguments: Any):
         super().__init__(**arguments)
         self.scales = nn.Parameter(torch.ones(self._num_features))
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Levels (B, C, H, W) to logits (B, K, H, W), box deltas (B, 4, H, W) and centerness (B, 1, H, W) by level."""
+        """Map levels (B, C, H, W) to logits (B, K, H, W), deltas (B, 4, H, W) and centerness (B, 1, H, W) by level."""
         logits, deltas, centerness = super().forward(features)
         return logits, [level * scale for level, scale in zip(deltas, self.scales, strict=True)], centerness
 
 
 @META_ARCH_REGISTRY.register()
 class ATSS(AdaptiveDetector):
-    """Anchors as RetinaNet, one a position; assignment by the statistics of each instance; focal, GIoU and centerness loss."""
+    """ATSS: one anchor per position, adaptive label assignment, and focal, GIoU and centerness losses."""
 
     @configurable
     def __init__(
@@ -56,7 +56,7 @@ class ATSS(AdaptiveDetector):
     ):
         """
         Args:
-            arguments: those of `AdaptiveDetector` but for its box transform and dims.
+            arguments: arguments of `AdaptiveDetector`, except its box transform and dims.
         """
         transform = Box2BoxTransform(weights=(10.0, 10.0, 5.0, 5.0))
         super().__init__(box2box_transform=transform, dims=[arguments["num_classes"], 4, 1], **arguments)
@@ -70,7 +70,7 @@ class ATSS(AdaptiveDetector):
     def losses(
         self, anchors: list[Boxes], predictions: list[list[Tensor]], assignment_BR: Tensor, targets: list[Instances]
     ) -> dict[str, Tensor]:
-        """Focal loss of all anchors; GIoU loss of the positives, weighted by their centerness; centerness of the positives."""
+        """Compute the focal loss of all anchors, and centerness and centerness-weighted GIoU loss of the positives."""
         logits, deltas, centerness = predictions
         positives = Positives.of(assignment_BR)
         class_P, box_P4 = positives.ground_truth(targets)
@@ -91,13 +91,13 @@ class ATSS(AdaptiveDetector):
         }
 
     def scores(self, predictions: list[list[Tensor]]) -> list[Tensor]:
-        """sqrt(class probability * centerness), as FCOS's."""
+        """Return sqrt(class probability * centerness) by level, as in FCOS."""
         logits, _, centerness = predictions
         return [(x.sigmoid() * y.sigmoid()).sqrt() for x, y in zip(logits, centerness, strict=True)]
 
 
 def centerness_of(anchor_P4: Tensor, box_P4: Tensor) -> Tensor:
-    """Centerness (P,) of the anchors' centers in their boxes (Tian et al. 2019, equation 3): 1 at the middle, 0 at a side."""
+    """Return the centerness (P,) of anchor centers (Tian et al. 2019, equation 3): 1 at the box center, 0 at a side."""
     center_P2 = (anchor_P4[:, :2] + anchor_P4[:, 2:]) / 2
     before, behind = center_P2 - box_P4[:, :2], box_P4[:, 2:] - center_P2
     return (torch.minimum(before, behind) / torch.maximum(before, behind)).prod(1).sqrt()

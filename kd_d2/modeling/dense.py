@@ -1,4 +1,4 @@
-"""What dense detectors share: keys, construction from a config, and the detector with one anchor a position."""
+"""Common parts of dense detectors: config keys, construction from a config, and a base with one anchor per position."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ from ..errors import UserError
 from ..keys import Above, AtLeast, Below, Keys
 from .assignment import Positives, assign_adaptively
 
-FocalAlpha = Annotated[float, "Weight of the positives in the focal loss; background has the rest of 1."]
-FocalGamma = Annotated[float, "Exponent of the focal loss."]
+FocalAlpha = Annotated[float, "Weight alpha of positives in the focal loss; negatives have weight 1 - alpha."]
+FocalGamma = Annotated[float, "Exponent gamma of the focal loss."]
 
 
 @dataclass(frozen=True)
 class DenseKeys(Keys):
-    """The keys that every dense detector has, with the values of the papers."""
+    """Config keys of every dense detector, with defaults from the papers."""
 
-    num_classes: Annotated[int, AtLeast(1), "Foreground classes."] = 80
-    in_features: Annotated[list, "Levels of the FPN that the head reads, by name."] = field(
+    num_classes: Annotated[int, AtLeast(1), "Number of foreground classes."] = 80
+    in_features: Annotated[list, "Names of the FPN levels that the head uses."] = field(
         default_factory=lambda: ["p3", "p4", "p5", "p6", "p7"]
     )
-    num_convs: Annotated[int, AtLeast(1), "Convolutions of each of the head's two towers."] = 4
-    norm: Annotated[str | None, "Normalization of the head's towers, '' for none."] = "GN"
-    prior_prob: Annotated[float, Above(0), Below(1), "Probability that every class starts at."] = 0.01
-    score_thresh_test: Annotated[float, "Smallest score of a detection."] = 0.05
-    topk_candidates_test: Annotated[int, AtLeast(1), "Boxes of a level that enter the NMS."] = 1000
-    nms_thresh_test: Annotated[float, "Overlap of the NMS."] = 0.6
+    num_convs: Annotated[int, AtLeast(1), "Number of convolutions in each of the head's two towers."] = 4
+    norm: Annotated[str | None, "Normalization layers of the head's towers; '' for none."] = "GN"
+    prior_prob: Annotated[float, Above(0), Below(1), "Initial probability of every class."] = 0.01
+    score_thresh_test: Annotated[float, "Score threshold of detections."] = 0.05
+    topk_candidates_test: Annotated[int, AtLeast(1), "Number of boxes per level that enter the NMS."] = 1000
+    nms_thresh_test: Annotated[float, "IoU threshold of the NMS."] = 0.6
 
 
 @dataclass(frozen=True)
 class AdaptiveKeys(DenseKeys):
-    """The keys that detectors with adaptive label assignment share."""
+    """Common config keys of detectors with adaptive label assignment."""
 
-    topk: Annotated[int, AtLeast(1), "Candidates of each level for an instance."] = 9
-    anchor_scale: Annotated[float, Above(0), "Side of the one anchor of a position, in strides."] = 8.0
+    topk: Annotated[int, AtLeast(1), "Number of candidates per level for an instance."] = 9
+    anchor_scale: Annotated[float, Above(0), "Side of the anchor at each position, in strides."] = 8.0
 
 
 def dense_arguments(cfg: CfgNode, name: str, kind: type[DenseKeys]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments that a dense detector's class takes from the keys of its node MODEL.<name>, and those of its head.
+    """Return the arguments of a dense detector, from its config node MODEL.<name>, and those of its head.
 
-    The detector's own keys, which `DenseKeys` does not have, are arguments of the same names.
+    Keys that are not in `DenseKeys` become arguments of the same names.
     """
     keys = kind.read(cfg.MODEL[name], f"MODEL.{name}")
     shared = {key.name for key in fields(DenseKeys)}
@@ -58,7 +58,7 @@ def dense_arguments(cfg: CfgNode, name: str, kind: type[DenseKeys]) -> tuple[dic
     shapes = backbone.output_shape()
     unknown = [level for level in keys.in_features if level not in shapes]
     if unknown or not keys.in_features:
-        raise UserError(f"MODEL.{name}.IN_FEATURES is {keys.in_features}; the backbone gives {', '.join(shapes)}.")
+        raise UserError(f"MODEL.{name}.IN_FEATURES is {keys.in_features}; the backbone has {', '.join(shapes)}.")
     input_shape = [shapes[name] for name in keys.in_features]
     detector = {
         "backbone": backbone,
@@ -84,16 +84,16 @@ def dense_arguments(cfg: CfgNode, name: str, kind: type[DenseKeys]) -> tuple[dic
 
 
 def adaptive_arguments(cfg: CfgNode, name: str, kind: type[AdaptiveKeys]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments that an `AdaptiveDetector` takes from the keys of its node MODEL.<name>, and those of its head."""
+    """Return the arguments of an `AdaptiveDetector`, from its config node MODEL.<name>, and those of its head."""
     detector, head = dense_arguments(cfg, name, kind)
     detector["assign_topk"] = detector.pop("topk")
     return detector, head
 
 
 class SingleAnchorDetector(DenseDetector):
-    """A dense detector with one square anchor a position.
+    """Base class of dense detectors with one square anchor per position.
 
-    A subclass has `assign`, `losses`, where it has a quality `scores`, and in `dims` the sizes of what its head gives an anchor.
+    A subclass defines `assign`, `losses` and, if it predicts a quality, `scores`.
     """
 
     def __init__(
@@ -118,12 +118,12 @@ class SingleAnchorDetector(DenseDetector):
     ):
         """
         Args:
-            head: levels (B, C, H, W) -> by kind of output, by level: (B, dim, H, W); class logits come first, then boxes.
-            box2box_transform: its `apply_deltas(regression (N, D), anchors (N, 4))` gives boxes (N, 4).
-            dims: of the head's outputs at a position.
-            anchor_scale: side of the anchors in strides.
-            focal_loss_alpha, focal_loss_gamma: of `focal_loss`, for subclasses that call it.
-            input_format: order of the channels that pixel_mean is in.
+            head: levels (B, C, H, W) -> outputs (B, dim, H, W) by kind and level; class logits first, then boxes.
+            box2box_transform: its `apply_deltas(regression (N, D), anchors (N, 4))` returns boxes (N, 4).
+            dims: size of each kind of head output at a position.
+            anchor_scale: side of the anchors, in strides.
+            focal_loss_alpha, focal_loss_gamma: parameters of `focal_loss`, for subclasses that call it.
+            input_format: channel order of the images and of pixel_mean.
         """
         super().__init__(backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std)
         self.num_classes = num_classes
@@ -143,7 +143,7 @@ class SingleAnchorDetector(DenseDetector):
         )
 
     def transpose(self, predictions: list[list[Tensor]]) -> list[list[Tensor]]:
-        """What the head gives, by kind and level: (B, HW, dim)."""
+        """Transpose the outputs of the head, by kind and level, to (B, HW, dim)."""
         return self._transpose_dense_predictions(predictions, self.dims)
 
     def forward_training(
@@ -158,24 +158,24 @@ class SingleAnchorDetector(DenseDetector):
         return self.losses(anchors, transposed, self.assign(anchors, transposed, gt_instances), gt_instances)
 
     def assign(self, anchors: list[Boxes], predictions: list[list[Tensor]], targets: list[Instances]) -> Tensor:
-        """The label assignment (B, R): index of the ground-truth box, `BACKGROUND` or `IGNORED`; without gradient."""
+        """Return the label assignment (B, R), without gradient: index of the box, `BACKGROUND` or `IGNORED`."""
         raise NotImplementedError
 
     def losses(
         self, anchors: list[Boxes], predictions: list[list[Tensor]], assignment_BR: Tensor, targets: list[Instances]
     ) -> dict[str, Tensor]:
-        """The losses of transposed predictions under a label assignment."""
+        """Compute the losses of transposed predictions for a label assignment."""
         raise NotImplementedError
 
     def focal_loss(self, logits: list[Tensor], positives: Positives, class_P: Tensor) -> Tensor:
-        """Focal loss (B, R, K) of all anchors and classes, in float32; `class_P` are the classes of the positives."""
+        """Compute the focal loss (B, R, K) of all anchors and classes in float32, with `class_P` for the positives."""
         logits_BRK = torch.cat(logits, 1).float()
         is_class_BRK = torch.zeros_like(logits_BRK)
         is_class_BRK[positives.image, positives.anchor, class_P] = 1
         return sigmoid_focal_loss(logits_BRK, is_class_BRK, alpha=self.focal_loss_alpha, gamma=self.focal_loss_gamma)
 
     def scores(self, predictions: list[list[Tensor]]) -> list[Tensor]:
-        """By level the scores (B, HW, K) that boxes are ranked by: the classes' probabilities."""
+        """Return the scores (B, HW, K) that rank the boxes, by level: the class probabilities."""
         return [level.sigmoid() for level in predictions[0]]
 
     def forward_inference(
@@ -202,13 +202,13 @@ class SingleAnchorDetector(DenseDetector):
 
 
 class AdaptiveDetector(SingleAnchorDetector):
-    """With the label assignment of ATSS."""
+    """Base class of detectors with the label assignment of ATSS."""
 
     def __init__(self, *, assign_topk: int = 9, anchor_scale: float = 8.0, **arguments: Any):
         """
         Args:
-            assign_topk: candidates of each level for an instance, see `assign_adaptively`.
-            arguments: those of `SingleAnchorDetector`.
+            assign_topk: number of candidates per level for an instance, see `assign_adaptively`.
+            arguments: arguments of `SingleAnchorDetector`.
         """
         super().__init__(anchor_scale=anchor_scale, **arguments)
         self.assign_topk = assign_topk

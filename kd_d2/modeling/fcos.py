@@ -1,4 +1,4 @@
-"""Detectron2's FCOS by yaml."""
+"""Detectron2's FCOS with a YAML config."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .dense import DenseKeys, FocalAlpha, FocalGamma, dense_arguments
 @dataclass(frozen=True)
 class FCOSKeys(DenseKeys):
     center_sampling_radius: Annotated[
-        float, Above(0), "Strides from the center of a box within which a point is positive."
+        float, Above(0), "Radius around the center of a box, in strides, within which points are positive."
     ] = 1.5
     focal_loss_alpha: FocalAlpha = 0.25
     focal_loss_gamma: FocalGamma = 2.0
@@ -27,14 +27,14 @@ class FCOSKeys(DenseKeys):
 
 @META_ARCH_REGISTRY.register()
 class FCOS(fcos.FCOS):
-    """Detectron2's FCOS (Tian et al. 2019), which has no yaml of its own, as MODEL.FCOS says."""
+    """Detectron2's FCOS (Tian et al. 2019), which lacks a YAML config, configured by MODEL.FCOS."""
 
     @configurable
     def __init__(self, *, input_format: str = "BGR", **arguments: Any):
         """
         Args:
-            input_format: order of the channels that pixel_mean is in.
-            arguments: those of Detectron2's FCOS.
+            input_format: channel order of the images and of pixel_mean.
+            arguments: arguments of Detectron2's FCOS.
         """
         super().__init__(**arguments)
         self.input_format = input_format
@@ -48,14 +48,14 @@ class FCOS(fcos.FCOS):
         gt_boxes: list[Tensor],
         pred_centerness: list[Tensor],
     ) -> dict[str, Tensor]:
-        """Detectron2's, in float32 under autocast too, where Detectron2 mixes the types of boxes; NaN where boxes are."""
+        """Compute Detectron2's losses in float32 (it mixes dtypes under autocast); not finite if the boxes are not."""
         with torch.autocast(pred_logits[0].device.type, enabled=False):
             logits, deltas, centerness = (
                 [level.float() for level in levels] for levels in (pred_logits, pred_anchor_deltas, pred_centerness)
             )
             try:
                 return super().losses(anchors, logits, gt_labels, deltas, gt_boxes, centerness)
-            except AssertionError:  # "bad box", which the trainer could not tell of the loss
+            except AssertionError:  # "bad box"; return non-finite losses, which the trainer reports
                 mean = torch.cat(deltas, 1).mean()
                 if mean.isfinite():
                     raise

@@ -1,7 +1,7 @@
-"""FSAF: the feature selective anchor-free branch (Zhu et al. 2019), on RetinaNet's structure.
+"""FSAF: the feature selective anchor-free branch (Zhu et al. 2019), with RetinaNet's architecture.
 
-Shape suffixes: B images, K classes, R positions of an image over all levels, N instances of an image, P positives or candidates
-of all images, L levels.
+Shape suffixes: B images, K classes, R positions of an image over all levels, N instances of an image, P positives or
+candidates of all images, L levels.
 """
 
 from __future__ import annotations
@@ -28,46 +28,46 @@ from .dense import DenseKeys, FocalAlpha, FocalGamma, SingleAnchorDetector, dens
 
 DISTANCE_UNIT = 4.0  # strides
 MIN_CELL_SHARE = 0.01
-"""A position is in a region that covers more than this part of its cell, so that small regions have positions too."""
+"""A position is in a region that covers more than this fraction of its cell, so small regions have positions too."""
 MIN_IOU = 1e-6
 
 
 @dataclass(frozen=True)
 class FSAFKeys(DenseKeys):
-    norm: Annotated[str | None, "Normalization of the head's towers, '' for none."] = ""
-    nms_thresh_test: Annotated[float, "Overlap of the NMS."] = 0.5
+    norm: Annotated[str | None, "Normalization layers of the head's towers; '' for none."] = ""
+    nms_thresh_test: Annotated[float, "IoU threshold of the NMS."] = 0.5
     effective_scale: Annotated[
-        float, Above(0), "Part of a box's sides that is its middle, whose positions are to predict it."
+        float, Above(0), "Effective region of a box, as a fraction of its sides; positions in it may predict the box."
     ] = 0.2
     ignoring_scale: Annotated[
         float,
         Above(0),
-        "Part of a box's sides that is the region where its class is ignored elsewhere. The paper ignores a larger one, 0.5; this is "
-        "MMDetection's, with which the thesis trained.",
+        "Ignoring region of a box, as a fraction of its sides; unassigned positions in it have no loss for its class. The paper uses "
+        "0.5; the default is MMDetection's, with which the thesis trained.",
     ] = 0.2
     focal_loss_alpha: FocalAlpha = 0.25
     focal_loss_gamma: FocalGamma = 2.0
-    box_loss_weight: Annotated[float, "Weight of the boxes' IoU loss."] = 1.0
+    box_loss_weight: Annotated[float, "Weight of the IoU loss of the boxes."] = 1.0
 
 
 class FSAFHead(RetinaNetHead):
-    """RetinaNet's head with one prediction a position: the distances to the box's sides."""
+    """RetinaNet's head with one prediction per position: the distances to the sides of the box."""
 
     def __init__(self, **arguments: Any):
         super().__init__(num_anchors=1, **arguments)
         nn.init.constant_(
             self.bbox_pred.bias, 1 / DISTANCE_UNIT
-        )  # a box of two strides, where distances have a gradient
+        )  # a box with sides of two strides, so that the ReLU has a gradient
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Levels (B, C, H, W) to logits (B, K, H, W) and distances (B, 4, H, W) left, top, right, bottom in strides by level."""
+        """Map levels (B, C, H, W) to logits (B, K, H, W) and left, top, right, bottom (B, 4, H, W) in strides."""
         logits, distances = super().forward(features)
         return logits, [DISTANCE_UNIT * F.relu(level) for level in distances]
 
 
 @META_ARCH_REGISTRY.register()
 class FSAF(SingleAnchorDetector):
-    """No anchors: positions in the middle of an instance predict it, on the one level where their loss is the smallest."""
+    """Anchor-free: positions in the effective region of an instance predict it, on the level with the smallest loss."""
 
     @configurable
     def __init__(
@@ -80,9 +80,9 @@ class FSAF(SingleAnchorDetector):
     ):
         """
         Args:
-            effective_scale: of a box's sides, for the middle whose positions are candidates.
-            ignoring_scale: of a box's sides, for the region where its class is not asked for.
-            arguments: those of `SingleAnchorDetector` but for its box transform, dims and anchor scale.
+            effective_scale: see MODEL.FSAF.EFFECTIVE_SCALE.
+            ignoring_scale: see MODEL.FSAF.IGNORING_SCALE.
+            arguments: arguments of `SingleAnchorDetector`, except its box transform, dims and anchor scale.
         """
         dims = [arguments["num_classes"], 4]
         super().__init__(box2box_transform=Box2BoxTransformLinear(), dims=dims, anchor_scale=1.0, **arguments)
@@ -97,7 +97,7 @@ class FSAF(SingleAnchorDetector):
 
     @torch.no_grad()
     def assign(self, anchors: list[Boxes], predictions: list[list[Tensor]], targets: list[Instances]) -> Tensor:
-        """Online level selection: of an instance's candidates those of the level with the smallest mean loss; others are ignored."""
+        """Select the level with the smallest mean loss for each instance, and ignore its candidates on other levels."""
         cells = Boxes.cat(anchors)
         candidates = [smallest_box(in_middle(cells, t.gt_boxes, self.effective_scale), t.gt_boxes) for t in targets]
         assignment_BR = torch.stack(candidates)
@@ -113,7 +113,7 @@ class FSAF(SingleAnchorDetector):
     def _positive_losses(
         self, cells: Boxes, predictions: list[list[Tensor]], positives: Positives, targets: list[Instances]
     ) -> tuple[Tensor, Tensor]:
-        """Focal loss over all classes (P,), and IoU loss of the boxes (P,)."""
+        """Compute the focal loss summed over classes (P,), and the IoU loss of the boxes (P,)."""
         logits, distances = predictions
         class_P, box_P4 = positives.ground_truth(targets)
         logits_PK = positives.pick(logits).float()
@@ -128,7 +128,7 @@ class FSAF(SingleAnchorDetector):
     def losses(
         self, anchors: list[Boxes], predictions: list[list[Tensor]], assignment_BR: Tensor, targets: list[Instances]
     ) -> dict[str, Tensor]:
-        """Focal loss of all positions and classes that are not ignored; IoU loss of the positives."""
+        """Compute the focal loss of all positions and classes that are not ignored, and the positives' IoU loss."""
         cells, logits = Boxes.cat(anchors), predictions[0]
         positives = Positives.of(assignment_BR)
         class_P, _ = positives.ground_truth(targets)
@@ -144,7 +144,7 @@ class FSAF(SingleAnchorDetector):
         }
 
     def _ignored(self, cells: Boxes, target: Instances) -> Tensor:
-        """(R, K) where a class is not asked for, unless it is assigned: in middle and ignoring region of its instances."""
+        """Return where (R, K) a class is ignored unless assigned: effective and ignoring regions of its instances."""
         near_NR = in_middle(cells, target.gt_boxes, self.effective_scale)
         near_NR |= covers_cell(cells, target.gt_boxes, self.ignoring_scale)
         is_class_NK = F.one_hot(target.gt_classes, self.num_classes)
@@ -152,20 +152,20 @@ class FSAF(SingleAnchorDetector):
 
 
 def covers_cell(cells: Boxes, gt_boxes: Boxes, scale: float) -> Tensor:
-    """(N, R) whether a box, its sides times `scale` around its center, covers enough of a position's cell."""
+    """Return whether a box, scaled by `scale` around its center, covers enough of a position's cell (N, R)."""
     center, half = gt_boxes.get_centers(), (gt_boxes.tensor[:, 2:] - gt_boxes.tensor[:, :2]) * (scale / 2)
     return pairwise_ioa(Boxes(torch.cat([center - half, center + half], 1)), cells) > MIN_CELL_SHARE
 
 
 def in_middle(cells: Boxes, gt_boxes: Boxes, scale: float) -> Tensor:
-    """(N, R) whether a position is in the middle of a box: `covers_cell`, and its center is inside the box."""
+    """Return whether a position is in a scaled box (`covers_cell`) and its center in the unscaled one (N, R)."""
     x, y = cells.get_centers().unbind(1)
     x1, y1, x2, y2 = gt_boxes.tensor[:, :, None].unbind(1)
     return covers_cell(cells, gt_boxes, scale) & (x > x1) & (x < x2) & (y > y1) & (y < y2)
 
 
 def smallest_box(is_inside_NR: Tensor, gt_boxes: Boxes) -> Tensor:
-    """(R,) index of the smallest box that a position is in, or `BACKGROUND`."""
+    """Return the index (R,) of the smallest box that contains a position, or `BACKGROUND`."""
     if len(gt_boxes) == 0:
         return torch.full(is_inside_NR.shape[1:], BACKGROUND, device=is_inside_NR.device)
     area_NR = torch.where(is_inside_NR, gt_boxes.area()[:, None], torch.inf)
@@ -174,7 +174,7 @@ def smallest_box(is_inside_NR: Tensor, gt_boxes: Boxes) -> Tensor:
 
 
 def best_level(loss_P: Tensor, instance_P: Tensor, level_P: Tensor, num_instances: int, num_levels: int) -> Tensor:
-    """(N,) the level on which the mean loss of an instance's candidates is the smallest (Zhu et al. 2019, equation 3)."""
+    """Return the level (N,) with the smallest mean loss of an instance's candidates (Zhu et al. 2019, equation 3)."""
     slot_P = instance_P * num_levels + level_P
     total, count = loss_P.new_zeros(2, num_instances * num_levels)
     total.index_add_(0, slot_P, loss_P)

@@ -1,7 +1,7 @@
 """GFL: generalized focal loss (Li et al. 2020).
 
-Shape suffixes: B images, K classes, R anchors of an image over all levels, P positives of all images, D distances that a
-side's distribution is over.
+Shape suffixes: B images, K classes, R anchors of an image over all levels, P positives of all images, D distances in
+the distribution of a side.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ class GFLKeys(AdaptiveKeys):
     reg_max: Annotated[
         int,
         AtLeast(1),
-        "Largest distance of a side from the position, in strides; a side's distribution is over 0 to REG_MAX.",
+        "Maximum distance of a side from the position, in strides; the distribution of a side covers 0 to REG_MAX.",
     ] = 16
     beta: Annotated[float, "Exponent of the quality focal loss."] = 2.0
-    box_loss_weight: Annotated[float, "Weight of the boxes' GIoU loss."] = 2.0
+    box_loss_weight: Annotated[float, "Weight of the GIoU loss of the boxes."] = 2.0
     distribution_loss_weight: Annotated[float, "Weight of the distribution focal loss."] = 0.25
 
 
 class GFLHead(RetinaNetHead):
-    """RetinaNet's head with one anchor a position, whose box sides are distributions; a learned scale a level.
+    """RetinaNet's head with one anchor per position, distributions as box sides, and a learned scale per level.
 
     Args:
-        reg_max: a side's distribution is over 0, 1, ..., reg_max strides.
-        arguments: those of `RetinaNetHead` but for num_anchors.
+        reg_max: the distribution of a side covers 0, 1, ..., reg_max strides.
+        arguments: arguments of `RetinaNetHead`, except num_anchors.
     """
 
     def __init__(self, *, reg_max: int, conv_dims: list[int], **arguments: Any):
@@ -53,17 +53,17 @@ class GFLHead(RetinaNetHead):
         self.scales = nn.Parameter(torch.ones(self._num_features))
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Levels (B, C, H, W) to joint-score logits (B, K, H, W) and distributions' logits (B, 4 * D, H, W) by level."""
+        """Map levels (B, C, H, W) to joint score logits (B, K, H, W) and side logits (B, 4 * D, H, W) by level."""
         logits, distributions = super().forward(features)
         return logits, [level * scale for level, scale in zip(distributions, self.scales, strict=True)]
 
 
 class DistributionTransform:
-    """Boxes whose sides are distributions over distances from the anchor's center.
+    """Box transform for sides given as distributions over distances from the anchor's center.
 
     Args:
-        anchor_scale: side of the anchors in strides; the distances are in strides.
-        reg_max: the largest distance.
+        anchor_scale: side of the anchors, in strides.
+        reg_max: maximum distance, in strides.
     """
 
     def __init__(self, anchor_scale: float, reg_max: int):
@@ -71,12 +71,12 @@ class DistributionTransform:
         self.reg_max = reg_max
 
     def get_distances(self, anchors: Tensor, boxes: Tensor) -> Tensor:
-        """(P, 4) distances of a box's left, top, right and bottom side from its anchor's center, in strides."""
+        """Return the distances (P, 4) of the left, top, right and bottom side from the anchor's center, in strides."""
         center = (anchors[:, :2] + anchors[:, 2:]) / 2
         return torch.cat([center - boxes[:, :2], boxes[:, 2:] - center], 1) / self._stride(anchors)
 
     def apply_deltas(self, logits: Tensor, anchors: Tensor) -> Tensor:
-        """Boxes (P, 4) at the expected distances of the distributions (P, 4 * D)."""
+        """Return the boxes (P, 4) at the expected distances of distributions with logits (P, 4 * D)."""
         probabilities = logits.unflatten(-1, (4, self.reg_max + 1)).softmax(-1)
         distances = probabilities @ torch.arange(self.reg_max + 1, device=logits.device, dtype=logits.dtype)
         before, behind = (distances * self._stride(anchors)).chunk(2, -1)
@@ -89,7 +89,7 @@ class DistributionTransform:
 
 @META_ARCH_REGISTRY.register()
 class GFL(AdaptiveDetector):
-    """ATSS's assignment; a joint score of class and box quality under quality focal loss; distributions of box sides."""
+    """GFL: ATSS label assignment, quality focal loss of a joint class and quality score, and box side distributions."""
 
     @configurable
     def __init__(
@@ -104,7 +104,7 @@ class GFL(AdaptiveDetector):
     ):
         """
         Args:
-            arguments: those of `AdaptiveDetector` but for its box transform and dims.
+            arguments: arguments of `AdaptiveDetector`, except its box transform and dims.
         """
         super().__init__(
             box2box_transform=DistributionTransform(anchor_scale, reg_max),
@@ -124,7 +124,7 @@ class GFL(AdaptiveDetector):
     def losses(
         self, anchors: list[Boxes], predictions: list[list[Tensor]], assignment_BR: Tensor, targets: list[Instances]
     ) -> dict[str, Tensor]:
-        """Quality focal loss of all anchors; GIoU and distribution focal loss of the positives, weighted by their scores."""
+        """Compute the QFL of all anchors, and the GIoU loss and DFL of the positives, weighted by their scores."""
         logits, distributions = predictions
         positives = Positives.of(assignment_BR)
         class_P, box_P4 = positives.ground_truth(targets)
@@ -151,27 +151,27 @@ class GFL(AdaptiveDetector):
 
 
 def quality_focal_loss(logits: Tensor, quality: Tensor, beta: float = 2.0) -> Tensor:
-    """QFL (Li et al. 2020, equation 2): |quality - p|^beta times binary cross-entropy, p = sigmoid(logits).
+    """Quality focal loss (Li et al. 2020, equation 2): |quality - p|^beta times BCE, with p = sigmoid(logits).
 
     Args:
-        logits, quality: of one shape; quality in [0, 1], 0 for background and for other classes.
+        logits, quality: tensors of the same shape; quality in [0, 1], 0 for background and for other classes.
 
     Returns:
-        Elementwise, of the same shape.
+        Elementwise loss of the same shape.
     """
     difference = quality - logits.sigmoid()
     return difference.abs() ** beta * F.binary_cross_entropy_with_logits(logits, quality, reduction="none")
 
 
 def distribution_focal_loss(logits: Tensor, distances: Tensor) -> Tensor:
-    """DFL (Li et al. 2020, equation 3): cross-entropy with the two whole distances around the true one.
+    """Distribution focal loss (Li et al. 2020, equation 3): cross-entropy with the two integers around the distance.
 
     Args:
-        logits: (..., D) of the distances 0 to D - 1.
-        distances: (...); those outside [0, D - 1) count as the nearest inside.
+        logits: (..., D), logits of the distances 0 to D - 1.
+        distances: (...), clamped to [0, D - 1).
 
     Returns:
-        (...).
+        Loss of shape (...).
     """
     distances = distances.clamp(0, logits.shape[-1] - 1 - 0.01)
     below = distances.floor()

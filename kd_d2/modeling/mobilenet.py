@@ -1,4 +1,4 @@
-"""MobileNetV2 of any width: torchvision's blocks under torchvision's names, as a bottom-up network of Detectron2."""
+"""MobileNetV2 of any width as a Detectron2 bottom-up network, with torchvision's blocks and parameter names."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from ..errors import UserError
 from ..keys import Above, AtMost, Keys
 from .necks import dense_fpn, rcnn_fpn, retinanet_fpn
 
-# The last of torchvision's blocks in each stage, by the names of Detectron2's stages, with the stage's stride.
+# Index of torchvision's last block in each stage, and stride of the stage, by Detectron2's stage names.
 LAST_BLOCK = {"stem": 1, "res2": 3, "res3": 6, "res4": 13, "res5": 17}
 STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
 
 
 @dataclass(frozen=True)
 class MobileNetV2Keys(Keys):
-    """Freezing and outputs are MODEL.BACKBONE.FREEZE_AT and MODEL.RESNETS.OUT_FEATURES."""
+    """Config keys of MobileNetV2; MODEL.BACKBONE.FREEZE_AT and MODEL.RESNETS.OUT_FEATURES apply too."""
 
     width_mult: Annotated[
-        float, Above(0), AtMost(2), "Channels, as a part of the full network's: 0.5 is the half-width form."
+        float, Above(0), AtMost(2), "Width multiplier of the number of channels: 0.5 halves the width."
     ] = 1.0
-    norm: Annotated[str | None, "Normalization: 'BN', 'SyncBN' or 'FrozenBN'."] = "BN"
+    norm: Annotated[str | None, "Normalization layers: 'BN', 'SyncBN' or 'FrozenBN'."] = "BN"
 
 
 class MobileNetV2(Backbone):
-    """MobileNetV2 without its last convolution and classifier (Sandler et al. 2018); parameters are called as torchvision's.
+    """MobileNetV2 (Sandler et al. 2018) with torchvision's parameter names, without last convolution and classifier.
 
     Args:
-        width_mult: channels, as a part of the full network's.
-        norm: as of Detectron2's `get_norm`.
-        out_features: stages to return, of res2, res3, res4, res5.
+        width_mult: width multiplier of the number of channels.
+        norm: normalization, see Detectron2's `get_norm`.
+        out_features: stages to return, from res2, res3, res4 and res5.
     """
 
     def __init__(self, width_mult: float, norm: str, out_features: list[str]):
@@ -49,7 +49,7 @@ class MobileNetV2(Backbone):
         self._out_feature_channels = {name: blocks[LAST_BLOCK[name]].out_channels for name in out_features}
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """(B, 3, H, W) to the stages asked for, by name."""
+        """Map images (B, 3, H, W) to the outputs of the stages in `out_features`, by name."""
         outputs, end = {}, 0
         for name, last in LAST_BLOCK.items():
             start, end = end, last + 1
@@ -59,7 +59,7 @@ class MobileNetV2(Backbone):
         return outputs
 
     def freeze(self, freeze_at: int) -> MobileNetV2:
-        """Freeze the stem (1), res2 too (2), and so on; 0 freezes nothing. Returns itself."""
+        """Freeze nothing (0), the stem (1), also res2 (2), and so on, and return the network."""
         if freeze_at:
             last = list(LAST_BLOCK.values())[freeze_at - 1]
             for index, block in enumerate(self.features[: last + 1]):
@@ -69,10 +69,10 @@ class MobileNetV2(Backbone):
 
 @BACKBONE_REGISTRY.register()
 def build_mobilenet_v2_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> MobileNetV2:
-    """A MobileNetV2 as MODEL.MOBILENET_V2 says."""
+    """Build a MobileNetV2 from MODEL.MOBILENET_V2."""
     keys = MobileNetV2Keys.read(cfg.MODEL.MOBILENET_V2, "MODEL.MOBILENET_V2")
     if input_shape.channels != 3:
-        raise UserError(f"MobileNetV2 reads images of 3 channels; MODEL.PIXEL_MEAN has {input_shape.channels}.")
+        raise UserError(f"MobileNetV2 takes images with 3 channels; MODEL.PIXEL_MEAN has {input_shape.channels}.")
     unknown = sorted(set(cfg.MODEL.RESNETS.OUT_FEATURES) - STRIDES.keys())
     if unknown:
         raise UserError(f"MODEL.RESNETS.OUT_FEATURES names {', '.join(unknown)}; MobileNetV2 has {', '.join(STRIDES)}.")
@@ -82,17 +82,17 @@ def build_mobilenet_v2_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> MobileN
 
 @BACKBONE_REGISTRY.register()
 def build_mobilenet_v2_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """MobileNetV2 with the FPN of R-CNNs."""
+    """Build a MobileNetV2 with the FPN of R-CNNs."""
     return rcnn_fpn(cfg, build_mobilenet_v2_backbone(cfg, input_shape))
 
 
 @BACKBONE_REGISTRY.register()
 def build_retinanet_mobilenet_v2_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """MobileNetV2 with the FPN of RetinaNet."""
+    """Build a MobileNetV2 with the FPN of RetinaNet."""
     return retinanet_fpn(cfg, build_mobilenet_v2_backbone(cfg, input_shape))
 
 
 @BACKBONE_REGISTRY.register()
 def build_dense_mobilenet_v2_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """MobileNetV2 with the FPN of FCOS, ATSS and GFL."""
+    """Build a MobileNetV2 with the FPN of FCOS, ATSS and GFL."""
     return dense_fpn(cfg, build_mobilenet_v2_backbone(cfg, input_shape))

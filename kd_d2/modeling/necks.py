@@ -1,4 +1,4 @@
-"""Feature pyramids on any bottom-up network whose stages are called res2 to res5."""
+"""FPNs for any bottom-up network with stages res2 to res5."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import nn
 
 
 def rcnn_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
-    """The FPN of R-CNNs: P2 to P6."""
+    """Build the FPN of R-CNNs: P2 to P6."""
     return _fpn(cfg, bottom_up, LastLevelMaxPool())
 
 
 def retinanet_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
-    """The FPN of RetinaNet: P3 to P7, the last two from res5."""
+    """Build the FPN of RetinaNet: P3 to P7, with P6 and P7 computed from res5."""
     channels = bottom_up.output_shape()["res5"].channels
     return _fpn(cfg, bottom_up, LastLevelP6P7(channels, cfg.MODEL.FPN.OUT_CHANNELS))
 
 
 def dense_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
-    """The FPN of FCOS, ATSS and GFL: P3 to P7, the last two from P5; it has one shape on every bottom-up network but for its laterals."""
+    """Build the FPN of FCOS, ATSS and GFL: P3 to P7, with P6 and P7 from P5. Only laterals depend on `bottom_up`."""
     channels = cfg.MODEL.FPN.OUT_CHANNELS
     return _fpn(cfg, bottom_up, LastLevelP6P7(channels, channels, in_feature="p5"))
 
@@ -39,5 +39,5 @@ def _fpn(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module) -> FPN:
 
 @BACKBONE_REGISTRY.register()
 def build_dense_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Detectron2's ResNet with the FPN of FCOS, ATSS and GFL."""
+    """Build Detectron2's ResNet with the FPN of FCOS, ATSS and GFL."""
     return dense_fpn(cfg, build_resnet_backbone(cfg, input_shape))

@@ -1,7 +1,7 @@
 """RepPoints: objects as sets of points (Yang et al. 2019).
 
 Shape suffixes: B images, K classes, R positions of an image over all levels, N instances of an image, P positives of all
-images. Point sets are (..., 2 * points): y and x in turn, in strides from the position.
+images. Point sets are (..., 2 * points): alternating y and x offsets from the position, in strides.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .assignment import BACKGROUND, Positives, assign_by_iou
 from .dense import DenseKeys, FocalAlpha, FocalGamma, SingleAnchorDetector, dense_arguments
 
 TRANSFER_LEARNING_RATE = 0.01
-"""Part of the gradient that reaches the learned factor from deviation to half a side."""
+"""Fraction of the gradient that reaches the learned factor between standard deviation and half a box side."""
 VARIANCE_EPS = 1e-6
 
 
@@ -40,32 +40,32 @@ ODD_SQUARE = Condition(
 
 @dataclass(frozen=True)
 class RepPointsKeys(DenseKeys):
-    num_convs: Annotated[int, AtLeast(1), "Convolutions of each of the head's two towers."] = 3
-    norm: Annotated[str | None, "Normalization of the head's towers, '' for none."] = ""
-    nms_thresh_test: Annotated[float, "Overlap of the NMS."] = 0.5
-    num_points: Annotated[int, ODD_SQUARE, "Points of a set."] = 9
+    num_convs: Annotated[int, AtLeast(1), "Number of convolutions in each of the head's two towers."] = 3
+    norm: Annotated[str | None, "Normalization layers of the head's towers; '' for none."] = ""
+    nms_thresh_test: Annotated[float, "IoU threshold of the NMS."] = 0.5
+    num_points: Annotated[int, ODD_SQUARE, "Number of points in a set."] = 9
     gradient_share: Annotated[
-        float, "Part of the gradient that reaches the first points through where features are sampled."
+        float, "Fraction of the gradient that reaches the first points through the sampling positions of features."
     ] = 0.1
     base_scale: Annotated[
         float,
         Above(0),
-        "Size of an instance in strides at which a level is its own; losses of boxes are in this unit.",
+        "Smallest instance size of a level, in strides; also the unit of the box losses.",
     ] = 4.0
     iou_thresholds: Annotated[
         list,
-        "Overlap of the first box with the ground truth: below the first number it is background, from the second on foreground; "
-        "ignored between.",
+        "IoU thresholds of the first box with the ground truth: background below the first, foreground from the second, ignored "
+        "in between.",
     ] = field(default_factory=lambda: [0.4, 0.5])
     focal_loss_alpha: FocalAlpha = 0.25
     focal_loss_gamma: FocalGamma = 2.0
-    smooth_l1_beta: Annotated[float, "Difference at which smooth l1 turns from square to line."] = 0.11
-    init_loss_weight: Annotated[float, "Weight of the boxes of the first points."] = 0.5
-    refine_loss_weight: Annotated[float, "Weight of the boxes of the refined points."] = 1.0
+    smooth_l1_beta: Annotated[float, "Difference at which the smooth L1 loss changes from quadratic to linear."] = 0.11
+    init_loss_weight: Annotated[float, "Weight of the box loss of the first points."] = 0.5
+    refine_loss_weight: Annotated[float, "Weight of the box loss of the refined points."] = 1.0
 
 
 class PointConv(DeformConv2d):
-    """A deformable convolution, in float32 under autocast too."""
+    """A deformable convolution that runs in float32 even under autocast."""
 
     def forward(self, x: Tensor, offset: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -73,14 +73,14 @@ class PointConv(DeformConv2d):
 
 
 class RepPointsHead(RetinaNetHead):
-    """RetinaNet's towers; then first points, features sampled at them, and from these classes and refined points.
+    """RetinaNet's towers, followed by first points, and classes and refined points from features sampled at them.
 
     Args:
-        num_points: of a set.
+        num_points: number of points in a set.
         gradient_share: see MODEL.REPPOINTS.GRADIENT_SHARE.
-        first_side: of the square box, in strides, that the first points begin with. From points in one place, as the paper's
-            program begins, a box takes hundreds of iterations to grow.
-        arguments: those of `RetinaNetHead` but for num_anchors.
+        first_side: side of the square box of the initial first points, in strides. If all points start in one place, as
+            in the authors' code, boxes take hundreds of iterations to grow.
+        arguments: arguments of `RetinaNetHead`, except num_anchors.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class RepPointsHead(RetinaNetHead):
             self.first_points.bias.copy_(grid.flatten() * (first_side / 2 / grid[..., 0].std()))
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Levels (B, C, H, W) to logits (B, K, H, W), refined and first points (B, 2 * points, H, W) by level."""
+        """Map levels (B, C, H, W) to logits (B, K, H, W), refined and first points (B, 2 * points, H, W) by level."""
         outputs = [self._level(level) for level in features]
         return tuple(list(levels) for levels in zip(*outputs, strict=True))
 
@@ -133,11 +133,11 @@ class RepPointsHead(RetinaNetHead):
 
 
 class PointTransform:
-    """Boxes from the moments of point sets: mean, and deviation times a learned factor for half a side.
+    """Converts point sets to boxes: the mean is the center, and the deviation times a learned factor is half a side.
 
     Args:
-        anchor_scale: side of the anchors in strides.
-        moment_transfer: (2,) logarithm of the factor, horizontal and vertical.
+        anchor_scale: side of the anchors, in strides.
+        moment_transfer: (2,), logarithms of the horizontal and vertical factor.
     """
 
     def __init__(self, anchor_scale: float, moment_transfer: nn.Parameter):
@@ -145,7 +145,7 @@ class PointTransform:
         self.moment_transfer = moment_transfer
 
     def apply_deltas(self, points: Tensor, anchors: Tensor) -> Tensor:
-        """Boxes (P, 4) of point sets (P, 2 * points) around the centers of anchors (P, 4)."""
+        """Return the boxes (P, 4) of point sets (P, 2 * points) around the centers of anchors (P, 4)."""
         point_Pn2 = torch.stack([points[..., 1::2], points[..., 0::2]], -1)  # x before y
         mean = point_Pn2.mean(-2)
         variance = (point_Pn2 - mean[..., None, :]).square().sum(-2) / (point_Pn2.shape[-2] - 1)
@@ -159,7 +159,7 @@ class PointTransform:
 
 @META_ARCH_REGISTRY.register()
 class RepPoints(SingleAnchorDetector):
-    """First points by the nearest position, refined points and classes by the overlap of the first points' box."""
+    """RepPoints: first points assigned by nearest position, refined points and classes by IoU of the first boxes."""
 
     @configurable
     def __init__(
@@ -178,7 +178,7 @@ class RepPoints(SingleAnchorDetector):
         Args:
             base_scale: see MODEL.REPPOINTS.BASE_SCALE.
             iou_thresholds: see MODEL.REPPOINTS.IOU_THRESHOLDS.
-            arguments: those of `SingleAnchorDetector` but for its box transform, dims and anchor scale.
+            arguments: arguments of `SingleAnchorDetector`, except its box transform, dims and anchor scale.
         """
         super().__init__(
             head=head,
@@ -205,9 +205,9 @@ class RepPoints(SingleAnchorDetector):
 
     @torch.no_grad()
     def assign(self, anchors: list[Boxes], predictions: list[list[Tensor]], targets: list[Instances]) -> Tensor:
-        """By the overlap of the first points' boxes, as RetinaNet's by that of its anchors.
+        """Assign by the IoU of the first points' boxes, as RetinaNet does with anchors.
 
-        An instance may overlap none of the first boxes, which is no match.
+        A position whose box overlaps no instance is background, even if it is the best match of an instance.
         """
         cells = Boxes.cat(anchors).tensor
         first_BRn = torch.cat(predictions[2], 1).float()
@@ -220,7 +220,7 @@ class RepPoints(SingleAnchorDetector):
     def losses(
         self, anchors: list[Boxes], predictions: list[list[Tensor]], assignment_BR: Tensor, targets: list[Instances]
     ) -> dict[str, Tensor]:
-        """Focal loss of what is not ignored; smooth l1 of the boxes of first and of refined points, in the levels' unit."""
+        """Compute the focal loss of positions not ignored, and smooth L1 of first and refined boxes in anchor sides."""
         logits, refined, first = predictions
         positives = Positives.of(assignment_BR)
         class_P, _ = positives.ground_truth(targets)
@@ -249,12 +249,12 @@ class RepPoints(SingleAnchorDetector):
 
 @torch.no_grad()
 def assign_nearest(anchors: list[Boxes], gt_boxes: Boxes) -> Tensor:
-    """Each instance to the position nearest to its center, on the level whose anchors are nearest below it in size.
+    """Assign each instance to the position nearest to its center, on the level with the largest anchors up to its size.
 
-    Distances are in parts of the instance's width and height. A position that is the nearest of several takes the nearest.
+    Distances are relative to the instance's width and height. A position nearest to several takes the nearest.
 
     Args:
-        anchors: by level, in order of size.
+        anchors: anchors of each level, in order of size.
         gt_boxes: N boxes.
 
     Returns:

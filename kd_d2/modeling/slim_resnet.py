@@ -1,8 +1,8 @@
-"""Residual networks of basic blocks with any number of blocks and any width a stage.
+"""ResNets of basic blocks with any number of blocks and any width per stage.
 
-Detectron2's own `build_resnet_backbone` knows ResNet-18 and deeper, at full width. A student often has to be smaller:
-ResNet-10 (one block a stage), or narrow. Built of Detectron2's blocks under Detectron2's names, so that ResNet-18
-weights fill every block of the same name and shape.
+Detectron2's `build_resnet_backbone` supports ResNet-18 and deeper at full width. Students are often smaller: ResNet-10
+(one block per stage), or narrower. The networks use Detectron2's blocks and names, so that ResNet-18 weights fill every
+block of the same name and shape.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ from .necks import dense_fpn, rcnn_fpn, retinanet_fpn
 
 @dataclass(frozen=True)
 class SlimResNetKeys(Keys):
-    """Norm, stem width, freezing and outputs are Detectron2's own keys of MODEL.RESNETS."""
+    """Config keys of slim ResNets; norm, stem width, freezing and outputs are Detectron2's keys."""
 
     blocks_per_stage: Annotated[
         tuple[int, int, int, int],
         AtLeast(1),
-        "Basic blocks in res2, res3, res4 and res5: (1, 1, 1, 1) is ResNet-10, (2, 2, 2, 2) ResNet-18.",
+        "Number of basic blocks in res2, res3, res4 and res5: (1, 1, 1, 1) is ResNet-10, (2, 2, 2, 2) is ResNet-18.",
     ] = (1, 1, 1, 1)
     widths: Annotated[
-        tuple[int, int, int, int], AtLeast(1), "Channels of the four stages; neighboring ones must differ."
+        tuple[int, int, int, int], AtLeast(1), "Channels of the four stages; adjacent stages must differ."
     ] = (64, 128, 256, 512)
 
     def check(self, name: str) -> None:
         if any(a == b for a, b in pairwise(self.widths)):
             raise UserError(
-                f"{name}.WIDTHS is {self.widths}; neighboring stages must differ, since Detectron2's basic block can halve the map only "
-                "where the width changes."
+                f"{name}.WIDTHS is {self.widths}; adjacent stages must differ, because Detectron2's basic block can halve the resolution "
+                "only if the width changes."
             )
 
 
 def add_slim_resnet_config(cfg: CfgNode) -> None:
-    """Add MODEL.SLIM_RESNET."""
+    """Add the config node MODEL.SLIM_RESNET."""
     cfg.MODEL.SLIM_RESNET = CfgNode()
     SlimResNetKeys.add_to(cfg.MODEL.SLIM_RESNET)
 
 
 @BACKBONE_REGISTRY.register()
 def build_slim_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
-    """A ResNet of basic blocks as MODEL.SLIM_RESNET says."""
+    """Build a ResNet of basic blocks from MODEL.SLIM_RESNET."""
     keys = SlimResNetKeys.read(cfg.MODEL.SLIM_RESNET, "MODEL.SLIM_RESNET")
     norm = cfg.MODEL.RESNETS.NORM
     stem = BasicStem(input_shape.channels, cfg.MODEL.RESNETS.STEM_OUT_CHANNELS, norm)
@@ -70,17 +70,17 @@ def build_slim_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
 
 @BACKBONE_REGISTRY.register()
 def build_slim_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Slim ResNet with the FPN of R-CNNs."""
+    """Build a slim ResNet with the FPN of R-CNNs."""
     return rcnn_fpn(cfg, build_slim_resnet_backbone(cfg, input_shape))
 
 
 @BACKBONE_REGISTRY.register()
 def build_retinanet_slim_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Slim ResNet with the FPN of RetinaNet."""
+    """Build a slim ResNet with the FPN of RetinaNet."""
     return retinanet_fpn(cfg, build_slim_resnet_backbone(cfg, input_shape))
 
 
 @BACKBONE_REGISTRY.register()
 def build_dense_slim_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Slim ResNet with the FPN of FCOS, ATSS and GFL."""
+    """Build a slim ResNet with the FPN of FCOS, ATSS and GFL."""
     return dense_fpn(cfg, build_slim_resnet_backbone(cfg, input_shape))
