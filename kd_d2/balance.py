@@ -1,4 +1,4 @@
-"""GradientBalance: multipliers by which every distiller's gradient keeps its share beside the detector's own."""
+"""GradientBalance: multipliers that keep each distiller's gradient at its share relative to the detection losses."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from .level_balance import LevelBalance
 
 
 class GradientBalance:
-    """Scales distillation losses so that their gradients have chosen norms relative to the detector's own.
+    """Scales distillation losses so that their gradients have chosen norms relative to the detection losses.
 
-    The gradient ratio of a distiller is the norm of the gradient of its losses, but the auxiliary ones, over that of the
-    detector's own losses, in the parameters of the student's neck (`shared_parameters`), which all losses reach. As in GradNorm
-    (Chen et al. 2018) these are the last that all losses share; unlike it nothing is learned. The multiplier of a distiller is
-    `target * share / ratio`: the shares of the active distillers sum to 1, and the ratio is a moving average of its logarithm
-    over measurements.
+    The gradient ratio of a distiller is the gradient norm of its losses, except auxiliary ones, divided by that of the
+    detection losses, in the parameters of the student's neck (`shared_parameters`), which all losses reach. As in
+    GradNorm (Chen et al. 2018), these are the last that all losses share; unlike in GradNorm, nothing is learned. The
+    multiplier of a distiller is `target * share / ratio`: the shares of the active distillers sum to 1, and the ratio
+    is a moving average of its logarithm over measurements.
 
     Attributes:
-        levels: what spreads each distiller's gradient over the neck's levels; None for nothing.
-        ratios: by distiller the averaged gradient ratio; one that had no gradient yet is not there.
-        last_multipliers: by distiller that is active, what `multipliers` returned last.
+        levels: spreads each distiller's gradient over the levels of the neck; None to disable.
+        ratios: averaged gradient ratios by distiller, without those that have had no gradient yet.
+        last_multipliers: last result of `multipliers`, by active distiller.
     """
 
     def __init__(
@@ -42,12 +42,12 @@ class GradientBalance:
     ):
         """
         Args:
-            target: the gradient ratios of all active distillers, added up.
-            period: iterations between two measurements. Within the first `period` iterations there are more: in the
+            target: sum of the gradient ratios of all active distillers.
+            period: iterations between measurements. Within the first `period` iterations, there are more: in the
                 iterations 0, 1, 2, 4, 8, ...
-            momentum: of the moving average, in [0, 1). The first 1 / (1 - momentum) measurements count equally.
+            momentum: averaging factor in [0, 1). The first 1 / (1 - momentum) measurements count equally.
             limit: multipliers are at least 1 / limit and at most limit.
-            weights: by distiller what its share is proportional to; 1 where it is not named.
+            weights: by distiller, what its share is proportional to; 1 if it is not named.
             levels: see the attribute.
         """
         self.target = target
@@ -62,7 +62,7 @@ class GradientBalance:
 
     @classmethod
     def from_node(cls, node: CfgNode, weights: Mapping[str, float]) -> GradientBalance | None:
-        """From MODEL.KD.BALANCE; None where it is not enabled."""
+        """Build the balance from MODEL.KD.BALANCE; None if it is disabled."""
         if not node.ENABLED:
             return None
         levels = LevelBalance(node.MOMENTUM) if node.LEVELS else None
@@ -88,17 +88,17 @@ class GradientBalance:
         features: Mapping[int, Tensor] | None = None,
         gated: Mapping[str, Mapping[int, Tensor]] | None = None,
     ) -> dict[str, float]:
-        """The multiplier of each active distiller, after a measurement where one is due.
+        """Return the multiplier of each active distiller, after a measurement if one is due.
 
-        All processes of a training call this with the same names in the same order, and get the same numbers. A distiller
-        that had no gradient yet has the multiplier 1.
+        All processes of a training must call this with the same names in the same order; they get the same values. The
+        multiplier of a distiller that has had no gradient yet is 1.
 
         Args:
-            iteration: of the training. Of several calls in one iteration (gradient accumulation) the first measures.
+            iteration: training iteration. Only the first call in an iteration measures (gradient accumulation).
             parameters: see `shared_parameters`.
-            own_loss: the sum of the detector's own losses.
-            losses: by active distiller the sum of its losses but the auxiliary ones, before any schedule.
-            features, gated: what `LevelBalance.measure` takes, where there is one.
+            own_loss: sum of the detection losses.
+            losses: by active distiller, the sum of its losses except auxiliary ones, before any schedule.
+            features, gated: neck outputs by stride, and by distiller those of `LevelBalance.gated`; only with `levels`.
         """
         weights = {name: self.weights.get(name, 1.0) for name in losses}
         if iteration != self._last_iteration:
@@ -154,15 +154,15 @@ class GradientBalance:
 
 
 def shared_parameters(student: nn.Module) -> list[nn.Parameter]:
-    """The trained parameters of a detector's neck; where it has none, those of its whole backbone.
+    """Return the trainable parameters of a detector's neck, or of its whole backbone if the neck has none.
 
     Raises:
-        UserError: nothing of the backbone is trained.
+        UserError: the backbone has no trainable parameters.
     """
     trained = {f"backbone.{n}": p for n, p in student.backbone.named_parameters() if p.requires_grad}
     if not trained:
         raise UserError(
-            "The student's backbone is fully frozen (MODEL.BACKBONE.FREEZE_AT), so that there is no gradient to measure."
+            "The student's backbone is fully frozen (MODEL.BACKBONE.FREEZE_AT), so there is no gradient to measure."
         )
     neck = [p for name, p in trained.items() if component_of(name) == "neck"]
     return neck or list(trained.values())

@@ -19,15 +19,13 @@ def compile_backbone(model: nn.Module, key: str) -> None:
     If compilation fails, a warning is logged and the backbone runs uncompiled. The state_dict does not change.
 
     Args:
-        key: the config key that asks for it, for messages.
+        key: config key that enables it, for messages.
 
     Raises:
         UserError: the model has no backbone.
     """
     if not isinstance(getattr(model, "backbone", None), nn.Module):
-        raise UserError(
-            f"{key} is True, but {type(model).__name__} has no backbone that could be compiled; set it to False."
-        )
+        raise UserError(f"{key} is True, but {type(model).__name__} has no backbone to compile; set it to False.")
     model.backbone.forward = _Compiled(model.backbone.forward, key)
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def mean_across_ranks(value: Tensor) -> Tensor:
-    """The mean of a tensor over all ranks."""
+    """Return the mean of a tensor over all ranks."""
     if comm.get_world_size() == 1:
         return value
     value = value.clone()
@@ -15,27 +15,27 @@ def mean_across_ranks(value: Tensor) -> Tensor:
 
 
 def mean_count_across_ranks(count: Tensor) -> Tensor:
-    """What a loss divides by: the mean of all ranks' counts; all of them together are at least 1.
+    """Return the divisor of a loss: the mean of a count over all ranks, with a total of at least 1.
 
-    Gradients are averaged across ranks, so this is the divisor of one process with the whole batch.
+    Gradients are averaged across ranks, so this corresponds to one process with the whole batch.
     """
     return mean_across_ranks(count).clamp(min=1 / comm.get_world_size())
 
 
 def mean_across_ranks_with_local_gradient(value: Tensor) -> Tensor:
-    """The mean of a tensor over all ranks, of whose gradient each rank has its own value's.
+    """Return the mean of a tensor over all ranks, with the gradient of each rank's own value.
 
-    What a loss makes of such means is the same on all ranks, and its gradients, which are averaged across ranks, are those of one
-    process with the whole batch. Nothing is sent in the backward pass.
+    A loss of such means is the same on all ranks, and its gradients, which are averaged across ranks, are those of one
+    process with the whole batch. The backward pass needs no communication.
     """
     own = value.detach()
     return value + (mean_across_ranks(own) - own)
 
 
 def sum_across_ranks(value: Tensor) -> Tensor:
-    """The sum of a tensor over all ranks, which gradients of all ranks flow through.
+    """Return the sum of a tensor over all ranks, with gradients flowing from all ranks.
 
-    All ranks call it, and its backward pass, equally often and in the same order.
+    All ranks must call it, and its backward pass, equally often and in the same order.
     """
     return value if comm.get_world_size() == 1 else _SumAcrossRanks.apply(value)
 

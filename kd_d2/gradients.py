@@ -1,4 +1,4 @@
-"""Gradients of losses, whose norms are measured in the course of a training."""
+"""Gradients of losses and their norms, measured during training."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 from .distributed import mean_across_ranks
 
 LOSS_SCALES = (2.0**16, 2.0**8, 1.0)
-"""What a loss in float16 is multiplied by before its gradient is taken: the first that does not overflow."""
+"""Factors of a float16 loss before its gradient is computed: the first that does not overflow is used."""
 
 
 def gradients_of(loss: Tensor, tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The gradients of a loss, of this process alone; the graph is kept. Zero where the loss does not depend on a tensor.
+    """Compute this process's gradients of a loss and retain the graph; zero where the loss does not depend on a tensor.
 
-    Under autocast in float16 the loss is scaled as by a gradient scaler.
+    Under float16 autocast, the loss is scaled as by a gradient scaler.
     """
     tensors = list(tensors)
     if not loss.requires_grad:
@@ -37,22 +37,22 @@ def gradients_of(loss: Tensor, tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def loss_gradient(loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:
-    """The gradient of a loss in all parameters together (P,), the mean over processes; the graph is kept: see `gradients_of`."""
+    """Compute a loss's gradient in all parameters together (P,), averaged over processes; see `gradients_of`."""
     return mean_of_processes(gradients_of(loss, parameters))
 
 
 def mean_of_processes(gradients: Iterable[Tensor]) -> Tensor:
-    """The mean over processes of all gradients together (P,)."""
+    """Return all gradients concatenated (P,) and averaged over processes."""
     return mean_across_ranks(torch.cat([part.flatten() for part in gradients]))
 
 
 def gradient_norm(loss: Tensor, parameters: Iterable[Tensor]) -> float:
-    """The norm of `loss_gradient`."""
+    """Return the norm of `loss_gradient`."""
     return loss_gradient(loss, parameters).norm().item()
 
 
 class LogAverages:
-    """Moving averages of logarithms, by key. The first 1 / (1 - momentum) values of a key count equally."""
+    """Moving averages of logarithms by key. The first 1 / (1 - momentum) values of a key count equally."""
 
     def __init__(self, momentum: float):
         self.momentum = momentum
@@ -67,7 +67,7 @@ class LogAverages:
         return key in self._averages
 
     def values(self) -> dict[Any, float]:
-        """By key the geometric mean."""
+        """Return the geometric mean of each key."""
         return {key: math.exp(mean) for key, (mean, _) in self._averages.items()}
 
     def state(self) -> list[tuple[Hashable, float, int]]:

@@ -1,4 +1,4 @@
-"""Inheritance: the student starts with the teacher's neck and head."""
+"""Inheritance: initialization of the student's neck and head with the teacher's."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ logger = logging.getLogger(__name__)
 
 
 def inherit(student: nn.Module, teacher: nn.Module, modules: Iterable[str]) -> Fit:
-    """Copy the teacher's neck and head into the student by parameter name (Kang et al. 2021), and log what fitted.
+    """Copy the teacher's neck and head into the student by parameter name (Kang et al. 2021), and log what fits.
 
-    A layer is copied whole or not at all, and so is a sequence of layers: where one of them has more layers or other ones,
-    equal names stand for different things.
+    A layer is copied as a whole or not at all, and so is a sequence of layers: if the layers of two sequences differ,
+    equal names have different meanings.
 
     Args:
         student: changed in place.
         teacher: the source.
-        modules: of "neck" (the backbone without its bottom-up network) and "head" (all that is not backbone).
+        modules: any of "neck" (the backbone without its bottom-up network) and "head" (all outside the backbone).
 
     Raises:
         UserError: nothing fits.
@@ -44,7 +44,7 @@ def inherit(student: nn.Module, teacher: nn.Module, modules: Iterable[str]) -> F
 
 
 def _broken_layers(wanted: StateDict, source: StateDict) -> dict[str, str]:
-    """Layers of which some tensor has another shape in the source, with the reason."""
+    """Return layers with a tensor of another shape in the source, with the reason."""
     broken: dict[str, str] = {}
     for name, tensor in wanted.items():
         if name in source and source[name].shape != tensor.shape:
@@ -55,7 +55,7 @@ def _broken_layers(wanted: StateDict, source: StateDict) -> dict[str, str]:
 
 
 def _other_sequences(student: nn.Module, wanted: StateDict, source: StateDict) -> dict[str, str]:
-    """Sequences of layers of the student whose tensors have other names in the source, with the reason."""
+    """Return the student's sequences of layers whose tensors have other names in the source, with the reason."""
     others = {}
     for path, module in student.named_modules():
         if isinstance(module, nn.Sequential):
@@ -64,12 +64,12 @@ def _other_sequences(student: nn.Module, wanted: StateDict, source: StateDict) -
                 for names in (wanted, source)
             )
             if theirs and ours and ours != theirs:
-                others[path] = f"the teacher's {path} is built of other layers"
+                others[path] = f"the teacher's {path} has other layers"
     return others
 
 
 def component_of(name: str) -> str:
-    """The part of a detector that a parameter belongs to: "bottom_up", "neck" or "head"."""
+    """Return the part of a detector that a parameter belongs to: "bottom_up", "neck" or "head"."""
     if not name.startswith("backbone."):
         return "head"
     return "bottom_up" if name.startswith("backbone.bottom_up.") else "neck"

@@ -1,4 +1,4 @@
-"""Teachers whose config is a Python file: Detectron2's LazyConfigs, such as its new baselines, ViTDet and Swin."""
+"""Teachers with Python configs: Detectron2's LazyConfigs, such as its new baselines, ViTDet and Swin."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def is_lazy_config(name: str) -> bool:
 
 
 def build_lazy_teacher(cfg: CfgNode) -> tuple[nn.Module, str, str]:
-    """Build the teacher of a Python config, `model` in it, on the student's device.
+    """Build the teacher from `model` in a Python config, on the student's device.
 
-    A config that Detectron2 ships is loaded; any other one only with MODEL.KD.TEACHER.TRUST_CONFIG, since it is a program.
-    MODEL.KD.TEACHER.OPTS are overrides as Detectron2 takes them for such configs: ["model.roi_heads.num_classes=20"].
+    Configs that Detectron2 ships are loaded; others only with MODEL.KD.TEACHER.TRUST_CONFIG, since they execute code.
+    MODEL.KD.TEACHER.OPTS are overrides in Detectron2's format for such configs: ["model.roi_heads.num_classes=20"].
 
     Returns:
-        the detector without its weights, its checkpoint, and the order of the channels that it reads.
+        the detector without its weights, its checkpoint, and the channel order of its input.
 
     Raises:
         UserError: the config is not trusted, cannot be loaded, or names no detector or weights.
@@ -41,7 +41,7 @@ def build_lazy_teacher(cfg: CfgNode) -> tuple[nn.Module, str, str]:
         raise UserError(f"{FILE} {path} defines no `model`.")
     try:
         model = instantiate(config.model).to(cfg.MODEL.DEVICE)
-    except Exception as error:  # whatever the classes of the config raise
+    except Exception as error:  # any error from classes in the config
         raise UserError(f"{FILE} {path}: its model cannot be built ({type(error).__name__}: {error}).") from error
     return model, _weights(node, path), getattr(model, "input_format", None) or "BGR"
 
@@ -49,11 +49,11 @@ def build_lazy_teacher(cfg: CfgNode) -> tuple[nn.Module, str, str]:
 def _load(path: str, overrides: list[str]) -> Any:
     try:
         config = LazyConfig.load(path)
-    except Exception as error:  # the file's own code
+    except Exception as error:  # from code in the file
         raise UserError(f"{FILE} {path} cannot be loaded ({type(error).__name__}: {error}).") from error
     try:
         return LazyConfig.apply_overrides(config, overrides)
-    except Exception as error:  # of Hydra's parser and OmegaConf
+    except Exception as error:  # from Hydra's parser and OmegaConf
         raise UserError(f"{OPTS} {overrides} cannot be applied to {path}; write KEY=VALUE ({error}).") from error
 
 

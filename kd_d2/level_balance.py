@@ -1,4 +1,4 @@
-"""LevelBalance: a distiller's gradient is spread over the levels of the student's neck as the detector's own is."""
+"""LevelBalance: distribution of a distiller's gradient over neck levels like that of the detection losses."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from .distributed import mean_across_ranks
 from .gradients import LogAverages, gradients_of
 
 SMALLEST_SHARE = 1e-3
-"""Norms of a level below this share of the largest level's count as so large: they are rounding, or say nothing."""
+"""Norms of a level below this fraction of the largest are raised to it: they are rounding errors or uninformative."""
 
 
 class LevelBalance:
-    """Scales a distiller's gradient in each of the student's neck outputs; the forward pass stays as it is.
+    """Scales a distiller's gradient at each of the student's neck outputs; the forward pass is unchanged.
 
-    The gradient of many methods is almost entirely in the coarsest levels, where the detector has hardly any. The factor of a level is
-    proportional to the norm of the detector's own gradient over the norm of the distiller's, moving averages over measurements. The
-    norm of a distiller's gradient in all levels together stays what it is: see `GradientBalance` for that.
+    The gradient of many methods is almost entirely in the coarsest levels, where that of the detection losses is small.
+    The factor of a level is proportional to the norm of the detection gradient over that of the distiller's, as moving
+    averages over measurements. The total norm of a distiller's gradient is preserved; `GradientBalance` scales it.
     """
 
     def __init__(self, momentum: float):
         self._norms, self._own_norms = LogAverages(momentum), LogAverages(momentum)  # by distiller and stride
-        self._gates: dict[str, dict[int, float]] = {}  # by distiller and stride the factor of the next backward pass
+        self._gates: dict[str, dict[int, float]] = {}  # factors of the next backward pass, by distiller and stride
 
     def gated(self, name: str, features: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """Neck outputs by stride for a distiller, whose gradient will be scaled."""
+        """Return neck outputs by stride for a distiller, with the gradient scaled in the backward pass."""
         gates = self._gates[name] = dict.fromkeys(features, 1.0)
         self._set_gates(name)
         return {stride: _Gated.apply(level, gates, stride) for stride, level in features.items()}
 
     def factors(self, name: str) -> dict[int, float]:
-        """By stride; none before the first gradient of the distiller and of the detector."""
+        """Return the factors by stride; empty before the first gradient of the distiller and of the detector."""
         norms = {stride: norm for (whose, stride), norm in self._norms.values().items() if whose == name}
         own = {stride: norm for (whose, stride), norm in self._own_norms.values().items() if whose == name}
         whole = math.hypot(*norms.values()) / math.hypot(*own.values()) if norms else 1.0
@@ -47,12 +47,12 @@ class LevelBalance:
         losses: Mapping[str, Tensor],
         gated: Mapping[str, Mapping[int, Tensor]],
     ) -> None:
-        """Set the factors, also for the backward pass of the losses that are given. The same on all processes.
+        """Set the factors, including those for the backward pass of the given losses. The same on all processes.
 
         Args:
-            own: by stride the gradient of the detector's own losses in the neck output.
-            losses: by distiller the sum of its losses.
-            gated: by distiller what `gated` gave it.
+            own: by stride, the gradient of the detection losses in the neck output.
+            losses: by distiller, the sum of its losses.
+            gated: by distiller, what `gated` returned.
         """
         own = _norms(own)
         for name, loss in losses.items():
@@ -80,7 +80,7 @@ class LevelBalance:
 
 
 class _Gated(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by the factor that the stride has at the time of the backward pass."""
+    """The identity, with its gradient multiplied by the stride's factor at the time of the backward pass."""
 
     @staticmethod
     def forward(ctx, x: Tensor, factors: Mapping[int, float], stride: int) -> Tensor:
@@ -93,7 +93,7 @@ class _Gated(torch.autograd.Function):
 
 
 def _norms(gradients: Mapping[int, Tensor]) -> dict[int, float]:
-    """The norms over all processes' images, at least `SMALLEST_SHARE` of the largest; empty where there is no gradient."""
+    """Return norms over all processes' images, at least `SMALLEST_SHARE` of the largest; empty without gradient."""
     squares = torch.stack([gradient.float().square().sum() for gradient in gradients.values()])
     norms = mean_across_ranks(squares).sqrt().tolist()
     if not 0 < max(norms) < math.inf:

@@ -1,4 +1,4 @@
-"""Whether the weights of a detector lie with channels last in memory."""
+"""Channels-last memory format for the weights of detectors."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ NARROW = 16
 
 
 def has_channels_last(cfg: CfgNode, choice: bool | None) -> bool:
-    """What a CHANNELS_LAST key means: None is True on a CPU, where convolutions are faster so."""
+    """Resolve a CHANNELS_LAST key: None means True on a CPU, where convolutions are then faster."""
     return cfg.MODEL.DEVICE == "cpu" if choice is None else choice
 
 
 def trains_with_channels_last(cfg: CfgNode, model: nn.Module) -> bool:
-    """What SOLVER.CHANNELS_LAST means for a model: None leaves out those whose gradients PyTorch cannot compute so.
+    """Resolve SOLVER.CHANNELS_LAST for a model: None excludes those whose gradients PyTorch cannot compute with it.
 
     Raises:
         UserError: it is True for such a model.
@@ -24,15 +24,15 @@ def trains_with_channels_last(cfg: CfgNode, model: nn.Module) -> bool:
     crashing = [name for name, module in model.named_modules() if cfg.MODEL.DEVICE == "cpu" and _crashes(module)]
     if cfg.SOLVER.CHANNELS_LAST and crashing:
         raise UserError(
-            f"SOLVER.CHANNELS_LAST is True, but PyTorch crashes in the gradient of {crashing[0]}, a strided 1x1 convolution of fewer than "
-            f"{NARROW} channels, with channels last on a CPU; set it to False."
+            f"SOLVER.CHANNELS_LAST is True, but PyTorch crashes in the gradient of {crashing[0]}, a strided 1x1 convolution with fewer than "
+            f"{NARROW} channels, in channels-last format on a CPU; set it to False."
         )
     return has_channels_last(cfg, cfg.SOLVER.CHANNELS_LAST) and not crashing
 
 
 def _crashes(module: nn.Module) -> bool:
-    """Whether the backward pass writes beyond its memory (PyTorch 2.14.1, oneDNN, AVX-512: 1x1, stride 2, 4 to 8, 8 to 12 and 12 to 16 channels)."""
-    return (
+    """Return whether the backward pass writes out of bounds."""
+    return (  # PyTorch 2.14.1, oneDNN, AVX-512: 1x1, stride 2, 4 to 8, 8 to 12 and 12 to 16 channels
         isinstance(module, nn.Conv2d)
         and module.kernel_size == (1, 1)
         and module.stride != (1, 1)

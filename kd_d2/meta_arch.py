@@ -1,4 +1,4 @@
-"""KDMetaArch: a student detector, a frozen teacher, and any number of distillers between them."""
+"""KDMetaArch: a student detector, a frozen teacher, and any number of distillers."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ PARTS_IN_WORDS = {
     "dense": "dense predictions",
     "distributions": "distributions of box sides",
     "proposals": "a box head that classifies proposals by softmax",
-    "towers": "a dense head of two towers of convolutions",
+    "towers": "a dense head with two convolutional towers",
 }
-"""What distillers need, where a message needs another word for it."""
+"""Descriptions of the outputs that distillers need, for messages in which the name is not clear."""
 
 
 @META_ARCH_REGISTRY.register()
 class KDMetaArch(nn.Module):
-    """Trains a student on its own losses and those of the distillers; at inference it is the student and nothing else."""
+    """Trains a student with its detection losses and those of the distillers; at inference, it is the student alone."""
 
     @configurable
     def __init__(
@@ -46,14 +46,14 @@ class KDMetaArch(nn.Module):
         Args:
             student: any Detectron2 detector.
             teacher: the frozen detector; not a submodule.
-            distillers: by registered name.
-            schedules: by the same names; one that is not named is active from the first iteration to the last.
-            labels: where the ground truth comes from; None for the data's annotations.
-            balance: scales the distillers' losses by their gradients; None leaves them as they are.
+            distillers: distillers by registered name.
+            schedules: schedules by the same names; distillers without one are always active.
+            labels: source of the ground truth; None for the data's annotations.
+            balance: scales the distillers' losses by their gradients; None to disable.
 
         Raises:
-            UserError: a distiller needs what one of the two detectors does not have; the class counts differ; the two
-                cannot be fed images of one size; there is a balance, but nothing of the student's backbone is trained.
+            UserError: a distiller needs outputs that a detector does not have; the class counts differ; the detectors
+                cannot take images of one size; there is a balance, but nothing in the student's backbone is trained.
         """
         super().__init__()
         self.student = student
@@ -97,7 +97,7 @@ class KDMetaArch(nn.Module):
             )
         self.labels.check(student, teacher)
         if self.balance:
-            shared_parameters(self.student)  # raises where nothing is trained
+            shared_parameters(self.student)  # raises if nothing is trained
         for name, distiller in self.distillers.items():
             if not {*distiller.aux_loss_names} <= {*distiller.loss_names}:
                 raise RuntimeError(
@@ -119,7 +119,7 @@ class KDMetaArch(nn.Module):
         return next(self.student.parameters()).device
 
     def forward(self, batched_inputs: list[dict]) -> Losses | list[dict]:
-        """In training a dictionary of losses: the student's own and each distiller's. In eval the student's detections."""
+        """Return detection and distillation losses by name in training, the student's detections in eval mode."""
         if not self.training:
             return self.student(batched_inputs)
         iteration = get_event_storage().iter
@@ -154,7 +154,7 @@ class KDMetaArch(nn.Module):
         return losses
 
     def _seen_by(self, distiller: str, student: DetectorOutputs) -> DetectorOutputs:
-        """The student's outputs as a distiller gets them."""
+        """Return the student's outputs as passed to a distiller."""
         if not self.balance or not self.balance.levels:
             return student
         return dataclasses.replace(student, features=self.balance.levels.gated(distiller, student.features))
@@ -166,7 +166,7 @@ class KDMetaArch(nn.Module):
         seen: dict[str, DetectorOutputs],
         distilled: dict[str, Losses],
     ) -> dict[str, float]:
-        """By active distiller what its losses, but the auxiliary ones, are multiplied by beside their weight."""
+        """Return, by active distiller, the factor of its losses except auxiliary ones, in addition to the weight."""
         factors = {name: self.schedules[name].factor(iteration) for name in distilled}
         if self.balance:
             totals = {name: self.distillers[name].total(losses) for name, losses in distilled.items()}
@@ -187,8 +187,8 @@ class KDMetaArch(nn.Module):
     def _add(losses: Losses, new: Losses, name: str, distiller: Distiller) -> None:
         if new.keys() != set(distiller.loss_names) or new.keys() & losses.keys():
             raise RuntimeError(
-                f"{name} returned the losses {sorted(new)}; it declares {sorted(distiller.loss_names)}, and there are "
-                f"{sorted(losses)} already"
+                f"{name} returned the losses {sorted(new)}; it declares {sorted(distiller.loss_names)}, and "
+                f"{sorted(losses)} already exist"
             )
         losses.update(new)
 
@@ -210,7 +210,7 @@ class KDMetaArch(nn.Module):
                 )
 
     def idle_parameters(self, iteration: int) -> list[nn.Parameter]:
-        """Parameters of distillers outside their schedule, which must keep still in this iteration."""
+        """Return parameters of distillers outside their schedule, which must not change in this iteration."""
         return [
             parameter
             for name, distiller in self.distillers.items()
@@ -220,5 +220,5 @@ class KDMetaArch(nn.Module):
 
 
 def student_of(model: nn.Module) -> nn.Module:
-    """The detector itself: the student inside a KDMetaArch, or the model that it is."""
+    """Return the detector: the student of a KDMetaArch, or the model itself."""
     return model.student if isinstance(model, KDMetaArch) else model

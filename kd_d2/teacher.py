@@ -22,15 +22,15 @@ logger = logging.getLogger(__name__)
 
 
 class Teacher:
-    """A trained detector that is only ever read: frozen, in eval mode, in no state_dict, optimizer or DDP bucket.
+    """A trained detector, frozen and in eval mode, that is in no state_dict, optimizer or DDP bucket.
 
-    A plain object, so that a module that holds it does not own its weights.
+    A plain object, so that modules that hold it do not own its weights.
 
     Args:
         model: the detector; its parameters are frozen here.
-        flip_channels: whether the images that it is given have the opposite channel order (RGB for BGR or back).
-        compiled: run its backbone through torch.compile, see `compile_backbone`.
-        channels_last: keep its weights with channels last.
+        flip_channels: whether the input images have the opposite channel order (RGB for BGR or vice versa).
+        compiled: whether to run its backbone through torch.compile, see `compile_backbone`.
+        channels_last: whether to store its weights in channels-last format.
     """
 
     def __init__(
@@ -46,12 +46,12 @@ class Teacher:
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> Teacher:
-        """Build the teacher of MODEL.KD.TEACHER and load its weights, all of them.
+        """Build the teacher of MODEL.KD.TEACHER and load all of its weights.
 
         Raises:
-            UserError: config or weights are missing, damaged, or do not belong together.
+            UserError: config or weights are missing, damaged, or do not match.
         """
-        classes = None  # of the data that it was trained on, where its config names them
+        classes = None  # of its training data, if its config names them
         if is_lazy_config(cfg.MODEL.KD.TEACHER.CONFIG_FILE):
             model, weights, input_format = build_lazy_teacher(cfg)
         else:
@@ -76,17 +76,17 @@ class Teacher:
         return self.adapter.spec
 
     def to(self, device: torch.device) -> None:
-        """Move to the student's device; nothing happens where it is there already."""
+        """Move to the student's device; does nothing if it is already there."""
         if next(self.model.parameters()).device != device:
             self.model.to(device)
 
     @torch.no_grad()
     def __call__(self, batched_inputs: list[dict], want: frozenset[str]) -> DetectorOutputs:
-        """Read the wanted parts for the images of a training batch, given in the student's channel order."""
+        """Return the requested outputs for a training batch whose images have the student's channel order."""
         return self.adapter.run(self.to_input_format(batched_inputs), want)
 
     def to_input_format(self, batched_inputs: list[dict]) -> list[dict]:
-        """The inputs with the images in the teacher's channel order."""
+        """Return the inputs with images in the teacher's channel order."""
         if not self.flip_channels:
             return batched_inputs
         return [{**x, "image": x["image"].flip(0)} for x in batched_inputs]

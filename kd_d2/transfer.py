@@ -1,4 +1,4 @@
-"""Copies from the CPU to a GPU that do not synchronize the two."""
+"""Copies from the CPU to a GPU without synchronization."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 def on_device(numbers: Sequence[float], device: torch.device) -> Tensor:
-    """A tensor of Python numbers, copied to the device without blocking."""
+    """Copy Python numbers to a tensor on the device without blocking."""
     return torch.tensor(numbers).to(device, non_blocking=True)
 
 
 def instances_on_device(instances: Instances, device: torch.device) -> Instances:
-    """A copy of `instances` on the device, as `Instances.to` makes, but with tensors and boxes copied without blocking."""
+    """Return a copy of `instances` on the device, like `Instances.to` but without blocking for tensors and boxes."""
     moved = Instances(instances.image_size)
     for name, value in instances.get_fields().items():
         if isinstance(value, Boxes):

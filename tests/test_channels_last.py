@@ -40,7 +40,7 @@ def test_narrow_strided_convolutions(tmp_path: Path) -> None:
         train(project, "SOLVER.CHANNELS_LAST", True)
     assert str(caught.value) == (
         "SOLVER.CHANNELS_LAST is True, but PyTorch crashes in the gradient of student.backbone.bottom_up.res3.0.shortcut, a strided 1x1 "
-        "convolution of fewer than 16 channels, with channels last on a CPU; set it to False."
+        "convolution with fewer than 16 channels, in channels-last format on a CPU; set it to False."
     )
 
 

@@ -399,7 +399,7 @@ def test_sequences_of_other_layers_are_not_inherited() -> None:
     )
     fit = inherit(student, teacher, ("head",))
     assert set(fit.filled) == {"head.score.weight", "head.score.bias"}
-    assert fit.misfits["head.subnet.3.weight"] == "the teacher's head.subnet is built of other layers"
+    assert fit.misfits["head.subnet.3.weight"] == "the teacher's head.subnet has other layers"
     assert {"head.subnet.1.weight", "head.subnet.1.running_mean"} <= {*fit.missing}
 
 

@@ -242,7 +242,7 @@ def test_the_source_of_a_wrong_key_is_named(files: Files) -> None:
         ),
         (
             ["MODEL.KD.STRUCTURAL.SSIM_EXPONENTS", (1, 0, 0), "MODEL.KD.STRUCTURAL.LOSS", "ms_ssim"],
-            r"MODEL.KD.STRUCTURAL.SSIM_EXPONENTS is \(1, 0, 0\), which LOSS 'ssim' alone reads; LOSS is 'ms_ssim'",
+            r"MODEL.KD.STRUCTURAL.SSIM_EXPONENTS is \(1, 0, 0\), which only LOSS 'ssim' uses; LOSS is 'ms_ssim'",
         ),
         (
             ["MODEL.KD.STRUCTURAL.SSIM_EXPONENTS", (1, -1, 0)],

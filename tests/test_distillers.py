@@ -365,7 +365,7 @@ def test_missing_feature_is_an_error(build: Callable, node_name: str, whose: str
     given = {"student": STUDENT, "teacher": TEACHER}
     given[whose] = {8: STUDENT[8]}
     with pytest.raises(
-        RuntimeError, match=rf"the {whose}'s features of stride \[16\] were not captured; there are \[8\]"
+        RuntimeError, match=rf"the {whose}'s features at strides \[16\] were not captured; captured strides: \[8\]"
     ):
         distiller(_outputs(given["student"]), _outputs(given["teacher"]), [])
 

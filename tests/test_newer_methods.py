@@ -561,7 +561,7 @@ def test_wrong_values_name_their_key(build: Callable, method: type[Distiller], k
 
 
 def test_logits_have_no_adaptation(build: Callable) -> None:
-    with pytest.raises(UserError, match=r"MODEL\.KD\.CWD\.ADAPTATION is '1x1', which MAPS 'neck' alone reads"):
+    with pytest.raises(UserError, match=r"MODEL\.KD\.CWD\.ADAPTATION is '1x1', which only MAPS 'neck' uses"):
         build(CWD, MAPS="logits", ADAPTATION="1x1")
     assert not list(build(CWD, MAPS="logits", ADAPTATION="none").parameters())
 

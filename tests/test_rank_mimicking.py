@@ -469,7 +469,7 @@ def test_pfi_adapts_where_channels_differ(build: Callable) -> None:
             {"cell_anchors": {8: torch.tensor([[0.0, 0, 8, 8]])}},
             r"teacher .Master. one anchor of 8x8 pixels around \(4, 4\)",
         ),
-        ({"cell_anchors": {8: torch.tensor([[-4.0, -4, 4, 4]] * 3)}}, "the teacher .Master. 3 anchors a position"),
+        ({"cell_anchors": {8: torch.tensor([[-4.0, -4, 4, 4]] * 3)}}, "the teacher .Master. 3 anchors per position"),
         ({"cell_anchors": {4: torch.tensor([[-4.0, -4, 4, 4]])}}, r"strides \[8\] and the teacher .Master. at \[4\]"),
     ],
 )
@@ -500,7 +500,7 @@ def test_masks_that_read_no_prediction_take_any_anchors(build: Callable) -> None
         (
             "PFI",
             {"MASK": "boxes", "RELATIVE": True},
-            "MODEL.KD.PFI.RELATIVE is True, but MASK 'boxes' does not read predictions",
+            "MODEL.KD.PFI.RELATIVE is True, but MASK 'boxes' does not use predictions",
         ),
         ("PFI", {"MASK": "whole", "ON_LOGITS": True}, "MODEL.KD.PFI.ON_LOGITS is True, but MASK 'whole' does not"),
         ("SOFT_LABEL", {"TEMPERATURE": 0.0}, "TEMPERATURE is 0.0; it must be a number above 0"),
@@ -510,7 +510,7 @@ def test_masks_that_read_no_prediction_take_any_anchors(build: Callable) -> None
         (
             "SOFT_LABEL",
             {"LOSS": "quality_focal", "TEMPERATURE": 2.0},
-            "TEMPERATURE is 2.0, which LOSS 'kl' alone reads",
+            "TEMPERATURE is 2.0, which only LOSS 'kl' uses",
         ),
         ("RANK_MIMICKING", {"TEMPERATURE": 0.0}, "RANK_MIMICKING.TEMPERATURE is 0.0"),
         ("RANK_MIMICKING", {"LOCALIZATION_TEMPERATURE": -1.0}, "LOCALIZATION_TEMPERATURE is -1.0"),

@@ -99,7 +99,7 @@ def test_compiling_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, k
 def test_a_model_without_a_backbone() -> None:
     with pytest.raises(
         UserError,
-        match=r"^SOLVER\.COMPILE is True, but Linear has no backbone that could be compiled; set it to False\.$",
+        match=r"^SOLVER\.COMPILE is True, but Linear has no backbone to compile; set it to False\.$",
     ):
         compile_backbone(nn.Linear(2, 2), "SOLVER.COMPILE")
 

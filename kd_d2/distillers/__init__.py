@@ -1,4 +1,4 @@
-"""Distillation methods, each registered by name in DISTILLER_REGISTRY, and what the author of another one needs."""
+"""Distillation methods, each registered by name in DISTILLER_REGISTRY, and the API for writing new ones."""
 
 from ..distributed import mean_count_across_ranks
 from ..keys import Above, AtLeast, AtMost, Below, Condition, OneOf

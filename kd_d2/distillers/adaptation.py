@@ -1,4 +1,4 @@
-"""Adaptation layers: the student's feature maps brought to the teacher's channels."""
+"""Adaptation layers, which map the student's feature maps to the teacher's channels."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ KERNEL_SIZES = {"none": 0, "1x1": 1, "3x3": 3}
 
 Adaptation = Annotated[
     Literal[None, "none", "1x1", "3x3"],
-    "Convolution that brings the student's features to the teacher's channels, one for each level; None is '1x1' where the channels "
-    "differ and 'none' where they agree.",
+    "Convolution that maps the student's features to the teacher's channels, one per level; None means '1x1' if the channels differ at "
+    "any level, and 'none' otherwise.",
 ]
-"""The type of a method's key ADAPTATION."""
+"""Type of the key ADAPTATION of a method."""
 
 
 class AdaptationLayers(nn.Module):
-    """What brings the student's features to the teacher's channels: one convolution a level, or nothing.
+    """Maps the student's features to the teacher's channels with one convolution per level, or leaves them unchanged.
 
     Args:
-        channels: by stride the student's and the teacher's channels.
-        kernel_size: side of the convolution; 0 for the identity.
+        channels: student and teacher channels by stride.
+        kernel_size: kernel size of the convolutions; 0 for the identity.
     """
 
     def __init__(self, channels: dict[int, tuple[int, int]], kernel_size: int):
@@ -39,15 +39,15 @@ class AdaptationLayers(nn.Module):
 
     @classmethod
     def build(cls, adaptation: str | None, pair: Pair, node: str) -> AdaptationLayers:
-        """The layers at every stride that both detectors have.
+        """Build the layers for every stride that both detectors have.
 
         Args:
-            adaptation: the key's value; None is 1x1 where the channels differ, and nothing where they agree.
+            adaptation: value of the key; None means 1x1 if the channels differ at any level, otherwise no layers.
             pair: the detectors.
-            node: the method's CONFIG_NODE, for messages.
+            node: the method's CONFIG_NODE, for error messages.
 
         Raises:
-            UserError: no common stride, or no adaptation and different channels.
+            UserError: there is no common stride, or the channels differ and there is no adaptation.
         """
         channels = pair.channels
         needed = "none" if all(ours == theirs for ours, theirs in channels.values()) else "1x1"
@@ -61,12 +61,12 @@ class AdaptationLayers(nn.Module):
         return cls(channels, kernel_size)
 
     def pairs(self, student: DetectorOutputs, teacher: DetectorOutputs) -> list[tuple[Tensor, Tensor]]:
-        """By level the student's adapted and the teacher's feature map, (B, C_teacher, H, W) each."""
+        """Return the student's adapted and the teacher's feature map of each level, (B, C_teacher, H, W) each."""
         student_maps = self(levels_by_stride(student.features, self.strides, "student"))
         return list(zip(student_maps, levels_by_stride(teacher.features, self.strides, "teacher"), strict=True))
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
-        """(B, C_student, H, W) per level, in order of `strides`, to (B, C_teacher, H, W)."""
+        """Map features (B, C_student, H, W) per level, in order of `strides`, to (B, C_teacher, H, W)."""
         if not self.layers:
             return features
         return [self.layers[str(s)](x) for s, x in zip(self.strides, features, strict=True)]

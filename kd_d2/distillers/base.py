@@ -1,4 +1,4 @@
-"""The contract of a distillation method, and what all methods share."""
+"""Base class, registry and helpers of distillation methods."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from .pair import Pair
 LOG_PERIOD = 20  # iterations, the period of Detectron2's writers
 
 Losses = dict[str, Tensor]
-"""Losses by name, scalars."""
+"""Scalar losses by name."""
 
-Weight = Annotated[float, AtLeast(0), "What the method's losses are multiplied by."]
-"""The type of the key WEIGHT."""
+Weight = Annotated[float, AtLeast(0), "Weight of the method's losses."]
+"""Type of the key WEIGHT."""
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """An optimizer beside the student's.
+    """Settings of an optimizer separate from the student's.
 
     Attributes:
-        name: for the log ("lr_<name>") and the checkpoint.
-        lr: peak learning rate; linear warm-up, then a cosine to zero at the last iteration.
-        clip_norm: limit of the gradient norm over all its parameters together; infinite for none.
+        name: name in the log ("lr_<name>") and in the checkpoint.
+        lr: peak learning rate; linear warm-up, then cosine decay to zero at the last iteration.
+        clip_norm: maximum gradient norm over all its parameters together; infinite for no clipping.
     """
 
     name: str
@@ -49,27 +49,27 @@ class OptimizerSettings:
 
 @dataclass
 class ParamGroup:
-    """Parameters of a distiller and who optimizes them: None is the student's own optimizer."""
+    """Parameters of a distiller and the optimizer that trains them; None for the student's optimizer."""
 
     params: list[nn.Parameter]
     optimizer: OptimizerSettings | None = None
 
 
 class Distiller(nn.Module):
-    """A distillation method.
+    """Base class of distillation methods.
 
-    Class attributes, the first three of which an instance may set anew in its `__init__`:
-        needs: what `forward` reads of the student: a subset of what `DetectorSpec.provides` may name.
-        loss_names: exactly the keys of the losses that `forward` returns, each `loss_<something>`.
-        aux_loss_names: those of `loss_names` that train the method's own parameters alone: neither weight nor schedule scales them.
-        alternative_needs: what an instance needs in place of `needs` where the student provides these alone.
+    Class attributes; an instance may override the first three in its `__init__`:
+        needs: student outputs that `forward` reads, a subset of those that `DetectorSpec.provides` can name.
+        loss_names: exact keys of the losses that `forward` returns, each `loss_<something>`.
+        aux_loss_names: losses that train only the method's own parameters: neither weight nor schedule scales them.
+        alternative_needs: outputs read instead of `needs` if the student provides only these.
         CONFIG_NODE: name of the method's node under MODEL.KD.
-        resizes: whether `forward` takes maps of one stride whose sizes differ.
+        resizes: whether `forward` accepts student and teacher maps of different sizes at the same stride.
 
     Attributes:
-        config: the values of the method's keys.
-        weight: what the losses are multiplied by, but the auxiliary ones; `forward` leaves it out.
-        relative_weight: the weight over its default; 1 where that is 0.
+        config: values of the method's keys.
+        weight: factor of all losses except auxiliary ones; not applied by `forward`.
+        relative_weight: weight divided by its default; 1 if the default is 0.
     """
 
     needs: frozenset[str]
@@ -81,21 +81,21 @@ class Distiller(nn.Module):
 
     @dataclass(frozen=True)
     class Config(Keys):
-        """The keys that all methods have. A method states its own in a subclass of the same name, a dataclass again."""
+        """Keys of all methods. A method adds its own in a nested dataclass `Config(Distiller.Config)`."""
 
         weight: Weight = 1.0
-        start_iter: Annotated[int, AtLeast(0), "First iteration in which the method takes part."] = 0
+        start_iter: Annotated[int, AtLeast(0), "First iteration in which the method is active."] = 0
         warmup_iters: Annotated[
-            int, AtLeast(0), "Iterations, from START_ITER on, over which the weight grows linearly."
+            int, AtLeast(0), "Iterations, starting at START_ITER, over which the weight increases linearly."
         ] = 0
-        end_iter: Annotated[int | None, "First iteration without the method; None for no end."] = None
+        end_iter: Annotated[int | None, "First iteration after the method ends; None for no end."] = None
 
     def __init_subclass__(cls, **arguments: Any):
         super().__init_subclass__(**arguments)
         old = [name for name in ("add_config", "validate_config", "from_config", "default_weight") if name in vars(cls)]
         if old:
             raise UserError(
-                f"The method {cls.__name__} defines {' and '.join(old)}, which kd_d2 no longer calls since 0.2: declare its keys in a "
+                f"The method {cls.__name__} defines {' and '.join(old)}, which kd_d2 no longer calls as of 0.2: declare its keys in a "
                 "dataclass `Config(Distiller.Config)` inside the class, construct it in `__init__(self, config, pair)`, where "
                 "`super().__init__` takes a `default_weight`, and return unweighted losses from `forward` (docs/guides/own-method.md)."
             )
@@ -104,9 +104,9 @@ class Distiller(nn.Module):
     def __init__(self, config: Config, pair: Pair, default_weight: float | None = None):
         """
         Args:
-            config: the values of the method's keys.
-            pair: what the method is built for.
-            default_weight: the weight where the key WEIGHT is None, for methods whose default depends on the pair or on other keys.
+            config: values of the method's keys.
+            pair: the detectors and training settings that the method is built for.
+            default_weight: value if the key WEIGHT is None, for defaults that depend on the pair or on other keys.
 
         Raises:
             UserError: the pair cannot be distilled with these values.
@@ -121,10 +121,10 @@ class Distiller(nn.Module):
             self.needs = other
 
     def weigh_losses(self, *weights: float, optional: Collection[str]) -> dict[str, float]:
-        """The weights of the losses by name, without optional losses of weight 0, which are also removed from `loss_names`.
+        """Return the loss weights by name, without optional losses of weight 0, and remove these from `loss_names`.
 
         Args:
-            weights: in the order of `loss_names`.
+            weights: weights in the order of `loss_names`.
             optional: names of the losses that `forward` can skip.
         """
         by_name = dict(zip(self.loss_names, weights, strict=True))
@@ -133,24 +133,24 @@ class Distiller(nn.Module):
 
     @property
     def needs_of_teacher(self) -> frozenset[str]:
-        """What `forward` reads of the teacher."""
+        """Parts of the teacher's outputs that `forward` reads."""
         return self.needs - {"targets"}
 
     def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
-        """The losses, without the method's weight.
+        """Compute the losses, without the method's weight.
 
         Args:
-            student, teacher: what `needs` names is there; the student's tensors carry gradients.
+            student, teacher: outputs with the parts named in `needs`; the student's tensors are differentiable.
             targets: ground truth per image with `gt_boxes` in input pixels and `gt_classes`.
         """
         raise NotImplementedError
 
     def total(self, losses: Losses) -> Tensor:
-        """The sum of losses that `forward` returned, but the auxiliary ones, times the weight."""
+        """Return the weighted sum of losses that `forward` returned, except auxiliary ones."""
         return self.weight * sum(loss for name, loss in losses.items() if name not in self.aux_loss_names)
 
     def scaled(self, losses: Losses, factor: float = 1.0) -> Losses:
-        """Losses that `forward` returned times the weight and `factor`; the auxiliary ones as they are."""
+        """Multiply losses that `forward` returned by the weight and `factor`; auxiliary ones remain unchanged."""
         factor = factor * self.weight
         return {name: loss if name in self.aux_loss_names else factor * loss for name, loss in losses.items()}
 
@@ -158,10 +158,10 @@ class Distiller(nn.Module):
     def loss_maps(
         self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]
     ) -> dict[int, Tensor]:
-        """Where on the student's neck the method acts: by stride (B, H, W).
+        """Compute where on the student's neck the method acts, as maps (B, H, W) by stride.
 
-        By default the norm over channels of the gradient of its losses, except auxiliary ones; zero for levels without a
-        gradient. A method whose loss is a mean over positions may return the loss itself.
+        By default, a map is the norm over channels of the gradient of the method's losses, except auxiliary ones; it is
+        zero for levels without a gradient. A method whose loss is a mean over positions may return the loss itself.
         """
         loss = self.total(self(student, teacher, targets))
         maps = {stride: torch.zeros_like(level[:, 0]) for stride, level in student.features.items()}
@@ -171,17 +171,17 @@ class Distiller(nn.Module):
         return maps
 
     def param_groups(self, cfg: CfgNode) -> list[ParamGroup]:
-        """Which optimizer trains which of the distiller's own parameters."""
+        """Return the distiller's own parameters, grouped by the optimizer that trains them."""
         return [ParamGroup(list(self.parameters()))]
 
     def idle_losses(self, like: Tensor) -> Losses:
-        """Zeros that keep the distiller's parameters in the graph, for iterations outside its schedule."""
+        """Return zeros that keep the distiller's parameters in the graph, for iterations outside its schedule."""
         zero = like.new_zeros(()) + sum(p.sum() * 0.0 for p in self.parameters())
         return dict.fromkeys(self.loss_names, zero)
 
 
 class DistillerRegistry(Registry):
-    """Refuses a method without a config node of its own."""
+    """Registry that rejects methods without a config node of their own."""
 
     def _do_register(self, name: str, method: type[Distiller]) -> None:
         node = getattr(method, "CONFIG_NODE", None)
@@ -197,16 +197,16 @@ class DistillerRegistry(Registry):
 
 DISTILLER_REGISTRY = DistillerRegistry("DISTILLER")
 DISTILLER_REGISTRY.__doc__ = """
-Distillation methods by the name that MODEL.KD.DISTILLERS uses. Each is a `Distiller` class, called with `(config, pair)`: see
+Distillation methods by their names in MODEL.KD.DISTILLERS. Each is a `Distiller` class, called with `(config, pair)`; see
 `build_distiller`.
 """
 
 
 def build_distiller(cfg: CfgNode, name: str, pair: Pair) -> Distiller:
-    """Build the method of a registered name for a pair of detectors, with the values of its node in the config.
+    """Build a registered method for a pair of detectors, with the values of its config node.
 
     Raises:
-        UserError: a value is wrong, or the pair cannot be distilled by the method.
+        UserError: a value is invalid, or the method cannot distill the pair.
     """
     method = DISTILLER_REGISTRY.get(name)
     node = f"MODEL.KD.{method.CONFIG_NODE}"
@@ -214,9 +214,9 @@ def build_distiller(cfg: CfgNode, name: str, pair: Pair) -> Distiller:
 
 
 def log_scalar(name: str, value: Callable[[], Tensor]) -> None:
-    """Note a number to be looked at as `kd/<name>`, in the iterations that Detectron2's writers write (every 20th).
+    """Log a scalar as `kd/<name>` in the iterations in which Detectron2's writers write (every 20th).
 
-    Only there is it computed and read, since reading it makes a GPU wait.
+    It is computed and read only in these iterations, since reading it synchronizes with the GPU.
     """
     storage = get_event_storage()
     if (storage.iter + 1) % LOG_PERIOD == 0:
@@ -224,12 +224,12 @@ def log_scalar(name: str, value: Callable[[], Tensor]) -> None:
 
 
 def count_of(rows: Tensor) -> Tensor:
-    """The mean across ranks of the number of rows, as a divisor: see `mean_count_across_ranks`."""
+    """Return the number of rows averaged across ranks, for use as a divisor: see `mean_count_across_ranks`."""
     return mean_count_across_ranks(rows.new_full((), len(rows), dtype=torch.float32))
 
 
 def in_float32(function):
-    """Run a loss in float32 outside autocast: decorate functions and methods of tensors."""
+    """Decorate a function or method on tensors so that it runs in float32 with autocast disabled."""
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs):

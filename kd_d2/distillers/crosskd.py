@@ -1,6 +1,6 @@
-"""CrossKD: the student's features, finished by the teacher's head, predict what the teacher predicts.
+"""CrossKD: distillation through the teacher's head, applied to the student's features.
 
-Shape suffixes: B images, A anchors per position, H W map, D numbers of an anchor's box regression.
+Shape suffixes: B images, A anchors per position, H W map, D box regression outputs per anchor.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ MIN_AREA = 1e-7  # pixels
 
 @DISTILLER_REGISTRY.register()
 class CrossKD(Distiller):
-    """Cross-head knowledge distillation (Wang et al. 2024) between dense heads of two towers of convolutions.
+    """Cross-head knowledge distillation (Wang et al. 2024) between dense heads with two convolutional towers.
 
-    The student's features behind the convolution SPLIT of each tower, before the activation, get channel by channel the mean and
-    deviation of the teacher's, and pass through the rest of the teacher's frozen head. Times WEIGHT:
+    The student's features after convolution SPLIT of each tower, before the activation, are aligned per channel with
+    the teacher's mean and deviation and passed through the rest of its frozen head. Times WEIGHT:
 
-    - classes: sum over anchors that are not ignored, and classes, of |p_T - p|^1 * BCE(p, p_T), over the positives;
-    - boxes: sum over these anchors, each times the teacher's largest class probability. Of distributions the divergence summed over
-      bins, mean over sides, over the sum of the weights; else GIoU loss of decoded boxes, of detectors that predict at points
-      -log(IoU), over the positives;
-    - centerness: BCE with the teacher's, mean over the positives.
+    - classes: sum over non-ignored anchors and classes of |p_T - p|^1 * BCE(p, p_T) / number of positives;
+    - boxes: sum over the same anchors, weighted by the teacher's largest class probability. Distributions: divergence
+      summed over bins, mean over sides, divided by the sum of weights. Others: GIoU loss of decoded boxes, or -log(IoU)
+      for point-based detectors, divided by the number of positives;
+    - centerness: BCE with the teacher's, averaged over positives.
 
-    What the boxes are is the teacher's: its head makes them. Positives are those of the student's label assignment.
+    The teacher's head determines the type of box loss. Positives are from the student's label assignment.
     """
 
     needs = frozenset({"dense", "targets", "towers"})
@@ -52,19 +52,19 @@ class CrossKD(Distiller):
         split: Annotated[
             int | None,
             AtLeast(0),
-            "Convolution of each tower behind which the student's features are taken, 0 for the neck's outputs; None is the last but "
-            "one, of detectors that predict at points (FCOS, FSAF) the one in the middle, as the authors' 3 and 2 of 4.",
+            "Convolution of each tower after which the student's features are taken, 0 for the neck outputs; None means the second to "
+            "last, or the middle one for point-based detectors (FCOS, FSAF), like the authors' 3 and 2 of 4.",
         ] = None
         class_weight: Annotated[
-            float | None, AtLeast(0), "Weight of the loss of classes; None is 1, at points 0.4."
+            float | None, AtLeast(0), "Class loss weight; None means 0.4 (point-based detectors) or 1."
         ] = None
         box_weight: Annotated[
-            float | None, AtLeast(0), "Weight of the loss of boxes; None is 1, of distributions 4, at points 0.75."
+            float | None, AtLeast(0), "Box loss weight; None means 4 (distributions), 0.75 (point-based) or 1."
         ] = None
         centerness_weight: Annotated[
             float | None,
             AtLeast(0),
-            "Weight of the loss of centerness; None is 1 where there is a centerness, but at points 0.",
+            "Centerness loss weight; None means 1 for anchor-based detectors with a centerness, 0 for others.",
         ] = None
 
     def __init__(self, config: Config, pair: Pair):
@@ -84,15 +84,14 @@ class CrossKD(Distiller):
         keys = config.class_weight, config.box_weight, config.centerness_weight
         weights = (default if key is None else key for key, default in zip(keys, published, strict=True))
         self.weights = self.weigh_losses(*weights, optional=(CENTERNESS,))
-        # Without towers KDMetaArch refuses the pair.
-        if pair.student.tower_channels and teacher.tower_channels:
+        if pair.student.tower_channels and teacher.tower_channels:  # KDMetaArch rejects other pairs
             check_same_anchors("CrossKD", pair.student, teacher)
             self.split = self._split(config.split, pair, at_points)
             self.needs = frozenset({"dense", "targets", towers_at(self.split)})
 
     @staticmethod
     def _split(asked: int | None, pair: Pair, at_points: bool) -> int:
-        """Raises a UserError where the two cannot be cut there."""
+        """Return the convolution after which both heads are split, or raise a UserError if that is impossible."""
         student, teacher = pair.student, pair.teacher
         depths = len(student.tower_channels) - 1, len(teacher.tower_channels) - 1
         depth = min(depths)
@@ -105,7 +104,7 @@ class CrossKD(Distiller):
         channels = student.tower_channels[split], teacher.tower_channels[split]
         if channels[0] != channels[1]:
             raise UserError(
-                f"CrossKD gives the student's features to the teacher's head, but at MODEL.KD.CROSSKD.SPLIT {split} the student "
+                f"CrossKD passes the student's features to the teacher's head, but at MODEL.KD.CROSSKD.SPLIT {split} the student "
                 f"({student.name}) has {channels[0]} channels and the teacher ({teacher.name}) {channels[1]}."
             )
         return split
@@ -133,7 +132,7 @@ class CrossKD(Distiller):
         return {name: weight * losses[name] for name, weight in self.weights.items()}
 
     def _crossed(self, student: DetectorOutputs, teacher: DetectorOutputs) -> DensePredictions:
-        """What the teacher's head predicts from the student's features."""
+        """Return the predictions of the teacher's head for the student's features."""
         ours, theirs = student.towers[self.split], teacher.towers[self.split]
         strides = list(theirs.class_features)
         maps = (
@@ -145,7 +144,7 @@ class CrossKD(Distiller):
         return theirs.finish(*(dict(zip(strides, half, strict=True)) for half in halves))
 
     def _box_losses(self, crossed: DensePredictions, expected: DensePredictions) -> Tensor:
-        """(B, R)."""
+        """Return the box losses (B, R)."""
         if self.box_loss == "distributions":
             sides = (
                 torch.cat([*dense.box_regression.values()], 1).unflatten(2, (4, -1)) for dense in (crossed, expected)
@@ -157,7 +156,7 @@ class CrossKD(Distiller):
 
 @in_float32
 def giou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
-    """1 - GIoU (Rezatofighi et al. 2019) of boxes (..., 4), pair by pair: (...). Nothing is indexed, so that a GPU need not be waited for."""
+    """Compute 1 - GIoU (Rezatofighi et al. 2019) of paired boxes (..., 4) without GPU synchronization."""
     shared, union = _shared_and_union(boxes, targets)
     hull = _area(torch.minimum(boxes[..., :2], targets[..., :2]), torch.maximum(boxes[..., 2:], targets[..., 2:]))
     return 1 - shared / union.clamp(min=MIN_AREA) + (hull - union) / hull.clamp(min=MIN_AREA)
@@ -165,7 +164,7 @@ def giou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
 
 @in_float32
 def iou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
-    """-log(IoU) of boxes (..., 4), pair by pair: (...). Boxes that are empty do not overlap."""
+    """Compute -log(IoU) of paired boxes (..., 4). Empty boxes have no overlap."""
     shared, union = _shared_and_union(boxes, targets)
     return -(shared / union.clamp(min=MIN_AREA)).clamp(min=MIN_IOU).log()
 

@@ -1,4 +1,4 @@
-"""CWD: every channel's activations are a distribution over positions, which follows the teacher's (Shu et al. 2021)."""
+"""CWD: distillation of each channel's distribution of activations over positions (Shu et al. 2021)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .pair import Pair
 class CWD(Distiller):
     """Channel-wise distillation (Shu et al. 2021) of neck outputs or of dense heads' class logits.
 
-    L = WEIGHT * sum over levels of TEMPERATURE^2 * mean over (B, C) of KL(p_T || p_S), with p a channel's softmax over the positions
+    L = WEIGHT * sum over levels of TEMPERATURE^2 * mean over (B, C) of KL(p_T || p_S), p the softmax over positions
     """
 
     needs = frozenset({"features"})
@@ -32,23 +32,23 @@ class CWD(Distiller):
         weight: Annotated[
             float | None,
             AtLeast(0),
-            "What the method's losses are multiplied by; None is 10 for MAPS 'neck' and 5 for 'logits'.",
+            "Weight of the method's losses; None means 10 for MAPS 'neck' and 5 for 'logits'.",
         ] = None
         maps: Annotated[
             Literal["neck", "logits"],
-            "What is compared: the neck's outputs, or the class logits of dense heads, whose channels are anchors times classes.",
+            "Maps to compare: the neck outputs, or the class logits of dense heads, whose channels are anchors times classes.",
         ] = "neck"
         temperature: Annotated[float, Above(0), "Temperature of the softmax over positions."] = 1.0
         adaptation: Annotated[
             Adaptation,
-            "Convolution that brings the student's features to the teacher's channels, one for each level; None is '1x1' where the "
-            "channels differ. Logits have none.",
+            "Convolution that maps the student's features to the teacher's channels, one per level; None means '1x1' if the channels "
+            "differ. Not used with logits.",
         ] = None
 
         def check(self, name: str) -> None:
             if self.maps == "logits" and self.adaptation not in (None, "none"):
                 raise UserError(
-                    f"{name}.ADAPTATION is {self.adaptation!r}, which MAPS 'neck' alone reads; MAPS is {self.maps!r}."
+                    f"{name}.ADAPTATION is {self.adaptation!r}, which only MAPS 'neck' uses; MAPS is {self.maps!r}."
                 )
 
     def __init__(self, config: Config, pair: Pair):
@@ -69,7 +69,7 @@ class CWD(Distiller):
 
 
 def _check_logit_channels(pair: Pair) -> None:
-    """Raise a UserError where two dense heads do not have equally many anchors a position. Others are refused by KDMetaArch."""
+    """Raise a UserError if two dense heads differ in their anchors per position. KDMetaArch rejects other detectors."""
     student, teacher = pair.student, pair.teacher
     if any("dense" not in spec.provides or spec.cell_anchors is None for spec in (student, teacher)):
         return
@@ -78,5 +78,5 @@ def _check_logit_channels(pair: Pair) -> None:
         if ours != theirs:
             raise UserError(
                 f"CWD compares class logits channel by channel (MODEL.KD.CWD.MAPS is 'logits'), but at stride {stride} the student "
-                f"({student.name}) has {ours} anchors a position and the teacher ({teacher.name}) {theirs}."
+                f"({student.name}) has {ours} anchors per position and the teacher ({teacher.name}) {theirs}."
             )

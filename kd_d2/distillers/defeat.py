@@ -1,4 +1,4 @@
-"""DeFeat: foreground and background features imitated apart."""
+"""DeFeat: separate imitation of foreground and background features."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .pair import Pair
 
 @DISTILLER_REGISTRY.register()
 class DeFeat(Distiller):
-    """Decoupled features (Guo et al. 2021, equations 2 and 3): of the neck outputs.
+    """Decoupled feature distillation (Guo et al. 2021, equations 2 and 3) of the neck outputs.
 
-    L = WEIGHT * mean over levels of sum over foreground and background of their weight / (2 * N) * sum of (phi(F_S) - F_T)^2, N being
-    the elements of each. Foreground is the inside of the ground-truth boxes.
+    L = WEIGHT * mean over levels of sum over foreground and background of weight / (2 * N) * sum of (phi(F_S) - F_T)^2,
+    where N is the region's number of elements. Foreground is the inside of the ground-truth boxes.
     """
 
     needs = frozenset({"features", "targets"})

@@ -1,4 +1,4 @@
-"""DIST: the student's predictions correlate with the teacher's, class by class and position by position."""
+"""DIST: correlation of the student's predictions with the teacher's, along classes and along positions."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from .pair import Pair
 class DIST(Distiller):
     """Knowledge distillation from a stronger teacher (Huang et al. 2022, equations 7 to 10).
 
-    L = WEIGHT * (BETA * (1 - r along classes) + GAMMA * (1 - r along positions)), r the correlation of class probabilities, see
-    `dist_loss`. Of a dense head the sum over levels, probabilities being sigmoids, and each anchor's classes classes of its own; of
-    a box head of softmax over the proposals that it is trained on.
+    L = WEIGHT * (BETA * (1 - r along classes) + GAMMA * (1 - r along positions)), where r is the correlation of class
+    probabilities, see `dist_loss`. Dense heads: sigmoid probabilities, summed over levels; the classes of each anchor
+    are separate. Box heads: softmax probabilities of the proposals that the head is trained on.
     """
 
     needs = frozenset({"dense"})
@@ -53,5 +53,5 @@ class DIST(Distiller):
 
 
 def _rows(maps: Tensor) -> Tensor:
-    """(B, A * K, H, W) to (B * H * W, A * K)."""
+    """Reshape (B, A * K, H, W) to (B * H * W, A * K)."""
     return maps.permute(0, 2, 3, 1).flatten(0, 2)

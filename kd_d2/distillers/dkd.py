@@ -1,4 +1,4 @@
-"""DKD: the student's box head classifies its proposals as the teacher's does, the label and the other classes apart."""
+"""DKD: decoupled distillation of a box head's classification, the target class and the other classes separately."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from .base import DISTILLER_REGISTRY, Distiller, Losses, count_of
 
 @DISTILLER_REGISTRY.register()
 class DKD(Distiller):
-    """Decoupled knowledge distillation (Zhao et al. 2022, equation 7) on the proposals that an R-CNN's box head is trained on.
+    """Decoupled knowledge distillation (Zhao et al. 2022, equation 7) on the proposals that a box head is trained on.
 
-    L = WEIGHT * (ALPHA * TCKD + BETA * NCKD), means over proposals; background is a class as the others. See `decoupled_loss`.
+    L = WEIGHT * (ALPHA * TCKD + BETA * NCKD), averaged over proposals; background counts as a class. See
+    `decoupled_loss`.
     """
 
     needs = frozenset({"proposals"})
@@ -27,14 +28,12 @@ class DKD(Distiller):
     @dataclass(frozen=True)
     class Config(Distiller.Config):
         alpha: Annotated[
-            float, AtLeast(0), "Weight of TCKD, the label against the rest; the authors' for detectors."
+            float, AtLeast(0), "Weight of TCKD, the target class against the rest; the authors' value for detectors."
         ] = 1.0
         beta: Annotated[
-            float, AtLeast(0), "Weight of NCKD, the other classes among themselves; the authors' for detectors."
+            float, AtLeast(0), "Weight of NCKD, between the other classes; the authors' value for detectors."
         ] = 0.25
-        temperature: Annotated[
-            float, Above(0), "Logits are divided by it, and the loss is multiplied by its square."
-        ] = 1.0
+        temperature: Annotated[float, Above(0), "Softmax temperature; the loss is multiplied by its square."] = 1.0
 
     def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
         proposals, config = student.proposals, self.config

@@ -1,4 +1,4 @@
-"""FeatureImitation: the student's feature maps follow the teacher's in mean squared error."""
+"""FeatureImitation: mean squared error between the feature maps of student and teacher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FGD: focal distillation of objects and background by attention, global distillation of relations (Yang et al. 2022)."""
+"""FGD: focal distillation of foreground and background, global distillation of relations (Yang et al. 2022)."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ FOREGROUND, BACKGROUND, ATTENTION, RELATION = (
     f"loss_fgd_{part}" for part in ("foreground", "background", "attention", "relation")
 )
 OUTSIDE = -1e4
-"""Coordinates in pixels that pad an image's boxes: no position is there."""
+"""Coordinates in pixels of boxes that pad the batch; they contain no position."""
 ONE_STAGE = (1e-3, 5e-4, 5e-4, 5e-6)
 POINTS = (1.6e-3, 8e-4, 8e-4, 8e-6)
 TWO_STAGE = (5e-5, 2.5e-5, 5e-5, 5e-7)
 WEIGHTS_BY_NAME = {"FCOS": POINTS, "RepPoints": POINTS}
-"""alpha, beta, gamma and lambda of the students for which the authors have other weights than for their family."""
+"""alpha, beta, gamma and lambda of students for which the authors' weights differ from those of their family."""
 
 
 @DISTILLER_REGISTRY.register()
 class FGD(Distiller):
     """Focal and global knowledge distillation (Yang et al. 2022).
 
-    Of each level, summed over levels and divided by the images, times WEIGHT:
+    Losses of each level, summed over levels and divided by the number of images, times WEIGHT:
 
-    - foreground and background: sum of M * A^S * A^C * (phi(F_S) - F_T)^2, with the teacher's attention A over positions and channels,
-      and M as in `foreground_weights` and `background_weights`;
+    - foreground and background: sum of M * A^S * A^C * (phi(F_S) - F_T)^2, with the teacher's attention A over
+      positions and channels, and M as in `foreground_weights` and `background_weights`;
     - attention: sum of |A_S - A_T| over positions and over channels;
     - relation: sum of (R_S(phi(F_S)) - R_T(F_T))^2, with a `ContextBlock` R for each detector.
 
-    Attention and relation are left out where their weight is 0.
+    Attention and relation are skipped if their weight is 0.
     """
 
     needs = frozenset({"features", "targets"})
@@ -54,24 +54,24 @@ class FGD(Distiller):
         foreground_weight: Annotated[
             float | None,
             AtLeast(0),
-            "Weight of the foreground (alpha); None is 1.6e-3 for FCOS and RepPoints, 1e-3 for other one-stage students, 5e-5 for the rest.",
+            "Foreground weight (alpha); None means 1.6e-3 for FCOS and RepPoints, 1e-3 for other one-stage students, 5e-5 for the rest.",
         ] = None
         background_weight: Annotated[
             float | None,
             AtLeast(0),
-            "Weight of the background (beta); None is 8e-4 for FCOS and RepPoints, 5e-4 for other one-stage students, 2.5e-5 for the rest.",
+            "Background weight (beta); None means 8e-4 for FCOS and RepPoints, 5e-4 for other one-stage students, 2.5e-5 for the rest.",
         ] = None
         attention_weight: Annotated[
             float | None,
             AtLeast(0),
-            "Weight of the attention (gamma); None is 8e-4 for FCOS and RepPoints, 5e-4 for other one-stage students, 5e-5 for the rest.",
+            "Attention weight (gamma); None means 8e-4 for FCOS and RepPoints, 5e-4 for other one-stage students, 5e-5 for the rest.",
         ] = None
         relation_weight: Annotated[
             float | None,
             AtLeast(0),
-            "Weight of the relation (lambda); None is 8e-6 for FCOS and RepPoints, 5e-6 for other one-stage students, 5e-7 for the rest.",
+            "Relation weight (lambda); None means 8e-6 for FCOS and RepPoints, 5e-6 for other one-stage students, 5e-7 for the rest.",
         ] = None
-        temperature: Annotated[float, Above(0), "Temperature of the attention's softmax."] = 0.5
+        temperature: Annotated[float, Above(0), "Temperature of the attention softmax."] = 0.5
         adaptation: Adaptation = None
 
     def __init__(self, config: Config, pair: Pair):
@@ -98,7 +98,7 @@ class FGD(Distiller):
 
     @in_float32
     def level_losses(self, student_BCHW: Tensor, teacher_BCHW: Tensor, boxes_BN4: Tensor, stride: str) -> Losses:
-        """The losses of one level, unweighted; boxes in its cells."""
+        """Compute the unweighted losses of one level, with boxes in units of its cells."""
         foreground_BHW = foreground_weights(boxes_BN4, *teacher_BCHW.shape[-2:])
         positions_B1HW, channels_BC11 = theirs = own_attention(teacher_BCHW, self.config.temperature)
         difference_BCHW = student_BCHW - teacher_BCHW
@@ -119,12 +119,12 @@ class FGD(Distiller):
 
 
 class ContextBlock(nn.Module):
-    """F + W2 relu(LN(W1 * sum over positions of F * softmax over positions of w.F)): a global context block (Cao et al. 2019).
+    """Global context block: F + W2 relu(LN(W1 * sum over positions of F * softmax over positions of w.F)).
 
-    W2 begins as zero, the block as the identity.
+    See Cao et al. 2019. W2 is initialized to zero, so that the block starts as the identity.
 
     Args:
-        channels: C of the maps (B, C, H, W); half as many are within.
+        channels: C of the maps (B, C, H, W); the hidden layer has half as many.
     """
 
     def __init__(self, channels: int):
@@ -140,7 +140,7 @@ class ContextBlock(nn.Module):
         nn.init.zeros_(self.transform[-1].bias)
 
     def context(self, x_BCHW: Tensor) -> Tensor:
-        """What is added at every position, (B, C)."""
+        """Return the context (B, C), which is added at every position."""
         x_BCL = x_BCHW.flatten(2)
         share_BL1 = pointwise(self.attention, x_BCL).softmax(2).transpose(1, 2)
         return self.transform((x_BCL @ share_BL1)[..., 0])

@@ -1,4 +1,4 @@
-"""FGFI: features imitated near objects, where anchors overlap them."""
+"""FGFI: feature imitation near objects, where anchors overlap them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from .pair import Pair
 class FGFI(Distiller):
     """Fine-grained feature imitation (Wang et al. 2019, equations 1 to 3).
 
-    L = WEIGHT * 1 / (2 * N) * sum over levels and positions of the mask and channels of (phi(F_S) - F_T)^2, N positions. A position
-    is in the mask where one of its anchors overlaps a ground-truth box more than THRESHOLD times the best of the level's anchors.
+    L = WEIGHT * 1 / (2 * N) * sum over levels, N mask positions and channels of (phi(F_S) - F_T)^2. A position is in
+    the mask if an anchor's IoU with a ground-truth box exceeds THRESHOLD times the box's largest IoU.
     """
 
     needs = frozenset({"features", "anchors", "targets"})
@@ -33,9 +33,9 @@ class FGFI(Distiller):
 
     @dataclass(frozen=True)
     class Config(Distiller.Config):
-        weight: Weight = 0.01  # of the authors' programs; the loss sums over channels
+        weight: Weight = 0.01  # the authors' value; the loss is summed over channels
         threshold: Annotated[
-            float, AtLeast(0), Below(1), "Share of the best overlap of a box that an anchor needs (psi)."
+            float, AtLeast(0), Below(1), "Fraction of a box's largest IoU that an anchor's IoU must exceed (psi)."
         ] = 0.5
         adaptation: Adaptation = "3x3"
 
@@ -66,10 +66,10 @@ class FGFI(Distiller):
 
 @torch.no_grad()
 def near_objects(anchors: Boxes, shape: tuple[int, int], targets: list[Instances], threshold: float) -> Tensor:
-    """(B, H, W) of zeros and ones: where an anchor overlaps a box more than `threshold` times the best of them does.
+    """Return masks (B, H, W), 1 where an anchor's IoU with a box exceeds `threshold` times the box's largest, else 0.
 
     Args:
-        anchors: of a level, HWA in order of row, column, anchor.
+        anchors: anchors of a level, HWA in order of row, column, anchor.
         shape: H, W.
     """
     masks = []

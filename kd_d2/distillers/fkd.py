@@ -1,4 +1,4 @@
-"""FKD: feature-based distillation by attention and non-local relations."""
+"""FKD: feature distillation with attention and non-local relations."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from .pointwise import pointwise
 
 ATTENTION, FEATURE, RELATION = (f"loss_fkd_{part}" for part in ("attention", "feature", "relation"))
 SQUARE_EPS = 1e-24
-"""Below it a squared distance counts as none, and has no gradient."""
+"""Squared distances below it are treated as zero and have no gradient."""
 
 
 def _mean_norm(difference: Tensor) -> Tensor:
-    """The mean over images of the L2 norm, with a gradient of 0 where there is no difference."""
+    """Return the L2 norm averaged over images, with a gradient of 0 where there is no difference."""
     return torch.linalg.vector_norm(difference.flatten(1), dim=1).mean()
 
 
 def _norm_of_batch(difference: Tensor) -> Tensor:
-    """The L2 norm of the images of all ranks together, with a gradient of 0 where there is no difference.
+    """Return the L2 norm of the images of all ranks together, with a gradient of 0 where there is no difference.
 
-    Each rank's value is its part of it, of which the mean across ranks is the norm; so are the gradients.
+    Each rank returns a value whose mean across ranks is the norm; the same holds for the gradients.
     """
     own = difference.square().sum()
     mean = mean_across_ranks(own.detach())
@@ -45,7 +45,7 @@ def _norm_of_batch(difference: Tensor) -> Tensor:
 Activations = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Mean activations of student and teacher (B, 1, H, W), then of both (B, C, 1, 1)."""
 NORMS_OF_IMAGES = {"image": _mean_norm, "batch": _norm_of_batch}
-"""By the key NORM: from the difference of two maps (B, ...) to its norm."""
+"""Functions from the difference of two maps (B, ...) to its norm, by value of the key NORM."""
 
 
 def mean_activations(student: Tensor, teacher: Tensor) -> Activations:
@@ -56,16 +56,16 @@ def mean_activations(student: Tensor, teacher: Tensor) -> Activations:
 class FKD(Distiller):
     """Feature-based knowledge distillation (Zhang and Ma 2021).
 
-    Of each image and level, with unsquared L2 norms, summed over levels and averaged over images (in the authors' program of the whole
-    batch), times WEIGHT:
+    Unsquared L2 norms per image and level, summed over levels and averaged over images (in the authors' code, norms of
+    the whole batch), times WEIGHT:
 
-    - attention transfer (equation 4): distance of the spatial attention mean_c |F| and of the channel attention mean_hw |F|; or, as
-      in the authors' program, of the means without |.|, the student's through a 3x3 convolution and a linear layer;
-    - masked features (equation 5): of phi(F_S) and F_T, each element weighed by the square root of spatial times channel mask, the
-      softmax attention of both detectors;
-    - relations (equation 7): of what a non-local block makes of each detector's features.
+    - attention transfer (equation 4): distances of spatial attention mean_c |F| and channel attention mean_hw |F|; or,
+      in the authors' code, of means without |.|, the student's passed through a 3x3 convolution and a linear layer;
+    - masked features (equation 5): distance of phi(F_S) and F_T, each element weighted by the square root of spatial
+      times channel mask, the softmax attention of both detectors;
+    - relations (equation 7): distance of the outputs of non-local blocks on each detector's features.
 
-    Attention transfer and relations are left out where their weight is 0.
+    Attention transfer and relations are skipped if their weight is 0.
     """
 
     needs = frozenset({"features"})
@@ -78,20 +78,20 @@ class FKD(Distiller):
         feature_weight: Annotated[float, AtLeast(0), "Weight of the masked features."] = 7e-5
         relation_weight: Annotated[float, AtLeast(0), "Weight of the relations."] = 7e-5
         temperature: Annotated[
-            float, Above(0), "Temperature of the masks' softmax; the paper has 0.5, the authors' programs 0.1."
+            float, Above(0), "Temperature of the mask softmax; the paper uses 0.5, the authors' code 0.1."
         ] = 0.5
         attention: Annotated[
             Literal["absolute", "adapted"],
-            "Attention that is transferred: the means of |F| (the paper), or those of F, the student's through layers of their own "
-            "(the authors' programs).",
+            "Attention to transfer: the means of |F| (as in the paper), or the means of F, the student's passed through additional layers "
+            "(as in the authors' code).",
         ] = "absolute"
         norm: Annotated[
             str,
             OneOf(*NORMS_OF_IMAGES),
-            "Whether norms are of each image, and averaged (the paper), or of the whole batch (the authors' programs, whose "
-            "one-stage program also has 6 times the weights).",
+            "Whether norms are computed per image and averaged (as in the paper), or over the whole batch (as in the authors' code, whose "
+            "one-stage version also uses 6 times the weights).",
         ] = "image"
-        relation_dim: Annotated[int, AtLeast(1), "Channels within a non-local block."] = 64
+        relation_dim: Annotated[int, AtLeast(1), "Inner channels of the non-local blocks."] = 64
         adaptation: Adaptation = "1x1"
 
     def __init__(self, config: Config, pair: Pair):
@@ -127,7 +127,7 @@ class FKD(Distiller):
     def attention_distance(
         self, own_BCHW: Tensor, teacher_BCHW: Tensor, activations: Activations, stride: str
     ) -> Tensor:
-        """The attention's distance: of the spatial and of the channel attention, added up.
+        """Compute the sum of the distances of spatial and channel attention.
 
         Args:
             own_BCHW: the student's map before its adaptation layer.
@@ -139,7 +139,7 @@ class FKD(Distiller):
 
     @in_float32
     def feature_distance(self, student_BCHW: Tensor, teacher_BCHW: Tensor, activations: Activations) -> Tensor:
-        """The masked features' distance."""
+        """Compute the distance of the masked features."""
         positions_B1HW, channels_BC11 = (shared_attention(*pair, self.config.temperature) for pair in activations)
         squares_BCL = (student_BCHW - teacher_BCHW).square().flatten(2)
         by_channel_BC1 = squares_BCL @ positions_B1HW.flatten(2).transpose(1, 2)
@@ -148,13 +148,13 @@ class FKD(Distiller):
 
     @in_float32
     def relation_distance(self, student_BCHW: Tensor, teacher_BCHW: Tensor, stride: str) -> Tensor:
-        """The relations' distance."""
+        """Compute the distance of the relations."""
         ours = pointwise(self.relation_adaptation[stride], self.student_relations[stride](student_BCHW).flatten(2))
         return self.norm_of_images(ours - self.teacher_relations[stride](teacher_BCHW).flatten(2))
 
 
 class AttentionAdaptation(nn.Module):
-    """The means of a map over channels, through a 3x3 convolution, and over positions, through a linear layer.
+    """Applies a 3x3 convolution to a map's mean over channels and a linear layer to its mean over positions.
 
     Args:
         student, teacher: channels.
@@ -166,18 +166,18 @@ class AttentionAdaptation(nn.Module):
         self.channels = nn.Linear(student, teacher)
 
     def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, H, W) and (B, C_teacher)."""
+        """Return the adapted means (B, H, W) and (B, C_teacher)."""
         return self.positions(x_BCHW.mean(1, keepdim=True))[:, 0], self.channels(x_BCHW.mean((2, 3)))
 
 
 class NonLocalBlock(nn.Module):
-    """x + W(sum over positions of <theta(x), phi(x')> g(x') / their number) (Wang et al. 2018, dot product).
+    """Non-local block (Wang et al. 2018, dot product): x + W(mean over positions of <theta(x), phi(x')> g(x')).
 
-    W begins as zero, the block as the identity.
+    W is initialized to zero, so that the block starts as the identity.
 
     Args:
-        channels: of the maps.
-        dim: of theta, phi and g.
+        channels: channels of the maps.
+        dim: channels of theta, phi and g.
     """
 
     def __init__(self, channels: int, dim: int):
@@ -190,7 +190,7 @@ class NonLocalBlock(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         x_BCL = x_BCHW.flatten(2)
         phi_BDL, g_BDL = (pointwise(layer, x_BCL) for layer in (self.phi, self.g))
-        # <theta, phi> g = theta (phi g): the matrix of all pairs of positions is never made, nor theta's map.
+        # <theta, phi> g = theta (phi g): neither the matrix of all pairs of positions nor theta's map is materialized.
         related_BDD = g_BDL @ phi_BDL.transpose(1, 2) / phi_BDL.shape[-1]
         weight_BDC = related_BDD @ self.theta.weight.flatten(1)
         gathered_BDL = torch.baddbmm(related_BDD @ self.theta.bias[:, None], weight_BDC, x_BCL)

@@ -1,4 +1,4 @@
-"""Masked generation (Yang et al. 2022), which MGD and IMA share: positions are hidden at random and filled in again."""
+"""Masked generation (Yang et al. 2022), shared by MGD and IMA: random positions are masked and regenerated."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from torch import Tensor, nn
 
 
 def random_mask(maps: Tensor, ratio: float) -> Tensor:
-    """(B, H, W) of zeros, each with probability `ratio`, and ones, for maps (B, C, H, W)."""
+    """Return a mask (B, H, W) for maps (B, C, H, W): 0 with probability `ratio`, else 1."""
     return (torch.rand(len(maps), *maps.shape[-2:], device=maps.device) >= ratio).to(maps.dtype)
 
 
 def generation_blocks(channels: dict[int, int], residual: bool = False) -> nn.ModuleDict:
-    """By stride what fills hidden positions in: two 3x3 convolutions with a ReLU between, of that stride's channels.
+    """Build a generation block per stride, two 3x3 convolutions with a ReLU in between, with that stride's channels.
 
-    A residual block adds what they give to its input; its second convolution starts at zero, so that it starts as the identity.
+    A residual block adds its input to its output; its last layer is zero-initialized, so it starts as the identity.
     """
     block = ResidualBlock if residual else GenerationBlock
     return nn.ModuleDict({str(stride): block(number) for stride, number in channels.items()})
 
 
 class GenerationBlock(nn.Sequential):
-    """Two 3x3 convolutions with a ReLU between."""
+    """Two 3x3 convolutions with a ReLU in between."""
 
     def __init__(self, channels: int):
         first, second = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
@@ -29,7 +29,7 @@ class GenerationBlock(nn.Sequential):
 
 
 class ResidualBlock(GenerationBlock):
-    """A generation block that adds its output to its input, and starts as the identity."""
+    """Generation block with a residual connection, which starts as the identity."""
 
     def __init__(self, channels: int):
         super().__init__(channels)

@@ -1,8 +1,8 @@
-"""GID: the instances on which student and teacher disagree most are distilled, annotated or not.
+"""GID: distillation of the instances on which student and teacher disagree most, annotated or not.
 
-How many instances an image has is not known before. So that a GPU need not be waited for, every image has a fixed number of
-places for them, and those that are not taken count nothing. Shape suffixes: B images, K classes, R anchors of an image over all
-levels, C candidates of an image, M places of an image, S places of all images.
+The number of instances per image varies. To avoid synchronizing the GPU, every image has a fixed number of slots, and
+empty slots do not contribute. Shape suffixes: B images, K classes, R anchors of an image over all levels, C candidates
+of an image, M slots of an image, S slots of all images.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from .matching import check_same_anchors
 from .pair import Pair
 
 FEATURE, RELATION, CLASS, BOX = (f"loss_gid_{part}" for part in ("feature", "relation", "class", "box"))
-CANDIDATES = 1000  # of an image, before the NMS
-FEWEST_RELATED = 3  # instances of an image whose distances tell something
+CANDIDATES = 1000  # per image, before NMS
+FEWEST_RELATED = 3  # instances that an image needs for its relations to be informative
 
 
 @dataclass
 class GeneralInstances:
-    """The selected instances of a batch, image after image, the best of an image first.
+    """Selected instances of a batch, in order of image and descending score.
 
     Attributes:
-        anchors: the anchor of each place, as `Positives` without a ground truth.
-        boxes: (S, 4) in input pixels, as the detector with the higher score sees them.
-        is_taken: (S,) whether the place has an instance.
+        anchors: anchor of each slot, as `Positives` without ground truth.
+        boxes: (S, 4) in input pixels, predicted by the detector with the higher score.
+        is_taken: (S,) whether the slot contains an instance.
     """
 
     anchors: Positives
@@ -52,14 +52,14 @@ class GeneralInstances:
 class GID(Distiller):
     """General instance distillation (Dai et al. 2021): features, relations and responses of general instances.
 
-    An anchor's score is the largest difference of the class probabilities of the two; its box is that of the detector with the
-    higher one. After an NMS the best INSTANCES of each image remain. Times WEIGHT:
+    An anchor's score is the largest difference between the class probabilities of the two detectors; its box is that of
+    the detector with the higher one. After NMS, the best INSTANCES of each image are kept, N in total. Times WEIGHT:
 
-    - features: sum over instances of |RoIAlign(phi(F_S)) - RoIAlign(F_T)|^2 / (S * h * w), on the anchor's level;
-    - relations: smooth l1 between the distances of an image's instances, each divided by their mean; mean over images;
-    - responses: binary cross-entropy with the teacher's probabilities and l1 of the box regression, over S.
+    - features: sum over instances of |RoIAlign(phi(F_S)) - RoIAlign(F_T)|^2 / (N * h * w), on the anchor's level;
+    - relations: smooth L1 between the distances of an image's instances, each divided by their mean; mean over images;
+    - responses: binary cross-entropy with the teacher's probabilities and L1 of the box regression, divided by N.
 
-    Relations and responses are left out where their weight is 0.
+    Relations and responses are skipped if their weight is 0.
     """
 
     needs = frozenset({"features", "dense"})
@@ -68,13 +68,13 @@ class GID(Distiller):
 
     @dataclass(frozen=True)
     class Config(Distiller.Config):
-        instances: Annotated[int, AtLeast(1), "General instances of an image."] = 10
-        nms_thresh: Annotated[float, Above(0), AtMost(1), "Overlap of the NMS among candidates."] = 0.3
-        resolution: Annotated[int, AtLeast(1), "Side of an instance's features."] = 10
-        feature_weight: Annotated[float, AtLeast(0), "Weight of the features' loss."] = 5e-4
-        relation_weight: Annotated[float, AtLeast(0), "Weight of the relations' loss."] = 40.0
-        class_weight: Annotated[float, AtLeast(0), "Weight of the class responses' loss."] = 0.1
-        box_weight: Annotated[float, AtLeast(0), "Weight of the box responses' loss."] = 0.1
+        instances: Annotated[int, AtLeast(1), "Number of general instances per image."] = 10
+        nms_thresh: Annotated[float, Above(0), AtMost(1), "IoU threshold of the NMS among candidates."] = 0.3
+        resolution: Annotated[int, AtLeast(1), "RoIAlign output size of an instance."] = 10
+        feature_weight: Annotated[float, AtLeast(0), "Weight of the feature loss."] = 5e-4
+        relation_weight: Annotated[float, AtLeast(0), "Weight of the relation loss."] = 40.0
+        class_weight: Annotated[float, AtLeast(0), "Weight of the class response loss."] = 0.1
+        box_weight: Annotated[float, AtLeast(0), "Weight of the box response loss."] = 0.1
         adaptation: Adaptation = "1x1"
 
     def __init__(self, config: Config, pair: Pair):
@@ -102,7 +102,7 @@ class GID(Distiller):
     def _features(
         self, student: DetectorOutputs, teacher: DetectorOutputs, selected: GeneralInstances
     ) -> tuple[Tensor, Tensor]:
-        """(S, C, h, w) of the adapted student and the teacher, each place from its anchor's level."""
+        """Return features (S, C, h, w) of adapted student and teacher, each slot's from its anchor's level."""
         ends = accumulate(len(anchors) for anchors in student.dense.anchors.values())
         level_S = sum((selected.anchors.anchor >= end).long() for end in ends)
         order_S = level_S.argsort()
@@ -118,7 +118,7 @@ class GID(Distiller):
     def _responses(
         self, student: DensePredictions, teacher: DensePredictions, selected: GeneralInstances
     ) -> tuple[Tensor, Tensor]:
-        """Binary cross-entropy and l1, summed over the instances."""
+        """Return binary cross-entropy and L1, summed over instances."""
         pick = selected.anchors.pick
         logits, regression = (pick(x.values()).float() for x in (student.logits, student.box_regression))
         with torch.no_grad():
@@ -129,7 +129,7 @@ class GID(Distiller):
 
 
 def _sum_of(values: Tensor, is_taken: Tensor) -> Tensor:
-    """The sum of (S, ...) over the places that are taken."""
+    """Return the sum of values (S, ...) over slots that contain an instance."""
     return values.flatten(1).sum(1).where(is_taken, 0).sum()
 
 
@@ -137,7 +137,7 @@ def _sum_of(values: Tensor, is_taken: Tensor) -> Tensor:
 def select_instances(
     student: DensePredictions, teacher: DensePredictions, most: int, nms_threshold: float
 ) -> GeneralInstances:
-    """The `most` instances of each image on which the two disagree most, after an NMS over all classes."""
+    """Select the `most` instances per image on which the two detectors disagree most, after NMS over all classes."""
     differences, teacher_is_surer = [], []
     for ours, theirs in zip(student.logits.values(), teacher.logits.values(), strict=True):
         ours, theirs = ours.float().sigmoid(), theirs.float().sigmoid()
@@ -155,7 +155,7 @@ def select_instances(
     )
     kept = batched_nms(boxes_P4, score_BC.flatten(), image_P, nms_threshold)  # best first
     rank = (image_P[kept, None] == number_B).cumsum(0).gather(1, image_P[kept, None])[:, 0] - 1
-    # Those that have no place share one behind the last.
+    # Instances without a slot share one after the last.
     place = torch.where(rank < most, image_P[kept] * most + rank, num_images * most)
     chosen_S = kept.new_zeros(num_images * most + 1).scatter_(0, place, kept)[:-1]
     is_taken_S = kept.new_zeros(num_images * most + 1, dtype=torch.bool).scatter_(0, place, True)[:-1]
@@ -168,13 +168,13 @@ def _anchors(image: Tensor, anchor: Tensor) -> Positives:
 
 
 def relation_loss(student: Tensor, teacher: Tensor, is_taken_BM: Tensor) -> Tensor:
-    """Smooth l1 between the distances of the instances of an image, each divided by the image's mean distance.
+    """Compute the smooth L1 loss between distances of an image's instances, each divided by the image's mean distance.
 
-    The mean over pairs, then over the images with three instances or more; 0 where there is none.
+    Averaged over pairs, then over images with at least three instances; 0 if there are none.
 
     Args:
         student, teacher: (B, M, ...) features of the instances.
-        is_taken_BM: the places that have one.
+        is_taken_BM: whether a slot contains an instance.
     """
     first, second = torch.triu_indices(*[is_taken_BM.shape[1]] * 2, offset=1, device=is_taken_BM.device)
     is_pair = is_taken_BM[:, first] & is_taken_BM[:, second]

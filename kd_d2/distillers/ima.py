@@ -1,4 +1,4 @@
-"""IMA: masked features of the student are filled in again and aligned with the teacher's."""
+"""IMA: alignment of the student's masked and regenerated features with the teacher's."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from .pair import Pair
 
 @DISTILLER_REGISTRY.register()
 class IMA(Distiller):
-    """Instance Mask Alignment: L = WEIGHT * mean over levels, or their sum, and (N, C, H, W) of (gamma * std(G(M * P(F_S))) - std(F_T))^2.
+    """Instance Mask Alignment: WEIGHT * mean or sum over levels of mean of (gamma * std(G(M * P(F_S))) - std(F_T))^2.
 
-    P projects, M hides positions at random, G fills them in again; std brings every map of an instance to mean 0 and deviation
-    1; gamma, the cosine of F_S and F_T (of P(F_S) where their channels differ), makes little of instances that do not agree. Every
-    stage can be switched off.
+    The mean is over (N, C, H, W). P projects, M masks random positions, G regenerates them; std standardizes each map
+    of an instance to mean 0 and deviation 1; gamma, the cosine similarity of F_S and F_T (of P(F_S) if their channels
+    differ), reduces the effect of instances that disagree. Every stage can be disabled.
     """
 
     needs = frozenset({"features", "targets"})
@@ -37,25 +37,25 @@ class IMA(Distiller):
     @dataclass(frozen=True)
     class Config(Distiller.Config):
         adaptation: Annotated[
-            Adaptation, "Projection, which also brings the student's features to the teacher's channels (P)."
+            Adaptation, "Projection, which also maps the student's features to the teacher's channels (P)."
         ] = "1x1"
         mask: Annotated[
             Literal["random", "instance", "none"],
-            "Where positions are hidden: over the whole map, inside the boxes of each instance, or nowhere.",
+            "Where positions are masked: over the whole map, inside the boxes of each instance, or nowhere.",
         ] = "random"
-        mask_ratio: Annotated[float, AtLeast(0), Below(1), "Share of the positions that is hidden (zeta)."] = 0.65
-        generation: Annotated[bool, "Whether hidden positions are filled in again, by two 3x3 convolutions (G)."] = True
+        mask_ratio: Annotated[float, AtLeast(0), Below(1), "Fraction of the positions that is masked (zeta)."] = 0.65
+        generation: Annotated[bool, "Whether masked positions are regenerated, by two 3x3 convolutions (G)."] = True
         instance: Annotated[
             Literal["sample", "box"],
             "What counts as an instance: a sample of the batch, or a ground-truth box (RoIAlign).",
         ] = "sample"
-        box_resolution: Annotated[int, AtLeast(1), "Side of a box's features."] = 7
+        box_resolution: Annotated[int, AtLeast(1), "RoIAlign output size of a box."] = 7
         standardize: Annotated[Literal["both", "student", "none"], "Whose features are standardized."] = "both"
         deflate: Annotated[
-            bool, "Whether the student's features are multiplied by their agreement with the teacher's (gamma)."
+            bool, "Whether the student's features are multiplied by their cosine similarity to the teacher's (gamma)."
         ] = True
         levels: Annotated[
-            Literal["mean", "sum"], "Whether the loss is the mean or the sum over levels; the paper writes one level."
+            Literal["mean", "sum"], "Whether the loss is the mean or the sum over levels; the paper defines one level."
         ] = "mean"
 
     def __init__(self, config: Config, pair: Pair):
@@ -83,7 +83,7 @@ class IMA(Distiller):
         return {"loss_ima": error_N.sum() / count}
 
     def _masks(self, student: DetectorOutputs, targets: list[Instances]) -> list[Tensor]:
-        """M by level, (B, H, W) of zeros and ones."""
+        """Return M by level, (B, H, W) of zeros and ones."""
         maps = [student.features[stride] for stride in self.adaptation.strides]
         if self.config.mask == "none":
             return [x.new_ones(()).expand(len(x), *x.shape[-2:]) for x in maps]
@@ -97,7 +97,7 @@ class IMA(Distiller):
         return self.generation[str(stride)](maps) if self.generation else maps
 
     def _instances(self, maps: Tensor, targets: list[Instances], stride: int) -> Tensor:
-        """What the loss compares, (N, C, H, W): samples or boxes."""
+        """Return what the loss compares, (N, C, H, W): samples or boxes."""
         if self.config.instance == "sample":
             return maps
         boxes = [target.gt_boxes.tensor for target in targets]
@@ -105,7 +105,7 @@ class IMA(Distiller):
 
     @in_float32
     def aligned_errors(self, student_NCHW: Tensor, teacher_NCHW: Tensor, gamma_N: Tensor | None) -> Tensor:
-        """The mean squared error of each aligned instance (N,); gamma is 1 where it is None."""
+        """Compute the mean squared error (N,) of each aligned instance; None for gamma means 1."""
         if self.config.standardize != "none":
             student_NCHW = standardize(student_NCHW)
         if self.config.standardize == "both":

@@ -1,7 +1,7 @@
-"""LD: the student's distributions of box sides follow the teacher's.
+"""LD: distillation of the distributions of box sides.
 
-Shape suffixes: B images, N boxes of an image, R anchors of an image over all levels, P anchors that count, of all images, D distances
-that a side's distribution is over.
+Shape suffixes: B images, N boxes of an image, R anchors of an image over all levels, P selected anchors of all images,
+D bins of a side's distribution.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from .pair import Pair
 
 MAIN, VALUABLE, CLASS = "loss_ld", "loss_ld_valuable", "loss_ld_class"
 LOWEST_VALUABLE = 0.25
-"""The part of a box's threshold from which on an anchor is valuable."""
+"""Fraction of a box's threshold at which the valuable region starts."""
 
 
 @DISTILLER_REGISTRY.register()
 class LD(Distiller):
-    """Localization distillation (Zheng et al. 2022) between detectors whose box sides are distributions, as GFL's.
+    """Localization distillation (Zheng et al. 2022) between detectors with distributions of box sides, such as GFL.
 
     For a region of anchors, with weights q, and every side of their boxes:
 
-        L = sum of q * TEMPERATURE^2 * (mean over bins of KL(p_T || p_S)) / (4 * sum of q of all ranks)
+        L = sum of q * TEMPERATURE^2 * (mean over bins of KL(p_T || p_S)) / (4 * sum of q over all ranks)
 
-    The main region is the positives of the student's label assignment, q its largest class probability there. Optional are the
-    valuable localization region, near the boxes but not positive, with the overlap as q, see `valuable_region`; and at the positives
-    the divergence of the softmax over class logits, mean over classes and positives.
+    The main region is the positives of the student's label assignment, q its largest class probability there. Optional:
+    the valuable localization region, near the boxes but not positive, with the IoU as q (see `valuable_region`); and
+    the divergence of the softmax over class logits at the positives, averaged over classes and positives.
     """
 
     needs = frozenset({"dense", "distributions", "targets"})
@@ -48,20 +48,20 @@ class LD(Distiller):
     @dataclass(frozen=True)
     class Config(Distiller.Config):
         temperature: Annotated[
-            float, Above(0), "Temperature of the distributions' softmax; the loss is multiplied by its square."
+            float, Above(0), "Temperature of the softmax over bins; the loss is multiplied by its square."
         ] = 10.0
         main_weight: Annotated[float, AtLeast(0), "Weight of the main region."] = 0.25
         valuable_weight: Annotated[
-            float, AtLeast(0), "Weight of the valuable localization region (authors: 0.25); 0 leaves it out."
+            float, AtLeast(0), "Weight of the valuable localization region (authors: 0.25); 0 disables it."
         ] = 0.0
         class_weight: Annotated[
-            float, AtLeast(0), "Weight of the class logits at positives (authors: 10); 0 leaves them out."
+            float, AtLeast(0), "Weight of the class logits at positives (authors: 10); 0 disables them."
         ] = 0.0
         class_temperature: Annotated[float, Above(0), "Temperature of the softmax over class logits."] = 2.0
         candidates: Annotated[
             int,
             AtLeast(1),
-            "Anchors of each level near a box whose overlaps make its threshold in the valuable region, as in ATSS.",
+            "Anchors per level near a box whose overlaps determine its threshold in the valuable region, as in ATSS.",
         ] = 9
 
     def __init__(self, config: Config, pair: Pair):
@@ -105,17 +105,17 @@ class LD(Distiller):
 
 @torch.no_grad()
 def valuable_region(anchors: list[Boxes], gt_boxes: Boxes, candidates: int = 9) -> Tensor:
-    """The valuable localization region (Zheng et al. 2022, algorithm 1): anchors with 0.25 * t <= DIoU with a box < t.
+    """Return the valuable localization region (Zheng et al. 2022, algorithm 1): 0.25 * t <= DIoU with a box < t.
 
     t is the box's threshold in ATSS, see `adaptive_thresholds`.
 
     Args:
-        anchors: by level.
+        anchors: anchors by level.
         gt_boxes: N boxes.
-        candidates: anchors of each level for a box.
+        candidates: candidate anchors per level and box.
 
     Returns:
-        (R,) the anchor's largest overlap with a box for which it is valuable; 0 for the others.
+        (R,) the anchor's largest IoU with a box for which it is valuable; 0 for other anchors.
     """
     if len(gt_boxes) == 0:
         return anchors[0].tensor.new_zeros(sum(map(len, anchors)))
@@ -126,7 +126,7 @@ def valuable_region(anchors: list[Boxes], gt_boxes: Boxes, candidates: int = 9) 
 
 
 def center_penalty(boxes: Boxes, others: Boxes) -> Tensor:
-    """What DIoU takes off IoU, (N, R): squared distance of the centers over squared diagonal of the box around both."""
+    """Compute DIoU's penalty (N, R): squared center distance over squared diagonal of the smallest enclosing box."""
     offset_NR2 = boxes.get_centers()[:, None] - others.get_centers()
     low_NR2 = torch.minimum(boxes.tensor[:, None, :2], others.tensor[:, :2])
     high_NR2 = torch.maximum(boxes.tensor[:, None, 2:], others.tensor[:, 2:])

@@ -1,4 +1,4 @@
-"""Where on the feature maps something is: masks by level, (B, H, W) of zeros and ones.
+"""Masks on feature maps, by level (B, H, W) of zeros and ones.
 
 Shape suffixes: B images, H W map, A anchors per position, R anchors of an image over all levels, N boxes of an image.
 """
@@ -16,13 +16,13 @@ from ..adapters import DetectorOutputs
 
 
 def whole_maps(student: DetectorOutputs, targets: list[Instances], strides: Iterable[int]) -> list[Tensor]:
-    """Everywhere."""
+    """Return masks of all positions."""
     maps = [student.features[stride] for stride in strides]
     return [x.new_ones(x.shape[0], *x.shape[-2:], dtype=torch.float32) for x in maps]
 
 
 def positive_positions(student: DetectorOutputs, targets: list[Instances], strides: Iterable[int]) -> list[Tensor]:
-    """Where the student's label assignment gives one of the position's anchors to an instance."""
+    """Return masks of positions with a positive anchor in the student's label assignment."""
     levels = student.dense.assignment_by_level
     return [
         (levels[stride] >= 0).unflatten(1, (*student.features[stride].shape[-2:], -1)).any(-1).float()
@@ -31,13 +31,13 @@ def positive_positions(student: DetectorOutputs, targets: list[Instances], strid
 
 
 def negative_positions(student: DetectorOutputs, targets: list[Instances], strides: Iterable[int]) -> list[Tensor]:
-    """Where it gives none of them to any."""
+    """Return masks of positions without a positive anchor."""
     return [1 - mask for mask in positive_positions(student, targets, strides)]
 
 
 def inside_boxes(student: DetectorOutputs, targets: list[Instances], strides: Iterable[int]) -> list[Tensor]:
-    """Where the position's center lies inside a ground-truth box."""
-    boxes_BN4 = pad_sequence([target.gt_boxes.tensor for target in targets], batch_first=True)  # padding has no inside
+    """Return masks of positions whose center is inside a ground-truth box."""
+    boxes_BN4 = pad_sequence([target.gt_boxes.tensor for target in targets], batch_first=True)  # padding is empty
     x1, y1, x2, y2 = boxes_BN4.unsqueeze(-1).unbind(2)
     masks = []
     for stride in strides:

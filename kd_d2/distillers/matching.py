@@ -1,4 +1,4 @@
-"""What of the student corresponds to what of the teacher: feature levels by stride, predictions by anchor."""
+"""Correspondence between student and teacher: feature levels by stride, predictions by anchor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..errors import UserError
 
 
 def common_strides(student: DetectorSpec, teacher: DetectorSpec) -> list[int]:
-    """Strides of the neck levels that both detectors have, ascending. Raises a UserError where there is none."""
+    """Return the strides that both detectors' necks have, ascending. Raises a UserError if there are none."""
     strides = sorted(student.shapes.keys() & teacher.shapes.keys())
     if not strides:
         raise UserError(
@@ -22,7 +22,7 @@ def common_strides(student: DetectorSpec, teacher: DetectorSpec) -> list[int]:
 
 
 def check_same_anchors(method: str, student: DetectorSpec, teacher: DetectorSpec) -> None:
-    """Raise a UserError unless both detectors predict at the same anchors or points of the same levels."""
+    """Raise a UserError unless both detectors predict at the same anchors or points on the same levels."""
 
     def anchors_of(spec: DetectorSpec) -> dict[int, list[list[float]]]:
         return {stride: anchors.tolist() for stride, anchors in sorted((spec.cell_anchors or {}).items())}
@@ -44,14 +44,14 @@ def check_same_anchors(method: str, student: DetectorSpec, teacher: DetectorSpec
 def _describe(anchors: list[list[float]]) -> str:
     x1, y1, x2, y2 = anchors[0]
     sides = f"{x2 - x1:.4g}x{y2 - y1:.4g} pixels around ({(x1 + x2) / 2:.4g}, {(y1 + y2) / 2:.4g})"
-    return f"{len(anchors)} anchors a position, the first of {sides}" if len(anchors) > 1 else f"one anchor of {sides}"
+    return f"{len(anchors)} anchors per position, the first {sides}" if len(anchors) > 1 else f"one anchor of {sides}"
 
 
 def levels_by_stride(features: dict[int, Tensor], strides: Iterable[int], whose: str) -> list[Tensor]:
-    """The feature maps of the given strides. Raises where one was not captured."""
+    """Return the feature maps of the given strides. Raises a RuntimeError if one was not captured."""
     missing = [s for s in strides if s not in features]
     if missing:
         raise RuntimeError(
-            f"the {whose}'s features of stride {missing} were not captured; there are {sorted(features)}"
+            f"the {whose}'s features at strides {missing} were not captured; captured strides: {sorted(features)}"
         )
     return [features[s] for s in strides]

@@ -1,4 +1,4 @@
-"""MGD: the student's features, partly hidden, are to generate the teacher's (Yang et al. 2022)."""
+"""MGD: generation of the teacher's features from the student's partly masked features (Yang et al. 2022)."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class MGD(Distiller):
 
     L = WEIGHT * sum over levels and (B, C, H, W) of (G(M * phi(F_S)) - F_T)^2 / B
 
-    M hides positions at random, G, two 3x3 convolutions with a ReLU between, fills them in again. With RESIDUAL (not the
-    paper's) G adds what they give to its input and starts as the identity: a short training does not have to learn it first.
+    M masks random positions; G, two 3x3 convolutions with a ReLU in between, regenerates them. With RESIDUAL (not in
+    the paper) G adds its input to their output and starts as the identity, which a short training need not learn first.
     """
 
     needs = frozenset({"features"})
@@ -36,17 +36,17 @@ class MGD(Distiller):
         weight: Annotated[
             float | None,
             AtLeast(0),
-            "What the method's losses are multiplied by; None is 2e-5 for one-stage students and 5e-7 for others.",
+            "Weight of the method's losses; None means 2e-5 for one-stage students and 5e-7 for others.",
         ] = None
         mask_ratio: Annotated[
             float | None,
             AtLeast(0),
             Below(1),
-            "Share of the positions that is hidden; None is 0.65 for one-stage students and 0.45 for others.",
+            "Fraction of the positions that is masked; None means 0.65 for one-stage students and 0.45 for others.",
         ] = None
         residual: Annotated[
             bool,
-            "Whether the generation network adds its output to its input and starts as the identity; the paper's does not.",
+            "Whether the generation network has a residual connection and starts as the identity; the paper's does not.",
         ] = False
         adaptation: Adaptation = None
 

@@ -1,4 +1,4 @@
-"""The two detectors of a distillation, and what their training is about."""
+"""The two detectors of a distillation, and training settings that methods depend on."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .matching import common_strides
 
 @dataclass(frozen=True)
 class Pair:
-    """What a method is built for.
+    """The detectors and training settings that a method is built for.
 
     Attributes:
         student, teacher: the two detectors.
-        datasets: names of the training datasets whose annotations are read; none where pseudo-labels take their place.
-        max_iter: iterations of the training.
+        datasets: names of the training datasets whose annotations are read; empty if pseudo-labels replace them.
+        max_iter: number of training iterations.
     """
 
     student: DetectorSpec
@@ -32,11 +32,11 @@ class Pair:
 
     @property
     def strides(self) -> list[int]:
-        """Strides of the neck levels that both detectors have, ascending. Raises a UserError where there is none."""
+        """Strides of the neck levels that both detectors have, ascending. Raises a UserError if there are none."""
         return common_strides(self.student, self.teacher)
 
     @property
     def channels(self) -> dict[int, tuple[int, int]]:
-        """Channels of student and teacher at each of these strides."""
+        """Student and teacher channels at each of these strides."""
         shapes = self.student.shapes, self.teacher.shapes
         return {stride: tuple(of_detector[stride].channels for of_detector in shapes) for stride in self.strides}

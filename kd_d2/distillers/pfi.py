@@ -1,4 +1,4 @@
-"""PFI: the student's features follow the teacher's where their predictions differ."""
+"""PFI: feature imitation weighted by the difference of predictions."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ MASKS = {
     "negatives": negative_positions,
     "boxes": inside_boxes,
 }
-"""Masks that the paper compares with (table 5)."""
+"""Masks that the paper uses for comparison (table 5)."""
 
 
 @DISTILLER_REGISTRY.register()
 class PFI(Distiller):
     """Prediction-guided Feature Imitation (Li et al. 2022, equations 7 to 9).
 
-    L = WEIGHT * mean over levels of mean over (B, H, W) of P * D, with P the squared difference of the class
-    probabilities, a weight without gradient, and D that of the features. With another MASK in the place of P the mean of a level
-    is over the positions inside the mask.
+    L = WEIGHT * mean over levels of mean over (B, H, W) of P * D, where P is the squared difference of the class
+    probabilities, a weight without gradient, and D is that of the features. With another MASK in place of P, the mean
+    of a level is over the positions inside the mask.
     """
 
     needs = frozenset({"features", "dense", "targets"})
@@ -49,23 +49,23 @@ class PFI(Distiller):
         mask: Annotated[
             str,
             OneOf(PREDICTION, *MASKS),
-            "Where features are imitated: where predictions differ, or one of what the paper compares with: everywhere, at the "
-            "positives, at the negatives, inside the boxes.",
+            "Where features are imitated: where predictions differ, or one of the paper's alternatives: everywhere, at the positives, at "
+            "the negatives, inside the boxes.",
         ] = PREDICTION
         on_logits: Annotated[
             bool,
-            "Whether P is of the class logits instead of their probabilities; the loss is then many times as large.",
+            "Whether P is computed from class logits instead of probabilities; the loss is then many times larger.",
         ] = False
         relative: Annotated[
-            bool, "Whether P is divided by its mean over each level: it says where, and no longer how much."
+            bool, "Whether P is divided by its mean over each level, so that only its relative values matter."
         ] = False
-        through_prediction: Annotated[bool, "Whether gradients pass through P too."] = False
+        through_prediction: Annotated[bool, "Whether gradients also flow through P."] = False
         adaptation: Adaptation = None
 
         def check(self, name: str) -> None:
             for key in ("on_logits", "relative", "through_prediction"):
                 if getattr(self, key) and self.mask != PREDICTION:
-                    raise UserError(f"{name}.{key.upper()} is True, but MASK {self.mask!r} does not read predictions.")
+                    raise UserError(f"{name}.{key.upper()} is True, but MASK {self.mask!r} does not use predictions.")
 
     def __init__(self, config: Config, pair: Pair):
         super().__init__(config, pair)
@@ -87,7 +87,7 @@ class PFI(Distiller):
         return {"loss_pfi": loss}
 
     def _prediction_weights(self, student: DetectorOutputs, teacher: DetectorOutputs) -> list[Tensor]:
-        """P by level, (B, H, W)."""
+        """Return P by level, (B, H, W)."""
         read = DetectorOutputs.logit_map if self.config.on_logits else DetectorOutputs.probability_map
         with torch.set_grad_enabled(self.config.through_prediction and torch.is_grad_enabled()):
             weights = [prediction_difference(read(student, s), read(teacher, s)) for s in self.adaptation.strides]

@@ -1,4 +1,4 @@
-"""PKD: channels of the student correlate with the teacher's, whatever the scale of either (Cao et al. 2022)."""
+"""PKD: scale-invariant correlation of the student's channels with the teacher's (Cao et al. 2022)."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from .pair import Pair
 
 @DISTILLER_REGISTRY.register()
 class PKD(Distiller):
-    """Distillation by Pearson correlation (Cao et al. 2022), made for detectors of different families.
+    """Distillation by Pearson correlation (Cao et al. 2022), designed for detectors of different families.
 
-    L = WEIGHT * sum over levels of 1/2 * mean over (B, C, H, W) of (F^_S - F^_T)^2, where F^ is standardized by channel over the whole
-    batch, that of all ranks (see `pearson_loss`). Levels are paired by stride.
+    L = WEIGHT * sum over levels of 1/2 * mean over (B, C, H, W) of (F^_S - F^_T)^2, where F^ is standardized per
+    channel over the batch of all ranks (see `pearson_loss`). Levels are paired by stride.
     """
 
     needs = frozenset({"features"})
@@ -39,11 +39,11 @@ class PKD(Distiller):
         weight: Annotated[
             float | None,
             AtLeast(0),
-            "What the method's losses are multiplied by; None is 10 for one-stage students and 6 for others.",
+            "Weight of the method's losses; None means 10 for one-stage students and 6 for others.",
         ] = None
         resize: Annotated[
             Literal["student", "teacher"],
-            "Whose maps are resized to the partner's, where maps of one stride have different sizes.",
+            "Whose maps are resized to the other's size if maps of one stride have different sizes.",
         ] = "student"
         adaptation: Adaptation = None
 
@@ -54,7 +54,7 @@ class PKD(Distiller):
     def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
         pairs = [self._of_one_size(s, t) for s, t in self.adaptation.pairs(student, teacher)]
         channels = [t.shape[1] for _, t in pairs]
-        # All levels in one message each: their means, then moments around the means of all ranks.
+        # Two all-reduces for all levels: one for the means, one for the moments about the means of all ranks.
         means = mean_across_ranks(torch.cat([channel_means(s, t) for s, t in pairs], 1))
         moments = torch.cat(
             [channel_moments(s, t, mean) for (s, t), mean in zip(pairs, means.split(channels, 1), strict=True)], 1

@@ -1,4 +1,4 @@
-"""RankMimicking: the student ranks the candidates of each instance as the teacher does."""
+"""RankMimicking: distillation of the teacher's ranking of the candidates of each instance."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .pair import Pair
 class RankMimicking(Distiller):
     """Rank Mimicking (Li et al. 2022, equations 5 and 6) of classification scores and of box quality.
 
-    The positives of each instance are those of the student's own label assignment, for both detectors.
+    The positives of each instance are those of the student's label assignment, for both detectors.
     """
 
     needs = frozenset({"dense", "targets"})
@@ -35,25 +35,25 @@ class RankMimicking(Distiller):
         weight: Weight = 4.0
         on_logits: Annotated[
             bool,
-            "Whether candidates rank by the logits of the instance's class instead of its probability; the loss is then many times as "
-            "large.",
+            "Whether candidates are ranked by the logits of the instance's class instead of its probability; the loss is then many times "
+            "larger.",
         ] = False
         joint_score: Annotated[
-            bool, "Whether candidates rank by probability times centerness, for detectors that have a centerness."
+            bool, "Whether candidates are ranked by probability times centerness, for detectors with a centerness."
         ] = False
         localization: Annotated[
-            bool, "Whether candidates also rank by the overlap of the predicted box with the ground truth."
+            bool, "Whether candidates are also ranked by the IoU of the predicted box with the ground truth."
         ] = True
         temperature: Annotated[
             float,
             Above(0),
-            "Scores are divided by it before the softmax, and the loss is multiplied by its square. Ours; the paper's softmax has none. "
-            "Probabilities lie between 0 and 1, so that at 1 all candidates of an instance rank nearly alike.",
+            "Temperature of the softmax over scores; the loss is multiplied by its square. Not in the paper, whose softmax has none. "
+            "Probabilities are between 0 and 1, so that at 1 all candidates of an instance rank nearly alike.",
         ] = 1.0
         localization_temperature: Annotated[
             float,
             Above(0),
-            "Overlaps are divided by it before the softmax, and their loss is multiplied by its square; ours too.",
+            "Temperature of the softmax over IoUs; their loss is multiplied by its square. Not in the paper.",
         ] = 1.0
 
         def check(self, name: str) -> None:
@@ -86,7 +86,7 @@ class RankMimicking(Distiller):
         return losses
 
     def _scores(self, dense: DensePredictions, positives: Positives, class_P: Tensor) -> Tensor:
-        """(P,) what the classification rank is made of."""
+        """Return the classification scores (P,) to rank by."""
         logits = positives.pick(dense.logits.values(), class_P).float()
         if self.config.on_logits:
             return logits

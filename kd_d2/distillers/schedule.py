@@ -1,4 +1,4 @@
-"""When a method takes part in a training."""
+"""Schedule of a method during training."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from detectron2.config import CfgNode
 
 @dataclass(frozen=True)
 class Schedule:
-    """When a distiller takes part: from `start` until before `end`, with a linear warm-up of its weight.
+    """Iterations in which a distiller is active, from `start` to before `end`, with a linear warm-up of its weight.
 
     Attributes:
         start: first iteration.
-        warmup: iterations over which the factor grows linearly; it reaches 1 in the last of them.
-        end: the first iteration without it; None for never.
+        warmup: iterations over which the factor increases linearly; it reaches 1 in the last of them.
+        end: first iteration after the method ends; None for no end.
     """
 
     start: int = 0
@@ -29,7 +29,7 @@ class Schedule:
         return self.start <= iteration and (self.end is None or iteration < self.end)
 
     def factor(self, iteration: int) -> float:
-        """What the distiller's losses are multiplied by at `iteration`: in [0, 1]."""
+        """Return the factor of the distiller's losses at `iteration`, in [0, 1]."""
         if not self.is_active(iteration):
             return 0.0
         return min(1.0, (iteration - self.start + 1) / max(1, self.warmup))

@@ -1,4 +1,4 @@
-"""SoftLabel: the student's class probabilities follow the teacher's, anchor by anchor or proposal by proposal."""
+"""SoftLabel: imitation of the teacher's class probabilities, anchor by anchor or proposal by proposal."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from .matching import check_same_anchors
 from .pair import Pair
 
 FIRST_COUNTED = {"all": IGNORED + 1, "positives": 0}
-"""By ANCHORS the lowest label of an anchor that counts, see `DensePredictions.assignment`."""
+"""Lowest label of an anchor that contributes, by value of ANCHORS; see `DensePredictions.assignment`."""
 
 
 @DISTILLER_REGISTRY.register()
 class SoftLabel(Distiller):
-    """Soft labels (Hinton et al. 2015) for heads of sigmoids, the baseline of Rank Mimicking (Li et al. 2022), and for box heads.
+    """Soft labels (Hinton et al. 2015) for sigmoid heads, Rank Mimicking's baseline (Li et al. 2022), and box heads.
 
-    L = WEIGHT * sum over anchors that are not ignored, and classes, of |p_T - p_S|^FOCUS * KL(p_T || p_S), divided by the positives.
-    Of an R-CNN the mean, over the proposals that its box head is trained on, of the divergence of the softmax.
+    L = WEIGHT * sum over non-ignored anchors and classes of |p_T - p_S|^FOCUS * KL(p_T || p_S), divided by the number
+    of positives. For an R-CNN, the mean softmax divergence over the proposals that its box head is trained on.
     """
 
     needs = frozenset({"dense", "targets"})
@@ -37,25 +37,25 @@ class SoftLabel(Distiller):
     class Config(Distiller.Config):
         loss: Annotated[
             Literal["kl", "quality_focal"],
-            "Of dense heads: KL(p_T || p_S), or binary cross-entropy with p_T, as in CrossKD's public program (with FOCUS 1), where "
-            "gradients also pass through the factor |p_T - p_S|^FOCUS.",
+            "For dense heads: KL(p_T || p_S), or binary cross-entropy with p_T as in CrossKD's public code (with FOCUS 1), where "
+            "gradients also flow through the factor |p_T - p_S|^FOCUS.",
         ] = "kl"
         temperature: Annotated[
-            float, Above(0), "Logits are divided by it, and the loss is multiplied by its square; of LOSS 'kl' alone."
+            float, Above(0), "Logits are divided by it, and the loss is multiplied by its square; only for LOSS 'kl'."
         ] = 1.0
         focus: Annotated[
-            float, AtLeast(0), "Of dense heads: elements are weighted by |p_T - p_S| to this power; ours for 'kl'."
+            float, AtLeast(0), "For dense heads: exponent of the element weight |p_T - p_S|; ours for 'kl'."
         ] = 0.0
         anchors: Annotated[
             str,
             OneOf(*FIRST_COUNTED),
-            "Of dense heads: anchors that count, all that are not ignored, or the positives alone (ours).",
+            "For dense heads: anchors that contribute, all that are not ignored or only the positives (ours).",
         ] = "all"
 
         def check(self, name: str) -> None:
             if self.loss != "kl" and self.temperature != 1:
                 raise UserError(
-                    f"{name}.TEMPERATURE is {self.temperature}, which LOSS 'kl' alone reads; LOSS is {self.loss!r}."
+                    f"{name}.TEMPERATURE is {self.temperature}, which only LOSS 'kl' uses; LOSS is {self.loss!r}."
                 )
 
     def __init__(self, config: Config, pair: Pair):
@@ -66,7 +66,7 @@ class SoftLabel(Distiller):
         for key, default in (("loss", "kl"), ("focus", 0), ("anchors", "all")):
             if getattr(config, key) != default:
                 raise UserError(
-                    f"MODEL.KD.SOFT_LABEL.{key.upper()} is {getattr(config, key)!r}, which is of dense heads; with the box head of the "
+                    f"MODEL.KD.SOFT_LABEL.{key.upper()} is {getattr(config, key)!r}, which is for dense heads; with the box head of the "
                     f"student ({pair.student.name}) it must be {default!r}."
                 )
 

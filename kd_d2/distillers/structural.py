@@ -1,4 +1,4 @@
-"""StructuralKD: normalized feature maps compared by l1, l2, smooth l1 or structural similarity (de Rijk 2022)."""
+"""StructuralKD: L1, L2, smooth L1 or structural similarity of normalized feature maps (de Rijk 2022)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .adaptation import Adaptation, AdaptationLayers
 from .base import DISTILLER_REGISTRY, Distiller, Losses, in_float32
 from .pair import Pair
 
-L1_SHARE = 0.15  # of l1_ms_ssim
+L1_SHARE = 0.15  # weight of l1 in l1_ms_ssim
 ODD = Condition("odd and positive", lambda size: size > 0 and size % 2 == 1)
 
 
@@ -52,7 +52,7 @@ MAP_LOSSES: dict[str, Callable[..., Tensor]] = {
     "ms_ssim": _ms_ssim,
     "l1_ms_ssim": _l1_ms_ssim,
 }
-"""By the name in MODEL.KD.STRUCTURAL.LOSS: (keys, normalized student, teacher (B, C, H, W), weight of positions or None) -> mean loss."""
+"""By value of LOSS: (config, normalized student, teacher (B, C, H, W), position weights or None) -> mean loss."""
 
 
 @DISTILLER_REGISTRY.register()
@@ -69,38 +69,36 @@ class StructuralKD(Distiller):
     @dataclass(frozen=True)
     class Config(Distiller.Config):
         weight: Annotated[
-            float | None, AtLeast(0), "Weight of the loss (lambda); None is 4 for one-stage students and 2 for others."
+            float | None, AtLeast(0), "Loss weight (lambda); None means 4 for one-stage students and 2 for others."
         ] = None
         loss: Annotated[
             str,
             OneOf(*MAP_LOSSES),
-            "Loss of two normalized maps (l); 'l1_ms_ssim' is 0.15 of l1 and 0.85 of ms_ssim.",
+            "Loss between two normalized maps (l); 'l1_ms_ssim' is 0.15 * l1 + 0.85 * ms_ssim.",
         ] = "ssim"
-        window_size: Annotated[
-            int, ODD, "Side of the windows of ssim in cells; smaller maps take min(this, 2 * min(H, W) - 1)."
-        ] = 11
+        window_size: Annotated[int, ODD, "Window size of ssim in cells; at most 2 * min(H, W) - 1 on small maps."] = 11
         ms_ssim_window_size: Annotated[
-            int, ODD, "Side of the windows of ms_ssim in cells; smaller maps take min(this, 2 * min(H, W) - 1)."
+            int, ODD, "Window size of ms_ssim in cells; at most 2 * min(H, W) - 1 on small maps."
         ] = 33
         ssim_exponents: Annotated[
             tuple[float, float, float],
             AtLeast(0),
-            "Exponents of luminance, contrast and structure in 'ssim'; 0 leaves one out.",
+            "Exponents of luminance, contrast and structure in 'ssim'; 0 disables a component.",
         ] = (1.0, 1.0, 1.0)
-        smooth_l1_beta: Annotated[float, Above(0), "Difference at which smooth l1 turns from square to line."] = 0.1
+        smooth_l1_beta: Annotated[float, Above(0), "Difference at which smooth L1 becomes linear."] = 0.1
         normalization: Annotated[
             str,
             OneOf(*SCOPES),
-            "Range that nu maps to [0, 1]: of each sample, of each channel of a sample, of teacher and student jointly, or none.",
+            "Scope of the range that nu maps to [0, 1]: each sample, each channel of a sample, teacher and student jointly, or none.",
         ] = "sample"
         adaptation: Adaptation = "none"
         spatial_attention: Annotated[
-            bool, "Whether positions are weighed by the attention of teacher and student (Zhang and Ma 2021)."
+            bool, "Whether positions are weighted by the attention of teacher and student (Zhang and Ma 2021)."
         ] = False
         attention_temperature: Annotated[
             float | None,
             Above(0),
-            "Temperature of the attention's softmax; None is 0.5 for one-stage students and 0.1 for others.",
+            "Temperature of the attention softmax; None means 0.5 for one-stage students and 0.1 for others.",
         ] = None
 
         def check(self, name: str) -> None:
@@ -109,7 +107,7 @@ class StructuralKD(Distiller):
                 raise UserError(f"{name}.SSIM_EXPONENTS is {exponents!r}: at least one exponent must be above 0.")
             if self.loss != "ssim" and exponents != (1, 1, 1):
                 raise UserError(
-                    f"{name}.SSIM_EXPONENTS is {exponents!r}, which LOSS 'ssim' alone reads; LOSS is {self.loss!r}."
+                    f"{name}.SSIM_EXPONENTS is {exponents!r}, which only LOSS 'ssim' uses; LOSS is {self.loss!r}."
                 )
 
     def __init__(self, config: Config, pair: Pair):
@@ -128,10 +126,10 @@ class StructuralKD(Distiller):
     def loss_maps(
         self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]
     ) -> dict[int, Tensor]:
-        """Where the loss falls: by stride the mean of l over the channels at every position (B, H, W), without lambda."""
+        """Compute the mean of l over channels at every position (B, H, W), by stride, without lambda."""
         maps = {}
         for stride, (s, t) in zip(self.adaptation.strides, self.adaptation.pairs(student, teacher), strict=True):
-            # The loss is linear in the weights of the positions: its slope in a weight is that position's part.
+            # The loss is linear in the position weights: its gradient in a weight is that position's contribution.
             weight = s.new_ones((len(s), 1, *s.shape[-2:]), dtype=torch.float32, requires_grad=True)
             (part,) = torch.autograd.grad(self.level_loss(s.detach(), t.detach(), weight), weight)
             maps[stride] = part[:, 0] * weight.numel()
@@ -139,7 +137,7 @@ class StructuralKD(Distiller):
 
     @in_float32
     def level_loss(self, student_BCHW: Tensor, teacher_BCHW: Tensor, weight: Tensor | None = None) -> Tensor:
-        """The loss of one level, without lambda; `weight` (B, 1, H, W) of the positions."""
+        """Compute the loss of one level, without lambda; `weight` (B, 1, H, W) is that of the positions."""
         if self.attention_temperature is not None:
             attention = spatial_attention(student_BCHW, teacher_BCHW, self.attention_temperature)
             weight = attention if weight is None else weight * attention

@@ -1,4 +1,4 @@
-"""Pure functions on tensors: no config, no Detectron2, nothing of the rest of the project."""
+"""Pure functions on tensors, independent of configs, Detectron2 and the rest of the library."""
 
 from .attention import channel_attention, mean_activation, own_attention, shared_attention, spatial_attention
 from .channel_wise import channel_wise_loss

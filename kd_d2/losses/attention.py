@@ -1,4 +1,4 @@
-"""Where on a feature map the activations are (Zhang and Ma 2021)."""
+"""Spatial and channel attention of feature maps (Zhang and Ma 2021)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor
 
 @torch.no_grad()
 def spatial_attention(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """(B, 1, H, W): H * W * softmax over positions of mean over channels |F| / temperature, averaged over both.
+    """Compute H * W * softmax over positions of mean over channels |F| / temperature, (B, 1, H, W), averaged over both.
 
-    Its mean over the positions of an image is 1; no gradient. Computed in float32 or better.
+    Its mean over the positions of an image is 1; it has no gradient. Computed in at least float32.
 
     Args:
         student, teacher: (B, C, H, W); the channel counts may differ.
@@ -20,9 +20,9 @@ def spatial_attention(student: Tensor, teacher: Tensor, temperature: float) -> T
 
 @torch.no_grad()
 def channel_attention(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """(B, C, 1, 1): C * softmax over channels of mean over positions |F| / temperature, averaged over both.
+    """Compute C * softmax over channels of mean over positions |F| / temperature, (B, C, 1, 1), averaged over both.
 
-    Its mean over the channels of an image is 1; no gradient. Computed in float32 or better.
+    Its mean over the channels of an image is 1; it has no gradient. Computed in at least float32.
 
     Args:
         student, teacher: (B, C, H, W).
@@ -32,22 +32,22 @@ def channel_attention(student: Tensor, teacher: Tensor, temperature: float) -> T
 
 @torch.no_grad()
 def shared_attention(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Of mean activations (B, ...): number of elements * softmax over them / temperature, averaged over both."""
+    """Compute number of elements * softmax over mean activations (B, ...) / temperature, averaged over both."""
     return sum(_softmax_attention(x, temperature) for x in (student, teacher)) / 2
 
 
 def mean_activation(features: Tensor, dims: int | tuple[int, ...]) -> Tensor:
-    """Mean of |F| over dimensions, which stay with one element. Computed in float32 or better, in one pass over the map."""
+    """Compute the mean of |F| over dimensions, kept with size 1, in at least float32 and one pass over the map."""
     dtype = torch.promote_types(features.dtype, torch.float32)
     total = torch.linalg.vector_norm(features, 1, dims, keepdim=True, dtype=dtype)
     return total * (total.numel() / features.numel())
 
 
 def own_attention(features: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Of one detector, with gradients: over positions (B, 1, H, W) and over channels (B, C, 1, 1), each with a mean of 1.
+    """Compute a detector's attention over positions (B, 1, H, W) and channels (B, C, 1, 1), with mean 1 and gradients.
 
-    The first is H * W * softmax over positions of mean over channels |F| / temperature, the second C * softmax over channels of mean over
-    positions |F| / temperature. Computed in float32 or better.
+    The first is H * W * softmax over positions of mean over channels |F| / temperature, the second C * softmax over
+    channels of mean over positions |F| / temperature. Computed in at least float32.
 
     Args:
         features: (B, C, H, W).

@@ -1,4 +1,4 @@
-"""Channels compared as distributions over positions (channel-wise distillation, Shu et al. 2021)."""
+"""Channel-wise distillation loss on distributions over positions (Shu et al. 2021)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 def channel_wise_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """Scalar: temperature^2 * mean over (B, C) of KL(p_T || p_S), with p the softmax over the positions of F / temperature.
+    """Compute temperature^2 * mean over (B, C) of KL(p_T || p_S), with p the softmax of F / temperature over positions.
 
-    Gradients go to the student alone. Computed in float32 or better.
+    Gradients flow only to the student. Computed in at least float32.
 
     Args:
         student, teacher: (B, C, H, W), feature maps or class logits.

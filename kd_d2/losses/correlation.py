@@ -1,7 +1,7 @@
-"""Correlation of predictions (DIST), and channels brought to another's mean and deviation (CrossKD).
+"""Correlation of predictions (DIST), and alignment of channels to another's mean and deviation (CrossKD).
 
-What is said here of a batch may be spread over several ranks: `total` then sums a tensor over all of them, and passes gradients
-of all of them back. Shape suffixes: N rows (positions or proposals), K classes, C channels.
+A batch may be distributed over several ranks: `total` then sums a tensor over all of them and propagates the gradients
+of all of them. Shape suffixes: N rows (positions or proposals), K classes, C channels.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 SQUARE_EPS = 1e-16
-"""Smallest sum of squares that is divided by: what does not vary correlates with nothing, and its gradient is finite."""
+"""Smallest sum of squares to divide by: constant values have correlation 0 and finite gradients."""
 DEVIATION_EPS = 1e-6
 
 
@@ -27,14 +27,14 @@ def dist_loss(
     gamma: float = 1.0,
     total: Callable[[Tensor], Tensor] = _alone,
 ) -> Tensor:
-    """DIST (Huang et al. 2022, equations 7 to 10): beta * (1 - r along classes) + gamma * (1 - r along rows).
+    """Compute DIST (Huang et al. 2022, equations 7 to 10): beta * (1 - r along classes) + gamma * (1 - r along rows).
 
-    r is Pearson's correlation of student and teacher: of each row along its classes, the mean over rows; of each class along the
-    rows, the mean over classes. Gradients go to the student alone. Computed in float32 or better.
+    r is Pearson's correlation of student and teacher: of each row along its classes, averaged over rows; of each class
+    along the rows, averaged over classes. Gradients flow only to the student. Computed in at least float32.
 
     Args:
         student_probs, teacher_probs: (N, K).
-        total: see above.
+        total: see the module's docstring.
 
     Returns:
         A scalar, the same on all ranks.
@@ -62,38 +62,38 @@ def _products(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _correlation(product: Tensor, student_square: Tensor, teacher_square: Tensor) -> Tensor:
-    """r from sums of products and squares of what has mean 0."""
+    """Compute r from sums of products and squares of zero-mean values."""
     return product * student_square.clamp(min=SQUARE_EPS).rsqrt() * teacher_square.clamp(min=SQUARE_EPS).rsqrt()
 
 
 def with_statistics_of(
     student: Sequence[Tensor], teacher: Sequence[Tensor], total: Callable[[Tensor], Tensor] = _alone
 ) -> list[Tensor]:
-    """The student's maps, each channel brought to the mean and deviation of the teacher's (CrossKD, Wang et al. 2024).
+    """Align mean and deviation of each channel of the student's maps with the teacher's (CrossKD, Wang et al. 2024).
 
-    (S - mean_S) / (deviation_S + 1e-6) * deviation_T + mean_T, over (B, H, W), with unbiased deviations. Gradients go to the
-    student alone, through its statistics too. Computed in float32 or better.
+    (S - mean_S) / (deviation_S + 1e-6) * deviation_T + mean_T, over (B, H, W), with unbiased deviations. Gradients flow
+    only to the student, including through its statistics. Computed in at least float32.
 
     Args:
-        student, teacher: maps (B, C, H, W), pair by pair of one shape.
-        total: see above.
+        student, teacher: maps (B, C, H, W), equal in shape pair by pair.
+        total: see the module's docstring.
     """
     dtype = torch.promote_types(student[0].dtype, torch.float32)
     maps = [*(x.to(dtype) for x in student), *(x.detach().to(dtype) for x in teacher)]
     centered, means, deviations = _standard_form(maps, total)
-    (mean_t, deviation_s, deviation_t) = means.chunk(2)[1], *deviations.chunk(2)
+    (_, mean_t), (deviation_s, deviation_t) = means.chunk(2), deviations.chunk(2)
     channels = [x.shape[1] for x in student]
-    scales, shifts = ((deviation_t / (deviation_s + DEVIATION_EPS)).split(channels), mean_t.split(channels))
+    scales, shifts = (deviation_t / (deviation_s + DEVIATION_EPS)).split(channels), mean_t.split(channels)
     return [
         torch.addcmul(shift[:, None, None], x, scale[:, None, None])
-        for x, scale, shift in zip(centered, scales, shifts, strict=False)
+        for x, scale, shift in zip(centered[: len(student)], scales, shifts, strict=True)
     ]
 
 
 def _standard_form(maps: list[Tensor], total: Callable[[Tensor], Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
-    """The maps less their channels' means; means and unbiased deviations of the channels of all of them, in two sums across ranks.
+    """Return the maps centered by channel, and mean and unbiased deviation of all channels, using two sums across ranks.
 
-    One position deviates by nothing.
+    The deviation of a single position is 0.
     """
     channels = [x.shape[1] for x in maps]
     counts = torch.cat([x.new_full((x.shape[1],), x[:, 0].numel()) for x in maps])

@@ -1,4 +1,4 @@
-"""Divergences of softmax distributions, whole or decoupled (DKD).
+"""Divergences of softmax distributions, plain or decoupled (DKD).
 
 Shape suffixes: N proposals, K classes and background.
 """
@@ -10,15 +10,15 @@ from torch import Tensor
 
 
 def softmax_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """temperature^2 * KL(softmax(T / temperature) || softmax(S / temperature)) over the last dimension.
+    """Compute temperature^2 * KL(softmax(T / temperature) || softmax(S / temperature)) over the last dimension.
 
-    Gradients go to the student alone. Computed in float32 or better.
+    Gradients flow only to the student. Computed in at least float32.
 
     Args:
         student_logits, teacher_logits: (..., D).
 
     Returns:
-        (...), the sum over D of each.
+        (...), each summed over D.
     """
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     student = (student_logits.to(dtype) / temperature).log_softmax(-1)
@@ -35,18 +35,18 @@ def decoupled_loss(
     temperature: float = 1.0,
     num_proposals: Tensor | float | None = None,
 ) -> Tensor:
-    """Decoupled knowledge distillation (Zhao et al. 2022, equation 7): alpha * TCKD + beta * NCKD.
+    """Compute decoupled knowledge distillation (Zhao et al. 2022, equation 7): alpha * TCKD + beta * NCKD.
 
-    TCKD is the divergence of (p_y, 1 - p_y), y the label; NCKD that of the softmax over all other classes. Both are means over
-    proposals, times the temperature's square. Gradients go to the student alone. Computed in float32 or better.
+    TCKD is the divergence of (p_y, 1 - p_y), y the label; NCKD that of the softmax over all other classes. Both are
+    averaged over proposals, times temperature^2. Gradients flow only to the student. Computed in at least float32.
 
     Args:
         student_logits, teacher_logits: (N, K).
-        labels: (N,) int64, each proposal's class.
-        num_proposals: the divisor; None for N, at least 1.
+        labels: (N,) int64, class of each proposal.
+        num_proposals: divisor; None for N, at least 1.
 
     Returns:
-        A scalar; zero, with a gradient of zero, where there is no proposal.
+        A scalar; zero, with a gradient of zero, if there are no proposals.
     """
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     is_label_NK = labels[:, None] == torch.arange(student_logits.shape[1], device=labels.device)
@@ -59,7 +59,7 @@ def decoupled_loss(
 
 
 def _decoupled(logits_NK: Tensor, is_label_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """Log probabilities of label and rest (N, 2), and of the other classes among themselves (N, K), 0 at the label."""
+    """Return log probabilities of label and rest (N, 2), and within the other classes (N, K), 0 at the label."""
     others_NK = logits_NK.masked_fill(is_label_NK, -torch.inf)
     rest_N = others_NK.logsumexp(1)
     label_N = logits_NK.where(is_label_NK, 0).sum(1)

@@ -1,4 +1,4 @@
-"""Where FGD looks: weights of positions inside and outside boxes, and errors weighed by attention (Yang et al. 2022)."""
+"""Focal weights inside and outside boxes, and errors weighted by attention, for FGD (Yang et al. 2022)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ CHUNK = 2**22
 
 @torch.no_grad()
 def foreground_weights(boxes: Tensor, height: int, width: int) -> Tensor:
-    """(B, H, W): at each position the largest 1 / area of the boxes that hold it, 0 where none does.
+    """Compute weights (B, H, W): at each position the largest 1 / area of the boxes that contain it, 0 if none does.
 
-    A box holds the positions from floor of its first to ceil of its second corner, both included; its area is their number, also of
-    those beyond the map. Nothing waits for a GPU, and memory does not grow with the boxes.
+    A box contains the positions from floor of its first to ceil of its second corner, inclusive; its area is their
+    number, even outside the map. There is no GPU synchronization, and memory does not grow with the boxes.
 
     Args:
-        boxes: (B, N, 4) as x1, y1, x2, y2 in cells of the map; what pads shorter images lies left of or above it.
-        height, width: of the map.
+        boxes: (B, N, 4) as x1, y1, x2, y2 in cells of the map; padding boxes are to the left of or above it.
+        height, width: size of the map.
     """
     B, N = boxes.shape[:2]
     low_BN2, high_BN2 = boxes[..., :2].floor(), boxes[..., 2:].ceil()
@@ -40,7 +40,7 @@ def foreground_weights(boxes: Tensor, height: int, width: int) -> Tensor:
 
 @torch.no_grad()
 def background_weights(foreground: Tensor) -> Tensor:
-    """(B, H, W): where no box is, 1 over the number of such positions of the image, else 0.
+    """Compute weights (B, H, W): outside all boxes, 1 over the number of such positions in the image; else 0.
 
     Args:
         foreground: (B, H, W), see `foreground_weights`.
@@ -50,15 +50,15 @@ def background_weights(foreground: Tensor) -> Tensor:
 
 
 def attended_error(student: Tensor, teacher: Tensor, channels: Tensor) -> Tensor:
-    """(B, H, W): sum over channels of attention * (F_S - F_T)^2.
+    """Compute the sum over channels of attention * (F_S - F_T)^2, (B, H, W).
 
     Args:
-        student, teacher: (B, C, H, W); gradients go to the student alone.
+        student, teacher: (B, C, H, W); gradients flow only to the student.
         channels: attention (B, C, 1, 1).
     """
     return attended_square(student - teacher.detach(), channels)
 
 
 def attended_square(difference: Tensor, channels: Tensor) -> Tensor:
-    """`attended_error` of F_S - F_T."""
+    """Compute `attended_error` from F_S - F_T."""
     return torch.linalg.vector_norm(difference * channels.sqrt(), dim=1).square()

@@ -1,4 +1,4 @@
-"""The mean SSIM loss and its gradient in one pass over the maps, for training a student against a fixed teacher."""
+"""Mean SSIM loss and its gradient in one pass over the maps, for training a student against a fixed teacher."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 class FusedSSIMLoss(torch.autograd.Function):
     """(student, teacher, window_size, max_val) -> mean of (1 - SSIM) / 2, equal to that of `similarity_map`.
 
-    The loss is a scalar, so its gradient is made in the forward pass, chunk by chunk; besides it and the inputs nothing is
-    kept. It takes four blurs forward (of s, t, s^2 + t^2 and s * t) and three adjoint ones. Gradients go to the student; a
-    second backward pass makes it anew, a differentiable one through the plain operations.
+    The loss is a scalar, so its gradient is computed in the forward pass, chunk by chunk; only the gradient and the
+    inputs are stored. This takes four blurs forward (of s, t, s^2 + t^2 and s * t) and three adjoint ones. Gradients
+    flow to the student; a second backward pass recomputes the gradient, with plain operations if create_graph is set.
     """
 
     @staticmethod
@@ -46,7 +46,7 @@ class FusedSSIMLoss(torch.autograd.Function):
         if gradient is None:
             gradient = torch.empty_like(student)
             loss_and_gradient(student, teacher, ctx.window_size, ctx.max_val, gradient)
-        # The gradient of a sum is kept, and divided only here, where a gradient scaler's factor comes with it.
+        # The stored gradient is that of a sum; it is divided only here, together with a gradient scaler's factor.
         scale = grad_loss * (-2 / student.numel())
         if gradient.dtype == scale.dtype:
             return gradient.mul_(scale), None, None, None
@@ -56,14 +56,14 @@ class FusedSSIMLoss(torch.autograd.Function):
 def loss_and_gradient(
     student: Tensor, teacher: Tensor, window_size: int, max_val: float, gradient: Tensor | None
 ) -> Tensor:
-    """The mean loss; the gradient of the sum of SSIM / 4 goes to `gradient`. On a GPU by Triton's kernels where it is there."""
+    """Return the mean loss and write the gradient of the sum of SSIM / 4 to `gradient`; uses Triton where available."""
     kernels = _triton_kernels(student.device) if student.is_cuda and student.dtype != torch.float64 else None
     return (kernels or ssim_chunks).loss_and_gradient(student, teacher, window_size, max_val, gradient)
 
 
 @functools.cache
 def _triton_kernels(device: torch.device) -> ModuleType | None:
-    """The module of Triton's kernels; None where there is no Triton, and, with a warning, where it cannot make them."""
+    """Return the module of Triton kernels; None without Triton, or, with a warning, if the kernels fail."""
     if not HAS_TRITON:
         return None
     from . import ssim_triton

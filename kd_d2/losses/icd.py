@@ -1,4 +1,4 @@
-"""Distillation of values where instances look (ICD, Kang et al. 2021).
+"""Distillation of values, weighted by instance attention (ICD, Kang et al. 2021).
 
 Shape suffixes: B images, M heads, Q queries, L positions over all levels, D dims of a head.
 """
@@ -10,16 +10,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**25}
-"""Elements of a value tensor that are worked on at a time, by device: small enough for a CPU's cache."""
+"""Elements of a value tensor processed at a time, by device: few enough for a CPU's cache."""
 LAYER_NORM_EPS = 1e-5
 ATTENTION_EPS = 1e-6
 
 
 def icd_distill_loss(student_value: Tensor, teacher_value: Tensor, attention_logits: Tensor, is_real: Tensor) -> Tensor:
-    """Distance of normalized values, weighted by the attention of the real instances, without lambda.
+    """Compute the distance of normalized values, weighted by the attention of the real instances, without lambda.
 
     mean over b, m of sum_l w * mean_d (LN(V_S) - LN(V_T))^2 / sum_l w, with w = sum over real q of softmax_l(logits).
-    An image without real instances gives 0. Gradients go to `student_value` alone. Computed in float32 or better.
+    An image without real instances contributes 0. Gradients flow only to `student_value`. Computed in at least float32.
 
     Args:
         student_value, teacher_value: (B, M, L, D).
@@ -31,7 +31,7 @@ def icd_distill_loss(student_value: Tensor, teacher_value: Tensor, attention_log
 
 @torch.no_grad()
 def instance_attention(attention_logits: Tensor, is_real: Tensor) -> Tensor:
-    """w (B, M, L): the attention, a softmax over L, summed over the real queries. Arguments as `icd_distill_loss`."""
+    """Return w (B, M, L), softmax attention over L summed over the real queries. Arguments as in `icd_distill_loss`."""
     attention_BMQL = attention_logits.softmax(-1, dtype=_accumulation_type(attention_logits))
     return torch.einsum("bmql,bq->bml", attention_BMQL, is_real.to(attention_BMQL.dtype))
 
@@ -39,22 +39,22 @@ def instance_attention(attention_logits: Tensor, is_real: Tensor) -> Tensor:
 def attended_value_loss(
     student_value: Tensor, teacher_value: Tensor, attention: Tensor, *, overwrite_student: bool = False
 ) -> Tensor:
-    """`icd_distill_loss` with the attention w (B, M, L) already summed over the instances.
+    """Compute `icd_distill_loss` from the attention w (B, M, L), already summed over the instances.
 
-    The loss is a scalar, so its gradient is made in the forward pass, chunk by chunk: besides it nothing is kept.
+    The loss is a scalar, so its gradient is computed in the forward pass, chunk by chunk, and nothing else is stored.
 
     Args:
-        overwrite_student: put the gradient in the place of the student's values, for a caller that needs them no more. They
-            must not be a leaf of the graph.
+        overwrite_student: write the gradient to the student's values, for callers that no longer need them. They must
+            not be a leaf of the graph.
     """
     return _AttendedValueLoss.apply(student_value, teacher_value.detach(), attention.detach(), overwrite_student)
 
 
 class _AttendedValueLoss(torch.autograd.Function):
-    """With s, t the centered values of a position and head, r_s, r_t their reciprocal deviations, <.,.> the mean over D:
+    """With centered values s, t of a position and head, reciprocal deviations r_s, r_t, and <.,.> the mean over D:
 
-    |LN(V_S) - LN(V_T)|^2 / D = r_s^2 <s,s> + r_t^2 <t,t> - 2 r_s r_t <s,t>, and its gradient in V_S is
-    2 / D * r_s * ((1 - r_s^2 <s,s> + r_s r_t <s,t>) r_s s - r_t t): no normalized tensor is needed.
+    |LN(V_S) - LN(V_T)|^2 / D = r_s^2 <s,s> + r_t^2 <t,t> - 2 r_s r_t <s,t>, and its gradient w.r.t. V_S is
+    2 / D * r_s * ((1 - r_s^2 <s,s> + r_s r_t <s,t>) r_s s - r_t t), so no normalized tensor is materialized.
     """
 
     @staticmethod
@@ -98,7 +98,7 @@ class _AttendedValueLoss(torch.autograd.Function):
 
 
 def _centered(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Over the last dimension: x without its mean, the reciprocal deviation r, and the mean square of r * x."""
+    """Return, over the last dimension, the centered x, its reciprocal deviation r, and the mean square of r * x."""
     x = x - x.mean(-1, keepdim=True)
     variance = torch.linalg.vector_norm(x, dim=-1).square_() / x.shape[-1]
     rstd = (variance + LAYER_NORM_EPS).rsqrt()

@@ -1,4 +1,4 @@
-"""Bringing feature maps to a common range before they are compared."""
+"""Min-max normalization of feature maps."""
 
 import torch
 from torch import Tensor
@@ -14,14 +14,14 @@ def min_max_normalize(
     Args:
         student, teacher: (B, C, H, W).
         scope: "sample": each map by its own range over (C, H, W), per sample; "channel": by its own range over (H, W),
-            per sample and channel; "joint": both by the range of the two together, per sample; "none": unchanged.
-        eps: the smallest range that is divided by, so that constant maps give zeros and finite gradients.
+            per sample and channel; "joint": both by their common range, per sample; "none": unchanged.
+        eps: smallest range to divide by, so that constant maps give zeros and finite gradients.
 
     Returns:
         The normalized student and teacher.
 
     Raises:
-        ValueError: an unknown scope.
+        ValueError: the scope is unknown.
     """
     if scope == "none":
         return student, teacher

@@ -1,6 +1,6 @@
-"""Correlation of channels (Cao et al. 2022), in two steps, so that a batch may lie on several ranks.
+"""Channel-wise Pearson correlation (Cao et al. 2022), in two steps, so that a batch may be distributed over ranks.
 
-`channel_means` and `channel_moments` are means over the own images; a caller may average either across ranks before it goes on.
+`channel_means` and `channel_moments` are means over local images; a caller may average each across ranks.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from torch import Tensor
 EPS = 1e-6
 """Added to deviations."""
 SQUARE_EPS = 1e-24
-"""Below it a variance counts as none, and has no gradient."""
+"""Variances below it are treated as zero and have no gradient."""
 
 
 def pearson_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Scalar: half the mean squared difference of maps that are standardized by channel (Cao et al. 2022).
+    """Compute half the mean squared difference of maps standardized per channel, a scalar (Cao et al. 2022).
 
-    1/2 * mean over (B, C, H, W) of (F^_S - F^_T)^2, where F^ = (F - mean) / (deviation + 1e-6) with mean and unbiased deviation over
-    (B, H, W). But for the 1e-6 it is (n - 1) / n * (1 - r), with n = BHW and r the mean over channels of Pearson's correlation. Gradients
-    go to the student alone. Computed in float32 or better.
+    1/2 * mean over (B, C, H, W) of (F^_S - F^_T)^2, where F^ = (F - mean) / (deviation + 1e-6) with mean and unbiased
+    deviation over (B, H, W). Except for the 1e-6, it is (n - 1) / n * (1 - r), with n = BHW and r Pearson's
+    correlation, averaged over channels. Gradients flow only to the student. Computed in at least float32.
 
     Args:
         student, teacher: (B, C, H, W).
@@ -30,18 +30,18 @@ def pearson_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 @torch.no_grad()
 def channel_means(student: Tensor, teacher: Tensor) -> Tensor:
-    """(2, C) means over (B, H, W) of the student's and of the teacher's channels, (B, C, H, W) each. Without gradient."""
+    """Compute means (2, C) over (B, H, W) of student's and teacher's channels, (B, C, H, W) each, without gradient."""
     dtype = torch.promote_types(student.dtype, torch.float32)
     return torch.stack([maps.mean((0, 2, 3), dtype=dtype) for maps in (student, teacher)])
 
 
 def channel_moments(student: Tensor, teacher: Tensor, means: Tensor) -> Tensor:
-    """(3, C) means over (B, H, W): of the squares of both detectors' deviations from `means`, and of their product.
+    """Compute means (3, C) over (B, H, W) of both detectors' squared deviations from `means`, and of their product.
 
-    The gradient is that of central moments where `means` are the means of all images that count.
+    The gradient is that of central moments if `means` are those of all contributing images.
 
     Args:
-        student, teacher: (B, C, H, W); gradients go to the student alone.
+        student, teacher: (B, C, H, W); gradients flow only to the student.
         means: (2, C), see `channel_means`.
     """
     both = zip((student, teacher.detach()), means, strict=True)
@@ -50,10 +50,10 @@ def channel_moments(student: Tensor, teacher: Tensor, means: Tensor) -> Tensor:
 
 
 def pearson_loss_of_moments(moments: Tensor, count: int) -> Tensor:
-    """`pearson_loss` of what `channel_moments` returned, (3, C).
+    """Compute `pearson_loss` from the moments (3, C) that `channel_moments` returned.
 
     Args:
-        count: n, the positions of all images, over which the moments are means.
+        count: n, the number of positions of all images over which the moments are averaged.
     """
     student, teacher, both = moments
     unbiased = count / max(1, count - 1)

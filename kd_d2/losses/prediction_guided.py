@@ -1,4 +1,4 @@
-"""Feature imitation where the predictions differ (Prediction-guided Feature Imitation, Li et al. 2022)."""
+"""Feature imitation weighted by prediction differences (Prediction-guided Feature Imitation, Li et al. 2022)."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ def prediction_guided_loss(
     student_probs: list[Tensor],
     teacher_probs: list[Tensor],
 ) -> Tensor:
-    """Squared difference of features, weighted by that of the predictions (equations 7 to 9).
+    """Compute the squared difference of features, weighted by that of the predictions (equations 7 to 9).
 
-    mean over levels of mean over (B, H, W) of P * D, with P the mean over anchors and classes of (p_T - p_S)^2, a weight
-    without gradient, and D the mean over channels of (F_T - F_S)^2. Computed in float32 or better.
+    mean over levels of mean over (B, H, W) of P * D, with P the mean over anchors and classes of (p_T - p_S)^2, a
+    weight without gradient, and D the mean over channels of (F_T - F_S)^2. Computed in at least float32.
 
     Args:
-        student_features, teacher_features: by level (B, C, H, W); the student's in the teacher's channels.
-        student_probs, teacher_probs: by level class probabilities (B, A * K, H, W).
+        student_features, teacher_features: (B, C, H, W) by level, with the student's adapted to the teacher's channels.
+        student_probs, teacher_probs: class probabilities (B, A * K, H, W) by level.
     """
     weights = [prediction_difference(s, t).detach() for s, t in zip(student_probs, teacher_probs, strict=True)]
     return weighted_imitation_loss(student_features, teacher_features, weights)
 
 
 def prediction_difference(student: Tensor, teacher: Tensor) -> Tensor:
-    """P (B, H, W): mean over anchors and classes of the squared difference of probabilities, or logits, (B, A * K, H, W)."""
+    """Compute P (B, H, W), mean over anchors and classes of (T - S)^2 of probabilities or logits (B, A * K, H, W)."""
     dtype = torch.promote_types(student.dtype, torch.float32)
     return (teacher.detach().to(dtype) - student.to(dtype)).square().mean(1)
 
@@ -39,11 +39,11 @@ def weighted_imitation_loss(
     weights: list[Tensor],
     divisors: list[Tensor | float] | None = None,
 ) -> Tensor:
-    """mean over levels of sum over (B, H, W) of weight * D, over the level's divisor.
+    """Compute the mean over levels of the sum over (B, H, W) of weight * D, divided by the level's divisor.
 
     Args:
-        student_features, teacher_features: by level (B, C, H, W).
-        weights: by level (B, H, W).
+        student_features, teacher_features: (B, C, H, W) by level.
+        weights: (B, H, W) by level.
         divisors: by level; None for the number of positions, B * H * W.
     """
     divisors = divisors or [weight.numel() for weight in weights]
@@ -53,10 +53,10 @@ def weighted_imitation_loss(
 
 
 def masked_squared_error(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    """sum over (B, H, W) of mask * mean over channels of (F_S - F_T)^2. Computed in float32 or better.
+    """Compute the sum over (B, H, W) of mask * mean over channels of (F_S - F_T)^2, in at least float32.
 
     Args:
-        student, teacher: (B, C, H, W); gradients go to the student alone.
+        student, teacher: (B, C, H, W); gradients flow only to the student.
         mask: (B, H, W), zeros and ones or any weights.
     """
     dtype = torch.promote_types(student.dtype, torch.float32)
@@ -65,10 +65,10 @@ def masked_squared_error(student: Tensor, teacher: Tensor, mask: Tensor) -> Tens
 
 
 def relative_to_mean(weights: list[Tensor], means: list[Tensor] | None = None) -> list[Tensor]:
-    """Each level's weights divided by their mean, so that they say where and not how much.
+    """Divide each level's weights by their mean, so that they express where to imitate but not how much.
 
     Args:
-        means: by level, where others' weights count too; None for the weights' own. No gradient flows through them.
+        means: means by level, such as those across ranks; None for the weights' own, without gradient.
     """
     means = means or [weight.detach().mean() for weight in weights]
     return [weight / mean.clamp(min=EPS) for weight, mean in zip(weights, means, strict=True)]

@@ -1,4 +1,4 @@
-"""Quality focal loss between probabilities: binary cross-entropy with the teacher's, weighted by the difference."""
+"""Quality focal loss: binary cross-entropy with the teacher's probabilities, weighted by the difference."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch.autograd.function import once_differentiable
 def quality_focal_loss(
     student_logits: Tensor, teacher_logits: Tensor, weight: Tensor | None = None, power: float = 1.0
 ) -> Tensor:
-    """Sum over all elements of |p_T - p_S|^power * BCE(p_S, p_T), with p = sigmoid(logits).
+    """Compute the sum over all elements of |p_T - p_S|^power * BCE(p_S, p_T), with p = sigmoid(logits).
 
-    Li et al. 2020, equation 5, with the teacher's probabilities as targets; CrossKD (Wang et al. 2024) takes power 1, for which the
-    gradient is computed in the forward pass: it takes two thirds of the memory traffic, and one tensor is saved for the backward pass.
-    Gradients go to the student alone, through both factors. Computed in float32 or better.
+    Li et al. 2020, equation 5, with the teacher's probabilities as targets. For power 1, as in CrossKD (Wang et al.
+    2024), the gradient is computed in the forward pass, with two thirds of the memory traffic and one tensor saved.
+    Gradients flow only to the student, through both factors. Computed in at least float32.
 
     Args:
-        student_logits, teacher_logits: of one shape; each element is a binary classification of its own.
-        weight: of each element, or of a shape that broadcasts to theirs.
-        power: beta of the paper.
+        student_logits, teacher_logits: equal in shape; each element is a separate binary classification.
+        weight: weight of each element, broadcastable to the logits.
+        power: beta in the paper.
     """
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     student, teacher = student_logits.to(dtype), teacher_logits.detach().to(dtype)
@@ -33,9 +33,9 @@ def quality_focal_loss(
 
 
 class _LinearQualityFocal(torch.autograd.Function):
-    """(student, teacher, weight) -> the loss of power 1.
+    """(student, teacher, weight) -> the loss with power 1.
 
-    With d = p_S - p_T and the cross-entropy e, whose derivative is d, the gradient is |d| * d + sign(d) * p_S * (1 - p_S) * e.
+    With d = p_S - p_T, the derivative of the cross-entropy e, the gradient is |d| * d + sign(d) * p_S * (1 - p_S) * e.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The order in which a detector ranks the candidates of each instance (Rank Mimicking, Li et al. 2022).
+"""Distillation of how a detector ranks the candidates of each instance (Rank Mimicking, Li et al. 2022).
 
 Shape suffixes: P positives of all instances, N instances.
 """
@@ -16,20 +16,20 @@ def rank_kl_loss(
     num_instances: Tensor | float | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
-    """Divergence of the student's from the teacher's rank distribution (equations 5 and 6).
+    """Compute the divergence of the student's rank distribution from the teacher's (equations 5 and 6).
 
-    For each instance the scores of its positives pass through a softmax; the loss is the sum over instances of
-    KL(teacher || student), divided by the number of instances. An instance with a single positive has no rank: it adds
-    nothing and does not count. Gradients go to the student alone. Computed in float32 or better.
+    For each instance, a softmax is applied to the scores of its positives; the loss is the sum over instances of
+    KL(teacher || student), divided by the number of instances. An instance with a single positive has no ranking: it
+    contributes nothing and is not counted. Gradients flow only to the student. Computed in at least float32.
 
     Args:
-        student_scores, teacher_scores: (P,) what each model thinks of each positive.
+        student_scores, teacher_scores: (P,) scores of the positives.
         instance_index: (P,) int64, equal for the positives of one instance, in any order.
-        num_instances: the divisor; None for the instances with two positives or more, at least 1.
-        temperature: scores are divided by it, and the loss is multiplied by its square, so that gradients keep their size.
+        num_instances: divisor; None for the number of instances with at least two positives, at least 1.
+        temperature: divides the scores; the loss is multiplied by its square to preserve the scale of gradients.
 
     Returns:
-        A scalar; zero, with a gradient of zero, where no instance has a rank.
+        A scalar; zero, with a gradient of zero, if no instance has a ranking.
     """
     dtype = torch.promote_types(student_scores.dtype, torch.float32)
     segment_P = consecutive(instance_index)
@@ -42,13 +42,13 @@ def rank_kl_loss(
 
 
 def count_ranked(instance_index: Tensor) -> Tensor:
-    """How many instances have a rank, two positives or more: a scalar tensor. Argument as in `rank_kl_loss`."""
+    """Count the instances with at least two positives, as a scalar tensor. Argument as in `rank_kl_loss`."""
     segment_P = consecutive(instance_index)
     return (torch.zeros_like(segment_P).index_add_(0, segment_P, torch.ones_like(segment_P)) > 1).sum()
 
 
 def reordered(scores: Tensor, other_scores: Tensor, instance_index: Tensor) -> Tensor:
-    """(P,) the same scores, in each instance distributed over its positives in the order of `other_scores`.
+    """Redistribute each instance's scores (P,) over its positives in the order of `other_scores`.
 
     Args:
         scores, other_scores: (P,).
@@ -59,13 +59,13 @@ def reordered(scores: Tensor, other_scores: Tensor, instance_index: Tensor) -> T
 
 
 def _by_instance_and_score(scores_P: Tensor, instance_index: Tensor) -> Tensor:
-    """(P,) the positives in order of instance, each instance's by score."""
+    """Return the indices (P,) that sort the positives by instance, and within it by score."""
     order_P = scores_P.argsort(stable=True)
     return order_P[instance_index[order_P].argsort(stable=True)]
 
 
 def consecutive(instance_index: Tensor) -> Tensor:
-    """The same grouping with the indices 0, 1, 2, ..., all below P; the device is not waited for."""
+    """Renumber the groups 0, 1, 2, ..., all below P, without synchronizing the device."""
     ordered_P, order_P = instance_index.sort()
     new_P = torch.zeros_like(ordered_P)
     new_P[1:] = (ordered_P[1:] != ordered_P[:-1]).cumsum(0)
@@ -73,7 +73,7 @@ def consecutive(instance_index: Tensor) -> Tensor:
 
 
 def segment_log_softmax(scores_P: Tensor, segment_P: Tensor) -> Tensor:
-    """log softmax within each segment; segments are numbered below P."""
+    """Compute the log softmax within each segment; segment numbers are below P."""
     largest_P = scores_P.detach().new_full(scores_P.shape, -torch.inf)
     largest_P.scatter_reduce_(0, segment_P, scores_P.detach(), "amax")
     shifted_P = scores_P - largest_P[segment_P]

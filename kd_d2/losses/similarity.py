@@ -1,6 +1,6 @@
 """Structural similarity in plain, differentiable operations (Wang et al. 2004; de Rijk 2022, equations 2 to 4).
 
-The reference that the fused loss is tested against, and what is computed wherever that one does not reach.
+Reference for tests of the fused loss, and implementation of the cases that it does not support.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from .gaussian import gaussian_blur
 SIGMA = 1.5
 K1, K2 = 0.01, 0.03
 EPS = 1e-12
-"""Added to SSIM's denominator, as kornia does: black cells are dissimilar by 1e-5."""
+"""Added to SSIM's denominator, as in kornia: black cells have a similarity of 1 - 1e-5."""
 SQUARE_EPS = 1e-12
 """Added to variances under a root, so that constant patches have finite gradients."""
 
 
 class Moments(NamedTuple):
-    """Of each cell's window, (B, C, H, W) each: means, variances and covariance of student and teacher."""
+    """Means, variances and covariance of student and teacher in each cell's window, (B, C, H, W) each."""
 
     mean_s: Tensor
     mean_t: Tensor
@@ -32,7 +32,7 @@ class Moments(NamedTuple):
 
 
 def local_moments(student: Tensor, teacher: Tensor, window_size: int, sigma: float = SIGMA) -> Moments:
-    """Moments under a Gaussian window, of maps that are moved towards zero first, so that float32 does at any offset."""
+    """Compute moments under a Gaussian window, of maps shifted toward zero so that float32 suffices at any offset."""
     with torch.no_grad():
         offset = teacher.mean((-2, -1), keepdim=True)
     student, teacher = student - offset, teacher - offset
@@ -47,32 +47,32 @@ def local_moments(student: Tensor, teacher: Tensor, window_size: int, sigma: flo
 
 
 def luminance(moments: Moments, max_val: float) -> Tensor:
-    """l: agreement of means, at most 1."""
+    """Compute l, the agreement of means, at most 1."""
     c1 = (K1 * max_val) ** 2
     mean_s, mean_t = moments.mean_s, moments.mean_t
     return (2 * mean_s * mean_t + c1) / (mean_s.square() + mean_t.square() + c1)
 
 
 def contrast(moments: Moments, max_val: float) -> Tensor:
-    """c: agreement of deviations, from 0 to 1."""
+    """Compute c, the agreement of deviations, from 0 to 1."""
     c2 = (K2 * max_val) ** 2
     return (2 * _deviation_product(moments) + c2) / (moments.variance_s + moments.variance_t + c2)
 
 
 def structure(moments: Moments, max_val: float) -> Tensor:
-    """s: correlation, from -1 to 1."""
+    """Compute s, the correlation, from -1 to 1."""
     c3 = (K2 * max_val) ** 2 / 2
     return (moments.covariance + c3) / (_deviation_product(moments) + c3)
 
 
 def contrast_structure(moments: Moments, max_val: float) -> Tensor:
-    """c * s in one term, without roots."""
+    """Compute c * s in one term, without square roots."""
     c2 = (K2 * max_val) ** 2
     return (2 * moments.covariance + c2) / (moments.variance_s + moments.variance_t + c2)
 
 
 def ssim_map(moments: Moments, max_val: float) -> Tensor:
-    """l * c * s in one fraction (Wang et al. 2004, equation 13), as kornia's `ssim`."""
+    """Compute l * c * s in one fraction (Wang et al. 2004, equation 13), as kornia's `ssim` does."""
     c1, c2 = (K1 * max_val) ** 2, (K2 * max_val) ** 2
     mean_s, mean_t = moments.mean_s, moments.mean_t
     numerator = (2 * mean_s * mean_t + c1) * (2 * moments.covariance + c2)
@@ -83,7 +83,7 @@ def ssim_map(moments: Moments, max_val: float) -> Tensor:
 def similarity_map(
     student: Tensor, teacher: Tensor, window_size: int, max_val: float, exponents: tuple[float, float, float]
 ) -> Tensor:
-    """l^alpha * c^beta * s^gamma at every cell (B, C, H, W); l and s, which can be negative, keep their sign under a power."""
+    """Compute l^alpha * c^beta * s^gamma per cell (B, C, H, W); l and s, if negative, keep their sign under a power."""
     moments = local_moments(student, teacher, window_size)
     if exponents == (1, 1, 1):
         return ssim_map(moments, max_val)

@@ -1,4 +1,4 @@
-"""Soft labels for heads of sigmoids (Hinton et al. 2015, as papers on detectors compare with them)."""
+"""Soft-label loss for sigmoid heads (Hinton et al. 2015, in the form that detection papers use as a baseline)."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ def soft_label_loss(
     temperature: float = 1.0,
     focus: float = 0.0,
 ) -> Tensor:
-    """Sum over all elements of KL(Bernoulli(p_T) || Bernoulli(p_S)), with p = sigmoid(logits / temperature).
+    """Compute the sum over elements of KL(Bernoulli(p_T) || Bernoulli(p_S)), with p = sigmoid(logits / temperature).
 
-    Multiplied by the temperature's square, so that gradients keep their size. Gradients go to the student alone. Computed in
-    float32 or better.
+    Multiplied by the squared temperature to preserve the scale of gradients. Gradients flow only to the student.
+    Computed in at least float32.
 
     Args:
-        student_logits, teacher_logits: of one shape; each element is a binary classification of its own.
-        weight: of each element, or of a shape that broadcasts to theirs.
-        focus: each element is also weighted by |p_T - p_S| to this power, without gradient.
+        student_logits, teacher_logits: equal in shape; each element is a separate binary classification.
+        weight: weight of each element, broadcastable to the logits.
+        focus: exponent of an additional element weight |p_T - p_S|, without gradient.
     """
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     student, teacher = student_logits.to(dtype), teacher_logits.detach().to(dtype)

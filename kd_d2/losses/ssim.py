@@ -1,4 +1,4 @@
-"""Structural similarity as a loss (Wang et al. 2004; de Rijk 2022, equations 2 to 4)."""
+"""SSIM and MS-SSIM losses (Wang et al. 2004; de Rijk 2022, equations 2 to 4)."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ def ssim_loss(
     exponents: Sequence[float] = (1, 1, 1),
     weight: Tensor | None = None,
 ) -> Tensor:
-    """Mean structural dissimilarity (1 - l^alpha * c^beta * s^gamma) / 2 of two feature maps, every channel an image of its own.
+    """Compute the mean structural dissimilarity (1 - l^alpha * c^beta * s^gamma) / 2 of maps, channel by channel.
 
-    Gaussian window with sigma 1.5, K1 = 0.01, K2 = 0.03, reflected borders; with the default exponents kornia's `ssim_loss`.
-    Computed in float32 or better. The default for a fixed teacher is one pass that makes the gradient with the loss;
-    everything else runs through plain operations.
+    Gaussian window with sigma 1.5, K1 = 0.01, K2 = 0.03, reflected borders; with the default exponents, equal to
+    kornia's `ssim_loss`. Computed in at least float32. With the default exponents, no weight and a fixed teacher, one
+    pass computes loss and gradient; otherwise, plain operations are used.
 
     Args:
         student, teacher: (B, C, H, W), values in [0, max_val].
         window_size: side of the window in cells, odd and at most 2 * min(H, W) - 1.
-        max_val: the range of the values, L in the formula.
-        exponents: alpha of luminance, beta of contrast, gamma of structure; 0 leaves a component out.
-        weight: of each position, of a shape that broadcasts to the maps'; the mean is still over all cells.
+        max_val: range of the values, L in the formula.
+        exponents: alpha of luminance, beta of contrast, gamma of structure; 0 disables a component.
+        weight: weight of each position, broadcastable to the maps; the mean is still over all cells.
 
     Returns:
         A scalar, in [0, 1] without weight.
 
     Raises:
-        ValueError: the shapes differ, or the window is even or too large for the map.
+        ValueError: the maps are empty or differ in shape, or the window is even or too large for the map.
     """
     _check(student, teacher, window_size)
     dtype = torch.promote_types(student.dtype, torch.float32)
@@ -61,12 +61,12 @@ def ms_ssim_loss(
     sigmas: Sequence[float] = MS_SSIM_SIGMAS,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """Mean of 1 - l of the largest sigma * product of c * s over all sigmas: scales are windows on one full-size map.
+    """Compute the mean of 1 - l of the largest sigma * product of c * s over all sigmas.
 
-    (Zhao et al. 2017, equation 8.) Arguments and errors as for `ssim_loss`.
+    Scales are windows on one full-size map (Zhao et al. 2017, equation 8). Arguments and errors as for `ssim_loss`.
 
     Args:
-        sigmas: of the Gaussian windows, in cells, ascending.
+        sigmas: standard deviations of the Gaussian windows, in cells, ascending.
     """
     _check(student, teacher, window_size)
     dtype = torch.promote_types(student.dtype, torch.float32)
@@ -80,13 +80,13 @@ def ms_ssim_loss(
         product = 1.0
         for sigma in sigmas:
             terms = [contrast_structure, luminance] if sigma == sigmas[-1] else [contrast_structure]
-            # What is between is made again in the backward pass: kept, it would be ten maps for each sigma.
+            # Intermediate maps, ten for each sigma, are recomputed in the backward pass instead of stored.
             product = product * checkpoint(similarity, sigma, terms, use_reentrant=False, preserve_rng_state=False)
         return _weighted_mean(1 - product, weight)
 
 
 def fitting_window(maps: Tensor, window_size: int) -> int:
-    """The side of a window that fits maps (B, C, H, W): `window_size`, or 2 * min(H, W) - 1 where that is smaller."""
+    """Return the window size that fits maps (B, C, H, W): `window_size`, or 2 * min(H, W) - 1 if that is smaller."""
     return min(window_size, 2 * min(maps.shape[-2:]) - 1)
 
 

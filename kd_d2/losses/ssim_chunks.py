@@ -1,7 +1,7 @@
-"""The fused SSIM loss in chunks of maps that fit a CPU's cache.
+"""Fused SSIM loss in chunks of maps that fit in a CPU's cache.
 
-Shape suffixes: K maps of a chunk, H W map. Work arrays are (H, 4, K, W), the four being those that are blurred: then both
-directions of a blur are products with one matrix, along rows of (..., W) and along columns of (H, ...).
+Shape suffixes: K maps of a chunk, H W map. Work arrays are (H, 4, K, W), with 4 maps to blur: both directions of a blur
+are then products with one matrix, along rows of (..., W) and along columns of (H, ...).
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from .gaussian import blur_matrix
 from .similarity import EPS, K1, K2, SIGMA
 
 CHUNK_ELEMENTS = {"cpu": 3 * 2**15, "cuda": 2**25}
-"""Elements of a map that are worked on at a time, by device."""
+"""Elements of a map processed at a time, by device."""
 BLOCK_SIDE = {"cpu": 32}
-"""How many lines at a time a blur matrix is multiplied by, so that its zeros far from the diagonal are left out; by device."""
+"""Lines that a block of a blur matrix computes, so that zeros far from the diagonal are skipped; by device."""
 
 
 def loss_and_gradient(
     student: Tensor, teacher: Tensor, window_size: int, max_val: float, gradient: Tensor | None
 ) -> Tensor:
-    """The mean loss; the gradient of the sum of SSIM / 4 goes to `gradient`."""
-    if student.is_contiguous() and teacher.is_contiguous():  # no image ends a chunk
+    """Return the mean loss and write the gradient of the sum of SSIM / 4 to `gradient`."""
+    if student.is_contiguous() and teacher.is_contiguous():  # chunks may span images
         student, teacher, gradient = (x if x is None else x.flatten(0, 1)[None] for x in (student, teacher, gradient))
     B, C, H, W = student.shape
     dtype, device = torch.promote_types(student.dtype, torch.float32), student.device
@@ -44,9 +44,9 @@ def loss_and_gradient(
 
 
 class SeparableBlur(NamedTuple):
-    """The matrices that blur columns and rows of a map, cut into the blocks around their diagonals.
+    """Matrices that blur the columns and rows of a map, cut into blocks around their diagonals.
 
-    A block is (lines that it makes, lines that it reads, matrix).
+    A block is (output lines, input lines, matrix).
     """
 
     height: int
@@ -75,7 +75,7 @@ def _blocks(matrix: Tensor, radius: int) -> list[tuple[slice, slice, Tensor]]:
 
 
 class _Chunk:
-    """SSIM of K maps at once: work arrays, and what is multiplied into what."""
+    """SSIM of K maps at a time, with preallocated work arrays and lists of matrix products."""
 
     def __init__(self, blur: SeparableBlur, K: int, max_val: float):
         self.c1, self.c2 = (K1 * max_val) ** 2, (K2 * max_val) ** 2
@@ -95,11 +95,11 @@ class _Chunk:
         ]
 
     def similarity(self, student: Tensor, teacher: Tensor, offset: Tensor, gradient: Tensor | None) -> Tensor:
-        """Sum of SSIM / 4 over student and teacher (H, K, W); its gradient goes to `gradient`.
+        """Return the sum of SSIM / 4 over student and teacher (H, K, W), and write its gradient to `gradient`.
 
         With a = mu_s * mu_t + C1 / 2, b = mu_s^2 + mu_t^2 + C1, c = covariance + C2 / 2, d = variances + C2 and
-        e = b * d + EPS, q = SSIM / 4 = a * c / e. Each map is moved by its own `offset` (K, 1) first: variances do not change and lose
-        no digits.
+        e = b * d + EPS, q = SSIM / 4 = a * c / e. Each map is shifted by its own `offset` (K, 1) first, so that
+        variances lose no precision.
         """
         s, t, squares, product = self.inputs
         torch.sub(student.to(s.dtype), offset, out=s)
@@ -126,11 +126,11 @@ class _Chunk:
         return total
 
     def _gradient(self, offset: Tensor, gradient: Tensor) -> None:
-        """Of the sum of q, to s through the three moments that depend on it.
+        """Write the gradient of the sum of q with respect to s. Derivatives of q with respect to the moments of s:
 
-        by blurred s * t:   a / e
-        by blurred s^2:     -q * b / e
-        by mu_s:            (mu_t * c - mu_t' * a - 2 * q * (mu_s * d - mu_s' * b)) / e, with mu' = mu - offset
+        blurred s * t:  a / e
+        blurred s^2:    -q * b / e
+        mu_s:           (mu_t * c - mu_t' * a - 2 * q * (mu_s * d - mu_s' * b)) / e, with mu' = mu - offset
         """
         s, t, by_mean, temporary = self.inputs
         mean_s, mean_t, d, c = self.moments
@@ -155,12 +155,12 @@ Product = tuple[tuple[Tensor, Tensor], Tensor]
 
 
 def _products_of_columns(blocks: list[tuple[slice, slice, Tensor]], x: Tensor, out: Tensor) -> list[Product]:
-    """The factors and the place of a matrix times every column of maps (H, ..., W)."""
+    """Return factors and output of the products of a matrix with every column of maps (H, ..., W)."""
     x, out = x.flatten(1), out.flatten(1)
     return [((block, x[read]), out[made]) for made, read, block in blocks]
 
 
 def _products_of_rows(blocks: list[tuple[slice, slice, Tensor]], x: Tensor, out: Tensor) -> list[Product]:
-    """The factors and the place of a matrix times every row of maps (H, ..., W)."""
+    """Return factors and output of the products of a matrix with every row of maps (H, ..., W)."""
     x, out = x.flatten(0, -2), out.flatten(0, -2)
     return [((x[:, read], block.T), out[:, made]) for made, read, block in blocks]

@@ -1,10 +1,10 @@
-"""The fused SSIM loss on a GPU: two Triton kernels, one to the loss and its slopes in the moments, one back to the student.
+"""Fused SSIM loss on a GPU: one Triton kernel for the loss and its derivatives w.r.t. moments, one for the gradient.
 
-Shape suffixes: N maps (images times channels), H W map. A program makes a tile of ROWS x COLUMNS cells, a column a thread: it
-blurs one line that the tile needs after the other along the line, by taps read through the cache, and adds the result, times the
-blur matrix's column, to all of the tile's lines at once, which stay in registers. Weights are read from blur matrices, so
-reflected borders and adjoints need nothing of their own. Passes over a map, each read or written once with ROWS + 2 * RADIUS lines
-for ROWS: two read and three written for the loss, five read and one written for the gradient.
+Shape suffixes: N maps (images times channels), H W map. A program computes a tile of ROWS x COLUMNS cells, one column
+per thread. It blurs the input lines one by one, along the line, reading taps through the cache, and adds each result,
+times the blur matrix's column, to all lines of the tile at once, which stay in registers. Weights are read from blur
+matrices, so reflected borders and adjoints need no special handling. Passes over a map (those to blur are read with
+ROWS + 2 * RADIUS lines per ROWS): two reads and three writes for the loss, five reads and one write for the gradient.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from .gaussian import blur_matrix
 from .similarity import EPS, K1, K2, SIGMA
 
 ROWS, COLUMNS = 8, 32
-"""The tile of cells that a program makes."""
+"""Tile of cells that a program computes."""
 LAUNCH = {"num_warps": 1, "maxnreg": 128}
 
 
 def loss_and_gradient(
     student: Tensor, teacher: Tensor, window_size: int, max_val: float, gradient: Tensor | None
 ) -> Tensor:
-    """The mean loss; the gradient of the sum of SSIM / 4 goes to `gradient`."""
+    """Return the mean loss and write the gradient of the sum of SSIM / 4 to `gradient`."""
     B, C, H, W = student.shape
     device = student.device
     rows, columns = (blur_matrix(side, window_size, SIGMA, torch.float32, device) for side in (H, W))
@@ -36,7 +36,7 @@ def loss_and_gradient(
     sums = torch.empty(grid, dtype=torch.float32, device=device)
     slopes_3NHW = torch.empty((3, B * C, H, W) if gradient is not None else (0,), dtype=torch.float32, device=device)
     sizes: dict[str, Any] = {"C": C, "H": H, "W": W, "RADIUS": window_size // 2, "ROWS": ROWS, "COLUMNS": COLUMNS}
-    sizes.update(LAUNCH)  # which Triton takes beside a kernel's own arguments
+    sizes.update(LAUNCH)  # launch options, passed like kernel arguments
     c1, c2 = (K1 * max_val) ** 2, (K2 * max_val) ** 2
     maps = (student, teacher, *student.stride(), *teacher.stride(), offset_N, rows, columns)
     with torch.cuda.device_of(student):
@@ -48,7 +48,7 @@ def loss_and_gradient(
 
 @triton.jit
 def _map(maps, stride_b, stride_c, n, C):
-    """Where map n begins."""
+    """Return the pointer to map n."""
     return maps + (n // C).to(tl.int64) * stride_b + (n % C).to(tl.int64) * stride_c
 
 
@@ -57,7 +57,7 @@ def _similarity(
     student, teacher, s_b, s_c, s_h, s_w, t_b, t_c, t_h, t_w, offset_n, row_matrix, column_matrix, slopes, sums, c1, c2, eps,
     C, H, W, WANTS_SLOPES: tl.constexpr, RADIUS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The sum of q = SSIM / 4 over a tile, and the slopes of q in the blurred s, s^2 and s * t; see `ssim_chunks`."""
+    """Compute the sum of q = SSIM / 4 over a tile and its derivatives w.r.t. blurred s, s^2 and s * t."""
     n, i, j = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, column = (i * ROWS + tl.arange(0, ROWS))[:, None], (j * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     student, teacher = _map(student, s_b, s_c, n, C), _map(teacher, t_b, t_c, n, C)
@@ -113,7 +113,7 @@ def _adjoint(
     student, teacher, s_b, s_c, s_h, s_w, t_b, t_c, t_h, t_w, offset_n, row_matrix, column_matrix, slopes,
     gradient, g_b, g_c, g_h, g_w, C, H, W, RADIUS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the sum of q in the student's cells of a tile: the slopes, blurred back."""
+    """Compute the gradient of the sum of q in the student's cells of a tile, by blurring the derivatives back."""
     n, i, j = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, column = (i * ROWS + tl.arange(0, ROWS))[:, None], (j * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     level = tl.num_programs(0).to(tl.int64) * H * W

@@ -1,4 +1,4 @@
-"""Feature maps brought to mean 0 and deviation 1, and how much two of them agree (Instance Mask Alignment)."""
+"""Standardization of feature maps, and agreement between two of them (Instance Mask Alignment)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ EPS = 1e-5
 
 
 def standardize(maps: Tensor, eps: float = EPS) -> Tensor:
-    """(F - mean) / std over the positions of each map (N, C, H, W); a constant map becomes zeros, with finite gradients.
+    """Compute (F - mean) / std over positions of each map (N, C, H, W); constant maps give zeros and finite gradients.
 
     Args:
         eps: added to the variance.
@@ -21,5 +21,5 @@ def standardize(maps: Tensor, eps: float = EPS) -> Tensor:
 
 @torch.no_grad()
 def agreement(student: Tensor, teacher: Tensor) -> Tensor:
-    """(N,) the cosine of the angle between two instances' features (N, C, H, W), at least 0; without gradient."""
+    """Return the cosine similarity (N,) of two instances' features (N, C, H, W), at least 0, without gradient."""
     return F.cosine_similarity(student.flatten(1).float(), teacher.flatten(1).float()).clamp(min=0)

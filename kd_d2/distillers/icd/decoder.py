@@ -1,7 +1,7 @@
-"""The conditional decoder: instance queries look for their evidence in the teacher's features (ICD's G).
+"""Conditional decoder, in which instance queries attend to the teacher's features (ICD's G).
 
-Shape suffixes: B images, Q queries, M heads, L positions over all levels, D dims of a head, E dims of the decoder,
-C channels of the features, H W map.
+Shape suffixes: B images, Q queries, M heads, L positions over all levels, D dims of a head, E dims of the decoder, C
+channels of the features, H W map.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from .encoding import linear
 from .geometry import LevelGeometry
 from .projection import project_levels
 
-LOGIT_ELEMENTS = 2**22  # attention logits that are held at a time
+LOGIT_ELEMENTS = 2**22  # attention logits in memory at a time
 
 
 @dataclass
 class Attended:
-    """What a decoder layer found.
+    """Output of a decoder layer.
 
     Attributes:
-        instances: (B, Q, E) the queries with what they found.
+        instances: (B, Q, E) updated queries.
         values: (B, M, L, D) the teacher's values.
         attention: (B, M, L) attention summed over the real queries, without gradient.
     """
@@ -36,7 +36,7 @@ class Attended:
 
 
 class DecoderLayer(nn.Module):
-    """Multi-head cross-attention from queries to positions, then a feed-forward block, post-norm.
+    """Multi-head cross-attention from queries to positions, followed by a feed-forward block, post-norm.
 
     Args:
         dim: E.
@@ -56,7 +56,7 @@ class DecoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
 
     def heads(self, x_BLE: Tensor) -> Tensor:
-        """(B, L, E) as (B, M, L, D)."""
+        """Reshape (B, L, E) to (B, M, L, D)."""
         return x_BLE.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def forward(self, query_BQE: Tensor, keys: Tensor, values: Tensor, is_valid_BL: Tensor | None) -> Tensor:
@@ -64,7 +64,7 @@ class DecoderLayer(nn.Module):
         Args:
             query_BQE: (B, Q, E).
             keys, values: (B, M, L, D).
-            is_valid_BL: false at padding; None where there is none.
+            is_valid_BL: false at padding; None without padding.
 
         Returns:
             (B, Q, E).
@@ -75,9 +75,9 @@ class DecoderLayer(nn.Module):
         return self.norm2(query_BQE + self.ffn(query_BQE))
 
     def logits(self, query_BQE: Tensor, keys: Tensor, is_valid_BL: Tensor | None) -> Tensor:
-        """Attention logits (B, M, Q, L), -inf at padding; arguments as `forward`."""
+        """Return attention logits (B, M, Q, L), -inf at padding. Arguments as in `forward`."""
         queries = self.heads(self.query(query_BQE)) / keys.shape[-1] ** 0.5
-        # Image by image: heads of one image are evenly spaced in memory, so that no key is copied.
+        # Image by image: heads of one image have a constant stride in memory, so that keys are not copied.
         logits = torch.stack([q @ k.mT for q, k in zip(queries, keys, strict=True)])
         return logits if is_valid_BL is None else logits.masked_fill(~is_valid_BL[:, None, None], -torch.inf)
 
@@ -85,7 +85,7 @@ class DecoderLayer(nn.Module):
     def summed_attention(
         self, query_BQE: Tensor, is_real_BQ: Tensor, keys: Tensor, is_valid_BL: Tensor | None
     ) -> Tensor:
-        """Attention (B, M, L), summed over the real queries; a few queries at a time. Arguments as `forward`."""
+        """Return attention (B, M, L) summed over the real queries, a few at a time. Arguments as in `forward`."""
         B, M, L, _ = keys.shape
         total_BML = keys.new_zeros(B, M, L, dtype=torch.float32)
         step = max(1, LOGIT_ELEMENTS // (B * M * L))
@@ -95,14 +95,14 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """ICD's G: layers of cross-attention over the teacher's features, positions added to the keys alone.
+    """ICD's G: layers of cross-attention over the teacher's features, with positions added only to the keys.
 
     Args:
-        channels: C of the teacher's features; where it is not `dim`, they are projected.
+        channels: C of the teacher's features, which are projected if C differs from `dim`.
         dim: E, a multiple of 4 and of `num_heads`.
         num_heads: M.
         ffn_dim: inner width of the feed-forward blocks.
-        num_layers: one has its own attention, values and loss each.
+        num_layers: number of layers, each with its own attention, values and loss.
     """
 
     def __init__(self, channels: int, dim: int, num_heads: int, ffn_dim: int, num_layers: int):
@@ -113,10 +113,10 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(dim, num_heads, ffn_dim) for _ in range(num_layers))
 
     def keys(self, layer: DecoderLayer, maps: list[Tensor], geometry: LevelGeometry) -> Tensor:
-        """The layer's keys (B, M, L, D): features and positions, projected.
+        """Compute the layer's keys (B, M, L, D): projected features and positions.
 
-        All linear maps on the way are multiplied together first, so that each position is projected once; the position
-        has a part of its row and one of its column, which are projected by themselves.
+        All linear maps along the way are multiplied together first, so that each position is projected once; the row
+        and column parts of the position embedding are projected separately.
         """
         with torch.autocast(maps[0].device.type, enabled=False):
             weight, bias = self._behind_input(layer.key)
@@ -127,15 +127,15 @@ class Decoder(nn.Module):
         return layer.heads(project_levels(maps, weight, bias, rows, columns))
 
     def values(self, layer: DecoderLayer, maps: list[Tensor]) -> Tensor:
-        """The layer's values (B, M, L, D) of the teacher's features."""
+        """Compute the layer's values (B, M, L, D) from the teacher's features."""
         return layer.heads(project_levels(maps, *self.value_projection(layer)))
 
     def value_projection(self, layer: DecoderLayer) -> tuple[Tensor, Tensor]:
-        """Weight (E, C) and bias of what leads from the teacher's features to the layer's values."""
+        """Return weight (E, C) and bias of the map from the teacher's features to the layer's values."""
         return self._behind_input(layer.value)
 
     def _behind_input(self, layer: nn.Linear) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the input projection and `layer` as one."""
+        """Return weight and bias of the composition of the input projection and `layer`."""
         if self.input is None:
             return layer.weight, layer.bias
         return layer.weight @ self.input.weight, layer.weight @ self.input.bias + layer.bias
@@ -146,12 +146,12 @@ class Decoder(nn.Module):
         """
         Args:
             query_BQE: (B, Q, E) encoded instances.
-            is_real_BN: which of the first N queries are of the ground truth; those after them are not.
+            is_real_BN: whether each of the first N queries is from the ground truth; later ones are not.
             maps: levels (B, C, H, W).
-            geometry: of the same levels.
+            geometry: geometry of the same levels.
 
         Returns:
-            what each layer found.
+            output of each layer.
         """
         found = []
         for layer in self.layers:
@@ -163,7 +163,7 @@ class Decoder(nn.Module):
         return found
 
     def attention_logits(self, query_BQE: Tensor, maps: list[Tensor], geometry: LevelGeometry) -> list[Tensor]:
-        """By layer the attention logits (B, M, Q, L), -inf at padding; to look at. Arguments as `forward`."""
+        """Return attention logits (B, M, Q, L) by layer for inspection, -inf at padding. Arguments as in `forward`."""
         logits = []
         for layer in self.layers:
             keys, values = self.keys(layer, maps, geometry), self.values(layer, maps)

@@ -1,4 +1,4 @@
-"""ICD: the student's values follow the teacher's where a decoder finds the evidence of each instance."""
+"""ICD: distillation of values where a decoder finds the evidence of each instance."""
 
 from __future__ import annotations
 
@@ -42,43 +42,41 @@ class ICD(Distiller):
         weight: Annotated[
             float | None,
             AtLeast(0),
-            "Weight of the distillation loss (lambda); None is 8 for one-stage students and 3 for others.",
+            "Weight of the distillation loss (lambda); None means 8 for one-stage students and 3 for others.",
         ] = None
         dim: Annotated[int, AtLeast(1), "Width of queries, keys and values; a multiple of 4 and of NUM_HEADS."] = 256
         num_heads: Annotated[int, AtLeast(1), "Attention heads of the decoder."] = 8
-        num_layers: Annotated[
-            int, AtLeast(1), "Layers of the decoder; the distillation losses of all of them are averaged."
-        ] = 1
+        num_layers: Annotated[int, AtLeast(1), "Layers of the decoder; their distillation losses are averaged."] = 1
         ffn_dim: Annotated[int, AtLeast(1), "Inner width of the decoder's feed-forward blocks."] = 1024
         jitter: Annotated[
             float,
             AtLeast(0),
-            "The encoded center of an instance is moved by U(-JITTER, JITTER) of its width and height (a).",
+            "The encoded center of an instance is shifted by U(-JITTER, JITTER) times its width and height (a).",
         ] = 0.3
         fakes_per_instance: Annotated[
-            float, AtLeast(0), "Fake instances for each real one; an image without instances gets one."
+            float, AtLeast(0), "Fake instances per real instance; an image without instances gets one."
         ] = 5.0
-        max_queries: Annotated[int, AtLeast(1), "Queries of an image, real and fake together."] = 300
+        max_queries: Annotated[int, AtLeast(1), "Maximum number of queries per image, real and fake."] = 300
         detach_student_iters: Annotated[
             int | None,
             AtLeast(0),
-            "Iterations, from START_ITER on, in which the distillation loss trains its value projection but not the student; None is "
-            "a 90th of SOLVER.MAX_ITER and at most 1000, the paper's number for 90,000.",
+            "Iterations, starting at START_ITER, in which the distillation loss trains its value projection but not the student; None "
+            "means SOLVER.MAX_ITER / 90, at most 1000, the paper's value for 90,000 iterations.",
         ] = None
         objectness_weight: Annotated[float, AtLeast(0), "Weight of the auxiliary task's identification loss."] = 1.0
         box_weight: Annotated[float, AtLeast(0), "Weight of the auxiliary task's localization loss."] = 1.0
         lr: Annotated[
             float,
             Above(0),
-            "Learning rate of AdamW for all parameters of ICD's own, after the warm-up and before the cosine.",
+            "Learning rate of AdamW for all of ICD's own parameters, after warm-up and before cosine decay.",
         ] = 1e-4
-        weight_decay: Annotated[float, AtLeast(0), "Weight decay of the AdamW for ICD's own parameters."] = 1e-4
+        weight_decay: Annotated[float, AtLeast(0), "Weight decay of AdamW for ICD's own parameters."] = 1e-4
         lr_warmup_iters: Annotated[
             int,
             AtLeast(0),
-            "Iterations of the linear warm-up of this AdamW's learning rate (WARMUP_ITERS is the distillation loss's).",
+            "Iterations of linear warm-up of this learning rate (WARMUP_ITERS applies to the distillation loss).",
         ] = 10
-        clip_norm: Annotated[float, Above(0), "Limit of the gradient norm over all parameters of ICD together."] = 0.01
+        clip_norm: Annotated[float, Above(0), "Maximum gradient norm over all parameters of ICD together."] = 0.01
 
         def check(self, name: str) -> None:
             for divisor, what in ((4, "4"), (self.num_heads, f"NUM_HEADS ({self.num_heads})")):
@@ -93,7 +91,7 @@ class ICD(Distiller):
         if num_classes is None:
             raise UserError(
                 f"ICD encodes each instance's class, but neither the student ({student.name}) nor the teacher "
-                f"({teacher.name}) tells how many classes it has."
+                f"({teacher.name}) specifies how many classes it has."
             )
         teacher_channels, student_channels = (_channels(spec, self.strides) for spec in (teacher, student))
         self.encoder = InstanceEncoder(num_classes, config.dim)
@@ -139,7 +137,7 @@ class ICD(Distiller):
         teacher_maps: list[Tensor],
         geometry: LevelGeometry,
     ) -> Losses:
-        """The three losses of encoded queries (B, Q, E); maps (B, C, H, W) per level."""
+        """Compute the three losses from encoded queries (B, Q, E) and maps (B, C, H, W) per level."""
         found = self.decoder(query_BQE, queries.is_real[:, : queries.most_real], teacher_maps, geometry)
         distances = []
         for layer, projection, attended in zip(self.decoder.layers, self.student_values, found, strict=True):
@@ -156,10 +154,10 @@ class ICD(Distiller):
 
     @torch.no_grad()
     def attention_maps(self, teacher: DetectorOutputs, targets: list[Instances]) -> list[dict[int, Tensor]]:
-        """Where the decoder looks for each instance, averaged over heads and layers.
+        """Compute the decoder's attention for each instance, averaged over heads and layers.
 
         Returns:
-            per image by stride the attention (N, H, W) of its instances, in their order; over all levels it sums to 1.
+            per image, by stride, the attention (N, H, W) of its instances in their order; it sums to 1 over all levels.
         """
         options = {**self.query_options, "fakes_per_instance": 0, "jitter": 0, "max_queries": max(map(len, targets))}
         queries = build_queries(targets, teacher.images.image_sizes, self.fakes, **options)
@@ -174,10 +172,11 @@ class ICD(Distiller):
 
 
 def _starting_as(teacher_weight: Tensor, teacher_bias: Tensor, student_channels: int) -> nn.Linear:
-    """The student's value projection; a copy of the teacher's where the widths agree.
+    """Build the student's value projection, a copy of the teacher's if the widths agree.
 
-    Then equal features have no distance from the first iteration on. That matters with inheritance, where the student starts in the
-    teacher's space, and in short trainings, whose warm-up is too short to bring two random projections together.
+    Equal features then have zero distance from the first iteration. That matters with inheritance, where the student
+    starts in the teacher's feature space, and in short trainings, whose warm-up is too short to align two random
+    projections.
     """
     projection = linear(student_channels, len(teacher_weight))
     if projection.weight.shape == teacher_weight.shape:
@@ -197,15 +196,15 @@ def _channels(spec: DetectorSpec, strides: list[int]) -> int:
 
 @in_float32
 def auxiliary_losses(prediction_BQ5: Tensor, queries: InstanceQueries) -> tuple[Tensor, Tensor]:
-    """Identification and localization: is the instance real, and where are the sides of its box?
+    """Compute identification and localization losses: is the instance real, and where are the sides of its box?
 
     Args:
         prediction_BQ5: objectness logit, then the logits of the distances (left, top, right, bottom) from the jittered
-            center to the sides, in parts of the image.
+            center to the sides, as fractions of the image.
 
     Returns:
-        binary cross-entropy, mean over all queries but padding; L1 in parts of the box's own size, summed over the
-        sides, mean over real queries.
+        binary cross-entropy, averaged over all queries except padding; L1 relative to the box size, summed over sides
+        and averaged over real queries.
     """
     is_real, is_query = queries.is_real.float(), (~queries.is_padding).float()
     objectness = F.binary_cross_entropy_with_logits(prediction_BQ5[..., 0], is_real, is_query, reduction="sum")

@@ -1,4 +1,4 @@
-"""What the training set says of its classes: how often, and how large, for ICD's fake instances.
+"""Class frequencies and box sizes of the training set, the priors of ICD's fake instances.
 
 Shape suffixes: K classes, N boxes.
 """
@@ -26,18 +26,18 @@ from ...files import write_json
 logger = logging.getLogger(__name__)
 
 MIN_BOXES = 10
-"""A class with fewer boxes takes mean and deviation of all boxes together."""
+"""Classes with fewer boxes use the mean and deviation of all boxes."""
 
 Priors = tuple[Tensor, Tensor, Tensor]
-"""Frequencies (K,), mean sizes (K, 2) and their standard deviations (K, 2): width and height in parts of the image."""
+"""Frequencies (K,), and means (K, 2) and standard deviations (K, 2) of width and height as fractions of the image."""
 
 
 @functools.lru_cache
 def read_priors(datasets: tuple[str, ...], num_classes: int) -> Priors:
-    """Priors of registered datasets. Those of annotation files are kept in the user's cache folder.
+    """Return the priors of registered datasets. Those of annotation files are cached in the user's cache directory.
 
     Raises:
-        UserError: there is no box.
+        UserError: there are no boxes.
     """
     cache = _cache_file(datasets, num_classes)
     if cache and os.path.isfile(cache):
@@ -50,11 +50,11 @@ def read_priors(datasets: tuple[str, ...], num_classes: int) -> Priors:
             f"ICD draws fake instances like those of the training set, but DATASETS.TRAIN {', '.join(datasets)} has no boxes."
         )
     if cache:
-        try:  # a cache that cannot be written costs time alone
+        try:  # a missing cache costs only time
             os.makedirs(os.path.dirname(cache), exist_ok=True)
             write_json(cache, [column.tolist() for column in priors], indent=None)
         except OSError as error:
-            logger.info(f"The class priors are not kept in {cache}: {error.strerror}")
+            logger.info(f"The class priors were not cached in {cache}: {error.strerror}")
     return priors
 
 
@@ -62,7 +62,7 @@ def compute_priors(classes_N: np.ndarray, sizes_N2: np.ndarray, num_classes: int
     """
     Args:
         classes_N: int class of each box.
-        sizes_N2: its width and height in parts of its image.
+        sizes_N2: width and height of each box as fractions of its image.
     """
     counts = np.bincount(classes_N, minlength=num_classes)
     sums, squares = (
@@ -75,7 +75,7 @@ def compute_priors(classes_N: np.ndarray, sizes_N2: np.ndarray, num_classes: int
 def priors_of_sums(counts_K: Tensor, sums_K2: Tensor, squares_K2: Tensor) -> Priors:
     """
     Args:
-        counts_K: boxes of each class.
+        counts_K: boxes per class.
         sums_K2, squares_K2: sums of their widths and heights, and of the squares of these.
     """
     total, divisor_K1 = counts_K.sum().clamp(min=1), counts_K.clamp(min=1)[:, None]
@@ -87,7 +87,7 @@ def priors_of_sums(counts_K: Tensor, sums_K2: Tensor, squares_K2: Tensor) -> Pri
 
 
 def _read_boxes(name: str, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Classes (N,) and sizes (N, 2) of a dataset's boxes, crowds left out."""
+    """Return classes (N,) and sizes (N, 2) of a dataset's boxes, excluding crowds."""
     json_file = MetadataCatalog.get(name).get("json_file")
     if json_file and os.path.isfile(json_file):
         with open(json_file) as file, _no_garbage_collection():
@@ -99,7 +99,7 @@ def _read_boxes(name: str, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
 
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Millions of new containers and no garbage among them: looking for it takes as long as reading the file."""
+    """Disable garbage collection: with millions of new containers, it would take as long as reading the file."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -110,7 +110,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def _boxes_of_coco(coco: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Read from the file's tree itself, which takes a fraction of the time of Detectron2's dictionaries."""
+    """Read boxes directly from the JSON tree, in a fraction of the time that Detectron2's dictionaries take."""
     category_ids = np.sort([c["id"] for c in coco["categories"]])
     images = {image["id"]: (image["width"], image["height"]) for image in coco["images"]}
     entries = [a for a in coco["annotations"] if not a.get("iscrowd")]
@@ -132,14 +132,14 @@ def _boxes_of_dicts(dicts: list[dict]) -> tuple[np.ndarray, np.ndarray]:
 def _visible(
     classes: np.ndarray, low: np.ndarray, high: np.ndarray, extents: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes cut at the image, those without area left out."""
+    """Clip boxes to the image and remove those without area."""
     sizes = (np.clip(high, 0, extents) - np.clip(low, 0, extents)) / extents
     keep = (sizes > 0).all(1)
     return classes[keep], sizes[keep]
 
 
 def _cache_file(datasets: tuple[str, ...], num_classes: int) -> str | None:
-    """Where the priors of these annotation files are kept; None where a dataset is not one file."""
+    """Return the path of the cached priors of these annotation files, or None if a dataset is not a single file."""
     identity: list = [num_classes]
     for name in datasets:
         json_file = MetadataCatalog.get(name).get("json_file")

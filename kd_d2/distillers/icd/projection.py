@@ -1,4 +1,4 @@
-"""One linear map of all feature levels into one sequence, without copying the levels together first.
+"""A linear projection of all feature levels to one sequence, without first copying the levels together.
 
 Shape suffixes: B images, C channels in, D channels out, H W map, L positions over all levels.
 """
@@ -19,15 +19,15 @@ def project_levels(
     row_terms: list[Tensor] | None = None,
     column_terms: list[Tensor] | None = None,
 ) -> Tensor:
-    """`F.linear` of every position of every level, plus what depends on its row or its column alone.
+    """Apply `F.linear` to every position of every level and add terms that depend only on its row or column.
 
     Args:
         maps: levels (B, C, H, W), any memory format.
-        weight_DC, bias_D: as of `torch.nn.Linear`.
-        row_terms, column_terms: per level (B, H, D) and (B, W, D), added to the positions of each row or column; both or none.
+        weight_DC, bias_D: as in `torch.nn.Linear`.
+        row_terms, column_terms: per level (B, H, D) and (B, W, D), added to each row or column; both or none.
 
     Returns:
-        (B, L, D): the levels one after the other, each row by row; in autocast's type inside of it.
+        (B, L, D): concatenated levels, each in row-major order; in the autocast dtype if autocast is enabled.
     """
     terms = [] if row_terms is None else [*row_terms, *column_terms]
     device = maps[0].device.type
@@ -81,7 +81,7 @@ class _ProjectLevels(torch.autograd.Function):
 
 
 def _parts(sequence_BLD: Tensor, maps: list[Tensor] | tuple[Tensor, ...]) -> list[Tensor]:
-    """The levels of a sequence as views (B, H, W, D)."""
+    """Return the levels of a sequence as views (B, H, W, D)."""
     ends = accumulate((m.shape[2] * m.shape[3] for m in maps), initial=0)
     B, _, D = sequence_BLD.shape
     return [sequence_BLD[:, a:b].view(B, *m.shape[2:], D) for (a, b), m in zip(pairwise(ends), maps, strict=True)]

@@ -1,4 +1,4 @@
-"""Who is asked about: the instances of the ground truth, and fake ones drawn from the classes' priors.
+"""Instance queries: ground-truth instances, and fake ones sampled from class priors.
 
 Shape suffixes: B images, Q queries, K classes, N instances or fakes of all images together.
 """
@@ -22,16 +22,16 @@ FAKE_SIGMAS = 2.0
 
 @dataclass
 class InstanceQueries:
-    """Queries of a batch; in each image the real ones first, then the fakes, then padding.
+    """Queries of a batch; in each image, the real ones come first, then the fakes, then padding.
 
     Attributes:
-        boxes: (B, Q, 4) center x, y, width, height in parts of the image.
-        centers: (B, Q, 2) the jittered centers x, y in parts of the image.
+        boxes: (B, Q, 4) center x, y, width, height as fractions of the image.
+        centers: (B, Q, 2) jittered centers x, y as fractions of the image.
         classes: (B, Q) int64.
-        is_real: (B, Q) bool, of the ground truth.
+        is_real: (B, Q) bool, whether from the ground truth.
         is_padding: (B, Q) bool, neither real nor fake.
         image_sizes: (B, 2) height and width of the images in pixels, without padding.
-        most_real: the largest number of real queries of an image.
+        most_real: largest number of real queries of an image.
     """
 
     boxes: Tensor
@@ -44,11 +44,11 @@ class InstanceQueries:
 
 
 class FakeInstances(nn.Module):
-    """Draws instances that are not there: class, size and place, as the training set has them.
+    """Samples fake instances with classes and sizes distributed as in the training set, at random positions.
 
     Args:
-        frequencies: (K,) how often each class occurs, in any unit.
-        mean_sizes, deviations: (K, 2) mean and standard deviation of width and height, in parts of the image.
+        frequencies: (K,) class frequencies, in any unit.
+        mean_sizes, deviations: (K, 2) mean and standard deviation of width and height, as fractions of the image.
     """
 
     def __init__(self, frequencies: Tensor, mean_sizes: Tensor, deviations: Tensor):
@@ -58,13 +58,13 @@ class FakeInstances(nn.Module):
         self.register_buffer("deviations", deviations.float())
 
     def observe(self, targets: list[Instances], image_sizes: list[tuple[int, int]]) -> None:
-        """Take note of a batch; arguments as those of `build_queries`. The annotations have said all there is to say."""
+        """Update the priors from a batch (no-op: annotations determine them). Arguments as in `build_queries`."""
 
     def sample(self, count: int) -> tuple[Tensor, Tensor]:
-        """Draw `count` instances with torch's generator of the device.
+        """Sample `count` instances with the device's default torch generator.
 
         Returns:
-            boxes (N, 4) center x, y, width, height in parts of the image, and classes (N,).
+            boxes (N, 4) center x, y, width, height as fractions of the image, and classes (N,).
         """
         device = self.cumulative.device
         classes = torch.searchsorted(self.cumulative, torch.rand(count, device=device), right=True)
@@ -77,9 +77,9 @@ class FakeInstances(nn.Module):
 
 
 class ObservedFakeInstances(FakeInstances):
-    """Draws fakes like the instances that training has seen so far, where no annotations tell beforehand.
+    """Samples fakes like the instances seen so far in training, if no annotations are available beforehand.
 
-    It begins as if one instance of each class, 0.2 wide and high with a deviation of 0.1, had been seen.
+    It starts as if one instance per class, of width and height 0.2 with a deviation of 0.1, had been seen.
 
     Args:
         num_classes: K.
@@ -122,14 +122,14 @@ def build_queries(
     max_queries: int,
     jitter: float,
 ) -> InstanceQueries:
-    """The queries of a batch.
+    """Build the queries of a batch.
 
     Args:
         targets: ground truth per image, `gt_boxes` in pixels and `gt_classes`.
         image_sizes: height and width of the images in pixels, without padding.
         fakes_per_instance: fakes per real instance; an image without instances gets one fake.
-        max_queries: of an image, real and fake together; of more real instances a random choice is taken.
-        jitter: the center is moved by U(-jitter, jitter) times width and height.
+        max_queries: maximum per image, real and fake; if there are more real instances, a random subset is used.
+        jitter: the center is shifted by U(-jitter, jitter) times width and height.
     """
     device = targets[0].gt_boxes.device
     targets = [t if len(t) <= max_queries else t[torch.randperm(len(t), device=device)[:max_queries]] for t in targets]
@@ -144,7 +144,7 @@ def build_queries(
     is_real = rank_Q < torch.tensor(num_real)[:, None]
     is_padding = rank_Q >= torch.tensor(queries_of)[:, None]
     is_fake = ~is_real & ~is_padding
-    # Indices come from the host, so that nothing waits for the device.
+    # Indices are computed on the host to avoid synchronizing the device.
     real_slots, fake_slots = (x.flatten().nonzero()[:, 0].to(device, non_blocking=True) for x in (is_real, is_fake))
 
     boxes = torch.zeros(B * Q, 4, device=device)
