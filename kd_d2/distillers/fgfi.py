@@ -24,7 +24,7 @@ class FGFI(Distiller):
     """Fine-grained feature imitation (Wang et al. 2019, equations 1 to 3).
 
     L = WEIGHT * 1 / (2 * N) * sum over levels, N mask positions and channels of (phi(F_S) - F_T)^2. A position is in
-    the mask if an anchor's IoU with a ground-truth box exceeds THRESHOLD times the box's largest IoU.
+    the mask if an anchor's IoU with a ground-truth box exceeds THRESHOLD times the box's largest IoU on that level.
     """
 
     needs = frozenset({"features", "anchors", "targets"})
