@@ -88,7 +88,7 @@ class FeatureAnalysis(Analysis):
         check_at_least("--channels", channels, 0)
         titles = [model.title for model in models]
         if teacher is not None and teacher not in titles:
-            raise UserError(f"--teacher {teacher}: no --model has this title; there are {', '.join(titles)}.")
+            raise UserError(f"--teacher {teacher}: no --model has this title; available: {', '.join(titles)}.")
         check_output_folder(output, "--output")
         restrict_images(models, images, output)
         gatherer = FeatureGatherer([FeatureReader(model) for model in models], teacher, stride, channels)
