@@ -3,6 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import itertools
+import textwrap
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Wraps the paragraphs of a description, and lines that begin with kd-d2 each by itself; indented lines stay unchanged."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        def kind(line: str) -> str:
+            return line if line.startswith("kd-d2 ") else "prose" if line[:1].strip() else ""
+
+        blocks = ((of, "\n".join(lines)) for of, lines in itertools.groupby(text.splitlines(), key=kind))
+        return "\n".join(
+            textwrap.fill(block, width, subsequent_indent="" if of == "prose" else "    ") if of else block
+            for of, block in blocks
+        )
 
 
 def add_config_argument(parser: argparse.ArgumentParser, help: str = "a config") -> None:

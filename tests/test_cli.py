@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from kd_d2 import UserError, __version__, moved
+from kd_d2.analysis import ANALYSES
 from kd_d2.cli import COMMANDS, main
 from kd_d2.cli.overrides import split_overrides
 from kd_d2.extensions import import_extensions
@@ -274,3 +275,18 @@ from kd_d2 import load_config
 assert load_config(sys.argv[1]).MODEL.META_ARCHITECTURE in META_ARCH_REGISTRY
 """
     subprocess.run([sys.executable, "-c", program, make_project(tmp_path).student], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [*([name] for name in COMMANDS), *(["analyze", name] for name in ANALYSES), ["data", "check"]],
+    ids=" ".join,
+)
+def test_help_fits_the_terminal(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit, match="0"):
+        main([*command, "--help"])
+    _usage, _, rest = capsys.readouterr().out.partition("\n\n")
+    assert max(map(len, rest.splitlines())) <= 80

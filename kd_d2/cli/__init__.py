@@ -8,6 +8,7 @@ import importlib
 import sys
 from types import ModuleType
 
+from ..arguments import HelpFormatter
 from ..errors import UserError, exit_on_user_error
 from .overrides import split_overrides
 
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"kd-d2 has no command {command!r}; {hint}")
         module = module_of(command)
         parser = argparse.ArgumentParser(
-            prog=f"kd-d2 {command}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+            prog=f"kd-d2 {command}", description=module.__doc__, formatter_class=HelpFormatter
         )
         plain = bool(arguments) and arguments[0] in getattr(module, "WITHOUT_OVERRIDES", ())
         options, opts = (arguments, []) if plain else split_overrides(arguments)

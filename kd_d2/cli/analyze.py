@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Sequence
 
 from ..analysis import ANALYSES, find_analysis
-from ..arguments import add_import_argument, add_model_argument
+from ..arguments import HelpFormatter, add_import_argument, add_model_argument
 from ..errors import UserError
 from ..extensions import import_extensions
 
@@ -38,7 +38,7 @@ class _AnalysisParser(argparse.ArgumentParser):
     """Parser of one analysis, which is imported only when it is selected."""
 
     def __init__(self, *, analysis: str, **keywords: object):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **keywords)
+        super().__init__(formatter_class=HelpFormatter, **keywords)
         self.analysis = analysis
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):

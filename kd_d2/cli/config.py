@@ -1,8 +1,8 @@
 """Print and explain configs.
 
-kd-d2 config list                                            print the names of shipped configs
-kd-d2 config show CONFIG [--changes] [KEY VALUE ...]         print a config with all its bases and overrides
-kd-d2 config explain KEY_OR_NODE                             explain keys, such as MODEL.KD.ICD or SOLVER.AMP.DTYPE
+kd-d2 config list
+kd-d2 config show CONFIG [--changes] [KEY VALUE ...]
+kd-d2 config explain KEY_OR_NODE, such as MODEL.KD.ICD or SOLVER.AMP.DTYPE
 """
 
 from __future__ import annotations

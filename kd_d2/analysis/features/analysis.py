@@ -38,12 +38,14 @@ class FeatureAnalysis(Analysis):
     """Feature maps of the neck: correlation of neighbors, single channels, and differences from the teacher.
 
     With --teacher TITLE, the other models are compared with the model of that title. The output folder contains:
-      correlation.csv  correlation of horizontal and vertical neighbors, averaged over channels and images
-      neighbors.png    features against their right neighbors, then image pixels and random numbers for comparison
-      distances.csv    distance of each student to the teacher: |s - t|^2 / |t|^2, correlation, L1 and SSIM loss of maps
-                       scaled to [0, 1], SSIM components (1 if equal), range (max - min) relative to the teacher's
-      differences/     one picture per image: where each student differs from the teacher, by level
-      channels/        one picture per image: the same random channels of all models, at the level with stride S
+      correlation.csv  correlation of horizontal and vertical neighbors
+      neighbors.png    features against their right neighbors, with image pixels
+                       and random numbers for comparison
+      distances.csv    distance of each student to the teacher: |s - t|^2 / |t|^2,
+                       correlation, L1 and SSIM loss of maps scaled to [0, 1],
+                       SSIM components (1 if equal), range over the teacher's
+      differences/     where each student differs from the teacher, by level
+      channels/        the same random channels of all models, at one stride
       features.json    all numbers
     """
 
