@@ -59,7 +59,7 @@ def test_every_analysis_explains_itself(name: str, capsys: pytest.CaptureFixture
     assert find_analysis(name).name == name
     with pytest.raises(SystemExit) as end:
         run_command("analyze", name, "--help")
-    printed = capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
     assert end.value.code == 0
     assert f"usage: kd-d2 analyze {name} " in printed and "--model" in printed and "--output" in printed
     assert find_analysis(name).__doc__.partition("\n")[0] in printed
@@ -100,7 +100,7 @@ def test_an_analysis_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture, 
         assert json.loads((tmp_path / "found" / "parameters.json").read_text()) == {"mine": 2 * count}
         run_command("report", "--import", file, "--output", tmp_path / "page.html", tmp_path / "found")
         assert f"<td>{2 * count}</td>" in (tmp_path / "page.html").read_text()
-        with pytest.raises(UserError, match="named 'parameters' is registered already"):
+        with pytest.raises(UserError, match="named 'parameters' is already registered"):
             register_analysis(find_analysis("parameters"))
     finally:
         ANALYSES.pop("parameters", None)
