@@ -323,7 +323,7 @@ def attack_files(readers: list[Reader], tries: int, seed: int, keep: Path | None
 
 
 def _outcomes(reader: Reader, tries: int, seed: int, keep: Path | None) -> Iterator[tuple[int, str, str]]:
-    """Yield (number, outcome, detail) of each file. Child processes with limited memory, replaced if they end, read it."""
+    """Yield (number, outcome, detail) of each file, read in child processes with limited memory, restarted if they end."""
     next_number = 0
     while next_number < tries:
         read_end, write_end = os.pipe()
