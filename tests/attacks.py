@@ -323,7 +323,7 @@ def attack_files(readers: list[Reader], tries: int, seed: int, keep: Path | None
 
 
 def _outcomes(reader: Reader, tries: int, seed: int, keep: Path | None) -> Iterator[tuple[int, str, str]]:
-    """Yield (number, outcome, detail) of each file, read in child processes with limited memory, restarted if they end."""
+    """Yield (number, outcome, detail) per file, read by child processes with limited memory; dead ones are replaced."""
     next_number = 0
     while next_number < tries:
         read_end, write_end = os.pipe()
@@ -406,7 +406,7 @@ LONG = {
 
 
 def _train_and_count(project: Project, progress: int, log: int, limit: int | None = None) -> None:
-    """Run the program in this child process, which writes the last finished iteration and its output to these files."""
+    """Run the program in this process; it writes its last finished iteration to `progress`, and its output to `log`."""
     os.dup2(log, 1), os.dup2(log, 2)
     torch.set_num_threads(1)
     step = KDTrainer.after_step
@@ -558,7 +558,7 @@ def _ranks_of(pid: int) -> list[int]:
 
 
 def _wait_for_end(pids: list[int], seconds: float = 60) -> None:
-    """Wait until these processes end, which may have lost their parent."""
+    """Wait until the processes, which may have lost their parent, have ended."""
     end = time.monotonic() + seconds
     while alive := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
         assert time.monotonic() < end, f"ranks {alive} go on"

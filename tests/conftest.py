@@ -233,7 +233,7 @@ class ToyHead(nn.Module):
 
 
 class ToyDetector(DenseDetector):
-    """Has a `loss_toy`, and one box with a score, equal to the first level's mean of scale * normalized pixel + 1."""
+    """Detector whose `loss_toy` and score of its one box are the first level's mean of scale * normalized pixel + 1."""
 
     def __init__(
         self,

@@ -324,7 +324,7 @@ def test_a_broken_image_stops_the_training_in_a_sentence(project: Project, capfd
     assert err.splitlines()[-1].startswith(f"error: The image {broken} cannot be used: ")
 
 
-# ------------------------------------------------------------------------------------------ keys and surroundings
+# ------------------------------------------------------------------------------------------- keys and environment
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,7 @@ def test_what_is_ambiguous_is_refused(coco: Set, case: str) -> None:
 
 
 def test_more_annotations_than_an_image_may_have(coco: Set) -> None:
-    """Check the maximum of 10,000, and one more."""
+    """Check the maximum of 10,000 annotations, and one more."""
 
     def fill(count: int) -> None:
         boxes = ([n % 50, n // 50 % 20, 10 + n // 1000, 12] for n in range(count))

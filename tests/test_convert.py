@@ -194,7 +194,7 @@ def test_every_format_is_tested_and_offered() -> None:
 
 @pytest.mark.parametrize("format", WRITERS)
 def test_round_trip(tmp_path: Path, format: str) -> None:
-    """Check that the format is detected, and that all images are found, with their boxes exact to half a pixel."""
+    """Check that the format is detected, and that all its images are found, with boxes exact to half a pixel."""
     written = Written(tmp_path)
     WRITERS[format](written)
     (tree,) = run(written.root).values()

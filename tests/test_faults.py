@@ -47,7 +47,7 @@ def _train_until_killed(project: Project) -> None:
 
 
 def _whole_checkpoints(output: Path) -> list[int]:
-    """Return the iterations of the folder's checkpoints; check that its files are complete and last_checkpoint is valid."""
+    """Return the iterations of the folder's checkpoints; check that they and the other files are complete."""
     iterations = []
     for path in output.glob("*.pth"):
         content = read_checkpoint(str(path))
@@ -94,7 +94,7 @@ def _cut(path: Path) -> None:
     "damage", [_cut, lambda path: path.write_bytes(b""), Path.unlink], ids=["truncated", "empty", "missing"]
 )
 def test_a_damaged_last_checkpoint(tmp_path: Path, damage) -> None:
-    """Check that the previous checkpoint is used, that the log says so, and that weights match an uninterrupted run's."""
+    """Check that the previous checkpoint is used, that the log says so, and that weights match an undisturbed run's."""
     keys = {**OFTEN, "SOLVER__MAX_ITER": 8, "SOLVER__CHECKPOINT_PERIOD": 2}
     unbroken = train(make_project(tmp_path / "unbroken", **keys))
     project = make_project(tmp_path / "damaged", **keys)

@@ -51,7 +51,7 @@ def test_other_formats_are_never_opened(tmp_path: Path, read: Callable) -> None:
 
 
 def test_a_truncated_jpeg_is_read_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Check that the rest matches the original, that there is one warning, and that Pillow's setting is unchanged."""
+    """Check that the first half matches the original, that there is one warning, and that Pillow's setting is kept."""
     path = tmp_path / "cut.jpg"
     pixels = _gradient(path)
     path.write_bytes(path.read_bytes()[:-200])

@@ -66,7 +66,7 @@ def stop_in(project: Project, iteration: int, number: int = signal.SIGTERM, *opt
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_loses_no_iteration(tmp_path: Path, number: int, caplog: pytest.LogCaptureFixture) -> None:
-    """Check the exit status, the checkpoint of that same iteration, and that losses after resuming are unchanged."""
+    """Check the exit status, the checkpoint of that iteration, and that resumed losses match an uninterrupted run's."""
     unbroken = train(make_project(tmp_path / "unbroken", **SHORT))
     project = make_project(tmp_path / "stopped", **SHORT)
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]

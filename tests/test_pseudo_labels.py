@@ -97,7 +97,7 @@ def test_dense_predictions_are_the_same_beside_detections(
 
 @pytest.mark.parametrize("kind", ["retinanet", "fcos", "gfl", "faster"])
 def test_labels_are_float32_under_autocast(tiny_detector: Callable, make_inputs: Callable, kind: str) -> None:
-    """Check that boxes are decoded in float32 under mixed precision: not all of them are bfloat16 numbers."""
+    """Check that boxes are decoded in float32 under mixed precision: not all are representable in bfloat16."""
     model, batch = _sensitive(tiny_detector(kind)), make_inputs()
     adapter = build_adapter(model)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

@@ -1,4 +1,4 @@
-"""Pascal VOC's own format: this package's use of Detectron2's reader and evaluator."""
+"""Pascal VOC's own format, with Detectron2's reader and evaluator."""
 
 from __future__ import annotations
 
