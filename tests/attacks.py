@@ -1,12 +1,12 @@
-"""Attacks on the library: hostile files for every reader, kills at random moments, disks that are full.
+"""Attacks on the package: hostile files for every reader, kills at random moments, and full disks.
 
     python tests/attacks.py files [--tries 2000] [--readers config image ...]
     python tests/attacks.py kills [--tries 100]
     python tests/attacks.py ranks [--tries 40]
     python tests/attacks.py disk [--tries 20]
 
-Each prints a row (attack, tried, harmed) of a Markdown table, with --seed the same files and moments again. What harmed is printed too,
-and kept in --keep.
+Each prints rows of a Markdown table: attack, tries and harmful cases. The same --seed gives the same files and moments.
+Harmful cases are printed too, and harmful files are kept in the folder --keep.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ class Reader:
     """A reader of files.
 
     Args:
-        good: files that are read, which are mutated.
-        read: reads a file.
-        hostile: files that are made by hand.
+        good: valid files, which are mutated.
+        read: function that reads a file.
+        hostile: handmade files.
     """
 
     name: str
@@ -85,7 +85,7 @@ VALUES: list[Any] = [
 
 
 def mutated_tree(tree: Any, draw: random.Random) -> Any:
-    """A tree with one to three values changed, removed or repeated."""
+    """Return a copy of the tree with one to three values changed, removed, renamed or repeated."""
     tree = copy.deepcopy(tree)
     for _ in range(draw.randint(1, 3)):
         parent, key = None, None
@@ -108,7 +108,7 @@ def mutated_tree(tree: Any, draw: random.Random) -> Any:
 
 
 def mutated_bytes(good: bytes, draw: random.Random) -> bytes:
-    """Bytes cut off, put in or changed, often at the beginning, where formats say what they are."""
+    """Return the bytes with some removed, inserted or changed, often at the beginning, which identifies the format."""
     found = bytearray(good)
     for _ in range(draw.randint(1, 6)):
         place = draw.randrange(max(1, min(len(found), draw.choice((64, 1024, len(found) or 1)))))
@@ -133,7 +133,7 @@ def mutated(good: bytes, suffix: str, draw: random.Random) -> bytes:
 
 
 class Evil:
-    """Makes the file `ran` in the working directory when it is unpickled."""
+    """Creates the folder `ran` in the working directory when it is unpickled."""
 
     def __reduce__(self) -> tuple:
         return os.mkdir, ("ran",)
@@ -187,11 +187,11 @@ LABELS = {
     "voc": ("a.xml", VOC), "cvat": ("a.xml", CVAT), "labelme": ("a.json", LABELME), "openimages": ("a.csv", OPEN_IMAGES),
     "yolo": ("images/a.txt", YOLO), "yolo's yaml": ("data.yaml", DATA_YAML),
 }  # fmt: skip
-"""By format, and of its list of classes, the file of labels of an image in `images`."""
+"""File name and content of the labels of an image in `images`, by format; for YOLO also of the list of classes."""
 
 
 def label_readers() -> list[Reader]:
-    """The formats of `kd-d2 convert`, each with its file among others that are good."""
+    """Return readers of the formats of `kd-d2 convert` other than COCO; all other files of a dataset are valid."""
 
     def reader(title: str, name: str, good: bytes) -> Reader:
         def read(path: Path) -> object:
@@ -221,7 +221,7 @@ def label_readers() -> list[Reader]:
 
 
 def make_readers(folder: Path) -> list[Reader]:
-    """Every reader, with files from a training and an analysis."""
+    """Return all readers, with valid files from a short training or made by hand."""
     project = make_project(folder / "project", SOLVER__MAX_ITER=2, SOLVER__STEPS=())
     train(project)
     (project.output / "config.yaml").write_text("SEED: 1\n")
@@ -260,7 +260,7 @@ def make_readers(folder: Path) -> list[Reader]:
         return load_config(str(beside_teacher))
 
     def read_with(name: str, read: Callable[[Path], object]) -> Callable[[Path], object]:
-        """Put the file where a folder of this program has one of that name."""
+        """Return a function that puts the file into a training's output folder under `name` and reads the folder."""
 
         def call(path: Path) -> object:
             target = path.parent / "folder"
@@ -307,7 +307,7 @@ def make_readers(folder: Path) -> list[Reader]:
 
 
 def attack_files(readers: list[Reader], tries: int, seed: int, keep: Path | None = None) -> list[str]:
-    """Print for each reader how many files it was given, and how many did harm; returns what did."""
+    """Print for each reader how many files it was given and how many did harm; return the harmful cases."""
     harms = []
     print("| reader | files | read | refused in one sentence | " + " | ".join(HARM) + " |")
     print("|---" * (4 + len(HARM)) + "|")
@@ -323,7 +323,7 @@ def attack_files(readers: list[Reader], tries: int, seed: int, keep: Path | None
 
 
 def _outcomes(reader: Reader, tries: int, seed: int, keep: Path | None) -> Iterator[tuple[int, str, str]]:
-    """(number, outcome, detail) of each file, read by child processes with a limit of memory; one that ends is replaced."""
+    """Yield (number, outcome, detail) per file, read by child processes with limited memory; dead ones are replaced."""
     next_number = 0
     while next_number < tries:
         read_end, write_end = os.pipe()
@@ -406,7 +406,7 @@ LONG = {
 
 
 def _train_and_count(project: Project, progress: int, log: int, limit: int | None = None) -> None:
-    """The program, in a process of its own; it writes the number of finished iterations into one file, and prints into another."""
+    """Run the program in this process; it writes its last finished iteration to `progress`, and its output to `log`."""
     os.dup2(log, 1), os.dup2(log, 2)
     torch.set_num_threads(1)
     step = KDTrainer.after_step
@@ -431,10 +431,10 @@ def _train_and_count(project: Project, progress: int, log: int, limit: int | Non
 
 
 def whole_files(output: Path) -> int:
-    """The last iteration of the folder's checkpoints, -1 for none.
+    """Return the last iteration of the folder's checkpoints, or -1 if there are none.
 
     Raises:
-        AssertionError: a file is not whole.
+        AssertionError: a file is incomplete.
     """
     iterations = [-1]
     for path in output.glob("*.pth"):
@@ -449,7 +449,7 @@ def whole_files(output: Path) -> int:
 
 
 def attack_kills(folder: Path, tries: int, seed: int) -> list[str]:
-    """Print how many kills of trainings in one process lost a file, or more than they may; returns what did."""
+    """Print how many kills of single-process trainings lost a file or too many iterations; return these cases."""
     draw, all_harms = random.Random(seed), []
     for number in (signal.SIGKILL, signal.SIGTERM):
         project, harms, lost = make_project(folder / f"killed-{number}", **LONG), [], []
@@ -502,11 +502,11 @@ def counted(self):
 
 KDTrainer.after_step = counted
 """
-"""An extension (--import) that writes the number of finished iterations into a file."""
+"""An extension (--import) that writes the last finished iteration to a file."""
 
 
 def attack_ranks(folder: Path, tries: int, seed: int) -> list[str]:
-    """Print how many kills of the program, or of a rank, of trainings in two processes lost more than they may; returns what did."""
+    """Print how many kills of two-process trainings, or of one rank, lost too many iterations; return these cases."""
     draw, all_harms = random.Random(seed), []
     progress, counter = folder / "progress", folder / "counter.py"
     counter.write_text(COUNTER)
@@ -520,7 +520,7 @@ def attack_ranks(folder: Path, tries: int, seed: int) -> list[str]:
             progress.write_bytes(b"%-12d" % before)
             with open(project.folder / "log", "wb") as log:
                 process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-            if draw.random() < 0.7:  # the beginning takes most of the time
+            if draw.random() < 0.7:  # startup takes most of the time
                 while process.poll() is None and int(progress.read_bytes()) == before:
                     time.sleep(0.05)
                 time.sleep(draw.uniform(0, 3))
@@ -558,7 +558,7 @@ def _ranks_of(pid: int) -> list[int]:
 
 
 def _wait_for_end(pids: list[int], seconds: float = 60) -> None:
-    """Of processes that may have lost their parent."""
+    """Wait until the processes, which may have lost their parent, have ended."""
     end = time.monotonic() + seconds
     while alive := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
         assert time.monotonic() < end, f"ranks {alive} go on"
@@ -566,13 +566,13 @@ def _wait_for_end(pids: list[int], seconds: float = 60) -> None:
 
 
 def attack_disk(folder: Path, tries: int, seed: int) -> list[str]:
-    """Print how many trainings whose files may not grow beyond a random size left a half file, or ended without a sentence; returns what did."""
+    """Print how many trainings with a random file size limit left a partial file or no message; return these cases."""
     draw, harms = random.Random(seed), []
     for attempt in range(tries):
         project = make_project(folder / f"disk-{attempt}", **{**LONG, "SOLVER__MAX_ITER": 12})
         limit = int(10 ** draw.uniform(2, 6.5))
         progress = os.open(folder / f"progress-{attempt}", os.O_RDWR | os.O_CREAT)
-        read_end, write_end = os.pipe()  # a file could not grow
+        read_end, write_end = os.pipe()  # not a file, which could not grow beyond the limit
         child = os.fork()
         if child == 0:
             _train_and_count(project, progress, write_end, limit)

@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny real detectors, toy detectors whose numbers can be worked out in the head, and their inputs."""
+"""Shared fixtures: tiny detectors, toy detectors with outputs that are easy to compute by hand, and their inputs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ RETINANET: dict[str, Any] = {
 
 
 def _dense(name: str) -> dict[str, Any]:
-    """A dense detector of this library on the same backbone, whose P6 and P7 come from P5."""
+    """Return the config of a dense detector of this package on the same backbone, with P6 and P7 computed from P5."""
     tree = {"META_ARCHITECTURE": name, name.upper(): {"NUM_CLASSES": NUM_CLASSES, "NUM_CONVS": 1, "NORM": ""}}
     levels = {"OUT_FEATURES": ["res3", "res4", "res5"]}, {"IN_FEATURES": ["res3", "res4", "res5"]}
     backbone = {"NAME": "build_dense_slim_resnet_fpn_backbone"}
@@ -131,7 +131,7 @@ def _cfg(kind: str, overrides: dict[str, Any] | None = None) -> CfgNode:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Nothing is kept in, or comes from, the cache folder of whoever runs the tests."""
+    """Use a temporary cache folder instead of the user's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -139,26 +139,26 @@ def own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 
 @pytest.fixture
 def event_storage() -> Iterator[EventStorage]:
-    """An open event storage at iteration 0; set `.iter` to go elsewhere."""
+    """Yield an open event storage at iteration 0; set `.iter` to change the iteration."""
     with EventStorage(0) as storage:
         yield storage
 
 
 @pytest.fixture
 def tiny_tree() -> Callable[..., dict[str, Any]]:
-    """(kind, overrides) -> the config of a tiny detector as nested dictionaries, to be written as yaml."""
+    """Return a function (kind, overrides) -> config of a tiny detector as nested dictionaries, for writing as YAML."""
     return _tree
 
 
 @pytest.fixture
 def tiny_cfg() -> Callable[..., CfgNode]:
-    """(kind, overrides) -> the config of a tiny detector; the kinds are those of TREES."""
+    """Return a function (kind, overrides) -> config of a tiny detector; kinds are the keys of TREES."""
     return _cfg
 
 
 @pytest.fixture
 def tiny_detector() -> Callable[..., nn.Module]:
-    """(kind, overrides, seed) -> a detector of 3 classes with a few thousand parameters, in training."""
+    """Return a function (kind, overrides, seed) -> 3-class detector of a few thousand parameters, in training mode."""
 
     def build(kind: str, overrides: dict[str, Any] | None = None, seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
@@ -169,7 +169,7 @@ def tiny_detector() -> Callable[..., nn.Module]:
 
 @pytest.fixture
 def make_inputs() -> Callable[..., list[dict]]:
-    """(sizes, counts, seed, masks, sem_seg) -> a training batch of noise with random boxes; counts: boxes per image."""
+    """Return a function that builds a training batch of noise images with random boxes, `counts` of them per image."""
 
     def build(
         sizes: Sequence[tuple[int, int]] = ((64, 80), (56, 96)),
@@ -199,7 +199,7 @@ def make_inputs() -> Callable[..., list[dict]]:
 
 
 class ToyBackbone(Backbone):
-    """Every stride-th pixel of the input, times `scale`. Keeps what it has seen."""
+    """Returns every stride-th pixel of the input times `scale`, and records its inputs in `seen`."""
 
     def __init__(self, scale: float, strides: Sequence[int], divisibility: int, constraints: dict[str, int]):
         super().__init__()
@@ -226,14 +226,14 @@ class ToyBackbone(Backbone):
 
 
 class ToyHead(nn.Module):
-    """Adds one."""
+    """Adds 1 to the features."""
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         return [x + 1 for x in features]
 
 
 class ToyDetector(DenseDetector):
-    """`loss_toy` is the mean over its first level of scale * normalized pixel + 1, and so is its one box's score."""
+    """Detector whose `loss_toy` and score of its one box are the first level's mean of scale * normalized pixel + 1."""
 
     def __init__(
         self,
@@ -263,13 +263,12 @@ class ToyDetector(DenseDetector):
 
 @pytest.fixture
 def toy_detector() -> type[ToyDetector]:
-    """The class of dense detectors whose features are every stride-th pixel times `scale`."""
     return ToyDetector
 
 
 @pytest.fixture
 def constant_inputs() -> Callable[..., list[dict]]:
-    """(per-channel values, size) -> one image of constant channels, without objects."""
+    """Return a function (per-channel values, size) -> batch of one image with constant channels and no objects."""
 
     def build(values: Sequence[float] = (3.0, 3.0, 3.0), size: tuple[int, int] = (16, 16)) -> list[dict]:
         image = torch.tensor(values).view(3, 1, 1).expand(3, *size).clone()

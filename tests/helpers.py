@@ -1,4 +1,4 @@
-"""What several test files need: a COCO set of a few tiny images, narrow detectors, and train_net.py in this process."""
+"""Helpers of several test files: a COCO dataset of tiny images, narrow detectors, and train_net.py in this process."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "configs" / "tiny"
 CLASSES = ("red", "green", "blue")
 
-# Narrow detectors and images so small that an iteration takes a few hundredths of a second.
+# Narrow detectors and small images, so that an iteration takes a few hundredths of a second.
 NARROW = {
     "MODEL": {
         "DEVICE": "cpu",
@@ -60,12 +60,12 @@ NARROW = {
 
 
 def make_coco(folder: Path, num_images: int = 6, *, classes: tuple[str, ...] = CLASSES, seed: int = 0) -> Path:
-    """Rectangles of the classes' colors on noise, landscape and portrait in turn; the third image has no objects.
+    """Create images with rectangles in the classes' colors on noise, alternately landscape and portrait.
 
-    Drawn with NumPy's frozen generator and written as PNG, so that every machine sees the same pixels.
+    The third image has no objects. NumPy's frozen legacy generator and PNG give the same pixels on every machine.
 
     Returns:
-        The annotation file; the images lie beside it in `images`.
+        The annotation file; the images are next to it in the folder `images`.
     """
     random = np.random.RandomState(seed)
     (folder / "images").mkdir(parents=True)
@@ -94,7 +94,7 @@ def make_coco(folder: Path, num_images: int = 6, *, classes: tuple[str, ...] = C
 
 
 def targets_of(*images: list[list[float]]) -> list[Instances]:
-    """Ground truth of class 0 in images of 64 x 64: the boxes of each image."""
+    """Return ground truth with the given boxes of each image, all of class 0, in images of 64 x 64 pixels."""
     return [
         Instances(
             (64, 64), gt_boxes=Boxes(torch.tensor(b).view(-1, 4)), gt_classes=torch.zeros(len(b), dtype=torch.int64)
@@ -106,7 +106,7 @@ def targets_of(*images: list[list[float]]) -> list[Instances]:
 def spec_of(
     channels: dict[int, int], family: str = "one-stage", name: str = "Pupil", **changes: object
 ) -> DetectorSpec:
-    """A detector of three classes with these channels by stride, which gives its features alone."""
+    """Return the spec of a 3-class detector with these channels by stride that provides only features."""
     shapes = {stride: ShapeSpec(channels=c, stride=stride) for stride, c in channels.items()}
     rest = {"num_classes": 3, "cell_anchors": None, "provides": frozenset({"features"}), **changes}
     return DetectorSpec(name=name, family=family, shapes=shapes, **rest)
@@ -121,22 +121,22 @@ def make(
     max_iter: int = 0,
     **keys: object,
 ) -> Distiller:
-    """A method with these keys, by default for two detectors of one kind: `make(DeFeat, spec_of({8: 4}), adaptation="1x1")`."""
+    """Build a method, for example `make(DeFeat, spec_of({8: 4}), adaptation="1x1")`; teacher defaults to student."""
     return method(method.Config(**keys), Pair(student, teacher or student, datasets, max_iter))
 
 
 def configured(method: type[Distiller], cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> Distiller:
-    """A registered method as KDMetaArch builds it from a config."""
+    """Build a registered method from a config, as KDMetaArch does."""
     return build_distiller(cfg, method.__name__, Pair.from_config(cfg, student, teacher))
 
 
 def scaled(distiller: Distiller, *arguments: object) -> dict[str, torch.Tensor]:
-    """A method's losses as they enter the training outside any schedule: times its weight, but for the auxiliary ones."""
+    """Return the losses as used in training without a schedule: times the method's weight, except auxiliary ones."""
     return distiller.scaled(distiller(*arguments))
 
 
 def merged(*trees: dict) -> dict:
-    """Nested dictionaries laid over each other, the last on top."""
+    """Merge nested dictionaries; later ones take precedence."""
     result: dict = {}
     for tree in trees:
         for key, value in tree.items():
@@ -146,14 +146,14 @@ def merged(*trees: dict) -> dict:
 
 
 def write_yaml(path: Path, tree: dict) -> Path:
-    """Write a config; tuples as lists."""
+    """Write a config as YAML, with tuples as lists."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(json.loads(json.dumps(tree))))
     return path
 
 
 def tree_of(**keys: object) -> dict:
-    """`tree_of(MODEL__KD__STUDENT="x")` is {"MODEL": {"KD": {"STUDENT": "x"}}}."""
+    """Return nested dictionaries: `tree_of(MODEL__KD__STUDENT="x")` is {"MODEL": {"KD": {"STUDENT": "x"}}}."""
     tree: dict = {}
     for key, value in keys.items():
         *parents, leaf = key.split("__")
@@ -165,9 +165,9 @@ def tree_of(**keys: object) -> dict:
 
 
 def fixed_weights(model: nn.Module, seed: int = 0) -> None:
-    """Fill a model with numbers that follow from the tensors' names alone, whatever torch's generator does.
+    """Set weights and running means to values that depend only on their names and `seed`, not on torch's generator.
 
-    Convolutions and linear layers get He's scale, running variances 1, biases of a dense head's classes stay.
+    Weights of convolutions and linear layers get He's scale; all other tensors are unchanged.
     """
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
@@ -180,7 +180,7 @@ def fixed_weights(model: nn.Module, seed: int = 0) -> None:
 
 
 def save_fixed_weights(config_file: Path, path: Path, seed: int = 0) -> nn.Module:
-    """Write a plain checkpoint of the detector that the config describes, with `fixed_weights`; returns the detector."""
+    """Save only the `fixed_weights` of the config's detector as a checkpoint; return the detector in eval mode."""
     cfg = load_config(str(config_file))
     cfg.MODEL.WEIGHTS = ""
     model = build_model(cfg)
@@ -194,11 +194,11 @@ class Project:
     """A folder with everything that a tiny distillation needs.
 
     Attributes:
-        folder: all of it.
-        student, teacher: config files; the student's says KDMetaArch.
-        teacher_weights: the teacher's checkpoint, with which its config does not start by itself.
-        annotations: of the one dataset, which serves for training and for testing.
-        name: the dataset's name, registered by whoever reads the config.
+        folder: the folder of all files.
+        student, teacher: config files; the student's meta-architecture is KDMetaArch.
+        teacher_weights: the teacher's checkpoint, which is not set in the teacher's config.
+        annotations: annotation file of the only dataset, used for training and for testing.
+        name: name of the dataset, which is registered from the config.
     """
 
     folder: Path
@@ -221,13 +221,13 @@ class Project:
         return write_yaml(self.teacher, merged(yaml.safe_load(self.teacher.read_text()), tree_of(**keys)))
 
     def change_annotations(self, change) -> None:
-        """Let `change` edit the annotation file's tree in place."""
+        """Edit the content of the annotation file with `change`, which modifies it in place."""
         tree = json.loads(self.annotations.read_text())
         change(tree)
         self.annotations.write_text(json.dumps(tree))
 
     def main(self, *args: object, config: Path | None = None) -> object:
-        """Run train_net.py's main in this process, through `launch`."""
+        """Run the `main` of train_net.py in this process with `launch`."""
         return run_train_net("--config-file", str(config or self.student), *args)
 
 
@@ -243,7 +243,7 @@ META_ARCHITECTURES = {
 
 
 def parts_of(detector: str) -> frozenset[str]:
-    """What methods may need, of what one of META_ARCHITECTURES provides."""
+    """Return the inputs of methods that a detector of META_ARCHITECTURES provides."""
     parts = {"features", "anchors", "targets"}
     if detector == "faster-rcnn":
         return frozenset(parts | {"proposals"})
@@ -252,7 +252,7 @@ def parts_of(detector: str) -> frozenset[str]:
 
 
 def methods_of(detector: str) -> list[str]:
-    """The registered methods that go with one of META_ARCHITECTURES."""
+    """Return the names of the registered methods that support a detector of META_ARCHITECTURES."""
     parts = parts_of(detector)
     return [
         name
@@ -262,12 +262,12 @@ def methods_of(detector: str) -> list[str]:
 
 
 def detector_of(method: str) -> str:
-    """One of META_ARCHITECTURES that a method goes with, RetinaNet where it does."""
+    """Return a detector of META_ARCHITECTURES that a method supports, RetinaNet if possible."""
     return next(detector for detector in ("retinanet", "faster-rcnn", "gfl") if method in methods_of(detector))
 
 
 def make_project(folder: Path, detector: str = "retinanet", **keys: object) -> Project:
-    """A tiny project of one of META_ARCHITECTURES; `keys` change the student's config."""
+    """Create a tiny project with a detector of META_ARCHITECTURES; `keys` change the student's config."""
     annotations = make_coco(folder / "data")
     name = f"tiny_{zlib.crc32(str(folder).encode()):08x}"
     base = merged({"_BASE_": str(TINY / f"{detector}-student.yaml")}, NARROW)
@@ -296,7 +296,7 @@ def make_project(folder: Path, detector: str = "retinanet", **keys: object) -> P
 
 
 def run_train_net(*args: object) -> object:
-    """Run train_net.py as `python train_net.py ARGS` would, but in this process; returns what its main returns."""
+    """Run `python train_net.py ARGS` in this process, and return the result of its `main`."""
     program = runpy.run_path(str(ROOT / "train_net.py"), run_name="train_net")
     parsed = program["argument_parser"]().parse_args([str(a) for a in args])
     results = []
@@ -313,7 +313,7 @@ def run_command(*arguments: object) -> None:
 
 @contextlib.contextmanager
 def clean_process() -> Iterator[None]:
-    """Take back what a training program leaves in its process: log handlers, registered datasets, random states."""
+    """Restore on exit what a training program changes: log handlers, registered datasets and environment variables."""
     datasets, metadata = set(DatasetCatalog.list()), set(MetadataCatalog.list())
     loggers = {name: logging.getLogger(name) for name in ("detectron2", "fvcore", "kd_d2")}
     kept = {name: (log.handlers[:], log.propagate, log.level) for name, log in loggers.items()}
@@ -334,7 +334,7 @@ def clean_process() -> Iterator[None]:
 
 
 class LossRecorder(HookBase):
-    """Keeps every loss of every iteration: `losses[iteration][name]`."""
+    """Records all losses of each iteration as `losses[iteration][name]`."""
 
     def __init__(self):
         self.losses: dict[int, dict[str, float]] = {}
@@ -346,11 +346,11 @@ class LossRecorder(HookBase):
 
 
 class Killed(BaseException):
-    """Stands for a kill: nothing of the program catches it."""
+    """Simulates a kill: no code of the program catches it."""
 
 
 class KillAt(HookBase):
-    """Kills the training behind the given iteration."""
+    """Raises `Killed` after the given iteration."""
 
     def __init__(self, iteration: int):
         self.iteration = iteration
@@ -361,7 +361,7 @@ class KillAt(HookBase):
 
 
 def make_trainer(project: Project, *opts: object, seed: int = 0) -> KDTrainer:
-    """A trainer as train_net.py makes it, data registered and the global generators seeded, nothing loaded yet."""
+    """Build a trainer as train_net.py does: datasets registered, global generators seeded, no weights loaded yet."""
     cfg = load_config(str(project.student), [str(o) for o in opts])
     os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
     register_coco_json(cfg)
@@ -372,14 +372,14 @@ def make_trainer(project: Project, *opts: object, seed: int = 0) -> KDTrainer:
 
 @dataclass
 class Run:
-    """A training that is over: every loss by iteration and name, and the trainer."""
+    """Result of a training: all losses by iteration and name, and the trainer."""
 
     losses: dict[int, dict[str, float]]
     trainer: KDTrainer
 
 
 def train(project: Project, *opts: object, resume: bool = False, hooks: tuple = (), seed: int = 0) -> Run:
-    """Train in this process; a `Killed` ends it early."""
+    """Train in this process; `Killed` ends the training early."""
     with clean_process():
         trainer = make_trainer(project, *opts, seed=seed)
         trainer.resume_or_load(resume=resume)

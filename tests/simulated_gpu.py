@@ -1,4 +1,4 @@
-"""A simulated GPU: tensors that report a CUDA device, are computed on the CPU, and record what would synchronize the two."""
+"""A simulated GPU: tensors that report a CUDA device, are computed on the CPU, and record host synchronization."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ WAITING = {
     aten.unique_dim.default,
     aten.repeat_interleave.Tensor,
 }
-"""Operators whose result's size or value the host must know."""
+"""Operators that return a value to the host, or a result whose size depends on values."""
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 FROM_HOST = {"to", "cuda", "tensor", "as_tensor"}
 TO_HOST = {"cpu", "tolist", "numpy", "to"}
 
 
 class GpuTensor(Tensor):
-    """A tensor whose device is a GPU for Python code; its data, and what C++ code allocates for it, are on the CPU."""
+    """A tensor that reports a GPU device to Python code; its data, and allocations by C++ code, are on the CPU."""
 
     inner: Tensor
     observer: SimulatedGpu | None = None
@@ -72,11 +72,11 @@ class GpuTensor(Tensor):
 
 
 class SimulatedGpu(TorchFunctionMode):
-    """Inside, the device "cuda" is simulated.
+    """Context in which the device "cuda" is simulated.
 
     Attributes:
-        places: file and function of kd_d2, the last on the stack, wherever the host waited: for a value or a size, or to copy what is not
-            copied with non_blocking. The backward pass of what has waited is not noted again.
+        places: (file, function) of the innermost frame of kd_d2 wherever the host waited for a value, a size, or a copy
+            without non_blocking. Waits in the backward pass are not recorded.
     """
 
     def __init__(self) -> None:
@@ -116,7 +116,7 @@ class SimulatedGpu(TorchFunctionMode):
 
 
 def _device_of(argument: Any) -> torch.device | None:
-    """Of a device, its name, or the tensor whose device `Tensor.to` takes."""
+    """Return the device given as a device, by its name, or as a GpuTensor for `Tensor.to`; None for other arguments."""
     if isinstance(argument, str):
         return {"cuda": GPU, "cuda:0": GPU, "cpu": CPU}.get(argument)
     if isinstance(argument, torch.device):
@@ -133,7 +133,7 @@ def _as_gpu(tensor: Tensor) -> GpuTensor:
 
 
 def move_to_gpu(module: nn.Module) -> None:
-    """What `module.to("cuda")` does."""
+    """Move a module in place, as `module.to("cuda")` does."""
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:

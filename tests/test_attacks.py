@@ -1,4 +1,4 @@
-"""A few of the attacks of tests/attacks.py: nothing runs, hangs, ends in a traceback, or is lost."""
+"""A few of the attacks of tests/attacks.py: no code is run, nothing hangs or ends in a traceback, no file is lost."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_full_disks(tmp_path: Path) -> None:
 
 
 def test_a_half_file_is_seen(tmp_path: Path) -> None:
-    """Check what the attacks rely on."""
+    """Check `whole_files`, which the attacks rely on."""
     content = {"model": {"a": torch.ones(1)}, "distillers": {}, "trainer": {}, "iteration": 4}
     torch.save(content, tmp_path / "model_0000004.pth")
     assert whole_files(tmp_path) == 4

@@ -1,4 +1,4 @@
-"""Large-scale jitter by config: what becomes of an image and its boxes, worked out by hand."""
+"""Large-scale jitter from the config: images and boxes after the transform, computed by hand."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def mapped(folder: Path, cfg: CfgNode, seed: int = 0) -> dict:
 
 
 def test_at_scale_one_the_image_fits_the_square(tmp_path: Path) -> None:
-    """Check the factor 0.64, the padding below, and the box."""
+    """Check the scale factor 0.64, the padding at the bottom, and the box."""
     found = mapped(tmp_path, config(MIN_SCALE=1.0, MAX_SCALE=1.0))
     assert found["image"].shape == (3, 64, 64)
     assert (found["image"][:, :32] == 7).all() and (found["image"][:, 32:] == 128).all()
@@ -44,7 +44,7 @@ def test_at_scale_one_the_image_fits_the_square(tmp_path: Path) -> None:
 
 
 def test_at_scale_two_a_part_is_cut_out(tmp_path: Path) -> None:
-    """Check that the 128 x 64 pixels are cut to the square, the box with them, at a place that the seed decides."""
+    """Check that the 128 x 64 pixels and the box are cropped to the square at a position that depends on the seed."""
     cfg = config(MIN_SCALE=2.0, MAX_SCALE=2.0)
     places = set()
     for seed in range(6):
@@ -59,7 +59,7 @@ def test_at_scale_two_a_part_is_cut_out(tmp_path: Path) -> None:
 
 
 def test_flips_stay(tmp_path: Path) -> None:
-    """Check that INPUT.RANDOM_FLIP still holds."""
+    """Check that INPUT.RANDOM_FLIP still applies."""
     cfg = config(MIN_SCALE=1.0, MAX_SCALE=1.0)
     cfg.INPUT.RANDOM_FLIP = "vertical"
     tops = {mapped(tmp_path, cfg, seed)["instances"].gt_boxes.tensor[0, 1].item() for seed in range(8)}

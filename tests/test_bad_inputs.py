@@ -1,4 +1,4 @@
-"""What bad input gets from train_net.py: one sentence that names it, status 2, no traceback, nothing half-written."""
+"""Bad input to train_net.py: one sentence that names it, status 2, no traceback, and no partially written files."""
 
 import functools
 import json
@@ -17,7 +17,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from helpers import CLASSES, ROOT, Project, make_coco, make_project, save_fixed_weights
 
-# What may lie in OUTPUT_DIR before a training has begun, each of it whole.
+# Files that may be in OUTPUT_DIR before training starts, each of them complete.
 BEFORE_TRAINING = {".training.lock", "config.yaml", "log.txt", "metrics.json", "student.yaml", "versions.json"}
 
 
@@ -28,7 +28,7 @@ def project(tmp_path: Path) -> Project:
 
 @pytest.fixture
 def refused(project: Project, capfd: pytest.CaptureFixture):
-    """(arguments of train_net.py) -> the sentence; asserts all that is the same for every bad input."""
+    """Return a function (arguments of train_net.py) -> message that checks what all bad inputs have in common."""
 
     def run(*args: object, config: Path | None = None) -> str:
         capfd.readouterr()
@@ -57,14 +57,14 @@ def plain(*opts: object) -> list[object]:
 
 
 def test_missing_teacher_weights(project: Project, refused) -> None:
-    """Check that both places where they were looked for are named, and that no output folder is made."""
+    """Check that the key and the path are named, and that no output folder is created."""
     gone = project.folder / "gone.pth"
     assert refused("MODEL.KD.TEACHER.WEIGHTS", gone) == f"MODEL.KD.TEACHER.WEIGHTS: there is no file {gone}."
     assert not project.output.exists()
 
 
 def test_missing_teacher_config(project: Project, refused) -> None:
-    """Check the key and the place, and that no output folder is made."""
+    """Check that the key and both searched paths are named, and that no output folder is created."""
     project.teacher.unlink()
     assert refused().startswith(
         f"MODEL.KD.TEACHER.CONFIG_FILE: there is no file {Path.cwd() / 'teacher.yaml'} or {project.teacher}, and no config "
@@ -74,7 +74,7 @@ def test_missing_teacher_config(project: Project, refused) -> None:
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "garbage"])
 def test_corrupt_teacher_weights(project: Project, refused, damage: str) -> None:
-    """Check that a damaged file is named."""
+    """Check that the damaged file is named."""
     whole = project.teacher_weights.read_bytes()
     project.teacher_weights.write_bytes({"cut": whole[:20000], "empty": b"", "garbage": b"\xe4" * 5000}[damage])
     assert refused().startswith(
@@ -84,7 +84,7 @@ def test_corrupt_teacher_weights(project: Project, refused, damage: str) -> None
 
 @pytest.mark.parametrize("suffix", ["pth", "pkl"])
 def test_malicious_teacher_weights(project: Project, refused, suffix: str) -> None:
-    """Check that weights that would run a command are refused and run nothing."""
+    """Check that weights that would run a command are refused, and that it is not run."""
     marker = project.folder / "executed"
     evil = functools.partial(os.system, f"touch {marker}")
     path = project.folder / f"evil.{suffix}"
@@ -97,7 +97,7 @@ def test_malicious_teacher_weights(project: Project, refused, suffix: str) -> No
 
 
 def test_weights_of_another_detector(project: Project, refused, tmp_path: Path) -> None:
-    """Check that a file that fills most of the teacher, but not all of it, is told from one of which it was trained."""
+    """Check that weights that fill most of the teacher's parameters, or none, are refused."""
     other = make_project(tmp_path / "other", "faster-rcnn")
     assert refused("MODEL.KD.TEACHER.WEIGHTS", other.teacher_weights) == (
         f"{other.teacher_weights} fills 90 of 102 parameters of the teacher (RetinaNet); the first one not filled is "
@@ -117,7 +117,7 @@ def test_weights_of_another_class_count(project: Project, refused) -> None:
 
 
 def test_starting_weights_for_a_teacher(project: Project, refused) -> None:
-    """Check that a backbone alone is not taken for a trained teacher."""
+    """Check that weights of a backbone are not accepted as a trained teacher."""
     import torchvision
 
     torch.save(torchvision.models.resnet18(weights=None).state_dict(), project.teacher_weights)
@@ -128,7 +128,7 @@ def test_starting_weights_for_a_teacher(project: Project, refused) -> None:
 
 
 def test_a_teacher_config_with_code(project: Project, refused) -> None:
-    """Check that the teacher's yaml runs nothing."""
+    """Check that the teacher's YAML does not run code."""
     marker = project.folder / "executed"
     project.teacher.write_text(f'SEED: !!python/object/apply:os.system ["touch {marker}"]\n')
     assert refused().startswith(f"Config file {project.teacher} is not plain yaml: ")
@@ -147,7 +147,7 @@ def test_class_counts_of_student_and_teacher(project: Project, refused) -> None:
 
 @pytest.mark.parametrize("eval_only", [False, True])
 def test_class_counts_of_data_and_model(project: Project, refused, eval_only: bool) -> None:
-    """Check dataset, model and both counts, for a plain model too, in training and in evaluation."""
+    """Check that dataset, model and both counts are named, in training of a plain model and in evaluation."""
     args = ["--eval-only", "MODEL.WEIGHTS", project.teacher_weights] if eval_only else plain()
     assert refused(*args, "MODEL.RETINANET.NUM_CLASSES", 4) == (
         f"The dataset {project.name} has 3 classes, but the model (RetinaNet) predicts 4: set MODEL.RETINANET.NUM_CLASSES "
@@ -156,7 +156,7 @@ def test_class_counts_of_data_and_model(project: Project, refused, eval_only: bo
 
 
 def test_no_common_stride(project: Project, refused) -> None:
-    """Check that both detectors' strides are named."""
+    """Check that the strides of both detectors are named."""
     project.change_teacher(
         MODEL__BACKBONE__NAME="build_slim_resnet_backbone",
         MODEL__RESNETS__OUT_FEATURES=["res2"],
@@ -172,7 +172,7 @@ def test_no_common_stride(project: Project, refused) -> None:
 
 @pytest.mark.parametrize("distiller", [("FeatureImitation", "FEATURE_IMITATION"), ("StructuralKD", "STRUCTURAL")])
 def test_other_channels_without_adaptation(project: Project, refused, distiller: tuple[str, str]) -> None:
-    """Check that stride, channels and the way out are named."""
+    """Check that stride, channels and the remedy are named."""
     name, node = distiller
     assert refused("MODEL.FPN.OUT_CHANNELS", 24, "MODEL.KD.DISTILLERS", (name,)) == (
         f"MODEL.KD.{node}.ADAPTATION is 'none', but at stride 8 the student has 24 channels and the teacher 16: set it to '1x1'."
@@ -180,7 +180,7 @@ def test_other_channels_without_adaptation(project: Project, refused, distiller:
 
 
 def test_nothing_to_inherit(project: Project, refused) -> None:
-    """Check that an inheritance that would copy nothing stops the run."""
+    """Check that inheriting is refused if no weight would be copied."""
     other = {"MODEL.FPN.OUT_CHANNELS": 24, "MODEL.FPN.NORM": "", "MODEL.KD.DISTILLERS": ()}
     opts = [part for pair in other.items() for part in pair]
     assert refused("MODEL.KD.INHERIT.ENABLED", True, *opts) == (
@@ -212,20 +212,19 @@ def _no_images(tree: dict) -> None:
     ],
 )
 def test_annotation_files(project: Project, refused, change, expected: str) -> None:
-    """Check that the file and what is wrong with it are named, with and without a teacher."""
+    """Check that the file and its error are named, with and without a teacher."""
     project.change_annotations(change)
     for opts in ([], plain()):
         assert refused(*opts).startswith(f"{project.annotations}{expected}")
 
 
 def test_an_annotation_file_that_is_no_json(project: Project, refused) -> None:
-    """Check that the file is named."""
     project.annotations.write_text("xml")
     assert refused() == (f"{project.annotations} is not readable json: Expecting value: line 1 column 1 (char 0).")
 
 
 def test_a_set_of_which_nothing_is_left(project: Project, refused) -> None:
-    """Check that a dataset whose images are all filtered out is named before training."""
+    """Check that a dataset whose images are all filtered out is refused before training."""
     project.change_annotations(lambda tree: tree.update(annotations=[]))
     assert refused("DATALOADER.FILTER_EMPTY_ANNOTATIONS", True) == (
         f"DATASETS.TRAIN {project.name} cannot be trained on: No valid data found in {project.name}."
@@ -233,7 +232,7 @@ def test_a_set_of_which_nothing_is_left(project: Project, refused) -> None:
 
 
 def test_odd_boxes_are_reported_and_training_goes_on(project: Project) -> None:
-    """Check that boxes out of range and of no area are counted in the log, and that the run comes to its end."""
+    """Check that boxes outside their image or without area are counted in the log, and that training finishes."""
     boxes = [[-30, -5, 400, 20], [5, 5, 0, 9], [500, 500, 9, 9], [40, 40, -9, -9]]
 
     def change(tree: dict) -> None:
@@ -276,13 +275,13 @@ def test_odd_boxes_are_reported_and_training_goes_on(project: Project) -> None:
     ],
 )
 def test_data_keys(project: Project, refused, monkeypatch, opts: list, expected: str) -> None:
-    """Check the sentences for datasets that are not there and loaders that cannot be."""
+    """Check the messages for missing datasets and invalid settings of the data loader."""
     monkeypatch.chdir(project.folder)
     assert refused(*opts) == expected.replace("NAME", project.name)
 
 
 def test_keypoints_and_masks_that_the_data_lack(refused, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Check sets of DATASETS.COCO_JSON, one that was registered by a program, and one whose reader is not installed."""
+    """Check datasets in DATASETS.COCO_JSON, one registered by a program, and one whose reader is not installed."""
     assert refused("MODEL.KEYPOINT_ON", True).endswith("set it to False, or register the dataset with Detectron2's "
         "register_coco_instances in a file for --import.")  # fmt: skip
     assert refused("MODEL.MASK_ON", True).endswith(
@@ -314,7 +313,7 @@ def test_keypoints_and_masks_that_the_data_lack(refused, monkeypatch: pytest.Mon
 
 
 def test_a_broken_image_stops_the_training_in_a_sentence(project: Project, capfd: pytest.CaptureFixture) -> None:
-    """Check that an image that turns out to be none during training is named, and the last checkpoint kept."""
+    """Check that a file that turns out during training not to be an image is named."""
     broken = project.annotations.parent / "images" / "003.png"
     broken.write_text("no image")
     with pytest.raises(SystemExit) as caught:
@@ -325,7 +324,7 @@ def test_a_broken_image_stops_the_training_in_a_sentence(project: Project, capfd
     assert err.splitlines()[-1].startswith(f"error: The image {broken} cannot be used: ")
 
 
-# ------------------------------------------------------------------------------------------ keys and surroundings
+# ------------------------------------------------------------------------------------------- keys and environment
 
 
 @pytest.mark.parametrize(
@@ -359,13 +358,12 @@ def test_a_broken_image_stops_the_training_in_a_sentence(project: Project, capfd
     ],
 )
 def test_keys(project: Project, refused, opts: list, expected: str) -> None:
-    """Check the sentences for wrong keys and values."""
     assert refused(*opts).startswith(expected)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(project: Project, refused) -> None:
-    """Check the sentences for a device and for processes that need a GPU; the default device needs none."""
+    """Check the messages for a device and for processes that need a GPU; the default device does not need one."""
     assert refused("MODEL.DEVICE", "cuda") == (
         "MODEL.DEVICE is 'cuda', but this machine has no usable GPU; set it to 'cpu'."
     )
@@ -373,18 +371,18 @@ def test_a_gpu_that_is_not_there(project: Project, refused) -> None:
         "--num-gpus is 2, but this machine has 0 usable GPUs; to run on CPUs, hide the GPUs, if any, and set MODEL.DEVICE to cpu "
         "on the command line."
     )
-    project.change(MODEL__DEVICE="cuda")  # as in the defaults and in every dumped config
+    project.change(MODEL__DEVICE="cuda")  # as in the defaults and in dumped configs
     assert "bbox" in project.main("SOLVER.MAX_ITER", 1)
 
 
 def test_an_output_folder_that_cannot_be_written(project: Project, refused) -> None:
-    """Check that a path below a file is named, with the system's reason."""
+    """Check that a path below a file is named, with the operating system's error."""
     below = project.student / "output"
     assert refused("OUTPUT_DIR", below) == f"OUTPUT_DIR {below} cannot be written: Not a directory."
 
 
 def test_evaluation_without_weights(project: Project, refused) -> None:
-    """Check the sentences of --eval-only without a checkpoint, and with one of another model."""
+    """Check the messages of --eval-only without a checkpoint, and with one of another model."""
     assert refused("--eval-only") == "--eval-only needs MODEL.WEIGHTS: name the checkpoint to evaluate."
     torch.save({"model": {"weight": torch.zeros(1)}}, project.teacher_weights)
     assert refused("--eval-only", "MODEL.WEIGHTS", project.teacher_weights) == (
@@ -394,12 +392,12 @@ def test_evaluation_without_weights(project: Project, refused) -> None:
 
 @pytest.mark.parametrize("options", [["--eval-teacher"], ["--eval-only", "--eval-teacher"]])
 def test_evaluating_the_teacher_of_a_plain_model(refused, options: list[str]) -> None:
-    """Check that a model without a teacher is named, before anything is trained."""
+    """Check that a model without a teacher is refused before training."""
     assert refused(*options, *plain()) == "--eval-teacher: MODEL.META_ARCHITECTURE RetinaNet has no teacher."
 
 
 def test_resuming_what_cannot_be_resumed(project: Project, capfd: pytest.CaptureFixture) -> None:
-    """Check the sentence for each way in which the last checkpoint is not one of this training; it stays as it is."""
+    """Check the message for each way in which the last checkpoint does not fit this training; the file is unchanged."""
     project.change(SOLVER__STEPS=())
     project.main(*plain("SOLVER.MAX_ITER", 2))
     file, tag = project.output / "model_final.pth", project.output / "last_checkpoint"
@@ -437,7 +435,7 @@ def test_resuming_what_cannot_be_resumed(project: Project, capfd: pytest.Capture
 
 
 def test_files_of_proposals_are_not_read(project: Project, refused) -> None:
-    """Check that a pickle that would write a file is refused with its key, and never opened."""
+    """Check that a pickle that would run a command is refused, with its key, and never loaded."""
     marker = project.folder / "was_run"
 
     class Malicious:
@@ -479,7 +477,7 @@ class _Arguments:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_sentences_of_one_and_of_several_processes(capfd, monkeypatch: pytest.MonkeyPatch, processes: int) -> None:
-    """Check that a UserError ends with its sentence and status 2, and that any other error stays what it is."""
+    """Check that a UserError ends the program with its message and status 2, and that other errors are raised."""
     module = sys.modules[launch.__module__]
     if processes == 2:
         monkeypatch.setattr(module, "detectron2_launch", _spawned)
@@ -493,7 +491,7 @@ def test_sentences_of_one_and_of_several_processes(capfd, monkeypatch: pytest.Mo
 
 @pytest.mark.slow
 def test_what_a_user_sees(project: Project) -> None:
-    """Check in a process of its own: status 2, the sentence as the last line, and no traceback anywhere."""
+    """Check in a separate process: status 2, the message as the last line, and no traceback."""
     command = [sys.executable, str(ROOT / "train_net.py"), "--config-file", str(project.student)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for opts, expected in (
@@ -513,7 +511,7 @@ def test_what_a_user_sees(project: Project) -> None:
 
 
 def test_the_program_itself_is_what_these_tests_run(project: Project) -> None:
-    """Check that a good project trains, so that the refusals above are due to what each of them changes."""
+    """Check that a good project trains, so that the errors above are due to what each test changes."""
     results = project.main()
     assert json.loads((project.output / "train.json").read_text()).keys() >= {"bbox"}
     assert "AP" in results["bbox"]

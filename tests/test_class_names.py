@@ -1,4 +1,4 @@
-"""Names of classes travel with checkpoints, and models and data are matched by them."""
+"""Class names are stored in checkpoints, and models and data are matched by them."""
 
 import json
 from collections.abc import Callable
@@ -23,7 +23,7 @@ OTHER = ClassOrder(("blue", "red", "green"), "val.json")
 
 
 def _write_in_other_order(tree: dict) -> None:
-    """The same data, with the ids of OTHER."""
+    """Change the ids of the classes to those of OTHER, with the same data."""
     id_of = {name: number for number, name in enumerate(OTHER.names, 1)}
     name_of = {category["id"]: category["name"] for category in tree["categories"]}
     tree["categories"] = [{"id": id_of[name], "name": name} for name in OTHER.names]
@@ -33,9 +33,9 @@ def _write_in_other_order(tree: dict) -> None:
 
 @pytest.mark.parametrize(
     "detector", sorted(META_ARCHITECTURES.keys() - {"reppoints"})
-)  # equal scores, of which any may be kept
+)  # with equal scores, any of which may be kept
 def test_a_reordered_model_finds_the_same_under_other_numbers(tmp_path: Path, detector: str) -> None:
-    """Check detections before and after: equal boxes and scores, each class with the number of its name."""
+    """Check that boxes and scores are the same before and after, and that each class has the index of its name."""
     torch.manual_seed(0)
     model = build_model(load_config(str(make_project(tmp_path, detector).teacher))).eval()
     fixed_weights(model)
@@ -48,7 +48,7 @@ def test_a_reordered_model_finds_the_same_under_other_numbers(tmp_path: Path, de
 
 
 def test_reordered_reppoints_give_the_same_logits_in_another_order(tiny_detector: Callable) -> None:
-    """Check the head's predictions, since its detections have equal scores of which any may be kept."""
+    """Check the head's predictions, since its detections have equal scores, any of which may be kept."""
     model = tiny_detector("reppoints").eval()
     images = [{"image": torch.rand(3, 64, 96) * 255, "height": 64, "width": 96}]
     with torch.no_grad():
@@ -65,7 +65,7 @@ def test_reordered_reppoints_give_the_same_logits_in_another_order(tiny_detector
 
 @pytest.mark.parametrize(("kind", "agnostic"), [("mask", False), ("mask", True), ("cascade", True)])
 def test_reordered_box_and_mask_heads_find_the_same(tiny_detector: Callable, kind: str, agnostic: bool) -> None:
-    """Check boxes, scores and masks of heads that have one of them for each class, or one for all."""
+    """Check boxes, scores and masks of class-specific and class-agnostic heads."""
     heads = {
         "ROI_HEADS": {"SCORE_THRESH_TEST": 0.0},
         "ROI_BOX_HEAD": {"CLS_AGNOSTIC_BBOX_REG": agnostic},
@@ -85,7 +85,7 @@ def test_reordered_box_and_mask_heads_find_the_same(tiny_detector: Callable, kin
 
 
 def _make_it_detect(weights: dict[str, torch.Tensor]) -> None:
-    """Scores near one half, of each class its own, and boxes that are not the whole image."""
+    """Change the weights to give scores near 0.5, different by class, and boxes that do not fill the whole image."""
     for name, tensor in weights.items():
         if "cls_score.weight" in name or "bbox_pred.weight" in name:
             tensor *= 0.03
@@ -103,7 +103,7 @@ def _named(model: nn.Module, batch: list[dict], classes: ClassOrder) -> list[tup
 
 
 def test_unequal_classes_are_refused() -> None:
-    """Check the sentence, and that nothing happens where an order is unknown or the same."""
+    """Check the message, and that nothing happens if an order is unknown or the same."""
     model = nn.Linear(1, 1)
     match_classes(model, "the teacher", None, OTHER)
     match_classes(model, "the teacher", OWN, ClassOrder(OWN.names, "elsewhere"))
@@ -116,7 +116,7 @@ def test_unequal_classes_are_refused() -> None:
 
 
 def test_names_in_a_checkpoint(tmp_path: Path) -> None:
-    """Check a round trip, written at once and by another thread, and files that have no names or none that can be used."""
+    """Check a round trip, saved synchronously and asynchronously, and files without names or with unusable ones."""
     for asynchronous in (False, True):
         checkpointer = KDCheckpointer(nn.Linear(2, 2), str(tmp_path))
         checkpointer.class_names, checkpointer.asynchronous = list(OWN.names), asynchronous
@@ -132,14 +132,14 @@ def test_names_in_a_checkpoint(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A project after one iteration."""
+    """Return a project after one iteration of training."""
     project = make_project(tmp_path_factory.mktemp("project"), SOLVER__MAX_ITER=1, SOLVER__CHECKPOINT_PERIOD=1)
     project.main()
     return project
 
 
 def test_training_writes_the_names(trained: Project, tmp_path: Path) -> None:
-    """Check the checkpoint and student.yaml; and that predictions have them when the data are gone."""
+    """Check the checkpoint and student.yaml, and that predictions have the names without the data."""
     final = trained.output / "model_final.pth"
     assert read_checkpoint(str(final))[CLASS_NAMES] == list(OWN.names)
     student = (trained.output / "student.yaml").read_text()
@@ -150,7 +150,7 @@ def test_training_writes_the_names(trained: Project, tmp_path: Path) -> None:
 
 
 def test_evaluation_and_resuming_with_data_in_another_order(trained: Project) -> None:
-    """Check that an evaluation gives the same results, and that a training goes on with the order that it has."""
+    """Check that evaluation gives the same results, and that a resumed training keeps its order of classes."""
     final = trained.output / "model_final.pth"
     content = read_checkpoint(str(final))
     _make_it_detect(content["model"])
@@ -168,7 +168,7 @@ def test_evaluation_and_resuming_with_data_in_another_order(trained: Project) ->
 
 
 def _evaluate(project: Project) -> tuple[str, list[tuple]]:
-    """Results, as text since they hold NaN, and detections with the names that the annotation file has for them."""
+    """Return results, as text since they contain NaN, and detections with class names from the annotation file."""
     results = project.main("--eval-only", "MODEL.WEIGHTS", project.folder / "detects.pth")
     name_of = {c["id"]: c["name"] for c in json.loads(project.annotations.read_text())["categories"]}
     found = json.loads((project.output / "inference" / "coco_instances_results.json").read_text())
@@ -177,7 +177,7 @@ def _evaluate(project: Project) -> tuple[str, list[tuple]]:
 
 
 def test_a_teacher_with_its_classes_in_another_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Check that a teacher whose checkpoint has names is reordered, or refused before the training starts."""
+    """Check that a teacher with class names in its checkpoint is reordered, or refused before training starts."""
     project = make_project(tmp_path, SOLVER__MAX_ITER=1)
     weights = read_checkpoint(str(project.teacher_weights))
     torch.save({**weights, CLASS_NAMES: list(OTHER.names)}, project.teacher_weights)

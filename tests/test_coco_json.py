@@ -1,4 +1,4 @@
-"""COCO files: what is wrong with one is said before training; what training can live with is counted and reported."""
+"""COCO files: errors are reported before training; harmless defects are repaired, counted and reported."""
 
 import contextlib
 import io
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.unit
 
 
 class Set:
-    """A COCO set of four images, whose annotation file a test changes."""
+    """A COCO dataset of four images with an annotation file that tests change."""
 
     def __init__(self, folder: Path):
         self.json = make_coco(folder, 4)
@@ -83,13 +83,13 @@ def _clean():
     ids=range(6),
 )
 def test_files_of_something_else(coco: Set, content: str, expected: str) -> None:
-    """Check that a file that is not COCO's json is named with what it lacks."""
+    """Check that the message names the file and what it lacks."""
     coco.json.write_text(content)
     assert coco.sentence().startswith(f"{coco.json} {expected}")
 
 
 def test_binary_and_missing_files(coco: Set) -> None:
-    """Check that a picture given for the json, and a file that is gone, are named."""
+    """Check that an image given as the JSON file, and a missing file, are named."""
     coco.json.write_bytes((coco.images / "000.png").read_bytes())
     assert coco.sentence().startswith(f"{coco.json} is not readable json: 'utf-8' codec can't decode")
     coco.json.unlink()
@@ -105,7 +105,7 @@ def _drop(key: str, index: int, field: str):
 
 
 def _boxes(convert):
-    """Every box rewritten by a function of its four numbers and its image's size."""
+    """Return a change that rewrites every box with a function of its four numbers and its image's size."""
 
     def change(tree: dict) -> None:
         size_of = {image["id"]: (image["width"], image["height"]) for image in tree["images"]}
@@ -172,7 +172,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_ambiguous_is_refused(coco: Set, case: str) -> None:
-    """Check that each kind of wrong entry is named with the file, the entry and what to do."""
+    """Check that the message names the file, and the wrong entry or boxes."""
     change, expected = REFUSED[case]
     coco.check()
     coco.change(change)
@@ -180,7 +180,7 @@ def test_what_is_ambiguous_is_refused(coco: Set, case: str) -> None:
 
 
 def test_more_annotations_than_an_image_may_have(coco: Set) -> None:
-    """Check the largest number that is read, and one more."""
+    """Check the maximum of 10,000 annotations, and one more."""
 
     def fill(count: int) -> None:
         boxes = ([n % 50, n // 50 % 20, 10 + n // 1000, 12] for n in range(count))
@@ -197,7 +197,7 @@ def test_more_annotations_than_an_image_may_have(coco: Set) -> None:
 
 @pytest.mark.parametrize("value", [[10, 10, "visible"], ["x", None, 2], {"nose": [1, 2]}, "none", 5, None])
 def test_keypoints_that_detectron2_cannot_read_are_left_out(coco: Set, value: object) -> None:
-    """Check that boxes are read, by Detectron2's own reader too, and that keypoints that are numbers stay."""
+    """Check that Detectron2's reader reads the boxes, and that numeric keypoints are kept."""
     coco.change(lambda tree: [a.update(keypoints=value if a["id"] == 1 else [1, 2, 2]) for a in tree["annotations"]])
     with clean_process():
         register_coco_json(coco.config())
@@ -348,7 +348,7 @@ ACCEPTED = {
         _each("annotations", "area", lambda *_: None),
         "areas computed from boxes (4; the first: annotation with id 1",
     ),
-    # Segmentations do not matter in a run that trains boxes alone, and nothing is said of them.
+    # Training on boxes only does not use segmentations, so their defects are not reported.
     "flat polygons": (_each("annotations", "segmentation", lambda *_: [1, 2, 3, 4, 5, 6]), None),
     "short polygons": (_each("annotations", "segmentation", lambda *_: [[1, 2], [3, 4, 5, 6]]), None),
     "run lengths without size": (_each("annotations", "segmentation", lambda *_: {"counts": [6144]}), None),
@@ -362,7 +362,7 @@ ACCEPTED = {
 
 @pytest.mark.parametrize("case", ACCEPTED)
 def test_what_is_unambiguous_is_repaired(coco: Set, case: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Check that training and evaluation read what the unspoilt file says, and that the log says once what was repaired."""
+    """Check that training and evaluation read the content of the original file, and that repairs are logged once."""
     cfg = coco.config()
     register_coco_json(cfg)
     wanted, truth = _records("mine"), _truth("mine")
@@ -381,7 +381,7 @@ def test_what_is_unambiguous_is_repaired(coco: Set, case: str, caplog: pytest.Lo
 
 
 def _records(name: str) -> list[dict]:
-    """Detectron2's dictionaries without what training boxes does not read."""
+    """Return Detectron2's dictionaries without segmentations, which training on boxes does not use."""
     return [
         {**d, "annotations": [{k: v for k, v in a.items() if k != "segmentation"} for a in d["annotations"]]}
         for d in DatasetCatalog.get(name)
@@ -389,7 +389,7 @@ def _records(name: str) -> list[dict]:
 
 
 def _truth(name: str) -> list[tuple]:
-    """Id, image, category, box, area and crowd of each annotation as the evaluators read them."""
+    """Return id, image, category, box, area and crowd flag of each annotation, as the evaluators read them."""
     keys = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
     with contextlib.redirect_stdout(io.StringIO()):
         tree = COCO(MetadataCatalog.get(name).json_file)
@@ -397,7 +397,7 @@ def _truth(name: str) -> list[tuple]:
 
 
 def test_a_clean_file_is_read_as_it_is_and_a_repaired_one_from_the_cache(coco: Set) -> None:
-    """Check that the user's folder stays as it is, and that the same repairs are the same file."""
+    """Check that the user's folder is unchanged, and that a repaired file is written to the cache folder."""
     cfg = coco.config()
     register_coco_json(cfg)
     assert MetadataCatalog.get("mine").json_file == str(coco.json)
@@ -414,14 +414,13 @@ def test_a_clean_file_is_read_as_it_is_and_a_repaired_one_from_the_cache(coco: S
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
 def test_encodings(coco: Set, encoding: str) -> None:
-    """Check that a file of any Unicode encoding is read."""
     summary = coco.check()
     coco.json.write_text(coco.json.read_text(), encoding=encoding)
     assert (coco.check().images, coco.check().classes) == (summary.images, summary.classes)
 
 
 def test_images_whose_names_may_mean_several_files(coco: Set) -> None:
-    """Check that two files of one name, and two entries of one file, are refused; the folder that the name has decides."""
+    """Check that two files of one name, and two entries for one file, are refused; a folder in the name decides."""
     for folder in ("a", "b"):
         (coco.images / folder).mkdir()
         shutil.copy(coco.images / "000.png", coco.images / folder / "same.png")
@@ -441,7 +440,7 @@ def test_images_whose_names_may_mean_several_files(coco: Set) -> None:
 
 
 def test_the_size_of_a_turned_image_is_that_of_the_upright_one(coco: Set) -> None:
-    """Check a JPEG whose EXIF orientation exchanges its sides, as Detectron2 reads it."""
+    """Check a JPEG whose EXIF orientation swaps its sides, as Detectron2 reads it."""
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (50, 20)).save(coco.images / "turned.jpg", exif=exif)
@@ -482,10 +481,10 @@ def _polygon(convert):
             "annotations without a polygon of three points dropped (1; the first: annotation with id 2",
         ),
     ],
-    ids=["flat", "one short", "run lengths without size", "all short"],
+    ids=["flat polygon", "one polygon too short", "run lengths without size", "all polygons too short"],
 )
 def test_masks_that_are_trained(coco: Set, change, expected: str) -> None:
-    """Check that segmentations are kept and put into Detectron2's form where MODEL.MASK_ON is set."""
+    """Check that segmentations are kept and converted to Detectron2's form if MODEL.MASK_ON is set."""
     coco.change(change)
     data = read_coco(str(coco.json), str(coco.images), masks=True)
     assert next(line.partition(": ")[2] for line in data.repairs.sentences()).startswith(expected)
@@ -516,7 +515,7 @@ def test_masks_that_cannot_be_trained(coco: Set, convert, expected: str) -> None
 
 
 def test_compressed_run_lengths_are_measured_as_pycocotools_does(coco: Set) -> None:
-    """Check that masks that pycocotools encodes are taken as they are: their lengths fill the image."""
+    """Check that masks encoded by pycocotools are unchanged if their lengths fill the image, and refused otherwise."""
     random = np.random.RandomState(0)
     for _ in range(20):
         height, width = random.randint(1, 70, 2)
@@ -529,7 +528,7 @@ def test_compressed_run_lengths_are_measured_as_pycocotools_does(coco: Set) -> N
 
 @pytest.mark.parametrize("form", [form for form in BOX_FORMATS if form != "xywh"])
 def test_other_forms_of_boxes(coco: Set, form: str) -> None:
-    """Check that a file that is written in each form, by its definition, is read as the original."""
+    """Check that a file converted to each format, by its definition, is read with the original boxes and areas."""
     wanted = read_coco(str(coco.json), str(coco.images)).tree["annotations"]
 
     def rewrite(x, y, w, h, width, height):
@@ -544,7 +543,7 @@ def test_other_forms_of_boxes(coco: Set, form: str) -> None:
 
 
 def test_boxes_beyond_their_image_are_counted_and_clipped(coco: Set, caplog: pytest.LogCaptureFixture) -> None:
-    """Check the count by hand, the warning, and that training clips them; one that fits only as corners is not enough."""
+    """Check the count, the warning, and that training clips boxes; none is refused, as not all would fit as corners."""
     boxes = [
         [-30, -5, 400, 20],
         [-30, 5, 50, 20],
@@ -570,7 +569,7 @@ def test_boxes_beyond_their_image_are_counted_and_clipped(coco: Set, caplog: pyt
 
 
 def test_registration(coco: Set) -> None:
-    """Check names, classes in order of their ids, and that only the sets that TRAIN or TEST names are registered."""
+    """Check names, classes in the order of their ids, and that only datasets in TRAIN or TEST are registered."""
     coco.change(lambda tree: tree.update(categories=tree["categories"][::-1]))
     cfg = coco.config()
     cfg.DATASETS.COCO_JSON.append(["unused", "gone.json", "gone"])
@@ -582,7 +581,7 @@ def test_registration(coco: Set) -> None:
 
 
 def test_a_name_that_is_taken(coco: Set, tmp_path: Path) -> None:
-    """Check that neither a built-in name nor that of another file is given a second meaning."""
+    """Check that neither a built-in name nor that of another file can be used again."""
     register_coco_json(coco.config())
     other = Set(tmp_path / "other")
     for name in ("mine", "coco_2017_val"):
@@ -594,7 +593,7 @@ def test_a_name_that_is_taken(coco: Set, tmp_path: Path) -> None:
 
 
 def test_sets_without_a_usable_image(coco: Set) -> None:
-    """Check that a set whose images are all filtered out is named."""
+    """Check that a dataset is refused only if its images are all filtered out."""
     coco.change(lambda tree: tree.update(annotations=[]))
     cfg = coco.config()
     register_coco_json(cfg)
@@ -606,7 +605,7 @@ def test_sets_without_a_usable_image(coco: Set) -> None:
 
 
 def test_sets_of_other_classes(coco: Set, tmp_path: Path) -> None:
-    """Check that a set with boxes of a class that the first does not have is refused, and one without any of its classes."""
+    """Check that a dataset with boxes of a class that the first lacks, or without any of its classes, is refused."""
     other = Set(tmp_path / "other")
     other.change(_set("categories", 0, name="purple"))
     cfg = coco.config()
@@ -626,7 +625,7 @@ def test_sets_of_other_classes(coco: Set, tmp_path: Path) -> None:
 
 
 def _reversed_categories(tree: dict) -> None:
-    """The same classes with ids in the other order."""
+    """Reverse the order of the ids, with the same classes."""
     tree["categories"] = [{"id": 4 - c["id"], "name": c["name"]} for c in tree["categories"]]
     for annotation in tree["annotations"]:
         annotation["category_id"] = 4 - annotation["category_id"]
@@ -634,7 +633,7 @@ def _reversed_categories(tree: dict) -> None:
 
 @pytest.mark.parametrize("key", ["TRAIN", "TEST"])
 def test_a_set_with_its_categories_in_another_order(coco: Set, tmp_path: Path, key: str) -> None:
-    """Check that it has the same class indices as the first, in training and in testing, and keeps its own ids."""
+    """Check that it gets the class indices of the first, in training and in testing, and keeps its own ids."""
     other = Set(tmp_path / "other")
     other.change(_reversed_categories)
     cfg = coco.config()
@@ -655,7 +654,7 @@ def test_a_set_with_its_categories_in_another_order(coco: Set, tmp_path: Path, k
 
 
 def test_a_set_that_lacks_classes_or_names_more_without_boxes(coco: Set, tmp_path: Path) -> None:
-    """Check that the classes of a model decide, as a test set of few images or an export of unused labels needs it."""
+    """Check that a model's classes determine the indices, for small test sets and for exports with unused labels."""
     coco.change(
         lambda tree: tree.update(
             categories=[{"id": 5, "name": "unused"}, *(c for c in tree["categories"] if c["name"] != "blue")],

@@ -1,4 +1,4 @@
-"""kd-d2 convert: every format into COCO json and back to the same boxes, and what is said of data that is broken or ambiguous."""
+"""kd-d2 convert: every format to COCO JSON with the same boxes, and the messages for broken or ambiguous data."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def voc_xml(filename: str, *objects: str, size: tuple[int, int] | None = (40, 30
 
 
 def run(folder: Path, format: str | None = None, **options: object) -> dict[str, Tree]:
-    """The trees by split of a conversion; each is read as it is written, without repairs."""
+    """Convert a folder, check that the written files need no repairs, and return their content by split."""
     result = convert(str(folder), str(folder.parent / "out"), format, ConvertOptions(**options), overwrite=True)
     for split in result.splits.values():
         assert check_coco_json(split.file, split.folder).repairs == []
@@ -61,7 +61,7 @@ def run(folder: Path, format: str | None = None, **options: object) -> dict[str,
 
 
 def notes(folder: Path, format: str | None = None, **options: object) -> list[str]:
-    """What a conversion says was left out or read otherwise, without the folder and with counts alone."""
+    """Return a conversion's notes on what was dropped or reinterpreted, without the folder and the examples."""
     result = convert(str(folder), str(folder.parent / "out"), format, ConvertOptions(**options), overwrite=True)
     return [note.removeprefix(f"{folder}: ").partition("; the first")[0] + ")" for note in result.notes]
 
@@ -74,7 +74,7 @@ def refusal(folder: Path, format: str | None = None, **options: object) -> str:
 
 
 def boxes(tree: Tree) -> dict[str, list[tuple[str, list[float]]]]:
-    """By the stem of the image its boxes, in order."""
+    """Return the sorted boxes of each image, by the stem of its file name."""
     name_of = {category["id"]: category["name"] for category in tree["categories"]}
     found: dict[str, list] = {Path(image["file_name"]).stem: [] for image in tree["images"]}
     stem_of = {image["id"]: Path(image["file_name"]).stem for image in tree["images"]}
@@ -87,7 +87,7 @@ def boxes(tree: Tree) -> dict[str, list[tuple[str, list[float]]]]:
 
 
 class Written:
-    """A COCO set of six images in another format; the third has no objects."""
+    """A COCO dataset of six images, to be written in another format; the third image has no objects."""
 
     def __init__(self, folder: Path):
         path = make_coco(folder / "coco", 6)
@@ -194,7 +194,7 @@ def test_every_format_is_tested_and_offered() -> None:
 
 @pytest.mark.parametrize("format", WRITERS)
 def test_round_trip(tmp_path: Path, format: str) -> None:
-    """Check that the format is found out, and that all boxes come back to half a pixel, with every image of the format."""
+    """Check that the format is detected, and that all its images are found, with boxes exact to half a pixel."""
     written = Written(tmp_path)
     WRITERS[format](written)
     (tree,) = run(written.root).values()
@@ -211,7 +211,7 @@ def test_round_trip(tmp_path: Path, format: str) -> None:
 
 
 def test_what_is_printed_trains(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Check the counts of a hand-made set, and that the written config names files and images that are there."""
+    """Check the counts of a handmade dataset, and that the written config refers to the right files and images."""
     root = tmp_path / "Cats & Dogs"
     for split, name in (("train", "a"), ("train", "b"), ("valid", "a")):
         picture(root / split / f"{name}.jpg")
@@ -241,7 +241,7 @@ def test_what_is_printed_trains(tmp_path: Path, capsys: pytest.CaptureFixture) -
 
 
 def test_the_configs_of_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check that the guide's ten lines of yaml are a distillation on a converted set."""
+    """Check that the guide's YAML of at most ten lines configures a distillation on a converted dataset."""
     written = Written(tmp_path)
     as_voc(written)
     monkeypatch.chdir(tmp_path)
@@ -266,7 +266,7 @@ def test_the_configs_of_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def devkit(tmp_path: Path) -> Path:
-    """VOC's layout with five images, of which the lists of ImageSets/Main name four."""
+    """Create VOC's layout with five images, four of which are in the lists of ImageSets/Main."""
     root = tmp_path / "VOC2007"
     for number in range(1, 6):
         picture(root / "JPEGImages" / f"{number:06d}.jpg")
@@ -280,7 +280,7 @@ def devkit(tmp_path: Path) -> Path:
 
 
 def test_the_devkit(devkit: Path) -> None:
-    """Check that splits come from the lists of images, not from those of classes."""
+    """Check that splits are read from the image lists, not from the class lists."""
     trees = run(devkit)
     assert {split: sorted(boxes(tree)) for split, tree in trees.items()} == {
         "train": ["000001", "000002"],
@@ -335,7 +335,7 @@ def voc_of(tmp_path: Path, *objects: str, **keywords: object) -> Path:
     ("first_pixel", "corners", "expected"),
     [
         (None, (1, 1, 10, 20), [0, 0, 10, 20]),
-        (None, (0, 5, 10, 20), [0, 5, 10, 15]),  # pixel 0 is only there when they are counted from it
+        (None, (0, 5, 10, 20), [0, 5, 10, 15]),  # pixel 0 exists only in 0-based coordinates
         (0, (1, 1, 10, 20), [1, 1, 9, 19]),
         (1, (1, 1, 40, 30), [0, 0, 40, 30]),
         (None, (2.5, 3.25, 10, 20), [1.5, 2.25, 8.5, 17.75]),
@@ -379,7 +379,7 @@ def test_boxes_that_are_cut_and_dropped(tmp_path: Path) -> None:
 
 
 def test_images_of_voc_are_found_by_what_is_right(tmp_path: Path) -> None:
-    """Check a filename without suffix, one of an image that was renamed, folders in folders, and sizes of 0."""
+    """Check a file name without suffix, the name of an image that was renamed, nested folders, and sizes of 0."""
     root = tmp_path / "set"
     for name in ("sub/x/a.png", "sub/y/b.JPEG", "c.jpg"):
         picture(root / name)
@@ -404,7 +404,7 @@ def test_images_of_voc_are_found_by_what_is_right(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_broken_files_of_voc(tmp_path: Path, content: str, sentence: str) -> None:
-    """Check the sentence, and that --drop-broken leaves out that entry alone."""
+    """Check the message, and that --drop-broken drops only that entry."""
     root = voc_of(tmp_path)
     picture(root / "images/b.jpg")
     picture(root / "images/good.jpg")
@@ -423,7 +423,7 @@ def test_two_labels_of_one_image(tmp_path: Path) -> None:
 
 
 def test_entities_and_huge_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check an expansion that would fill the memory, in any encoding, a file of another machine, and a limit of 1 KiB."""
+    """Check entities that would fill the memory, in two encodings, one that reads a local file, and a 1 KiB limit."""
     root = voc_of(tmp_path)
     laughs = "".join(f'<!ENTITY l{n} "{f"&l{n - 1};" * 10}">' for n in range(1, 12))
     bomb = f'<!DOCTYPE a [<!ENTITY l0 "ha">{laughs}]><annotation><filename>&l11;</filename></annotation>'
@@ -454,7 +454,7 @@ def yolo_of(tmp_path: Path, *lines: str, description: str = "names: [cat, dog]")
 
 
 def test_lines_of_yolo(tmp_path: Path) -> None:
-    """Check a box, a class written as a float, a score, a polygon, a rotated box and an empty line, by hand."""
+    """Check a box, a class written as a float, an empty line, a score, a polygon and a rotated box, all by hand."""
     lines = [
         "0 0.5 0.5 0.5 0.2",
         "1.0e+00 0.25 0.5 0.5 1.0",
@@ -503,13 +503,13 @@ def test_broken_lines_of_yolo(tmp_path: Path, line: str, sentence: str) -> None:
     [
         "{train: ../train/images, val: ../valid/images, names: [x]}",  # Roboflow
         "{path: ../datasets/mine, train: train/images, val: valid/images, names: {0: x}}",  # Ultralytics
-        "{train: /content/mine/train/images, val: [/content/mine/valid/images], names: [x]}",  # another machine's
+        "{train: /content/mine/train/images, val: [/content/mine/valid/images], names: [x]}",  # from another machine
         "{train: train.txt, val: lists/val.txt, names: [x]}",
-        "{names: [x]}",  # by the names of the folders
+        "{names: [x]}",  # from the folder names
     ],
 )
 def test_splits_of_yolo(tmp_path: Path, description: str) -> None:
-    """Check the ways to name splits; images of several suffixes, and one without a file of labels."""
+    """Check the ways to name splits, images with several suffixes, and one without a label file."""
     root = tmp_path / "set"
     for name in ("train/images/a.jpg", "train/images/deep/b.png", "valid/images/a.webp", "valid/images/c.jpg"):
         picture(root / name)
@@ -549,7 +549,7 @@ def test_descriptions_of_yolo_that_do_not_fit(tmp_path: Path, description: str, 
 
 
 def test_a_list_of_names_in_place_of_a_yaml(tmp_path: Path) -> None:
-    """Check what labelImg writes: labels beside the images, and classes.txt."""
+    """Check the output of labelImg: labels next to the images, and classes.txt."""
     root = tmp_path / "set"
     picture(root / "a.jpg")
     text(root / "a.txt", "1 0.5 0.5 0.5 0.2")
@@ -560,7 +560,7 @@ def test_a_list_of_names_in_place_of_a_yaml(tmp_path: Path) -> None:
 
 
 def test_names_of_the_darknet_export_of_roboflow(tmp_path: Path) -> None:
-    """Check that each split has its own list of names, and that lists that differ are refused."""
+    """Check that each split has its own list of names, and that different lists are refused."""
     root = tmp_path / "set"
     for split in ("train", "valid"):
         picture(root / split / "a.jpg")
@@ -585,7 +585,7 @@ def labelme_of(tmp_path: Path, *shapes: object, **keys: object) -> Path:
 
 
 def test_shapes_of_labelme(tmp_path: Path) -> None:
-    """Check groups, kinds that have no box, old files without a kind, and a difficult one."""
+    """Check groups, shape types without a box, old files without a shape type, and a difficult object."""
     root = labelme_of(
         tmp_path,
         {"label": "a", "shape_type": "rectangle", "points": [[1, 2], [5, 6]], "group_id": 1},
@@ -621,7 +621,7 @@ def test_broken_shapes_of_labelme(tmp_path: Path, shape: object, sentence: str) 
 
 
 def test_hostile_names_of_images(tmp_path: Path) -> None:
-    """Check that a name cannot reach an image outside the folder."""
+    """Check that a name cannot refer to an image outside the folder."""
     picture(tmp_path / "outside.jpg")
     for name in ("../outside.jpg", str(tmp_path / "outside.jpg"), "..%2Foutside.jpg", "x\\..\\..\\outside.jpg"):
         root = labelme_of(tmp_path, imagePath=name)
@@ -686,8 +686,8 @@ def test_open_images(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("project", ["cells", "RBC"])
 def test_a_coco_export_of_roboflow(tmp_path: Path, project: str) -> None:
-    """Check that the placeholder category goes, also where it has the name of the only class, and that splits with images of the
-    same name are kept apart."""
+    """Check that the placeholder category is dropped, even if it has the name of the only class, and that splits with
+    images of the same name are kept apart."""
     root = tmp_path / "set"
     categories = [
         {"id": 0, "name": project, "supercategory": "none"},
@@ -713,7 +713,7 @@ def test_a_folder_without_a_coco_file(tmp_path: Path) -> None:
 
 
 def test_a_coco_file_twice(tmp_path: Path) -> None:
-    """Check that a second file of a split is left out where it says the same, and refused otherwise."""
+    """Check that a second file of a split is skipped if it has the same content, and refused otherwise."""
     written = Written(tmp_path)
     as_coco(written)
     copy = written.root / "images" / "_annotations.coco.json"
@@ -729,7 +729,7 @@ def test_a_coco_file_twice(tmp_path: Path) -> None:
 
 
 def test_images_that_a_coco_file_lacks(tmp_path: Path) -> None:
-    """Check that --drop-broken leaves them out with their boxes, and that some image must be there."""
+    """Check that --drop-broken drops missing images with their boxes, and that at least one image must exist."""
     written = Written(tmp_path)
     as_coco(written)
     absent = written.tree["images"][0]
@@ -749,7 +749,7 @@ def test_images_that_a_coco_file_lacks(tmp_path: Path) -> None:
 
 
 def test_a_coco_file_with_images_in_two_folders(tmp_path: Path) -> None:
-    """Check that images beside the file count too, where its folder `images` has only some of them."""
+    """Check that images next to the file are found too if its folder `images` has only some of them."""
     written = Written(tmp_path)
     for number, image in enumerate(written.tree["images"]):
         written.put(image, "train/images" if number % 2 else "train")
@@ -765,7 +765,7 @@ def test_a_coco_file_with_images_in_two_folders(tmp_path: Path) -> None:
 
 
 def test_a_share_for_validation(tmp_path: Path) -> None:
-    """Check that the split depends on the names alone, and that both parts together are the whole."""
+    """Check that the split is reproducible, and that both parts together are the whole dataset."""
     written = Written(tmp_path)
     as_yolo(written)
     text(written.root / "data.yaml", "names: [red, green, blue]")
@@ -814,7 +814,7 @@ def test_files_that_are_there_stay(tmp_path: Path, capsys: pytest.CaptureFixture
     assert mine.read_text() == "mine"
     main(["convert", str(root), str(root / "out"), "--overwrite"])
     before = mine.read_text()
-    main(["convert", str(root), str(root / "out"), "--overwrite"])  # OUT in IN is not read as a COCO set
+    main(["convert", str(root), str(root / "out"), "--overwrite"])  # OUT within IN is not read as a COCO dataset
     assert mine.read_text() == before and json.loads(before)["annotations"]
 
 
@@ -848,7 +848,7 @@ def test_options_that_do_not_fit_the_format(tmp_path: Path, format: str, options
 
 
 def test_without_globox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check what is said where the package is missing, and that COCO needs none."""
+    """Check the message if the package is missing, and that COCO does not need it."""
     find: Callable = importlib.util.find_spec
     monkeypatch.setattr(formats_module, "find_spec", lambda name: None if name == "globox" else find(name))
     assert refusal(voc_of(tmp_path)) == "Pascal VOC needs the package globox: pip install 'kd_d2[convert]'."

@@ -1,4 +1,4 @@
-"""kd-d2 data check: counts by hand, what it finds, what is an error, and what it writes."""
+"""kd-d2 data check: counts computed by hand, findings, errors, and output files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _clean():
 
 @pytest.fixture
 def pair(tmp_path: Path) -> list[DataSet]:
-    """A training and a test set, which differ in their pixels."""
+    """Create a training and a test set with different pixels."""
     sets = []
     for seed, role in ((0, "train"), (3, "test")):
         path = make_coco(tmp_path / role, 6, seed=seed)
@@ -45,14 +45,14 @@ def change(dataset: DataSet, code) -> None:
 
 
 def found(sets: list[DataSet], **keywords: object) -> tuple[list[str], list[str]]:
-    """Errors and warnings, but for those of rare classes, which every tiny set has."""
+    """Return errors and warnings, except those about rare classes, which every tiny dataset has."""
     findings = [f for f in check_sets(sets, **keywords).findings if "fewer than 10 boxes" not in f.text]
     as_text = [(f.is_error, f"{f.dataset}: {f.text}") for f in findings]
     return [text for is_error, text in as_text if is_error], [text for is_error, text in as_text if not is_error]
 
 
 def test_counts_by_hand() -> None:
-    """Check sizes at COCO's borders, crowds, images without boxes and percentiles."""
+    """Check sizes at COCO's limits, crowds, images without boxes, and percentiles."""
     images = [{"id": i, "file_name": f"{i}.jpg", "width": 100 * i, "height": 200} for i in (1, 2, 3, 4)]
     boxes = [
         (1, 1, [0, 0, 31, 33]),
@@ -85,7 +85,7 @@ def test_sets_in_order(pair: list[DataSet]) -> None:
 
 
 def test_what_annotations_have(pair: list[DataSet]) -> None:
-    """Check repairs, and boxes and names that look like mistakes; the first of each is named."""
+    """Check repairs, and boxes and names that look like mistakes; the first box of each kind is named."""
 
     def spoil(tree: dict) -> None:
         tree["categories"] += [{"id": 4, "name": "Red "}, {"id": 5, "name": "none yet"}]
@@ -108,7 +108,7 @@ def test_what_annotations_have(pair: list[DataSet]) -> None:
 
 
 def test_annotations_that_stop_a_training(pair: list[DataSet]) -> None:
-    """Check that one set that cannot be read does not hide what the other has, and that no boxes are an error."""
+    """Check that an unreadable dataset does not hide findings in the other, and that having no boxes is an error."""
     change(pair[0], lambda tree: tree["annotations"][0].update(image_id=99))
     change(pair[1], lambda tree: tree.update(annotations=[]))
     errors, _ = found(pair)
@@ -145,7 +145,7 @@ def test_classes_that_differ(pair: list[DataSet]) -> None:
 
 
 def test_the_same_images_twice(pair: list[DataSet]) -> None:
-    """Check copies under other names within a set, which are a warning, and in training and test, which are an error."""
+    """Check copies under other names: a warning within a dataset, an error between training and test sets."""
     train, test = (Path(dataset.folder) for dataset in pair)
     shutil.copy(train / "000.png", train / "002.png")
     shutil.copy(train / "004.png", test / "000.png")
@@ -162,7 +162,7 @@ def test_the_same_images_twice(pair: list[DataSet]) -> None:
 
 @pytest.mark.parametrize(("images", "expected"), [(None, [2, 1]), (2, [1, 1]), (0, [0, 0])])
 def test_images_that_cannot_be_used(pair: list[DataSet], images: int | None, expected: list[int]) -> None:
-    """Check one that is no image and one of another size: among all, among the first and the last, among none."""
+    """Check a file that is not an image and images of another size, among all images, the first and last, or none."""
     folder = Path(pair[0].folder)
     (folder / "000.png").write_bytes(b"no image")
     Image.new("RGB", (96, 60)).save(folder / "002.png")
@@ -183,7 +183,7 @@ def test_images_that_cannot_be_used(pair: list[DataSet], images: int | None, exp
 
 
 def test_samples_show_each_class(pair: list[DataSet]) -> None:
-    """Check that a class of one image is among the first, and that a box is drawn in the middle of its cell."""
+    """Check that the image of a rare class is chosen early, and where its box is drawn, centered in the cell."""
 
     def add_rare(tree: dict) -> None:
         tree["categories"].append({"id": 4, "name": "rare"})
@@ -204,7 +204,7 @@ def test_samples_show_each_class(pair: list[DataSet]) -> None:
 
 
 def test_the_command_on_files(pair: list[DataSet], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Check what is printed and written, and the exit status of an error."""
+    """Check the printed and written output, and the exit status in case of an error."""
     arguments = ["data", "check", "--output", str(tmp_path / "out")]
     for dataset in pair:
         arguments += [f"--{dataset.role}", dataset.json_file, dataset.folder]
@@ -225,7 +225,7 @@ def test_the_command_on_files(pair: list[DataSet], tmp_path: Path, capsys: pytes
 
 
 def test_the_command_on_a_config(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Check that paths count from the config's folder, that no teacher is needed, and that training on the test set is said."""
+    """Check that paths are relative to the config, no teacher is needed, and training on the test set is reported."""
     project = make_project(tmp_path)
     project.teacher_weights.unlink()
     with pytest.raises(SystemExit) as ended:

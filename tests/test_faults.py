@@ -1,4 +1,4 @@
-"""Kills and faults: what is on disk is whole, and a training goes on from it with the losses of an unbroken one."""
+"""Kills and faults: files on disk are complete, and training resumes with the losses of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OFTEN = {
     "SEED": 7,
     "SOLVER__MAX_ITER": 4000,
     "SOLVER__STEPS": (),
-    "SOLVER__BASE_LR": 0.00002,  # a CPU's last digits differ from run to run; larger steps would let them grow
+    "SOLVER__BASE_LR": 0.00002,  # last digits on CPUs vary between runs; larger steps would amplify the differences
     "MODEL__KD__ICD__LR": 0.00001,
     "SOLVER__CHECKPOINT_PERIOD": 3,
     "MODEL__KD__DISTILLERS": ("StructuralKD", "ICD"),
@@ -47,7 +47,7 @@ def _train_until_killed(project: Project) -> None:
 
 
 def _whole_checkpoints(output: Path) -> list[int]:
-    """The iterations of the folder's checkpoints, each of which must be whole; what last_checkpoint names is among them."""
+    """Return the iterations of the folder's checkpoints; check that they and the other files are complete."""
     iterations = []
     for path in output.glob("*.pth"):
         content = read_checkpoint(str(path))
@@ -63,7 +63,7 @@ def _whole_checkpoints(output: Path) -> list[int]:
 
 @pytest.mark.slow
 def test_killed_twenty_times(tmp_path: Path) -> None:
-    """SIGKILL a training at random moments, in its beginnings, its iterations and its writing; then go on in peace."""
+    """Check SIGKILL at random moments during startup, iterations and writing, and the losses after the last resume."""
     project = make_project(tmp_path / "killed", **OFTEN)
     draw = random.Random(0)
     reached = []
@@ -91,10 +91,10 @@ def _cut(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [_cut, lambda path: path.write_bytes(b""), Path.unlink], ids=["cut", "empty", "gone"]
+    "damage", [_cut, lambda path: path.write_bytes(b""), Path.unlink], ids=["truncated", "empty", "missing"]
 )
 def test_a_damaged_last_checkpoint(tmp_path: Path, damage) -> None:
-    """Check that the checkpoint before it is used, that the log says so, and that losses are those of an unbroken training."""
+    """Check that the previous checkpoint is used, that the log says so, and that weights match an undisturbed run's."""
     keys = {**OFTEN, "SOLVER__MAX_ITER": 8, "SOLVER__CHECKPOINT_PERIOD": 2}
     unbroken = train(make_project(tmp_path / "unbroken", **keys))
     project = make_project(tmp_path / "damaged", **keys)
@@ -119,7 +119,7 @@ def test_every_checkpoint_damaged(tmp_path: Path) -> None:
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
-    """Write the second checkpoint to a device without space: one sentence, the first one intact, nothing else left."""
+    """Check a second checkpoint on a device without space: one sentence, the first one intact, no other model files."""
     project = make_project(tmp_path, **{**OFTEN, "SOLVER__MAX_ITER": 6})
     project.output.mkdir()
     (project.output / "model_0000005.pth.partial").symlink_to("/dev/full")
@@ -146,7 +146,7 @@ def test_a_disk_that_is_full_for_the_log(tmp_path: Path) -> None:
 
 
 def test_a_data_worker_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kill the process that reads the training data: one sentence, and --resume goes on."""
+    """Check that killing the process that reads the training data gives one sentence, and that --resume continues."""
     project = make_project(tmp_path, **{**OFTEN, "SOLVER__MAX_ITER": 8, "DATALOADER__NUM_WORKERS": 1})
     read = MappedDataset.__getitem__
 
@@ -164,7 +164,7 @@ def test_a_data_worker_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def _end_of(project: Project, *opts: object) -> tuple[int | None, list[str]]:
-    """The exit status of a training in a process of its own, and the lines that it prints."""
+    """Train in a separate process, and return its exit status and the lines that it prints."""
 
     def run() -> None:
         torch.set_num_threads(1)
@@ -192,7 +192,7 @@ class _After(HookBase):
 
 @pytest.fixture
 def after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
-    """(iteration, action): do something behind that iteration of the trainings to come, before any other hook."""
+    """Return a function (iteration, action); later trainings run the action after the iteration, before other hooks."""
     build = KDTrainer.build_hooks
 
     def call(iteration: int, action: Callable[[], object]) -> None:
@@ -203,7 +203,7 @@ def after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_image_that_vanishes(tmp_path: Path, after: Callable, workers: int) -> None:
-    """Check the sentence, what is said to be saved, and that the program ends, whatever its data workers wait for."""
+    """Check the message, the checkpoint that it names, and that the program ends, with or without data workers."""
     project = make_project(tmp_path, **OFTEN, DATALOADER__NUM_WORKERS=workers)
     gone = project.annotations.parent / "images" / "004.png"
     after(3, gone.unlink)
@@ -221,7 +221,7 @@ def test_an_image_that_vanishes(tmp_path: Path, after: Callable, workers: int) -
     "lose", [shutil.rmtree, lambda output: output.rename(f"{output}-moved")], ids=["removed", "moved"]
 )
 def test_an_output_folder_that_is_lost(tmp_path: Path, after: Callable, lose: Callable, asynchronous: bool) -> None:
-    """Check that what was trained until then is saved into a new one, from where --resume goes on."""
+    """Check that the training so far is saved in a new folder, and that --resume continues from there."""
     project = make_project(tmp_path, **OFTEN, SOLVER__CHECKPOINT_ASYNC=asynchronous)
     after(3, lambda: lose(project.output))
     status, lines = _end_of(project)
@@ -278,14 +278,14 @@ def test_memory_that_runs_out(tmp_path: Path, after: Callable, error: Exception)
 
 
 def test_an_unusable_image_is_skipped_where_the_config_says_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Check that it is named in the log, that training goes on, and that without the key it ends the training."""
+    """Check that the image is named in the log and training continues, and that it ends training without the key."""
     project = make_project(tmp_path, **{**OFTEN, "SOLVER__MAX_ITER": 6})
     broken = project.annotations.parent / "images" / "004.png"
     broken.write_text("no image")
     with pytest.raises(UserError, match=r"The image .*004\.png cannot be used"):
         train(project)
     shutil.rmtree(project.output)
-    with pytest.raises(SystemExit):  # the test set has it too, and none takes its place there
+    with pytest.raises(SystemExit):  # the test set has it too, where it is not replaced
         run_train_net("--config-file", project.student, "DATALOADER.SKIP_UNUSABLE_IMAGES", True)
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: The image {broken} cannot be used: ")
     assert f"{broken} cannot be used" in (project.output / "log.txt").read_text()

@@ -1,6 +1,6 @@
-"""Configs, annotation files and checkpoints with anything in them: read, or refused in one sentence; nothing else, and nothing runs.
+"""Fuzzing of configs, annotation files and checkpoints: each is read, or refused in one sentence, and no code is run.
 
-KD_D2_FUZZ_EXAMPLES sets how many cases each test tries; what was found is kept below as examples of its own.
+KD_D2_FUZZ_EXAMPLES sets the number of cases of each test; cases that failed in the past have their own tests below.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ VALUES = st.recursive(
 
 
 def _places(tree: Any, path: tuple = ()) -> list[tuple]:
-    """Every place in a tree, as a path of keys."""
+    """Return every place in a tree as a path of keys."""
     inner = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     return [path] + [place for key, value in inner for place in _places(value, (*path, key))]
 
 
 @st.composite
 def mutated(draw: st.DrawFn, tree: Any) -> Any:
-    """The tree with one to three places changed, removed or given twice."""
+    """Draw a copy of the tree with one to three places changed, removed or repeated."""
     tree = copy.deepcopy(tree)
     for _ in range(draw(st.integers(1, 3))):
         *parents, leaf = draw(st.sampled_from([p for p in _places(tree) if p] or [("x",)]))
@@ -90,7 +90,7 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _read_annotations(path: Path, images: Path) -> None:
-    """As a training and an evaluation would, after the check."""
+    """Check a file, and read it as training and evaluation would."""
     try:
         check_coco_json(str(path), str(images))
     except UserError as error:
@@ -173,7 +173,7 @@ def _read_config(path: Path, opts: list[str]) -> None:
 
 
 class _Runs:
-    """Makes a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -184,7 +184,7 @@ class _Runs:
 
 @pytest.fixture(scope="module", params=["pth", "pkl", "evil.pth", "evil.pkl"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A good checkpoint, or one that would run code, in the two formats."""
+    """Create a valid checkpoint, or one that would run code, in one of the two formats."""
     path = tmp_path_factory.mktemp("checkpoint") / f"good.{request.param}"
     is_evil, suffix = request.param.startswith("evil"), path.suffix
     content: dict = {"model": {"a.weight": torch.ones(2, 3), "b": torch.zeros(())}, "iteration": 3}
@@ -215,7 +215,7 @@ def test_checkpoint_bytes(checkpoint: Path, data: st.DataObject) -> None:
 
 @st.composite
 def damaged(draw: st.DrawFn, good: bytes) -> bytes:
-    """Bytes cut off, put in, or changed; often in the beginning, where formats keep what they are."""
+    """Draw the bytes with some removed, inserted or changed, often at the beginning, which identifies the format."""
     found = bytearray(good)
     for _ in range(draw(st.integers(1, 4))):
         last = max(0, len(found) - 1)
@@ -232,7 +232,7 @@ def damaged(draw: st.DrawFn, good: bytes) -> bytes:
     return bytes(found)
 
 
-# What was found, and is refused since.
+# Cases that fuzzing found.
 
 
 def test_a_box_beyond_what_a_float_holds(coco: Path) -> None:
@@ -251,9 +251,9 @@ def test_a_list_for_the_name_of_a_data_set(config: Path, key: str) -> None:
 
 
 def test_a_pickle_that_names_a_high_place_of_the_memo(tmp_path: Path) -> None:
-    """Read it within a gigabyte: the unpickler in C would take 32 of them."""
+    """Check that reading it takes at most 1 GiB; the unpickler in C would take 32 GiB."""
     path = tmp_path / "memo.pkl"
-    path.write_bytes(b"\x80\x02}r\xff\xff\xff\x7f.")  # a dictionary, remembered as number 2^31 - 1
+    path.write_bytes(b"\x80\x02}r\xff\xff\xff\x7f.")  # a dictionary, memoized at index 2^31 - 1
     limits = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (_address_space() + 2**30, limits[1]))
     try:
@@ -263,5 +263,5 @@ def test_a_pickle_that_names_a_high_place_of_the_memo(tmp_path: Path) -> None:
 
 
 def _address_space() -> int:
-    """Bytes that this process has mapped."""
+    """Return the number of bytes that this process has mapped."""
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

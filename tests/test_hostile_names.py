@@ -1,4 +1,4 @@
-"""Names of classes, files and trainings that mean something where they are shown: nothing leaves its place."""
+"""Names of classes, files and trainings with special meaning in HTML, terminals, paths or tables: none takes effect."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ PLAIN = [f"name {number}" for number in range(len(NAMES))]
 
 
 class _Structure(HTMLParser):
-    """The elements of a page, with the names of their attributes."""
+    """Parser that records the elements of a page, with the names of their attributes."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -71,7 +71,7 @@ def _page(names: list[str], picture: Path) -> str:
 
 
 def test_a_page(tmp_path: Path) -> None:
-    """Check that the elements of a page with hostile names are those of one with plain names."""
+    """Check that a page with hostile names has the same elements as one with plain names."""
     picture = tmp_path / "picture.png"
     Image.new("RGB", (4, 4)).save(picture)
     names = [name if name else "empty" for name in NAMES]
@@ -82,7 +82,7 @@ def test_a_page(tmp_path: Path) -> None:
 
 
 def test_the_section_of_a_run(tmp_path: Path) -> None:
-    """Check a report of results by hostile classes, from a folder with a hostile name."""
+    """Check a report of results for hostile class names, from a folder with a hostile name."""
     sections = {}
     for kind, names in (("plain", PLAIN), ("hostile", NAMES)):
         folder = tmp_path / (kind if kind == "plain" else "<b>\x1b[31m\n")
@@ -108,7 +108,7 @@ def _errors(tmp_path: Path) -> ErrorAnalysis:
 
 
 def test_error_analysis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check that each class has a file of its own in the folder of the classes, and that the table has a row for each."""
+    """Check that each class has its own file in the folder `classes` and, like all together, four rows in the table."""
     drawn = []
     monkeypatch.setattr(
         "kd_d2.analysis.errors.plots.save_figure", lambda figure, path: (drawn.append(Path(path)), plt.close(figure))
@@ -134,7 +134,7 @@ def test_csv_by_hand() -> None:
 
 
 def test_names_of_files_by_hand(tmp_path: Path) -> None:
-    """Check that ordinary names stay, and that others are files of their own in their folder."""
+    """Check that ordinary names are unchanged, and that all others become different files in their folder."""
     for name in ("traffic light", "Ampel (rot)", "\u4fe1\u53f7", "a.b", ".hidden"):
         assert file_stem(name) == name
     stems = {file_stem(name) for name in NAMES}
@@ -151,7 +151,7 @@ def test_names_of_files_by_hand(tmp_path: Path) -> None:
 
 
 class _Detector:
-    """Finds an object of each class in every image."""
+    """A detector that finds an object of each class in every image."""
 
     input_format = "RGB"
     categories = [Category(number, name) for number, name in enumerate(NAMES, 1)]
@@ -164,7 +164,7 @@ class _Detector:
 
 
 def test_prediction(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Check files with hostile names: drawings lie in the output folder, the log has a line each, the json is whole."""
+    """Check files with hostile names: drawings are in the output folder, the log has a line each, the JSON is valid."""
     caplog.set_level(logging.INFO, "kd_d2")
     folder, output = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
@@ -194,7 +194,7 @@ def test_prediction(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_pictures(tmp_path: Path) -> None:
-    """Check that labels and titles are drawn into pictures of the usual size."""
+    """Check that hostile labels and titles do not change the size of the pictures."""
     image = np.zeros((64, 64, 3), np.uint8)
     (found,) = _Detector().detect([image])
     assert draw_instances(image, found, NAMES).shape == draw_instances(image, found, PLAIN).shape
@@ -209,7 +209,7 @@ def _rows(names: list[str]) -> list[Row]:
 
 
 def test_a_sweep(tmp_path: Path) -> None:
-    """Check the table in Markdown and csv, and a plot, of trainings with hostile titles."""
+    """Check the tables in Markdown and CSV, and a plot, of trainings with hostile titles."""
     lines = as_markdown(_rows(NAMES)).splitlines()
     assert len(lines) == len(NAMES) + 2
     assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
@@ -237,7 +237,7 @@ def test_what_is_printed() -> None:
 
 
 def test_logs(capsys: pytest.CaptureFixture) -> None:
-    """Check that Detectron2's own colors stay, and that nothing else is sent to a terminal."""
+    """Check that Detectron2's own colors are kept, and that other control characters are escaped."""
     before = logging.getLogRecordFactory()
     keep_controls_out_of_logs()
     handler = logging.StreamHandler(sys.stdout)

@@ -1,4 +1,4 @@
-"""Images: which files are opened, and what is said of those that cannot be used."""
+"""Images: which files are opened, and the messages for those that cannot be used."""
 
 import logging
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def _gradient(path: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM"])
 def test_formats_are_recognized_by_content(tmp_path: Path, form: str) -> None:
-    """Check each format that is read, under another's suffix."""
+    """Check each supported format, in a file with an unrelated suffix."""
     Image.new("RGB", (40, 30), "white").save(tmp_path / "any.dat", form)
     assert (read_image(str(tmp_path / "any.dat"), "BGR") == 255).mean() == 1
     assert _map(tmp_path / "any.dat")["image"].shape == (3, 800, 1067)
@@ -40,7 +40,7 @@ def test_formats_are_recognized_by_content(tmp_path: Path, form: str) -> None:
 
 @pytest.mark.parametrize("read", [_map, lambda path: find_images([str(path)])], ids=["dataset", "predict"])
 def test_other_formats_are_never_opened(tmp_path: Path, read: Callable) -> None:
-    """Check that PostScript, which Pillow hands to a program, is refused by its content, and what is allowed is said."""
+    """Check that PostScript, which Pillow passes to a program, is refused by content; the message lists the formats."""
     (tmp_path / "photo.jpg").write_bytes(EPS)
     assert Image.open(tmp_path / "photo.jpg").format == "EPS"
     with pytest.raises(Exception) as caught:
@@ -51,7 +51,7 @@ def test_other_formats_are_never_opened(tmp_path: Path, read: Callable) -> None:
 
 
 def test_a_truncated_jpeg_is_read_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Check that what is there is the original, that it is said once, and that Pillow is left as it was."""
+    """Check that the first half matches the original, that there is one warning, and that Pillow's setting is kept."""
     path = tmp_path / "cut.jpg"
     pixels = _gradient(path)
     path.write_bytes(path.read_bytes()[:-200])
@@ -76,7 +76,7 @@ def test_other_truncated_images_are_refused(tmp_path: Path) -> None:
 
 
 def test_images_that_are_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check Pillow's limit, twice MAX_IMAGE_PIXELS, at one of 1000 pixels."""
+    """Check Pillow's limit, twice MAX_IMAGE_PIXELS, with MAX_IMAGE_PIXELS set to 1000."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     Image.new("RGB", (50, 41)).save(tmp_path / "large.png")
     with pytest.raises(DataError) as caught:
@@ -87,7 +87,7 @@ def test_images_that_are_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("size", [(1, 6000), (6000, 1)])
 def test_images_that_are_too_narrow(tmp_path: Path, size: tuple[int, int]) -> None:
-    """Check strips whose shorter side of 1333 / 6000 pixels is rounded to none."""
+    """Check strips whose shorter side of 1333 / 6000 pixels is rounded to 0."""
     Image.new("RGB", size).save(tmp_path / "strip.png")
     with pytest.raises(
         DataError, match="it is so narrow that its shorter side would be less than one pixel after resizing"
@@ -96,5 +96,5 @@ def test_images_that_are_too_narrow(tmp_path: Path, size: tuple[int, int]) -> No
 
 
 def test_entries_without_a_file(tmp_path: Path) -> None:
-    """Check that a mapper of one's own may read from elsewhere."""
+    """Check that a custom mapper may read from other sources."""
     assert CheckedMapper(lambda entry: entry["number"])({"number": 7}) == 7

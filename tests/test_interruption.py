@@ -1,4 +1,4 @@
-"""Signals, clocks and locks: a training that is asked to stop loses nothing, and two do not share a folder."""
+"""Signals, timed checkpoints and locks: a stopped training loses nothing, and two trainings cannot share a folder."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def send(number: int) -> Callable[[], None]:
 
 
 def stop_in(project: Project, iteration: int, number: int = signal.SIGTERM, *opts: object) -> TrainingStopped:
-    """Train until the signal, which arrives while the given iteration begins."""
+    """Train until the signal, which is sent at the beginning of the given iteration; return the exception."""
 
     class Before(After):
         def before_step(self) -> None:
@@ -66,7 +66,7 @@ def stop_in(project: Project, iteration: int, number: int = signal.SIGTERM, *opt
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_loses_no_iteration(tmp_path: Path, number: int, caplog: pytest.LogCaptureFixture) -> None:
-    """Check the exit status, the checkpoint of the very iteration, and that the resumed training has the losses of an unbroken one."""
+    """Check the exit status, the checkpoint of that iteration, and that resumed losses match an uninterrupted run's."""
     unbroken = train(make_project(tmp_path / "unbroken", **SHORT))
     project = make_project(tmp_path / "stopped", **SHORT)
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
@@ -84,7 +84,7 @@ def test_a_signal_loses_no_iteration(tmp_path: Path, number: int, caplog: pytest
 
 
 def test_a_signal_in_the_last_iteration(tmp_path: Path) -> None:
-    """Check that the final checkpoint is written and the evaluation left to the next run."""
+    """Check that the final checkpoint is written and evaluation is left to the next run."""
     project = make_project(tmp_path, **SHORT)
     stop_in(project, 7)
     assert [path.name for path in project.output.glob("*.pth")] == ["model_final.pth"]
@@ -93,7 +93,7 @@ def test_a_signal_in_the_last_iteration(tmp_path: Path) -> None:
 
 
 def test_a_signal_in_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check that the evaluation ends at the next image, and that the iterations before it are in a checkpoint."""
+    """Check that evaluation ends at the next image, and that the iterations before it are in a checkpoint."""
     project = make_project(tmp_path, **SHORT, TEST__EVAL_PERIOD=3)
     build, seen = KDTrainer.build_test_loader, []
 
@@ -122,7 +122,7 @@ def test_a_signal_in_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_second_signal_ends_the_process_at_once() -> None:
-    """Check that one delivered twice counts once, and what a later one does."""
+    """Check that signals in quick succession count as one, and that a later one ends the process."""
     child = os.fork()
     if child == 0:
         with StopRequest() as stop:
@@ -138,7 +138,7 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
 
 
 def test_checkpoints_by_time(tmp_path: Path) -> None:
-    """Check with a period of no time that every iteration has one, in place of the one before."""
+    """Check with an interval of almost 0 that every iteration has a checkpoint, which replaces the previous one."""
     project = make_project(tmp_path, **SHORT)
     seen = []
 
@@ -163,7 +163,7 @@ def test_the_last_checkpoints_are_kept(tmp_path: Path, asynchronous: bool) -> No
 
 
 def test_the_best_checkpoint_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check with made-up AP of 10, 30, 20 that it is the second one's, also where the training was resumed between."""
+    """Check with APs of 10, 30, NaN and 20 that the second one's is kept, also if training is resumed in between."""
     project = make_project(tmp_path, **SHORT, TEST__EVAL_PERIOD=2)
     aps = iter([10.0, 30.0, float("nan"), 20.0])
     monkeypatch.setattr(KDTrainer, "test", lambda *args: {"bbox": {"AP": next(aps)}})
@@ -181,7 +181,7 @@ def test_the_best_checkpoint_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_an_asynchronous_write_that_fails(tmp_path: Path) -> None:
-    """Check that the next call says so, in one sentence, and that the checkpoint before is intact."""
+    """Check that the next call raises a UserError, and that last_checkpoint names the previous checkpoint."""
     checkpointer = KDCheckpointer(torch.nn.Linear(2, 2), str(tmp_path))
     checkpointer.asynchronous = True
     checkpointer.save("model_0000000", iteration=0)
@@ -205,7 +205,7 @@ def test_an_asynchronous_write_has_the_weights_of_its_iteration(tmp_path: Path) 
 
 
 def test_a_folder_that_another_training_uses(tmp_path: Path) -> None:
-    """Check the sentence in another process, that this one may go on, and that the lock ends with its process."""
+    """Check the message in another process, that one process may lock twice, and that a lock ends with its process."""
     project = make_project(tmp_path, **SHORT)
     project.output.mkdir()
     lock_folder(str(project.output))
@@ -230,9 +230,9 @@ def test_a_folder_that_another_training_uses(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_before_a_training(tmp_path: Path) -> None:
-    """Check that there is one word and no traceback."""
+    """Check that one word is printed, and no traceback."""
     process = subprocess.Popen(
-        # A program that a shell starts in the background ignores Ctrl-C, and so does what it starts.
+        # A program that a shell starts in the background ignores Ctrl-C, and so do its child processes.
         [sys.executable, "-c", "from kd_d2.cli import main; import signal, time, kd_d2.cli.config as c; "
          "signal.signal(signal.SIGINT, signal.default_int_handler); "
          "c.run = lambda a: (print('here', flush=True), time.sleep(30)); main(['config', 'list'])"],
@@ -246,7 +246,7 @@ def test_ctrl_c_before_a_training(tmp_path: Path) -> None:
 
 
 def _started(project: Project, *options: str) -> subprocess.Popen:
-    """A training in two processes, past its first iterations; it prints into the file `log`."""
+    """Start a training in two processes with output in the file `log`, and wait for its first iterations."""
     program = [sys.executable, "-m", "kd_d2", "train", str(project.student), "--num-gpus", "2"]
     command = [*program, *options, "MODEL.DEVICE", "cpu"]
     with open(project.folder / "log", "w") as log:
@@ -259,7 +259,7 @@ def _started(project: Project, *options: str) -> subprocess.Popen:
 
 
 def _ranks(process: subprocess.Popen) -> list[int]:
-    """Process ids of the ranks, which are those children that are no helpers of multiprocessing."""
+    """Return the process ids of the ranks: all children except helpers of multiprocessing."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
@@ -270,7 +270,7 @@ LONG = {**SHORT, "SOLVER__MAX_ITER": 100_000}
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["parent", "one rank"])
 def test_two_ranks_stop_together(tmp_path: Path, target: str) -> None:
-    """Check that a signal to the program or to one rank stops both, with a checkpoint that has the state of both."""
+    """Check that a signal to the program or to one rank stops both, and that the checkpoint has the state of both."""
     process = _started(make_project(tmp_path, **LONG))
     os.kill(process.pid if target == "parent" else _ranks(process)[1], signal.SIGTERM)
     status, log = process.wait(timeout=60), (tmp_path / "log").read_text()
@@ -295,7 +295,7 @@ def test_a_rank_that_is_killed_ends_the_other(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_hangs_ends_the_other(tmp_path: Path, rank: int) -> None:
-    """Stop one as a debugger does: after --rank-timeout the other one names it, and the program ends."""
+    """Check one rank stopped by SIGSTOP: after --rank-timeout the other one names it, and the program ends."""
     process = _started(make_project(tmp_path, **LONG), "--rank-timeout", "0.1")
     os.kill(_ranks(process)[rank], signal.SIGSTOP)
     assert process.wait(timeout=180) == 2
@@ -311,7 +311,7 @@ def test_a_rank_that_hangs_ends_the_other(tmp_path: Path, rank: int) -> None:
 
 @pytest.mark.slow
 def test_a_rank_without_memory_ends_the_other(tmp_path: Path) -> None:
-    """Give one of two ranks, started by torchrun, no more memory than it has."""
+    """Check two ranks started by torchrun, one of which runs out of memory."""
     project = make_project(tmp_path, **LONG)
     script = tmp_path / "rank.py"
     script.write_text(
@@ -334,7 +334,7 @@ def test_a_rank_without_memory_ends_the_other(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_torchrun_restarts_a_killed_rank_and_the_training_is_the_same(tmp_path: Path) -> None:
-    """Kill one of two ranks between two checkpoints: the weights at the end are those of a training that nothing happened to."""
+    """Check that after a kill of one of two ranks between checkpoints the final weights are those of a normal run."""
     found = []
     for name in ("undisturbed", "killed"):
         project = make_project(tmp_path / name, **{**SHORT, "SOLVER__CHECKPOINT_PERIOD": 3})

@@ -1,4 +1,4 @@
-"""kd-d2 predict: what it detects, writes and draws, and what it says of input that it cannot use."""
+"""kd-d2 predict: detections, output files, drawings, and messages for unusable input."""
 
 import json
 from collections.abc import Callable
@@ -19,12 +19,12 @@ from helpers import CLASSES, Project, make_project, run_command, save_fixed_weig
 from PIL import Image
 from pycocotools.coco import COCO
 
-LOW = 0.02  # below the configs' own thresholds
+LOW = 0.02  # below the thresholds of the configs
 
 
 @pytest.fixture(scope="module", params=["retinanet", "faster-rcnn"])
 def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A distillation whose student's checkpoint is `student.pth`; teacher and data are gone."""
+    """Create a distillation with the student's checkpoint `student.pth` and without the teacher's files."""
     return _project(tmp_path_factory.mktemp("project"), request.param)
 
 
@@ -38,7 +38,7 @@ def _project(folder: Path, detector: str) -> Project:
     weights = save_fixed_weights(project.teacher, folder / "student.pth", seed=2).state_dict()
     for name, tensor in weights.items():
         if "cls_score.weight" in name or "bbox_pred.weight" in name:
-            tensor *= 0.03  # scores between 0 and 1, boxes that are not the whole image
+            tensor *= 0.03  # scores between 0 and 1, boxes that do not fill the whole image
     torch.save({"model": weights}, folder / "student.pth")
     project.teacher.unlink()
     project.teacher_weights.unlink()
@@ -47,7 +47,7 @@ def _project(folder: Path, detector: str) -> Project:
 
 @pytest.fixture
 def predict() -> Callable[..., dict]:
-    """Run the command; returns what it wrote as detections.json."""
+    """Return a function that runs the command and returns the content of detections.json."""
 
     def run(
         project: Project, output: Path, *inputs: object, options: tuple = (), opts: tuple = (), weights: object = None
@@ -61,7 +61,7 @@ def predict() -> Callable[..., dict]:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """A folder of images as people have them: color, gray, with alpha, with a palette, and turned by EXIF."""
+    """Create a folder of typical images: color, grayscale, with alpha, with a palette, and rotated by EXIF."""
     random = np.random.RandomState(3)
     picture = Image.fromarray(random.randint(0, 255, (12, 16, 3)).astype(np.uint8)).resize((96, 64))
     folder = tmp_path / "photos"
@@ -71,7 +71,7 @@ def photos(tmp_path: Path) -> Path:
     picture.convert("RGBA").save(folder / "alpha.png")
     picture.convert("P").save(folder / "palette.gif")
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned by 90 degrees
+    exif[0x0112] = 6  # displayed rotated by 90 degrees
     picture.save(folder / "turned.jpg", exif=exif)
     return folder
 
@@ -145,7 +145,7 @@ def test_built_in_data_sets_give_their_own_category_ids() -> None:
 def test_inputs_are_files_and_folders_in_order_and_each_once(
     retinanet: Project, photos: Path, tmp_path: Path, predict: Callable[..., dict], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Check that a folder may hold other files, and that images of the same name get drawings of their own."""
+    """Check that a folder may contain other files, and that images with the same name get separate drawings."""
     (photos / "notes.txt").write_text("no image")
     (photos / ".hidden.png").write_text("no image")
     (photos / "cut.png").write_bytes((photos / "color.png").read_bytes()[:200])
@@ -216,7 +216,7 @@ def test_unusable_input_is_one_sentence_and_nothing_is_written(
 
 
 def test_a_run_and_the_class(retinanet: Project, photos: Path, tmp_path: Path, predict: Callable[..., dict]) -> None:
-    """Check that the folder of a training stands for its config and checkpoint, and that kd_d2.Predictor detects the same."""
+    """Check that a training's folder provides config and checkpoint, and that kd_d2.Predictor detects the same."""
     run = tmp_path / "run"
     run.mkdir()
     weights = retinanet.folder / "student.pth"
@@ -249,12 +249,12 @@ def test_drawing_shows_box_mask_and_label_in_the_enlarged_image() -> None:
     changed = (drawn != 128).any(2)
     assert all(changed[240, 160:480]) and all(changed[400, 160:480]) and all(changed[240:400, 160])  # the box's sides
     assert changed[305:335, 205:435].all()  # the mask
-    assert changed[226:238, 162:220].all()  # the label's plate, above the box
+    assert changed[226:238, 162:220].all()  # the label's background, above the box
     assert not changed[260:290, 200:440].any() and not changed[:200].any() and not changed[410:].any()
 
 
 def test_labels_of_nested_boxes_do_not_hide_each_other() -> None:
-    """Check that plates whose boxes have nearly the same corner stand below one another, each whole."""
+    """Check that labels of boxes with nearly the same corner are drawn below one another, each complete."""
     gray = np.full((480, 640, 3), 128, np.uint8)
     boxes = [[10.0, 0.0, 400.0, 300.0], [11.0, 1.0, 399.0, 299.0], [12.0, 2.0, 398.0, 298.0]]
     drawn = draw_instances(gray, detections((480, 640), boxes, [0, 1, 2]), ["a", "b", "c"])
@@ -263,7 +263,7 @@ def test_labels_of_nested_boxes_do_not_hide_each_other() -> None:
 
 
 def test_a_title_is_written_whole_where_there_is_room_and_cut_where_there_is_none() -> None:
-    """Check letters beyond ASCII, a long title that is made smaller, and one that no size would fit."""
+    """Check non-ASCII letters, a long title in a smaller font, and one that does not fit at any font size."""
     white = np.full((10, 200, 3), 255, np.uint8)
     strip = {title: titled(white, title)[:34] for title in ("äöü", "???", "a" * 24, "a" * 24 + "b", "a" * 99, "a" * 98)}
     for drawn in strip.values():
@@ -281,7 +281,7 @@ def write_video(path: Path, frames: list[np.ndarray], fps: float = 5.0) -> None:
 
 @pytest.fixture
 def clip(tmp_path: Path) -> Path:
-    """Five frames of 64 x 96, five a second, each brighter than the one before."""
+    """Create a video of five 64 x 96 frames, at five frames per second, each brighter than the previous one."""
     path = tmp_path / "clip.mp4"
     cells = np.random.RandomState(4).randint(0, 150, (8, 12, 3)).repeat(8, 0).repeat(8, 1)
     write_video(path, [(cells + 20 * number).astype(np.uint8) for number in range(5)])
@@ -315,7 +315,7 @@ def test_without_drawings_there_is_the_file_alone(
 def test_a_batch_detects_what_single_images_do(
     project: Project, photos: Path, clip: Path, tmp_path: Path, predict: Callable[..., dict]
 ) -> None:
-    """Check images of several sizes, which are not padded to one another, and frames."""
+    """Check images of several sizes, which are not padded to a common size, and video frames."""
     options = ("--no-drawings", "--score-thresh", LOW)
     one, four = (
         predict(project, tmp_path / f"{batch}", photos, clip, options=(*options, "--batch", batch)) for batch in (1, 4)

@@ -1,4 +1,4 @@
-"""Training without annotations: the teacher's detections as ground truth, in the step or from a file made ahead."""
+"""Training without annotations: the teacher's detections as ground truth, computed in each step or read from a file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LOW_THRESHOLDS = [
 
 
 def _sensitive(model: torch.nn.Module) -> torch.nn.Module:
-    """In eval mode and with detections of any score."""
+    """Return the model in eval mode, with detections of any score."""
     for module in model.modules():
         if hasattr(module, "test_score_thresh"):
             module.test_score_thresh = 0.0
@@ -44,7 +44,7 @@ def _sensitive(model: torch.nn.Module) -> torch.nn.Module:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_detections_are_the_detectors_own(tiny_detector: Callable, make_inputs: Callable, kind: str) -> None:
-    """Check boxes, classes, scores and masks against the detector's forward pass, in pixels of the input, beside the features."""
+    """Check boxes in input pixels, classes, scores, presence of masks, and features against separate forward passes."""
     model = _sensitive(tiny_detector(kind))
     batch = make_inputs()
     scaled = [{**x, "height": 3 * x["height"], "width": 2 * x["width"]} for x in batch]
@@ -67,7 +67,7 @@ def test_detections_are_the_detectors_own(tiny_detector: Callable, make_inputs: 
 def test_dense_predictions_and_detections_come_from_one_run_of_the_head(
     tiny_detector: Callable, make_inputs: Callable
 ) -> None:
-    """Check that asking for both runs the head once."""
+    """Check that requesting both runs the head once."""
     model = _sensitive(tiny_detector("retinanet"))
     calls: list[None] = []
     model.head.register_forward_hook(lambda *_: calls.append(None))
@@ -83,7 +83,7 @@ def test_dense_predictions_and_detections_come_from_one_run_of_the_head(
 def test_dense_predictions_are_the_same_beside_detections(
     kind: str, memory_format: torch.memory_format, tiny_detector: Callable, make_inputs: Callable
 ) -> None:
-    """Check that logits and quality stay logits, though Detectron2's inference works in their place."""
+    """Check that logits and quality remain logits, although Detectron2's inference modifies them in place."""
     adapter = build_adapter(_sensitive(tiny_detector(kind)).to(memory_format=memory_format))
     with torch.no_grad():
         alone, beside = (
@@ -97,7 +97,7 @@ def test_dense_predictions_are_the_same_beside_detections(
 
 @pytest.mark.parametrize("kind", ["retinanet", "fcos", "gfl", "faster"])
 def test_labels_are_float32_under_autocast(tiny_detector: Callable, make_inputs: Callable, kind: str) -> None:
-    """Check that mixed precision leaves boxes their pixels: each equals one that is decoded in float32."""
+    """Check that boxes are decoded in float32 under mixed precision: not all are representable in bfloat16."""
     model, batch = _sensitive(tiny_detector(kind)), make_inputs()
     adapter = build_adapter(model)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -117,7 +117,7 @@ def _detections(scores: list[float], **more: Any) -> DetectorOutputs:
 
 
 def test_detections_above_the_score_become_ground_truth() -> None:
-    """Check the threshold, which itself does not count, the classes, the masks, and an image without any."""
+    """Check the threshold, which is exclusive, boxes, classes, masks, and an image without any detection above it."""
     masks = torch.rand(3, 8, 9) > 0.5
     (target,) = PseudoLabels(0.5)([], _detections([0.9, 0.5, 0.51], pred_masks=masks))
     assert target.image_size == (8, 9)
@@ -134,7 +134,7 @@ def test_detections_above_the_score_become_ground_truth() -> None:
 def test_losses_are_those_of_the_teachers_detections(
     tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage, kind: str
 ) -> None:
-    """Check that a student without annotations has the losses that it has with these boxes as its annotations."""
+    """Check that a student without annotations has the same losses as with these detections as its annotations."""
     teacher = _sensitive(tiny_detector(kind, seed=1))
     batch = [{k: v for k, v in x.items() if k != "instances"} for x in make_inputs()]
     with torch.no_grad():
@@ -161,7 +161,7 @@ def test_losses_are_those_of_the_teachers_detections(
 
 
 def test_masks_need_a_teacher_that_predicts_them(tiny_detector: Callable) -> None:
-    """Check that a pair that cannot work is refused before it trains, naming both."""
+    """Check that pairs that do not fit are refused before training, naming the student."""
     teacher = Teacher(tiny_detector("faster"))
     with pytest.raises(UserError, match=r"student \(GeneralizedRCNN\) is trained on masks, which the teacher"):
         KDMetaArch(student=tiny_detector("mask"), teacher=teacher, distillers={}, labels=PseudoLabels(0.3))
@@ -171,7 +171,7 @@ def test_masks_need_a_teacher_that_predicts_them(tiny_detector: Callable) -> Non
 
 
 def _without_annotations(project: Project) -> None:
-    """Take annotations and classes away from the training set; the images are tested on under another name."""
+    """Remove annotations and classes from the training set; another dataset has the annotated images for testing."""
     annotated = project.annotations.read_text()
     (project.annotations.parent / "annotated.json").write_text(annotated)
     project.annotations.write_text(json.dumps({"images": json.loads(annotated)["images"]}))
@@ -193,7 +193,7 @@ ICD_KEYS = {"MODEL__KD__ICD__DIM": 16, "MODEL__KD__ICD__NUM_HEADS": 2, "MODEL__K
 @pytest.mark.parametrize("detector", ["retinanet", "faster-rcnn", "fsaf", "reppoints"])
 @pytest.mark.parametrize("distillers", [(), ("ICD", "StructuralKD")])
 def test_images_without_annotations_train(tmp_path: Path, detector: str, distillers: tuple[str, ...]) -> None:
-    """Check a file of images alone, with the detector's losses alone and with methods that read the targets, to the end."""
+    """Check a complete run on a file with only images, with only detection losses and with methods that use targets."""
     project = make_project(tmp_path, detector, MODEL__KD__DISTILLERS=distillers, SOLVER__MAX_ITER=2, **ICD_KEYS)
     _without_annotations(project)
     project.main()
@@ -204,7 +204,7 @@ def test_images_without_annotations_train(tmp_path: Path, detector: str, distill
 
 
 def test_annotations_that_are_there_are_not_looked_at(tmp_path: Path) -> None:
-    """Check that other boxes and classes in the file change nothing; only images that are tested on need right ones."""
+    """Check that wrong boxes and classes in the file change nothing; only images for testing need correct ones."""
     losses = []
     for number in (0, 1):
         project = make_project(tmp_path / str(number), MODEL__KD__DISTILLERS=(), SOLVER__MAX_ITER=2)
@@ -220,7 +220,7 @@ def test_annotations_that_are_there_are_not_looked_at(tmp_path: Path) -> None:
 
 
 def test_annotations_of_a_set_that_is_also_tested_on_do_not_reach_the_training(tmp_path: Path) -> None:
-    """Check that the batches have images alone, though evaluation reads the same file with its annotations."""
+    """Check that batches have only images, although evaluation reads the same file with its annotations."""
     project = make_project(tmp_path, **PSEUDO_LABELS)
     with clean_process():
         cfg = load_config(str(project.student))
@@ -231,7 +231,7 @@ def test_annotations_of_a_set_that_is_also_tested_on_do_not_reach_the_training(t
 
 
 def test_sampling_by_class_frequency_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
-    """Check that what needs annotations says so."""
+    """Check the message of a sampler that needs annotations."""
     project = make_project(tmp_path, DATALOADER__SAMPLER_TRAIN="RepeatFactorTrainingSampler", **PSEUDO_LABELS)
     project.change(MODEL__KD__TEACHER__OPTS=LOW_THRESHOLDS)
     with pytest.raises(SystemExit):
@@ -240,7 +240,7 @@ def test_sampling_by_class_frequency_is_refused(tmp_path: Path, capfd: pytest.Ca
 
 
 def test_class_statistics_are_learned_from_what_is_seen() -> None:
-    """Check counts, means and deviations against those of the same boxes read at once, and classes never seen."""
+    """Check counts, means and deviations against those of the same boxes at once, and rare and unseen classes."""
     random = np.random.RandomState(0)
     classes = np.concatenate([np.zeros(40, int), np.full(15, 2), [1] * 3])
     sizes = random.uniform(0.1, 0.6, (len(classes), 2))
@@ -252,7 +252,7 @@ def test_class_statistics_are_learned_from_what_is_seen() -> None:
         target.gt_classes = torch.from_numpy(classes[part])
         empty = Instances((20, 20), gt_boxes=Boxes(torch.zeros(0, 4)), gt_classes=torch.zeros(0, dtype=torch.int64))
         fakes.observe([empty, target], [(20, 20), (height, width)])
-    # The beginning counts as two boxes of half an instance each: 0.1 and 0.3, mean 0.2, deviation 0.1.
+    # The initial state counts as two boxes of half an instance each: 0.1 and 0.3, with mean 0.2 and deviation 0.1.
     first = np.repeat([[0.1, 0.1], [0.3, 0.3]], 4, axis=0)
     counts, means, deviations = compute_priors(classes, sizes, 4)
     assert fakes.counts.tolist() == [41, 4, 16, 1]
@@ -269,7 +269,7 @@ def test_class_statistics_are_learned_from_what_is_seen() -> None:
 
 
 def test_labels_made_ahead(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Check that the file has the teacher's detections of each image on disk, and that a student trains on it by what is printed."""
+    """Check the file of the teacher's detections in each image, and that the printed overrides train on it."""
     project = make_project(tmp_path, MODEL__KD__TEACHER__OPTS=LOW_THRESHOLDS, **PSEUDO_LABELS)
     path = tmp_path / "labels.json"
     run_command("pseudo-label", project.student, "--output", path, "--score-thresh", 0.011)
@@ -289,7 +289,7 @@ def test_labels_made_ahead(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     assert [entry[0] for entry in cfg.DATASETS.COCO_JSON] == [project.name, name]
     assert cfg.DATASETS.COCO_JSON[1][1:] == [str(path), str(tmp_path / "data" / "images")]
     assert ((name,), (project.name,)) == (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
-    # what is trained on is the file: its boxes, which somebody has moved since, change the losses
+    # Training reads the file: changing its boxes changes the losses.
     losses = train(project, *overrides, "SOLVER.MAX_ITER", 1).losses[0]
     for annotation in tree["annotations"]:
         annotation["bbox"] = [0, 0, 9, 9]
@@ -300,7 +300,7 @@ def test_labels_made_ahead(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
 def test_a_teacher_that_leaves_out_what_would_count(
     tmp_path: Path, tiny_detector: Callable, capfd: pytest.CaptureFixture
 ) -> None:
-    """Check one- and two-stage teachers and the tool: fewer labels than asked for are no labels."""
+    """Check that one- and two-stage teachers whose threshold is too high are refused, also by the command."""
     for kind in ("retinanet", "faster", "cascade"):
         with pytest.raises(UserError, match=r"has none below 0.05; lower its SCORE_THRESH_TEST"):
             KDMetaArch(
@@ -317,7 +317,7 @@ def test_a_teacher_that_leaves_out_what_would_count(
 
 
 def test_labels_are_of_scaled_images(tiny_detector: Callable, make_inputs: Callable) -> None:
-    """Check that boxes are in pixels of the image on disk, and file names count from the images' common folder."""
+    """Check that boxes are in pixels of the image on disk, and file names are relative to the images' common folder."""
     model = _sensitive(tiny_detector("mask"))
     batch = make_inputs(((64, 80),), (1,))
     batch[0].update(height=128, width=160, file_name="/data/a/b/1.png")

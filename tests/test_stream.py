@@ -1,4 +1,4 @@
-"""The training stream: batch n is the same batch, whatever came before it and however many processes read it."""
+"""The training stream: batch n is the same, whatever was read before it and however many processes read it."""
 
 import itertools
 import random
@@ -19,11 +19,11 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import SizeMismatchError
 from helpers import clean_process, make_coco
 
-GROUPS = [0, 1, 1, 0, 1, 1, 0]  # of a dataset of seven
+GROUPS = [0, 1, 1, 0, 1, 1, 0]  # of a dataset of seven images
 
 
 def indices() -> itertools.chain:
-    """The endless stream 0, 1, ... 6, 6, 5, ... 0, and again."""
+    """Return the endless stream 0, 1, ... 6, 6, 5, ... 0, repeated."""
     return itertools.cycle([*range(7), *reversed(range(7))])
 
 
@@ -37,7 +37,7 @@ def batches(count: int, start: int = 0, **options: object) -> list[list[tuple[in
 
 
 def test_batches_worked_out_by_hand() -> None:
-    """Check the first batches: filled in order of the stream, each of one group, none lost."""
+    """Check the first batches: filled in the order of the stream, each from one group, without losing any position."""
     assert batches(4) == [
         [(1, 1), (2, 2), (4, 4)],
         [(0, 0), (3, 3), (6, 6)],
@@ -48,7 +48,7 @@ def test_batches_worked_out_by_hand() -> None:
 
 
 def test_every_position_is_in_one_batch_at_most() -> None:
-    """Check that over many batches no position comes twice, and that those left out are still waiting for a full batch."""
+    """Check that in many batches no position occurs twice, and that missing ones still wait for a full batch."""
     seen = [position for batch in batches(500) for position, _ in batch]
     assert len(set(seen)) == len(seen)
     assert max(seen) - len(seen) < 2 * 3
@@ -56,12 +56,12 @@ def test_every_position_is_in_one_batch_at_most() -> None:
 
 @pytest.mark.parametrize("start", [1, 3, 10])
 def test_entering_at_n_equals_skipping_n(start: int) -> None:
-    """Check that a stream entered at batch n yields what one from the beginning yields from there on."""
+    """Check that a stream started at batch n yields the same batches as one from the beginning does from batch n."""
     assert batches(6, start=start) == batches(start + 6)[start:]
 
 
 def test_the_parts_of_two_processes_make_the_batch_of_one() -> None:
-    """Check that each process has half of every batch, and both together all of it."""
+    """Check that each process has half of every batch, and that both halves make up the batch."""
     whole = batches(8, batch_size=4)
     parts = [batches(8, batch_size=4, rank=rank, world_size=2) for rank in (0, 1)]
     for batch, first, second in zip(whole, *parts, strict=True):
@@ -77,19 +77,19 @@ def draws() -> tuple[float, float, float]:
 
 
 def test_mapping_depends_on_seed_and_position_alone() -> None:
-    """Check that the mapper's random numbers repeat for the same position, and differ for another one or seed."""
+    """Check that the mapper's random numbers are the same for one position, and differ for another position or seed."""
     dataset = MappedDataset(["a", "b"], lambda entry: draws(), seed=3)
     first = dataset[(5, 0)]
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     assert dataset[(5, 0)] == first
-    assert dataset[(5, 1)] == first  # the image plays no part in it
+    assert dataset[(5, 1)] == first  # independent of the image
     for other in (dataset[(6, 0)], MappedDataset(["a"], lambda entry: draws(), seed=4)[(5, 0)]):
         assert all(a != b for a, b in zip(first, other, strict=True))
 
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_mapping_leaves_the_global_generators_alone(fails: bool) -> None:
-    """Check that all three generators go on as if nothing had been mapped, also when the mapper fails."""
+    """Check that all three generators continue as if nothing had been mapped, also if the mapper fails."""
 
     def mapper(entry: str) -> tuple:
         if fails:
@@ -111,7 +111,7 @@ def test_mapping_leaves_the_global_generators_alone(fails: bool) -> None:
 
 
 def test_positions_beyond_a_word_and_seed_zero() -> None:
-    """Check that the endless stream's large positions have random numbers of their own."""
+    """Check that large positions of the endless stream have distinct random numbers."""
     seen = set()
     for position in (0, 1, 2**32, 2**40):
         with seeded(0, position):
@@ -120,7 +120,7 @@ def test_positions_beyond_a_word_and_seed_zero() -> None:
 
 
 def test_a_refused_image_is_replaced_by_the_next() -> None:
-    """Check that the mapper's None passes on to the next index, round the end, and that only Nones are an error."""
+    """Check that if the mapper returns None the next index is used, also past the end; only Nones are an error."""
     dataset = MappedDataset([{}, {"image_id": 1}, {"image_id": 2}], lambda entry: None if entry else "first", seed=0)
     assert [dataset[(0, i)] for i in range(3)] == ["first"] * 3
     with pytest.raises(DataError, match="100 training images in a row cannot be used, starting at number 1"):
@@ -132,7 +132,7 @@ def test_a_refused_image_is_replaced_by_the_next() -> None:
 
 @pytest.fixture
 def cfg(tmp_path: Path):
-    """A set of ten images, half landscape and half portrait, in batches of four with flips and three sizes."""
+    """Yield a config of ten images, half landscape and half portrait, in batches of four with flips and three sizes."""
     cfg = get_cfg()
     add_kd_config(cfg)
     annotations = make_coco(tmp_path / "data", 10)
@@ -147,7 +147,7 @@ def cfg(tmp_path: Path):
 
 
 def signature(batch: list[dict]) -> list[tuple]:
-    """Everything of a batch that training sees, comparable."""
+    """Return everything in a batch that training uses, in comparable form."""
     return [
         (
             item["file_name"],
@@ -175,12 +175,12 @@ def test_batches_do_not_depend_on_the_number_of_workers(cfg: CfgNode) -> None:
 
 
 def test_the_loader_enters_anywhere(cfg: CfgNode) -> None:
-    """Check that batches 7 to 11 read alone are those that follow batches 0 to 6."""
+    """Check that batches 7 to 11 are the same whether or not batches 0 to 6 are read first."""
     assert read(cfg, 5, start=7) == read(cfg, 12)[7:]
 
 
 def test_the_stream_is_shuffled_augmented_and_seeded(cfg: CfgNode) -> None:
-    """Check that an image comes flipped and not, in all sizes and in no fixed order, and otherwise for another seed."""
+    """Check that images are flipped or not, in all sizes and in varying order, and that another seed changes them."""
     whole = read(cfg, 40)
     items = [item for batch in whole for item in batch]
     assert {min(shape[1:]) for _, shape, *_ in items} == {48, 64, 80}
@@ -192,7 +192,7 @@ def test_the_stream_is_shuffled_augmented_and_seeded(cfg: CfgNode) -> None:
 
 
 def test_a_batch_is_landscape_or_portrait(cfg: CfgNode) -> None:
-    """Check the aspect ratios of every batch, and that without grouping they mix."""
+    """Check the aspect ratios in each batch, and that they are mixed without grouping."""
     for cfg.DATALOADER.ASPECT_RATIO_GROUPING in (True, False):
         shapes = [{shape[1] < shape[2] for _, shape, *_ in batch} for batch in read(cfg, 12)]
         assert all(len(kinds) == 1 for kinds in shapes) == cfg.DATALOADER.ASPECT_RATIO_GROUPING
@@ -200,7 +200,7 @@ def test_a_batch_is_landscape_or_portrait(cfg: CfgNode) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_reading_leaves_the_global_generators_alone(cfg: CfgNode, workers: int) -> None:
-    """Check that a training draws the same random numbers with and without images read between."""
+    """Check that the same random numbers are drawn with and without reading images before."""
     cfg.DATALOADER.NUM_WORKERS = workers
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
     expected = draws()
@@ -210,7 +210,7 @@ def test_reading_leaves_the_global_generators_alone(cfg: CfgNode, workers: int) 
 
 
 def test_processes_read_disjoint_parts(cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check that two processes' loaders give each half of the images, augmented as one process would."""
+    """Check that the loaders of two processes each yield half of the images, augmented as in one process."""
     whole = read(cfg, 5)
     monkeypatch.setattr("kd_d2.data.stream.comm.get_world_size", lambda: 2)
     parts = []
@@ -222,7 +222,7 @@ def test_processes_read_disjoint_parts(cfg: CfgNode, monkeypatch: pytest.MonkeyP
 
 
 def test_samplers(cfg: CfgNode) -> None:
-    """Check each sampler by what it does: all images evenly, rare classes more often, a fixed part of the images."""
+    """Check what each sampler draws: all images equally often, a fixed part of the images, rare classes more often."""
     cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
 
     def files(count: int) -> list[str]:
@@ -247,7 +247,7 @@ def test_samplers(cfg: CfgNode) -> None:
 
 
 def test_an_unknown_sampler(cfg: CfgNode) -> None:
-    """Check that the samplers there are are named."""
+    """Check that the message lists the available samplers."""
     cfg.DATALOADER.SAMPLER_TRAIN = "Shuffler"
     with pytest.raises(UserError) as caught:
         build_stream_loader(cfg, 0)
@@ -262,7 +262,7 @@ def test_an_unknown_sampler(cfg: CfgNode) -> None:
     [("broken", 0), ("cut", 0), ("gone", 0), ("other size", 0), pytest.param("broken", 1, marks=pytest.mark.slow)],
 )
 def test_an_image_that_cannot_be_used(cfg: CfgNode, kind: str, workers: int) -> None:
-    """Check that a bad image is one sentence with its name, from a worker process too."""
+    """Check that an unusable image is reported in one line with its name, also from a worker process."""
     cfg.DATALOADER.NUM_WORKERS = workers
     entry = DatasetCatalog.get("stream")[0]
     path = Path(entry["file_name"])
@@ -287,7 +287,7 @@ def test_an_image_that_cannot_be_used(cfg: CfgNode, kind: str, workers: int) -> 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_an_image_of_a_test_set_that_cannot_be_used(cfg: CfgNode, workers: int) -> None:
-    """Check the same sentence in an evaluation, whose images no other may replace."""
+    """Check the same message in evaluation, where images must not be replaced."""
     path = Path(DatasetCatalog.get("stream")[3]["file_name"])
     path.write_text("no image")
     with pytest.raises(DataError, match=f"^The image {path} cannot be used: its format is none of JPEG, PNG, "):
@@ -295,6 +295,6 @@ def test_an_image_of_a_test_set_that_cannot_be_used(cfg: CfgNode, workers: int) 
 
 
 def test_a_mapper_of_ones_own(cfg: CfgNode) -> None:
-    """Check that another mapper takes the place of Detectron2's."""
+    """Check that a custom mapper replaces Detectron2's."""
     loader = build_stream_loader(cfg, 0, mapper=lambda entry: Path(entry["file_name"]).name)
     assert {len(name) for batch in itertools.islice(loader, 3) for name in batch} == {len("000.png")}

@@ -1,4 +1,4 @@
-"""The synthetic set: the same bytes for the same seed, labels that fit the pixels, all or nothing on disk."""
+"""The synthetic dataset: the same bytes for the same seed, labels that match the pixels, all or nothing on disk."""
 
 import json
 import multiprocessing
@@ -152,13 +152,13 @@ def test_an_object_that_would_hide_another_is_not_placed() -> None:
 
 
 def test_the_clear_style_is_another_set_whose_classes_have_their_hues(tmp_path: Path) -> None:
-    """Check that images differ from the default's, that objects are large and uncovered, and that each class has its hue."""
+    """Check that images differ from the default style's, have 1 to 5 objects, and that two classes have their hues."""
     split = generate_split(tmp_path / "clear", 40, seed=7, style="clear").parent
     generate_split(tmp_path / "cluttered", 1, seed=7)
     assert (split / "images/000000.jpg").read_bytes() != (tmp_path / "cluttered/images/000000.jpg").read_bytes()
     coco = COCO(str(split / "annotations.json"))
     assert all(1 <= len(coco.getAnnIds(number)) <= 5 for number in coco.getImgIds())
-    for name, hue in (("circle", [1.0, 0.0, 0.0]), ("triangle", [0.0, 1.0, 1.0])):  # of the channels as they are drawn
+    for name, hue in (("circle", [1.0, 0.0, 0.0]), ("triangle", [0.0, 1.0, 1.0])):  # in the image's channel order
         expected, category = np.array(hue), CLASSES.index(name) + 1
         for annotation in coco.loadAnns(coco.getAnnIds(catIds=category)):
             image = cv2.imread(str(split / "images" / coco.imgs[annotation["image_id"]]["file_name"]))

@@ -1,4 +1,4 @@
-"""Pascal VOC's own format: Detectron2's reader and evaluator through this library's paths."""
+"""Pascal VOC's own format, with Detectron2's reader and evaluator."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OBJECT = (
 
 @pytest.fixture
 def voc(tmp_path: Path) -> Iterator[str]:
-    """Ten images of two objects; every class occurs once."""
+    """Create and register ten images with two objects each; every class occurs once."""
     folder = tmp_path / "VOC2007"
     for part in ("Annotations", "ImageSets/Main", "JPEGImages"):
         (folder / part).mkdir(parents=True)
@@ -54,7 +54,7 @@ def voc(tmp_path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize(("moved", "expected"), [(0, 100.0), (4, 60.0)])
 def test_mean_average_precision_at_half_overlap(voc: str, moved: int, expected: float) -> None:
-    """Check a detector that knows the truth but for the objects of some images, which are two classes each."""
+    """Check a perfect detector that misses both objects, and thus both classes, of the first `moved` images."""
     evaluator = build_evaluator(get_cfg(), voc)
     evaluator.reset()
     for index, entry in enumerate(DatasetCatalog.get(voc)):
@@ -67,7 +67,7 @@ def test_mean_average_precision_at_half_overlap(voc: str, moved: int, expected: 
 
 
 def test_training_and_evaluation_on_voc_folders(voc: str, tmp_path: Path) -> None:
-    """Check the main program on a set that has no json file, and that ICD reads its class statistics."""
+    """Check train_net.py on a dataset without a JSON file, and that ICD reads its class statistics."""
     config = merged(
         {"_BASE_": str(TINY / "retinanet-student.yaml")},
         NARROW,

@@ -1,4 +1,4 @@
-"""Where a training step would make the host wait for a GPU: known places alone, each with its reason."""
+"""Host synchronization in a training step: the host waits for a GPU only in known places, each with its reason."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ KNOWN = {
     ("gid.py", "_features"): "how many instances each level has",
     ("gaussian.py", "blur_matrix"): "copied once for each size of a map",
 }
-"""By file and function of kd_d2 why it waits."""
+"""Reasons for waiting, by file and function of kd_d2."""
 
 
 @pytest.mark.parametrize("detector", META_ARCHITECTURES)
 def test_a_training_step_waits_in_known_places_alone(
     tmp_path: Path, detector: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Check forward and backward pass of every method that goes with the detector; the teacher's, where it is dense, never waits."""
+    """Check forward and backward pass of every method that supports the detector; the teacher's pass never waits."""
     project = make_project(tmp_path, detector, MODEL__KD__DISTILLERS=tuple(methods_of(detector)), **SMALL_ICD)
     trainer = make_trainer(project)
     trainer.resume_or_load(resume=False)
@@ -67,8 +67,8 @@ def test_a_training_step_waits_in_known_places_alone(
 
 
 def test_nothing_waits_after_the_teacher_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check that losses and gradients of methods are queued while the GPU computes the teacher's outputs: the waiting of the student's
-    own losses is over then. GID counts instances after the teacher, of which the host needs the number.
+    """Check that losses and gradients of methods are queued while the GPU computes the teacher's outputs; the detection
+    losses wait earlier. GID is excluded: it selects instances after the teacher, and the host needs their number.
     """
     methods = tuple(method for method in methods_of("retinanet") if method != "GID")
     trainer = make_trainer(make_project(tmp_path, "retinanet", MODEL__KD__DISTILLERS=methods, **SMALL_ICD))
@@ -92,12 +92,12 @@ def test_nothing_waits_after_the_teacher_was_started(tmp_path: Path, monkeypatch
 
 
 def test_an_iteration_waits_once_more(tmp_path: Path) -> None:
-    """Check that optimizers and a balance that does not measure add nothing: the losses do, which are logged and checked."""
+    """Check that optimizers, and a balance when it does not measure, add no wait; logging and checking losses does."""
     balance = {"MODEL__KD__BALANCE__ENABLED": True, "MODEL__KD__BALANCE__LEVELS": True}
     methods = (
         "FeatureImitation",
         "ICD",
-    )  # ICD has an optimizer of its own
+    )  # ICD has its own optimizer
     project = make_project(tmp_path, "retinanet", MODEL__KD__DISTILLERS=methods, **SMALL_ICD, **balance)
     trainer = make_trainer(project, "SOLVER.CLIP_GRADIENTS.ENABLED", False)
     trainer.resume_or_load(resume=False)
@@ -114,7 +114,7 @@ def test_an_iteration_waits_once_more(tmp_path: Path) -> None:
             places.append(gpu.places)
             storage.step()
     assert ("balance.py", "_measure") in places[0] - places[1]
-    clipping = ("optimizers.py", "step")  # waits on CPUs alone, where a list of tensors is multiplied one by one
+    clipping = ("optimizers.py", "step")  # waits only on CPUs, where a list of tensors is multiplied one by one
     assert places[1] - KNOWN.keys() == {("step.py", "_record"), clipping}
 
 
@@ -126,7 +126,7 @@ def test_an_iteration_waits_once_more(tmp_path: Path) -> None:
         (lambda: on_device([1, 2], GPU) + GpuTensor(torch.ones(2)), False),
         (lambda: Positives(*on_device([[0, 0, 0]] * 3, GPU)).pick([GpuTensor(torch.ones(1, 2, 3))]), False),
     ],
-    ids=["its size", "a copy", "a copy that does not wait", "indices"],
+    ids=["data-dependent size", "blocking copy", "non-blocking copy", "integer indices"],
 )
 def test_what_waits_is_seen(call: Callable, waits: bool) -> None:
     blur_matrix.cache_clear()
@@ -137,7 +137,7 @@ def test_what_waits_is_seen(call: Callable, waits: bool) -> None:
 
 
 def test_instances_are_copied_without_waiting() -> None:
-    """Check boxes, numbers and masks, and what has no device."""
+    """Check boxes, classes and masks, and fields without a device."""
     instances = Instances((4, 6), gt_boxes=Boxes([[0.0, 1.0, 2.0, 3.0]]), gt_classes=torch.tensor([2]))
     instances.gt_masks, instances.names = BitMasks(torch.ones(1, 4, 6)), ["a"]
     copies = instances_on_device(instances, torch.device("cpu"))
@@ -155,7 +155,7 @@ def test_instances_are_copied_without_waiting() -> None:
 
 @pytest.mark.parametrize("offset", [0.0, 0.5])
 def test_anchors_are_the_generators(offset: float) -> None:
-    """Check levels that are not square, and several sizes and shapes of anchors."""
+    """Check levels that are not square, and several sizes and aspect ratios of anchors."""
     generator = DefaultAnchorGenerator(
         sizes=[[8, 10], [16]], aspect_ratios=[[0.5, 1.0], [2.0]], strides=[8, 16], offset=offset
     )
