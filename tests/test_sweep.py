@@ -467,7 +467,7 @@ def test_jobs_import_what_the_sweep_imports(tmp_path):
 
 
 def test_costs_of_images_that_have_to_be_padded(tmp_path):
-    """Check that a test size of 40 has the costs of 64 pixels, its padded size, and that equal detectors cost the same."""
+    """Check that a test size of 40 costs as much as its padded size, 64, and that equal detectors cost the same."""
     matrix = read_matrix(
         write_matrix(
             tmp_path,
