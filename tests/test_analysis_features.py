@@ -104,7 +104,7 @@ def test_means_leave_out_what_is_undefined() -> None:
 
 
 def test_two_students_and_their_teacher(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Check that a copy of the teacher has distance 0, and that files are complete, deterministic and of the right shape."""
+    """Check distance 0 for a copy of the teacher, and that files are complete, deterministic and of the right shape."""
     project, other = make_project(tmp_path / "a"), make_project(tmp_path / "b")
     save_fixed_weights(other.teacher, other.teacher_weights, seed=5)
     models = ["--teacher", "big", *_model(project, "big"), *_model(project, "copy"), *_model(other, "other")]
