@@ -1,4 +1,4 @@
-"""What all analyses share: the registry, models and their weights, saved results, and analyses of users."""
+"""The parts common to all analyses: registry, models and weights, saved results, and users' own analyses."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from iopath.common.file_io import PathHandler
 
 
 def example(name: str, file: str = "guides/own-analysis.md") -> str:
-    """The code block behind `<!-- test: name -->` in a file of docs/."""
+    """Return the code block after `<!-- test: name -->` in a file of docs/."""
     text = (ROOT / "docs" / file).read_text()
     return re.search(rf"<!-- test: {name} -->\n```python\n(.*?)```", text, re.DOTALL)[1]
 
@@ -55,7 +55,7 @@ def test_listing_commands_and_analyses_imports_no_torch(arguments: list[str]) ->
 
 @pytest.mark.parametrize("name", list(ANALYSES))
 def test_every_analysis_explains_itself(name: str, capsys: pytest.CaptureFixture) -> None:
-    """Check the class that the table names, and its help."""
+    """Check the class that is registered for the name, and its help."""
     assert find_analysis(name).name == name
     with pytest.raises(SystemExit) as end:
         run_command("analyze", name, "--help")
@@ -107,7 +107,7 @@ def test_an_analysis_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture, 
 
 
 def test_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the example of the documentation, where a run and a pair of config and checkpoint are as it says."""
+    """Check the example in the documentation, with a run folder and a config with checkpoint where it expects them."""
     project = make_project(tmp_path / "project", SOLVER__MAX_ITER=1, SOLVER__STEPS=())
     project.main("OUTPUT_DIR", tmp_path / "output" / "plain")
     (tmp_path / "student.pth").write_bytes((tmp_path / "output" / "plain" / "model_final.pth").read_bytes())
@@ -131,7 +131,7 @@ def load_models_of(project: Project, weights: object = None, title: str = "one")
 
 
 class _Elsewhere(PathHandler):
-    """Addresses elsewhere://NAME of files in a folder."""
+    """Resolves addresses elsewhere://NAME to files in a folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -144,7 +144,7 @@ class _Elsewhere(PathHandler):
 
 
 def test_weights_may_be_urls_and_have_queries(tmp_path: Path) -> None:
-    """Check the model's identity and build, and a distillation's student and its distillers' layers."""
+    """Check a model's identity and weights, and the student and distiller layers of a distillation."""
     project = make_project(tmp_path)
     PathManager.register_handler(_Elsewhere(tmp_path), allow_override=True)
     content = torch.load(project.teacher_weights)
@@ -230,8 +230,8 @@ def test_an_old_module_names_the_new_one(old: str, new: str) -> None:
 @pytest.mark.parametrize(
     ("title", "folder"),
     [("a b/c", "a-b-c"), ("../../x", "-..-x"), ("..", "model"), ("\x1b[31m<b>", "-31m-b-"), ("x" * 10_000, "x" * 100)],
-    ids=["space", "above", "dots", "escape", "long"],
+    ids=["space", "parent folder", "dots", "escape code", "long"],
 )
 def test_folders_of_hostile_titles(title: str, folder: str) -> None:
-    """Check that a model's own files stay in the folder of the analysis."""
+    """Check that a model's files stay in the folder of the analysis."""
     assert TrainedModel(title, get_cfg()).folder_name == folder

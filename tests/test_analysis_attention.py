@@ -1,4 +1,4 @@
-"""`kd-d2 analyze attention`: its pictures and numbers, and its error messages."""
+"""`kd-d2 analyze attention`: pictures, numbers and error messages."""
 
 import functools
 import re
@@ -26,7 +26,7 @@ KEYS = {
 
 @pytest.fixture(scope="module")
 def distilled(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """One iteration of ICD, and its checkpoint."""
+    """Train ICD for one iteration."""
     project = make_project(tmp_path_factory.mktemp("icd"), "retinanet", **KEYS)
     train(project)
     return project
@@ -41,7 +41,7 @@ def test_a_picture_for_each_image_with_instances(distilled: Project, tmp_path: P
         "003.png",
         "analysis.json",
         "attention.json",
-    ]  # the third has none
+    ]  # the third image has no instances
     data = AttentionAnalysis.load(str(tmp_path / "out"))
     assert data.images == 3 and data.instances >= 3 and 0 < data.share_in_box < 1 and 0 < data.box_area < 1
     assert "% of an instance's attention lies in its box, which covers" in capsys.readouterr().out
@@ -52,7 +52,7 @@ def test_a_picture_for_each_image_with_instances(distilled: Project, tmp_path: P
 
 
 def test_share_inside_by_hand() -> None:
-    """Four cells of 8 pixels, one of them in the box, and one cell of 16 pixels, whose center is on its border."""
+    """Check four cells of 8 pixels, one of them in the box, and a cell of 16 pixels, centered on the box's border."""
     target = Instances((16, 16), gt_boxes=Boxes(torch.tensor([[0.0, 0.0, 8.0, 8.0]])))
     attention = {8: torch.tensor([[[0.1, 0.2], [0.2, 0.2]]]), 16: torch.tensor([[[0.3]]])}
     inside, area = share_inside(attention, target)
@@ -60,7 +60,7 @@ def test_share_inside_by_hand() -> None:
 
 
 def test_heat_lies_where_the_attention_is() -> None:
-    """Check the place and the amount: a cell of stride 8 is 64 pixels; padding is cut off."""
+    """Check position and sum: a cell of stride 8 covers 64 pixels, and padding is cropped."""
     level = np.zeros((4, 4), np.float32)
     level[1, 2] = 1.0
     pixels = per_pixel(level, 8, (30, 28)) / 64

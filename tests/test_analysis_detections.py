@@ -1,4 +1,4 @@
-"""`kd-d2 analyze detections`: which objects are gained and lost, which images are chosen, and the sheets."""
+"""`kd-d2 analyze detections`: gained and lost objects, the choice of images, and the sheets."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _truth(*objects: tuple[int, int, list[float]]) -> dict:
 
 
 def test_found_objects_by_hand() -> None:
-    """Check class, image, overlap and score, and that one detection finds one object."""
+    """Check class, image, overlap and score, and that one detection matches one object."""
     truth = _truth((1, 1, HERE), (1, 2, THERE), (2, 1, HERE), (2, 1, [12, 10, 40, 40]))
     right = {"image_id": 1, "category_id": 1, "bbox": HERE, "score": 0.5}
     assert found_objects(truth, [right], 0.5) == {1}
@@ -43,7 +43,7 @@ def test_found_objects_by_hand() -> None:
 
 
 def test_gained_and_lost_and_the_choice() -> None:
-    """Check both lists, and that images with gains and with losses are chosen in turn."""
+    """Check both lists, and that images with gains and images with losses are chosen alternately."""
     truth = {"annotations": [{"id": n, "image_id": image} for n, image in enumerate((1, 1, 1, 2, 2, 3, 4))]}
     images = differences(truth, {3, 4, 5, 6}, {0, 1, 2, 6})
     assert images == {
@@ -57,7 +57,7 @@ def test_gained_and_lost_and_the_choice() -> None:
 
 
 def test_sheets_of_three_models(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Check a sheet with the objects and three models, and the counts, with detections put in the models' place."""
+    """Check the sheets with the objects and three models, and the counts, with detections replaced by known ones."""
     project, output = make_project(tmp_path), tmp_path / "out"
     other = tmp_path / "other.pth"
     save_fixed_weights(project.teacher, other, seed=5)
@@ -71,7 +71,7 @@ def test_sheets_of_three_models(tmp_path: Path, capsys: pytest.CaptureFixture) -
     arguments = [*models, "--output", output, "--images", 2, "--score-thresh", 0.5, *data]
     run(*arguments)
     assert "distilled finds 0 objects that plain does not, and misses 0" in capsys.readouterr().out
-    # The detections are kept by weights and config, so these are taken for the models'.
+    # Detections are cached by weights and config, so these replace the models'.
     truth = json.loads(project.annotations.read_text())
     objects = truth["annotations"]
     for title, kept in (("plain", objects[:1]), ("distilled", objects[1:]), ("teacher", objects)):

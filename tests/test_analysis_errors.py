@@ -1,4 +1,4 @@
-"""`kd-d2 analyze errors` on tiny detectors: its files, the detections that it keeps, and its error messages."""
+"""`kd-d2 analyze errors` on tiny detectors: files, cached detections, and error messages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _data(project: Project, **more: object) -> list[object]:
 
 
 def test_two_models_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Check files and table; a second call detects nothing anew; a super-category file changes Sim."""
+    """Check files and table, that a second call reuses the detections, and that a super-category file changes Sim."""
     project, output = make_project(tmp_path), tmp_path / "out"
     common = ["--output", output, "--workers", 1]
     run(*_model(project, "one"), *_model(project, "the other"), *common, "--classes", *_data(project))
@@ -36,7 +36,7 @@ def test_two_models_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture) 
     assert found["one"]["classes"].keys() == {"red", "green", "blue"}
     overall = found["one"]["overall"]["all"]
     assert overall["C75"] <= overall["C50"] <= overall["Loc"] == overall["Sim"] <= overall["Oth"] <= overall["FN"] == 1
-    assert found["one"]["overall"]["large"]["C50"] is None  # there are no large objects; NaN would be no JSON
+    assert found["one"]["overall"]["large"]["C50"] is None  # no large objects; NaN is not valid JSON
     assert (output / "errors.csv").read_text().splitlines()[0] == "model,class,size,C75,C50,Loc,Sim,Oth,BG,FN"
     for name in ("curves", "sizes", "costs", "classes/red", "classes/green", "classes/blue"):
         assert cv2.imread(str(output / f"{name}.png")).std() > 0
@@ -69,7 +69,7 @@ def test_what_cannot_be_analyzed(
 
 
 def test_wrong_models(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
-    """Check a missing checkpoint, two models of one title, a class that is not there, and another model's checkpoint."""
+    """Check a missing checkpoint, two models with one title, an unknown class, and another model's checkpoint."""
     project, other = make_project(tmp_path / "a"), make_project(tmp_path / "b", "fcos")
     above = tmp_path / "above.yaml"
     above.write_text("purple: color\n")

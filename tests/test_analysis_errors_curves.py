@@ -1,4 +1,4 @@
-"""The error analysis on cases whose every curve is known."""
+"""The error analysis on cases whose curves are all known."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def _areas(truth: dict, detections: list[dict], name: str = "cat") -> list[float
 CASES = {
     "right": ([(CAT, HERE)], [(CAT, HERE, 0.9)], [1, 1, 1, 1, 1, 1, 1]),
     # 100 x 100 moved by 25: IoU 75 / 125
-    "a little beside": ([(CAT, HERE)], [(CAT, [35, 10, 100, 100], 0.9)], [0, 1, 1, 1, 1, 1, 1]),
+    "slightly shifted": ([(CAT, HERE)], [(CAT, [35, 10, 100, 100], 0.9)], [0, 1, 1, 1, 1, 1, 1]),
     # moved by 60: IoU 40 / 160
-    "far beside": ([(CAT, HERE)], [(CAT, [70, 10, 100, 100], 0.9)], [0, 0, 1, 1, 1, 1, 1]),
+    "strongly shifted": ([(CAT, HERE)], [(CAT, [70, 10, 100, 100], 0.9)], [0, 0, 1, 1, 1, 1, 1]),
     "missed": ([(CAT, HERE), (CAT, THERE)], [(CAT, HERE, 0.9)], [FIRST_HALF] * 6 + [1]),
     "background": ([(CAT, HERE)], [(CAT, NOWHERE, 0.9), (CAT, HERE, 0.5)], [0.5] * 5 + [1, 1]),
     "similar class": (
@@ -65,12 +65,12 @@ CASES = {
 
 @pytest.mark.parametrize(("objects", "detections", "expected"), CASES.values(), ids=CASES.keys())
 def test_areas_by_hand(objects: list, detections: list, expected: list[float]) -> None:
-    """Check each kind of error by itself: the curves before it is forgiven, and those after."""
+    """Check each kind of error by itself: the areas of the stages before and after it is ignored."""
     assert _areas(_truth(*objects), _found(*detections)) == pytest.approx(expected, abs=1e-6)
 
 
 def test_classes_sizes_and_means() -> None:
-    """Check a class without objects, an object that is large alone, and the mean over the classes that have any."""
+    """Check a class without objects, objects that are all large, and the mean over the classes that have objects."""
     truth = _truth((CAT, HERE), (CAR, THERE))
     curves = analyze_errors(truth, _found((CAT, HERE, 0.9)))
     assert curves.precision.shape == (3, 4, 7, 101)
@@ -82,7 +82,7 @@ def test_classes_sizes_and_means() -> None:
 
 
 def test_a_class_without_super_category_is_like_no_other() -> None:
-    """Check annotation files that have none, and that they may be named beside them."""
+    """Check annotations without super-categories, and super-categories given separately."""
     truth = _truth((CAT, HERE), (DOG, THERE))
     for category in (plain := [dict(c) for c in CATEGORIES]):
         del category["supercategory"]
@@ -100,7 +100,7 @@ def test_several_processes_give_the_same() -> None:
 
 
 def test_every_stage_forgives_more() -> None:
-    """Check random boxes of random classes: no curve falls below the one before it."""
+    """Check random boxes of random classes: no area is smaller than that of the previous stage."""
     random = np.random.RandomState(0)
 
     def boxes(count: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""`kd-d2 analyze features`: its numbers by hand and against NumPy, its files, and its error messages."""
+"""`kd-d2 analyze features`: numbers by hand and against NumPy, files, and error messages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _data(project: Project, **more: object) -> list[object]:
 
 
 def test_neighbors_by_hand() -> None:
-    """A ramp to the right: alike to the right (1), and rows that repeat are alike downwards; a chessboard is opposed (-1)."""
+    """Check a ramp to the right with equal rows (1 and 1), a chessboard (-1 and -1), and undefined correlations."""
     ramp = torch.arange(4.0).expand(3, 4)
     chess = (torch.arange(3)[:, None] + torch.arange(4)).remainder(2).float()
     constant = torch.ones(3, 4)
@@ -51,7 +51,7 @@ def test_neighbors_against_numpy() -> None:
 
 
 def test_distances_by_hand() -> None:
-    """t = 0, 1, 2, 4 and s = 2 t: relative 1, correlation 1, equal once both are scaled; s with two swapped differs there."""
+    """Check t = 0, 1, 2, 4 and s = 2 t: relative 1, correlation 1, equal if scaled; and t with two values swapped."""
     teacher = torch.tensor([[[0.0, 1.0], [2.0, 4.0]]])
     assert distances(2 * teacher, teacher) == pytest.approx(
         {
@@ -74,14 +74,14 @@ def test_distances_by_hand() -> None:
 
 
 def test_luminance_by_hand() -> None:
-    """In windows of one cell t = 0, 1/2, 1 and s = 0, 1, 1 differ in luminance alone, in the middle by 1.0001 / 1.2501."""
+    """Check windows of one cell: t = 0, 1/2, 1 and s = 0, 1, 1 differ only in luminance, the middle 1.0001 / 1.2501."""
     found = distances(torch.tensor([[[0.0, 1.0, 1.0]]]), torch.tensor([[[0.0, 0.5, 1.0]]]))
     assert found["luminance"] == pytest.approx((2 + 1.0001 / 1.2501) / 3, abs=1e-6)
     assert found["contrast"] == pytest.approx(1) and found["structure"] == pytest.approx(1)
 
 
 def test_components_tell_a_flat_map_from_an_alike_one() -> None:
-    """One extreme value makes the rest of a scaled map flat: without deviation contrast is lost, and structure counts as agreement."""
+    """Check one extreme value, which makes the rest of a scaled map flat: contrast is low, structure seems equal."""
     teacher = torch.rand(1, 24, 24, generator=torch.Generator().manual_seed(0))
     student = 1 - teacher
     student[0, 0, 0] = 10_000
@@ -104,7 +104,7 @@ def test_means_leave_out_what_is_undefined() -> None:
 
 
 def test_two_students_and_their_teacher(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Check that a copy of the teacher has no distance, and that all files are there, deterministic and of the right shape."""
+    """Check distance 0 for a copy of the teacher, and that files are complete, deterministic and of the right shape."""
     project, other = make_project(tmp_path / "a"), make_project(tmp_path / "b")
     save_fixed_weights(other.teacher, other.teacher_weights, seed=5)
     models = ["--teacher", "big", *_model(project, "big"), *_model(project, "copy"), *_model(other, "other")]
@@ -129,7 +129,7 @@ def test_two_students_and_their_teacher(tmp_path: Path, capsys: pytest.CaptureFi
     assert json.dumps(trees[0]) == json.dumps(trees[1])
     assert trees[0]["images"] == 4
     undefined = next(row for row in trees[0]["correlations"] if row["stride"] == 128)
-    assert undefined["vertical"] is None  # of one cell; NaN would be no JSON
+    assert undefined["vertical"] is None  # one cell; NaN is not valid JSON
     of = {(row["model"], row["stride"]): row for row in trees[0]["distances"]}
     assert of.keys() == {(title, stride) for title in ("copy", "other") for stride in (8, 16, 32, 64, 128)}
     for stride in (8, 16, 32, 64, 128):
@@ -149,7 +149,7 @@ def test_two_students_and_their_teacher(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_levels_do_not_know_of_padding(tmp_path: Path) -> None:
-    """Feed images of 64 x 96 padded to 128 pixels: the finest map stays 8 x 12."""
+    """Check images of 64 x 96 pixels, padded to 128: the finest map is 8 x 12."""
     project = make_project(tmp_path)
     seen = []
     original = FeatureStatistics.add
@@ -183,7 +183,7 @@ def test_what_cannot_be_analyzed(tmp_path: Path, capfd, arguments: list, expecte
 
 
 def test_features_that_cannot_be_compared(tmp_path: Path, capfd) -> None:
-    """Check other channels everywhere, and images of another size."""
+    """Check images of another size, and other channels at every level."""
     project, other = make_project(tmp_path / "a"), make_project(tmp_path / "b")
     models = ["--teacher", "big", *_model(project, "big"), *_model(other, "small")]
     other.change_teacher(INPUT__MIN_SIZE_TEST=96)

@@ -1,4 +1,4 @@
-"""`kd-d2 analyze gradients`: gradient norms and cosines, by hand and from a command line."""
+"""`kd-d2 analyze gradients`: gradient norms and cosines, by hand and from the command line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ analyze = functools.partial(run_command, "analyze", "gradients")
 
 
 class Neck(nn.Module):
-    """Two levels of one position, each of which is a weight."""
+    """Two levels with one position each, whose values are weights."""
 
     def __init__(self):
         super().__init__()
@@ -31,7 +31,7 @@ class Neck(nn.Module):
 
 
 class Slopes(nn.Module):
-    """Losses that are planes over the backbone's two weights (1, 1), with the slopes of the batch; one is a method's own."""
+    """Losses that are linear in the backbone's weights (1, 1), with slopes from the batch, and a loss of a decoder."""
 
     def __init__(self):
         super().__init__()
@@ -61,7 +61,7 @@ class Slopes(nn.Module):
 
 
 def test_gradients_are_means_of_ratios_and_cosines_over_the_shared_parameters() -> None:
-    """Check two batches: own gradients (3, 0) and (0, 4); the method's (6, 0), which is the same way, and (6, -2)."""
+    """Check two batches: detection gradients (3, 0) and (0, 4); the method's (6, 0), which is parallel, and (6, -2)."""
     model = Slopes()
     batches = [
         {"cls": [1.0, 0.0], "box": [2.0, 0.0], "one": [6.0, 0.0]},
@@ -94,7 +94,7 @@ def test_a_backbone_that_is_not_trained_is_refused() -> None:
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture) -> Callable[..., tuple[dict[str, tuple[float, ...]], str]]:
-    """Run the program as from a command line, in this process; the numbers of its tables by row, and all that it printed."""
+    """Return a function that runs the command and returns the numbers of its tables by row, and its output."""
 
     def run(*arguments: object) -> tuple[dict[str, tuple[float, ...]], str]:
         capsys.readouterr()
@@ -123,7 +123,7 @@ METHODS = {
 
 
 def test_from_the_beginning_and_from_checkpoints(tmp_path: Path, run: Callable) -> None:
-    """Check every loss's row, that weights scale what they should, inheritance, and whose layers are taken from a checkpoint."""
+    """Check all rows, the effect of weights, inheritance, and which layers are loaded from a checkpoint."""
     project = make_project(tmp_path, **METHODS)
     call = functools.partial(run, "--output", tmp_path / "found", "--batches", 1)
     begun, _ = call("--model", project.student)

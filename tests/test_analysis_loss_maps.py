@@ -40,7 +40,7 @@ def _total_losses(run_folder: Path) -> list[float]:
 
 
 def test_from_a_training_to_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Check what is recorded and when, that the training is as without, and the sheet of two runs."""
+    """Check what is recorded and when, that recording does not change the training, and the picture of two runs."""
     project, output = make_project(tmp_path / "l1", **KEYS), tmp_path / "found"
     run("--model", f"l1={project.student}", "--output", output, "--images", 2, "--every", 2)
     maps = _maps(output / "l1")
@@ -67,7 +67,7 @@ def test_from_a_training_to_the_picture(tmp_path: Path, capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize("method", sorted(set(dict(DISTILLER_REGISTRY)) - {"StructuralKD"}))
 def test_every_method_has_loss_maps(tmp_path: Path, method: str) -> None:
-    """Check that the training is as without the records, and that the gradient is somewhere, in no image's padding alone."""
+    """Check that recording does not change the training, and that maps are finite, nonnegative and not all zero."""
     keys = {
         **KEYS,
         "MODEL__KD__DISTILLERS": (method,),
@@ -87,7 +87,7 @@ def test_every_method_has_loss_maps(tmp_path: Path, method: str) -> None:
 
 
 def test_pull_of_feature_imitation_by_hand() -> None:
-    """weight 6 times the mean of two levels' mean squared errors: at a position 6 / 2 * 2 / N * |s - t|."""
+    """Check weight 6 times the mean of two levels' mean squared errors: 6 / 2 * 2 / N * |s - t| at a position."""
     distiller = make(FeatureImitation, spec_of({4: 2, 8: 2}), weight=6.0)
     target = {4: torch.zeros(1, 2, 2, 2), 8: torch.zeros(1, 2, 1, 1)}
     features = {4: torch.zeros(1, 2, 2, 2), 8: torch.ones(1, 2, 1, 1)}
@@ -126,7 +126,7 @@ def _record_as_one_of_two(rank: int, project: Project) -> None:
 
 
 def test_two_processes_record_together(tmp_path: Path) -> None:
-    """Check a detector and a method whose losses count over all processes: nothing waits for the other, and one writes."""
+    """Check losses that are normalized over all processes: no process blocks the other, and only one writes."""
     keys = {**KEYS, "MODEL__KD__DISTILLERS": ("PFI",), "SOLVER__IMS_PER_BATCH": 2, "SOLVER__MAX_ITER": 2}
     project = make_project(tmp_path, "fsaf", **keys, MODEL__KD__PFI__MASK="positives")
     torch.multiprocessing.start_processes(_record_as_one_of_two, nprocs=2, args=(project,), start_method="fork")
@@ -156,7 +156,7 @@ def test_what_cannot_be_recorded(
 
 
 def test_what_cannot_be_drawn(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
-    """Check a run without records, a level that is not there, and runs of other images."""
+    """Check a run without records, a level that does not exist, and runs with different images."""
     project = make_project(tmp_path / "project", **{**KEYS, "SOLVER__MAX_ITER": 1})
     project.main()
     with pytest.raises(SystemExit):

@@ -1,4 +1,4 @@
-"""`kd-d2 analyze rank-oracle`: scores in the teacher's order and the teacher's scores, by hand and from a command line."""
+"""`kd-d2 analyze rank-oracle`: scores in the teacher's order, and the teacher's scores; by hand and as a command."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ run = functools.partial(run_command, "analyze", "rank-oracle")
 
 
 def test_scores_in_another_order_by_hand() -> None:
-    """Check two instances in mixed order, one with three positives, and one alone."""
+    """Check interleaved instances with three, two and one positives."""
     scores = torch.tensor([5.0, 1.0, 7.0, 2.0, 9.0, 4.0])
     other = torch.tensor([0.1, 0.9, 0.3, 0.8, 0.5, 0.2])
     instances = torch.tensor([3, 3, 0, 3, 0, 8])
@@ -31,7 +31,7 @@ def test_scores_in_another_order_by_hand() -> None:
 
 
 def _dense(logits: list[list[float]]) -> DensePredictions:
-    """An image of four anchors on two levels, two classes; the first three are positives of one object."""
+    """Return an image's predictions for four anchors on two levels, two classes; the first three match one object."""
     tensor = torch.tensor([logits])
     anchors = Boxes(torch.zeros(2, 4))
     return DensePredictions(
@@ -44,7 +44,7 @@ def _dense(logits: list[list[float]]) -> DensePredictions:
 
 
 def test_exchanged_logits_by_hand() -> None:
-    """Check that the object's class at its positives alone changes, across levels."""
+    """Check that only the object's class at its positives changes, across levels."""
     student = _dense([[1.0, 10], [2, 20], [3, 30], [4, 40]])
     teacher = _dense([[0.0, 7], [0, 9], [0, 8], [0, 0]])
     target = Instances((16, 16), gt_boxes=Boxes(torch.zeros(1, 4)), gt_classes=torch.tensor([1]))
@@ -59,7 +59,7 @@ def test_exchanged_logits_by_hand() -> None:
 
 @pytest.mark.parametrize("kind", ["retinanet", "fcos", "atss", "gfl"])
 def test_own_logits_give_own_detections(kind: str, tiny_detector: Callable, make_inputs: Callable) -> None:
-    """Check that logits find their way back into the head's maps, and that others change what is found."""
+    """Check that logits are mapped back to the head's outputs, and that other logits change the detections."""
     model = tiny_detector(kind).eval()
     with torch.no_grad():
         model.head.cls_score.weight.normal_(std=0.5)
@@ -77,7 +77,7 @@ def test_own_logits_give_own_detections(kind: str, tiny_detector: Callable, make
 
 
 def test_from_a_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Check the table's rows, that a student that is its teacher gains nothing, and a wrong number."""
+    """Check the table's rows, that a student equal to its teacher gains nothing, and an invalid number."""
     project = make_project(tmp_path, SOLVER__MAX_ITER=1, SOLVER__STEPS=())
     train(project)
     command = ("--output", tmp_path / "found", "--model", project.student)
@@ -94,7 +94,7 @@ def test_from_a_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
 
 
 def test_needs_coco_metrics() -> None:
-    """Check the sentence for a test set that Pascal VOC's metrics evaluate: they cannot take some of the images."""
+    """Check a test set with Pascal VOC metrics, which cannot evaluate a subset of the images."""
     cfg = get_cfg()
     cfg.DATASETS.TEST = ("voc_2007_test",)
     with pytest.raises(UserError, match="COCO metrics, which voc_2007_test does not use"):

@@ -1,4 +1,4 @@
-"""`kd-d2 analyze ranks`: detections find their anchors, pictures for data and files, and error messages."""
+"""`kd-d2 analyze ranks`: anchors of detections, pictures of datasets and files, and error messages."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +25,7 @@ from helpers import Project, make_project, run_command, train
 
 @pytest.fixture(scope="module")
 def distilled(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """One iteration of Rank Mimicking and PFI, and its checkpoint."""
+    """Train Rank Mimicking and PFI for one iteration."""
     keys = {
         "MODEL__KD__DISTILLERS": ("RankMimicking", "PFI"),
         "MODEL__KD__PFI__ADAPTATION": "1x1",
@@ -39,7 +39,7 @@ def distilled(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 @pytest.fixture
 def draw(distilled: Project, tmp_path: Path) -> Callable[..., list[str]]:
-    """Run the command; the names of its pictures."""
+    """Return a function that runs the command and returns the names of its pictures."""
 
     def run(*more: object, config: Path = distilled.student, weights: Path | None = None) -> list[str]:
         weights = weights or distilled.output / "model_final.pth"
@@ -51,7 +51,7 @@ def draw(distilled: Project, tmp_path: Path) -> Callable[..., list[str]]:
 
 @pytest.mark.parametrize("kind", ["retinanet", "fcos", "atss", "gfl"])
 def test_detections_come_from_their_anchors(kind: str, tiny_detector: Callable, make_inputs: Callable) -> None:
-    """Check that the box and the score at each detection's anchor are the detection's."""
+    """Check that each detection has the box and the score of its anchor."""
     model = tiny_detector(kind).eval()
     with torch.no_grad():
         model.head.cls_score.weight.normal_(std=0.5)
@@ -67,7 +67,7 @@ def test_detections_come_from_their_anchors(kind: str, tiny_detector: Callable, 
 
 
 def _known(logits: dict[int, list[list[float]]], features: dict[int, torch.Tensor]) -> DetectorOutputs:
-    """An image of 32 x 16 pixels: two levels with cells of 8 and 16 pixels, one anchor and one class a position."""
+    """Return outputs for an image of 32 x 16 pixels: cells of 8 and 16 pixels, one anchor per position, one class."""
     dense = DensePredictions(
         logits={s: torch.tensor(rows).flatten()[None, :, None] for s, rows in logits.items()},
         box_regression={},
@@ -83,7 +83,7 @@ def _cells(side: int, rows: int, columns: int) -> torch.Tensor:
 
 
 def test_ranks_are_of_the_right_detector_and_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check which scores stand over whose picture, that the best positive has the ring, and the order of the instances."""
+    """Check the scores above each picture, the ring at the best positive, and the order of the instances."""
     logits = [[0.0, 1, 2, 3], [0, 0, 0, 0]]
     student = _known({8: logits, 16: [[0.0, 0]]}, {})
     teacher = _known({8: [[-x for x in row] for row in logits], 16: [[0.0, 0]]}, {})
@@ -112,7 +112,7 @@ def test_ranks_are_of_the_right_detector_and_place(monkeypatch: pytest.MonkeyPat
 
 
 def test_differences_are_where_they_are() -> None:
-    """Check the mean squared differences of a level, of probabilities and of features, and where they are brightest."""
+    """Check a level's mean squared differences of probabilities and of features, and where they are brightest."""
     features = {8: torch.zeros(1, 2, 2, 4), 16: torch.zeros(1, 2, 1, 2)}
     other = {8: features[8].clone(), 16: features[16]}
     other[8][0, :, 1, 0] = 2.0
@@ -138,7 +138,7 @@ def test_differences_are_where_they_are() -> None:
 def test_a_plain_checkpoint_has_no_adaptation_layers(
     draw: Callable, distilled: Project, tmp_path: Path, capsys
 ) -> None:
-    """Check that features are compared as they are where channels agree, and not where layers are of another kind."""
+    """Check that features are compared directly if the channels are equal, and that mismatched layers are an error."""
     content = torch.load(distilled.output / "model_final.pth")
     torch.save({"model": content["model"]}, tmp_path / "plain.pth")
     assert draw("--images", 1, weights=tmp_path / "plain.pth") == ["000.png"]

@@ -1,4 +1,4 @@
-"""Corruptions and `kd-d2 analyze robustness`: repeatability, numbers known by hand, resuming after a kill."""
+"""Corruptions and `kd-d2 analyze robustness`: reproducibility, numbers by hand, and resuming after a kill."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _arguments(project: Project, output: Path, title: str = "toy", **keys: objec
 
 @pytest.mark.parametrize("corruption", CORRUPTIONS)
 def test_corruptions_are_repeatable(corruption: str) -> None:
-    """Check that image, corruption and severity alone decide the pixels, and the global generator goes on undisturbed."""
+    """Check that image, corruption, severity and id determine the pixels, and the global generator is unchanged."""
     image = np.random.RandomState(0).randint(40, 200, (40, 56, 3)).astype(np.uint8)
     image = cv2.GaussianBlur(image, (5, 5), 2)
     np.random.seed(1)
@@ -51,7 +51,7 @@ def test_corruptions_are_repeatable(corruption: str) -> None:
 
 
 def test_metrics_by_hand() -> None:
-    """Two corruptions: (30 + 10) / 2 = 20 and (40 + 0) / 2 = 20 and 20; clean 50: mPC 20, rPC 0.4."""
+    """Check two corruptions, (30 + 10) / 2 = 20 and (40 + 0) / 2 = 20, and clean 50: mPC 20, rPC 0.4."""
     found = Robustness(
         {"AP": 50.0, "AP50": 0.0},
         {
@@ -67,7 +67,7 @@ def test_metrics_by_hand() -> None:
 
 
 class _SeesClassesByContrast(nn.Module):
-    """Finds every object exactly, but sees green only down to half of the image's contrast, and blue only in clean images."""
+    """Finds every object exactly, but blue only above 0.8 and green only above 0.25 of the original contrast."""
 
     def __init__(self, truth: dict):
         super().__init__()
@@ -92,7 +92,7 @@ class _SeesClassesByContrast(nn.Module):
 
 @pytest.fixture
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Project, _SeesClassesByContrast]:
-    """A project whose models are all the toy detector."""
+    """Return a project whose models are all the toy detector, and the detector."""
     project = make_project(tmp_path / "toy")
     detector = _SeesClassesByContrast(json.loads(project.annotations.read_text())).eval()
     monkeypatch.setattr(TrainedModel, "build", lambda _: detector)
@@ -100,7 +100,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Project, _Sees
 
 
 def test_a_detector_with_known_robustness(tmp_path: Path, toy: tuple, capsys) -> None:
-    """Contrast leaves 0.4, 0.3, 0.2, 0.1 and 0.05: two of three classes twice, then one: mPC (2 * 66.7 + 3 * 33.3) / 5 = 46.7."""
+    """Check contrast 0.4, 0.3, 0.2, 0.1, 0.05: 2 of 3 classes twice, then 1: (2 * 66.7 + 3 * 33.3) / 5 = 46.7."""
     project, output = toy[0], tmp_path / "out"
     run("--corruptions", "contrast,jpeg_compression", *_arguments(project, output))
     found = json.loads((output / "summary.json").read_text())["toy"]["AP"]
@@ -117,7 +117,7 @@ def test_a_detector_with_known_robustness(tmp_path: Path, toy: tuple, capsys) ->
 
 
 def test_a_killed_run_goes_on(tmp_path: Path, toy: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kill the run at its fourth measurement; the second run measures the last two alone, a third none, the numbers are one run's."""
+    """Check a run killed at the fourth of six measurements: the next takes three, a third none, with equal results."""
     project, detector = toy
     arguments = ["--corruptions", "contrast", *_arguments(project, tmp_path / "killed")]
     evaluate, measured = engine._evaluate, []
@@ -155,7 +155,7 @@ def test_workers_do_not_change_numbers_and_images_are_taken_evenly(tmp_path: Pat
         found.append(json.loads((output / "summary.json").read_text()))
         chosen = json.loads((output / "4-images.json").read_text())
         assert [image["id"] for image in chosen["images"]] == [1, 3, 4, 6]
-        assert {a["image_id"] for a in chosen["annotations"]} == {1, 4, 6}  # the third has no objects
+        assert {a["image_id"] for a in chosen["annotations"]} == {1, 4, 6}  # image 3 has no objects
     assert found[0] == found[1]
 
 

@@ -1,4 +1,4 @@
-"""AdamW, and an averaged student: by hand, saved as a plain student, resumed exactly."""
+"""AdamW and the averaged student: values by hand, checkpoints, and exact resuming."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KEYS = {
 
 
 def test_the_average_by_hand() -> None:
-    """Check weights 0, 10, 20 with decays 1/10 (of iteration 0) and 2/11, a buffer, and the exchange."""
+    """Check weights 0, 10, 20 with decays 1/10 (iteration 0) and 2/11, a buffer, and the exchange with the student."""
     student = nn.BatchNorm1d(1)
     student.weight.data.zero_()
     averaged = AveragedStudent(student, decay=0.9)
@@ -76,7 +76,7 @@ def test_an_averaged_training_is_resumed_exactly(tmp_path: Path, optimizer: str)
 
 
 def test_resumed_without_the_average(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Check that the log says what the training continues from."""
+    """Check that the log reports what the training continues from."""
     project = make_project(tmp_path, **KEYS)
     train(project, hooks=(KillAt(4),))
     with caplog.at_level(logging.WARNING):
@@ -85,7 +85,7 @@ def test_resumed_without_the_average(tmp_path: Path, caplog: pytest.LogCaptureFi
 
 
 def test_adamw_has_detectron2s_groups(tmp_path: Path) -> None:
-    """Check type, weight decay of norms, and gradient clipping."""
+    """Check the type, the weight decay of norms, and gradient clipping."""
     project = make_project(
         tmp_path, SOLVER__OPTIMIZER="AdamW", SOLVER__WEIGHT_DECAY=0.05, SOLVER__WEIGHT_DECAY_NORM=0.0
     )

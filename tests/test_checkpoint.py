@@ -1,4 +1,4 @@
-"""Checkpoints: nothing in them is ever run, what fits is filled and what does not is said, a kill never costs the last."""
+"""Checkpoints: safe reading, reports of weights that do not fit, inheritance, and atomic saving."""
 
 import logging
 import os
@@ -38,7 +38,7 @@ TINY_RETINANET = TINY / "retinanet-student.yaml"
 
 
 class RunsCode:
-    """Makes a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, marker: Path):
         self.marker = marker
@@ -48,7 +48,7 @@ class RunsCode:
 
 
 class Toy(nn.Module):
-    """Named like a detector: a bottom-up network, a neck, a head."""
+    """Modules named as in a detector: a bottom-up network, a neck and a head."""
 
     def __init__(self, width: int = 2, classes: int = 3):
         super().__init__()
@@ -74,7 +74,7 @@ def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 @pytest.mark.parametrize("kind", ["pth", "legacy pth", "pkl"])
 @pytest.mark.parametrize("place", ["model", "beside it"])
 def test_a_malicious_pickle_is_refused_and_not_run(tmp_path: Path, kind: str, place: str) -> None:
-    """Check that a file that wants to run a command is refused with its name and the command's, and that nothing ran."""
+    """Check that a file that would run a command is refused, naming file and command, and that nothing is run."""
     marker, path = tmp_path / "executed", tmp_path / f"evil.{kind[-3:]}"
     weights = {"weight": np.zeros(3)} if kind == "pkl" else {"weight": torch.zeros(3)}
     content = {"model": weights, "__author__": "nobody"}
@@ -87,7 +87,7 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path: Path, kind: str, pl
         f"Checkpoint {path} was not loaded: it holds more than tensors and plain data (posix.system), which could run code."
     )
     assert not marker.exists()
-    if kind == "pkl":  # the file is what this test takes it for
+    if kind == "pkl":  # the file does run the command when loaded unsafely
         pickle.loads(path.read_bytes())
     else:
         torch.load(path, weights_only=False)
@@ -96,7 +96,7 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path: Path, kind: str, pl
 
 @pytest.mark.parametrize("name", ["builtins eval", "numpy.core.multiarray _reconstruct.__globals__", "numpy load"])
 def test_no_other_name_gets_into_a_pkl(tmp_path: Path, name: str) -> None:
-    """Check that functions next to the allowed ones are refused."""
+    """Check that names similar to the allowed ones are refused."""
     path = tmp_path / "evil.pkl"
     path.write_bytes(b"c" + name.replace(" ", "\n").encode() + b"\n.")
     assert f"({name.replace(' ', '.')})" in sentence(read_checkpoint, str(path))
@@ -105,7 +105,7 @@ def test_no_other_name_gets_into_a_pkl(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("suffix", ["pth", "pkl"])
 @pytest.mark.parametrize("content", ["empty", "garbage", "truncated", "text"])
 def test_damaged_files(tmp_path: Path, suffix: str, content: str) -> None:
-    """Check that a damaged file is one sentence with its name, and no advice to load it unsafely."""
+    """Check that the message is one line with the file name, and does not suggest loading the file unsafely."""
     path = tmp_path / f"a.{suffix}"
     weights = {"weight": np.arange(5000.0) if suffix == "pkl" else torch.arange(5000.0)}
     if suffix == "pkl":
@@ -137,14 +137,14 @@ def test_damaged_files(tmp_path: Path, suffix: str, content: str) -> None:
     ],
 )
 def test_files_without_weights(tmp_path: Path, content: object, expected: str) -> None:
-    """Check that a sound file of something else is said to be that."""
+    """Check the message for intact files with other contents."""
     path = tmp_path / "a.pth"
     torch.save(content, path)
     assert sentence(read_checkpoint, str(path)) == f"Checkpoint {path} {expected}"
 
 
 def test_a_pkl_of_something_else(tmp_path: Path) -> None:
-    """Check that a pickle whose blobs are no dictionary is refused in a sentence."""
+    """Check a pickle whose `blobs` is not a dictionary."""
     path = tmp_path / "a.pkl"
     path.write_bytes(pickle.dumps({"blobs": [1]}))
     assert (
@@ -153,7 +153,7 @@ def test_a_pkl_of_something_else(tmp_path: Path) -> None:
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    """Check the sentence for a file that is not there, read alone or by the checkpointer."""
+    """Check the message of `read_checkpoint` and of the checkpointer."""
     path = str(tmp_path / "gone.pth")
     assert sentence(read_checkpoint, path) == f"There is no checkpoint {path}."
     assert sentence(KDCheckpointer(Toy()).load, path) == f"There is no checkpoint {path}."
@@ -162,7 +162,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 @pytest.mark.parametrize("style", ["zoo", "caffe2", "caffe2 blobs"])
 def test_pkl_files_of_the_model_zoo(tmp_path: Path, protocol: int, style: str) -> None:
-    """Check that each form in which the zoo has its files fills a model, whatever the pickle's protocol."""
+    """Check that each format of the zoo's files is read, with several pickle protocols."""
     source, target = Toy(), Toy()
     arrays = {name: tensor.numpy() for name, tensor in source.state_dict().items()}
     content = {
@@ -184,7 +184,7 @@ def test_pkl_files_of_the_model_zoo(tmp_path: Path, protocol: int, style: str) -
 
 
 def test_a_query_matches_names_by_their_ends(tmp_path: Path, monkeypatch) -> None:
-    """Check that MODEL.WEIGHTS may ask for Detectron2's matching heuristics, as a URL or the path of a file does."""
+    """Check that a query in MODEL.WEIGHTS enables Detectron2's matching heuristics, for paths as for URLs."""
     source, target = Toy(), Toy()
     named = {name.removeprefix("backbone."): tensor for name, tensor in source.state_dict().items()}
     torch.save(named, tmp_path / "a.pth")
@@ -213,7 +213,7 @@ def torchvision_resnet() -> nn.Module:
 
 
 def detector(tmp_path: Path, **keys: object) -> nn.Module:
-    """The tiny ResNet-10 RetinaNet at full width on the CPU."""
+    """Build the tiny ResNet-10 RetinaNet at full width on the CPU."""
     path = write_yaml(
         tmp_path / "a.yaml", merged(tree_of(_BASE_=str(TINY_RETINANET), MODEL__DEVICE="cpu"), tree_of(**keys))
     )
@@ -232,7 +232,7 @@ TORCHVISION_NAMES = {
 
 
 def test_torchvision_names(torchvision_resnet: nn.Module) -> None:
-    """Check the names that stand for their kind, worked out by hand; every name but the classifier's is kept once."""
+    """Check one name of each kind, derived by hand, and that every name except the classifier's is kept once."""
     weights = torchvision_resnet.state_dict()
     renamed = rename_torchvision_resnet(weights, "backbone.")
     for ours, theirs in TORCHVISION_NAMES.items():
@@ -241,7 +241,7 @@ def test_torchvision_names(torchvision_resnet: nn.Module) -> None:
 
 
 def test_converted_resnet_computes_the_same(torchvision_resnet: nn.Module) -> None:
-    """Check that Detectron2's ResNet-18 with the converted weights gives torchvision's layer4."""
+    """Check that Detectron2's ResNet-18 with the converted weights has the output of torchvision's layer4."""
     cfg = get_cfg()
     cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS, cfg.MODEL.RESNETS.NORM = 18, 64, "BN"
     cfg.MODEL.RESNETS.OUT_FEATURES, cfg.MODEL.RESNETS.STRIDE_IN_1X1 = ["res5"], False
@@ -258,7 +258,7 @@ def test_converted_resnet_computes_the_same(torchvision_resnet: nn.Module) -> No
 
 
 def test_starting_weights_fill_a_resnet10(tmp_path: Path, torchvision_resnet: nn.Module, log) -> None:
-    """Check that every one of the 72 bottom-up tensors is the torchvision one, and that the log's table says so."""
+    """Check that all 72 bottom-up tensors are torchvision's, and that the table in the log reports it."""
     path = tmp_path / "resnet18.pth"
     weights = torchvision_resnet.state_dict()
     torch.save({name: t.half() if t.is_floating_point() else t for name, t in weights.items()}, path)
@@ -307,7 +307,7 @@ def test_starting_weights_fill_a_resnet10(tmp_path: Path, torchvision_resnet: nn
 def test_another_input_format_is_refused(
     tmp_path: Path, torchvision_resnet: nn.Module, keys: dict, expected: str
 ) -> None:
-    """Check that torchvision's weights go into no detector that would feed them other pixels or strides."""
+    """Check that detectors with another channel order, normalization or stride refuse torchvision's weights."""
     path = tmp_path / "resnet18.pth"
     torch.save(torchvision_resnet.state_dict(), path)
     model = detector(tmp_path, **keys)
@@ -316,7 +316,7 @@ def test_another_input_format_is_refused(
 
 
 def test_a_resnet_of_which_nothing_fits(tmp_path: Path, torchvision_resnet: nn.Module) -> None:
-    """Check the sentences for a model without a ResNet, for one too narrow for any weight, and for a teacher."""
+    """Check a model without a ResNet, one that is too narrow for any weight, and a teacher."""
     path = tmp_path / "resnet18.pth"
     torch.save(torchvision_resnet.state_dict(), path)
     assert sentence(KDCheckpointer(Toy()).load, str(path)) == (
@@ -332,7 +332,7 @@ def test_a_resnet_of_which_nothing_fits(tmp_path: Path, torchvision_resnet: nn.M
 
 
 def test_starting_weights_fill_a_mobilenet(tmp_path: Path, log) -> None:
-    """Check that torchvision's file fills the whole bottom-up network, and that the half-width form refuses it."""
+    """Check that torchvision's file fills the whole bottom-up network, and is refused at half width."""
     path = tmp_path / "mobilenet.pth"
     torch.manual_seed(0)
     weights = torchvision.models.mobilenet_v2(weights=None).state_dict()
@@ -354,7 +354,7 @@ def test_starting_weights_fill_a_mobilenet(tmp_path: Path, log) -> None:
 
 
 def test_inheritance_copies_what_fits_and_lists_what_does_not(log: pytest.LogCaptureFixture) -> None:
-    """Check each tensor: neck and head from the teacher, the misfits and the bottom-up network as they were."""
+    """Check each tensor: neck and head are the teacher's; mismatched ones and the bottom-up network are unchanged."""
     student, teacher = Toy(classes=5), Toy()
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     teacher.head["norm"].running_mean.fill_(7)
@@ -373,12 +373,12 @@ def test_inheritance_copies_what_fits_and_lists_what_does_not(log: pytest.LogCap
 
 
 def heads(teacher: nn.Module, student: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Detectors that are nothing but these heads."""
+    """Return detectors that consist of these heads only."""
     return nn.ModuleDict({"head": teacher}), nn.ModuleDict({"head": student})
 
 
 def test_a_layer_is_inherited_whole_or_not_at_all() -> None:
-    """Check that a bias of the right shape does not come without its weight; another layer of the head still does."""
+    """Check that a bias of matching shape is not copied without its weight, while another layer of the head is."""
     teacher, student = heads(
         nn.ModuleDict({"narrow": nn.Linear(2, 3), "same": nn.Linear(4, 4)}),
         nn.ModuleDict({"narrow": nn.Linear(5, 3), "same": nn.Linear(4, 4)}),
@@ -390,7 +390,7 @@ def test_a_layer_is_inherited_whole_or_not_at_all() -> None:
 
 
 def test_sequences_of_other_layers_are_not_inherited() -> None:
-    """Check that numbered layers with norms between them do not take the weights of a sequence without norms."""
+    """Check that numbered layers with norms in between do not inherit from a sequence without norms."""
     with_norms = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 2, 1))
     without = nn.Sequential(nn.Conv2d(2, 2, 1), nn.ReLU(), nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1))
     teacher, student = heads(
@@ -404,7 +404,6 @@ def test_sequences_of_other_layers_are_not_inherited() -> None:
 
 
 def test_inheritance_of_one_part(log: pytest.LogCaptureFixture) -> None:
-    """Check that only the named part is copied."""
     student, teacher = Toy(), Toy()
     head = student.head["score"].weight.clone()
     fit = inherit(student, teacher, ("neck",))
@@ -416,7 +415,7 @@ def test_inheritance_of_one_part(log: pytest.LogCaptureFixture) -> None:
     "student", [nn.Linear(2, 2), nn.ModuleDict({"head": nn.ModuleDict({"norm": nn.BatchNorm1d(9)})})]
 )
 def test_inheritance_of_nothing_is_an_error(student: nn.Module) -> None:
-    """Check that a teacher of which nothing fits, but perhaps a batch counter, is named with its student."""
+    """Check a student that no weight of the teacher fits, except possibly a batch counter."""
     assert sentence(inherit, student, Toy(), ("neck", "head")) == (
         f"MODEL.KD.INHERIT: no weight of the teacher's neck and head (Toy) fits the student ({type(student).__name__}) by name "
         "and shape."
@@ -424,7 +423,7 @@ def test_inheritance_of_nothing_is_an_error(student: nn.Module) -> None:
 
 
 def test_inherited_tensors_are_copies() -> None:
-    """Check that training the student later leaves the teacher as it was."""
+    """Check that changing the student afterwards does not change the teacher."""
     student, teacher = Toy(), Toy()
     inherit(student, teacher, ("neck", "head"))
     kept = teacher.head["score"].weight.clone()
@@ -437,7 +436,7 @@ def test_inherited_tensors_are_copies() -> None:
 
 
 def test_a_teacher_must_be_filled_completely(tmp_path: Path) -> None:
-    """Check that one missing or misshapen tensor, running statistics included, is counted and named."""
+    """Check that missing or misshapen tensors, including running statistics, are counted and named."""
     path = tmp_path / "a.pth"
     weights = Toy().state_dict()
     total = 10  # 8 parameters and 2 running statistics
@@ -458,7 +457,7 @@ def test_a_teacher_must_be_filled_completely(tmp_path: Path) -> None:
 
 
 def test_weights_saved_behind_ddp_and_in_half_precision(tmp_path: Path) -> None:
-    """Check that a "module." prefix and float16 do not keep a teacher from loading."""
+    """Check that a teacher with a "module." prefix and float16 weights is loaded."""
     path, source, target = tmp_path / "a.pth", Toy(), Toy()
     torch.save({f"module.{k}": v.half() if v.is_floating_point() else v for k, v in source.state_dict().items()}, path)
     load_complete(target, str(path), "the teacher")
@@ -470,7 +469,7 @@ def test_weights_saved_behind_ddp_and_in_half_precision(tmp_path: Path) -> None:
 
 
 def test_a_crash_while_saving_leaves_the_last_good_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check that half a file never takes a name that anyone would load, and that nothing of it stays."""
+    """Check that an incomplete file never gets a name that would be loaded, and that it is removed."""
     model = Toy()
     checkpointer = KDCheckpointer(model, str(tmp_path))
     checkpointer.save("model_1", iteration=1)
@@ -493,7 +492,7 @@ def test_a_crash_while_saving_leaves_the_last_good_file(tmp_path: Path, monkeypa
 
 
 def test_a_kill_between_file_and_tag_leaves_the_last_good_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check that the tag is written after the file, and whole: a kill between the two resumes from the file before."""
+    """Check that the tag is written after the file: after a kill in between, the previous file is still the last."""
     checkpointer = KDCheckpointer(Toy(), str(tmp_path))
     checkpointer.save("model_1")
     replaced = []
@@ -517,7 +516,7 @@ def test_a_kill_between_file_and_tag_leaves_the_last_good_file(tmp_path: Path, m
 
 @pytest.fixture(scope="module", params=["retinanet", "faster-rcnn"])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A distillation run with adaptation layers and a checkpoint from its middle, as train_net.py leaves it."""
+    """Run train_net.py with adaptation layers, and mark a checkpoint from the middle of the training as the last."""
     project = make_project(
         tmp_path_factory.mktemp(request.param),
         request.param,
@@ -532,23 +531,23 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 def test_the_file_is_a_plain_student(run: Project) -> None:
-    """Check that `model` has exactly the plain student's names and shapes, and that the file is plain data."""
+    """Check that `model` has exactly the plain student's names and shapes, and that the file has only plain data."""
     content = torch.load(run.output / "model_0000001.pth", weights_only=True)
-    plain = build_model(load_config(str(run.teacher))).state_dict()  # of the same shape as the student
+    plain = build_model(load_config(str(run.teacher))).state_dict()  # has the same shapes as the student
     assert {k: v.shape for k, v in content["model"].items()} == {k: v.shape for k, v in plain.items()}
     assert content.keys() == {"model", "class_names", "run", "distillers", "trainer", "iteration"}
     assert {name.split(".")[0] for name in content["distillers"]} == {"FeatureImitation"}
 
 
 def test_a_checkpoint_from_the_middle_detects_in_plain_detectron2(run: Project, caplog) -> None:
-    """Check that DefaultPredictor with student.yaml loads the file without a word and detects what KDMetaArch detects."""
+    """Check that DefaultPredictor loads student.yaml and the file without warnings, and has KDMetaArch's detections."""
     cfg = get_cfg()
     add_slim_resnet_config(cfg)
     cfg.merge_from_file(str(run.output / "student.yaml"), allow_unsafe=False)
     cfg.MODEL.WEIGHTS = str(run.output / "model_0000001.pth")
     with caplog.at_level(logging.WARNING):
         predictor = DefaultPredictor(cfg)
-    assert not caplog.records  # Detectron2 warns of every missing and unexpected name
+    assert not caplog.records  # Detectron2 warns about every missing and unexpected name
     assert predictor.model.state_dict().keys() == read_checkpoint(cfg.MODEL.WEIGHTS)["model"].keys()
 
     with clean_process():
@@ -595,7 +594,7 @@ def test_arrays_that_are_no_weights(tmp_path: Path, values: object) -> None:
 
 
 def test_a_file_that_unpacks_to_many_times_its_size(tmp_path: Path) -> None:
-    """Check that it is refused before it is unpacked."""
+    """Check that it is refused before it is decompressed."""
     path, packed = tmp_path / "weights.pth", tmp_path / "packed.pth"
     torch.save({"model": {"a": torch.zeros(4 * 2**20)}}, path)
     with zipfile.ZipFile(path) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:

@@ -1,4 +1,4 @@
-"""The program kd-d2: its commands, overrides, --model, and users' own modules."""
+"""The kd-d2 program: commands, overrides, --model, and users' modules."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from helpers import ROOT, make_project, run_command
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess:
-    """`kd-d2 ARGUMENTS` in a process of its own, which prints at its end which heavy packages it has imported."""
+    """Run `kd-d2 ARGUMENTS` in a separate process, which prints at exit the heavy packages that it has imported."""
     code = (
         "import atexit, sys\n"
         "atexit.register(lambda: print('IMPORTED', *{'torch', 'detectron2', 'cv2'} & sys.modules.keys()))\n"
@@ -62,7 +62,7 @@ def test_an_unknown_command(capsys: pytest.CaptureFixture, command: str, sentenc
 
 
 def test_config_list_and_show(capsys: pytest.CaptureFixture) -> None:
-    """Check names, the resolved config as yaml, and the keys that differ from the defaults, overrides included."""
+    """Check names, the resolved config as YAML, and the keys that differ from the defaults, including overrides."""
     run_command("config", "list")
     names = capsys.readouterr().out.splitlines()
     assert {"tiny/retinanet-ssim", "ICD/fcos_R50", "recommended/icd", "Base-FCOS"} <= set(names)
@@ -98,7 +98,7 @@ def test_completion(capsys: pytest.CaptureFixture) -> None:
         ("a.yaml INPUT.MIN_SIZE_TEST= SEED -1", "a.yaml", "INPUT.MIN_SIZE_TEST= SEED -1"),
         ("a.yaml SOLVER.STEPS --x", "a.yaml", "SOLVER.STEPS --x"),
         ("--input My.JPG A.b", "--input My.JPG A.b", ""),
-        ("a.yaml SEED 3 no_key x", "a.yaml", "SEED 3 no_key x"),  # reading the config says that there is no such key
+        ("a.yaml SEED 3 no_key x", "a.yaml", "SEED 3 no_key x"),  # reported as an unknown key when the config is read
     ],
 )
 def test_overrides_are_split_off(line: str, options: str, overrides: str) -> None:
@@ -137,7 +137,7 @@ def run_folder(tmp_path: Path) -> Path:
 
 
 def test_models(run_folder: Path) -> None:
-    """Check configs and run folders, with and without title and weights; a path that exists may have = in its name."""
+    """Check configs and run folders, with and without title and weights; an existing path may have = in its name."""
     config, weights = str(run_folder / "config.yaml"), str(run_folder / "model_final.pth")
     other = run_folder / "model_0000399.pth"
     other.touch()
@@ -179,7 +179,7 @@ def test_commands_that_take_one_model() -> None:
 
 @pytest.fixture
 def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory, with modules and what is imported in the test taken back afterwards."""
+    """Change to a folder with modules, and undo what the test imports."""
     before = dict(sys.modules)
     (tmp_path / "kd_d2_test_good.py").write_text("runs = globals().get('runs', 0) + 1\nclass Thing: pass\n")
     (tmp_path / "kd_d2_test_lacking.py").write_text("import kd_d2_test_nowhere\n")
@@ -194,7 +194,7 @@ def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_file_and_a_module_are_imported_once(own_modules: Path) -> None:
-    """Check a path, the module of the same file in the working directory, and that classes can be found by pickle."""
+    """Check a path, the module of the same file in the working directory, and that pickle can find its classes."""
     import_extensions(["kd_d2_test_good", "kd_d2_test_good.py", str(own_modules / "kd_d2_test_good.py")])
     module = sys.modules["kd_d2_test_good"]
     assert module.runs == 1
@@ -214,7 +214,7 @@ def test_a_file_and_a_module_are_imported_once(own_modules: Path) -> None:
     ],
 )
 def test_what_cannot_be_imported(own_modules: Path, name: str, error: type, sentence: str) -> None:
-    """Check that a missing file or module is a sentence, and that an error inside the user's module keeps its traceback."""
+    """Check that a missing file or module is a UserError, and that an error inside the user's module is not wrapped."""
     with pytest.raises(error, match=sentence):
         import_extensions([name])
     assert name.removesuffix(".py") not in sys.modules or name == "json.py"
@@ -232,7 +232,7 @@ def test_the_import_option_comes_before_the_config_is_read(own_modules: Path, ca
 
 @pytest.mark.parametrize("old", moved.MODULES)
 def test_moved_modules(old: str) -> None:
-    """Check that an old name names the new one, which is there."""
+    """Check that importing an old name reports the new one, and that the new one exists."""
     with pytest.raises(ModuleNotFoundError, match=f"kd_d2.{old} is now kd_d2.{moved.MODULES[old]}"):
         importlib.import_module(f"kd_d2.{old}")
     importlib.import_module(f"kd_d2.{moved.MODULES[old]}")
@@ -253,7 +253,7 @@ def test_config_explain(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_an_evaluation_leaves_the_configs_of_the_training(tmp_path: Path) -> None:
-    """Check that `--model RUN` still names a distillation after `kd-d2 eval`, whatever was overridden."""
+    """Check that `--model RUN` still means a distillation after `kd-d2 eval` with overrides."""
     project = make_project(tmp_path, SOLVER__MAX_ITER=1, SOLVER__STEPS=())
     run_command("train", project.student)
     names = ("config.yaml", "student.yaml", "versions.json")
@@ -265,7 +265,7 @@ def test_an_evaluation_leaves_the_configs_of_the_training(tmp_path: Path) -> Non
 
 
 def test_in_a_fresh_process_reading_a_config_registers_its_detector(tmp_path: Path) -> None:
-    """Check that reading needs no detector, and that the package's own function leaves none to be registered."""
+    """Check that kd_d2.config.load_config registers no detector, and that kd_d2.load_config does."""
     program = """
 import sys
 from kd_d2.config import load_config

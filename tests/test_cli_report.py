@@ -1,4 +1,4 @@
-"""`kd-d2 report`: one self-contained page about trainings, analyses and a sweep, and its error messages."""
+"""`kd-d2 report`: a self-contained page about trainings, analyses and a sweep, and error messages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ run = functools.partial(run_command, "report")
 
 
 class _Page(HTMLParser):
-    """What a reader sees, and every address that the page would load; raises where tags do not close."""
+    """The visible text and all addresses of a page; raises AssertionError for tags that are not closed."""
 
     VOID = {"meta", "img"}
 
@@ -63,7 +63,7 @@ def _image(uri: str) -> Image.Image:
 
 
 def test_page_of_blocks(tmp_path: Path) -> None:
-    """Check escaping, that plots keep every pixel, and that large photographs are packed and made smaller."""
+    """Check escaping, that plots are embedded unchanged, and that large photographs are compressed and downscaled."""
     plot = _picture(tmp_path / "plot.png")
     photo = _picture(tmp_path / "photo.png", (2500, 100), noise=True)
     table = Table(["<method>", "AP"], [["a & b", "12.5"]], "caption")
@@ -77,7 +77,7 @@ def test_page_of_blocks(tmp_path: Path) -> None:
 
 
 def _analyses(folder: Path) -> list[Path]:
-    """Folders as the analyses leave them."""
+    """Write results of every analysis, and return their folders."""
     areas = {
         s: dict.fromkeys(("C75", "C50", "Loc", "Sim", "Oth", "BG", "FN"), 0.25)
         for s in ("all", "small", "medium", "large")
@@ -118,7 +118,7 @@ def _analyses(folder: Path) -> list[Path]:
 
 
 def test_page_of_everything(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Train two iterations, make a finished comparison by hand, and put them on a page with every analysis."""
+    """Check a page with a training of two iterations, a finished sweep made by hand, and every analysis."""
     project = make_project(tmp_path / "project", SOLVER__MAX_ITER=2, SOLVER__STEPS=(), TEST__EVAL_PERIOD=1)
     project.main()
     found = {"AP": 30.0, "AP50": 50.0, "AP-red": 40.0, "AP-green": 20.0, "AP-blue": float("nan")}
@@ -195,7 +195,7 @@ def test_what_is_missing(tmp_path: Path, monkeypatch, capfd, options: list[str],
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"a": 1}', "null", None])
 @pytest.mark.parametrize("name", list(ANALYSES))
 def test_files_that_hold_something_else(tmp_path: Path, capfd, name: str, text: str | None) -> None:
-    """Check that the sentence names the file, also where it is not there."""
+    """Check that the message names the file, also if it does not exist."""
     (tmp_path / "analysis.json").write_text(json.dumps({"analysis": name}))
     path = tmp_path / find_analysis(name).file
     if text is not None:

@@ -1,4 +1,4 @@
-"""The image and the cluster's files: linted, of one mind with the rest, and Slurm's script run with stand-ins for Slurm."""
+"""The Dockerfile and the files for clusters: linting, consistency, and the Slurm script with stand-ins for Slurm."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_slurm_script_is_linted() -> None:
 
 
 def test_kubernetes_file_follows_its_schema(tmp_path: Path) -> None:
-    """Check it against the schemas of Kubernetes, none of whose keys is unknown, and that a misspelt key is seen."""
+    """Check the file against Kubernetes' schemas, without unknown keys, and that a misspelled key is detected."""
     schema_version = "1.33.0"
     text = (CLUSTER / "kubernetes.yaml").read_text()
     for document in yaml.safe_load_all(text):
@@ -61,7 +61,7 @@ def test_compose_file_follows_its_schema() -> None:
 
 
 def test_pods_may_do_no_more_than_they_must() -> None:
-    """Check the restricted profile of Kubernetes' pod security standards, and that every resource is limited."""
+    """Check the restricted profile of Kubernetes' pod security standards, and that all resources are limited."""
     _, job = yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text())
     pod = job["spec"]["template"]["spec"]
     (container,) = pod["containers"]
@@ -77,7 +77,7 @@ def test_pods_may_do_no_more_than_they_must() -> None:
 
 
 def test_locks_have_the_pinned_versions_and_hashes() -> None:
-    """Check that each version of requirements/ has hashes, and that no file names where packages come from."""
+    """Check that each version in requirements/ has hashes, and that no file has a URL."""
     requirements = ROOT / "requirements"
 
     def versions(*names: str) -> set[str]:
@@ -108,7 +108,7 @@ def test_dockerfile_builds_the_detectron2_that_setup_builds() -> None:
 
 
 def test_files_name_what_there_is() -> None:
-    """Check configs, the image's folders, and that no list of ignored files hides what the build copies."""
+    """Check that configs and volumes exist, and that .dockerignore does not exclude what the build copies."""
     compose = yaml.safe_load((CLUSTER / "compose.yaml").read_text())["services"]["train"]
     service, job = yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text())
     dockerfile = (ROOT / "Dockerfile").read_text()
@@ -141,7 +141,7 @@ def test_an_installation_that_works() -> None:
 
 STANDINS = {
     "scontrol": 'if [ "$1" = show ]; then echo localhost; else echo "$@" >>"$STANDIN_LOG"; fi',
-    # Each "node" is a group of processes here.
+    # Each "node" is a group of processes.
     "srun": 'shift; for node in $(seq "$SLURM_NNODES"); do "$@" & pids="$pids $!"; done; echo "$pids" >"$STANDIN_LOG.pids"; '
     'for p in $pids; do wait "$p" || exit 1; done',
     "scancel": 'kill -TERM $(cat "$STANDIN_LOG.pids")',
@@ -150,7 +150,7 @@ STANDINS = {
 
 @pytest.mark.slow
 def test_slurm_script_on_two_nodes(tmp_path: Path) -> None:
-    """Run the real script: two nodes of a process each train together, and a second submission goes on from the checkpoint."""
+    """Check the script: two nodes of one process each train together, a second submission resumes, SIGUSR1 requeues."""
     project = make_project(tmp_path, SOLVER__MAX_ITER=2, SOLVER__STEPS=(), SEED=1)
     for name, body in STANDINS.items():
         path = tmp_path / "bin" / name
@@ -193,7 +193,7 @@ def test_slurm_script_on_two_nodes(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_two_machines_by_hand(tmp_path: Path) -> None:
-    """Run Detectron2's launcher as on two machines, a process each, on CPUs: one training, of whose batch each has half."""
+    """Check Detectron2's launcher as on two machines with one process each, on CPUs, which run one training."""
     project = make_project(tmp_path, SOLVER__MAX_ITER=2, SOLVER__STEPS=(), SEED=1)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""Finding configs: paths first, then the names of those that ship, then Detectron2's model zoo."""
+"""Finding configs: paths first, then the names of shipped configs, then Detectron2's model zoo."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.unit
     ],
 )
 def test_names_of_shipped_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, path: str) -> None:
-    """Check short names and paths of the repository, from a folder that has neither."""
+    """Check short names and repository paths, from a folder that has neither."""
     monkeypatch.chdir(tmp_path)
     assert find_config_file(name, "key") == str(ROOT / path)
 
@@ -60,7 +60,7 @@ def test_a_name_that_is_nearly_one(name: str, close: str) -> None:
 
 
 def test_bases_by_name(tmp_path: Path) -> None:
-    """Check a list of own and shipped bases: later ones and the file itself lie on top, a file beside it comes before a name."""
+    """Check own and shipped bases: later ones and the file itself take precedence, and files precede shipped names."""
     write_yaml(tmp_path / "my.yaml", {"SEED": 3, "SOLVER": {"BASE_LR": 0.5, "MAX_ITER": 7}})
     path = write_yaml(
         tmp_path / "a.yaml",

@@ -1,4 +1,4 @@
-"""Every yaml that the project supplies: it loads, it is what its name says, and what it describes can be built."""
+"""All configs of the project: each is valid, matches its name, and describes models that can be built."""
 
 import re
 from collections.abc import Iterator
@@ -120,7 +120,7 @@ VARIANTS = {
     },
     "retinanet_R101-R50_no_annotations": (SSIM, {**NO_ANNOTATIONS, "MODEL.KD.DISTILLERS": []}),
 }
-"""By name the config that a row of the thesis is otherwise equal to, and what differs."""
+"""For each variant in the thesis, the config that it is based on and the keys that differ."""
 OTHER_DETECTORS = {"fsaf": ("FSAF", 36.4), "reppoints": ("RepPoints", 36.8)}
 OTHERS = {
     X101.removesuffix(".yaml"),
@@ -131,14 +131,14 @@ OTHERS = {
 
 @pytest.fixture(scope="module")
 def stand_in(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A file in place of every checkpoint that only a user has."""
+    """Return the path of an empty file that replaces checkpoints only a user has."""
     path = tmp_path_factory.mktemp("weights") / "stand_in.pth"
     path.touch()
     return str(path)
 
 
 def load(path: Path, stand_in: str, *opts, **kwargs) -> CfgNode:
-    """Load a config with the files that are a user's replaced, and a teacher where it leaves that to the user."""
+    """Load a config with the user's files replaced, and with a teacher if the config leaves it to the user."""
     model = read_yaml(str(path)).get("MODEL", {})
     teacher = model.get("KD", {}).get("TEACHER", {})
     opts = list(opts)
@@ -154,7 +154,7 @@ def load(path: Path, stand_in: str, *opts, **kwargs) -> CfgNode:
 
 
 def build(cfg: CfgNode) -> nn.Module:
-    """The detector that a config describes (of a distillation the student), without memory for its weights."""
+    """Build the detector of a config (the student of a distillation) on the meta device."""
     cfg = cfg.clone()
     cfg.MODEL.DEVICE = "meta"
     if cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH:
@@ -197,7 +197,7 @@ def test_every_config_loads_and_its_pair_can_be_built(
     student, teacher = pair(cfg)
     specs = [
         replace(build_adapter(model).spec, cell_anchors=None) for model in (student, teacher)
-    ]  # theirs have no numbers
+    ]  # no values on the meta device
     assert specs[0].num_classes == specs[1].num_classes
     for name in cfg.MODEL.KD.DISTILLERS:
         configured(DISTILLER_REGISTRY.get(name), cfg, *specs)
@@ -205,7 +205,7 @@ def test_every_config_loads_and_its_pair_can_be_built(
 
 @pytest.mark.parametrize("path", MATRICES, ids=name_of)
 def test_every_cell_of_a_matrix_loads(path: Path, stand_in: str) -> None:
-    """Check that each cell is a valid config, so that no comparison ends at its last cell."""
+    """Check that each cell has a valid config, so that no sweep fails at its last cell."""
     matrix = read_matrix(str(path))
     for cell in (*matrix.cells, *filter(None, [matrix.teacher])):
         load(Path(cell.config), stand_in, *cell.opts)
@@ -220,14 +220,14 @@ def test_bases_are_detectron2s_own(name: str) -> None:
 
 
 def test_the_thesis_tables_are_complete() -> None:
-    """Check that the tables of this file and the folder name the same configs, and that the notes have one for every row."""
+    """Check that this file lists exactly the configs of the folder, and that the notes have rows of these tables."""
     files = {path.stem for path in THESIS.glob("*.yaml") if not path.stem.startswith("Base-")}
     assert files == PLAIN.keys() | DISTILLED.keys() | VARIANTS.keys() | OTHERS
     assert tables_in_readme(THESIS) == {"1", "2", "3", "4", "5", "6", "7", "10", "11"}
 
 
 def tables_in_readme(configs: Path) -> set[str]:
-    """The paper's tables that a project's notes give numbers of; each row must name configs that there are."""
+    """Return the numbers of the paper's tables in a project's notes, whose rows must name existing configs."""
     tables = set()
     for line in (configs.parent / "notes.md").read_text().splitlines():
         if match := re.match(r"\| (\d+) \|.*\|(.*)\|$", line):
@@ -287,7 +287,7 @@ def test_distilled_students_of_the_thesis(name: str, stand_in: str) -> None:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants_of_the_thesis(name: str, stand_in: str) -> None:
-    """Check that they differ in what they are named for, and in nothing else."""
+    """Check that only the keys in VARIANTS differ from the base config."""
     base, expected = VARIANTS[name]
     ours, theirs = (without(load(THESIS / f"{n}.yaml", stand_in)) for n in (name, base))
     assert dict(differences(ours, theirs)) == expected
@@ -303,7 +303,7 @@ def differences(tree: dict, other: dict, prefix: str = "") -> Iterator[tuple[str
 
 @pytest.mark.parametrize("name", OTHER_DETECTORS)
 def test_other_detectors_of_the_thesis(name: str, stand_in: str) -> None:
-    """Check schedule, size and levels of the student, and that it learns from the same detector on a larger backbone."""
+    """Check schedule, size and levels of the student, and that its teacher is the same detector on ResNeXt."""
     detector, million_parameters = OTHER_DETECTORS[name]
     plain = load(THESIS / f"{name}_R50.yaml", stand_in)
     retinanet = load(THESIS / "retinanet_R50.yaml", stand_in)
@@ -342,7 +342,7 @@ def test_cascade_teacher(stand_in: str) -> None:
 
 
 def inherited(cfg: CfgNode) -> tuple[set[str], set[str]]:
-    """Names of the neck's and head's tensors that come from the teacher, and of those that do not."""
+    """Return names of the neck's and head's tensors that are copied from the teacher, and of the others."""
     student, teacher = pair(cfg)
     filled = set(inherit(student, teacher, cfg.MODEL.KD.INHERIT.MODULES).filled)
     return filled, {name for name in student.state_dict() if component_of(name) != "bottom_up"} - filled
@@ -353,7 +353,7 @@ def modules(names: set[str]) -> set[str]:
 
 
 def test_what_is_inherited(stand_in: str) -> None:
-    """Check what the comments in the configs say of it."""
+    """Check what the comments in the configs state about inheritance."""
     _, rest = inherited(load(THESIS / "retinanet_R101-R50_ssim_inherit.yaml", stand_in))
     assert not rest
     _, rest = inherited(load(THESIS / "retinanet_R101-R18_ssim_inherit.yaml", stand_in))
@@ -388,14 +388,14 @@ TINY_EXAMPLES = {
     **dict.fromkeys(("feature-imitation", "gid"), ("retinanet",)),
     **dict.fromkeys(("icd", "ima", "fgfi", "defeat", "fkd", "cwd", "pkd", "mgd", "fgd"), ("retinanet", "faster-rcnn")),
 }
-"""Detectors by recommended settings."""
+"""Detectors by name of the recommended settings."""
 
 
 @pytest.mark.parametrize(
     ("detector", "fragment"), [(detector, name) for name, detectors in TINY_EXAMPLES.items() for detector in detectors]
 )
 def test_tiny_examples(detector: str, fragment: str, stand_in: str) -> None:
-    """Check that they have the recommended settings, and else differ from the tiny student with inheritance in nothing."""
+    """Check that only the recommended settings differ from the tiny student with inheritance."""
     cfg, inherit_alone = (load(TINY / f"{detector}-{name}.yaml", stand_in) for name in (fragment, "inherit"))
     inherit_alone.merge_from_list(as_overrides(str(RECOMMENDED / f"{fragment}.yaml")))
     assert cfg == inherit_alone
@@ -403,7 +403,7 @@ def test_tiny_examples(detector: str, fragment: str, stand_in: str) -> None:
 
 @pytest.mark.parametrize(("detector", "fragment"), [("retinanet", "pkd"), ("fcos", "fgd"), ("gfl", "mgd")])
 def test_tiny_examples_of_different_families(detector: str, fragment: str, stand_in: str) -> None:
-    """Check that teacher and inheritance alone differ from the recommended settings, and that four levels are compared."""
+    """Check that only teacher and inheritance differ from the recommended settings; four levels are compared."""
     name = f"{detector}-{fragment}-from-faster-rcnn"
     cfg, expected = (load(TINY / f"{n}.yaml", stand_in) for n in (name, f"{detector}-inherit"))
     expected.merge_from_list(as_overrides(str(RECOMMENDED / f"{fragment}.yaml")))
@@ -426,21 +426,21 @@ PUBLISHED = {
     "LD": ("gfl",),
     "CrossKD": ("retinanet", "fcos", "atss", "gfl"),
 }
-"""Detectors by method, with the authors' settings."""
+"""Detectors by method, all with the authors' settings."""
 
 
 @pytest.mark.parametrize(
     ("detector", "method"), [(detector, name) for name, detectors in PUBLISHED.items() for detector in detectors]
 )
 def test_tiny_examples_as_published(detector: str, method: str, stand_in: str) -> None:
-    """Check that they add the method to the tiny student with inheritance, and change nothing else."""
+    """Check that only the method differs from the tiny student with inheritance."""
     inherit_alone = load(TINY / f"{detector}-inherit.yaml", stand_in, "MODEL.KD.DISTILLERS", (method,))
     assert load(TINY / f"{detector}-{method.lower()}.yaml", stand_in) == inherit_alone
 
 
 @pytest.mark.parametrize("detector", ["retinanet", "fcos", "atss", "gfl", "fsaf", "reppoints", "faster-rcnn"])
 def test_tiny_inheritance(detector: str, stand_in: str) -> None:
-    """Check that they differ from the tiny plain student in the teacher alone, whose neck and head fit whole."""
+    """Check that only MODEL.KD differs from the plain tiny student, and that all of the teacher's neck and head fit."""
     name = f"{detector}-inherit"
     cfg = load(TINY / f"{name}.yaml", stand_in)
     assert list(cfg.MODEL.KD.DISTILLERS) == []
@@ -465,7 +465,7 @@ def test_tiny_inheritance(detector: str, stand_in: str) -> None:
     ],
 )
 def test_icd_on_coco_is_the_references_setting(name: str, zoo: str, teacher: str) -> None:
-    """Check that the students are Detectron2's 1x models, and that ICD's keys are at their published defaults."""
+    """Check that the students are Detectron2's 1x models, and that ICD's keys have their published defaults."""
     group = "COCO-InstanceSegmentation" if name == "mask_rcnn" else "COCO-Detection"
     theirs = load_config(f"{group}/{zoo}.yaml")
     plain = load_config(str(ICD / f"{name}_R50.yaml"))
@@ -483,7 +483,7 @@ def test_icd_on_coco_is_the_references_setting(name: str, zoo: str, teacher: str
 
 @pytest.mark.parametrize("path", sorted(RECOMMENDED.glob("*.yaml")), ids=lambda path: path.stem)
 def test_recommended_settings(path: Path, stand_in: str) -> None:
-    """Check that they choose methods and how these work, and nothing of detector, data or schedule, and pass all checks."""
+    """Check that they set only methods and their keys, not detector, data or schedule, and that they are valid."""
     overrides = as_overrides(str(path))
     assert all(key.startswith("MODEL.KD.") for key in overrides[::2])
     cfg = load(TINY / "retinanet-inherit.yaml", stand_in, *overrides)
@@ -503,7 +503,7 @@ BASELINES = {"fitnet": "FeatureImitation", "fgfi": "FGFI", "defeat": "DeFeat", "
     ],
 )  # fmt: skip
 def test_methods_on_coco(project: str, detector: str, suffix: str, method: str) -> None:
-    """Check that the students are Detectron2's 1x models, and that the method's keys are at their defaults."""
+    """Check that the students are Detectron2's 1x models, and that the method's keys have their defaults."""
     folder = ROOT / "projects" / project / "configs"
     if (detector, method) == ("faster_rcnn", "GID"):
         assert not list(folder.glob("faster_rcnn*gid*"))
@@ -525,7 +525,7 @@ def test_methods_on_coco(project: str, detector: str, suffix: str, method: str) 
 
 
 def test_fkd_as_in_the_program() -> None:
-    """Check that it differs from the paper's in these keys alone, and that the layers of its own are built."""
+    """Check these keys, and that only keys of FKD differ from the paper's config."""
     paper, program = (
         load_config(str(ROOT / "projects" / "Baselines" / "configs" / f"retinanet_R101-R50_{name}_inherit.yaml"))
         for name in ("fkd", "fkd_program")
@@ -536,7 +536,7 @@ def test_fkd_as_in_the_program() -> None:
 
 
 def test_icd_on_fcos(stand_in: str) -> None:
-    """Check the teacher's longer schedule, and that inheritance fills all but the laterals' bottom-up side."""
+    """Check the teacher's longer schedule, and that inheritance fills neck and head completely."""
     plain, teacher = (load(ICD / f"fcos_{name}.yaml", stand_in) for name in ("R50", "R101"))
     assert (teacher.SOLVER.MAX_ITER, plain.SOLVER.MAX_ITER) == (270000, 90000)
     for suffix in ("icd", "icd_inherit"):
@@ -549,7 +549,7 @@ def test_icd_on_fcos(stand_in: str) -> None:
 
 @pytest.mark.parametrize(("name", "parameters"), [("FCOS", 32.1), ("ATSS", 32.1), ("GFL", 32.3)])
 def test_dense_detectors_of_coco_size(name: str, parameters: float) -> None:
-    """Check the published sizes (in millions, R50, 80 classes) and one anchor a position on P3 to P7."""
+    """Check the published sizes (in millions, R50, 80 classes) and the levels P3 to P7."""
     cfg = load_config(str(ROOT / "configs" / f"Base-{name}.yaml"), ["MODEL.WEIGHTS", ""])
     assert cfg.MODEL[name].SCORE_THRESH_TEST == 0.05
     model = build(cfg)
@@ -567,7 +567,7 @@ METHODS_OF = {
     "rm_classification": ["RankMimicking"],
     **{mask: ["PFI"] for mask in ("whole", "positives", "negatives", "boxes")},
 }
-# Detector, teacher -> student, schedule: the rows that its tables have.
+# Rows of the paper's tables by detector, teacher-student pair and schedule.
 RM_ROWS = {
     "retinanet_R50-R18": "rm pfi rm_pfi soft rm_classification",
     "fcos_R50-R18": "rm pfi rm_pfi soft",
@@ -584,12 +584,12 @@ RM_NAMES = [f"{pair}_{row}" for pair, rows in RM_ROWS.items() for row in rows.sp
 
 def test_the_rank_mimicking_tables_are_complete() -> None:
     assert {path.stem for path in RM.glob("*-*.yaml") if not path.stem.startswith("Base")} == set(RM_NAMES)
-    assert tables_in_readme(RM) == {"3", "4", "5", "6", "7"}  # the first two are a file a cell
+    assert tables_in_readme(RM) == {"3", "4", "5", "6", "7"}  # tables 1 and 2 have one config per cell
 
 
 @pytest.mark.parametrize("name", RM_NAMES)
 def test_distilled_students_of_rank_mimicking(name: str, stand_in: str) -> None:
-    """Check methods, the paper's weights, the options of the row, the teacher, and that the rest is the plain student's."""
+    """Check methods, the paper's weights, the row's options, the teacher, and that the rest is the plain student's."""
     row = max((r for r in METHODS_OF if name.endswith("_" + r)), key=len)
     detector, models, *schedule = name.removesuffix("_" + row).split("_")
     teacher, student = ("_".join([detector, model, *schedule]) for model in models.split("-"))

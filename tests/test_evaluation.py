@@ -1,4 +1,4 @@
-"""Evaluation of detections: the same numbers from faster-coco-eval and pycocotools, from one process and several."""
+"""Evaluation: equal results of faster-coco-eval and pycocotools, and of one process and several."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FAKE_DETECTIONS = Path(__file__).resolve().parent / "fixtures" / "coco"
 
 
 def _evaluations(truth: COCO, detections: COCO) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """The summary, precision and recall of pycocotools and of faster-coco-eval; both print their summaries."""
+    """Return summary, precision and recall of pycocotools and of faster-coco-eval; both print their summaries."""
     evaluations = []
     for evaluation in (COCOeval(truth, detections, "bbox"), faster_evaluation(truth, detections, "bbox")):
         evaluation.evaluate()
@@ -39,7 +39,7 @@ def _evaluations(truth: COCO, detections: COCO) -> list[tuple[np.ndarray, np.nda
 
 @pytest.fixture
 def summary_lines(capsys: pytest.CaptureFixture) -> Callable[[], tuple[list[str], list[str]]]:
-    """The lines that pycocotools printed, and those of faster-coco-eval, which adds two."""
+    """Return a function for the lines printed by pycocotools and by faster-coco-eval, which adds two."""
 
     def read() -> tuple[list[str], list[str]]:
         lines = [line for line in capsys.readouterr().out.splitlines() if "Average" in line]
@@ -49,7 +49,7 @@ def summary_lines(capsys: pytest.CaptureFixture) -> Callable[[], tuple[list[str]
 
 
 def test_faster_coco_eval_on_real_annotations(summary_lines: Callable) -> None:
-    """Compare with pycocotools' 12 recorded numbers, and every printed line of both."""
+    """Check the 12 recorded numbers of pycocotools, and every line printed by both."""
     truth = COCO(str(FAKE_DETECTIONS / "fakebbox45_gt.json"))
     detections = truth.loadRes(str(FAKE_DETECTIONS / "fakebbox45_dt.json"))
     (official, *_), (faster, *_) = _evaluations(truth, detections)
@@ -61,7 +61,7 @@ def test_faster_coco_eval_on_real_annotations(summary_lines: Callable) -> None:
 
 
 def test_faster_coco_eval_on_random_boxes(tmp_path: Path, summary_lines: Callable) -> None:
-    """Compare precision and recall at every threshold on 40 images with crowds, ties, small and large boxes."""
+    """Check precision and recall at every threshold on 40 images with crowds, ties, small and large boxes."""
     random = np.random.RandomState(0)
     tree = json.loads(make_coco(tmp_path, 40).read_text())
     sizes = np.exp(random.uniform(np.log(8), np.log(200), (400, 2)))
@@ -89,12 +89,12 @@ def test_faster_coco_eval_on_random_boxes(tmp_path: Path, summary_lines: Callabl
 
 
 def test_evaluator_counts_with_faster_coco_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check the evaluator's AP by class, and that it needs neither area nor iscrowd, with and without faster-coco-eval."""
+    """Check the evaluator's AP by class, without area and iscrowd, with and without faster-coco-eval."""
     path = make_coco(tmp_path)
     tree = json.loads(path.read_text())
     for annotation in tree["annotations"]:
         del annotation["area"], annotation["iscrowd"]
-    for entry in tree["categories"] + tree["annotations"]:  # numbers with a gap before them, as COCO's have gaps
+    for entry in tree["categories"] + tree["annotations"]:  # ids do not start at 1; COCO's have gaps, too
         key = "id" if "name" in entry else "category_id"
         entry[key] += 10
     path.write_text(json.dumps(tree))
@@ -114,7 +114,7 @@ def test_evaluator_counts_with_faster_coco_eval(tmp_path: Path, monkeypatch: pyt
                 classes = torch.tensor([a["category_id"] for a in image["annotations"]], dtype=torch.int64)
                 found = Instances((image["height"], image["width"]), pred_boxes=Boxes(boxes), pred_classes=classes)
                 found.scores = torch.where(classes == 0, 0.9, 0.8)
-                found.pred_classes[classes == 2] = 1  # every blue object is called green
+                found.pred_classes[classes == 2] = 1  # every blue object is classified as green
                 evaluator.process([image], [{"instances": found}])
             results.append(evaluator.evaluate()["bbox"])
     saved = [

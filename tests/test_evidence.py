@@ -1,4 +1,4 @@
-"""The measured tables of the pages in projects are those of the finished cells in projects/evidence."""
+"""Tables of measurements on the pages in projects, which must match the finished cells in projects/evidence."""
 
 import functools
 import re
@@ -10,12 +10,12 @@ from kd_d2.sweep.table import HEADERS, build_rows, format_row, read_results
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-MEASURED = HEADERS[1 : HEADERS.index("params M")]  # what follows from scores alone, not from the machine
+MEASURED = HEADERS[1 : HEADERS.index("params M")]  # columns that depend only on scores, not on the machine
 
 
 @functools.cache
 def rows_of_cells(page: str) -> list[tuple[str, dict[str, str]]]:
-    """(title, columns) of every finished cell of the sweeps whose commands a page gives."""
+    """Return (title, columns) of every finished cell of the sweeps whose commands are on a page."""
     rows = []
     for command in re.findall(r"kd-d2 sweep (\S+\.yaml(?:.*\\\n)*.*)", page):
         matrix = read_matrix(str(ROOT / command.split()[0]))
@@ -27,7 +27,7 @@ def rows_of_cells(page: str) -> list[tuple[str, dict[str, str]]]:
 
 
 def measured_rows(page: str) -> list[dict[str, str]]:
-    """The rows, by column, of tables that have a column AP50; "" is the title."""
+    """Return the rows, by column, of tables that have a column AP50; the title is in ""."""
     rows, header = [], None
     for line in page.splitlines():
         if not line.startswith("|"):
@@ -46,7 +46,7 @@ PAGES = sorted(path for path in ROOT.glob("projects/**/*.md") if measured_rows(p
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT / "projects")))
 def test_measured_tables(path: Path) -> None:
-    """Check that every measured row has the numbers of a finished cell of its title."""
+    """Check that every measured row has the numbers of a finished cell with its title."""
     project = path.relative_to(ROOT / "projects").parts[0]
     commands = [path, ROOT / "projects/results.md", *ROOT.glob(f"projects/{project}/notes.md")]
     cells = [cell for page in commands for cell in rows_of_cells(page.read_text())]

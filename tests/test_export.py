@@ -1,4 +1,4 @@
-"""kd-d2 export: files that detect what PyTorch does, at any size and number of objects, and refusals."""
+"""`kd-d2 export`: files that match PyTorch for any size and number of objects, and error messages."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ pytest.importorskip("openvino", reason=NEEDS_EXTRA)
 
 DETECTORS = (*META_ARCHITECTURES, "mask-rcnn", "cascade-rcnn", "c4")
 TOPK = 30
-"""Candidates of a level, fewer than there are."""
+"""Candidates per level, fewer than there are."""
 GRAY = torch.full((3, 50, 50), 127, dtype=torch.uint8)
 
 
 @pytest.fixture(scope="module")
 def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CfgNode]:
-    """By name the configs of tiny detectors with fixed weights; made when first asked for."""
+    """Return the configs of tiny detectors with fixed weights by name, each built on first access."""
 
     class Configs(dict):
         def __missing__(self, name: str) -> CfgNode:
@@ -49,7 +49,7 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CfgNode]:
 
 
 def limit_of(detector: str) -> int:
-    """Detections of an image: fewer than there would be in one of IMAGES."""
+    """Return the maximum number of detections per image, fewer than one of IMAGES would have."""
     return 2 if "rcnn" in detector or detector == "c4" else 6
 
 
@@ -72,16 +72,16 @@ def _make_config(folder: Path, name: str) -> CfgNode:
     weights = save_fixed_weights(config_file, folder / "model.pth", seed=2).state_dict()
     for key, tensor in weights.items():
         if "cls_score.weight" in key or "bbox_pred.weight" in key:
-            tensor *= 0.03  # scores between 0 and 1, boxes that are not the whole image
+            tensor *= 0.03  # scores between 0 and 1, boxes smaller than the image
     torch.save({"model": weights}, folder / "model.pth")
     cfg.MODEL.WEIGHTS = str(folder / "model.pth")
     _set_threshold(cfg, 0.0)
-    _set_threshold(cfg, float(detect(pytorch_model(cfg), GRAY).scores.max()) + 1e-3)  # nothing is in the gray image
+    _set_threshold(cfg, float(detect(pytorch_model(cfg), GRAY).scores.max()) + 1e-3)  # none in the gray image
     return cfg
 
 
 def _outline(tree: dict) -> None:
-    """Give every box its outline as a mask."""
+    """Add the outline of every box as its mask."""
     for annotation in tree["annotations"]:
         x, y, w, h = annotation["bbox"]
         annotation["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
@@ -112,7 +112,7 @@ def detect(model, image: Tensor) -> Instances:
 
 
 def assert_equal(expected: Instances, found: Instances) -> None:
-    """Boxes to a hundredth of a pixel, scores to 1e-4, classes, and masks but for single pixels."""
+    """Check boxes to 0.01 pixels, scores to 1e-4, classes, and masks except for 0.1 % of the pixels."""
     assert len(found) == len(expected)
     assert found.image_size == tuple(map(int, expected.image_size))
     pairs = match(expected, found)
@@ -144,7 +144,7 @@ PAIRS = [
 def test_file_detects_what_pytorch_does(
     detector: str, suffix: str, configs: dict[str, CfgNode], tmp_path: Path
 ) -> None:
-    """Check sizes that were not traced, an image without texture, and more candidates and detections than the limits."""
+    """Check sizes that were not traced, a uniform image, and more candidates and detections than the limits."""
     cfg = configs[detector]
     path = tmp_path / f"model.{suffix}"
     comparison = export_detector(cfg, str(path))
@@ -183,7 +183,7 @@ def test_without_nms_the_graph_is_static_and_decoding_gives_the_detections(
 
 
 def test_decoding_by_hand() -> None:
-    """Check threshold, candidates of a level, NMS within classes, and the limit, on boxes side by side."""
+    """Check the threshold, the candidates of a level, NMS within classes, and the limit."""
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [20, 0, 30, 10], [40, 0, 50, 10], [60, 0, 70, 10]])
     scores = torch.tensor([[0.9, 0.0], [0.8, 0.7], [0.05, 0.0], [0.6, 0.0], [0.5, 0.4]])
     levels = torch.tensor([0, 0, 0, 1, 1])
@@ -193,14 +193,14 @@ def test_decoding_by_hand() -> None:
     found_boxes, found_scores, found_classes = decode(boxes, scores, levels, info)
     torch.testing.assert_close(
         found_scores, torch.tensor([0.9, 0.7, 0.6, 0.5])
-    )  # 0.8 overlaps 0.9; 0.4 is one too many
+    )  # 0.8 is suppressed by 0.9; 0.4 exceeds the limit
     assert found_classes.tolist() == [0, 1, 0, 0]
     assert found_boxes[:, 0].tolist() == [0, 0, 40, 60]
 
 
 @pytest.mark.parametrize("suffix", ["onnx", "ts"])
 def test_fixed_size(suffix: str, configs: dict[str, CfgNode], tmp_path: Path) -> None:
-    """Check that an image is fitted into the one size, padded with the mean, and its boxes come back in its own pixels."""
+    """Check that an image is resized and padded with the mean to the fixed size, with boxes in its own pixels."""
     cfg, path = configs["retinanet"], tmp_path / f"model.{suffix}"
     export_detector(cfg, str(path), ExportOptions(fixed_size=(64, 128)))
     detector = load_exported_detector(str(path), detect_threshold := detector_threshold(path))
@@ -227,7 +227,7 @@ def detector_threshold(path: Path) -> float:
 
 
 def test_metadata(configs: dict[str, CfgNode], tmp_path: Path) -> None:
-    """Check what a program without kd_d2 reads in the file."""
+    """Check what a program without kd_d2 reads from the file."""
     path = tmp_path / "model.onnx"
     export_detector(configs["retinanet"], str(path), ExportOptions(score_thresh=0.25))
     model = onnx.load(path)
@@ -245,7 +245,7 @@ def test_metadata(configs: dict[str, CfgNode], tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_int8(configs: dict[str, CfgNode], tmp_path: Path) -> None:
-    """Check that convolutions are quantized, scores stay close, and the file runs where nothing is found."""
+    """Check that convolutions are quantized, scores are close, and the file runs on an image without objects."""
     cfg, path = configs["retinanet"], tmp_path / "model.onnx"
     export_detector(cfg, str(path), ExportOptions(int8=True, calibration_images=4))
     types = [node.op_type for node in onnx.load(path).graph.node]
@@ -272,7 +272,7 @@ def instances(boxes: list[list[float]], scores: list[float], classes: list[int])
 
 
 def test_comparison_tells_equal_from_different_detections() -> None:
-    """Check order, a shifted box, another class, another score; and what counts at the threshold and at the limit."""
+    """Check order, a shifted box, another class, another score, and detections at the threshold and at the limit."""
     a, b = [0.0, 0, 10, 10], [50.0, 0, 60, 10]
 
     def unmatched(found: Instances, threshold: float = 0.1, limit: int | None = None) -> int:
@@ -286,7 +286,7 @@ def test_comparison_tells_equal_from_different_detections() -> None:
     assert unmatched(instances([a, b], [0.9, 0.5], [1, 1])) == 2
     assert unmatched(instances([a, b], [0.898, 0.5], [0, 1])) == 2
     assert unmatched(instances([a], [0.9], [0])) == 1
-    assert unmatched(instances([a, b, a], [0.9, 0.5, 0.0], [0, 1, 0])) == 1  # below the threshold, where nothing may be
+    assert unmatched(instances([a, b, a], [0.9, 0.5, 0.0], [0, 1, 0])) == 1  # below the threshold, thus invalid
     assert unmatched(instances([a], [0.9], [0]), threshold=0.4995) == 0
     assert unmatched(instances([a], [0.9], [0]), limit=2) == 0
 
@@ -309,7 +309,7 @@ def test_file_that_detects_something_else_is_not_written(
 
 @pytest.fixture
 def run_folder(configs: dict[str, CfgNode], tmp_path: Path) -> Path:
-    """The output folder of a training of RetinaNet."""
+    """Create the output folder of a RetinaNet training."""
     cfg, folder = configs["retinanet"], tmp_path / "run"
     folder.mkdir()
     (folder / "config.yaml").write_text(cfg.dump())
@@ -320,7 +320,7 @@ def run_folder(configs: dict[str, CfgNode], tmp_path: Path) -> Path:
 def test_command_prediction_and_evaluation(
     run_folder: Path, configs: dict[str, CfgNode], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Check that export, predict and eval work together: detections and AP of the file are those of the checkpoint."""
+    """Check that export, predict and eval work together: the file has the detections and the AP of the checkpoint."""
     path = tmp_path / "student.onnx"
     run_command("export", "--model", run_folder, "--output", path)
     assert "RetinaNet as onnx and in PyTorch: " in capsys.readouterr().out
@@ -349,7 +349,7 @@ def test_command_prediction_and_evaluation(
 
 
 def test_example_without_detectron2(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """Check that the example imports neither torch nor this library and prints the detections of the checkpoint."""
+    """Check that the example imports neither torch nor this library, and prints the checkpoint's detections."""
     path, image = tmp_path / "student.onnx", tmp_path / "image.png"
     run_command("export", "--model", run_folder, "--output", path)
     Image.fromarray(noise(120, 150, 7).permute(1, 2, 0).numpy()).save(image)
@@ -433,7 +433,7 @@ def test_prediction_below_the_threshold_of_the_file(run_folder: Path, tmp_path: 
 
 
 def test_onnx_runtime_sends_no_usage_data(tmp_path: Path) -> None:
-    """Check, in a process of its own, that importing it leaves no device identifier in the home directory."""
+    """Check in a separate process that importing it leaves no device identifier in the home directory."""
     code = "from kd_d2.export.running import needed_package; needed_package('onnxruntime')"
     environment = {k: v for k, v in os.environ.items() if k not in ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**environment, "HOME": str(tmp_path)}, check=True)

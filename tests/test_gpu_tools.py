@@ -1,4 +1,4 @@
-"""The programs for GPU machines, as far as a machine without a GPU shows them: what they read, run and pack."""
+"""The programs for GPU machines, as far as they can be tested without a GPU: what they read, run and pack."""
 
 import importlib.util
 import subprocess
@@ -17,13 +17,13 @@ ROOT = Path(__file__).parent.parent
 def load(path: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
+    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 
 
 def test_check_stops_a_stage_that_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check a stage's time limit, its exit code and its log."""
+    """Check a stage's time limit, exit code and log."""
     check = load("benchmarks/gpu_check.py", monkeypatch)
     log = tmp_path / "stage.log"
     far = time.monotonic() + 1000
@@ -36,7 +36,7 @@ def test_check_stops_a_stage_that_does_not_end(tmp_path: Path, monkeypatch: pyte
 
 
 def test_check_reads_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check that the summary gets each table of a log with the line above it, and nothing else."""
+    """Check that the summary has each table of a log with the line above it, and nothing else."""
     log = tmp_path / "log"
     log.write_text("noise\ntitle\n| a | b |\n|---|---|\n| 1 | 2 |\nnoise\n| c |\n|---|\n")
     expected = ["", "title", "", "| a | b |", "|---|---|", "| 1 | 2 |", "", "noise", "", "| c |", "|---|"]
@@ -45,7 +45,6 @@ def test_check_reads_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_check_without_a_gpu(tmp_path: Path) -> None:
-    """Check the sentence on a machine that has none."""
     command = [sys.executable, ROOT / "benchmarks" / "gpu_check.py", "--output", tmp_path / "check"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1 and result.stderr.startswith("PyTorch finds no GPU on this machine")
@@ -53,7 +52,7 @@ def test_check_without_a_gpu(tmp_path: Path) -> None:
 
 
 def test_pack_has_what_the_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check that packages of the machine are left out where their versions do, and PyTorch always."""
+    """Check that packages with a suitable version on the machine are omitted, and PyTorch always."""
     pack = load("tools/gpu_pack.py", monkeypatch)
     present = pack.read_freeze("numpy==2.5.2\nKornia==0.9.0\nsome @ file:///x\npycocotools==2.0.1\n")
     assert present == {"numpy": Version("2.5.2"), "kornia": Version("0.9.0"), "pycocotools": Version("2.0.1")}
@@ -64,7 +63,7 @@ def test_pack_has_what_the_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_evidence_without_mps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    """Check that trainings run without NVIDIA's service too, and that it is told."""
+    """Check that trainings run without NVIDIA's service, and that its absence is reported."""
     evidence = load("benchmarks/gpu_evidence.py", monkeypatch)
     monkeypatch.setattr(evidence, "MPS", "no-such-program")
     with evidence.multi_process_service() as environment:

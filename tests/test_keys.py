@@ -1,4 +1,4 @@
-"""Config keys that a dataclass states: the node, every kind of wrong value, and the reference."""
+"""Config keys declared in dataclasses: the node, every kind of wrong value, and the reference."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _read(keys: type[Keys] = Toy, **values: object) -> Keys:
 
 
 def test_the_node_and_back() -> None:
-    """Check names, order and defaults, values that are read again, and lists where tuples are stated."""
+    """Check names, order and defaults, reading values back, and lists where tuples are declared."""
     node = CfgNode()
     Toy.add_to(node)
     assert list(node) == [name.upper() for name in Toy.__dataclass_fields__]
@@ -73,7 +73,7 @@ def test_the_node_and_back() -> None:
 
 
 def test_an_heir_states_a_default_anew() -> None:
-    """Check that its keys come behind those of its base, in whose order the new default stays."""
+    """Check that its own keys follow those of its base, and that a key with a new default keeps its position."""
     assert [key.name for key in keys_of(Heir)] == [*(key.name for key in keys_of(Toy)), "MORE"]
     assert _read(Heir).count == 7 and _read(Heir, COUNT=0).count == 0
 
@@ -99,7 +99,7 @@ def test_an_heir_states_a_default_anew() -> None:
     ],
 )
 def test_wrong_values(key: str, values: list, must: str) -> None:
-    """Check type, range and choice of every kind of key: one sentence with key, value and what it must be."""
+    """Check type, range and choices of every kind of key: the message has the key, the value and what it must be."""
     for value in values:
         with pytest.raises(UserError) as error:
             _read(**{key: value})
@@ -114,7 +114,7 @@ def test_values_that_do_not_go_together() -> None:
 
 
 def test_what_is_no_statement_of_keys() -> None:
-    """Check a class that is no dataclass, a type that configs do not have, and a key without a default."""
+    """Check a class that is not a dataclass, a type that configs do not support, and a key without a default."""
 
     class Plain(Keys):
         size: int = 1
@@ -140,7 +140,7 @@ def test_what_is_no_statement_of_keys() -> None:
 
 @pytest.fixture
 def registered() -> Iterator[Callable[[type[Distiller]], type[Distiller]]]:
-    """Register a method for one test."""
+    """Return a decorator that registers a method for one test."""
     before = dict(DISTILLER_REGISTRY)
     yield DISTILLER_REGISTRY.register()
     for name in dict(DISTILLER_REGISTRY).keys() - before:
@@ -152,7 +152,7 @@ def _method(name: str, **attributes: object) -> type[Distiller]:
 
 
 def test_two_methods_with_one_node_are_refused(registered: Callable) -> None:
-    """Check a second method with the node of another, also one that inherits it, and one without any."""
+    """Check a method with the node of another one, one that inherits its node, and one without a node."""
     with pytest.raises(
         UserError, match=r"^The methods CWD and Mine have the same CONFIG_NODE 'CWD': rename one of them\.$"
     ):
@@ -173,7 +173,7 @@ def test_a_node_of_the_library_is_refused(registered: Callable, tiny_cfg: Callab
 
 @pytest.mark.parametrize("old", ["add_config", "validate_config", "from_config", "default_weight"])
 def test_a_method_written_for_an_older_version_is_refused(old: str) -> None:
-    """Check that the sentence says what is old and what to write in its place."""
+    """Check that the message names the obsolete function and its replacement."""
     with pytest.raises(
         UserError, match=rf"^The method Mine defines {old}, .* a dataclass `Config\(Distiller\.Config\)`"
     ):
@@ -186,7 +186,7 @@ def test_a_method_whose_config_is_no_dataclass_is_refused() -> None:
 
 
 def test_the_reference_has_every_key_with_its_description(tiny_cfg: Callable) -> None:
-    """Check the library's nodes and every method's against a config, and that nothing is left unsaid."""
+    """Check that the reference has all keys of the library and of every method, each with a description."""
     entries = {entry.name: entry for entry in config_reference()}
     assert len(entries) == len(config_reference())
 

@@ -1,4 +1,4 @@
-"""The student's optimizer, and AdamW for the distillers that ask for one of their own."""
+"""The student's optimizer, and AdamW for distillers that request their own."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DECODER = OptimizerSettings("decoder", lr=0.1, weight_decay=0.5, warmup_iters=4,
 
 
 class WithDecoder(Distiller):
-    """One adapter for the student's optimizer, a decoder (with a norm) for its own.
+    """A distiller with an adapter in the student's optimizer and a decoder (with a norm) in its own.
 
     Its losses have the gradients 1 (adapter), 3 and 4 (the decoder's two scalars).
     """
@@ -64,7 +64,7 @@ def _ids_in(optimizer: torch.optim.Optimizer) -> set[int]:
 
 
 def test_parameters_are_shared_out(toy_detector: type, tiny_cfg: Callable) -> None:
-    """Check that student and adapter are in the student's SGD, the decoder in its own AdamW, each exactly once."""
+    """Check that student and adapter are in the student's SGD and the decoder in its own AdamW, each exactly once."""
     distiller = WithDecoder()
     model = _model(toy_detector, a=distiller)
     optimizer, auxiliary = build_optimizers(tiny_cfg("retinanet"), model)
@@ -79,7 +79,7 @@ def test_parameters_are_shared_out(toy_detector: type, tiny_cfg: Callable) -> No
 
 
 def test_real_student_and_plain_detector(tiny_detector: Callable, tiny_cfg: Callable) -> None:
-    """Check that the SGD of a distilled student holds what that of the same plain student does, plus the adapters."""
+    """Check that a distilled student's SGD has the parameters of the plain student's SGD, plus the adapters."""
     cfg = tiny_cfg("retinanet", {"SOLVER": {"WEIGHT_DECAY": 0.01, "WEIGHT_DECAY_NORM": 0.0}})
     student = tiny_detector("retinanet", {"MODEL": {"BACKBONE": {"FREEZE_AT": 2}}})
     plain, none = build_optimizers(cfg, student)
@@ -101,7 +101,7 @@ def test_real_student_and_plain_detector(tiny_detector: Callable, tiny_cfg: Call
 
 
 def test_one_optimizer_for_equal_settings(toy_detector: type, tiny_cfg: Callable) -> None:
-    """Check that equal settings of two distillers share an optimizer; one name for different ones is an error."""
+    """Check that distillers with equal settings share an optimizer; one name for different settings is an error."""
     a, b = WithDecoder(), WithDecoder(name="z")
     _, auxiliary = build_optimizers(tiny_cfg("retinanet"), _model(toy_detector, a=a, b=b))
     assert list(auxiliary) == ["decoder"]
@@ -115,7 +115,7 @@ def test_one_optimizer_for_equal_settings(toy_detector: type, tiny_cfg: Callable
 
 
 def test_learning_rate_warms_up_and_falls_to_zero() -> None:
-    """Check a linear warm-up of 4 from lr / 4, then the cosine over the other 6 iterations, which ends at zero."""
+    """Check a linear warm-up over 4 iterations from lr / 4, then a cosine over the other 6 that ends at zero."""
     other = AuxiliaryOptimizer(DECODER, [nn.Parameter(torch.zeros(()))], max_iter=10)
     warmup = [0.1 * (0.25 + 0.75 * i / 4) for i in range(4)]
     cosine = [0.1 * (1 + math.cos(math.pi * i / 6)) / 2 for i in range(6)]
@@ -125,7 +125,7 @@ def test_learning_rate_warms_up_and_falls_to_zero() -> None:
 
 
 def test_learning_rate_without_warm_up_and_with_a_long_one() -> None:
-    """Check that no warm-up starts at the peak, and one longer than the training stays linear to its end."""
+    """Check that the rate starts at its peak without warm-up, and that warm-up may be longer than the training."""
     params = [nn.Parameter(torch.zeros(()))]
     plain = AuxiliaryOptimizer(OptimizerSettings("a", lr=2.0), params, max_iter=4)
     assert [plain.lr(i) for i in range(4)] == pytest.approx([2.0, 1 + math.sqrt(0.5), 1.0, 1 - math.sqrt(0.5)])
@@ -134,13 +134,13 @@ def test_learning_rate_without_warm_up_and_with_a_long_one() -> None:
 
 
 def _adamw(value: float, grad: float, lr: float, weight_decay: float) -> float:
-    """AdamW's first step, whose corrected moments are the gradient and its square."""
+    """Return a parameter after AdamW's first step, whose corrected moments are the gradient and its square."""
     return value * (1 - lr * weight_decay) - lr * grad / (abs(grad) + 1e-8)
 
 
 @pytest.mark.parametrize("scale", [None, 1024.0])
 def test_step_clips_all_parameters_together(scale: float | None) -> None:
-    """Check gradients 3 and 4 (norm 5) with a limit of 1: they become 0.6 and 0.8, also behind a loss scaler."""
+    """Check gradients 3 and 4 (norm 5) with a limit of 1: they are clipped to 0.6 and 0.8, also with a loss scaler."""
     params = [nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(-2.0))]
     other = AuxiliaryOptimizer(DECODER, params, max_iter=10)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
@@ -155,7 +155,7 @@ def test_step_clips_all_parameters_together(scale: float | None) -> None:
 
 
 def test_step_leaves_small_gradients_alone() -> None:
-    """Check that clipping does not stretch gradients below the limit, and that the default limit is none."""
+    """Check that gradients below the limit are not scaled up, and that there is no limit by default."""
     for settings, grad in [(DECODER, 0.5), (OptimizerSettings("a", lr=0.1), 1e4)]:
         parameter = nn.Parameter(torch.tensor(1.0))
         (grad * parameter).backward()
@@ -164,7 +164,7 @@ def test_step_leaves_small_gradients_alone() -> None:
 
 
 def test_step_without_gradients_changes_nothing() -> None:
-    """Check an idle distiller: no weight decay, no moments, and no complaint from the loss scaler."""
+    """Check an idle distiller: no weight decay, no moments, and no error from the loss scaler."""
     parameter = nn.Parameter(torch.tensor(1.0))
     other = AuxiliaryOptimizer(DECODER, [parameter], max_iter=10)
     other.step(0, torch.amp.GradScaler("cpu"))
@@ -173,7 +173,7 @@ def test_step_without_gradients_changes_nothing() -> None:
 
 
 def test_state_is_resumed() -> None:
-    """Check that two steps, saved and loaded between, equal two steps in a row."""
+    """Check that two steps, saved and loaded in between, equal two consecutive steps."""
     scaler = torch.amp.GradScaler("cpu", enabled=False)
 
     def step(other: AuxiliaryOptimizer, iteration: int) -> None:
@@ -199,7 +199,7 @@ def _run(step: DistillationStep, storage: EventStorage, iterations: int) -> None
 def test_training_step_uses_both_optimizers(
     toy_detector: type, tiny_cfg: Callable, constant_inputs: Callable, event_storage: EventStorage
 ) -> None:
-    """Check the first iteration by hand: student and adapter by SGD, the decoder by AdamW at its own warmed-up rate."""
+    """Check the first iteration by hand: SGD for student and adapter, AdamW at its own warm-up rate for the decoder."""
     cfg = tiny_cfg("retinanet", {"SOLVER": {"BASE_LR": 0.01, "MOMENTUM": 0.0, "WEIGHT_DECAY": 0.0, "MAX_ITER": 10}})
     distiller = WithDecoder()
     model = _model(toy_detector, a=distiller)
@@ -226,7 +226,7 @@ def test_gradients_do_not_pile_up_and_idle_decoders_rest(
     event_storage: EventStorage,
     autocast: torch.dtype | None,
 ) -> None:
-    """Check three iterations, the distiller taking part in the second: its decoder moves once, by one gradient."""
+    """Check three iterations, with the distiller active in the second only: its decoder moves once, by one gradient."""
     cfg = tiny_cfg("retinanet", {"SOLVER": {"BASE_LR": 0.01, "MOMENTUM": 0.0, "WEIGHT_DECAY": 0.0, "MAX_ITER": 10}})
     distiller = WithDecoder()
     model = KDMetaArch(
@@ -260,7 +260,7 @@ def test_a_decoders_gradients_do_not_pile_up(
 def test_a_loss_that_is_not_finite_stops_before_the_weights(
     toy_detector: type, tiny_cfg: Callable, constant_inputs: Callable, event_storage: EventStorage
 ) -> None:
-    """Check that the sentence names loss, value and iteration, and that no parameter has changed."""
+    """Check that the message names loss, value and iteration, and that no parameter has changed."""
     model = _model(toy_detector, a=WithDecoder())
     with torch.no_grad():
         model.distillers["a"].adapter.fill_(float("nan"))
@@ -276,7 +276,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(
 def test_students_gradients_are_clipped_one_by_one(
     toy_detector: type, tiny_cfg: Callable, constant_inputs: Callable, event_storage: EventStorage
 ) -> None:
-    """Check that SOLVER.CLIP_GRADIENTS holds for student and adapter, one by one, and not for the decoder."""
+    """Check that SOLVER.CLIP_GRADIENTS applies to student and adapter, one by one, and not to the decoder."""
     clip = {"ENABLED": True, "CLIP_TYPE": "norm", "CLIP_VALUE": 0.5}
     cfg = tiny_cfg(
         "retinanet",

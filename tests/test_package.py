@@ -1,4 +1,4 @@
-"""The wheel: what it holds, and that it trains, with a user's own method, where there is no checkout."""
+"""The wheel: its contents, and training with a user's own method without a checkout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from test_readme import example
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # about a minute on an idle machine
 
-# Every process that imports the method leaves a list of the files that kd_d2 was imported from.
+# Every process that imports the method writes a list of the files that kd_d2 was imported from.
 TELL = """
 import atexit, json, os, sys
 def tell():
@@ -35,7 +35,7 @@ def run(*command: object, **options: object) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy: a build leaves folders behind."""
+    """Build the wheel from a copy, since a build leaves folders behind."""
     source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("kd_d2", "configs", "projects"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.png", "*.json"))
@@ -48,7 +48,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def scripts(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The programs of an environment that has the wheel, and all other packages from the one that runs the tests."""
+    """Return the bin folder of an environment with the wheel and all other packages of the current environment."""
     folder = tmp_path_factory.mktemp("environment")
     run(sys.executable, "-m", "venv", "--without-pip", folder)
     python = folder / "bin" / "python"
@@ -72,7 +72,7 @@ def test_what_the_wheel_holds(wheel: Path) -> None:
 
 
 def test_an_own_method_trains_where_there_is_no_checkout(scripts: Path, tmp_path: Path) -> None:
-    """Check a config by name, trainings with a user's method in one process and in two, and a sweep; every process has kd_d2 from the environment alone."""
+    """Check configs by name, a user's method in one process and in two, and a sweep, all with the installed kd_d2."""
     work, told = tmp_path / "work", tmp_path / "told"
     work.mkdir(), told.mkdir()
     (tmp_path / "methods").mkdir()

@@ -1,4 +1,4 @@
-"""The examples of README and guides work as they stand there, and the table of methods and detectors is true."""
+"""The examples in README and guides, and the README's table of methods and detectors."""
 
 import json
 import re
@@ -20,12 +20,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def example(name: str, file: str) -> str:
-    """The code block behind `<!-- test: name -->`."""
+    """Return the code block after `<!-- test: name -->`."""
     return re.search(rf"<!-- test: {name} -->\n```\w+\n(.*?)```", (ROOT / file).read_text(), re.DOTALL)[1]
 
 
 def test_five_lines_of_yaml(tmp_path):
-    """Check that the README's config, with files where it says, is a valid distillation on its own data."""
+    """Check that the README's config, with its files in place, is a valid distillation on custom data."""
     text = example("config", "README.md")
     assert len(text.strip().splitlines()) == 5
     (tmp_path / "my.yaml").write_text(text)
@@ -43,7 +43,7 @@ def test_five_lines_of_yaml(tmp_path):
 
 @pytest.fixture
 def channel_means():
-    """The guide's example of a method, registered for one test."""
+    """Register the guide's example of a method for one test."""
     scope: dict = {}
     code = example("distiller", "docs/guides/own-method.md")
     assert len([line for line in code.splitlines() if line.strip() and not line.strip().startswith('"""')]) <= 25
@@ -53,7 +53,7 @@ def channel_means():
 
 
 def test_the_example_of_a_method_trains(channel_means, tiny_cfg, tiny_detector, make_inputs, event_storage):
-    """Check that the example reads its keys from the config, gives the loss it describes, and trains the student alone."""
+    """Check that the example reads its keys, computes the loss it describes, and trains the student."""
     overrides = {
         "MODEL": {"KD": {"CHANNEL_MEANS": {"FROM_STRIDE": 32, "WEIGHT": 3.0}, "DISTILLERS": ("ChannelMeans",)}}
     }
@@ -74,7 +74,7 @@ def test_the_example_of_a_method_trains(channel_means, tiny_cfg, tiny_detector, 
 
 @pytest.fixture
 def one_level_files(tmp_path, monkeypatch):
-    """The guide's detector and its adapter as files; what they register is gone afterwards."""
+    """Write the guide's detector and its adapter to files, and undo what they register after the test."""
     monkeypatch.setattr(sys, "modules", dict(sys.modules))
     registries = META_ARCH_REGISTRY, DETECTOR_ADAPTER_REGISTRY
     before = [dict(registry._obj_map) for registry in registries]
@@ -87,7 +87,7 @@ def one_level_files(tmp_path, monkeypatch):
 
 
 def test_the_example_of_a_detector(one_level_files, tiny_cfg, make_inputs, event_storage):
-    """Check what the detector gives without its adapter; with it its own losses, and methods that read predictions."""
+    """Check the detector without its adapter; with it, the same detection losses, and methods that use predictions."""
     detector_file, adapter_file = one_level_files
     import_extensions([detector_file])
     overrides = {
@@ -118,7 +118,7 @@ def test_the_example_of_a_detector(one_level_files, tiny_cfg, make_inputs, event
 
 
 def test_two_adapters_for_one_class(one_level_files, tiny_detector):
-    """Check that the second adapter does not silently take the place of the first."""
+    """Check that the second adapter does not silently replace the first."""
     import_extensions(one_level_files)
     adapter = DETECTOR_ADAPTER_REGISTRY.get("OneLevelAdapter")
     DETECTOR_ADAPTER_REGISTRY._do_register("Another", type("Another", (adapter,), {}))
@@ -127,7 +127,7 @@ def test_two_adapters_for_one_class(one_level_files, tiny_detector):
 
 
 def test_the_table_of_methods_and_detectors() -> None:
-    """Check every tick of the README against what the methods need and the detectors provide."""
+    """Check each ✓ in the README against what the methods need and the detectors provide."""
     columns = {"retinanet": 3, "fcos": 3, "atss": 3, "gfl": 3, "fsaf": 3, "reppoints": 4, "faster-rcnn": 5}
     configs = {
         name: load_config(str(ROOT / f"configs/tiny/{name}-student.yaml"), ["MODEL.WEIGHTS", ""]) for name in columns

@@ -1,4 +1,4 @@
-"""A training that is resumed as another one: one line says what is no longer the same."""
+"""Resuming with changed settings: one line in the log lists the differences."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ KEYS = {"SEED": 7, "SOLVER__MAX_ITER": 4, "SOLVER__STEPS": (), "SOLVER__BASE_LR"
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A training with a checkpoint of its second iteration."""
+    """Run a training up to the checkpoint of its second iteration."""
     project = make_project(tmp_path_factory.mktemp("stopped"), **KEYS)
     train(project, hooks=(KillAt(1),))
     return project
 
 
 def resumed(project: Project, caplog: pytest.LogCaptureFixture, *opts: object):
-    """The trainer that goes on from the checkpoint, and what the log says to be no longer the same."""
+    """Return the resumed trainer, and the differences that the log reports."""
     with clean_process():
         trainer = make_trainer(project, *opts)
         trainer.resume_or_load(resume=True)
@@ -53,7 +53,7 @@ def resumed(project: Project, caplog: pytest.LogCaptureFixture, *opts: object):
     ],
 )  # fmt: skip
 def test_other_keys(stopped: Project, caplog: pytest.LogCaptureFixture, opts: list, expected: str) -> None:
-    """Check the line, and of values that stay that they do."""
+    """Check the line, and that SEED and BASE_LR keep their values."""
     trainer, line = resumed(stopped, caplog, *opts)
     assert line == expected
     assert trainer.seed == 7
@@ -68,7 +68,7 @@ def test_another_optimizer_is_refused(stopped: Project, caplog: pytest.LogCaptur
 
 
 def test_other_data_and_another_teacher(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Check that files count by their content: moved they are the same."""
+    """Check that files are compared by content, so that moved ones are the same."""
     project = make_project(tmp_path / "a", **KEYS)
     train(project, hooks=(KillAt(1),))
     moved = tmp_path / "moved"
@@ -87,7 +87,7 @@ def test_other_data_and_another_teacher(tmp_path: Path, caplog: pytest.LogCaptur
 
 
 def test_another_number_of_processes(stopped: Project, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
-    """Check with a checkpoint that says to be of four processes; real ones are in tests/test_many_processes.py."""
+    """Check a checkpoint edited to be of four processes; tests/test_many_processes.py has real ones."""
     output = tmp_path / "output"
     shutil.copytree(stopped.output, output)
     path = output / "model_0000001.pth"

@@ -1,4 +1,4 @@
-"""Sweeps: matrix files, statistics of the table, resuming."""
+"""Sweeps: matrix files, table statistics and resuming."""
 
 import fcntl
 import json
@@ -78,7 +78,7 @@ def finished(tmp_path):
 
 
 def test_rows_hold_means_gains_and_gaps(finished):
-    """Check gain over the baseline, the two-deviations test and the share of the gap on numbers worked out by hand."""
+    """Check the gain over the baseline, the test of two deviations and the share of the gap, worked out by hand."""
     matrix, output = finished
     rows = {row.name: row for row in build_rows(matrix, read_results(matrix, output), {"plain": {"params": 1.5}})}
     assert list(rows) == ["teacher", "plain", "inheritance", "better"]
@@ -92,13 +92,13 @@ def test_rows_hold_means_gains_and_gaps(finished):
 
 
 def test_pooled_deviation():
-    """Check the pooled deviation of samples of different size: variances 1 (n=3) and 8 (n=2): sqrt((2*1 + 1*8) / 3)."""
+    """Check samples of different sizes, with variances 1 (n=3) and 8 (n=2): sqrt((2*1 + 1*8) / 3)."""
     assert pooled_deviation([1.0, 2.0, 3.0], [0.0, 4.0]) == pytest.approx(math.sqrt(10 / 3))
     assert pooled_deviation([1.0], [1.0, 2.0]) is None
 
 
 def test_a_gain_within_the_spread_is_not_better(finished):
-    """Check that a mean gain of two deviations or less counts as not better."""
+    """Check that a mean gain of at most two deviations does not count as better."""
     matrix, output = finished
     results = read_results(matrix, output)
     for entry, ap in zip(results["better"], (10.0, 12.0, 14.0)):
@@ -109,7 +109,7 @@ def test_a_gain_within_the_spread_is_not_better(finished):
 
 
 def test_a_cell_that_detects_nothing_is_read_and_drawn(finished, tmp_path):
-    """Check AP of NaN, which JSON has as null, in the scores and in the curve."""
+    """Check an AP of NaN, which is null in JSON, in the scores and in the curve."""
     matrix, output = finished
     path = result_path(output, "better", 0)
     with open(path) as file:
@@ -126,7 +126,7 @@ def test_a_cell_that_detects_nothing_is_read_and_drawn(finished, tmp_path):
 
 
 def test_table_texts(finished):
-    """Check that the printed table has the spread, and leaves out columns without any value."""
+    """Check that the printed table has the spread, and omits columns without values."""
     matrix, output = finished
     rows = build_rows(matrix, read_results(matrix, output), {})
     text = as_markdown(rows)
@@ -136,7 +136,7 @@ def test_table_texts(finished):
 
 
 def test_multipliers_of_the_losses(finished):
-    """Check geometric means over seeds, 2 of 1, 2 and 4, by name where there are several, and no column where there are none."""
+    """Check geometric means over seeds, 2 for 1, 2 and 4, names if there are several, and no column without any."""
     matrix, output = finished
     results = read_results(matrix, output)
     assert "multipliers" not in as_markdown(build_rows(matrix, results, {}))
@@ -150,7 +150,7 @@ def test_multipliers_of_the_losses(finished):
 
 
 def test_fragments_are_laid_over_the_config(tmp_path):
-    """Check one after another, bases included, the cell's own overrides last, and that a missing file is named."""
+    """Check several fragments and their bases, the cell's own overrides last, and the message for a missing file."""
     (tmp_path / "base.yaml").write_text("SOLVER: {GAMMA: 0.2, BASE_LR: 0.3}\n")
     (tmp_path / "one.yaml").write_text("_BASE_: base.yaml\nSOLVER: {BASE_LR: 0.4}\nMODEL: {KD: {DISTILLERS: [ICD]}}\n")
     (tmp_path / "two.yaml").write_text("SOLVER: {MOMENTUM: 0.5}\n")
@@ -165,7 +165,7 @@ def test_fragments_are_laid_over_the_config(tmp_path):
 
 
 def test_the_teacher_is_evaluated_among_the_cells(tmp_path, monkeypatch):
-    """Check that two jobs at a time are the evaluation and the first training, and what their environment says to threads."""
+    """Check that the evaluation is the first job, and the number of parallel jobs and of threads."""
     started = []
     monkeypatch.setattr(report, "run_jobs", lambda jobs, parallel, threads: started.append((jobs, parallel, threads)))
     monkeypatch.setattr(report, "_costs", lambda *arguments: {})
@@ -179,7 +179,7 @@ def test_the_teacher_is_evaluated_among_the_cells(tmp_path, monkeypatch):
 
 
 def test_threads_of_jobs_sleep_while_they_wait(tmp_path, monkeypatch):
-    """Check the environment of a job, and that what the user says of it holds."""
+    """Check the environment of a job, and that the user's own variables take precedence."""
     script = tmp_path / "program.py"
     script.write_text(
         "import json, os, sys\njson.dump({'bbox': {}, **os.environ}, open(sys.argv[1] + '/train.json', 'w'))\n"
@@ -195,7 +195,7 @@ def test_threads_of_jobs_sleep_while_they_wait(tmp_path, monkeypatch):
 
 
 def test_plots_show_every_finished_cell(finished, tmp_path):
-    """Check that both pictures are drawn from what is finished, with the teacher's line and without missing cells."""
+    """Check that both figures are drawn while a cell is unfinished."""
     matrix, output = finished
     results = read_results(matrix, output)
     plot_ap(build_rows(matrix, results, {}), str(tmp_path / "ap.png"))
@@ -205,7 +205,7 @@ def test_plots_show_every_finished_cell(finished, tmp_path):
 
 @pytest.mark.parametrize("count", [3, 10, 11, 45])
 def test_no_two_lines_of_a_plot_look_alike(count):
-    """Check that as many trainings as the whole evidence matrix has can be told apart."""
+    """Check up to as many trainings as the whole evidence matrix has."""
     assert len({tuple(look(index, count).values()) for index in range(count)}) == count
 
 
@@ -230,14 +230,14 @@ def test_no_two_lines_of_a_plot_look_alike(count):
     ],
 )
 def test_a_wrong_matrix_is_one_sentence(tmp_path, text, message):
-    """Check that what is wrong with a matrix file is named together with the file."""
+    """Check that the message names the error and the file on one line."""
     with pytest.raises(UserError, match=message) as error:
         read_matrix(write_matrix(tmp_path, text))
     assert "matrix.yaml" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_selecting_an_unknown_cell(tmp_path):
-    """Check that a cell that is not in the matrix is refused by name, and that seeds run before cells."""
+    """Check that an unknown cell is refused by name, and that runs are ordered by seed, then by cell."""
     matrix = read_matrix(write_matrix(tmp_path, MATRIX))
     with pytest.raises(UserError, match="no cell 'worse'; available: plain, inheritance"):
         matrix.select(["worse"], None)
@@ -246,7 +246,7 @@ def test_selecting_an_unknown_cell(tmp_path):
 
 
 def test_settings_ignore_places_and_defaults():
-    """Check that the settings of a cell hold what decides its result, and not where its files lie."""
+    """Check that a cell's settings have the keys that affect its result, without paths, seed, device and defaults."""
     settings = measured_settings(STUDENT, ["SOLVER.BASE_LR", "0.5", "OUTPUT_DIR", "elsewhere", "SEED", "7"])
     assert settings["SOLVER.BASE_LR"] == 0.5
     assert settings["SOLVER.STEPS"] == [560, 720]
@@ -254,7 +254,7 @@ def test_settings_ignore_places_and_defaults():
 
 
 def test_a_finished_cell_is_not_run_again(tmp_path, monkeypatch, caplog):
-    """Check that a result of the same settings is kept, and that one of other settings is refused with the key."""
+    """Check that a result with equal settings is kept, and that one with other settings is refused, naming the key."""
     monkeypatch.setattr(runner, "PROGRAM", (sys.executable, str(tmp_path / "nothing.py")))
     matrix = read_matrix(write_matrix(tmp_path, MATRIX))
     job = training_job(matrix.cell("better"), 0, str(tmp_path), str(tmp_path / "cells"), [])
@@ -269,7 +269,7 @@ def test_a_finished_cell_is_not_run_again(tmp_path, monkeypatch, caplog):
 
 
 def test_a_failing_cell_is_named_and_others_finish(tmp_path, monkeypatch):
-    """Check that a cell whose process fails is reported with its log, after the others have left their results."""
+    """Check that a failing cell is reported with its log, after the others have written their results."""
     script = tmp_path / "program.py"
     script.write_text(
         "import json, sys\n"
@@ -306,7 +306,7 @@ def test_a_failing_cell_is_named_and_others_finish(tmp_path, monkeypatch):
 
 
 def test_sigterm_stops_the_cells(tmp_path, monkeypatch):
-    """Check that a sweep that is asked to stop asks its trainings, and waits until they have."""
+    """Check that a sweep forwards SIGTERM to its trainings, and waits until they have stopped."""
     script = tmp_path / "program.py"
     script.write_text(
         "import signal, sys, time\n"
@@ -336,7 +336,7 @@ def test_sigterm_stops_the_cells(tmp_path, monkeypatch):
 
 
 def test_a_cell_that_another_process_runs_is_left_to_it(tmp_path, monkeypatch, caplog):
-    """Check that a locked folder is not trained in, and that what finished meanwhile is not run again."""
+    """Check that a cell whose folder is locked is skipped, and run once the lock is released."""
     monkeypatch.setattr(runner, "PROGRAM", (sys.executable, str(tmp_path / "nothing.py")))
     job = Job("busy", 0, [], str(tmp_path / "busy"), str(tmp_path / "cells" / "busy.json"), {})
     os.makedirs(job.output)
@@ -345,12 +345,12 @@ def test_a_cell_that_another_process_runs_is_left_to_it(tmp_path, monkeypatch, c
         run_jobs([job], 1, 1)
     assert f"busy seed 0: skipped, another process is training it in {job.output}" in caplog.text
     assert not os.path.exists(os.path.join(job.output, "process.log"))
-    with pytest.raises(UserError, match="1 cells failed: busy seed 0"):  # free again: it is tried
+    with pytest.raises(UserError, match="1 cells failed: busy seed 0"):  # no longer locked, so it is run
         run_jobs([job], 1, 1)
 
 
 def test_metrics_of_a_run_that_was_killed_and_resumed(tmp_path):
-    """Check that repeated iterations count once, as they were at last, and half a line not at all."""
+    """Check that the last row of a repeated iteration is used, and that an incomplete line is ignored."""
     rows = [{"iteration": i, "total_loss": float(i)} for i in (19, 39, 59)] + [{"iteration": 39, "total_loss": 1.0}]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "metrics.json").write_text(text + '{"iteration": 79, "to')
@@ -362,7 +362,7 @@ def test_metrics_of_a_run_that_was_killed_and_resumed(tmp_path):
 
 
 def test_progress_of_a_resumed_cell(tmp_path, caplog):
-    """Check that what an earlier process wrote is not taken for progress, and that the last row written counts."""
+    """Check that rows of an earlier process are not reported as progress, and that the last complete row is."""
     job = Job("cell", 0, [], str(tmp_path), str(tmp_path / "result.json"), {"SOLVER.MAX_ITER": 100})
     metrics = tmp_path / "metrics.json"
     metrics.write_text('{"iteration": 79, "total_loss": 1.0}\n')
@@ -376,7 +376,7 @@ def test_progress_of_a_resumed_cell(tmp_path, caplog):
 
 
 def test_a_report_of_some_cells_in_a_folder_of_its_own(finished, tmp_path):
-    """Check that the table has the chosen cells, baseline and plain student, and what is finished of them alone."""
+    """Check that the table has the finished ones of the selected cells, baseline, plain student and teacher."""
     matrix, folder = finished
     report = tmp_path / "report"
     report.mkdir()
@@ -390,7 +390,7 @@ def test_a_report_of_some_cells_in_a_folder_of_its_own(finished, tmp_path):
 
 @pytest.mark.parametrize("program", ["kd-d2 sweep", "tools/compare.py"])
 def test_a_table_that_is_kept_in_a_readme(finished, tmp_path, program):
-    """Check that only what is finished is reported, nothing is trained, the text around the table stays, and an old mark is renewed."""
+    """Check that nothing is trained, that the text around the table is kept, and that an old marker is updated."""
     matrix, folder = finished
     readme = tmp_path / "README.md"
     readme.write_text(f"# Title\n\n<!-- table of {program} -->\nold\n<!-- end of the table -->\n\nBelow.\n")
@@ -413,7 +413,7 @@ def test_a_table_that_is_kept_in_a_readme(finished, tmp_path, program):
 
 
 def test_one_of_two_tables_in_a_readme(finished, tmp_path):
-    """Check that the named table alone changes, and that a name without its marks is an error."""
+    """Check that only the named table changes, and that a name without its markers is an error."""
     matrix, folder = finished
     readme = tmp_path / "README.md"
     marks = "<!-- table of kd-d2 sweep: {} -->\n{}\n<!-- end of the table -->\n"
@@ -445,7 +445,7 @@ def test_one_of_two_tables_in_a_readme(finished, tmp_path):
     ],
 )
 def test_the_command(tmp_path, monkeypatch, arguments, cells, seeds, opts):
-    """Check the options, and that overrides may follow a list."""
+    """Check the options, and overrides after an option that takes a list."""
     seen = []
     monkeypatch.setattr("kd_d2.sweep.run_sweep", lambda *arguments: seen.append(arguments))
     with clean_process():
@@ -456,7 +456,7 @@ def test_the_command(tmp_path, monkeypatch, arguments, cells, seeds, opts):
 
 
 def test_jobs_import_what_the_sweep_imports(tmp_path):
-    """Check both kinds of jobs: the options come before the overrides."""
+    """Check both kinds of jobs: the options precede the overrides."""
     matrix = read_matrix(write_matrix(tmp_path, MATRIX))
     cell, folder = matrix.cell("better"), str(tmp_path)
     for make, arguments in ((training_job, (cell, 0)), (teacher_evaluation, (cell,))):
@@ -467,7 +467,7 @@ def test_jobs_import_what_the_sweep_imports(tmp_path):
 
 
 def test_costs_of_images_that_have_to_be_padded(tmp_path):
-    """Check that a test size of 40 counts the operations of the 64 pixels that it is padded to, for each detector once."""
+    """Check that a test size of 40 costs as much as its padded size, 64, and that equal detectors cost the same."""
     matrix = read_matrix(
         write_matrix(
             tmp_path,
@@ -483,7 +483,7 @@ def test_costs_of_images_that_have_to_be_padded(tmp_path):
 
 
 def test_plain_detectors_are_compared_without_a_teacher(tmp_path):
-    """Check that no teacher is trained, evaluated or measured where no cell has one."""
+    """Check that there is no teacher to evaluate or measure if no cell has one."""
     text = "config: STUDENT\nbaseline: one\ncells: {one: , other: {opts: {SOLVER.GAMMA: 0.2}}}\n"
     plain = ["MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.SLIM_RESNET.WIDTHS", "(4, 6, 8, 10)"]
     matrix = read_matrix(write_matrix(tmp_path, text))
@@ -492,7 +492,7 @@ def test_plain_detectors_are_compared_without_a_teacher(tmp_path):
 
 
 def test_deformable_convolutions_count(tmp_path):
-    """Check RepPoints' head: two deformable convolutions of 9 points are as many operations as two ordinary ones of 3 x 3."""
+    """Check how many operations 16 more points add to RepPoints' head; deformable convolutions count as ordinary."""
     teacher = os.path.join(ROOT, "configs", "tiny", "reppoints-student.yaml")
     matrix = read_matrix(
         write_matrix(tmp_path, f"config: {teacher}\nbaseline: one\ncells: {{one: , two: {{opts: {{}}}}}}\n")
@@ -512,6 +512,6 @@ def test_deformable_convolutions_count(tmp_path):
         for n in (9, 25)
     )
     positions = sum((128 // stride) ** 2 for stride in (8, 16, 32, 64, 128))
-    # 16 more points: in the kernels of two deformable convolutions, and as outputs of two 1 x 1 convolutions, y and x each
+    # 16 more points: in the kernels of two deformable convolutions, and as outputs (y and x) of two 1 x 1 convolutions
     per_position = 2 * 8 * 8 * 16 + 2 * 8 * 2 * 16
     assert more["gflops"] - few["gflops"] == pytest.approx(positions * per_position / 1e9, rel=1e-6)

@@ -1,4 +1,4 @@
-"""Training and evaluating from end to end, on images of 64 to 96 pixels and detectors of a few thousand parameters."""
+"""End-to-end training and evaluation, on images of 64 to 96 pixels and detectors of a few thousand parameters."""
 
 import json
 import math
@@ -88,16 +88,16 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
 
 
 def test_a_resumed_run_goes_on_as_if_unbroken(project: Project) -> None:
-    """Check losses and final weights after a kill behind a checkpoint, with evaluations in between.
+    """Check losses and final weights of a training killed after a checkpoint, with evaluations in between.
 
-    The resumed process starts with other random numbers, so that whatever is not restored shows.
+    The resumed process starts with other random numbers, which would reveal any state that is not restored.
     """
     project.change(**SEVERAL_METHODS, SOLVER__MAX_ITER=7, SOLVER__STEPS=(5,), SOLVER__CHECKPOINT_PERIOD=3)
-    # Small steps: on a CPU not even two equal trainings are bitwise the same, and large steps make much of little.
+    # Small steps: even on a CPU, equal trainings are not bitwise equal, and large steps amplify the differences.
     project.change(SOLVER__BASE_LR=0.001, TEST__EVAL_PERIOD=2)
     unbroken = train(project, "OUTPUT_DIR", project.folder / "unbroken")
     killed = train(project, hooks=(KillAt(4),))
-    assert (project.output / "last_checkpoint").read_text() == "model_latest.pth"  # of the evaluation after iteration 3
+    assert (project.output / "last_checkpoint").read_text() == "model_latest.pth"  # evaluated after iteration 3
     resumed = train(project, resume=True, seed=12345)
     assert_same(killed.losses, unbroken.losses, range(5))
     assert_same(resumed.losses, unbroken.losses, range(4, 7))
@@ -107,13 +107,13 @@ def test_a_resumed_run_goes_on_as_if_unbroken(project: Project) -> None:
 
 
 def names_of_losses(run: Run) -> set[str]:
-    """Of the methods."""
+    """Return the names of all methods' losses."""
     return {name for distiller in run.trainer.bare_model.distillers.values() for name in distiller.loss_names}
 
 
 @pytest.mark.parametrize("detector", ["fcos", "atss", "gfl", "fsaf", "reppoints"])
 def test_dense_detectors_are_distilled_and_resumed(tmp_path: Path, detector: str) -> None:
-    """Check the methods that read predictions, and ICD, on each; a resumed run goes on as if unbroken."""
+    """Check methods that use predictions, and ICD, on each detector; resuming must not change the losses."""
     project = make_project(tmp_path, detector, **SMALL_ICD)
     methods = ("RankMimicking", "PFI", "SoftLabel", "ICD")
     project.change(MODEL__KD__DISTILLERS=methods, MODEL__KD__INHERIT__ENABLED=True, SOLVER__BASE_LR=0.001)
@@ -129,7 +129,7 @@ def test_dense_detectors_are_distilled_and_resumed(tmp_path: Path, detector: str
 
 @pytest.mark.parametrize("detector", ["retinanet", "faster-rcnn"])
 def test_all_methods_at_once(tmp_path: Path, detector: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check that every method that goes with the detector trains beside the others, on one pass of the teacher and one assignment."""
+    """Check all methods of a detector together: one teacher forward pass and at most one assignment per iteration."""
     methods = methods_of(detector)
     assert len(methods) == (17 if detector == "retinanet" else 14)
     project = make_project(tmp_path, detector, MODEL__KD__DISTILLERS=methods, **SMALL_ICD)
@@ -155,7 +155,7 @@ def test_all_methods_at_once(tmp_path: Path, detector: str, monkeypatch: pytest.
 
 
 class Waits(TorchDispatchMode):
-    """Counts operations that make a CPU wait for its GPU: those whose result's size or value it must know."""
+    """Counts operations that make a CPU wait for its GPU, since it needs the size or the value of their result."""
 
     def __init__(self):
         super().__init__()
@@ -171,11 +171,11 @@ class Waits(TorchDispatchMode):
 
 
 def test_methods_do_not_wait_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check each method's forward pass behind the label assignment: GID's NMS alone waits, whose result has any size.
+    """Check each method's forward pass after label assignment: only GID's NMS waits, as the size of its result varies.
 
-    ICD's two are of what lies on the CPU anyway, and four checks of `one_hot` that there are on a CPU alone.
+    Two of ICD's are on data that is already on the CPU; the other four are checks of `one_hot` that run only on a CPU.
     """
-    monkeypatch.setattr(gid, "CANDIDATES", 200)  # of more boxes torchvision's NMS goes another way, on a CPU alone
+    monkeypatch.setattr(gid, "CANDIDATES", 200)  # with more boxes, torchvision's NMS takes another path, only on a CPU
     methods = methods_of("retinanet")
     project = make_project(tmp_path, MODEL__KD__DISTILLERS=methods, **SMALL_ICD)
     project.change(SOLVER__MAX_ITER=1, SOLVER__STEPS=(), MODEL__KD__ICD__DETACH_STUDENT_ITERS=0)
@@ -201,7 +201,7 @@ def test_methods_do_not_wait_for_a_gpu(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_random_states_survive_a_checkpoint(tmp_path: Path) -> None:
-    """Check that all three generators, the second half of a pair of normal numbers included, go on where they were."""
+    """Check that all three generators are restored, including the cached second number of a normal pair."""
 
     def draws() -> list[float]:
         return [random.gauss(0, 1), float(np.random.randn()), float(torch.randn(())), random.random(), np.random.rand()]
@@ -222,7 +222,7 @@ def test_random_states_survive_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_run_with_a_random_seed_is_resumed_with_it(retinanet: Project) -> None:
-    """Check that SEED -1 draws a seed once, and that a resumed run goes on with it."""
+    """Check that SEED -1 draws a seed once, and that a resumed training keeps it."""
     retinanet.change(SEED=-1, SOLVER__MAX_ITER=6, SOLVER__CHECKPOINT_PERIOD=3, SOLVER__BASE_LR=0.001)
     killed = train(retinanet, hooks=(KillAt(4),), seed=1)
     resumed = train(retinanet, resume=True, seed=2)
@@ -233,7 +233,7 @@ def test_a_run_with_a_random_seed_is_resumed_with_it(retinanet: Project) -> None
 
 
 def test_evaluation_leaves_the_training_alone(tmp_path: Path) -> None:
-    """Check that a training with random sampling has the same losses with and without evaluations in it."""
+    """Check that a training with random sampling has the same losses with and without evaluations."""
     project = make_project(tmp_path, "faster-rcnn", SOLVER__BASE_LR=0.001)
     without = train(project, "OUTPUT_DIR", tmp_path / "without")
     between = train(project, "TEST.EVAL_PERIOD", 1)
@@ -241,7 +241,7 @@ def test_evaluation_leaves_the_training_alone(tmp_path: Path) -> None:
 
 
 def test_seeds(retinanet: Project) -> None:
-    """Check that the data come in the order of SEED: the same for the same, another for another."""
+    """Check that SEED determines the order of the data."""
     retinanet.change(SOLVER__BASE_LR=0.001)
     first, second = (train(retinanet, "SOLVER.MAX_ITER", 2) for _ in range(2))
     other = train(retinanet, "SEED", 1, "SOLVER.MAX_ITER", 2)
@@ -250,7 +250,7 @@ def test_seeds(retinanet: Project) -> None:
 
 
 def test_resuming_never_inherits(retinanet: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check that the teacher's neck and head are copied before the first iteration of a training, and only there."""
+    """Check that the teacher's neck and head are copied only before the first iteration, not on resume."""
     calls = []
 
     def count(student, teacher, modules, inherit=trainer_module.inherit):
@@ -265,7 +265,7 @@ def test_resuming_never_inherits(retinanet: Project, monkeypatch: pytest.MonkeyP
 
 
 def test_inherited_weights_are_where_training_starts(retinanet: Project) -> None:
-    """Check the student's tensors before the first step: neck and head the teacher's, the rest its own."""
+    """Check the student with a learning rate of 0: neck and head are the teacher's, the stem is not."""
     retinanet.change(MODEL__KD__INHERIT__ENABLED=True, SOLVER__BASE_LR=0.0, SOLVER__WEIGHT_DECAY=0.0)
     run = train(retinanet, "SOLVER.MAX_ITER", 1)
     teacher = read_checkpoint(str(retinanet.teacher_weights))["model"]
@@ -278,7 +278,7 @@ def test_inherited_weights_are_where_training_starts(retinanet: Project) -> None
 
 @pytest.mark.slow
 def test_a_killed_process_can_be_resumed(retinanet: Project) -> None:
-    """Check with a real SIGKILL at a random moment: the last checkpoint is whole and the training goes on from it."""
+    """Check a real SIGKILL at a random moment: the last checkpoint is complete, and training continues from it."""
     retinanet.change(SOLVER__MAX_ITER=2000, SOLVER__CHECKPOINT_PERIOD=1)
     command = [sys.executable, str(ROOT / "train_net.py"), "--config-file", str(retinanet.student)]
     with open(retinanet.folder / "log", "w") as log:
@@ -303,7 +303,7 @@ def test_a_killed_process_can_be_resumed(retinanet: Project) -> None:
 
 
 def test_training_changes_the_student_alone(project: Project) -> None:
-    """Check that student and adaptation layers move, and that the teacher is bitwise as it was, and in eval mode."""
+    """Check that student and adaptation layers change, and that the teacher is bitwise unchanged and in eval mode."""
     project.change(MODEL__KD__FEATURE_IMITATION__ADAPTATION="1x1", SOLVER__CHECKPOINT_PERIOD=1)
     run = train(project)
     teacher = run.trainer.bare_model.teacher.model
@@ -320,7 +320,7 @@ def test_training_changes_the_student_alone(project: Project) -> None:
 
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_images_without_objects_train(tmp_path: Path, detector: str) -> None:
-    """Check that batches of nothing but background have finite losses and gradients, and that evaluation survives."""
+    """Check that losses and weights are finite with background only, and that evaluation does not fail."""
     project = make_project(tmp_path, detector)
     project.change_annotations(lambda tree: tree.update(annotations=[]))
     run = train(project)
@@ -333,7 +333,7 @@ def test_images_without_objects_train(tmp_path: Path, detector: str) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(retinanet: Project, capfd: pytest.CaptureFixture) -> None:
-    """Check sentence, status, and that neither the weights nor the last checkpoint know of the bad iteration."""
+    """Check message and exit status, and that the last checkpoint is of the previous iteration, with finite weights."""
     broken = read_checkpoint(str(retinanet.teacher_weights))
     broken["model"]["backbone.fpn_output4.weight"][0, 0, 0, 0] = math.nan
     torch.save(broken, retinanet.teacher_weights)
@@ -356,14 +356,14 @@ def test_a_loss_that_is_not_finite_stops_the_training(retinanet: Project, capfd:
 
 
 class Remember(HookBase):
-    """Keeps the detector, which an exception would lose."""
+    """Keeps the detector, which would be lost with the exception."""
 
     def before_train(self) -> None:
         self.detector = self.trainer.checkpointer.model
 
 
 def test_a_bad_iteration_does_not_reach_the_weights(retinanet: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check that after the error every parameter is that of the iteration before."""
+    """Check that after the error all parameters are those of the previous iteration."""
     calls = []
 
     def turns_infinite(student, teacher, original=feature_imitation.mean_squared_error):
@@ -380,7 +380,7 @@ def test_a_bad_iteration_does_not_reach_the_weights(retinanet: Project, monkeypa
 
 
 def test_weights_that_are_not_finite_are_never_saved(retinanet: Project) -> None:
-    """Check that a gradient that broke the weights, though every loss was finite, does not cost the last checkpoint."""
+    """Check that weights broken by a NaN gradient, with finite losses, do not replace the last checkpoint."""
 
     class BreakWeights(HookBase):
         def before_step(self) -> None:
@@ -404,22 +404,22 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_mixed_precision(project: Project, dtype: str, device: str) -> None:
-    """Check that autocast keeps the losses near those of float32, and the weights in float32."""
+    """Check that losses under autocast are close to those in float32, and that weights stay in float32."""
     project.change(MODEL__DEVICE=device)
-    # Images so large that no map is 1x1: there torch 2.14's gradients of a bfloat16 convolution are not always finite.
+    # Images so large that no map is 1x1, where torch 2.14's gradients of bfloat16 convolutions are not always finite.
     project.change(**SEVERAL_METHODS, INPUT__MIN_SIZE_TRAIN=(256,), INPUT__MAX_SIZE_TRAIN=400, SOLVER__BASE_LR=0.001)
     expected = train(project, "OUTPUT_DIR", project.folder / "float32", "SOLVER.MAX_ITER", 1).losses[0]
     run = train(project, "SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", dtype, "SOLVER.MAX_ITER", 2)
     assert run.losses[0] != expected
     for name, value in run.losses[0].items():
-        tolerance = 0.5 if name == "loss_box_reg" and "loss_rpn_cls" in expected else 0.03  # other proposals are drawn
+        tolerance = 0.5 if name == "loss_box_reg" and "loss_rpn_cls" in expected else 0.03  # proposals differ
         assert value == pytest.approx(expected[name], rel=tolerance, abs=0.01), name
     assert run.losses[1].keys() == expected.keys()
     assert all(t.dtype == torch.float32 for t in weights(run).values() if t.is_floating_point())
     assert run.trainer._trainer.scaler.is_enabled() == (dtype == "float16")
 
 
-# GID chooses other instances where two differ by less than rounding; DIST's correlations are of logits that rounding moves by 1 %.
+# Rounding changes GID's choice between nearly equal instances, and DIST's logits, which it correlates, by 1 %.
 AMP_TOLERANCE = {"GID": 1.0, "DIST": 0.1}
 
 
@@ -427,7 +427,7 @@ AMP_TOLERANCE = {"GID": 1.0, "DIST": 0.1}
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", sorted(dict(DISTILLER_REGISTRY)))
 def test_every_method_in_mixed_precision(tmp_path: Path, method: str, dtype: str, device: str) -> None:
-    """Check that autocast changes a method's losses by rounding alone, and that its second step is finite."""
+    """Check that autocast changes a method's losses only by rounding, and that they are finite in the second step."""
     keys = {"MODEL__KD__DISTILLERS": (method,), "MODEL__DEVICE": device, **SMALL_ICD}
     project = make_project(tmp_path, detector_of(method), **keys)
     project.change(INPUT__MIN_SIZE_TRAIN=(256,), INPUT__MAX_SIZE_TRAIN=400, SOLVER__BASE_LR=0.001, SOLVER__STEPS=())
@@ -439,14 +439,14 @@ def test_every_method_in_mixed_precision(tmp_path: Path, method: str, dtype: str
         assert math.isfinite(run.losses[1][name]), name
 
 
-# ICD's fake instances, and the proposals that DKD reads.
+# ICD's fake instances and DKD's proposals depend on the device's generator.
 DRAWS_ON_ITS_DEVICE = {"ICD", "DKD"}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("method", sorted(dict(DISTILLER_REGISTRY)))
 def test_every_method_on_a_gpu(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check that a GPU computes the CPU's losses and balances them alike."""
+    """Check that losses, with balancing, are equal on CPU and GPU."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     project = make_project(tmp_path, detector_of(method), MODEL__KD__DISTILLERS=(method,), **SMALL_ICD)
     project.change(MODEL__KD__BALANCE__ENABLED=True, MODEL__KD__MGD__MASK_RATIO=0.0, MODEL__KD__IMA__MASK="none")
@@ -462,7 +462,7 @@ def test_every_method_on_a_gpu(tmp_path: Path, method: str, monkeypatch: pytest.
 
 
 def golden_run(folder: Path) -> dict[str, dict[str, float]]:
-    """Six iterations of two methods from weights and images that no library's random numbers decide."""
+    """Return losses of six iterations of two methods, from weights and images that no library's generator affects."""
     project = make_project(
         folder,
         "retinanet",
@@ -480,7 +480,7 @@ def golden_run(folder: Path) -> dict[str, dict[str, float]]:
 
 
 class FixedAdaptation(HookBase):
-    """Sets the adaptation layers, which torch's generator has filled, to the identity."""
+    """Sets the adaptation layers, which are initialized randomly, to the identity."""
 
     def before_train(self) -> None:
         for layer in self.trainer.bare_model.distillers["FeatureImitation"].adaptation.layers.values():
@@ -489,9 +489,9 @@ class FixedAdaptation(HookBase):
 
 
 def test_golden_losses(tmp_path: Path) -> None:
-    """Check every loss of a tiny run against stored numbers: a change of results has to be meant.
+    """Check every loss of a tiny training against stored values, so that results do not change unintentionally.
 
-    `python tests/test_training.py` writes the file anew.
+    `python tests/test_training.py` rewrites the file.
     """
     found, expected = golden_run(tmp_path), json.loads(GOLDEN.read_text())
     assert found.keys() == expected.keys()
@@ -516,7 +516,7 @@ def assert_same_detections(found: list[dict], expected: list[dict]) -> None:
 
 @pytest.mark.parametrize("detector", OWN_LOSSES)
 def test_the_plain_student_trains_with_the_same_program(tmp_path: Path, detector: str) -> None:
-    """Check that META_ARCHITECTURE alone makes the run plain: no teacher needed, no loss and no entry of a distiller."""
+    """Check that META_ARCHITECTURE alone selects plain training: no teacher, distillation loss or distiller."""
     project = make_project(tmp_path, detector)
     project.teacher.unlink()
     project.teacher_weights.unlink()
@@ -532,7 +532,7 @@ def test_the_plain_student_trains_with_the_same_program(tmp_path: Path, detector
 
 
 def test_losses_are_logged_apart(retinanet: Project) -> None:
-    """Check that log and metrics name each of the student's and the methods' losses."""
+    """Check that the log and the metrics name each loss of the student and of the methods."""
     retinanet.change(**SEVERAL_METHODS)
     retinanet.main()
     names = OWN_LOSSES["retinanet"] | {"loss_feature_imitation", "loss_structural", *ICD.loss_names}
@@ -545,7 +545,7 @@ def test_losses_are_logged_apart(retinanet: Project) -> None:
 
 
 def test_eval_only_needs_no_teacher(project: Project) -> None:
-    """Check that the student is evaluated from its checkpoint alone, and finds what it found at the end of training."""
+    """Check that the student is evaluated from its checkpoint alone, with the detections of the end of training."""
     project.change(MODEL__RETINANET__SCORE_THRESH_TEST=0.0, MODEL__ROI_HEADS__SCORE_THRESH_TEST=0.0)
     trained = project.main()
     expected = detections(project.output)
@@ -560,7 +560,7 @@ def test_eval_only_needs_no_teacher(project: Project) -> None:
 
 
 def test_eval_teacher(project: Project) -> None:
-    """Check that the teacher is evaluated before training, alone, and as a plain model, each time with the same result."""
+    """Check that evaluating the teacher before training, alone, and as a plain model gives the same result."""
     thresholds = {"MODEL__RETINANET__SCORE_THRESH_TEST": 0.0, "MODEL__ROI_HEADS__SCORE_THRESH_TEST": 0.0}
     project.change(**thresholds)
     project.change_teacher(**thresholds)
@@ -586,7 +586,7 @@ def test_eval_teacher(project: Project) -> None:
 
 
 def test_eval_teacher_of_another_channel_order(retinanet: Project) -> None:
-    """Check that a BGR teacher of an RGB student finds what its RGB twin finds."""
+    """Check that a BGR teacher of an RGB student has the detections of the equivalent RGB teacher."""
     retinanet.change_teacher(MODEL__RETINANET__SCORE_THRESH_TEST=0.0)
     retinanet.main("--eval-only", "--eval-teacher")
     expected = detections(retinanet.output / "teacher")
@@ -606,8 +606,8 @@ def test_eval_teacher_of_another_channel_order(retinanet: Project) -> None:
 
 @pytest.mark.slow
 def test_two_processes_on_a_cpu(retinanet: Project) -> None:
-    """Check that torchrun's processes train together: one set of files, and weights that a plain program loads."""
-    retinanet.change(MODEL__KD__FEATURE_IMITATION__END_ITER=2)  # idle parameters behind DDP too
+    """Check that torchrun's processes train together: one set of files, and weights that a single process can load."""
+    retinanet.change(MODEL__KD__FEATURE_IMITATION__END_ITER=2)  # unused parameters under DDP as well
     retinanet.change(MODEL__KD__FEATURE_IMITATION__ADAPTATION="1x1")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
