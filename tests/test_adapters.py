@@ -1,4 +1,4 @@
-"""The adapters: their losses are the detectors' own, and what they read agrees with Detectron2's own pieces."""
+"""Adapters: unchanged detection losses, and outputs that agree with Detectron2's own modules."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.unit
 NOTHING: frozenset[str] = frozenset()
 EVERYTHING = frozenset({"features", "anchors", "dense", "targets"})
 TOWERS = frozenset({"towers", "towers/0", "towers/1"})
-"""Of heads with one convolution a tower."""
+"""What heads with one convolution per tower provide."""
 
 
 def _targets(inputs: list[dict]) -> list[Instances]:
@@ -50,14 +50,14 @@ def _targets(inputs: list[dict]) -> list[Instances]:
 
 
 def _count_calls(module: nn.Module) -> list[None]:
-    """A list that grows by one with every call of the module."""
+    """Return a list that grows by one with each call of the module."""
     calls: list[None] = []
     module.register_forward_hook(lambda *_: calls.append(None))
     return calls
 
 
 def _count_anchors(monkeypatch: pytest.MonkeyPatch) -> list[None]:
-    """A list that grows by one whenever an adapter makes anchors."""
+    """Return a list that grows by one whenever an adapter generates anchors."""
     calls: list[None] = []
     for module in (dense, rcnn):
         make = module.grid_anchors
@@ -66,7 +66,7 @@ def _count_anchors(monkeypatch: pytest.MonkeyPatch) -> list[None]:
 
 
 def _assert_own_losses(model: nn.Module, batches: list[list[dict]], want: frozenset[str] = EVERYTHING) -> None:
-    """The adapter's losses and their gradients equal those of the model's own forward pass, batch after batch."""
+    """Assert that losses, gradients and buffers equal those of the model's own forward pass over the batches."""
     reference = copy.deepcopy(model)
     adapter = build_adapter(model)
     for batch in batches:
@@ -92,7 +92,7 @@ def _assert_own_losses(model: nn.Module, batches: list[list[dict]], want: frozen
 def test_retinanet_losses_are_its_own(
     tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage, want: frozenset[str]
 ) -> None:
-    """Check losses, gradients, buffers and the running normalizer over two batches, one image without objects."""
+    """Check losses, gradients, buffers and the running normalizer over two batches with an image without objects."""
     model = tiny_detector("retinanet")
     reference = copy.deepcopy(model)
     batches = [make_inputs(), make_inputs(counts=(0, 4), seed=1)]
@@ -106,7 +106,6 @@ def test_retinanet_losses_are_its_own(
 def test_retinanet_losses_follow_its_config(
     tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage, box_loss: str
 ) -> None:
-    """Check that the detector's own options of the loss are kept."""
     overrides = {"MODEL": {"RETINANET": {"BBOX_REG_LOSS_TYPE": box_loss, "FOCAL_LOSS_GAMMA": 1.0}}}
     _assert_own_losses(tiny_detector("retinanet", overrides), [make_inputs()])
 
@@ -114,7 +113,7 @@ def test_retinanet_losses_follow_its_config(
 def test_levels_that_the_head_does_not_read_play_no_part(
     tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage
 ) -> None:
-    """Check a head on three of the neck's five levels: these alone are the detector's, and its losses stay its own."""
+    """Check a head on three of the neck's five levels: the spec has only these, and the losses are unchanged."""
     overrides = {
         "RETINANET": {"IN_FEATURES": ["p3", "p4", "p5"]},
         "ANCHOR_GENERATOR": {"SIZES": [[16], [32], [64]]},
@@ -140,14 +139,14 @@ ADAPTERS = {
 def test_other_detectors_losses_are_their_own(
     tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage, kind: str
 ) -> None:
-    """Check losses, gradients and buffers under the same random numbers; one image has no objects."""
+    """Check losses, gradients and buffers with the same random numbers; one image has no objects."""
     model = tiny_detector(kind)
     assert type(build_adapter(model)) is ADAPTERS[kind]
     _assert_own_losses(model, [make_inputs(masks=True), make_inputs(counts=(0, 4), seed=1, masks=True)])
 
 
 def test_rcnn_with_given_proposals(tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage) -> None:
-    """Check a Fast R-CNN: no RPN, so no anchors to offer, and the proposals of the inputs are used."""
+    """Check a Fast R-CNN: without an RPN it provides no anchors, and uses the proposals of the inputs."""
     overrides = {"MODEL": {"PROPOSAL_GENERATOR": {"NAME": "PrecomputedProposals"}}}
     model = tiny_detector("faster", overrides)
     batch = make_inputs()
@@ -163,7 +162,7 @@ def test_rcnn_with_given_proposals(tiny_detector: Callable, make_inputs: Callabl
 
 
 def test_specs(tiny_detector: Callable) -> None:
-    """Check what the adapters tell before the first forward pass."""
+    """Check what adapters report before the first forward pass."""
     dense = build_adapter(tiny_detector("retinanet")).spec
     assert (dense.name, dense.family, dense.num_classes) == ("RetinaNet", "one-stage", 3)
     assert dense.shapes == {s: ShapeSpec(channels=8, stride=s) for s in (8, 16, 32, 64, 128)}
@@ -192,12 +191,12 @@ def test_specs(tiny_detector: Callable) -> None:
     assert build_adapter(tiny_detector("fsaf")).spec.provides == EVERYTHING | TOWERS | {"detections", "points"}
     reppoints = build_adapter(tiny_detector("reppoints")).spec
     assert (reppoints.provides, reppoints.tower_channels) == (EVERYTHING | {"detections"}, None)
-    assert gfl.cell_anchors[16].tolist() == [[8 - 64, 8 - 64, 8 + 64, 8 + 64]]  # around the middle of the first cell
+    assert gfl.cell_anchors[16].tolist() == [[8 - 64, 8 - 64, 8 + 64, 8 + 64]]  # around the center of the first cell
 
 
 @pytest.mark.parametrize("kind", ["fcos", "gfl", "reppoints", "retinanet"])
 def test_dense_boxes_are_float32_under_autocast(kind: str, tiny_detector: Callable) -> None:
-    """Check that half precision of the head's outputs costs no pixel of a box far from the corner: anchors keep their places."""
+    """Check that half-precision head outputs do not round the positions of anchors far from the origin."""
     model = tiny_detector(kind)
     decode = build_adapter(model)._decode
     anchors = Boxes(torch.tensor([[1001.0, 1003.0, 1065.0, 1067.0]]))
@@ -211,7 +210,7 @@ def test_dense_boxes_are_float32_under_autocast(kind: str, tiny_detector: Callab
 
 @pytest.mark.parametrize("kind", ["retinanet", "faster"])
 def test_features_by_stride_are_the_backbones(tiny_detector: Callable, make_inputs: Callable, kind: str) -> None:
-    """Check that every level has its own stride, and the values that the detector's own pieces compute."""
+    """Check that each level has its own stride and the values that the detector's backbone computes."""
     model = tiny_detector(kind).eval()
     batch = make_inputs()
     with torch.no_grad():
@@ -229,7 +228,7 @@ def test_features_by_stride_are_the_backbones(tiny_detector: Callable, make_inpu
 def test_retinanet_dense_predictions_are_the_heads(
     tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage
 ) -> None:
-    """Check logits, probabilities and anchors against the detector's own pieces, level by level."""
+    """Check logits, box regression, probabilities, anchors and boxes of each level against the detector's own."""
     model = tiny_detector("retinanet").eval()
     nn.init.normal_(model.head.cls_score.weight, std=0.5)
     nn.init.normal_(model.head.bbox_pred.weight, std=0.1)
@@ -254,7 +253,7 @@ def test_retinanet_dense_predictions_are_the_heads(
 
 
 def test_ranking_scores_with_quality() -> None:
-    """Check sqrt(class * quality) by hand: sqrt(1/2 * 1/8) = 1/4."""
+    """Check sqrt(class probability * quality) by hand: sqrt(1/2 * 1/8) = 1/4."""
     dense = DensePredictions(
         logits={8: torch.zeros(1, 1, 2)},
         box_regression={},
@@ -278,7 +277,7 @@ def _random_targets(generator: torch.Generator, counts: tuple[int, ...]) -> list
 
 
 def test_assignment_equals_label_anchors(tiny_detector: Callable) -> None:
-    """Check classes, background, ignored anchors and matched boxes on random boxes, some images having none."""
+    """Check classes, background, ignored anchors and matched boxes for random boxes and images without boxes."""
     model = tiny_detector("retinanet")
     anchors = model.anchor_generator([torch.zeros(1, 8, -(-96 // s), 128 // s) for s in (8, 16, 32, 64, 128)])
     generator = torch.Generator().manual_seed(0)
@@ -305,7 +304,7 @@ def test_assignment_equals_label_anchors(tiny_detector: Callable) -> None:
 
 
 def test_assignment_of_an_image_without_objects_is_background() -> None:
-    """Check that nothing is ignored or matched, even where the matcher's lowest label is "ignored"."""
+    """Check that nothing is ignored or matched, even if the matcher's lowest label is "ignored"."""
     matcher = Matcher([0.1], [-1, 1])
     assert assign_by_iou(torch.zeros(0, 1), matcher).tolist() == [BACKGROUND]
 
@@ -313,7 +312,7 @@ def test_assignment_of_an_image_without_objects_is_background() -> None:
 @pytest.mark.parametrize("allow_low_quality_matches", [True, False])
 @pytest.mark.parametrize(("thresholds", "labels"), [([0.4, 0.5], [0, -1, 1]), ([0.2, 0.4, 0.8], [-1, 0, -1, 1])])
 def test_assignment_is_the_matchers(thresholds: list, labels: list, allow_low_quality_matches: bool) -> None:
-    """Check overlaps with many ties, also at the thresholds, and boxes that nothing overlaps."""
+    """Check IoUs with many ties, including at the thresholds, and boxes that no anchor overlaps."""
     overlap = torch.randint(0, 11, (6, 40), generator=torch.Generator().manual_seed(0)) / 10
     overlap[2], overlap[:, :4] = 0, 0
     matcher = Matcher(thresholds, labels, allow_low_quality_matches)
@@ -326,7 +325,7 @@ def test_assignment_is_the_matchers(thresholds: list, labels: list, allow_low_qu
 def test_run_gives_the_assignment_of_its_own_loss(
     tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage
 ) -> None:
-    """Check that `dense.assignment` of a training pass is that of the batch's boxes, levels in order of stride."""
+    """Check that `dense.assignment` in training matches the boxes of the batch, with levels in order of stride."""
     model = tiny_detector("retinanet")
     batch = make_inputs(counts=(3, 0))
     outputs = build_adapter(model).run(batch, frozenset({"dense"}), _targets(batch))
@@ -343,7 +342,7 @@ def test_run_gives_the_assignment_of_its_own_loss(
 def test_teacher_pass_computes_only_what_is_wanted(
     tiny_detector: Callable, make_inputs: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Check by counting calls: features run no head and no anchor generator, anchors no head."""
+    """Check the numbers of calls: features need neither head nor anchor generator, and anchors need no head."""
     model = tiny_detector("retinanet").eval()
     heads, generators = _count_calls(model.head), _count_anchors(monkeypatch)
     adapter = build_adapter(model)
@@ -362,7 +361,7 @@ def test_teacher_pass_computes_only_what_is_wanted(
 def test_rcnn_teacher_pass_computes_only_what_is_wanted(
     tiny_detector: Callable, make_inputs: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Check that neither RPN nor heads run; the RPN's anchors come when wanted, keyed by their own strides."""
+    """Check that neither RPN nor heads run, and that the RPN's anchors, if wanted, are keyed by stride."""
     model = tiny_detector("faster").eval()
     heads, rpns = _count_calls(model.roi_heads), _count_calls(model.proposal_generator)
     generators = _count_anchors(monkeypatch)
@@ -375,7 +374,7 @@ def test_rcnn_teacher_pass_computes_only_what_is_wanted(
     for stride, anchors in outputs.anchors.items():
         height, width = outputs.features[stride].shape[-2:]
         assert len(anchors) == 3 * height * width
-        # three shapes at a place, then one stride to the right
+        # three shapes per position, then one stride to the right
         torch.testing.assert_close(anchors.tensor[3] - anchors.tensor[0], torch.tensor([1.0, 0.0, 1.0, 0.0]) * stride)
         torch.testing.assert_close(anchors.area()[:3], torch.full((3,), float((2 * stride) ** 2)))
 
@@ -395,7 +394,7 @@ class OwnTraining(RetinaNet):
 
 
 class OwnLabels(RetinaNet):
-    """Knows nothing but background."""
+    """Labels all anchors as background."""
 
     def label_anchors(self, anchors, gt_instances):
         labels, boxes = super().label_anchors(anchors, gt_instances)
@@ -403,14 +402,14 @@ class OwnLabels(RetinaNet):
 
 
 class OwnLosses(RetinaNet):
-    """Doubles a loss."""
+    """Doubles the losses."""
 
     def losses(self, *args) -> dict[str, Tensor]:
         return {name: 2 * loss for name, loss in super().losses(*args).items()}
 
 
 class OwnPreprocessing(GeneralizedRCNN):
-    """Prepares images its own way."""
+    """Overrides the preprocessing of images."""
 
     def preprocess_image(self, batched_inputs: list[dict]):
         images = super().preprocess_image(batched_inputs)
@@ -431,7 +430,7 @@ class OwnPreprocessing(GeneralizedRCNN):
 def test_subclasses_keep_what_they_override(
     tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage, cls: type, adapter: type
 ) -> None:
-    """Check that a subclass is read by the most telling adapter that does not bypass what it overrides."""
+    """Check that a subclass gets the most informative adapter that does not bypass what it overrides."""
     model = tiny_detector("faster" if issubclass(cls, GeneralizedRCNN) else "retinanet")
     model.__class__ = cls
     assert type(build_adapter(model)) is adapter
@@ -441,7 +440,7 @@ def test_subclasses_keep_what_they_override(
 def test_panoptic_fpn_falls_to_the_backbone(
     tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage
 ) -> None:
-    """Check a GeneralizedRCNN with a forward pass of its own: all its losses stay, and the features are captured."""
+    """Check a GeneralizedRCNN that overrides `forward`: all its losses are kept, and the features are captured."""
     model = tiny_detector("panoptic")
     assert isinstance(model, PanopticFPN)
     adapter = build_adapter(model)
@@ -457,7 +456,7 @@ def test_panoptic_fpn_falls_to_the_backbone(
 
 
 def test_backbone_adapter_stops_a_teacher_behind_its_backbone(tiny_detector: Callable, make_inputs: Callable) -> None:
-    """Check that a teacher's heads do not run, that its features are right, and that no hook stays behind."""
+    """Check that the teacher's heads do not run, that its features are right, and that no hooks remain."""
     model = tiny_detector("panoptic").eval()
     later = [_count_calls(m) for m in (model.proposal_generator, model.roi_heads, model.sem_seg_head)]
     batch = make_inputs()
@@ -473,13 +472,12 @@ def test_backbone_adapter_stops_a_teacher_behind_its_backbone(tiny_detector: Cal
 
 
 def test_backbone_adapter_refuses_a_model_without_backbone() -> None:
-    """Check the sentence for something that is no detector."""
     with pytest.raises(UserError, match=r"^Linear has no Detectron2 backbone"):
         build_adapter(nn.Linear(1, 1))
 
 
 def test_backbone_adapter_refuses_other_padding(tiny_detector: Callable) -> None:
-    """Check that its own divisibility is fine, and another one an error with both numbers."""
+    """Check that its own divisibility is accepted, and that the error for another one names both."""
     adapter = build_adapter(tiny_detector("panoptic"))
     adapter.pad_to(32)
     with pytest.raises(
@@ -489,7 +487,7 @@ def test_backbone_adapter_refuses_other_padding(tiny_detector: Callable) -> None
 
 
 class TwiceRun(nn.Module):
-    """Calls its backbone twice, or, in eval, never."""
+    """Calls its backbone twice per image in training mode, and never in eval mode."""
 
     def __init__(self, backbone: nn.Module):
         super().__init__()
@@ -503,7 +501,7 @@ class TwiceRun(nn.Module):
 
 
 def test_backbone_adapter_wants_one_call_of_the_backbone(toy_detector: type, constant_inputs: Callable) -> None:
-    """Check that a hook which fires twice or never is an error, not stale or missing features."""
+    """Check that two calls or none raise an error instead of giving stale or missing features."""
     adapter = build_adapter(TwiceRun(toy_detector().backbone))
     with pytest.raises(RuntimeError, match="TwiceRun called its backbone 2 times"):
         adapter.run(constant_inputs(), NOTHING, targets=[])
@@ -513,7 +511,7 @@ def test_backbone_adapter_wants_one_call_of_the_backbone(toy_detector: type, con
 
 
 def test_of_two_levels_of_one_stride_the_deeper_counts(toy_detector: type) -> None:
-    """Check a backbone that gives out two maps of stride 4."""
+    """Check a backbone with two maps of stride 4."""
     backbone = toy_detector().backbone
     backbone.output_shape = lambda: {
         "c": ShapeSpec(channels=1, stride=8),
@@ -531,7 +529,7 @@ def test_of_two_levels_of_one_stride_the_deeper_counts(toy_detector: type) -> No
 def test_preprocess_normalizes_and_pads(
     toy_detector: type, constant_inputs: Callable, constraints: dict[str, int]
 ) -> None:
-    """Check padding with zeros behind the normalized image; `pad_to` overrules the backbone's own wish."""
+    """Check zero padding after normalization, and that `pad_to` overrides the backbone's divisibility."""
     model = toy_detector(divisibility=4, pixel_mean=(1.0, 2.0, 3.0), constraints=constraints)
     model.pixel_std.fill_(2.0)
     adapter = build_adapter(model)
@@ -545,7 +543,7 @@ def test_preprocess_normalizes_and_pads(
 
 
 def test_preprocess_keeps_a_square_size(toy_detector: type, constant_inputs: Callable) -> None:
-    """Check a backbone that wants squares (ViTDet)."""
+    """Check a backbone that needs square images (ViTDet)."""
     adapter = build_adapter(toy_detector(divisibility=4, constraints={"square_size": 24}))
     assert adapter.preprocess(constant_inputs(size=(6, 9))).tensor.shape == (1, 3, 24, 24)
 
@@ -564,7 +562,7 @@ def _slim_cfg(tiny_cfg: Callable, **slim) -> object:
 
 
 def test_slim_resnet_has_the_names_and_shapes_of_resnet18(tiny_cfg: Callable) -> None:
-    """Check that ResNet-18's tensors fill a ResNet-10 of full width completely, and a 2-2-2-2 one is ResNet-18."""
+    """Check that ResNet-18's tensors cover a full-width ResNet-10, and that blocks 2-2-2-2 give ResNet-18."""
     cfg = _slim_cfg(tiny_cfg, WIDTHS=(64, 128, 256, 512))
     resnet10 = build_backbone(cfg)
     cfg.MODEL.SLIM_RESNET.BLOCKS_PER_STAGE = (2, 2, 2, 2)
@@ -577,7 +575,7 @@ def test_slim_resnet_has_the_names_and_shapes_of_resnet18(tiny_cfg: Callable) ->
     assert shapes == shapes18
     assert shapes10.items() < shapes18.items()
     assert {name.split(".")[1] for name in shapes10 if name.startswith("res")} == {"0"}
-    # one block a stage computes what the first blocks of ResNet-18 would
+    # with the weights of ResNet-18, blocks 2-2-2-2 compute the same features
     same.load_state_dict(resnet18.state_dict())
     image = torch.rand(1, 3, 32, 32)
     with torch.no_grad():
@@ -586,7 +584,7 @@ def test_slim_resnet_has_the_names_and_shapes_of_resnet18(tiny_cfg: Callable) ->
 
 
 def test_slim_resnet_widths_and_blocks(tiny_cfg: Callable) -> None:
-    """Check that each stage has its own width and number of blocks, and halves the map but for the first."""
+    """Check that each stage has its own width and number of blocks, and that all but the first halve the map."""
     net = build_backbone(_slim_cfg(tiny_cfg, WIDTHS=(2, 4, 6, 8), BLOCKS_PER_STAGE=(1, 2, 1, 3)))
     assert [len(stage) for stage in net.stages] == [1, 2, 1, 3]
     features = net(torch.rand(1, 3, 64, 64))
@@ -599,7 +597,7 @@ def test_slim_resnet_widths_and_blocks(tiny_cfg: Callable) -> None:
 
 
 def test_slim_resnet_freezes_as_configured(tiny_cfg: Callable) -> None:
-    """Check MODEL.BACKBONE.FREEZE_AT 2: stem and first stage."""
+    """Check that MODEL.BACKBONE.FREEZE_AT 2 freezes the stem and the first stage."""
     cfg = _slim_cfg(tiny_cfg, WIDTHS=(2, 4, 6, 8))
     cfg.MODEL.BACKBONE.FREEZE_AT = 2
     trained = {name.split(".")[0] for name, p in build_backbone(cfg).named_parameters() if p.requires_grad}
@@ -607,7 +605,7 @@ def test_slim_resnet_freezes_as_configured(tiny_cfg: Callable) -> None:
 
 
 def test_slim_resnet_refuses_equal_neighbors(tiny_cfg: Callable) -> None:
-    """Check widths between which Detectron2's basic block would have no shortcut to halve the map with."""
+    """Check equal widths, between which Detectron2's basic block has no shortcut to downsample with."""
     with pytest.raises(
         UserError, match=r"MODEL\.SLIM_RESNET\.WIDTHS is \(64, 64, 128, 256\); adjacent stages must differ"
     ):
@@ -618,6 +616,5 @@ def test_slim_resnet_refuses_equal_neighbors(tiny_cfg: Callable) -> None:
     ("key", "value"), [("WIDTHS", (1, 2, 3)), ("WIDTHS", (1, 2, 3, 0)), ("BLOCKS_PER_STAGE", (1, 1, 1.5, 1))]
 )
 def test_slim_resnet_refuses_wrong_lists(tiny_cfg: Callable, key: str, value: tuple) -> None:
-    """Check that the error names the key."""
     with pytest.raises(UserError, match=rf"MODEL\.SLIM_RESNET\.{key} is .*; it must be four whole numbers at least 1"):
         build_backbone(_slim_cfg(tiny_cfg, **{key: value}))

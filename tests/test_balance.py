@@ -1,4 +1,4 @@
-"""MODEL.KD.BALANCE: multipliers worked out by hand, when they are measured, and that they are the same everywhere."""
+"""MODEL.KD.BALANCE: hand-worked multipliers, when they are measured, resuming, and several processes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ON = {"MODEL__KD__BALANCE__ENABLED": True}
 
 
 class Slopes:
-    """A parameter (0, 0) and losses that are planes over it."""
+    """A parameter (0, 0) and losses that are linear in it."""
 
     def __init__(self):
         self.parameters = [nn.Parameter(torch.zeros(2))]
@@ -50,13 +50,13 @@ def balance(target: float = 2.0, **options: object) -> GradientBalance:
 
 
 def test_multipliers_give_every_distiller_an_equal_share(slopes: Slopes) -> None:
-    """Own norm 5; of two distillers with norms 10 and 1, ratios 2 and 0.2, each is to have the ratio 1."""
+    """Check a detection norm of 5 and distillers with norms 10 and 1: ratios 2 and 0.2 are both scaled to 1."""
     found = slopes.multipliers(balance(), 0, own=(3, 4), A=(0, 10), B=(1, 0))
     assert found == pytest.approx({"A": 0.5, "B": 5.0})
 
 
 def test_shares_follow_the_weights(slopes: Slopes) -> None:
-    """Three quarters and a quarter of 2; a weight of 0 asks for nothing and is not measured."""
+    """Check three quarters and a quarter of 2; a distiller with weight 0 is not measured."""
     weights = {"A": 3.0, "B": 1.0, "C": 0.0}
     found = slopes.multipliers(scaled := balance(weights=weights), 0, own=(3, 4), A=(0, 10), B=(1, 0), C=(7, 0))
     assert found == pytest.approx({"A": 0.75, "B": 2.5, "C": 1.0})
@@ -68,7 +68,7 @@ def test_multipliers_are_bounded(slopes: Slopes) -> None:
 
 
 def test_when_ratios_are_measured(slopes: Slopes) -> None:
-    """With period 6: in the iterations 0, 1, 2, 4, then 6, 12, ...; elsewhere the multiplier stays."""
+    """Check period 6: measurements in iterations 0, 1, 2, 4, then 6, 12, ..., and constant multipliers in between."""
     scaled, seen = balance(period=6, momentum=0.0), []
     for iteration in range(14):
         seen.append(slopes.multipliers(scaled, iteration, (1, 0), A=(2.0**iteration, 0))["A"])
@@ -76,7 +76,7 @@ def test_when_ratios_are_measured(slopes: Slopes) -> None:
 
 
 def test_the_moving_average_by_hand(slopes: Slopes) -> None:
-    """log2 of the ratios 0, 4, 2, 8, momentum 0.5: 0; the mean 2 of two; then halves of (2, 2) and (2, 8)."""
+    """Check log2 ratios 0, 4, 2, 8 with momentum 0.5: 0, the mean 2 of two, then half of 2 + 2 and of 2 + 8."""
     scaled, seen = balance(1.0, period=1, momentum=0.5), []
     for iteration, power in enumerate((0, 4, 2, 8)):
         slopes.multipliers(scaled, iteration, (1, 0), A=(2.0**power, 0))
@@ -92,14 +92,14 @@ def test_first_measurements_count_equally(slopes: Slopes) -> None:
 
 
 def test_a_distiller_that_starts_late_is_measured_at_once(slopes: Slopes) -> None:
-    """Iteration 7 of period 5: B is new and measured, A is not; their shares are equal from then on."""
+    """Check iteration 7 with period 5: B is new and measured, A is not; from then on their shares are equal."""
     scaled = balance(period=5)
     assert slopes.multipliers(scaled, 0, (1, 0), A=(1, 0)) == {"A": 2.0}
     assert slopes.multipliers(scaled, 7, (1, 0), A=(9, 0), B=(4, 0)) == {"A": 1.0, "B": 0.25}
 
 
 def test_a_loss_without_gradient_waits_for_its_first(slopes: Slopes) -> None:
-    """Zero, constant, or of other parameters: the multiplier is 1 and the others' shares stay; a later zero changes nothing."""
+    """Check zero, constant or unrelated losses: multiplier 1, other shares unchanged; later zeros change nothing."""
     scaled = balance(period=100)
     zero, constant = slopes.loss(0, 0), torch.tensor(3.0)
     elsewhere = nn.Parameter(torch.ones(())) * 2
@@ -119,7 +119,7 @@ def test_an_own_gradient_that_says_nothing_is_passed_over(slopes: Slopes, own: t
 
 
 def test_the_own_gradient_is_taken_only_where_a_distiller_has_one(slopes: Slopes) -> None:
-    """Check that the detector's backward pass does not run in every iteration before a distiller's first gradient."""
+    """Check that the detection losses have no backward pass before a distiller's first gradient."""
     scaled, own, passes = balance(), slopes.loss(3, 4), []
     own.register_hook(passes.append)
     for iteration, loss in enumerate((slopes.loss(0, 0), torch.zeros(()), slopes.loss(0, 10))):
@@ -128,13 +128,13 @@ def test_the_own_gradient_is_taken_only_where_a_distiller_has_one(slopes: Slopes
 
 
 def test_one_measurement_an_iteration(slopes: Slopes) -> None:
-    """The second part of an accumulated batch has the multipliers of the first."""
+    """Check that the second part of an accumulated batch has the multipliers of the first."""
     scaled = balance()
     assert slopes.multipliers(scaled, 0, (1, 0), A=(1, 0)) == slopes.multipliers(scaled, 0, (1, 0), A=(7, 0))
 
 
 def test_state_is_restored(slopes: Slopes) -> None:
-    """Check through json, which knows no tuples, that both go on with the same numbers."""
+    """Check that a state restored from JSON, which has no tuples, continues with the same numbers."""
     first, second = balance(period=1), balance(period=1)
     slopes.multipliers(first, 0, (1, 0), A=(3, 0))
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
@@ -143,7 +143,7 @@ def test_state_is_restored(slopes: Slopes) -> None:
 
 
 class HalfLoss(nn.Module):
-    """A convolution with a loss whose gradient in float16 is 0, right, or infinite, by its factor."""
+    """A convolution with a loss whose float16 gradient is 0, right, or infinite, depending on the factor."""
 
     def __init__(self):
         super().__init__()
@@ -156,7 +156,7 @@ class HalfLoss(nn.Module):
 
 @pytest.mark.parametrize("factor", [1e-9, 1e-5, 1.0, 30.0])
 def test_float16_neither_underflows_nor_overflows(factor: float) -> None:
-    """Autocast's gradients of 1e-9 would be 0 and, scaled by 65536, those of 30 infinite."""
+    """Check factors whose gradients under autocast would be 0 (1e-9) or, scaled by 65536, infinite (30)."""
     model = HalfLoss()
     with torch.autocast("cpu", torch.float16):
         loss = model.layer(torch.ones(1, 1, 1, 1)).float().sum() * factor
@@ -165,7 +165,7 @@ def test_float16_neither_underflows_nor_overflows(factor: float) -> None:
 
 
 def test_levels_have_the_shares_of_the_detectors_gradient() -> None:
-    """Own norms 3 and 4, a distiller's 12 and 5, together 13: to be 13 * 3 / 5 and 13 * 4 / 5."""
+    """Check detection norms 3 and 4: distillation norms 12 and 5, together 13, are scaled to 13 * 3/5 and 13 * 4/5."""
     levels = LevelBalance(momentum=0.5)
     features = {8: torch.zeros(1, 1, 1, 1), 16: torch.zeros(1, 2, 1, 1)}
     for level in features.values():
@@ -183,7 +183,7 @@ def test_levels_have_the_shares_of_the_detectors_gradient() -> None:
     again = restored.gated("A", features)
     loss = 12 * again[8].sum() + 5 * again[16][0, 0].sum()
     assert torch.autograd.grad(loss, features[8], retain_graph=True)[0].item() == pytest.approx(7.8)
-    # own norms 16 / 3 and 1e-9, which counts as 16 / 3000: the geometric means with the first are 4 and sqrt(16 / 750)
+    # detection norms 16 / 3 and 1e-9, counted as 16 / 3000: geometric means with the first, 4 and sqrt(16 / 750)
     restored.measure({8: torch.tensor([16 / 3]), 16: torch.tensor([0.0, 1e-9])}, {"A": loss}, {"A": again})
     small = (16 / 750) ** 0.5
     whole = 13 / math.hypot(4, small)
@@ -191,7 +191,7 @@ def test_levels_have_the_shares_of_the_detectors_gradient() -> None:
 
 
 def test_parameters_that_all_losses_share(tiny_detector: Callable) -> None:
-    """Those of the neck; of a backbone without one all; frozen ones are left out."""
+    """Check the neck, a backbone with a frozen neck, and the error for a frozen backbone."""
     retinanet = tiny_detector("retinanet")
     names = {id(p): name for name, p in retinanet.named_parameters()}
     shared = {names[id(p)] for p in shared_parameters(retinanet)}
@@ -205,7 +205,7 @@ def test_parameters_that_all_losses_share(tiny_detector: Callable) -> None:
 
 
 class Auxiliary(Distiller):
-    """`loss_a` is the mean of the student's first level, `loss_a_aux_own` its own parameter."""
+    """Returns 4 times the mean of the student's first level as `loss_a`, its own parameter as `loss_a_aux_own`."""
 
     needs = frozenset({"features"})
     loss_names = ("loss_a", "loss_a_aux_own")
@@ -226,9 +226,9 @@ def _imitation(weight: float = 1.0) -> FeatureImitation:
 def test_losses_of_the_meta_architecture(
     toy_detector: type, constant_inputs: Callable, event_storage: EventStorage
 ) -> None:
-    """Pixels of 3: own slope 3; imitation 81 with slope -54, ratio 18; `loss_a` 4 * 6 with slope 12, ratio 4; the target is 2.
+    """Check pixels of 3: detection slope 3; imitation 81, slope -54, ratio 18; `loss_a` 4 * 6, slope 12, ratio 4.
 
-    The multipliers 1/18 and 1/4 give both the slope of the own loss; warm-up halves one afterwards; the auxiliary loss stays.
+    With target 2, multipliers 1/18 and 1/4 give both a slope of 3; warm-up then halves one, but no auxiliary loss.
     """
     event_storage.iter = 1
     student, teacher = toy_detector(scale=2.0), Teacher(toy_detector(scale=5.0))
@@ -273,7 +273,7 @@ def test_a_student_without_trained_backbone_is_refused(toy_detector: type) -> No
 
 
 def test_weights_from_the_config(tmp_path: Path) -> None:
-    """A WEIGHT of twice the default asks for twice the share, whatever the default; None is the default of the family."""
+    """Check that twice the default WEIGHT gives twice the share, for any default; None is the family's default."""
     project = make_project(
         tmp_path,
         MODEL__KD__DISTILLERS=("StructuralKD", "ICD", "FGFI"),
@@ -301,7 +301,7 @@ METHODS = {
 
 
 def _written(output: Path) -> dict[str, float]:
-    """The multipliers in metrics.json."""
+    """Return the last multipliers in metrics.json."""
     rows = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
     mark = "kd/balance/"
     return {name.removeprefix(mark): x for row in rows for name, x in row.items() if name.startswith(mark)}
@@ -311,7 +311,7 @@ def _written(output: Path) -> dict[str, float]:
 def test_a_resumed_run_goes_on_with_its_multipliers(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, levels: bool
 ) -> None:
-    """Killed between two measurements, with ICD not yet pulling at the student when it began; the last ones are in the log."""
+    """Check a run killed between measurements, with ICD detached at first; the last multipliers are in the log."""
     project = make_project(tmp_path, **METHODS, MODEL__KD__BALANCE__LEVELS=levels)
     unbroken = train(project, "OUTPUT_DIR", tmp_path / "unbroken")
     train(project, hooks=(KillAt(3),))
@@ -333,12 +333,12 @@ def test_a_resumed_run_goes_on_with_its_multipliers(
 
 @pytest.mark.parametrize("levels", [False, True])
 def test_accumulation_and_mixed_precision(tmp_path: Path, levels: bool) -> None:
-    """Check that a ratio in bfloat16 and of half a batch is near that of the whole in float32, and its own losses are finite."""
+    """Check that ratios in mixed precision and of half batches are close to those of the whole batch in float32."""
     project = make_project(tmp_path, **METHODS, MODEL__KD__BALANCE__LEVELS=levels)
     project.change(SOLVER__MAX_ITER=1, MODEL__KD__ICD__DETACH_STUDENT_ITERS=0)
     project.change(
         INPUT__MIN_SIZE_TRAIN=(160,), INPUT__MAX_SIZE_TRAIN=240
-    )  # on maps of one cell oneDNN's bfloat16 is wrong
+    )  # oneDNN's bfloat16 is wrong on maps of one cell
     exact = train(project).trainer.bare_model.balance.ratios
     for options in (("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bfloat16"), ("SOLVER.AMP.ENABLED", True)):
         ratios = train(project, *options).trainer.bare_model.balance.ratios
@@ -348,7 +348,7 @@ def test_accumulation_and_mixed_precision(tmp_path: Path, levels: bool) -> None:
 
 
 def _measure(rank: int, project: Project, folder: str) -> None:
-    """In each of two processes: own and distilled slopes of its own, whose mean over processes counts."""
+    """Check in one of two processes, with different slopes, that multipliers come from the mean over processes."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     comm.create_local_process_group(2)
     slopes = Slopes()
@@ -365,7 +365,7 @@ def _measure(rank: int, project: Project, folder: str) -> None:
 
 
 def test_two_processes_have_the_same_multipliers(tmp_path: Path) -> None:
-    """By hand, where one process has no loss of a distiller, and in a training in step with DistributedDataParallel."""
+    """Check by hand, with a distiller without gradient in one process, and in training with DistributedDataParallel."""
     project = make_project(tmp_path, **METHODS, MODEL__KD__BALANCE__LEVELS=True)
     torch.multiprocessing.start_processes(_measure, nprocs=2, args=(project, str(tmp_path)), start_method="fork")
 

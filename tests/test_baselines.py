@@ -1,4 +1,4 @@
-"""FGFI, DeFeat, FKD and GID: formulas by hand, gradients, and training on real detectors."""
+"""FGFI, DeFeat, FKD and GID: hand-worked formulas, gradients, and training steps of real detectors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ METHODS = ("FGFI", "DeFeat", "FKD")
 
 @pytest.fixture
 def build(tiny_cfg: Callable, tiny_detector: Callable) -> Callable[..., Distiller]:
-    """(method, keys) -> the method for two RetinaNets with 8 channels at strides 8 to 128; no adaptation unless named."""
+    """Return a function (method, keys) that builds a distiller of two RetinaNets, without adaptation by default."""
 
     def build(method: type[Distiller], **keys: Any) -> Distiller:
         cfg = tiny_cfg("retinanet", {"MODEL": {"KD": {method.CONFIG_NODE: {"ADAPTATION": "none", **keys}}}})
@@ -50,7 +50,7 @@ def _features(seed: int = 0, side: int = 64) -> tuple[dict[int, Tensor], dict[in
 
 
 def test_masked_squared_error_by_hand() -> None:
-    """Check two channels, one position counting twice: 2 * (1 + 9) / 2, and the gradient numerically."""
+    """Check two channels with one position of weight 2: 2 * (1 + 9) / 2, and the gradient numerically."""
     student = torch.tensor([[[[1.0, 5.0]], [[0.0, 7.0]]]], dtype=torch.float64, requires_grad=True)
     teacher = torch.tensor([[[[2.0, 0.0]], [[3.0, 0.0]]]], dtype=torch.float64)
     mask = torch.tensor([[[2.0, 0.0]]], dtype=torch.float64)
@@ -59,21 +59,21 @@ def test_masked_squared_error_by_hand() -> None:
 
 
 def test_near_objects_by_hand() -> None:
-    """Check overlaps of 1, 1/2, 1/3 and 0 against half of the best, two anchors a position, and the union over boxes."""
+    """Check IoUs 1, 1/3, 1/4 and 0 against 0.5 and 0.2 of the best, two anchors per position, and several boxes."""
     wide = [[0.0, 0, 16, 8], [8.0, 0, 24, 8], [0.0, 0, 8, 24], [40, 0, 48, 8]]
     anchors = Boxes(torch.tensor(wide))  # two positions of two anchors
     box = [0.0, 0, 16, 8]
-    # overlaps: 1, 8 * 8 / (2 * 128 - 64) = 1/3; 64 / (128 + 192 - 64) = 1/4, 0
+    # IoUs: 1, 8 * 8 / (2 * 128 - 64) = 1/3; 64 / (128 + 192 - 64) = 1/4, 0
     near = near_objects(anchors, (1, 2), targets_of([box], []), 0.5)
     assert near.tolist() == [[[1, 0]], [[0, 0]]]
     assert near_objects(anchors, (1, 2), targets_of([box]), 0.2).tolist() == [[[1, 1]]]
     assert near_objects(anchors, (1, 2), targets_of([box, [40.0, 0, 48, 8]]), 0.5).tolist() == [[[1, 1]]]
-    # what no anchor overlaps is near none
+    # a box that no anchor overlaps marks no position
     assert near_objects(anchors, (1, 2), targets_of([[100.0, 100, 110, 110]]), 0.5).tolist() == [[[0, 0]]]
 
 
 def test_fgfi_by_hand(build: Callable) -> None:
-    """Check the sum over levels, positions and channels, divided by twice the positions of all levels together."""
+    """Check the sum over levels, positions and channels, divided by twice the marked positions of all levels."""
     student, teacher = _features()
     centers = {s: torch.arange(len(x[0, 0])) * s + s / 2 for s, x in student.items()}
     anchors = {}
@@ -91,7 +91,7 @@ def test_fgfi_by_hand(build: Callable) -> None:
 
 
 def test_defeat_by_hand(build: Callable) -> None:
-    """Check halves of means over foreground and background elements, each level counting the same, with their weights."""
+    """Check half the mean over foreground and background elements of each level, the mean over levels, and weights."""
     student, teacher = _features()
     targets = targets_of([[0.0, 0, 32, 64]], [])
     losses = scaled(build(DeFeat, WEIGHT=2.0), _outputs(student), _outputs(teacher), targets)
@@ -108,7 +108,7 @@ def test_defeat_by_hand(build: Callable) -> None:
 
 
 def test_channel_attention_by_hand() -> None:
-    """Check two channels with means of |F| of 1 and 2 for the student, 0 and log 3 for the teacher."""
+    """Check two channels with mean |F| of 1 and 2 for the student, 0 and log 3 for the teacher."""
     student = torch.tensor([[1.0, -1.0], [-2.0, 2.0]]).view(1, 2, 1, 2)
     teacher = torch.tensor([[0.0, 0.0], [-math.log(3), math.log(3)]]).view(1, 2, 1, 2)
     weight = channel_attention(student, teacher, 1.0)
@@ -118,7 +118,7 @@ def test_channel_attention_by_hand() -> None:
 
 
 def test_fkd_by_hand(build: Callable) -> None:
-    """Check the three norms image by image; the non-local blocks begin as the identity."""
+    """Check the three norms per image; the non-local blocks start as the identity."""
     fkd = build(FKD)
     for layer in fkd.relation_adaptation.values():
         torch.nn.init.dirac_(layer.weight)
@@ -145,7 +145,7 @@ def test_fkd_by_hand(build: Callable) -> None:
 
 
 def test_fkd_of_the_program_by_hand(build: Callable) -> None:
-    """Check attention of signed means through a layer of its own, and norms over the batch, with identities as layers."""
+    """Check attention of signed means through separate layers and norms over the batch, with identity layers."""
     fkd = build(FKD, ATTENTION="adapted", NORM="batch")
     for layer in (*fkd.relation_adaptation.values(), *(a.positions for a in fkd.attention_adaptation.values())):
         torch.nn.init.dirac_(layer.weight)
@@ -168,7 +168,7 @@ def test_fkd_of_the_program_by_hand(build: Callable) -> None:
 
 
 def test_fkd_without_what_has_no_weight(build: Callable) -> None:
-    """Check that the masked features are as before, and that nothing else is left, also no layers."""
+    """Check that the loss of masked features is unchanged, without other losses or layers."""
     maps = [_outputs(features) for features in _features()]
     part = build(FKD, ATTENTION="adapted", ATTENTION_WEIGHT=0.0, RELATION_WEIGHT=0.0)
     losses = part(*maps, [])
@@ -178,7 +178,7 @@ def test_fkd_without_what_has_no_weight(build: Callable) -> None:
 
 
 def test_non_local_block_is_the_sum_over_all_pairs() -> None:
-    """Check against the matrix of all pairs of positions."""
+    """Check against the explicit matrix of all pairs of positions."""
     torch.manual_seed(0)
     block = NonLocalBlock(3, 2)
     torch.nn.init.normal_(block.out.weight)
@@ -190,7 +190,7 @@ def test_non_local_block_is_the_sum_over_all_pairs() -> None:
 
 
 def test_fkd_of_equal_features_has_finite_gradients(build: Callable) -> None:
-    """Check norms of nothing."""
+    """Check norms at zero."""
     fkd, (student, _) = build(FKD), _features()
     for layer in fkd.relation_adaptation.values():
         torch.nn.init.dirac_(layer.weight)
@@ -202,7 +202,7 @@ def test_fkd_of_equal_features_has_finite_gradients(build: Callable) -> None:
 
 @pytest.mark.parametrize(("attention", "norm"), [("absolute", "image"), ("adapted", "batch")])
 def test_fkd_gradient_numerically(build: Callable, attention: str, norm: str) -> None:
-    """Check the relation's and the attention's distance in float64, of an image and of the batch."""
+    """Check relation, attention and feature distances in float64, per image and over the batch."""
     fkd = build(FKD, ATTENTION=attention, NORM=norm).double()
     student, teacher = torch.randn(2, 1, 8, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     student.requires_grad_()
@@ -213,7 +213,7 @@ def test_fkd_gradient_numerically(build: Callable, attention: str, norm: str) ->
     )
     assert torch.autograd.gradcheck(lambda s: relation(fkd, s, teacher, "8"), student)
     assert torch.autograd.gradcheck(lambda s: transfer(fkd, s, teacher, mean_activations(s, teacher), "8"), student)
-    # the masks are constants: numerically, of the distance under the masks of this student
+    # the masks are constants: numerically, the distance is taken with the masks of this student
     mask = (spatial_attention(student, teacher, 0.5) * channel_attention(student, teacher, 0.5)).detach()
 
     def masked_distance(s: Tensor) -> Tensor:
@@ -226,7 +226,7 @@ def test_fkd_gradient_numerically(build: Callable, attention: str, norm: str) ->
 
 
 def _dense(logits: Tensor, offset: float) -> DensePredictions:
-    """Two levels with four and one anchors of 8 and 16 pixels; the boxes are the anchors moved right."""
+    """Build predictions of two levels with four and one anchors of 8 and 16 pixels; boxes are anchors moved right."""
     small = Boxes(torch.tensor([[0.0, 0, 8, 8], [8, 0, 16, 8], [0, 8, 8, 16], [8, 8, 16, 16]]))
     large = Boxes(torch.tensor([[0.0, 0, 16, 16]]))
     return DensePredictions(
@@ -240,7 +240,7 @@ def _dense(logits: Tensor, offset: float) -> DensePredictions:
 def test_fgfi_reads_the_students_anchors_alone(
     tiny_cfg: Callable, tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage
 ) -> None:
-    """Check a teacher that has none, and a student whose RPN leaves a level out."""
+    """Check a teacher without anchors, and a student whose RPN skips a level."""
     student, teacher = tiny_detector("faster"), tiny_detector("panoptic", seed=1)
     specs = build_adapter(student).spec, build_adapter(teacher).spec
     fgfi = configured(FGFI, tiny_cfg("faster"), *specs)
@@ -253,7 +253,7 @@ def test_fgfi_reads_the_students_anchors_alone(
 
 
 def test_general_instances_by_hand() -> None:
-    """Check the order by difference, the box of the surer detector, the NMS, and the most of an image."""
+    """Check the order by difference, the box of the more confident detector, NMS, and the maximum per image."""
     student = torch.tensor([[[-9.0, -9], [-9, 2], [-9, -9], [-9, -9], [-9, -9]]]).repeat(2, 1, 1)
     teacher = torch.tensor([[[1.0, -9], [-9, -9], [-9, -9], [-9, 0], [-9, 3]]]).repeat(2, 1, 1)
     teacher[1, 4] = -9.0
@@ -264,7 +264,7 @@ def test_general_instances_by_hand() -> None:
     assert best.anchors.anchor.tolist() == [4, 1, 0, 1, 0, 3]
     assert best.boxes[:3].tolist() == [[0.25, 0, 16.25, 16], [8.5, 0, 16.5, 8], [0.25, 0, 8.25, 8]]
     assert best.is_taken.all()
-    # each small box overlaps the large one by 1/4
+    # each small box has an IoU of about 1/4 with the large one
     best = select_instances(*outputs, 3, 0.2)
     assert best.anchors.anchor[best.is_taken].tolist() == [4, 1, 0, 3]
     assert best.anchors.image[best.is_taken].tolist() == [0, 1, 1, 1]
@@ -273,7 +273,7 @@ def test_general_instances_by_hand() -> None:
 
 
 def test_the_surer_detector_is_that_with_the_best_class() -> None:
-    """Check probabilities 0.9 and 0.01 against 0.6 and 0.7: the second class differs most, and the teacher is the surer."""
+    """Check (0.9, 0.01) against (0.6, 0.7): the second class differs most, but the teacher is more confident."""
     student, teacher = (torch.full((1, 5, 2), -9.0) for _ in range(2))
     student[0, 0], teacher[0, 0] = (torch.tensor(p).logit() for p in ([0.6, 0.7], [0.9, 0.01]))
     best = select_instances(_dense(student, 0.5), _dense(teacher, 0.25), 1, 0.3)
@@ -282,7 +282,7 @@ def test_the_surer_detector_is_that_with_the_best_class() -> None:
 
 
 def test_relation_loss_by_hand() -> None:
-    """Check distances 3, 4, 5 against 1, 1, 1 after division by their means, two images, and fewer than three instances."""
+    """Check distances 3, 4, 5 and 1, 1, 1, divided by their means, two images, and fewer than three instances."""
     triangle = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 4.0], [7.0, 7.0]], dtype=torch.float64)
     even = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, math.sqrt(0.75)], [-9.0, 2.0]], dtype=torch.float64)
     # 3/4, 4/4, 5/4 against 1: smooth l1 of 1/4 is 1/32
@@ -298,10 +298,10 @@ def test_relation_loss_by_hand() -> None:
 
 
 def test_gid_responses_and_features_by_hand(build: Callable) -> None:
-    """Check the sums over the selected anchors, each instance's features on its own level, and their divisors."""
+    """Check the sums over selected anchors, the features of each instance from its own level, and the divisors."""
     student, teacher = torch.randn(2, 1, 5, 3, generator=torch.Generator().manual_seed(0))
     ours, theirs = _dense(student, 0.5), _dense(teacher, 0.25)
-    gid = build(GID, INSTANCES=7)  # more than there are anchors: five places are taken
+    gid = build(GID, INSTANCES=7)  # more than there are anchors: five slots are taken
     best = select_instances(ours, theirs, 7, 0.3)
     assert best.is_taken.tolist() == [True] * 5 + [False] * 2
     chosen = best.anchors.anchor[:5]
@@ -335,7 +335,7 @@ def test_gid_responses_and_features_by_hand(build: Callable) -> None:
 
 
 def test_gid_gradient_is_of_the_taken_places(build: Callable) -> None:
-    """Check p_S - p_T at the selected anchors, and nothing anywhere else."""
+    """Check p_S - p_T at the selected anchors and zero elsewhere."""
     student, teacher = torch.randn(2, 1, 5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     best = select_instances(_dense(student, 0.5), _dense(teacher, 0.25), 7, 0.2)
     assert not best.is_taken.all()
@@ -352,7 +352,7 @@ def test_gid_gradient_is_of_the_taken_places(build: Callable) -> None:
 def test_gid_on_detectors(
     tiny_cfg: Callable, tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage, kind: str
 ) -> None:
-    """Check every dense detector, without any annotated object: instances are general."""
+    """Check every dense detector on images without objects, since general instances need no annotations."""
     student, other = tiny_detector(kind), tiny_detector(kind, seed=1)
     gid = configured(GID, tiny_cfg(kind), build_adapter(student).spec, build_adapter(other).spec)
     model = KDMetaArch(student=student, teacher=Teacher(other), distillers={"GID": gid})
@@ -391,7 +391,7 @@ def test_on_detectors(
     teacher: str,
     counts: tuple[int, int],
 ) -> None:
-    """Check one- and two-stage pairs, one instance and none: finite, and gradients reach student and own layers alone."""
+    """Check finite losses of one-stage and two-stage pairs, also without objects, and no gradient in the teacher."""
     student, other = tiny_detector(kind), tiny_detector(teacher, seed=1)
     cfg = tiny_cfg(kind)
     specs = build_adapter(student).spec, build_adapter(other).spec

@@ -1,4 +1,4 @@
-"""DKD, DIST and soft labels on the box heads of R-CNNs, DIST on dense heads: stored numbers, formulas by hand, whose proposals."""
+"""DKD, DIST and soft labels on R-CNN box heads, DIST on dense heads: reference numbers, formulas, proposals."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 pytestmark = pytest.mark.unit
 
 FIXTURES = Path(__file__).parent / "fixtures" / "methods"
-"""Numbers of public programs: megvii-research/mdistiller's `dkd_loss`, and the detection code of DIST's authors."""
+"""Results of public code: `dkd_loss` of megvii-research/mdistiller, and the detection code of DIST's authors."""
 METHODS = {"DKD": DKD, "DIST": DIST, "SOFT_LABEL": SoftLabel}
 RCNNS = ("faster", "mask", "cascade")
 RCNN = spec_of({}, "two-stage", provides=frozenset({"proposals"}))
@@ -33,7 +33,7 @@ RCNN = spec_of({}, "two-stage", provides=frozenset({"proposals"}))
 
 @pytest.fixture
 def stored() -> Callable[[str, str], Tensor]:
-    """(file, entry) -> a stored array."""
+    """Return a function (file, entry) that loads a stored array."""
 
     def read(file: str, entry: str) -> Tensor:
         with np.load(FIXTURES / f"{file}.npz") as arrays:
@@ -43,7 +43,7 @@ def stored() -> Callable[[str, str], Tensor]:
 
 
 def _assert_stored(found: Tensor, expected: Tensor) -> None:
-    """Equal to 1e-5 of the largest."""
+    """Assert equality within 1e-5 of each value plus 1e-5 of the largest."""
     scale = float(expected.abs().max())
     torch.testing.assert_close(found.detach(), expected, rtol=1e-5, atol=1e-5 * scale)
 
@@ -69,7 +69,7 @@ def _rows(maps: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("case", [8, 16, 32, "rois"])
 def test_dist_loss_is_the_authors(stored: Callable, case: int | str) -> None:
-    """Check both correlations, their sum and its gradient: sigmoids of three levels, softmax of proposals."""
+    """Check both correlations, their sum and its gradient: sigmoid on three levels, softmax on proposals."""
     names = ("rois.{}", lambda x: x.softmax(1)) if case == "rois" else ("{}." + str(case), _rows)
     entry, probabilities = names
     student = stored("dist", entry.format("student")).requires_grad_()
@@ -83,7 +83,7 @@ def test_dist_loss_is_the_authors(stored: Callable, case: int | str) -> None:
 
 
 def _dense_outputs(maps: dict[int, Tensor], num_classes: int) -> DetectorOutputs:
-    """With logits of the layout that heads have: (B, A * K, H, W) to (B, HWA, K)."""
+    """Return outputs with logits in the layout of heads: (B, A * K, H, W) to (B, HWA, K)."""
     logits = {
         stride: x.unflatten(1, (-1, num_classes)).permute(0, 3, 4, 1, 2).flatten(1, 3) for stride, x in maps.items()
     }
@@ -92,7 +92,7 @@ def _dense_outputs(maps: dict[int, Tensor], num_classes: int) -> DetectorOutputs
 
 
 def test_dist_of_a_dense_head_is_the_authors(stored: Callable) -> None:
-    """Check the method on two anchors a position and three levels, which are summed, times the weight."""
+    """Check the sum over three levels with two anchors per position, times the weight."""
     strides = stored("dist", "strides").tolist()
     student = {s: stored("dist", f"student.{s}").requires_grad_() for s in strides}
     teacher = {s: stored("dist", f"teacher.{s}") for s in strides}
@@ -105,7 +105,7 @@ def test_dist_of_a_dense_head_is_the_authors(stored: Callable) -> None:
 
 
 def test_decoupled_loss_by_hand() -> None:
-    """Check p = (1/2, 1/4, 1/4) beside uniform, label 0: halves against thirds; the others are halves in both."""
+    """Check (1/2, 1/4, 1/4) against uniform for label 0: (1/2, 1/2) against (1/3, 2/3); the rest is halves in both."""
     student, teacher = torch.zeros(1, 3), torch.tensor([[math.log(2), 0.0, 0.0]])
     target = 0.5 * math.log(0.5 / (1 / 3)) + 0.5 * math.log(0.5 / (2 / 3))
     labels = torch.tensor([0])
@@ -134,7 +134,7 @@ def test_gradients_are_the_numerical_ones_and_the_students_alone() -> None:
 
 
 def test_softmax_divergence_is_torchs() -> None:
-    """Check temperature and its square against torch's own divergence."""
+    """Check the temperature and its squared factor against torch's divergence."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(2, 3, 5, 7, generator=generator)
     expected = F.kl_div((student / 4).log_softmax(-1), (teacher / 4).softmax(-1), reduction="none").sum(-1)
@@ -142,7 +142,7 @@ def test_softmax_divergence_is_torchs() -> None:
 
 
 def test_what_does_not_vary_has_finite_gradients() -> None:
-    """Check rows and columns that are constant, a single row, and none at all; a head of one class has no other classes."""
+    """Check constant rows and columns, a single row, no rows, and a head with one class, without other classes."""
     constant = torch.full((4, 3), 0.2)
     for student, teacher in (
         (constant, torch.rand(4, 3)),
@@ -166,7 +166,7 @@ def test_what_does_not_vary_has_finite_gradients() -> None:
 
 
 def _head_weights(model: nn.Module) -> nn.Module:
-    """Class scores that differ, where Detectron2's first weights give nearly equal ones."""
+    """Initialize class scores that differ, since Detectron2's initial weights give nearly equal ones."""
     for module in model.roi_heads.modules():
         if hasattr(module, "cls_score"):
             nn.init.normal_(module.cls_score.weight, std=0.3)
@@ -175,7 +175,7 @@ def _head_weights(model: nn.Module) -> nn.Module:
 
 @pytest.fixture
 def rcnn(tiny_detector: Callable) -> Callable[..., nn.Module]:
-    """(kind, overrides, seed) -> an R-CNN of 3 classes."""
+    """Return a function (kind, overrides, seed) that builds an R-CNN with 3 classes."""
     return lambda kind, overrides=None, seed=0: _head_weights(tiny_detector(kind, overrides, seed))
 
 
@@ -184,7 +184,7 @@ def rcnn(tiny_detector: Callable) -> Callable[..., nn.Module]:
 def test_the_students_proposals_are_those_of_its_own_loss(
     rcnn: Callable, make_inputs: Callable, event_storage: EventStorage, kind: str, on_predicted: bool
 ) -> None:
-    """Check that logits and labels give the very class loss, that the head gives these logits at these boxes, and that it runs once."""
+    """Check that logits and labels give the class loss, that the head reproduces the logits, and that it runs once."""
     keys = {"MODEL": {"ROI_BOX_HEAD": {"TRAIN_ON_PRED_BOXES": on_predicted}}}
     model = rcnn(kind, {} if kind == "cascade" else keys)
     adapter, inputs = build_adapter(model), make_inputs(masks=True)
@@ -205,7 +205,7 @@ def test_the_students_proposals_are_those_of_its_own_loss(
 
 
 def test_nothing_is_recorded_unless_asked(rcnn: Callable, make_inputs: Callable, event_storage: EventStorage) -> None:
-    """Check that there are no proposals, and that no hook stays behind one that was asked for."""
+    """Check that there are no proposals without a request, and that no hooks remain after one."""
     model, inputs = rcnn("faster"), make_inputs()
     targets = [x["instances"] for x in inputs]
     for want, is_there in ((frozenset({"features"}), False), (frozenset({"proposals"}), True)):
@@ -217,7 +217,7 @@ def test_nothing_is_recorded_unless_asked(rcnn: Callable, make_inputs: Callable,
 def test_proposals_of_a_student_in_eval_mode(
     rcnn: Callable, make_inputs: Callable, event_storage: EventStorage
 ) -> None:
-    """Check what loss maps read: labelled proposals with gradients though the head does not train."""
+    """Check labeled proposals with gradients in eval mode, as used for loss maps."""
     model, inputs = rcnn("faster").eval(), make_inputs()
     outputs = build_adapter(model).run(inputs, frozenset({"proposals"}), [x["instances"] for x in inputs])
     assert not outputs.losses and outputs.proposals.logits.requires_grad
@@ -228,7 +228,7 @@ def test_proposals_of_a_student_in_eval_mode(
 def test_the_teacher_classifies_once_for_all_methods(
     rcnn: Callable, tiny_cfg: Callable, make_inputs: Callable, event_storage: EventStorage, kind: str
 ) -> None:
-    """Check one pass of the teacher's box head an iteration for three methods, its first stage's at the student's boxes; it stays as it is."""
+    """Check one pass of the teacher's (first) box head per iteration, at the student's boxes; it is unchanged."""
     teacher = Teacher(rcnn(kind, seed=1))
     before = copy.deepcopy(teacher.model.state_dict())
     student = rcnn("faster")
@@ -264,7 +264,7 @@ def test_the_teacher_classifies_once_for_all_methods(
 def test_a_step_of_all_three(
     rcnn: Callable, tiny_cfg: Callable, make_inputs: Callable, event_storage: EventStorage, counts: tuple, kind: str
 ) -> None:
-    """Check finite losses and gradients, images without objects included."""
+    """Check positive losses and finite gradients, including images without objects."""
     student, teacher = rcnn(kind), Teacher(rcnn(kind, seed=1))
     specs = build_adapter(student).spec, teacher.spec
     distillers = {m.__name__: configured(m, tiny_cfg(kind), *specs) for m in METHODS.values()}
@@ -296,7 +296,7 @@ def _proposal_outputs(
 
 
 def test_soft_labels_of_proposals_by_hand() -> None:
-    """Check two proposals, one of which agrees: half the divergence of (3/4, 1/4) from (1/2, 1/2); with a temperature times its square."""
+    """Check two proposals, one of them equal: half the divergence of (3/4, 1/4) from (1/2, 1/2), times T squared."""
     student = torch.zeros(2, 2, requires_grad=True)
     divergence = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
     for temperature in (1.0, 2.0):
@@ -309,7 +309,7 @@ def test_soft_labels_of_proposals_by_hand() -> None:
 
 @pytest.mark.parametrize("method", METHODS.values())
 def test_box_head_losses_are_float32_under_autocast(method: type[Distiller]) -> None:
-    """Check bfloat16 logits that are close together: the loss is that of their float32 copies."""
+    """Check that the loss of nearly equal bfloat16 logits is that of their float32 copies."""
     method = make(method, RCNN)
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(6, 4, generator=generator).bfloat16()
@@ -321,12 +321,12 @@ def test_box_head_losses_are_float32_under_autocast(method: type[Distiller]) -> 
     assert loss.dtype == torch.float32 and loss.item() == expected.item() > 0
 
 
-# ------------------------------------------------------------------------------------------------ what goes together
+# ---------------------------------------------------------------------------------------------- valid pairs and keys
 
 
 @pytest.fixture
 def build(tiny_cfg: Callable, tiny_detector: Callable) -> Callable[..., Distiller]:
-    """(node, student's kind, keys) -> the method between two detectors of that kind."""
+    """Return a function (node, kind, keys) that builds a distiller for two detectors of that kind."""
 
     def build(node: str, kind: str = "faster", **keys: Any) -> Distiller:
         cfg = tiny_cfg(kind, {"MODEL": {"KD": {node: keys}}})
@@ -336,7 +336,7 @@ def build(tiny_cfg: Callable, tiny_detector: Callable) -> Callable[..., Distille
 
 
 def test_defaults_are_the_authors(build: Callable) -> None:
-    """Check DKD's weights for detectors, and that everything else is 1."""
+    """Check DKD's weights for detectors, and that all other values are 1."""
     dkd, dist, soft = (build(node) for node in METHODS)
     assert (dkd.weight, dkd.config.alpha, dkd.config.beta, dkd.config.temperature) == (1.0, 1.0, 0.25, 1.0)
     assert (dist.weight, dist.config.beta, dist.config.gamma) == (1, 1, 1)
@@ -344,7 +344,7 @@ def test_defaults_are_the_authors(build: Callable) -> None:
 
 
 def test_keys_reach_the_losses(build: Callable) -> None:
-    """Check every key of DKD and DIST, whose loss is linear in it."""
+    """Check every key of DKD and DIST against the loss functions."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(2, 5, 4, generator=generator)
     outputs = _proposal_outputs(student, teacher, [0, 1, 2, 3, 3])
@@ -357,7 +357,7 @@ def test_keys_reach_the_losses(build: Callable) -> None:
 
 @pytest.mark.parametrize("node", ["DIST", "SOFT_LABEL"])
 def test_what_is_read_follows_from_the_student(build: Callable, node: str) -> None:
-    """Check dense heads where there are some, box heads of R-CNNs."""
+    """Check that dense students need dense predictions, and R-CNNs need proposals."""
     assert build(node).needs == {"proposals"} == build(node).needs_of_teacher
     assert build(node, "retinanet").needs == METHODS[node].needs >= {"dense"}
 
@@ -374,7 +374,7 @@ def test_what_is_read_follows_from_the_student(build: Callable, node: str) -> No
 def test_pairs_that_cannot_are_told_in_a_sentence(
     tiny_detector: Callable, tiny_cfg: Callable, method: str, student: str, teacher: str, sentence: str
 ) -> None:
-    """Check that the sentence names the method, the part and the detector."""
+    """Check that the error names the method, the part and the detector."""
     student, teacher = tiny_detector(student), Teacher(tiny_detector(teacher))
     specs = build_adapter(student).spec, teacher.spec
     with pytest.raises(UserError, match=sentence):
@@ -383,7 +383,7 @@ def test_pairs_that_cannot_are_told_in_a_sentence(
 
 
 def test_box_heads_that_train_otherwise_are_not_read(tiny_detector: Callable) -> None:
-    """Check a subclass with a training pass of its own, whose proposals are not known."""
+    """Check ROI heads that override the training pass, whose proposals are unknown."""
     model = tiny_detector("faster")
     heads = model.roi_heads
     heads.__class__ = type("OtherHeads", (type(heads),), {"_forward_box": lambda self, features, proposals: {}})
@@ -391,7 +391,7 @@ def test_box_heads_that_train_otherwise_are_not_read(tiny_detector: Callable) ->
 
 
 def test_box_heads_of_sigmoids_have_no_softmax(tiny_detector: Callable) -> None:
-    """Check that their proposals are not offered."""
+    """Check that only softmax heads provide proposals."""
     keys = {"MODEL": {"ROI_BOX_HEAD": {"USE_SIGMOID_CE": True}}}
     assert "proposals" in build_adapter(tiny_detector("cascade")).spec.provides
     assert "proposals" not in build_adapter(tiny_detector("faster", keys)).spec.provides
@@ -411,6 +411,6 @@ def test_box_heads_of_sigmoids_have_no_softmax(tiny_detector: Callable) -> None:
     ],
 )
 def test_wrong_values_name_their_key(build: Callable, node: str, key: str, value: object) -> None:
-    """Check that the sentence holds key and value; soft labels' last three are of dense heads."""
+    """Check that the error names the key and the value; those of SOFT_LABEL are for dense heads only."""
     with pytest.raises(UserError, match=rf"MODEL\.KD\.{node}\.{key} is {value!r}"):
         build(node, **{key: value})

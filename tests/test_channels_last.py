@@ -1,4 +1,4 @@
-"""Training with channels last in memory, as by default on a CPU: the same losses and weights, before and after a stop, for every method."""
+"""Training in channels-last format, the default on CPUs: equal losses for every method, also after resuming."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_default_by_device(choice: bool | None) -> None:
 
 
 def test_narrow_strided_convolutions(tmp_path: Path) -> None:
-    """Check that a model whose gradient would crash PyTorch trains without channels last, and is refused with it."""
+    """Check that a model whose gradient crashes PyTorch in channels-last format is refused, and trains without it."""
     project = make_project(tmp_path, SOLVER__MAX_ITER=1, SOLVER__STEPS=())
     run = train(project)
     weight = run.trainer.bare_model.student.backbone.bottom_up.res3[0].conv1.weight
@@ -61,7 +61,7 @@ def test_same_losses(tmp_path: Path, method: str) -> None:
 
 
 def test_resumed_training(tmp_path: Path) -> None:
-    """Check the losses after a stop, the layout, and that the checkpoint is the plain student's."""
+    """Check the losses after resuming, the memory format, and that the weights are those of a contiguous training."""
     keys = {"SOLVER__BASE_LR": 0.001, "SOLVER__CHECKPOINT_PERIOD": 2, "SEED": 1, **WIDE}
     expected = train(make_project(tmp_path / "plain", **keys), *NEITHER)
     project = make_project(tmp_path / "last", **keys)

@@ -1,4 +1,4 @@
-"""CrossKD and LD: dense heads that are cut and finished, losses against slow renderings of their definitions, what goes together."""
+"""CrossKD and LD: split dense heads, losses against slow implementations of the definitions, and valid pairs."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ WEIGHTS = {
     "gfl": (1.0, 4.0),
     "fsaf": (0.4, 0.75),
 }
-"""The authors' for classes, boxes and, where it counts, centerness; FSAF as FCOS."""
+"""The authors' weights for classes, boxes and, if used, centerness; FSAF has those of FCOS."""
 
 
 @pytest.fixture
 def dense(tiny_detector: Callable) -> Callable[..., nn.Module]:
-    """(kind, seed, keys of its node) -> a detector with two convolutions a tower whose predictions differ from place to place."""
+    """Return a function (kind, seed, keys) that builds a detector with two convolutions per tower and varied output."""
 
     def build(kind: str, seed: int = 0, **keys: Any) -> nn.Module:
         model = tiny_detector(kind, {"MODEL": {kind.upper(): {"NUM_CONVS": 2, **keys}}}, seed)
@@ -55,7 +55,7 @@ def dense(tiny_detector: Callable) -> Callable[..., nn.Module]:
         norms = [module for module in model.backbone.modules() if isinstance(module, nn.BatchNorm2d)]
         for norm in norms:
             norm.momentum = 1.0
-        with torch.no_grad():  # so that a teacher's maps, in eval mode, are of the size of a student's
+        with torch.no_grad():  # so that a teacher's maps, in eval mode, have the magnitude of a student's
             model.backbone(128 * torch.rand(2, 3, 64, 96))
         for norm in norms:
             norm.momentum = 0.1
@@ -78,9 +78,9 @@ def _read(model: nn.Module, inputs: list[dict], split: int, training: bool = Tru
 def test_a_head_is_finished_from_its_own_features(
     dense: Callable, make_inputs: Callable, kind: str, split: int, norm: str
 ) -> None:
-    """Check that the rest of the head gives its own predictions, and the features against the layers one by one."""
+    """Check that the rest of the head gives the head's predictions, and check the features against the layers."""
     model = dense(kind, NORM=norm and "BN").eval()
-    if norm == "GN":  # in place of batch norms, since Detectron2's has 32 groups
+    if norm == "GN":  # replaces the batch norms, since Detectron2's GN has 32 groups
         for name, module in list(model.head.named_modules()):
             if isinstance(module, CycleBatchNormList):
                 model.head.set_submodule(name, nn.GroupNorm(2, 8))
@@ -96,7 +96,7 @@ def test_a_head_is_finished_from_its_own_features(
         assert (finished.quality is None) == (outputs.dense.quality is None) == (kind not in ("fcos", "atss"))
         if finished.quality:
             assert torch.equal(finished.quality[stride], outputs.dense.quality[stride])
-    if norm != "BN":  # of which each level has its own
+    if norm != "BN":  # each level has its own batch norms
         per_block = 3 if norm else 2
         for features, tower in ((towers.class_features, "cls_subnet"), (towers.box_features, "bbox_subnet")):
             layers = getattr(model.head, tower)[: max(per_block * split - 1, 0)]
@@ -108,7 +108,7 @@ def test_a_head_is_finished_from_its_own_features(
 def test_only_the_cut_that_was_asked_for_is_kept(
     dense: Callable, make_inputs: Callable, event_storage: EventStorage
 ) -> None:
-    """Check several cuts in one pass, none where nobody asks, and that no hook stays."""
+    """Check two splits in one forward pass, none without a request, and that no hooks remain."""
     model, inputs = dense("retinanet"), make_inputs()
     targets = [x["instances"] for x in inputs]
     assert build_adapter(model).run(inputs, frozenset({"dense"}), targets).towers == {}
@@ -119,7 +119,7 @@ def test_only_the_cut_that_was_asked_for_is_kept(
 
 
 def test_finishing_changes_nothing_of_the_head(dense: Callable, make_inputs: Callable) -> None:
-    """Check that gradients reach the features and no parameter, and that the head's towers are its own still."""
+    """Check that gradients reach the features but no parameter, and that the head's modules are unchanged."""
     teacher = Teacher(dense("atss"))
     head = teacher.model.head
     before, modules = copy.deepcopy(head.state_dict()), list(head.modules())
@@ -140,7 +140,7 @@ def test_finishing_changes_nothing_of_the_head(dense: Callable, make_inputs: Cal
 
 
 def test_statistics_by_hand() -> None:
-    """Check one channel of two images: mean 2 and deviation sqrt(2) become mean 10 and deviation 3 * sqrt(2)."""
+    """Check one channel of two images: from mean 2 and deviation sqrt(2) to mean 10 and deviation 3 * sqrt(2)."""
     student = torch.tensor([[[[1.0]]], [[[3.0]]]])
     teacher = torch.tensor([[[[7.0]]], [[[13.0]]]])
     (found,) = with_statistics_of([student], [teacher])
@@ -150,7 +150,7 @@ def test_statistics_by_hand() -> None:
 
 
 def test_statistics_of_several_maps_are_torchs() -> None:
-    """Check maps of different channels and sizes, each on its own, the gradient numerically, and none to the teacher."""
+    """Check maps of different channels and sizes against torch, the gradient numerically, and none for the teacher."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, 3, 4, 5), (2, 1, 2, 2))
     student, teacher = (
@@ -169,7 +169,7 @@ def test_statistics_of_several_maps_are_torchs() -> None:
 
 
 def test_statistics_of_what_does_not_vary() -> None:
-    """Check one position, and a constant channel: the teacher's mean, with a finite gradient."""
+    """Check a single position and a constant channel: the teacher's mean, with a finite gradient."""
     for shape in ((1, 1, 1, 1), (2, 1, 3, 3)):
         student = torch.full(shape, 5.0, requires_grad=True)
         (found,) = with_statistics_of([student], [torch.full(shape, 2.0)])
@@ -179,7 +179,7 @@ def test_statistics_of_what_does_not_vary() -> None:
 
 
 def test_statistics_of_a_spread_batch() -> None:
-    """Check two workers with one image each, played one after the other: what each gets is its part of the whole batch's."""
+    """Check two workers with one image each, simulated in turn: each gets its part of the whole batch's result."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(2, 2, 3, 4, 4, generator=generator, dtype=torch.float64)
     (whole,) = with_statistics_of([student], [teacher])
@@ -213,7 +213,7 @@ def test_statistics_of_a_spread_batch() -> None:
 
 
 def _slow_boxes(kind: str, numbers: Tensor, anchors: Tensor) -> Tensor:
-    """Decoded boxes (R, 4) of box regression (R, 4)."""
+    """Decode box regression (R, 4) to boxes (R, 4)."""
     center, side = (anchors[:, :2] + anchors[:, 2:]) / 2, anchors[:, 2:] - anchors[:, :2]
     if kind in ("fcos", "fsaf"):
         distance = (numbers.clamp(min=0) if kind == "fcos" else numbers) * side[:, :1]
@@ -225,13 +225,13 @@ def _slow_boxes(kind: str, numbers: Tensor, anchors: Tensor) -> Tensor:
 
 
 def _slow_box_loss(kind: str, numbers: Tensor, expected: Tensor, anchors: Tensor) -> Tensor:
-    """(R,) of one image's level."""
+    """Return the box losses (R,) of one level of one image."""
     if kind == "gfl":
         sides = zip(numbers.split(17, 1), expected.split(17, 1), strict=True)
         return sum(F.kl_div(x.log_softmax(1), t.softmax(1), reduction="none").sum(1) for x, t in sides) / 4
     boxes = _slow_boxes(kind, numbers, anchors), _slow_boxes(kind, expected, anchors)
     if kind in ("fcos", "fsaf"):
-        loss = torch.full((len(numbers),), -math.log(1e-6), dtype=torch.float64)  # of what is empty
+        loss = torch.full((len(numbers),), -math.log(1e-6), dtype=torch.float64)  # of two empty boxes
         there = torch.stack([(x[:, 2:] > x[:, :2]).all(1) for x in boxes]).any(0)
         for row in there.nonzero()[:, 0]:
             loss[row] = -box_iou(*(x[row, None] for x in boxes))[0, 0].clamp(min=1e-6).log()
@@ -240,9 +240,9 @@ def _slow_box_loss(kind: str, numbers: Tensor, expected: Tensor, anchors: Tensor
 
 
 def _slow_head(kind: str, head: nn.Module, split: int, level: int, maps: tuple[Tensor, Tensor]) -> list[Tensor]:
-    """What the rest of the head gives of a level: logits, boxes, centerness where it has one, (B, HWA, dim)."""
+    """Run the rest of the head on a level; return logits, boxes and, if any, centerness: (B, HWA, dim)."""
     layers = (head.cls_subnet, head.bbox_subnet)
-    start = max(2 * split - 1, 0)  # convolution and ReLU in turn
+    start = max(2 * split - 1, 0)  # convolutions and ReLUs alternate
     class_map, box_map = maps
     for number in range(start, 4):
         class_map, box_map = layers[0][number](class_map), layers[1][number](box_map)
@@ -266,7 +266,7 @@ def _slow_crosskd(
     theirs: list[dict[int, Tensor]],
     student: DetectorOutputs,
 ) -> list[Tensor]:
-    """Classes, boxes and centerness by the definition, without any weight; all in double precision."""
+    """Compute the unweighted class, box and centerness losses from the definition, in double precision."""
     assignment = student.dense.assignment_by_level
     positives = max(sum(int((a >= 0).sum()) for a in assignment.values()), 1)
     classes, boxes, centerness, weights = (torch.zeros((), dtype=torch.float64) for _ in range(4))
@@ -305,7 +305,7 @@ def _slow_crosskd(
 def test_crosskd_is_its_definition(
     dense: Callable, make_inputs: Callable, event_storage: EventStorage, kind: str, split: int, counts: tuple
 ) -> None:
-    """Check the losses and their gradients in the student's features against a rendering in double precision."""
+    """Check the losses and the gradients of the student's features against a double-precision implementation."""
     inputs = make_inputs(counts=counts)
     student, teacher = _read(dense(kind), inputs, split), Teacher(dense(kind, seed=1))
     theirs = teacher(inputs, frozenset({"dense", towers_at(split)}))
@@ -326,7 +326,7 @@ def test_crosskd_is_its_definition(
     sum(weight * value for weight, value in zip(weights, expected, strict=True)).backward()
     for found, right in zip(ours, slow, strict=True):
         for stride in STRIDES:
-            # on the coarsest level two or three positions are left, whose standardized values hardly depend on them
+            # the coarsest level has two or three positions, whose standardized values hardly depend on the features
             scale = max(float(right[s].grad.abs().max()) for s in STRIDES)
             torch.testing.assert_close(found[stride].grad.double(), right[stride].grad, rtol=1e-3, atol=1e-4 * scale)
 
@@ -335,7 +335,7 @@ def test_crosskd_is_its_definition(
 def test_crosskds_gradient_reaches_the_student_alone(
     dense: Callable, tiny_cfg: Callable, make_inputs: Callable, event_storage: EventStorage, kind: str
 ) -> None:
-    """Check the student's neck and first convolutions, not those behind the cut; the teacher keeps still, batch norms included."""
+    """Check gradients before the split and none after it, and an unchanged teacher, including its batch norms."""
     student, teacher = dense(kind), Teacher(dense(kind, seed=1))
     before = copy.deepcopy(teacher.model.state_dict())
     distiller = configured(CrossKD, tiny_cfg(kind), build_adapter(student).spec, teacher.spec)
@@ -353,7 +353,7 @@ def test_crosskds_gradient_reaches_the_student_alone(
 def test_a_student_may_end_in_another_head(
     dense: Callable, tiny_cfg: Callable, make_inputs: Callable, event_storage: EventStorage
 ) -> None:
-    """Check an ATSS under a GFL, whose anchors are the same: the losses are those of distributions."""
+    """Check an ATSS student with a GFL teacher, which has the same anchors: the box loss compares distributions."""
     student, teacher = dense("atss"), Teacher(dense("gfl", seed=1))
     distiller = configured(CrossKD, tiny_cfg("atss"), build_adapter(student).spec, teacher.spec)
     losses = KDMetaArch(student=student, teacher=teacher, distillers={"CrossKD": distiller})(make_inputs())
@@ -361,7 +361,7 @@ def test_a_student_may_end_in_another_head(
 
 
 def test_box_losses_are_torchvisions() -> None:
-    """Check GIoU and IoU of boxes far apart and near, gradients included, and that empty boxes have finite ones."""
+    """Check GIoU and IoU losses of distant and near boxes, and that empty boxes have finite losses and gradients."""
     generator = torch.Generator().manual_seed(0)
     corners, sides = torch.rand(2, 2, 30, 2, generator=generator) * torch.tensor([20.0]).view(1, 1, 1, 1)
     boxes = torch.cat([corners, corners + sides + 1], 2).unbind()
@@ -387,7 +387,7 @@ def test_box_losses_are_torchvisions() -> None:
 def _slow_ld(
     student: DetectorOutputs, teacher: DetectorOutputs, picked: list[tuple[int, int, float]], tau: float
 ) -> Tensor:
-    """LD of a region, by image, anchor and weight, in double precision."""
+    """Compute LD over a region, given as (image, anchor, weight), in double precision."""
     sides = [torch.cat(list(x.dense.box_regression.values()), 1).double() for x in (student, teacher)]
     total, weights = torch.zeros((), dtype=torch.float64), 0.0
     for image, anchor, weight in picked:
@@ -399,7 +399,7 @@ def _slow_ld(
 
 
 def _slow_region(anchors: Tensor, boxes: Tensor, thresholds: Tensor) -> dict[int, float]:
-    """Weight by anchor of the valuable localization region of an image."""
+    """Return the weight of each anchor in the valuable localization region of an image."""
     region: dict[int, float] = {}
     overlaps, distances = box_iou(boxes, anchors), distance_box_iou(boxes, anchors)
     for box, threshold in enumerate(thresholds.flatten().tolist()):
@@ -413,7 +413,7 @@ def _slow_region(anchors: Tensor, boxes: Tensor, thresholds: Tensor) -> dict[int
 def test_ld_is_its_definition(
     dense: Callable, make_inputs: Callable, event_storage: EventStorage, counts: tuple
 ) -> None:
-    """Check both regions and the class logits, and their gradients in the student's predictions, in double precision."""
+    """Check the losses of both regions and of class logits, and their gradients, against double precision."""
     inputs = make_inputs(counts=counts)
     targets = [x["instances"] for x in inputs]
     model, teacher = dense("gfl"), Teacher(dense("gfl", seed=1))
@@ -458,7 +458,7 @@ def test_ld_is_its_definition(
 
 
 def test_valuable_region_lies_around_the_positives(dense: Callable, make_inputs: Callable) -> None:
-    """Check that it has anchors of no label, weights in (0, 1], and none where there is no box."""
+    """Check that the region has unassigned anchors, weights between 0 and the IoU, and is empty without boxes."""
     model = dense("gfl")
     levels = model.anchor_generator([torch.zeros(1, 8, -(-96 // s), -(-96 // s)) for s in STRIDES])
     boxes = Boxes(torch.tensor([[10.0, 12.0, 70.0, 80.0], [30.0, 30.0, 90.0, 85.0]]))
@@ -488,7 +488,7 @@ def test_center_penalty_is_torchvisions() -> None:
 def test_a_step_with_every_loss(
     dense: Callable, tiny_cfg: Callable, make_inputs: Callable, event_storage: EventStorage, kind: str, counts: tuple
 ) -> None:
-    """Check finite losses and gradients, balanced ones too, images without objects and with one instance included."""
+    """Check finite losses and gradients, with and without balancing, for images with several objects, one and none."""
     keys = {"LD": {"VALUABLE_WEIGHT": 0.25, "CLASS_WEIGHT": 10.0}}
     student, teacher = dense(kind), Teacher(dense(kind, seed=1))
     specs = build_adapter(student).spec, teacher.spec
@@ -511,7 +511,7 @@ def test_a_step_with_every_loss(
 def test_equal_detectors_agree(
     dense: Callable, tiny_cfg: Callable, make_inputs: Callable, event_storage, kind: str
 ) -> None:
-    """Check that a detector loses nothing beside its copy."""
+    """Check that all losses are zero between a detector and its copy."""
     student = dense(kind).eval()
     teacher = Teacher(copy.deepcopy(student))
     specs = build_adapter(student).spec, teacher.spec
@@ -524,12 +524,12 @@ def test_equal_detectors_agree(
         assert losses[name].item() == pytest.approx(0, abs=1e-3), name
 
 
-# ------------------------------------------------------------------------------------------------ what goes together
+# ---------------------------------------------------------------------------------------------- valid pairs and keys
 
 
 @pytest.fixture
 def build(tiny_cfg: Callable, tiny_detector: Callable) -> Callable[..., Distiller]:
-    """(method, student's kind, NUM_CONVS of both, keys) -> the method between two detectors of that kind."""
+    """Return a function (method, kind, NUM_CONVS of both, keys) that builds a distiller for two such detectors."""
 
     def build(
         method: type[Distiller], kind: str = "gfl", convolutions: tuple[int, int] = (4, 4), **keys: Any
@@ -543,7 +543,7 @@ def build(tiny_cfg: Callable, tiny_detector: Callable) -> Callable[..., Distille
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_crosskds_defaults_are_the_authors(build: Callable, kind: str) -> None:
-    """Check weights, kind of box loss and where the heads of four convolutions are cut: behind the third, at points the second."""
+    """Check weights, box loss and the split of four convolutions: after the third, for FCOS and FSAF the second."""
     distiller = build(CrossKD, kind)
     assert tuple(distiller.weights.values()) == WEIGHTS[kind]
     assert distiller.box_loss == {"gfl": "distributions", "fcos": "iou", "fsaf": "iou"}.get(kind, "giou")
@@ -554,7 +554,7 @@ def test_crosskds_defaults_are_the_authors(build: Callable, kind: str) -> None:
 
 
 def test_crosskds_keys(build: Callable) -> None:
-    """Check WEIGHT and each loss's own, that a cut may be anywhere, and that the shorter of two heads decides."""
+    """Check WEIGHT and each loss's weight, a split after the last convolution, and that the shorter head decides."""
     keys = {"WEIGHT": 2.0, "CLASS_WEIGHT": 3.0, "BOX_WEIGHT": 0.5, "CENTERNESS_WEIGHT": 0.25}
     distiller = build(CrossKD, "fcos", SPLIT=4, **keys)
     assert (distiller.weight, [*distiller.weights.values()], distiller.split) == (2.0, [3.0, 0.5, 0.25], 4)
@@ -563,7 +563,7 @@ def test_crosskds_keys(build: Callable) -> None:
 
 
 def test_lds_defaults_and_keys(build: Callable) -> None:
-    """Check the authors' temperature and weight of the main region, and that the other losses come by their weights."""
+    """Check the authors' temperature and main-region weight, and that weights enable the other losses."""
     ld = build(LD)
     assert (ld.weights, ld.config.temperature, ld.loss_names) == ({"loss_ld": 0.25}, 10.0, ("loss_ld",))
     keys = {
@@ -594,7 +594,7 @@ def test_lds_defaults_and_keys(build: Callable) -> None:
 def test_pairs_that_cannot_are_told_in_a_sentence(
     tiny_detector: Callable, tiny_cfg: Callable, method: str, student: str, teacher: str, sentence: str
 ) -> None:
-    """Check that the sentence names the method, what is missing or differs, and the detectors."""
+    """Check that the error names the method, what is missing or differs, and the detectors."""
     keys = {"other gfl": {"GFL": {"REG_MAX": 8}}, "wide gfl": {"FPN": {"OUT_CHANNELS": 16}}}.get(teacher, {})
     student, teacher = tiny_detector(student), Teacher(tiny_detector(teacher.split()[-1], {"MODEL": keys}))
     specs = build_adapter(student).spec, teacher.spec
@@ -604,7 +604,7 @@ def test_pairs_that_cannot_are_told_in_a_sentence(
 
 
 def test_heads_of_other_depth_must_agree_at_the_cut(build: Callable) -> None:
-    """Check a cut that one of the two heads does not have."""
+    """Check a SPLIT beyond the depth of one of the two heads."""
     with pytest.raises(
         UserError, match=r"SPLIT is 3, but the towers of the student \(GFL\) have 2 .* teacher \(GFL\) 4\."
     ):
@@ -619,7 +619,7 @@ def test_a_centerness_that_is_not_there(build: Callable) -> None:
 
 
 def test_heads_that_are_read_otherwise_have_no_towers(tiny_detector: Callable) -> None:
-    """Check a head with another forward pass, and one whose towers differ."""
+    """Check a head whose towers differ, and one that overrides `forward`."""
     model = tiny_detector("retinanet")
     spec = build_adapter(model).spec
     assert spec.tower_channels == (8, 8) and "towers/1" in spec.provides and "towers/2" not in spec.provides
@@ -648,6 +648,6 @@ def test_heads_that_are_read_otherwise_have_no_towers(tiny_detector: Callable) -
     ],
 )
 def test_wrong_values_name_their_key(build: Callable, method: type[Distiller], key: str, value: object) -> None:
-    """Check that the sentence holds key and value."""
+    """Check that the error names the key and the value."""
     with pytest.raises(UserError, match=rf"MODEL\.KD\.{method.CONFIG_NODE}\.{key} is {value!r}"):
         build(method, **{key: value})

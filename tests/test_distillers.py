@@ -1,4 +1,4 @@
-"""The distillation methods on features whose losses can be worked out by hand, and what methods share."""
+"""FeatureImitation and StructuralKD with hand-worked losses, and what all distillers share."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def _outputs(features: dict[int, Tensor]) -> DetectorOutputs:
 
 
 def _map(*rows: list[float]) -> Tensor:
-    """One channel of one image."""
+    """Return a map with one channel of one image."""
     return torch.tensor(rows, dtype=torch.float32)[None, None]
 
 
 @pytest.fixture
 def build(tiny_cfg: Callable[..., CfgNode]) -> Callable[..., Distiller]:
-    """(node name, student's channels by stride, teacher's, student's family, keys) -> the configured distiller."""
+    """Return a function (node, student channels by stride, teacher channels, family, keys) that builds a distiller."""
 
     def build(
         node_name: str,
@@ -72,7 +72,7 @@ def test_feature_imitation_by_hand(build: Callable) -> None:
     assert _loss(build("FEATURE_IMITATION", {8: 1, 16: 1}, WEIGHT=3.0), STUDENT, TEACHER) == 6.375
 
 
-# After nu: stride 8 is 0, 1/4, 1/2, 1 and 0, 1/2, 1/2, 1; stride 16 is 0, 1 and 1, 0.
+# After normalization: stride 8 is 0, 1/4, 1/2, 1 and 0, 1/2, 1/2, 1; stride 16 is 0, 1 and 1, 0.
 BY_HAND = [
     ({"LOSS": "l1"}, 0.25 / 4 + 1),
     ({"LOSS": "l2"}, 0.25**2 / 4 + 1),
@@ -85,13 +85,13 @@ BY_HAND = [
 
 @pytest.mark.parametrize(("keys", "expected"), BY_HAND)
 def test_structural_by_hand(build: Callable, keys: dict[str, Any], expected: float) -> None:
-    """Check mean per level, sum over levels, weight, for every loss that can be worked out by hand."""
+    """Check the mean per level, the sum over levels and the weight, for losses that can be computed by hand."""
     distiller = build("STRUCTURAL", {8: 1, 16: 1}, WEIGHT=4.0, **keys)
     assert _loss(distiller, STUDENT, TEACHER) == pytest.approx(4 * expected, rel=1e-6)
 
 
 def test_structural_of_one_joint_range(build: Callable) -> None:
-    """Check 0, 1, 2, 4 against 0, 2, 4, 8: 0 to 8 is the range of both, and of each alone they are the same but for one cell."""
+    """Check 0, 1, 2, 4 against 0, 4, 4, 8: the joint range is 0 to 8; normalized separately, only one cell differs."""
     student, teacher = {8: _map([0, 1], [2, 4])}, {8: _map([0, 4], [4, 8])}
     joint, sample = (
         build("STRUCTURAL", {8: 1}, WEIGHT=1.0, LOSS="l1", NORMALIZATION=scope) for scope in ("joint", "sample")
@@ -101,7 +101,7 @@ def test_structural_of_one_joint_range(build: Callable) -> None:
 
 
 def test_structural_normalizes_each_sample_and_channel_as_configured(build: Callable) -> None:
-    """Check that scaling a sample (or a channel) changes nothing under its own scope, and does under another."""
+    """Check that scaling samples has no effect, and that scaling channels has one for "sample", not for "channel"."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.rand(2, 2, 2, 6, 6, generator=generator)
     by_sample = student * torch.tensor([2.0, 9.0]).view(2, 1, 1, 1) - 3
@@ -140,15 +140,15 @@ def test_structural_ssim_cuts_its_window_to_small_maps(
 
 
 def test_structural_ssim_on_single_cells_and_rows(build: Callable) -> None:
-    """Check the smallest maps by hand, where the window is one cell: only the luminance term (C1 = 1e-4) is left."""
+    """Check the smallest maps by hand: with a window of one cell only the luminance term (C1 = 1e-4) remains."""
     distiller = build("STRUCTURAL", {8: 1, 16: 1}, WEIGHT=1.0)
-    # A single cell has no range: nu makes it 0 in both. In the row 0, 1 meets 1, 0.
+    # A single cell has no range and is normalized to 0. In the row, 0, 1 is compared with 1, 0.
     loss = _loss(distiller, {8: _map([7.0]), 16: _map([3, 5])}, {8: _map([2.0]), 16: _map([5, 3])})
     assert loss == pytest.approx((1 - 1e-4 / (1 + 1e-4)) / 2, abs=2e-5)
 
 
 def test_structural_loss_maps_by_hand(build: Callable) -> None:
-    """Check the values of BY_HAND's maps at each position; with two channels, their mean."""
+    """Check the values for the maps of BY_HAND at each position, and the mean over two channels."""
     maps = build("STRUCTURAL", {8: 1, 16: 1}, LOSS="l1").loss_maps(_outputs(STUDENT), _outputs(TEACHER), [])
     assert list(maps) == [8, 16]
     torch.testing.assert_close(maps[8], torch.tensor([[[0.0, 0.25], [0.0, 0.0]]]))
@@ -160,7 +160,7 @@ def test_structural_loss_maps_by_hand(build: Callable) -> None:
 
 @pytest.mark.parametrize("keys", [{}, {"LOSS": "l1_ms_ssim"}, {"LOSS": "l2", "SPATIAL_ATTENTION": True}])
 def test_structural_loss_maps_add_up(build: Callable, keys: dict[str, Any]) -> None:
-    """Check that their mean is the loss, for losses that cannot be worked out by hand, without a gradient being on."""
+    """Check that their mean is the loss, for losses without hand-worked values, under `no_grad`."""
     student, teacher = torch.rand(2, 2, 3, 8, 9, generator=torch.Generator().manual_seed(0))
     distiller = build("STRUCTURAL", {8: 3}, WEIGHT=1.0, **keys)
     with torch.no_grad():
@@ -170,12 +170,12 @@ def test_structural_loss_maps_add_up(build: Callable, keys: dict[str, Any]) -> N
 
 
 def test_structural_spatial_attention(build: Callable) -> None:
-    """Check that positions count as their attention says, and its temperature by family."""
+    """Check that positions are weighted by attention, and the temperature by family."""
     student, teacher = {8: _map([0.0, 1.0], [2.0, 4.0])}, {8: _map([0.0, 2.0], [2.0, 4.0])}
     distiller = build("STRUCTURAL", {8: 1}, LOSS="l1", WEIGHT=1.0, SPATIAL_ATTENTION=True)
     assert distiller.attention_temperature == 0.5
     shares = [torch.tensor(row).div(0.5).softmax(0)[1].item() for row in ([0.0, 1, 2, 4], [0.0, 2, 2, 4])]
-    # one position differs, by a quarter; four positions, whose attention has the mean 1
+    # one of four positions differs, by a quarter; the attention has mean 1
     assert _loss(distiller, student, teacher) == pytest.approx(0.25 * sum(shares) / 2)
     assert build("STRUCTURAL", {8: 1}, None, "two-stage", SPATIAL_ATTENTION=True).attention_temperature == 0.1
     assert build("STRUCTURAL", {8: 1}).attention_temperature is None
@@ -191,7 +191,7 @@ def test_structural_spatial_attention(build: Callable) -> None:
     ],
 )
 def test_structural_losses_by_name(build: Callable, keys: dict[str, Any], expected: Callable) -> None:
-    """Check scales, their window on a small map, and components against the functions."""
+    """Check the losses, the window on a small map, and the exponents against the functions."""
     student, teacher = torch.rand(2, 1, 2, 7, 9, generator=torch.Generator().manual_seed(3))
     distiller = build("STRUCTURAL", {8: 2}, WEIGHT=1.0, NORMALIZATION="none", **keys)
     assert _loss(distiller, {8: student}, {8: teacher}) == pytest.approx(expected(student, teacher).item(), rel=1e-6)
@@ -214,7 +214,7 @@ EXTREMES = {
 @pytest.mark.parametrize("loss", ["l1", "l2", "smooth_l1", "ssim", "ms_ssim", "l1_ms_ssim", "structure", "attention"])
 @pytest.mark.parametrize("maps", EXTREMES.values(), ids=EXTREMES.keys())
 def test_structural_is_finite(build: Callable, maps: tuple[Tensor, Tensor], loss: str, scope: str) -> None:
-    """Check every loss and scope of the normalization, gradients included."""
+    """Check every loss and normalization scope, including gradients."""
     keys = {"structure": {"SSIM_EXPONENTS": (0.0, 0.0, 1.0)}, "attention": {"SPATIAL_ATTENTION": True}}
     distiller = build("STRUCTURAL", {8: 3}, NORMALIZATION=scope, **keys.get(loss, {"LOSS": loss}))
     student = maps[0].clone().requires_grad_()
@@ -225,7 +225,7 @@ def test_structural_is_finite(build: Callable, maps: tuple[Tensor, Tensor], loss
 
 
 def test_structural_levels_are_summed_and_weighted(build: Callable) -> None:
-    """Check that with SSIM, too, two levels give the sum of the two alone, and the weight multiplies it."""
+    """Check for SSIM that the loss of two levels is the sum of the losses of both, times the weight."""
     generator = torch.Generator().manual_seed(2)
     maps = {s: torch.randn(2, 1, 2, 64 // s, 80 // s, generator=generator) for s in (4, 8)}
     student, teacher = ({s: pair[i] for s, pair in maps.items()} for i in (0, 1))
@@ -244,14 +244,14 @@ def test_structural_levels_are_summed_and_weighted(build: Callable) -> None:
     ],
 )
 def test_structural_weight_by_family(build: Callable, family: str, keys: dict[str, Any], weight: float) -> None:
-    """Check lambda: 4 for a one-stage student, 2 for others, the config's own where it says one."""
+    """Check lambda: 4 for a one-stage student, 2 for others, or WEIGHT if it is set."""
     distiller = build("STRUCTURAL", {8: 1, 16: 1}, family=family, LOSS="l1", **keys)
     assert _loss(distiller, STUDENT, TEACHER) == pytest.approx(weight * 1.0625)
 
 
 @pytest.mark.parametrize("node_name", METHODS)
 def test_losses_are_float32_under_autocast(build: Callable, node_name: str) -> None:
-    """Check bfloat16 maps that are close together: the loss is that of their float32 copies, bit by bit."""
+    """Check that the loss of nearly equal bfloat16 maps is bitwise that of their float32 copies."""
     keys = {} if node_name == "FEATURE_IMITATION" else {"LOSS": "l1"}
     distiller = build(node_name, {8: 2}, **keys)
     generator = torch.Generator().manual_seed(0)
@@ -267,7 +267,7 @@ def test_losses_are_float32_under_autocast(build: Callable, node_name: str) -> N
 
 @pytest.mark.parametrize("node_name", METHODS)
 def test_gradients_reach_the_student_at_every_level(build: Callable, node_name: str) -> None:
-    """Check that gradients reach both levels, and pull towards the teacher: a small step lowers the loss."""
+    """Check that gradients reach both levels, and that a small gradient step lowers the loss."""
     generator = torch.Generator().manual_seed(0)
     distiller = build(node_name, {8: 2, 16: 2})
     student = {s: torch.randn(1, 2, 64 // s, 64 // s, generator=generator).requires_grad_() for s in (8, 16)}
@@ -282,7 +282,7 @@ def test_gradients_reach_the_student_at_every_level(build: Callable, node_name: 
 @pytest.mark.parametrize("node_name", METHODS)
 @pytest.mark.parametrize(("adaptation", "kernel"), [("1x1", 1), ("3x3", 3)])
 def test_adaptation_layers(build: Callable, node_name: str, adaptation: str, kernel: int) -> None:
-    """Check one convolution a level from the student's channels to the teacher's, of equal size, that can learn."""
+    """Check one trainable convolution per level, from the student's channels to the teacher's, that keeps the size."""
     distiller = build(node_name, {8: 2, 16: 4}, {8: 5, 16: 5}, ADAPTATION=adaptation)
     shapes = {name: tuple(p.shape) for name, p in distiller.named_parameters()}
     assert shapes == {
@@ -301,7 +301,7 @@ def test_adaptation_layers(build: Callable, node_name: str, adaptation: str, ker
         padding=kernel // 2,
     )
     assert torch.equal(adapted[1], convolved)
-    # the teacher shows exactly what the layers make of the student: nothing to learn
+    # the teacher's features equal the adapted features of the student: no loss
     teacher = {8: adapted[0].detach(), 16: adapted[1].detach()}
     assert _loss(distiller, student, teacher) == pytest.approx(0.0, abs=1e-5)
     teacher = {8: torch.randn(2, 5, 6, 4), 16: torch.randn(2, 5, 3, 2)}
@@ -311,7 +311,7 @@ def test_adaptation_layers(build: Callable, node_name: str, adaptation: str, ker
 
 
 def test_without_adaptation_features_pass_as_they_are(build: Callable) -> None:
-    """Check that "none" has no parameters and hands on the very tensors."""
+    """Check that "none" has no parameters and returns the same tensors."""
     distiller = build("STRUCTURAL", {8: 2, 16: 2})
     assert list(distiller.parameters()) == []
     features = [torch.rand(1, 2, 4, 4), torch.rand(1, 2, 2, 2)]
@@ -320,7 +320,7 @@ def test_without_adaptation_features_pass_as_they_are(build: Callable) -> None:
 
 @pytest.mark.parametrize("node_name", METHODS)
 def test_channels_that_differ_need_an_adaptation_layer(build: Callable, node_name: str) -> None:
-    """Check that the sentence names the key, the stride, both counts and the remedy."""
+    """Check that the error names the key, the stride, both numbers of channels and the remedy."""
     with pytest.raises(
         UserError,
         match=rf"MODEL\.KD\.{node_name}\.ADAPTATION is 'none', but at stride 16 the student has 4 channels "
@@ -331,7 +331,7 @@ def test_channels_that_differ_need_an_adaptation_layer(build: Callable, node_nam
 
 @pytest.mark.parametrize("node_name", METHODS)
 def test_levels_are_paired_by_stride(build: Callable, node_name: str) -> None:
-    """Check that levels only one detector has play no part, and that the pairing is by stride, not by order."""
+    """Check that levels of only one detector are skipped, and that levels are paired by stride, not by order."""
     student = {8: torch.randn(1, 2, 8, 8), 16: torch.randn(1, 2, 4, 4), 32: torch.randn(1, 2, 2, 2)}
     teacher = {4: torch.randn(1, 2, 16, 16), 16: 2 * student[16], 8: 3 * student[8]}
     keys = {"NORMALIZATION": "none", "LOSS": "l2", "WEIGHT": 1.0} if node_name == "STRUCTURAL" else {}
@@ -344,7 +344,6 @@ def test_levels_are_paired_by_stride(build: Callable, node_name: str) -> None:
 
 @pytest.mark.parametrize("node_name", METHODS)
 def test_disjoint_strides_name_both(build: Callable, node_name: str) -> None:
-    """Check the sentence for a pair without any level in common."""
     with pytest.raises(
         UserError,
         match=r"The student \(Pupil, strides \[16, 32\]\) and the teacher \(Master, strides \[4, 8\]\) have no",
@@ -353,14 +352,14 @@ def test_disjoint_strides_name_both(build: Callable, node_name: str) -> None:
 
 
 def test_common_strides_are_ascending() -> None:
-    """Check the order, whatever the order of the detectors' own levels."""
+    """Check the order for detectors with levels in any order."""
     assert common_strides(spec_of({64: 1, 8: 1, 16: 1}), spec_of({16: 1, 64: 1, 4: 1})) == [16, 64]
 
 
 @pytest.mark.parametrize("node_name", METHODS)
 @pytest.mark.parametrize("whose", ["student", "teacher"])
 def test_missing_feature_is_an_error(build: Callable, node_name: str, whose: str) -> None:
-    """Check that a level which was promised but not captured is named, with whose it is and what there is."""
+    """Check that the error names the detector, the missing stride and the captured strides."""
     distiller = build(node_name, {8: 1, 16: 1})
     given = {"student": STUDENT, "teacher": TEACHER}
     given[whose] = {8: STUDENT[8]}
@@ -371,7 +370,7 @@ def test_missing_feature_is_an_error(build: Callable, node_name: str, whose: str
 
 
 def test_levels_by_stride_follow_the_order_asked_for() -> None:
-    """Check that the list has the order of the strides asked for, not that of the dictionary."""
+    """Check that the list has the order of the requested strides, not that of the dict."""
     assert levels_by_stride(STUDENT, (8, 16), "student") == [STUDENT[8], STUDENT[16]]
 
 
@@ -389,14 +388,14 @@ def test_levels_by_stride_follow_the_order_asked_for() -> None:
     ],
 )
 def test_wrong_values_name_their_key(build: Callable, node_name: str, key: str, value: object) -> None:
-    """Check that validation refuses the value in a sentence that holds key and value."""
+    """Check that the error names the key and the value."""
     with pytest.raises(UserError, match=rf"MODEL\.KD\.{node_name}\.{key} is {value!r}"):
         build(node_name, {8: 1}, **{key: value})
 
 
 @pytest.mark.parametrize("value", [True, "3", None, float("inf"), -0.5])
 def test_check_number_refuses_what_is_no_finite_number(value: object) -> None:
-    """Check booleans, text, None, infinity and too small numbers; the minimum is fine unless excluded."""
+    """Check booleans, strings, None, infinity and numbers below the minimum, which is valid unless excluded."""
     with pytest.raises(UserError, match=r"MODEL\.KD\.ICD\.WEIGHT is .*; it must be a number at least 0\."):
         check_number("MODEL.KD.ICD.WEIGHT", value, 0)
     check_number("MODEL.KD.ICD.WEIGHT", 0, 0)
@@ -405,7 +404,7 @@ def test_check_number_refuses_what_is_no_finite_number(value: object) -> None:
 
 
 def test_schedule_by_hand() -> None:
-    """Check start, a linear warm-up that is full in its last iteration, and the end, which is exclusive."""
+    """Check the start, a linear warm-up that reaches 1 in its last iteration, and the end, which is exclusive."""
     schedule = Schedule(start=2, warmup=4, end=8)
     factors = [schedule.factor(i) for i in range(10)]
     assert factors == [0, 0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 0, 0]
@@ -418,7 +417,6 @@ def test_schedule_by_hand() -> None:
 
 
 def test_schedule_from_its_config_node(tiny_cfg: Callable[..., CfgNode]) -> None:
-    """Check which key is what."""
     keys = {"START_ITER": 5, "WARMUP_ITERS": 7, "END_ITER": 90}
     node = tiny_cfg("retinanet", {"MODEL": {"KD": {"STRUCTURAL": keys}}}).MODEL.KD.STRUCTURAL
     assert Schedule.from_node(node) == Schedule(start=5, warmup=7, end=90)
@@ -426,7 +424,7 @@ def test_schedule_from_its_config_node(tiny_cfg: Callable[..., CfgNode]) -> None
 
 @pytest.mark.parametrize("node_name", METHODS)
 def test_idle_losses_keep_parameters_in_the_graph(build: Callable, node_name: str) -> None:
-    """Check zeros under the declared names, with a gradient of zero for every parameter."""
+    """Check zero losses under the declared names, with zero gradients for all parameters."""
     distiller = build(node_name, {8: 2}, {8: 3}, ADAPTATION="1x1")
     losses = distiller.idle_losses(like=torch.ones(1, 3, 4, 4))
     assert tuple(losses) == distiller.loss_names
@@ -436,7 +434,6 @@ def test_idle_losses_keep_parameters_in_the_graph(build: Callable, node_name: st
 
 
 def test_param_groups_default_to_the_students_optimizer(build: Callable, tiny_cfg: Callable[..., CfgNode]) -> None:
-    """Check that a method which says nothing leaves all its parameters to the student's optimizer."""
     distiller = build("STRUCTURAL", {8: 2}, ADAPTATION="1x1")
     (group,) = distiller.param_groups(tiny_cfg("retinanet"))
     assert group.optimizer is None
@@ -446,7 +443,7 @@ def test_param_groups_default_to_the_students_optimizer(build: Callable, tiny_cf
 
 @pytest.mark.parametrize("name", [name for name, _ in DISTILLER_REGISTRY])
 def test_registered_methods_keep_the_contract(name: str, tiny_cfg: Callable[..., CfgNode]) -> None:
-    """Check, for every registered method, names of losses and parts, and a node with the keys that all share."""
+    """Check the names of losses and needed parts, and that the config node has the shared keys and defaults."""
     method = DISTILLER_REGISTRY.get(name)
     assert issubclass(method, Distiller)
     assert method.__name__ == name
@@ -465,7 +462,7 @@ def test_registered_methods_keep_the_contract(name: str, tiny_cfg: Callable[...,
 
 
 def test_adaptation_layers_check_the_number_of_levels() -> None:
-    """Check that a level too many is an error, not silently dropped."""
+    """Check that an extra level is an error and not silently dropped."""
     layers = AdaptationLayers({8: (1, 1)}, 1)
     with pytest.raises(ValueError, match="zip"):
         layers([torch.rand(1, 1, 2, 2)] * 2)
@@ -473,7 +470,7 @@ def test_adaptation_layers_check_the_number_of_levels() -> None:
 
 @pytest.mark.parametrize("outputs", [1, 3])
 def test_pointwise_is_the_convolution(outputs: int) -> None:
-    """Check the values, and the gradients of input, weight and bias, against PyTorch's own."""
+    """Check the values and the gradients of input, weight and bias against PyTorch's convolution."""
     torch.manual_seed(0)
     layer = nn.Conv2d(4, outputs, 1).double()
     maps = torch.randn(2, 4, 3, 5, dtype=torch.float64, requires_grad=True)

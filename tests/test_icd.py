@@ -1,4 +1,4 @@
-"""ICD: its three losses against a plain rendering of the definition, its queries, priors and gradient routes."""
+"""ICD: losses against a plain implementation of the definition, queries, priors, and gradient flow."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ PADDED = (64, 96)
 
 
 def _targets(*boxes_of: list[list[float]], sizes: list[tuple[int, int]] | None = None) -> list[Instances]:
-    """Images with boxes x1, y1, x2, y2; the n-th box is of class n modulo 3."""
+    """Return the targets of images with boxes x1, y1, x2, y2; box n, from 0, has class n modulo 3."""
     result = []
     for boxes, size in zip(boxes_of, sizes or IMAGE_SIZES, strict=False):
         target = Instances(size, gt_boxes=Boxes(torch.tensor(boxes).view(-1, 4)))
@@ -61,7 +61,7 @@ def _fakes(num_classes: int = NUM_CLASSES, size: float = 0.2, deviation: float =
 def _built(
     strides: list[int], student: int, teacher: int, num_classes: int = NUM_CLASSES, dim: int = 16, **keys
 ) -> ICD:
-    """A narrow ICD for detectors of so many channels, with the fakes of `_fakes`."""
+    """Build a small ICD distiller for detectors with these numbers of channels, with the fakes of `_fakes`."""
     specs = (spec_of(dict.fromkeys(strides, channels), num_classes=num_classes) for channels in (student, teacher))
     icd = make(ICD, *specs, dim=dim, **{"num_heads": 4, "ffn_dim": 24, **keys})
     icd.fakes = _fakes(num_classes)
@@ -71,7 +71,7 @@ def _built(
 def _icd(channels: int = 16, dim: int = 16, num_layers: int = 1, **options) -> ICD:
     torch.manual_seed(1)
     icd = _built(STRIDES, channels + 4, channels, dim=dim, num_layers=num_layers, **options)
-    for parameter in icd.parameters():  # biases are no longer zero, and every term matters
+    for parameter in icd.parameters():  # so that biases are nonzero and every term matters
         parameter.data += 0.1 * torch.randn_like(parameter)
     return icd
 
@@ -105,7 +105,7 @@ def _flat(maps: list[Tensor]) -> Tensor:
 
 
 def _positions(maps: list[Tensor], dim: int) -> tuple[Tensor, Tensor]:
-    """The position of every cell as the paper's reference makes it, by counting valid cells; and who is valid."""
+    """Return each cell's position encoding as in the authors' code, from counts of valid cells, and which are valid."""
     mask = torch.zeros(2, 1, *PADDED)
     for image, (height, width) in enumerate(IMAGE_SIZES):
         mask[image, :, :height, :width] = 1
@@ -125,7 +125,7 @@ def _positions(maps: list[Tensor], dim: int) -> tuple[Tensor, Tensor]:
 def _plain_losses(
     icd: ICD, query: Tensor, queries: InstanceQueries, student: list[Tensor], teacher: list[Tensor]
 ) -> dict[str, Tensor]:
-    """The whole of ICD in dense operations that keep everything, straight from the definition."""
+    """Compute the losses of ICD with dense operations, directly from the definition."""
     decoder, M = icd.decoder, icd.decoder.layers[0].num_heads
     features = _flat(teacher)
     if decoder.input is not None:
@@ -191,7 +191,7 @@ def test_losses_and_all_gradients_equal_the_definition(channels: int, num_layers
 
 
 def _load_reference(icd: ICD, reference: dict[str, Tensor]) -> dict[str, list[Tensor]]:
-    """Copy the reference's weights into the modules; returns which parameters its names stand for."""
+    """Copy the reference weights into the modules and return our parameters by reference name."""
     layer, encoder, head = icd.decoder.layers[0], icd.encoder.mlp, icd.auxiliary_head
     modules = {
         "attn.in_proj": [layer.query, layer.key, layer.value],
@@ -216,7 +216,7 @@ def _load_reference(icd: ICD, reference: dict[str, Tensor]) -> dict[str, list[Te
 
 
 def test_the_authors_numbers() -> None:
-    """Check every step, loss and gradient of the authors' program on random inputs (fixtures/make_icd_reference.py)."""
+    """Check every step, loss and gradient of the authors' code on random inputs (fixtures/make_icd_reference.py)."""
     reference = {name: torch.from_numpy(values) for name, values in np.load(REFERENCE).items()}
     dim, heads = reference["query"].shape[-1], reference["attention_logits"].shape[1]
     icd = _built([8, 16, 32, 64, 128], dim, dim, 80, dim, num_heads=heads, ffn_dim=4 * dim)
@@ -261,14 +261,14 @@ def test_the_authors_numbers() -> None:
     for level, ours in zip(range(3, 8), student, strict=True):
         assert close(ours.grad, reference[f"student_grad_p{level}"])
     for name, parts in parameters.items():
-        if name == "pos_proj_bias":  # moves all logits of a query alike: no gradient but for rounding
+        if name == "pos_proj_bias":  # shifts all logits of a query equally: the gradient is 0 up to rounding
             assert parts[0].grad.norm() < 1e-6
         elif not name.startswith("student_value"):
             norm = torch.cat([p.grad.flatten() for p in parts]).norm().item()
             assert norm == pytest.approx(reference[f"gradnorm.{name}"].item(), rel=1e-4), name
 
     centers = queries.centers.clone()
-    for image in (0, 1):  # the descriptor of the real queries, from the ground truth and the jitter that was drawn
+    for image in (0, 1):  # the descriptors of the real queries, from the ground truth and the drawn jitter
         gt, (height, width) = reference[f"gt_boxes_xyxy_{image}"], image_sizes[image]
         extent = torch.tensor([width, height])
         count = len(gt)
@@ -283,7 +283,7 @@ def test_the_authors_numbers() -> None:
 
 
 def test_distill_loss_by_hand() -> None:
-    """Values of two dims are (1, -1) or (-1, 1) after the layer norm: their distance is 0 or 4."""
+    """Check values with two dims: (1, -1) or (-1, 1) after the layer norm, so that their distance is 0 or 4."""
     student = torch.tensor([[3.0, 1.0], [0.0, 5.0]]).view(1, 1, 2, 2)
     teacher = torch.tensor([[-7.0, 9.0], [2.0, 4.0]]).view(1, 1, 2, 2)
     logits = torch.tensor([[0.0, math.log(3.0)], [9.0, -9.0]]).view(1, 1, 2, 2)
@@ -390,7 +390,7 @@ def test_distillation_trains_the_student_and_its_projection_alone() -> None:
 
 
 def test_auxiliary_losses_by_hand() -> None:
-    """A box of 0.4 x 0.2 whose center was moved by (0.1, 0): distances 0.3, 0.1, 0.1, 0.1; the prediction is 0.5."""
+    """Check a 0.4 x 0.2 box with its center moved by (0.1, 0): distances 0.3, 0.1, 0.1, 0.1 and predictions of 0.5."""
     queries = InstanceQueries(
         boxes=torch.tensor([[[0.5, 0.5, 0.4, 0.2], [0.3, 0.3, 0.1, 0.1], [0.0, 0.0, 0.0, 0.0]]]),
         centers=torch.tensor([[[0.6, 0.5], [0.3, 0.3], [0.0, 0.0]]]),
@@ -477,7 +477,7 @@ def test_no_image_has_more_than_max_queries() -> None:
     assert queries.is_real.sum(1).tolist() == [50, 9]
     assert (~queries.is_padding).sum(1).tolist() == [50, 50]
     lefts = (queries.boxes[0, :, 0] * 96 - 5).round().long()
-    assert lefts.unique().numel() == 50 and lefts.max() > 50  # any 50 of the 80, not the first
+    assert lefts.unique().numel() == 50 and lefts.max() > 50  # a random 50 of the 80, not the first 50
 
 
 def test_fakes_follow_the_priors_and_the_seed() -> None:
@@ -492,7 +492,7 @@ def test_fakes_follow_the_priors_and_the_seed() -> None:
     for label in (0, 2):
         sizes = boxes[classes == label, 2:]
         torch.testing.assert_close(sizes.mean(0), means[label], rtol=0.01, atol=0)
-        # The deviation of a normal distribution cut at 2 sigma is 0.8796 of the whole one's.
+        # Truncating a normal distribution at 2 sigma multiplies its standard deviation by 0.8796.
         torch.testing.assert_close(sizes.std(0), 0.8796 * means[label] / 4, rtol=0.03, atol=0)
         assert ((sizes - means[label]).abs() <= means[label] / 2 + 1e-6).all()
     assert boxes[:, :2].min() == pytest.approx(0.03) and boxes[:, :2].max() == pytest.approx(0.97)
@@ -506,7 +506,7 @@ def test_size_bins() -> None:
 
 
 def test_the_description_hides_the_exact_box() -> None:
-    """Check that two boxes of one class, center and size bin are described alike, whatever their exact size."""
+    """Check that boxes with equal class, center and size bin have the same descriptor, whatever their exact size."""
     encoder = InstanceEncoder(NUM_CLASSES, 16)
     queries = _queries(jitter=0)
     described = encoder.describe(queries)
@@ -526,14 +526,14 @@ def test_priors_by_hand() -> None:
     assert mean[0].tolist() == pytest.approx([0.2, 0.2]) and deviation[0].tolist() == pytest.approx(
         [0.1, 0.0], abs=1e-6
     )
-    for few in (1, 2, 3):  # fewer than ten boxes: those of all classes together
+    for few in (1, 2, 3):  # fewer than ten boxes: the statistics of all classes
         torch.testing.assert_close(mean[few], torch.from_numpy(sizes.mean(0)).float())
         torch.testing.assert_close(deviation[few], torch.from_numpy(sizes.std(0)).float())
 
 
 @pytest.fixture
 def annotated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A registered COCO file and the same boxes as dictionaries without a file; the cache folder is a new one."""
+    """Register a COCO file, and the same boxes as dicts without a file, with an empty cache; yield the file."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     read_priors.cache_clear()
     boxes = [(10 * i % 60, 5 * i % 30, 10 + i, 40) for i in range(24)]
@@ -571,7 +571,7 @@ def annotated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_priors_of_a_file_are_those_of_its_dictionaries(annotated: Path) -> None:
     of_file = read_priors(("icd_with_file",), 3)
-    assert of_file[0].tolist() == [0, 11, 12]  # one is a crowd; classes in order of category id
+    assert of_file[0].tolist() == [0, 11, 12]  # one annotation is a crowd; classes in order of category id
     for ours, theirs in zip(of_file, read_priors(("icd_without_file",), 3), strict=True):
         torch.testing.assert_close(ours, theirs)
     both = read_priors(("icd_with_file", "icd_without_file"), 3)
@@ -605,7 +605,7 @@ def test_a_training_set_without_boxes_is_refused(annotated: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["retinanet", "faster"])
 def test_icd_in_a_training_step(kind: str, tiny_detector: Callable, make_inputs: Callable, event_storage) -> None:
-    """Check the warm-up: the student learns from ICD only after it; its value projection does so at once."""
+    """Check that the student gets gradients only after DETACH_STUDENT_ITERS, and its value projection at once."""
     student, teacher = tiny_detector(kind), tiny_detector(kind, {"MODEL": {"FPN": {"OUT_CHANNELS": 12}}}, seed=1)
     strides = [8, 16, 32, 64, 128] if kind == "retinanet" else [4, 8, 16, 32, 64]
     icd = _built(strides, 8, 12, detach_student_iters=10)
@@ -627,7 +627,7 @@ def _spec(family: str = "one-stage", num_classes: int | None = 3, channels: tupl
 
 @pytest.fixture
 def configured(annotated: Path, tiny_cfg: Callable) -> Callable[..., ICD]:
-    """(student's spec, teacher's, iterations of the training, keys of the node) -> ICD from a config."""
+    """Return a function (student spec, teacher spec, iterations, keys) that builds ICD from a config."""
 
     def build(
         student: DetectorSpec | None = None, teacher: DetectorSpec | None = None, max_iter: int = 90000, **keys

@@ -1,4 +1,4 @@
-"""IMA: each stage by hand, gradients, and training on real detectors."""
+"""IMA: hand-worked stages, gradients, and training steps of real detectors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _outputs(features: dict[int, Tensor]) -> DetectorOutputs:
 
 @pytest.fixture
 def build(tiny_cfg: Callable, tiny_detector: Callable) -> Callable[..., IMA]:
-    """IMA with these keys, all stages off unless named, for a pair of RetinaNets with 8 channels at strides 8 to 128."""
+    """Return a function (student kind, teacher kind, keys) that builds IMA; all stages are off by default."""
 
     def build(kind: str = "retinanet", teacher: str = "retinanet", **keys: Any) -> IMA:
         cfg = tiny_cfg(kind, {"MODEL": {"KD": {"IMA": {**OFF, **keys}}}})
@@ -68,7 +68,7 @@ def test_standardize_by_hand() -> None:
 
 
 def test_agreement_by_hand() -> None:
-    """Check 0.6 between (3, 4) and (1, 0), 0 for what points away or is nothing, and that there is no gradient."""
+    """Check 0.6 for (3, 4) and (1, 0), 0 for opposite and zero vectors, and that there is no gradient."""
     student = torch.tensor([[3.0, 4.0], [-1.0, 0.0], [0.0, 0.0]], requires_grad=True).view(3, 2, 1, 1)
     teacher = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]).view(3, 2, 1, 1)
     scale = agreement(student, teacher)
@@ -77,7 +77,7 @@ def test_agreement_by_hand() -> None:
 
 
 def test_all_stages_off_is_the_squared_error(build: Callable, event_storage: EventStorage) -> None:
-    """Check the mean over levels, their sum, and the weight."""
+    """Check the mean and the sum over levels, and the weight."""
     student, teacher = _features()
     expected = sum((student[s] - teacher[s]).square().mean() for s in student) / 5
     assert _loss(build(WEIGHT=3.0), student, teacher, []).item() == pytest.approx(3 * expected.item(), rel=1e-5)
@@ -98,7 +98,7 @@ def test_all_stages_off_is_the_squared_error(build: Callable, event_storage: Eve
     ],
 )
 def test_alignment(build: Callable, keys: dict, aligned: Callable, event_storage: EventStorage) -> None:
-    """Check that samples are standardized, then deflated by how much they agreed before."""
+    """Check that samples are standardized, then scaled by their agreement before standardization."""
     student, teacher = _features()
     pairs = [aligned(student[s], teacher[s]) for s in student]
     expected = sum((s - t).square().mean() for s, t in pairs) / 5
@@ -106,7 +106,7 @@ def test_alignment(build: Callable, keys: dict, aligned: Callable, event_storage
 
 
 def test_gamma_is_of_the_students_own_features(build: Callable, event_storage: EventStorage) -> None:
-    """Check that neither P nor mask nor G is in it: they begin at random, and what they make agrees with nothing."""
+    """Check that gamma ignores P, the mask and G, whose random outputs agree with nothing."""
     event_storage.iter = 19
     ima = build(ADAPTATION="1x1", MASK="random", GENERATION=True, STANDARDIZE="both", DEFLATE=True)
     _, teacher = _features()
@@ -116,7 +116,7 @@ def test_gamma_is_of_the_students_own_features(build: Callable, event_storage: E
 
 
 def test_gamma_is_of_projected_features_where_channels_differ(build: Callable, event_storage: EventStorage) -> None:
-    """Check the cosine of P(F_S) by hand."""
+    """Check the mean agreement of P(F_S) with the teacher."""
     event_storage.iter = 19
     ima = build(ADAPTATION="1x1", DEFLATE=True)
     student, teacher = _features()
@@ -129,7 +129,7 @@ def test_gamma_is_of_projected_features_where_channels_differ(build: Callable, e
 
 
 def test_masks_hide_their_part(build: Callable) -> None:
-    """Check the share that is hidden everywhere, inside the boxes alone, and nowhere."""
+    """Check the share masked everywhere, only inside the boxes, and nowhere."""
     student = {s: torch.ones(2, 8, n, n) for s, n in ((8, 64), (16, 32), (32, 16), (64, 8), (128, 4))}
     targets = targets_of([[0.0, 0, 256, 512]], [])
     for mask, expected in (("random", (0.35, 0.35)), ("instance", (0.35, 1.0)), ("none", (1.0, 1.0))):
@@ -144,7 +144,7 @@ def test_masks_hide_their_part(build: Callable) -> None:
 
 
 def test_hidden_positions_are_filled_in(build: Callable, event_storage: EventStorage) -> None:
-    """Check the order: projected, hidden, then filled in by two convolutions with a ReLU between."""
+    """Check the order: projection, mask, then generation by two convolutions with a ReLU in between."""
     ima = build(ADAPTATION="1x1", MASK="random", GENERATION=True)
     student, teacher = _features()
     torch.manual_seed(3)
@@ -162,7 +162,7 @@ def test_hidden_positions_are_filled_in(build: Callable, event_storage: EventSto
 
 
 def test_boxes_as_instances(build: Callable, event_storage: EventStorage) -> None:
-    """Check RoIAlign'ed features of two boxes in two images, and a zero in the graph where there is none."""
+    """Check RoIAlign features of two boxes in two images, and a zero loss with zero gradients without boxes."""
     student, teacher = _features()
     for level in student.values():
         level.requires_grad_()
@@ -179,7 +179,7 @@ def test_boxes_as_instances(build: Callable, event_storage: EventStorage) -> Non
 
 
 def test_gradient_numerically(build: Callable, event_storage: EventStorage) -> None:
-    """Check the aligned error in float64, gamma being a constant."""
+    """Check the aligned error in float64 with constant gamma."""
     ima = build(STANDARDIZE="both", DEFLATE=True)
     student, teacher = torch.randn(2, 2, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     gamma = torch.tensor([0.25, 0.75], dtype=torch.float64)
@@ -202,7 +202,7 @@ def test_on_detectors(
     keys: dict,
     counts: tuple[int, int],
 ) -> None:
-    """Check one- and two-stage pairs, one instance and none: finite, and gradients reach student and own layers alone."""
+    """Check finite losses of one-stage and two-stage pairs, also without objects, and no gradient in the teacher."""
     event_storage.iter = 19
     student, other = tiny_detector(kind), tiny_detector(teacher, seed=1)
     cfg = tiny_cfg(kind, {"MODEL": {"KD": {"IMA": keys}}})

@@ -1,4 +1,4 @@
-"""What the GPU's kernels ask of a GPU, read from what Triton's compiler makes of them on a machine without one."""
+"""Triton kernels on a machine without a GPU: compiled resource usage, and results in the interpreter."""
 
 import importlib.util
 import os
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 ARCHITECTURES = [75, 80, 90, 100]
 REGISTERS, STACK = 128, 64
-"""Bounds for a thread: registers, and bytes of stack, where what does not fit in registers goes."""
+"""Limits per thread: registers, and bytes of stack, which holds spilled registers."""
 
 POINTERS = {"student", "teacher", "gradient"}
 FLOAT_POINTERS = {"offset_n", "row_matrix", "column_matrix", "slopes", "sums"}
@@ -23,7 +23,7 @@ KERNELS = {"_similarity": {"WANTS_SLOPES": True}, "_adjoint": {}}
 
 
 def _resources(kernel: str, architecture: int, dtype: str, folder: Path) -> dict[str, int]:
-    """Registers and bytes of stack of a thread, read from the compiled kernel."""
+    """Compile a kernel and return its registers and bytes of stack per thread."""
     from kd_d2.losses import ssim_triton
 
     import triton
@@ -54,7 +54,7 @@ def _resources(kernel: str, architecture: int, dtype: str, folder: Path) -> dict
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_kernels_keep_to_registers(kernel: str, architecture: int, tmp_path: Path) -> None:
-    """Check registers and stack of a thread for GPUs from Turing to Blackwell: a spill shows as stack."""
+    """Check registers and stack per thread for GPUs from Turing to Blackwell; spills show up as stack."""
     for dtype in ("fp32", "bf16"):
         resources = _resources(kernel, architecture, dtype, tmp_path)
         print(kernel, architecture, dtype, resources)
@@ -88,7 +88,7 @@ print("equal")
 
 
 def test_triton_kernels_on_its_interpreter() -> None:
-    """Check the GPU's kernels, run on the CPU by Triton's interpreter, against the chunks: shapes, windows, layouts, types."""
+    """Check the kernels in Triton's CPU interpreter against the chunks for shapes, windows, layouts and dtypes."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     result = subprocess.run(
         [sys.executable, "-c", TRITON], env=environment, capture_output=True, text=True, timeout=300

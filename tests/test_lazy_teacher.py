@@ -1,4 +1,4 @@
-"""Teachers from LazyConfigs: ViTDet's and Swin's backbones teach dense detectors and R-CNNs; what is not trusted is not run."""
+"""Teachers from LazyConfigs: ViTDet and Swin backbones for dense students and R-CNNs, and untrusted files."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ model.backbone = L(FPN)(
 
 
 def make_pair(folder: Path, student: str, config: str, **keys: object) -> Project:
-    """A tiny project whose teacher is a LazyConfig with random weights."""
+    """Create a tiny project whose teacher is a LazyConfig with random weights."""
     project = make_project(folder, student, **keys)
     path = folder / "teacher.py"
     path.write_text(config)
@@ -83,7 +83,7 @@ def make_pair(folder: Path, student: str, config: str, **keys: object) -> Projec
 @pytest.mark.parametrize("student", ["retinanet", "faster-rcnn"])
 @pytest.mark.parametrize("config", [VITDET, SWIN], ids=["vitdet", "swin"])
 def test_a_transformer_teaches(tmp_path: Path, student: str, config: str) -> None:
-    """Check the losses of two iterations, also where the teacher wants square images, and that the teacher stays as it is."""
+    """Check the losses of two iterations, also for a teacher with square images, and that the teacher is unchanged."""
     project = make_pair(tmp_path, student, config)
     run = train(project)
     names = {"loss_feature_imitation", "loss_pkd", "loss_mgd"}
@@ -94,7 +94,7 @@ def test_a_transformer_teaches(tmp_path: Path, student: str, config: str) -> Non
 
 
 def test_the_channel_order_of_the_config(tmp_path: Path) -> None:
-    """Check that a teacher of RGB images gets the BGR student's images the other way around."""
+    """Check that an RGB teacher gets the images of a BGR student with flipped channels."""
     project = make_pair(tmp_path, "retinanet", VITDET)
     teacher = Teacher.from_config(load_config(str(project.student), ["INPUT.FORMAT", "BGR"]))
     image = torch.stack([torch.full((4, 4), float(channel)) for channel in range(3)])
@@ -118,10 +118,10 @@ def test_overrides(tmp_path: Path) -> None:
         (SWIN, ["MODEL.KD.TEACHER.OPTS", ["model.x"]], "cannot be applied to .* write KEY=VALUE"),
         (SWIN, ["MODEL.KD.TEACHER.WEIGHTS", ""], "the model zoo has no checkpoint for .*teacher.py: name the teacher's checkpoint"),
     ],
-    ids=["not trusted", "error", "no model", "no detector", "override", "no weights"],
+    ids=["not trusted", "error", "no model", "not a detector", "invalid override", "no weights"],
 )  # fmt: skip
 def test_what_cannot_be_a_teacher(tmp_path: Path, monkeypatch, config: str, opts: list, expected: str) -> None:
-    """Check each sentence, and that a file that is not trusted does not run."""
+    """Check each error, and that an untrusted file is not executed."""
     monkeypatch.chdir(tmp_path)
     project = make_pair(tmp_path / "project", "retinanet", SWIN)
     (tmp_path / "project" / "teacher.py").write_text(config)
@@ -131,7 +131,7 @@ def test_what_cannot_be_a_teacher(tmp_path: Path, monkeypatch, config: str, opts
 
 
 def test_a_config_of_the_model_zoo(tmp_path: Path) -> None:
-    """Check that one that Detectron2 ships is trusted."""
+    """Check that a config that Detectron2 ships is trusted."""
     project = make_project(tmp_path)
     opts = ["MODEL.KD.TEACHER.CONFIG_FILE", "new_baselines/mask_rcnn_R_50_FPN_50ep_LSJ.py"]
     model, weights, input_format = build_lazy_teacher(load_config(str(project.student), opts))

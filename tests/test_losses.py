@@ -1,4 +1,4 @@
-"""Normalization and attention of feature maps, worked out by hand."""
+"""Normalization and attention of feature maps by hand."""
 
 import math
 
@@ -21,7 +21,7 @@ NORMALIZED = {
 
 @pytest.mark.parametrize("scope", NORMALIZED)
 def test_min_max_normalize_by_hand(scope: str) -> None:
-    """Check every scope on two channels of two cells; a second sample of another range does not disturb the first."""
+    """Check each scope on two channels of two cells; a second sample with another range does not affect the first."""
     student, teacher = (torch.cat([x, 10 * x + 5]) for x in (STUDENT, TEACHER))
     for normalized, expected in zip(min_max_normalize(student, teacher, scope), NORMALIZED[scope], strict=True):
         torch.testing.assert_close(normalized[0].flatten(), torch.tensor(expected))
@@ -30,7 +30,7 @@ def test_min_max_normalize_by_hand(scope: str) -> None:
 
 
 def test_min_max_normalize_joint_takes_the_extremes_of_either() -> None:
-    """Check a map that reaches above and one that reaches below, each as student and as teacher."""
+    """Check a map with the maximum and one with the minimum, each as student and as teacher."""
     above, below = (torch.tensor(x).view(1, 1, 1, 2) for x in ([0.0, 3.0], [-1.0, 1.0]))
     for maps in ((above, below), (below, above)):
         normalized = {id(x): y.flatten().tolist() for x, y in zip(maps, min_max_normalize(*maps, "joint"), strict=True)}
@@ -39,7 +39,7 @@ def test_min_max_normalize_joint_takes_the_extremes_of_either() -> None:
 
 @pytest.mark.parametrize("scope", ["sample", "channel", "joint"])
 def test_min_max_normalize_gradient(scope: str) -> None:
-    """Check the gradient, which also runs through smallest and largest value, numerically in float64."""
+    """Check the gradient, which also passes through minimum and maximum, numerically in float64."""
     student, teacher = torch.rand(2, 2, 2, 3, 3, dtype=torch.float64)
     inputs = student.requires_grad_(), teacher.requires_grad_()
     assert torch.autograd.gradcheck(lambda s, t: min_max_normalize(s, t, scope), inputs)
@@ -47,7 +47,7 @@ def test_min_max_normalize_gradient(scope: str) -> None:
 
 @pytest.mark.parametrize("scope", ["sample", "channel", "joint"])
 def test_min_max_normalize_of_constant_maps(scope: str) -> None:
-    """Check that a map without any range becomes zeros, with finite gradients."""
+    """Check that constant maps are normalized to zeros, with finite gradients."""
     student = torch.full((1, 2, 3, 3), 7.0, requires_grad=True)
     normalized, other = min_max_normalize(student, torch.full((1, 2, 3, 3), 7.0), scope)
     assert normalized.tolist() == torch.zeros(1, 2, 3, 3).tolist() == other.tolist()
@@ -62,7 +62,7 @@ def test_min_max_normalize_refuses_an_unknown_scope() -> None:
 
 
 def test_spatial_attention_by_hand() -> None:
-    """Check two positions: mean |F| of 1 and 2 (student), 0 and log 3 (teacher), temperature 1, then 1/2 for the teacher alone."""
+    """Check mean |F| of 1 and 2 (student), 0 and log 3 (teacher) at temperature 1, then the teacher alone at 1/2."""
     student = torch.tensor([[1.0, -2.0], [-1.0, 2.0]]).view(1, 2, 1, 2)
     teacher = torch.tensor([0.0, -math.log(3)]).view(1, 1, 1, 2)
     of_student = 2 * math.e / (1 + math.e)
@@ -74,7 +74,7 @@ def test_spatial_attention_by_hand() -> None:
 
 
 def test_spatial_attention_has_mean_one_and_no_gradient() -> None:
-    """Check every image of a batch, in half precision too."""
+    """Check each image of a batch, in float32 and bfloat16."""
     student, teacher = (100 * torch.randn(3, c, 5, 7, requires_grad=True) for c in (4, 6))
     for dtype in (torch.float32, torch.bfloat16):
         weight = spatial_attention(student.to(dtype), teacher.to(dtype), 0.5)

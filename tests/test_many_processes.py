@@ -1,4 +1,4 @@
-"""Two processes with half a batch each do what one process does with all of it."""
+"""Two processes with half a batch each against one process with the whole batch, and resuming."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ SMALL = {
     "MODEL__KD__ICD__DETACH_STUDENT_ITERS": 0,
 }
 ALL_PROPOSALS = {"MODEL__ROI_HEADS__BATCH_SIZE_PER_IMAGE": 64, "MODEL__ROI_HEADS__POSITIVE_FRACTION": 1.0}
-"""So many that nothing is drawn of them: an R-CNN's box head sees the same ones in two processes as in one."""
+"""So many that nothing is sampled: an R-CNN's box head sees the same proposals in two processes as in one."""
 EQUAL, UNEQUAL = (2, 2, 2, 2), (3, 1, 0, 0)
-"""Objects of four images. UNEQUAL leaves the second process without any, the whole batch with less than one a worker."""
+"""Numbers of objects of four images. UNEQUAL leaves the second process without any."""
 
 
 def _inputs(counts: tuple[int, ...]) -> list[dict]:
@@ -51,7 +51,7 @@ def _inputs(counts: tuple[int, ...]) -> list[dict]:
 
 
 class _SharedDraws:
-    """Random numbers of which each process gets its images' share, where every image draws equally many."""
+    """Random numbers that give each process those of its images, if every image draws equally many."""
 
     def __init__(self, patch: pytest.MonkeyPatch):
         self.calls = itertools.count()
@@ -76,11 +76,11 @@ def _constant_draws(patch: pytest.MonkeyPatch) -> None:
 
 
 OVER_ALL_RANKS = ("loss_atss_", "loss_gfl_", "loss_fsaf_", "loss_reppoints_")
-"""Losses of our own detectors; those of Detectron2's divide by what one worker counts."""
+"""Prefixes of the losses of our own detectors; those of Detectron2's divide by the counts of one worker."""
 
 
 def _losses_and_gradients(model: torch.nn.Module, inputs: list[dict], shared: bool) -> tuple[dict, dict]:
-    """Losses that are over all ranks, and the gradients that they alone give; the others only take part in the graph."""
+    """Return the losses normalized over all ranks, and their gradients; others are in the graph with factor 0."""
     bare: KDMetaArch = getattr(model, "module", model)
     bare.zero_grad()
     with pytest.MonkeyPatch.context() as patch, EventStorage():
@@ -97,13 +97,13 @@ def _losses_and_gradients(model: torch.nn.Module, inputs: list[dict], shared: bo
 
 
 def _assert_close(what: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Up to the tolerance of each value, or a tenth of it of the largest."""
+    """Assert equality within the tolerance relative to each value plus a tenth of it relative to the largest."""
     absolute = tolerance / 10 * float(expected.abs().max()) + 1e-7
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=absolute, msg=lambda text: f"{what}: {text}")
 
 
 def _compare(rank: int, project: Project, folder: str) -> None:
-    """In each of two processes: the whole batch alone, then half of it together with the other."""
+    """Compare, in one of two processes, the whole batch alone with half of it together with the other process."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     cfg = load_config(str(project.student))
@@ -111,7 +111,7 @@ def _compare(rank: int, project: Project, folder: str) -> None:
     model = build_model(cfg).train()
     for name, parameter in model.student.named_parameters():
         if name.endswith("cls_score.weight"):
-            parameter.data *= 10  # predictions that differ from place to place by more than rounding
+            parameter.data *= 10  # predictions that differ between positions by more than rounding
     cases = [(EQUAL, True), (UNEQUAL, False)]
     alone = [_losses_and_gradients(model, _inputs(counts), shared) for counts, shared in cases]
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
@@ -162,7 +162,7 @@ OPTIONS = {
     + [(detector, "published") for detector in ("faster-rcnn", "fcos", "atss", "gfl", "fsaf", "reppoints")],
 )
 def test_every_method_normalizes_over_the_whole_batch(tmp_path: Path, detector: str, options: str) -> None:
-    """Compare losses and gradients of all methods at once, through the one wrap of the model, without a search for unused parameters."""
+    """Check losses and gradients of all methods at once under DDP, without a search for unused parameters."""
     dense = detector != "faster-rcnn"
     methods = methods_of(detector)
     keys = {**FROZEN, **SMALL, **(OPTIONS[options] if dense else ALL_PROPOSALS)}
@@ -179,12 +179,12 @@ def _count(rank: int, folder: str) -> None:
     value = torch.tensor(1.0 + 2 * rank, requires_grad=True)
     mean = mean_across_ranks_with_local_gradient(value)
     mean.square().backward()
-    assert (float(mean), float(value.grad)) == (2, 4)  # the slope at the mean, all of it on each
+    assert (float(mean), float(value.grad)) == (2, 4)  # the slope at the mean, in full on each
     torch.distributed.destroy_process_group()
 
 
 def test_counts_of_workers_by_hand(tmp_path: Path) -> None:
-    """Check that gradients averaged over workers are divided by the whole count, which is at least 1, and means with gradients."""
+    """Check counts averaged over workers, at least 1 in total, and means whose gradients stay on each worker."""
     assert (
         float(mean_count_across_ranks(torch.tensor(0.0))) == 1
         and float(mean_count_across_ranks(torch.tensor(3.0))) == 3
@@ -208,14 +208,14 @@ def _train_as_one_of_two(
 def _train_in_two(
     project: Project, name: str, *options: object, resume: bool = False, killed_behind: int = 99
 ) -> dict[str, dict[str, float]]:
-    """Losses by iteration and name."""
+    """Train in two processes and return the losses by iteration and name."""
     args = (project, name, options, resume, killed_behind)
     torch.multiprocessing.start_processes(_train_as_one_of_two, nprocs=2, args=args, start_method="fork")
     return json.loads((project.folder / f"{name}.json").read_text())
 
 
 def test_two_resumed_processes_go_on_as_if_unbroken(tmp_path: Path) -> None:
-    """Check that each has its own random numbers again, which IMA's masks are of, and its own running normalizer of RetinaNet."""
+    """Check that each restores its own random state, which IMA's masks use, and RetinaNet's running normalizer."""
     project = make_project(tmp_path, MODEL__KD__DISTILLERS=("IMA",), SOLVER__IMS_PER_BATCH=2, SOLVER__STEPS=())
     project.change(SOLVER__MAX_ITER=4, SOLVER__CHECKPOINT_PERIOD=2, SOLVER__BASE_LR=0.001)
     unbroken = _train_in_two(project, "unbroken", "OUTPUT_DIR", tmp_path / "unbroken")
@@ -227,7 +227,7 @@ def test_two_resumed_processes_go_on_as_if_unbroken(tmp_path: Path) -> None:
 
 
 def test_one_process_goes_on_from_a_checkpoint_of_two(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Check that the line says so, and that the losses are as before but for what depends on the process: here nothing."""
+    """Check that the training continues, and that one log message names the different number of processes."""
     keys = {"MODEL__RESNETS__NORM": "FrozenBN", "MODEL__FPN__NORM": "", "SOLVER__IMS_PER_BATCH": 2, "SOLVER__STEPS": ()}
     project = make_project(tmp_path, "fcos", SEED=3, SOLVER__MAX_ITER=4, SOLVER__CHECKPOINT_PERIOD=2, **keys)
     _train_in_two(project, "killed", killed_behind=1)
@@ -241,9 +241,7 @@ def test_one_process_goes_on_from_a_checkpoint_of_two(tmp_path: Path, caplog: py
 def _resume_from_own_folder(rank: int, project: Project) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{project.folder}/store", rank=rank, world_size=2)
     comm.create_local_process_group(2)
-    folder = (
-        () if rank == 0 else ("OUTPUT_DIR", project.folder / "elsewhere")
-    )  # another disk, which never had a checkpoint
+    folder = () if rank == 0 else ("OUTPUT_DIR", project.folder / "elsewhere")  # another disk without a checkpoint
     sentence = r"ranks resume from different checkpoints \(0: model_final.pth, 1: nothing\); OUTPUT_DIR must be on a file system that all machines share"
     with clean_process(), pytest.raises(UserError, match=sentence):
         make_trainer(project, *folder).resume_or_load(resume=True)
@@ -251,7 +249,7 @@ def _resume_from_own_folder(rank: int, project: Project) -> None:
 
 
 def test_processes_that_would_go_on_from_different_checkpoints_end(tmp_path: Path) -> None:
-    """Check that a folder that is not shared is told, before models that differ are averaged."""
+    """Check that a folder that is not shared raises an error, before different models are averaged."""
     project = make_project(tmp_path, SOLVER__IMS_PER_BATCH=2, SOLVER__MAX_ITER=1, SOLVER__STEPS=())
     train(project)
     torch.multiprocessing.start_processes(_resume_from_own_folder, nprocs=2, args=(project,), start_method="fork")

@@ -1,4 +1,4 @@
-"""KDMetaArch and Teacher: what is trained, what is frozen, who sees which images, and which losses come out."""
+"""KDMetaArch and Teacher: trained and frozen parts, the images of each detector, and the losses."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _structural(strides: tuple[int, ...], channels: int) -> StructuralKD:
 
 
 class Recorder(Distiller):
-    """`loss_kd` is 10 times its parameter, `loss_kd_aux_size` 100 times. Keeps what it was given."""
+    """Returns 10 times its parameter as `loss_kd`, 100 times as `loss_kd_aux_size`, and records its inputs."""
 
     needs = frozenset({"features"})
     loss_names = ("loss_kd", "loss_kd_aux_size")
@@ -64,7 +64,7 @@ def _teacher_tensors(teacher: Teacher) -> dict[str, Tensor]:
 def test_losses_and_gradient_by_hand(
     toy_detector: type, constant_inputs: Callable, event_storage: EventStorage
 ) -> None:
-    """Check pixels of 3: the student shows 2 * 3, the teacher 5 * 3, so the loss is 81 and its slope 2 * 3 * -9."""
+    """Check pixels of 3: features 2 * 3 of the student and 5 * 3 of the teacher, loss 81 and slope 2 * 3 * -9."""
     student, teacher = toy_detector(scale=2.0), Teacher(toy_detector(scale=5.0))
     model = KDMetaArch(student=student, teacher=teacher, distillers={"FitNet": _imitation((4, 8), 3)})
     losses = model(constant_inputs((3.0, 3.0, 3.0)))
@@ -77,7 +77,7 @@ def test_losses_and_gradient_by_hand(
 def test_images_are_padded_to_the_least_common_multiple(
     toy_detector: type, constant_inputs: Callable, event_storage: EventStorage
 ) -> None:
-    """Check divisibilities 4 and 6: both see multiples of 12; alone, and without distillers, the student 4."""
+    """Check divisibilities 4 and 6: both pad to 12; in eval mode and without distillers, the student pads to 4."""
     student, teacher = toy_detector(divisibility=4), Teacher(toy_detector(divisibility=6))
     model = KDMetaArch(student=student, teacher=teacher, distillers={"a": _structural((4, 8), 3)})
     inputs = constant_inputs(size=(10, 14))
@@ -94,7 +94,7 @@ def test_images_are_padded_to_the_least_common_multiple(
 def test_each_detector_normalizes_its_own_way(
     toy_detector: type, constant_inputs: Callable, event_storage: EventStorage
 ) -> None:
-    """Check an RGB student of a BGR teacher: (1, 2, 5) becomes (5, 2, 1), then each one's own mean goes off."""
+    """Check an RGB student of a BGR teacher: (1, 2, 5) is flipped to (5, 2, 1), and each subtracts its own mean."""
     student = toy_detector(pixel_mean=(1.0, 1.0, 1.0))
     teacher = Teacher(toy_detector(pixel_mean=(5.0, 1.0, 0.0)), flip_channels=True)
     inputs = constant_inputs((1.0, 2.0, 5.0), size=(8, 8))
@@ -113,7 +113,7 @@ def test_each_detector_normalizes_its_own_way(
 def test_sizes_that_do_not_agree_are_an_error(
     toy_detector: type, constant_inputs: Callable, event_storage: EventStorage
 ) -> None:
-    """Check a teacher that pads to squares of 32, whatever it is told, beside a student that does not: the sentence names both."""
+    """Check a teacher that always pads to squares of 32 with a student that does not: the error names both sizes."""
     teacher = Teacher(toy_detector(constraints={"square_size": 32}))
     teacher.adapter.pad_to = lambda *sizes: None
     model = KDMetaArch(student=toy_detector(), teacher=teacher, distillers={"a": _structural((4, 8), 3)})
@@ -137,7 +137,7 @@ def test_both_detectors_pad_to_the_squares_of_one(
 def test_maps_that_do_not_agree_are_an_error(
     toy_detector: type, constant_inputs: Callable, event_storage: EventStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Check maps of one stride but different sizes, which some losses would silently broadcast."""
+    """Check maps with equal strides but different sizes, which some losses would silently broadcast."""
     teacher = Teacher(toy_detector())
     monkeypatch.setattr(teacher.model.backbone, "forward", lambda x: {f"stride{s}": x[..., :1, :1] for s in (4, 8)})
     model = KDMetaArch(student=toy_detector(), teacher=teacher, distillers={"a": _imitation((4, 8), 3)})
@@ -148,7 +148,7 @@ def test_maps_that_do_not_agree_are_an_error(
 
 
 def test_a_partner_that_cannot_be_padded_is_an_error(tiny_detector: Callable, toy_detector: type) -> None:
-    """Check a student read through its backbone alone, and a teacher that needs other multiples."""
+    """Check a student that is read through its backbone alone, with a teacher that needs other multiples."""
     teacher = Teacher(toy_detector(divisibility=48))
     with pytest.raises(
         UserError, match=r"PanopticFPN pads its images to multiples of 32 pixels, but its partner needs multiples of 96"
@@ -160,7 +160,7 @@ def test_a_partner_that_cannot_be_padded_is_an_error(tiny_detector: Callable, to
 
 
 def test_teacher_is_no_part_of_the_module(tiny_detector: Callable) -> None:
-    """Check that its tensors are in no state_dict, parameter, buffer or module list, and that it stays in eval mode."""
+    """Check that its tensors are in no state_dict, parameters, buffers or modules, and that it stays in eval mode."""
     model = KDMetaArch(
         student=tiny_detector("retinanet"),
         teacher=Teacher(tiny_detector("retinanet", seed=1)),
@@ -199,7 +199,7 @@ def _cross_family(tiny_detector: Callable) -> KDMetaArch:
 def test_only_student_and_adapters_learn(
     tiny_detector: Callable, tiny_cfg: Callable, make_inputs: Callable, event_storage: EventStorage
 ) -> None:
-    """Check three steps of RetinaNet under Faster R-CNN: the teacher is bitwise unchanged, all else has moved."""
+    """Check three steps of RetinaNet with a Faster R-CNN teacher: it is bitwise unchanged, all else has changed."""
     model = _cross_family(tiny_detector)
     before = _teacher_tensors(model.teacher)
     assert any("running_mean" in name for name in before)
@@ -219,7 +219,7 @@ def test_only_student_and_adapters_learn(
 def test_distillation_gradient_reaches_student_and_adapters_alone(
     tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage
 ) -> None:
-    """Check the gradient of the distillers' losses: the student's backbone, but not its head, and every adapter."""
+    """Check that distillation gradients reach the student's backbone, not its head, and every adaptation layer."""
     model = _cross_family(tiny_detector)
     losses = model(make_inputs())
     (losses["loss_structural"] + losses["loss_feature_imitation"]).backward()
@@ -235,7 +235,7 @@ def test_distillation_gradient_reaches_student_and_adapters_alone(
 def test_pair_across_families_shares_strides_8_to_64(
     tiny_detector: Callable, tiny_cfg: Callable, make_inputs: Callable, event_storage: EventStorage
 ) -> None:
-    """Check that RetinaNet under Faster R-CNN compares the four shared levels, each with its own partner."""
+    """Check that RetinaNet with a Faster R-CNN teacher compares each of the four shared levels."""
     student, teacher = tiny_detector("retinanet"), Teacher(tiny_detector("faster", seed=1))
     probe = KDMetaArch(student=student, teacher=teacher, distillers={})
     distiller = configured(StructuralKD, tiny_cfg("retinanet"), probe.adapter.spec, teacher.spec)
@@ -251,7 +251,7 @@ def test_pair_across_families_shares_strides_8_to_64(
 def test_equal_models_have_nothing_to_learn(
     tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage
 ) -> None:
-    """Check that a student equal to its teacher costs nothing."""
+    """Check that the distillation losses of equal detectors are 0."""
     student = tiny_detector("retinanet").eval()
     teacher = Teacher(copy.deepcopy(student))
     distillers = {"a": _structural((8, 16, 32, 64, 128), 8), "b": _imitation((8, 128), 8)}
@@ -265,7 +265,7 @@ def test_equal_models_have_nothing_to_learn(
 def test_schedule_scales_all_but_auxiliary_losses(
     toy_detector: type, constant_inputs: Callable, event_storage: EventStorage
 ) -> None:
-    """Check start 2, warm-up 4, end 7: the loss follows weight and factor, the auxiliary one is all or nothing."""
+    """Check start 2, warm-up 4, end 7: weight and factor scale the loss; the auxiliary loss is unscaled or 0."""
     distiller = Recorder(weight=4.0)
     teacher = Teacher(toy_detector())
     model = KDMetaArch(
@@ -292,7 +292,7 @@ def test_schedule_scales_all_but_auxiliary_losses(
 def test_idle_distiller_stays_in_the_graph(
     toy_detector: type, constant_inputs: Callable, event_storage: EventStorage
 ) -> None:
-    """Check that its parameters get gradients (DDP waits for them), of zero, and are the ones named as idle."""
+    """Check that its parameters get zero gradients, which DDP waits for, and are listed as idle."""
     distillers = {"early": Recorder(), "late": _imitation((4, 8), 3, "1x1")}
     model = KDMetaArch(
         student=toy_detector(),
@@ -313,7 +313,7 @@ def test_idle_distiller_stays_in_the_graph(
 def test_idle_parameters_keep_still_under_momentum_and_decay(
     toy_detector: type, tiny_cfg: Callable, constant_inputs: Callable, event_storage: EventStorage
 ) -> None:
-    """Check four steps of a distiller that runs in 1 and 2 alone: its parameters move then, and only then."""
+    """Check four steps of a distiller that is active in 1 and 2 only: its parameters change only in these."""
     cfg = tiny_cfg("retinanet", {"SOLVER": {"BASE_LR": 0.001, "WEIGHT_DECAY": 0.1, "MOMENTUM": 0.9}})
     distiller = Recorder()
     model = KDMetaArch(
@@ -339,7 +339,7 @@ def test_idle_parameters_keep_still_under_momentum_and_decay(
 def test_distillers_get_what_they_need_and_no_more(
     tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage
 ) -> None:
-    """Check that needs of active distillers alone reach the teacher, and that the targets reach the distiller."""
+    """Check that the teacher computes only what active distillers need, and that the distiller gets the targets."""
     features, dense = Recorder(), Recorder(needs=frozenset({"dense", "targets"}), loss_names=("loss_x", "loss_x_aux_y"))
     dense.forward = lambda s, t, targets: (
         dense.given.append((s, t, targets))
@@ -378,7 +378,6 @@ def test_distillers_get_what_they_need_and_no_more(
 def test_undeclared_losses_are_an_error(
     toy_detector: type, constant_inputs: Callable, event_storage: EventStorage, names: tuple[str, ...]
 ) -> None:
-    """Check a distiller that returns other losses than it declares."""
     model = KDMetaArch(
         student=toy_detector(), teacher=Teacher(toy_detector()), distillers={"Recorder": Recorder(loss_names=names)}
     )
@@ -389,7 +388,7 @@ def test_undeclared_losses_are_an_error(
 
 
 def test_auxiliary_losses_are_among_the_losses(toy_detector: type) -> None:
-    """Check a distiller that declares an auxiliary loss which it does not return."""
+    """Check a distiller that declares an auxiliary loss that is not among its losses."""
     distiller = Recorder()
     distiller.aux_loss_names = ("loss_other",)
     with pytest.raises(
@@ -401,7 +400,7 @@ def test_auxiliary_losses_are_among_the_losses(toy_detector: type) -> None:
 def test_losses_of_one_name_are_an_error(
     toy_detector: type, constant_inputs: Callable, event_storage: EventStorage
 ) -> None:
-    """Check a second distiller whose losses would overwrite the first one's."""
+    """Check a second distiller whose losses would overwrite those of the first."""
     model = KDMetaArch(
         student=toy_detector(), teacher=Teacher(toy_detector()), distillers={"a": Recorder(), "b": Recorder()}
     )
@@ -410,7 +409,7 @@ def test_losses_of_one_name_are_an_error(
 
 
 def test_class_counts_must_agree(toy_detector: type) -> None:
-    """Check that both counts and both detectors are named; a detector that does not tell its count passes."""
+    """Check that the error names both counts and detectors, and that an unknown count is accepted."""
     student, teacher = toy_detector(num_classes=3), Teacher(toy_detector(num_classes=80))
     with pytest.raises(UserError, match=r"student \(ToyDetector\) has 3 classes and the teacher \(ToyDetector\) 80"):
         KDMetaArch(student=student, teacher=teacher, distillers={})
@@ -430,7 +429,7 @@ def test_class_counts_must_agree(toy_detector: type) -> None:
 def test_needs_must_be_met(
     tiny_detector: Callable, student: str, teacher: str, needs: set[str], whose: str, lacks: str
 ) -> None:
-    """Check that the sentence names the distiller, the detector and what it lacks; targets are nobody's to lack."""
+    """Check that the error names the distiller, the detector and what it lacks; targets are always available."""
     distillers = {"Recorder": Recorder(needs=frozenset(needs))}
     with pytest.raises(UserError, match=f"The distiller Recorder needs {lacks}, which the {whose} "):
         KDMetaArch(student=tiny_detector(student), teacher=Teacher(tiny_detector(teacher)), distillers=distillers)
@@ -459,7 +458,7 @@ def test_inference_is_the_student_alone(tiny_detector: Callable, make_inputs: Ca
 def test_images_without_objects_train(
     tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage, kind: str
 ) -> None:
-    """Check a batch without any object: no box loss, and a gradient that still teaches the background."""
+    """Check a batch without objects: no box loss, and a gradient for the classifier from the background."""
     strides = (8, 16, 32, 64)
     model = KDMetaArch(
         student=tiny_detector(kind),
@@ -478,7 +477,7 @@ def test_images_without_objects_train(
 
 
 def test_teacher_records_no_graph(toy_detector: type, constant_inputs: Callable) -> None:
-    """Check an image that asks for a gradient: the teacher's features do not, so nothing of its pass is kept."""
+    """Check that the teacher's features require no gradient even if the image does, so that no graph is kept."""
     inputs = constant_inputs()
     inputs[0]["image"].requires_grad_()
     teacher = Teacher(toy_detector())
@@ -487,7 +486,7 @@ def test_teacher_records_no_graph(toy_detector: type, constant_inputs: Callable)
 
 
 def test_teacher_moves_to_the_students_device(toy_detector: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check that it moves when the device differs, and is left alone when it does not."""
+    """Check that the teacher moves if the device differs, and only then."""
     teacher = Teacher(toy_detector())
     moves: list[Any] = []
     monkeypatch.setattr(teacher.model, "to", moves.append)
@@ -499,7 +498,7 @@ def test_teacher_moves_to_the_students_device(toy_detector: type, monkeypatch: p
 
 @pytest.fixture
 def kd_cfg(tmp_path: Path, tiny_tree: Callable, tiny_detector: Callable) -> Callable[..., Any]:
-    """(teacher's kind, KD keys, overrides) -> config of a RetinaNet student; the teacher lies in files."""
+    """Return a function (teacher kind, KD keys, overrides) that writes a teacher and returns a RetinaNet's config."""
 
     def build(kind: str, kd: dict[str, Any], student: dict[str, Any] | None = None, teacher: dict | None = None) -> Any:
         def write(name: str, tree: dict[str, Any]) -> str:
@@ -524,7 +523,7 @@ def kd_cfg(tmp_path: Path, tiny_tree: Callable, tiny_detector: Callable) -> Call
 def test_from_config(
     kd_cfg: Callable, tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage
 ) -> None:
-    """Check that config alone gives student, trained teacher, distillers and schedules."""
+    """Check that the config determines student, trained teacher, distillers and schedules."""
     kd = {
         "DISTILLERS": ["StructuralKD", "FeatureImitation"],
         "STRUCTURAL": {"START_ITER": 3, "LOSS": "l2"},
@@ -556,14 +555,14 @@ def test_from_config_flips_channels_between_formats(kd_cfg: Callable) -> None:
 
 
 def test_from_config_refuses_a_teacher_of_other_classes(kd_cfg: Callable) -> None:
-    """Check that the class counts are compared before anything is trained."""
+    """Check that class counts are compared when the model is built."""
     teacher = {"MODEL": {"RETINANET": {"NUM_CLASSES": 5}}}
     with pytest.raises(UserError, match=r"student \(RetinaNet\) has 3 classes and the teacher \(RetinaNet\) 5"):
         build_model(kd_cfg("retinanet", {"DISTILLERS": ["StructuralKD"]}, teacher=teacher))
 
 
 def test_inheritance_without_distillers(kd_cfg: Callable, make_inputs: Callable, event_storage: EventStorage) -> None:
-    """Check `DISTILLERS: ()`: neck and head come from the teacher, losses and optimizer are the student's."""
+    """Check that neck and head come from the teacher, and that losses and optimizer are those of the student."""
     cfg = kd_cfg("retinanet", {"DISTILLERS": [], "INHERIT": {"ENABLED": True}})
     model = build_model(cfg)
     calls: list[None] = []

@@ -1,4 +1,4 @@
-"""The detectors and backbones that Detectron2 lacks: assignment and losses by hand, shapes, weights, training."""
+"""Detectors and backbones that Detectron2 lacks: hand-worked assignments and losses, shapes, weights, training."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _square(x: float, y: float, side: float) -> list[float]:
 
 
 def _grid(stride: int, columns: int, rows: int, side: float) -> Boxes:
-    """Square anchors around the positions of a level."""
+    """Return square anchors centered at the positions of a level."""
     return Boxes(
         torch.tensor(
             [_square((i + 0.5) * stride, (j + 0.5) * stride, side) for j in range(rows) for i in range(columns)]
@@ -37,7 +37,7 @@ def _grid(stride: int, columns: int, rows: int, side: float) -> Boxes:
 
 
 def test_adaptive_assignment_by_hand() -> None:
-    """Check candidates, threshold, and that the center must lie inside, on a row of anchors of one level."""
+    """Check candidates, threshold, and that the center must be inside the box, on one row of anchors."""
     anchors = [_grid(8, 5, 1, 8.0)]  # at x = 4, 12, 20, 28, 36
     box = Boxes(torch.tensor([[8.0, 0, 24, 8]]))  # overlaps 0, 1/2, 1/2, 0, 0
     # three nearest: at 12 and 20 (distance 4), then 4 or 28 (12): overlaps 1/2, 1/2, 0; mean 1/3, deviation 0.289: threshold 0.622
@@ -46,14 +46,14 @@ def test_adaptive_assignment_by_hand() -> None:
     assert assign_adaptively(anchors, box, topk=2).tolist() == [BACKGROUND, 0, 0, BACKGROUND, BACKGROUND]
     # all five: mean 0.2, deviation sqrt((2 * 0.09 + 3 * 0.04) / 4) = 0.274: threshold 0.474
     assert assign_adaptively(anchors, box, topk=9).tolist() == [BACKGROUND, 0, 0, BACKGROUND, BACKGROUND]
-    # a box that overlaps an anchor whose center it does not hold: 0.8 * 0.375 of it
+    # a box that overlaps an anchor (IoU 0.375) without containing its center
     narrow = Boxes(torch.tensor([[9.0, 0, 12, 8]]))
     assert pairwise_iou(narrow, anchors[0])[0].tolist() == pytest.approx([0, 0.375, 0, 0, 0])
     assert assign_adaptively(anchors, narrow, topk=2).tolist() == [BACKGROUND] * 5
 
 
 def test_adaptive_assignment_takes_the_candidates_of_every_level() -> None:
-    """Check a large box: its anchor on the coarse level stands out of the statistics of both."""
+    """Check a large box: only its best anchor, on the coarse level, exceeds the threshold over both levels."""
     anchors = [_grid(8, 4, 4, 8.0), _grid(16, 2, 2, 24.0)]
     box = Boxes(torch.tensor([[0.0, 0, 20, 20]]))
     # fine level: nine candidates inside, overlap 64 / 400 or less; coarse level: four, the first with 400 / 576
@@ -74,7 +74,7 @@ def test_adaptive_assignment_without_boxes() -> None:
 
 
 def _slow_assignment(anchors: list[Boxes], boxes: Boxes, topk: int) -> list[int]:
-    """Algorithm 1 of the paper, box by box and anchor by anchor."""
+    """Run algorithm 1 of the paper, box by box and anchor by anchor."""
     everywhere = Boxes.cat(anchors).tensor.double()
     starts = [0]
     for level in anchors:
@@ -111,14 +111,14 @@ def test_adaptive_assignment_equals_the_papers_algorithm(seed: int) -> None:
 
 
 def test_centerness_by_hand() -> None:
-    """Check the middle, a quarter, and the source's formula: sqrt(2/6 * 4/4)."""
+    """Check the centers (4, 4), (2, 2) and (2, 4) of an 8 x 8 box: 1, sqrt(2/6 * 2/6) and sqrt(2/6 * 4/4)."""
     anchors = torch.tensor([_square(4, 4, 2), _square(2, 2, 9), _square(2, 4, 1)])
     boxes = torch.tensor([[0.0, 0, 8, 8]] * 3)
     torch.testing.assert_close(centerness_of(anchors, boxes), torch.tensor([1, 1 / 3, math.sqrt(1 / 3)]))
 
 
 def test_quality_focal_loss_by_hand() -> None:
-    """Check |y - p|^2 * BCE at p = 1/2 for y = 1, 3/4, 0, and none where the score is right."""
+    """Check |y - p|^2 * BCE at p = 1/2 for y = 1, 3/4 and 0, and no loss for y = 1/2."""
     quality = torch.tensor([1.0, 0.75, 0.0, 0.5])
     loss = quality_focal_loss(torch.zeros(4), quality)
     expected = torch.tensor([0.25, 0.0625, 0.25, 0.0]) * math.log(2)
@@ -129,7 +129,7 @@ def test_quality_focal_loss_by_hand() -> None:
 
 
 def test_distribution_focal_loss_by_hand() -> None:
-    """Check the two neighbors' shares at 1.25 of 0 to 3, a whole distance, and both ends."""
+    """Check a distance of 1.25 with bins 0 to 3, a whole distance, distances beyond both ends, and the gradient."""
     probability = torch.tensor([0.1, 0.2, 0.3, 0.4])
     logits = probability.log().expand(4, 4)
     loss = distribution_focal_loss(logits, torch.tensor([1.25, 2.0, -5.0, 77.0]))
@@ -142,7 +142,7 @@ def test_distribution_focal_loss_by_hand() -> None:
 
 
 def test_expected_box_of_a_known_distribution() -> None:
-    """Check distances 1/2, 1, 2 and 3/2 in strides of 8 around (20, 12), and that the distances are found again."""
+    """Check distances 1/2, 1, 2 and 3/2 in strides of 8 around (20, 12), and that `get_distances` inverts them."""
     transform = DistributionTransform(anchor_scale=8.0, reg_max=2)
     sides = torch.tensor([[0.5, 0.5, 0.0], [0.25, 0.5, 0.25], [0.0, 0.0, 1.0], [0.25, 0.0, 0.75]])
     anchor = torch.tensor([_square(20, 12, 64)])
@@ -154,30 +154,30 @@ def test_expected_box_of_a_known_distribution() -> None:
 
 
 def _one_instance(model: torch.nn.Module) -> tuple[list[Boxes], Tensor, list[Instances]]:
-    """Two anchors of one level of stride 8, the first assigned to the one box, which is the middle half of it."""
+    """Return two anchors of side 64 at stride 8, the first assigned to the only box, of side 32 at its center."""
     anchors = [_grid(8, 2, 1, 64.0)]
     target = Instances((8, 16), gt_boxes=Boxes(torch.tensor([_square(4, 4, 32)])), gt_classes=torch.tensor([1]))
     return anchors, torch.tensor([[0, BACKGROUND]]), [target]
 
 
 def test_atss_losses_by_hand(tiny_detector: Callable) -> None:
-    """Check one positive and one background of three classes, all logits 0, and a predicted box twice too large."""
+    """Check a positive and a background anchor of three classes, logits 0, and a predicted box with doubled sides."""
     model = tiny_detector("atss")
     anchors, assignment, targets = _one_instance(model)
     predictions = [[torch.zeros(1, 2, 3)], [torch.zeros(1, 2, 4)], [torch.zeros(1, 2, 1)]]
     losses = model.losses(anchors, predictions, assignment, targets)
     # focal: one target with alpha 1/4, five others with 3/4, each 1/4 * ln 2
     assert losses["loss_atss_cls"].item() == pytest.approx((0.25 + 5 * 0.75) * 0.25 * math.log(2), rel=1e-5)
-    # the anchor is the predicted box: GIoU is the IoU, 1/4, since it holds the true one
+    # the predicted box is the anchor, which contains the true box: GIoU is the IoU, 1/4
     assert losses["loss_atss_box"].item() == pytest.approx(2 * (1 - 0.25), rel=1e-5)
-    # the centerness is 1
+    # the target centerness is 1
     assert losses["loss_atss_centerness"].item() == pytest.approx(math.log(2), rel=1e-5)
     scores = model.scores([[torch.zeros(1, 2, 3)], [], [torch.full((1, 2, 1), -math.log(7))]])
     torch.testing.assert_close(scores[0], torch.full((1, 2, 3), 0.25))  # sqrt(1/2 * 1/8)
 
 
 def test_gfl_losses_by_hand(tiny_detector: Callable) -> None:
-    """Check one positive: the joint score's target is the overlap of the predicted box, 1/4; the box's weight is the score."""
+    """Check one positive: the target quality is the IoU of the predicted box, 1/4; the box weight is the score, 1/2."""
     model = tiny_detector("gfl")
     anchors, assignment, targets = _one_instance(model)
     sides = torch.full((1, 2, 4, 17), -1e9)
@@ -186,7 +186,7 @@ def test_gfl_losses_by_hand(tiny_detector: Callable) -> None:
     losses = model.losses(anchors, predictions, assignment, targets)
     background, target = 0.25 * math.log(2), 0.25**2 * math.log(2)
     assert losses["loss_gfl_quality"].item() == pytest.approx(5 * background + target, rel=1e-5)
-    # weights are 1/2 and their sum is counted as at least 1
+    # the weight is 1/2, and the sum of weights is clamped to at least 1
     assert losses["loss_gfl_box"].item() == pytest.approx(2 * (1 - 0.25) / 2, rel=1e-5)
     predictions[1] = [torch.zeros(1, 2, 68)]
     spread = model.losses(anchors, predictions, assignment, targets)["loss_gfl_distribution"].item()
@@ -209,7 +209,7 @@ def test_adapters_are_built_from_their_keys(kind: str, tiny_detector: Callable) 
 
 @pytest.mark.parametrize("kind", DENSE)
 def test_adapters_learn_one_image(kind: str, tiny_detector: Callable, make_inputs: Callable, event_storage) -> None:
-    """Check that a few steps on one image are enough to find its objects: losses, decoding and scores agree."""
+    """Check that 80 steps on one image suffice to detect its object: losses, decoding and scores agree."""
     model = tiny_detector(kind)
     inputs = make_inputs(sizes=((64, 80),), counts=(1,))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -233,7 +233,7 @@ def test_losses_are_float32_under_autocast(
     kind: str, dtype: torch.dtype, tiny_detector: Callable, make_inputs: Callable, event_storage
 ) -> None:
     model, inputs = tiny_detector(kind).eval(), make_inputs()
-    model.training = True  # running statistics, and the training's forward pass
+    model.training = True  # running statistics with the forward pass of training
     expected = model(inputs)
     with torch.autocast("cpu", dtype):
         losses = model(inputs)
@@ -247,7 +247,7 @@ def test_losses_are_float32_under_autocast(
 def test_images_without_objects_train(
     kind: str, counts: tuple[int, int], tiny_detector: Callable, make_inputs: Callable, event_storage
 ) -> None:
-    """Check that losses and gradients are finite, and that every parameter has one."""
+    """Check that losses and gradients are finite, and that every parameter has a gradient."""
     model = tiny_detector(kind)
     losses = model(make_inputs(counts=counts))
     sum(losses.values()).backward()
@@ -259,7 +259,7 @@ def test_images_without_objects_train(
 def test_boxes_that_are_no_numbers_make_losses_that_are_none(
     kind: str, tiny_detector: Callable, make_inputs: Callable, event_storage
 ) -> None:
-    """Check that a training that diverges comes as far as the trainer, which says so."""
+    """Check that NaN boxes give a non-finite loss, which the trainer reports, instead of an error."""
     model = tiny_detector(kind)
     torch.nn.init.constant_(model.head.bbox_pred.weight, torch.nan)
     assert not sum(model(make_inputs()).values()).isfinite()
@@ -291,7 +291,7 @@ def test_keys_that_make_no_detector(kind: str, keys: dict, message: str, tiny_de
 
 @pytest.mark.parametrize("width_mult", [1.0, 0.5])
 def test_mobilenet_is_torchvisions(width_mult: float, tiny_cfg: Callable) -> None:
-    """Check names, shapes and outputs of the stages against torchvision's own network."""
+    """Check names, shapes and outputs of the stages against torchvision's network."""
     keys = {"BACKBONE": {"NAME": "build_mobilenet_v2_backbone"}, "MOBILENET_V2": {"WIDTH_MULT": width_mult}}
     net = build_backbone(tiny_cfg("retinanet", {"MODEL": keys})).eval()
     theirs = torchvision.models.mobilenet_v2(width_mult=width_mult).eval()
@@ -339,7 +339,7 @@ def test_mobilenet_refuses_what_it_cannot_be(tiny_cfg: Callable, keys: dict, mes
 
 @pytest.mark.parametrize("bottom_up", ["slim_resnet", "mobilenet_v2"])
 def test_necks(bottom_up: str, tiny_cfg: Callable) -> None:
-    """Check levels, and that P6 of the dense detectors' neck comes from P5, so that its shape is every backbone's."""
+    """Check the levels, and that dense detectors compute P6 from P5, so that its shape fits every backbone."""
     for name, levels in {"": "p2 p3 p4 p5 p6", "retinanet_": "p3 p4 p5 p6 p7", "dense_": "p3 p4 p5 p6 p7"}.items():
         builder = f"build_{name}{bottom_up}_fpn_backbone"
         cfg = tiny_cfg("retinanet" if name else "faster", {"MODEL": {"BACKBONE": {"NAME": builder}}})
@@ -353,21 +353,21 @@ def test_necks(bottom_up: str, tiny_cfg: Callable) -> None:
 
 
 def test_fsaf_candidates_by_hand() -> None:
-    """Check the middle fifth of a box of 40 on cells of 8, the smaller of two boxes, and that tiny middles have their cell."""
+    """Check the central fifth of a box of 40 on cells of 8, the smaller of two boxes, and a fifth within one cell."""
     cells = _grid(8, 6, 1, 8.0)  # [0, 8] to [40, 48] across, [0, 8] down
     boxes = Boxes(torch.tensor([[0.0, -16, 40, 24], [25.0, 0, 29, 8]]))
-    # the middles: [16, 24] x [0, 8], and [26.6, 27.4] x [3.2, 4.8], a fiftieth of the cell [24, 32]
+    # the central fifths: [16, 24] x [0, 8], and [26.6, 27.4] x [3.2, 4.8], a fiftieth of the cell [24, 32]
     assert covers_cell(cells, boxes, 0.2).tolist() == [[0, 0, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0]]
     inside = in_middle(cells, boxes, 0.2)
     assert inside.tolist() == [[0, 0, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0]]
-    # half of the sides: [10, 30] and [26, 28]; the cells' centers are at 4, 12, 20, 28, 36, 44
+    # the central halves: [10, 30] and [26, 28]; the centers of cells are at 4, 12, 20, 28, 36, 44
     assert in_middle(cells, boxes, 0.5).tolist() == [[0, 1, 1, 1, 0, 0], [0, 0, 0, 1, 0, 0]]
     assert smallest_box(in_middle(cells, boxes, 0.5), boxes).tolist() == [BACKGROUND, 0, 0, 1, BACKGROUND, BACKGROUND]
     assert smallest_box(inside[:0], boxes[:0]).tolist() == [BACKGROUND] * 6
 
 
 def test_fsaf_best_level_by_hand() -> None:
-    """Check means of candidates: 2 and 3 on level 0, 1 and 9 on level 1, against 4 alone on level 2; one without candidates."""
+    """Check means of 2 and 3 on level 0, 1 and 9 on level 1, and 4 on level 2, and an instance without candidates."""
     loss = torch.tensor([2.0, 3.0, 1.0, 9.0, 4.0, 0.5])
     instance = torch.tensor([0, 0, 0, 0, 0, 2])
     level = torch.tensor([0, 0, 1, 1, 2, 1])
@@ -376,7 +376,7 @@ def test_fsaf_best_level_by_hand() -> None:
 
 
 def test_fsaf_losses_by_hand(tiny_detector: Callable) -> None:
-    """Check a box that is predicted exactly on the coarse level, and by half its sides on the fine one, all logits 0."""
+    """Check a box that is exact on the coarse level and has half its sides on the fine one, with all logits 0."""
     model = tiny_detector("fsaf")
     anchors = [_grid(8, 2, 2, 8.0), _grid(16, 1, 1, 16.0)]
     target = Instances((16, 16), gt_boxes=Boxes(torch.tensor([[0.0, 0, 16, 16]])), gt_classes=torch.tensor([1]))
@@ -384,14 +384,14 @@ def test_fsaf_losses_by_hand(tiny_detector: Callable) -> None:
         [[0.5, 0.5, 0.5, 0.5]]
     )  # strides: [0, 8] around the first cell's center, [0, 16] on the coarse level
     predictions = [[torch.zeros(1, 4, 3), torch.zeros(1, 1, 3)], [half.expand(1, 4, 4), half[None]]]
-    # the middle [6.4, 9.6] covers 0.04 of each fine cell
+    # the central fifth [6.4, 9.6] covers 0.04 of each fine cell
     assignment = model.assign(anchors, predictions, [target])
     assert assignment.tolist() == [[IGNORED] * 4 + [0]]
     losses = model.losses(anchors, predictions, assignment, [target])
-    # one target with alpha 1/4; two others there, and two of each fine position, where the instance's class is not asked for
+    # one target with alpha 1/4; two other classes there and at each fine position, where the box's class is ignored
     assert losses["loss_fsaf_cls"].item() == pytest.approx((0.25 + 10 * 0.75) * 0.25 * math.log(2), rel=1e-5)
     assert losses["loss_fsaf_box"].item() == pytest.approx(0.0, abs=1e-6)
-    # with a bad box on the coarse level the fine one is chosen: there the overlap is 1/4 of the box
+    # with a bad box on the coarse level, the fine level is chosen, where the IoU is 1/4
     predictions[1] = [half.expand(1, 4, 4), half[None] / 8]
     assignment = model.assign(anchors, predictions, [target])
     assert assignment.tolist() == [[0] * 4 + [IGNORED]]
@@ -400,7 +400,7 @@ def test_fsaf_losses_by_hand(tiny_detector: Callable) -> None:
 
 
 def test_reppoints_box_of_known_points() -> None:
-    """Check mean and deviation of nine points in strides of 8, the learned factor, and the small gradient that it gets."""
+    """Check mean and deviation of nine points in strides of 8, the learned factor, and its gradient scaled by 0.01."""
     transfer = torch.nn.Parameter(torch.tensor([math.log(2.0), 0.0]))
     transform = PointTransform(4.0, transfer)
     y, x = torch.meshgrid(torch.tensor([-1.0, 0, 1]), torch.tensor([0.0, 2, 4]), indexing="ij")
@@ -416,13 +416,13 @@ def test_reppoints_box_of_known_points() -> None:
 
 
 def test_reppoints_nearest_positions_by_hand() -> None:
-    """Check the level by size (anchors of 32 and 64), the nearest position in parts of the box, and two boxes at one."""
+    """Check the level by size (anchors of 32 and 64), distances relative to the box, and two boxes at one position."""
     anchors = [_grid(8, 4, 2, 32.0), _grid(16, 2, 1, 64.0)]
     boxes = [
         [0.0, 0, 63, 64],  # side 63.5: fine; center (31.5, 32), nearest to (28, 12)
         [16.0, 0, 48, 128],  # side 64: coarse
-        [4.0, 4, 6, 6],  # too small for any: the finest
-        [3.0, 3, 6.9, 6.9],  # nearest to the same position, and nearer in parts of its size
+        [4.0, 4, 6, 6],  # smaller than all anchors: the finest level
+        [3.0, 3, 6.9, 6.9],  # nearest to the same position, and nearer relative to its size
     ]
     row = assign_nearest(anchors, Boxes(torch.tensor(boxes)))
     expected = [BACKGROUND] * 10
@@ -432,7 +432,7 @@ def test_reppoints_nearest_positions_by_hand() -> None:
 
 
 def test_reppoints_that_overlap_nothing_have_no_positive(tiny_detector: Callable) -> None:
-    """Check points of no extent between positions 8 apart: an instance of 4 pixels overlaps none and takes none, nor hinders another."""
+    """Check points without extent, 8 pixels apart: a 4-pixel instance overlaps none, gets none and blocks no other."""
     model = tiny_detector("reppoints")
     anchors = [_grid(8, 4, 4, 32.0)]
     boxes = Boxes(torch.tensor([[6.0, 6, 10, 10], [3.0, 3, 13, 13]]))  # the second has the centers (4, 4), (12, 4), ...
@@ -443,7 +443,7 @@ def test_reppoints_that_overlap_nothing_have_no_positive(tiny_detector: Callable
 
 
 def test_reppoints_losses_by_hand(tiny_detector: Callable) -> None:
-    """Check first points whose box is the anchor, refined ones a quarter of it off, and one position that is ignored."""
+    """Check first points whose box is the anchor, refined ones off by a quarter, and one background position."""
     model = tiny_detector("reppoints")
     anchors = [_grid(8, 3, 1, 32.0)]
     half = 16 / 8  # strides
@@ -452,25 +452,25 @@ def test_reppoints_losses_by_hand(tiny_detector: Callable) -> None:
     moved = points + torch.tensor([0.0, 1.0]).repeat(9)  # 8 pixels across
     target = Instances((8, 24), gt_boxes=Boxes(torch.tensor([_square(4, 4, 32)])), gt_classes=torch.tensor([1]))
     predictions = [[torch.zeros(1, 3, 3)], [moved.expand(1, 3, 18)], [points.expand(1, 3, 18)]]
-    # overlaps of anchors 8 and 16 pixels beside the box: 24 / 40 = 0.6 and 16 / 48
+    # IoUs of anchors 8 and 16 pixels beside the box: 24 / 40 = 0.6 and 16 / 48
     assignment = model.assign(anchors, predictions, [target])
     assert assignment.tolist() == [[0, 0, BACKGROUND]]
     losses = model.losses(anchors, predictions, assignment, [target])
-    # two positives: each a target with alpha 1/4, the seven others 3/4
+    # two positives with a target of alpha 1/4 each, and seven others with 3/4
     assert losses["loss_reppoints_cls"].item() == pytest.approx(
         (2 * 0.25 + 7 * 0.75) * 0.25 * math.log(2) / 2, rel=1e-5
     )
-    # the nearest position alone, exact
+    # only the nearest position, which is exact
     assert losses["loss_reppoints_init"].item() == pytest.approx(0, abs=1e-5)
-    # both positives: 8 and 16 pixels too far right, left and right side each, in units of 32, less half of beta
+    # both positives: left and right sides 8 and 16 pixels too far right, in units of 32, minus half of beta
     expected = (2 * (0.25 - 0.055) + 2 * (0.5 - 0.055)) / 2
     assert losses["loss_reppoints_refine"].item() == pytest.approx(expected, rel=1e-3)
     far = Instances((8, 24), gt_boxes=Boxes(torch.tensor([_square(-10, 4, 32)])), gt_classes=torch.tensor([1]))
-    assert model.assign(anchors, predictions, [far]).tolist() == [[0, BACKGROUND, BACKGROUND]]  # its best, 0.39
+    assert model.assign(anchors, predictions, [far]).tolist() == [[0, BACKGROUND, BACKGROUND]]  # its best IoU is 0.39
 
 
 def test_reppoints_begin_with_the_anchors_as_boxes(tiny_detector: Callable) -> None:
-    """Check, where the features say nothing yet, the first and the refined boxes of every level."""
+    """Check the first and the refined boxes of every level for zero features."""
     model = tiny_detector("reppoints")
     levels = [torch.zeros(1, 8, side, side) for side in (8, 4, 2, 1, 1)]
     anchors = Boxes.cat(model.anchor_generator(levels)).tensor
@@ -481,7 +481,7 @@ def test_reppoints_begin_with_the_anchors_as_boxes(tiny_detector: Callable) -> N
 
 
 def test_reppoints_sample_where_the_first_points_are(tiny_detector: Callable) -> None:
-    """Check that with first points on the kernel's grid the deformable convolution is an ordinary one, and the gradient's share."""
+    """Check that first points on the kernel grid give an ordinary convolution, and the gradient share of 0.1."""
     head = tiny_detector("reppoints").head
     x = torch.randn(1, 8, 5, 6)
     with torch.no_grad():
@@ -498,4 +498,4 @@ def test_reppoints_sample_where_the_first_points_are(tiny_detector: Callable) ->
     with torch.no_grad():
         head.refined_points.weight.zero_()
     (through_refined,) = torch.autograd.grad(head([x] * 5)[1][0].sum(), head.first_points.bias)
-    assert through_refined.abs().max() == 0  # the first points are added without gradient
+    assert through_refined.abs().max() == 0  # the first points are added without a gradient

@@ -1,4 +1,4 @@
-"""CWD, PKD, MGD and FGD: the numbers of their authors' programs, formulas by hand, gradients, and training on real detectors."""
+"""CWD, PKD, MGD and FGD: reference numbers of the authors' code, hand-worked formulas, gradients, and training."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ METHODS = (CWD, PKD, MGD, FGD)
 
 @cache
 def _fixture(name: str) -> dict[str, Tensor]:
-    """Numbers of a public program on small random inputs, see the README beside them."""
+    """Load the results of a public implementation on small random inputs; see the README in the folder FIXTURES."""
     with np.load(FIXTURES / f"{name}.npz") as arrays:
         return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
 
 
 def _levels(name: str, prefix: str) -> dict[int, Tensor]:
-    """A leaf for each level."""
+    """Return a leaf tensor for each level, by stride."""
     return {stride: _fixture(name)[f"{prefix}.{stride}"].clone().requires_grad_() for stride in STRIDES}
 
 
@@ -62,7 +62,7 @@ def _outputs(features: dict[int, Tensor], dense: DensePredictions | None = None)
 
 
 def _assert_equal(found: Tensor | float, expected: Tensor, floor: float = 0.0) -> None:
-    """To 1e-5 of the largest value, and to `floor`."""
+    """Assert equality within 1e-5 of the largest expected value plus `floor`."""
     found = torch.as_tensor(found).reshape(expected.shape)
     difference, largest = (found.detach() - expected).abs().max().item(), expected.abs().max().item()
     assert difference <= 1e-5 * largest + floor, f"{difference} of {largest}"
@@ -74,12 +74,12 @@ def _copy(module: nn.Module, values: dict[str, Tensor]) -> None:
             parameter.copy_(values[name].reshape(parameter.shape))
 
 
-# --------------------------------------------------------------------------------------------- numbers of the public programs
+# --------------------------------------------------------------------------------- numbers of public implementations
 
 
 @pytest.mark.parametrize(("case", "temperature"), [("neck_tau1", 1.0), ("neck_tau4", 4.0)])
 def test_cwd_of_the_program(case: str, temperature: float) -> None:
-    """Check each level's loss, their weighted sum, and gradients."""
+    """Check the loss of each level, the weighted sum and the gradients."""
     values, student = _fixture("cwd"), _levels("cwd", "student")
     teacher = {s: values[f"teacher.{s}"] for s in STRIDES}
     cwd = make(CWD, spec_of(dict.fromkeys(STRIDES, 8)), temperature=temperature)
@@ -98,7 +98,7 @@ def _dense(logit_maps: dict[int, Tensor], classes: int) -> DensePredictions:
 
 @pytest.mark.parametrize("classes", [4, 2])
 def test_cwd_on_logits_of_the_program(classes: int) -> None:
-    """Check one anchor of four classes, and two anchors of two: the same channels."""
+    """Check one anchor with four classes and two anchors with two, which have the same channels."""
     values, student = _fixture("cwd"), _levels("cwd", "student_logits")
     teacher = {s: values[f"teacher_logits.{s}"] for s in STRIDES}
     cwd = make(CWD, spec_of(dict.fromkeys(STRIDES, 8)), maps="logits")
@@ -110,7 +110,7 @@ def test_cwd_on_logits_of_the_program(classes: int) -> None:
 
 
 def test_cwd_behind_an_adaptation_layer() -> None:
-    """Check the gradient through a 1x1 layer: the program divides by the student's 6 channels, we by the 8 that are compared."""
+    """Check the gradient through a 1x1 layer; the authors divide by the student's 6 channels, we by the 8 compared."""
     values, student = _fixture("cwd"), _levels("cwd", "adapted.student")
     cwd = make(CWD, *(spec_of(dict.fromkeys(STRIDES, c)) for c in (6, 8)), weight=5.0)
     for s in STRIDES:
@@ -123,7 +123,7 @@ def test_cwd_behind_an_adaptation_layer() -> None:
 
 
 def test_pkd_of_the_program() -> None:
-    """Check each level's loss, their weighted sum, and gradients."""
+    """Check the loss of each level, the weighted sum and the gradients."""
     values, student = _fixture("pkd"), _levels("pkd", "student")
     teacher = {s: values[f"teacher.{s}"] for s in STRIDES}
     pkd = make(PKD, spec_of(dict.fromkeys(STRIDES, 8)))
@@ -137,7 +137,7 @@ def test_pkd_of_the_program() -> None:
 
 @pytest.mark.parametrize("resized", ["student", "teacher"])
 def test_pkd_of_maps_of_other_size(resized: str) -> None:
-    """Check a level of stride 16 beside one of stride 8, either of them resized."""
+    """Check a student level of stride 16 against a teacher level of stride 8, with either one resized."""
     values = _fixture("pkd")
     student = values["student.16"].clone().requires_grad_()
     pkd = make(PKD, spec_of({16: 8}), resize=resized)
@@ -147,7 +147,7 @@ def test_pkd_of_maps_of_other_size(resized: str) -> None:
 
 
 def test_pkd_of_a_constant_channel() -> None:
-    """Check the loss and the gradient where a channel of the student has no variance."""
+    """Check the loss and the gradient when one student channel has zero variance."""
     values = _fixture("pkd")
     student = values["constant.student"].clone().requires_grad_()
     loss = pearson_loss(student, values["teacher.32"])
@@ -161,13 +161,13 @@ def test_pkd_of_a_constant_channel() -> None:
 
 @pytest.fixture
 def program_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draws of U for which U >= ratio keeps what the program keeps, where 1 - U <= 1 - ratio."""
+    """Patch torch.rand to return U = 1 - noise: U >= ratio keeps what the authors keep, noise <= 1 - ratio."""
     draws = iter([1 - _fixture("mgd")[f"noise.{s}"][:, 0] for s in STRIDES])
     monkeypatch.setattr(torch, "rand", lambda *size, device: next(draws))
 
 
 def test_mgd_of_the_program(program_mask: None) -> None:
-    """Check the weighted sum, and the gradients in features, adaptation layers and generation blocks."""
+    """Check the weighted sum and the gradients of features, adaptation layers and generation blocks."""
     values, student = _fixture("mgd"), _levels("mgd", "student")
     teacher = {s: values[f"teacher.{s}"] for s in STRIDES}
     mgd = make(MGD, *(spec_of(dict.fromkeys(STRIDES, c)) for c in (6, 8)))
@@ -194,7 +194,7 @@ def test_mgd_of_the_program(program_mask: None) -> None:
 
 
 def test_residual_generation_starts_as_the_identity() -> None:
-    """Check the loss, worked out from the features, and which parameters the first step moves."""
+    """Check the loss, computed by hand from the features, and which parameters get a gradient in the first step."""
     student = torch.tensor([[[[1.0, -2.0], [3.0, 0.5]]]], requires_grad=True)
     teacher = torch.tensor([[[[0.0, -1.0], [1.0, 0.5]]]])
     mgd = make(MGD, spec_of({8: 1}), residual=True, mask_ratio=0.0)
@@ -208,7 +208,7 @@ def test_residual_generation_starts_as_the_identity() -> None:
 
 
 def test_residual_generation_adds_to_what_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check that a hidden position is zero, and that trained layers are added to what is left."""
+    """Check that a masked position is zero, and that the output of the layers is added to the masked features."""
     monkeypatch.setattr(torch, "rand", lambda *size, device: torch.tensor([[[0.9, 0.1]]]))
     mgd = make(MGD, spec_of({8: 1}), residual=True, mask_ratio=0.5)
     nn.init.constant_(mgd.generation["8"][2].bias, 10.0)
@@ -229,11 +229,11 @@ FGD_LAYERS = {
     **{f"channel_add_conv_s.{n}": f"student_relations.{{s}}.transform.{n}" for n in (0, 1, 3)},
     **{f"channel_add_conv_t.{n}": f"teacher_relations.{{s}}.transform.{n}" for n in (0, 1, 3)},
 }
-"""By the program's names ours."""
+"""Our layer names by the authors' names."""
 
 
 def _fgd() -> FGD:
-    """With the program's parameters."""
+    """Build an FGD distiller with the authors' parameters."""
     values = _fixture("fgd")
     fgd = make(FGD, *(spec_of(dict.fromkeys(STRIDES, c)) for c in (6, 8)))
     assert [*fgd.weights.values()] == pytest.approx(values["weights"].tolist())
@@ -256,7 +256,7 @@ def _boxes(with_objects: tuple[bool, bool]) -> list[Instances]:
     [("loss", (True, True)), ("no_boxes_in_1", (True, False)), ("no_boxes", (False, False))],
 )
 def test_fgd_of_the_program(case: str, with_objects: tuple[bool, bool]) -> None:
-    """Check the four parts, also where one image or none has an object."""
+    """Check the four losses, including batches in which one image or none has objects."""
     values = _fixture("fgd")
     features = [{s: values[f"{whose}.{s}"] for s in STRIDES} for whose in ("student", "teacher")]
     losses = scaled(_fgd(), *map(_outputs, features), _boxes(with_objects))
@@ -267,7 +267,7 @@ def test_fgd_of_the_program(case: str, with_objects: tuple[bool, bool]) -> None:
 
 
 def test_fgd_of_each_level_of_the_program() -> None:
-    """Check each level's parts, masks, and the gradients in features and all layers."""
+    """Check the losses and masks of each level, and the gradients of features and all layers."""
     values, student, fgd = _fixture("fgd"), _levels("fgd", "student"), _fgd()
     teacher = {s: values[f"teacher.{s}"] for s in STRIDES}
     pairs = dict(zip(STRIDES, fgd.adaptation.pairs(_outputs(student), _outputs(teacher)), strict=True))
@@ -283,7 +283,7 @@ def test_fgd_of_each_level_of_the_program() -> None:
         _assert_equal(student[s].grad, values[f"loss.{s}.grad_student"])
         for theirs, ours in FGD_LAYERS.items():
             for name, parameter in fgd.get_submodule(ours.format(s=s)).named_parameters():
-                # the softmax takes no notice of its bias: 0, and on either side what rounding left
+                # softmax is invariant to the bias: the gradient is 0 up to rounding on both sides
                 floor = 1e-9 if theirs.startswith("conv_mask") and name == "bias" else 0.0
                 _assert_equal(parameter.grad, values[f"loss.{s}.grad_param.{theirs}.{name}"], floor)
 
@@ -296,7 +296,7 @@ def _random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def test_channel_wise_loss_by_hand() -> None:
-    """Check (1/4, 3/4) against (1/2, 1/2) in one channel and no difference in the other, at temperatures 1 and 2, and the gradient."""
+    """Check softmax (1/4, 3/4) against (1/2, 1/2) and an equal channel, at temperatures 1 and 2, and the gradient."""
     student = torch.tensor([[0.0, math.log(3)], [1.0, 2.0]], dtype=torch.float64).view(1, 2, 1, 2)
     teacher = torch.tensor([[7.0, 7.0], [5.0, 6.0]], dtype=torch.float64).view(1, 2, 1, 2)
     expected = math.log(4 / 3) / 2 / 2
@@ -309,7 +309,7 @@ def test_channel_wise_loss_by_hand() -> None:
 
 
 def test_pearson_loss_by_hand() -> None:
-    """Check correlations of 1 under any scale and shift, -1 and 0 of four positions, one position, and the gradient."""
+    """Check correlations 1 (for any scale and shift), -1 and 0 of four positions, one position, and the gradient."""
     ramp = torch.tensor([0.0, 1, 2, 3], dtype=torch.float64).view(1, 1, 2, 2)
     other = torch.tensor([1.0, 0, 0, 1], dtype=torch.float64).view(1, 1, 2, 2)
     assert pearson_loss(ramp, 1e3 * ramp - 5e4).item() == pytest.approx(0, abs=1e-5)
@@ -327,14 +327,14 @@ def test_pearson_loss_by_hand() -> None:
 
 
 def test_pearson_loss_far_from_zero() -> None:
-    """Check that float32 does for activations of 1 around 1000."""
+    """Check that float32 suffices for activations with a deviation of 1 around 1000."""
     maps = _random(2, 3, 8, 8), _random(2, 3, 8, 8, seed=1)
     far = [(x + 1000).float() for x in maps]
     assert pearson_loss(*far).item() == pytest.approx(pearson_loss(*(x.double() for x in far)).item(), rel=1e-5)
 
 
 def test_pearson_loss_of_a_batch_in_two_parts() -> None:
-    """Check that averaged means and moments of halves give loss and gradient of the whole."""
+    """Check that means and moments averaged over two halves give the loss and the gradient of the whole batch."""
     student, teacher = _random(4, 3, 2, 5).requires_grad_(), _random(4, 3, 2, 5, seed=1)
     halves = [(student[part], teacher[part]) for part in (slice(0, 2), slice(2, 4))]
     means = sum(channel_means(*half) for half in halves) / 2
@@ -345,7 +345,7 @@ def test_pearson_loss_of_a_batch_in_two_parts() -> None:
 
 
 def test_own_attention_by_hand() -> None:
-    """Check shares of 1/4 and 3/4 of two positions and of two channels, which are multiplied by their number, and the gradient."""
+    """Check shares 1/4 and 3/4 of two positions and of two channels, times their number of 2, and the gradient."""
     positions = torch.tensor([[0.0, -math.log(3)], [0.0, math.log(3)]]).view(1, 2, 1, 2)
     over_positions, over_channels = own_attention(positions / 2, 0.5)
     assert over_positions.flatten().tolist() == pytest.approx([2 / 4, 2 * 3 / 4])
@@ -358,7 +358,7 @@ def test_own_attention_by_hand() -> None:
 
 
 def test_focal_weights_by_hand() -> None:
-    """Check floor and ceil with borders, the smaller of two boxes, one beyond the map, padding, and an image without any."""
+    """Check inclusive floor and ceil, the smaller of two boxes, a box beyond the map, padding, and no boxes."""
     boxes = torch.full((2, 3, 4), -1e4)
     boxes[0] = torch.tensor([[0.5, 0.0, 1.2, 1.0], [1.0, 1.0, 1.0, 1.0], [2.5, 2.0, 5.5, 2.0]])
     foreground = foreground_weights(boxes, 3, 4)
@@ -375,7 +375,7 @@ def test_focal_weights_by_hand() -> None:
 
 
 def test_attended_error_by_hand() -> None:
-    """Check 2 * 1 + 3 * 4 at one position, and that gradients go to the student alone."""
+    """Check 2 * 1 + 3 * 4 at one position, and that only the student gets a gradient."""
     student = torch.tensor([1.0, 2.0]).view(1, 2, 1, 1).requires_grad_()
     teacher = torch.zeros(1, 2, 1, 1, requires_grad=True)
     error = attended_error(student, teacher, torch.tensor([2.0, 3.0]).view(1, 2, 1, 1))
@@ -385,7 +385,7 @@ def test_attended_error_by_hand() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Notes the elements of the largest tensor that any operation returns."""
+    """Records the number of elements of the largest tensor, views excluded, that any operation returns."""
 
     elements = 0
 
@@ -408,7 +408,7 @@ def _loop_over_boxes(boxes: Tensor, height: int, width: int) -> Tensor:
 
 @pytest.mark.parametrize("chunk", [focal.CHUNK, 1])
 def test_three_hundred_boxes(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check them against a loop, all at once and one by one, and that memory does not grow with them."""
+    """Check the weights against a loop, for all boxes at once and one by one, and the size of the largest tensor."""
     monkeypatch.setattr(focal, "CHUNK", chunk)
     corners = torch.rand(2, 300, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([28.0, 18.0])
     sides = torch.rand(2, 300, 2, generator=torch.Generator().manual_seed(1)) * 12
@@ -420,7 +420,7 @@ def test_three_hundred_boxes(chunk: int, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_context_block_by_hand() -> None:
-    """Check that it begins as the identity, then the sum over positions by a loop, and that W2's bias moves every position."""
+    """Check that the block starts as the identity, and with random W2 and a bias of 1 against a loop over positions."""
     torch.manual_seed(0)
     block = ContextBlock(4)
     assert [tuple(layer.weight.shape) for layer in block.transform if hasattr(layer, "weight")] == [
@@ -443,7 +443,7 @@ def test_context_block_by_hand() -> None:
 
 
 def test_fgd_gradient_numerically() -> None:
-    """Check the four losses in float64, away from where an absolute value bends."""
+    """Check the four losses in float64, away from the kinks of absolute values."""
     fgd = make(FGD, spec_of({8: 2})).double()
     for block in (fgd.student_relations, fgd.teacher_relations):
         nn.init.normal_(block["8"].transform[3].weight)
@@ -454,7 +454,7 @@ def test_fgd_gradient_numerically() -> None:
 
 
 def test_fgd_without_what_has_no_weight() -> None:
-    """Check that foreground and background are as before, and that nothing else is left, also no layers."""
+    """Check that foreground and background losses are unchanged, without other losses or layers."""
     maps = [_outputs({8: _random(1, 4, 8, 8, seed=seed).float()}) for seed in (0, 1)]
     targets = targets_of([[8.0, 8, 40, 40]])
     full, part = (
@@ -467,7 +467,7 @@ def test_fgd_without_what_has_no_weight() -> None:
 
 
 def test_equal_features_have_no_loss_and_finite_gradients() -> None:
-    """Check CWD, PKD and FGD as it begins, of two equal maps."""
+    """Check CWD, PKD and newly initialized FGD on equal maps."""
     for method in (make(method, spec_of({8: 4})) for method in (CWD, PKD, FGD)):
         maps = _random(2, 4, 8, 8).float()
         student = maps.clone().requires_grad_()
@@ -482,7 +482,7 @@ def test_equal_features_have_no_loss_and_finite_gradients() -> None:
 
 @pytest.fixture
 def build(tiny_cfg: Callable, tiny_detector: Callable) -> Callable[..., Distiller]:
-    """(method, student's kind, teacher's kind, keys) -> the method for the two detectors."""
+    """Return a function (method, student kind, teacher kind, keys) that builds the distiller of the two detectors."""
 
     def build(method: type[Distiller], kind: str = "retinanet", teacher: str = "retinanet", **keys: Any) -> Distiller:
         cfg = tiny_cfg(kind, {"MODEL": {"KD": {method.CONFIG_NODE: keys}}})
@@ -508,7 +508,7 @@ POINTS = (1.6e-3, 8e-4, 8e-4, 8e-6)
     ],
 )
 def test_defaults_are_the_authors(build: Callable, kind: str, pkd: float, mgd: float, ratio: float, fgd: tuple) -> None:
-    """Check weights, temperatures and mask by the student's family, whatever the teacher's, and no layers where channels agree."""
+    """Check the defaults of each student, for any teacher, and that equal channels need no adaptation layers."""
     for teacher in (kind, "faster"):
         methods = {method: build(method, kind, teacher) for method in METHODS}
         assert (methods[CWD].weight, methods[CWD].config.temperature, methods[PKD].weight) == (10, 1, pkd)
@@ -520,7 +520,7 @@ def test_defaults_are_the_authors(build: Callable, kind: str, pkd: float, mgd: f
 
 
 def test_weights_that_are_named(build: Callable) -> None:
-    """Check that WEIGHT replaces a default or multiplies FGD's four, and each of these by itself."""
+    """Check that WEIGHT replaces a default or multiplies FGD's four weights, and each of these on its own."""
     for method in (CWD, PKD, MGD):
         assert build(method, WEIGHT=3.0).weight == 3
     assert build(MGD, MASK_RATIO=0.25).mask_ratio == 0.25
@@ -533,7 +533,7 @@ def test_weights_that_are_named(build: Callable) -> None:
 
 @pytest.mark.parametrize(("maps", "weight", "share"), [("neck", None, 1), ("neck", 5.0, 0.5), ("logits", 5.0, 1)])
 def test_share_of_cwd_among_balanced_methods(maps: str, weight: float | None, share: float, build: Callable) -> None:
-    """Check that the published weight of what is compared counts as 1."""
+    """Check that the published weight for the compared maps counts as 1."""
     assert build(CWD, MAPS=maps, WEIGHT=weight).relative_weight == share
 
 
@@ -555,7 +555,7 @@ def test_share_of_cwd_among_balanced_methods(maps: str, weight: float | None, sh
     ],
 )
 def test_wrong_values_name_their_key(build: Callable, method: type[Distiller], key: str, value: object) -> None:
-    """Check one sentence that begins with the key."""
+    """Check that the error is one sentence that starts with the key."""
     with pytest.raises(UserError, match=rf"^MODEL\.KD\.{method.CONFIG_NODE}\.{key} is [^\n]*\.$"):
         build(method, **{key: value})
 
@@ -577,7 +577,7 @@ OTHER_TEACHER: dict[str, Any] = {
         "PIXEL_STD": [57.0, 57.0, 57.0],
     }
 }
-"""Other channels in the neck, other norms, and another normalization of the images."""
+"""Config of a teacher with other FPN channels, norms and pixel statistics."""
 
 
 def _model(
@@ -590,7 +590,7 @@ def _model(
 
 
 def _check_step(model: KDMetaArch, inputs: list[dict]) -> dict[str, Tensor]:
-    """Losses of a step: finite, with finite gradients in student and own layers, and none in the teacher."""
+    """Run a step, assert finite losses and gradients and none in the teacher, and return the distillation losses."""
     losses = model(inputs)
     names = [name for distiller in model.distillers.values() for name in distiller.loss_names]
     sum(losses[name] for name in names).backward()
@@ -615,7 +615,7 @@ def test_on_detectors(
     teacher: str,
     counts: tuple[int, int],
 ) -> None:
-    """Check one- and two-stage pairs with many objects, one and none."""
+    """Check one-stage and two-stage pairs with many objects, one object and none."""
     student, other = tiny_detector(kind), tiny_detector(teacher, seed=1)
     panoptic = kind == "panoptic"
     inputs = make_inputs(counts=counts, masks=panoptic, sem_seg=panoptic)
@@ -635,7 +635,7 @@ def test_on_detectors_of_different_families(
     kind: str,
     teacher: str,
 ) -> None:
-    """Check two-stage teachers of dense students and the other way: common strides, other channels, norms and image statistics."""
+    """Check two-stage teachers of dense students and vice versa, with other channels, norms and pixel statistics."""
     student, other = tiny_detector(kind), tiny_detector(teacher, OTHER_TEACHER, seed=1)
     model = _model(tiny_cfg, student, other, kind)
     for distiller in model.distillers.values():
@@ -646,7 +646,7 @@ def test_on_detectors_of_different_families(
 
 @pytest.mark.parametrize("student", ["retinanet", "fcos"])
 def test_training_from_a_two_stage_teacher(tmp_path: Path, student: str) -> None:
-    """Check all four at once, balanced and in mixed precision, over a stop: losses are finite and go on as if unbroken."""
+    """Check all four at once, with balancing and mixed precision: finite losses, and equal losses after resuming."""
     other = make_project(tmp_path / "teacher", "faster-rcnn")
     save_fixed_weights(other.change_teacher(MODEL__FPN__OUT_CHANNELS=24), other.teacher_weights, seed=1)
     project = make_project(
@@ -658,7 +658,7 @@ def test_training_from_a_two_stage_teacher(tmp_path: Path, student: str) -> None
         MODEL__KD__BALANCE__ENABLED=True,
         SOLVER__AMP__ENABLED=True,
         SOLVER__AMP__DTYPE="bfloat16",
-        INPUT__MIN_SIZE_TRAIN=(192,),  # on maps of one cell oneDNN's bfloat16 is wrong
+        INPUT__MIN_SIZE_TRAIN=(192,),  # oneDNN's bfloat16 is wrong on maps of one cell
         INPUT__MAX_SIZE_TRAIN=288,
         SOLVER__CHECKPOINT_PERIOD=2,
         SOLVER__BASE_LR=0.001,
@@ -681,7 +681,7 @@ def test_training_from_a_two_stage_teacher(tmp_path: Path, student: str) -> None
 def test_cwd_on_logits_of_detectors(
     tiny_cfg: Callable, tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage, kind: str
 ) -> None:
-    """Check every dense detector, against the formula on the heads' own outputs."""
+    """Check every dense detector against the formula applied to the outputs of the heads."""
     model = _model(tiny_cfg, tiny_detector(kind), tiny_detector(kind, seed=1), kind, (CWD,), CWD={"MAPS": "logits"})
     inputs = make_inputs(counts=(0, 0))
     (loss,) = _check_step(model, inputs).values()
@@ -697,7 +697,7 @@ def test_cwd_on_logits_of_detectors(
 
 
 def test_cwd_on_logits_needs_them(build: Callable, tiny_cfg: Callable, tiny_detector: Callable) -> None:
-    """Check a teacher and a student without dense predictions, and heads of another number of anchors."""
+    """Check a student or a teacher without dense predictions, and heads with different numbers of anchors."""
     detectors = {kind: tiny_detector(kind) for kind in ("retinanet", "faster")}
     for whose, kind, other in (("student", "faster", "retinanet"), ("teacher", "retinanet", "faster")):
         with pytest.raises(UserError, match=rf"CWD needs dense predictions, which the {whose} \(GeneralizedRCNN\)"):
@@ -717,7 +717,7 @@ def test_pkd_takes_maps_of_other_sizes(
     event_storage: EventStorage,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Check a teacher whose maps are half as large: PKD alone resizes, beside another method it stays an error."""
+    """Check a teacher whose maps are half as large: PKD alone resizes them; with another method it is an error."""
     teacher = Teacher(toy_detector())
     monkeypatch.setattr(
         teacher.model.backbone, "forward", lambda x: {f"stride{s}": x[..., :: 2 * s, :: 2 * s] for s in (4, 8)}
@@ -733,7 +733,7 @@ def test_pkd_takes_maps_of_other_sizes(
 
 
 def test_random_mask_hides_its_part() -> None:
-    """Check the share of positions, one mask for all channels, another for each image, and none for a ratio of 0."""
+    """Check the share of masked positions, one mask for all channels, another per image, and no mask at ratio 0."""
     torch.manual_seed(0)
     maps = torch.ones(2, 3, 64, 64)
     mask = random_mask(maps, 0.65)

@@ -1,4 +1,4 @@
-"""Rank Mimicking, Prediction-guided Feature Imitation and soft labels: equations by hand, gradients, detectors."""
+"""Rank Mimicking, Prediction-guided Feature Imitation and soft labels: hand-worked equations, gradients, detectors."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ DENSE = frozenset({"features", "anchors", "dense", "targets"})
 
 
 def _spec(**changes: Any) -> DetectorSpec:
-    """Of four channels at stride 8, where one anchor lies around (0, 0)."""
+    """Build a spec with four channels at stride 8 and one anchor centered at (0, 0)."""
     return spec_of(
         **{"channels": {8: 4}, "cell_anchors": {8: torch.tensor([[-4.0, -4, 4, 4]])}, "provides": DENSE, **changes}
     )
@@ -50,7 +50,7 @@ def _spec(**changes: Any) -> DetectorSpec:
 
 NARROW = _spec(channels={8: 1, 16: 1})
 METHODS = {"RANK_MIMICKING": RankMimicking, "PFI": PFI, "SOFT_LABEL": SoftLabel}
-# The student thinks two candidates equal, the teacher gives one three times the other's share.
+# The student ranks two candidates equally, the teacher gives one three times the share of the other.
 EQUAL, THREE_TO_ONE = [0.0, 0.0], [math.log(3), 0.0]
 DIVERGENCE = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
 
@@ -64,13 +64,13 @@ def _rank(student: list[float], teacher: list[float], instances: list[int], **op
 
 
 def test_rank_of_one_instance_by_hand() -> None:
-    """Check equations 5 and 6, whatever is added to all scores of the instance."""
+    """Check equations 5 and 6, and that a constant added to all scores of an instance changes nothing."""
     assert _rank(EQUAL, THREE_TO_ONE, [0, 0]) == pytest.approx(DIVERGENCE, rel=1e-6)
     assert _rank([5.0, 5.0], [x - 2 for x in THREE_TO_ONE], [7, 7]) == pytest.approx(DIVERGENCE, rel=1e-5)
 
 
 def test_rank_is_the_mean_over_instances_that_have_one() -> None:
-    """Check two instances in mixed order, and a third with one positive, which neither adds nor counts."""
+    """Check two interleaved instances, and a third with one positive, which adds nothing and is not counted."""
     student = [EQUAL[0], 1.0, EQUAL[1], 1.0, 9.0]
     teacher = [THREE_TO_ONE[0], 4.0, THREE_TO_ONE[1], 4.0, -9.0]
     instances = [2, 5, 2, 5, 3]
@@ -80,7 +80,7 @@ def test_rank_is_the_mean_over_instances_that_have_one() -> None:
 
 
 def test_rank_under_a_temperature_by_hand() -> None:
-    """Check that scores twice as far apart at temperature 2 rank alike, the loss times its square, and the gradient numerically."""
+    """Check doubled scores at temperature 2, which give the loss times 2 squared, and the gradient numerically."""
     doubled = [2 * x for x in THREE_TO_ONE]
     assert _rank(EQUAL, doubled, [0, 0], temperature=2.0) == pytest.approx(4 * DIVERGENCE, rel=1e-6)
     student, teacher = torch.tensor([[0.1, 0.7, 0.3], [0.5, 0.2, 0.4]], dtype=torch.float64)
@@ -92,7 +92,7 @@ def test_rank_under_a_temperature_by_hand() -> None:
 
 @pytest.mark.parametrize("scores", [[], [3.0]])
 def test_without_a_rank_there_is_a_zero_with_a_gradient(scores: list[float]) -> None:
-    """Check no positives at all, and one."""
+    """Check no positives and one positive."""
     student = torch.tensor(scores, requires_grad=True)
     loss = rank_kl_loss(student, torch.zeros(len(scores)), torch.zeros(len(scores), dtype=torch.int64))
     loss.backward()
@@ -112,7 +112,7 @@ def test_rank_gradient_is_the_numerical_one_and_the_students_alone() -> None:
 
 
 def test_rank_equals_a_loop_over_instances() -> None:
-    """Check against torch's own divergence, instance by instance, with logits so large that exp would overflow."""
+    """Check against torch's divergence per instance, with logits so large that exp would overflow."""
     generator = torch.Generator().manual_seed(1)
     student, teacher = 100 * torch.randn(2, 40, generator=generator)
     instances = torch.randint(6, (40,), generator=generator)
@@ -129,7 +129,7 @@ def test_rank_equals_a_loop_over_instances() -> None:
 
 
 def test_prediction_guided_by_hand() -> None:
-    """Check equations 7 to 9 on two levels of one row: P is a mean over classes, D over channels, then levels are averaged."""
+    """Check equations 7 to 9 on two levels: P averages over classes, D over channels, and the loss over levels."""
     student_probs = [torch.tensor([[[[0.0, 0.5]], [[0.0, 0.5]]]]), torch.tensor([[[[1.0]], [[0.0]]]])]
     teacher_probs = [torch.tensor([[[[1.0, 0.5]], [[0.0, 0.0]]]]), torch.tensor([[[[0.0]], [[0.0]]]])]
     student = [torch.tensor([[[[0.0, 0.0]], [[0.0, 0.0]]]]), torch.tensor([[[[1.0]], [[1.0]]]])]
@@ -140,7 +140,7 @@ def test_prediction_guided_by_hand() -> None:
     weights = relative_to_mean([torch.tensor([[[0.5, 0.125]]]), torch.zeros(1, 1, 1)])
     torch.testing.assert_close(weights[0], torch.tensor([[[1.6, 0.4]]]))
     assert weights[1].item() == 0
-    # masked: of level 1 the second position alone, of level 2 nothing
+    # masked: only the second position of level 1, nothing of level 2
     masks = [torch.tensor([[[0.0, 1.0]]]), torch.zeros(1, 1, 1)]
     assert weighted_imitation_loss(student, teacher, masks, [1.0, 1.0]).item() == pytest.approx(16 / 2)
 
@@ -160,7 +160,7 @@ def test_prediction_guided_gradient_is_the_numerical_one_of_the_features_alone()
 
 
 def test_soft_label_by_hand() -> None:
-    """Check the divergence of 0.5 from 0.75, and that the background of equal opinions costs nothing."""
+    """Check the divergence of 0.5 from 0.75, no loss for equal predictions, and the factor 4 of temperature 2."""
     student, teacher = torch.tensor([_logit(0.5), -7.0]), torch.tensor([_logit(0.75), -7.0])
     expected = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
     assert soft_label_loss(student, teacher).item() == pytest.approx(expected, rel=1e-5)
@@ -170,7 +170,7 @@ def test_soft_label_by_hand() -> None:
 
 
 def test_soft_label_focused_on_differences() -> None:
-    """Check weights of |p_T - p_S| and its square, 1/4 and 1/16, and that no gradient passes through them."""
+    """Check the weights |p_T - p_S| and its square, 1/4 and 1/16, and that no gradient passes through them."""
     student, teacher = torch.tensor([0.0], requires_grad=True), torch.tensor([_logit(0.75)])
     for power in (1, 2):
         loss = soft_label_loss(student, teacher, focus=float(power))
@@ -180,7 +180,7 @@ def test_soft_label_focused_on_differences() -> None:
 
 
 def test_quality_focal_loss_by_hand() -> None:
-    """Check |0.75 - 0.5| ** power times the cross-entropy log 2, weights, equal opinions, and the gradient numerically."""
+    """Check |0.75 - 0.5| ** power times the cross-entropy log 2, weights, equal predictions, and the gradient."""
     student, teacher = torch.tensor([0.0, 2.0]), torch.tensor([_logit(0.75), 2.0])
     for power in (1.0, 2.0):
         loss = quality_focal_loss(student, teacher, power=power)
@@ -210,7 +210,7 @@ def test_soft_label_gradient_is_the_numerical_one(temperature: float) -> None:
     assert large.grad.isfinite().all()
 
 
-# Two levels of one image: stride 8 has 1 x 2 positions, stride 16 has 1 x 1; two anchors a position, two classes.
+# Two levels of one image: stride 8 has 1 x 2 positions, stride 16 has 1 x 1; two anchors per position, two classes.
 ANCHORS = {
     8: Boxes(torch.tensor([[0.0, 0, 8, 8], [0, 0, 8, 16], [8, 0, 16, 8], [8, 0, 16, 16]])),
     16: Boxes(torch.tensor([[0.0, 0, 16, 16], [0, 0, 16, 32]])),
@@ -219,7 +219,7 @@ ASSIGNMENT = torch.tensor([[0, 1, BACKGROUND, 0, 1, IGNORED]])
 
 
 def _dense(logits: list[list[float]], shift: list[float] | None = None) -> DensePredictions:
-    """Six anchors with logits of two classes each; boxes are the anchors moved right by `shift`."""
+    """Build predictions of six anchors with two classes; boxes are the anchors moved right by `shift`."""
     logits_tensor = torch.tensor([logits])
     shift_tensor = torch.tensor([shift or [0.0] * 6])[..., None]
     return DensePredictions(
@@ -244,7 +244,7 @@ def _targets() -> list[Instances]:
 
 
 def test_positives_and_what_they_hold() -> None:
-    """Check image, anchor and instance of the positives, and values picked from the levels without copying them together."""
+    """Check image, anchor and instance of the positives, and the values picked from all levels."""
     dense = _dense([[i, 10 + i] for i in range(6)])
     positives = dense.positives
     assert positives.image.tolist() == [0] * 4
@@ -263,7 +263,7 @@ def test_positives_of_the_second_image_come_after_those_of_the_first() -> None:
 
 
 def test_rank_mimicking_by_hand() -> None:
-    """Check both ranks of two instances: each its own class's probability, and the overlap of its boxes."""
+    """Check both losses of two instances: ranks by the probability of the instance's class and by the boxes' IoU."""
     # instance 0, class 1: anchors 0 and 3; instance 1, class 0: anchors 1 and 4
     student = _dense([[0.0, _logit(0.4)], [0, 0], [0, 0], [0, _logit(0.4)], [0, 0], [0, 0]])
     teacher = _dense([[0.0, _logit(0.9)], [0, 0], [0, 0], [0, _logit(0.4)], [0, 0], [0, 0]], [0, 4, 0, -8, 0, 0])
@@ -271,14 +271,14 @@ def test_rank_mimicking_by_hand() -> None:
     share = math.exp(0.5) / (1 + math.exp(0.5))  # of scores that differ by 0.9 - 0.4
     classification = share * math.log(2 * share) + (1 - share) * math.log(2 * (1 - share))
     assert losses["loss_rank_classification"].item() == pytest.approx(4 * classification / 2, rel=1e-5)
-    # overlaps of the student: instance 0: 1 and 0, instance 1: 128/256 and 1; of the teacher: 1 and 1/2, 128/256 and 1
+    # IoUs of the student: instance 0: 1 and 0, instance 1: 128/256 and 1; of the teacher: 1 and 1/2, 128/256 and 1
     pairs = [([1, 0], [1, 0.5]), ([0.5, 1], [0.5, 1])]
     localization = sum(_rank(list(map(float, s)), list(map(float, t)), [0, 0]) for s, t in pairs) / 2
     assert losses["loss_rank_localization"].item() == pytest.approx(4 * localization, rel=1e-5)
 
 
 def test_rank_mimicking_options_by_hand() -> None:
-    """Check logits and joint scores in the place of probabilities, and no localization."""
+    """Check logits and joint scores instead of probabilities, without localization."""
     student = _dense([[0.0, 1.0], [0, 0], [0, 0], [0, 3.0], [0, 0], [0, 0]])
     teacher = _dense([[0.0, 2.0], [0, 0], [0, 0], [0, 2.0], [0, 0], [0, 0]])
     losses = make(RankMimicking, _spec(), on_logits=True, localization=False)(
@@ -288,7 +288,7 @@ def test_rank_mimicking_options_by_hand() -> None:
     assert losses["loss_rank_classification"].item() == pytest.approx(
         _rank([1.0, 3.0], [2.0, 2.0], [0, 0]) / 2, rel=1e-5
     )
-    # of instance 1, anchor 4 lies on the level with a quality of 0.25, anchor 1 on that with 0.5
+    # for instance 1, anchor 4 is on the level with quality 0.25, anchor 1 on the one with 0.5
     teacher = _dense([[0.0, 0.0], [math.log(3), 0], [0, 0], [0, 0], [math.log(3), 0], [0, 0]])
     losses = make(RankMimicking, _spec(provides=DENSE | {"quality"}), joint_score=True, localization=False)(
         _outputs(student), _outputs(teacher), _targets()
@@ -299,7 +299,7 @@ def test_rank_mimicking_options_by_hand() -> None:
 
 
 def test_rank_mimicking_with_temperatures_by_hand() -> None:
-    """Check that the two ranks have one each."""
+    """Check that classification and localization have separate temperatures."""
     student = _dense([[0.0, 1.0], [0, 0], [0, 0], [0, 3.0], [0, 0], [0, 0]])
     teacher = _dense([[0.0, 2.0], [0, 0], [0, 0], [0, 2.0], [0, 0], [0, 0]], [0, 4, 0, -8, 0, 0])
     rank = make(RankMimicking, _spec(), on_logits=True, temperature=2.0, localization_temperature=0.5)
@@ -311,7 +311,7 @@ def test_rank_mimicking_with_temperatures_by_hand() -> None:
 
 
 def test_soft_label_options_by_hand() -> None:
-    """Check positives alone, where two of four differ, and the forms of the loss over all anchors."""
+    """Check positives only, two of which differ, and all anchors, three of which differ, for both forms of the loss."""
     student = _dense([[0.0, 0.0]] * 6)
     other = [_logit(0.75), 0.0]
     teacher = _dense([other, [0.0, 0.0], other, other, [0.0, 0.0], [50.0, -50.0]])
@@ -329,14 +329,14 @@ def test_soft_label_options_by_hand() -> None:
 
 
 def test_soft_label_leaves_out_what_the_detector_ignores() -> None:
-    """Check one background and one ignored anchor of other opinion, over four positives."""
+    """Check a background anchor and an ignored one with other predictions; the divisor is the four positives."""
     student = _dense([[0.0, 0.0]] * 6)
     teacher = _dense([[0.0, 0.0]] * 2 + [[_logit(0.75), 0.0]] + [[0.0, 0.0]] * 2 + [[50.0, -50.0]])
     losses = scaled(make(SoftLabel, _spec(), weight=2.0), _outputs(student), _outputs(teacher), _targets())
     assert losses["loss_soft_label"].item() == pytest.approx(2 * DIVERGENCE / 4, rel=1e-5)
 
 
-# Positions, left to right: stride 8: a positive and a background anchor, a background and an ignored one; stride 16: both positive.
+# Anchors per position: stride 8: positive and background, background and ignored; stride 16: both positive.
 PARTLY_POSITIVE = torch.tensor([[0, BACKGROUND, BACKGROUND, IGNORED, 1, 1]])
 MASKED = {
     "whole": ([1, 1], [1]),
@@ -348,7 +348,7 @@ MASKED = {
 
 @pytest.mark.parametrize("mask", MASKED)
 def test_pfi_masks_by_hand(mask: str, event_storage) -> None:
-    """Check the mean over the masked positions of each level; squared differences are 1, 4 and 9."""
+    """Check the mean over the masked positions of each level, with squared differences 1, 4 and 9."""
     (near, far), (coarse,) = MASKED[mask]
     target = Instances((16, 16), gt_boxes=Boxes(torch.tensor([[0.0, 0, 7, 7]])))
     features = {8: torch.tensor([[[[1.0, 2.0]]]]), 16: torch.tensor([[[[3.0]]]])}
@@ -360,7 +360,7 @@ def test_pfi_masks_by_hand(mask: str, event_storage) -> None:
 
 
 def test_pfi_reads_each_positions_anchors_and_classes(event_storage) -> None:
-    """Check P where the teacher differs in one class of one anchor: stride 8, second position, first anchor."""
+    """Check P with a teacher that differs in one class of one anchor: stride 8, second position, first anchor."""
     student, teacher = _dense([[0.0, 0.0]] * 6), _dense([[0.0, 0.0]] * 2 + [[_logit(0.9), 0.0]] + [[0.0, 0.0]] * 3)
     features = {8: torch.tensor([[[[1.0, 2.0]]]]), 16: torch.tensor([[[[3.0]]]])}
     loss = make(PFI, NARROW)(_outputs(student, features), _outputs(teacher), _targets())["loss_pfi"].item()
@@ -392,14 +392,14 @@ def test_pfi_gradients_through_the_prediction_are_an_option(through: bool, event
 def test_all_three_in_a_training_step(
     counts: tuple[int, int], tiny_detector: Callable, tiny_cfg: Callable, make_inputs: Callable, event_storage
 ) -> None:
-    """Check finite losses and gradients that reach the student, images without objects included; the teacher keeps still."""
+    """Check finite losses, gradients in the student and an unchanged teacher, including images without objects."""
     student, teacher = tiny_detector("retinanet"), tiny_detector("retinanet", seed=1)
     cfg = tiny_cfg("retinanet", {"MODEL": {"KD": {"DISTILLERS": tuple(m.__name__ for m in METHODS.values())}}})
     specs = build_adapter(student).spec, build_adapter(teacher).spec
     distillers = {m.__name__: configured(m, cfg, *specs) for m in METHODS.values()}
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     model = KDMetaArch(student=student, teacher=Teacher(teacher), distillers=distillers)
-    event_storage.iter = 19  # written by Detectron2's writers
+    event_storage.iter = 19  # an iteration that Detectron2's writers write
     losses = model(make_inputs(counts=counts))
     names = [name for distiller in distillers.values() for name in distiller.loss_names]
     assert set(names) <= losses.keys()
@@ -435,7 +435,7 @@ def build(tiny_cfg: Callable) -> Callable[..., Distiller]:
 
 
 def test_defaults_are_the_papers(build: Callable) -> None:
-    """Check equation 10's weights, and that the headline's rank has both parts."""
+    """Check the weights of equation 10, and that Rank Mimicking has both parts by default."""
     rank = build("RANK_MIMICKING", _spec())
     assert rank.weight == 4.0
     config = rank.config
@@ -479,7 +479,7 @@ def test_other_anchors_are_refused(build: Callable, node: str, change: dict, mes
 
 
 def test_anchors_at_other_places_are_refused(tiny_cfg: Callable, tiny_detector: Callable) -> None:
-    """Check two RetinaNets whose anchors lie half a stride apart."""
+    """Check two RetinaNets whose anchors are half a stride apart."""
     shifted = {"MODEL": {"ANCHOR_GENERATOR": {"OFFSET": 0.5}}}
     student, teacher = (build_adapter(tiny_detector("retinanet", keys)).spec for keys in ({}, shifted))
     with pytest.raises(UserError, match=r"around \(0, 0\) and the teacher .RetinaNet. 3 anchors .* around \(4, 4\)"):

@@ -1,4 +1,4 @@
-"""Batch, learning rate and iterations: scaling, accumulation, and the advice where they do not belong together."""
+"""Batch size, learning rate and iterations: scaling, gradient accumulation, and advice on mismatches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONFIGS = [*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "projects").rglob("conf
 
 
 def test_scaling_to_the_number_of_processes(tmp_path: Path) -> None:
-    """Written for 8 processes and run on 2: a quarter of the batch and the rate, four times the iterations, distillers' too."""
+    """Check a config for 8 processes on 2: a quarter of the batch and the rate, 4 times the iterations, also ICD's."""
     keys = {
         "SOLVER__REFERENCE_WORLD_SIZE": 8,
         "SOLVER__IMS_PER_BATCH": 16,
@@ -72,7 +72,7 @@ def test_processes_that_a_batch_was_not_written_for(tmp_path: Path, reference: i
 
 
 def test_accumulated_gradients_are_those_of_the_batch(tmp_path: Path) -> None:
-    """With losses that are means over images the weights after a step are the same in one part and in four."""
+    """Check that losses that are means over images give the same weights in one part and in four."""
     keys = {
         "SOLVER__IMS_PER_BATCH": 4,
         "SOLVER__MAX_ITER": 2,
@@ -106,13 +106,13 @@ def test_accumulated_gradients_are_those_of_the_batch(tmp_path: Path) -> None:
 
 
 def _only_known_images(tree: dict) -> None:
-    """Drop the annotations of images that are gone."""
+    """Drop the annotations of removed images."""
     known = {image["id"] for image in tree["images"]}
     tree["annotations"] = [a for a in tree["annotations"] if a["image_id"] in known]
 
 
 def _only_distillation(model: torch.nn.Module) -> None:
-    """The detector's losses, which divide by counts of a part, are left out."""
+    """Drop the detection losses, which are normalized by counts of a part."""
     forward = model.forward
 
     def only_distillation(inputs: list[dict]) -> dict | list:
@@ -123,7 +123,7 @@ def _only_distillation(model: torch.nn.Module) -> None:
 
 
 def test_accumulation_trains_every_optimizer_and_resumes(tmp_path: Path) -> None:
-    """Two parts, two optimizers, a scaler's loss: a resumed training has the losses of an unbroken one."""
+    """Check two parts and two optimizers: a resumed training has the losses of an uninterrupted one."""
     keys = {"MODEL__KD__DISTILLERS": ("ICD", "StructuralKD"), "SOLVER__GRADIENT_ACCUMULATION_STEPS": 2, "SEED": 1}
     small = {
         "MODEL__KD__ICD__DIM": 16,
@@ -140,7 +140,7 @@ def test_accumulation_trains_every_optimizer_and_resumes(tmp_path: Path) -> None
 
 
 def test_advice_by_hand(tmp_path: Path) -> None:
-    """A file below the one with the rate changes the batch; the command line changes it, both, or gives the rate alone."""
+    """Check a child file that changes the batch size, and a command line with the batch size, the rate, or both."""
     base = write_yaml(tmp_path / "base.yaml", {"SOLVER": {"IMS_PER_BATCH": 16, "BASE_LR": 0.02}})
     child = write_yaml(tmp_path / "child.yaml", {"_BASE_": "base.yaml", "SOLVER": {"IMS_PER_BATCH": 4}})
     plain = write_yaml(tmp_path / "plain.yaml", {"_BASE_": "base.yaml", "MODEL": {"MASK_ON": False}})
@@ -163,7 +163,7 @@ def test_advice_by_hand(tmp_path: Path) -> None:
 
 
 def test_advice_on_the_model_zoo() -> None:
-    """Its RetinaNet base computes anchors by a yaml tag, which plain yaml does not have."""
+    """Check a base config with anchors computed by a YAML tag, which plain YAML does not have."""
     path = model_zoo.get_config_file("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
     assert learning_rate_advice(path, []) is None
     assert "SOLVER.BASE_LR 0.01 comes from" in learning_rate_advice(path, ["SOLVER.IMS_PER_BATCH", 8])

@@ -1,4 +1,4 @@
-"""Teacher and student compiled or with channels last: the same results, weights untouched, and a way out where compiling fails."""
+"""Compiled and channels-last detectors: equal results, unchanged weights, and a fallback if compilation fails."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _assert_same(teacher: Teacher, expected: Teacher) -> None:
 
 
 def _assert_close(found: Tensor, expected: Tensor) -> None:
-    """Up to a hundredth of a percent of the largest value."""
+    """Assert equality within 1e-4 of the largest value."""
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
@@ -54,7 +54,7 @@ def test_channels_last(model: nn.Module) -> None:
 
 @pytest.mark.slow
 def test_compiled(model: nn.Module) -> None:
-    """Compare on three sizes, and the weights by name and value before and after."""
+    """Check three image sizes, and that names and values of the weights are unchanged."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     teacher = Teacher(copy.deepcopy(model), compiled=True)
     _assert_same(teacher, Teacher(model))
@@ -65,7 +65,7 @@ def test_compiled(model: nn.Module) -> None:
 
 @pytest.mark.slow
 def test_a_compiled_student(tmp_path: Path) -> None:
-    """Compare the losses, and the names in the checkpoint, with those of the uncompiled training, averaged weights included."""
+    """Check losses and names in the checkpoint, including averaged weights, against uncompiled training."""
     project = make_project(tmp_path, SEED=1, SOLVER__EMA_DECAY=0.5)
     folders = {compiled: str(tmp_path / f"compiled-{compiled}") for compiled in (False, True)}
     plain, compiled = (
@@ -79,7 +79,7 @@ def test_a_compiled_student(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["MODEL.KD.TEACHER.COMPILE", "SOLVER.COMPILE"])
 def test_compiling_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
-    """Check one warning, and the losses of a training without it."""
+    """Check one warning and the losses of uncompiled training."""
 
     def no_compiler(function, dynamic: bool):
         def fail(*args: object) -> None:

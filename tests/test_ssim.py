@@ -1,4 +1,4 @@
-"""Structural similarity: the plain and the fused loss against kornia, slow independent implementations and hand-worked numbers."""
+"""SSIM: the plain and the fused loss against kornia, slow independent implementations and hand-worked numbers."""
 
 import sys
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def _relative_error(tensor: Tensor, reference: Tensor) -> float:
 def _slow_components(
     student: np.ndarray, teacher: np.ndarray, window_size: int, sigma: float = 1.5, max_val: float = 1.0
 ) -> np.ndarray:
-    """l, c, s at every cell of one (H, W) pair, and c * s in its merged form: (4, H, W), from the formulas in the thesis."""
+    """Compute l, c, s and the merged form of c * s at each cell of an (H, W) pair from the thesis: (4, H, W)."""
     half = window_size // 2
     offsets = np.arange(window_size) - half
     window = np.exp(-(offsets[:, None] ** 2 + offsets[None, :] ** 2) / (2 * sigma**2))
@@ -58,14 +58,14 @@ def _slow_components(
 
 
 def _slow_ssim_loss(student: np.ndarray, teacher: np.ndarray, window_size: int, max_val: float = 1.0) -> float:
-    """(1 - SSIM) / 2 of one (H, W) pair."""
+    """Compute the mean of (1 - SSIM) / 2 over one (H, W) pair."""
     luminance, _, _, contrast_structure = _slow_components(student, teacher, window_size, max_val=max_val)
     return float(((1 - luminance * contrast_structure) / 2).mean())
 
 
 @pytest.mark.parametrize("window_size", [1, 3, 5, 11, 13])
 def test_ssim_loss_equals_kornia_in_value_and_gradient(window_size: int) -> None:
-    """Check that the loss and both gradients are kornia's, where the teacher has a gradient too."""
+    """Check the loss and both gradients, for a teacher that requires a gradient too."""
     ours = [x.requires_grad_() for x in _maps(2, 3, 9, 12)]
     theirs = [x.double().requires_grad_() for x in _maps(2, 3, 9, 12)]
     loss = ssim_loss(*ours, window_size=window_size)
@@ -79,7 +79,7 @@ def test_ssim_loss_equals_kornia_in_value_and_gradient(window_size: int) -> None
 
 @pytest.mark.parametrize(("window_size", "max_val"), [(11, 1.0), (5, 1.0), (5, 4.0)])
 def test_ssim_loss_equals_the_formula_cell_by_cell(window_size: int, max_val: float) -> None:
-    """Check against an independent NumPy implementation with explicit windows: every channel is an image of its own."""
+    """Check against an independent NumPy implementation with explicit windows, channel by channel."""
     student, teacher = (x * max_val for x in _maps(2, 2, 6, 7))
     expected = np.mean(
         [
@@ -107,7 +107,7 @@ def test_ssim_loss_gradient_is_the_slope_of_the_formula() -> None:
 
 
 def test_ssim_loss_of_constant_maps() -> None:
-    """Check flat maps, where variances vanish and only the luminance term is left: hand-worked, finite gradients."""
+    """Check constant maps by hand: variances vanish, only the luminance term remains, and gradients are finite."""
     shape = (1, 2, 8, 8)
     zero, one = torch.zeros(shape, requires_grad=True), torch.ones(shape)
     loss = ssim_loss(zero, one)
@@ -124,19 +124,19 @@ def test_ssim_loss_of_constant_maps() -> None:
 
 
 def test_ssim_loss_ranges_from_equal_to_inverted() -> None:
-    """Check that equal maps cost nothing, and inverted stripes more than unrelated ones, close to the largest value."""
+    """Check that equal maps have no loss, and inverted stripes a higher one than noise, close to the maximum."""
     stripes = (torch.arange(12) % 2).float().expand(1, 1, 12, 12)
     noise = _maps(1, 1, 12, 12)[0]
     assert ssim_loss(stripes, stripes).item() == pytest.approx(0.0, abs=1e-5)
     inverted = ssim_loss(stripes, 1 - stripes).item()
-    # in the middle mu = 1/2 and var = 1/4 for both, covariance -1/4
+    # in the center mu = 1/2 and var = 1/4 for both, covariance -1/4
     assert inverted == pytest.approx((1 + (0.5 - C2) / (0.5 + C2)) / 2, abs=5e-3)
     assert 0.3 < ssim_loss(stripes, noise).item() < inverted - 0.2
 
 
 @pytest.mark.parametrize("window_size", [0, -1, 2, 10, 9])
 def test_ssim_loss_refuses_windows_that_do_not_fit(window_size: int) -> None:
-    """Check even, empty and too large windows: on a side of 4 the largest is 7."""
+    """Check even, non-positive and too large windows: the largest for a side of 4 is 7."""
     student, teacher = _maps(1, 1, 4, 9)
     with pytest.raises(
         ValueError, match=rf"window_size is {window_size}; on a map of \(4, 9\) it must be odd and at most 7"
@@ -146,13 +146,13 @@ def test_ssim_loss_refuses_windows_that_do_not_fit(window_size: int) -> None:
 
 
 def test_ssim_loss_refuses_maps_of_different_shape() -> None:
-    """Check that maps which would broadcast are refused, naming both shapes."""
+    """Check that maps that would broadcast are refused, with both shapes in the error."""
     with pytest.raises(ValueError, match=r"student \(1, 2, 8, 8\) and teacher \(1, 1, 8, 8\)"):
         ssim_loss(torch.rand(1, 2, 8, 8), torch.rand(1, 1, 8, 8))
 
 
 def test_ssim_loss_is_float32_under_autocast_and_on_bfloat16_maps() -> None:
-    """Check that mixed precision does not reach the loss: nearly equal maps, where bfloat16 would round it away."""
+    """Check nearly equal maps, whose loss bfloat16 would round to zero."""
     student = _maps(1, 2, 12, 12)[0]
     teacher = student + 0.01 * _maps(1, 2, 12, 12, seed=1)[0]
     expected = ssim_loss(student, teacher)
@@ -179,7 +179,7 @@ def _plain(student: Tensor, teacher: Tensor, window_size: int = 11, max_val: flo
 def _check_against_kornia(
     loss_of: Callable, student: Tensor, teacher: Tensor, window_size: int, max_val: float
 ) -> None:
-    """The loss to 1e-6, the gradient to 1e-5 of its length, kornia's being computed in float64."""
+    """Assert that the loss is kornia's in float64 to 1e-6, and the gradient to 1e-5 of its norm."""
     ours = student.clone().requires_grad_()
     loss = loss_of(ours, teacher, window_size, max_val)
     loss.backward()
@@ -206,7 +206,7 @@ def _check_against_kornia(
 def test_fixed_teacher_equals_kornia(
     loss_of: Callable, shape: tuple[int, ...], window_size: int, max_val: float, offset: float
 ) -> None:
-    """Check several shapes, windows, ranges, and values far from zero, where float32 alone would lose the variances."""
+    """Check several shapes, windows and ranges, and offsets at which plain float32 would lose the variances."""
     student, noise = _maps(*shape)
     _check_against_kornia(
         loss_of, offset + max_val * student, offset + max_val * (0.7 * student + 0.3 * noise), window_size, max_val
@@ -214,7 +214,7 @@ def test_fixed_teacher_equals_kornia(
 
 
 def test_ms_ssim_keeps_little_for_the_backward_pass() -> None:
-    """Check that what one sigma makes is gone before the next: at most six maps for five sigmas, beside the inputs."""
+    """Check that at most ten tensors of the student's size are kept for five sigmas, besides the inputs."""
     student, teacher = _maps(1, 2, 40, 40)
     kept: dict[int, int] = {}
 
@@ -230,7 +230,7 @@ def test_ms_ssim_keeps_little_for_the_backward_pass() -> None:
 
 
 def test_a_blur_first_made_in_inference_trains_afterwards() -> None:
-    """Check that the matrices kept from an evaluation can be saved for a backward pass."""
+    """Check that matrices cached in inference mode can be saved for a backward pass."""
     student, teacher = _maps(1, 1, 19, 23)
     with torch.inference_mode():
         _plain(student, teacher, 9)
@@ -247,7 +247,7 @@ def test_no_maps(loss_of: Callable) -> None:
 @pytest.mark.parametrize("loss_of", [_fused, _plain])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_maps_at_different_offsets(loss_of: Callable, memory_format: torch.memory_format) -> None:
-    """Check that a channel far from zero costs the others beside it no digits, nor its own."""
+    """Check that neither a channel far from zero nor the other channels lose precision."""
     student, noise = _maps(2, 4, 30, 41)
     offset = torch.tensor([0.0, 1000.0, -100.0, 0.5])[:, None, None]
     maps = (x.contiguous(memory_format=memory_format) for x in (offset + student, offset + 0.7 * student + 0.3 * noise))
@@ -255,7 +255,7 @@ def test_maps_at_different_offsets(loss_of: Callable, memory_format: torch.memor
 
 
 def test_dark_cells_beside_bright_ones() -> None:
-    """Check maps that are nearly zero but for a corner: one mean cannot suit both; kornia in float32 is off by 5e-2."""
+    """Check maps that are near zero except in a corner, which no single offset suits; float32 kornia is off by 5e-2."""
     student, teacher = (x**8 * 1e-3 for x in _maps(1, 4, 30, 40))
     for maps in (student, teacher):
         maps[..., :12, :12] += 1
@@ -270,7 +270,7 @@ def test_dark_cells_beside_bright_ones() -> None:
 
 @pytest.mark.parametrize("value", [0.0, 0.01, 1.0])
 def test_equal_constant_maps_cost_what_kornias_denominator_adds(value: float) -> None:
-    """Check black maps, 1e-12 / (1e-4 * 9e-4) / 2 from equal, and brighter ones."""
+    """Check black maps, which have a loss of 1e-12 / (1e-4 * 9e-4) / 2, and brighter ones."""
     maps = torch.full((1, 2, 9, 9), value)
     expected = kornia.losses.ssim_loss(maps.double(), maps.double(), 11).item()
     assert expected == pytest.approx(1e-12 / ((2 * value**2 + C1) * C2) / 2, rel=1e-3)
@@ -280,14 +280,14 @@ def test_equal_constant_maps_cost_what_kornias_denominator_adds(value: float) ->
 
 @pytest.mark.parametrize(("chunk", "block"), [(1, 1000), (250, 8), (1000, 5), (2**17, 32)])
 def test_chunks_and_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch, chunk: int, block: int) -> None:
-    """Check that maps may be worked on one by one, in groups that do not divide the channels, with matrices cut anywhere."""
+    """Check maps one by one, in groups that do not divide the channels, and with matrices split at any size."""
     monkeypatch.setitem(ssim_chunks.CHUNK_ELEMENTS, "cpu", chunk)
     monkeypatch.setitem(ssim_chunks.BLOCK_SIDE, "cpu", block)
     _check_against_kornia(_fused, *_maps(2, 7, 12, 17), 11, 1.0)
 
 
 def test_any_memory_layout() -> None:
-    """Check channels-last and cut-out maps; the gradient keeps the student's layout."""
+    """Check channels-last and sliced maps; the gradient keeps the student's layout."""
     student, teacher = _maps(2, 4, 12, 15)
     expected = student.clone().requires_grad_()
     _fused(expected, teacher).backward()
@@ -304,7 +304,7 @@ def test_any_memory_layout() -> None:
 
 
 def test_fused_gradients_numerically() -> None:
-    """Check first and second derivatives in float64; the second come through the plain operations."""
+    """Check first and second derivatives in float64; the second ones use the plain operations."""
     student, teacher = _maps(1, 2, 5, 6, dtype=torch.float64)
     student.requires_grad_()
     assert torch.autograd.gradcheck(lambda s: _fused(s, teacher, 5), student)
@@ -312,7 +312,7 @@ def test_fused_gradients_numerically() -> None:
 
 
 def test_fused_gradient_may_be_asked_for_again() -> None:
-    """Check that a second backward pass over a kept graph adds the same gradient, times what comes from above."""
+    """Check that a second backward pass over a retained graph adds the gradient times the upstream gradient."""
     student, teacher = _maps(1, 2, 9, 9)
     student.requires_grad_()
     loss = _fused(student, teacher)
@@ -325,7 +325,7 @@ def test_fused_gradient_may_be_asked_for_again() -> None:
 
 
 def test_without_gradient_only_the_loss_is_made() -> None:
-    """Check evaluation, and a student that is fixed."""
+    """Check that the loss is the same for inputs without gradients and under `no_grad`."""
     student, teacher = _maps(1, 2, 9, 9)
     expected = _fused(student.clone().requires_grad_(), teacher).item()
     assert ssim_loss(student, teacher).item() == expected
@@ -335,7 +335,7 @@ def test_without_gradient_only_the_loss_is_made() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_gradients_do_not_vanish(dtype: torch.dtype) -> None:
-    """Check a map so large that a mean's gradient is nothing in float16, under a gradient scaler's factor."""
+    """Check maps so large that the gradient of a mean underflows in float16, with a gradient scaler's factor."""
     student, teacher = (x.to(dtype) for x in _maps(1, 16, 120, 120))
     exact = student.double().requires_grad_()
     (2.0**16 * kornia.losses.ssim_loss(exact, teacher.double(), 11)).backward()
@@ -380,7 +380,7 @@ def test_losses_and_gradients_are_finite(maps: tuple[Tensor, Tensor], loss_of: C
     "exponents", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (1, 1, 1), (1, 0, 1), (2, 0.5, 1), (0, 0, 0.5), (0, 0, 0)]
 )
 def test_components_cell_by_cell(exponents: tuple[float, float, float]) -> None:
-    """Check every choice of components of the thesis's table 2, and other powers; a negative s keeps its sign."""
+    """Check the component choices of table 2 of the thesis and other exponents; a negative s keeps its sign."""
     student, teacher = (x - 0.2 for x in _maps(1, 1, 7, 8, dtype=torch.float64))
     luminance, contrast, structure, _ = _slow_components(student[0, 0].numpy(), teacher[0, 0].numpy(), 5)
     assert (structure < 0).any()
@@ -393,7 +393,7 @@ def test_components_cell_by_cell(exponents: tuple[float, float, float]) -> None:
 
 
 def test_contrast_times_structure_is_kornias_second_factor() -> None:
-    """Check c * s, each by itself, against kornia's merged term: what is left of its map without luminance."""
+    """Check c * s, separate and merged, against kornia's SSIM map divided by the luminance term."""
     student, teacher = _maps(1, 2, 9, 11, dtype=torch.float64)
     merged = np.stack([_slow_components(student[0, c].numpy(), teacher[0, c].numpy(), 11) for c in range(2)])
     kornias = kornia.metrics.ssim(student, teacher, 11).numpy()[0] / merged[:, 0]
@@ -410,7 +410,7 @@ def test_component_gradients_numerically(exponents: tuple[float, float, float]) 
 
 
 def test_weight_of_positions() -> None:
-    """Check that a weight multiplies the loss of its position: the left half alone counts, twice."""
+    """Check that a weight multiplies the loss at its position: the left half counts twice, the right half is 0."""
     student, teacher = _maps(1, 2, 6, 8, dtype=torch.float64)
     weight = torch.zeros(1, 1, 6, 8, dtype=torch.float64)
     weight[..., :4] = 2
@@ -424,7 +424,7 @@ def test_weight_of_positions() -> None:
 
 @pytest.mark.parametrize("window_size", [33, 7])
 def test_ms_ssim_cell_by_cell(window_size: int) -> None:
-    """Check l of sigma 8 times c * s of sigma 0.5, 1, 2, 4 and 8, of one window, on one full-size map of several channels."""
+    """Check l of sigma 8 times c * s of sigmas 0.5, 1, 2, 4 and 8, with one window size and no downsampling."""
     student, teacher = _maps(1, 2, 17, 18, dtype=torch.float64)
     losses = []
     for channel in range(2):
@@ -437,14 +437,14 @@ def test_ms_ssim_cell_by_cell(window_size: int) -> None:
 
 @pytest.mark.parametrize("sigma", MS_SSIM_SIGMAS)
 def test_ms_ssim_multiplies_by_no_denormal_numbers(sigma: float) -> None:
-    """Check the weights of narrow windows, far out: with denormal ones a CPU is several times slower."""
+    """Check the outer weights of narrow windows: with denormal ones a CPU is several times slower."""
     matrix = blur_matrix(64, 33, sigma, torch.float32, torch.device("cpu"))
     assert matrix[matrix != 0].min() > torch.finfo(torch.float32).tiny
     torch.testing.assert_close(matrix.sum(1), torch.ones(64))
 
 
 def test_ms_ssim_gradient_numerically() -> None:
-    """Check the gradient in float64, and that windows are refused as for SSIM."""
+    """Check the gradient in float64, and that invalid windows are refused as for SSIM."""
     student, teacher = _maps(1, 1, 5, 6, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda s: ms_ssim_loss(s, teacher, 9), student.requires_grad_())
     with pytest.raises(ValueError, match=r"window_size is 33; on a map of \(5, 6\) it must be odd and at most 9"):
@@ -452,7 +452,7 @@ def test_ms_ssim_gradient_numerically() -> None:
 
 
 def test_triton_that_cannot_start_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Check that the reason is said once and the chunks take over, as on a machine with a GPU and no compiler."""
+    """Check one warning and the fallback to chunks, as on a machine with a GPU and no compiler."""
 
     def fail(*args: object) -> None:
         raise RuntimeError("Failed to find C compiler.\nPlease specify via CC.")
