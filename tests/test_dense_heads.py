@@ -361,20 +361,24 @@ def test_a_student_may_end_in_another_head(
 
 
 def test_box_losses_are_torchvisions() -> None:
-    """Check GIoU and IoU losses of distant and near boxes, and that empty boxes have finite losses and gradients."""
+    """Check GIoU and IoU losses of distant and near boxes with gradients, and that empty boxes have finite ones."""
     generator = torch.Generator().manual_seed(0)
     corners, sides = torch.rand(2, 2, 30, 2, generator=generator) * torch.tensor([20.0]).view(1, 1, 1, 1)
-    boxes = torch.cat([corners, corners + sides + 1], 2).unbind()
+    boxes, targets = torch.cat([corners, corners + sides + 1], 2).unbind()
+    ours, theirs = boxes.clone().requires_grad_(), boxes.double().requires_grad_()
     expected = (
-        1 - generalized_box_iou(*(b.double() for b in boxes)).diagonal(),
-        -box_iou(*(b.double() for b in boxes)).diagonal().clamp(min=1e-6).log(),
+        1 - generalized_box_iou(theirs, targets.double()).diagonal(),
+        -box_iou(theirs, targets.double()).diagonal().clamp(min=1e-6).log(),
     )
     assert (expected[1] > 10).any() and (expected[1] < 2).any()
     for loss, value in zip((giou_loss, iou_loss), expected, strict=True):
-        torch.testing.assert_close(loss(*boxes).double(), value, rtol=1e-5, atol=1e-5)
+        found = loss(ours, targets)
+        torch.testing.assert_close(found.double(), value, rtol=1e-5, atol=1e-5)
+        (gradient,), (exact,) = torch.autograd.grad(found.sum(), ours), torch.autograd.grad(value.sum(), theirs)
+        torch.testing.assert_close(gradient.double(), exact, rtol=1e-4, atol=1e-6)
     empty = torch.full((1, 4), 3.0)
     for loss in (giou_loss, iou_loss):
-        for target in (empty, boxes[0][:1]):
+        for target in (empty, boxes[:1]):
             moved = empty.clone().requires_grad_()
             value = loss(moved, target).sum()
             value.backward()

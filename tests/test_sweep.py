@@ -9,11 +9,13 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from statistics import mean
 
 from kd_d2 import UserError
 from kd_d2.cli import main
+from kd_d2.figures import save_figure
 from kd_d2.files import write_json
-from kd_d2.sweep import SweepOptions, report, run_sweep, runner
+from kd_d2.sweep import SweepOptions, plots, report, run_sweep, runner
 from kd_d2.sweep.costs import measure_costs
 from kd_d2.sweep.matrix import measured_settings, read_matrix
 from kd_d2.sweep.plots import look, plot_ap, plot_curves
@@ -194,13 +196,23 @@ def test_threads_of_jobs_sleep_while_they_wait(tmp_path, monkeypatch):
     assert [seen[name] for name in names] == ["PASSIVE", "0", "5", "3"]
 
 
-def test_plots_show_every_finished_cell(finished, tmp_path):
-    """Check that both figures are drawn while a cell is unfinished."""
+def test_plots_show_every_finished_cell(finished, tmp_path, monkeypatch):
+    """Check bars, the teacher's line and the lines of losses, of the cells that are finished."""
     matrix, output = finished
     results = read_results(matrix, output)
-    plot_ap(build_rows(matrix, results, {}), str(tmp_path / "ap.png"))
-    plot_curves(first_curves(matrix, results), str(tmp_path / "curves.png"))
-    assert min((tmp_path / name).stat().st_size for name in ("ap.png", "curves.png")) > 5000
+    rows, curves = build_rows(matrix, results, {}), first_curves(matrix, results)
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: (figures.append(figure), save_figure(figure, path)))
+    plot_ap(rows, str(tmp_path / "ap.png"))
+    plot_curves(curves, str(tmp_path / "curves.png"))
+    bars, lines = figures[0].axes[0], figures[1].axes
+    titles = [row.title for row in rows if row.name != "teacher"]
+    assert [text.get_text() for text in bars.get_yticklabels()] == titles
+    assert [bar.get_width() for bar in bars.patches] == [mean(r.scores["AP"]) for r in rows if r.name != "teacher"]
+    assert [line.get_label() for line in bars.lines if line.get_linestyle() == "--"] == ["teacher"]
+    assert [text.get_text() for text in figures[1].legends[0].get_texts()] == list(curves)
+    assert all(len(axis.lines) <= len(curves) for axis in lines) and len(lines[0].lines) == len(curves)
+    assert all((tmp_path / name).is_file() for name in ("ap.png", "curves.png"))
 
 
 @pytest.mark.parametrize("count", [3, 10, 11, 45])
