@@ -14,7 +14,7 @@ from kd_d2.distillers import OptimizerSettings
 from kd_d2.distillers.icd import decoder as decoder_module
 from kd_d2.distillers.icd import priors as priors_module
 from kd_d2.distillers.icd.distiller import ICD, auxiliary_losses
-from kd_d2.distillers.icd.encoding import InstanceEncoder, size_bins
+from kd_d2.distillers.icd.encoding import InstanceEncoder, sine_waves, size_bins
 from kd_d2.distillers.icd.geometry import LevelGeometry
 from kd_d2.distillers.icd.priors import compute_priors, read_priors
 from kd_d2.distillers.icd.projection import project_levels
@@ -250,9 +250,8 @@ def test_the_authors_numbers() -> None:
     assert (torch.isfinite(logits) == visible).all()
     assert close(logits[visible], reference["attention_logits"][visible])
     assert close(icd.decoder.values(icd.decoder.layers[0], teacher), reference["teacher_value"])
-    columns = geometry.column_waves(dim // 4)[0][1, 0], geometry.row_waves(dim // 4)[0][1, 0]
-    rows_D, columns_D = reference["position"][1, 0].chunk(2)
-    assert close(columns[0], columns_D) and close(columns[1], rows_D)
+    waves = [sine_waves(positions[1, 0], dim // 4).flatten() for positions in (geometry.rows, geometry.columns)]
+    assert all(map(close, waves, reference["position"][1, 0].chunk(2)))
 
     losses = icd.scaled(icd.losses(query, queries, student, teacher, geometry))
     for ours, theirs in (("", "distill"), ("_aux_objectness", "aux_obj"), ("_aux_box", "aux_box")):

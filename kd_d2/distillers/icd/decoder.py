@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...losses import instance_attention
-from .encoding import linear
+from .encoding import linear, sine_waves
 from .geometry import LevelGeometry
 from .projection import project_levels
 
@@ -122,8 +122,11 @@ class Decoder(nn.Module):
             weight, bias = self._behind_input(layer.key)
             bias = bias + layer.key.weight @ self.position.bias
             of_row, of_column = (layer.key.weight @ self.position.weight).chunk(2, 1)
-            rows = [waves.to(of_row) @ of_row.T for waves in geometry.row_waves(self.dim // 4)]
-            columns = [waves.to(of_column) @ of_column.T for waves in geometry.column_waves(self.dim // 4)]
+            rows, columns = (
+                sine_waves(positions, self.dim // 4).flatten(-2).to(weights) @ weights.T
+                for positions, weights in ((geometry.rows, of_row), (geometry.columns, of_column))
+            )
+            rows, columns = geometry.by_level(rows, columns)
         return layer.heads(project_levels(maps, weight, bias, rows, columns))
 
     def values(self, layer: DecoderLayer, maps: list[Tensor]) -> Tensor:

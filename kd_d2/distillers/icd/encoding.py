@@ -15,18 +15,20 @@ SIZE_BINS = 5
 SMALLEST_BIN_LOG2 = 5  # sides below 64 px are in the first bin, those of at least 512 px in the last
 
 
-def sine_waves(position: Tensor, num_waves: int) -> tuple[Tensor, Tensor]:
-    """Return sines and cosines of 2 pi * position at `num_waves` wavelengths, 1 to TEMPERATURE (Vaswani et al. 2017).
+def sine_waves(position: Tensor, num_waves: int) -> Tensor:
+    """Embed positions in sines and cosines of 2 pi * position at `num_waves` wavelengths, 1 to TEMPERATURE.
+
+    See Vaswani et al. 2017.
 
     Args:
         position: any shape, as fractions of the image.
 
     Returns:
-        sines and cosines, (..., num_waves) each.
+        Sine and cosine of each wavelength, (..., num_waves, 2).
     """
     scale = TEMPERATURE ** -(torch.arange(num_waves, device=position.device, dtype=torch.float32) / num_waves)
     angle = position.float()[..., None] * (2 * math.pi) * scale
-    return angle.sin(), angle.cos()
+    return torch.stack([angle.sin(), angle.cos()], -1)
 
 
 def size_bins(pixels: Tensor) -> Tensor:
@@ -51,11 +53,10 @@ class InstanceEncoder(nn.Module):
 
     def describe(self, queries: InstanceQueries) -> Tensor:
         """Return one-hot class, embedding of jittered x, then y, and one-hot size bins (w, h): (B, Q, K + dim + 10)."""
-        num_waves = self.dim // 4
-        x, y = (sine_waves(queries.centers[..., i], num_waves) for i in (0, 1))
+        centers = sine_waves(queries.centers, self.dim // 4).transpose(-2, -1).flatten(-3)
         pixels = queries.boxes[..., 2:] * queries.image_sizes.flip(1)[:, None]
         bins = F.one_hot(size_bins(pixels), SIZE_BINS).flatten(-2)
-        return torch.cat([F.one_hot(queries.classes, self.num_classes), *x, *y, bins], -1)
+        return torch.cat([F.one_hot(queries.classes, self.num_classes), centers, bins], -1)
 
     def forward(self, queries: InstanceQueries) -> Tensor:
         """Return encoded queries (B, Q, dim)."""

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .encoding import sine_waves
-
 POSITION_EPS = 1e-6
 
 Size = tuple[int, int]
@@ -23,12 +21,14 @@ class LevelGeometry:
     """
     Attributes:
         shapes: sizes of the levels in cells.
-        extents: per level, the rows and columns (B, 2) of each image that are not padding.
+        rows, columns: positions of the rows and columns of all levels, (B, sum of H) and (B, sum of W), which count from 1,
+            as fractions of the rows and columns of each image that are not padding.
         is_valid: (B, L) bool, false at padding; None if no image is padded.
     """
 
     shapes: list[Size]
-    extents: list[Tensor]
+    rows: Tensor
+    columns: Tensor
     is_valid: Tensor | None
 
     @classmethod
@@ -39,21 +39,25 @@ class LevelGeometry:
             image_sizes: sizes of the images in pixels, without padding.
             padded_size: padded size of the batch in pixels.
         """
-        shapes = [tuple(m.shape[-2:]) for m in maps]
+        shapes, device = [tuple(m.shape[-2:]) for m in maps], maps[0].device
         extents = [[_valid_cells(size, shape, padded_size) for size in image_sizes] for shape in shapes]
         is_padded = any(extent != shape for level, shape in zip(extents, shapes, strict=True) for extent in level)
         # Computed on the host to avoid synchronizing the device.
-        extents = [torch.tensor(level).to(maps[0].device, non_blocking=True) for level in extents]
-        masks = [_mask(extent, shape) for extent, shape in zip(extents, shapes, strict=True)] if is_padded else []
-        return cls(shapes, extents, torch.cat(masks, 1) if is_padded else None)
+        extents = [torch.tensor(level) for level in extents]
+        fractions = (
+            torch.cat([_fractions(s[axis], e[:, axis]) for s, e in zip(shapes, extents, strict=True)], 1)
+            for axis in (0, 1)
+        )
+        rows, columns = (x.to(device, non_blocking=True) for x in fractions)
+        if not is_padded:
+            return cls(shapes, rows, columns, None)
+        masks = [_mask(e.to(device, non_blocking=True), shape) for e, shape in zip(extents, shapes, strict=True)]
+        return cls(shapes, rows, columns, torch.cat(masks, 1))
 
-    def row_waves(self, num_waves: int) -> list[Tensor]:
-        """Return the sine embedding of each row of each level, (B, H, 2 * num_waves)."""
-        return [_waves(H, extent[:, 0], num_waves) for (H, _), extent in zip(self.shapes, self.extents, strict=True)]
-
-    def column_waves(self, num_waves: int) -> list[Tensor]:
-        """Return the sine embedding of each column of each level, (B, W, 2 * num_waves)."""
-        return [_waves(W, extent[:, 1], num_waves) for (_, W), extent in zip(self.shapes, self.extents, strict=True)]
+    def by_level(self, of_rows: Tensor, of_columns: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Split values of `rows` (B, sum of H, ...) and `columns` by level."""
+        heights, widths = zip(*self.shapes, strict=True)
+        return list(of_rows.split(heights, 1)), list(of_columns.split(widths, 1))
 
 
 def _valid_cells(image_size: Size, shape: Size, padded_size: Size) -> Size:
@@ -70,8 +74,5 @@ def _mask(extents_B2: Tensor, shape: Size) -> Tensor:
     return (rows[:, :, None] & columns[:, None]).flatten(1)
 
 
-def _waves(length: int, num_valid_B: Tensor, num_waves: int) -> Tensor:
-    """Embed positions, which count from 1, as fractions of the valid length; sines and cosines alternate."""
-    number = torch.arange(1, length + 1, device=num_valid_B.device)
-    waves = sine_waves(number / (num_valid_B[:, None] + POSITION_EPS), num_waves)
-    return torch.stack(waves, -1).flatten(-2)
+def _fractions(length: int, num_valid_B: Tensor) -> Tensor:
+    return torch.arange(1, length + 1) / (num_valid_B[:, None] + POSITION_EPS)
