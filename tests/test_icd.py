@@ -293,11 +293,14 @@ def test_distill_loss_by_hand() -> None:
     assert icd_distill_loss(student, teacher, logits, torch.tensor([[False, False]])).item() == 0
 
 
-def test_value_loss_gradient_is_the_numerical_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(losses_module.CHUNK_ELEMENTS, "cpu", 2 * 4 * 2)  # two positions at a time
+@pytest.mark.parametrize("chunk", [2 * 2 * 4, 2 * 2 * 5 * 4], ids=["two positions", "two images"])
+def test_value_loss_gradient_is_the_numerical_one(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
-    student, teacher = (torch.randn(2, 2, 5, 4, generator=generator, dtype=torch.float64) for _ in range(2))
-    attention = torch.rand(2, 2, 5, generator=generator, dtype=torch.float64)
+    student, teacher = (torch.randn(3, 2, 5, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    attention = torch.rand(3, 2, 5, generator=generator, dtype=torch.float64)
+    whole = attended_value_loss(student, teacher, attention)
+    monkeypatch.setitem(losses_module.CHUNK_ELEMENTS, "cpu", chunk)
+    assert attended_value_loss(student, teacher, attention).item() == pytest.approx(whole.item(), rel=1e-12)
     assert torch.autograd.gradcheck(
         lambda s: 3 * attended_value_loss(s, teacher, attention), [student.requires_grad_()]
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**25}
+CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}
 """Elements of a value tensor processed at a time, by device: few enough for a CPU's cache."""
 LAYER_NORM_EPS = 1e-5
 ATTENTION_EPS = 1e-6
@@ -69,10 +69,11 @@ class _AttendedValueLoss(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             gradient_BMLD = student_BMLD if overwrite_student else torch.empty_like(student_BMLD)
         loss = student_BMLD.new_zeros((), dtype=dtype)
-        step = max(1, CHUNK_ELEMENTS.get(student_BMLD.device.type, 2**20) // (M * D))
-        for image in range(B):
+        chunk = CHUNK_ELEMENTS.get(student_BMLD.device.type, 2**20)
+        images, step = max(1, chunk // max(1, M * L * D)), max(1, chunk // (M * D))  # several images, or a part of one
+        for first in range(0, B, images):
             for start in range(0, L, step):
-                part = (image, slice(None), slice(start, start + step))
+                part = (slice(first, first + images), slice(None), slice(start, start + step))
                 student, student_rstd, student_square = _centered(student_BMLD[part].to(dtype))
                 teacher, teacher_rstd, teacher_square = _centered(teacher_BMLD[part].to(dtype))
                 weight = weight_BML[part]
