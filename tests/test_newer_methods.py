@@ -276,7 +276,8 @@ def test_fgd_of_each_level_of_the_program() -> None:
         foreground = foreground_weights(boxes / s, *teacher[s].shape[-2:])
         _assert_equal(foreground, values[f"loss.{s}.mask_fg"])
         _assert_equal(background_weights(foreground), values[f"loss.{s}.mask_bg"])
-        parts = fgd.level_losses(*pairs[s], boxes / s, str(s))
+        sums = fgd.level_losses(*pairs[s], boxes / s, str(s))
+        parts = {name: loss / len(boxes) for name, loss in sums.items()}
         for name in ("foreground", "background", "attention", "relation"):
             _assert_equal(parts[f"loss_fgd_{name}"], values[f"loss.{s}.{name}"])
         sum(weight * parts[name] for name, weight in fgd.weights.items()).backward()

@@ -94,11 +94,11 @@ class FGD(Distiller):
             self.level_losses(s, t, boxes_BN4 / stride, str(stride))
             for stride, (s, t) in zip(self.adaptation.strides, self.adaptation.pairs(student, teacher), strict=True)
         ]
-        return {name: weight * sum(level[name] for level in levels) for name, weight in self.weights.items()}
+        return {n: weight / len(targets) * sum(level[n] for level in levels) for n, weight in self.weights.items()}
 
     @in_float32
     def level_losses(self, student_BCHW: Tensor, teacher_BCHW: Tensor, boxes_BN4: Tensor, stride: str) -> Losses:
-        """Compute the unweighted losses of one level, with boxes in units of its cells."""
+        """Compute the losses of one level, summed over images and unweighted, with boxes in units of its cells."""
         foreground_BHW = foreground_weights(boxes_BN4, *teacher_BCHW.shape[-2:])
         positions_B1HW, channels_BC11 = theirs = own_attention(teacher_BCHW, self.config.temperature)
         difference_BCHW = student_BCHW - teacher_BCHW
@@ -115,7 +115,7 @@ class FGD(Distiller):
             theirs_BC = self.teacher_relations[stride].context(teacher_BCHW)
             related_BCHW = difference_BCHW + (ours_BC - theirs_BC)[..., None, None]
             losses[RELATION] = torch.linalg.vector_norm(related_BCHW).square()
-        return {name: loss / len(teacher_BCHW) for name, loss in losses.items()}
+        return losses
 
 
 class ContextBlock(nn.Module):

@@ -33,7 +33,7 @@ def channel_attention(student: Tensor, teacher: Tensor, temperature: float) -> T
 @torch.no_grad()
 def shared_attention(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """Compute number of elements * softmax over mean activations (B, ...) / temperature, averaged over both."""
-    return sum(_softmax_attention(x, temperature) for x in (student, teacher)) / 2
+    return _softmax_attention(torch.cat([student, teacher]), temperature).unflatten(0, (2, -1)).mean(0)
 
 
 def mean_activation(features: Tensor, dims: int | tuple[int, ...]) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -29,13 +31,10 @@ def foreground_weights(boxes: Tensor, height: int, width: int) -> Tensor:
         for axis, cells in enumerate((columns, rows))
     )
     value_BNH = value_BN[..., None] * in_rows_BNH
-    weights_BHW = boxes.new_zeros(B, height, width)
     step = max(1, CHUNK // (B * height * width))
-    for first in range(0, N, step):
-        some = slice(first, first + step)
-        inside_BNHW = value_BNH[:, some, :, None] * in_columns_BNW[:, some, None]
-        weights_BHW = torch.maximum(weights_BHW, inside_BNHW.amax(1))
-    return weights_BHW
+    chunks = (slice(first, first + step) for first in range(0, N, step))
+    largest = ((value_BNH[:, n, :, None] * in_columns_BNW[:, n, None]).amax(1) for n in chunks)
+    return functools.reduce(torch.maximum, largest) if N else boxes.new_zeros(B, height, width)
 
 
 @torch.no_grad()
