@@ -8,7 +8,7 @@ import textwrap
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Wraps the paragraphs of a description, and lines that begin with kd-d2 each by itself; indented lines stay unchanged."""
+    """Wraps paragraphs and lines that start with kd-d2 to the terminal width; indented lines are kept unchanged."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         def kind(line: str) -> str:

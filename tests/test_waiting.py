@@ -66,12 +66,15 @@ def test_a_training_step_waits_in_known_places_alone(
         torch.testing.assert_close(level.inner, expected[stride])
 
 
-def test_nothing_waits_after_the_teacher_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("detector", [name for name in META_ARCHITECTURES if name != "faster-rcnn"])
+def test_nothing_waits_after_the_teacher_was_started(
+    tmp_path: Path, detector: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Check that losses and gradients of methods are queued while the GPU computes the teacher's outputs; the detection
     losses wait earlier. GID is excluded: it selects instances after the teacher, and the host needs their number.
     """
-    methods = tuple(method for method in methods_of("retinanet") if method != "GID")
-    trainer = make_trainer(make_project(tmp_path, "retinanet", MODEL__KD__DISTILLERS=methods, **SMALL_ICD))
+    methods = tuple(method for method in methods_of(detector) if method != "GID")
+    trainer = make_trainer(make_project(tmp_path, detector, MODEL__KD__DISTILLERS=methods, **SMALL_ICD))
     trainer.resume_or_load(resume=False)
     model, batch = trainer.bare_model.train(), next(iter(trainer._trainer.data_loader))
     monkeypatch.setattr(fused_ssim, "_triton_kernels", lambda device: None)
@@ -87,7 +90,7 @@ def test_nothing_waits_after_the_teacher_was_started(tmp_path: Path, monkeypatch
     monkeypatch.setattr(Teacher, "__call__", start_teacher)
     with EventStorage(), SimulatedGpu() as gpu:
         sum(model(batch).values()).backward()
-    assert before == {("dense.py", "losses"), ("assignment.py", "of")}
+    assert ("assignment.py", "of") in before and before <= KNOWN.keys()
     assert gpu.places <= {("gaussian.py", "blur_matrix")}
 
 

@@ -134,7 +134,7 @@ class AnchorDetectorAdapter(DenseDetectorAdapter):
         if targets is not None:
             dense.assign = lambda: self.assign(list(outputs.anchors.values()), predictions, targets)
             outputs.losses = self.losses(dense, predictions, targets)
-            if {"dense", "targets"} <= want:  # these losses have waited for the GPU: it is not kept waiting again
+            if {"dense", "targets"} <= want:  # here the losses have just synchronized with the GPU
                 dense.positives = Positives.of(dense.assignment)
 
     def _dense(self, predictions: list[list[Tensor]], anchors: dict[int, Boxes]) -> DensePredictions:

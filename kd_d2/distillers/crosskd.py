@@ -112,14 +112,12 @@ class CrossKD(Distiller):
     def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
         crossed, expected = self._crossed(student, teacher), teacher.dense
         num_positives = mean_count_across_ranks((student.dense.assignment >= 0).sum().float())
-        counts_BR = student.dense.assignment != IGNORED
-        sizes = [target.shape[1] for target in expected.logits.values()]
         classes = sum(
-            quality_focal_loss(crossed.logits[stride], target, counts[..., None], power=1.0)
-            for (stride, target), counts in zip(expected.logits.items(), counts_BR.split(sizes, 1), strict=True)
+            quality_focal_loss(crossed.logits[s], expected.logits[s], (assignment != IGNORED)[..., None], power=1.0)
+            for s, assignment in student.dense.assignment_by_level.items()
         )
         largest_BR = torch.cat([logits.amax(2) for logits in expected.logits.values()], 1)
-        weights_BR = largest_BR.float().sigmoid() * counts_BR
+        weights_BR = largest_BR.float().sigmoid() * (student.dense.assignment != IGNORED)
         boxes, box_weights = (weights_BR * self._box_losses(crossed, expected)).sum(), weights_BR.sum()
         divisor = mean_count_across_ranks(box_weights) if self.box_loss == "distributions" else num_positives
         losses = {CLASS: classes / num_positives, BOX: boxes / divisor}
