@@ -135,7 +135,7 @@ class KDMetaArch(nn.Module):
         inputs = [{**x, "instances": target} for x, target in zip(batched_inputs, targets, strict=True)]
         student = self.adapter.run(inputs, frozenset().union(*(d.needs for d in active.values())), targets)
         if active and teacher is None:
-            # The student's losses synchronize with the GPU; everything after the teacher is queued while it runs.
+            # The student's losses synchronize with the GPU. The distillers are launched while the GPU runs the teacher.
             teacher = self.teacher(batched_inputs, of_teacher)
         if teacher is not None:
             self._check_same_input(student, teacher)
