@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Measure time and peak memory of a training iteration: plain student, student with teacher, and with each method.
 
-    benchmarks/step.py [--pair PAIR] [--batch N] [--methods NAME[+NAME] | recommended/NAME ...] [--rounds N] [--threads N] [--output FILE.json]
+    benchmarks/step.py [--pair PAIR] [--batch N] [--bfloat16] [--methods NAME[+NAME] | recommended/NAME ...] [--rounds N] [--threads N]
+        [--output FILE.json]
 
 All variants share one student and one teacher, and alternate in one process. Times are medians over rounds, and ratios
 are medians of the ratio to student and teacher without a method in the same round: to "student + teacher's neck" for
@@ -82,8 +83,9 @@ HEAD_PARTS = ("proposals", "towers")
 class Bench:
     """The student and the teacher of a pair, and the training step of any variant."""
 
-    def __init__(self, pair: str, batch: int | None = None):
+    def __init__(self, pair: str, batch: int | None = None, autocast: torch.dtype | None = None):
         student_config, teacher_config, usual_batch, size = PAIRS[pair]
+        self.autocast = autocast
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         opts = ["MODEL.DEVICE", self.device, "MODEL.WEIGHTS", ""]
         self.cfg = load_config(student_config, [*opts, "SOLVER.BASE_LR", TINY_RATE])
@@ -96,6 +98,9 @@ class Bench:
         if DATASET in DatasetCatalog:
             DatasetCatalog.remove(DATASET)
         DatasetCatalog.register(DATASET, lambda: _as_dataset(self.data))
+
+    def precision(self) -> torch.autocast:
+        return torch.autocast(self.device, self.autocast, enabled=self.autocast is not None)
 
     def methods(self) -> list[str]:
         """Return the names of the methods that support the pair."""
@@ -133,7 +138,7 @@ class Bench:
 
     def step(self, variant: str) -> DistillationStep:
         model = self.model(variant)
-        step = DistillationStep(model, *build_optimizers(self.cfg, model))
+        step = DistillationStep(model, *build_optimizers(self.cfg, model), autocast=self.autocast)
         step._data_loader_iter_obj = itertools.repeat(self.data)
         return step
 
@@ -148,8 +153,8 @@ class Bench:
             return None
         targets = [item["instances"].to(self.device) for item in self.data]
         self.teacher.to(model.device)
-        teacher = self.teacher(self.data, needs)
-        with torch.no_grad():
+        with torch.no_grad(), self.precision():
+            teacher = self.teacher(self.data, needs)
             student = model.adapter.run(self.data, needs, targets)
         student.features, student.losses = _leaves(student.features), {}
         if student.dense is not None:
@@ -160,11 +165,12 @@ class Bench:
             for dense in filter(None, (student.dense, teacher.dense)):
                 for lazy in ("positives", "probabilities", "ranking_scores", "boxes"):
                     vars(dense).pop(lazy, None)  # recomputed in every iteration
-            losses = [
-                loss
-                for distiller in model.distillers.values()
-                for loss in distiller.scaled(distiller(student, teacher, targets)).values()
-            ]
+            with self.precision():
+                losses = [
+                    loss
+                    for distiller in model.distillers.values()
+                    for loss in distiller.scaled(distiller(student, teacher, targets)).values()
+                ]
             sum(losses).backward()
 
         return run
@@ -246,13 +252,14 @@ def main() -> None:
         nargs="+",
         help="methods, joined by +, or a config in configs/ such as recommended/fgd (default all methods that support the pair)",
     )
+    parser.add_argument("--bfloat16", action="store_true", help="mixed precision (default float32)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", help="JSON file for the results")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    bench = Bench(args.pair, args.batch)
+    bench = Bench(args.pair, args.batch, torch.bfloat16 if args.bfloat16 else None)
     if args.memory_of:
         print(measure_memory(bench, args.memory_of))
         return
@@ -262,6 +269,7 @@ def main() -> None:
     times = measure_times(bench, variants, args.rounds)
     alone = measure_alone(bench, methods, args.rounds)
     options = ["--pair", args.pair, "--threads", args.threads, *(["--batch", args.batch] if args.batch else [])]
+    options += ["--bfloat16"] if args.bfloat16 else []
     memory = {
         v: measure_memory(bench, v)
         if bench.device == "cuda"
@@ -273,6 +281,7 @@ def main() -> None:
     result = {
         "pair": args.pair,
         "batch": len(bench.data),
+        "precision": "bfloat16" if args.bfloat16 else "float32",
         "device": device_name(args.threads),
         "torch": torch.__version__,
         "variants": {
@@ -300,7 +309,7 @@ def main() -> None:
     ]
     headers = ["", "s / iteration", "ratio", "lowest", "highest", "s alone", "of iteration", "memory MiB"]
     print(
-        f"{args.pair}, batch {result['batch']}, {result['device']}, torch {torch.__version__}, median of {args.rounds} interleaved rounds"
+        f"{args.pair}, batch {result['batch']}, {result['precision']}, {result['device']}, torch {torch.__version__}, median of {args.rounds} interleaved rounds"
     )
     print(
         tabulate(
