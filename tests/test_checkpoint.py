@@ -281,6 +281,21 @@ def test_starting_weights_fill_a_resnet10(tmp_path: Path, torchvision_resnet: nn
     ):
         assert row in table
     assert "Not used, since the model has no such block: 12 of backbone.bottom_up.res2, 12 of" in table
+    assert "lacks" not in log.text
+
+
+def test_a_warning_if_starting_weights_are_incomplete(tmp_path: Path, torchvision_resnet: nn.Module, log) -> None:
+    """Check that the warning counts tensors that the file lacks or has in another shape, without batch counters."""
+    path = tmp_path / "resnet18.pth"
+    weights = {n: t for n, t in torchvision_resnet.state_dict().items() if "downsample.1" not in n}
+    weights["layer1.0.conv1.weight"] = torch.zeros(8, 3, 3, 3)
+    torch.save(weights, path)
+    KDCheckpointer(detector(tmp_path)).load(str(path))
+    (warning,) = [record.getMessage() for record in log.records if record.levelname == "WARNING"]
+    assert warning == (
+        f"{path} lacks 13 weights of the model's ResNet, which keep their initial values; the first one is "
+        "backbone.bottom_up.res3.0.shortcut.norm.weight."
+    )
 
 
 @pytest.mark.parametrize(

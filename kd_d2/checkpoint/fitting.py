@@ -76,7 +76,7 @@ def fill(model: nn.Module, offered: StateDict, names: Iterable[str] | None = Non
 
 
 def load_torchvision(model: nn.Module, weights: StateDict, source: TorchvisionFormat, path: str) -> Fit:
-    """Fill a detector's bottom-up network from weights with torchvision's names, and log a table of what fits.
+    """Fill a detector's bottom-up network from weights with torchvision's names, and log what fits and what is missing.
 
     Raises:
         UserError: the model does not have exactly one such network, nothing fits it, or its input format differs.
@@ -98,5 +98,11 @@ def load_torchvision(model: nn.Module, weights: StateDict, source: TorchvisionFo
     if unused:
         logger.info(
             "Not used, since the model has no such block: " + ", ".join(f"{n} of {m}" for m, n in unused.items())
+        )
+    unfilled = [n for n in (*fit.missing, *fit.misfits) if not n.endswith("num_batches_tracked")]
+    if unfilled:
+        logger.warning(
+            f"{path} lacks {len(unfilled)} weights of the model's {source.architecture}, which keep their initial values; the first one "
+            f"is {unfilled[0]}."
         )
     return fit
