@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from functools import cache
@@ -26,6 +27,7 @@ from kd_d2.losses import (
     pearson_loss,
     pearson_loss_of_moments,
 )
+from kd_d2.losses.flat_levels import FlatLevels
 
 import numpy as np
 import pytest
@@ -276,7 +278,7 @@ def test_fgd_of_each_level_of_the_program() -> None:
         foreground = foreground_weights(boxes / s, *teacher[s].shape[-2:])
         _assert_equal(foreground, values[f"loss.{s}.mask_fg"])
         _assert_equal(background_weights(foreground), values[f"loss.{s}.mask_bg"])
-        sums = fgd.level_losses(*pairs[s], boxes / s, str(s))
+        sums = fgd.losses_of_levels(*([x] for x in pairs[s]), boxes, [s])
         parts = {name: loss / len(boxes) for name, loss in sums.items()}
         for name in ("foreground", "background", "attention", "relation"):
             _assert_equal(parts[f"loss_fgd_{name}"], values[f"loss.{s}.{name}"])
@@ -449,9 +451,10 @@ def test_fgd_gradient_numerically() -> None:
     for block in (fgd.student_relations, fgd.teacher_relations):
         nn.init.normal_(block["8"].transform[3].weight)
     student, teacher = _random(2, 2, 2, 3).requires_grad_(), _random(2, 2, 2, 3, seed=1)
-    boxes = torch.tensor([[[0.0, 0, 1, 0.5]], [[-1e4] * 4]], dtype=torch.float64)
-    losses = FGD.level_losses.__wrapped__
-    assert torch.autograd.gradcheck(lambda s: tuple(losses(fgd, s, teacher, boxes, "8").values()), student)
+    foreground = foreground_weights(torch.tensor([[[0.0, 0, 1, 0.5]], [[-1e4] * 4]], dtype=torch.float64), 2, 3)
+    losses = functools.partial(FGD._flat_losses.__wrapped__, fgd)
+    rest = teacher.flatten(2), foreground.flatten(1), FlatLevels.of([teacher]), ["8"]
+    assert torch.autograd.gradcheck(lambda s: tuple(losses(s.flatten(2), *rest).values()), student)
 
 
 def test_fgd_without_what_has_no_weight() -> None:

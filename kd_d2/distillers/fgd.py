@@ -1,7 +1,12 @@
-"""FGD: focal distillation of foreground and background, global distillation of relations (Yang et al. 2022)."""
+"""FGD: focal distillation of foreground and background, global distillation of relations (Yang et al. 2022).
+
+Shape suffixes: B images, C channels, H W map, N boxes, S levels, L positions of all levels.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -12,12 +17,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..adapters import DetectorOutputs
 from ..keys import Above, AtLeast
-from ..losses import background_weights, foreground_weights, own_attention
-from ..losses.focal import attended_square
+from ..losses.attention import attention_of_levels
+from ..losses.flat_levels import FlatLevels, flatten_levels
+from ..losses.focal import attended_square, background_of_levels, foreground_of_levels
 from .adaptation import Adaptation, AdaptationLayers
 from .base import DISTILLER_REGISTRY, Distiller, Losses, in_float32
 from .pair import Pair
-from .pointwise import pointwise
 
 FOREGROUND, BACKGROUND, ATTENTION, RELATION = (
     f"loss_fgd_{part}" for part in ("foreground", "background", "attention", "relation")
@@ -88,33 +93,50 @@ class FGD(Distiller):
         )
 
     def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
-        boxes = [target.gt_boxes.tensor for target in targets]
-        boxes_BN4 = pad_sequence(boxes, batch_first=True, padding_value=OUTSIDE)
-        levels = [
-            self.level_losses(s, t, boxes_BN4 / stride, str(stride))
-            for stride, (s, t) in zip(self.adaptation.strides, self.adaptation.pairs(student, teacher), strict=True)
+        boxes_BN4 = pad_sequence([t.gt_boxes.tensor for t in targets], batch_first=True, padding_value=OUTSIDE)
+        maps = dict(zip(self.adaptation.strides, self.adaptation.pairs(student, teacher), strict=True))
+        by_channels = defaultdict(list)
+        for stride, (_, theirs) in maps.items():
+            by_channels[theirs.shape[1]].append(stride)
+        parts = [
+            self.losses_of_levels(*zip(*(maps[stride] for stride in strides), strict=True), boxes_BN4, strides)
+            for strides in by_channels.values()
         ]
-        return {n: weight / len(targets) * sum(level[n] for level in levels) for n, weight in self.weights.items()}
+        return {n: weight / len(targets) * sum(part[n] for part in parts) for n, weight in self.weights.items()}
+
+    def losses_of_levels(
+        self, student: Sequence[Tensor], teacher: Sequence[Tensor], boxes_BN4: Tensor, strides: Sequence[int]
+    ) -> Losses:
+        """Compute the losses of levels (B, C, H, W) with the same C, summed over levels and images, unweighted."""
+        boxes_SBN4 = torch.stack([boxes_BN4 / stride for stride in strides])
+        foreground_BL = foreground_of_levels(boxes_SBN4, [x.shape[-2:] for x in teacher])
+        names = [str(stride) for stride in strides]
+        return self._flat_losses(
+            flatten_levels(student), flatten_levels(teacher), foreground_BL, FlatLevels.of(teacher), names
+        )
 
     @in_float32
-    def level_losses(self, student_BCHW: Tensor, teacher_BCHW: Tensor, boxes_BN4: Tensor, stride: str) -> Losses:
-        """Compute the losses of one level, summed over images and unweighted, with boxes in units of its cells."""
-        foreground_BHW = foreground_weights(boxes_BN4, *teacher_BCHW.shape[-2:])
-        positions_B1HW, channels_BC11 = theirs = own_attention(teacher_BCHW, self.config.temperature)
-        difference_BCHW = student_BCHW - teacher_BCHW
-        error_BHW = positions_B1HW[:, 0] * attended_square(difference_BCHW, channels_BC11)
+    def _flat_losses(
+        self, student_BCL: Tensor, teacher_BCL: Tensor, foreground_BL: Tensor, levels: FlatLevels, names: list[str]
+    ) -> Losses:
+        temperature = self.config.temperature
+        positions_BL, channels_BSC = theirs = attention_of_levels(teacher_BCL, temperature, levels)
+        difference_BCL = student_BCL - teacher_BCL
+        error_BL = positions_BL * attended_square(difference_BCL, channels_BSC, levels)
         losses = {
-            FOREGROUND: (foreground_BHW * error_BHW).sum(),
-            BACKGROUND: (background_weights(foreground_BHW) * error_BHW).sum(),
+            FOREGROUND: (foreground_BL * error_BL).sum(),
+            BACKGROUND: (background_of_levels(foreground_BL, levels) * error_BL).sum(),
         }
         if ATTENTION in self.weights:
-            ours = own_attention(student_BCHW, self.config.temperature)
+            ours = attention_of_levels(student_BCL, temperature, levels)
             losses[ATTENTION] = sum((a - b).abs().sum() for a, b in zip(ours, theirs, strict=True))
         if RELATION in self.weights:
-            ours_BC = self.student_relations[stride].context(student_BCHW)
-            theirs_BC = self.teacher_relations[stride].context(teacher_BCHW)
-            related_BCHW = difference_BCHW + (ours_BC - theirs_BC)[..., None, None]
-            losses[RELATION] = torch.linalg.vector_norm(related_BCHW).square()
+            ours_BSC, theirs_BSC = (
+                contexts([blocks[name] for name in names], x_BCL, levels)
+                for blocks, x_BCL in ((self.student_relations, student_BCL), (self.teacher_relations, teacher_BCL))
+            )
+            related_BCL = difference_BCL + (ours_BSC - theirs_BSC).transpose(1, 2) @ levels.member_SL
+            losses[RELATION] = torch.linalg.vector_norm(related_BCL).square()
         return losses
 
 
@@ -139,11 +161,15 @@ class ContextBlock(nn.Module):
         nn.init.zeros_(self.transform[-1].weight)
         nn.init.zeros_(self.transform[-1].bias)
 
-    def context(self, x_BCHW: Tensor) -> Tensor:
-        """Return the context (B, C), which is added at every position."""
-        x_BCL = x_BCHW.flatten(2)
-        share_BL1 = pointwise(self.attention, x_BCL).softmax(2).transpose(1, 2)
-        return self.transform((x_BCL @ share_BL1)[..., 0])
-
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return x_BCHW + self.context(x_BCHW)[..., None, None]
+        context_BSC = contexts([self], x_BCHW.flatten(2), FlatLevels.of([x_BCHW]))
+        return x_BCHW + context_BSC.transpose(1, 2)[..., None]
+
+
+def contexts(blocks: list[ContextBlock], x_BCL: Tensor, levels: FlatLevels) -> Tensor:
+    """Compute what the block of each level adds at every position of that level, (B, S, C)."""
+    weight_SC = torch.cat([block.attention.weight.flatten(1) for block in blocks])
+    bias_S = torch.cat([block.attention.bias for block in blocks])
+    share_BSL = levels.softmax(weight_SC @ x_BCL + bias_S[:, None])
+    gathered_SBC = (share_BSL @ x_BCL.transpose(1, 2)).unbind(1)
+    return torch.stack([block.transform(x_BC) for block, x_BC in zip(blocks, gathered_SBC, strict=True)], 1)

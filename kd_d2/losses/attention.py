@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .flat_levels import FlatLevels
+
 
 @torch.no_grad()
 def spatial_attention(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -52,8 +54,17 @@ def own_attention(features: Tensor, temperature: float) -> tuple[Tensor, Tensor]
     Args:
         features: (B, C, H, W).
     """
-    positions, channels = (_softmax_attention(mean_activation(features, dims), temperature) for dims in (1, (2, 3)))
-    return positions, channels
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    positions, channels = attention_of_levels(features.flatten(2), temperature, FlatLevels.of([features]))
+    return positions.view_as(features[:, :1]), channels[:, 0, :, None, None]
+
+
+def attention_of_levels(features_BCL: Tensor, temperature: float, levels: FlatLevels) -> tuple[Tensor, Tensor]:
+    """Compute `own_attention` of S levels: over the positions of each, (B, L), and over its channels, (B, S, C)."""
+    magnitude_BCL = features_BCL.abs()
+    share_BSL = levels.softmax(magnitude_BCL.mean(1, keepdim=True) / temperature)
+    over_channels_BSC = (levels.sum(magnitude_BCL) / (temperature * levels.lengths_S1)).softmax(2)
+    return (share_BSL * levels.lengths_S1).sum(1), over_channels_BSC * features_BCL.shape[1]
 
 
 def _softmax_attention(activations: Tensor, temperature: float) -> Tensor:
