@@ -457,6 +457,25 @@ def test_fgd_gradient_numerically() -> None:
     assert torch.autograd.gradcheck(lambda s: tuple(losses(s.flatten(2), *rest).values()), student)
 
 
+def test_fgd_of_levels_with_different_channels() -> None:
+    """Check that the losses are the sums of those of each level alone."""
+    fgd = make(FGD, spec_of({8: 4, 16: 6, 32: 4}))
+    student, teacher = (
+        {
+            8: _random(2, 4, 8, 8, seed=n).float(),
+            16: _random(2, 6, 4, 4, seed=n).float(),
+            32: _random(2, 4, 2, 2).float() * n,
+        }
+        for n in (1, 2)
+    )
+    targets = targets_of([[8.0, 8, 40, 40]], [[0.0, 16, 20, 60]])
+    losses = fgd(_outputs(student), _outputs(teacher), targets)
+    boxes = torch.stack([target.gt_boxes.tensor for target in targets])
+    alone = [fgd.losses_of_levels([student[s]], [teacher[s]], boxes, [s]) for s in student]
+    for name, weight in fgd.weights.items():
+        torch.testing.assert_close(losses[name], weight / 2 * sum(level[name] for level in alone))
+
+
 def test_fgd_without_what_has_no_weight() -> None:
     """Check that foreground and background losses are unchanged, without other losses or layers."""
     maps = [_outputs({8: _random(1, 4, 8, 8, seed=seed).float()}) for seed in (0, 1)]
