@@ -281,7 +281,7 @@ def test_starting_weights_fill_a_resnet10(tmp_path: Path, torchvision_resnet: nn
     ):
         assert row in table
     assert "Not used, since the model has no such block: 12 of backbone.bottom_up.res2, 12 of" in table
-    assert "lacks" not in log.text
+    assert "does not fill" not in log.text
 
 
 def test_a_warning_if_starting_weights_are_incomplete(tmp_path: Path, torchvision_resnet: nn.Module, log) -> None:
@@ -293,7 +293,7 @@ def test_a_warning_if_starting_weights_are_incomplete(tmp_path: Path, torchvisio
     KDCheckpointer(detector(tmp_path)).load(str(path))
     (warning,) = [record.getMessage() for record in log.records if record.levelname == "WARNING"]
     assert warning == (
-        f"{path} lacks 13 weights of the model's ResNet, which keep their initial values; the first one is "
+        f"{path} does not fill 13 weights of the model's ResNet, which keep their initial values; the first one is "
         "backbone.bottom_up.res3.0.shortcut.norm.weight."
     )
 

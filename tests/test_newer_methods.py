@@ -377,6 +377,16 @@ def test_focal_weights_by_hand() -> None:
     assert (foreground_weights(torch.zeros(2, 0, 4), 3, 4) == 0).all()
 
 
+def test_focal_weights_and_attention_do_not_use_autocast() -> None:
+    """Check that sums over positions, which are matrix products, stay in float32."""
+    foreground = (torch.rand(2, 30, 41, generator=torch.Generator().manual_seed(0)) > 0.3).float()
+    maps = _random(2, 3, 30, 41).float()
+    expected = background_weights(foreground), *own_attention(maps, 0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = background_weights(foreground), *own_attention(maps, 0.5)
+    torch.testing.assert_close(actual, expected)
+
+
 def test_attended_error_by_hand() -> None:
     """Check 2 * 1 + 3 * 4 at one position, and that only the student gets a gradient."""
     student = torch.tensor([1.0, 2.0]).view(1, 2, 1, 1).requires_grad_()

@@ -102,7 +102,7 @@ def load_torchvision(model: nn.Module, weights: StateDict, source: TorchvisionFo
     unfilled = [n for n in (*fit.missing, *fit.misfits) if not n.endswith("num_batches_tracked")]
     if unfilled:
         logger.warning(
-            f"{path} lacks {len(unfilled)} weights of the model's {source.architecture}, which keep their initial values; the first one "
-            f"is {unfilled[0]}."
+            f"{path} does not fill {len(unfilled)} weights of the model's {source.architecture}, which keep their initial values; the "
+            f"first one is {unfilled[0]}."
         )
     return fit

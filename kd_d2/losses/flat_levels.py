@@ -32,7 +32,7 @@ class FlatLevels:
         dtype = torch.promote_types(like.dtype, torch.float32)
         lengths_S1 = torch.tensor([height * width for height, width in sizes])[:, None]
         ends_S1 = lengths_S1.cumsum(0)
-        # Computed on the CPU: copies without blocking do not synchronize.
+        # Computed on the CPU and copied without blocking, so that the GPU is not synchronized.
         bounds_2S1 = torch.stack([ends_S1 - lengths_S1, ends_S1]).to(like.device, non_blocking=True)
         self.lengths_S1 = lengths_S1.to(like.device, dtype, non_blocking=True)
         position_L = torch.arange(sum(height * width for height, width in sizes), device=like.device)
@@ -49,13 +49,15 @@ class FlatLevels:
         return (scores + self._outside_SL).softmax(2)
 
     def sum(self, x_BCL: Tensor) -> Tensor:
-        """Compute the sum over the positions of each level, (B, S, C)."""
-        return self.member_SL @ x_BCL.transpose(1, 2)
+        """Compute the sum over the positions of each level, (B, S, C), without autocast."""
+        with torch.autocast(x_BCL.device.type, enabled=False):
+            return self.member_SL @ x_BCL.transpose(1, 2)
 
     def select(self, x_BSL: Tensor) -> Tensor:
         """Return the values (B, L) of each position's own level."""
         return (x_BSL * self.member_SL).sum(1)
 
     def expand(self, x_BS: Tensor) -> Tensor:
-        """Repeat the value of each level at its positions, (B, L)."""
-        return x_BS @ self.member_SL
+        """Repeat the value of each level at its positions, (B, L), without autocast."""
+        with torch.autocast(x_BS.device.type, enabled=False):
+            return x_BS @ self.member_SL

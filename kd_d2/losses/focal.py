@@ -81,9 +81,7 @@ def attended_error(student: Tensor, teacher: Tensor, channels: Tensor) -> Tensor
         student, teacher: (B, C, H, W); gradients flow only to the student.
         channels: attention (B, C, 1, 1).
     """
-    levels = FlatLevels.of([student])
-    difference = (student - teacher.detach()).flatten(2)
-    return attended_square(difference, channels.flatten(1)[:, None], levels).view_as(student[:, 0])
+    return (channels * (student - teacher.detach()).square()).sum(1)
 
 
 def attended_square(difference_BCL: Tensor, channels_BSC: Tensor, levels: FlatLevels) -> Tensor:
