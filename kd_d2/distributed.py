@@ -22,16 +22,6 @@ def mean_count_across_ranks(count: Tensor) -> Tensor:
     return mean_across_ranks(count).clamp(min=1 / comm.get_world_size())
 
 
-def mean_across_ranks_with_local_gradient(value: Tensor) -> Tensor:
-    """Return the mean of a tensor over all ranks, with the gradient of each rank's own value.
-
-    A loss of such means is the same on all ranks, and its gradients, which are averaged across ranks, are those of one
-    process with the whole batch. The backward pass needs no communication.
-    """
-    own = value.detach()
-    return value + (mean_across_ranks(own) - own)
-
-
 def sum_across_ranks(value: Tensor) -> Tensor:
     """Return the sum of a tensor over all ranks, with gradients flowing from all ranks.
 

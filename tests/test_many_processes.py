@@ -10,7 +10,7 @@ from pathlib import Path
 from kd_d2 import KDMetaArch
 from kd_d2.config import load_config
 from kd_d2.data import register_coco_json
-from kd_d2.distributed import mean_across_ranks_with_local_gradient, mean_count_across_ranks
+from kd_d2.distributed import mean_count_across_ranks, sum_across_ranks
 from kd_d2.engine.trainer import _distributed
 from kd_d2.errors import UserError
 
@@ -177,14 +177,14 @@ def _count(rank: int, folder: str) -> None:
         assert float(mean_count_across_ranks(count)) == expected
         assert float(count) == counts[rank]
     value = torch.tensor(1.0 + 2 * rank, requires_grad=True)
-    mean = mean_across_ranks_with_local_gradient(value)
-    mean.square().backward()
-    assert (float(mean), float(value.grad)) == (2, 4)  # the slope at the mean, in full on each
+    total = sum_across_ranks(value)
+    (total.square() / 2).backward()
+    assert (float(total), float(value.grad)) == (4, 8)  # the slopes of both ranks' losses
     torch.distributed.destroy_process_group()
 
 
 def test_counts_of_workers_by_hand(tmp_path: Path) -> None:
-    """Check counts averaged over workers, at least 1 in total, and means whose gradients stay on each worker."""
+    """Check counts averaged over workers, at least 1 in total, and sums with the gradients of all workers."""
     assert (
         float(mean_count_across_ranks(torch.tensor(0.0))) == 1
         and float(mean_count_across_ranks(torch.tensor(3.0))) == 3

@@ -18,14 +18,13 @@ from kd_d2.errors import UserError
 from kd_d2.losses import (
     attended_error,
     background_weights,
-    channel_means,
-    channel_moments,
     channel_wise_loss,
+    dist_loss,
     focal,
     foreground_weights,
     own_attention,
     pearson_loss,
-    pearson_loss_of_moments,
+    pearson_loss_of_levels,
 )
 from kd_d2.losses.flat_levels import FlatLevels
 
@@ -329,22 +328,61 @@ def test_pearson_loss_by_hand() -> None:
     assert own is None
 
 
-def test_pearson_loss_far_from_zero() -> None:
-    """Check that float32 suffices for activations with a deviation of 1 around 1000."""
-    maps = _random(2, 3, 8, 8), _random(2, 3, 8, 8, seed=1)
-    far = [(x + 1000).float() for x in maps]
-    assert pearson_loss(*far).item() == pytest.approx(pearson_loss(*(x.double() for x in far)).item(), rel=1e-5)
+@pytest.mark.parametrize("loss", [pearson_loss, lambda s, t: dist_loss(*(x.flatten(0, 2) for x in (s, t)))])
+def test_correlations_far_from_zero(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Check that float32 suffices for values with a deviation of 1 around 1000, also for the gradient."""
+    student, teacher = ((_random(2, 3, 8, 8, seed=seed) + 1000).float() for seed in (0, 1))
+    pairs = [
+        (student.to(dtype).clone().requires_grad_(), teacher.to(dtype)) for dtype in (torch.float32, torch.float64)
+    ]
+    found, expected = (loss(*pair) for pair in pairs)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+    found, expected = (torch.autograd.grad(x, pair[0])[0] for x, pair in zip((found, expected), pairs, strict=True))
+    _assert_equal(found, expected)
 
 
-def test_pearson_loss_of_a_batch_in_two_parts() -> None:
-    """Check that means and moments averaged over two halves give the loss and the gradient of the whole batch."""
+def test_pearson_loss_of_levels() -> None:
+    """Check the sum over levels of different channels and sizes, and its gradients."""
+    shapes = (2, 3, 4, 5), (2, 1, 2, 2)
+    student, teacher = ([_random(*shape, seed=seed).requires_grad_() for shape in shapes] for seed in (0, 1))
+    loss, levels = (
+        pearson_loss_of_levels(student, teacher),
+        [pearson_loss(*level) for level in zip(student, teacher, strict=True)],
+    )
+    torch.testing.assert_close(loss, sum(levels))
+    for found, expected in zip(
+        torch.autograd.grad(loss, student), torch.autograd.grad(sum(levels), student), strict=True
+    ):
+        torch.testing.assert_close(found, expected)
+    fixed = [t.detach() for t in teacher]
+    assert torch.autograd.gradcheck(lambda *maps: pearson_loss_of_levels(maps, fixed), student)
+
+
+def test_pearson_loss_of_a_batch_on_two_ranks() -> None:
+    """Check that each of two ranks, simulated in turn, gets the loss and its part of the whole batch's gradient."""
     student, teacher = _random(4, 3, 2, 5).requires_grad_(), _random(4, 3, 2, 5, seed=1)
-    halves = [(student[part], teacher[part]) for part in (slice(0, 2), slice(2, 4))]
-    means = sum(channel_means(*half) for half in halves) / 2
-    moments = sum(channel_moments(*half, means) for half in halves) / 2
-    loss, whole = pearson_loss_of_moments(moments, 40), pearson_loss(student, teacher)
-    torch.testing.assert_close(loss, whole)
-    torch.testing.assert_close(*(torch.autograd.grad(x, student)[0] for x in (loss, whole)))
+    whole = pearson_loss(student, teacher)
+    expected = torch.autograd.grad(whole, student)[0]
+    ranks = slice(0, 3), slice(3, 4)
+    known: list[Tensor] = []
+
+    def run(rank: int) -> tuple[Tensor, list[Tensor]]:
+        """Return the loss and the rank's values of all sums, with known sums of both ranks in their place."""
+        own: list[Tensor] = []
+
+        def total(value: Tensor) -> Tensor:
+            own.append(value.detach())
+            return value + (known[len(own) - 1] - value.detach()) if len(own) <= len(known) else value
+
+        return pearson_loss_of_levels([student[ranks[rank]]], [teacher[ranks[rank]]], total), own
+
+    for number in range(2):
+        known.append(sum(run(rank)[1][number] for rank in range(2)))
+    for rank in range(2):
+        loss, _ = run(rank)
+        torch.testing.assert_close(loss, whole)
+        (found,) = torch.autograd.grad(loss, student)
+        torch.testing.assert_close(found[ranks[rank]], expected[ranks[rank]])
 
 
 def test_own_attention_by_hand() -> None:

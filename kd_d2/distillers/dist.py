@@ -12,7 +12,7 @@ from torch import Tensor
 from ..adapters import DetectorOutputs
 from ..distributed import sum_across_ranks
 from ..keys import AtLeast
-from ..losses import dist_loss
+from ..losses import dist_loss_of_levels
 from .base import DISTILLER_REGISTRY, Distiller, Losses
 from .matching import check_same_anchors
 from .pair import Pair
@@ -23,7 +23,7 @@ class DIST(Distiller):
     """Knowledge distillation from a stronger teacher (Huang et al. 2022, equations 7 to 10).
 
     L = WEIGHT * (BETA * (1 - r along classes) + GAMMA * (1 - r along positions)), where r is the correlation of class
-    probabilities, see `dist_loss`. Dense heads: sigmoid probabilities, summed over levels; the classes of each anchor
+    probabilities, see `dist_loss_of_levels`. Dense heads: sigmoid probabilities, summed over levels; the classes of each anchor
     are separate. Box heads: softmax probabilities of the proposals that the head is trained on.
     """
 
@@ -39,17 +39,18 @@ class DIST(Distiller):
 
     def __init__(self, config: Config, pair: Pair):
         super().__init__(config, pair)
-        self.loss = partial(dist_loss, beta=config.beta, gamma=config.gamma, total=sum_across_ranks)
+        self.loss = partial(dist_loss_of_levels, beta=config.beta, gamma=config.gamma, total=sum_across_ranks)
         if "dense" in self.needs:
             check_same_anchors("DIST", pair.student, pair.teacher)
 
     def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
         if "proposals" in self.needs:
             proposals = student.proposals
-            theirs = teacher.logits_at(proposals).float().softmax(1)
-            return {"loss_dist": self.loss(proposals.logits.float().softmax(1), theirs)}
-        pairs = ((student.probability_map(s), teacher.probability_map(s)) for s in student.dense.logits)
-        return {"loss_dist": sum(self.loss(_rows(ours), _rows(theirs)) for ours, theirs in pairs)}
+            pairs = [[x.float().softmax(1)] for x in (proposals.logits, teacher.logits_at(proposals))]
+        else:
+            strides = student.dense.logits
+            pairs = [[_rows(outputs.probability_map(s)) for s in strides] for outputs in (student, teacher)]
+        return {"loss_dist": self.loss(*pairs)}
 
 
 def _rows(maps: Tensor) -> Tensor:

@@ -6,16 +6,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Literal
 
-import torch
 import torch.nn.functional as F
 from detectron2.structures import Instances
-from detectron2.utils import comm
 from torch import Tensor
 
 from ..adapters import DetectorOutputs
-from ..distributed import mean_across_ranks, mean_across_ranks_with_local_gradient
+from ..distributed import sum_across_ranks
 from ..keys import AtLeast
-from ..losses import channel_means, channel_moments, pearson_loss_of_moments
+from ..losses import pearson_loss_of_levels
 from .adaptation import Adaptation, AdaptationLayers
 from .base import DISTILLER_REGISTRY, Distiller, Losses, in_float32
 from .pair import Pair
@@ -26,7 +24,7 @@ class PKD(Distiller):
     """Distillation by Pearson correlation (Cao et al. 2022), designed for detectors of different families.
 
     L = WEIGHT * sum over levels of 1/2 * mean over (B, C, H, W) of (F^_S - F^_T)^2, where F^ is standardized per
-    channel over the batch of all ranks (see `pearson_loss`). Levels are paired by stride.
+    channel over the batch of all ranks (see `pearson_loss_of_levels`). Levels are paired by stride.
     """
 
     needs = frozenset({"features"})
@@ -53,16 +51,7 @@ class PKD(Distiller):
 
     def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
         pairs = [self._of_one_size(s, t) for s, t in self.adaptation.pairs(student, teacher)]
-        channels = [t.shape[1] for _, t in pairs]
-        # Two all-reduces for all levels: one for the means, one for the moments about the means of all ranks.
-        means = mean_across_ranks(torch.cat([channel_means(s, t) for s, t in pairs], 1))
-        moments = torch.cat(
-            [channel_moments(s, t, mean) for (s, t), mean in zip(pairs, means.split(channels, 1), strict=True)], 1
-        )
-        levels = mean_across_ranks_with_local_gradient(moments).split(channels, 1)
-        counts = [comm.get_world_size() * t[:, 0].numel() for _, t in pairs]
-        losses = [pearson_loss_of_moments(level, count) for level, count in zip(levels, counts, strict=True)]
-        return {"loss_pkd": sum(losses)}
+        return {"loss_pkd": pearson_loss_of_levels(*zip(*pairs, strict=True), total=sum_across_ranks)}
 
     def _of_one_size(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         if student.shape[-2:] == teacher.shape[-2:]:

@@ -1,13 +1,14 @@
 """Pure functions on tensors, independent of configs, Detectron2 and the rest of the library."""
 
+from .alignment import with_statistics_of
 from .attention import channel_attention, mean_activation, own_attention, shared_attention, spatial_attention
 from .channel_wise import channel_wise_loss
-from .correlation import dist_loss, with_statistics_of
+from .correlation import dist_loss, dist_loss_of_levels
 from .divergence import decoupled_loss, softmax_divergence
 from .focal import attended_error, background_weights, foreground_weights
 from .icd import attended_value_loss, icd_distill_loss, instance_attention
 from .normalization import min_max_normalize
-from .pearson import channel_means, channel_moments, pearson_loss, pearson_loss_of_moments
+from .pearson import pearson_loss, pearson_loss_of_levels
 from .prediction_guided import (
     masked_squared_error,
     prediction_difference,
@@ -27,12 +28,11 @@ __all__ = [
     "attended_value_loss",
     "background_weights",
     "channel_attention",
-    "channel_means",
-    "channel_moments",
     "channel_wise_loss",
     "count_ranked",
     "decoupled_loss",
     "dist_loss",
+    "dist_loss_of_levels",
     "fitting_window",
     "foreground_weights",
     "icd_distill_loss",
@@ -43,7 +43,7 @@ __all__ = [
     "ms_ssim_loss",
     "own_attention",
     "pearson_loss",
-    "pearson_loss_of_moments",
+    "pearson_loss_of_levels",
     "prediction_difference",
     "prediction_guided_loss",
     "quality_focal_loss",

@@ -1,12 +1,13 @@
-"""Channel-wise Pearson correlation (Cao et al. 2022), in two steps, so that a batch may be distributed over ranks.
-
-`channel_means` and `channel_moments` are means over local images; a caller may average each across ranks.
-"""
+"""Channel-wise Pearson correlation of feature maps (Cao et al. 2022)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from .moments import Total, alone, central_moments
 
 EPS = 1e-6
 """Added to deviations."""
@@ -24,39 +25,24 @@ def pearson_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Args:
         student, teacher: (B, C, H, W).
     """
-    moments = channel_moments(student, teacher, channel_means(student, teacher))
-    return pearson_loss_of_moments(moments, student.numel() // student.shape[1])
+    return pearson_loss_of_levels([student], [teacher])
 
 
-@torch.no_grad()
-def channel_means(student: Tensor, teacher: Tensor) -> Tensor:
-    """Compute means (2, C) over (B, H, W) of student's and teacher's channels, (B, C, H, W) each, without gradient."""
-    dtype = torch.promote_types(student.dtype, torch.float32)
-    return torch.stack([maps.mean((0, 2, 3), dtype=dtype) for maps in (student, teacher)])
-
-
-def channel_moments(student: Tensor, teacher: Tensor, means: Tensor) -> Tensor:
-    """Compute means (3, C) over (B, H, W) of both detectors' squared deviations from `means`, and of their product.
-
-    The gradient is that of central moments if `means` are those of all contributing images.
+def pearson_loss_of_levels(student: Sequence[Tensor], teacher: Sequence[Tensor], total: Total = alone) -> Tensor:
+    """Compute the sum of `pearson_loss` over levels, of a batch that may be distributed over ranks.
 
     Args:
-        student, teacher: (B, C, H, W); gradients flow only to the student.
-        means: (2, C), see `channel_means`.
+        student, teacher: maps (B, C, H, W) of the levels.
+        total: sums a tensor over all ranks and propagates the gradients of all of them.
+
+    Returns:
+        A scalar, the same on all ranks.
     """
-    both = zip((student, teacher.detach()), means, strict=True)
-    s, t = (maps.to(means.dtype) - mean[:, None, None] for maps, mean in both)
-    return torch.stack([product.mean((0, 2, 3)) for product in (s.square(), t.square(), s * t)])
-
-
-def pearson_loss_of_moments(moments: Tensor, count: int) -> Tensor:
-    """Compute `pearson_loss` from the moments (3, C) that `channel_moments` returned.
-
-    Args:
-        count: n, the number of positions of all images over which the moments are averaged.
-    """
-    student, teacher, both = moments
-    unbiased = count / max(1, count - 1)
-    deviation_s, deviation_t = ((x * unbiased).clamp(min=SQUARE_EPS).sqrt() + EPS for x in (student, teacher))
-    squares = student / deviation_s.square() + teacher / deviation_t.square()
-    return (squares / 2 - both / (deviation_s * deviation_t)).mean()
+    dtype = torch.promote_types(student[0].dtype, torch.float32)
+    maps = ([x.to(dtype) for x in detector] for detector in (student, teacher))
+    sums_3N, counts_N = central_moments(*maps, dims=(0, 2, 3), total=total)
+    squares_2N, products_N = sums_3N[:2], sums_3N[2]
+    deviations_2N = (squares_2N / (counts_N - 1).clamp(min=1)).clamp(min=SQUARE_EPS).sqrt() + EPS
+    halves_N = (squares_2N / deviations_2N.square()).sum(0) / 2
+    losses_N = (halves_N - products_N / (deviations_2N[0] * deviations_2N[1])) / counts_N
+    return sum(level.mean() for level in losses_N.split([x.shape[1] for x in student]))

@@ -1,0 +1,75 @@
+"""Alignment of channels to the mean and deviation of another detector's (CrossKD).
+
+Shape suffix: N channels of all maps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .moments import Total, alone, counts_over, split_levels, sums_over
+
+SQUARE_EPS = 1e-16
+"""Smallest variance to take the root of, with a gradient of zero below."""
+DEVIATION_EPS = 1e-6
+POSITIONS = (0, 2, 3)
+
+
+def with_statistics_of(student: Sequence[Tensor], teacher: Sequence[Tensor], total: Total = alone) -> list[Tensor]:
+    """Align mean and deviation of each channel of the student's maps with the teacher's (CrossKD, Wang et al. 2024).
+
+    (S - mean_S) / (deviation_S + 1e-6) * deviation_T + mean_T, over (B, H, W), with unbiased deviations. Gradients flow
+    only to the student, including through its statistics. Computed in at least float32.
+
+    Args:
+        student, teacher: maps (B, C, H, W), equal in shape pair by pair.
+        total: sums a tensor over all ranks of a batch that is distributed over several.
+    """
+    dtype = torch.promote_types(student[0].dtype, torch.float32)
+    maps = [*(x.to(dtype) for x in student), *(x.detach().to(dtype) for x in teacher)]
+    return list(_Alignment.apply(total, *maps))
+
+
+class _Alignment(torch.autograd.Function):
+    """(total, student's maps, teacher's maps) -> aligned maps, with two sums across ranks; a third in the backward pass.
+
+    The deviation of a single position is 0.
+    """
+
+    @staticmethod
+    def forward(ctx, total: Total, *maps: Tensor) -> tuple[Tensor, ...]:
+        sums, counts = total(torch.stack([sums_over(maps, POSITIONS), counts_over(maps, POSITIONS)]))
+        means = sums / counts.clamp(min=1)
+        centered = [x - mean for x, (mean,) in zip(maps, split_levels(means[None], maps, POSITIONS), strict=True)]
+        degrees = (counts - 1).clamp(min=1)
+        deviations = (
+            (total(sums_over([x.square() for x in centered], POSITIONS)) / degrees).clamp(min=SQUARE_EPS).sqrt()
+        )
+        (own, theirs), shift = deviations.chunk(2), means.chunk(2)[1]
+        scale = theirs / (own + DEVIATION_EPS)
+        student = centered[: len(maps) // 2]
+        ctx.total = total
+        ctx.save_for_backward(scale, own, counts.chunk(2)[0], degrees.chunk(2)[0], *student)
+        factors = split_levels(torch.stack([shift, scale]), student, POSITIONS)
+        return tuple(torch.addcmul(shift, x, scale) for x, (shift, scale) in zip(student, factors, strict=True))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        scale_N, deviation_N, counts_N, degrees_N, *centered = ctx.saved_tensors
+        products = [gradient * x for gradient, x in zip(gradients, centered, strict=True)]
+        sums_2N = ctx.total(torch.stack([sums_over(maps, POSITIONS) for maps in (gradients, products)]))
+        # scale * (g - mean of g) - S * scale * (sum of g * S) / ((deviation + 1e-6) * deviation * (n - 1))
+        shift_N = -scale_N * sums_2N[0] / counts_N
+        own_N = -scale_N * sums_2N[1] / ((deviation_N + DEVIATION_EPS) * deviation_N * degrees_N)
+        own_N = own_N.where(deviation_N > SQUARE_EPS**0.5, 0)
+        factors = split_levels(torch.stack([shift_N, scale_N, own_N]), centered, POSITIONS)
+        results = [
+            torch.addcmul(shift, gradient, scale).addcmul_(x, own)
+            for gradient, x, (shift, scale, own) in zip(gradients, centered, factors, strict=True)
+        ]
+        return None, *results, *(None for _ in results)
