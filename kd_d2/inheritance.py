@@ -1,56 +1,91 @@
-"""Inheritance: initialization of the student's neck and head with the teacher's."""
+"""Inheritance: initialization of the student's modules with the teacher's."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
 
-from torch import nn
+from torch import Tensor, nn
 
 from .checkpoint import Fit, StateDict, fill
 from .errors import UserError
 
 logger = logging.getLogger(__name__)
+INPUT_KEYS = {"input_format": "INPUT.FORMAT", "pixel_mean": "MODEL.PIXEL_MEAN", "pixel_std": "MODEL.PIXEL_STD"}
+"""Config keys of what a bottom-up network's weights depend on, by the detector's attribute."""
 
 
 def inherit(student: nn.Module, teacher: nn.Module, modules: Iterable[str]) -> Fit:
-    """Copy the teacher's neck and head into the student by parameter name (Kang et al. 2021), and log what fits.
+    """Copy the teacher's modules into the student by parameter name, and log what fits.
 
-    A layer is copied as a whole or not at all, and so is a sequence of layers: if the layers of two sequences differ,
-    equal names have different meanings.
+    Neck and head: Kang et al. 2021. A layer is copied as a whole or not at all, and so is a sequence of layers: if the
+    layers of two sequences differ, equal names have different meanings. The bottom-up network is copied block by block.
+    A ResNet with fewer blocks gets the first blocks of each of the teacher's stages.
 
     Args:
         student: changed in place.
         teacher: the source.
-        modules: any of "neck" (the backbone without its bottom-up network) and "head" (all outside the backbone).
+        modules: any of "bottom_up", "neck" (the backbone without its bottom-up network) and "head" (all outside the
+            backbone).
 
     Raises:
-        UserError: nothing fits.
+        UserError: nothing fits, nothing of the bottom-up network fits, or the bottom-up networks' inputs differ.
     """
+    if "bottom_up" in modules:
+        _check_same_input(student, teacher)
     source = {name: t for name, t in teacher.state_dict().items() if component_of(name) in modules}
     wanted = {name: t for name, t in student.state_dict().items() if component_of(name) in modules}
-    apart = _broken_layers(wanted, source) | _other_sequences(student, wanted, source)
-    reasons = {name: why for name in wanted for layer, why in apart.items() if name.startswith(layer + ".")}
+    apart = _broken_units(wanted, source) | _other_sequences(student, wanted, source)
+    reasons = {name: why for name in wanted for unit, why in apart.items() if name.startswith(unit + ".")}
     fit = fill(student, source, [name for name in wanted if name not in reasons])
     fit.misfits.update({name: reason for name, reason in reasons.items() if name in source})
     fit.missing += [name for name in reasons if name not in source]
     logger.info(f"Inherited from the teacher ({', '.join(modules)}):\n{fit.table()}")
-    if not fit.has_weights:
+    components = {component_of(name) for name in fit.filled if not name.endswith("num_batches_tracked")}
+    if not components or "bottom_up" in {*modules} - components:
+        lacking = " and ".join(modules) if not components else "bottom_up"
         raise UserError(
-            f"MODEL.KD.INHERIT: no weight of the teacher's {' and '.join(modules)} ({type(teacher).__name__}) fits the student "
+            f"MODEL.KD.INHERIT: no weight of the teacher's {lacking} ({type(teacher).__name__}) fits the student "
             f"({type(student).__name__}) by name and shape."
         )
     return fit
 
 
-def _broken_layers(wanted: StateDict, source: StateDict) -> dict[str, str]:
-    """Return layers with a tensor of another shape in the source, with the reason."""
+def _check_same_input(student: nn.Module, teacher: nn.Module) -> None:
+    for key in ("input_format", "pixel_mean", "pixel_std"):
+        ours, theirs = (
+            x.flatten().tolist() if isinstance(x, Tensor) else x
+            for x in (getattr(model, key, None) for model in (student, teacher))
+        )
+        if ours != theirs:
+            raise UserError(
+                f"MODEL.KD.INHERIT.MODULES names 'bottom_up', but the student's {INPUT_KEYS[key]} is {ours} and the teacher's {theirs}."
+            )
+
+
+def _unit_of(name: str) -> str:
+    """Return the module whose tensors are copied together: a block of the bottom-up network, elsewhere a layer."""
+    if component_of(name) != "bottom_up":
+        return name.rpartition(".")[0]
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), 2)
+    return ".".join(parts[: number + 1])
+
+
+def _broken_units(wanted: StateDict, source: StateDict) -> dict[str, str]:
+    """Return units of which a tensor is missing or of another shape in the source, with the reason."""
+    offered = {_unit_of(name) for name in source}
     broken: dict[str, str] = {}
     for name, tensor in wanted.items():
+        unit = _unit_of(name)
+        leaf = name.removeprefix(unit + ".")
         if name in source and source[name].shape != tensor.shape:
-            layer, _, leaf = name.rpartition(".")
             reason = f"{leaf} of shape {tuple(source[name].shape)} offered, {tuple(tensor.shape)} needed"
-            broken[layer] = f"{broken[layer]}; {reason}" if layer in broken else reason
+        elif name not in source and unit in offered and leaf.rpartition(".")[2] != "num_batches_tracked":
+            reason = f"no {leaf} offered"
+        else:
+            continue
+        broken[unit] = f"{broken[unit]}; {reason}" if unit in broken else reason
     return broken
 
 
@@ -58,7 +93,7 @@ def _other_sequences(student: nn.Module, wanted: StateDict, source: StateDict) -
     """Return the student's sequences of layers whose tensors have other names in the source, with the reason."""
     others = {}
     for path, module in student.named_modules():
-        if isinstance(module, nn.Sequential):
+        if isinstance(module, nn.Sequential) and component_of(path) != "bottom_up":
             ours, theirs = (
                 {n for n in names if n.startswith(path + ".") and not n.endswith("num_batches_tracked")}
                 for names in (wanted, source)

@@ -437,6 +437,72 @@ def test_inheritance_of_nothing_is_an_error(student: nn.Module) -> None:
     )
 
 
+TINY_TEACHER = str(TINY / "retinanet-teacher.yaml")
+
+
+def test_inheritance_of_the_bottom_up_network(tmp_path: Path) -> None:
+    """Check that a ResNet-10 gets stem and first blocks of the teacher's ResNet-18, and nothing else changes."""
+    teacher, student = detector(tmp_path, _BASE_=TINY_TEACHER), detector(tmp_path)
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    fit = inherit(student, teacher, ("bottom_up",))
+    source = teacher.state_dict()
+    for name, tensor in student.state_dict().items():
+        is_inherited = component_of(name) == "bottom_up"
+        assert torch.equal(tensor, source[name] if is_inherited else before[name]), name
+    assert not fit.misfits and not fit.missing
+    assert {name.split(".")[2] for name in fit.filled} == {"stem", "res2", "res3", "res4", "res5"}
+
+
+def test_blocks_are_inherited_whole_or_not_at_all() -> None:
+    """Check blocks with another shape, a lacking tensor and a batch counter too many."""
+
+    def network(second: nn.Module, third: nn.Module, norm: nn.Module) -> nn.Module:
+        stage = nn.Sequential(nn.ModuleDict({"conv": nn.Linear(2, 2), "norm": norm}), second, third)
+        return nn.ModuleDict({"backbone": nn.ModuleDict({"bottom_up": nn.ModuleDict({"res2": stage})})})
+
+    def block(out: int, bias: bool = True) -> nn.Module:
+        return nn.ModuleDict({"conv1": nn.Linear(2, 2), "conv2": nn.Linear(2, out, bias=bias)})
+
+    student = network(block(3), block(2), nn.BatchNorm1d(2))
+    teacher = network(block(2), block(2, bias=False), nn.LayerNorm(2))
+    teacher.backbone.bottom_up.res2[0].norm.register_buffer("running_mean", torch.ones(2))
+    teacher.backbone.bottom_up.res2[0].norm.register_buffer("running_var", torch.ones(2))
+    fit = inherit(student, teacher, ("bottom_up",))
+    res2 = "backbone.bottom_up.res2"
+    assert {name.removeprefix(f"{res2}.0.") for name in fit.filled} == {
+        "conv.weight",
+        "conv.bias",
+        "norm.weight",
+        "norm.bias",
+        "norm.running_mean",
+        "norm.running_var",
+    }
+    second = "conv2.weight of shape (2, 2) offered, (3, 2) needed; conv2.bias of shape (2,) offered, (3,) needed"
+    reasons = dict.fromkeys((f"{res2}.1.{name}" for name in student.backbone.bottom_up.res2[1].state_dict()), second)
+    third = (f"{res2}.2.{name}" for name in ("conv1.weight", "conv1.bias", "conv2.weight"))
+    assert fit.misfits == reasons | dict.fromkeys(third, "no conv2.bias offered")
+
+
+@pytest.mark.parametrize(
+    ("opts", "reason"),
+    [
+        ({"INPUT__FORMAT": "BGR"}, "but the student's INPUT.FORMAT is BGR and the teacher's RGB."),
+        (
+            {"MODEL__PIXEL_STD": [1.0, 1.0, 1.0]},
+            "but the student's MODEL.PIXEL_STD is [1.0, 1.0, 1.0] and the teacher's [5",
+        ),
+        (
+            {"MODEL__SLIM_RESNET__WIDTHS": (8, 16, 24, 32), "MODEL__RESNETS__STEM_OUT_CHANNELS": 8},
+            "no weight of the teacher's bottom_up",
+        ),
+    ],
+)
+def test_a_bottom_up_network_that_does_not_fit(tmp_path: Path, opts: dict, reason: str) -> None:
+    """Check another channel order, another normalization, and other widths."""
+    student, teacher = detector(tmp_path, **opts), detector(tmp_path, _BASE_=TINY_TEACHER)
+    assert reason in sentence(inherit, student, teacher, ("bottom_up", "neck", "head"))
+
+
 def test_inherited_tensors_are_copies() -> None:
     """Check that changing the student afterwards does not change the teacher."""
     student, teacher = Toy(), Toy()

@@ -211,7 +211,7 @@ def test_the_source_of_a_wrong_key_is_named(files: Files) -> None:
         (["MODEL.KD.TEACHER.CONFIG_FILE", ""], r"MODEL.KD.TEACHER.CONFIG_FILE is empty: name the teacher's config\.$"),
         (
             ["MODEL.KD.INHERIT.MODULES", "('body',)"],
-            "MODEL.KD.INHERIT.MODULES names 'body'; it may name 'neck' and 'head'",
+            r"MODEL.KD.INHERIT.MODULES is .*body.*; it must be a list whose entries are one of 'bottom_up', 'neck', 'head'\.$",
         ),
         (
             ["MODEL.KD.INHERIT.ENABLED", "True", "MODEL.KD.INHERIT.MODULES", "()"],

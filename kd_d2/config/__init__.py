@@ -2,7 +2,6 @@
 
 from ..config_files import find_file, find_weights
 from .library_keys import (
-    INHERITABLE,
     KD_META_ARCH,
     LIBRARY_KEYS,
     AmpKeys,
@@ -17,7 +16,6 @@ from .reading import changed_keys, read_config
 from .validation import validate_kd_config
 
 __all__ = [
-    "INHERITABLE",
     "KD_META_ARCH",
     "LIBRARY_KEYS",
     "AmpKeys",

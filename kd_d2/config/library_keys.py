@@ -13,7 +13,6 @@ from ..keys import Above, AtLeast, Below, Keys
 from ..modeling import add_modeling_config
 
 KD_META_ARCH = "KDMetaArch"
-INHERITABLE = ("neck", "head")
 
 
 @dataclass(frozen=True)
@@ -147,9 +146,14 @@ class InheritKeys(Keys):
         "Copy modules of the teacher to the student before the first iteration, where names and shapes match.",
     ] = False
     modules: Annotated[
-        tuple[Literal["neck", "head"], ...],
-        "Modules to copy: the neck is the backbone without its bottom-up network, the head is everything outside the backbone.",
-    ] = INHERITABLE
+        tuple[Literal["bottom_up", "neck", "head"], ...],
+        "Modules to copy: the bottom-up network (of a ResNet with fewer blocks, the first blocks of each stage), the neck, which is the "
+        "rest of the backbone, and the head, which is everything outside the backbone.",
+    ] = ("neck", "head")
+
+    def check(self, name: str) -> None:
+        if self.enabled and not self.modules:
+            raise UserError(f"{name} is enabled, but {name}.MODULES is empty.")
 
 
 @dataclass(frozen=True)

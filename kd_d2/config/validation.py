@@ -13,10 +13,10 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from ..distillers import DISTILLER_REGISTRY
 from ..errors import UserError
 from .library_keys import (
-    INHERITABLE,
     KD_META_ARCH,
     AmpKeys,
     BalanceKeys,
+    InheritKeys,
     LargeScaleJitterKeys,
     PseudoLabelKeys,
     SolverKeys,
@@ -74,13 +74,7 @@ def _validate_distillation(cfg: CN) -> None:
         node, node_name = kd[method.CONFIG_NODE], f"MODEL.KD.{method.CONFIG_NODE}"
         _validate_schedule(node_name, node, cfg.SOLVER.MAX_ITER)
         method.Config.read(node, node_name)
-    for module in kd.INHERIT.MODULES:
-        if module not in INHERITABLE:
-            raise UserError(
-                f"MODEL.KD.INHERIT.MODULES names {module!r}; it may name {' and '.join(map(repr, INHERITABLE))}."
-            )
-    if kd.INHERIT.ENABLED and not kd.INHERIT.MODULES:
-        raise UserError("MODEL.KD.INHERIT is enabled, but MODEL.KD.INHERIT.MODULES is empty.")
+    InheritKeys.read(kd.INHERIT, "MODEL.KD.INHERIT")
     PseudoLabelKeys.read(kd.PSEUDO_LABELS, "MODEL.KD.PSEUDO_LABELS")
     BalanceKeys.read(kd.BALANCE, "MODEL.KD.BALANCE")
     if not kd.DISTILLERS and not kd.INHERIT.ENABLED and not kd.PSEUDO_LABELS.ENABLED:
