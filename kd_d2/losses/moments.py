@@ -24,9 +24,10 @@ def alone(value: Tensor) -> Tensor:
 
 def counts_over(maps: Sequence[Tensor], dims: Dims) -> Tensor:
     """Return the number of elements (N,) of each sum over `dims`, copied to the GPU without synchronization."""
-    remaining = [math.prod(_remaining(x, dims)) for x in maps]
-    counts = [x.numel() // max(1, n) for x, n in zip(maps, remaining, strict=True) for _ in range(n)]
-    return torch.tensor(counts, dtype=maps[0].dtype).to(maps[0].device, non_blocking=True)
+    elements = [math.prod(_remaining(x, dims)) for x in maps]
+    counts = [x.numel() // max(1, n) for x, n in zip(maps, elements, strict=True)]
+    counts_S, elements_S = torch.tensor([counts, elements]).to(maps[0].device, non_blocking=True)
+    return counts_S.repeat_interleave(elements_S, output_size=sum(elements)).to(maps[0].dtype)
 
 
 def sums_over(maps: Sequence[Tensor], dims: Dims) -> Tensor:
