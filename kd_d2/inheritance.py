@@ -73,7 +73,7 @@ def _unit_of(name: str) -> str:
 
 
 def _broken_units(wanted: StateDict, source: StateDict) -> dict[str, str]:
-    """Return units of which a tensor is missing or of another shape in the source, with the reason."""
+    """Return units of which a tensor is missing or of another shape in the source, with the first reason."""
     offered = {_unit_of(name) for name in source}
     broken: dict[str, str] = {}
     for name, tensor in wanted.items():
@@ -85,7 +85,7 @@ def _broken_units(wanted: StateDict, source: StateDict) -> dict[str, str]:
             reason = f"no {leaf} offered"
         else:
             continue
-        broken[unit] = f"{broken[unit]}; {reason}" if unit in broken else reason
+        broken.setdefault(unit, reason)
     return broken
 
 

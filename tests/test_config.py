@@ -133,11 +133,13 @@ def test_none_is_kept_where_detectron2_knows_it() -> None:
     assert cfg.SOLVER.BIAS_LR_FACTOR == 2.0
 
 
-def test_a_text_in_place_of_a_list(files: Files) -> None:
-    """Check that the message explains a name in parentheses without a comma."""
-    assert sentence(files.student(), "MODEL.KD.DISTILLERS", "('ICD')") == (
-        "the command line: MODEL.KD.DISTILLERS is the string 'ICD', but must be a list; a list with one entry is "
-        '("ICD",), with the comma.'
+@pytest.mark.parametrize(
+    ("value", "named", "list_"), [("('ICD')", "ICD", '["ICD"]'), ("[ICD, PKD]", "[ICD, PKD]", '["ICD", "PKD"]')]
+)
+def test_a_text_in_place_of_a_list(files: Files, value: str, named: str, list_: str) -> None:
+    """Check that the message gives the list for a name in parentheses without a comma, and for names without quotes."""
+    assert sentence(files.student(), "MODEL.KD.DISTILLERS", value) == (
+        f"the command line: MODEL.KD.DISTILLERS is the string {named!r}, but must be a list, such as {list_}."
     )
 
 

@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import torch
 from tabulate import tabulate
@@ -37,20 +38,31 @@ class Fit:
         return not all(name.endswith("num_batches_tracked") for name in self.filled)
 
     def table(self) -> str:
-        """Return a table of filled tensors with one row per module (see `_module_of`), and a table of misfits."""
+        """Return a table of filled tensors by module (see `_module_of`), and one of misfits by module and reason."""
         total = Counter(_module_of(k) for k in [*self.filled, *self.misfits, *self.missing])
         filled = Counter(_module_of(k) for k in self.filled)
         missing = Counter(_module_of(k) for k in self.missing)
         rows = [[m, f"{filled[m]} of {n}", missing[m] or ""] for m, n in sorted(total.items())]
         table = tabulate(rows, headers=["module", "filled", "not offered"], tablefmt="simple")
         if self.misfits:
-            table += "\n" + tabulate(sorted(self.misfits.items()), headers=["does not fit", "why"], tablefmt="simple")
+            groups: dict[tuple[str, str], list[str]] = {}
+            for name, reason in sorted(self.misfits.items()):
+                groups.setdefault((_module_of(name), reason), []).append(name)
+            rows = [[_pattern_of(names), reason] for (_, reason), names in groups.items()]
+            table += "\n" + tabulate(rows, headers=["does not fit", "why"], tablefmt="simple")
         return table
 
 
 def _module_of(name: str) -> str:
     parts = name.split(".")
     return ".".join(parts[: 3 if parts[0] == "backbone" and "bottom_up" in parts else 2])
+
+
+def _pattern_of(names: list[str]) -> str:
+    """Return a name, or what several names have in common with a "*" at the end."""
+    first, *others = (name.split(".") for name in names)
+    common = takewhile(lambda parts: len({*parts}) == 1, zip(first, *others, strict=False))
+    return ".".join(parts[0] for parts in common) + (".*" if others else "")
 
 
 @torch.no_grad()

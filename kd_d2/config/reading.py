@@ -108,10 +108,8 @@ def _with_default_types(tree: dict[str, Any], defaults: CN, source: str, prefix:
             except OverflowError:
                 raise UserError(f"{source}: {full_key} is too large a number.") from None
         if isinstance(default, list | tuple) and isinstance(value, str):
-            raise UserError(
-                f'{source}: {full_key} is the string {value!r}, but must be a list; a list with one entry is ("{value}",), '
-                "with the comma."
-            )
+            entries = ", ".join(f'"{entry.strip()}"' for entry in value.strip("()[] ").split(","))
+            raise UserError(f"{source}: {full_key} is the string {value!r}, but must be a list, such as [{entries}].")
         if not _same_kind(default, value) and not _means_none(full_key, default, value):
             raise UserError(
                 f"{source}: {full_key} is {value!r}; it must be of type {type(default).__name__}, like its default {default!r}."
