@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from torch import Tensor, nn
 
@@ -15,7 +15,7 @@ INPUT_KEYS = {"input_format": "INPUT.FORMAT", "pixel_mean": "MODEL.PIXEL_MEAN", 
 """Config keys of what a bottom-up network's weights depend on, by the detector's attribute."""
 
 
-def inherit(student: nn.Module, teacher: nn.Module, modules: Iterable[str]) -> Fit:
+def inherit(student: nn.Module, teacher: nn.Module, modules: Collection[str]) -> Fit:
     """Copy the teacher's modules into the student by parameter name, and log what fits.
 
     Neck and head: Kang et al. 2021. A layer is copied as a whole or not at all, and so is a sequence of layers: if the
@@ -42,10 +42,10 @@ def inherit(student: nn.Module, teacher: nn.Module, modules: Iterable[str]) -> F
     fit.missing += [name for name in reasons if name not in source]
     logger.info(f"Inherited from the teacher ({', '.join(modules)}):\n{fit.table()}")
     components = {component_of(name) for name in fit.filled if not name.endswith("num_batches_tracked")}
-    if not components or "bottom_up" in {*modules} - components:
-        lacking = " and ".join(modules) if not components else "bottom_up"
+    lacking = [module for module in modules if module not in components]
+    if not components or "bottom_up" in lacking:
         raise UserError(
-            f"MODEL.KD.INHERIT: no weight of the teacher's {lacking} ({type(teacher).__name__}) fits the student "
+            f"MODEL.KD.INHERIT: no weight of the teacher's {' and '.join(lacking)} ({type(teacher).__name__}) fits the student "
             f"({type(student).__name__}) by name and shape."
         )
     return fit
