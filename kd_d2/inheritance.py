@@ -12,7 +12,7 @@ from .errors import UserError
 
 logger = logging.getLogger(__name__)
 INPUT_KEYS = {"input_format": "INPUT.FORMAT", "pixel_mean": "MODEL.PIXEL_MEAN", "pixel_std": "MODEL.PIXEL_STD"}
-"""Config keys of what a bottom-up network's weights depend on, by the detector's attribute."""
+"""Config keys that determine a bottom-up network's input, by the detector's attribute."""
 
 
 def inherit(student: nn.Module, teacher: nn.Module, modules: Collection[str]) -> Fit:

@@ -46,6 +46,7 @@ def dist_loss_of_levels(
 
     Args:
         student_probs, teacher_probs: probabilities (N, K) of the levels.
+        beta, gamma, total: see `dist_loss`.
     """
     dtype = torch.promote_types(student_probs[0].dtype, torch.float32)
     maps = [[x.to(dtype) for x in probs] for probs in (student_probs, teacher_probs)]

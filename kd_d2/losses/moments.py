@@ -44,6 +44,7 @@ def central_moments(
 
     Args:
         student, teacher: tensors of the levels, equal in shape level by level, in at least float32.
+        total: sums a tensor over all ranks and propagates the gradients of all of them.
 
     Returns:
         The sums (3, N) and the number of elements of each, (N,), at least 1.
