@@ -1,9 +1,10 @@
 #!/usr/bin/env python
 """Measure seconds per training iteration with and without SOLVER.COMPILE, in float32 and mixed precision.
 
-    benchmarks/compiled.py [--pair tiny|coco] [--batch N] [--rounds N] [--threads N]
+    benchmarks/compiled.py [--pair tiny|coco] [--batch N] [--rounds N] [--threads N] [--precisions float32 bfloat16]
 
-Uses the plain student of benchmarks/step.py, channels-last on a CPU. Ratios are within a round; "first" compiles.
+Uses the plain student of benchmarks/step.py in channels-last format, which SOLVER.COMPILE implies. Ratios are within a
+round; "first" compiles.
 """
 
 import argparse
@@ -17,6 +18,8 @@ import torch
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -24,20 +27,20 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="images per iteration (default that of the pair)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     bench = Bench(args.pair, args.batch)
     step = bench.step(PLAIN)
     backbone = step.model.backbone
-    if bench.device == "cpu":
-        step.model.to(memory_format=torch.channels_last)
+    step.model.to(memory_format=torch.channels_last)
     forwards = {"as it is": backbone.forward}
-    compile_backbone(step.model, "SOLVER.COMPILE")
+    compile_backbone(step.model, "SOLVER.COMPILE", channels_last=True)
     forwards["compiled"] = backbone.forward
 
     rows = []
-    for precision, autocast in (("float32", None), ("bfloat16", torch.bfloat16)):
-        step.autocast = autocast
+    for precision in args.precisions:
+        step.autocast = PRECISIONS[precision]
         times: dict[str, list[float]] = {name: [] for name in forwards}
         with EventStorage(PAST_WARM_UPS):
             for _ in range(args.rounds + 2):

@@ -6,42 +6,47 @@ import logging
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import UserError
 
 logger = logging.getLogger(__name__)
 
 
-def compile_backbone(model: nn.Module, key: str) -> None:
-    """Compile the forward pass of a detector's backbone with `torch.compile`, for images of any size.
+def compile_backbone(model: nn.Module, key: str, *, channels_last: bool = False) -> None:
+    """Compile a detector's backbone with `torch.compile`.
 
+    The forward pass is compiled once for images of any size. So is the backward pass with channels-last weights; with
+    others, Inductor specializes gradients of convolutions to the image size, and compiles again for a new one.
     If compilation fails, a warning is logged and the backbone runs uncompiled. The state_dict does not change.
 
     Args:
         key: config key that enables it, for messages.
+        channels_last: whether its weights are in channels-last format.
 
     Raises:
         UserError: the model has no backbone.
     """
     if not isinstance(getattr(model, "backbone", None), nn.Module):
         raise UserError(f"{key} is True, but {type(model).__name__} has no backbone to compile; set it to False.")
-    model.backbone.forward = _Compiled(model.backbone.forward, key)
+    model.backbone.forward = _Compiled(model.backbone.forward, key, channels_last)
 
 
 class _Compiled:
-    def __init__(self, function: Callable, key: str):
+    def __init__(self, function: Callable, key: str, channels_last: bool):
         self.function = function
-        self.fast = torch.compile(function, dynamic=True)
+        options = {"force_layout_optimization": True} if channels_last else None
+        self.fast = torch.compile(function, dynamic=True, options=options)
+        self.memory_format = torch.channels_last if channels_last else torch.preserve_format
         self.key = key
 
-    def __call__(self, *args: object) -> object:
+    def __call__(self, images: Tensor) -> object:
         try:
-            return self.fast(*args)
+            return self.fast(images.to(memory_format=self.memory_format))
         except Exception as error:
             if self.fast is self.function:
                 raise
             reason = str(error).strip().partition("\n")[0]
             logger.warning(f"{self.key}: compilation failed ({reason}); the backbone runs uncompiled.")
             self.fast = self.function
-            return self.function(*args)
+            return self.function(images)

@@ -16,7 +16,10 @@ def has_channels_last(cfg: CfgNode, choice: bool | None) -> bool:
 
 
 def trains_with_channels_last(cfg: CfgNode, model: nn.Module) -> bool:
-    """Resolve SOLVER.CHANNELS_LAST for a model: None excludes those whose gradients PyTorch cannot compute with it.
+    """Resolve SOLVER.CHANNELS_LAST for a model.
+
+    None means True on a CPU and with SOLVER.COMPILE (see `compile_backbone`), except for a model whose gradients
+    PyTorch cannot compute in this format.
 
     Raises:
         UserError: it is True for such a model.
@@ -27,7 +30,10 @@ def trains_with_channels_last(cfg: CfgNode, model: nn.Module) -> bool:
             f"SOLVER.CHANNELS_LAST is True, but PyTorch crashes in the gradient of {crashing[0]}, a strided 1x1 convolution with fewer than "
             f"{NARROW} channels, in channels-last format on a CPU; set it to False."
         )
-    return has_channels_last(cfg, cfg.SOLVER.CHANNELS_LAST) and not crashing
+    wanted = has_channels_last(cfg, cfg.SOLVER.CHANNELS_LAST)
+    if cfg.SOLVER.CHANNELS_LAST is None and cfg.SOLVER.COMPILE:
+        wanted = True
+    return wanted and not crashing
 
 
 def _crashes(module: nn.Module) -> bool:

@@ -40,7 +40,7 @@ class Teacher:
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
         if compiled:
-            compile_backbone(self.model, "MODEL.KD.TEACHER.COMPILE")
+            compile_backbone(self.model, "MODEL.KD.TEACHER.COMPILE", channels_last=channels_last)
         self.adapter = build_adapter(self.model)
         self.flip_channels = flip_channels
 

@@ -57,6 +57,8 @@ NARROW = {
     "SOLVER": {"IMS_PER_BATCH": 2, "WARMUP_ITERS": 2, "MAX_ITER": 4, "STEPS": (3,), "CHECKPOINT_PERIOD": 100},
     "TEST": {"EVAL_PERIOD": 0},
 }
+WIDE = {"MODEL__SLIM_RESNET__WIDTHS": (16, 24, 32, 48)}
+"""Keys that make NARROW detectors wide enough for channels-last training on a CPU."""
 
 
 def make_coco(folder: Path, num_images: int = 6, *, classes: tuple[str, ...] = CLASSES, seed: int = 0) -> Path:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from kd_d2 import DISTILLER_REGISTRY, KDMetaArch, UserError, load_config
-from kd_d2.memory_format import has_channels_last
+from kd_d2.memory_format import has_channels_last, trains_with_channels_last
 
 import pytest
 import torch
-from helpers import Run, detector_of, make_project, train
+from helpers import WIDE, Run, detector_of, make_project, train
+from torch import nn
 
-WIDE = {"MODEL__SLIM_RESNET__WIDTHS": (16, 24, 32, 48)}
 SMALL_ICD = {"MODEL__KD__ICD__DIM": 16, "MODEL__KD__ICD__NUM_HEADS": 2, "MODEL__KD__ICD__FFN_DIM": 32}
 NEITHER = ("SOLVER.CHANNELS_LAST", False, "MODEL.KD.TEACHER.CHANNELS_LAST", False)
 
@@ -28,6 +28,14 @@ def test_default_by_device(choice: bool | None) -> None:
     for device in ("cpu", "cuda"):
         cfg.MODEL.DEVICE = device
         assert has_channels_last(cfg, choice) is (device == "cpu" if choice is None else choice)
+
+
+@pytest.mark.parametrize("choice", [None, False, True])
+def test_a_compiled_student_is_trained_with_it(choice: bool | None) -> None:
+    cfg = load_config("configs/tiny/retinanet-student.yaml")
+    cfg.MODEL.DEVICE = "cuda"
+    cfg.SOLVER.COMPILE, cfg.SOLVER.CHANNELS_LAST = True, choice
+    assert trains_with_channels_last(cfg, nn.Conv2d(3, 4, 1)) is (choice is not False)
 
 
 def test_narrow_strided_convolutions(tmp_path: Path) -> None:
@@ -50,6 +58,7 @@ def test_same_losses(tmp_path: Path, method: str) -> None:
         "MODEL__KD__DISTILLERS": (method,),
         "SOLVER__BASE_LR": 0.001,
         "SOLVER__MAX_ITER": 2,
+        "SOLVER__IMS_PER_BATCH": 4,  # over the two positions that two images have on the last level, correlations are 1 or -1
         "SEED": 1,
         **SMALL_ICD,
         **WIDE,

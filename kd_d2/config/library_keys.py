@@ -76,12 +76,13 @@ class SolverKeys(Keys):
     ] = 1
     channels_last: Annotated[
         bool | None,
-        "Train with the channels-last memory format, with the same losses up to rounding; None enables it on a CPU, where it is faster.",
+        "Train with the channels-last memory format, with the same losses up to rounding; None enables it on a CPU, where it is faster, "
+        "and with SOLVER.COMPILE.",
     ] = None
     compile: Annotated[
         bool,
         "Compile the backbone of the trained model (torch.compile), which takes minutes at startup; the losses are the same up to "
-        "rounding.",
+        "rounding. With SOLVER.CHANNELS_LAST False, it is compiled again for each image size.",
     ] = False
     checkpoint_minutes: Annotated[
         float,

@@ -63,7 +63,8 @@ class KDTrainer(DefaultTrainer):
         self.stop = StopRequest()
 
         self.bare_model = self.build_model(cfg)
-        if trains_with_channels_last(cfg, self.bare_model):
+        channels_last = trains_with_channels_last(cfg, self.bare_model)
+        if channels_last:
             self.bare_model.to(memory_format=torch.channels_last)
         check_classes(cfg, self.bare_model)
         optimizer, auxiliary = build_optimizers(cfg, self.bare_model)
@@ -88,7 +89,7 @@ class KDTrainer(DefaultTrainer):
             self.averaged = AveragedStudent(student_of(self.bare_model), cfg.SOLVER.EMA_DECAY)
             self.checkpointer.add_checkpointable(UNAVERAGED, Unaveraged(self.averaged))
         if cfg.SOLVER.COMPILE:
-            compile_backbone(student_of(self.bare_model), "SOLVER.COMPILE")
+            compile_backbone(student_of(self.bare_model), "SOLVER.COMPILE", channels_last=channels_last)
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
