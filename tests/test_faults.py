@@ -66,11 +66,17 @@ def test_killed_twenty_times(tmp_path: Path) -> None:
     """Check SIGKILL at random moments during startup, iterations and writing, and the losses after the last resume."""
     project = make_project(tmp_path / "killed", **OFTEN)
     draw = random.Random(0)
-    reached = []
+    startup, reached = None, []
     for _ in range(KILLS):
         process = multiprocessing.get_context("fork").Process(target=_train_until_killed, args=(project,))
+        started = time.monotonic()
         process.start()
-        time.sleep(draw.uniform(0.05, 2.5))
+        if startup is None:
+            while process.is_alive() and not list(project.output.glob("*.pth")):
+                time.sleep(0.01)
+            startup = time.monotonic() - started
+        else:
+            time.sleep(draw.uniform(0.02, 2) * startup)
         assert process.is_alive()
         os.kill(process.pid, signal.SIGKILL)
         process.join()
