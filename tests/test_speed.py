@@ -72,17 +72,17 @@ def test_gradients_are_compiled_once_for_all_image_sizes() -> None:
     detector.to(memory_format=torch.channels_last)
     plain = copy.deepcopy(detector)
     compile_backbone(detector, "SOLVER.COMPILE", channels_last=True)
-    graphs = compilations()
+    graphs = _compilations()
     for size in ((64, 96), (96, 64), (128, 160)):
         images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
         for model in (plain, detector):
             model.backbone(images).square().mean().backward()
-    assert compilations() == graphs + 1
+    assert _compilations() == graphs + 1
     for ours, expected in zip(detector.parameters(), plain.parameters(), strict=True):
         _assert_close(ours.grad, expected.grad)
 
 
-def compilations() -> int:
+def _compilations() -> int:
     return counters["stats"]["unique_graphs"]
 
 
@@ -90,12 +90,12 @@ def compilations() -> int:
 def test_a_compiled_student(tmp_path: Path) -> None:
     """Check losses with images of several sizes, and names in the checkpoint, including averaged weights."""
     project = make_project(tmp_path, SEED=1, SOLVER__EMA_DECAY=0.5, **LARGE_IMAGES, **WIDE)
-    graphs = compilations()
+    graphs = _compilations()
     folders = {compiled: str(tmp_path / f"compiled-{compiled}") for compiled in (False, True)}
     plain, compiled = (
         train(project, "SOLVER.COMPILE", c, "OUTPUT_DIR", folder).losses for c, folder in folders.items()
     )
-    assert compilations() == graphs + 2  # training and evaluation
+    assert _compilations() == graphs + 2  # training and evaluation
     for iteration, losses in plain.items():
         assert compiled[iteration] == pytest.approx(losses, rel=2e-3)
     first, second = (read_checkpoint(os.path.join(folder, "model_final.pth")) for folder in folders.values())
