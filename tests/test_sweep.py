@@ -134,7 +134,7 @@ def test_table_texts(finished):
     text = as_markdown(rows)
     assert "14.00 ± 1.00" in text and "+4.00" in text and "0.60" in text
     assert "APs" not in text and "GFLOPs" not in text
-    assert as_csv(rows).splitlines()[4].startswith("better,3,14.00 ± 1.00,28.00 ± 2.00")
+    assert as_csv(rows).splitlines()[4].startswith("better,3,14.00 ± 1.00,+4.00,yes,0.60,28.00 ± 2.00")
 
 
 def test_multipliers_of_the_losses(finished):

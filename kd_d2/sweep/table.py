@@ -15,6 +15,7 @@ from .matrix import Matrix
 from .results import read_result, result_path
 
 SCORES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+OTHER_SCORES = SCORES[1:]
 
 
 @dataclass
@@ -113,7 +114,8 @@ def _mean(values) -> float | None:
 
 
 HEADERS = (
-    "", "seeds", *SCORES, "gain", "> 2 sd", "gap closed", "multipliers", "params M", "GFLOPs", "ms / image", "s / iteration", "memory MiB",
+    "", "seeds", "AP", "gain", "> 2 sd", "gap closed", *OTHER_SCORES,
+    "multipliers", "params M", "GFLOPs", "ms / image", "s / iteration", "memory MiB",
 )  # fmt: skip
 
 
@@ -123,10 +125,11 @@ def format_row(row: Row) -> list[str]:
     return [
         row.title,
         str(len(row.scores["AP"])),
-        *(_spread(row.scores[column]) for column in SCORES),
+        _spread(row.scores["AP"]),
         _number(row.gain, "+.2f"),
         better,
         _number(row.gap_closed, ".2f"),
+        *(_spread(row.scores[column]) for column in OTHER_SCORES),
         ", ".join(
             f"{name} {value:.2g}" if len(row.multipliers) > 1 else f"{value:.2g}"
             for name, value in row.multipliers.items()
