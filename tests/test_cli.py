@@ -98,6 +98,7 @@ def test_completion(capsys: pytest.CaptureFixture) -> None:
         ("a.yaml INPUT.MIN_SIZE_TEST= SEED -1", "a.yaml", "INPUT.MIN_SIZE_TEST= SEED -1"),
         ("a.yaml SOLVER.STEPS --x", "a.yaml", "SOLVER.STEPS --x"),
         ("--input My.JPG A.b", "--input My.JPG A.b", ""),
+        ("--input DSC_0001.JPG SEED 3", "--input DSC_0001.JPG", "SEED 3"),
         ("a.yaml SEED 3 no_key x", "a.yaml", "SEED 3 no_key x"),  # reported as an unknown key when the config is read
     ],
 )
