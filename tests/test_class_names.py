@@ -120,10 +120,12 @@ def test_names_in_a_checkpoint(tmp_path: Path) -> None:
     for asynchronous in (False, True):
         checkpointer = KDCheckpointer(nn.Linear(2, 2), str(tmp_path))
         checkpointer.class_names, checkpointer.asynchronous = list(OWN.names), asynchronous
-        checkpointer.save("own")
+        checkpointer.save("run #2")
         checkpointer.wait()
-        assert names_in_checkpoint(str(tmp_path / "own.pth")) == ClassOrder(OWN.names, str(tmp_path / "own.pth"))
-        (tmp_path / "own.pth").unlink()
+        path = str(tmp_path / "run #2.pth")
+        for query in ("", "?matching_heuristics=True"):
+            assert names_in_checkpoint(path + query) == ClassOrder(OWN.names, path)
+        Path(path).unlink()
     torch.save({"model": {}, CLASS_NAMES: [1, 2]}, tmp_path / "numbers.pth")
     (tmp_path / "damaged.pth").write_bytes(b"PK\x03\x04")
     for name in ("numbers.pth", "damaged.pth", "gone.pth", "model.pkl"):
