@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .data import build_test_loader, register_coco_json, register_synthetic
 from .engine.checks import check_classes, check_datasets, check_distillation
 from .errors import UserError
-from .files import check_output_folder, write_json
+from .files import check_output_file, write_json
 from .prediction.predict import to_annotations
 from .predictor import Category
 from .pseudo_labels import PseudoLabels
@@ -48,7 +48,7 @@ def write_label_file(
     register_coco_json(cfg)
     check_datasets(cfg, train=True)
     name = choose_dataset(cfg, dataset)
-    check_output_folder(os.path.dirname(os.path.abspath(output)), "--output")
+    check_output_file(output)
     teacher = Teacher.from_config(cfg)
     check_classes(cfg, teacher.model)
     if "detections" not in teacher.spec.provides or teacher.spec.num_classes is None:
