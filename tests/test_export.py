@@ -222,6 +222,13 @@ def test_fixed_size(suffix: str, configs: dict[str, CfgNode], tmp_path: Path) ->
         assert [dim.dim_value for dim in shape] == [3, 64, 128]
 
 
+def test_images_that_are_not_resized(configs: dict[str, CfgNode], tmp_path: Path) -> None:
+    cfg = configs["retinanet"].clone()
+    cfg.INPUT.MIN_SIZE_TEST = 0
+    assert export_detector(cfg, str(tmp_path / "model.ts")).unmatched == 0
+    assert load_exported(str(tmp_path / "model.ts")).metadata.min_size == 0
+
+
 def detector_threshold(path: Path) -> float:
     return load_exported(str(path)).metadata.score_threshold
 
