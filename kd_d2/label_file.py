@@ -18,7 +18,7 @@ from .engine.checks import check_classes, check_datasets, check_distillation
 from .errors import UserError
 from .files import check_output_file, write_json
 from .prediction.predict import to_annotations
-from .predictor import Category
+from .predictor import Category, unknown_names
 from .pseudo_labels import PseudoLabels
 from .teacher import Teacher
 
@@ -103,7 +103,7 @@ def label_images(
     """
     names = MetadataCatalog.get(dataset).get("thing_classes") or []
     if len(names) != num_classes:
-        names = [f"class {number}" for number in range(num_classes)]
+        names = unknown_names(num_classes)
     categories = [Category(number, name) for number, name in enumerate(names, 1)]
     paths, images, annotations = [], [], []
     for batch in batches:

@@ -53,8 +53,12 @@ def read_categories(cfg: CfgNode, num_classes: int | None) -> list[Category] | N
         id_of = {category.name: category.id for category in categories}
         if own is not None and {*own.names} <= id_of.keys():
             return [Category(id_of[name], name) for name in own.names]
-    names = own.names if own else [f"class {number}" for number in range(num_classes)]
-    return [Category(number, name) for number, name in enumerate(names)]
+    return [Category(number, name) for number, name in enumerate(own.names if own else unknown_names(num_classes))]
+
+
+def unknown_names(count: int) -> list[str]:
+    """Return the names of classes whose own names are unknown."""
+    return [f"class {number}" for number in range(count)]
 
 
 def _categories_of_file(path: str) -> list[Category]:

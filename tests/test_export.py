@@ -355,6 +355,33 @@ def test_command_prediction_and_evaluation(
         assert of_file["bbox"][key] == (value if value is None else pytest.approx(value, abs=0.05)), key
 
 
+def test_evaluation_with_data_in_another_order(run_folder: Path, configs: dict[str, CfgNode], tmp_path: Path) -> None:
+    """Check that the AP of each class is the same if the ids of the classes are others than in the training data."""
+    path = tmp_path / "student.ts"
+    run_command("export", "--model", run_folder, "--output", path)
+    annotations = Path(configs["retinanet"].MODEL.WEIGHTS).parent / "data" / "annotations.json"
+    original = annotations.read_text()
+    tree = json.loads(original)
+    for entry in tree["categories"]:
+        entry["id"] = entry["id"] % 3 + 1
+    for entry in tree["annotations"]:
+        entry["category_id"] = entry["category_id"] % 3 + 1
+    results = []
+    try:
+        for content in (original, json.dumps(tree)):
+            annotations.write_text(content)
+            run_command("eval", "--model", run_folder, path, "OUTPUT_DIR", run_folder)
+            results.append(json.loads((run_folder / "eval-student.ts.json").read_text())["bbox"])
+        assert max(results[0][f"AP-{name}"] for name in CLASSES) > 0
+        assert all(results[1][f"AP-{name}"] == results[0][f"AP-{name}"] for name in CLASSES)
+        tree["categories"][0]["name"] = "other"
+        annotations.write_text(json.dumps(tree))
+        with pytest.raises(SystemExit):
+            run_command("eval", "--model", run_folder, path, "OUTPUT_DIR", run_folder)
+    finally:
+        annotations.write_text(original)
+
+
 def test_example_without_detectron2(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """Check that the example imports neither torch nor this library, and prints the checkpoint's detections."""
     path, image = tmp_path / "student.onnx", tmp_path / "image.png"

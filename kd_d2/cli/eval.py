@@ -43,4 +43,5 @@ def run(args: argparse.Namespace) -> None:
             from ..export import evaluating
 
             evaluate, args.exported = evaluating.main, model.exported
+            args.opts += ["MODEL.WEIGHTS", ""]
     launch(evaluate, args)
