@@ -479,7 +479,7 @@ def test_jobs_import_what_the_sweep_imports(tmp_path):
 
 
 def test_costs_of_images_that_have_to_be_padded(tmp_path):
-    """Check that a test size of 40 costs as much as its padded size, 64, and that equal detectors cost the same."""
+    """Check a test size of 40, its padded size, 64, and no resizing, and that equal detectors cost the same."""
     matrix = read_matrix(
         write_matrix(
             tmp_path,
@@ -487,11 +487,13 @@ def test_costs_of_images_that_have_to_be_padded(tmp_path):
         )
     )
     narrow = ["MODEL.SLIM_RESNET.WIDTHS", "(4, 6, 8, 10)", "MODEL.FPN.OUT_CHANNELS", "8"]
-    odd, padded = (measure_costs(matrix, [*narrow, "INPUT.MIN_SIZE_TEST", side]) for side in ("40", "64"))
+    odd, padded, unresized = (
+        measure_costs(matrix, [*narrow, "INPUT.MAX_SIZE_TEST", 64, "INPUT.MIN_SIZE_TEST", side]) for side in (40, 64, 0)
+    )
     assert odd.keys() == {"teacher", "plain", "same"}
     assert odd["plain"] == odd["same"] == odd["teacher"]
     for key in ("params", "gflops"):
-        assert odd["plain"][key] == padded["plain"][key] > 0
+        assert odd["plain"][key] == padded["plain"][key] == unresized["plain"][key] > 0
 
 
 def test_plain_detectors_are_compared_without_a_teacher(tmp_path):
