@@ -166,6 +166,13 @@ def test_fragments_are_laid_over_the_config(tmp_path):
         read_matrix(str(tmp_path / "matrix.yaml"))
 
 
+def test_nested_opts_are_read_as_in_a_config(tmp_path):
+    """Check that overrides may be written as groups of keys, which a command line does not have."""
+    text = "config: STUDENT\nbaseline: a\ncells: {a: {opts: {SOLVER: {BASE_LR: 0.5, AMP: {ENABLED: True}}, SEED: 1}}}\n"
+    cell = read_matrix(write_matrix(tmp_path, text)).cell("a")
+    assert cell.opts == ("SOLVER.BASE_LR", 0.5, "SOLVER.AMP.ENABLED", True, "SEED", 1)
+
+
 def test_the_teacher_is_evaluated_among_the_cells(tmp_path, monkeypatch):
     """Check that the evaluation is the first job, and the number of parallel jobs and of threads."""
     started = []

@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any
 
 from ..config import KD_META_ARCH, changed_keys, load_config
-from ..config_files import as_overrides, find_beside
+from ..config_files import as_overrides, find_beside, leaves
 from ..errors import UserError
 from ..plain_yaml import read_plain_yaml
 
@@ -106,7 +106,7 @@ def read_matrix(path: str) -> Matrix:
 
     The keys are `config` (of the students), `baseline`, `student`, optionally `teacher` (`config`, `fragments`, `opts`,
     `seeds`), and `cells`. The keys of a cell are `title`, `fragments` (configs merged into the config, in order),
-    `opts` (a mapping of keys to values, merged last), `seeds`, and `config` if it is not the common one. Configs are
+    `opts` (keys and values as in a config, merged last), `seeds`, and `config` if it is not the common one. Configs are
     paths relative to the matrix, or names (see `config_files.find_config_file`).
 
     Raises:
@@ -126,7 +126,7 @@ def read_matrix(path: str) -> Matrix:
         if not config:
             raise UserError(f"Sweep {path}: cell {name} has no config.")
         files = [find_beside(file, path, f"Sweep {path}: cell {name}") for file in entry.get("fragments", ())]
-        opts = (*chain.from_iterable(map(as_overrides, files)), *chain.from_iterable((entry.get("opts") or {}).items()))
+        opts = (*chain.from_iterable(map(as_overrides, files)), *chain.from_iterable(leaves(entry.get("opts") or {})))
         return Cell(
             name=name,
             title=entry.get("title", name),
