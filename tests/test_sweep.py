@@ -246,6 +246,7 @@ def test_no_two_lines_of_a_plot_look_alike(count):
         ),
         ("config: STUDENT\nbaseline: plain\ncells: {'../plain': {}}", "the cell '../plain' is not a valid folder name"),
         ("config: STUDENT\nbaseline: plain\ncells: {.: {}}", "the cell '.' is not a valid folder name"),
+        ("config: STUDENT\nbaseline: plain\ncells: {plain: , teacher: }", "no cell can be named 'teacher'"),
     ],
 )
 def test_a_wrong_matrix_is_one_sentence(tmp_path, text, message):

@@ -140,6 +140,8 @@ def read_matrix(path: str) -> Matrix:
             raise UserError(
                 f"Sweep {path}: the cell {name!r} is not a valid folder name; use up to 100 letters, digits, and the characters _ . + -"
             )
+        if name == "teacher":
+            raise UserError(f"Sweep {path}: no cell can be named 'teacher', the name of the teacher's row: rename it.")
     cells = tuple(cell(name, entry) for name, entry in (tree.get("cells") or {}).items())
     names = [c.name for c in cells]
     for key in ("baseline", "student"):
