@@ -273,6 +273,13 @@ def test_settings_ignore_places_and_defaults():
     assert not {"OUTPUT_DIR", "SEED", "MODEL.DEVICE", "MODEL.MASK_ON"} & settings.keys()
 
 
+@pytest.mark.parametrize("names", ["()", "('synthetic_val', 'synthetic_train')"])
+def test_results_are_those_of_one_data_set(names):
+    """Check that a sweep with another number of test sets is refused before training."""
+    with pytest.raises(UserError, match=r"DATASETS.TEST names [02] datasets; a sweep needs exactly one"):
+        measured_settings(STUDENT, ["DATASETS.TEST", names])
+
+
 def test_a_finished_cell_is_not_run_again(tmp_path, monkeypatch, caplog):
     """Check that a result with equal settings is kept, and that one with other settings is refused, naming the key."""
     monkeypatch.setattr(runner, "PROGRAM", (sys.executable, str(tmp_path / "nothing.py")))

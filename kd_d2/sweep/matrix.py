@@ -177,6 +177,12 @@ def measured_settings(config: str, opts: list[Any]) -> dict[str, Any]:
     """Return the keys of a config that determine the result: all with non-default values, except LOCATION_KEYS.
 
     A key that a later version adds does not change the settings as long as it has its default value.
+
+    Raises:
+        UserError: see `load_config`, or DATASETS.TEST does not name exactly one dataset, whose results are compared.
     """
-    changed = changed_keys(load_config(config, opts))
+    cfg = load_config(config, opts)
+    if len(cfg.DATASETS.TEST) != 1:
+        raise UserError(f"{config}: DATASETS.TEST names {len(cfg.DATASETS.TEST)} datasets; a sweep needs exactly one.")
+    changed = changed_keys(cfg)
     return {key: value for key, value in changed.items() if key not in LOCATION_KEYS}
