@@ -23,7 +23,7 @@ from ...report.page import Table
 from ...text import csv_text
 from ..base import NOT_STORED, Analysis, as_text, check_at_least
 from ..drawing import write_picture
-from ..examples import picture_name, pixels
+from ..examples import picture_names, pixels
 from ..models import TrainedModel, restrict_images
 from .plots import channel_sheet, difference_sheet, plot_neighbors
 from .statistics import FeatureStatistics, difference_map
@@ -97,9 +97,10 @@ class FeatureAnalysis(Analysis):
         restrict_images(models, images, output)
         gatherer = FeatureGatherer([FeatureReader(model) for model in models], teacher, stride, channels)
         entries = DatasetCatalog.get(models[0].dataset)
+        names = picture_names(entries[:pictures])
         for number, entry in enumerate(tqdm(entries, unit="image", leave=False)):
             for folder, picture in gatherer.add(entry, draw=number < pictures).items():
-                write_picture(os.path.join(output, folder, picture_name(entry)), picture)
+                write_picture(os.path.join(output, folder, names[number]), picture)
         correlations = gatherer.table(FeatureStatistics.mean_correlations)
         distances = gatherer.table(FeatureStatistics.mean_distances)
         return cls(len(entries), correlations, distances, gatherer.statistics)
