@@ -13,6 +13,7 @@ from statistics import mean
 
 from kd_d2 import UserError
 from kd_d2.cli import main
+from kd_d2.config import load_config
 from kd_d2.figures import save_figure
 from kd_d2.files import write_json
 from kd_d2.sweep import SweepOptions, plots, report, run_sweep, runner
@@ -293,6 +294,27 @@ def test_a_finished_cell_is_not_run_again(tmp_path, monkeypatch, caplog):
     changed = training_job(matrix.cell("better"), 0, str(tmp_path), str(tmp_path / "cells"), ["SOLVER.GAMMA", "0.2"])
     with pytest.raises(UserError, match=r"SOLVER.GAMMA: default then, 0.2 now"):
         run_jobs([changed], 1, 1)
+
+
+def test_a_training_with_other_settings_is_not_resumed(tmp_path, monkeypatch):
+    """Check that a checkpoint is resumed only with the settings of its config, whose data may be elsewhere by now."""
+    monkeypatch.setattr(runner, "PROGRAM", (sys.executable, str(tmp_path / "nothing.py")))
+    cell = read_matrix(write_matrix(tmp_path, MATRIX)).cell("better")
+    same, other = (
+        training_job(cell, 0, str(tmp_path), str(tmp_path / "cells"), opts) for opts in ([], ["SOLVER.GAMMA", "0.2"])
+    )
+    os.makedirs(same.output)
+    cfg = load_config(STUDENT, cell.opts)
+    cfg.DATASETS.COCO_JSON = [["synthetic_val", "/gone/val.json", "/gone/images"]]
+    for name, text in (("config.yaml", cfg.dump()), ("last_checkpoint", "model_0000399.pth")):
+        with open(os.path.join(same.output, name), "w") as file:
+            file.write(text)
+    with pytest.raises(
+        UserError, match=r"seed0 has a training with different settings \(SOLVER.GAMMA: default then, 0.2"
+    ):
+        run_jobs([other], 1, 1)
+    with pytest.raises(UserError, match="1 cells failed"):  # it was started
+        run_jobs([same], 1, 1)
 
 
 def test_a_failing_cell_is_named_and_others_finish(tmp_path, monkeypatch):

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
+from detectron2.config import CfgNode
+
 from ..config import KD_META_ARCH, changed_keys, load_config
 from ..config_files import as_overrides, find_beside, leaves
 from ..errors import UserError
@@ -184,5 +186,9 @@ def measured_settings(config: str, opts: list[Any]) -> dict[str, Any]:
     cfg = load_config(config, opts)
     if len(cfg.DATASETS.TEST) != 1:
         raise UserError(f"{config}: DATASETS.TEST names {len(cfg.DATASETS.TEST)} datasets; a sweep needs exactly one.")
-    changed = changed_keys(cfg)
-    return {key: value for key, value in changed.items() if key not in LOCATION_KEYS}
+    return without_locations(cfg)
+
+
+def without_locations(cfg: CfgNode) -> dict[str, Any]:
+    """Return the keys of a config with non-default values, except LOCATION_KEYS."""
+    return {key: value for key, value in changed_keys(cfg).items() if key not in LOCATION_KEYS}
