@@ -132,6 +132,20 @@ def test_names_in_a_checkpoint(tmp_path: Path) -> None:
         assert names_in_checkpoint(str(tmp_path / name)) is None
 
 
+def test_a_checkpoint_without_names_has_the_classes_of_the_training_data(tmp_path: Path) -> None:
+    """Check the names in the order of the training data, with the ids of test data that have another order."""
+    project = make_project(tmp_path)
+    tree = json.loads(project.annotations.read_text())
+    _write_in_other_order(tree)
+    (tmp_path / "val.json").write_text(json.dumps(tree))
+    images = str(project.annotations.parent / "images")
+    files = [[project.name, str(project.annotations), images], ["val", str(tmp_path / "val.json"), images]]
+    weights = ["MODEL.WEIGHTS", str(project.teacher_weights)]
+    cfg = load_config(str(project.student), [*weights, "DATASETS.COCO_JSON", files, "DATASETS.TEST", ["val"]])
+    found = [(category.id, category.name) for category in read_categories(cfg, 3)]
+    assert found == [(2, "red"), (3, "green"), (1, "blue")]
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """Return a project after one iteration of training."""
