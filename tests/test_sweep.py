@@ -258,10 +258,12 @@ def test_a_wrong_matrix_is_one_sentence(tmp_path, text, message):
 
 
 def test_selecting_an_unknown_cell(tmp_path):
-    """Check that an unknown cell is refused by name, and that runs are ordered by seed, then by cell."""
+    """Check that an unknown cell or seed is refused, and that runs are ordered by seed, then by cell."""
     matrix = read_matrix(write_matrix(tmp_path, MATRIX))
     with pytest.raises(UserError, match="no cell 'worse'; available: plain, inheritance"):
         matrix.select(["worse"], None)
+    with pytest.raises(UserError, match="no cell with the seed 7; available: 0, 1, 2"):
+        matrix.select(None, [1, 7])
     pairs = [(cell.name, seed) for cell, seed in matrix.select(["better", "plain"], None)]
     assert pairs == [("plain", 0), ("better", 0), ("better", 1), ("better", 2)]
 

@@ -88,12 +88,18 @@ class Matrix:
         """Return (cell, seed) pairs, sorted by seed.
 
         Raises:
-            UserError: a name is not in the matrix.
+            UserError: a name is not in the matrix, or no cell has a seed.
         """
         known = [cell.name for cell in self.cells]
         for name in names or []:
             if name not in known:
                 raise UserError(f"{self.path} has no cell {name!r}; available: {', '.join(known)}.")
+        listed = sorted({seed for cell in self.cells for seed in cell.seeds})
+        for seed in seeds or []:
+            if seed not in listed:
+                raise UserError(
+                    f"{self.path} has no cell with the seed {seed}; available: {', '.join(map(str, listed))}."
+                )
         pairs = [(c, s) for c in self.cells for s in c.seeds if names is None or c.name in names]
         return sorted(((c, s) for c, s in pairs if seeds is None or s in seeds), key=lambda pair: pair[1])
 
