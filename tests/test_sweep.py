@@ -268,6 +268,16 @@ def test_selecting_an_unknown_cell(tmp_path):
     assert pairs == [("plain", 0), ("better", 0), ("better", 1), ("better", 2)]
 
 
+@pytest.mark.parametrize("report_only", [False, True])
+def test_an_unknown_cell_is_refused_before_training(tmp_path, monkeypatch, report_only):
+    """Check that the teacher of the sweep is not trained, and that no table is written."""
+    matrix = read_matrix(write_matrix(tmp_path, f"teacher: {{config: STUDENT}}{MATRIX}"))
+    monkeypatch.setattr(report, "run_jobs", lambda *_: pytest.fail("trained"))
+    with pytest.raises(UserError, match="no cell 'worse'"):
+        run_sweep(matrix, str(tmp_path / "out"), [], SweepOptions(report_only=report_only, cells=["worse"]))
+    assert not (tmp_path / "out").exists()
+
+
 def test_settings_ignore_places_and_defaults():
     """Check that a cell's settings have the keys that affect its result, without paths, seed, device and defaults."""
     settings = measured_settings(STUDENT, ["SOLVER.BASE_LR", "0.5", "OUTPUT_DIR", "elsewhere", "SEED", "7"])
