@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 
 session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
 metadata = session.get_modelmeta().custom_metadata_map
@@ -16,7 +16,7 @@ if metadata["nms"] != "true" or metadata["fixed_size"] != "null":
     sys.exit(f"{sys.argv[1]} was exported with --no-nms or --size, which this example does not support.")
 names, shorter, longest = (json.loads(metadata[key]) for key in ("class_names", "min_size", "max_size"))
 
-image = Image.open(sys.argv[2]).convert("RGB")
+image = ImageOps.exif_transpose(Image.open(sys.argv[2])).convert("RGB")
 scale = min(shorter / min(image.size), longest / max(image.size)) if shorter else 1
 resized = np.asarray(image.resize([int(side * scale + 0.5) for side in image.size], Image.Resampling.BILINEAR))
 channels = resized.transpose(2, 0, 1)[:: -1 if metadata["input_format"] == "BGR" else 1]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-from urllib.parse import urlparse
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -27,7 +26,7 @@ def names_in_checkpoint(path: str) -> ClassOrder | None:
     Args:
         path: file or URL; only a local `.pth` file is read.
     """
-    file = urlparse(path).path
+    file = path.partition("?")[0]
     if not file.endswith(".pth") or not os.path.isfile(file):
         return None
     try:

@@ -83,6 +83,17 @@ def read_json(path: str) -> Any:
         raise UserError(f"{path} cannot be read ({reason}).") from error
 
 
+def check_output_file(path: str) -> None:
+    """Create the folder of an --output file and check that it is writable.
+
+    Raises:
+        UserError: the path is a folder, or its folder cannot be created or is not writable.
+    """
+    if os.path.isdir(path) or not os.path.basename(path):
+        raise UserError(f"--output {path} is a folder; name a file.")
+    check_output_folder(os.path.dirname(os.path.abspath(path)), "--output")
+
+
 def check_output_folder(folder: str, key: str = "OUTPUT_DIR") -> None:
     """Create the output folder and check that it is writable; messages refer to it by the config key or option `key`.
 

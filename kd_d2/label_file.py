@@ -16,9 +16,9 @@ from tqdm import tqdm
 from .data import build_test_loader, register_coco_json, register_synthetic
 from .engine.checks import check_classes, check_datasets, check_distillation
 from .errors import UserError
-from .files import check_output_folder, write_json
+from .files import check_output_file, write_json
 from .prediction.predict import to_annotations
-from .predictor import Category
+from .predictor import Category, unknown_names
 from .pseudo_labels import PseudoLabels
 from .teacher import Teacher
 
@@ -48,7 +48,7 @@ def write_label_file(
     register_coco_json(cfg)
     check_datasets(cfg, train=True)
     name = choose_dataset(cfg, dataset)
-    check_output_folder(os.path.dirname(os.path.abspath(output)), "--output")
+    check_output_file(output)
     teacher = Teacher.from_config(cfg)
     check_classes(cfg, teacher.model)
     if "detections" not in teacher.spec.provides or teacher.spec.num_classes is None:
@@ -103,7 +103,7 @@ def label_images(
     """
     names = MetadataCatalog.get(dataset).get("thing_classes") or []
     if len(names) != num_classes:
-        names = [f"class {number}" for number in range(num_classes)]
+        names = unknown_names(num_classes)
     categories = [Category(number, name) for number, name in enumerate(names, 1)]
     paths, images, annotations = [], [], []
     for batch in batches:

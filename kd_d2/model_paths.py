@@ -24,11 +24,13 @@ class ModelPath:
         title: name of the detector in tables and figures.
         config: config file; for an exported model given without a config, its file.
         weights: checkpoint or file of an exported model; "" for the config's MODEL.WEIGHTS.
+        run: output folder of the training, if it was given instead of a config.
     """
 
     title: str
     config: str
     weights: str
+    run: str | None = None
 
     @property
     def exported(self) -> str | None:
@@ -87,4 +89,4 @@ def _model_path(place: str, weights: str = "", *more: str) -> ModelPath:
     for file in (config, weights):
         if "://" not in file and not os.path.isfile(file):
             raise UserError(f"--model: {path} is not the output folder of a finished training: there is no {file}.")
-    return ModelPath(title or os.path.basename(os.path.abspath(path)), config, weights)
+    return ModelPath(title or os.path.basename(os.path.abspath(path)), config, weights, path)

@@ -18,7 +18,7 @@ from detectron2.structures import Instances
 
 from .adapters import build_adapter
 from .checkpoint import load_complete
-from .class_names import names_in_checkpoint
+from .class_names import names_in_checkpoint, names_in_training_set
 from .data import read_image, register_synthetic
 from .data.coco import read_categories as read_category_entries
 from .data.images import resize_at_test
@@ -36,7 +36,8 @@ class Category:
 def read_categories(cfg: CfgNode, num_classes: int | None) -> list[Category] | None:
     """Return the model's classes: names from its checkpoint, ids from the first set of DATASETS.TEST or TRAIN with them.
 
-    If the checkpoint has no names, they are taken from the first of these sets that has `num_classes` classes.
+    If the checkpoint has no names, they are taken from the first training set in DATASETS.COCO_JSON, else from the
+    first of these sets that has `num_classes` classes.
 
     Returns:
         Classes by class index, or None if `num_classes` is None.
@@ -45,7 +46,9 @@ def read_categories(cfg: CfgNode, num_classes: int | None) -> list[Category] | N
         return None
     register_synthetic()
     files = {name: path for name, path, _ in cfg.DATASETS.COCO_JSON}
-    own = names_in_checkpoint(cfg.MODEL.WEIGHTS)
+    own = names_in_checkpoint(cfg.MODEL.WEIGHTS) or names_in_training_set(cfg)
+    if own is not None and len(own.names) != num_classes:
+        own = None
     for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
         categories = _categories_of_file(files[name]) if name in files else _categories_of_catalog(name)
         if own is None and len(categories) == num_classes:
@@ -53,8 +56,12 @@ def read_categories(cfg: CfgNode, num_classes: int | None) -> list[Category] | N
         id_of = {category.name: category.id for category in categories}
         if own is not None and {*own.names} <= id_of.keys():
             return [Category(id_of[name], name) for name in own.names]
-    names = own.names if own else [f"class {number}" for number in range(num_classes)]
-    return [Category(number, name) for number, name in enumerate(names)]
+    return [Category(number, name) for number, name in enumerate(own.names if own else unknown_names(num_classes))]
+
+
+def unknown_names(count: int) -> list[str]:
+    """Return the names of classes whose own names are unknown."""
+    return [f"class {number}" for number in range(count)]
 
 
 def _categories_of_file(path: str) -> list[Category]:

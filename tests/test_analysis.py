@@ -23,12 +23,14 @@ from kd_d2.analysis import (
 )
 from kd_d2.analysis.base import nanmean
 from kd_d2.analysis.errors import ErrorAnalysis
+from kd_d2.analysis.models import restrict_images
 from kd_d2.files import read_json, write_json
 
 import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog
 from detectron2.utils.file_io import PathManager
 from helpers import ROOT, Project, clean_process, make_project, run_command
 from iopath.common.file_io import PathHandler
@@ -178,6 +180,21 @@ def test_models_that_cannot_be_loaded(tmp_path: Path, models: list[str], message
     named = [[part.format(**paths) for part in model.rsplit(" ", model.count(" {w"))] for model in models]
     with clean_process(), pytest.raises(UserError, match=message):
         load_models(named, [*_data(project), *([] if len(named) > 1 else ["MODEL.WEIGHTS", ""])])
+
+
+def test_the_same_images_in_several_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check two folders in one process, and that the results do not depend on how a folder's path is written."""
+    project = make_project(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    identities = []
+    with clean_process():
+        for output in ("one", "two", str(tmp_path / "one")):
+            Path(output).mkdir(exist_ok=True)
+            models = load_models([(str(project.student), str(project.teacher_weights))])
+            restrict_images(models, 2, output)
+            assert len(DatasetCatalog.get(models[0].dataset)) == 2
+            identities.append(models[0].identity())
+    assert identities[0] == identities[2]
 
 
 def test_nan_is_null_in_files(tmp_path: Path) -> None:

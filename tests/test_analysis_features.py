@@ -148,6 +148,14 @@ def test_two_students_and_their_teacher(tmp_path: Path, capsys: pytest.CaptureFi
     assert "| copy " in capsys.readouterr().out
 
 
+def test_detectors_with_different_finest_levels(tmp_path: Path) -> None:
+    """Check that channels are drawn at the finest level of both: the first detector has stride 4, the second not."""
+    first, second = make_project(tmp_path / "a", "faster-rcnn"), make_project(tmp_path / "b")
+    common = ["--images", 1, "--pictures", 1, "--output", tmp_path / "out"]
+    run(*_model(first, "big"), *_model(second, "small"), *common, *_data(second))
+    assert cv2.imread(str(tmp_path / "out" / "channels" / "000.png")) is not None
+
+
 def test_levels_do_not_know_of_padding(tmp_path: Path) -> None:
     """Check images of 64 x 96 pixels, padded to 128: the finest map is 8 x 12."""
     project = make_project(tmp_path)

@@ -163,6 +163,10 @@ def test_a_picture_for_each_image_with_instances(draw: Callable, capsys) -> None
 def test_files_of_ones_own_have_no_ranks(draw: Callable, distilled: Project, tmp_path: Path) -> None:
     image = distilled.annotations.parent / "images" / "001.png"
     assert draw("--input", image) == ["001.png"]
+    other = tmp_path / "other" / "001.png"
+    other.parent.mkdir()
+    other.write_bytes(image.read_bytes())
+    assert draw("--input", image, other) == ["001-2.png", "001.png"]
     picture = cv2.imread(str(tmp_path / "out" / "001.png"))
     assert picture.shape == (
         3 * (360 + 34 + 8),

@@ -120,14 +120,30 @@ def test_names_in_a_checkpoint(tmp_path: Path) -> None:
     for asynchronous in (False, True):
         checkpointer = KDCheckpointer(nn.Linear(2, 2), str(tmp_path))
         checkpointer.class_names, checkpointer.asynchronous = list(OWN.names), asynchronous
-        checkpointer.save("own")
+        checkpointer.save("run #2")
         checkpointer.wait()
-        assert names_in_checkpoint(str(tmp_path / "own.pth")) == ClassOrder(OWN.names, str(tmp_path / "own.pth"))
-        (tmp_path / "own.pth").unlink()
+        path = str(tmp_path / "run #2.pth")
+        for query in ("", "?matching_heuristics=True"):
+            assert names_in_checkpoint(path + query) == ClassOrder(OWN.names, path)
+        Path(path).unlink()
     torch.save({"model": {}, CLASS_NAMES: [1, 2]}, tmp_path / "numbers.pth")
     (tmp_path / "damaged.pth").write_bytes(b"PK\x03\x04")
     for name in ("numbers.pth", "damaged.pth", "gone.pth", "model.pkl"):
         assert names_in_checkpoint(str(tmp_path / name)) is None
+
+
+def test_a_checkpoint_without_names_has_the_classes_of_the_training_data(tmp_path: Path) -> None:
+    """Check the names in the order of the training data, with the ids of test data that have another order."""
+    project = make_project(tmp_path)
+    tree = json.loads(project.annotations.read_text())
+    _write_in_other_order(tree)
+    (tmp_path / "val.json").write_text(json.dumps(tree))
+    images = str(project.annotations.parent / "images")
+    files = [[project.name, str(project.annotations), images], ["val", str(tmp_path / "val.json"), images]]
+    weights = ["MODEL.WEIGHTS", str(project.teacher_weights)]
+    cfg = load_config(str(project.student), [*weights, "DATASETS.COCO_JSON", files, "DATASETS.TEST", ["val"]])
+    found = [(category.id, category.name) for category in read_categories(cfg, 3)]
+    assert found == [(2, "red"), (3, "green"), (1, "blue")]
 
 
 @pytest.fixture(scope="module")

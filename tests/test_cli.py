@@ -98,6 +98,7 @@ def test_completion(capsys: pytest.CaptureFixture) -> None:
         ("a.yaml INPUT.MIN_SIZE_TEST= SEED -1", "a.yaml", "INPUT.MIN_SIZE_TEST= SEED -1"),
         ("a.yaml SOLVER.STEPS --x", "a.yaml", "SOLVER.STEPS --x"),
         ("--input My.JPG A.b", "--input My.JPG A.b", ""),
+        ("--input DSC_0001.JPG SEED 3", "--input DSC_0001.JPG", "SEED 3"),
         ("a.yaml SEED 3 no_key x", "a.yaml", "SEED 3 no_key x"),  # reported as an unknown key when the config is read
     ],
 )
@@ -145,8 +146,8 @@ def test_models(run_folder: Path) -> None:
     assert read_model_paths(values) == [
         ModelPath("a", "dir/a.yaml", ""),
         ModelPath("b", "dir/a.yaml", "x.pth"),
-        ModelPath("ssim=4", config, weights),
-        ModelPath("c", config, str(other)),
+        ModelPath("ssim=4", config, weights, str(run_folder)),
+        ModelPath("c", config, str(other), str(run_folder)),
     ]
     assert ModelPath("b", "a.yaml", "x.pth").overrides == ["MODEL.WEIGHTS", "x.pth"]
     assert ModelPath("b", "a.yaml", "").overrides == []
@@ -262,6 +263,17 @@ def test_an_evaluation_leaves_the_configs_of_the_training(tmp_path: Path) -> Non
     run_command("eval", "--model", project.output, "INPUT.MIN_SIZE_TEST", 48)
     assert (project.output / "eval.json").is_file()
     assert {name: (project.output / name).read_text() for name in names} == before
+
+
+def test_an_evaluation_of_a_moved_run_writes_to_it(tmp_path: Path) -> None:
+    """Check that the results are in the run's folder, not in the OUTPUT_DIR of its config, unless it is overridden."""
+    project = make_project(tmp_path, SOLVER__MAX_ITER=1, SOLVER__STEPS=())
+    run_command("train", project.student)
+    moved_to = project.output.rename(tmp_path / "moved")
+    run_command("eval", "--model", moved_to)
+    assert (moved_to / "eval.json").is_file() and not project.output.exists()
+    run_command("eval", "--model", moved_to, "OUTPUT_DIR", tmp_path / "elsewhere")
+    assert (tmp_path / "elsewhere" / "eval.json").is_file()
 
 
 def test_in_a_fresh_process_reading_a_config_registers_its_detector(tmp_path: Path) -> None:

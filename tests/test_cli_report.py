@@ -192,6 +192,14 @@ def test_what_is_missing(tmp_path: Path, monkeypatch, capfd, options: list[str],
     assert not (tmp_path / "page.html").exists()
 
 
+def test_a_folder_in_place_of_the_page(tmp_path: Path, capfd) -> None:
+    ranks = next(folder for folder in _analyses(tmp_path) if folder.name == "ranks")
+    for output in (str(ranks), f"{tmp_path}/new/"):
+        with pytest.raises(SystemExit):
+            run("--output", output, ranks)
+        assert capfd.readouterr().err == f"error: --output {output} is a folder; name a file.\n"
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"a": 1}', "null", None])
 @pytest.mark.parametrize("name", list(ANALYSES))
 def test_files_that_hold_something_else(tmp_path: Path, capfd, name: str, text: str | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import signal
 import socket
 import stat
@@ -137,6 +138,12 @@ def test_an_installation_that_works() -> None:
     done = _run(sys.executable, CLUSTER / "check_install.py", cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.startswith("kd_d2 works: python ")
+
+
+def test_an_installation_without_optional_packages(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "imagecorruptions", None)
+    runpy.run_path(str(CLUSTER / "check_install.py"))["main"](False)
+    assert capsys.readouterr().out.startswith("kd_d2 works: python ")
 
 
 STANDINS = {

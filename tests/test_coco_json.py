@@ -268,6 +268,21 @@ ACCEPTED = {
         _each("annotations", "category_id", lambda value, _: str(value)),
         "references read as whole numbers (4; the first: category_id '2')",
     ),
+    "huge ids of images": (
+        _all(
+            _each("images", "id", lambda value, _: 2**62 + value),
+            _each("annotations", "image_id", lambda value, _: 2**62 + value),
+        ),
+        "images numbered from 1 because ids are too large (1; the first: 4611686018427387905)",
+    ),
+    "huge ids of categories": (
+        _all(
+            _each("categories", "id", lambda value, _: 2**62 + value),
+            _each("annotations", "category_id", lambda value, _: 2**62 + value),
+            lambda tree: tree["categories"].reverse(),
+        ),
+        "categories numbered from 1 because ids are too large (1; the first: 4611686018427387907)",
+    ),
     "ids of text": (_ids_of_text, "images numbered from 1 because ids are text (1; the first: 'image-1')"),
     "no annotation ids": (
         _without("annotations", "id"),

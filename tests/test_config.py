@@ -369,6 +369,18 @@ def test_evaluating_the_student_needs_no_teacher_and_no_training_data(files: Fil
     assert load_config(str(path), student_only=True).MODEL.META_ARCHITECTURE == "RetinaNet"
 
 
+def test_an_evaluation_finds_training_data_that_exist(
+    files: Files, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check that their path, whose classes are the model's, does not depend on the working directory."""
+    path = files.student(DATASETS__COCO_JSON=[["mine", "train.json", "images"]], DATASETS__TRAIN=["mine"])
+    (files.folder / "train.json").touch()
+    (files.folder / "images").mkdir()
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    [[_, *found]] = load_config(str(path), student_only=True).DATASETS.COCO_JSON
+    assert found == [str(files.folder / name) for name in ("train.json", "images")]
+
+
 def test_the_same_file_trains_the_plain_student(files: Files) -> None:
     """Check that MODEL.KD is not validated if the meta-architecture is that of the student."""
     path = files.student(MODEL__KD__DISTILLERS=["Unknown"], MODEL__KD__TEACHER__WEIGHTS="gone.pth")

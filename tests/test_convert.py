@@ -785,6 +785,19 @@ def test_a_share_for_validation(tmp_path: Path) -> None:
         run(written.root, val_share=0.3)
 
 
+def test_a_share_of_images_whose_names_are_not_utf8(tmp_path: Path) -> None:
+    """Check names in Latin-1, as older archives have them."""
+    for number in range(4):
+        name = os.fsdecode(b"stra\xdfe%d" % number)
+        picture(tmp_path / "set" / f"{name}.png")
+        text(tmp_path / "set" / f"{name}.txt", "0 0.5 0.5 0.5 0.5")
+    text(tmp_path / "set" / "classes.txt", "car")
+    assert {split: len(boxes(tree)) for split, tree in run(tmp_path / "set", val_share=0.5).items()} == {
+        "train": 2,
+        "val": 2,
+    }
+
+
 def test_folders_that_cannot_be_converted(tmp_path: Path) -> None:
     assert refusal(tmp_path / "nowhere") == "IN: there is no folder IN_FOLDER."
     empty = tmp_path / "empty"

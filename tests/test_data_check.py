@@ -239,6 +239,16 @@ def test_the_command_on_a_config(tmp_path: Path, capsys: pytest.CaptureFixture) 
     assert skips
 
 
+def test_what_a_training_needs(tmp_path: Path) -> None:
+    """Check that segmentations are needed for masks, and that nothing but images is needed for pseudo-labels."""
+    project = make_project(tmp_path)
+    (error,), _ = found(sets_of_config(str(project.student), ["MODEL.MASK_ON", "True", "DATASETS.TEST", "()"])[0])
+    assert "has no segmentation, which MODEL.MASK_ON needs" in error
+    project.change(MODEL__KD__PSEUDO_LABELS__ENABLED=True)
+    project.change_annotations(lambda tree: [tree.pop(key) for key in ("annotations", "categories")])
+    assert found(sets_of_config(str(project.student), ["DATASETS.TEST", "()"])[0])[0] == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

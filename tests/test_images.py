@@ -85,6 +85,16 @@ def test_images_that_are_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert str(caught.value) == expected
 
 
+@pytest.mark.parametrize(("suffix", "dtype"), [("png", np.uint16), ("tif", np.uint16), ("tif", np.float32)])
+def test_images_of_more_than_8_bits(tmp_path: Path, suffix: str, dtype: type) -> None:
+    """Check grayscale images, whose values Pillow cuts off at 255: a picture of 12 bits would be nearly white."""
+    path = tmp_path / f"deep.{suffix}"
+    Image.fromarray(np.arange(4096).reshape(64, 64).astype(dtype)).save(path)
+    for read in (_map, lambda path: read_image(str(path), "RGB")):
+        with pytest.raises(DataError, match=r"deep\.\w+ cannot be used: .*; convert it to 8 bits\.$"):
+            read(path)
+
+
 @pytest.mark.parametrize("size", [(1, 6000), (6000, 1)])
 def test_images_that_are_too_narrow(tmp_path: Path, size: tuple[int, int]) -> None:
     """Check strips whose shorter side of 1333 / 6000 pixels is rounded to 0."""

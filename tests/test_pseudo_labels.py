@@ -339,6 +339,7 @@ def test_labels_are_of_scaled_images(tiny_detector: Callable, make_inputs: Calla
         ({}, ("--dataset", "other"), "--dataset 'other' is not in DATASETS.TRAIN: tiny_"),
         ({}, ("--score-thresh", 1.0), "--score-thresh is 1.0; it must be from 0 to below 1"),
         ({}, ("--output", "/proc/none/labels.json"), "--output /proc/none cannot be written"),
+        ({}, ("--output", "/proc"), "--output /proc is a folder; name a file."),
     ],
 )
 def test_wrong_arguments_of_the_command(

@@ -126,6 +126,14 @@ def test_two_adapters_for_one_class(one_level_files, tiny_detector):
         build_adapter(tiny_detector("retinanet"))
 
 
+def test_links_between_files() -> None:
+    """Check that the files exist in the repository, where they are read on GitHub."""
+    pages = [page for folder in ("docs", "projects", "benchmarks", "cluster") for page in (ROOT / folder).rglob("*.md")]
+    for page in [*ROOT.glob("*.md"), *pages]:
+        for target in re.findall(r"\]\(([^)\s#]+)", page.read_text()):
+            assert "://" in target or (page.parent / target).exists(), (page, target)
+
+
 def test_the_table_of_methods_and_detectors() -> None:
     """Check each ✓ in the README against what the methods need and the detectors provide."""
     columns = {"retinanet": 3, "fcos": 3, "atss": 3, "gfl": 3, "fsaf": 3, "reppoints": 4, "faster-rcnn": 5}

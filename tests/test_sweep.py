@@ -13,6 +13,7 @@ from statistics import mean
 
 from kd_d2 import UserError
 from kd_d2.cli import main
+from kd_d2.config import load_config
 from kd_d2.figures import save_figure
 from kd_d2.files import write_json
 from kd_d2.sweep import SweepOptions, plots, report, run_sweep, runner
@@ -166,6 +167,13 @@ def test_fragments_are_laid_over_the_config(tmp_path):
         read_matrix(str(tmp_path / "matrix.yaml"))
 
 
+def test_nested_opts_are_read_as_in_a_config(tmp_path):
+    """Check that overrides may be written as groups of keys, which a command line does not have."""
+    text = "config: STUDENT\nbaseline: a\ncells: {a: {opts: {SOLVER: {BASE_LR: 0.5, AMP: {ENABLED: True}}, SEED: 1}}}\n"
+    cell = read_matrix(write_matrix(tmp_path, text)).cell("a")
+    assert cell.opts == ("SOLVER.BASE_LR", 0.5, "SOLVER.AMP.ENABLED", True, "SEED", 1)
+
+
 def test_the_teacher_is_evaluated_among_the_cells(tmp_path, monkeypatch):
     """Check that the evaluation is the first job, and the number of parallel jobs and of threads."""
     started = []
@@ -239,6 +247,7 @@ def test_no_two_lines_of_a_plot_look_alike(count):
         ),
         ("config: STUDENT\nbaseline: plain\ncells: {'../plain': {}}", "the cell '../plain' is not a valid folder name"),
         ("config: STUDENT\nbaseline: plain\ncells: {.: {}}", "the cell '.' is not a valid folder name"),
+        ("config: STUDENT\nbaseline: plain\ncells: {plain: , teacher: }", "no cell can be named 'teacher'"),
     ],
 )
 def test_a_wrong_matrix_is_one_sentence(tmp_path, text, message):
@@ -249,12 +258,24 @@ def test_a_wrong_matrix_is_one_sentence(tmp_path, text, message):
 
 
 def test_selecting_an_unknown_cell(tmp_path):
-    """Check that an unknown cell is refused by name, and that runs are ordered by seed, then by cell."""
+    """Check that an unknown cell or seed is refused, and that runs are ordered by seed, then by cell."""
     matrix = read_matrix(write_matrix(tmp_path, MATRIX))
     with pytest.raises(UserError, match="no cell 'worse'; available: plain, inheritance"):
         matrix.select(["worse"], None)
+    with pytest.raises(UserError, match="no cell with the seed 7; available: 0, 1, 2"):
+        matrix.select(None, [1, 7])
     pairs = [(cell.name, seed) for cell, seed in matrix.select(["better", "plain"], None)]
     assert pairs == [("plain", 0), ("better", 0), ("better", 1), ("better", 2)]
+
+
+@pytest.mark.parametrize("report_only", [False, True])
+def test_an_unknown_cell_is_refused_before_training(tmp_path, monkeypatch, report_only):
+    """Check that the teacher of the sweep is not trained, and that no table is written."""
+    matrix = read_matrix(write_matrix(tmp_path, f"teacher: {{config: STUDENT}}{MATRIX}"))
+    monkeypatch.setattr(report, "run_jobs", lambda *_: pytest.fail("trained"))
+    with pytest.raises(UserError, match="no cell 'worse'"):
+        run_sweep(matrix, str(tmp_path / "out"), [], SweepOptions(report_only=report_only, cells=["worse"]))
+    assert not (tmp_path / "out").exists()
 
 
 def test_settings_ignore_places_and_defaults():
@@ -263,6 +284,13 @@ def test_settings_ignore_places_and_defaults():
     assert settings["SOLVER.BASE_LR"] == 0.5
     assert settings["SOLVER.STEPS"] == [560, 720]
     assert not {"OUTPUT_DIR", "SEED", "MODEL.DEVICE", "MODEL.MASK_ON"} & settings.keys()
+
+
+@pytest.mark.parametrize("names", ["()", "('synthetic_val', 'synthetic_train')"])
+def test_results_are_those_of_one_data_set(names):
+    """Check that a sweep with another number of test sets is refused before training."""
+    with pytest.raises(UserError, match=r"DATASETS.TEST names [02] datasets; a sweep needs exactly one"):
+        measured_settings(STUDENT, ["DATASETS.TEST", names])
 
 
 def test_a_finished_cell_is_not_run_again(tmp_path, monkeypatch, caplog):
@@ -278,6 +306,27 @@ def test_a_finished_cell_is_not_run_again(tmp_path, monkeypatch, caplog):
     changed = training_job(matrix.cell("better"), 0, str(tmp_path), str(tmp_path / "cells"), ["SOLVER.GAMMA", "0.2"])
     with pytest.raises(UserError, match=r"SOLVER.GAMMA: default then, 0.2 now"):
         run_jobs([changed], 1, 1)
+
+
+def test_a_training_with_other_settings_is_not_resumed(tmp_path, monkeypatch):
+    """Check that a checkpoint is resumed only with the settings of its config, whose data may be elsewhere by now."""
+    monkeypatch.setattr(runner, "PROGRAM", (sys.executable, str(tmp_path / "nothing.py")))
+    cell = read_matrix(write_matrix(tmp_path, MATRIX)).cell("better")
+    same, other = (
+        training_job(cell, 0, str(tmp_path), str(tmp_path / "cells"), opts) for opts in ([], ["SOLVER.GAMMA", "0.2"])
+    )
+    os.makedirs(same.output)
+    cfg = load_config(STUDENT, cell.opts)
+    cfg.DATASETS.COCO_JSON = [["synthetic_val", "/gone/val.json", "/gone/images"]]
+    for name, text in (("config.yaml", cfg.dump()), ("last_checkpoint", "model_0000399.pth")):
+        with open(os.path.join(same.output, name), "w") as file:
+            file.write(text)
+    with pytest.raises(
+        UserError, match=r"seed0 has a training with different settings \(SOLVER.GAMMA: default then, 0.2"
+    ):
+        run_jobs([other], 1, 1)
+    with pytest.raises(UserError, match="1 cells failed"):  # it was started
+        run_jobs([same], 1, 1)
 
 
 def test_a_failing_cell_is_named_and_others_finish(tmp_path, monkeypatch):
@@ -479,7 +528,7 @@ def test_jobs_import_what_the_sweep_imports(tmp_path):
 
 
 def test_costs_of_images_that_have_to_be_padded(tmp_path):
-    """Check that a test size of 40 costs as much as its padded size, 64, and that equal detectors cost the same."""
+    """Check a test size of 40, its padded size, 64, and no resizing, and that equal detectors cost the same."""
     matrix = read_matrix(
         write_matrix(
             tmp_path,
@@ -487,11 +536,13 @@ def test_costs_of_images_that_have_to_be_padded(tmp_path):
         )
     )
     narrow = ["MODEL.SLIM_RESNET.WIDTHS", "(4, 6, 8, 10)", "MODEL.FPN.OUT_CHANNELS", "8"]
-    odd, padded = (measure_costs(matrix, [*narrow, "INPUT.MIN_SIZE_TEST", side]) for side in ("40", "64"))
+    odd, padded, unresized = (
+        measure_costs(matrix, [*narrow, "INPUT.MAX_SIZE_TEST", 64, "INPUT.MIN_SIZE_TEST", side]) for side in (40, 64, 0)
+    )
     assert odd.keys() == {"teacher", "plain", "same"}
     assert odd["plain"] == odd["same"] == odd["teacher"]
     for key in ("params", "gflops"):
-        assert odd["plain"][key] == padded["plain"][key] > 0
+        assert odd["plain"][key] == padded["plain"][key] == unresized["plain"][key] > 0
 
 
 def test_plain_detectors_are_compared_without_a_teacher(tmp_path):

@@ -19,7 +19,7 @@ from ..files import check_output_folder
 from ..meta_arch import KDMetaArch
 from .base import Analysis, check_at_least
 from .drawing import draw_instances, enlarged, overlay_heat, per_pixel, sheet, titled, write_picture
-from .examples import picture_name, pixels, read_examples
+from .examples import picture_names, pixels, read_examples
 from .models import Distillation, load_distillations
 
 SIDE = 200  # shorter side of a picture, in pixels
@@ -61,13 +61,13 @@ class AttentionAnalysis(Analysis):
         check_output_folder(output, "--output")
         examples = read_examples(distillation.cfg, images)
         shares = []
-        for example in examples:
+        for example, name in zip(examples, picture_names(examples), strict=True):
             target = example["instances"].to(model.device)
             (attention,) = icd.attention_maps(model.teacher([example], icd.needs), [target])
             shares.append(torch.stack(share_inside(attention, target)).cpu())
             image = pixels(example, distillation.cfg)
             picture = draw_attention(image, target.to("cpu"), attention, distillation.class_names, instances)
-            write_picture(os.path.join(output, picture_name(example)), picture)
+            write_picture(os.path.join(output, name), picture)
         shares = torch.cat(shares, 1)
         return cls(len(examples), shares.shape[1], *shares.mean(1).tolist())
 

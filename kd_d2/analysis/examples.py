@@ -53,6 +53,18 @@ def picture_name(example: dict) -> str:
     return file_stem(os.path.splitext(os.path.basename(example["file_name"]))[0]) + ".png"
 
 
+def picture_names(examples: list[dict]) -> list[str]:
+    """Return different file names for pictures of examples; equal names, from other folders, are numbered."""
+    names: dict[str, None] = {}
+    for example in examples:
+        name, number = picture_name(example), 1
+        while name in names:
+            number += 1
+            name = f"{picture_name(example).removesuffix('.png')}-{number}.png"
+        names[name] = None
+    return list(names)
+
+
 def pixels(example: dict, cfg: CfgNode) -> np.ndarray:
     """Return the image of an example as RGB (H, W, 3) uint8."""
     image = example["image"].permute(1, 2, 0).numpy()

@@ -249,9 +249,12 @@ def restrict_images(models: Sequence[TrainedModel], count: int, output: str) -> 
     images = [tree["images"][place] for place in chosen]
     ids = {image["id"] for image in images}
     annotations = [a for a in tree["annotations"] if a["image_id"] in ids]
-    path = os.path.join(output, f"{count}-images.json")
+    path = os.path.abspath(os.path.join(output, f"{count}-images.json"))
     write_json(path, {**tree, "images": images, "annotations": annotations}, indent=None)
     entry = [f"{dataset}_{count}_images", path, MetadataCatalog.get(dataset).image_root]
+    if entry[0] in DatasetCatalog.list():  # of an earlier analysis in this process
+        DatasetCatalog.remove(entry[0])
+        MetadataCatalog.remove(entry[0])
     classes = names_in_data(models[0].cfg)
     for model in models:
         model.cfg.DATASETS.COCO_JSON = [entry]

@@ -26,7 +26,7 @@ from ..losses import prediction_difference
 from ..meta_arch import KDMetaArch
 from .base import Analysis, check_at_least
 from .drawing import PALETTE, draw_instances, enlarged, overlay_heat, per_pixel, sheet, titled, write_picture
-from .examples import picture_name, pixels, read_examples, read_files
+from .examples import picture_names, pixels, read_examples, read_files
 from .models import Distillation, load_distillations
 
 SIDE = 240  # shorter side of a picture, in pixels
@@ -81,10 +81,11 @@ class RankAnalysis(Analysis):
         (distillation,) = models
         pair = Pair(distillation)
         check_output_folder(output, "--output")
-        cfg, names = distillation.cfg, []
-        for example in read_files(cfg, input) if input else read_examples(cfg, images):
-            names.append(picture_name(example))
-            write_picture(os.path.join(output, names[-1]), pair.draw(example, instances, score_thresh))
+        cfg = distillation.cfg
+        examples = read_files(cfg, input) if input else read_examples(cfg, images)
+        names = picture_names(examples)
+        for example, name in zip(examples, names, strict=True):
+            write_picture(os.path.join(output, name), pair.draw(example, instances, score_thresh))
         return cls(names, pair.layers is not None)
 
     def sentences(self) -> list[str]:

@@ -8,6 +8,7 @@ kd-d2 eval --teacher-of CONFIG [KEY VALUE ...]
 from __future__ import annotations
 
 import argparse
+import os
 
 from ..arguments import add_import_argument, add_launch_arguments, add_model_argument
 from ..errors import UserError
@@ -32,6 +33,8 @@ def run(args: argparse.Namespace) -> None:
     if not args.eval_teacher:
         model = read_one_model_path(args.model, may_be_exported=True)
         args.config_file = model.config
+        if model.run is not None:  # it may have been moved since its config was written
+            args.opts = ["OUTPUT_DIR", os.path.abspath(model.run), *args.opts]
         if model.exported is None:
             args.opts += model.overrides
         elif model.config == model.exported:
@@ -40,4 +43,5 @@ def run(args: argparse.Namespace) -> None:
             from ..export import evaluating
 
             evaluate, args.exported = evaluating.main, model.exported
+            args.opts += ["MODEL.WEIGHTS", ""]
     launch(evaluate, args)

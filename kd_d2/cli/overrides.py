@@ -6,8 +6,9 @@ import re
 
 from ..errors import UserError
 
+_NODES = "DATALOADER|DATASETS|GLOBAL|INPUT|MODEL|SOLVER|TEST"
 _TOP_LEVEL_KEYS = "CUDNN_BENCHMARK|FLOAT32_PRECISION|OUTPUT_DIR|SEED|VERSION|VIS_PERIOD"
-_OVERRIDE = re.compile(rf"((?:[A-Z][A-Z0-9_]*(?:\.[A-Z0-9_]+)+)|{_TOP_LEVEL_KEYS})(?:=(.*))?", re.DOTALL)
+_OVERRIDE = re.compile(rf"((?:{_NODES})(?:\.[A-Z0-9_]+)+|{_TOP_LEVEL_KEYS})(?:=(.*))?", re.DOTALL)
 
 
 def split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:

@@ -9,7 +9,6 @@ sweep adds its table with spreads, curves, settings and versions. The page opens
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 
 from ..arguments import add_import_argument
@@ -28,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ..analysis.base import is_analysis, load_analysis
-    from ..files import check_output_folder, write_text
+    from ..files import check_output_file, write_text
     from ..report import render
     from ..report.sections import is_run, run_section, sweep_section
     from ..sweep import read_matrix
@@ -56,6 +55,6 @@ def run(args: argparse.Namespace) -> None:
                     "nor that of a finished kd-d2 analyze (it has no analysis.json)."
                 )
         page = render(args.title, sections, versions())
-    check_output_folder(os.path.dirname(os.path.abspath(args.output)), "--output")
+    check_output_file(args.output)
     write_text(args.output, page)
     print(f"{args.output}: {len(page.encode()) / 1e6:.1f} MB")

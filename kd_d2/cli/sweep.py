@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report", metavar="DIR", help="folder for table and plots (default: that of --results)")
     parser.add_argument("--readme", metavar="FILE[#NAME]", help="Markdown file whose marked table is replaced")
     parser.add_argument("--report-only", action="store_true", help="report finished trainings without running any")
-    parser.add_argument("--cells", nargs="+", metavar="NAME", help="only these, plus baseline and plain student")
+    parser.add_argument(
+        "--cells", nargs="+", metavar="NAME", help="train only these; baseline and plain student stay in the table"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="only these seeds")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="number of parallel trainings (default 1)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads per training (default 1)")

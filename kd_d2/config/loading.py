@@ -63,14 +63,13 @@ def _resolve_paths(cfg: CN, folder: str, student_only: bool, needs_data: bool) -
     used = set(cfg.DATASETS.TEST) | (set() if student_only else set(cfg.DATASETS.TRAIN))
     resolved = []
     for name, json_file, images in cfg.DATASETS.COCO_JSON:
-        if name in used:
-            key = f"DATASETS.COCO_JSON ({name})"
-            try:
-                json_file = find_file(json_file, key, folder)
-                images = find_file(images, key, folder, is_folder=True)
-            except UserError:
-                if needs_data:
-                    raise
+        key = f"DATASETS.COCO_JSON ({name})"
+        try:
+            json_file = find_file(json_file, key, folder)
+            images = find_file(images, key, folder, is_folder=True)
+        except UserError:
+            if needs_data and name in used:
+                raise
         resolved.append([name, json_file, images])
     cfg.DATASETS.COCO_JSON = resolved
     if cfg.MODEL.WEIGHTS:

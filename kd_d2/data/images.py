@@ -54,11 +54,16 @@ def read_checked(path: str, read: Callable[[], Content]) -> Content:
         read: function that loads the file; called a second time if the file is a truncated JPEG.
 
     Raises:
-        DataError: the file is missing, not in one of IMAGE_FORMATS, damaged, too large or too narrow.
+        DataError: the file is missing, not in one of IMAGE_FORMATS, damaged, too large or too narrow, or its values have
+            more than 8 bits.
     """
     try:
         with open_image(path) as image:
             is_jpeg = image.format in ("JPEG", "MPO")
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(
+                    "it has 16 or 32 bits a value, of which only 0 to 255 would be kept; convert it to 8 bits"
+                )
         try:
             return read()
         except OSError as error:

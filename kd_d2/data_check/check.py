@@ -76,16 +76,18 @@ def check_sets(sets: list[DataSet], images: int | None = 200, *, skips_unusable:
     findings: list[Finding] = []
     for dataset in sets:
         try:
-            read.append((dataset, read_coco(dataset.json_file, dataset.folder)))
+            data = read_coco(dataset.json_file, dataset.folder, annotated=dataset.annotated, masks=dataset.masks)
+            read.append((dataset, data))
         except UserError as error:
             findings.append(Finding(True, dataset.name, str(error)))
     statistics = [measure(data) for _, data in read]
     for (dataset, data), counts in zip(read, statistics):
-        findings += find_in_set(dataset.name, data, counts)
+        findings += find_in_set(dataset, data, counts)
         findings += find_unreadable(dataset, data, images, skips_unusable)
-    for (dataset, data), counts in zip(read[1:], statistics[1:]):
-        first, first_data = read[0]
-        findings += find_between(first.name, first_data, dataset.name, data, (statistics[0], counts))
+    annotated = [(*entry, counts) for entry, counts in zip(read, statistics) if entry[0].annotated]
+    for dataset, data, counts in annotated[1:]:
+        first, first_data, first_counts = annotated[0]
+        findings += find_between(first.name, first_data, dataset.name, data, (first_counts, counts))
     findings += find_repeated(read)
     return DataCheck(read, statistics, findings, images)
 

@@ -11,6 +11,7 @@ from ..data.coco import CocoData
 from ..data.coco.boxes import reaches_out
 from ..data.coco_json import ClassOrder, with_classes
 from ..errors import UserError
+from .sets import DataSet
 from .statistics import SetStatistics
 
 SMALLEST_SIDE = 2  # px
@@ -34,12 +35,12 @@ class Finding:
     text: str
 
 
-def find_in_set(name: str, data: CocoData, statistics: SetStatistics) -> Iterator[Finding]:
+def find_in_set(dataset: DataSet, data: CocoData, statistics: SetStatistics) -> Iterator[Finding]:
     """Find repairs, suspicious boxes, and rare or similarly named classes of one dataset."""
     for text in (*data.repairs.sentences(), *_about_boxes(data), *_about_classes(statistics)):
-        yield Finding(False, name, text)
-    if not statistics.boxes:
-        yield Finding(True, name, "it has no boxes.")
+        yield Finding(False, dataset.name, text)
+    if dataset.annotated and not statistics.boxes:
+        yield Finding(True, dataset.name, "it has no boxes.")
 
 
 def _about_boxes(data: CocoData) -> Iterator[str]:

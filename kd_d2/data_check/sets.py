@@ -8,7 +8,7 @@ from typing import Any
 
 from detectron2.data import MetadataCatalog
 
-from ..config import load_config
+from ..config import load_config, read_config, reads_annotations
 from ..config_files import find_config_file, find_file
 from ..data import register_synthetic
 from ..errors import UserError
@@ -22,12 +22,16 @@ class DataSet:
         role: "train" or "test".
         name: name for tables and messages.
         json_file, folder: annotation file in COCO format, and folder of the images.
+        annotated: whether the annotations are used.
+        masks: whether each object needs a segmentation.
     """
 
     role: str
     name: str
     json_file: str
     folder: str
+    annotated: bool = True
+    masks: bool = False
 
 
 def sets_of_config(config_file: str, opts: list[Any]) -> tuple[list[DataSet], bool]:
@@ -37,6 +41,7 @@ def sets_of_config(config_file: str, opts: list[Any]) -> tuple[list[DataSet], bo
         UserError: the config cannot be read, or a set is missing or not in COCO format.
     """
     cfg = load_config(config_file, opts, student_only=True, needs_data=False)
+    trains_on_annotations = reads_annotations(read_config(config_file, opts))
     register_synthetic()
     base = os.path.dirname(find_config_file(config_file, "the config"))
     entries = {name: (json_file, folder) for name, json_file, folder in cfg.DATASETS.COCO_JSON}
@@ -46,7 +51,8 @@ def sets_of_config(config_file: str, opts: list[Any]) -> tuple[list[DataSet], bo
             json_file, folder = entries.get(name) or _built_in(role.upper(), name)
             key = f"DATASETS.COCO_JSON ({name})"
             json_file, folder = find_file(json_file, key, base), find_file(folder, key, base, is_folder=True)
-            sets.append(DataSet(role, name, json_file, folder))
+            annotated = role == "test" or trains_on_annotations
+            sets.append(DataSet(role, name, json_file, folder, annotated, cfg.MODEL.MASK_ON and annotated))
     if not sets:
         raise UserError(f"{config_file}: DATASETS.TRAIN and DATASETS.TEST are empty: name a dataset.")
     return sets, cfg.DATALOADER.SKIP_UNUSABLE_IMAGES

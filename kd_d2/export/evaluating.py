@@ -9,12 +9,13 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, MetadataCatalog
 
-from ..data import build_test_loader
+from ..data import ClassOrder, build_test_loader, register_coco_json
 from ..engine.program import write_results
 from ..engine.setup import setup
 from ..engine.trainer import KDTrainer
 from ..errors import UserError
 from ..extensions import import_extensions
+from ..predictor import unknown_names
 from .metadata import Resize
 from .running import ExportedModel, load_exported
 
@@ -32,10 +33,12 @@ def evaluate_exported(cfg: CfgNode, path: str) -> dict[str, Any]:
     """Evaluate a file of `kd-d2 export` on DATASETS.TEST, with images resized according to its metadata.
 
     Raises:
-        UserError: see `load_exported`; or a dataset has a different number of classes.
+        UserError: see `load_exported`; or a dataset has different classes.
     """
     model = load_exported(path)
     names = model.metadata.class_names
+    if names != unknown_names(len(names)):
+        register_coco_json(cfg, ClassOrder(tuple(names), path), train=False)
     for dataset in cfg.DATASETS.TEST:
         classes = MetadataCatalog.get(dataset).get("thing_classes", names)
         if len(classes) != len(names):

@@ -36,9 +36,10 @@ def prepared(path: str, metadata: ExportMetadata) -> Tensor:
 def synthetic(metadata: ExportMetadata, count: int = 4) -> list[Tensor]:
     """Return noise images of several sizes; the last image is uniformly gray."""
     random = np.random.RandomState(0)
+    side = metadata.min_size or 256  # 0: images are not resized
     images = []
     for number in range(count):
-        height, width = metadata.fixed_size or random.randint(metadata.min_size // 2, metadata.min_size * 3 // 2, 2)
+        height, width = metadata.fixed_size or random.randint(side // 2, side * 3 // 2, 2)
         cells = random.randint(0, 256, (3, -(-height // 8), -(-width // 8))).astype(np.uint8)
         noise = cells.repeat(8, 1).repeat(8, 2)[:, :height, :width]
         images.append(torch.from_numpy(np.full_like(noise, 127) if number == count - 1 else noise.copy()))

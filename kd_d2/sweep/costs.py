@@ -24,15 +24,17 @@ REPEATS = 10
 def measure_costs(matrix: Matrix, opts: list[Any]) -> dict[str, dict[str, float]]:
     """Measure the costs of the student of every cell and of the teacher ("teacher"), if there is one.
 
-    Images are square with side INPUT.MIN_SIZE_TEST. Weights are random, with all detections suppressed, so that the
-    time is that of the network. Times are medians of interleaved runs on one image.
+    Images are square with side INPUT.MIN_SIZE_TEST, or INPUT.MAX_SIZE_TEST if the former is 0. Weights are random, with
+    all detections suppressed, so that the time is that of the network. Times are medians of interleaved runs on one
+    image.
 
     Returns:
         "params" in millions, "gflops" (multiply-adds, 1e9) and "ms_per_image" by cell.
     """
     students = {c.name: load_config(c.config, [*opts, *c.opts], student_only=True) for c in matrix.cells}
     configs = {**_teacher(matrix, opts), **students}
-    side = next(iter(students.values())).INPUT.MIN_SIZE_TEST
+    sizes = next(iter(students.values())).INPUT
+    side = sizes.MIN_SIZE_TEST or sizes.MAX_SIZE_TEST
     described = {name: _architecture(cfg) for name, cfg in configs.items()}
     distinct = {text: name for name, text in described.items()}
     measured = _measure({name: configs[name] for name in distinct.values()}, side)

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
+from detectron2.config import CfgNode
+
 from ..config import KD_META_ARCH, changed_keys, load_config
-from ..config_files import as_overrides, find_beside
+from ..config_files import as_overrides, find_beside, leaves
 from ..errors import UserError
 from ..plain_yaml import read_plain_yaml
 
@@ -86,12 +88,18 @@ class Matrix:
         """Return (cell, seed) pairs, sorted by seed.
 
         Raises:
-            UserError: a name is not in the matrix.
+            UserError: a name is not in the matrix, or no cell has a seed.
         """
         known = [cell.name for cell in self.cells]
         for name in names or []:
             if name not in known:
                 raise UserError(f"{self.path} has no cell {name!r}; available: {', '.join(known)}.")
+        listed = sorted({seed for cell in self.cells for seed in cell.seeds})
+        for seed in seeds or []:
+            if seed not in listed:
+                raise UserError(
+                    f"{self.path} has no cell with the seed {seed}; available: {', '.join(map(str, listed))}."
+                )
         pairs = [(c, s) for c in self.cells for s in c.seeds if names is None or c.name in names]
         return sorted(((c, s) for c, s in pairs if seeds is None or s in seeds), key=lambda pair: pair[1])
 
@@ -106,7 +114,7 @@ def read_matrix(path: str) -> Matrix:
 
     The keys are `config` (of the students), `baseline`, `student`, optionally `teacher` (`config`, `fragments`, `opts`,
     `seeds`), and `cells`. The keys of a cell are `title`, `fragments` (configs merged into the config, in order),
-    `opts` (a mapping of keys to values, merged last), `seeds`, and `config` if it is not the common one. Configs are
+    `opts` (keys and values as in a config, merged last), `seeds`, and `config` if it is not the common one. Configs are
     paths relative to the matrix, or names (see `config_files.find_config_file`).
 
     Raises:
@@ -126,7 +134,7 @@ def read_matrix(path: str) -> Matrix:
         if not config:
             raise UserError(f"Sweep {path}: cell {name} has no config.")
         files = [find_beside(file, path, f"Sweep {path}: cell {name}") for file in entry.get("fragments", ())]
-        opts = (*chain.from_iterable(map(as_overrides, files)), *chain.from_iterable((entry.get("opts") or {}).items()))
+        opts = (*chain.from_iterable(map(as_overrides, files)), *chain.from_iterable(leaves(entry.get("opts") or {})))
         return Cell(
             name=name,
             title=entry.get("title", name),
@@ -140,6 +148,8 @@ def read_matrix(path: str) -> Matrix:
             raise UserError(
                 f"Sweep {path}: the cell {name!r} is not a valid folder name; use up to 100 letters, digits, and the characters _ . + -"
             )
+        if name == "teacher":
+            raise UserError(f"Sweep {path}: no cell can be named 'teacher', the name of the teacher's row: rename it.")
     cells = tuple(cell(name, entry) for name, entry in (tree.get("cells") or {}).items())
     names = [c.name for c in cells]
     for key in ("baseline", "student"):
@@ -175,6 +185,16 @@ def measured_settings(config: str, opts: list[Any]) -> dict[str, Any]:
     """Return the keys of a config that determine the result: all with non-default values, except LOCATION_KEYS.
 
     A key that a later version adds does not change the settings as long as it has its default value.
+
+    Raises:
+        UserError: see `load_config`, or DATASETS.TEST does not name exactly one dataset, whose results are compared.
     """
-    changed = changed_keys(load_config(config, opts))
-    return {key: value for key, value in changed.items() if key not in LOCATION_KEYS}
+    cfg = load_config(config, opts)
+    if len(cfg.DATASETS.TEST) != 1:
+        raise UserError(f"{config}: DATASETS.TEST names {len(cfg.DATASETS.TEST)} datasets; a sweep needs exactly one.")
+    return without_locations(cfg)
+
+
+def without_locations(cfg: CfgNode) -> dict[str, Any]:
+    """Return the keys of a config with non-default values, except LOCATION_KEYS."""
+    return {key: value for key, value in changed_keys(cfg).items() if key not in LOCATION_KEYS}

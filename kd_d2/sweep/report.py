@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..files import check_output_folder, read_json, write_json, write_text
 from ..typed_json import from_tree
 from .costs import measure_costs
-from .matrix import Matrix
+from .matrix import Cell, Matrix
 from .plots import Curves, plot_ap, plot_curves
 from .runner import run_jobs, teacher_evaluation, teacher_training, training_job
 from .table import Row, as_csv, as_markdown, build_rows, read_results
@@ -65,6 +65,7 @@ def run_sweep(matrix: Matrix, output: str, opts: list[Any], options: SweepOption
         UserError: a folder or a readme is not writable, a cell or its config is invalid, or trainings failed.
     """
     options = options or SweepOptions()
+    pairs = matrix.select(options.cells, options.seeds)
     output = os.path.abspath(output)
     results = os.path.abspath(options.results or os.path.join(output, "results"))
     report = os.path.abspath(options.report or results)
@@ -75,7 +76,7 @@ def run_sweep(matrix: Matrix, output: str, opts: list[Any], options: SweepOption
     if options.report_only:
         costs = read_costs(results)
     else:
-        costs = _run_missing(matrix, output, results, opts, options)
+        costs = _run_missing(matrix, pairs, output, results, opts, options)
     rows = write_report(matrix.reduced_to(options.cells), results, costs, report)
     if options.readme is not None:
         path, before, after = _split_at_marks(options.readme)
@@ -84,9 +85,14 @@ def run_sweep(matrix: Matrix, output: str, opts: list[Any], options: SweepOption
 
 
 def _run_missing(
-    matrix: Matrix, output: str, results: str, opts: list[Any], options: SweepOptions
+    matrix: Matrix,
+    pairs: list[tuple[Cell, int]],
+    output: str,
+    results: str,
+    opts: list[Any],
+    options: SweepOptions,
 ) -> dict[str, dict[str, float]]:
-    """Train unfinished cells and return the costs of the detectors."""
+    """Train unfinished (cell, seed) pairs and return the costs of the detectors."""
     jobs, imports = [], options.imports
     if matrix.teacher is not None:
         job, names_teacher = teacher_training(matrix, output, results, opts, imports)
@@ -98,7 +104,6 @@ def _run_missing(
         opts = [*opts, *names_teacher]
     elif taught := matrix.taught_cell(opts):
         jobs = [teacher_evaluation(taught, output, results, opts, imports)]
-    pairs = matrix.select(options.cells, options.seeds)
     jobs += [training_job(cell, seed, output, results, opts, imports) for cell, seed in pairs]
     run_jobs(jobs, options.jobs, options.threads)
     return _costs(matrix, results, opts)

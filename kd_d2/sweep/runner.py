@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
+from ..config import read_config
 from ..engine.stop_request import exit_on_sigterm
 from ..errors import UserError
 from ..files import write_json
-from .matrix import Cell, Matrix, measured_settings
+from .matrix import Cell, Matrix, measured_settings, without_locations
 from .results import (
     METRICS,
     read_curves,
@@ -75,9 +76,11 @@ def run_jobs(jobs: list[Job], parallel: int, threads: int) -> None:
         threads: number of CPU threads per process.
 
     Raises:
-        UserError: a job failed (raised after the others have finished), or a result has different settings.
+        UserError: a job failed (raised after the others have finished), or a result or a checkpoint has different settings.
     """
     waiting = [job for job in jobs if not _is_finished(job)]
+    for job in waiting:
+        _check_checkpoint(job)
     running: list[Job] = []
     failed: list[Job] = []
     logger.info(f"{len(jobs) - len(waiting)} of {len(jobs)} cells are already finished")
@@ -155,15 +158,27 @@ def _arguments(imports: Sequence[str], opts: list[Any]) -> list[str]:
 def _is_finished(job: Job) -> bool:
     if not os.path.isfile(job.result):
         return False
-    before = read_result(job.result)["settings"]
+    settings = read_result(job.result)["settings"]
+    _check_settings(job, settings, f"{job.result} was measured", "the file, or choose another --results folder")
+    return True
+
+
+def _check_checkpoint(job: Job) -> None:
+    """Raise a UserError if the job would resume a training with different settings."""
+    config, last = (os.path.join(job.output, name) for name in ("config.yaml", "last_checkpoint"))
+    if os.path.isfile(config) and os.path.isfile(last):
+        settings = without_locations(read_config(config))
+        _check_settings(job, settings, f"{job.output} has a training", "the folder, or choose another --output")
+
+
+def _check_settings(job: Job, before: dict[str, Any], what: str, where: str) -> None:
     changed = sorted(k for k in before.keys() | job.settings.keys() if before.get(k) != job.settings.get(k))
     if changed:
         key = changed[0]
         raise UserError(
-            f"{job.result} was measured with different settings ({key}: {before.get(key, 'default')} then, "
-            f"{job.settings.get(key, 'default')} now); move the file, or choose another --results folder."
+            f"{what} with different settings ({key}: {before.get(key, 'default')} then, "
+            f"{job.settings.get(key, 'default')} now); move {where}."
         )
-    return True
 
 
 def _claim(job: Job) -> bool:

@@ -23,7 +23,7 @@ from ...report.page import Table
 from ...text import csv_text
 from ..base import NOT_STORED, Analysis, as_text, check_at_least
 from ..drawing import write_picture
-from ..examples import picture_name, pixels
+from ..examples import picture_names, pixels
 from ..models import TrainedModel, restrict_images
 from .plots import channel_sheet, difference_sheet, plot_neighbors
 from .statistics import FeatureStatistics, difference_map
@@ -71,7 +71,9 @@ class FeatureAnalysis(Analysis):
         parser.add_argument("--images", type=int, default=100, help="number of images, evenly spaced (default 100)")
         parser.add_argument("--pictures", type=int, default=4, help="number of images to draw (default 4)")
         parser.add_argument("--channels", type=int, default=6, help="number of channels to draw (default 6)")
-        parser.add_argument("--stride", type=int, help="stride of the level to draw channels of (default the finest)")
+        parser.add_argument(
+            "--stride", type=int, help="stride of the level to draw channels of (default the finest of all models)"
+        )
 
     @classmethod
     def run(
@@ -95,9 +97,10 @@ class FeatureAnalysis(Analysis):
         restrict_images(models, images, output)
         gatherer = FeatureGatherer([FeatureReader(model) for model in models], teacher, stride, channels)
         entries = DatasetCatalog.get(models[0].dataset)
+        names = picture_names(entries[:pictures])
         for number, entry in enumerate(tqdm(entries, unit="image", leave=False)):
             for folder, picture in gatherer.add(entry, draw=number < pictures).items():
-                write_picture(os.path.join(output, folder, picture_name(entry)), picture)
+                write_picture(os.path.join(output, folder, names[number]), picture)
         correlations = gatherer.table(FeatureStatistics.mean_correlations)
         distances = gatherer.table(FeatureStatistics.mean_distances)
         return cls(len(entries), correlations, distances, gatherer.statistics)
@@ -161,7 +164,7 @@ class FeatureGatherer:
     Args:
         readers: one per model.
         teacher: title of the model to compare the others with; None for no comparison.
-        stride: stride of the level to draw channels of; None for the finest.
+        stride: stride of the level to draw channels of; None for the finest that all models have.
         channels: number of channels to draw.
 
     Attributes:
@@ -176,7 +179,7 @@ class FeatureGatherer:
         self.teacher = next((reader for reader in readers if reader.title == teacher), None)
         self.strides = {reader.title: _comparable_strides(reader, self.teacher) for reader in readers}
         shapes = {reader.title: reader.adapter.spec.shapes for reader in readers}
-        self.drawn_stride = stride or min(shapes[readers[0].title])
+        self.drawn_stride = stride or min(set.intersection(*map(set, shapes.values())), default=None)
         for title, levels in shapes.items():
             if self.drawn_stride not in levels:
                 raise UserError(f"--stride is {stride}; {title} has the strides {', '.join(map(str, levels))}.")

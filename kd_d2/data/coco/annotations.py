@@ -9,14 +9,13 @@ from typing import Any
 
 from ...errors import UserError
 from .boxes import BOX_FORMATS, Box, check_format
-from .ids import Ids, whole_number
+from .ids import LARGEST_ID, Ids, whole_number
 from .repairs import Repairs
 from .segmentation import LARGEST, box_of, is_coordinate, normalize_segmentation
 
 Entry = dict[str, Any]
 MOST_BOXES = 10_000
 """Maximum number of boxes per image; each one is compared with every anchor."""
-LARGEST_ID = 2**53  # pycocotools stores ids as floating-point numbers, with 0 for "not found"
 IS_CROWD = {0: 0, 1: 1, None: 0, "0": 0, "1": 1, "": 0, "false": 0, "true": 1}
 
 
@@ -189,6 +188,7 @@ class Annotations:
         seen: set[int] = set()
         unusable = None
         for (entry, _), number in zip(kept, ids):
+            # pycocotools has 0 for "not found".
             if number is None or not 0 < number < LARGEST_ID or number in seen:
                 unusable = repr(entry.get("id"))
                 break

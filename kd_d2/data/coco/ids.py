@@ -8,6 +8,7 @@ from typing import Any
 from ...errors import UserError
 from .repairs import Repairs
 
+LARGEST_ID = 2**53  # the evaluators store ids as floating-point numbers
 WRITTEN_NUMBER = re.compile(r"\s*([+-]?\d{1,18})(\.0*)?\s*")
 
 Key = int | str
@@ -32,7 +33,8 @@ def key_of(value: Any) -> Key | None:
 
 
 class Ids:
-    """Integer ids of the images or categories of a file. If any id is text, all entries are numbered from 1.
+    """Integer ids of the images or categories of a file. If any id is text or too large for the evaluators, all entries
+    are numbered from 1.
 
     Args:
         path: annotation file, for messages.
@@ -60,9 +62,12 @@ class Ids:
                 repairs.add(f"ids of {kind} read as whole numbers", repr(entry["id"]))
             self.number_of[key] = key if isinstance(key, int) else 0
         text = [key for key in self.number_of if isinstance(key, str)]
-        if text:
-            repairs.add(f"{kind} numbered from 1 because ids are text", repr(text[0]))
-            self.number_of = {key: number for number, key in enumerate(self.number_of, 1)}
+        large = [key for key in self.number_of if isinstance(key, int) and abs(key) >= LARGEST_ID]
+        if text or large:
+            reason = "text" if text else "too large"
+            repairs.add(f"{kind} numbered from 1 because ids are {reason}", repr((text or large)[0]))
+            keys = self.number_of if text else sorted(self.number_of)
+            self.number_of = {key: number for number, key in enumerate(keys, 1)}
 
     def find(self, value: Any) -> int | None:
         """Return the integer id of the entry that a reference refers to, or None if there is none."""

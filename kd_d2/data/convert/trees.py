@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -131,7 +132,7 @@ def share_out(splits: dict[str, Split], share: float, source: Source) -> dict[st
     if list(splits) != [WHOLE]:
         raise UserError(f"--val-share: {source.folder} already has the splits {', '.join(splits)}; leave it out.")
     whole = splits[WHOLE]
-    by_hash = sorted(whole.tree["images"], key=lambda image: hashlib.sha256(image["file_name"].encode()).digest())
+    by_hash = sorted(whole.tree["images"], key=lambda image: hashlib.sha256(os.fsencode(image["file_name"])).digest())
     count = round(share * len(by_hash))
     if not 0 < count < len(by_hash):
         raise UserError(f"--val-share {share} of {len(by_hash)} images leaves no image for train or val.")
