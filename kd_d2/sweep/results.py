@@ -85,9 +85,14 @@ def read_multipliers(metrics: list[dict[str, Any]]) -> dict[str, float]:
 def read_metrics(folder: str) -> list[dict[str, Any]]:
     """Read Detectron2's metrics.json, with one row per iteration, in order.
 
-    Incomplete rows of a killed process are skipped; only the last row of a repeated iteration is kept.
+    Incomplete rows of a killed process are skipped. Where a training was resumed or started anew, earlier rows of the
+    same and later iterations are dropped.
     """
-    rows = {row["iteration"]: row for row in written_rows(folder)}
+    rows: dict[int, dict[str, Any]] = {}
+    for row in written_rows(folder):
+        if "total_loss" in row and max(rows, default=-1) >= row["iteration"]:
+            rows = {iteration: before for iteration, before in rows.items() if iteration < row["iteration"]}
+        rows[row["iteration"]] = row
     return [rows[iteration] for iteration in sorted(rows)]
 
 
