@@ -18,7 +18,7 @@ LOSS_SCALES = (2.0**16, 2.0**8, 1.0)
 def gradients_of(loss: Tensor, tensors: Iterable[Tensor]) -> list[Tensor]:
     """Compute this process's gradients of a loss and retain the graph; zero where the loss does not depend on a tensor.
 
-    Under float16 autocast, the loss is scaled as by a gradient scaler.
+    Under float16 autocast, the loss is scaled as by a gradient scaler. Gradients are in at least float32.
     """
     tensors = list(tensors)
     if not loss.requires_grad:
@@ -30,7 +30,7 @@ def gradients_of(loss: Tensor, tensors: Iterable[Tensor]) -> list[Tensor]:
             gradients = torch.autograd.grad(
                 loss * scale, tensors, retain_graph=True, allow_unused=True, materialize_grads=True
             )
-            gradients = [gradient / scale for gradient in gradients]
+            gradients = [x.to(torch.promote_types(x.dtype, torch.float32)) / scale for x in gradients]
             if scale == 1.0 or all(gradient.isfinite().all() for gradient in gradients):
                 break
     return gradients

@@ -12,7 +12,7 @@ from kd_d2 import KDMetaArch, Teacher, UserError
 from kd_d2.balance import GradientBalance, shared_parameters
 from kd_d2.config import load_config
 from kd_d2.distillers import Distiller, FeatureImitation, Schedule
-from kd_d2.gradients import gradient_norm
+from kd_d2.gradients import gradient_norm, gradients_of
 from kd_d2.level_balance import LevelBalance
 
 import pytest
@@ -162,6 +162,14 @@ def test_float16_neither_underflows_nor_overflows(factor: float) -> None:
         loss = model.layer(torch.ones(1, 1, 1, 1)).float().sum() * factor
         assert loss.requires_grad and model.layer(torch.ones(1, 1, 1, 1)).dtype is torch.float16
         assert gradient_norm(loss, model.layer.parameters()) == pytest.approx(factor, rel=1e-2)
+
+
+def test_float16_gradients_of_features_do_not_underflow() -> None:
+    """Check the gradient in a float16 feature map, as level balancing measures it, below float16's smallest number."""
+    with torch.autocast("cpu", torch.float16):
+        features = nn.Conv2d(1, 1, 1)(torch.ones(1, 1, 1, 1))
+        (gradient,) = gradients_of(features.float().sum() * 1e-8, [features])
+    assert features.dtype is torch.float16 and gradient.item() == pytest.approx(1e-8, rel=1e-2)
 
 
 def test_levels_have_the_shares_of_the_detectors_gradient() -> None:
