@@ -142,6 +142,13 @@ def test_state_is_restored(slopes: Slopes) -> None:
     assert second.ratios == pytest.approx({"A": 15**0.5})
 
 
+def test_a_weight_of_zero_after_resuming(slopes: Slopes) -> None:
+    """Check the only distiller, measured before its WEIGHT was set to 0."""
+    resumed = balance(weights={"A": 0.0})
+    resumed.load_state_dict({"averages": {"A": [0.0, 1]}})
+    assert slopes.multipliers(resumed, 1, (1, 0), A=(0, 0)) == {"A": 1.0}
+
+
 class HalfLoss(nn.Module):
     """A convolution with a loss whose float16 gradient is 0, right, or infinite, depending on the factor."""
 
