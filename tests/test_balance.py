@@ -205,6 +205,16 @@ def test_levels_have_the_shares_of_the_detectors_gradient() -> None:
     assert restored.factors("A") == pytest.approx({8: whole * 4 / 12, 16: whole * small / 5})
 
 
+def test_a_level_whose_gradient_is_not_finite_is_passed_over() -> None:
+    """Check that NaN in the last level, as of an overflow in float16, does not enter the averages."""
+    levels = LevelBalance(momentum=0.5)
+    features = {stride: torch.ones(1, 1, 1, 1, requires_grad=True) for stride in (8, 16)}
+    gated = levels.gated("A", features)
+    own = {8: torch.tensor([1.0]), 16: torch.tensor([math.nan])}
+    levels.measure(own, {"A": gated[8].sum() + gated[16].sum()}, {"A": gated})
+    assert levels.factors("A") == {}
+
+
 def test_parameters_that_all_losses_share(tiny_detector: Callable) -> None:
     """Check the neck, a backbone with a frozen neck, and the error for a frozen backbone."""
     retinanet = tiny_detector("retinanet")
