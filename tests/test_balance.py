@@ -6,12 +6,14 @@ import json
 import logging
 import math
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 from kd_d2 import KDMetaArch, Teacher, UserError
 from kd_d2.balance import GradientBalance, shared_parameters
 from kd_d2.config import load_config
 from kd_d2.distillers import Distiller, FeatureImitation, Schedule
+from kd_d2.distributed import sum_across_ranks
 from kd_d2.gradients import gradient_norm, gradients_of
 from kd_d2.level_balance import LevelBalance
 
@@ -387,6 +389,21 @@ def _measure(rank: int, project: Project, folder: str) -> None:
     factors = comm.all_gather([trained.levels.factors(name) for name in trained.ratios])
     assert factors[0] == factors[1] and max(factors[0][0].values()) > 1 > min(factors[0][0].values())
     torch.distributed.destroy_process_group()
+
+
+def _measure_in_float16(rank: int, folder: str) -> None:
+    store, limit = f"file://{folder}/store", timedelta(seconds=60)
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=limit)
+    layer = nn.Conv2d(1, 1, 1)
+    with torch.autocast("cpu", torch.float16):
+        loss = sum_across_ranks(layer(torch.ones(1, 1, 1, 1)).float().sum() * (30.0, 0.1)[rank])
+        assert gradient_norm(loss, [layer.weight]) == pytest.approx(30.1, rel=1e-2)
+    torch.distributed.destroy_process_group()
+
+
+def test_an_overflow_in_one_process_alone(tmp_path: Path) -> None:
+    """Check a loss whose backward pass sums over processes, which all of them must run equally often."""
+    torch.multiprocessing.start_processes(_measure_in_float16, nprocs=2, args=(str(tmp_path),), start_method="fork")
 
 
 def test_two_processes_have_the_same_multipliers(tmp_path: Path) -> None:
