@@ -91,7 +91,7 @@ class GradientBalance:
         """Return the multiplier of each active distiller, after a measurement if one is due.
 
         All processes of a training must call this with the same names in the same order; they get the same values. The
-        multiplier of a distiller that has had no gradient yet is 1.
+        multiplier of a distiller that has had no gradient yet, or whose weight is 0, is 1.
 
         Args:
             iteration: training iteration. Only the first call in an iteration measures (gradient accumulation).
@@ -109,7 +109,7 @@ class GradientBalance:
                 self._measure(parameters, own_loss, due, features, gated)
         total, ratios = sum(weights.values()), self.ratios
         self.last_multipliers = {
-            name: self._bounded(self.target * weight / total / ratios[name]) if name in ratios else 1.0
+            name: self._bounded(self.target * weight / total / ratios[name]) if weight and name in ratios else 1.0
             for name, weight in weights.items()
         }
         return self.last_multipliers

@@ -18,22 +18,29 @@ LOSS_SCALES = (2.0**16, 2.0**8, 1.0)
 def gradients_of(loss: Tensor, tensors: Iterable[Tensor]) -> list[Tensor]:
     """Compute this process's gradients of a loss and retain the graph; zero where the loss does not depend on a tensor.
 
-    Under float16 autocast, the loss is scaled as by a gradient scaler.
+    Under float16 autocast, the loss is scaled as by a gradient scaler, by the same factor in all processes. Gradients
+    are in at least float32.
     """
     tensors = list(tensors)
-    if not loss.requires_grad:
-        return [torch.zeros_like(x) for x in tensors]
     device = tensors[0].device.type
     in_float16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.float16
     with torch.autocast(device, enabled=False):
         for scale in LOSS_SCALES if in_float16 else (1.0,):
-            gradients = torch.autograd.grad(
-                loss * scale, tensors, retain_graph=True, allow_unused=True, materialize_grads=True
-            )
-            gradients = [gradient / scale for gradient in gradients]
-            if scale == 1.0 or all(gradient.isfinite().all() for gradient in gradients):
+            gradients = [torch.zeros_like(x) for x in tensors]
+            if loss.requires_grad:
+                gradients = torch.autograd.grad(
+                    loss * scale, tensors, retain_graph=True, allow_unused=True, materialize_grads=True
+                )
+            gradients = [x.to(torch.promote_types(x.dtype, torch.float32)) / scale for x in gradients]
+            if scale == 1.0 or _are_finite(gradients):
                 break
     return gradients
+
+
+def _are_finite(gradients: list[Tensor]) -> bool:
+    """Return whether the gradients of all processes are finite."""
+    share = torch.stack([gradient.isfinite().all() for gradient in gradients]).all().float()
+    return bool(mean_across_ranks(share) == 1)
 
 
 def loss_gradient(loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:

@@ -93,9 +93,12 @@ class _Gated(torch.autograd.Function):
 
 
 def _norms(gradients: Mapping[int, Tensor]) -> dict[int, float]:
-    """Return norms over all processes' images, at least `SMALLEST_SHARE` of the largest; empty without gradient."""
+    """Return norms over all processes' images, at least `SMALLEST_SHARE` of the largest.
+
+    Empty if there is no gradient, or if it is not finite.
+    """
     squares = torch.stack([gradient.float().square().sum() for gradient in gradients.values()])
     norms = mean_across_ranks(squares).sqrt().tolist()
-    if not 0 < max(norms) < math.inf:
+    if not any(norms) or not all(map(math.isfinite, norms)):
         return {}
     return {stride: max(norm, SMALLEST_SHARE * max(norms)) for stride, norm in zip(gradients, norms, strict=True)}

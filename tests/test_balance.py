@@ -6,13 +6,15 @@ import json
 import logging
 import math
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 from kd_d2 import KDMetaArch, Teacher, UserError
 from kd_d2.balance import GradientBalance, shared_parameters
 from kd_d2.config import load_config
 from kd_d2.distillers import Distiller, FeatureImitation, Schedule
-from kd_d2.gradients import gradient_norm
+from kd_d2.distributed import sum_across_ranks
+from kd_d2.gradients import gradient_norm, gradients_of
 from kd_d2.level_balance import LevelBalance
 
 import pytest
@@ -142,6 +144,13 @@ def test_state_is_restored(slopes: Slopes) -> None:
     assert second.ratios == pytest.approx({"A": 15**0.5})
 
 
+def test_a_weight_of_zero_after_resuming(slopes: Slopes) -> None:
+    """Check the only distiller, measured before its WEIGHT was set to 0."""
+    resumed = balance(weights={"A": 0.0})
+    resumed.load_state_dict({"averages": {"A": [0.0, 1]}})
+    assert slopes.multipliers(resumed, 1, (1, 0), A=(0, 0)) == {"A": 1.0}
+
+
 class HalfLoss(nn.Module):
     """A convolution with a loss whose float16 gradient is 0, right, or infinite, depending on the factor."""
 
@@ -162,6 +171,14 @@ def test_float16_neither_underflows_nor_overflows(factor: float) -> None:
         loss = model.layer(torch.ones(1, 1, 1, 1)).float().sum() * factor
         assert loss.requires_grad and model.layer(torch.ones(1, 1, 1, 1)).dtype is torch.float16
         assert gradient_norm(loss, model.layer.parameters()) == pytest.approx(factor, rel=1e-2)
+
+
+def test_float16_gradients_of_features_do_not_underflow() -> None:
+    """Check the gradient in a float16 feature map, as level balancing measures it, below float16's smallest number."""
+    with torch.autocast("cpu", torch.float16):
+        features = nn.Conv2d(1, 1, 1)(torch.ones(1, 1, 1, 1))
+        (gradient,) = gradients_of(features.float().sum() * 1e-8, [features])
+    assert features.dtype is torch.float16 and gradient.item() == pytest.approx(1e-8, rel=1e-2)
 
 
 def test_levels_have_the_shares_of_the_detectors_gradient() -> None:
@@ -188,6 +205,16 @@ def test_levels_have_the_shares_of_the_detectors_gradient() -> None:
     small = (16 / 750) ** 0.5
     whole = 13 / math.hypot(4, small)
     assert restored.factors("A") == pytest.approx({8: whole * 4 / 12, 16: whole * small / 5})
+
+
+def test_a_level_whose_gradient_is_not_finite_is_passed_over() -> None:
+    """Check that NaN in the last level, as of an overflow in float16, does not enter the averages."""
+    levels = LevelBalance(momentum=0.5)
+    features = {stride: torch.ones(1, 1, 1, 1, requires_grad=True) for stride in (8, 16)}
+    gated = levels.gated("A", features)
+    own = {8: torch.tensor([1.0]), 16: torch.tensor([math.nan])}
+    levels.measure(own, {"A": gated[8].sum() + gated[16].sum()}, {"A": gated})
+    assert levels.factors("A") == {}
 
 
 def test_parameters_that_all_losses_share(tiny_detector: Callable) -> None:
@@ -362,6 +389,21 @@ def _measure(rank: int, project: Project, folder: str) -> None:
     factors = comm.all_gather([trained.levels.factors(name) for name in trained.ratios])
     assert factors[0] == factors[1] and max(factors[0][0].values()) > 1 > min(factors[0][0].values())
     torch.distributed.destroy_process_group()
+
+
+def _measure_in_float16(rank: int, folder: str) -> None:
+    store, limit = f"file://{folder}/store", timedelta(seconds=60)
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=limit)
+    layer = nn.Conv2d(1, 1, 1)
+    with torch.autocast("cpu", torch.float16):
+        loss = sum_across_ranks(layer(torch.ones(1, 1, 1, 1)).float().sum() * (30.0, 0.1)[rank])
+        assert gradient_norm(loss, [layer.weight]) == pytest.approx(30.1, rel=1e-2)
+    torch.distributed.destroy_process_group()
+
+
+def test_an_overflow_in_one_process_alone(tmp_path: Path) -> None:
+    """Check a loss whose backward pass sums over processes, which all of them must run equally often."""
+    torch.multiprocessing.start_processes(_measure_in_float16, nprocs=2, args=(str(tmp_path),), start_method="fork")
 
 
 def test_two_processes_have_the_same_multipliers(tmp_path: Path) -> None:

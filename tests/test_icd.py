@@ -323,6 +323,20 @@ def test_value_loss_in_place_is_the_same_and_runs_backward_again_where_the_graph
         loss.backward()
 
 
+def test_value_loss_gradient_does_not_underflow_in_float16() -> None:
+    """Check nearly equal values at many positions, with a gradient scaler's factor."""
+    torch.manual_seed(0)
+    student = torch.randn(2, 8, 4096, 32)
+    teacher, attention = student + 0.1 * torch.randn_like(student), torch.ones(2, 8, 4096)
+    gradients = []
+    for dtype in (torch.float32, torch.float16):
+        leaf = student.half().to(dtype).requires_grad_()
+        (2**16 * attended_value_loss(leaf, teacher.half().to(dtype), attention)).backward()
+        gradients.append(leaf.grad.float())
+    exact, found = gradients
+    assert (found - exact).norm() < 0.01 * exact.norm()
+
+
 def test_projection_gradients_are_the_numerical_ones() -> None:
     generator = torch.Generator().manual_seed(0)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from kd_d2 import KDMetaArch
 from kd_d2.config import load_config
 from kd_d2.data import register_coco_json
+from kd_d2.distillers.icd.queries import ObservedFakeInstances
 from kd_d2.distributed import mean_count_across_ranks, sum_across_ranks
 from kd_d2.engine.trainer import _distributed
 from kd_d2.errors import UserError
@@ -190,6 +191,22 @@ def test_counts_of_workers_by_hand(tmp_path: Path) -> None:
         and float(mean_count_across_ranks(torch.tensor(3.0))) == 3
     )
     torch.multiprocessing.start_processes(_count, nprocs=2, args=(str(tmp_path),), start_method="fork")
+
+
+def _observe(rank: int, folder: str) -> None:
+    targets, sizes = [entry["instances"] for entry in _inputs(UNEQUAL)], [SIZE] * 4
+    alone, shared = ObservedFakeInstances(3), ObservedFakeInstances(3)
+    alone.observe(targets, sizes)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    shared.observe(targets[2 * rank : 2 * rank + 2], sizes[:2])
+    for name, expected in alone.state_dict().items():
+        torch.testing.assert_close(shared.state_dict()[name], expected)
+    torch.distributed.destroy_process_group()
+
+
+def test_observed_instances_are_those_of_all_processes(tmp_path: Path) -> None:
+    """Check ICD's priors with pseudo-labels, of which a checkpoint holds only one copy for all processes."""
+    torch.multiprocessing.start_processes(_observe, nprocs=2, args=(str(tmp_path),), start_method="fork")
 
 
 def _train_as_one_of_two(

@@ -50,6 +50,7 @@ def resumed(project: Project, caplog: pytest.LogCaptureFixture, *opts: object):
         (["MODEL.KD.DISTILLERS", ("StructuralKD",)], "MODEL.KD.DISTILLERS ['FeatureImitation'], now ['StructuralKD']."),
         (["MODEL.KD.FEATURE_IMITATION.WEIGHT", 9.0], "MODEL.KD.FEATURE_IMITATION.WEIGHT its default, now 9.0."),
         (["INPUT.MIN_SIZE_TRAIN", (64,)], "INPUT.MIN_SIZE_TRAIN [64, 80], now [64]."),
+        (["SOLVER.AMP.ENABLED", True], "SOLVER.AMP.ENABLED its default, now True."),
     ],
 )  # fmt: skip
 def test_other_keys(stopped: Project, caplog: pytest.LogCaptureFixture, opts: list, expected: str) -> None:

@@ -117,4 +117,5 @@ class DistillationStep(SimpleTrainer):
         super().load_state_dict(state)
         for name, other in self.auxiliary.items():
             other.load_state_dict(state["auxiliary"][name])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty if the training had no scaler
+            self.scaler.load_state_dict(state["scaler"])

@@ -64,7 +64,7 @@ class _AttendedValueLoss(torch.autograd.Function):
         B, M, L, D = student_BMLD.shape
         dtype = _accumulation_type(student_BMLD)
         attention_BML = attention_BML.to(dtype)
-        weight_BML = attention_BML / (attention_BML.sum(-1, keepdim=True).clamp(min=ATTENTION_EPS) * (B * M))
+        weight_BML = attention_BML / attention_BML.sum(-1, keepdim=True).clamp(min=ATTENTION_EPS)
         gradient_BMLD = None
         if ctx.needs_input_grad[0]:
             gradient_BMLD = student_BMLD if overwrite_student else torch.empty_like(student_BMLD)
@@ -80,22 +80,26 @@ class _AttendedValueLoss(torch.autograd.Function):
                 correlation = student_rstd * teacher_rstd * (student * teacher).mean(-1)
                 loss += (weight * (student_square + teacher_square - 2 * correlation)).sum()
                 if gradient_BMLD is not None:
-                    factor = weight * student_rstd * (2 / D)
+                    factor = weight * student_rstd
                     student *= (factor * (1 - student_square + correlation) * student_rstd)[..., None]
                     gradient_BMLD[part] = student.addcmul_(teacher, (factor * teacher_rstd)[..., None], value=-1)
-        ctx.gradient_BMLD = gradient_BMLD
-        return loss
+        ctx.gradient_BMLD, ctx.factor = gradient_BMLD, 2 / (B * M * D)
+        return loss / (B * M)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, None, None, None]:
         gradient_BMLD = ctx.gradient_BMLD
-        if torch._C._autograd._get_current_graph_task_keep_graph():  # retain_graph: another backward pass may follow
-            return gradient_BMLD * grad_loss.to(gradient_BMLD.dtype), None, None, None
-        ctx.gradient_BMLD = None
         if gradient_BMLD is None:
             raise RuntimeError("Trying to backward through the graph a second time without retain_graph=True")
-        return gradient_BMLD.mul_(grad_loss), None, None, None
+        retains_graph = torch._C._autograd._get_current_graph_task_keep_graph()
+        if not retains_graph:
+            ctx.gradient_BMLD = None
+        # The stored gradient is that of a sum; it is divided only here, together with a gradient scaler's factor.
+        scale = grad_loss * ctx.factor
+        if gradient_BMLD.dtype == scale.dtype and not retains_graph:
+            return gradient_BMLD.mul_(scale), None, None, None
+        return (gradient_BMLD.to(scale.dtype) * scale).to(gradient_BMLD.dtype), None, None, None
 
 
 def _centered(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

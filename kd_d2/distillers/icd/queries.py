@@ -12,6 +12,7 @@ import torch
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
+from ...distributed import sum_across_ranks
 from ...transfer import on_device
 from .priors import priors_of_sums
 
@@ -77,7 +78,7 @@ class FakeInstances(nn.Module):
 
 
 class ObservedFakeInstances(FakeInstances):
-    """Samples fakes like the instances seen so far in training, if no annotations are available beforehand.
+    """Samples fakes like the instances that all ranks have seen so far, if no annotations are available beforehand.
 
     It starts as if one instance per class, of width and height 0.2 with a deviation of 0.1, had been seen.
 
@@ -101,9 +102,11 @@ class ObservedFakeInstances(FakeInstances):
             for t, (height, width) in zip(targets, image_sizes, strict=True)
         ]
         sizes = torch.cat([x[:, 1] - x[:, 0] for x in corners]).double()
-        self.counts.index_add_(0, classes, torch.ones_like(classes, dtype=torch.float64))
-        self.sums.index_add_(0, classes, sizes)
-        self.squares.index_add_(0, classes, sizes.square())
+        columns = torch.cat([torch.ones_like(sizes[:, :1]), sizes, sizes.square()], 1)
+        seen = sum_across_ranks(columns.new_zeros(len(self.counts), 5).index_add_(0, classes, columns))
+        self.counts += seen[:, 0]
+        self.sums += seen[:, 1:3]
+        self.squares += seen[:, 3:]
         frequencies, self.mean_sizes, self.deviations = priors_of_sums(self.counts, self.sums, self.squares)
         self.cumulative = _cumulative(frequencies)
 
