@@ -29,7 +29,17 @@ def compile_backbone(model: nn.Module, key: str, *, channels_last: bool = False)
     """
     if not isinstance(getattr(model, "backbone", None), nn.Module):
         raise UserError(f"{key} is True, but {type(model).__name__} has no backbone to compile; set it to False.")
+    _allow_retained_graphs()
     model.backbone.forward = _Compiled(model.backbone.forward, key, channels_last)
+
+
+def _allow_retained_graphs() -> None:
+    """Let a compiled graph be retained in a backward pass (gradient balancing) even if it was not in its first one.
+
+    Options of torch.compile that a program sets hold for the current thread, but backward passes on a GPU have their own
+    threads: hence the default.
+    """
+    torch._functorch.config._config["donated_buffer"].default = False
 
 
 class _Compiled:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from kd_d2 import Teacher
@@ -80,6 +81,27 @@ def test_gradients_are_compiled_once_for_all_image_sizes() -> None:
     assert _compilations() == graphs + 1
     for ours, expected in zip(detector.parameters(), plain.parameters(), strict=True):
         _assert_close(ours.grad, expected.grad)
+
+
+def test_a_compiled_graph_is_retained_after_one_that_was_not() -> None:
+    """Check what gradient balancing does after a resume, in a thread as autograd has it on a GPU."""
+    model = nn.Module()
+    model.backbone = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    plain = copy.deepcopy(model.backbone)
+    compile_backbone(model, "SOLVER.COMPILE")
+    inputs = torch.rand(5, 8)
+
+    def measure(backbone: nn.Module) -> list[Tensor]:
+        loss = backbone(inputs).square().sum()
+        parameters = list(backbone.parameters())
+        first = torch.autograd.grad(loss, parameters, retain_graph=True)
+        return [*first, *torch.autograd.grad(loss, parameters)]
+
+    model.backbone(inputs).square().sum().backward()
+    with ThreadPoolExecutor() as threads:
+        found = threads.submit(measure, model.backbone).result()
+    for ours, expected in zip(found, measure(plain), strict=True):
+        _assert_close(ours, expected)
 
 
 def _compilations() -> int:

@@ -133,8 +133,8 @@ class Checkpoints(HookBase):
     def _remove_old(self) -> None:
         """Delete all but the last `keep` periodic checkpoints; 0 keeps all."""
         pattern = os.path.join(glob.escape(self.checkpointer.save_dir), "model_*.pth")
-        numbered = [path for path in glob.glob(pattern) if re.search(r"model_\d{7,}\.pth$", path)]
-        for path in sorted(numbered, key=os.path.getmtime)[: -self.keep] if self.keep else []:
+        numbered = [(os.path.getmtime(p), p) for p in glob.glob(pattern) if re.search(r"model_\d{7,}\.pth$", p)]
+        for _, path in sorted(numbered)[: -self.keep] if self.keep else []:
             os.remove(path)
 
 
