@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -182,6 +183,22 @@ def test_the_best_checkpoint_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
     train(project, resume=True)
     note()
     assert seen == [1, 3, 3]
+    assert json.loads((project.output / "model_best.json").read_text()) == {"AP": 30.0}
+
+
+def test_the_best_checkpoint_is_kept_if_the_training_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check a checkpoint that was the best in an evaluation after which no other was written."""
+    project = make_project(tmp_path, **SHORT, TEST__EVAL_PERIOD=2)
+    aps = iter([10.0, 30.0, 20.0, 20.0])
+    monkeypatch.setattr(KDTrainer, "test", lambda *args: {"bbox": {"AP": next(aps)}})
+
+    def kill() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(project, hooks=(After(3, kill),))
+    train(project, resume=True)
+    assert read_checkpoint(str(project.output / "model_best.pth"))["iteration"] == 3
 
 
 def test_an_asynchronous_write_that_fails(tmp_path: Path) -> None:

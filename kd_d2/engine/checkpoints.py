@@ -19,7 +19,7 @@ from torch import nn
 
 from ..checkpoint import KDCheckpointer
 from ..errors import UserError
-from ..files import link_or_copy
+from ..files import link_or_copy, read_json, write_json
 from .averaging import AveragedStudent
 from .failures import saved
 from .rank_states import get_rank_state
@@ -139,7 +139,7 @@ class Checkpoints(HookBase):
 
 
 class BestCheckpoint(HookBase):
-    """Keeps the evaluated checkpoint with the highest box AP as `model_best.pth`.
+    """Keeps the evaluated checkpoint with the highest box AP as `model_best.pth`, and this AP in `model_best.json`.
 
     Register the hook on rank 0 only, after `Checkpoints` and the evaluation.
 
@@ -153,6 +153,12 @@ class BestCheckpoint(HookBase):
         self.results = results
         self.seen: dict | None = None
         self.best = -math.inf
+        self.path = os.path.join(checkpointer.save_dir, BEST)
+
+    def before_train(self) -> None:
+        resumed = self.trainer.start_iter > 0
+        if resumed and os.path.isfile(f"{self.path}.json"):  # may be newer than the resumed checkpoint
+            self.best = max(self.best, read_json(f"{self.path}.json")["AP"])
 
     def after_step(self) -> None:
         results = self.results()
@@ -164,9 +170,8 @@ class BestCheckpoint(HookBase):
         if ap > self.best:
             self.best = ap
             self.checkpointer.wait()
-            link_or_copy(
-                self.checkpointer.get_checkpoint_file(), os.path.join(self.checkpointer.save_dir, f"{BEST}.pth")
-            )
+            link_or_copy(self.checkpointer.get_checkpoint_file(), f"{self.path}.pth")
+            write_json(f"{self.path}.json", {"AP": ap})
 
     def after_train(self) -> None:
         self.after_step()
