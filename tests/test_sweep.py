@@ -122,7 +122,8 @@ def test_a_cell_that_detects_nothing_is_read_and_drawn(finished, tmp_path):
     try:
         write_json(path, nothing)
         results = read_results(matrix, output)
-        assert "nan" in as_markdown(build_rows(matrix, results, {}))
+        rows = {row.name: dict(zip(HEADERS, format_row(row), strict=True)) for row in build_rows(matrix, results, {})}
+        assert [rows["better"][column] for column in ("AP", "gain", "> 2 sd", "gap closed")] == [""] * 4
         plot_curves(first_curves(matrix, results), str(tmp_path / "curves.png"))
     finally:
         write_json(path, json.loads(original))

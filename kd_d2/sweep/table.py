@@ -85,7 +85,7 @@ def build_rows(
         if baseline and row not in (baseline, teacher):
             row.gain = row.ap - baseline.ap
             spread = pooled_deviation(row.scores["AP"], baseline.scores["AP"])
-            row.is_better = None if spread is None else row.gain > 2 * spread
+            row.is_better = None if spread is None or math.isnan(spread) else row.gain > 2 * spread
         if student and teacher and row not in (student, teacher) and teacher.ap > student.ap:
             row.gap_closed = (row.ap - student.ap) / (teacher.ap - student.ap)
     return list(rows.values())
@@ -150,7 +150,7 @@ def _spread(values: list[float]) -> str:
 
 
 def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+    return "" if value is None or math.isnan(value) else format(value, form)
 
 
 def filled_columns(rows: list[Row]) -> list[list[str]]:
