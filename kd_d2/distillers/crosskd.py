@@ -40,7 +40,8 @@ class CrossKD(Distiller):
       for point-based detectors, divided by the number of positives;
     - centerness: BCE with the teacher's, averaged over positives.
 
-    The teacher's head determines the type of box loss. Positives are from the student's label assignment.
+    The teacher's head determines the type of box loss. Positives are from the student's label assignment. Divisors are
+    totals over all ranks, at least 1.
     """
 
     needs = frozenset({"dense", "targets", "towers"})

@@ -34,7 +34,7 @@ class LD(Distiller):
 
     For a region of anchors, with weights q, and every side of their boxes:
 
-        L = sum of q * TEMPERATURE^2 * (mean over bins of KL(p_T || p_S)) / (4 * sum of q over all ranks)
+        L = sum of q * TEMPERATURE^2 * (mean over bins of KL(p_T || p_S)) / (4 * max(1, sum of q over all ranks))
 
     The main region is the positives of the student's label assignment, q its largest class probability there. Optional:
     the valuable localization region, near the boxes but not positive, with the IoU as q (see `valuable_region`); and

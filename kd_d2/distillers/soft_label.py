@@ -25,7 +25,7 @@ class SoftLabel(Distiller):
     """Soft labels (Hinton et al. 2015) for sigmoid heads, Rank Mimicking's baseline (Li et al. 2022), and box heads.
 
     L = WEIGHT * sum over non-ignored anchors and classes of |p_T - p_S|^FOCUS * KL(p_T || p_S), divided by the number
-    of positives. For an R-CNN, the mean softmax divergence over the proposals that its box head is trained on.
+    of positives, at least 1. For an R-CNN, the mean softmax divergence over the proposals that its box head is trained on.
     """
 
     needs = frozenset({"dense", "targets"})

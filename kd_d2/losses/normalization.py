@@ -9,7 +9,7 @@ SCOPES = ("sample", "channel", "joint", "none")
 def min_max_normalize(
     student: Tensor, teacher: Tensor, scope: str = "sample", eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """Shift and scale a pair of feature maps to [0, 1] (nu in de Rijk 2022, equation 5).
+    """Shift and scale a pair of feature maps to [0, 1] (nu in de Rijk 2022, equation 1).
 
     Args:
         student, teacher: (B, C, H, W).

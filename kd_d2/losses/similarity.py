@@ -1,4 +1,4 @@
-"""Structural similarity in plain, differentiable operations (Wang et al. 2004; de Rijk 2022, equations 2 to 4).
+"""Structural similarity in plain, differentiable operations (Wang et al. 2004; de Rijk 2022, equations 3 and 4).
 
 Reference for tests of the fused loss, and implementation of the cases that it does not support.
 """

@@ -1,4 +1,4 @@
-"""SSIM and MS-SSIM losses (Wang et al. 2004; de Rijk 2022, equations 2 to 4)."""
+"""SSIM and MS-SSIM losses (Wang et al. 2004; de Rijk 2022, equations 3 and 4)."""
 
 from __future__ import annotations
 
