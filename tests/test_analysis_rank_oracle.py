@@ -77,7 +77,8 @@ def test_own_logits_give_own_detections(kind: str, tiny_detector: Callable, make
 
 
 def test_from_a_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Check the table's rows, that a student equal to its teacher gains nothing, and an invalid number."""
+    """Check the table's rows, that a student equal to its teacher gains nothing, that the files of the training do not
+    change, and an invalid number."""
     project = make_project(tmp_path, SOLVER__MAX_ITER=1, SOLVER__STEPS=())
     train(project)
     command = ("--output", tmp_path / "found", "--model", project.student)
@@ -86,8 +87,10 @@ def test_from_a_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     table = {name.strip(): [float(n) for n in numbers] for name, *numbers in rows[2:]}
     assert table.keys() == {STUDENT, RANKS, SCORES}
     assert table[STUDENT] == table[RANKS] == table[SCORES]
+    written = {path: path.stat().st_mtime_ns for path in project.output.rglob("*")}
     run(*command, project.output / "model_final.pth", "--images", 2)
     assert capsys.readouterr().out.count("|") > 15
+    assert written == {path: path.stat().st_mtime_ns for path in project.output.rglob("*")}
     with pytest.raises(SystemExit):
         run(*command, project.teacher_weights, "--images", 0)
     assert "--images is 0" in capsys.readouterr().err

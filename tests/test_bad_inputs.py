@@ -266,6 +266,10 @@ def test_odd_boxes_are_reported_and_training_goes_on(project: Project) -> None:
             ["DATASETS.COCO_JSON", "('a', 'b', 'c')"],
             "DATASETS.COCO_JSON must be a list of lists, [[name, annotations.json, image folder], ...]; one entry is 'a'.",
         ),
+        (
+            ["MODEL.PROPOSAL_GENERATOR.NAME", "RRPN"],
+            "MODEL.PROPOSAL_GENERATOR.NAME is RRPN: rotated boxes are not supported.",
+        ),
         (["SOLVER.IMS_PER_BATCH", 0], "SOLVER.IMS_PER_BATCH is 0; it must be a multiple of 1 (processes)."),
         (
             ["DATALOADER.SAMPLER_TRAIN", "Shuffler"],

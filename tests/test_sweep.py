@@ -468,6 +468,8 @@ def test_a_table_that_is_kept_in_a_readme(finished, tmp_path, program):
         assert readme.read_text() == bad
     with pytest.raises(UserError, match="--readme: there is no file"):
         run_sweep(matrix, output, [], replace(options, readme=str(tmp_path / "none.md")))
+    with pytest.raises(UserError, match="--readme /proc cannot be written"):
+        run_sweep(matrix, output, [], replace(options, readme="/proc/version"))
 
 
 def test_one_of_two_tables_in_a_readme(finished, tmp_path):

@@ -6,6 +6,7 @@ Shape suffixes: B images, A anchors per position, K classes, H W map, R anchors 
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -93,27 +94,28 @@ def rank_oracle(cfg: CfgNode, model: KDMetaArch, examples: Iterable[dict]) -> di
     Raises:
         UserError: the dataset is not evaluated with COCO metrics.
     """
-    evaluators = _coco_evaluators(cfg, cfg.DATASETS.TEST[0])
-    for evaluator in evaluators.values():
-        evaluator.reset()
-    image_ids = []
-    for example in examples:
-        targets = [example["instances"].to(model.device)]
-        with EventStorage():
-            student = model.adapter.run([example], NEEDS, targets)
-        teacher = model.teacher([example], NEEDS)
-        for name, logits in exchanged_logits(student.dense, teacher.dense, targets).items():
-            (found,) = detect_with(model.student, student, logits)
-            found = detector_postprocess(found, example["height"], example["width"])
-            evaluators[name].process([example], [{"instances": found}])
-        image_ids.append(example["image_id"])
-    return {name: evaluator.evaluate(img_ids=image_ids)["bbox"] for name, evaluator in evaluators.items()}
+    with tempfile.TemporaryDirectory() as folder:  # for the files that evaluators write
+        evaluators = _coco_evaluators(cfg, cfg.DATASETS.TEST[0], folder)
+        for evaluator in evaluators.values():
+            evaluator.reset()
+        image_ids = []
+        for example in examples:
+            targets = [example["instances"].to(model.device)]
+            with EventStorage():
+                student = model.adapter.run([example], NEEDS, targets)
+            teacher = model.teacher([example], NEEDS)
+            for name, logits in exchanged_logits(student.dense, teacher.dense, targets).items():
+                (found,) = detect_with(model.student, student, logits)
+                found = detector_postprocess(found, example["height"], example["width"])
+                evaluators[name].process([example], [{"instances": found}])
+            image_ids.append(example["image_id"])
+        return {name: evaluator.evaluate(img_ids=image_ids)["bbox"] for name, evaluator in evaluators.items()}
 
 
-def _coco_evaluators(cfg: CfgNode, dataset: str) -> dict[str, COCOEvaluator]:
+def _coco_evaluators(cfg: CfgNode, dataset: str, folder: str) -> dict[str, COCOEvaluator]:
     evaluators = {}
     for name in (STUDENT, RANKS, SCORES):
-        evaluator = build_evaluator(cfg, dataset)
+        evaluator = build_evaluator(cfg, dataset, folder)
         if not isinstance(evaluator, COCOEvaluator):
             raise UserError(
                 f"kd-d2 analyze rank-oracle evaluates some images with COCO metrics, which {dataset} does not use "

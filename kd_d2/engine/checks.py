@@ -48,6 +48,8 @@ def check_datasets(cfg: CfgNode, *, train: bool) -> None:
         raise UserError(
             "MODEL.LOAD_PROPOSALS is True: precomputed proposals are not supported, since they are pickle files, which can run code when they are loaded."
         )
+    if cfg.MODEL.PROPOSAL_GENERATOR.NAME == "RRPN":
+        raise UserError("MODEL.PROPOSAL_GENERATOR.NAME is RRPN: rotated boxes are not supported.")
     keys = ["TRAIN", "TEST"] if train else ["TEST"]
     for key in keys:
         names = cfg.DATASETS[key]

@@ -114,6 +114,7 @@ def _split_at_marks(readme: str) -> tuple[str, str, str]:
     path, _, name = readme.partition("#")
     if not os.path.isfile(path):
         raise UserError(f"--readme: there is no file {path}.")
+    check_output_folder(os.path.dirname(os.path.abspath(path)), "--readme")
     with open(path, encoding="utf-8") as file:
         text = file.read()
     name = name and f": {name}"
