@@ -266,10 +266,6 @@ def test_odd_boxes_are_reported_and_training_goes_on(project: Project) -> None:
             ["DATASETS.COCO_JSON", "('a', 'b', 'c')"],
             "DATASETS.COCO_JSON must be a list of lists, [[name, annotations.json, image folder], ...]; one entry is 'a'.",
         ),
-        (
-            ["MODEL.PROPOSAL_GENERATOR.NAME", "RRPN"],
-            "MODEL.PROPOSAL_GENERATOR.NAME is RRPN: rotated boxes are not supported.",
-        ),
         (["SOLVER.IMS_PER_BATCH", 0], "SOLVER.IMS_PER_BATCH is 0; it must be a multiple of 1 (processes)."),
         (
             ["DATALOADER.SAMPLER_TRAIN", "Shuffler"],
@@ -282,6 +278,11 @@ def test_data_keys(project: Project, refused, monkeypatch, opts: list, expected:
     """Check the messages for missing datasets and invalid settings of the data loader."""
     monkeypatch.chdir(project.folder)
     assert refused(*opts) == expected.replace("NAME", project.name)
+
+
+def test_rotated_boxes(refused) -> None:
+    key = "MODEL.PROPOSAL_GENERATOR.NAME"
+    assert refused(key, "RRPN") == f"{key} is RRPN: rotated boxes are not supported."
 
 
 def test_keypoints_and_masks_that_the_data_lack(refused, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
