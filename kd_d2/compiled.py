@@ -36,8 +36,8 @@ def compile_backbone(model: nn.Module, key: str, *, channels_last: bool = False)
 def _allow_retained_graphs() -> None:
     """Let a compiled graph be retained in a backward pass (gradient balancing) even if it was not in its first one.
 
-    Options of torch.compile that a program sets hold for the current thread, but backward passes on a GPU have their own
-    threads: hence the default.
+    The default of PyTorch's option is changed, since a value that is set applies to the current thread only, and autograd
+    runs backward passes on a GPU in other threads.
     """
     torch._functorch.config._config["donated_buffer"].default = False
 
