@@ -97,7 +97,7 @@ def _norms(gradients: Mapping[int, Tensor]) -> dict[int, float]:
 
     Empty if there is no gradient, or if it is not finite.
     """
-    squares = torch.stack([gradient.float().square().sum() for gradient in gradients.values()])
+    squares = torch.stack([gradient.square().sum() for gradient in gradients.values()])
     norms = mean_across_ranks(squares).sqrt().tolist()
     if not any(norms) or not all(map(math.isfinite, norms)):
         return {}
