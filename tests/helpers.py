@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import runpy
 import zlib
 from collections.abc import Iterator
@@ -59,6 +60,11 @@ NARROW = {
 }
 WIDE = {"MODEL__SLIM_RESNET__WIDTHS": (16, 24, 32, 48)}
 """Keys that make NARROW detectors wide enough for channels-last training on a CPU."""
+
+
+def example(name: str, file: str) -> str:
+    """Return the code block after `<!-- test: name -->` in a page of the documentation."""
+    return re.search(rf"<!-- test: {name} -->\n```\w+\n(.*?)```", (ROOT / file).read_text(), re.DOTALL)[1]
 
 
 def make_coco(folder: Path, num_images: int = 6, *, classes: tuple[str, ...] = CLASSES, seed: int = 0) -> Path:

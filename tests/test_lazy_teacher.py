@@ -1,8 +1,10 @@
-"""Teachers from LazyConfigs: ViTDet and Swin backbones for dense students and R-CNNs, and untrusted files."""
+"""LazyConfigs: ViTDet and Swin backbones as teachers, untrusted files, and a student in Detectron2's own training."""
 
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from kd_d2 import Teacher, UserError, load_config
@@ -10,8 +12,10 @@ from kd_d2.lazy_teacher import build_lazy_teacher
 
 import pytest
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, instantiate
-from helpers import Project, make_project, train
+from detectron2.engine import SimpleTrainer
+from helpers import Project, example, make_project, train
 
 DETECTOR = """
 from functools import partial
@@ -137,3 +141,32 @@ def test_a_config_of_the_model_zoo(tmp_path: Path) -> None:
     model, weights, input_format = build_lazy_teacher(load_config(str(project.student), opts))
     assert type(model).__name__ == "GeneralizedRCNN" and input_format == "BGR"
     assert weights == str(project.teacher_weights)
+
+
+def test_the_example_of_a_lazy_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_inputs: Callable) -> None:
+    """Check the guide's files with smaller detectors: training, the teacher, and the student's checkpoint."""
+    for file, name in (("distilled.py", "own training"), ("distill_R50.py", "lazy student")):
+        (tmp_path / file).write_text(example(name, "docs/guides/own-training.md"))
+    (tmp_path / "swin.py").write_text(SWIN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    cfg, small = (LazyConfig.load(str(tmp_path / file)) for file in ("distill_R50.py", "swin.py"))
+    small.model.roi_heads.box_predictor.test_score_thresh = 0.0
+    weights = instantiate(small.model).state_dict()
+    torch.save({"model": weights}, tmp_path / "teacher.pth")
+    cfg.model.update(student=small.model, teacher=small.model, teacher_weights=str(tmp_path / "teacher.pth"))
+    model = instantiate(cfg.model).train()
+    inherited = "roi_heads.box_predictor.cls_score.weight"
+    assert torch.equal(model.student.state_dict()[inherited], weights[inherited])
+    cfg.optimizer.params.model = model
+    trainer = SimpleTrainer(model, [make_inputs()] * 2, instantiate(cfg.optimizer))
+    trainer.train(0, 2)
+    assert trainer.storage.history("loss_pkd").latest() > 0
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.teacher.model.state_dict().items())
+    DetectionCheckpointer(model.student, str(tmp_path)).save("student")
+    saved = torch.load(tmp_path / "student.pth")["model"]
+    student = instantiate(small.model)
+    student.load_state_dict(saved)
+    assert not torch.equal(saved["backbone.fpn_output2.weight"], weights["backbone.fpn_output2.weight"])
+    ours, theirs = (detector.eval()(make_inputs())[0]["instances"] for detector in (model, student))
+    assert torch.equal(ours.scores, theirs.scores) and len(ours)

@@ -3,7 +3,6 @@
 import json
 import re
 import sys
-from pathlib import Path
 
 from kd_d2 import DISTILLER_REGISTRY, KDMetaArch, Teacher, load_config
 from kd_d2.adapters import DETECTOR_ADAPTER_REGISTRY, build_adapter
@@ -14,14 +13,7 @@ from kd_d2.meta_arch import META_ARCH_REGISTRY
 import pytest
 import torch
 from detectron2.modeling import build_model
-from helpers import configured
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def example(name: str, file: str) -> str:
-    """Return the code block after `<!-- test: name -->`."""
-    return re.search(rf"<!-- test: {name} -->\n```\w+\n(.*?)```", (ROOT / file).read_text(), re.DOTALL)[1]
+from helpers import ROOT, configured, example
 
 
 def test_five_lines_of_yaml(tmp_path):
