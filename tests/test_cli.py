@@ -83,6 +83,15 @@ def test_completion(capsys: pytest.CaptureFixture) -> None:
     assert not subprocess.run(["bash", "-n"], input=printed, text=True).returncode
 
 
+def test_output_that_is_not_read() -> None:
+    """Check that a command whose reader, such as `head`, has ended stops without a traceback."""
+    command = [sys.executable, "-m", "kd_d2", "config", "show", "tiny/retinanet-icd"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
+
+
 # --------------------------------------------------------------------------------------------- overrides
 
 
