@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import math
+import os
 import sys
 from collections.abc import Iterator
 
@@ -38,13 +39,22 @@ def check_number(key: str, value: object, minimum: float, *, exclusive: bool = F
 def exit_on_user_error() -> Iterator[None]:
     """Exit with status 2 and a one-sentence message on a UserError or a full disk, and with status 130 on Ctrl-C.
 
-    Also keeps control characters out of the logs.
+    Exits with status 1 if the reader of the output, such as `head`, has closed it. Also keeps control characters out of
+    the logs.
     """
     keep_controls_out_of_logs()
     try:
         yield
+        sys.stdout.flush()
     except UserError as error:
         end_with(error)
+    except BrokenPipeError:
+        try:
+            print(flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        raise  # from another pipe
     except OSError as error:
         if error.errno not in DISK_IS_FULL:
             raise

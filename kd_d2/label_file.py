@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from tqdm import tqdm
 
+from .class_names import names_in_data
 from .data import build_test_loader, register_coco_json, register_synthetic
 from .engine.checks import check_classes, check_datasets, check_distillation
 from .errors import UserError
@@ -62,7 +62,9 @@ def write_label_file(
         return teacher.model(teacher.to_input_format(batch))
 
     batches = tqdm(build_test_loader(cfg, name), unit="image")
-    tree, folder = label_images(detect, batches, teacher.spec.num_classes, name, threshold)
+    classes = names_in_data(cfg)  # the teacher's, which has been matched to them
+    names = classes.names if classes else unknown_names(teacher.spec.num_classes)
+    tree, folder = label_images(detect, batches, names, threshold)
     write_json(output, tree, indent=None)
     return tree, overrides_to_train_on(cfg, name, [f"{name}_by_teacher", os.path.abspath(output), folder])
 
@@ -85,8 +87,7 @@ def choose_dataset(cfg: CfgNode, name: str | None) -> str:
 def label_images(
     detect: Callable[[list[dict]], list[dict]],
     batches: Iterable[list[dict]],
-    num_classes: int,
-    dataset: str,
+    names: Sequence[str],
     score_threshold: float,
 ) -> tuple[dict[str, Any], str]:
     """Label images with a detector.
@@ -94,16 +95,12 @@ def label_images(
     Args:
         detect: Detectron2 detector in eval mode, with detections in pixels of the image on disk.
         batches: batches of Detectron2's test loader.
-        num_classes: number of classes of `detect`.
-        dataset: registered name; its class names are used if their number is `num_classes`.
+        names: class names by class index.
         score_threshold: score above which detections become annotations.
 
     Returns:
         The tree of an annotation file with the score of each annotation, and the folder of its relative file names.
     """
-    names = MetadataCatalog.get(dataset).get("thing_classes") or []
-    if len(names) != num_classes:
-        names = unknown_names(num_classes)
     categories = [Category(number, name) for number, name in enumerate(names, 1)]
     paths, images, annotations = [], [], []
     for batch in batches:

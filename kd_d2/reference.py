@@ -52,14 +52,14 @@ def explain(key: str) -> str:
     Raises:
         UserError: the key or node does not exist.
     """
-    entries = [entry for entry in config_reference() if entry.name == key or entry.name.startswith(f"{key}.")]
-    if entries:
-        return "\n\n".join(_as_text(entry) for entry in entries)
-    defaults = dict(leaves(get_cfg()))
-    if key in defaults:
-        return f"{key}\n    a key of Detectron2, {defaults[key]!r} by default; see detectron2.config.defaults"
-    known = [*(entry.name for entry in config_reference()), *defaults]
-    known += {name.rpartition(".")[0] for name in known}
+    texts = {entry.name: _as_text(entry) for entry in config_reference()}
+    for name, default in leaves(get_cfg()):
+        text = f"{name}\n    a key of Detectron2, {default!r} by default; see detectron2.config.defaults"
+        texts.setdefault(name, text)
+    explained = [text for name, text in texts.items() if f"{name}.".startswith(f"{key}.")]
+    if explained:
+        return "\n\n".join(explained)
+    known = [*texts, *{name.rpartition(".")[0] for name in texts}]
     close = difflib.get_close_matches(key, known, n=1)
     hint = f" Did you mean {close[0]}?" if close else ""
     raise UserError(f"There is no config key or node {key}.{hint}")

@@ -6,6 +6,7 @@ import functools
 import json
 from pathlib import Path
 
+from kd_d2.analysis import load_analysis
 from kd_d2.analysis.detections import Difference, choose, differences
 from kd_d2.evaluation.coco import found_objects
 
@@ -83,10 +84,15 @@ def test_sheets_of_three_models(tmp_path: Path, capsys: pytest.CaptureFixture) -
     tree = json.loads((output / "differences.json").read_text())
     assert tree["total"] == {"gained": len(objects) - 1, "lost": 1}
     sheets = sorted(output.glob("*.png"))
-    assert [p.name[:3] for p in sheets] == ["01-", "02-"]
+    assert [p.name[:3] for p in sheets] == ["001", "002"]
     assert cv2.imread(str(sheets[0])).shape[1] == 4 * (360 * 3 // 2 + 8) or cv2.imread(str(sheets[0])).shape[1] == 4 * (
         360 + 8
     )
+    arguments[arguments.index("--images") + 1] = 1
+    run(*arguments)
+    (sheet,) = output.glob("*.png")  # those of the earlier run are deleted
+    sheet.rename(output / "100-other.png")
+    assert [block.path for block in load_analysis(str(output)).section().blocks] == [str(output / "100-other.png")]
 
 
 def test_one_model_is_not_enough(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:

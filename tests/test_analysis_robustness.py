@@ -161,8 +161,10 @@ def test_workers_do_not_change_numbers_and_images_are_taken_evenly(tmp_path: Pat
 
 def test_other_weights_in_the_same_folder(tmp_path: Path, toy: tuple, capfd) -> None:
     project, output = toy[0], tmp_path / "out"
-    common = ["--corruptions", "fog", "--severities", "1"]
+    common = ["--corruptions", "fog", "--severities", "2,1"]
     run(*common, *_arguments(project, output))
+    rows = [line.split(",") for line in (output / "robustness.csv").read_text().splitlines()[1:]]
+    assert [row[2] for row in rows] == ["0", "1", "2"]  # in the order of the plots
     project.teacher_weights.write_bytes(project.teacher_weights.read_bytes() + b" ")
     with pytest.raises(SystemExit):
         run(*common, *_arguments(project, output))

@@ -83,6 +83,15 @@ def test_completion(capsys: pytest.CaptureFixture) -> None:
     assert not subprocess.run(["bash", "-n"], input=printed, text=True).returncode
 
 
+def test_output_that_is_not_read() -> None:
+    """Check that a command whose reader, such as `head`, has ended stops without a traceback."""
+    command = [sys.executable, "-m", "kd_d2", "config", "show", "tiny/retinanet-icd"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
+
+
 # --------------------------------------------------------------------------------------------- overrides
 
 
@@ -240,7 +249,7 @@ def test_moved_modules(old: str) -> None:
 
 
 def test_config_explain(capsys: pytest.CaptureFixture[str]) -> None:
-    """Check a key with its range and default, a whole node, a key of Detectron2, and a wrong name."""
+    """Check a key with its range and default, a whole node, the same for Detectron2's, and a wrong name."""
     main(["config", "explain", "MODEL.KD.BALANCE.TARGET"])
     assert "a number above 0; default 2.0" in capsys.readouterr().out
     main(["config", "explain", "MODEL.KD.DEFEAT"])
@@ -248,6 +257,9 @@ def test_config_explain(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(explained) == 7 and explained[-1] == "MODEL.KD.DEFEAT.ADAPTATION"
     main(["config", "explain", "SOLVER.BASE_LR"])
     assert "a key of Detectron2, 0.001 by default" in capsys.readouterr().out
+    main(["config", "explain", "SOLVER.CLIP_GRADIENTS"])
+    explained = capsys.readouterr().out
+    assert "SOLVER.CLIP_GRADIENTS.CLIP_VALUE\n    a key of Detectron2, 1.0 by default" in explained
     with pytest.raises(SystemExit):
         main(["config", "explain", "MODEL.KD.BALANCE.TARGETS"])
     assert "Did you mean MODEL.KD.BALANCE.TARGET?" in capsys.readouterr().err

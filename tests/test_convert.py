@@ -296,6 +296,14 @@ def test_the_devkit(devkit: Path) -> None:
     ]
 
 
+def test_lists_of_names_with_spaces(devkit: Path) -> None:
+    """Check that they are not mistaken for lists of a single class."""
+    picture(devkit / "JPEGImages/brown cow.jpg")
+    text(devkit / "Annotations/brown cow.xml", voc_xml("brown cow.jpg", voc_object("cow", 1, 1, 9, 9)))
+    text(devkit / "ImageSets/Main/val.txt", "000003\nbrown cow\n")
+    assert sorted(boxes(run(devkit)["val"])) == ["000003", "brown cow"]
+
+
 def test_lists_of_the_devkit_that_do_not_fit(devkit: Path) -> None:
     text(devkit / "ImageSets/Main/test.txt", "../../etc/passwd\n")
     assert refusal(devkit) == (

@@ -203,6 +203,17 @@ def test_samples_show_each_class(pair: list[DataSet]) -> None:
     assert colored.max(0).tolist() == pytest.approx([(12 + 72) * scale, left + (8 + 48) * scale], abs=3)
 
 
+def test_labels_of_large_images_are_readable(pair: list[DataSet]) -> None:
+    """Check the height of the box and the label of a small object in a portrait photograph."""
+    data = read_coco(pair[0].json_file, pair[0].folder)
+    images = data.tree["images"][:1]
+    Image.new("RGB", (1080, 1920)).save(Path(pair[0].folder) / images[0]["file_name"])
+    box = {"id": 1, "image_id": images[0]["id"], "category_id": 1, "bbox": [300, 900, 1, 1]}
+    data.tree |= {"images": images, "annotations": [box]}
+    colored = np.argwhere((draw_samples([(pair[0], data)], 1) == (230, 57, 70)).all(-1))
+    assert np.ptp(colored, 0)[0] > 10
+
+
 def test_the_command_on_files(pair: list[DataSet], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Check the printed and written output, and the exit status in case of an error."""
     arguments = ["data", "check", "--output", str(tmp_path / "out")]

@@ -297,6 +297,30 @@ def test_labels_made_ahead(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     assert train(project, *overrides, "SOLVER.MAX_ITER", 1).losses[0]["loss_cls"] != pytest.approx(losses["loss_cls"])
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"categories": []},
+        {"categories": [{"id": 3, "name": "red"}, {"id": 5, "name": "green"}, {"id": 4, "name": "blue"}]},
+    ],
+)
+def test_labels_have_the_classes_of_the_first_set(tmp_path: Path, changes: dict[str, list]) -> None:
+    """Check labels of images whose file has no classes, or has them in another order."""
+    project = make_project(tmp_path, MODEL__KD__TEACHER__OPTS=LOW_THRESHOLDS, **PSEUDO_LABELS)
+    tree = json.loads(project.annotations.read_text())
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({"images": tree["images"], **changes}))
+    files = [[project.name, str(project.annotations), str(tmp_path / "data/images")]]
+    files.append(["other", str(other), str(tmp_path / "data/images")])
+    found = []
+    for name, json_file in ((project.name, tmp_path / "a.json"), ("other", tmp_path / "b.json")):
+        options = ("--output", json_file, "--dataset", name, "--score-thresh", 0.011)
+        keys = ("DATASETS.COCO_JSON", files, "DATASETS.TRAIN", (project.name, "other"))
+        run_command("pseudo-label", project.student, *options, *keys)
+        found.append(json.loads(json_file.read_text()))
+    assert found[0] == found[1]
+
+
 def test_a_teacher_that_leaves_out_what_would_count(
     tmp_path: Path, tiny_detector: Callable, capfd: pytest.CaptureFixture
 ) -> None:
@@ -322,10 +346,10 @@ def test_labels_are_of_scaled_images(tiny_detector: Callable, make_inputs: Calla
     batch = make_inputs(((64, 80),), (1,))
     batch[0].update(height=128, width=160, file_name="/data/a/b/1.png")
     other = [{**batch[0], "file_name": "/data/a/c/2.png"}]
-    tree, folder = label_images(model, [batch, other], 3, "nobody", 0.0)
+    tree, folder = label_images(model, [batch, other], "abc", 0.0)
     assert folder == "/data/a"
     assert [i["file_name"] for i in tree["images"]] == ["b/1.png", "c/2.png"]
-    assert [c["name"] for c in tree["categories"]] == ["class 0", "class 1", "class 2"]
+    assert [c["name"] for c in tree["categories"]] == ["a", "b", "c"]
     own = model(batch)[0]["instances"]
     boxes = np.array([a["bbox"] for a in tree["annotations"] if a["image_id"] == 1])
     np.testing.assert_allclose(boxes[:, :2] + boxes[:, 2:], own.pred_boxes.tensor[:, 2:].detach().numpy(), rtol=1e-5)

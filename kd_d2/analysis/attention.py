@@ -60,6 +60,7 @@ class AttentionAnalysis(Analysis):
         model, icd = load_icd(distillation)
         check_output_folder(output, "--output")
         examples = read_examples(distillation.cfg, images)
+        cls.clear(output)
         shares = []
         for example, name in zip(examples, picture_names(examples), strict=True):
             target = example["instances"].to(model.device)

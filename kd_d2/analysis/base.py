@@ -74,6 +74,14 @@ class Analysis(ABC):
             output: folder to which pictures of single images are written.
         """
 
+    @classmethod
+    def clear(cls, folder: str) -> None:
+        """Delete the marker and the pictures if the folder has this analysis finished, before `run` writes pictures."""
+        if is_analysis(folder) and read_json(os.path.join(folder, MARKER)) == {"analysis": cls.name}:
+            for pattern in (*cls.figures, MARKER):
+                for path in _matches(folder, pattern):
+                    os.remove(path)
+
     def sentences(self) -> list[str]:
         """Return sentences that describe the tables and pictures."""
         return []
@@ -105,7 +113,7 @@ class Analysis(ABC):
         """Return the section of a report, with the pictures in `folder`."""
         section = Section(self.title, self.sentences(), [*self.tables(), *self.details()])
         for pattern, caption in self.figures.items():
-            for path in sorted(glob.glob(os.path.join(glob.escape(self.folder), pattern))):
+            for path in _matches(self.folder, pattern):
                 section.blocks.append(Picture(path, caption + (os.path.basename(path) if "*" in pattern else "")))
         return section
 
@@ -142,6 +150,10 @@ class Analysis(ABC):
     def _stored(cls) -> dict[str, Any]:
         hints = get_type_hints(cls)
         return {f.name: hints[f.name] for f in fields(cls) if f.metadata.get("stored", True)}
+
+
+def _matches(folder: str, pattern: str) -> list[str]:
+    return sorted(glob.glob(os.path.join(glob.escape(folder), pattern)))
 
 
 def is_analysis(folder: str) -> bool:

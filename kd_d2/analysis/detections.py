@@ -47,7 +47,7 @@ class DetectionAnalysis(Analysis):
     name = "detections"
     title = "Detections"
     file = "differences.json"
-    figures = {"[0-9][0-9]-*.png": ""}
+    figures = {"[0-9]*-*.png": ""}
     model_count = (2, None)
 
     compared: tuple[str, str]
@@ -71,6 +71,7 @@ class DetectionAnalysis(Analysis):
         first, second = (found_objects(truth, detections[m.title], score_thresh) for m in models[:2])
         differing = differences(truth, first, second)
         entries = {entry["image_id"]: entry for entry in DatasetCatalog.get(models[0].dataset)}
+        cls.clear(output)
         for number, image_id in enumerate(choose(differing, images), 1):
             entry = entries[image_id]
             shown = {
@@ -79,7 +80,7 @@ class DetectionAnalysis(Analysis):
             }
             image = read_image(entry["file_name"], "RGB")
             picture = draw_differences(truth, image_id, image, differing[image_id], shown)
-            write_picture(os.path.join(output, f"{number:02d}-{picture_name(entry)}"), picture)
+            write_picture(os.path.join(output, f"{number:03d}-{picture_name(entry)}"), picture)
         total = {key: sum(len(getattr(d, key)) for d in differing.values()) for key in ("gained", "lost")}
         return cls((models[0].title, models[1].title), total, {str(i): d for i, d in differing.items()})
 

@@ -84,6 +84,7 @@ class RankAnalysis(Analysis):
         cfg = distillation.cfg
         examples = read_files(cfg, input) if input else read_examples(cfg, images)
         names = picture_names(examples)
+        cls.clear(output)
         for example, name in zip(examples, names, strict=True):
             write_picture(os.path.join(output, name), pair.draw(example, instances, score_thresh))
         return cls(names, pair.layers is not None)

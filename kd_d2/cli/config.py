@@ -8,8 +8,6 @@ kd-d2 config explain KEY_OR_NODE, such as MODEL.KD.ICD or SOLVER.AMP.DTYPE
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 
 from ..arguments import add_config_argument, add_import_argument
 from ..extensions import import_extensions
@@ -35,23 +33,16 @@ def run(args: argparse.Namespace) -> None:
     from ..config_files import shipped_configs
 
     if args.action == "list":
-        _print("\n".join(shipped_configs()))
+        print("\n".join(shipped_configs()))
         return
     import_extensions(args.imports)
     if args.action == "explain":
         from ..reference import explain
 
-        _print(explain(args.key))
+        print(explain(args.key))
         return
     cfg = read_config(args.config_file, args.opts)
     if args.changes:
-        _print("\n".join(f"{key}: {value!r}" for key, value in changed_keys(cfg).items()))
+        print("\n".join(f"{key}: {value!r}" for key, value in changed_keys(cfg).items()))
     else:
-        _print(cfg.dump().rstrip())
-
-
-def _print(text: str) -> None:
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:  # for example `kd-d2 config list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(cfg.dump().rstrip())

@@ -59,25 +59,19 @@ def _draw(dataset: DataSet, data: CocoData, image: dict) -> np.ndarray | None:
         pixels = read_image(os.path.join(dataset.folder, image["file_name"]), "RGB")
     except DataError:  # reported as a finding
         return None
+    scale = min(CELL[0] / pixels.shape[1], CELL[1] / pixels.shape[0])
+    size = [max(1, round(side * scale)) for side in pixels.shape[1::-1]]
+    small = cv2.resize(pixels, size, interpolation=cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA)
     annotations = [a for a in data.tree["annotations"] if a["image_id"] == image["id"]]
     names = {category["id"]: category["name"] for category in data.tree["categories"]}
     order = list(names)
-    instances = Instances(pixels.shape[:2])
+    instances = Instances(small.shape[:2])
     corners = [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in annotations)]
-    instances.gt_boxes = Boxes(torch.tensor(corners, dtype=torch.float32).reshape(-1, 4))
+    instances.gt_boxes = Boxes(scale * torch.tensor(corners, dtype=torch.float32).reshape(-1, 4))
     instances.gt_classes = torch.tensor([order.index(a["category_id"]) for a in annotations], dtype=torch.int64)
     labels = [*names.values(), *(f"{name} (crowd)" for name in names.values())]
     instances.gt_classes += len(names) * torch.tensor([bool(a.get("iscrowd")) for a in annotations], dtype=torch.int64)
-    drawn = draw_instances(np.ascontiguousarray(pixels), instances, labels, min_side=CELL[1])
-    return titled(_fitted(drawn), f"{dataset.role}: {image['file_name']}")
-
-
-def _fitted(picture: np.ndarray) -> np.ndarray:
-    """Resize a picture to fit a cell and center it on white."""
-    scale = min(CELL[0] / picture.shape[1], CELL[1] / picture.shape[0])
-    size = [max(1, round(side * scale)) for side in picture.shape[1::-1]]
-    small = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
     cell = np.full((CELL[1], CELL[0], 3), 255, np.uint8)
     left, top = (CELL[0] - size[0]) // 2, (CELL[1] - size[1]) // 2
-    cell[top : top + size[1], left : left + size[0]] = small
-    return cell
+    cell[top : top + size[1], left : left + size[0]] = draw_instances(small, instances, labels, min_side=1)
+    return titled(cell, f"{dataset.role}: {image['file_name']}")

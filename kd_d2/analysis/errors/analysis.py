@@ -56,6 +56,7 @@ class ErrorAnalysis(Analysis):
         "curves.png": "All classes.",
         "costs.png": "The cost of each error type, by object size.",
         "sizes.png": "Small, medium and large objects.",
+        "classes/*.png": "One class: ",
     }
 
     models: dict[str, ModelErrors]
@@ -94,6 +95,7 @@ class ErrorAnalysis(Analysis):
             progress = partial(tqdm, total=len(truth["categories"]), desc=model.title, unit="class")
             curves[model.title] = analyze_errors(truth, detections, groups, workers, progress)
         errors = {t: ModelErrors(c.areas(), {n: c.areas(n) for n in c.class_names}) for t, c in curves.items()}
+        cls.clear(output)
         return cls(errors, curves, classes)
 
     def draw(self, folder: str) -> None:

@@ -98,6 +98,7 @@ class FeatureAnalysis(Analysis):
         gatherer = FeatureGatherer([FeatureReader(model) for model in models], teacher, stride, channels)
         entries = DatasetCatalog.get(models[0].dataset)
         names = picture_names(entries[:pictures])
+        cls.clear(output)
         for number, entry in enumerate(tqdm(entries, unit="image", leave=False)):
             for folder, picture in gatherer.add(entry, draw=number < pictures).items():
                 write_picture(os.path.join(output, folder, names[number]), picture)

@@ -88,7 +88,7 @@ class RobustnessAnalysis(Analysis):
         )
         write_picture(os.path.join(output, "corruptions.png"), picture)
         progress = partial(tqdm, unit="image", leave=False)
-        levels = list(map(int, severities))
+        levels = sorted(map(int, severities))
         measured = {
             model.title: measure_robustness(model, output, corruptions, levels, workers, progress) for model in models
         }

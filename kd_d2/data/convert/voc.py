@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from xml.etree.ElementTree import Element
 
 from ...errors import UserError
 from .labels import REMEDY, LabelledBox, LabelledImage, Labels, read_box, written_size
 from .source import Source
+
+OF_CLASS = re.compile(r".*\s(-1|0|1)")
+"""A line of a list of a single class: an image, and whether it has an object of the class."""
 
 
 def recognizes(source: Source) -> bool:
@@ -91,17 +95,16 @@ def _read_object(where: str, node: Element) -> LabelledBox:
 
 
 def _split_lists(source: Source) -> dict[str, list[str]]:
-    """Return image stems by list in ImageSets/Main, except lists of single classes, which have a second column."""
+    """Return image stems by list in ImageSets/Main, except lists of single classes."""
     lists: dict[str, list[str]] = {}
     folders = set()
     for file in source.having(".txt"):
         folder = os.path.dirname(file)
         if not f"{os.sep}{folder}".endswith(os.path.join(os.sep, "ImageSets", "Main")):
             continue
-        lines = [line.split() for line in source.read_text(file).splitlines() if line.strip()]
-        if lines and all(len(line) == 1 for line in lines):
+        stems = [line.strip() for line in source.read_text(file).splitlines() if line.strip()]
+        if not all(map(OF_CLASS.fullmatch, stems)):
             folders.add(folder)
-            stems = [line[0] for line in lines]
             for stem in (stem for stem, count in Counter(stems).items() if count > 1):
                 source.note(f"duplicate entries of {os.path.basename(file)} dropped", stem)
             lists[os.path.splitext(os.path.basename(file))[0]] = list(dict.fromkeys(stems))
