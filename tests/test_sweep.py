@@ -39,7 +39,7 @@ def log_of_progress(caplog):
 
 def write_matrix(folder, text):
     path = folder / "matrix.yaml"
-    path.write_text(text.replace("STUDENT", STUDENT))
+    path.write_text(text.replace("STUDENT", STUDENT).replace("FOLDER", str(folder)))
     return str(path)
 
 
@@ -175,15 +175,19 @@ def test_nested_opts_are_read_as_in_a_config(tmp_path):
     assert cell.opts == ("SOLVER.BASE_LR", 0.5, "SOLVER.AMP.ENABLED", True, "SEED", 1)
 
 
+TAUGHT = (
+    "{MODEL.META_ARCHITECTURE: KDMetaArch, MODEL.KD.INHERIT.ENABLED: True, "
+    "MODEL.KD.TEACHER: {CONFIG_FILE: STUDENT, WEIGHTS: FOLDER/teacher.pth}}"
+)
+
+
 def test_the_teacher_is_evaluated_among_the_cells(tmp_path, monkeypatch):
     """Check that the evaluation is the first job, and the number of parallel jobs and of threads."""
     started = []
     monkeypatch.setattr(report, "run_jobs", lambda jobs, parallel, threads: started.append((jobs, parallel, threads)))
-    monkeypatch.setattr(report, "_costs", lambda *arguments: {})
-    teacher = (
-        "{MODEL.META_ARCHITECTURE: KDMetaArch, MODEL.KD.TEACHER.CONFIG_FILE: STUDENT, MODEL.KD.INHERIT.ENABLED: True}"
-    )
-    text = f"config: STUDENT\nbaseline: a\ncells: {{a: {{opts: {teacher}}}}}\n"
+    monkeypatch.setattr(report, "measure_costs", lambda *arguments: {})
+    (tmp_path / "teacher.pth").touch()
+    text = f"config: STUDENT\nbaseline: a\ncells: {{a: {{opts: {TAUGHT}}}}}\n"
     run_sweep(read_matrix(write_matrix(tmp_path, text)), str(tmp_path / "output"), [], SweepOptions(jobs=2))
     ((jobs, parallel, threads),) = started
     assert ([job.cell for job in jobs], parallel, threads) == (["teacher", "a"], 2, 1)
@@ -307,6 +311,32 @@ def test_a_finished_cell_is_not_run_again(tmp_path, monkeypatch, caplog):
     changed = training_job(matrix.cell("better"), 0, str(tmp_path), str(tmp_path / "cells"), ["SOLVER.GAMMA", "0.2"])
     with pytest.raises(UserError, match=r"SOLVER.GAMMA: default then, 0.2 now"):
         run_jobs([changed], 1, 1)
+
+
+def test_results_with_another_teacher_are_refused(tmp_path):
+    """Check the teacher's row and a student's after the checkpoint has changed, and files without this setting."""
+    weights = tmp_path / "teacher.pth"
+    weights.write_text("one")
+    cell = read_matrix(
+        write_matrix(tmp_path, f"config: STUDENT\nbaseline: a\ncells: {{a: {{opts: {TAUGHT}}}}}\n")
+    ).cell("a")
+    folder = str(tmp_path)
+
+    def jobs():
+        return [teacher_evaluation(cell, folder, folder, []), training_job(cell, 0, folder, folder, [])]
+
+    for job in jobs():
+        write_json(job.result, result(job.cell, 0, 1.0, settings=job.settings))
+    assert run_jobs(jobs(), 1, 1) == []
+    weights.write_text("two")
+    for job in jobs():
+        with pytest.raises(
+            UserError, match=rf"{job.result} was measured with different settings \(files of the teacher"
+        ):
+            run_jobs([job], 1, 1)
+        del job.settings["files of the teacher"]
+        write_json(job.result, result(job.cell, 0, 1.0, settings=job.settings))
+    assert run_jobs(jobs(), 1, 1) == []
 
 
 def test_a_training_with_other_settings_is_not_resumed(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from ..config import read_config
 from ..engine.stop_request import exit_on_sigterm
 from ..errors import UserError
 from ..files import write_json
-from .matrix import Cell, Matrix, measured_settings, without_locations
+from .matrix import TEACHER, Cell, Matrix, measured_settings, without_locations
 from .results import (
     METRICS,
     read_curves,
@@ -134,7 +134,8 @@ def teacher_evaluation(cell: Cell, output: str, results: str, opts: list[Any], i
     folder = os.path.join(output, "teacher")
     opts = [*opts, *cell.opts]
     command = ["eval", "--teacher-of", cell.config, *_arguments(imports, opts), "OUTPUT_DIR", folder]
-    settings = {k: v for k, v in measured_settings(cell.config, opts).items() if k.startswith(("INPUT.", "DATASETS."))}
+    kept = ("INPUT.", "DATASETS.", TEACHER)
+    settings = {k: v for k, v in measured_settings(cell.config, opts).items() if k.startswith(kept)}
     return Job("teacher", 0, command, folder, result_path(results, "teacher", 0), settings)
 
 
@@ -172,6 +173,7 @@ def _check_checkpoint(job: Job) -> None:
 
 
 def _check_settings(job: Job, before: dict[str, Any], what: str, where: str) -> None:
+    before = {TEACHER: job.settings.get(TEACHER), **before}  # unknown in configs and older files
     changed = sorted(k for k in before.keys() | job.settings.keys() if before.get(k) != job.settings.get(k))
     if changed:
         key = changed[0]
