@@ -16,9 +16,9 @@ from kd_d2.cli import main
 from kd_d2.config import load_config
 from kd_d2.figures import save_figure
 from kd_d2.files import write_json
-from kd_d2.sweep import SweepOptions, plots, report, run_sweep, runner
+from kd_d2.sweep import SweepOptions, costs, plots, report, run_sweep, runner
 from kd_d2.sweep.costs import measure_costs
-from kd_d2.sweep.matrix import measured_settings, read_matrix
+from kd_d2.sweep.matrix import Cell, measured_settings, read_matrix
 from kd_d2.sweep.plots import look, plot_ap, plot_curves
 from kd_d2.sweep.report import first_curves, write_report
 from kd_d2.sweep.results import read_metrics, result_path
@@ -356,12 +356,11 @@ def test_a_training_with_other_settings_is_not_resumed(tmp_path, monkeypatch):
         UserError, match=r"seed0 has a training with different settings \(SOLVER.GAMMA: default then, 0.2"
     ):
         run_jobs([other], 1, 1)
-    with pytest.raises(UserError, match="1 cells failed"):  # it was started
-        run_jobs([same], 1, 1)
+    assert run_jobs([same], 1, 1) == [same]  # it was started, and failed
 
 
-def test_a_failing_cell_is_named_and_others_finish(tmp_path, monkeypatch):
-    """Check that a failing cell is reported with its log, after the others have written their results."""
+def test_a_failing_cell_is_returned_and_others_finish(tmp_path, monkeypatch):
+    """Check that a failing cell has a log, and that the others write their results."""
     script = tmp_path / "program.py"
     script.write_text(
         "import json, sys\n"
@@ -385,8 +384,7 @@ def test_a_failing_cell_is_named_and_others_finish(tmp_path, monkeypatch):
         )
         for name in ("bad", "good")
     ]
-    with pytest.raises(UserError, match=r"1 cells failed: bad seed 0, see .*bad/process.log"):
-        run_jobs(jobs, 1, 1)
+    assert run_jobs(jobs, 1, 1) == jobs[:1]
     assert "no such data" in (tmp_path / "bad" / "process.log").read_text()
     good = json.loads((tmp_path / "cells" / "good.json").read_text())
     assert good["scores"] == {"AP": 12.5}
@@ -395,6 +393,24 @@ def test_a_failing_cell_is_named_and_others_finish(tmp_path, monkeypatch):
     assert good["multipliers"] == {"PFI": 1235.0}
     assert good["curves"] == {"total_loss": [[9, 1.0]], "bbox/AP": [[19, 12.5]]}
     assert not (tmp_path / "cells" / "bad.json").exists()
+
+
+@pytest.mark.parametrize("fails", ["cell", "teacher"])
+def test_a_table_of_the_others_is_written_if_a_cell_fails(finished, tmp_path, monkeypatch, fails):
+    """Check that the error names the log, and that the table and plots have the finished cells."""
+    matrix, folder = finished
+    if fails == "teacher":
+        os.remove(result_path(folder, "teacher", 0))
+        matrix = replace(matrix, teacher=Cell("teacher", "teacher", STUDENT))
+    monkeypatch.setattr(runner, "PROGRAM", (sys.executable, str(tmp_path / "nothing.py")))
+    monkeypatch.setattr(report, "measure_costs", lambda *arguments: {})
+    monkeypatch.setattr(runner, "_check_settings", lambda *arguments: None)
+    name = {"cell": "unfinished", "teacher": "teacher"}[fails]
+    with pytest.raises(UserError, match=rf"1 cells failed: {name} seed 0, see .*{name}/seed0/process.log"):
+        run_sweep(matrix, str(tmp_path / "output"), [], SweepOptions(results=folder, report=str(tmp_path / "report")))
+    table = (tmp_path / "report" / "table.csv").read_text()
+    assert "better,3" in table and "unfinished" not in table
+    assert sorted(p.name for p in (tmp_path / "report").iterdir()) == ["ap.png", "curves.png", "table.csv", "table.md"]
 
 
 def test_sigterm_stops_the_cells(tmp_path, monkeypatch):
@@ -437,8 +453,7 @@ def test_a_cell_that_another_process_runs_is_left_to_it(tmp_path, monkeypatch, c
         run_jobs([job], 1, 1)
     assert f"busy seed 0: skipped, another process is training it in {job.output}" in caplog.text
     assert not os.path.exists(os.path.join(job.output, "process.log"))
-    with pytest.raises(UserError, match="1 cells failed: busy seed 0"):  # no longer locked, so it is run
-        run_jobs([job], 1, 1)
+    assert run_jobs([job], 1, 1) == [job]  # no longer locked, so it is run
 
 
 def test_metrics_of_a_run_that_was_killed_and_resumed(tmp_path):
@@ -572,6 +587,21 @@ def test_costs_of_images_that_have_to_be_padded(tmp_path):
     assert odd["plain"] == odd["same"] == odd["teacher"]
     for key in ("params", "gflops"):
         assert odd["plain"][key] == padded["plain"][key] == unresized["plain"][key] > 0
+
+
+def test_costs_are_measured_anew_if_a_detector_has_changed(tmp_path, monkeypatch):
+    """Check that other layers and another image size count, and that training keys do not."""
+    matrix = read_matrix(write_matrix(tmp_path, "config: STUDENT\nbaseline: plain\ncells: {plain: }\n"))
+    measured = []
+    monkeypatch.setattr(costs, "_measure", lambda configs, side: measured.append(side) or dict.fromkeys(configs, {}))
+    known = measure_costs(matrix, [])
+    older = {"plain": {"params": 1.0}}
+    assert measure_costs(matrix, ["SOLVER.GAMMA", 0.2], known) is known
+    assert measure_costs(matrix, [], older) is older
+    assert len(measured) == 1
+    for key, value in (("MODEL.FPN.OUT_CHANNELS", 8), ("INPUT.MIN_SIZE_TEST", 128)):
+        assert measure_costs(matrix, [key, value], known) != known
+    assert measured == [144, 144, 128]
 
 
 def test_plain_detectors_are_compared_without_a_teacher(tmp_path):

@@ -14,7 +14,7 @@ from ..typed_json import from_tree
 from .costs import measure_costs
 from .matrix import Cell, Matrix
 from .plots import Curves, plot_ap, plot_curves
-from .runner import run_jobs, teacher_evaluation, teacher_training, training_job
+from .runner import Job, run_jobs, teacher_evaluation, teacher_training, training_job
 from .table import Row, as_csv, as_markdown, build_rows, read_results
 
 logger = logging.getLogger(__name__)
@@ -73,14 +73,15 @@ def run_sweep(matrix: Matrix, output: str, opts: list[Any], options: SweepOption
         check_output_folder(folder, key)
     if options.readme is not None:
         _split_at_marks(options.readme)  # fails before training
-    if options.report_only:
-        costs = read_costs(results)
-    else:
-        costs = _run_missing(matrix, pairs, output, results, opts, options)
-    rows = write_report(matrix.reduced_to(options.cells), results, costs, report)
+    failed = [] if options.report_only else _run_missing(matrix, pairs, output, results, opts, options)
+    rows = write_report(matrix.reduced_to(options.cells), results, read_costs(results), report)
     if options.readme is not None:
         path, before, after = _split_at_marks(options.readme)
         write_text(path, f"{before}\n\n{as_markdown(rows)}\n\n{after}")
+    if failed:
+        raise UserError(
+            f"{len(failed)} cells failed: " + "; ".join(f"{j.name}, see {j.output}/process.log" for j in failed) + "."
+        )
     return rows
 
 
@@ -91,12 +92,13 @@ def _run_missing(
     results: str,
     opts: list[Any],
     options: SweepOptions,
-) -> dict[str, dict[str, float]]:
-    """Train unfinished (cell, seed) pairs and return the costs of the detectors."""
+) -> list[Job]:
+    """Train unfinished (cell, seed) pairs, measure the costs of the detectors, and return the jobs that failed."""
     jobs, imports = [], options.imports
     if matrix.teacher is not None:
         job, names_teacher = teacher_training(matrix, output, results, opts, imports)
-        run_jobs([job], 1, options.jobs * options.threads)
+        if failed := run_jobs([job], 1, options.jobs * options.threads):
+            return failed
         if not os.path.isfile(job.result):
             raise UserError(
                 f"Another process is training the teacher in {job.output}; run this command again when it has finished."
@@ -105,8 +107,9 @@ def _run_missing(
     elif taught := matrix.taught_cell(opts):
         jobs = [teacher_evaluation(taught, output, results, opts, imports)]
     jobs += [training_job(cell, seed, output, results, opts, imports) for cell, seed in pairs]
-    run_jobs(jobs, options.jobs, options.threads)
-    return _costs(matrix, results, opts)
+    failed = run_jobs(jobs, options.jobs, options.threads)
+    write_json(os.path.join(results, COSTS), measure_costs(matrix, opts, read_costs(results)))
+    return failed
 
 
 def _split_at_marks(readme: str) -> tuple[str, str, str]:
@@ -149,13 +152,3 @@ def read_costs(folder: str) -> dict[str, dict[str, float]]:
     """Return the stored costs of the detectors, or an empty dict if there are none."""
     path = os.path.join(folder, COSTS)
     return from_tree(dict[str, dict[str, float]], read_json(path), path, "the file") if os.path.isfile(path) else {}
-
-
-def _costs(matrix: Matrix, folder: str, opts: list[Any]) -> dict[str, dict[str, float]]:
-    """Return the costs of the detectors; they are measured once, and again if the matrix has a new cell."""
-    known = read_costs(folder)
-    if {cell.name for cell in matrix.cells} <= known.keys():
-        return known
-    costs = measure_costs(matrix, opts)
-    write_json(os.path.join(folder, COSTS), costs)
-    return costs
