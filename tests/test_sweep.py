@@ -540,6 +540,21 @@ def test_one_of_two_tables_in_a_readme(finished, tmp_path):
             run_sweep(matrix, str(tmp_path / "output"), [], replace(options, readme=f"{readme}#first"))
 
 
+def test_a_readme_of_another_system(finished, tmp_path):
+    """Check a path with "#", a symbolic link, and CRLF line ends, which the table gets too."""
+    matrix, folder = finished
+    target, link = tmp_path / "target.md", tmp_path / "#1" / "README.md"
+    target.write_bytes(b"Above.\r\n<!-- table of kd-d2 sweep: one -->\r\n<!-- end of the table -->\r\n")
+    link.parent.mkdir()
+    link.symlink_to(target)
+    options = SweepOptions(results=folder, report=str(tmp_path), readme=f"{link}#one", report_only=True)
+    run_sweep(matrix, str(tmp_path / "output"), [], options)
+    assert link.is_symlink()
+    text = target.read_bytes()
+    assert b"a method" in text
+    assert text.startswith(b"Above.\r\n<!-- table") and text.count(b"\n") == text.count(b"\r\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "cells", "seeds", "opts"),
     [
@@ -593,7 +608,9 @@ def test_costs_are_measured_anew_if_a_detector_has_changed(tmp_path, monkeypatch
     """Check that other layers and another image size count, and that training keys do not."""
     matrix = read_matrix(write_matrix(tmp_path, "config: STUDENT\nbaseline: plain\ncells: {plain: }\n"))
     measured = []
-    monkeypatch.setattr(costs, "_measure", lambda configs, side: measured.append(side) or dict.fromkeys(configs, {}))
+    monkeypatch.setattr(
+        costs, "_measure", lambda configs, side: measured.append(side) or {name: {} for name in configs}
+    )
     known = measure_costs(matrix, [])
     older = {"plain": {"params": 1.0}}
     assert measure_costs(matrix, ["SOLVER.GAMMA", 0.2], known) is known

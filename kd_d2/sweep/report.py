@@ -77,7 +77,8 @@ def run_sweep(matrix: Matrix, output: str, opts: list[Any], options: SweepOption
     rows = write_report(matrix.reduced_to(options.cells), results, read_costs(results), report)
     if options.readme is not None:
         path, before, after = _split_at_marks(options.readme)
-        write_text(path, f"{before}\n\n{as_markdown(rows)}\n\n{after}")
+        table = f"\n\n{as_markdown(rows)}\n\n"
+        write_text(path, before + (table.replace("\n", "\r\n") if "\r\n" in before + after else table) + after)
     if failed:
         raise UserError(
             f"{len(failed)} cells failed: " + "; ".join(f"{j.name}, see {j.output}/process.log" for j in failed) + "."
@@ -114,13 +115,14 @@ def _run_missing(
 
 def _split_at_marks(readme: str) -> tuple[str, str, str]:
     """Return the path in `FILE#NAME`, and the text of the file up to the mark of the table and from its end mark on."""
-    path, _, name = readme.partition("#")
+    path, *names = [readme] if os.path.isfile(readme) else readme.rsplit("#", 1)
     if not os.path.isfile(path):
         raise UserError(f"--readme: there is no file {path}.")
-    check_output_folder(os.path.dirname(os.path.abspath(path)), "--readme")
-    with open(path, encoding="utf-8") as file:
+    path = os.path.realpath(path)  # a link is kept, and its target changed
+    check_output_folder(os.path.dirname(path), "--readme")
+    with open(path, encoding="utf-8", newline="") as file:
         text = file.read()
-    name = name and f": {name}"
+    name = "".join(f": {name}" for name in names if name)
     mark = f"<!-- table of kd-d2 sweep{name} -->"
     text = text.replace(f"<!-- table of tools/compare.py{name} -->", mark)  # the name of the program until 0.1
     before, _, below = text.partition(mark)
