@@ -283,6 +283,21 @@ def test_an_unknown_cell_is_refused_before_training(tmp_path, monkeypatch, repor
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("option", ["jobs", "threads"])
+def test_no_jobs_at_all(tmp_path, option):
+    """Check that a sweep that could never start a training is refused."""
+    matrix = read_matrix(write_matrix(tmp_path, MATRIX))
+    with pytest.raises(UserError, match=f"--{option} is 0; it must be a number at least 1"):
+        run_sweep(matrix, str(tmp_path / "out"), [], SweepOptions(**{option: 0}))
+
+
+def test_seeds_of_a_cell(tmp_path):
+    """Check that a repeated seed counts once, and that an empty list means the default."""
+    text = "config: STUDENT\nbaseline: a\nteacher: {config: STUDENT, seeds: []}\ncells: {a: {seeds: [1, 0, 1]}}\n"
+    matrix = read_matrix(write_matrix(tmp_path, text))
+    assert (matrix.cell("a").seeds, matrix.teacher.seeds) == ((1, 0), (0,))
+
+
 def test_settings_ignore_places_and_defaults():
     """Check that a cell's settings have the keys that affect its result, without paths, seed, device and defaults."""
     settings = measured_settings(STUDENT, ["SOLVER.BASE_LR", "0.5", "OUTPUT_DIR", "elsewhere", "SEED", "7"])

@@ -145,7 +145,7 @@ def read_matrix(path: str) -> Matrix:
             title=entry.get("title", name),
             config=find_beside(config, path, f"Sweep {path}: cell {name}"),
             opts=opts,
-            seeds=tuple(entry.get("seeds", (0,))),
+            seeds=tuple(dict.fromkeys(entry.get("seeds") or (0,))),
         )
 
     for name in tree.get("cells") or {}:

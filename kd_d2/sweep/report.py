@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, check_number
 from ..files import check_output_folder, read_json, write_json, write_text
 from ..typed_json import from_tree
 from .costs import measure_costs
@@ -65,6 +65,8 @@ def run_sweep(matrix: Matrix, output: str, opts: list[Any], options: SweepOption
         UserError: a folder or a readme is not writable, a cell or its config is invalid, or trainings failed.
     """
     options = options or SweepOptions()
+    check_number("--jobs", options.jobs, 1)
+    check_number("--threads", options.threads, 1)
     pairs = matrix.select(options.cells, options.seeds)
     output = os.path.abspath(output)
     results = os.path.abspath(options.results or os.path.join(output, "results"))
