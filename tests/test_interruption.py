@@ -93,6 +93,17 @@ def test_a_signal_in_the_last_iteration(tmp_path: Path) -> None:
     assert run.losses == {} and "bbox" in run.trainer._last_eval_results
 
 
+def test_an_error_in_the_last_iteration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that weights without a checkpoint are not evaluated."""
+    monkeypatch.setattr(KDTrainer, "test", lambda *args: pytest.fail("evaluated"))
+
+    def fail() -> None:
+        raise UserError("no more")
+
+    with pytest.raises(UserError, match="no more"):
+        train(make_project(tmp_path, **SHORT, TEST__EVAL_PERIOD=8), hooks=(After(7, fail),))
+
+
 def test_a_signal_in_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that evaluation ends at the next image, and that the iterations before it are in a checkpoint."""
     project = make_project(tmp_path, **SHORT, TEST__EVAL_PERIOD=3)

@@ -16,9 +16,9 @@ from kd_d2.cli import main
 from kd_d2.config import load_config
 from kd_d2.figures import save_figure
 from kd_d2.files import write_json
-from kd_d2.sweep import SweepOptions, plots, report, run_sweep, runner
+from kd_d2.sweep import SweepOptions, costs, plots, report, run_sweep, runner
 from kd_d2.sweep.costs import measure_costs
-from kd_d2.sweep.matrix import measured_settings, read_matrix
+from kd_d2.sweep.matrix import Cell, measured_settings, read_matrix
 from kd_d2.sweep.plots import look, plot_ap, plot_curves
 from kd_d2.sweep.report import first_curves, write_report
 from kd_d2.sweep.results import read_metrics, result_path
@@ -39,7 +39,7 @@ def log_of_progress(caplog):
 
 def write_matrix(folder, text):
     path = folder / "matrix.yaml"
-    path.write_text(text.replace("STUDENT", STUDENT))
+    path.write_text(text.replace("STUDENT", STUDENT).replace("FOLDER", str(folder)))
     return str(path)
 
 
@@ -175,15 +175,19 @@ def test_nested_opts_are_read_as_in_a_config(tmp_path):
     assert cell.opts == ("SOLVER.BASE_LR", 0.5, "SOLVER.AMP.ENABLED", True, "SEED", 1)
 
 
+TAUGHT = (
+    "{MODEL.META_ARCHITECTURE: KDMetaArch, MODEL.KD.INHERIT.ENABLED: True, "
+    "MODEL.KD.TEACHER: {CONFIG_FILE: STUDENT, WEIGHTS: FOLDER/teacher.pth}}"
+)
+
+
 def test_the_teacher_is_evaluated_among_the_cells(tmp_path, monkeypatch):
     """Check that the evaluation is the first job, and the number of parallel jobs and of threads."""
     started = []
     monkeypatch.setattr(report, "run_jobs", lambda jobs, parallel, threads: started.append((jobs, parallel, threads)))
-    monkeypatch.setattr(report, "_costs", lambda *arguments: {})
-    teacher = (
-        "{MODEL.META_ARCHITECTURE: KDMetaArch, MODEL.KD.TEACHER.CONFIG_FILE: STUDENT, MODEL.KD.INHERIT.ENABLED: True}"
-    )
-    text = f"config: STUDENT\nbaseline: a\ncells: {{a: {{opts: {teacher}}}}}\n"
+    monkeypatch.setattr(report, "measure_costs", lambda *arguments: {})
+    (tmp_path / "teacher.pth").touch()
+    text = f"config: STUDENT\nbaseline: a\ncells: {{a: {{opts: {TAUGHT}}}}}\n"
     run_sweep(read_matrix(write_matrix(tmp_path, text)), str(tmp_path / "output"), [], SweepOptions(jobs=2))
     ((jobs, parallel, threads),) = started
     assert ([job.cell for job in jobs], parallel, threads) == (["teacher", "a"], 2, 1)
@@ -279,6 +283,21 @@ def test_an_unknown_cell_is_refused_before_training(tmp_path, monkeypatch, repor
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("option", ["jobs", "threads"])
+def test_no_jobs_at_all(tmp_path, option):
+    """Check that a sweep that could never start a training is refused."""
+    matrix = read_matrix(write_matrix(tmp_path, MATRIX))
+    with pytest.raises(UserError, match=f"--{option} is 0; it must be a number at least 1"):
+        run_sweep(matrix, str(tmp_path / "out"), [], SweepOptions(**{option: 0}))
+
+
+def test_seeds_of_a_cell(tmp_path):
+    """Check that a repeated seed counts once, and that an empty list means the default."""
+    text = "config: STUDENT\nbaseline: a\nteacher: {config: STUDENT, seeds: []}\ncells: {a: {seeds: [1, 0, 1]}}\n"
+    matrix = read_matrix(write_matrix(tmp_path, text))
+    assert (matrix.cell("a").seeds, matrix.teacher.seeds) == ((1, 0), (0,))
+
+
 def test_settings_ignore_places_and_defaults():
     """Check that a cell's settings have the keys that affect its result, without paths, seed, device and defaults."""
     settings = measured_settings(STUDENT, ["SOLVER.BASE_LR", "0.5", "OUTPUT_DIR", "elsewhere", "SEED", "7"])
@@ -309,6 +328,32 @@ def test_a_finished_cell_is_not_run_again(tmp_path, monkeypatch, caplog):
         run_jobs([changed], 1, 1)
 
 
+def test_results_with_another_teacher_are_refused(tmp_path):
+    """Check the teacher's row and a student's after the checkpoint has changed, and files without this setting."""
+    weights = tmp_path / "teacher.pth"
+    weights.write_text("one")
+    cell = read_matrix(
+        write_matrix(tmp_path, f"config: STUDENT\nbaseline: a\ncells: {{a: {{opts: {TAUGHT}}}}}\n")
+    ).cell("a")
+    folder = str(tmp_path)
+
+    def jobs():
+        return [teacher_evaluation(cell, folder, folder, []), training_job(cell, 0, folder, folder, [])]
+
+    for job in jobs():
+        write_json(job.result, result(job.cell, 0, 1.0, settings=job.settings))
+    assert run_jobs(jobs(), 1, 1) == []
+    weights.write_text("two")
+    for job in jobs():
+        with pytest.raises(
+            UserError, match=rf"{job.result} was measured with different settings \(files of the teacher"
+        ):
+            run_jobs([job], 1, 1)
+        del job.settings["files of the teacher"]
+        write_json(job.result, result(job.cell, 0, 1.0, settings=job.settings))
+    assert run_jobs(jobs(), 1, 1) == []
+
+
 def test_a_training_with_other_settings_is_not_resumed(tmp_path, monkeypatch):
     """Check that a checkpoint is resumed only with the settings of its config, whose data may be elsewhere by now."""
     monkeypatch.setattr(runner, "PROGRAM", (sys.executable, str(tmp_path / "nothing.py")))
@@ -326,12 +371,11 @@ def test_a_training_with_other_settings_is_not_resumed(tmp_path, monkeypatch):
         UserError, match=r"seed0 has a training with different settings \(SOLVER.GAMMA: default then, 0.2"
     ):
         run_jobs([other], 1, 1)
-    with pytest.raises(UserError, match="1 cells failed"):  # it was started
-        run_jobs([same], 1, 1)
+    assert run_jobs([same], 1, 1) == [same]  # it was started, and failed
 
 
-def test_a_failing_cell_is_named_and_others_finish(tmp_path, monkeypatch):
-    """Check that a failing cell is reported with its log, after the others have written their results."""
+def test_a_failing_cell_is_returned_and_others_finish(tmp_path, monkeypatch):
+    """Check that a failing cell has a log, and that the others write their results."""
     script = tmp_path / "program.py"
     script.write_text(
         "import json, sys\n"
@@ -355,8 +399,7 @@ def test_a_failing_cell_is_named_and_others_finish(tmp_path, monkeypatch):
         )
         for name in ("bad", "good")
     ]
-    with pytest.raises(UserError, match=r"1 cells failed: bad seed 0, see .*bad/process.log"):
-        run_jobs(jobs, 1, 1)
+    assert run_jobs(jobs, 1, 1) == jobs[:1]
     assert "no such data" in (tmp_path / "bad" / "process.log").read_text()
     good = json.loads((tmp_path / "cells" / "good.json").read_text())
     assert good["scores"] == {"AP": 12.5}
@@ -365,6 +408,24 @@ def test_a_failing_cell_is_named_and_others_finish(tmp_path, monkeypatch):
     assert good["multipliers"] == {"PFI": 1235.0}
     assert good["curves"] == {"total_loss": [[9, 1.0]], "bbox/AP": [[19, 12.5]]}
     assert not (tmp_path / "cells" / "bad.json").exists()
+
+
+@pytest.mark.parametrize("fails", ["cell", "teacher"])
+def test_a_table_of_the_others_is_written_if_a_cell_fails(finished, tmp_path, monkeypatch, fails):
+    """Check that the error names the log, and that the table and plots have the finished cells."""
+    matrix, folder = finished
+    if fails == "teacher":
+        os.remove(result_path(folder, "teacher", 0))
+        matrix = replace(matrix, teacher=Cell("teacher", "teacher", STUDENT))
+    monkeypatch.setattr(runner, "PROGRAM", (sys.executable, str(tmp_path / "nothing.py")))
+    monkeypatch.setattr(report, "measure_costs", lambda *arguments: {})
+    monkeypatch.setattr(runner, "_check_settings", lambda *arguments: None)
+    name = {"cell": "unfinished", "teacher": "teacher"}[fails]
+    with pytest.raises(UserError, match=rf"1 cells failed: {name} seed 0, see .*{name}/seed0/process.log"):
+        run_sweep(matrix, str(tmp_path / "output"), [], SweepOptions(results=folder, report=str(tmp_path / "report")))
+    table = (tmp_path / "report" / "table.csv").read_text()
+    assert "better,3" in table and "unfinished" not in table
+    assert sorted(p.name for p in (tmp_path / "report").iterdir()) == ["ap.png", "curves.png", "table.csv", "table.md"]
 
 
 def test_sigterm_stops_the_cells(tmp_path, monkeypatch):
@@ -407,8 +468,7 @@ def test_a_cell_that_another_process_runs_is_left_to_it(tmp_path, monkeypatch, c
         run_jobs([job], 1, 1)
     assert f"busy seed 0: skipped, another process is training it in {job.output}" in caplog.text
     assert not os.path.exists(os.path.join(job.output, "process.log"))
-    with pytest.raises(UserError, match="1 cells failed: busy seed 0"):  # no longer locked, so it is run
-        run_jobs([job], 1, 1)
+    assert run_jobs([job], 1, 1) == [job]  # no longer locked, so it is run
 
 
 def test_metrics_of_a_run_that_was_killed_and_resumed(tmp_path):
@@ -495,6 +555,21 @@ def test_one_of_two_tables_in_a_readme(finished, tmp_path):
             run_sweep(matrix, str(tmp_path / "output"), [], replace(options, readme=f"{readme}#first"))
 
 
+def test_a_readme_of_another_system(finished, tmp_path):
+    """Check a path with "#", a symbolic link, and CRLF line ends, which the table gets too."""
+    matrix, folder = finished
+    target, link = tmp_path / "target.md", tmp_path / "#1" / "README.md"
+    target.write_bytes(b"Above.\r\n<!-- table of kd-d2 sweep: one -->\r\n<!-- end of the table -->\r\n")
+    link.parent.mkdir()
+    link.symlink_to(target)
+    options = SweepOptions(results=folder, report=str(tmp_path), readme=f"{link}#one", report_only=True)
+    run_sweep(matrix, str(tmp_path / "output"), [], options)
+    assert link.is_symlink()
+    text = target.read_bytes()
+    assert b"a method" in text
+    assert text.startswith(b"Above.\r\n<!-- table") and text.count(b"\n") == text.count(b"\r\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "cells", "seeds", "opts"),
     [
@@ -542,6 +617,23 @@ def test_costs_of_images_that_have_to_be_padded(tmp_path):
     assert odd["plain"] == odd["same"] == odd["teacher"]
     for key in ("params", "gflops"):
         assert odd["plain"][key] == padded["plain"][key] == unresized["plain"][key] > 0
+
+
+def test_costs_are_measured_anew_if_a_detector_has_changed(tmp_path, monkeypatch):
+    """Check that other layers and another image size count, and that training keys do not."""
+    matrix = read_matrix(write_matrix(tmp_path, "config: STUDENT\nbaseline: plain\ncells: {plain: }\n"))
+    measured = []
+    monkeypatch.setattr(
+        costs, "_measure", lambda configs, side: measured.append(side) or {name: {} for name in configs}
+    )
+    known = measure_costs(matrix, [])
+    older = {"plain": {"params": 1.0}}
+    assert measure_costs(matrix, ["SOLVER.GAMMA", 0.2], known) is known
+    assert measure_costs(matrix, [], older) is older
+    assert len(measured) == 1
+    for key, value in (("MODEL.FPN.OUT_CHANNELS", 8), ("INPUT.MIN_SIZE_TEST", 128)):
+        assert measure_costs(matrix, [key, value], known) != known
+    assert measured == [144, 144, 128]
 
 
 def test_plain_detectors_are_compared_without_a_teacher(tmp_path):

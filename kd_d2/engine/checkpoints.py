@@ -45,7 +45,6 @@ class Checkpoints(HookBase):
 
     Attributes:
         others: states of the other ranks at the last checkpoint; empty except on rank 0.
-        stopping: whether a signal received by any rank has stopped the training.
     """
 
     def __init__(
@@ -66,7 +65,6 @@ class Checkpoints(HookBase):
         self.keep = cfg.SOLVER.CHECKPOINTS_TO_KEEP
         self.others: list[dict[str, Any]] = []
         self.files_at_start: list[str] = []
-        self.stopping = False
         self.written = time.monotonic()
 
     def before_train(self) -> None:
@@ -86,7 +84,6 @@ class Checkpoints(HookBase):
         if names:
             self._write(names)
         if signal_number:
-            self.stopping = True
             self.checkpointer.wait()
             comm.synchronize()  # no rank may exit while rank 0 writes
             raise TrainingStopped(signal_number)

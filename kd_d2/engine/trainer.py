@@ -227,7 +227,7 @@ class KDTrainer(DefaultTrainer):
         return hooks
 
     def _evaluate(self) -> dict:
-        if self.checkpoints.stopping:
+        if self.iter + 1 == self.max_iter:  # it was stopped or has failed
             return {}
         handle = self.model.register_forward_pre_hook(lambda *_: self.stop.raise_if_received())
         try:

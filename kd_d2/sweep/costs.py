@@ -6,6 +6,7 @@ import logging
 import math
 import statistics
 import time
+import zlib
 from typing import Any
 
 import torch
@@ -19,26 +20,34 @@ from ..lazy_teacher import is_lazy_config
 from .matrix import Matrix
 
 REPEATS = 10
+ARCHITECTURE = "architecture"
 
 
-def measure_costs(matrix: Matrix, opts: list[Any]) -> dict[str, dict[str, float]]:
+def measure_costs(
+    matrix: Matrix, opts: list[Any], known: dict[str, dict[str, float]] | None = None
+) -> dict[str, dict[str, float]]:
     """Measure the costs of the student of every cell and of the teacher ("teacher"), if there is one.
 
     Images are square with side INPUT.MIN_SIZE_TEST, or INPUT.MAX_SIZE_TEST if the former is 0. Weights are random, with
     all detections suppressed, so that the time is that of the network. Times are medians of interleaved runs on one
     image.
 
+    Args:
+        known: costs measured before, which are returned if they are those of the same architectures and image size.
+
     Returns:
-        "params" in millions, "gflops" (multiply-adds, 1e9) and "ms_per_image" by cell.
+        "params" in millions, "gflops" (multiply-adds, 1e9), "ms_per_image", and the checksum "architecture" by cell.
     """
     students = {c.name: load_config(c.config, [*opts, *c.opts], student_only=True) for c in matrix.cells}
     configs = {**_teacher(matrix, opts), **students}
     sizes = next(iter(students.values())).INPUT
     side = sizes.MIN_SIZE_TEST or sizes.MAX_SIZE_TEST
-    described = {name: _architecture(cfg) for name, cfg in configs.items()}
-    distinct = {text: name for name, text in described.items()}
+    codes = {name: zlib.crc32(f"{side} {_architecture(cfg)}".encode()) for name, cfg in configs.items()}
+    if known and all(name in known and known[name].get(ARCHITECTURE, code) == code for name, code in codes.items()):
+        return known  # older files have no checksums
+    distinct = {code: name for name, code in codes.items()}
     measured = _measure({name: configs[name] for name in distinct.values()}, side)
-    return {name: measured[distinct[text]] for name, text in described.items()}
+    return {name: {**measured[distinct[code]], ARCHITECTURE: code} for name, code in codes.items()}
 
 
 def _teacher(matrix: Matrix, opts: list[Any]) -> dict[str, CfgNode]:
@@ -55,7 +64,7 @@ def _architecture(cfg: CfgNode) -> str:
     """Return a text that is equal for equal detectors, independent of their training."""
     model = cfg.MODEL.clone()
     model.defrost()
-    model.KD, model.WEIGHTS = CfgNode(), ""
+    model.KD, model.WEIGHTS, model.DEVICE = CfgNode(), "", ""
     return str(model)
 
 

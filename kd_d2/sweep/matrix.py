@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from dataclasses import dataclass, field, replace
@@ -10,9 +11,10 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from ..config import KD_META_ARCH, changed_keys, load_config
+from ..config import KD_META_ARCH, changed_keys, load_config, load_teacher_config
 from ..config_files import as_overrides, find_beside, leaves
 from ..errors import UserError
+from ..lazy_teacher import is_lazy_config
 from ..plain_yaml import read_plain_yaml
 
 KINDS = {str: "text", int: "whole number", dict: "mapping"}
@@ -37,6 +39,9 @@ LOCATION_KEYS = (
     "TEST.EVAL_PERIOD",
     "SEED",
 )
+
+
+TEACHER = "files of the teacher"
 
 
 @dataclass(frozen=True)
@@ -140,7 +145,7 @@ def read_matrix(path: str) -> Matrix:
             title=entry.get("title", name),
             config=find_beside(config, path, f"Sweep {path}: cell {name}"),
             opts=opts,
-            seeds=tuple(entry.get("seeds", (0,))),
+            seeds=tuple(dict.fromkeys(entry.get("seeds") or (0,))),
         )
 
     for name in tree.get("cells") or {}:
@@ -184,7 +189,8 @@ def _check(path: str, what: str, entry: Any, known: dict[str, Any]) -> None:
 def measured_settings(config: str, opts: list[Any]) -> dict[str, Any]:
     """Return the keys of a config that determine the result: all with non-default values, except LOCATION_KEYS.
 
-    A key that a later version adds does not change the settings as long as it has its default value.
+    A key that a later version adds does not change the settings as long as it has its default value. A teacher with a
+    YAML config adds a checksum of its weights and config as `TEACHER`.
 
     Raises:
         UserError: see `load_config`, or DATASETS.TEST does not name exactly one dataset, whose results are compared.
@@ -192,7 +198,21 @@ def measured_settings(config: str, opts: list[Any]) -> dict[str, Any]:
     cfg = load_config(config, opts)
     if len(cfg.DATASETS.TEST) != 1:
         raise UserError(f"{config}: DATASETS.TEST names {len(cfg.DATASETS.TEST)} datasets; a sweep needs exactly one.")
-    return without_locations(cfg)
+    settings = without_locations(cfg)
+    if cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH and not is_lazy_config(cfg.MODEL.KD.TEACHER.CONFIG_FILE):
+        teacher = load_teacher_config(cfg)
+        keys = {k: v for k, v in without_locations(teacher).items() if k.startswith(("MODEL.", "INPUT."))}
+        settings[TEACHER] = hashlib.sha256(f"{keys} {_content_of(teacher.MODEL.WEIGHTS)}".encode()).hexdigest()[:16]
+    return settings
+
+
+def _content_of(weights: str) -> str:
+    """Return the hash of a checkpoint; the name itself of one that is not a local file."""
+    path = weights.partition("?")[0]
+    if not os.path.isfile(path):
+        return weights
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def without_locations(cfg: CfgNode) -> dict[str, Any]:

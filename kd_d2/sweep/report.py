@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, check_number
 from ..files import check_output_folder, read_json, write_json, write_text
 from ..typed_json import from_tree
 from .costs import measure_costs
 from .matrix import Cell, Matrix
 from .plots import Curves, plot_ap, plot_curves
-from .runner import run_jobs, teacher_evaluation, teacher_training, training_job
+from .runner import Job, run_jobs, teacher_evaluation, teacher_training, training_job
 from .table import Row, as_csv, as_markdown, build_rows, read_results
 
 logger = logging.getLogger(__name__)
@@ -65,6 +65,8 @@ def run_sweep(matrix: Matrix, output: str, opts: list[Any], options: SweepOption
         UserError: a folder or a readme is not writable, a cell or its config is invalid, or trainings failed.
     """
     options = options or SweepOptions()
+    check_number("--jobs", options.jobs, 1)
+    check_number("--threads", options.threads, 1)
     pairs = matrix.select(options.cells, options.seeds)
     output = os.path.abspath(output)
     results = os.path.abspath(options.results or os.path.join(output, "results"))
@@ -73,14 +75,16 @@ def run_sweep(matrix: Matrix, output: str, opts: list[Any], options: SweepOption
         check_output_folder(folder, key)
     if options.readme is not None:
         _split_at_marks(options.readme)  # fails before training
-    if options.report_only:
-        costs = read_costs(results)
-    else:
-        costs = _run_missing(matrix, pairs, output, results, opts, options)
-    rows = write_report(matrix.reduced_to(options.cells), results, costs, report)
+    failed = [] if options.report_only else _run_missing(matrix, pairs, output, results, opts, options)
+    rows = write_report(matrix.reduced_to(options.cells), results, read_costs(results), report)
     if options.readme is not None:
         path, before, after = _split_at_marks(options.readme)
-        write_text(path, f"{before}\n\n{as_markdown(rows)}\n\n{after}")
+        table = f"\n\n{as_markdown(rows)}\n\n"
+        write_text(path, before + (table.replace("\n", "\r\n") if "\r\n" in before + after else table) + after)
+    if failed:
+        raise UserError(
+            f"{len(failed)} cells failed: " + "; ".join(f"{j.name}, see {j.output}/process.log" for j in failed) + "."
+        )
     return rows
 
 
@@ -91,12 +95,13 @@ def _run_missing(
     results: str,
     opts: list[Any],
     options: SweepOptions,
-) -> dict[str, dict[str, float]]:
-    """Train unfinished (cell, seed) pairs and return the costs of the detectors."""
+) -> list[Job]:
+    """Train unfinished (cell, seed) pairs, measure the costs of the detectors, and return the jobs that failed."""
     jobs, imports = [], options.imports
     if matrix.teacher is not None:
         job, names_teacher = teacher_training(matrix, output, results, opts, imports)
-        run_jobs([job], 1, options.jobs * options.threads)
+        if failed := run_jobs([job], 1, options.jobs * options.threads):
+            return failed
         if not os.path.isfile(job.result):
             raise UserError(
                 f"Another process is training the teacher in {job.output}; run this command again when it has finished."
@@ -105,19 +110,21 @@ def _run_missing(
     elif taught := matrix.taught_cell(opts):
         jobs = [teacher_evaluation(taught, output, results, opts, imports)]
     jobs += [training_job(cell, seed, output, results, opts, imports) for cell, seed in pairs]
-    run_jobs(jobs, options.jobs, options.threads)
-    return _costs(matrix, results, opts)
+    failed = run_jobs(jobs, options.jobs, options.threads)
+    write_json(os.path.join(results, COSTS), measure_costs(matrix, opts, read_costs(results)))
+    return failed
 
 
 def _split_at_marks(readme: str) -> tuple[str, str, str]:
     """Return the path in `FILE#NAME`, and the text of the file up to the mark of the table and from its end mark on."""
-    path, _, name = readme.partition("#")
+    path, *names = [readme] if os.path.isfile(readme) else readme.rsplit("#", 1)
     if not os.path.isfile(path):
         raise UserError(f"--readme: there is no file {path}.")
-    check_output_folder(os.path.dirname(os.path.abspath(path)), "--readme")
-    with open(path, encoding="utf-8") as file:
+    path = os.path.realpath(path)  # a link is kept, and its target changed
+    check_output_folder(os.path.dirname(path), "--readme")
+    with open(path, encoding="utf-8", newline="") as file:
         text = file.read()
-    name = name and f": {name}"
+    name = "".join(f": {name}" for name in names if name)
     mark = f"<!-- table of kd-d2 sweep{name} -->"
     text = text.replace(f"<!-- table of tools/compare.py{name} -->", mark)  # the name of the program until 0.1
     before, _, below = text.partition(mark)
@@ -149,13 +156,3 @@ def read_costs(folder: str) -> dict[str, dict[str, float]]:
     """Return the stored costs of the detectors, or an empty dict if there are none."""
     path = os.path.join(folder, COSTS)
     return from_tree(dict[str, dict[str, float]], read_json(path), path, "the file") if os.path.isfile(path) else {}
-
-
-def _costs(matrix: Matrix, folder: str, opts: list[Any]) -> dict[str, dict[str, float]]:
-    """Return the costs of the detectors; they are measured once, and again if the matrix has a new cell."""
-    known = read_costs(folder)
-    if {cell.name for cell in matrix.cells} <= known.keys():
-        return known
-    costs = measure_costs(matrix, opts)
-    write_json(os.path.join(folder, COSTS), costs)
-    return costs

@@ -17,7 +17,7 @@ from ..config import read_config
 from ..engine.stop_request import exit_on_sigterm
 from ..errors import UserError
 from ..files import write_json
-from .matrix import Cell, Matrix, measured_settings, without_locations
+from .matrix import TEACHER, Cell, Matrix, measured_settings, without_locations
 from .results import (
     METRICS,
     read_curves,
@@ -66,7 +66,7 @@ class Job:
 
 
 @exit_on_sigterm()
-def run_jobs(jobs: list[Job], parallel: int, threads: int) -> None:
+def run_jobs(jobs: list[Job], parallel: int, threads: int) -> list[Job]:
     """Run every job that has no result yet, and write its result file if it succeeds.
 
     Jobs that another sweep is running are skipped. SIGTERM and Ctrl-C stop all jobs, each with a checkpoint.
@@ -75,8 +75,11 @@ def run_jobs(jobs: list[Job], parallel: int, threads: int) -> None:
         parallel: number of parallel processes.
         threads: number of CPU threads per process.
 
+    Returns:
+        The jobs that failed.
+
     Raises:
-        UserError: a job failed (raised after the others have finished), or a result or a checkpoint has different settings.
+        UserError: a result or a checkpoint has different settings.
     """
     waiting = [job for job in jobs if not _is_finished(job)]
     for job in waiting:
@@ -106,10 +109,7 @@ def run_jobs(jobs: list[Job], parallel: int, threads: int) -> None:
             job.process.terminate()
         for job in running:
             job.process.wait()
-    if failed:
-        raise UserError(
-            f"{len(failed)} cells failed: " + "; ".join(f"{j.name}, see {j.output}/process.log" for j in failed) + "."
-        )
+    return failed
 
 
 def training_job(cell: Cell, seed: int, output: str, results: str, opts: list[Any], imports: Sequence[str] = ()) -> Job:
@@ -134,7 +134,8 @@ def teacher_evaluation(cell: Cell, output: str, results: str, opts: list[Any], i
     folder = os.path.join(output, "teacher")
     opts = [*opts, *cell.opts]
     command = ["eval", "--teacher-of", cell.config, *_arguments(imports, opts), "OUTPUT_DIR", folder]
-    settings = {k: v for k, v in measured_settings(cell.config, opts).items() if k.startswith(("INPUT.", "DATASETS."))}
+    kept = ("INPUT.", "DATASETS.", TEACHER)
+    settings = {k: v for k, v in measured_settings(cell.config, opts).items() if k.startswith(kept)}
     return Job("teacher", 0, command, folder, result_path(results, "teacher", 0), settings)
 
 
@@ -172,6 +173,7 @@ def _check_checkpoint(job: Job) -> None:
 
 
 def _check_settings(job: Job, before: dict[str, Any], what: str, where: str) -> None:
+    before = {TEACHER: job.settings.get(TEACHER), **before}  # unknown in configs and older files
     changed = sorted(k for k in before.keys() | job.settings.keys() if before.get(k) != job.settings.get(k))
     if changed:
         key = changed[0]
@@ -245,7 +247,6 @@ def _finish(job: Job) -> bool:
         "scores": {
             k: None if v is None else round(v, 4) for k, v in outcome["bbox"].items() if not k.startswith("AP-")
         },
-        "minutes": round(minutes, 1),
         "seconds_per_iteration": round(statistics.median(seconds), 4) if seconds else None,
         "peak_memory_mib": max((m["peak_memory_mib"] for m in metrics if "peak_memory_mib" in m), default=None),
         "multipliers": read_multipliers(metrics),
