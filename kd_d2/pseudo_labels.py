@@ -38,6 +38,10 @@ class PseudoLabels(Annotations):
         self.score_threshold = score_threshold
 
     def check(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
+        if "detections" not in teacher.provides:
+            raise UserError(
+                f"MODEL.KD.PSEUDO_LABELS needs detections, which the teacher ({teacher.name}) does not have."
+            )
         self.check_threshold(teacher)
         if "keypoints" in student.provides:
             raise UserError(

@@ -445,7 +445,8 @@ def test_panoptic_fpn_falls_to_the_backbone(
     assert isinstance(model, PanopticFPN)
     adapter = build_adapter(model)
     assert type(adapter) is BackboneAdapter
-    assert (adapter.spec.family, adapter.spec.provides) == ("other", {"features", "detections", "targets"})
+    assert (adapter.spec.family, adapter.spec.num_classes) == ("other", 3)
+    assert adapter.spec.provides == {"features", "detections", "targets", "masks"}
     batch = make_inputs(masks=True, sem_seg=True)
     outputs = adapter.run(batch, frozenset({"features"}), _targets(batch))
     assert {"loss_sem_seg", "loss_mask", "loss_rpn_cls", "loss_cls"} <= outputs.losses.keys()

@@ -204,3 +204,14 @@ def test_features_that_cannot_be_compared(tmp_path: Path, capfd) -> None:
     with pytest.raises(SystemExit):
         run(*models, *common)
     assert "small and big have no level with the same stride and number of channels" in capfd.readouterr().err
+
+
+def test_models_without_a_common_level(tmp_path: Path, capfd) -> None:
+    first, second = make_project(tmp_path / "a"), make_project(tmp_path / "b")
+    for project, level in ((first, "p3"), (second, "p4")):
+        project.change_teacher(MODEL__RETINANET__IN_FEATURES=[level], MODEL__ANCHOR_GENERATOR__SIZES=[[32]])
+        save_fixed_weights(project.teacher, project.teacher_weights)
+    with pytest.raises(SystemExit):
+        run(*_model(first, "fine"), *_model(second, "coarse"), "--output", tmp_path / "out", *_data(first))
+    expected = "The models have no level of the same stride: fine has 8, coarse has 16"
+    assert expected in capfd.readouterr().err

@@ -15,7 +15,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
-from helpers import CLASSES, ROOT, Project, make_coco, make_project, save_fixed_weights
+from helpers import CLASSES, ROOT, TINY, Project, make_coco, make_project, save_fixed_weights
 
 # Files that may be in OUTPUT_DIR before training starts, each of them complete.
 BEFORE_TRAINING = {".training.lock", "config.yaml", "log.txt", "metrics.json", "student.yaml", "versions.json"}
@@ -315,6 +315,13 @@ def test_keypoints_and_masks_that_the_data_lack(refused, monkeypatch: pytest.Mon
     monkeypatch.setattr("kd_d2.engine.checks._check_files", lambda *args: None)
     assert refused("DATASETS.TEST", ("lvis_v1_val",)) == f"DATASETS.TEST {sentence.replace(chr(39), '')}"
     assert refused("DATASETS.TEST", ("cityscapes_fine_sem_seg_val",)).endswith("is not coco, pascal_voc or lvis.")
+
+
+@pytest.mark.parametrize("detector", ["PanopticFPN", "SemanticSegmentor"])
+def test_semantic_segmentation_that_the_data_lack(project: Project, refused, detector: str) -> None:
+    project.change(_BASE_=str(TINY / "faster-rcnn-student.yaml"), MODEL__META_ARCHITECTURE=detector)
+    assert refused().startswith(f"DATASETS.TRAIN {project.name}: {project.annotations.parent / 'images' / '000.png'} has no semantic "
+        f"segmentation (sem_seg_file_name), which {detector} is trained on; ")  # fmt: skip
 
 
 def test_a_broken_image_stops_the_training_in_a_sentence(project: Project, capfd: pytest.CaptureFixture) -> None:

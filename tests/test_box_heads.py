@@ -368,6 +368,7 @@ def test_what_is_read_follows_from_the_student(build: Callable, node: str) -> No
         ("DKD", "retinanet", "faster", r"DKD needs a box head that classifies proposals by softmax, which the student \(RetinaNet\) does"),
         ("DKD", "faster", "retinanet", r"DKD needs a box head that classifies .* which the teacher \(RetinaNet\) does not have\."),
         ("DIST", "faster", "retinanet", r"DIST needs a box head that classifies .* which the teacher \(RetinaNet\) does not"),
+        ("DIST", "retinanet", "faster", r"DIST needs dense predictions, which the teacher \(GeneralizedRCNN\) does not have\."),
         ("SoftLabel", "panoptic", "panoptic", r"SoftLabel needs dense predictions, which the student \(PanopticFPN\) does not"),
     ],
 )  # fmt: skip

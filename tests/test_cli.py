@@ -16,7 +16,7 @@ from kd_d2.model_paths import ModelPath, read_model_paths, read_one_model_path
 
 import pytest
 import yaml
-from helpers import ROOT, make_project, run_command
+from helpers import ROOT, make_coco, make_project, run_command
 
 # ---------------------------------------------------------------------------------------------- commands
 
@@ -73,6 +73,18 @@ def test_config_list_and_show(capsys: pytest.CaptureFixture) -> None:
     run_command("config", "show", "--changes", "recommended/icd", "SEED", "3")
     changed = sorted(capsys.readouterr().out.splitlines())
     assert changed == ["MODEL.KD.BALANCE.ENABLED: True", "MODEL.KD.DISTILLERS: ['ICD']", "SEED: 3"]
+
+
+def test_a_shipped_config_is_trained_by_its_name(tmp_path: Path) -> None:
+    """Check the command of the README, with a small config."""
+    data = make_coco(tmp_path)
+    run_command(
+        *("train", "tiny/retinanet-student", "MODEL.RETINANET.NUM_CLASSES", 3, "OUTPUT_DIR", tmp_path / "output"),
+        *("DATASETS.COCO_JSON", [["shipped", str(data), str(tmp_path / "images")]], "DATASETS.TRAIN", "('shipped',)"),
+        *("DATASETS.TEST", "()", "INPUT.MIN_SIZE_TRAIN", "(32,)", "DATALOADER.NUM_WORKERS", 0),
+        *("SOLVER.IMS_PER_BATCH", 1, "SOLVER.MAX_ITER", 1, "SOLVER.STEPS", "()"),
+    )
+    assert (tmp_path / "output" / "model_final.pth").is_file()
 
 
 def test_completion(capsys: pytest.CaptureFixture) -> None:

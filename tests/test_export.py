@@ -64,6 +64,12 @@ def _make_config(folder: Path, name: str) -> CfgNode:
     if name == "cascade-rcnn":
         cfg.MODEL.ROI_HEADS.NAME = "CascadeROIHeads"
         cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = True
+    if name == "c4":
+        cfg.MODEL.BACKBONE.NAME = "build_slim_resnet_backbone"
+        cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.RPN.IN_FEATURES = cfg.MODEL.ROI_HEADS.IN_FEATURES = ["res4"]
+        cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = cfg.MODEL.SLIM_RESNET.WIDTHS[2] // 4  # the head expects 4 times as many
+        cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[16, 32, 64]]
+        cfg.MODEL.ROI_HEADS.NAME = "Res5ROIHeads"
     for node in ("RETINANET", "FCOS", "ATSS", "GFL", "FSAF", "REPPOINTS"):
         cfg.MODEL[node].TOPK_CANDIDATES_TEST = TOPK
     cfg.MODEL.RPN.PRE_NMS_TOPK_TEST = TOPK
@@ -143,7 +149,8 @@ PAIRS = [
 
 BOX_PREDICTORS = {
     "reppoints": {"first_points", "refined_points"},
-    **{detector: {"anchor_deltas"} for detector in ("faster-rcnn", "mask-rcnn", "cascade-rcnn", "c4")},
+    **{detector: {"anchor_deltas"} for detector in ("faster-rcnn", "mask-rcnn", "cascade-rcnn")},
+    "c4": {"anchor_deltas", "conv", "shortcut"},  # of the blocks of res5, before its linear layers
 }
 
 

@@ -312,6 +312,13 @@ def test_without_drawings_there_is_the_file_alone(
     assert len(tree["images"]) == 5 and not any("drawing" in image for image in tree["images"])
 
 
+def test_an_image_of_one_row(retinanet: Project, tmp_path: Path, predict: Callable[..., dict]) -> None:
+    """Check that an image is resized to at least one row, and not to none."""
+    Image.new("RGB", (5000, 1)).save(tmp_path / "line.png")
+    tree = predict(retinanet, tmp_path / "out", tmp_path / "line.png")
+    assert [(image["width"], image["height"]) for image in tree["images"]] == [(5000, 1)]
+
+
 def test_a_batch_detects_what_single_images_do(
     project: Project, photos: Path, clip: Path, tmp_path: Path, predict: Callable[..., dict]
 ) -> None:

@@ -170,6 +170,23 @@ def test_masks_need_a_teacher_that_predicts_them(tiny_detector: Callable) -> Non
         KDMetaArch(student=tiny_detector("faster", keypoints), teacher=teacher, distillers={}, labels=PseudoLabels(0.3))
 
 
+def test_teachers_whose_detections_are_no_labels(tiny_detector: Callable) -> None:
+    """Check a teacher that predicts no instances, and a panoptic one with other classes, without masks for the student."""
+
+    def refused(student: str, teacher: str, **keys: object) -> str:
+        with pytest.raises(UserError) as caught:
+            models = tiny_detector(student), Teacher(tiny_detector(teacher, {"MODEL": keys}))
+            KDMetaArch(student=models[0], teacher=models[1], distillers={}, labels=PseudoLabels(0.3))
+        return str(caught.value)
+
+    for name in ("SemanticSegmentor", "ProposalNetwork"):
+        expected = f"MODEL.KD.PSEUDO_LABELS needs detections, which the teacher ({name}) does not have."
+        assert refused("retinanet", "panoptic", META_ARCHITECTURE=name) == expected
+    other = refused("retinanet", "panoptic", ROI_HEADS={"NUM_CLASSES": 9})
+    assert other.startswith("The student (RetinaNet) has 3 classes and the teacher (PanopticFPN) 9")
+    assert "student (PanopticFPN) is trained on masks, which the teacher" in refused("panoptic", "faster")
+
+
 def _without_annotations(project: Project) -> None:
     """Remove annotations and classes from the training set; another dataset has the annotated images for testing."""
     annotated = project.annotations.read_text()

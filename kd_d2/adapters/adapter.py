@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 from detectron2.layers import ShapeSpec, move_device_like
+from detectron2.modeling.meta_arch import ProposalNetwork, SemanticSegmentor
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import ImageList, Instances
 from detectron2.utils.registry import Registry
@@ -66,11 +67,18 @@ class DetectorAdapter:
 
     @property
     def num_classes(self) -> int | None:
-        return getattr(self.model, "num_classes", None)
+        return getattr(getattr(self.model, "roi_heads", self.model), "num_classes", None)
 
     @property
     def score_threshold(self) -> float | None:
         return getattr(self.model, "test_score_thresh", None)
+
+    @property
+    def parts_of_instances(self) -> frozenset[str]:
+        """What RoI heads are trained on and detect in addition to boxes: "masks", "keypoints"."""
+        heads = getattr(self.model, "roi_heads", None)
+        switches = {"masks": "mask_on", "keypoints": "keypoint_on"}
+        return frozenset(part for part, switch in switches.items() if getattr(heads, switch, False))
 
     def cell_anchors(self) -> dict[int, Tensor] | None:
         return None
@@ -134,7 +142,12 @@ class BackboneAdapter(DetectorAdapter):
 
     model_class = nn.Module
     family = "other"
-    provides = frozenset({"features", "detections", "targets"})
+
+    @property
+    def provides(self) -> frozenset[str]:
+        if isinstance(self.model, ProposalNetwork | SemanticSegmentor):
+            return frozenset({"features", "targets"})
+        return frozenset({"features", "detections", "targets"}) | self.parts_of_instances
 
     def __init__(self, model: nn.Module):
         if not callable(getattr(getattr(model, "backbone", None), "output_shape", None)):

@@ -36,19 +36,12 @@ class RCNNAdapter(DetectorAdapter):
 
     @property
     def provides(self) -> frozenset[str]:
-        rpn = self.model.proposal_generator
-        heads = self.model.roi_heads
-        parts = {
-            "anchors": hasattr(rpn, "anchor_generator"),
-            "masks": getattr(heads, "mask_on", False),
-            "keypoints": getattr(heads, "keypoint_on", False),
-            "proposals": _classifies_by_softmax(heads),
-        }
-        return frozenset({"features", "detections", "targets", *(part for part, is_there in parts.items() if is_there)})
-
-    @property
-    def num_classes(self) -> int | None:
-        return getattr(self.model.roi_heads, "num_classes", None)
+        parts = {"features", "detections", "targets", *self.parts_of_instances}
+        if hasattr(self.model.proposal_generator, "anchor_generator"):
+            parts.add("anchors")
+        if _classifies_by_softmax(self.model.roi_heads):
+            parts.add("proposals")
+        return frozenset(parts)
 
     @property
     def score_threshold(self) -> float | None:

@@ -145,7 +145,11 @@ def build_test_loader(
 
 
 def resize_at_test(height: int, width: int, min_size: int, max_size: int) -> T.Transform:
-    """Return the resize transform of an image for INPUT.MIN_SIZE_TEST (0: no resizing) and INPUT.MAX_SIZE_TEST."""
+    """Return the resize transform of an image for INPUT.MIN_SIZE_TEST (0: no resizing) and INPUT.MAX_SIZE_TEST.
+
+    The shorter side is at least one pixel.
+    """
     if min_size == 0:
         return T.NoOpTransform()
-    return T.ResizeTransform(height, width, *T.ResizeShortestEdge.get_output_shape(height, width, min_size, max_size))
+    size = T.ResizeShortestEdge.get_output_shape(height, width, min_size, max_size)
+    return T.ResizeTransform(height, width, *(max(1, side) for side in size))

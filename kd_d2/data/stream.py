@@ -21,7 +21,7 @@ from detectron2.data.samplers import RandomSubsetTrainingSampler, RepeatFactorTr
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..config import reads_annotations
+from ..config import KD_META_ARCH, reads_annotations
 from ..errors import UserError
 from ..random_state import seeded
 from .augmentation import build_mapper
@@ -136,6 +136,7 @@ def build_stream_loader(cfg: CfgNode, seed: int, mapper: Callable | None = None)
         )
     except (AssertionError, ValueError, ImportError) as error:
         raise UserError(f"DATASETS.TRAIN {', '.join(cfg.DATASETS.TRAIN)} cannot be trained on: {error}") from error
+    _check_semantic_segmentation(cfg, dicts)
     if reads_annotations(cfg):
         _check_masks(cfg, dicts)
     else:
@@ -172,6 +173,17 @@ def _check_masks(cfg: CfgNode, dicts: list[dict]) -> None:
             raise UserError(
                 f"DATASETS.TRAIN {', '.join(cfg.DATASETS.TRAIN)}: an object of {image['file_name']} has no segmentation, but MODEL.MASK_ON is "
                 "True; set it to False to train on boxes only."
+            )
+
+
+def _check_semantic_segmentation(cfg: CfgNode, dicts: list[dict]) -> None:
+    model = cfg.MODEL.META_ARCHITECTURE
+    detector = cfg.MODEL.KD.STUDENT if model == KD_META_ARCH else model
+    for image in dicts if detector in ("PanopticFPN", "SemanticSegmentor") else ():
+        if "sem_seg_file_name" not in image:
+            raise UserError(
+                f"DATASETS.TRAIN {', '.join(cfg.DATASETS.TRAIN)}: {image['file_name']} has no semantic segmentation (sem_seg_file_name), which "
+                f"{detector} is trained on; register the dataset as Detectron2's coco_2017_train_panoptic_separated is, in a file for --import."
             )
 
 

@@ -22,7 +22,12 @@ def common_strides(student: DetectorSpec, teacher: DetectorSpec) -> list[int]:
 
 
 def check_same_anchors(method: str, student: DetectorSpec, teacher: DetectorSpec) -> None:
-    """Raise a UserError unless both detectors predict at the same anchors or points on the same levels."""
+    """Raise a UserError unless both detectors have dense predictions at the same anchors or points on the same levels."""
+    for whose, spec in (("student", student), ("teacher", teacher)):
+        if "dense" not in spec.provides:
+            raise UserError(
+                f"The distiller {method} needs dense predictions, which the {whose} ({spec.name}) does not have."
+            )
 
     def anchors_of(spec: DetectorSpec) -> dict[int, list[list[float]]]:
         return {stride: anchors.tolist() for stride, anchors in sorted((spec.cell_anchors or {}).items())}

@@ -33,11 +33,13 @@ def setup(args: argparse.Namespace) -> CfgNode:
     An evaluation does not change the files of an existing training. A training locks the folder until it ends.
 
     Args:
-        args: `config_file`, `opts`, `eval_only` and `eval_teacher`.
+        args: `config_file`, which is replaced with the path of the file, `opts`, `eval_only` and `eval_teacher`.
 
     Raises:
         UserError: the config, the data or the output folder is invalid.
     """
+    if args.config_file:
+        args.config_file = find_config_file(args.config_file, "the config")  # Detectron2's default_setup reads the file
     cfg = load_config(args.config_file, args.opts, student_only=args.eval_only and not args.eval_teacher)
     check_output_folder(cfg.OUTPUT_DIR)
     if comm.is_main_process() and not args.eval_only:
@@ -60,7 +62,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
             write_text(os.path.join(cfg.OUTPUT_DIR, "student.yaml"), comment + student_config(cfg).dump())
             write_json(os.path.join(cfg.OUTPUT_DIR, "versions.json"), versions())
     if args.config_file and not args.eval_only:
-        advice = learning_rate_advice(find_config_file(args.config_file, "the config"), args.opts)
+        advice = learning_rate_advice(args.config_file, args.opts)
         if advice:
             logger.warning(advice)
     return cfg

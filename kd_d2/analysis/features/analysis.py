@@ -172,7 +172,7 @@ class FeatureGatherer:
         statistics: by title, plus those of image pixels and random numbers.
 
     Raises:
-        UserError: a student has no level that is comparable with the teacher's, or a model has no level of the stride.
+        UserError: a student has no level that is comparable with the teacher's, or a model has no level of the stride to draw.
     """
 
     def __init__(self, readers: list[FeatureReader], teacher: str | None, stride: int | None, channels: int):
@@ -181,6 +181,9 @@ class FeatureGatherer:
         self.strides = {reader.title: _comparable_strides(reader, self.teacher) for reader in readers}
         shapes = {reader.title: reader.adapter.spec.shapes for reader in readers}
         self.drawn_stride = stride or min(set.intersection(*map(set, shapes.values())), default=None)
+        if self.drawn_stride is None:
+            have = ", ".join(f"{title} has {' '.join(map(str, levels))}" for title, levels in shapes.items())
+            raise UserError(f"The models have no level of the same stride: {have}; analyze them one at a time.")
         for title, levels in shapes.items():
             if self.drawn_stride not in levels:
                 raise UserError(f"--stride is {stride}; {title} has the strides {', '.join(map(str, levels))}.")
