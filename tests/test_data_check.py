@@ -222,7 +222,7 @@ def test_the_command_on_files(pair: list[DataSet], tmp_path: Path, capsys: pytes
     main(arguments)
     printed = capsys.readouterr().out
     assert f"train: annotations.json, {pair[0].json_file}\n6 images, 1 of them without annotations; 9 boxes;" in printed
-    assert "no errors in annotations, file contents and up to 200 images of each set" in printed
+    assert "Found in annotations, file contents and up to 200 images of each set: 0 error(s), " in printed
     written = json.loads((tmp_path / "out/check.json").read_text())
     assert [entry["role"] for entry in written["sets"]] == ["train", "test"]
     assert sum(c["small"] + c["medium"] + c["large"] for c in written["sets"][0]["classes"]) == 9

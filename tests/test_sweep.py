@@ -421,7 +421,7 @@ def test_a_table_of_the_others_is_written_if_a_cell_fails(finished, tmp_path, mo
     monkeypatch.setattr(report, "measure_costs", lambda *arguments: {})
     monkeypatch.setattr(runner, "_check_settings", lambda *arguments: None)
     name = {"cell": "unfinished", "teacher": "teacher"}[fails]
-    with pytest.raises(UserError, match=rf"1 cells failed: {name} seed 0, see .*{name}/seed0/process.log"):
+    with pytest.raises(UserError, match=rf"These cells failed: {name} seed 0, see .*{name}/seed0/process.log"):
         run_sweep(matrix, str(tmp_path / "output"), [], SweepOptions(results=folder, report=str(tmp_path / "report")))
     table = (tmp_path / "report" / "table.csv").read_text()
     assert "better,3" in table and "unfinished" not in table

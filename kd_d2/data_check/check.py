@@ -49,8 +49,9 @@ class DataCheck:
                 lines = [f"- {finding.dataset}: {printable(finding.text)}" for finding in findings]
                 parts.append("\n".join([f"{title}:", *lines]))
         read = "all images" if self.checked_images is None else f"up to {self.checked_images} images of each set"
-        found = f"{len(self.errors)} errors" if self.errors else "no errors"
-        parts.append(f"{found} in annotations, file contents and {read} ({len(warnings)} warnings)")
+        parts.append(
+            f"Found in annotations, file contents and {read}: {len(self.errors)} error(s), {len(warnings)} warning(s)"
+        )
         return "\n\n".join(parts)
 
     def as_tree(self) -> dict[str, Any]:
