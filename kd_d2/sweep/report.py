@@ -82,7 +82,9 @@ def run_sweep(matrix: Matrix, output: str, opts: list[Any], options: SweepOption
         table = f"\n\n{as_markdown(rows)}\n\n"
         write_text(path, before + (table.replace("\n", "\r\n") if "\r\n" in before + after else table) + after)
     if failed:
-        raise UserError("These cells failed: " + "; ".join(f"{j.name}, see {j.output}/process.log" for j in failed) + ".")
+        raise UserError(
+            "These cells failed: " + "; ".join(f"{j.name}, see {j.output}/process.log" for j in failed) + "."
+        )
     return rows
 
 
