@@ -115,17 +115,17 @@ def test_gamma_is_of_the_students_own_features(build: Callable, event_storage: E
     assert event_storage.latest()["kd/ima_gamma"][0] == pytest.approx(1, rel=1e-5)
 
 
-def test_gamma_is_of_projected_features_where_channels_differ(build: Callable, event_storage: EventStorage) -> None:
-    """Check the mean agreement of P(F_S) with the teacher."""
-    event_storage.iter = 19
-    ima = build(ADAPTATION="1x1", DEFLATE=True)
+def test_no_gamma_where_channels_differ(build: Callable, event_storage: EventStorage) -> None:
+    """Check that the cosine of features in different spaces, which is 0 on average, does not scale the loss."""
     student, teacher = _features()
-    ima.adaptation = AdaptationLayers({s: (6, 8) for s in student}, 1)
     student = {s: level[:, :6] for s, level in student.items()}
-    _loss(ima, student, teacher, [])
-    projected = ima.adaptation(list(student.values()))
-    expected = torch.stack([agreement(p, t) for p, t in zip(projected, teacher.values(), strict=True)]).mean()
-    assert event_storage.latest()["kd/ima_gamma"][0] == pytest.approx(expected.item(), rel=1e-5)
+    losses = []
+    for deflate in (True, False):
+        ima = build(ADAPTATION="1x1", DEFLATE=deflate)
+        torch.manual_seed(0)
+        ima.adaptation = AdaptationLayers({s: (6, 8) for s in student}, 1)
+        losses.append(_loss(ima, student, teacher, []))
+    assert losses[0] == losses[1] > 0
 
 
 def test_masks_hide_their_part(build: Callable) -> None:

@@ -26,8 +26,8 @@ class IMA(Distiller):
     """Instance Mask Alignment: WEIGHT * mean or sum over levels of mean of (gamma * std(G(M * P(F_S))) - std(F_T))^2.
 
     The mean is over (N, C, H, W). P projects, M masks random positions, G regenerates them; std standardizes each map
-    of an instance to mean 0 and deviation 1; gamma, the cosine similarity of F_S and F_T (of P(F_S) if their channels
-    differ), reduces the effect of instances that disagree. Every stage can be disabled.
+    of an instance to mean 0 and deviation 1; gamma, the cosine similarity of F_S and F_T, reduces the effect of
+    instances that disagree. It is 1 if their channels differ. Every stage can be disabled.
     """
 
     needs = frozenset({"features", "targets"})
@@ -52,7 +52,9 @@ class IMA(Distiller):
         box_resolution: Annotated[int, AtLeast(1), "RoIAlign output size of a box."] = 7
         standardize: Annotated[Literal["both", "student", "none"], "Whose features are standardized."] = "both"
         deflate: Annotated[
-            bool, "Whether the student's features are multiplied by their cosine similarity to the teacher's (gamma)."
+            bool,
+            "Whether the student's features are multiplied by their cosine similarity to the teacher's (gamma); "
+            "they are not at levels where the channels differ.",
         ] = True
         levels: Annotated[
             Literal["mean", "sum"], "Whether the loss is the mean or the sum over levels; the paper defines one level."
@@ -70,9 +72,9 @@ class IMA(Distiller):
         for stride, mask, (s, t) in zip(self.adaptation.strides, masks, pairs, strict=True):
             filled, aim = (self._instances(x, targets, stride) for x in (self._fill(s * mask[:, None], stride), t))
             scale = None
-            if self.config.deflate:
-                own = student.features[stride]
-                scale = agreement(self._instances(own if own.shape == t.shape else s, targets, stride), aim)
+            own = student.features[stride]
+            if self.config.deflate and own.shape == t.shape:
+                scale = agreement(self._instances(own, targets, stride), aim)
                 scales.append(scale)
             errors.append(self.aligned_errors(filled, aim, scale))
         if scales and scales[0].numel():
