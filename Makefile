@@ -37,6 +37,9 @@ setup:
 demo: setup
 	$(VENV_PYTHON) -m kd_d2 demo
 
+# The tests expect the default folder of Detectron2's datasets, without files.
+test test-unit test-slow: export DETECTRON2_DATASETS = datasets
+
 test: lint
 	$(VENV_PYTHON) -m pytest
 
