@@ -62,6 +62,26 @@ def test_pack_has_what_the_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not {"torch", "torchvision", "triton", "kd-d2", "sympy"} & set(everything)
 
 
+def test_pack_from_an_environment_with_another_detectron2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that Detectron2's pinned version is packed, unless the machine has one."""
+    pack = load("tools/gpu_pack.py", monkeypatch)
+    requires = pack.metadata.requires
+    monkeypatch.setattr(pack.metadata, "requires", lambda name: requires({pack.DETECTRON2: "none"}.get(name, name)))
+    assert (
+        f"{pack.DETECTRON2}=={pack.missing_packages({})[pack.DETECTRON2]} "
+        in (ROOT / "requirements" / "detectron2.txt").read_text()
+    )
+    assert pack.DETECTRON2 not in pack.missing_packages({"detectron2": Version("0.6")})
+
+
+def test_pack_without_the_list_of_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    pack = load("tools/gpu_pack.py", monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["gpu_pack.py", "--installed", "none.txt"])
+    with pytest.raises(SystemExit, match="2"):
+        pack.main()
+    assert "argument --installed: can't open 'none.txt'" in capsys.readouterr().err
+
+
 def test_evidence_without_mps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """Check that trainings run without NVIDIA's service, and that its absence is reported."""
     evidence = load("benchmarks/gpu_evidence.py", monkeypatch)
