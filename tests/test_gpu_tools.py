@@ -33,6 +33,11 @@ def test_check_stops_a_stage_that_does_not_end(tmp_path: Path, monkeypatch: pyte
     endless = check.Stage(["-c", "print('begun'); import time; time.sleep(600)"], 2)
     assert check.run_stage(endless, log, far) == check.FAILED_TO_END
     assert log.read_text() == "begun\n"
+    child = "import time; time.sleep(3); print('still there')"
+    parent = check.Stage(["-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"], 1)
+    assert check.run_stage(parent, log, far) == check.FAILED_TO_END
+    time.sleep(4)
+    assert log.read_text() == ""
 
 
 def test_check_reads_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
