@@ -8,7 +8,9 @@ one starts. summary.md has the tables, and each stage has a log. The exit status
 """
 
 import argparse
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -65,13 +67,16 @@ def run_stage(stage: Stage, log: Path, deadline: float) -> int:
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with log.open("w") as file:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
-            limit = max(1.0, min(stage.seconds, deadline - time.monotonic()))
-            return subprocess.run(
-                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=limit
-            ).returncode
+            return process.wait(max(1.0, min(stage.seconds, deadline - time.monotonic())))
         except subprocess.TimeoutExpired:
             return FAILED_TO_END
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # none is left
+                os.killpg(process.pid, signal.SIGKILL)  # including the processes that the stage started
 
 
 def tables(log: Path) -> list[str]:

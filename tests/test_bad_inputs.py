@@ -501,6 +501,17 @@ def test_sentences_of_one_and_of_several_processes(capfd, monkeypatch: pytest.Mo
         launch(_fail, _Arguments())
 
 
+def test_world_size_without_torchrun(capfd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check WORLD_SIZE in the environment without the other variables of torchrun."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(SystemExit) as caught:
+        launch(_fail, _Arguments())
+    assert caught.value.code == 2
+    assert capfd.readouterr().err.startswith("error: WORLD_SIZE is set in the environment, but not RANK, LOCAL_RANK")
+
+
 @pytest.mark.slow
 def test_what_a_user_sees(project: Project) -> None:
     """Check in a separate process: status 2, the message as the last line, and no traceback."""

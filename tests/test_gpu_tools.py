@@ -33,6 +33,11 @@ def test_check_stops_a_stage_that_does_not_end(tmp_path: Path, monkeypatch: pyte
     endless = check.Stage(["-c", "print('begun'); import time; time.sleep(600)"], 2)
     assert check.run_stage(endless, log, far) == check.FAILED_TO_END
     assert log.read_text() == "begun\n"
+    child = "import time; time.sleep(3); print('still there')"
+    parent = check.Stage(["-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"], 1)
+    assert check.run_stage(parent, log, far) == check.FAILED_TO_END
+    time.sleep(4)
+    assert log.read_text() == ""
 
 
 def test_check_reads_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,6 +65,26 @@ def test_pack_has_what_the_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> Non
     assert set(everything) - set(missing) == {"kornia"}
     assert {"numpy", "pycocotools", "sal-detectron2", "fvcore", "yacs"} <= set(missing)
     assert not {"torch", "torchvision", "triton", "kd-d2", "sympy"} & set(everything)
+
+
+def test_pack_from_an_environment_with_another_detectron2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that Detectron2's pinned version is packed, unless the machine has one."""
+    pack = load("tools/gpu_pack.py", monkeypatch)
+    requires = pack.metadata.requires
+    monkeypatch.setattr(pack.metadata, "requires", lambda name: requires({pack.DETECTRON2: "none"}.get(name, name)))
+    assert (
+        f"{pack.DETECTRON2}=={pack.missing_packages({})[pack.DETECTRON2]} "
+        in (ROOT / "requirements" / "detectron2.txt").read_text()
+    )
+    assert pack.DETECTRON2 not in pack.missing_packages({"detectron2": Version("0.6")})
+
+
+def test_pack_without_the_list_of_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    pack = load("tools/gpu_pack.py", monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["gpu_pack.py", "--installed", "none.txt"])
+    with pytest.raises(SystemExit, match="2"):
+        pack.main()
+    assert "argument --installed: can't open 'none.txt'" in capsys.readouterr().err
 
 
 def test_evidence_without_mps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

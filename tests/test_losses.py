@@ -2,7 +2,13 @@
 
 import math
 
-from kd_d2.losses import min_max_normalize, spatial_attention
+from kd_d2.losses import (
+    background_weights,
+    foreground_weights,
+    instance_attention,
+    min_max_normalize,
+    spatial_attention,
+)
 
 import pytest
 import torch
@@ -81,3 +87,18 @@ def test_spatial_attention_has_mean_one_and_no_gradient() -> None:
         assert weight.dtype == torch.float32
         assert not weight.requires_grad
         torch.testing.assert_close(weight.mean((1, 2, 3)), torch.ones(3))
+
+
+def test_instance_attention_under_autocast() -> None:
+    """Check that the sum over instances is not rounded to bfloat16."""
+    logits, is_real = torch.randn(2, 2, 3, 7), torch.ones(2, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        attention = instance_attention(logits, is_real)
+    assert torch.equal(attention, instance_attention(logits, is_real))
+
+
+def test_foreground_and_background_weights_of_bfloat16_boxes() -> None:
+    """Check a box of 2 x 2 cells on a map of 2 x 3, of which two cells are background."""
+    foreground = foreground_weights(torch.tensor([[[0, 0, 1, 1]]], dtype=torch.bfloat16), 2, 3)
+    assert foreground.tolist() == [[[0.25, 0.25, 0], [0.25, 0.25, 0]]]
+    assert background_weights(foreground).tolist() == [[[0, 0, 0.5], [0, 0, 0.5]]]

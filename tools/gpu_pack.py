@@ -37,12 +37,14 @@ PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (35, 34, 31, 28, 27, 24,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", default="3.12", help="minor Python version of the machine (default 3.12)")
-    parser.add_argument("--installed", type=Path, help="its packages, as listed by pip with --format=freeze")
+    parser.add_argument(
+        "--installed", type=argparse.FileType(), help="its packages, as listed by pip with --format=freeze"
+    )
     parser.add_argument("--add", nargs="+", default=[], metavar="PATH[=NAME]", help="files and folders to include")
     parser.add_argument("--output", type=Path, default=ROOT / "output" / "gpu-pack.tar.xz")
     args = parser.parse_args()
     additions = [_addition(text) for text in args.add]
-    present = read_freeze(args.installed.read_text()) if args.installed else {}
+    present = read_freeze(args.installed.read()) if args.installed else {}
     needed = missing_packages(present)
     with tempfile.TemporaryDirectory() as folder:
         site, wheels = Path(folder) / "gpu-pack" / "site", Path(folder) / "wheels"
@@ -72,9 +74,12 @@ def read_freeze(text: str) -> dict[str, Version]:
 
 
 def missing_packages(present: dict[str, Version]) -> dict[str, str]:
-    """Return the requirements of kd_d2 and Detectron2 missing on the machine, with the versions of this environment."""
+    """Return the requirements of kd_d2 missing on the machine, with the versions of this environment, and Detectron2.
+
+    The environment may have another Detectron2 than the one to pack, whose version is in requirements/.
+    """
     specifiers: dict[str, SpecifierSet] = {}
-    waiting = [Requirement(name) for name in ("kd_d2", DETECTRON2, *ALSO)]
+    waiting = [Requirement(name) for name in ("kd_d2", *ALSO)]
     while waiting:
         requirement = waiting.pop()
         name = _normalized(requirement.name)
@@ -86,11 +91,15 @@ def missing_packages(present: dict[str, Version]) -> dict[str, str]:
                 for other in map(Requirement, metadata.requires(name) or [])
                 if other.marker is None or other.marker.evaluate({"extra": ""})
             ]
-    return {
+    missing = {
         name: metadata.version(name)
         for name, specifier in sorted(specifiers.items())
         if name not in (*OF_THE_MACHINE, "kd-d2") and not (name in present and present[name] in specifier)
     }
+    if not {"detectron2", DETECTRON2} & set(present):
+        pins = (ROOT / "requirements" / "detectron2.txt").read_text()
+        missing[DETECTRON2] = re.search(rf"^{DETECTRON2}==(\S+)", pins, re.MULTILINE)[1]
+    return missing
 
 
 def fetch_wheels(packages: dict[str, str], python: str, folder: Path) -> None:

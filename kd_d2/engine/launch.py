@@ -83,6 +83,12 @@ def _timeout(args: argparse.Namespace) -> timedelta:
 
 
 def _join_torchrun(timeout: timedelta) -> None:
+    variables = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in variables if name not in os.environ]
+    if missing:
+        raise UserError(
+            f"WORLD_SIZE is set in the environment, but not {', '.join(missing)}: start the processes with torchrun, or unset it."
+        )
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)

@@ -59,6 +59,8 @@ def foreground_of_levels(boxes: Tensor, sizes: Sequence[tuple[int, int]]) -> Ten
 def background_weights(foreground: Tensor) -> Tensor:
     """Compute weights (B, H, W): outside all boxes, 1 over the number of such positions in the image; else 0.
 
+    Computed in at least float32.
+
     Args:
         foreground: (B, H, W), see `foreground_weights`.
     """
@@ -69,7 +71,7 @@ def background_weights(foreground: Tensor) -> Tensor:
 @torch.no_grad()
 def background_of_levels(foreground_BL: Tensor, levels: FlatLevels) -> Tensor:
     """Compute `background_weights` of all levels, (B, L)."""
-    outside_BL = (foreground_BL == 0).to(foreground_BL.dtype)
+    outside_BL = (foreground_BL == 0).to(levels.member_SL.dtype)
     count_BS = levels.sum(outside_BL[:, None]).squeeze(2)
     return outside_BL / levels.expand(count_BS.clamp(min=1))
 

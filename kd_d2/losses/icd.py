@@ -31,9 +31,13 @@ def icd_distill_loss(student_value: Tensor, teacher_value: Tensor, attention_log
 
 @torch.no_grad()
 def instance_attention(attention_logits: Tensor, is_real: Tensor) -> Tensor:
-    """Return w (B, M, L), softmax attention over L summed over the real queries. Arguments as in `icd_distill_loss`."""
+    """Return w (B, M, L), softmax attention over L summed over the real queries, in at least float32.
+
+    Arguments as in `icd_distill_loss`.
+    """
     attention_BMQL = attention_logits.softmax(-1, dtype=_accumulation_type(attention_logits))
-    return torch.einsum("bmql,bq->bml", attention_BMQL, is_real.to(attention_BMQL.dtype))
+    with torch.autocast(attention_BMQL.device.type, enabled=False):
+        return torch.einsum("bmql,bq->bml", attention_BMQL, is_real.to(attention_BMQL.dtype))
 
 
 def attended_value_loss(
