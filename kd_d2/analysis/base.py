@@ -76,7 +76,7 @@ class Analysis(ABC):
 
     @classmethod
     def clear(cls, folder: str) -> None:
-        """Delete the marker and the pictures if the folder has this analysis finished, before `run` writes pictures."""
+        """Delete the marker and the pictures of an earlier run of this analysis in the folder."""
         if is_analysis(folder) and read_json(os.path.join(folder, MARKER)) == {"analysis": cls.name}:
             for pattern in (*cls.figures, MARKER):
                 for path in _matches(folder, pattern):

@@ -183,7 +183,7 @@ def _check_semantic_segmentation(cfg: CfgNode, dicts: list[dict]) -> None:
         if "sem_seg_file_name" not in image:
             raise UserError(
                 f"DATASETS.TRAIN {', '.join(cfg.DATASETS.TRAIN)}: {image['file_name']} has no semantic segmentation (sem_seg_file_name), which "
-                f"{detector} is trained on; register the dataset as Detectron2's coco_2017_train_panoptic_separated is, in a file for --import."
+                f"{detector} is trained on; register the dataset like Detectron2's coco_2017_train_panoptic_separated, in a file passed with --import."
             )
 
 
