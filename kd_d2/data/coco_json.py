@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +14,9 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
+from ..cache import cache_folder, write_cached
 from ..config import reads_annotations
 from ..errors import UserError
-from ..files import write_text
 from .coco import CocoData, read_coco
 from .coco.boxes import reaches_out
 
@@ -148,29 +147,11 @@ def with_classes(data: CocoData, classes: ClassOrder) -> CocoData:
 def write_clean(data: CocoData) -> str:
     """Write the repaired annotations to the cache folder, named by a hash of the content, and return the path."""
     content = json.dumps(data.tree)
-    folder = _cache_folder()
-    path = os.path.join(folder, hashlib.sha256(content.encode()).hexdigest()[:32] + ".json")
+    path = os.path.join(cache_folder("annotations"), hashlib.sha256(content.encode()).hexdigest()[:32] + ".json")
     if not os.path.isfile(path):
-        unfinished = f"{path}.{os.getpid()}"  # other processes may write the same file
-        write_text(unfinished, content)
-        os.replace(unfinished, path)
+        write_cached(path, content)
     logger.info(f"{data.repairs.path}: training and evaluation read the repaired copy {path}")
     return path
-
-
-def _cache_folder() -> str:
-    """Return a writable cache folder in XDG_CACHE_HOME, ~/.cache or the folder for temporary files."""
-    caches = [os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache"), tempfile.gettempdir()]
-    error = None
-    for cache in filter(os.path.isabs, caches):
-        folder = os.path.join(cache, "kd_d2", "annotations")
-        try:
-            os.makedirs(folder, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                return folder
-        except OSError as failure:
-            error = failure
-    raise UserError(f"There is no writable cache folder ({error}); set XDG_CACHE_HOME to one.")
 
 
 def _load_images(json_file: str, folder: str) -> list[dict[str, Any]]:

@@ -67,7 +67,7 @@ def read_curves(metrics: list[dict[str, Any]]) -> dict[str, list]:
     for row in metrics:
         for key, value in row.items():
             if key == "total_loss" or key.startswith("loss_") or key == "bbox/AP":
-                curves.setdefault(key, []).append([row["iteration"], round(value, 4)])
+                curves.setdefault(key, []).append([row["iteration"], float(f"{value:.4g}")])
     return curves
 
 

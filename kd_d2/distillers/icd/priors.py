@@ -10,7 +10,6 @@ import functools
 import gc
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Iterator
 
@@ -20,10 +19,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from torch import Tensor
 
+from ...cache import cache_folder, write_cached
 from ...errors import UserError
-from ...files import write_json
-
-logger = logging.getLogger(__name__)
+from ...files import read_json
 
 MIN_BOXES = 10
 """Classes with fewer boxes use the mean and deviation of all boxes."""
@@ -34,15 +32,14 @@ Priors = tuple[Tensor, Tensor, Tensor]
 
 @functools.lru_cache
 def read_priors(datasets: tuple[str, ...], num_classes: int) -> Priors:
-    """Return the priors of registered datasets. Those of annotation files are cached in the user's cache directory.
+    """Return the priors of registered datasets. Those of annotation files are cached in the user's cache folder.
 
     Raises:
         UserError: there are no boxes.
     """
     cache = _cache_file(datasets, num_classes)
     if cache and os.path.isfile(cache):
-        with open(cache) as file:
-            return tuple(torch.tensor(column) for column in json.load(file))
+        return tuple(torch.tensor(column) for column in read_json(cache))
     boxes = [_read_boxes(name, num_classes) for name in datasets]
     priors = compute_priors(*(np.concatenate(columns) for columns in zip(*boxes, strict=True)), num_classes)
     if not priors[0].sum():
@@ -50,11 +47,7 @@ def read_priors(datasets: tuple[str, ...], num_classes: int) -> Priors:
             f"ICD draws fake instances like those of the training set, but DATASETS.TRAIN {', '.join(datasets)} has no boxes."
         )
     if cache:
-        try:  # a missing cache costs only time
-            os.makedirs(os.path.dirname(cache), exist_ok=True)
-            write_json(cache, [column.tolist() for column in priors], indent=None)
-        except OSError as error:
-            logger.info(f"The class priors were not cached in {cache}: {error.strerror}")
+        write_cached(cache, json.dumps([column.tolist() for column in priors]))
     return priors
 
 
@@ -148,5 +141,4 @@ def _cache_file(datasets: tuple[str, ...], num_classes: int) -> str | None:
         status = os.stat(json_file)
         identity.append((os.path.realpath(json_file), status.st_size, status.st_mtime_ns))
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return os.path.join(home, "kd_d2", f"icd-priors-{digest}.json")
+    return os.path.join(cache_folder("icd-priors"), f"{digest}.json")
