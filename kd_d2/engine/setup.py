@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
+import sys
 
+import torch
 from detectron2.config import CfgNode
-from detectron2.engine import default_setup
 from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
 from ..class_names import as_comment, names_in_checkpoint, names_in_data, names_in_training_set
-from ..config import KD_META_ARCH, SolverKeys, load_config
+from ..config import KD_META_ARCH, SolverKeys, changed_keys, load_config
 from ..config_files import find_config_file
 from ..data import ClassOrder, register_coco_json, register_synthetic
 from ..files import check_output_folder, write_json, write_text
@@ -39,33 +43,42 @@ def setup(args: argparse.Namespace) -> CfgNode:
         UserError: the config, the data or the output folder is invalid.
     """
     if args.config_file:
-        args.config_file = find_config_file(args.config_file, "the config")  # Detectron2's default_setup reads the file
+        args.config_file = find_config_file(args.config_file, "the config")
     cfg = load_config(args.config_file, args.opts, student_only=args.eval_only and not args.eval_teacher)
     check_output_folder(cfg.OUTPUT_DIR)
     if comm.is_main_process() and not args.eval_only:
         lock_folder(cfg.OUTPUT_DIR)
     keep_controls_out_of_logs()
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="kd_d2")
+    for name in ("fvcore", "detectron2", "kd_d2"):
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
     register_synthetic()
     register_coco_json(cfg, _class_order(cfg, args), train=not args.eval_only)
     check_datasets(cfg, train=not args.eval_only)
     cfg.freeze()
     config_file = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
-    training_config = _read(config_file) if args.eval_only else None
-    default_setup(cfg, args)
     if comm.is_main_process():
-        if training_config is not None:
-            write_text(config_file, training_config)
-        else:
+        _log_run(cfg, args, config_file)
+        if not (args.eval_only and os.path.isfile(config_file)):
             classes = names_in_data(cfg)
             comment = as_comment(classes.names) if classes else ""  # Detectron2 has no key for class names
+            write_text(config_file, cfg.dump())
             write_text(os.path.join(cfg.OUTPUT_DIR, "student.yaml"), comment + student_config(cfg).dump())
             write_json(os.path.join(cfg.OUTPUT_DIR, "versions.json"), versions())
+    seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
+    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK and not args.eval_only
     if args.config_file and not args.eval_only:
         advice = learning_rate_advice(args.config_file, args.opts)
         if advice:
             logger.warning(advice)
     return cfg
+
+
+def _log_run(cfg: CfgNode, args: argparse.Namespace, config_file: str) -> None:
+    """Log the environment, the command line and the changed config keys; the whole config is in `config_file`."""
+    logger.info(f"Processes: {comm.get_world_size()}. Environment:\n{collect_env_info()}")
+    logger.info(f"Command line: {shlex.join(sys.argv)}")
+    changed = "\n".join(f"  {key}: {value!r}" for key, value in changed_keys(cfg).items())
+    logger.info(f"Config keys that differ from their defaults (all keys are in {config_file}):\n{changed}")
 
 
 def _class_order(cfg: CfgNode, args: argparse.Namespace) -> ClassOrder | None:
