@@ -174,7 +174,11 @@ def test_our_configs_need_no_advice(path: Path) -> None:
     assert learning_rate_advice(str(path), []) is None
 
 
-def test_advice_is_in_the_log(tmp_path: Path) -> None:
+def test_changed_keys_and_advice_are_in_the_log(tmp_path: Path) -> None:
     project = make_project(tmp_path, SOLVER__BASE_LR=0.01)
     project.main("SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", 1, "SOLVER.STEPS", "()")
-    assert "where SOLVER.IMS_PER_BATCH is 2; the batch size is now 4." in (project.output / "log.txt").read_text()
+    log = (project.output / "log.txt").read_text()
+    assert "where SOLVER.IMS_PER_BATCH is 2; the batch size is now 4." in log
+    assert "\n  SOLVER.IMS_PER_BATCH: 4\n" in log
+    assert "SOLVER.NESTEROV" not in log  # as by default
+    assert "\x1b" not in log
