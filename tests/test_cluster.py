@@ -98,6 +98,18 @@ def test_locks_have_the_pinned_versions_and_hashes() -> None:
         assert "://" not in path.read_text(), path
 
 
+def test_every_package_has_a_license() -> None:
+    """Check that `make licenses` was run for the versions in requirements/."""
+    table = (ROOT / "docs" / "licenses.md").read_text()
+    listed = {(name, version) for name, version in re.findall(r"^\| ([\w.-]+) +\| ([\w.+-]+) ", table, re.MULTILINE)}
+    locked = set(re.findall(r"^([\w.-]+)==([^\s;]+)", (ROOT / "requirements" / "lock.txt").read_text(), re.MULTILINE))
+
+    def comparable(packages: set[tuple[str, str]]) -> set[tuple[str, str]]:
+        return {(re.sub(r"[._]", "-", name.lower()), version.split("+")[0]) for name, version in packages}
+
+    assert {p for p in comparable(locked) if p[0] not in ("pip", "setuptools")} <= comparable(listed)
+
+
 def test_dockerfile_builds_the_detectron2_that_setup_builds() -> None:
     commit = r"detectron2@([0-9a-f]{40})"
     files = [(ROOT / name).read_text() for name in ("Dockerfile", "tools/setup_env.sh")]
