@@ -58,6 +58,13 @@ def _loss(ima: IMA, student: dict, teacher: dict, targets: list[Instances]) -> T
     return loss
 
 
+def test_residual_generation_starts_as_the_identity(build: Callable) -> None:
+    student, teacher = _features()
+    without = _loss(build(), student, teacher, [])
+    assert torch.equal(_loss(build(GENERATION=True, RESIDUAL=True), student, teacher, []), without)
+    assert not torch.equal(_loss(build(GENERATION=True), student, teacher, []), without)
+
+
 def test_standardize_by_hand() -> None:
     """Check 1, 1, 3, 3 (mean 2, deviation 1), a constant map, and the gradient numerically."""
     maps = torch.tensor([[[[1.0, 1.0], [3.0, 3.0]], [[5.0, 5.0], [5.0, 5.0]]]], dtype=torch.float64, requires_grad=True)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor, nn
+
+Residual = Annotated[
+    bool, "Whether the generation network has a residual connection and starts as the identity; the paper's does not."
+]
 
 
 def random_mask(maps: Tensor, ratio: float) -> Tensor:

@@ -16,7 +16,7 @@ from ..keys import AtLeast, Below
 from ..losses import agreement, standardize
 from .adaptation import Adaptation, AdaptationLayers
 from .base import DISTILLER_REGISTRY, Distiller, Losses, in_float32, log_scalar
-from .generation import generation_blocks, random_mask
+from .generation import Residual, generation_blocks, random_mask
 from .masks import inside_boxes
 from .pair import Pair
 
@@ -27,7 +27,8 @@ class IMA(Distiller):
 
     The mean is over (N, C, H, W). P projects, M masks random positions, G regenerates them; std standardizes each map
     of an instance to mean 0 and deviation 1; gamma, the cosine similarity of F_S and F_T, reduces the effect of
-    instances that disagree. It is 1 if their channels differ. Every stage can be disabled.
+    instances that disagree. It is 1 if their channels differ. Every stage can be disabled. With RESIDUAL (not in the
+    paper) G adds its input to its output and starts as the identity.
     """
 
     needs = frozenset({"features", "targets"})
@@ -45,6 +46,7 @@ class IMA(Distiller):
         ] = "random"
         mask_ratio: Annotated[float, AtLeast(0), Below(1), "Fraction of the positions that is masked (zeta)."] = 0.65
         generation: Annotated[bool, "Whether masked positions are regenerated, by two 3x3 convolutions (G)."] = True
+        residual: Residual = False
         instance: Annotated[
             Literal["sample", "box"],
             "What counts as an instance: a sample of the batch, or a ground-truth box (RoIAlign).",
@@ -64,7 +66,7 @@ class IMA(Distiller):
         super().__init__(config, pair)
         self.adaptation = AdaptationLayers.build(config.adaptation, pair, self.CONFIG_NODE)
         channels = {stride: theirs for stride, (_, theirs) in pair.channels.items()}
-        self.generation = generation_blocks(channels if config.generation else {})
+        self.generation = generation_blocks(channels if config.generation else {}, config.residual)
 
     def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
         pairs, masks = self.adaptation.pairs(student, teacher), self._masks(student, targets)

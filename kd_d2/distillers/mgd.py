@@ -13,7 +13,7 @@ from ..adapters import DetectorOutputs
 from ..keys import AtLeast, Below
 from .adaptation import Adaptation, AdaptationLayers
 from .base import DISTILLER_REGISTRY, Distiller, Losses, in_float32
-from .generation import generation_blocks, random_mask
+from .generation import Residual, generation_blocks, random_mask
 from .pair import Pair
 
 
@@ -44,10 +44,7 @@ class MGD(Distiller):
             Below(1),
             "Fraction of the positions that is masked; None means 0.65 for one-stage students and 0.45 for others.",
         ] = None
-        residual: Annotated[
-            bool,
-            "Whether the generation network has a residual connection and starts as the identity; the paper's does not.",
-        ] = False
+        residual: Residual = False
         adaptation: Adaptation = None
 
     def __init__(self, config: Config, pair: Pair):
