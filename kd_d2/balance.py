@@ -86,7 +86,6 @@ class GradientBalance:
         own_loss: Tensor,
         losses: Mapping[str, Tensor],
         features: Mapping[int, Tensor] | None = None,
-        gated: Mapping[str, Mapping[int, Tensor]] | None = None,
     ) -> dict[str, float]:
         """Return the multiplier of each active distiller, after a measurement if one is due.
 
@@ -98,7 +97,7 @@ class GradientBalance:
             parameters: see `shared_parameters`.
             own_loss: sum of the detection losses.
             losses: by active distiller, the sum of its losses except auxiliary ones, before any schedule.
-            features, gated: neck outputs by stride, and by distiller those of `LevelBalance.gated`; only with `levels`.
+            features: the student's neck outputs by stride; only with `levels`.
         """
         weights = {name: self.weights.get(name, 1.0) for name in losses}
         if iteration != self._last_iteration:
@@ -106,7 +105,7 @@ class GradientBalance:
             is_due = self._is_due(iteration)
             due = {n: loss for n, loss in losses.items() if weights[n] > 0 and (is_due or n not in self._averages)}
             if due:
-                self._measure(parameters, own_loss, due, features, gated)
+                self._measure(parameters, own_loss, due, features)
         total, ratios = sum(weights.values()), self.ratios
         self.last_multipliers = {
             name: self._bounded(self.target * weight / total / ratios[name]) if weight and name in ratios else 1.0
@@ -128,7 +127,6 @@ class GradientBalance:
         own_loss: Tensor,
         losses: Mapping[str, Tensor],
         features: Mapping[int, Tensor] | None,
-        gated: Mapping[str, Mapping[int, Tensor]] | None,
     ) -> None:
         norms = {name: gradient_norm(loss, parameters) for name, loss in losses.items()}
         if not any(norms.values()):  # as in every iteration before a method's first gradient
@@ -137,7 +135,7 @@ class GradientBalance:
         gradients = gradients_of(own_loss, [*parameters, *outputs.values()])
         own = mean_of_processes(gradients[: len(parameters)]).norm().item()
         if self.levels:
-            self.levels.measure(dict(zip(outputs, gradients[len(parameters) :], strict=True)), losses, gated)
+            self.levels.measure(dict(zip(outputs, gradients[len(parameters) :], strict=True)), losses, outputs)
             norms = {name: gradient_norm(loss, parameters) for name, loss in losses.items()}
         for name, norm in norms.items():
             if 0 < norm < math.inf and 0 < own < math.inf:

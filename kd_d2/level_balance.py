@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .adapters import DetectorOutputs
 from .distributed import mean_across_ranks
 from .gradients import LogAverages, gradients_of
 
@@ -17,7 +18,7 @@ SMALLEST_SHARE = 1e-3
 
 
 class LevelBalance:
-    """Scales a distiller's gradient at each of the student's neck outputs; the forward pass is unchanged.
+    """Scales a distiller's gradient at each level of the student's outputs; the forward pass is unchanged.
 
     The gradient of many methods is almost entirely in the coarsest levels, where that of the detection losses is small.
     The factor of a level is proportional to the norm of the detection gradient over that of the distiller's, as moving
@@ -28,11 +29,14 @@ class LevelBalance:
         self._norms, self._own_norms = LogAverages(momentum), LogAverages(momentum)  # by distiller and stride
         self._gates: dict[str, dict[int, float]] = {}  # factors of the next backward pass, by distiller and stride
 
-    def gated(self, name: str, features: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """Return neck outputs by stride for a distiller, with the gradient scaled in the backward pass."""
-        gates = self._gates[name] = dict.fromkeys(features, 1.0)
+    def gated(self, name: str, outputs: DetectorOutputs) -> DetectorOutputs:
+        """Return the student's outputs for a distiller, with gradients scaled in the backward pass.
+
+        Proposals are as before: a box head mixes levels.
+        """
+        gates = self._gates[name] = dict.fromkeys(outputs.features, 1.0)
         self._set_gates(name)
-        return {stride: _Gated.apply(level, gates, stride) for stride, level in features.items()}
+        return outputs.with_levels(lambda levels: {s: _Gated.apply(level, gates, s) for s, level in levels.items()})
 
     def factors(self, name: str) -> dict[int, float]:
         """Return the factors by stride; empty before the first gradient of the distiller and of the detector."""
@@ -41,27 +45,23 @@ class LevelBalance:
         whole = math.hypot(*norms.values()) / math.hypot(*own.values()) if norms else 1.0
         return {stride: whole * own[stride] / norm for stride, norm in norms.items()}
 
-    def measure(
-        self,
-        own: Mapping[int, Tensor],
-        losses: Mapping[str, Tensor],
-        gated: Mapping[str, Mapping[int, Tensor]],
-    ) -> None:
+    def measure(self, own: Mapping[int, Tensor], losses: Mapping[str, Tensor], features: Mapping[int, Tensor]) -> None:
         """Set the factors, including those for the backward pass of the given losses. The same on all processes.
 
         Args:
             own: by stride, the gradient of the detection losses in the neck output.
-            losses: by distiller, the sum of its losses.
-            gated: by distiller, what `gated` returned.
+            losses: by distiller, the sum of its losses, computed from what `gated` returned.
+            features: the student's neck outputs by stride.
         """
         own = _norms(own)
         for name, loss in losses.items():
-            norms = _norms(dict(zip(gated[name], gradients_of(loss, gated[name].values()), strict=True)))
+            self._gates[name].update(dict.fromkeys(self._gates[name], 1.0))
+            norms = _norms(dict(zip(features, gradients_of(loss, features.values()), strict=True)))
             if own and norms:
                 for stride in norms:
                     self._norms.add((name, stride), norms[stride])
                     self._own_norms.add((name, stride), own[stride])
-                self._set_gates(name)
+            self._set_gates(name)
 
     def _set_gates(self, name: str) -> None:
         for stride, factor in self.factors(name).items():

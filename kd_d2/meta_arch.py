@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 from detectron2.config import CfgNode, configurable
@@ -142,9 +141,8 @@ class KDMetaArch(nn.Module):
             if not all(distiller.resizes for distiller in active.values()):
                 self._check_same_maps(student, teacher)
         losses = dict(student.losses)
-        seen = {name: self._seen_by(name, student) for name in active}
-        distilled = {name: distiller(seen[name], teacher, targets) for name, distiller in active.items()}
-        factors = self._factors(iteration, student, seen, distilled)
+        distilled = {n: distiller(self._seen_by(n, student), teacher, targets) for n, distiller in active.items()}
+        factors = self._factors(iteration, student, distilled)
         for name, distiller in self.distillers.items():
             if name in active:
                 new = distiller.scaled(distilled[name], factors[name])
@@ -157,15 +155,9 @@ class KDMetaArch(nn.Module):
         """Return the student's outputs as passed to a distiller."""
         if not self.balance or not self.balance.levels:
             return student
-        return dataclasses.replace(student, features=self.balance.levels.gated(distiller, student.features))
+        return self.balance.levels.gated(distiller, student)
 
-    def _factors(
-        self,
-        iteration: int,
-        student: DetectorOutputs,
-        seen: dict[str, DetectorOutputs],
-        distilled: dict[str, Losses],
-    ) -> dict[str, float]:
+    def _factors(self, iteration: int, student: DetectorOutputs, distilled: dict[str, Losses]) -> dict[str, float]:
         """Return, by active distiller, the factor of its losses except auxiliary ones, in addition to the weight."""
         factors = {name: self.schedules[name].factor(iteration) for name in distilled}
         if self.balance:
@@ -176,7 +168,6 @@ class KDMetaArch(nn.Module):
                 sum(student.losses.values()),
                 totals,
                 student.features,
-                {name: outputs.features for name, outputs in seen.items()},
             )
             for name, multiplier in multipliers.items():
                 factors[name] *= multiplier

@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from kd_d2 import KDMetaArch, Teacher, UserError
+from kd_d2.adapters import DensePredictions, DetectorOutputs, Towers
 from kd_d2.balance import GradientBalance, shared_parameters
 from kd_d2.config import load_config
 from kd_d2.distillers import Distiller, FeatureImitation, Schedule
@@ -181,27 +182,34 @@ def test_float16_gradients_of_features_do_not_underflow() -> None:
     assert features.dtype is torch.float16 and gradient.item() == pytest.approx(1e-8, rel=1e-2)
 
 
+def _levels(*values: float) -> dict[int, Tensor]:
+    """Return maps of one position by stride, with gradients."""
+    strides = (8, 16, 32)[: len(values)]
+    return {s: torch.full((1, 1, 1, 1), v, requires_grad=True) for s, v in zip(strides, values, strict=True)}
+
+
 def test_levels_have_the_shares_of_the_detectors_gradient() -> None:
     """Check detection norms 3 and 4: distillation norms 12 and 5, together 13, are scaled to 13 * 3/5 and 13 * 4/5."""
     levels = LevelBalance(momentum=0.5)
     features = {8: torch.zeros(1, 1, 1, 1), 16: torch.zeros(1, 2, 1, 1)}
     for level in features.values():
         level.requires_grad_()
-    gated = levels.gated("A", features)
+    outputs = DetectorOutputs(images=None, features=features)
+    gated = {name: levels.gated(name, outputs).features for name in "AB"}
     own = {8: torch.tensor([3.0]), 16: torch.tensor([0.0, 4.0])}
-    loss = 12 * gated[8].sum() + 5 * gated[16][0, 0].sum()
-    levels.measure(own, {"A": loss, "B": loss * 0}, {"A": gated, "B": gated})
+    loss = 12 * gated["A"][8].sum() + 5 * gated["A"][16][0, 0].sum()
+    levels.measure(own, {"A": loss, "B": gated["B"][8].sum() * 0}, features)
     assert levels.factors("A") == pytest.approx({8: 7.8 / 12, 16: 10.4 / 5}) and levels.factors("B") == {}
     found = torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, list(features.values()))])
     assert found.tolist() == pytest.approx([7.8, 10.4, 0.0])
 
     restored = LevelBalance(momentum=0.5)
     restored.load_state_dict(levels.state_dict())
-    again = restored.gated("A", features)
+    again = restored.gated("A", outputs).features
     loss = 12 * again[8].sum() + 5 * again[16][0, 0].sum()
     assert torch.autograd.grad(loss, features[8], retain_graph=True)[0].item() == pytest.approx(7.8)
     # detection norms 16 / 3 and 1e-9, counted as 16 / 3000: geometric means with the first, 4 and sqrt(16 / 750)
-    restored.measure({8: torch.tensor([16 / 3]), 16: torch.tensor([0.0, 1e-9])}, {"A": loss}, {"A": again})
+    restored.measure({8: torch.tensor([16 / 3]), 16: torch.tensor([0.0, 1e-9])}, {"A": loss}, features)
     small = (16 / 750) ** 0.5
     whole = 13 / math.hypot(4, small)
     assert restored.factors("A") == pytest.approx({8: whole * 4 / 12, 16: whole * small / 5})
@@ -210,11 +218,62 @@ def test_levels_have_the_shares_of_the_detectors_gradient() -> None:
 def test_a_level_whose_gradient_is_not_finite_is_passed_over() -> None:
     """Check that NaN in the last level, as of an overflow in float16, does not enter the averages."""
     levels = LevelBalance(momentum=0.5)
-    features = {stride: torch.ones(1, 1, 1, 1, requires_grad=True) for stride in (8, 16)}
-    gated = levels.gated("A", features)
+    features = _levels(1.0, 1.0)
+    gated = levels.gated("A", DetectorOutputs(images=None, features=features)).features
     own = {8: torch.tensor([1.0]), 16: torch.tensor([math.nan])}
-    levels.measure(own, {"A": gated[8].sum() + gated[16].sum()}, {"A": gated})
+    levels.measure(own, {"A": gated[8].sum() + gated[16].sum()}, features)
     assert levels.factors("A") == {}
+
+
+def test_levels_of_predictions_and_towers() -> None:
+    """Check gradients that reach the neck through logits, boxes, quality and towers: 12 and 5 become 7.8 and 10.4."""
+    features = _levels(1.0, 1.0)
+
+    def scaled_by(factor: float) -> dict[int, Tensor]:
+        return {stride: factor * level for stride, level in features.items()}
+
+    dense = DensePredictions(
+        scaled_by(1.0), scaled_by(2.0), anchors={}, decode=None, quality=scaled_by(3.0), assign=lambda: torch.zeros(1)
+    )
+    towers = Towers(scaled_by(4.0), scaled_by(2.0), finish=None)
+    outputs = DetectorOutputs(images=None, features=features, dense=dense, towers={1: towers})
+    levels = LevelBalance(momentum=0.5)
+    seen = levels.gated("A", outputs)
+    parts = (
+        seen.dense.logits,
+        seen.dense.box_regression,
+        seen.dense.quality,
+        seen.towers[1].class_features,
+        seen.towers[1].box_features,
+    )
+    loss = sum(part[8].sum() + 5 / 12 * part[16].sum() for part in parts)  # slopes 1 + 2 + 3 + 4 + 2 = 12
+    levels.measure({8: torch.tensor([3.0]), 16: torch.tensor([4.0])}, {"A": loss}, features)
+    gradients = torch.autograd.grad(loss, list(features.values()))
+    assert [gradient.item() for gradient in gradients] == pytest.approx([7.8, 10.4])
+    assert seen.dense.assignment is dense.assignment
+
+
+def test_levels_of_a_method_that_compares_predictions(tmp_path: Path) -> None:
+    """Check that DIST's gradient in the neck outputs of a training step has the shares of the detection losses."""
+    project = make_project(tmp_path, MODEL__KD__DISTILLERS=("DIST",), MODEL__KD__BALANCE__LEVELS=True, **ON)
+    trainer = make_trainer(project)
+    trainer.resume_or_load(resume=False)
+    model, batch = trainer.bare_model.train(), next(iter(trainer._trainer.data_loader))
+    run, seen = model.adapter.run, []
+
+    def keep(*args: object) -> DetectorOutputs:
+        seen.append(run(*args))
+        return seen[0]
+
+    model.adapter.run = keep
+    with EventStorage(0):
+        losses = model(batch)
+    own, distilled = (
+        torch.stack([g.norm() for g in gradients_of(sum(parts), seen[0].features.values())])
+        for parts in ([v for n, v in losses.items() if n != "loss_dist"], [losses["loss_dist"]])
+    )
+    expected = own.clamp(min=1e-3 * own.max())
+    torch.testing.assert_close(distilled / distilled.norm(), expected / expected.norm(), rtol=0.05, atol=0.02)
 
 
 def test_parameters_that_all_losses_share(tiny_detector: Callable) -> None:

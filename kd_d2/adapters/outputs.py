@@ -7,7 +7,7 @@ all levels, N proposals of all images.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -16,6 +16,9 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor
 
 from ..modeling.assignment import Positives
+
+Levels = dict[int, Tensor]
+"""Maps or predictions by stride."""
 
 
 @dataclass
@@ -84,6 +87,16 @@ class DensePredictions:
         anchors = Boxes.cat(list(self.anchors.values()))
         return self.decode(positives.pick(self.box_regression.values()), anchors[positives.anchor])
 
+    def with_levels(self, change: Callable[[Levels], Levels]) -> DensePredictions:
+        """Return a copy with changed outputs of the head, and the same label assignment."""
+        return replace(
+            self,
+            logits=change(self.logits),
+            box_regression=change(self.box_regression),
+            quality=None if self.quality is None else change(self.quality),
+            assign=lambda: self.assignment,
+        )
+
     def _by_level(self, values: Tensor) -> dict[int, Tensor]:
         """Views of (B, R, ...) by stride, (B, HWA, ...)."""
         sizes = [logits.shape[1] for logits in self.logits.values()]
@@ -122,6 +135,10 @@ class Towers:
     box_features: dict[int, Tensor]
     finish: Callable[[dict[int, Tensor], dict[int, Tensor]], DensePredictions] = field(repr=False)
 
+    def with_levels(self, change: Callable[[Levels], Levels]) -> Towers:
+        """Return a copy with changed features."""
+        return replace(self, class_features=change(self.class_features), box_features=change(self.box_features))
+
 
 def towers_at(split: int) -> str:
     """Return the name of the part for `Towers` split after convolution number `split`, or before the first one if 0."""
@@ -155,6 +172,15 @@ class DetectorOutputs:
     classify: Callable[[list[Boxes]], Tensor] | None = field(default=None, repr=False)
     towers: dict[int, Towers] = field(default_factory=dict)
     _classified: tuple[SampledProposals, Tensor] | None = field(default=None, init=False, repr=False)
+
+    def with_levels(self, change: Callable[[Levels], Levels]) -> DetectorOutputs:
+        """Return a copy in which everything that is given by level is changed: neck outputs, predictions and towers."""
+        return replace(
+            self,
+            features=change(self.features),
+            dense=None if self.dense is None else self.dense.with_levels(change),
+            towers={split: towers.with_levels(change) for split, towers in self.towers.items()},
+        )
 
     def logits_at(self, proposals: SampledProposals) -> Tensor:
         """Return the box head's class logits (N, K + 1) at another detector's proposals, without gradient (cached)."""

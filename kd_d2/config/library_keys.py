@@ -175,8 +175,8 @@ class BalanceKeys(Keys):
     limit: Annotated[float, AtLeast(1), "Multipliers are clamped to [1 / LIMIT, LIMIT]."] = 100000.0
     levels: Annotated[
         bool,
-        "Also scale each distiller's gradient in the student's neck outputs, so that it is distributed over the levels like the gradient "
-        "of the detection losses. Gradients that reach the neck through the detector's head are not affected.",
+        "Also scale each distiller's gradient in the student's neck outputs and dense predictions, so that it is distributed over the levels "
+        "like the gradient of the detection losses. Gradients through the box head of an R-CNN are not affected.",
     ] = False
 
 
