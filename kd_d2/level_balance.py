@@ -32,7 +32,7 @@ class LevelBalance:
     def gated(self, name: str, outputs: DetectorOutputs) -> DetectorOutputs:
         """Return the student's outputs for a distiller, with gradients scaled in the backward pass.
 
-        Proposals are as before: a box head mixes levels.
+        Proposals are not changed, because a box head pools features of several levels.
         """
         gates = self._gates[name] = dict.fromkeys(outputs.features, 1.0)
         self._set_gates(name)

@@ -22,7 +22,17 @@ import pytest
 import torch
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
-from helpers import KillAt, Project, make, make_project, make_trainer, spec_of, train
+from helpers import (
+    META_ARCHITECTURES,
+    KillAt,
+    Project,
+    make,
+    make_project,
+    make_trainer,
+    methods_of,
+    spec_of,
+    train,
+)
 from torch import Tensor, nn
 
 ON = {"MODEL__KD__BALANCE__ENABLED": True}
@@ -274,6 +284,21 @@ def test_levels_of_a_method_that_compares_predictions(tmp_path: Path) -> None:
     )
     expected = own.clamp(min=1e-3 * own.max())
     torch.testing.assert_close(distilled / distilled.norm(), expected / expected.norm(), rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("detector", META_ARCHITECTURES)
+def test_levels_of_all_methods(tmp_path: Path, detector: str) -> None:
+    """Check a training step of every method that supports the detector, and that each has factors or no gradient yet."""
+    project = make_project(tmp_path, detector, MODEL__KD__DISTILLERS=tuple(methods_of(detector)))
+    project.change(MODEL__KD__BALANCE__LEVELS=True, **ON)
+    trainer = make_trainer(project)
+    trainer.resume_or_load(resume=False)
+    model, batch = trainer.bare_model.train(), next(iter(trainer._trainer.data_loader))
+    with EventStorage(0):
+        sum(model(batch).values()).backward()
+    for name in model.balance.ratios:
+        assert len(model.balance.levels.factors(name)) == 5
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_parameters_that_all_losses_share(tiny_detector: Callable) -> None:

@@ -174,7 +174,7 @@ class DetectorOutputs:
     _classified: tuple[SampledProposals, Tensor] | None = field(default=None, init=False, repr=False)
 
     def with_levels(self, change: Callable[[Levels], Levels]) -> DetectorOutputs:
-        """Return a copy in which everything that is given by level is changed: neck outputs, predictions and towers."""
+        """Return a copy with changed neck outputs, dense predictions and towers."""
         return replace(
             self,
             features=change(self.features),
