@@ -31,7 +31,7 @@ def build_lazy_teacher(cfg: CfgNode) -> tuple[nn.Module, str, str]:
         UserError: the config is not trusted, cannot be loaded, or names no detector or weights.
     """
     node = cfg.MODEL.KD.TEACHER
-    path = find_config_file(node.CONFIG_FILE, FILE)
+    path, weights = lazy_teacher_files(node)
     if not is_zoo_file(path) and not node.TRUST_CONFIG:
         raise UserError(
             f"{FILE} {path} is a Python file, which runs code when it is loaded; set {TRUST} True if you trust it."
@@ -43,7 +43,17 @@ def build_lazy_teacher(cfg: CfgNode) -> tuple[nn.Module, str, str]:
         model = instantiate(config.model).to(cfg.MODEL.DEVICE)
     except Exception as error:  # any error from classes in the config
         raise UserError(f"{FILE} {path}: its model cannot be built ({type(error).__name__}: {error}).") from error
-    return model, _weights(node, path), getattr(model, "input_format", None) or "BGR"
+    return model, weights, getattr(model, "input_format", None) or "BGR"
+
+
+def lazy_teacher_files(node: CfgNode) -> tuple[str, str]:
+    """Return the paths of the Python config and of the checkpoint that MODEL.KD.TEACHER names.
+
+    Raises:
+        UserError: there is no such file, or no checkpoint is named and the model zoo has none.
+    """
+    path = find_config_file(node.CONFIG_FILE, FILE)
+    return path, _weights(node, path)
 
 
 def _load(path: str, overrides: list[str]) -> Any:

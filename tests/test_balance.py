@@ -243,8 +243,14 @@ def test_levels_of_predictions_and_towers() -> None:
         return {stride: factor * level for stride, level in features.items()}
 
     dense = DensePredictions(
-        scaled_by(1.0), scaled_by(2.0), anchors={}, decode=None, quality=scaled_by(3.0), assign=lambda: torch.zeros(1)
+        scaled_by(1.0),
+        scaled_by(2.0),
+        anchors={},
+        decode=None,
+        quality=scaled_by(3.0),
+        assign=lambda: torch.zeros(1, 2),
     )
+    assert len(dense.positives.anchor) == 2
     towers = Towers(scaled_by(4.0), scaled_by(2.0), finish=None)
     outputs = DetectorOutputs(images=None, features=features, dense=dense, towers={1: towers})
     levels = LevelBalance(momentum=0.5)
@@ -260,7 +266,7 @@ def test_levels_of_predictions_and_towers() -> None:
     levels.measure({8: torch.tensor([3.0]), 16: torch.tensor([4.0])}, {"A": loss}, features)
     gradients = torch.autograd.grad(loss, list(features.values()))
     assert [gradient.item() for gradient in gradients] == pytest.approx([7.8, 10.4])
-    assert seen.dense.assignment is dense.assignment
+    assert seen.dense.assignment is dense.assignment and seen.dense.positives is dense.positives
 
 
 def test_levels_of_a_method_that_compares_predictions(tmp_path: Path) -> None:

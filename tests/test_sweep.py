@@ -354,6 +354,19 @@ def test_results_with_another_teacher_are_refused(tmp_path):
     assert run_jobs(jobs(), 1, 1) == []
 
 
+def test_the_checksum_of_a_lazy_config(tmp_path):
+    """Check that a sweep notes the file and the weights of a LazyConfig teacher, without running its code."""
+    code, weights = tmp_path / "teacher.py", tmp_path / "teacher.pth"
+    opts = ["MODEL.META_ARCHITECTURE", "KDMetaArch", "MODEL.KD.TEACHER.CONFIG_FILE", str(code)]
+    opts += ["MODEL.KD.TEACHER.WEIGHTS", str(weights), "MODEL.KD.INHERIT.ENABLED", "True"]
+    seen = set()
+    for files in (("raise SystemExit", "one"), ("raise KeyError", "one"), ("raise KeyError", "two")):
+        for path, text in zip((code, weights), files, strict=True):
+            path.write_text(text)
+        seen.add(measured_settings(STUDENT, opts)["files of the teacher"])
+    assert len(seen) == 3
+
+
 def test_a_training_with_other_settings_is_not_resumed(tmp_path, monkeypatch):
     """Check that a checkpoint is resumed only with the settings of its config, whose data may be elsewhere by now."""
     monkeypatch.setattr(runner, "PROGRAM", (sys.executable, str(tmp_path / "nothing.py")))

@@ -89,13 +89,16 @@ class DensePredictions:
 
     def with_levels(self, change: Callable[[Levels], Levels]) -> DensePredictions:
         """Return a copy with changed outputs of the head, and the same label assignment."""
-        return replace(
+        changed = replace(
             self,
             logits=change(self.logits),
             box_regression=change(self.box_regression),
             quality=None if self.quality is None else change(self.quality),
             assign=lambda: self.assignment,
         )
+        if "positives" in vars(self):  # computed where it costs no synchronization with the GPU
+            changed.positives = self.positives
+        return changed
 
     def _by_level(self, values: Tensor) -> dict[int, Tensor]:
         """Views of (B, R, ...) by stride, (B, HWA, ...)."""

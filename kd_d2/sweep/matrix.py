@@ -14,7 +14,7 @@ from detectron2.config import CfgNode
 from ..config import KD_META_ARCH, changed_keys, load_config, load_teacher_config
 from ..config_files import as_overrides, find_beside, leaves
 from ..errors import UserError
-from ..lazy_teacher import is_lazy_config
+from ..lazy_teacher import is_lazy_config, lazy_teacher_files
 from ..plain_yaml import read_plain_yaml
 
 KINDS = {str: "text", int: "whole number", dict: "mapping"}
@@ -189,8 +189,8 @@ def _check(path: str, what: str, entry: Any, known: dict[str, Any]) -> None:
 def measured_settings(config: str, opts: list[Any]) -> dict[str, Any]:
     """Return the keys of a config that determine the result: all with non-default values, except LOCATION_KEYS.
 
-    A key that a later version adds does not change the settings as long as it has its default value. A teacher with a
-    YAML config adds a checksum of its weights and config as `TEACHER`.
+    A key that a later version adds does not change the settings as long as it has its default value. A teacher adds a
+    checksum of its weights and config as `TEACHER`.
 
     Raises:
         UserError: see `load_config`, or DATASETS.TEST does not name exactly one dataset, whose results are compared.
@@ -199,18 +199,25 @@ def measured_settings(config: str, opts: list[Any]) -> dict[str, Any]:
     if len(cfg.DATASETS.TEST) != 1:
         raise UserError(f"{config}: DATASETS.TEST names {len(cfg.DATASETS.TEST)} datasets; a sweep needs exactly one.")
     settings = without_locations(cfg)
-    if cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH and not is_lazy_config(cfg.MODEL.KD.TEACHER.CONFIG_FILE):
-        teacher = load_teacher_config(cfg)
-        keys = {k: v for k, v in without_locations(teacher).items() if k.startswith(("MODEL.", "INPUT."))}
-        settings[TEACHER] = hashlib.sha256(f"{keys} {_content_of(teacher.MODEL.WEIGHTS)}".encode()).hexdigest()[:16]
+    if cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH:
+        settings[TEACHER] = hashlib.sha256(_teacher_files(cfg).encode()).hexdigest()[:16]
     return settings
 
 
-def _content_of(weights: str) -> str:
-    """Return the hash of a checkpoint; the name itself of one that is not a local file."""
-    path = weights.partition("?")[0]
+def _teacher_files(cfg: CfgNode) -> str:
+    """Return the teacher's config and the hash of its checkpoint; of a LazyConfig, which may run code, the file's hash."""
+    if is_lazy_config(cfg.MODEL.KD.TEACHER.CONFIG_FILE):
+        return " ".join(_content_of(path) for path in lazy_teacher_files(cfg.MODEL.KD.TEACHER))
+    teacher = load_teacher_config(cfg)
+    keys = {k: v for k, v in without_locations(teacher).items() if k.startswith(("MODEL.", "INPUT."))}
+    return f"{keys} {_content_of(teacher.MODEL.WEIGHTS)}"
+
+
+def _content_of(name: str) -> str:
+    """Return the hash of a file; the name itself of one that is not local."""
+    path = name.partition("?")[0]
     if not os.path.isfile(path):
-        return weights
+        return name
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
