@@ -57,4 +57,4 @@ def run(args: argparse.Namespace) -> None:
         page = render(args.title, sections, versions())
     check_output_file(args.output)
     write_text(args.output, page)
-    print(f"{args.output}: {len(page.encode()) / 1e6:.1f} MB")
+    print(f"{args.output}: {len(page.encode()) / 1e3:,.0f} kB")
