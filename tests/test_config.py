@@ -178,6 +178,13 @@ def test_keys_that_are_not_there(opts: list, expected: str) -> None:
     assert sentence("", *opts) == f"the command line: {expected}"
 
 
+def test_a_sweep_is_not_a_config() -> None:
+    """Check the message for a sweep, which `kd-d2 config list` names too."""
+    assert sentence("evidence/long-matrix").endswith(
+        "is a sweep of several trainings, not a config: run `kd-d2 sweep evidence/long-matrix`."
+    )
+
+
 def test_the_source_of_a_wrong_key_is_named(files: Files) -> None:
     """Check that the message names the file or the list of overrides that has the wrong key."""
     path = files.student(MODEL__KD__STRUKTURAL__WEIGHT=1.0)

@@ -18,7 +18,7 @@ WITHOUT_OVERRIDES = ("explain",)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    actions.add_parser("list", help="print the names of shipped configs")
+    actions.add_parser("list", help="print the names of shipped configs and sweeps")
     show = actions.add_parser("show", help="print a config with all its bases and overrides, as YAML")
     add_config_argument(show)
     show.add_argument("--changes", action="store_true", help="print only keys with non-default values, one per line")

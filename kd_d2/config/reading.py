@@ -26,7 +26,10 @@ def read_config(config_file: str, opts: Iterable[Any] = ()) -> CN:
     add_kd_config(cfg)
     if config_file:
         path = find_config_file(config_file, "the config")
-        merge(cfg, read_yaml(path), path)
+        tree = read_yaml(path)
+        if "cells" in tree:
+            raise UserError(f"{path} is a sweep of several trainings, not a config: run `kd-d2 sweep {config_file}`.")
+        merge(cfg, tree, path)
     merge(cfg, tree_from_opts(list(opts), "the command line"), "the command line")
     return cfg
 
