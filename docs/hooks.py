@@ -45,7 +45,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     pictures: dict[str, str] = {}
     for source, page in PAGES.items():
         with open(os.path.join(ROOT, source), encoding="utf-8") as file:
-            content = _with_links(file.read(), source, page, pictures)
+            text = file.read().replace(" ± ", "&nbsp;±&nbsp;")
+            content = _with_links(text, source, page, pictures)
         files.append(File.generated(config, page, content=content))
     for source, target in pictures.items():
         files.append(File.generated(config, target, abs_src_path=os.path.join(ROOT, source)))
