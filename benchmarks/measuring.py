@@ -39,10 +39,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def busy_seconds(call: Callable[[], object]) -> float:
-    """Return the seconds of a GPU as `seconds`, and of a CPU without the time in which other programs had it.
-
-    The threads' times are added up.
-    """
+    """Return the seconds that a call takes on a GPU, otherwise the CPU seconds of this process, summed over its threads."""
     if torch.cuda.is_available():
         return seconds(call)
     start = time.process_time()

@@ -45,7 +45,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     pictures: dict[str, str] = {}
     for source, page in PAGES.items():
         with open(os.path.join(ROOT, source), encoding="utf-8") as file:
-            text = file.read().replace(" ± ", "&nbsp;±&nbsp;")
+            text = file.read().replace(" ± ", "&nbsp;±&nbsp;")  # on one line in a narrow column
             content = _with_links(text, source, page, pictures)
         files.append(File.generated(config, page, content=content))
     for source, target in pictures.items():
