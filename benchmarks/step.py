@@ -27,6 +27,7 @@ from kd_d2.adapters import build_adapter
 from kd_d2.distillers import Pair, build_distiller
 from kd_d2.engine.optimizers import build_optimizers
 from kd_d2.engine.step import DistillationStep
+from kd_d2.errors import exit_on_user_error
 from measuring import device_name, number_from_fresh_process, peak_memory, seconds
 
 import torch
@@ -323,4 +324,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        main()

@@ -181,7 +181,13 @@ class Distiller(nn.Module):
 
 
 class DistillerRegistry(Registry):
-    """Registry that rejects methods without a config node of their own."""
+    """Registry that rejects methods without a config node of their own, and unknown names with the list of known ones."""
+
+    def get(self, name: str) -> type[Distiller]:
+        known = sorted(registered for registered, _ in self)
+        if name not in known:
+            raise UserError(f"MODEL.KD.DISTILLERS names the unknown method {name!r}; available: {', '.join(known)}.")
+        return super().get(name)
 
     def _do_register(self, name: str, method: type[Distiller]) -> None:
         node = getattr(method, "CONFIG_NODE", None)
