@@ -1,4 +1,4 @@
-# PYTHON=path      the Python 3.11 or 3.12 to build .venv from (default: the first on the PATH)
+# PYTHON=path      the Python 3.11 to 3.14 to build .venv from (default: the first on the PATH)
 # DETECTRON2=      pypi: sal-detectron2, a third-party republication of Detectron2 (April 2024), without compiled operators
 #                  source: the official Detectron2, built here (needs git and a C++ compiler)
 #                  installed: the one in PYTHON

@@ -1,7 +1,10 @@
 """The training stream: batch n is the same, whatever was read before it and however many processes read it."""
 
 import itertools
+import multiprocessing
+import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 from kd_d2.config import add_kd_config
@@ -292,6 +295,26 @@ def test_an_image_of_a_test_set_that_cannot_be_used(cfg: CfgNode, workers: int) 
     path.write_text("no image")
     with pytest.raises(DataError, match=f"^The image {path} cannot be used: its format is none of JPEG, PNG, "):
         list(build_test_loader(cfg, "stream", num_workers=workers))
+
+
+@pytest.fixture
+def forkserver() -> Iterator[None]:
+    """Make the start method of Python 3.14 the default."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
+
+
+@pytest.mark.usefixtures("forkserver")
+def test_workers_are_children_of_this_process(cfg: CfgNode) -> None:
+    """Check that both loaders fork their workers where forks are not the default."""
+    cfg.DATALOADER.NUM_WORKERS = 1
+    for loader in (
+        build_stream_loader(cfg, 0, mapper=lambda entry: os.getppid()),
+        build_test_loader(cfg, "stream", lambda entry: os.getppid()),
+    ):
+        assert next(iter(loader))[0] == os.getpid()
 
 
 def test_a_mapper_of_ones_own(cfg: CfgNode) -> None:

@@ -21,14 +21,14 @@ install() { # arguments of pip install
 }
 
 is_supported() { # a Python
-    "$1" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null
+    "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null
 }
 
 has_detectron2() { # a Python: one that kd_d2 can use
     "$1" -W ignore - <<'PY' 2>/dev/null
 import detectron2, numpy, torch
 version = lambda module: tuple(map(int, module.__version__.split("+")[0].split(".")[:2]))
-raise SystemExit(not (version(torch) >= (2, 10) and (1, 26) <= version(numpy) < (2, 0)))
+raise SystemExit(not (version(torch) >= (2, 10) and version(numpy) >= (1, 26)))
 PY
 }
 
@@ -42,11 +42,11 @@ if [ -n "${PYTHON:-}" ]; then
     python=$(command -v "$PYTHON") || die "PYTHON=$PYTHON is not a program."
 else
     python=$base
-    for candidate in python3.11 python3.12 python3 python; do
+    for candidate in python3.11 python3.12 python3.13 python3.14 python3 python; do
         [ -n "$python" ] || ! is_supported "$candidate" || python=$(command -v "$candidate")
     done
 fi
-is_supported "$python" || die "kd_d2 needs Python 3.11 or 3.12; install one, or name it with PYTHON=path."
+is_supported "$python" || die "kd_d2 needs Python 3.11 to 3.14; install one, or name it with PYTHON=path."
 want=${DETECTRON2:-$mode}
 [ -n "$want" ] || { has_detectron2 "$python" && want=installed || want=pypi; }
 checksum=$({ cat pyproject.toml setup.py requirements/*.txt tools/setup_env.sh && echo "$VPY"; } | cksum)
@@ -55,7 +55,7 @@ checksum=$({ cat pyproject.toml setup.py requirements/*.txt tools/setup_env.sh &
 if [ "$want $python" != "$mode $base" ] || ! "$VPY" -c '' 2>/dev/null; then
     case $want in
     source) command -v git >/dev/null || die "DETECTRON2=source needs git." ;;
-    installed) has_detectron2 "$python" || die "$python has no Detectron2 with torch >= 2.10 and numpy >= 1.26, < 2." ;;
+    installed) has_detectron2 "$python" || die "$python has no Detectron2 with torch >= 2.10 and numpy >= 1.26." ;;
     pypi) ;;
     *) die "DETECTRON2=$want is not one of installed, source, pypi." ;;
     esac

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from ..errors import UserError
 from ..text import printable
-from .workers import init_worker
+from .workers import configure_workers
 
 
 class DataError(UserError):
@@ -139,9 +139,7 @@ def build_test_loader(
         overrides: arguments of `build_detection_test_loader` that replace those from the config, such as `num_workers`.
     """
     mapper = CheckedMapper(mapper or DatasetMapper(cfg, is_train=False))
-    loader = build_detection_test_loader(cfg, dataset, mapper=mapper, **overrides)
-    loader.worker_init_fn = init_worker
-    return loader
+    return configure_workers(build_detection_test_loader(cfg, dataset, mapper=mapper, **overrides))
 
 
 def resize_at_test(height: int, width: int, min_size: int, max_size: int) -> T.Transform:

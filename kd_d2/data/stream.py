@@ -26,7 +26,7 @@ from ..errors import UserError
 from ..random_state import seeded
 from .augmentation import build_mapper
 from .images import CheckedMapper, DataError
-from .workers import init_worker
+from .workers import configure_workers
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ def build_stream_loader(cfg: CfgNode, seed: int, mapper: Callable | None = None)
         seed,
         skip_unusable=cfg.DATALOADER.SKIP_UNUSABLE_IMAGES,
     )
-    return DataLoader(
+    loader = DataLoader(
         dataset,
         batch_sampler=stream,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
@@ -163,8 +163,8 @@ def build_stream_loader(cfg: CfgNode, seed: int, mapper: Callable | None = None)
         pin_memory=cfg.MODEL.DEVICE.startswith("cuda"),
         # A separate generator, so that starting workers does not change the training's random state.
         generator=torch.Generator(),
-        worker_init_fn=init_worker,
     )
+    return configure_workers(loader)
 
 
 def _check_masks(cfg: CfgNode, dicts: list[dict]) -> None:

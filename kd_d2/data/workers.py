@@ -1,15 +1,29 @@
-"""Initialization of DataLoader worker processes."""
+"""Worker processes of DataLoaders."""
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 
 import torch
+from torch.utils.data import DataLoader
 
 
-def init_worker(worker_id: int) -> None:
+def configure_workers(loader: DataLoader) -> DataLoader:
+    """Set how the workers of a loader start, and return it.
+
+    On Linux they are forked, also in Python 3.14, whose default is another: forks start at once and share the memory of
+    the dataset, and are children of this process, which the handling of signals relies on.
+    """
+    loader.worker_init_fn = _init_worker
+    if loader.num_workers and sys.platform == "linux":
+        loader.multiprocessing_context = "fork"
+    return loader
+
+
+def _init_worker(worker_id: int) -> None:
     """Limit a worker to one thread, and ignore the stop signals that a cluster may send to all processes of a job.
 
     SIGTERM from the parent process terminates the worker at any time.
