@@ -74,7 +74,7 @@ lock='' constraints=()
 case $want in
 pypi) lock=requirements/lock.txt ;; # with the hash of every file
 source) lock=requirements/lock-source.txt ;;
-installed) # the packages of the base Python, whose versions stay; only what it lacks is pinned
+installed) # the packages of the base Python, whose versions stay; only what it lacks is pinned, but for OpenCV, which depends on NumPy's version
     "$python" - >"$site/kd_d2_base.pth" <<'PY'
 import sys
 folders = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
@@ -84,7 +84,7 @@ PY
         { name = tolower($1); gsub(/[-_.]+/, "-", name) }
         NR == FNR && name ~ /^(torch|torchvision|numpy)$/
         NR == FNR && name !~ /^(pip|setuptools|ruff)$/ { here[name] }
-        NR != FNR && !(name in here)' - requirements/pins.txt >.venv/constraints.txt
+        NR != FNR && !(name in here) && name != "opencv-python-headless"' - requirements/pins.txt >.venv/constraints.txt
     constraints=(-c .venv/constraints.txt)
     ;;
 esac
