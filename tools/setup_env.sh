@@ -74,7 +74,8 @@ lock='' constraints=()
 case $want in
 pypi) lock=requirements/lock.txt ;; # with the hash of every file
 source) lock=requirements/lock-source.txt ;;
-installed) # the packages of the base Python, whose versions stay; only what it lacks is pinned, but for OpenCV, which depends on NumPy's version
+installed) # the packages of the base Python, whose versions stay; only what it lacks is pinned, except for OpenCV, whose version depends
+    # on that of NumPy
     "$python" - >"$site/kd_d2_base.pth" <<'PY'
 import sys
 folders = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]

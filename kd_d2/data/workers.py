@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader
 
 
 def configure_workers(loader: DataLoader) -> DataLoader:
-    """Set how the workers of a loader start, and return it.
+    """Set how a loader starts its workers, and return the loader.
 
-    On Linux they are forked, also in Python 3.14, whose default is another: forks start at once and share the memory of
-    the dataset, and are children of this process, which the handling of signals relies on.
+    On Linux they are forked, also in Python 3.14, where the default start method is "forkserver": forked workers start
+    faster, share the dataset's memory, and are children of this process, as `_init_worker` assumes.
     """
     loader.worker_init_fn = _init_worker
     if loader.num_workers and sys.platform == "linux":

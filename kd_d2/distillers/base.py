@@ -181,7 +181,7 @@ class Distiller(nn.Module):
 
 
 class DistillerRegistry(Registry):
-    """Registry that rejects methods without a config node of their own, and unknown names with the list of known ones."""
+    """Registry that rejects methods without a config node of their own; for an unknown name, the error lists the known ones."""
 
     def get(self, name: str) -> type[Distiller]:
         known = sorted(registered for registered, _ in self)
