@@ -59,8 +59,8 @@ def test_check_without_a_gpu(tmp_path: Path) -> None:
 def test_pack_has_what_the_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that packages with a suitable version on the machine are omitted, and PyTorch always."""
     pack = load("tools/gpu_pack.py", monkeypatch)
-    present = pack.read_freeze("numpy==2.5.2\nKornia==0.9.0\nsome @ file:///x\npycocotools==2.0.1\n")
-    assert present == {"numpy": Version("2.5.2"), "kornia": Version("0.9.0"), "pycocotools": Version("2.0.1")}
+    present = pack.read_freeze("numpy==1.25.2\nKornia==0.9.0\nsome @ file:///x\npycocotools==2.0.1\n")
+    assert present == {"numpy": Version("1.25.2"), "kornia": Version("0.9.0"), "pycocotools": Version("2.0.1")}
     everything, missing = pack.missing_packages({}), pack.missing_packages(present)
     assert set(everything) - set(missing) == {"kornia"}
     assert {"numpy", "pycocotools", "sal-detectron2", "fvcore", "yacs"} <= set(missing)
