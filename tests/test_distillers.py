@@ -441,6 +441,12 @@ def test_param_groups_default_to_the_students_optimizer(build: Callable, tiny_cf
     assert OptimizerSettings("x", 1e-3).clip_norm == float("inf")
 
 
+def test_layer_lr_gives_added_layers_an_optimizer(build: Callable, tiny_cfg: Callable[..., CfgNode]) -> None:
+    cfg = tiny_cfg("retinanet", {"MODEL": {"KD": {"LAYER_LR": 0.002}}})
+    (group,) = build("STRUCTURAL", {8: 2}, ADAPTATION="1x1").param_groups(cfg)
+    assert group.optimizer == OptimizerSettings("layers", 0.002)
+
+
 @pytest.mark.parametrize("name", [name for name, _ in DISTILLER_REGISTRY])
 def test_registered_methods_keep_the_contract(name: str, tiny_cfg: Callable[..., CfgNode]) -> None:
     """Check the names of losses and needed parts, and that the config node has the shared keys and defaults."""

@@ -51,6 +51,23 @@ class WithDecoder(Distiller):
         return {loss: self.adapter, aux: 3 * self.first + 4 * self.second + norm}
 
 
+class WithoutLayers(Distiller):
+    needs = frozenset({"features"})
+    loss_names = ("loss_without",)
+
+    def __init__(self) -> None:
+        super().__init__(self.Config(), pair=None)
+
+
+class AddedLayer(Distiller):
+    needs = frozenset({"features"})
+    loss_names = ("loss_layer",)
+
+    def __init__(self) -> None:
+        super().__init__(self.Config(), pair=None)
+        self.layer = nn.Parameter(torch.tensor(1.0))
+
+
 def _model(toy_detector: type, **distillers: Distiller) -> KDMetaArch:
     return KDMetaArch(student=toy_detector(), teacher=Teacher(toy_detector()), distillers=distillers)
 
@@ -98,6 +115,29 @@ def test_real_student_and_plain_detector(tiny_detector: Callable, tiny_cfg: Call
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             assert group["weight_decay"] == (0.0 if id(parameter) in norms else 0.01)
+
+
+def test_layer_lr_trains_added_layers_with_adamw(toy_detector: type, tiny_cfg: Callable) -> None:
+    """Check that MODEL.KD.LAYER_LR moves a method's layers to AdamW, whose step a factor of the loss does not change."""
+    steps = []
+    for factor in (1.0, 100.0):
+        method = AddedLayer()
+        model = _model(toy_detector, a=method, b=WithoutLayers())
+        cfg = tiny_cfg("retinanet", {"MODEL": {"KD": {"LAYER_LR": 0.01}}, "SOLVER": {"MAX_ITER": 10}})
+        optimizer, auxiliary = build_optimizers(cfg, model)
+        assert list(auxiliary) == ["layers"]
+        assert _ids_in(auxiliary["layers"].optimizer) == _ids([method.layer])
+        assert _ids_in(optimizer) == _ids(model.student.parameters())
+        (factor * method.layer).backward()
+        auxiliary["layers"].step(0, torch.amp.GradScaler("cpu", enabled=False))
+        steps.append(1 - method.layer.item())
+    assert steps == pytest.approx([0.01, 0.01], rel=1e-3)
+
+
+def test_layer_lr_without_added_layers(toy_detector: type, tiny_cfg: Callable) -> None:
+    cfg = tiny_cfg("retinanet", {"MODEL": {"KD": {"LAYER_LR": 0.01}}})
+    _, auxiliary = build_optimizers(cfg, _model(toy_detector, a=WithoutLayers()))
+    assert auxiliary == {}
 
 
 def test_one_optimizer_for_equal_settings(toy_detector: type, tiny_cfg: Callable) -> None:

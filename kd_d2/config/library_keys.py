@@ -107,6 +107,13 @@ class DistillationKeys(Keys):
     distillers: Annotated[
         tuple[str, ...], "Registered names of the distillation methods; each has its own node in MODEL.KD."
     ] = ()
+    layer_lr: Annotated[
+        float | None,
+        Above(0),
+        "Learning rate of the layers that the methods add, such as adaptation layers: AdamW trains them, with cosine decay to zero, so that "
+        "neither weights nor gradient balancing change how fast they learn. None trains them with the student's optimizer. ICD's decoder "
+        "has its own key, MODEL.KD.ICD.LR.",
+    ] = None
 
 
 @dataclass(frozen=True)

@@ -171,8 +171,9 @@ class Distiller(nn.Module):
         return maps
 
     def param_groups(self, cfg: CfgNode) -> list[ParamGroup]:
-        """Return the distiller's own parameters, grouped by the optimizer that trains them."""
-        return [ParamGroup(list(self.parameters()))]
+        """Return the distiller's own parameters, grouped by the optimizer that trains them; MODEL.KD.LAYER_LR selects the default."""
+        lr = cfg.MODEL.KD.LAYER_LR
+        return [ParamGroup(list(self.parameters()), None if lr is None else OptimizerSettings("layers", lr))]
 
     def idle_losses(self, like: Tensor) -> Losses:
         """Return zeros that keep the distiller's parameters in the graph, for iterations outside its schedule."""

@@ -79,7 +79,7 @@ def build_optimizers(cfg: CfgNode, model: nn.Module) -> tuple[torch.optim.Optimi
     if isinstance(model, KDMetaArch):
         for distiller in model.distillers.values():
             for group in distiller.param_groups(cfg):
-                if group.optimizer is not None:
+                if group.optimizer is not None and group.params:
                     settings.setdefault(group.optimizer, []).extend(group.params)
     elsewhere = {id(p) for params in settings.values() for p in params}
     optimizer = build_optimizer(cfg, model) if cfg.SOLVER.OPTIMIZER == "SGD" else _build_adamw(cfg, model)
