@@ -234,6 +234,8 @@ def test_the_source_of_a_wrong_key_is_named(files: Files) -> None:
             ["MODEL.KD.PSEUDO_LABELS.SCORE_THRESH", 1],
             r"MODEL.KD.PSEUDO_LABELS.SCORE_THRESH is 1.0; it must be a number from 0 to below 1\.$",
         ),
+        (["MODEL.KD.LAYER_LR", -1], r"MODEL.KD.LAYER_LR is -1; it must be None or a number above 0\.$"),
+        (["MODEL.KD.TEACHER.CHANNELS_LAST", "no"], r"MODEL.KD.TEACHER.CHANNELS_LAST is 'no'; it must be None or "),
         (["SOLVER.AMP.DTYPE", "half"], r"SOLVER.AMP.DTYPE is 'half'; it must be one of 'float16', 'bfloat16'\.$"),
         (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE is 'gpu', which PyTorch does not know"),
         (["MODEL.KD.STRUCTURAL.LOSS", "l3"], "MODEL.KD.STRUCTURAL.LOSS is 'l3'; it must be one of 'l1', 'l2'"),

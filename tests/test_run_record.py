@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -61,11 +62,16 @@ def test_other_keys(stopped: Project, caplog: pytest.LogCaptureFixture, opts: li
     assert trainer.scheduler.base_lrs[0] == 0.002
 
 
-def test_another_optimizer_is_refused(stopped: Project, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("key", "old", "new"), [("SOLVER.OPTIMIZER", "SGD", "AdamW"), ("MODEL.KD.LAYER_LR", None, 0.001)]
+)
+def test_another_optimizer_is_refused(
+    stopped: Project, caplog: pytest.LogCaptureFixture, key: str, old: object, new: object
+) -> None:
     with pytest.raises(
-        UserError, match=r"has the state of SOLVER\.OPTIMIZER SGD, not of AdamW; resume with SGD, or start from"
+        UserError, match=f"has the state of {re.escape(key)} {old}, not of {new}; resume with {old}, or start from"
     ):
-        resumed(stopped, caplog, "SOLVER.OPTIMIZER", "AdamW")
+        resumed(stopped, caplog, key, new)
 
 
 def test_other_data_and_another_teacher(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -211,17 +211,17 @@ def add_kd_config(cfg: CfgNode) -> None:
         UserError: a registered method uses the node of another method or of the library.
     """
     for path, keys in LIBRARY_KEYS.items():
-        keys.add_to(_node_at(cfg, path))
+        keys.add_to(node_at(cfg, path))
     add_modeling_config(cfg)
     for name, method in DISTILLER_REGISTRY:
         if method.CONFIG_NODE in cfg.MODEL.KD:
             raise UserError(
                 f"The method {name} has the CONFIG_NODE {method.CONFIG_NODE!r}, which is a key of MODEL.KD already: rename it."
             )
-        method.Config.add_to(_node_at(cfg, f"MODEL.KD.{method.CONFIG_NODE}"))
+        method.Config.add_to(node_at(cfg, f"MODEL.KD.{method.CONFIG_NODE}"))
 
 
-def _node_at(cfg: CfgNode, path: str) -> CfgNode:
+def node_at(cfg: CfgNode, path: str) -> CfgNode:
     """Return the node at a dotted path, and create it if it does not exist."""
     node = cfg
     for part in path.split("."):

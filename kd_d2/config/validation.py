@@ -12,15 +12,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 
 from ..distillers import DISTILLER_REGISTRY
 from ..errors import UserError
-from .library_keys import (
-    KD_META_ARCH,
-    AmpKeys,
-    BalanceKeys,
-    InheritKeys,
-    LargeScaleJitterKeys,
-    PseudoLabelKeys,
-    SolverKeys,
-)
+from .library_keys import KD_META_ARCH, LIBRARY_KEYS, node_at
 
 
 def validate_kd_config(cfg: CN) -> None:
@@ -39,20 +31,21 @@ def validate_kd_config(cfg: CN) -> None:
         for name in cfg.DATASETS[key]:
             if not isinstance(name, str):
                 raise UserError(f"DATASETS.{key} contains {name!r}; it must be a list of dataset names.")
-    LargeScaleJitterKeys.read(cfg.INPUT.LARGE_SCALE_JITTER, "INPUT.LARGE_SCALE_JITTER")
-    AmpKeys.read(cfg.SOLVER.AMP, "SOLVER.AMP")
-    SolverKeys.read(cfg.SOLVER, "SOLVER")
+    distilled = cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH
+    for path, keys in LIBRARY_KEYS.items():
+        if distilled or not path.startswith("MODEL.KD"):
+            keys.read(node_at(cfg, path), path)
     try:
         torch.device(cfg.MODEL.DEVICE)
     except (RuntimeError, TypeError) as error:
         raise UserError(
             f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, which PyTorch does not know; it is usually 'cuda' or 'cpu'."
         ) from error
-    if cfg.MODEL.META_ARCHITECTURE != KD_META_ARCH and cfg.MODEL.META_ARCHITECTURE not in META_ARCH_REGISTRY:
+    if not distilled and cfg.MODEL.META_ARCHITECTURE not in META_ARCH_REGISTRY:
         raise UserError(
             f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}, which is not the name of a registered detector."
         )
-    if cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH:
+    if distilled:
         _validate_distillation(cfg)
 
 
@@ -71,9 +64,6 @@ def _validate_distillation(cfg: CN) -> None:
         node, node_name = kd[method.CONFIG_NODE], f"MODEL.KD.{method.CONFIG_NODE}"
         _validate_schedule(node_name, node, cfg.SOLVER.MAX_ITER)
         method.Config.read(node, node_name)
-    InheritKeys.read(kd.INHERIT, "MODEL.KD.INHERIT")
-    PseudoLabelKeys.read(kd.PSEUDO_LABELS, "MODEL.KD.PSEUDO_LABELS")
-    BalanceKeys.read(kd.BALANCE, "MODEL.KD.BALANCE")
     if not kd.DISTILLERS and not kd.INHERIT.ENABLED and not kd.PSEUDO_LABELS.ENABLED:
         raise UserError(
             "MODEL.KD.DISTILLERS is empty and MODEL.KD.INHERIT.ENABLED and MODEL.KD.PSEUDO_LABELS.ENABLED are False: the "
