@@ -9,12 +9,10 @@ from typing import Any
 
 from detectron2.config import get_cfg
 
-from .config import LIBRARY_KEYS
+from .config import declared_nodes
 from .config_files import leaves
-from .distillers import DISTILLER_REGISTRY
 from .errors import UserError
-from .keys import Keys, keys_of
-from .modeling import MODELING_KEYS
+from .keys import keys_of
 
 
 @dataclass(frozen=True)
@@ -36,12 +34,9 @@ class KeyReference:
 
 def config_reference() -> list[KeyReference]:
     """Return the keys of the library, its backbones and detectors, and the registered methods (sorted by name)."""
-    nodes: dict[str, type[Keys]] = LIBRARY_KEYS | {f"MODEL.{name}": keys for name, keys in MODELING_KEYS.items()}
-    for _, method in sorted(DISTILLER_REGISTRY):
-        nodes[f"MODEL.KD.{method.CONFIG_NODE}"] = method.Config
     return [
         KeyReference(f"{path}.{key.name}", key.words, key.default, key.description)
-        for path, keys in nodes.items()
+        for path, keys in declared_nodes().items()
         for key in keys_of(keys)
     ]
 

@@ -297,6 +297,11 @@ def test_relation_loss_by_hand() -> None:
     assert torch.autograd.gradcheck(lambda s: relation_loss(s, even[None], three), student)
 
 
+def _stride_maps() -> dict[int, Tensor]:
+    """Return neck outputs of a 64 px image whose values are their stride."""
+    return {s: torch.full((1, 8, n, n), float(s)) for s, n in ((8, 8), (16, 4), (32, 2), (64, 1), (128, 1))}
+
+
 def test_gid_responses_and_features_by_hand(build: Callable) -> None:
     """Check the sums over selected anchors, the features of each instance from its own level, and the divisors."""
     student, teacher = torch.randn(2, 1, 5, 3, generator=torch.Generator().manual_seed(0))
@@ -306,13 +311,10 @@ def test_gid_responses_and_features_by_hand(build: Callable) -> None:
     assert best.is_taken.tolist() == [True] * 5 + [False] * 2
     chosen = best.anchors.anchor[:5]
     assert sorted(chosen.tolist()) == [0, 1, 2, 3, 4]
-    classes, box = gid._responses(ours, theirs, best)
     picked = [x[0, chosen] for x in (student, teacher)]
     probability = picked[1].sigmoid()
     entropy = -(probability * picked[0].sigmoid().log() + (1 - probability) * (-picked[0]).sigmoid().log())
-    assert classes.item() == pytest.approx(entropy.sum().item(), rel=1e-5)
-    assert box.item() == pytest.approx(5 * 0.25)
-    maps = {s: torch.full((1, 8, n, n), float(s)) for s, n in ((8, 8), (16, 4), (32, 2), (64, 1), (128, 1))}
+    maps = _stride_maps()
     outputs = [DetectorOutputs(images=None, features=maps, dense=dense) for dense in (ours, theirs)]
     features, _ = gid._features(*outputs, best)
     assert features.shape == (7, 8, 10, 10)
@@ -322,8 +324,8 @@ def test_gid_responses_and_features_by_hand(build: Callable) -> None:
     losses = gid(outputs[0], other, targets_of([]))
     # a difference of 1 in 8 channels at every cell
     assert losses["loss_gid_feature"].item() == pytest.approx(5e-4 * 8, rel=1e-5)
-    assert losses["loss_gid_class"].item() == pytest.approx(0.1 * classes.item() / 5, rel=1e-5)
-    assert losses["loss_gid_box"].item() == pytest.approx(0.1 * box.item() / 5, rel=1e-5)
+    assert losses["loss_gid_class"].item() == pytest.approx(0.1 * entropy.sum().item() / 5, rel=1e-5)
+    assert losses["loss_gid_box"].item() == pytest.approx(0.1 * 0.25, rel=1e-5)
     assert losses["loss_gid_relation"].item() == pytest.approx(0, abs=1e-9)  # the same distances
     for absent, weights in (
         (["relation", "class", "box"], {"RELATION_WEIGHT": 0.0, "CLASS_WEIGHT": 0.0, "BOX_WEIGHT": 0.0}),
@@ -335,17 +337,18 @@ def test_gid_responses_and_features_by_hand(build: Callable) -> None:
 
 
 def test_gid_gradient_is_of_the_taken_places(build: Callable) -> None:
-    """Check p_S - p_T at the selected anchors and zero elsewhere."""
+    """Check p_S - p_T at the selected anchors, weighted and divided by their number, and zero elsewhere."""
     student, teacher = torch.randn(2, 1, 5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     best = select_instances(_dense(student, 0.5), _dense(teacher, 0.25), 7, 0.2)
     assert not best.is_taken.all()
-    gid, float32 = build(GID, INSTANCES=7), student.float().requires_grad_()
-    classes, _ = gid._responses(_dense(float32, 0.5), _dense(teacher.float(), 0.25), best)
-    (gradient,) = torch.autograd.grad(classes, float32)
+    gid, float32 = build(GID, INSTANCES=7, NMS_THRESH=0.2), student.float().requires_grad_()
+    dense = _dense(float32, 0.5), _dense(teacher.float(), 0.25)
+    outputs = [DetectorOutputs(images=None, features=_stride_maps(), dense=part) for part in dense]
+    (gradient,) = torch.autograd.grad(gid(*outputs, targets_of([]))["loss_gid_class"], float32)
     expected = torch.zeros_like(gradient)
     taken = best.anchors.anchor[best.is_taken]
     expected[0, taken] = (student.sigmoid() - teacher.sigmoid())[0, taken].float()
-    torch.testing.assert_close(gradient, expected)
+    torch.testing.assert_close(gradient, 0.1 * expected / len(taken))
 
 
 @pytest.mark.parametrize("kind", ["retinanet", "fcos", "atss", "gfl", "fsaf", "reppoints"])

@@ -123,6 +123,14 @@ def test_a_key_without_a_value_is_refused(tmp_path: Path, key: str) -> None:
     assert sentence(path).startswith(f"{path}: {key} is None; it must be of type ")
 
 
+@pytest.mark.parametrize("value", [None, 1, 0.5])
+@pytest.mark.parametrize("key", ["MODEL.KD.LAYER_LR", "MODEL.KD.FGD.ATTENTION_WEIGHT"])
+def test_optional_numbers_can_be_overridden(files: Files, key: str, value: float | None) -> None:
+    """Check that an override of a value from a file may be None, and is not limited to whole numbers by a whole one."""
+    cfg = load_config(str(files.student(**{key.replace(".", "__"): 2})), [key, str(value)])
+    assert (cfg.MODEL.KD.LAYER_LR if "LAYER" in key else cfg.MODEL.KD.FGD.ATTENTION_WEIGHT) == value
+
+
 def test_none_is_kept_where_detectron2_knows_it() -> None:
     """Check None for keys whose default is None, and for a name that is optional in Detectron2's models."""
     cfg = load_config(

@@ -592,6 +592,7 @@ def test_lds_defaults_and_keys(build: Callable) -> None:
         ("CrossKD", "faster", "retinanet", r"CrossKD needs dense predictions and a dense head .* which the student \(GeneralizedRCNN\)"),
         ("CrossKD", "retinanet", "atss", r"CrossKD compares predictions anchor by anchor, but at stride 8 the student \(RetinaNet\)"),
         ("LD", "gfl", "other gfl", r"the student \(GFL\) have 17 bins and those of the teacher \(GFL\) 9: their REG_MAX must be"),
+        ("GID", "atss", "gfl", r"GID compares box regression, which the student \(ATSS\) and the teacher \(GFL\) encode differently"),
         ("CrossKD", "gfl", "wide gfl", r"at MODEL.KD.CROSSKD.SPLIT 0 the student \(GFL\) has 8 channels and the teacher \(GFL\) 16\."),
     ],
 )  # fmt: skip

@@ -444,7 +444,7 @@ def test_param_groups_default_to_the_students_optimizer(build: Callable, tiny_cf
 def test_layer_lr_gives_added_layers_an_optimizer(build: Callable, tiny_cfg: Callable[..., CfgNode]) -> None:
     cfg = tiny_cfg("retinanet", {"MODEL": {"KD": {"LAYER_LR": 0.002}}})
     (group,) = build("STRUCTURAL", {8: 2}, ADAPTATION="1x1").param_groups(cfg)
-    assert group.optimizer == OptimizerSettings("layers", 0.002)
+    assert group.optimizer == OptimizerSettings("layers", 0.002, eps=1e-15)
 
 
 @pytest.mark.parametrize("name", [name for name, _ in DISTILLER_REGISTRY])

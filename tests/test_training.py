@@ -446,11 +446,11 @@ DRAWS_ON_ITS_DEVICE = {"ICD", "DKD"}
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("method", sorted(dict(DISTILLER_REGISTRY)))
 def test_every_method_on_a_gpu(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check that losses, with balancing, are equal on CPU and GPU."""
+    """Check that losses, with balancing and pictures of proposals, are equal on CPU and GPU."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     project = make_project(tmp_path, detector_of(method), MODEL__KD__DISTILLERS=(method,), **SMALL_ICD)
     project.change(MODEL__KD__BALANCE__ENABLED=True, MODEL__KD__MGD__MASK_RATIO=0.0, MODEL__KD__IMA__MASK="none")
-    project.change(SOLVER__MAX_ITER=1, SOLVER__STEPS=())
+    project.change(SOLVER__MAX_ITER=1, SOLVER__STEPS=(), VIS_PERIOD=1)
     expected, found = (
         train(project, "MODEL.DEVICE", device, "OUTPUT_DIR", project.folder / device).losses[0]
         for device in ("cpu", "cuda")

@@ -99,7 +99,10 @@ class RCNNAdapter(DetectorAdapter):
                 labels = torch.cat([x.gt_classes for x in sampled])
                 outputs.proposals = SampledProposals(boxes[0], logits[0], labels)
             if model.vis_period > 0 and get_event_storage().iter % model.vis_period == 0:
-                model.visualize_training(batched_inputs, proposals)
+                on_cpu = [
+                    {**x, "instances": x["instances"].to("cpu")} for x in batched_inputs
+                ]  # the visualizer needs NumPy arrays
+                model.visualize_training(on_cpu, proposals)
             outputs.losses = {**head_losses, **proposal_losses}
         return outputs
 

@@ -3,12 +3,12 @@
 from ..config_files import find_file, find_weights
 from .library_keys import (
     KD_META_ARCH,
-    LIBRARY_KEYS,
     AmpKeys,
     BalanceKeys,
     PseudoLabelKeys,
     SolverKeys,
     add_kd_config,
+    declared_nodes,
     reads_annotations,
 )
 from .loading import load_config, load_teacher_config
@@ -17,13 +17,13 @@ from .validation import validate_kd_config
 
 __all__ = [
     "KD_META_ARCH",
-    "LIBRARY_KEYS",
     "AmpKeys",
     "BalanceKeys",
     "PseudoLabelKeys",
     "SolverKeys",
     "add_kd_config",
     "changed_keys",
+    "declared_nodes",
     "find_file",
     "find_weights",
     "load_config",

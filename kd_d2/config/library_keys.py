@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from ..distillers import DISTILLER_REGISTRY
 from ..errors import UserError
 from ..keys import Above, AtLeast, Below, Keys
-from ..modeling import add_modeling_config
+from ..modeling import MODELING_KEYS, add_modeling_config
 
 KD_META_ARCH = "KDMetaArch"
 
@@ -219,6 +219,12 @@ def add_kd_config(cfg: CfgNode) -> None:
                 f"The method {name} has the CONFIG_NODE {method.CONFIG_NODE!r}, which is a key of MODEL.KD already: rename it."
             )
         method.Config.add_to(node_at(cfg, f"MODEL.KD.{method.CONFIG_NODE}"))
+
+
+def declared_nodes() -> dict[str, type[Keys]]:
+    """Return the keys of the library, its backbones and detectors, and the registered methods (sorted by name), by config node."""
+    nodes = LIBRARY_KEYS | {f"MODEL.{name}": keys for name, keys in MODELING_KEYS.items()}
+    return nodes | {f"MODEL.KD.{method.CONFIG_NODE}": method.Config for _, method in sorted(DISTILLER_REGISTRY)}
 
 
 def node_at(cfg: CfgNode, path: str) -> CfgNode:

@@ -10,10 +10,9 @@ from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
 from ..config_files import find_config_file, read_yaml
-from ..distillers import DISTILLER_REGISTRY
 from ..errors import UserError
 from ..keys import keys_of
-from .library_keys import add_kd_config
+from .library_keys import add_kd_config, declared_nodes
 
 
 def read_config(config_file: str, opts: Iterable[Any] = ()) -> CN:
@@ -81,14 +80,21 @@ def merge(cfg: CN, tree: dict[str, Any], source: str) -> None:
     Raises:
         UserError: an unknown key, or a value of the wrong type; the message begins with `source`.
     """
+    declared = declared_nodes().items()
+    optional = {f"{path}.{key.name}" for path, keys in declared for key in keys_of(keys) if key.optional}
     try:
-        cfg.merge_from_other_cfg(type(cfg)(_with_default_types(tree, cfg, source)))
+        cfg.merge_from_other_cfg(type(cfg)(_with_default_types(tree, cfg, source, optional)))
     except (KeyError, ValueError, AssertionError) as error:
         raise UserError(f"{source}: {error.args[0] if error.args else error}") from error
 
 
-def _with_default_types(tree: dict[str, Any], defaults: CN, source: str, prefix: str = "") -> dict[str, Any]:
-    """Convert every number in `tree` to the type of its default; raise a UserError for unknown keys and wrong types."""
+def _with_default_types(
+    tree: dict[str, Any], defaults: CN, source: str, optional: set[str], prefix: str = ""
+) -> dict[str, Any]:
+    """Convert every number in `tree` to the type of its default; raise a UserError for unknown keys and wrong types.
+
+    Values of `optional` keys are left to the validation of the config; yacs accepts any for a key that is None.
+    """
     converted = {}
     for key, value in tree.items():
         full_key = f"{prefix}{key}"
@@ -100,9 +106,13 @@ def _with_default_types(tree: dict[str, Any], defaults: CN, source: str, prefix:
         if isinstance(default, CN):
             if not isinstance(value, dict):
                 raise UserError(f"{source}: {full_key} is a group of keys and cannot be set to {value!r}.")
-            converted[key] = _with_default_types(value, default, source, full_key + ".")
+            converted[key] = _with_default_types(value, default, source, optional, full_key + ".")
             continue
         value = _decoded(value, f"{source}: {full_key}")
+        if full_key in optional:
+            defaults[key] = None
+            converted[key] = value
+            continue
         if isinstance(default, int | float) and not isinstance(default, bool) and type(value) in (int, float):
             if isinstance(default, int) and isinstance(value, float) and not value.is_integer():
                 raise UserError(f"{source}: {full_key} is {value}; it must be a whole number.")
@@ -136,11 +146,5 @@ def _same_kind(default: Any, value: Any) -> bool:
 
 
 def _means_none(key: str, default: Any, value: Any) -> bool:
-    """Return whether None is allowed, as for Detectron2's model names, such as norms, and optional keys of methods."""
-    if value is not None or not isinstance(default, str) or not key.startswith("MODEL."):
-        return False
-    return not key.startswith("MODEL.KD.") or any(
-        entry.accepts(None) and key == f"MODEL.KD.{method.CONFIG_NODE}.{entry.name}"
-        for _, method in DISTILLER_REGISTRY
-        for entry in keys_of(method.Config)
-    )
+    """Return whether None is allowed, as for Detectron2's model names, such as norms."""
+    return value is None and isinstance(default, str) and key.startswith("MODEL.") and not key.startswith("MODEL.KD.")

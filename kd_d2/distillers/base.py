@@ -38,6 +38,7 @@ class OptimizerSettings:
         name: name in the log ("lr_<name>") and in the checkpoint.
         lr: peak learning rate; linear warm-up, then cosine decay to zero at the last iteration.
         clip_norm: maximum gradient norm over all its parameters together; infinite for no clipping.
+        eps: AdamW's epsilon; steps do not depend on the scale of gradients that are much larger.
     """
 
     name: str
@@ -45,6 +46,7 @@ class OptimizerSettings:
     weight_decay: float = 0.0
     warmup_iters: int = 0
     clip_norm: float = math.inf
+    eps: float = 1e-8
 
 
 @dataclass
@@ -173,7 +175,7 @@ class Distiller(nn.Module):
     def param_groups(self, cfg: CfgNode) -> list[ParamGroup]:
         """Return the distiller's own parameters, grouped by the optimizer that trains them; MODEL.KD.LAYER_LR selects the default."""
         lr = cfg.MODEL.KD.LAYER_LR
-        return [ParamGroup(list(self.parameters()), None if lr is None else OptimizerSettings("layers", lr))]
+        return [ParamGroup(list(self.parameters()), None if lr is None else OptimizerSettings("layers", lr, eps=1e-15))]
 
     def idle_losses(self, like: Tensor) -> Losses:
         """Return zeros that keep the distiller's parameters in the graph, for iterations outside its schedule."""

@@ -21,6 +21,7 @@ from torchvision.ops import roi_align
 
 from ..adapters import DensePredictions, DetectorOutputs
 from ..distributed import mean_count_across_ranks
+from ..errors import UserError
 from ..keys import Above, AtLeast, AtMost
 from ..modeling.assignment import Positives
 from .adaptation import Adaptation, AdaptationLayers
@@ -82,6 +83,11 @@ class GID(Distiller):
         check_same_anchors("GID", pair.student, pair.teacher)
         weights = config.feature_weight, config.relation_weight, config.class_weight, config.box_weight
         self.weights = self.weigh_losses(*weights, optional=(RELATION, CLASS, BOX))
+        if BOX in self.weights and pair.student.num_bins != pair.teacher.num_bins:
+            raise UserError(
+                f"GID compares box regression, which the student ({pair.student.name}) and the teacher ({pair.teacher.name}) encode "
+                "differently: set MODEL.KD.GID.BOX_WEIGHT to 0."
+            )
         self.adaptation = AdaptationLayers.build(config.adaptation, pair, self.CONFIG_NODE)
 
     def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
@@ -94,9 +100,14 @@ class GID(Distiller):
         if RELATION in self.weights:
             places = (x.unflatten(0, (-1, config.instances)) for x in (students, teachers, selected.is_taken))
             losses[RELATION] = relation_loss(*places)
-        if CLASS in self.weights or BOX in self.weights:
-            classes, box = self._responses(student.dense, teacher.dense, selected)
-            losses |= {CLASS: classes / count, BOX: box / count}
+        pick = selected.anchors.pick
+        if CLASS in self.weights:
+            ours, theirs = (pick(x.dense.logits.values()).float() for x in (student, teacher))
+            entropy = F.binary_cross_entropy_with_logits(ours, theirs.sigmoid().detach(), reduction="none")
+            losses[CLASS] = _sum_of(entropy, selected.is_taken) / count
+        if BOX in self.weights:
+            ours, theirs = (pick(x.dense.box_regression.values()).float() for x in (student, teacher))
+            losses[BOX] = _sum_of((ours - theirs.detach()).abs(), selected.is_taken) / count
         return {name: weight * losses[name] for name, weight in self.weights.items()}
 
     def _features(
@@ -114,18 +125,6 @@ class GID(Distiller):
             parts.append([crop(x.float(), rois_S5[here], spatial_scale=1 / stride) for x in pairs[stride]])
         back_S = order_S.argsort()
         return tuple(torch.cat(of_detector)[back_S] for of_detector in zip(*parts, strict=True))
-
-    def _responses(
-        self, student: DensePredictions, teacher: DensePredictions, selected: GeneralInstances
-    ) -> tuple[Tensor, Tensor]:
-        """Return binary cross-entropy and L1, summed over instances."""
-        pick = selected.anchors.pick
-        logits, regression = (pick(x.values()).float() for x in (student.logits, student.box_regression))
-        with torch.no_grad():
-            probability = pick(teacher.logits.values()).float().sigmoid()
-            theirs = pick(teacher.box_regression.values()).float()
-        classes = F.binary_cross_entropy_with_logits(logits, probability, reduction="none")
-        return _sum_of(classes, selected.is_taken), _sum_of((regression - theirs).abs(), selected.is_taken)
 
 
 def _sum_of(values: Tensor, is_taken: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ class AuxiliaryOptimizer:
     def __init__(self, settings: OptimizerSettings, params: list[nn.Parameter], max_iter: int):
         self.settings = settings
         self.params = params
-        self.optimizer = torch.optim.AdamW(params, lr=settings.lr, weight_decay=settings.weight_decay)
+        self.optimizer = torch.optim.AdamW(params, lr=settings.lr, weight_decay=settings.weight_decay, eps=settings.eps)
         self.max_iter = max_iter
         self.multiplier = CosineParamScheduler(1.0, 0.0)
         if settings.warmup_iters:

@@ -53,6 +53,7 @@ class RunRecord:
         config_file = "MODEL.KD.TEACHER.CONFIG_FILE"
         if config_file in keys:
             self.content[config_file] = os.path.basename(keys[config_file])
+        self.optimizer = cfg.SOLVER.OPTIMIZER
 
     def state_dict(self) -> dict[str, Any]:
         return self.content
@@ -61,18 +62,14 @@ class RunRecord:
         """Compare with the record of the run that wrote the checkpoint.
 
         Raises:
-            UserError: that run used other optimizers.
+            UserError: that run used another optimizer.
         """
-        for key, default, same in (
-            ("SOLVER.OPTIMIZER", "SGD", lambda old, new: old == new),
-            ("MODEL.KD.LAYER_LR", None, lambda old, new: (old is None) == (new is None)),
-        ):
-            old, new = (content.get(key, default) for content in (before, self.content))
-            if not same(old, new):
-                raise UserError(
-                    f"--resume: the checkpoint has the state of {key} {old}, not of {new}; resume with {old}, or start from the "
-                    "checkpoint's weights (MODEL.WEIGHTS) in another OUTPUT_DIR."
-                )
+        optimizer = before.get("SOLVER.OPTIMIZER", "SGD")
+        if optimizer != self.optimizer:
+            raise UserError(
+                f"--resume: the checkpoint has the state of SOLVER.OPTIMIZER {optimizer}, not of {self.optimizer}; resume with {optimizer}, or "
+                "start from the checkpoint's weights (MODEL.WEIGHTS) in another OUTPUT_DIR."
+            )
         now = self.content
         changes = [_sentence(key, before, now) for key in now | before if before.get(key) != now.get(key)]
         if changes and comm.is_main_process():

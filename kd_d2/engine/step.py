@@ -114,8 +114,19 @@ class DistillationStep(SimpleTrainer):
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        before, now = sorted(state["auxiliary"]), sorted(self.auxiliary)
+        if before != now:
+            raise UserError(
+                f"--resume: the checkpoint has the state of {_described(before)}, and this training {_described(now)}; resume with the "
+                "MODEL.KD.DISTILLERS and MODEL.KD.LAYER_LR that it was started with, or start from the checkpoint's weights "
+                "(MODEL.WEIGHTS) in another OUTPUT_DIR."
+            )
         super().load_state_dict(state)
         for name, other in self.auxiliary.items():
             other.load_state_dict(state["auxiliary"][name])
         if state["scaler"]:  # empty if the training had no scaler
             self.scaler.load_state_dict(state["scaler"])
+
+
+def _described(optimizers: list[str]) -> str:
+    return f"the separate optimizers {', '.join(optimizers)}" if optimizers else "no separate optimizer"

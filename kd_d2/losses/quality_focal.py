@@ -29,7 +29,8 @@ def quality_focal_loss(
         return _LinearQualityFocal.apply(student, teacher, weight)
     target = teacher.sigmoid()
     entropy = F.binary_cross_entropy_with_logits(student, target, reduction="none")
-    return (weight * (target - student.sigmoid()).abs().pow(power) * entropy).sum()
+    smallest = torch.finfo(dtype).eps  # below it, the gradient of a power below 1 is not finite
+    return (weight * (target - student.sigmoid()).abs().clamp(min=smallest).pow(power) * entropy).sum()
 
 
 class _LinearQualityFocal(torch.autograd.Function):

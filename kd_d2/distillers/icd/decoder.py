@@ -160,8 +160,9 @@ class Decoder(nn.Module):
         for layer in self.layers:
             keys, values = self.keys(layer, maps, geometry), self.values(layer, maps)
             first_BNE = query_BQE[:, : is_real_BN.shape[1]]
-            attention = layer.summed_attention(first_BNE, is_real_BN, keys, geometry.is_valid)
+            # Before the attention, which has no gradient: older versions of torch reuse its autocast weights without one.
             query_BQE = layer(query_BQE, keys, values, geometry.is_valid)
+            attention = layer.summed_attention(first_BNE, is_real_BN, keys, geometry.is_valid)
             found.append(Attended(query_BQE, values, attention))
         return found
 
