@@ -2,7 +2,8 @@
 # kd_d2 for GPUs: official Detectron2 with its CUDA operators, entry point kd-d2.
 #
 #   docker build -t kd_d2 .
-#   docker run --gpus all --shm-size 8g -v "$PWD/datasets:/work/datasets" -v "$PWD/output:/work/output" kd_d2 \
+#   mkdir -p output
+#   docker run --gpus all --shm-size 8g --user "$(id -u):$(id -g)" -v "$PWD/datasets:/work/datasets" -v "$PWD/output:/work/output" kd_d2 \
 #       train StructuralKD/retinanet_R101-R50_ssim --num-gpus 8
 #
 # Paths are relative to /work, which has the files of a checkout. cluster/README.md: one box, Kubernetes, Slurm.

@@ -41,6 +41,8 @@ def test_found_objects_by_hand() -> None:
     assert found_objects(truth, [{**right, "bbox": [32, 10, 40, 40]}], 0.5) == set()
     assert found_objects(truth, [{**right, "image_id": 2}], 0.5) == {3}
     assert found_objects(truth, [], 0.5) == set()
+    truth["annotations"][0]["iscrowd"] = 1
+    assert found_objects(truth, [{**right, "bbox": [12, 12, 5, 5]}, right], 0.5) == set()
 
 
 def test_gained_and_lost_and_the_choice() -> None:

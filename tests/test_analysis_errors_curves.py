@@ -84,8 +84,8 @@ def test_classes_sizes_and_means() -> None:
 def test_a_class_without_super_category_is_like_no_other() -> None:
     """Check annotations without super-categories, and super-categories given separately."""
     truth = _truth((CAT, HERE), (DOG, THERE))
-    for category in (plain := [dict(c) for c in CATEGORIES]):
-        del category["supercategory"]
+    plain = [{**c, "supercategory": "none"} for c in CATEGORIES]
+    del plain[-1]["supercategory"]
     detections = _found((CAT, THERE, 0.9), (CAT, HERE, 0.5))
     without = analyze_errors({**truth, "categories": plain}, detections).areas("cat")["all"]
     assert (without["Loc"], without["Sim"], without["Oth"]) == pytest.approx((0.5, 0.5, 1))

@@ -174,3 +174,20 @@ def test_what_cannot_be_drawn(tmp_path: Path, capfd: pytest.CaptureFixture) -> N
     with pytest.raises(SystemExit):
         run("--model", tmp_path / "1", "--model", tmp_path / "2", *common)
     assert f"{tmp_path / '2'} has different images than {tmp_path / '1'}" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("titles", "keys", "sentence"),
+    [
+        (("ssim 8", "ssim-8"), {}, "--model: several titles give the folder name 'ssim-8'; choose other titles."),
+        (("ssim",), {"DATASETS__TEST": ()}, "DATASETS.TEST is empty: name a dataset, whose images are drawn."),
+    ],
+)
+def test_trainings_that_cannot_be_drawn(
+    tmp_path: Path, capfd: pytest.CaptureFixture, titles: tuple[str, ...], keys: dict, sentence: str
+) -> None:
+    project = make_project(tmp_path, **KEYS, **keys)
+    models = [x for title in titles for x in ("--model", f"{title}={project.student}")]
+    with pytest.raises(SystemExit):
+        run(*models, "--output", tmp_path / "found")
+    assert f"error: {sentence}" in capfd.readouterr().err

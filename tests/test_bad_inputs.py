@@ -8,14 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+from kd_d2.config import read_config
 from kd_d2.engine import launch
+from kd_d2.engine.checks import check_datasets
 from kd_d2.errors import UserError
 
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
-from helpers import CLASSES, ROOT, TINY, Project, make_coco, make_project, save_fixed_weights
+from helpers import CLASSES, ROOT, TINY, Project, clean_process, make_coco, make_project, save_fixed_weights
 
 # Files that may be in OUTPUT_DIR before training starts, each of them complete.
 BEFORE_TRAINING = {".training.lock", "config.yaml", "log.txt", "metrics.json", "student.yaml", "versions.json"}
@@ -47,6 +49,41 @@ def refused(project: Project, capfd: pytest.CaptureFixture):
         return said.removeprefix("error: ")
 
     return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--num-gpus", 0], "--num-gpus is 0; it must be at least 1."),
+        (["--num-machines", -1], "--num-machines is -1; it must be at least 1."),
+        (["--machine-rank", 1], "--machine-rank is 1; it must be from 0 to below --num-machines 1."),
+        (["--num-machines", 2, "--dist-url", "auto"], "--num-machines: several machines need --dist-url, such as tcp://HOST:PORT"),
+        (["TEST.AUG.ENABLED", True], "TEST.AUG.ENABLED is True: test-time augmentation is not supported."),
+        (
+            ["DATALOADER.SAMPLER_TRAIN", "RandomSubsetTrainingSampler", "DATALOADER.RANDOM_SUBSET_RATIO", 0.01],
+            "DATALOADER.RANDOM_SUBSET_RATIO is 0.01, which is less than one of the ",
+        ),
+    ],
+)  # fmt: skip
+def test_arguments_that_make_no_sense(refused, arguments: list, sentence: str) -> None:
+    assert refused(*arguments).startswith(sentence)
+
+
+def test_a_test_set_without_annotations_needs_no_masks(tmp_path: Path) -> None:
+    """Check a file as COCO's test-dev, which has images and categories alone."""
+    tree = json.loads(make_coco(tmp_path).read_text())
+    del tree["annotations"]
+    (tmp_path / "test-dev.json").write_text(json.dumps(tree))
+    with clean_process():
+        register_coco_instances("test_dev", {}, str(tmp_path / "test-dev.json"), str(tmp_path / "images"))
+        cfg = read_config("", ["DATASETS.TEST", ("test_dev",), "MODEL.MASK_ON", True])
+        check_datasets(cfg, train=False)
+
+
+def test_two_datasets_of_one_name(project: Project, refused) -> None:
+    entry = [project.name, str(project.annotations), str(project.annotations.parent / "images")]
+    project.change(DATASETS__COCO_JSON=[entry, entry])
+    assert refused() == f"DATASETS.COCO_JSON has several entries with the name {project.name!r}."
 
 
 def plain(*opts: object) -> list[object]:

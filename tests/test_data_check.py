@@ -10,6 +10,7 @@ from kd_d2.cli import main
 from kd_d2.data.coco import CocoData, Repairs, read_coco
 from kd_d2.data_check import DataSet, check_sets, draw_samples, measure, sets_of_config
 from kd_d2.data_check.picture import CELL, _choose
+from kd_d2.distillers import DISTILLER_REGISTRY
 from kd_d2.errors import UserError
 
 import cv2
@@ -248,6 +249,26 @@ def test_the_command_on_a_config(tmp_path: Path, capsys: pytest.CaptureFixture) 
         (role, project.name, str(project.annotations)) for role in ("train", "test")
     ]
     assert skips
+
+
+def test_a_config_of_a_method_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Check that --import registers the method whose keys the config sets."""
+    path = tmp_path / "my_checked_method.py"
+    path.write_text(
+        "from kd_d2.distillers import DISTILLER_REGISTRY, Distiller\n\n\n@DISTILLER_REGISTRY.register()\n"
+        "class Checked(Distiller):\n    CONFIG_NODE = 'CHECKED'\n"
+    )
+    project = make_project(tmp_path)
+    project.change(MODEL__KD__CHECKED__WEIGHT=2.0)
+    with pytest.raises(SystemExit):
+        main(["data", "check", str(project.student)])
+    assert "there is no config key MODEL.KD.CHECKED" in capsys.readouterr().err
+    try:
+        with pytest.raises(SystemExit):
+            main(["data", "check", str(project.student), "--import", str(path)])
+        assert "test images are also in the training set" in capsys.readouterr().out
+    finally:
+        DISTILLER_REGISTRY._obj_map.pop("Checked", None)
 
 
 def test_what_a_training_needs(tmp_path: Path) -> None:

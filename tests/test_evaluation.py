@@ -126,6 +126,27 @@ def test_evaluator_counts_with_faster_coco_eval(tmp_path: Path, monkeypatch: pyt
     assert 0 < results[0]["AP-green"] < 100
 
 
+def test_a_model_without_detections_has_an_ap_of_zero(tmp_path: Path) -> None:
+    """Check zero for the sizes that have objects, and NaN for the others and for a dataset without objects."""
+    path = make_coco(tmp_path)
+    tree = json.loads(path.read_text())
+    for area, annotation in zip((900, 2000), tree["annotations"], strict=False):
+        annotation["area"] = area
+    tree["annotations"] = [*tree["annotations"][:2], {**tree["annotations"][2], "area": 10000, "iscrowd": 1}]
+    (tmp_path / "some.json").write_text(json.dumps(tree))
+    (tmp_path / "none.json").write_text(json.dumps({**tree, "annotations": []}))
+    with clean_process():
+        for name, expected in (("some", [0, 0, 0, 0, 0, np.nan]), ("none", [np.nan] * 6)):
+            register_coco_instances(name, {}, str(tmp_path / f"{name}.json"), str(tmp_path / "images"))
+            images = DatasetCatalog.get(name)
+            evaluator = CocoEvaluator(name, str(tmp_path / "out"))
+            evaluator.reset()
+            empty = Instances((10, 10), pred_boxes=Boxes(torch.zeros(0, 4)), pred_classes=torch.zeros(0))
+            empty.scores = torch.zeros(0)
+            evaluator.process(images, [{"instances": empty}] * len(images))
+            np.testing.assert_equal([*evaluator.evaluate()["bbox"].values()][:6], expected)
+
+
 @pytest.mark.slow
 def test_two_processes_evaluate_as_one(tmp_path: Path) -> None:
     project = make_project(tmp_path)

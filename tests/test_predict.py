@@ -296,11 +296,17 @@ def test_a_tree_of_folders_is_kept_and_the_output_is_not_read_again(
     (photos / ".git").mkdir()
     for place in (deeper / "color.png", photos / ".git" / "color.png"):
         place.write_bytes((photos / "color.png").read_bytes())
+    elsewhere = photos.parent / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "far.png").write_bytes((photos / "gray.png").read_bytes())
+    (photos / "linked").symlink_to(elsewhere)
+    (elsewhere / "circle").symlink_to(photos)
     out = photos / "found"
     for _ in range(2):
         tree = predict(retinanet, out, photos)
         names = [image["drawing"] for image in tree["images"]]
-        assert names == ["alpha.jpg", "color.jpg", "gray.jpg", "palette.jpg", "turned.jpg", "deeper/still/color.jpg"]
+        here = ["alpha.jpg", "color.jpg", "gray.jpg", "palette.jpg", "turned.jpg"]
+        assert names == [*here, "deeper/still/color.jpg", "linked/far.jpg"]
         assert all((out / name).is_file() for name in names)
 
 

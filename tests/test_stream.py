@@ -247,6 +247,10 @@ def test_samplers(cfg: CfgNode) -> None:
     often = seen.count(dicts[4]["file_name"])
     others = (len(seen) - often) / 9
     assert 2.2 < often / others < 3.8  # sqrt(0.9 / 0.1) = 3
+    cfg.DATALOADER.REPEAT_SQRT = False
+    seen = files(180)
+    often = seen.count(dicts[4]["file_name"])
+    assert 7 < often / ((len(seen) - often) / 9) < 11  # 0.9 / 0.1 = 9
 
 
 def test_an_unknown_sampler(cfg: CfgNode) -> None:

@@ -559,6 +559,18 @@ def test_eval_only_needs_no_teacher(project: Project) -> None:
     assert json.loads((project.folder / "eval" / "eval.json").read_text()).keys() == {"bbox"}
 
 
+def test_eval_only_with_resume_evaluates_the_last_checkpoint(retinanet: Project) -> None:
+    """Check the weights, as in Detectron2, and TEST.EXPECTED_RESULTS, which ends the program if they differ."""
+    retinanet.change(MODEL__RETINANET__SCORE_THRESH_TEST=0.0)
+    trained = retinanet.main()
+    retinanet.change(MODEL__WEIGHTS=str(retinanet.teacher_weights))
+    assert retinanet.main("--eval-only", "--resume")["bbox"] == pytest.approx(trained["bbox"], nan_ok=True)
+    other = retinanet.main("--eval-only")["bbox"]
+    assert other != pytest.approx(trained["bbox"], nan_ok=True)
+    with pytest.raises(SystemExit):
+        retinanet.main("--eval-only", "TEST.EXPECTED_RESULTS", [["bbox", "AP", other["AP"] + 2, 1]])
+
+
 def test_eval_teacher(project: Project) -> None:
     """Check that evaluating the teacher before training, alone, and as a plain model gives the same result."""
     thresholds = {"MODEL__RETINANET__SCORE_THRESH_TEST": 0.0, "MODEL__ROI_HEADS__SCORE_THRESH_TEST": 0.0}

@@ -21,6 +21,8 @@ def read_examples(cfg: CfgNode, count: int) -> list[dict]:
     Raises:
         UserError: no image has instances.
     """
+    if not cfg.DATASETS.TEST:
+        raise UserError("DATASETS.TEST is empty: name a dataset, whose images are drawn.")
     mapper = _mapper(cfg, with_truth=True)
     entries = (
         d

@@ -23,6 +23,7 @@ from ..engine import KDTrainer, launch, setup
 from ..engine.checks import check_distillation
 from ..engine.rank_states import preserved_loss_normalizers
 from ..errors import UserError
+from ..extensions import import_extensions, imported_extensions
 from ..files import atomic_write, check_output_folder
 from ..meta_arch import KDMetaArch
 from ..model_paths import ModelPath
@@ -31,7 +32,7 @@ from ..text import folder_name
 from .base import Analysis, check_at_least
 from .drawing import draw_instances, enlarged, overlay_heat, per_pixel, sheet, titled, write_picture
 from .examples import pixels, read_examples
-from .models import Models, read_paths
+from .models import Models, check_folder_names, read_paths
 
 FOLDER = "loss_maps"
 EXAMPLES = "examples.npz"
@@ -106,6 +107,7 @@ class LossMapAnalysis(Analysis):
         check_at_least("--every", every, 1)
         check_output_folder(output, "--output")
         folders = {}
+        check_folder_names([path for path, _ in models])
         for path, opts in models:
             if path.weights:
                 folders[path.title] = os.path.dirname(path.config)
@@ -113,7 +115,13 @@ class LossMapAnalysis(Analysis):
             folders[path.title] = os.path.join(output, folder_name(path.title))
             args = argparse.Namespace(config_file=path.config, resume=resume, images=images, every=every)
             args.opts = [*opts, "OUTPUT_DIR", folders[path.title]]
-            vars(args).update(title=path.title, eval_only=False, eval_teacher=False, **LAUNCH_DEFAULTS | launch_options)
+            vars(args).update(
+                title=path.title,
+                imports=imported_extensions(),
+                eval_only=False,
+                eval_teacher=False,
+                **LAUNCH_DEFAULTS | launch_options,
+            )
             launch(train_with_loss_maps, args)
             comm.synchronize()
         picture, *found = draw_loss_maps(folders, stride)
@@ -133,12 +141,13 @@ def train_with_loss_maps(args: argparse.Namespace) -> None:
     """Train a distillation and record loss maps; the main function of each process.
 
     Args:
-        args: those of `engine.setup`, plus `title`, `resume`, `images` and `every`.
+        args: those of `engine.setup`, plus `title`, `imports`, `images` and `every`.
     """
+    import_extensions(args.imports)
     cfg = setup(args)
     check_distillation(cfg, f"--model {args.title}")
-    trainer = KDTrainer(cfg)
     examples = read_examples(cfg, args.images)
+    trainer = KDTrainer(cfg)
     every = args.every or max(1, cfg.SOLVER.MAX_ITER // RECORDS)
     recorder = LossMapRecorder(trainer.bare_model, examples, every, cfg.OUTPUT_DIR)
     if comm.is_main_process():

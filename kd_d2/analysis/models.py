@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Sequence
@@ -91,6 +92,8 @@ class TrainedModel:
         identity = self.identity()
         if not (os.path.isfile(path) and os.path.isfile(source) and read_json(source) == identity):
             os.makedirs(folder, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(source)
             loader = build_test_loader(self.cfg, self.dataset)
             inference_on_dataset(self.build(), loader, build_evaluator(self.cfg, self.dataset, folder))
             write_json(source, identity)
@@ -177,6 +180,10 @@ def load_models(models: Models, opts: Sequence[str] = ()) -> list[TrainedModel]:
     register_synthetic()
     found, classes = [], None
     for path in read_paths(models):
+        if path.weights and "MODEL.WEIGHTS" in opts[::2]:
+            raise UserError(
+                f"--model {path.title} has a checkpoint, {path.weights}; the override MODEL.WEIGHTS is another."
+            )
         weights = ["MODEL.WEIGHTS", find_weights(path.weights, f"--model {path.title}")] if path.weights else []
         cfg = load_config(path.config, [*opts, *weights], student_only=True)
         if not cfg.MODEL.WEIGHTS:
@@ -186,14 +193,19 @@ def load_models(models: Models, opts: Sequence[str] = ()) -> list[TrainedModel]:
         register_coco_json(cfg, classes)
         check_datasets(cfg, train=False)
         found.append(TrainedModel(path.title, cfg))
-    folders = [model.folder_name for model in found]
-    for model in found:
-        if folders.count(model.folder_name) > 1:
-            raise UserError(f"--model: several titles give the folder name {model.folder_name!r}; choose other titles.")
+    check_folder_names(found)
     datasets = [model.dataset for model in found]
     if len(set(datasets)) > 1:
         raise UserError(f"--model: the models have different datasets in DATASETS.TEST: {', '.join(datasets)}.")
     return found
+
+
+def check_folder_names(models: Sequence[TrainedModel | ModelPath]) -> None:
+    """Raise a UserError if two titles give one folder name."""
+    names = [folder_name(model.title) for model in models]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--model: several titles give the folder name {name!r}; choose other titles.")
 
 
 def load_distillations(models: Models, opts: Sequence[str] = (), *, train: bool = False) -> list[Distillation]:

@@ -14,7 +14,9 @@ import argparse
 import os
 import sys
 
+from ..arguments import add_import_argument
 from ..errors import UserError
+from ..extensions import import_extensions
 from .log import print_log
 
 
@@ -43,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check.add_argument(
         "--samples", type=int, default=12, metavar="N", help="images per dataset in samples.png (default 12)"
     )
+    add_import_argument(check)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -52,6 +55,7 @@ def run(args: argparse.Namespace) -> None:
     from ..files import check_output_folder
 
     print_log()
+    import_extensions(args.imports)
     images = _read_count(args.images)
     check_at_least("--samples", args.samples, 1)
     given = [(role, *entry) for role in ("train", "test") for entry in getattr(args, role)]

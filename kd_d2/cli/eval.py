@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
         if model.run is not None:  # it may have been moved since its config was written
             args.opts = ["OUTPUT_DIR", os.path.abspath(model.run), *args.opts]
         if model.exported is None:
-            args.opts += model.overrides
+            args.opts = [*model.overrides, *args.opts]
         elif model.config == model.exported:
             raise UserError(f"--model {model.config} names no data; use --model CONFIG_OR_RUN {model.config}.")
         else:

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     if args.format not in (None, format_of(args.output)):
         raise UserError(f"--format is {args.format}, but --output {args.output} has a different suffix.")
     model = read_one_model_path(args.model)
-    cfg = load_config(model.config, [*args.opts, *model.overrides], student_only=True, needs_data=False)
+    cfg = load_config(model.config, [*model.overrides, *args.opts], student_only=True, needs_data=False)
     options = ExportOptions(
         fixed_size=tuple(args.size) if args.size else None,
         nms=not args.no_nms,

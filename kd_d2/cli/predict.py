@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
         from ..config import load_config
         from ..predictor import Predictor
 
-        cfg = load_config(model.config, [*args.opts, *model.overrides], student_only=True, needs_data=False)
+        cfg = load_config(model.config, [*model.overrides, *args.opts], student_only=True, needs_data=False)
         detector, weights = Predictor(cfg, args.score_thresh), cfg.MODEL.WEIGHTS
     info = {"weights": weights, "score_thresh": args.score_thresh}
     predict(detector, inputs, args.output, info, PredictOptions(args.batch, not args.no_drawings))

@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 
 from ..distillers import DISTILLER_REGISTRY
 from ..errors import UserError
-from ..keys import Above, AtLeast, Below, Keys
+from ..keys import Above, AtLeast, AtMost, Below, Keys
 from ..modeling import MODELING_KEYS, add_modeling_config
 
 KD_META_ARCH = "KDMetaArch"
@@ -33,6 +33,12 @@ class DataloaderKeys(Keys):
         "Whether a training image that cannot be read is logged and replaced with the next one; otherwise it is an error that ends "
         "the training.",
     ] = False
+    random_subset_ratio: Annotated[
+        float,
+        Above(0),
+        AtMost(1),
+        "Part of the images that the sampler RandomSubsetTrainingSampler selects, once for the whole training.",
+    ] = 1.0
 
 
 @dataclass(frozen=True)

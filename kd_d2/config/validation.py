@@ -27,6 +27,10 @@ def validate_kd_config(cfg: CN) -> None:
                 "DATASETS.COCO_JSON must be a list of lists, [[name, annotations.json, image folder], ...]; one entry is "
                 f"{entry!r}."
             )
+    names = [name for name, _, _ in cfg.DATASETS.COCO_JSON]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise UserError(f"DATASETS.COCO_JSON has several entries with the name {twice[0]!r}.")
     for key in ("TRAIN", "TEST"):
         for name in cfg.DATASETS[key]:
             if not isinstance(name, str):

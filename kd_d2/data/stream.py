@@ -197,11 +197,15 @@ def _index_stream(cfg: CfgNode, dicts: list[dict], seed: int) -> Callable[[], It
                 f"DATALOADER.SAMPLER_TRAIN {name} needs annotations, but MODEL.KD.PSEUDO_LABELS ignores them."
             )
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            dicts, cfg.DATALOADER.REPEAT_THRESHOLD
+            dicts, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
         )
         return RepeatFactorTrainingSampler(factors, seed=seed)._infinite_indices
     if name == "RandomSubsetTrainingSampler":
         ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
+        if int(len(dicts) * ratio) < 1:
+            raise UserError(
+                f"DATALOADER.RANDOM_SUBSET_RATIO is {ratio}, which is less than one of the {len(dicts)} images."
+            )
         return RandomSubsetTrainingSampler(len(dicts), ratio, seed_shuffle=seed, seed_subset=seed)._infinite_indices
     raise UserError(
         f"DATALOADER.SAMPLER_TRAIN is {name!r}; it must be 'TrainingSampler', 'RepeatFactorTrainingSampler' or "

@@ -50,6 +50,8 @@ def check_datasets(cfg: CfgNode, *, train: bool) -> None:
         )
     if cfg.MODEL.PROPOSAL_GENERATOR.NAME == "RRPN":
         raise UserError("MODEL.PROPOSAL_GENERATOR.NAME is RRPN: rotated boxes are not supported.")
+    if cfg.TEST.AUG.ENABLED:
+        raise UserError("TEST.AUG.ENABLED is True: test-time augmentation is not supported.")
     keys = ["TRAIN", "TEST"] if train else ["TEST"]
     for key in keys:
         names = cfg.DATASETS[key]
@@ -99,7 +101,7 @@ def _check_masks_for_evaluation(cfg: CfgNode, name: str) -> None:
     metadata = MetadataCatalog.get(name)
     if not cfg.MODEL.MASK_ON or metadata.get("evaluator_type") != "coco":
         return
-    for annotation in read_json(metadata.json_file)["annotations"]:
+    for annotation in read_json(metadata.json_file).get("annotations", []):
         if not annotation.get("segmentation"):
             raise UserError(
                 f"DATASETS.TEST names {name!r}, whose annotation {annotation.get('id')} has no segmentation, but MODEL.MASK_ON is True; set "

@@ -31,8 +31,10 @@ def launch(main: Callable[[argparse.Namespace], object], args: argparse.Namespac
     logging.raiseExceptions = False  # do not print a traceback per message if the log file cannot be written
     with exit_on_user_error():
         is_of_torchrun = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        if is_of_torchrun:
+        if is_of_torchrun and not torch.distributed.is_initialized():
             _join_torchrun(_timeout(args))
+        else:
+            _check_processes(args)
         if is_of_torchrun or args.num_gpus * args.num_machines <= 1:
             main(args)
         else:
@@ -65,6 +67,18 @@ def _launch_several(main: Callable[[argparse.Namespace], object], args: argparse
                 "last lines above."
             ) from error
         sys.exit(128 + number if number > 0 else error.exit_code)
+
+
+def _check_processes(args: argparse.Namespace) -> None:
+    for option, value in (("--num-gpus", args.num_gpus), ("--num-machines", args.num_machines)):
+        if value < 1:
+            raise UserError(f"{option} is {value}; it must be at least 1.")
+    if not 0 <= args.machine_rank < args.num_machines:
+        raise UserError(
+            f"--machine-rank is {args.machine_rank}; it must be from 0 to below --num-machines {args.num_machines}."
+        )
+    if args.num_machines > 1 and args.dist_url == "auto":
+        raise UserError("--num-machines: several machines need --dist-url, such as tcp://HOST:PORT of the first one.")
 
 
 def _check_gpus(wanted: int, opts: list[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
+from detectron2.evaluation import verify_results
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 
@@ -46,6 +47,8 @@ def main(args: argparse.Namespace) -> dict | None:
         match_classes(model, "the detector", names_in_checkpoint(cfg.MODEL.WEIGHTS), names_in_data(cfg))
         results = KDTrainer.test(cfg, model)
         write_results(cfg.OUTPUT_DIR, "eval.json", results)
+        if comm.is_main_process():
+            verify_results(cfg, results)
         return results
 
     trainer = KDTrainer(cfg)

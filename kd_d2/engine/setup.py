@@ -37,7 +37,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     An evaluation does not change the files of an existing training. A training locks the folder until it ends.
 
     Args:
-        args: `config_file`, which is replaced with the path of the file, `opts`, `eval_only` and `eval_teacher`.
+        args: `config_file`, which is replaced with the path of the file, `opts`, `resume`, `eval_only` and `eval_teacher`.
 
     Raises:
         UserError: the config, the data or the output folder is invalid.
@@ -45,6 +45,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if args.config_file:
         args.config_file = find_config_file(args.config_file, "the config")
     cfg = load_config(args.config_file, args.opts, student_only=args.eval_only and not args.eval_teacher)
+    if args.eval_only and args.resume:
+        cfg.MODEL.WEIGHTS = _last_checkpoint(cfg) or cfg.MODEL.WEIGHTS
     check_output_folder(cfg.OUTPUT_DIR)
     if comm.is_main_process() and not args.eval_only:
         lock_folder(cfg.OUTPUT_DIR)
@@ -83,20 +85,20 @@ def _log_run(cfg: CfgNode, args: argparse.Namespace, config_file: str) -> None:
 
 def _class_order(cfg: CfgNode, args: argparse.Namespace) -> ClassOrder | None:
     """Return the class order of an existing model, or None to use the order of the data."""
-    last = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
     if args.eval_only:
         names = None if args.eval_teacher else names_in_checkpoint(cfg.MODEL.WEIGHTS)
         return names or names_in_training_set(cfg)
-    if getattr(args, "resume", False) and os.path.isfile(last):
-        return names_in_checkpoint(os.path.join(cfg.OUTPUT_DIR, (_read(last) or "").strip()))
-    return None
+    last = _last_checkpoint(cfg) if args.resume else None
+    return names_in_checkpoint(last) if last else None
 
 
-def _read(path: str) -> str | None:
-    if not os.path.isfile(path):
+def _last_checkpoint(cfg: CfgNode) -> str | None:
+    """Return the path of the last checkpoint in OUTPUT_DIR, or None if there is none."""
+    pointer = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
+    if not os.path.isfile(pointer):
         return None
-    with open(path, encoding="utf-8") as file:
-        return file.read()
+    with open(pointer, encoding="utf-8") as file:
+        return os.path.join(cfg.OUTPUT_DIR, file.read().strip())
 
 
 def student_config(cfg: CfgNode) -> CfgNode:
@@ -112,6 +114,7 @@ def student_config(cfg: CfgNode) -> CfgNode:
     for key in keys_of(SolverKeys):
         del plain.SOLVER[key.name]
     del plain.DATALOADER["SKIP_UNUSABLE_IMAGES"]
+    del plain.DATALOADER["RANDOM_SUBSET_RATIO"]
     for name in unused_nodes(plain):
         del plain.MODEL[name]
     plain.DATASETS.TRAIN, plain.DATASETS.TEST = (), ()

@@ -69,6 +69,8 @@ def found_objects(
         annotation
         for of_image in evaluation.evalImgs
         if of_image is not None and of_image["aRng"] == everything
-        for annotation, match in zip(of_image["gtIds"], of_image["gtMatches"][0], strict=True)
-        if match > 0
+        for annotation, match, is_crowd in zip(
+            of_image["gtIds"], of_image["gtMatches"][0], of_image["gtIgnore"], strict=True
+        )
+        if match > 0 and not is_crowd
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from itertools import chain
 from typing import Any
@@ -42,7 +43,19 @@ class CocoEvaluator(COCOEvaluator):
         numbers = self._metadata.get("thing_dataset_id_to_contiguous_id")
         if class_names and numbers and len(numbers) == len(class_names):
             class_names = [class_names[numbers[category]] for category in sorted(numbers)]
-        return super()._derive_coco_results(coco_eval, iou_type, class_names)
+        results = super()._derive_coco_results(coco_eval, iou_type, class_names)
+        return results if coco_eval is not None else self._of_no_detections(results)
+
+    def _of_no_detections(self, results: dict[str, float]) -> dict[str, float]:
+        """Replace Detectron2's NaN by 0, which is COCO's AP of objects of which none is found."""
+        areas = [annotation["area"] for annotation in self._coco_api.anns.values() if not annotation["iscrowd"]]
+        sizes = {"APs": (0, 32**2), "APm": (32**2, 96**2), "APl": (96**2, math.inf)}
+
+        def has_objects(metric: str) -> bool:
+            low, high = sizes.get(metric, (0, math.inf))
+            return any(low <= area <= high for area in areas)
+
+        return {metric: 0.0 if has_objects(metric) else value for metric, value in results.items()}
 
     def _eval_predictions(self, predictions: list[dict[str, Any]], img_ids: list[int] | None = None) -> None:
         found = list(chain.from_iterable(prediction["instances"] for prediction in predictions))

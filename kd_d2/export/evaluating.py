@@ -37,12 +37,17 @@ def evaluate_exported(cfg: CfgNode, path: str) -> dict[str, Any]:
     """
     model = load_exported(path)
     names = model.metadata.class_names
-    if names != unknown_names(len(names)):
+    are_known = names != unknown_names(len(names))
+    if are_known:
         register_coco_json(cfg, ClassOrder(tuple(names), path), train=False)
     for dataset in cfg.DATASETS.TEST:
         classes = MetadataCatalog.get(dataset).get("thing_classes", names)
         if len(classes) != len(names):
             raise UserError(f"The dataset {dataset} has {len(classes)} classes, but {path} predicts {len(names)}.")
+        if are_known and list(classes) != list(names):
+            raise UserError(
+                f"The dataset {dataset} has the classes {', '.join(classes)}, but {path} predicts {', '.join(names)}."
+            )
     return evaluate(cfg, model)
 
 

@@ -88,11 +88,16 @@ def _files_below(folder: str, without: str | None, option: str) -> list[str]:
         raise UserError(f"{option}: the folder {error.filename} cannot be read: {error.strerror}.") from error
 
     left_out = without and os.path.realpath(without)
-    files = []
-    for place, subfolders, names in os.walk(folder, onerror=refuse):
-        subfolders[:] = sorted(
-            name for name in subfolders if name[0] != "." and os.path.realpath(os.path.join(place, name)) != left_out
-        )
+    files, seen = [], {left_out, os.path.realpath(folder)}
+
+    def is_new(subfolder: str) -> bool:
+        """Return whether a folder, perhaps a link, is neither left out nor searched already."""
+        path = os.path.realpath(subfolder)
+        return path not in seen and not seen.add(path)
+
+    for place, subfolders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        visible = sorted(name for name in subfolders if name[0] != ".")
+        subfolders[:] = [name for name in visible if is_new(os.path.join(place, name))]
         files += [os.path.join(place, name) for name in sorted(names) if name[0] != "."]
     return files
 

@@ -97,7 +97,11 @@ def _build(cfg: CfgNode) -> nn.Module:
     cfg.MODEL.WEIGHTS = ""
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
-    return build_model(cfg).eval()
+    model = build_model(cfg).eval()
+    for module in model.modules():
+        if hasattr(module, "test_score_thresh"):
+            module.test_score_thresh = 1.0
+    return model
 
 
 def _gflops(model: nn.Module, side: int) -> float:

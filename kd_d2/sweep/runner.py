@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
+from detectron2.config import get_cfg
+
 from ..config import read_config
 from ..engine.stop_request import exit_on_sigterm
 from ..errors import UserError
@@ -59,6 +61,7 @@ class Job:
     lock: IO | None = None
     started: float = 0.0
     reported: int = -1
+    metrics_size: int = 0
 
     @property
     def name(self) -> str:
@@ -218,13 +221,14 @@ def _start(job: Job, threads: int) -> Job:
 def _report_progress(job: Job) -> None:
     """Log a line for every tenth of the training."""
     path = os.path.join(job.output, METRICS)
-    if "SOLVER.MAX_ITER" not in job.settings or not os.path.isfile(path) or os.path.getmtime(path) < job.started:
+    if not os.path.isfile(path) or os.path.getmtime(path) < job.started or os.path.getsize(path) == job.metrics_size:
         return
+    job.metrics_size = os.path.getsize(path)
     written = [row for row in written_rows(job.output) if "total_loss" in row]
     if not written:
         return
     last = written[-1]["iteration"] + 1
-    tenth = 10 * last // job.settings["SOLVER.MAX_ITER"]
+    tenth = 10 * last // job.settings.get("SOLVER.MAX_ITER", get_cfg().SOLVER.MAX_ITER)
     if tenth > job.reported:
         job.reported = tenth
         minutes = (time.time() - job.started) / 60

@@ -19,7 +19,7 @@ from ...report.page import Table
 from ...text import csv_text, file_stem
 from ..base import NOT_STORED, Analysis, as_text, check_at_least
 from ..models import TrainedModel, read_annotations
-from .curves import SIZES, STAGES, ErrorCurves, analyze_errors
+from .curves import SIZES, STAGES, ErrorCurves, analyze_errors, supercategories_of
 from .plots import plot_error_curves, plot_error_shares
 
 Areas = dict[str, dict[str, float | None]]
@@ -87,8 +87,11 @@ class ErrorAnalysis(Analysis):
         check_output_folder(output, "--output")
         truth = read_annotations(models[0].dataset)
         groups = read_supercategories(supercategories, truth)
-        if groups is None and not any(c.get("supercategory") for c in truth["categories"]):
+        given = supercategories_of(truth["categories"])
+        if groups is None and not given:
             print("The annotations have no super-categories, so Sim equals Loc; define some with --supercategories.")
+        elif groups is None and len(given) == len(truth["categories"]) > 1 and len(set(given.values())) == 1:
+            print("All classes have the same super-category, so Sim equals Oth; define others with --supercategories.")
         curves = {}
         for model in models:
             detections = model.detections(output)

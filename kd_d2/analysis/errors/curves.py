@@ -78,7 +78,7 @@ def analyze_errors(
         raise UserError("The annotations have no categories or no images: there is nothing to analyze.")
     check_known(detections, truth)
     if supercategories is None:
-        supercategories = {c["id"]: c["supercategory"] for c in categories if c.get("supercategory")}
+        supercategories = supercategories_of(categories)
     similar = {
         c["id"]: {
             other["id"]
@@ -102,6 +102,11 @@ def analyze_errors(
             for future in progress(as_completed(futures)):
                 curves[futures[future]] = future.result()
     return ErrorCurves([c["name"] for c in categories], np.stack([curves[c["id"]] for c in categories]))
+
+
+def supercategories_of(categories: Iterable[dict[str, Any]]) -> dict[int, str]:
+    """Return the super-categories by category id; many tools write "none" for a category without one."""
+    return {c["id"]: c["supercategory"] for c in categories if c.get("supercategory") not in (None, "", "none")}
 
 
 _truth: dict[str, Any] = {}
