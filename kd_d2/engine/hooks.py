@@ -18,7 +18,7 @@ class PeakMemoryRecorder(HookBase):
     """
 
     def after_step(self) -> None:
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():
             mib = torch.cuda.max_memory_allocated() / 2**20
         else:
             mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
