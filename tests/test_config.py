@@ -680,6 +680,7 @@ def test_the_librarys_keys_leave_detectron2s_defaults_alone() -> None:
         (ours.INPUT, "LARGE_SCALE_JITTER"),
         (ours.SOLVER.AMP, "DTYPE"),
         (ours.DATALOADER, "SKIP_UNUSABLE_IMAGES"),
+        (ours.DATALOADER, "RANDOM_SUBSET_RATIO"),
         *((ours.SOLVER, key.name) for key in keys_of(SolverKeys)),
         (ours.MODEL, "KD"),
         *((ours.MODEL, name) for name in ("SLIM_RESNET", "MOBILENET_V2", "FCOS", "ATSS", "GFL", "FSAF", "REPPOINTS")),

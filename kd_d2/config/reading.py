@@ -81,7 +81,7 @@ def merge(cfg: CN, tree: dict[str, Any], source: str) -> None:
         UserError: an unknown key, or a value of the wrong type; the message begins with `source`.
     """
     declared = declared_nodes().items()
-    optional = {f"{path}.{key.name}" for path, keys in declared for key in keys_of(keys) if key.optional}
+    optional = {f"{path}.{key.name}" for path, keys in declared for key in keys_of(keys) if key.accepts(None)}
     try:
         cfg.merge_from_other_cfg(type(cfg)(_with_default_types(tree, cfg, source, optional)))
     except (KeyError, ValueError, AssertionError) as error:
