@@ -54,7 +54,8 @@ def refused(project: Project, capfd: pytest.CaptureFixture):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--num-gpus", 0], "--num-gpus is 0; it must be at least 1."),
+        (["--num-gpus", -1], "--num-gpus is -1; with --num-machines 1 it must be at least 0."),
+        (["--num-gpus", 0, "--num-machines", 2], "--num-gpus is 0; with --num-machines 2 it must be at least 1."),
         (["--num-machines", -1], "--num-machines is -1; it must be at least 1."),
         (["--machine-rank", 1], "--machine-rank is 1; it must be from 0 to below --num-machines 1."),
         (["--num-machines", 2, "--dist-url", "auto"], "--num-machines: several machines need --dist-url, such as tcp://HOST:PORT"),

@@ -99,9 +99,8 @@ class RCNNAdapter(DetectorAdapter):
                 labels = torch.cat([x.gt_classes for x in sampled])
                 outputs.proposals = SampledProposals(boxes[0], logits[0], labels)
             if model.vis_period > 0 and get_event_storage().iter % model.vis_period == 0:
-                on_cpu = [
-                    {**x, "instances": x["instances"].to("cpu")} for x in batched_inputs
-                ]  # the visualizer needs NumPy arrays
+                # The visualizer converts the boxes to NumPy arrays.
+                on_cpu = [{**entry, "instances": entry["instances"].to("cpu")} for entry in batched_inputs]
                 model.visualize_training(on_cpu, proposals)
             outputs.losses = {**head_losses, **proposal_losses}
         return outputs

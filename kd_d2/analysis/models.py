@@ -182,7 +182,7 @@ def load_models(models: Models, opts: Sequence[str] = ()) -> list[TrainedModel]:
     for path in read_paths(models):
         if path.weights and "MODEL.WEIGHTS" in opts[::2]:
             raise UserError(
-                f"--model {path.title} has a checkpoint, {path.weights}; the override MODEL.WEIGHTS is another."
+                f"--model {path.title} names the checkpoint {path.weights}: leave out the override MODEL.WEIGHTS."
             )
         weights = ["MODEL.WEIGHTS", find_weights(path.weights, f"--model {path.title}")] if path.weights else []
         cfg = load_config(path.config, [*opts, *weights], student_only=True)

@@ -70,9 +70,13 @@ def _launch_several(main: Callable[[argparse.Namespace], object], args: argparse
 
 
 def _check_processes(args: argparse.Namespace) -> None:
-    for option, value in (("--num-gpus", args.num_gpus), ("--num-machines", args.num_machines)):
-        if value < 1:
-            raise UserError(f"{option} is {value}; it must be at least 1.")
+    if args.num_machines < 1:
+        raise UserError(f"--num-machines is {args.num_machines}; it must be at least 1.")
+    least = 0 if args.num_machines == 1 else 1  # 0 is one process, as in Detectron2
+    if args.num_gpus < least:
+        raise UserError(
+            f"--num-gpus is {args.num_gpus}; with --num-machines {args.num_machines} it must be at least {least}."
+        )
     if not 0 <= args.machine_rank < args.num_machines:
         raise UserError(
             f"--machine-rank is {args.machine_rank}; it must be from 0 to below --num-machines {args.num_machines}."
