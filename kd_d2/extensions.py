@@ -10,13 +10,6 @@ from collections.abc import Iterable
 
 from .errors import UserError
 
-_imported: dict[str, None] = {}
-
-
-def imported_extensions() -> list[str]:
-    """Return the modules and files that were imported, for other processes to import."""
-    return list(_imported)
-
 
 def import_extensions(names: Iterable[str]) -> None:
     """Import each module or file once, to register its methods, detectors or datasets.
@@ -32,7 +25,6 @@ def import_extensions(names: Iterable[str]) -> None:
             _import_file(os.path.abspath(os.path.expanduser(name)))
         else:
             _import_module(name)
-        _imported[name] = None
 
 
 def _import_file(path: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 from kd_d2.adapters import DetectorOutputs
@@ -18,7 +20,7 @@ import pytest
 import torch
 from detectron2.structures import ImageList
 from detectron2.utils import comm
-from helpers import Project, clean_process, detector_of, make, make_project, make_trainer, run_command, spec_of
+from helpers import ROOT, Project, clean_process, detector_of, make, make_project, make_trainer, run_command, spec_of
 
 run = functools.partial(run_command, "analyze", "loss-maps")
 KEYS = {
@@ -191,3 +193,18 @@ def test_trainings_that_cannot_be_drawn(
     with pytest.raises(SystemExit):
         run(*models, "--output", tmp_path / "found")
     assert f"error: {sentence}" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_know_a_method_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "my_recorded_method.py"
+    path.write_text(
+        "from kd_d2.distillers import DISTILLER_REGISTRY, PKD\n\n\n"
+        "@DISTILLER_REGISTRY.register()\nclass Recorded(PKD):\n    CONFIG_NODE = 'RECORDED'\n"
+    )
+    project = make_project(tmp_path, **{**KEYS, "MODEL__KD__DISTILLERS": ("Recorded",), "SOLVER__IMS_PER_BATCH": 2})
+    program = [sys.executable, "-m", "kd_d2", "analyze", "loss-maps", "--import", path, "--model", project.student]
+    options = ["--output", tmp_path / "out", "--images", "1", "--every", "4", "--num-gpus", "2", "MODEL.DEVICE", "cpu"]
+    done = subprocess.run(list(map(str, program + options)), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert _maps(tmp_path / "out" / "student").keys() == {"iteration_0000004"}

@@ -23,7 +23,7 @@ from ..engine import KDTrainer, launch, setup
 from ..engine.checks import check_distillation
 from ..engine.rank_states import preserved_loss_normalizers
 from ..errors import UserError
-from ..extensions import import_extensions, imported_extensions
+from ..extensions import import_extensions
 from ..files import atomic_write, check_output_folder
 from ..meta_arch import KDMetaArch
 from ..model_paths import ModelPath
@@ -101,6 +101,7 @@ class LossMapAnalysis(Analysis):
         every: int | None = None,
         stride: int = 8,
         resume: bool = False,
+        imports: Sequence[str] = (),
         **launch_options: Any,
     ) -> Self:
         check_at_least("--images", images, 1)
@@ -117,7 +118,7 @@ class LossMapAnalysis(Analysis):
             args.opts = [*opts, "OUTPUT_DIR", folders[path.title]]
             vars(args).update(
                 title=path.title,
-                imports=imported_extensions(),
+                imports=imports,
                 eval_only=False,
                 eval_teacher=False,
                 **LAUNCH_DEFAULTS | launch_options,

@@ -15,7 +15,6 @@ from ..errors import UserError
 from ..extensions import import_extensions
 
 COUNTS = {(1, 1): "one", (1, None): "one or more", (2, None): "two or more"}
-COMMON = ("model", "output", "imports")
 
 
 def prepare(options: list[str]) -> None:
@@ -49,7 +48,9 @@ class _AnalysisParser(argparse.ArgumentParser):
         add_import_argument(self)
         analysis.add_arguments(self)
         known, rest = super().parse_known_args(args, namespace)
-        known.options = {name: value for name, value in vars(known).items() if name not in COMMON}
+        known.options = {name: value for name, value in vars(known).items() if name not in ("model", "output")}
+        if "imports" not in inspect.signature(analysis.run).parameters:  # which an analysis that starts processes needs
+            del known.options["imports"]
         return known, rest
 
 
