@@ -73,13 +73,23 @@ def main() -> int:
     for option, values in (("--cells", args.cells), ("--seeds", args.seeds)):
         command += [option, *values] if values else []
     with multi_process_service() as environment:
-        sweep = subprocess.Popen([*command, *ON_A_GPU, *args.overrides], cwd=ROOT, env={**os.environ, **environment})
+        sweep = subprocess.Popen(
+            [*command, *ON_A_GPU, *args.overrides],
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            start_new_session=True,
+        )
         try:
             return sweep.wait(60 * args.minutes)
-        except subprocess.TimeoutExpired:
-            print(f"{args.minutes:g} minutes are up: every training writes a checkpoint.", flush=True)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            print("Every training writes a checkpoint and stops.", flush=True)
             sweep.send_signal(signal.SIGTERM)
-            sweep.wait(GRACE_SECONDS)
+            try:
+                sweep.wait(GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                print(f"Trainings did not stop within {GRACE_SECONDS} s and are killed.", flush=True)
+                os.killpg(sweep.pid, signal.SIGKILL)
+                sweep.wait()
             return 0
 
 

@@ -51,12 +51,14 @@ class _Compiled:
         self.key = key
 
     def __call__(self, images: Tensor) -> object:
-        try:
-            return self.fast(images.to(memory_format=self.memory_format))
-        except Exception as error:
-            if self.fast is self.function:
+        images = images.to(memory_format=self.memory_format)
+        if self.fast is not self.function:
+            try:
+                return self.fast(images)
+            except torch.OutOfMemoryError:
                 raise
-            reason = str(error).strip().partition("\n")[0]
+            except Exception as error:
+                reason = str(error).strip().partition("\n")[0]
             logger.warning(f"{self.key}: compilation failed ({reason}); the backbone runs uncompiled.")
             self.fast = self.function
-            return self.function(images)
+        return self.function(images)

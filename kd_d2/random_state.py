@@ -65,5 +65,5 @@ def seeded(*seeds: int) -> Iterator[None]:
     with preserved_random_state(cuda=False):
         random.seed(int(words[0]))
         np.random.seed(words[1])
-        torch.manual_seed(int(words[2]))
+        torch.default_generator.manual_seed(int(words[2]))  # torch.manual_seed would also seed the GPUs
         yield

@@ -1,5 +1,7 @@
 """Bad input to train_net.py: one sentence that names it, status 2, no traceback, and no partially written files."""
 
+import argparse
+import contextlib
 import functools
 import json
 import os
@@ -10,7 +12,7 @@ from pathlib import Path
 
 from kd_d2.config import read_config
 from kd_d2.engine import launch
-from kd_d2.engine.checks import check_datasets
+from kd_d2.engine.checks import check_datasets, check_device
 from kd_d2.errors import UserError
 
 import pytest
@@ -423,6 +425,41 @@ def test_a_gpu_that_is_not_there(project: Project, refused) -> None:
     )
     project.change(MODEL__DEVICE="cuda")  # as in the defaults and in dumped configs
     assert "bbox" in project.main("SOLVER.MAX_ITER", 1)
+
+
+@pytest.mark.parametrize(
+    ("device", "processes", "expected"),
+    [
+        ("cuda:0", 2, "MODEL.DEVICE is 'cuda:0', but each of the 2 processes needs its own GPU: set it to 'cuda'."),
+        ("cuda:2", 1, "MODEL.DEVICE is 'cuda:2', but this machine has 2 usable GPUs, numbered from 0."),
+        ("cpu", 2, "MODEL.DEVICE is 'cpu', but 2 processes on a machine with GPUs communicate with NCCL, which needs them: "),
+        ("cuda", 2, None),
+        ("cpu", 1, None),
+    ],
+)
+def test_a_device_that_does_not_suit_the_processes(
+    monkeypatch: pytest.MonkeyPatch, device: str, processes: int, expected: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    cfg = read_config(None, ["MODEL.DEVICE", device])
+    with pytest.raises(UserError) if expected else contextlib.nullcontext() as caught:
+        check_device(cfg, processes)
+    assert caught is None or str(caught.value).startswith(expected)
+
+
+def test_more_processes_of_torchrun_than_gpus(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+    variables = {"WORLD_SIZE": 3, "RANK": 2, "LOCAL_RANK": 2, "LOCAL_WORLD_SIZE": 3, "MASTER_ADDR": "localhost"}
+    for name, value in (variables | {"MASTER_PORT": 1}).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(SystemExit) as caught:
+        launch(lambda args: None, argparse.Namespace(rank_timeout=1))
+    assert caught.value.code == 2
+    assert capfd.readouterr().err == (
+        "error: LOCAL_RANK is 2, but this machine has 2 usable GPUs: start at most one process per GPU.\n"
+    )
 
 
 def test_an_output_folder_that_cannot_be_written(project: Project, refused) -> None:

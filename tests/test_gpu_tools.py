@@ -61,7 +61,7 @@ def test_pack_has_what_the_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> Non
     pack = load("tools/gpu_pack.py", monkeypatch)
     present = pack.read_freeze("numpy==1.25.2\nKornia==0.9.0\nsome @ file:///x\npycocotools==2.0.1\n")
     assert present == {"numpy": Version("1.25.2"), "kornia": Version("0.9.0"), "pycocotools": Version("2.0.1")}
-    everything, missing = pack.missing_packages({}), pack.missing_packages(present)
+    everything, missing = pack.missing_packages({}, "3.12"), pack.missing_packages(present, "3.12")
     assert set(everything) - set(missing) == {"kornia"}
     assert {"numpy", "pycocotools", "sal-detectron2", "fvcore", "yacs"} <= set(missing)
     assert not {"torch", "torchvision", "triton", "kd-d2", "sympy"} & set(everything)
@@ -73,10 +73,10 @@ def test_pack_from_an_environment_with_another_detectron2(monkeypatch: pytest.Mo
     requires = pack.metadata.requires
     monkeypatch.setattr(pack.metadata, "requires", lambda name: requires({pack.DETECTRON2: "none"}.get(name, name)))
     assert (
-        f"{pack.DETECTRON2}=={pack.missing_packages({})[pack.DETECTRON2]} "
+        f"{pack.DETECTRON2}=={pack.missing_packages({}, '3.12')[pack.DETECTRON2]} "
         in (ROOT / "requirements" / "detectron2.txt").read_text()
     )
-    assert pack.DETECTRON2 not in pack.missing_packages({"detectron2": Version("0.6")})
+    assert pack.DETECTRON2 not in pack.missing_packages({"detectron2": Version("0.6")}, "3.12")
 
 
 def test_pack_without_the_list_of_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

@@ -362,7 +362,7 @@ def test_attention_in_pieces_is_that_of_all_queries_at_once(monkeypatch: pytest.
     whole = layer.summed_attention(query, queries.is_real, keys, geometry.is_valid)
     torch.testing.assert_close(whole.sum(-1), queries.is_real.sum(1)[:, None].expand(2, 4).float())
     assert (whole[~geometry.is_valid[:, None].expand_as(whole)] == 0).all()
-    monkeypatch.setattr(decoder_module, "LOGIT_ELEMENTS", 1)
+    monkeypatch.setattr(decoder_module, "LOGIT_ELEMENTS", {"cpu": 1})
     torch.testing.assert_close(layer.summed_attention(query, queries.is_real, keys, geometry.is_valid), whole)
 
 

@@ -143,6 +143,22 @@ def test_compiling_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, k
     assert said == [f"{key}: compilation failed (no compiler); the backbone runs uncompiled."]
 
 
+def test_too_little_memory_is_not_a_failed_compilation(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    images, calls = torch.zeros(1, 3, 64, 64), []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: lambda x: calls.append(x) or function(x))
+    compile_backbone(model, "SOLVER.COMPILE")
+    compiled = model.backbone.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled, "fast", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            model.backbone(images)
+    model.backbone(images)
+    assert len(calls) == 1
+
+
 def test_a_model_without_a_backbone() -> None:
     with pytest.raises(
         UserError,

@@ -182,6 +182,15 @@ def test_the_loader_enters_anywhere(cfg: CfgNode) -> None:
     assert read(cfg, 5, start=7) == read(cfg, 12)[7:]
 
 
+def test_images_do_not_seed_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that loading an image in the main process leaves the random state of the GPUs to the training."""
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a GPU was seeded"))
+    with seeded(1, 2):
+        first = torch.rand(3)
+    with seeded(1, 2):
+        torch.testing.assert_close(torch.rand(3), first, rtol=0, atol=0)
+
+
 def test_the_stream_is_shuffled_augmented_and_seeded(cfg: CfgNode) -> None:
     """Check that images are flipped or not, in all sizes and in varying order, and that another seed changes them."""
     whole = read(cfg, 40)

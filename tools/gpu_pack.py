@@ -45,7 +45,7 @@ def main() -> None:
     args = parser.parse_args()
     additions = [_addition(text) for text in args.add]
     present = read_freeze(args.installed.read()) if args.installed else {}
-    needed = missing_packages(present)
+    needed = missing_packages(present, args.python)
     with tempfile.TemporaryDirectory() as folder:
         site, wheels = Path(folder) / "gpu-pack" / "site", Path(folder) / "wheels"
         fetch_wheels(needed, args.python, wheels)
@@ -73,11 +73,16 @@ def read_freeze(text: str) -> dict[str, Version]:
     return {_normalized(name): Version(version) for name, version in pairs}
 
 
-def missing_packages(present: dict[str, Version]) -> dict[str, str]:
+def missing_packages(present: dict[str, Version], python: str) -> dict[str, str]:
     """Return the requirements of kd_d2 missing on the machine, with the versions of this environment, and Detectron2.
+
+    Args:
+        present: versions of the machine's packages.
+        python: its minor Python version, such as "3.12".
 
     The environment may have another Detectron2 than the one to pack, whose version is in requirements/.
     """
+    values = {"extra": "", "python_version": python, "python_full_version": f"{python}.0"}
     specifiers: dict[str, SpecifierSet] = {}
     waiting = [Requirement(name) for name in ("kd_d2", *ALSO)]
     while waiting:
@@ -89,7 +94,7 @@ def missing_packages(present: dict[str, Version]) -> dict[str, str]:
             waiting += [
                 other
                 for other in map(Requirement, metadata.requires(name) or [])
-                if other.marker is None or other.marker.evaluate({"extra": ""})
+                if other.marker is None or other.marker.evaluate(values)
             ]
     missing = {
         name: metadata.version(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from torch import nn
@@ -33,6 +34,31 @@ def check_distillation(cfg: CfgNode, source: str = "CONFIG") -> None:
             f"{source} must be the config of a distillation: "
             f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}, not {KD_META_ARCH}."
         )
+
+
+def check_device(cfg: CfgNode, world_size: int) -> None:
+    """Check that MODEL.DEVICE fits the GPUs of this machine and the number of processes, and make it the current device.
+
+    Raises:
+        UserError: there is no such GPU, or several processes would share one, or would train on CPUs with NCCL.
+    """
+    device = torch.device(cfg.MODEL.DEVICE)
+    if device.type == "cpu" and world_size > 1 and torch.cuda.is_available():
+        raise UserError(
+            f"MODEL.DEVICE is 'cpu', but {world_size} processes on a machine with GPUs communicate with NCCL, which needs them: to "
+            "train on CPUs, hide the GPUs (CUDA_VISIBLE_DEVICES=)."
+        )
+    if device.type != "cuda" or device.index is None:
+        return
+    if world_size > 1:
+        raise UserError(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but each of the {world_size} processes needs its own GPU: set it to 'cuda'."
+        )
+    if device.index >= torch.cuda.device_count():
+        raise UserError(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but this machine has {torch.cuda.device_count()} usable GPUs, numbered from 0."
+        )
+    torch.cuda.set_device(device)
 
 
 def check_datasets(cfg: CfgNode, *, train: bool) -> None:

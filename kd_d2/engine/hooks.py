@@ -12,13 +12,13 @@ logger = logging.getLogger(__name__)
 
 
 class PeakMemoryRecorder(HookBase):
-    """Records the metric `peak_memory_mib` of this process: allocated GPU memory, or resident memory without a GPU.
+    """Records the metric `peak_memory_mib` of this process: allocated GPU memory, or resident memory if it trains on a CPU.
 
     Metrics survive a resume; the last process of a resumed training may have used little memory.
     """
 
     def after_step(self) -> None:
-        if torch.cuda.is_initialized():
+        if next(self.trainer.bare_model.parameters()).device.type == "cuda":
             mib = torch.cuda.max_memory_allocated() / 2**20
         else:
             mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

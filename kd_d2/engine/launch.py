@@ -109,6 +109,10 @@ def _join_torchrun(timeout: timedelta) -> None:
         )
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"LOCAL_RANK is {local_rank}, but this machine has {torch.cuda.device_count()} usable GPUs: start at most one process per GPU."
+            )
         torch.cuda.set_device(local_rank)
     store, rank, ranks = next(torch.distributed.rendezvous("env://", timeout=timeout))
     # After a restart, torchrun may reuse its store, which still holds the addresses of the old ranks.

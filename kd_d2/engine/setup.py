@@ -24,7 +24,7 @@ from ..keys import keys_of
 from ..modeling import unused_nodes
 from ..text import keep_controls_out_of_logs
 from ..versions import versions
-from .checks import check_datasets
+from .checks import check_datasets, check_device
 from .folder_lock import lock_folder
 from .learning_rate import learning_rate_advice
 
@@ -47,6 +47,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg = load_config(args.config_file, args.opts, student_only=args.eval_only and not args.eval_teacher)
     if args.eval_only and args.resume:
         cfg.MODEL.WEIGHTS = _last_checkpoint(cfg) or cfg.MODEL.WEIGHTS
+    check_device(cfg, comm.get_world_size())
     check_output_folder(cfg.OUTPUT_DIR)
     if comm.is_main_process() and not args.eval_only:
         lock_folder(cfg.OUTPUT_DIR)

@@ -71,6 +71,8 @@ def _triton_kernels(device: torch.device) -> ModuleType | None:
     maps = torch.zeros(1, 1, 16, 16, device=device)
     try:
         ssim_triton.loss_and_gradient(maps, maps, 11, 1.0, torch.empty_like(maps))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         logger.warning(

@@ -17,7 +17,8 @@ from .encoding import linear, sine_waves
 from .geometry import LevelGeometry
 from .projection import project_levels
 
-LOGIT_ELEMENTS = 2**22  # attention logits in memory at a time
+LOGIT_ELEMENTS = {"cpu": 2**22}
+"""Attention logits in memory at a time, by device."""
 
 
 @dataclass
@@ -88,7 +89,7 @@ class DecoderLayer(nn.Module):
         """Return attention (B, M, L) summed over the real queries, a few at a time. Arguments as in `forward`."""
         B, M, L, _ = keys.shape
         total_BML = keys.new_zeros(B, M, L, dtype=torch.float32)
-        step = max(1, LOGIT_ELEMENTS // (B * M * L))
+        step = max(1, LOGIT_ELEMENTS.get(keys.device.type, 2**25) // (B * M * L))
         for queries, is_real in zip(query_BQE.split(step, 1), is_real_BQ.split(step, 1), strict=True):
             total_BML += instance_attention(self.logits(queries, keys, is_valid_BL), is_real)
         return total_BML
