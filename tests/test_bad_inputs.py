@@ -432,7 +432,11 @@ def test_a_gpu_that_is_not_there(project: Project, refused) -> None:
     [
         ("cuda:0", 2, "MODEL.DEVICE is 'cuda:0', but each of the 2 processes needs its own GPU: set it to 'cuda'."),
         ("cuda:2", 1, "MODEL.DEVICE is 'cuda:2', but this machine has 2 usable GPUs, numbered from 0."),
-        ("cpu", 2, "MODEL.DEVICE is 'cpu', but 2 processes on a machine with GPUs communicate with NCCL, which needs them: "),
+        (
+            "cpu",
+            2,
+            "MODEL.DEVICE is 'cpu', but 2 processes on a machine with GPUs communicate with NCCL, which needs them: ",
+        ),
         ("cuda", 2, None),
         ("cpu", 1, None),
     ],

@@ -126,6 +126,12 @@ def test_damaged_files(tmp_path: Path, suffix: str, content: str) -> None:
     assert "weights_only" not in said
 
 
+def test_numpy_scalars_are_plain_data(tmp_path: Path) -> None:
+    torch.save({"model": {"a": torch.ones(1)}, "AP": np.float64(0.5), "n": np.int64(3)}, tmp_path / "model.pth")
+    content = read_checkpoint(str(tmp_path / "model.pth"))
+    assert (content["AP"], content["n"]) == (0.5, 3)
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [

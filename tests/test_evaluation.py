@@ -147,6 +147,30 @@ def test_a_model_without_detections_has_an_ap_of_zero(tmp_path: Path) -> None:
             np.testing.assert_equal([*evaluator.evaluate()["bbox"].values()][:6], expected)
 
 
+@pytest.mark.parametrize("is_faster", [True, False])
+def test_masks_and_keypoints_that_are_not_annotated(tmp_path: Path, monkeypatch, is_faster: bool) -> None:
+    """Check that boxes of a detector with masks and keypoints are evaluated on annotations of boxes."""
+    if not is_faster:
+        monkeypatch.setattr("kd_d2.evaluation.coco_evaluator.COCOeval_faster", None)
+    path = make_coco(tmp_path)
+    with clean_process():
+        register_coco_instances("boxes", {}, str(path), str(tmp_path / "images"))
+        evaluator = CocoEvaluator("boxes", str(tmp_path / "out"))
+        evaluator.reset()
+        for entry in DatasetCatalog.get("boxes"):
+            size = entry["height"], entry["width"]
+            count = len(entry["annotations"])
+            found = Instances(size, scores=torch.ones(count), pred_masks=torch.ones(count, *size, dtype=torch.bool))
+            x, y, w, h = torch.tensor([a["bbox"] for a in entry["annotations"]]).reshape(-1, 4).T
+            found.pred_boxes = Boxes(torch.stack([x, y, x + w, y + h], 1))
+            found.pred_classes = torch.tensor([a["category_id"] for a in entry["annotations"]])
+            found.pred_keypoints = torch.zeros(count, 17, 3)
+            evaluator.process([entry], [{"instances": found}])
+        results = evaluator.evaluate()
+    assert results.keys() == {"bbox"}
+    assert results["bbox"]["AP"] == pytest.approx(100)
+
+
 @pytest.mark.slow
 def test_two_processes_evaluate_as_one(tmp_path: Path) -> None:
     project = make_project(tmp_path)

@@ -115,6 +115,17 @@ def test_a_damaged_last_checkpoint(tmp_path: Path, damage) -> None:
         torch.testing.assert_close(resumed[name], tensor, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "change", [Path.unlink, lambda path: path.write_bytes(b"\xff\xfe")], ids=["missing", "no text"]
+)
+def test_a_lost_name_of_the_last_checkpoint(tmp_path: Path, change: Callable) -> None:
+    """Check that the newest checkpoint is resumed, not the training begun again, without a usable `last_checkpoint`."""
+    project = make_project(tmp_path, **{**OFTEN, "SOLVER__MAX_ITER": 6, "SOLVER__CHECKPOINT_PERIOD": 2})
+    train(project, hooks=(KillAt(4),))
+    change(project.output / "last_checkpoint")
+    assert min(train(project, resume=True).losses) == 4
+
+
 def test_every_checkpoint_damaged(tmp_path: Path) -> None:
     project = make_project(tmp_path, **{**OFTEN, "SOLVER__MAX_ITER": 4, "SOLVER__CHECKPOINT_PERIOD": 2})
     train(project)
@@ -280,6 +291,20 @@ def test_memory_that_runs_out(tmp_path: Path, after: Callable, error: Exception)
     assert str(caught.value) == (
         f"Out of memory ({reason}): raise SOLVER.GRADIENT_ACCUMULATION_STEPS, or lower SOLVER.IMS_PER_BATCH or the image sizes in INPUT; --resume "
         f"continues from {last}."
+    )
+
+
+def test_an_r_cnn_that_diverges(tmp_path: Path, after: Callable) -> None:
+    def fail() -> None:
+        raise FloatingPointError("Predicted boxes or scores contain Inf/NaN. Training has diverged.")
+
+    after(3, fail)
+    project = make_project(tmp_path, **OFTEN)
+    status, lines = _end_of(project)
+    assert status == 2
+    assert lines[-1] == (
+        "error: Predicted boxes or scores contain Inf/NaN. Training has diverged: lower SOLVER.BASE_LR or set "
+        f"SOLVER.CLIP_GRADIENTS.ENABLED True; --resume continues from {project.output / 'model_0000002.pth'}."
     )
 
 

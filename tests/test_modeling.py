@@ -12,7 +12,7 @@ from kd_d2.modeling.assignment import BACKGROUND, IGNORED, assign_adaptively
 from kd_d2.modeling.atss import centerness_of
 from kd_d2.modeling.fsaf import best_level, covers_cell, in_middle, smallest_box
 from kd_d2.modeling.gfl import DistributionTransform, distribution_focal_loss, quality_focal_loss
-from kd_d2.modeling.reppoints import PointTransform, assign_nearest
+from kd_d2.modeling.reppoints import PointConv, PointTransform, assign_nearest
 
 import pytest
 import torch
@@ -413,6 +413,15 @@ def test_reppoints_box_of_known_points() -> None:
     )
     box[0, 2].backward()
     assert transfer.grad.tolist() == pytest.approx([0.01 * across, 0.0], rel=1e-4)
+
+
+def test_reppoints_offsets_that_are_not_finite() -> None:
+    """Check that NaN offsets read the maps as offsets of zero do, and infinite ones outside of them, instead of crashing."""
+    layer, x = PointConv(2, 4, 3, padding=1), torch.rand(1, 2, 5, 7)
+    offset = torch.zeros(1, 18, 5, 7)
+    torch.testing.assert_close(layer(x, offset * torch.nan), layer(x, offset))
+    outside = layer.bias[:, None, None].expand(1, 4, 5, 7)
+    torch.testing.assert_close(layer(x, offset - torch.inf), outside)
 
 
 def test_reppoints_nearest_positions_by_hand() -> None:

@@ -67,7 +67,7 @@ def test_mean_average_precision_at_half_overlap(voc: str, moved: int, expected: 
 
 
 def test_training_and_evaluation_on_voc_folders(voc: str, tmp_path: Path) -> None:
-    """Check train_net.py on a dataset without a JSON file, and that ICD reads its class statistics."""
+    """Check train_net.py on a dataset without a JSON file, a resumable file after an evaluation, and ICD's statistics."""
     config = merged(
         {"_BASE_": str(TINY / "retinanet-student.yaml")},
         NARROW,
@@ -75,12 +75,14 @@ def test_training_and_evaluation_on_voc_folders(voc: str, tmp_path: Path) -> Non
             MODEL__RETINANET__NUM_CLASSES=20,
             DATASETS__TRAIN=(voc,),
             DATASETS__TEST=(voc,),
-            SOLVER__MAX_ITER=1,
+            SOLVER__MAX_ITER=2,
             SOLVER__STEPS=(),
+            TEST__EVAL_PERIOD=1,
             OUTPUT_DIR=str(tmp_path / "output"),
         ),
     )
     results = run_train_net("--config-file", write_yaml(tmp_path / "voc.yaml", config))
     assert set(results["bbox"]) == {"AP", "AP50", "AP75"}
+    torch.load(tmp_path / "output" / "model_final.pth", weights_only=True)
     frequencies, _, _ = read_priors((voc,), 20)
     torch.testing.assert_close(frequencies / frequencies.sum(), torch.full((20,), 0.05, dtype=frequencies.dtype))

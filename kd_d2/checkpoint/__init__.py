@@ -1,6 +1,6 @@
 """Checkpoints: student-only files, safe loading, and torchvision's formats."""
 
-from .checkpointer import CLASS_NAMES, KDCheckpointer, copy_to_cpu, load_complete
+from .checkpointer import CLASS_NAMES, KDCheckpointer, checkpoint_files, copy_to_cpu, load_complete
 from .fitting import Fit, fill, load_torchvision
 from .reading import UnreadableCheckpointError, distiller_states, local_path, read_checkpoint
 from .torchvision import StateDict
@@ -11,6 +11,7 @@ __all__ = [
     "KDCheckpointer",
     "StateDict",
     "UnreadableCheckpointError",
+    "checkpoint_files",
     "copy_to_cpu",
     "distiller_states",
     "fill",

@@ -94,11 +94,8 @@ class KDCheckpointer(DetectionCheckpointer):
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         write_text(os.path.join(self.save_dir, "last_checkpoint"), last_filename_basename)
 
-    def resumable_files(self) -> list[str]:
-        """Return the last checkpoint, followed by the other checkpoints in the folder, newest first."""
-        last = self.get_checkpoint_file()
-        others = glob.glob(os.path.join(glob.escape(self.save_dir), "model_*.pth"))
-        return [last, *sorted(set(others) - {last}, key=os.path.getmtime, reverse=True)]
+    def has_checkpoint(self) -> bool:
+        return bool(checkpoint_files(self.save_dir))
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         content = read_checkpoint(filename)
@@ -128,6 +125,18 @@ class KDCheckpointer(DetectionCheckpointer):
             return super().load(path, checkpointables)
         finally:
             self._parsed_url_during_load = None
+
+
+def checkpoint_files(folder: str) -> list[str]:
+    """Return the checkpoints of a training: the one named in `last_checkpoint`, if any, and the others, newest first."""
+    found = glob.glob(os.path.join(glob.escape(folder), "model_*.pth"))
+    newest_first = sorted(found, key=os.path.getmtime, reverse=True)
+    try:
+        with open(os.path.join(folder, "last_checkpoint"), encoding="utf-8", errors="replace") as file:
+            last = os.path.join(folder, file.read().strip())
+    except (FileNotFoundError, NotADirectoryError):
+        return newest_first
+    return [last, *(file for file in newest_first if file != last)]
 
 
 def copy_to_cpu(tree: Any) -> Any:

@@ -43,6 +43,15 @@ class _PlainUnpickler(pickle._Unpickler):
         raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")  # same wording as torch
 
 
+NUMPY_SCALARS = [
+    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("bool", "int32", "int64", "float32", "float64")),
+]
+"""What torch.load may construct for NumPy scalars, which other programs, and Pascal VOC's evaluator, give as AP."""
+
+
 class UnreadableCheckpointError(UserError):
     """A checkpoint does not exist or is damaged."""
 
@@ -65,7 +74,8 @@ def read_checkpoint(path: str) -> dict[str, Any]:
                 content = _PlainUnpickler(file, encoding="latin1").load()
         else:
             _check_size(path)
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(NUMPY_SCALARS):
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except FileNotFoundError as error:

@@ -163,7 +163,7 @@ class BestCheckpoint(HookBase):
             return
         self.seen = results
         of_first_set = results if "bbox" in results else next(iter(results.values()))
-        ap = of_first_set.get("bbox", {}).get("AP", -math.inf)
+        ap = float(of_first_set.get("bbox", {}).get("AP", -math.inf))  # a NumPy scalar from the evaluator of Pascal VOC
         if ap > self.best:
             self.best = ap
             self.checkpointer.wait()

@@ -116,10 +116,22 @@ def _check_files(key: str, name: str) -> None:
 
 
 def _check_keypoints(cfg: CfgNode, key: str, name: str) -> None:
-    if cfg.MODEL.KEYPOINT_ON and MetadataCatalog.get(name).get("keypoint_names") is None:
+    if not cfg.MODEL.KEYPOINT_ON:
+        return
+    names, predicted = MetadataCatalog.get(name).get("keypoint_names"), cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+    if names is None:
         raise UserError(
             f"DATASETS.{key} names {name!r}, which has no keypoints (datasets in DATASETS.COCO_JSON have only boxes and masks), but "
             "MODEL.KEYPOINT_ON is True: set it to False, or register the dataset with Detectron2's register_coco_instances in a file for --import."
+        )
+    if len(names) != predicted:
+        raise UserError(
+            f"The dataset {name} has {len(names)} keypoints, but MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {predicted}."
+        )
+    sigmas = len(cfg.TEST.KEYPOINT_OKS_SIGMAS)
+    if key == "TEST" and (sigmas or 17) != predicted:
+        raise UserError(
+            f"TEST.KEYPOINT_OKS_SIGMAS has {sigmas} values, but the dataset {name} needs {predicted}, one for each keypoint (none for COCO's 17)."
         )
 
 

@@ -7,6 +7,7 @@ import os
 
 import torch
 
+from ..checkpoint import checkpoint_files
 from ..data.images import DataError
 from ..errors import DISK_IS_FULL, UserError
 from .lost_ranks import explain_lost_ranks
@@ -28,9 +29,12 @@ class Failures:
             return UserError(f"{str(error).rstrip('.')}; {saved(self.folder)}.")
         if isinstance(error, UserError):
             return error
-        sentence = (
-            self._of_system(error) if isinstance(error, OSError) else _of_memory(error) or explain_lost_ranks(error)
-        )
+        if isinstance(error, OSError):
+            sentence = self._of_system(error)
+        elif isinstance(error, FloatingPointError):
+            sentence = f"{str(error).rstrip('.')}: lower SOLVER.BASE_LR or set SOLVER.CLIP_GRADIENTS.ENABLED True"
+        else:
+            sentence = _of_memory(error) or explain_lost_ranks(error)
         return UserError(f"{sentence}; {saved(self.folder)}.") if sentence else None
 
     def _of_system(self, error: OSError) -> str | None:
@@ -52,12 +56,8 @@ class Failures:
 
 def saved(folder: str) -> str:
     """Return a clause that says which checkpoint --resume would continue from."""
-    try:
-        with open(os.path.join(folder, "last_checkpoint"), encoding="utf-8") as file:
-            path = os.path.join(folder, file.read().strip())
-    except OSError:
-        path = ""
-    return f"--resume continues from {path}" if os.path.isfile(path) else "there is no checkpoint yet"
+    files = [path for path in checkpoint_files(folder) if os.path.isfile(path)]
+    return f"--resume continues from {files[0]}" if files else "there is no checkpoint yet"
 
 
 def _of_memory(error: BaseException | None) -> str | None:

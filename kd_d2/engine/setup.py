@@ -15,6 +15,7 @@ from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
+from ..checkpoint import checkpoint_files
 from ..class_names import as_comment, names_in_checkpoint, names_in_data, names_in_training_set
 from ..config import KD_META_ARCH, SolverKeys, changed_keys, load_config
 from ..config_files import find_config_file
@@ -46,7 +47,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         args.config_file = find_config_file(args.config_file, "the config")
     cfg = load_config(args.config_file, args.opts, student_only=args.eval_only and not args.eval_teacher)
     if args.eval_only and args.resume:
-        cfg.MODEL.WEIGHTS = _last_checkpoint(cfg) or cfg.MODEL.WEIGHTS
+        cfg.MODEL.WEIGHTS = next(iter(checkpoint_files(cfg.OUTPUT_DIR)), cfg.MODEL.WEIGHTS)
     check_device(cfg, comm.get_world_size())
     check_output_folder(cfg.OUTPUT_DIR)
     if comm.is_main_process() and not args.eval_only:
@@ -89,17 +90,8 @@ def _class_order(cfg: CfgNode, args: argparse.Namespace) -> ClassOrder | None:
     if args.eval_only:
         names = None if args.eval_teacher else names_in_checkpoint(cfg.MODEL.WEIGHTS)
         return names or names_in_training_set(cfg)
-    last = _last_checkpoint(cfg) if args.resume else None
-    return names_in_checkpoint(last) if last else None
-
-
-def _last_checkpoint(cfg: CfgNode) -> str | None:
-    """Return the path of the last checkpoint in OUTPUT_DIR, or None if there is none."""
-    pointer = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
-    if not os.path.isfile(pointer):
-        return None
-    with open(pointer, encoding="utf-8") as file:
-        return os.path.join(cfg.OUTPUT_DIR, file.read().strip())
+    files = checkpoint_files(cfg.OUTPUT_DIR) if args.resume else []
+    return names_in_checkpoint(files[0]) if files else None
 
 
 def student_config(cfg: CfgNode) -> CfgNode:

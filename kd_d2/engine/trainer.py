@@ -19,7 +19,7 @@ from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..checkpoint import KDCheckpointer, UnreadableCheckpointError
+from ..checkpoint import KDCheckpointer, UnreadableCheckpointError, checkpoint_files
 from ..class_names import match_classes, names_in_checkpoint, names_in_data
 from ..compiled import compile_backbone
 from ..data import build_stream_loader, build_test_loader
@@ -110,7 +110,7 @@ class KDTrainer(DefaultTrainer):
         beginning, failure = "nothing", None
         try:
             if resume:
-                beginning = self._resume_from_any(self.checkpointer.resumable_files())
+                beginning = self._resume_from_any(checkpoint_files(self.cfg.OUTPUT_DIR))
         except UserError as error:
             beginning, failure = f"nothing ({error})", error
         beginnings = comm.all_gather(beginning)
@@ -188,7 +188,7 @@ class KDTrainer(DefaultTrainer):
                 f"{self.checkpointer.get_checkpoint_file()}"
             )
             raise
-        except (OSError, RuntimeError, MemoryError, DataError) as error:
+        except (OSError, RuntimeError, MemoryError, FloatingPointError, DataError) as error:
             sentence = failures.explain(error)
             if sentence is None:
                 raise

@@ -42,4 +42,4 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
         return PascalVOCDetectionEvaluator(dataset_name)
     if kind == "lvis":
         return LVISEvaluator(dataset_name, output_dir=output_folder)
-    return CocoEvaluator(dataset_name, output_folder)
+    return CocoEvaluator(dataset_name, output_folder, cfg.TEST.KEYPOINT_OKS_SIGMAS)

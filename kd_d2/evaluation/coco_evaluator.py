@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -29,12 +30,29 @@ def faster_evaluation(truth: COCO, detections: COCO, task: str) -> COCOeval_fast
 
 
 class CocoEvaluator(COCOEvaluator):
-    """COCO evaluator for annotation files that may omit area and iscrowd, which pycocotools requires."""
+    """COCO evaluator for annotation files that may omit area and iscrowd, which pycocotools requires.
 
-    def __init__(self, dataset_name: str, output_dir: str):
-        super().__init__(dataset_name, output_dir=output_dir, use_fast_impl=False)
-        for annotation in self._coco_api.anns.values():
+    Masks and keypoints are evaluated only if the annotations have them.
+
+    Args:
+        dataset_name: registered dataset.
+        output_dir: folder for the detections in JSON.
+        keypoint_sigmas: see TEST.KEYPOINT_OKS_SIGMAS.
+    """
+
+    def __init__(self, dataset_name: str, output_dir: str, keypoint_sigmas: Sequence[float] = ()):
+        super().__init__(dataset_name, output_dir=output_dir, use_fast_impl=False, kpt_oks_sigmas=keypoint_sigmas)
+        annotations = self._coco_api.anns.values()
+        for annotation in annotations:
             annotation.update(complete(annotation))
+        self._is_annotated = {
+            "bbox": True,
+            "segm": all(annotation.get("segmentation") for annotation in annotations),
+            "keypoints": all("keypoints" in annotation for annotation in annotations),
+        }
+
+    def _tasks_from_predictions(self, predictions: list[dict[str, Any]]) -> list[str]:
+        return [task for task in super()._tasks_from_predictions(predictions) if self._is_annotated[task]]
 
     def _derive_coco_results(
         self, coco_eval: Any, iou_type: str, class_names: list[str] | None = None

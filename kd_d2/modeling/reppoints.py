@@ -65,11 +65,14 @@ class RepPointsKeys(DenseKeys):
 
 
 class PointConv(DeformConv2d):
-    """A deformable convolution that runs in float32 even under autocast."""
+    """A deformable convolution that runs in float32 even under autocast.
+
+    Offsets that are NaN, as in a training that diverges, count as 0: torchvision would read memory outside of the maps.
+    """
 
     def forward(self, x: Tensor, offset: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.float(), offset.float())
+            return super().forward(x.float(), offset.float().nan_to_num(0.0))
 
 
 class RepPointsHead(RetinaNetHead):
