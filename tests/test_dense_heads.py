@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.layers import CycleBatchNormList
-from detectron2.structures import Boxes, pairwise_iou
+from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils.events import EventStorage
 from helpers import configured, make
 from torch import Tensor, nn
@@ -258,6 +258,18 @@ def _slow_head(kind: str, head: nn.Module, split: int, level: int, maps: tuple[T
     return [x.unflatten(1, (anchors, -1)).permute(0, 3, 4, 1, 2).flatten(1, 3) for x in outputs]
 
 
+def _slow_centerness(student: DetectorOutputs, targets: list[Instances]) -> float:
+    """Return the sum of the positives' centerness in their boxes."""
+    found = 0.0
+    for stride, assignment in student.dense.assignment_by_level.items():
+        for image, anchor in (assignment >= 0).nonzero().tolist():
+            x, y = student.anchors[stride].get_centers()[anchor].tolist()
+            box = targets[image].gt_boxes.tensor[assignment[image, anchor]].tolist()
+            left, top, right, bottom = x - box[0], y - box[1], box[2] - x, box[3] - y
+            found += math.sqrt(min(left, right) / max(left, right) * min(top, bottom) / max(top, bottom))
+    return found
+
+
 def _slow_crosskd(
     kind: str,
     head: nn.Module,
@@ -265,10 +277,12 @@ def _slow_crosskd(
     maps: list[dict[int, Tensor]],
     theirs: list[dict[int, Tensor]],
     student: DetectorOutputs,
+    targets: list[Instances],
 ) -> list[Tensor]:
     """Compute the unweighted class, box and centerness losses from the definition, in double precision."""
     assignment = student.dense.assignment_by_level
     positives = max(sum(int((a >= 0).sum()) for a in assignment.values()), 1)
+    total = positives if kind != "fcos" else max(_slow_centerness(student, targets), 1)
     classes, boxes, centerness, weights = (torch.zeros((), dtype=torch.float64) for _ in range(4))
     for number, stride in enumerate(STRIDES):
         crossed_maps = []
@@ -295,8 +309,8 @@ def _slow_crosskd(
                 p, t = (x[2][image, :, 0].sigmoid() for x in (crossed, target))
                 entropy = -t * p.log() - (1 - t) * (1 - p).log()
                 centerness = centerness + entropy[labels >= 0].sum()
-    divisor = weights.clamp(min=1) if kind == "gfl" else positives
-    return [classes / positives, boxes / divisor, centerness / positives]
+    divisor = weights.clamp(min=1) if kind == "gfl" else total
+    return [classes / total, boxes / divisor, centerness / positives]
 
 
 @pytest.mark.parametrize("counts", [(3, 2), (0, 1), (0, 0)])
@@ -307,6 +321,7 @@ def test_crosskd_is_its_definition(
 ) -> None:
     """Check the losses and the gradients of the student's features against a double-precision implementation."""
     inputs = make_inputs(counts=counts)
+    targets = [entry["instances"] for entry in inputs]
     student, teacher = _read(dense(kind), inputs, split), Teacher(dense(kind, seed=1))
     theirs = teacher(inputs, frozenset({"dense", towers_at(split)}))
     both = [[t.class_features, t.box_features] for t in (student.towers[split], theirs.towers[split])]
@@ -314,13 +329,13 @@ def test_crosskd_is_its_definition(
     student.towers[split] = Towers(*ours, student.towers[split].finish)
     weights = (1.0, 2.0, 3.0 if kind in ("fcos", "atss") else 0.0)
     keys = dict(zip(("class_weight", "box_weight", "centerness_weight"), weights, strict=True))
-    losses = make(CrossKD, teacher.spec, split=split, **keys)(student, theirs, [])
+    losses = make(CrossKD, teacher.spec, split=split, **keys)(student, theirs, targets)
     assert len(losses) == (3 if weights[2] else 2)
     sum(losses.values()).backward()
 
     slow = [{s: x.detach().double().requires_grad_() for s, x in features.items()} for features in ours]
     given = [{s: x.double() for s, x in features.items()} for features in both[1]]
-    expected = _slow_crosskd(kind, copy.deepcopy(teacher.model.head).double(), split, slow, given, student)
+    expected = _slow_crosskd(kind, copy.deepcopy(teacher.model.head).double(), split, slow, given, student, targets)
     for name, weight, value in zip(losses, weights, expected):
         assert losses[name].item() == pytest.approx(weight * value.item(), rel=1e-4, abs=1e-6), name
     sum(weight * value for weight, value in zip(weights, expected, strict=True)).backward()

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from ..adapters import IGNORED, DensePredictions, DetectorOutputs, towers_at
@@ -25,6 +25,7 @@ from .pair import Pair
 CLASS, BOX, CENTERNESS = (f"loss_crosskd_{part}" for part in ("class", "box", "centerness"))
 MIN_IOU = 1e-6
 MIN_AREA = 1e-7  # pixels
+MIN_SIDE = 1e-6  # pixels
 
 
 @DISTILLER_REGISTRY.register()
@@ -34,14 +35,15 @@ class CrossKD(Distiller):
     The student's features after convolution SPLIT of each tower, before the activation, are aligned per channel with
     the teacher's mean and deviation and passed through the rest of its frozen head. Times WEIGHT:
 
-    - classes: sum over non-ignored anchors and classes of |p_T - p|^1 * BCE(p, p_T) / number of positives;
+    - classes: sum over non-ignored anchors and classes of |p_T - p|^1 * BCE(p, p_T) / n;
     - boxes: sum over the same anchors, weighted by the teacher's largest class probability. Distributions: divergence
       summed over bins, mean over sides, divided by the sum of weights. Others: GIoU loss of decoded boxes, or -log(IoU)
-      for point-based detectors, divided by the number of positives;
+      for point-based detectors, divided by n;
     - centerness: BCE with the teacher's, averaged over positives.
 
-    The teacher's head determines the type of box loss. Positives are from the student's label assignment. Divisors are
-    totals over all ranks, at least 1.
+    n is the number of positives, for FCOS the sum of their centerness. The teacher's head determines the divisor and
+    the type of box loss. Positives are from the student's label assignment. Divisors are totals over all ranks, at
+    least 1.
     """
 
     needs = frozenset({"dense", "targets", "towers"})
@@ -76,6 +78,7 @@ class CrossKD(Distiller):
             raise UserError(
                 f"MODEL.KD.CROSSKD.CENTERNESS_WEIGHT is {config.centerness_weight}, but the teacher ({teacher.name}) has no centerness."
             )
+        self.is_normalized_by_centerness = has_centerness and at_points
         self.box_loss = "distributions" if teacher.num_bins else "iou" if at_points else "giou"
         published = (
             0.4 if at_points else 1.0,
@@ -112,7 +115,11 @@ class CrossKD(Distiller):
 
     def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
         crossed, expected = self._crossed(student, teacher), teacher.dense
-        num_positives = mean_count_across_ranks((student.dense.assignment >= 0).sum().float())
+        is_positive_BR = student.dense.assignment >= 0
+        num_positives = mean_count_across_ranks(is_positive_BR.sum().float())
+        total = num_positives
+        if self.is_normalized_by_centerness:
+            total = mean_count_across_ranks((is_positive_BR * centerness_of_assigned(student.dense, targets)).sum())
         classes = sum(
             quality_focal_loss(crossed.logits[s], expected.logits[s], (assignment != IGNORED)[..., None], power=1.0)
             for s, assignment in student.dense.assignment_by_level.items()
@@ -120,8 +127,8 @@ class CrossKD(Distiller):
         largest_BR = torch.cat([logits.amax(2) for logits in expected.logits.values()], 1)
         weights_BR = largest_BR.float().sigmoid() * (student.dense.assignment != IGNORED)
         boxes, box_weights = (weights_BR * self._box_losses(crossed, expected)).sum(), weights_BR.sum()
-        divisor = mean_count_across_ranks(box_weights) if self.box_loss == "distributions" else num_positives
-        losses = {CLASS: classes / num_positives, BOX: boxes / divisor}
+        divisor = mean_count_across_ranks(box_weights) if self.box_loss == "distributions" else total
+        losses = {CLASS: classes / total, BOX: boxes / divisor}
         if CENTERNESS in self.weights:
             picked = (
                 student.dense.positives.pick(dense.quality[stride] for stride in student.dense.logits)
@@ -151,6 +158,25 @@ class CrossKD(Distiller):
             return softmax_divergence(*sides).mean(2)
         loss = giou_loss if self.box_loss == "giou" else iou_loss
         return loss(*(torch.cat([*dense.boxes.values()], 1) for dense in (crossed, expected)))
+
+
+def centerness_of_assigned(dense: DensePredictions, targets: list[Instances]) -> Tensor:
+    """Compute the centerness (Tian et al. 2019, equation 3) of each anchor in its box (B, R); any value without one."""
+    points_R2 = Boxes.cat([*dense.anchors.values()]).get_centers()
+    return torch.stack(
+        [
+            _centerness(points_R2, target.gt_boxes.tensor[assigned_R.clamp(min=0)])
+            if len(target)
+            else points_R2.new_zeros(len(points_R2))
+            for assigned_R, target in zip(dense.assignment, targets, strict=True)
+        ]
+    )
+
+
+def _centerness(points_R2: Tensor, boxes_R4: Tensor) -> Tensor:
+    low, high = points_R2 - boxes_R4[:, :2], boxes_R4[:, 2:] - points_R2
+    ratios = torch.minimum(low, high) / torch.maximum(low, high).clamp(min=MIN_SIDE)
+    return ratios.clamp(min=0).prod(1).sqrt()
 
 
 @in_float32

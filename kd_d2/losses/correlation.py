@@ -14,7 +14,7 @@ from torch import Tensor
 from .moments import Total, alone, central_moments
 
 SQUARE_EPS = 1e-16
-"""Smallest sum of squares to divide by: constant values have correlation 0 and finite gradients."""
+"""Sum of squares up to which values count as constant: their correlation and its gradient are 0."""
 
 
 def dist_loss(
@@ -65,6 +65,10 @@ def dist_loss_of_levels(
 
 
 def _distances(sums_3N: Tensor) -> Tensor:
-    """Compute 1 - r from sums of squares and products of values with a mean of zero."""
-    inverse_2N = sums_3N[:2].clamp(min=SQUARE_EPS).rsqrt()
+    """Compute 1 - r from sums of squares and products of values with a mean of zero.
+
+    Predictions in half precision are often constant, along classes or positions, at the beginning of training.
+    """
+    squares_2N = sums_3N[:2]
+    inverse_2N = squares_2N.clamp(min=SQUARE_EPS).rsqrt().where(squares_2N > SQUARE_EPS, 0)
     return 1 - sums_3N[2] * inverse_2N[0] * inverse_2N[1]
