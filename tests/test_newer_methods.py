@@ -584,10 +584,22 @@ def test_defaults_are_the_authors(build: Callable, kind: str, pkd: float, mgd: f
         methods = {method: build(method, kind, teacher) for method in METHODS}
         assert (methods[CWD].weight, methods[CWD].config.temperature, methods[PKD].weight) == (10, 1, pkd)
         assert (methods[MGD].weight, methods[MGD].mask_ratio) == (mgd, ratio)
-        assert [*methods[FGD].weights.values()] == pytest.approx(fgd) and methods[FGD].config.temperature == 0.5
+        assert [*methods[FGD].weights.values()] == pytest.approx(fgd)
+        assert methods[FGD].temperature == (0.8 if kind == "fcos" else 0.5)
         assert all(not method.adaptation.layers for method in methods.values())
         assert not list(methods[CWD].parameters()) and not list(methods[PKD].parameters())
     assert build(CWD, "retinanet", MAPS="logits").weight == 5
+
+
+@pytest.mark.parametrize("method", [PKD, MGD, FGD])
+def test_number_of_levels(build: Callable, method: type[Distiller]) -> None:
+    """Check that the finest of the common levels are compared, for pairs with strides from 8 to 128 and from 4 to 64."""
+    for teacher, common in (("retinanet", (8, 16, 32, 64, 128)), ("faster", (8, 16, 32, 64))):
+        for number in (None, 1, 4, 9):
+            built = build(method, "retinanet", teacher, NUM_LEVELS=number)
+            assert built.adaptation.strides == common[:number]
+            layers = getattr(built, "generation", getattr(built, "student_relations", None))
+            assert layers is None or [*layers] == [str(stride) for stride in common[:number]]
 
 
 def test_weights_that_are_named(build: Callable) -> None:
@@ -615,6 +627,7 @@ def test_share_of_cwd_among_balanced_methods(maps: str, weight: float | None, sh
         (CWD, "MAPS", "boxes"),
         (CWD, "TEMPERATURE", 0.0),
         (PKD, "RESIZE", "both"),
+        (PKD, "NUM_LEVELS", 0),
         (MGD, "MASK_RATIO", 1.0),
         (MGD, "MASK_RATIO", -0.1),
         (MGD, "MASK_RATIO", "half"),

@@ -22,7 +22,7 @@ from ..losses.flat_levels import FlatLevels, flatten_levels
 from ..losses.focal import attended_square, background_of_levels, foreground_of_levels
 from .adaptation import Adaptation, AdaptationLayers
 from .base import DISTILLER_REGISTRY, Distiller, Losses, in_float32
-from .pair import Pair
+from .pair import NumLevels, Pair
 
 FOREGROUND, BACKGROUND, ATTENTION, RELATION = (
     f"loss_fgd_{part}" for part in ("foreground", "background", "attention", "relation")
@@ -34,6 +34,7 @@ POINTS = (1.6e-3, 8e-4, 8e-4, 8e-6)
 TWO_STAGE = (5e-5, 2.5e-5, 5e-5, 5e-7)
 WEIGHTS_BY_NAME = {"FCOS": POINTS, "RepPoints": POINTS}
 """alpha, beta, gamma and lambda of students for which the authors' weights differ from those of their family."""
+TEMPERATURES_BY_NAME = {"FCOS": 0.8}
 
 
 @DISTILLER_REGISTRY.register()
@@ -76,11 +77,17 @@ class FGD(Distiller):
             AtLeast(0),
             "Relation weight (lambda); None means 8e-6 for FCOS and RepPoints, 5e-6 for other one-stage students, 5e-7 for the rest.",
         ] = None
-        temperature: Annotated[float, Above(0), "Temperature of the attention softmax."] = 0.5
+        temperature: Annotated[
+            float | None, Above(0), "Temperature of the attention softmax; None means 0.8 for FCOS and 0.5 for others."
+        ] = None
+        num_levels: NumLevels = None
         adaptation: Adaptation = None
 
     def __init__(self, config: Config, pair: Pair):
         super().__init__(config, pair)
+        pair = pair.with_levels(config.num_levels)
+        published = TEMPERATURES_BY_NAME.get(pair.student.name, 0.5)
+        self.temperature = published if config.temperature is None else config.temperature
         self.adaptation = AdaptationLayers.build(config.adaptation, pair, self.CONFIG_NODE)
         published = ONE_STAGE if pair.student.family == "one-stage" else TWO_STAGE
         published = WEIGHTS_BY_NAME.get(pair.student.name, published)
@@ -119,8 +126,7 @@ class FGD(Distiller):
     def _flat_losses(
         self, student_BCL: Tensor, teacher_BCL: Tensor, foreground_BL: Tensor, levels: FlatLevels, names: list[str]
     ) -> Losses:
-        temperature = self.config.temperature
-        positions_BL, channels_BSC = theirs = attention_of_levels(teacher_BCL, temperature, levels)
+        positions_BL, channels_BSC = theirs = attention_of_levels(teacher_BCL, self.temperature, levels)
         difference_BCL = student_BCL - teacher_BCL
         error_BL = positions_BL * attended_square(difference_BCL, channels_BSC, levels)
         losses = {
@@ -128,7 +134,7 @@ class FGD(Distiller):
             BACKGROUND: (background_of_levels(foreground_BL, levels) * error_BL).sum(),
         }
         if ATTENTION in self.weights:
-            ours = attention_of_levels(student_BCL, temperature, levels)
+            ours = attention_of_levels(student_BCL, self.temperature, levels)
             losses[ATTENTION] = sum((a - b).abs().sum() for a, b in zip(ours, theirs, strict=True))
         if RELATION in self.weights:
             ours_BSC, theirs_BSC = (

@@ -78,7 +78,9 @@ class FKD(Distiller):
         feature_weight: Annotated[float, AtLeast(0), "Weight of the masked features."] = 7e-5
         relation_weight: Annotated[float, AtLeast(0), "Weight of the relations."] = 7e-5
         temperature: Annotated[
-            float, Above(0), "Temperature of the mask softmax; the paper uses 0.5, the authors' code 0.1."
+            float,
+            Above(0),
+            "Temperature of the mask softmax; 0.5 in the paper and the authors' two-stage code, 0.1 in their one-stage code.",
         ] = 0.5
         attention: Annotated[
             Literal["absolute", "adapted"],

@@ -37,8 +37,8 @@ class LD(Distiller):
         L = sum of q * TEMPERATURE^2 * (mean over bins of KL(p_T || p_S)) / (4 * max(1, sum of q over all ranks))
 
     The main region is the positives of the student's label assignment, q its largest class probability there. Optional:
-    the valuable localization region, near the boxes but not positive, with the IoU as q (see `valuable_region`); and
-    the divergence of the softmax over class logits at the positives, averaged over classes and positives.
+    the valuable localization region around the boxes, which may include positives, with the IoU as q (see
+    `valuable_region`); and the divergence of the softmax over class logits at the positives, averaged over classes and positives.
     """
 
     needs = frozenset({"dense", "distributions", "targets"})

@@ -14,7 +14,7 @@ from ..keys import AtLeast, Below
 from .adaptation import Adaptation, AdaptationLayers
 from .base import DISTILLER_REGISTRY, Distiller, Losses, in_float32
 from .generation import Residual, generation_blocks, random_mask
-from .pair import Pair
+from .pair import NumLevels, Pair
 
 
 @DISTILLER_REGISTRY.register()
@@ -45,11 +45,13 @@ class MGD(Distiller):
             "Fraction of the positions that is masked; None means 0.65 for one-stage students and 0.45 for others.",
         ] = None
         residual: Residual = False
+        num_levels: NumLevels = None
         adaptation: Adaptation = None
 
     def __init__(self, config: Config, pair: Pair):
         is_one_stage = pair.student.family == "one-stage"
         super().__init__(config, pair, default_weight=2e-5 if is_one_stage else 5e-7)
+        pair = pair.with_levels(config.num_levels)
         self.adaptation = AdaptationLayers.build(config.adaptation, pair, self.CONFIG_NODE)
         channels = {stride: theirs for stride, (_, theirs) in pair.channels.items()}
         self.generation = generation_blocks(channels, residual=config.residual)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Annotated
 
 from detectron2.config import CfgNode
 
 from ..adapters import DetectorSpec
+from ..keys import AtLeast
 from .matching import common_strides
+
+NumLevels = Annotated[
+    int | None,
+    AtLeast(1),
+    "Number of levels to compare, from the finest; None means all that both detectors have.",
+]
+"""Type of the key NUM_LEVELS of a method."""
 
 
 @dataclass(frozen=True)
@@ -18,22 +27,28 @@ class Pair:
         student, teacher: the two detectors.
         datasets: names of the training datasets whose annotations are read; empty if pseudo-labels replace them.
         max_iter: number of training iterations.
+        num_levels: number of levels that the method compares, from the finest; None for all.
     """
 
     student: DetectorSpec
     teacher: DetectorSpec
     datasets: tuple[str, ...] = ()
     max_iter: int = 0
+    num_levels: int | None = None
 
     @classmethod
     def from_config(cls, cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> Pair:
         datasets = () if cfg.MODEL.KD.PSEUDO_LABELS.ENABLED else tuple(cfg.DATASETS.TRAIN)
         return cls(student, teacher, datasets, cfg.SOLVER.MAX_ITER)
 
+    def with_levels(self, number: int | None) -> Pair:
+        """Return the same pair with the finest `number` of its common levels; None for all."""
+        return replace(self, num_levels=number)
+
     @property
     def strides(self) -> list[int]:
-        """Strides of the neck levels that both detectors have, ascending. Raises a UserError if there are none."""
-        return common_strides(self.student, self.teacher)
+        """Strides of the neck levels to compare, ascending. Raises a UserError if the detectors have none in common."""
+        return common_strides(self.student, self.teacher)[: self.num_levels]
 
     @property
     def channels(self) -> dict[int, tuple[int, int]]:

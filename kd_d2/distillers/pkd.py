@@ -16,7 +16,7 @@ from ..keys import AtLeast
 from ..losses import pearson_loss_of_levels
 from .adaptation import Adaptation, AdaptationLayers
 from .base import DISTILLER_REGISTRY, Distiller, Losses, in_float32
-from .pair import Pair
+from .pair import NumLevels, Pair
 
 
 @DISTILLER_REGISTRY.register()
@@ -43,11 +43,14 @@ class PKD(Distiller):
             Literal["student", "teacher"],
             "Whose maps are resized to the other's size if maps of one stride have different sizes.",
         ] = "student"
+        num_levels: NumLevels = None
         adaptation: Adaptation = None
 
     def __init__(self, config: Config, pair: Pair):
         super().__init__(config, pair, default_weight=10.0 if pair.student.family == "one-stage" else 6.0)
-        self.adaptation = AdaptationLayers.build(config.adaptation, pair, self.CONFIG_NODE)
+        self.adaptation = AdaptationLayers.build(
+            config.adaptation, pair.with_levels(config.num_levels), self.CONFIG_NODE
+        )
 
     def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
         pairs = [self._of_one_size(s, t) for s, t in self.adaptation.pairs(student, teacher)]
