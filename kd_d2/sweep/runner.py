@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from detectron2.config import get_cfg
 
+from ..checkpoint import checkpoint_files
 from ..config import read_config
 from ..engine.stop_request import exit_on_sigterm
 from ..errors import UserError
@@ -169,8 +170,8 @@ def _is_finished(job: Job) -> bool:
 
 def _check_checkpoint(job: Job) -> None:
     """Raise a UserError if the job would resume a training with different settings."""
-    config, last = (os.path.join(job.output, name) for name in ("config.yaml", "last_checkpoint"))
-    if os.path.isfile(config) and os.path.isfile(last):
+    config = os.path.join(job.output, "config.yaml")
+    if os.path.isfile(config) and checkpoint_files(job.output):
         settings = without_locations(read_config(config))
         _check_settings(job, settings, f"{job.output} has a training", "the folder, or choose another --output")
 
