@@ -30,11 +30,11 @@ def add_config_argument(parser: argparse.ArgumentParser, help: str = "a config")
     )
 
 
-def add_import_argument(parser: argparse.ArgumentParser) -> None:
-    """Add --import as the list `args.imports`."""
+def add_import_argument(parser: argparse.ArgumentParser, dest: str = "imports") -> None:
+    """Add --import as the list `args.imports`, or that of another name."""
     parser.add_argument(
         "--import",
-        dest="imports",
+        dest=dest,
         action="append",
         default=[],
         metavar="MODULE_OR_FILE",

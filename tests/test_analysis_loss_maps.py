@@ -203,7 +203,7 @@ def test_two_processes_know_a_method_from_a_file(tmp_path: Path) -> None:
         "@DISTILLER_REGISTRY.register()\nclass Recorded(PKD):\n    CONFIG_NODE = 'RECORDED'\n"
     )
     project = make_project(tmp_path, **{**KEYS, "MODEL__KD__DISTILLERS": ("Recorded",), "SOLVER__IMS_PER_BATCH": 2})
-    program = [sys.executable, "-m", "kd_d2", "analyze", "loss-maps", "--import", path, "--model", project.student]
+    program = [sys.executable, "-m", "kd_d2", "analyze", "--import", path, "loss-maps", "--model", project.student]
     options = ["--output", tmp_path / "out", "--images", "1", "--every", "4", "--num-gpus", "2", "MODEL.DEVICE", "cpu"]
     done = subprocess.run(list(map(str, program + options)), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -25,7 +25,7 @@ def prepare(options: list[str]) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_import_argument(parser)
+    add_import_argument(parser, dest="imports_before_analysis")
     commands = parser.add_subparsers(
         dest="analysis", required=True, metavar="ANALYSIS", title="analyses", parser_class=_AnalysisParser
     )
@@ -62,6 +62,8 @@ def run(args: argparse.Namespace) -> None:
             f"--model: kd-d2 analyze {args.analysis} takes {COUNTS.get(analysis.model_count, f'{least} to {most}')} of them, "
             f"not {len(args.model)}."
         )
+    if "imports" in args.options:
+        args.options["imports"] = [*args.imports_before_analysis, *args.options["imports"]]
     from detectron2.utils import comm
 
     result = analysis.run(analysis.read_models(args.model, args.opts), args.output, **args.options)
