@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kd_d2.data import CheckedMapper, read_image
+from kd_d2.data.coco.image_names import size_on_disk
 from kd_d2.data.images import DataError
 from kd_d2.prediction import find_images
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from detectron2.config import get_cfg
 from detectron2.data import DatasetMapper
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 
 pytestmark = pytest.mark.unit
 
@@ -36,6 +37,24 @@ def test_formats_are_recognized_by_content(tmp_path: Path, form: str) -> None:
     Image.new("RGB", (40, 30), "white").save(tmp_path / "any.dat", form)
     assert (read_image(str(tmp_path / "any.dat"), "BGR") == 255).mean() == 1
     assert _map(tmp_path / "any.dat")["image"].shape == (3, 800, 1067)
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+def test_the_exif_orientation_is_applied_once(tmp_path: Path, suffix: str, orientation: int) -> None:
+    """Check pixels and size against Pillow's exif_transpose; Pillow itself turns a TIFF image when it loads it."""
+    path = tmp_path / f"turned.{suffix}"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.arange(40 * 30 * 3).reshape(30, 40, 3).astype(np.uint8)).save(path, exif=exif)
+    with Image.open(path) as image:
+        expected = ImageOps.exif_transpose(image).convert("RGB")
+    cfg = get_cfg()
+    cfg.merge_from_list(["INPUT.FORMAT", "RGB", "INPUT.MIN_SIZE_TEST", 0])
+    mapped = CheckedMapper(DatasetMapper(cfg, is_train=False))({"file_name": str(path)})
+    assert np.array_equal(read_image(str(path), "RGB"), expected)
+    assert np.array_equal(mapped["image"].permute(1, 2, 0), expected)
+    assert size_on_disk(str(path)) == expected.size == ((30, 40) if orientation == 6 else (40, 30))
 
 
 @pytest.mark.parametrize("read", [_map, lambda path: find_images([str(path)])], ids=["dataset", "predict"])

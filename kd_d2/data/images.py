@@ -59,13 +59,14 @@ def read_checked(path: str, read: Callable[[], Content]) -> Content:
     """
     try:
         with open_image(path) as image:
-            is_jpeg = image.format in ("JPEG", "MPO")
+            is_jpeg, is_tiff = image.format in ("JPEG", "MPO"), image.format == "TIFF"
             if image.mode.startswith(("I", "F")):
                 raise ValueError(
                     "it has 16 or 32 bits a value, of which only 0 to 255 would be kept; convert it to 8 bits"
                 )
         try:
-            return read()
+            with _turned_by_pillow() if is_tiff else contextlib.nullcontext():
+                return read()
         except OSError as error:
             if not is_jpeg or "truncated" not in str(error):
                 raise
@@ -79,6 +80,22 @@ def read_checked(path: str, read: Callable[[], Content]) -> Content:
         return content
     except READING_ERRORS as error:
         raise DataError(f"The image {path} cannot be used: {_reason(error)}.") from error
+
+
+@contextlib.contextmanager
+def _turned_by_pillow() -> Iterator[None]:
+    """Load images before Detectron2 applies the EXIF orientation, which Pillow applies to TIFF images and then removes."""
+    original = detection_utils._apply_exif_orientation
+
+    def apply(image: Image.Image) -> Image.Image:
+        image.load()
+        return original(image)
+
+    detection_utils._apply_exif_orientation = apply
+    try:
+        yield
+    finally:
+        detection_utils._apply_exif_orientation = original
 
 
 def _reason(error: Exception) -> str:

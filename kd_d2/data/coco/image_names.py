@@ -122,6 +122,9 @@ def size_on_disk(path: str) -> tuple[int, int]:
     try:
         with open_image(path) as image:
             turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
+            if turned and image.format == "TIFF":
+                image.load()  # Pillow turns TIFF images itself, old versions not before loading
+                return image.size
             return image.size[::-1] if turned else image.size
     except READING_ERRORS as error:
         raise UserError(f"The image {path} cannot be read: {error}.") from error
