@@ -33,6 +33,11 @@ def has_controls(text: str) -> bool:
     return any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in text)
 
 
+def is_unicode(path: str) -> bool:
+    """Return whether a path has no surrogates, which stand for bytes of a name that is not UTF-8."""
+    return not any("\ud800" <= c <= "\udfff" for c in path)
+
+
 def without_controls(text: str) -> str:
     """Return the text with control characters, except newlines and tabs, and surrogates escaped."""
     if not has_controls(text):

@@ -1,6 +1,7 @@
 """kd-d2 predict: detections, output files, drawings, and messages for unusable input."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -385,6 +386,33 @@ def test_a_video_that_is_cut_off_or_none_is_named(
     with pytest.raises(SystemExit):
         predict(retinanet, tmp_path / "out", clip, options=("--batch", 0))
     assert "--batch is 0; it must be at least 1" in capsys.readouterr().err
+
+
+def test_names_that_are_not_utf_8(
+    retinanet: Project,
+    photos: Path,
+    clip: Path,
+    tmp_path: Path,
+    predict: Callable[..., dict],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Check that images may have them, and that videos, for which OpenCV would crash, are skipped or refused."""
+    folder = tmp_path / "names"
+    folder.mkdir()
+    bad = os.fsdecode(b"bad\xff")
+    (folder / f"{bad}.png").write_bytes((photos / "gray.png").read_bytes())
+    video = folder / f"{bad}.mp4"
+    video.write_bytes(clip.read_bytes())
+    tree = predict(retinanet, tmp_path / "out", folder)
+    assert [image["drawing"] for image in tree["images"]] == [f"{bad}.jpg"]
+    assert "Skipped 1 files that cannot be read as images or videos: bad\\udcff.mp4" in capsys.readouterr().out
+    for output, given, words in (
+        (tmp_path / "out", video, "bad\\udcff.mp4 cannot be read: its path is not UTF-8; rename it."),
+        (tmp_path / bad, clip, "--output: the path of the video"),
+    ):
+        with pytest.raises(SystemExit):
+            predict(retinanet, output, given)
+        assert words in capsys.readouterr().err
 
 
 def test_names_that_have_moved() -> None:

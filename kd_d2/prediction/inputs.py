@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..data.images import DataError, open_image, read_checked
 from ..errors import UserError
-from ..text import LONGEST_FILE_NAME, file_stem, printable
+from ..text import LONGEST_FILE_NAME, file_stem, is_unicode, printable
 from .video import video_problem
 
 logger = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ def drawing_names(inputs: list[Input], folder: str) -> list[str]:
     """Return the path of each input's drawing below `folder`, with the input's subfolders; equal names are numbered.
 
     Raises:
-        UserError: a drawing would overwrite an input.
+        UserError: a drawing would overwrite an input, or is a video whose path is not UTF-8.
     """
     files = {os.path.realpath(entry.path) for entry in inputs}
     names: dict[str, None] = {}
@@ -138,4 +138,6 @@ def drawing_names(inputs: list[Input], folder: str) -> list[str]:
         path = os.path.join(folder, name)
         if os.path.realpath(path) in files:
             raise UserError(f"--output: the drawing {path} would overwrite an input; choose another folder.")
+        if entry.is_video and not is_unicode(path):
+            raise UserError(f"--output: the path of the video {path} is not UTF-8; choose another folder.")
     return list(names)

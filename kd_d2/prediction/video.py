@@ -10,12 +10,15 @@ import cv2
 import numpy as np
 
 from ..errors import UserError
+from ..text import is_unicode
 
 
 def video_problem(path: str) -> str | None:
     """Return why a file cannot be read as a video, or None if its first frame can be read."""
     if not os.access(path, os.R_OK):
         return "Permission denied"
+    if not is_unicode(path):  # OpenCV would crash
+        return "its path is not UTF-8; rename it"
     capture = cv2.VideoCapture(path)
     try:
         return (
