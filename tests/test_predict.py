@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from kd_d2.analysis.drawing import PALETTE, draw_instances, titled
 from kd_d2.prediction.video import VideoReader, VideoWriter
 from kd_d2.predictor import read_categories
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -363,6 +365,27 @@ def test_frames_of_a_video_are_detected_drawn_and_numbered(
     drawn = VideoReader(str(out / "clip.mp4"))
     assert (drawn.fps, drawn.length) == (5.0, 5)
     assert [frame.shape for frame in drawn] == [(480, 720, 3)] * 5
+
+
+def test_times_of_a_variable_frame_rate(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check a video whose last three frames are shown for a quarter of the time, and one without timestamps."""
+    content = bytearray(clip.read_bytes())
+    place = content.find(b"stts") - 4
+    size, _, _, _, count, duration = struct.unpack_from(">I4s4I", content, place)
+    content[place : place + size] = struct.pack(
+        ">I4s6I", size + 8, b"stts", 0, 2, 2, duration, count - 2, duration // 4
+    )
+    for box in (b"stbl", b"minf", b"mdia", b"trak", b"moov"):
+        start = content.find(box) - 4
+        struct.pack_into(">I", content, start, struct.unpack_from(">I", content, start)[0] + 8)
+    clip.write_bytes(content)
+    reader = VideoReader(str(clip))
+    assert len(list(reader)) == 5
+    assert reader.times == pytest.approx([0, 0.2, 0.4, 0.45, 0.5])
+    monkeypatch.setattr(cv2, "CAP_PROP_POS_MSEC", -1)
+    plain = VideoReader(str(clip))
+    assert len(list(plain)) == 5
+    assert plain.times == pytest.approx([number / plain.fps for number in range(5)])
 
 
 def test_a_video_that_is_cut_off_or_none_is_named(

@@ -108,7 +108,7 @@ class _Run:
                 for image, detections in self._detect(batch):
                     if drawing is not None:
                         writer.write(draw_instances(image, detections, self.names))
-                    self._add(detections, source, drawing, frame=frames, time=round(frames / reader.fps, 4))
+                    self._add(detections, source, drawing, frame=frames, time=round(reader.times[frames], 4))
                     frames += 1
                     if frames % FRAMES_PER_LINE == 0:
                         logger.info(f"{number} {name}: {frames} of {reader.length or '?'} frames")

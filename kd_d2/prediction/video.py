@@ -34,12 +34,14 @@ class VideoReader:
     Attributes:
         fps: frames per second.
         length: number of frames according to the file's metadata; the file may have fewer.
+        times: time of each frame read so far, in seconds.
     """
 
     def __init__(self, path: str):
         self._capture = cv2.VideoCapture(path)
         self.fps = self._capture.get(cv2.CAP_PROP_FPS) or 25.0
         self.length = max(int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT)), 0)
+        self.times: list[float] = []
 
     def __iter__(self) -> Iterator[np.ndarray]:
         while True:
@@ -47,6 +49,10 @@ class VideoReader:
             if not is_there:
                 self._capture.release()
                 return
+            time = self._capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
+            if self.times and time <= self.times[-1]:  # a format without timestamps
+                time = self.times[-1] + 1 / self.fps
+            self.times.append(time)
             yield np.ascontiguousarray(frame[:, :, ::-1])
 
 
