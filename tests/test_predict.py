@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kd_d2 import Predictor, load_config, predictor
 from kd_d2.analysis.drawing import PALETTE, draw_instances, titled
+from kd_d2.prediction import find_inputs
 from kd_d2.prediction.video import VideoReader, VideoWriter
 from kd_d2.predictor import read_categories
 
@@ -436,6 +437,59 @@ def test_names_that_are_not_utf_8(
         with pytest.raises(SystemExit):
             predict(retinanet, output, given)
         assert words in capsys.readouterr().err
+
+
+def test_drawings_that_cannot_be_written_lose_no_detections(
+    retinanet: Project,
+    photos: Path,
+    clip: Path,
+    tmp_path: Path,
+    predict: Callable[..., dict],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Check an image longer than a JPEG may be, names that are folders in the output, and drawings as parent folders."""
+    Image.new("RGB", (65501, 1)).save(photos / "long.png")
+    (photos / "gray.jpg").mkdir()
+    (photos / "gray.jpg" / "below.png").write_bytes((photos / "gray.png").read_bytes())
+    out = tmp_path / "out"
+    for name in ("color.jpg", "clip.mp4"):
+        (out / name).mkdir(parents=True)
+    tree = predict(retinanet, out, photos, clip, options=("--score-thresh", LOW))
+    drawings = {Path(image["file_name"]).name: image.get("drawing") for image in tree["images"]}
+    assert drawings == {
+        "alpha.png": "alpha.jpg",
+        "color.png": None,
+        "gray.png": "gray.jpg",
+        "long.png": None,
+        "palette.gif": "palette.jpg",
+        "turned.jpg": "turned.jpg",
+        "below.png": None,
+        "clip.mp4": None,
+    }
+    assert {a["image_id"] for a in tree["annotations"]} >= {1, 2, 3, 5, 6, 7, 8, 12}
+    printed = capsys.readouterr().out
+    for name in ("color.jpg", "long.jpg", "gray.jpg/below.jpg", "clip.mp4"):
+        assert printed.count(f"The drawing {out / name} cannot be written: ") == 1
+
+
+def test_a_folder_in_place_of_the_file_is_refused_first(
+    retinanet: Project, photos: Path, tmp_path: Path, predict: Callable[..., dict], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out" / "detections.json").mkdir(parents=True)
+    with pytest.raises(SystemExit):
+        predict(retinanet, tmp_path / "out", photos)
+    assert "detections.json is a folder; remove it, or choose another output folder." in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["detections.json"]
+
+
+@pytest.mark.timeout(60)
+def test_named_pipes_are_skipped(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Check that a folder's named pipe, which no process writes, is not opened."""
+    os.mkfifo(photos / "pipe.png")
+    os.mkfifo(photos / "pipe.mp4")
+    with caplog.at_level("INFO", "kd_d2"):
+        assert len(find_inputs([str(photos)])) == 5
+    assert "Skipped 2 files that cannot be read as images or videos: pipe.mp4, pipe.png" in caplog.text
 
 
 def test_names_that_have_moved() -> None:

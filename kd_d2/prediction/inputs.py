@@ -104,6 +104,8 @@ def _files_below(folder: str, without: str | None, option: str) -> list[str]:
 
 def _problem(entry: Input) -> str | None:
     """Return a sentence that says why a file cannot be read, or None if it can."""
+    if not os.path.isfile(entry.path):  # opening a named pipe would block
+        return f"{entry.path} is not a regular file."
     if entry.is_video:
         problem = video_problem(entry.path)
         return problem and f"The video {entry.path} cannot be read: {problem}."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -60,13 +60,16 @@ def predict(
         per frame, with frame number and time in seconds), "annotations" (boxes with scores), "categories" and "info".
 
     Raises:
-        UserError: an option or the output folder is invalid.
+        UserError: an option or the output folder is invalid, or detections.json cannot be written.
     """
     options = options or PredictOptions()
     if options.batch < 1:
         raise UserError(f"--batch is {options.batch}; it must be at least 1.")
     drawings = drawing_names(inputs, output) if options.drawings else [None] * len(inputs)
     check_output_folder(output, "--output")
+    path = os.path.join(output, DETECTIONS)
+    if os.path.isdir(path):
+        raise UserError(f"--output: {path} is a folder; remove it, or choose another output folder.")
     run = _Run(detector, output, options)
     numbered = [(f"[{n}/{len(inputs)}]", *pair) for n, pair in enumerate(zip(inputs, drawings, strict=True), 1)]
     for is_video, group in itertools.groupby(numbered, key=lambda item: item[1].is_video):
@@ -76,7 +79,6 @@ def predict(
         else:
             run.images(group)
     tree = run.tree(info)
-    path = os.path.join(output, DETECTIONS)
     write_json(path, tree, indent=None)
     beside = ", with drawings in the same folder" if options.drawings else ""
     logger.info(f"{len(tree['annotations'])} detections in {len(tree['images'])} images: {path}{beside}")
@@ -94,20 +96,17 @@ class _Run:
         for batch in _batches(numbered, self.options.batch):
             found = self._detect([read_image(source.path, "RGB") for _, source, _ in batch])
             for (number, source, drawing), (image, detections) in zip(batch, found, strict=True):
-                if drawing is not None:
-                    drawn = draw_instances(image, detections, self.names)
-                    Image.fromarray(drawn).save(self._place(drawing), quality=95)
+                drawing = self._draw(drawing, image, detections, _save)
                 self._add(detections, source, drawing)
                 logger.info(f"{number} {printable(source.path)}: {len(detections)} detections")
 
     def video(self, number: str, source: Input, drawing: str | None) -> None:
         reader, name = VideoReader(source.path), printable(source.path)
         before, frames = len(self.annotations), 0
-        with VideoWriter(self._place(drawing) if drawing is not None else "", reader.fps) as writer:
+        with VideoWriter(os.path.join(self.output, drawing or ""), reader.fps) as writer:
             for batch in _batches(reader, self.options.batch):
                 for image, detections in self._detect(batch):
-                    if drawing is not None:
-                        writer.write(draw_instances(image, detections, self.names))
+                    drawing = self._draw(drawing, image, detections, lambda _, drawn: writer.write(drawn))
                     self._add(detections, source, drawing, frame=frames, time=round(reader.times[frames], 4))
                     frames += 1
                     if frames % FRAMES_PER_LINE == 0:
@@ -121,10 +120,24 @@ class _Run:
         found = self.detector.detect([image[:, :, ::-1] if flipped else image for image in images])
         return list(zip(images, found, strict=True))
 
-    def _place(self, name: str) -> str:
+    def _draw(
+        self,
+        name: str | None,
+        image: np.ndarray,
+        detections: Instances,
+        write: Callable[[str, np.ndarray], None],
+    ) -> str | None:
+        """Write a drawing, if it has a name, and return its name, or None with a warning if it cannot be written."""
+        if name is None:
+            return None
         path = os.path.join(self.output, name)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        return path
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            write(path, draw_instances(image, detections, self.names))
+        except OSError as error:
+            logger.warning(f"The drawing {printable(path)} cannot be written: {error.strerror or error}.")
+            return None
+        return name
 
     def _add(self, detections: Instances, source: Input, drawing: str | None, **of_frame: float) -> None:
         height, width = detections.image_size
@@ -142,6 +155,10 @@ class _Run:
             "annotations": self.annotations,
             "categories": list(map(asdict, categories)),
         }
+
+
+def _save(path: str, drawn: np.ndarray) -> None:
+    Image.fromarray(drawn).save(path, quality=95)
 
 
 def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

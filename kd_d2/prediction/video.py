@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import cv2
 import numpy as np
 
-from ..errors import UserError
 from ..text import is_unicode
 
 
@@ -64,14 +63,12 @@ class VideoWriter(contextlib.AbstractContextManager):
         self._writer: cv2.VideoWriter | None = None
 
     def write(self, frame: np.ndarray) -> None:
-        """Append a frame, or raise a UserError if this build of OpenCV cannot write MP4 files."""
+        """Append a frame, or raise an OSError if OpenCV cannot create the file or has no encoder for it."""
         if self._writer is None:
             size = frame.shape[1], frame.shape[0]
             self._writer = cv2.VideoWriter(self._path, cv2.VideoWriter_fourcc(*"mp4v"), self._fps, size)
             if not self._writer.isOpened():
-                raise UserError(
-                    f"The video {self._path} cannot be written with this build of OpenCV; pass --no-drawings."
-                )
+                raise OSError("OpenCV cannot create it")
         self._writer.write(np.ascontiguousarray(frame[:, :, ::-1]))
 
     def __exit__(self, *error: object) -> None:
