@@ -13,6 +13,7 @@ from kd_d2 import UserError, load_config
 from kd_d2.export import ExportOptions, export_detector, exporting, load_exported, load_exported_detector
 from kd_d2.export.checking import Comparison, match
 from kd_d2.export.decoding import decode
+from kd_d2.export.images import dataset_files
 from kd_d2.export.quantizing import box_convolutions
 from kd_d2.predictor import Predictor
 
@@ -433,6 +434,21 @@ def test_example_without_detectron2(run_folder: Path, tmp_path: Path, monkeypatc
         np.testing.assert_allclose(list(map(float, numbers)), [float(score), *box.tolist()], atol=0.06)
 
 
+def test_only_the_images_in_use_are_needed(tmp_path: Path) -> None:
+    """Check a training set whose images are missing, beside a test set that is complete, and the reverse."""
+    project = make_project(tmp_path, "retinanet")
+    cfg = load_config(str(project.student), student_only=True)
+    cfg.DATASETS.COCO_JSON = [
+        *cfg.DATASETS.COCO_JSON,
+        ["without_images", str(project.annotations), str(tmp_path / "none")],
+    ]
+    for used, unused in (("TEST", "TRAIN"), ("TRAIN", "TEST")):
+        cfg.DATASETS[used], cfg.DATASETS[unused] = (project.name,), ("without_images",)
+        files = dataset_files(cfg, used, 2)
+        assert len(files) == 2 and all(map(os.path.isfile, files))
+        assert dataset_files(cfg, unused, 2) == []
+
+
 def test_what_cannot_be_exported_is_one_sentence(
     run_folder: Path, configs: dict[str, CfgNode], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
@@ -444,6 +460,7 @@ def test_what_cannot_be_exported_is_one_sentence(
     predict = ("predict", "--input", rcnn / "data", "--output", tmp_path / "out", "--model")
     cases = [
         (("--output", tmp_path / "x.pt"), "the name must end with .onnx, .ts, .torchscript, .xml"),
+        (("--output", tmp_path / "x.XML"), "the suffix of an OpenVINO file must be .xml in lower case"),
         (("--output", tmp_path / "x.ts", "--format", "onnx"), "--format is onnx, but --output"),
         (("--output", tmp_path / "x.ts", "--int8"), "--int8 needs an ONNX file"),
         (("--output", onnx_file, "--size", "0", "9"), "--size is (0, 9)"),

@@ -111,6 +111,8 @@ def _check(path: str, options: ExportOptions) -> str:
     export_format = format_of(path)
     if export_format is None:
         raise UserError(f"--output {path}: the name must end with {', '.join(EXPORT_SUFFIXES)}, which sets the format.")
+    if export_format == "openvino" and not path.endswith(".xml"):
+        raise UserError(f"--output {path}: the suffix of an OpenVINO file must be .xml in lower case.")
     if os.path.isdir(path):
         raise UserError(f"--output {path} is a folder; name a file.")
     if options.int8 and export_format != "onnx":
@@ -157,7 +159,7 @@ def describe(cfg: CfgNode, model: nn.Module, options: ExportOptions) -> ExportMe
 
 def _inputs(cfg: CfgNode, metadata: ExportMetadata, images: list[str] | None) -> list[Tensor]:
     """Return the images for the check, including one without objects."""
-    files = images or dataset_files(cfg, cfg.DATASETS.TEST, CHECKED_IMAGES)
+    files = images or dataset_files(cfg, "TEST", CHECKED_IMAGES)
     if not files:
         logger.warning("Checked on synthetic images: DATASETS.TEST is not available; use --images for other images.")
         return synthetic(metadata)
@@ -165,7 +167,7 @@ def _inputs(cfg: CfgNode, metadata: ExportMetadata, images: list[str] | None) ->
 
 
 def _calibration(cfg: CfgNode, metadata: ExportMetadata, count: int) -> list[Tensor]:
-    files = dataset_files(cfg, cfg.DATASETS.TRAIN, count)
+    files = dataset_files(cfg, "TRAIN", count)
     if not files:
         raise UserError("--int8 needs images of DATASETS.TRAIN to measure activation ranges; none are available.")
     return [prepared(file, metadata) for file in files]

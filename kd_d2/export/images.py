@@ -9,17 +9,28 @@ from detectron2.data import DatasetCatalog
 from torch import Tensor
 
 from ..data import read_image, register_coco_json, register_synthetic
+from ..data.coco.reader import MissingImagesError
 from .metadata import ExportMetadata
 
 
-def dataset_files(cfg: CfgNode, names: tuple[str, ...], count: int) -> list[str]:
-    """Return the files of `count` images, evenly spaced over the first available dataset; [] if there is none."""
+def dataset_files(cfg: CfgNode, split: str, count: int) -> list[str]:
+    """Return the files of `count` images, evenly spaced over the first available dataset; [] if there is none.
+
+    Args:
+        cfg: config; the datasets of other splits need not exist.
+        split: "TRAIN" or "TEST".
+        count: number of images.
+    """
     register_synthetic()
-    register_coco_json(cfg)
+    cfg = cfg.clone()
+    cfg.defrost()
+    names, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = cfg.DATASETS[split], (), ()
     for name in names:
+        cfg.DATASETS[split] = (name,)
         try:
+            register_coco_json(cfg)
             entries = DatasetCatalog.get(name)
-        except (KeyError, OSError, AssertionError):
+        except (KeyError, OSError, AssertionError, MissingImagesError):
             continue
         positions = np.linspace(0, len(entries) - 1, min(count, len(entries))).round().astype(int)
         return [entries[position]["file_name"] for position in positions]
