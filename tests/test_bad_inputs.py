@@ -284,7 +284,10 @@ def test_odd_boxes_are_reported_and_training_goes_on(project: Project) -> None:
     assert "bbox" in results
     text = (project.output / "log.txt").read_text()
     assert f"WARNING: {project.annotations}: boxes without area dropped (2; the first: annotation with id 2" in text
-    assert f"WARNING: {project.name}: 2 boxes extend beyond their image; training clips them." in text
+    assert (
+        f"WARNING: {project.annotations}: boxes outside their image dropped (1; the first: annotation with id 3" in text
+    )
+    assert f"WARNING: {project.name}: 1 boxes extend beyond their image; training clips them." in text
     assert (project.output / "model_final.pth").exists()
 
 

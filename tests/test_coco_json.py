@@ -339,6 +339,13 @@ ACCEPTED = {
         ),
         "boxes without area dropped (1; the first: annotation with id 9, bbox [5, 5, 0, 9])",
     ),
+    "boxes outside their image": (
+        lambda tree: tree["annotations"].extend(
+            {"id": 9 + i, "image_id": 3, "category_id": 1, "bbox": box, "area": 81, "iscrowd": 0}
+            for i, box in enumerate([[500, 5, 9, 9], [5, -9, 9, 9]])
+        ),
+        "boxes outside their image dropped (2; the first: annotation with id 9, bbox [500, 5, 9, 9])",
+    ),
     "boxes as text": (
         _each("annotations", "bbox", lambda box, _: [str(v) for v in box]),
         "box coordinates read from text (4; the first: annotation with id 1, ['50', ",

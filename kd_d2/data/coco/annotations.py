@@ -8,7 +8,7 @@ from collections import Counter
 from typing import Any
 
 from ...errors import UserError
-from .boxes import BOX_FORMATS, Box, check_format
+from .boxes import BOX_FORMATS, Box, check_format, overlaps
 from .ids import LARGEST_ID, Ids, whole_number
 from .repairs import Repairs
 from .segmentation import LARGEST, box_of, is_coordinate, normalize_segmentation
@@ -37,7 +37,9 @@ class Annotations:
         self.repairs = repairs
 
     def read(self, entries: list[Entry], *, masks: bool, boxes: str) -> list[Entry]:
-        """Return repaired annotations without duplicates and empty boxes, renumbered from 1 if any id is unusable.
+        """Return repaired annotations without duplicates and boxes without area in their image.
+
+        They are renumbered from 1 if any id is unusable.
 
         Args:
             entries: annotations of the file; not modified.
@@ -163,9 +165,11 @@ class Annotations:
         return box
 
     def _has_area(self, entry: Entry, annotation: Entry) -> bool:
-        if min(annotation["bbox"][2:]) > 0:
+        has_area = min(annotation["bbox"][2:]) > 0
+        if has_area and overlaps(annotation["bbox"], self._size(annotation)):
             return True
-        self.repairs.add("boxes without area dropped", f"annotation {_name(entry)}, bbox {entry.get('bbox')}")
+        kind = "boxes outside their image dropped" if has_area else "boxes without area dropped"
+        self.repairs.add(kind, f"annotation {_name(entry)}, bbox {entry.get('bbox')}")
         return False
 
     def _without_repeated(self, found: list[tuple[Entry, Entry]], masks: bool) -> list[tuple[Entry, Entry]]:

@@ -50,6 +50,12 @@ def reaches_out(box: Box, size: Size) -> bool:
     return x < -1 or y < -1 or x + width > size[0] + 1 or y + height > size[1] + 1
 
 
+def overlaps(box: Box, size: Size) -> bool:
+    """Return whether a box in COCO's format has area inside its image."""
+    x, y, width, height = box
+    return max(x, 0) < min(x + width, size[0]) and max(y, 0) < min(y + height, size[1])
+
+
 def check_format(path: str, boxes: Iterable[tuple[Box, Size]]) -> None:
     """Raise a UserError if boxes are clearly not [x, y, width, height] in pixels.
 
