@@ -18,34 +18,47 @@ MOST_NODES = 200_000
 DEEPEST = 50
 
 
+def _resolvers(*without: str) -> dict[str, list]:
+    """Return the safe loader's rules that give plain values a type, except those for some types."""
+    tags = [f"tag:yaml.org,2002:{name}" for name in without]
+    return {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in tags]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 class _Loader(yaml.SafeLoader):
     """The safe loader with dates loaded as strings."""
 
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
+    yaml_implicit_resolvers = _resolvers("timestamp")
 
 
-def read_plain_yaml(path: str, what: str) -> Any:
+class _TextLoader(yaml.SafeLoader):
+    """The safe loader with dates, numbers and truth values loaded as strings, as they are written."""
+
+    yaml_implicit_resolvers = _resolvers("timestamp", "bool", "int", "float")
+
+
+def read_plain_yaml(path: str, what: str, *, as_text: bool = False) -> Any:
     """Load a YAML file.
 
     Args:
         path: file, or any path that Detectron2's PathManager supports.
         what: name of the file in messages, such as "Config file x.yaml".
+        as_text: whether numbers and truth values are returned as text, as they are written.
 
     Raises:
         UserError: it is not a regular file, too large, not plain YAML, too deeply nested, or has too many values.
     """
     text = read_text(path, what)
+    loader = _TextLoader if as_text else _Loader
     try:
-        node = yaml.compose(text, _Loader)
+        node = yaml.compose(text, loader)
         if node is None:
             return None
         if _size(node, {}, what) > MOST_NODES:
             raise UserError(f"{what} has more than {MOST_NODES} values after expanding aliases (*name).")
-        return _Loader("").construct_document(node)
+        return loader("").construct_document(node)
     except yaml.YAMLError as error:
         raise UserError(f"{what} is not plain yaml: {' '.join(str(error).split())}.") from error
     except RecursionError as error:

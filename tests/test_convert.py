@@ -482,6 +482,15 @@ def test_lines_of_yolo(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("style", ["names: [{}]", "{{names: {{0: {}, 1: {}, 2: {}, 03: {}, 4: {}, 5: {}}}}}"])
+def test_names_of_yolo_are_those_written(tmp_path: Path, style: str) -> None:
+    """Check names that YAML reads as a truth value, numbers, an hour or a date."""
+    names = ["no", "007", "1:30", "1_000", "2.0", "2020-01-01"]
+    description = style.format(", ".join(names)) if "[" in style else style.format(*names)
+    (tree,) = run(yolo_of(tmp_path, "0 0.5 0.5 0.5 0.2", description=description)).values()
+    assert [category["name"] for category in tree["categories"]] == names
+
+
 def test_keypoints_of_yolo(tmp_path: Path) -> None:
     root = yolo_of(tmp_path, "0 0.5 0.5 0.5 0.2 0.4 0.4 2 0.6 0.6 2", description="{names: [a], kpt_shape: [2, 3]}")
     assert [a["bbox"] for a in run(root)["all"]["annotations"]] == [[10, 12, 20, 6]]
@@ -545,6 +554,7 @@ def test_splits_of_yolo(tmp_path: Path, description: str) -> None:
         ("names: ['']", "data.yaml has no class names, or an empty one; each class needs a name."),
         ("names: 3", "data.yaml: its names must be a list, or map numbers to names, such as '0: cat'."),
         ("names: {cat: 0}", "data.yaml: its names must be a list, or map numbers to names, such as '0: cat'."),
+        ("names: [[cat]]", "data.yaml: its names must be a list, or map numbers to names, such as '0: cat'."),
         ("names: [cat, cat]", "data.yaml: two classes are named 'cat'; class names must be unique."),
         ("names: [", "data.yaml is not plain yaml: while parsing a flow node"),
         ("{names: [a], train: ../nowhere}", "data.yaml: its images for train are not in IN_FOLDER: ../nowhere; correct the path."),

@@ -78,7 +78,7 @@ def _lines(source: Source, file: str) -> list[str]:
 
 
 def _read_yaml(source: Source, file: str) -> dict[str, Any]:
-    tree = read_plain_yaml(source.path(file), source.path(file))
+    tree = read_plain_yaml(source.path(file), source.path(file), as_text=True)
     return tree if isinstance(tree, dict) else {}
 
 
@@ -86,9 +86,11 @@ def _from_yaml(source: Source, file: str, tree: dict[str, Any]) -> Description:
     path, names = source.path(file), tree["names"]
     if isinstance(names, list):
         names = dict(enumerate(names))
-    if not isinstance(names, dict) or any(whole_number(key) is None for key in names):
+    if not isinstance(names, dict) or not all(
+        whole_number(key) is not None and isinstance(name, str | None) for key, name in names.items()
+    ):
         raise UserError(f"{path}: its names must be a list, or map numbers to names, such as '0: cat'.")
-    numbered = {whole_number(key): str(name).strip() for key, name in names.items()}
+    numbered = {whole_number(key): (name or "").strip() for key, name in names.items()}
     description = Description(file, dict(sorted(numbered.items())), folder=str(tree.get("path") or ""))
     for split, keys in YAML_SPLITS.items():
         written = next((tree[key] for key in keys if tree.get(key)), [])
@@ -96,8 +98,9 @@ def _from_yaml(source: Source, file: str, tree: dict[str, Any]) -> Description:
         if entries:
             description.splits[split] = entries
     shape = tree.get("kpt_shape")
-    if isinstance(shape, list) and len(shape) == 2 and all(isinstance(side, int) for side in shape):
-        description.keypoint_values = shape[0] * shape[1]
+    sides = [whole_number(side) for side in shape] if isinstance(shape, list) else []
+    if len(sides) == 2 and None not in sides:
+        description.keypoint_values = sides[0] * sides[1]
     return _checked(source, description)
 
 
