@@ -281,6 +281,17 @@ def test_what_a_training_needs(tmp_path: Path) -> None:
     assert found(sets_of_config(str(project.student), ["DATASETS.TEST", "()"])[0])[0] == []
 
 
+def test_files_of_one_name(pair: list[DataSet], capsys: pytest.CaptureFixture) -> None:
+    """Check that files of the same name in different folders, as Roboflow writes them, are named with their folders."""
+    change(pair[1], lambda tree: tree["categories"].append({"id": 9, "name": "more"}))
+    arguments = [(f"--{dataset.role}", dataset.json_file, dataset.folder) for dataset in pair]
+    main(["data", "check", *(word for given in arguments for word in given)])
+    name = Path(pair[0].json_file).name
+    assert Path(pair[1].json_file).name == name
+    printed = capsys.readouterr().out
+    assert f"test/{name}: classes without boxes: more." in printed and f"train/{name}: classes with" in printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

@@ -64,7 +64,8 @@ def run(args: argparse.Namespace) -> None:
     if given and args.opts:
         raise UserError(f"The override {args.opts[0]} has no effect without a CONFIG.")
     if given:
-        sets = [DataSet(role, os.path.basename(json_file), json_file, folder) for role, json_file, folder in given]
+        names = _distinct_names([json_file for _, json_file, _ in given])
+        sets = [DataSet(role, name, json_file, folder) for name, (role, json_file, folder) in zip(names, given)]
         skips = False
     else:
         sets, skips = sets_of_config(args.config_file, args.opts)
@@ -79,6 +80,17 @@ def run(args: argparse.Namespace) -> None:
             write_picture(os.path.join(args.output, "samples.png"), picture)
     if result.errors:
         sys.exit(1)
+
+
+def _distinct_names(files: list[str]) -> list[str]:
+    """Return the names of files, with as many of their parent folders as make the names of different files distinct."""
+    parts = [os.path.abspath(file).split(os.sep) for file in files]
+    names = files
+    for count in range(1, max(map(len, parts)) + 1):
+        names = [os.sep.join(part[-count:]) for part in parts]
+        if len(set(names)) == len({*map(tuple, parts)}):
+            break
+    return names
 
 
 def _read_count(text: str) -> int | None:
