@@ -348,7 +348,10 @@ def test_a_resnet_of_which_nothing_fits(tmp_path: Path, torchvision_resnet: nn.M
         f"{path} holds a ResNet in torchvision's format, but none of its weights fits the model."
     )
     assert sentence(load_complete, detector(tmp_path), str(path), "the teacher") == (
-        f"{path} has initial weights in torchvision's format, not a trained detector for the teacher."
+        f"{path} has initial weights in torchvision's format, but the teacher must be a trained detector."
+    )
+    assert sentence(load_complete, detector(tmp_path), "", "the detector") == (
+        "There are no weights for the detector: name the checkpoint after the config (--model CONFIG WEIGHTS), or set MODEL.WEIGHTS."
     )
 
 

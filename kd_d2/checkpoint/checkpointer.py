@@ -159,8 +159,12 @@ def load_complete(model: nn.Module, path: str, whose: str) -> None:
         whose: name of the detector in messages, such as "the teacher".
 
     Raises:
-        UserError: the file cannot be read, or leaves parameters of the model unfilled.
+        UserError: no file is given, it cannot be read, or leaves parameters of the model unfilled.
     """
+    if not path:
+        raise UserError(
+            f"There are no weights for {whose}: name the checkpoint after the config (--model CONFIG WEIGHTS), or set MODEL.WEIGHTS."
+        )
     checkpointer = KDCheckpointer(model, save_to_disk=False)
     checkpointer._log_incompatible_keys = lambda incompatible: None  # reported below, in one sentence
     checkpointer.load(path)
@@ -169,7 +173,7 @@ def load_complete(model: nn.Module, path: str, whose: str) -> None:
     buffers = {n for n, _ in model.named_buffers() if n.endswith(("running_mean", "running_var"))}
     needed = parameters | buffers
     if incompatible is None:
-        raise UserError(f"{path} has initial weights in torchvision's format, not a trained detector for {whose}.")
+        raise UserError(f"{path} has initial weights in torchvision's format, but {whose} must be a trained detector.")
     wrong_shape = {name: f"{tuple(a)} instead of {tuple(b)}" for name, a, b in incompatible.incorrect_shapes}
     unfilled = sorted(needed & ({*incompatible.missing_keys} | wrong_shape.keys()))
     if unfilled:
