@@ -65,7 +65,9 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"The override {args.opts[0]} has no effect without a CONFIG.")
     if given:
         names = _distinct_names([json_file for _, json_file, _ in given])
-        sets = [DataSet(role, name, json_file, folder) for name, (role, json_file, folder) in zip(names, given)]
+        sets = [
+            DataSet(role, name, json_file, folder) for name, (role, json_file, folder) in zip(names, given, strict=True)
+        ]
         skips = False
     else:
         sets, skips = sets_of_config(args.config_file, args.opts)
