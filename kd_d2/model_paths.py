@@ -84,9 +84,10 @@ def _model_path(place: str, weights: str = "", *more: str) -> ModelPath:
         title, path = "", place
     if not os.path.isdir(path):
         return ModelPath(title or os.path.splitext(os.path.basename(path))[0], path, weights)
-    config = os.path.join(path, "config.yaml")
-    weights = weights or os.path.join(path, "model_final.pth")
-    for file in (config, weights):
-        if "://" not in file and not os.path.isfile(file):
+    config, final = (os.path.join(path, name) for name in ("config.yaml", "model_final.pth"))
+    for file in (config,) if weights else (config, final):
+        if not os.path.isfile(file):
             raise UserError(f"--model: {path} is not the output folder of a finished training: there is no {file}.")
-    return ModelPath(title or os.path.basename(os.path.abspath(path)), config, weights, path)
+    if weights and "://" not in weights and not os.path.isfile(weights):
+        raise UserError(f"--model: there is no file {weights}.")
+    return ModelPath(title or os.path.basename(os.path.abspath(path)), config, weights or final, path)

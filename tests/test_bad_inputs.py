@@ -477,7 +477,7 @@ def test_an_output_folder_that_cannot_be_written(project: Project, refused) -> N
 
 def test_evaluation_without_weights(project: Project, refused) -> None:
     """Check the messages of --eval-only without a checkpoint, and with one of another model."""
-    assert refused("--eval-only") == "--eval-only needs MODEL.WEIGHTS: name the checkpoint to evaluate."
+    assert refused("--eval-only") == "MODEL.WEIGHTS is empty: name the checkpoint to evaluate."
     torch.save({"model": {"weight": torch.zeros(1)}}, project.teacher_weights)
     assert refused("--eval-only", "MODEL.WEIGHTS", project.teacher_weights) == (
         f"{project.teacher_weights} fills no parameter of RetinaNet: it is another model's checkpoint."
@@ -487,7 +487,7 @@ def test_evaluation_without_weights(project: Project, refused) -> None:
 @pytest.mark.parametrize("options", [["--eval-teacher"], ["--eval-only", "--eval-teacher"]])
 def test_evaluating_the_teacher_of_a_plain_model(refused, options: list[str]) -> None:
     """Check that a model without a teacher is refused before training."""
-    assert refused(*options, *plain()) == "--eval-teacher: MODEL.META_ARCHITECTURE RetinaNet has no teacher."
+    assert refused(*options, *plain()) == "MODEL.META_ARCHITECTURE RetinaNet has no teacher."
 
 
 def test_resuming_what_cannot_be_resumed(project: Project, capfd: pytest.CaptureFixture) -> None:

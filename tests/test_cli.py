@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +11,14 @@ from pathlib import Path
 from kd_d2 import UserError, __version__, moved
 from kd_d2.analysis import ANALYSES
 from kd_d2.cli import COMMANDS, main
+from kd_d2.cli.log import print_log
 from kd_d2.cli.overrides import split_overrides
 from kd_d2.extensions import import_extensions
 from kd_d2.model_paths import ModelPath, read_model_paths, read_one_model_path
 
 import pytest
 import yaml
-from helpers import ROOT, make_coco, make_project, run_command
+from helpers import ROOT, clean_process, make_coco, make_project, run_command
 
 # ---------------------------------------------------------------------------------------------- commands
 
@@ -44,6 +46,15 @@ def test_the_overview_has_every_command() -> None:
     printed = _run("--help").stdout
     assert all(f"  {name} " in printed and text in printed for name, text in COMMANDS.items())
     assert f"{__version__}\n" in _run("--version").stdout
+
+
+def test_two_commands_in_one_process(capsys: pytest.CaptureFixture) -> None:
+    """Check that the second prints each message once."""
+    with clean_process():
+        for _ in range(2):
+            print_log()
+            logging.getLogger("kd_d2.test").info("a message")
+    assert capsys.readouterr().out == "a message\n" * 2
 
 
 @pytest.mark.parametrize(
@@ -180,7 +191,7 @@ def test_models(run_folder: Path) -> None:
         ([["a.yaml", "b.pth", "c"]], "'c' is one value too many"),
         ([["a.yaml"], ["b.yaml"], ["x/b.yaml"]], "two models have the title 'b'"),
         ([["RUN"]], "RUN is not the output folder of a finished training: there is no .*model_final.pth"),
-        ([["RUN", "x.pth"]], "there is no x.pth"),
+        ([["RUN", "x.pth"]], "--model: there is no file x.pth"),
     ],
 )
 def test_wrong_models(run_folder: Path, values: list[list[str]], sentence: str) -> None:

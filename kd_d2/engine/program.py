@@ -33,14 +33,14 @@ def main(args: argparse.Namespace) -> dict | None:
     import_extensions(args.imports)
     cfg = setup(args)
     if args.eval_teacher and cfg.MODEL.META_ARCHITECTURE != KD_META_ARCH:
-        raise UserError(f"--eval-teacher: MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} has no teacher.")
+        raise UserError(f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} has no teacher.")
     if args.eval_only and args.eval_teacher:
         results = evaluate_teacher(cfg, Teacher.from_config(cfg))
         write_results(cfg.OUTPUT_DIR, "teacher.json", results)
         return results
     if args.eval_only:
         if not cfg.MODEL.WEIGHTS:
-            raise UserError("--eval-only needs MODEL.WEIGHTS: name the checkpoint to evaluate.")
+            raise UserError("MODEL.WEIGHTS is empty: name the checkpoint to evaluate.")
         model = build_model(cfg)
         check_classes(cfg, model)
         load_complete(model, cfg.MODEL.WEIGHTS, "the detector")
