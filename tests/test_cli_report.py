@@ -15,7 +15,7 @@ from kd_d2.report import Listing, Picture, Section, Table, render
 
 import numpy as np
 import pytest
-from helpers import make_project, run_command, write_yaml
+from helpers import ROOT, make_project, run_command, write_yaml
 from PIL import Image
 
 run = functools.partial(run_command, "report")
@@ -213,6 +213,13 @@ def test_files_that_hold_something_else(tmp_path: Path, capfd, name: str, text: 
     said = capfd.readouterr().err
     assert said.startswith(f"error: {path}") and said.count("\n") == 1
     assert not (tmp_path / "page.html").exists()
+
+
+def test_a_shipped_sweep(tmp_path: Path) -> None:
+    """Check the name of a sweep, as kd-d2 sweep accepts it."""
+    page = tmp_path / "page.html"
+    run("--output", page, "--sweep", "evidence/narrow-matrix", "--results", ROOT / "projects/evidence/narrow")
+    assert _Page(page.read_text()).says("Mean and standard deviation over seeds")
 
 
 def test_a_comparison_without_a_finished_cell(tmp_path: Path, capfd) -> None:

@@ -20,13 +20,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folders", nargs="*", metavar="DIR", help="output folder of a training or an analysis")
     parser.add_argument("--output", required=True, metavar="PAGE.html", help="the page")
     parser.add_argument("--title", default="Distilled detectors", help="title of the page")
-    parser.add_argument("--sweep", metavar="MATRIX.yaml", help="YAML file of a sweep")
+    parser.add_argument("--sweep", metavar="MATRIX.yaml", help="YAML file of a sweep, or the name of a shipped one")
     parser.add_argument("--results", metavar="DIR", help="folder of the sweep's results")
     add_import_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     from ..analysis.base import is_analysis, load_analysis
+    from ..config_files import find_config_file
     from ..files import check_output_file, write_text
     from ..report import render
     from ..report.sections import is_run, run_section, sweep_section
@@ -43,7 +44,9 @@ def run(args: argparse.Namespace) -> None:
     sections = []
     with tempfile.TemporaryDirectory() as scratch:
         if args.sweep:
-            sections.append(sweep_section(read_matrix(args.sweep), args.results, scratch))
+            sections.append(
+                sweep_section(read_matrix(find_config_file(args.sweep, "the sweep")), args.results, scratch)
+            )
         for folder in args.folders:
             if is_analysis(folder):
                 sections.append(load_analysis(folder).section())
