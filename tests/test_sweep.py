@@ -21,7 +21,7 @@ from kd_d2.sweep.costs import measure_costs
 from kd_d2.sweep.matrix import Cell, measured_settings, read_matrix
 from kd_d2.sweep.plots import look, plot_ap, plot_curves
 from kd_d2.sweep.report import first_curves, write_report
-from kd_d2.sweep.results import read_metrics, result_path
+from kd_d2.sweep.results import read_metrics, read_result, result_path
 from kd_d2.sweep.runner import Job, run_jobs, teacher_evaluation, training_job
 from kd_d2.sweep.table import HEADERS, as_csv, as_markdown, build_rows, format_row, pooled_deviation, read_results
 
@@ -151,6 +151,17 @@ def test_multipliers_of_the_losses(finished):
     assert rows["better"].multipliers == {"PFI": pytest.approx(2.0)}
     texts = {name: dict(zip(HEADERS, format_row(row), strict=True))["multipliers"] for name, row in rows.items()}
     assert texts == {"teacher": "", "plain": "", "inheritance": "PFI 1.5e+03, ICD 0.25", "better": "2"}
+    del results["better"][0]["multipliers"]  # as in files of older versions
+    (better,) = (row for row in build_rows(matrix, results, {}) if row.name == "better")
+    assert better.multipliers == {"PFI": pytest.approx(8**0.5)}
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.inf])
+def test_a_multiplier_without_a_logarithm(tmp_path, value):
+    path = tmp_path / "a-seed0.json"
+    path.write_text(json.dumps(result("a", 0, 1.0, multipliers={"PFI": value})))
+    with pytest.raises(UserError, match=rf"{path}: the multiplier of 'PFI' is {value}; it must be a number above 0"):
+        read_result(str(path))
 
 
 def test_fragments_are_laid_over_the_config(tmp_path):
@@ -253,6 +264,7 @@ def test_no_two_lines_of_a_plot_look_alike(count):
         ("config: STUDENT\nbaseline: plain\ncells: {'../plain': {}}", "the cell '../plain' is not a valid folder name"),
         ("config: STUDENT\nbaseline: plain\ncells: {.: {}}", "the cell '.' is not a valid folder name"),
         ("config: STUDENT\nbaseline: plain\ncells: {plain: , teacher: }", "no cell can be named 'teacher'"),
+        ("config: STUDENT\nbaseline: plain\ncells: {plain: , b: {title: plain}}", "two cells have the title 'plain'"),
     ],
 )
 def test_a_wrong_matrix_is_one_sentence(tmp_path, text, message):
@@ -269,6 +281,8 @@ def test_selecting_an_unknown_cell(tmp_path):
         matrix.select(["worse"], None)
     with pytest.raises(UserError, match="no cell with the seed 7; available: 0, 1, 2"):
         matrix.select(None, [1, 7])
+    with pytest.raises(UserError, match="the cells in --cells have none of the seeds in --seeds; available: 0"):
+        matrix.select(["plain", "unfinished"], [1, 2])
     pairs = [(cell.name, seed) for cell, seed in matrix.select(["better", "plain"], None)]
     assert pairs == [("plain", 0), ("better", 0), ("better", 1), ("better", 2)]
 
@@ -281,6 +295,35 @@ def test_an_unknown_cell_is_refused_before_training(tmp_path, monkeypatch, repor
     with pytest.raises(UserError, match="no cell 'worse'"):
         run_sweep(matrix, str(tmp_path / "out"), [], SweepOptions(report_only=report_only, cells=["worse"]))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("teacher", ["", "teacher: {config: STUDENT}\n"])
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        ("{SOLVER.BASE: 1}", r"Sweep .*matrix.yaml: cell bad: there is no config key SOLVER.BASE. Did you mean"),
+        ("{SOLVER.GAMMA: [1]}", r"Sweep .*matrix.yaml: cell bad: SOLVER.GAMMA is \[1\]; it must be of type float"),
+        (
+            "{MODEL.META_ARCHITECTURE: KDMetaArch, MODEL.KD: {DISTILLERS: [SSIM], TEACHER: {CONFIG_FILE: STUDENT}}}",
+            "MODEL.KD.DISTILLERS.*SSIM",
+        ),
+    ],
+)
+def test_a_cell_with_a_wrong_config(tmp_path, monkeypatch, teacher, opts, message):
+    """Check that it is refused before the teacher or another cell is trained, and ignored if it is not selected."""
+    ran = []
+    monkeypatch.setattr(report, "run_jobs", lambda jobs, *_: ran.extend(jobs))
+    monkeypatch.setattr(report, "measure_costs", lambda matrix, *_: {cell.name: {} for cell in matrix.cells})
+    text = f"{teacher}config: STUDENT\nbaseline: good\ncells: {{good: , bad: {{opts: {opts}}}}}\n"
+    matrix, output = read_matrix(write_matrix(tmp_path, text)), str(tmp_path / "output")
+    with pytest.raises(UserError, match=message):
+        run_sweep(matrix, output, [], SweepOptions(cells=["bad"]))
+    assert ran == []
+    write_json(result_path(output + "/results", "teacher", 0), result("teacher", 0, 1.0))
+    write_json(output + "/results/costs.json", {"bad": {"params": 1.0}})
+    run_sweep(matrix, output, [], SweepOptions(cells=["good"]))
+    assert ran[-1].cell == "good"
+    assert json.loads((tmp_path / "output/results/costs.json").read_text()) == {"bad": {"params": 1.0}, "good": {}}
 
 
 @pytest.mark.parametrize("option", ["jobs", "threads"])
@@ -543,6 +586,30 @@ def test_a_table_that_is_kept_in_a_readme(finished, tmp_path, program):
         run_sweep(matrix, output, [], replace(options, readme=str(tmp_path / "none.md")))
     with pytest.raises(UserError, match="--readme /proc cannot be written"):
         run_sweep(matrix, output, [], replace(options, readme="/proc/version"))
+
+
+@pytest.mark.parametrize("has_readme", [False, True])
+def test_a_report_without_a_finished_cell(finished, tmp_path, has_readme):
+    """Check that a wrong folder of results is not created, and that no table is replaced by an empty one."""
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- table of kd-d2 sweep -->\nold\n<!-- end of the table -->\n")
+    output, results = tmp_path / "output", tmp_path / "none"
+    options = SweepOptions(results=str(results), readme=str(readme) if has_readme else None, report_only=True)
+    with pytest.raises(UserError, match=f"--results: {results} has no finished cell of the sweep"):
+        run_sweep(finished[0], str(output), [], options)
+    assert "old" in readme.read_text() and not output.exists() and not results.exists()
+
+
+def test_no_table_if_every_cell_fails(tmp_path, monkeypatch):
+    """Check that the table of a readme is kept."""
+    monkeypatch.setattr(runner, "PROGRAM", (sys.executable, str(tmp_path / "nothing.py")))
+    monkeypatch.setattr(report, "measure_costs", lambda *arguments: {})
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- table of kd-d2 sweep -->\nold\n<!-- end of the table -->\n")
+    matrix = read_matrix(write_matrix(tmp_path, "config: STUDENT\nbaseline: a\ncells: {a: }\n"))
+    with pytest.raises(UserError, match="These cells failed: a seed 0"):
+        run_sweep(matrix, str(tmp_path / "output"), [], SweepOptions(readme=str(readme)))
+    assert "old" in readme.read_text()
 
 
 def test_one_of_two_tables_in_a_readme(finished, tmp_path):

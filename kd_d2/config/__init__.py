@@ -12,7 +12,7 @@ from .library_keys import (
     reads_annotations,
 )
 from .loading import load_config, load_teacher_config
-from .reading import changed_keys, read_config
+from .reading import changed_keys, check_overrides, read_config
 from .validation import validate_kd_config
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "SolverKeys",
     "add_kd_config",
     "changed_keys",
+    "check_overrides",
     "declared_nodes",
     "find_file",
     "find_weights",

@@ -33,6 +33,13 @@ def read_config(config_file: str, opts: Iterable[Any] = ()) -> CN:
     return cfg
 
 
+def check_overrides(opts: Iterable[Any], source: str) -> None:
+    """Raise a UserError that begins with `source` if an override has an unknown key or a value of the wrong type."""
+    cfg = get_cfg()
+    add_kd_config(cfg)
+    merge(cfg, tree_from_opts(list(opts), source), source)
+
+
 def changed_keys(cfg: CN) -> dict[str, Any]:
     """Return the keys whose values differ from the defaults of Detectron2 and this library; tuples count as lists."""
     defaults = get_cfg()

@@ -15,7 +15,7 @@ from ..sweep import Matrix
 from ..sweep.plots import plot_ap, plot_curves
 from ..sweep.report import first_curves, read_costs
 from ..sweep.results import read_curves, read_metrics, read_versions
-from ..sweep.table import SCORES, build_rows, filled_columns, read_results
+from ..sweep.table import SCORES, build_rows, filled_columns, read_finished
 from ..typed_json import from_tree
 from .page import Listing, Picture, Section, Table
 
@@ -31,9 +31,7 @@ def sweep_section(matrix: Matrix, results_folder: str, scratch: str) -> Section:
     Raises:
         UserError: no cell of the matrix is finished.
     """
-    results = read_results(matrix, results_folder)
-    if not results:
-        raise UserError(f"--results: {results_folder} has no finished cell of the sweep.")
+    results = read_finished(matrix, results_folder)
     rows = build_rows(matrix, results, read_costs(results_folder))
     headers, *cells = filled_columns(rows)
     table = Table(headers, cells)

@@ -11,7 +11,15 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from ..config import KD_META_ARCH, changed_keys, load_config, load_teacher_config
+from ..config import (
+    KD_META_ARCH,
+    changed_keys,
+    check_overrides,
+    load_config,
+    load_teacher_config,
+    read_config,
+    validate_kd_config,
+)
 from ..config_files import as_overrides, find_beside, leaves
 from ..errors import UserError
 from ..lazy_teacher import is_lazy_config, lazy_teacher_files
@@ -93,7 +101,7 @@ class Matrix:
         """Return (cell, seed) pairs, sorted by seed.
 
         Raises:
-            UserError: a name is not in the matrix, or no cell has a seed.
+            UserError: a name is not in the matrix, no cell has a seed, or no selected cell has a selected seed.
         """
         known = [cell.name for cell in self.cells]
         for name in names or []:
@@ -106,12 +114,26 @@ class Matrix:
                     f"{self.path} has no cell with the seed {seed}; available: {', '.join(map(str, listed))}."
                 )
         pairs = [(c, s) for c in self.cells for s in c.seeds if names is None or c.name in names]
-        return sorted(((c, s) for c, s in pairs if seeds is None or s in seeds), key=lambda pair: pair[1])
+        selected = [(c, s) for c, s in pairs if seeds is None or s in seeds]
+        if not selected:
+            raise UserError(
+                f"{self.path}: the cells in --cells have none of the seeds in --seeds; available: "
+                f"{', '.join(map(str, sorted({s for _, s in pairs})))}."
+            )
+        return sorted(selected, key=lambda pair: pair[1])
 
     def reduced_to(self, names: list[str] | None) -> Matrix:
         """Return the matrix with only these cells, baseline and plain student; with all cells for None."""
         kept = {cell.name for cell in self.cells} if names is None else {*names, self.baseline, self.student}
         return replace(self, cells=tuple(cell for cell in self.cells if cell.name in kept))
+
+    def check_configs(self, opts: list[Any]) -> None:
+        """Raise a UserError if the config of a cell or of the teacher, with these overrides, is invalid."""
+        taught = [] if self.teacher is None else ["MODEL.KD.TEACHER.CONFIG_FILE", self.teacher.config]
+        for cell in (*self.cells, *filter(None, [self.teacher])):
+            check_overrides(cell.opts, f"Sweep {self.path}: cell {cell.name}")
+            validate_kd_config(read_config(cell.config, [*opts, *taught, *cell.opts]))
+            load_config(cell.config, [*opts, *cell.opts], student_only=True)  # the teacher may be untrained
 
 
 def read_matrix(path: str) -> Matrix:
@@ -123,7 +145,7 @@ def read_matrix(path: str) -> Matrix:
     paths relative to the matrix, or names (see `config_files.find_config_file`).
 
     Raises:
-        UserError: a file is missing, or a key is unknown.
+        UserError: a file is missing, a key is unknown, or two cells have the same title.
     """
     tree = read_plain_yaml(path, f"Sweep {path}")
     _check(path, "the sweep", tree, {"config": str, "baseline": str, "student": str, "teacher": dict, "cells": dict})
@@ -156,7 +178,10 @@ def read_matrix(path: str) -> Matrix:
         if name == "teacher":
             raise UserError(f"Sweep {path}: no cell can be named 'teacher', the name of the teacher's row: rename it.")
     cells = tuple(cell(name, entry) for name, entry in (tree.get("cells") or {}).items())
-    names = [c.name for c in cells]
+    names, titles = [c.name for c in cells], [c.title for c in cells]
+    for title in titles:
+        if titles.count(title) > 1:
+            raise UserError(f"Sweep {path}: two cells have the title {title!r}; change one.")
     for key in ("baseline", "student"):
         if key in tree and tree[key] not in names:
             raise UserError(f"Sweep {path}: {key} {tree[key]!r} is not a cell; available: {', '.join(names)}.")

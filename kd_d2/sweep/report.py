@@ -15,7 +15,7 @@ from .costs import measure_costs
 from .matrix import Cell, Matrix
 from .plots import Curves, plot_ap, plot_curves
 from .runner import Job, run_jobs, teacher_evaluation, teacher_training, training_job
-from .table import Row, as_csv, as_markdown, build_rows, read_results
+from .table import Row, as_csv, as_markdown, build_rows, read_finished, read_results
 
 logger = logging.getLogger(__name__)
 
@@ -62,22 +62,26 @@ def run_sweep(matrix: Matrix, output: str, opts: list[Any], options: SweepOption
         The rows of the table with all finished cells.
 
     Raises:
-        UserError: a folder or a readme is not writable, a cell or its config is invalid, or trainings failed.
+        UserError: a folder or a readme is not writable, a cell or its config is invalid, there is nothing to report, or
+            trainings failed.
     """
     options = options or SweepOptions()
     check_number("--jobs", options.jobs, 1)
     check_number("--threads", options.threads, 1)
     pairs = matrix.select(options.cells, options.seeds)
+    matrix = matrix.reduced_to(options.cells)
     output = os.path.abspath(output)
     results = os.path.abspath(options.results or os.path.join(output, "results"))
     report = os.path.abspath(options.report or results)
+    if options.report_only:
+        read_finished(matrix, results)  # fails before a folder is created
     for folder, key in ((output, "--output"), (results, "--results"), (report, "--report")):
         check_output_folder(folder, key)
     if options.readme is not None:
         _split_at_marks(options.readme)  # fails before training
     failed = [] if options.report_only else _run_missing(matrix, pairs, output, results, opts, options)
-    rows = write_report(matrix.reduced_to(options.cells), results, read_costs(results), report)
-    if options.readme is not None:
+    rows = write_report(matrix, results, read_costs(results), report)
+    if options.readme is not None and rows:
         path, before, after = _split_at_marks(options.readme)
         table = f"\n\n{as_markdown(rows)}\n\n"
         write_text(path, before + (table.replace("\n", "\r\n") if "\r\n" in before + after else table) + after)
@@ -97,6 +101,7 @@ def _run_missing(
     options: SweepOptions,
 ) -> list[Job]:
     """Train unfinished (cell, seed) pairs, measure the costs of the detectors, and return the jobs that failed."""
+    matrix.check_configs(opts)
     jobs, imports = [], options.imports
     if matrix.teacher is not None:
         job, names_teacher = teacher_training(matrix, output, results, opts, imports)
@@ -111,7 +116,8 @@ def _run_missing(
         jobs = [teacher_evaluation(taught, output, results, opts, imports)]
     jobs += [training_job(cell, seed, output, results, opts, imports) for cell, seed in pairs]
     failed = run_jobs(jobs, options.jobs, options.threads)
-    write_json(os.path.join(results, COSTS), measure_costs(matrix, opts, read_costs(results)))
+    known = read_costs(results)
+    write_json(os.path.join(results, COSTS), {**known, **measure_costs(matrix, opts, known)})
     return failed
 
 

@@ -7,7 +7,7 @@ import json
 import os
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, check_number
 from ..files import read_json
 from ..typed_json import from_tree, members
 
@@ -37,6 +37,8 @@ def read_result(path: str) -> dict[str, Any]:
     for key, kind in OPTIONAL.items():
         if tree.get(key) is not None:
             from_tree(kind, tree[key], path, repr(key))
+    for name, value in (tree.get("multipliers") or {}).items():
+        check_number(f"{path}: the multiplier of {name!r}", value, 0, exclusive=True)
     return tree
 
 

@@ -6,10 +6,12 @@ import math
 import os
 import statistics
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from tabulate import tabulate
 
+from ..errors import UserError
 from ..text import csv_text, markdown_cell
 from .matrix import Matrix
 from .results import read_result, result_path
@@ -62,6 +64,14 @@ def read_results(matrix: Matrix, folder: str) -> dict[str, list[dict[str, Any]]]
     return results
 
 
+def read_finished(matrix: Matrix, folder: str) -> dict[str, list[dict[str, Any]]]:
+    """Read the results as `read_results` does; raise a UserError if there are none."""
+    results = read_results(matrix, folder)
+    if not results:
+        raise UserError(f"--results: {folder} has no finished cell of the sweep.")
+    return results
+
+
 def build_rows(
     matrix: Matrix, results: dict[str, list[dict[str, Any]]], costs: dict[str, dict[str, float]]
 ) -> list[Row]:
@@ -101,7 +111,8 @@ def pooled_deviation(first: list[float], second: list[float]) -> float | None:
 
 def _mean_multipliers(results: list[dict[str, Any]]) -> dict[str, float]:
     of_seeds = [result.get("multipliers") or {} for result in results]
-    return {name: statistics.geometric_mean(m[name] for m in of_seeds if name in m) for name in of_seeds[0]}
+    names = dict.fromkeys(chain.from_iterable(of_seeds))
+    return {name: statistics.geometric_mean(m[name] for m in of_seeds if name in m) for name in names}
 
 
 def _score(value: float | None) -> float:
