@@ -1,12 +1,13 @@
 #!/usr/bin/env python
 """Train the cells of a sweep on one GPU, many in parallel, for a given number of minutes; run it again to continue.
 
-    benchmarks/gpu_evidence.py [--sweep configs/evidence/long-matrix.yaml] [--name long] [--minutes 9] [--jobs N]
+    benchmarks/gpu_evidence.py [--sweep configs/evidence/long-matrix.yaml] [--name long-gpu] [--minutes 9] [--jobs N]
         [--cells NAME ...] [--seeds N ...] [KEY VALUE ...]
 
 Small trainings leave most of a GPU idle. With NVIDIA's Multi-Process Service (MPS), their kernels run concurrently. It
 is started for this program only, if available. When the time is up, every training writes a checkpoint and stops.
-Finished cells are in projects/evidence/NAME. The overrides set the data and weights, as in projects/results.md.
+Finished cells are in projects/evidence/NAME, by default beside
+those of projects/evidence/long, most of which were measured on a CPU with other settings. The overrides set the data and weights, as in projects/results.md.
 """
 
 import argparse
@@ -49,7 +50,7 @@ def multi_process_service() -> Iterator[dict[str, str]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", default="configs/evidence/long-matrix.yaml")
-    parser.add_argument("--name", default="long", help="name of the folders of runs and results")
+    parser.add_argument("--name", default="long-gpu", help="name of the folders of runs and results")
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument(
         "--jobs",

@@ -94,3 +94,23 @@ def test_evidence_without_mps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     with evidence.multi_process_service() as environment:
         assert environment == {}
     assert "no-such-program is missing or does not start" in capsys.readouterr().out
+
+
+def test_evidence_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that results go to a new folder: committed ones have other settings, with which a sweep is refused."""
+    evidence = load("benchmarks/gpu_evidence.py", monkeypatch)
+    started = []
+
+    class Process:
+        def __init__(self, command: list[str], **options: object):
+            started.append(command)
+
+        def wait(self, seconds: float) -> int:
+            return 0
+
+    monkeypatch.setattr(evidence.subprocess, "Popen", Process)
+    monkeypatch.setattr(evidence, "MPS", "no-such-program")
+    monkeypatch.setattr(sys, "argv", ["gpu_evidence.py"])
+    assert evidence.main() == 0
+    folder = started[0][started[0].index("--results") + 1]
+    assert folder == "projects/evidence/long-gpu" and not (ROOT / folder).exists()
