@@ -6,8 +6,8 @@
 
 Small trainings leave most of a GPU idle. With NVIDIA's Multi-Process Service (MPS), their kernels run concurrently. It
 is started for this program only, if available. When the time is up, every training writes a checkpoint and stops.
-Finished cells are in projects/evidence/NAME, by default beside
-those of projects/evidence/long, most of which were measured on a CPU with other settings. The overrides set the data and weights, as in projects/results.md.
+Finished cells are in projects/evidence/NAME; those of projects/evidence/long were measured on a CPU, in other settings.
+The overrides set the data and weights, as in projects/results.md.
 """
 
 import argparse
