@@ -6,7 +6,7 @@
 
 Small trainings leave most of a GPU idle. With NVIDIA's Multi-Process Service (MPS), their kernels run concurrently. It
 is started for this program only, if available. When the time is up, every training writes a checkpoint and stops.
-Finished cells are in projects/evidence/NAME; those of projects/evidence/long were measured on a CPU, in other settings.
+Finished cells are in projects/evidence/NAME; most of those in projects/evidence/long were measured on a CPU.
 The overrides set the data and weights, as in projects/results.md.
 """
 
