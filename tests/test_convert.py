@@ -304,6 +304,14 @@ def test_lists_of_names_with_spaces(devkit: Path) -> None:
     assert sorted(boxes(run(devkit)["val"])) == ["000003", "brown cow"]
 
 
+def test_lists_of_file_names(devkit: Path) -> None:
+    """Check names of images, one of them repeated without its suffix, and one whose label file has the suffix, too."""
+    text(devkit / "ImageSets/Main/val.txt", "000003.jpg\n000004.JPG\n000003\n000005.jpg\n")
+    (devkit / "Annotations/000005.xml").rename(devkit / "Annotations/000005.jpg.xml")
+    tree = run(devkit)["val"]
+    assert [Path(image["file_name"]).stem for image in tree["images"]] == ["000003", "000004", "000005"]
+
+
 def test_lists_of_the_devkit_that_do_not_fit(devkit: Path) -> None:
     text(devkit / "ImageSets/Main/test.txt", "../../etc/passwd\n")
     assert refusal(devkit) == (
@@ -480,6 +488,12 @@ def test_lines_of_yolo(tmp_path: Path) -> None:
         "scores of boxes dropped (1)",
         "outlines and rotated boxes converted to their bounding boxes (2)",
     ]
+
+
+def test_label_files_of_yolo_with_an_upper_case_suffix(tmp_path: Path) -> None:
+    root = yolo_of(tmp_path, "0 0.5 0.5 0.5 0.2")
+    (root / "labels/a.txt").rename(root / "labels/a.TXT")
+    assert boxes(run(root)["all"]) == {"a": [("cat", [10, 12, 20, 6])]}
 
 
 @pytest.mark.parametrize("style", ["names: [{}]", "{{names: {{0: {}, 1: {}, 2: {}, 03: {}, 4: {}, 5: {}}}}}"])
@@ -664,6 +678,15 @@ def test_shapes_and_subsets_of_cvat(tmp_path: Path) -> None:
     assert notes(root) == ["shapes without a box dropped, such as points and lines (1)"]
 
 
+def test_sublabels_of_cvat_are_no_classes(tmp_path: Path) -> None:
+    """Check a label whose skeleton has points with labels of their own, which name their parent."""
+    named = ["<name>b</name>", "<name>hand</name>", "<name>finger</name><parent>hand</parent>"]
+    more = f"<meta><task><labels>{''.join(f'<label>{label}</label>' for label in named)}</labels></task></meta>"
+    root = cvat_of(tmp_path, '<box label="b" xtl="1" ytl="2" xbr="5" ybr="6"/>', more=more)
+    (tree,) = run(root).values()
+    assert [category["name"] for category in tree["categories"]] == ["b", "hand"]
+
+
 @pytest.mark.parametrize(
     ("shapes", "keywords", "sentence"),
     [
@@ -814,6 +837,18 @@ def test_a_share_of_images_whose_names_are_not_utf8(tmp_path: Path) -> None:
         "train": 2,
         "val": 2,
     }
+
+
+def test_folders_whose_names_are_not_utf8(tmp_path: Path) -> None:
+    """Check that they are refused before anything is written, as the config could not name them."""
+    root = yolo_of(tmp_path, "0 0.5 0.5 0.5 0.2")
+    bad = tmp_path / os.fsdecode(b"stra\xdfe")
+    with pytest.raises(
+        UserError, match=r"^OUT: the path .* is not UTF-8, but the config names it: rename the folder\.$"
+    ):
+        convert(str(root), str(bad))
+    assert not bad.exists()
+    assert refusal(root.rename(bad)).startswith("IN: the path ")
 
 
 def test_folders_that_cannot_be_converted(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from tabulate import tabulate
 
 from ...errors import UserError, printable
 from ...files import check_output_folder, write_json, write_text
+from ...text import is_unicode
 from .formats import Format, find_format
 from .source import WHOLE, ConvertOptions, Source
 from .trees import Split, share_out
@@ -98,6 +99,9 @@ def convert(
         UserError: the dataset is invalid or ambiguous; nothing is written then.
     """
     options = options or ConvertOptions()
+    for argument, path in (("IN", folder), ("OUT", output)):
+        if not is_unicode(os.path.abspath(path)):
+            raise UserError(f"{argument}: the path {path} is not UTF-8, but the config names it: rename the folder.")
     source = Source(os.path.abspath(folder), options, without=os.path.abspath(output))
     form = find_format(source, format)
     _check_options(options, form)

@@ -28,7 +28,8 @@ def read(source: Source) -> Labels:
             raise UserError(f"{path} is not in CVAT's format: its root is {root.tag!r}, not 'annotations'.")
         if root.find("track") is not None:
             raise UserError(f"{path} has tracks of a video: export the task as 'CVAT for images'.")
-        order |= {name.text.strip(): None for name in root.findall("meta//label/name") if name.text}
+        classes = [label for label in root.findall("meta//label") if not label.findtext("parent")]
+        order |= {name.strip(): None for label in classes if (name := label.findtext("name"))}
         for node in root.iter("image"):
             with source.may_be_broken():
                 image = _read_image(source, file, node)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
+from collections.abc import Container
 from xml.etree.ElementTree import Element
 
 from ...errors import UserError
+from ..coco.image_names import is_image_name
 from .labels import REMEDY, LabelledBox, LabelledImage, Labels, read_box, written_size
 from .source import Source
 
@@ -35,8 +37,9 @@ def read(source: Source) -> Labels:
             image_of[stem] = image = _read_image(source, file)
             if not split_lists:
                 labels.add(source.split_of(file, image.file), image)
-    for split, stems in split_lists.items():
-        for stem in stems:
+    for split, entries in split_lists.items():
+        split_lists[split] = list(dict.fromkeys(_stem(entry, image_of) for entry in entries))
+        for stem in split_lists[split]:
             with source.may_be_broken():
                 if stem not in image_of and source.options.unlabelled == "keep":
                     image_of[stem] = _without_labels(source, stem)
@@ -54,6 +57,11 @@ def read(source: Source) -> Labels:
             source.note("labels that are in no list of ImageSets/Main dropped", stem)
     _count_from_zero(source, labels)
     return labels
+
+
+def _stem(entry: str, labelled: Container[str]) -> str:
+    """Return an entry of a list without the suffix of an image, unless a label file has that suffix in its name, too."""
+    return os.path.splitext(entry)[0] if is_image_name(entry) and entry not in labelled else entry
 
 
 def _without_labels(source: Source, stem: str) -> LabelledImage:

@@ -17,7 +17,7 @@ LARGEST_FRACTION = 2.0
 def recognizes(source: Source) -> bool:
     if any(is_description(file) for file in source.files) and source.having(".txt"):
         return True
-    texts = frozenset(source.having(".txt"))
+    texts = _texts(source)
     return any(candidate in texts for image in source.images[:50] for candidate in _label_files(image))
 
 
@@ -29,11 +29,11 @@ def read(source: Source) -> Labels:
     """
     description = read_description(source)
     labels = Labels(classes=list(description.names.values()), lists_images=True)
-    texts, used = frozenset(source.having(".txt")), set()
+    texts, used = _texts(source), set()
     for split, images in images_of_splits(source, description).items():
         for image in images:
             with source.may_be_broken():
-                found = next((file for file in _label_files(image) if file in texts), None)
+                found = next((texts[file] for file in _label_files(image) if file in texts), None)
                 if found:
                     used.add(found)
                     labels.add(split, _read_labels(source, image, found, description))
@@ -41,7 +41,7 @@ def read(source: Source) -> Labels:
                     source.note("images without a label file read as images without objects", image)
                     labels.add(split, LabelledImage(image, [], source.path(image)))
     stems = {os.path.splitext(os.path.basename(image))[0] for image in source.images}
-    for file in sorted(texts - used):
+    for file in sorted({*texts.values()} - used):
         folder, name = os.path.split(file)
         if os.path.basename(folder) == "labels" and os.path.splitext(name)[0] not in stems:
             source.note("label files without an image skipped", file)
@@ -91,6 +91,11 @@ def _read_line(
         )
     box.label = description.names[label]
     return box
+
+
+def _texts(source: Source) -> dict[str, str]:
+    """Return the text files by their names with the suffix in lower case."""
+    return {os.path.splitext(file)[0] + ".txt": file for file in source.having(".txt")}
 
 
 def _label_files(image: str) -> Iterator[str]:
