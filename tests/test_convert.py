@@ -839,6 +839,18 @@ def test_a_share_of_images_whose_names_are_not_utf8(tmp_path: Path) -> None:
     }
 
 
+def test_links_to_folders_are_named(tmp_path: Path) -> None:
+    """Check that they are not followed, in a folder that has other images and in one that has none."""
+    root = yolo_of(tmp_path, "0 0.5 0.5 0.5 0.2")
+    picture(tmp_path / "elsewhere/b.jpg")
+    (root / "images/more").symlink_to(tmp_path / "elsewhere")
+    assert "links to folders not followed (1)" in notes(root)
+    (root / "images/a.jpg").unlink()
+    assert refusal(root) == (
+        "IN: there is no image in IN_FOLDER (the link images/more to a folder is not followed); specify the folder of images and labels."
+    )
+
+
 def test_folders_whose_names_are_not_utf8(tmp_path: Path) -> None:
     """Check that they are refused before anything is written, as the config could not name them."""
     root = yolo_of(tmp_path, "0 0.5 0.5 0.5 0.2")

@@ -19,6 +19,7 @@ SPLIT = re.compile(r"(trainval|train|training|val|valid|validation|minival|dev|t
 WHOLE = "all"
 """Name of the split of files that belong to no split."""
 BROKEN = "unreadable entries dropped"
+LINKS = "links to folders not followed"
 LARGEST_FILE = 256 * 2**20
 """Maximum size in bytes of a label file."""
 
@@ -63,10 +64,12 @@ class Source:
         self.folder = folder
         self.options = options
         self.notes = Repairs(folder)
-        self.files = sorted(_files_below(folder, without))
+        self.files = sorted(_files_below(folder, without, self.notes))
         self.images = [file for file in self.files if is_image_name(file)]
         if not self.images:
-            raise UserError(f"IN: there is no image in {folder}; specify the folder of images and labels.")
+            link = self.notes.examples.get(LINKS)
+            reason = f" (the link {link} to a folder is not followed)" if link else ""
+            raise UserError(f"IN: there is no image in {folder}{reason}; specify the folder of images and labels.")
         self._known_images = frozenset(self.images)
         self.size_of = cache(lambda image: size_on_disk(self.path(image)))
 
@@ -162,10 +165,12 @@ class Source:
         return {split: ImageFinder(self.folder, images) for split, images in of_split.items()}
 
 
-def _files_below(folder: str, without: str | None) -> Iterator[str]:
+def _files_below(folder: str, without: str | None, notes: Repairs) -> Iterator[str]:
     def refuse(error: OSError) -> None:
         raise UserError(f"IN: the folder {error.filename} cannot be read: {error.strerror}.") from error
 
     for place, subfolders, names in os.walk(folder, onerror=refuse):
         subfolders[:] = [n for n in subfolders if n[0] != "." and n != "__MACOSX" and os.path.join(place, n) != without]
+        for link in filter(os.path.islink, (os.path.join(place, name) for name in subfolders)):
+            notes.add(LINKS, os.path.relpath(link, folder))
         yield from (os.path.relpath(os.path.join(place, name), folder) for name in names if name[0] != ".")
