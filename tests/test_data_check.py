@@ -222,7 +222,10 @@ def test_the_command_on_files(pair: list[DataSet], tmp_path: Path, capsys: pytes
         arguments += [f"--{dataset.role}", dataset.json_file, dataset.folder]
     main(arguments)
     printed = capsys.readouterr().out
-    assert f"train: annotations.json, {pair[0].json_file}\n6 images, 1 of them without annotations; 9 boxes;" in printed
+    assert (
+        f"train: train/annotations.json, {pair[0].json_file}\n6 images, 1 of them without annotations; 9 boxes;"
+        in printed
+    )
     assert "Found in annotations, file contents and up to 200 images of each set: 0 error(s), " in printed
     written = json.loads((tmp_path / "out/check.json").read_text())
     assert [entry["role"] for entry in written["sets"]] == ["train", "test"]
@@ -233,7 +236,7 @@ def test_the_command_on_files(pair: list[DataSet], tmp_path: Path, capsys: pytes
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 1
-    assert "errors:\n- annotations.json, annotations.json: 1 of 6 test images" in capsys.readouterr().out
+    assert "errors:\n- train/annotations.json, test/annotations.json: 1 of 6 test images" in capsys.readouterr().out
 
 
 def test_the_command_on_a_config(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
