@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 
 from kd_d2.analysis import load_analysis
-from kd_d2.analysis.detections import Difference, choose, differences
+from kd_d2.analysis.detections import GAINED, Difference, choose, differences, draw_differences
+from kd_d2.analysis.drawing import TITLE_HEIGHT
 from kd_d2.evaluation.coco import found_objects
 
 import cv2
+import numpy as np
 import pytest
 from helpers import make_project, run_command, save_fixed_weights
 
@@ -57,6 +59,19 @@ def test_gained_and_lost_and_the_choice() -> None:
     assert choose(images, 2) == [1, 2]
     assert choose(images, 9) == [1, 2, 3]
     assert choose({}, 3) == []
+    much, little = Difference([*range(10)], [*range(9)]), Difference([11], [])
+    assert choose({1: little, 2: little, 3: much}, 2) == [3, 1]
+    assert choose({n: Difference([*range(n)], []) for n in range(1, 9)}, 4) == [8, 7, 6, 5]
+
+
+def test_what_differs_is_drawn_on_top() -> None:
+    """Check the edge that a large gained object shares with a small unchanged one."""
+    truth = {"categories": [{"id": 1, "name": "a"}], "annotations": []}
+    for number, box in enumerate(([20, 10, 300, 280], [20, 10, 200, 280])):
+        truth["annotations"].append({"id": number, "image_id": 1, "category_id": 1, "bbox": box})
+    image = np.zeros((400, 400, 3), np.uint8)
+    picture = draw_differences(truth, 1, image, Difference([0], []), {})
+    assert tuple(picture[150 + TITLE_HEIGHT, 20]) == GAINED
 
 
 def test_sheets_of_three_models(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -176,6 +176,10 @@ def test_what_cannot_be_drawn(tmp_path: Path, capfd: pytest.CaptureFixture) -> N
     with pytest.raises(SystemExit):
         run("--model", tmp_path / "1", "--model", tmp_path / "2", *common)
     assert f"{tmp_path / '2'} has different images than {tmp_path / '1'}" in capfd.readouterr().err
+    run("--model", f"small={project.student}", *common, "--images", 1, "--every", 1, "INPUT.MIN_SIZE_TEST", 48)
+    with pytest.raises(SystemExit):
+        run("--model", tmp_path / "1", "--model", tmp_path / "small", *common)
+    assert f"{tmp_path / 'small'} has different images than {tmp_path / '1'}" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def test_distribution_focal_loss_by_hand() -> None:
     probability = torch.tensor([0.1, 0.2, 0.3, 0.4])
     logits = probability.log().expand(4, 4)
     loss = distribution_focal_loss(logits, torch.tensor([1.25, 2.0, -5.0, 77.0]))
-    ends = -0.01 * math.log(0.3) - 0.99 * math.log(0.4)
+    ends = -0.1 * math.log(0.3) - 0.9 * math.log(0.4)
     expected = [-0.75 * math.log(0.2) - 0.25 * math.log(0.3), -math.log(0.3), -math.log(0.1), ends]
     torch.testing.assert_close(loss, torch.tensor(expected), rtol=1e-4, atol=1e-5)
     logits = torch.randn(5, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -289,6 +289,14 @@ def test_keys_that_make_no_detector(kind: str, keys: dict, message: str, tiny_de
         tiny_detector(kind, {"MODEL": {kind.upper(): keys}})
 
 
+@pytest.mark.parametrize("kind", ["fcos", "atss"])
+def test_a_neck_that_does_not_divide_into_groups(kind: str, tiny_detector: Callable) -> None:
+    keys = {"FPN": {"OUT_CHANNELS": 48}, kind.upper(): {"NORM": "GN"}}
+    message = rf"^MODEL\.{kind.upper()}\.NORM is 'GN', which has 32 groups, but the neck has 48 channels \(MODEL\.FPN"
+    with pytest.raises(UserError, match=message):
+        tiny_detector(kind, {"MODEL": keys})
+
+
 @pytest.mark.parametrize("width_mult", [1.0, 0.5])
 def test_mobilenet_is_torchvisions(width_mult: float, tiny_cfg: Callable) -> None:
     """Check names, shapes and outputs of the stages against torchvision's network."""
@@ -321,6 +329,14 @@ def test_mobilenet_freezes_as_configured(tiny_cfg: Callable) -> None:
     assert (frozen, trained) == (set(range(4)), set(range(4, 18)))
     assert any(isinstance(m, FrozenBatchNorm2d) for m in net.features[3].modules())
     assert not any(isinstance(m, FrozenBatchNorm2d) for m in net.features[4].modules())
+
+
+@pytest.mark.parametrize(("freeze_at", "trained"), [(-1, 18), (0, 18), (5, 0), (6, 0)])
+def test_mobilenet_freezes_nothing_or_everything(tiny_cfg: Callable, freeze_at: int, trained: int) -> None:
+    """Check the ends of the range and, as with Detectron2's ResNets, values beyond them."""
+    keys = {"BACKBONE": {"NAME": "build_mobilenet_v2_backbone", "FREEZE_AT": freeze_at}}
+    net = build_backbone(tiny_cfg("retinanet", {"MODEL": keys}))
+    assert len({name.split(".")[1] for name, p in net.named_parameters() if p.requires_grad}) == trained
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import argparse
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 from typing import Self
 
 import numpy as np
@@ -105,13 +106,10 @@ def differences(truth: dict, first: set[int], second: set[int]) -> dict[int, Dif
 
 def choose(images: dict[int, Difference], count: int) -> list[int]:
     """Return alternately the images with the most gained and the most lost objects, largest differences first."""
-
-    def gain(image: int) -> int:
-        return len(images[image].gained) - len(images[image].lost)
-
-    by_gain = sorted(images, key=lambda i: (-gain(i), i))
-    by_loss = sorted(images, key=lambda i: (gain(i), i))
-    return list(dict.fromkeys(image for pair in zip(by_gain, by_loss, strict=True) for image in pair))[:count]
+    gained, lost = ({i: len(getattr(d, part)) for i, d in images.items()} for part in ("gained", "lost"))
+    by_number = (sorted(filter(of.get, of), key=lambda i: (-of[i], i)) for of in (gained, lost))
+    alternately = chain.from_iterable(zip_longest(*by_number))
+    return [image for image in dict.fromkeys(alternately) if image is not None][:count]
 
 
 def draw_differences(
@@ -128,9 +126,11 @@ def draw_differences(
     class_names = list(names.values())
     objects = [a for a in truth["annotations"] if a["image_id"] == image_id and not a.get("iscrowd")]
     color_of = dict.fromkeys(difference.gained, GAINED) | dict.fromkeys(difference.lost, LOST)
-    objects.sort(key=lambda o: o["id"] in color_of)  # differences are drawn on top
     colors = [color_of.get(o["id"], SAME) for o in objects]
-    drawn = draw_instances(image, as_instances(objects, image, classes), class_names, min_side=SIDE, colors=colors)
+    differ = [o["id"] in color_of for o in objects]
+    drawn = draw_instances(
+        image, as_instances(objects, image, classes), class_names, min_side=SIDE, colors=colors, on_top=differ
+    )
     row = [titled(drawn, f"objects: {len(difference.gained)} gained, {len(difference.lost)} lost")]
     for title, found in detections.items():
         drawn = draw_instances(image, as_instances(found, image, classes), class_names, min_side=SIDE)

@@ -28,6 +28,7 @@ def draw_instances(
     class_names: list[str],
     min_side: int = 480,
     colors: list[tuple[int, int, int]] | None = None,
+    on_top: list[bool] | None = None,
 ) -> np.ndarray:
     """Draw boxes with class names and scores, and masks if available.
 
@@ -36,6 +37,7 @@ def draw_instances(
         instances: `pred_boxes`, `pred_classes`, `scores`, or `gt_boxes`, `gt_classes`, in pixels of `image`.
         class_names: by class index.
         colors: RGB of each instance; None for the colors of the classes.
+        on_top: whether each instance is drawn after those for which it is False; otherwise large ones come first.
 
     Returns:
         RGB uint8.
@@ -49,7 +51,8 @@ def draw_instances(
     scores = [None] * len(classes) if is_truth else instances.scores.tolist()
     colors = colors or [PALETTE[label % len(PALETTE)] for label in classes]
     thickness = max(2, round(min(canvas.shape[:2]) / 320))
-    order = np.argsort([-(b[2] - b[0]) * (b[3] - b[1]) for b in boxes], kind="stable")
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    order = np.lexsort((-areas, on_top or [False] * len(boxes)))
     for i in order:
         left, top, right, bottom = boxes[i].round().astype(int)
         if instances.has("pred_masks"):

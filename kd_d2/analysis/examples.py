@@ -29,7 +29,7 @@ def read_examples(cfg: CfgNode, count: int) -> list[dict]:
         for d in DatasetCatalog.get(cfg.DATASETS.TEST[0])
         if any(not a.get("iscrowd") for a in d.get("annotations", ()))
     )
-    examples = [mapper(entry) for entry in islice(entries, count)]
+    examples = list(islice((example for example in map(mapper, entries) if len(example["instances"])), count))
     if not examples:
         raise UserError(f"The dataset {cfg.DATASETS.TEST[0]} has no image with objects.")
     return examples

@@ -34,6 +34,8 @@ from .drawing import draw_instances, enlarged, overlay_heat, per_pixel, sheet, t
 from .examples import pixels, read_examples
 from .models import Models, check_folder_names, read_paths
 
+Example = tuple[np.ndarray, Instances]
+
 FOLDER = "loss_maps"
 EXAMPLES = "examples.npz"
 PICTURE = "loss_maps.png"
@@ -225,7 +227,7 @@ def save_examples(examples: list[dict], cfg: CfgNode) -> None:
     np.savez(os.path.join(cfg.OUTPUT_DIR, FOLDER, EXAMPLES), **arrays)
 
 
-def read_saved_examples(output: str) -> tuple[list[tuple[np.ndarray, Instances]], list[str]]:
+def read_saved_examples(output: str) -> tuple[list[Example], list[str]]:
     """Return RGB images (H, W, 3) with their ground truth, and the class names."""
     with np.load(os.path.join(output, FOLDER, EXAMPLES)) as arrays:
         examples = []
@@ -271,11 +273,11 @@ def draw_loss_maps(folders: dict[str, str], stride: int) -> tuple[np.ndarray, fl
     first = next(iter(folders.values()))
     examples, names = read_saved_examples(first)
     for title, levels in maps.items():
-        if f"{len(examples) - 1}/{stride}" not in levels or f"{len(examples)}/{stride}" in levels:
+        if not _are_equal(examples, read_saved_examples(folders[title])[0]):
+            raise UserError(f"{folders[title]} has different images than {first}.")
+        if f"0/{stride}" not in levels:
             strides = sorted({int(name.split("/")[1]) for name in levels})
-            raise UserError(
-                f"{folders[title]} has different images than {first} or no level of stride {stride}; its strides are {strides}."
-            )
+            raise UserError(f"{folders[title]} has no level of stride {stride}; its strides are {strides}.")
     rows, covered, shares = [], [], {title: [] for title in folders}
     for number, (image, truth) in enumerate(examples):
         inside = inside_boxes(truth)
@@ -288,6 +290,14 @@ def draw_loss_maps(folders: dict[str, str], stride: int) -> tuple[np.ndarray, fl
         rows.append(row)
     runs = {title: RunShare(records[title], float(np.mean(of_images))) for title, of_images in shares.items()}
     return sheet(rows), float(np.mean(covered)), runs
+
+
+def _are_equal(first: list[Example], second: list[Example]) -> bool:
+    """Return whether two trainings were recorded on the same images and boxes."""
+    return len(first) == len(second) and all(
+        np.array_equal(ours, theirs) and torch.equal(truth.gt_boxes.tensor, other.gt_boxes.tensor)
+        for (ours, truth), (theirs, other) in zip(first, second, strict=True)
+    )
 
 
 def inside_boxes(truth: Instances) -> np.ndarray:

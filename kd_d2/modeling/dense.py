@@ -19,6 +19,8 @@ from ..errors import UserError
 from ..keys import Above, AtLeast, Below, Keys
 from .assignment import Positives, assign_adaptively
 
+GROUPS = 32
+"""Number of groups of Detectron2's normalization layer GN."""
 FocalAlpha = Annotated[float, "Weight alpha of positives in the focal loss; negatives have weight 1 - alpha."]
 FocalGamma = Annotated[float, "Exponent gamma of the focal loss."]
 
@@ -60,6 +62,12 @@ def dense_arguments(cfg: CfgNode, name: str, kind: type[DenseKeys]) -> tuple[dic
     if unknown or not keys.in_features:
         raise UserError(f"MODEL.{name}.IN_FEATURES is {keys.in_features}; the backbone has {', '.join(shapes)}.")
     input_shape = [shapes[name] for name in keys.in_features]
+    channels = input_shape[0].channels
+    if keys.norm == "GN" and channels % GROUPS:
+        raise UserError(
+            f"MODEL.{name}.NORM is 'GN', which has {GROUPS} groups, but the neck has {channels} channels (MODEL.FPN.OUT_CHANNELS): "
+            f"choose a multiple of {GROUPS}, or another NORM."
+        )
     detector = {
         "backbone": backbone,
         "head_in_features": keys.in_features,
@@ -76,7 +84,7 @@ def dense_arguments(cfg: CfgNode, name: str, kind: type[DenseKeys]) -> tuple[dic
     head = {
         "input_shape": input_shape,
         "num_classes": keys.num_classes,
-        "conv_dims": [input_shape[0].channels] * keys.num_convs,
+        "conv_dims": [channels] * keys.num_convs,
         "norm": keys.norm,
         "prior_prob": keys.prior_prob,
     }

@@ -168,12 +168,12 @@ def distribution_focal_loss(logits: Tensor, distances: Tensor) -> Tensor:
 
     Args:
         logits: (..., D), logits of the distances 0 to D - 1.
-        distances: (...), clamped to [0, D - 1).
+        distances: (...), clamped to [0, D - 1.1], as by the authors.
 
     Returns:
         Loss of shape (...).
     """
-    distances = distances.clamp(0, logits.shape[-1] - 1 - 0.01)
+    distances = distances.clamp(0, logits.shape[-1] - 1.1)
     below = distances.floor()
     log_probability = logits.log_softmax(-1)
     share_above = distances - below

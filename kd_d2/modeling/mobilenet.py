@@ -60,8 +60,8 @@ class MobileNetV2(Backbone):
 
     def freeze(self, freeze_at: int) -> MobileNetV2:
         """Freeze nothing (0), the stem (1), also res2 (2), and so on, and return the network."""
-        if freeze_at:
-            last = list(LAST_BLOCK.values())[freeze_at - 1]
+        if freeze_at > 0:
+            last = list(LAST_BLOCK.values())[:freeze_at][-1]
             for index, block in enumerate(self.features[: last + 1]):
                 self.features[index] = FrozenBatchNorm2d.convert_frozen_batchnorm(block.requires_grad_(False))
         return self
