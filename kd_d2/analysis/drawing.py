@@ -11,12 +11,12 @@ from detectron2.structures import Instances
 from PIL import Image, ImageDraw, ImageFont
 
 from ..text import label, printable
+from .fonts import font_file
 
 PALETTE = (
     (230, 57, 70), (29, 120, 200), (42, 157, 80), (244, 140, 6), (131, 56, 200), (0, 150, 160), (214, 40, 140), (120, 90, 40),
     (90, 110, 20), (70, 70, 160),
 )  # fmt: skip
-FONT = os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")  # OpenCV's font has only ASCII
 LONGEST_ENLARGED = 4  # times min_side
 TITLE_HEIGHT, TITLE_MARGIN, TITLE_SIZES = 34, 6, range(20, 10, -1)
 WHITE, BLACK = (255, 255, 255), (30, 30, 30)
@@ -75,7 +75,8 @@ def _tint(canvas: np.ndarray, mask: np.ndarray, color: tuple[int, int, int]) -> 
 
 def _label(picture: Image.Image, text: str, corner: np.ndarray, color: tuple[int, int, int], plates: list) -> None:
     """Draw text on a plate above the corner of its box, inside the image and below existing plates."""
-    text, font = label(text), ImageFont.truetype(FONT, max(11, min(picture.size) // 34))
+    text = label(text)
+    font = ImageFont.truetype(font_file(text), max(11, min(picture.size) // 34))
     draw = ImageDraw.Draw(picture)
     width, plate = int(draw.textlength(text, font)) + 6, sum(font.getmetrics()) + 2
     left = int(np.clip(corner[0], 0, max(0, picture.width - width)))
@@ -125,7 +126,7 @@ def titled(image: np.ndarray, title: str) -> np.ndarray:
     """Add a strip with a title above the image; long titles are written smaller, then truncated."""
     title, strip = printable(title), Image.new("RGB", (image.shape[1], TITLE_HEIGHT), WHITE)
     room = strip.width - 2 * TITLE_MARGIN
-    fonts = [ImageFont.truetype(FONT, size) for size in TITLE_SIZES]
+    fonts = [ImageFont.truetype(font_file(title), size) for size in TITLE_SIZES]
     font = next((f for f in fonts if f.getlength(title) <= room), fonts[-1])
     written = title
     while written and font.getlength(written) > room:

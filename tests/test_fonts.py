@@ -1,0 +1,32 @@
+"""Fonts of drawings: class names in any script."""
+
+from __future__ import annotations
+
+import logging
+
+from kd_d2.analysis import fonts
+from kd_d2.analysis.drawing import titled
+from kd_d2.analysis.fonts import FONT, font_file
+
+import numpy as np
+import pytest
+
+ONLY_IN_STIX = "\u20dd\u20de"  # STIX comes with Matplotlib; DejaVu Sans lacks these characters
+
+
+def test_another_font_has_the_characters() -> None:
+    """Check that the usual font is preferred, and that characters that it lacks are drawn by another."""
+    assert font_file("gro\u00df \u00e9 \u043a\u043e\u0442") == FONT
+    assert font_file(ONLY_IN_STIX) != FONT
+    white = np.full((8, 200, 3), 255, np.uint8)
+    first, second = (titled(white, character) for character in ONLY_IN_STIX)
+    assert (first != second).any()
+
+
+def test_no_font_has_the_characters(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(fonts, "installed_fonts", lambda: ["/there/is/no/font.ttf"])
+    with caplog.at_level(logging.WARNING, "kd_d2"):
+        assert font_file("\u732b 1") == FONT
+    assert caplog.messages == [
+        "No installed font has all characters of '\u732b 1'; those that are missing are drawn as boxes."
+    ]
