@@ -95,7 +95,10 @@ class KDCheckpointer(DetectionCheckpointer):
         write_text(os.path.join(self.save_dir, "last_checkpoint"), last_filename_basename)
 
     def has_checkpoint(self) -> bool:
-        return bool(checkpoint_files(self.save_dir))
+        return bool(self.get_checkpoint_file())
+
+    def get_checkpoint_file(self) -> str:
+        return next(iter(checkpoint_files(self.save_dir)), "")
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         content = read_checkpoint(filename)
