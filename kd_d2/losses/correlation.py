@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .moments import Total, alone, central_moments
@@ -69,6 +70,5 @@ def _distances(sums_3N: Tensor) -> Tensor:
 
     Predictions in half precision are often constant, along classes or positions, at the beginning of training.
     """
-    squares_2N = sums_3N[:2]
-    inverse_2N = squares_2N.clamp(min=SQUARE_EPS).rsqrt().where(squares_2N > SQUARE_EPS, 0)
+    inverse_2N = F.threshold(sums_3N[:2], SQUARE_EPS, torch.inf).rsqrt()
     return 1 - sums_3N[2] * inverse_2N[0] * inverse_2N[1]
