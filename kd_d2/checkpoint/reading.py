@@ -43,9 +43,10 @@ class _PlainUnpickler(pickle._Unpickler):
         raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")  # same wording as torch
 
 
+_scalar = np.float64(0).__reduce__()[0]  # in numpy.core before NumPy 2
 NUMPY_SCALARS = [
-    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+    (_scalar, "numpy._core.multiarray.scalar"),
+    (_scalar, "numpy.core.multiarray.scalar"),
     np.dtype,
     *(type(np.dtype(kind)) for kind in ("bool", "int32", "int64", "float32", "float64")),
 ]

@@ -52,7 +52,11 @@ class CocoEvaluator(COCOEvaluator):
         }
 
     def _tasks_from_predictions(self, predictions: list[dict[str, Any]]) -> list[str]:
-        return [task for task in super()._tasks_from_predictions(predictions) if self._is_annotated[task]]
+        predicted = super()._tasks_from_predictions(predictions)
+        for task in predicted:
+            if not self._is_annotated[task]:
+                logger.info(f"The task {task} is not evaluated, since annotations of {self._metadata.name} lack it")
+        return [task for task in predicted if self._is_annotated[task]]
 
     def _derive_coco_results(
         self, coco_eval: Any, iou_type: str, class_names: list[str] | None = None
