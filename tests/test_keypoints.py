@@ -62,7 +62,7 @@ def test_training_resuming_and_evaluation(project: Project) -> None:
         ),
         (
             ("TEST.KEYPOINT_OKS_SIGMAS", []),
-            "TEST.KEYPOINT_OKS_SIGMAS has 0 values, but the dataset NAME needs 3, one for each keypoint (none for COCO's 17).",
+            "TEST.KEYPOINT_OKS_SIGMAS has 0 values, but the dataset NAME needs 3, one for each keypoint; leave it empty for COCO's 17.",
         ),
     ],
 )

@@ -161,7 +161,7 @@ class CrossKD(Distiller):
 
 
 def centerness_of_assigned(dense: DensePredictions, targets: list[Instances]) -> Tensor:
-    """Compute the centerness (Tian et al. 2019, equation 3) of each anchor in its box (B, R); any value without one."""
+    """Compute the centerness (Tian et al. 2019, equation 3) of each anchor in its box (B, R); arbitrary without a box."""
     points_R2 = Boxes.cat([*dense.anchors.values()]).get_centers()
     return torch.stack(
         [

@@ -38,7 +38,8 @@ class LD(Distiller):
 
     The main region is the positives of the student's label assignment, q its largest class probability there. Optional:
     the valuable localization region around the boxes, which may include positives, with the IoU as q (see
-    `valuable_region`); and the divergence of the softmax over class logits at the positives, averaged over classes and positives.
+    `valuable_region`); and the divergence of the softmax over class logits at the positives, averaged over classes and
+    positives.
     """
 
     needs = frozenset({"dense", "distributions", "targets"})

@@ -131,7 +131,7 @@ def _check_keypoints(cfg: CfgNode, key: str, name: str) -> None:
     sigmas = len(cfg.TEST.KEYPOINT_OKS_SIGMAS)
     if key == "TEST" and (sigmas or 17) != predicted:
         raise UserError(
-            f"TEST.KEYPOINT_OKS_SIGMAS has {sigmas} values, but the dataset {name} needs {predicted}, one for each keypoint (none for COCO's 17)."
+            f"TEST.KEYPOINT_OKS_SIGMAS has {sigmas} values, but the dataset {name} needs {predicted}, one for each keypoint; leave it empty for COCO's 17."
         )
 
 

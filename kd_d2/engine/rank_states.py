@@ -35,7 +35,7 @@ def set_rank_state(model: nn.Module, states: list[dict[str, Any]], seed: int) ->
 
 
 def get_loss_normalizers(model: nn.Module) -> dict[str, float]:
-    """Return the loss normalizers by module name; that of a keypoint head is a word and does not change."""
+    """Return the loss normalizers by module name; those of keypoint heads are strings, which do not change."""
     found = {name: vars(module).get("loss_normalizer") for name, module in model.named_modules()}
     return {name: float(value) for name, value in found.items() if value is not None and not isinstance(value, str)}
 
