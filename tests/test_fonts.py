@@ -6,21 +6,31 @@ import logging
 
 from kd_d2.analysis import fonts
 from kd_d2.analysis.drawing import titled
-from kd_d2.analysis.fonts import FONT, font_file
+from kd_d2.analysis.fonts import FONT, font_file, installed_fonts
 
+import matplotlib
 import numpy as np
 import pytest
 
 ONLY_IN_STIX = "\u20dd\u20de"  # STIX comes with Matplotlib; DejaVu Sans lacks these characters
 
 
-def test_another_font_has_the_characters() -> None:
+def test_another_font_has_the_characters(monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that the usual font is preferred, and that characters that it lacks are drawn by another."""
+    of_matplotlib = [path for path in installed_fonts() if path.startswith(matplotlib.get_data_path())]
+    monkeypatch.setattr(fonts, "installed_fonts", lambda: of_matplotlib)
     assert font_file("gro\u00df \u00e9 \u043a\u043e\u0442") == FONT
     assert font_file(ONLY_IN_STIX) != FONT
     white = np.full((8, 200, 3), 255, np.uint8)
     first, second = (titled(white, character) for character in ONLY_IN_STIX)
     assert (first != second).any()
+
+
+def test_last_resort_is_no_font(caplog: pytest.LogCaptureFixture) -> None:
+    """Check that the boxes of the Last Resort font, which comes with Matplotlib, do not pass for characters."""
+    with caplog.at_level(logging.WARNING, "kd_d2"):
+        assert font_file("\u0378") == FONT  # not assigned by Unicode
+    assert len(caplog.messages) == 1
 
 
 def test_no_font_has_the_characters(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -27,9 +27,10 @@ def font_file(text: str) -> str:
 
 
 def installed_fonts() -> list[str]:
+    """Return the files of the fonts that Matplotlib finds, except Last Resort, which draws every character as a box."""
     from matplotlib.font_manager import fontManager  # its import searches the system
 
-    return sorted(entry.fname for entry in fontManager.ttflist)
+    return sorted(entry.fname for entry in fontManager.ttflist if not entry.name.startswith("Last Resort"))
 
 
 def _has_glyphs(path: str, text: str) -> bool:
