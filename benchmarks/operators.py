@@ -17,7 +17,15 @@ from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 from torch.utils._python_dispatch import TorchDispatchMode
 
-WITHOUT_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "promote_types"}
+WITHOUT_KERNEL = {
+    "_unsafe_view",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "promote_types",
+}
 IMAGES = 2
 
 

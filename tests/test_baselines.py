@@ -10,10 +10,11 @@ from kd_d2 import DISTILLER_REGISTRY, Distiller, KDMetaArch, Teacher
 from kd_d2.adapters import DensePredictions, DetectorOutputs, build_adapter
 from kd_d2.distillers import FGFI, FKD, GID, DeFeat
 from kd_d2.distillers.fgfi import near_objects
-from kd_d2.distillers.fkd import NonLocalBlock, mean_activations
 from kd_d2.distillers.gid import relation_loss, select_instances
+from kd_d2.distillers.non_local import NonLocalBlock, non_local_matrices
 from kd_d2.errors import UserError
 from kd_d2.losses import channel_attention, masked_squared_error, spatial_attention
+from kd_d2.losses.flat_levels import FlatLevels
 
 import pytest
 import torch
@@ -178,15 +179,25 @@ def test_fkd_without_what_has_no_weight(build: Callable) -> None:
 
 
 def test_non_local_block_is_the_sum_over_all_pairs() -> None:
-    """Check against the explicit matrix of all pairs of positions."""
+    """Check blocks of two levels against the explicit matrix of all pairs of positions, and the gradients."""
     torch.manual_seed(0)
-    block = NonLocalBlock(3, 2)
-    torch.nn.init.normal_(block.out.weight)
-    x = torch.randn(2, 3, 4, 5)
-    theta, phi, g = (layer(x).flatten(2) for layer in (block.theta, block.phi, block.g))
-    pairs = torch.einsum("bdi,bdj->bij", theta, phi) / 20
-    gathered = torch.einsum("bij,bdj->bdi", pairs, g).view(2, 2, 4, 5)
-    torch.testing.assert_close(block(x), x + block.out(gathered), rtol=1e-4, atol=1e-5)
+    blocks = [NonLocalBlock(3, 2).double() for _ in range(2)]
+    maps = [torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True) for size in ((4, 5), (2, 3))]
+    expected = []
+    for block, x in zip(blocks, maps, strict=True):
+        torch.nn.init.normal_(block.out.weight)
+        torch.nn.init.normal_(block.out.bias)
+        theta, phi, g = (layer(x).flatten(2) for layer in (block.theta, block.phi, block.g))
+        pairs = torch.einsum("bdi,bdj->bij", theta, phi) / x[0, 0].numel()
+        gathered = torch.einsum("bij,bdj->bdi", pairs, g).view(2, 2, *x.shape[2:])
+        expected.append(x + block.out(gathered))
+    matrices = non_local_matrices(blocks, [x.flatten(2) for x in maps], FlatLevels.of(maps))
+    for matrix, block, x, wanted in zip(matrices, blocks, maps, expected, strict=True):
+        with_ones = torch.cat([x.flatten(2), torch.ones(2, 1, x[0, 0].numel())], 1)
+        torch.testing.assert_close((matrix @ with_ones).view_as(x), wanted)
+        leaves, upstream = [x, *block.parameters()], torch.randn_like(wanted)
+        found = torch.autograd.grad(block(x), leaves, upstream)
+        torch.testing.assert_close(found, torch.autograd.grad(wanted, leaves, upstream))
 
 
 def test_fkd_of_equal_features_has_finite_gradients(build: Callable) -> None:
@@ -208,11 +219,20 @@ def test_fkd_gradient_numerically(build: Callable, attention: str, norm: str) ->
     student.requires_grad_()
     for layer in fkd.student_relations.values():
         torch.nn.init.normal_(layer.out.weight, std=0.1)
-    relation, transfer, masked = (
-        getattr(FKD, f"{name}_distance").__wrapped__ for name in ("relation", "attention", "feature")
-    )
-    assert torch.autograd.gradcheck(lambda s: relation(fkd, s, teacher, "8"), student)
-    assert torch.autograd.gradcheck(lambda s: transfer(fkd, s, teacher, mean_activations(s, teacher), "8"), student)
+    levels, strides = FlatLevels.of([teacher]), (8,)
+
+    def attention_distance(s: Tensor) -> Tensor:
+        adapted = FKD.adapted_attention.__wrapped__(fkd, s, strides=strides) if attention == "adapted" else None
+        return fkd.norm_of_images(squares(s, adapted)["loss_fkd_attention"])
+
+    def relation_distance(s: Tensor) -> Tensor:
+        return fkd.norm_of_images(FKD.relation_squares.__wrapped__(fkd, s, teacher, strides=strides, levels=levels))
+
+    def squares(s: Tensor, adapted: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
+        return FKD.flat_squares.__wrapped__(fkd, s.flatten(2), teacher.flatten(2), adapted, levels)
+
+    assert torch.autograd.gradcheck(relation_distance, student)
+    assert torch.autograd.gradcheck(attention_distance, student)
     # the masks are constants: numerically, the distance is taken with the masks of this student
     mask = (spatial_attention(student, teacher, 0.5) * channel_attention(student, teacher, 0.5)).detach()
 
@@ -221,7 +241,7 @@ def test_fkd_gradient_numerically(build: Callable, attention: str, norm: str) ->
 
     assert torch.autograd.gradcheck(masked_distance, student)
     (expected,) = torch.autograd.grad(masked_distance(student).sum(), student)
-    (found,) = torch.autograd.grad(masked(fkd, student, teacher, mean_activations(student, teacher)), student)
+    (found,) = torch.autograd.grad(fkd.norm_of_images(squares(student)["loss_fkd_feature"]), student)
     torch.testing.assert_close(found, expected)
 
 

@@ -9,7 +9,6 @@ from kd_d2.adapters import DetectorOutputs
 from kd_d2.distillers import DISTILLER_REGISTRY, Distiller, FeatureImitation, OptimizerSettings, Schedule, StructuralKD
 from kd_d2.distillers.adaptation import AdaptationLayers
 from kd_d2.distillers.matching import common_strides, levels_by_stride
-from kd_d2.distillers.pointwise import pointwise
 from kd_d2.errors import UserError, check_number
 from kd_d2.losses import ms_ssim_loss, ssim_loss
 
@@ -474,14 +473,16 @@ def test_adaptation_layers_check_the_number_of_levels() -> None:
         layers([torch.rand(1, 1, 2, 2)] * 2)
 
 
-@pytest.mark.parametrize("outputs", [1, 3])
-def test_pointwise_is_the_convolution(outputs: int) -> None:
-    """Check the values and the gradients of input, weight and bias against PyTorch's convolution."""
-    torch.manual_seed(0)
-    layer = nn.Conv2d(4, outputs, 1).double()
-    maps = torch.randn(2, 4, 3, 5, dtype=torch.float64, requires_grad=True)
-    found, expected = pointwise(layer, maps.flatten(2)).view(2, outputs, 3, 5), layer(maps)
-    torch.testing.assert_close(found, expected)
-    upstream, leaves = torch.randn_like(expected), (maps, layer.weight, layer.bias)
-    for ours, theirs in zip(*(torch.autograd.grad(x, leaves, upstream) for x in (found, expected)), strict=True):
-        torch.testing.assert_close(ours, theirs)
+def test_levels_of_the_same_channels_are_grouped() -> None:
+    """Check strides and maps of two groups, which are those of `pairs`."""
+    layers = AdaptationLayers({8: (2, 3), 16: (2, 4), 32: (2, 3)}, 1)
+    student, teacher = (
+        DetectorOutputs(images=None, features={s: torch.rand(1, c, 2, 2) for s, c in channels.items()}, anchors=None)
+        for channels in ({8: 2, 16: 2, 32: 2}, {8: 3, 16: 4, 32: 3})
+    )
+    groups, pairs = layers.groups(student, teacher), layers.pairs(student, teacher)
+    assert [group.strides for group in groups] == [(8, 32), (16,)]
+    found = [pair for group in groups for pair in zip(group.student, group.teacher, strict=True)]
+    for ours, theirs in zip(found, (pairs[0], pairs[2], pairs[1]), strict=True):
+        assert ours[1] is theirs[1]
+        assert torch.equal(ours[0], theirs[0])

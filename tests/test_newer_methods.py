@@ -12,6 +12,7 @@ from typing import Any
 from kd_d2 import Distiller, KDMetaArch, Teacher
 from kd_d2.adapters import DensePredictions, DetectorOutputs, build_adapter
 from kd_d2.distillers import CWD, FGD, MGD, PKD
+from kd_d2.distillers.adaptation import LevelGroup
 from kd_d2.distillers.fgd import ContextBlock
 from kd_d2.distillers.generation import random_mask
 from kd_d2.errors import UserError
@@ -277,7 +278,7 @@ def test_fgd_of_each_level_of_the_program() -> None:
         foreground = foreground_weights(boxes / s, *teacher[s].shape[-2:])
         _assert_equal(foreground, values[f"loss.{s}.mask_fg"])
         _assert_equal(background_weights(foreground), values[f"loss.{s}.mask_bg"])
-        sums = fgd.losses_of_levels(*([x] for x in pairs[s]), boxes, [s])
+        sums = fgd.losses_of_levels(LevelGroup((s,), *((x,) for x in pairs[s])), boxes)
         parts = {name: loss / len(boxes) for name, loss in sums.items()}
         for name in ("foreground", "background", "attention", "relation"):
             _assert_equal(parts[f"loss_fgd_{name}"], values[f"loss.{s}.{name}"])
@@ -519,7 +520,7 @@ def test_fgd_of_levels_with_different_channels() -> None:
     targets = targets_of([[8.0, 8, 40, 40]], [[0.0, 16, 20, 60]])
     losses = fgd(_outputs(student), _outputs(teacher), targets)
     boxes = torch.stack([target.gt_boxes.tensor for target in targets])
-    alone = [fgd.losses_of_levels([student[s]], [teacher[s]], boxes, [s]) for s in student]
+    alone = [fgd.losses_of_levels(LevelGroup((s,), (student[s],), (teacher[s],)), boxes) for s in student]
     for name, weight in fgd.weights.items():
         torch.testing.assert_close(losses[name], weight / 2 * sum(level[name] for level in alone))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections import defaultdict
+from typing import Annotated, Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -21,6 +22,14 @@ Adaptation = Annotated[
 """Type of the key ADAPTATION of a method."""
 
 
+class LevelGroup(NamedTuple):
+    """Strides and maps of levels with the same numbers of channels, the student's adapted, (B, C_teacher, H, W)."""
+
+    strides: tuple[int, ...]
+    student: tuple[Tensor, ...]
+    teacher: tuple[Tensor, ...]
+
+
 class AdaptationLayers(nn.Module):
     """Maps the student's features to the teacher's channels with one convolution per level, or leaves them unchanged.
 
@@ -31,6 +40,7 @@ class AdaptationLayers(nn.Module):
 
     def __init__(self, channels: dict[int, tuple[int, int]], kernel_size: int):
         super().__init__()
+        self.channels = channels
         self.strides = tuple(channels)
         self.layers = nn.ModuleDict()
         if kernel_size:
@@ -64,6 +74,13 @@ class AdaptationLayers(nn.Module):
         """Return the student's adapted and the teacher's feature map of each level, (B, C_teacher, H, W) each."""
         student_maps = self(levels_by_stride(student.features, self.strides, "student"))
         return list(zip(student_maps, levels_by_stride(teacher.features, self.strides, "teacher"), strict=True))
+
+    def groups(self, student: DetectorOutputs, teacher: DetectorOutputs) -> list[LevelGroup]:
+        """Return `pairs`, levels with the same numbers of channels together."""
+        by_channels = defaultdict(list)
+        for stride, pair in zip(self.strides, self.pairs(student, teacher), strict=True):
+            by_channels[self.channels[stride]].append((stride, *pair))
+        return [LevelGroup(*zip(*levels, strict=True)) for levels in by_channels.values()]
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         """Map features (B, C_student, H, W) per level, in order of `strides`, to (B, C_teacher, H, W)."""

@@ -5,8 +5,6 @@ Shape suffixes: B images, C channels, H W map, N boxes, S levels, L positions of
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -20,7 +18,7 @@ from ..keys import Above, AtLeast
 from ..losses.attention import attention_of_levels
 from ..losses.flat_levels import FlatLevels, flatten_levels
 from ..losses.focal import attended_square, background_of_levels, foreground_of_levels
-from .adaptation import Adaptation, AdaptationLayers
+from .adaptation import Adaptation, AdaptationLayers, LevelGroup
 from .base import DISTILLER_REGISTRY, Distiller, Losses, in_float32
 from .pair import NumLevels, Pair
 
@@ -101,20 +99,12 @@ class FGD(Distiller):
 
     def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
         boxes_BN4 = pad_sequence([t.gt_boxes.tensor for t in targets], batch_first=True, padding_value=OUTSIDE)
-        maps = dict(zip(self.adaptation.strides, self.adaptation.pairs(student, teacher), strict=True))
-        by_channels = defaultdict(list)
-        for stride, (_, theirs) in maps.items():
-            by_channels[theirs.shape[1]].append(stride)
-        parts = [
-            self.losses_of_levels(*zip(*(maps[stride] for stride in strides), strict=True), boxes_BN4, strides)
-            for strides in by_channels.values()
-        ]
+        parts = [self.losses_of_levels(group, boxes_BN4) for group in self.adaptation.groups(student, teacher)]
         return {n: weight / len(targets) * sum(part[n] for part in parts) for n, weight in self.weights.items()}
 
-    def losses_of_levels(
-        self, student: Sequence[Tensor], teacher: Sequence[Tensor], boxes_BN4: Tensor, strides: Sequence[int]
-    ) -> Losses:
-        """Compute the losses of levels (B, C, H, W) with the same C, summed over levels and images, unweighted."""
+    def losses_of_levels(self, group: LevelGroup, boxes_BN4: Tensor) -> Losses:
+        """Compute the losses of levels, summed over levels and images, unweighted."""
+        strides, student, teacher = group
         boxes_SBN4 = torch.stack([boxes_BN4 / stride for stride in strides])
         foreground_BL = foreground_of_levels(boxes_SBN4, [x.shape[-2:] for x in teacher])
         names = [str(stride) for stride in strides]

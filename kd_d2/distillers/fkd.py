@@ -1,7 +1,11 @@
-"""FKD: feature distillation with attention and non-local relations."""
+"""FKD: feature distillation with attention and non-local relations.
+
+Shape suffixes: B images, C channels, H W map, S levels, L positions of all levels, M pairs of maps.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -13,43 +17,42 @@ from torch import Tensor, nn
 from ..adapters import DetectorOutputs
 from ..distributed import mean_across_ranks
 from ..keys import Above, AtLeast, OneOf
-from ..losses import mean_activation, shared_attention
+from ..losses.attention import activations_of_levels, means_of_levels, shared_attention_of_levels
+from ..losses.flat_levels import FlatLevels, flatten_levels
+from ..losses.focal import attended_square
 from .adaptation import Adaptation, AdaptationLayers
 from .base import DISTILLER_REGISTRY, Distiller, Losses, in_float32
+from .non_local import NonLocalBlock, affine_matrices, composed, non_local_matrices, split
 from .pair import Pair
-from .pointwise import pointwise
 
 ATTENTION, FEATURE, RELATION = (f"loss_fkd_{part}" for part in ("attention", "feature", "relation"))
 SQUARE_EPS = 1e-24
 """Squared distances below it are treated as zero and have no gradient."""
 
 
-def _mean_norm(difference: Tensor) -> Tensor:
-    """Return the L2 norm averaged over images, with a gradient of 0 where there is no difference."""
-    return torch.linalg.vector_norm(difference.flatten(1), dim=1).mean()
+def _root(squares: Tensor) -> Tensor:
+    """Return the square root, with a gradient of 0 where there is no difference."""
+    return squares.clamp(min=SQUARE_EPS).sqrt()
 
 
-def _norm_of_batch(difference: Tensor) -> Tensor:
-    """Return the L2 norm of the images of all ranks together, with a gradient of 0 where there is no difference.
+def _mean_norm(squares_BM: Tensor) -> Tensor:
+    """Return the L2 norms averaged over images."""
+    return _root(squares_BM).mean(0).sum()
+
+
+def _norm_of_batch(squares_BM: Tensor) -> Tensor:
+    """Return the L2 norms of the images of all ranks together.
 
     Each rank returns a value whose mean across ranks is the norm; the same holds for the gradients.
     """
-    own = difference.square().sum()
-    mean = mean_across_ranks(own.detach())
+    own_M = squares_BM.sum(0)
     ranks = comm.get_world_size()
-    norm = (mean * ranks).clamp(min=SQUARE_EPS).sqrt()
-    part = ranks * own / norm
-    return (part + part.detach()) / 2
+    parts_M = ranks * own_M / _root(mean_across_ranks(own_M.detach()) * ranks)
+    return ((parts_M + parts_M.detach()) / 2).sum()
 
 
-Activations = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Mean activations of student and teacher (B, 1, H, W), then of both (B, C, 1, 1)."""
 NORMS_OF_IMAGES = {"image": _mean_norm, "batch": _norm_of_batch}
-"""Functions from the difference of two maps (B, ...) to its norm, by value of the key NORM."""
-
-
-def mean_activations(student: Tensor, teacher: Tensor) -> Activations:
-    return tuple((mean_activation(student, dims), mean_activation(teacher, dims)) for dims in (1, (2, 3)))
+"""Functions from the squared distances of M pairs of maps in each image to the sum of M norms, by value of NORM."""
 
 
 @DISTILLER_REGISTRY.register()
@@ -114,45 +117,73 @@ class FKD(Distiller):
                 self.relation_adaptation[str(stride)] = nn.Conv2d(ours, theirs, 1)
 
     def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
-        totals = dict.fromkeys(self.weights, 0.0)
-        for stride, (s, t) in zip(self.adaptation.strides, self.adaptation.pairs(student, teacher), strict=True):
-            level = student.features[stride]
-            activations = mean_activations(s, t)
-            totals[FEATURE] += self.feature_distance(s, t, activations)
-            if ATTENTION in totals:
-                totals[ATTENTION] += self.attention_distance(level, t, activations, str(stride))
-            if RELATION in totals:
-                totals[RELATION] += self.relation_distance(level, t, str(stride))
-        return {name: weight * totals[name] for name, weight in self.weights.items()}
+        squares = defaultdict(list)
+        for strides, ours, theirs in self.adaptation.groups(student, teacher):
+            levels = FlatLevels.of(theirs)
+            own = [student.features[stride] for stride in strides]
+            adapted = self.adapted_attention(*own, strides=strides) if self.attention_adaptation else None
+            of_levels = self.flat_squares(flatten_levels(ours), flatten_levels(theirs), adapted, levels)
+            for name, squares_BM in of_levels.items():
+                squares[name].append(squares_BM)
+            if RELATION in self.weights:
+                squares[RELATION].append(self.relation_squares(*own, *theirs, strides=strides, levels=levels))
+        return {
+            name: weight * self.norm_of_images(torch.cat(squares[name], 1)) for name, weight in self.weights.items()
+        }
 
     @in_float32
-    def attention_distance(
-        self, own_BCHW: Tensor, teacher_BCHW: Tensor, activations: Activations, stride: str
-    ) -> Tensor:
-        """Compute the sum of the distances of spatial and channel attention.
+    def adapted_attention(self, *maps: Tensor, strides: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Compute the student's adapted means over channels, (B, 1, L), and over the positions of each level, (B, S, C).
 
         Args:
-            own_BCHW: the student's map before its adaptation layer.
+            maps: the student's levels before their adaptation layers.
         """
-        if self.attention_adaptation:
-            theirs = [teacher_BCHW.mean(dims) for dims in (1, (2, 3))]
-            activations = zip(self.attention_adaptation[stride](own_BCHW), theirs, strict=True)
-        return sum(self.norm_of_images(ours - theirs) for ours, theirs in activations)
+        layers = (self.attention_adaptation[str(stride)] for stride in strides)
+        over_channels, over_positions = zip(*(layer(x) for layer, x in zip(layers, maps, strict=True)), strict=True)
+        return flatten_levels(over_channels), torch.stack(over_positions, 1)
 
     @in_float32
-    def feature_distance(self, student_BCHW: Tensor, teacher_BCHW: Tensor, activations: Activations) -> Tensor:
-        """Compute the distance of the masked features."""
-        positions_B1HW, channels_BC11 = (shared_attention(*pair, self.config.temperature) for pair in activations)
-        squares_BCL = (student_BCHW - teacher_BCHW).square().flatten(2)
-        by_channel_BC1 = squares_BCL @ positions_B1HW.flatten(2).transpose(1, 2)
-        masked_B = (by_channel_BC1.flatten(1) * channels_BC11.flatten(1)).sum(1)
-        return self.norm_of_images(masked_B.clamp(min=SQUARE_EPS).sqrt()[:, None])
+    def flat_squares(
+        self, student_BCL: Tensor, teacher_BCL: Tensor, adapted: tuple[Tensor, Tensor] | None, levels: FlatLevels
+    ) -> dict[str, Tensor]:
+        """Compute the squared distances of the masked features, (B, S), and of the attention, (B, 2 S).
+
+        Args:
+            student_BCL, teacher_BCL: maps of S levels.
+            adapted: result of `adapted_attention`; None if the means of |F| are the attention.
+            levels: their sizes.
+        """
+        activations = [activations_of_levels(x_BCL, levels) for x_BCL in (student_BCL, teacher_BCL)]
+        mask_BL, mask_BSC = shared_attention_of_levels(*activations, self.config.temperature, levels)
+        error_BL = mask_BL * attended_square(student_BCL - teacher_BCL, mask_BSC, levels)
+        squares = {FEATURE: levels.sum(error_BL[:, None]).squeeze(2)}
+        if ATTENTION in self.weights:
+            attention = activations if adapted is None else (adapted, means_of_levels(teacher_BCL, levels))
+            positions_B1L, channels_BSC = (ours - theirs for ours, theirs in zip(*attention, strict=True))
+            over_positions_BS = levels.sum(positions_B1L.square()).squeeze(2)
+            squares[ATTENTION] = torch.cat([over_positions_BS, channels_BSC.square().sum(2)], 1)
+        return squares
 
     @in_float32
-    def relation_distance(self, student_BCHW: Tensor, teacher_BCHW: Tensor, stride: str) -> Tensor:
-        """Compute the distance of the relations."""
-        ours = pointwise(self.relation_adaptation[stride], self.student_relations[stride](student_BCHW).flatten(2))
-        return self.norm_of_images(ours - self.teacher_relations[stride](teacher_BCHW).flatten(2))
+    def relation_squares(self, *maps: Tensor, strides: tuple[int, ...], levels: FlatLevels) -> Tensor:
+        """Compute the squared distances of the relations, (B, S).
+
+        Args:
+            maps: the student's levels before their adaptation layers, then the teacher's.
+            strides, levels: their strides and sizes.
+        """
+        names = [str(stride) for stride in strides]
+        flat = [x_BCHW.flatten(2) for x_BCHW in maps]
+        ours, theirs = flat[: len(names)], flat[len(names) :]
+        related = non_local_matrices([self.student_relations[name] for name in names], ours, levels)
+        adapted = composed(affine_matrices([self.relation_adaptation[name] for name in names]), related)
+        target = non_local_matrices([self.teacher_relations[name] for name in names], theirs, levels)
+        (weights_s, bias_s), (weights_t, bias_t) = split(adapted), split(target)
+        differences = (
+            torch.baddbmm(torch.baddbmm(bias, weight_t, t), weight_s, s, beta=-1)
+            for bias, weight_t, t, weight_s, s in zip(bias_t - bias_s, weights_t, theirs, weights_s, ours, strict=True)
+        )
+        return torch.stack([torch.linalg.vector_norm(x_BCL, dim=(1, 2)) for x_BCL in differences], 1).square()
 
 
 class AttentionAdaptation(nn.Module):
@@ -168,32 +199,5 @@ class AttentionAdaptation(nn.Module):
         self.channels = nn.Linear(student, teacher)
 
     def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the adapted means (B, H, W) and (B, C_teacher)."""
-        return self.positions(x_BCHW.mean(1, keepdim=True))[:, 0], self.channels(x_BCHW.mean((2, 3)))
-
-
-class NonLocalBlock(nn.Module):
-    """Non-local block (Wang et al. 2018, dot product): x + W(mean over positions of <theta(x), phi(x')> g(x')).
-
-    W is initialized to zero, so that the block starts as the identity.
-
-    Args:
-        channels: channels of the maps.
-        dim: channels of theta, phi and g.
-    """
-
-    def __init__(self, channels: int, dim: int):
-        super().__init__()
-        self.theta, self.phi, self.g = (nn.Conv2d(channels, dim, 1) for _ in range(3))
-        self.out = nn.Conv2d(dim, channels, 1)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        x_BCL = x_BCHW.flatten(2)
-        phi_BDL, g_BDL = (pointwise(layer, x_BCL) for layer in (self.phi, self.g))
-        # <theta, phi> g = theta (phi g): neither the matrix of all pairs of positions nor theta's map is materialized.
-        related_BDD = g_BDL @ phi_BDL.transpose(1, 2) / phi_BDL.shape[-1]
-        weight_BDC = related_BDD @ self.theta.weight.flatten(1)
-        gathered_BDL = torch.baddbmm(related_BDD @ self.theta.bias[:, None], weight_BDC, x_BCL)
-        return x_BCHW + pointwise(self.out, gathered_BDL).view_as(x_BCHW)
+        """Return the adapted means (B, 1, H, W) and (B, C_teacher)."""
+        return self.positions(x_BCHW.mean(1, keepdim=True)), self.channels(x_BCHW.mean((2, 3)))

@@ -61,10 +61,35 @@ def own_attention(features: Tensor, temperature: float) -> tuple[Tensor, Tensor]
 
 def attention_of_levels(features_BCL: Tensor, temperature: float, levels: FlatLevels) -> tuple[Tensor, Tensor]:
     """Compute `own_attention` of S levels: over the positions of each, (B, L), and over its channels, (B, S, C)."""
-    magnitude_BCL = features_BCL.abs()
-    share_BSL = levels.softmax(magnitude_BCL.mean(1, keepdim=True) / temperature)
-    over_channels_BSC = (levels.sum(magnitude_BCL) / (temperature * levels.lengths_S1)).softmax(2)
-    return (share_BSL * levels.lengths_S1).sum(1), over_channels_BSC * features_BCL.shape[1]
+    return attention_of_activations(*activations_of_levels(features_BCL, levels), temperature, levels)
+
+
+def activations_of_levels(features_BCL: Tensor, levels: FlatLevels) -> tuple[Tensor, Tensor]:
+    """Compute the mean of |F| of S levels over channels, (B, 1, L), and over the positions of each, (B, S, C)."""
+    return means_of_levels(features_BCL.abs(), levels)
+
+
+def means_of_levels(features_BCL: Tensor, levels: FlatLevels) -> tuple[Tensor, Tensor]:
+    """Compute the mean of F of S levels over channels, (B, 1, L), and over the positions of each, (B, S, C)."""
+    return features_BCL.mean(1, keepdim=True), levels.sum(features_BCL) / levels.lengths_S1
+
+
+def attention_of_activations(
+    positions_B1L: Tensor, channels_BSC: Tensor, temperature: float, levels: FlatLevels
+) -> tuple[Tensor, Tensor]:
+    """Compute `attention_of_levels` from the means of |F|."""
+    share_BSL = levels.softmax(positions_B1L / temperature)
+    over_channels_BSC = (channels_BSC / temperature).softmax(2)
+    return (share_BSL * levels.lengths_S1).sum(1), over_channels_BSC * channels_BSC.shape[2]
+
+
+@torch.no_grad()
+def shared_attention_of_levels(
+    student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], temperature: float, levels: FlatLevels
+) -> tuple[Tensor, Tensor]:
+    """Compute `attention_of_activations`, averaged over both detectors, from results of `activations_of_levels`."""
+    both = (attention_of_activations(*activations, temperature, levels) for activations in (student, teacher))
+    return tuple((ours + theirs) / 2 for ours, theirs in zip(*both, strict=True))
 
 
 def _softmax_attention(activations: Tensor, temperature: float) -> Tensor:
