@@ -39,6 +39,7 @@ demo: setup
 
 # The tests expect the default folder of Detectron2's datasets, without files.
 test test-unit test-slow: export DETECTRON2_DATASETS = datasets
+test test-unit test-slow: export PYTHONUTF8 = 1
 
 test: lint
 	$(VENV_PYTHON) -m pytest

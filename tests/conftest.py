@@ -131,9 +131,10 @@ def _cfg(kind: str, overrides: dict[str, Any] | None = None) -> CfgNode:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Use a temporary cache folder instead of the user's."""
+    """Use temporary cache folders instead of the user's."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        for name in ("XDG_CACHE_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+            patch.setenv(name, str(tmp_path_factory.mktemp("cache")))
         yield
 
 

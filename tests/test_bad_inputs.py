@@ -126,7 +126,7 @@ def test_corrupt_teacher_weights(project: Project, refused, damage: str) -> None
 def test_malicious_teacher_weights(project: Project, refused, suffix: str) -> None:
     """Check that weights that would run a command are refused, and that it is not run."""
     marker = project.folder / "executed"
-    evil = functools.partial(os.system, f"touch {marker}")
+    evil = functools.partial(os.system, f"touch '{marker}'")
     path = project.folder / f"evil.{suffix}"
     path.write_bytes(pickle.dumps({"model": evil})) if suffix == "pkl" else torch.save({"model": evil}, path)
     said = refused("MODEL.KD.TEACHER.WEIGHTS", path)
@@ -170,7 +170,7 @@ def test_starting_weights_for_a_teacher(project: Project, refused) -> None:
 def test_a_teacher_config_with_code(project: Project, refused) -> None:
     """Check that the teacher's YAML does not run code."""
     marker = project.folder / "executed"
-    project.teacher.write_text(f'SEED: !!python/object/apply:os.system ["touch {marker}"]\n')
+    project.teacher.write_text(f'SEED: !!python/object/apply:os.mkdir ["{marker}"]\n')
     assert refused().startswith(f"Config file {project.teacher} is not plain yaml: ")
     assert not marker.exists()
 
@@ -534,7 +534,7 @@ def test_files_of_proposals_are_not_read(project: Project, refused) -> None:
 
     class Malicious:
         def __reduce__(self):
-            return os.system, (f"touch {marker}",)
+            return os.system, (f"touch '{marker}'",)
 
     proposals = project.folder / "proposals.pkl"
     proposals.write_bytes(pickle.dumps(Malicious()))

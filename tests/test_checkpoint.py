@@ -44,7 +44,7 @@ class RunsCode:
         self.marker = marker
 
     def __reduce__(self):
-        return os.system, (f"touch {self.marker}",)
+        return os.system, (f"touch '{self.marker}'",)
 
 
 class Toy(nn.Module):

@@ -1,6 +1,7 @@
 """Reading configs: types, paths, safe YAML, and error messages for invalid values."""
 
 import os
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -198,7 +199,7 @@ def test_the_source_of_a_wrong_key_is_named(files: Files) -> None:
     path = files.student(MODEL__KD__STRUKTURAL__WEIGHT=1.0)
     assert sentence(path) == (f"{path}: there is no config key MODEL.KD.STRUKTURAL. Did you mean MODEL.KD.STRUCTURAL?")
     files.teacher.write_text("MODEL: {DEPTHS: 1}")
-    with pytest.raises(UserError, match=rf"^{files.teacher}: there is no config key MODEL.DEPTHS\.$"):
+    with pytest.raises(UserError, match=rf"^{re.escape(str(files.teacher))}: there is no config key MODEL.DEPTHS\.$"):
         load_teacher_config(load_config(str(files.student())))
     files.teacher.write_text("SEED: 1")
     for opts, reason in (
@@ -508,7 +509,7 @@ def test_yaml_that_runs_code_is_refused(tmp_path: Path, where: str) -> None:
     """Check that a Python tag anywhere is refused with the name of its file, and never executed."""
     marker = tmp_path / "executed"
     evil = tmp_path / "evil.yaml"
-    evil.write_text(f'SEED: !!python/object/apply:os.system ["touch {marker}"]\n')
+    evil.write_text(f'SEED: !!python/object/apply:os.mkdir ["{marker}"]\n')
     plain = write_yaml(tmp_path / "plain.yaml", {"SEED": 3})
     middle = write_yaml(tmp_path / "middle.yaml", {"_BASE_": "evil.yaml"})
     bases = {"base": "evil.yaml", "second base": [str(plain), str(evil)], "base of a base": str(middle)}
@@ -523,8 +524,8 @@ def test_yaml_that_runs_code_is_refused(tmp_path: Path, where: str) -> None:
 
 def test_yaml_that_runs_code_in_the_teachers_config(files: Files) -> None:
     marker = files.folder / "executed"
-    files.teacher.write_text(f'SEED: !!python/object/apply:os.system ["touch {marker}"]\n')
-    with pytest.raises(UserError, match=f"^Config file {files.teacher} is not plain yaml"):
+    files.teacher.write_text(f'SEED: !!python/object/apply:os.mkdir ["{marker}"]\n')
+    with pytest.raises(UserError, match=f"^Config file {re.escape(str(files.teacher))} is not plain yaml"):
         load_teacher_config(load_config(str(files.student())))
     assert not marker.exists()
 
@@ -532,7 +533,7 @@ def test_yaml_that_runs_code_in_the_teachers_config(files: Files) -> None:
 def test_only_files_inside_the_zoo_are_trusted(tmp_path: Path) -> None:
     """Check a path that leads out of the zoo's folder, and a folder with a similar name."""
     marker = tmp_path / "executed"
-    content = f'SEED: !!python/object/apply:os.system ["touch {marker}"]\n'
+    content = f'SEED: !!python/object/apply:os.mkdir ["{marker}"]\n'
     (tmp_path / "evil.yaml").write_text(content)
     through = f"{ZOO}/{os.path.relpath(tmp_path, ZOO)}/evil.yaml"
     similar = tmp_path / "model_zoo" / "configs"

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kd_d2 import UserError
-from kd_d2.checkpoint import read_checkpoint
+from kd_d2.checkpoint import checkpoint_files, read_checkpoint
 from kd_d2.data.stream import MappedDataset
 from kd_d2.engine import KDTrainer
 
@@ -124,6 +124,15 @@ def test_a_lost_name_of_the_last_checkpoint(tmp_path: Path, change: Callable) ->
     train(project, hooks=(KillAt(4),))
     change(project.output / "last_checkpoint")
     assert min(train(project, resume=True).losses) == 4
+
+
+def test_checkpoints_of_the_same_second_are_ordered_by_name(tmp_path: Path) -> None:
+    """Check the order on a file system that stores whole seconds."""
+    names = [f"model_{n:07d}.pth" for n in (3, 11, 7)] + ["model_final.pth"]
+    for name in names:
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (1, 1))
+    assert checkpoint_files(str(tmp_path)) == [str(tmp_path / names[i]) for i in (3, 1, 2, 0)]
 
 
 def test_every_checkpoint_damaged(tmp_path: Path) -> None:

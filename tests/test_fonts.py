@@ -15,10 +15,14 @@ import pytest
 ONLY_IN_STIX = "\u20dd\u20de"  # STIX comes with Matplotlib; DejaVu Sans lacks these characters
 
 
+def of_matplotlib() -> list[str]:
+    """Return the fonts that come with Matplotlib, for which the tests do not depend on the machine."""
+    return [path for path in installed_fonts() if path.startswith(matplotlib.get_data_path())]
+
+
 def test_another_font_has_the_characters(monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that the usual font is preferred, and that characters that it lacks are drawn by another."""
-    of_matplotlib = [path for path in installed_fonts() if path.startswith(matplotlib.get_data_path())]
-    monkeypatch.setattr(fonts, "installed_fonts", lambda: of_matplotlib)
+    monkeypatch.setattr(fonts, "installed_fonts", of_matplotlib)
     assert font_file("gro\u00df \u00e9 \u043a\u043e\u0442") == FONT
     assert font_file(ONLY_IN_STIX) != FONT
     white = np.full((8, 200, 3), 255, np.uint8)
@@ -26,8 +30,9 @@ def test_another_font_has_the_characters(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (first != second).any()
 
 
-def test_last_resort_is_no_font(caplog: pytest.LogCaptureFixture) -> None:
+def test_last_resort_is_no_font(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Check that the boxes of the Last Resort font, which comes with Matplotlib, do not pass for characters."""
+    monkeypatch.setattr(fonts, "installed_fonts", of_matplotlib)
     with caplog.at_level(logging.WARNING, "kd_d2"):
         assert font_file("\u0378") == FONT  # not assigned by Unicode
     assert len(caplog.messages) == 1

@@ -246,7 +246,7 @@ def test_a_folder_that_another_training_uses(tmp_path: Path) -> None:
     refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode == 2
     assert re.search(
-        rf"^error: OUTPUT_DIR {project.output} is in use by another training \(process {os.getpid()} on \S+\); choose another folder",
+        rf"^error: OUTPUT_DIR {re.escape(str(project.output))} is in use by another training \(process {os.getpid()} on \S+\); choose another folder",
         refused.stderr,
         re.MULTILINE,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch._dynamo.utils import counters
 SIZES = {"MIN_SIZE_TRAIN": (256, 288), "MAX_SIZE_TRAIN": 512, "MIN_SIZE_TEST": 256, "MAX_SIZE_TEST": 512}
 LARGE_IMAGES = {f"INPUT__{key}": size for key, size in SIZES.items()}  # no level is a single row or column
 WANT = frozenset({"features", "dense"})
+compiles = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 
 
 @pytest.fixture
@@ -57,6 +59,7 @@ def test_channels_last(model: nn.Module) -> None:
 
 
 @pytest.mark.slow
+@compiles
 def test_compiled(model: nn.Module) -> None:
     """Check three image sizes, and that names and values of the weights are unchanged."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -67,6 +70,7 @@ def test_compiled(model: nn.Module) -> None:
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
 
 
+@compiles
 def test_gradients_are_compiled_once_for_all_image_sizes() -> None:
     detector = nn.Module()
     detector.backbone = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, 2, 1))
@@ -83,6 +87,7 @@ def test_gradients_are_compiled_once_for_all_image_sizes() -> None:
         _assert_close(ours.grad, expected.grad)
 
 
+@compiles
 def test_a_compiled_graph_is_retained_after_one_that_was_not() -> None:
     """Check what gradient balancing does after a resume, in a thread as autograd has it on a GPU."""
     model = nn.Module()

@@ -4,6 +4,7 @@ import itertools
 import multiprocessing
 import os
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -306,7 +307,9 @@ def test_an_image_of_a_test_set_that_cannot_be_used(cfg: CfgNode, workers: int) 
     """Check the same message in evaluation, where images must not be replaced."""
     path = Path(DatasetCatalog.get("stream")[3]["file_name"])
     path.write_text("no image")
-    with pytest.raises(DataError, match=f"^The image {path} cannot be used: its format is none of JPEG, PNG, "):
+    with pytest.raises(
+        DataError, match=f"^The image {re.escape(str(path))} cannot be used: its format is none of JPEG, PNG, "
+    ):
         list(build_test_loader(cfg, "stream", num_workers=workers))
 
 

@@ -133,7 +133,7 @@ class KDCheckpointer(DetectionCheckpointer):
 def checkpoint_files(folder: str) -> list[str]:
     """Return the checkpoints of a training: the one named in `last_checkpoint`, if any, and the others, newest first."""
     found = glob.glob(os.path.join(glob.escape(folder), "model_*.pth"))
-    newest_first = sorted(found, key=os.path.getmtime, reverse=True)
+    newest_first = sorted(found, key=lambda path: (os.path.getmtime(path), path), reverse=True)
     try:
         with open(os.path.join(folder, "last_checkpoint"), encoding="utf-8", errors="replace") as file:
             last = os.path.join(folder, file.read().strip())
