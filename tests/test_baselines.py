@@ -11,6 +11,7 @@ from kd_d2.adapters import DensePredictions, DetectorOutputs, build_adapter
 from kd_d2.distillers import FGFI, FKD, GID, DeFeat
 from kd_d2.distillers.fgfi import near_objects
 from kd_d2.distillers.gid import relation_loss, select_instances
+from kd_d2.distillers.masks import inside_boxes
 from kd_d2.distillers.non_local import NonLocalBlock, non_local_matrices
 from kd_d2.errors import UserError
 from kd_d2.losses import channel_attention, masked_squared_error, spatial_attention
@@ -106,6 +107,14 @@ def test_defeat_by_hand(build: Callable) -> None:
         outside.append(error.permute(0, 2, 3, 1)[~mask].mean())
     assert losses["loss_defeat_foreground"].item() == pytest.approx(2 * 3 * (sum(inside) / 5 / 2).item(), rel=1e-5)
     assert losses["loss_defeat_background"].item() == pytest.approx(2 * 12 * (sum(outside) / 5 / 2).item(), rel=1e-5)
+
+
+def test_many_positions_are_counted_in_half_precision() -> None:
+    """Check a mask of more positions than float16 has numbers, under autocast."""
+    student = _outputs({4: torch.zeros(2, 1, 200, 200)})
+    with torch.autocast("cpu", torch.float16):
+        (mask,) = inside_boxes(student, targets_of([[0.0, 0, 800, 800], [8.0, 8, 16, 16]], [[0.0, 0, 800, 796]]), [4])
+    assert mask.sum().item() == 40_000 + 39_800
 
 
 def test_channel_attention_by_hand() -> None:

@@ -163,6 +163,13 @@ def test_what_does_not_vary_has_no_correlation() -> None:
         assert loss.isfinite() and logits.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("logit", [-4.5625, -4.625, 0.3])
+def test_a_constant_whose_mean_is_rounded_has_no_gradient(logit: float) -> None:
+    student = torch.full((4608, 80), logit).sigmoid().requires_grad_()
+    dist_loss(student, torch.rand(4608, 80, generator=torch.Generator().manual_seed(0))).backward()
+    assert not student.grad.any()
+
+
 def test_dist_of_half_precision_has_the_gradients_of_float32() -> None:
     """Check logits of a new dense head, most rows and columns of which are constant after rounding to bfloat16."""
     torch.manual_seed(0)

@@ -45,5 +45,7 @@ def inside_boxes(student: DetectorOutputs, targets: list[Instances], strides: It
         center_H, center_W = ((torch.arange(n, device=boxes_BN4.device) + 0.5) * stride for n in (H, W))
         in_columns_BNW = (x1 < center_W) & (center_W < x2)
         in_rows_BNH = (y1 < center_H) & (center_H < y2)
-        masks.append(torch.einsum("bnh,bnw->bhw", in_rows_BNH.float(), in_columns_BNW.float()).clamp(max=1))
+        with torch.autocast(boxes_BN4.device.type, enabled=False):
+            boxes_BHW = torch.einsum("bnh,bnw->bhw", in_rows_BNH.float(), in_columns_BNW.float())
+        masks.append(boxes_BHW.clamp(max=1))
     return masks

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from .moments import Total, alone, counts_over, split_levels, sums_over
 
 SQUARE_EPS = 1e-16
-"""Smallest variance to take the root of, with a gradient of zero below."""
+"""Variance up to which a channel counts as constant: the student's is aligned to the mean alone, without gradient."""
 DEVIATION_EPS = 1e-6
 POSITIONS = (0, 2, 3)
 
@@ -23,7 +23,8 @@ def with_statistics_of(student: Sequence[Tensor], teacher: Sequence[Tensor], tot
     """Align mean and deviation of each channel of the student's maps with the teacher's (CrossKD, Wang et al. 2024).
 
     (S - mean_S) / (deviation_S + 1e-6) * deviation_T + mean_T, over (B, H, W), with unbiased deviations. Gradients flow
-    only to the student, including through its statistics. Computed in at least float32.
+    only to the student, including through its statistics; constant channels have none, as two positions often are in
+    half precision, whose gradients would be 1e6 times the deviation. Computed in at least float32.
 
     Args:
         student, teacher: maps (B, C, H, W), equal in shape pair by pair.
@@ -45,28 +46,32 @@ class _Alignment(torch.autograd.Function):
         sums, counts = total(torch.stack([sums_over(maps, POSITIONS), counts_over(maps, POSITIONS)]))
         means = sums / counts.clamp(min=1)
         centered = [x - mean for x, (mean,) in zip(maps, split_levels(means[None], maps, POSITIONS), strict=True)]
-        degrees = (counts - 1).clamp(min=1)
-        deviations = (
-            (total(sums_over([x.square() for x in centered], POSITIONS)) / degrees).clamp(min=SQUARE_EPS).sqrt()
-        )
-        (own, theirs), shift = deviations.chunk(2), means.chunk(2)[1]
-        scale = theirs / (own + DEVIATION_EPS)
         student = centered[: len(maps) // 2]
+        sums = total(sums_over([*(x.square() for x in centered), *student], POSITIONS))
+        own_N, theirs_N, sum_N = sums.chunk(3)
+        counts_N, mean_N = counts.chunk(2)[0], means.chunk(2)[1]
+        degrees_N = (counts_N - 1).clamp(min=1)
+        error_N = sum_N / counts_N.clamp(min=1)  # the rounding error of the student's mean
+        variance_N = (own_N - sum_N * error_N) / degrees_N
+        deviation_N = variance_N.clamp(min=SQUARE_EPS).sqrt()
+        inverse_N = (deviation_N + DEVIATION_EPS).reciprocal().where(variance_N > SQUARE_EPS, 0)
+        scale_N = (theirs_N / degrees_N).sqrt() * inverse_N
+        # The gradient's factor of the student's deviations: -scale / ((deviation + 1e-6) * deviation * (n - 1))
+        decay_N = -scale_N * inverse_N / (deviation_N * degrees_N)
         ctx.total = total
-        ctx.save_for_backward(scale, own, counts.chunk(2)[0], degrees.chunk(2)[0], *student)
-        factors = split_levels(torch.stack([shift, scale]), student, POSITIONS)
+        ctx.save_for_backward(scale_N, decay_N, error_N, counts_N, *student)
+        factors = split_levels(torch.stack([mean_N - error_N * scale_N, scale_N]), student, POSITIONS)
         return tuple(torch.addcmul(shift, x, scale) for x, (shift, scale) in zip(student, factors, strict=True))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        scale_N, deviation_N, counts_N, degrees_N, *centered = ctx.saved_tensors
+        scale_N, decay_N, error_N, counts_N, *centered = ctx.saved_tensors
         products = [gradient * x for gradient, x in zip(gradients, centered, strict=True)]
-        sums_2N = ctx.total(torch.stack([sums_over(maps, POSITIONS) for maps in (gradients, products)]))
-        # scale * (g - mean of g) - S * scale * (sum of g * S) / ((deviation + 1e-6) * deviation * (n - 1))
-        shift_N = -scale_N * sums_2N[0] / counts_N
-        own_N = -scale_N * sums_2N[1] / ((deviation_N + DEVIATION_EPS) * deviation_N * degrees_N)
-        own_N = own_N.where(deviation_N > SQUARE_EPS**0.5, 0)
+        sum_N, product_N = ctx.total(torch.stack([sums_over(maps, POSITIONS) for maps in (gradients, products)]))
+        own_N = decay_N * (product_N - error_N * sum_N)
+        # scale * (g - mean of g) + own * (S - error)
+        shift_N = -scale_N * sum_N / counts_N - own_N * error_N
         factors = split_levels(torch.stack([shift_N, scale_N, own_N]), centered, POSITIONS)
         results = [
             torch.addcmul(shift, gradient, scale).addcmul_(x, own)

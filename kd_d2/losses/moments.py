@@ -73,9 +73,12 @@ class _CentralSums(torch.autograd.Function):
         own_N, both_N, other_N, *residuals = (torch.cat([x.flatten() for x in of]) for of in zip(*levels, strict=True))
         sums_5N = total(torch.stack([own_N, other_N, both_N, *residuals]))
         ctx.dims, ctx.total = dims, total
-        # The rounding errors of the means, which matter if they are much larger than the deviations.
-        ctx.save_for_backward(means_2N, sums_5N[3:] / counts_N, *maps)
-        return sums_5N[:3].clone()
+        # The rounding errors of the means, which matter if they are not much smaller than the deviations.
+        errors_2N = sums_5N[3:] / counts_N
+        ctx.save_for_backward(means_2N, errors_2N, *maps)
+        squares_2N = (sums_5N[:2] - sums_5N[3:] * errors_2N).clamp(min=0)
+        products_N = sums_5N[2] - sums_5N[3] * errors_2N[1]
+        return torch.cat([squares_2N, products_N[None]])
 
     @staticmethod
     @once_differentiable
