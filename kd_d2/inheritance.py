@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
+from itertools import accumulate
 
 from torch import Tensor, nn
 
@@ -18,8 +19,8 @@ INPUT_KEYS = {"input_format": "INPUT.FORMAT", "pixel_mean": "MODEL.PIXEL_MEAN", 
 def inherit(student: nn.Module, teacher: nn.Module, modules: Collection[str]) -> Fit:
     """Copy the teacher's modules into the student by parameter name, and log what fits.
 
-    Neck and head: Kang et al. 2021. A layer is copied as a whole or not at all, and so is a sequence of layers: if the
-    layers of two sequences differ, equal names have different meanings. The bottom-up network is copied block by block.
+    Neck and head: Kang et al. 2021. A layer, with its norm, is copied as a whole or not at all, and so is a sequence of
+    layers: if the layers of two sequences differ, equal names have different meanings. The bottom-up network is copied block by block.
     A ResNet with fewer blocks gets the first blocks of each of the teacher's stages.
 
     Args:
@@ -36,7 +37,7 @@ def inherit(student: nn.Module, teacher: nn.Module, modules: Collection[str]) ->
     source = {name: t for name, t in teacher.state_dict().items() if component_of(name) in modules}
     wanted = {name: t for name, t in student.state_dict().items() if component_of(name) in modules}
     apart = _broken_units(wanted, source) | _other_sequences(student, wanted, source)
-    reasons = {name: why for name in wanted for unit, why in apart.items() if name.startswith(unit + ".")}
+    reasons = {n: why for n in wanted for unit, why in apart.items() if n == unit or n.startswith(unit + ".")}
     fit = fill(student, source, [name for name in wanted if name not in reasons])
     fit.misfits.update({name: reason for name, reason in reasons.items() if name in source})
     fit.missing += [name for name in reasons if name not in source]
@@ -48,6 +49,8 @@ def inherit(student: nn.Module, teacher: nn.Module, modules: Collection[str]) ->
             f"MODEL.KD.INHERIT: no weight of the teacher's {' and '.join(lacking)} ({type(teacher).__name__}) fits the student "
             f"({type(student).__name__}) by name and shape."
         )
+    if lacking:
+        logger.warning(f"MODEL.KD.INHERIT: no weight of the teacher's {' and '.join(lacking)} fits the student.")
     return fit
 
 
@@ -63,26 +66,48 @@ def _check_same_input(student: nn.Module, teacher: nn.Module) -> None:
             )
 
 
-def _unit_of(name: str) -> str:
-    """Return the module whose tensors are copied together: a block of the bottom-up network, elsewhere a layer."""
-    if component_of(name) != "bottom_up":
-        return name.rpartition(".")[0]
-    parts = name.split(".")
-    number = next((i for i, part in enumerate(parts) if part.isdigit()), 2)
-    return ".".join(parts[: number + 1])
+def _units(names: Collection[str]) -> dict[str, str]:
+    """Return what is copied together, by tensor: a block of the bottom-up network, elsewhere a layer with its norm.
+
+    A parameter that a module has beside its layers, such as the scales of a head, is copied alone.
+    """
+    parents = {name.rpartition(".")[0] for name in names}
+    ancestors = {ancestor for parent in parents for ancestor in _prefixes(parent)[:-1]}
+
+    def unit_of(name: str) -> str:
+        parent = name.rpartition(".")[0]
+        if component_of(name) == "bottom_up":
+            parts = name.split(".")
+            number = next((i for i, part in enumerate(parts) if part.isdigit()), 2)
+            return ".".join(parts[: number + 1])
+        layer = next((prefix for prefix in _prefixes(parent) if f"{prefix}.weight" in names), None)
+        return layer or (name if parent in ancestors else parent)
+
+    return {name: unit_of(name) for name in names}
+
+
+def _prefixes(path: str) -> list[str]:
+    """Return the module at a path and all modules around it, the outermost first."""
+    return list(accumulate(path.split("."), "{}.{}".format))
 
 
 def _broken_units(wanted: StateDict, source: StateDict) -> dict[str, str]:
-    """Return units of which a tensor is missing or of another shape in the source, with the first reason."""
-    offered = {_unit_of(name) for name in source}
+    """Return units that have other tensors, or tensors of other shapes, in the source, with the first reason."""
+    units = _units(wanted.keys() | source.keys())
+    offered = {units[name] for name in source}
+    needed = {units[name] for name in wanted}
     broken: dict[str, str] = {}
-    for name, tensor in wanted.items():
-        unit = _unit_of(name)
-        leaf = name.removeprefix(unit + ".")
-        if name in source and source[name].shape != tensor.shape:
-            reason = f"{leaf} of shape {tuple(source[name].shape)} offered, {tuple(tensor.shape)} needed"
-        elif name not in source and unit in offered and leaf.rpartition(".")[2] != "num_batches_tracked":
+    for name in [*wanted, *source]:
+        unit = units[name]
+        leaf = name.removeprefix(unit + ".").removeprefix(name.rpartition(".")[0] + ".")
+        if name in source and name in wanted and source[name].shape != wanted[name].shape:
+            reason = f"{leaf} of shape {tuple(source[name].shape)} offered, {tuple(wanted[name].shape)} needed"
+        elif leaf.rpartition(".")[2] == "num_batches_tracked":
+            continue
+        elif name not in source and unit in offered:
             reason = f"no {leaf} offered"
+        elif name not in wanted and unit in needed:
+            reason = f"no {leaf} needed"
         else:
             continue
         broken.setdefault(unit, reason)

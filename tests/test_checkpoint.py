@@ -28,7 +28,7 @@ import torch
 import torchvision
 from detectron2.config import get_cfg
 from detectron2.engine import DefaultPredictor
-from detectron2.layers import ShapeSpec
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import build_model
 from detectron2.modeling.backbone.resnet import build_resnet_backbone
 from helpers import TINY, Project, clean_process, make_project, make_trainer, merged, tree_of, write_yaml
@@ -411,6 +411,46 @@ def test_a_layer_is_inherited_whole_or_not_at_all() -> None:
     assert set(fit.filled) == {"head.same.weight", "head.same.bias"}
     assert set(fit.misfits) == {"head.narrow.weight", "head.narrow.bias"}
     assert not torch.equal(student.head["narrow"].bias, teacher.head["narrow"].bias)
+
+
+def test_a_parameter_beside_layers_is_inherited_alone() -> None:
+    """Check a head with scales for another number of levels, all layers of which are inherited."""
+
+    class Head(nn.Module):
+        def __init__(self, levels: int):
+            super().__init__()
+            self.scales = nn.Parameter(torch.ones(levels))
+            self.score = nn.Linear(2, 3)
+
+    fit = inherit(*heads(Head(4), Head(5)), ("head",))
+    assert fit.filled == ["head.score.weight", "head.score.bias"]
+    assert fit.misfits == {"head.scales": "scales of shape (5,) offered, (4,) needed"}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "reason"),
+    [
+        ("BN", "", "no norm.weight offered"),
+        ("", "BN", "no bias offered"),
+        ("GN", "BN", "no norm.running_mean needed"),
+        ("BN", "FrozenBN", None),
+    ],
+)
+def test_a_layer_is_inherited_with_its_norm(ours: str, theirs: str, reason: str | None) -> None:
+    student, teacher = (
+        nn.ModuleDict(
+            {
+                "backbone": nn.ModuleDict(
+                    {"lateral": Conv2d(2, 32, 1, bias=not norm, norm=get_norm(norm, 32)), "output": nn.Conv2d(2, 2, 1)}
+                )
+            }
+        )
+        for norm in (ours, theirs)
+    )
+    fit = inherit(student, teacher, ("neck",))
+    lateral = {name for name in fit.filled if "lateral" in name and not name.endswith("num_batches_tracked")}
+    assert bool(lateral) is (reason is None)
+    assert {*fit.misfits.values()} == {reason} - {None}
 
 
 def test_sequences_of_other_layers_are_not_inherited() -> None:
