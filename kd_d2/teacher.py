@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -14,8 +15,9 @@ from .adapters import DetectorOutputs, DetectorSpec, build_adapter
 from .checkpoint import load_complete
 from .class_names import match_classes, names_in_checkpoint, names_in_data, names_in_training_set
 from .compiled import compile_backbone
-from .config import load_teacher_config
-from .lazy_teacher import build_lazy_teacher, is_lazy_config
+from .config import changed_keys, load_teacher_config
+from .errors import UserError
+from .lazy_teacher import build_lazy_teacher, is_lazy_config, lazy_teacher_files
 from .memory_format import has_channels_last
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,9 @@ class Teacher:
         flip_channels: whether the input images have the opposite channel order (RGB for BGR or vice versa).
         compiled: whether to run its backbone through torch.compile, see `compile_backbone`.
         channels_last: whether to store its weights in channels-last format.
+
+    Attributes:
+        config: what its config file determines, to be compared when a training is resumed; None without a file.
     """
 
     def __init__(
@@ -43,6 +48,7 @@ class Teacher:
             compile_backbone(self.model, "MODEL.KD.TEACHER.COMPILE", channels_last=channels_last)
         self.adapter = build_adapter(self.model)
         self.flip_channels = flip_channels
+        self.config: dict[str, Any] | None = None
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> Teacher:
@@ -54,9 +60,12 @@ class Teacher:
         classes = None  # of its training data, if its config names them
         if is_lazy_config(cfg.MODEL.KD.TEACHER.CONFIG_FILE):
             model, weights, input_format = build_lazy_teacher(cfg)
+            with open(lazy_teacher_files(cfg.MODEL.KD.TEACHER)[0], encoding="utf-8", errors="replace") as file:
+                config = {"file": file.read()}
         else:
             teacher_cfg = load_teacher_config(cfg)
             model, weights, input_format = build_model(teacher_cfg), teacher_cfg.MODEL.WEIGHTS, teacher_cfg.INPUT.FORMAT
+            config = {key: value for key, value in changed_keys(teacher_cfg).items() if _determines_outputs(key)}
             classes = names_in_training_set(teacher_cfg, os.path.dirname(cfg.MODEL.KD.TEACHER.CONFIG_FILE))
         load_complete(model, weights, "the teacher")
         own, wanted = names_in_checkpoint(weights), names_in_data(cfg)
@@ -64,12 +73,19 @@ class Teacher:
             own = classes
         match_classes(model, "the teacher", own, wanted)
         logger.info(f"Teacher: {type(model).__name__} from {weights}")
-        return cls(
+        if input_format != cfg.INPUT.FORMAT and {input_format, cfg.INPUT.FORMAT} != {"BGR", "RGB"}:
+            raise UserError(
+                f"The student's INPUT.FORMAT is {cfg.INPUT.FORMAT} and the teacher's {input_format}: images are converted only "
+                "between BGR and RGB."
+            )
+        teacher = cls(
             model,
             flip_channels=input_format != cfg.INPUT.FORMAT,
             compiled=cfg.MODEL.KD.TEACHER.COMPILE,
             channels_last=has_channels_last(cfg, cfg.MODEL.KD.TEACHER.CHANNELS_LAST),
         )
+        teacher.config = config
+        return teacher
 
     @property
     def spec(self) -> DetectorSpec:
@@ -90,3 +106,7 @@ class Teacher:
         if not self.flip_channels:
             return batched_inputs
         return [{**x, "image": x["image"].flip(0)} for x in batched_inputs]
+
+
+def _determines_outputs(key: str) -> bool:
+    return key.startswith(("MODEL.", "INPUT.")) and key not in ("MODEL.WEIGHTS", "MODEL.DEVICE")

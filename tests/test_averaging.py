@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 from kd_d2 import UserError, load_config
 from kd_d2.checkpoint import read_checkpoint
-from kd_d2.engine.averaging import AveragedStudent
+from kd_d2.engine.averaging import AveragedStudent, PreciseStatisticsOfAverage
 
 import pytest
 import torch
@@ -59,6 +59,29 @@ def test_the_average_is_saved_and_evaluated(tmp_path: Path, monkeypatch: pytest.
         torch.testing.assert_close(saved["model"][name], average[name], rtol=0, atol=0)
         torch.testing.assert_close(saved["unaveraged"][name], own[name], rtol=0, atol=0)
         torch.testing.assert_close(seen[0][name], average[name], rtol=0, atol=0)
+
+
+def test_precise_statistics_are_those_of_the_average() -> None:
+    """Check the weights that Detectron2's hook sees, and that the student has its own again."""
+    student, seen = nn.BatchNorm1d(1), []
+
+    class Precise:
+        def after_step(self) -> None:
+            seen.append((student.weight.item(), self.trainer))
+
+    averaged = AveragedStudent(student, decay=0.9)
+    averaged.average.weight.data.fill_(3)
+    hook = PreciseStatisticsOfAverage(averaged, Precise())
+    hook.trainer = "trainer"
+    hook.after_step()
+    assert seen == [(3, "trainer")] and student.weight.item() == 1
+
+
+def test_precise_statistics_follow_the_average(tmp_path: Path) -> None:
+    project = make_project(tmp_path, **KEYS, TEST__PRECISE_BN__ENABLED=True, TEST__PRECISE_BN__NUM_ITER=2)
+    hooks = [type(hook).__name__ for hook in make_trainer(project)._hooks]
+    order = [hooks.index(name) for name in ("AveragedStudent", "PreciseStatisticsOfAverage", "Checkpoints")]
+    assert order == sorted(order) and "PreciseBN" not in hooks
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])

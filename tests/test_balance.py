@@ -336,6 +336,13 @@ class Auxiliary(Distiller):
         return {"loss_a": 4 * student.features[4].mean(), "loss_a_aux_own": self.own}
 
 
+def test_a_method_with_auxiliary_losses_only_has_no_gradient() -> None:
+    method = Auxiliary()
+    method.aux_loss_names = method.loss_names
+    total = method.total({"loss_a": torch.ones((), requires_grad=True)})
+    assert gradients_of(total, [torch.ones(2, requires_grad=True)])[0].tolist() == [0, 0]
+
+
 def _imitation(weight: float = 1.0) -> FeatureImitation:
     return make(FeatureImitation, spec_of({4: 3, 8: 3}), weight=weight)
 

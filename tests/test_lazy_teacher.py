@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kd_d2 import Teacher, UserError, load_config
+from kd_d2.data import register_coco_json
+from kd_d2.engine import evaluate_teacher
 from kd_d2.lazy_teacher import build_lazy_teacher
 
 import pytest
@@ -95,6 +97,24 @@ def test_a_transformer_teaches(tmp_path: Path, student: str, config: str) -> Non
         assert names <= losses.keys() and all(math.isfinite(value) and value > 0 for value in losses.values())
     teacher, saved = run.trainer.bare_model.teacher.model, torch.load(tmp_path / "lazy.pth")["model"]
     assert all(torch.equal(tensor, saved[name]) for name, tensor in teacher.state_dict().items())
+
+
+def test_images_that_do_not_fit_into_the_teachers_squares(tmp_path: Path) -> None:
+    """Check a training and an evaluation of the teacher, which would be of cropped images."""
+    project = make_pair(tmp_path, "retinanet", VITDET.replace("square_pad=128", "square_pad=64"))
+    expected = "padded to squares of 64 pixels .* one has a side of .* set INPUT.MAX_SIZE_TRAIN and INPUT.MAX_SIZE_TEST to at most 64"
+    with pytest.raises(UserError, match=expected):
+        train(project)
+    cfg = load_config(str(project.student), ["OUTPUT_DIR", str(project.output)])
+    register_coco_json(cfg)
+    with pytest.raises(UserError, match=expected):
+        evaluate_teacher(cfg, Teacher.from_config(cfg))
+
+
+def test_a_format_that_cannot_be_converted(tmp_path: Path) -> None:
+    project = make_project(tmp_path)
+    with pytest.raises(UserError, match=r"is YUV-BT.601 and the teacher's RGB: images are converted only between"):
+        Teacher.from_config(load_config(str(project.student), ["INPUT.FORMAT", "YUV-BT.601"]))
 
 
 def test_the_channel_order_of_the_config(tmp_path: Path) -> None:

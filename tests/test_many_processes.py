@@ -12,6 +12,7 @@ from kd_d2.config import load_config
 from kd_d2.data import register_coco_json
 from kd_d2.distillers.icd.queries import ObservedFakeInstances
 from kd_d2.distributed import mean_count_across_ranks, sum_across_ranks
+from kd_d2.engine.checkpoints import share_statistics
 from kd_d2.engine.trainer import _distributed
 from kd_d2.errors import UserError
 
@@ -22,7 +23,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from helpers import KillAt, Project, clean_process, make_project, make_trainer, methods_of, train
-from torch import Tensor
+from torch import Tensor, nn
 
 SIZE = (64, 96)
 FROZEN = {"MODEL__RESNETS__NORM": "FrozenBN", "MODEL__FPN__NORM": ""}
@@ -220,6 +221,26 @@ def _train_as_one_of_two(
     if rank == 0:
         (project.folder / f"{name}.json").write_text(json.dumps(losses))
     torch.distributed.destroy_process_group()
+
+
+class _WithStatistics(nn.Module):
+    def __init__(self, rank: int):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(2)
+        self.norm.running_mean.fill_(rank)
+        self.register_buffer("own", torch.full((1,), float(rank)))
+
+
+def _share(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model = _WithStatistics(rank + 1)
+    share_statistics(model)
+    assert model.norm.running_mean.tolist() == [1, 1] and model.own.item() == rank + 1
+    torch.distributed.destroy_process_group()
+
+
+def test_statistics_are_those_of_the_saved_model(tmp_path: Path) -> None:
+    torch.multiprocessing.start_processes(_share, nprocs=2, args=(str(tmp_path),), start_method="fork")
 
 
 def _train_in_two(

@@ -10,7 +10,8 @@ from kd_d2 import UserError
 
 import pytest
 import torch
-from helpers import KillAt, Project, clean_process, make_project, make_trainer, save_fixed_weights, train
+import yaml
+from helpers import KillAt, Project, clean_process, make_project, make_trainer, save_fixed_weights, train, write_yaml
 
 WRITTEN_WITH = (
     "--resume: the losses may differ from those of an uninterrupted training, since the checkpoint was written with: "
@@ -82,6 +83,37 @@ def test_another_optimizer_of_added_layers_is_refused(
         UserError, match=r"state of the separate optimizers layers, .* no separate optimizer; .*LAYER_LR"
     ):
         resumed(project, caplog, "MODEL.KD.LAYER_LR", None)
+
+
+@pytest.mark.parametrize(
+    ("methods", "now"),
+    [(("MGD", "FeatureImitation"), "MGD, FeatureImitation"), (("FeatureImitation",), "FeatureImitation")],
+    ids=["another order", "fewer"],
+)
+def test_layers_of_other_methods_are_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, methods: tuple[str, ...], now: str
+) -> None:
+    project = make_project(
+        tmp_path,
+        **KEYS,
+        MODEL__KD__FEATURE_IMITATION__ADAPTATION="1x1",
+        MODEL__KD__DISTILLERS=("FeatureImitation", "MGD"),
+    )
+    train(project, hooks=(KillAt(1),))
+    with pytest.raises(
+        UserError,
+        match=rf"other layers .* \(methods with layers: FeatureImitation, MGD and now {now}\); resume with the methods",
+    ):
+        resumed(project, caplog, "MODEL.KD.DISTILLERS", methods)
+
+
+def test_another_config_of_the_teacher(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    project = make_project(tmp_path, **KEYS)
+    train(project, hooks=(KillAt(1),))
+    config = yaml.safe_load(project.teacher.read_text())
+    config["MODEL"]["PIXEL_MEAN"] = [0.0, 0.0, 0.0]
+    write_yaml(project.teacher, config)
+    assert resumed(project, caplog)[1] == "other config of the teacher."
 
 
 def test_other_data_and_another_teacher(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

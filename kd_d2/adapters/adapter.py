@@ -120,12 +120,24 @@ class DetectorAdapter:
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
         """Normalize the images as the detector does, and pad them (see `pad_to`)."""
+        self.check_sizes(batched_inputs)
         model = self.model
         images = [move_device_like(x["image"], model.pixel_mean) for x in batched_inputs]
         return ImageList.from_tensors(
             [(image - model.pixel_mean) / model.pixel_std for image in images],
             padding_constraints={"size_divisibility": self.size_divisibility, "square_size": self.square_size},
         )
+
+    def check_sizes(self, batched_inputs: list[dict]) -> None:
+        """Raise a UserError if an image is larger than the squares to which images are padded."""
+        if not self.square_size:
+            return
+        height, width = (max(sides) for sides in zip(*(x["image"].shape[-2:] for x in batched_inputs), strict=True))
+        if max(height, width) > self.square_size:
+            raise UserError(
+                f"Images are padded to squares of {self.square_size} pixels (square_pad of a backbone), but one has a side of "
+                f"{max(height, width)}: set INPUT.MAX_SIZE_TRAIN and INPUT.MAX_SIZE_TEST to at most {self.square_size}."
+            )
 
     def in_input_pixels(self, results: list[Instances], images: ImageList) -> list[Instances]:
         """Convert a head's results to final detections: clip boxes to the image, drop empty ones, paste the masks."""

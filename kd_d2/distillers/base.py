@@ -149,7 +149,7 @@ class Distiller(nn.Module):
 
     def total(self, losses: Losses) -> Tensor:
         """Return the weighted sum of losses that `forward` returned, except auxiliary ones."""
-        return self.weight * sum(loss for name, loss in losses.items() if name not in self.aux_loss_names)
+        return torch.as_tensor(self.weight * sum(x for name, x in losses.items() if name not in self.aux_loss_names))
 
     def scaled(self, losses: Losses, factor: float = 1.0) -> Losses:
         """Multiply losses that `forward` returned by the weight and `factor`; auxiliary ones remain unchanged."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 from detectron2.engine import HookBase
+from detectron2.engine.hooks import PreciseBN
 from torch import Tensor, nn
 
 
@@ -55,6 +56,22 @@ class AveragedStudent(HookBase):
     def _swap(self) -> None:
         for own, average in zip(self.student.parameters(), self.average.parameters(), strict=True):
             own.data, average.data = average.data, own.data
+
+
+class PreciseStatisticsOfAverage(HookBase):
+    """Runs Detectron2's `PreciseBN` with the averaged weights, which are evaluated and saved.
+
+    Register it after `averaged`.
+    """
+
+    def __init__(self, averaged: AveragedStudent, precise: PreciseBN):
+        self.averaged = averaged
+        self.precise = precise
+
+    def after_step(self) -> None:
+        self.precise.trainer = self.trainer
+        with self.averaged.in_place_of_student():
+            self.precise.after_step()
 
 
 class Unaveraged:

@@ -16,6 +16,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checkpoint import KDCheckpointer
 from ..errors import UserError
@@ -103,6 +104,7 @@ class Checkpoints(HookBase):
         return bool(is_due), number
 
     def _write(self, names: list[str]) -> None:
+        share_statistics(self.model)
         self.others = comm.gather(get_rank_state(self.model))[1:]
         self.written = time.monotonic()
         if comm.is_main_process():
@@ -135,6 +137,15 @@ class Checkpoints(HookBase):
             os.remove(path)
 
 
+def share_statistics(model: nn.Module) -> None:
+    """Give all ranks the batch norm statistics of rank 0, which are saved, so that all evaluate the saved model."""
+    if comm.get_world_size() > 1:
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                for buffer in module.buffers(recurse=False):
+                    torch.distributed.broadcast(buffer, 0)
+
+
 class BestCheckpoint(HookBase):
     """Keeps the evaluated checkpoint with the highest box AP as `model_best.pth`, and this AP in `model_best.json`.
 
@@ -155,7 +166,7 @@ class BestCheckpoint(HookBase):
     def before_train(self) -> None:
         resumed = self.trainer.start_iter > 0
         if resumed and os.path.isfile(f"{self.path}.json"):  # may be newer than the resumed checkpoint
-            self.best = max(self.best, read_json(f"{self.path}.json")["AP"])
+            self.best = max(self.best, read_json(f"{self.path}.json").get("AP", -math.inf))
 
     def after_step(self) -> None:
         results = self.results()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 
 from ..config import changed_keys
 from ..errors import UserError
+from ..teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +31,8 @@ STORED = (
     "SOLVER.WEIGHT_DECAY_NORM", "SOLVER.WEIGHT_DECAY_BIAS",
 )  # fmt: skip
 """Keys whose values a checkpoint restores through the seed and the optimizer state."""
-PROCESSES, ANNOTATIONS, TEACHER = "processes", "annotations of DATASETS.TRAIN", "weights of the teacher"
+PROCESSES, ANNOTATIONS = "processes", "annotations of DATASETS.TRAIN"
+TEACHER, TEACHER_CONFIG = "weights of the teacher", "config of the teacher"
 
 
 class RunRecord:
@@ -39,15 +42,16 @@ class RunRecord:
 
     Args:
         cfg: the training config.
-        teacher: the teacher detector, if any.
+        teacher: the teacher, if any.
     """
 
-    def __init__(self, cfg: CfgNode, teacher: nn.Module | None):
+    def __init__(self, cfg: CfgNode, teacher: Teacher | None):
         keys = {key: value for key, value in changed_keys(cfg).items() if not _is_without_effect(key)}
         self.content: dict[str, Any] = {
             PROCESSES: comm.get_world_size(),
             ANNOTATIONS: [_content_of(name) for name in cfg.DATASETS.TRAIN],
-            TEACHER: None if teacher is None else _content_of_weights(teacher),
+            TEACHER: None if teacher is None else _content_of_weights(teacher.model),
+            TEACHER_CONFIG: None if teacher is None else _content_of_config(teacher),
             **keys,
         }
         config_file = "MODEL.KD.TEACHER.CONFIG_FILE"
@@ -70,6 +74,7 @@ class RunRecord:
                 f"--resume: the checkpoint has the state of SOLVER.OPTIMIZER {optimizer}, not of {self.optimizer}; resume with {optimizer}, or "
                 "start from the checkpoint's weights (MODEL.WEIGHTS) in another OUTPUT_DIR."
             )
+        before = {TEACHER_CONFIG: self.content[TEACHER_CONFIG], **before}  # not in checkpoints of release 0.1
         now = self.content
         changes = [_sentence(key, before, now) for key in now | before if before.get(key) != now.get(key)]
         if changes and comm.is_main_process():
@@ -79,7 +84,7 @@ class RunRecord:
 
 
 def _sentence(key: str, before: dict[str, Any], now: dict[str, Any]) -> str:
-    if key in (ANNOTATIONS, TEACHER):
+    if key in (ANNOTATIONS, TEACHER, TEACHER_CONFIG):
         return f"other {key}"
     if key in STORED:
         return f"{key} {_value(key, before)}, which is kept, not {_value(key, now)}"
@@ -102,6 +107,10 @@ def _content_of(dataset: str) -> str | None:
         return None
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _content_of_config(teacher: Teacher) -> str:
+    return hashlib.sha256(json.dumps(teacher.config, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _content_of_weights(model: nn.Module) -> str:

@@ -111,6 +111,7 @@ class DistillationStep(SimpleTrainer):
         state = super().state_dict()
         state["auxiliary"] = {name: other.state_dict() for name, other in self.auxiliary.items()}
         state["scaler"] = self.scaler.state_dict()
+        state["parameters"] = self._names_of_parameters()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -121,11 +122,39 @@ class DistillationStep(SimpleTrainer):
                 "MODEL.KD.DISTILLERS and MODEL.KD.LAYER_LR that it was started with, or start from the checkpoint's weights "
                 "(MODEL.WEIGHTS) in another OUTPUT_DIR."
             )
+        self._check_parameters(state.get("parameters", self._names_of_parameters()))
         super().load_state_dict(state)
         for name, other in self.auxiliary.items():
             other.load_state_dict(state["auxiliary"][name])
         if state["scaler"]:  # empty if the training had no scaler
             self.scaler.load_state_dict(state["scaler"])
+
+    def _names_of_parameters(self) -> list[str]:
+        """Return the names of the trained parameters in the order of the optimizers' states."""
+        model = getattr(self.model, "module", self.model)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        optimizers = [self.optimizer, *(other.optimizer for other in self.auxiliary.values())]
+        return [names[p] for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+
+    def _check_parameters(self, before: list[str]) -> None:
+        """Raise an error unless the checkpoint has the states of the same parameters, in the same order."""
+        now = self._names_of_parameters()
+        if before == now:
+            return
+        own_before, own_now = ([n for n in names if not n.startswith("distillers.")] for names in (before, now))
+        if own_before != own_now:
+            raise ValueError("it trained other parameters of the student")
+        methods = " and now ".join(", ".join(_methods_of(names)) or "none" for names in (before, now))
+        raise UserError(
+            f"--resume: other layers of methods are trained than in the checkpoint (methods with layers: {methods}); resume with the methods, "
+            "in the same order, and their settings that it was started with, or start from the checkpoint's weights (MODEL.WEIGHTS) in "
+            "another OUTPUT_DIR."
+        )
+
+
+def _methods_of(names: list[str]) -> list[str]:
+    """Return the distillers whose layers have these names, in this order."""
+    return list(dict.fromkeys(name.split(".")[1] for name in names if name.startswith("distillers.")))
 
 
 def _described(optimizers: list[str]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase
-from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
+from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PreciseBN
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
@@ -31,7 +31,7 @@ from ..memory_format import trains_with_channels_last
 from ..meta_arch import KDMetaArch, student_of
 from ..random_state import preserved_random_state
 from ..teacher import Teacher
-from .averaging import AveragedStudent, Unaveraged
+from .averaging import AveragedStudent, PreciseStatisticsOfAverage, Unaveraged
 from .checkpoints import BestCheckpoint, Checkpoints
 from .checks import check_classes, check_schedule
 from .failures import Failures
@@ -74,7 +74,7 @@ class KDTrainer(DefaultTrainer):
             _distributed(self.bare_model), optimizer, auxiliary, autocast, cfg.SOLVER.GRADIENT_ACCUMULATION_STEPS
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        teacher = self.bare_model.teacher.model if isinstance(self.bare_model, KDMetaArch) else None
+        teacher = self.bare_model.teacher if isinstance(self.bare_model, KDMetaArch) else None
         self.checkpointer = KDCheckpointer(
             student_of(self.bare_model), cfg.OUTPUT_DIR, run=RunRecord(cfg, teacher), trainer=weakref.proxy(self)
         )
@@ -218,9 +218,12 @@ class KDTrainer(DefaultTrainer):
         if self.cfg.TEST.EVAL_PERIOD > 0 and comm.is_main_process():
             best = BestCheckpoint(self.checkpointer, lambda: getattr(self, "_last_eval_results", {}))
         hooks: list[HookBase | None] = [PeakMemoryRecorder()]
+        precise = None
         for hook in super().build_hooks():
-            if isinstance(hook, EvalHook):
-                hooks += [self.averaged, self.checkpoints, evaluation, best]
+            if isinstance(hook, PreciseBN) and self.averaged:
+                precise = PreciseStatisticsOfAverage(self.averaged, hook)
+            elif isinstance(hook, EvalHook):
+                hooks += [self.averaged, precise, self.checkpoints, evaluation, best]
             elif not isinstance(hook, PeriodicCheckpointer):
                 hooks.append(hook)
         if isinstance(self.bare_model, KDMetaArch) and self.bare_model.balance:
@@ -286,7 +289,11 @@ def evaluate_teacher(cfg: CfgNode, teacher: Teacher) -> dict:
     cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "teacher")
     teacher.to(torch.device(cfg.MODEL.DEVICE))
     logger.info("Evaluating the teacher")
-    return KDTrainer.test(cfg, teacher.model)
+    check = teacher.model.register_forward_pre_hook(lambda _, inputs: teacher.adapter.check_sizes(*inputs))
+    try:
+        return KDTrainer.test(cfg, teacher.model)
+    finally:
+        check.remove()
 
 
 def _distributed(model: nn.Module) -> nn.Module:
