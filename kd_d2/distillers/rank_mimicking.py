@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
+import torch
 from detectron2.structures import Boxes, Instances
 from detectron2.structures.boxes import matched_pairwise_iou
 from torch import Tensor
@@ -79,8 +80,8 @@ class RankMimicking(Distiller):
         scores = [self._scores(outputs.dense, positives, class_P) for outputs in (student, teacher)]
         losses = {"loss_rank_classification": rank_kl_loss(*scores, instance_P, count, self.config.temperature)}
         if self.config.localization:
-            boxes = (Boxes(outputs.dense.boxes_at(positives)) for outputs in (student, teacher))
-            overlaps = [matched_pairwise_iou(predicted, Boxes(box_P4)) for predicted in boxes]
+            boxes = torch.cat([outputs.dense.boxes_at(positives) for outputs in (student, teacher)])
+            overlaps = matched_pairwise_iou(Boxes(boxes), Boxes(box_P4.repeat(2, 1))).chunk(2)
             temperature = self.config.localization_temperature
             losses["loss_rank_localization"] = rank_kl_loss(*overlaps, instance_P, count, temperature)
         return losses

@@ -8,7 +8,7 @@ C candidates of a box, P positives of all images.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
@@ -20,6 +20,8 @@ from ..transfer import on_device
 
 BACKGROUND = -1
 IGNORED = -2
+NARROW = 4
+"""Number of channels up to which concatenating levels costs less than picking from each."""
 
 
 @dataclass
@@ -35,6 +37,8 @@ class Positives:
     image: Tensor
     anchor: Tensor
     instance: Tensor
+    _sizes: list[int] = field(default_factory=list, init=False, repr=False, compare=False)
+    _indices: list[tuple[Tensor, Tensor]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, assignment_BR: Tensor) -> Positives:
@@ -55,19 +59,31 @@ class Positives:
         return classes[instance_P], boxes[instance_P]
 
     def pick(self, levels: Iterable[Tensor], channel_P: Tensor | None = None) -> Tensor:
-        """Gather the values of levels, (B, HWA, X) each, at the positives, without concatenating the levels.
+        """Gather the values of levels, (B, HWA, X) each, at the positives. Wide levels are not concatenated.
 
         Returns:
             (P, X), or (P,) if `channel_P` selects one of the X channels for each positive.
         """
-        picked, end = None, 0
-        for level in levels:
-            start, end = end, end + level.shape[1]
-            position = (self.anchor - start).clamp(0, level.shape[1] - 1)
-            here = level[self.image, position] if channel_P is None else level[self.image, position, channel_P]
-            is_later = (self.anchor >= start).view(-1, *[1] * (here.dim() - 1))
+        levels = list(levels)
+        if channel_P is None and levels[0].shape[2] <= NARROW:
+            return torch.cat(levels, 1)[self.image, self.anchor]
+        picked = None
+        for level, (position_P, is_later_P) in zip(levels, self._in_levels([x.shape[1] for x in levels]), strict=True):
+            here = level[self.image, position_P] if channel_P is None else level[self.image, position_P, channel_P]
+            is_later = is_later_P.view(-1, *[1] * (here.dim() - 1))
             picked = here if picked is None else torch.where(is_later, here, picked)
         return picked
+
+    def _in_levels(self, sizes: list[int]) -> list[tuple[Tensor, Tensor]]:
+        """Return, for levels of these sizes, indices (P,) in each level, and whether a positive is in it or a later one."""
+        if sizes != self._sizes:
+            starts = list(accumulate(sizes, initial=0))[:-1]
+            self._sizes = sizes
+            self._indices = [
+                ((self.anchor - start).clamp(0, size - 1), self.anchor >= start)
+                for start, size in zip(starts, sizes, strict=True)
+            ]
+        return self._indices
 
 
 @torch.no_grad()
