@@ -95,6 +95,18 @@ def test_other_truncated_images_are_refused(tmp_path: Path) -> None:
         read_image(str(path), "RGB")
 
 
+@pytest.mark.parametrize("read", [_map, lambda path: read_image(str(path), "RGB")], ids=["dataset", "array"])
+def test_damaged_pngs_are_refused(tmp_path: Path, read: Callable) -> None:
+    """Check pixels of noise with a wrong byte in their middle; Detectron2 ignores the error while it reads EXIF data."""
+    path = tmp_path / "damaged.png"
+    Image.fromarray(np.random.RandomState(0).randint(0, 255, (200, 300, 3), np.uint8)).save(path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"^The image \S+damaged\.png cannot be used: "):
+        read(path)
+
+
 def test_images_that_are_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check Pillow's limit, twice MAX_IMAGE_PIXELS, with MAX_IMAGE_PIXELS set to 1000."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)

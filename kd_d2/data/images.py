@@ -59,13 +59,13 @@ def read_checked(path: str, read: Callable[[], Content]) -> Content:
     """
     try:
         with open_image(path) as image:
-            is_jpeg, is_tiff = image.format in ("JPEG", "MPO"), image.format == "TIFF"
+            is_jpeg = image.format in ("JPEG", "MPO")
             if image.mode.startswith(("I", "F")):
                 raise ValueError(
                     "it has 16 or 32 bits a value, of which only 0 to 255 would be kept; convert it to 8 bits"
                 )
         try:
-            with _turned_by_pillow() if is_tiff else contextlib.nullcontext():
+            with _loaded_before_turning():
                 return read()
         except OSError as error:
             if not is_jpeg or "truncated" not in str(error):
@@ -83,8 +83,12 @@ def read_checked(path: str, read: Callable[[], Content]) -> Content:
 
 
 @contextlib.contextmanager
-def _turned_by_pillow() -> Iterator[None]:
-    """Load images before Detectron2 applies the EXIF orientation, which Pillow applies to TIFF images and then removes."""
+def _loaded_before_turning() -> Iterator[None]:
+    """Load images before Detectron2 applies the EXIF orientation.
+
+    Pillow applies it to TIFF images itself and then removes it. The EXIF data of a PNG image may follow its pixels;
+    Detectron2 ignores errors while it reads them, and the part of the pixels that is missing would stay black.
+    """
     original = detection_utils._apply_exif_orientation
 
     def apply(image: Image.Image) -> Image.Image:
