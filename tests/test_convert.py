@@ -296,6 +296,19 @@ def test_the_devkit(devkit: Path) -> None:
     ]
 
 
+def test_images_and_masks_of_the_same_name(devkit: Path) -> None:
+    """Check that masks, even those with the suffix of the images, are not images, and that a <filename> is enough."""
+    expected = run(devkit)
+    for folder in ("SegmentationClass", "SegmentationObject"):
+        picture(devkit / folder / "000001.png")
+    picture(devkit / "SegmentationClass/000002.jpg")
+    picture(devkit / "depth/000003.png")
+    assert run(devkit) == expected
+    assert "segmentation masks not read as images (3)" in notes(devkit)
+    text(devkit / "Annotations/000003.xml", voc_xml("", voc_object("cow", 1, 1, 9, 9)))
+    assert refusal(devkit).startswith("The image 000003 may be JPEGImages/000003.jpg or depth/000003.png in IN_FOLDER")
+
+
 def test_lists_of_names_with_spaces(devkit: Path) -> None:
     """Check that they are not mistaken for lists of a single class."""
     picture(devkit / "JPEGImages/brown cow.jpg")
@@ -404,6 +417,18 @@ def test_images_of_voc_are_found_by_what_is_right(tmp_path: Path) -> None:
     text(root / "xml/c.xml", voc_xml("/home/me/c.jpg", voc_object("k", 1, 1, 9, 9)))
     (tree,) = run(root).values()
     assert [image["file_name"] for image in tree["images"]] == ["c.jpg", "sub/x/a.png", "sub/y/b.JPEG"]
+
+
+def test_images_of_one_name_in_folders_like_those_of_their_labels(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    for number, folder in enumerate(("a", "b"), 1):
+        picture(root / "images" / folder / "0.jpg")
+        text(root / "labels" / folder / "0.xml", voc_xml("0.jpg", voc_object("k", 1, 1, 9, number)))
+    (tree,) = run(root).values()
+    assert [image["file_name"] for image in tree["images"]] == ["images/a/0.jpg", "images/b/0.jpg"]
+    assert [a["bbox"] for a in tree["annotations"]] == [[0, 0, 9, 1], [0, 0, 9, 2]]
+    (root / "labels/a").rename(root / "labels/c")
+    assert refusal(root).startswith("The image 0.jpg may be images/a/0.jpg or images/b/0.jpg in IN_FOLDER")
 
 
 @pytest.mark.parametrize(
@@ -676,6 +701,20 @@ def test_shapes_and_subsets_of_cvat(tmp_path: Path) -> None:
     root = cvat_of(tmp_path, box + '<points label="p" points="1,2"/><tag label="t"/>', 'name="a.jpg" subset="Train"')
     assert {split: boxes(tree) for split, tree in run(root).items()} == {"train": {"a": [("b", [1, 2, 4, 4])]}}
     assert notes(root) == ["shapes without a box dropped, such as points and lines (1)"]
+
+
+def test_images_of_one_name_in_subsets_of_cvat(tmp_path: Path) -> None:
+    root, nodes = tmp_path / "set", ""
+    for number, subset in enumerate(("Train", "Mine"), 1):
+        picture(root / "images" / subset / "x/0.jpg")
+        box = f'<box label="b" xtl="1" ytl="2" xbr="5" ybr="{2 + number}"/>'
+        nodes += f'<image name="x/0.jpg" subset="{subset}">{box}</image>'
+    text(root / "annotations.xml", f"<annotations>{nodes}</annotations>")
+    trees = run(root)
+    assert {split: tree["images"][0]["file_name"] for split, tree in trees.items()} == {
+        "train": "images/Train/x/0.jpg", "mine": "images/Mine/x/0.jpg"
+    }  # fmt: skip
+    assert [tree["annotations"][0]["bbox"][3] for tree in trees.values()] == [1, 2]
 
 
 def test_sublabels_of_cvat_are_no_classes(tmp_path: Path) -> None:

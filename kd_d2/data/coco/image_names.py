@@ -43,23 +43,35 @@ class ImageFinder:
         Raises:
             UserError: several files match.
         """
+        return self.only(name, self.candidates(name))
+
+    def only(self, name: str, found: list[str]) -> str | None:
+        """Return the only image among those that match a name, or None if there is none.
+
+        Raises:
+            UserError: there are several.
+        """
+        if len(found) > 1:
+            raise UserError(
+                f"The image {name} may be {found[0]} or {found[1]} in {self.folder}: use the right one as its file name, or remove the "
+                "other."
+            )
+        return found[0] if found else None
+
+    def candidates(self, name: str) -> list[str]:
+        """Return the paths, relative to the folder, of the images that match a name best."""
         for spelling in (name, *_spellings(name)):
             if self._has(spelling):
-                return spelling
+                return [spelling]
         plain = unquote(name.replace("\\", "/")).partition("?")[0]
         for index, form in zip(self._indices, FORMS):
             found = index.get(form(plain), [])
             if len(found) > 1:  # prefer the file whose folder has the same name
                 parent = os.path.dirname(plain).rpartition("/")[2].lower()
                 found = [f for f in found if os.path.basename(os.path.dirname(f)).lower() == parent] or found
-            if len(found) > 1:
-                raise UserError(
-                    f"The image {name} may be {found[0]} or {found[1]} in {self.folder}: use the right one as its file name, or remove the "
-                    "other."
-                )
             if found:
-                return found[0]
-        return None
+                return found
+        return []
 
     def _has(self, name: str) -> bool:
         return os.path.isfile(os.path.join(self.folder, name)) if self._given is None else name in self._given

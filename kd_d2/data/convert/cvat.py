@@ -42,7 +42,7 @@ def read(source: Source) -> Labels:
 
 def _read_image(source: Source, file: str, node: Element) -> LabelledImage:
     path, name = source.path(file), node.get("name") or ""
-    image = source.find_image(name, file) if name else None
+    image = source.find_image(name, file, node.get("subset") or "") if name else None
     if image is None:
         raise UserError(f"{path}: its image {name or '(no name)'} is not in {source.folder}: {REMEDY}.")
     boxes: list[LabelledBox] = []

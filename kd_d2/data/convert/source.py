@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
+from operator import ne
 from xml.etree import ElementTree
 from xml.parsers import expat
 
@@ -19,6 +20,8 @@ SPLIT = re.compile(r"(trainval|train|training|val|valid|validation|minival|dev|t
 WHOLE = "all"
 """Name of the split of files that belong to no split."""
 BROKEN = "unreadable entries dropped"
+MASKS = re.compile(r"Segmentation(Class|Object)\w*", re.IGNORECASE)
+"""Folders of segmentation masks, which are named like the images, in Pascal VOC's devkit and LabelMe's exports."""
 LINKS = "links to folders not followed"
 LARGEST_FILE = 256 * 2**20
 """Maximum size in bytes of a label file."""
@@ -55,7 +58,7 @@ class Source:
     Attributes:
         notes: record of dropped and modified entries.
         files: paths of all files except hidden ones, relative to the root.
-        images: the files with an image suffix.
+        images: the files with an image suffix, except segmentation masks.
     """
 
     def __init__(self, folder: str, options: ConvertOptions, without: str | None = None):
@@ -65,7 +68,12 @@ class Source:
         self.options = options
         self.notes = Repairs(folder)
         self.files = sorted(_files_below(folder, without, self.notes))
-        self.images = [file for file in self.files if is_image_name(file)]
+        self.images = []
+        for file in filter(is_image_name, self.files):
+            if any(map(MASKS.fullmatch, _folders(file))):
+                self.note("segmentation masks not read as images", file)
+            else:
+                self.images.append(file)
         if not self.images:
             link = self.notes.examples.get(LINKS)
             reason = f" (the link {link} to a folder is not followed)" if link else ""
@@ -88,17 +96,33 @@ class Source:
                     return folder.lower()
         return WHOLE
 
-    def find_image(self, name: str, labels: str) -> str | None:
-        """Return the image that a label file refers to by `name`, within its split, or None if there is none.
+    def find_image(self, name: str, labels: str, subset: str = "") -> str | None:
+        """Return the image that a label file refers to by `name`, or None if there is none; see `candidates`.
 
         Raises:
             UserError: several images match.
         """
+        return self.only(name, self.candidates(name, labels, subset))
+
+    def only(self, name: str, found: list[str]) -> str | None:
+        """Return the only image among those that match a name; see `ImageFinder.only`."""
+        return self._finders[None].only(name, found)
+
+    def candidates(self, name: str, labels: str, subset: str = "") -> list[str]:
+        """Return the images that a label file may refer to by `name`: the one next to it, else those of its split.
+
+        Among several, those in a folder named like the image's subset are preferred, then those whose folder differs
+        from the label file's in one place, such as images/a and labels/a.
+        """
         beside = os.path.normpath(os.path.join(os.path.dirname(labels), name.replace("\\", "/")))
         if beside in self._known_images:
-            return beside
-        split = self.split_of(labels)
-        return self._finders.get(split, self._finders[None]).find(name)
+            return [beside]
+        found = self._finders.get(self.split_of(labels), self._finders[None]).candidates(name)
+        if len(found) > 1:
+            found = [image for image in found if subset.lower() in _folders(image.lower())] or found
+        if len(found) > 1:
+            found = [image for image in found if _mirrors(_folders(image), _folders(labels))] or found
+        return found
 
     @contextlib.contextmanager
     def may_be_broken(self) -> Iterator[None]:
@@ -163,6 +187,14 @@ class Source:
         if list(of_split) != [None, WHOLE]:
             of_split[WHOLE] = self.images
         return {split: ImageFinder(self.folder, images) for split, images in of_split.items()}
+
+
+def _folders(file: str) -> list[str]:
+    return file.split(os.sep)[:-1]
+
+
+def _mirrors(folders: list[str], others: list[str]) -> bool:
+    return len(folders) == len(others) and sum(map(ne, folders, others)) == 1
 
 
 def _files_below(folder: str, without: str | None, notes: Repairs) -> Iterator[str]:

@@ -76,14 +76,14 @@ def _read_image(source: Source, file: str) -> LabelledImage:
     root, path = source.read_xml(file), source.path(file)
     if root.tag != "annotation":
         raise UserError(f"{path} is not in Pascal VOC's format: its root is {root.tag!r}, not 'annotation'.")
-    by_stem = source.find_image(os.path.splitext(os.path.basename(file))[0], file)
+    stem = os.path.splitext(os.path.basename(file))[0]
     name = (root.findtext("filename") or "").strip()
-    by_name = source.find_image(name, file) if name else None
-    if by_stem and by_name and by_stem != by_name:
+    by_stem, by_name = source.candidates(stem, file), source.candidates(name, file) if name else []
+    if by_stem and by_name and not {*by_stem} & {*by_name}:
         raise UserError(
-            f"{path} says that its image is {name}, but its own name matches {by_stem}: rename it, or correct its <filename>."
+            f"{path} says that its image is {name}, but its own name matches {by_stem[0]}: rename it, or correct its <filename>."
         )
-    image = by_name or by_stem
+    image = source.only(name or stem, by_name or by_stem)
     if image is None:
         raise UserError(f"{path}: its image {name or '(no filename)'} is not in {source.folder}: {REMEDY}.")
     boxes: list[LabelledBox] = []
