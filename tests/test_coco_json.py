@@ -602,6 +602,16 @@ def test_registration(coco: Set) -> None:
     register_coco_json(cfg)  # a second program in this process
 
 
+def test_a_file_that_changes(coco: Set) -> None:
+    """Check that a second program in this process reads the new content."""
+    register_coco_json(coco.config())
+    before = [a["category_id"] for d in DatasetCatalog.get("mine") for a in d["annotations"]]
+    coco.change(_reversed_categories)
+    register_coco_json(coco.config())
+    assert MetadataCatalog.get("mine").thing_classes == list(CLASSES[::-1])
+    assert [2 - a["category_id"] for d in DatasetCatalog.get("mine") for a in d["annotations"]] == before
+
+
 def test_a_name_that_is_taken(coco: Set, tmp_path: Path) -> None:
     """Check that neither a built-in name nor that of another file can be used again."""
     register_coco_json(coco.config())

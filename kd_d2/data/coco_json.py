@@ -76,7 +76,9 @@ def register_coco_json(cfg: CfgNode, classes: ClassOrder | None = None, *, train
         if not os.path.isfile(json_file):
             continue
         annotated = name in cfg.DATASETS.TEST or reads_annotations(cfg)
-        registration = [json_file, folder, annotated, cfg.MODEL.MASK_ON, classes and classes.names]
+        status = os.stat(json_file)
+        version = (status.st_mtime_ns, status.st_size)
+        registration = [json_file, folder, annotated, cfg.MODEL.MASK_ON, classes and classes.names, version]
         if name in DatasetCatalog.list():
             known = MetadataCatalog.get(name).get("registration")
             if known is None or known[0] != json_file:
