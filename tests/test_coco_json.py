@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kd_d2.config import add_kd_config
 from kd_d2.data import build_stream_loader, check_coco_json, register_coco_json
-from kd_d2.data.coco import BOX_FORMATS, read_coco
+from kd_d2.data.coco import BOX_FORMATS, read_categories, read_coco
 from kd_d2.data.coco.image_names import size_on_disk
 from kd_d2.data.coco.segmentation import normalize_segmentation
 from kd_d2.data.coco_json import ClassOrder, CocoSummary
@@ -434,11 +434,15 @@ def test_a_clean_file_is_read_as_it_is_and_a_repaired_one_from_the_cache(coco: S
     assert {path: path.read_bytes() for path in coco.json.parent.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
 def test_encodings(coco: Set, encoding: str) -> None:
-    summary = coco.check()
+    """Check that other encodings are read, and that Detectron2 reads a copy in UTF-8."""
+    register_coco_json(coco.config())
+    expected = _records("mine")
     coco.json.write_text(coco.json.read_text(), encoding=encoding)
-    assert (coco.check().images, coco.check().classes) == (summary.images, summary.classes)
+    register_coco_json(coco.config())
+    assert MetadataCatalog.get("mine").json_file != str(coco.json)
+    assert _records("mine") == expected
 
 
 def test_images_whose_names_may_mean_several_files(coco: Set) -> None:
@@ -459,6 +463,58 @@ def test_images_whose_names_may_mean_several_files(coco: Set) -> None:
     assert coco.sentence() == (
         f"{coco.json}: the images export/b/Same.png and b/same.png both match b/same.png in {coco.images}."
     )
+
+
+def test_an_image_twice(coco: Set) -> None:
+    """Check that annotations of the second entry of a file become those of the first, as for one entry."""
+    register_coco_json(coco.config())
+    expected = _records("mine")
+
+    def repeat(tree: dict) -> None:
+        tree["images"].append({**tree["images"][1], "id": 9})
+        next(a for a in tree["annotations"] if a["image_id"] == 2)["image_id"] = 9
+
+    coco.change(repeat)
+    assert coco.check().repairs == [
+        f"{coco.json}: repeated images merged with the first (1; the first: 001.png with id 9)."
+    ]
+    register_coco_json(coco.config())
+    assert _records("mine") == expected
+
+
+def test_ids_of_text_that_are_equal_numbers(coco: Set) -> None:
+    """Check "1", "01", "001" and "0001"; the annotations are those of the same images."""
+    register_coco_json(coco.config())
+    expected = _records("mine")
+    text_of = {number: f"{1:0{number}d}" for number in range(1, 5)}
+
+    def write(tree: dict) -> None:
+        for image in tree["images"]:
+            image["id"] = text_of[image["id"]]
+        for annotation in tree["annotations"]:
+            annotation["image_id"] = text_of[annotation["image_id"]]
+
+    coco.change(write)
+    register_coco_json(coco.config())
+    assert _records("mine") == expected
+
+
+def test_a_category_that_is_the_supercategory_of_others(coco: Set) -> None:
+    """Check that it is a class if it has annotations, even if they are not read, or if the file has none."""
+    coco.change(lambda tree: [category.update(supercategory="red") for category in tree["categories"][1:]])
+
+    def classes() -> list[list[str]]:
+        path, images = str(coco.json), str(coco.images)
+        data = [read_coco(path, images, annotated=annotated).class_names for annotated in (True, False)]
+        return [*data, [category["name"] for category in read_categories(path)]]
+
+    assert classes() == [list(CLASSES)] * 3
+    coco.change(lambda tree: [a.update(bbox=[1, 1, 0, 0]) for a in tree["annotations"] if a["category_id"] == 1])
+    assert classes() == [list(CLASSES)] * 3
+    coco.change(lambda tree: [a.update(category_id=2) for a in tree["annotations"]])
+    assert classes() == [list(CLASSES[1:])] * 3
+    coco.change(lambda tree: tree.update(annotations=[]))
+    assert classes() == [list(CLASSES)] * 3
 
 
 def test_the_size_of_a_turned_image_is_that_of_the_upright_one(coco: Set) -> None:

@@ -48,8 +48,10 @@ class Ids:
 
     def __init__(self, path: str, kind: str, entries: list[dict[str, Any]], repairs: Repairs):
         self.number_of: dict[Key, int] = {}
+        ids = [entry.get("id") for entry in entries]
+        self._is_text = all(isinstance(value, str) for value in ids) and len({*map(key_of, ids)}) < len({*ids})
         for entry in entries:
-            key = key_of(entry.get("id"))
+            key = self._key(entry.get("id"))
             if key is None:
                 raise UserError(
                     f"{path}: an entry of {kind} has no usable id: {str(entry)[:120]}; each needs a unique number or name."
@@ -71,4 +73,12 @@ class Ids:
 
     def find(self, value: Any) -> int | None:
         """Return the integer id of the entry that a reference refers to, or None if there is none."""
-        return self.number_of.get(key_of(value))
+        return self.number_of.get(self._key(value))
+
+    def merge(self, value: Any, other: Any) -> None:
+        """Let references to an entry refer to another one."""
+        self.number_of[self._key(value)] = self.number_of[self._key(other)]
+
+    def _key(self, value: Any) -> Key | None:
+        """Return the key of an id, which is its text if the ids are texts such as "001" and "01" for equal numbers."""
+        return value if self._is_text and isinstance(value, str) else key_of(value)

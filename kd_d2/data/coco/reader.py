@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +79,10 @@ def read_coco(
     """
     repairs = Repairs(path)
     raw = _read_tree(path, annotated, repairs)
+    categories, category_ids = _read_categories(path, raw["categories"], repairs)
+    used = _used(raw, category_ids)
+    if not annotated:
+        raw["annotations"] = []
     image_ids = Ids(path, "images", raw["images"], repairs)
     images, missing = _read_images(path, image_folder, raw["images"], image_ids, repairs)
     if missing and not (images and drop_missing):
@@ -89,10 +94,9 @@ def read_coco(
     for name in missing.values():
         repairs.add("missing images dropped", name)
     entries = [a for a in raw["annotations"] if image_ids.find(a.get("image_id")) not in missing]
-    categories, category_ids = _read_categories(path, raw["categories"], repairs)
     reader = Annotations(path, {image["id"]: image for image in images}, image_ids, category_ids, repairs)
     annotations = reader.read(entries, masks=masks, boxes=boxes)
-    categories = _classes(path, categories, {a["category_id"] for a in annotations}, repairs)
+    categories = _classes(path, categories, used, repairs)
     if annotated and not categories:
         raise UserError(f"{path} has no categories: add the classes to its list 'categories'.")
     tree = {**raw, "images": images, "annotations": annotations, "categories": categories}
@@ -109,12 +113,11 @@ def read_categories(path: str) -> list[Entry]:
     repairs = Repairs(path)
     raw = _read_tree(path, True, repairs)
     categories, ids = _read_categories(path, raw["categories"], repairs)
-    used = {ids.find(annotation.get("category_id")) for annotation in raw["annotations"]}
-    return _classes(path, categories, used, repairs)
+    return _classes(path, categories, _used(raw, ids), repairs)
 
 
-def read_json_bytes(path: str) -> tuple[Any, bool]:
-    """Load a JSON file in any Unicode encoding, and return its content and whether it has a byte order mark.
+def read_json_bytes(path: str) -> tuple[Any, str]:
+    """Load a JSON file in any Unicode encoding, and return its content and encoding: "utf-8" without a byte order mark.
 
     Raises:
         UserError: the file cannot be read or is not valid JSON.
@@ -122,17 +125,19 @@ def read_json_bytes(path: str) -> tuple[Any, bool]:
     try:
         with open(path, "rb") as file:
             content = file.read()
-        return json.loads(content), content[:3] == b"\xef\xbb\xbf" or content[:2] in (b"\xff\xfe", b"\xfe\xff")
+        return json.loads(content), json.detect_encoding(content)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not readable json: {error}.") from error
 
 
 def _read_tree(path: str, annotated: bool, repairs: Repairs) -> dict[str, Any]:
-    tree, has_mark = read_json_bytes(path)
-    if has_mark:
-        repairs.add("byte order mark skipped", "at its beginning")
+    tree, encoding = read_json_bytes(path)
+    if encoding != "utf-8":
+        repairs.add("another encoding than UTF-8 without a byte order mark read", encoding)
     if isinstance(tree, dict) and not annotated:
-        tree = {"categories": [], **tree, "annotations": []}
+        annotations = tree.get("annotations")
+        entries = [a for a in annotations if isinstance(a, dict)] if isinstance(annotations, list) else []
+        tree = {"categories": [], **tree, "annotations": entries}
     if not isinstance(tree, dict) or not all(isinstance(tree.get(key), list) for key in LISTS):
         raise UserError(
             f"{path} is not a COCO annotation file: it needs the lists 'images', 'annotations' and 'categories'."
@@ -152,7 +157,7 @@ def _read_images(
     """Return the images that are on disk, and the names of the missing ones by id."""
     finder = ImageFinder(folder)
     images, missing = [], {}
-    user_of: dict[str, str] = {}
+    first_of: dict[str, tuple[str, Any]] = {}
     for entry in entries:
         name = entry.get("file_name") or entry.get("coco_url")
         if not isinstance(name, str):
@@ -163,9 +168,13 @@ def _read_images(
             continue
         if found != entry.get("file_name"):
             repairs.add("images found under another name", f"{name} is {found}")
-        if found in user_of and (found != name or found != user_of[found]):
-            raise UserError(f"{path}: the images {user_of[found]} and {name} both match {found} in {folder}.")
-        user_of[found] = name
+        first_name, first_id = first_of.setdefault(found, (name, entry["id"]))
+        if first_name != name:
+            raise UserError(f"{path}: the images {first_name} and {name} both match {found} in {folder}.")
+        if first_id != entry["id"]:
+            repairs.add("repeated images merged with the first", f"{name} with id {entry['id']!r}")
+            ids.merge(entry["id"], first_id)
+            continue
         images.append({**entry, "id": ids.find(entry["id"]), "file_name": found})
     for image in images:
         _complete_size(image, folder, repairs)
@@ -202,8 +211,13 @@ def _read_categories(path: str, entries: list[Entry], repairs: Repairs) -> tuple
     return sorted(categories, key=lambda category: category["id"]), ids
 
 
+def _used(raw: dict[str, Any], category_ids: Ids) -> set[int | None]:
+    """Return the ids of the categories that annotations refer to."""
+    return {category_ids.find(annotation.get("category_id")) for annotation in raw["annotations"]}
+
+
 def _classes(path: str, categories: list[Entry], used: set[int | None], repairs: Repairs) -> list[Entry]:
-    """Return the categories without placeholders, checking that names are unique; `used` are the ids with boxes."""
+    """Return the categories without placeholders, checking that names are unique; for `used` see `_used`."""
     classes = _without_placeholders(categories, used, repairs)
     id_of: dict[str, int] = {}
     for category in classes:
@@ -217,11 +231,16 @@ def _classes(path: str, categories: list[Entry], used: set[int | None], repairs:
 
 
 def _without_placeholders(categories: list[Entry], used: set[int | None], repairs: Repairs) -> list[Entry]:
-    """Drop categories without boxes that are not classes: the background and the root category of Roboflow exports."""
+    """Drop categories without annotations that are not classes: the background, and the root category of Roboflow exports.
+
+    In a file without annotations the root category is kept, since it may be a class, unless a class has its name.
+    """
     parents = [category.get("supercategory") for category in categories]
+    names = Counter(category["name"] for category in categories)
     kept = []
     for category in categories:
         is_root = category.get("supercategory") in (None, "", "none") and category["name"] in parents
+        is_root = is_root and (bool(used) or names[category["name"]] > 1)
         if category["id"] not in used and (is_root or category["name"].lower() in BACKGROUND):
             repairs.add("placeholder categories without boxes dropped", repr(category["name"]))
         else:
