@@ -55,11 +55,16 @@ def names_in_training_set(cfg: CfgNode, folder: str = "") -> ClassOrder | None:
     return ClassOrder(names, path) if names else None
 
 
-def names_in_data(cfg: CfgNode) -> ClassOrder | None:
-    """Return the registered classes of the config's datasets, in the model's order, or None if no dataset has any."""
+def names_in_data(cfg: CfgNode, *, train: bool = False) -> ClassOrder | None:
+    """Return the registered classes of the config's datasets, in the model's order, or None if no dataset has any.
+
+    Args:
+        train: whether the first set of DATASETS.TRAIN determines them. Otherwise it is the first set in
+            DATASETS.COCO_JSON, since a built-in one may be an unchanged default.
+    """
     own = {entry[0] for entry in cfg.DATASETS.COCO_JSON}
     names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
-    for name in sorted(names, key=lambda name: name not in own):  # a built-in dataset may be an unchanged default
+    for name in sorted(names, key=lambda name: not train and name not in own):
         classes = MetadataCatalog.get(name).get("thing_classes")
         if classes:
             return ClassOrder(tuple(classes), f"the dataset {name}")

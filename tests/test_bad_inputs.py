@@ -353,8 +353,8 @@ def test_keypoints_and_masks_that_the_data_lack(refused, monkeypatch: pytest.Mon
         MetadataCatalog.remove("without_masks")
     monkeypatch.setitem(sys.modules, "lvis", None)
     sentence = "names 'lvis_v1_val', which needs the package lvis: pip install lvis"
-    for key in ("DATASETS.TRAIN", "DATASETS.TEST"):
-        assert refused(key, ("lvis_v1_val",)) == f"{key} {sentence}"
+    assert refused("DATASETS.TRAIN", ("lvis_v1_val",), "DATASETS.TEST", ()) == f"DATASETS.TRAIN {sentence}"
+    assert refused("DATASETS.TEST", ("lvis_v1_val",)) == f"DATASETS.TEST {sentence}"
     monkeypatch.setattr("kd_d2.engine.checks._check_files", lambda *args: None)
     assert refused("DATASETS.TEST", ("lvis_v1_val",)) == f"DATASETS.TEST {sentence.replace(chr(39), '')}"
     assert refused("DATASETS.TEST", ("cityscapes_fine_sem_seg_val",)).endswith("is not coco, pascal_voc or lvis.")

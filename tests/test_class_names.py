@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kd_d2.adapters import build_adapter
 from kd_d2.checkpoint import CLASS_NAMES, KDCheckpointer, read_checkpoint
-from kd_d2.class_names import match_classes, names_in_checkpoint
+from kd_d2.class_names import match_classes, names_in_checkpoint, names_in_data
 from kd_d2.config import load_config
 from kd_d2.data.coco_json import ClassOrder
 from kd_d2.errors import UserError
@@ -14,8 +14,9 @@ from kd_d2.predictor import read_categories
 
 import pytest
 import torch
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
-from helpers import META_ARCHITECTURES, Project, fixed_weights, make_project, run_train_net
+from helpers import META_ARCHITECTURES, Project, clean_process, fixed_weights, make_project, run_train_net
 from torch import nn
 
 OWN = ClassOrder(("red", "green", "blue"), "model.pth")
@@ -144,6 +145,17 @@ def test_a_checkpoint_without_names_has_the_classes_of_the_training_data(tmp_pat
     cfg = load_config(str(project.student), [*weights, "DATASETS.COCO_JSON", files, "DATASETS.TEST", ["val"]])
     found = [(category.id, category.name) for category in read_categories(cfg, 3)]
     assert found == [(2, "red"), (3, "green"), (1, "blue")]
+
+
+def test_names_in_data_of_training_and_evaluation() -> None:
+    """Check that a first training set that is not in DATASETS.COCO_JSON counts only in training."""
+    cfg = load_config("tiny/retinanet-student", needs_data=False)
+    cfg.DATASETS.COCO_JSON, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = [["own", "", ""]], ("built_in",), ("own",)
+    with clean_process():
+        for name, classes in (("built_in", OTHER), ("own", OWN)):
+            MetadataCatalog.get(name).thing_classes = list(classes.names)
+        assert names_in_data(cfg) == ClassOrder(OWN.names, "the dataset own")
+        assert names_in_data(cfg, train=True) == ClassOrder(OTHER.names, "the dataset built_in")
 
 
 @pytest.fixture(scope="module")

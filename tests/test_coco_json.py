@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.data.detection_utils import read_image
 from helpers import CLASSES, clean_process, make_coco
 from PIL import Image
@@ -739,6 +740,26 @@ def test_a_set_with_its_categories_in_another_order(coco: Set, tmp_path: Path, k
     if key == "TRAIN":
         cfg.SOLVER.IMS_PER_BATCH = 2
         assert len(next(iter(build_stream_loader(cfg, seed=0)))) == 2
+
+
+@pytest.mark.parametrize("is_lazy", [True, False])
+def test_a_first_training_set_that_another_program_registered(coco: Set, tmp_path: Path, is_lazy: bool) -> None:
+    """Check that its classes determine the order, even if Detectron2 has yet to read them from its file."""
+    other = Set(tmp_path / "other")
+    other.change(_reversed_categories)
+    register_coco_instances("theirs", {}, str(other.json), str(other.images))
+    if not is_lazy:
+        MetadataCatalog.get("theirs").thing_classes = list(CLASSES[::-1])
+    cfg = coco.config()
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("theirs",), ("mine",)
+    register_coco_json(cfg, train=False)
+    assert MetadataCatalog.get("mine").thing_classes == list(CLASSES)
+    register_coco_json(cfg)
+    assert MetadataCatalog.get("mine").thing_classes == list(CLASSES[::-1])
+    indices = [
+        [a["category_id"] for d in DatasetCatalog.get(name) for a in d["annotations"]] for name in ("mine", "theirs")
+    ]
+    assert indices[0] == indices[1]
 
 
 def test_a_set_that_lacks_classes_or_names_more_without_boxes(coco: Set, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -62,8 +63,9 @@ def register_coco_json(cfg: CfgNode, classes: ClassOrder | None = None, *, train
 
     Args:
         cfg: config; DATASETS, MODEL.MASK_ON and MODEL.KD.PSEUDO_LABELS are read.
-        classes: class order of all sets; by default the classes of the first set of TRAIN, else of TEST, sorted by
-            category id. Sets with the same classes in another order, or with fewer classes, are matched by name.
+        classes: class order of all sets; by default that of the first set of TRAIN, else of TEST. It is sorted by
+            category id, unless another program registered the set. Sets with the same classes in another order, or with
+            fewer classes, are matched by name.
         train: whether the sets of TRAIN are registered, too.
 
     Raises:
@@ -71,6 +73,8 @@ def register_coco_json(cfg: CfgNode, classes: ClassOrder | None = None, *, train
     """
     used = [*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST]
     entries = {entry[0]: entry[1:] for entry in cfg.DATASETS.COCO_JSON}
+    if classes is None and train and cfg.DATASETS.TRAIN and entries.keys() & set(used):
+        classes = None if cfg.DATASETS.TRAIN[0] in entries else _registered_classes(cfg.DATASETS.TRAIN[0])
     for name in dict.fromkeys(used):
         json_file, folder = entries.get(name, ("", ""))
         if not os.path.isfile(json_file):
@@ -93,6 +97,16 @@ def register_coco_json(cfg: CfgNode, classes: ClassOrder | None = None, *, train
             MetadataCatalog.get(name).set(registration=registration)
         if classes is None and MetadataCatalog.get(name).get("thing_classes"):
             classes = ClassOrder(tuple(MetadataCatalog.get(name).thing_classes), json_file)
+
+
+def _registered_classes(name: str) -> ClassOrder | None:
+    """Return the classes of a set that is not in DATASETS.COCO_JSON, or None if they are unknown."""
+    metadata = MetadataCatalog.get(name)
+    if name in DatasetCatalog.list() and not metadata.get("thing_classes"):
+        with contextlib.suppress(OSError, AssertionError):  # missing files are reported by `check_datasets`
+            DatasetCatalog.get(name)  # Detectron2's `register_coco_instances` reads the classes with the annotations
+    names = metadata.get("thing_classes")
+    return ClassOrder(tuple(names), f"the dataset {name}") if names else None
 
 
 def _register(name: str, json_file: str, folder: str, annotated: bool, masks: bool, classes: ClassOrder | None) -> None:
@@ -119,18 +133,17 @@ def with_classes(data: CocoData, classes: ClassOrder) -> CocoData:
         UserError: there are boxes of other classes, or the data have none of the given classes.
     """
     path, categories = data.repairs.path, data.tree["categories"]
+    theirs = f"{', '.join(classes.names[:20])}{', ...' if len(classes.names) > 20 else ''}"
     used = {annotation["category_id"] for annotation in data.tree["annotations"]}
     for category in categories:
         if category["name"] not in classes.names and category["id"] in used:
             raise UserError(
                 f"{path} has boxes of the class {category['name']!r}, which {classes.source} does not have "
-                f"({', '.join(classes.names)}): rename the class in one of them, or remove its boxes."
+                f"({theirs}): rename the class in one of them, or remove its boxes."
             )
     kept = [category for category in categories if category["name"] in classes.names]
     if not kept:
-        raise UserError(
-            f"{path} has none of the classes of {classes.source} ({', '.join(classes.names)}): rename them in one of them."
-        )
+        raise UserError(f"{path} has none of the classes of {classes.source} ({theirs}): rename them in one of them.")
     missing = [name for name in classes.names if name not in data.class_names]
     next_id = max(category["id"] for category in categories) + 1
     added = [{"id": next_id + number, "name": name} for number, name in enumerate(missing)]

@@ -78,7 +78,7 @@ class KDTrainer(DefaultTrainer):
         self.checkpointer = KDCheckpointer(
             student_of(self.bare_model), cfg.OUTPUT_DIR, run=RunRecord(cfg, teacher), trainer=weakref.proxy(self)
         )
-        classes = names_in_data(cfg)
+        classes = names_in_data(cfg, train=True)
         self.checkpointer.class_names = list(classes.names) if classes else None
         self.checkpointer.asynchronous = cfg.SOLVER.CHECKPOINT_ASYNC
         if isinstance(self.bare_model, KDMetaArch):
@@ -136,7 +136,7 @@ class KDTrainer(DefaultTrainer):
         raise errors[0]
 
     def _resume(self, file: str) -> None:
-        own, wanted = names_in_checkpoint(file), names_in_data(self.cfg)
+        own, wanted = names_in_checkpoint(file), names_in_data(self.cfg, train=True)
         if own and wanted and own.names != wanted.names:
             raise UserError(
                 f"--resume: {file} was trained with the classes {', '.join(own.names)}, but {wanted.source} has "
@@ -272,7 +272,7 @@ def load_initial_weights(cfg: CfgNode, model: nn.Module) -> None:
     """
     student = student_of(model)
     KDCheckpointer(student, save_to_disk=False).load(cfg.MODEL.WEIGHTS)
-    own, wanted = names_in_checkpoint(cfg.MODEL.WEIGHTS), names_in_data(cfg)
+    own, wanted = names_in_checkpoint(cfg.MODEL.WEIGHTS), names_in_data(cfg, train=True)
     if own and wanted and sorted(own.names) == sorted(wanted.names):
         match_classes(student, "MODEL.WEIGHTS", own, wanted)
     if isinstance(model, KDMetaArch) and cfg.MODEL.KD.INHERIT.ENABLED:
