@@ -71,7 +71,7 @@ def check_sets(sets: list[DataSet], images: int | None = 200, *, skips_unusable:
     Args:
         sets: datasets, training sets first.
         images: number of images to read per set; None for all.
-        skips_unusable: whether the training skips unreadable images.
+        skips_unusable: whether the training skips unreadable images, which makes them warnings in training sets.
     """
     read: list[tuple[DataSet, CocoData]] = []
     findings: list[Finding] = []
@@ -84,7 +84,7 @@ def check_sets(sets: list[DataSet], images: int | None = 200, *, skips_unusable:
     statistics = [measure(data) for _, data in read]
     for (dataset, data), counts in zip(read, statistics):
         findings += find_in_set(dataset, data, counts)
-        findings += find_unreadable(dataset, data, images, skips_unusable)
+        findings += find_unreadable(dataset, data, images, skips_unusable and dataset.role == "train")
     annotated = [(*entry, counts) for entry, counts in zip(read, statistics) if entry[0].annotated]
     for dataset, data, counts in annotated[1:]:
         first, first_data, first_counts = annotated[0]

@@ -74,7 +74,7 @@ def find_unreadable(dataset: DataSet, data: CocoData, count: int | None, skips: 
 
     Args:
         count: number of images to read; None for all.
-        skips: whether the training skips such images, which makes the finding a warning.
+        skips: whether such images are skipped, which makes the finding a warning.
     """
     images = data.tree["images"]
     count = len(images) if count is None else min(count, len(images))
