@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
 from tqdm import tqdm
 
 from .class_names import names_in_data
 from .data import build_test_loader, register_coco_json, register_synthetic
+from .data.images import read_checked
 from .engine.checks import check_classes, check_datasets, check_distillation
 from .errors import UserError
 from .files import check_output_file, write_json
@@ -49,6 +51,9 @@ def write_label_file(
     check_datasets(cfg, train=True)
     name = choose_dataset(cfg, dataset)
     check_output_file(output)
+    skip_unusable = cfg.DATALOADER.SKIP_UNUSABLE_IMAGES
+    if not skip_unusable:
+        check_images(name)
     teacher = Teacher.from_config(cfg)
     check_classes(cfg, teacher.model)
     if "detections" not in teacher.spec.provides or teacher.spec.num_classes is None:
@@ -61,7 +66,7 @@ def write_label_file(
     def detect(batch: list[dict]) -> list[dict]:
         return teacher.model(teacher.to_input_format(batch))
 
-    batches = tqdm(build_test_loader(cfg, name), unit="image")
+    batches = tqdm(build_test_loader(cfg, name, skip_unusable=skip_unusable), unit="image")
     classes = names_in_data(cfg)  # the teacher's, which has been matched to them
     names = classes.names if classes else unknown_names(teacher.spec.num_classes)
     tree, folder = label_images(detect, batches, names, threshold)
@@ -83,6 +88,17 @@ def choose_dataset(cfg: CfgNode, name: str | None) -> str:
     return name or names[0]
 
 
+def check_images(dataset: str) -> None:
+    """Open the images of a registered dataset without decoding them.
+
+    Raises:
+        DataError: one cannot be opened; see `read_checked`.
+    """
+    for entry in DatasetCatalog.get(dataset):
+        if "file_name" in entry:
+            read_checked(entry["file_name"], lambda: None)
+
+
 @torch.no_grad()
 def label_images(
     detect: Callable[[list[dict]], list[dict]],
@@ -94,16 +110,19 @@ def label_images(
 
     Args:
         detect: Detectron2 detector in eval mode, with detections in pixels of the image on disk.
-        batches: batches of Detectron2's test loader.
+        batches: batches of Detectron2's test loader; empty ones are skipped.
         names: class names by class index.
         score_threshold: score above which detections become annotations.
 
     Returns:
         The tree of an annotation file with the score of each annotation, and the folder of its relative file names.
+
+    Raises:
+        UserError: there is no image.
     """
     categories = [Category(number, name) for number, name in enumerate(names, 1)]
     paths, images, annotations = [], [], []
-    for batch in batches:
+    for batch in filter(None, batches):
         for entry, output in zip(batch, detect(batch), strict=True):
             detections = output["instances"].to("cpu")
             detections = detections[detections.scores > score_threshold]
@@ -112,6 +131,8 @@ def label_images(
             paths.append(os.path.abspath(entry["file_name"]))
             images.append({"id": number, "width": width, "height": height})
             annotations += to_annotations(detections, number, categories, len(annotations) + 1)
+    if not paths:
+        raise UserError("None of the images can be used, so nothing is labelled.")
     folder = os.path.commonpath([os.path.dirname(path) for path in paths])
     for image, path in zip(images, paths, strict=True):
         image["file_name"] = os.path.relpath(path, folder)

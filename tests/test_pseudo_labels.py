@@ -373,6 +373,37 @@ def test_labels_are_of_scaled_images(tiny_detector: Callable, make_inputs: Calla
     assert {"segmentation", "score"} <= tree["annotations"][0].keys()
 
 
+def test_images_that_cannot_be_labelled(
+    tmp_path: Path, capfd: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Check that a file without an image stops the command at once, and that it is left out where the config says so,
+    as is one whose pixels are damaged."""
+    project = make_project(tmp_path, MODEL__KD__TEACHER__OPTS=LOW_THRESHOLDS, **PSEUDO_LABELS)
+    project.change(DATASETS__TEST=())
+    images, path = project.annotations.parent / "images", tmp_path / "labels.json"
+    (images / "004.png").write_text("no image")
+    with pytest.raises(SystemExit):
+        run_command("pseudo-label", project.student, "--output", path)
+    error = capfd.readouterr().err
+    assert error.splitlines()[-1].startswith(f"error: The image {images / '004.png'} cannot be used: its format")
+    assert "image/s" not in error
+    content = bytearray((images / "001.png").read_bytes())
+    content[len(content) // 2] ^= 255
+    (images / "001.png").write_bytes(content)
+    skip = ("DATALOADER.SKIP_UNUSABLE_IMAGES", True)
+    run_command("pseudo-label", project.student, "--output", path, *skip)
+    tree = json.loads(path.read_text())
+    assert [image["file_name"] for image in tree["images"]] == ["000.png", "002.png", "003.png", "005.png"]
+    assert {annotation["image_id"] for annotation in tree["annotations"]} <= {1, 2, 3, 4}
+    for name in ("001.png", "004.png"):
+        assert f"The image {images / name} cannot be used: " in caplog.text
+    for image in images.iterdir():
+        image.write_text("no image")
+    with pytest.raises(SystemExit):
+        run_command("pseudo-label", project.student, "--output", path, *skip)
+    assert capfd.readouterr().err.endswith("error: None of the images can be used, so nothing is labelled.\n")
+
+
 @pytest.mark.parametrize(
     ("keys", "options", "expected"),
     [

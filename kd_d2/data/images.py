@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,6 +21,8 @@ from torch.utils.data import DataLoader
 from ..errors import UserError
 from ..text import printable
 from .workers import configure_workers
+
+logger = logging.getLogger(__name__)
 
 
 class DataError(UserError):
@@ -148,8 +151,33 @@ class CheckedMapper:
         return read_checked(entry["file_name"], lambda: self.mapper(entry))
 
 
+@dataclass(frozen=True)
+class _OrError:
+    """A dataset mapper that returns the DataError of another one instead of raising it."""
+
+    mapper: Callable[[dict], Any]
+
+    def __call__(self, entry: dict) -> Any:
+        try:
+            return self.mapper(entry)
+        except DataError as error:
+            return error
+
+
+def _without_errors(batch: list) -> list:
+    for error in batch:
+        if isinstance(error, DataError):
+            logger.warning(f"{error} It is left out.")
+    return [entry for entry in batch if not isinstance(entry, DataError)]
+
+
 def build_test_loader(
-    cfg: CfgNode, dataset: str, mapper: Callable[[dict], dict] | None = None, **overrides: Any
+    cfg: CfgNode,
+    dataset: str,
+    mapper: Callable[[dict], dict] | None = None,
+    *,
+    skip_unusable: bool = False,
+    **overrides: Any,
 ) -> DataLoader:
     """Build Detectron2's test loader for a dataset.
 
@@ -157,9 +185,13 @@ def build_test_loader(
         cfg: config; INPUT and DATALOADER are read.
         dataset: registered name.
         mapper: mapper used instead of Detectron2's DatasetMapper.
+        skip_unusable: whether images that cannot be used are logged and left out of their batch, which may then be
+            empty, instead of raising a DataError.
         overrides: arguments of `build_detection_test_loader` that replace those from the config, such as `num_workers`.
     """
     mapper = CheckedMapper(mapper or DatasetMapper(cfg, is_train=False))
+    if skip_unusable:
+        mapper, overrides["collate_fn"] = _OrError(mapper), _without_errors
     return configure_workers(build_detection_test_loader(cfg, dataset, mapper=mapper, **overrides))
 
 
