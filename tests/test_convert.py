@@ -598,11 +598,24 @@ def test_splits_of_yolo(tmp_path: Path, description: str) -> None:
         ("names: [", "data.yaml is not plain yaml: while parsing a flow node"),
         ("{names: [a], train: ../nowhere}", "data.yaml: its images for train are not in IN_FOLDER: ../nowhere; correct the path."),
         ("{names: [a], train: /etc}", "data.yaml: its images for train are not in IN_FOLDER: /etc; correct the path."),
+        ("{names: [a], train: ../train/images, val: ../valid/images}", "data.yaml: its images for train are not in IN_FOLDER: ../train/images; correct the path."),
+        ("{names: [a], train: x/images, val: /y/images}", "data.yaml: its images for train, x/images, and for val, /y/images, would both be images; correct the paths."),
         ("{names: [a], train: ../../..}", "data.yaml: its images for train are not in IN_FOLDER"),
     ],
 )  # fmt: skip
 def test_descriptions_of_yolo_that_do_not_fit(tmp_path: Path, description: str, sentence: str) -> None:
     assert refusal(yolo_of(tmp_path, "0 0.5 0.5 0.5 0.2", description=description), "yolo").startswith(sentence)
+
+
+def test_splits_of_yolo_that_are_not_there_or_the_same(tmp_path: Path) -> None:
+    """Check that a missing folder of a split is not replaced by one above it, and that one folder may be named twice."""
+    lines = "0 0.5 0.5 0.5 0.2"
+    root = yolo_of(tmp_path, lines, description="{names: [a], train: images, val: ../valid/images}")
+    assert run(root).keys() == {"train"}
+    assert notes(root) == ["splits of the yaml file without images skipped (1)"]
+    yolo_of(tmp_path, lines, description="{names: [a], train: ../set/images, val: set/images}")
+    train, val = run(root).values()
+    assert train == val
 
 
 def test_a_list_of_names_in_place_of_a_yaml(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from ...errors import UserError
 from ...plain_yaml import read_plain_yaml
 from ..coco.ids import whole_number
 from .labels import REMEDY
-from .source import Source
+from .source import SPLIT, Source
 
 NAME_LISTS = ("classes.txt", "obj.names", "predefined_classes.txt", "_darknet.labels")
 YAML_SPLITS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
@@ -118,11 +118,23 @@ def images_of_splits(source: Source, description: Description) -> dict[str, list
     """Return the images by split, according to the YAML file or, if it has no splits, to the folder names.
 
     Raises:
-        UserError: the training images are missing.
+        UserError: the training images are missing, or different entries of two splits are the same folder or list.
     """
     splits: dict[str, list[str]] = {}
+    first_of: dict[str, tuple[str, str]] = {}
     for split, entries in description.splits.items():
-        images = [image for entry in entries for image in _images_of(source, description, entry)]
+        images: list[str] = []
+        for entry in entries:
+            place = _place_of(source, description, entry)
+            if place is None:
+                continue
+            first_split, first = first_of.setdefault(place, (split, entry))
+            if first_split != split and _parts(first) != _parts(entry):
+                raise UserError(
+                    f"{source.path(description.file)}: its images for {first_split}, {first}, and for {split}, {entry}, would both be "
+                    f"{place}; correct the paths."
+                )
+            images += _images_of(source, place)
         if images:
             splits[split] = list(dict.fromkeys(images))
         elif split == "train":
@@ -137,13 +149,8 @@ def images_of_splits(source: Source, description: Description) -> dict[str, list
     return splits
 
 
-def _images_of(source: Source, description: Description, entry: str) -> list[str]:
-    """Return the images of a split's entry, which is a folder or a text file with one path per line. Leading folders
-    that do not exist are ignored.
-    """
-    place = _place_of(source, description, entry)
-    if place is None:
-        return []
+def _images_of(source: Source, place: str) -> list[str]:
+    """Return the images in a folder or in a text file with one path per line."""
     if place in source.files:
         names = [line.strip() for line in source.read_text(place).splitlines() if line.strip()]
         images = [source.find_image(name, place) for name in names]
@@ -155,10 +162,19 @@ def _images_of(source: Source, description: Description, entry: str) -> list[str
     return [image for image in source.images if place == "." or image.startswith(place + os.sep)]
 
 
+def _parts(entry: str) -> list[str]:
+    return [part for part in entry.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+
+
 def _place_of(source: Source, description: Description, entry: str) -> str | None:
-    base = os.path.dirname(description.file)
-    parts = [part for part in entry.replace("\\", "/").split("/") if part not in ("", ".", "..")]
-    tails = [os.path.join(*parts[start:]) for start in range(len(parts))]
+    """Return the folder or file of a split's entry, or None if there is none.
+
+    Leading folders that do not exist are ignored, except the last one that is named like a split: valid/images is not
+    images.
+    """
+    base, parts = os.path.dirname(description.file), _parts(entry)
+    named = [start for start, part in enumerate(parts) if SPLIT.fullmatch(part)]
+    tails = [os.path.join(*parts[start:]) for start in range(named[-1] + 1 if named else len(parts))]
     for name in (os.path.join(description.folder, entry), entry, *tails):
         place = os.path.normpath(os.path.join(base, name))
         if place in source.files or (os.path.isdir(source.path(place)) and not place.startswith(("..", os.sep))):
