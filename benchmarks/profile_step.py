@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Profile an iteration of distillation by part (teacher, student, each method, backward, optimizer) and by operator.
 
-    benchmarks/profile_step.py [--pair tiny|coco] [--batch N] [--methods NAME ...] [--iterations N] [--threads N] [--trace FILE.json]
+    benchmarks/profile_step.py [--pair PAIR] [--batch N] [--methods NAME ...] [--iterations N] [--threads N] [--trace FILE.json]
 
 The pairs are those of benchmarks/step.py. On a GPU, times are device times, and synchronizations are listed too.
 --trace writes a timeline for chrome://tracing and Perfetto.
@@ -11,7 +11,6 @@ import argparse
 import contextlib
 from collections.abc import Callable, Iterator
 
-from kd_d2 import DISTILLER_REGISTRY
 from kd_d2.engine.step import DistillationStep
 from measuring import device_name
 from step import PAIRS, PAST_WARM_UPS, Bench
@@ -60,14 +59,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", choices=PAIRS, default="tiny")
     parser.add_argument("--batch", type=int, help="images per iteration (default that of the pair)")
-    parser.add_argument("--methods", nargs="+", default=[name for name, _ in DISTILLER_REGISTRY])
+    parser.add_argument("--methods", nargs="+", help="default: all methods that support the pair")
     parser.add_argument("--iterations", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--trace", help="JSON file for the timeline")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
-    step = Bench(args.pair, args.batch).step("+".join(args.methods))
+    bench = Bench(args.pair, args.batch)
+    step = bench.step("+".join(args.methods or bench.methods()))
     names = label(step)
     has_gpu = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if has_gpu else [])

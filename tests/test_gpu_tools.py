@@ -73,6 +73,17 @@ def test_pack_has_what_the_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not {"torch", "torchvision", "triton", "kd-d2", "sympy"} & set(everything)
 
 
+def test_profile_of_the_methods_that_support_the_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    profile = load("benchmarks/profile_step.py", monkeypatch)
+    monkeypatch.setattr(profile.Bench, "step", lambda bench, variant: sys.exit(variant))
+    monkeypatch.setattr(sys, "argv", ["profile_step.py", "--batch", "1"])
+    with pytest.raises(SystemExit) as methods:
+        profile.main()
+    chosen = methods.value.code.split("+")
+    assert {"StructuralKD", "ICD"} <= set(chosen) and "DKD" not in chosen  # it needs a box head
+
+
 def test_pack_from_an_environment_with_another_detectron2(monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that Detectron2's pinned version is packed, unless the machine has one."""
     pack = load("tools/gpu_pack.py", monkeypatch)
