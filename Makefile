@@ -11,7 +11,7 @@ VENV_PYTHON := .venv/bin/python
 
 # On a machine without a network, use the packages of make gpu-pack; see tools/gpu_pack.py.
 GPU_PYTHON = $(if $(wildcard $(VENV_PYTHON)),$(VENV_PYTHON),$(or $(PYTHON),python3))
-GPU_ENV = PYTHONPATH=$(CURDIR):$(CURDIR)/output/gpu-pack/site:$$PYTHONPATH
+GPU_ENV = PYTHONPATH="$(CURDIR):$(CURDIR)/output/gpu-pack/site:$$PYTHONPATH"
 
 .PHONY: help setup demo test test-unit test-slow docs lint format licenses sbom lock clean gpu-check gpu-pack gpu-evidence
 

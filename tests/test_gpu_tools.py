@@ -1,6 +1,7 @@
 """The programs for GPU machines, as far as they can be tested without a GPU: what they read, run and pack."""
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 import time
@@ -82,6 +83,18 @@ def test_profile_of_the_methods_that_support_the_pair(monkeypatch: pytest.Monkey
         profile.main()
     chosen = methods.value.code.split("+")
     assert {"StructuralKD", "ICD"} <= set(chosen) and "DKD" not in chosen  # it needs a box head
+
+
+@pytest.mark.parametrize("target", ["gpu-check", "gpu-evidence"])
+def test_check_in_a_folder_with_a_space(tmp_path: Path, target: str) -> None:
+    """Check the PYTHONPATH that make gives to the program."""
+    clone = tmp_path / "my clone"
+    (clone / "benchmarks").mkdir(parents=True)
+    shutil.copy(ROOT / "Makefile", clone)
+    program = clone / "benchmarks" / f"{target.replace('-', '_')}.py"
+    program.write_text("import os; print(os.environ['PYTHONPATH'])")
+    done = subprocess.run(["make", "-s", target, f"PYTHON={sys.executable}"], cwd=clone, capture_output=True, text=True)
+    assert done.stdout.startswith(f"{clone}:{clone}/output/gpu-pack/site:"), done.stderr
 
 
 def test_pack_from_an_environment_with_another_detectron2(monkeypatch: pytest.MonkeyPatch) -> None:
