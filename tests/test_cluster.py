@@ -77,6 +77,24 @@ def test_pods_may_do_no_more_than_they_must() -> None:
     assert pod["terminationGracePeriodSeconds"] >= 120 and "livenessProbe" in container
 
 
+def test_liveness_probe_reads_the_log_of_its_own_training(tmp_path: Path) -> None:
+    """Run the probe with logs of its training and of another one in the same volume, of which one is old."""
+    _, job = yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text())
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    variables = {variable["name"]: variable["value"] for variable in container["env"]}
+    given = container["args"][container["args"].index("OUTPUT_DIR") + 1]
+    output = variables.get(given.removeprefix("$(").removesuffix(")"), given)
+    probe = [part.replace("/work", str(tmp_path)) for part in container["livenessProbe"]["exec"]["command"]]
+    logs = [tmp_path / folder / "log.txt" for folder in (output, "output/another")]
+    for log in logs:
+        log.parent.mkdir(parents=True)
+        log.touch()
+    for old, status in ((logs[1], 0), (logs[0], 1)):
+        os.utime(old, (0, 0))
+        assert _run(*probe, cwd="/", env={**os.environ, **variables}).returncode == status
+        old.touch()
+
+
 def test_locks_have_the_pinned_versions_and_hashes() -> None:
     """Check that each version in requirements/ has hashes, and that no file has a URL."""
     requirements = ROOT / "requirements"
