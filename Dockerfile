@@ -63,7 +63,9 @@ ENV PATH=/opt/venv/bin:$PATH \
     MPLCONFIGDIR=/tmp/matplotlib
 USER 1000
 WORKDIR /work
-RUN python cluster/check_install.py --operators
+# Other users could not write to cache folders that user 1000 leaves behind.
+RUN python cluster/check_install.py --operators \
+    && rm -rf "$XDG_CACHE_HOME" "$MPLCONFIGDIR"
 VOLUME ["/work/datasets", "/work/output"]
 ENTRYPOINT ["kd-d2"]
 CMD ["--help"]

@@ -95,6 +95,15 @@ def test_liveness_probe_reads_the_log_of_its_own_training(tmp_path: Path) -> Non
         old.touch()
 
 
+def test_image_has_no_cache_folders_that_only_user_1000_can_write_to() -> None:
+    """Check that the last step of the build removes the folders of all caches."""
+    *_, last = re.findall(r"^RUN (.+\n(?:    .+\n)*)", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    variables = dict(re.findall(r"^    (\w+)=(/\S+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE))
+    removed = tuple(variables[name] for name in re.findall(r'"\$(\w+)"', last[last.index("rm -rf") :]))
+    assert {"XDG_CACHE_HOME", "MPLCONFIGDIR"} <= set(variables)
+    assert [path for path in variables.values() if not path.startswith(removed)] == []
+
+
 def test_locks_have_the_pinned_versions_and_hashes() -> None:
     """Check that each version in requirements/ has hashes, and that no file has a URL."""
     requirements = ROOT / "requirements"
