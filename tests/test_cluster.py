@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 from kd_d2 import load_config
@@ -23,6 +24,7 @@ import pytest
 import torch
 import yaml
 from helpers import ROOT, make_project
+from packaging.requirements import Requirement
 
 CLUSTER = ROOT / "cluster"
 
@@ -102,6 +104,16 @@ def test_image_has_no_cache_folders_that_only_user_1000_can_write_to() -> None:
     removed = tuple(variables[name] for name in re.findall(r'"\$(\w+)"', last[last.index("rm -rf") :]))
     assert {"XDG_CACHE_HOME", "MPLCONFIGDIR"} <= set(variables)
     assert [path for path in variables.values() if not path.startswith(removed)] == []
+
+
+def test_image_has_all_extras() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    required = [Requirement(text) for name in extras.keys() - {"docs", "test", "dev"} for text in extras[name]]
+    locked = dict(
+        re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "requirements" / "lock-image.txt").read_text(), re.MULTILINE)
+    )
+    assert len(required) > 8
+    assert [str(other) for other in required if not other.specifier.contains(locked.get(other.name, "0"))] == []
 
 
 def test_locks_have_the_pinned_versions_and_hashes() -> None:
