@@ -116,6 +116,13 @@ def test_image_has_all_extras() -> None:
     assert [str(other) for other in required if not other.specifier.contains(locked.get(other.name, "0"))] == []
 
 
+def test_apptainer_can_write_the_caches_of_the_image() -> None:
+    """Check that the command in slurm.sbatch binds the image's folder of results, in which its caches are."""
+    (command,) = re.findall('"(apptainer exec [^"]+)"', (CLUSTER / "slurm.sbatch").read_text())
+    (folder,) = re.findall(r"--bind \$PWD/output:(\S+) ", command)
+    assert f"XDG_CACHE_HOME={folder}/.cache" in (ROOT / "Dockerfile").read_text()
+
+
 def test_locks_have_the_pinned_versions_and_hashes() -> None:
     """Check that each version in requirements/ has hashes, and that no file has a URL."""
     requirements = ROOT / "requirements"
