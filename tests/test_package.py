@@ -71,6 +71,17 @@ def test_what_the_wheel_holds(wheel: Path) -> None:
     assert {name for name in names if ".dist-info/" not in name} == package | configs | others
 
 
+def test_types_are_checked_below_a_folder_named_venv(tmp_path: Path) -> None:
+    """Check that pyrefly does not exclude the whole checkout by its path."""
+    package = tmp_path / "venv" / "checkout" / "kd_d2"
+    package.mkdir(parents=True)
+    (package / "module.py").write_text("import no_such_module\n")
+    shutil.copy(ROOT / "pyproject.toml", package.parent)
+    command = [sys.executable, "-m", "pyrefly", "check", "--python-interpreter-path", sys.executable]
+    done = subprocess.run(command, cwd=package.parent, capture_output=True, text=True)
+    assert "Cannot find module `no_such_module`" in done.stdout, done.stderr
+
+
 def test_an_own_method_trains_where_there_is_no_checkout(scripts: Path, tmp_path: Path) -> None:
     """Check configs by name, a user's method in one process and in two, and a sweep, all with the installed kd_d2."""
     work, told = tmp_path / "work", tmp_path / "told"
