@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -34,13 +35,19 @@ def run(*command: object, **options: object) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the wheel from a copy, since a build leaves folders behind."""
-    source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("kd_d2", "configs", "projects"):
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a copy to build from, since a build leaves folders behind."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("kd_d2", "configs", "projects", "tests"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.png", "*.json"))
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, source)
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
     run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, source)
     (path,) = folder.iterdir()
     return path
@@ -69,6 +76,17 @@ def test_what_the_wheel_holds(wheel: Path) -> None:
     }
     others = {"kd_d2/py.typed", "kd_d2/report/page.html.jinja"}
     assert {name for name in names if ".dist-info/" not in name} == package | configs | others
+
+
+def test_what_the_source_distribution_holds(source: Path, tmp_path: Path) -> None:
+    """Check that it has what the wheel is built from, but no tests, which need fixtures that setuptools leaves out."""
+    build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    run(sys.executable, "-c", build, tmp_path, cwd=source)
+    (path,) = tmp_path.iterdir()
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"pyproject.toml", "setup.py", "kd_d2/py.typed", "configs/tiny/retinanet-ssim.yaml"} <= names
+    assert [name for name in names if name.startswith("tests")] == []
 
 
 def test_types_are_checked_below_a_folder_named_venv(tmp_path: Path) -> None:
