@@ -74,6 +74,16 @@ def test_pack_has_what_the_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not {"torch", "torchvision", "triton", "kd-d2", "sympy"} & set(everything)
 
 
+@pytest.mark.parametrize("line", ["numpy==2023.1-custom-build", "numpy==", "numpy @ file:///numpy.whl"])
+def test_pack_for_a_machine_with_an_unclear_version(monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    """Check that a version that cannot be compared counts as missing, and that the other lines are read."""
+    pack = load("tools/gpu_pack.py", monkeypatch)
+    assert pack.read_freeze(f"yacs==0.1.8\n{line}\nkornia===0.9.0\n") == {
+        "yacs": Version("0.1.8"),
+        "kornia": Version("0.9.0"),
+    }
+
+
 def test_profile_of_the_methods_that_support_the_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     profile = load("benchmarks/profile_step.py", monkeypatch)

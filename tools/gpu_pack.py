@@ -21,7 +21,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 ROOT = Path(__file__).resolve().parent.parent
 OF_THE_MACHINE = ("torch", "torchvision", "triton")
@@ -68,9 +68,17 @@ def _addition(text: str) -> tuple[Path, str]:
 
 
 def read_freeze(text: str) -> dict[str, Version]:
-    """Return versions by normalized package name."""
-    pairs = (line.split("==") for line in text.split() if "==" in line)
-    return {_normalized(name): Version(version) for name, version in pairs}
+    """Return versions by normalized package name, without versions that no specifier can be compared with."""
+    pairs = re.findall(r"^([\w.-]+)={2,3}(\S+)", text, re.MULTILINE)
+    return {_normalized(name): Version(version) for name, version in pairs if _is_version(version)}
+
+
+def _is_version(text: str) -> bool:
+    try:
+        Version(text)
+    except InvalidVersion:
+        return False
+    return True
 
 
 def missing_packages(present: dict[str, Version], python: str) -> dict[str, str]:
