@@ -1,10 +1,12 @@
 """The programs for GPU machines, as far as they can be tested without a GPU: what they read, run and pack."""
 
+import ast
 import importlib.util
 import shutil
 import subprocess
 import sys
 import time
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from types import ModuleType
 
@@ -82,6 +84,23 @@ def test_pack_for_a_machine_with_an_unclear_version(monkeypatch: pytest.MonkeyPa
         "yacs": Version("0.1.8"),
         "kornia": Version("0.9.0"),
     }
+
+
+def test_pack_has_what_the_stages_of_the_check_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check the imports of the tests and benchmarks, and that tests of the pack, which need more, are not run there."""
+    pack, check = load("tools/gpu_pack.py", monkeypatch), load("benchmarks/gpu_check.py", monkeypatch)
+    assert "--ignore=tests/test_gpu_tools.py" in check.STAGES["tests"].command
+    files = [*(ROOT / "tests").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    own = {"kd_d2", "detectron2", *(file.stem for file in files)}
+    statements = [statement for file in files for statement in ast.parse(file.read_text()).body]
+    names = [alias.name for statement in statements if isinstance(statement, ast.Import) for alias in statement.names]
+    names += [statement.module for statement in statements if isinstance(statement, ast.ImportFrom)]
+    modules = {name.partition(".")[0] for name in names} - own - sys.stdlib_module_names
+    packed = {*pack.missing_packages({}, "3.12"), *pack.OF_THE_MACHINE}
+    found = packages_distributions()
+    assert {"pytest", "hypothesis", "cv2", "torch"} <= modules
+    assert [m for m in modules if not packed & {pack._normalized(name) for name in found[m]}] == []
+    assert "pytest-timeout" in packed
 
 
 def test_profile_of_the_methods_that_support_the_pair(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ DETECTRON2_PYTHON = (
     "3.10"  # tag of its wheel, only because of extensions that are not used; see requirements/detectron2.txt
 )
 SOURCE_ALONE = ("antlr4-python3-runtime", "fvcore")  # pure Python, no wheels on PyPI
-ALSO = ("faster-coco-eval",)  # extra of the evaluator
+ALSO = ("faster-coco-eval", "pytest", "pytest-timeout", "hypothesis")  # for evaluations and for the tests
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (35, 34, 31, 28, 27, 24, 17)] + ["manylinux2014_x86_64"]
 
 
