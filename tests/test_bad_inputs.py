@@ -528,6 +528,24 @@ def test_resuming_what_cannot_be_resumed(project: Project, capfd: pytest.Capture
     assert "bbox" in project.main("--resume", *plain("SOLVER.MAX_ITER", 3))
 
 
+def test_a_refused_training_leaves_the_configs_of_a_finished_one(project: Project, capfd) -> None:
+    """Check the files that `--model RUN` reads after refused trainings, and that the next training replaces them."""
+    project.change(SOLVER__STEPS=(), SOLVER__MAX_ITER=1, DATASETS__TEST=())
+    project.main(*plain())
+    names = ("config.yaml", "student.yaml", "versions.json")
+    before = {name: (project.output / name).read_bytes() for name in names}
+    for args in (
+        plain("MODEL.RETINANET.NUM_CLASSES", 5),
+        plain("MODEL.WEIGHTS", project.annotations),
+        ["--resume", *plain("SOLVER.OPTIMIZER", "AdamW", "SOLVER.MAX_ITER", 2)],
+    ):
+        with pytest.raises(SystemExit):
+            project.main(*args)
+        assert {name: (project.output / name).read_bytes() for name in names} == before
+    project.main("--resume", *plain("SOLVER.MAX_ITER", 2))
+    assert read_config(str(project.output / "config.yaml")).SOLVER.MAX_ITER == 2
+
+
 def test_files_of_proposals_are_not_read(project: Project, refused) -> None:
     """Check that a pickle that would run a command is refused, with its key, and never loaded."""
     marker = project.folder / "was_run"

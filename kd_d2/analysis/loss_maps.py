@@ -19,7 +19,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
 from ..arguments import add_launch_arguments
-from ..engine import KDTrainer, launch, setup
+from ..engine import KDTrainer, launch, setup, write_configs
 from ..engine.checks import check_distillation
 from ..engine.rank_states import preserved_loss_normalizers
 from ..errors import UserError
@@ -159,6 +159,7 @@ def train_with_loss_maps(args: argparse.Namespace) -> None:
         save_examples(examples, cfg)
     trainer.resume_or_load(resume=args.resume)
     trainer.register_hooks([recorder])
+    write_configs(cfg)
     trainer.train()
 
 

@@ -17,7 +17,7 @@ from ..extensions import import_extensions
 from ..files import write_json
 from ..teacher import Teacher
 from .checks import check_classes
-from .setup import setup
+from .setup import setup, write_configs
 from .trainer import KDTrainer, evaluate_teacher
 
 
@@ -55,6 +55,7 @@ def main(args: argparse.Namespace) -> dict | None:
     trainer.resume_or_load(resume=args.resume)
     if args.eval_teacher:
         write_results(cfg.OUTPUT_DIR, "teacher.json", evaluate_teacher(cfg, trainer.bare_model.teacher))
+    write_configs(cfg)
     trainer.train()
     results = getattr(trainer, "_last_eval_results", {})
     write_results(cfg.OUTPUT_DIR, "train.json", results)

@@ -33,9 +33,10 @@ logger = logging.getLogger(__name__)
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    """Check config and data, set up logging, and write `config.yaml`, `student.yaml` and `versions.json` to OUTPUT_DIR.
+    """Check config and data, set up logging, and write the files of `write_configs` to OUTPUT_DIR.
 
-    An evaluation does not change the files of an existing training. A training locks the folder until it ends.
+    The files of an existing training are not changed: a new training replaces them when it starts, and locks the folder
+    until it ends.
 
     Args:
         args: `config_file`, which is replaced with the path of the file, `opts`, `resume`, `eval_only` and `eval_teacher`.
@@ -62,12 +63,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     config_file = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
     if comm.is_main_process():
         _log_run(cfg, args, config_file)
-        if not (args.eval_only and os.path.isfile(config_file)):
-            classes = names_in_data(cfg)
-            comment = as_comment(classes.names) if classes else ""  # Detectron2 has no key for class names
-            write_text(config_file, cfg.dump())
-            write_text(os.path.join(cfg.OUTPUT_DIR, "student.yaml"), comment + student_config(cfg).dump())
-            write_json(os.path.join(cfg.OUTPUT_DIR, "versions.json"), versions())
+        if not os.path.isfile(config_file):
+            write_configs(cfg)
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK and not args.eval_only
     if args.config_file and not args.eval_only:
@@ -75,6 +72,17 @@ def setup(args: argparse.Namespace) -> CfgNode:
         if advice:
             logger.warning(advice)
     return cfg
+
+
+def write_configs(cfg: CfgNode) -> None:
+    """Write `config.yaml`, `student.yaml` and `versions.json` to OUTPUT_DIR, on rank 0 only."""
+    if not comm.is_main_process():
+        return
+    classes = names_in_data(cfg)
+    comment = as_comment(classes.names) if classes else ""  # Detectron2 has no key for class names
+    write_text(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), cfg.dump())
+    write_text(os.path.join(cfg.OUTPUT_DIR, "student.yaml"), comment + student_config(cfg).dump())
+    write_json(os.path.join(cfg.OUTPUT_DIR, "versions.json"), versions())
 
 
 def _log_run(cfg: CfgNode, args: argparse.Namespace, config_file: str) -> None:
