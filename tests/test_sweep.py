@@ -374,6 +374,49 @@ def test_a_finished_cell_is_not_run_again(tmp_path, monkeypatch, caplog):
         run_jobs([changed], 1, 1)
 
 
+@pytest.mark.parametrize("selected", [{"cells": ["a"]}, {"seeds": [1]}])
+def test_the_results_that_are_not_selected_have_the_settings_too(tmp_path, monkeypatch, selected):
+    """Check a baseline, and a seed, that were measured with fewer iterations."""
+    monkeypatch.setattr(report, "run_jobs", lambda *arguments: [])
+    text = "config: STUDENT\nbaseline: plain\ncells: {plain: , a: {seeds: [0, 1], opts: {SOLVER.GAMMA: 0.2}}}\n"
+    matrix = read_matrix(write_matrix(tmp_path, text))
+    path = result_path(str(tmp_path / "results"), "plain", 0)
+    os.makedirs(os.path.dirname(path))
+    write_json(path, result("plain", 0, 1.0, settings=measured_settings(STUDENT, ["SOLVER.MAX_ITER", 5])))
+    with pytest.raises(
+        UserError, match=rf"^{re.escape(path)} was measured with different settings \(SOLVER.MAX_ITER: 5 then, 800"
+    ):
+        run_sweep(matrix, str(tmp_path), [], SweepOptions(**selected))
+
+
+def test_a_report_warns_of_other_settings(tmp_path, caplog):
+    """Check one line per cell, for an override and for a cell that has changed, and none for paths."""
+    text = "config: STUDENT\nbaseline: plain\ncells: {plain: {seeds: [0, 1]}, a: {opts: {SOLVER.GAMMA: 0.2}}}\n"
+    matrix = read_matrix(write_matrix(tmp_path, text))
+    results = tmp_path / "results"
+    results.mkdir()
+    for cell, seed, opts in (("plain", 0, []), ("plain", 1, []), ("a", 0, ["SOLVER.GAMMA", 0.3])):
+        settings = {**measured_settings(STUDENT, opts), "files of the teacher": "0"}
+        write_json(result_path(str(results), cell, seed), result(cell, seed, 1.0, settings=settings))
+    for opts, lines in (
+        (
+            ["DATASETS.COCO_JSON", "[['x', 'y', 'z']]"],
+            ["a-seed0.json was measured with different settings (SOLVER.GAMMA"],
+        ),
+        (
+            ["SEED", "3", "SOLVER.MAX_ITER", "9"],
+            [
+                "plain-seed0.json was measured with different settings (SOLVER.MAX_ITER: 800 then, 9 now).",
+                "a-seed0.json",
+            ],
+        ),
+    ):
+        caplog.clear()
+        run_sweep(matrix, str(tmp_path), opts, SweepOptions(report_only=True))
+        warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert [line in message for line, message in zip(lines, warned, strict=True)] == [True] * len(lines)
+
+
 def test_results_with_another_teacher_are_refused(tmp_path):
     """Check the teacher's row and a student's after the checkpoint has changed, and files without this setting."""
     weights = tmp_path / "teacher.pth"

@@ -247,6 +247,18 @@ def _content_of(name: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def first_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Return the first key that differs between two settings, with both values; "" if none does.
+
+    The checksums of files count only if both have them: configs and older result files do not.
+    """
+    compared = sorted((before.keys() | now.keys()) - {TEACHER}) + [TEACHER] * (TEACHER in before and TEACHER in now)
+    for key in compared:
+        if before.get(key) != now.get(key):
+            return f"{key}: {before.get(key, 'default')} then, {now.get(key, 'default')} now"
+    return ""
+
+
 def without_locations(cfg: CfgNode) -> dict[str, Any]:
     """Return the keys of a config with non-default values, except LOCATION_KEYS."""
     return {key: value for key, value in changed_keys(cfg).items() if key not in LOCATION_KEYS}

@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..config import read_config
 from ..errors import UserError, check_number
 from ..files import check_output_folder, read_json, write_json, write_text
 from ..typed_json import from_tree
 from .costs import measure_costs
-from .matrix import Cell, Matrix
+from .matrix import Cell, Matrix, first_difference, without_locations
 from .plots import Curves, plot_ap, plot_curves
-from .runner import Job, run_jobs, teacher_evaluation, teacher_training, training_job
+from .results import read_result, result_path
+from .runner import Job, is_finished, run_jobs, teacher_evaluation, teacher_training, training_job
 from .table import Row, as_csv, as_markdown, build_rows, read_finished, read_results
 
 logger = logging.getLogger(__name__)
@@ -75,6 +77,7 @@ def run_sweep(matrix: Matrix, output: str, opts: list[Any], options: SweepOption
     report = os.path.abspath(options.report or results)
     if options.report_only:
         read_finished(matrix, results)  # fails before a folder is created
+        _warn_of_other_settings(matrix, results, opts)
     for folder, key in ((output, "--output"), (results, "--results"), (report, "--report")):
         check_output_folder(folder, key)
     if options.readme is not None:
@@ -114,11 +117,31 @@ def _run_missing(
         opts = [*opts, *names_teacher]
     elif taught := matrix.taught_cell(opts):
         jobs = [teacher_evaluation(taught, output, results, opts, imports)]
+    for cell, seed in _finished_pairs(matrix, results):
+        if (cell, seed) not in pairs:  # it is in the table too
+            is_finished(training_job(cell, seed, output, results, opts, imports))
     jobs += [training_job(cell, seed, output, results, opts, imports) for cell, seed in pairs]
     failed = run_jobs(jobs, options.jobs, options.threads)
     known = read_costs(results)
     write_json(os.path.join(results, COSTS), {**known, **measure_costs(matrix, opts, known)})
     return failed
+
+
+def _finished_pairs(matrix: Matrix, results: str) -> list[tuple[Cell, int]]:
+    pairs = [(cell, seed) for cell in matrix.cells for seed in cell.seeds]
+    return [(cell, seed) for cell, seed in pairs if os.path.isfile(result_path(results, cell.name, seed))]
+
+
+def _warn_of_other_settings(matrix: Matrix, results: str, opts: list[Any]) -> None:
+    """Log one line for each finished cell that was measured with other settings than those of the matrix and `opts`."""
+    warned = set()
+    for cell, seed in _finished_pairs(matrix, results):
+        path = result_path(results, cell.name, seed)
+        now = without_locations(read_config(cell.config, [*opts, *cell.opts]))
+        difference = first_difference(read_result(path)["settings"], now)
+        if difference and cell.name not in warned:
+            warned.add(cell.name)
+            logger.warning(f"{path} was measured with different settings ({difference}).")
 
 
 def _split_at_marks(readme: str) -> tuple[str, str, str]:

@@ -20,7 +20,7 @@ from ..config import read_config
 from ..engine.stop_request import exit_on_sigterm
 from ..errors import UserError
 from ..files import write_json
-from .matrix import TEACHER, Cell, Matrix, measured_settings, without_locations
+from .matrix import TEACHER, Cell, Matrix, first_difference, measured_settings, without_locations
 from .results import (
     METRICS,
     read_curves,
@@ -85,7 +85,7 @@ def run_jobs(jobs: list[Job], parallel: int, threads: int) -> list[Job]:
     Raises:
         UserError: a result or a checkpoint has different settings.
     """
-    waiting = [job for job in jobs if not _is_finished(job)]
+    waiting = [job for job in jobs if not is_finished(job)]
     for job in waiting:
         _check_checkpoint(job)
     running: list[Job] = []
@@ -97,7 +97,7 @@ def run_jobs(jobs: list[Job], parallel: int, threads: int) -> list[Job]:
                 job = waiting.pop(0)
                 if not _claim(job):
                     logger.info(f"{job.name}: skipped, another process is training it in {job.output}")
-                elif _is_finished(job):  # by another sweep in the meantime
+                elif is_finished(job):  # by another sweep in the meantime
                     job.lock.close()
                 else:
                     running.append(_start(job, threads))
@@ -160,7 +160,12 @@ def _arguments(imports: Sequence[str], opts: list[Any]) -> list[str]:
     return [*options, *(o if isinstance(o, str) else repr(o) for o in opts)]
 
 
-def _is_finished(job: Job) -> bool:
+def is_finished(job: Job) -> bool:
+    """Return whether a job has a result.
+
+    Raises:
+        UserError: it was measured with different settings.
+    """
     if not os.path.isfile(job.result):
         return False
     settings = read_result(job.result)["settings"]
@@ -177,14 +182,9 @@ def _check_checkpoint(job: Job) -> None:
 
 
 def _check_settings(job: Job, before: dict[str, Any], what: str, where: str) -> None:
-    before = {TEACHER: job.settings.get(TEACHER), **before}  # unknown in configs and older files
-    changed = sorted(k for k in before.keys() | job.settings.keys() if before.get(k) != job.settings.get(k))
-    if changed:
-        key = changed[0]
-        raise UserError(
-            f"{what} with different settings ({key}: {before.get(key, 'default')} then, "
-            f"{job.settings.get(key, 'default')} now); move {where}."
-        )
+    difference = first_difference(before, job.settings)
+    if difference:
+        raise UserError(f"{what} with different settings ({difference}); move {where}.")
 
 
 def _claim(job: Job) -> bool:
