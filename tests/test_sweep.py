@@ -443,6 +443,27 @@ def test_results_with_another_teacher_are_refused(tmp_path):
     assert run_jobs(jobs(), 1, 1) == []
 
 
+def test_results_from_other_initial_weights_are_refused(tmp_path):
+    """Check other content, the same content elsewhere, no weights, and an older file without the checksum."""
+    cell = read_matrix(write_matrix(tmp_path, "config: STUDENT\nbaseline: a\ncells: {a: }\n")).cell("a")
+    for name, text in (("one.pth", "1"), ("two.pth", "2"), ("copy.pth", "1")):
+        (tmp_path / name).write_text(text)
+
+    def job(name):
+        weights = str(tmp_path / name) if name else ""
+        return training_job(cell, 0, str(tmp_path), str(tmp_path), ["MODEL.WEIGHTS", weights])
+
+    first = job("one.pth")
+    write_json(first.result, result("a", 0, 1.0, settings=first.settings))
+    assert run_jobs([job("copy.pth")], 1, 1) == []
+    for other in ("two.pth", ""):
+        with pytest.raises(UserError, match=r"was measured with different settings \(file of MODEL.WEIGHTS: "):
+            run_jobs([job(other)], 1, 1)
+    del first.settings["file of MODEL.WEIGHTS"]
+    write_json(first.result, result("a", 0, 1.0, settings=first.settings))
+    assert run_jobs([job("two.pth")], 1, 1) == []
+
+
 def test_the_checksum_of_a_lazy_config(tmp_path):
     """Check that a sweep notes the file and the weights of a LazyConfig teacher, without running its code."""
     code, weights = tmp_path / "teacher.py", tmp_path / "teacher.pth"

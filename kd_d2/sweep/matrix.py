@@ -50,6 +50,7 @@ LOCATION_KEYS = (
 
 
 TEACHER = "files of the teacher"
+WEIGHTS = "file of MODEL.WEIGHTS"
 
 
 @dataclass(frozen=True)
@@ -214,8 +215,8 @@ def _check(path: str, what: str, entry: Any, known: dict[str, Any]) -> None:
 def measured_settings(config: str, opts: list[Any]) -> dict[str, Any]:
     """Return the keys of a config that determine the result: all with non-default values, except LOCATION_KEYS.
 
-    A key that a later version adds does not change the settings as long as it has its default value. A teacher adds a
-    checksum of its weights and config as `TEACHER`.
+    A key that a later version adds does not change the settings as long as it has its default value. Checksums are added
+    of the initial weights as `WEIGHTS`, and of a teacher's weights and config as `TEACHER`.
 
     Raises:
         UserError: see `load_config`, or DATASETS.TEST does not name exactly one dataset, whose results are compared.
@@ -224,9 +225,14 @@ def measured_settings(config: str, opts: list[Any]) -> dict[str, Any]:
     if len(cfg.DATASETS.TEST) != 1:
         raise UserError(f"{config}: DATASETS.TEST names {len(cfg.DATASETS.TEST)} datasets; a sweep needs exactly one.")
     settings = without_locations(cfg)
+    settings[WEIGHTS] = _checksum(_content_of(cfg.MODEL.WEIGHTS))
     if cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH:
-        settings[TEACHER] = hashlib.sha256(_teacher_files(cfg).encode()).hexdigest()[:16]
+        settings[TEACHER] = _checksum(_teacher_files(cfg))
     return settings
+
+
+def _checksum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _teacher_files(cfg: CfgNode) -> str:
@@ -252,8 +258,8 @@ def first_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
 
     The checksums of files count only if both have them: configs and older result files do not.
     """
-    compared = sorted((before.keys() | now.keys()) - {TEACHER}) + [TEACHER] * (TEACHER in before and TEACHER in now)
-    for key in compared:
+    unknown = {TEACHER, WEIGHTS} - (before.keys() & now.keys())
+    for key in sorted((before.keys() | now.keys()) - unknown):
         if before.get(key) != now.get(key):
             return f"{key}: {before.get(key, 'default')} then, {now.get(key, 'default')} now"
     return ""
