@@ -352,6 +352,19 @@ def test_settings_ignore_places_and_defaults():
     assert not {"OUTPUT_DIR", "SEED", "MODEL.DEVICE", "MODEL.MASK_ON"} & settings.keys()
 
 
+def test_an_infinite_setting(tmp_path):
+    """Check that the command of a cell with an infinite norm has a literal, and that its result is that of the cell."""
+    text = "config: STUDENT\nbaseline: a\ncells: {a: {opts: {SOLVER.CLIP_GRADIENTS.NORM_TYPE: .inf}}}\n"
+    cell = read_matrix(write_matrix(tmp_path, text)).cell("a")
+    job = training_job(cell, 0, str(tmp_path), str(tmp_path), [])
+    literal = job.command[job.command.index("SOLVER.CLIP_GRADIENTS.NORM_TYPE") + 1]
+    assert (
+        load_config(STUDENT, ["SOLVER.CLIP_GRADIENTS.NORM_TYPE", literal]).SOLVER.CLIP_GRADIENTS.NORM_TYPE == math.inf
+    )
+    write_json(job.result, result("a", 0, 1.0, settings=job.settings))
+    assert run_jobs([job], 1, 1) == []
+
+
 @pytest.mark.parametrize("names", ["()", "('synthetic_val', 'synthetic_train')"])
 def test_results_are_those_of_one_data_set(names):
     """Check that a sweep with another number of test sets is refused before training."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 from dataclasses import dataclass, field, replace
@@ -266,5 +267,6 @@ def first_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def without_locations(cfg: CfgNode) -> dict[str, Any]:
-    """Return the keys of a config with non-default values, except LOCATION_KEYS."""
-    return {key: value for key, value in changed_keys(cfg).items() if key not in LOCATION_KEYS}
+    """Return the keys of a config with non-default values, except LOCATION_KEYS; infinities are text, as JSON has none."""
+    changed = {key: value for key, value in changed_keys(cfg).items() if key not in LOCATION_KEYS}
+    return {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in changed.items()}

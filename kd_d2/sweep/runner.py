@@ -157,7 +157,12 @@ def teacher_training(
 
 def _arguments(imports: Sequence[str], opts: list[Any]) -> list[str]:
     options = [option for name in imports for option in ("--import", name)]
-    return [*options, *(o if isinstance(o, str) else repr(o) for o in opts)]
+    return [*options, *(o if isinstance(o, str) else _literal(o) for o in opts)]
+
+
+def _literal(value: Any) -> str:
+    """Return the Python literal of a value; that of an infinity is a number that is too large for a float."""
+    return repr(value).replace("inf", "1e999") if isinstance(value, float) else repr(value)
 
 
 def is_finished(job: Job) -> bool:
