@@ -267,6 +267,14 @@ def test_no_two_lines_of_a_plot_look_alike(count):
         ("config: STUDENT\nbaseline: plain\ncells: {'../plain': {}}", "the cell '../plain' is not a valid folder name"),
         ("config: STUDENT\nbaseline: plain\ncells: {.: {}}", "the cell '.' is not a valid folder name"),
         ("config: STUDENT\nbaseline: plain\ncells: {plain: , teacher: }", "no cell can be named 'teacher'"),
+        (
+            "config: STUDENT\nbaseline: plain\ncells: {plain: {opts: {SEED: 5}}}",
+            "cell plain sets SEED in opts, without effect; use the cell's seeds",
+        ),
+        (
+            "config: STUDENT\nbaseline: plain\ncells: {plain: {opts: {OUTPUT_DIR: x}}}",
+            "cell plain sets OUTPUT_DIR in opts, without effect; use the option --output",
+        ),
         ("config: STUDENT\nbaseline: plain\ncells: {plain: , b: {title: plain}}", "two cells have the title 'plain'"),
     ],
 )

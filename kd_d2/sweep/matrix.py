@@ -49,6 +49,8 @@ LOCATION_KEYS = (
     "SEED",
 )
 
+SET_BY_SWEEP = {"SEED": "the cell's seeds", "OUTPUT_DIR": "the option --output"}
+"""Keys that a sweep sets in each training, and where they come from."""
 
 TEACHER = "files of the teacher"
 WEIGHTS = "file of MODEL.WEIGHTS"
@@ -163,7 +165,11 @@ def read_matrix(path: str) -> Matrix:
         if not config:
             raise UserError(f"Sweep {path}: cell {name} has no config.")
         files = [find_beside(file, path, f"Sweep {path}: cell {name}") for file in entry.get("fragments", ())]
-        opts = (*chain.from_iterable(map(as_overrides, files)), *chain.from_iterable(leaves(entry.get("opts") or {})))
+        own = list(chain.from_iterable(leaves(entry.get("opts") or {})))
+        for key, place in SET_BY_SWEEP.items():
+            if key in own[::2]:
+                raise UserError(f"Sweep {path}: cell {name} sets {key} in opts, without effect; use {place}.")
+        opts = (*chain.from_iterable(map(as_overrides, files)), *own)
         return Cell(
             name=name,
             title=entry.get("title", name),
