@@ -518,6 +518,25 @@ def test_a_training_with_other_settings_is_not_resumed(tmp_path, monkeypatch):
     assert run_jobs([same], 1, 1) == [same]  # it was started, and failed
 
 
+def test_the_evaluation_of_the_teacher_in_the_folder_of_its_training(tmp_path, monkeypatch):
+    """Check that the scores are those of the evaluation, whose settings are not those of the training."""
+    folder, script = tmp_path / "teacher", tmp_path / "program.py"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(load_config(STUDENT).dump())
+    (folder / "model_final.pth").touch()
+    write_json(str(folder / "train.json"), {"bbox": {"AP": 10.0}})
+    script.write_text(f"import json\njson.dump({{'bbox': {{'AP': 50.0}}}}, open('{folder}/teacher.json', 'w'))\n")
+    monkeypatch.setattr(runner, "PROGRAM", (sys.executable, str(script)))
+    opts = TAUGHT.replace("FOLDER/teacher.pth", str(folder / "model_final.pth"))
+    cell = read_matrix(write_matrix(tmp_path, f"config: STUDENT\nbaseline: a\ncells: {{a: {{opts: {opts}}}}}\n")).cell(
+        "a"
+    )
+    job = teacher_evaluation(cell, str(tmp_path), str(tmp_path / "results"), [])
+    assert job.output == str(folder)
+    assert run_jobs([job], 1, 1) == []
+    assert read_result(job.result)["scores"] == {"AP": 50.0}
+
+
 def test_a_failing_cell_is_returned_and_others_finish(tmp_path, monkeypatch):
     """Check that a failing cell has a log, and that the others write their results."""
     script = tmp_path / "program.py"

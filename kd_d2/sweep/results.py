@@ -7,7 +7,7 @@ import json
 import os
 from typing import Any
 
-from ..errors import UserError, check_number
+from ..errors import check_number
 from ..files import read_json
 from ..typed_json import from_tree, members
 
@@ -42,19 +42,15 @@ def read_result(path: str) -> dict[str, Any]:
     return tree
 
 
-def read_outcome(folder: str) -> dict[str, Any]:
+def read_outcome(path: str) -> dict[str, Any]:
     """Read the results of a process: train.json of a training, or teacher.json of an evaluation of the teacher.
 
     Raises:
         UserError: there is no such file, or it has no results for boxes.
     """
-    for name in ("train.json", "teacher.json"):
-        path = os.path.join(folder, name)
-        if os.path.isfile(path):
-            outcome = read_json(path)
-            members({"bbox": dict[str, float | None]}, outcome, path, "the file")
-            return outcome
-    raise UserError(f"{folder} has no results, although its process succeeded.")
+    outcome = read_json(path)
+    members({"bbox": dict[str, float | None]}, outcome, path, "the file")
+    return outcome
 
 
 def read_versions(folder: str) -> dict[str, str]:

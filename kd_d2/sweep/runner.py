@@ -50,6 +50,7 @@ class Job:
         output: the OUTPUT_DIR.
         result: the JSON file that exists once the job has finished.
         settings: the keys that determine the result, see `measured_settings`.
+        outcome: the file in `output` with the scores.
     """
 
     cell: str
@@ -58,6 +59,7 @@ class Job:
     output: str
     result: str
     settings: dict[str, Any]
+    outcome: str = "train.json"
     process: subprocess.Popen | None = None
     lock: IO | None = None
     started: float = 0.0
@@ -140,7 +142,7 @@ def teacher_evaluation(cell: Cell, output: str, results: str, opts: list[Any], i
     command = ["eval", "--teacher-of", cell.config, *_arguments(imports, opts), "OUTPUT_DIR", folder]
     kept = ("INPUT.", "DATASETS.", TEACHER)
     settings = {k: v for k, v in measured_settings(cell.config, opts).items() if k.startswith(kept)}
-    return Job("teacher", 0, command, folder, result_path(results, "teacher", 0), settings)
+    return Job("teacher", 0, command, folder, result_path(results, "teacher", 0), settings, "teacher.json")
 
 
 def teacher_training(
@@ -181,7 +183,7 @@ def is_finished(job: Job) -> bool:
 def _check_checkpoint(job: Job) -> None:
     """Raise a UserError if the job would resume a training with different settings."""
     config = os.path.join(job.output, "config.yaml")
-    if os.path.isfile(config) and checkpoint_files(job.output):
+    if job.outcome == "train.json" and os.path.isfile(config) and checkpoint_files(job.output):
         settings = without_locations(read_config(config))
         _check_settings(job, settings, f"{job.output} has a training", "the folder, or choose another --output")
 
@@ -247,7 +249,7 @@ def _finish(job: Job) -> bool:
     if job.process.returncode != 0:
         logger.info(f"{job.name}: FAILED with exit status {job.process.returncode}, see {job.output}/process.log")
         return False
-    outcome = read_outcome(job.output)
+    outcome = read_outcome(os.path.join(job.output, job.outcome))
     metrics = read_metrics(job.output)
     seconds = [row["time"] for row in metrics if "time" in row]
     result = {
