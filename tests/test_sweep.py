@@ -537,13 +537,14 @@ def test_the_evaluation_of_the_teacher_in_the_folder_of_its_training(tmp_path, m
     assert read_result(job.result)["scores"] == {"AP": 50.0}
 
 
-def test_a_failing_cell_is_returned_and_others_finish(tmp_path, monkeypatch):
-    """Check that a failing cell has a log, and that the others write their results."""
+def test_a_failing_cell_is_returned_and_others_finish(tmp_path, monkeypatch, caplog):
+    """Check that a failing cell has a log, that one without boxes fails, and that the others write their results."""
     script = tmp_path / "program.py"
     script.write_text(
         "import json, sys\n"
         "folder = sys.argv[1]\n"
         "if folder.endswith('bad'): sys.exit('no such data')\n"
+        "if folder.endswith('masks'): sys.exit(json.dump({}, open(folder + '/train.json', 'w')))\n"
         "json.dump({'bbox': {'AP': 12.5, 'AP-cat': 1.0}}, open(folder + '/train.json', 'w'))\n"
         "rows = [{'iteration': 9, 'time': 0.5, 'total_loss': 1.0, 'peak_memory_mib': 7.0, 'kd/balance/PFI': 8.0},\n"
         "        {'iteration': 15, 'kd/balance/PFI': 1234.56},\n"
@@ -560,9 +561,10 @@ def test_a_failing_cell_is_returned_and_others_finish(tmp_path, monkeypatch):
             str(tmp_path / "cells" / f"{name}.json"),
             {"SOLVER.MAX_ITER": 20},
         )
-        for name in ("bad", "good")
+        for name in ("bad", "masks", "good")
     ]
-    assert run_jobs(jobs, 1, 1) == jobs[:1]
+    assert run_jobs(jobs, 1, 1) == jobs[:2]
+    assert f"masks seed 0: FAILED: {tmp_path / 'masks' / 'train.json'}: the file has no 'bbox'" in caplog.text
     assert "no such data" in (tmp_path / "bad" / "process.log").read_text()
     good = json.loads((tmp_path / "cells" / "good.json").read_text())
     assert good["scores"] == {"AP": 12.5}

@@ -249,7 +249,11 @@ def _finish(job: Job) -> bool:
     if job.process.returncode != 0:
         logger.info(f"{job.name}: FAILED with exit status {job.process.returncode}, see {job.output}/process.log")
         return False
-    outcome = read_outcome(os.path.join(job.output, job.outcome))
+    try:
+        outcome = read_outcome(os.path.join(job.output, job.outcome))
+    except UserError as error:
+        logger.info(f"{job.name}: FAILED: {error}")
+        return False
     metrics = read_metrics(job.output)
     seconds = [row["time"] for row in metrics if "time" in row]
     result = {
