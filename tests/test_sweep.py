@@ -808,13 +808,36 @@ def test_costs_of_images_that_have_to_be_padded(tmp_path):
         assert odd["plain"][key] == padded["plain"][key] == unresized["plain"][key] > 0
 
 
+def _record_sides(monkeypatch, sides):
+    """Do not measure costs, but append the image size of each detector."""
+
+    def measure(configs):
+        sides.extend(cfg.INPUT.MIN_SIZE_TEST for cfg in configs.values())
+        return {name: {} for name in configs}
+
+    monkeypatch.setattr(costs, "_measure", measure)
+
+
+def test_costs_at_the_test_size_of_each_cell(tmp_path, monkeypatch):
+    """Check that a cell with larger images has costs of its own, and that the teacher has the size of the students."""
+    (tmp_path / "teacher.pth").touch()
+    (tmp_path / "teacher.yaml").write_text(f"_BASE_: {STUDENT}\nINPUT: {{MIN_SIZE_TEST: 96}}\n")
+    taught = TAUGHT.replace("CONFIG_FILE: STUDENT", "CONFIG_FILE: FOLDER/teacher.yaml")
+    text = (
+        f"config: STUDENT\nbaseline: a\ncells: {{a: {{opts: {taught}}}, b: {{opts: {{INPUT.MIN_SIZE_TEST: 288}}}}}}\n"
+    )
+    sides: list[int] = []
+    _record_sides(monkeypatch, sides)
+    found = measure_costs(read_matrix(write_matrix(tmp_path, text)), [])
+    assert sorted(sides) == [144, 288]
+    assert found["teacher"] == found["a"] != found["b"]
+
+
 def test_costs_are_measured_anew_if_a_detector_has_changed(tmp_path, monkeypatch):
     """Check that other layers and another image size count, and that training keys do not."""
     matrix = read_matrix(write_matrix(tmp_path, "config: STUDENT\nbaseline: plain\ncells: {plain: }\n"))
     measured = []
-    monkeypatch.setattr(
-        costs, "_measure", lambda configs, side: measured.append(side) or {name: {} for name in configs}
-    )
+    _record_sides(monkeypatch, measured)
     known = measure_costs(matrix, [])
     older = {"plain": {"params": 1.0}}
     assert measure_costs(matrix, ["SOLVER.GAMMA", 0.2], known) is known

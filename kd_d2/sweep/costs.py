@@ -28,25 +28,23 @@ def measure_costs(
 ) -> dict[str, dict[str, float]]:
     """Measure the costs of the student of every cell and of the teacher ("teacher"), if there is one.
 
-    Images are square with side INPUT.MIN_SIZE_TEST, or INPUT.MAX_SIZE_TEST if the former is 0. Weights are random, with
-    all detections suppressed, so that the time is that of the network. Times are medians of interleaved runs on one
-    image.
+    Images are square with side INPUT.MIN_SIZE_TEST of the cell, or INPUT.MAX_SIZE_TEST if the former is 0. Weights are
+    random, with all detections suppressed, so that the time is that of the network. Times are medians of interleaved
+    runs on one image.
 
     Args:
-        known: costs measured before, which are returned if they are those of the same architectures and image size.
+        known: costs measured before, which are returned if they are those of the same architectures and image sizes.
 
     Returns:
         "params" in millions, "gflops" (multiply-adds, 1e9), "ms_per_image", and the checksum "architecture" by cell.
     """
     students = {c.name: load_config(c.config, [*opts, *c.opts], student_only=True) for c in matrix.cells}
     configs = {**_teacher(matrix, opts), **students}
-    sizes = next(iter(students.values())).INPUT
-    side = sizes.MIN_SIZE_TEST or sizes.MAX_SIZE_TEST
-    codes = {name: zlib.crc32(f"{side} {_architecture(cfg)}".encode()) for name, cfg in configs.items()}
+    codes = {name: zlib.crc32(f"{_side(cfg)} {_architecture(cfg)}".encode()) for name, cfg in configs.items()}
     if known and all(name in known and known[name].get(ARCHITECTURE, code) == code for name, code in codes.items()):
         return known  # older files have no checksums
     distinct = {code: name for name, code in codes.items()}
-    measured = _measure({name: configs[name] for name in distinct.values()}, side)
+    measured = _measure({name: configs[name] for name in distinct.values()})
     return {name: {**measured[distinct[code]], ARCHITECTURE: code} for name, code in codes.items()}
 
 
@@ -57,7 +55,13 @@ def _teacher(matrix: Matrix, opts: list[Any]) -> dict[str, CfgNode]:
     cfg = None if cell is None else load_config(cell.config, [*opts, *cell.opts])
     if cfg is None or is_lazy_config(cfg.MODEL.KD.TEACHER.CONFIG_FILE):  # the costs of a LazyConfig are not measured
         return {}
-    return {"teacher": load_teacher_config(cfg)}
+    teacher = load_teacher_config(cfg)
+    teacher.INPUT = cfg.INPUT  # it is evaluated at the student's image sizes
+    return {"teacher": teacher}
+
+
+def _side(cfg: CfgNode) -> int:
+    return cfg.INPUT.MIN_SIZE_TEST or cfg.INPUT.MAX_SIZE_TEST
 
 
 def _architecture(cfg: CfgNode) -> str:
@@ -68,23 +72,23 @@ def _architecture(cfg: CfgNode) -> str:
     return str(model)
 
 
-def _measure(configs: dict[str, CfgNode], side: int) -> dict[str, dict[str, float]]:
+def _measure(configs: dict[str, CfgNode]) -> dict[str, dict[str, float]]:
     models = {name: _build(cfg) for name, cfg in configs.items()}
-    image = torch.zeros(3, side, side)
-    inputs = [{"image": image, "height": side, "width": side}]
+    sides = {name: _side(cfg) for name, cfg in configs.items()}
+    inputs = {name: [{"image": torch.zeros(3, s, s), "height": s, "width": s}] for name, s in sides.items()}
     times: dict[str, list[float]] = {name: [] for name in models}
     with torch.no_grad():
         for _ in range(REPEATS + 2):
             for name, model in models.items():
                 start = time.perf_counter()
-                model(inputs)
+                model(inputs[name])
                 if model.device.type == "cuda":
                     torch.cuda.synchronize()
                 times[name].append(time.perf_counter() - start)
     return {
         name: {
             "params": sum(p.numel() for p in model.parameters()) / 1e6,
-            "gflops": _gflops(model, side),
+            "gflops": _gflops(model, sides[name]),
             "ms_per_image": 1000 * statistics.median(times[name][2:]),
         }
         for name, model in models.items()
