@@ -176,12 +176,16 @@ def test_page_of_everything(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
         ),
         (["none"], "none is neither the output folder of a training"),
         (["unknown"], "Unknown analysis 'mine'; available: errors, detections"),
+        (["bytes"], "Config file bytes/config.yaml cannot be read: 'utf-8' codec can't decode byte 0xff"),
         (["unnamed"], "analysis.json: the file has no 'analysis'"),
         (["SEED", "1"], "kd-d2 report takes no config overrides, such as SEED"),
     ],
 )
 def test_what_is_missing(tmp_path: Path, monkeypatch, capfd, options: list[str], expected: str) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "bytes").mkdir()
+    (tmp_path / "bytes" / "metrics.json").write_text('{"iteration": 0, "total_loss": 1.0}')
+    (tmp_path / "bytes" / "config.yaml").write_bytes(b"\xff\xfe")
     for name, marker in (("empty", None), ("unknown", '{"analysis": "mine"}'), ("unnamed", "{}")):
         (tmp_path / name).mkdir()
         if marker:

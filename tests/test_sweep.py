@@ -167,6 +167,21 @@ def test_a_multiplier_without_a_logarithm(tmp_path, value):
         read_result(str(path))
 
 
+@pytest.mark.parametrize("point", [[1], [1, 2.0, 3.0], []])
+def test_a_point_of_a_curve_without_two_coordinates(tmp_path, point):
+    path = tmp_path / "a-seed0.json"
+    path.write_text(json.dumps(result("a", 0, 1.0) | {"curves": {"loss": [[0, 1.0], point]}}))
+    sentence = rf"{re.escape(str(path))}: an entry of 'loss' has {len(point)} entries, not 2"
+    with pytest.raises(UserError, match=sentence):
+        read_result(str(path))
+
+
+def test_a_result_without_curves(tmp_path):
+    matrix = read_matrix(write_matrix(tmp_path, MATRIX))
+    without = {key: value for key, value in result("plain", 0, 1.0).items() if key != "curves"}
+    assert first_curves(matrix, {"plain": [without]}) == {"plain student": {}}
+
+
 def test_fragments_are_laid_over_the_config(tmp_path):
     """Check several fragments and their bases, the cell's own overrides last, and the message for a missing file."""
     (tmp_path / "base.yaml").write_text("SOLVER: {GAMMA: 0.2, BASE_LR: 0.3}\n")
@@ -366,9 +381,8 @@ def test_an_infinite_setting(tmp_path):
     cell = read_matrix(write_matrix(tmp_path, text)).cell("a")
     job = training_job(cell, 0, str(tmp_path), str(tmp_path), [])
     literal = job.command[job.command.index("SOLVER.CLIP_GRADIENTS.NORM_TYPE") + 1]
-    assert (
-        load_config(STUDENT, ["SOLVER.CLIP_GRADIENTS.NORM_TYPE", literal]).SOLVER.CLIP_GRADIENTS.NORM_TYPE == math.inf
-    )
+    cfg = load_config(STUDENT, ["SOLVER.CLIP_GRADIENTS.NORM_TYPE", literal])
+    assert math.isinf(cfg.SOLVER.CLIP_GRADIENTS.NORM_TYPE)
     write_json(job.result, result("a", 0, 1.0, settings=job.settings))
     assert run_jobs([job], 1, 1) == []
 

@@ -11,6 +11,7 @@ import yaml
 from ..analysis.base import as_text
 from ..errors import UserError
 from ..files import read_json
+from ..plain_yaml import read_text
 from ..sweep import Matrix
 from ..sweep.plots import plot_ap, plot_curves
 from ..sweep.report import first_curves, read_costs
@@ -80,8 +81,8 @@ def run_section(folder: str, scratch: str) -> Section:
     plot_curves({name: read_curves(metrics)}, curves)
     if os.path.isfile(curves):
         section.blocks.append(Picture(curves, "AP and losses over the iterations."))
-    with open(os.path.join(folder, "config.yaml"), encoding="utf-8") as file:
-        section.blocks.append(Listing("config.yaml", file.read()))
+    config = os.path.join(folder, "config.yaml")
+    section.blocks.append(Listing("config.yaml", read_text(config, f"Config file {config}")))
     made_with = read_versions(folder)
     if made_with:
         section.blocks.append(Listing("Versions", _as_yaml(made_with)))

@@ -178,7 +178,7 @@ def write_report(matrix: Matrix, results_folder: str, costs: dict[str, dict[str,
 
 def first_curves(matrix: Matrix, results: dict[str, list[dict[str, Any]]]) -> dict[str, Curves]:
     """Return the curves of the first seed of each finished cell by title."""
-    return {cell.title: results[cell.name][0]["curves"] for cell in matrix.cells if results.get(cell.name)}
+    return {cell.title: results[cell.name][0].get("curves") or {} for cell in matrix.cells if results.get(cell.name)}
 
 
 def read_costs(folder: str) -> dict[str, dict[str, float]]:

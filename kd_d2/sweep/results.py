@@ -17,7 +17,7 @@ OPTIONAL = {
     "seconds_per_iteration": float,
     "peak_memory_mib": float,
     "multipliers": dict[str, float],
-    "curves": dict[str, list[list[float | None]]],
+    "curves": dict[str, list[tuple[float | None, float | None]]],
     "versions": dict[str, str],
 }
 
