@@ -48,7 +48,8 @@ def read_plain_yaml(path: str, what: str, *, as_text: bool = False) -> Any:
         as_text: whether numbers and truth values are returned as text, as they are written.
 
     Raises:
-        UserError: it is not a regular file, too large, not plain YAML, too deeply nested, or has too many values.
+        UserError: it is not a regular file, too large, not plain YAML, too deeply nested, or has too many values or the
+            same key twice in one mapping.
     """
     text = read_text(path, what)
     loader = _TextLoader if as_text else _Loader
@@ -94,8 +95,21 @@ def _size(node: yaml.Node, sizes: dict[int, int], what: str, depth: int = 0) -> 
         raise UserError(f"{what} is nested more than {DEEPEST} levels deep.")
     sizes[id(node)] = 0  # ends the recursion at a node that contains itself; the callers reject such trees
     if isinstance(node, yaml.MappingNode):
+        _check_keys(node, what)
         children = [child for pair in node.value for child in pair]
     else:
         children = node.value if isinstance(node, yaml.SequenceNode) else []
     sizes[id(node)] = 1 + sum(_size(child, sizes, what, depth + 1) for child in children)
     return sizes[id(node)]
+
+
+def _check_keys(node: yaml.MappingNode, what: str) -> None:
+    """Raise a UserError if a key is repeated, except the merge key <<; PyYAML would use the last value."""
+    lines: dict[tuple[str, str], int] = {}
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):  # refused by the loader
+            continue
+        name, line = (key.tag, key.value), key.start_mark.line + 1
+        if name in lines and key.tag != "tag:yaml.org,2002:merge":
+            raise UserError(f"{what} has the key {key.value} twice, in lines {lines[name]} and {line}.")
+        lines[name] = line

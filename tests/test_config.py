@@ -11,6 +11,7 @@ from kd_d2.engine import student_config
 from kd_d2.errors import UserError
 from kd_d2.keys import keys_of
 from kd_d2.modeling import add_slim_resnet_config
+from kd_d2.plain_yaml import read_plain_yaml
 
 import pytest
 import yaml
@@ -417,6 +418,8 @@ def test_the_same_file_trains_the_plain_student(files: Files) -> None:
         (b"SEED: [1\n", "is not plain yaml: while parsing a flow sequence"),
         (b"\xff\xfe\x00\x01", "cannot be read: 'utf-8' codec can't decode byte"),
         (b"VERSION: 1\n", "has an old VERSION"),
+        (b"SOLVER: {BASE_LR: 0.5}\nSEED: 1\nSOLVER: {MAX_ITER: 7}\n", "has the key SOLVER twice, in lines 1 and 3"),
+        (b"SOLVER:\n  MAX_ITER: 5\n  MAX_ITER: 7\n", "has the key MAX_ITER twice, in lines 2 and 3"),
     ],
 )
 def test_files_that_are_no_config(tmp_path: Path, content: bytes, expected: str) -> None:
@@ -473,6 +476,15 @@ def test_hostile_configs(tmp_path: Path, content: str | Callable, expected: str)
     path = tmp_path / "a.yaml"
     path.write_text(content(tmp_path) if callable(content) else content)
     assert expected in sentence(path)
+
+
+def test_mappings_may_be_merged(tmp_path: Path) -> None:
+    """Check that YAML's merge key may be repeated, and that a key may override a merged one."""
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "SOLVER: &a {MAX_ITER: 5, GAMMA: 0.5}\nTEST: &b {EVAL_PERIOD: 3}\nX: {<<: *a, <<: *b, GAMMA: 0.2}\n"
+    )
+    assert read_plain_yaml(str(path), "X")["X"] == {"MAX_ITER": 5, "EVAL_PERIOD": 3, "GAMMA": 0.2}
 
 
 def test_a_byte_order_mark(tmp_path: Path) -> None:
