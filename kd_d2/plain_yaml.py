@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from http.client import HTTPException
 from typing import Any
 
 import yaml
@@ -80,7 +81,7 @@ def read_text(path: str, what: str) -> str:
             raise UserError(f"{what} is not a regular file.")
         with open(local, encoding="utf-8-sig") as file:
             text = file.read(LARGEST_FILE + 1)
-    except (OSError, AssertionError, ValueError) as error:
+    except (OSError, AssertionError, ValueError, RuntimeError, HTTPException) as error:
         raise UserError(f"{what} cannot be read: {error}.") from error
     if len(text) > LARGEST_FILE:
         raise UserError(f"{what} is larger than {LARGEST_FILE // 2**20} MiB.")

@@ -478,6 +478,16 @@ def test_hostile_configs(tmp_path: Path, content: str | Callable, expected: str)
     assert expected in sentence(path)
 
 
+def test_an_output_folder_in_the_home_directory(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert load_config(str(files.student(OUTPUT_DIR="~/x"))).OUTPUT_DIR == "/home/me/x"
+
+
+@pytest.mark.parametrize("url", ["http://foo bar/x.yaml", "catalog://x"])
+def test_urls_that_cannot_be_read(url: str) -> None:
+    assert sentence(url).startswith(f"Config file {url} cannot be read: ")
+
+
 def test_mappings_may_be_merged(tmp_path: Path) -> None:
     """Check that YAML's merge key may be repeated, and that a key may override a merged one."""
     path = tmp_path / "a.yaml"

@@ -23,7 +23,8 @@ def load_config(
 ) -> CN:
     """Load a config file and overrides into a full config.
 
-    Relative paths in the config are resolved against the working directory, then against the config file's folder.
+    Relative paths in the config are resolved against the working directory, then against the config file's folder; the
+    OUTPUT_DIR against the working directory. A leading ~ is the home directory.
 
     Args:
         config_file: a config (see `config_files.find_config_file`), or "" for the defaults.
@@ -61,6 +62,7 @@ def _choose_device(cfg: CN, opts: Iterable[Any]) -> None:
 
 def _resolve_paths(cfg: CN, folder: str, student_only: bool, needs_data: bool) -> None:
     used = set(cfg.DATASETS.TEST) | (set() if student_only else set(cfg.DATASETS.TRAIN))
+    cfg.OUTPUT_DIR = os.path.expanduser(cfg.OUTPUT_DIR)
     resolved = []
     for name, json_file, images in cfg.DATASETS.COCO_JSON:
         key = f"DATASETS.COCO_JSON ({name})"
