@@ -18,7 +18,7 @@ def import_extensions(names: Iterable[str]) -> None:
         names: module names, also from the working directory, or paths of Python files.
 
     Raises:
-        UserError: a module or file does not exist, or a file has the name of another module.
+        UserError: a module or file does not exist or has no valid name, or a file has the name of another module.
     """
     for name in names:
         if name.endswith(".py") or os.sep in name:
@@ -37,6 +37,8 @@ def _import_file(path: str) -> None:
     if not os.path.isfile(path):
         raise UserError(f"--import: there is no file {path}.")
     spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None:
+        raise UserError(f"--import: the file {path} is not a Python file: its name must end with .py.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # as `import` does, for pickling and circular imports
     try:
@@ -47,6 +49,8 @@ def _import_file(path: str) -> None:
 
 
 def _import_module(name: str) -> None:
+    if not name or name.startswith("."):
+        raise UserError(f"--import: {name!r} is neither the name of a module nor the path of a Python file.")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # `python -m` adds it, but the kd-d2 program does not
     try:

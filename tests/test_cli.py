@@ -218,6 +218,7 @@ def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "kd_d2_test_lacking.py").write_text("import kd_d2_test_nowhere\n")
     (tmp_path / "kd_d2_test_broken.py").write_text("1 / 0\n")
     (tmp_path / "json.py").write_text("")
+    (tmp_path / "kd_d2_test_file").write_text("")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
     yield tmp_path
@@ -241,6 +242,10 @@ def test_a_file_and_a_module_are_imported_once(own_modules: Path) -> None:
         ("kd_d2_test_good.part", UserError, "--import: there is no module kd_d2_test_good.part"),
         ("nowhere.py", UserError, "--import: there is no file .*nowhere.py"),
         ("json.py", UserError, "json.py has the name of another module, json: rename it"),
+        ("./kd_d2_test_file", UserError, "kd_d2_test_file is not a Python file: its name must end with .py"),
+        ("", UserError, "--import: '' is neither the name of a module nor the path of a Python file"),
+        (".", UserError, r"--import: '\.' is neither the name"),
+        (".kd_d2_test_good", UserError, r"--import: '\.kd_d2_test_good' is neither the name"),
         ("kd_d2_test_lacking", ModuleNotFoundError, "No module named 'kd_d2_test_nowhere'"),
         ("kd_d2_test_lacking.py", ModuleNotFoundError, "No module named 'kd_d2_test_nowhere'"),
         ("kd_d2_test_broken.py", ZeroDivisionError, "zero"),
