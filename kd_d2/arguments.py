@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import textwrap
+from typing import Any
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -19,6 +20,13 @@ class HelpFormatter(argparse.HelpFormatter):
             textwrap.fill(block, width, subsequent_indent="" if of == "prose" else "    ") if of else block
             for of, block in blocks
         )
+
+
+class Parser(argparse.ArgumentParser):
+    """Parser of a command and of its subcommands, which does not accept abbreviated options."""
+
+    def __init__(self, **keywords: Any):
+        super().__init__(allow_abbrev=False, **keywords)
 
 
 def add_config_argument(parser: argparse.ArgumentParser, help: str = "a config") -> None:

@@ -72,6 +72,16 @@ def test_an_unknown_command(capsys: pytest.CaptureFixture, command: str, sentenc
     assert capsys.readouterr().err == f"error: {sentence}\n"
 
 
+@pytest.mark.parametrize(
+    "command", [["analyze", "errors", "--model", "x", "--output", "y"], ["config", "show", "tiny/retinanet-student"]]
+)
+def test_an_abbreviated_option(capsys: pytest.CaptureFixture, command: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_command(*command, "--imp", "nowhere.py")
+    assert ended.value.code == 2
+    assert "unrecognized arguments: --imp nowhere.py" in capsys.readouterr().err
+
+
 def test_config_list_and_show(capsys: pytest.CaptureFixture) -> None:
     """Check names, the resolved config as YAML, and the keys that differ from the defaults, including overrides."""
     run_command("config", "list")

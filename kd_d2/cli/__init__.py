@@ -8,7 +8,7 @@ import importlib
 import sys
 from types import ModuleType
 
-from ..arguments import HelpFormatter
+from ..arguments import HelpFormatter, Parser
 from ..errors import UserError, exit_on_user_error
 from .overrides import split_overrides
 
@@ -46,9 +46,7 @@ def main(argv: list[str] | None = None) -> None:
             hint = f"did you mean {close[0]}?" if close else "kd-d2 --help lists all commands."
             raise UserError(f"kd-d2 has no command {command!r}; {hint}")
         module = module_of(command)
-        parser = argparse.ArgumentParser(
-            prog=f"kd-d2 {command}", description=module.__doc__, formatter_class=HelpFormatter
-        )
+        parser = Parser(prog=f"kd-d2 {command}", description=module.__doc__, formatter_class=HelpFormatter)
         plain = bool(arguments) and arguments[0] in getattr(module, "WITHOUT_OVERRIDES", ())
         options, opts = (arguments, []) if plain else split_overrides(arguments)
         if hasattr(module, "prepare"):

@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 from ..analysis import ANALYSES, find_analysis
-from ..arguments import HelpFormatter, add_import_argument, add_model_argument
+from ..arguments import HelpFormatter, Parser, add_import_argument, add_model_argument
 from ..errors import UserError
 from ..extensions import import_extensions
 
@@ -19,7 +20,7 @@ COUNTS = {(1, 1): "one", (1, None): "one or more", (2, None): "two or more"}
 
 def prepare(options: list[str]) -> None:
     """Import the values of --import, so that the analyses that they register are available."""
-    parser = argparse.ArgumentParser("kd-d2 analyze", add_help=False, allow_abbrev=False)
+    parser = Parser(prog="kd-d2 analyze", add_help=False)
     add_import_argument(parser)
     import_extensions(parser.parse_known_args(options)[0].imports)
 
@@ -33,10 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         commands.add_parser(name, help=entry.help, analysis=name)
 
 
-class _AnalysisParser(argparse.ArgumentParser):
+class _AnalysisParser(Parser):
     """Parser of one analysis, which is imported only when it is selected."""
 
-    def __init__(self, *, analysis: str, **keywords: object):
+    def __init__(self, *, analysis: str, **keywords: Any):
         super().__init__(formatter_class=HelpFormatter, **keywords)
         self.analysis = analysis
 
