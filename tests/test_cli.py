@@ -113,6 +113,7 @@ def test_completion(capsys: pytest.CaptureFixture) -> None:
     run_command("completion", "bash")
     printed = capsys.readouterr().out
     assert "--score-thresh" in printed and "pseudo-label" in printed
+    assert "--supercategories" in printed  # of kd-d2 analyze errors
     assert not subprocess.run(["bash", "-n"], input=printed, text=True).returncode
 
 

@@ -28,26 +28,31 @@ def prepare(options: list[str]) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_import_argument(parser, dest="imports_before_analysis")
     commands = parser.add_subparsers(
-        dest="analysis", required=True, metavar="ANALYSIS", title="analyses", parser_class=_AnalysisParser
+        dest="analysis", required=True, metavar="ANALYSIS", title="analyses", parser_class=AnalysisParser
     )
     for name, entry in ANALYSES.items():
         commands.add_parser(name, help=entry.help, analysis=name)
 
 
-class _AnalysisParser(Parser):
+class AnalysisParser(Parser):
     """Parser of one analysis, which is imported only when it is selected."""
 
     def __init__(self, *, analysis: str, **keywords: Any):
         super().__init__(formatter_class=HelpFormatter, **keywords)
         self.analysis = analysis
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+    def add_options(self) -> None:
+        """Import the analysis and add its options."""
         analysis = find_analysis(self.analysis)
         self.description = inspect.getdoc(analysis)
         add_model_argument(self, COUNTS.get(analysis.model_count, "several"))
         self.add_argument("--output", required=True, metavar="DIR", help="folder for the results")
         add_import_argument(self)
         analysis.add_arguments(self)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        self.add_options()
+        analysis = find_analysis(self.analysis)
         known, rest = super().parse_known_args(args, namespace)
         known.options = {name: value for name, value in vars(known).items() if name not in ("model", "output")}
         if "imports" not in inspect.signature(analysis.run).parameters:  # which an analysis that starts processes needs

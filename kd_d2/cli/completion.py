@@ -1,7 +1,12 @@
 """Print a completion script for a shell; needs the package shtab (pip install kd_d2[completion]).
 
-bash:  source <(kd-d2 completion bash)
-zsh:   kd-d2 completion zsh > a folder of $fpath/_kd-d2
+bash, for example in ~/.bashrc:
+
+    source <(kd-d2 completion bash)
+
+zsh, with a folder DIR of $fpath:
+
+    kd-d2 completion zsh > DIR/_kd-d2
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from . import COMMANDS, module_of
+    from .analyze import AnalysisParser
 
     try:
         import shtab
@@ -25,16 +31,24 @@ def run(args: argparse.Namespace) -> None:
     parser = argparse.ArgumentParser(prog="kd-d2")
     commands = parser.add_subparsers()
     for name, summary in COMMANDS.items():
-        module_of(name).add_arguments(commands.add_parser(name, help=summary))
+        command = commands.add_parser(name, help=summary)
+        module_of(name).add_arguments(command)
+        for analysis in _subcommands(command):
+            if isinstance(analysis, AnalysisParser):
+                analysis.add_options()
     _complete_files(parser)
     print(shtab.complete(parser, args.shell))
 
 
+def _subcommands(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    groups = [action.choices.values() for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return [command for group in groups for command in group]
+
+
 def _complete_files(parser: argparse.ArgumentParser) -> None:
     """Complete every argument without choices as a path."""
+    for command in _subcommands(parser):
+        _complete_files(command)
     for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for command in action.choices.values():
-                _complete_files(command)
-        elif action.nargs != 0 and action.choices is None and action.type is None:
+        if action.nargs != 0 and action.choices is None and action.type is None:
             action.complete = {"bash": "_shtab_compgen_files", "zsh": "_files"}
