@@ -612,6 +612,17 @@ def test_world_size_without_torchrun(capfd, monkeypatch: pytest.MonkeyPatch) -> 
     assert capfd.readouterr().err.startswith("error: WORLD_SIZE is set in the environment, but not RANK, LOCAL_RANK")
 
 
+def test_world_size_that_is_no_number(capfd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check a text, and that an empty one counts as unset."""
+    monkeypatch.setenv("WORLD_SIZE", "abc")
+    with pytest.raises(SystemExit):
+        launch(_fail, _Arguments())
+    assert capfd.readouterr().err.startswith("error: The environment variable WORLD_SIZE is 'abc'; it must be the number")
+    monkeypatch.setenv("WORLD_SIZE", "")
+    with pytest.raises(ValueError, match="a mistake of ours"):
+        launch(_fail, _Arguments())
+
+
 @pytest.mark.slow
 def test_what_a_user_sees(project: Project) -> None:
     """Check in a separate process: status 2, the message as the last line, and no traceback."""

@@ -30,7 +30,7 @@ def launch(main: Callable[[argparse.Namespace], object], args: argparse.Namespac
     """
     logging.raiseExceptions = False  # do not print a traceback per message if the log file cannot be written
     with exit_on_user_error():
-        is_of_torchrun = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        is_of_torchrun = _world_size() > 1
         if is_of_torchrun and not torch.distributed.is_initialized():
             _join_torchrun(_timeout(args))
         else:
@@ -39,6 +39,16 @@ def launch(main: Callable[[argparse.Namespace], object], args: argparse.Namespac
             main(args)
         else:
             _launch_several(main, args)
+
+
+def _world_size() -> int:
+    """Return the number of processes of torchrun, or 1 without it."""
+    text = os.environ.get("WORLD_SIZE") or "1"
+    if not text.isdecimal():
+        raise UserError(
+            f"The environment variable WORLD_SIZE is {text!r}; it must be the number of processes that torchrun started, or unset."
+        )
+    return int(text)
 
 
 def _launch_several(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
