@@ -39,10 +39,13 @@ def check_number(key: str, value: object, minimum: float, *, exclusive: bool = F
 def exit_on_user_error() -> Iterator[None]:
     """Exit with status 2 and a one-sentence message on a UserError or a full disk, and with status 130 on Ctrl-C.
 
-    Exits with status 1 if the reader of the output, such as `head`, has closed it. Also keeps control characters out of
-    the logs.
+    Exits with status 1 if the reader of the output, such as `head`, has closed it. Output streams that are closed from
+    the beginning (`>&-`) are discarded. Also keeps control characters out of the logs.
     """
     keep_controls_out_of_logs()
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     try:
         yield
         sys.stdout.flush()

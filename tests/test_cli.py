@@ -126,6 +126,18 @@ def test_output_that_is_not_read() -> None:
     assert process.returncode == 1
 
 
+def test_closed_output() -> None:
+    """Check a command that prints, and one that logs and fails."""
+    for arguments, message in (
+        ("config list", ""),
+        ("sweep demo/matrix --output x --report-only", "error: --results: "),
+    ):
+        command = f"exec {sys.executable} -m kd_d2 {arguments} >&-"
+        done = subprocess.run(["bash", "-c", command], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        assert done.stderr.startswith(message) and done.stderr.count("\n") == bool(message)
+        assert done.returncode == (2 if message else 0)
+
+
 # --------------------------------------------------------------------------------------------- overrides
 
 
