@@ -19,13 +19,21 @@ from .errors import UserError
 def atomic_write(path: str, mode: str = "w") -> Iterator[IO]:
     """Open a file for atomic writing: the old file is replaced only after the block has finished without an exception.
 
+    A link is kept, and its target replaced. A device or a pipe is written to directly.
+
     Args:
         path: target file.
         mode: "w" for UTF-8 text, "wb" for bytes.
     """
+    encoding = None if "b" in mode else "utf-8"
+    if _is_special(path):
+        with open(path, mode, encoding=encoding) as file:
+            yield file
+        return
+    path = os.path.realpath(path)
     partial = f"{path}.partial"
     try:
-        with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
+        with open(partial, mode, encoding=encoding) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -34,6 +42,11 @@ def atomic_write(path: str, mode: str = "w") -> Iterator[IO]:
         with contextlib.suppress(OSError):
             os.remove(partial)
         raise
+
+
+def _is_special(path: str) -> bool:
+    """Return whether a path is a device or a pipe."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 
 def link_or_copy(source: str, target: str) -> None:
@@ -91,7 +104,8 @@ def check_output_file(path: str) -> None:
     """
     if os.path.isdir(path) or not os.path.basename(path):
         raise UserError(f"--output {path} is a folder; name a file.")
-    check_output_folder(os.path.dirname(os.path.abspath(path)), "--output")
+    if not _is_special(path):
+        check_output_folder(os.path.dirname(os.path.realpath(path)), "--output")
 
 
 def check_output_folder(folder: str, key: str = "OUTPUT_DIR") -> None:

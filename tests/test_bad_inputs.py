@@ -617,7 +617,9 @@ def test_world_size_that_is_no_number(capfd, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("WORLD_SIZE", "abc")
     with pytest.raises(SystemExit):
         launch(_fail, _Arguments())
-    assert capfd.readouterr().err.startswith("error: The environment variable WORLD_SIZE is 'abc'; it must be the number")
+    assert capfd.readouterr().err.startswith(
+        "error: The environment variable WORLD_SIZE is 'abc'; it must be the number"
+    )
     monkeypatch.setenv("WORLD_SIZE", "")
     with pytest.raises(ValueError, match="a mistake of ours"):
         launch(_fail, _Arguments())

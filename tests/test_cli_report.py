@@ -6,11 +6,13 @@ import base64
 import functools
 import io
 import json
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 from kd_d2.analysis import ANALYSES, find_analysis
+from kd_d2.files import check_output_file, write_text
 from kd_d2.report import Listing, Picture, Section, Table, render
 
 import numpy as np
@@ -202,6 +204,24 @@ def test_a_folder_in_place_of_the_page(tmp_path: Path, capfd) -> None:
         with pytest.raises(SystemExit):
             run("--output", output, ranks)
         assert capfd.readouterr().err == f"error: --output {output} is a folder; name a file.\n"
+
+
+def test_a_page_that_is_a_link_or_a_device(tmp_path: Path) -> None:
+    """Check that a link is kept and its target written, and that a pipe, as a device, is written to and kept."""
+    check_output_file(str(tmp_path / "pages" / "target.html"))
+    (tmp_path / "link.html").symlink_to(tmp_path / "pages" / "target.html")
+    check_output_file(str(tmp_path / "link.html"))
+    write_text(str(tmp_path / "link.html"), "page")
+    assert (tmp_path / "link.html").is_symlink()
+    assert (tmp_path / "pages" / "target.html").read_text() == "page"
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    check_output_file(str(pipe))
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_text(str(pipe), "page")
+    assert os.read(reader, 100) == b"page"
+    os.close(reader)
+    assert pipe.is_fifo() and not list(tmp_path.glob("*.partial"))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"a": 1}', "null", None])
