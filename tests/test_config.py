@@ -188,6 +188,51 @@ def test_keys_that_are_not_there(opts: list, expected: str) -> None:
     assert sentence("", *opts) == f"the command line: {expected}"
 
 
+@pytest.mark.parametrize(
+    ("opts", "expected"),
+    [
+        (["MODEL.BACKBONE.NAME", "nope"], "MODEL.BACKBONE.NAME is 'nope', which is not registered in Detectron2."),
+        (["MODEL.BACKBONE.NAME", None], "MODEL.BACKBONE.NAME is None, which is not registered in Detectron2."),
+        (
+            ["MODEL.ANCHOR_GENERATOR.NAME", "X"],
+            "MODEL.ANCHOR_GENERATOR.NAME is 'X', which is not registered in Detectron2.",
+        ),
+        (["MODEL.RESNETS.NORM", "X"], "MODEL.RESNETS.NORM is 'X', which is not a normalization of Detectron2."),
+        (
+            ["SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "x"],
+            "SOLVER.CLIP_GRADIENTS.CLIP_TYPE is 'x'; it must be one of 'value', 'norm'.",
+        ),
+        (
+            ["INPUT.MIN_SIZE_TRAIN_SAMPLING", "x"],
+            "INPUT.MIN_SIZE_TRAIN_SAMPLING is 'x'; it must be one of 'choice', 'range'.",
+        ),
+        (["INPUT.RANDOM_FLIP", "x"], "INPUT.RANDOM_FLIP is 'x'; it must be one of 'horizontal', 'vertical', 'none'."),
+        (
+            ["INPUT.CROP.TYPE", "x"],
+            "INPUT.CROP.TYPE is 'x'; it must be one of 'relative_range', 'relative', 'absolute', ",
+        ),
+        (["INPUT.FORMAT", "XYZ"], "INPUT.FORMAT is 'XYZ'; it must be 'BGR', 'RGB' or another mode of Pillow."),
+        (["INPUT.MIN_SIZE_TRAIN", ()], "INPUT.MIN_SIZE_TRAIN is (); it must be a list of sizes in pixels."),
+        (["INPUT.MIN_SIZE_TRAIN", (-1,)], "INPUT.MIN_SIZE_TRAIN is (-1,); it must be a list of sizes in pixels."),
+        (
+            ["INPUT.MIN_SIZE_TRAIN_SAMPLING", "range", "INPUT.MIN_SIZE_TRAIN", (8,)],
+            "INPUT.MIN_SIZE_TRAIN is (8,); it must be two sizes, for MIN_SIZE_TRAIN_SAMPLING 'range'.",
+        ),
+        (["MODEL.PIXEL_MEAN", [1, 2]], "MODEL.PIXEL_MEAN has 2 values; it must have 3, one per channel."),
+        (["MODEL.PIXEL_MEAN", ["a"] * 3], "A value of MODEL.PIXEL_MEAN is 'a'; it must be a number."),
+        (["MODEL.PIXEL_STD", [1, 1, 0]], "A value of MODEL.PIXEL_STD is 0; it must be a number above 0."),
+    ],
+)
+def test_values_of_detectron2s_keys(opts: list, expected: str) -> None:
+    assert sentence("", *opts).startswith(expected)
+
+
+def test_images_in_gray_and_without_resizing() -> None:
+    """Check values that Detectron2 supports."""
+    one = ["MODEL.PIXEL_MEAN", [100.0], "MODEL.PIXEL_STD", [1.0]]
+    load_config("", ["INPUT.FORMAT", "L", *one, "INPUT.MIN_SIZE_TRAIN", (0,)])
+
+
 def test_a_sweep_is_not_a_config() -> None:
     """Check the message for a sweep, which `kd-d2 config list` names too."""
     assert sentence("evidence/long-matrix").endswith(

@@ -6,17 +6,32 @@ student-teacher pair (`KDMetaArch`), and batch size and schedule (`engine.checks
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from detectron2.config import CfgNode as CN
-from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.layers import get_norm
+from detectron2.modeling import ANCHOR_GENERATOR_REGISTRY, BACKBONE_REGISTRY, META_ARCH_REGISTRY
+from PIL import Image
 
 from ..distillers import DISTILLER_REGISTRY
-from ..errors import UserError
+from ..errors import UserError, check_number, is_finite_number
 from .library_keys import KD_META_ARCH, LIBRARY_KEYS, node_at
+
+CHOICES = {
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
+    "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
+    "INPUT.CROP.TYPE": ("relative_range", "relative", "absolute", "absolute_range"),
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm"),
+}
+"""Values of Detectron2's keys."""
+REGISTRIES = {"MODEL.BACKBONE.NAME": BACKBONE_REGISTRY, "MODEL.ANCHOR_GENERATOR.NAME": ANCHOR_GENERATOR_REGISTRY}
+NORMS = ("RESNETS", "FPN", "RETINANET", "ROI_BOX_HEAD", "ROI_MASK_HEAD", "SEM_SEG_HEAD")
+"""Detectron2's nodes of MODEL that have a key NORM."""
 
 
 def validate_kd_config(cfg: CN) -> None:
-    """Validate every key of the library that can be checked without building anything.
+    """Validate every key of the library, and Detectron2's keys with a known set of values, without building a model.
 
     Raises:
         UserError: a value is invalid; the message names the key.
@@ -35,6 +50,8 @@ def validate_kd_config(cfg: CN) -> None:
         for name in cfg.DATASETS[key]:
             if not isinstance(name, str):
                 raise UserError(f"DATASETS.{key} contains {name!r}; it must be a list of dataset names.")
+    _validate_choices(cfg)
+    _validate_images(cfg)
     distilled = cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH
     for path, keys in LIBRARY_KEYS.items():
         if distilled or not path.startswith("MODEL.KD"):
@@ -51,6 +68,48 @@ def validate_kd_config(cfg: CN) -> None:
         )
     if distilled:
         _validate_distillation(cfg)
+
+
+def _validate_choices(cfg: CN) -> None:
+    for key, values in CHOICES.items():
+        value = _value(cfg, key)
+        if value not in values:
+            raise UserError(f"{key} is {value!r}; it must be one of {', '.join(map(repr, values))}.")
+    for key, registry in REGISTRIES.items():
+        value = _value(cfg, key)
+        if value not in registry:
+            raise UserError(f"{key} is {value!r}, which is not registered in Detectron2.")
+    for node in NORMS:
+        norm = cfg.MODEL[node].NORM
+        try:
+            get_norm(norm, 32)
+        except KeyError:
+            raise UserError(f"MODEL.{node}.NORM is {norm!r}, which is not a normalization of Detectron2.") from None
+
+
+def _validate_images(cfg: CN) -> None:
+    if cfg.INPUT.FORMAT not in (*Image.MODES, "BGR", "YUV-BT.601"):
+        raise UserError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}; it must be 'BGR', 'RGB' or another mode of Pillow.")
+    for value in cfg.MODEL.PIXEL_MEAN:
+        if not is_finite_number(value):
+            raise UserError(f"A value of MODEL.PIXEL_MEAN is {value!r}; it must be a number.")
+    for value in cfg.MODEL.PIXEL_STD:
+        check_number("A value of MODEL.PIXEL_STD", value, 0, exclusive=True)
+    channels = 3 if cfg.INPUT.FORMAT in ("BGR", "RGB") else len(cfg.MODEL.PIXEL_MEAN)
+    for key in ("PIXEL_MEAN", "PIXEL_STD"):
+        if len(cfg.MODEL[key]) != channels:
+            raise UserError(f"MODEL.{key} has {len(cfg.MODEL[key])} values; it must have {channels}, one per channel.")
+    sizes, ranges = cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range"
+    if cfg.INPUT.LARGE_SCALE_JITTER.ENABLED:  # which replaces it
+        return
+    if not sizes or not all(type(size) is int and size >= 0 for size in sizes) or (ranges and len(sizes) != 2):
+        words = "two sizes, for MIN_SIZE_TRAIN_SAMPLING 'range'" if ranges else "a list of sizes in pixels"
+        raise UserError(f"INPUT.MIN_SIZE_TRAIN is {sizes!r}; it must be {words}.")
+
+
+def _value(cfg: CN, key: str) -> Any:
+    path, _, name = key.rpartition(".")
+    return node_at(cfg, path)[name]
 
 
 def _validate_distillation(cfg: CN) -> None:
