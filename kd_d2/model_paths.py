@@ -82,6 +82,8 @@ def _model_path(place: str, weights: str = "", *more: str) -> ModelPath:
     title, equals, path = place.partition("=")
     if not equals or os.path.exists(place):
         title, path = "", place
+    if not path:
+        raise UserError("--model is empty: name a config or the output folder of a training.")
     if not os.path.isdir(path):
         return ModelPath(title or os.path.splitext(os.path.basename(path))[0], path, weights)
     config, final = (os.path.join(path, name) for name in ("config.yaml", "model_final.pth"))

@@ -82,6 +82,21 @@ def test_an_abbreviated_option(capsys: pytest.CaptureFixture, command: list[str]
     assert "unrecognized arguments: --imp nowhere.py" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        (["config", "show", ""], "CONFIG is empty: name a config."),
+        (["eval", "--teacher-of", ""], "--teacher-of is empty: name a config."),
+        (["eval", "--model", ""], "--model is empty: name a config or the output folder of a training."),
+        (["eval", "--model", "title="], "--model is empty: name a config or the output folder of a training."),
+    ],
+)
+def test_an_empty_config(capsys: pytest.CaptureFixture, command: list[str], sentence: str) -> None:
+    with pytest.raises(SystemExit):
+        run_command(*command)
+    assert capsys.readouterr().err == f"error: {sentence}\n"
+
+
 def test_config_list_and_show(capsys: pytest.CaptureFixture) -> None:
     """Check names, the resolved config as YAML, and the keys that differ from the defaults, including overrides."""
     run_command("config", "list")

@@ -177,6 +177,12 @@ def test_coco_json_must_be_a_list_of_triples(value: str, entry: str) -> None:
     [
         (["SOLVER.MAX_ITERS", 5], "there is no config key SOLVER.MAX_ITERS. Did you mean SOLVER.MAX_ITER?"),
         (["MODEL.KD.STRUCTURAL.LAMBDA", 5], "there is no config key MODEL.KD.STRUCTURAL.LAMBDA."),
+        (["solver.base_lr", 5], "there is no config key solver. Did you mean SOLVER?"),
+        (["SOLVER.base_lr", 5], "there is no config key SOLVER.base_lr. Did you mean SOLVER.BASE_LR?"),
+        (
+            ["SOLVER.CHANNELS_LAST", "{'a': 1}"],
+            "SOLVER.CHANNELS_LAST is not a group of keys and cannot be set to {'a': 1}.",
+        ),
         (["SOLVER", 5], "SOLVER is a group of keys and cannot be set to 5."),
         (["SOLVER.MAX_ITER"], "overrides come in pairs of a key and a value; 'SOLVER.MAX_ITER' has no value."),
         (["SEED", 1, "--resume"], "the option --resume must come before the KEY VALUE overrides."),

@@ -52,7 +52,11 @@ def main(argv: list[str] | None = None) -> None:
         if hasattr(module, "prepare"):
             module.prepare(options)
         module.add_arguments(parser)
-        module.run(parser.parse_args(options, argparse.Namespace(opts=opts)))
+        args = parser.parse_args(options, argparse.Namespace(opts=opts))
+        for name, words in (("config_file", "CONFIG"), ("teacher_of", "--teacher-of")):
+            if getattr(args, name, None) == "":
+                raise UserError(f"{words} is empty: name a config.")
+        module.run(args)
 
 
 def module_of(command: str) -> ModuleType:

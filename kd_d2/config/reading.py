@@ -106,7 +106,7 @@ def _with_default_types(
     for key, value in tree.items():
         full_key = f"{prefix}{key}"
         if key not in defaults:
-            close = difflib.get_close_matches(str(key), defaults.keys(), n=1)
+            close = difflib.get_close_matches(str(key).upper(), defaults.keys(), n=1)
             hint = f" Did you mean {prefix}{close[0]}?" if close else ""
             raise UserError(f"{source}: there is no config key {full_key}.{hint}")
         default = defaults[key]
@@ -117,6 +117,8 @@ def _with_default_types(
             continue
         value = _decoded(value, f"{source}: {full_key}")
         if full_key in optional:
+            if isinstance(value, dict):
+                raise UserError(f"{source}: {full_key} is not a group of keys and cannot be set to {value!r}.")
             defaults[key] = None
             converted[key] = value
             continue
