@@ -13,6 +13,7 @@ from .adapters import DetectorOutputs, build_adapter
 from .balance import GradientBalance, shared_parameters
 from .distillers import DISTILLER_REGISTRY, Distiller, Losses, Pair, Schedule, build_distiller
 from .errors import UserError
+from .modeling.building import building_from
 from .pseudo_labels import Annotations, PseudoLabels
 from .teacher import Teacher
 from .transfer import instances_on_device
@@ -73,7 +74,8 @@ class KDMetaArch(nn.Module):
     def from_config(cls, cfg: CfgNode) -> dict:
         kd = cfg.MODEL.KD
         teacher = Teacher.from_config(cfg)
-        student = META_ARCH_REGISTRY.get(kd.STUDENT)(cfg)
+        with building_from("MODEL"):
+            student = META_ARCH_REGISTRY.get(kd.STUDENT)(cfg)
         pair = Pair.from_config(cfg, build_adapter(student).spec, teacher.spec)
         distillers = {name: build_distiller(cfg, name, pair) for name in kd.DISTILLERS}
         nodes = {name: kd[DISTILLER_REGISTRY.get(name).CONFIG_NODE] for name in distillers}

@@ -13,7 +13,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
-from detectron2.modeling import build_model
 from detectron2.structures import Instances
 
 from .adapters import build_adapter
@@ -23,6 +22,7 @@ from .data import read_image, register_synthetic
 from .data.coco import read_categories as read_category_entries
 from .data.images import resize_at_test
 from .errors import UserError
+from .modeling.building import build_detector
 
 
 @dataclass
@@ -154,7 +154,7 @@ class Predictor(ImageDetector):
     """
 
     def __init__(self, cfg: CfgNode, score_thresh: float = 0.5):
-        model = build_model(cfg).eval()
+        model = build_detector(cfg).eval()
         load_complete(model, cfg.MODEL.WEIGHTS, "the detector")
         for module in model.modules():
             if hasattr(module, "test_score_thresh"):

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 from torch import nn
 
 from .adapters import DetectorOutputs, DetectorSpec, build_adapter
@@ -19,6 +18,7 @@ from .config import changed_keys, load_teacher_config
 from .errors import UserError
 from .lazy_teacher import build_lazy_teacher, is_lazy_config, lazy_teacher_files
 from .memory_format import has_channels_last
+from .modeling.building import build_detector
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,8 @@ class Teacher:
                 config = {"file": file.read()}
         else:
             teacher_cfg = load_teacher_config(cfg)
-            model, weights, input_format = build_model(teacher_cfg), teacher_cfg.MODEL.WEIGHTS, teacher_cfg.INPUT.FORMAT
+            model = build_detector(teacher_cfg, f"MODEL of the teacher's config {cfg.MODEL.KD.TEACHER.CONFIG_FILE}")
+            weights, input_format = teacher_cfg.MODEL.WEIGHTS, teacher_cfg.INPUT.FORMAT
             config = {key: value for key, value in changed_keys(teacher_cfg).items() if _determines_outputs(key)}
             classes = names_in_training_set(teacher_cfg, os.path.dirname(cfg.MODEL.KD.TEACHER.CONFIG_FILE))
         load_complete(model, weights, "the teacher")

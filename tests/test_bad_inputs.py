@@ -14,6 +14,7 @@ from kd_d2.config import read_config
 from kd_d2.engine import launch
 from kd_d2.engine.checks import check_datasets, check_device
 from kd_d2.errors import UserError
+from kd_d2.modeling.building import building_from
 
 import pytest
 import torch
@@ -193,6 +194,31 @@ def test_class_counts_of_data_and_model(project: Project, refused, eval_only: bo
         f"The dataset {project.name} has 3 classes, but the model (RetinaNet) predicts 4: set MODEL.RETINANET.NUM_CLASSES "
         "accordingly."
     )
+
+
+@pytest.mark.parametrize(
+    ("opts", "reason"),
+    [
+        (["MODEL.FPN.IN_FEATURES", ["res9"]], "KeyError: 'res9'."),
+        (["MODEL.RETINANET.IN_FEATURES", ["p9"]], "KeyError: 'p9'."),
+        (["MODEL.FPN.OUT_CHANNELS", -4], "RuntimeError: Trying to create tensor with negative dimension -4"),
+    ],
+)
+@pytest.mark.parametrize("distilled", [False, True])
+def test_a_detector_that_cannot_be_built(refused, opts: list, reason: str, distilled: bool) -> None:
+    sentence = refused(*opts) if distilled else refused(*plain(*opts))
+    assert sentence.startswith(f"The detector cannot be built from MODEL: {reason}")
+
+
+def test_a_teacher_that_cannot_be_built(project: Project, refused) -> None:
+    project.change_teacher(MODEL__FPN__IN_FEATURES=["res9"])
+    sentence = "The detector cannot be built from MODEL of the teacher's config {}: KeyError: 'res9'."
+    assert refused() == sentence.format(project.teacher)
+
+
+def test_an_error_in_a_users_detector_keeps_its_traceback() -> None:
+    with pytest.raises(KeyError), building_from("MODEL"):
+        {}["res9"]
 
 
 def test_no_common_stride(project: Project, refused) -> None:

@@ -26,6 +26,7 @@ from ..evaluation import build_evaluator
 from ..files import read_json, write_json
 from ..meta_arch import KDMetaArch
 from ..model_paths import ModelPath, read_model_paths
+from ..modeling.building import build_detector
 from ..text import folder_name
 
 Models = Sequence[str | Sequence[str]]
@@ -76,7 +77,7 @@ class TrainedModel:
         Raises:
             UserError: the checkpoint is for a different model, or the dataset has different classes.
         """
-        model = build_model(self.cfg).eval()
+        model = build_detector(self.cfg).eval()
         check_classes(self.cfg, model)
         load_complete(model, self.cfg.MODEL.WEIGHTS, self.title)
         match_classes(model, self.title, names_in_checkpoint(self.cfg.MODEL.WEIGHTS), names_in_data(self.cfg))

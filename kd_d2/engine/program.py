@@ -6,7 +6,6 @@ import argparse
 import os
 
 from detectron2.evaluation import verify_results
-from detectron2.modeling import build_model
 from detectron2.utils import comm
 
 from ..checkpoint import load_complete
@@ -15,6 +14,7 @@ from ..config import KD_META_ARCH
 from ..errors import UserError
 from ..extensions import import_extensions
 from ..files import write_json
+from ..modeling.building import build_detector
 from ..teacher import Teacher
 from .checks import check_classes
 from .setup import setup, write_configs
@@ -41,7 +41,7 @@ def main(args: argparse.Namespace) -> dict | None:
     if args.eval_only:
         if not cfg.MODEL.WEIGHTS:
             raise UserError("MODEL.WEIGHTS is empty: name the checkpoint to evaluate.")
-        model = build_model(cfg)
+        model = build_detector(cfg)
         check_classes(cfg, model)
         load_complete(model, cfg.MODEL.WEIGHTS, "the detector")
         match_classes(model, "the detector", names_in_checkpoint(cfg.MODEL.WEIGHTS), names_in_data(cfg))

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..checkpoint import KDCheckpointer, UnreadableCheckpointError, checkpoint_files
 from ..class_names import match_classes, names_in_checkpoint, names_in_data
 from ..compiled import compile_backbone
+from ..config import KD_META_ARCH
 from ..data import build_stream_loader, build_test_loader
 from ..data.images import DataError
 from ..errors import UserError
@@ -29,6 +30,7 @@ from ..evaluation import build_evaluator
 from ..inheritance import inherit
 from ..memory_format import trains_with_channels_last
 from ..meta_arch import KDMetaArch, student_of
+from ..modeling.building import building_from
 from ..random_state import preserved_random_state
 from ..teacher import Teacher
 from .averaging import AveragedStudent, PreciseStatisticsOfAverage, Unaveraged
@@ -240,6 +242,12 @@ class KDTrainer(DefaultTrainer):
         finally:
             handle.remove()
         return self._last_eval_results
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        plain = cfg.MODEL.META_ARCHITECTURE != KD_META_ARCH
+        with building_from("MODEL") if plain else contextlib.nullcontext():
+            return super().build_model(cfg)
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer):

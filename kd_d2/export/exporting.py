@@ -8,7 +8,6 @@ import tempfile
 from dataclasses import dataclass, replace
 
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 from torch import Tensor, nn
 
 from ..adapters import build_adapter
@@ -16,6 +15,7 @@ from ..checkpoint import load_complete
 from ..errors import UserError
 from ..files import check_output_folder
 from ..model_paths import EXPORT_SUFFIXES, format_of
+from ..modeling.building import build_detector
 from ..predictor import read_categories
 from .checking import Comparison, compare, require_equal
 from .graph import CandidateGraph, DetectionGraph, check_detector
@@ -71,7 +71,7 @@ def export_detector(
     export_format = _check(path, options)
     cfg = cfg.clone()
     cfg.MODEL.DEVICE = "cpu"
-    model = build_model(cfg).eval()
+    model = build_detector(cfg).eval()
     load_complete(model, cfg.MODEL.WEIGHTS, "the detector")
     check_detector(model)
     if options.score_thresh is not None:
