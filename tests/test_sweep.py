@@ -199,9 +199,9 @@ def test_fragments_are_laid_over_the_config(tmp_path):
 
 def test_nested_opts_are_read_as_in_a_config(tmp_path):
     """Check that overrides may be written as groups of keys, which a command line does not have."""
-    text = "config: STUDENT\nbaseline: a\ncells: {a: {opts: {SOLVER: {BASE_LR: 0.5, AMP: {ENABLED: True}}, SEED: 1}}}\n"
+    text = "config: STUDENT\nbaseline: a\ncells: {a: {opts: {SOLVER: {BASE_LR: 0.5, AMP: {ENABLED: True}}, VIS_PERIOD: 1}}}\n"
     cell = read_matrix(write_matrix(tmp_path, text)).cell("a")
-    assert cell.opts == ("SOLVER.BASE_LR", 0.5, "SOLVER.AMP.ENABLED", True, "SEED", 1)
+    assert cell.opts == ("SOLVER.BASE_LR", 0.5, "SOLVER.AMP.ENABLED", True, "VIS_PERIOD", 1)
 
 
 TAUGHT = (
