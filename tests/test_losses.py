@@ -1,13 +1,17 @@
 """Normalization and attention of feature maps by hand."""
 
 import math
+from collections.abc import Callable
 
 from kd_d2.losses import (
     background_weights,
     foreground_weights,
     instance_attention,
     min_max_normalize,
+    pearson_loss,
+    quality_focal_loss,
     spatial_attention,
+    with_statistics_of,
 )
 
 import pytest
@@ -102,3 +106,18 @@ def test_foreground_and_background_weights_of_bfloat16_boxes() -> None:
     foreground = foreground_weights(torch.tensor([[[0, 0, 1, 1]]], dtype=torch.bfloat16), 2, 3)
     assert foreground.tolist() == [[[0.25, 0.25, 0], [0.25, 0.25, 0]]]
     assert background_weights(foreground).tolist() == [[[0, 0, 0.5], [0, 0, 0.5]]]
+
+
+@pytest.mark.parametrize(
+    ("name", "loss"),
+    [
+        ("CentralSums", lambda x: pearson_loss(x, torch.zeros_like(x))),
+        ("Alignment", lambda x: with_statistics_of([x], [x.detach()])[0].sum()),
+        ("QualityFocal", lambda x: quality_focal_loss(x, torch.zeros_like(x))),
+    ],
+)
+def test_a_second_derivative_is_refused(name: str, loss: Callable) -> None:
+    """Check that it is not silently that of the other terms of a sum."""
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    with pytest.raises(RuntimeError, match=f"{name}.* has no second derivative"):
+        torch.autograd.grad(loss(x) + x.pow(3).sum(), x, create_graph=True)

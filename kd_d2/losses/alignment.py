@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .derivatives import first_derivative_only
 from .moments import Total, alone, counts_over, split_levels, sums_over
 
 SQUARE_EPS = 1e-16
@@ -64,7 +64,7 @@ class _Alignment(torch.autograd.Function):
         return tuple(torch.addcmul(shift, x, scale) for x, (shift, scale) in zip(student, factors, strict=True))
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         scale_N, decay_N, error_N, counts_N, *centered = ctx.saved_tensors
         products = [gradient * x for gradient, x in zip(gradients, centered, strict=True)]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from .derivatives import first_derivative_only
 
 CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}
 """Elements of a value tensor processed at a time, by device: few enough for a CPU's cache."""
@@ -91,7 +92,7 @@ class _AttendedValueLoss(torch.autograd.Function):
         return loss / (B * M)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, None, None, None]:
         gradient_BMLD = ctx.gradient_BMLD
         if gradient_BMLD is None:

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from .derivatives import first_derivative_only
 
 Dims = tuple[int, ...]
 Total = Callable[[Tensor], Tensor]
@@ -81,7 +82,7 @@ class _CentralSums(torch.autograd.Function):
         return torch.cat([squares_2N, products_N[None]])
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, gradient_3N: Tensor) -> tuple[Tensor | None, ...]:
         means_2N, errors_2N, *maps = ctx.saved_tensors
         gradient_3N = ctx.total(gradient_3N)

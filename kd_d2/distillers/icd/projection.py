@@ -9,7 +9,8 @@ from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from ...losses.derivatives import first_derivative_only
 
 
 def project_levels(
@@ -57,7 +58,7 @@ class _ProjectLevels(torch.autograd.Function):
         return out_BLD
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, grad_BLD: Tensor) -> tuple[Tensor | None, ...]:
         weight_DC, *maps = ctx.saved_tensors
         _, needs_weight, needs_bias, *needs = ctx.needs_input_grad
