@@ -54,8 +54,8 @@ def explain(key: str) -> str:
     explained = [text for name, text in texts.items() if f"{name}.".startswith(f"{key}.")]
     if explained:
         return "\n\n".join(explained)
-    known = [*texts, *{name.rpartition(".")[0] for name in texts}]
-    close = difflib.get_close_matches(key, known, n=1)
+    known = [*texts, *({name.rpartition(".")[0] for name in texts} - {""})]
+    close = difflib.get_close_matches(key.upper(), known, n=1)
     hint = f" Did you mean {close[0]}?" if close else ""
     raise UserError(f"There is no config key or node {key}.{hint}")
 

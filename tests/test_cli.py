@@ -326,9 +326,14 @@ def test_config_explain(capsys: pytest.CaptureFixture[str]) -> None:
     main(["config", "explain", "SOLVER.CLIP_GRADIENTS"])
     explained = capsys.readouterr().out
     assert "SOLVER.CLIP_GRADIENTS.CLIP_VALUE\n    a key of Detectron2, 1.0 by default" in explained
-    with pytest.raises(SystemExit):
-        main(["config", "explain", "MODEL.KD.BALANCE.TARGETS"])
-    assert "Did you mean MODEL.KD.BALANCE.TARGET?" in capsys.readouterr().err
+    for name, hint in (
+        ("MODEL.KD.BALANCE.TARGETS", " Did you mean MODEL.KD.BALANCE.TARGET?"),
+        ("model.kd.icd", " Did you mean MODEL.KD.ICD?"),
+        ("", ""),
+    ):
+        with pytest.raises(SystemExit):
+            main(["config", "explain", name])
+        assert f"There is no config key or node {name}.{hint}\n" in capsys.readouterr().err
 
 
 def test_an_evaluation_leaves_the_configs_of_the_training(tmp_path: Path) -> None:
