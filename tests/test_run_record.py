@@ -102,7 +102,7 @@ def test_layers_of_other_methods_are_refused(
     train(project, hooks=(KillAt(1),))
     with pytest.raises(
         UserError,
-        match=rf"other layers .* \(methods with layers: FeatureImitation, MGD and now {now}\); resume with the methods",
+        match=rf"not those of the checkpoint \(methods with layers: FeatureImitation, MGD, now {now}\); resume with the methods",
     ):
         resumed(project, caplog, "MODEL.KD.DISTILLERS", methods)
 

@@ -144,11 +144,11 @@ class DistillationStep(SimpleTrainer):
         own_before, own_now = ([n for n in names if not n.startswith("distillers.")] for names in (before, now))
         if own_before != own_now:
             raise ValueError("it trained other parameters of the student")
-        methods = " and now ".join(", ".join(_methods_of(names)) or "none" for names in (before, now))
+        methods = ", now ".join(", ".join(_methods_of(names)) or "none" for names in (before, now))
         raise UserError(
-            f"--resume: other layers of methods are trained than in the checkpoint (methods with layers: {methods}); resume with the methods, "
-            "in the same order, and their settings that it was started with, or start from the checkpoint's weights (MODEL.WEIGHTS) in "
-            "another OUTPUT_DIR."
+            f"--resume: the layers that methods add are not those of the checkpoint (methods with layers: {methods}); resume with the methods "
+            "and settings that it was started with, in the same order, or start from the checkpoint's weights (MODEL.WEIGHTS) in another "
+            "OUTPUT_DIR."
         )
 
 

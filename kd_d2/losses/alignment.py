@@ -23,8 +23,8 @@ def with_statistics_of(student: Sequence[Tensor], teacher: Sequence[Tensor], tot
     """Align mean and deviation of each channel of the student's maps with the teacher's (CrossKD, Wang et al. 2024).
 
     (S - mean_S) / (deviation_S + 1e-6) * deviation_T + mean_T, over (B, H, W), with unbiased deviations. Gradients flow
-    only to the student, including through its statistics; constant channels have none, as two positions often are in
-    half precision, whose gradients would be 1e6 times the deviation. Computed in at least float32.
+    only to the student, including through its statistics. Constant channels have no gradient: two values are often equal
+    in half precision, and the 1e-6 would multiply their gradient by up to 1e6. Computed in at least float32.
 
     Args:
         student, teacher: maps (B, C, H, W), equal in shape pair by pair.

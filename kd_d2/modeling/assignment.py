@@ -21,7 +21,7 @@ from ..transfer import on_device
 BACKGROUND = -1
 IGNORED = -2
 NARROW = 4
-"""Number of channels up to which concatenating levels costs less than picking from each."""
+"""Number of channels up to which levels are concatenated, which needs fewer operators than picking from each."""
 
 
 @dataclass

@@ -133,7 +133,7 @@ def read_json_bytes(path: str) -> tuple[Any, str]:
 def _read_tree(path: str, annotated: bool, repairs: Repairs) -> dict[str, Any]:
     tree, encoding = read_json_bytes(path)
     if encoding != "utf-8":
-        repairs.add("another encoding than UTF-8 without a byte order mark read", encoding)
+        repairs.add("converted to UTF-8 without a byte order mark", encoding)
     if isinstance(tree, dict) and not annotated:
         annotations = tree.get("annotations")
         entries = [a for a in annotations if isinstance(a, dict)] if isinstance(annotations, list) else []
