@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Callable
+from types import MethodType
+from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import Tensor, nn
 
-from .errors import UserError
+from .errors import UserError, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +46,12 @@ def _allow_retained_graphs() -> None:
 
 
 class _Compiled:
-    def __init__(self, function: Callable, key: str, channels_last: bool):
+    """A compiled `forward` of a backbone; a deep copy of the backbone compiles its own."""
+
+    def __init__(self, function: MethodType, key: str, channels_last: bool):
         self.function = function
+        self.channels_last = channels_last
+        self.has_compiled_backward = False
         options = {"force_layout_optimization": True} if channels_last else None
         self.fast = torch.compile(function, dynamic=True, options=options)
         self.memory_format = torch.channels_last if channels_last else torch.preserve_format
@@ -54,11 +61,26 @@ class _Compiled:
         images = images.to(memory_format=self.memory_format)
         if self.fast is not self.function:
             try:
-                return self.fast(images)
-            except torch.OutOfMemoryError:
-                raise
+                outputs = self.fast(images)
+                if torch.is_grad_enabled() and not self.has_compiled_backward:
+                    self._compile_backward(outputs)
+                return outputs
             except Exception as error:
+                if is_out_of_memory(error):
+                    raise
                 reason = str(error).strip().partition("\n")[0]
             logger.warning(f"{self.key}: compilation failed ({reason}); the backbone runs uncompiled.")
             self.fast = self.function
         return self.function(images)
+
+    def _compile_backward(self, outputs: dict[str, Tensor] | Tensor) -> None:
+        """Run the backward pass once: PyTorch hides errors of its compilation until it runs."""
+        maps = outputs.values() if isinstance(outputs, dict) else [outputs]
+        maps = [x for x in maps if x.requires_grad]
+        parameters = [p for p in self.function.__self__.parameters() if p.requires_grad]
+        if maps and parameters:
+            torch.autograd.grad(maps, parameters, [x.detach() for x in maps], retain_graph=True, allow_unused=True)
+        self.has_compiled_backward = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Compiled:
+        return _Compiled(copy.deepcopy(self.function, memo), self.key, self.channels_last)

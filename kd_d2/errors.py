@@ -23,6 +23,13 @@ class UserError(Exception):
         super().__init__(printable(message))
 
 
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Return whether an error means that there is too little memory, on a GPU or in the machine."""
+    import torch  # not at the top: programs without tensors start faster
+
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def is_finite_number(value: object) -> bool:
     """Return whether `value` is an int or a float, and neither infinite nor NaN."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -186,9 +186,11 @@ def test_quality_focal_loss_by_hand() -> None:
         loss = quality_focal_loss(student, teacher, power=power)
         assert loss.item() == pytest.approx(0.25**power * math.log(2), rel=1e-5)
     assert quality_focal_loss(student, teacher, torch.tensor([0.0, 1.0])).item() == 0
-    for power in (0.5, 1.0, 2.0):
+    for power in (0.1, 0.5, 1.0, 2.0):
         equal = teacher.clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(quality_focal_loss(equal, teacher, power=power), equal)
+        loss = quality_focal_loss(equal, teacher, power=power)
+        assert loss.item() == 0
+        (gradient,) = torch.autograd.grad(loss, equal)
         assert gradient.tolist() == pytest.approx([0, 0], abs=1e-6)
     student, teacher = 3 * torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     weight = torch.rand(6, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

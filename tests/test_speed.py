@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MethodType
 
 from kd_d2 import Teacher
 from kd_d2.checkpoint import read_checkpoint
@@ -109,6 +110,44 @@ def test_a_compiled_graph_is_retained_after_one_that_was_not() -> None:
         _assert_close(ours, expected)
 
 
+def test_a_copy_of_a_compiled_backbone_has_its_own_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **options: lambda x: function(x))
+    model = nn.Module()
+    model.backbone = nn.Linear(2, 2)
+    compile_backbone(model, "SOLVER.COMPILE")
+    other = copy.deepcopy(model)
+    nn.init.zeros_(other.backbone.weight)
+    nn.init.zeros_(other.backbone.bias)
+    images = torch.ones(1, 2)
+    assert torch.equal(other.backbone(images), torch.zeros(1, 2))
+    assert other.backbone.forward.fast is not other.backbone.forward.function and model.backbone(images).any()
+
+
+def test_a_backward_pass_that_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check one warning, and the gradients of the uncompiled backbone."""
+
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient: Tensor) -> Tensor:
+            raise RuntimeError("no space left")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: lambda x: {"p2": Fails.apply(function(x)["p2"])})
+    said = []
+    monkeypatch.setattr("kd_d2.compiled.logger.warning", said.append)
+    model = nn.Module()
+    model.backbone = nn.ModuleDict({"layer": nn.Linear(2, 2)})
+    model.backbone.forward = MethodType(lambda self, x: {"p2": self["layer"](x)}, model.backbone)
+    compile_backbone(model, "SOLVER.COMPILE")
+    for _ in range(2):
+        model.backbone(torch.ones(1, 2))["p2"].sum().backward()
+    assert said == ["SOLVER.COMPILE: compilation failed (no space left); the backbone runs uncompiled."]
+    assert model.backbone["layer"].weight.grad.tolist() == [[2.0, 2.0], [2.0, 2.0]]
+
+
 def _compilations() -> int:
     return counters["stats"]["unique_graphs"]
 
@@ -148,9 +187,12 @@ def test_compiling_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, k
     assert said == [f"{key}: compilation failed (no compiler); the backbone runs uncompiled."]
 
 
-def test_too_little_memory_is_not_a_failed_compilation(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), RuntimeError("can't allocate memory")])
+def test_too_little_memory_is_not_a_failed_compilation(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     def fail(*args: object) -> None:
-        raise torch.OutOfMemoryError("out of memory")
+        raise error
 
     images, calls = torch.zeros(1, 3, 64, 64), []
     monkeypatch.setattr(torch, "compile", lambda function, **options: lambda x: calls.append(x) or function(x))
@@ -158,7 +200,7 @@ def test_too_little_memory_is_not_a_failed_compilation(model: nn.Module, monkeyp
     compiled = model.backbone.forward
     with monkeypatch.context() as patch:
         patch.setattr(compiled, "fast", fail)
-        with pytest.raises(torch.OutOfMemoryError):
+        with pytest.raises(type(error)):
             model.backbone(images)
     model.backbone(images)
     assert len(calls) == 1

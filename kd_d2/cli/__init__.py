@@ -41,6 +41,10 @@ def main(argv: list[str] | None = None) -> None:
     if command.startswith("-"):
         _overview().parse_args([command])
     with exit_on_user_error():
+        if sys.flags.optimize > 1:
+            raise UserError(
+                "Detectron2 needs docstrings, which python -OO and PYTHONOPTIMIZE=2 remove; use -O or neither."
+            )
         if command not in COMMANDS:
             close = difflib.get_close_matches(command, COMMANDS, n=1)
             hint = f"did you mean {close[0]}?" if close else "kd-d2 --help lists all commands."

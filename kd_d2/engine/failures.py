@@ -5,11 +5,9 @@ from __future__ import annotations
 import logging
 import os
 
-import torch
-
 from ..checkpoint import checkpoint_files
 from ..data.images import DataError
-from ..errors import DISK_IS_FULL, UserError
+from ..errors import DISK_IS_FULL, UserError, is_out_of_memory
 from .lost_ranks import explain_lost_ranks
 
 
@@ -64,7 +62,7 @@ def _of_memory(error: BaseException | None) -> str | None:
     reason = str(error).strip().partition("\n")[0].rstrip(" .")
     if reason.startswith("DataLoader worker"):
         return f"A data loading process died ({reason}), most likely because it ran out of memory: lower DATALOADER.NUM_WORKERS"
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in reason:
+    if is_out_of_memory(error):
         return (
             f"Out of memory ({reason or type(error).__name__}): raise SOLVER.GRADIENT_ACCUMULATION_STEPS, or lower SOLVER.IMS_PER_BATCH or "
             "the image sizes in INPUT"

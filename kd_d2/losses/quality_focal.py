@@ -30,8 +30,10 @@ def quality_focal_loss(
         return _LinearQualityFocal.apply(student, teacher, weight)
     target = teacher.sigmoid()
     entropy = F.binary_cross_entropy_with_logits(student, target, reduction="none")
+    difference = (target - student.sigmoid()).abs()
     smallest = torch.finfo(dtype).eps  # below it, the gradient of a power below 1 is not finite
-    return (weight * (target - student.sigmoid()).abs().clamp(min=smallest).pow(power) * entropy).sum()
+    factor = difference.clamp(min=smallest).pow(power).where(difference >= smallest, 0)
+    return (weight * factor * entropy).sum()
 
 
 class _LinearQualityFocal(torch.autograd.Function):
