@@ -16,6 +16,7 @@ from .config_files import find_file
 from .data.coco import read_categories
 from .data.coco_json import ClassOrder
 from .errors import UserError
+from .text import label
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +97,16 @@ def match_classes(model: nn.Module, whose: str, own: ClassOrder | None, wanted: 
         )
     build_adapter(model).reorder_classes([own.names.index(name) for name in wanted.names])
     logger.info(f"The classes of {whose} are reordered to match {wanted.source}: {', '.join(wanted.names)}")
+
+
+def warn_of_unknown_order(whose: str, wanted: ClassOrder, remedy: str) -> None:
+    """Log a warning that a model is assumed to have the classes of `wanted`, unless there is only one order."""
+    if len(wanted.names) < 2:
+        return
+    names = ", ".join(map(label, wanted.names[:3])) + (", ..." if len(wanted.names) > 3 else "")
+    logger.warning(
+        f"The class order of {whose} is unknown; it is assumed to be that of {wanted.source} ({names}). If it is not, {remedy}."
+    )
 
 
 def as_comment(names: tuple[str, ...]) -> str:

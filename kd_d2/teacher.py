@@ -12,7 +12,7 @@ from torch import nn
 
 from .adapters import DetectorOutputs, DetectorSpec, build_adapter
 from .checkpoint import load_complete
-from .class_names import match_classes, names_in_checkpoint, names_in_data, names_in_training_set
+from .class_names import match_classes, names_in_checkpoint, names_in_data, names_in_training_set, warn_of_unknown_order
 from .compiled import compile_backbone
 from .config import changed_keys, load_teacher_config
 from .errors import UserError
@@ -86,6 +86,8 @@ class Teacher:
             channels_last=has_channels_last(cfg, cfg.MODEL.KD.TEACHER.CHANNELS_LAST),
         )
         teacher.config = config
+        if own is None and wanted and cfg.DATASETS.COCO_JSON and teacher.spec.num_classes in (None, len(wanted.names)):
+            warn_of_unknown_order("the teacher", wanted, _remedy(cfg.MODEL.KD.TEACHER.CONFIG_FILE))
         return teacher
 
     @property
@@ -107,6 +109,16 @@ class Teacher:
         if not self.flip_channels:
             return batched_inputs
         return [{**x, "image": x["image"].flip(0)} for x in batched_inputs]
+
+
+def _remedy(config_file: str) -> str:
+    """Return what to do about a wrong class order of the teacher with this config."""
+    if is_lazy_config(config_file):
+        return "add their names in its order to its .pth checkpoint, as the list `class_names`"
+    return (
+        "name its training data: MODEL.KD.TEACHER.OPTS "
+        "\"['DATASETS.COCO_JSON', [['its_train', 'annotations.json', 'images']], 'DATASETS.TRAIN', ['its_train']]\""
+    )
 
 
 def _determines_outputs(key: str) -> bool:

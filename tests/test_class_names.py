@@ -6,11 +6,13 @@ from pathlib import Path
 
 from kd_d2.adapters import build_adapter
 from kd_d2.checkpoint import CLASS_NAMES, KDCheckpointer, read_checkpoint
-from kd_d2.class_names import match_classes, names_in_checkpoint, names_in_data
+from kd_d2.class_names import match_classes, names_in_checkpoint, names_in_data, warn_of_unknown_order
 from kd_d2.config import load_config
+from kd_d2.data import register_coco_json
 from kd_d2.data.coco_json import ClassOrder
 from kd_d2.errors import UserError
 from kd_d2.predictor import read_categories
+from kd_d2.teacher import Teacher
 
 import pytest
 import torch
@@ -215,3 +217,28 @@ def test_a_teacher_with_its_classes_in_another_order(tmp_path: Path, capsys: pyt
     with pytest.raises(SystemExit):
         run_train_net("--config-file", project.student, "OUTPUT_DIR", tmp_path / "second")
     assert "The classes of the teacher (" in capsys.readouterr().err
+
+
+def test_a_teacher_without_class_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Check the warning that its order is assumed, and that it is reordered if OPTS names its training data."""
+    project = make_project(tmp_path)
+    tree = json.loads(project.annotations.read_text())
+    _write_in_other_order(tree)
+    (tmp_path / "other.json").write_text(json.dumps(tree))
+    named = ["DATASETS.COCO_JSON", [["other", "other.json", "images"]], "DATASETS.TRAIN", ["other"]]
+    logs = []
+    with clean_process(), caplog.at_level("INFO", "kd_d2"):
+        register_coco_json(load_config(str(project.student)))
+        for opts in ([], named):
+            Teacher.from_config(load_config(str(project.student), ["MODEL.KD.TEACHER.OPTS", opts]))
+            logs.append(caplog.text)
+            caplog.clear()
+    assumed = f"The class order of the teacher is unknown; it is assumed to be that of the dataset {project.name} (red, green, blue)"
+    assert assumed in logs[0] and "MODEL.KD.TEACHER.OPTS" in logs[0] and "reordered" not in logs[0]
+    assert "The classes of the teacher are reordered to match" in logs[1] and "unknown" not in logs[1]
+
+
+def test_no_warning_for_one_class(caplog: pytest.LogCaptureFixture) -> None:
+    """Check that the only possible order is not called unknown."""
+    warn_of_unknown_order("the teacher", ClassOrder(("red",), "val.json"), "name its data")
+    assert not caplog.text
