@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import sys
 
 from kd_d2 import DISTILLER_REGISTRY, KDMetaArch, Teacher, load_config
@@ -13,7 +14,7 @@ from kd_d2.meta_arch import META_ARCH_REGISTRY
 import pytest
 import torch
 from detectron2.modeling import build_model
-from helpers import ROOT, configured, example
+from helpers import ROOT, configured, example, make_project, run_command
 
 
 def test_five_lines_of_yaml(tmp_path):
@@ -80,9 +81,8 @@ def test_the_example_of_a_method_trains(channel_means, tiny_cfg, tiny_detector, 
 
 
 @pytest.fixture
-def one_level_files(tmp_path, monkeypatch):
+def one_level_files(tmp_path):
     """Write the guide's detector and its adapter to files, and undo what they register after the test."""
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
     registries = META_ARCH_REGISTRY, DETECTOR_ADAPTER_REGISTRY
     before = [dict(registry._obj_map) for registry in registries]
     paths = [tmp_path / "one_level.py", tmp_path / "one_level_adapter.py"]
@@ -91,6 +91,8 @@ def one_level_files(tmp_path, monkeypatch):
     yield list(map(str, paths))
     for registry, entries in zip(registries, before, strict=True):
         registry._obj_map = entries
+    for path in paths:
+        sys.modules.pop(path.stem, None)
 
 
 def test_the_example_of_a_detector(one_level_files, tiny_cfg, make_inputs, event_storage):
@@ -122,6 +124,20 @@ def test_the_example_of_a_detector(one_level_files, tiny_cfg, make_inputs, event
     assert len(distilled) >= 6 and all(loss > 0 for loss in distilled.values())
     sum(distilled.values()).backward()
     assert all(parameter.grad.any() for parameter in student.head.parameters())
+
+
+def test_training_the_example_of_a_detector(one_level_files, tmp_path, monkeypatch):
+    """Check the guide's config and command over a distillation from a RetinaNet with the method of the README."""
+    guide = "docs/guides/own-detector.md"
+    project = make_project(tmp_path, SOLVER__MAX_ITER=1, MODEL__KD__DISTILLERS=["StructuralKD"])
+    project.change(MODEL__KD__INHERIT__ENABLED=True)
+    project.student.rename(tmp_path / "my.yaml")
+    (tmp_path / "one_level.yaml").write_text(example("config with a detector of your own", guide))
+    monkeypatch.chdir(tmp_path)
+    run_command(*shlex.split(example("training a detector of your own", guide))[1:])
+    assert "scores" in (project.output / "metrics.json").read_text()
+    log = (project.output / "log.txt").read_text()
+    assert "Teacher: RetinaNet" in log and "(student): OneLevelDetector" in log
 
 
 def test_two_adapters_for_one_class(one_level_files, tiny_detector):
