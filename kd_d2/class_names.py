@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+from dataclasses import dataclass
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
+from detectron2.modeling import GeneralizedRCNN
 from torch import nn
 
 from .adapters import build_adapter
@@ -19,6 +21,44 @@ from .errors import UserError
 from .text import label
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ClassCount:
+    """The number of classes that a detector predicts.
+
+    Attributes:
+        number: the number.
+        detector: name of the detector's class.
+        key: config key of the number; None for a kind of detector that is not known.
+    """
+
+    number: int
+    detector: str
+    key: str | None
+
+    @classmethod
+    def in_config(cls, cfg: CfgNode, detector: type) -> ClassCount | None:
+        """Return the number of a kind of detector from its config key, or None if the key is not known."""
+        key = class_count_key(cfg, detector)
+        return cls(cfg.MODEL[key.split(".")[1]].NUM_CLASSES, detector.__name__, key) if key else None
+
+    def difference(self, dataset: str, classes: int) -> str | None:
+        """Return a sentence on how a dataset with another number of classes differs, or None if it has the same."""
+        if classes == self.number:
+            return None
+        return (
+            f"The dataset {dataset} has {classes} classes, but the model ({self.detector}) predicts {self.number}: "
+            f"set {self.key or 'its number of classes'} accordingly."
+        )
+
+
+def class_count_key(cfg: CfgNode, detector: type) -> str | None:
+    """Return the config key of the number of classes of a kind of detector, which may subclass a known one."""
+    if issubclass(detector, GeneralizedRCNN):
+        return "MODEL.ROI_HEADS.NUM_CLASSES"
+    nodes = (base.__name__.upper() for base in detector.__mro__)
+    return next((f"MODEL.{node}.NUM_CLASSES" for node in nodes if "NUM_CLASSES" in cfg.MODEL.get(node, {})), None)
 
 
 def names_in_checkpoint(path: str) -> ClassOrder | None:

@@ -6,18 +6,27 @@ from pathlib import Path
 
 from kd_d2.adapters import build_adapter
 from kd_d2.checkpoint import CLASS_NAMES, KDCheckpointer, read_checkpoint
-from kd_d2.class_names import match_classes, names_in_checkpoint, names_in_data, warn_of_unknown_order
+from kd_d2.class_names import (
+    ClassCount,
+    class_count_key,
+    match_classes,
+    names_in_checkpoint,
+    names_in_data,
+    warn_of_unknown_order,
+)
 from kd_d2.config import load_config
 from kd_d2.data import register_coco_json
 from kd_d2.data.coco_json import ClassOrder
 from kd_d2.errors import UserError
+from kd_d2.modeling import RepPoints
 from kd_d2.predictor import read_categories
 from kd_d2.teacher import Teacher
 
 import pytest
 import torch
 from detectron2.data import MetadataCatalog
-from detectron2.modeling import build_model
+from detectron2.modeling import GeneralizedRCNN, PanopticFPN, RetinaNet, build_model
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from helpers import META_ARCHITECTURES, Project, clean_process, fixed_weights, make_project, run_train_net
 from torch import nn
 
@@ -242,3 +251,23 @@ def test_no_warning_for_one_class(caplog: pytest.LogCaptureFixture) -> None:
     """Check that the only possible order is not called unknown."""
     warn_of_unknown_order("the teacher", ClassOrder(("red",), "val.json"), "name its data")
     assert not caplog.text
+
+
+def test_the_key_of_the_number_of_classes() -> None:
+    """Check known detectors, subclasses of them, and a detector of another kind."""
+    cfg = load_config("tiny/retinanet-student", needs_data=False)
+    known = {
+        RetinaNet: "RETINANET",
+        type("MyRetinaNet", (RetinaNet,), {}): "RETINANET",
+        RepPoints: "REPPOINTS",
+        GeneralizedRCNN: "ROI_HEADS",
+        PanopticFPN: "ROI_HEADS",
+    }
+    for detector, node in known.items():
+        assert class_count_key(cfg, detector) == f"MODEL.{node}.NUM_CLASSES"
+    own = type("OneLevelDetector", (DenseDetector,), {})
+    assert class_count_key(cfg, own) is None
+    assert ClassCount(4, own.__name__, None).difference("val", 3) == (
+        "The dataset val has 3 classes, but the model (OneLevelDetector) predicts 4: set its number of classes accordingly."
+    )
+    assert ClassCount(3, own.__name__, None).difference("val", 3) is None

@@ -10,6 +10,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from torch import nn
 
 from ..adapters import build_adapter
+from ..class_names import ClassCount, class_count_key
 from ..config import KD_META_ARCH
 from ..errors import UserError, check_number
 from ..evaluation import check_evaluation
@@ -154,16 +155,15 @@ def check_classes(cfg: CfgNode, model: nn.Module) -> None:
         UserError: the counts differ; the message names the dataset and both counts.
     """
     student = student_of(model)
-    predicted = build_adapter(student).spec.num_classes
-    detector = type(student).__name__
-    node = detector.upper() if detector.upper() in cfg.MODEL else "ROI_HEADS"  # for R-CNNs
+    number = build_adapter(student).spec.num_classes
+    if number is None:
+        return
+    predicted = ClassCount(number, type(student).__name__, class_count_key(cfg, type(student)))
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         classes = MetadataCatalog.get(name).get("thing_classes")
-        if classes is not None and predicted is not None and len(classes) != predicted:
-            raise UserError(
-                f"The dataset {name} has {len(classes)} classes, but the model ({detector}) predicts {predicted}: "
-                f"set MODEL.{node}.NUM_CLASSES accordingly."
-            )
+        sentence = predicted.difference(name, len(classes)) if classes is not None else None
+        if sentence:
+            raise UserError(sentence)
 
 
 def check_schedule(cfg: CfgNode, world_size: int) -> None:
