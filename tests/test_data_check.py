@@ -255,6 +255,20 @@ def test_the_command_on_a_config(tmp_path: Path, capsys: pytest.CaptureFixture) 
     assert skips
 
 
+@pytest.mark.parametrize("pseudo_labels", [False, True])
+def test_the_number_of_classes_of_a_config(tmp_path: Path, capsys: pytest.CaptureFixture, pseudo_labels: bool) -> None:
+    """Check the sentence of the training for a number other than that of the data."""
+    project = make_project(tmp_path, MODEL__KD__PSEUDO_LABELS__ENABLED=pseudo_labels)
+    for number in (3, 4):
+        with pytest.raises(SystemExit):
+            main(["data", "check", str(project.student), "MODEL.RETINANET.NUM_CLASSES", str(number)])
+        wrong = (
+            f"- {project.name}: The dataset {project.name} has 3 classes, but the model (RetinaNet) predicts 4: set "
+            "MODEL.RETINANET.NUM_CLASSES accordingly."
+        )
+        assert (wrong in capsys.readouterr().out) == (number == 4)
+
+
 def test_a_config_of_a_method_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Check that --import registers the method whose keys the config sets."""
     path = tmp_path / "my_checked_method.py"

@@ -4,8 +4,9 @@ kd-d2 data check CONFIG [--output DIR] [KEY VALUE ...]                        da
 kd-d2 data check --train JSON IMAGES [--test JSON IMAGES] [--output DIR]      COCO JSON files with their image folders
 
 Prints classes, boxes by class and size, image sizes, and what prevents, falsifies or may harm a training: entries that
-are read differently than written, suspicious boxes, classes that differ between the datasets, the same images in
-training and test (by content), unreadable images. The exit status is 1 if anything prevents or falsifies a training.
+are read differently than written, suspicious boxes, classes that differ between the datasets or in number from the
+config's, the same images in training and test (by content), unreadable images. The exit status is 1 if anything
+prevents or falsifies a training.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from ..analysis.base import check_at_least
     from ..analysis.drawing import write_picture
-    from ..data_check import DataSet, check_sets, draw_samples, sets_of_config
+    from ..data_check import DataSet, check_sets, class_count_of_config, draw_samples, sets_of_config
     from ..files import check_output_folder
 
     print_log()
@@ -68,12 +69,13 @@ def run(args: argparse.Namespace) -> None:
         sets = [
             DataSet(role, name, json_file, folder) for name, (role, json_file, folder) in zip(names, given, strict=True)
         ]
-        skips = False
+        skips, predicted = False, None
     else:
         sets, skips = sets_of_config(args.config_file, args.opts)
+        predicted = class_count_of_config(args.config_file, args.opts)
     if args.output:
         check_output_folder(args.output, "--output")
-    result = check_sets(sets, images, skips_unusable=skips)
+    result = check_sets(sets, images, skips_unusable=skips, predicted=predicted)
     print(result.summary())
     if args.output:
         result.save(args.output)

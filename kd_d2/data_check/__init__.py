@@ -3,7 +3,7 @@
 from .check import DataCheck, check_sets
 from .findings import Finding
 from .picture import draw_samples
-from .sets import DataSet, sets_of_config
+from .sets import DataSet, class_count_of_config, sets_of_config
 from .statistics import SetStatistics, measure
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Finding",
     "SetStatistics",
     "check_sets",
+    "class_count_of_config",
     "draw_samples",
     "measure",
     "sets_of_config",

@@ -8,11 +8,12 @@ from typing import Any
 
 from tabulate import tabulate
 
+from ..class_names import ClassCount
 from ..data.coco import CocoData, read_coco
 from ..errors import UserError, printable
 from ..files import write_json
 from .files import find_repeated, find_unreadable
-from .findings import Finding, find_between, find_in_set
+from .findings import Finding, find_between, find_in_set, find_wrong_class_count
 from .sets import DataSet
 from .statistics import PERCENTILES, SetStatistics, measure
 
@@ -65,13 +66,20 @@ class DataCheck:
         write_json(os.path.join(folder, FILE), self.as_tree())
 
 
-def check_sets(sets: list[DataSet], images: int | None = 200, *, skips_unusable: bool = False) -> DataCheck:
+def check_sets(
+    sets: list[DataSet],
+    images: int | None = 200,
+    *,
+    skips_unusable: bool = False,
+    predicted: ClassCount | None = None,
+) -> DataCheck:
     """Check datasets in COCO format, each by itself and against the first training set.
 
     Args:
         sets: datasets, training sets first.
         images: number of images to read per set; None for all.
         skips_unusable: whether the training skips unreadable images, which makes them warnings in training sets.
+        predicted: the number of classes that the detector predicts; None if unknown.
     """
     read: list[tuple[DataSet, CocoData]] = []
     findings: list[Finding] = []
@@ -89,6 +97,7 @@ def check_sets(sets: list[DataSet], images: int | None = 200, *, skips_unusable:
     for dataset, data, counts in annotated[1:]:
         first, first_data, first_counts = annotated[0]
         findings += find_between(first.name, first_data, dataset.name, data, (first_counts, counts))
+    findings += find_wrong_class_count(read, predicted)
     findings += find_repeated(read)
     return DataCheck(read, statistics, findings, images)
 

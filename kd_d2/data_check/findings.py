@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ..class_names import ClassCount
 from ..data.coco import CocoData
 from ..data.coco.boxes import reaches_out
 from ..data.coco_json import ClassOrder, with_classes
@@ -41,6 +42,14 @@ def find_in_set(dataset: DataSet, data: CocoData, statistics: SetStatistics) -> 
         yield Finding(False, dataset.name, text)
     if dataset.annotated and not statistics.boxes:
         yield Finding(True, dataset.name, "it has no boxes.")
+
+
+def find_wrong_class_count(read: list[tuple[DataSet, CocoData]], predicted: ClassCount | None) -> Iterator[Finding]:
+    """Compare the number of classes of the data, which the first set with classes determines, with the detector's."""
+    first = next(((dataset.name, len(data.class_names)) for dataset, data in read if data.class_names), None)
+    sentence = predicted.difference(*first) if predicted and first else None
+    if sentence:
+        yield Finding(True, first[0], sentence)
 
 
 def _about_boxes(data: CocoData) -> Iterator[str]:

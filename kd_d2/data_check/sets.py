@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from detectron2.data import MetadataCatalog
+from detectron2.modeling import META_ARCH_REGISTRY
 
+from ..class_names import ClassCount
 from ..config import load_config, read_config, reads_annotations
 from ..config_files import find_config_file, find_file
 from ..data import register_synthetic
@@ -56,6 +58,12 @@ def sets_of_config(config_file: str, opts: list[Any]) -> tuple[list[DataSet], bo
     if not sets:
         raise UserError(f"{config_file}: DATASETS.TRAIN and DATASETS.TEST are empty: name a dataset.")
     return sets, cfg.DATALOADER.SKIP_UNUSABLE_IMAGES
+
+
+def class_count_of_config(config_file: str, opts: list[Any]) -> ClassCount | None:
+    """Return the number of classes that the config's detector, or student, predicts, or None if its key is not known."""
+    cfg = load_config(config_file, opts, student_only=True, needs_data=False)
+    return ClassCount.in_config(cfg, META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE))
 
 
 def _built_in(key: str, name: str) -> tuple[str, str]:
