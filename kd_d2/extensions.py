@@ -10,6 +10,9 @@ from collections.abc import Iterable
 
 from .errors import UserError
 
+HINT = "a class or function of your own is registered by the file that --import names"
+"""Part of messages about names that are not registered."""
+
 
 def import_extensions(names: Iterable[str]) -> None:
     """Import each module or file once, to register its methods, detectors or datasets.

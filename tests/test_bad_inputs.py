@@ -216,6 +216,16 @@ def test_a_teacher_that_cannot_be_built(project: Project, refused) -> None:
     assert refused() == sentence.format(project.teacher)
 
 
+def test_names_that_are_not_registered(project: Project, refused) -> None:
+    """Check that --import is named for a student, a plain detector, and a backbone of the teacher."""
+    hint = "; a class or function of your own is registered by the file that --import names."
+    for opts in (["MODEL.KD.STUDENT", "Own"], ["MODEL.META_ARCHITECTURE", "Own"]):
+        assert refused(*opts).endswith(hint)
+    project.change_teacher(MODEL__BACKBONE__NAME="build_my_backbone")
+    said = refused()
+    assert "KeyError: " in said and "build_my_backbone" in said and said.endswith(hint)
+
+
 def test_an_error_in_a_users_detector_keeps_its_traceback() -> None:
     with pytest.raises(KeyError), building_from("MODEL"):
         {}["res9"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from kd_d2.config import SolverKeys, add_kd_config, load_config, load_teacher_config
 from kd_d2.engine import student_config
 from kd_d2.errors import UserError
+from kd_d2.extensions import HINT
 from kd_d2.keys import keys_of
 from kd_d2.modeling import add_slim_resnet_config
 from kd_d2.plain_yaml import read_plain_yaml
@@ -197,11 +198,14 @@ def test_keys_that_are_not_there(opts: list, expected: str) -> None:
 @pytest.mark.parametrize(
     ("opts", "expected"),
     [
-        (["MODEL.BACKBONE.NAME", "nope"], "MODEL.BACKBONE.NAME is 'nope', which is not registered in Detectron2."),
-        (["MODEL.BACKBONE.NAME", None], "MODEL.BACKBONE.NAME is None, which is not registered in Detectron2."),
+        (
+            ["MODEL.BACKBONE.NAME", "nope"],
+            f"MODEL.BACKBONE.NAME is 'nope', which is not registered in Detectron2; {HINT}.",
+        ),
+        (["MODEL.BACKBONE.NAME", None], f"MODEL.BACKBONE.NAME is None, which is not registered in Detectron2; {HINT}."),
         (
             ["MODEL.ANCHOR_GENERATOR.NAME", "X"],
-            "MODEL.ANCHOR_GENERATOR.NAME is 'X', which is not registered in Detectron2.",
+            f"MODEL.ANCHOR_GENERATOR.NAME is 'X', which is not registered in Detectron2; {HINT}.",
         ),
         (["MODEL.RESNETS.NORM", "X"], "MODEL.RESNETS.NORM is 'X', which is not a normalization of Detectron2."),
         (

@@ -16,6 +16,7 @@ from PIL import Image
 
 from ..distillers import DISTILLER_REGISTRY
 from ..errors import UserError, check_number, is_finite_number
+from ..extensions import HINT
 from .library_keys import KD_META_ARCH, LIBRARY_KEYS, node_at
 
 CHOICES = {
@@ -64,7 +65,8 @@ def validate_kd_config(cfg: CN) -> None:
         ) from error
     if not distilled and cfg.MODEL.META_ARCHITECTURE not in META_ARCH_REGISTRY:
         raise UserError(
-            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}, which is not the name of a registered detector."
+            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}, which is not the name of a registered detector; "
+            f"{HINT}."
         )
     if distilled:
         _validate_distillation(cfg)
@@ -78,7 +80,7 @@ def _validate_choices(cfg: CN) -> None:
     for key, registry in REGISTRIES.items():
         value = _value(cfg, key)
         if value not in registry:
-            raise UserError(f"{key} is {value!r}, which is not registered in Detectron2.")
+            raise UserError(f"{key} is {value!r}, which is not registered in Detectron2; {HINT}.")
     for node in NORMS:
         norm = cfg.MODEL[node].NORM
         try:
@@ -116,7 +118,7 @@ def _validate_distillation(cfg: CN) -> None:
     kd = cfg.MODEL.KD
     if kd.STUDENT == KD_META_ARCH or kd.STUDENT not in META_ARCH_REGISTRY:
         raise UserError(
-            f"MODEL.KD.STUDENT is {kd.STUDENT!r}; it must be the name of a registered detector, such as 'RetinaNet'."
+            f"MODEL.KD.STUDENT is {kd.STUDENT!r}; it must be the name of a registered detector, such as 'RetinaNet'; {HINT}."
         )
     if not kd.TEACHER.CONFIG_FILE:
         raise UserError("MODEL.KD.TEACHER.CONFIG_FILE is empty: name the teacher's config.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Iterator
 from types import TracebackType
@@ -13,6 +14,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from ..errors import UserError
+from ..extensions import HINT
 
 ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 PACKAGES = {"kd_d2", "detectron2", "fvcore", "torch", *sys.stdlib_module_names}
@@ -40,7 +42,10 @@ def building_from(source: str) -> Iterator[None]:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         if isinstance(error, torch.OutOfMemoryError) or "CUDA" in reason or _packages(error.__traceback__) - PACKAGES:
             raise
-        raise UserError(f"The detector cannot be built from {source}: {type(error).__name__}: {reason}.") from error
+        hint = f"; {HINT}" if re.search(r"No object named .* registry", reason) else ""
+        raise UserError(
+            f"The detector cannot be built from {source}: {type(error).__name__}: {reason}{hint}."
+        ) from error
 
 
 def _packages(trace: TracebackType | None) -> set[str]:
