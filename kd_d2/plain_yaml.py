@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from http.client import HTTPException
 from typing import Any
@@ -62,11 +63,21 @@ def read_plain_yaml(path: str, what: str, *, as_text: bool = False) -> Any:
             raise UserError(f"{what} has more than {MOST_NODES} values after expanding aliases (*name).")
         return loader("").construct_document(node)
     except yaml.YAMLError as error:
-        raise UserError(f"{what} is not plain yaml: {' '.join(str(error).split())}.") from error
+        raise UserError(f"{what} is not plain yaml: {_reason(error)}.") from error
     except RecursionError as error:
         raise UserError(f"{what} is nested too deeply.") from error
     except ValueError as error:  # a number that Python cannot parse
         raise UserError(f"{what} has a value that cannot be read: {error}.") from error
+
+
+def _reason(error: yaml.YAMLError) -> str:
+    tag = re.search(r"'tag:yaml\.org,2002:(python/[^']*)'", str(error))
+    if tag is None or not isinstance(error, yaml.constructor.ConstructorError):
+        return " ".join(str(error).split())
+    return (
+        f"line {error.problem_mark.line + 1} has the tag !!{tag[1]}, which can run code; write the value itself, "
+        "or, instead of copying a config of Detectron2's model zoo, name it, as in _BASE_: Base-RetinaNet.yaml"
+    )
 
 
 def read_text(path: str, what: str) -> str:

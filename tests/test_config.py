@@ -592,7 +592,7 @@ def test_yaml_that_runs_code_is_refused(tmp_path: Path, where: str) -> None:
     bases = {"base": "evil.yaml", "second base": [str(plain), str(evil)], "base of a base": str(middle)}
     path = evil if where == "itself" else write_yaml(tmp_path / "a.yaml", {"_BASE_": bases[where]})
     assert sentence(path).startswith(
-        f"Config file {evil} is not plain yaml: could not determine a constructor for the tag"
+        f"Config file {evil} is not plain yaml: line 1 has the tag !!python/object/apply:os.mkdir, which can run code; "
     )
     assert not marker.exists()
     yaml.unsafe_load(evil.read_text())
@@ -619,6 +619,21 @@ def test_only_files_inside_the_zoo_are_trusted(tmp_path: Path) -> None:
     for path in (through, similar / "evil.yaml"):
         assert "is not plain yaml" in sentence(path)
     assert not marker.exists()
+
+
+def test_a_copy_of_a_zoo_config(tmp_path: Path) -> None:
+    """Check that the message names the line and the remedy, which works once the copy is gone."""
+    copy = tmp_path / "Base-RetinaNet.yaml"
+    copy.write_text((ZOO / copy.name).read_text())
+    own = write_yaml(tmp_path / "own.yaml", {"_BASE_": copy.name})
+    line = next(number for number, text in enumerate(copy.read_text().splitlines(), 1) if "!!python" in text)
+    assert sentence(own) == (
+        f"Config file {copy} is not plain yaml: line {line} has the tag !!python/object/apply:eval, which can run "
+        "code; write the value itself, or, instead of copying a config of Detectron2's model zoo, name it, as in "
+        "_BASE_: Base-RetinaNet.yaml."
+    )
+    copy.unlink()
+    assert load_config(str(own)).MODEL.META_ARCHITECTURE == "RetinaNet"
 
 
 def test_the_zoo_of_the_installed_detectron2_loads(tmp_path: Path) -> None:
