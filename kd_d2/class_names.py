@@ -43,12 +43,18 @@ class ClassCount:
         key = class_count_key(cfg, detector)
         return cls(cfg.MODEL[key.split(".")[1]].NUM_CLASSES, detector.__name__, key) if key else None
 
-    def difference(self, dataset: str, classes: int) -> str | None:
-        """Return a sentence on how a dataset with another number of classes differs, or None if it has the same."""
+    def difference(self, dataset: str, classes: int, placeholder: str | None = None) -> str | None:
+        """Return a sentence on how a dataset with another number of classes differs, or None if it has the same.
+
+        Args:
+            dataset, classes: name of the dataset, and its number of classes.
+            placeholder: name, in quotes, of a category that was dropped when the dataset was read.
+        """
         if classes == self.number:
             return None
+        without = f" (without the placeholder category {placeholder})" if placeholder else ""
         return (
-            f"The dataset {dataset} has {classes} classes, but the model ({self.detector}) predicts {self.number}: "
+            f"The dataset {dataset} has {classes} classes{without}, but the model ({self.detector}) predicts {self.number}: "
             f"set {self.key or 'its number of classes'} accordingly."
         )
 

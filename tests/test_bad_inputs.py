@@ -196,6 +196,16 @@ def test_class_counts_of_data_and_model(project: Project, refused, eval_only: bo
     )
 
 
+def test_a_dropped_category_in_the_class_count(project: Project, refused) -> None:
+    """Check that the placeholder of a Roboflow export, which Detectron2 counts, is named."""
+    root = {"id": 0, "name": "colors", "supercategory": "none"}
+    project.change_annotations(lambda tree: [c.update(supercategory="colors") for c in tree["categories"]])
+    project.change_annotations(lambda tree: tree["categories"].insert(0, root))
+    assert refused(*plain("MODEL.RETINANET.NUM_CLASSES", 4)).startswith(
+        f"The dataset {project.name} has 3 classes (without the placeholder category 'colors'), but the model (RetinaNet) "
+    )
+
+
 @pytest.mark.parametrize(
     ("opts", "reason"),
     [

@@ -518,6 +518,19 @@ def test_a_category_that_is_the_supercategory_of_others(coco: Set) -> None:
     assert classes() == [list(CLASSES)] * 3
 
 
+def test_the_root_category_of_roboflow_in_a_file_without_annotations(coco: Set) -> None:
+    """Check that it is dropped in a file for pseudo-labels, unless it is not above all others."""
+    coco.change(lambda tree: (_roboflow(tree), tree.update(annotations=[])))
+
+    def classes() -> list[list[str]]:
+        data = [read_coco(str(coco.json), str(coco.images), annotated=annotated) for annotated in (True, False)]
+        return [read.class_names for read in data]
+
+    assert classes() == [list(CLASSES)] * 2
+    coco.change(lambda tree: tree["categories"][-1].update(supercategory="none"))
+    assert classes() == [["colors", *CLASSES]] * 2
+
+
 def test_the_size_of_a_turned_image_is_that_of_the_upright_one(coco: Set) -> None:
     """Check a JPEG whose EXIF orientation swaps its sides, as Detectron2 reads it."""
     exif = Image.Exif()

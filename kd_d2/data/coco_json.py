@@ -20,6 +20,7 @@ from ..config import reads_annotations
 from ..errors import UserError
 from .coco import CocoData, read_coco
 from .coco.boxes import reaches_out
+from .coco.reader import PLACEHOLDERS
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +123,7 @@ def _register(name: str, json_file: str, folder: str, annotated: bool, masks: bo
     DatasetCatalog.register(name, functools.partial(load, usable_file, folder))
     metadata = MetadataCatalog.get(name)
     metadata.set(json_file=usable_file, image_root=folder, evaluator_type="coco")
+    metadata.set(placeholder=data.repairs.examples.get(PLACEHOLDERS))
     if names:
         metadata.set(thing_classes=names, thing_dataset_id_to_contiguous_id=number_of)
 

@@ -10,6 +10,7 @@ from typing import Any
 from ..class_names import ClassCount
 from ..data.coco import CocoData
 from ..data.coco.boxes import reaches_out
+from ..data.coco.reader import PLACEHOLDERS
 from ..data.coco_json import ClassOrder, with_classes
 from ..errors import UserError
 from .sets import DataSet
@@ -46,10 +47,13 @@ def find_in_set(dataset: DataSet, data: CocoData, statistics: SetStatistics) -> 
 
 def find_wrong_class_count(read: list[tuple[DataSet, CocoData]], predicted: ClassCount | None) -> Iterator[Finding]:
     """Compare the number of classes of the data, which the first set with classes determines, with the detector's."""
-    first = next(((dataset.name, len(data.class_names)) for dataset, data in read if data.class_names), None)
-    sentence = predicted.difference(*first) if predicted and first else None
-    if sentence:
-        yield Finding(True, first[0], sentence)
+    for dataset, data in read:
+        if predicted and data.class_names:
+            placeholder = data.repairs.examples.get(PLACEHOLDERS)
+            sentence = predicted.difference(dataset.name, len(data.class_names), placeholder)
+            if sentence:
+                yield Finding(True, dataset.name, sentence)
+            return
 
 
 def _about_boxes(data: CocoData) -> Iterator[str]:

@@ -160,8 +160,11 @@ def check_classes(cfg: CfgNode, model: nn.Module) -> None:
         return
     predicted = ClassCount(number, type(student).__name__, class_count_key(cfg, type(student)))
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
-        classes = MetadataCatalog.get(name).get("thing_classes")
-        sentence = predicted.difference(name, len(classes)) if classes is not None else None
+        metadata = MetadataCatalog.get(name)
+        classes = metadata.get("thing_classes")
+        if classes is None:
+            continue
+        sentence = predicted.difference(name, len(classes), metadata.get("placeholder"))
         if sentence:
             raise UserError(sentence)
 

@@ -18,6 +18,7 @@ from .repairs import Repairs
 Entry = dict[str, Any]
 LISTS = ("images", "annotations", "categories")
 LONGEST_CLASS_NAME = 200
+PLACEHOLDERS = "placeholder categories without boxes dropped"
 BACKGROUND = ("background", "__background__", "_background_", "bg")
 
 
@@ -233,16 +234,19 @@ def _classes(path: str, categories: list[Entry], used: set[int | None], repairs:
 def _without_placeholders(categories: list[Entry], used: set[int | None], repairs: Repairs) -> list[Entry]:
     """Drop categories without annotations that are not classes: the background, and the root category of Roboflow exports.
 
-    In a file without annotations the root category is kept, since it may be a class, unless a class has its name.
+    In a file without annotations the root category is kept, since it may be a class, unless a class has its name or all
+    categories are as Roboflow writes them: the root with id 0, and all others below it.
     """
     parents = [category.get("supercategory") for category in categories]
     names = Counter(category["name"] for category in categories)
+    first = categories[0] if categories else {}
+    is_roboflow = first.get("id") == 0 and parents[0] == "none" and {*parents[1:]} == {first["name"]}
     kept = []
     for category in categories:
         is_root = category.get("supercategory") in (None, "", "none") and category["name"] in parents
-        is_root = is_root and (bool(used) or names[category["name"]] > 1)
+        is_root = is_root and (bool(used) or is_roboflow or names[category["name"]] > 1)
         if category["id"] not in used and (is_root or category["name"].lower() in BACKGROUND):
-            repairs.add("placeholder categories without boxes dropped", repr(category["name"]))
+            repairs.add(PLACEHOLDERS, repr(category["name"]))
         else:
             kept.append(category)
     return kept
