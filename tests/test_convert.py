@@ -17,6 +17,7 @@ from kd_d2.data import check_coco_json
 from kd_d2.data.convert import FORMATS, ConvertOptions, convert
 from kd_d2.data.convert import formats as formats_module
 from kd_d2.data.convert import source as source_module
+from kd_d2.data.convert.labels import REMEDY
 from kd_d2.errors import UserError
 
 import pytest
@@ -819,6 +820,25 @@ def test_a_coco_file_twice(tmp_path: Path) -> None:
     assert refusal(written.root).startswith(
         "IN: IN_FOLDER has several COCO files for the split all, the second is images/"
     )
+
+
+def test_a_coco_file_with_the_size_before_turning(tmp_path: Path) -> None:
+    """Check an image that EXIF turns, whose boxes would be misplaced: refused, and dropped with --drop-broken."""
+    written = Written(tmp_path)
+    as_coco(written)
+    image = written.tree["images"][0]
+    path = written.root / "images" / image["file_name"]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (image["width"], image["height"])).save(path, exif=exif)
+    assert refusal(written.root) == (
+        f"{Path('annotations/instances.json')} says that its image has {image['width']} x {image['height']} pixels, but "
+        f"images/{image['file_name']} has {image['height']} x {image['width']} (EXIF orientation applied): {REMEDY}."
+    )
+    (tree,) = run(written.root, drop_broken=True).values()
+    assert image["id"] not in {entry["id"] for entry in tree["images"]}
+    assert {a["image_id"] for a in tree["annotations"]} <= {entry["id"] for entry in tree["images"]}
+    assert len(tree["images"]) == len(written.tree["images"]) - 1
 
 
 def test_images_that_a_coco_file_lacks(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import re
 from ...errors import UserError
 from ..coco import CocoData, read_coco, read_json_bytes
 from ..coco.reader import LISTS, MissingImagesError
-from .source import SPLIT, WHOLE, Source
-from .trees import Split
+from .source import BROKEN, SPLIT, WHOLE, Source
+from .trees import Split, Tree, checked_size
 
 
 def recognizes(source: Source) -> bool:
@@ -42,7 +42,7 @@ def read_splits(source: Source) -> dict[str, Split]:
         for kind, count in data.repairs.counts.items():
             for _ in range(count):
                 source.note(kind, f"{file}, {data.repairs.examples[kind]}")
-        splits[split], file_of[split] = Split(data.tree, folder), file
+        splits[split], file_of[split] = Split(_with_right_sizes(source, file, data.tree, folder), folder), file
     if not splits:
         raise UserError(f"IN: {source.folder} has no json file in COCO's format; nothing is written.")
     return splits
@@ -63,6 +63,26 @@ def _read(source: Source, file: str, split: str) -> tuple[CocoData, str]:
     if not source.options.drop_broken:
         raise UserError(f"{str(errors[folder]).rstrip('.')}, or leave them out with --drop-broken.") from errors[folder]
     return read_coco(path, folder, drop_missing=True), folder
+
+
+def _with_right_sizes(source: Source, file: str, tree: Tree, folder: str) -> Tree:
+    """Return the tree, with --drop-broken without images that are unreadable or of another size than in `file`.
+
+    Raises:
+        UserError: there is such an image, or with --drop-broken no other one.
+    """
+    kept = set()
+    for image in tree["images"]:
+        with source.may_be_broken():
+            name = os.path.relpath(os.path.join(folder, image["file_name"]), source.folder)
+            checked_size(source, name, (image["width"], image["height"]), file)
+            kept.add(image["id"])
+    if not kept:
+        raise UserError(f"{file} has no usable image; the first: {source.notes.examples[BROKEN]}")
+    return tree | {
+        "images": [image for image in tree["images"] if image["id"] in kept],
+        "annotations": [annotation for annotation in tree["annotations"] if annotation["image_id"] in kept],
+    }
 
 
 def _is_coco(source: Source, file: str) -> bool:

@@ -84,10 +84,15 @@ def _size(image: LabelledImage, known: dict[str, str], source: Source) -> Size:
     other = known.setdefault(image.file, image.where)
     if other != image.where:
         raise UserError(f"The image {source.path(image.file)} has two labels, {other} and {image.where}: remove one.")
-    size = source.size_of(image.file)
-    if image.written_size not in (None, size):
+    return checked_size(source, image.file, image.written_size, image.where)
+
+
+def checked_size(source: Source, file: str, written: Size | None, where: str) -> Size:
+    """Return the size of an image file; raise a UserError if `written`, which stands in `where`, differs from it."""
+    size = source.size_of(file)
+    if written not in (None, size):
         raise UserError(
-            f"{image.where} says that its image has {' x '.join(map(str, image.written_size))} pixels, but {image.file} has "
+            f"{where} says that its image has {' x '.join(map(str, written))} pixels, but {file} has "
             f"{' x '.join(map(str, size))} (EXIF orientation applied): {REMEDY}."
         )
     return size
