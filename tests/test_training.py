@@ -559,6 +559,15 @@ def test_eval_only_needs_no_teacher(project: Project) -> None:
     assert json.loads((project.folder / "eval" / "eval.json").read_text()).keys() == {"bbox"}
 
 
+def test_resuming_a_finished_training_only_evaluates(retinanet: Project) -> None:
+    """Check the message, the results, and that they are recorded under the iteration of the end."""
+    trained = retinanet.main()
+    assert retinanet.main("--resume")["bbox"] == pytest.approx(trained["bbox"], nan_ok=True)
+    assert "The training has already finished: SOLVER.MAX_ITER is 4, " in (retinanet.output / "log.txt").read_text()
+    lines = [json.loads(line) for line in (retinanet.output / "metrics.json").read_text().splitlines()]
+    assert [line["iteration"] for line in lines if "bbox/AP" in line] == [4, 4]
+
+
 def test_eval_only_with_resume_evaluates_the_last_checkpoint(retinanet: Project) -> None:
     """Check the weights, as in Detectron2, and TEST.EXPECTED_RESULTS, which ends the program if they differ."""
     retinanet.change(MODEL__RETINANET__SCORE_THRESH_TEST=0.0)

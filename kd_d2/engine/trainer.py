@@ -178,6 +178,11 @@ class KDTrainer(DefaultTrainer):
         """
         if self._trainer.data_loader is None:
             self._open_stream()
+        if self.start_iter >= self.max_iter:
+            logger.info(
+                f"The training has already finished: SOLVER.MAX_ITER is {self.max_iter}, and the checkpoint is from the end of iteration "
+                f"{self.start_iter - 1}. The detector is only evaluated."
+            )
         failures = Failures(self.cfg.OUTPUT_DIR)
         train_loop = logging.getLogger("detectron2.engine.train_loop")
         train_loop.addFilter(failures.log_as_sentence)
@@ -198,6 +203,10 @@ class KDTrainer(DefaultTrainer):
         finally:
             train_loop.removeFilter(failures.log_as_sentence)
             unlock_folder(self.cfg.OUTPUT_DIR)
+
+    def after_train(self) -> None:
+        self.iter = min(self.iter, max(self.start_iter, self.max_iter))  # Detectron2 counts one more without any left
+        super().after_train()
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
