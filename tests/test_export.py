@@ -327,6 +327,15 @@ def test_comparison_tells_equal_from_different_detections() -> None:
     assert unmatched(instances([a], [0.9], [0]), limit=2) == 0
 
 
+def test_nothing_to_compare_is_not_called_equal(
+    configs: dict[str, CfgNode], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = exporting.ExportOptions(score_thresh=0.999)
+    assert export_detector(configs["retinanet"], str(tmp_path / "model.ts"), options).detections == 0
+    assert "nothing was compared, since no score in the 7 images is above 0.999; export with a lower" in caplog.text
+    assert "differ by at most" not in caplog.text
+
+
 def test_file_that_detects_something_else_is_not_written(
     configs: dict[str, CfgNode], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

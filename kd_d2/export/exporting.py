@@ -96,7 +96,13 @@ def export_detector(
         except Exception as error:  # from the tracer, the exporter or the runtime
             raise UserError(f"{metadata.detector} cannot be exported to {export_format}: {reason(error)}.") from error
         require_equal(comparison, path)
-        logger.info(f"{metadata.detector} as {export_format} and in PyTorch: {comparison}")
+        if comparison.detections:
+            logger.info(f"{metadata.detector} as {export_format} and in PyTorch: {comparison}")
+        else:
+            logger.warning(
+                f"{metadata.detector} as {export_format} and in PyTorch: nothing was compared, since no score in the {comparison.images} "
+                f"images is above {metadata.score_threshold}; export with a lower --score-thresh, or with other --images."
+            )
         if calibration:
             _quantize(draft, calibration, metadata)
             compare(model, load_exported(draft), inputs, metadata.score_threshold, None)
