@@ -168,7 +168,8 @@ def test_inputs_are_files_and_folders_in_order_and_each_once(
     drawings = {image["drawing"] for image in tree["images"]}
     assert {path.name for path in (tmp_path / "out").iterdir()} == drawings | {"detections.json"}
     printed = capsys.readouterr().out
-    assert "Skipped 2 files that cannot be read as images or videos: cut.png, notes.txt\n" in printed
+    skipped = "Skipped 2 files that cannot be read as images or videos: cut.png, notes.txt; the first: "
+    assert f"{skipped}The image {photos / 'cut.png'} cannot be used: image file is truncated" in printed
     assert f"[3/6] {photos / 'color.png'}: " in printed
 
 
@@ -405,7 +406,7 @@ def test_a_video_that_is_cut_off_or_none_is_named(
     tree = predict(retinanet, tmp_path / "out", folder)
     assert (
         len(tree["images"]) == 5
-        and "Skipped 1 files that cannot be read as images or videos: none.mp4" in capsys.readouterr().out
+        and "Skipped 1 file that cannot be read as images or videos: none.mp4" in capsys.readouterr().out
     )
     with pytest.raises(SystemExit):
         predict(retinanet, tmp_path / "out", clip, options=("--batch", 0))
@@ -429,7 +430,7 @@ def test_names_that_are_not_utf_8(
     video.write_bytes(clip.read_bytes())
     tree = predict(retinanet, tmp_path / "out", folder)
     assert [image["drawing"] for image in tree["images"]] == [f"{bad}.jpg"]
-    assert "Skipped 1 files that cannot be read as images or videos: bad\\udcff.mp4" in capsys.readouterr().out
+    assert "Skipped 1 file that cannot be read as images or videos: bad\\udcff.mp4" in capsys.readouterr().out
     for output, given, words in (
         (tmp_path / "out", video, "bad\\udcff.mp4 cannot be read: its path is not UTF-8; rename it."),
         (tmp_path / bad, clip, "--output: the path of the video"),

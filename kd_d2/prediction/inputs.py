@@ -61,7 +61,7 @@ def find_inputs(paths: list[str], without: str | None = None, option: str = "--i
             entries = [Input(file, os.path.relpath(file, path)) for file in _files_below(path, without, option)]
             problems = {entry: _problem(entry) for entry in entries}
             found += [entry for entry, problem in problems.items() if problem is None]
-            skipped += [entry.name for entry, problem in problems.items() if problem is not None]
+            skipped += [(entry.name, problem) for entry, problem in problems.items() if problem is not None]
         elif os.path.isfile(path):
             entry = Input(path, os.path.basename(path))
             problem = _problem(entry)
@@ -71,8 +71,11 @@ def find_inputs(paths: list[str], without: str | None = None, option: str = "--i
         else:
             raise UserError(f"{option}: there is no file or folder {path}.")
     if skipped:
-        names = printable(", ".join(skipped[:5])) + (", ..." if len(skipped) > 5 else "")
-        logger.info(f"Skipped {len(skipped)} files that cannot be read as images or videos: {names}")
+        names = printable(", ".join(name for name, _ in skipped[:5])) + (", ..." if len(skipped) > 5 else "")
+        files = "1 file" if len(skipped) == 1 else f"{len(skipped)} files"
+        logger.info(
+            f"Skipped {files} that cannot be read as images or videos: {names}; the first: {printable(skipped[0][1])}"
+        )
     if not found:
         raise UserError(f"{option}: there is no image in {', '.join(paths)}.")
     unique: dict[str, Input] = {}
