@@ -1,6 +1,6 @@
 """Detection with an exported ONNX model, without kd_d2, Detectron2 or PyTorch: pip install numpy onnxruntime pillow
 
-python detect_onnx.py MODEL.onnx IMAGE
+python detect_onnx.py MODEL.onnx IMAGE [SCORE]          prints detections with at least this score (default 0.5)
 """
 
 import json
@@ -23,6 +23,9 @@ channels = resized.transpose(2, 0, 1)[:: -1 if metadata["input_format"] == "BGR"
 boxes, scores, classes = session.run(["boxes", "scores", "classes"], {"image": np.ascontiguousarray(channels)})
 boxes *= np.tile([image.width / resized.shape[1], image.height / resized.shape[0]], 2).astype(np.float32)
 
+lowest = float(sys.argv[3]) if len(sys.argv) > 3 else 0.5
+if not (scores >= lowest).any():
+    print(f"No detection has a score of at least {lowest}.", file=sys.stderr)
 for box, score, label in zip(boxes, scores, classes):
-    if score >= 0.5:
+    if score >= lowest:
         print(f"{names[label]} {score:.3f}", *(f"{side:.1f}" for side in box))

@@ -443,6 +443,9 @@ def test_example_without_detectron2(run_folder: Path, tmp_path: Path, monkeypatc
         name, *numbers = line.split()
         assert name == CLASSES[label]
         np.testing.assert_allclose(list(map(float, numbers)), [float(score), *box.tolist()], atol=0.06)
+    sys.argv.append("1.01")
+    runpy.run_path(str(ROOT / "examples" / "detect_onnx.py"))
+    assert capsys.readouterr() == ("", "No detection has a score of at least 1.01.\n")
 
 
 def test_only_the_images_in_use_are_needed(tmp_path: Path) -> None:
