@@ -164,11 +164,14 @@ def test_checkpoints_by_time(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_the_last_checkpoints_are_kept(tmp_path: Path, asynchronous: bool) -> None:
-    """Check a folder with checkpoints of an earlier, longer training."""
+    """Check a folder with checkpoints of an earlier, longer training, written when the clock was ahead."""
     project = make_project(tmp_path, **{**SHORT, "SOLVER__CHECKPOINT_PERIOD": 2})
     project.output.mkdir()
-    for number in (98, 99):
-        (project.output / f"model_{number:07d}.pth").touch()
+    ahead = time.time() + 3600
+    for number in (0, 98, 99):
+        path = project.output / f"model_{number:07d}.pth"
+        path.touch()
+        os.utime(path, (ahead, ahead))
     keys = "SOLVER.CHECKPOINTS_TO_KEEP", 2, "SOLVER.CHECKPOINT_ASYNC", asynchronous
     run = train(project, *keys)
     names = ["model_0000005.pth", "model_0000007.pth", "model_final.pth"]

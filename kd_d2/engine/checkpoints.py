@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import math
 import os
 import re
@@ -130,11 +129,12 @@ class Checkpoints(HookBase):
         return True
 
     def _remove_old(self) -> None:
-        """Delete all but the last `keep` periodic checkpoints; 0 keeps all."""
-        pattern = os.path.join(glob.escape(self.checkpointer.save_dir), "model_*.pth")
-        numbered = [(os.path.getmtime(p), p) for p in glob.glob(pattern) if re.search(r"model_\d{7,}\.pth$", p)]
-        for _, path in sorted(numbered)[: -self.keep] if self.keep else []:
-            os.remove(path)
+        """Delete all but the last `keep` periodic checkpoints, first those of an earlier, longer training; 0 keeps all."""
+        folder = self.checkpointer.save_dir
+        found = [match for name in os.listdir(folder) if (match := re.fullmatch(r"model_(\d{7,})\.pth", name))]
+        numbered = [(int(match[1]) <= self.trainer.iter, int(match[1]), match[0]) for match in found]
+        for _, _, name in sorted(numbered)[: -self.keep] if self.keep else []:
+            os.remove(os.path.join(folder, name))
 
 
 def share_statistics(model: nn.Module) -> None:
