@@ -46,7 +46,7 @@ FROM nvidia/cuda:${CUDA}-base-${UBUNTU}${BASE_DIGEST}
 # and Python's headers.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends gcc libc6-dev python3 python3-dev \
+    && apt-get install -y --no-install-recommends gcc libc6-dev python3 python3-dev tini \
     && rm -rf /var/lib/apt/lists/* \
     && (userdel --remove ubuntu || true) \
     && useradd --uid 1000 --create-home kd_d2 \
@@ -67,5 +67,6 @@ WORKDIR /work
 RUN python cluster/check_install.py --operators \
     && rm -rf "$XDG_CACHE_HOME" "$MPLCONFIGDIR"
 VOLUME ["/work/datasets", "/work/output"]
-ENTRYPOINT ["kd-d2"]
+# The kernel drops signals that the first process of a container does not handle; tini passes them on to a process that they end.
+ENTRYPOINT ["tini", "--", "kd-d2"]
 CMD ["--help"]

@@ -106,6 +106,16 @@ def test_image_has_no_cache_folders_that_only_user_1000_can_write_to() -> None:
     assert [path for path in variables.values() if not path.startswith(removed)] == []
 
 
+def test_first_process_of_a_container_passes_signals_on() -> None:
+    """Check that tini is installed, and starts the program in Docker and in Kubernetes."""
+    image = (ROOT / "Dockerfile").read_text()
+    _, job = yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text())
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert re.search(r"apt-get install .* tini \\\n", image.rpartition("\nFROM ")[2])
+    assert json.loads(re.search(r"^ENTRYPOINT (.+)", image, re.MULTILINE)[1]) == ["tini", "--", "kd-d2"]
+    assert container["command"][:2] == ["tini", "--"]
+
+
 def test_image_has_all_extras() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     required = [Requirement(text) for name in extras.keys() - {"docs", "test", "dev"} for text in extras[name]]

@@ -149,6 +149,19 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
     assert os.waitpid(child, 0)[1] == signal.SIGTERM
 
 
+def test_a_second_signal_ends_the_first_process_of_a_container() -> None:
+    """Check a process that signals with the default action do not end."""
+    child = os.fork()
+    if child == 0:
+        stop = StopRequest()
+        stop._receive(signal.SIGTERM, None)
+        stop._received -= 60
+        os.kill = lambda *args: None
+        stop._receive(signal.SIGTERM, None)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM
+
+
 def test_checkpoints_by_time(tmp_path: Path) -> None:
     """Check with an interval of almost 0 that every iteration has a checkpoint, which replaces the previous one."""
     project = make_project(tmp_path, **SHORT)

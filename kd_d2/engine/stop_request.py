@@ -59,6 +59,7 @@ class StopRequest:
         elif time.monotonic() - self._received > SAME_REQUEST:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+            os._exit(128 + number)  # the first process of a container survives the signal
 
 
 @contextlib.contextmanager
