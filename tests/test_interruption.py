@@ -16,7 +16,7 @@ from kd_d2 import UserError
 from kd_d2.checkpoint import KDCheckpointer, read_checkpoint
 from kd_d2.engine import lost_ranks
 from kd_d2.engine.folder_lock import lock_folder, unlock_folder
-from kd_d2.engine.stop_request import StopRequest, TrainingStopped
+from kd_d2.engine.stop_request import SIGNALS, StopRequest, TrainingStopped
 from kd_d2.engine.trainer import KDTrainer
 
 import pytest
@@ -65,14 +65,14 @@ def stop_in(project: Project, iteration: int, number: int = signal.SIGTERM, *opt
     return stopped.value
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_loses_no_iteration(tmp_path: Path, number: int, caplog: pytest.LogCaptureFixture) -> None:
     """Check the exit status, the checkpoint of that iteration, and that resumed losses match an uninterrupted run's."""
     unbroken = train(make_project(tmp_path / "unbroken", **SHORT))
     project = make_project(tmp_path / "stopped", **SHORT)
-    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    handlers = [signal.getsignal(n) for n in SIGNALS]
     assert stop_in(project, 4, number).code == 128 + number
-    assert handlers == [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    assert handlers == [signal.getsignal(n) for n in SIGNALS]
     path = project.output / "model_latest.pth"
     assert read_checkpoint(str(path))["iteration"] == 4
     name = signal.Signals(number).name
@@ -131,6 +131,27 @@ def test_a_signal_in_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         train(project)
     assert seen == [0, 1, 2]
     assert read_checkpoint(str(project.output / "model_latest.pth"))["iteration"] == 2
+
+
+def test_a_closed_terminal_stops_nothing_under_nohup() -> None:
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os._exit(stop.number)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_terminal_that_is_closed() -> None:
+    """Check that the signal is recorded if standard error can no longer be written."""
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os._exit(stop.number)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == signal.SIGHUP
 
 
 def test_a_second_signal_ends_the_process_at_once() -> None:

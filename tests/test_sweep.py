@@ -607,8 +607,9 @@ def test_a_table_of_the_others_is_written_if_a_cell_fails(finished, tmp_path, mo
     assert sorted(p.name for p in (tmp_path / "report").iterdir()) == ["ap.png", "curves.png", "table.csv", "table.md"]
 
 
-def test_sigterm_stops_the_cells(tmp_path, monkeypatch):
-    """Check that a sweep forwards SIGTERM to its trainings, and waits until they have stopped."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_a_signal_stops_the_cells(tmp_path, monkeypatch, number):
+    """Check that a sweep sends SIGTERM to its trainings, and waits until they have stopped, also if another signal follows."""
     script = tmp_path / "program.py"
     script.write_text(
         "import signal, sys, time\n"
@@ -632,8 +633,10 @@ def test_sigterm_stops_the_cells(tmp_path, monkeypatch):
         os._exit(1)
     while not all((folder / "started").exists() for folder in folders):
         time.sleep(0.05)
+    os.kill(sweep, number)
+    time.sleep(0.3)
     os.kill(sweep, signal.SIGTERM)
-    assert os.waitstatus_to_exitcode(os.waitpid(sweep, 0)[1]) == 143
+    assert os.waitstatus_to_exitcode(os.waitpid(sweep, 0)[1]) == 128 + number
     assert all((folder / "stopped").exists() for folder in folders)
 
 

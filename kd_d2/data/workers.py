@@ -24,13 +24,13 @@ def configure_workers(loader: DataLoader) -> DataLoader:
 
 
 def _init_worker(worker_id: int) -> None:
-    """Limit a worker to one thread, and ignore the stop signals that a cluster may send to all processes of a job.
+    """Limit a worker to one thread, and ignore the stop signals that a cluster or terminal may send to all processes of a job.
 
     SIGTERM from the parent process terminates the worker at any time.
     """
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_exit_on_sigterm_of, args=(os.getppid(),), daemon=True).start()
 

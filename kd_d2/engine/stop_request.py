@@ -1,8 +1,9 @@
-"""Signals that stop a training: SIGTERM and SIGUSR1 from Kubernetes, Slurm and spot instances, and Ctrl-C."""
+"""Signals that stop a program: SIGTERM and SIGUSR1 from Kubernetes, Slurm and spot instances, SIGHUP and Ctrl-C."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
 import signal
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Self
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SAME_REQUEST = 2.0
 """Seconds within which signals count as one: terminals and launchers signal both a process group and its members."""
 
@@ -55,7 +56,8 @@ class StopRequest:
             self.number, self._received = number, time.monotonic()
             name = signal.Signals(number).name
             # Do not use logging or print, which the signal may have interrupted.
-            os.write(2, f"{name}: stopping after this iteration; send it again to stop at once\n".encode())
+            with contextlib.suppress(OSError):  # the terminal is closed
+                os.write(2, f"{name}: stopping after this iteration; send it again to stop at once\n".encode())
         elif time.monotonic() - self._received > SAME_REQUEST:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -76,19 +78,32 @@ def forwarded_to_children() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def exit_on_sigterm() -> Iterator[None]:
-    """Raise SystemExit on SIGTERM within this context, so that cleanup runs as for the KeyboardInterrupt of Ctrl-C."""
-    with _handled_by(lambda number, frame: sys.exit(128 + number), [signal.SIGTERM]):
+def exit_on_signals() -> Iterator[None]:
+    """Raise SystemExit on SIGNALS except Ctrl-C within this context, so that cleanup runs as for its KeyboardInterrupt."""
+    last = -math.inf
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        nonlocal last
+        before, last = last, time.monotonic()
+        if last - before > SAME_REQUEST:
+            sys.exit(128 + number)
+
+    with _handled_by(leave, [number for number in SIGNALS if number != signal.SIGINT]):
         yield
 
 
 @contextlib.contextmanager
 def _handled_by(handler: Callable[[int, FrameType | None], None], signals: Iterable[signal.Signals]) -> Iterator[None]:
-    """Handle the signals within this context; do nothing outside the main thread, where Python allows no handlers."""
+    """Handle the signals within this context, but SIGHUP only if it is not ignored, as under nohup.
+
+    Does nothing outside the main thread, where Python allows no handlers.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = {number: signal.signal(number, handler) for number in signals}
+    is_under_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    handled = [number for number in signals if number != signal.SIGHUP or not is_under_nohup]
+    previous = {number: signal.signal(number, handler) for number in handled}
     try:
         yield
     finally:

@@ -17,7 +17,7 @@ from detectron2.config import get_cfg
 
 from ..checkpoint import checkpoint_files
 from ..config import read_config
-from ..engine.stop_request import exit_on_sigterm
+from ..engine.stop_request import exit_on_signals
 from ..errors import UserError
 from ..files import write_json
 from .matrix import TEACHER, Cell, Matrix, first_difference, measured_settings, without_locations
@@ -71,11 +71,11 @@ class Job:
         return f"{self.cell} seed {self.seed}"
 
 
-@exit_on_sigterm()
+@exit_on_signals()
 def run_jobs(jobs: list[Job], parallel: int, threads: int) -> list[Job]:
     """Run every job that has no result yet, and write its result file if it succeeds.
 
-    Jobs that another sweep is running are skipped. SIGTERM and Ctrl-C stop all jobs, each with a checkpoint.
+    Jobs that another sweep is running are skipped. SIGTERM, SIGUSR1, SIGHUP and Ctrl-C stop all jobs, each with a checkpoint.
 
     Args:
         parallel: number of parallel processes.
