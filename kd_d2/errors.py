@@ -30,6 +30,35 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
+def explain_lack_of_memory(error: BaseException | None, advice: str) -> str | None:
+    """Return a clause with advice for an error that means that there is too little memory, or None for any other error."""
+    reason = str(error).strip().partition("\n")[0].rstrip(" .")
+    if reason.startswith("DataLoader worker"):
+        return f"A data loading process died ({reason}), most likely because it ran out of memory: lower DATALOADER.NUM_WORKERS"
+    return f"Out of memory ({reason or type(error).__name__}): {advice}" if is_out_of_memory(error) else None
+
+
+def system_error(error: BaseException | None) -> OSError | None:
+    """Return an OSError itself, or the one that torch's writer of archives hides behind a RuntimeError, or None."""
+    is_of_torch = isinstance(error, RuntimeError) and "inline_container" in str(error)
+    hidden = error.__context__ if is_of_torch else error
+    return hidden if isinstance(hidden, OSError) else None
+
+
+def as_user_error(error: Exception) -> UserError | None:
+    """Return a UserError for a lack of disk space, of permissions or of memory, or None for any other error."""
+    system = system_error(error)
+    if system is None:
+        advice = "free memory, or lower the image sizes in INPUT, such as INPUT.MIN_SIZE_TEST"
+        clause = explain_lack_of_memory(error, advice)
+        return UserError(f"{clause}.") if clause else None
+    if system.errno in (*DISK_IS_FULL, errno.EROFS):
+        return UserError(f"{system.filename or 'A file'} cannot be written: {system.strerror}.")
+    if isinstance(system, PermissionError) and system.filename:
+        return UserError(f"{system.filename} cannot be accessed: {system.strerror}.")
+    return None
+
+
 def is_finite_number(value: object) -> bool:
     """Return whether `value` is an int or a float, and neither infinite nor NaN."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
@@ -44,9 +73,9 @@ def check_number(key: str, value: object, minimum: float, *, exclusive: bool = F
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Exit with status 2 and a one-sentence message on a UserError or a full disk, and with status 130 on Ctrl-C.
+    """Exit with status 2 and a one-sentence message on a UserError, and with status 130 on Ctrl-C.
 
-    Exits with status 1 if the reader of the output, such as `head`, has closed it. Output streams that are closed from
+    Exits with status 2, too, on an error that `as_user_error` explains, and with status 1 if the reader of the output, such as `head`, has closed it. Output streams that are closed from
     the beginning (`>&-`) are discarded. Also keeps control characters out of the logs.
     """
     keep_controls_out_of_logs()
@@ -65,10 +94,11 @@ def exit_on_user_error() -> Iterator[None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         raise  # from another pipe
-    except OSError as error:
-        if error.errno not in DISK_IS_FULL:
+    except (OSError, RuntimeError, MemoryError) as error:
+        sentence = as_user_error(error)
+        if sentence is None:
             raise
-        end_with(printable(f"{error.filename or 'A file'} cannot be written: {error.strerror}."))
+        end_with(sentence)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)

@@ -27,20 +27,32 @@ def atomic_write(path: str, mode: str = "w") -> Iterator[IO]:
     """
     encoding = None if "b" in mode else "utf-8"
     if _is_special(path):
-        with open(path, mode, encoding=encoding) as file:
+        with _named_in_errors(path), open(path, mode, encoding=encoding) as file:
             yield file
         return
-    path = os.path.realpath(path)
-    partial = f"{path}.partial"
+    target = os.path.realpath(path)
+    partial = f"{target}.partial"
     try:
-        with open(partial, mode, encoding=encoding) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with _named_in_errors(path):
+            with open(partial, mode, encoding=encoding) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, target)
     except BaseException:
         with contextlib.suppress(OSError):
             os.remove(partial)
+        raise
+
+
+@contextlib.contextmanager
+def _named_in_errors(path: str) -> Iterator[None]:
+    """Name the path in system errors of this context, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename in (None, f"{os.path.realpath(path)}.partial"):
+            error.filename = path
         raise
 
 

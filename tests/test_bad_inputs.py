@@ -2,18 +2,21 @@
 
 import argparse
 import contextlib
+import errno
 import functools
 import json
 import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from kd_d2.config import read_config
 from kd_d2.engine import launch
 from kd_d2.engine.checks import check_datasets, check_device
 from kd_d2.errors import UserError
+from kd_d2.files import write_text
 from kd_d2.modeling.building import building_from
 
 import pytest
@@ -645,6 +648,47 @@ def test_sentences_of_one_and_of_several_processes(capfd, monkeypatch: pytest.Mo
     assert capfd.readouterr().err.splitlines()[-1] == "error: KEY is wrong."
     with pytest.raises(Exception, match="a mistake of ours"):
         launch(_fail, _Arguments())
+
+
+def _fill_the_disk(args: object) -> None:
+    write_text("/dev/full", "text")
+
+
+def _use_the_file_of_another_user(args: object) -> None:
+    raise PermissionError(errno.EACCES, "Permission denied", "output/log.txt")
+
+
+def _write_where_nothing_is_written(args: object) -> None:
+    raise OSError(errno.EROFS, "Read-only file system", "output/log.txt")
+
+
+def _run_out_of_memory(args: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\n  more")
+
+
+def _lose_a_worker(args: object) -> None:
+    raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(("main", "sentence"), [
+    (_fill_the_disk, "/dev/full cannot be written: No space left on device."),
+    (_use_the_file_of_another_user, "output/log.txt cannot be accessed: Permission denied."),
+    (_write_where_nothing_is_written, "output/log.txt cannot be written: Read-only file system."),
+    (_run_out_of_memory, "Out of memory (CUDA out of memory. Tried to allocate 20 GiB): free memory, or lower the image sizes in INPUT, such as "
+     "INPUT.MIN_SIZE_TEST."),
+    (_lose_a_worker, "A data loading process died (DataLoader worker (pid 7) is killed by signal: Killed), most likely because it ran out of "
+     "memory: lower DATALOADER.NUM_WORKERS."),
+])  # fmt: skip
+def test_sentences_of_a_system_without_space_permission_or_memory(
+    capfd, monkeypatch: pytest.MonkeyPatch, main: Callable, sentence: str, processes: int
+) -> None:
+    if processes == 2:
+        monkeypatch.setattr(sys.modules[launch.__module__], "detectron2_launch", _spawned)
+    with pytest.raises(SystemExit) as caught:
+        launch(main, _Arguments())
+    assert caught.value.code == 2
+    assert capfd.readouterr().err.splitlines()[-1] == f"error: {sentence}"
 
 
 def test_world_size_without_torchrun(capfd, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,10 @@ import os
 
 from ..checkpoint import checkpoint_files
 from ..data.images import DataError
-from ..errors import DISK_IS_FULL, UserError, is_out_of_memory
+from ..errors import DISK_IS_FULL, UserError, explain_lack_of_memory, system_error
 from .lost_ranks import explain_lost_ranks
+
+LESS_MEMORY = "raise SOLVER.GRADIENT_ACCUMULATION_STEPS, or lower SOLVER.IMS_PER_BATCH or the image sizes in INPUT"
 
 
 class Failures:
@@ -27,12 +29,12 @@ class Failures:
             return UserError(f"{str(error).rstrip('.')}; {saved(self.folder)}.")
         if isinstance(error, UserError):
             return error
-        if isinstance(error, OSError):
-            sentence = self._of_system(error)
+        if system := system_error(error):
+            sentence = self._of_system(system)
         elif isinstance(error, FloatingPointError):
             sentence = f"{str(error).rstrip('.')}: lower SOLVER.BASE_LR or set SOLVER.CLIP_GRADIENTS.ENABLED True"
         else:
-            sentence = _of_memory(error) or explain_lost_ranks(error)
+            sentence = explain_lack_of_memory(error, LESS_MEMORY) or explain_lost_ranks(error)
         return UserError(f"{sentence}; {saved(self.folder)}.") if sentence else None
 
     def _of_system(self, error: OSError) -> str | None:
@@ -56,15 +58,3 @@ def saved(folder: str) -> str:
     """Return a clause that says which checkpoint --resume would continue from."""
     files = [path for path in checkpoint_files(folder) if os.path.isfile(path)]
     return f"--resume continues from {files[0]}" if files else "there is no checkpoint yet"
-
-
-def _of_memory(error: BaseException | None) -> str | None:
-    reason = str(error).strip().partition("\n")[0].rstrip(" .")
-    if reason.startswith("DataLoader worker"):
-        return f"A data loading process died ({reason}), most likely because it ran out of memory: lower DATALOADER.NUM_WORKERS"
-    if is_out_of_memory(error):
-        return (
-            f"Out of memory ({reason or type(error).__name__}): raise SOLVER.GRADIENT_ACCUMULATION_STEPS, or lower SOLVER.IMS_PER_BATCH or "
-            "the image sizes in INPUT"
-        )
-    return None

@@ -17,7 +17,7 @@ from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from ..errors import UserError, check_number, exit_on_user_error
+from ..errors import UserError, as_user_error, check_number, exit_on_user_error
 from .stop_request import forwarded_to_children
 
 
@@ -56,15 +56,21 @@ def _launch_several(main: Callable[[argparse.Namespace], object], args: argparse
     try:
         with forwarded_to_children():
             detectron2_launch(
-                main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (args,), _timeout(args)
+                _explaining_errors,
+                args.num_gpus,
+                args.num_machines,
+                args.machine_rank,
+                args.dist_url,
+                (main, args),
+                _timeout(args),
             )
     except ProcessRaisedException as error:
         # A child process raised: the message is its traceback as text, and the last line names the exception.
         last = str(error).strip().splitlines()[-1]
-        sentence = re.match(r"kd_d2[\w.]*Error: (.+)|OSError: \[Errno (?:28|122|27)\] (.+)", last)
+        sentence = re.match(r"kd_d2[\w.]*Error: (.+)", last)
         if sentence is None:
             raise
-        raise UserError(sentence[1] or sentence[2]) from None
+        raise UserError(sentence[1]) from None
     except ProcessExitedException as error:
         number = -error.exit_code
         if number == signal.SIGKILL:
@@ -77,6 +83,17 @@ def _launch_several(main: Callable[[argparse.Namespace], object], args: argparse
                 "last lines above."
             ) from error
         sys.exit(128 + number if number > 0 else error.exit_code)
+
+
+def _explaining_errors(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
+    """Run `main(args)`, and raise a UserError for an error that `as_user_error` explains."""
+    try:
+        main(args)
+    except (OSError, RuntimeError, MemoryError) as error:
+        explained = as_user_error(error)
+        if explained is None:
+            raise
+        raise explained from error
 
 
 def _check_processes(args: argparse.Namespace) -> None:
