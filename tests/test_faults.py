@@ -6,6 +6,7 @@ import errno
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kd_d2 import UserError
-from kd_d2.checkpoint import checkpoint_files, read_checkpoint
+from kd_d2.checkpoint import KDCheckpointer, checkpoint_files, read_checkpoint
 from kd_d2.data.stream import MappedDataset
 from kd_d2.engine import KDTrainer
 
@@ -150,12 +151,27 @@ def test_a_full_disk(tmp_path: Path) -> None:
     project.output.mkdir()
     (project.output / "model_0000005.pth.partial").symlink_to("/dev/full")
     with pytest.raises(
-        UserError, match=r"Checkpoint .*model_0000005\.pth cannot be written .*; checkpoints already written are intact"
+        UserError,
+        match=r"Checkpoint .*model_0000005\.pth cannot be written \(No space left on device\); checkpoints already written are intact",
     ):
         train(project)
     assert sorted(path.name for path in project.output.glob("model*")) == ["model_0000002.pth"]
     assert _whole_checkpoints(project.output) == [2]
     assert (project.output / "last_checkpoint").read_text() == "model_0000002.pth"
+
+
+def test_a_disk_that_is_full_before_the_first_checkpoint(tmp_path: Path) -> None:
+    """Check the message for a file of which a part is written."""
+    _, unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    checkpointer = KDCheckpointer(torch.nn.Linear(1000, 1000), str(tmp_path))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, unlimited))
+    try:
+        with pytest.raises(UserError) as caught:
+            checkpointer.save("model_0000000")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (unlimited, unlimited))
+    path = tmp_path / "model_0000000.pth"
+    assert str(caught.value) == f"Checkpoint {path} cannot be written (File too large); there is no checkpoint yet."
 
 
 def test_a_disk_that_is_full_for_the_log(tmp_path: Path) -> None:
@@ -280,7 +296,7 @@ def test_an_output_folder_that_becomes_read_only(
     status, lines = _end_of(project)
     assert status == 2
     path = project.output / "model_0000005.pth"
-    sentence = f"Checkpoint {path} cannot be written ([Errno 30] Read-only file system); checkpoints already written are intact."
+    sentence = f"Checkpoint {path} cannot be written (Read-only file system); checkpoints already written are intact."
     assert lines[-1] == f"error: {sentence}"
     assert _whole_checkpoints(project.output) == [2]
 

@@ -12,7 +12,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-from ..errors import UserError
+from ..errors import UserError, system_error
 from ..files import atomic_write, write_text
 from .fitting import load_torchvision
 from .reading import UnreadableCheckpointError, local_path, read_checkpoint
@@ -55,7 +55,7 @@ class KDCheckpointer(DetectionCheckpointer):
         broken = [k for k, v in data["model"].items() if not v.isfinite().all()]
         if broken:
             raise UserError(
-                f"Checkpoint {name}.pth is not written, since the weight {broken[0]} is not finite; checkpoints already written are intact."
+                f"Checkpoint {name}.pth is not written, since the weight {broken[0]} is not finite; {self._earlier()}."
             )
         if self.class_names:
             data[CLASS_NAMES] = list(self.class_names)
@@ -86,10 +86,12 @@ class KDCheckpointer(DetectionCheckpointer):
                 torch.save(data, file)
             self.tag_last_checkpoint(os.path.basename(path))
         except (OSError, RuntimeError) as error:  # torch's writer raises a RuntimeError if the disk is full
-            reason = str(error).partition("\n")[0]
-            raise UserError(
-                f"Checkpoint {path} cannot be written ({reason}); checkpoints already written are intact."
-            ) from error
+            system = system_error(error)
+            reason = (system and system.strerror) or str(error).partition("\n")[0]
+            raise UserError(f"Checkpoint {path} cannot be written ({reason}); {self._earlier()}.") from error
+
+    def _earlier(self) -> str:
+        return "checkpoints already written are intact" if self.has_checkpoint() else "there is no checkpoint yet"
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         write_text(os.path.join(self.save_dir, "last_checkpoint"), last_filename_basename)
