@@ -132,6 +132,27 @@ def test_completion(capsys: pytest.CaptureFixture) -> None:
     assert not subprocess.run(["bash", "-n"], input=printed, text=True).returncode
 
 
+def test_completion_in_bash(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Check an option after one with several values, and a file as a value, in a folder with one file."""
+    pytest.importorskip("shtab")
+    run_command("completion", "bash")
+    script = tmp_path / "script"
+    script.write_text(capsys.readouterr().out)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "only.yaml").touch()
+
+    def completed(line: str) -> list[str]:
+        words = line.split(" ")
+        complete = f"COMP_CWORD={len(words) - 1}; _shtab_kd_d2 2>/dev/null; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+        command = ["bash", "-c", f'source {script}; COMP_WORDS=("$@"); {complete}', "bash", *words]
+        return subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True).stdout.split()
+
+    assert completed("kd-d2 predict --model run --in") == ["--input"]
+    assert completed("kd-d2 predict --model on") == ["only.yaml"]
+    assert completed("kd-d2 train only.yaml --resu") == ["--resume"]
+
+
 def test_output_that_is_not_read() -> None:
     """Check that a command whose reader, such as `head`, has ended stops without a traceback."""
     command = [sys.executable, "-m", "kd_d2", "config", "show", "tiny/retinanet-icd"]

@@ -12,6 +12,7 @@ zsh, with a folder DIR of $fpath:
 from __future__ import annotations
 
 import argparse
+import re
 
 from ..errors import UserError
 
@@ -37,7 +38,14 @@ def run(args: argparse.Namespace) -> None:
             if isinstance(analysis, AnalysisParser):
                 analysis.add_options()
     _complete_files(parser)
-    print(shtab.complete(parser, args.shell))
+    print(_with_options_everywhere(shtab.complete(parser, args.shell)))
+
+
+def _with_options_everywhere(script: str) -> str:
+    """Let bash complete a word that starts with "-" as an option also where the value of another option may follow."""
+    return re.sub(
+        r'("\$completing_word" == -\*) &&\s+\( -z "\$current_action_compgen" [^\n]+ \) \]\]', r"\1 ]]", script
+    )
 
 
 def _subcommands(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
