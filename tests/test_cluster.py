@@ -63,6 +63,14 @@ def test_compose_file_follows_its_schema() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_containers_have_time_to_write_a_checkpoint() -> None:
+    """Check that Compose gives a training as long as Kubernetes."""
+    service = yaml.safe_load((CLUSTER / "compose.yaml").read_text())["services"]["train"]
+    _, job = yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text())
+    assert job["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] == 180
+    assert service["stop_grace_period"] == "3m"
+
+
 def test_pods_may_do_no_more_than_they_must() -> None:
     """Check the restricted profile of Kubernetes' pod security standards, and that all resources are limited."""
     _, job = yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text())
