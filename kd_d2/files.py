@@ -27,13 +27,13 @@ def atomic_write(path: str, mode: str = "w") -> Iterator[IO]:
     """
     encoding = None if "b" in mode else "utf-8"
     if _is_special(path):
-        with _named_in_errors(path), open(path, mode, encoding=encoding) as file:
+        with named_in_errors(path), open(path, mode, encoding=encoding) as file:
             yield file
         return
     target = os.path.realpath(path)
     partial = f"{target}.partial"
     try:
-        with _named_in_errors(path):
+        with named_in_errors(path):
             with open(partial, mode, encoding=encoding) as file:
                 yield file
                 file.flush()
@@ -46,7 +46,7 @@ def atomic_write(path: str, mode: str = "w") -> Iterator[IO]:
 
 
 @contextlib.contextmanager
-def _named_in_errors(path: str) -> Iterator[None]:
+def named_in_errors(path: str) -> Iterator[None]:
     """Name the path in system errors of this context, such as that of a full disk."""
     try:
         yield

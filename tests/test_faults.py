@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import multiprocessing
 import os
@@ -9,15 +10,17 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kd_d2 import UserError
 from kd_d2.checkpoint import KDCheckpointer, checkpoint_files, read_checkpoint
 from kd_d2.data.stream import MappedDataset
 from kd_d2.engine import KDTrainer
+from kd_d2.engine.folder_lock import lock_folder, unlock_folder
 
 import pytest
 import torch
@@ -160,16 +163,22 @@ def test_a_full_disk(tmp_path: Path) -> None:
     assert (project.output / "last_checkpoint").read_text() == "model_0000002.pth"
 
 
+@contextlib.contextmanager
+def _files_up_to(size: int) -> Iterator[None]:
+    """Limit the size of the files that this process writes within this context."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def test_a_disk_that_is_full_before_the_first_checkpoint(tmp_path: Path) -> None:
     """Check the message for a file of which a part is written."""
-    _, unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     checkpointer = KDCheckpointer(torch.nn.Linear(1000, 1000), str(tmp_path))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, unlimited))
-    try:
-        with pytest.raises(UserError) as caught:
-            checkpointer.save("model_0000000")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (unlimited, unlimited))
+    with _files_up_to(300_000), pytest.raises(UserError) as caught:
+        checkpointer.save("model_0000000")
     path = tmp_path / "model_0000000.pth"
     assert str(caught.value) == f"Checkpoint {path} cannot be written (File too large); there is no checkpoint yet."
 
@@ -185,6 +194,24 @@ def test_a_disk_that_is_full_for_the_log(tmp_path: Path) -> None:
     trainer._hooks[0].after_step = full
     with pytest.raises(UserError, match=r"The disk of OUTPUT_DIR is full \(No space left on device\)"):
         trainer.train()
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_at_the_end(tmp_path: Path) -> None:
+    """Check that log lines that were not written cause no further message at exit."""
+    project = make_project(tmp_path)
+    project.output.mkdir()
+    (project.output / "log.txt").symlink_to("/dev/full")
+    command = [sys.executable, "-m", "kd_d2", "eval", "--model", str(project.student), str(project.teacher_weights)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "No space left on device" not in done.stderr, done.stderr
+
+
+def test_a_disk_that_is_full_for_the_lock(tmp_path: Path) -> None:
+    with _files_up_to(0), pytest.raises(OSError, match="File too large") as caught:
+        lock_folder(str(tmp_path))
+    unlock_folder(str(tmp_path))
+    assert caught.value.filename == str(tmp_path / ".training.lock")
 
 
 def test_a_data_worker_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import socket
 from typing import IO
 
 from ..errors import UserError
+from ..files import named_in_errors
 
 LOCK = ".training.lock"
 logger = logging.getLogger(__name__)
@@ -42,9 +43,10 @@ def lock_folder(folder: str) -> None:
         raise UserError(
             f"OUTPUT_DIR {folder} is in use by another training ({owner}); choose another folder, or wait until it has finished."
         ) from error
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
+    with named_in_errors(file.name):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
 
 
 def unlock_folder(folder: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import contextlib
 import logging
 import os
 import shlex
@@ -56,6 +58,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     keep_controls_out_of_logs()
     for name in ("fvcore", "detectron2", "kd_d2"):
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
+    atexit.register(_close_log_file)
     register_synthetic()
     register_coco_json(cfg, _class_order(cfg, args), train=not args.eval_only)
     check_datasets(cfg, train=not args.eval_only)
@@ -72,6 +75,14 @@ def setup(args: argparse.Namespace) -> CfgNode:
         if advice:
             logger.warning(advice)
     return cfg
+
+
+def _close_log_file() -> None:
+    """Close the log file before Detectron2 does, which prints a message about a full disk once more."""
+    for handler in logging.getLogger("kd_d2").handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.stream not in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                handler.stream.close()
 
 
 def write_configs(cfg: CfgNode) -> None:
