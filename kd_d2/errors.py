@@ -73,10 +73,11 @@ def check_number(key: str, value: object, minimum: float, *, exclusive: bool = F
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Exit with status 2 and a one-sentence message on a UserError, and with status 130 on Ctrl-C.
+    """Exit with status 2 and a one-sentence message on a UserError or an error that `as_user_error` explains.
 
-    Exits with status 2, too, on an error that `as_user_error` explains, and with status 1 if the reader of the output, such as `head`, has closed it. Output streams that are closed from
-    the beginning (`>&-`) are discarded. Also keeps control characters out of the logs.
+    Exits with status 130 on Ctrl-C, and with status 1 if the reader of the output, such as `head`, has closed it.
+    Output streams that are closed from the beginning (`>&-`) are discarded. Also keeps control characters out of the
+    logs.
     """
     keep_controls_out_of_logs()
     for name in ("stdout", "stderr"):
