@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import IO, Any
 
@@ -118,6 +118,14 @@ def check_output_file(path: str) -> None:
         raise UserError(f"--output {path} is a folder; name a file.")
     if not _is_special(path):
         check_output_folder(os.path.dirname(os.path.realpath(path)), "--output")
+
+
+def check_inputs_are_kept(drawings: Iterable[str], inputs: Iterable[str]) -> None:
+    """Raise a UserError if one of the paths of drawings is that of an input."""
+    files = set(map(os.path.realpath, inputs))
+    for path in drawings:
+        if os.path.realpath(path) in files:
+            raise UserError(f"--output: the drawing {path} would overwrite an input; choose another folder.")
 
 
 def check_output_folder(folder: str, key: str = "OUTPUT_DIR") -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from kd_d2 import UserError
 from kd_d2.analysis import (
     ANALYSES,
+    Analysis,
     TrainedModel,
     find_analysis,
     load_analysis,
@@ -21,10 +22,13 @@ from kd_d2.analysis import (
     load_models,
     register_analysis,
 )
+from kd_d2.analysis.attention import AttentionAnalysis
 from kd_d2.analysis.base import nanmean
 from kd_d2.analysis.errors import ErrorAnalysis
 from kd_d2.analysis.models import restrict_images
+from kd_d2.analysis.ranks import RankAnalysis
 from kd_d2.files import read_json, write_json
+from kd_d2.report.page import Picture
 
 import numpy as np
 import pytest
@@ -233,6 +237,58 @@ def test_what_is_wrong_with_a_file(tmp_path: Path, tree: dict, message: str) -> 
     loaded = load_analysis(str(tmp_path))
     assert isinstance(loaded, ErrorAnalysis) and loaded.models["a"].overall["all"] == {"C75": 1, "C50": None}
     assert loaded.folder == str(tmp_path) and "| a, all" in loaded.summary()
+
+
+def _ranks(folder: Path, names: list[str] | None) -> RankAnalysis:
+    """Return an analysis that wrote pictures with these names; None: as written by older versions."""
+    for name in names or ():
+        (folder / name).write_bytes(b"")
+    analysis = RankAnalysis(names or [], True)
+    analysis.picture_files = names
+    return analysis
+
+
+def _shown(analysis: Analysis) -> list[str]:
+    return [Path(block.path).name for block in analysis.section().blocks if isinstance(block, Picture)]
+
+
+def test_pictures_in_one_folder_belong_to_their_analyses(tmp_path: Path) -> None:
+    """Check that a rerun deletes and a report shows an analysis's own pictures, also after another ran in between."""
+    folder, photo = str(tmp_path), tmp_path / "photo.png"
+    photo.write_bytes(b"")
+    _ranks(tmp_path, ["a.png", "b.png"]).save(folder)
+    assert _shown(load_analysis(folder)) == ["a.png", "b.png"]
+    attention = AttentionAnalysis(1, 1, 0.5, 0.5)
+    attention.picture_files = ["b.png", "c.png"]
+    (tmp_path / "c.png").write_bytes(b"")
+    attention.save(folder)
+    assert _shown(load_analysis(folder)) == ["b.png", "c.png"]
+    RankAnalysis.clear(folder)
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["b.png", "c.png", "photo.png"]
+    assert load_analysis(folder).name == "attention"
+    _ranks(tmp_path, ["d.png"]).save(folder)
+    assert _shown(load_analysis(folder)) == ["d.png"]
+    RankAnalysis.clear(folder)
+    assert not (tmp_path / "d.png").exists() and not (tmp_path / "analysis.json").exists()
+
+
+def test_pictures_that_are_not_listed_are_shown_and_kept(tmp_path: Path) -> None:
+    """Check an output folder of an older version, and that a list names no file elsewhere."""
+    folder, outside = tmp_path / "out", tmp_path / "x.png"
+    folder.mkdir()
+    for path in (folder / "a.png", outside):
+        path.write_bytes(b"")
+    _ranks(folder, None).save(str(folder))
+    assert not (folder / "pictures.json").exists() and _shown(load_analysis(str(folder))) == ["a.png"]
+    RankAnalysis.clear(str(folder))
+    assert (folder / "a.png").exists() and not (folder / "analysis.json").exists()
+    _ranks(folder, ["../x.png", str(outside), "ranks.json"]).save(str(folder))
+    assert _shown(load_analysis(str(folder))) == []
+    RankAnalysis.clear(str(folder))
+    assert outside.exists() and (folder / "ranks.json").exists()
+    write_json(str(folder / "pictures.json"), {"ranks": "a.png"})
+    with pytest.raises(UserError, match=r"pictures.json: 'ranks' is 'a.png', not a list"):
+        RankAnalysis.load(str(folder))
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ def test_a_picture_for_each_image_with_instances(distilled: Project, tmp_path: P
         "003.png",
         "analysis.json",
         "attention.json",
+        "pictures.json",
     ]  # the third image has no instances
     data = AttentionAnalysis.load(str(tmp_path / "out"))
     assert data.images == 3 and data.instances >= 3 and 0 < data.share_in_box < 1 and 0 < data.box_area < 1

@@ -108,8 +108,16 @@ def test_sheets_of_three_models(tmp_path: Path, capsys: pytest.CaptureFixture) -
     arguments[arguments.index("--images") + 1] = 1
     run(*arguments)
     (sheet,) = output.glob("*.png")  # those of the earlier run are deleted
-    sheet.rename(output / "100-other.png")
-    assert [block.path for block in load_analysis(str(output)).section().blocks] == [str(output / "100-other.png")]
+    other = sheet.with_name("100-other.png")
+    other.write_bytes(b"")
+    assert [block.path for block in load_analysis(str(output)).section().blocks] == [str(sheet)]
+    (output / "pictures.json").unlink()  # as written by older versions
+    assert [block.path for block in load_analysis(str(output)).section().blocks] == [str(sheet), str(other)]
+    sheet.unlink()
+    sheet.symlink_to(project.annotations.parent / "images" / "000.png")
+    with pytest.raises(SystemExit):
+        run(*arguments)
+    assert f"error: --output: the drawing {sheet} would overwrite an input" in capsys.readouterr().err
 
 
 def test_one_model_is_not_enough(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:

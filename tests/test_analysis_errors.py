@@ -48,6 +48,9 @@ def test_two_models_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture) 
     assert (output / "one" / "coco_instances_results.json").stat().st_mtime_ns == kept
     overall = json.loads((output / "errors.json").read_text())["one"]["overall"]["all"]
     assert overall["Sim"] == overall["Oth"]
+    listed = json.loads((output / "pictures.json").read_text())["errors"]
+    assert sorted(listed) == sorted(str(path.relative_to(output)) for path in output.rglob("*.png"))
+    assert sorted(listed) == ["costs.png", "curves.png", "sizes.png"]
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,8 @@ def test_two_students_and_their_teacher(tmp_path: Path, capsys: pytest.CaptureFi
     )  # 64 x 96 pixels, three models, the image and three channels
     assert drawn.shape == (3 * (200 + 34 + 8), 4 * (300 + 8), 3)
     assert cv2.imread(str(output / "neighbors.png")).std() > 0
+    listed = json.loads((output / "pictures.json").read_text())["features"]
+    assert sorted(listed) == sorted(str(path.relative_to(output)) for path in output.rglob("*.png"))
     assert "| copy " in capsys.readouterr().out
 
 

@@ -160,7 +160,7 @@ def test_a_picture_for_each_image_with_instances(draw: Callable, capsys) -> None
     assert capsys.readouterr().out.count(".png") == 3
 
 
-def test_files_of_ones_own_have_no_ranks(draw: Callable, distilled: Project, tmp_path: Path) -> None:
+def test_files_of_ones_own_have_no_ranks(draw: Callable, distilled: Project, tmp_path: Path, capsys) -> None:
     image = distilled.annotations.parent / "images" / "001.png"
     assert draw("--input", image) == ["001.png"]
     other = tmp_path / "other" / "001.png"
@@ -168,6 +168,13 @@ def test_files_of_ones_own_have_no_ranks(draw: Callable, distilled: Project, tmp
     other.write_bytes(image.read_bytes())
     assert draw("--input", image, other) == ["001-2.png", "001.png"]
     picture = cv2.imread(str(tmp_path / "out" / "001.png"))
+    with pytest.raises(SystemExit):
+        draw("--input", tmp_path / "out" / "001.png")
+    assert (
+        f"error: --output: the drawing {tmp_path / 'out' / '001.png'} would overwrite an input"
+        in capsys.readouterr().err
+    )
+    np.testing.assert_array_equal(cv2.imread(str(tmp_path / "out" / "001.png")), picture)
     assert picture.shape == (
         3 * (360 + 34 + 8),
         6 * (240 + 8),

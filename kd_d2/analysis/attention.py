@@ -60,9 +60,10 @@ class AttentionAnalysis(Analysis):
         model, icd = load_icd(distillation)
         check_output_folder(output, "--output")
         examples = read_examples(distillation.cfg, images)
+        names = picture_names(examples, output)
         cls.clear(output)
         shares = []
-        for example, name in zip(examples, picture_names(examples), strict=True):
+        for example, name in zip(examples, names, strict=True):
             target = example["instances"].to(model.device)
             (attention,) = icd.attention_maps(model.teacher([example], icd.needs), [target])
             shares.append(torch.stack(share_inside(attention, target)).cpu())
@@ -70,7 +71,9 @@ class AttentionAnalysis(Analysis):
             picture = draw_attention(image, target.to("cpu"), attention, distillation.class_names, instances)
             write_picture(os.path.join(output, name), picture)
         shares = torch.cat(shares, 1)
-        return cls(len(examples), shares.shape[1], *shares.mean(1).tolist())
+        analysis = cls(len(examples), shares.shape[1], *shares.mean(1).tolist())
+        analysis.picture_files = names
+        return analysis
 
     def sentences(self) -> list[str]:
         return [

@@ -19,12 +19,14 @@ from ..errors import UserError
 from ..files import check_output_folder, read_json, write_json
 from ..report.page import Picture, Section, Table
 from ..text import label
-from ..typed_json import members
+from ..typed_json import from_tree, members
 from .models import load_models
 from .registry import find_analysis
 
 MARKER = "analysis.json"
 """The file that marks the output folder of a finished analysis; it has the name of the analysis."""
+PICTURES = "pictures.json"
+"""The file of an output folder that lists the pictures written there, by analysis."""
 NOT_STORED = {"stored": False}
 """Metadata of a dataclass field of an `Analysis` that is not stored in its data file."""
 
@@ -48,6 +50,9 @@ class Analysis(ABC):
 
     Attributes:
         folder: the folder in which it is saved; None before `save`.
+        picture_files: names, relative to `folder`, of the pictures that `run` and `draw` wrote. A report shows only these,
+            and `clear` deletes only these. None if they are not listed: a report shows the pictures that `figures` matches
+            and no other analysis lists.
     """
 
     name: ClassVar[str]
@@ -58,6 +63,7 @@ class Analysis(ABC):
     read_models: ClassVar = staticmethod(load_models)
 
     folder: str | None = field(default=None, init=False, repr=False, metadata=NOT_STORED)
+    picture_files: list[str] | None = field(default=None, init=False, repr=False, metadata=NOT_STORED)
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -76,11 +82,14 @@ class Analysis(ABC):
 
     @classmethod
     def clear(cls, folder: str) -> None:
-        """Delete the marker and the pictures of an earlier run of this analysis in the folder."""
-        if is_analysis(folder) and read_json(os.path.join(folder, MARKER)) == {"analysis": cls.name}:
-            for pattern in (*cls.figures, MARKER):
-                for path in _matches(folder, pattern):
-                    os.remove(path)
+        """Delete the marker and the listed pictures of an earlier run of this analysis in the folder."""
+        listed = set(_listed_pictures(folder).get(cls.name, ()))
+        for pattern in cls.figures:
+            for name in listed.intersection(_matches(folder, pattern)):
+                os.remove(os.path.join(folder, name))
+        marker = os.path.join(folder, MARKER)
+        if is_analysis(folder) and read_json(marker) == {"analysis": cls.name}:
+            os.remove(marker)
 
     def sentences(self) -> list[str]:
         """Return sentences that describe the tables and pictures."""
@@ -112,9 +121,12 @@ class Analysis(ABC):
     def section(self) -> Section:
         """Return the section of a report, with the pictures in `folder`."""
         section = Section(self.title, self.sentences(), [*self.tables(), *self.details()])
+        listed = {name for names in _listed_pictures(self.folder).values() for name in names}
         for pattern, caption in self.figures.items():
-            for path in _matches(self.folder, pattern):
-                section.blocks.append(Picture(path, caption + (os.path.basename(path) if "*" in pattern else "")))
+            for name in _matches(self.folder, pattern):
+                if name in self.picture_files if self.picture_files is not None else name not in listed:
+                    path = os.path.join(self.folder, name)
+                    section.blocks.append(Picture(path, caption + (os.path.basename(name) if "*" in pattern else "")))
         return section
 
     def save(self, folder: str) -> None:
@@ -127,6 +139,7 @@ class Analysis(ABC):
         tree = {name: getattr(self, name) for name in self._stored()}
         write_json(os.path.join(folder, self.file), tree if len(tree) > 1 else tree.popitem()[1])
         self.draw(folder)
+        self._list_pictures(folder)
         write_json(os.path.join(folder, MARKER), {"analysis": self.name})
         self.folder = folder
 
@@ -144,7 +157,16 @@ class Analysis(ABC):
             raise UserError(f"{path}: the file is empty.")
         loaded = cls(**values)
         loaded.folder = folder
+        loaded.picture_files = _listed_pictures(folder).get(cls.name)
         return loaded
+
+    def _list_pictures(self, folder: str) -> None:
+        before, own = _listed_pictures(folder), self.picture_files or ()
+        listed = {key: [name for name in names if name not in own] for key, names in before.items() if key != self.name}
+        if self.picture_files is not None:
+            listed[self.name] = self.picture_files
+        if listed != before:
+            write_json(os.path.join(folder, PICTURES), listed)
 
     @classmethod
     def _stored(cls) -> dict[str, Any]:
@@ -153,7 +175,12 @@ class Analysis(ABC):
 
 
 def _matches(folder: str, pattern: str) -> list[str]:
-    return sorted(glob.glob(os.path.join(glob.escape(folder), pattern)))
+    return sorted(glob.glob(pattern, root_dir=folder))
+
+
+def _listed_pictures(folder: str) -> dict[str, list[str]]:
+    path = os.path.join(folder, PICTURES)
+    return from_tree(dict[str, list[str]], read_json(path), path, "the file") if os.path.isfile(path) else {}
 
 
 def is_analysis(folder: str) -> bool:

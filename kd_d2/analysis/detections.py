@@ -17,7 +17,7 @@ from detectron2.structures import Boxes, Instances
 from ..data import read_image
 from ..errors import UserError
 from ..evaluation.coco import found_objects
-from ..files import check_output_folder
+from ..files import check_inputs_are_kept, check_output_folder
 from .base import Analysis, check_at_least
 from .drawing import draw_instances, sheet, titled, write_picture
 from .examples import picture_name
@@ -72,18 +72,24 @@ class DetectionAnalysis(Analysis):
         first, second = (found_objects(truth, detections[m.title], score_thresh) for m in models[:2])
         differing = differences(truth, first, second)
         entries = {entry["image_id"]: entry for entry in DatasetCatalog.get(models[0].dataset)}
+        chosen = choose(differing, images)
+        names = [f"{number:03d}-{picture_name(entries[image_id])}" for number, image_id in enumerate(chosen, 1)]
+        check_inputs_are_kept(
+            (os.path.join(output, name) for name in names), (entry["file_name"] for entry in entries.values())
+        )
         cls.clear(output)
-        for number, image_id in enumerate(choose(differing, images), 1):
-            entry = entries[image_id]
+        for name, image_id in zip(names, chosen, strict=True):
             shown = {
                 title: [d for d in found if d["image_id"] == image_id and d["score"] >= score_thresh]
                 for title, found in detections.items()
             }
-            image = read_image(entry["file_name"], "RGB")
+            image = read_image(entries[image_id]["file_name"], "RGB")
             picture = draw_differences(truth, image_id, image, differing[image_id], shown)
-            write_picture(os.path.join(output, f"{number:03d}-{picture_name(entry)}"), picture)
+            write_picture(os.path.join(output, name), picture)
         total = {key: sum(len(getattr(d, key)) for d in differing.values()) for key in ("gained", "lost")}
-        return cls((models[0].title, models[1].title), total, {str(i): d for i, d in differing.items()})
+        analysis = cls((models[0].title, models[1].title), total, {str(i): d for i, d in differing.items()})
+        analysis.picture_files = names
+        return analysis
 
     def sentences(self) -> list[str]:
         first, second = self.compared

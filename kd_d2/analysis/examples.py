@@ -12,6 +12,7 @@ from detectron2.data import transforms as T
 
 from ..data import CheckedMapper
 from ..errors import UserError
+from ..files import check_inputs_are_kept
 from ..text import file_stem
 
 
@@ -55,8 +56,15 @@ def picture_name(example: dict) -> str:
     return file_stem(os.path.splitext(os.path.basename(example["file_name"]))[0]) + ".png"
 
 
-def picture_names(examples: list[dict]) -> list[str]:
-    """Return different file names for pictures of examples; equal names, from other folders, are numbered."""
+def picture_names(examples: list[dict], *folders: str) -> list[str]:
+    """Return different file names for pictures of examples; equal names, from other folders, are numbered.
+
+    Args:
+        folders: those to which the pictures are written.
+
+    Raises:
+        UserError: a picture would overwrite the image of an example.
+    """
     names: dict[str, None] = {}
     for example in examples:
         name, number = picture_name(example), 1
@@ -64,6 +72,8 @@ def picture_names(examples: list[dict]) -> list[str]:
             number += 1
             name = f"{picture_name(example).removesuffix('.png')}-{number}.png"
         names[name] = None
+    paths = (os.path.join(folder, name) for folder in folders for name in names)
+    check_inputs_are_kept(paths, (example["file_name"] for example in examples))
     return list(names)
 
 

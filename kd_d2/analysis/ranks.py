@@ -83,11 +83,13 @@ class RankAnalysis(Analysis):
         check_output_folder(output, "--output")
         cfg = distillation.cfg
         examples = read_files(cfg, input) if input else read_examples(cfg, images)
-        names = picture_names(examples)
+        names = picture_names(examples, output)
         cls.clear(output)
         for example, name in zip(examples, names, strict=True):
             write_picture(os.path.join(output, name), pair.draw(example, instances, score_thresh))
-        return cls(names, pair.layers is not None)
+        analysis = cls(names, pair.layers is not None)
+        analysis.picture_files = names
+        return analysis
 
     def sentences(self) -> list[str]:
         if self.features_compared:

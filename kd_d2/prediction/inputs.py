@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ..data.images import DataError, open_image, read_checked
 from ..errors import UserError
+from ..files import check_inputs_are_kept
 from ..text import LONGEST_FILE_NAME, file_stem, is_unicode, printable
 from .video import video_problem
 
@@ -129,7 +130,6 @@ def drawing_names(inputs: list[Input], folder: str) -> list[str]:
     Raises:
         UserError: a drawing would overwrite an input, or is a video whose path is not UTF-8.
     """
-    files = {os.path.realpath(entry.path) for entry in inputs}
     names: dict[str, None] = {}
     for entry in inputs:
         place, file = os.path.split(os.path.splitext(entry.name)[0])
@@ -141,8 +141,7 @@ def drawing_names(inputs: list[Input], folder: str) -> list[str]:
             name = f"{stem}-{number}{suffix}"
         names[name] = None
         path = os.path.join(folder, name)
-        if os.path.realpath(path) in files:
-            raise UserError(f"--output: the drawing {path} would overwrite an input; choose another folder.")
         if entry.is_video and not is_unicode(path):
             raise UserError(f"--output: the path of the video {path} is not UTF-8; choose another folder.")
+    check_inputs_are_kept((os.path.join(folder, name) for name in names), (entry.path for entry in inputs))
     return list(names)

@@ -114,8 +114,10 @@ class ErrorAnalysis(Analysis):
         plot_error_curves(self.curves, os.path.join(folder, "curves.png"))
         plot_error_curves(self.curves, os.path.join(folder, "sizes.png"), sizes=SIZES[1:])
         plot_error_shares(self.curves, os.path.join(folder, "costs.png"))
+        self.picture_files = ["curves.png", "sizes.png", "costs.png"]
         for name in next(iter(self.curves.values())).class_names if self.draw_classes else ():
-            plot_error_curves(self.curves, os.path.join(folder, "classes", f"{file_stem(name)}.png"), name)
+            self.picture_files.append(f"classes/{file_stem(name)}.png")
+            plot_error_curves(self.curves, os.path.join(folder, self.picture_files[-1]), name)
 
     def sentences(self) -> list[str]:
         return [

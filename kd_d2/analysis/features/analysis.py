@@ -97,14 +97,19 @@ class FeatureAnalysis(Analysis):
         restrict_images(models, images, output)
         gatherer = FeatureGatherer([FeatureReader(model) for model in models], teacher, stride, channels)
         entries = DatasetCatalog.get(models[0].dataset)
-        names = picture_names(entries[:pictures])
+        folders = ("differences", "channels")
+        names = picture_names(entries[:pictures], *(os.path.join(output, folder) for folder in folders))
         cls.clear(output)
+        files = ["neighbors.png"]
         for number, entry in enumerate(tqdm(entries, unit="image", leave=False)):
             for folder, picture in gatherer.add(entry, draw=number < pictures).items():
-                write_picture(os.path.join(output, folder, names[number]), picture)
+                files.append(f"{folder}/{names[number]}")
+                write_picture(os.path.join(output, files[-1]), picture)
         correlations = gatherer.table(FeatureStatistics.mean_correlations)
         distances = gatherer.table(FeatureStatistics.mean_distances)
-        return cls(len(entries), correlations, distances, gatherer.statistics)
+        analysis = cls(len(entries), correlations, distances, gatherer.statistics)
+        analysis.picture_files = files
+        return analysis
 
     def draw(self, folder: str) -> None:
         for name, rows in (("correlation", self.correlations), ("distances", self.distances)):
