@@ -146,6 +146,8 @@ def test_two_processes_record_together(tmp_path: Path) -> None:
         ({"MODEL__META_ARCHITECTURE": "RetinaNet"}, [], "--model student must be the config of a distillation"),
         ({}, ["--every", 0], "--every is 0; it must be at least 1"),
         ({}, ["--images", 0], "--images is 0; it must be at least 1"),
+        ({}, ["--every", 5], "--every is 5, but SOLVER.MAX_ITER is 4: nothing would be recorded."),
+        ({}, ["--stride", 4], "--model student has no level of stride 4; its strides are [8, 16, 32, 64, 128]."),
     ],
 )
 def test_what_cannot_be_recorded(
@@ -155,6 +157,7 @@ def test_what_cannot_be_recorded(
     with pytest.raises(SystemExit):
         run("--model", project.student, "--output", tmp_path / "found", *arguments)
     assert expected in capfd.readouterr().err
+    assert not (tmp_path / "found" / "student" / "model_final.pth").exists()
 
 
 def test_what_cannot_be_drawn(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
@@ -171,11 +174,18 @@ def test_what_cannot_be_drawn(tmp_path: Path, capfd: pytest.CaptureFixture) -> N
     for count in (1, 2):
         run("--model", f"{count}={project.student}", *common, "--images", count, "--every", 1)
     with pytest.raises(SystemExit):
-        run("--model", tmp_path / "1", *common, "--stride", 4)
+        run("--model", f"new={project.student}", "--model", tmp_path / "1", *common, "--stride", 4)
+    assert not (tmp_path / "new").exists()
     assert "no level of stride 4; its strides are [8, 16, 32, 64, 128]" in capfd.readouterr().err
     with pytest.raises(SystemExit):
         run("--model", tmp_path / "1", "--model", tmp_path / "2", *common)
     assert f"{tmp_path / '2'} has different images than {tmp_path / '1'}" in capfd.readouterr().err
+    with pytest.raises(SystemExit):
+        run("--model", project.student, project.output / "model_final.pth", *common)
+    assert (
+        "error: --model student: kd-d2 analyze loss-maps takes a config, which it trains, without weights, or the output "
+        "folder of such a training."
+    ) in capfd.readouterr().err
     run("--model", f"small={project.student}", *common, "--images", 1, "--every", 1, "INPUT.MIN_SIZE_TEST", 48)
     with pytest.raises(SystemExit):
         run("--model", tmp_path / "1", "--model", tmp_path / "small", *common)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -109,14 +109,16 @@ class LossMapAnalysis(Analysis):
         check_at_least("--images", images, 1)
         check_at_least("--every", every, 1)
         check_output_folder(output, "--output")
-        folders = {}
         check_folder_names([path for path, _ in models])
+        folders = {path.title: training_folder(path, output) for path, _ in models}
+        for path, _ in models:
+            if path.run:
+                maps, _ = mean_loss_maps(path.run)
+                check_stride(stride, recorded_strides(maps), path.run)
         for path, opts in models:
-            if path.weights:
-                folders[path.title] = os.path.dirname(path.config)
+            if path.run:
                 continue
-            folders[path.title] = os.path.join(output, folder_name(path.title))
-            args = argparse.Namespace(config_file=path.config, resume=resume, images=images, every=every)
+            args = argparse.Namespace(config_file=path.config, resume=resume, images=images, every=every, stride=stride)
             args.opts = [*opts, "OUTPUT_DIR", folders[path.title]]
             vars(args).update(
                 title=path.title,
@@ -140,18 +142,44 @@ class LossMapAnalysis(Analysis):
         ]
 
 
+def training_folder(path: ModelPath, output: str) -> str:
+    """Return the output folder of a training that has recorded loss maps or will.
+
+    Raises:
+        UserError: the model is a config with weights.
+    """
+    if path.weights and not path.run:
+        raise UserError(
+            f"--model {path.title}: kd-d2 analyze loss-maps takes a config, which it trains, without weights, or the "
+            "output folder of such a training."
+        )
+    return path.run or os.path.join(output, folder_name(path.title))
+
+
+def check_stride(stride: int, strides: Collection[int], whose: str) -> None:
+    """Raise a UserError if the stride to draw is not among those of the levels."""
+    if stride not in strides:
+        raise UserError(f"{whose} has no level of stride {stride}; its strides are {sorted(strides)}.")
+
+
 def train_with_loss_maps(args: argparse.Namespace) -> None:
     """Train a distillation and record loss maps; the main function of each process.
 
     Args:
-        args: those of `engine.setup`, plus `title`, `imports`, `images` and `every`.
+        args: those of `engine.setup`, plus `title`, `imports`, `images`, `every` and `stride`.
+
+    Raises:
+        UserError: nothing would be recorded, or the student has no level of the stride.
     """
     import_extensions(args.imports)
     cfg = setup(args)
     check_distillation(cfg, f"--model {args.title}")
+    every = args.every or max(1, cfg.SOLVER.MAX_ITER // RECORDS)
+    if every > cfg.SOLVER.MAX_ITER:
+        raise UserError(f"--every is {every}, but SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER}: nothing would be recorded.")
     examples = read_examples(cfg, args.images)
     trainer = KDTrainer(cfg)
-    every = args.every or max(1, cfg.SOLVER.MAX_ITER // RECORDS)
+    check_stride(args.stride, trainer.bare_model.adapter.spec.shapes, f"--model {args.title}")
     recorder = LossMapRecorder(trainer.bare_model, examples, every, cfg.OUTPUT_DIR)
     if comm.is_main_process():
         for path in _records(recorder.folder) if not args.resume else ():  # from an earlier training
@@ -258,6 +286,11 @@ def mean_loss_maps(output: str) -> tuple[dict[str, np.ndarray], int]:
     return {name: level / len(paths) for name, level in total.items()}, len(paths)
 
 
+def recorded_strides(maps: Iterable[str]) -> set[int]:
+    """Return the strides in names "<image>/<stride>"."""
+    return {int(name.split("/")[1]) for name in maps}
+
+
 def draw_loss_maps(folders: dict[str, str], stride: int) -> tuple[np.ndarray, float, dict[str, RunShare]]:
     """Draw trainings side by side, one row per image; return the picture, the mean box area, and the results by title.
 
@@ -276,9 +309,7 @@ def draw_loss_maps(folders: dict[str, str], stride: int) -> tuple[np.ndarray, fl
     for title, levels in maps.items():
         if not _are_equal(examples, read_saved_examples(folders[title])[0]):
             raise UserError(f"{folders[title]} has different images than {first}.")
-        if f"0/{stride}" not in levels:
-            strides = sorted({int(name.split("/")[1]) for name in levels})
-            raise UserError(f"{folders[title]} has no level of stride {stride}; its strides are {strides}.")
+        check_stride(stride, recorded_strides(levels), folders[title])
     rows, covered, shares = [], [], {title: [] for title in folders}
     for number, (image, truth) in enumerate(examples):
         inside = inside_boxes(truth)
