@@ -93,6 +93,14 @@ def test_a_class_without_super_category_is_like_no_other() -> None:
     assert named.areas("cat")["all"]["Sim"] == pytest.approx(1)
 
 
+def test_annotation_ids_may_start_at_0() -> None:
+    objects = [(CAT, HERE), (DOG, THERE)]
+    truth, detections = _truth(*objects), _found(*((*o, 0.9) for o in objects))
+    for annotation in truth["annotations"]:
+        annotation["id"] -= 1
+    assert _areas(truth, detections) == pytest.approx([1] * 7)
+
+
 def test_several_processes_give_the_same() -> None:
     truth, detections = _truth(*CASES["twice"][0], (CAR, NOWHERE)), _found(*CASES["twice"][1], (CAR, HERE, 0.4))
     one, two = (analyze_errors(truth, detections, workers=n) for n in (1, 2))

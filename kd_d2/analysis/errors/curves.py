@@ -146,6 +146,7 @@ def _precision(
             annotations.append(annotation)
         elif annotation["category_id"] in ignored:
             annotations.append({**annotation, "category_id": category_id, "iscrowd": 1, "ignore": 1})
+    annotations = [{**a, "id": number} for number, a in enumerate(annotations, 1)]  # pycocotools: 0 is no match
     evaluation = evaluate_boxes(truth["images"], annotations, detections, [category_id], thresholds, MAX_DETECTIONS)
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation.accumulate()
