@@ -15,6 +15,16 @@ from matplotlib.text import Text
 matplotlib.rcParams["text.parse_math"] = False  # names may contain dollar signs
 
 
+def shrink_titles(figure: plt.Figure) -> None:
+    """Write each panel's title, shortened to one line, small enough for the width of the panel."""
+    for axis in figure.axes:
+        axis.title.set_text(label(axis.title.get_text()))
+    figure.draw_without_rendering()
+    for axis in figure.axes:
+        excess = axis.title.get_window_extent().width / axis.get_window_extent().width
+        axis.title.set_size(axis.title.get_size() / max(excess, 1))
+
+
 def save_figure(figure: plt.Figure, path: str) -> None:
     """Save a figure, creating the folder if needed, and close it. Each text is shortened to one line."""
     for text in figure.findobj(Text):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 from kd_d2 import UserError
-from kd_d2.analysis.errors import STAGES, ErrorCurves, analyze_errors
+from kd_d2.analysis.errors import STAGES, ErrorCurves, analyze_errors, plots
+from kd_d2.figures import plt
 
 import numpy as np
 import pytest
@@ -145,3 +147,27 @@ def test_unknown_detections_are_refused(change: dict, expected: str) -> None:
 def test_areas_are_means_over_recall() -> None:
     curves = ErrorCurves(["one"], np.tile(np.linspace(0, 1, 101), (1, 4, 7, 1)))
     assert curves.areas()["all"]["C75"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("length", [10, 62, 1000])
+def test_titles_of_any_length_fit_into_the_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    figures: list[plt.Figure] = []
+
+    def draw(figure: plt.Figure, path: str) -> None:
+        save_figure(figure, path)
+        figures.append(figure)
+
+    save_figure = plots.save_figure
+    monkeypatch.setattr(plots, "save_figure", draw)
+    curves = ErrorCurves(["cat"], np.tile(np.linspace(0, 1, 101), (1, 4, 7, 1)))
+    models = {letter * length: curves for letter in "WM"}
+    plots.plot_error_curves(models, str(tmp_path / "plot.png"))
+    plots.plot_error_shares(models, str(tmp_path / "plot.png"))
+    curves_figure, shares_figure = figures
+    first, second = (axis.title.get_window_extent() for axis in curves_figure.axes)
+    assert 0 <= first.x0 < first.x1 < second.x0 < second.x1 <= curves_figure.bbox.width
+    if length == 10:
+        assert {axis.title.get_size() for axis in curves_figure.axes} == {12}
+    (legend,) = shares_figure.legends
+    assert [len(text.get_text()) for text in legend.get_texts()] == [min(length, 85)] * 2
+    assert not any(legend.get_window_extent().overlaps(axis.get_window_extent()) for axis in shares_figure.axes)

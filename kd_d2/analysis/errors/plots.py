@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...figures import plt, save_figure
+from ...figures import plt, save_figure, shrink_titles
 from .curves import RECALLS, SIZES, STAGES, ErrorCurves
 
 COLORS = ("white", "0.82", "#6fa8dc", "#e06666", "#8fc97a", "#b490d6", "#f6b26b")
@@ -28,6 +28,7 @@ def plot_error_curves(
         for axis, size in zip(column, sizes, strict=True):
             _draw(axis, of_sizes[SIZES.index(size)])
             axis.set_title(", ".join([f"{title}: {name or 'all classes'}", *([size] if size != "all" else [])]))
+    shrink_titles(figure)
     save_figure(figure, path)
 
 
@@ -56,5 +57,6 @@ def plot_error_shares(models: dict[str, ErrorCurves], path: str) -> None:
         axis.set_title(size)
         axis.grid(axis="y", alpha=0.3)
     axes[0].set_ylabel("area gained, points")
-    axes[0].legend(fontsize=8)
+    handles, titles = axes[0].get_legend_handles_labels()
+    figure.legend(handles, titles, loc="outside lower center", ncols=min(2, len(models)), fontsize=8)
     save_figure(figure, path)
