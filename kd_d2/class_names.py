@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from detectron2.config import CfgNode
@@ -38,7 +39,7 @@ class ClassCount:
     key: str | None
 
     @classmethod
-    def in_config(cls, cfg: CfgNode, detector: type) -> ClassCount | None:
+    def in_config(cls, cfg: CfgNode, detector: Callable) -> ClassCount | None:
         """Return the number of a kind of detector from its config key, or None if the key is not known."""
         key = class_count_key(cfg, detector)
         return cls(cfg.MODEL[key.split(".")[1]].NUM_CLASSES, detector.__name__, key) if key else None
@@ -59,8 +60,13 @@ class ClassCount:
         )
 
 
-def class_count_key(cfg: CfgNode, detector: type) -> str | None:
-    """Return the config key of the number of classes of a kind of detector, which may subclass a known one."""
+def class_count_key(cfg: CfgNode, detector: Callable) -> str | None:
+    """Return the config key of the number of classes of a kind of detector, which may subclass a known one.
+
+    None if it is of another kind, or a function that builds a detector.
+    """
+    if not isinstance(detector, type):
+        return None
     if issubclass(detector, GeneralizedRCNN):
         return "MODEL.ROI_HEADS.NUM_CLASSES"
     nodes = (base.__name__.upper() for base in detector.__mro__)

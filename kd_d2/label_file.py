@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .class_names import names_in_data
 from .data import build_test_loader, register_coco_json, register_synthetic
 from .data.images import read_checked
-from .engine.checks import check_classes, check_datasets, check_distillation
+from .engine.checks import TEACHERS_CLASSES, check_classes, check_datasets, check_distillation
 from .errors import UserError
 from .files import check_output_file, write_json
 from .prediction.predict import to_annotations
@@ -55,7 +55,7 @@ def write_label_file(
     if not skip_unusable:
         check_images(name)
     teacher = Teacher.from_config(cfg)
-    check_classes(cfg, teacher.model)
+    check_classes(cfg, teacher.model, TEACHERS_CLASSES)
     if "detections" not in teacher.spec.provides or teacher.spec.num_classes is None:
         raise UserError(
             f"The teacher ({teacher.spec.name}) does not predict detections with classes, so it cannot label images."

@@ -24,6 +24,7 @@ from kd_d2.analysis import (
 )
 from kd_d2.analysis.attention import AttentionAnalysis
 from kd_d2.analysis.base import nanmean
+from kd_d2.analysis.drawing import write_picture
 from kd_d2.analysis.errors import ErrorAnalysis
 from kd_d2.analysis.models import restrict_images
 from kd_d2.analysis.ranks import RankAnalysis
@@ -250,6 +251,12 @@ def _ranks(folder: Path, names: list[str] | None) -> RankAnalysis:
 
 def _shown(analysis: Analysis) -> list[str]:
     return [Path(block.path).name for block in analysis.section().blocks if isinstance(block, Picture)]
+
+
+def test_a_picture_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(UserError, match=r"^The picture .*a\.png cannot be written: "):
+        write_picture(str(tmp_path / "a.png"), np.zeros((4, 4, 3), np.uint8))
 
 
 def test_pictures_in_one_folder_belong_to_their_analyses(tmp_path: Path) -> None:

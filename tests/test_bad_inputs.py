@@ -12,12 +12,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from kd_d2.config import read_config
-from kd_d2.engine import launch
+from kd_d2.config import load_config, read_config
+from kd_d2.data import register_coco_json
+from kd_d2.engine import evaluate_teacher, launch
 from kd_d2.engine.checks import check_datasets, check_device
 from kd_d2.errors import UserError
 from kd_d2.files import write_text
 from kd_d2.modeling.building import building_from
+from kd_d2.teacher import Teacher
 
 import pytest
 import torch
@@ -196,6 +198,21 @@ def test_class_counts_of_data_and_model(project: Project, refused, eval_only: bo
     assert refused(*args, "MODEL.RETINANET.NUM_CLASSES", 4) == (
         f"The dataset {project.name} has 3 classes, but the model (RetinaNet) predicts 4: set MODEL.RETINANET.NUM_CLASSES "
         "accordingly."
+    )
+
+
+def test_class_counts_of_data_and_teacher(project: Project) -> None:
+    """Check that the teacher's config is named if the teacher alone is evaluated."""
+    project.change_teacher(MODEL__RETINANET__NUM_CLASSES=4)
+    save_fixed_weights(project.teacher, project.teacher_weights)
+    cfg = load_config(str(project.student))
+    with clean_process():
+        register_coco_json(cfg)
+        with pytest.raises(UserError) as caught:
+            evaluate_teacher(cfg, Teacher.from_config(cfg))
+    assert str(caught.value) == (
+        f"The dataset {project.name} has 3 classes, but the model (RetinaNet) predicts 4: set the number of classes in the "
+        "teacher's config accordingly."
     )
 
 

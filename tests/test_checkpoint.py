@@ -139,6 +139,7 @@ def test_numpy_scalars_are_plain_data(tmp_path: Path) -> None:
         ({3: torch.zeros(1)}, "holds a dict, not a dictionary of weights by name."),
         ({"model": {3: torch.zeros(1)}}, "holds a dict, not a dictionary of weights by name."),
         ({"model": {"a": 3}}, "is not a dictionary of weights: its entry 'a' is not a tensor."),
+        ({"model_state": {3: torch.zeros(1)}}, "holds a dict, not a dictionary of weights by name."),
         ({"model_state": 3}, "is not a dictionary of weights: its entry 'model_state' is not a tensor."),
     ],
 )

@@ -267,6 +267,7 @@ def test_the_key_of_the_number_of_classes() -> None:
         assert class_count_key(cfg, detector) == f"MODEL.{node}.NUM_CLASSES"
     own = type("OneLevelDetector", (DenseDetector,), {})
     assert class_count_key(cfg, own) is None
+    assert class_count_key(cfg, lambda cfg: RetinaNet(cfg)) is None
     assert ClassCount(4, own.__name__, None).difference("val", 3) == (
         "The dataset val has 3 classes, but the model (OneLevelDetector) predicts 4: set its number of classes accordingly."
     )

@@ -527,8 +527,9 @@ def test_the_root_category_of_roboflow_in_a_file_without_annotations(coco: Set) 
         return [read.class_names for read in data]
 
     assert classes() == [list(CLASSES)] * 2
-    coco.change(lambda tree: tree["categories"][-1].update(supercategory="none"))
-    assert classes() == [["colors", *CLASSES]] * 2
+    for other in ("none", ["colors"]):
+        coco.change(lambda tree, other=other: tree["categories"][-1].update(supercategory=other))
+        assert classes() == [["colors", *CLASSES]] * 2
 
 
 def test_the_size_of_a_turned_image_is_that_of_the_upright_one(coco: Set) -> None:

@@ -182,6 +182,7 @@ def test_soft_label_focused_on_differences() -> None:
 def test_quality_focal_loss_by_hand() -> None:
     """Check |0.75 - 0.5| ** power times the cross-entropy log 2, weights, equal predictions, and the gradient."""
     student, teacher = torch.tensor([0.0, 2.0]), torch.tensor([_logit(0.75), 2.0])
+    assert quality_focal_loss(student, student, power=0.0).item() == pytest.approx(math.log(2) + 0.36533, abs=1e-5)
     for power in (1.0, 2.0):
         loss = quality_focal_loss(student, teacher, power=power)
         assert loss.item() == pytest.approx(0.25**power * math.log(2), rel=1e-5)

@@ -10,6 +10,7 @@ import numpy as np
 from detectron2.structures import Instances
 from PIL import Image, ImageDraw, ImageFont
 
+from ..errors import UserError
 from ..text import label, printable
 from .fonts import font_file
 
@@ -149,5 +150,8 @@ def sheet(rows: list[list[np.ndarray]], gap: int = 8) -> np.ndarray:
 def write_picture(path: str, image: np.ndarray) -> None:
     """Write an image to a file, create its folder if it does not exist, and print the path."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    cv2.imwrite(path, image[:, :, ::-1])
+    if not cv2.imwrite(path, image[:, :, ::-1]):
+        raise UserError(
+            f"The picture {path} cannot be written: the disk is full, or the file or its folder is not writable."
+        )
     print(printable(path), flush=True)

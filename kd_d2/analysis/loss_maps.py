@@ -21,6 +21,7 @@ from detectron2.utils.events import EventStorage
 from ..arguments import add_launch_arguments
 from ..engine import KDTrainer, launch, setup, write_configs
 from ..engine.checks import check_distillation
+from ..engine.learning_rate import scale_to_world_size
 from ..engine.rank_states import preserved_loss_normalizers
 from ..errors import UserError
 from ..extensions import import_extensions
@@ -174,9 +175,10 @@ def train_with_loss_maps(args: argparse.Namespace) -> None:
     import_extensions(args.imports)
     cfg = setup(args)
     check_distillation(cfg, f"--model {args.title}")
-    every = args.every or max(1, cfg.SOLVER.MAX_ITER // RECORDS)
-    if every > cfg.SOLVER.MAX_ITER:
-        raise UserError(f"--every is {every}, but SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER}: nothing would be recorded.")
+    iterations = scale_to_world_size(cfg, comm.get_world_size()).SOLVER.MAX_ITER
+    every = args.every or max(1, iterations // RECORDS)
+    if every > iterations:
+        raise UserError(f"--every is {every}, but SOLVER.MAX_ITER is {iterations}: nothing would be recorded.")
     examples = read_examples(cfg, args.images)
     trainer = KDTrainer(cfg)
     check_stride(args.stride, trainer.bare_model.adapter.spec.shapes, f"--model {args.title}")

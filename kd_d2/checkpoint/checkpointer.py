@@ -91,7 +91,8 @@ class KDCheckpointer(DetectionCheckpointer):
             raise UserError(f"Checkpoint {path} cannot be written ({reason}); {self._earlier()}.") from error
 
     def _earlier(self) -> str:
-        return "checkpoints already written are intact" if self.has_checkpoint() else "there is no checkpoint yet"
+        exists = any(map(os.path.isfile, checkpoint_files(self.save_dir)))
+        return "checkpoints already written are intact" if exists else "there is no checkpoint yet"
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         write_text(os.path.join(self.save_dir, "last_checkpoint"), last_filename_basename)

@@ -100,6 +100,7 @@ def read_checkpoint(path: str) -> dict[str, Any]:
         weights = {k: v for k, v in content.items() if not k.endswith("_momentum")}
         content = {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
     if isinstance(content.get("model_state"), dict):  # pycls
+        _check_names(content["model_state"], path)
         weights = {k: v for k, v in content["model_state"].items() if not k.endswith("num_batches_tracked")}
         content = {"model": weights, "__author__": "pycls", "matching_heuristics": True}
     if not isinstance(content.get("model"), dict):

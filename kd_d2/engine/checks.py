@@ -17,6 +17,8 @@ from ..evaluation import check_evaluation
 from ..files import read_json
 from ..meta_arch import student_of
 
+TEACHERS_CLASSES = "the number of classes in the teacher's config"
+"""Name of what determines the number of classes of a teacher, for messages."""
 SMALLEST = {
     "SOLVER.MAX_ITER": 1,
     "SOLVER.WARMUP_ITERS": 0,
@@ -148,8 +150,11 @@ def _check_masks_for_evaluation(cfg: CfgNode, name: str) -> None:
             )
 
 
-def check_classes(cfg: CfgNode, model: nn.Module) -> None:
+def check_classes(cfg: CfgNode, model: nn.Module, key: str | None = None) -> None:
     """Check that the datasets have as many classes as the model predicts.
+
+    Args:
+        key: what determines the number of the model, for the message; None for a key of this config.
 
     Raises:
         UserError: the counts differ; the message names the dataset and both counts.
@@ -158,7 +163,7 @@ def check_classes(cfg: CfgNode, model: nn.Module) -> None:
     number = build_adapter(student).spec.num_classes
     if number is None:
         return
-    predicted = ClassCount(number, type(student).__name__, class_count_key(cfg, type(student)))
+    predicted = ClassCount(number, type(student).__name__, key or class_count_key(cfg, type(student)))
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         metadata = MetadataCatalog.get(name)
         classes = metadata.get("thing_classes")

@@ -9,6 +9,7 @@ from ..checkpoint import checkpoint_files
 from ..data.images import DataError
 from ..errors import DISK_IS_FULL, UserError, explain_lack_of_memory, system_error
 from .lost_ranks import explain_lost_ranks
+from .step import NonFiniteLossError
 
 LESS_MEMORY = "raise SOLVER.GRADIENT_ACCUMULATION_STEPS, or lower SOLVER.IMS_PER_BATCH or the image sizes in INPUT"
 
@@ -25,7 +26,7 @@ class Failures:
 
     def explain(self, error: BaseException | None) -> UserError | None:
         """Return a UserError for an error that the user can fix, or None for any other error."""
-        if isinstance(error, DataError):
+        if isinstance(error, DataError | NonFiniteLossError):
             return UserError(f"{str(error).rstrip('.')}; {saved(self.folder)}.")
         if isinstance(error, UserError):
             return error

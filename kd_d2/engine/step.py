@@ -98,7 +98,7 @@ class DistillationStep(SimpleTrainer):
         for name, value in values.items():
             if not math.isfinite(value):
                 raise NonFiniteLossError(
-                    f"In iteration {self.iter} the loss {name} is {value}; training stops; checkpoints already written are intact."
+                    f"In iteration {self.iter} the loss {name} is {value}: lower SOLVER.BASE_LR or set SOLVER.CLIP_GRADIENTS.ENABLED True"
                 )
         storage = get_event_storage()
         storage.put_scalar("data_time", data_time)

@@ -35,7 +35,7 @@ from ..random_state import preserved_random_state
 from ..teacher import Teacher
 from .averaging import AveragedStudent, PreciseStatisticsOfAverage, Unaveraged
 from .checkpoints import BestCheckpoint, Checkpoints
-from .checks import check_classes, check_schedule
+from .checks import TEACHERS_CLASSES, check_classes, check_schedule
 from .failures import Failures
 from .folder_lock import unlock_folder
 from .hooks import LastMultipliersLog, PeakMemoryRecorder
@@ -298,7 +298,7 @@ def load_initial_weights(cfg: CfgNode, model: nn.Module) -> None:
 
 def evaluate_teacher(cfg: CfgNode, teacher: Teacher) -> dict:
     """Evaluate the teacher on DATASETS.TEST, at the student's image sizes and in the teacher's channel order."""
-    check_classes(cfg, teacher.model)
+    check_classes(cfg, teacher.model, TEACHERS_CLASSES)
     cfg = cfg.clone()
     cfg.defrost()
     if teacher.flip_channels:

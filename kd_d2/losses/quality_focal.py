@@ -32,7 +32,7 @@ def quality_focal_loss(
     entropy = F.binary_cross_entropy_with_logits(student, target, reduction="none")
     difference = (target - student.sigmoid()).abs()
     smallest = torch.finfo(dtype).eps  # below it, the gradient of a power below 1 is not finite
-    factor = difference.clamp(min=smallest).pow(power).where(difference >= smallest, 0)
+    factor = difference.clamp(min=smallest).pow(power).where(difference >= smallest, 0.0**power)
     return (weight * factor * entropy).sum()
 
 

@@ -87,10 +87,13 @@ def read_metrics(folder: str) -> list[dict[str, Any]]:
     same and later iterations are dropped.
     """
     rows: dict[int, dict[str, Any]] = {}
+    last = -1
     for row in written_rows(folder):
-        if "total_loss" in row and max(rows, default=-1) >= row["iteration"]:
+        if "total_loss" in row and last >= row["iteration"]:
             rows = {iteration: before for iteration, before in rows.items() if iteration < row["iteration"]}
+            last = -1
         rows[row["iteration"]] = row
+        last = max(last, row["iteration"])
     return [rows[iteration] for iteration in sorted(rows)]
 
 

@@ -239,8 +239,8 @@ def _without_placeholders(categories: list[Entry], used: set[int | None], repair
     """
     parents = [category.get("supercategory") for category in categories]
     names = Counter(category["name"] for category in categories)
-    first = categories[0] if categories else {}
-    is_roboflow = first.get("id") == 0 and parents[0] == "none" and {*parents[1:]} == {first["name"]}
+    is_roboflow = len(categories) > 1 and categories[0]["id"] == 0 and parents[0] == "none"
+    is_roboflow = is_roboflow and all(parent == categories[0]["name"] for parent in parents[1:])
     kept = []
     for category in categories:
         is_root = category.get("supercategory") in (None, "", "none") and category["name"] in parents
