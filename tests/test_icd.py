@@ -551,7 +551,6 @@ def test_priors_by_hand() -> None:
 def annotated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Register a COCO file, and the same boxes as dicts without a file, with an empty cache; yield the file."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    read_priors.cache_clear()
     boxes = [(10 * i % 60, 5 * i % 30, 10 + i, 40) for i in range(24)]
     coco = {
         "images": [{"id": 7, "file_name": "a.jpg", "width": 100, "height": 50}, {"id": 3, "file_name": "b.jpg", "width": 60, "height": 80}],
@@ -582,7 +581,6 @@ def annotated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name in ("icd_with_file", "icd_without_file"):
         DatasetCatalog.remove(name)
         MetadataCatalog.pop(name, None)
-    read_priors.cache_clear()
 
 
 def test_priors_of_a_file_are_those_of_its_dictionaries(annotated: Path) -> None:
@@ -595,9 +593,15 @@ def test_priors_of_a_file_are_those_of_its_dictionaries(annotated: Path) -> None
     torch.testing.assert_close(both[1], of_file[1])
 
 
+def test_priors_have_the_registered_order_of_the_classes(annotated: Path) -> None:
+    """Check a set whose classes are matched by name with those of another set, also after the order has changed."""
+    assert read_priors(("icd_with_file",), 3)[0].tolist() == [0, 11, 12]
+    MetadataCatalog.get("icd_with_file").set(thing_dataset_id_to_contiguous_id={90: 0, 1: 1, 18: 2})
+    assert read_priors(("icd_with_file",), 3)[0].tolist() == [12, 0, 11]
+
+
 def test_priors_of_a_file_are_kept_until_it_changes(annotated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = read_priors(("icd_with_file",), 3)
-    read_priors.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(priors_module, "_read_boxes", lambda *_: pytest.fail("read again"))
         assert all((a == b).all() for a, b in zip(first, read_priors(("icd_with_file",), 3), strict=True))
@@ -605,7 +609,6 @@ def test_priors_of_a_file_are_kept_until_it_changes(annotated: Path, monkeypatch
     coco = json.loads(annotated.read_text())
     coco["annotations"] = coco["annotations"][:3]
     annotated.write_text(json.dumps(coco))
-    read_priors.cache_clear()
     assert read_priors(("icd_with_file",), 3)[0].tolist() == [0, 1, 2]
 
 
