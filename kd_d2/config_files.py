@@ -177,6 +177,7 @@ def _lay_over(below: dict[str, Any], tree: dict[str, Any], name: str) -> None:
         if isinstance(value, dict) and key in below:
             if not isinstance(below[key], dict):
                 raise UserError(f"Config file {name}: {key} is a group of keys here and a value in its _BASE_.")
+            below[key] = below[key].copy()  # aliases may have given it to other keys, too
             _lay_over(below[key], value, name)
         else:
             below[key] = value

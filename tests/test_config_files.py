@@ -80,3 +80,9 @@ def test_a_group_of_keys_over_a_value(tmp_path: Path) -> None:
     path = write_yaml(tmp_path / "a.yaml", {"_BASE_": "b.yaml", "SOLVER": {"MAX_ITER": 9}})
     with pytest.raises(UserError, match=r"a.yaml: SOLVER is a group of keys here and a value in its _BASE_"):
         read_yaml(str(path))
+
+
+def test_overriding_a_group_leaves_its_aliases(tmp_path: Path) -> None:
+    (tmp_path / "b.yaml").write_text("MGD: &c {FEATURES: {LEVELS: 3}}\nFGD: *c\n")
+    path = write_yaml(tmp_path / "a.yaml", {"_BASE_": "b.yaml", "MGD": {"FEATURES": {"LEVELS": 2}}})
+    assert read_yaml(str(path)) == {"MGD": {"FEATURES": {"LEVELS": 2}}, "FGD": {"FEATURES": {"LEVELS": 3}}}
