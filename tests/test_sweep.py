@@ -653,6 +653,21 @@ def test_a_cell_that_another_process_runs_is_left_to_it(tmp_path, monkeypatch, c
     assert run_jobs([job], 1, 1) == [job]  # no longer locked, so it is run
 
 
+def test_a_cell_is_locked_until_its_result_is_written(tmp_path, monkeypatch):
+    script = tmp_path / "program.py"
+    script.write_text("import sys; open(sys.argv[1] + '/train.json', 'w').write('{\"bbox\": {\"AP\": 1.0}}')")
+    monkeypatch.setattr(runner, "PROGRAM", (sys.executable, str(script)))
+    job = Job("cell", 0, [str(tmp_path)], str(tmp_path), str(tmp_path / "result.json"), {})
+
+    def write_if_locked(*args, **options):
+        assert not runner._claim(replace(job))
+        write_json(*args, **options)
+
+    monkeypatch.setattr(runner, "write_json", write_if_locked)
+    assert run_jobs([job], 1, 1) == []
+    assert runner._claim(replace(job))
+
+
 def test_metrics_of_a_run_that_was_killed_and_resumed(tmp_path):
     """Check that rows after the checkpoint are those of the resumed training, and that an incomplete line is ignored."""
     rows = [{"iteration": i, "total_loss": float(i)} for i in (19, 39, 59)] + [{"iteration": 39, "total_loss": 1.0}]

@@ -108,8 +108,9 @@ def run_jobs(jobs: list[Job], parallel: int, threads: int) -> list[Job]:
                 _report_progress(job)
                 if job.process.poll() is not None:
                     running.remove(job)
-                    if not _finish(job):
-                        failed.append(job)
+                    with job.lock:
+                        if not _finish(job):
+                            failed.append(job)
     finally:
         for job in running:  # each writes a checkpoint
             job.process.terminate()
@@ -244,7 +245,7 @@ def _report_progress(job: Job) -> None:
 
 
 def _finish(job: Job) -> bool:
-    job.lock.close()
+    """Write the result of a job whose process has ended; return False if it has failed."""
     minutes = (time.time() - job.started) / 60
     if job.process.returncode != 0:
         logger.info(f"{job.name}: FAILED with exit status {job.process.returncode}, see {job.output}/process.log")
