@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,21 @@ def test_a_resumed_training_keeps_its_records_and_a_new_one_removes_them(tmp_pat
     np.testing.assert_array_equal(both["iteration_0000001"]["0/8"], first["iteration_0000001"]["0/8"])
     run(*common, "--every", 4)
     assert _maps(tmp_path / "student").keys() == {"iteration_0000004"}
+
+
+def test_the_iteration_in_which_a_signal_stops_the_training_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = make_project(tmp_path, **KEYS)
+    common = ["--model", project.student, "--output", tmp_path, "--images", 1, "--every", 2]
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            LossMapRecorder, "before_step", lambda hook: hook.trainer.iter == 1 and signal.raise_signal(signal.SIGTERM)
+        )
+        with pytest.raises(SystemExit) as stopped:
+            run(*common)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert _maps(tmp_path / "student").keys() == {"iteration_0000002"}
 
 
 def _record_as_one_of_two(rank: int, project: Project) -> None:

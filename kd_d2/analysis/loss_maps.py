@@ -188,7 +188,7 @@ def train_with_loss_maps(args: argparse.Namespace) -> None:
             os.remove(path)
         save_examples(examples, cfg)
     trainer.resume_or_load(resume=args.resume)
-    trainer.register_hooks([recorder])
+    trainer.register_before_checkpoints(recorder)
     write_configs(cfg)
     trainer.train()
 

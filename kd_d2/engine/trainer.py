@@ -241,6 +241,11 @@ class KDTrainer(DefaultTrainer):
             hooks.append(LastMultipliersLog(self.bare_model.balance))
         return hooks
 
+    def register_before_checkpoints(self, hook: HookBase) -> None:
+        """Register a hook whose `after_step` runs also in an iteration after which a signal stops the training."""
+        self.register_hooks([hook])
+        self._hooks.insert(self._hooks.index(self.checkpoints), self._hooks.pop())
+
     def _evaluate(self) -> dict:
         if self.iter + 1 == self.max_iter:  # it was stopped or has failed
             return {}
