@@ -26,8 +26,10 @@ class Failures:
 
     def explain(self, error: BaseException | None) -> UserError | None:
         """Return a UserError for an error that the user can fix, or None for any other error."""
-        if isinstance(error, DataError | NonFiniteLossError):
+        if isinstance(error, DataError):
             return UserError(f"{str(error).rstrip('.')}; {saved(self.folder)}.")
+        if isinstance(error, NonFiniteLossError):
+            return NonFiniteLossError(f"{error}; {saved(self.folder)}.")
         if isinstance(error, UserError):
             return error
         if system := system_error(error):
