@@ -6,7 +6,6 @@ import logging
 import os
 import time
 
-import cv2
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
@@ -14,7 +13,7 @@ from detectron2.engine import DefaultPredictor
 from detectron2.structures import Boxes, BoxMode, Instances
 from torchvision.ops import nms
 
-from .analysis.drawing import draw_instances, sheet, titled
+from .analysis.drawing import draw_instances, save_picture, sheet, titled
 from .config import load_config
 from .config_files import find_config_file
 from .data import register_synthetic
@@ -62,7 +61,7 @@ def draw_side_by_side(images: list[dict], output: str, path: str) -> None:
             found = surest(found[found.scores >= SHOWN_SCORE])
             row.append(titled(draw_instances(rgb, found, names, min_side=256), title))
         rows.append(row)
-    cv2.imwrite(path, sheet(rows)[:, :, ::-1])
+    save_picture(path, sheet(rows))
 
 
 def surest(found: Instances) -> Instances:

@@ -147,11 +147,16 @@ def sheet(rows: list[list[np.ndarray]], gap: int = 8) -> np.ndarray:
     return np.concatenate([np.pad(r, ((0, 0), (0, width - r.shape[1]), (0, 0)), constant_values=255) for r in joined])
 
 
-def write_picture(path: str, image: np.ndarray) -> None:
-    """Write an image to a file, create its folder if it does not exist, and print the path."""
+def save_picture(path: str, image: np.ndarray) -> None:
+    """Save an image to a file, and create its folder if it does not exist."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     if not cv2.imwrite(path, image[:, :, ::-1]):
         raise UserError(
             f"The picture {path} cannot be written: the disk is full, or the file or its folder is not writable."
         )
+
+
+def write_picture(path: str, image: np.ndarray) -> None:
+    """Save an image to a file, and print its path."""
+    save_picture(path, image)
     print(printable(path), flush=True)
