@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from .errors import UserError
 
-HINT = "a class or function of your own is registered by the file that --import names"
+HINT = "if it is your own, import the file that registers it with --import"
 """Part of messages about names that are not registered."""
 
 

@@ -248,7 +248,7 @@ def test_a_teacher_that_cannot_be_built(project: Project, refused) -> None:
 
 def test_names_that_are_not_registered(project: Project, refused) -> None:
     """Check that --import is named for a student, a plain detector, and a backbone of the teacher."""
-    hint = "; a class or function of your own is registered by the file that --import names."
+    hint = "; if it is your own, import the file that registers it with --import."
     for opts in (["MODEL.KD.STUDENT", "Own"], ["MODEL.META_ARCHITECTURE", "Own"]):
         assert refused(*opts).endswith(hint)
     project.change_teacher(MODEL__BACKBONE__NAME="build_my_backbone")
