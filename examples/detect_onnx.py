@@ -16,9 +16,12 @@ if metadata["nms"] != "true" or metadata["fixed_size"] != "null":
     sys.exit(f"{sys.argv[1]} was exported with --no-nms or --size, which this example does not support.")
 names, shorter, longest = (json.loads(metadata[key]) for key in ("class_names", "min_size", "max_size"))
 
-image = ImageOps.exif_transpose(Image.open(sys.argv[2])).convert("RGB")
+image = ImageOps.exif_transpose(Image.open(sys.argv[2]))
+if image.mode[0] in "IF":
+    sys.exit(f"{sys.argv[2]} has more than 8 bits per value, which this example does not support.")
+image = image.convert("RGB")
 scale = min(shorter / min(image.size), longest / max(image.size)) if shorter else 1
-resized = np.asarray(image.resize([int(side * scale + 0.5) for side in image.size], Image.Resampling.BILINEAR))
+resized = np.asarray(image.resize([max(1, int(side * scale + 0.5)) for side in image.size], Image.Resampling.BILINEAR))
 channels = resized.transpose(2, 0, 1)[:: -1 if metadata["input_format"] == "BGR" else 1]
 boxes, scores, classes = session.run(["boxes", "scores", "classes"], {"image": np.ascontiguousarray(channels)})
 boxes *= np.tile([image.width / resized.shape[1], image.height / resized.shape[0]], 2).astype(np.float32)

@@ -58,6 +58,37 @@ def test_kubernetes_file_follows_its_schema(tmp_path: Path) -> None:
         kubernetes_validate.validate(wrong[1], schema_version, strict=True)
 
 
+@pytest.mark.parametrize(
+    ("config", "output"),
+    [
+        ("StructuralKD/retinanet_R50", "StructuralKD/retinanet_R50"),
+        ("projects/StructuralKD/configs/retinanet_R50.yaml", "StructuralKD/retinanet_R50"),
+        ("configs/tiny/retinanet-student.yaml", "tiny/retinanet-student"),
+        ("{folder}/my configs/a b.yaml", "my configs/a b"),
+        ("../other/my.yaml", "other/my"),
+        ("/data/my.yaml", "data/my"),
+    ],
+)
+def test_slurm_script_separates_configs_of_one_name(tmp_path: Path, config: str, output: str) -> None:
+    """Check OUTPUT_DIR, and that results where the script wrote them before are not trained anew."""
+    (tmp_path / "bin").mkdir()
+    for name, body in {"scontrol": "echo localhost", "srun": 'printf "%s\\n" "$@"'}.items():
+        (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    job = {"SLURM_JOB_NODELIST": "one", "SLURM_NNODES": "1", "SLURM_JOB_ID": "1", "KD_D2_RUN": "env"}
+    environment = {**os.environ, **job, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    script = ["bash", CLUSTER / "slurm.sbatch", config.format(folder=tmp_path)]
+    done = _run(*script, cwd=tmp_path, env=environment)
+    assert done.stdout.splitlines()[-2:] == ["OUTPUT_DIR", f"output/{output}"]
+    before = tmp_path / "output" / Path(output).name
+    before.mkdir(parents=True)
+    (before / "config.yaml").touch()
+    done = _run(*script, cwd=tmp_path, env=environment)
+    assert (done.returncode == 2 and f"no longer in output/{before.name}: move" in done.stderr) == (
+        Path(output).name != output
+    )
+
+
 def test_compose_file_follows_its_schema() -> None:
     done = _run(_installed("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", CLUSTER / "compose.yaml")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -446,6 +446,11 @@ def test_example_without_detectron2(run_folder: Path, tmp_path: Path, monkeypatc
     sys.argv.append("1.01")
     runpy.run_path(str(ROOT / "examples" / "detect_onnx.py"))
     assert capsys.readouterr() == ("", "No detection has a score of at least 1.01.\n")
+    Image.new("RGB", (1, 3000)).save(image)
+    runpy.run_path(str(ROOT / "examples" / "detect_onnx.py"))
+    Image.fromarray(np.full((60, 60), 5000, np.uint16)).save(image)
+    with pytest.raises(SystemExit, match="has more than 8 bits per value"):
+        runpy.run_path(str(ROOT / "examples" / "detect_onnx.py"))
 
 
 def test_only_the_images_in_use_are_needed(tmp_path: Path) -> None:

@@ -569,6 +569,18 @@ def test_resuming_a_finished_training_only_evaluates(retinanet: Project) -> None
     assert [line["iteration"] for line in lines if "bbox/AP" in line] == [4, 4]
 
 
+def test_a_finished_training_with_other_settings_is_not_taken_for_this_one(retinanet: Project, capsys) -> None:
+    """Check that its config stays as it is, and that fewer iterations or other loading processes are accepted."""
+    retinanet.main()
+    before = (retinanet.output / "config.yaml").read_text()
+    with pytest.raises(SystemExit):
+        retinanet.main("--resume", "INPUT.FORMAT", "BGR")
+    expected = "has finished, with other settings (INPUT.FORMAT RGB, now its default): choose another OUTPUT_DIR."
+    assert expected in capsys.readouterr().err
+    assert (retinanet.output / "config.yaml").read_text() == before
+    retinanet.main("--resume", "SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "()", "DATALOADER.NUM_WORKERS", "1")
+
+
 def test_eval_only_with_resume_evaluates_the_last_checkpoint(retinanet: Project) -> None:
     """Check the weights, as in Detectron2, and TEST.EXPECTED_RESULTS, which ends the program if they differ."""
     retinanet.change(MODEL__RETINANET__SCORE_THRESH_TEST=0.0)

@@ -32,6 +32,7 @@ STORED = (
 )  # fmt: skip
 """Keys whose values a checkpoint restores through the seed and the optimizer state."""
 PROCESSES, ANNOTATIONS = "processes", "annotations of DATASETS.TRAIN"
+DURATION = ("SOLVER.MAX_ITER", "SOLVER.STEPS")
 TEACHER, TEACHER_CONFIG = "weights of the teacher", "config of the teacher"
 
 
@@ -43,6 +44,10 @@ class RunRecord:
     Args:
         cfg: the training config.
         teacher: the teacher, if any.
+
+    Attributes:
+        another_training: the loaded record's differences by which a finished training is not this one, each as text;
+            it may have had another number of processes or iterations.
     """
 
     def __init__(self, cfg: CfgNode, teacher: Teacher | None):
@@ -58,6 +63,7 @@ class RunRecord:
         if config_file in keys:
             self.content[config_file] = os.path.basename(keys[config_file])
         self.optimizer = cfg.SOLVER.OPTIMIZER
+        self.another_training: list[str] = []
 
     def state_dict(self) -> dict[str, Any]:
         return self.content
@@ -76,10 +82,12 @@ class RunRecord:
             )
         before = {TEACHER_CONFIG: self.content[TEACHER_CONFIG], **before}  # not in checkpoints of release 0.1
         now = self.content
-        changes = [_sentence(key, before, now) for key in now | before if before.get(key) != now.get(key)]
+        changes = {key: _sentence(key, before, now) for key in now | before if before.get(key) != now.get(key)}
+        self.another_training = [text for key, text in changes.items() if key not in (PROCESSES, *DURATION)]
         if changes and comm.is_main_process():
             logger.warning(
-                f"--resume: the losses may differ from those of an uninterrupted training, since the checkpoint was written with: {'; '.join(changes)}."
+                "--resume: the losses may differ from those of an uninterrupted training, since the checkpoint was written with: "
+                f"{'; '.join(changes.values())}."
             )
 
 

@@ -77,8 +77,9 @@ class KDTrainer(DefaultTrainer):
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         teacher = self.bare_model.teacher if isinstance(self.bare_model, KDMetaArch) else None
+        self.run_record = RunRecord(cfg, teacher)
         self.checkpointer = KDCheckpointer(
-            student_of(self.bare_model), cfg.OUTPUT_DIR, run=RunRecord(cfg, teacher), trainer=weakref.proxy(self)
+            student_of(self.bare_model), cfg.OUTPUT_DIR, run=self.run_record, trainer=weakref.proxy(self)
         )
         classes = names_in_data(cfg, train=True)
         self.checkpointer.class_names = list(classes.names) if classes else None
@@ -163,6 +164,11 @@ class KDTrainer(DefaultTrainer):
             raise UserError(
                 f"--resume: {file} is not from a training with this config ({reason}); resume with the config that it was started "
                 "with, or train in another OUTPUT_DIR."
+            )
+        if self.start_iter >= self.max_iter and self.run_record.another_training:
+            raise UserError(
+                f"--resume: the training in OUTPUT_DIR {self.cfg.OUTPUT_DIR} has finished, with other settings "
+                f"({'; '.join(self.run_record.another_training)}): choose another OUTPUT_DIR."
             )
 
     def _open_stream(self) -> None:
