@@ -4,12 +4,16 @@ import contextlib
 import errno
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator
 
 from .text import keep_controls_out_of_logs, printable
 
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+GPU_IS_FULL = re.compile(r"(CUDA|HIP)( driver)? error: out of memory|hipErrorOutOfMemory|[A-Z]_STATUS_ALLOC_FAILED")
+"""Matches errors of a GPU's driver and libraries, which occur if other programs use the GPU's memory."""
+OTHER_MEMORY_IS_FULL = re.compile(r"MPS backend out of memory|can't allocate memory")
 
 
 class UserError(Exception):
@@ -27,7 +31,10 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     """Return whether an error means that there is too little memory, on a GPU or in the machine."""
     import torch  # not at the top: programs without tensors start faster
 
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    message = str(error)
+    return bool(GPU_IS_FULL.search(message) or OTHER_MEMORY_IS_FULL.search(message))
 
 
 def explain_lack_of_memory(error: BaseException | None, advice: str) -> str | None:
@@ -35,7 +42,11 @@ def explain_lack_of_memory(error: BaseException | None, advice: str) -> str | No
     reason = str(error).strip().partition("\n")[0].rstrip(" .")
     if reason.startswith("DataLoader worker"):
         return f"A data loading process died ({reason}), most likely because it ran out of memory: lower DATALOADER.NUM_WORKERS"
-    return f"Out of memory ({reason or type(error).__name__}): {advice}" if is_out_of_memory(error) else None
+    if not is_out_of_memory(error):
+        return None
+    others = "look with nvidia-smi or rocm-smi for other programs on the GPU; otherwise "
+    hint = others if GPU_IS_FULL.search(str(error)) else ""
+    return f"Out of memory ({reason or type(error).__name__}): {hint}{advice}"
 
 
 def system_error(error: BaseException | None) -> OSError | None:

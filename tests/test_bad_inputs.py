@@ -16,8 +16,9 @@ from kd_d2.config import load_config, read_config
 from kd_d2.data import register_coco_json
 from kd_d2.engine import evaluate_teacher, launch
 from kd_d2.engine.checks import check_datasets, check_device
-from kd_d2.errors import UserError
+from kd_d2.errors import UserError, as_user_error
 from kd_d2.files import write_text
+from kd_d2.modeling import building
 from kd_d2.modeling.building import building_from
 from kd_d2.teacher import Teacher
 
@@ -706,6 +707,30 @@ def test_sentences_of_a_system_without_space_permission_or_memory(
         launch(main, _Arguments())
     assert caught.value.code == 2
     assert capfd.readouterr().err.splitlines()[-1] == f"error: {sentence}"
+
+
+LESS_MEMORY = "free memory, or lower the image sizes in INPUT, such as INPUT.MIN_SIZE_TEST."
+OTHER_PROGRAMS = f"look with nvidia-smi or rocm-smi for other programs on the GPU; otherwise {LESS_MEMORY}"
+
+
+@pytest.mark.parametrize(("error", "sentence"), [
+    (torch.AcceleratorError("CUDA error: out of memory\nmore"),
+     f"Out of memory (CUDA error: out of memory): {OTHER_PROGRAMS}"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+     f"Out of memory (CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`): {OTHER_PROGRAMS}"),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+     f"Out of memory (cuDNN error: CUDNN_STATUS_ALLOC_FAILED): {OTHER_PROGRAMS}"),
+    (RuntimeError("HIP error: hipErrorOutOfMemory"), f"Out of memory (HIP error: hipErrorOutOfMemory): {OTHER_PROGRAMS}"),
+    (RuntimeError("MPS backend out of memory (MPS allocated: 17 GB)."),
+     f"Out of memory (MPS backend out of memory (MPS allocated: 17 GB)): {LESS_MEMORY}"),
+])  # fmt: skip
+def test_sentences_of_a_gpu_that_is_full_while_the_detector_is_built(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, sentence: str
+) -> None:
+    monkeypatch.setattr(building, "PACKAGES", {*building.PACKAGES, __name__})
+    with pytest.raises(type(error)) as caught, building_from("MODEL"):
+        raise error
+    assert str(as_user_error(caught.value)) == sentence
 
 
 def test_world_size_without_torchrun(capfd, monkeypatch: pytest.MonkeyPatch) -> None:

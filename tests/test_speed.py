@@ -187,7 +187,15 @@ def test_compiling_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, k
     assert said == [f"{key}: compilation failed (no compiler); the backbone runs uncompiled."]
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), RuntimeError("can't allocate memory")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("out of memory"),
+        RuntimeError("can't allocate memory"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    ],
+)
 def test_too_little_memory_is_not_a_failed_compilation(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:

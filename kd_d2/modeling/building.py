@@ -8,12 +8,11 @@ import sys
 from collections.abc import Iterator
 from types import TracebackType
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
-from ..errors import UserError
+from ..errors import UserError, is_out_of_memory
 from ..extensions import HINT
 
 ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -40,7 +39,7 @@ def building_from(source: str) -> Iterator[None]:
         yield
     except ERRORS as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
-        if isinstance(error, torch.OutOfMemoryError) or "CUDA" in reason or _packages(error.__traceback__) - PACKAGES:
+        if is_out_of_memory(error) or "CUDA" in reason or _packages(error.__traceback__) - PACKAGES:
             raise
         hint = f"; {HINT}" if re.search(r"No object named .* registry", reason) else ""
         raise UserError(
