@@ -43,7 +43,7 @@ def _resources(kernel: str, architecture: int, dtype: str, folder: Path) -> dict
     source = ASTSource(
         fn=function, signature={name: type_of(name) for name in function.arg_names}, constexprs=constants
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=ssim_triton.LAUNCH)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=ssim_triton.LAUNCH_OF["cuda"])
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     program = shutil.which("cuobjdump") or Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -59,6 +59,20 @@ def test_kernels_keep_to_registers(kernel: str, architecture: int, tmp_path: Pat
         resources = _resources(kernel, architecture, dtype, tmp_path)
         print(kernel, architecture, dtype, resources)
         assert resources["REG"] <= REGISTERS and resources["STACK"] <= STACK, (dtype, resources)
+
+
+def test_launch_options_that_the_backends_know() -> None:
+    from kd_d2.losses import ssim_triton
+
+    from triton.backends.amd.compiler import HIPBackend
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    backends = {"cuda": CUDABackend(GPUTarget("cuda", 90, 32)), "hip": HIPBackend(GPUTarget("hip", "gfx942", 64))}
+    assert ssim_triton.LAUNCH in ssim_triton.LAUNCH_OF.values()
+    for name, backend in backends.items():
+        launch = ssim_triton.LAUNCH_OF[name]
+        assert launch.items() <= vars(backend.parse_options(dict(launch))).items()  # a launch fails with others
 
 
 TRITON = """

@@ -21,7 +21,9 @@ from .similarity import EPS, K1, K2, SIGMA
 
 ROWS, COLUMNS = 8, 32
 """Tile of cells that a program computes."""
-LAUNCH = {"num_warps": 1, "maxnreg": 128}
+LAUNCH_OF = {"cuda": {"num_warps": 1, "maxnreg": 128}, "hip": {"num_warps": 1}}
+"""Launch options by Triton backend; that of AMD GPUs does not know maxnreg."""
+LAUNCH = LAUNCH_OF["hip" if torch.version.hip else "cuda"]
 
 
 def loss_and_gradient(
