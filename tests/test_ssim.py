@@ -451,20 +451,29 @@ def test_ms_ssim_gradient_numerically() -> None:
         ms_ssim_loss(student, teacher)
 
 
-def test_triton_that_cannot_start_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Check one warning and the fallback to chunks, as on a machine with a GPU and no compiler."""
+def _fail_without_a_compiler(*args: object) -> None:
+    raise RuntimeError("Failed to find C compiler.\nPlease specify via CC.")
 
-    def fail(*args: object) -> None:
-        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC.")
 
-    monkeypatch.setitem(sys.modules, "kd_d2.losses.ssim_triton", SimpleNamespace(loss_and_gradient=fail))
-    monkeypatch.setattr("kd_d2.losses.ssim_triton", sys.modules["kd_d2.losses.ssim_triton"], raising=False)
+@pytest.mark.parametrize(("kernels", "reason"), [
+    (SimpleNamespace(loss_and_gradient=_fail_without_a_compiler), "Failed to find C compiler."),
+    (None, "import of kd_d2.losses.ssim_triton halted; None in sys.modules"),
+])  # fmt: skip
+def test_triton_that_cannot_start_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kernels: object, reason: str
+) -> None:
+    """Check one warning and the fallback to chunks, as on a machine with a GPU and no compiler, or with a broken Triton."""
+    monkeypatch.setitem(sys.modules, "kd_d2.losses.ssim_triton", kernels)
+    if kernels is None:
+        monkeypatch.delattr("kd_d2.losses.ssim_triton", raising=False)
+    else:
+        monkeypatch.setattr("kd_d2.losses.ssim_triton", kernels, raising=False)
     monkeypatch.setattr(fused_ssim, "HAS_TRITON", True)
     fused_ssim._triton_kernels.cache_clear()
     assert [fused_ssim._triton_kernels(torch.device("cpu")) for _ in range(2)] == [None, None]
     fused_ssim._triton_kernels.cache_clear()
     assert [r.message for r in caplog.records] == [
-        "The Triton kernels of SSIM failed on cpu (Failed to find C compiler.); falling back to the slower PyTorch implementation."
+        f"The Triton kernels of SSIM failed on cpu ({reason}); falling back to the slower PyTorch implementation."
     ]
 
 

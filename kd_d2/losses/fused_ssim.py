@@ -66,10 +66,10 @@ def _triton_kernels(device: torch.device) -> ModuleType | None:
     """Return the module of Triton kernels; None without Triton, or, with a warning, if the kernels fail."""
     if not HAS_TRITON:
         return None
-    from . import ssim_triton
-
-    maps = torch.zeros(1, 1, 16, 16, device=device)
     try:
+        from . import ssim_triton
+
+        maps = torch.zeros(1, 1, 16, 16, device=device)
         ssim_triton.loss_and_gradient(maps, maps, 11, 1.0, torch.empty_like(maps))
     except torch.OutOfMemoryError:
         raise
