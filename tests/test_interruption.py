@@ -434,12 +434,29 @@ def test_torchrun_restarts_a_killed_rank_and_the_training_is_the_same(tmp_path: 
     torch.testing.assert_close(restarted["model"], whole["model"])
 
 
-@pytest.mark.parametrize(("message", "expected"), [
-    ("[/a/b.cc:1] Timed out waiting 60ms for recv. See", "Rank 1 no longer responds (killed, out of memory, or no progress within "
-     "--rank-timeout); rank 0 stops too (Timed out waiting 60ms for recv)"),
-    ("a mistake of ours", None),
+NCCL_ERROR = (
+    "NCCL error in: /a/b.cpp:1, unhandled system error (run with NCCL_DEBUG=INFO for details), NCCL version 2.29.7\n"
+    "ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device error. \nLast error:\n"
+)
+NCCL_HINTS = (
+    "give the container more /dev/shm, free memory on the GPU, or see the log that NCCL writes with NCCL_DEBUG=INFO"
+)
+
+
+@pytest.mark.parametrize(("message", "silent", "expected"), [
+    ("[/a/b.cc:1] Timed out waiting 60ms for recv. See", [1], "Rank 1 no longer responds (killed, out of memory, or no progress "
+     "within --rank-timeout); rank 0 stops too (Timed out waiting 60ms for recv)"),
+    (f"{NCCL_ERROR}Error while creating /dev/shm/nccl-1, error: No space left on device (28)", [],
+     f"NCCL failed on rank 0 (Error while creating /dev/shm/nccl-1, error: No space left on device (28)): {NCCL_HINTS}"),
+    (f"{NCCL_ERROR}Connection closed", [1], "Rank 1 no longer responds (killed, out of memory, or no progress within --rank-timeout); "
+     "rank 0 stops too (Connection closed)"),
+    (NCCL_ERROR, [], "NCCL failed on rank 0 (ncclSystemError: System call (e.g. socket, malloc) or external library call failed or "
+     f"device error): {NCCL_HINTS}"),
+    ("a mistake of ours", [1], None),
 ])  # fmt: skip
-def test_sentences_of_lost_ranks(monkeypatch: pytest.MonkeyPatch, message: str, expected: str | None) -> None:
+def test_sentences_of_lost_ranks(
+    monkeypatch: pytest.MonkeyPatch, message: str, silent: list[int], expected: str | None
+) -> None:
     monkeypatch.setattr(comm, "get_world_size", lambda: 2)
-    monkeypatch.setattr(lost_ranks, "ranks_that_are_silent", lambda: [1])
+    monkeypatch.setattr(lost_ranks, "ranks_that_are_silent", lambda: silent)
     assert lost_ranks.explain_lost_ranks(RuntimeError(message)) == expected
