@@ -1,6 +1,7 @@
 """The programs for GPU machines, as far as they can be tested without a GPU: what they read, run and pack."""
 
 import ast
+import contextlib
 import importlib.util
 import shutil
 import subprocess
@@ -74,6 +75,30 @@ def test_pack_has_what_the_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> Non
     assert set(everything) - set(missing) == {"kornia"}
     assert {"numpy", "pycocotools", "sal-detectron2", "fvcore", "yacs"} <= set(missing)
     assert not {"torch", "torchvision", "triton", "kd-d2", "sympy"} & set(everything)
+
+
+@pytest.mark.parametrize(("lines", "message"), [
+    ("torch==2.9.1+cu130\n", "--installed has torch 2.9.1+cu130, but kd_d2 needs torch>=2.10: install that there first."),
+    ("torch==2.10.0a0+b4e4ee81d3.nv25.12\ntorchvision==0.25.0\n", None),
+])  # fmt: skip
+def test_pack_for_a_machine_with_an_old_torch(monkeypatch: pytest.MonkeyPatch, lines: str, message: str | None) -> None:
+    """Check that prereleases, which NVIDIA's containers have, count as their release."""
+    pack = load("tools/gpu_pack.py", monkeypatch)
+    with pytest.raises(SystemExit) if message else contextlib.nullcontext() as caught:
+        pack.missing_packages(pack.read_freeze(lines), "3.12")
+    assert caught is None or caught.value.code == message
+
+
+def test_pack_for_another_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Check the platforms of the wheels: those of the machine, except Detectron2's."""
+    pack = load("tools/gpu_pack.py", monkeypatch)
+    commands = []
+    monkeypatch.setattr(pack, "_run", lambda command, wanted: commands.append((wanted, command)))
+    pack.fetch_wheels({"numpy": "2.3.5", pack.DETECTRON2: "0.7.2"}, "3.12", "aarch64", tmp_path)
+    (numpy, own), (detectron2, its), _ = commands
+    assert numpy == ["numpy==2.3.5"] and detectron2 == [f"{pack.DETECTRON2}==0.7.2"]
+    assert "manylinux_2_28_aarch64" in own and "manylinux_2_28_x86_64" not in own
+    assert "manylinux_2_28_x86_64" in its and "manylinux_2_28_aarch64" not in its
 
 
 @pytest.mark.parametrize("line", ["numpy==2023.1-custom-build", "numpy==", "numpy @ file:///numpy.whl"])

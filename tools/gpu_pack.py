@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Pack everything that kd_d2 needs on a GPU machine without a network into one archive: missing packages, and data.
 
-    tools/gpu_pack.py [--python 3.12] [--installed FILE] [--add PATH[=NAME] ...] [--output output/gpu-pack.tar.xz]
+    tools/gpu_pack.py [--python 3.12] [--machine x86_64] [--installed FILE] [--add PATH[=NAME] ...]
+                      [--output output/gpu-pack.tar.xz]
 
 --installed is the output of `python -m pip list --format=freeze` there; suitable packages in it are omitted, as are
 PyTorch, torchvision and Triton. --add includes files and folders, such as data and weights. There, in the clone:
@@ -26,17 +27,18 @@ from packaging.version import InvalidVersion, Version
 ROOT = Path(__file__).resolve().parent.parent
 OF_THE_MACHINE = ("torch", "torchvision", "triton")
 DETECTRON2 = "sal-detectron2"
-DETECTRON2_PYTHON = (
-    "3.10"  # tag of its wheel, only because of extensions that are not used; see requirements/detectron2.txt
-)
+# Tags of its wheel, only because of extensions that are not used; see requirements/detectron2.txt.
+DETECTRON2_PYTHON, DETECTRON2_MACHINE = "3.10", "x86_64"
 SOURCE_ALONE = ("antlr4-python3-runtime", "fvcore")  # pure Python, no wheels on PyPI
 ALSO = ("faster-coco-eval", "pytest", "pytest-timeout", "hypothesis")  # for evaluations and for the tests
-PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (35, 34, 31, 28, 27, 24, 17)] + ["manylinux2014_x86_64"]
+MACHINES = ("x86_64", "aarch64")
+MANYLINUX = [*(f"manylinux_2_{minor}" for minor in (35, 34, 31, 28, 27, 24, 17)), "manylinux2014"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", default="3.12", help="minor Python version of the machine (default 3.12)")
+    parser.add_argument("--machine", choices=MACHINES, default="x86_64", help="its processor (default x86_64)")
     parser.add_argument(
         "--installed", type=argparse.FileType(), help="its packages, as listed by pip with --format=freeze"
     )
@@ -45,10 +47,10 @@ def main() -> None:
     args = parser.parse_args()
     additions = [_addition(text) for text in args.add]
     present = read_freeze(args.installed.read()) if args.installed else {}
-    needed = missing_packages(present, args.python)
+    needed = missing_packages(present, args.python, args.machine)
     with tempfile.TemporaryDirectory() as folder:
         site, wheels = Path(folder) / "gpu-pack" / "site", Path(folder) / "wheels"
-        fetch_wheels(needed, args.python, wheels)
+        fetch_wheels(needed, args.python, args.machine, wheels)
         for file in wheels.glob("*.whl"):
             with zipfile.ZipFile(file) as wheel:
                 wheel.extractall(site)
@@ -81,16 +83,22 @@ def _is_version(text: str) -> bool:
     return True
 
 
-def missing_packages(present: dict[str, Version], python: str) -> dict[str, str]:
+def missing_packages(present: dict[str, Version], python: str, machine: str = "x86_64") -> dict[str, str]:
     """Return the requirements of kd_d2 missing on the machine, with the versions of this environment, and Detectron2.
 
     Args:
         present: versions of the machine's packages.
         python: its minor Python version, such as "3.12".
+        machine: its processor, one of `MACHINES`.
 
     The environment may have another Detectron2 than the one to pack, whose version is in requirements/.
     """
-    values = {"extra": "", "python_version": python, "python_full_version": f"{python}.0"}
+    values = {
+        "extra": "",
+        "python_version": python,
+        "python_full_version": f"{python}.0",
+        "platform_machine": machine,
+    }
     specifiers: dict[str, SpecifierSet] = {}
     waiting = [Requirement(name) for name in ("kd_d2", *ALSO)]
     while waiting:
@@ -104,6 +112,11 @@ def missing_packages(present: dict[str, Version], python: str) -> dict[str, str]
                 for other in map(Requirement, metadata.requires(name) or [])
                 if other.marker is None or other.marker.evaluate(values)
             ]
+    for name in OF_THE_MACHINE:
+        version = present.get(name)
+        unmet = [str(part) for part in specifiers.get(name, ()) if version and version.base_version not in part]
+        if unmet:
+            sys.exit(f"--installed has {name} {version}, but kd_d2 needs {name}{unmet[0]}: install that there first.")
     missing = {
         name: metadata.version(name)
         for name, specifier in sorted(specifiers.items())
@@ -115,14 +128,15 @@ def missing_packages(present: dict[str, Version], python: str) -> dict[str, str]
     return missing
 
 
-def fetch_wheels(packages: dict[str, str], python: str, folder: Path) -> None:
+def fetch_wheels(packages: dict[str, str], python: str, machine: str, folder: Path) -> None:
     """Download wheels of the packages for the machine, and build those that are published only as source."""
     pins = {name: f"{name}=={version}" for name, version in packages.items()}
     built = [pins.pop(name) for name in SOURCE_ALONE if name in pins]
     detectron2 = [pins.pop(DETECTRON2)] if DETECTRON2 in pins else []
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    platforms = [option for platform in PLATFORMS for option in ("--platform", platform)]
-    for version, wanted in ((python, list(pins.values())), (DETECTRON2_PYTHON, detectron2)):
+    groups = ((python, machine, list(pins.values())), (DETECTRON2_PYTHON, DETECTRON2_MACHINE, detectron2))
+    for version, processor, wanted in groups:
+        platforms = [option for name in MANYLINUX for option in ("--platform", f"{name}_{processor}")]
         options = [
             "--no-deps",
             "--only-binary=:all:",
