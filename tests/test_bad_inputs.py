@@ -458,6 +458,8 @@ def test_a_broken_image_stops_the_training_in_a_sentence(project: Project, capfd
             "the command line: there is no config key MODEL.KD.STRUCTURAL.WEIHGT. Did you mean MODEL.KD.STRUCTURAL.WEIGHT?",
         ),
         (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE is 'gpu', which PyTorch does not know"),
+        (["MODEL.DEVICE", "hpu"], "MODEL.DEVICE is 'hpu', which PyTorch cannot use here; it is usually 'cuda' or 'cpu'."),
+        (["MODEL.DEVICE", "meta"], "MODEL.DEVICE is 'meta', which PyTorch cannot use here; it is usually 'cuda' or 'cpu'."),
         (
             ["SOLVER.MAX_ITER", 3],
             "Invalid learning rate schedule: SOLVER.LR_SCHEDULER_NAME 'WarmupMultiStepLR', SOLVER.STEPS (3,) and SOLVER.MAX_ITER "

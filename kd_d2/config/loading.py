@@ -51,7 +51,17 @@ def load_config(
 
 
 def _choose_device(cfg: CN, opts: Iterable[Any]) -> None:
-    """Replace Detectron2's default "cuda" with "cpu" if there is no GPU; raise a UserError if it was set in `opts`."""
+    """Replace Detectron2's default "cuda" with "cpu" if there is no GPU; raise a UserError if it was set in `opts`.
+
+    Other devices than "cuda" and "cpu" are also refused if tensors cannot be computed on them.
+    """
+    if not cfg.MODEL.DEVICE.startswith(("cuda", "cpu")):
+        try:
+            torch.zeros(1, device=cfg.MODEL.DEVICE).item()
+        except (AssertionError, ImportError, RuntimeError) as error:
+            raise UserError(
+                f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, which PyTorch cannot use here; it is usually 'cuda' or 'cpu'."
+            ) from error
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         if "MODEL.DEVICE" in opts:
             raise UserError(
