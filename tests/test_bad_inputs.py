@@ -14,7 +14,7 @@ from pathlib import Path
 
 from kd_d2.config import load_config, read_config
 from kd_d2.data import register_coco_json
-from kd_d2.engine import evaluate_teacher, launch
+from kd_d2.engine import checks, evaluate_teacher, launch
 from kd_d2.engine.checks import check_datasets, check_device
 from kd_d2.errors import UserError, as_user_error
 from kd_d2.files import write_text
@@ -458,8 +458,14 @@ def test_a_broken_image_stops_the_training_in_a_sentence(project: Project, capfd
             "the command line: there is no config key MODEL.KD.STRUCTURAL.WEIHGT. Did you mean MODEL.KD.STRUCTURAL.WEIGHT?",
         ),
         (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE is 'gpu', which PyTorch does not know"),
-        (["MODEL.DEVICE", "hpu"], "MODEL.DEVICE is 'hpu', which PyTorch cannot use here; it is usually 'cuda' or 'cpu'."),
-        (["MODEL.DEVICE", "meta"], "MODEL.DEVICE is 'meta', which PyTorch cannot use here; it is usually 'cuda' or 'cpu'."),
+        (
+            ["MODEL.DEVICE", "hpu"],
+            "MODEL.DEVICE is 'hpu', which PyTorch cannot use here; it is usually 'cuda' or 'cpu'.",
+        ),
+        (
+            ["MODEL.DEVICE", "meta"],
+            "MODEL.DEVICE is 'meta', which PyTorch cannot use here; it is usually 'cuda' or 'cpu'.",
+        ),
         (
             ["SOLVER.MAX_ITER", 3],
             "Invalid learning rate schedule: SOLVER.LR_SCHEDULER_NAME 'WarmupMultiStepLR', SOLVER.STEPS (3,) and SOLVER.MAX_ITER "
@@ -486,7 +492,7 @@ def test_keys(project: Project, refused, opts: list, expected: str) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there(project: Project, refused) -> None:
+def test_a_gpu_that_is_not_there(project: Project, refused, capfd: pytest.CaptureFixture) -> None:
     """Check the messages for a device and for processes that need a GPU; the default device does not need one."""
     assert refused("MODEL.DEVICE", "cuda") == (
         "MODEL.DEVICE is 'cuda', but this machine has no usable GPU; set it to 'cpu'."
@@ -497,6 +503,24 @@ def test_a_gpu_that_is_not_there(project: Project, refused) -> None:
     )
     project.change(MODEL__DEVICE="cuda")  # as in the defaults and in dumped configs
     assert "bbox" in project.main("SOLVER.MAX_ITER", 1)
+    assert capfd.readouterr().out.count("MODEL.DEVICE is 'cuda', but PyTorch finds no usable GPU") == 1
+
+
+@pytest.mark.parametrize(("cuda", "has_driver", "reason"), [
+    (None, True, " (this PyTorch is built without CUDA)"),
+    ("13.0", True, " (there is an NVIDIA driver, but it is too old for this PyTorch, which is built for CUDA 13.0, or the GPUs are hidden)"),
+    ("13.0", False, ""),
+])  # fmt: skip
+def test_why_a_gpu_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cuda: str | None, has_driver: bool, reason: str
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(checks, "NVIDIA_DRIVER", (str(tmp_path / "none"), *([str(tmp_path)] * has_driver)))
+    assert checks.missing_gpu_advice("cpu", "cpu") is None
+    assert checks.missing_gpu_advice("cuda", "cpu") == (
+        f"MODEL.DEVICE is 'cuda', but PyTorch finds no usable GPU{reason}: running on the CPU; MODEL.DEVICE cpu silences this warning."
+    )
 
 
 @pytest.mark.parametrize(

@@ -211,6 +211,7 @@ def test_dockerfile_builds_the_detectron2_that_setup_builds() -> None:
     assert len({found for text in files for found in re.findall(commit, text)}) == 1
     cuda = re.search(r"ARG CUDA=(\d+\.\d+)", files[0])[1]
     assert f"cuda-toolkit=={cuda}." in (ROOT / "requirements" / "torch-source.txt").read_text()
+    assert f"is built for CUDA {cuda}," in (ROOT / "docs" / "install.md").read_text()
     copied = re.findall(r"requirements/[\w-]+\.txt", files[0])
     assert all((ROOT / path).is_file() for path in copied)
 

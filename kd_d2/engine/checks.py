@@ -17,6 +17,8 @@ from ..evaluation import check_evaluation
 from ..files import read_json
 from ..meta_arch import student_of
 
+NVIDIA_DRIVER = ("/proc/driver/nvidia/version", "/dev/nvidia0")
+"""Files of which a machine with an NVIDIA driver has at least one."""
 TEACHERS_CLASSES = "the number of classes in the teacher's config"
 """Name of what determines the number of classes of a teacher, for messages."""
 SMALLEST = {
@@ -62,6 +64,25 @@ def check_device(cfg: CfgNode, world_size: int) -> None:
             f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but this machine has {torch.cuda.device_count()} usable GPUs, numbered from 0."
         )
     torch.cuda.set_device(device)
+
+
+def missing_gpu_advice(wanted: str, device: str) -> str | None:
+    """Return why a device is "cpu" instead of the one in the config, "cuda", or None if it is the same."""
+    if device == wanted:
+        return None
+    if torch.version.cuda is None and torch.version.hip is None:
+        reason = " (this PyTorch is built without CUDA)"
+    elif torch.version.cuda and any(os.path.exists(path) for path in NVIDIA_DRIVER):
+        reason = (
+            f" (there is an NVIDIA driver, but it is too old for this PyTorch, which is built for CUDA {torch.version.cuda}, or the "
+            "GPUs are hidden)"
+        )
+    else:
+        reason = ""
+    return (
+        f"MODEL.DEVICE is {wanted!r}, but PyTorch finds no usable GPU{reason}: running on the CPU; MODEL.DEVICE cpu silences "
+        "this warning."
+    )
 
 
 def check_datasets(cfg: CfgNode, *, train: bool) -> None:

@@ -19,7 +19,7 @@ from detectron2.utils.logger import setup_logger
 
 from ..checkpoint import checkpoint_files
 from ..class_names import as_comment, names_in_checkpoint, names_in_data, names_in_training_set
-from ..config import KD_META_ARCH, SolverKeys, changed_keys, load_config
+from ..config import KD_META_ARCH, SolverKeys, changed_keys, load_config, read_config
 from ..config_files import find_config_file
 from ..data import ClassOrder, register_coco_json, register_synthetic
 from ..files import check_output_folder, write_json, write_text
@@ -27,7 +27,7 @@ from ..keys import keys_of
 from ..modeling import unused_nodes
 from ..text import keep_controls_out_of_logs
 from ..versions import versions
-from .checks import check_datasets, check_device
+from .checks import check_datasets, check_device, missing_gpu_advice
 from .folder_lock import lock_folder
 from .learning_rate import learning_rate_advice
 
@@ -70,6 +70,10 @@ def setup(args: argparse.Namespace) -> CfgNode:
             write_configs(cfg)
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK and not args.eval_only
+    if not getattr(args, "exported", None) and comm.is_main_process():
+        advice = missing_gpu_advice(read_config(args.config_file, args.opts).MODEL.DEVICE, cfg.MODEL.DEVICE)
+        if advice:
+            logger.warning(advice)
     if args.config_file and not args.eval_only:
         advice = learning_rate_advice(args.config_file, args.opts)
         if advice:
