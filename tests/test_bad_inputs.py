@@ -16,6 +16,7 @@ from kd_d2.config import load_config, read_config
 from kd_d2.data import register_coco_json
 from kd_d2.engine import checks, evaluate_teacher, launch
 from kd_d2.engine.checks import check_datasets, check_device
+from kd_d2.engine.setup import set_float32_precision
 from kd_d2.errors import UserError, as_user_error
 from kd_d2.files import write_text
 from kd_d2.modeling import building
@@ -24,6 +25,7 @@ from kd_d2.teacher import Teacher
 
 import pytest
 import torch
+from detectron2.config import defaults
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from helpers import CLASSES, ROOT, TINY, Project, clean_process, make_coco, make_project, save_fixed_weights
@@ -521,6 +523,35 @@ def test_why_a_gpu_is_not_used(
     assert checks.missing_gpu_advice("cuda", "cpu") == (
         f"MODEL.DEVICE is 'cuda', but PyTorch finds no usable GPU{reason}: running on the CPU; MODEL.DEVICE cpu silences this warning."
     )
+
+
+def test_an_unknown_precision(monkeypatch: pytest.MonkeyPatch, refused) -> None:
+    monkeypatch.setitem(defaults._C, "FLOAT32_PRECISION", "")  # as in the official Detectron2
+    assert refused("FLOAT32_PRECISION", "tf32") == (
+        "FLOAT32_PRECISION is 'tf32'; it must be one of 'highest', 'high', 'medium', or '' to change nothing."
+    )
+
+
+@pytest.mark.parametrize(("device", "precision", "expected"), [
+    ("cuda", "highest", (["highest"], False)),
+    ("cuda", "high", (["high"], True)),
+    ("cuda", "", ([], None)),
+    ("cuda", None, ([], None)),
+    ("cpu", "high", ([], None)),
+])  # fmt: skip
+def test_float32_precision(
+    monkeypatch: pytest.MonkeyPatch, device: str, precision: str | None, expected: tuple[list[str], bool | None]
+) -> None:
+    """Check matrix products and convolutions, as in Detectron2; None is a Detectron2 without the key."""
+    cfg = read_config(None, ["MODEL.DEVICE", device])
+    cfg.pop("FLOAT32_PRECISION", None)
+    if precision is not None:
+        cfg.FLOAT32_PRECISION = precision
+    called = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", called.append)
+    monkeypatch.setattr(torch.backends, "cudnn", argparse.Namespace(allow_tf32=None))
+    set_float32_precision(cfg)
+    assert (called, torch.backends.cudnn.allow_tf32) == expected
 
 
 @pytest.mark.parametrize(

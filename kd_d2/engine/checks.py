@@ -17,6 +17,8 @@ from ..evaluation import check_evaluation
 from ..files import read_json
 from ..meta_arch import student_of
 
+PRECISIONS = ("highest", "high", "medium")
+"""Values of FLOAT32_PRECISION."""
 NVIDIA_DRIVER = ("/proc/driver/nvidia/version", "/dev/nvidia0")
 """Files of which a machine with an NVIDIA driver has at least one."""
 TEACHERS_CLASSES = "the number of classes in the teacher's config"
@@ -64,6 +66,15 @@ def check_device(cfg: CfgNode, world_size: int) -> None:
             f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but this machine has {torch.cuda.device_count()} usable GPUs, numbered from 0."
         )
     torch.cuda.set_device(device)
+
+
+def check_float32_precision(cfg: CfgNode) -> None:
+    """Raise a UserError unless FLOAT32_PRECISION, which only official Detectron2 has, is empty or one of PyTorch's."""
+    precision = cfg.get("FLOAT32_PRECISION", "")
+    if precision not in ("", *PRECISIONS):
+        raise UserError(
+            f"FLOAT32_PRECISION is {precision!r}; it must be one of {', '.join(map(repr, PRECISIONS))}, or '' to change nothing."
+        )
 
 
 def missing_gpu_advice(wanted: str, device: str) -> str | None:

@@ -27,7 +27,7 @@ from ..keys import keys_of
 from ..modeling import unused_nodes
 from ..text import keep_controls_out_of_logs
 from ..versions import versions
-from .checks import check_datasets, check_device, missing_gpu_advice
+from .checks import check_datasets, check_device, check_float32_precision, missing_gpu_advice
 from .folder_lock import lock_folder
 from .learning_rate import learning_rate_advice
 
@@ -52,6 +52,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if args.eval_only and args.resume:
         cfg.MODEL.WEIGHTS = next(iter(checkpoint_files(cfg.OUTPUT_DIR)), cfg.MODEL.WEIGHTS)
     check_device(cfg, comm.get_world_size())
+    check_float32_precision(cfg)
     check_output_folder(cfg.OUTPUT_DIR)
     if comm.is_main_process() and not args.eval_only:
         lock_folder(cfg.OUTPUT_DIR)
@@ -70,6 +71,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
             write_configs(cfg)
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK and not args.eval_only
+    set_float32_precision(cfg)
     if not getattr(args, "exported", None) and comm.is_main_process():
         advice = missing_gpu_advice(read_config(args.config_file, args.opts).MODEL.DEVICE, cfg.MODEL.DEVICE)
         if advice:
@@ -79,6 +81,14 @@ def setup(args: argparse.Namespace) -> CfgNode:
         if advice:
             logger.warning(advice)
     return cfg
+
+
+def set_float32_precision(cfg: CfgNode) -> None:
+    """Apply FLOAT32_PRECISION to matrix products and convolutions on a GPU, as Detectron2's `default_setup` does."""
+    precision = cfg.get("FLOAT32_PRECISION", "")
+    if precision and torch.device(cfg.MODEL.DEVICE).type == "cuda":
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = precision != "highest"
 
 
 def _close_log_file() -> None:
