@@ -39,6 +39,7 @@ class GradientBalance:
         limit: float = 100000.0,
         weights: Mapping[str, float] | None = None,
         levels: LevelBalance | None = None,
+        loss_weights: Mapping[str, float] | None = None,
     ):
         """
         Args:
@@ -49,6 +50,8 @@ class GradientBalance:
             limit: multipliers are at least 1 / limit and at most limit.
             weights: by distiller, what its share is proportional to; 1 if it is not named.
             levels: see the attribute.
+            loss_weights: by distiller, the factor that its losses contain (`Distiller.weight`). A training resumed with
+                another one corrects the averaged ratios for it, if both are above 0; those not named are not corrected.
         """
         self.target = target
         self.period = period
@@ -58,11 +61,14 @@ class GradientBalance:
         self.weights = dict(weights or {})
         self.last_multipliers: dict[str, float] = {}
         self._averages = LogAverages(momentum)
+        self._loss_weights = {name: weight for name, weight in (loss_weights or {}).items() if weight > 0}
         self._last_iteration: int | None = None
 
     @classmethod
-    def from_node(cls, node: CfgNode, weights: Mapping[str, float]) -> GradientBalance | None:
-        """Build the balance from MODEL.KD.BALANCE; None if it is disabled."""
+    def from_node(
+        cls, node: CfgNode, weights: Mapping[str, float], loss_weights: Mapping[str, float] | None = None
+    ) -> GradientBalance | None:
+        """Build the balance from MODEL.KD.BALANCE; None if it is disabled. Other arguments as for the constructor."""
         if not node.ENABLED:
             return None
         levels = LevelBalance(node.MOMENTUM) if node.LEVELS else None
@@ -73,6 +79,7 @@ class GradientBalance:
             limit=node.LIMIT,
             weights=weights,
             levels=levels,
+            loss_weights=loss_weights,
         )
 
     @property
@@ -142,11 +149,17 @@ class GradientBalance:
                 self._averages.add(name, norm / own)
 
     def state_dict(self) -> dict[str, Any]:
-        state = {"averages": {name: [mean, count] for name, mean, count in self._averages.state()}}
+        averages = {name: [mean, count] for name, mean, count in self._averages.state()}
+        state = {"averages": averages, "loss_weights": dict(self._loss_weights)}
         return state | ({"levels": self.levels.state_dict()} if self.levels else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._averages.load((name, *average) for name, average in state["averages"].items())
+        measured_with = state.get("loss_weights", {})  # absent from older checkpoints
+        changes = {name: weight / measured_with.get(name, weight) for name, weight in self._loss_weights.items()}
+        self._averages.load(
+            (name, mean + math.log(changes.get(name, 1.0)), count) for name, (mean, count) in state["averages"].items()
+        )
+        self._loss_weights = measured_with | self._loss_weights
         if self.levels and "levels" in state:
             self.levels.load_state_dict(state["levels"])
 

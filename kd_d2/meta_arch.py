@@ -85,7 +85,11 @@ class KDMetaArch(nn.Module):
             "distillers": distillers,
             "labels": PseudoLabels(kd.PSEUDO_LABELS.SCORE_THRESH) if kd.PSEUDO_LABELS.ENABLED else Annotations(),
             "schedules": {name: Schedule.from_node(node) for name, node in nodes.items()},
-            "balance": GradientBalance.from_node(kd.BALANCE, {n: d.relative_weight for n, d in distillers.items()}),
+            "balance": GradientBalance.from_node(
+                kd.BALANCE,
+                {name: distiller.relative_weight for name, distiller in distillers.items()},
+                {name: distiller.weight for name, distiller in distillers.items()},
+            ),
         }
 
     def _check_pair(self) -> None:

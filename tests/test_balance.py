@@ -162,6 +162,33 @@ def test_a_weight_of_zero_after_resuming(slopes: Slopes) -> None:
     assert slopes.multipliers(resumed, 1, (1, 0), A=(0, 0)) == {"A": 1.0}
 
 
+def test_another_weight_after_resuming(slopes: Slopes) -> None:
+    """Check a gradient of norm 3 at WEIGHT 10, so 30 at 100, with WEIGHT 0 in a run in between; shares stay equal."""
+
+    def run(weight: float, state: dict | None, iteration: int) -> tuple[dict, float]:
+        relative = {"A": weight / 10}
+        scaled = balance(1.0, weights=relative, loss_weights={"A": weight}, momentum=0.5)
+        if state:
+            scaled.load_state_dict(json.loads(json.dumps(state)))
+        found = slopes.multipliers(scaled, iteration, (1, 0), A=(0.3 * weight, 0))
+        return scaled.state_dict(), found["A"]
+
+    state, found = run(10.0, None, 0)
+    assert found == pytest.approx(1 / 3)
+    assert run(100.0, state, 3)[1] == pytest.approx(1 / 30)  # iteration 3 has no measurement
+    off, found = run(0.0, state, 3)
+    assert found == 1.0 and run(100.0, off, 5)[1] == pytest.approx(1 / 30)
+    old = {"averages": state["averages"]}
+    assert run(100.0, old, 3)[1] == pytest.approx(1 / 3)
+
+
+def test_the_weight_of_a_checkpoint_is_the_methods(tmp_path: Path) -> None:
+    """Check PKD's default with and without a WEIGHT, as kept in the checkpoint."""
+    project = make_project(tmp_path, MODEL__KD__DISTILLERS=("PKD", "StructuralKD"), MODEL__KD__PKD__WEIGHT=5.0, **ON)
+    state = make_trainer(project).bare_model.balance.state_dict()
+    assert state["loss_weights"] == {"PKD": 5.0, "StructuralKD": 4.0}
+
+
 class HalfLoss(nn.Module):
     """A convolution with a loss whose float16 gradient is 0, right, or infinite, depending on the factor."""
 
