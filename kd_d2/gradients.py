@@ -16,8 +16,9 @@ LOSS_SCALES = (2.0**16, 2.0**8, 1.0)
 
 
 def gradients_of(loss: Tensor, tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Compute this process's gradients of a loss and retain the graph; zero where the loss does not depend on a tensor.
+    """Compute this process's gradients of a loss and retain the graph.
 
+    They are zero for tensors that the loss does not depend on or that do not require a gradient, such as frozen levels.
     Under float16 autocast, the loss is scaled as by a gradient scaler, by the same factor in all processes. Gradients
     are in at least float32.
     """
@@ -27,10 +28,14 @@ def gradients_of(loss: Tensor, tensors: Iterable[Tensor]) -> list[Tensor]:
     with torch.autocast(device, enabled=False):
         for scale in LOSS_SCALES if in_float16 else (1.0,):
             gradients = [torch.zeros_like(x) for x in tensors]
-            if loss.requires_grad:
-                gradients = torch.autograd.grad(
-                    loss * scale, tensors, retain_graph=True, allow_unused=True, materialize_grads=True
+            differentiable = [i for i, x in enumerate(tensors) if x.requires_grad]
+            if loss.requires_grad and differentiable:
+                sources = [tensors[i] for i in differentiable]
+                found = torch.autograd.grad(
+                    loss * scale, sources, retain_graph=True, allow_unused=True, materialize_grads=True
                 )
+                for i, gradient in zip(differentiable, found, strict=True):
+                    gradients[i] = gradient
             gradients = [x.to(torch.promote_types(x.dtype, torch.float32)) / scale for x in gradients]
             if scale == 1.0 or _are_finite(gradients):
                 break

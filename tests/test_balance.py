@@ -189,6 +189,25 @@ def test_the_weight_of_a_checkpoint_is_the_methods(tmp_path: Path) -> None:
     assert state["loss_weights"] == {"PKD": 5.0, "StructuralKD": 4.0}
 
 
+def test_a_frozen_level_has_no_gradient() -> None:
+    """Check gradients, factors and loss maps with a first level that does not require a gradient."""
+    features = _levels(1.0, 1.0, 1.0)
+    features[8] = features[8].detach()
+    outputs, levels = DetectorOutputs(images=None, features=features), LevelBalance(momentum=0.5)
+    seen = levels.gated("A", outputs).features
+    loss = seen[8].sum() + 12 * seen[16].sum() + 5 * seen[32].sum()
+    assert [x.item() for x in gradients_of(loss, features.values())] == [0, 12, 5]
+    assert [x.item() for x in gradients_of(loss, [features[8]])] == [0]
+    own = dict(zip(features, gradients_of(3 * features[16].sum() + 4 * features[32].sum(), features.values())))
+    levels.measure(own, {"A": loss}, features)
+    factors = levels.factors("A")
+    assert [factors[16], factors[32]] == pytest.approx([7.8 / 12, 10.4 / 5], rel=1e-5)
+    imitation = make(FeatureImitation, spec_of({8: 1, 16: 1, 32: 1}))
+    teacher = DetectorOutputs(images=None, features=_levels(2.0, 2.0, 2.0))
+    maps = imitation.loss_maps(outputs, teacher, [])
+    assert maps[8].tolist() == [[[0.0]]] and maps[16].item() > 0
+
+
 class HalfLoss(nn.Module):
     """A convolution with a loss whose float16 gradient is 0, right, or infinite, depending on the factor."""
 

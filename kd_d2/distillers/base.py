@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..adapters import DetectorOutputs
 from ..distributed import mean_count_across_ranks
 from ..errors import UserError
+from ..gradients import gradients_of
 from ..keys import AtLeast, Keys, keys_of
 from .pair import Pair
 
@@ -166,11 +167,8 @@ class Distiller(nn.Module):
         zero for levels without a gradient. A method whose loss is a mean over positions may return the loss itself.
         """
         loss = self.total(self(student, teacher, targets))
-        maps = {stride: torch.zeros_like(level[:, 0]) for stride, level in student.features.items()}
-        if loss.requires_grad:
-            gradients = torch.autograd.grad(loss, list(student.features.values()), allow_unused=True)
-            maps |= {stride: gradient.norm(dim=1) for stride, gradient in zip(maps, gradients) if gradient is not None}
-        return maps
+        gradients = gradients_of(loss, student.features.values())
+        return {stride: gradient.norm(dim=1) for stride, gradient in zip(student.features, gradients, strict=True)}
 
     def param_groups(self, cfg: CfgNode) -> list[ParamGroup]:
         """Return the distiller's own parameters, grouped by the optimizer that trains them; MODEL.KD.LAYER_LR selects the default."""
