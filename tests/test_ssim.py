@@ -1,11 +1,11 @@
 """SSIM: the plain and the fused loss against kornia, slow independent implementations and hand-worked numbers."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 from kd_d2.losses import fused_ssim, ms_ssim_loss, ssim_chunks, ssim_loss
-from kd_d2.losses.gaussian import blur_matrix
+from kd_d2.losses.gaussian import blur_matrix, gaussian_blur
 from kd_d2.losses.ssim import MS_SSIM_SIGMAS
 
 import kornia
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytestmark = pytest.mark.unit
 
@@ -475,6 +476,77 @@ def test_triton_that_cannot_start_is_told(
     assert [r.message for r in caplog.records] == [
         f"The Triton kernels of SSIM failed on cpu ({reason}); falling back to the slower PyTorch implementation."
     ]
+
+
+class RoundedProducts(TorchDispatchMode):
+    """Rounds the factors of float32 products to numbers with some of the 23 bits of the mantissa, as GPUs do."""
+
+    def __init__(self, bits: int):
+        super().__init__()
+        self.dropped = 23 - bits
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.mm.out):
+            args = [self._round(x) if x.dtype is torch.float32 else x for x in args]
+        return function(*args, **(kwargs or {}))
+
+    def _round(self, x: Tensor) -> Tensor:
+        return ((x.view(torch.int32) + 2 ** (self.dropped - 1)) & -(2**self.dropped)).view(torch.float32)
+
+
+@pytest.fixture
+def float32_products() -> Iterator[None]:
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.usefixtures("float32_products")
+@pytest.mark.parametrize("precision", ["high", "medium"])
+@pytest.mark.parametrize(
+    "loss_of",
+    [_fused, lambda s, t: ssim_loss(s, t, exponents=(0, 1, 1)), ms_ssim_loss],
+    ids=["fused", "exponents", "multi-scale"],
+)
+def test_products_of_low_precision_do_not_matter(loss_of: Callable, precision: str) -> None:
+    """Check smooth maps, whose variances products in TF32 or bfloat16 lose, with the backward pass under autocast."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(1, 4, 5, 5, generator=generator)
+    teacher = 1 + torch.nn.functional.interpolate(coarse, size=(40, 40), mode="bicubic")
+    student = teacher + 0.01 * torch.randn(teacher.shape, generator=generator)
+    exact = student.double().requires_grad_()
+    expected = loss_of(exact, teacher.double())
+    expected.backward()
+    torch.set_float32_matmul_precision(precision)
+    student.requires_grad_()
+    with RoundedProducts(10 if torch.backends.mkldnn.matmul.fp32_precision == "tf32" else 7):
+        loss = loss_of(student, teacher)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert _relative_error(student.grad, exact.grad) < 1e-3
+    assert torch.get_float32_matmul_precision() == precision
+
+
+@pytest.mark.parametrize("loss_of", [_fused, lambda s, t: ssim_loss(s, t, exponents=(0.5, 1, 2)), ms_ssim_loss])
+def test_backward_pass_under_autocast(loss_of: Callable) -> None:
+    """Check first and, for create_graph, second derivatives against those without autocast."""
+    student, teacher = _maps(1, 2, 20, 24)
+
+    def gradients(autocast: bool) -> list[Tensor]:
+        leaf = student.clone().requires_grad_()
+        loss = loss_of(leaf, teacher)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            (first,) = torch.autograd.grad(loss, leaf, create_graph=True)
+            return [first, *torch.autograd.grad((first * teacher).sum(), leaf)]
+
+    for found, expected in zip(gradients(True), gradients(False), strict=True):
+        assert _relative_error(found, expected) < 1e-5
+
+
+def test_blur_derivatives_numerically() -> None:
+    maps = torch.randn(2, 3, 5, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: gaussian_blur(x, 5, 1.5), maps)
+    assert torch.autograd.gradgradcheck(lambda x: gaussian_blur(x, 5, 1.5), maps)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -21,7 +21,52 @@ def gaussian_blur(maps: Tensor, window_size: int, sigma: float) -> Tensor:
         sigma: standard deviation in cells.
     """
     rows, columns = (blur_matrix(side, window_size, sigma, maps.dtype, maps.device) for side in maps.shape[-2:])
-    return rows @ maps @ columns.T
+    return _Blur.apply(maps, rows, columns)
+
+
+class _Blur(torch.autograd.Function):
+    """(maps (..., H, W), rows, columns) -> rows @ maps @ columns.T, with exact products in all derivatives."""
+
+    @staticmethod
+    def forward(ctx, maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, columns)
+        return exact_product(exact_product(rows, maps), columns.T)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        rows, columns = ctx.saved_tensors
+        return _Blur.apply(gradient, rows.T, columns.T), None, None
+
+
+def exact_product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """Compute left @ right without autocast and, in float32, as if `torch.set_float32_matmul_precision` were "highest".
+
+    Variances are small differences of products, which TF32 and bfloat16 lose. No setting is changed, since other
+    threads may multiply at the same time: TF32 gets three products of what its 11 bits hold exactly, bfloat16 a product
+    in float64.
+    """
+    device = left.device.type
+    with torch.autocast(device, enabled=False):
+        precision = _FLOAT32[device].fp32_precision if device in _FLOAT32 and left.dtype is torch.float32 else "ieee"
+        if precision == "tf32":
+            (left_high, left_low), (right_high, right_low) = _split(left), _split(right)
+            product = left_high @ right_low
+            product += left_low @ right_high
+            product += left_high @ right_high
+        elif precision == "bf16":
+            product = (left.double() @ right.double()).float()
+        else:
+            return torch.matmul(left, right, out=out)
+        return product if out is None else out.copy_(product)
+
+
+_FLOAT32 = {"cpu": torch.backends.mkldnn.matmul, "cuda": torch.backends.cuda.matmul}
+
+
+def _split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Split float32 numbers into their nearest TF32 numbers, with 13 bits of the mantissa zero, and the remainders."""
+    high = ((x.view(torch.int32) + 2**12) & -(2**13)).view(torch.float32)
+    return high, x - high
 
 
 @lru_cache(maxsize=512)

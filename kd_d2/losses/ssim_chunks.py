@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .gaussian import blur_matrix
+from .gaussian import blur_matrix, exact_product
 from .similarity import EPS, K1, K2, SIGMA
 
 CHUNK_ELEMENTS = {"cpu": 3 * 2**15, "cuda": 2**25}
@@ -107,7 +107,7 @@ class _Chunk:
         torch.mul(s, s, out=squares).addcmul_(t, t)
         torch.mul(s, t, out=product)
         for matrices, out in self.blurs:
-            torch.mm(*matrices, out=out)
+            exact_product(*matrices, out=out)
 
         mean_s, mean_t, d, c = self.moments
         a, b, inverse, q = self.scratch
@@ -142,7 +142,7 @@ class _Chunk:
         torch.mul(a, inverse, out=b)
         inverse.mul_(by_mean)
         for matrices, out in self.adjoint_blurs:
-            torch.mm(*matrices, out=out)
+            exact_product(*matrices, out=out)
         by_product, by_mean, by_square = self.derivatives
         by_mean.addcmul_(by_product, t)
         if gradient.dtype == by_mean.dtype:
