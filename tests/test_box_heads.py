@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -102,6 +103,20 @@ def test_dist_of_a_dense_head_is_the_authors(stored: Callable) -> None:
     loss.backward()
     for stride, maps in student.items():
         _assert_stored(maps.grad, 2 * stored("dist", f"grad_student.{stride}"))
+
+
+def test_dist_of_one_class_and_one_anchor() -> None:
+    """Check GAMMA's term alone, with its correlation of 1/2, and the error without it; two anchors have both terms."""
+    spec = spec_of({}, provides=frozenset({"dense"}), num_classes=1)
+    student, teacher = (torch.tensor([x]).logit().view(1, 1, 1, 3) for x in ([0.1, 0.2, 0.3], [0.1, 0.3, 0.2]))
+    outputs = [_dense_outputs({8: maps}, 1) for maps in (student, teacher)]
+    assert make(DIST, spec, gamma=3.0)(*outputs, [])["loss_dist"].item() == pytest.approx(3 * (1 - 0.5))
+    with pytest.raises(
+        UserError, match=r"MODEL\.KD\.DIST\.GAMMA is 0, and the student \(Pupil\) has one class and one"
+    ):
+        make(DIST, spec, gamma=0.0)
+    anchors = {8: torch.tensor([[-4.0, -4.0, 4.0, 4.0], [-8.0, -8.0, 8.0, 8.0]])}
+    assert make(DIST, dataclasses.replace(spec, cell_anchors=anchors), gamma=0.0).loss.keywords["beta"] == 1.0
 
 
 def test_decoupled_loss_by_hand() -> None:

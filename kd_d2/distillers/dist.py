@@ -9,8 +9,9 @@ from typing import Annotated
 from detectron2.structures import Instances
 from torch import Tensor
 
-from ..adapters import DetectorOutputs
+from ..adapters import DetectorOutputs, DetectorSpec
 from ..distributed import sum_across_ranks
+from ..errors import UserError
 from ..keys import AtLeast
 from ..losses import dist_loss_of_levels
 from .base import DISTILLER_REGISTRY, Distiller, Losses
@@ -24,7 +25,8 @@ class DIST(Distiller):
 
     L = WEIGHT * (BETA * (1 - r along classes) + GAMMA * (1 - r along positions)), where r is the correlation of class
     probabilities, see `dist_loss_of_levels`. Dense heads: sigmoid probabilities, summed over levels; the classes of each anchor
-    are separate. Box heads: softmax probabilities of the proposals that the head is trained on.
+    are separate, and with one class and one anchor per position the first term is left out. Box heads: softmax
+    probabilities of the proposals that the head is trained on.
     """
 
     needs = frozenset({"dense"})
@@ -39,9 +41,17 @@ class DIST(Distiller):
 
     def __init__(self, config: Config, pair: Pair):
         super().__init__(config, pair)
-        self.loss = partial(dist_loss_of_levels, beta=config.beta, gamma=config.gamma, total=sum_across_ranks)
+        beta = config.beta
         if "dense" in self.needs:
             check_same_anchors("DIST", pair.student, pair.teacher)
+            if _has_one_value(pair.student):
+                beta = 0.0  # a correlation along one value is constant
+                if not config.gamma:
+                    raise UserError(
+                        f"MODEL.KD.DIST.GAMMA is 0, and the student ({pair.student.name}) has one class and one anchor per position, "
+                        "where BETA's correlation along classes does not exist: DIST would have no effect."
+                    )
+        self.loss = partial(dist_loss_of_levels, beta=beta, gamma=config.gamma, total=sum_across_ranks)
 
     def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
         if "proposals" in self.needs:
@@ -51,6 +61,11 @@ class DIST(Distiller):
             strides = student.dense.logits
             pairs = [[_rows(outputs.probability_map(s)) for s in strides] for outputs in (student, teacher)]
         return {"loss_dist": self.loss(*pairs)}
+
+
+def _has_one_value(spec: DetectorSpec) -> bool:
+    """Return whether a dense head predicts one class of one anchor at each position."""
+    return spec.num_classes == 1 and all(len(anchors) == 1 for anchors in (spec.cell_anchors or {}).values())
 
 
 def _rows(maps: Tensor) -> Tensor:
