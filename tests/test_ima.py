@@ -225,6 +225,14 @@ def test_on_detectors(
         assert 0 <= event_storage.latest()["kd/ima_gamma"][0] <= 1
 
 
+@pytest.mark.parametrize("whose", ["both", "student"])
+def test_boxes_of_one_cell_are_not_standardized(build: Callable, whose: str) -> None:
+    with pytest.raises(UserError, match=rf"MODEL.KD.IMA.BOX_RESOLUTION is 1, but STANDARDIZE '{whose}' makes"):
+        build(INSTANCE="box", BOX_RESOLUTION=1, STANDARDIZE=whose)
+    assert build(INSTANCE="box", BOX_RESOLUTION=1).config.box_resolution == 1
+    assert build(INSTANCE="sample", BOX_RESOLUTION=1, STANDARDIZE=whose).config.standardize == whose
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

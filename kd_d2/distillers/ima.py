@@ -12,6 +12,7 @@ from torchvision.ops import roi_align
 
 from ..adapters import DetectorOutputs
 from ..distributed import mean_count_across_ranks
+from ..errors import UserError
 from ..keys import AtLeast, Below
 from ..losses import agreement, standardize
 from .adaptation import Adaptation, AdaptationLayers
@@ -61,6 +62,13 @@ class IMA(Distiller):
         levels: Annotated[
             Literal["mean", "sum"], "Whether the loss is the mean or the sum over levels; the paper defines one level."
         ] = "mean"
+
+        def check(self, name: str) -> None:
+            if self.instance == "box" and self.box_resolution == 1 and self.standardize != "none":
+                raise UserError(
+                    f"{name}.BOX_RESOLUTION is 1, but STANDARDIZE {self.standardize!r} makes a box of one cell zero: set STANDARDIZE "
+                    "to 'none' or a larger BOX_RESOLUTION."
+                )
 
     def __init__(self, config: Config, pair: Pair):
         super().__init__(config, pair)
