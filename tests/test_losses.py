@@ -10,7 +10,9 @@ from kd_d2.losses import (
     min_max_normalize,
     pearson_loss,
     quality_focal_loss,
+    relative_to_mean,
     spatial_attention,
+    standardize,
     with_statistics_of,
 )
 
@@ -63,6 +65,22 @@ def test_min_max_normalize_of_constant_maps(scope: str) -> None:
     assert normalized.tolist() == torch.zeros(1, 2, 3, 3).tolist() == other.tolist()
     ((normalized - torch.rand(1, 2, 3, 3)) ** 2).mean().backward()
     assert student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_normalization_in_half_precision(dtype: torch.dtype) -> None:
+    """Check finite gradients of constant maps, and squares, ranges and means that float16 cannot hold, in float32."""
+    for normalize in (standardize, lambda x: min_max_normalize(x, x.detach())[0]):
+        constant = torch.full((1, 2, 2, 2), 0.5, dtype=dtype, requires_grad=True)
+        result = normalize(constant)
+        assert result.dtype is torch.float32 and not result.any()
+        (result * torch.arange(4.0).view(2, 2)).sum().mul(1e-3).backward()
+        assert constant.grad.isfinite().all()
+    large = torch.tensor([-60000.0, 60000.0]).to(dtype).view(1, 1, 1, 2)
+    assert standardize(large).flatten().tolist() == pytest.approx([-1, 1])
+    assert min_max_normalize(large, large)[0].flatten().tolist() == [0, 1]
+    (weights,) = relative_to_mean([torch.zeros(1, 2, 2, dtype=dtype)])
+    assert weights.dtype is torch.float32 and not weights.any()
 
 
 def test_min_max_normalize_refuses_an_unknown_scope() -> None:

@@ -18,7 +18,7 @@ def min_max_normalize(
         eps: smallest range to divide by, so that constant maps give zeros and finite gradients.
 
     Returns:
-        The normalized student and teacher.
+        The normalized student and teacher, in at least float32; unchanged for the scope "none".
 
     Raises:
         ValueError: the scope is unknown.
@@ -27,6 +27,7 @@ def min_max_normalize(
         return student, teacher
     if scope not in SCOPES:
         raise ValueError(f"scope is {scope!r}; it must be one of {', '.join(SCOPES)}")
+    student, teacher = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (student, teacher))
     dims = (2, 3) if scope == "channel" else (1, 2, 3)
     low_s, high_s = student.amin(dims, keepdim=True), student.amax(dims, keepdim=True)
     low_t, high_t = teacher.amin(dims, keepdim=True), teacher.amax(dims, keepdim=True)

@@ -67,8 +67,11 @@ def masked_squared_error(student: Tensor, teacher: Tensor, mask: Tensor) -> Tens
 def relative_to_mean(weights: list[Tensor], means: list[Tensor] | None = None) -> list[Tensor]:
     """Divide each level's weights by their mean, so that they express where to imitate but not how much.
 
+    Computed in at least float32, the type of the result.
+
     Args:
         means: means by level, such as those across ranks; None for the weights' own, without gradient.
     """
+    weights = [weight.to(torch.promote_types(weight.dtype, torch.float32)) for weight in weights]
     means = means or [weight.detach().mean() for weight in weights]
     return [weight / mean.clamp(min=EPS) for weight, mean in zip(weights, means, strict=True)]

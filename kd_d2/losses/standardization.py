@@ -12,9 +12,12 @@ EPS = 1e-5
 def standardize(maps: Tensor, eps: float = EPS) -> Tensor:
     """Compute (F - mean) / std over positions of each map (N, C, H, W); constant maps give zeros and finite gradients.
 
+    Computed in at least float32, the type of the result.
+
     Args:
         eps: added to the variance.
     """
+    maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
     centered = maps - maps.mean((-2, -1), keepdim=True)
     return centered * (centered.square().mean((-2, -1), keepdim=True) + eps).rsqrt()
 
