@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from detectron2.layers import CycleBatchNormList
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils.events import EventStorage
-from helpers import configured, make
+from helpers import configured, make, spec_of
 from torch import Tensor, nn
 from torchvision.ops import box_iou, distance_box_iou, generalized_box_iou
 
@@ -637,6 +637,13 @@ def test_a_centerness_that_is_not_there(build: Callable) -> None:
         UserError, match=r"CROSSKD\.CENTERNESS_WEIGHT is 1\.0, but the teacher \(GFL\) has no centerness"
     ):
         build(CrossKD, "gfl", CENTERNESS_WEIGHT=1.0)
+
+
+def test_lds_class_loss_needs_two_classes() -> None:
+    spec = spec_of({8: 8}, num_classes=1)
+    with pytest.raises(UserError, match=r"MODEL\.KD\.LD\.CLASS_WEIGHT is 10\.0, but with one class"):
+        make(LD, spec, class_weight=10.0)
+    assert make(LD, spec).loss_names == ("loss_ld",)
 
 
 def test_heads_that_are_read_otherwise_have_no_towers(tiny_detector: Callable) -> None:

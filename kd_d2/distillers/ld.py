@@ -70,6 +70,11 @@ class LD(Distiller):
         weights = config.main_weight, config.valuable_weight, config.class_weight
         self.weights = self.weigh_losses(*weights, optional=(VALUABLE, CLASS))
         student, teacher = pair.student, pair.teacher
+        if config.class_weight and student.num_classes == 1:
+            raise UserError(
+                f"MODEL.KD.LD.CLASS_WEIGHT is {config.class_weight}, but with one class the softmax over class logits is constant: "
+                "set it to 0."
+            )
         if student.num_bins and teacher.num_bins:
             check_same_anchors("LD", student, teacher)
             if student.num_bins != teacher.num_bins:
