@@ -13,7 +13,7 @@ from kd_d2.adapters import DetectorSpec
 from kd_d2.distillers import OptimizerSettings
 from kd_d2.distillers.icd import decoder as decoder_module
 from kd_d2.distillers.icd import priors as priors_module
-from kd_d2.distillers.icd.distiller import ICD, auxiliary_losses
+from kd_d2.distillers.icd.distiller import ICD, SMALLEST_SIZE, auxiliary_losses
 from kd_d2.distillers.icd.encoding import InstanceEncoder, sine_waves, size_bins
 from kd_d2.distillers.icd.geometry import LevelGeometry
 from kd_d2.distillers.icd.priors import compute_priors, read_priors
@@ -421,6 +421,17 @@ def test_auxiliary_losses_by_hand() -> None:
     objectness, box = auxiliary_losses(prediction, queries)
     assert objectness.item() == pytest.approx((math.log(4 / 3) + math.log(2)) / 2)
     assert box.item() == pytest.approx(0.2 / 0.4 + 0.4 / 0.2 + 0.4 / 0.4 + 0.4 / 0.2)
+
+
+def test_the_auxiliary_loss_of_a_box_without_area() -> None:
+    """Check a real query of width 0, whose horizontal errors of 0.5 are relative to the smallest size."""
+    (target,) = _targets([[30.0, 10.0, 30.0, 42.0]], sizes=[(64, 64)])
+    queries = build_queries([target], [(64, 64)], _fakes(), fakes_per_instance=0, max_queries=1, jitter=0.0)
+    prediction = torch.zeros(1, 1, 5, requires_grad=True)
+    _, box = auxiliary_losses(prediction, queries)
+    assert box.item() == pytest.approx(2 * 0.5 / SMALLEST_SIZE + 2 * 0.25 / 0.5, rel=1e-4)
+    box.backward()
+    assert prediction.grad.isfinite().all()
 
 
 @pytest.mark.parametrize(

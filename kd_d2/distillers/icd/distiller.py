@@ -27,6 +27,9 @@ from .priors import read_priors
 from .projection import project_levels
 from .queries import FakeInstances, InstanceQueries, ObservedFakeInstances, build_queries
 
+SMALLEST_SIZE = 1e-5
+"""Width and height, as fractions of the image, below which boxes count as that large: a fraction of a pixel."""
+
 
 @DISTILLER_REGISTRY.register()
 class ICD(Distiller):
@@ -203,14 +206,14 @@ def auxiliary_losses(prediction_BQ5: Tensor, queries: InstanceQueries) -> tuple[
             center to the sides, as fractions of the image.
 
     Returns:
-        binary cross-entropy, averaged over all queries except padding; L1 relative to the box size, summed over sides
-        and averaged over real queries.
+        binary cross-entropy, averaged over all queries except padding; L1 relative to the box size, at least
+        `SMALLEST_SIZE`, summed over sides and averaged over real queries.
     """
     is_real, is_query = queries.is_real.float(), (~queries.is_padding).float()
     objectness = F.binary_cross_entropy_with_logits(prediction_BQ5[..., 0], is_real, is_query, reduction="sum")
     centers, sizes = queries.boxes[..., :2], queries.boxes[..., 2:]
     offset = queries.centers - centers
     distances = torch.cat([sizes / 2 + offset, sizes / 2 - offset], -1)
-    scale = torch.where(queries.is_real[..., None], 1 / sizes.repeat(1, 1, 2), 0.0)
+    scale = torch.where(queries.is_real[..., None], 1 / sizes.clamp(min=SMALLEST_SIZE).repeat(1, 1, 2), 0.0)
     box = ((prediction_BQ5[..., 1:].sigmoid() - distances).abs() * scale).sum()
     return objectness / mean_count_across_ranks(is_query.sum()), box / mean_count_across_ranks(is_real.sum())
