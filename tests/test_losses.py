@@ -4,13 +4,21 @@ import math
 from collections.abc import Callable
 
 from kd_d2.losses import (
+    attended_error,
+    attended_value_loss,
     background_weights,
+    channel_wise_loss,
+    decoupled_loss,
+    dist_loss,
     foreground_weights,
     instance_attention,
     min_max_normalize,
     pearson_loss,
     quality_focal_loss,
+    rank_kl_loss,
     relative_to_mean,
+    soft_label_loss,
+    softmax_divergence,
     spatial_attention,
     standardize,
     with_statistics_of,
@@ -124,6 +132,28 @@ def test_foreground_and_background_weights_of_bfloat16_boxes() -> None:
     foreground = foreground_weights(torch.tensor([[[0, 0, 1, 1]]], dtype=torch.bfloat16), 2, 3)
     assert foreground.tolist() == [[[0.25, 0.25, 0], [0.25, 0.25, 0]]]
     assert background_weights(foreground).tolist() == [[[0, 0, 0.5], [0, 0, 0.5]]]
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        pearson_loss,
+        channel_wise_loss,
+        soft_label_loss,
+        quality_focal_loss,
+        softmax_divergence,
+        lambda s, t: attended_error(s, t, torch.ones(2, 3, 1, 1)),
+        lambda s, t: attended_value_loss(s, t, torch.ones(2, 3, 4)),
+        lambda s, t: with_statistics_of([s], [t]),
+        lambda s, t: dist_loss(s.flatten(1), t.flatten(1)),
+        lambda s, t: decoupled_loss(s.flatten(1), t.flatten(1), torch.tensor([0, 1])),
+        lambda s, t: rank_kl_loss(s[:, 0, 0, 0], t[0, 0, 0, :1], torch.tensor([0, 0])),
+    ],
+)
+def test_shapes_that_differ_are_refused(loss: Callable) -> None:
+    """Check maps that would otherwise be broadcast."""
+    with pytest.raises(ValueError, match=r"^student \(2.*\) and teacher \(.*1.*\) have different shapes$"):
+        loss(torch.rand(2, 3, 4, 4), torch.rand(2, 1, 4, 4))
 
 
 @pytest.mark.parametrize(

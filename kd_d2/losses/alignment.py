@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .derivatives import first_derivative_only
 from .moments import Total, alone, counts_over, split_levels, sums_over
+from .shapes import check_same_shape
 
 SQUARE_EPS = 1e-16
 """Variance up to which a channel counts as constant: the student's is aligned to the mean alone, without gradient."""
@@ -29,7 +30,12 @@ def with_statistics_of(student: Sequence[Tensor], teacher: Sequence[Tensor], tot
     Args:
         student, teacher: maps (B, C, H, W), equal in shape pair by pair.
         total: sums a tensor over all ranks of a batch that is distributed over several.
+
+    Raises:
+        ValueError: the maps of a pair differ in shape.
     """
+    for pair in zip(student, teacher, strict=True):
+        check_same_shape(*pair)
     dtype = torch.promote_types(student[0].dtype, torch.float32)
     maps = [*(x.to(dtype) for x in student), *(x.detach().to(dtype) for x in teacher)]
     return list(_Alignment.apply(total, *maps))

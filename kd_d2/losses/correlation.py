@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .moments import Total, alone, central_moments
+from .shapes import check_same_shape
 
 SQUARE_EPS = 1e-16
 """Sum of squares up to which values count as constant: their correlation and its gradient are 0."""
@@ -32,6 +33,9 @@ def dist_loss(
 
     Returns:
         A scalar, the same on all ranks.
+
+    Raises:
+        ValueError: the probabilities differ in shape.
     """
     return dist_loss_of_levels([student_probs], [teacher_probs], beta, gamma, total)
 
@@ -49,6 +53,8 @@ def dist_loss_of_levels(
         student_probs, teacher_probs: probabilities (N, K) of the levels.
         beta, gamma, total: see `dist_loss`.
     """
+    for pair in zip(student_probs, teacher_probs, strict=True):
+        check_same_shape(*pair)
     dtype = torch.promote_types(student_probs[0].dtype, torch.float32)
     maps = [[x.to(dtype) for x in probs] for probs in (student_probs, teacher_probs)]
     loss = maps[0][0].new_zeros(())

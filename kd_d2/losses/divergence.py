@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .shapes import check_same_shape
+
 
 def softmax_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Compute temperature^2 * KL(softmax(T / temperature) || softmax(S / temperature)) over the last dimension.
@@ -19,7 +21,11 @@ def softmax_divergence(student_logits: Tensor, teacher_logits: Tensor, temperatu
 
     Returns:
         (...), each summed over D.
+
+    Raises:
+        ValueError: the logits differ in shape.
     """
+    check_same_shape(student_logits, teacher_logits)
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     student = (student_logits.to(dtype) / temperature).log_softmax(-1)
     teacher = (teacher_logits.detach().to(dtype) / temperature).log_softmax(-1)
@@ -47,7 +53,11 @@ def decoupled_loss(
 
     Returns:
         A scalar; zero, with a gradient of zero, if there are no proposals.
+
+    Raises:
+        ValueError: the logits differ in shape.
     """
+    check_same_shape(student_logits, teacher_logits)
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     is_label_NK = labels[:, None] == torch.arange(student_logits.shape[1], device=labels.device)
     students, teachers = (

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .flat_levels import FlatLevels
+from .shapes import check_same_shape
 
 CHUNK = 2**22
 """Elements of the largest tensor in `foreground_of_levels`."""
@@ -82,7 +83,11 @@ def attended_error(student: Tensor, teacher: Tensor, channels: Tensor) -> Tensor
     Args:
         student, teacher: (B, C, H, W); gradients flow only to the student.
         channels: attention (B, C, 1, 1).
+
+    Raises:
+        ValueError: the maps differ in shape.
     """
+    check_same_shape(student, teacher)
     return (channels * (student - teacher.detach()).square()).sum(1)
 
 

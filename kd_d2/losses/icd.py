@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .derivatives import first_derivative_only
+from .shapes import check_same_shape
 
 CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}
 """Elements of a value tensor processed at a time, by device: few enough for a CPU's cache."""
@@ -26,6 +27,9 @@ def icd_distill_loss(student_value: Tensor, teacher_value: Tensor, attention_log
         student_value, teacher_value: (B, M, L, D).
         attention_logits: (B, M, Q, L), -inf at padded positions.
         is_real: (B, Q), true (or 1) for instances of the ground truth.
+
+    Raises:
+        ValueError: the values differ in shape.
     """
     return attended_value_loss(student_value, teacher_value, instance_attention(attention_logits, is_real))
 
@@ -52,6 +56,7 @@ def attended_value_loss(
         overwrite_student: write the gradient to the student's values, for callers that no longer need them. They must
             not be a leaf of the graph.
     """
+    check_same_shape(student_value, teacher_value)
     return _AttendedValueLoss.apply(student_value, teacher_value.detach(), attention.detach(), overwrite_student)
 
 

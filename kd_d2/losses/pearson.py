@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .moments import Total, alone, central_moments
+from .shapes import check_same_shape
 
 EPS = 1e-6
 """Added to deviations."""
@@ -24,6 +25,9 @@ def pearson_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Args:
         student, teacher: (B, C, H, W).
+
+    Raises:
+        ValueError: the maps differ in shape.
     """
     return pearson_loss_of_levels([student], [teacher])
 
@@ -38,6 +42,8 @@ def pearson_loss_of_levels(student: Sequence[Tensor], teacher: Sequence[Tensor],
     Returns:
         A scalar, the same on all ranks.
     """
+    for pair in zip(student, teacher, strict=True):
+        check_same_shape(*pair)
     dtype = torch.promote_types(student[0].dtype, torch.float32)
     maps = ([x.to(dtype) for x in detector] for detector in (student, teacher))
     sums_3N, counts_N = central_moments(*maps, dims=(0, 2, 3), total=total)

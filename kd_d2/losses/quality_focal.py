@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .derivatives import first_derivative_only
+from .shapes import check_same_shape
 
 
 def quality_focal_loss(
@@ -22,7 +23,11 @@ def quality_focal_loss(
         student_logits, teacher_logits: equal in shape; each element is a separate binary classification.
         weight: weight of each element, broadcastable to the logits.
         power: beta in the paper.
+
+    Raises:
+        ValueError: the logits differ in shape.
     """
+    check_same_shape(student_logits, teacher_logits)
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     student, teacher = student_logits.to(dtype), teacher_logits.detach().to(dtype)
     weight = student.new_ones(()) if weight is None else weight.to(dtype)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .shapes import check_same_shape
+
 
 def rank_kl_loss(
     student_scores: Tensor,
@@ -30,7 +32,11 @@ def rank_kl_loss(
 
     Returns:
         A scalar; zero, with a gradient of zero, if no instance has a ranking.
+
+    Raises:
+        ValueError: the scores differ in shape.
     """
+    check_same_shape(student_scores, teacher_scores)
     dtype = torch.promote_types(student_scores.dtype, torch.float32)
     segment_P = consecutive(instance_index)
     student_P = segment_log_softmax(student_scores.to(dtype) / temperature, segment_P)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .shapes import check_same_shape
+
 
 def soft_label_loss(
     student_logits: Tensor,
@@ -23,7 +25,11 @@ def soft_label_loss(
         student_logits, teacher_logits: equal in shape; each element is a separate binary classification.
         weight: weight of each element, broadcastable to the logits.
         focus: exponent of an additional element weight |p_T - p_S|, without gradient.
+
+    Raises:
+        ValueError: the logits differ in shape.
     """
+    check_same_shape(student_logits, teacher_logits)
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     student, teacher = student_logits.to(dtype), teacher_logits.detach().to(dtype)
     if temperature != 1:

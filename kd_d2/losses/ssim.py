@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .fused_ssim import FusedSSIMLoss
+from .shapes import check_same_shape
 from .similarity import Moments, contrast_structure, local_moments, luminance, similarity_map
 
 MS_SSIM_SIGMAS = (0.5, 1.0, 2.0, 4.0, 8.0)
@@ -93,8 +94,7 @@ def fitting_window(maps: Tensor, window_size: int) -> int:
 def _check(student: Tensor, teacher: Tensor, window_size: int) -> None:
     if student.numel() == 0:
         raise ValueError(f"maps of shape {tuple(student.shape)} have no similarity")
-    if student.shape != teacher.shape:
-        raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} have different shapes")
+    check_same_shape(student, teacher)
     largest = 2 * min(student.shape[-2:]) - 1
     if window_size % 2 == 0 or not 1 <= window_size <= largest:
         raise ValueError(
