@@ -177,6 +177,7 @@ def test_coco_json_must_be_a_list_of_triples(value: str, entry: str) -> None:
     ("opts", "expected"),
     [
         (["SOLVER.MAX_ITERS", 5], "there is no config key SOLVER.MAX_ITERS. Did you mean SOLVER.MAX_ITER?"),
+        (["MODEL.KD.CHANNEL_MEANS.FROM_STRIDE", 8], f"there is no config key MODEL.KD.CHANNEL_MEANS; {HINT}."),
         (["MODEL.KD.STRUCTURAL.LAMBDA", 5], "there is no config key MODEL.KD.STRUCTURAL.LAMBDA."),
         (["solver.base_lr", 5], "there is no config key solver. Did you mean SOLVER?"),
         (["SOLVER.base_lr", 5], "there is no config key SOLVER.base_lr. Did you mean SOLVER.BASE_LR?"),
@@ -253,7 +254,9 @@ def test_a_sweep_is_not_a_config() -> None:
 def test_the_source_of_a_wrong_key_is_named(files: Files) -> None:
     """Check that the message names the file or the list of overrides that has the wrong key."""
     path = files.student(MODEL__KD__STRUKTURAL__WEIGHT=1.0)
-    assert sentence(path) == (f"{path}: there is no config key MODEL.KD.STRUKTURAL. Did you mean MODEL.KD.STRUCTURAL?")
+    assert sentence(path) == (
+        f"{path}: there is no config key MODEL.KD.STRUKTURAL; {HINT}. Did you mean MODEL.KD.STRUCTURAL?"
+    )
     files.teacher.write_text("MODEL: {DEPTHS: 1}")
     with pytest.raises(UserError, match=rf"^{re.escape(str(files.teacher))}: there is no config key MODEL.DEPTHS\.$"):
         load_teacher_config(load_config(str(files.student())))
@@ -273,7 +276,7 @@ def test_the_source_of_a_wrong_key_is_named(files: Files) -> None:
     [
         (
             ["MODEL.KD.DISTILLERS", "('IDC',)"],
-            "MODEL.KD.DISTILLERS names the unknown method 'IDC'; available: .*FeatureImitation.*StructuralKD",
+            "MODEL.KD.DISTILLERS names the unknown method 'IDC'; available: .*FeatureImitation.*StructuralKD.*--import",
         ),
         (
             ["MODEL.KD.DISTILLERS", "('StructuralKD', 'StructuralKD')"],

@@ -11,6 +11,7 @@ from detectron2.config import get_cfg
 
 from ..config_files import find_config_file, read_yaml
 from ..errors import UserError
+from ..extensions import HINT
 from ..keys import keys_of
 from .library_keys import add_kd_config, declared_nodes
 
@@ -108,7 +109,8 @@ def _with_default_types(
         if key not in defaults:
             close = difflib.get_close_matches(str(key).upper(), defaults.keys(), n=1)
             hint = f" Did you mean {prefix}{close[0]}?" if close else ""
-            raise UserError(f"{source}: there is no config key {full_key}.{hint}")
+            of_method = f"; {HINT}" if prefix == "MODEL.KD." and isinstance(value, dict) else ""
+            raise UserError(f"{source}: there is no config key {full_key}{of_method}.{hint}")
         default = defaults[key]
         if isinstance(default, CN):
             if not isinstance(value, dict):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..adapters import DetectorOutputs
 from ..distributed import mean_count_across_ranks
 from ..errors import UserError
+from ..extensions import HINT
 from ..gradients import gradients_of
 from ..keys import AtLeast, Keys, keys_of
 from .pair import Pair
@@ -187,7 +188,9 @@ class DistillerRegistry(Registry):
     def get(self, name: str) -> type[Distiller]:
         known = sorted(registered for registered, _ in self)
         if name not in known:
-            raise UserError(f"MODEL.KD.DISTILLERS names the unknown method {name!r}; available: {', '.join(known)}.")
+            raise UserError(
+                f"MODEL.KD.DISTILLERS names the unknown method {name!r}; available: {', '.join(known)}; {HINT}."
+            )
         return super().get(name)
 
     def _do_register(self, name: str, method: type[Distiller]) -> None:
