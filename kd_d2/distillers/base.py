@@ -65,7 +65,8 @@ class Distiller(nn.Module):
     Class attributes; an instance may override the first three in its `__init__`:
         needs: student outputs that `forward` reads, a subset of those that `DetectorSpec.provides` can name.
         loss_names: exact keys of the losses that `forward` returns, each `loss_<something>`.
-        aux_loss_names: losses that train only the method's own parameters: neither weight nor schedule scales them.
+        aux_loss_names: losses that train only the method's own parameters: weight, warm-up and balance do not scale
+            them. Outside its schedule, the whole method rests, including its parameters.
         alternative_needs: outputs read instead of `needs` if the student provides only these.
         CONFIG_NODE: name of the method's node under MODEL.KD.
         resizes: whether `forward` accepts student and teacher maps of different sizes at the same stride.
