@@ -162,6 +162,17 @@ class Keys:
         config.check(name)
         return config
 
+    def validate(self, name: str) -> None:
+        """Raise a UserError like `read` for values that were passed to the constructor.
+
+        Args:
+            name: name of the object in messages, such as "ICD.Config".
+        """
+        for key in keys_of(type(self)):
+            field = key.name.lower()
+            key.read(getattr(self, field), f"{name}.{field}")
+        self.check(name)
+
     def check(self, name: str) -> None:
         """Raise a UserError if values conflict. `name` is that of the node in messages, such as "MODEL.KD.ICD"."""
 

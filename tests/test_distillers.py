@@ -6,7 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 from kd_d2.adapters import DetectorOutputs
-from kd_d2.distillers import DISTILLER_REGISTRY, Distiller, FeatureImitation, OptimizerSettings, Schedule, StructuralKD
+from kd_d2.distillers import (
+    DISTILLER_REGISTRY,
+    ICD,
+    IMA,
+    PKD,
+    Distiller,
+    FeatureImitation,
+    OptimizerSettings,
+    Schedule,
+    StructuralKD,
+)
 from kd_d2.distillers.adaptation import AdaptationLayers
 from kd_d2.distillers.matching import common_strides, levels_by_stride
 from kd_d2.errors import UserError, check_number
@@ -16,7 +26,7 @@ import kornia
 import pytest
 import torch
 from detectron2.config import CfgNode
-from helpers import configured, scaled, spec_of
+from helpers import configured, make, scaled, spec_of
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.unit
@@ -390,6 +400,21 @@ def test_wrong_values_name_their_key(build: Callable, node_name: str, key: str, 
     """Check that the error names the key and the value."""
     with pytest.raises(UserError, match=rf"MODEL\.KD\.{node_name}\.{key} is {value!r}"):
         build(node_name, {8: 1}, **{key: value})
+
+
+@pytest.mark.parametrize(
+    ("method", "keys", "message"),
+    [
+        (PKD, {"num_levels": -1}, r"PKD\.Config\.num_levels is -1; it must be None or a whole number at least 1\."),
+        (PKD, {"weight": -3.0}, r"PKD\.Config\.weight is -3\.0; it must be None or a number at least 0\."),
+        (IMA, {"mask": "radnom"}, r"IMA\.Config\.mask is 'radnom'; it must be one of "),
+        (StructuralKD, {"loss": "sim"}, r"StructuralKD\.Config\.loss is 'sim'; it must be one of "),
+        (ICD, {"dim": 30}, r"ICD\.Config\.DIM is 30; it must be a multiple of 4\."),
+    ],
+)
+def test_wrong_values_of_a_config_built_in_code_are_refused(method: type, keys: dict, message: str) -> None:
+    with pytest.raises(UserError, match=f"^{message}"):
+        make(method, spec_of({8: 4}), **keys)
 
 
 @pytest.mark.parametrize("value", [True, "3", None, float("inf"), -0.5])

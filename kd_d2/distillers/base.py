@@ -114,9 +114,10 @@ class Distiller(nn.Module):
             default_weight: value if the key WEIGHT is None, for defaults that depend on the pair or on other keys.
 
         Raises:
-            UserError: the pair cannot be distilled with these values.
+            UserError: a value is invalid, or the pair cannot be distilled with these values.
         """
         super().__init__()
+        config.validate(f"{type(self).__name__}.Config")
         self.config = config
         default = self.Config.weight if default_weight is None else default_weight
         self.weight = default if config.weight is None else config.weight
