@@ -16,6 +16,7 @@ from kd_d2.distillers import (
     OptimizerSettings,
     Schedule,
     StructuralKD,
+    in_float32,
 )
 from kd_d2.distillers.adaptation import AdaptationLayers
 from kd_d2.distillers.matching import common_strides, levels_by_stride
@@ -415,6 +416,28 @@ def test_wrong_values_name_their_key(build: Callable, node_name: str, key: str, 
 def test_wrong_values_of_a_config_built_in_code_are_refused(method: type, keys: dict, message: str) -> None:
     with pytest.raises(UserError, match=f"^{message}"):
         make(method, spec_of({8: 4}), **keys)
+
+
+def test_in_float32_converts_all_tensors_of_the_arguments() -> None:
+    """Check positional and keyword tensors, those in containers, and that integers remain as they are."""
+
+    @in_float32
+    def types(maps, *, other, by_stride):
+        assert not torch.is_autocast_enabled("cpu")
+        return [x.dtype for x in (*maps, other, *by_stride[8])]
+
+    half, index = torch.zeros(2, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert types([half], other=half, by_stride={8: (half, index)}) == [torch.float32] * 3 + [torch.int64]
+
+
+def test_in_float32_without_a_tensor_is_an_error() -> None:
+    @in_float32
+    def nothing(value):
+        return value
+
+    with pytest.raises(TypeError, match=r"^nothing got no tensor"):
+        nothing([1.0])
 
 
 @pytest.mark.parametrize("value", [True, "3", None, float("inf"), -0.5])

@@ -241,13 +241,31 @@ def count_of(rows: Tensor) -> Tensor:
 
 
 def in_float32(function):
-    """Decorate a function or method on tensors so that it runs in float32 with autocast disabled."""
+    """Decorate a function or method so that it runs in float32 with autocast disabled.
+
+    Tensors among its arguments are converted, also in lists, tuples and dicts; at least one is required.
+    """
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
-        device = next(a for a in args if isinstance(a, Tensor)).device.type
-        args = [a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
-        with torch.autocast(device, enabled=False):
+        devices: list[str] = []
+        args = _as_float32(args, devices)
+        kwargs = _as_float32(kwargs, devices)
+        if not devices:
+            raise TypeError(f"{getattr(function, '__name__', function)} got no tensor to run in float32")
+        with torch.autocast(devices[0], enabled=False):
             return function(*args, **kwargs)
 
     return wrapper
+
+
+def _as_float32(value: Any, devices: list[str]) -> Any:
+    """Convert tensors, and those in lists, tuples and dicts, and add the types of their devices to `devices`."""
+    if isinstance(value, Tensor):
+        devices.append(value.device.type)
+        return value.float() if value.is_floating_point() else value
+    if type(value) in (list, tuple):
+        return type(value)([_as_float32(x, devices) for x in value])
+    if type(value) is dict:
+        return {name: _as_float32(x, devices) for name, x in value.items()}
+    return value
