@@ -55,7 +55,7 @@ class OurICD:
         self.inputs = inputs
         shapes = {stride: ShapeSpec(channels=CHANNELS, stride=stride) for stride in inputs.strides}
         spec = DetectorSpec("RetinaNet", "one-stage", shapes, NUM_CLASSES, None, frozenset({"features"}))
-        self.icd = ICD(ICD.Config(), Pair(spec, spec))
+        self.icd = ICD(ICD.Config(), Pair(spec, spec, max_iter=90000))
         self.icd.fakes = FakeInstances(
             torch.ones(NUM_CLASSES), torch.full((NUM_CLASSES, 2), 0.2), torch.full((NUM_CLASSES, 2), 0.1)
         )

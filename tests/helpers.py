@@ -126,7 +126,7 @@ def make(
     teacher: DetectorSpec | None = None,
     *,
     datasets: tuple[str, ...] = (),
-    max_iter: int = 0,
+    max_iter: int = 1,
     **keys: object,
 ) -> Distiller:
     """Build a method, for example `make(DeFeat, spec_of({8: 4}), adaptation="1x1")`; teacher defaults to student."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kd_d2 import KDMetaArch, Teacher
 from kd_d2.adapters import DetectorSpec
-from kd_d2.distillers import OptimizerSettings
+from kd_d2.distillers import OptimizerSettings, Pair
 from kd_d2.distillers.icd import decoder as decoder_module
 from kd_d2.distillers.icd import priors as priors_module
 from kd_d2.distillers.icd.distiller import ICD, SMALLEST_SIZE, auxiliary_losses
@@ -684,6 +684,13 @@ def test_defaults_are_the_published_setting(configured: Callable) -> None:
     (group,) = icd.param_groups(None)
     assert group.optimizer == OptimizerSettings("icd", 1e-4, 1e-4, 10, 0.01)
     assert {id(p) for p in group.params} == {id(p) for p in icd.parameters()}
+
+
+def test_the_number_of_iterations_is_needed_for_the_default() -> None:
+    pair = Pair(_spec(), _spec())
+    with pytest.raises(UserError, match=r"^ICD needs the number of training iterations, .*max_iter=90000"):
+        ICD(ICD.Config(), pair)
+    assert ICD(ICD.Config(start_iter=5, detach_student_iters=10), pair).detach_student_until == 15
 
 
 @pytest.mark.parametrize(

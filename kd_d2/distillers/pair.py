@@ -26,7 +26,7 @@ class Pair:
     Attributes:
         student, teacher: the two detectors.
         datasets: names of the training datasets whose annotations are read; empty if pseudo-labels replace them.
-        max_iter: number of training iterations.
+        max_iter: number of training iterations; 0 if unknown.
         num_levels: number of levels that the method compares, from the finest; None for all.
     """
 

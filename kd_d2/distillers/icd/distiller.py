@@ -33,7 +33,10 @@ SMALLEST_SIZE = 1e-5
 
 @DISTILLER_REGISTRY.register()
 class ICD(Distiller):
-    """Instance-conditional distillation (Kang et al. 2021)."""
+    """Instance-conditional distillation (Kang et al. 2021).
+
+    The iterations of `detach_student_iters` begin at `config.start_iter`, which is to equal the start of its schedule.
+    """
 
     needs = frozenset({"features", "targets"})
     loss_names = ("loss_icd", "loss_icd_aux_objectness", "loss_icd_aux_box")
@@ -114,6 +117,11 @@ class ICD(Distiller):
         }
         detached = config.detach_student_iters
         if detached is None:
+            if not pair.max_iter:
+                raise UserError(
+                    "ICD needs the number of training iterations, as in `Pair(student, teacher, max_iter=90000)`, or "
+                    "`ICD.Config(detach_student_iters=...)`."
+                )
             detached = min(1000, pair.max_iter // 90)
         self.detach_student_until = config.start_iter + detached
 
