@@ -52,7 +52,18 @@ class GradientBalance:
             levels: see the attribute.
             loss_weights: by distiller, the factor that its losses contain (`Distiller.weight`). A training resumed with
                 another one corrects the averaged ratios for it, if both are above 0; those not named are not corrected.
+
+        Raises:
+            ValueError: a value is out of range.
         """
+        for name, value, holds, words in (
+            ("target", target, target > 0, "above 0"),
+            ("period", period, period >= 1, "at least 1"),
+            ("momentum", momentum, 0 <= momentum < 1, "at least 0 and below 1"),
+            ("limit", limit, limit >= 1, "at least 1"),
+        ):
+            if not holds:
+                raise ValueError(f"{name} is {value}; it must be {words}")
         self.target = target
         self.period = period
         self.momentum = momentum

@@ -76,6 +76,15 @@ def test_shares_follow_the_weights(slopes: Slopes) -> None:
     assert scaled.ratios == pytest.approx({"A": 2.0, "B": 0.2})
 
 
+@pytest.mark.parametrize(
+    "arguments", [{"target": -1.0}, {"target": 0.0}, {"period": 0}, {"momentum": 1.0}, {"limit": 0.5}]
+)
+def test_arguments_out_of_range_are_refused(arguments: dict) -> None:
+    ((name, value),) = arguments.items()
+    with pytest.raises(ValueError, match=f"^{name} is {value}; it must be "):
+        balance(**arguments)
+
+
 def test_multipliers_are_bounded(slopes: Slopes) -> None:
     assert slopes.multipliers(balance(limit=4.0), 0, (1, 0), A=(1e-3, 0), B=(1e3, 0)) == {"A": 4.0, "B": 0.25}
 
