@@ -7,9 +7,9 @@ import math
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.events import get_event_storage
-from torch import nn
+from torch import Tensor, nn
 
-from .adapters import DetectorOutputs, build_adapter
+from .adapters import PARTS, DetectorOutputs, build_adapter
 from .balance import GradientBalance, shared_parameters
 from .distillers import DISTILLER_REGISTRY, Distiller, Losses, Pair, Schedule, build_distiller
 from .errors import UserError
@@ -53,9 +53,15 @@ class KDMetaArch(nn.Module):
 
         Raises:
             UserError: a distiller needs outputs that a detector does not have; the class counts differ; the detectors
-                cannot take images of one size; there is a balance, but nothing in the student's backbone is trained.
+                cannot take images of one size; there is a balance, but nothing in the student's backbone is trained;
+                a schedule or a weight of the balance names no distiller.
+            TypeError: a distiller lacks `loss_names` or `needs`.
         """
         super().__init__()
+        for argument, named in (("schedules", schedules), ("balance.weights", balance.weights if balance else None)):
+            unknown = sorted({*(named or {})} - distillers.keys())
+            if unknown:
+                raise UserError(f"{argument} names {unknown}, but the distillers are {sorted(distillers)}.")
         self.student = student
         self.teacher = teacher
         self.distillers = nn.ModuleDict(distillers)
@@ -104,6 +110,15 @@ class KDMetaArch(nn.Module):
         if self.balance:
             shared_parameters(self.student)  # raises if nothing is trained
         for name, distiller in self.distillers.items():
+            for attribute in ("loss_names", "needs"):
+                if not hasattr(distiller, attribute):
+                    raise TypeError(f"{name} does not set the attribute {attribute!r}")
+            for part in distiller.needs - student.provides - teacher.provides:
+                if part.partition("/")[0] not in PARTS:
+                    raise UserError(
+                        f"The distiller {name} needs {part!r}, which is no part that the detectors have; known parts are "
+                        f"{', '.join(sorted(PARTS))}."
+                    )
             if not {*distiller.aux_loss_names} <= {*distiller.loss_names}:
                 raise RuntimeError(
                     f"{name} declares the auxiliary losses {sorted(distiller.aux_loss_names)}, which are not all among its losses "
@@ -148,6 +163,7 @@ class KDMetaArch(nn.Module):
                 self._check_same_maps(student, teacher)
         losses = dict(student.losses)
         distilled = {n: distiller(self._seen_by(n, student), teacher, targets) for n, distiller in active.items()}
+        self._check_scalars(distilled)
         factors = self._factors(iteration, student, distilled)
         for name, distiller in self.distillers.items():
             if name in active:
@@ -179,6 +195,16 @@ class KDMetaArch(nn.Module):
                 factors[name] *= multiplier
                 get_event_storage().put_scalar(f"kd/balance/{name}", multiplier, smoothing_hint=False)
         return factors
+
+    @staticmethod
+    def _check_scalars(distilled: dict[str, Losses]) -> None:
+        for method, losses in distilled.items():
+            if not isinstance(losses, dict):
+                raise TypeError(f"{method} returned a {type(losses).__name__} instead of a dict of losses")
+            for name, loss in losses.items():
+                if not isinstance(loss, Tensor) or loss.numel() != 1:
+                    found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r}"
+                    raise TypeError(f"{method} returned {found} as {name}; a loss is a scalar tensor")
 
     @staticmethod
     def _add(losses: Losses, new: Losses, name: str, distiller: Distiller) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from kd_d2 import KDMetaArch, Teacher, UserError, load_config
 from kd_d2.adapters import DetectorOutputs
+from kd_d2.balance import GradientBalance
 from kd_d2.distillers import Distiller, FeatureImitation, Schedule, StructuralKD
 from kd_d2.engine.optimizers import build_optimizers
 from kd_d2.engine.step import DistillationStep
@@ -385,6 +386,63 @@ def test_undeclared_losses_are_an_error(
         RuntimeError, match=r"Recorder returned the losses \['loss_kd', 'loss_kd_aux_size'\]; it declares"
     ):
         model(constant_inputs())
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize(
+    ("returned", "found"),
+    [
+        ({"loss_kd": 0.5}, "0.5 as loss_kd"),
+        ({"loss_kd": torch.ones(2)}, r"a tensor of shape \(2,\) as loss_kd"),
+        (torch.ones(()), "a Tensor instead of a dict"),
+    ],
+)
+def test_losses_that_are_no_scalar_tensors_are_an_error(
+    toy_detector: type,
+    constant_inputs: Callable,
+    event_storage: EventStorage,
+    returned: object,
+    found: str,
+    balanced: bool,
+) -> None:
+    recorder = Recorder(loss_names=("loss_kd",))
+    recorder.forward = lambda *outputs: returned
+    model = KDMetaArch(
+        student=toy_detector(),
+        teacher=Teacher(toy_detector()),
+        distillers={"Recorder": recorder},
+        balance=GradientBalance(target=1.0) if balanced else None,
+    )
+    with pytest.raises(TypeError, match=f"Recorder returned {found}"):
+        model(constant_inputs())
+
+
+def test_a_method_without_loss_names_is_an_error(toy_detector: type) -> None:
+    class Nameless(Distiller):
+        needs = frozenset({"features"})
+
+    nameless = Nameless(Nameless.Config(), pair=None)
+    with pytest.raises(TypeError, match="Nameless does not set the attribute 'loss_names'"):
+        KDMetaArch(student=toy_detector(), teacher=Teacher(toy_detector()), distillers={"Nameless": nameless})
+
+
+def test_a_need_that_is_no_part_is_an_error(toy_detector: type) -> None:
+    distillers = {"Recorder": Recorder(needs=frozenset({"features", "proposal"}))}
+    with pytest.raises(UserError, match=r"Recorder needs 'proposal', .* known parts are anchors, .* proposals"):
+        KDMetaArch(student=toy_detector(), teacher=Teacher(toy_detector()), distillers=distillers)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        ({"schedules": {"Recroder": Schedule(start=1)}}, "schedules"),
+        ({"balance": GradientBalance(target=1.0, weights={"Recroder": 3.0})}, r"balance\.weights"),
+    ],
+)
+def test_names_of_no_distiller_are_an_error(toy_detector: type, arguments: dict, what: str) -> None:
+    detectors = {"student": toy_detector(), "teacher": Teacher(toy_detector())}
+    with pytest.raises(UserError, match=rf"^{what} names \['Recroder'\], but the distillers are \['Recorder'\]\.$"):
+        KDMetaArch(**detectors, distillers={"Recorder": Recorder()}, **arguments)
 
 
 def test_auxiliary_losses_are_among_the_losses(toy_detector: type) -> None:

@@ -13,13 +13,14 @@ from .dense import (
     SingleAnchorAdapter,
     labels_and_boxes,
 )
-from .outputs import DensePredictions, DetectorOutputs, DetectorSpec, SampledProposals, Towers, towers_at
+from .outputs import PARTS, DensePredictions, DetectorOutputs, DetectorSpec, SampledProposals, Towers, towers_at
 from .rcnn import RCNNAdapter
 
 __all__ = [
     "BACKGROUND",
     "DETECTOR_ADAPTER_REGISTRY",
     "IGNORED",
+    "PARTS",
     "ATSSAdapter",
     "AnchorDetectorAdapter",
     "BackboneAdapter",

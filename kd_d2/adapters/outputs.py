@@ -201,6 +201,25 @@ class DetectorOutputs:
         return self.logit_map(stride).sigmoid()
 
 
+PARTS = frozenset(
+    {
+        "anchors",
+        "dense",
+        "detections",
+        "distributions",
+        "features",
+        "keypoints",
+        "masks",
+        "points",
+        "proposals",
+        "quality",
+        "targets",
+        "towers",
+    }
+)
+"""Names in `DetectorSpec.provides`, except those of `towers_at`, which begin with "towers/"."""
+
+
 @dataclass(frozen=True)
 class DetectorSpec:
     """Static properties of a detector, known before its first forward pass.
