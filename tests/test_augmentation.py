@@ -16,6 +16,7 @@ from detectron2.structures import BoxMode
 from PIL import Image
 
 WIDTH, HEIGHT = 100, 50
+BOX = {"bbox": [25.0, 10.0, 75.0, 40.0], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0, "iscrowd": 0}
 
 
 def config(**jitter: object) -> CfgNode:
@@ -27,12 +28,12 @@ def config(**jitter: object) -> CfgNode:
     return cfg
 
 
-def mapped(folder: Path, cfg: CfgNode, seed: int = 0) -> dict:
+def mapped(folder: Path, cfg: CfgNode, seed: int = 0, annotations: list[dict] | None = None) -> dict:
     file = folder / "image.png"
+    annotations = [BOX] if annotations is None else annotations
     Image.fromarray(np.full((HEIGHT, WIDTH, 3), 7, dtype=np.uint8)).save(file)
-    box = {"bbox": [25.0, 10.0, 75.0, 40.0], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0, "iscrowd": 0}
     with seeded(seed, 0):
-        return build_mapper(cfg)({"file_name": str(file), "width": WIDTH, "height": HEIGHT, "annotations": [box]})
+        return build_mapper(cfg)({"file_name": str(file), "width": WIDTH, "height": HEIGHT, "annotations": annotations})
 
 
 def test_at_scale_one_the_image_fits_the_square(tmp_path: Path) -> None:
@@ -64,6 +65,28 @@ def test_flips_stay(tmp_path: Path) -> None:
     cfg.INPUT.RANDOM_FLIP = "vertical"
     tops = {mapped(tmp_path, cfg, seed)["instances"].gt_boxes.tensor[0, 1].item() for seed in range(8)}
     assert sorted(tops) == pytest.approx([6.4, 64 - 25.6])
+
+
+@pytest.mark.parametrize("key", ["CROP", "LARGE_SCALE_JITTER"])
+@pytest.mark.parametrize("crowds", [0, 1])
+def test_boxes_of_masks_in_images_without_objects(tmp_path: Path, key: str, crowds: int) -> None:
+    """Check images without annotations, and with nothing but a crowd."""
+    cfg = config(ENABLED=key == "LARGE_SCALE_JITTER")
+    cfg.INPUT.CROP.ENABLED = key == "CROP"
+    cfg.MODEL.MASK_ON = True
+    crowd = {**BOX, "iscrowd": 1, "segmentation": [[25.0, 10.0, 75.0, 10.0, 75.0, 40.0]]}
+    found = mapped(tmp_path, cfg, annotations=[crowd] * crowds)
+    assert len(found["instances"]) == 0 and "annotations" not in found
+    assert found["instances"].gt_boxes.tensor.shape == (0, 4)
+
+
+def test_a_polygon_is_cropped(tmp_path: Path) -> None:
+    """Check the box of a triangle that is cropped at the right edge, which is not its box cropped there."""
+    cfg = config(MIN_SCALE=1.0, MAX_SCALE=1.0)
+    cfg.MODEL.MASK_ON = True
+    triangle = {**BOX, "segmentation": [[50.0, 10.0, 150.0, 10.0, 150.0, 60.0]]}
+    instances = mapped(tmp_path, cfg, annotations=[triangle])["instances"]
+    torch.testing.assert_close(instances.gt_boxes.tensor, torch.tensor([[32.0, 6.4, 64.0, 22.4]]))
 
 
 def test_values_that_do_not_go_together() -> None:

@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
-from detectron2.data.detection_utils import build_augmentation
-from detectron2.data.transforms import FixedSizeCrop, RandomFlip, ResizeScale
+from detectron2.data.detection_utils import annotations_to_instances, build_augmentation
+from detectron2.data.transforms import FixedSizeCrop, RandomFlip, ResizeScale, TransformList
 
 from ..errors import UserError
+
+
+class TrainingMapper(DatasetMapper):
+    """Detectron2's DatasetMapper, which fails to recompute the boxes of images without objects, as those have no masks."""
+
+    def _transform_annotations(
+        self, dataset_dict: dict, transforms: TransformList, image_shape: tuple[int, int]
+    ) -> None:
+        if not all(annotation.get("iscrowd") for annotation in dataset_dict["annotations"]):
+            super()._transform_annotations(dataset_dict, transforms, image_shape)
+            return
+        del dataset_dict["annotations"]
+        dataset_dict["instances"] = annotations_to_instances([], image_shape)
 
 
 def build_mapper(cfg: CfgNode) -> DatasetMapper:
@@ -17,7 +30,7 @@ def build_mapper(cfg: CfgNode) -> DatasetMapper:
         UserError: both INPUT.LARGE_SCALE_JITTER and INPUT.CROP are enabled.
     """
     if not cfg.INPUT.LARGE_SCALE_JITTER.ENABLED:
-        return DatasetMapper(cfg, is_train=True)
+        return TrainingMapper(cfg, is_train=True)
     if cfg.INPUT.CROP.ENABLED:
         raise UserError(
             "INPUT.CROP.ENABLED and INPUT.LARGE_SCALE_JITTER.ENABLED are both True; set one of them to False."
@@ -28,5 +41,5 @@ def build_mapper(cfg: CfgNode) -> DatasetMapper:
         FixedSizeCrop((jitter.SIZE, jitter.SIZE)),
         *(flip for flip in build_augmentation(cfg, is_train=True) if isinstance(flip, RandomFlip)),
     ]
-    options = DatasetMapper.from_config(cfg, is_train=True)
-    return DatasetMapper(**options | {"augmentations": augmentations, "recompute_boxes": cfg.MODEL.MASK_ON})
+    options = TrainingMapper.from_config(cfg, is_train=True)
+    return TrainingMapper(**options | {"augmentations": augmentations, "recompute_boxes": cfg.MODEL.MASK_ON})
