@@ -289,11 +289,28 @@ def test_a_config_of_a_method_from_a_file(tmp_path: Path, capsys: pytest.Capture
         DISTILLER_REGISTRY._obj_map.pop("Checked", None)
 
 
+def _encode_masks(tree: dict) -> None:
+    """Give every object but the first, a crowd, a mask of all pixels as RLE."""
+    for annotation in tree["annotations"]:
+        annotation["segmentation"] = {"counts": [0, 64 * 96]}
+    tree["annotations"][0]["iscrowd"] = 1
+
+
 def test_what_a_training_needs(tmp_path: Path) -> None:
     """Check that segmentations are needed for masks, and that nothing but images is needed for pseudo-labels."""
     project = make_project(tmp_path)
     (error,), _ = found(sets_of_config(str(project.student), ["MODEL.MASK_ON", "True", "DATASETS.TEST", "()"])[0])
     assert "has no segmentation, which MODEL.MASK_ON needs" in error
+    project.change_annotations(_encode_masks)
+    for mask_format, errors in (("polygon", 1), ("bitmask", 0)):
+        opts = ["MODEL.MASK_ON", "True", "DATASETS.TEST", "()", "INPUT.MASK_FORMAT", mask_format]
+        sentences = [s for s in found(sets_of_config(str(project.student), opts)[0])[0] if "RLE" in s]
+        assert (
+            sentences
+            == [
+                f"{project.name}: 8 masks are run-length encoded (RLE), but INPUT.MASK_FORMAT is 'polygon'; set it to 'bitmask'."
+            ][:errors]
+        )
     project.change(MODEL__KD__PSEUDO_LABELS__ENABLED=True)
     project.change_annotations(lambda tree: [tree.pop(key) for key in ("annotations", "categories")])
     assert found(sets_of_config(str(project.student), ["DATASETS.TEST", "()"])[0])[0] == []

@@ -263,6 +263,42 @@ def test_samplers(cfg: CfgNode) -> None:
     assert 7 < often / ((len(seen) - often) / 9) < 11  # 0.9 / 0.1 = 9
 
 
+RLE = {"size": [64, 96], "counts": "0`^1"}
+POLYGON = [[1, 1, 9, 1, 9, 9]]
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "key", "expected"),
+    [
+        (RLE, "INPUT.MASK_FORMAT", "has a run-length encoded mask (RLE), but INPUT.MASK_FORMAT is 'polygon'; set it to 'bitmask'."),
+        (POLYGON, "INPUT.CROP.ENABLED", "is a polygon, and to crop it (INPUT.CROP.ENABLED) needs the package shapely: pip install shapely"),
+        (
+            POLYGON,
+            "INPUT.LARGE_SCALE_JITTER.ENABLED",
+            "is a polygon, and to crop it (INPUT.LARGE_SCALE_JITTER.ENABLED) needs the package shapely: pip install shapely",
+        ),
+    ],
+)  # fmt: skip
+def test_masks_that_cannot_be_trained_on(
+    cfg: CfgNode, monkeypatch: pytest.MonkeyPatch, segmentation: object, key: str, expected: str
+) -> None:
+    """Check masks of the wrong format and a missing package, also with SKIP_UNUSABLE_IMAGES; crowds may have any mask."""
+    dicts = DatasetCatalog.get("stream")
+    DatasetCatalog.register("masks", lambda: dicts)
+    MetadataCatalog.get("masks").thing_classes = MetadataCatalog.get("stream").thing_classes
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    cfg.DATASETS.TRAIN, cfg.MODEL.MASK_ON, cfg.DATALOADER.SKIP_UNUSABLE_IMAGES = ("masks",), True, True
+    if key != "INPUT.MASK_FORMAT":
+        cfg.merge_from_list([key, True])
+    for entry in dicts:
+        entry["annotations"] = [{**a, "iscrowd": 1, "segmentation": segmentation} for a in entry["annotations"]]
+    build_stream_loader(cfg, 0)
+    dicts[1]["annotations"][0]["iscrowd"] = 0
+    with pytest.raises(UserError) as caught:
+        build_stream_loader(cfg, 0)
+    assert str(caught.value) == f"DATASETS.TRAIN masks: an object of {dicts[1]['file_name']} {expected}"
+
+
 def test_an_unknown_sampler(cfg: CfgNode) -> None:
     """Check that the message lists the available samplers."""
     cfg.DATALOADER.SAMPLER_TRAIN = "Shuffler"

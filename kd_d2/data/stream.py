@@ -8,6 +8,7 @@ position and of the numbers of workers and processes.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import logging
 from collections.abc import Callable, Iterator
@@ -168,11 +169,23 @@ def build_stream_loader(cfg: CfgNode, seed: int, mapper: Callable | None = None)
 
 
 def _check_masks(cfg: CfgNode, dicts: list[dict]) -> None:
+    crop = next((key for key in ("CROP", "LARGE_SCALE_JITTER") if cfg.INPUT[key].ENABLED), None)
+    crops_polygons = crop is None or importlib.util.find_spec("shapely") is not None
     for image in dicts if cfg.MODEL.MASK_ON else ():
+        where = f"DATASETS.TRAIN {', '.join(cfg.DATASETS.TRAIN)}: an object of {image['file_name']}"
         if not all(annotation.get("segmentation") for annotation in image["annotations"]):
             raise UserError(
-                f"DATASETS.TRAIN {', '.join(cfg.DATASETS.TRAIN)}: an object of {image['file_name']} has no segmentation, but MODEL.MASK_ON is "
-                "True; set it to False to train on boxes only."
+                f"{where} has no segmentation, but MODEL.MASK_ON is True; set it to False to train on boxes only."
+            )
+        used = [a["segmentation"] for a in image["annotations"] if not a.get("iscrowd")]
+        are_polygons = [isinstance(segmentation, list) for segmentation in used]
+        if cfg.INPUT.MASK_FORMAT == "polygon" and not all(are_polygons):
+            raise UserError(
+                f"{where} has a run-length encoded mask (RLE), but INPUT.MASK_FORMAT is 'polygon'; set it to 'bitmask'."
+            )
+        if any(are_polygons) and not crops_polygons:
+            raise UserError(
+                f"{where} is a polygon, and to crop it (INPUT.{crop}.ENABLED) needs the package shapely: pip install shapely"
             )
 
 

@@ -38,11 +38,15 @@ class Finding:
 
 
 def find_in_set(dataset: DataSet, data: CocoData, statistics: SetStatistics) -> Iterator[Finding]:
-    """Find repairs, suspicious boxes, and rare or similarly named classes of one dataset."""
+    """Find repairs, suspicious boxes, unreadable masks, and rare or similarly named classes of one dataset."""
     for text in (*data.repairs.sentences(), *_about_boxes(data), *_about_classes(statistics)):
         yield Finding(False, dataset.name, text)
     if dataset.annotated and not statistics.boxes:
         yield Finding(True, dataset.name, "it has no boxes.")
+    encoded = sum(isinstance(a.get("segmentation"), dict) and not a.get("iscrowd") for a in data.tree["annotations"])
+    if dataset.polygons and encoded:
+        text = f"{encoded} masks are run-length encoded (RLE), but INPUT.MASK_FORMAT is 'polygon'; set it to 'bitmask'."
+        yield Finding(True, dataset.name, text)
 
 
 def find_wrong_class_count(read: list[tuple[DataSet, CocoData]], predicted: ClassCount | None) -> Iterator[Finding]:

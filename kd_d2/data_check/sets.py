@@ -26,6 +26,7 @@ class DataSet:
         json_file, folder: annotation file in COCO format, and folder of the images.
         annotated: whether the annotations are used.
         masks: whether each object needs a segmentation.
+        polygons: whether these have to be polygons, not run-length encoded (RLE).
     """
 
     role: str
@@ -34,6 +35,7 @@ class DataSet:
     folder: str
     annotated: bool = True
     masks: bool = False
+    polygons: bool = False
 
 
 def sets_of_config(config_file: str, opts: list[Any]) -> tuple[list[DataSet], bool]:
@@ -54,7 +56,9 @@ def sets_of_config(config_file: str, opts: list[Any]) -> tuple[list[DataSet], bo
             key = f"DATASETS.COCO_JSON ({name})"
             json_file, folder = find_file(json_file, key, base), find_file(folder, key, base, is_folder=True)
             annotated = role == "test" or trains_on_annotations
-            sets.append(DataSet(role, name, json_file, folder, annotated, cfg.MODEL.MASK_ON and annotated))
+            masks = cfg.MODEL.MASK_ON and annotated
+            polygons = masks and role == "train" and cfg.INPUT.MASK_FORMAT == "polygon"
+            sets.append(DataSet(role, name, json_file, folder, annotated, masks, polygons))
     if not sets:
         raise UserError(f"{config_file}: DATASETS.TRAIN and DATASETS.TEST are empty: name a dataset.")
     return sets, cfg.DATALOADER.SKIP_UNUSABLE_IMAGES
