@@ -227,7 +227,17 @@ def test_keys_that_are_not_there(opts: list, expected: str) -> None:
         (["INPUT.MIN_SIZE_TRAIN", (-1,)], "INPUT.MIN_SIZE_TRAIN is (-1,); it must be a list of sizes in pixels."),
         (
             ["INPUT.MIN_SIZE_TRAIN_SAMPLING", "range", "INPUT.MIN_SIZE_TRAIN", (8,)],
-            "INPUT.MIN_SIZE_TRAIN is (8,); it must be two sizes, for MIN_SIZE_TRAIN_SAMPLING 'range'.",
+            "INPUT.MIN_SIZE_TRAIN is (8,); it must be two ascending sizes, for MIN_SIZE_TRAIN_SAMPLING 'range'.",
+        ),
+        (
+            ["INPUT.MIN_SIZE_TRAIN_SAMPLING", "range", "INPUT.MIN_SIZE_TRAIN", (9, 8)],
+            "INPUT.MIN_SIZE_TRAIN is (9, 8); it must be two ascending sizes, for MIN_SIZE_TRAIN_SAMPLING 'range'.",
+        ),
+        (["INPUT.MAX_SIZE_TRAIN", 0], "INPUT.MAX_SIZE_TRAIN is 0; it must be a number at least 1."),
+        (["INPUT.MASK_FORMAT", "x"], "INPUT.MASK_FORMAT is 'x'; it must be one of 'polygon', 'bitmask'."),
+        (
+            ["MODEL.RPN.BBOX_REG_LOSS_TYPE", "x"],
+            "MODEL.RPN.BBOX_REG_LOSS_TYPE is 'x'; it must be one of 'smooth_l1', 'giou', 'diou', 'ciou'.",
         ),
         (["MODEL.PIXEL_MEAN", [1, 2]], "MODEL.PIXEL_MEAN has 2 values; it must have 3, one per channel."),
         (["MODEL.PIXEL_MEAN", ["a"] * 3], "A value of MODEL.PIXEL_MEAN is 'a'; it must be a number."),
@@ -236,6 +246,30 @@ def test_keys_that_are_not_there(opts: list, expected: str) -> None:
 )
 def test_values_of_detectron2s_keys(opts: list, expected: str) -> None:
     assert sentence("", *opts).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "expected"),
+    [
+        ("relative", [0.5, 1.5], "two numbers above 0 and at most 1."),
+        ("relative_range", [0, 1], "two numbers above 0 and at most 1."),
+        ("relative_range", [0.5, 0.5, 0.5], "two numbers above 0 and at most 1."),
+        ("absolute", [0.9, 0.9], "two whole numbers of pixels, at least 1."),
+        ("absolute", [0, 8], "two whole numbers of pixels, at least 1."),
+        ("absolute_range", [9, 8], "two whole numbers of pixels, at least 1 and ascending."),
+        ("relative", [1.0, 0.5], None),
+        ("absolute", [9, 8], None),
+        ("absolute_range", [8, 8], None),
+    ],
+)
+def test_sizes_of_crops(kind: str, size: list[float], expected: str | None) -> None:
+    opts = ["INPUT.CROP.TYPE", kind, "INPUT.CROP.SIZE", size]
+    load_config("", opts)
+    if expected is None:
+        load_config("", [*opts, "INPUT.CROP.ENABLED", True])
+    else:
+        said = sentence("", *opts, "INPUT.CROP.ENABLED", True)
+        assert said == f"INPUT.CROP.SIZE is {size!r}; for INPUT.CROP.TYPE {kind!r} it must be {expected}"
 
 
 def test_images_in_gray_and_without_resizing() -> None:

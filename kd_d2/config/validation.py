@@ -6,6 +6,7 @@ student-teacher pair (`KDMetaArch`), and batch size and schedule (`engine.checks
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,8 +23,13 @@ from .library_keys import KD_META_ARCH, LIBRARY_KEYS, node_at
 CHOICES = {
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
     "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
+    "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
     "INPUT.CROP.TYPE": ("relative_range", "relative", "absolute", "absolute_range"),
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm"),
+    **{
+        f"MODEL.{node}.BBOX_REG_LOSS_TYPE": ("smooth_l1", "giou", "diou", "ciou")
+        for node in ("RPN", "RETINANET", "ROI_BOX_HEAD")
+    },
 }
 """Values of Detectron2's keys."""
 REGISTRIES = {"MODEL.BACKBONE.NAME": BACKBONE_REGISTRY, "MODEL.ANCHOR_GENERATOR.NAME": ANCHOR_GENERATOR_REGISTRY}
@@ -101,12 +107,27 @@ def _validate_images(cfg: CN) -> None:
     for key in ("PIXEL_MEAN", "PIXEL_STD"):
         if len(cfg.MODEL[key]) != channels:
             raise UserError(f"MODEL.{key} has {len(cfg.MODEL[key])} values; it must have {channels}, one per channel.")
+    if cfg.INPUT.CROP.ENABLED:
+        _validate_crop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE)
     sizes, ranges = cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range"
     if cfg.INPUT.LARGE_SCALE_JITTER.ENABLED:  # which replaces it
         return
-    if not sizes or not all(type(size) is int and size >= 0 for size in sizes) or (ranges and len(sizes) != 2):
-        words = "two sizes, for MIN_SIZE_TRAIN_SAMPLING 'range'" if ranges else "a list of sizes in pixels"
+    is_range = len(sizes) == 2 and list(sizes) == sorted(sizes)
+    if not sizes or not all(type(size) is int and size >= 0 for size in sizes) or (ranges and not is_range):
+        words = "two ascending sizes, for MIN_SIZE_TRAIN_SAMPLING 'range'" if ranges else "a list of sizes in pixels"
         raise UserError(f"INPUT.MIN_SIZE_TRAIN is {sizes!r}; it must be {words}.")
+    check_number("INPUT.MAX_SIZE_TRAIN", cfg.INPUT.MAX_SIZE_TRAIN, 1)
+
+
+def _validate_crop(kind: str, size: Sequence[Any]) -> None:
+    if kind.startswith("relative"):
+        words, valid = "two numbers above 0 and at most 1", all(is_finite_number(s) and 0 < s <= 1 for s in size)
+    else:
+        words, valid = "two whole numbers of pixels, at least 1", all(type(s) is int and s >= 1 for s in size)
+    if kind == "absolute_range":
+        words, valid = f"{words} and ascending", valid and list(size) == sorted(size)
+    if len(size) != 2 or not valid:
+        raise UserError(f"INPUT.CROP.SIZE is {size!r}; for INPUT.CROP.TYPE {kind!r} it must be {words}.")
 
 
 def _value(cfg: CN, key: str) -> Any:
