@@ -18,6 +18,7 @@ import pytest
 import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
 from helpers import TINY, tree_of, write_yaml
 
 pytestmark = pytest.mark.unit
@@ -791,6 +792,16 @@ def test_the_dumped_student_is_a_plain_detectron2_config(files: Files, slim: boo
     assert plain.MODEL.RETINANET == cfg.MODEL.RETINANET
     assert {key: value for key, value in cfg.INPUT.items() if key != "LARGE_SCALE_JITTER"} == plain.INPUT
     assert (plain.MODEL.WEIGHTS, plain.DATASETS.TRAIN) == ("", ())
+
+
+def test_the_dumped_student_needs_no_frequencies_of_classes(files: Files) -> None:
+    """Check that plain Detectron2 builds a student that is trained with the federated loss."""
+    base = str(TINY / "faster-rcnn-teacher.yaml")
+    keys = {"MODEL__ROI_BOX_HEAD__USE_FED_LOSS": True, "MODEL__ROI_BOX_HEAD__USE_SIGMOID_CE": True}
+    cfg = load_config(str(files.student(_BASE_=base, MODEL__KD__STUDENT="GeneralizedRCNN", **keys)))
+    plain = student_config(cfg)
+    assert plain.MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE
+    build_model(plain)
 
 
 def test_the_dumped_config_reads_as_itself(files: Files) -> None:

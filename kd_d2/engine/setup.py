@@ -145,4 +145,5 @@ def student_config(cfg: CfgNode) -> CfgNode:
         del plain.MODEL[name]
     plain.DATASETS.TRAIN, plain.DATASETS.TEST = (), ()
     plain.MODEL.WEIGHTS = ""
+    plain.MODEL.ROI_BOX_HEAD.USE_FED_LOSS = False  # which needs DATASETS.TRAIN, for training only
     return plain
