@@ -28,6 +28,7 @@ import torch
 from detectron2.config import defaults
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from detectron2.utils.develop import create_dummy_class
 from helpers import CLASSES, ROOT, TINY, Project, clean_process, make_coco, make_project, save_fixed_weights
 
 # Files that may be in OUTPUT_DIR before training starts, each of them complete.
@@ -234,6 +235,10 @@ def test_a_dropped_category_in_the_class_count(project: Project, refused) -> Non
     [
         (["MODEL.FPN.IN_FEATURES", ["res9"]], "KeyError: 'res9'."),
         (["MODEL.RETINANET.IN_FEATURES", ["p9"]], "KeyError: 'p9'."),
+        (
+            ["MODEL.RETINANET.IOU_THRESHOLDS", [-0.5, 0.5]],
+            "AssertionError: assert thresholds[0] > 0 (matcher.py, line ",
+        ),
         (["MODEL.FPN.OUT_CHANNELS", -4], "RuntimeError: Trying to create tensor with negative dimension -4"),
     ],
 )
@@ -241,6 +246,16 @@ def test_a_dropped_category_in_the_class_count(project: Project, refused) -> Non
 def test_a_detector_that_cannot_be_built(refused, opts: list, reason: str, distilled: bool) -> None:
     sentence = refused(*opts) if distilled else refused(*plain(*opts))
     assert sentence.startswith(f"The detector cannot be built from MODEL: {reason}")
+
+
+def test_operators_that_are_not_compiled() -> None:
+    dummy = create_dummy_class("DeformConv", "detectron2._C", "detectron2 is not compiled successfully")
+    with pytest.raises(UserError) as caught, building_from("MODEL"):
+        dummy()
+    assert str(caught.value) == (
+        "The detector cannot be built from MODEL: Cannot import 'detectron2._C', therefore 'DeformConv' is not available: this Detectron2 has no "
+        "compiled operators; install the official one (make setup DETECTRON2=source)."
+    )
 
 
 def test_a_teacher_that_cannot_be_built(project: Project, refused) -> None:

@@ -353,6 +353,22 @@ def test_mobilenet_refuses_what_it_cannot_be(tiny_cfg: Callable, keys: dict, mes
         build_backbone(cfg)
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"DEFORM_ON_PER_STAGE": [False, True, True, True]},
+            "DEFORM_ON_PER_STAGE is .*have no deformable convolutions",
+        ),
+        ({"RES5_DILATION": 2}, "RES5_DILATION is 2; for a slim ResNet it must be 1"),
+    ],
+)
+def test_slim_resnets_refuse_what_they_cannot_be(tiny_cfg: Callable, keys: dict, message: str) -> None:
+    cfg = tiny_cfg("retinanet", {"MODEL": {"BACKBONE": {"NAME": "build_slim_resnet_backbone"}, "RESNETS": keys}})
+    with pytest.raises(UserError, match=message):
+        build_backbone(cfg)
+
+
 @pytest.mark.parametrize("bottom_up", ["slim_resnet", "mobilenet_v2"])
 def test_necks(bottom_up: str, tiny_cfg: Callable) -> None:
     """Check the levels, and that dense detectors compute P6 from P5, so that its shape fits every backbone."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 from types import TracebackType
 
@@ -37,14 +39,27 @@ def building_from(source: str) -> Iterator[None]:
     """
     try:
         yield
+    except ImportError as error:
+        if "detectron2._C" not in str(error):
+            raise
+        raise UserError(
+            f"The detector cannot be built from {source}: {str(error).partition('. ')[0]}: this Detectron2 has no compiled operators; install the "
+            "official one (make setup DETECTRON2=source)."
+        ) from error
     except ERRORS as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        reason = str(error).strip().partition("\n")[0].rstrip(".") or _failed_line(error)
         if is_out_of_memory(error) or "CUDA" in reason or _packages(error.__traceback__) - PACKAGES:
             raise
         hint = f"; {HINT}" if re.search(r"No object named .* registry", reason) else ""
         raise UserError(
             f"The detector cannot be built from {source}: {type(error).__name__}: {reason}{hint}."
         ) from error
+
+
+def _failed_line(error: Exception) -> str:
+    """Return the line of code that raised an error, and its place."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.line} ({os.path.basename(frame.filename)}, line {frame.lineno})"
 
 
 def _packages(trace: TracebackType | None) -> set[str]:

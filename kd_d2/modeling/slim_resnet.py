@@ -53,7 +53,13 @@ def add_slim_resnet_config(cfg: CfgNode) -> None:
 def build_slim_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     """Build a ResNet of basic blocks from MODEL.SLIM_RESNET."""
     keys = SlimResNetKeys.read(cfg.MODEL.SLIM_RESNET, "MODEL.SLIM_RESNET")
-    norm = cfg.MODEL.RESNETS.NORM
+    norm, deformable, dilation = (cfg.MODEL.RESNETS[key] for key in ("NORM", "DEFORM_ON_PER_STAGE", "RES5_DILATION"))
+    if any(deformable):
+        raise UserError(
+            f"MODEL.RESNETS.DEFORM_ON_PER_STAGE is {deformable}, but the basic blocks of a slim ResNet have no deformable convolutions."
+        )
+    if dilation != 1:
+        raise UserError(f"MODEL.RESNETS.RES5_DILATION is {dilation}; for a slim ResNet it must be 1.")
     stem = BasicStem(input_shape.channels, cfg.MODEL.RESNETS.STEM_OUT_CHANNELS, norm)
     stages, channels = [], cfg.MODEL.RESNETS.STEM_OUT_CHANNELS
     for index, (count, width) in enumerate(zip(keys.blocks_per_stage, keys.widths, strict=True)):
