@@ -55,6 +55,7 @@ def write_label_file(
     if not skip_unusable:
         check_images(name)
     teacher = Teacher.from_config(cfg)
+    teacher.check_detects()
     check_classes(cfg, teacher.model, TEACHERS_CLASSES)
     if "detections" not in teacher.spec.provides or teacher.spec.num_classes is None:
         raise UserError(

@@ -80,6 +80,8 @@ class KDMetaArch(nn.Module):
     def from_config(cls, cfg: CfgNode) -> dict:
         kd = cfg.MODEL.KD
         teacher = Teacher.from_config(cfg)
+        if kd.PSEUDO_LABELS.ENABLED:
+            teacher.check_detects()
         with building_from("MODEL"):
             student = META_ARCH_REGISTRY.get(kd.STUDENT)(cfg)
         pair = Pair.from_config(cfg, build_adapter(student).spec, teacher.spec)

@@ -104,6 +104,14 @@ class Teacher:
         """Return the requested outputs for a training batch whose images have the student's channel order."""
         return self.adapter.run(self.to_input_format(batched_inputs), want)
 
+    def check_detects(self) -> None:
+        """Raise a UserError if the model detects in precomputed proposals, which the datasets do not have."""
+        if getattr(self.model, "proposal_generator", self) is None:
+            raise UserError(
+                f"The teacher ({self.spec.name}) cannot detect: its MODEL.PROPOSAL_GENERATOR.NAME is PrecomputedProposals, which are not "
+                "supported."
+            )
+
     def to_input_format(self, batched_inputs: list[dict]) -> list[dict]:
         """Return the inputs with images in the teacher's channel order."""
         if not self.flip_channels:

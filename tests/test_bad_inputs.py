@@ -19,6 +19,7 @@ from kd_d2.engine.checks import check_datasets, check_device
 from kd_d2.engine.setup import set_float32_precision
 from kd_d2.errors import UserError, as_user_error
 from kd_d2.files import write_text
+from kd_d2.label_file import write_label_file
 from kd_d2.modeling import building
 from kd_d2.modeling.building import building_from
 from kd_d2.teacher import Teacher
@@ -499,6 +500,11 @@ def test_a_broken_image_stops_the_training_in_a_sentence(project: Project, capfd
         (["SOLVER.STEPS", ("a",)], "Invalid learning rate schedule: SOLVER.LR_SCHEDULER_NAME 'WarmupMultiStepLR', "),
         (["SOLVER.WARMUP_ITERS", -1], "SOLVER.WARMUP_ITERS is -1; it must be a number at least 0."),
         (["SOLVER.CHECKPOINT_PERIOD", 0], "SOLVER.CHECKPOINT_PERIOD is 0; it must be a number at least 1."),
+        (
+            ["SOLVER.RESCALE_INTERVAL", True, "SOLVER.WARMUP_ITERS", 4],
+            "SOLVER.WARMUP_ITERS is 4; with SOLVER.RESCALE_INTERVAL True it must be below SOLVER.MAX_ITER 4.",
+        ),
+        (["DATALOADER.REPEAT_THRESHOLD", -0.1], "DATALOADER.REPEAT_THRESHOLD is -0.1; it must be a number at least 0."),
         (["SOLVER.BASE_LR", -1.0], "SOLVER.BASE_LR is -1.0; it must be a number at least 0."),
         (["DATALOADER.NUM_WORKERS", -1], "DATALOADER.NUM_WORKERS is -1; it must be a number at least 0."),
         (["SEED", 1, "--resume"], "the command line: the option --resume must come before the KEY VALUE overrides."),
@@ -683,6 +689,28 @@ def test_a_refused_training_leaves_the_configs_of_a_finished_one(project: Projec
         assert {name: (project.output / name).read_bytes() for name in names} == before
     project.main("--resume", *plain("SOLVER.MAX_ITER", 2))
     assert read_config(str(project.output / "config.yaml")).SOLVER.MAX_ITER == 2
+
+
+def test_precomputed_proposals(tmp_path: Path, refused) -> None:
+    """Check a student, and a teacher that makes labels, alone or in a training, or is evaluated."""
+    key = "MODEL.PROPOSAL_GENERATOR.NAME"
+    assert refused(key, "PrecomputedProposals") == (
+        f"{key} is PrecomputedProposals: precomputed proposals are not supported; set it to 'RPN'."
+    )
+    project = make_project(tmp_path / "other", "faster-rcnn")
+    project.change_teacher(MODEL__PROPOSAL_GENERATOR__NAME="PrecomputedProposals")
+    expected = (
+        f"The teacher (GeneralizedRCNN) cannot detect: its {key} is PrecomputedProposals, which are not supported."
+    )
+    assert refused("MODEL.KD.PSEUDO_LABELS.ENABLED", True, config=project.student) == expected
+    cfg = load_config(str(project.student))
+    with clean_process(), pytest.raises(UserError) as caught:
+        register_coco_json(cfg)
+        evaluate_teacher(cfg, Teacher.from_config(cfg))
+    assert str(caught.value) == expected
+    with clean_process(), pytest.raises(UserError) as caught:
+        write_label_file(cfg, str(tmp_path / "labels.json"))
+    assert str(caught.value) == expected
 
 
 def test_files_of_proposals_are_not_read(project: Project, refused) -> None:

@@ -31,7 +31,14 @@ SMALLEST = {
     "SOLVER.MOMENTUM": 0,
     "SOLVER.WEIGHT_DECAY": 0,
     "DATALOADER.NUM_WORKERS": 0,
+    "DATALOADER.REPEAT_THRESHOLD": 0,
 }
+ROTATED = {
+    "PROPOSAL_GENERATOR.NAME": "RRPN",
+    "ANCHOR_GENERATOR.NAME": "RotatedAnchorGenerator",
+    **{f"{head}.POOLER_TYPE": "ROIAlignRotated" for head in ("ROI_BOX_HEAD", "ROI_MASK_HEAD", "ROI_KEYPOINT_HEAD")},
+}
+"""Values of keys of MODEL that mean rotated boxes."""
 
 
 def check_distillation(cfg: CfgNode, source: str = "CONFIG") -> None:
@@ -109,8 +116,14 @@ def check_datasets(cfg: CfgNode, *, train: bool) -> None:
         raise UserError(
             "MODEL.LOAD_PROPOSALS is True: precomputed proposals are not supported, since they are pickle files, which can run code when they are loaded."
         )
-    if cfg.MODEL.PROPOSAL_GENERATOR.NAME == "RRPN":
-        raise UserError("MODEL.PROPOSAL_GENERATOR.NAME is RRPN: rotated boxes are not supported.")
+    if cfg.MODEL.PROPOSAL_GENERATOR.NAME == "PrecomputedProposals":
+        raise UserError(
+            "MODEL.PROPOSAL_GENERATOR.NAME is PrecomputedProposals: precomputed proposals are not supported; set it to 'RPN'."
+        )
+    for key, value in ROTATED.items():
+        node, name = key.split(".")
+        if cfg.MODEL[node][name] == value:
+            raise UserError(f"MODEL.{key} is {value}: rotated boxes are not supported.")
     if cfg.TEST.AUG.ENABLED:
         raise UserError("TEST.AUG.ENABLED is True: test-time augmentation is not supported.")
     keys = ["TRAIN", "TEST"] if train else ["TEST"]

@@ -58,12 +58,17 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> detect
         raise UserError(f"SOLVER.LR_SCHEDULER_NAME is {name!r}; it must be {' or '.join(map(repr, SCHEDULES))}.")
     if name == "WarmupCosineLR" and not 0 <= end <= rate:
         raise UserError(f"SOLVER.BASE_LR_END is {end}; for {name} it must be between 0 and SOLVER.BASE_LR {rate}.")
+    warmup, max_iter = cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.MAX_ITER
+    if cfg.SOLVER.RESCALE_INTERVAL and warmup >= max_iter:
+        raise UserError(
+            f"SOLVER.WARMUP_ITERS is {warmup}; with SOLVER.RESCALE_INTERVAL True it must be below SOLVER.MAX_ITER {max_iter}."
+        )
     try:
         return detectron2_solver.build_lr_scheduler(cfg, optimizer)
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise UserError(
             f"Invalid learning rate schedule: SOLVER.LR_SCHEDULER_NAME {name!r}, SOLVER.STEPS {cfg.SOLVER.STEPS} and SOLVER.MAX_ITER "
-            f"{cfg.SOLVER.MAX_ITER}: {error}."
+            f"{max_iter}: {error}."
         ) from error
 
 

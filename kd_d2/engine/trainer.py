@@ -309,6 +309,7 @@ def load_initial_weights(cfg: CfgNode, model: nn.Module) -> None:
 
 def evaluate_teacher(cfg: CfgNode, teacher: Teacher) -> dict:
     """Evaluate the teacher on DATASETS.TEST, at the student's image sizes and in the teacher's channel order."""
+    teacher.check_detects()
     check_classes(cfg, teacher.model, TEACHERS_CLASSES)
     cfg = cfg.clone()
     cfg.defrost()
