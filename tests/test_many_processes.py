@@ -286,6 +286,16 @@ def _resume_from_own_folder(rank: int, project: Project) -> None:
     torch.distributed.destroy_process_group()
 
 
+def test_synchronized_normalization_needs_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    with pytest.raises(UserError) as caught:
+        _distributed(nn.Sequential(nn.Conv2d(3, 4, 1), nn.SyncBatchNorm(4)))
+    assert str(caught.value) == (
+        "The detector has synchronized batch normalization (SyncBN), which several processes can only train on GPUs; set its NORM to 'BN', or "
+        "train in one process."
+    )
+
+
 def test_processes_that_would_go_on_from_different_checkpoints_end(tmp_path: Path) -> None:
     """Check that a folder that is not shared raises an error, before different models are averaged."""
     project = make_project(tmp_path, SOLVER__IMS_PER_BATCH=2, SOLVER__MAX_ITER=1, SOLVER__STEPS=())

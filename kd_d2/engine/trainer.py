@@ -328,6 +328,11 @@ def evaluate_teacher(cfg: CfgNode, teacher: Teacher) -> dict:
 def _distributed(model: nn.Module) -> nn.Module:
     if comm.get_world_size() == 1:
         return model
+    if not next(model.parameters()).is_cuda and any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
+        raise UserError(
+            "The detector has synchronized batch normalization (SyncBN), which several processes can only train on GPUs; set its NORM to "
+            "'BN', or train in one process."
+        )
     device_ids = [comm.get_local_rank()] if next(model.parameters()).is_cuda else None
     # PyTorch 2.14 has a new name for the option, and a warning about the old one.
     names = inspect.signature(DistributedDataParallel).parameters
