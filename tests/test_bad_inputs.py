@@ -447,9 +447,17 @@ def test_keypoints_and_masks_that_the_data_lack(refused, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("detector", ["PanopticFPN", "SemanticSegmentor"])
 def test_semantic_segmentation_that_the_data_lack(project: Project, refused, detector: str) -> None:
+    """Also check what is said about evaluations, which ignore semantic segmentation."""
     project.change(_BASE_=str(TINY / "faster-rcnn-student.yaml"), MODEL__META_ARCHITECTURE=detector)
-    assert refused().startswith(f"DATASETS.TRAIN {project.name}: {project.annotations.parent / 'images' / '000.png'} has no semantic "
-        f"segmentation (sem_seg_file_name), which {detector} is trained on; ")  # fmt: skip
+    assert refused("DATASETS.TEST", ()).startswith(f"DATASETS.TRAIN {project.name}: {project.annotations.parent / 'images' / '000.png'} has no "
+        f"semantic segmentation (sem_seg_file_name), which {detector} is trained on; ")  # fmt: skip
+    said = refused()
+    if detector == "SemanticSegmentor":
+        assert said == (
+            "DATASETS.TEST is not empty, but a SemanticSegmentor predicts no boxes or masks, and nothing else is evaluated; set it to ()."
+        )
+    else:
+        assert "PanopticFPN is evaluated on boxes and masks only" in (project.output / "log.txt").read_text()
 
 
 def test_a_broken_image_stops_the_training_in_a_sentence(project: Project, capfd: pytest.CaptureFixture) -> None:

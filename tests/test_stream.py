@@ -299,6 +299,24 @@ def test_masks_that_cannot_be_trained_on(
     assert str(caught.value) == f"DATASETS.TRAIN masks: an object of {dicts[1]['file_name']} {expected}"
 
 
+def test_entries_without_annotations(cfg: CfgNode) -> None:
+    """Check that only the entries of a semantic segmentation, whose instances are then empty, may lack annotations."""
+    dicts = DatasetCatalog.get("stream")
+    for entry in dicts:
+        del entry["annotations"]
+        entry["sem_seg_file_name"] = entry["file_name"]
+    DatasetCatalog.register("stuff", lambda: dicts)
+    MetadataCatalog.get("stuff").thing_classes = MetadataCatalog.get("stream").thing_classes
+    cfg.DATASETS.TRAIN = ("stuff",)
+    with pytest.raises(UserError) as caught:
+        build_stream_loader(cfg, 0)
+    assert str(caught.value) == (
+        f"DATASETS.TRAIN stuff: the entry of {dicts[0]['file_name']} has no annotations; that of an image without objects has an empty list."
+    )
+    cfg.MODEL.META_ARCHITECTURE = "SemanticSegmentor"
+    assert [len(entry["instances"]) for entry in next(iter(build_stream_loader(cfg, 0)))] == [0] * 4
+
+
 def test_an_unknown_sampler(cfg: CfgNode) -> None:
     """Check that the message lists the available samplers."""
     cfg.DATALOADER.SAMPLER_TRAIN = "Shuffler"

@@ -9,6 +9,7 @@ from .library_keys import (
     SolverKeys,
     add_kd_config,
     declared_nodes,
+    detector_of,
     reads_annotations,
 )
 from .loading import load_config, load_teacher_config
@@ -25,6 +26,7 @@ __all__ = [
     "changed_keys",
     "check_overrides",
     "declared_nodes",
+    "detector_of",
     "find_file",
     "find_weights",
     "load_config",

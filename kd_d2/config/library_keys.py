@@ -243,6 +243,12 @@ def node_at(cfg: CfgNode, path: str) -> CfgNode:
     return node
 
 
+def detector_of(cfg: CfgNode) -> str:
+    """Return the name of the meta-architecture that is trained and evaluated: that of the student, or of a plain detector."""
+    model = cfg.MODEL.META_ARCHITECTURE
+    return cfg.MODEL.KD.STUDENT if model == KD_META_ARCH else model
+
+
 def reads_annotations(cfg: CfgNode) -> bool:
     """Return whether the training's ground truth comes from the annotations of its datasets."""
     return cfg.MODEL.META_ARCHITECTURE != KD_META_ARCH or not cfg.MODEL.KD.PSEUDO_LABELS.ENABLED

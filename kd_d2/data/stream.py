@@ -22,7 +22,7 @@ from detectron2.data.samplers import RandomSubsetTrainingSampler, RepeatFactorTr
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..config import KD_META_ARCH, reads_annotations
+from ..config import detector_of, reads_annotations
 from ..errors import UserError
 from ..random_state import seeded
 from .augmentation import build_mapper
@@ -139,6 +139,7 @@ def build_stream_loader(cfg: CfgNode, seed: int, mapper: Callable | None = None)
         raise UserError(f"DATASETS.TRAIN {', '.join(cfg.DATASETS.TRAIN)} cannot be trained on: {error}") from error
     _check_semantic_segmentation(cfg, dicts)
     if reads_annotations(cfg):
+        dicts = _annotated(cfg, dicts)
         _check_masks(cfg, dicts)
     else:
         dicts = [{key: value for key, value in d.items() if key != "annotations"} for d in dicts]
@@ -168,6 +169,19 @@ def build_stream_loader(cfg: CfgNode, seed: int, mapper: Callable | None = None)
     return configure_workers(loader)
 
 
+def _annotated(cfg: CfgNode, dicts: list[dict]) -> list[dict]:
+    """Return entries that all have annotations; those of a SemanticSegmentor, which does not read any, may lack them."""
+    if detector_of(cfg) == "SemanticSegmentor":
+        return [{"annotations": [], **entry} for entry in dicts]
+    for entry in dicts:
+        if "annotations" not in entry:
+            raise UserError(
+                f"DATASETS.TRAIN {', '.join(cfg.DATASETS.TRAIN)}: the entry of {entry['file_name']} has no annotations; that of an image without "
+                "objects has an empty list."
+            )
+    return dicts
+
+
 def _check_masks(cfg: CfgNode, dicts: list[dict]) -> None:
     crop = next((key for key in ("CROP", "LARGE_SCALE_JITTER") if cfg.INPUT[key].ENABLED), None)
     crops_polygons = crop is None or importlib.util.find_spec("shapely") is not None
@@ -190,8 +204,7 @@ def _check_masks(cfg: CfgNode, dicts: list[dict]) -> None:
 
 
 def _check_semantic_segmentation(cfg: CfgNode, dicts: list[dict]) -> None:
-    model = cfg.MODEL.META_ARCHITECTURE
-    detector = cfg.MODEL.KD.STUDENT if model == KD_META_ARCH else model
+    detector = detector_of(cfg)
     for image in dicts if detector in ("PanopticFPN", "SemanticSegmentor") else ():
         if "sem_seg_file_name" not in image:
             raise UserError(

@@ -11,8 +11,8 @@ from torch import nn
 
 from ..adapters import build_adapter
 from ..class_names import ClassCount, class_count_key
-from ..config import KD_META_ARCH
-from ..errors import UserError, check_number
+from ..config import KD_META_ARCH, detector_of
+from ..errors import UserError, check_number, is_finite_number
 from ..evaluation import check_evaluation
 from ..files import read_json
 from ..meta_arch import student_of
@@ -140,6 +140,10 @@ def check_datasets(cfg: CfgNode, *, train: bool) -> None:
                 )
             _check_files(key, name)
             _check_keypoints(cfg, key, name)
+    if cfg.DATASETS.TEST and detector_of(cfg) == "SemanticSegmentor":
+        raise UserError(
+            "DATASETS.TEST is not empty, but a SemanticSegmentor predicts no boxes or masks, and nothing else is evaluated; set it to ()."
+        )
     for name in cfg.DATASETS.TEST:
         check_evaluation(name)
         _check_masks_for_evaluation(cfg, name)

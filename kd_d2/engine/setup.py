@@ -19,7 +19,7 @@ from detectron2.utils.logger import setup_logger
 
 from ..checkpoint import checkpoint_files
 from ..class_names import as_comment, names_in_checkpoint, names_in_data, names_in_training_set
-from ..config import KD_META_ARCH, SolverKeys, changed_keys, load_config, read_config
+from ..config import KD_META_ARCH, SolverKeys, changed_keys, detector_of, load_config, read_config
 from ..config_files import find_config_file
 from ..data import ClassOrder, register_coco_json, register_synthetic
 from ..files import check_output_folder, write_json, write_text
@@ -69,6 +69,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
         _log_run(cfg, args, config_file)
         if not os.path.isfile(config_file):
             write_configs(cfg)
+    if cfg.DATASETS.TEST and detector_of(cfg) == "PanopticFPN":
+        logger.info("PanopticFPN is evaluated on boxes and masks only, not on semantic and panoptic segmentation.")
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK and not args.eval_only
     set_float32_precision(cfg)
