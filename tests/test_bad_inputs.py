@@ -409,8 +409,25 @@ def test_data_keys(project: Project, refused, monkeypatch, opts: list, expected:
 
 
 def test_rotated_boxes(refused) -> None:
-    key = "MODEL.PROPOSAL_GENERATOR.NAME"
-    assert refused(key, "RRPN") == f"{key} is RRPN: rotated boxes are not supported."
+    for key, value in (
+        ("MODEL.PROPOSAL_GENERATOR.NAME", "RRPN"),
+        ("MODEL.ANCHOR_GENERATOR.NAME", "RotatedAnchorGenerator"),
+        ("MODEL.ROI_MASK_HEAD.POOLER_TYPE", "ROIAlignRotated"),
+    ):
+        assert refused(key, value) == f"{key} is {value}: rotated boxes are not supported."
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (["bbox"], "one entry is 'bbox'."),
+        ([["bbox", "AP", 1.0]], "one entry is ['bbox', 'AP', 1.0]."),
+        ([["bbox", "AP", "1", 1]], "one entry is ['bbox', 'AP', '1', 1]."),
+        ([["bbox", "AP", 1, 1]], "TEST.EXPECTED_RESULTS are the results of one dataset, but DATASETS.TEST names 0."),
+    ],
+)
+def test_results_that_cannot_be_expected(refused, value: list, expected: str) -> None:
+    assert refused("TEST.EXPECTED_RESULTS", value, "DATASETS.TEST", ()).endswith(expected)
 
 
 def test_keypoints_and_masks_that_the_data_lack(refused, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

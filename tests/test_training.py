@@ -593,6 +593,23 @@ def test_eval_only_with_resume_evaluates_the_last_checkpoint(retinanet: Project)
         retinanet.main("--eval-only", "TEST.EXPECTED_RESULTS", [["bbox", "AP", other["AP"] + 2, 1]])
 
 
+def test_results_are_written_before_they_are_verified(retinanet: Project, capfd: pytest.CaptureFixture) -> None:
+    """Check a missed value and a task without results after a training."""
+    with pytest.raises(SystemExit) as caught:
+        retinanet.main("TEST.EXPECTED_RESULTS", [["bbox", "AP", 200, 1]])
+    assert caught.value.code == 1
+    written = retinanet.output / "train.json"
+    assert json.loads(written.read_text()).keys() == {"bbox"}
+    written.unlink()
+    with pytest.raises(SystemExit) as caught:
+        retinanet.main("--resume", "TEST.EXPECTED_RESULTS", [["segm", "AP", 1, 200]])
+    assert caught.value.code == 2
+    assert capfd.readouterr().err.splitlines()[-1] == (
+        "error: TEST.EXPECTED_RESULTS names the task 'segm', but the results are those of bbox."
+    )
+    assert written.exists()
+
+
 def test_eval_teacher(project: Project) -> None:
     """Check that evaluating the teacher before training, alone, and as a plain model gives the same result."""
     thresholds = {"MODEL__RETINANET__SCORE_THRESH_TEST": 0.0, "MODEL__ROI_HEADS__SCORE_THRESH_TEST": 0.0}

@@ -149,6 +149,25 @@ def check_datasets(cfg: CfgNode, *, train: bool) -> None:
         _check_masks_for_evaluation(cfg, name)
 
 
+def check_expected_results(cfg: CfgNode) -> None:
+    """Raise a UserError unless TEST.EXPECTED_RESULTS is empty, or lists results of the only dataset in DATASETS.TEST."""
+    for entry in cfg.TEST.EXPECTED_RESULTS:
+        if not (
+            isinstance(entry, list | tuple)
+            and len(entry) == 4
+            and all(isinstance(name, str) for name in entry[:2])
+            and all(map(is_finite_number, entry[2:]))
+        ):
+            raise UserError(
+                "TEST.EXPECTED_RESULTS must be a list of lists, [[task, metric, value, tolerance], ...], such as [['bbox', 'AP', 38.5, 0.2]]; "
+                f"one entry is {entry!r}."
+            )
+    if cfg.TEST.EXPECTED_RESULTS and len(cfg.DATASETS.TEST) != 1:
+        raise UserError(
+            f"TEST.EXPECTED_RESULTS are the results of one dataset, but DATASETS.TEST names {len(cfg.DATASETS.TEST)}."
+        )
+
+
 def _check_files(key: str, name: str) -> None:
     metadata = MetadataCatalog.get(name)
     annotations, folder = metadata.get("json_file"), metadata.get("dirname")

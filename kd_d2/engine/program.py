@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
+from detectron2.config import CfgNode
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
@@ -47,8 +48,7 @@ def main(args: argparse.Namespace) -> dict | None:
         match_classes(model, "the detector", names_in_checkpoint(cfg.MODEL.WEIGHTS), names_in_data(cfg))
         results = KDTrainer.test(cfg, model)
         write_results(cfg.OUTPUT_DIR, "eval.json", results)
-        if comm.is_main_process():
-            verify_results(cfg, results)
+        verify(cfg, results)
         return results
 
     trainer = KDTrainer(cfg)
@@ -59,7 +59,24 @@ def main(args: argparse.Namespace) -> dict | None:
     trainer.train()
     results = getattr(trainer, "_last_eval_results", {})
     write_results(cfg.OUTPUT_DIR, "train.json", results)
+    verify(cfg, results)
     return results
+
+
+def verify(cfg: CfgNode, results: dict) -> None:
+    """Exit with status 1 if the results differ from TEST.EXPECTED_RESULTS, on rank 0 only.
+
+    Raises:
+        UserError: there are no results of a task.
+    """
+    if not comm.is_main_process():
+        return
+    for task, *_ in cfg.TEST.EXPECTED_RESULTS:
+        if task not in results:
+            raise UserError(
+                f"TEST.EXPECTED_RESULTS names the task {task!r}, but the results are those of {', '.join(results) or 'no task'}."
+            )
+    verify_results(cfg, results)
 
 
 def write_results(folder: str, name: str, results: dict) -> None:

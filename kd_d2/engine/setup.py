@@ -27,7 +27,13 @@ from ..keys import keys_of
 from ..modeling import unused_nodes
 from ..text import keep_controls_out_of_logs
 from ..versions import versions
-from .checks import check_datasets, check_device, check_float32_precision, missing_gpu_advice
+from .checks import (
+    check_datasets,
+    check_device,
+    check_expected_results,
+    check_float32_precision,
+    missing_gpu_advice,
+)
 from .folder_lock import lock_folder
 from .learning_rate import learning_rate_advice
 
@@ -63,6 +69,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     register_synthetic()
     register_coco_json(cfg, _class_order(cfg, args), train=not args.eval_only)
     check_datasets(cfg, train=not args.eval_only)
+    check_expected_results(cfg)
     cfg.freeze()
     config_file = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
     if comm.is_main_process():

@@ -176,7 +176,7 @@ class KDTrainer(DefaultTrainer):
         self._trainer.data_loader.batch_sampler.start = self.start_iter
 
     def train(self) -> Any:
-        """Train and evaluate until the last iteration.
+        """Train and evaluate until the last iteration; the program verifies TEST.EXPECTED_RESULTS afterwards.
 
         Raises:
             TrainingStopped: a signal stopped the training; a checkpoint of the last completed iteration exists.
@@ -194,7 +194,7 @@ class KDTrainer(DefaultTrainer):
         train_loop.addFilter(failures.log_as_sentence)
         try:
             with self.stop:
-                return super().train()
+                return super(DefaultTrainer, self).train(self.start_iter, self.max_iter)
         except TrainingStopped as stopped:
             logger.warning(
                 f"{stopped.signal_name}: training stopped after iteration {self.iter}; --resume continues from "
