@@ -467,6 +467,15 @@ def test_weights_from_the_config(tmp_path: Path) -> None:
     assert make_trainer(project, "MODEL.KD.BALANCE.ENABLED", "False").bare_model.balance is None
 
 
+def test_the_last_multipliers_are_those_of_the_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Check the log after statistics for batch normalization were computed, as if in iteration 0, before a method starts."""
+    keys = {"MODEL__KD__FEATURE_IMITATION__START_ITER": 1, "TEST__PRECISE_BN__ENABLED": True}
+    project = make_project(tmp_path, **keys, TEST__PRECISE_BN__NUM_ITER=1, TEST__EVAL_PERIOD=2, **ON)
+    with caplog.at_level(logging.INFO, "kd_d2"):
+        train(project, "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", ())
+    assert "Last multipliers of the distillation losses (MODEL.KD.BALANCE): FeatureImitation " in caplog.text
+
+
 METHODS = {
     "MODEL__KD__DISTILLERS": ("StructuralKD", "ICD", "PFI"),
     "MODEL__KD__ICD__DETACH_STUDENT_ITERS": 2,

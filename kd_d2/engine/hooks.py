@@ -26,11 +26,18 @@ class PeakMemoryRecorder(HookBase):
 
 
 class LastMultipliersLog(HookBase):
-    """Logs the last multipliers of the gradient balance at the end of training."""
+    """Logs the last multipliers of the gradient balance at the end of training.
+
+    Register it before hooks that run the model after a step, such as Detectron2's PreciseBN.
+    """
 
     def __init__(self, balance: GradientBalance):
         self.balance = balance
+        self.multipliers: dict[str, float] = {}
+
+    def after_step(self) -> None:
+        self.multipliers = self.balance.last_multipliers
 
     def after_train(self) -> None:
-        multipliers = ", ".join(f"{name} {value:.3g}" for name, value in self.balance.last_multipliers.items())
+        multipliers = ", ".join(f"{name} {value:.3g}" for name, value in self.multipliers.items())
         logger.info(f"Last multipliers of the distillation losses (MODEL.KD.BALANCE): {multipliers or 'none'}")

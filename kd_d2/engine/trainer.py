@@ -235,6 +235,8 @@ class KDTrainer(DefaultTrainer):
         if self.cfg.TEST.EVAL_PERIOD > 0 and comm.is_main_process():
             best = BestCheckpoint(self.checkpointer, lambda: getattr(self, "_last_eval_results", {}))
         hooks: list[HookBase | None] = [PeakMemoryRecorder()]
+        if isinstance(self.bare_model, KDMetaArch) and self.bare_model.balance:
+            hooks.append(LastMultipliersLog(self.bare_model.balance))
         precise = None
         for hook in super().build_hooks():
             if isinstance(hook, PreciseBN) and self.averaged:
@@ -243,8 +245,6 @@ class KDTrainer(DefaultTrainer):
                 hooks += [self.averaged, precise, self.checkpoints, evaluation, best]
             elif not isinstance(hook, PeriodicCheckpointer):
                 hooks.append(hook)
-        if isinstance(self.bare_model, KDMetaArch) and self.bare_model.balance:
-            hooks.append(LastMultipliersLog(self.bare_model.balance))
         return hooks
 
     def register_before_checkpoints(self, hook: HookBase) -> None:
