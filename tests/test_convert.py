@@ -972,6 +972,15 @@ def test_files_that_are_there_stay(tmp_path: Path, capsys: pytest.CaptureFixture
     assert mine.read_text() == before and json.loads(before)["annotations"]
 
 
+def test_names_of_detectron2s_datasets_are_avoided(tmp_path: Path) -> None:
+    """Check a folder and a split whose names would give one of Detectron2's own datasets."""
+    path = make_coco(tmp_path / "COCO 2017", 3)
+    path.rename(path.with_name("val.json"))
+    result = convert(str(path.parent), str(tmp_path / "out"))
+    assert result.splits["val"].dataset == "my_coco_2017_val"
+    assert "TEST: [my_coco_2017_val]" in Path(result.config).read_text()
+
+
 def test_options_that_are_wrong(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for arguments, sentence in (
         (["--val-share", "1"], "--val-share is 1.0; it must be from 0 to below 1."),

@@ -255,6 +255,14 @@ def test_the_command_on_a_config(tmp_path: Path, capsys: pytest.CaptureFixture) 
     assert skips
 
 
+def test_a_config_with_the_name_of_another_dataset(tmp_path: Path) -> None:
+    """Check the sentence of the training for a name of Detectron2's own datasets."""
+    project = make_project(tmp_path)
+    entry = [["voc_2007_val", str(project.annotations), str(project.annotations.parent / "images")]]
+    with pytest.raises(UserError, match=r"^DATASETS.COCO_JSON: the name 'voc_2007_val' is already taken by another"):
+        sets_of_config(str(project.student), ["DATASETS.COCO_JSON", entry, "DATASETS.TRAIN", ("voc_2007_val",)])
+
+
 @pytest.mark.parametrize("pseudo_labels", [False, True])
 def test_the_number_of_classes_of_a_config(tmp_path: Path, capsys: pytest.CaptureFixture, pseudo_labels: bool) -> None:
     """Check the sentence of the training for a number other than that of the data."""

@@ -84,20 +84,29 @@ def register_coco_json(cfg: CfgNode, classes: ClassOrder | None = None, *, train
         status = os.stat(json_file)
         version = (status.st_mtime_ns, status.st_size)
         registration = [json_file, folder, annotated, cfg.MODEL.MASK_ON, classes and classes.names, version]
-        if name in DatasetCatalog.list():
-            known = MetadataCatalog.get(name).get("registration")
-            if known is None or known[0] != json_file:
-                raise UserError(
-                    f"DATASETS.COCO_JSON: the name {name!r} is already taken by another dataset; choose a new one."
-                )
-            if known != registration:
-                DatasetCatalog.remove(name)
-                MetadataCatalog.remove(name)
+        check_name(name, json_file)
+        if name in DatasetCatalog.list() and MetadataCatalog.get(name).registration != registration:
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
         if name not in DatasetCatalog.list():
             _register(name, json_file, folder, annotated, cfg.MODEL.MASK_ON and annotated, classes)
             MetadataCatalog.get(name).set(registration=registration)
         if classes is None and MetadataCatalog.get(name).get("thing_classes"):
             classes = ClassOrder(tuple(MetadataCatalog.get(name).thing_classes), json_file)
+
+
+def is_taken(name: str, json_file: str) -> bool:
+    """Return whether a name is registered for another dataset than that of this annotation file."""
+    if name not in DatasetCatalog.list():
+        return False
+    known = MetadataCatalog.get(name).get("registration")
+    return known is None or known[0] != json_file
+
+
+def check_name(name: str, json_file: str) -> None:
+    """Raise a UserError if the name of an entry of DATASETS.COCO_JSON is registered for another dataset."""
+    if is_taken(name, json_file):
+        raise UserError(f"DATASETS.COCO_JSON: the name {name!r} is already taken by another dataset; choose a new one.")
 
 
 def _registered_classes(name: str) -> ClassOrder | None:

@@ -13,6 +13,7 @@ from ..class_names import ClassCount
 from ..config import load_config, read_config, reads_annotations
 from ..config_files import find_config_file, find_file
 from ..data import register_synthetic
+from ..data.coco_json import check_name
 from ..errors import UserError
 
 
@@ -42,7 +43,7 @@ def sets_of_config(config_file: str, opts: list[Any]) -> tuple[list[DataSet], bo
     """Return the sets of DATASETS.TRAIN and TEST, and DATALOADER.SKIP_UNUSABLE_IMAGES; the teacher need not exist.
 
     Raises:
-        UserError: the config cannot be read, or a set is missing or not in COCO format.
+        UserError: the config cannot be read, or a set is missing or not in COCO format, or has the name of another one.
     """
     cfg = load_config(config_file, opts, student_only=True, needs_data=False)
     trains_on_annotations = reads_annotations(read_config(config_file, opts))
@@ -55,6 +56,8 @@ def sets_of_config(config_file: str, opts: list[Any]) -> tuple[list[DataSet], bo
             json_file, folder = entries.get(name) or _built_in(role.upper(), name)
             key = f"DATASETS.COCO_JSON ({name})"
             json_file, folder = find_file(json_file, key, base), find_file(folder, key, base, is_folder=True)
+            if name in entries:
+                check_name(name, json_file)
             annotated = role == "test" or trains_on_annotations
             masks = cfg.MODEL.MASK_ON and annotated
             polygons = masks and role == "train" and cfg.INPUT.MASK_FORMAT == "polygon"

@@ -13,6 +13,8 @@ from tabulate import tabulate
 from ...errors import UserError, printable
 from ...files import check_output_folder, write_json, write_text
 from ...text import is_unicode
+from ..coco_json import is_taken
+from ..synthetic import register_synthetic
 from .formats import Format, find_format
 from .source import WHOLE, ConvertOptions, Source
 from .trees import Split, share_out
@@ -119,7 +121,7 @@ def convert(
     check_output_folder(output, "OUT")
     for name, split in splits.items():
         write_json(files[name], split.tree, indent=None)
-    title = re.sub(r"\W+", "_", os.path.basename(source.folder)).strip("_").lower() or "data"
+    title = _title(os.path.basename(source.folder), files)
     written = {name: _describe(f"{title}_{name}", files[name], split) for name, split in splits.items()}
     write_text(config, _config(written))
     return Conversion(form.title, written, source.notes.sentences(), config)
@@ -134,6 +136,15 @@ def _check_options(options: ConvertOptions, form: Format) -> None:
             "--unlabelled keep and --drop-broken cannot be combined: an image with unreadable labels would count as one without "
             "objects."
         )
+
+
+def _title(folder: str, files: dict[str, str]) -> str:
+    """Return a beginning for the names of the datasets, after the folder, with which none is that of another dataset."""
+    register_synthetic()
+    title = re.sub(r"\W+", "_", folder).strip("_").lower() or "data"
+    while any(is_taken(f"{title}_{name}", file) for name, file in files.items()):
+        title = f"my_{title}"
+    return title
 
 
 def _describe(dataset: str, file: str, split: Split) -> SplitFile:
