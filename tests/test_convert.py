@@ -972,6 +972,22 @@ def test_files_that_are_there_stay(tmp_path: Path, capsys: pytest.CaptureFixture
     assert mine.read_text() == before and json.loads(before)["annotations"]
 
 
+def test_an_annotation_file_of_the_input_stays(tmp_path: Path) -> None:
+    """Check a COCO file that the conversion reads, also through a link to its folder, and one that Pascal VOC has not."""
+    path = make_coco(tmp_path / "set", 3)
+    mine = path.rename(path.with_name("train.json"))
+    before = mine.read_text()
+    (tmp_path / "link").symlink_to(mine.parent)
+    for output in (mine.parent, tmp_path / "link"):
+        with pytest.raises(UserError) as caught:
+            convert(str(mine.parent), str(output), "coco", overwrite=True)
+        assert str(caught.value) == f"OUT: {output / 'train.json'} would overwrite a file of IN: choose another folder."
+        assert mine.read_text() == before
+    root = voc_of(tmp_path, voc_object("k", 1, 1, 9, 9))
+    for _ in range(2):
+        convert(str(root), str(root), "voc", overwrite=True)
+
+
 def test_names_of_detectron2s_datasets_are_avoided(tmp_path: Path) -> None:
     """Check a folder and a split whose names would give one of Detectron2's own datasets."""
     path = make_coco(tmp_path / "COCO 2017", 3)

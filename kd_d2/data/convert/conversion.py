@@ -95,7 +95,7 @@ def convert(
         output: folder for the JSON files and `datasets.yaml`.
         format: one of FORMATS; None to detect it.
         options: conversion options.
-        overwrite: whether files of an earlier conversion are replaced.
+        overwrite: whether files of an earlier conversion are replaced; label files of `folder` never are.
 
     Raises:
         UserError: the dataset is invalid or ambiguous; nothing is written then.
@@ -115,7 +115,10 @@ def convert(
             raise UserError(f"IN: a split is named {name!r}; only letters, digits, '_', '-' and '.' are allowed.")
     files = {name: os.path.join(os.path.abspath(output), f"{name}.json") for name in splits}
     config = os.path.join(os.path.abspath(output), CONFIG)
+    inputs = {os.path.realpath(source.path(file)) for file in source.files if file.lower().endswith(form.suffixes)}
     for file in (*files.values(), config):
+        if os.path.realpath(file) in inputs:
+            raise UserError(f"OUT: {file} would overwrite a file of IN: choose another folder.")
         if os.path.lexists(file) and not overwrite:
             raise UserError(f"OUT: {file} already exists: choose another folder, or pass --overwrite.")
     check_output_folder(output, "OUT")

@@ -22,30 +22,35 @@ class Format:
         recognizes: function that returns whether a folder seems to have this format.
         read: function that returns the splits by name.
         options: names of the ConvertOptions fields that have an effect.
+        suffixes: suffixes of the files with labels or class names.
     """
 
     title: str
     recognizes: Callable[[Source], bool]
     read: Callable[[Source], dict[str, Split]]
     options: frozenset[str]
+    suffixes: tuple[str, ...]
 
 
-def _through_globox(title: str, module: ModuleType, *options: str) -> Format:
+def _through_globox(title: str, module: ModuleType, suffixes: tuple[str, ...], *options: str) -> Format:
     def read(source: Source) -> dict[str, Split]:
         if find_spec("globox") is None:
             raise UserError(f"{title} needs the package globox: pip install 'kd_d2[convert]'.")
         return build_splits(module.read(source), source)
 
-    return Format(title, module.recognizes, read, frozenset({"unlabelled", "drop_broken", "val_share", *options}))
+    all_options = frozenset({"unlabelled", "drop_broken", "val_share", *options})
+    return Format(title, module.recognizes, read, all_options, suffixes)
 
 
 FORMATS = {
-    "voc": _through_globox("Pascal VOC", voc, "difficult", "first_pixel"),
-    "yolo": _through_globox("YOLO", yolo),
-    "labelme": _through_globox("LabelMe", labelme, "difficult"),
-    "cvat": _through_globox("CVAT for images", cvat),
-    "openimages": _through_globox("Open Images", open_images),
-    "coco": Format("COCO", coco_files.recognizes, coco_files.read_splits, frozenset({"drop_broken", "val_share"})),
+    "voc": _through_globox("Pascal VOC", voc, (".xml", ".txt"), "difficult", "first_pixel"),
+    "yolo": _through_globox("YOLO", yolo, (".txt", ".yaml", ".yml", ".names")),
+    "labelme": _through_globox("LabelMe", labelme, (".json",), "difficult"),
+    "cvat": _through_globox("CVAT for images", cvat, (".xml",)),
+    "openimages": _through_globox("Open Images", open_images, (".csv",)),
+    "coco": Format(
+        "COCO", coco_files.recognizes, coco_files.read_splits, frozenset({"drop_broken", "val_share"}), (".json",)
+    ),
 }
 
 
