@@ -1,9 +1,10 @@
-"""Channels-last memory format for the weights of detectors."""
+"""Channels-last memory format for the weights of detectors, and shapes that PyTorch's convolutions on CPUs get wrong."""
 
 from __future__ import annotations
 
 from detectron2.config import CfgNode
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .errors import UserError
 
@@ -44,3 +45,24 @@ def _crashes(module: nn.Module) -> bool:
         and module.stride != (1, 1)
         and module.in_channels < NARROW
     )
+
+
+def pad_narrow_maps(model: nn.Module) -> None:
+    """Let strided convolutions pad maps that are narrower than their stride with zeros, which does not change the output.
+
+    Of such maps PyTorch computes wrong gradients of the weights, up to NaN, in bfloat16 on a CPU.
+    """
+    for module in model.modules():  # PyTorch 2.14.1, oneDNN: kernels of 3x3 and more, any number of channels and groups
+        if isinstance(module, nn.Conv2d) and module.stride[1] > 1 and _keeps_the_middle(module):
+            module.register_forward_pre_hook(_pad_narrow_map)
+
+
+def _keeps_the_middle(convolution: nn.Conv2d) -> bool:
+    """Return whether a map of up to one stride in width has an output of width 1."""
+    reach = convolution.dilation[1] * (convolution.kernel_size[1] - 1)
+    return reach > 0 and convolution.padding_mode == "zeros" and 2 * convolution.padding[1] == reach
+
+
+def _pad_narrow_map(convolution: nn.Conv2d, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
+    missing = convolution.stride[1] - inputs[0].shape[-1]
+    return (F.pad(inputs[0], (0, missing)),) if missing > 0 else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kd_d2 import DISTILLER_REGISTRY, KDMetaArch, UserError, load_config
+from kd_d2.engine.step import DistillationStep
 from kd_d2.memory_format import has_channels_last, trains_with_channels_last
 
 import pytest
@@ -84,3 +85,22 @@ def test_resumed_training(tmp_path: Path) -> None:
         assert weight.is_contiguous(memory_format=torch.channels_last)
     for name, tensor in expected.trainer.bare_model.student.state_dict().items():
         torch.testing.assert_close(model.student.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kernel", "stride", "width"), [(3, 2, 1), (7, 2, 1), (3, 3, 2)])
+def test_narrow_maps_in_bfloat16(kernel: int, stride: int, width: int) -> None:
+    """Check the output, and the gradient of the weights under autocast, against float32."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(64, 64, kernel, stride, kernel // 2)
+    expected = nn.Conv2d(64, 64, kernel, stride, kernel // 2)
+    expected.load_state_dict(layer.state_dict())
+    DistillationStep(layer, torch.optim.SGD(layer.parameters()), {}, torch.bfloat16)
+    maps = torch.randn(2, 64, 2, width)
+    torch.testing.assert_close(layer(maps), expected(maps))
+    expected(maps).square().mean().backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(maps).float().square().mean()
+    freed = [torch.full((size,), 1e30) for size in (layer.weight.numel(), layer.weight.numel() // 2, 4096, 2048, 256)]
+    del freed  # PyTorch's wrong gradients are what the memory held
+    output.backward()
+    assert (layer.weight.grad - expected.weight.grad).abs().max() < 0.05 * expected.weight.grad.abs().max()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import UserError
+from ..memory_format import pad_narrow_maps
 from ..meta_arch import KDMetaArch
 from .optimizers import AuxiliaryOptimizer
 
@@ -49,6 +50,8 @@ class DistillationStep(SimpleTrainer):
         self.accumulation_steps = accumulation_steps
         self.device_type = next(model.parameters()).device.type
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=autocast is torch.float16)
+        if self.device_type == "cpu" and autocast is torch.bfloat16:
+            pad_narrow_maps(model)
 
     def run_step(self) -> None:
         if not self.model.training:
