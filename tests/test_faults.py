@@ -16,11 +16,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from kd_d2 import UserError
+from kd_d2 import UserError, load_config
 from kd_d2.checkpoint import KDCheckpointer, checkpoint_files, read_checkpoint
 from kd_d2.data.stream import MappedDataset
 from kd_d2.engine import KDTrainer
+from kd_d2.engine.failures import Failures
 from kd_d2.engine.folder_lock import lock_folder, unlock_folder
+from kd_d2.engine.step import NonFiniteLossError
 
 import pytest
 import torch
@@ -355,9 +357,27 @@ def test_an_r_cnn_that_diverges(tmp_path: Path, after: Callable) -> None:
     status, lines = _end_of(project)
     assert status == 2
     assert lines[-1] == (
-        "error: Predicted boxes or scores contain Inf/NaN. Training has diverged: lower SOLVER.BASE_LR or set "
-        f"SOLVER.CLIP_GRADIENTS.ENABLED True; --resume continues from {project.output / 'model_0000002.pth'}."
+        "error: Predicted boxes or scores contain Inf/NaN. Training has diverged: lower SOLVER.BASE_LR; "
+        f"--resume continues from {project.output / 'model_0000002.pth'}."
     )
+
+
+@pytest.mark.parametrize("clips", [False, True])
+def test_the_end_of_a_training_in_the_folder_of_another(tmp_path: Path, clips: bool) -> None:
+    """Check which checkpoint is named before and after the first one, and that enabled clipping is not advised."""
+    cfg = load_config("configs/tiny/retinanet-student.yaml")
+    cfg.OUTPUT_DIR, cfg.SOLVER.CLIP_GRADIENTS.ENABLED = str(tmp_path), clips
+    old, new = tmp_path / "model_final.pth", tmp_path / "model_0000009.pth"
+    old.touch()
+    (tmp_path / "last_checkpoint").write_text(old.name)
+    started, resumed = Failures(cfg, resumed=False), Failures(cfg, resumed=True)
+    error = NonFiniteLossError("In iteration 2 the loss x is nan")
+    advice = f"{error}: lower SOLVER.BASE_LR{'' if clips else ' or set SOLVER.CLIP_GRADIENTS.ENABLED True'}; "
+    assert str(resumed.explain(error)) == f"{advice}--resume continues from {old}."
+    assert str(started.explain(error)) == f"{advice}the checkpoints in {tmp_path} are from an earlier training."
+    new.touch()
+    (tmp_path / "last_checkpoint").write_text(new.name)
+    assert str(started.explain(error)) == f"{advice}--resume continues from {new}."
 
 
 def test_an_unusable_image_is_skipped_where_the_config_says_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

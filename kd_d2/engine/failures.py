@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 
+from detectron2.config import CfgNode
+
 from ..checkpoint import checkpoint_files
 from ..data.images import DataError
 from ..errors import DISK_IS_FULL, UserError, explain_lack_of_memory, system_error
@@ -18,27 +20,37 @@ class Failures:
     """Explains errors that end a training.
 
     Args:
-        folder: OUTPUT_DIR of the training.
+        cfg: config of the training, which is about to begin.
+        resumed: whether it continues from a checkpoint.
     """
 
-    def __init__(self, folder: str):
-        self.folder = folder
+    def __init__(self, cfg: CfgNode, *, resumed: bool):
+        self.folder = cfg.OUTPUT_DIR
+        self.slower = "lower SOLVER.BASE_LR"
+        if not cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
+            self.slower += " or set SOLVER.CLIP_GRADIENTS.ENABLED True"
+        self.of_earlier_training = None if resumed else _last_checkpoint(self.folder)
 
     def explain(self, error: BaseException | None) -> UserError | None:
         """Return a UserError for an error that the user can fix, or None for any other error."""
         if isinstance(error, DataError):
-            return UserError(f"{str(error).rstrip('.')}; {saved(self.folder)}.")
+            return UserError(f"{str(error).rstrip('.')}; {self._saved()}.")
         if isinstance(error, NonFiniteLossError):
-            return NonFiniteLossError(f"{error}; {saved(self.folder)}.")
+            return NonFiniteLossError(f"{error}: {self.slower}; {self._saved()}.")
         if isinstance(error, UserError):
             return error
         if system := system_error(error):
             sentence = self._of_system(system)
         elif isinstance(error, FloatingPointError):
-            sentence = f"{str(error).rstrip('.')}: lower SOLVER.BASE_LR or set SOLVER.CLIP_GRADIENTS.ENABLED True"
+            sentence = f"{str(error).rstrip('.')}: {self.slower}"
         else:
             sentence = explain_lack_of_memory(error, LESS_MEMORY) or explain_lost_ranks(error)
-        return UserError(f"{sentence}; {saved(self.folder)}.") if sentence else None
+        return UserError(f"{sentence}; {self._saved()}.") if sentence else None
+
+    def _saved(self) -> str:
+        if self.of_earlier_training and self.of_earlier_training == _last_checkpoint(self.folder):
+            return f"the checkpoints in {self.folder} are from an earlier training"
+        return saved(self.folder)
 
     def _of_system(self, error: OSError) -> str | None:
         if error.errno in DISK_IS_FULL:
@@ -59,5 +71,11 @@ class Failures:
 
 def saved(folder: str) -> str:
     """Return a clause that says which checkpoint --resume would continue from."""
-    files = [path for path in checkpoint_files(folder) if os.path.isfile(path)]
-    return f"--resume continues from {files[0]}" if files else "there is no checkpoint yet"
+    last = _last_checkpoint(folder)
+    return f"--resume continues from {last[0]}" if last else "there is no checkpoint yet"
+
+
+def _last_checkpoint(folder: str) -> tuple[str, int] | None:
+    """Return the path and the time of the checkpoint that --resume would continue from, or None if there is none."""
+    file = next(filter(os.path.isfile, checkpoint_files(folder)), None)
+    return (file, os.stat(file).st_mtime_ns) if file else None

@@ -100,9 +100,7 @@ class DistillationStep(SimpleTrainer):
         values = dict(zip(losses, values.tolist(), strict=True))
         for name, value in values.items():
             if not math.isfinite(value):
-                raise NonFiniteLossError(
-                    f"In iteration {self.iter} the loss {name} is {value}: lower SOLVER.BASE_LR or set SOLVER.CLIP_GRADIENTS.ENABLED True"
-                )
+                raise NonFiniteLossError(f"In iteration {self.iter} the loss {name} is {value}")
         storage = get_event_storage()
         storage.put_scalar("data_time", data_time)
         storage.put_scalar("total_loss", sum(values.values()))

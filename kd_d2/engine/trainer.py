@@ -189,7 +189,7 @@ class KDTrainer(DefaultTrainer):
                 f"The training has already finished: SOLVER.MAX_ITER is {self.max_iter}, and the checkpoint is from the end of iteration "
                 f"{self.start_iter - 1}. The detector is only evaluated."
             )
-        failures = Failures(self.cfg.OUTPUT_DIR)
+        failures = Failures(self.cfg, resumed=self.start_iter > 0)
         train_loop = logging.getLogger("detectron2.engine.train_loop")
         train_loop.addFilter(failures.log_as_sentence)
         try:
