@@ -241,9 +241,10 @@ def test_the_command_on_files(pair: list[DataSet], tmp_path: Path, capsys: pytes
 
 
 def test_the_command_on_a_config(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Check that paths are relative to the config, no teacher is needed, and training on the test set is reported."""
+    """Check that paths are relative to the config, no weights are needed, and training on the test set is reported."""
     project = make_project(tmp_path)
     project.teacher_weights.unlink()
+    project.change(MODEL__WEIGHTS="gone.pth")
     with pytest.raises(SystemExit) as ended:
         main(["data", "check", str(project.student), "--images", "all"])
     assert ended.value.code == 1

@@ -19,7 +19,12 @@ from .validation import validate_kd_config
 
 
 def load_config(
-    config_file: str, opts: Iterable[Any] = (), *, student_only: bool = False, needs_data: bool = True
+    config_file: str,
+    opts: Iterable[Any] = (),
+    *,
+    student_only: bool = False,
+    needs_data: bool = True,
+    needs_weights: bool = True,
 ) -> CN:
     """Load a config file and overrides into a full config.
 
@@ -32,6 +37,7 @@ def load_config(
         student_only: for evaluation: replace KDMetaArch with the student's meta-architecture; the teacher and the
             training data need not exist.
         needs_data: whether the files in DATASETS.COCO_JSON must exist; False if no dataset is read.
+        needs_weights: whether the file in MODEL.WEIGHTS must exist; False if no model is built.
 
     Returns:
         The config, validated by `validate_kd_config`, not frozen.
@@ -46,7 +52,7 @@ def load_config(
         cfg.MODEL.META_ARCHITECTURE = cfg.MODEL.KD.STUDENT
     validate_kd_config(cfg)
     _choose_device(cfg, opts)
-    _resolve_paths(cfg, folder, student_only, needs_data)
+    _resolve_paths(cfg, folder, student_only, needs_data, needs_weights)
     return cfg
 
 
@@ -70,7 +76,7 @@ def _choose_device(cfg: CN, opts: Iterable[Any]) -> None:
         cfg.MODEL.DEVICE = "cpu"
 
 
-def _resolve_paths(cfg: CN, folder: str, student_only: bool, needs_data: bool) -> None:
+def _resolve_paths(cfg: CN, folder: str, student_only: bool, needs_data: bool, needs_weights: bool) -> None:
     used = set(cfg.DATASETS.TEST) | (set() if student_only else set(cfg.DATASETS.TRAIN))
     cfg.OUTPUT_DIR = os.path.expanduser(cfg.OUTPUT_DIR)
     resolved = []
@@ -84,7 +90,7 @@ def _resolve_paths(cfg: CN, folder: str, student_only: bool, needs_data: bool) -
                 raise
         resolved.append([name, json_file, images])
     cfg.DATASETS.COCO_JSON = resolved
-    if cfg.MODEL.WEIGHTS:
+    if cfg.MODEL.WEIGHTS and needs_weights:
         cfg.MODEL.WEIGHTS = find_weights(cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS", folder)
     if cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH:
         teacher = cfg.MODEL.KD.TEACHER

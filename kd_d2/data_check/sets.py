@@ -40,12 +40,12 @@ class DataSet:
 
 
 def sets_of_config(config_file: str, opts: list[Any]) -> tuple[list[DataSet], bool]:
-    """Return the sets of DATASETS.TRAIN and TEST, and DATALOADER.SKIP_UNUSABLE_IMAGES; the teacher need not exist.
+    """Return the sets of DATASETS.TRAIN and TEST, and DATALOADER.SKIP_UNUSABLE_IMAGES; teacher and weights need not exist.
 
     Raises:
         UserError: the config cannot be read, or a set is missing or not in COCO format, or has the name of another one.
     """
-    cfg = load_config(config_file, opts, student_only=True, needs_data=False)
+    cfg = load_config(config_file, opts, student_only=True, needs_data=False, needs_weights=False)
     trains_on_annotations = reads_annotations(read_config(config_file, opts))
     register_synthetic()
     base = os.path.dirname(find_config_file(config_file, "the config"))
@@ -69,7 +69,7 @@ def sets_of_config(config_file: str, opts: list[Any]) -> tuple[list[DataSet], bo
 
 def class_count_of_config(config_file: str, opts: list[Any]) -> ClassCount | None:
     """Return the number of classes that the config's detector, or student, predicts, or None if its key is not known."""
-    cfg = load_config(config_file, opts, student_only=True, needs_data=False)
+    cfg = load_config(config_file, opts, student_only=True, needs_data=False, needs_weights=False)
     return ClassCount.in_config(cfg, META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE))
 
 
