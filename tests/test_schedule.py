@@ -159,7 +159,8 @@ def test_advice_by_hand(tmp_path: Path) -> None:
     ):
         assert learning_rate_advice(str(plain), opts) is None
     assert learning_rate_advice(str(child), ["SOLVER.BASE_LR", "0.005"]) is None
-    assert "the batch size is now 8." in learning_rate_advice(str(plain), ["SOLVER.IMS_PER_BATCH", "8.0"])
+    for value in ("8.0", "0x8", "(8)"):
+        assert "the batch size is now 8." in learning_rate_advice(str(plain), ["SOLVER.IMS_PER_BATCH", value])
 
 
 def test_advice_on_the_model_zoo() -> None:

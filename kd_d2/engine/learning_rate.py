@@ -80,12 +80,17 @@ def learning_rate_advice(config_file: str, opts: list[Any]) -> str | None:
     pairs = zip(opts[::2], opts[1::2], strict=True)
     given = {key.removeprefix("SOLVER."): value for key, value in pairs if key.startswith("SOLVER.")}
     for name, solver in [*layers, ("the command line", given)]:
-        batch = float(solver.get("IMS_PER_BATCH", batch))
+        batch = _number(solver.get("IMS_PER_BATCH", batch))
         if "BASE_LR" in solver:
-            rate, source, of_rate = float(solver["BASE_LR"]), name, batch
+            rate, source, of_rate = _number(solver["BASE_LR"]), name, batch
     if rate is None or batch == of_rate or batch < 1:
         return None
     return (
         f"SOLVER.BASE_LR {rate:g} comes from {source}, where SOLVER.IMS_PER_BATCH is {of_rate:g}; the batch size is now {batch:g}. "
         f"The linear scaling rule gives SOLVER.BASE_LR {rate * batch / of_rate:g}, with {of_rate / batch:g} times the iterations."
     )
+
+
+def _number(value: Any) -> float:
+    """Return a number of a config, which may be the text of a Python literal."""
+    return float(CfgNode._decode_cfg_value(value))
