@@ -28,6 +28,11 @@ def label(text: str) -> str:
     return printable(text, LONGEST_LABEL)
 
 
+def composed(name: str) -> str:
+    """Return a name in Unicode's form NFC, in which names that look the same, such as those with an accent, are equal."""
+    return unicodedata.normalize("NFC", name)
+
+
 def has_controls(text: str) -> bool:
     """Return whether the text has control characters, line breaks of any kind, or surrogates."""
     return any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in text)

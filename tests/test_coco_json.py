@@ -776,6 +776,24 @@ def test_a_first_training_set_that_another_program_registered(coco: Set, tmp_pat
     assert indices[0] == indices[1]
 
 
+def test_names_with_accents_in_either_form_of_unicode(coco: Set, tmp_path: Path) -> None:
+    """Check classes of a model, and of two sets, one with the accent as part of the letter and one with it apart."""
+    other = Set(tmp_path / "other")
+    for own, name in ((coco, "caf\u00e9"), (other, "cafe\u0301")):
+        own.change(_set("categories", 0, name=name))
+    order = ClassOrder(("cafe\u0301", "green", "blue"), "model.pth")
+    assert order.names == ("caf\u00e9", "green", "blue")
+    cfg = coco.config()
+    cfg.DATASETS.COCO_JSON += other.config("other").DATASETS.COCO_JSON
+    cfg.DATASETS.TEST = ("other",)
+    for classes in (None, order):
+        register_coco_json(cfg, classes)
+        assert [MetadataCatalog.get(name).thing_classes[0] for name in ("mine", "other")] == ["caf\u00e9"] * 2
+    assert "form NFC" in other.check().repairs[0] and coco.check().repairs == []
+    other.change(lambda tree: tree["categories"].append({"id": 9, "name": "caf\u00e9"}))
+    assert "the categories 1 and 9 have the same name" in other.sentence()
+
+
 def test_a_set_that_lacks_classes_or_names_more_without_boxes(coco: Set, tmp_path: Path) -> None:
     """Check that a model's classes determine the indices, for small test sets and for exports with unused labels."""
     coco.change(

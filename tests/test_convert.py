@@ -988,6 +988,12 @@ def test_an_annotation_file_of_the_input_stays(tmp_path: Path) -> None:
         convert(str(root), str(root), "voc", overwrite=True)
 
 
+def test_class_names_with_accents_in_either_form_of_unicode(tmp_path: Path) -> None:
+    """Check that a class whose name has the accent as part of the letter in one file, and apart in another, is one."""
+    root = voc_of(tmp_path, voc_object("caf\u00e9", 1, 1, 9, 9), voc_object("cafe\u0301", 2, 2, 9, 9))
+    assert [category["name"] for category in run(root)["all"]["categories"]] == ["caf\u00e9"]
+
+
 def test_names_of_detectron2s_datasets_are_avoided(tmp_path: Path) -> None:
     """Check a folder and a split whose names would give one of Detectron2's own datasets."""
     path = make_coco(tmp_path / "COCO 2017", 3)

@@ -18,6 +18,7 @@ from detectron2.data.datasets import load_coco_json
 from ..cache import cache_folder, write_cached
 from ..config import reads_annotations
 from ..errors import UserError
+from ..text import composed
 from .coco import CocoData, read_coco
 from .coco.boxes import reaches_out
 from .coco.reader import PLACEHOLDERS
@@ -45,7 +46,7 @@ class CocoSummary:
 
 @dataclass(frozen=True)
 class ClassOrder:
-    """Class names in a model's order.
+    """Class names in a model's order, in Unicode's form NFC.
 
     Attributes:
         names: class names by class index.
@@ -54,6 +55,9 @@ class ClassOrder:
 
     names: tuple[str, ...]
     source: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", tuple(map(composed, self.names)))
 
 
 def register_coco_json(cfg: CfgNode, classes: ClassOrder | None = None, *, train: bool = True) -> None:

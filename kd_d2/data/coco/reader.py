@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import UserError
-from ...text import has_controls, label
+from ...text import composed, has_controls, label
 from .annotations import Annotations
 from .ids import Ids, whole_number
 from .image_names import ImageFinder, size_on_disk
@@ -208,7 +208,9 @@ def _read_categories(path: str, entries: list[Entry], repairs: Repairs) -> tuple
                 f"{path}: the category {entry['id']!r} has a name with control characters or more than {LONGEST_CLASS_NAME} characters "
                 f"({label(name)}); rename it."
             )
-        categories.append({**entry, "id": ids.find(entry["id"]), "name": name})
+        if name != composed(name):
+            repairs.add("category names read in Unicode's form NFC", name)
+        categories.append({**entry, "id": ids.find(entry["id"]), "name": composed(name)})
     return sorted(categories, key=lambda category: category["id"]), ids
 
 

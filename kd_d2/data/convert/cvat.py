@@ -5,6 +5,7 @@ from __future__ import annotations
 from xml.etree.ElementTree import Element
 
 from ...errors import UserError
+from ...text import composed
 from .labels import REMEDY, LabelledBox, LabelledImage, Labels, read_box, written_size
 from .source import Source
 
@@ -29,7 +30,7 @@ def read(source: Source) -> Labels:
         if root.find("track") is not None:
             raise UserError(f"{path} has tracks of a video: export the task as 'CVAT for images'.")
         classes = [label for label in root.findall("meta//label") if not label.findtext("parent")]
-        order |= {name.strip(): None for label in classes if (name := label.findtext("name"))}
+        order |= {composed(name.strip()): None for label in classes if (name := label.findtext("name"))}
         for node in root.iter("image"):
             with source.may_be_broken():
                 image = _read_image(source, file, node)

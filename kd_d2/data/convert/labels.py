@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
+from ...text import composed
 from ..coco.ids import whole_number
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def read_box(where: str, read: Callable[..., BoundingBox], *arguments: Any, **op
         raise UserError(f"{where} is not a valid box ({reason}): {REMEDY}.") from error
     if not all(math.isfinite(value) and abs(value) < LARGEST for value in box.ltrb):
         raise UserError(f"{where} has the corners {box.ltrb}, which are not all finite: {REMEDY}.")
-    label = box.label.strip()
+    label = composed(box.label.strip())
     if not label:
         raise UserError(f"{where} has no class: {REMEDY}.")
     return LabelledBox(label, box.ltrb, where)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...errors import UserError
+from ...text import composed
 from .labels import LabelledBox, LabelledImage, Labels, read_box
 from .source import Source
 
@@ -101,5 +102,5 @@ def _class_names(source: Source) -> dict[str, str]:
             found = AnnotationSet.parse_mid_file(source.path(file))
         except (OSError, ValueError, KeyError, csv.Error) as error:
             raise UserError(f"{source.path(file)} is not a list of classes: {error}.") from error
-        names |= {key: name.strip() for key, name in found.items() if name and key != "LabelName"}
+        names |= {key: composed(name.strip()) for key, name in found.items() if name and key != "LabelName"}
     return names

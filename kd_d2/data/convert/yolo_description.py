@@ -8,6 +8,7 @@ from typing import Any
 
 from ...errors import UserError
 from ...plain_yaml import read_plain_yaml
+from ...text import composed
 from ..coco.ids import whole_number
 from .labels import REMEDY
 from .source import SPLIT, Source
@@ -74,7 +75,7 @@ def _from_lists(source: Source, files: list[str]) -> Description:
 
 
 def _lines(source: Source, file: str) -> list[str]:
-    return [line.strip() for line in source.read_text(file).rstrip().splitlines()]
+    return [composed(line.strip()) for line in source.read_text(file).rstrip().splitlines()]
 
 
 def _read_yaml(source: Source, file: str) -> dict[str, Any]:
@@ -90,7 +91,7 @@ def _from_yaml(source: Source, file: str, tree: dict[str, Any]) -> Description:
         whole_number(key) is not None and isinstance(name, str | None) for key, name in names.items()
     ):
         raise UserError(f"{path}: its names must be a list, or map numbers to names, such as '0: cat'.")
-    numbered = {whole_number(key): (name or "").strip() for key, name in names.items()}
+    numbered = {whole_number(key): composed((name or "").strip()) for key, name in names.items()}
     description = Description(file, dict(sorted(numbered.items())), folder=str(tree.get("path") or ""))
     for split, keys in YAML_SPLITS.items():
         written = next((tree[key] for key in keys if tree.get(key)), [])
