@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from tqdm import tqdm
 
 from .class_names import names_in_data
@@ -18,7 +18,7 @@ from .data import build_test_loader, register_coco_json, register_synthetic
 from .data.images import read_checked
 from .engine.checks import TEACHERS_CLASSES, check_classes, check_datasets, check_distillation
 from .errors import UserError
-from .files import check_output_file, write_json
+from .files import check_inputs_are_kept, check_output_file, write_json
 from .prediction.predict import to_annotations
 from .predictor import Category, unknown_names
 from .pseudo_labels import PseudoLabels
@@ -40,7 +40,7 @@ def write_label_file(
         The content of the file, and the command-line overrides of the config for training on it.
 
     Raises:
-        UserError: config, data or output is invalid, or the teacher's own score threshold is above `score_thresh`.
+        UserError: config, data or output is invalid, the output is an annotation file of the config, or the teacher's own score threshold is above `score_thresh`.
     """
     check_distillation(cfg)
     threshold = cfg.MODEL.KD.PSEUDO_LABELS.SCORE_THRESH if score_thresh is None else score_thresh
@@ -51,6 +51,7 @@ def write_label_file(
     check_datasets(cfg, train=True)
     name = choose_dataset(cfg, dataset)
     check_output_file(output)
+    check_inputs_are_kept([output], _annotation_files(cfg), "annotation file")
     skip_unusable = cfg.DATALOADER.SKIP_UNUSABLE_IMAGES
     if not skip_unusable:
         check_images(name)
@@ -73,6 +74,12 @@ def write_label_file(
     tree, folder = label_images(detect, batches, names, threshold)
     write_json(output, tree, indent=None)
     return tree, overrides_to_train_on(cfg, name, [f"{name}_by_teacher", os.path.abspath(output), folder])
+
+
+def _annotation_files(cfg: CfgNode) -> list[str]:
+    """Return the annotation files of DATASETS.COCO_JSON and of the registered datasets of the config."""
+    registered = [MetadataCatalog.get(name).get("json_file") for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)]
+    return [*(json_file for _, json_file, _ in cfg.DATASETS.COCO_JSON), *filter(None, registered)]
 
 
 def choose_dataset(cfg: CfgNode, name: str | None) -> str:

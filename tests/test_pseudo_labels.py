@@ -338,6 +338,23 @@ def test_labels_have_the_classes_of_the_first_set(tmp_path: Path, changes: dict[
     assert found[0] == found[1]
 
 
+def test_annotations_of_the_config_stay(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    """Check that a dataset's own file, also one behind a link or of an unused dataset, is refused as output."""
+    project = make_project(tmp_path)
+    link, unused = tmp_path / "link.json", tmp_path / "unused.json"
+    link.symlink_to(project.annotations)
+    unused.write_text("unused")
+    entries = [[project.name, str(project.annotations), str(project.annotations.parent / "images")]]
+    entries.append(["unused", str(unused), str(tmp_path)])
+    before = project.annotations.read_text()
+    for output in (link, unused):
+        with pytest.raises(SystemExit):
+            run_command("pseudo-label", project.student, "--output", output, "DATASETS.COCO_JSON", entries)
+        sentence = f"error: --output: the annotation file {output} would overwrite an input; choose another folder."
+        assert capfd.readouterr().err.splitlines()[-1] == sentence
+    assert (project.annotations.read_text(), unused.read_text()) == (before, "unused")
+
+
 def test_a_teacher_that_leaves_out_what_would_count(
     tmp_path: Path, tiny_detector: Callable, capfd: pytest.CaptureFixture
 ) -> None:
