@@ -82,6 +82,12 @@ def check_number(key: str, value: object, minimum: float, *, exclusive: bool = F
         raise UserError(f"{key} is {value!r}; it must be a number {relation} {minimum}.")
 
 
+def check_seed(key: str, seed: int) -> None:
+    """Raise a UserError that names `key` unless NumPy accepts a seed; negative ones mean a random seed."""
+    if seed >= 2**32:
+        raise UserError(f"{key} is {seed}; it must be below 2**32.")
+
+
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Exit with status 2 and a one-sentence message on a UserError or an error that `as_user_error` explains.

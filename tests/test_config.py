@@ -242,6 +242,7 @@ def test_keys_that_are_not_there(opts: list, expected: str) -> None:
         ),
         (["MODEL.PIXEL_MEAN", [1, 2]], "MODEL.PIXEL_MEAN has 2 values; it must have 3, one per channel."),
         (["MODEL.PIXEL_MEAN", ["a"] * 3], "A value of MODEL.PIXEL_MEAN is 'a'; it must be a number."),
+        (["SEED", 2**32], "SEED is 4294967296; it must be below 2**32."),
         (["MODEL.PIXEL_STD", [1, 1, 0]], "A value of MODEL.PIXEL_STD is 0; it must be a number above 0."),
     ],
 )

@@ -279,6 +279,10 @@ def test_no_two_lines_of_a_plot_look_alike(count):
             "config: STUDENT\nbaseline: plain\ncells: {plain: {seeds: [a]}}",
             "seeds of cell plain is .* a list of whole numbers",
         ),
+        (
+            "config: STUDENT\nbaseline: plain\ncells: {plain: {seeds: [0, 4294967296]}}",
+            r"a seed of cell plain is 4294967296; it must be below 2\*\*32",
+        ),
         ("config: STUDENT\nbaseline: plain\ncells: {'../plain': {}}", "the cell '../plain' is not a valid folder name"),
         ("config: STUDENT\nbaseline: plain\ncells: {.: {}}", "the cell '.' is not a valid folder name"),
         ("config: STUDENT\nbaseline: plain\ncells: {plain: , teacher: }", "no cell can be named 'teacher'"),

@@ -16,7 +16,7 @@ from detectron2.modeling import ANCHOR_GENERATOR_REGISTRY, BACKBONE_REGISTRY, ME
 from PIL import Image
 
 from ..distillers import DISTILLER_REGISTRY
-from ..errors import UserError, check_number, is_finite_number
+from ..errors import UserError, check_number, check_seed, is_finite_number
 from ..extensions import HINT
 from .library_keys import KD_META_ARCH, LIBRARY_KEYS, node_at
 
@@ -57,6 +57,7 @@ def validate_kd_config(cfg: CN) -> None:
         for name in cfg.DATASETS[key]:
             if not isinstance(name, str):
                 raise UserError(f"DATASETS.{key} contains {name!r}; it must be a list of dataset names.")
+    check_seed("SEED", cfg.SEED)
     _validate_choices(cfg)
     _validate_images(cfg)
     distilled = cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH

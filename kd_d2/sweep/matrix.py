@@ -22,7 +22,7 @@ from ..config import (
     validate_kd_config,
 )
 from ..config_files import as_overrides, find_beside, leaves
-from ..errors import UserError
+from ..errors import UserError, check_seed
 from ..lazy_teacher import is_lazy_config, lazy_teacher_files
 from ..plain_yaml import read_plain_yaml
 
@@ -170,6 +170,8 @@ def read_matrix(path: str) -> Matrix:
             if key in own[::2]:
                 raise UserError(f"Sweep {path}: cell {name} sets {key} in opts, without effect; use {place}.")
         opts = (*chain.from_iterable(map(as_overrides, files)), *own)
+        for seed in entry.get("seeds") or ():
+            check_seed(f"Sweep {path}: a seed of cell {name}", seed)
         return Cell(
             name=name,
             title=entry.get("title", name),
