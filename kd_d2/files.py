@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import json
 import math
 import os
@@ -106,6 +108,18 @@ def read_json(path: str) -> Any:
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"it is not valid JSON: {error}"
         raise UserError(f"{path} cannot be read ({reason}).") from error
+
+
+def checksum(path: str) -> str:
+    """Return the SHA-256 hash of a file's content; that of an unchanged file is computed once per process."""
+    status = os.stat(path)
+    return _checksum(os.path.realpath(path), status.st_mtime_ns, status.st_size)
+
+
+@functools.cache
+def _checksum(path: str, *version: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_output_file(path: str) -> None:

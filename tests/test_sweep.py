@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from statistics import mean
 
 from kd_d2 import UserError
@@ -27,7 +28,7 @@ from kd_d2.sweep.runner import Job, run_jobs, teacher_evaluation, training_job
 from kd_d2.sweep.table import HEADERS, as_csv, as_markdown, build_rows, format_row, pooled_deviation, read_results
 
 import pytest
-from helpers import clean_process
+from helpers import clean_process, make_coco
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 STUDENT = os.path.join(ROOT, "configs", "tiny", "retinanet-student.yaml")
@@ -503,6 +504,32 @@ def test_results_from_other_initial_weights_are_refused(tmp_path):
     assert run_jobs([job("two.pth")], 1, 1) == []
 
 
+def test_results_on_other_annotations_are_refused(tmp_path):
+    """Check other content, the same content elsewhere, and a file without the checksum, for a training and a teacher."""
+    (tmp_path / "teacher.pth").touch()
+    paths = {name: make_coco(tmp_path / name, 2) for name in ("one", "copy", "other")}
+    paths["other"].write_text(paths["one"].read_text().replace('"red"', '"blue"'))
+    cell = read_matrix(
+        write_matrix(tmp_path, f"config: STUDENT\nbaseline: a\ncells: {{a: {{opts: {TAUGHT}}}}}\n")
+    ).cell("a")
+    folder = str(tmp_path)
+
+    def jobs(name):
+        entry = ["mine", str(paths[name]), str(paths[name].parent / "images")]
+        opts = ["DATASETS.COCO_JSON", [entry], "DATASETS.TRAIN", ("mine",), "DATASETS.TEST", ("mine",)]
+        return [training_job(cell, 0, folder, folder, opts), teacher_evaluation(cell, folder, folder, opts)]
+
+    for job in jobs("one"):
+        write_json(job.result, result(job.cell, 0, 1.0, settings=job.settings))
+    assert run_jobs(jobs("copy"), 1, 1) == []
+    for job in jobs("other"):
+        with pytest.raises(UserError, match=r"was measured with different settings \(annotations of DATASETS.TEST: "):
+            run_jobs([job], 1, 1)
+        settings = {key: value for key, value in job.settings.items() if not key.startswith("annotations")}
+        write_json(job.result, result(job.cell, 0, 1.0, settings=settings))
+    assert run_jobs(jobs("one"), 1, 1) == []
+
+
 def test_the_checksum_of_a_lazy_config(tmp_path):
     """Check that a sweep notes the file and the weights of a LazyConfig teacher, without running its code."""
     code, weights = tmp_path / "teacher.py", tmp_path / "teacher.pth"
@@ -534,6 +561,30 @@ def test_a_training_with_other_settings_is_not_resumed(tmp_path, monkeypatch):
     ):
         run_jobs([other], 1, 1)
     assert run_jobs([same], 1, 1) == [same]  # it was started, and failed
+
+
+def test_a_training_from_other_files_is_not_resumed(tmp_path, monkeypatch):
+    """Check initial weights that have changed since a sweep started the training, and a folder from before this check."""
+    monkeypatch.setattr(runner, "PROGRAM", (sys.executable, str(tmp_path / "nothing.py")))
+    weights = tmp_path / "weights.pth"
+    weights.write_text("1")
+    cell = read_matrix(write_matrix(tmp_path, MATRIX)).cell("better")
+
+    def job():
+        return training_job(cell, 0, str(tmp_path), str(tmp_path / "cells"), ["MODEL.WEIGHTS", str(weights)])
+
+    (failed,) = run_jobs([job()], 1, 1)
+    weights.write_text("2")
+    assert len(run_jobs([job()], 1, 1)) == 1  # there was no checkpoint
+    folder = Path(failed.output)
+    (folder / "config.yaml").write_text(load_config(STUDENT, cell.opts).dump())
+    (folder / "last_checkpoint").write_text("model_0000399.pth")
+    assert len(run_jobs([job()], 1, 1)) == 1
+    weights.write_text("1")
+    with pytest.raises(UserError, match=r"seed0 has a training with different settings \(file of MODEL.WEIGHTS: "):
+        run_jobs([job()], 1, 1)
+    (folder / "sweep_settings.json").unlink()
+    assert len(run_jobs([job()], 1, 1)) == 1
 
 
 def test_the_evaluation_of_the_teacher_in_the_folder_of_its_training(tmp_path, monkeypatch):

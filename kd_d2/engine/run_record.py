@@ -16,6 +16,7 @@ from torch import nn
 
 from ..config import changed_keys
 from ..errors import UserError
+from ..files import checksum
 from ..teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -111,10 +112,7 @@ def _is_without_effect(key: str) -> bool:
 def _content_of(dataset: str) -> str | None:
     """Return the hash of a dataset's annotation file, or None if it has no such file."""
     path = MetadataCatalog.get(dataset).get("json_file")
-    if not path or not os.path.isfile(path):
-        return None
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return checksum(path) if path and os.path.isfile(path) else None
 
 
 def _content_of_config(teacher: Teacher) -> str:

@@ -6,11 +6,13 @@ import hashlib
 import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 
 from ..config import (
     KD_META_ARCH,
@@ -22,7 +24,9 @@ from ..config import (
     validate_kd_config,
 )
 from ..config_files import as_overrides, find_beside, leaves
+from ..data import register_synthetic
 from ..errors import UserError, check_seed
+from ..files import checksum
 from ..lazy_teacher import is_lazy_config, lazy_teacher_files
 from ..plain_yaml import read_plain_yaml
 
@@ -54,6 +58,9 @@ SET_BY_SWEEP = {"SEED": "the cell's seeds", "OUTPUT_DIR": "the option --output"}
 
 TEACHER = "files of the teacher"
 WEIGHTS = "file of MODEL.WEIGHTS"
+TRAIN_ANNOTATIONS, TEST_ANNOTATIONS = "annotations of DATASETS.TRAIN", "annotations of DATASETS.TEST"
+CHECKSUMS = frozenset({TEACHER, WEIGHTS, TRAIN_ANNOTATIONS, TEST_ANNOTATIONS})
+"""Settings that are checksums of files."""
 
 
 @dataclass(frozen=True)
@@ -225,7 +232,8 @@ def measured_settings(config: str, opts: list[Any]) -> dict[str, Any]:
     """Return the keys of a config that determine the result: all with non-default values, except LOCATION_KEYS.
 
     A key that a later version adds does not change the settings as long as it has its default value. Checksums are added
-    of the initial weights as `WEIGHTS`, and of a teacher's weights and config as `TEACHER`.
+    of the initial weights as `WEIGHTS`, of a teacher's weights and config as `TEACHER`, and of the annotation files, if all
+    exist, as `TRAIN_ANNOTATIONS` and `TEST_ANNOTATIONS`.
 
     Raises:
         UserError: see `load_config`, or DATASETS.TEST does not name exactly one dataset, whose results are compared.
@@ -235,6 +243,10 @@ def measured_settings(config: str, opts: list[Any]) -> dict[str, Any]:
         raise UserError(f"{config}: DATASETS.TEST names {len(cfg.DATASETS.TEST)} datasets; a sweep needs exactly one.")
     settings = without_locations(cfg)
     settings[WEIGHTS] = _checksum(_content_of(cfg.MODEL.WEIGHTS))
+    for key, names in ((TRAIN_ANNOTATIONS, cfg.DATASETS.TRAIN), (TEST_ANNOTATIONS, cfg.DATASETS.TEST)):
+        files = _annotation_files(cfg, names)
+        if all(map(os.path.isfile, files)):
+            settings[key] = _checksum(" ".join(map(checksum, files)))
     if cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH:
         settings[TEACHER] = _checksum(_teacher_files(cfg))
     return settings
@@ -242,6 +254,13 @@ def measured_settings(config: str, opts: list[Any]) -> dict[str, Any]:
 
 def _checksum(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _annotation_files(cfg: CfgNode, names: Sequence[str]) -> list[str]:
+    """Return the annotation files of datasets; "" for one that has none."""
+    register_synthetic()
+    entries = {name: json_file for name, json_file, _ in cfg.DATASETS.COCO_JSON}
+    return [entries.get(name) or MetadataCatalog.get(name).get("json_file", "") for name in names]
 
 
 def _teacher_files(cfg: CfgNode) -> str:
@@ -256,10 +275,7 @@ def _teacher_files(cfg: CfgNode) -> str:
 def _content_of(name: str) -> str:
     """Return the hash of a file; the name itself of one that is not local."""
     path = name.partition("?")[0]
-    if not os.path.isfile(path):
-        return name
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return checksum(path) if os.path.isfile(path) else name
 
 
 def first_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
@@ -267,7 +283,7 @@ def first_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
 
     The checksums of files count only if both have them: configs and older result files do not.
     """
-    unknown = {TEACHER, WEIGHTS} - (before.keys() & now.keys())
+    unknown = CHECKSUMS - (before.keys() & now.keys())
     for key in sorted((before.keys() | now.keys()) - unknown):
         if before.get(key) != now.get(key):
             return f"{key}: {before.get(key, 'default')} then, {now.get(key, 'default')} now"

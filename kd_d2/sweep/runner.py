@@ -19,8 +19,18 @@ from ..checkpoint import checkpoint_files
 from ..config import read_config
 from ..engine.stop_request import exit_on_signals
 from ..errors import UserError
-from ..files import write_json
-from .matrix import TEACHER, Cell, Matrix, first_difference, measured_settings, without_locations
+from ..files import read_json, write_json
+from ..typed_json import from_tree
+from .matrix import (
+    CHECKSUMS,
+    TEACHER,
+    TEST_ANNOTATIONS,
+    Cell,
+    Matrix,
+    first_difference,
+    measured_settings,
+    without_locations,
+)
 from .results import (
     METRICS,
     read_curves,
@@ -35,6 +45,9 @@ from .results import (
 
 PROGRAM = (sys.executable, "-m", "kd_d2")
 logger = logging.getLogger(__name__)
+
+SETTINGS = "sweep_settings.json"
+"""The file in a training's folder with the settings that it was started with, see `measured_settings`."""
 
 # Idle threads sleep. Spinning, the default of OpenMP runtimes, would occupy cores that other jobs need.
 SLEEPING_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
@@ -141,7 +154,7 @@ def teacher_evaluation(cell: Cell, output: str, results: str, opts: list[Any], i
     folder = os.path.join(output, "teacher")
     opts = [*opts, *cell.opts]
     command = ["eval", "--teacher-of", cell.config, *_arguments(imports, opts), "OUTPUT_DIR", folder]
-    kept = ("INPUT.", "DATASETS.", TEACHER)
+    kept = ("INPUT.", "DATASETS.", TEACHER, TEST_ANNOTATIONS)
     settings = {k: v for k, v in measured_settings(cell.config, opts).items() if k.startswith(kept)}
     return Job("teacher", 0, command, folder, result_path(results, "teacher", 0), settings, "teacher.json")
 
@@ -182,10 +195,13 @@ def is_finished(job: Job) -> bool:
 
 
 def _check_checkpoint(job: Job) -> None:
-    """Raise a UserError if the job would resume a training with different settings."""
-    config = os.path.join(job.output, "config.yaml")
+    """Raise a UserError if the job would resume a training with different settings, or files of other content."""
+    config, written = os.path.join(job.output, "config.yaml"), os.path.join(job.output, SETTINGS)
     if job.outcome == "train.json" and os.path.isfile(config) and checkpoint_files(job.output):
         settings = without_locations(read_config(config))
+        if os.path.isfile(written):
+            files = from_tree(dict, read_json(written), written, "the file")
+            settings |= {key: value for key, value in files.items() if key in CHECKSUMS}
         _check_settings(job, settings, f"{job.output} has a training", "the folder, or choose another --output")
 
 
@@ -214,6 +230,8 @@ def _start(job: Job, threads: int) -> Job:
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
     }
+    if job.outcome == "train.json":
+        write_json(os.path.join(job.output, SETTINGS), job.settings)
     with open(os.path.join(job.output, "process.log"), "ab") as log:
         job.process = subprocess.Popen(
             [*PROGRAM, *job.command],
