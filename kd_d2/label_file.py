@@ -40,7 +40,8 @@ def write_label_file(
         The content of the file, and the command-line overrides of the config for training on it.
 
     Raises:
-        UserError: config, data or output is invalid, the output is an annotation file of the config, or the teacher's own score threshold is above `score_thresh`.
+        UserError: config, data or output is invalid, the output is an annotation file of the config, or the teacher's own
+            score threshold is above `score_thresh`.
     """
     check_distillation(cfg)
     threshold = cfg.MODEL.KD.PSEUDO_LABELS.SCORE_THRESH if score_thresh is None else score_thresh
