@@ -134,12 +134,12 @@ def check_output_file(path: str) -> None:
         check_output_folder(os.path.dirname(os.path.realpath(path)), "--output")
 
 
-def check_inputs_are_kept(outputs: Iterable[str], inputs: Iterable[str], kind: str = "drawing") -> None:
-    """Raise a UserError if one of the output paths is that of an input; `kind` is what is written."""
+def check_inputs_are_kept(drawings: Iterable[str], inputs: Iterable[str]) -> None:
+    """Raise a UserError if one of the paths of drawings is that of an input."""
     files = set(map(os.path.realpath, inputs))
-    for path in outputs:
+    for path in drawings:
         if os.path.realpath(path) in files:
-            raise UserError(f"--output: the {kind} {path} would overwrite an input; choose another folder.")
+            raise UserError(f"--output: the drawing {path} would overwrite an input; choose another folder.")
 
 
 def check_output_folder(folder: str, key: str = "OUTPUT_DIR") -> None:

@@ -18,7 +18,7 @@ from .data import build_test_loader, register_coco_json, register_synthetic
 from .data.images import read_checked
 from .engine.checks import TEACHERS_CLASSES, check_classes, check_datasets, check_distillation
 from .errors import UserError
-from .files import check_inputs_are_kept, check_output_file, write_json
+from .files import check_output_file, write_json
 from .prediction.predict import to_annotations
 from .predictor import Category, unknown_names
 from .pseudo_labels import PseudoLabels
@@ -52,7 +52,10 @@ def write_label_file(
     check_datasets(cfg, train=True)
     name = choose_dataset(cfg, dataset)
     check_output_file(output)
-    check_inputs_are_kept([output], _annotation_files(cfg), "annotation file")
+    if os.path.realpath(output) in map(os.path.realpath, _annotation_files(cfg)):
+        raise UserError(
+            f"--output: {output} is an annotation file of the config; choose another path, or remove it first."
+        )
     skip_unusable = cfg.DATALOADER.SKIP_UNUSABLE_IMAGES
     if not skip_unusable:
         check_images(name)

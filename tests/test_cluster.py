@@ -63,14 +63,14 @@ def test_kubernetes_file_follows_its_schema(tmp_path: Path) -> None:
     [
         ("StructuralKD/retinanet_R50", "StructuralKD/retinanet_R50"),
         ("projects/StructuralKD/configs/retinanet_R50.yaml", "StructuralKD/retinanet_R50"),
-        ("configs/tiny/retinanet-student.yaml", "tiny/retinanet-student"),
+        ("configs/tiny/retinanet-student.yaml", "configs/tiny/retinanet-student"),
         ("{folder}/my configs/a b.yaml", "my configs/a b"),
-        ("../other/my.yaml", "other/my"),
+        ("../other/my.yaml", "up/other/my"),
         ("/data/my.yaml", "data/my"),
     ],
 )
 def test_slurm_script_separates_configs_of_one_name(tmp_path: Path, config: str, output: str) -> None:
-    """Check OUTPUT_DIR, and that results where the script wrote them before are not trained anew."""
+    """Check OUTPUT_DIR, and that a training where the script wrote it before is not started anew."""
     (tmp_path / "bin").mkdir()
     for name, body in {"scontrol": "echo localhost", "srun": 'printf "%s\\n" "$@"'}.items():
         (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
@@ -82,11 +82,15 @@ def test_slurm_script_separates_configs_of_one_name(tmp_path: Path, config: str,
     assert done.stdout.splitlines()[-2:] == ["OUTPUT_DIR", f"output/{output}"]
     before = tmp_path / "output" / Path(output).name
     before.mkdir(parents=True)
-    (before / "config.yaml").touch()
+    log = before / "log.txt"
+    log.write_text(f"Command line: python train other.yaml --resume OUTPUT_DIR output/{before.name}\n")
+    assert _run(*script, cwd=tmp_path, env=environment).returncode == 0
+    log.write_text(f"Command line: python train {script[2]} --resume OUTPUT_DIR output/{before.name}\n")
     done = _run(*script, cwd=tmp_path, env=environment)
     assert (done.returncode == 2 and f"no longer in output/{before.name}: move" in done.stderr) == (
         Path(output).name != output
     )
+    assert _run(*script, "OUTPUT_DIR", "output/mine", cwd=tmp_path, env=environment).returncode == 0
 
 
 def test_compose_file_follows_its_schema() -> None:

@@ -277,7 +277,7 @@ def test_sizes_of_crops(kind: str, size: list[float], expected: str | None) -> N
 def test_images_in_gray_and_without_resizing() -> None:
     """Check values that Detectron2 supports."""
     one = ["MODEL.PIXEL_MEAN", [100.0], "MODEL.PIXEL_STD", [1.0]]
-    load_config("", ["INPUT.FORMAT", "L", *one, "INPUT.MIN_SIZE_TRAIN", (0,)])
+    load_config("", ["INPUT.FORMAT", "L", *one, "INPUT.MIN_SIZE_TRAIN", (0,), "INPUT.MAX_SIZE_TRAIN", 0])
 
 
 def test_a_sweep_is_not_a_config() -> None:

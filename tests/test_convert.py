@@ -988,6 +988,13 @@ def test_an_annotation_file_of_the_input_stays(tmp_path: Path) -> None:
         convert(str(root), str(root), "voc", overwrite=True)
 
 
+def test_a_conversion_into_the_folder_of_a_yolo_dataset_is_repeated(tmp_path: Path) -> None:
+    """Check that datasets.yaml of the first one, which could be a file of YOLO, is replaced."""
+    root = yolo_of(tmp_path, "0 0.5 0.5 0.2 0.2")
+    for _ in range(2):
+        convert(str(root), str(root), "yolo", overwrite=True)
+
+
 def test_class_names_with_accents_in_either_form_of_unicode(tmp_path: Path) -> None:
     """Check that a class whose name has the accent as part of the letter in one file, and apart in another, is one."""
     root = voc_of(tmp_path, voc_object("caf\u00e9", 1, 1, 9, 9), voc_object("cafe\u0301", 2, 2, 9, 9))

@@ -350,7 +350,9 @@ def test_annotations_of_the_config_stay(tmp_path: Path, capfd: pytest.CaptureFix
     for output in (link, unused):
         with pytest.raises(SystemExit):
             run_command("pseudo-label", project.student, "--output", output, "DATASETS.COCO_JSON", entries)
-        sentence = f"error: --output: the annotation file {output} would overwrite an input; choose another folder."
+        sentence = (
+            f"error: --output: {output} is an annotation file of the config; choose another path, or remove it first."
+        )
         assert capfd.readouterr().err.splitlines()[-1] == sentence
     assert (project.annotations.read_text(), unused.read_text()) == (before, "unused")
 

@@ -6,7 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
-from kd_d2 import UserError
+from kd_d2 import UserError, load_config
+from kd_d2.engine.run_record import RunRecord
 
 import pytest
 import torch
@@ -154,3 +155,16 @@ def test_a_checkpoint_without_a_record(stopped: Project, caplog: pytest.LogCaptu
     del content["run"]
     torch.save(content, path)
     assert resumed(stopped, caplog, "OUTPUT_DIR", output, "SOLVER.MAX_ITER", 9)[1] == ""
+
+
+def test_a_finished_training_may_be_scaled_to_other_processes(stopped: Project) -> None:
+    """Check that keys which SOLVER.REFERENCE_WORLD_SIZE scales do not make it another training."""
+
+    def record(*opts: object) -> RunRecord:
+        return RunRecord(load_config(str(stopped.student), list(opts)), None)
+
+    before = record("SOLVER.BASE_LR", 0.5).state_dict()
+    for reference, expected in ((1, 0), (0, 1)):
+        now = record("SOLVER.REFERENCE_WORLD_SIZE", reference)
+        now.load_state_dict({**before, "processes": 2})
+        assert len(now.another_training) == expected

@@ -575,7 +575,7 @@ def test_a_finished_training_with_other_settings_is_not_taken_for_this_one(retin
     before = (retinanet.output / "config.yaml").read_text()
     with pytest.raises(SystemExit):
         retinanet.main("--resume", "INPUT.FORMAT", "BGR")
-    expected = "has finished, with other settings (INPUT.FORMAT RGB, now its default): choose another OUTPUT_DIR."
+    expected = "has done 4 of 4 iterations, with other settings (INPUT.FORMAT RGB, now its default): choose another OUTPUT_DIR."
     assert expected in capsys.readouterr().err
     assert (retinanet.output / "config.yaml").read_text() == before
     retinanet.main("--resume", "SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "()", "DATALOADER.NUM_WORKERS", "1")

@@ -117,7 +117,8 @@ def _validate_images(cfg: CN) -> None:
     if not sizes or not all(type(size) is int and size >= 0 for size in sizes) or (ranges and not is_range):
         words = "two ascending sizes, for MIN_SIZE_TRAIN_SAMPLING 'range'" if ranges else "a list of sizes in pixels"
         raise UserError(f"INPUT.MIN_SIZE_TRAIN is {sizes!r}; it must be {words}.")
-    check_number("INPUT.MAX_SIZE_TRAIN", cfg.INPUT.MAX_SIZE_TRAIN, 1)
+    if any(sizes):  # otherwise, images keep their size
+        check_number("INPUT.MAX_SIZE_TRAIN", cfg.INPUT.MAX_SIZE_TRAIN, 1)
 
 
 def _validate_crop(kind: str, size: Sequence[Any]) -> None:

@@ -124,7 +124,7 @@ def build_stream_loader(cfg: CfgNode, seed: int, mapper: Callable | None = None)
     Args:
         cfg: config; DATASETS.TRAIN, SOLVER.IMS_PER_BATCH, INPUT and DATALOADER are read.
         seed: seed of sampling and augmentation; must be the same in all processes.
-        mapper: mapper used instead of that of `build_mapper`.
+        mapper: mapper used instead of that of `build_mapper`, for which annotations are not checked.
 
     Returns:
         A DataLoader whose `batch_sampler.start` may be set before iteration.
@@ -138,10 +138,10 @@ def build_stream_loader(cfg: CfgNode, seed: int, mapper: Callable | None = None)
     except (AssertionError, ValueError, ImportError) as error:
         raise UserError(f"DATASETS.TRAIN {', '.join(cfg.DATASETS.TRAIN)} cannot be trained on: {error}") from error
     _check_semantic_segmentation(cfg, dicts)
-    if reads_annotations(cfg):
+    if reads_annotations(cfg) and mapper is None:
         dicts = _annotated(cfg, dicts)
         _check_masks(cfg, dicts)
-    else:
+    elif not reads_annotations(cfg):
         dicts = [{key: value for key, value in d.items() if key != "annotations"} for d in dicts]
     grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
     stream = BatchStream(

@@ -48,7 +48,8 @@ class RunRecord:
 
     Attributes:
         another_training: the loaded record's differences by which a finished training is not this one, each as text;
-            it may have had another number of processes or iterations.
+            it may have had another number of processes, to which SOLVER.REFERENCE_WORLD_SIZE scales other keys, or of
+            iterations.
     """
 
     def __init__(self, cfg: CfgNode, teacher: Teacher | None):
@@ -64,6 +65,7 @@ class RunRecord:
         if config_file in keys:
             self.content[config_file] = os.path.basename(keys[config_file])
         self.optimizer = cfg.SOLVER.OPTIMIZER
+        self.is_scaled = bool(cfg.SOLVER.REFERENCE_WORLD_SIZE)
         self.another_training: list[str] = []
 
     def state_dict(self) -> dict[str, Any]:
@@ -84,7 +86,8 @@ class RunRecord:
         before = {TEACHER_CONFIG: self.content[TEACHER_CONFIG], **before}  # not in checkpoints of release 0.1
         now = self.content
         changes = {key: _sentence(key, before, now) for key in now | before if before.get(key) != now.get(key)}
-        self.another_training = [text for key, text in changes.items() if key not in (PROCESSES, *DURATION)]
+        if not (self.is_scaled and PROCESSES in changes):
+            self.another_training = [text for key, text in changes.items() if key not in (PROCESSES, *DURATION)]
         if changes and comm.is_main_process():
             logger.warning(
                 "--resume: the losses may differ from those of an uninterrupted training, since the checkpoint was written with: "

@@ -78,7 +78,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
             write_configs(cfg)
     if cfg.DATASETS.TEST and detector_of(cfg) == "PanopticFPN":
         logger.info("PanopticFPN is evaluated on boxes and masks only, not on semantic and panoptic segmentation.")
-    seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
+    seed_all_rng(None if cfg.SEED < 0 else (cfg.SEED + comm.get_rank()) % 2**32)
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK and not args.eval_only
     set_float32_precision(cfg)
     if not getattr(args, "exported", None) and comm.is_main_process():

@@ -167,8 +167,8 @@ class KDTrainer(DefaultTrainer):
             )
         if self.start_iter >= self.max_iter and self.run_record.another_training:
             raise UserError(
-                f"--resume: the training in OUTPUT_DIR {self.cfg.OUTPUT_DIR} has finished, with other settings "
-                f"({'; '.join(self.run_record.another_training)}): choose another OUTPUT_DIR."
+                f"--resume: the training in OUTPUT_DIR {self.cfg.OUTPUT_DIR} has done {self.start_iter} of {self.max_iter} iterations, with "
+                f"other settings ({'; '.join(self.run_record.another_training)}): choose another OUTPUT_DIR."
             )
 
     def _open_stream(self) -> None:

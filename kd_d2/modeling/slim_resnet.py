@@ -7,6 +7,7 @@ block of the same name and shape.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated
@@ -20,6 +21,8 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
 from ..errors import UserError
 from ..keys import AtLeast, Keys
 from .necks import dense_fpn, rcnn_fpn, retinanet_fpn
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,10 @@ def add_slim_resnet_config(cfg: CfgNode) -> None:
 def build_slim_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     """Build a ResNet of basic blocks from MODEL.SLIM_RESNET."""
     keys = SlimResNetKeys.read(cfg.MODEL.SLIM_RESNET, "MODEL.SLIM_RESNET")
-    norm, deformable, dilation = (cfg.MODEL.RESNETS[key] for key in ("NORM", "DEFORM_ON_PER_STAGE", "RES5_DILATION"))
-    if any(deformable):
-        raise UserError(
-            f"MODEL.RESNETS.DEFORM_ON_PER_STAGE is {deformable}, but the basic blocks of a slim ResNet have no deformable convolutions."
-        )
-    if dilation != 1:
-        raise UserError(f"MODEL.RESNETS.RES5_DILATION is {dilation}; for a slim ResNet it must be 1.")
+    norm = cfg.MODEL.RESNETS.NORM
+    for key, value in {"DEFORM_ON_PER_STAGE": [False] * 4, "RES5_DILATION": 1}.items():
+        if cfg.MODEL.RESNETS[key] != value:
+            logger.warning(f"MODEL.RESNETS.{key} {cfg.MODEL.RESNETS[key]} has no effect on a slim ResNet.")
     stem = BasicStem(input_shape.channels, cfg.MODEL.RESNETS.STEM_OUT_CHANNELS, norm)
     stages, channels = [], cfg.MODEL.RESNETS.STEM_OUT_CHANNELS
     for index, (count, width) in enumerate(zip(keys.blocks_per_stage, keys.widths, strict=True)):

@@ -20,6 +20,7 @@ from .source import WHOLE, ConvertOptions, Source
 from .trees import Split, share_out
 
 CONFIG = "datasets.yaml"
+BEGINNING = "DATASETS:\n  COCO_JSON:"
 EVALUATED = ("val", "valid", "validation", "minival", "dev", "test", "testing")
 """Names of splits for evaluation, by priority; a year may follow the name, as in COCO."""
 
@@ -117,7 +118,7 @@ def convert(
     config = os.path.join(os.path.abspath(output), CONFIG)
     inputs = {os.path.realpath(source.path(file)) for file in source.files if file.lower().endswith(form.suffixes)}
     for file in (*files.values(), config):
-        if os.path.realpath(file) in inputs:
+        if os.path.realpath(file) in inputs and not _is_own_config(file):
             raise UserError(f"OUT: {file} would overwrite a file of IN: choose another folder.")
         if os.path.lexists(file) and not overwrite:
             raise UserError(f"OUT: {file} already exists: choose another folder, or pass --overwrite.")
@@ -165,12 +166,20 @@ def _describe(dataset: str, file: str, split: Split) -> SplitFile:
     )
 
 
+def _is_own_config(file: str) -> bool:
+    """Return whether a file begins like those of `_config`."""
+    if os.path.basename(file) != CONFIG:
+        return False
+    with open(file, encoding="utf-8", errors="replace") as text:
+        return text.read(len(BEGINNING)) == BEGINNING
+
+
 def _config(splits: dict[str, SplitFile]) -> str:
     """Return a YAML config that uses the splits for training and evaluation."""
     plain = {re.sub(r"\d{4}$", "", name): name for name in splits}
     test = next((plain[name] for name in EVALUATED if name in plain), None)
     train = plain.get("train") or plain.get("training") or plain.get("trainval") or plain.get(WHOLE)
-    lines = ["DATASETS:", "  COCO_JSON:"]
+    lines = [BEGINNING]
     lines += [f"    - {json.dumps([s.dataset, s.file, s.folder], ensure_ascii=False)}" for s in splits.values()]
     lines += [f"  TRAIN: [{splits[train].dataset}]" if train else "  TRAIN: []"]
     lines += [
