@@ -97,15 +97,30 @@ def names_in_training_set(cfg: CfgNode, folder: str = "") -> ClassOrder | None:
     Args:
         folder: directory against which relative paths are resolved if they are not found in the working directory.
     """
-    files = {name: json_file for name, json_file, _ in cfg.DATASETS.COCO_JSON}
     try:
-        path = next(
-            find_file(files[name], "DATASETS.COCO_JSON", folder) for name in cfg.DATASETS.TRAIN if name in files
-        )
-        names = tuple(category["name"] for category in read_categories(path))
-    except (StopIteration, UserError):
+        return read_names_of_training_set(cfg, folder)
+    except UserError:
         return None
-    return ClassOrder(names, path) if names else None
+
+
+def read_names_of_training_set(cfg: CfgNode, folder: str = "") -> ClassOrder:
+    """Return the same as `names_in_training_set`.
+
+    Raises:
+        UserError: no set of DATASETS.TRAIN is in DATASETS.COCO_JSON, or its file cannot be read or has no classes.
+    """
+    files = {name: json_file for name, json_file, _ in cfg.DATASETS.COCO_JSON}
+    name = next((name for name in cfg.DATASETS.TRAIN if name in files), None)
+    if name is None:
+        raise UserError(
+            f"DATASETS.TRAIN ({', '.join(cfg.DATASETS.TRAIN) or 'empty'}) names no entry of DATASETS.COCO_JSON "
+            f"({', '.join(files) or 'empty'})."
+        )
+    path = find_file(files[name], f"DATASETS.COCO_JSON ({name})", folder)
+    names = tuple(category["name"] for category in read_categories(path))
+    if not names:
+        raise UserError(f"{path} has no categories.")
+    return ClassOrder(names, path)
 
 
 def names_in_data(cfg: CfgNode, *, train: bool = False) -> ClassOrder | None:

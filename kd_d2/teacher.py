@@ -12,9 +12,16 @@ from torch import nn
 
 from .adapters import DetectorOutputs, DetectorSpec, build_adapter
 from .checkpoint import load_complete
-from .class_names import match_classes, names_in_checkpoint, names_in_data, names_in_training_set, warn_of_unknown_order
+from .class_names import (
+    match_classes,
+    names_in_checkpoint,
+    names_in_data,
+    read_names_of_training_set,
+    warn_of_unknown_order,
+)
 from .compiled import compile_backbone
 from .config import changed_keys, load_teacher_config
+from .data.coco_json import ClassOrder
 from .errors import UserError
 from .lazy_teacher import build_lazy_teacher, is_lazy_config, lazy_teacher_files
 from .memory_format import has_channels_last
@@ -57,7 +64,7 @@ class Teacher:
         Raises:
             UserError: config or weights are missing, damaged, or do not match.
         """
-        classes = None  # of its training data, if its config names them
+        teacher_cfg = None
         if is_lazy_config(cfg.MODEL.KD.TEACHER.CONFIG_FILE):
             model, weights, input_format = build_lazy_teacher(cfg)
             with open(lazy_teacher_files(cfg.MODEL.KD.TEACHER)[0], encoding="utf-8", errors="replace") as file:
@@ -67,11 +74,10 @@ class Teacher:
             model = build_detector(teacher_cfg, f"MODEL of the teacher's config {cfg.MODEL.KD.TEACHER.CONFIG_FILE}")
             weights, input_format = teacher_cfg.MODEL.WEIGHTS, teacher_cfg.INPUT.FORMAT
             config = {key: value for key, value in changed_keys(teacher_cfg).items() if _determines_outputs(key)}
-            classes = names_in_training_set(teacher_cfg, os.path.dirname(cfg.MODEL.KD.TEACHER.CONFIG_FILE))
         load_complete(model, weights, "the teacher")
         own, wanted = names_in_checkpoint(weights), names_in_data(cfg)
-        if own is None and classes and wanted and sorted(classes.names) == sorted(wanted.names):
-            own = classes
+        if own is None and wanted and teacher_cfg is not None:
+            own = _classes_in_training_data(cfg.MODEL.KD.TEACHER, teacher_cfg, wanted)
         match_classes(model, "the teacher", own, wanted)
         logger.info(f"Teacher: {type(model).__name__} from {weights}")
         if input_format != cfg.INPUT.FORMAT and {input_format, cfg.INPUT.FORMAT} != {"BGR", "RGB"}:
@@ -117,6 +123,33 @@ class Teacher:
         if not self.flip_channels:
             return batched_inputs
         return [{**x, "image": x["image"].flip(0)} for x in batched_inputs]
+
+
+def _classes_in_training_data(node: CfgNode, teacher_cfg: CfgNode, wanted: ClassOrder) -> ClassOrder | None:
+    """Return the classes of the training data that MODEL.KD.TEACHER.OPTS name, or else the teacher's config.
+
+    Those of the config may be left over from another training: they are not used if they are not the wanted classes.
+
+    Raises:
+        UserError: the data that OPTS name cannot be read.
+    """
+    is_named_by_opts = "DATASETS.COCO_JSON" in node.OPTS[::2]
+    if not is_named_by_opts and not teacher_cfg.DATASETS.COCO_JSON:
+        return None
+    try:
+        classes = read_names_of_training_set(teacher_cfg, os.path.dirname(node.CONFIG_FILE))
+    except UserError as error:
+        if is_named_by_opts:
+            raise UserError(f"MODEL.KD.TEACHER.OPTS: {error}") from error
+        logger.info(f"The teacher's config {node.CONFIG_FILE} does not determine its class order: {error}")
+        return None
+    if is_named_by_opts or sorted(classes.names) == sorted(wanted.names):
+        return classes
+    logger.info(
+        f"The teacher's config {node.CONFIG_FILE} does not determine its class order: the classes of {classes.source} are not those "
+        f"of {wanted.source}."
+    )
+    return None
 
 
 def _remedy(config_file: str) -> str:

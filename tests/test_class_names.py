@@ -247,6 +247,45 @@ def test_a_teacher_without_class_names(tmp_path: Path, caplog: pytest.LogCapture
     assert "The classes of the teacher are reordered to match" in logs[1] and "unknown" not in logs[1]
 
 
+def test_training_data_of_a_teacher_that_do_not_tell_its_order(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Check that data in OPTS are read or refused, and that data in the teacher's own config are read or passed over."""
+    project = make_project(tmp_path)
+    tree = json.loads(project.annotations.read_text())
+    _write_in_other_order(tree)
+    categories = tree["categories"]
+    renamed = [{**category, "name": category["name"].upper()} for category in categories]
+    for name, entries in (("few", categories), ("renamed", renamed), ("empty", [])):
+        content = {"images": [], "annotations": [], "categories": entries}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+
+    def load(name: str, train: str = "its") -> str:
+        data = {"DATASETS.COCO_JSON": [["its", f"{name}.json", "images"]], "DATASETS.TRAIN": [train]}
+        opts = [item for pair in data.items() for item in pair]
+        caplog.clear()
+        Teacher.from_config(load_config(str(project.student), ["MODEL.KD.TEACHER.OPTS", opts]))
+        return caplog.text
+
+    with clean_process(), caplog.at_level("INFO", "kd_d2"):
+        register_coco_json(load_config(str(project.student)))
+        assert "The classes of the teacher are reordered to match" in load("few")
+        for arguments, reason in (
+            (("gone",), r"MODEL.KD.TEACHER.OPTS: DATASETS.COCO_JSON \(its\): there is no file .*gone.json"),
+            (("renamed",), r"The classes of the teacher \(.*renamed.json\) are not those of .* lacks .* also has"),
+            (("empty",), "MODEL.KD.TEACHER.OPTS: .*empty.json has no categories"),
+            (("few", "other"), r"OPTS: DATASETS.TRAIN \(other\) names no entry of DATASETS.COCO_JSON \(its\)"),
+        ):
+            with pytest.raises(UserError, match=reason):
+                load(*arguments)
+        for name, reason in (("gone", "there is no file"), ("renamed", "are not those of the dataset")):
+            project.change_teacher(DATASETS__COCO_JSON=[["its", f"{name}.json", "images"]], DATASETS__TRAIN=("its",))
+            caplog.clear()
+            Teacher.from_config(load_config(str(project.student)))
+            assert "does not determine its class order" in caplog.text and reason in caplog.text
+            assert "The class order of the teacher is unknown" in caplog.text
+
+
 def test_no_warning_for_one_class(caplog: pytest.LogCaptureFixture) -> None:
     """Check that the only possible order is not called unknown."""
     warn_of_unknown_order("the teacher", ClassOrder(("red",), "val.json"), "name its data")

@@ -80,6 +80,8 @@ def read_coco(
     """
     repairs = Repairs(path)
     raw = _read_tree(path, annotated, repairs)
+    if not raw["images"]:
+        raise UserError(f"{path} has no images.")
     categories, category_ids = _read_categories(path, raw["categories"], repairs)
     used = _used(raw, category_ids)
     if not annotated:
@@ -106,7 +108,7 @@ def read_coco(
 
 
 def read_categories(path: str) -> list[Entry]:
-    """Return the categories of an annotation file sorted by id. Its images need not exist.
+    """Return the categories of an annotation file sorted by id. It may have no images, and they need not exist.
 
     Raises:
         UserError: the file is not JSON, not in COCO format, or its categories are invalid.
@@ -147,8 +149,6 @@ def _read_tree(path: str, annotated: bool, repairs: Repairs) -> dict[str, Any]:
         for entry in tree[key]:
             if not isinstance(entry, dict):
                 raise UserError(f"{path}: its {key} contain {str(entry)[:120]}; each entry must be a JSON object.")
-    if not tree["images"]:
-        raise UserError(f"{path} has no images.")
     return tree
 
 
