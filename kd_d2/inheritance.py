@@ -26,7 +26,7 @@ def inherit(student: nn.Module, teacher: nn.Module, modules: Collection[str]) ->
     Args:
         student: changed in place.
         teacher: the source.
-        modules: any of "bottom_up", "neck" (the backbone without its bottom-up network) and "head" (all outside the
+        modules: any of "bottom_up" (see `bottom_up_of`), "neck" (the rest of the backbone) and "head" (all outside the
             backbone).
 
     Raises:
@@ -34,20 +34,27 @@ def inherit(student: nn.Module, teacher: nn.Module, modules: Collection[str]) ->
     """
     if "bottom_up" in modules:
         _check_same_input(student, teacher)
-    source = {name: t for name, t in teacher.state_dict().items() if component_of(name) in modules}
-    wanted = {name: t for name, t in student.state_dict().items() if component_of(name) in modules}
-    apart = _broken_units(wanted, source) | _other_sequences(student, wanted, source)
+    bottom_up, teachers_bottom_up = bottom_up_of(student), bottom_up_of(teacher)
+    source = {n: t for n, t in teacher.state_dict().items() if component_of(n, teachers_bottom_up) in modules}
+    wanted = {n: t for n, t in student.state_dict().items() if component_of(n, bottom_up) in modules}
+    apart = _broken_units(wanted, source, bottom_up) | _other_sequences(student, wanted, source, bottom_up)
     reasons = {n: why for n in wanted for unit, why in apart.items() if n == unit or n.startswith(unit + ".")}
     fit = fill(student, source, [name for name in wanted if name not in reasons])
     fit.misfits.update({name: reason for name, reason in reasons.items() if name in source})
     fit.missing += [name for name in reasons if name not in source]
     logger.info(f"Inherited from the teacher ({', '.join(modules)}):\n{fit.table()}")
-    components = {component_of(name) for name in fit.filled if not name.endswith("num_batches_tracked")}
+    components = {component_of(n, bottom_up) for n in fit.filled if not n.endswith("num_batches_tracked")}
     lacking = [module for module in modules if module not in components]
     if not components or "bottom_up" in lacking:
         raise UserError(
             f"MODEL.KD.INHERIT: no weight of the teacher's {' and '.join(lacking)} ({type(teacher).__name__}) fits the student "
             f"({type(student).__name__}) by name and shape."
+        )
+    if "neck" in lacking and bottom_up == "backbone":
+        lacking.remove("neck")
+        logger.warning(
+            f"MODEL.KD.INHERIT: the student's backbone ({type(student.backbone).__name__}) has no neck; to inherit it, add 'bottom_up' "
+            "to MODEL.KD.INHERIT.MODULES."
         )
     if lacking:
         logger.warning(f"MODEL.KD.INHERIT: no weight of the teacher's {' and '.join(lacking)} fits the student.")
@@ -66,7 +73,7 @@ def _check_same_input(student: nn.Module, teacher: nn.Module) -> None:
             )
 
 
-def _units(names: Collection[str]) -> dict[str, str]:
+def _units(names: Collection[str], bottom_up: str) -> dict[str, str]:
     """Return what is copied together, by tensor: a block of the bottom-up network, elsewhere a layer with its norm.
 
     A parameter that a module has beside its layers, such as the scales of a head, is copied alone.
@@ -76,9 +83,9 @@ def _units(names: Collection[str]) -> dict[str, str]:
 
     def unit_of(name: str) -> str:
         parent = name.rpartition(".")[0]
-        if component_of(name) == "bottom_up":
+        if component_of(name, bottom_up) == "bottom_up":
             parts = name.split(".")
-            number = next((i for i, part in enumerate(parts) if part.isdigit()), 2)
+            number = next((i for i, part in enumerate(parts) if part.isdigit()), bottom_up.count(".") + 1)
             return ".".join(parts[: number + 1])
         layer = next((prefix for prefix in _prefixes(parent) if f"{prefix}.weight" in names), None)
         return layer or (name if parent in ancestors else parent)
@@ -91,9 +98,9 @@ def _prefixes(path: str) -> list[str]:
     return list(accumulate(path.split("."), "{}.{}".format))
 
 
-def _broken_units(wanted: StateDict, source: StateDict) -> dict[str, str]:
+def _broken_units(wanted: StateDict, source: StateDict, bottom_up: str) -> dict[str, str]:
     """Return units that have other tensors, or tensors of other shapes, in the source, with the first reason."""
-    units = _units(wanted.keys() | source.keys())
+    units = _units(wanted.keys() | source.keys(), bottom_up)
     offered = {units[name] for name in source}
     needed = {units[name] for name in wanted}
     broken: dict[str, str] = {}
@@ -114,11 +121,11 @@ def _broken_units(wanted: StateDict, source: StateDict) -> dict[str, str]:
     return broken
 
 
-def _other_sequences(student: nn.Module, wanted: StateDict, source: StateDict) -> dict[str, str]:
+def _other_sequences(student: nn.Module, wanted: StateDict, source: StateDict, bottom_up: str) -> dict[str, str]:
     """Return the student's sequences of layers whose tensors have other names in the source, with the reason."""
     others = {}
     for path, module in student.named_modules():
-        if isinstance(module, nn.Sequential) and component_of(path) != "bottom_up":
+        if isinstance(module, nn.Sequential) and component_of(path, bottom_up) != "bottom_up":
             ours, theirs = (
                 {n for n in names if n.startswith(path + ".") and not n.endswith("num_batches_tracked")}
                 for names in (wanted, source)
@@ -128,8 +135,17 @@ def _other_sequences(student: nn.Module, wanted: StateDict, source: StateDict) -
     return others
 
 
-def component_of(name: str) -> str:
+def bottom_up_of(model: nn.Module) -> str:
+    """Return the name of a detector's bottom-up network: its whole backbone if that has no neck.
+
+    It is called `net` in Detectron2's SimpleFeaturePyramid, ViTDet's neck.
+    """
+    backbone = getattr(model, "backbone", None)
+    return next((f"backbone.{name}" for name in ("bottom_up", "net") if hasattr(backbone, name)), "backbone")
+
+
+def component_of(name: str, bottom_up: str = "backbone.bottom_up") -> str:
     """Return the part of a detector that a parameter belongs to: "bottom_up", "neck" or "head"."""
     if not name.startswith("backbone."):
         return "head"
-    return "bottom_up" if name.startswith("backbone.bottom_up.") else "neck"
+    return "bottom_up" if name.startswith(bottom_up + ".") else "neck"

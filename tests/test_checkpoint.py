@@ -442,7 +442,11 @@ def test_a_layer_is_inherited_with_its_norm(ours: str, theirs: str, reason: str 
         nn.ModuleDict(
             {
                 "backbone": nn.ModuleDict(
-                    {"lateral": Conv2d(2, 32, 1, bias=not norm, norm=get_norm(norm, 32)), "output": nn.Conv2d(2, 2, 1)}
+                    {
+                        "bottom_up": nn.Identity(),
+                        "lateral": Conv2d(2, 32, 1, bias=not norm, norm=get_norm(norm, 32)),
+                        "output": nn.Conv2d(2, 2, 1),
+                    }
                 )
             }
         )
@@ -551,6 +555,44 @@ def test_a_bottom_up_network_that_does_not_fit(tmp_path: Path, opts: dict, reaso
     """Check another channel order, another normalization, and other widths."""
     student, teacher = detector(tmp_path, **opts), detector(tmp_path, _BASE_=TINY_TEACHER)
     assert reason in sentence(inherit, student, teacher, ("bottom_up", "neck", "head"))
+
+
+class WithBackbone(nn.Module):
+    """A detector with this backbone."""
+
+    def __init__(self, backbone: nn.Module, input_format: str = "BGR"):
+        super().__init__()
+        self.backbone, self.head, self.input_format = backbone, nn.Linear(2, 2), input_format
+
+
+def test_a_backbone_without_neck_is_a_bottom_up_network(log: pytest.LogCaptureFixture) -> None:
+    """Check that neck and head are the head alone, and that the backbone is copied by block and for the same input only."""
+
+    def detector(second: int = 2, input_format: str = "BGR") -> nn.Module:
+        def block(width: int) -> nn.Module:
+            return nn.ModuleDict({"conv1": nn.Linear(2, 2), "conv2": nn.Linear(2, width)})
+
+        backbone = nn.ModuleDict({"stem": block(2), "res4": nn.Sequential(block(2), block(second))})
+        return WithBackbone(backbone, input_format)
+
+    student = detector()
+    fit = inherit(student, detector(input_format="RGB"), ("neck", "head"))
+    assert fit.filled == ["head.weight", "head.bias"]
+    assert "backbone (ModuleDict) has no neck; to inherit it, add 'bottom_up' to MODEL.KD.INHERIT.MODULES" in log.text
+    assert "of the teacher's neck fits" not in log.text
+    assert "INPUT.FORMAT is BGR and the teacher's RGB" in sentence(
+        inherit, student, detector(input_format="RGB"), ("bottom_up",)
+    )
+    fit = inherit(student, detector(second=3), ("bottom_up",))
+    assert {name.rpartition(".conv")[0] for name in fit.filled} == {"backbone.stem", "backbone.res4.0"}
+    assert {name.rpartition(".conv")[0] for name in fit.misfits} == {"backbone.res4.1"}
+
+
+def test_the_neck_of_a_vitdet() -> None:
+    """Check that a SimpleFeaturePyramid's `net` is its bottom-up network."""
+    student, teacher = (WithBackbone(nn.ModuleDict({"net": nn.Linear(2, 2), "simfp_2": nn.Linear(2, 2)})) for _ in "ab")
+    assert inherit(student, teacher, ("neck",)).filled == ["backbone.simfp_2.weight", "backbone.simfp_2.bias"]
+    assert inherit(student, teacher, ("bottom_up",)).filled == ["backbone.net.weight", "backbone.net.bias"]
 
 
 def test_inherited_tensors_are_copies() -> None:

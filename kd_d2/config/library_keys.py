@@ -162,7 +162,8 @@ class InheritKeys(Keys):
     modules: Annotated[
         tuple[Literal["bottom_up", "neck", "head"], ...],
         "Modules to copy: the bottom-up network (of a ResNet with fewer blocks, the first blocks of each stage), the neck, which is the "
-        "rest of the backbone, and the head, which is everything outside the backbone.",
+        "rest of the backbone, and the head, which is everything outside the backbone. A backbone without neck, such as that of "
+        "an R-CNN C4, is a bottom-up network.",
     ] = ("neck", "head")
 
     def check(self, name: str) -> None:
