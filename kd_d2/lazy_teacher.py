@@ -6,12 +6,15 @@ from typing import Any
 
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, LazyConfig, instantiate
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from .config_files import find_config_file, find_weights, is_zoo_file
 from .errors import UserError
 
 FILE, TRUST, OPTS = (f"MODEL.KD.TEACHER.{key}" for key in ("CONFIG_FILE", "TRUST_CONFIG", "OPTS"))
+MAPPER_FORMAT, MODEL_FORMAT = "dataloader.train.mapper.image_format", "model.input_format"
 
 
 def is_lazy_config(name: str) -> bool:
@@ -23,12 +26,13 @@ def build_lazy_teacher(cfg: CfgNode) -> tuple[nn.Module, str, str]:
 
     Configs that Detectron2 ships are loaded; others only with MODEL.KD.TEACHER.TRUST_CONFIG, since they execute code.
     MODEL.KD.TEACHER.OPTS are overrides in Detectron2's format for such configs: ["model.roi_heads.num_classes=20"].
+    The channel order is that of the images that the config's mapper reads, otherwise `input_format` of the model.
 
     Returns:
         the detector without its weights, its checkpoint, and the channel order of its input.
 
     Raises:
-        UserError: the config is not trusted, cannot be loaded, or names no detector or weights.
+        UserError: the config is not trusted, cannot be loaded, names no detector or weights, or two channel orders.
     """
     node = cfg.MODEL.KD.TEACHER
     path, weights = lazy_teacher_files(node)
@@ -39,11 +43,17 @@ def build_lazy_teacher(cfg: CfgNode) -> tuple[nn.Module, str, str]:
     config = _load(path, [str(override) for override in node.OPTS])
     if "model" not in config:
         raise UserError(f"{FILE} {path} defines no `model`.")
+    read, expected = _select(config, MAPPER_FORMAT), _select(config, MODEL_FORMAT)
+    if read and expected and read != expected:
+        raise UserError(
+            f"{FILE} {path}: {MAPPER_FORMAT} is {read}, but {MODEL_FORMAT} is {expected}; set both to the channel order of the "
+            f"teacher's training, such as {OPTS} \"['{MODEL_FORMAT}={read}']\"."
+        )
     try:
         model = instantiate(config.model).to(cfg.MODEL.DEVICE)
     except Exception as error:  # any error from classes in the config
         raise UserError(f"{FILE} {path}: its model cannot be built ({type(error).__name__}: {error}).") from error
-    return model, weights, getattr(model, "input_format", None) or "BGR"
+    return model, weights, read or getattr(model, "input_format", None) or "BGR"
 
 
 def lazy_teacher_files(node: CfgNode) -> tuple[str, str]:
@@ -65,6 +75,14 @@ def _load(path: str, overrides: list[str]) -> Any:
         return LazyConfig.apply_overrides(config, overrides)
     except Exception as error:  # from Hydra's parser and OmegaConf
         raise UserError(f"{OPTS} {overrides} cannot be applied to {path}; write KEY=VALUE ({error}).") from error
+
+
+def _select(config: Any, key: str) -> Any:
+    """Return the value of a key, or None if the config lacks it or it cannot be resolved."""
+    try:
+        return OmegaConf.select(config, key)
+    except OmegaConfBaseException:
+        return None
 
 
 def _weights(node: CfgNode, path: str) -> str:

@@ -126,6 +126,29 @@ def test_the_channel_order_of_the_config(tmp_path: Path) -> None:
     assert teacher.to_input_format([{"image": image}])[0]["image"][:, 0, 0].tolist() == [2, 1, 0]
 
 
+MAPPER = """
+dataloader = {"train": {"mapper": {"image_format": "RGB"}, "dataset": L("nowhere.Data")(names="${gone}")}}
+"""
+
+
+def test_the_channel_order_of_the_mapper(tmp_path: Path) -> None:
+    """Check that it is that of a model without `input_format`, and has to be that of a model with one."""
+    project = make_pair(tmp_path, "retinanet", SWIN)
+    path, cfg = tmp_path / "teacher.py", load_config(str(project.student))
+
+    def channel_order(config: str) -> str:
+        path.write_text(config)
+        return build_lazy_teacher(cfg)[2]
+
+    without = SWIN + "del model.input_format\n"
+    assert channel_order(without) == channel_order(without + 'dataloader = {"train": "${gone}"}\n') == "BGR"
+    assert channel_order(without + MAPPER) == channel_order(SWIN + MAPPER + 'model.input_format = "RGB"\n') == "RGB"
+    with pytest.raises(
+        UserError, match=r"mapper.image_format is RGB, but model.input_format is BGR; .*input_format=RGB"
+    ):
+        channel_order(SWIN + MAPPER)
+
+
 def test_overrides(tmp_path: Path) -> None:
     project = make_pair(tmp_path, "retinanet", SWIN)
     cfg = load_config(str(project.student), ["MODEL.KD.TEACHER.OPTS", ["model.roi_heads.num_classes=7"]])
