@@ -14,6 +14,8 @@ from .errors import UserError
 logger = logging.getLogger(__name__)
 INPUT_KEYS = {"input_format": "INPUT.FORMAT", "pixel_mean": "MODEL.PIXEL_MEAN", "pixel_std": "MODEL.PIXEL_STD"}
 """Config keys that determine a bottom-up network's input, by the detector's attribute."""
+BOX_LAYERS = {"bbox_pred", "scales"}
+"""Names of the layers whose outputs are in units of the kind of detector, and of the factors of these outputs."""
 
 
 def inherit(student: nn.Module, teacher: nn.Module, modules: Collection[str]) -> Fit:
@@ -21,7 +23,7 @@ def inherit(student: nn.Module, teacher: nn.Module, modules: Collection[str]) ->
 
     Neck and head: Kang et al. 2021. A layer, with its norm, is copied as a whole or not at all, and so is a sequence of
     layers: if the layers of two sequences differ, equal names have different meanings. The bottom-up network is copied block by block.
-    A ResNet with fewer blocks gets the first blocks of each of the teacher's stages.
+    A ResNet with fewer blocks gets the first blocks of each of the teacher's stages. BOX_LAYERS are copied only between detectors of one kind.
 
     Args:
         student: changed in place.
@@ -37,7 +39,8 @@ def inherit(student: nn.Module, teacher: nn.Module, modules: Collection[str]) ->
     bottom_up, teachers_bottom_up = bottom_up_of(student), bottom_up_of(teacher)
     source = {n: t for n, t in teacher.state_dict().items() if component_of(n, teachers_bottom_up) in modules}
     wanted = {n: t for n, t in student.state_dict().items() if component_of(n, bottom_up) in modules}
-    apart = _broken_units(wanted, source, bottom_up) | _other_sequences(student, wanted, source, bottom_up)
+    apart = _foreign_box_layers(student, teacher, wanted)
+    apart |= _broken_units(wanted, source, bottom_up) | _other_sequences(student, wanted, source, bottom_up)
     reasons = {n: why for n in wanted for unit, why in apart.items() if n == unit or n.startswith(unit + ".")}
     fit = fill(student, source, [name for name in wanted if name not in reasons])
     fit.misfits.update({name: reason for name, reason in reasons.items() if name in source})
@@ -133,6 +136,15 @@ def _other_sequences(student: nn.Module, wanted: StateDict, source: StateDict, b
             if theirs and ours and ours != theirs:
                 others[path] = f"the teacher's {path} has other layers"
     return others
+
+
+def _foreign_box_layers(student: nn.Module, teacher: nn.Module, wanted: StateDict) -> dict[str, str]:
+    """Return the student's BOX_LAYERS, with the reason, unless one detector's class is that of the other or its subclass."""
+    ours, theirs = type(student), type(teacher)
+    if issubclass(ours, theirs) or issubclass(theirs, ours):
+        return {}
+    paths = {path for name in wanted for path in _prefixes(name) if path.rpartition(".")[2] in BOX_LAYERS}
+    return dict.fromkeys(paths, f"{theirs.__name__} and {ours.__name__} predict boxes in different units")
 
 
 def bottom_up_of(model: nn.Module) -> str:

@@ -595,6 +595,27 @@ def test_the_neck_of_a_vitdet() -> None:
     assert inherit(student, teacher, ("bottom_up",)).filled == ["backbone.net.weight", "backbone.net.bias"]
 
 
+@pytest.mark.parametrize(("theirs", "is_copied"), [("ATSS", True), ("MyATSS", True), ("FCOS", False)])
+def test_box_layers_of_another_detector_are_not_inherited(theirs: str, is_copied: bool) -> None:
+    """Check that they are those of the same detector or a subclass, and that the tower and the classes are always copied."""
+
+    class ATSS(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Module()
+            self.head.bbox_subnet, self.head.cls_score = nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 3)
+            self.head.bbox_pred, self.head.scales = nn.Linear(2, 4), nn.Parameter(torch.ones(2))
+
+    teacher = ATSS() if theirs == "ATSS" else type(theirs, (ATSS,) if theirs == "MyATSS" else (nn.Module,), {})()
+    teacher.head = ATSS().head
+    student = ATSS()
+    fit = inherit(student, teacher, ("head",))
+    boxes = {"head.bbox_pred.weight", "head.bbox_pred.bias", "head.scales"}
+    assert {*fit.filled} == {*student.state_dict()} - (set() if is_copied else boxes)
+    reason = "FCOS and ATSS predict boxes in different units"
+    assert fit.misfits == ({} if is_copied else dict.fromkeys(boxes, reason))
+
+
 def test_inherited_tensors_are_copies() -> None:
     """Check that changing the student afterwards does not change the teacher."""
     student, teacher = Toy(), Toy()
