@@ -423,6 +423,23 @@ def test_fsaf_losses_by_hand(tiny_detector: Callable) -> None:
     assert losses["loss_fsaf_box"].item() == pytest.approx(math.log(4), rel=1e-5)
 
 
+def test_fsaf_level_without_ignored_classes(tiny_detector: Callable) -> None:
+    """Check a high score of the class of a larger box with the same center, which is ignored where the smaller is assigned."""
+    model = tiny_detector("fsaf")
+    anchors = [_grid(8, 2, 2, 8.0), _grid(16, 1, 1, 16.0)]
+    boxes = Boxes(torch.tensor([[0.0, 0, 16, 16], [-16.0, -16, 32, 32]]))
+    target = Instances((16, 16), gt_boxes=boxes, gt_classes=torch.tensor([1, 0]))
+    centers = [cells.get_centers().repeat(1, 2) for cells in anchors]
+    exact = [(boxes.tensor[0] - c) * torch.tensor([-1.0, -1, 1, 1]) / s for c, s in zip(centers, (8, 16), strict=True)]
+    distances = [exact[0][None], exact[1][None] / 2]
+    logits = [torch.zeros(1, 4, 3), torch.zeros(1, 1, 3)]
+    for score in (0.0, 9.0):
+        logits[0][..., 0] = score
+        assert model.assign(anchors, [logits, distances], [target]).tolist() == [[0] * 4 + [IGNORED]]
+    logits[0][..., 2] = 9.0  # a class that is not near counts
+    assert model.assign(anchors, [logits, distances], [target]).tolist() == [[IGNORED] * 4 + [0]]
+
+
 def test_reppoints_box_of_known_points() -> None:
     """Check mean and deviation of nine points in strides of 8, the learned factor, and its gradient scaled by 0.01."""
     transfer = torch.nn.Parameter(torch.tensor([math.log(2.0), 0.0]))

@@ -97,33 +97,41 @@ class FSAF(SingleAnchorDetector):
 
     @torch.no_grad()
     def assign(self, anchors: list[Boxes], predictions: list[list[Tensor]], targets: list[Instances]) -> Tensor:
-        """Select the level with the smallest mean loss for each instance, and ignore its candidates on other levels."""
+        """Select the level with the smallest mean loss for each instance, and ignore its candidates on other levels.
+
+        As in `losses`, classes that are ignored at a candidate have no loss.
+        """
         cells = Boxes.cat(anchors)
         candidates = [smallest_box(in_middle(cells, t.gt_boxes, self.effective_scale), t.gt_boxes) for t in targets]
         assignment_BR = torch.stack(candidates)
         positives = Positives.of(assignment_BR)
-        classification_P, box_P = self._positive_losses(cells, predictions, positives, targets)
+        class_P, _ = positives.ground_truth(targets)
+        ignored_PK = self._ignored(cells, positives, class_P, targets)[positives.image, positives.anchor]
+        logits_PK = positives.pick(predictions[0]).float()
+        focal_PK = sigmoid_focal_loss(
+            logits_PK,
+            F.one_hot(class_P, self.num_classes).to(logits_PK),
+            alpha=self.focal_loss_alpha,
+            gamma=self.focal_loss_gamma,
+        )
+        loss_P = focal_PK.masked_fill(ignored_PK, 0).sum(1) + self._box_losses(cells, predictions, positives, targets)
         ends_L = on_device([len(level) for level in anchors], cells.device).cumsum(0)
         level_P = torch.bucketize(positives.anchor, ends_L, right=True)
         instance_P = positives.among_all(targets)
-        best_N = best_level(classification_P + box_P, instance_P, level_P, sum(map(len, targets)), len(anchors))
+        best_N = best_level(loss_P, instance_P, level_P, sum(map(len, targets)), len(anchors))
         chosen_P = torch.where(level_P == best_N[instance_P], positives.instance, IGNORED)
         return assignment_BR.index_put_((positives.image, positives.anchor), chosen_P)
 
-    def _positive_losses(
+    def _box_losses(
         self, cells: Boxes, predictions: list[list[Tensor]], positives: Positives, targets: list[Instances]
-    ) -> tuple[Tensor, Tensor]:
-        """Compute the focal loss summed over classes (P,), and the IoU loss of the boxes (P,)."""
-        logits, distances = predictions
-        class_P, box_P4 = positives.ground_truth(targets)
-        logits_PK = positives.pick(logits).float()
-        is_class_PK = F.one_hot(class_P, self.num_classes).to(logits_PK)
+    ) -> Tensor:
+        """Compute the IoU loss of the boxes (P,)."""
+        _, box_P4 = positives.ground_truth(targets)
         predicted_P4 = self.box2box_transform.apply_deltas(
-            positives.pick(distances).float(), cells.tensor[positives.anchor]
+            positives.pick(predictions[1]).float(), cells.tensor[positives.anchor]
         )
         overlap_P = matched_pairwise_iou(Boxes(predicted_P4), Boxes(box_P4))
-        focal_PK = sigmoid_focal_loss(logits_PK, is_class_PK, alpha=self.focal_loss_alpha, gamma=self.focal_loss_gamma)
-        return focal_PK.sum(1), -overlap_P.clamp(min=MIN_IOU).log()
+        return -overlap_P.clamp(min=MIN_IOU).log()
 
     def losses(
         self, anchors: list[Boxes], predictions: list[list[Tensor]], assignment_BR: Tensor, targets: list[Instances]
@@ -134,17 +142,22 @@ class FSAF(SingleAnchorDetector):
         class_P, _ = positives.ground_truth(targets)
         num_positives = mean_count_across_ranks(class_P.new_full((), len(class_P), dtype=torch.float32))
         with torch.autocast(logits[0].device.type, enabled=False):
-            ignored_BRK = torch.stack([self._ignored(cells, target) for target in targets])
-            ignored_BRK[positives.image, positives.anchor, class_P] = False
+            ignored_BRK = self._ignored(cells, positives, class_P, targets)
             classification = self.focal_loss(logits, positives, class_P).masked_fill(ignored_BRK, 0).sum()
-            _, box_P = self._positive_losses(cells, predictions, positives, targets)
+            box_P = self._box_losses(cells, predictions, positives, targets)
         return {
             "loss_fsaf_cls": classification / num_positives,
             "loss_fsaf_box": self.box_loss_weight * box_P.sum() / num_positives,
         }
 
-    def _ignored(self, cells: Boxes, target: Instances) -> Tensor:
-        """Return where (R, K) a class is ignored unless assigned: effective and ignoring regions of its instances."""
+    def _ignored(self, cells: Boxes, positives: Positives, class_P: Tensor, targets: list[Instances]) -> Tensor:
+        """Return where (B, R, K) a class is ignored: near its instances (`_near`), unless it is the positive's class."""
+        ignored_BRK = torch.stack([self._near(cells, target) for target in targets])
+        ignored_BRK[positives.image, positives.anchor, class_P] = False
+        return ignored_BRK
+
+    def _near(self, cells: Boxes, target: Instances) -> Tensor:
+        """Return where (R, K) the effective and ignoring regions of a class's instances are."""
         near_NR = in_middle(cells, target.gt_boxes, self.effective_scale)
         near_NR |= covers_cell(cells, target.gt_boxes, self.ignoring_scale)
         is_class_NK = F.one_hot(target.gt_classes, self.num_classes)
