@@ -482,14 +482,29 @@ def test_reppoints_nearest_positions_by_hand() -> None:
 
 
 def test_reppoints_that_overlap_nothing_have_no_positive(tiny_detector: Callable) -> None:
-    """Check points without extent, 8 pixels apart: a 4-pixel instance overlaps none, gets none and blocks no other."""
+    """Check points without extent, 8 pixels apart: a 4-pixel instance overlaps none and gets none."""
     model = tiny_detector("reppoints")
     anchors = [_grid(8, 4, 4, 32.0)]
-    boxes = Boxes(torch.tensor([[6.0, 6, 10, 10], [3.0, 3, 13, 13]]))  # the second has the centers (4, 4), (12, 4), ...
+    boxes = Boxes(torch.tensor([[6.0, 6, 10, 10], [3.0, 3, 11, 11]]))  # the second has the center (4, 4)
     target = Instances((32, 32), gt_boxes=boxes, gt_classes=torch.tensor([0, 1]))
     points = torch.zeros(1, 16, 18)
     (row,) = model.assign(anchors, [[], [], [points]], [target])
-    assert row.view(4, 4).tolist() == [[1, 1, -1, -1], [1, 1, -1, -1], [-1] * 4, [-1] * 4]
+    assert row.view(4, 4).tolist() == [[1, -1, -1, -1], [-1] * 4, [-1] * 4, [-1] * 4]
+
+
+def test_an_instance_out_of_reach_adds_no_positives_to_others(tiny_detector: Callable) -> None:
+    """Check an instance of which one position has the best box, beside one that no box overlaps."""
+    model = tiny_detector("reppoints")
+    anchors = [_grid(8, 4, 1, 32.0)]
+    boxes = Boxes(torch.tensor([[0.0, 0, 32, 8], [100.0, 0, 104, 4]]))
+    side = torch.tensor([0.5, 0.75, 0.5, 0.5])  # strides
+    points = torch.stack(torch.meshgrid(*[torch.tensor([-1.0, 0, 1])] * 2, indexing="ij"), -1).flatten()
+    points = points * side[:, None] / 2 / math.sqrt(0.75)
+    for number in (1, 2):
+        target = Instances((8, 112), gt_boxes=boxes[:number], gt_classes=torch.zeros(number, dtype=torch.long))
+        assert model.assign(anchors, [[], [], [points[None]]], [target]).tolist() == [
+            [BACKGROUND, 0, BACKGROUND, BACKGROUND]
+        ]
 
 
 def test_reppoints_losses_by_hand(tiny_detector: Callable) -> None:

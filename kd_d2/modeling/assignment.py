@@ -87,12 +87,13 @@ class Positives:
 
 
 @torch.no_grad()
-def assign_by_iou(overlap_NR: Tensor, matcher: Matcher) -> Tensor:
+def assign_by_iou(overlap_NR: Tensor, matcher: Matcher, *, touching: bool = False) -> Tensor:
     """RetinaNet's label assignment with the ground-truth index, which Detectron2's `label_anchors` drops.
 
     Args:
         overlap_NR: IoU of the N ground-truth boxes with the R anchors over all levels.
         matcher: labels 0 (background), -1 (ignored), 1 (foreground). It is not called, which would synchronize the GPU.
+        touching: whether the best anchors of a box must overlap it. In Detectron2 all are the best of a box that none overlaps.
 
     Returns:
         (R,) int64: index of the box, `BACKGROUND` or `IGNORED`.
@@ -106,8 +107,10 @@ def assign_by_iou(overlap_NR: Tensor, matcher: Matcher) -> Tensor:
             is_between_R = (best_R >= low) & (best_R < high)
             assignment_R = assignment_R.masked_fill(is_between_R, BACKGROUND if label == 0 else IGNORED)
     if matcher.allow_low_quality_matches:
-        is_best_of_a_box_R = (overlap_NR == overlap_NR.amax(1, keepdim=True)).any(0)
-        assignment_R = torch.where(is_best_of_a_box_R, index_R, assignment_R)
+        is_best_NR = overlap_NR == overlap_NR.amax(1, keepdim=True)
+        if touching:
+            is_best_NR &= overlap_NR > 0
+        assignment_R = torch.where(is_best_NR.any(0), index_R, assignment_R)
     return assignment_R
 
 

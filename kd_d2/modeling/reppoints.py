@@ -210,14 +210,14 @@ class RepPoints(SingleAnchorDetector):
     def assign(self, anchors: list[Boxes], predictions: list[list[Tensor]], targets: list[Instances]) -> Tensor:
         """Assign by the IoU of the first points' boxes, as RetinaNet does with anchors.
 
-        A position whose box overlaps no instance is background, even if it is the best match of an instance.
+        The best match of an instance has to overlap it: an instance that no box overlaps has no position.
         """
         cells = Boxes.cat(anchors).tensor
         first_BRn = torch.cat(predictions[2], 1).float()
         rows = []
         for points, target in zip(first_BRn, targets, strict=True):
             overlap_NR = pairwise_iou(target.gt_boxes, Boxes(self.box2box_transform.apply_deltas(points, cells)))
-            rows.append(assign_by_iou(overlap_NR, self.matcher).masked_fill((overlap_NR == 0).all(0), BACKGROUND))
+            rows.append(assign_by_iou(overlap_NR, self.matcher, touching=True))
         return torch.stack(rows)
 
     def losses(
