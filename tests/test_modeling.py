@@ -276,6 +276,12 @@ def test_boxes_that_are_no_numbers_make_losses_that_are_none(
         ),
         ("fcos", {"PRIOR_PROB": 1.0}, "MODEL.FCOS.PRIOR_PROB is 1.0; it must be a number above 0 and below 1"),
         ("fcos", {"IN_FEATURES": ["p3", "p9"]}, r"MODEL.FCOS.IN_FEATURES is .*; the backbone has p3, p4, p5, p6, p7"),
+        (
+            "fcos",
+            {"IN_FEATURES": ["p3", "p5", "p4"]},
+            r"MODEL.FCOS.IN_FEATURES is \['p3', 'p5', 'p4'\]; order it from fine to coarse: \['p3', 'p4', 'p5'\]",
+        ),
+        ("reppoints", {"IN_FEATURES": ["p4", "p3"]}, r"MODEL.REPPOINTS.IN_FEATURES .* from fine to coarse"),
         ("atss", {"TOPK": 0}, "MODEL.ATSS.TOPK is 0; it must be a whole number at least 1"),
         ("gfl", {"ANCHOR_SCALE": 0.0}, "MODEL.GFL.ANCHOR_SCALE is 0.0; it must be a number above 0"),
         ("gfl", {"REG_MAX": 0}, "MODEL.GFL.REG_MAX is 0; it must be a whole number at least 1"),

@@ -30,7 +30,7 @@ class DenseKeys(Keys):
     """Config keys of every dense detector, with defaults from the papers."""
 
     num_classes: Annotated[int, AtLeast(1), "Number of foreground classes."] = 80
-    in_features: Annotated[list, "Names of the FPN levels that the head uses."] = field(
+    in_features: Annotated[list, "Names of the FPN levels that the head uses, from fine to coarse."] = field(
         default_factory=lambda: ["p3", "p4", "p5", "p6", "p7"]
     )
     num_convs: Annotated[int, AtLeast(1), "Number of convolutions in each of the head's two towers."] = 4
@@ -61,7 +61,10 @@ def dense_arguments(cfg: CfgNode, name: str, kind: type[DenseKeys]) -> tuple[dic
     unknown = [level for level in keys.in_features if level not in shapes]
     if unknown or not keys.in_features:
         raise UserError(f"MODEL.{name}.IN_FEATURES is {keys.in_features}; the backbone has {', '.join(shapes)}.")
-    input_shape = [shapes[name] for name in keys.in_features]
+    ordered = sorted(keys.in_features, key=lambda level: shapes[level].stride)
+    if list(keys.in_features) != ordered:
+        raise UserError(f"MODEL.{name}.IN_FEATURES is {keys.in_features}; order it from fine to coarse: {ordered}.")
+    input_shape = [shapes[level] for level in keys.in_features]
     channels = input_shape[0].channels
     if keys.norm == "GN" and channels % GROUPS:
         raise UserError(
