@@ -14,8 +14,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import numbers
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
@@ -165,16 +166,29 @@ class Keys:
     def validate(self, name: str) -> None:
         """Raise a UserError like `read` for values that were passed to the constructor.
 
+        Sequences of any type count as lists, and numbers of NumPy and PyTorch as Python's.
+
         Args:
             name: name of the object in messages, such as "ICD.Config".
         """
         for key in keys_of(type(self)):
             field = key.name.lower()
-            key.read(getattr(self, field), f"{name}.{field}")
+            key.read(_as_in_yaml(getattr(self, field)), f"{name}.{field}")
         self.check(name)
 
     def check(self, name: str) -> None:
         """Raise a UserError if values conflict. `name` is that of the node in messages, such as "MODEL.KD.ICD"."""
+
+
+def _as_in_yaml(value: Any) -> Any:
+    """Convert arrays, other numbers than Python's, and other sequences than strings to what a config file can hold."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_as_in_yaml(item) for item in value]
+    if isinstance(value, numbers.Real) and not isinstance(value, int):
+        return float(value)
+    return value
 
 
 @functools.cache

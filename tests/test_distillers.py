@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 from kd_d2.adapters import DetectorOutputs
@@ -24,10 +25,12 @@ from kd_d2.errors import UserError, check_number
 from kd_d2.losses import ms_ssim_loss, ssim_loss
 
 import kornia
+import numpy as np
 import pytest
 import torch
 from detectron2.config import CfgNode
 from helpers import configured, make, scaled, spec_of
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.unit
@@ -408,6 +411,15 @@ def test_wrong_values_name_their_key(build: Callable, node_name: str, key: str, 
     [
         (PKD, {"num_levels": -1}, r"PKD\.Config\.num_levels is -1; it must be None or a whole number at least 1\."),
         (PKD, {"weight": -3.0}, r"PKD\.Config\.weight is -3\.0; it must be None or a number at least 0\."),
+        (PKD, {"weight": np.float32(-3)}, r"PKD\.Config\.weight is -3\.0; it must be None or a number at least 0\."),
+        (PKD, {"num_levels": np.float32(1)}, r"PKD\.Config\.num_levels is 1\.0; it must be None or a whole number"),
+        (PKD, {"weight": "5"}, r"PKD\.Config\.weight is '5'; it must be None or a number at least 0\."),
+        (PKD, {"weight": torch.tensor([5.0])}, r"PKD\.Config\.weight is \[5\.0\]; it must be None or a number"),
+        (
+            StructuralKD,
+            {"ssim_exponents": "111"},
+            r"StructuralKD\.Config\.ssim_exponents is '111'; it must be three numbers",
+        ),
         (IMA, {"mask": "radnom"}, r"IMA\.Config\.mask is 'radnom'; it must be one of "),
         (StructuralKD, {"loss": "sim"}, r"StructuralKD\.Config\.loss is 'sim'; it must be one of "),
         (ICD, {"dim": 30}, r"ICD\.Config\.DIM is 30; it must be a multiple of 4\."),
@@ -438,6 +450,22 @@ def test_in_float32_without_a_tensor_is_an_error() -> None:
 
     with pytest.raises(TypeError, match=r"^nothing got no tensor"):
         nothing([1.0])
+
+
+@pytest.mark.parametrize(
+    ("method", "keys"),
+    [
+        (StructuralKD, {"ssim_exponents": [1.0, 0.5, 1]}),
+        (StructuralKD, {"ssim_exponents": OmegaConf.create([1.0, 1, 1])}),
+        (StructuralKD, {"ssim_exponents": np.ones(3)}),
+        (PKD, {"weight": np.float32(5)}),
+        (PKD, {"weight": torch.tensor(5.0)}),
+        (PKD, {"weight": Fraction(1, 2)}),
+        (PKD, {"num_levels": np.int64(1)}),
+    ],
+)
+def test_sequences_and_numbers_of_any_type_in_a_config_built_in_code(method: type, keys: dict) -> None:
+    make(method, spec_of({8: 4}), **keys)
 
 
 @pytest.mark.parametrize("value", [True, "3", None, float("inf"), -0.5])
