@@ -549,6 +549,18 @@ def test_blur_derivatives_numerically() -> None:
     assert torch.autograd.gradgradcheck(lambda x: gaussian_blur(x, 5, 1.5), maps)
 
 
+def test_function_transforms() -> None:
+    """Check torch.func's gradient of one pair, and of each pair of a batch, against autograd's."""
+    student, teacher = torch.randn(2, 3, 2, 4, 7, 7).requires_grad_()
+
+    def loss(s: Tensor, t: Tensor) -> Tensor:
+        return ssim_loss(s, t, 5, exponents=(0, 1, 1))
+
+    expected = torch.stack([torch.autograd.grad(loss(s, t), s)[0] for s, t in zip(student, teacher, strict=True)])
+    torch.testing.assert_close(torch.func.grad(loss)(student[0], teacher[0]), expected[0])
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(student, teacher), expected)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
 def test_on_a_gpu(dtype: torch.dtype) -> None:

@@ -27,10 +27,15 @@ def gaussian_blur(maps: Tensor, window_size: int, sigma: float) -> Tensor:
 class _Blur(torch.autograd.Function):
     """(maps (..., H, W), rows, columns) -> rows @ maps @ columns.T, with exact products in all derivatives."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, columns)
+    def forward(maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         return exact_product(exact_product(rows, maps), columns.T)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
