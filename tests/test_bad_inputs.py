@@ -571,6 +571,12 @@ def test_why_a_gpu_is_not_used(
     )
 
 
+def test_why_another_device_is_not_used() -> None:
+    assert checks.missing_gpu_advice("mps", "cpu") == (
+        "MODEL.DEVICE is 'mps', which PyTorch cannot use here: running on the CPU; MODEL.DEVICE cpu silences this warning."
+    )
+
+
 def test_an_unknown_precision(monkeypatch: pytest.MonkeyPatch, refused) -> None:
     monkeypatch.setitem(defaults._C, "FLOAT32_PRECISION", "")  # as in the official Detectron2
     assert refused("FLOAT32_PRECISION", "tf32") == (

@@ -472,6 +472,14 @@ def test_unused_data_need_not_exist(files: Files) -> None:
     assert cfg.DATASETS.COCO_JSON == [["mine", "gone.json", "gone"]]
 
 
+def test_device_of_another_machine(files: Files) -> None:
+    """Check that a device in the file that PyTorch cannot use here becomes the CPU, and that overrides are refused."""
+    assert load_config(str(files.student(MODEL__DEVICE="meta"))).MODEL.DEVICE == "cpu"
+    assert sentence(files.student(), "MODEL.DEVICE", "meta") == (
+        "MODEL.DEVICE is 'meta', which PyTorch cannot use here; it is usually 'cuda' or 'cpu'."
+    )
+
+
 def test_evaluating_the_student_needs_no_teacher_and_no_training_data(files: Files) -> None:
     """Check that `student_only` turns KDMetaArch into the student without reading the teacher or the training data."""
     path = files.student(DATASETS__COCO_JSON=[["mine", "gone.json", "gone"]], DATASETS__TRAIN=["mine"])

@@ -57,23 +57,30 @@ def load_config(
 
 
 def _choose_device(cfg: CN, opts: Iterable[Any]) -> None:
-    """Replace Detectron2's default "cuda" with "cpu" if there is no GPU; raise a UserError if it was set in `opts`.
+    """Replace a device that PyTorch cannot use here, such as Detectron2's default "cuda" without a GPU, with "cpu".
 
-    Other devices than "cuda" and "cpu" are also refused if tensors cannot be computed on them.
+    Raises:
+        UserError: it was set in `opts`.
     """
-    if not cfg.MODEL.DEVICE.startswith(("cuda", "cpu")):
-        try:
-            torch.zeros(1, device=cfg.MODEL.DEVICE).item()
-        except (AssertionError, ImportError, RuntimeError) as error:
-            raise UserError(
-                f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, which PyTorch cannot use here; it is usually 'cuda' or 'cpu'."
-            ) from error
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        if "MODEL.DEVICE" in opts:
-            raise UserError(
-                f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but this machine has no usable GPU; set it to 'cpu'."
-            )
-        cfg.MODEL.DEVICE = "cpu"
+    device = cfg.MODEL.DEVICE
+    if _is_usable(device):
+        return
+    if "MODEL.DEVICE" in opts:
+        if device.startswith("cuda"):
+            raise UserError(f"MODEL.DEVICE is {device!r}, but this machine has no usable GPU; set it to 'cpu'.")
+        raise UserError(f"MODEL.DEVICE is {device!r}, which PyTorch cannot use here; it is usually 'cuda' or 'cpu'.")
+    cfg.MODEL.DEVICE = "cpu"
+
+
+def _is_usable(device: str) -> bool:
+    """Return whether tensors can be computed on a device; of a GPU, whether there is any."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_available()
+    try:
+        torch.zeros(1, device=device).item()
+    except (AssertionError, ImportError, RuntimeError):
+        return False
+    return True
 
 
 def _resolve_paths(cfg: CN, folder: str, student_only: bool, needs_data: bool, needs_weights: bool) -> None:

@@ -85,9 +85,11 @@ def check_float32_precision(cfg: CfgNode) -> None:
 
 
 def missing_gpu_advice(wanted: str, device: str) -> str | None:
-    """Return why a device is "cpu" instead of the one in the config, "cuda", or None if it is the same."""
+    """Return why a device is "cpu" instead of the one in the config, such as "cuda", or None if it is the same."""
     if device == wanted:
         return None
+    if not wanted.startswith("cuda"):
+        return f"MODEL.DEVICE is {wanted!r}, which PyTorch cannot use here: running on the CPU; MODEL.DEVICE cpu silences this warning."
     if torch.version.cuda is None and torch.version.hip is None:
         reason = " (this PyTorch is built without CUDA)"
     elif torch.version.cuda and any(os.path.exists(path) for path in NVIDIA_DRIVER):
