@@ -1,10 +1,14 @@
-"""Channels-last memory format for the weights of detectors, and shapes that PyTorch's convolutions on CPUs get wrong."""
+"""Channels-last memory format for the weights of detectors, and maps that PyTorch's convolutions on CPUs get wrong."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from types import MethodType
+
+import torch
 from detectron2.config import CfgNode
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .errors import UserError
 
@@ -47,22 +51,24 @@ def _crashes(module: nn.Module) -> bool:
     )
 
 
-def pad_narrow_maps(model: nn.Module) -> None:
-    """Let strided convolutions pad maps that are narrower than their stride with zeros, which does not change the output.
+@contextlib.contextmanager
+def narrow_maps_in_float32(model: nn.Module) -> Iterator[None]:
+    """Context in which strided convolutions run without autocast on maps that are narrower than their stride.
 
     Of such maps PyTorch computes wrong gradients of the weights, up to NaN, in bfloat16 on a CPU.
     """
-    for module in model.modules():  # PyTorch 2.14.1, oneDNN: kernels of 3x3 and more, any number of channels and groups
-        if isinstance(module, nn.Conv2d) and module.stride[1] > 1 and _keeps_the_middle(module):
-            module.register_forward_pre_hook(_pad_narrow_map)
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():  # PyTorch 2.14.1, oneDNN: kernels of 2x2 and more with padding, any channels
+            if isinstance(module, nn.Conv2d) and module.stride[1] > 1 and "forward" not in vars(module):
+                module.forward = MethodType(_forward, module)
+                stack.callback(delattr, module, "forward")
+        yield
 
 
-def _keeps_the_middle(convolution: nn.Conv2d) -> bool:
-    """Return whether a map of up to one stride in width has an output of width 1."""
-    reach = convolution.dilation[1] * (convolution.kernel_size[1] - 1)
-    return reach > 0 and convolution.padding_mode == "zeros" and 2 * convolution.padding[1] == reach
-
-
-def _pad_narrow_map(convolution: nn.Conv2d, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
-    missing = convolution.stride[1] - inputs[0].shape[-1]
-    return (F.pad(inputs[0], (0, missing)),) if missing > 0 else None
+def _forward(convolution: nn.Conv2d, *args: Tensor, **kwargs: Tensor) -> Tensor:
+    [maps] = [*args, *kwargs.values()]
+    forward = type(convolution).forward
+    if maps.shape[-1] >= convolution.stride[1]:
+        return forward(convolution, maps)
+    with torch.autocast(maps.device.type, enabled=False):
+        return forward(convolution, maps.to(convolution.weight.dtype))

@@ -11,7 +11,7 @@ from kd_d2.memory_format import has_channels_last, trains_with_channels_last
 import pytest
 import torch
 from helpers import WIDE, Run, detector_of, make_project, train
-from torch import nn
+from torch import Tensor, nn
 
 SMALL_ICD = {"MODEL__KD__ICD__DIM": 16, "MODEL__KD__ICD__NUM_HEADS": 2, "MODEL__KD__ICD__FFN_DIM": 32}
 NEITHER = ("SOLVER.CHANNELS_LAST", False, "MODEL.KD.TEACHER.CHANNELS_LAST", False)
@@ -87,20 +87,59 @@ def test_resumed_training(tmp_path: Path) -> None:
         torch.testing.assert_close(model.student.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(("kernel", "stride", "width"), [(3, 2, 1), (7, 2, 1), (3, 3, 2)])
-def test_narrow_maps_in_bfloat16(kernel: int, stride: int, width: int) -> None:
-    """Check the output, and the gradient of the weights under autocast, against float32."""
+class Summed(nn.Module):
+    """A convolution whose squared output is the loss; it is called with a keyword."""
+
+    def __init__(self, layer: nn.Conv2d):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, maps: list[Tensor]) -> dict[str, Tensor]:
+        output = self.layer(input=maps[0])
+        freed = [
+            torch.full((size,), 1e30)
+            for size in (self.layer.weight.numel(), self.layer.weight.numel() // 2, 4096, 2048, 256)
+        ]
+        del freed  # PyTorch's wrong gradients are what the memory held
+        return {"loss": output.float().square().mean()}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "width", "mode"),
+    [
+        (3, 2, 1, 1, "zeros"),
+        (7, 2, 3, 1, "zeros"),
+        (3, 3, 1, 2, "zeros"),
+        (2, 2, 1, 1, "zeros"),
+        (4, 2, 2, 1, "zeros"),
+        (5, 4, 1, 3, "zeros"),
+        (7, 4, 2, 3, "zeros"),
+        (3, 2, 1, 1, "replicate"),
+    ],
+)
+def test_narrow_maps_in_bfloat16(kernel: int, stride: int, padding: int, width: int, mode: str) -> None:
+    """Check the loss and the gradient of the weights under autocast against float32."""
     torch.manual_seed(0)
-    layer = nn.Conv2d(64, 64, kernel, stride, kernel // 2)
-    expected = nn.Conv2d(64, 64, kernel, stride, kernel // 2)
-    expected.load_state_dict(layer.state_dict())
-    DistillationStep(layer, torch.optim.SGD(layer.parameters()), {}, torch.bfloat16)
-    maps = torch.randn(2, 64, 2, width)
-    torch.testing.assert_close(layer(maps), expected(maps))
-    expected(maps).square().mean().backward()
-    with torch.autocast("cpu", torch.bfloat16):
-        output = layer(maps).float().square().mean()
-    freed = [torch.full((size,), 1e30) for size in (layer.weight.numel(), layer.weight.numel() // 2, 4096, 2048, 256)]
-    del freed  # PyTorch's wrong gradients are what the memory held
-    output.backward()
-    assert (layer.weight.grad - expected.weight.grad).abs().max() < 0.05 * expected.weight.grad.abs().max()
+    layer = nn.Conv2d(64, 64, kernel, stride, padding, padding_mode=mode)
+    model = Summed(layer)
+    maps = torch.randn(2, 64, 7, width)
+    [expected] = model([maps]).values()
+    [gradient] = torch.autograd.grad(expected, layer.weight)
+    step = DistillationStep(model, torch.optim.SGD(layer.parameters()), {}, torch.bfloat16)
+    [loss] = step._accumulate([maps]).values()
+    torch.testing.assert_close(loss, expected.detach(), rtol=0.01, atol=0)
+    assert (layer.weight.grad - gradient).abs().max() < 0.05 * gradient.abs().max()
+
+
+def test_convolutions_are_unchanged_after_a_step_in_bfloat16() -> None:
+    """Check, also after a failed step, that a convolution can be scripted and that a replaced forward pass is kept."""
+    own, plain = nn.Conv2d(8, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)
+    own.forward = replaced = lambda input: nn.Conv2d.forward(own, input)
+    for layer in (own, plain):
+        step = DistillationStep(Summed(layer), torch.optim.SGD(layer.parameters()), {}, torch.bfloat16)
+        with pytest.raises(RuntimeError, match="to have 8 channels"):
+            step._accumulate([torch.randn(1, 3, 2, 1)])
+        step._accumulate([torch.randn(1, 8, 2, 1)])
+    assert own.forward is replaced
+    assert "forward" not in vars(plain)
+    torch.jit.script(nn.Sequential(plain))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import UserError
-from ..memory_format import pad_narrow_maps
+from ..memory_format import narrow_maps_in_float32
 from ..meta_arch import KDMetaArch
 from .optimizers import AuxiliaryOptimizer
 
@@ -50,8 +51,6 @@ class DistillationStep(SimpleTrainer):
         self.accumulation_steps = accumulation_steps
         self.device_type = next(model.parameters()).device.type
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=autocast is torch.float16)
-        if self.device_type == "cpu" and autocast is torch.bfloat16:
-            pad_narrow_maps(model)
 
     def run_step(self) -> None:
         if not self.model.training:
@@ -84,12 +83,21 @@ class DistillationStep(SimpleTrainer):
             is_last = start + size == len(data)
             exchanges = is_last or not isinstance(self.model, DistributedDataParallel)
             with contextlib.nullcontext() if exchanges else self.model.no_sync():
-                with torch.autocast(self.device_type, self.autocast, enabled=self.autocast is not None):
+                with self._mixed_precision():
                     losses = self.model(data[start : start + size])
                 self.scaler.scale(sum(losses.values()) / self.accumulation_steps).backward()
             for name, loss in losses.items():
                 total[name] = total.get(name, 0) + loss.detach() / self.accumulation_steps
         return total
+
+    @contextlib.contextmanager
+    def _mixed_precision(self) -> Iterator[None]:
+        is_wrong_on_narrow_maps = self.device_type == "cpu" and self.autocast is torch.bfloat16
+        with (
+            torch.autocast(self.device_type, self.autocast, enabled=self.autocast is not None),
+            narrow_maps_in_float32(self.model) if is_wrong_on_narrow_maps else contextlib.nullcontext(),
+        ):
+            yield
 
     def _record(self, losses: dict[str, Tensor], data_time: float) -> None:
         """Put all losses, averaged over processes, into the event storage; raise an error if one is not finite."""
