@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,8 @@ from .data.images import resize_at_test
 from .errors import UserError
 from .modeling.building import build_detector
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class Category:
@@ -37,7 +40,7 @@ def read_categories(cfg: CfgNode, num_classes: int | None) -> list[Category] | N
     """Return the model's classes: names from its checkpoint, ids from the first set of DATASETS.TEST or TRAIN with them.
 
     If the checkpoint has no names, they are taken from the first training set in DATASETS.COCO_JSON, else from the
-    first of these sets that has `num_classes` classes.
+    first of these sets that has `num_classes` classes. If no set gives ids, class indices are used, which is logged.
 
     Returns:
         Classes by class index, or None if `num_classes` is None.
@@ -49,14 +52,20 @@ def read_categories(cfg: CfgNode, num_classes: int | None) -> list[Category] | N
     own = names_in_checkpoint(cfg.MODEL.WEIGHTS) or names_in_training_set(cfg)
     if own is not None and len(own.names) != num_classes:
         own = None
-    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
+    sets = (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)
+    for name in sets:
         categories = _categories_of_file(files[name]) if name in files else _categories_of_catalog(name)
         if own is None and len(categories) == num_classes:
             return categories
         id_of = {category.name: category.id for category in categories}
         if own is not None and {*own.names} <= id_of.keys():
             return [Category(id_of[name], name) for name in own.names]
-    return [Category(number, name) for number, name in enumerate(own.names if own else unknown_names(num_classes))]
+    logger.info(
+        "No dataset of the config gives the category ids of the model's classes: class indices are used as ids."
+    )
+    known = [own.names] if own else [MetadataCatalog.get(name).get("thing_classes") or () for name in sets]
+    names = next((names for names in known if len(names) == num_classes), unknown_names(num_classes))
+    return [Category(number, name) for number, name in enumerate(names)]
 
 
 def unknown_names(count: int) -> list[str]:
@@ -72,11 +81,20 @@ def _categories_of_file(path: str) -> list[Category]:
 
 
 def _categories_of_catalog(name: str) -> list[Category]:
+    """Return the classes of a registered set, or nothing if their ids are unknown.
+
+    Detectron2 sets the ids of many sets only when it loads them; they are those of the annotation file.
+    """
     metadata = MetadataCatalog.get(name)
-    names = metadata.get("thing_classes") or []
-    number_of = metadata.get("thing_dataset_id_to_contiguous_id") or {n: n for n in range(len(names))}
-    ids = {number: own for own, number in number_of.items()}
-    return [Category(ids[number], name) for number, name in enumerate(names)]
+    names = list(metadata.get("thing_classes") or ())
+    number_of = metadata.get("thing_dataset_id_to_contiguous_id")
+    if number_of:
+        ids = {number: own for own, number in number_of.items()}
+        return [Category(ids[number], name) for number, name in enumerate(names)]
+    if names and metadata.get("evaluator_type") == "lvis":
+        return [Category(number, name) for number, name in enumerate(names, 1)]
+    categories = _categories_of_file(metadata.get("json_file") or "")
+    return categories if not names or names == [category.name for category in categories] else []
 
 
 class ImageDetector:

@@ -16,10 +16,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from detectron2.data.datasets import register_coco_instances
 from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
 from detectron2.structures import Boxes, BoxMode, Instances
-from helpers import CLASSES, Project, make_project, run_command, save_fixed_weights
+from helpers import CLASSES, Project, clean_process, make_project, run_command, save_fixed_weights
 from PIL import Image
 from pycocotools.coco import COCO
 
@@ -144,6 +145,29 @@ def test_built_in_data_sets_give_their_own_category_ids() -> None:
     categories = read_categories(cfg, 80)
     assert [(c.id, c.name) for c in categories][-2:] == [(89, "hair drier"), (90, "toothbrush")]
     assert read_categories(cfg, 3)[2].name == "class 2"
+
+
+def test_ids_of_sets_that_are_not_loaded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Check synthetic sets, one of register_coco_instances, LVIS, and a set without ids."""
+    categories = [{"id": 7, "name": "red"}, {"id": 2, "name": "blue"}]
+    tree = {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [], "categories": categories}
+    (tmp_path / "own.json").write_text(json.dumps(tree))
+    cfg = load_config("COCO-Detection/retinanet_R_50_FPN_1x.yaml", ["DATASETS.TRAIN", "()", "MODEL.WEIGHTS", ""])
+
+    def found(name: str, count: int) -> list[tuple[int, str]]:
+        cfg.DATASETS.TEST = (name,)
+        return [(category.id, category.name) for category in read_categories(cfg, count)]
+
+    with clean_process(), caplog.at_level("INFO", "kd_d2.predictor"):
+        register_coco_instances("own", {}, str(tmp_path / "own.json"), str(tmp_path))
+        assert found("own", 2) == [(2, "blue"), (7, "red")]
+        assert [number for number, _ in found("shapes_val", 8)] == list(range(1, 9))
+        assert found("lvis_v1_val", 1203)[0] == (1, "aerosol_can")
+        assert not caplog.messages
+        assert found("voc_2007_val", 20)[0] == (0, "aeroplane")
+        assert caplog.messages == [
+            "No dataset of the config gives the category ids of the model's classes: class indices are used as ids."
+        ]
 
 
 def test_inputs_are_files_and_folders_in_order_and_each_once(

@@ -200,7 +200,8 @@ def register_synthetic() -> None:
     The style of the `synthetic` set (600 and 150 images) is "cluttered", that of `shapes`, which `kd-d2 demo` uses,
     "clear". Both splits of a set are generated when one of them is first loaded, in a folder named like the set under
     $DETECTRON2_DATASETS (default: datasets); the variable is read at registration. The metadata (thing_classes,
-    json_file, image_root, evaluator_type "coco") is set immediately. Further calls have no effect.
+    thing_dataset_id_to_contiguous_id, json_file, image_root, evaluator_type "coco") is set immediately. Further calls
+    have no effect.
     """
     from detectron2.data import DatasetCatalog, MetadataCatalog
     from detectron2.data.datasets.coco import load_coco_json
@@ -219,7 +220,11 @@ def register_synthetic() -> None:
             return
         DatasetCatalog.register(dataset, load)
         MetadataCatalog.get(dataset).set(
-            thing_classes=list(CLASSES), json_file=json_file, image_root=image_root, evaluator_type="coco"
+            thing_classes=list(CLASSES),
+            thing_dataset_id_to_contiguous_id={number + 1: number for number in range(len(CLASSES))},
+            json_file=json_file,
+            image_root=image_root,
+            evaluator_type="coco",
         )
 
     for name, style in (("synthetic", "cluttered"), ("shapes", "clear")):
