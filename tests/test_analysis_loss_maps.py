@@ -11,7 +11,7 @@ from pathlib import Path
 
 from kd_d2.adapters import DetectorOutputs
 from kd_d2.analysis.examples import read_examples
-from kd_d2.analysis.loss_maps import LossMapAnalysis, LossMapRecorder
+from kd_d2.analysis.loss_maps import LossMapAnalysis, LossMapRecorder, RunShare, draw_loss_maps
 from kd_d2.distillers import DISTILLER_REGISTRY
 from kd_d2.distillers.feature_imitation import FeatureImitation
 
@@ -66,6 +66,33 @@ def test_from_a_training_to_the_picture(tmp_path: Path, capsys: pytest.CaptureFi
 
     project.main()
     assert trained == pytest.approx(_total_losses(project.output), rel=1e-3)
+
+
+def test_images_in_which_the_loss_is_zero_do_not_count(tmp_path: Path) -> None:
+    """Check two images, with a box on a half and on a quarter, and a map that is zero in the second or in both."""
+    folder = tmp_path / "loss_maps"
+    folder.mkdir()
+    truth = {}
+    for number, width in enumerate((8, 4)):
+        truth[f"{number}/image"] = np.zeros((16, 16, 3), np.uint8)
+        truth[f"{number}/boxes"] = np.array([[0, 0, width, 16]], np.float32)
+        truth[f"{number}/labels"] = np.array([0])
+    np.savez(folder / "examples.npz", classes=np.array(["red"]), **truth)
+    tiny = np.full((2, 2), 1e-20)
+    np.savez(folder / "iteration_0000001.npz", **{"0/8": tiny, "1/8": 0 * tiny, "0/4": 0 * tiny, "1/4": 0 * tiny})
+    _, area, runs = draw_loss_maps({"one": str(tmp_path)}, 8)
+    assert area == pytest.approx(0.375)
+    assert runs["one"] == RunShare(1, pytest.approx(0.5), 1, pytest.approx(0.5))
+    assert LossMapAnalysis(area, runs).sentences() == [
+        "one: 50 % of the loss lies in the objects' boxes, which cover 50 % of the image (means over the images in which it "
+        "is not zero: 1; 1 records of the training)."
+    ]
+    analysis = LossMapAnalysis(*draw_loss_maps({"one": str(tmp_path)}, 4)[1:])
+    analysis.save(str(tmp_path / "found"))
+    for found in (analysis, LossMapAnalysis.load(str(tmp_path / "found"))):
+        assert found.sentences() == ["one: the loss is zero in every image (1 records of the training)."]
+    of_old_file = LossMapAnalysis(0.375, {"one": RunShare(1, 0.5)})
+    assert of_old_file.sentences()[0].endswith("cover 38 % of the image (means; 1 records of the training).")
 
 
 @pytest.mark.parametrize("method", sorted(set(dict(DISTILLER_REGISTRY)) - {"StructuralKD"}))

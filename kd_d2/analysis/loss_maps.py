@@ -30,7 +30,7 @@ from ..meta_arch import KDMetaArch
 from ..model_paths import ModelPath
 from ..random_state import preserved_random_state
 from ..text import folder_name
-from .base import Analysis, check_at_least
+from .base import Analysis, check_at_least, nanmean
 from .drawing import draw_instances, enlarged, overlay_heat, per_pixel, sheet, titled, write_picture
 from .examples import pixels, read_examples
 from .models import Models, check_folder_names, read_paths
@@ -51,11 +51,16 @@ class RunShare:
 
     Attributes:
         records: number of times the maps were recorded.
-        share_in_boxes: fraction of the loss inside the objects' boxes, averaged over the images.
+        share_in_boxes: fraction of the loss inside the objects' boxes, averaged over the images in which the loss is not
+            zero; None or NaN if there are none.
+        images: number of these images; None in files from before it was added.
+        box_area: fraction of these images that the boxes cover; None in files from before it was added.
     """
 
     records: int
-    share_in_boxes: float
+    share_in_boxes: float | None
+    images: int | None = None
+    box_area: float | None = None
 
 
 @dataclass
@@ -136,11 +141,18 @@ class LossMapAnalysis(Analysis):
         return cls(*found)
 
     def sentences(self) -> list[str]:
-        return [
+        return [self._sentence(title, run) for title, run in self.runs.items()]
+
+    def _sentence(self, title: str, run: RunShare) -> str:
+        records = f"{run.records} records of the training"
+        if run.images == 0 or run.share_in_boxes is None:
+            return f"{title}: the loss is zero in every image ({records})."
+        area = self.box_area if run.box_area is None else run.box_area
+        counted = "" if run.images is None else f" over the images in which it is not zero: {run.images}"
+        return (
             f"{title}: {100 * run.share_in_boxes:.0f} % of the loss lies in the objects' boxes, which cover "
-            f"{100 * self.box_area:.0f} % of the image (means; {run.records} records of the training)."
-            for title, run in self.runs.items()
-        ]
+            f"{100 * area:.0f} % of the image (means{counted}; {records})."
+        )
 
 
 def training_folder(path: ModelPath, output: str) -> str:
@@ -312,17 +324,21 @@ def draw_loss_maps(folders: dict[str, str], stride: int) -> tuple[np.ndarray, fl
         if not _are_equal(examples, read_saved_examples(folders[title])[0]):
             raise UserError(f"{folders[title]} has different images than {first}.")
         check_stride(stride, recorded_strides(levels), folders[title])
-    rows, covered, shares = [], [], {title: [] for title in folders}
+    rows, covered, shares = [], [], {title: [] for title in folders}  # NaN: the loss is zero
     for number, (image, truth) in enumerate(examples):
         inside = inside_boxes(truth)
         covered.append(inside.mean())
         row = [titled(draw_instances(image, truth, names, min_side=SIDE), "objects")]
         for title, levels in maps.items():
             heat = per_pixel(levels[f"{number}/{stride}"], stride, image.shape[:2])
-            shares[title].append((heat * inside).sum() / max(heat.sum(), 1e-12))
+            shares[title].append((heat * inside).sum() / heat.sum() if heat.any() else np.nan)
             row.append(titled(overlay_heat(enlarged(image, SIDE), heat), title))
         rows.append(row)
-    runs = {title: RunShare(records[title], float(np.mean(of_images))) for title, of_images in shares.items()}
+    runs = {}
+    for title, of_images in shares.items():
+        counts = ~np.isnan(of_images)
+        area = float(nanmean(np.where(counts, covered, np.nan)))
+        runs[title] = RunShare(records[title], float(nanmean(of_images)), int(counts.sum()), area)
     return sheet(rows), float(np.mean(covered)), runs
 
 
