@@ -129,11 +129,18 @@ def test_pull_of_feature_imitation_by_hand() -> None:
     torch.testing.assert_close(maps[8], torch.tensor([[[6 / 2 * 2**0.5]]]))
 
 
-def test_a_resumed_training_keeps_its_records_and_a_new_one_removes_them(tmp_path: Path) -> None:
+def test_a_resumed_training_keeps_its_records_and_a_new_one_removes_them(
+    tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
     project = make_project(tmp_path, **KEYS)
     common = ["--model", project.student, "--output", tmp_path, "--images", 1]
     run(*common, "--every", 1, "SOLVER.MAX_ITER", 2)
     first = _maps(tmp_path / "student")
+    for other in ([2], [1, "INPUT.MIN_SIZE_TEST", 48]):
+        with pytest.raises(SystemExit):
+            run(*common[:-1], *other[:1], "--every", 2, "--resume", "SOLVER.MAX_ITER", 4, *other[1:])
+        assert f"--resume: {tmp_path / 'student'} has loss maps of other images or image" in capfd.readouterr().err
+        assert _maps(tmp_path / "student").keys() == first.keys()
     run(*common, "--every", 2, "--resume", "SOLVER.MAX_ITER", 4)
     both = _maps(tmp_path / "student")
     assert both.keys() == {f"iteration_{n:07d}" for n in (1, 2, 4)}

@@ -192,6 +192,8 @@ def train_with_loss_maps(args: argparse.Namespace) -> None:
     if every > iterations:
         raise UserError(f"--every is {every}, but SOLVER.MAX_ITER is {iterations}: nothing would be recorded.")
     examples = read_examples(cfg, args.images)
+    if args.resume:
+        check_recorded_images(examples, cfg)
     trainer = KDTrainer(cfg)
     check_stride(args.stride, trainer.bare_model.adapter.spec.shapes, f"--model {args.title}")
     recorder = LossMapRecorder(trainer.bare_model, examples, every, cfg.OUTPUT_DIR)
@@ -203,6 +205,16 @@ def train_with_loss_maps(args: argparse.Namespace) -> None:
     trainer.register_before_checkpoints(recorder)
     write_configs(cfg)
     trainer.train()
+
+
+def check_recorded_images(examples: list[dict], cfg: CfgNode) -> None:
+    """Raise a UserError if OUTPUT_DIR has records of other images or sizes."""
+    drawn = [(pixels(example, cfg), example["instances"]) for example in examples]
+    if _records(os.path.join(cfg.OUTPUT_DIR, FOLDER)) and not _are_equal(drawn, read_saved_examples(cfg.OUTPUT_DIR)[0]):
+        raise UserError(
+            f"--resume: {cfg.OUTPUT_DIR} has loss maps of other images or image sizes; resume with the same --images, "
+            "test set and test size, or train anew without --resume."
+        )
 
 
 class LossMapRecorder(HookBase):
