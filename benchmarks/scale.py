@@ -122,8 +122,9 @@ def measured_elsewhere(path: str, method: str) -> tuple[str, Parts]:
     variant = result["variants"][method]
     parameters = Bench(result["pair"], 1).step(method).model.parameters()
     number = sum(p.numel() for p in parameters if p.requires_grad)
+    batch = f", batch {result['batch']}" if "batch" in result else ""  # not in older results
     return result["pair"], Parts(
-        f"{result['device']}, batch {result['batch']}",
+        result["device"] + batch,
         statistics.median(variant["seconds"]),
         variant["memory_mib"],
         number,

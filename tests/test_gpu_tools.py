@@ -3,13 +3,14 @@
 import ast
 import contextlib
 import importlib.util
+import json
 import shutil
 import subprocess
 import sys
 import time
 from importlib.metadata import packages_distributions
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -126,6 +127,20 @@ def test_pack_has_what_the_stages_of_the_check_import(monkeypatch: pytest.Monkey
     assert {"pytest", "hypothesis", "cv2", "torch"} <= modules
     assert [m for m in modules if not packed & {pack._normalized(name) for name in found[m]}] == []
     assert "pytest-timeout" in packed
+
+
+def test_scaling_of_results_with_and_without_a_batch_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    scale = load("benchmarks/scale.py", monkeypatch)
+    step = SimpleNamespace(model=torch.nn.Linear(3, 2))
+    monkeypatch.setattr(scale, "Bench", lambda pair, batch: SimpleNamespace(step=lambda method: step))
+    variants = {"PFI": {"seconds": [3.0, 1.0, 2.0], "memory_mib": 7.0}}
+    for more, device in (({}, "CPU"), ({"batch": 4}, "CPU, batch 4")):
+        (tmp_path / "step.json").write_text(json.dumps({"pair": "tiny", "device": "CPU", "variants": variants, **more}))
+        assert scale.measured_elsewhere(str(tmp_path / "step.json"), "PFI") == (
+            "tiny",
+            scale.Parts(device, one=2.0, memory=7.0, gradients=8),
+        )
 
 
 def test_profile_of_the_methods_that_support_the_pair(monkeypatch: pytest.MonkeyPatch) -> None:
