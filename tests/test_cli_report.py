@@ -14,6 +14,7 @@ from pathlib import Path
 from kd_d2.analysis import ANALYSES, find_analysis
 from kd_d2.files import check_output_file, write_text
 from kd_d2.report import Listing, Picture, Section, Table, render
+from kd_d2.report.sections import _cost_sentence
 
 import numpy as np
 import pytest
@@ -117,6 +118,11 @@ def _analyses(folder: Path) -> list[Path]:
     for name in ("loss-maps/loss_maps", "ranks/z"):
         _picture(folder / f"{name}.png")
     return [folder / name for name in found]
+
+
+def test_median_of_an_even_number_of_rows() -> None:
+    rows = [{"iteration": n, "total_loss": 1.0, "time": seconds} for n, seconds in enumerate((9.0, 1.0))]
+    assert _cost_sentence(rows) == "2 iterations, 5.00 s per iteration (median)."
 
 
 def test_page_of_everything(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import statistics
 from typing import Any
 
 import yaml
@@ -91,10 +92,10 @@ def run_section(folder: str, scratch: str) -> Section:
 
 def _cost_sentence(metrics: list[dict[str, Any]]) -> str:
     last = max((row["iteration"] for row in metrics if "total_loss" in row), default=-1) + 1
-    seconds = sorted(row["time"] for row in metrics if "time" in row)
+    seconds = [row["time"] for row in metrics if "time" in row]
     memory = max((row["peak_memory_mib"] for row in metrics if "peak_memory_mib" in row), default=None)
     parts = [f"{last} iterations"]
-    parts += [f"{seconds[len(seconds) // 2]:.2f} s per iteration (median)"] if seconds else []
+    parts += [f"{statistics.median(seconds):.2f} s per iteration (median)"] if seconds else []
     parts += [f"peak memory {memory:.0f} MiB"] if memory is not None else []
     return ", ".join(parts) + "."
 
