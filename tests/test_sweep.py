@@ -23,7 +23,7 @@ from kd_d2.sweep.costs import measure_costs
 from kd_d2.sweep.matrix import Cell, measured_settings, read_matrix
 from kd_d2.sweep.plots import look, plot_ap, plot_curves
 from kd_d2.sweep.report import first_curves, write_report
-from kd_d2.sweep.results import read_metrics, read_result, result_path
+from kd_d2.sweep.results import read_curves, read_metrics, read_result, result_path
 from kd_d2.sweep.runner import Job, run_jobs, teacher_evaluation, training_job
 from kd_d2.sweep.table import HEADERS, as_csv, as_markdown, build_rows, format_row, pooled_deviation, read_results
 
@@ -256,6 +256,23 @@ def test_plots_show_every_finished_cell(finished, tmp_path, monkeypatch):
     assert [text.get_text() for text in figures[1].legends[0].get_texts()] == list(curves)
     assert all(len(axis.lines) <= len(curves) for axis in lines) and len(lines[0].lines) == len(curves)
     assert all((tmp_path / name).is_file() for name in ("ap.png", "curves.png"))
+
+
+def test_curves_of_several_test_sets_and_negative_losses(tmp_path, monkeypatch):
+    """Check AP of each test set, first, and that only axes without negative values begin at 0."""
+    rows = [{"iteration": n, "total_loss": 1.0 + n, "loss_own": -1.0 - n, "time": 1.0} for n in (0, 1)]
+    for n in (2, 3):
+        rows.append({"iteration": n, "day/bbox/AP": n, "night/bbox/AP": 2 * n, "day/bbox/AP-red": 5.0})
+    curves = read_curves(rows)
+    assert curves.keys() == {"day/bbox/AP", "night/bbox/AP", "total_loss", "loss_own"}
+    assert curves["night/bbox/AP"] == [[2, 4.0], [3, 6.0]]
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    plot_curves({"one": curves}, str(tmp_path / "curves.png"))
+    drawn = {axis.get_title(): axis.get_ylim() for axis in figures[0].axes if axis.get_title()}
+    assert list(drawn) == ["day/AP", "night/AP", "total_loss", "loss_own"]
+    assert drawn["total_loss"][0] == drawn["day/AP"][0] == 0
+    assert drawn["loss_own"][0] < -2 < -1 < drawn["loss_own"][1]
 
 
 @pytest.mark.parametrize("count", [3, 10, 11, 45])

@@ -7,15 +7,16 @@ from typing import Any
 
 import matplotlib
 
-from ..figures import plt, save_figure
+from ..figures import plt, save_figure, shrink_titles
 from ..text import label
+from .results import is_box_ap
 from .table import Row
 
 TEACHER_COLOR = "0.45"
 DASHES = ("-", "--", ":", "-.")
 
 Curves = dict[str, list[tuple[int, float]]]
-"""Points (iteration, value) by metric: "bbox/AP", "total_loss", "loss_..."."""
+"""Points (iteration, value) by metric: "bbox/AP" or "<test set>/bbox/AP", "total_loss", "loss_..."."""
 
 
 def plot_ap(rows: list[Row], path: str) -> None:
@@ -49,7 +50,7 @@ def plot_ap(rows: list[Row], path: str) -> None:
 def plot_curves(curves: dict[str, Curves], path: str) -> None:
     """Plot AP and every loss over the iterations, one line per training; nothing if no metric has two points."""
     drawable = {key for c in curves.values() for key, points in c.items() if len(points) > 1}
-    panels = sorted(drawable, key=lambda key: (key != "bbox/AP", key != "total_loss", key))
+    panels = sorted(drawable, key=lambda key: (not is_box_ap(key), key != "total_loss", key))
     if not panels:
         return
     columns = min(3, len(panels))
@@ -60,16 +61,18 @@ def plot_curves(curves: dict[str, Curves], path: str) -> None:
             points = of_training.get(key)
             if points:
                 x, y = zip(*points)
-                marker = {"marker": "o", "markersize": 3} if key == "bbox/AP" else {}
+                marker = {"marker": "o", "markersize": 3} if is_box_ap(key) else {}
                 axis.plot(x, y, linewidth=1.3, **marker, **look(index, len(curves)))
-        axis.set_title(key.removeprefix("bbox/"), fontsize=10)
+        axis.set_title(key.replace("bbox/", ""), fontsize=10)
         axis.set_xlabel("iteration", fontsize=8)
         axis.grid(alpha=0.3)
-        axis.set_ylim(bottom=0)
+        if axis.dataLim.ymin >= 0:
+            axis.set_ylim(bottom=0)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     lines = [plt.Line2D([], [], label=title, **look(i, len(curves))) for i, title in enumerate(curves)]
     figure.legend(handles=lines, loc="outside lower center", ncols=min(3, len(lines)), fontsize=8)
+    shrink_titles(figure)
     save_figure(figure, path)
 
 

@@ -60,13 +60,18 @@ def read_versions(folder: str) -> dict[str, str]:
 
 
 def read_curves(metrics: list[dict[str, Any]]) -> dict[str, list]:
-    """Return losses and AP over iterations, for plots."""
+    """Return losses and AP over iterations, for plots; with several test sets, AP by "<test set>/bbox/AP"."""
     curves: dict[str, list] = {}
     for row in metrics:
         for key, value in row.items():
-            if key == "total_loss" or key.startswith("loss_") or key == "bbox/AP":
+            if key == "total_loss" or key.startswith("loss_") or is_box_ap(key):
                 curves.setdefault(key, []).append([row["iteration"], float(f"{value:.4g}")])
     return curves
+
+
+def is_box_ap(metric: str) -> bool:
+    """Return whether a metric is the box AP of the only test set or of one of several."""
+    return metric == "bbox/AP" or metric.endswith("/bbox/AP")
 
 
 def read_multipliers(metrics: list[dict[str, Any]]) -> dict[str, float]:
