@@ -171,3 +171,12 @@ def test_titles_of_any_length_fit_into_the_plots(tmp_path: Path, monkeypatch: py
     (legend,) = shares_figure.legends
     assert [len(text.get_text()) for text in legend.get_texts()] == [min(length, 85)] * 2
     assert not any(legend.get_window_extent().overlaps(axis.get_window_extent()) for axis in shares_figure.axes)
+
+
+def test_titles_with_an_underscore_are_in_the_legend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[plt.Figure] = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    curves = ErrorCurves(["cat"], np.tile(np.linspace(0, 1, 101), (1, 4, 7, 1)))
+    plots.plot_error_shares({"_old": curves, "new": curves}, str(tmp_path / "plot.png"))
+    (legend,) = figures[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["_old", "new"]

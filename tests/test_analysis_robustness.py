@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kd_d2 import UserError
 from kd_d2.analysis import TrainedModel
-from kd_d2.analysis.robustness import CORRUPTIONS, Robustness, corrupt
+from kd_d2.analysis.robustness import CORRUPTIONS, Robustness, corrupt, plots
 from kd_d2.analysis.robustness import measure as engine
 
 import cv2
@@ -141,6 +141,14 @@ def test_a_killed_run_goes_on(tmp_path: Path, toy: tuple, monkeypatch: pytest.Mo
     run("--corruptions", "contrast", *_arguments(project, tmp_path / "whole"))
     summaries = [(tmp_path / name / "summary.json").read_text() for name in ("killed", "whole")]
     assert summaries[0] == summaries[1]
+
+
+def test_titles_with_an_underscore_are_in_the_legend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    scores = {"AP": 5.0, "AP50": 5.0}
+    plots.plot_robustness(dict.fromkeys(("_old", "new"), Robustness(scores, {"fog": {1: scores}})), "plot.png")
+    assert [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()] == ["_old", "new"]
 
 
 def test_workers_do_not_change_numbers_and_images_are_taken_evenly(tmp_path: Path) -> None:

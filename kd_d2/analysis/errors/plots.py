@@ -49,14 +49,14 @@ def plot_error_shares(models: dict[str, ErrorCurves], path: str) -> None:
     figure, axes = plt.subplots(1, len(SIZES), figsize=(3.4 * len(SIZES), 3.6), sharey=True, layout="constrained")
     width = 0.8 / len(models)
     for axis, size in zip(axes, SIZES, strict=True):
-        for index, (title, curves) in enumerate(models.items()):
+        for index, curves in enumerate(models.values()):
             areas = [curves.areas()[size][stage] for stage in STAGES]
             costs = 100 * np.diff(areas)
-            axis.bar(np.arange(len(costs)) + (index - (len(models) - 1) / 2) * width, costs, width, label=title)
+            axis.bar(np.arange(len(costs)) + (index - (len(models) - 1) / 2) * width, costs, width)
         axis.set_xticks(range(len(STAGES) - 1), MEANINGS[1:], rotation=45, ha="right", fontsize=8)
         axis.set_title(size)
         axis.grid(axis="y", alpha=0.3)
     axes[0].set_ylabel("area gained, points")
-    handles, titles = axes[0].get_legend_handles_labels()
-    figure.legend(handles, titles, loc="outside lower center", ncols=min(2, len(models)), fontsize=8)
+    bars = axes[0].containers
+    figure.legend(bars, list(models), loc="outside lower center", ncols=min(2, len(models)), fontsize=8)
     save_figure(figure, path)

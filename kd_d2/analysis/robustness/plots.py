@@ -22,9 +22,9 @@ def plot_robustness(models: dict[str, Robustness], path: str, metric: str = "AP"
         rows, columns, figsize=(2.7 * columns, 2.3 * rows + 0.4), sharey=True, squeeze=False, layout="constrained"
     )
     for axis, panel in zip(axes.flat, panels):
-        for index, (title, robustness) in enumerate(models.items()):
+        for index, robustness in enumerate(models.values()):
             points = robustness.by_severity(panel if panel in corruptions else None, metric)
-            axis.plot(*zip(*points.items()), color=f"C{index % 10}", marker=".", label=title)
+            axis.plot(*zip(*points.items()), color=f"C{index % 10}", marker=".")
         axis.set_title(panel.replace("_", " "), fontsize=10)
         axis.set_xticks(list(points), ["clean" if s == CLEAN_SEVERITY else str(s) for s in points], fontsize=8)
         axis.grid(alpha=0.3)
@@ -34,7 +34,7 @@ def plot_robustness(models: dict[str, Robustness], path: str, metric: str = "AP"
     for row in axes:
         row[0].set_ylabel(metric)
     figure.supxlabel("severity", fontsize=10)
-    axes[0, 0].legend(fontsize=8)
+    axes[0, 0].legend(axes[0, 0].lines, list(models), fontsize=8)
     save_figure(figure, path)
 
 
