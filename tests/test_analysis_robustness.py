@@ -143,6 +143,18 @@ def test_a_killed_run_goes_on(tmp_path: Path, toy: tuple, monkeypatch: pytest.Mo
     assert summaries[0] == summaries[1]
 
 
+def test_the_progress_counts_what_is_wanted(tmp_path: Path, toy: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check a run of two measurements in the folder of a run of three, of which it needs one."""
+    evaluate, notes = engine._evaluate, []
+    monkeypatch.setattr(engine, "_evaluate", lambda *args: notes.append(args[-1]) or evaluate(*args))
+    for corruption, severities in (("contrast", "1,2"), ("jpeg_compression", "1")):
+        run("--corruptions", corruption, "--severities", severities, *_arguments(toy[0], tmp_path / "out"))
+    assert notes == [
+        *("toy: clean (0 of 3 done)", "toy: contrast/1 (1 of 3 done)", "toy: contrast/2 (2 of 3 done)"),
+        "toy: jpeg_compression/1 (1 of 2 done)",
+    ]
+
+
 def test_titles_with_an_underscore_are_in_the_legend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = []
     monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))

@@ -111,7 +111,7 @@ def measure_robustness(
     detector = None
     for name, (corruption, severity) in missing.items():
         detector = detector or model.build()
-        note = f"{model.title}: {name} ({len(record.cells)} of {len(wanted)} done)"
+        note = f"{model.title}: {name} ({len(record.cells.keys() & wanted.keys())} of {len(wanted)} done)"
         mapper = CorruptedMapper(model.cfg, corruption, severity)
         record.add(name, _evaluate(model, detector, mapper, workers, progress, note))
     of = {c: {s: record.cells[cell_name(c, s)] for s in severities} for c in corruptions}
