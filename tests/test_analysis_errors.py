@@ -6,6 +6,10 @@ import functools
 import json
 from pathlib import Path
 
+from kd_d2.analysis.errors import STAGES, ErrorAnalysis, ModelErrors
+from kd_d2.analysis.errors.analysis import read_supercategories
+from kd_d2.analysis.errors.curves import SIZES
+
 import cv2
 import pytest
 from helpers import Project, make_project, run_command
@@ -51,6 +55,23 @@ def test_two_models_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture) 
     listed = json.loads((output / "pictures.json").read_text())["errors"]
     assert sorted(listed) == sorted(str(path.relative_to(output)) for path in output.rglob("*.png"))
     assert sorted(listed) == ["costs.png", "curves.png", "sizes.png"]
+
+
+def test_supercategories_of_numbers(tmp_path: Path) -> None:
+    """Check class names that YAML reads as numbers and as a truth value, as they are written."""
+    names = ("0", "007", "1.50", "no")
+    (tmp_path / "above.yaml").write_text("0: digit\n007: 1\n1.50: digit\nno: word\n")
+    truth = {"categories": [{"id": number, "name": name} for number, name in enumerate(names)]}
+    found = read_supercategories(str(tmp_path / "above.yaml"), truth)
+    assert found == {0: "digit", 1: "1", 2: "digit", 3: "word"}
+
+
+def test_a_class_called_all(tmp_path: Path) -> None:
+    """Check that errors.csv has the rows of all classes and those of the class."""
+    overall, own = ({size: dict.fromkeys(STAGES, area) for size in SIZES} for area in (0.25, 0.5))
+    ErrorAnalysis({"one": ModelErrors(overall, {"all": own})}).draw(str(tmp_path))
+    rows = [line.split(",") for line in (tmp_path / "errors.csv").read_text().splitlines()[1:]]
+    assert [row[1:4] for row in rows if row[2] == "small"] == [["all", "small", "0.2500"], ["all", "small", "0.5000"]]
 
 
 @pytest.mark.parametrize(

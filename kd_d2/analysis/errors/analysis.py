@@ -105,7 +105,7 @@ class ErrorAnalysis(Analysis):
         rows = [
             [title, name, size, *(as_text(areas[size][stage], ".4f", "nan") for stage in STAGES)]
             for title, errors in self.models.items()
-            for name, areas in {"all": errors.overall, **errors.classes}.items()
+            for name, areas in [("all", errors.overall), *errors.classes.items()]
             for size in SIZES
         ]
         write_text(os.path.join(folder, "errors.csv"), csv_text([["model", "class", "size", *STAGES], *rows]))
@@ -154,7 +154,7 @@ def read_supercategories(path: str | None, truth: dict) -> dict[int, str] | None
     """
     if path is None:
         return None
-    named = read_plain_yaml(find_file(path, "--supercategories"), f"--supercategories: {path}")
+    named = read_plain_yaml(find_file(path, "--supercategories"), f"--supercategories: {path}", as_text=True)
     ids = {c["name"]: c["id"] for c in truth["categories"]}
     if not isinstance(named, dict):
         raise UserError(f"--supercategories: {path} must map class names to super-category names.")
