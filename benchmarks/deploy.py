@@ -33,6 +33,7 @@ from measuring import device_name, seconds
 import torch
 from detectron2.config import CfgNode
 from tabulate import tabulate
+from torch import Tensor
 
 TIMED_IMAGES = 16
 
@@ -71,6 +72,27 @@ def subset(cfg: CfgNode, count: int, folder: str) -> None:
     dataset_files(cfg, cfg.DATASETS.TEST, 1)  # registers it
 
 
+def latencies(
+    models: dict[tuple[str, str], Callable], inputs: dict[str, list[Tensor]], rounds: int
+) -> dict[tuple[str, str], list[float]]:
+    """Return the seconds per image of all variants, in turns.
+
+    Args:
+        models: by title and runtime.
+        inputs: images by title, in the input format of the model.
+    """
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in models}
+    with torch.no_grad():
+        for turn in range(rounds + 1):
+            for images in zip(*inputs.values(), strict=True):
+                image_of = dict(zip(inputs, images, strict=True))
+                for key, model in models.items():
+                    taken = seconds(partial(model, [{"image": image_of[key[0]]}]))
+                    if turn:  # the first turn is a warm-up
+                        times[key].append(taken)
+    return times
+
+
 def main() -> None:
     options, opts = split_overrides(sys.argv[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -84,7 +106,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
 
     with exit_on_user_error(), tempfile.TemporaryDirectory() as folder:
-        rows, models = [], {}
+        rows, models, inputs = [], {}, {}
         for number, path in enumerate(read_model_paths(args.model)):
             cfg = load_config(path.config, [*opts, *path.overrides, "MODEL.DEVICE", "cpu"], student_only=True)
             place = os.path.join(folder, str(number))
@@ -104,15 +126,8 @@ def main() -> None:
                 models[path.title, title] = model
             metadata = models[path.title, "ONNX Runtime"].metadata
             files = dataset_files(cfg, cfg.DATASETS.TEST, TIMED_IMAGES)
-        inputs = [prepared(file, metadata) for file in files]
-        times: dict[tuple[str, str], list[float]] = {key: [] for key in models}
-        with torch.no_grad():
-            for turn in range(args.rounds + 1):
-                for image in inputs:
-                    for key, model in models.items():
-                        taken = seconds(partial(model, [{"image": image}]))
-                        if turn:  # the first turn is a warm-up
-                            times[key].append(taken)
+            inputs[path.title] = [prepared(file, metadata) for file in files]
+        times = latencies(models, inputs, args.rounds)
     for row in rows:
         row["ms"] = 1000 * statistics.median(times[row["model"], row["runtime"]])
         row["ratio"] = row["ms"] / (1000 * statistics.median(times[rows[0]["model"], "PyTorch"]))

@@ -143,6 +143,17 @@ def test_scaling_of_results_with_and_without_a_batch_size(tmp_path: Path, monkey
         )
 
 
+def test_latencies_are_of_each_models_own_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    deploy = load("benchmarks/deploy.py", monkeypatch)
+    seen: dict[str, list[int]] = {"small": [], "large": []}
+    models = {(title, "any"): lambda x, title=title: seen[title].append(len(x[0]["image"])) for title in seen}
+    inputs = {"small": [torch.zeros(1), torch.zeros(2)], "large": [torch.zeros(3), torch.zeros(4)]}
+    times = deploy.latencies(models, inputs, rounds=2)
+    assert seen == {"small": [1, 2] * 3, "large": [3, 4] * 3}
+    assert [len(taken) for taken in times.values()] == [4, 4]
+
+
 def test_profile_of_the_methods_that_support_the_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     profile = load("benchmarks/profile_step.py", monkeypatch)
