@@ -6,7 +6,8 @@ import functools
 import json
 from pathlib import Path
 
-from kd_d2.analysis import load_analysis
+from kd_d2 import UserError
+from kd_d2.analysis import TrainedModel, load_analysis
 from kd_d2.analysis.detections import GAINED, Difference, choose, differences, draw_differences
 from kd_d2.analysis.drawing import TITLE_HEIGHT
 from kd_d2.evaluation.coco import found_objects
@@ -14,6 +15,7 @@ from kd_d2.evaluation.coco import found_objects
 import cv2
 import numpy as np
 import pytest
+from detectron2.config import get_cfg
 from helpers import make_project, run_command, save_fixed_weights
 
 run = functools.partial(run_command, "analyze", "detections")
@@ -118,6 +120,14 @@ def test_sheets_of_three_models(tmp_path: Path, capsys: pytest.CaptureFixture) -
     with pytest.raises(SystemExit):
         run(*arguments)
     assert f"error: --output: the drawing {sheet} would overwrite an input" in capsys.readouterr().err
+
+
+def test_needs_coco_metrics(tmp_path: Path) -> None:
+    """Check a built-in set with LVIS metrics."""
+    cfg = get_cfg()
+    cfg.DATASETS.TEST = ("lvis_v1_val",)
+    with pytest.raises(UserError, match="needs COCO metrics, which lvis_v1_val does not use"):
+        TrainedModel("one", cfg).detections(str(tmp_path))
 
 
 def test_one_model_is_not_enough(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:

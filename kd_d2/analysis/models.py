@@ -22,7 +22,7 @@ from ..data import build_test_loader, register_coco_json, register_synthetic
 from ..distillers.matching import check_same_anchors
 from ..engine.checks import check_classes, check_datasets, check_distillation
 from ..errors import UserError
-from ..evaluation import build_evaluator
+from ..evaluation import build_evaluator, check_coco_metrics
 from ..files import read_json, write_json
 from ..meta_arch import KDMetaArch
 from ..model_paths import ModelPath, read_model_paths
@@ -87,7 +87,11 @@ class TrainedModel:
         """Return the model's detections on its dataset in COCO format.
 
         They are cached in the model's subfolder of `output` and read from there as long as `identity` is unchanged.
+
+        Raises:
+            UserError: the dataset is not evaluated with COCO metrics.
         """
+        check_coco_metrics(self.dataset, "This analysis")
         folder = os.path.join(output, self.folder_name)
         path, source = os.path.join(folder, "coco_instances_results.json"), os.path.join(folder, "source.json")
         identity = self.identity()

@@ -13,7 +13,6 @@ from typing import Self
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Instances
@@ -21,8 +20,8 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor
 
 from ..adapters import DensePredictions, DetectorOutputs
-from ..errors import UserError
-from ..evaluation import build_evaluator
+from ..evaluation import check_coco_metrics
+from ..evaluation.coco_evaluator import CocoEvaluator
 from ..files import check_output_folder
 from ..losses import reordered
 from ..meta_arch import KDMetaArch
@@ -94,8 +93,12 @@ def rank_oracle(cfg: CfgNode, model: KDMetaArch, examples: Iterable[dict]) -> di
     Raises:
         UserError: the dataset is not evaluated with COCO metrics.
     """
+    dataset = cfg.DATASETS.TEST[0]
+    check_coco_metrics(dataset, "kd-d2 analyze rank-oracle")
     with tempfile.TemporaryDirectory() as folder:  # for the files that evaluators write
-        evaluators = _coco_evaluators(cfg, cfg.DATASETS.TEST[0], folder)
+        evaluators = {
+            name: CocoEvaluator(dataset, folder, cfg.TEST.KEYPOINT_OKS_SIGMAS) for name in (STUDENT, RANKS, SCORES)
+        }
         for evaluator in evaluators.values():
             evaluator.reset()
         image_ids = []
@@ -110,19 +113,6 @@ def rank_oracle(cfg: CfgNode, model: KDMetaArch, examples: Iterable[dict]) -> di
                 evaluators[name].process([example], [{"instances": found}])
             image_ids.append(example["image_id"])
         return {name: evaluator.evaluate(img_ids=image_ids)["bbox"] for name, evaluator in evaluators.items()}
-
-
-def _coco_evaluators(cfg: CfgNode, dataset: str, folder: str) -> dict[str, COCOEvaluator]:
-    evaluators = {}
-    for name in (STUDENT, RANKS, SCORES):
-        evaluator = build_evaluator(cfg, dataset, folder)
-        if not isinstance(evaluator, COCOEvaluator):
-            raise UserError(
-                f"kd-d2 analyze rank-oracle evaluates some images with COCO metrics, which {dataset} does not use "
-                f"({type(evaluator).__name__}); give the dataset as a COCO file in DATASETS.COCO_JSON."
-            )
-        evaluators[name] = evaluator
-    return evaluators
 
 
 def exchanged_logits(

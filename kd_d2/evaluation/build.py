@@ -12,7 +12,8 @@ from detectron2.evaluation import DatasetEvaluator, LVISEvaluator, PascalVOCDete
 from ..errors import UserError
 from .coco_evaluator import CocoEvaluator
 
-EVALUATOR_TYPES = ("coco", "coco_panoptic_seg", "pascal_voc", "lvis")
+COCO_TYPES = ("coco", "coco_panoptic_seg")
+EVALUATOR_TYPES = (*COCO_TYPES, "pascal_voc", "lvis")
 
 
 def check_evaluation(dataset_name: str) -> None:
@@ -24,6 +25,16 @@ def check_evaluation(dataset_name: str) -> None:
         )
     if kind == "lvis" and importlib.util.find_spec("lvis") is None:  # an optional dependency
         raise UserError(f"DATASETS.TEST names {dataset_name}, which needs the package lvis: pip install lvis")
+
+
+def check_coco_metrics(dataset_name: str, analysis: str) -> None:
+    """Raise a UserError, which begins with `analysis`, unless the dataset is evaluated with COCO metrics."""
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    if kind not in COCO_TYPES:
+        raise UserError(
+            f"{analysis} needs COCO metrics, which {dataset_name} does not use (its evaluator type is {kind}); give the "
+            "dataset as a COCO file in DATASETS.COCO_JSON."
+        )
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
