@@ -23,7 +23,7 @@ from .data import read_image, register_synthetic
 from .data.coco import read_categories as read_category_entries
 from .data.images import resize_at_test
 from .errors import UserError
-from .modeling.building import build_detector
+from .modeling.building import build_detector, lower_score_threshold
 
 logger = logging.getLogger(__name__)
 
@@ -174,9 +174,7 @@ class Predictor(ImageDetector):
     def __init__(self, cfg: CfgNode, score_thresh: float = 0.5):
         model = build_detector(cfg).eval()
         load_complete(model, cfg.MODEL.WEIGHTS, "the detector")
-        for module in model.modules():
-            if hasattr(module, "test_score_thresh"):
-                module.test_score_thresh = min(module.test_score_thresh, score_thresh)
+        lower_score_threshold(model, score_thresh)
         resize = partial(resize_at_test, min_size=cfg.INPUT.MIN_SIZE_TEST, max_size=cfg.INPUT.MAX_SIZE_TEST)
         categories = read_categories(cfg, build_adapter(model).spec.num_classes)
         super().__init__(model, cfg.INPUT.FORMAT, resize, categories, score_thresh)

@@ -122,6 +122,22 @@ def test_sheets_of_three_models(tmp_path: Path, capsys: pytest.CaptureFixture) -
     assert f"error: --output: the drawing {sheet} would overwrite an input" in capsys.readouterr().err
 
 
+def test_a_threshold_below_that_of_the_config(tmp_path: Path) -> None:
+    """Check that the cached detections go down to --score-thresh, and are kept at a higher one."""
+    project, output = make_project(tmp_path), tmp_path / "out"
+    models = [
+        x for title in ("one", "other") for x in ("--model", f"{title}={project.teacher}", project.teacher_weights)
+    ]
+    entry = [[project.name, str(project.annotations), str(project.annotations.parent / "images")]]
+    data = ["DATASETS.COCO_JSON", entry, "DATASETS.TEST", (project.name,), "MODEL.RETINANET.SCORE_THRESH_TEST", 0.9999]
+    kept = output / "one" / "coco_instances_results.json"
+    found = []
+    for threshold in (1.0, 0.0):
+        run(*models, "--output", output, "--score-thresh", threshold, *data)
+        found.append(json.loads(kept.read_text()))
+    assert len(found[0]) < len(found[1]) and min(detection["score"] for detection in found[1]) < 0.9999
+
+
 def test_needs_coco_metrics(tmp_path: Path) -> None:
     """Check a built-in set with LVIS metrics."""
     cfg = get_cfg()

@@ -160,6 +160,16 @@ def test_a_picture_for_each_image_with_instances(draw: Callable, capsys) -> None
     assert capsys.readouterr().out.count(".png") == 3
 
 
+def test_a_threshold_below_those_of_the_configs(draw: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that student and teacher return detections down to --score-thresh."""
+    drawn = []
+    monkeypatch.setattr(ranks, "draw_detections", lambda image, found, *_: drawn.append(len(found)) or image)
+    higher = ("MODEL.RETINANET.SCORE_THRESH_TEST", 0.9999)
+    higher += ("MODEL.KD.TEACHER.OPTS", "['MODEL.RETINANET.SCORE_THRESH_TEST', 0.9999]")
+    draw("--images", 1, "--score-thresh", 0.0, *higher)
+    assert len(drawn) == 2 and min(drawn) > 0
+
+
 def test_files_of_ones_own_have_no_ranks(draw: Callable, distilled: Project, tmp_path: Path, capsys) -> None:
     image = distilled.annotations.parent / "images" / "001.png"
     assert draw("--input", image) == ["001.png"]

@@ -68,7 +68,7 @@ class DetectionAnalysis(Analysis):
             raise UserError(f"--score-thresh is {score_thresh}; it must be between 0 and 1.")
         check_output_folder(output, "--output")
         truth = read_annotations(models[0].dataset)
-        detections = {model.title: model.detections(output) for model in models}
+        detections = {model.title: model.down_to(score_thresh).detections(output) for model in models}
         first, second = (found_objects(truth, detections[m.title], score_thresh) for m in models[:2])
         differing = differences(truth, first, second)
         entries = {entry["image_id"]: entry for entry in DatasetCatalog.get(models[0].dataset)}

@@ -6,7 +6,8 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -82,6 +83,14 @@ class TrainedModel:
         load_complete(model, self.cfg.MODEL.WEIGHTS, self.title)
         match_classes(model, self.title, names_in_checkpoint(self.cfg.MODEL.WEIGHTS), names_in_data(self.cfg))
         return model
+
+    def down_to(self, score_thresh: float) -> Self:
+        """Return the model with a config in which score thresholds are at most `score_thresh`."""
+        cfg = self.cfg.clone()
+        for node in cfg.MODEL.values():
+            if isinstance(node, CfgNode) and "SCORE_THRESH_TEST" in node:
+                node.SCORE_THRESH_TEST = min(node.SCORE_THRESH_TEST, score_thresh)
+        return replace(self, cfg=cfg)
 
     def detections(self, output: str) -> list[dict]:
         """Return the model's detections on its dataset in COCO format.

@@ -24,6 +24,7 @@ from ..errors import UserError
 from ..files import check_output_folder
 from ..losses import prediction_difference
 from ..meta_arch import KDMetaArch
+from ..modeling.building import lower_score_threshold
 from .base import Analysis, check_at_least
 from .drawing import PALETTE, draw_instances, enlarged, overlay_heat, per_pixel, sheet, titled, write_picture
 from .examples import picture_names, pixels, read_examples, read_files
@@ -80,6 +81,8 @@ class RankAnalysis(Analysis):
         check_at_least("--instances", instances, 1)
         (distillation,) = models
         pair = Pair(distillation)
+        for detector in (pair.model.student, pair.model.teacher.model):
+            lower_score_threshold(detector, score_thresh)
         check_output_folder(output, "--output")
         cfg = distillation.cfg
         examples = read_files(cfg, input) if input else read_examples(cfg, images)

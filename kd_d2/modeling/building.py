@@ -31,6 +31,13 @@ def build_detector(cfg: CfgNode, source: str = "MODEL") -> nn.Module:
         return build_model(cfg)
 
 
+def lower_score_threshold(model: nn.Module, score_thresh: float) -> None:
+    """Let a detector return detections down to a score; lower thresholds are kept."""
+    for module in model.modules():
+        if hasattr(module, "test_score_thresh"):
+            module.test_score_thresh = min(module.test_score_thresh, score_thresh)
+
+
 @contextlib.contextmanager
 def building_from(source: str) -> Iterator[None]:
     """Raise a UserError that names the config keys `source` if Detectron2 cannot build a detector from them.
