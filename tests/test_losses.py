@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 from kd_d2.losses import (
+    agreement,
     attended_error,
     attended_value_loss,
     background_weights,
@@ -12,8 +13,10 @@ from kd_d2.losses import (
     dist_loss,
     foreground_weights,
     instance_attention,
+    masked_squared_error,
     min_max_normalize,
     pearson_loss,
+    prediction_difference,
     quality_focal_loss,
     rank_kl_loss,
     relative_to_mean,
@@ -142,6 +145,9 @@ def test_foreground_and_background_weights_of_bfloat16_boxes() -> None:
         soft_label_loss,
         quality_focal_loss,
         softmax_divergence,
+        prediction_difference,
+        agreement,
+        lambda s, t: masked_squared_error(s, t, torch.ones(2, 4, 4)),
         lambda s, t: attended_error(s, t, torch.ones(2, 3, 1, 1)),
         lambda s, t: attended_value_loss(s, t, torch.ones(2, 3, 4)),
         lambda s, t: with_statistics_of([s], [t]),

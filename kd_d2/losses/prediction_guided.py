@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .shapes import check_same_shape
+
 EPS = 1e-12
 
 
@@ -28,7 +30,12 @@ def prediction_guided_loss(
 
 
 def prediction_difference(student: Tensor, teacher: Tensor) -> Tensor:
-    """Compute P (B, H, W), mean over anchors and classes of (T - S)^2 of probabilities or logits (B, A * K, H, W)."""
+    """Compute P (B, H, W), mean over anchors and classes of (T - S)^2 of probabilities or logits (B, A * K, H, W).
+
+    Raises:
+        ValueError: the predictions differ in shape.
+    """
+    check_same_shape(student, teacher)
     dtype = torch.promote_types(student.dtype, torch.float32)
     return (teacher.detach().to(dtype) - student.to(dtype)).square().mean(1)
 
@@ -58,7 +65,11 @@ def masked_squared_error(student: Tensor, teacher: Tensor, mask: Tensor) -> Tens
     Args:
         student, teacher: (B, C, H, W); gradients flow only to the student.
         mask: (B, H, W), zeros and ones or any weights.
+
+    Raises:
+        ValueError: the maps differ in shape.
     """
+    check_same_shape(student, teacher)
     dtype = torch.promote_types(student.dtype, torch.float32)
     difference = (student.to(dtype) - teacher.detach().to(dtype)).square().mean(1)
     return (mask * difference).sum()

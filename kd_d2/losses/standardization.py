@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .shapes import check_same_shape
+
 EPS = 1e-5
 
 
@@ -24,5 +26,10 @@ def standardize(maps: Tensor, eps: float = EPS) -> Tensor:
 
 @torch.no_grad()
 def agreement(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the cosine similarity (N,) of two instances' features (N, C, H, W), at least 0, without gradient."""
+    """Return the cosine similarity (N,) of two instances' features (N, C, H, W), at least 0, without gradient.
+
+    Raises:
+        ValueError: the features differ in shape.
+    """
+    check_same_shape(student, teacher)
     return F.cosine_similarity(student.flatten(1).float(), teacher.flatten(1).float()).clamp(min=0)
