@@ -104,7 +104,7 @@ def names_in_training_set(cfg: CfgNode, folder: str = "") -> ClassOrder | None:
 
 
 def read_names_of_training_set(cfg: CfgNode, folder: str = "") -> ClassOrder:
-    """Return the same as `names_in_training_set`.
+    """Like `names_in_training_set`, but raises an error if the classes are unknown.
 
     Raises:
         UserError: no set of DATASETS.TRAIN is in DATASETS.COCO_JSON, or its file cannot be read or has no classes.

@@ -22,7 +22,7 @@ PRECISIONS = ("highest", "high", "medium")
 NVIDIA_DRIVER = ("/proc/driver/nvidia/version", "/dev/nvidia0")
 """Files of which a machine with an NVIDIA driver has at least one."""
 TEACHERS_CLASSES = "the number of classes in the teacher's config"
-"""Name of what determines the number of classes of a teacher, for messages."""
+"""Description, in messages, of where the number of classes of a teacher is set."""
 SMALLEST = {
     "SOLVER.MAX_ITER": 1,
     "SOLVER.WARMUP_ITERS": 0,

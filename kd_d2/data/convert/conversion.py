@@ -143,7 +143,7 @@ def _check_options(options: ConvertOptions, form: Format) -> None:
 
 
 def _title(folder: str, files: dict[str, str]) -> str:
-    """Return a beginning for the names of the datasets, after the folder, with which none is that of another dataset."""
+    """Return a prefix for dataset names, derived from the folder's name, with which no name is taken by another dataset."""
     register_synthetic()
     title = re.sub(r"\W+", "_", folder).strip("_").lower() or "data"
     while any(is_taken(f"{title}_{name}", file) for name, file in files.items()):

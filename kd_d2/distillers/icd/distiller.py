@@ -28,7 +28,7 @@ from .projection import project_levels
 from .queries import FakeInstances, InstanceQueries, ObservedFakeInstances, build_queries
 
 SMALLEST_SIZE = 1e-5
-"""Width and height, as fractions of the image, below which boxes count as that large: a fraction of a pixel."""
+"""Minimum width and height of a box, as fractions of the image, to which smaller ones are clamped."""
 
 
 @DISTILLER_REGISTRY.register()
