@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 
 import matplotlib
 
@@ -25,10 +26,11 @@ def shrink_titles(figure: plt.Figure) -> None:
         axis.title.set_size(axis.title.get_size() / max(excess, 1))
 
 
-def save_figure(figure: plt.Figure, path: str) -> None:
-    """Save a figure, creating the folder if needed, and close it. Each text is shortened to one line."""
+def save_figure(figure: plt.Figure, path: str, wrapped: Collection[Text] = ()) -> None:
+    """Save a figure, creating the folder if needed, and close it. Each text, except those `wrapped`, is shortened to one line."""
     for text in figure.findobj(Text):
-        text.set_text(label(text.get_text()))
+        if text not in wrapped:
+            text.set_text(label(text.get_text()))
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

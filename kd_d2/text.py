@@ -7,6 +7,7 @@ import hashlib
 import io
 import logging
 import re
+import textwrap
 import unicodedata
 from collections.abc import Iterable, Sequence
 
@@ -26,6 +27,11 @@ def printable(text: str, longest: int = LONGEST_MESSAGE) -> str:
 def label(text: str) -> str:
     """Return `printable` text that is short enough for a figure or a table."""
     return printable(text, LONGEST_LABEL)
+
+
+def wrapped_label(text: str) -> str:
+    """Return `printable` text for a figure, in up to three lines of the length of a label."""
+    return "\n".join(textwrap.wrap(printable(text, 3 * LONGEST_LABEL - 20), LONGEST_LABEL, break_on_hyphens=False)[:3])
 
 
 def composed(name: str) -> str:

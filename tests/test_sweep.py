@@ -25,7 +25,7 @@ from kd_d2.sweep.plots import look, plot_ap, plot_curves
 from kd_d2.sweep.report import first_curves, write_report
 from kd_d2.sweep.results import read_curves, read_metrics, read_result, result_path
 from kd_d2.sweep.runner import Job, run_jobs, teacher_evaluation, training_job
-from kd_d2.sweep.table import HEADERS, as_csv, as_markdown, build_rows, format_row, pooled_deviation, read_results
+from kd_d2.sweep.table import HEADERS, Row, as_csv, as_markdown, build_rows, format_row, pooled_deviation, read_results
 
 import pytest
 from helpers import clean_process, make_coco
@@ -245,7 +245,7 @@ def test_plots_show_every_finished_cell(finished, tmp_path, monkeypatch):
     results = read_results(matrix, output)
     rows, curves = build_rows(matrix, results, {}), first_curves(matrix, results)
     figures = []
-    monkeypatch.setattr(plots, "save_figure", lambda figure, path: (figures.append(figure), save_figure(figure, path)))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, *a: (figures.append(figure), save_figure(figure, *a)))
     plot_ap(rows, str(tmp_path / "ap.png"))
     plot_curves(curves, str(tmp_path / "curves.png"))
     bars, lines = figures[0].axes[0], figures[1].axes
@@ -267,12 +267,26 @@ def test_curves_of_several_test_sets_and_negative_losses(tmp_path, monkeypatch):
     assert curves.keys() == {"day/bbox/AP", "night/bbox/AP", "total_loss", "loss_own"}
     assert curves["night/bbox/AP"] == [[2, 4.0], [3, 6.0]]
     figures = []
-    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, *a: figures.append(figure))
     plot_curves({"one": curves}, str(tmp_path / "curves.png"))
     drawn = {axis.get_title(): axis.get_ylim() for axis in figures[0].axes if axis.get_title()}
     assert list(drawn) == ["day/AP", "night/AP", "total_loss", "loss_own"]
     assert drawn["total_loss"][0] == drawn["day/AP"][0] == 0
     assert drawn["loss_own"][0] < -2 < -1 < drawn["loss_own"][1]
+
+
+def test_long_titles_are_told_apart(tmp_path, monkeypatch):
+    """Check titles that differ in the middle alone, in both plots, and a legend that is no wider than its figure."""
+    titles = [f"{'inheritance, ' * 6}{method}{', levels balanced' * 5}" for method in ("SSIM", "CrossKD")]
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, *a: (figures.append(figure), save_figure(figure, *a)))
+    scores = {column: [1.0] for column in ("AP", "AP50")}
+    plot_ap([Row(title, title, scores, {}) for title in titles], str(tmp_path / "ap.png"))
+    plot_curves({title: {"total_loss": [(1, 2.0), (2, 1.0)]} for title in titles}, str(tmp_path / "curves.png"))
+    bars, legend = figures[0].axes[0].get_yticklabels(), figures[1].legends[0]
+    for texts in (bars, legend.get_texts()):
+        assert [text.get_text().replace("\n", " ") for text in texts] == titles
+    assert legend.get_window_extent().width <= figures[1].bbox.width
 
 
 @pytest.mark.parametrize("count", [3, 10, 11, 45])

@@ -6,9 +6,10 @@ import statistics
 from typing import Any
 
 import matplotlib
+from matplotlib.legend import Legend
 
 from ..figures import plt, save_figure, shrink_titles
-from ..text import label
+from ..text import wrapped_label
 from .results import is_box_ap
 from .table import Row
 
@@ -42,7 +43,7 @@ def plot_ap(rows: list[Row], path: str) -> None:
         axis.set_xlabel(column)
         axis.margins(x=0.12, y=0.02)
         axis.grid(axis="x", alpha=0.3)
-    axes[0].set_yticks(range(len(students)), [label(row.title) for row in students])
+    axes[0].set_yticks(range(len(students)), [wrapped_label(row.title) for row in students])
     axes[0].invert_yaxis()
     save_figure(figure, path)
 
@@ -70,10 +71,24 @@ def plot_curves(curves: dict[str, Curves], path: str) -> None:
             axis.set_ylim(bottom=0)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
-    lines = [plt.Line2D([], [], label=title, **look(i, len(curves))) for i, title in enumerate(curves)]
-    figure.legend(handles=lines, loc="outside lower center", ncols=min(3, len(lines)), fontsize=8)
+    lines = [plt.Line2D([], [], label=wrapped_label(title), **look(i, len(curves))) for i, title in enumerate(curves)]
+    legend = _add_legend(figure, lines)
     shrink_titles(figure)
-    save_figure(figure, path)
+    save_figure(figure, path, legend.get_texts())
+
+
+def _add_legend(figure: plt.Figure, lines: list[plt.Line2D]) -> Legend:
+    """Add a legend of up to three columns below the panels, which keep their height, and enlarge the figure for it."""
+    place = {"handles": lines, "loc": "outside lower center", "fontsize": 8}
+    single = figure.legend(**place)
+    figure.draw_without_rendering()
+    columns = figure.bbox.width // single.get_window_extent().width
+    single.remove()
+    legend = figure.legend(**place, ncols=int(min(max(columns, 1), 3, len(lines))))
+    figure.draw_without_rendering()
+    width, height = legend.get_window_extent().size / figure.dpi
+    figure.set_size_inches(max(figure.get_figwidth(), width + 0.2), figure.get_figheight() + height)
+    return legend
 
 
 def look(index: int, count: int) -> dict[str, Any]:
