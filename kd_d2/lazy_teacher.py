@@ -71,6 +71,8 @@ def _load(path: str, overrides: list[str]) -> Any:
         config = LazyConfig.load(path)
     except Exception as error:  # from code in the file
         raise UserError(f"{FILE} {path} cannot be loaded ({type(error).__name__}: {error}).") from error
+    if not overrides:
+        return config
     try:
         return LazyConfig.apply_overrides(config, overrides)
     except Exception as error:  # from Hydra's parser and OmegaConf

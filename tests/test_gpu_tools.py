@@ -70,16 +70,30 @@ def test_check_without_a_gpu(tmp_path: Path) -> None:
 def test_pack_has_what_the_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that packages with a suitable version on the machine are omitted, and PyTorch always."""
     pack = load("tools/gpu_pack.py", monkeypatch)
-    present = pack.read_freeze("numpy==1.25.2\nKornia==0.9.0\nsome @ file:///x\npycocotools==2.0.1\n")
-    assert present == {"numpy": Version("1.25.2"), "kornia": Version("0.9.0"), "pycocotools": Version("2.0.1")}
+    present = pack.read_freeze("numpy==1.25.2\nYacs==0.1.8\nsome @ file:///x\npycocotools==2.0.1\n")
+    assert present == {"numpy": Version("1.25.2"), "yacs": Version("0.1.8"), "pycocotools": Version("2.0.1")}
     everything, missing = pack.missing_packages({}, "3.12"), pack.missing_packages(present, "3.12")
-    assert set(everything) - set(missing) == {"kornia"}
-    assert {"numpy", "pycocotools", "sal-detectron2", "fvcore", "yacs"} <= set(missing)
+    assert set(everything) - set(missing) == {"yacs"}
+    assert {"numpy", "pycocotools", "sal-detectron2", "fvcore", "kornia"} <= set(missing)
     assert not {"torch", "torchvision", "triton", "kd-d2", "sympy"} & set(everything)
 
 
+def test_pack_for_a_machine_with_an_older_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that packages of the machine are kept with its NumPy, or packed with another one."""
+    pack = load("tools/gpu_pack.py", monkeypatch)
+    lines = "numpy==1.26.4\nmatplotlib==3.7.0\npycocotools==2.0.7\nyacs==0.1.8\n"
+    built = {"numpy", "matplotlib", "pycocotools"}
+    opencv = "opencv-python-headless"
+    requires = pack.metadata.requires
+    monkeypatch.setattr(pack.metadata, "requires", lambda n: ["numpy>=2"] if n == opencv else requires(n))
+    with_old_opencv = pack.missing_packages(pack.read_freeze(f"{lines}{opencv}==4.8.0.76\n"), "3.12")
+    assert not built & set(with_old_opencv) and opencv not in with_old_opencv
+    without = pack.missing_packages(pack.read_freeze(lines), "3.12")
+    assert built | {opencv} <= set(without) and "yacs" not in without
+
+
 @pytest.mark.parametrize(("lines", "message"), [
-    ("torch==2.9.1+cu130\n", "--installed has torch 2.9.1+cu130, but kd_d2 needs torch>=2.10: install that there first."),
+    ("torch==2.9.1+cu130\n", "--installed has torch 2.9.1+cu130, but kd_d2 needs torch>=2.10.0a0: install that there first."),
     ("torch==2.10.0a0+b4e4ee81d3.nv25.12\ntorchvision==0.25.0\n", None),
 ])  # fmt: skip
 def test_pack_for_a_machine_with_an_old_torch(monkeypatch: pytest.MonkeyPatch, lines: str, message: str | None) -> None:

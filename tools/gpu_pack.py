@@ -17,6 +17,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
@@ -100,13 +101,15 @@ def missing_packages(present: dict[str, Version], python: str, machine: str = "x
         "platform_machine": machine,
     }
     specifiers: dict[str, SpecifierSet] = {}
+    needed: list[str] = []
     waiting = [Requirement(name) for name in ("kd_d2", *ALSO)]
     while waiting:
         requirement = waiting.pop()
         name = _normalized(requirement.name)
-        is_new = name not in specifiers
         specifiers[name] = specifiers.get(name, SpecifierSet()) & requirement.specifier
-        if is_new and name not in OF_THE_MACHINE:
+        is_kept = name in present and name != "kd-d2" and specifiers[name].contains(present[name], prereleases=True)
+        if not is_kept and name not in (*needed, *OF_THE_MACHINE):
+            needed.append(name)
             waiting += [
                 other
                 for other in map(Requirement, metadata.requires(name) or [])
@@ -114,18 +117,26 @@ def missing_packages(present: dict[str, Version], python: str, machine: str = "x
             ]
     for name in OF_THE_MACHINE:
         version = present.get(name)
-        unmet = [str(part) for part in specifiers.get(name, ()) if version and version.base_version not in part]
+        unmet = [
+            str(part) for part in specifiers.get(name, ()) if version and not part.contains(version, prereleases=True)
+        ]
         if unmet:
             sys.exit(f"--installed has {name} {version}, but kd_d2 needs {name}{unmet[0]}: install that there first.")
-    missing = {
-        name: metadata.version(name)
-        for name, specifier in sorted(specifiers.items())
-        if name not in (*OF_THE_MACHINE, "kd-d2") and not (name in present and present[name] in specifier)
-    }
+    if "numpy" in needed and (built_for_another := _users_of_numpy(specifiers) & set(present)):
+        others = {name: version for name, version in present.items() if name not in built_for_another}
+        return missing_packages(others, python, machine)
+    missing = {name: metadata.version(name) for name in sorted(needed) if name != "kd-d2"}
     if not {"detectron2", DETECTRON2} & set(present):
         pins = (ROOT / "requirements" / "detectron2.txt").read_text()
         missing[DETECTRON2] = re.search(rf"^{DETECTRON2}==(\S+)", pins, re.MULTILINE)[1]
     return missing
+
+
+def _users_of_numpy(names: Iterable[str]) -> set[str]:
+    requirements = {
+        name: map(Requirement, metadata.requires(name) or []) for name in names if name not in OF_THE_MACHINE
+    }
+    return {name for name, its in requirements.items() if any(other.name == "numpy" for other in its)}
 
 
 def fetch_wheels(packages: dict[str, str], python: str, machine: str, folder: Path) -> None:

@@ -21,7 +21,7 @@ install() { # arguments of pip install
 }
 
 is_supported() { # a Python
-    "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null
+    "$1" -c 'import sys; v = sys.version_info; sys.exit(not (3, 11) <= v[:2] <= (3, 14) or v[:3] == (3, 14, 1))' 2>/dev/null
 }
 
 has_detectron2() { # a Python: one that kd_d2 can use
@@ -46,7 +46,7 @@ else
         [ -n "$python" ] || ! is_supported "$candidate" || python=$(command -v "$candidate")
     done
 fi
-is_supported "$python" || die "kd_d2 needs Python 3.11 to 3.14; install one, or name it with PYTHON=path."
+is_supported "$python" || die "kd_d2 needs Python 3.11 to 3.14, but not 3.14.1; install one, or name it with PYTHON=path."
 want=${DETECTRON2:-$mode}
 [ -n "$want" ] || { has_detectron2 "$python" && want=installed || want=pypi; }
 checksum=$({ cat pyproject.toml setup.py requirements/*.txt tools/setup_env.sh && echo "$VPY"; } | cksum)
