@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -52,8 +53,7 @@ class _Compiled:
         self.function = function
         self.channels_last = channels_last
         self.has_compiled_backward = False
-        options = {"force_layout_optimization": True} if channels_last else None
-        self.fast = torch.compile(function, dynamic=True, options=options)
+        self.fast: Callable | None = None
         self.memory_format = torch.channels_last if channels_last else torch.preserve_format
         self.key = key
 
@@ -61,6 +61,9 @@ class _Compiled:
         images = images.to(memory_format=self.memory_format)
         if self.fast is not self.function:
             try:
+                if self.fast is None:
+                    options = {"force_layout_optimization": True} if self.channels_last else None
+                    self.fast = torch.compile(self.function, dynamic=True, options=options)
                 outputs = self.fast(images)
                 if torch.is_grad_enabled() and not self.has_compiled_backward:
                     self._compile_backward(outputs)

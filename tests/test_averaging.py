@@ -62,12 +62,13 @@ def test_the_average_is_saved_and_evaluated(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_precise_statistics_are_those_of_the_average() -> None:
-    """Check the weights that Detectron2's hook sees, and that the student has its own again."""
+    """Check the weights that Detectron2's hook sees, that the student has its own again, and the statistics of both."""
     student, seen = nn.BatchNorm1d(1), []
 
     class Precise:
         def after_step(self) -> None:
             seen.append((student.weight.item(), self.trainer))
+            student.running_mean.fill_(5)
 
     averaged = AveragedStudent(student, decay=0.9)
     averaged.average.weight.data.fill_(3)
@@ -75,6 +76,7 @@ def test_precise_statistics_are_those_of_the_average() -> None:
     hook.trainer = "trainer"
     hook.after_step()
     assert seen == [(3, "trainer")] and student.weight.item() == 1
+    assert student.running_mean.item() == averaged.average.running_mean.item() == 5
 
 
 def test_precise_statistics_follow_the_average(tmp_path: Path) -> None:

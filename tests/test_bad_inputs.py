@@ -530,6 +530,10 @@ def test_a_broken_image_stops_the_training_in_a_sentence(project: Project, capfd
             "SOLVER.WARMUP_ITERS is 4; with SOLVER.RESCALE_INTERVAL True it must be below SOLVER.MAX_ITER 4.",
         ),
         (["DATALOADER.REPEAT_THRESHOLD", -0.1], "DATALOADER.REPEAT_THRESHOLD is -0.1; it must be a number at least 0."),
+        (
+            ["SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", -1.0],
+            "SOLVER.CLIP_GRADIENTS.CLIP_VALUE is -1.0; it must be a number above 0.",
+        ),
         (["SOLVER.BASE_LR", -1.0], "SOLVER.BASE_LR is -1.0; it must be a number at least 0."),
         (["DATALOADER.NUM_WORKERS", -1], "DATALOADER.NUM_WORKERS is -1; it must be a number at least 0."),
         (["SEED", 1, "--resume"], "the command line: the option --resume must come before the KEY VALUE overrides."),

@@ -148,6 +148,25 @@ def test_a_backward_pass_that_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch
     assert model.backbone["layer"].weight.grad.tolist() == [[2.0, 2.0], [2.0, 2.0]]
 
 
+def test_a_compiler_that_cannot_be_loaded(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check one warning, as when Inductor cannot create its cache folder, which it does when it is imported."""
+
+    def fails(function, **options: object) -> None:
+        raise FileNotFoundError(2, "No such file or directory", "/proc/inductor")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    said = []
+    monkeypatch.setattr("kd_d2.compiled.logger.warning", said.append)
+    images = torch.ones(1, 3, 64, 64)
+    expected = model.backbone(images)
+    compile_backbone(model, "SOLVER.COMPILE")
+    for _ in range(2):
+        found = model.backbone(images)
+        assert all(torch.equal(found[name], x) for name, x in expected.items())
+    reason = "[Errno 2] No such file or directory: '/proc/inductor'"
+    assert said == [f"SOLVER.COMPILE: compilation failed ({reason}); the backbone runs uncompiled."]
+
+
 def _compilations() -> int:
     return counters["stats"]["unique_graphs"]
 

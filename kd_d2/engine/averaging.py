@@ -41,6 +41,11 @@ class AveragedStudent(HookBase):
         decay = min(self.decay, (self.trainer.iter + 1) / (self.trainer.iter + 10))
         averages, weights = list(self.average.parameters()), [p.detach() for p in self.student.parameters()]
         torch._foreach_lerp_(averages, weights, 1 - decay)
+        self.copy_buffers()
+
+    @torch.no_grad()
+    def copy_buffers(self) -> None:
+        """Copy the student's buffers to the average."""
         for average, buffer in zip(self.average.buffers(), self.student.buffers(), strict=True):
             average.copy_(buffer)
 
@@ -72,6 +77,7 @@ class PreciseStatisticsOfAverage(HookBase):
         self.precise.trainer = self.trainer
         with self.averaged.in_place_of_student():
             self.precise.after_step()
+        self.averaged.copy_buffers()
 
 
 class Unaveraged:

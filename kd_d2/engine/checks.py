@@ -254,6 +254,9 @@ def check_schedule(cfg: CfgNode, world_size: int) -> None:
     for key, minimum in SMALLEST.items():
         section, name = key.split(".")
         check_number(key, cfg[section][name], minimum)
+    clipping = cfg.SOLVER.CLIP_GRADIENTS
+    if clipping.ENABLED:
+        check_number("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", clipping.CLIP_VALUE, 0, exclusive=True)
     batch, parts = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.GRADIENT_ACCUMULATION_STEPS
     if batch % world_size or batch < 1:
         raise UserError(f"SOLVER.IMS_PER_BATCH is {batch}; it must be a multiple of {world_size} (processes).")
