@@ -185,6 +185,34 @@ def test_a_constant_whose_mean_is_rounded_has_no_gradient(logit: float) -> None:
     assert not student.grad.any()
 
 
+def test_dist_of_a_batch_on_two_ranks() -> None:
+    """Check that ranks with three and with one proposal, simulated in turn, get the whole batch's loss and gradient."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.rand(2, 4, 3, generator=generator, dtype=torch.float64)
+    whole = dist_loss(student.requires_grad_(), teacher)
+    (expected,) = torch.autograd.grad(whole, student)
+    known: list[Tensor] = []
+
+    def run(part: slice) -> tuple[Tensor, list[Tensor]]:
+        """Return the loss and the rank's values of all sums, with known sums of both ranks in their place."""
+        own: list[Tensor] = []
+
+        def total(value: Tensor) -> Tensor:
+            own.append(value.detach().clone())
+            return value + (known[len(own) - 1] - value.detach()) if len(own) <= len(known) else value
+
+        return dist_loss(student[part], teacher[part], total=total), own
+
+    ranks = slice(0, 3), slice(3, 4)
+    for number in range(3):  # the rows' distances, then the columns' means and deviations
+        known.append(sum(run(part)[1][number] for part in ranks))
+    for part in ranks:
+        loss, own = run(part)
+        assert len(own) == 3
+        torch.testing.assert_close(loss, whole)
+        torch.testing.assert_close(torch.autograd.grad(loss, student)[0][part], expected[part])
+
+
 def test_dist_of_half_precision_has_the_gradients_of_float32() -> None:
     """Check logits of a new dense head, most rows and columns of which are constant after rounding to bfloat16."""
     torch.manual_seed(0)
