@@ -72,6 +72,8 @@ def test_standardize_by_hand() -> None:
     torch.testing.assert_close(result[0, 0], torch.tensor([[-1.0, -1], [1, 1]]).double(), rtol=1e-4, atol=0)
     assert (result[0, 1] == 0).all()
     assert torch.autograd.gradcheck(standardize, maps)
+    flat = 1e-3 * maps.detach()[:, :1]  # deviations of 0.001 and a variance of 1e-6, so 1.1e-5 with the added 1e-5
+    torch.testing.assert_close(standardize(flat)[0, 0, 0, 0].item(), -1e-3 / 1.1e-5**0.5, rtol=1e-6, atol=0)
 
 
 def test_agreement_by_hand() -> None:

@@ -145,6 +145,15 @@ def test_prediction_guided_by_hand() -> None:
     assert weighted_imitation_loss(student, teacher, masks, [1.0, 1.0]).item() == pytest.approx(16 / 2)
 
 
+def test_relative_weights_have_no_gradient_through_their_mean() -> None:
+    """Check 1, 3 with the mean 2: the gradient of each relative weight is 1/2 at its own position alone."""
+    weights = torch.tensor([[[1.0, 3.0]]], requires_grad=True)
+    (relative,) = relative_to_mean([weights])
+    assert relative.tolist() == [[[0.5, 1.5]]]
+    relative.sum().backward()
+    assert weights.grad.tolist() == [[[0.5, 0.5]]]
+
+
 def test_prediction_guided_gradient_is_the_numerical_one_of_the_features_alone() -> None:
     generator = torch.Generator().manual_seed(0)
     features = [torch.randn(2, 3, 2, 3, generator=generator, dtype=torch.float64) for _ in range(2)]
