@@ -187,6 +187,8 @@ def test_another_weight_after_resuming(slopes: Slopes) -> None:
     assert run(100.0, state, 3)[1] == pytest.approx(1 / 30)  # iteration 3 has no measurement
     off, found = run(0.0, state, 3)
     assert found == 1.0 and run(100.0, off, 5)[1] == pytest.approx(1 / 30)
+    again, _ = run(100.0, state, 3)
+    assert run(100.0, again, 3)[1] == pytest.approx(1 / 30)  # corrected once, not at every resume
     old = {"averages": state["averages"]}
     assert run(100.0, old, 3)[1] == pytest.approx(1 / 3)
 
