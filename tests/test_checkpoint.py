@@ -414,6 +414,17 @@ def test_a_layer_is_inherited_whole_or_not_at_all() -> None:
     assert not torch.equal(student.head["narrow"].bias, teacher.head["narrow"].bias)
 
 
+def test_layers_whose_names_begin_alike_are_inherited_separately() -> None:
+    """Check that layer "conv10" is copied although "conv1" has another shape."""
+    teacher, student = heads(
+        nn.ModuleDict({"conv1": nn.Linear(2, 3), "conv10": nn.Linear(4, 4)}),
+        nn.ModuleDict({"conv1": nn.Linear(5, 3), "conv10": nn.Linear(4, 4)}),
+    )
+    fit = inherit(student, teacher, ("head",))
+    assert set(fit.filled) == {"head.conv10.weight", "head.conv10.bias"}
+    assert set(fit.misfits) == {"head.conv1.weight", "head.conv1.bias"}
+
+
 def test_a_parameter_beside_layers_is_inherited_alone() -> None:
     """Check a head with scales for another number of levels, all layers of which are inherited."""
 
