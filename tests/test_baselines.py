@@ -60,6 +60,14 @@ def test_masked_squared_error_by_hand() -> None:
     assert torch.autograd.gradcheck(lambda s: masked_squared_error(s, teacher, mask), student)
 
 
+def test_inside_boxes_by_hand() -> None:
+    """Check centers at x 4, 12, 20 and y 4, 12: boxes that overlap count once, a center on a side is outside."""
+    student = _outputs({8: torch.zeros(2, 1, 2, 3)})
+    overlapping, on_sides = [[3.9, 0.0, 12.1, 8.0], [0.0, 0.0, 8.0, 16.0]], [[4.0, 4.0, 12.0, 12.5]]
+    (mask,) = inside_boxes(student, targets_of(overlapping, on_sides), [8])
+    assert mask.tolist() == [[[1, 1, 0], [1, 0, 0]], [[0, 0, 0], [0, 0, 0]]]
+
+
 def test_near_objects_by_hand() -> None:
     """Check IoUs 1, 1/3, 1/4 and 0 against 0.5 and 0.2 of the best, two anchors per position, and several boxes."""
     wide = [[0.0, 0, 16, 8], [8.0, 0, 24, 8], [0.0, 0, 8, 24], [40, 0, 48, 8]]
