@@ -50,6 +50,9 @@ def test_adaptive_assignment_by_hand() -> None:
     narrow = Boxes(torch.tensor([[9.0, 0, 12, 8]]))
     assert pairwise_iou(narrow, anchors[0])[0].tolist() == pytest.approx([0, 0.375, 0, 0, 0])
     assert assign_adaptively(anchors, narrow, topk=2).tolist() == [BACKGROUND] * 5
+    # a center on any of the four sides is not inside
+    for sides in ([12.0, 0, 16, 8], [8.0, 0, 12, 8], [8.0, 4, 16, 8], [8.0, 0, 16, 4]):
+        assert assign_adaptively(anchors, Boxes(torch.tensor([sides])), topk=1).tolist() == [BACKGROUND] * 5
 
 
 def test_adaptive_assignment_takes_the_candidates_of_every_level() -> None:
@@ -191,6 +194,55 @@ def test_gfl_losses_by_hand(tiny_detector: Callable) -> None:
     predictions[1] = [torch.zeros(1, 2, 68)]
     spread = model.losses(anchors, predictions, assignment, targets)["loss_gfl_distribution"].item()
     assert spread == pytest.approx(0.25 * math.log(17) / 2, rel=1e-5)
+
+
+def _two_positives() -> tuple[list[Boxes], Tensor, list[Instances]]:
+    """Return two anchors of side 64 at stride 8, both assigned to the only box, which is centered at the second."""
+    target = Instances((8, 24), gt_boxes=Boxes(torch.tensor([[0.0, 0, 24, 8]])), gt_classes=torch.tensor([1]))
+    return [_grid(8, 2, 1, 64.0)], torch.tensor([[0, 0]]), [target]
+
+
+def test_atss_divisors_by_hand(tiny_detector: Callable) -> None:
+    """Check two positives with centerness sqrt(1/5) and 1, boxes with IoU 3/64 and 1, and probabilities of 3/4."""
+    model = tiny_detector("atss")
+    anchors, assignment, targets = _two_positives()
+    exact = model.box2box_transform.get_deltas(anchors[0].tensor[1:], targets[0].gt_boxes.tensor)
+    predictions = [
+        [torch.zeros(1, 2, 3)],
+        [torch.cat([torch.zeros(1, 4), exact])[None]],
+        [torch.full((1, 2, 1), math.log(3))],
+    ]
+    losses = model.losses(anchors, predictions, assignment, targets)
+    assert losses["loss_atss_cls"].item() == pytest.approx((0.25 + 2 * 0.75) * 0.25 * math.log(2), rel=1e-5)
+    first = math.sqrt(4 / 20)  # 4 and 20 pixels to the left and right side
+    # weighted by the centerness, divided by its sum; the others are divided by the number of positives
+    assert losses["loss_atss_box"].item() == pytest.approx(2 * first * (1 - 3 / 64) / (first + 1), rel=1e-5)
+    quality = (first + 1) * math.log(4 / 3) + (1 - first) * math.log(4)
+    assert losses["loss_atss_centerness"].item() == pytest.approx(quality / 2, rel=1e-5)
+
+
+def test_gfl_weights_by_hand(tiny_detector: Callable) -> None:
+    """Check two positives with scores 3/4 and 1/2 and IoU 3/64 and 1; neither scores nor qualities pass a gradient on."""
+    model = tiny_detector("gfl")
+    anchors, assignment, targets = _two_positives()
+    logits = torch.zeros(1, 2, 3)
+    logits[0, 0, 1] = math.log(3)
+    sides = torch.full((1, 2, 4, 17), -1e9)
+    sides[0, 0, :, 4] = 0.0  # the first box is the anchor
+    for side, bins in enumerate(((1, 2), (0, 1), (1, 2), (0, 1))):  # 12 and 4 pixels from the second center
+        sides[0, 1, side, bins] = 0.0
+    sides = sides.flatten(2)
+    losses = model.losses(anchors, [[logits.requires_grad_()], [sides.requires_grad_()]], assignment, targets)
+    assert losses["loss_gfl_box"].item() == pytest.approx(2 * 0.75 * (1 - 3 / 64) / (0.75 + 0.5), rel=1e-5)
+    # targets 3/64 and 1 of the class, and 0 of two other classes at each position
+    others = 4 * 0.25 * math.log(2)
+    own = (0.75 - 3 / 64) ** 2 * (3 / 64 * math.log(4 / 3) + 61 / 64 * math.log(4)) + 0.25 * math.log(2)
+    assert losses["loss_gfl_quality"].item() == pytest.approx((others + own) / 2, rel=1e-5)
+    boxes = losses["loss_gfl_box"] + losses["loss_gfl_distribution"]
+    assert torch.autograd.grad(boxes, logits, retain_graph=True, allow_unused=True) == (None,)
+    assert torch.autograd.grad(losses["loss_gfl_quality"], sides, allow_unused=True) == (None,)
+    spread = model.losses(anchors, [[logits], [torch.zeros(1, 2, 68)]], assignment, targets)["loss_gfl_distribution"]
+    assert spread.item() == pytest.approx(0.25 * math.log(17), rel=1e-5)
 
 
 DENSE = {"fcos": FCOS, "atss": ATSS, "gfl": GFL, "fsaf": FSAF, "reppoints": RepPoints}
