@@ -334,6 +334,15 @@ def test_relation_loss_by_hand() -> None:
     assert torch.autograd.gradcheck(lambda s: relation_loss(s, even[None], three), student)
 
 
+def test_relation_loss_of_equal_instances() -> None:
+    """Check three instances with distances of zero against 1, 1, 1: smooth l1 of 1 is 1/2, and gradients are finite."""
+    student = torch.ones(1, 3, 2, requires_grad=True)
+    even = torch.tensor([[[0.0, 0.0], [1.0, 0.0], [0.5, math.sqrt(0.75)]]])
+    loss = relation_loss(student, even, torch.ones(1, 3, dtype=torch.bool))
+    loss.backward()
+    assert loss.item() == pytest.approx(0.5) and student.grad.isfinite().all()
+
+
 def _stride_maps() -> dict[int, Tensor]:
     """Return neck outputs of a 64 px image whose values are their stride."""
     return {s: torch.full((1, 8, n, n), float(s)) for s, n in ((8, 8), (16, 4), (32, 2), (64, 1), (128, 1))}

@@ -492,6 +492,25 @@ def test_valuable_region_lies_around_the_positives(dense: Callable, make_inputs:
     assert nothing.shape == weight_R.shape and not nothing.any()
 
 
+def test_valuable_region_by_hand() -> None:
+    """Check squares of side 4, 8 and 16 around the center of a box of side 8, with IoU 1/4, 1 and 1/4, and one far away."""
+    squares = [[-x, -x, x, x] for x in (2.0, 4.0, 8.0)]
+    levels = [Boxes(torch.tensor([square])) for square in squares] + [Boxes(torch.tensor([[90.0, 90, 98, 98]]))]
+    box = Boxes(torch.tensor([squares[1]]))
+    # mean 3/8 and deviation sqrt((2 / 64 + 25 / 64 + 9 / 64) / 3) = 0.433: threshold 0.808
+    assert valuable_region(levels, box).tolist() == [0.25, 0, 0.25, 0]
+    # the only candidate has the threshold itself, so it is not below it
+    assert valuable_region(levels[:1], box).tolist() == [0]
+
+
+def test_valuable_region_has_as_many_candidates_as_configured() -> None:
+    """Check IoUs of 1 and of 4/8 for anchors at a distance of 4: thresholds of 1 and of 0.75 + 0.354."""
+    level = Boxes(torch.tensor([[0.0, 0, 8, 8], [0.0, 4, 8, 8]]))
+    box = level[0]
+    assert valuable_region([level], box, candidates=1).tolist() == [0, 0.5]
+    assert valuable_region([level], box, candidates=2).tolist() == [1, 0.5]
+
+
 def test_center_penalty_is_torchvisions() -> None:
     generator = torch.Generator().manual_seed(0)
     corners, sides = torch.rand(2, 9, 2, generator=generator) * 20
