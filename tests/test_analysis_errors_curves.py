@@ -44,6 +44,9 @@ CASES = {
     "slightly shifted": ([(CAT, HERE)], [(CAT, [35, 10, 100, 100], 0.9)], [0, 1, 1, 1, 1, 1, 1]),
     # moved by 60: IoU 40 / 160
     "strongly shifted": ([(CAT, HERE)], [(CAT, [70, 10, 100, 100], 0.9)], [0, 0, 1, 1, 1, 1, 1]),
+    # moved by 80: IoU 20 / 180; moved by 84: IoU 16 / 184, which is background
+    "barely overlapping": ([(CAT, HERE)], [(CAT, [90, 10, 100, 100], 0.9)], [0, 0, 1, 1, 1, 1, 1]),
+    "hardly overlapping": ([(CAT, HERE)], [(CAT, [94, 10, 100, 100], 0.9)], [0, 0, 0, 0, 0, 0, 1]),
     "missed": ([(CAT, HERE), (CAT, THERE)], [(CAT, HERE, 0.9)], [FIRST_HALF] * 6 + [1]),
     "background": ([(CAT, HERE)], [(CAT, NOWHERE, 0.9), (CAT, HERE, 0.5)], [0.5] * 5 + [1, 1]),
     "similar class": (
@@ -91,6 +94,9 @@ def test_a_class_without_super_category_is_like_no_other() -> None:
     detections = _found((CAT, THERE, 0.9), (CAT, HERE, 0.5))
     without = analyze_errors({**truth, "categories": plain}, detections).areas("cat")["all"]
     assert (without["Loc"], without["Sim"], without["Oth"]) == pytest.approx((0.5, 0.5, 1))
+    for empty in ("", None):  # as "none"
+        unnamed = {**truth, "categories": [{**c, "supercategory": empty} for c in CATEGORIES]}
+        assert analyze_errors(unnamed, detections).areas("cat")["all"] == without
     named = analyze_errors({**truth, "categories": plain}, detections, {CAT: "animal", DOG: "animal"})
     assert named.areas("cat")["all"]["Sim"] == pytest.approx(1)
 
