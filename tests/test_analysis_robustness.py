@@ -5,13 +5,17 @@ from __future__ import annotations
 import csv
 import functools
 import json
+import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 from kd_d2 import UserError
 from kd_d2.analysis import TrainedModel
 from kd_d2.analysis.robustness import CORRUPTIONS, Robustness, corrupt, plots
 from kd_d2.analysis.robustness import measure as engine
+from kd_d2.analysis.robustness.corruptions import check_large_enough
+from kd_d2.config import load_config
 
 import cv2
 import numpy as np
@@ -50,6 +54,13 @@ def test_corruptions_are_repeatable(corruption: str) -> None:
         assert not np.array_equal(corrupt(image, corruption, 3, 8), first)
 
 
+def test_noise_of_another_severity_is_not_the_same_noise() -> None:
+    """Check the correlation of the noise that is added to a gray image at two severities."""
+    gray = np.full((64, 64, 3), 128, np.uint8)
+    noise = [corrupt(gray, "gaussian_noise", severity, 7).astype(float).ravel() - 128 for severity in (1, 2)]
+    assert abs(np.corrcoef(noise)[0, 1]) < 0.1
+
+
 def test_metrics_by_hand() -> None:
     """Check two corruptions, (30 + 10) / 2 = 20 and (40 + 0) / 2 = 20, and clean 50: mPC 20, rPC 0.4."""
     found = Robustness(
@@ -64,6 +75,32 @@ def test_metrics_by_hand() -> None:
     assert found.mean("AP50") == 2.5 and np.isnan(found.relative("AP50"))
     assert found.by_severity() == {0: 50, 1: 35, 5: 5}
     assert found.by_severity("fog", "AP50") == {0: 0, 1: 1, 5: 2}
+
+
+def test_smallest_image_that_can_be_corrupted() -> None:
+    check_large_enough((32, 32), 7)
+    with pytest.raises(UserError, match="The image 7 has 32 x 31 pixels"):
+        check_large_enough((31, 32), 7)
+
+
+def test_corruptions_see_rgb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check the channel order that is corrupted, and that the detector gets its own."""
+    project = make_project(tmp_path)
+    cv2.imwrite(str(tmp_path / "red.png"), np.full((40, 40, 3), (0, 0, 200), np.uint8))  # BGR
+    seen = []
+    monkeypatch.setattr(engine, "corrupt", lambda image, *_: seen.append(image) or image // 2)
+    cfg = load_config(str(project.teacher))
+    cfg.INPUT.FORMAT = "BGR"
+    mapped = engine.CorruptedMapper(cfg, "fog", 3)({"file_name": str(tmp_path / "red.png"), "image_id": 1})
+    assert seen[0][0, 0].tolist() == [200, 0, 0]
+    assert mapped["image"][:, 0, 0].tolist() == [0, 0, 100]
+
+
+def test_a_metric_that_is_undefined_stays_so_in_the_record(tmp_path: Path) -> None:
+    model = SimpleNamespace(folder_name="toy", title="toy", identity=lambda: {"weights": "1"})
+    engine.RobustnessRecord(model, str(tmp_path)).add("clean", {"AP": 1.0, "APs": math.nan})
+    found = engine.RobustnessRecord(model, str(tmp_path)).cells["clean"]
+    assert found["AP"] == 1 and math.isnan(found["APs"])
 
 
 class _SeesClassesByContrast(nn.Module):
