@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.catalog import Metadata
 from detectron2.data.datasets import register_coco_instances
+from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 from helpers import ROOT, clean_process, make_coco, make_project
 from pycocotools.coco import COCO
@@ -124,6 +126,19 @@ def test_evaluator_counts_with_faster_coco_eval(tmp_path: Path, monkeypatch: pyt
     assert results[0] == pytest.approx(results[1], nan_ok=True)
     assert results[0]["AP-red"] == pytest.approx(100) and results[0]["AP-blue"] == 0
     assert 0 < results[0]["AP-green"] < 100
+
+
+def test_class_names_are_sorted_by_category(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check category ids 13, 11, 12 of a dataset in the order of another one: Detectron2 names the results by sorted ids."""
+    path, named = make_coco(tmp_path), []
+    monkeypatch.setattr(COCOEvaluator, "_derive_coco_results", lambda *args: named.append(args[-1]) or {})
+    with clean_process():
+        register_coco_instances("ordered", {}, str(path), str(tmp_path / "images"))
+        DatasetCatalog.get("ordered")
+        evaluator = CocoEvaluator("ordered", str(tmp_path / "out"))
+    evaluator._metadata = Metadata(thing_dataset_id_to_contiguous_id={13: 0, 11: 1, 12: 2})
+    evaluator._derive_coco_results(object(), "bbox", ["blue", "red", "green"])
+    assert named == [["red", "green", "blue"]]
 
 
 def test_a_model_without_detections_has_an_ap_of_zero(tmp_path: Path) -> None:
