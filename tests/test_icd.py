@@ -63,7 +63,7 @@ def _built(
 ) -> ICD:
     """Build a small ICD distiller for detectors with these numbers of channels, with the fakes of `_fakes`."""
     specs = (spec_of(dict.fromkeys(strides, channels), num_classes=num_classes) for channels in (student, teacher))
-    icd = make(ICD, *specs, dim=dim, **{"num_heads": 4, "ffn_dim": 24, **keys})
+    icd = make(ICD, *specs, dim=dim, **{"num_heads": 2, "ffn_dim": 24, **keys})
     icd.fakes = _fakes(num_classes)
     return icd
 
@@ -360,7 +360,7 @@ def test_attention_in_pieces_is_that_of_all_queries_at_once(monkeypatch: pytest.
     geometry, layer = _geometry(teacher), icd.decoder.layers[0]
     keys, query = icd.decoder.keys(layer, teacher, geometry), icd.encoder(queries)
     whole = layer.summed_attention(query, queries.is_real, keys, geometry.is_valid)
-    torch.testing.assert_close(whole.sum(-1), queries.is_real.sum(1)[:, None].expand(2, 4).float())
+    torch.testing.assert_close(whole.sum(-1), queries.is_real.sum(1)[:, None].expand(2, 2).float())
     assert (whole[~geometry.is_valid[:, None].expand_as(whole)] == 0).all()
     monkeypatch.setattr(decoder_module, "LOGIT_ELEMENTS", {"cpu": 1})
     torch.testing.assert_close(layer.summed_attention(query, queries.is_real, keys, geometry.is_valid), whole)
