@@ -11,10 +11,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 from kd_d2 import UserError
 from kd_d2.checkpoint import KDCheckpointer, read_checkpoint
-from kd_d2.engine import lost_ranks
+from kd_d2.engine import checkpoints, lost_ranks
 from kd_d2.engine.folder_lock import lock_folder, unlock_folder
 from kd_d2.engine.stop_request import SIGNALS, StopRequest, TrainingStopped
 from kd_d2.engine.trainer import KDTrainer
@@ -194,6 +195,20 @@ def test_checkpoints_by_time(tmp_path: Path) -> None:
     train(project, "SOLVER.CHECKPOINT_MINUTES", 1e-9, hooks=(After(2, note), After(5, note)))
     assert seen == [2, 5]
     assert sorted(path.name for path in project.output.glob("*.pth")) == ["model_final.pth", "model_latest.pth"]
+
+
+def test_checkpoints_every_two_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check iterations at 0, 50, 100, 150 and 200 seconds: only the fourth is more than 120 after the last checkpoint."""
+    project, clock, seen = make_project(tmp_path, **SHORT), [0.0], []
+    monkeypatch.setattr(checkpoints, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def note() -> None:
+        path = project.output / "model_latest.pth"
+        seen.append(read_checkpoint(str(path))["iteration"] if path.exists() else None)
+        clock[0] += 50
+
+    train(project, "SOLVER.CHECKPOINT_MINUTES", 2.0, hooks=[After(iteration, note) for iteration in range(5)])
+    assert seen == [None, None, None, 3, 3]
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
