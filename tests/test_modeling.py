@@ -259,6 +259,68 @@ def test_adapters_are_built_from_their_keys(kind: str, tiny_detector: Callable) 
     assert model.input_format == "RGB"
 
 
+@pytest.mark.parametrize(
+    ("kind", "key", "name"),
+    [
+        ("atss", "BOX_LOSS_WEIGHT", "loss_atss_box"),
+        ("gfl", "BOX_LOSS_WEIGHT", "loss_gfl_box"),
+        ("gfl", "DISTRIBUTION_LOSS_WEIGHT", "loss_gfl_distribution"),
+        ("fsaf", "BOX_LOSS_WEIGHT", "loss_fsaf_box"),
+        ("reppoints", "INIT_LOSS_WEIGHT", "loss_reppoints_init"),
+        ("reppoints", "REFINE_LOSS_WEIGHT", "loss_reppoints_refine"),
+    ],
+)
+def test_a_loss_weight_multiplies_its_loss_alone(
+    kind: str, key: str, name: str, tiny_detector: Callable, make_inputs: Callable, event_storage
+) -> None:
+    once, thrice = (
+        tiny_detector(kind, {"MODEL": {kind.upper(): {key: weight}}})(make_inputs()) for weight in (1.0, 3.0)
+    )
+    assert once[name] > 0
+    for each, loss in once.items():
+        torch.testing.assert_close(thrice[each], loss * (3 if each == name else 1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "values", "names"),
+    [
+        ("atss", "FOCAL_LOSS_ALPHA", (0.25, 0.75), {"loss_atss_cls"}),
+        ("reppoints", "FOCAL_LOSS_GAMMA", (2.0, 0.0), {"loss_reppoints_cls"}),
+        ("gfl", "BETA", (2.0, 1.0), {"loss_gfl_quality"}),
+        ("reppoints", "SMOOTH_L1_BETA", (0.11, 5.0), {"loss_reppoints_init", "loss_reppoints_refine"}),
+    ],
+)
+def test_keys_of_losses_reach_them(
+    kind: str, key: str, values: tuple, names: set[str], tiny_detector: Callable, make_inputs: Callable, event_storage
+) -> None:
+    first, second = (tiny_detector(kind, {"MODEL": {kind.upper(): {key: value}}})(make_inputs()) for value in values)
+    assert {name for name, loss in first.items() if not torch.isclose(loss, second[name], rtol=1e-2)} == names
+
+
+@pytest.mark.parametrize("kind", ["atss", "gfl"])
+def test_number_of_candidates_reaches_the_assignment(kind: str, tiny_detector: Callable) -> None:
+    model = tiny_detector(kind)
+    anchors, box = [_grid(8, 5, 1, 8.0)], torch.tensor([[8.0, 0, 24, 8]])
+    target = Instances((8, 40), gt_boxes=Boxes(box), gt_classes=torch.tensor([0]))
+    for topk, expected in ((3, [BACKGROUND] * 5), (2, [BACKGROUND, 0, 0, BACKGROUND, BACKGROUND])):
+        model.assign_topk = topk
+        assert model.assign(anchors, [], [target]).tolist() == [expected]
+
+
+@pytest.mark.parametrize("kind", ["atss", "gfl", "fsaf", "reppoints"])
+def test_detections_per_image_are_limited(kind: str, tiny_detector: Callable, make_inputs: Callable) -> None:
+    """Check that the best two are kept, except for empty boxes, which Detectron2 removes afterwards."""
+    node = {kind.upper(): {"SCORE_THRESH_TEST": 0.0}}
+    many, two = (
+        tiny_detector(kind, {"MODEL": node, "TEST": {"DETECTIONS_PER_IMAGE": limit}}).eval()(make_inputs())
+        for limit in (100, 2)
+    )
+    for all_of, kept in zip(many, two, strict=True):
+        number = len(kept["instances"])
+        assert number <= 2 < len(all_of["instances"])
+        assert torch.equal(kept["instances"].scores, all_of["instances"].scores[:number])
+
+
 @pytest.mark.parametrize("kind", DENSE)
 def test_adapters_learn_one_image(kind: str, tiny_detector: Callable, make_inputs: Callable, event_storage) -> None:
     """Check that 80 steps on one image suffice to detect its object: losses, decoding and scores agree."""
@@ -295,7 +357,7 @@ def test_losses_are_float32_under_autocast(
 
 
 @pytest.mark.parametrize("kind", DENSE)
-@pytest.mark.parametrize("counts", [(0, 0), (2, 0)])
+@pytest.mark.parametrize("counts", [(0, 0), (2, 0), (0, 2)])
 def test_images_without_objects_train(
     kind: str, counts: tuple[int, int], tiny_detector: Callable, make_inputs: Callable, event_storage
 ) -> None:
@@ -481,6 +543,20 @@ def test_fsaf_losses_by_hand(tiny_detector: Callable) -> None:
     assert losses["loss_fsaf_box"].item() == pytest.approx(math.log(4), rel=1e-5)
 
 
+def test_fsaf_ignoring_region_is_not_the_effective_one(tiny_detector: Callable) -> None:
+    """Check a box of 40 on cells of 8: its central half reaches three cells, its central fifth one of them."""
+    model = tiny_detector("fsaf")
+    cells = _grid(8, 6, 1, 8.0)
+    boxes = Boxes(torch.tensor([[0.0, -16, 40, 24]]))
+    target = Instances((8, 48), gt_boxes=boxes, gt_classes=torch.tensor([1]))
+    predictions = [[torch.zeros(1, 6, 3)], [torch.ones(1, 6, 4)]]
+    for effective, ignoring, ignored in ((0.2, 0.2, 1), (0.2, 0.5, 3), (0.5, 0.2, 3)):
+        model.effective_scale, model.ignoring_scale = effective, ignoring
+        losses = model.losses([cells], predictions, torch.full((1, 6), BACKGROUND), [target])
+        expected = (18 - ignored) * 0.75 * 0.25 * math.log(2)
+        assert losses["loss_fsaf_cls"].item() == pytest.approx(expected, rel=1e-5), (effective, ignoring)
+
+
 def test_fsaf_level_without_ignored_classes(tiny_detector: Callable) -> None:
     """Check a high score of the class of a larger box with the same center, which is ignored where the smaller is assigned."""
     model = tiny_detector("fsaf")
@@ -530,7 +606,7 @@ def test_reppoints_nearest_positions_by_hand() -> None:
         [0.0, 0, 63, 64],  # side 63.5: fine; center (31.5, 32), nearest to (28, 12)
         [16.0, 0, 48, 128],  # side 64: coarse
         [4.0, 4, 6, 6],  # smaller than all anchors: the finest level
-        [3.0, 3, 6.9, 6.9],  # nearest to the same position, and nearer relative to its size
+        [2.0, 2, 9, 9],  # nearest to the same position: center 1.5 and not 1 away, but nearer relative to its size
     ]
     row = assign_nearest(anchors, Boxes(torch.tensor(boxes)))
     expected = [BACKGROUND] * 10
@@ -588,6 +664,10 @@ def test_reppoints_losses_by_hand(tiny_detector: Callable) -> None:
     # both positives: left and right sides 8 and 16 pixels too far right, in units of 32, minus half of beta
     expected = (2 * (0.25 - 0.055) + 2 * (0.5 - 0.055)) / 2
     assert losses["loss_reppoints_refine"].item() == pytest.approx(expected, rel=1e-3)
+    assignment[0, 2] = IGNORED  # without its three classes
+    assert model.losses(anchors, predictions, assignment, [target])["loss_reppoints_cls"].item() == pytest.approx(
+        (2 * 0.25 + 4 * 0.75) * 0.25 * math.log(2) / 2, rel=1e-5
+    )
     far = Instances((8, 24), gt_boxes=Boxes(torch.tensor([_square(-10, 4, 32)])), gt_classes=torch.tensor([1]))
     assert model.assign(anchors, predictions, [far]).tolist() == [[0, BACKGROUND, BACKGROUND]]  # its best IoU is 0.39
 
