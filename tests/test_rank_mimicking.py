@@ -13,6 +13,7 @@ from kd_d2.adapters import (
     DensePredictions,
     DetectorOutputs,
     DetectorSpec,
+    Positives,
     build_adapter,
 )
 from kd_d2.distillers import PFI, Distiller, RankMimicking, SoftLabel
@@ -33,7 +34,7 @@ from kd_d2.teacher import Teacher
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances
-from helpers import configured, make, scaled, spec_of
+from helpers import configured, make, scaled, spec_of, targets_of
 from torch import Tensor
 
 pytestmark = pytest.mark.unit
@@ -274,6 +275,17 @@ def test_positives_of_the_second_image_come_after_those_of_the_first() -> None:
     dense = _dense([[0.0, 0.0]] * 6)
     dense.assign = lambda: torch.tensor([[BACKGROUND] * 5 + [1], [0] + [BACKGROUND] * 5])
     assert dense.positives.among_all([[None] * 4, [None]]).tolist() == [1, 4]
+
+
+def test_classes_and_boxes_of_positives_in_several_images() -> None:
+    """Check three images with two, no and one instance."""
+    positives = Positives.of(torch.tensor([[1, BACKGROUND, 0], [BACKGROUND] * 3, [IGNORED, 0, BACKGROUND]]))
+    targets = targets_of([[0.0, 0, 8, 8], [0, 0, 16, 16]], [], [[4.0, 4, 12, 12]])
+    for target, classes in zip(targets, ([2, 0], [], [1]), strict=True):
+        target.gt_classes = torch.tensor(classes, dtype=torch.int64)
+    class_P, box_P4 = positives.ground_truth(targets)
+    assert class_P.tolist() == [0, 2, 1]
+    assert box_P4.tolist() == [[0, 0, 16, 16], [0, 0, 8, 8], [4, 4, 12, 12]]
 
 
 def test_rank_mimicking_by_hand() -> None:
