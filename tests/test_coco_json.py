@@ -11,6 +11,7 @@ from pathlib import Path
 from kd_d2.config import add_kd_config
 from kd_d2.data import build_stream_loader, check_coco_json, register_coco_json
 from kd_d2.data.coco import BOX_FORMATS, read_categories, read_coco
+from kd_d2.data.coco.boxes import check_format, reaches_out
 from kd_d2.data.coco.image_names import size_on_disk
 from kd_d2.data.coco.segmentation import normalize_segmentation
 from kd_d2.data.coco_json import ClassOrder, CocoSummary
@@ -808,3 +809,16 @@ def test_a_set_that_lacks_classes_or_names_more_without_boxes(coco: Set, tmp_pat
     assert metadata.thing_dataset_id_to_contiguous_id == {1: 2, 2: 1, 6: 0}
     categories = json.loads(Path(metadata.json_file).read_text())["categories"]
     assert [(c["id"], c["name"]) for c in categories] == [(1, "red"), (2, "green"), (6, "blue")]
+
+
+def test_boxes_that_reach_out_by_hand() -> None:
+    """Check a tolerance of one pixel, and that boxes count as corners only if most of them end outside their image."""
+    assert not reaches_out([-1, 0, 102, 51], (100, 50))
+    for box in ([-1.5, 0, 9, 9], [0, -1.5, 9, 9], [0, 0, 101.5, 9], [0, 0, 9, 51.5]):
+        assert reaches_out(box, (100, 50)), box
+    inside, beyond = ([10, 10, 20, 20], (100, 100)), ([60, 60, 70, 70], (100, 100))
+    check_format("some.json", [inside, beyond])
+    with pytest.raises(
+        UserError, match=r"some\.json: 2 of its 3 boxes end outside their image, such as \[60, 60, 70, 70\]"
+    ):
+        check_format("some.json", [inside, beyond, beyond])
