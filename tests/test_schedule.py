@@ -34,6 +34,9 @@ def test_scaling_to_the_number_of_processes(tmp_path: Path) -> None:
     assert (node.DETACH_STUDENT_ITERS, node.END_ITER, node.LR, node.START_ITER) == (20, 200, 0.001, 0)
     assert scaled.MODEL.KD.PFI.END_ITER is None and scaled.is_frozen()
     assert scale_to_world_size(cfg, 8) is cfg and cfg.MODEL.KD.ICD.END_ITER == 50
+    # more processes than written for: 5 / 3 and 50 / 3, rounded
+    node = scale_to_world_size(cfg, 24).MODEL.KD.ICD
+    assert (node.DETACH_STUDENT_ITERS, node.END_ITER) == (2, 17)
 
 
 @pytest.mark.parametrize(
