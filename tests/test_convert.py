@@ -14,9 +14,10 @@ from kd_d2.cli import main
 from kd_d2.cli.convert import FORMATS as OFFERED
 from kd_d2.config import load_config
 from kd_d2.data import check_coco_json
-from kd_d2.data.convert import FORMATS, ConvertOptions, convert
+from kd_d2.data.convert import FORMATS, ConvertOptions, SplitFile, convert
 from kd_d2.data.convert import formats as formats_module
 from kd_d2.data.convert import source as source_module
+from kd_d2.data.convert.conversion import _config
 from kd_d2.data.convert.labels import REMEDY
 from kd_d2.errors import UserError
 
@@ -386,6 +387,24 @@ def test_difficult_boxes(tmp_path: Path) -> None:
     assert crowds == {"crowd": [1, 0], "keep": [0, 0], "drop": [0]}
     assert notes(root)[1:] == ["difficult boxes marked as crowd, which is ignored in training and evaluation (1)"]
     assert notes(root, difficult="drop")[1:] == ["difficult boxes dropped (1)"]
+
+
+def test_difficult_in_words_and_coordinates_to_a_thousandth(tmp_path: Path) -> None:
+    marked = voc_object("a", 1.23456, 2, 9.5, 9, more="<difficult>True</difficult>")
+    (annotation,) = run(voc_of(tmp_path, marked), first_pixel=0)["all"]["annotations"]
+    assert annotation["iscrowd"] == 1 and annotation["bbox"] == [1.235, 2, 8.265, 7]
+    assert annotation["area"] == 57.855
+
+
+def test_sets_of_the_config_are_train_and_val_before_test() -> None:
+    splits = {
+        name: SplitFile(f"set_{name}", f"{name}.json", "set", images=1, empty=0, boxes={"a": 1}, crowds=0)
+        for name in ("test2017", "train2017", "val2017")
+    }
+    lines = _config(splits).splitlines()
+    assert "  TRAIN: [set_train2017]" in lines and "  TEST: [set_val2017]" in lines
+    del splits["val2017"]
+    assert "  TEST: [set_test2017]" in _config(splits).splitlines()
 
 
 def test_boxes_that_are_cut_and_dropped(tmp_path: Path) -> None:
