@@ -6,16 +6,18 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
-from kd_d2 import Predictor, load_config, predictor
+from kd_d2 import Predictor, UserError, load_config, predictor
 from kd_d2.analysis.drawing import PALETTE, draw_instances, titled
-from kd_d2.prediction import find_inputs
+from kd_d2.prediction import PredictOptions, find_inputs
+from kd_d2.prediction import predict as run_predict
 from kd_d2.prediction.video import VideoReader, VideoWriter
-from kd_d2.predictor import read_categories
+from kd_d2.predictor import ImageDetector, read_categories
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from detectron2.data import transforms as T
 from detectron2.data.datasets import register_coco_instances
 from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
@@ -497,6 +499,47 @@ def test_drawings_that_cannot_be_written_lose_no_detections(
         assert printed.count(f"The drawing {out / name} cannot be written: ") == 1
 
 
+def nothing(input_format: str = "RGB", seen: list | None = None) -> ImageDetector:
+    """Create a detector that finds nothing and appends its input images to `seen`."""
+
+    def model(batch: list[dict]) -> list[dict]:
+        if seen is not None:
+            seen.extend(entry["image"].permute(1, 2, 0).numpy() for entry in batch)
+        return [{"instances": detections((entry["height"], entry["width"]), [[0.0] * 4], [0])[:0]} for entry in batch]
+
+    return ImageDetector(model, input_format, lambda *_: T.NoOpTransform(), None, 0.5)
+
+
+def test_a_drawing_replaces_only_drawings(photos: Path, clip: Path, tmp_path: Path) -> None:
+    """Check photos beside an input, skipped and in another folder, and reruns with and without detections.json."""
+    photo, own = photos / "turned.jpg", photos / "color.jpg"
+    own.write_bytes(photo.read_bytes())
+    (photos / "gray.jpg").write_bytes(b"raw data")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for given, output, taken in (
+        (photos / "color.png", photos, own),
+        (photos / "gray.png", photos, photos / "gray.jpg"),
+        (photos, elsewhere, elsewhere / "alpha.jpg"),
+        (clip, elsewhere, elsewhere / "clip.mp4"),
+    ):
+        if not taken.exists():
+            taken.write_bytes(photo.read_bytes())
+        before = taken.read_bytes()
+        with pytest.raises(UserError, match=f"the drawing {taken} would overwrite a file that is not"):
+            run_predict(nothing(), find_inputs([str(given)]), str(output), {})
+        assert taken.read_bytes() == before
+    out = tmp_path / "out"
+    for inputs, options in (
+        ((photos, clip), PredictOptions()),
+        ((clip,), None),
+        ((photos,), PredictOptions(drawings=False)),
+    ):
+        run_predict(nothing(), find_inputs(list(map(str, inputs))), str(out), {}, options)
+    (out / "detections.json").write_text("[]")
+    assert len(run_predict(nothing(), find_inputs([str(photos)]), str(out), {})["images"]) == 6
+
+
 def test_a_folder_in_place_of_the_file_is_refused_first(
     retinanet: Project, photos: Path, tmp_path: Path, predict: Callable[..., dict], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -505,6 +548,11 @@ def test_a_folder_in_place_of_the_file_is_refused_first(
         predict(retinanet, tmp_path / "out", photos)
     assert "detections.json is a folder; remove it, or choose another output folder." in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["detections.json"]
+    (photos / "detections.json").mkdir()
+    (photos / "color.png").rename(photos / "detections.json" / "color.png")
+    with pytest.raises(UserError, match=r"color\.jpg needs a folder in place of detections\.json; rename that of"):
+        run_predict(nothing(), find_inputs([str(photos)]), str(tmp_path / "other"), {})
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.timeout(60)

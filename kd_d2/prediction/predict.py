@@ -20,12 +20,11 @@ from ..errors import UserError
 from ..files import check_output_folder, write_json
 from ..predictor import Category, ImageDetector
 from ..text import printable
-from .inputs import Input, drawing_names
+from .inputs import DETECTIONS, DRAWING_COMMENT, Input, drawing_names
 from .video import VideoReader, VideoWriter
 
 logger = logging.getLogger(__name__)
 
-DETECTIONS = "detections.json"
 FRAMES_PER_LINE = 100
 
 
@@ -158,7 +157,7 @@ class _Run:
 
 
 def _save(path: str, drawn: np.ndarray) -> None:
-    Image.fromarray(drawn).save(path, quality=95)
+    Image.fromarray(drawn).save(path, quality=95, comment=DRAWING_COMMENT)
 
 
 def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
