@@ -101,8 +101,8 @@ class ImageDetector:
     """Detects objects in images with any model that has the call interface of Detectron2's models.
 
     Args:
-        model: function from dictionaries with "image" (3, H, W), "height" and "width" to dictionaries with "instances".
-        input_format: channel order of the model's input, as in INPUT.FORMAT.
+        model: function from dictionaries with "image" (C, H, W), "height" and "width" to dictionaries with "instances".
+        input_format: INPUT.FORMAT of the model.
         resize: function from an image's (height, width) to its resize transform.
         categories: classes by class index; None if unknown.
         score_thresh: minimum score of a detection.
@@ -132,7 +132,7 @@ class ImageDetector:
 
     @torch.no_grad()
     def detect(self, images: list[np.ndarray]) -> list[Instances]:
-        """Detect objects in images (H, W, 3) of `input_format`; detections are on the CPU, in pixels of each input image.
+        """Detect objects in images (H, W, C) of `input_format`; detections are on the CPU, in pixels of each input image.
 
         Consecutive images of equal size after resizing are batched. The results are those of single images, since no
         image is padded to the size of another.

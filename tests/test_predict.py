@@ -540,6 +540,15 @@ def test_a_drawing_replaces_only_drawings(photos: Path, clip: Path, tmp_path: Pa
     assert len(run_predict(nothing(), find_inputs([str(photos)]), str(out), {})["images"]) == 6
 
 
+@pytest.mark.parametrize("input_format", ["RGB", "BGR", "L", "YUV-BT.601"])
+def test_images_are_converted_to_the_input_format(photos: Path, tmp_path: Path, input_format: str) -> None:
+    seen: list[np.ndarray] = []
+    inputs = find_inputs([str(photos)])
+    run_predict(nothing(input_format, seen), inputs, str(tmp_path / "out"), {})
+    for image, source in zip(seen, inputs, strict=True):
+        np.testing.assert_array_equal(image, read_image(source.path, input_format).astype(np.float32))
+
+
 def test_a_folder_in_place_of_the_file_is_refused_first(
     retinanet: Project, photos: Path, tmp_path: Path, predict: Callable[..., dict], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
 from PIL import Image
@@ -115,8 +116,9 @@ class _Run:
         logger.info(f"{number} {name}: {len(self.annotations) - before} detections in {frames} frames")
 
     def _detect(self, images: list[np.ndarray]) -> list[tuple[np.ndarray, Instances]]:
-        flipped = self.detector.input_format == "BGR"
-        found = self.detector.detect([image[:, :, ::-1] if flipped else image for image in images])
+        """Detect objects in RGB images; return each with its detections."""
+        input_format = self.detector.input_format
+        found = self.detector.detect([convert_PIL_to_numpy(Image.fromarray(image), input_format) for image in images])
         return list(zip(images, found, strict=True))
 
     def _draw(
