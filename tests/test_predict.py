@@ -549,6 +549,18 @@ def test_images_are_converted_to_the_input_format(photos: Path, tmp_path: Path, 
         np.testing.assert_array_equal(image, read_image(source.path, input_format).astype(np.float32))
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+def test_an_image_that_is_gone_loses_no_detections_of_others(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, batch: int
+) -> None:
+    inputs = find_inputs([str(photos)])
+    (photos / "gray.png").unlink()
+    with caplog.at_level("WARNING", "kd_d2"):
+        tree = run_predict(nothing(), inputs, str(tmp_path / "out"), {}, PredictOptions(batch))
+    assert [image["drawing"] for image in tree["images"]] == ["alpha.jpg", "color.jpg", "palette.jpg", "turned.jpg"]
+    assert f"The image {photos / 'gray.png'} cannot be used: No such file or directory. It is left out." in caplog.text
+
+
 def test_a_folder_in_place_of_the_file_is_refused_first(
     retinanet: Project, photos: Path, tmp_path: Path, predict: Callable[..., dict], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from ..analysis.drawing import draw_instances
 from ..data import read_image
+from ..data.images import DataError
 from ..errors import UserError
 from ..files import check_output_folder, write_json
 from ..predictor import Category, ImageDetector
@@ -94,8 +95,9 @@ class _Run:
 
     def images(self, numbered: Iterable[tuple[str, Input, str | None]]) -> None:
         for batch in _batches(numbered, self.options.batch):
-            found = self._detect([read_image(source.path, "RGB") for _, source, _ in batch])
-            for (number, source, drawing), (image, detections) in zip(batch, found, strict=True):
+            usable = [(item, image) for item in batch if (image := _read(item[1])) is not None]
+            found = self._detect([image for _, image in usable])
+            for ((number, source, drawing), _), (image, detections) in zip(usable, found, strict=True):
                 drawing = self._draw(drawing, image, detections, _save)
                 self._add(detections, source, drawing)
                 logger.info(f"{number} {printable(source.path)}: {len(detections)} detections")
@@ -156,6 +158,15 @@ class _Run:
             "annotations": self.annotations,
             "categories": list(map(asdict, categories)),
         }
+
+
+def _read(source: Input) -> np.ndarray | None:
+    """Return an RGB image, or None with a warning if it has become unusable since `find_inputs`."""
+    try:
+        return read_image(source.path, "RGB")
+    except DataError as error:
+        logger.warning(f"{printable(str(error))} It is left out.")
+        return None
 
 
 def _save(path: str, drawn: np.ndarray) -> None:
