@@ -10,6 +10,7 @@ from kd_d2 import Predictor, UserError, load_config, predictor
 from kd_d2.analysis.drawing import PALETTE, draw_instances, titled
 from kd_d2.prediction import PredictOptions, find_inputs
 from kd_d2.prediction import predict as run_predict
+from kd_d2.prediction.predict import to_annotations
 from kd_d2.prediction.video import VideoReader, VideoWriter
 from kd_d2.predictor import ImageDetector, read_categories
 
@@ -282,6 +283,15 @@ def test_drawing_shows_box_mask_and_label_in_the_enlarged_image() -> None:
     assert changed[305:335, 205:435].all()  # the mask
     assert changed[226:238, 162:220].all()  # the label's background, above the box
     assert not changed[260:290, 200:440].any() and not changed[:200].any() and not changed[410:].any()
+
+
+def test_the_area_of_an_annotation_is_that_of_its_mask() -> None:
+    found = detections((48, 64), [[16.0, 24.0, 48.0, 40.0]], [0])
+    assert to_annotations(found, 1, None, 1)[0]["area"] == 32 * 16
+    found.pred_masks = torch.zeros(1, 48, 64, dtype=torch.bool)
+    found.pred_masks[0, 30:34, 20:44] = True
+    [annotation] = to_annotations(found, 1, None, 1)
+    assert json.loads(json.dumps(annotation))["area"] == 4 * 24
 
 
 def test_labels_of_nested_boxes_do_not_hide_each_other() -> None:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import pycocotools.mask as mask_util
 from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
@@ -182,11 +183,12 @@ def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 def to_annotations(
     detections: Instances, image_id: int, categories: list[Category] | None, first_id: int
 ) -> list[dict]:
-    """Return detections as COCO annotations with scores, with ids from `first_id` on."""
+    """Return detections as COCO annotations with scores, with ids from `first_id` on. Area is that of the mask, if any."""
     annotations = []
     for number, entry in enumerate(instances_to_coco_json(detections, image_id)):
         if categories:
             entry["category_id"] = categories[entry["category_id"]].id
-        area = entry["bbox"][2] * entry["bbox"][3]
+        mask, (_, _, width, height) = entry.get("segmentation"), entry["bbox"]
+        area = int(mask_util.area(mask)) if mask else width * height
         annotations.append({"id": first_id + number, **entry, "area": area, "iscrowd": 0})
     return annotations
