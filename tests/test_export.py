@@ -325,6 +325,8 @@ def test_comparison_tells_equal_from_different_detections() -> None:
     assert unmatched(instances([a, b, a], [0.9, 0.5, 0.0], [0, 1, 0])) == 1  # below the threshold, thus invalid
     assert unmatched(instances([a], [0.9], [0]), threshold=0.4995) == 0
     assert unmatched(instances([a], [0.9], [0]), limit=2) == 0
+    assert unmatched(instances([a], [0.9], [0]), limit=-1) == 1
+    assert unmatched(instances([], [], []), limit=-1) == 2
 
 
 def test_nothing_to_compare_is_not_called_equal(

@@ -43,7 +43,7 @@ class Comparison:
 
         Args:
             threshold: the minimum score.
-            limit: the maximum number of detections; None for no limit.
+            limit: the maximum number of detections; None, or a negative number as in Detectron2, for no limit.
         """
         self.images += 1
         pairs = match(expected, found)
@@ -54,7 +54,7 @@ class Comparison:
         self.detections += len(pairs)
         for side, index in ((expected, 0), (found, 1)):
             lowest = threshold
-            if limit is not None and len(side) >= limit:
+            if len(side) and limit is not None and 0 <= limit <= len(side):
                 lowest = float(side.scores.min())
             alone = set(range(len(side))) - {pair[index] for pair in pairs}
             self.unmatched += sum(abs(float(side.scores[i]) - lowest) > SCORE_TOLERANCE for i in alone)
