@@ -22,6 +22,7 @@ from .class_names import names_in_checkpoint, names_in_training_set
 from .data import read_image, register_synthetic
 from .data.coco import read_categories as read_category_entries
 from .data.images import resize_at_test
+from .engine.checks import check_supported
 from .errors import UserError
 from .modeling.building import build_detector, lower_score_threshold
 
@@ -168,10 +169,11 @@ class Predictor(ImageDetector):
         score_thresh: minimum score of a detection; overrides higher thresholds of the config.
 
     Raises:
-        UserError: the checkpoint cannot be read, or does not match the config.
+        UserError: the config is not supported, or the checkpoint cannot be read or does not match it.
     """
 
     def __init__(self, cfg: CfgNode, score_thresh: float = 0.5):
+        check_supported(cfg)
         model = build_detector(cfg).eval()
         load_complete(model, cfg.MODEL.WEIGHTS, "the detector")
         lower_score_threshold(model, score_thresh)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kd_d2 import Predictor, UserError, load_config, predictor
 from kd_d2.analysis.drawing import PALETTE, draw_instances, titled
+from kd_d2.export import export_detector
 from kd_d2.prediction import PredictOptions, find_inputs
 from kd_d2.prediction import predict as run_predict
 from kd_d2.prediction.predict import to_annotations
@@ -292,6 +293,23 @@ def test_the_area_of_an_annotation_is_that_of_its_mask() -> None:
     found.pred_masks[0, 30:34, 20:44] = True
     [annotation] = to_annotations(found, 1, None, 1)
     assert json.loads(json.dumps(annotation))["area"] == 4 * 24
+
+
+@pytest.mark.parametrize(
+    ("opts", "sentence"),
+    [
+        (("TEST.AUG.ENABLED", True), "TEST.AUG.ENABLED is True: test-time augmentation is not supported."),
+        (
+            ("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIAlignRotated"),
+            "MODEL.ROI_BOX_HEAD.POOLER_TYPE is ROIAlignRotated: rotated",
+        ),
+    ],
+)
+def test_what_eval_refuses_is_refused(retinanet: Project, tmp_path: Path, opts: tuple, sentence: str) -> None:
+    cfg = load_config(str(retinanet.student), opts, student_only=True)
+    for use in (Predictor, lambda cfg: export_detector(cfg, str(tmp_path / "student.ts"))):
+        with pytest.raises(UserError, match=sentence):
+            use(cfg)
 
 
 def test_labels_of_nested_boxes_do_not_hide_each_other() -> None:

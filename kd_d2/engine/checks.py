@@ -105,15 +105,8 @@ def missing_gpu_advice(wanted: str, device: str) -> str | None:
     )
 
 
-def check_datasets(cfg: CfgNode, *, train: bool) -> None:
-    """Check that the config names datasets, and that they exist, are safe to read, and have the required annotations.
-
-    Args:
-        train: whether to check DATASETS.TRAIN in addition to DATASETS.TEST.
-
-    Raises:
-        UserError: a check fails; the message names the key and the dataset.
-    """
+def check_supported(cfg: CfgNode) -> None:
+    """Raise a UserError if the config has precomputed proposals, rotated boxes or test-time augmentation."""
     if cfg.MODEL.LOAD_PROPOSALS:
         raise UserError(
             "MODEL.LOAD_PROPOSALS is True: precomputed proposals are not supported, since they are pickle files, which can run code when they are loaded."
@@ -128,6 +121,18 @@ def check_datasets(cfg: CfgNode, *, train: bool) -> None:
             raise UserError(f"MODEL.{key} is {value}: rotated boxes are not supported.")
     if cfg.TEST.AUG.ENABLED:
         raise UserError("TEST.AUG.ENABLED is True: test-time augmentation is not supported.")
+
+
+def check_datasets(cfg: CfgNode, *, train: bool) -> None:
+    """Check that the config is supported, and that its datasets exist, are safe, and have the required annotations.
+
+    Args:
+        train: whether to check DATASETS.TRAIN in addition to DATASETS.TEST.
+
+    Raises:
+        UserError: a check fails; the message names the key and the dataset.
+    """
+    check_supported(cfg)
     keys = ["TRAIN", "TEST"] if train else ["TEST"]
     for key in keys:
         names = cfg.DATASETS[key]

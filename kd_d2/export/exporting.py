@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..adapters import build_adapter
 from ..checkpoint import load_complete
+from ..engine.checks import check_supported
 from ..errors import UserError
 from ..files import check_output_folder
 from ..model_paths import EXPORT_SUFFIXES, format_of
@@ -64,11 +65,12 @@ def export_detector(
         The differences between the detections of the file and PyTorch.
 
     Raises:
-        UserError: an option, the checkpoint, or the combination of detector and format is not supported, or the check
-            fails; no file is written.
+        UserError: an option, the config, the checkpoint, or the combination of detector and format is not supported, or
+            the check fails; no file is written.
     """
     options = options or ExportOptions()
     export_format = _check(path, options)
+    check_supported(cfg)
     cfg = cfg.clone()
     cfg.MODEL.DEVICE = "cpu"
     model = build_detector(cfg).eval()
