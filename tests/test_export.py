@@ -456,13 +456,14 @@ def test_example_without_detectron2(run_folder: Path, tmp_path: Path, monkeypatc
 
 
 def test_only_the_images_in_use_are_needed(tmp_path: Path) -> None:
-    """Check a training set whose images are missing, beside a test set that is complete, and the reverse."""
+    """Check a training set whose images are missing, beside a test set without masks, and the reverse."""
     project = make_project(tmp_path, "retinanet")
     cfg = load_config(str(project.student), student_only=True)
     cfg.DATASETS.COCO_JSON = [
         *cfg.DATASETS.COCO_JSON,
         ["without_images", str(project.annotations), str(tmp_path / "none")],
     ]
+    cfg.MODEL.MASK_ON = True
     for used, unused in (("TEST", "TRAIN"), ("TRAIN", "TEST")):
         cfg.DATASETS[used], cfg.DATASETS[unused] = (project.name,), ("without_images",)
         files = dataset_files(cfg, used, 2)

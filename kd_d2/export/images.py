@@ -25,6 +25,7 @@ def dataset_files(cfg: CfgNode, split: str, count: int) -> list[str]:
     cfg = cfg.clone()
     cfg.defrost()
     names, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = cfg.DATASETS[split], (), ()
+    cfg.MODEL.MASK_ON = False  # only the images are used
     for name in names:
         cfg.DATASETS[split] = (name,)
         try:
