@@ -480,7 +480,9 @@ def test_what_cannot_be_exported_is_one_sentence(
     rcnn = Path(configs["faster-rcnn"].MODEL.WEIGHTS).parent
     onnx_file = tmp_path / "x.onnx"
     predict = ("predict", "--input", rcnn / "data", "--output", tmp_path / "out", "--model")
+    (tmp_path / "x.bin").mkdir()
     cases = [
+        (("--output", tmp_path / "x.xml"), "x.bin, the file of its weights, is a folder; choose another name."),
         (("--output", tmp_path / "x.pt"), "the name must end with .onnx, .ts, .torchscript, .xml"),
         (("--output", tmp_path / "x.XML"), "the suffix of an OpenVINO file must be .xml in lower case"),
         (("--output", tmp_path / "x.ts", "--format", "onnx"), "--format is onnx, but --output"),

@@ -108,7 +108,7 @@ def export_detector(
         if calibration:
             _quantize(draft, calibration, metadata)
             compare(model, load_exported(draft), inputs, metadata.score_threshold, None)
-        for name in os.listdir(drafts):
+        for name in sorted(os.listdir(drafts)):  # OpenVINO's weights before the .xml
             os.replace(os.path.join(drafts, name), os.path.join(folder, name))
     logger.info(f"{path}: {os.path.getsize(path) / 1e6:.1f} MB")
     return comparison
@@ -123,6 +123,9 @@ def _check(path: str, options: ExportOptions) -> str:
         raise UserError(f"--output {path}: the suffix of an OpenVINO file must be .xml in lower case.")
     if os.path.isdir(path):
         raise UserError(f"--output {path} is a folder; name a file.")
+    weights = f"{os.path.splitext(path)[0]}.bin"
+    if export_format == "openvino" and os.path.isdir(weights):
+        raise UserError(f"--output {path}: {weights}, the file of its weights, is a folder; choose another name.")
     if options.int8 and export_format != "onnx":
         raise UserError(f"--int8 needs an ONNX file, which OpenVINO runs as well; --output {path} is {export_format}.")
     if options.score_thresh is not None and not 0 <= options.score_thresh <= 1:
