@@ -51,7 +51,7 @@ def read_model_paths(values: list[list[str]], *, may_be_exported: bool = False) 
 
     Raises:
         UserError: there are too many values, a run folder lacks its config or checkpoint, two models have the same
-            title, or an exported model is not accepted.
+            title, or an exported model is not accepted or followed by weights.
     """
     models = [_model_path(*value) for value in values]
     titles = [model.title for model in models]
@@ -84,6 +84,8 @@ def _model_path(place: str, weights: str = "", *more: str) -> ModelPath:
         title, path = "", place
     if not path:
         raise UserError("--model is empty: name a config or the output folder of a training.")
+    if format_of(path) and weights and not os.path.isdir(path):
+        raise UserError(f"--model: {path} is an exported model, which includes its weights; leave out {weights}.")
     if not os.path.isdir(path):
         return ModelPath(title or os.path.splitext(os.path.basename(path))[0], path, weights)
     config, final = (os.path.join(path, name) for name in ("config.yaml", "model_final.pth"))

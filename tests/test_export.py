@@ -498,6 +498,7 @@ def test_what_cannot_be_exported_is_one_sentence(
         (("export", "--model", run_folder / "config.yaml", "none.pth", "--output", onnx_file), "MODEL.WEIGHTS: there is no file"),
         (("export", "--model", rcnn / "plain.yaml", rcnn / "model.pth", "--output", onnx_file, "--no-nms"), "GeneralizedRCNN needs NMS internally"),
         (("export", "--model", tmp_path / "notes.onnx", "--output", onnx_file), "only by kd-d2 predict and eval"),
+        ((*predict, tmp_path / "notes.onnx", rcnn / "model.pth"), "notes.onnx is an exported model, which includes its weights; leave out"),
         ((*predict, tmp_path / "none.onnx"), "There is no exported model"),
         ((*predict, tmp_path / "notes.onnx"), "cannot be read as onnx"),
         ((*predict, tmp_path / "notes.ts"), "cannot be read as torchscript"),
