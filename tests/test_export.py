@@ -338,6 +338,16 @@ def test_nothing_to_compare_is_not_called_equal(
     assert "differ by at most" not in caplog.text
 
 
+def test_the_target_of_a_link_is_replaced(configs: dict[str, CfgNode], tmp_path: Path) -> None:
+    target, link = tmp_path / "files" / "target", tmp_path / "link.ts"
+    target.parent.mkdir()
+    target.write_text("old")
+    link.symlink_to(target)
+    export_detector(configs["retinanet"], str(link))
+    assert link.is_symlink() and load_exported(str(link)).metadata.detector == "RetinaNet"
+    assert [path.name for path in target.parent.iterdir()] == ["target"]
+
+
 def test_file_that_detects_something_else_is_not_written(
     configs: dict[str, CfgNode], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

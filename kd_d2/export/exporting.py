@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import tempfile
 from dataclasses import dataclass, replace
 
@@ -58,7 +59,8 @@ def export_detector(
 
     Args:
         cfg: config of a plain detector; MODEL.WEIGHTS is its checkpoint.
-        path: the file; its suffix determines the format, see `kd_d2.model_paths.EXPORT_SUFFIXES`.
+        path: the file; its suffix determines the format, see `kd_d2.model_paths.EXPORT_SUFFIXES`. A link is kept, and
+            its target replaced.
         images: image files for the check; None for some of DATASETS.TEST, or synthetic ones if no dataset is available.
 
     Returns:
@@ -85,7 +87,7 @@ def export_detector(
     inputs = _inputs(cfg, metadata, images)
     calibration = _calibration(cfg, metadata, options.calibration_images) if options.int8 else []
 
-    folder = os.path.dirname(os.path.abspath(path))
+    folder = os.path.dirname(os.path.realpath(path))
     check_output_folder(folder, "--output")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as drafts:
         draft = os.path.join(drafts, os.path.basename(path))
@@ -109,7 +111,7 @@ def export_detector(
             _quantize(draft, calibration, metadata)
             compare(model, load_exported(draft), inputs, metadata.score_threshold, None)
         for name in sorted(os.listdir(drafts)):  # OpenVINO's weights before the .xml
-            os.replace(os.path.join(drafts, name), os.path.join(folder, name))
+            shutil.move(os.path.join(drafts, name), os.path.realpath(os.path.join(os.path.dirname(path), name)))
     logger.info(f"{path}: {os.path.getsize(path) / 1e6:.1f} MB")
     return comparison
 
