@@ -16,12 +16,18 @@ if metadata["nms"] != "true" or metadata["fixed_size"] != "null":
     sys.exit(f"{sys.argv[1]} was exported with --no-nms or --size, which this example does not support.")
 names, shorter, longest = (json.loads(metadata[key]) for key in ("class_names", "min_size", "max_size"))
 
-image = ImageOps.exif_transpose(Image.open(sys.argv[2]))
+try:
+    image = ImageOps.exif_transpose(Image.open(sys.argv[2]))
+except OSError as error:
+    sys.exit(f"{sys.argv[2]} cannot be read: {error}")
 if image.mode[0] in "IF":
     sys.exit(f"{sys.argv[2]} has more than 8 bits per value, which this example does not support.")
 image = image.convert("RGB")
-scale = min(shorter / min(image.size), longest / max(image.size)) if shorter else 1
-resized = np.asarray(image.resize([max(1, int(side * scale + 0.5)) for side in image.size], Image.Resampling.BILINEAR))
+sides = image.size
+if shorter:  # in two steps, with the rounding of Detectron2
+    sides = [shorter if side == min(sides) else shorter / min(sides) * side for side in sides]
+    sides = [side * min(1, longest / max(sides)) for side in sides]
+resized = np.asarray(image.resize([max(1, int(side + 0.5)) for side in sides], Image.Resampling.BILINEAR))
 channels = resized.transpose(2, 0, 1)[:: -1 if metadata["input_format"] == "BGR" else 1]
 boxes, scores, classes = session.run(["boxes", "scores", "classes"], {"image": np.ascontiguousarray(channels)})
 boxes *= np.tile([image.width / resized.shape[1], image.height / resized.shape[0]], 2).astype(np.float32)

@@ -9,6 +9,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 from kd_d2 import UserError, load_config
 from kd_d2.export import ExportOptions, export_detector, exporting, load_exported, load_exported_detector
@@ -22,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import CfgNode
+from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from helpers import CLASSES, META_ARCHITECTURES, ROOT, make_project, run_command, save_fixed_weights
@@ -462,6 +464,35 @@ def test_example_without_detectron2(run_folder: Path, tmp_path: Path, monkeypatc
     runpy.run_path(str(ROOT / "examples" / "detect_onnx.py"))
     Image.fromarray(np.full((60, 60), 5000, np.uint16)).save(image)
     with pytest.raises(SystemExit, match="has more than 8 bits per value"):
+        runpy.run_path(str(ROOT / "examples" / "detect_onnx.py"))
+
+
+def test_example_resizes_as_detectron2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check sides that are rounded from half a pixel, limited by the longest side or not; and a damaged image."""
+    metadata = {"class_names": "[]", "min_size": "400", "max_size": "667", "input_format": "RGB"}
+    sizes = []
+
+    class Session:
+        def __init__(self, *_: object, **__: object):
+            self.custom_metadata_map = {"nms": "true", "fixed_size": "null", **metadata}
+
+        def get_modelmeta(self) -> Session:
+            return self
+
+        def run(self, _: list[str], inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
+            sizes.append(inputs["image"].shape[1:])
+            return np.zeros((0, 4), np.float32), np.zeros(0), np.zeros(0)
+
+    monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace(InferenceSession=Session))
+    image = tmp_path / "image.jpg"
+    monkeypatch.setattr(sys, "argv", ["detect_onnx.py", "model.onnx", str(image)])
+    originals = [(265, 530), (530, 265), (184, 4), (46, 7), (333, 500), (300, 300), (640, 401)]
+    for height, width in originals:
+        Image.new("RGB", (width, height)).save(image)
+        runpy.run_path(str(ROOT / "examples" / "detect_onnx.py"))
+    assert sizes == [ResizeShortestEdge.get_output_shape(*size, 400, 667) for size in originals]
+    image.write_bytes(image.read_bytes()[:-500])
+    with pytest.raises(SystemExit, match=r"image\.jpg cannot be read: image file is truncated"):
         runpy.run_path(str(ROOT / "examples" / "detect_onnx.py"))
 
 
