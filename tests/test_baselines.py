@@ -60,6 +60,16 @@ def test_masked_squared_error_by_hand() -> None:
     assert torch.autograd.gradcheck(lambda s: masked_squared_error(s, teacher, mask), student)
 
 
+def test_gid_keeps_the_images_of_a_batch_apart() -> None:
+    """Check one box of each of two images, which torchvision's NMS would move onto each other if one were negative."""
+    boxes = {8: torch.tensor([[[600.0, 600, 1000, 1000]], [[-401.0, -401, -1, -1]]])}
+    student, teacher = (
+        DensePredictions({8: torch.full((2, 1, 1), x)}, boxes, {8: Boxes(torch.zeros(1, 4))}, lambda x, _: x)
+        for x in (0.0, 1.0)
+    )
+    assert select_instances(student, teacher, 1, 0.3).is_taken.tolist() == [True, True]
+
+
 def test_inside_boxes_by_hand() -> None:
     """Check centers at x 4, 12, 20 and y 4, 12: boxes that overlap count once, a center on a side is outside."""
     student = _outputs({8: torch.zeros(2, 1, 2, 3)})

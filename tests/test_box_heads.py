@@ -106,17 +106,28 @@ def test_dist_of_a_dense_head_is_the_authors(stored: Callable) -> None:
 
 
 def test_dist_of_one_class_and_one_anchor() -> None:
-    """Check GAMMA's term alone, with its correlation of 1/2, and the error without it; two anchors have both terms."""
+    """Check GAMMA's term alone, with its correlation of 1/2, and the error without it; three anchors have both terms."""
     spec = spec_of({}, provides=frozenset({"dense"}), num_classes=1)
     student, teacher = (torch.tensor([x]).logit().view(1, 1, 1, 3) for x in ([0.1, 0.2, 0.3], [0.1, 0.3, 0.2]))
     outputs = [_dense_outputs({8: maps}, 1) for maps in (student, teacher)]
     assert make(DIST, spec, gamma=3.0)(*outputs, [])["loss_dist"].item() == pytest.approx(3 * (1 - 0.5))
-    with pytest.raises(
-        UserError, match=r"MODEL\.KD\.DIST\.GAMMA is 0, and the student \(Pupil\) has one class and one"
-    ):
-        make(DIST, spec, gamma=0.0)
-    anchors = {8: torch.tensor([[-4.0, -4.0, 4.0, 4.0], [-8.0, -8.0, 8.0, 8.0]])}
-    assert make(DIST, dataclasses.replace(spec, cell_anchors=anchors), gamma=0.0).loss.keywords["beta"] == 1.0
+    one, two, three = (
+        dataclasses.replace(spec, cell_anchors={8: torch.tensor([[-4.0, -4.0, 4.0, 4.0]] * n)}) for n in (1, 2, 3)
+    )
+    box_head = spec_of({}, provides=frozenset({"proposals"}), num_classes=1)
+    for few in (spec, one, two, box_head, dataclasses.replace(spec, num_classes=2)):
+        with pytest.raises(UserError, match=r"GAMMA is 0, and the student \(Pupil\) has too few classes: BETA's"):
+            make(DIST, few, gamma=0.0)
+    for enough in (three, dataclasses.replace(box_head, num_classes=2), dataclasses.replace(spec, num_classes=3)):
+        assert make(DIST, enough, gamma=0.0).loss.keywords["beta"] == 1.0
+
+
+def test_dkd_of_one_class() -> None:
+    """Check the error for BETA's term alone, which is 0 with one other class."""
+    spec = spec_of({}, provides=frozenset({"proposals"}), num_classes=1)
+    with pytest.raises(UserError, match=r"ALPHA is 0, and the student \(Pupil\) has one class"):
+        make(DKD, spec, alpha=0.0)
+    make(DKD, spec)
 
 
 def test_decoupled_loss_by_hand() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
@@ -25,8 +26,8 @@ class DIST(Distiller):
 
     L = WEIGHT * (BETA * (1 - r along classes) + GAMMA * (1 - r along positions)), where r is the correlation of class
     probabilities, see `dist_loss_of_levels`. Dense heads: sigmoid probabilities, summed over levels; the classes of each anchor
-    are separate, and with one class and one anchor per position the first term is left out. Box heads: softmax
-    probabilities of the proposals that the head is trained on.
+    are separate. Box heads: softmax probabilities of the proposals that the head is trained on. With at most two
+    probabilities per position or proposal, between which every correlation is 1 or -1, the first term is left out.
     """
 
     needs = frozenset({"dense"})
@@ -44,13 +45,13 @@ class DIST(Distiller):
         beta = config.beta
         if "dense" in self.needs:
             check_same_anchors("DIST", pair.student, pair.teacher)
-            if _has_one_value(pair.student):
-                beta = 0.0  # a correlation along one value is constant
-                if not config.gamma:
-                    raise UserError(
-                        f"MODEL.KD.DIST.GAMMA is 0, and the student ({pair.student.name}) has one class and one anchor per position, "
-                        "where BETA's correlation along classes does not exist: DIST would have no effect."
-                    )
+        if _probabilities_per_row(pair.student, "dense" in self.needs) <= 2:
+            beta = 0.0
+            if not config.gamma:
+                raise UserError(
+                    f"MODEL.KD.DIST.GAMMA is 0, and the student ({pair.student.name}) has too few classes: BETA's correlation needs "
+                    "three probabilities per position or proposal, so DIST would have no effect."
+                )
         self.loss = partial(dist_loss_of_levels, beta=beta, gamma=config.gamma, total=sum_across_ranks)
 
     def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
@@ -63,9 +64,11 @@ class DIST(Distiller):
         return {"loss_dist": self.loss(*pairs)}
 
 
-def _has_one_value(spec: DetectorSpec) -> bool:
-    """Return whether a dense head predicts one class of one anchor at each position."""
-    return spec.num_classes == 1 and all(len(anchors) == 1 for anchors in (spec.cell_anchors or {}).values())
+def _probabilities_per_row(spec: DetectorSpec, is_dense: bool) -> float:
+    """Return the number of probabilities per position of a dense head, or per proposal of a box head."""
+    classes = spec.num_classes or math.inf
+    anchors = max(map(len, (spec.cell_anchors or {}).values()), default=1)
+    return classes * anchors if is_dense else classes + 1
 
 
 def _rows(maps: Tensor) -> Tensor:

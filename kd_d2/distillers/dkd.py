@@ -8,9 +8,11 @@ from typing import Annotated
 from detectron2.structures import Instances
 
 from ..adapters import DetectorOutputs
+from ..errors import UserError
 from ..keys import Above, AtLeast
 from ..losses import decoupled_loss
 from .base import DISTILLER_REGISTRY, Distiller, Losses, count_of
+from .pair import Pair
 
 
 @DISTILLER_REGISTRY.register()
@@ -34,6 +36,14 @@ class DKD(Distiller):
             float, AtLeast(0), "Weight of NCKD, between the other classes; the authors' value for detectors."
         ] = 0.25
         temperature: Annotated[float, Above(0), "Softmax temperature; the loss is multiplied by its square."] = 1.0
+
+    def __init__(self, config: Config, pair: Pair):
+        super().__init__(config, pair)
+        if not config.alpha and pair.student.num_classes == 1:
+            raise UserError(
+                f"MODEL.KD.DKD.ALPHA is 0, and the student ({pair.student.name}) has one class: there is one class besides that of a "
+                "proposal, so BETA's term is 0 and DKD would have no effect."
+            )
 
     def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
         proposals, config = student.proposals, self.config

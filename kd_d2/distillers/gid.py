@@ -152,7 +152,8 @@ def select_instances(
         teacher.boxes_at(candidates),
         student.boxes_at(candidates),
     )
-    kept = batched_nms(boxes_P4, score_BC.flatten(), image_P, nms_threshold)  # best first
+    # torchvision moves the boxes of images apart by the largest coordinate, which assumes that none is negative.
+    kept = batched_nms(boxes_P4 - boxes_P4.amin(), score_BC.flatten(), image_P, nms_threshold)  # best first
     rank = (image_P[kept, None] == number_B).cumsum(0).gather(1, image_P[kept, None])[:, 0] - 1
     # Instances without a slot share one after the last.
     place = torch.where(rank < most, image_P[kept] * most + rank, num_images * most)
