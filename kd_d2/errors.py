@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import math
 import os
 import re
@@ -37,10 +38,22 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return bool(GPU_IS_FULL.search(message) or OTHER_MEMORY_IS_FULL.search(message))
 
 
-def explain_lack_of_memory(error: BaseException | None, advice: str) -> str | None:
-    """Return a clause with advice for an error that means that there is too little memory, or None for any other error."""
+def explain_lack_of_resources(error: BaseException | None, advice: str) -> str | None:
+    """Return a clause for an error that means too little memory, too few open files or a failed data loading process.
+
+    Args:
+        error: any error; the result is None if it has another cause.
+        advice: what to do if there is too little memory.
+    """
     reason = str(error).strip().partition("\n")[0].rstrip(" .")
+    if "Too many open files" in reason:
+        return (
+            f"Too many open files ({reason}): raise the limit, such as with ulimit -n 65536, or lower SOLVER.IMS_PER_BATCH or "
+            "DATALOADER.NUM_WORKERS"
+        )
     if reason.startswith("DataLoader worker"):
+        if "with exit code" in f"{error} {error.__cause__}":
+            return f"A data loading process failed ({reason}): see its error above"
         return f"A data loading process died ({reason}), most likely because it ran out of memory: lower DATALOADER.NUM_WORKERS"
     if not is_out_of_memory(error):
         return None
@@ -57,12 +70,13 @@ def system_error(error: BaseException | None) -> OSError | None:
 
 
 def as_user_error(error: Exception) -> UserError | None:
-    """Return a UserError for a lack of disk space, of permissions or of memory, or None for any other error."""
+    """Return a UserError for a lack of disk space, permissions, memory or open files, or None for any other error."""
+    advice = "free memory, or lower the image sizes in INPUT, such as INPUT.MIN_SIZE_TEST"
+    if clause := explain_lack_of_resources(error, advice):
+        return UserError(f"{clause}.")
     system = system_error(error)
     if system is None:
-        advice = "free memory, or lower the image sizes in INPUT, such as INPUT.MIN_SIZE_TEST"
-        clause = explain_lack_of_memory(error, advice)
-        return UserError(f"{clause}.") if clause else None
+        return None
     if system.errno in (*DISK_IS_FULL, errno.EROFS):
         return UserError(f"{system.filename or 'A file'} cannot be written: {system.strerror}.")
     if isinstance(system, PermissionError) and system.filename:
@@ -93,13 +107,15 @@ def exit_on_user_error() -> Iterator[None]:
     """Exit with status 2 and a one-sentence message on a UserError or an error that `as_user_error` explains.
 
     Exits with status 130 on Ctrl-C, and with status 1 if the reader of the output, such as `head`, has closed it.
-    Output streams that are closed from the beginning (`>&-`) are discarded. Also keeps control characters out of the
-    logs.
+    Output streams that are closed from the beginning (`>&-`) are discarded, and characters that their encoding lacks are
+    escaped. Also keeps control characters out of the logs.
     """
     keep_controls_out_of_logs()
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
         sys.stdout.flush()

@@ -823,6 +823,19 @@ def _lose_a_worker(args: object) -> None:
     raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
 
 
+def _lose_a_worker_after_its_error(args: object) -> None:
+    of_handler = RuntimeError("DataLoader worker (pid 7) exited unexpectedly with exit code 1. Details are lost")
+    raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly") from of_handler
+
+
+def _open_too_many_files(args: object) -> None:
+    raise OSError(errno.EMFILE, "Too many open files")
+
+
+def _share_too_many_tensors(args: object) -> None:
+    raise RuntimeError("unable to open shared memory object </torch_7> in read-write mode: Too many open files (24)")
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize(("main", "sentence"), [
     (_fill_the_disk, "/dev/full cannot be written: No space left on device."),
@@ -832,6 +845,11 @@ def _lose_a_worker(args: object) -> None:
      "INPUT.MIN_SIZE_TEST."),
     (_lose_a_worker, "A data loading process died (DataLoader worker (pid 7) is killed by signal: Killed), most likely because it ran out of "
      "memory: lower DATALOADER.NUM_WORKERS."),
+    (_lose_a_worker_after_its_error, "A data loading process failed (DataLoader worker (pid(s) 7) exited unexpectedly): see its error above."),
+    (_open_too_many_files, "Too many open files ([Errno 24] Too many open files): raise the limit, such as with ulimit -n 65536, or lower "
+     "SOLVER.IMS_PER_BATCH or DATALOADER.NUM_WORKERS."),
+    (_share_too_many_tensors, "Too many open files (unable to open shared memory object </torch_7> in read-write mode: Too many open files (24)): "
+     "raise the limit, such as with ulimit -n 65536, or lower SOLVER.IMS_PER_BATCH or DATALOADER.NUM_WORKERS."),
 ])  # fmt: skip
 def test_sentences_of_a_system_without_space_permission_or_memory(
     capfd, monkeypatch: pytest.MonkeyPatch, main: Callable, sentence: str, processes: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -179,6 +180,14 @@ def test_closed_output() -> None:
         done = subprocess.run(["bash", "-c", command], cwd=ROOT, stderr=subprocess.PIPE, text=True)
         assert done.stderr.startswith(message) and done.stderr.count("\n") == bool(message)
         assert done.returncode == (2 if message else 0)
+
+
+def test_output_without_unicode() -> None:
+    """Check that characters that the encoding of the output lacks are escaped."""
+    script = "from kd_d2.errors import exit_on_user_error\nwith exit_on_user_error(): print('caf\\u00e9 \\u72ac')"
+    command, environment = [sys.executable, "-c", script], {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, env=environment)
+    assert done.stdout == b"caf\xe9 \\u72ac\n" and done.returncode == 0
 
 
 # --------------------------------------------------------------------------------------------- overrides

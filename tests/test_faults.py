@@ -380,6 +380,17 @@ def test_the_end_of_a_training_in_the_folder_of_another(tmp_path: Path, clips: b
     assert str(started.explain(error)) == f"{advice}--resume continues from {new}."
 
 
+def test_a_batch_norm_of_a_single_value(tmp_path: Path) -> None:
+    cfg = load_config("configs/tiny/retinanet-student.yaml")
+    cfg.OUTPUT_DIR = str(tmp_path)
+    with pytest.raises(ValueError) as caught:
+        torch.nn.BatchNorm2d(1)(torch.zeros(1, 1, 1, 1))
+    assert str(Failures(cfg, resumed=False).explain(caught.value)) == (
+        "A batch norm layer got a single value per channel, of one image: use more images per process and accumulation step, "
+        "larger images, or another norm, such as FrozenBN or GN; there is no checkpoint yet."
+    )
+
+
 def test_an_unusable_image_is_skipped_where_the_config_says_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Check that the image is named in the log and training continues, and that it ends training without the key."""
     project = make_project(tmp_path, **{**OFTEN, "SOLVER__MAX_ITER": 6})

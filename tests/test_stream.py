@@ -5,6 +5,10 @@ import multiprocessing
 import os
 import random
 import re
+import subprocess
+import sys
+import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +16,7 @@ from kd_d2.config import add_kd_config
 from kd_d2.data import build_stream_loader, register_coco_json
 from kd_d2.data.images import DataError, build_test_loader
 from kd_d2.data.stream import BatchStream, MappedDataset
+from kd_d2.data.workers import configure_workers
 from kd_d2.errors import UserError
 from kd_d2.random_state import seeded
 
@@ -22,6 +27,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import SizeMismatchError
 from helpers import clean_process, make_coco
+from torch.utils.data import DataLoader
 
 GROUPS = [0, 1, 1, 0, 1, 1, 0]  # of a dataset of seven images
 
@@ -378,6 +384,55 @@ def forkserver() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("forkserver")
+@pytest.mark.parametrize("folder", ["", "x" * 80])
+def test_workers_need_a_short_temporary_folder(tmp_path: Path, folder: str) -> None:
+    """Check, in a new process, a folder for temporary files whose path is too long for the name of a socket."""
+    script = (
+        "import torch\n"
+        "from torch.utils.data import DataLoader\n"
+        "from kd_d2.data.workers import configure_workers\n"
+        "from kd_d2.errors import exit_on_user_error\n"
+        "with exit_on_user_error():\n"
+        "    print(len(list(configure_workers(DataLoader(torch.zeros(4, 3), num_workers=1)))))\n"
+    )
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        os.makedirs(place := os.path.join(short, folder), exist_ok=True)
+        done = _run_script(script, TMPDIR=place)
+    if folder and done.returncode:  # later versions of Python use another folder themselves
+        assert done.stderr.startswith("error: DATALOADER.NUM_WORKERS: data loading processes need sockets in the temp")
+        assert done.stderr.endswith("set TMPDIR to another folder with a shorter path, such as /tmp.\n")
+    else:
+        assert done.stdout == "4\n"
+
+
+def test_the_limit_on_open_files_is_raised() -> None:
+    script = (
+        "import resource\n"
+        "from kd_d2.data.workers import configure_workers\n"
+        "from torch.utils.data import DataLoader\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (128, 512))\n"
+        "configure_workers(DataLoader([0], num_workers=0))\n"
+        "print(resource.getrlimit(resource.RLIMIT_NOFILE))\n"
+        "configure_workers(DataLoader([0], num_workers=1))\n"
+        "print(resource.getrlimit(resource.RLIMIT_NOFILE))\n"
+    )
+    assert _run_script(script).stdout == "(128, 512)\n(512, 512)\n"
+
+
+def _run_script(script: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=100)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_batch_that_cannot_be_sent_ends_its_worker(capfd: pytest.CaptureFixture) -> None:
+    """Check that the parent process does not wait for the batch forever."""
+    loader = configure_workers(DataLoader([0], num_workers=1, collate_fn=lambda _: threading.Lock()))
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+        list(loader)
+    assert "cannot pickle '_thread.lock' object" in capfd.readouterr().err
+
+
 def test_workers_are_children_of_this_process(cfg: CfgNode) -> None:
     """Check that both loaders fork their workers where forks are not the default."""
     cfg.DATALOADER.NUM_WORKERS = 1

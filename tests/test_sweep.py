@@ -1,5 +1,6 @@
 """Sweeps: matrix files, table statistics and resuming."""
 
+import errno
 import fcntl
 import json
 import logging
@@ -752,6 +753,15 @@ def test_a_cell_is_locked_until_its_result_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "write_json", write_if_locked)
     assert run_jobs([job], 1, 1) == []
     assert runner._claim(replace(job))
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
+    def fail(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(runner.fcntl, "flock", fail)
+    assert runner._claim(Job("cell", 0, [], str(tmp_path), "result.json", {}))
+    assert f"{tmp_path} cannot be locked (No locks available): make sure that no other sweep uses it." in caplog.text
 
 
 def test_metrics_of_a_run_that_was_killed_and_resumed(tmp_path):

@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 
 from ..checkpoint import checkpoint_files
 from ..data.images import DataError
-from ..errors import DISK_IS_FULL, UserError, explain_lack_of_memory, system_error
+from ..errors import DISK_IS_FULL, UserError, explain_lack_of_resources, system_error
 from .lost_ranks import explain_lost_ranks
 from .step import NonFiniteLossError
 
@@ -39,12 +39,15 @@ class Failures:
             return NonFiniteLossError(f"{error}: {self.slower}; {self._saved()}.")
         if isinstance(error, UserError):
             return error
-        if system := system_error(error):
-            sentence = self._of_system(system)
-        elif isinstance(error, FloatingPointError):
+        if isinstance(error, FloatingPointError):
             sentence = f"{str(error).rstrip('.')}: {self.slower}"
         else:
-            sentence = explain_lack_of_memory(error, LESS_MEMORY) or explain_lost_ranks(error)
+            sentence = (
+                explain_lack_of_resources(error, LESS_MEMORY)
+                or self._of_system(system_error(error))
+                or explain_lost_ranks(error)
+                or _of_batch_norm(error)
+            )
         return UserError(f"{sentence}; {self._saved()}.") if sentence else None
 
     def _saved(self) -> str:
@@ -52,7 +55,9 @@ class Failures:
             return f"the checkpoints in {self.folder} are from an earlier training"
         return saved(self.folder)
 
-    def _of_system(self, error: OSError) -> str | None:
+    def _of_system(self, error: OSError | None) -> str | None:
+        if error is None:
+            return None
         if error.errno in DISK_IS_FULL:
             return f"The disk of OUTPUT_DIR is full ({error.strerror})"
         if not os.path.isdir(self.folder):
@@ -67,6 +72,15 @@ class Failures:
         if sentence is not None:
             record.msg, record.args, record.exc_info = str(sentence), (), None
         return True
+
+
+def _of_batch_norm(error: BaseException | None) -> str | None:
+    if not isinstance(error, ValueError) or "more than 1 value per channel when training" not in str(error):
+        return None
+    return (
+        "A batch norm layer got a single value per channel, of one image: use more images per process and accumulation step, larger "
+        "images, or another norm, such as FrozenBN or GN"
+    )
 
 
 def saved(folder: str) -> str:

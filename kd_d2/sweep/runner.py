@@ -220,6 +220,8 @@ def _claim(job: Job) -> bool:
     except BlockingIOError:
         job.lock.close()
         return False
+    except OSError as error:  # from a file system without locks
+        logger.warning(f"{job.output} cannot be locked ({error.strerror}): make sure that no other sweep uses it.")
     return True
 
 

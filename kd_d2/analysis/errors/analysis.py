@@ -17,7 +17,7 @@ from ...files import check_output_folder, write_text
 from ...plain_yaml import read_plain_yaml
 from ...report.page import Table
 from ...text import csv_text, file_stem
-from ..base import NOT_STORED, Analysis, as_text, check_at_least
+from ..base import NOT_STORED, Analysis, as_text, available_cores, check_at_least
 from ..models import TrainedModel, read_annotations
 from .curves import SIZES, STAGES, ErrorCurves, analyze_errors, supercategories_of
 from .plots import plot_error_curves, plot_error_shares
@@ -65,7 +65,7 @@ class ErrorAnalysis(Analysis):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default all cores)")
+        parser.add_argument("--workers", type=int, default=available_cores(), help="processes (default all cores)")
         parser.add_argument(
             "--supercategories",
             metavar="FILE",

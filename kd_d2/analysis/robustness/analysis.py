@@ -17,7 +17,7 @@ from ...errors import UserError
 from ...files import check_output_folder, write_text
 from ...report.page import Table
 from ...text import csv_text
-from ..base import NOT_STORED, Analysis, as_text, check_at_least
+from ..base import NOT_STORED, Analysis, as_text, available_cores, check_at_least
 from ..drawing import write_picture
 from ..models import TrainedModel, restrict_images
 from .corruptions import CORRUPTIONS, SEVERITIES, load_corruptions
@@ -59,7 +59,7 @@ class RobustnessAnalysis(Analysis):
                 f"--{name}", type=_comma_separated, default=values, metavar="A,B,...", help=f"default all {len(values)}"
             )
         parser.add_argument(
-            "--workers", type=int, default=os.cpu_count() or 1, help="processes that read images (default all cores)"
+            "--workers", type=int, default=available_cores(), help="processes that read images (default all cores)"
         )
 
     @classmethod
