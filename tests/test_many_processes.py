@@ -13,6 +13,7 @@ from kd_d2.data import register_coco_json
 from kd_d2.distillers.icd.queries import ObservedFakeInstances
 from kd_d2.distributed import mean_count_across_ranks, sum_across_ranks
 from kd_d2.engine.checkpoints import share_statistics
+from kd_d2.engine.step import DistillationStep
 from kd_d2.engine.trainer import _distributed
 from kd_d2.errors import UserError
 
@@ -237,6 +238,22 @@ def _share(rank: int, folder: str) -> None:
     share_statistics(model)
     assert model.norm.running_mean.tolist() == [1, 1] and model.own.item() == rank + 1
     torch.distributed.destroy_process_group()
+
+
+def _record_losses(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model = nn.Linear(1, 1)
+    step = DistillationStep(model, torch.optim.SGD(model.parameters(), lr=0.1), {})
+    with EventStorage() as storage:
+        step._record({"loss_a": torch.tensor(1.0 + 2 * rank), "loss_b": torch.tensor(5.0)}, data_time=0.0)
+        logged = {name: value for name, (value, _) in storage.latest().items()}
+    assert logged == {"data_time": 0.0, "loss_a": 2.0, "loss_b": 5.0, "total_loss": 7.0}
+    torch.distributed.destroy_process_group()
+
+
+def test_logged_losses_are_means_over_the_processes(tmp_path: Path) -> None:
+    """Check losses of 1 and 3, hence 2, and of 5 in both processes."""
+    torch.multiprocessing.start_processes(_record_losses, nprocs=2, args=(str(tmp_path),), start_method="fork")
 
 
 def test_statistics_are_those_of_the_saved_model(tmp_path: Path) -> None:
