@@ -13,6 +13,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
+from types import SimpleNamespace
 
 from kd_d2 import UserError
 from kd_d2.cli import main
@@ -29,6 +30,7 @@ from kd_d2.sweep.runner import Job, run_jobs, teacher_evaluation, training_job
 from kd_d2.sweep.table import HEADERS, Row, as_csv, as_markdown, build_rows, format_row, pooled_deviation, read_results
 
 import pytest
+import torch
 from helpers import clean_process, make_coco
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -112,6 +114,10 @@ def test_a_gain_within_the_spread_is_not_better(finished):
     better = next(row for row in build_rows(matrix, results, {}) if row.name == "better")
     assert better.gain == pytest.approx(2.0)
     assert better.is_better is False  # pooled sqrt((1 + 4) / 2) = 1.58
+    for entry, ap in zip(results["better"], (11.0, 12.0, 13.0)):
+        entry["scores"]["AP"] = ap
+    better = next(row for row in build_rows(matrix, results, {}) if row.name == "better")
+    assert better.gain == 2.0 and better.is_better is False  # exactly two deviations of 1
 
 
 def test_a_cell_that_detects_nothing_is_read_and_drawn(finished, tmp_path):
@@ -772,6 +778,31 @@ def test_metrics_of_a_run_that_was_killed_and_resumed(tmp_path):
     assert [(r["iteration"], r["total_loss"]) for r in read_metrics(str(tmp_path))] == [(19, 19.0), (39, 1.0)]
 
 
+def test_metrics_of_an_evaluation_alone(tmp_path):
+    """Check that the results of an earlier iteration, without a loss, drop no rows of the training."""
+    rows = [
+        {"iteration": 19, "total_loss": 2.0},
+        {"iteration": 39, "total_loss": 1.0},
+        {"iteration": 20, "bbox/AP": 30},
+    ]
+    (tmp_path / "metrics.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [row["iteration"] for row in read_metrics(str(tmp_path))] == [19, 20, 39]
+
+
+def test_the_result_of_a_job(tmp_path):
+    """Check the median of the times, the highest memory, and scores without those of single classes."""
+    rows = [{"time": t, "peak_memory_mib": m, "total_loss": 1.0} for t, m in ((1.0, 5.0), (9.0, 7.0), (2.0, 6.0))]
+    lines = [json.dumps({"iteration": number, **row}) + "\n" for number, row in enumerate(rows)]
+    (tmp_path / "metrics.json").write_text("".join(lines))
+    write_json(str(tmp_path / "train.json"), {"bbox": {"AP": 12.34567, "APs": None, "AP-disc": 40.0}})
+    job = Job("cell", 0, [], str(tmp_path), str(tmp_path / "results" / "cell-seed0.json"), {})
+    job.process = SimpleNamespace(returncode=0)
+    assert runner._finish(job)
+    found = read_result(job.result)
+    assert found["scores"] == {"AP": 12.3457, "APs": None}
+    assert (found["seconds_per_iteration"], found["peak_memory_mib"]) == (2.0, 7.0)
+
+
 def test_progress_of_a_resumed_cell(tmp_path, caplog):
     """Check that rows of an earlier process are not reported as progress, and that the last complete row is."""
     job = Job("cell", 0, [], str(tmp_path), str(tmp_path / "result.json"), {"SOLVER.MAX_ITER": 100})
@@ -934,6 +965,14 @@ def test_costs_of_images_that_have_to_be_padded(tmp_path):
     assert odd["plain"] == odd["same"] == odd["teacher"]
     for key in ("params", "gflops"):
         assert odd["plain"][key] == padded["plain"][key] == unresized["plain"][key] > 0
+
+
+def test_costs_are_measured_without_detections():
+    model = costs._build(load_config(STUDENT, student_only=True))
+    with torch.no_grad():
+        model.head.cls_score.bias.fill_(10.0)  # all scores above 0.9999
+        (output,) = model([{"image": torch.zeros(3, 64, 64), "height": 64, "width": 64}])
+    assert len(output["instances"]) == 0
 
 
 def _record_sides(monkeypatch, sides):
