@@ -337,6 +337,15 @@ def test_another_input_format_is_refused(
     assert said == f"{path} holds weights in torchvision's format, which need {expected}"
 
 
+def test_a_normalization_may_be_rounded(tmp_path: Path, torchvision_resnet: nn.Module) -> None:
+    """Check a mean rounded to two digits, which is accepted, and one that differs by half a gray level."""
+    path = tmp_path / "resnet18.pth"
+    torch.save(torchvision_resnet.state_dict(), path)
+    KDCheckpointer(detector(tmp_path, MODEL__PIXEL_MEAN=[123.68, 116.28, 103.53])).load(str(path))
+    model = detector(tmp_path, MODEL__PIXEL_MEAN=[124.175, 116.28, 103.53])
+    assert "the config says [124." in sentence(KDCheckpointer(model).load, str(path))
+
+
 def test_a_resnet_of_which_nothing_fits(tmp_path: Path, torchvision_resnet: nn.Module) -> None:
     """Check a model without a ResNet, one that is too narrow for any weight, and a teacher."""
     path = tmp_path / "resnet18.pth"
