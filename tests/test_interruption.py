@@ -249,6 +249,17 @@ def test_the_best_checkpoint_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert json.loads((project.output / "model_best.json").read_text()) == {"AP": 30.0}
 
 
+def test_the_first_of_equally_good_checkpoints_is_kept(tmp_path: Path) -> None:
+    checkpointer = KDCheckpointer(torch.nn.Linear(2, 2), str(tmp_path))
+    results: dict = {}
+    hook = checkpoints.BestCheckpoint(checkpointer, lambda: results)
+    for number, ap in enumerate((20.0, 30.0, 30.0, 10.0)):
+        checkpointer.save("model_latest", iteration=number)
+        results = {"bbox": {"AP": ap}}
+        hook.after_step()
+    assert read_checkpoint(str(tmp_path / "model_best.pth"))["iteration"] == 1
+
+
 def test_the_best_checkpoint_is_kept_if_the_training_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check a checkpoint that was the best in an evaluation after which no other was written."""
     project = make_project(tmp_path, **SHORT, TEST__EVAL_PERIOD=2)
