@@ -178,6 +178,9 @@ def test_specs(tiny_detector: Callable) -> None:
     assert list(rcnn.shapes) == [4, 8, 16, 32, 64] == list(rcnn.cell_anchors)
     assert rcnn.provides == {"features", "anchors", "detections", "targets", "proposals"}
     assert rcnn.tower_channels is None
+    cascade = tiny_detector("cascade")
+    cascade.roi_heads.box_predictor[0].test_score_thresh = 0.9  # of a stage whose scores are not thresholded
+    assert build_adapter(cascade).spec.score_threshold == 0.05
 
     fcos = build_adapter(tiny_detector("fcos")).spec
     assert (fcos.name, fcos.family, fcos.num_classes) == ("FCOS", "one-stage", 3)
