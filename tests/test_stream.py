@@ -217,6 +217,14 @@ def test_a_batch_is_landscape_or_portrait(cfg: CfgNode) -> None:
         assert all(len(kinds) == 1 for kinds in shapes) == cfg.DATALOADER.ASPECT_RATIO_GROUPING
 
 
+def test_square_images_are_grouped_with_portraits(cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check the groups of a landscape, a portrait and a square, which are those of Detectron2's loader."""
+    entries = [{"file_name": "a", "width": w, "height": h, "annotations": []} for w, h in ((3, 2), (2, 3), (2, 2))]
+    monkeypatch.setattr("kd_d2.data.stream.get_detection_dataset_dicts", lambda *names, **options: entries)
+    landscape, portrait, square = build_stream_loader(cfg, 0).batch_sampler.group_of
+    assert landscape != portrait == square
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_reading_leaves_the_global_generators_alone(cfg: CfgNode, workers: int) -> None:
     """Check that the same random numbers are drawn with and without reading images before."""
