@@ -8,6 +8,7 @@ import os
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -222,6 +223,8 @@ def test_decoding_by_hand() -> None:
     )  # 0.8 is suppressed by 0.9; 0.4 exceeds the limit
     assert found_classes.tolist() == [0, 1, 0, 0]
     assert found_boxes[:, 0].tolist() == [0, 0, 40, 60]
+    at_the_threshold = replace(info, score_threshold=0.5)
+    torch.testing.assert_close(decode(boxes, scores, levels, at_the_threshold)[1], torch.tensor([0.9, 0.7, 0.6]))
 
 
 @pytest.mark.parametrize("suffix", ["onnx", "ts"])
@@ -329,6 +332,25 @@ def test_comparison_tells_equal_from_different_detections() -> None:
     assert unmatched(instances([a], [0.9], [0]), limit=2) == 0
     assert unmatched(instances([a], [0.9], [0]), limit=-1) == 1
     assert unmatched(instances([], [], []), limit=-1) == 2
+
+
+def test_a_detection_is_the_counterpart_of_one() -> None:
+    """Check two equal detections, of which the other model has only one."""
+    a, b = [0.0, 0, 10, 10], [50.0, 0, 60, 10]
+    twice, once = instances([a, a], [0.9, 0.9], [0, 0]), instances([a, b], [0.9, 0.9], [0, 0])
+    assert match(twice, once) == match(once, twice) == [(0, 0)]
+    assert match(twice, twice) == [(0, 0), (1, 1)]
+
+
+def test_masks_are_compared() -> None:
+    """Check masks that differ in 20 and in 21 of 100 x 200 pixels, with a tolerance of 0.1 %."""
+    expected, found = (instances([[0.0, 0, 10, 10]], [0.9], [0]) for _ in range(2))
+    expected.pred_masks = torch.zeros(1, 100, 200, dtype=torch.bool)
+    found.pred_masks = expected.pred_masks.clone()
+    found.pred_masks[0, 0, :20] = True
+    assert match(expected, found) == [(0, 0)]
+    found.pred_masks[0, 1, 0] = True
+    assert match(expected, found) == []
 
 
 def test_nothing_to_compare_is_not_called_equal(
@@ -509,6 +531,8 @@ def test_only_the_images_in_use_are_needed(tmp_path: Path) -> None:
         cfg.DATASETS[used], cfg.DATASETS[unused] = (project.name,), ("without_images",)
         files = dataset_files(cfg, used, 2)
         assert len(files) == 2 and all(map(os.path.isfile, files))
+        images = sorted(os.listdir(os.path.dirname(files[0])))
+        assert [os.path.basename(file) for file in files] == [images[0], images[-1]]  # evenly spaced
         assert dataset_files(cfg, unused, 2) == []
 
 
