@@ -11,7 +11,7 @@ from pathlib import Path
 from kd_d2.config import add_kd_config
 from kd_d2.data import build_stream_loader, check_coco_json, register_coco_json
 from kd_d2.data.coco import BOX_FORMATS, read_categories, read_coco
-from kd_d2.data.coco.boxes import check_format, reaches_out
+from kd_d2.data.coco.boxes import check_format, overlaps, reaches_out
 from kd_d2.data.coco.image_names import size_on_disk
 from kd_d2.data.coco.segmentation import normalize_segmentation
 from kd_d2.data.coco_json import ClassOrder, CocoSummary
@@ -436,6 +436,12 @@ def test_a_clean_file_is_read_as_it_is_and_a_repaired_one_from_the_cache(coco: S
     assert {path: path.read_bytes() for path in coco.json.parent.rglob("*") if path.is_file()} == before
 
 
+def test_a_crowd_with_the_box_of_an_object_is_no_duplicate(coco: Set) -> None:
+    boxes = coco.check().boxes
+    coco.change(lambda tree: tree["annotations"].append({**tree["annotations"][0], "id": 99, "iscrowd": 1}))
+    assert (coco.check().boxes, coco.check().repairs) == (boxes + 1, [])
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
 def test_encodings(coco: Set, encoding: str) -> None:
     """Check that other encodings are read, and that Detectron2 reads a copy in UTF-8."""
@@ -631,6 +637,7 @@ def test_other_forms_of_boxes(coco: Set, form: str) -> None:
         return [number / side for number, side in zip(numbers[form.rpartition("-")[2]], scale)]
 
     coco.change(_boxes(rewrite))
+    coco.change(lambda tree: [a.update(area=0.25) for a in tree["annotations"]])  # of a box in another format
     found = read_coco(str(coco.json), str(coco.images), boxes=form).tree["annotations"]
     assert [a["bbox"] for a in found] == [pytest.approx(a["bbox"]) for a in wanted]
     assert [a["area"] for a in found] == [pytest.approx(a["area"]) for a in wanted]
@@ -822,3 +829,17 @@ def test_boxes_that_reach_out_by_hand() -> None:
         UserError, match=r"some\.json: 2 of its 3 boxes end outside their image, such as \[60, 60, 70, 70\]"
     ):
         check_format("some.json", [inside, beyond, beyond])
+
+
+def test_boxes_that_overlap_their_image_by_hand() -> None:
+    """Check boxes beside an image of 100 x 50 pixels, on each side, and ones that reach into it."""
+    for box in ([-9, 5, 9, 9], [100, 5, 9, 9], [5, -9, 9, 9], [5, 50, 9, 9]):
+        assert not overlaps(box, (100, 50)), box
+    for box in ([-9, 5, 10, 9], [99, 5, 9, 9], [5, -9, 9, 10], [5, 49, 9, 9]):
+        assert overlaps(box, (100, 50)), box
+    assert overlaps([5, 60, 9, 9], (50, 100))
+
+
+def test_boxes_of_whole_images_in_fractions() -> None:
+    with pytest.raises(UserError, match=r"some\.json: all its boxes are between 0 and 1, such as \[0, 0, 1, 1\]"):
+        check_format("some.json", [([0, 0, 1, 1], (100, 50)), ([0, 0, 0.5, 1], (100, 50))])
