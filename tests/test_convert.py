@@ -605,6 +605,17 @@ def test_splits_of_yolo(tmp_path: Path, description: str) -> None:
         assert [len(tree["images"]) for tree in run(root, unlabelled="drop").values()] == [2, 1]
 
 
+def test_yolo_labels_of_images_in_a_folder_images_in_another(tmp_path: Path) -> None:
+    """Check that the last folder `images` of a path is replaced by `labels`, as in Ultralytics, if both have labels."""
+    root = tmp_path / "set"
+    picture(root / "images/mine/images/a.jpg")
+    text(root / "images/mine/labels/a.txt", "0 0.5 0.5 0.5 0.5\n  \n")  # the last line has only spaces
+    text(root / "labels/mine/images/a.txt", "0 0.5 0.5 0.1 0.1\n")
+    text(root / "data.yaml", "{train: images/mine/images, names: [x]}")
+    (tree,) = run(root).values()
+    assert boxes(tree) == {"a": [("x", [10, 7.5, 20, 15])]}
+
+
 @pytest.mark.parametrize(
     ("description", "sentence"),
     [
