@@ -133,6 +133,8 @@ def test_a_refused_image_is_replaced_by_the_next() -> None:
     """Check that if the mapper returns None the next index is used, also past the end; only Nones are an error."""
     dataset = MappedDataset([{}, {"image_id": 1}, {"image_id": 2}], lambda entry: None if entry else "first", seed=0)
     assert [dataset[(0, i)] for i in range(3)] == ["first"] * 3
+    dataset = MappedDataset(["a", "b", "c", "d"], lambda entry: None if entry == "b" else entry, seed=0)
+    assert [dataset[(0, i)] for i in range(4)] == ["a", "c", "c", "d"]
     with pytest.raises(DataError, match="100 training images in a row cannot be used, starting at number 1"):
         MappedDataset([{}] * 3, lambda entry: None, seed=0)[(0, 1)]
 
@@ -275,6 +277,16 @@ def test_samplers(cfg: CfgNode) -> None:
     seen = files(180)
     often = seen.count(dicts[4]["file_name"])
     assert 7 < often / ((len(seen) - often) / 9) < 11  # 0.9 / 0.1 = 9
+
+
+def test_random_subsets(cfg: CfgNode) -> None:
+    """Check that the seed determines the subset, and that 0.9 images are too few."""
+    cfg.DATALOADER.SAMPLER_TRAIN, cfg.DATALOADER.RANDOM_SUBSET_RATIO = "RandomSubsetTrainingSampler", 0.3
+    first, other = ({item[0] for batch in read(cfg, 4, seed=seed) for item in batch} for seed in (1, 2))
+    assert first != other
+    cfg.DATALOADER.RANDOM_SUBSET_RATIO = 0.09
+    with pytest.raises(UserError, match=r"RATIO is 0\.09, which is less than one of the 10 images"):
+        build_stream_loader(cfg, 0)
 
 
 RLE = {"size": [64, 96], "counts": "0`^1"}
