@@ -799,7 +799,7 @@ def test_tensors_that_are_no_weights(tmp_path: Path, tensor: torch.Tensor, expec
     assert f"its entry 'a.weight' {expected}" in sentence(read_checkpoint, str(path))
 
 
-@pytest.mark.parametrize("values", [["x"], np.array(["2020-01-01"], "datetime64[D]"), [None]], ids=str)
+@pytest.mark.parametrize("values", [["x"], np.array(["2020-01-01"], "datetime64[D]"), [None], [1j]], ids=str)
 def test_arrays_that_are_no_weights(tmp_path: Path, values: object) -> None:
     path = tmp_path / "weights.pkl"
     path.write_bytes(pickle.dumps({"model": {"a": np.array(values)}, "__author__": "someone"}))
