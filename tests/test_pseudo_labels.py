@@ -369,6 +369,7 @@ def test_a_teacher_that_leaves_out_what_would_count(
                 distillers={},
                 labels=PseudoLabels(0.04),
             )
+        PseudoLabels(0.05).check_threshold(build_adapter(tiny_detector(kind)).spec)
     project = make_project(tmp_path)
     with pytest.raises(SystemExit):
         run_command("pseudo-label", project.student, "--output", tmp_path / "labels.json", "--score-thresh", 0.01)
