@@ -145,7 +145,7 @@ def test_a_model_without_detections_has_an_ap_of_zero(tmp_path: Path) -> None:
     """Check zero for the sizes that have objects, and NaN for the others and for a dataset without objects."""
     path = make_coco(tmp_path)
     tree = json.loads(path.read_text())
-    for area, annotation in zip((900, 2000), tree["annotations"], strict=False):
+    for area, annotation in zip((32**2, 2000), tree["annotations"], strict=False):
         annotation["area"] = area
     tree["annotations"] = [*tree["annotations"][:2], {**tree["annotations"][2], "area": 10000, "iscrowd": 1}]
     (tmp_path / "some.json").write_text(json.dumps(tree))
