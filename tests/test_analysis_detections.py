@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 from kd_d2 import UserError
 from kd_d2.analysis import TrainedModel, load_analysis
@@ -76,8 +77,15 @@ def test_what_differs_is_drawn_on_top() -> None:
     assert tuple(picture[150 + TITLE_HEIGHT, 20]) == GAINED
 
 
-def test_sheets_of_three_models(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_sheets_of_three_models(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check the sheets with the objects and three models, and the counts, with detections replaced by known ones."""
+    shown = []
+
+    def draw(*arguments: Any) -> np.ndarray:
+        shown.extend(found["score"] for of_model in arguments[-1].values() for found in of_model)
+        return draw_differences(*arguments)
+
+    monkeypatch.setattr("kd_d2.analysis.detections.draw_differences", draw)
     project, output = make_project(tmp_path), tmp_path / "out"
     other = tmp_path / "other.pth"
     save_fixed_weights(project.teacher, other, seed=5)
@@ -95,11 +103,16 @@ def test_sheets_of_three_models(tmp_path: Path, capsys: pytest.CaptureFixture) -
     truth = json.loads(project.annotations.read_text())
     objects = truth["annotations"]
     for title, kept in (("plain", objects[:1]), ("distilled", objects[1:]), ("teacher", objects)):
-        found = [{k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.9} for a in kept]
+        found = [
+            {k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": score}
+            for score, some in ((0.9, kept), (0.4, objects))  # those below --score-thresh do not count
+            for a in some
+        ]
         (output / title / "coco_instances_results.json").write_text(json.dumps(found))
     run(*arguments)
     printed = capsys.readouterr().out
     assert f"distilled finds {len(objects) - 1} objects that plain does not, and misses 1 that it finds" in printed
+    assert set(shown) == {0.9}
     tree = json.loads((output / "differences.json").read_text())
     assert tree["total"] == {"gained": len(objects) - 1, "lost": 1}
     sheets = sorted(output.glob("*.png"))
