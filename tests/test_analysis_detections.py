@@ -9,7 +9,7 @@ from typing import Any
 
 from kd_d2 import UserError
 from kd_d2.analysis import TrainedModel, load_analysis
-from kd_d2.analysis.detections import GAINED, Difference, choose, differences, draw_differences
+from kd_d2.analysis.detections import GAINED, Difference, as_instances, choose, differences, draw_differences
 from kd_d2.analysis.drawing import TITLE_HEIGHT
 from kd_d2.evaluation.coco import found_objects
 
@@ -75,6 +75,13 @@ def test_what_differs_is_drawn_on_top() -> None:
     image = np.zeros((400, 400, 3), np.uint8)
     picture = draw_differences(truth, 1, image, Difference([0], []), {})
     assert tuple(picture[150 + TITLE_HEIGHT, 20]) == GAINED
+
+
+def test_detections_are_drawn_with_their_corners() -> None:
+    found = {"bbox": [10, 20, 30, 5], "category_id": 7, "score": 0.5}
+    instances = as_instances([found], np.zeros((40, 60, 3), np.uint8), {3: 0, 7: 1})
+    assert instances.pred_boxes.tensor.tolist() == [[10, 20, 40, 25]]
+    assert (instances.pred_classes.tolist(), instances.scores.tolist()) == ([1], [0.5])
 
 
 def test_sheets_of_three_models(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
