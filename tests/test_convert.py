@@ -550,10 +550,13 @@ def test_names_of_yolo_are_those_written(tmp_path: Path, style: str) -> None:
     assert [category["name"] for category in tree["categories"]] == names
 
 
-def test_keypoints_of_yolo(tmp_path: Path) -> None:
-    root = yolo_of(tmp_path, "0 0.5 0.5 0.5 0.2 0.4 0.4 2 0.6 0.6 2", description="{names: [a], kpt_shape: [2, 3]}")
+@pytest.mark.parametrize("score", ["", " 0.9"])
+def test_keypoints_of_yolo(tmp_path: Path, score: str) -> None:
+    """Check lines with keypoints, of which a third of the numbers are visibilities, without and with a score."""
+    line = f"0 0.5 0.5 0.5 0.2 0.4 0.4 2 0.6 0.6 2 0.5 0.5 2{score}"
+    root = yolo_of(tmp_path, line, description="{names: [a], kpt_shape: [3, 3]}")
     assert [a["bbox"] for a in run(root)["all"]["annotations"]] == [[10, 12, 20, 6]]
-    assert notes(root) == ["keypoints dropped (1)"]
+    assert notes(root) == [*(["scores of boxes dropped (1)"] if score else []), "keypoints dropped (1)"]
 
 
 @pytest.mark.parametrize(

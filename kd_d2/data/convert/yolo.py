@@ -63,12 +63,12 @@ def _read_line(
 ) -> LabelledBox:
     from globox import BoundingBox, BoxFormat
 
-    count = len(values)
-    if description.keypoint_values and count == 5 + description.keypoint_values:
-        source.note("keypoints dropped", where)
-        values = values[:5]
-    if count == 6:
+    keypoint_values = description.keypoint_values
+    if len(values) in (6, 6 + keypoint_values):
         source.note("scores of boxes dropped", where)
+        values = values[:-1]
+    if keypoint_values and len(values) == 5 + keypoint_values:
+        source.note("keypoints dropped", where)
         values = values[:5]
     line = " ".join(values)
     if len(values) == 5:
