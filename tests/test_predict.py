@@ -539,7 +539,7 @@ def nothing(input_format: str = "RGB", seen: list | None = None) -> ImageDetecto
 
 
 def test_a_drawing_replaces_only_drawings(photos: Path, clip: Path, tmp_path: Path) -> None:
-    """Check photos beside an input, skipped and in another folder, and reruns with and without detections.json."""
+    """Check photos beside an input, skipped and in another folder, and reruns that earlier ones or an interruption precede."""
     photo, own = photos / "turned.jpg", photos / "color.jpg"
     own.write_bytes(photo.read_bytes())
     (photos / "gray.jpg").write_bytes(b"raw data")
@@ -564,8 +564,14 @@ def test_a_drawing_replaces_only_drawings(photos: Path, clip: Path, tmp_path: Pa
         ((photos,), PredictOptions(drawings=False)),
     ):
         run_predict(nothing(), find_inputs(list(map(str, inputs))), str(out), {}, options)
-    (out / "detections.json").write_text("[]")
-    assert len(run_predict(nothing(), find_inputs([str(photos)]), str(out), {})["images"]) == 6
+    with pytest.raises(KeyboardInterrupt), VideoWriter(str(out / "clip.mp4"), 10) as writer:
+        writer.write(np.zeros((48, 64, 3), np.uint8))
+        raise KeyboardInterrupt
+    (out / "detections.json").unlink()
+    tree = run_predict(nothing(), find_inputs([str(photos), str(clip)]), str(out), {})
+    assert {image["drawing"] for image in tree["images"]} >= {"clip.mp4", "turned.jpg"}
+    frames = cv2.VideoCapture(str(out / "clip.mp4"))
+    assert frames.get(cv2.CAP_PROP_FRAME_COUNT) == sum(image.get("drawing") == "clip.mp4" for image in tree["images"])
 
 
 @pytest.mark.parametrize("input_format", ["RGB", "BGR", "L", "YUV-BT.601"])

@@ -6,18 +6,17 @@ import logging
 import os
 from dataclasses import dataclass
 
-from ..data.images import READING_ERRORS, DataError, open_image, read_checked
+from ..data.images import DataError, open_image, read_checked
 from ..errors import UserError
-from ..files import check_inputs_are_kept, read_json
+from ..files import check_inputs_are_kept
 from ..text import LONGEST_FILE_NAME, file_stem, is_unicode, printable
+from .drawings import is_drawing
 from .video import video_problem
 
 logger = logging.getLogger(__name__)
 
 DETECTIONS = "detections.json"
 """Name of the file of detections in the output folder."""
-DRAWING_COMMENT = "Drawn by kd-d2 predict"
-"""Comment in the JPEG files of drawings."""
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
 
 
@@ -135,7 +134,6 @@ def drawing_names(inputs: list[Input], folder: str) -> list[str]:
         UserError: a drawing would overwrite an input or another file than a drawing, would be in a folder in place of
             detections.json, or is a video whose path is not UTF-8.
     """
-    earlier = _drawings_of_earlier_run(folder)
     names: dict[str, None] = {}
     for entry in inputs:
         place, file = os.path.split(os.path.splitext(entry.name)[0])
@@ -156,28 +154,9 @@ def drawing_names(inputs: list[Input], folder: str) -> list[str]:
     check_inputs_are_kept((os.path.join(folder, name) for name in names), (entry.path for entry in inputs))
     for name in names:
         path = os.path.join(folder, name)
-        if name not in earlier and os.path.isfile(path) and not _is_drawing(path):
+        if os.path.isfile(path) and not is_drawing(path):
             raise UserError(
-                f"--output: the drawing {path} would overwrite a file that is not known as an earlier drawing; remove it, or choose "
-                "another folder."
+                f"--output: the drawing {path} would overwrite a file that is not an earlier drawing; remove it, or choose another "
+                "folder."
             )
     return list(names)
-
-
-def _drawings_of_earlier_run(folder: str) -> set[str]:
-    """Return the names of drawings in the detections.json of an output folder, or nothing if it has none."""
-    try:
-        return {
-            entry["drawing"] for entry in read_json(os.path.join(folder, DETECTIONS))["images"] if "drawing" in entry
-        }
-    except (UserError, KeyError, TypeError):  # missing, or the file of another program
-        return set()
-
-
-def _is_drawing(path: str) -> bool:
-    """Return whether a file is the drawing of an image, perhaps of a run that was interrupted."""
-    try:
-        with open_image(path) as image:
-            return image.info.get("comment") == DRAWING_COMMENT.encode()
-    except READING_ERRORS:
-        return False

@@ -23,7 +23,8 @@ from ..errors import UserError
 from ..files import check_output_folder, write_json
 from ..predictor import Category, ImageDetector
 from ..text import printable
-from .inputs import DETECTIONS, DRAWING_COMMENT, Input, drawing_names
+from .drawings import COMMENT
+from .inputs import DETECTIONS, Input, drawing_names
 from .video import VideoReader, VideoWriter
 
 logger = logging.getLogger(__name__)
@@ -171,7 +172,7 @@ def _read(source: Input) -> np.ndarray | None:
 
 
 def _save(path: str, drawn: np.ndarray) -> None:
-    Image.fromarray(drawn).save(path, quality=95, comment=DRAWING_COMMENT)
+    Image.fromarray(drawn).save(path, quality=95, comment=COMMENT)
 
 
 def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 
 from ..text import is_unicode
+from .drawings import mark_video
 
 
 def video_problem(path: str) -> str | None:
@@ -56,7 +57,7 @@ class VideoReader:
 
 
 class VideoWriter(contextlib.AbstractContextManager):
-    """Context manager that writes frames of equal size, RGB (H, W, 3) uint8, to an MP4 file."""
+    """Context manager that writes frames of equal size, RGB (H, W, 3) uint8, to an MP4 file, and marks it as a drawing."""
 
     def __init__(self, path: str, fps: float):
         self._path, self._fps = path, fps
@@ -72,5 +73,7 @@ class VideoWriter(contextlib.AbstractContextManager):
         self._writer.write(np.ascontiguousarray(frame[:, :, ::-1]))
 
     def __exit__(self, *error: object) -> None:
-        if self._writer is not None:
+        if self._writer is not None and self._writer.isOpened():
             self._writer.release()
+            with contextlib.suppress(OSError):  # of a full disk
+                mark_video(self._path)
