@@ -161,6 +161,15 @@ def test_pkd_of_a_constant_channel() -> None:
     assert values["constant.grad_student"][:, constant].abs().max() > 0 and not gradient[:, constant].any()
 
 
+def test_pkd_of_a_channel_that_varies_by_rounding() -> None:
+    """Check values that differ by less than 1e-8, whose channel has neither a gradient nor a part in the loss."""
+    student = torch.tensor([0.1, 0.1, 0.1, 0.1 + 8e-9]).view(1, 1, 2, 2).requires_grad_()
+    assert student.std() > 0
+    loss = pearson_loss(student, torch.tensor([1.0, 3.0, 1.0, 3.0]).view(1, 1, 2, 2))
+    loss.backward()
+    assert loss.item() == pytest.approx(3 / 8, rel=1e-5) and not student.grad.any()
+
+
 @pytest.fixture
 def program_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     """Patch torch.rand to return U = 1 - noise: U >= ratio keeps what the authors keep, noise <= 1 - ratio."""

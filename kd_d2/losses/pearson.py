@@ -52,7 +52,8 @@ def pearson_loss_of_levels(student: Sequence[Tensor], teacher: Sequence[Tensor],
     squares_2N, products_N = sums_3N[:2], sums_3N[2]
     variances_2N = squares_2N / (counts_N - 1).clamp(min=1)
     deviations_2N = variances_2N.clamp(min=SQUARE_EPS).sqrt() + EPS
-    products_N = products_N.where(variances_2N[0] > SQUARE_EPS, 0)
-    halves_N = (squares_2N / deviations_2N.square()).sum(0) / 2
+    is_varied_2N = variances_2N > SQUARE_EPS
+    products_N = products_N.where(is_varied_2N[0], 0)
+    halves_N = (squares_2N / deviations_2N.square()).where(is_varied_2N, 0).sum(0) / 2
     losses_N = (halves_N - products_N / (deviations_2N[0] * deviations_2N[1])) / counts_N
     return sum(level.mean() for level in losses_N.split([x.shape[1] for x in student]))
