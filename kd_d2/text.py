@@ -31,7 +31,10 @@ def label(text: str) -> str:
 
 def wrapped_label(text: str) -> str:
     """Return `printable` text for a figure, in up to three lines of the length of a label."""
-    return "\n".join(textwrap.wrap(printable(text, 3 * LONGEST_LABEL - 20), LONGEST_LABEL, break_on_hyphens=False)[:3])
+    lines = textwrap.wrap(printable(text), LONGEST_LABEL, break_on_hyphens=False)
+    if len(lines) > 3:
+        lines = [lines[0], f"{lines[1][: LONGEST_LABEL - 4].rstrip()} ...", lines[-1]]
+    return "\n".join(lines)
 
 
 def composed(name: str) -> str:

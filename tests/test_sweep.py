@@ -28,6 +28,7 @@ from kd_d2.sweep.report import first_curves, write_report
 from kd_d2.sweep.results import read_curves, read_metrics, read_result, result_path
 from kd_d2.sweep.runner import Job, run_jobs, teacher_evaluation, training_job
 from kd_d2.sweep.table import HEADERS, Row, as_csv, as_markdown, build_rows, format_row, pooled_deviation, read_results
+from kd_d2.text import wrapped_label
 
 import pytest
 import torch
@@ -285,6 +286,7 @@ def test_curves_of_several_test_sets_and_negative_losses(tmp_path, monkeypatch):
 def test_long_titles_are_told_apart(tmp_path, monkeypatch):
     """Check titles that differ in the middle alone, in both plots, and a legend that is no wider than its figure."""
     titles = [f"{'inheritance, ' * 6}{method}{', levels balanced' * 5}" for method in ("SSIM", "CrossKD")]
+    assert wrapped_label("a " * 300 + "z").splitlines() == ["a " * 39 + "a", "a " * 38 + "...", "a " * 20 + "z"]
     figures = []
     monkeypatch.setattr(plots, "save_figure", lambda figure, *a: (figures.append(figure), save_figure(figure, *a)))
     scores = {column: [1.0] for column in ("AP", "AP50")}
