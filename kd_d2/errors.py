@@ -7,6 +7,7 @@ import math
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 
 from .text import keep_controls_out_of_logs, printable
@@ -48,9 +49,11 @@ def explain_lack_of_resources(error: BaseException | None, advice: str) -> str |
     reason = str(error).strip().partition("\n")[0].rstrip(" .")
     if "Too many open files" in reason:
         return (
-            f"Too many open files ({reason}): raise the limit, such as with ulimit -n 65536, or lower SOLVER.IMS_PER_BATCH or "
-            "DATALOADER.NUM_WORKERS"
+            f"Too many open files ({reason}): raise the limit (ulimit -n, at most ulimit -Hn), or use fewer data loading processes or "
+            "smaller batches"
         )
+    if isinstance(error, EOFError | ConnectionError) and _is_from_data_loading(error):
+        return f"A data loading process failed ({reason or type(error).__name__}): see its error above"
     if reason.startswith("DataLoader worker"):
         if "with exit code" in f"{error} {error.__cause__}":
             return f"A data loading process failed ({reason}): see its error above"
@@ -60,6 +63,11 @@ def explain_lack_of_resources(error: BaseException | None, advice: str) -> str |
     others = "look with nvidia-smi or rocm-smi for other programs on the GPU; otherwise "
     hint = others if GPU_IS_FULL.search(str(error)) else ""
     return f"Out of memory ({reason or type(error).__name__}): {hint}{advice}"
+
+
+def _is_from_data_loading(error: BaseException) -> bool:
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_code.co_filename.endswith("torch/multiprocessing/reductions.py") for frame, _ in frames)
 
 
 def system_error(error: BaseException | None) -> OSError | None:
@@ -128,7 +136,7 @@ def exit_on_user_error() -> Iterator[None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         raise  # from another pipe
-    except (OSError, RuntimeError, MemoryError) as error:
+    except (OSError, RuntimeError, MemoryError, EOFError) as error:
         sentence = as_user_error(error)
         if sentence is None:
             raise

@@ -836,6 +836,14 @@ def _share_too_many_tensors(args: object) -> None:
     raise RuntimeError("unable to open shared memory object </torch_7> in read-write mode: Too many open files (24)")
 
 
+def _receive_from_a_lost_worker(args: object) -> None:
+    class Descriptor:
+        def detach(self) -> None:
+            raise EOFError
+
+    torch.multiprocessing.reductions.rebuild_storage_fd(torch.UntypedStorage, Descriptor(), 8)
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize(("main", "sentence"), [
     (_fill_the_disk, "/dev/full cannot be written: No space left on device."),
@@ -846,10 +854,11 @@ def _share_too_many_tensors(args: object) -> None:
     (_lose_a_worker, "A data loading process died (DataLoader worker (pid 7) is killed by signal: Killed), most likely because it ran out of "
      "memory: lower DATALOADER.NUM_WORKERS."),
     (_lose_a_worker_after_its_error, "A data loading process failed (DataLoader worker (pid(s) 7) exited unexpectedly): see its error above."),
-    (_open_too_many_files, "Too many open files ([Errno 24] Too many open files): raise the limit, such as with ulimit -n 65536, or lower "
-     "SOLVER.IMS_PER_BATCH or DATALOADER.NUM_WORKERS."),
+    (_open_too_many_files, "Too many open files ([Errno 24] Too many open files): raise the limit (ulimit -n, at most ulimit -Hn), or use fewer "
+     "data loading processes or smaller batches."),
     (_share_too_many_tensors, "Too many open files (unable to open shared memory object </torch_7> in read-write mode: Too many open files (24)): "
-     "raise the limit, such as with ulimit -n 65536, or lower SOLVER.IMS_PER_BATCH or DATALOADER.NUM_WORKERS."),
+     "raise the limit (ulimit -n, at most ulimit -Hn), or use fewer data loading processes or smaller batches."),
+    (_receive_from_a_lost_worker, "A data loading process failed (EOFError): see its error above."),
 ])  # fmt: skip
 def test_sentences_of_a_system_without_space_permission_or_memory(
     capfd, monkeypatch: pytest.MonkeyPatch, main: Callable, sentence: str, processes: int

@@ -89,7 +89,7 @@ def _explaining_errors(main: Callable[[argparse.Namespace], object], args: argpa
     """Run `main(args)`, and raise a UserError for an error that `as_user_error` explains."""
     try:
         main(args)
-    except (OSError, RuntimeError, MemoryError) as error:
+    except (OSError, RuntimeError, MemoryError, EOFError) as error:
         explained = as_user_error(error)
         if explained is None:
             raise
