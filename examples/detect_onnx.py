@@ -18,7 +18,7 @@ names, shorter, longest = (json.loads(metadata[key]) for key in ("class_names", 
 
 try:
     image = ImageOps.exif_transpose(Image.open(sys.argv[2]))
-except OSError as error:
+except (OSError, SyntaxError, ValueError) as error:
     sys.exit(f"{sys.argv[2]} cannot be read: {error}")
 if image.mode[0] in "IF":
     sys.exit(f"{sys.argv[2]} has more than 8 bits per value, which this example does not support.")

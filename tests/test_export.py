@@ -370,6 +370,10 @@ def test_the_target_of_a_link_is_replaced(configs: dict[str, CfgNode], tmp_path:
     export_detector(configs["retinanet"], str(link))
     assert link.is_symlink() and load_exported(str(link)).metadata.detector == "RetinaNet"
     assert [path.name for path in target.parent.iterdir()] == ["target"]
+    only_the_graph = tmp_path / "link.xml"
+    only_the_graph.symlink_to(target.parent / "target.xml")
+    with pytest.raises(UserError, match=r"link\.xml is a link, but .*link\.bin not one to the same place"):
+        export_detector(configs["retinanet"], str(only_the_graph))
 
 
 def test_file_that_detects_something_else_is_not_written(
