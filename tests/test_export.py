@@ -372,7 +372,7 @@ def test_the_target_of_a_link_is_replaced(configs: dict[str, CfgNode], tmp_path:
     assert [path.name for path in target.parent.iterdir()] == ["target"]
     only_the_graph = tmp_path / "link.xml"
     only_the_graph.symlink_to(target.parent / "target.xml")
-    with pytest.raises(UserError, match=r"link\.xml is a link, but .*link\.bin not one to the same place"):
+    with pytest.raises(UserError, match=r"link\.xml is a link, but .*link\.bin is not a link to the file beside"):
         export_detector(configs["retinanet"], str(only_the_graph))
 
 

@@ -130,7 +130,9 @@ def _check(path: str, options: ExportOptions) -> str:
         if os.path.isdir(weights):
             raise UserError(f"--output {path}: {weights}, the file of its weights, is a folder; choose another name.")
         if os.path.splitext(os.path.realpath(path))[0] != os.path.splitext(os.path.realpath(weights))[0]:
-            raise UserError(f"--output {path} is a link, but {weights} not one to the same place; name the target.")
+            raise UserError(
+                f"--output {path} is a link, but {weights} is not a link to the file beside its target; name the target."
+            )
     if options.int8 and export_format != "onnx":
         raise UserError(f"--int8 needs an ONNX file, which OpenVINO runs as well; --output {path} is {export_format}.")
     if options.score_thresh is not None and not 0 <= options.score_thresh <= 1:
