@@ -29,7 +29,7 @@ from kd_d2.modeling.assignment import assign_by_iou
 import pytest
 import torch
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import build_backbone
+from detectron2.modeling import Backbone, build_backbone
 from detectron2.modeling.backbone import build_resnet_backbone
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.meta_arch import GeneralizedRCNN, PanopticFPN, RetinaNet
@@ -438,6 +438,74 @@ def test_subclasses_keep_what_they_override(
     model.__class__ = cls
     assert type(build_adapter(model)) is adapter
     _assert_own_losses(model, [make_inputs()], want=frozenset({"features"}))
+
+
+class OwnInference(GeneralizedRCNN):
+    """Keeps one detection of each image."""
+
+    def inference(self, batched_inputs: list[dict], detected_instances=None, do_postprocess: bool = True):
+        results = super().inference(batched_inputs, detected_instances, do_postprocess)
+        return [{"instances": result["instances"][:1]} for result in results]
+
+
+def test_detections_of_an_rcnn_with_its_own_inference(tiny_detector: Callable, make_inputs: Callable) -> None:
+    """Check that they are those of the model, in pixels of the input image, and that the adapter keeps all its parts."""
+    model = tiny_detector("faster", {"MODEL": {"ROI_HEADS": {"SCORE_THRESH_TEST": 0.0}}}).eval()
+    parts = build_adapter(model).spec.provides
+    inputs = make_inputs()
+    with torch.no_grad():
+        all_of_them = build_adapter(model).run(inputs, frozenset({"detections"})).detections
+        model.__class__ = OwnInference
+        found = build_adapter(model).run([{**x, "height": 500} for x in inputs], frozenset({"detections"})).detections
+    assert build_adapter(model).spec.provides == parts
+    for one, several in zip(found, all_of_them, strict=True):
+        assert (len(one), one.image_size) == (1, several.image_size)
+        assert len(several) > 1
+        assert torch.equal(one.pred_boxes.tensor, several[:1].pred_boxes.tensor)
+
+
+class DilatedBackbone(Backbone):
+    """Its third level has the stride of the second."""
+
+    STRIDES = (8, 16, 16, 32, 64)
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(3, channels, 1, stride=stride) for stride in self.STRIDES)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return {f"p{number}": layer(images) for number, layer in enumerate(self.layers, 3)}
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        channels = self.layers[0].out_channels
+        return {f"p{n}": ShapeSpec(channels=channels, stride=stride) for n, stride in enumerate(self.STRIDES, 3)}
+
+    @property
+    def size_divisibility(self) -> int:
+        return 64
+
+
+@pytest.mark.parametrize("cls", [RetinaNet, OwnTraining])
+def test_a_dense_head_with_two_levels_of_one_stride(
+    tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage, cls: type
+) -> None:
+    """Check that the detector runs unchanged, with all its levels, and provides the deeper map of the two."""
+    model = tiny_detector("retinanet")
+    model.__class__ = cls
+    model.backbone = DilatedBackbone(model.backbone.output_shape()["p3"].channels)
+    assert type(build_adapter(model)) is BackboneAdapter
+    _assert_own_losses(model, [make_inputs()], want=frozenset({"features"}))
+    outputs = build_adapter(model).run(make_inputs(), frozenset({"features"}))
+    named = model.backbone(outputs.images.tensor)
+    assert list(outputs.features) == [8, 16, 32, 64]
+    assert torch.equal(outputs.features[16], named["p5"])
+
+
+def test_anchors_of_an_rpn_with_two_levels_of_one_stride(tiny_detector: Callable) -> None:
+    model = tiny_detector("faster")
+    assert "anchors" in build_adapter(model).spec.provides
+    model.proposal_generator.in_features = [*model.proposal_generator.in_features, "p2"]
+    assert "anchors" not in build_adapter(model).spec.provides
 
 
 def test_panoptic_fpn_falls_to_the_backbone(

@@ -27,6 +27,7 @@ import torch
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import GeneralizedRCNN, PanopticFPN, RetinaNet, build_model
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from helpers import META_ARCHITECTURES, Project, clean_process, fixed_weights, make_project, run_train_net
 from torch import nn
 
@@ -73,6 +74,27 @@ def test_reordered_reppoints_give_the_same_logits_in_another_order(tiny_detector
         # Some processors sum a convolution's channels in another order.
         torch.testing.assert_close(after.logits[stride], logits[..., order], atol=1e-5, rtol=0)
         assert torch.equal(after.box_regression[stride], before.box_regression[stride])
+
+
+class HeadWithPriors(RetinaNetHead):
+    """Adds a learned number of each class to its logits."""
+
+    def forward(self, features: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        logits, deltas = super().forward(features)
+        return [level + self.priors for level in logits], deltas
+
+
+def test_a_head_of_ones_own_cannot_be_reordered(tiny_detector: Callable) -> None:
+    """Check a head with other weights per class, and one whose last layer is not a convolution."""
+    expected = "The class order of RetinaNet differs from that of the data, and it is not known which of its weights"
+    model = tiny_detector("retinanet")
+    model.head.__class__ = HeadWithPriors
+    with pytest.raises(UserError, match=expected):
+        match_classes(model, "the model", OWN, OTHER)
+    model = tiny_detector("retinanet")
+    model.head.cls_score = nn.Sequential(model.head.cls_score)
+    with pytest.raises(UserError, match=expected):
+        match_classes(model, "the model", OWN, OTHER)
 
 
 @pytest.mark.parametrize(("kind", "agnostic"), [("mask", False), ("mask", True), ("cascade", True)])

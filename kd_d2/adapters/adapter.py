@@ -41,6 +41,11 @@ class DetectorAdapter:
     num_bins: int | None = None
     tower_channels: tuple[int, ...] | None = None
 
+    @classmethod
+    def supports(cls, model: nn.Module) -> bool:
+        """Return whether this adapter can run the model, whose class is a subclass of `model_class`."""
+        return all(getattr(type(model), method) is getattr(cls.model_class, method) for method in cls.composes)
+
     def __init__(self, model: nn.Module):
         self.model = model
         backbone = model.backbone
@@ -187,7 +192,7 @@ class BackboneAdapter(DetectorAdapter):
 
         results = None
         with self.model.backbone.register_forward_hook(capture), contextlib.suppress(_FeaturesRead):
-            results = self.model(batched_inputs if targets is not None else list(map(_unscaled, batched_inputs)))
+            results = self.model(batched_inputs if targets is not None else list(map(unscaled, batched_inputs)))
         if len(seen) != 1:
             raise RuntimeError(
                 f"{type(self.model).__name__} called its backbone {len(seen)} times in one forward pass; exactly one was expected"
@@ -202,7 +207,7 @@ class BackboneAdapter(DetectorAdapter):
         return outputs
 
 
-def _unscaled(entry: dict) -> dict:
+def unscaled(entry: dict) -> dict:
     """Drop the size that detections would be scaled to, so that they stay in input pixels."""
     return {key: value for key, value in entry.items() if key not in ("height", "width")}
 
@@ -241,6 +246,6 @@ def build_adapter(model: nn.Module) -> DetectorAdapter:
             )
     for cls in type(model).__mro__:
         adapter = adapters.get(cls)
-        if adapter and all(getattr(type(model), method) is getattr(cls, method) for method in adapter.composes):
+        if adapter and adapter.supports(model):
             return adapter(model)
     raise TypeError(f"{type(model)} is not a torch module")

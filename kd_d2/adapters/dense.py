@@ -10,18 +10,20 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.meta_arch import RetinaNet
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.modeling.meta_arch.fcos import FCOS
-from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from torch import Tensor, nn
 
 from ..modeling import ATSS, FSAF, GFL
 from ..modeling.assignment import BACKGROUND, IGNORED, Positives, assign_by_iou
 from ..modeling.dense import SingleAnchorDetector
+from ..modeling.reppoints import RepPointsHead
 from .adapter import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter, reorder_outputs
 from .anchors import first_anchors, grid_anchors
 from .outputs import DensePredictions, DetectorOutputs, Towers, towers_at
-from .towers import channels_of_towers, finish, recorded
+from .towers import READ_HEADS, channels_of_towers, finish, recorded
 
+CLASSIFIES_BY_ONE_LAYER = READ_HEADS | {RepPointsHead.forward}
+"""Forward methods of heads in which only the layer `cls_score` depends on the class."""
 FCOS_MATCH_THRESHOLD = 1e-5  # Detectron2's threshold of the match quality
 
 
@@ -33,6 +35,13 @@ class DenseDetectorAdapter(DetectorAdapter):
     composes = ("forward", "preprocess_image")
     family = "one-stage"
     provides = frozenset({"features", "detections", "targets"})
+
+    @classmethod
+    def supports(cls, model: nn.Module) -> bool:
+        """Return whether the forward pass is that of `model_class` and the levels of the head differ in stride."""
+        shapes = model.backbone.output_shape()
+        strides = [shapes[name].stride for name in model.head_in_features]
+        return super().supports(model) and len({*strides}) == len(strides)
 
     def neck_shapes(self) -> dict[str, ShapeSpec]:
         shapes = self.model.backbone.output_shape()
@@ -78,9 +87,10 @@ class AnchorDetectorAdapter(DenseDetectorAdapter):
             self.provides |= {"towers", *map(towers_at, range(len(self.tower_channels)))}
 
     def reorder_classes(self, order: list[int]) -> None:
-        if not isinstance(self.model.head, RetinaNetHead):
+        head = self.model.head
+        layer = getattr(head, "cls_score", None)
+        if type(head).forward not in CLASSIFIES_BY_ONE_LAYER or not isinstance(layer, nn.Conv2d):
             super().reorder_classes(order)
-        layer = self.model.head.cls_score
         reorder_outputs(layer, order, groups=layer.out_channels // len(order))
 
     @property

@@ -18,7 +18,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from .adapter import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter, reorder_outputs
+from .adapter import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter, reorder_outputs, unscaled
 from .anchors import first_anchors, grid_anchors
 from .outputs import DetectorOutputs, SampledProposals
 
@@ -38,7 +38,9 @@ class RCNNAdapter(DetectorAdapter):
     def provides(self) -> frozenset[str]:
         parts = {"features", "detections", "targets", *self.parts_of_instances}
         if hasattr(self.model.proposal_generator, "anchor_generator"):
-            parts.add("anchors")
+            strides = self._rpn_strides()
+            if len({*strides}) == len(strides):
+                parts.add("anchors")
         if _classifies_by_softmax(self.model.roi_heads):
             parts.add("proposals")
         return frozenset(parts)
@@ -87,8 +89,7 @@ class RCNNAdapter(DetectorAdapter):
         if "proposals" in want:
             outputs.classify = torch.no_grad()(lambda boxes: self._class_logits(named, boxes))
         if "detections" in want:
-            proposals, _ = self._propose(batched_inputs, images, named, None)
-            outputs.detections = self.in_input_pixels(model.roi_heads(images, named, proposals, None)[0], images)
+            outputs.detections = self._detect(batched_inputs, images, named)
         if targets is not None:
             proposals, proposal_losses = self._propose(batched_inputs, images, named, targets)
             if "proposals" in want and not model.training:
@@ -104,6 +105,13 @@ class RCNNAdapter(DetectorAdapter):
                 model.visualize_training(on_cpu, proposals)
             outputs.losses = {**head_losses, **proposal_losses}
         return outputs
+
+    def _detect(self, batched_inputs: list[dict], images: ImageList, named: dict[str, Tensor]) -> list[Instances]:
+        """Return the final detections. A model with its own `inference` runs it, with its own pass of the backbone."""
+        if type(self.model).inference is not GeneralizedRCNN.inference:
+            return [result["instances"] for result in self.model.inference(list(map(unscaled, batched_inputs)))]
+        proposals, _ = self._propose(batched_inputs, images, named, None)
+        return self.in_input_pixels(self.model.roi_heads(images, named, proposals, None)[0], images)
 
     def _propose(
         self, batched_inputs: list[dict], images: ImageList, named: dict[str, Tensor], targets: list[Instances] | None
