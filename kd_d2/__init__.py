@@ -23,6 +23,7 @@ _MODULES = {
     "UserError": "errors",
     "add_kd_config": "config",
     "load_config": "config",
+    "register_config": "config",
     "validate_kd_config": "config",
 }
 

@@ -6,20 +6,20 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
-from kd_d2.config import SolverKeys, add_kd_config, load_config, load_teacher_config
+from kd_d2.config import SolverKeys, add_kd_config, changed_keys, library_keys, load_config, load_teacher_config
 from kd_d2.engine import student_config
 from kd_d2.errors import UserError
 from kd_d2.extensions import HINT
 from kd_d2.keys import keys_of
-from kd_d2.modeling import add_slim_resnet_config
+from kd_d2.modeling import GFL, add_slim_resnet_config
 from kd_d2.plain_yaml import read_plain_yaml
 
 import pytest
 import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import build_model
-from helpers import TINY, tree_of, write_yaml
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_model
+from helpers import TINY, example, tree_of, write_yaml
 
 pytestmark = pytest.mark.unit
 
@@ -782,6 +782,39 @@ def test_the_dumped_student_has_the_keys_of_its_own_detector_alone(files: Files,
     cfg = load_config(str(files.student(MODEL__KD__STUDENT=name, MODEL__BACKBONE__NAME=backbone)))
     ours = student_config(cfg).MODEL.keys() - get_cfg().MODEL.keys()
     assert ours == {name, "MOBILENET_V2"}
+
+
+def test_the_dumped_student_keeps_what_a_model_of_ones_own_may_use(
+    files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check a subclass of a detector, and a function around a backbone, of this library."""
+    slim = BACKBONE_REGISTRY.get("build_retinanet_slim_resnet_fpn_backbone")
+    monkeypatch.setitem(BACKBONE_REGISTRY._obj_map, "build_my_backbone", lambda cfg, shape: slim(cfg, shape))
+    monkeypatch.setitem(META_ARCH_REGISTRY._obj_map, "MyGFL", type("MyGFL", (GFL,), {"__module__": "mine"}))
+    added = {}
+    for student, backbone in (("MyGFL", None), ("RetinaNet", "build_my_backbone")):
+        keys = {"MODEL__GFL__NUM_CLASSES": 7, "MODEL__SLIM_RESNET__WIDTHS": [8, 8, 8, 8], "MODEL__KD__STUDENT": student}
+        cfg = load_config(str(files.student(**keys, **({"MODEL__BACKBONE__NAME": backbone} if backbone else {}))))
+        added[student] = student_config(cfg).MODEL
+        assert added[student].keys() - get_cfg().MODEL.keys() == {"GFL", "SLIM_RESNET"}
+    assert added["MyGFL"].GFL.NUM_CLASSES == 7
+    assert added["RetinaNet"].SLIM_RESNET.WIDTHS == (8, 8, 8, 8)
+
+
+def test_keys_of_ones_own(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check `register_config` in the student's config, its plain config, and the teacher's; unknown keys name --import."""
+    with pytest.raises(UserError, match=r"MODEL.MY_BACKBONE; if it is your own, import the file that registers it"):
+        load_config(str(files.student(MODEL__MY_BACKBONE__WIDTH=32)))
+    monkeypatch.setattr(library_keys, "CONFIG_FUNCTIONS", [])
+    exec(example("config keys of your own", "docs/guides/own-teacher.md"), {})
+    cfg = load_config(str(files.student(MODEL__KD__TEACHER__OPTS=["MODEL.MY_BACKBONE.WIDTH", 16])))
+    assert cfg.MODEL.MY_BACKBONE.WIDTH == 64
+    assert load_teacher_config(cfg).MODEL.MY_BACKBONE.WIDTH == 16
+    cfg = load_config(str(files.student(MODEL__MY_BACKBONE__WIDTH=32)))
+    assert student_config(cfg).MODEL.MY_BACKBONE.WIDTH == 32
+    assert changed_keys(cfg)["MODEL.MY_BACKBONE.WIDTH"] == 32
+    with pytest.raises(UserError, match=r"there is no config key MODEL.MY_BACKBONE.WIDHT. Did you mean"):
+        load_config(str(files.student(MODEL__MY_BACKBONE__WIDHT=32)))
 
 
 @pytest.mark.parametrize("slim", [False, True])

@@ -11,6 +11,7 @@ from .library_keys import (
     declared_nodes,
     detector_of,
     reads_annotations,
+    register_config,
 )
 from .loading import load_config, load_teacher_config
 from .reading import changed_keys, check_overrides, read_config
@@ -33,5 +34,6 @@ __all__ = [
     "load_teacher_config",
     "read_config",
     "reads_annotations",
+    "register_config",
     "validate_kd_config",
 ]

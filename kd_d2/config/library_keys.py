@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -209,8 +210,21 @@ LIBRARY_KEYS: dict[str, type[Keys]] = {
 """The library's own keys by config node, except those of methods and detectors."""
 
 
+CONFIG_FUNCTIONS: list[Callable[[CfgNode], None]] = []
+"""The functions of `register_config`."""
+
+
+def register_config(add_config: Callable[[CfgNode], None]) -> Callable[[CfgNode], None]:
+    """Register a function that adds config keys of your own, such as those of a backbone, to every config.
+
+    `add_kd_config` calls it, and so do all programs, also for the config of a teacher. A function decorator.
+    """
+    CONFIG_FUNCTIONS.append(add_config)
+    return add_config
+
+
 def add_kd_config(cfg: CfgNode) -> None:
-    """Add the library's keys, with their defaults, to a Detectron2 config.
+    """Add the library's keys, with their defaults, to a Detectron2 config, and those of `register_config`.
 
     Importing it as `kd_d2.add_kd_config` also registers the library's detectors.
 
@@ -226,6 +240,8 @@ def add_kd_config(cfg: CfgNode) -> None:
                 f"The method {name} has the CONFIG_NODE {method.CONFIG_NODE!r}, which is a key of MODEL.KD already: rename it."
             )
         method.Config.add_to(node_at(cfg, f"MODEL.KD.{method.CONFIG_NODE}"))
+    for add_config in CONFIG_FUNCTIONS:
+        add_config(cfg)
 
 
 def declared_nodes() -> dict[str, type[Keys]]:

@@ -109,8 +109,8 @@ def _with_default_types(
         if key not in defaults:
             close = difflib.get_close_matches(str(key).upper(), defaults.keys(), n=1)
             hint = f" Did you mean {prefix}{close[0]}?" if close else ""
-            of_method = f"; {HINT}" if prefix == "MODEL.KD." and isinstance(value, dict) else ""
-            raise UserError(f"{source}: there is no config key {full_key}{of_method}.{hint}")
+            of_own = f"; {HINT}" if prefix.startswith("MODEL.") and isinstance(value, dict) else ""
+            raise UserError(f"{source}: there is no config key {full_key}{of_own}.{hint}")
         default = defaults[key]
         if isinstance(default, CN):
             if not isinstance(value, dict):

@@ -1,6 +1,8 @@
 """Detectors and backbones that Detectron2 does not have. Importing this package registers them."""
 
 from detectron2.config import CfgNode
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
+from detectron2.utils.registry import Registry
 
 from ..keys import Keys
 from .atss import ATSS, ATSSKeys
@@ -44,6 +46,19 @@ def add_modeling_config(cfg: CfgNode) -> None:
 
 
 def unused_nodes(cfg: CfgNode) -> list[str]:
-    """Return the names of these nodes that the config's detector does not use."""
-    backbones = [name for name in BACKBONES if name.lower() not in cfg.MODEL.BACKBONE.NAME]
-    return backbones + [name for name in DETECTORS if name != cfg.MODEL.META_ARCHITECTURE.upper()]
+    """Return the names of these nodes that the config's detector does not use.
+
+    A detector or backbone from elsewhere may use each node that has other values than the defaults.
+    """
+    backbone, detector = cfg.MODEL.BACKBONE.NAME, cfg.MODEL.META_ARCHITECTURE
+    defaults = CfgNode({"MODEL": {}})
+    add_modeling_config(defaults)
+    may_use_any = not (_is_known(BACKBONE_REGISTRY, backbone) and _is_known(META_ARCH_REGISTRY, detector))
+    used = {name for name in BACKBONES if name.lower() in backbone} | {detector.upper()}
+    used |= {name for name in MODELING_KEYS if may_use_any and cfg.MODEL[name] != defaults.MODEL[name]}
+    return [name for name in MODELING_KEYS if name not in used]
+
+
+def _is_known(registry: Registry, name: str) -> bool:
+    """Return whether an entry of a registry comes from Detectron2 or this library."""
+    return registry.get(name).__module__.partition(".")[0] in ("detectron2", __name__.partition(".")[0])
