@@ -62,6 +62,8 @@ class KDMetaArch(nn.Module):
             unknown = sorted({*(named or {})} - distillers.keys())
             if unknown:
                 raise UserError(f"{argument} names {unknown}, but the distillers are {sorted(distillers)}.")
+        if teacher.model is student:
+            raise UserError("The student and the teacher are the same module, whose parameters are frozen: build two.")
         self.student = student
         self.teacher = teacher
         self.distillers = nn.ModuleDict(distillers)
@@ -164,8 +166,9 @@ class KDMetaArch(nn.Module):
             if not all(distiller.resizes for distiller in active.values()):
                 self._check_same_maps(student, teacher)
         losses = dict(student.losses)
-        distilled = {n: distiller(self._seen_by(n, student), teacher, targets) for n, distiller in active.items()}
-        self._check_scalars(distilled)
+        distilled = {
+            n: _scalars(n, distiller(self._seen_by(n, student), teacher, targets)) for n, distiller in active.items()
+        }
         factors = self._factors(iteration, student, distilled)
         for name, distiller in self.distillers.items():
             if name in active:
@@ -197,16 +200,6 @@ class KDMetaArch(nn.Module):
                 factors[name] *= multiplier
                 get_event_storage().put_scalar(f"kd/balance/{name}", multiplier, smoothing_hint=False)
         return factors
-
-    @staticmethod
-    def _check_scalars(distilled: dict[str, Losses]) -> None:
-        for method, losses in distilled.items():
-            if not isinstance(losses, dict):
-                raise TypeError(f"{method} returned a {type(losses).__name__} instead of a dict of losses")
-            for name, loss in losses.items():
-                if not isinstance(loss, Tensor) or loss.numel() != 1:
-                    found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r}"
-                    raise TypeError(f"{method} returned {found} as {name}; a loss is a scalar tensor")
 
     @staticmethod
     def _add(losses: Losses, new: Losses, name: str, distiller: Distiller) -> None:
@@ -242,6 +235,17 @@ class KDMetaArch(nn.Module):
             if not self.schedules[name].is_active(iteration)
             for parameter in distiller.parameters()
         ]
+
+
+def _scalars(method: str, losses: Losses) -> Losses:
+    """Return a distiller's losses with no dimension; raise a TypeError if one is not a single number."""
+    if not isinstance(losses, dict):
+        raise TypeError(f"{method} returned a {type(losses).__name__} instead of a dict of losses")
+    for name, loss in losses.items():
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r}"
+            raise TypeError(f"{method} returned {found} as {name}; a loss is a scalar tensor")
+    return {name: loss.reshape(()) for name, loss in losses.items()}
 
 
 def student_of(model: nn.Module) -> nn.Module:

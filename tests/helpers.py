@@ -368,14 +368,14 @@ class KillAt(HookBase):
             raise Killed
 
 
-def make_trainer(project: Project, *opts: object, seed: int = 0) -> KDTrainer:
+def make_trainer(project: Project, *opts: object, seed: int = 0, trainer: type[KDTrainer] = KDTrainer) -> KDTrainer:
     """Build a trainer as train_net.py does: datasets registered, global generators seeded, no weights loaded yet."""
     cfg = load_config(str(project.student), [str(o) for o in opts])
     os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
     register_coco_json(cfg)
     torch.manual_seed(seed)
     np.random.seed(seed)
-    return KDTrainer(cfg)
+    return trainer(cfg)
 
 
 @dataclass

@@ -417,6 +417,23 @@ def test_losses_that_are_no_scalar_tensors_are_an_error(
         model(constant_inputs())
 
 
+def test_a_loss_with_one_element_is_a_scalar(
+    toy_detector: type, constant_inputs: Callable, event_storage: EventStorage
+) -> None:
+    recorder = Recorder(loss_names=("loss_kd",))
+    recorder.forward = lambda *outputs: {"loss_kd": torch.full((1,), 3.0)}
+    model = KDMetaArch(student=toy_detector(), teacher=Teacher(toy_detector()), distillers={"Recorder": recorder})
+    loss = model(constant_inputs())["loss_kd"]
+    assert (loss.shape, loss.item()) == ((), 3.0)
+
+
+def test_a_student_that_is_its_own_teacher_is_an_error(toy_detector: type) -> None:
+    """Check that it does not train nothing, since the teacher is frozen."""
+    student = toy_detector()
+    with pytest.raises(UserError, match="The student and the teacher are the same module"):
+        KDMetaArch(student=student, teacher=Teacher(student), distillers={})
+
+
 def test_a_method_without_loss_names_is_an_error(toy_detector: type) -> None:
     class Nameless(Distiller):
         needs = frozenset({"features"})

@@ -297,6 +297,26 @@ def test_a_decoders_gradients_do_not_pile_up(
     assert [distiller.first.grad.item(), distiller.second.grad.item()] == [3.0, 4.0]
 
 
+@pytest.mark.parametrize(("returned", "name"), [("a tensor", "loss"), ("one element", "loss_x")])
+def test_losses_of_a_detector_of_ones_own(
+    toy_detector: type, tiny_cfg: Callable, event_storage: EventStorage, returned: str, name: str
+) -> None:
+    """Check one loss without a name, and losses (1,) beside scalars, as Detectron2's trainer takes them."""
+    model = toy_detector()
+    scale = model.backbone.scale
+
+    def forward(inputs: list[dict]) -> Any:
+        return scale * 5 if returned == "a tensor" else {"loss_x": scale.view(1) * 2, "loss_y": scale * 3}
+
+    model.forward = forward
+    step = DistillationStep(model, *build_optimizers(tiny_cfg("retinanet"), model))
+    step.data_loader = [[{}]]
+    _run(step, event_storage, 1)
+    assert scale.grad.item() == 5.0
+    assert event_storage.latest()[name][0] == (5.0 if returned == "a tensor" else 2.0)
+    assert event_storage.latest()["total_loss"][0] == 5.0
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_weights(
     toy_detector: type, tiny_cfg: Callable, constant_inputs: Callable, event_storage: EventStorage
 ) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import shlex
 import sys
 
@@ -138,6 +139,29 @@ def test_training_the_example_of_a_detector(one_level_files, tmp_path, monkeypat
     assert "scores" in (project.output / "metrics.json").read_text()
     log = (project.output / "log.txt").read_text()
     assert "Teacher: RetinaNet" in log and "(student): OneLevelDetector" in log
+
+
+def test_the_example_of_a_trainer(tmp_path, monkeypatch):
+    """Check that the images have the size of the example's mapper, that a second run resumes, and that it distills."""
+    project = make_project(tmp_path, SOLVER__MAX_ITER=1, DATASETS__TEST=[], MODEL__KD__DISTILLERS=["PKD"])
+    project.student.rename(tmp_path / "my.yaml")
+    path = tmp_path / "train_my.py"
+    path.write_text(example("own trainer", "docs/guides/own-training.md").replace("(480, 640)", "(48, 64)"))
+    monkeypatch.chdir(tmp_path)
+    sizes = []
+    forward = KDMetaArch.forward
+    monkeypatch.setattr(
+        KDMetaArch,
+        "forward",
+        lambda model, batch: sizes.extend(x["image"].shape[-2:] for x in batch) or forward(model, batch),
+    )
+    trained = runpy.run_path(str(path), run_name="__main__")["trainer"]
+    assert sizes == [(48, 64)] * len(sizes)
+    assert sizes
+    assert "loss_pkd" in trained.storage.latest()
+    seen = len(sizes)
+    again = runpy.run_path(str(path), run_name="__main__")["trainer"]
+    assert (again.start_iter, len(sizes)) == (1, seen)
 
 
 def test_two_adapters_for_one_class(one_level_files, tiny_detector):

@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from kd_d2 import Teacher, UserError
 from kd_d2.adapters import RetinaNetAdapter
 from kd_d2.checkpoint import read_checkpoint
 from kd_d2.distillers import DISTILLER_REGISTRY, ICD, Distiller, feature_imitation, gid
+from kd_d2.engine import KDTrainer
 from kd_d2.engine import trainer as trainer_module
 from kd_d2.engine.step import NonFiniteLossError
 from kd_d2.random_state import get_random_state, preserved_random_state, set_random_state
@@ -22,6 +23,8 @@ from kd_d2.random_state import get_random_state, preserved_random_state, set_ran
 import numpy as np
 import pytest
 import torch
+from detectron2.config import CfgNode
+from detectron2.data import build_detection_train_loader
 from detectron2.engine import HookBase
 from helpers import (
     META_ARCHITECTURES,
@@ -31,11 +34,13 @@ from helpers import (
     Run,
     detector_of,
     make_project,
+    make_trainer,
     methods_of,
     run_train_net,
     save_fixed_weights,
     train,
 )
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 DETECTORS = ("retinanet", "faster-rcnn")
@@ -653,6 +658,55 @@ def test_eval_teacher_of_another_channel_order(retinanet: Project) -> None:
     )
     retinanet.main("--eval-only", "--eval-teacher")
     assert_same_detections(detections(retinanet.output / "teacher"), expected)
+
+
+class OwnTrainer(KDTrainer):
+    """Overrides what Detectron2's projects usually do."""
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.RMSprop(model.parameters(), lr=1e-5)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Iterable[list[dict]]:
+        return build_detection_train_loader(cfg)
+
+
+def test_overrides_of_the_trainer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Check Detectron2's own loader and another optimizer, and that a resumed training says that its batches begin anew."""
+    project = make_project(tmp_path, MODEL__KD__DISTILLERS=["ICD"], **SMALL_ICD)
+    opts = "SOLVER.MAX_ITER", 2, "DATASETS.TEST", "()", "DATALOADER.NUM_WORKERS", 0
+    trainer = make_trainer(project, *opts, trainer=OwnTrainer)
+    assert isinstance(trainer.optimizer, torch.optim.RMSprop)
+    decoder = {id(p) for p in trainer._trainer.auxiliary["icd"].params}
+    assert decoder
+    assert not decoder & {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    trainer.resume_or_load(resume=False)
+    assert not isinstance(trainer._trainer.data_loader, torch.utils.data.DataLoader)
+    trainer.train()
+    assert "begin anew" not in caplog.text
+    trainer = make_trainer(project, *opts, "SOLVER.MAX_ITER", 4, trainer=OwnTrainer)
+    trainer.resume_or_load(resume=True)
+    assert "The batches of OwnTrainer.build_train_loader begin anew" in caplog.text
+
+
+def test_the_seed_of_an_own_loader(tmp_path: Path) -> None:
+    """Check that `build_train_loader` gets the seed of the training, also if the config has none, and the batches start there."""
+    seeds = []
+
+    class Seeded(KDTrainer):
+        @classmethod
+        def build_train_loader(cls, cfg: CfgNode) -> Iterable[list[dict]]:
+            seeds.append(cfg.SEED)
+            return super().build_train_loader(cfg)
+
+    trainer = make_trainer(make_project(tmp_path), "SEED", -1, trainer=Seeded)
+    trainer.start_iter = 3
+    trainer.resume_or_load(resume=False)
+    assert seeds == [trainer.seed]
+    assert trainer.seed >= 0
+    assert trainer._trainer.data_loader.batch_sampler.start == 3
+    assert trainer.cfg.SEED == -1
 
 
 @pytest.mark.slow

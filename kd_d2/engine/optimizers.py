@@ -68,12 +68,21 @@ def _build_adamw(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     return maybe_add_gradient_clipping(cfg, optimizer)
 
 
-def build_optimizers(cfg: CfgNode, model: nn.Module) -> tuple[torch.optim.Optimizer, dict[str, AuxiliaryOptimizer]]:
-    """Build the student's optimizer, Detectron2's SGD or AdamW, and the auxiliary optimizers by name.
+def build_main_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """Build the optimizer of SOLVER over all trained parameters of a model: Detectron2's SGD, or AdamW."""
+    return build_optimizer(cfg, model) if cfg.SOLVER.OPTIMIZER == "SGD" else _build_adamw(cfg, model)
+
+
+def build_optimizers(
+    cfg: CfgNode, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> tuple[torch.optim.Optimizer, dict[str, AuxiliaryOptimizer]]:
+    """Build the main optimizer and the auxiliary optimizers of the distillers by name.
 
     Args:
-        cfg: the config; SOLVER configures the student's optimizer.
+        cfg: the config.
         model: a KDMetaArch or a plain detector.
+        optimizer: the main optimizer, from which the parameters of the others are removed; None for that of
+            `build_main_optimizer`.
     """
     settings: dict[OptimizerSettings, list[nn.Parameter]] = {}
     if isinstance(model, KDMetaArch):
@@ -82,7 +91,7 @@ def build_optimizers(cfg: CfgNode, model: nn.Module) -> tuple[torch.optim.Optimi
                 if group.optimizer is not None and group.params:
                     settings.setdefault(group.optimizer, []).extend(group.params)
     elsewhere = {id(p) for params in settings.values() for p in params}
-    optimizer = build_optimizer(cfg, model) if cfg.SOLVER.OPTIMIZER == "SGD" else _build_adamw(cfg, model)
+    optimizer = optimizer or build_main_optimizer(cfg, model)
     for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if id(p) not in elsewhere]
     auxiliary = {s.name: AuxiliaryOptimizer(s, params, cfg.SOLVER.MAX_ITER) for s, params in settings.items()}

@@ -84,7 +84,7 @@ class DistillationStep(SimpleTrainer):
             exchanges = is_last or not isinstance(self.model, DistributedDataParallel)
             with contextlib.nullcontext() if exchanges else self.model.no_sync():
                 with self._mixed_precision():
-                    losses = self.model(data[start : start + size])
+                    losses = _named_scalars(self.model(data[start : start + size]))
                 self.scaler.scale(sum(losses.values()) / self.accumulation_steps).backward()
             for name, loss in losses.items():
                 total[name] = total.get(name, 0) + loss.detach() / self.accumulation_steps
@@ -159,6 +159,12 @@ class DistillationStep(SimpleTrainer):
             "and settings that it was started with, in the same order, or start from the checkpoint's weights (MODEL.WEIGHTS) in another "
             "OUTPUT_DIR."
         )
+
+
+def _named_scalars(losses: dict[str, Tensor] | Tensor) -> dict[str, Tensor]:
+    """Return a model's losses by name, without dimensions; like Detectron2's trainer, also from one tensor or (1,)."""
+    named = {"loss": losses} if isinstance(losses, Tensor) else losses
+    return {name: loss.reshape(()) for name, loss in named.items()}
 
 
 def _methods_of(names: list[str]) -> list[str]:

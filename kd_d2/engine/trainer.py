@@ -25,6 +25,7 @@ from ..compiled import compile_backbone
 from ..config import KD_META_ARCH
 from ..data import build_stream_loader, build_test_loader
 from ..data.images import DataError
+from ..data.stream import BatchStream
 from ..errors import UserError
 from ..evaluation import build_evaluator
 from ..inheritance import inherit
@@ -40,7 +41,7 @@ from .failures import Failures
 from .folder_lock import unlock_folder
 from .hooks import LastMultipliersLog, PeakMemoryRecorder
 from .learning_rate import build_lr_scheduler, scale_to_world_size
-from .optimizers import build_optimizers
+from .optimizers import build_main_optimizer, build_optimizers
 from .rank_states import get_rank_state, set_rank_state
 from .run_record import RunRecord
 from .step import DistillationStep
@@ -53,7 +54,12 @@ UNAVERAGED = "unaveraged"
 
 
 class KDTrainer(DefaultTrainer):
-    """Trains a KDMetaArch, or any plain Detectron2 detector, from a config."""
+    """Trains a KDMetaArch, or any plain Detectron2 detector, from a config.
+
+    As in Detectron2, a subclass can override the class methods `build_model`, `build_optimizer`, `build_lr_scheduler`,
+    `build_train_loader`, `build_test_loader`, `build_evaluator` and `test`. A training that resumes has the same batches
+    as an uninterrupted one only with loaders of `kd_d2.data.build_stream_loader`, which takes a mapper.
+    """
 
     def __init__(self, cfg: CfgNode):
         TrainerBase.__init__(self)
@@ -70,7 +76,8 @@ class KDTrainer(DefaultTrainer):
         if channels_last:
             self.bare_model.to(memory_format=torch.channels_last)
         check_classes(cfg, self.bare_model)
-        optimizer, auxiliary = build_optimizers(cfg, self.bare_model)
+        main_optimizer = self.build_optimizer(cfg, self.bare_model)
+        optimizer, auxiliary = build_optimizers(cfg, self.bare_model, main_optimizer)
         autocast = getattr(torch, cfg.SOLVER.AMP.DTYPE) if cfg.SOLVER.AMP.ENABLED else None
         self._trainer = DistillationStep(
             _distributed(self.bare_model), optimizer, auxiliary, autocast, cfg.SOLVER.GRADIENT_ACCUMULATION_STEPS
@@ -172,8 +179,18 @@ class KDTrainer(DefaultTrainer):
             )
 
     def _open_stream(self) -> None:
-        self._trainer.data_loader = build_stream_loader(self.cfg, self.seed)
-        self._trainer.data_loader.batch_sampler.start = self.start_iter
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.SEED = self.seed
+        loader = self._trainer.data_loader = self.build_train_loader(cfg)
+        stream = getattr(loader, "batch_sampler", None)
+        if isinstance(stream, BatchStream):
+            stream.start = self.start_iter
+        elif self.start_iter:
+            logger.warning(
+                f"The batches of {type(self).__name__}.build_train_loader begin anew; only loaders of build_stream_loader continue "
+                "at the iteration from which a training resumes."
+            )
 
     def train(self) -> Any:
         """Train and evaluate until the last iteration; the program verifies TEST.EXPECTED_RESULTS afterwards.
@@ -268,6 +285,10 @@ class KDTrainer(DefaultTrainer):
         plain = cfg.MODEL.META_ARCHITECTURE != KD_META_ARCH
         with building_from("MODEL") if plain else contextlib.nullcontext():
             return super().build_model(cfg)
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        return build_main_optimizer(cfg, model)
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer):
