@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from kd_d2 import UserError, load_config
 from kd_d2.checkpoint import read_checkpoint
 from kd_d2.engine.averaging import AveragedStudent, PreciseStatisticsOfAverage
+from kd_d2.engine.optimizers import build_optimizers
 
 import pytest
 import torch
@@ -24,9 +25,9 @@ KEYS = {
 def test_the_average_by_hand() -> None:
     """Check weights 0, 10, 20 with decays 1/10 (iteration 0) and 2/11, a buffer, and the exchange with the student."""
     student = nn.BatchNorm1d(1)
-    student.weight.data.zero_()
     averaged = AveragedStudent(student, decay=0.9)
     averaged.trainer = SimpleNamespace(iter=0)
+    student.weight.data.zero_()  # as initial weights do, which are loaded later
     averaged.before_train()
     student.weight.data.fill_(10)
     student.running_mean.fill_(7)
@@ -117,6 +118,16 @@ def test_adamw_has_detectron2s_groups(tmp_path: Path) -> None:
     optimizer = make_trainer(project, "SOLVER.CLIP_GRADIENTS.ENABLED", True)._trainer.optimizer
     assert isinstance(optimizer, torch.optim.AdamW) and "GradientClip" in type(optimizer).__name__
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.05}
+
+
+def test_adamw_has_detectron2s_values_for_biases() -> None:
+    """Check that SOLVER's weight decay and learning rate factor apply to biases alone."""
+    biases = ["SOLVER.WEIGHT_DECAY_BIAS", 0.01, "SOLVER.BIAS_LR_FACTOR", 2.0]
+    cfg = load_config("", ["SOLVER.OPTIMIZER", "AdamW", "SOLVER.BASE_LR", 0.25, "SOLVER.WEIGHT_DECAY", 0.05, *biases])
+    layer = nn.Linear(2, 3)
+    optimizer, _ = build_optimizers(cfg, layer)
+    values = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    assert values == {id(layer.weight): (0.25, 0.05), id(layer.bias): (0.5, 0.01)}
 
 
 @pytest.mark.parametrize(

@@ -333,6 +333,24 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(
     assert [p.item() for p in model.distillers["a"].parameters() if p.numel() == 1][1:] == before
 
 
+def test_the_scale_of_losses_is_resumed(toy_detector: type, tiny_cfg: Callable) -> None:
+    """Check also a training that had no scale, and a state without the names of its parameters, as of release 0.1."""
+
+    def step(autocast: torch.dtype | None) -> DistillationStep:
+        model = _model(toy_detector, a=WithDecoder())
+        return DistillationStep(model, *build_optimizers(tiny_cfg("retinanet"), model), autocast)
+
+    before, after = step(torch.float16), step(torch.float16)
+    before.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    before.scaler.scale(torch.zeros(()))
+    state = before.state_dict()
+    del state["parameters"]
+    after.load_state_dict(state)
+    assert after.scaler.get_scale() == 256.0
+    after.load_state_dict(step(None).state_dict())
+    assert after.scaler.get_scale() == 256.0
+
+
 def test_students_gradients_are_clipped_one_by_one(
     toy_detector: type, tiny_cfg: Callable, constant_inputs: Callable, event_storage: EventStorage
 ) -> None:
