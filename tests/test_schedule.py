@@ -7,7 +7,7 @@ from pathlib import Path
 from kd_d2 import UserError
 from kd_d2.config import load_config
 from kd_d2.engine.checks import check_schedule
-from kd_d2.engine.learning_rate import learning_rate_advice, scale_to_world_size
+from kd_d2.engine.learning_rate import build_lr_scheduler, learning_rate_advice, scale_to_world_size
 
 import pytest
 import torch
@@ -140,6 +140,19 @@ def test_accumulation_trains_every_optimizer_and_resumes(tmp_path: Path) -> None
     resumed = train(project, resume=True)
     for iteration in (2, 3):
         assert resumed.losses[iteration] == pytest.approx(unbroken.losses[iteration], rel=1e-3)
+
+
+@pytest.mark.parametrize(("end", "expected"), [(0.0, 0.25), (0.1, 0.3), (0.5, 0.5)])
+def test_cosine_schedules(end: float, expected: float) -> None:
+    """Check the middle between a learning rate of 0.5 and that of the end, which may be 0 or the same."""
+    keys = {"LR_SCHEDULER_NAME": "WarmupCosineLR", "BASE_LR": 0.5, "BASE_LR_END": end, "WARMUP_ITERS": 0, "MAX_ITER": 4}
+    cfg = load_config("", [part for key, value in keys.items() for part in (f"SOLVER.{key}", value)])
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+    scheduler = build_lr_scheduler(cfg, optimizer)
+    for _ in range(2):
+        optimizer.step()
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
 
 
 def test_advice_by_hand(tmp_path: Path) -> None:
