@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -10,15 +11,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 from kd_d2 import UserError
 from kd_d2.checkpoint import KDCheckpointer, read_checkpoint
-from kd_d2.engine import checkpoints, lost_ranks
+from kd_d2.engine import checkpoints, folder_lock, lost_ranks, setup
 from kd_d2.engine.folder_lock import lock_folder, unlock_folder
-from kd_d2.engine.stop_request import SIGNALS, StopRequest, TrainingStopped
+from kd_d2.engine.stop_request import SIGNALS, StopRequest, TrainingStopped, exit_on_signals
 from kd_d2.engine.trainer import KDTrainer
+from kd_d2.files import link_or_copy
 
 import pytest
 import torch
@@ -184,6 +187,26 @@ def test_a_second_signal_ends_the_first_process_of_a_container() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM
 
 
+def test_signals_while_a_program_cleans_up() -> None:
+    """Check that a second signal in quick succession does not interrupt it, and that Ctrl-C keeps its own exception."""
+    cleaned, of_ctrl_c = [], signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as left, exit_on_signals():
+        assert signal.getsignal(signal.SIGINT) is of_ctrl_c
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            cleaned.append(True)
+    assert left.value.code == 128 + signal.SIGTERM and cleaned == [True]
+
+
+def test_a_training_in_another_thread() -> None:
+    """Check that Python's refusal of signal handlers there is not an error."""
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(lambda: StopRequest().__enter__().number).result() == 0
+
+
 def test_checkpoints_by_time(tmp_path: Path) -> None:
     """Check with an interval of almost 0 that every iteration has a checkpoint, which replaces the previous one."""
     project = make_project(tmp_path, **SHORT)
@@ -197,8 +220,14 @@ def test_checkpoints_by_time(tmp_path: Path) -> None:
     assert sorted(path.name for path in project.output.glob("*.pth")) == ["model_final.pth", "model_latest.pth"]
 
 
-def test_checkpoints_every_two_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check iterations at 0, 50, 100, 150 and 200 seconds: only the fourth is more than 120 after the last checkpoint."""
+@pytest.mark.parametrize(("minutes", "expected"), [(2.0, [None, None, None, 3, 3]), (0.0, [None] * 5)])
+def test_checkpoints_every_two_minutes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minutes: float, expected: list[int | None]
+) -> None:
+    """Check iterations at 0, 50, 100, 150 and 200 seconds: only the fourth is more than 120 after the last checkpoint.
+
+    With 0 minutes, no checkpoint is written by time.
+    """
     project, clock, seen = make_project(tmp_path, **SHORT), [0.0], []
     monkeypatch.setattr(checkpoints, "time", SimpleNamespace(monotonic=lambda: clock[0]))
 
@@ -207,8 +236,8 @@ def test_checkpoints_every_two_minutes(tmp_path: Path, monkeypatch: pytest.Monke
         seen.append(read_checkpoint(str(path))["iteration"] if path.exists() else None)
         clock[0] += 50
 
-    train(project, "SOLVER.CHECKPOINT_MINUTES", 2.0, hooks=[After(iteration, note) for iteration in range(5)])
-    assert seen == [None, None, None, 3, 3]
+    train(project, "SOLVER.CHECKPOINT_MINUTES", minutes, hooks=[After(iteration, note) for iteration in range(5)])
+    assert seen == expected
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -223,6 +252,7 @@ def test_the_last_checkpoints_are_kept(tmp_path: Path, asynchronous: bool) -> No
         os.utime(path, (ahead, ahead))
     keys = "SOLVER.CHECKPOINTS_TO_KEEP", 2, "SOLVER.CHECKPOINT_ASYNC", asynchronous
     run = train(project, *keys)
+    assert run.trainer.checkpointer.asynchronous == asynchronous
     names = ["model_0000005.pth", "model_0000007.pth", "model_final.pth"]
     assert sorted(path.name for path in project.output.glob("model*")) == names
     final = read_checkpoint(str(project.output / "model_final.pth"))["model"]
@@ -249,13 +279,46 @@ def test_the_best_checkpoint_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert json.loads((project.output / "model_best.json").read_text()) == {"AP": 30.0}
 
 
-def test_the_first_of_equally_good_checkpoints_is_kept(tmp_path: Path) -> None:
-    checkpointer = KDCheckpointer(torch.nn.Linear(2, 2), str(tmp_path))
+def test_the_best_of_a_new_training_in_an_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that a higher AP of an earlier training does not count, and that the evaluation after the end does."""
+    project = make_project(tmp_path, **SHORT, TEST__EVAL_PERIOD=4)
+    aps = iter([10.0, 20.0])
+    monkeypatch.setattr(KDTrainer, "test", lambda *args: {"bbox": {"AP": next(aps)}})
+    project.output.mkdir()
+    (project.output / "model_best.json").write_text('{"AP": 90.0}')
+    train(project)
+    assert json.loads((project.output / "model_best.json").read_text()) == {"AP": 20.0}
+    assert read_checkpoint(str(project.output / "model_best.pth"))["iteration"] == 7
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_the_first_of_equally_good_checkpoints_is_kept(tmp_path: Path, asynchronous: bool) -> None:
+    """Check also checkpoints that are still being written after their evaluation."""
+
+    class Slow(KDCheckpointer):
+        def _write(self, data: dict, path: str) -> None:
+            time.sleep(0.05)
+            super()._write(data, path)
+
+    checkpointer = Slow(torch.nn.Linear(2, 2), str(tmp_path))
+    checkpointer.asynchronous = asynchronous
     results: dict = {}
     hook = checkpoints.BestCheckpoint(checkpointer, lambda: results)
     for number, ap in enumerate((20.0, 30.0, 30.0, 10.0)):
         checkpointer.save("model_latest", iteration=number)
         results = {"bbox": {"AP": ap}}
+        hook.after_step()
+    checkpointer.wait()
+    assert read_checkpoint(str(tmp_path / "model_best.pth"))["iteration"] == 1
+
+
+def test_the_first_test_set_decides_which_checkpoint_is_the_best(tmp_path: Path) -> None:
+    checkpointer = KDCheckpointer(torch.nn.Linear(2, 2), str(tmp_path))
+    results: dict = {}
+    hook = checkpoints.BestCheckpoint(checkpointer, lambda: results)
+    for number, (first, second) in enumerate(((20.0, 40.0), (30.0, 10.0), (10.0, 50.0))):
+        checkpointer.save("model_latest", iteration=number)
+        results = {"z": {"bbox": {"AP": first}}, "a": {"bbox": {"AP": second}}}
         hook.after_step()
     assert read_checkpoint(str(tmp_path / "model_best.pth"))["iteration"] == 1
 
@@ -286,6 +349,32 @@ def test_an_asynchronous_write_that_fails(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model_0000001\.pth cannot be written"):
         checkpointer.wait()
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000000.pth"
+
+
+def test_the_last_asynchronous_write_of_a_training_that_fails(tmp_path: Path) -> None:
+    project = make_project(tmp_path, **SHORT)
+    project.output.mkdir()
+    (project.output / "model_final.pth.partial").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"model_final\.pth cannot be written"):
+        train(project, "SOLVER.CHECKPOINT_ASYNC", True)
+
+
+def test_a_link_to_a_checkpoint_and_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that a link that an interruption left is replaced, not what it links to, and a file system without links."""
+    old, new, target = tmp_path / "old", tmp_path / "new", tmp_path / "target"
+    old.write_text("old")
+    new.write_text("new")
+    os.link(old, f"{target}.partial")
+    link_or_copy(str(new), str(target))
+    assert target.samefile(new) and old.read_text() == "old"
+
+    def refuse(*args: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    link_or_copy(str(old), str(target))
+    assert target.read_text() == "old" and not target.samefile(old)
+    assert new.read_text() == "new"
 
 
 def test_an_asynchronous_write_has_the_weights_of_its_iteration(tmp_path: Path) -> None:
@@ -322,6 +411,40 @@ def test_a_folder_that_another_training_uses(tmp_path: Path) -> None:
     os.waitpid(child, 0)
     lock_folder(str(project.output))
     unlock_folder(str(project.output))
+
+
+def test_a_finished_training_unlocks_its_folder(tmp_path: Path) -> None:
+    project = make_project(tmp_path, SOLVER__MAX_ITER=1, SOLVER__STEPS=(), DATASETS__TEST=())
+    project.main()
+    child = os.fork()
+    if child == 0:
+        try:
+            lock_folder(str(project.output))
+        except UserError:
+            os._exit(1)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_an_evaluation_needs_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that the last checkpoint of a training that is running can be evaluated in its folder."""
+    project = make_project(tmp_path)
+    monkeypatch.setattr(sys.modules[setup.__module__], "lock_folder", lambda folder: pytest.fail("locked"))
+    assert "bbox" in project.main("--eval-only", "MODEL.WEIGHTS", project.teacher_weights)
+
+
+def test_a_folder_that_cannot_be_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*args: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(folder_lock.fcntl, "lockf", refuse)
+    lock_folder(str(tmp_path))
+    unlock_folder(str(tmp_path))
+    assert caplog.messages == [
+        f"OUTPUT_DIR {tmp_path} cannot be locked (No locks available): make sure that no other training uses it."
+    ]
 
 
 def test_ctrl_c_before_a_training(tmp_path: Path) -> None:
