@@ -13,9 +13,11 @@ from kd_d2.data import register_coco_json
 from kd_d2.distillers.icd.queries import ObservedFakeInstances
 from kd_d2.distributed import mean_count_across_ranks, sum_across_ranks
 from kd_d2.engine.checkpoints import share_statistics
+from kd_d2.engine.rank_states import get_rank_state, set_rank_state
 from kd_d2.engine.step import DistillationStep
 from kd_d2.engine.trainer import _distributed
 from kd_d2.errors import UserError
+from kd_d2.random_state import preserved_random_state
 
 import pytest
 import torch
@@ -254,6 +256,48 @@ def _record_losses(rank: int, folder: str) -> None:
 def test_logged_losses_are_means_over_the_processes(tmp_path: Path) -> None:
     """Check losses of 1 and 3, hence 2, and of 5 in both processes."""
     torch.multiprocessing.start_processes(_record_losses, nprocs=2, args=(str(tmp_path),), start_method="fork")
+
+
+class _Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def forward(self, inputs: list[float]) -> dict[str, Tensor]:
+        return {"loss": self.weight * inputs[0]}
+
+
+def _accumulate(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    comm.create_local_process_group(2)
+    model = _distributed(_Scaled())
+    step = DistillationStep(model, torch.optim.SGD(model.parameters(), lr=1.0), {}, accumulation_steps=2)
+    step.data_loader = [[1.0, 2.0] if rank == 0 else [3.0, 6.0]]
+    step.iter = 0
+    with EventStorage():
+        step.run_step()
+    assert model.module.weight.item() == -3
+    torch.distributed.destroy_process_group()
+
+
+def test_accumulated_gradients_are_exchanged(tmp_path: Path) -> None:
+    """Check gradients of 1 and 2 in one process and 3 and 6 in the other: both step by the mean of all four."""
+    torch.multiprocessing.start_processes(_accumulate, nprocs=2, args=(str(tmp_path),), start_method="fork")
+
+
+def test_processes_that_had_no_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that they continue with the first one's normalizer, and with random numbers of their own."""
+    model, draws = nn.Identity(), []
+    model.loss_normalizer = 5.0
+    with clean_process(), preserved_random_state():
+        states = [get_rank_state(model)]
+        for rank in (1, 2, 1):
+            monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
+            model.loss_normalizer = 1.0
+            set_rank_state(model, states, seed=7)
+            assert model.loss_normalizer == 5.0
+            draws.append(torch.rand(()).item())
+    assert draws[0] == draws[2] != draws[1]
 
 
 def test_statistics_are_those_of_the_saved_model(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from kd_d2 import Teacher, UserError
 from kd_d2.adapters import RetinaNetAdapter
 from kd_d2.checkpoint import read_checkpoint
 from kd_d2.distillers import DISTILLER_REGISTRY, ICD, Distiller, feature_imitation, gid
-from kd_d2.engine import KDTrainer
+from kd_d2.engine import KDTrainer, setup
 from kd_d2.engine import trainer as trainer_module
+from kd_d2.engine.folder_lock import unlock_folder
 from kd_d2.engine.step import NonFiniteLossError
 from kd_d2.random_state import get_random_state, preserved_random_state, set_random_state
 
@@ -26,12 +28,14 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
 from detectron2.engine import HookBase
+from detectron2.utils import comm
 from helpers import (
     META_ARCHITECTURES,
     ROOT,
     KillAt,
     Project,
     Run,
+    clean_process,
     detector_of,
     make_project,
     make_trainer,
@@ -249,9 +253,26 @@ def test_seeds(retinanet: Project) -> None:
     """Check that SEED determines the order of the data."""
     retinanet.change(SOLVER__BASE_LR=0.001)
     first, second = (train(retinanet, "SOLVER.MAX_ITER", 2) for _ in range(2))
+    assert first.trainer.seed == 0
     other = train(retinanet, "SEED", 1, "SOLVER.MAX_ITER", 2)
     assert_same(second.losses, first.losses, range(2))
     assert other.losses[0] != first.losses[0]
+
+
+def test_each_process_draws_its_own_numbers(retinanet: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that SEED and the rank determine the random numbers of a training; also its precision."""
+    draws, precise = [], []
+    monkeypatch.setattr(sys.modules[setup.__module__], "set_float32_precision", precise.append)
+    for rank in (0, 1):
+        monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
+        args = {"config_file": str(retinanet.student), "opts": ["SEED", "0"]}
+        with clean_process(), preserved_random_state():
+            setup(Namespace(**args, resume=False, eval_only=False, eval_teacher=False))
+            draws.append(torch.rand(()).item())
+    unlock_folder(str(retinanet.output))
+    assert [cfg.SEED for cfg in precise] == [0, 0]
+    with preserved_random_state():
+        assert draws == [torch.rand((), generator=torch.Generator().manual_seed(seed)).item() for seed in (0, 1)]
 
 
 def test_resuming_never_inherits(retinanet: Project, monkeypatch: pytest.MonkeyPatch) -> None:
