@@ -157,14 +157,47 @@ def test_a_checkpoint_without_a_record(stopped: Project, caplog: pytest.LogCaptu
     assert resumed(stopped, caplog, "OUTPUT_DIR", output, "SOLVER.MAX_ITER", 9)[1] == ""
 
 
+def record(project: Project, *opts: object) -> RunRecord:
+    return RunRecord(load_config(str(project.student), list(opts)), None)
+
+
+def test_a_checkpoint_of_release_0_1(stopped: Project, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    """Check a checkpoint without what later releases added."""
+    output = tmp_path / "output"
+    shutil.copytree(stopped.output, output)
+    path = output / "model_0000001.pth"
+    content = torch.load(path, weights_only=True)
+    del content["run"]["config of the teacher"], content["trainer"]["_trainer"]["parameters"]
+    torch.save(content, path)
+    assert resumed(stopped, caplog, "OUTPUT_DIR", output)[1] == ""
+
+
+def test_keys_that_do_not_affect_a_resumed_training(stopped: Project) -> None:
+    keys = {
+        "VIS_PERIOD": 5, "CUDNN_BENCHMARK": True, "SOLVER.CHANNELS_LAST": False, "SOLVER.COMPILE": True,
+        "SOLVER.CHECKPOINT_MINUTES": 3.0, "SOLVER.CHECKPOINT_ASYNC": True, "SOLVER.CHECKPOINTS_TO_KEEP": 1,
+        "MODEL.WEIGHTS": str(stopped.teacher_weights), "MODEL.KD.INHERIT.ENABLED": True, "MODEL.KD.TEACHER.COMPILE": True,
+        "MODEL.KD.TEACHER.CHANNELS_LAST": False,
+    }  # fmt: skip
+    opts = [part for item in keys.items() for part in item]
+    assert record(stopped, *opts).state_dict() == record(stopped).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("key", "now"),
+    [("BIAS_LR_FACTOR", 2.0), ("MOMENTUM", 0.5), ("NESTEROV", True), ("WEIGHT_DECAY", 0.5)]
+    + [("WEIGHT_DECAY_NORM", 0.5), ("WEIGHT_DECAY_BIAS", 0.5)],
+)
+def test_keys_that_the_state_of_the_optimizer_restores(stopped: Project, key: str, now: object) -> None:
+    changed = record(stopped, f"SOLVER.{key}", now)
+    changed.load_state_dict(record(stopped).state_dict())
+    assert changed.another_training == [f"SOLVER.{key} its default, which is kept, not {now}"]
+
+
 def test_a_finished_training_may_be_scaled_to_other_processes(stopped: Project) -> None:
     """Check that keys which SOLVER.REFERENCE_WORLD_SIZE scales do not make it another training."""
-
-    def record(*opts: object) -> RunRecord:
-        return RunRecord(load_config(str(stopped.student), list(opts)), None)
-
-    before = record("SOLVER.BASE_LR", 0.5).state_dict()
+    before = record(stopped, "SOLVER.BASE_LR", 0.5).state_dict()
     for reference, expected in ((1, 0), (0, 1)):
-        now = record("SOLVER.REFERENCE_WORLD_SIZE", reference)
+        now = record(stopped, "SOLVER.REFERENCE_WORLD_SIZE", reference)
         now.load_state_dict({**before, "processes": 2})
         assert len(now.another_training) == expected
