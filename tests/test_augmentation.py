@@ -94,7 +94,9 @@ def test_values_that_do_not_go_together() -> None:
     with pytest.raises(UserError) as caught:
         validate_kd_config(cfg)
     assert str(caught.value) == ("INPUT.LARGE_SCALE_JITTER.MIN_SCALE is 0.5; it must be at most MAX_SCALE 0.2.")
-    cfg = config()
+    cfg = config(MIN_SCALE=0.5, MAX_SCALE=0.5)
+    cfg.INPUT.MIN_SIZE_TRAIN = ()  # which it replaces
+    validate_kd_config(cfg)
     cfg.INPUT.CROP.ENABLED = True
     with pytest.raises(UserError) as caught:
         build_mapper(cfg)

@@ -6,7 +6,16 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
-from kd_d2.config import SolverKeys, add_kd_config, changed_keys, library_keys, load_config, load_teacher_config
+from kd_d2.config import (
+    SolverKeys,
+    add_kd_config,
+    changed_keys,
+    library_keys,
+    load_config,
+    load_teacher_config,
+    reads_annotations,
+)
+from kd_d2.config_files import is_zoo_file
 from kd_d2.engine import student_config
 from kd_d2.errors import UserError
 from kd_d2.extensions import HINT
@@ -101,6 +110,12 @@ def test_numbers_take_the_type_of_their_default(files: Files, key: str, value: o
 def test_other_values_for_a_whole_number_are_refused(value: str, reason: str) -> None:
     """Check that the message names the key and the value."""
     assert sentence("", "SOLVER.MAX_ITER", value) == f"the command line: {reason}"
+
+
+def test_a_number_for_a_truth_value_is_refused() -> None:
+    assert sentence("", "MODEL.MASK_ON", 2) == (
+        "the command line: MODEL.MASK_ON is 2; it must be of type bool, like its default False."
+    )
 
 
 def test_infinity_and_nan_in_a_file_are_refused(tmp_path: Path) -> None:
@@ -209,7 +224,11 @@ def test_keys_that_are_not_there(opts: list, expected: str) -> None:
             ["MODEL.ANCHOR_GENERATOR.NAME", "X"],
             f"MODEL.ANCHOR_GENERATOR.NAME is 'X', which is not registered in Detectron2; {HINT}.",
         ),
-        (["MODEL.RESNETS.NORM", "X"], "MODEL.RESNETS.NORM is 'X', which is not a normalization of Detectron2."),
+        *(
+            ([f"MODEL.{node}.NORM", "X"], f"MODEL.{node}.NORM is 'X', which is not a normalization of Detectron2.")
+            for node in ("RESNETS", "FPN", "RETINANET", "ROI_BOX_HEAD", "ROI_MASK_HEAD", "SEM_SEG_HEAD")
+        ),
+        (["DATASETS.TRAIN", (3,)], "DATASETS.TRAIN contains 3; it must be a list of dataset names."),
         (
             ["SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "x"],
             "SOLVER.CLIP_GRADIENTS.CLIP_TYPE is 'x'; it must be one of 'value', 'norm'.",
@@ -248,6 +267,23 @@ def test_keys_that_are_not_there(opts: list, expected: str) -> None:
 )
 def test_values_of_detectron2s_keys(opts: list, expected: str) -> None:
     assert sentence("", *opts).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "must"),
+    [
+        ("DATALOADER.RANDOM_SUBSET_RATIO", 0.0, "a number above 0 and at most 1"),
+        ("DATALOADER.RANDOM_SUBSET_RATIO", 1.5, "a number above 0 and at most 1"),
+        ("INPUT.LARGE_SCALE_JITTER.SIZE", 0, "a whole number at least 1"),
+        ("INPUT.LARGE_SCALE_JITTER.MIN_SCALE", 0.0, "a number above 0"),
+        ("INPUT.LARGE_SCALE_JITTER.MAX_SCALE", 0.0, "a number above 0"),
+        ("SOLVER.EMA_DECAY", -0.5, "a number from 0 to below 1"),
+        ("SOLVER.CHECKPOINT_MINUTES", -1.0, "a number at least 0"),
+        ("SOLVER.CHECKPOINTS_TO_KEEP", -1, "a whole number at least 0"),
+    ],
+)
+def test_ranges_of_the_librarys_keys(key: str, value: float, must: str) -> None:
+    assert sentence("", key, value) == f"{key} is {value}; it must be {must}."
 
 
 @pytest.mark.parametrize(
@@ -503,10 +539,14 @@ def test_an_evaluation_finds_training_data_that_exist(
 
 
 def test_the_same_file_trains_the_plain_student(files: Files) -> None:
-    """Check that MODEL.KD is not validated if the meta-architecture is that of the student."""
+    """Check that MODEL.KD is not validated if the meta-architecture is that of the student, which needs annotations."""
     path = files.student(MODEL__KD__DISTILLERS=["Unknown"], MODEL__KD__TEACHER__WEIGHTS="gone.pth")
-    cfg = load_config(str(path), ["MODEL.META_ARCHITECTURE", "RetinaNet"])
+    plain = ["MODEL.META_ARCHITECTURE", "RetinaNet"]
+    cfg = load_config(str(path), plain)
     assert cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
+    path = files.student(MODEL__KD__PSEUDO_LABELS__ENABLED=True)
+    assert not reads_annotations(load_config(str(path)))
+    assert reads_annotations(load_config(str(path), plain))
 
 
 @pytest.mark.parametrize(
@@ -666,6 +706,7 @@ def test_only_files_inside_the_zoo_are_trusted(tmp_path: Path) -> None:
     for path in (through, similar / "evil.yaml"):
         assert "is not plain yaml" in sentence(path)
     assert not marker.exists()
+    assert is_zoo_file(f"{ZOO}/a.yaml") and not is_zoo_file(f"{ZOO}-2/a.yaml")
 
 
 def test_a_copy_of_a_zoo_config(tmp_path: Path) -> None:
@@ -851,6 +892,16 @@ def test_the_dumped_config_reads_as_itself(files: Files) -> None:
     dumped = files.folder / "dumped.yaml"
     dumped.write_text(cfg.dump())
     assert _tree(load_config(str(dumped))) == _tree(cfg)
+
+
+def test_defaults_of_the_trainings_in_the_documentation() -> None:
+    """Check keys that shipped configs do not set, although their results depend on them."""
+    kd, solver = load_config("").MODEL.KD, load_config("").SOLVER
+    assert kd.BALANCE == {
+        "ENABLED": False, "TARGET": 2.0, "PERIOD": 20, "MOMENTUM": 0.9, "LIMIT": 1e5, "LEVELS": False
+    }  # fmt: skip
+    assert (kd.INHERIT.MODULES, kd.PSEUDO_LABELS.SCORE_THRESH, kd.LAYER_LR) == (("neck", "head"), 0.3, None)
+    assert (solver.OPTIMIZER, solver.EMA_DECAY, solver.CHECKPOINT_MINUTES) == ("SGD", 0.0, 10.0)
 
 
 def test_the_librarys_keys_leave_detectron2s_defaults_alone() -> None:

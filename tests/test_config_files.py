@@ -75,6 +75,17 @@ def test_bases_by_name(tmp_path: Path) -> None:
     assert read_config(str(path)).SEED == 4
 
 
+def test_bases_in_the_home_directory_and_behind_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_yaml(tmp_path / "base.yaml", {"SEED": 3})
+    path = write_yaml(tmp_path / "folder" / "a.yaml", {"_BASE_": "~/base.yaml"})
+    assert read_yaml(str(path)) == {"SEED": 3}
+    write_yaml(path, {"_BASE_": "a.yaml"})
+    (tmp_path / "link").symlink_to(path.parent)
+    with pytest.raises(UserError, match=r"link/a\.yaml is its own _BASE_"):
+        read_yaml(str(tmp_path / "link" / "a.yaml"))
+
+
 def test_a_group_of_keys_over_a_value(tmp_path: Path) -> None:
     write_yaml(tmp_path / "b.yaml", {"SOLVER": 3})
     path = write_yaml(tmp_path / "a.yaml", {"_BASE_": "b.yaml", "SOLVER": {"MAX_ITER": 9}})
