@@ -7,15 +7,17 @@ import functools
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 from kd_d2.config import load_config, read_config
 from kd_d2.data import register_coco_json
 from kd_d2.engine import checks, evaluate_teacher, launch
-from kd_d2.engine.checks import check_datasets, check_device
+from kd_d2.engine.checks import check_classes, check_datasets, check_device, check_expected_results
 from kd_d2.engine.setup import set_float32_precision
 from kd_d2.errors import UserError, as_user_error
 from kd_d2.files import write_text
@@ -29,8 +31,10 @@ import torch
 from detectron2.config import defaults
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from detectron2.modeling import build_model
 from detectron2.utils.develop import create_dummy_class
 from helpers import CLASSES, ROOT, TINY, Project, clean_process, make_coco, make_project, save_fixed_weights
+from torch.multiprocessing import ProcessExitedException
 
 # Files that may be in OUTPUT_DIR before training starts, each of them complete.
 BEFORE_TRAINING = {".training.lock", "config.yaml", "log.txt", "metrics.json", "student.yaml", "versions.json"}
@@ -92,6 +96,18 @@ def test_a_test_set_without_annotations_needs_no_masks(tmp_path: Path) -> None:
         register_coco_instances("test_dev", {}, str(tmp_path / "test-dev.json"), str(tmp_path / "images"))
         cfg = read_config("", ["DATASETS.TEST", ("test_dev",), "MODEL.MASK_ON", True])
         check_datasets(cfg, train=False)
+
+
+def test_a_test_set_without_a_file_of_annotations_needs_no_masks(tmp_path: Path) -> None:
+    """Check that a detector with masks can be evaluated on the boxes of Pascal VOC."""
+    with clean_process():
+        DatasetCatalog.register("boxes", list)
+        MetadataCatalog.get("boxes").set(dirname=str(tmp_path), evaluator_type="pascal_voc")
+        check_datasets(read_config("", ["DATASETS.TEST", ("boxes",), "MODEL.MASK_ON", True]), train=False)
+
+
+def test_an_evaluation_without_a_dataset(refused) -> None:
+    assert refused("--eval-only", "DATASETS.TEST", ()) == "DATASETS.TEST is empty: name a dataset."
 
 
 def test_two_datasets_of_one_name(project: Project, refused) -> None:
@@ -219,6 +235,20 @@ def test_class_counts_of_data_and_teacher(project: Project) -> None:
         f"The dataset {project.name} has 3 classes, but the model (RetinaNet) predicts 4: set the number of classes in the "
         "teacher's config accordingly."
     )
+
+
+def test_class_counts_of_test_sets(project: Project) -> None:
+    """Check a test set with more classes than the training set."""
+    more = make_coco(project.folder / "more", classes=("red", "green", "blue", "gray"))
+    cfg = load_config(str(project.student))
+    with clean_process():
+        register_coco_json(cfg)
+        check_classes(cfg, build_model(cfg))
+        register_coco_instances("more", {}, str(more), str(more.parent / "images"))
+        MetadataCatalog.get("more").thing_classes = ["red", "green", "blue", "gray"]
+        cfg.DATASETS.TEST = (project.name, "more")
+        with pytest.raises(UserError, match=r"^The dataset more has 4 classes, but the model \(RetinaNet\) "):
+            check_classes(cfg, build_model(cfg))
 
 
 def test_a_dropped_category_in_the_class_count(project: Project, refused) -> None:
@@ -412,6 +442,7 @@ def test_rotated_boxes(refused) -> None:
     for key, value in (
         ("MODEL.PROPOSAL_GENERATOR.NAME", "RRPN"),
         ("MODEL.ANCHOR_GENERATOR.NAME", "RotatedAnchorGenerator"),
+        ("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIAlignRotated"),
         ("MODEL.ROI_MASK_HEAD.POOLER_TYPE", "ROIAlignRotated"),
     ):
         assert refused(key, value) == f"{key} is {value}: rotated boxes are not supported."
@@ -423,11 +454,21 @@ def test_rotated_boxes(refused) -> None:
         (["bbox"], "one entry is 'bbox'."),
         ([["bbox", "AP", 1.0]], "one entry is ['bbox', 'AP', 1.0]."),
         ([["bbox", "AP", "1", 1]], "one entry is ['bbox', 'AP', '1', 1]."),
+        ([["bbox", "AP", 1, "1"]], "one entry is ['bbox', 'AP', 1, '1']."),
+        ([["bbox", 50, 1, 1]], "one entry is ['bbox', 50, 1, 1]."),
         ([["bbox", "AP", 1, 1]], "TEST.EXPECTED_RESULTS are the results of one dataset, but DATASETS.TEST names 0."),
     ],
 )
 def test_results_that_cannot_be_expected(refused, value: list, expected: str) -> None:
     assert refused("TEST.EXPECTED_RESULTS", value, "DATASETS.TEST", ()).endswith(expected)
+
+
+def test_results_of_two_datasets_cannot_be_expected() -> None:
+    cfg = read_config("", ["TEST.EXPECTED_RESULTS", [["bbox", "AP", 1, 1]], "DATASETS.TEST", ("a",)])
+    check_expected_results(cfg)
+    cfg.DATASETS.TEST = ("a", "b")
+    with pytest.raises(UserError, match=r"are the results of one dataset, but DATASETS\.TEST names 2\.$"):
+        check_expected_results(cfg)
 
 
 def test_keypoints_and_masks_that_the_data_lack(refused, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -524,6 +565,9 @@ def test_a_broken_image_stops_the_training_in_a_sentence(project: Project, capfd
         ),
         (["SOLVER.STEPS", ("a",)], "Invalid learning rate schedule: SOLVER.LR_SCHEDULER_NAME 'WarmupMultiStepLR', "),
         (["SOLVER.WARMUP_ITERS", -1], "SOLVER.WARMUP_ITERS is -1; it must be a number at least 0."),
+        (plain("SOLVER.MAX_ITER", 0), "SOLVER.MAX_ITER is 0; it must be a number at least 1."),
+        (["SOLVER.MOMENTUM", -0.1], "SOLVER.MOMENTUM is -0.1; it must be a number at least 0."),
+        (["SOLVER.WEIGHT_DECAY", -1], "SOLVER.WEIGHT_DECAY is -1.0; it must be a number at least 0."),
         (["SOLVER.CHECKPOINT_PERIOD", 0], "SOLVER.CHECKPOINT_PERIOD is 0; it must be a number at least 1."),
         (
             ["SOLVER.RESCALE_INTERVAL", True, "SOLVER.WARMUP_ITERS", 4],
@@ -531,8 +575,8 @@ def test_a_broken_image_stops_the_training_in_a_sentence(project: Project, capfd
         ),
         (["DATALOADER.REPEAT_THRESHOLD", -0.1], "DATALOADER.REPEAT_THRESHOLD is -0.1; it must be a number at least 0."),
         (
-            ["SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", -1.0],
-            "SOLVER.CLIP_GRADIENTS.CLIP_VALUE is -1.0; it must be a number above 0.",
+            ["SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 0.0],
+            "SOLVER.CLIP_GRADIENTS.CLIP_VALUE is 0.0; it must be a number above 0.",
         ),
         (["SOLVER.BASE_LR", -1.0], "SOLVER.BASE_LR is -1.0; it must be a number at least 0."),
         (["DATALOADER.NUM_WORKERS", -1], "DATALOADER.NUM_WORKERS is -1; it must be a number at least 0."),
@@ -621,6 +665,7 @@ def test_float32_precision(
             "MODEL.DEVICE is 'cpu', but 2 processes on a machine with GPUs communicate with NCCL, which needs them: ",
         ),
         ("cuda", 2, None),
+        ("cuda:1", 1, None),
         ("cpu", 1, None),
     ],
 )
@@ -629,10 +674,13 @@ def test_a_device_that_does_not_suit_the_processes(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    used = []
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
     cfg = read_config(None, ["MODEL.DEVICE", device])
     with pytest.raises(UserError) if expected else contextlib.nullcontext() as caught:
         check_device(cfg, processes)
     assert caught is None or str(caught.value).startswith(expected)
+    assert used == ([torch.device(device)] if device == "cuda:1" else [])
 
 
 def test_more_processes_of_torchrun_than_gpus(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
@@ -801,6 +849,53 @@ def test_sentences_of_one_and_of_several_processes(capfd, monkeypatch: pytest.Mo
     assert capfd.readouterr().err.splitlines()[-1] == "error: KEY is wrong."
     with pytest.raises(Exception, match="a mistake of ours"):
         launch(_fail, _Arguments())
+
+
+@pytest.mark.parametrize(("code", "status", "sentence"), [
+    (-signal.SIGKILL, 2, "error: Rank 1 was killed (SIGKILL), most likely because it ran out of memory; the other ranks were terminated too."),
+    (-signal.SIGABRT, 2, "error: Rank 1 aborted (SIGABRT), as NCCL does when another rank does not respond within --rank-timeout; see its last "
+     "lines above."),
+    (-signal.SIGTERM, 128 + signal.SIGTERM, None),
+    (3, 3, None),
+])  # fmt: skip
+def test_a_process_that_ends(
+    capfd, monkeypatch: pytest.MonkeyPatch, code: int, status: int, sentence: str | None
+) -> None:
+    def end(*args: object) -> None:
+        raise ProcessExitedException("", error_index=1, error_pid=7, exit_code=code)
+
+    monkeypatch.setattr(sys.modules[launch.__module__], "detectron2_launch", end)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    arguments = _Arguments()
+    arguments.num_gpus = 2
+    with pytest.raises(SystemExit) as caught:
+        launch(_fail, arguments)
+    assert caught.value.code == status
+    assert capfd.readouterr().err.splitlines()[-1:] == ([sentence] if sentence else [])
+
+
+@pytest.mark.parametrize(
+    ("present", "opts", "minutes", "sentence"),
+    [
+        (2, [], 0.5, None),
+        (0, ["MODEL.DEVICE", "cpu"], 0.5, None),
+        (0, ["MODEL.DEVICE", "cuda"], 0.5, "error: --num-gpus is 2, but this machine has 0 usable GPUs; "),
+        (1, ["MODEL.DEVICE", "cpu"], 0.5, "error: --num-gpus is 2, but this machine has 1 usable GPUs; "),
+        (2, [], 0, "error: --rank-timeout is 0; it must be a number above 0."),
+    ],
+)
+def test_processes_that_are_launched(
+    capfd, monkeypatch: pytest.MonkeyPatch, present: int, opts: list[str], minutes: float, sentence: str | None
+) -> None:
+    called = []
+    monkeypatch.setattr(sys.modules[launch.__module__], "detectron2_launch", lambda *args: called.append(args[1:]))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: present)
+    arguments = _Arguments()
+    arguments.num_gpus, arguments.opts, arguments.rank_timeout = 2, opts, minutes
+    with pytest.raises(SystemExit) if sentence else contextlib.nullcontext():
+        launch(_fail, arguments)
+    assert called == ([] if sentence else [(2, 1, 0, "auto", (_fail, arguments), timedelta(seconds=30))])
+    assert capfd.readouterr().err.startswith(sentence or "")
 
 
 def _fill_the_disk(args: object) -> None:

@@ -61,6 +61,10 @@ def test_training_resuming_and_evaluation(project: Project) -> None:
             "The dataset NAME has 3 keypoints, but MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is 17.",
         ),
         (
+            ("MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 2),
+            "The dataset NAME has 3 keypoints, but MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is 2.",
+        ),
+        (
             ("TEST.KEYPOINT_OKS_SIGMAS", []),
             "TEST.KEYPOINT_OKS_SIGMAS has 0 values, but the dataset NAME needs 3, one for each keypoint; leave it empty for COCO's 17.",
         ),
