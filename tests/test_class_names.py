@@ -17,6 +17,7 @@ from kd_d2.class_names import (
 from kd_d2.config import load_config
 from kd_d2.data import register_coco_json
 from kd_d2.data.coco_json import ClassOrder
+from kd_d2.engine.trainer import load_initial_weights
 from kd_d2.errors import UserError
 from kd_d2.modeling import RepPoints
 from kd_d2.predictor import read_categories
@@ -28,7 +29,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.modeling import GeneralizedRCNN, PanopticFPN, RetinaNet, build_model
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
-from helpers import META_ARCHITECTURES, Project, clean_process, fixed_weights, make_project, run_train_net
+from helpers import META_ARCHITECTURES, Project, clean_process, fixed_weights, make_project, make_trainer, run_train_net
 from torch import nn
 
 OWN = ClassOrder(("red", "green", "blue"), "model.pth")
@@ -180,6 +181,35 @@ def test_a_checkpoint_without_names_has_the_classes_of_the_training_data(tmp_pat
     assert found == [(2, "red"), (3, "green"), (1, "blue")]
 
 
+def test_a_checkpoint_whose_names_are_not_those_of_the_data(tmp_path: Path) -> None:
+    """Check names in another order, and a test set that lacks one; other numbers of names than classes do not count."""
+    project = make_project(tmp_path)
+    tree = json.loads(project.annotations.read_text())
+    tree["categories"] = [{"id": 5, "name": "red"}, {"id": 6, "name": "blue"}]
+    (tmp_path / "val.json").write_text(json.dumps(tree))
+    torch.save({"model": {}, CLASS_NAMES: list(OTHER.names)}, tmp_path / "other.pth")
+    images = str(project.annotations.parent / "images")
+    files = [[project.name, str(project.annotations), images], ["val", str(tmp_path / "val.json"), images]]
+    weights = ["MODEL.WEIGHTS", str(tmp_path / "other.pth")]
+    cfg = load_config(str(project.student), [*weights, "DATASETS.COCO_JSON", files, "DATASETS.TEST", ["val"]])
+    found = {count: [(c.id, c.name) for c in read_categories(cfg, count)] for count in (2, 3)}
+    assert found == {2: [(5, "red"), (6, "blue")], 3: [(3, "blue"), (1, "red"), (2, "green")]}
+
+
+def test_starting_weights_with_their_classes_in_another_order(tmp_path: Path) -> None:
+    """Check that the classes of the head are those of the training data."""
+    project = make_project(tmp_path)
+    content = read_checkpoint(str(project.teacher_weights))
+    bias = torch.arange(27.0)  # of nine anchors with three classes
+    content["model"]["head.cls_score.bias"] = bias
+    torch.save({**content, CLASS_NAMES: list(OTHER.names)}, tmp_path / "other.pth")
+    with clean_process():
+        trainer = make_trainer(project, "MODEL.WEIGHTS", tmp_path / "other.pth")
+        load_initial_weights(trainer.cfg, trainer.bare_model)
+    found = trainer.bare_model.student.head.cls_score.bias.view(9, 3)
+    assert found.tolist() == bias.view(9, 3)[:, [1, 2, 0]].tolist()
+
+
 def test_names_in_data_of_training_and_evaluation() -> None:
     """Check that a first training set that is not in DATASETS.COCO_JSON counts only in training."""
     cfg = load_config("tiny/retinanet-student", needs_data=False)
@@ -224,6 +254,8 @@ def test_evaluation_and_resuming_with_data_in_another_order(trained: Project) ->
         assert _evaluate(trained) == (wanted, found)
         trained.main("--resume", "SOLVER.MAX_ITER", 2)
         assert read_checkpoint(str(final))[CLASS_NAMES] == list(OWN.names)
+        trained.main()  # a new training, which has the order of the data
+        assert read_checkpoint(str(final))[CLASS_NAMES] == list(OTHER.names)
     finally:
         trained.annotations.write_text(original)
 

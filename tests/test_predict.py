@@ -9,6 +9,7 @@ from pathlib import Path
 from kd_d2 import Predictor, UserError, load_config, predictor
 from kd_d2.analysis.drawing import PALETTE, draw_instances, titled
 from kd_d2.export import export_detector
+from kd_d2.files import check_inputs_are_kept
 from kd_d2.prediction import PredictOptions, find_inputs
 from kd_d2.prediction import predict as run_predict
 from kd_d2.prediction.predict import to_annotations
@@ -19,6 +20,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.data.datasets import register_coco_instances
 from detectron2.data.detection_utils import read_image
@@ -165,6 +167,8 @@ def test_ids_of_sets_that_are_not_loaded(tmp_path: Path, caplog: pytest.LogCaptu
     with clean_process(), caplog.at_level("INFO", "kd_d2.predictor"):
         register_coco_instances("own", {}, str(tmp_path / "own.json"), str(tmp_path))
         assert found("own", 2) == [(2, "blue"), (7, "red")]
+        MetadataCatalog.get("own").thing_classes = ["blue", "red"]
+        assert found("own", 2) == [(2, "blue"), (7, "red")]
         assert [number for number, _ in found("shapes_val", 8)] == list(range(1, 9))
         assert found("lvis_v1_val", 1203)[0] == (1, "aerosol_can")
         assert not caplog.messages
@@ -172,6 +176,8 @@ def test_ids_of_sets_that_are_not_loaded(tmp_path: Path, caplog: pytest.LogCaptu
         assert caplog.messages == [
             "No dataset of the config gives the category ids of the model's classes: class indices are used as ids."
         ]
+        MetadataCatalog.get("others").set(thing_classes=["red", "blue"], json_file=str(tmp_path / "own.json"))
+        assert found("others", 2) == [(0, "red"), (1, "blue")]  # not in the order of the file
 
 
 def test_inputs_are_files_and_folders_in_order_and_each_once(
@@ -572,6 +578,13 @@ def test_a_drawing_replaces_only_drawings(photos: Path, clip: Path, tmp_path: Pa
     assert {image["drawing"] for image in tree["images"]} >= {"clip.mp4", "turned.jpg"}
     frames = cv2.VideoCapture(str(out / "clip.mp4"))
     assert frames.get(cv2.CAP_PROP_FRAME_COUNT) == sum(image.get("drawing") == "clip.mp4" for image in tree["images"])
+
+
+def test_a_drawing_in_place_of_a_linked_input(tmp_path: Path) -> None:
+    (tmp_path / "input.jpg").symlink_to(tmp_path / "photo.jpg")
+    check_inputs_are_kept([str(tmp_path / "other.jpg")], [str(tmp_path / "input.jpg")])
+    with pytest.raises(UserError, match=rf"^--output: the drawing {tmp_path}/photo\.jpg would overwrite an input"):
+        check_inputs_are_kept([str(tmp_path / "photo.jpg")], [str(tmp_path / "input.jpg")])
 
 
 @pytest.mark.parametrize("input_format", ["RGB", "BGR", "L", "YUV-BT.601"])
