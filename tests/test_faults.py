@@ -378,6 +378,33 @@ def test_the_end_of_a_training_in_the_folder_of_another(tmp_path: Path, clips: b
     new.touch()
     (tmp_path / "last_checkpoint").write_text(new.name)
     assert str(started.explain(error)) == f"{advice}--resume continues from {new}."
+    (tmp_path / "last_checkpoint").write_text(old.name)
+    os.utime(old, (5, 5))  # replaced by one of the same name
+    assert str(started.explain(error)) == f"{advice}--resume continues from {old}."
+
+
+def test_a_new_training_that_fails_in_an_old_folder(tmp_path: Path, after: Callable) -> None:
+    def fail() -> None:
+        raise MemoryError
+
+    after(0, fail)
+    project = make_project(tmp_path, SOLVER__MAX_ITER=2, SOLVER__STEPS=())
+    project.output.mkdir()
+    (project.output / "model_final.pth").touch()
+    with pytest.raises(UserError, match=rf"; the checkpoints in {project.output} are from an earlier training\.$"):
+        train(project)
+
+
+def test_an_output_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = load_config("configs/tiny/retinanet-student.yaml")
+    cfg.OUTPUT_DIR = str(tmp_path)
+    error = PermissionError(errno.EACCES, "Permission denied")
+    failures = Failures(cfg, resumed=False)
+    assert failures.explain(error) is None
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert str(failures.explain(error)) == (
+        f"OUTPUT_DIR {tmp_path} is no longer writable (Permission denied); there is no checkpoint yet."
+    )
 
 
 def test_a_batch_norm_of_a_single_value(tmp_path: Path) -> None:
