@@ -408,13 +408,27 @@ def test_an_output_folder_without_permission(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_batch_norm_of_a_single_value(tmp_path: Path) -> None:
-    cfg = load_config("configs/tiny/retinanet-student.yaml")
-    cfg.OUTPUT_DIR = str(tmp_path)
-    with pytest.raises(ValueError) as caught:
-        torch.nn.BatchNorm2d(1)(torch.zeros(1, 1, 1, 1))
-    assert str(Failures(cfg, resumed=False).explain(caught.value)) == (
+    project = make_project(tmp_path, SOLVER__IMS_PER_BATCH=1, INPUT__MIN_SIZE_TRAIN=(20,))
+    with pytest.raises(UserError) as caught:
+        train(project)
+    assert str(caught.value) == (
         "A batch norm layer got a single value per channel, of one image: use more images per process and accumulation step, "
         "larger images, or another norm, such as FrozenBN or GN; there is no checkpoint yet."
+    )
+
+
+def test_data_that_a_lost_process_had_sent(tmp_path: Path, after: Callable) -> None:
+    class Descriptor:
+        def detach(self) -> None:
+            raise EOFError
+
+    after(3, lambda: torch.multiprocessing.reductions.rebuild_storage_fd(torch.UntypedStorage, Descriptor(), 8))
+    project = make_project(tmp_path, SOLVER__CHECKPOINT_PERIOD=3, SOLVER__MAX_ITER=6)
+    with pytest.raises(UserError) as caught:
+        train(project)
+    assert str(caught.value) == (
+        "A data loading process failed (EOFError): see its error above; "
+        f"--resume continues from {project.output / 'model_0000002.pth'}."
     )
 
 

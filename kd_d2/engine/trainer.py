@@ -218,7 +218,7 @@ class KDTrainer(DefaultTrainer):
                 f"{self.checkpointer.get_checkpoint_file()}"
             )
             raise
-        except (OSError, RuntimeError, MemoryError, FloatingPointError, DataError) as error:
+        except (OSError, EOFError, RuntimeError, ValueError, MemoryError, FloatingPointError, DataError) as error:
             sentence = failures.explain(error)
             if sentence is None:
                 raise
