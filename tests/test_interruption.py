@@ -280,13 +280,14 @@ def test_the_best_checkpoint_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_the_best_of_a_new_training_in_an_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check that a higher AP of an earlier training does not count, and that the evaluation after the end does."""
+    """Check that a higher AP of an earlier training never counts, and that the evaluation after the end does."""
     project = make_project(tmp_path, **SHORT, TEST__EVAL_PERIOD=4)
-    aps = iter([10.0, 20.0])
-    monkeypatch.setattr(KDTrainer, "test", lambda *args: {"bbox": {"AP": next(aps)}})
     project.output.mkdir()
     (project.output / "model_best.json").write_text('{"AP": 90.0}')
-    train(project)
+    stop_in(project, 1)  # before the first evaluation
+    aps = iter([10.0, 20.0])
+    monkeypatch.setattr(KDTrainer, "test", lambda *args: {"bbox": {"AP": next(aps)}})
+    train(project, resume=True)
     assert json.loads((project.output / "model_best.json").read_text()) == {"AP": 20.0}
     assert read_checkpoint(str(project.output / "model_best.pth"))["iteration"] == 7
 

@@ -164,8 +164,10 @@ class BestCheckpoint(HookBase):
         self.path = os.path.join(checkpointer.save_dir, BEST)
 
     def before_train(self) -> None:
-        resumed = self.trainer.start_iter > 0
-        if resumed and os.path.isfile(f"{self.path}.json"):  # may be newer than the resumed checkpoint
+        if self.trainer.start_iter == 0:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(f"{self.path}.json")  # of an earlier training
+        elif os.path.isfile(f"{self.path}.json"):  # may be newer than the resumed checkpoint
             self.best = max(self.best, read_json(f"{self.path}.json").get("AP", -math.inf))
 
     def after_step(self) -> None:
