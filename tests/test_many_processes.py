@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import itertools
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 from kd_d2 import KDMetaArch
+from kd_d2.checkpoint import KDCheckpointer
 from kd_d2.config import load_config
 from kd_d2.data import register_coco_json
 from kd_d2.distillers.icd.queries import ObservedFakeInstances
 from kd_d2.distributed import mean_count_across_ranks, sum_across_ranks
-from kd_d2.engine.checkpoints import share_statistics
+from kd_d2.engine.checkpoints import Checkpoints
 from kd_d2.engine.rank_states import get_rank_state, set_rank_state
 from kd_d2.engine.step import DistillationStep
+from kd_d2.engine.stop_request import StopRequest, TrainingStopped
 from kd_d2.engine.trainer import _distributed
 from kd_d2.errors import UserError
 from kd_d2.random_state import preserved_random_state
@@ -237,8 +241,15 @@ class _WithStatistics(nn.Module):
 def _share(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model = _WithStatistics(rank + 1)
-    share_statistics(model)
+    hook = Checkpoints(load_config(""), KDCheckpointer(model, folder), model, StopRequest())
+    hook.trainer = SimpleNamespace(iter=0, max_iter=1)
+    hook.after_step()
     assert model.norm.running_mean.tolist() == [1, 1] and model.own.item() == rank + 1
+    for received in ((0, signal.SIGTERM), (signal.SIGTERM, signal.SIGTERM)):
+        hook.stop.number = received[rank]
+        with pytest.raises(TrainingStopped) as stopped:
+            hook.after_step()
+        assert stopped.value.code == 128 + signal.SIGTERM
     torch.distributed.destroy_process_group()
 
 
@@ -301,6 +312,7 @@ def test_processes_that_had_no_state(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_statistics_are_those_of_the_saved_model(tmp_path: Path) -> None:
+    """Check also that a signal stops both processes, whether one or both have received it."""
     torch.multiprocessing.start_processes(_share, nprocs=2, args=(str(tmp_path),), start_method="fork")
 
 

@@ -1,9 +1,11 @@
 """End-to-end training and evaluation, on images of 64 to 96 pixels and detectors of a few thousand parameters."""
 
 import json
+import logging
 import math
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -260,17 +262,18 @@ def test_seeds(retinanet: Project) -> None:
 
 
 def test_each_process_draws_its_own_numbers(retinanet: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check that SEED and the rank determine the random numbers of a training; also its precision."""
+    """Check that SEED and the rank determine the random numbers of a training; also keys for speed."""
     draws, precise = [], []
     monkeypatch.setattr(sys.modules[setup.__module__], "set_float32_precision", precise.append)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     for rank in (0, 1):
         monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
-        args = {"config_file": str(retinanet.student), "opts": ["SEED", "0"]}
+        args = {"config_file": str(retinanet.student), "opts": ["SEED", "0", "CUDNN_BENCHMARK", "True"]}
         with clean_process(), preserved_random_state():
             setup(Namespace(**args, resume=False, eval_only=False, eval_teacher=False))
             draws.append(torch.rand(()).item())
     unlock_folder(str(retinanet.output))
-    assert [cfg.SEED for cfg in precise] == [0, 0]
+    assert [cfg.SEED for cfg in precise] == [0, 0] and torch.backends.cudnn.benchmark
     with preserved_random_state():
         assert draws == [torch.rand((), generator=torch.Generator().manual_seed(seed)).item() for seed in (0, 1)]
 
@@ -566,6 +569,9 @@ def test_losses_are_logged_apart(retinanet: Project) -> None:
     metrics = json.loads((retinanet.output / "metrics.json").read_text().splitlines()[0])
     assert {key for key in metrics if key.startswith("loss_")} == names
     assert metrics["total_loss"] == pytest.approx(sum(metrics[name] for name in names), rel=0.5)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    assert peak / 2 < metrics["peak_memory_mib"] <= peak
+    assert logging.getLogger("detectron2.engine.train_loop").filters == []
     text = (retinanet.output / "log.txt").read_text()
     assert all(f"{name}: " in text for name in names)
     assert list(retinanet.output.glob("events.out.tfevents*"))
