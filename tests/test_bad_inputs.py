@@ -619,6 +619,14 @@ def test_why_a_gpu_is_not_used(
     )
 
 
+def test_why_a_gpu_of_amd_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    assert checks.missing_gpu_advice("cuda", "cpu").startswith(
+        "MODEL.DEVICE is 'cuda', but PyTorch finds no usable GPU: running on the CPU; "
+    )
+
+
 def test_why_another_device_is_not_used() -> None:
     assert checks.missing_gpu_advice("mps", "cpu") == (
         "MODEL.DEVICE is 'mps', which PyTorch cannot use here: running on the CPU; MODEL.DEVICE cpu silences this warning."
@@ -896,6 +904,16 @@ def test_processes_that_are_launched(
         launch(_fail, arguments)
     assert called == ([] if sentence else [(2, 1, 0, "auto", (_fail, arguments), timedelta(seconds=30))])
     assert capfd.readouterr().err.startswith(sentence or "")
+
+
+def test_machines_with_one_process_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    monkeypatch.setattr(sys.modules[launch.__module__], "detectron2_launch", lambda *args: called.append(args[1:]))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    arguments = _Arguments()
+    arguments.num_machines, arguments.machine_rank, arguments.dist_url = 3, 2, "tcp://host:1"
+    launch(_fail, arguments)
+    assert called == [(1, 3, 2, "tcp://host:1", (_fail, arguments), timedelta(minutes=30))]
 
 
 def _fill_the_disk(args: object) -> None:
