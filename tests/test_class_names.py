@@ -1,6 +1,7 @@
 """Class names are stored in checkpoints, and models and data are matched by them."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -254,8 +255,9 @@ def test_evaluation_and_resuming_with_data_in_another_order(trained: Project) ->
         assert _evaluate(trained) == (wanted, found)
         trained.main("--resume", "SOLVER.MAX_ITER", 2)
         assert read_checkpoint(str(final))[CLASS_NAMES] == list(OWN.names)
-        trained.main()  # a new training, which has the order of the data
-        assert read_checkpoint(str(final))[CLASS_NAMES] == list(OTHER.names)
+        other = shutil.copytree(trained.output, trained.folder / "other")
+        trained.main("OUTPUT_DIR", other)  # a new training in an old folder has the order of the data
+        assert read_checkpoint(str(other / final.name))[CLASS_NAMES] == list(OTHER.names)
     finally:
         trained.annotations.write_text(original)
 
@@ -267,6 +269,20 @@ def _evaluate(project: Project) -> tuple[str, list[tuple]]:
     found = json.loads((project.output / "inference" / "coco_instances_results.json").read_text())
     rows = ((name_of[d["category_id"]], d["image_id"], round(d["score"], 4), *map(round, d["bbox"])) for d in found)
     return str(sorted(results["bbox"].items())), sorted(rows)
+
+
+def test_resuming_with_other_classes(trained: Project) -> None:
+    original = trained.annotations.read_text()
+    try:
+        trained.change_annotations(lambda tree: tree["categories"][2].update(name="purple"))
+        with clean_process(), pytest.raises(UserError) as caught:
+            make_trainer(trained).resume_or_load(resume=True)
+    finally:
+        trained.annotations.write_text(original)
+    assert str(caught.value) == (
+        f"--resume: {trained.output / 'model_final.pth'} was trained with the classes red, green, blue, but the dataset "
+        f"{trained.name} has red, green, purple; resume with the data that it was started with, or train in another OUTPUT_DIR."
+    )
 
 
 def test_a_teacher_with_its_classes_in_another_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -197,7 +197,7 @@ def test_keys_that_the_state_of_the_optimizer_restores(stopped: Project, key: st
 def test_a_finished_training_may_be_scaled_to_other_processes(stopped: Project) -> None:
     """Check that keys which SOLVER.REFERENCE_WORLD_SIZE scales do not make it another training."""
     before = record(stopped, "SOLVER.BASE_LR", 0.5).state_dict()
-    for reference, expected in ((1, 0), (0, 1)):
+    for reference, processes, expected in ((1, 2, 0), (0, 2, 1), (1, 1, 1)):
         now = record(stopped, "SOLVER.REFERENCE_WORLD_SIZE", reference)
-        now.load_state_dict({**before, "processes": 2})
+        now.load_state_dict({**before, "processes": processes})
         assert len(now.another_training) == expected
