@@ -18,6 +18,7 @@ from kd_d2.checkpoint import (
 from kd_d2.checkpoint.torchvision import rename_torchvision_resnet
 from kd_d2.config import load_config
 from kd_d2.errors import UserError
+from kd_d2.files import atomic_write
 from kd_d2.inheritance import component_of, inherit
 from kd_d2.modeling import add_slim_resnet_config
 
@@ -703,6 +704,15 @@ def test_a_crash_while_saving_leaves_the_last_good_file(tmp_path: Path, monkeypa
         assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == good
     assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_1.pth")
     assert KDCheckpointer(Toy(), str(tmp_path)).resume_or_load("", resume=True)["iteration"] == 1
+
+
+def test_ctrl_c_while_a_file_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), atomic_write(str(path)) as file:
+        file.write("half of the n")
+        raise KeyboardInterrupt
+    assert [p.name for p in tmp_path.iterdir()] == ["file"] and path.read_text() == "old"
 
 
 def test_a_kill_between_file_and_tag_leaves_the_last_good_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
