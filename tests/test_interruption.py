@@ -88,6 +88,13 @@ def test_a_signal_loses_no_iteration(tmp_path: Path, number: int, caplog: pytest
     assert (project.output / "last_checkpoint").read_text() == "model_final.pth"
 
 
+def test_a_signal_after_an_evaluation(tmp_path: Path) -> None:
+    """Check that the iteration is completed, as before one."""
+    project = make_project(tmp_path, **SHORT, TEST__EVAL_PERIOD=2)
+    stop_in(project, 2)
+    assert read_checkpoint(str(project.output / "model_latest.pth"))["iteration"] == 2
+
+
 def test_a_signal_in_the_last_iteration(tmp_path: Path) -> None:
     """Check that the final checkpoint is written and evaluation is left to the next run."""
     project = make_project(tmp_path, **SHORT)

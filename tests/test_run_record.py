@@ -108,6 +108,15 @@ def test_layers_of_other_methods_are_refused(
         resumed(project, caplog, "MODEL.KD.DISTILLERS", methods)
 
 
+def test_other_parameters_of_the_student_are_refused(stopped: Project, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(UserError) as caught:
+        resumed(stopped, caplog, "MODEL.BACKBONE.FREEZE_AT", 2)
+    assert str(caught.value) == (
+        f"--resume: {stopped.output / 'model_0000001.pth'} is not from a training with this config (it trained other parameters of the "
+        "student); resume with the config that it was started with, or train in another OUTPUT_DIR."
+    )
+
+
 def test_another_config_of_the_teacher(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     project = make_project(tmp_path, **KEYS)
     train(project, hooks=(KillAt(1),))

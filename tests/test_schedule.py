@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kd_d2 import UserError
+from kd_d2.checkpoint import read_checkpoint
 from kd_d2.config import load_config
 from kd_d2.engine.checks import check_schedule
 from kd_d2.engine.learning_rate import build_lr_scheduler, learning_rate_advice, scale_to_world_size
@@ -12,7 +13,7 @@ from kd_d2.engine.learning_rate import build_lr_scheduler, learning_rate_advice,
 import pytest
 import torch
 from detectron2 import model_zoo
-from helpers import ROOT, make_project, make_trainer, train, write_yaml
+from helpers import ROOT, clean_process, make_project, make_trainer, train, write_yaml
 
 CONFIGS = [*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "projects").rglob("configs/*.yaml")]
 
@@ -37,6 +38,18 @@ def test_scaling_to_the_number_of_processes(tmp_path: Path) -> None:
     # more processes than written for: 5 / 3 and 50 / 3, rounded
     node = scale_to_world_size(cfg, 24).MODEL.KD.ICD
     assert (node.DETACH_STUDENT_ITERS, node.END_ITER) == (2, 17)
+
+
+def test_a_training_of_fewer_processes_than_its_config_is_for(tmp_path: Path) -> None:
+    """Check that it has half the images in twice the iterations, also without loading weights first."""
+    keys = {"SOLVER__REFERENCE_WORLD_SIZE": 2, "SOLVER__IMS_PER_BATCH": 4, "SOLVER__STEPS": (), "DATASETS__TEST": ()}
+    project = make_project(tmp_path, **keys, SOLVER__MAX_ITER=1, SOLVER__BASE_LR=0.002)
+    with clean_process():
+        trainer = make_trainer(project)
+        trainer.train()
+    assert read_checkpoint(str(project.output / "model_final.pth"))["iteration"] == 1
+    assert trainer._trainer.data_loader.batch_sampler.batch_size == 2
+    assert trainer.scheduler.base_lrs[0] == 0.001
 
 
 @pytest.mark.parametrize(
