@@ -254,6 +254,8 @@ def test_keys_that_are_not_there(opts: list, expected: str) -> None:
             "INPUT.MIN_SIZE_TRAIN is (9, 8); it must be two ascending sizes, for MIN_SIZE_TRAIN_SAMPLING 'range'.",
         ),
         (["INPUT.MAX_SIZE_TRAIN", 0], "INPUT.MAX_SIZE_TRAIN is 0; it must be a number at least 1."),
+        (["INPUT.MIN_SIZE_TEST", -1], "INPUT.MIN_SIZE_TEST is -1; it must be a number at least 0."),
+        (["INPUT.MAX_SIZE_TEST", 0], "INPUT.MAX_SIZE_TEST is 0; it must be a number at least 1."),
         (["INPUT.MASK_FORMAT", "x"], "INPUT.MASK_FORMAT is 'x'; it must be one of 'polygon', 'bitmask'."),
         (
             ["MODEL.RPN.BBOX_REG_LOSS_TYPE", "x"],
@@ -314,6 +316,7 @@ def test_images_in_gray_and_without_resizing() -> None:
     """Check values that Detectron2 supports."""
     one = ["MODEL.PIXEL_MEAN", [100.0], "MODEL.PIXEL_STD", [1.0]]
     load_config("", ["INPUT.FORMAT", "L", *one, "INPUT.MIN_SIZE_TRAIN", (0,), "INPUT.MAX_SIZE_TRAIN", 0])
+    load_config("", ["INPUT.MIN_SIZE_TEST", 0, "INPUT.MAX_SIZE_TEST", 0])
 
 
 def test_a_sweep_is_not_a_config() -> None:

@@ -110,6 +110,9 @@ def _validate_images(cfg: CN) -> None:
             raise UserError(f"MODEL.{key} has {len(cfg.MODEL[key])} values; it must have {channels}, one per channel.")
     if cfg.INPUT.CROP.ENABLED:
         _validate_crop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE)
+    check_number("INPUT.MIN_SIZE_TEST", cfg.INPUT.MIN_SIZE_TEST, 0)
+    if cfg.INPUT.MIN_SIZE_TEST:  # otherwise, images keep their size
+        check_number("INPUT.MAX_SIZE_TEST", cfg.INPUT.MAX_SIZE_TEST, 1)
     sizes, ranges = cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range"
     if cfg.INPUT.LARGE_SCALE_JITTER.ENABLED:  # which replaces it
         return
