@@ -62,6 +62,11 @@ def test_a_training_of_fewer_processes_than_its_config_is_for(tmp_path: Path) ->
             "SOLVER.GRADIENT_ACCUMULATION_STEPS is 3; it must divide the 4 images per process.",
         ),
         (
+            {"IMS_PER_BATCH": 8, "GRADIENT_ACCUMULATION_STEPS": 8},
+            2,
+            "SOLVER.GRADIENT_ACCUMULATION_STEPS is 8; it must divide the 4 images per process.",
+        ),
+        (
             {"IMS_PER_BATCH": 8, "GRADIENT_ACCUMULATION_STEPS": 0},
             1,
             "SOLVER.GRADIENT_ACCUMULATION_STEPS is 0; it must divide the 8 images per process.",
