@@ -208,6 +208,9 @@ def test_nan_is_null_in_files(tmp_path: Path) -> None:
     assert read_json(path) == {"a": [None, 1.5], "b": [None, "NaN"], "c": {"d": None}}
     with pytest.raises(UserError, match=r"none.json cannot be read \(No such file"):
         read_json(str(tmp_path / "none.json"))
+    Path(path).write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"x.json cannot be read \(it is not valid JSON: "):
+        read_json(path)
 
 
 def test_nanmean() -> None:
