@@ -128,6 +128,38 @@ def test_evaluator_counts_with_faster_coco_eval(tmp_path: Path, monkeypatch: pyt
     assert 0 < results[0]["AP-green"] < 100
 
 
+@pytest.mark.parametrize("image_id", [lambda n: f"val-{n}", lambda n: 2**60 + n, lambda n: n])
+def test_image_ids_that_are_no_floats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, image_id: Callable) -> None:
+    """Check ids as text and above 2^53, of all images and of the first four, with and without faster-coco-eval."""
+    path, results, saved = make_coco(tmp_path), [], []
+    tree = json.loads(path.read_text())
+    for entry in tree["images"] + tree["annotations"]:
+        key = "id" if "file_name" in entry else "image_id"
+        entry[key] = image_id(entry[key])
+    path.write_text(json.dumps(tree))
+    with clean_process():
+        register_coco_instances("named", {}, str(path), str(tmp_path / "images"))
+        images = DatasetCatalog.get("named")
+        ids = [image["image_id"] for image in images]
+        for fast, chosen in ((True, None), (True, ids[:4]), (False, None), (False, ids[:4])):
+            if not fast:
+                monkeypatch.setattr("kd_d2.evaluation.coco_evaluator.COCOeval_faster", None)
+            evaluator = CocoEvaluator("named", str(tmp_path / "out"))
+            evaluator.reset()
+            for image, other in zip(images, images[1:] + images[:1], strict=True):
+                objects = [*image["annotations"][:1], *other["annotations"]]  # also sees what is in the next image
+                x, y, w, h = torch.tensor([a["bbox"] for a in objects]).float().view(-1, 4).T
+                found = Instances((image["height"], image["width"]), scores=torch.full((len(objects),), 0.5))
+                found.pred_boxes = Boxes(torch.stack([x, y, x + w, y + h], 1))
+                found.pred_classes = torch.tensor([a["category_id"] for a in objects])
+                evaluator.process([image], [{"instances": found}])
+            results.append(evaluator.evaluate(img_ids=chosen)["bbox"])
+            saved.append(json.loads((tmp_path / "out" / "coco_instances_results.json").read_text()))
+    assert saved[0] == saved[2] and {entry["image_id"] for entry in saved[0]} == set(ids)
+    assert 0 < results[0]["AP"] < 100 and results[0]["AP"] != results[1]["AP"]
+    assert results[:2] == [pytest.approx(result, nan_ok=True) for result in results[2:]]
+
+
 def test_class_names_are_sorted_by_category(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check category ids 13, 11, 12 of a dataset in the order of another one: Detectron2 names the results by sorted ids."""
     path, named = make_coco(tmp_path), []

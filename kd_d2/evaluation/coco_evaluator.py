@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import math
 import os
@@ -27,6 +29,25 @@ logger = logging.getLogger(__name__)
 def faster_evaluation(truth: COCO, detections: COCO, task: str) -> COCOeval_faster:
     """Return faster-coco-eval's COCOeval, which has the same results and printed summary as pycocotools."""
     return COCOeval_faster(truth, detections, task, print_function=print)
+
+
+def with_numbered_images(truth: COCO) -> tuple[COCO, dict[int | str, int]]:
+    """Return annotations with images numbered from 1, and the numbers by id: faster-coco-eval stores ids as floats.
+
+    Ids that are text, or above 2^53, are no such floats. The order of the images, which decides between equal scores, is
+    that of pycocotools.
+    """
+    ids = sorted(truth.imgs, key=lambda image: (isinstance(image, str), image))
+    number_of = {image: number for number, image in enumerate(ids, 1)}
+    images = [{**image, "id": number_of[image["id"]]} for image in truth.dataset["images"]]
+    annotations = [
+        {**annotation, "image_id": number_of.get(annotation["image_id"])} for annotation in truth.dataset["annotations"]
+    ]
+    numbered = COCO()
+    numbered.dataset = {**truth.dataset, "images": images, "annotations": annotations}
+    with contextlib.redirect_stdout(io.StringIO()):
+        numbered.createIndex()
+    return numbered, number_of
 
 
 class CocoEvaluator(COCOEvaluator):
@@ -85,14 +106,17 @@ class CocoEvaluator(COCOEvaluator):
         if COCOeval_faster is None or not found or not self._do_evaluation or "keypoints" in tasks:
             super()._eval_predictions(predictions, img_ids)
             return
-        numbers = self._metadata.get("thing_dataset_id_to_contiguous_id", {})
-        category_of = {number: category for category, number in numbers.items()}
+        classes = self._metadata.get("thing_dataset_id_to_contiguous_id", {})
+        category_of = {number: category for category, number in classes.items()}
         for detection in found:
             detection["category_id"] = category_of.get(detection["category_id"], detection["category_id"])
         write_json(os.path.join(self._output_dir, "coco_instances_results.json"), found, indent=None)
         logger.info(f"Evaluating {len(found)} detections with faster-coco-eval")
+        truth, number_of = with_numbered_images(self._coco_api)
+        found = [{**detection, "image_id": number_of.get(detection["image_id"])} for detection in found]
+        numbers = None if img_ids is None else [number_of[image] for image in img_ids]
         for task in sorted(tasks):
             evaluation = _evaluate_predictions_on_coco(
-                self._coco_api, found, task, cocoeval_fn=faster_evaluation, img_ids=img_ids
+                truth, found, task, cocoeval_fn=faster_evaluation, img_ids=numbers
             )
             self._results[task] = self._derive_coco_results(evaluation, task, self._metadata.get("thing_classes"))
