@@ -18,11 +18,14 @@ def import_extensions(names: Iterable[str]) -> None:
     """Import each module or file once, to register its methods, detectors or datasets.
 
     Args:
-        names: module names, also from the working directory, or paths of Python files.
+        names: module names, also from the working directory, or paths of Python files, which may import each other
+            from there in any order.
 
     Raises:
         UserError: a module or file does not exist or has no valid name, or a file has the name of another module.
     """
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # `python -m` adds it, but the kd-d2 program does not
     for name in names:
         if name.endswith(".py") or os.sep in name:
             _import_file(os.path.abspath(os.path.expanduser(name)))
@@ -54,8 +57,6 @@ def _import_file(path: str) -> None:
 def _import_module(name: str) -> None:
     if not name or name.startswith("."):
         raise UserError(f"--import: {name!r} is neither the name of a module nor the path of a Python file.")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # `python -m` adds it, but the kd-d2 program does not
     try:
         importlib.import_module(name)
     except ModuleNotFoundError as error:

@@ -310,6 +310,13 @@ def test_a_file_and_a_module_are_imported_once(own_modules: Path) -> None:
     assert importlib.import_module(module.Thing.__module__).Thing is module.Thing
 
 
+def test_a_file_that_imports_a_later_one(own_modules: Path) -> None:
+    """Check files of the working directory, which the program kd-d2 does not search by itself."""
+    (own_modules / "kd_d2_test_user.py").write_text("from kd_d2_test_good import Thing\n")
+    import_extensions(["kd_d2_test_user.py", "kd_d2_test_good.py"])
+    assert sys.modules["kd_d2_test_user"].Thing is sys.modules["kd_d2_test_good"].Thing
+
+
 @pytest.mark.parametrize(
     ("name", "error", "sentence"),
     [
