@@ -326,6 +326,11 @@ def test_a_sweep_is_not_a_config() -> None:
     )
 
 
+def test_a_path_object(files: Files) -> None:
+    student = files.student()
+    assert load_config(student) == load_config(str(student))
+
+
 def test_the_source_of_a_wrong_key_is_named(files: Files) -> None:
     """Check that the message names the file or the list of overrides that has the wrong key."""
     path = files.student(MODEL__KD__STRUKTURAL__WEIGHT=1.0)

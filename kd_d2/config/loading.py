@@ -19,7 +19,7 @@ from .validation import validate_kd_config
 
 
 def load_config(
-    config_file: str,
+    config_file: str | os.PathLike[str],
     opts: Iterable[Any] = (),
     *,
     student_only: bool = False,
@@ -45,7 +45,7 @@ def load_config(
     Raises:
         UserError: a missing or unreadable file, an unknown key, a value of the wrong type.
     """
-    opts = list(opts)
+    config_file, opts = os.fspath(config_file), list(opts)
     cfg = read_config(config_file, opts)
     folder = os.path.dirname(find_config_file(config_file, "the config")) if config_file else ""
     if student_only and cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH:
