@@ -15,6 +15,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.structures import Instances
+from PIL.Image import getmodebands
 
 from .adapters import build_adapter
 from .checkpoint import load_complete
@@ -133,13 +134,15 @@ class ImageDetector:
 
     @torch.no_grad()
     def detect(self, images: list[np.ndarray]) -> list[Instances]:
-        """Detect objects in images (H, W, C) of `input_format`; detections are on the CPU, in pixels of each input image.
+        """Detect objects in images (H, W, C) of `input_format`, with values from 0 to 255 as uint8 or floats.
+
+        The detections are on the CPU, in pixels of each input image.
 
         Consecutive images of equal size after resizing are batched. The results are those of single images, since no
         image is padded to the size of another.
 
         Raises:
-            UserError: the model is not a detector.
+            UserError: the model is not a detector, or an image has another shape or type.
         """
         entries = [self._entry(image) for image in images]
         found = []
@@ -153,6 +156,15 @@ class ImageDetector:
         return found
 
     def _entry(self, image: np.ndarray) -> dict[str, Any]:
+        channels = 3 if self.input_format in ("BGR", "YUV-BT.601") else getmodebands(self.input_format)
+        is_array = isinstance(image, np.ndarray)
+        is_usable = is_array and image.size and image.ndim == 3 and image.shape[2] == channels
+        if not is_usable or not (image.dtype == np.uint8 or np.issubdtype(image.dtype, np.floating)):
+            found = f"of shape {image.shape} and type {image.dtype}" if is_array else f"of type {type(image).__name__}"
+            raise UserError(
+                f"`detect` takes a list of images, each a NumPy array of shape (height, width, {channels}) and type uint8 or float; "
+                f"one is {found}."
+            )
         height, width = image.shape[:2]
         resized = self.resize(height, width).apply_image(image)
         tensor = torch.as_tensor(resized.astype("float32").transpose(2, 0, 1))

@@ -596,6 +596,37 @@ def test_images_are_converted_to_the_input_format(photos: Path, tmp_path: Path, 
         np.testing.assert_array_equal(image, read_image(source.path, input_format).astype(np.float32))
 
 
+@pytest.mark.parametrize("type_", [np.uint8, np.float16, np.float64])
+def test_arrays_of_values_from_0_to_255(type_: type) -> None:
+    pixels = np.arange(60, dtype=type_).reshape(4, 5, 3)
+    for image in (pixels, pixels[:, :, ::-1]):
+        seen: list[np.ndarray] = []
+        assert len(nothing(seen=seen).detect([image])) == 1
+        np.testing.assert_array_equal(seen[0], image.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("images", "found"),
+    [
+        (np.zeros((4, 5, 3), np.uint8), "of shape (5, 3) and type uint8"),
+        ([np.zeros((4, 5), np.uint8)], "of shape (4, 5) and type uint8"),
+        ([np.zeros((4, 5, 1), np.uint8)], "of shape (4, 5, 1) and type uint8"),
+        ([np.zeros((4, 5, 4), np.uint8)], "of shape (4, 5, 4) and type uint8"),
+        ([np.zeros((0, 5, 3), np.uint8)], "of shape (0, 5, 3) and type uint8"),
+        ([np.zeros((4, 5, 3), np.int64)], "of shape (4, 5, 3) and type int64"),
+        ([np.zeros((4, 5, 3), bool)], "of shape (4, 5, 3) and type bool"),
+        ([torch.zeros(4, 5, 3)], "of type Tensor"),
+    ],
+)
+def test_arrays_that_are_no_images(images: object, found: str) -> None:
+    with pytest.raises(UserError) as caught:
+        nothing().detect(images)
+    assert str(caught.value) == (
+        "`detect` takes a list of images, each a NumPy array of shape (height, width, 3) and type uint8 or float; "
+        f"one is {found}."
+    )
+
+
 @pytest.mark.parametrize("batch", [1, 4])
 def test_an_image_that_is_gone_loses_no_detections_of_others(
     photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, batch: int
