@@ -443,6 +443,22 @@ def test_a_method_without_loss_names_is_an_error(toy_detector: type) -> None:
         KDMetaArch(student=toy_detector(), teacher=Teacher(toy_detector()), distillers={"Nameless": nameless})
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("loss_names", "loss_mine", "loss_names = 'loss_mine', which is no tuple of names, such as"),
+        ("aux_loss_names", "loss_mine", "aux_loss_names = 'loss_mine', which is no tuple of names, such as"),
+        ("needs", ("features",), "needs = ('features',), which is no set of names, such as"),
+        ("needs", "features", "needs = 'features', which is no set of names, such as"),
+        ("alternative_needs", ["proposals"], "alternative_needs = ['proposals'], which is no set of names, such as"),
+    ],
+)
+def test_needs_and_loss_names_of_a_wrong_type(name: str, value: object, expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        type("Mine", (Distiller,), {name: value})
+    assert str(caught.value).startswith(f"The method Mine has {expected}")
+
+
 def test_a_need_that_is_no_part_is_an_error(toy_detector: type) -> None:
     distillers = {"Recorder": Recorder(needs=frozenset({"features", "proposal"}))}
     with pytest.raises(UserError, match=r"Recorder needs 'proposal', .* known parts are anchors, .* proposals"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Set
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -104,6 +104,18 @@ class Distiller(nn.Module):
                 "dataclass `Config(Distiller.Config)` inside the class, construct it in `__init__(self, config, pair)`, where "
                 "`super().__init__` takes a `default_weight`, and return unweighted losses from `forward` (docs/guides/own-method.md)."
             )
+        for name, kind, example in (
+            ("needs", Set, '{"features"}'),
+            ("alternative_needs", Set, '{"proposals"}'),
+            ("loss_names", tuple | list, '("loss_mine",)'),
+            ("aux_loss_names", tuple | list, '("loss_mine_aux",)'),
+        ):
+            value = vars(cls).get(name)
+            if not (value is None or isinstance(value, kind) or hasattr(value, "__get__")):
+                raise UserError(
+                    f"The method {cls.__name__} has {name} = {value!r}, which is no {'set' if kind is Set else 'tuple'} of names, "
+                    f"such as {example}."
+                )
         keys_of(cls.Config)
 
     def __init__(self, config: Config, pair: Pair, default_weight: float | None = None):
