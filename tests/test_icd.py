@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
 from helpers import make, spec_of
+from PIL import Image
 from torch import Tensor
 
 pytestmark = pytest.mark.unit
@@ -602,6 +603,16 @@ def test_priors_of_a_file_are_those_of_its_dictionaries(annotated: Path) -> None
     both = read_priors(("icd_with_file", "icd_without_file"), 3)
     assert both[0].tolist() == [0, 22, 24]
     torch.testing.assert_close(both[1], of_file[1])
+
+
+def test_priors_of_images_without_sizes(annotated: Path) -> None:
+    """Check that the sizes are read from the image files."""
+    expected = read_priors(("icd_without_file",), 3)
+    for number, entry in enumerate(DatasetCatalog.get("icd_without_file")):
+        entry["file_name"] = annotated.parent / f"{number}.png"
+        Image.new("RGB", (entry.pop("width"), entry.pop("height"))).save(entry["file_name"])
+    for ours, theirs in zip(read_priors(("icd_without_file",), 3), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_priors_have_the_registered_order_of_the_classes(annotated: Path) -> None:

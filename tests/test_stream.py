@@ -279,6 +279,22 @@ def test_samplers(cfg: CfgNode) -> None:
     assert 7 < often / ((len(seen) - often) / 9) < 11  # 0.9 / 0.1 = 9
 
 
+def test_images_without_sizes(cfg: CfgNode) -> None:
+    """Check the same batches as with the sizes, and unreadable images."""
+    expected, dicts = read(cfg, 4), DatasetCatalog.get("stream")
+    DatasetCatalog.register("unsized", lambda: dicts)
+    MetadataCatalog.get("unsized").thing_classes = MetadataCatalog.get("stream").thing_classes
+    for entry in dicts:
+        del entry["width"], entry["height"]
+    cfg.DATASETS.TRAIN = ("unsized",)
+    assert read(cfg, 4) == expected
+    Path(dicts[0]["file_name"]).write_text("no image")
+    with pytest.raises(UserError, match=rf"{dicts[0]['file_name']} cannot be read"):
+        build_stream_loader(cfg, 0)
+    cfg.DATALOADER.SKIP_UNUSABLE_IMAGES = True
+    assert dicts[0]["file_name"] not in {item[0] for batch in read(cfg, 6) for item in batch}
+
+
 def test_random_subsets(cfg: CfgNode) -> None:
     """Check that the seed determines the subset, and that 0.9 images are too few."""
     cfg.DATALOADER.SAMPLER_TRAIN, cfg.DATALOADER.RANDOM_SUBSET_RATIO = "RandomSubsetTrainingSampler", 0.3

@@ -26,6 +26,7 @@ from ..config import detector_of, reads_annotations
 from ..errors import UserError
 from ..random_state import seeded
 from .augmentation import build_mapper
+from .coco.image_names import size_of_entry
 from .images import CheckedMapper, DataError
 from .workers import configure_workers
 
@@ -146,7 +147,7 @@ def build_stream_loader(cfg: CfgNode, seed: int, mapper: Callable | None = None)
     grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
     stream = BatchStream(
         _index_stream(cfg, dicts, seed),
-        [int(d["width"] > d["height"]) for d in dicts] if grouped else None,
+        [_group_of(cfg, entry) for entry in dicts] if grouped else None,
         cfg.SOLVER.IMS_PER_BATCH,
         comm.get_rank(),
         comm.get_world_size(),
@@ -167,6 +168,17 @@ def build_stream_loader(cfg: CfgNode, seed: int, mapper: Callable | None = None)
         generator=torch.Generator(),
     )
     return configure_workers(loader)
+
+
+def _group_of(cfg: CfgNode, entry: dict) -> int:
+    """Return 1 for landscape images and 0 for others, also for unreadable ones without size, which are skipped later."""
+    try:
+        width, height = size_of_entry(entry)
+    except UserError:
+        if not cfg.DATALOADER.SKIP_UNUSABLE_IMAGES:
+            raise
+        return 0
+    return int(width > height)
 
 
 def _annotated(cfg: CfgNode, dicts: list[dict]) -> list[dict]:

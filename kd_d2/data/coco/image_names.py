@@ -8,6 +8,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
+from typing import Any
 from urllib.parse import unquote
 
 from PIL import Image
@@ -123,6 +124,17 @@ def _stem(name: str) -> str:
 
 FORMS: tuple[Callable[[str], str], ...] = (_base, _without_prefix, _stem)
 """Normalizations by which names are compared, strictest first."""
+
+
+def size_of_entry(entry: dict[str, Any]) -> tuple[int, int]:
+    """Return width and height of the image of a dataset dictionary, from the file if the entry lacks them.
+
+    Raises:
+        UserError: see `size_on_disk`.
+    """
+    if "width" in entry and "height" in entry:
+        return entry["width"], entry["height"]
+    return size_on_disk(entry["file_name"])
 
 
 def size_on_disk(path: str) -> tuple[int, int]:

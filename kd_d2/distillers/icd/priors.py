@@ -117,11 +117,14 @@ def _boxes_of_coco(coco: dict, class_of: dict[int, int]) -> tuple[np.ndarray, np
 
 
 def _boxes_of_dicts(dicts: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-    entries = [(a, d["width"], d["height"]) for d in dicts for a in d["annotations"] if not a.get("iscrowd")]
-    boxes = [BoxMode.convert(list(a["bbox"]), a["bbox_mode"], BoxMode.XYXY_ABS) for a, _, _ in entries]
+    from ...data.coco.image_names import size_of_entry  # not at the top: it needs configs, which need the methods
+
+    sized = zip(dicts, map(size_of_entry, dicts), strict=True)
+    entries = [(a, size) for d, size in sized for a in d["annotations"] if not a.get("iscrowd")]
+    boxes = [BoxMode.convert(list(a["bbox"]), a["bbox_mode"], BoxMode.XYXY_ABS) for a, _ in entries]
     boxes = np.array(boxes, dtype=np.float64).reshape(-1, 4)
-    extents = np.array([(w, h) for _, w, h in entries], dtype=np.float64).reshape(-1, 2)
-    classes = np.array([a["category_id"] for a, _, _ in entries], dtype=np.int64)
+    extents = np.array([size for _, size in entries], dtype=np.float64).reshape(-1, 2)
+    classes = np.array([a["category_id"] for a, _ in entries], dtype=np.int64)
     return _visible(classes, boxes[:, :2], boxes[:, 2:], extents)
 
 
