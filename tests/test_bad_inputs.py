@@ -30,7 +30,7 @@ import pytest
 import torch
 from detectron2.config import defaults
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
+from detectron2.data.datasets import load_coco_json, register_coco_instances
 from detectron2.modeling import build_model
 from detectron2.utils.develop import create_dummy_class
 from helpers import CLASSES, ROOT, TINY, Project, clean_process, make_coco, make_project, save_fixed_weights
@@ -108,6 +108,30 @@ def test_a_test_set_without_a_file_of_annotations_needs_no_masks(tmp_path: Path)
 
 def test_an_evaluation_without_a_dataset(refused) -> None:
     assert refused("--eval-only", "DATASETS.TEST", ()) == "DATASETS.TEST is empty: name a dataset."
+
+
+def test_test_sets_that_another_program_registers(tmp_path: Path) -> None:
+    """Check sets without annotation file for what the COCO evaluation needs: sizes, and masks for MODEL.MASK_ON."""
+    path = make_coco(tmp_path)
+    dicts = load_coco_json(str(path), str(tmp_path / "images"))
+    with clean_process():
+        DatasetCatalog.register("own", lambda: dicts)
+        MetadataCatalog.get("own").set(thing_classes=list(CLASSES), evaluator_type="coco")
+        cfg = read_config("", ["DATASETS.TEST", ("own",)])
+        check_datasets(cfg, train=False)
+        cfg.MODEL.MASK_ON = True
+        file = dicts[0]["file_name"]
+        with pytest.raises(UserError) as caught:
+            check_datasets(cfg, train=False)
+        assert str(caught.value).startswith(
+            f"DATASETS.TEST names 'own', whose object in {file} has no segmentation, but MODEL.MASK_ON is True"
+        )
+        del dicts[0]["width"]
+        with pytest.raises(UserError) as caught:
+            check_datasets(cfg, train=False)
+        assert str(caught.value) == (
+            f"DATASETS.TEST names 'own', whose entry of {file} has no width and height, which the COCO evaluation needs."
+        )
 
 
 def test_two_datasets_of_one_name(project: Project, refused) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import torch
 from detectron2.config import CfgNode
@@ -153,7 +154,9 @@ def check_datasets(cfg: CfgNode, *, train: bool) -> None:
         )
     for name in cfg.DATASETS.TEST:
         check_evaluation(name)
-        _check_masks_for_evaluation(cfg, name)
+        if MetadataCatalog.get(name).get("evaluator_type") == "coco":
+            _check_sizes_for_evaluation(name)
+            _check_masks_for_evaluation(cfg, name)
 
 
 def check_expected_results(cfg: CfgNode) -> None:
@@ -213,16 +216,39 @@ def _check_keypoints(cfg: CfgNode, key: str, name: str) -> None:
         )
 
 
+def _annotation_file(name: str) -> str | None:
+    """Return the dataset's annotation file, or None for one that Detectron2 converts to the format of COCO."""
+    path = MetadataCatalog.get(name).get("json_file")
+    return path if path and os.path.isfile(path) else None
+
+
+def _check_sizes_for_evaluation(name: str) -> None:
+    for entry in () if _annotation_file(name) else DatasetCatalog.get(name):
+        if not entry.keys() >= {"width", "height"}:
+            raise UserError(
+                f"DATASETS.TEST names {name!r}, whose entry of {entry.get('file_name')} has no width and height, which the COCO "
+                "evaluation needs."
+            )
+
+
 def _check_masks_for_evaluation(cfg: CfgNode, name: str) -> None:
-    metadata = MetadataCatalog.get(name)
-    if not cfg.MODEL.MASK_ON or metadata.get("evaluator_type") != "coco":
-        return
-    for annotation in read_json(metadata.json_file).get("annotations", []):
+    for description, annotation in _described_annotations(name) if cfg.MODEL.MASK_ON else ():
         if not annotation.get("segmentation"):
             raise UserError(
-                f"DATASETS.TEST names {name!r}, whose annotation {annotation.get('id')} has no segmentation, but MODEL.MASK_ON is True; set "
+                f"DATASETS.TEST names {name!r}, whose {description} has no segmentation, but MODEL.MASK_ON is True; set "
                 "it to False to train and evaluate only boxes."
             )
+
+
+def _described_annotations(name: str) -> Iterator[tuple[str, dict]]:
+    path = _annotation_file(name)
+    if path:
+        for annotation in read_json(path).get("annotations", []):
+            yield f"annotation {annotation.get('id')}", annotation
+        return
+    for entry in DatasetCatalog.get(name):
+        for annotation in entry.get("annotations", []):
+            yield f"object in {entry.get('file_name')}", annotation
 
 
 def check_classes(cfg: CfgNode, model: nn.Module, key: str | None = None) -> None:
