@@ -134,6 +134,23 @@ def test_test_sets_that_another_program_registers(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("is_lazy", [False, True])
+@pytest.mark.parametrize("names", [CLASSES[::-1], ("bird", "fish", "snail")])
+def test_classes_of_test_sets_that_another_program_registers(
+    project: Project, refused, tmp_path: Path, names: tuple[str, ...], is_lazy: bool
+) -> None:
+    """Check another order and other names, also if Detectron2 has yet to read them from the file."""
+    path = make_coco(tmp_path / "own", classes=names)
+    with clean_process():
+        register_coco_instances(
+            "own", {} if is_lazy else {"thing_classes": list(names)}, str(path), str(path.parent / "images")
+        )
+        assert refused(*plain("DATASETS.TEST", ("own",))) == (
+            f"The dataset own has the classes {', '.join(names)}, but the dataset {project.name} has {', '.join(CLASSES)}: the class "
+            "indices of a registered dataset are not changed, so register both with the same classes in the same order."
+        )
+
+
 def test_two_datasets_of_one_name(project: Project, refused) -> None:
     entry = [project.name, str(project.annotations), str(project.annotations.parent / "images")]
     project.change(DATASETS__COCO_JSON=[entry, entry])

@@ -59,6 +59,11 @@ class ClassOrder:
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", tuple(map(composed, self.names)))
 
+    @property
+    def listed(self) -> str:
+        """The names, or the first 20 of them, for messages."""
+        return f"{', '.join(self.names[:20])}{', ...' if len(self.names) > 20 else ''}"
+
 
 def register_coco_json(cfg: CfgNode, classes: ClassOrder | None = None, *, train: bool = True) -> None:
     """Check and register the entries of DATASETS.COCO_JSON that are used in DATASETS.TRAIN or DATASETS.TEST.
@@ -79,7 +84,7 @@ def register_coco_json(cfg: CfgNode, classes: ClassOrder | None = None, *, train
     used = [*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST]
     entries = {entry[0]: entry[1:] for entry in cfg.DATASETS.COCO_JSON}
     if classes is None and train and cfg.DATASETS.TRAIN and entries.keys() & set(used):
-        classes = None if cfg.DATASETS.TRAIN[0] in entries else _registered_classes(cfg.DATASETS.TRAIN[0])
+        classes = None if cfg.DATASETS.TRAIN[0] in entries else registered_classes(cfg.DATASETS.TRAIN[0])
     for name in dict.fromkeys(used):
         json_file, folder = entries.get(name, ("", ""))
         if not os.path.isfile(json_file):
@@ -113,8 +118,8 @@ def check_name(name: str, json_file: str) -> None:
         raise UserError(f"DATASETS.COCO_JSON: the name {name!r} is already taken by another dataset; choose a new one.")
 
 
-def _registered_classes(name: str) -> ClassOrder | None:
-    """Return the classes of a set that is not in DATASETS.COCO_JSON, or None if they are unknown."""
+def registered_classes(name: str) -> ClassOrder | None:
+    """Return the classes of a registered set, or None if they are unknown."""
     metadata = MetadataCatalog.get(name)
     if name in DatasetCatalog.list() and not metadata.get("thing_classes"):
         with contextlib.suppress(OSError, AssertionError):  # missing files are reported by `check_datasets`
@@ -148,17 +153,18 @@ def with_classes(data: CocoData, classes: ClassOrder) -> CocoData:
         UserError: there are boxes of other classes, or the data have none of the given classes.
     """
     path, categories = data.repairs.path, data.tree["categories"]
-    theirs = f"{', '.join(classes.names[:20])}{', ...' if len(classes.names) > 20 else ''}"
     used = {annotation["category_id"] for annotation in data.tree["annotations"]}
     for category in categories:
         if category["name"] not in classes.names and category["id"] in used:
             raise UserError(
                 f"{path} has boxes of the class {category['name']!r}, which {classes.source} does not have "
-                f"({theirs}): rename the class in one of them, or remove its boxes."
+                f"({classes.listed}): rename the class in one of them, or remove its boxes."
             )
     kept = [category for category in categories if category["name"] in classes.names]
     if not kept:
-        raise UserError(f"{path} has none of the classes of {classes.source} ({theirs}): rename them in one of them.")
+        raise UserError(
+            f"{path} has none of the classes of {classes.source} ({classes.listed}): rename them in one of them."
+        )
     missing = [name for name in classes.names if name not in data.class_names]
     next_id = max(category["id"] for category in categories) + 1
     added = [{"id": next_id + number, "name": name} for number, name in enumerate(missing)]

@@ -11,8 +11,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from torch import nn
 
 from ..adapters import build_adapter
-from ..class_names import ClassCount, class_count_key
+from ..class_names import ClassCount, class_count_key, names_in_data
 from ..config import KD_META_ARCH, detector_of
+from ..data.coco_json import registered_classes
 from ..errors import UserError, check_number, is_finite_number
 from ..evaluation import check_evaluation
 from ..files import read_json
@@ -252,13 +253,13 @@ def _described_annotations(name: str) -> Iterator[tuple[str, dict]]:
 
 
 def check_classes(cfg: CfgNode, model: nn.Module, key: str | None = None) -> None:
-    """Check that the datasets have as many classes as the model predicts.
+    """Check that the datasets have as many classes as the model predicts, and the test sets those of the model's data.
 
     Args:
         key: what determines the number of the model, for the message; None for a key of this config.
 
     Raises:
-        UserError: the counts differ; the message names the dataset and both counts.
+        UserError: the counts differ, or the names or their order; the message names the dataset and both.
     """
     student = student_of(model)
     number = build_adapter(student).spec.num_classes
@@ -267,12 +268,23 @@ def check_classes(cfg: CfgNode, model: nn.Module, key: str | None = None) -> Non
     predicted = ClassCount(number, type(student).__name__, key or class_count_key(cfg, type(student)))
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         metadata = MetadataCatalog.get(name)
-        classes = metadata.get("thing_classes")
-        if classes is None:
+        if metadata.get("thing_classes") is None and registered_classes(name) is None:
             continue
-        sentence = predicted.difference(name, len(classes), metadata.get("placeholder"))
+        sentence = predicted.difference(name, len(metadata.thing_classes), metadata.get("placeholder"))
         if sentence:
             raise UserError(sentence)
+    _check_class_names(cfg)
+
+
+def _check_class_names(cfg: CfgNode) -> None:
+    wanted = names_in_data(cfg)
+    for name in cfg.DATASETS.TEST:
+        own = registered_classes(name)
+        if own and wanted and own.names != wanted.names and len(own.names) > 1:
+            raise UserError(
+                f"The dataset {name} has the classes {own.listed}, but {wanted.source} has {wanted.listed}: the class indices of a "
+                "registered dataset are not changed, so register both with the same classes in the same order."
+            )
 
 
 def check_schedule(cfg: CfgNode, world_size: int) -> None:
