@@ -15,10 +15,9 @@ from detectron2.data import DatasetCatalog
 from detectron2.structures import Boxes, Instances
 
 from ..data import read_image
-from ..errors import UserError
 from ..evaluation.coco import found_objects
 from ..files import check_inputs_are_kept, check_output_folder
-from .base import Analysis, check_at_least
+from .base import Analysis, check_at_least, check_score_threshold
 from .drawing import draw_instances, sheet, titled, write_picture
 from .examples import picture_name
 from .models import TrainedModel, read_annotations
@@ -64,8 +63,7 @@ class DetectionAnalysis(Analysis):
     @classmethod
     def run(cls, models: Sequence[TrainedModel], output: str, *, images: int = 8, score_thresh: float = 0.3) -> Self:
         check_at_least("--images", images, 1)
-        if not 0 <= score_thresh <= 1:
-            raise UserError(f"--score-thresh is {score_thresh}; it must be between 0 and 1.")
+        check_score_threshold(score_thresh)
         check_output_folder(output, "--output")
         truth = read_annotations(models[0].dataset)
         detections = {model.title: model.down_to(score_thresh).detections(output) for model in models}

@@ -25,7 +25,7 @@ from ..files import check_output_folder
 from ..losses import prediction_difference
 from ..meta_arch import KDMetaArch
 from ..modeling.building import lower_score_threshold
-from .base import Analysis, check_at_least
+from .base import Analysis, check_at_least, check_score_threshold
 from .drawing import PALETTE, draw_instances, enlarged, overlay_heat, per_pixel, sheet, titled, write_picture
 from .examples import picture_names, pixels, read_examples, read_files
 from .models import Distillation, load_distillations
@@ -79,6 +79,7 @@ class RankAnalysis(Analysis):
     ) -> Self:
         check_at_least("--images", images, 1)
         check_at_least("--instances", instances, 1)
+        check_score_threshold(score_thresh)
         (distillation,) = models
         pair = Pair(distillation)
         for detector in (pair.model.student, pair.model.teacher.model):
