@@ -2,15 +2,19 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 from kd_d2.adapters import DensePredictions, DetectorOutputs, build_adapter
 from kd_d2.analysis import ranks
-from kd_d2.analysis.drawing import TITLE_HEIGHT
+from kd_d2.analysis.drawing import PALETTE, TITLE_HEIGHT
 from kd_d2.analysis.ranks import (
     SIDE,
+    Pair,
     detect_with_anchors,
     difference_rows,
     differences,
+    draw_detections,
+    draw_ranks,
     instance_ranks,
 )
 from kd_d2.distillers.adaptation import AdaptationLayers
@@ -19,6 +23,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from detectron2.config import get_cfg
 from detectron2.structures import Boxes, Instances
 from helpers import Project, make_project, run_command, train
 
@@ -64,6 +69,7 @@ def test_detections_come_from_their_anchors(kind: str, tiny_detector: Callable, 
     torch.testing.assert_close(found.pred_boxes.tensor, expected, rtol=1e-4, atol=1e-2)
     scores = torch.cat([*outputs.dense.ranking_scores.values()], 1)[0][found.anchor]
     torch.testing.assert_close(found.scores, scores[torch.arange(len(found)), found.pred_classes])
+    assert torch.equal(anchors.tensor, Boxes.cat([*outputs.dense.anchors.values()]).tensor[found.anchor])
 
 
 def _known(logits: dict[int, list[list[float]]], features: dict[int, torch.Tensor]) -> DetectorOutputs:
@@ -80,6 +86,72 @@ def _known(logits: dict[int, list[list[float]]], features: dict[int, torch.Tenso
 def _cells(side: int, rows: int, columns: int) -> torch.Tensor:
     y, x = torch.meshgrid(torch.arange(rows) * side, torch.arange(columns) * side, indexing="ij")
     return torch.stack([x, y, x + side, y + side], -1).view(-1, 4).float()
+
+
+def test_detections_with_two_equal_boxes_come_from_the_anchor_with_their_score() -> None:
+    """Check an image in which every anchor predicts the same box, so that only scores tell them apart."""
+    logits = torch.tensor([[-1.0, 2.0, 1.0]])
+    outputs = _known({8: logits.tolist()}, {8: torch.zeros(1, 1, 1, 3)})
+    same = torch.tensor([[2.0, 3.0, 20.0, 11.0]])
+    outputs.dense.decode = lambda regression, anchors: same.repeat(1, 3, 1)
+    outputs.dense.box_regression = {8: torch.zeros(1, 3, 4)}
+    outputs.images = SimpleNamespace(image_sizes=[(16, 32)])
+    found = Instances((16, 32), pred_boxes=Boxes(same.repeat(3, 1)), pred_classes=torch.zeros(3, dtype=torch.int64))
+    found.scores = logits[0, [1, 2, 0]].sigmoid()
+    model = SimpleNamespace(head=lambda features: None, forward_inference=lambda *args: [found])
+    shown, anchors = detect_with_anchors(model, outputs, 0.5)
+    assert shown.anchor.tolist() == [1, 2]
+    assert anchors.tensor.tolist() == [[8, 0, 16, 8], [16, 0, 24, 8]]
+
+
+def test_detections_are_drawn_with_their_anchors() -> None:
+    """Check an image of 60 x 120 pixels, drawn four times as large, and a class beyond the colors."""
+    found = Instances((60, 120), pred_boxes=Boxes(torch.tensor([[60.0, 20, 100, 50]])), scores=torch.tensor([0.5]))
+    found.pred_classes = torch.tensor([len(PALETTE) + 2])
+    anchors = Boxes(torch.tensor([[10.0, 20, 30, 40]]))
+    drawn = draw_detections(np.zeros((60, 120, 3), np.uint8), found, anchors, ["thing"] * 13)
+    assert drawn.shape == (240, 480, 3)
+    expected = {(240, 150): PALETTE[2], (320, 200): PALETTE[2]}  # left and lower side of the box
+    expected |= {(80, 120): PALETTE[2], (49, 80): (0, 0, 0)}  # the anchor's center, and a gap of its upper side
+    assert {(x, y): tuple(drawn[y, x].tolist()) for x, y in expected} == expected
+    assert drawn[80, 43, 1] > 100  # a dash
+    assert found.pred_boxes.tensor.tolist() == [[60, 20, 100, 50]]
+
+
+def test_positives_are_colored_relative_to_the_best_which_is_on_top() -> None:
+    """Check scores 0.2 and 0.8 in one place, 0 in another: yellow and violet, at the ends of the color map."""
+    centers = torch.tensor([[20.0, 30.0], [20.0, 30.0], [90.0, 10.0]])
+    box = torch.tensor([10.0, 20.0, 100.0, 50.0])
+    drawn = draw_ranks(np.zeros((60, 120, 3), np.uint8), box, centers, torch.tensor([0.8, 0.2, 0.0]))
+    expected = {(80, 120): (240, 249, 33), (360, 40): (13, 8, 135)}
+    sides = ((200, 80), (200, 200), (40, 150), (400, 150))  # of the box
+    assert {(x, y): tuple(drawn[y, x].tolist()) for x, y in expected} == expected
+    assert all(drawn[y, x].min() > 200 for x, y in sides)
+
+
+def test_each_detector_is_drawn_under_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair.__new__(Pair)
+    pair.cfg, pair.names, pair.layers = get_cfg(), ["thing"], None
+    adapter = SimpleNamespace(run=lambda *args: "outputs of the student")
+
+    class TeacherOf(SimpleNamespace):
+        def __call__(self, *args: object) -> str:
+            return "outputs of the teacher"
+
+    pair.model = SimpleNamespace(adapter=adapter, student="student's model", teacher=TeacherOf(model="teacher's model"))
+    monkeypatch.setattr(ranks, "detect_with_anchors", lambda *args: args[:2])
+    monkeypatch.setattr(ranks, "draw_detections", lambda image, found, anchors, names: (found, anchors))
+    monkeypatch.setattr(ranks, "titled", lambda picture, title: (title, *picture))
+    monkeypatch.setattr(ranks, "differences", lambda layers, student, teacher: {"rows": (student, teacher)})
+    monkeypatch.setattr(ranks, "difference_rows", lambda image, found: [found["rows"]])
+    monkeypatch.setattr(ranks, "sheet", list)
+    assert pair.draw({"image": torch.zeros(3, 4, 4, dtype=torch.uint8)}, 3, 0.5) == [
+        [
+            ("student", "student's model", "outputs of the student"),
+            ("teacher", "teacher's model", "outputs of the teacher"),
+        ],
+        ("outputs of the student", "outputs of the teacher"),
+    ]
 
 
 def test_ranks_are_of_the_right_detector_and_place(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,6 +174,8 @@ def test_ranks_are_of_the_right_detector_and_place(monkeypatch: pytest.MonkeyPat
         *("1 positives", "student: 0.50 to 0.50", "teacher: 0.50 to 0.50"),
     ]
     scale = SIDE // 16
+    boxed = [tuple(row[0][8 * scale, 20 * scale].tolist()) for row in rows]  # on the lower side of the first box
+    assert boxed == [PALETTE[0], (0, 0, 0)]
     ring = [np.argwhere((drawn == 255).all(-1)) for drawn in rows[0][1:]]
     best = [(28 * scale, 4 * scale), (12 * scale, 4 * scale)]  # centers of the student's and of the teacher's best
     for white, (x, y), (other, _) in zip(ring, best, best[::-1], strict=True):
@@ -135,6 +209,16 @@ def test_differences_are_where_they_are() -> None:
     assert list(differences(None, student, teacher)) == ["predictions"]
 
 
+def test_differences_of_all_levels_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check a difference in the second of two levels alone, and the mean of each level in its title."""
+    titles: list[str] = []
+    monkeypatch.setattr(ranks, "titled", lambda picture, title: titles.append(title) or picture)
+    levels = {8: torch.zeros(1, 2, 4), 16: torch.tensor([[[0.0, 0.5]]])}
+    ((together, first, second),) = difference_rows(np.zeros((16, 32, 3), np.uint8), {"features": levels})
+    assert titles == ["features, all levels", "stride 8: 0", "stride 16: 0.25"]
+    assert np.array_equal(together, second) and second.max() > first.max()
+
+
 def test_a_plain_checkpoint_has_no_adaptation_layers(
     draw: Callable, distilled: Project, tmp_path: Path, capsys
 ) -> None:
@@ -155,9 +239,18 @@ def test_a_plain_checkpoint_has_no_adaptation_layers(
     assert cv2.imread(str(tmp_path / "out" / "000.png")).shape[0] < rows_with_features
 
 
-def test_a_picture_for_each_image_with_instances(draw: Callable, capsys) -> None:
+def test_a_picture_for_each_image_with_instances(
+    draw: Callable, distilled: Project, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check the names of the pictures, and that features are compared with the trained layers of the checkpoint."""
+    seen = []
+    monkeypatch.setattr(ranks, "differences", lambda *args: seen.append(args[0].state_dict()) or differences(*args))
     assert draw("--images", 3, "--instances", 1, "--score-thresh", 0.0) == ["000.png", "001.png", "003.png"]
     assert capsys.readouterr().out.count(".png") == 3
+    trained = torch.load(distilled.output / "model_final.pth")["distillers"]
+    kept = {name.removeprefix("PFI.adaptation."): value for name, value in trained.items() if "adaptation" in name}
+    assert len(seen) == 3 and seen[0].keys() == kept.keys() and len(kept) > 0
+    assert all(torch.equal(seen[0][name], value) for name, value in kept.items())
 
 
 def test_a_threshold_below_those_of_the_configs(draw: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
