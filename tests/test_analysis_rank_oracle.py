@@ -5,9 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 from kd_d2.adapters import BACKGROUND, DensePredictions, build_adapter
+from kd_d2.analysis.examples import read_examples
 from kd_d2.analysis.rank_oracle import RANKS, SCORES, STUDENT, detect_with, exchanged_logits, rank_oracle
+from kd_d2.config import load_config
+from kd_d2.data import register_coco_json
 from kd_d2.errors import UserError
 from kd_d2.losses import reordered
 
@@ -15,7 +19,7 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.structures import Boxes, Instances
-from helpers import make_project, run_command, train
+from helpers import clean_process, make_project, run_command, train
 
 run = functools.partial(run_command, "analyze", "rank-oracle")
 
@@ -94,6 +98,36 @@ def test_from_a_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     with pytest.raises(SystemExit):
         run(*command, project.teacher_weights, "--images", 0)
     assert "--images is 0" in capsys.readouterr().err
+
+
+def test_each_variant_is_evaluated_on_the_given_images_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check three of six images at half their size, in which one, two or all of three classes are found exactly."""
+
+    def adapt(inputs: list[dict], needs: frozenset, targets: list[Instances]) -> SimpleNamespace:
+        return SimpleNamespace(dense="dense of the student", truth=targets[0])
+
+    def exchange(student: str, teacher: str, targets: list[Instances]) -> dict[str, set[int]]:
+        assert (student, teacher) == ("dense of the student", "dense of the teacher")
+        return {STUDENT: {0}, RANKS: {1, 2}, SCORES: {0, 1, 2}}
+
+    def detect(detector: str, outputs: SimpleNamespace, classes: set[int]) -> list[Instances]:
+        assert detector == "student"
+        truth = outputs.truth
+        found = Instances(truth.image_size, pred_boxes=truth.gt_boxes, pred_classes=truth.gt_classes)
+        found.scores = torch.ones(len(found))
+        return [found[[label in classes for label in found.pred_classes.tolist()]]]
+
+    model = SimpleNamespace(student="student", adapter=SimpleNamespace(run=adapt), device="cpu")
+    model.teacher = lambda inputs, needs: SimpleNamespace(dense="dense of the teacher")
+    monkeypatch.setattr("kd_d2.analysis.rank_oracle.exchanged_logits", exchange)
+    monkeypatch.setattr("kd_d2.analysis.rank_oracle.detect_with", detect)
+    cfg = load_config(str(make_project(tmp_path, INPUT__MIN_SIZE_TEST=32).student))
+    with clean_process():
+        register_coco_json(cfg)
+        found = rank_oracle(cfg, model, read_examples(cfg, 3))
+    assert {name: of["AP50"] for name, of in found.items()} == pytest.approx(
+        {STUDENT: 100 / 3, RANKS: 200 / 3, SCORES: 100}, abs=1e-3
+    )
 
 
 def test_needs_coco_metrics() -> None:
