@@ -1,10 +1,12 @@
 """`kd-d2 analyze attention`: pictures, numbers and error messages."""
 
 import functools
+import json
 import re
 from pathlib import Path
 
-from kd_d2.analysis.attention import AttentionAnalysis, share_inside
+from kd_d2.analysis import attention as attention_module
+from kd_d2.analysis.attention import AttentionAnalysis, draw_attention, share_inside
 from kd_d2.analysis.drawing import per_pixel
 
 import cv2
@@ -44,7 +46,10 @@ def test_a_picture_for_each_image_with_instances(distilled: Project, tmp_path: P
         "pictures.json",
     ]  # the third image has no instances
     data = AttentionAnalysis.load(str(tmp_path / "out"))
-    assert data.images == 3 and data.instances >= 3 and 0 < data.share_in_box < 1 and 0 < data.box_area < 1
+    truth = json.loads(distilled.annotations.read_text())
+    areas = [a["area"] / (64 * 96) for a in truth["annotations"] if a["image_id"] in (1, 2, 4)]
+    assert (data.images, data.instances) == (3, len(areas)) == (3, 4)
+    assert data.box_area == pytest.approx(sum(areas) / 4) and 0 < data.share_in_box < 1
     assert "% of an instance's attention lies in its box, which covers" in capsys.readouterr().out
     picture = cv2.imread(str(tmp_path / "out" / "001.png"))
     columns = 2 + 5  # the instance, all levels together, P3 to P7
@@ -58,6 +63,37 @@ def test_share_inside_by_hand() -> None:
     attention = {8: torch.tensor([[[0.1, 0.2], [0.2, 0.2]]]), 16: torch.tensor([[[0.3]]])}
     inside, area = share_inside(attention, target)
     assert inside.tolist() == pytest.approx([0.4]) and area.tolist() == [0.25]
+
+
+def test_share_inside_of_two_instances_of_a_wide_image() -> None:
+    """Check a box on the right half's upper half, and one whose corner is the center of a cell."""
+    boxes = Boxes(torch.tensor([[16.0, 0.0, 32.0, 8.0], [0.0, 0.0, 8.0, 8.0]]))
+    target = Instances((16, 32), gt_boxes=boxes)
+    fine = torch.tensor([[0.1, 0.05, 0.2, 0.05], [0.1, 0.1, 0.1, 0.0]])
+    attention = {8: torch.stack([fine, 2 * fine]), 16: torch.tensor([[[0.1, 0.2]], [[0.3, 0.4]]])}
+    inside, area = share_inside(attention, target)
+    assert inside.tolist() == pytest.approx([0.2 + 0.05 + 0.2, 2 * 0.1 + 0.3])
+    assert area.tolist() == [0.25, 0.125]
+
+
+def test_the_largest_instances_are_drawn_with_their_own_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check the titles and the sums of the heat maps of the second of two instances, the larger one."""
+    titles, heats = [], []
+    monkeypatch.setattr(attention_module, "titled", lambda picture, title: titles.append(title) or picture)
+    monkeypatch.setattr(attention_module, "overlay_heat", lambda image, heat: heats.append(heat.sum()) or image)
+    target = Instances((64, 96), gt_boxes=Boxes(torch.tensor([[0.0, 0.0, 8.0, 8.0], [16.0, 0.0, 48.0, 16.0]])))
+    target.gt_classes = torch.tensor([0, 0])
+    attention = {8: torch.zeros(2, 8, 12), 16: torch.zeros(2, 4, 6)}
+    attention[8][0, 1, 1], attention[8][1, 2, 5], attention[16][1, 1, 2] = 1.0, 0.75, 0.25
+    draw_attention(np.zeros((64, 96, 3), np.uint8), target, attention, ["thing"], count=1)
+    assert titles == ["instance", "all levels", "stride 8: 75 %", "stride 16: 25 %"]
+    assert heats == pytest.approx([1.0, 0.75, 0.25])
+
+
+def test_what_is_said_about_the_attention() -> None:
+    assert AttentionAnalysis(8, 20, 0.456, 0.123).sentences() == [
+        "46 % of an instance's attention lies in its box, which covers 12 % of the image (means of 20 instances)."
+    ]
 
 
 def test_heat_lies_where_the_attention_is() -> None:
