@@ -9,8 +9,18 @@ from typing import Any
 
 from kd_d2 import UserError
 from kd_d2.analysis import TrainedModel, load_analysis
-from kd_d2.analysis.detections import GAINED, Difference, as_instances, choose, differences, draw_differences
-from kd_d2.analysis.drawing import TITLE_HEIGHT
+from kd_d2.analysis.detections import (
+    GAINED,
+    LOST,
+    SAME,
+    DetectionAnalysis,
+    Difference,
+    as_instances,
+    choose,
+    differences,
+    draw_differences,
+)
+from kd_d2.analysis.drawing import PALETTE, TITLE_HEIGHT
 from kd_d2.evaluation.coco import found_objects
 
 import cv2
@@ -77,6 +87,23 @@ def test_what_differs_is_drawn_on_top() -> None:
     assert tuple(picture[150 + TITLE_HEIGHT, 20]) == GAINED
 
 
+def test_colors_and_titles_of_what_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check a gained, two lost and an unchanged object, a crowd, which is not drawn, and a detection of class 7."""
+    titles: list[str] = []
+    monkeypatch.setattr("kd_d2.analysis.detections.titled", lambda image, title: titles.append(title) or image)
+    truth: dict = {"categories": [{"id": 7, "name": "b"}, {"id": 3, "name": "a"}], "annotations": []}
+    lefts = (10, 90, 170, 250, 330)
+    for number, left in enumerate(lefts):
+        annotation = {"id": number, "image_id": 1, "category_id": 3, "bbox": [left, 60, 50, 280]}
+        truth["annotations"].append({**annotation, "iscrowd": int(number == 3)})
+    found = {"bbox": [10, 60, 50, 280], "category_id": 7, "score": 0.5}
+    image = np.zeros((400, 400, 3), np.uint8)
+    picture = draw_differences(truth, 1, image, Difference([0], [1, 4]), {"one": [found], "other": []})
+    assert titles == ["objects: 1 gained, 2 lost", "one", "other"]
+    drawn = [tuple(picture[200, x].tolist()) for x in (*lefts, 408 + 10, 2 * 408 + 10)]
+    assert drawn == [GAINED, LOST, SAME, (0, 0, 0), LOST, PALETTE[1], (0, 0, 0)]
+
+
 def test_detections_are_drawn_with_their_corners() -> None:
     found = {"bbox": [10, 20, 30, 5], "category_id": 7, "score": 0.5}
     instances = as_instances([found], np.zeros((40, 60, 3), np.uint8), {3: 0, 7: 1})
@@ -90,6 +117,8 @@ def test_sheets_of_three_models(tmp_path: Path, capsys: pytest.CaptureFixture, m
 
     def draw(*arguments: Any) -> np.ndarray:
         shown.extend(found["score"] for of_model in arguments[-1].values() for found in of_model)
+        file = project.annotations.parent / "images" / f"{arguments[1] - 1:03d}.png"
+        np.testing.assert_array_equal(arguments[2], cv2.imread(str(file))[:, :, ::-1])
         return draw_differences(*arguments)
 
     monkeypatch.setattr("kd_d2.analysis.detections.draw_differences", draw)
@@ -164,6 +193,20 @@ def test_needs_coco_metrics(tmp_path: Path) -> None:
     cfg.DATASETS.TEST = ("lvis_v1_val",)
     with pytest.raises(UserError, match="needs COCO metrics, which lvis_v1_val does not use"):
         TrainedModel("one", cfg).detections(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"images": 0}, "--images is 0; it must be at least 1."),
+        ({"score_thresh": 30.0}, "--score-thresh is 30.0; it must be between 0 and 1."),
+        ({"score_thresh": -0.1}, "--score-thresh is -0.1; it must be between 0 and 1."),
+    ],
+)
+def test_options_out_of_range(tmp_path: Path, options: dict, sentence: str) -> None:
+    with pytest.raises(UserError, match=f"^{sentence}$"):
+        DetectionAnalysis.run([], str(tmp_path / "out"), **options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_model_is_not_enough(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
