@@ -8,10 +8,21 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+from kd_d2 import UserError
 from kd_d2.adapters import DetectorOutputs
+from kd_d2.analysis import loss_maps
 from kd_d2.analysis.examples import read_examples
-from kd_d2.analysis.loss_maps import LossMapAnalysis, LossMapRecorder, RunShare, draw_loss_maps
+from kd_d2.analysis.loss_maps import (
+    LossMapAnalysis,
+    LossMapRecorder,
+    RunShare,
+    draw_loss_maps,
+    inside_boxes,
+    mean_loss_maps,
+)
+from kd_d2.config import load_config
 from kd_d2.distillers import DISTILLER_REGISTRY
 from kd_d2.distillers.feature_imitation import FeatureImitation
 
@@ -19,9 +30,20 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from detectron2.structures import ImageList
+from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils import comm
-from helpers import ROOT, Project, clean_process, detector_of, make, make_project, make_trainer, run_command, spec_of
+from helpers import (
+    ROOT,
+    Killed,
+    Project,
+    clean_process,
+    detector_of,
+    make,
+    make_project,
+    make_trainer,
+    run_command,
+    spec_of,
+)
 
 run = functools.partial(run_command, "analyze", "loss-maps")
 KEYS = {
@@ -93,6 +115,78 @@ def test_images_in_which_the_loss_is_zero_do_not_count(tmp_path: Path) -> None:
         assert found.sentences() == ["one: the loss is zero in every image (1 records of the training)."]
     of_old_file = LossMapAnalysis(0.375, {"one": RunShare(1, 0.5)})
     assert of_old_file.sentences()[0].endswith("cover 38 % of the image (means; 1 records of the training).")
+
+
+def test_records_are_averaged(tmp_path: Path) -> None:
+    (tmp_path / "loss_maps").mkdir()
+    for iteration, value in ((2, 1.0), (4, 6.0), (6, 2.0)):
+        np.savez(tmp_path / "loss_maps" / f"iteration_{iteration:07d}.npz", **{"0/8": np.full((2, 3), value)})
+    maps, records = mean_loss_maps(str(tmp_path))
+    assert records == 3 and {name: level.tolist() for name, level in maps.items()} == {"0/8": [[3.0] * 3] * 2}
+
+
+def test_pixels_inside_boxes() -> None:
+    """Check two boxes, one of which begins outside the image of 6 x 8 pixels."""
+    truth = Instances((6, 8), gt_boxes=Boxes(torch.tensor([[1.2, 0.0, 4.0, 1.6], [5.0, -3.0, 7.0, 5.0]])))
+    expected = np.zeros((6, 8), bool)
+    expected[0:2, 1:4] = expected[0:5, 5:7] = True
+    np.testing.assert_array_equal(inside_boxes(truth), expected)
+
+
+def test_the_same_images_with_other_boxes(tmp_path: Path) -> None:
+    """Check two trainings, the second after an annotation changed."""
+    for name, right in (("one", 8), ("other", 9)):
+        folder = tmp_path / name / "loss_maps"
+        folder.mkdir(parents=True)
+        np.savez(folder / "iteration_0000001.npz", **{"0/8": np.ones((2, 2))})
+        truth = {"0/boxes": np.array([[0, 0, right, 16]], np.float32), "0/labels": np.array([0])}
+        np.savez(
+            folder / "examples.npz", classes=np.array(["red"]), **{"0/image": np.zeros((16, 16, 3), np.uint8)}, **truth
+        )
+    with pytest.raises(UserError, match=r"other has different images than .*one\.$"):
+        draw_loss_maps({name: str(tmp_path / name) for name in ("one", "other")}, 8)
+
+
+def test_shares_of_a_uniform_loss_and_of_one_elsewhere(tmp_path: Path) -> None:
+    """Check a box on the left quarter of an image, and a second training whose loss lies at the right side."""
+    truth = {"0/boxes": np.array([[0, 0, 8, 32]], np.float32), "0/labels": np.array([0])}
+    uniform, right = np.ones((4, 4)), np.zeros((4, 4))
+    right[:, 3] = 1.0
+    for name, level in (("one", uniform), ("other", right)):
+        folder = tmp_path / name / "loss_maps"
+        folder.mkdir(parents=True)
+        np.savez(folder / "iteration_0000001.npz", **{"0/8": level})
+        image = np.zeros((32, 32, 3), np.uint8)
+        np.savez(folder / "examples.npz", classes=np.array(["red"]), **{"0/image": image}, **truth)
+    _, area, runs = draw_loss_maps({name: str(tmp_path / name) for name in ("one", "other")}, 8)
+    assert area == 0.25 and runs == {"one": RunShare(1, 0.25, 1, 0.25), "other": RunShare(1, 0.0, 1, 0.25)}
+
+
+@pytest.mark.parametrize(
+    ("iterations", "every", "expected"), [(4, None, 1), (79, None, 1), (400, None, 10), (400, 7, 7)]
+)
+def test_how_often_maps_are_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, iterations: int, every: int | None, expected: int
+) -> None:
+    """Check about forty records of a training, unless --every is given."""
+    cfg, seen = load_config(str(make_project(tmp_path, **{**KEYS, "SOLVER__MAX_ITER": iterations}).student)), []
+    adapter = SimpleNamespace(spec=SimpleNamespace(shapes={8: None}))
+
+    def stop(model: SimpleNamespace, examples: list, every: int, output: str) -> None:
+        seen.append(every)
+        raise Killed
+
+    monkeypatch.setattr(loss_maps, "setup", lambda args: cfg)
+    monkeypatch.setattr(loss_maps, "read_examples", lambda cfg, count: [])
+    monkeypatch.setattr(
+        loss_maps, "KDTrainer", lambda cfg: SimpleNamespace(bare_model=SimpleNamespace(adapter=adapter))
+    )
+    monkeypatch.setattr(loss_maps, "LossMapRecorder", stop)
+    with pytest.raises(Killed):
+        loss_maps.train_with_loss_maps(
+            SimpleNamespace(imports=(), title="one", images=1, every=every, stride=8, resume=False)
+        )
+    assert seen == [expected]
 
 
 @pytest.mark.parametrize("method", sorted(set(dict(DISTILLER_REGISTRY)) - {"StructuralKD"}))
