@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
-from kd_d2.analysis.gradients import DETECTION, measure_gradients
+from kd_d2.analysis import Distillation, gradients
+from kd_d2.analysis.gradients import DETECTION, GradientAnalysis, GradientStats, MethodWeight, measure_gradients
+from kd_d2.config import load_config
 from kd_d2.errors import UserError
 
 import pytest
@@ -83,6 +85,38 @@ def test_gradients_are_means_of_ratios_and_cosines_over_the_shared_parameters() 
     assert found["loss_one_idle"].levels == {"8": 0.0, "16": 0.0}
     assert model.iterations == [7, 7]
     assert all(p.grad is None and (p == 1).all() for p in model.parameters())
+
+
+def test_what_is_measured_and_the_suggested_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check batches, seed and iteration, by default the last, and weights 4 * 2 / 0.5 and none without a gradient."""
+    model, seen = (
+        SimpleNamespace(distillers={name: SimpleNamespace(weight=w) for name, w in (("A", 4.0), ("B", 1.0))}),
+        [],
+    )
+    model.train = lambda: model
+
+    def measure(model: SimpleNamespace, batches: Iterable[int], iteration: int) -> dict[str, GradientStats]:
+        seen.append((list(batches), iteration, torch.initial_seed()))
+        ratios = {DETECTION: 1.0, "loss_a": 0.5, "loss_b": 0.0, "A": 0.5, "B": 0.0}
+        return {name: GradientStats(3.0, ratio, -0.25) for name, ratio in ratios.items()}
+
+    monkeypatch.setattr(gradients, "build_for_training", lambda distillation: model)
+    monkeypatch.setattr(gradients, "build_stream_loader", lambda cfg, seed: range(10 * seed, 10 * seed + 10))
+    monkeypatch.setattr(gradients, "measure_gradients", measure)
+    cfg = load_config(str(make_project(tmp_path, SOLVER__MAX_ITER=90, SOLVER__STEPS=()).student))
+    for seed, options in ((7, {}), (-1, {"batches": 2, "iteration": 0})):
+        cfg.SEED = seed
+        found = GradientAnalysis.run([Distillation("one", cfg, "")], str(tmp_path / "found"), **options)
+    assert seen == [([70, 71, 72, 73], 89, 7), ([0, 1], 0, 0)]
+    assert found.methods == {"A": MethodWeight(0.5, 4.0, 16.0), "B": MethodWeight(0.0, 1.0, None)}
+    losses, methods = found.tables()
+    assert losses.rows == [
+        ["detection", "3", "1", "-0.250"],
+        ["loss_a", "3", "0.5", "-0.250"],
+        ["loss_b", "3", "0", "-0.250"],
+    ]
+    assert methods.rows == [["A", "0.5", "4", "16"], ["B", "0", "1", "-"]]
+    assert methods.headers[-1] == "WEIGHT for 2" and "\n\nEach method alone.\n\n| method" in found.summary()
 
 
 def test_a_backbone_that_is_not_trained_is_refused() -> None:

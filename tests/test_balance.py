@@ -249,6 +249,15 @@ def test_float16_gradients_of_features_do_not_underflow() -> None:
     assert features.dtype is torch.float16 and gradient.item() == pytest.approx(1e-8, rel=1e-2)
 
 
+def test_float16_gradients_of_which_one_alone_overflows() -> None:
+    """Check slopes 30, infinite if scaled by 65536, and 2e-8, zero if not scaled."""
+    with torch.autocast("cpu", torch.float16):
+        layer = nn.Conv2d(1, 1, 1)
+        first, second = layer(torch.ones(1, 1, 1, 1)), layer(torch.ones(1, 1, 1, 1))
+        found = gradients_of(30.0 * first.float().sum() + 2e-8 * second.float().sum(), [first, second])
+    assert [gradient.item() for gradient in found] == pytest.approx([30.0, 2e-8], rel=1e-2)
+
+
 def _levels(*values: float) -> dict[int, Tensor]:
     """Return maps of one position by stride, with gradients."""
     strides = (8, 16, 32)[: len(values)]
