@@ -669,6 +669,24 @@ def test_boxes_beyond_their_image_are_counted_and_clipped(coco: Set, caplog: pyt
     assert instances.gt_boxes.tensor.tolist() == [[0, 0, 96, 15], [0, 5, 20, 25], [5, 40, 25, 64], [0, 0, 19, 19]]
 
 
+def test_whole_numbers_in_an_image_of_half_the_size(coco: Set) -> None:
+    """Check that boxes and polygons keep the fractions of resized coordinates."""
+    outline = [51, 11, 80, 11, 80, 39]
+
+    def replace(tree: dict) -> None:
+        annotation = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [51, 11, 30, 28], "iscrowd": 0}
+        tree.update(annotations=[{**annotation, "segmentation": [outline]}], images=tree["images"][:1])
+
+    coco.change(replace)
+    cfg = coco.config()
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.RANDOM_FLIP, cfg.MODEL.MASK_ON = (32,), "none", True
+    register_coco_json(cfg)
+    instances = next(iter(build_stream_loader(cfg, seed=0)))[0]["instances"]
+    assert instances.image_size == (32, 48)
+    assert instances.gt_boxes.tensor.tolist() == [[25.5, 5.5, 40.5, 19.5]]
+    assert instances.gt_masks.polygons[0][0].tolist() == [x / 2 for x in outline]
+
+
 def test_registration(coco: Set) -> None:
     """Check names, classes in the order of their ids, and that only datasets in TRAIN or TEST are registered."""
     coco.change(lambda tree: tree.update(categories=tree["categories"][::-1]))
