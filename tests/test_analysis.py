@@ -5,16 +5,20 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 from kd_d2 import UserError
 from kd_d2.analysis import (
     ANALYSES,
     Analysis,
+    Distillation,
     TrainedModel,
     find_analysis,
     load_analysis,
@@ -23,13 +27,14 @@ from kd_d2.analysis import (
     register_analysis,
 )
 from kd_d2.analysis.attention import AttentionAnalysis
-from kd_d2.analysis.base import nanmean
+from kd_d2.analysis.base import as_text, is_analysis, nanmean
 from kd_d2.analysis.drawing import write_picture
 from kd_d2.analysis.errors import ErrorAnalysis
-from kd_d2.analysis.models import restrict_images
+from kd_d2.analysis.examples import read_examples
+from kd_d2.analysis.models import read_annotations, restrict_images
 from kd_d2.analysis.ranks import RankAnalysis
 from kd_d2.files import read_json, write_json
-from kd_d2.report.page import Picture
+from kd_d2.report.page import Picture, Table
 
 import numpy as np
 import pytest
@@ -37,7 +42,7 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog
 from detectron2.utils.file_io import PathManager
-from helpers import ROOT, Project, clean_process, make_project, run_command
+from helpers import CLASSES, ROOT, Killed, Project, clean_process, make_project, run_command
 from iopath.common.file_io import PathHandler
 
 
@@ -172,6 +177,70 @@ def test_weights_may_be_urls_and_have_queries(tmp_path: Path) -> None:
                 model.identity()
 
 
+def test_what_changes_the_identity_of_a_model(tmp_path: Path) -> None:
+    """Check weights of the same size, the config and the annotations, on which cached detections depend."""
+    project = make_project(tmp_path)
+
+    def changed(opts: tuple = ()) -> set[str]:
+        with clean_process():
+            (model,) = load_models([(str(project.student), str(project.teacher_weights))], opts)
+            now = model.identity()
+        names = {name for name, value in now.items() if value != latest.get(name)}
+        latest.update(now)
+        return names
+
+    latest: dict[str, object] = {}
+    assert changed() == {"weights", "config", "data"} and changed() == set()
+    status = project.teacher_weights.stat()
+    os.utime(project.teacher_weights, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert changed() == {"weights"}
+    project.change_annotations(lambda tree: tree["annotations"][0].update(category_id=3))
+    assert changed() == {"data"}
+    assert changed(("MODEL.RETINANET.SCORE_THRESH_TEST", "0.5")) == {"config"}
+
+
+def test_detections_are_cached_until_the_weights_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check a run that is killed after it replaced the detections, and then the earlier weights again."""
+    project, runs = make_project(tmp_path), []
+
+    def infer(model: None, loader: object, evaluator: object) -> None:
+        runs.append(len(runs))
+        Path(folder, "coco_instances_results.json").write_text(json.dumps(runs[-1:]))
+        if runs[-1] == 1:
+            raise Killed
+
+    monkeypatch.setattr(TrainedModel, "build", lambda model: None)
+    monkeypatch.setattr("kd_d2.analysis.models.inference_on_dataset", infer)
+    folder, status = tmp_path / "found" / "one", project.teacher_weights.stat()
+    with clean_process():
+        (model,) = load_models_of(project)
+        assert [model.detections(str(tmp_path / "found")) for _ in range(2)] == [[0], [0]]
+        os.utime(project.teacher_weights, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+        with pytest.raises(Killed):
+            model.detections(str(tmp_path / "found"))
+        os.utime(project.teacher_weights, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert model.detections(str(tmp_path / "found")) == [2]
+
+
+def test_classes_in_another_order(tmp_path: Path) -> None:
+    """Check that models and students are brought to the order of the data, by the class names in their checkpoints."""
+    project = make_project(tmp_path)
+    weights = torch.load(project.teacher_weights)["model"]
+    for name, order in (("own", CLASSES), ("other", ("green", "red", "blue")), ("strange", ("red", "green", "pink"))):
+        torch.save({"model": weights, "class_names": list(order)}, tmp_path / f"{name}.pth")
+    rows = weights["head.cls_score.weight"].unflatten(0, (-1, 3))
+    with clean_process():
+        models = load_models([(f"{n}={project.student}", str(tmp_path / f"{n}.pth")) for n in ("own", "other")])
+        found = [model.build().head.cls_score.weight.unflatten(0, (-1, 3)) for model in models]
+        (distillation,) = load_distillations([(str(project.student), str(tmp_path / "other.pth"))])
+        found.append(distillation.build_trained().student.head.cls_score.weight.unflatten(0, (-1, 3)))
+        (strange,) = load_distillations([(str(project.student), str(tmp_path / "strange.pth"))])
+        with pytest.raises(UserError, match=r"The classes of the student .* lacks 'blue' and also has 'pink'"):
+            strange.build_trained()
+    assert torch.equal(found[0], rows) and not torch.equal(rows, rows[:, [1, 0, 2]])
+    assert all(torch.equal(of, rows[:, [1, 0, 2]]) for of in found[1:])
+
+
 @pytest.mark.parametrize(
     ("models", "message"),
     [
@@ -185,6 +254,41 @@ def test_models_that_cannot_be_loaded(tmp_path: Path, models: list[str], message
     named = [[part.format(**paths) for part in model.rsplit(" ", model.count(" {w"))] for model in models]
     with clean_process(), pytest.raises(UserError, match=message):
         load_models(named, [*_data(project), *([] if len(named) > 1 else ["MODEL.WEIGHTS", ""])])
+
+
+def test_models_of_different_data_and_weights_given_twice(tmp_path: Path) -> None:
+    one, other = make_project(tmp_path / "one"), make_project(tmp_path / "other")
+    pairs = [(f"{p.folder.name}={p.student}", str(p.teacher_weights)) for p in (one, other)]
+    with clean_process():
+        with pytest.raises(UserError, match=f"different datasets in DATASETS.TEST: {one.name}, {other.name}"):
+            load_models(pairs)
+        with pytest.raises(
+            UserError, match=r"--model one names the checkpoint .*: leave out the override MODEL\.WEIGHTS"
+        ):
+            load_models(pairs[:1], ["MODEL.WEIGHTS", str(other.teacher_weights)])
+
+
+def test_training_data_is_checked_where_it_is_read(tmp_path: Path) -> None:
+    project = make_project(tmp_path, DATASETS__TRAIN=("nowhere",))
+    with clean_process():
+        assert len(load_distillations([str(project.student)])) == 1
+        with pytest.raises(UserError, match="nowhere"):
+            load_distillations([str(project.student)], train=True)
+
+
+def test_datasets_that_cannot_be_drawn(tmp_path: Path) -> None:
+    """Check a dataset without annotation file, and one whose only objects are crowds."""
+    with pytest.raises(UserError, match="voc_2007_test has no annotation file in COCO format"):
+        read_annotations("voc_2007_test")
+    project = make_project(tmp_path)
+    with clean_process():
+        cfg = load_distillations([str(project.student)])[0].cfg
+        assert [Path(of["file_name"]).name for of in read_examples(cfg, 2)] == ["000.png", "001.png"]
+    project.change_annotations(lambda tree: [a.update(iscrowd=1) for a in tree["annotations"]])
+    with clean_process():
+        cfg = load_distillations([str(project.student)])[0].cfg
+        with pytest.raises(UserError, match=f"The dataset {project.name} has no image with objects"):
+            read_examples(cfg, 2)
 
 
 def test_the_same_images_in_several_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,6 +315,11 @@ def test_nan_is_null_in_files(tmp_path: Path) -> None:
     Path(path).write_text("[" * 100_000)
     with pytest.raises(UserError, match=r"x.json cannot be read \(it is not valid JSON: "):
         read_json(path)
+
+
+def test_numbers_in_tables() -> None:
+    assert [as_text(x) for x in (1.23456, None, math.nan, 0.0)] == ["1.235", "-", "-", "0.000"]
+    assert as_text(None, missing="none") == "none" and as_text(12.5, "+.1f") == "+12.5"
 
 
 def test_nanmean() -> None:
@@ -254,6 +363,78 @@ def _ranks(folder: Path, names: list[str] | None) -> RankAnalysis:
 
 def _shown(analysis: Analysis) -> list[str]:
     return [Path(block.path).name for block in analysis.section().blocks if isinstance(block, Picture)]
+
+
+def test_an_analysis_is_finished_after_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check a folder whose pictures were not all drawn, which reports do not take for an analysis."""
+
+    def killed(analysis: Analysis, folder: str) -> None:
+        raise Killed
+
+    monkeypatch.setattr(RankAnalysis, "draw", killed)
+    with pytest.raises(Killed):
+        _ranks(tmp_path, ["a.png"]).save(str(tmp_path))
+    assert (tmp_path / "ranks.json").exists() and not is_analysis(str(tmp_path))
+
+
+@dataclass
+class Counts(Analysis):
+    """Counts of something."""
+
+    name, title, file = "counts", "Counts", "counts.json"
+    figures = {"all.png": "All of them.", "[0-9].png": "One of them: "}
+
+    count: int
+
+    @classmethod
+    def run(cls, models: list, output: str) -> Counts:
+        return cls(len(models))
+
+    def sentences(self) -> list[str]:
+        return ["Two sentences.", "And numbers."]
+
+    def tables(self) -> list[Table]:
+        return [Table(["a", "b"], [["x", "1"]], "A caption."), Table(["c"], [["y"]])]
+
+    def details(self) -> list[Table]:
+        return [Table(["d"], [["z"]])]
+
+
+def test_what_is_printed_and_what_a_report_shows(tmp_path: Path) -> None:
+    """Check the order of sentences, tables and pictures, and that a report alone has the details."""
+    for name in ("2.png", "all.png", "1.png", "other.png"):
+        (tmp_path / name).write_bytes(b"")
+    analysis = Counts(3)
+    analysis.save(str(tmp_path))
+    assert json.loads((tmp_path / "counts.json").read_text()) == 3
+    expected = ["Two sentences.", "And numbers.", "A caption.", "| a | b |\n| x | 1 |", "| c |\n| y |"]
+    printed = re.sub(r"\n\|[-:|]+\n", "\n", analysis.summary())  # without the lines below headers
+    assert re.sub(" +", " ", printed) == "\n\n".join(expected)
+    section = analysis.section()
+    assert (section.title, section.intro) == ("Counts", ["Two sentences.", "And numbers."])
+    shown = [
+        block.headers if isinstance(block, Table) else (Path(block.path).name, block.caption)
+        for block in section.blocks
+    ]
+    assert shown == [
+        *(["a", "b"], ["c"], ["d"]),
+        *(("all.png", "All of them."), ("1.png", "One of them: "), ("2.png", "One of them: ")),
+    ]
+
+
+@pytest.mark.parametrize(("lacking", "sentence"), [
+    ("student", "The student (Identity) has no dense predictions to compare."),
+    ("teacher", "The teacher (Identity) has no dense predictions to compare."),
+])  # fmt: skip
+def test_a_pair_without_dense_predictions(monkeypatch: pytest.MonkeyPatch, lacking: str, sentence: str) -> None:
+    parts = {
+        whose: SimpleNamespace(model=torch.nn.Identity(), provides=frozenset() if whose == lacking else {"dense"})
+        for whose in ("student", "teacher")
+    }
+    model = SimpleNamespace(adapter=parts["student"], teacher=SimpleNamespace(adapter=parts["teacher"]))
+    monkeypatch.setattr(Distillation, "build", lambda distillation: model)
+    with pytest.raises(UserError, match=f"^{re.escape(sentence)}$"):
+        Distillation("one", get_cfg(), "x.pth").build_dense_pair("this")
 
 
 def test_a_picture_that_cannot_be_written(tmp_path: Path) -> None:
