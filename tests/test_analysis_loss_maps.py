@@ -65,7 +65,7 @@ def _total_losses(run_folder: Path) -> list[float]:
 
 
 def test_from_a_training_to_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Check what is recorded and when, that recording does not change the training, and the picture of two runs."""
+    """Check what is recorded and when, that recording changes neither losses nor statistics, and the picture of two runs."""
     project, output = make_project(tmp_path / "l1", **KEYS), tmp_path / "found"
     run("--model", f"l1={project.student}", "--output", output, "--images", 2, "--every", 2)
     maps = _maps(output / "l1")
@@ -88,6 +88,11 @@ def test_from_a_training_to_the_picture(tmp_path: Path, capsys: pytest.CaptureFi
 
     project.main()
     assert trained == pytest.approx(_total_losses(project.output), rel=1e-3)
+    recorded, plain = (torch.load(folder / "model_final.pth")["model"] for folder in (output / "l1", project.output))
+    means = [name for name in plain if name.endswith("running_mean")]
+    assert len(means) > 0
+    for name in means:
+        torch.testing.assert_close(recorded[name], plain[name], rtol=1e-3, atol=1e-4)
 
 
 def test_images_in_which_the_loss_is_zero_do_not_count(tmp_path: Path) -> None:
