@@ -256,6 +256,15 @@ def test_models_that_cannot_be_loaded(tmp_path: Path, models: list[str], message
         load_models(named, [*_data(project), *([] if len(named) > 1 else ["MODEL.WEIGHTS", ""])])
 
 
+def test_data_with_more_classes_than_the_student(tmp_path: Path) -> None:
+    project = make_project(tmp_path)
+    project.change_annotations(lambda tree: tree["categories"].append({"id": 4, "name": "pink"}))
+    with clean_process():
+        (distillation,) = load_distillations([(str(project.student), str(project.teacher_weights))])
+        with pytest.raises(UserError, match=r"has 4 classes, but the .*predicts 3"):
+            distillation.build()
+
+
 def test_models_of_different_data_and_weights_given_twice(tmp_path: Path) -> None:
     one, other = make_project(tmp_path / "one"), make_project(tmp_path / "other")
     pairs = [(f"{p.folder.name}={p.student}", str(p.teacher_weights)) for p in (one, other)]

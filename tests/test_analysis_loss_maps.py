@@ -21,8 +21,11 @@ from kd_d2.analysis.loss_maps import (
     draw_loss_maps,
     inside_boxes,
     mean_loss_maps,
+    read_saved_examples,
+    save_examples,
 )
 from kd_d2.config import load_config
+from kd_d2.data import register_coco_json
 from kd_d2.distillers import DISTILLER_REGISTRY
 from kd_d2.distillers.feature_imitation import FeatureImitation
 
@@ -33,6 +36,7 @@ import torch
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils import comm
 from helpers import (
+    CLASSES,
     ROOT,
     Killed,
     Project,
@@ -120,6 +124,25 @@ def test_images_in_which_the_loss_is_zero_do_not_count(tmp_path: Path) -> None:
         assert found.sentences() == ["one: the loss is zero in every image (1 records of the training)."]
     of_old_file = LossMapAnalysis(0.375, {"one": RunShare(1, 0.5)})
     assert of_old_file.sentences()[0].endswith("cover 38 % of the image (means; 1 records of the training).")
+
+
+def test_saved_examples(tmp_path: Path) -> None:
+    """Check the images, boxes and classes that are drawn next to the maps of a finished training."""
+    project = make_project(tmp_path)
+    cfg, truth = load_config(str(project.student)), json.loads(project.annotations.read_text())["annotations"]
+    (project.output / "loss_maps").mkdir(parents=True)
+    with clean_process():
+        register_coco_json(cfg)
+        save_examples(read_examples(cfg, 2), cfg)
+    found, names = read_saved_examples(str(project.output))
+    assert names == list(CLASSES) and len(found) == 2
+    for number, (image, objects) in enumerate(found):
+        own = [a for a in truth if a["image_id"] == number + 1]
+        file = project.annotations.parent / "images" / f"{number:03d}.png"
+        np.testing.assert_array_equal(image, cv2.imread(str(file))[:, :, ::-1])
+        assert objects.gt_classes.tolist() == [a["category_id"] - 1 for a in own]
+        corners = [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in own)]
+        assert objects.gt_boxes.tensor.tolist() == corners
 
 
 def test_records_are_averaged(tmp_path: Path) -> None:
@@ -213,6 +236,19 @@ def test_every_method_has_loss_maps(tmp_path: Path, method: str) -> None:
     assert any(level.max() > 0 for level in maps.values())
     project.main()
     assert _total_losses(tmp_path / "student") == pytest.approx(_total_losses(project.output), rel=1e-3)
+
+
+def test_recording_draws_no_random_numbers_from_the_training(tmp_path: Path) -> None:
+    """Check MGD, whose masks are random."""
+    project = make_project(tmp_path, **{**KEYS, "MODEL__KD__DISTILLERS": ("MGD",)})
+    with clean_process():
+        trainer = make_trainer(project)
+        trainer.resume_or_load(resume=False)
+        recorder = LossMapRecorder(trainer.bare_model, read_examples(trainer.cfg, 1), 1, trainer.cfg.OUTPUT_DIR)
+        recorder.trainer = SimpleNamespace(iter=3)
+        before = torch.get_rng_state()
+        maps = recorder.record()
+    assert torch.equal(torch.get_rng_state(), before) and maps["0/8"].max() > 0
 
 
 def test_pull_of_feature_imitation_by_hand() -> None:

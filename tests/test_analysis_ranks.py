@@ -293,7 +293,7 @@ def test_files_of_ones_own_have_no_ranks(draw: Callable, distilled: Project, tmp
         (("--instances", 0), "--instances is 0; it must be at least 1"),
         (("--score-thresh", 30), "--score-thresh is 30.0; it must be between 0 and 1"),
         (("MODEL.META_ARCHITECTURE", "RetinaNet"), "MODEL.META_ARCHITECTURE is RetinaNet, not KDMetaArch"),
-        (("MODEL.RETINANET.NUM_CLASSES", 4), "3"),
+        (("MODEL.RETINANET.NUM_CLASSES", 4), "The student (RetinaNet) has 4 classes and the teacher (RetinaNet) 3"),
     ],
 )
 def test_what_cannot_be_drawn(draw: Callable, capsys, more: tuple, message: str) -> None:
