@@ -669,8 +669,9 @@ def test_boxes_beyond_their_image_are_counted_and_clipped(coco: Set, caplog: pyt
     assert instances.gt_boxes.tensor.tolist() == [[0, 0, 96, 15], [0, 5, 20, 25], [5, 40, 25, 64], [0, 0, 19, 19]]
 
 
-def test_whole_numbers_in_an_image_of_half_the_size(coco: Set) -> None:
-    """Check that boxes and polygons keep the fractions of resized coordinates."""
+@pytest.mark.parametrize("by_detectron2", [False, True])
+def test_whole_numbers_in_an_image_of_half_the_size(coco: Set, by_detectron2: bool) -> None:
+    """Check that boxes and polygons keep the fractions of resized coordinates, also of a dataset from elsewhere."""
     outline = [51, 11, 80, 11, 80, 39]
 
     def replace(tree: dict) -> None:
@@ -680,7 +681,11 @@ def test_whole_numbers_in_an_image_of_half_the_size(coco: Set) -> None:
     coco.change(replace)
     cfg = coco.config()
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.RANDOM_FLIP, cfg.MODEL.MASK_ON = (32,), "none", True
-    register_coco_json(cfg)
+    if by_detectron2:
+        name, *files = cfg.DATASETS.COCO_JSON[0]
+        register_coco_instances(name, {}, *files)
+    else:
+        register_coco_json(cfg)
     instances = next(iter(build_stream_loader(cfg, seed=0)))[0]["instances"]
     assert instances.image_size == (32, 48)
     assert instances.gt_boxes.tensor.tolist() == [[25.5, 5.5, 40.5, 19.5]]

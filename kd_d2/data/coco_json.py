@@ -137,7 +137,7 @@ def _register(name: str, json_file: str, folder: str, annotated: bool, masks: bo
     categories = data.tree["categories"]
     names = list(classes.names) if annotated and classes else data.class_names
     number_of = {category["id"]: names.index(category["name"]) for category in categories if category["name"] in names}
-    load = functools.partial(_load, number_of=number_of, masks=masks) if annotated else _load_images
+    load = functools.partial(_load, number_of=number_of) if annotated else _load_images
     DatasetCatalog.register(name, functools.partial(load, usable_file, folder))
     metadata = MetadataCatalog.get(name)
     metadata.set(json_file=usable_file, image_root=folder, evaluator_type="coco")
@@ -205,18 +205,12 @@ def _load_images(json_file: str, folder: str) -> list[dict[str, Any]]:
     ]
 
 
-def _load(json_file: str, folder: str, number_of: dict[int, int], masks: bool) -> list[dict[str, Any]]:
-    """Return Detectron2's dataset dictionaries with the model's class indices.
-
-    Coordinates are of type float: Detectron2 resizes those of type int to whole numbers.
-    """
+def _load(json_file: str, folder: str, number_of: dict[int, int]) -> list[dict[str, Any]]:
+    """Return Detectron2's dataset dictionaries with the model's class indices."""
     dicts = load_coco_json(json_file, folder)
     for image in dicts:
         for annotation in image["annotations"]:
             annotation["category_id"] = number_of[annotation["category_id"]]
-            annotation["bbox"] = list(map(float, annotation["bbox"]))
-            if masks and isinstance(annotation.get("segmentation"), list):
-                annotation["segmentation"] = [list(map(float, polygon)) for polygon in annotation["segmentation"]]
     return dicts
 
 

@@ -13,6 +13,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import get_detection_dataset_dicts
@@ -106,7 +107,7 @@ class MappedDataset(Dataset):
         position, index = where
         with seeded(self.seed, position):
             for offset in range(MAX_SKIPPED):
-                entry = self.dataset[(index + offset) % len(self.dataset)]
+                entry = _with_fractions(self.dataset[(index + offset) % len(self.dataset)])
                 try:
                     mapped = self.mapper(entry)
                 except DataError as error:
@@ -117,6 +118,19 @@ class MappedDataset(Dataset):
                 if mapped is not None:
                     return mapped
         raise DataError(f"{MAX_SKIPPED} training images in a row cannot be used, starting at number {index}.")
+
+
+def _with_fractions(entry: dict) -> dict:
+    """Return an entry with boxes and polygons of floats: Detectron2 resizes those of ints to whole numbers."""
+    if "annotations" not in entry:
+        return entry
+    annotations = [dict(annotation) for annotation in entry["annotations"]]
+    for annotation in annotations:
+        if "bbox" in annotation:
+            annotation["bbox"] = list(map(float, annotation["bbox"]))
+        if isinstance(annotation.get("segmentation"), list):
+            annotation["segmentation"] = [np.asarray(p, dtype=np.float64) for p in annotation["segmentation"]]
+    return {**entry, "annotations": annotations}
 
 
 def build_stream_loader(cfg: CfgNode, seed: int, mapper: Callable | None = None) -> DataLoader:
