@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from kd_d2.analysis import Distillation, gradients
 from kd_d2.analysis.gradients import DETECTION, GradientAnalysis, GradientStats, MethodWeight, measure_gradients
 from kd_d2.config import load_config
+from kd_d2.distillers import Schedule
 from kd_d2.errors import UserError
 
 import pytest
@@ -87,12 +88,15 @@ def test_gradients_are_means_of_ratios_and_cosines_over_the_shared_parameters() 
     assert all(p.grad is None and (p == 1).all() for p in model.parameters())
 
 
-def test_what_is_measured_and_the_suggested_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check batches, seed and iteration, by default the last, and weights 4 * 2 / 0.5 and none without a gradient."""
+def test_what_is_measured_and_the_suggested_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Check batches, seed and iteration, by default the last, weights 4 * 2 / 0.5 and none, and inactive methods."""
     model, seen = (
         SimpleNamespace(distillers={name: SimpleNamespace(weight=w) for name, w in (("A", 4.0), ("B", 1.0))}),
         [],
     )
+    model.schedules = {"A": Schedule(), "B": Schedule(end=89)}
     model.train = lambda: model
 
     def measure(model: SimpleNamespace, batches: Iterable[int], iteration: int) -> dict[str, GradientStats]:
@@ -108,6 +112,7 @@ def test_what_is_measured_and_the_suggested_weights(tmp_path: Path, monkeypatch:
         cfg.SEED = seed
         found = GradientAnalysis.run([Distillation("one", cfg, "")], str(tmp_path / "found"), **options)
     assert seen == [([70, 71, 72, 73], 89, 7), ([0, 1], 0, 0)]
+    assert capsys.readouterr().out == "B is not active in iteration 89; choose another with --iteration.\n"
     assert found.methods == {"A": MethodWeight(0.5, 4.0, 16.0), "B": MethodWeight(0.0, 1.0, None)}
     losses, methods = found.tables()
     assert losses.rows == [

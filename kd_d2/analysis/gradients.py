@@ -112,8 +112,11 @@ class GradientAnalysis(Analysis):
         seed_all_rng(seed)
         model = build_for_training(distillation).train()
         check_output_folder(output, "--output")
-        data = islice(build_stream_loader(cfg, seed), batches)
-        found = measure_gradients(model, data, cfg.SOLVER.MAX_ITER - 1 if iteration is None else iteration)
+        iteration = cfg.SOLVER.MAX_ITER - 1 if iteration is None else iteration
+        for name in model.distillers:
+            if not model.schedules[name].is_active(iteration):
+                print(f"{name} is not active in iteration {iteration}; choose another with --iteration.", flush=True)
+        found = measure_gradients(model, islice(build_stream_loader(cfg, seed), batches), iteration)
         target = cfg.MODEL.KD.BALANCE.TARGET
         methods = {}
         for name in model.distillers:
