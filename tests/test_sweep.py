@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import linecache
 import logging
 import math
 import os
@@ -15,14 +16,15 @@ from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
 
-from kd_d2 import UserError
+from kd_d2 import DISTILLER_REGISTRY, UserError
 from kd_d2.cli import main
 from kd_d2.config import load_config
+from kd_d2.extensions import import_extensions
 from kd_d2.figures import save_figure
 from kd_d2.files import write_json
 from kd_d2.sweep import SweepOptions, costs, plots, report, run_sweep, runner
 from kd_d2.sweep.costs import measure_costs
-from kd_d2.sweep.matrix import Cell, measured_settings, read_matrix
+from kd_d2.sweep.matrix import measured_settings, read_matrix
 from kd_d2.sweep.plots import look, plot_ap, plot_curves
 from kd_d2.sweep.report import first_curves, write_report
 from kd_d2.sweep.results import read_curves, read_metrics, read_result, result_path
@@ -32,7 +34,9 @@ from kd_d2.text import wrapped_label
 
 import pytest
 import torch
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from helpers import clean_process, make_coco
+from torch import nn
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 STUDENT = os.path.join(ROOT, "configs", "tiny", "retinanet-student.yaml")
@@ -53,6 +57,7 @@ MATRIX = """
 config: STUDENT
 baseline: inheritance
 student: plain
+teacher: {config: STUDENT}
 cells:
   plain: {title: plain student}
   inheritance: {seeds: [0, 1, 2]}
@@ -231,6 +236,189 @@ def test_the_teacher_is_evaluated_among_the_cells(tmp_path, monkeypatch):
     assert ([job.cell for job in jobs], parallel, threads) == (["teacher", "a"], 2, 1)
 
 
+def test_the_teachers_row_is_one_for_all_cells(tmp_path):
+    """Check that only what its evaluation uses counts, also in files of cells that were first before."""
+    (tmp_path / "teacher.pth").touch()
+    more = TAUGHT[:-1] + ", INPUT.RANDOM_FLIP: none, INPUT.MIN_SIZE_TRAIN: [64], DATASETS.TRAIN: [synthetic_val]}"
+    large = TAUGHT[:-1] + ", INPUT.MIN_SIZE_TEST: 64}"
+    text = (
+        f"config: STUDENT\nbaseline: a\ncells: {{a: {{opts: {TAUGHT}}}, b: {{opts: {more}}}, c: {{opts: {large}}}}}\n"
+    )
+    matrix, folder = read_matrix(write_matrix(tmp_path, text)), str(tmp_path)
+    a, b, c = (teacher_evaluation(cell, folder, folder, []) for cell in matrix.cells)
+    assert a.settings == b.settings
+    settings = measured_settings(STUDENT, [*matrix.cell("b").opts])
+    assert "INPUT.RANDOM_FLIP" in settings
+    write_json(a.result, result("teacher", 0, 1.0, settings=settings))
+    assert runner.is_finished(a)
+    with pytest.raises(
+        UserError, match=r"was measured with different settings \(INPUT.MIN_SIZE_TEST: 144 then, 64 now\)"
+    ):
+        runner.is_finished(c)
+
+
+def test_a_sweep_of_plain_detectors_has_no_teacher(finished):
+    """Check that another sweep's teacher in the folder of the results is not in the table, and closes no gap."""
+    matrix, output = finished
+    rows = build_rows(matrix, read_results(replace(matrix, teacher=None), output), {})
+    assert [row.name for row in rows] == ["plain", "inheritance", "better"]
+    assert [row.gap_closed for row in rows] == [None] * 3
+
+
+def test_the_gap_to_another_teacher(finished):
+    """Check a cell whose teacher is not the one of the teacher's row, and a cell and a row of unknown files."""
+    matrix, output = finished
+    results = read_results(matrix, output)
+    for entry in (*results["teacher"], *results["inheritance"]):
+        entry["settings"]["files of the teacher"] = "one"
+    for entry in results["better"]:
+        entry["settings"]["files of the teacher"] = "two"
+    rows = {row.name: row for row in build_rows(matrix, results, {})}
+    assert (rows["inheritance"].gap_closed, rows["better"].gap_closed) == (pytest.approx((10 - 2) / (22 - 2)), None)
+    del results["teacher"][0]["settings"]["files of the teacher"]
+    rows = {row.name: row for row in build_rows(matrix, results, {})}
+    assert rows["better"].gap_closed == pytest.approx((14 - 2) / (22 - 2))
+
+
+OWN_METHOD = """
+from kd_d2 import DISTILLER_REGISTRY, Distiller
+
+UNUSED = {unused}
+
+@DISTILLER_REGISTRY.register()
+class MyMethod(Distiller):
+    CONFIG_NODE = "MINE"
+    needs, loss_names = frozenset({{"features"}}), ("loss_mine",)
+{comment}
+    def forward(self, student, teacher, targets):
+        return {{"loss_mine": {factor} * student.features[8].mean()}}
+"""
+
+
+def test_results_of_another_version_of_an_own_method_are_refused(tmp_path):
+    """Check the code of the class, without comments and other code of its file; and that other cells do not have it."""
+    (tmp_path / "teacher.pth").touch()
+    path = tmp_path / "my_method.py"
+    opts = [
+        "MODEL.META_ARCHITECTURE", "KDMetaArch", "MODEL.KD.DISTILLERS", ("MyMethod",),
+        "MODEL.KD.TEACHER.CONFIG_FILE", STUDENT, "MODEL.KD.TEACHER.WEIGHTS", str(tmp_path / "teacher.pth"),
+    ]  # fmt: skip
+
+    def settings(factor=1, comment="", unused=1):
+        path.write_text(OWN_METHOD.format(factor=factor, comment=comment, unused=unused))
+        linecache.checkcache()
+        import_extensions([str(path)])
+        try:
+            return measured_settings(STUDENT, opts)
+        finally:
+            del sys.modules["my_method"], DISTILLER_REGISTRY._obj_map["MyMethod"]
+
+    first = settings()
+    job = Job("a", 0, [], str(tmp_path), str(tmp_path / "a.json"), first)
+    write_json(job.result, result("a", 0, 1.0, settings=first))
+    job.settings = settings(comment="    # a comment\n", unused=2)
+    assert runner.is_finished(job)
+    job.settings = settings(factor=2)
+    with pytest.raises(UserError, match=r"with different settings \(code of the methods from --import: "):
+        runner.is_finished(job)
+    opts[3] = ("PKD",)
+    assert "code of the methods from --import" not in settings()
+
+
+def test_paths_in_a_sweep_are_relative_to_its_files(tmp_path, monkeypatch):
+    """Check those of a sweep's opts and of a fragment elsewhere; those in the working directory come first."""
+    (tmp_path / "parts").mkdir()
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    for name in ("start.pth", "parts/teacher.pth", "here/own.pth", "own.pth", "data.json"):
+        (tmp_path / name).touch()
+    (tmp_path / "images").mkdir()
+    (tmp_path / "parts/part.yaml").write_text("MODEL: {KD: {TEACHER: {WEIGHTS: teacher.pth}}}\n")
+    opts = "{MODEL.WEIGHTS: 'start.pth?matching_heuristics=True', DATASETS.COCO_JSON: [[mine, data.json, images]]}"
+    text = (
+        f"config: STUDENT\nbaseline: a\ncells: {{a: {{fragments: [parts/part.yaml], opts: {opts}}}, "
+        "b: {opts: {MODEL.WEIGHTS: own.pth, MODEL.KD.TEACHER.CONFIG_FILE: COCO-Detection/retinanet_R_50_FPN_1x.yaml}}}\n"
+    )
+    matrix = read_matrix(write_matrix(tmp_path, text))
+    folder = str(tmp_path)
+    assert matrix.cell("a").opts == (
+        "MODEL.KD.TEACHER.WEIGHTS", f"{folder}/parts/teacher.pth", "MODEL.WEIGHTS", f"{folder}/start.pth?matching_heuristics=True",
+        "DATASETS.COCO_JSON", [["mine", f"{folder}/data.json", f"{folder}/images"]],
+    )  # fmt: skip
+    assert matrix.cell("b").opts[1::2] == ("own.pth", "COCO-Detection/retinanet_R_50_FPN_1x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (
+            "{DATASETS.TEST: [synthetic_val, synthetic_train]}",
+            "DATASETS.TEST names 2 datasets; a sweep needs exactly one",
+        ),
+        ("{DATASETS.TEST: []}", "DATASETS.TEST names 0 datasets"),
+        (
+            "{DATASETS.TEST: [synthetic_train]}",
+            "the cell bad is evaluated on synthetic_train and good on synthetic_val, so that they cannot be compared",
+        ),
+        (
+            "{DATASETS.COCO_JSON: [[mine, none.json, images]], DATASETS.TRAIN: [mine]}",
+            r"DATASETS.COCO_JSON \(mine\): there is no file",
+        ),
+        (
+            "{SOLVER.GAMMA: 0.2}",
+            r"bad-seed0.json was measured with different settings \(SOLVER.GAMMA: 0.3 then, 0.2 now",
+        ),
+    ],
+)
+def test_mistakes_are_found_before_the_teacher_is_trained(tmp_path, monkeypatch, opts, message):
+    monkeypatch.setattr(report, "run_jobs", lambda *_: pytest.fail("trained"))
+    text = f"config: STUDENT\nbaseline: good\nteacher: {{config: STUDENT}}\ncells: {{good: , bad: {{opts: {opts}}}}}\n"
+    results = tmp_path / "output" / "results"
+    results.mkdir(parents=True)
+    if "GAMMA" in opts:
+        settings = measured_settings(STUDENT, ["SOLVER.GAMMA", 0.3])
+        write_json(result_path(str(results), "bad", 0), result("bad", 0, 1.0, settings=settings))
+    with pytest.raises(UserError, match=message):
+        run_sweep(read_matrix(write_matrix(tmp_path, text)), str(tmp_path / "output"), [])
+
+
+@pytest.mark.parametrize(("key", "place"), [("SEED", "the cell's seeds"), ("OUTPUT_DIR", "the option --output")])
+def test_keys_that_a_sweep_sets_are_refused_on_its_command_line(tmp_path, key, place):
+    matrix = read_matrix(write_matrix(tmp_path, MATRIX))
+    with pytest.raises(UserError, match=f"{key} on the command line has no effect; use {place}"):
+        run_sweep(matrix, str(tmp_path / "output"), [key, "5"])
+
+
+def test_a_cell_with_the_teachers_title(tmp_path):
+    text = "config: STUDENT\nbaseline: a\ncells: {a: {title: teacher}}\n"
+    with pytest.raises(UserError, match="no cell can have the title 'teacher'"):
+        read_matrix(write_matrix(tmp_path, text))
+
+
+def test_the_columns_of_other_tasks(finished):
+    """Check that AP of masks and keypoints has columns if a cell has it."""
+    matrix, output = finished
+    results = read_results(matrix, output)
+    results["plain"][0]["scores"] |= {"mask AP": 7.5, "keypoint AP": None}
+    rows = build_rows(matrix, results, {})
+    headers = as_csv(rows).partition("\n")[0].split(",")
+    plain = as_csv([row for row in rows if row.name == "plain"]).splitlines()[1].split(",")
+    assert plain[headers.index("mask AP")] == "7.50"
+    table = as_markdown(rows)
+    assert "mask AP" in table
+    assert "keypoint AP" not in table
+
+
+def test_an_earlier_plot_of_curves_is_removed(tmp_path):
+    path = tmp_path / "curves.png"
+    plot_curves({"a": {"total_loss": [(1, 2.0), (2, 1.0)]}}, str(path))
+    assert path.exists()
+    plot_curves({"a": {"total_loss": [(1, 2.0)]}}, str(path))
+    plot_curves({}, str(path))
+    assert not path.exists()
+
+
 def test_threads_of_jobs_sleep_while_they_wait(tmp_path, monkeypatch):
     """Check the environment of a job, and that the user's own variables take precedence."""
     script = tmp_path / "program.py"
@@ -361,7 +549,7 @@ def test_selecting_an_unknown_cell(tmp_path):
 @pytest.mark.parametrize("report_only", [False, True])
 def test_an_unknown_cell_is_refused_before_training(tmp_path, monkeypatch, report_only):
     """Check that the teacher of the sweep is not trained, and that no table is written."""
-    matrix = read_matrix(write_matrix(tmp_path, f"teacher: {{config: STUDENT}}{MATRIX}"))
+    matrix = read_matrix(write_matrix(tmp_path, MATRIX))
     monkeypatch.setattr(report, "run_jobs", lambda *_: pytest.fail("trained"))
     with pytest.raises(UserError, match="no cell 'worse'"):
         run_sweep(matrix, str(tmp_path / "out"), [], SweepOptions(report_only=report_only, cells=["worse"]))
@@ -654,7 +842,8 @@ def test_a_failing_cell_is_returned_and_others_finish(tmp_path, monkeypatch, cap
         "folder = sys.argv[1]\n"
         "if folder.endswith('bad'): sys.exit('no such data')\n"
         "if folder.endswith('masks'): sys.exit(json.dump({}, open(folder + '/train.json', 'w')))\n"
-        "json.dump({'bbox': {'AP': 12.5, 'AP-cat': 1.0}}, open(folder + '/train.json', 'w'))\n"
+        "scores = {'bbox': {'AP': 12.5, 'AP-cat': 1.0}, 'segm': {'AP': 9.25, 'AP50': 3}, 'keypoints': {'AP': None}}\n"
+        "json.dump(scores, open(folder + '/train.json', 'w'))\n"
         "rows = [{'iteration': 9, 'time': 0.5, 'total_loss': 1.0, 'peak_memory_mib': 7.0, 'kd/balance/PFI': 8.0},\n"
         "        {'iteration': 15, 'kd/balance/PFI': 1234.56},\n"
         "        {'iteration': 19, 'time': 0.7, 'bbox/AP': 12.5, 'peak_memory_mib': 4.0}]\n"
@@ -676,7 +865,7 @@ def test_a_failing_cell_is_returned_and_others_finish(tmp_path, monkeypatch, cap
     assert f"masks seed 0: FAILED: {tmp_path / 'masks' / 'train.json'}: the file has no 'bbox'" in caplog.text
     assert "no such data" in (tmp_path / "bad" / "process.log").read_text()
     good = json.loads((tmp_path / "cells" / "good.json").read_text())
-    assert good["scores"] == {"AP": 12.5}
+    assert good["scores"] == {"AP": 12.5, "mask AP": 9.25, "keypoint AP": None}
     assert good["seconds_per_iteration"] == pytest.approx(0.6)
     assert good["peak_memory_mib"] == 7.0
     assert good["multipliers"] == {"PFI": 1235.0}
@@ -690,10 +879,10 @@ def test_a_table_of_the_others_is_written_if_a_cell_fails(finished, tmp_path, mo
     matrix, folder = finished
     if fails == "teacher":
         os.remove(result_path(folder, "teacher", 0))
-        matrix = replace(matrix, teacher=Cell("teacher", "teacher", STUDENT))
     monkeypatch.setattr(runner, "PROGRAM", (sys.executable, str(tmp_path / "nothing.py")))
     monkeypatch.setattr(report, "measure_costs", lambda *arguments: {})
-    monkeypatch.setattr(runner, "_check_settings", lambda *arguments: None)
+    for module in (runner, report):
+        monkeypatch.setattr(module, "first_difference", lambda *arguments: "")
     name = {"cell": "unfinished", "teacher": "teacher"}[fails]
     with pytest.raises(UserError, match=rf"These cells failed: {name} seed 0, see .*{name}/seed0/process.log"):
         run_sweep(matrix, str(tmp_path / "output"), [], SweepOptions(results=folder, report=str(tmp_path / "report")))
@@ -967,6 +1156,38 @@ def test_costs_of_images_that_have_to_be_padded(tmp_path):
     assert odd["plain"] == odd["same"] == odd["teacher"]
     for key in ("params", "gflops"):
         assert odd["plain"][key] == padded["plain"][key] == unresized["plain"][key] > 0
+
+
+class WithOwnHead(nn.Module):
+    """A detector that is none of Detectron2's, with a `head` of its own and without `device`."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.backbone = build_backbone(cfg)
+        self.head = nn.Conv2d(cfg.MODEL.FPN.OUT_CHANNELS, 1, 1)
+
+    def forward(self, inputs):
+        return [self.head(self.backbone(inputs[0]["image"][None])["p3"])]
+
+
+class WithoutInference(WithOwnHead):
+    def forward(self, inputs):
+        raise NotImplementedError("it is only trained")
+
+
+def test_costs_of_detectors_of_ones_own(tmp_path, monkeypatch, caplog):
+    """Check one that can be measured, and that one that cannot is logged by name and does not hide the others."""
+    for cls in (WithOwnHead, WithoutInference):
+        monkeypatch.setitem(META_ARCH_REGISTRY._obj_map, cls.__name__, cls)
+    opts = [f"{{opts: {{MODEL.META_ARCHITECTURE: {name}}}}}" for name in ("WithOwnHead", "WithoutInference")]
+    text = f"config: STUDENT\nbaseline: plain\ncells: {{plain: , own: {opts[0]}, broken: {opts[1]}}}\n"
+    found = measure_costs(read_matrix(write_matrix(tmp_path, text)), ["INPUT.MIN_SIZE_TEST", 64])
+    assert found.keys() == {"plain", "own"}
+    assert 0 < found["own"]["gflops"] < found["plain"]["gflops"]
+    assert 0 < found["own"]["params"] < found["plain"]["params"]
+    assert (
+        "The costs of the detector of broken cannot be measured: NotImplementedError: it is only trained" in caplog.text
+    )
 
 
 def test_costs_are_measured_without_detections():

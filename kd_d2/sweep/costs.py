@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from fvcore.nn import FlopCountAnalysis
 from torch import nn
 
 from ..config import load_config, load_teacher_config
 from ..lazy_teacher import is_lazy_config
 from .matrix import Matrix
+
+logger = logging.getLogger(__name__)
 
 REPEATS = 10
 ARCHITECTURE = "architecture"
@@ -36,7 +39,8 @@ def measure_costs(
         known: costs measured before, which are returned if they are those of the same architectures and image sizes.
 
     Returns:
-        "params" in millions, "gflops" (multiply-adds, 1e9), "ms_per_image", and the checksum "architecture" by cell.
+        "params" in millions, "gflops" (multiply-adds, 1e9), "ms_per_image", and the checksum "architecture" by cell. A
+        detector that cannot be measured is logged, and left out.
     """
     students = {c.name: load_config(c.config, [*opts, *c.opts], student_only=True) for c in matrix.cells}
     configs = {**_teacher(matrix, opts), **students}
@@ -45,7 +49,11 @@ def measure_costs(
         return known  # older files have no checksums
     distinct = {code: name for name, code in codes.items()}
     measured = _measure({name: configs[name] for name in distinct.values()})
-    return {name: {**measured[distinct[code]], ARCHITECTURE: code} for name, code in codes.items()}
+    return {
+        name: {**measured[distinct[code]], ARCHITECTURE: code}
+        for name, code in codes.items()
+        if distinct[code] in measured
+    }
 
 
 def _teacher(matrix: Matrix, opts: list[Any]) -> dict[str, CfgNode]:
@@ -73,26 +81,39 @@ def _architecture(cfg: CfgNode) -> str:
 
 
 def _measure(configs: dict[str, CfgNode]) -> dict[str, dict[str, float]]:
-    models = {name: _build(cfg) for name, cfg in configs.items()}
-    sides = {name: _side(cfg) for name, cfg in configs.items()}
-    inputs = {name: [{"image": torch.zeros(3, s, s), "height": s, "width": s}] for name, s in sides.items()}
-    times: dict[str, list[float]] = {name: [] for name in models}
-    with torch.no_grad():
-        for _ in range(REPEATS + 2):
-            for name, model in models.items():
-                start = time.perf_counter()
-                model(inputs[name])
-                if model.device.type == "cuda":
-                    torch.cuda.synchronize()
-                times[name].append(time.perf_counter() - start)
+    models, costs = {}, {}
+    for name, cfg in configs.items():
+        try:
+            model = _build(cfg)
+            costs[name] = {
+                "params": sum(p.numel() for p in model.parameters()) / 1e6,
+                "gflops": _gflops(model, _side(cfg)),
+            }
+            _seconds(model, _side(cfg))
+            models[name] = model
+        except Exception as error:  # of a detector from elsewhere
+            logger.warning(f"The costs of the detector of {name} cannot be measured: {type(error).__name__}: {error}")
+    times = [
+        {name: _seconds(model, _side(configs[name])) for name, model in models.items()} for _ in range(REPEATS + 1)
+    ]
     return {
-        name: {
-            "params": sum(p.numel() for p in model.parameters()) / 1e6,
-            "gflops": _gflops(model, sides[name]),
-            "ms_per_image": 1000 * statistics.median(times[name][2:]),
-        }
-        for name, model in models.items()
+        name: {**costs[name], "ms_per_image": 1000 * statistics.median(of_round[name] for of_round in times[1:])}
+        for name in models
     }
+
+
+@torch.no_grad()
+def _seconds(model: nn.Module, side: int) -> float:
+    """Return the duration of one inference of a square image."""
+    start = time.perf_counter()
+    model([{"image": torch.zeros(3, side, side), "height": side, "width": side}])
+    if _device(model).type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def _build(cfg: CfgNode) -> nn.Module:
@@ -113,9 +134,9 @@ def _gflops(model: nn.Module, side: int) -> float:
     logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
     divisibility = max(model.backbone.size_divisibility, 1)
     side = -(-side // divisibility) * divisibility  # as the detector pads it
-    image = torch.zeros(1, 3, side, side, device=model.device)
+    image = torch.zeros(1, 3, side, side, device=_device(model))
     total = FlopCountAnalysis(model.backbone, image).unsupported_ops_warnings(False).total()
-    if hasattr(model, "head"):
+    if isinstance(model, DenseDetector):
         with torch.no_grad():
             features = model.backbone(image)
         maps = [features[name] for name in model.head_in_features]

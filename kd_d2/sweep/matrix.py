@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import inspect
 import math
 import os
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -18,6 +21,7 @@ from ..config import (
     KD_META_ARCH,
     changed_keys,
     check_overrides,
+    detector_of,
     load_config,
     load_teacher_config,
     read_config,
@@ -25,6 +29,7 @@ from ..config import (
 )
 from ..config_files import as_overrides, find_beside, leaves
 from ..data import register_synthetic
+from ..distillers import DISTILLER_REGISTRY
 from ..errors import UserError, check_seed
 from ..files import checksum
 from ..lazy_teacher import is_lazy_config, lazy_teacher_files
@@ -53,14 +58,18 @@ LOCATION_KEYS = (
     "SEED",
 )
 
+PATH_KEYS = ("MODEL.WEIGHTS", "MODEL.KD.TEACHER.CONFIG_FILE", "MODEL.KD.TEACHER.WEIGHTS")
+"""Keys of files, besides DATASETS.COCO_JSON."""
+
 SET_BY_SWEEP = {"SEED": "the cell's seeds", "OUTPUT_DIR": "the option --output"}
 """Keys that a sweep sets in each training, and where they come from."""
 
 TEACHER = "files of the teacher"
 WEIGHTS = "file of MODEL.WEIGHTS"
 TRAIN_ANNOTATIONS, TEST_ANNOTATIONS = "annotations of DATASETS.TRAIN", "annotations of DATASETS.TEST"
-CHECKSUMS = frozenset({TEACHER, WEIGHTS, TRAIN_ANNOTATIONS, TEST_ANNOTATIONS})
-"""Settings that are checksums of files."""
+OWN_METHODS = "code of the methods from --import"
+CHECKSUMS = frozenset({TEACHER, WEIGHTS, TRAIN_ANNOTATIONS, TEST_ANNOTATIONS, OWN_METHODS})
+"""Settings that are checksums of files and code."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +117,11 @@ class Matrix:
         configs = ((cell, load_config(cell.config, [*opts, *cell.opts])) for cell in self.cells)
         return next((cell for cell, cfg in configs if cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH), None)
 
+    def has_teacher(self, opts: Sequence[Any] = ()) -> bool:
+        """Return whether a teacher is trained first, or the config of a cell, with these overrides, is a distillation."""
+        configs = (read_config(cell.config, [*opts, *cell.opts]) for cell in self.cells)
+        return self.teacher is not None or any(cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH for cfg in configs)
+
     def select(self, names: list[str] | None, seeds: list[int] | None) -> list[tuple[Cell, int]]:
         """Return (cell, seed) pairs, sorted by seed.
 
@@ -139,12 +153,28 @@ class Matrix:
         return replace(self, cells=tuple(cell for cell in self.cells if cell.name in kept))
 
     def check_configs(self, opts: list[Any]) -> None:
-        """Raise a UserError if the config of a cell or of the teacher, with these overrides, is invalid."""
+        """Raise a UserError if the config of a cell or of the teacher, with these overrides, is invalid.
+
+        All are evaluated on the same dataset. The teacher's files need not exist: it may be untrained.
+        """
+        for key, place in SET_BY_SWEEP.items():
+            if key in opts[::2]:
+                raise UserError(f"Sweep {self.path}: {key} on the command line has no effect; use {place}.")
         taught = [] if self.teacher is None else ["MODEL.KD.TEACHER.CONFIG_FILE", self.teacher.config]
-        for cell in (*self.cells, *filter(None, [self.teacher])):
+        cells, first = (*self.cells, *filter(None, [self.teacher])), None
+        for cell in cells:
             check_overrides(cell.opts, f"Sweep {self.path}: cell {cell.name}")
-            validate_kd_config(read_config(cell.config, [*opts, *taught, *cell.opts]))
-            load_config(cell.config, [*opts, *cell.opts], student_only=True)  # the teacher may be untrained
+            cfg = read_config(cell.config, [*opts, *taught, *cell.opts])
+            validate_kd_config(cfg)
+            plain = ["MODEL.META_ARCHITECTURE", detector_of(cfg)]
+            tested = tuple(load_config(cell.config, [*opts, *cell.opts, *plain]).DATASETS.TEST)
+            _check_test_sets(cell.config, tested)
+            first = first or tested
+            if tested != first:
+                raise UserError(
+                    f"Sweep {self.path}: the cell {cell.name} is evaluated on {tested[0]} and {cells[0].name} on {first[0]}, so that they cannot "
+                    "be compared; change DATASETS.TEST of one."
+                )
 
 
 def read_matrix(path: str) -> Matrix:
@@ -176,7 +206,8 @@ def read_matrix(path: str) -> Matrix:
         for key, place in SET_BY_SWEEP.items():
             if key in own[::2]:
                 raise UserError(f"Sweep {path}: cell {name} sets {key} in opts, without effect; use {place}.")
-        opts = (*chain.from_iterable(map(as_overrides, files)), *own)
+        opts = list(chain.from_iterable(_with_paths_beside(as_overrides(file), file) for file in files))
+        opts = (*opts, *_with_paths_beside(own, path))
         for seed in entry.get("seeds") or ():
             check_seed(f"Sweep {path}: a seed of cell {name}", seed)
         return Cell(
@@ -197,6 +228,10 @@ def read_matrix(path: str) -> Matrix:
     cells = tuple(cell(name, entry) for name, entry in (tree.get("cells") or {}).items())
     names, titles = [c.name for c in cells], [c.title for c in cells]
     for title in titles:
+        if title == "teacher":
+            raise UserError(
+                f"Sweep {path}: no cell can have the title 'teacher', that of the teacher's row: change it."
+            )
         if titles.count(title) > 1:
             raise UserError(f"Sweep {path}: two cells have the title {title!r}; change one.")
     for key in ("baseline", "student"):
@@ -206,6 +241,24 @@ def read_matrix(path: str) -> Matrix:
         raise UserError(f"Sweep {path} needs cells, and a baseline among them.")
     teacher = cell("teacher", tree["teacher"]) if "teacher" in tree else None
     return Matrix(cells, tree["baseline"], tree.get("student"), teacher, path)
+
+
+def _with_paths_beside(opts: list[Any], path: str) -> list[Any]:
+    """Replace relative paths in overrides that exist beside the file `path`, and not in the working directory."""
+
+    def beside(value: Any) -> Any:
+        if not isinstance(value, str) or not value or "://" in value:
+            return value
+        here, mark, query = os.path.expanduser(value).partition("?")
+        file = os.path.join(os.path.dirname(path), here)
+        return file + mark + query if os.path.exists(file) and not os.path.exists(here) else value
+
+    values = []
+    for key, value in zip(opts[::2], opts[1::2], strict=True):
+        if key == "DATASETS.COCO_JSON" and isinstance(value, list):
+            value = [[e[0], *map(beside, e[1:])] if isinstance(e, list) and e else e for e in value]
+        values.append(beside(value) if key in PATH_KEYS else value)
+    return list(chain.from_iterable(zip(opts[::2], values, strict=True)))
 
 
 def _check(path: str, what: str, entry: Any, known: dict[str, Any]) -> None:
@@ -233,14 +286,14 @@ def measured_settings(config: str, opts: list[Any]) -> dict[str, Any]:
 
     A key that a later version adds does not change the settings as long as it has its default value. Checksums are added
     of the initial weights as `WEIGHTS`, of a teacher's weights and config as `TEACHER`, and of the annotation files, if all
-    exist, as `TRAIN_ANNOTATIONS` and `TEST_ANNOTATIONS`.
+    exist, as `TRAIN_ANNOTATIONS` and `TEST_ANNOTATIONS`, and of the classes of methods from elsewhere, without comments and
+    formatting, as `OWN_METHODS`.
 
     Raises:
         UserError: see `load_config`, or DATASETS.TEST does not name exactly one dataset, whose results are compared.
     """
     cfg = load_config(config, opts)
-    if len(cfg.DATASETS.TEST) != 1:
-        raise UserError(f"{config}: DATASETS.TEST names {len(cfg.DATASETS.TEST)} datasets; a sweep needs exactly one.")
+    _check_test_sets(config, cfg.DATASETS.TEST)
     settings = without_locations(cfg)
     settings[WEIGHTS] = _checksum(_content_of(cfg.MODEL.WEIGHTS))
     for key, names in ((TRAIN_ANNOTATIONS, cfg.DATASETS.TRAIN), (TEST_ANNOTATIONS, cfg.DATASETS.TEST)):
@@ -249,11 +302,28 @@ def measured_settings(config: str, opts: list[Any]) -> dict[str, Any]:
             settings[key] = _checksum(" ".join(map(checksum, files)))
     if cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH:
         settings[TEACHER] = _checksum(_teacher_files(cfg))
+        if code := _code_of_own_methods(cfg.MODEL.KD.DISTILLERS):
+            settings[OWN_METHODS] = _checksum(code)
     return settings
+
+
+def _check_test_sets(config: str, names: Sequence[str]) -> None:
+    if len(names) != 1:
+        raise UserError(f"{config}: DATASETS.TEST names {len(names)} datasets; a sweep needs exactly one.")
 
 
 def _checksum(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _code_of_own_methods(names: Sequence[str]) -> str:
+    """Return the syntax trees of the classes of these methods, except those of this library; "" without their files."""
+    methods = [DISTILLER_REGISTRY.get(name) for name in names]
+    own = [method for method in methods if not method.__module__.startswith(f"{__package__.partition('.')[0]}.")]
+    try:
+        return " ".join(ast.dump(ast.parse(textwrap.dedent(inspect.getsource(method)))) for method in own)
+    except (OSError, TypeError):
+        return ""
 
 
 def _annotation_files(cfg: CfgNode, names: Sequence[str]) -> list[str]:
@@ -276,6 +346,12 @@ def _content_of(name: str) -> str:
     """Return the hash of a file; the name itself of one that is not local."""
     path = name.partition("?")[0]
     return checksum(path) if os.path.isfile(path) else name
+
+
+def of_evaluation(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that determine the result of an evaluation of the teacher."""
+    kept = ("INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST", "INPUT.FORMAT", "DATASETS.TEST", TEACHER, TEST_ANNOTATIONS)
+    return {key: value for key, value in settings.items() if key in kept}
 
 
 def first_difference(before: dict[str, Any], now: dict[str, Any]) -> str:

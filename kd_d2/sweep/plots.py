@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import statistics
 from typing import Any
 
@@ -49,10 +51,15 @@ def plot_ap(rows: list[Row], path: str) -> None:
 
 
 def plot_curves(curves: dict[str, Curves], path: str) -> None:
-    """Plot AP and every loss over the iterations, one line per training; nothing if no metric has two points."""
+    """Plot AP and every loss over the iterations, one line per training.
+
+    If no metric has two points, there is no plot, and an earlier one is removed.
+    """
     drawable = {key for c in curves.values() for key, points in c.items() if len(points) > 1}
     panels = sorted(drawable, key=lambda key: (not is_box_ap(key), key != "total_loss", key))
     if not panels:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)
         return
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)

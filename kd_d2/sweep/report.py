@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from ..config import read_config
@@ -77,7 +78,8 @@ def run_sweep(matrix: Matrix, output: str, opts: list[Any], options: SweepOption
     report = os.path.abspath(options.report or results)
     if options.report_only:
         read_finished(matrix, results)  # fails before a folder is created
-        _warn_of_other_settings(matrix, results, opts)
+        for path, difference in _other_settings(matrix, results, opts):
+            logger.warning(f"{path} was measured with different settings ({difference}).")
     for folder, key in ((output, "--output"), (results, "--results"), (report, "--report")):
         check_output_folder(folder, key)
     if options.readme is not None:
@@ -107,6 +109,10 @@ def _run_missing(
     matrix.check_configs(opts)
     jobs, imports = [], options.imports
     if matrix.teacher is not None:
+        for path, difference in _other_settings(matrix, results, opts):
+            raise UserError(
+                f"{path} was measured with different settings ({difference}); move the file, or choose another --results folder."
+            )
         job, names_teacher = teacher_training(matrix, output, results, opts, imports)
         if failed := run_jobs([job], 1, options.jobs * options.threads):
             return failed
@@ -132,16 +138,13 @@ def _finished_pairs(matrix: Matrix, results: str) -> list[tuple[Cell, int]]:
     return [(cell, seed) for cell, seed in pairs if os.path.isfile(result_path(results, cell.name, seed))]
 
 
-def _warn_of_other_settings(matrix: Matrix, results: str, opts: list[Any]) -> None:
-    """Log one line for each finished cell that was measured with other settings than those of the matrix and `opts`."""
-    warned = set()
-    for cell, seed in _finished_pairs(matrix, results):
-        path = result_path(results, cell.name, seed)
+def _other_settings(matrix: Matrix, results: str, opts: list[Any]) -> Iterator[tuple[str, str]]:
+    """Yield the results, at most one of a cell, that were measured with other settings than those of matrix and `opts`."""
+    for cell in matrix.cells:
         now = without_locations(read_config(cell.config, [*opts, *cell.opts]))
-        difference = first_difference(read_result(path)["settings"], now)
-        if difference and cell.name not in warned:
-            warned.add(cell.name)
-            logger.warning(f"{path} was measured with different settings ({difference}).")
+        paths = [result_path(results, cell.name, seed) for seed in cell.seeds]
+        found = ((p, first_difference(read_result(p)["settings"], now)) for p in paths if os.path.isfile(p))
+        yield from islice(((path, difference) for path, difference in found if difference), 1)
 
 
 def _split_at_marks(readme: str) -> tuple[str, str, str]:

@@ -12,6 +12,8 @@ from ..files import read_json
 from ..typed_json import from_tree, members
 
 METRICS = "metrics.json"
+OTHER_TASKS = {"mask AP": "segm", "keypoint AP": "keypoints"}
+"""Scores of other tasks than boxes, and the names of the tasks in the results of an evaluation."""
 REQUIRED = {"scores": dict[str, float | None], "settings": dict}
 OPTIONAL = {
     "seconds_per_iteration": float,
@@ -49,7 +51,8 @@ def read_outcome(path: str) -> dict[str, Any]:
         UserError: there is no such file, or it has no results for boxes.
     """
     outcome = read_json(path)
-    members({"bbox": dict[str, float | None]}, outcome, path, "the file")
+    tasks = ["bbox", *(task for task in OTHER_TASKS.values() if task in outcome)]
+    members(dict.fromkeys(tasks, dict[str, float | None]), outcome, path, "the file")
     return outcome
 
 

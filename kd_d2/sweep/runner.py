@@ -23,16 +23,16 @@ from ..files import read_json, write_json
 from ..typed_json import from_tree
 from .matrix import (
     CHECKSUMS,
-    TEACHER,
-    TEST_ANNOTATIONS,
     Cell,
     Matrix,
     first_difference,
     measured_settings,
+    of_evaluation,
     without_locations,
 )
 from .results import (
     METRICS,
+    OTHER_TASKS,
     read_curves,
     read_metrics,
     read_multipliers,
@@ -154,8 +154,7 @@ def teacher_evaluation(cell: Cell, output: str, results: str, opts: list[Any], i
     folder = os.path.join(output, "teacher")
     opts = [*opts, *cell.opts]
     command = ["eval", "--teacher-of", cell.config, *_arguments(imports, opts), "OUTPUT_DIR", folder]
-    kept = ("INPUT.", "DATASETS.", TEACHER, TEST_ANNOTATIONS)
-    settings = {k: v for k, v in measured_settings(cell.config, opts).items() if k.startswith(kept)}
+    settings = of_evaluation(measured_settings(cell.config, opts))
     return Job("teacher", 0, command, folder, result_path(results, "teacher", 0), settings, "teacher.json")
 
 
@@ -190,6 +189,7 @@ def is_finished(job: Job) -> bool:
     if not os.path.isfile(job.result):
         return False
     settings = read_result(job.result)["settings"]
+    settings = settings if job.outcome == "train.json" else of_evaluation(settings)
     _check_settings(job, settings, f"{job.result} was measured", "the file, or choose another --results folder")
     return True
 
@@ -264,6 +264,12 @@ def _report_progress(job: Job) -> None:
         logger.info(f"{job.name}: iteration {last}, loss {written[-1]['total_loss']:.3f}, {minutes:.1f} min")
 
 
+def _scores(outcome: dict[str, Any]) -> dict[str, float | None]:
+    """Return the scores of boxes, except those of classes, and the AP of masks and keypoints; None without objects."""
+    others = {column: outcome[task].get("AP") for column, task in OTHER_TASKS.items() if task in outcome}
+    return {name: score for name, score in outcome["bbox"].items() if not name.startswith("AP-")} | others
+
+
 def _finish(job: Job) -> bool:
     """Write the result of a job whose process has ended; return False if it has failed."""
     minutes = (time.time() - job.started) / 60
@@ -280,10 +286,7 @@ def _finish(job: Job) -> bool:
     result = {
         "cell": job.cell,
         "seed": job.seed,
-        # The JSON file has null if there are no objects.
-        "scores": {
-            k: None if v is None else round(v, 4) for k, v in outcome["bbox"].items() if not k.startswith("AP-")
-        },
+        "scores": {name: None if score is None else round(score, 4) for name, score in _scores(outcome).items()},
         "seconds_per_iteration": round(statistics.median(seconds), 4) if seconds else None,
         "peak_memory_mib": max((m["peak_memory_mib"] for m in metrics if "peak_memory_mib" in m), default=None),
         "multipliers": read_multipliers(metrics),

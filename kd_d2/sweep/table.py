@@ -13,10 +13,10 @@ from tabulate import tabulate
 
 from ..errors import UserError
 from ..text import csv_text, markdown_cell
-from .matrix import Matrix
-from .results import read_result, result_path
+from .matrix import TEACHER, Matrix
+from .results import OTHER_TASKS, read_result, result_path
 
-SCORES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+SCORES = ("AP", "AP50", "AP75", "APs", "APm", "APl", *OTHER_TASKS)
 OTHER_SCORES = SCORES[1:]
 
 
@@ -51,10 +51,10 @@ class Row:
 
 
 def read_results(matrix: Matrix, folder: str) -> dict[str, list[dict[str, Any]]]:
-    """Read the finished results by cell, those of the teacher as "teacher"."""
-    seeds = {cell.name: cell.seeds for cell in matrix.cells} | {
-        "teacher": matrix.teacher.seeds if matrix.teacher else (0,)
-    }
+    """Read the finished results by cell, those of the teacher, if there is one, as "teacher"."""
+    seeds = {cell.name: cell.seeds for cell in matrix.cells}
+    if matrix.has_teacher():
+        seeds["teacher"] = matrix.teacher.seeds if matrix.teacher else (0,)
     results: dict[str, list[dict[str, Any]]] = {}
     for name, of_cell in seeds.items():
         for seed in of_cell:
@@ -96,9 +96,16 @@ def build_rows(
             row.gain = row.ap - baseline.ap
             spread = pooled_deviation(row.scores["AP"], baseline.scores["AP"])
             row.is_better = None if spread is None or math.isnan(spread) else row.gain > 2 * spread
-        if student and teacher and row not in (student, teacher) and teacher.ap > student.ap:
+        is_taught_by_it = teacher and not _has_other_teacher(results[row.name], results["teacher"])
+        if student and is_taught_by_it and row not in (student, teacher) and teacher.ap > student.ap:
             row.gap_closed = (row.ap - student.ap) / (teacher.ap - student.ap)
     return list(rows.values())
+
+
+def _has_other_teacher(results: list[dict[str, Any]], of_teacher: list[dict[str, Any]]) -> bool:
+    """Return whether the files of the teacher in results of a cell are known and not those of the evaluated teacher."""
+    own, evaluated = ({r["settings"].get(TEACHER) for r in of_cell} for of_cell in (results, of_teacher))
+    return None not in own | evaluated and own != evaluated
 
 
 def pooled_deviation(first: list[float], second: list[float]) -> float | None:
