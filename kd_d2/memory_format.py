@@ -8,6 +8,7 @@ from types import MethodType
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.modeling.roi_heads import BaseKeypointRCNNHead
 from torch import Tensor, nn
 
 from .errors import UserError
@@ -49,6 +50,21 @@ def _crashes(module: nn.Module) -> bool:
         and module.stride != (1, 1)
         and module.in_channels < NARROW
     )
+
+
+def to_channels_last(model: nn.Module) -> None:
+    """Store the weights of a model in channels-last format.
+
+    The heatmaps of keypoint heads stay contiguous: Detectron2 reads them with `view`.
+    """
+    model.to(memory_format=torch.channels_last)
+    for module in model.modules():
+        if isinstance(module, BaseKeypointRCNNHead):
+            module.layers = MethodType(_contiguous_layers, module)
+
+
+def _contiguous_layers(head: BaseKeypointRCNNHead, features: Tensor) -> Tensor:
+    return type(head).layers(head, features).contiguous()
 
 
 @contextlib.contextmanager

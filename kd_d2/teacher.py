@@ -24,7 +24,7 @@ from .config import changed_keys, load_teacher_config
 from .data.coco_json import ClassOrder
 from .errors import UserError
 from .lazy_teacher import build_lazy_teacher, is_lazy_config, lazy_teacher_files
-from .memory_format import has_channels_last
+from .memory_format import has_channels_last, to_channels_last
 from .modeling.building import build_detector
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class Teacher:
     ):
         self.model = model.requires_grad_(False).eval()
         if channels_last:
-            self.model.to(memory_format=torch.channels_last)
+            to_channels_last(self.model)
         if compiled:
             compile_backbone(self.model, "MODEL.KD.TEACHER.COMPILE", channels_last=channels_last)
         self.adapter = build_adapter(self.model)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from kd_d2.checkpoint import read_checkpoint
+from kd_d2.memory_format import to_channels_last
 
 import pytest
+import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
-from helpers import CLASSES, Project, make_project
+from detectron2.modeling.roi_heads import BaseKeypointRCNNHead
+from helpers import CLASSES, WIDE, Project, make_project, save_fixed_weights, train
+from torch import nn
 
 POINTS = ("left", "middle", "right")
 
@@ -51,6 +56,57 @@ def test_training_resuming_and_evaluation(project: Project) -> None:
     content = read_checkpoint(str(project.output / "model_final.pth"))
     assert content["iteration"] == 2
     assert any("keypoint_head" in name for name in content["model"])
+
+
+def test_channels_last(project: Project) -> None:
+    """Check that training, evaluation and the teacher's keypoints are those of the contiguous format."""
+    keys = {"MODEL__KEYPOINT_ON": True, "MODEL__ROI_KEYPOINT_HEAD__NUM_KEYPOINTS": 3, **WIDE}
+    project.change_teacher(MODEL__ROI_HEADS__SCORE_THRESH_TEST=0.0, **keys)
+    save_fixed_weights(project.teacher, project.teacher_weights, seed=1)
+    project.change(SEED=1, SOLVER__MAX_ITER=1, SOLVER__EMA_DECAY=0.9, **WIDE)
+    runs = [
+        train(project, "SOLVER.CHANNELS_LAST", choice, "MODEL.KD.TEACHER.CHANNELS_LAST", choice)
+        for choice in (False, True)
+    ]
+    expected, ours = (run.losses[0] for run in runs)
+    assert ours["loss_keypoint"] > 0
+    assert ours == pytest.approx(expected, rel=2e-3, abs=1e-5)
+    image = torch.rand(3, 64, 96, generator=torch.Generator().manual_seed(0)) * 255
+    for name in ("student", "teacher"):
+        found = []
+        for run in runs:
+            model = run.trainer.bare_model
+            detector = (model.student if name == "student" else model.teacher.model).eval()
+            with torch.no_grad():
+                found.append(detector([{"image": image}])[0]["instances"])
+        assert len(found[0])
+        torch.testing.assert_close(found[1].pred_keypoints, found[0].pred_keypoints, rtol=1e-2, atol=1e-2)
+
+
+class FlatHeatmaps(BaseKeypointRCNNHead):
+    """A keypoint head of one's own, of one convolution."""
+
+    def __init__(self) -> None:
+        super().__init__(num_keypoints=3)
+        self.heatmaps = nn.Conv2d(16, 3, 3, padding=1)
+
+    def layers(self, x: torch.Tensor) -> torch.Tensor:
+        return self.heatmaps(x)
+
+
+def test_heads_of_ones_own_have_contiguous_heatmaps() -> None:
+    """Check features in both formats, and that a copy of the head has its own weights."""
+    head = FlatHeatmaps()
+    features = torch.rand(2, 16, 8, 8)
+    expected = head.layers(features)
+    to_channels_last(head)
+    copied = copy.deepcopy(head)
+    nn.init.zeros_(head.heatmaps.weight)
+    for maps in (features, features.to(memory_format=torch.channels_last)):
+        heatmaps = copied.layers(maps)
+        assert heatmaps.is_contiguous()
+        torch.testing.assert_close(heatmaps, expected)
+    assert copied.heatmaps.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(

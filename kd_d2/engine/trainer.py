@@ -29,7 +29,7 @@ from ..data.stream import BatchStream
 from ..errors import UserError
 from ..evaluation import build_evaluator
 from ..inheritance import inherit
-from ..memory_format import trains_with_channels_last
+from ..memory_format import to_channels_last, trains_with_channels_last
 from ..meta_arch import KDMetaArch, student_of
 from ..modeling.building import building_from
 from ..random_state import preserved_random_state
@@ -74,7 +74,7 @@ class KDTrainer(DefaultTrainer):
         self.bare_model = self.build_model(cfg)
         channels_last = trains_with_channels_last(cfg, self.bare_model)
         if channels_last:
-            self.bare_model.to(memory_format=torch.channels_last)
+            to_channels_last(self.bare_model)
         check_classes(cfg, self.bare_model)
         main_optimizer = self.build_optimizer(cfg, self.bare_model)
         optimizer, auxiliary = build_optimizers(cfg, self.bare_model, main_optimizer)
