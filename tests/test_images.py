@@ -107,6 +107,43 @@ def test_damaged_pngs_are_refused(tmp_path: Path, read: Callable) -> None:
         read(path)
 
 
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("gone", "The semantic segmentation LABELS cannot be used: No such file or directory."),
+        ("cut", "The semantic segmentation LABELS cannot be used: image file is truncated"),
+        ("other size", "The semantic segmentation LABELS has 8 x 4 pixels, but its image IMAGE has 96 x 64."),
+        ("image", "The image IMAGE cannot be used: its format is none of JPEG, "),
+        ("annotations", "The image IMAGE cannot be used: Mismatched image shape"),
+        (None, ""),
+    ],
+)
+def test_a_semantic_segmentation_that_cannot_be_used(tmp_path: Path, kind: str | None, expected: str) -> None:
+    """Check that the file at fault is named, also beside a JPEG, which is read although it is truncated."""
+    image, labels = tmp_path / "image.jpg", tmp_path / "labels.png"
+    _gradient(image)
+    random = np.random.RandomState(0).randint(0, 9, (64, 96)).astype(np.uint8)
+    Image.fromarray(random).save(labels)
+    entry = {"file_name": str(image), "sem_seg_file_name": str(labels)}
+    if kind == "gone":
+        labels.unlink()
+    elif kind == "cut":
+        labels.write_bytes(labels.read_bytes()[:-1000])
+    elif kind in ("other size", "annotations"):
+        Image.new("L", (8, 4)).save(labels)
+    elif kind == "image":
+        image.write_text("no image")
+    if kind == "annotations":
+        entry |= {"height": 4, "width": 8}
+    mapper = CheckedMapper(DatasetMapper(get_cfg(), is_train=False))
+    if kind is None:
+        assert mapper(entry)["sem_seg"].shape == mapper(entry)["image"].shape[1:]
+        return
+    with pytest.raises(DataError) as caught:
+        mapper(entry)
+    assert str(caught.value).startswith(expected.replace("LABELS", str(labels)).replace("IMAGE", str(image)))
+
+
 def test_images_that_are_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check Pillow's limit, twice MAX_IMAGE_PIXELS, with MAX_IMAGE_PIXELS set to 1000."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)

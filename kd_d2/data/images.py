@@ -49,12 +49,13 @@ def open_image(path: str) -> Iterator[Image.Image]:
         yield image
 
 
-def read_checked(path: str, read: Callable[[], Content]) -> Content:
+def read_checked(path: str, read: Callable[[], Content], what: str = "image") -> Content:
     """Return the result of `read` on an image file. A truncated JPEG is decoded as far as possible, with a warning.
 
     Args:
         path: file that `read` loads with Pillow.
         read: function that loads the file; called a second time if the file is a truncated JPEG.
+        what: what the file is, for messages.
 
     Raises:
         DataError: the file is missing, not in one of IMAGE_FORMATS, damaged, too large or too narrow, or its values have
@@ -78,11 +79,11 @@ def read_checked(path: str, read: Callable[[], Content]) -> Content:
             content = read()
         finally:
             ImageFile.LOAD_TRUNCATED_IMAGES = before
-        message = f"The image {printable(path)} is truncated; the missing part is filled with gray."
+        message = f"The {what} {printable(path)} is truncated; the missing part is filled with gray."
         log_first_n(logging.WARNING, message, name=__name__, key="message")
         return content
     except READING_ERRORS as error:
-        raise DataError(f"The image {path} cannot be used: {_reason(error)}.") from error
+        raise DataError(f"The {what} {path} cannot be used: {_reason(error)}.") from error
 
 
 @contextlib.contextmanager
@@ -144,11 +145,30 @@ class CheckedMapper:
         """Apply the mapper to an entry.
 
         Raises:
-            DataError: see `read_checked`; or the image size differs from the one in the annotations.
+            DataError: see `read_checked`; or the image size differs from the one in the annotations or of the semantic
+                segmentation.
         """
         if "file_name" not in entry:
             return self.mapper(entry)
-        return read_checked(entry["file_name"], lambda: self.mapper(entry))
+        return read_checked(entry["file_name"], lambda: self._map(entry))
+
+    def _map(self, entry: dict) -> Any:
+        try:
+            return self.mapper(entry)
+        except (*READING_ERRORS, AssertionError) as error:
+            if "sem_seg_file_name" in entry and not isinstance(error, SizeMismatchError):
+                _check_semantic_segmentation(entry["file_name"], entry["sem_seg_file_name"])
+            raise
+
+
+def _check_semantic_segmentation(image: str, path: str) -> None:
+    """Raise a DataError if a semantic segmentation cannot be read, or has another size than its image."""
+    height, width = detection_utils.read_image(image, "L").shape[:2]  # its errors are those of the image
+    labels = read_checked(path, lambda: detection_utils.read_image(path, "L"), "semantic segmentation")
+    if labels.shape[:2] != (height, width):
+        raise DataError(
+            f"The semantic segmentation {path} has {labels.shape[1]} x {labels.shape[0]} pixels, but its image {image} has {width} x {height}."
+        )
 
 
 @dataclass(frozen=True)
