@@ -360,6 +360,25 @@ def test_entries_without_annotations(cfg: CfgNode) -> None:
     assert [len(entry["instances"]) for entry in next(iter(build_stream_loader(cfg, 0)))] == [0] * 4
 
 
+@pytest.mark.parametrize("detector", ["PanopticFPN", "SemanticSegmentor", "GeneralizedRCNN"])
+def test_more_classes_of_semantic_segmentation_than_are_predicted(cfg: CfgNode, detector: str) -> None:
+    dicts = [{**entry, "sem_seg_file_name": entry["file_name"]} for entry in DatasetCatalog.get("stream")]
+    DatasetCatalog.register("stuff", lambda: dicts)
+    metadata = MetadataCatalog.get("stuff")
+    metadata.set(thing_classes=MetadataCatalog.get("stream").thing_classes, stuff_classes=["sky", "grass", "road"])
+    cfg.DATASETS.TRAIN, cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = ("stuff",), detector, 3
+    build_stream_loader(cfg, 0)
+    cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 2
+    if detector == "GeneralizedRCNN":
+        build_stream_loader(cfg, 0)
+        return
+    with pytest.raises(UserError) as caught:
+        build_stream_loader(cfg, 0)
+    assert str(caught.value) == (
+        "The semantic segmentation of the dataset stuff has 3 classes (stuff_classes), but MODEL.SEM_SEG_HEAD.NUM_CLASSES is 2."
+    )
+
+
 def test_an_unknown_sampler(cfg: CfgNode) -> None:
     """Check that the message lists the available samplers."""
     cfg.DATALOADER.SAMPLER_TRAIN = "Shuffler"

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import get_detection_dataset_dicts
+from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.common import DatasetFromList
 from detectron2.data.samplers import RandomSubsetTrainingSampler, RepeatFactorTrainingSampler, TrainingSampler
@@ -230,12 +230,21 @@ def _check_masks(cfg: CfgNode, dicts: list[dict]) -> None:
 
 
 def _check_semantic_segmentation(cfg: CfgNode, dicts: list[dict]) -> None:
-    detector = detector_of(cfg)
-    for image in dicts if detector in ("PanopticFPN", "SemanticSegmentor") else ():
+    detector, predicted = detector_of(cfg), cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    if detector not in ("PanopticFPN", "SemanticSegmentor"):
+        return
+    for image in dicts:
         if "sem_seg_file_name" not in image:
             raise UserError(
                 f"DATASETS.TRAIN {', '.join(cfg.DATASETS.TRAIN)}: {image['file_name']} has no semantic segmentation (sem_seg_file_name), which "
                 f"{detector} is trained on; register the dataset like Detectron2's coco_2017_train_panoptic_separated, in a file passed with --import."
+            )
+    for name in cfg.DATASETS.TRAIN:
+        annotated = len(MetadataCatalog.get(name).get("stuff_classes") or ())
+        if annotated > predicted:
+            raise UserError(
+                f"The semantic segmentation of the dataset {name} has {annotated} classes (stuff_classes), but MODEL.SEM_SEG_HEAD.NUM_CLASSES "
+                f"is {predicted}."
             )
 
 
