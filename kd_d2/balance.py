@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .errors import UserError
 from .gradients import LogAverages, gradient_norm, gradients_of, mean_of_processes
-from .inheritance import component_of
+from .inheritance import bottom_up_of, component_of
 from .level_balance import LevelBalance
 
 
@@ -186,5 +186,6 @@ def shared_parameters(student: nn.Module) -> list[nn.Parameter]:
         raise UserError(
             "The student's backbone is fully frozen (MODEL.BACKBONE.FREEZE_AT), so there is no gradient to measure."
         )
-    neck = [p for name, p in trained.items() if component_of(name) == "neck"]
+    bottom_up = bottom_up_of(student)
+    neck = [p for name, p in trained.items() if component_of(name, bottom_up) == "neck"]
     return neck or list(trained.values())

@@ -387,6 +387,13 @@ def test_parameters_that_all_losses_share(tiny_detector: Callable) -> None:
         shared_parameters(retinanet)
 
 
+def test_parameters_of_the_neck_of_a_vitdet() -> None:
+    """Check that a SimpleFeaturePyramid's `net` is not shared, as it is no neck."""
+    student = nn.Module()
+    student.backbone = nn.ModuleDict({"net": nn.Linear(2, 2), "simfp_2": nn.Linear(2, 2)})
+    assert {*shared_parameters(student)} == {*student.backbone["simfp_2"].parameters()}
+
+
 class Auxiliary(Distiller):
     """Returns 4 times the mean of the student's first level as `loss_a`, its own parameter as `loss_a_aux_own`."""
 
