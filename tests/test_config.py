@@ -895,6 +895,15 @@ def test_the_dumped_student_needs_no_frequencies_of_classes(files: Files) -> Non
     build_model(plain)
 
 
+def test_a_teacher_needs_no_frequencies_of_classes(files: Files) -> None:
+    """Check that a teacher trained with the federated loss is built without its training set."""
+    opts = ["MODEL.ROI_BOX_HEAD.USE_FED_LOSS", True, "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True]
+    files.teacher.write_text(f"_BASE_: {TINY / 'faster-rcnn-teacher.yaml'}\n")
+    teacher = load_teacher_config(load_config(str(files.student(MODEL__KD__TEACHER__OPTS=opts))))
+    assert teacher.MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE
+    build_model(teacher)
+
+
 def test_the_dumped_config_reads_as_itself(files: Files) -> None:
     cfg = load_config(str(files.student(MODEL__KD__STRUCTURAL__END_ITER=90)))
     dumped = files.folder / "dumped.yaml"

@@ -110,7 +110,7 @@ def _resolve_paths(cfg: CN, folder: str, student_only: bool, needs_data: bool, n
 
 
 def load_teacher_config(cfg: CN) -> CN:
-    """Load the teacher's full config, with the checkpoint to load in MODEL.WEIGHTS, and the student's device.
+    """Load the teacher's full config, with the checkpoint to load in MODEL.WEIGHTS, the student's device, and no federated loss.
 
     If the config has KDMetaArch, the teacher is its student.
     """
@@ -124,6 +124,7 @@ def load_teacher_config(cfg: CN) -> CN:
     if teacher_cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH:
         teacher_cfg.MODEL.META_ARCHITECTURE = teacher_cfg.MODEL.KD.STUDENT
     teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
+    teacher_cfg.MODEL.ROI_BOX_HEAD.USE_FED_LOSS = False  # which needs its training set, for training only
     if node.WEIGHTS:
         teacher_cfg.MODEL.WEIGHTS = node.WEIGHTS
     elif is_zoo_file(path):
