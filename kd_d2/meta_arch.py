@@ -12,19 +12,12 @@ from torch import Tensor, nn
 from .adapters import PARTS, DetectorOutputs, build_adapter
 from .balance import GradientBalance, shared_parameters
 from .distillers import DISTILLER_REGISTRY, Distiller, Losses, Pair, Schedule, build_distiller
+from .distillers.base import in_words
 from .errors import UserError
 from .modeling.building import building_from
 from .pseudo_labels import Annotations, PseudoLabels
 from .teacher import Teacher
 from .transfer import instances_on_device
-
-PARTS_IN_WORDS = {
-    "dense": "dense predictions",
-    "distributions": "distributions of box sides",
-    "proposals": "a box head that classifies proposals by softmax",
-    "towers": "a dense head with two convolutional towers",
-}
-"""Descriptions of the outputs that distillers need, for messages in which the name is not clear."""
 
 
 @META_ARCH_REGISTRY.register()
@@ -132,10 +125,10 @@ class KDMetaArch(nn.Module):
                 ("student", student, distiller.needs),
                 ("teacher", teacher, distiller.needs_of_teacher),
             ):
-                lacking = [PARTS_IN_WORDS.get(part, part) for part in sorted(needs - spec.provides)]
+                lacking = needs - spec.provides
                 if lacking:
                     raise UserError(
-                        f"The distiller {name} needs {' and '.join(lacking)}, which the {whose} ({spec.name}) does not have."
+                        f"The distiller {name} needs {in_words(lacking)}, which the {whose} ({spec.name}) does not have."
                     )
 
     @property

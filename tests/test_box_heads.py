@@ -443,7 +443,8 @@ def test_what_is_read_follows_from_the_student(build: Callable, node: str) -> No
         ("DKD", "faster", "retinanet", r"DKD needs a box head that classifies .* which the teacher \(RetinaNet\) does not have\."),
         ("DIST", "faster", "retinanet", r"DIST needs a box head that classifies .* which the teacher \(RetinaNet\) does not"),
         ("DIST", "retinanet", "faster", r"DIST needs dense predictions, which the teacher \(GeneralizedRCNN\) does not have\."),
-        ("SoftLabel", "panoptic", "panoptic", r"SoftLabel needs dense predictions, which the student \(PanopticFPN\) does not"),
+        ("SoftLabel", "panoptic", "panoptic", r"SoftLabel needs dense predictions or a box head that classifies proposals by softmax, neither of which the student \(PanopticFPN\) has\."),
+        ("DIST", "panoptic", "faster", r"DIST needs dense predictions or a box head .*, neither of which the student \(PanopticFPN\) has\."),
     ],
 )  # fmt: skip
 def test_pairs_that_cannot_are_told_in_a_sentence(

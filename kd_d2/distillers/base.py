@@ -59,6 +59,20 @@ class ParamGroup:
     optimizer: OptimizerSettings | None = None
 
 
+PARTS_IN_WORDS = {
+    "dense": "dense predictions",
+    "distributions": "distributions of box sides",
+    "proposals": "a box head that classifies proposals by softmax",
+    "towers": "a dense head with two convolutional towers",
+}
+"""Descriptions of the outputs that distillers need, for messages in which the name is not clear."""
+
+
+def in_words(parts: frozenset[str]) -> str:
+    """Return a description of outputs that distillers need."""
+    return " and ".join(PARTS_IN_WORDS.get(part, part) for part in sorted(parts))
+
+
 class Distiller(nn.Module):
     """Base class of distillation methods.
 
@@ -135,7 +149,12 @@ class Distiller(nn.Module):
         self.weight = default if config.weight is None else config.weight
         self.relative_weight = self.weight / default if default else 1.0
         other = self.alternative_needs
-        if other is not None and other <= pair.student.provides and not self.needs <= pair.student.provides:
+        if other is not None and not self.needs <= pair.student.provides:
+            if not other <= pair.student.provides:
+                needs, others = (in_words(parts - pair.student.provides) for parts in (self.needs, other))
+                raise UserError(
+                    f"The distiller {type(self).__name__} needs {needs} or {others}, neither of which the student ({pair.student.name}) has."
+                )
             self.needs = other
 
     def weigh_losses(self, *weights: float, optional: Collection[str]) -> dict[str, float]:
