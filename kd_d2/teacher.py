@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.modeling.meta_arch import SemanticSegmentor
+from detectron2.modeling.proposal_generator.rrpn import RRPN
 from torch import nn
 
 from .adapters import DetectorOutputs, DetectorSpec, build_adapter
@@ -111,12 +113,17 @@ class Teacher:
         return self.adapter.run(self.to_input_format(batched_inputs), want)
 
     def check_detects(self) -> None:
-        """Raise a UserError if the model detects in precomputed proposals, which the datasets do not have."""
-        if getattr(self.model, "proposal_generator", self) is None:
-            raise UserError(
-                f"The teacher ({self.spec.name}) cannot detect: its MODEL.PROPOSAL_GENERATOR.NAME is PrecomputedProposals, which are not "
-                "supported."
-            )
+        """Raise a UserError if the model needs precomputed proposals, or predicts no boxes or rotated ones."""
+        generator = getattr(self.model, "proposal_generator", self)
+        if generator is None:
+            reason = "its MODEL.PROPOSAL_GENERATOR.NAME is PrecomputedProposals, which are not supported"
+        elif isinstance(generator, RRPN):
+            reason = "its MODEL.PROPOSAL_GENERATOR.NAME is RRPN, whose rotated boxes are not supported"
+        elif isinstance(self.model, SemanticSegmentor):
+            reason = "it predicts only semantic segmentation"
+        else:
+            return
+        raise UserError(f"The teacher ({self.spec.name}) cannot detect: {reason}.")
 
     def to_input_format(self, batched_inputs: list[dict]) -> list[dict]:
         """Return the inputs with images in the teacher's channel order."""

@@ -187,6 +187,36 @@ def test_teachers_whose_detections_are_no_labels(tiny_detector: Callable) -> Non
     assert "student (PanopticFPN) is trained on masks, which the teacher" in refused("panoptic", "faster")
 
 
+ROTATED = {
+    "PROPOSAL_GENERATOR": {"NAME": "RRPN"},
+    "ANCHOR_GENERATOR": {"NAME": "RotatedAnchorGenerator"},
+    "RPN": {"BBOX_REG_WEIGHTS": (1.0,) * 5},
+    "ROI_HEADS": {"NAME": "RROIHeads"},
+    "ROI_BOX_HEAD": {"POOLER_TYPE": "ROIAlignRotated", "BBOX_REG_WEIGHTS": (10.0, 10.0, 5.0, 5.0, 1.0)},
+}
+"""Keys of MODEL of an R-CNN with rotated boxes."""
+
+
+def test_teachers_that_cannot_detect(tiny_detector: Callable) -> None:
+    """Check rotated boxes and semantic segmentation; the proposals of an RPN can be evaluated."""
+
+    def refused(kind: str, **keys: object) -> str:
+        with pytest.raises(UserError) as caught:
+            Teacher(tiny_detector(kind, {"MODEL": keys})).check_detects()
+        return str(caught.value)
+
+    rotated = "cannot detect: its MODEL.PROPOSAL_GENERATOR.NAME is RRPN, whose rotated boxes are not supported."
+    assert refused("faster", **ROTATED) == f"The teacher (GeneralizedRCNN) {rotated}"
+    assert (
+        refused("faster", **ROTATED, META_ARCHITECTURE="ProposalNetwork") == f"The teacher (ProposalNetwork) {rotated}"
+    )
+    expected = "The teacher (SemanticSegmentor) cannot detect: it predicts only semantic segmentation."
+    assert refused("panoptic", META_ARCHITECTURE="SemanticSegmentor") == expected
+    Teacher(tiny_detector("faster", {"MODEL": {"META_ARCHITECTURE": "ProposalNetwork"}})).check_detects()
+    assert Teacher(tiny_detector("faster", {"MODEL": ROTATED})).spec.provides >= {"features"}
+    assert "detections" not in Teacher(tiny_detector("faster", {"MODEL": ROTATED})).spec.provides
+
+
 def _without_annotations(project: Project) -> None:
     """Remove annotations and classes from the training set; another dataset has the annotated images for testing."""
     annotated = project.annotations.read_text()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from detectron2.modeling.meta_arch import GeneralizedRCNN
+from detectron2.modeling.proposal_generator.rrpn import RRPN
 from detectron2.modeling.roi_heads import (
     CascadeROIHeads,
     FastRCNNOutputLayers,
@@ -36,7 +37,9 @@ class RCNNAdapter(DetectorAdapter):
 
     @property
     def provides(self) -> frozenset[str]:
-        parts = {"features", "detections", "targets", *self.parts_of_instances}
+        parts = {"features", "targets", *self.parts_of_instances}
+        if not isinstance(self.model.proposal_generator, RRPN):  # whose boxes are rotated
+            parts.add("detections")
         if hasattr(self.model.proposal_generator, "anchor_generator"):
             strides = self._rpn_strides()
             if len({*strides}) == len(strides):
