@@ -6,6 +6,7 @@ import math
 
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.meta_arch import SemanticSegmentor
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
@@ -130,6 +131,15 @@ class KDMetaArch(nn.Module):
                     raise UserError(
                         f"The distiller {name} needs {in_words(lacking)}, which the {whose} ({spec.name}) does not have."
                     )
+        if (
+            self.labels.needs
+            and isinstance(self.student, SemanticSegmentor)
+            and not any("targets" in distiller.needs for distiller in self.distillers.values())
+        ):
+            raise UserError(
+                f"MODEL.KD.PSEUDO_LABELS has no effect: the student ({student.name}) is trained on semantic segmentation, and no method of "
+                "MODEL.KD.DISTILLERS uses objects."
+            )
 
     @property
     def device(self):

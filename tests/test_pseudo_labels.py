@@ -12,6 +12,7 @@ from typing import Any
 from kd_d2 import KDMetaArch, Teacher, UserError, load_config
 from kd_d2.adapters import DetectorOutputs, build_adapter
 from kd_d2.data import build_stream_loader, register_coco_json
+from kd_d2.distillers import DeFeat
 from kd_d2.distillers.icd.priors import compute_priors
 from kd_d2.distillers.icd.queries import ObservedFakeInstances
 from kd_d2.label_file import label_images
@@ -23,7 +24,7 @@ import torch
 from detectron2.data import DatasetCatalog
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
-from helpers import Project, clean_process, make_project, run_command, train
+from helpers import Project, clean_process, make, make_project, run_command, train
 
 KINDS = ("retinanet", "fcos", "atss", "gfl", "fsaf", "reppoints", "faster", "mask", "cascade", "panoptic")
 PSEUDO_LABELS = {"MODEL__KD__PSEUDO_LABELS__ENABLED": True, "MODEL__KD__PSEUDO_LABELS__SCORE_THRESH": 0.0}
@@ -215,6 +216,20 @@ def test_teachers_that_cannot_detect(tiny_detector: Callable) -> None:
     Teacher(tiny_detector("faster", {"MODEL": {"META_ARCHITECTURE": "ProposalNetwork"}})).check_detects()
     assert Teacher(tiny_detector("faster", {"MODEL": ROTATED})).spec.provides >= {"features"}
     assert "detections" not in Teacher(tiny_detector("faster", {"MODEL": ROTATED})).spec.provides
+
+
+def test_labels_without_effect_on_the_student(tiny_detector: Callable) -> None:
+    """Check a SemanticSegmentor, which is not trained on objects, alone and with a method that uses them."""
+    student = tiny_detector("panoptic", {"MODEL": {"META_ARCHITECTURE": "SemanticSegmentor"}})
+    teacher = Teacher(tiny_detector("faster"))
+    models = {"student": student, "teacher": teacher, "labels": PseudoLabels(0.3)}
+    with pytest.raises(UserError) as caught:
+        KDMetaArch(distillers={}, **models)
+    assert str(caught.value) == (
+        "MODEL.KD.PSEUDO_LABELS has no effect: the student (SemanticSegmentor) is trained on semantic segmentation, and no method of "
+        "MODEL.KD.DISTILLERS uses objects."
+    )
+    KDMetaArch(distillers={"DeFeat": make(DeFeat, build_adapter(student).spec, teacher.spec)}, **models)
 
 
 def _without_annotations(project: Project) -> None:
