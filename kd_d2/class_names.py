@@ -14,6 +14,7 @@ from detectron2.modeling import GeneralizedRCNN
 from torch import nn
 
 from .adapters import build_adapter
+from .adapters.adapter import WITHOUT_OBJECT_CLASSES
 from .checkpoint import CLASS_NAMES, read_checkpoint
 from .config_files import find_file
 from .data.coco import read_categories
@@ -140,7 +141,9 @@ def names_in_data(cfg: CfgNode, *, train: bool = False) -> ClassOrder | None:
 
 
 def match_classes(model: nn.Module, whose: str, own: ClassOrder | None, wanted: ClassOrder | None) -> None:
-    """Reorder a model's classes in place by permuting its weights. Do nothing if either order is unknown.
+    """Reorder a model's classes in place by permuting its weights.
+
+    Do nothing if either order is unknown, or the model does not classify objects.
 
     Args:
         model: detector with its weights.
@@ -151,7 +154,7 @@ def match_classes(model: nn.Module, whose: str, own: ClassOrder | None, wanted: 
     Raises:
         UserError: the class names differ, or this kind of detector does not support reordering.
     """
-    if own is None or wanted is None or own.names == wanted.names:
+    if own is None or wanted is None or own.names == wanted.names or isinstance(model, WITHOUT_OBJECT_CLASSES):
         return
     if sorted(own.names) != sorted(wanted.names):
         lacking = [name for name in wanted.names if name not in own.names]

@@ -13,6 +13,7 @@ from detectron2.modeling.proposal_generator.rrpn import RRPN
 from torch import nn
 
 from .adapters import DetectorOutputs, DetectorSpec, build_adapter
+from .adapters.adapter import WITHOUT_OBJECT_CLASSES
 from .checkpoint import load_complete
 from .class_names import (
     match_classes,
@@ -77,7 +78,8 @@ class Teacher:
             weights, input_format = teacher_cfg.MODEL.WEIGHTS, teacher_cfg.INPUT.FORMAT
             config = {key: value for key, value in changed_keys(teacher_cfg).items() if _determines_outputs(key)}
         load_complete(model, weights, "the teacher")
-        own, wanted = names_in_checkpoint(weights), names_in_data(cfg)
+        own = names_in_checkpoint(weights)
+        wanted = None if isinstance(model, WITHOUT_OBJECT_CLASSES) else names_in_data(cfg)
         if own is None and wanted and teacher_cfg is not None:
             own = _classes_in_training_data(cfg.MODEL.KD.TEACHER, teacher_cfg, wanted)
         match_classes(model, "the teacher", own, wanted)

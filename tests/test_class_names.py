@@ -1,5 +1,6 @@
 """Class names are stored in checkpoints, and models and data are matched by them."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -30,7 +31,16 @@ from detectron2.data import MetadataCatalog
 from detectron2.modeling import GeneralizedRCNN, PanopticFPN, RetinaNet, build_model
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
-from helpers import META_ARCHITECTURES, Project, clean_process, fixed_weights, make_project, make_trainer, run_train_net
+from helpers import (
+    META_ARCHITECTURES,
+    Project,
+    clean_process,
+    fixed_weights,
+    make_project,
+    make_trainer,
+    run_train_net,
+    save_fixed_weights,
+)
 from torch import nn
 
 OWN = ClassOrder(("red", "green", "blue"), "model.pth")
@@ -315,6 +325,30 @@ def test_a_teacher_without_class_names(tmp_path: Path, caplog: pytest.LogCapture
     assumed = f"The class order of the teacher is unknown; it is assumed to be that of the dataset {project.name} (red, green, blue)"
     assert assumed in logs[0] and "MODEL.KD.TEACHER.OPTS" in logs[0] and "reordered" not in logs[0]
     assert "The classes of the teacher are reordered to match" in logs[1] and "unknown" not in logs[1]
+
+
+@pytest.mark.parametrize("name", ["ProposalNetwork", "SemanticSegmentor"])
+def test_models_that_do_not_classify_objects(tiny_detector: Callable, name: str) -> None:
+    """Check that neither other names nor another order concern them."""
+    model = tiny_detector("panoptic", {"MODEL": {"META_ARCHITECTURE": name}})
+    before = copy.deepcopy(model.state_dict())
+    for own in (OTHER, ClassOrder(("purple",), "model.pth")):
+        match_classes(model, "the model", own, OWN)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_a_teacher_that_does_not_classify_objects(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Check that nothing is said about its classes, whether or not its checkpoint has the names of its data."""
+    project = make_project(tmp_path, "faster-rcnn")
+    project.change_teacher(MODEL__META_ARCHITECTURE="ProposalNetwork")
+    model = save_fixed_weights(project.teacher, project.teacher_weights)
+    cfg = load_config(str(project.student))
+    with clean_process(), caplog.at_level("INFO", "kd_d2"):
+        register_coco_json(cfg)
+        for names in ({}, {CLASS_NAMES: ["purple"]}):
+            torch.save({"model": model.state_dict(), **names}, project.teacher_weights)
+            Teacher.from_config(cfg)
+    assert "order" not in caplog.text
 
 
 def test_training_data_of_a_teacher_that_do_not_tell_its_order(

@@ -22,6 +22,9 @@ Registry of adapters. Each is called with the model and supports models of its `
 the one whose `model_class` comes first in the model's method resolution order.
 """
 
+WITHOUT_OBJECT_CLASSES = ProposalNetwork | SemanticSegmentor
+"""Detectron2's models that do not classify objects."""
+
 
 class DetectorAdapter:
     """Runs one family of detectors through its public components, without modifying the detector.
@@ -162,7 +165,7 @@ class BackboneAdapter(DetectorAdapter):
 
     @property
     def provides(self) -> frozenset[str]:
-        if isinstance(self.model, ProposalNetwork | SemanticSegmentor):
+        if isinstance(self.model, WITHOUT_OBJECT_CLASSES):
             return frozenset({"features", "targets"})
         return frozenset({"features", "detections", "targets"}) | self.parts_of_instances
 
