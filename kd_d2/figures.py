@@ -1,22 +1,31 @@
-"""Matplotlib with a non-interactive backend, and saving of figures."""
+"""Figures that are only saved. The backend and the settings of Matplotlib in the calling program do not change."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Collection
+from typing import Any
 
 import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from .text import label
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.text import Text
-
-matplotlib.rcParams["text.parse_math"] = False  # names may contain dollar signs
+without_math = matplotlib.rc_context({"text.parse_math": False})
+"""Decorator of functions that draw names, which may contain dollar signs."""
 
 
-def shrink_titles(figure: plt.Figure) -> None:
+def subplots(rows: int, columns: int, *, figsize: tuple[float, float], **options: Any) -> tuple[Figure, Any]:
+    """Return a figure with panels in constrained layout; `options` are those of `Figure.subplots`."""
+    figure = Figure(figsize=figsize, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, **options)
+
+
+@without_math
+def shrink_titles(figure: Figure) -> None:
     """Write each panel's title, shortened to one line, small enough for the width of the panel."""
     for axis in figure.axes:
         axis.title.set_text(label(axis.title.get_text()))
@@ -26,11 +35,11 @@ def shrink_titles(figure: plt.Figure) -> None:
         axis.title.set_size(axis.title.get_size() / max(excess, 1))
 
 
-def save_figure(figure: plt.Figure, path: str, wrapped: Collection[Text] = ()) -> None:
-    """Save a figure, creating the folder if needed, and close it. Each text, except those `wrapped`, is shortened to one line."""
+@without_math
+def save_figure(figure: Figure, path: str, wrapped: Collection[Text] = ()) -> None:
+    """Save a figure, creating the folder if needed. Each text, except those `wrapped`, is shortened to one line."""
     for text in figure.findobj(Text):
         if text not in wrapped:
             text.set_text(label(text.get_text()))
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from kd_d2 import UserError
 from kd_d2.analysis.errors import STAGES, ErrorCurves, analyze_errors, plots
-from kd_d2.figures import plt
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 CAT, DOG, CAR = 1, 2, 3
 CATEGORIES = [
@@ -157,9 +157,9 @@ def test_areas_are_means_over_recall() -> None:
 
 @pytest.mark.parametrize("length", [10, 62, 1000])
 def test_titles_of_any_length_fit_into_the_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int) -> None:
-    figures: list[plt.Figure] = []
+    figures: list[Figure] = []
 
-    def draw(figure: plt.Figure, path: str) -> None:
+    def draw(figure: Figure, path: str) -> None:
         save_figure(figure, path)
         figures.append(figure)
 
@@ -180,7 +180,7 @@ def test_titles_of_any_length_fit_into_the_plots(tmp_path: Path, monkeypatch: py
 
 
 def test_titles_with_an_underscore_are_in_the_legend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    figures: list[plt.Figure] = []
+    figures: list[Figure] = []
     monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
     curves = ErrorCurves(["cat"], np.tile(np.linspace(0, 1, 101), (1, 4, 7, 1)))
     plots.plot_error_shares({"_old": curves, "new": curves}, str(tmp_path / "plot.png"))

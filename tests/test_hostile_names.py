@@ -16,7 +16,6 @@ from kd_d2.analysis.errors.analysis import ErrorAnalysis
 from kd_d2.analysis.errors.curves import analyze_errors
 from kd_d2.analysis.examples import picture_name
 from kd_d2.data import check_coco_json
-from kd_d2.figures import plt
 from kd_d2.prediction import PredictOptions, find_inputs, predict
 from kd_d2.predictor import Category
 from kd_d2.report import Listing, Picture, Section, Table, render
@@ -110,9 +109,7 @@ def _errors(tmp_path: Path) -> ErrorAnalysis:
 def test_error_analysis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that each class has its own file in the folder `classes` and, like all together, four rows in the table."""
     drawn = []
-    monkeypatch.setattr(
-        "kd_d2.analysis.errors.plots.save_figure", lambda figure, path: (drawn.append(Path(path)), plt.close(figure))
-    )
+    monkeypatch.setattr("kd_d2.analysis.errors.plots.save_figure", lambda figure, path: drawn.append(Path(path)))
     found = _errors(tmp_path)
     (curves,) = found.curves.values()
     found.models = {"=title": type("", (), {"overall": curves.areas(), "classes": {n: curves.areas(n) for n in NAMES}})}

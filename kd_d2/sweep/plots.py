@@ -8,9 +8,11 @@ import statistics
 from typing import Any
 
 import matplotlib
+from matplotlib.figure import Figure
 from matplotlib.legend import Legend
+from matplotlib.lines import Line2D
 
-from ..figures import plt, save_figure, shrink_titles
+from ..figures import save_figure, shrink_titles, subplots, without_math
 from ..text import wrapped_label
 from .results import is_box_ap
 from .table import Row
@@ -22,11 +24,12 @@ Curves = dict[str, list[tuple[int, float]]]
 """Points (iteration, value) by metric: "bbox/AP" or "<test set>/bbox/AP", "total_loss", "loss_..."."""
 
 
+@without_math
 def plot_ap(rows: list[Row], path: str) -> None:
     """Plot mean AP and AP50 as bars, each seed as a dot, and the teacher as a line."""
     students = [row for row in rows if row.name != "teacher"]
     teacher = next((row for row in rows if row.name == "teacher"), None)
-    figure, axes = plt.subplots(1, 2, figsize=(11, 0.45 * len(students) + 1.6), sharey=True, layout="constrained")
+    figure, axes = subplots(1, 2, figsize=(11, 0.45 * len(students) + 1.6), sharey=True)
     for axis, column in zip(axes, ("AP", "AP50")):
         for place, row in enumerate(students):
             values = row.scores[column]
@@ -50,6 +53,7 @@ def plot_ap(rows: list[Row], path: str) -> None:
     save_figure(figure, path)
 
 
+@without_math
 def plot_curves(curves: dict[str, Curves], path: str) -> None:
     """Plot AP and every loss over the iterations, one line per training.
 
@@ -63,7 +67,7 @@ def plot_curves(curves: dict[str, Curves], path: str) -> None:
         return
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.1 * rows), squeeze=False, layout="constrained")
+    figure, axes = subplots(rows, columns, figsize=(4.2 * columns, 3.1 * rows), squeeze=False)
     for axis, key in zip(axes.flat, panels):
         for index, of_training in enumerate(curves.values()):
             points = of_training.get(key)
@@ -78,13 +82,13 @@ def plot_curves(curves: dict[str, Curves], path: str) -> None:
             axis.set_ylim(bottom=0)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
-    lines = [plt.Line2D([], [], label=wrapped_label(title), **look(i, len(curves))) for i, title in enumerate(curves)]
+    lines = [Line2D([], [], label=wrapped_label(title), **look(i, len(curves))) for i, title in enumerate(curves)]
     legend = _add_legend(figure, lines)
     shrink_titles(figure)
     save_figure(figure, path, legend.get_texts())
 
 
-def _add_legend(figure: plt.Figure, lines: list[plt.Line2D]) -> Legend:
+def _add_legend(figure: Figure, lines: list[Line2D]) -> Legend:
     """Add a legend of up to three columns below the panels, which keep their height, and enlarge the figure for it."""
     place = {"handles": lines, "loc": "outside lower center", "fontsize": 8}
     single = figure.legend(**place)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+from matplotlib.axes import Axes
 
-from ...figures import plt, save_figure, shrink_titles
+from ...figures import save_figure, shrink_titles, subplots, without_math
 from .curves import RECALLS, SIZES, STAGES, ErrorCurves
 
 COLORS = ("white", "0.82", "#6fa8dc", "#e06666", "#8fc97a", "#b490d6", "#f6b26b")
 MEANINGS = ("IoU 0.75", "IoU 0.5", "localization", "similar class", "other class", "background", "missed")
 
 
+@without_math
 def plot_error_curves(
     models: dict[str, ErrorCurves], path: str, name: str | None = None, sizes: tuple = ("all",)
 ) -> None:
@@ -20,9 +22,7 @@ def plot_error_curves(
         models: curves by title.
         name: name of a class; None for the mean over classes.
     """
-    figure, axes = plt.subplots(
-        len(sizes), len(models), figsize=(4.6 * len(models), 3.9 * len(sizes)), squeeze=False, layout="constrained"
-    )
+    figure, axes = subplots(len(sizes), len(models), figsize=(4.6 * len(models), 3.9 * len(sizes)), squeeze=False)
     for column, (title, curves) in zip(axes.T, models.items(), strict=True):
         of_sizes = curves.overall if name is None else curves.precision[curves.class_names.index(name)]
         for axis, size in zip(column, sizes, strict=True):
@@ -32,7 +32,7 @@ def plot_error_curves(
     save_figure(figure, path)
 
 
-def _draw(axis: plt.Axes, curves: np.ndarray) -> None:
+def _draw(axis: Axes, curves: np.ndarray) -> None:
     below = np.zeros_like(RECALLS)
     for curve, color, stage, meaning in zip(curves, COLORS, STAGES, MEANINGS, strict=True):
         area = f"[{curve.mean():.3f}]".replace("[0.", "[.") if not np.isnan(curve).any() else "[-]"
@@ -44,9 +44,10 @@ def _draw(axis: plt.Axes, curves: np.ndarray) -> None:
     axis.legend(loc="lower left", fontsize=7, framealpha=0.9)
 
 
+@without_math
 def plot_error_shares(models: dict[str, ErrorCurves], path: str) -> None:
     """Plot the cost of each error type by object size, with the models side by side (overall, in AP points)."""
-    figure, axes = plt.subplots(1, len(SIZES), figsize=(3.4 * len(SIZES), 3.6), sharey=True, layout="constrained")
+    figure, axes = subplots(1, len(SIZES), figsize=(3.4 * len(SIZES), 3.6), sharey=True)
     width = 0.8 / len(models)
     for axis, size in zip(axes, SIZES, strict=True):
         for index, curves in enumerate(models.values()):

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 from matplotlib.colors import LogNorm
 
-from ...figures import plt, save_figure
+from ...figures import save_figure, subplots, without_math
 from ..drawing import enlarged, overlay_heat, per_pixel, sheet, titled
 from .statistics import FeatureStatistics
 
@@ -14,15 +14,14 @@ SIDE = 240  # shorter side of a picture, in pixels
 TILE = 200  # shorter side of a channel, in pixels
 
 
+@without_math
 def plot_neighbors(rows: dict[str, FeatureStatistics], path: str) -> None:
     """Plot 2D histograms of features and their right neighbors, one row per model, one column per level.
 
     The axes range from the 0.5th to the 99.5th percentile; lighter colors are larger counts.
     """
     most = max(len(statistics.pairs) for statistics in rows.values())
-    figure, axes = plt.subplots(
-        len(rows), most, figsize=(2.3 * most, 2.3 * len(rows)), squeeze=False, layout="constrained"
-    )
+    figure, axes = subplots(len(rows), most, figsize=(2.3 * most, 2.3 * len(rows)), squeeze=False)
     for line, (title, statistics) in zip(axes, rows.items()):
         correlations = statistics.mean_correlations()
         for axis in line[len(statistics.pairs) :]:

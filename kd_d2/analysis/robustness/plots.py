@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...figures import plt, save_figure
+from ...figures import save_figure, subplots, without_math
 from ..drawing import sheet, titled
 from .corruptions import corrupt
 from .metrics import CLEAN_SEVERITY, Robustness
@@ -12,15 +12,14 @@ from .metrics import CLEAN_SEVERITY, Robustness
 COLUMNS = 4
 
 
+@without_math
 def plot_robustness(models: dict[str, Robustness], path: str, metric: str = "AP") -> None:
     """Plot the metric over severity (0: clean), one line per model: a panel per corruption and one for the mean."""
     corruptions = list(next(iter(models.values())).corrupted)
     panels = ["mean of all", *corruptions]
     rows = -(-len(panels) // COLUMNS)
     columns = min(COLUMNS, len(panels))
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(2.7 * columns, 2.3 * rows + 0.4), sharey=True, squeeze=False, layout="constrained"
-    )
+    figure, axes = subplots(rows, columns, figsize=(2.7 * columns, 2.3 * rows + 0.4), sharey=True, squeeze=False)
     for axis, panel in zip(axes.flat, panels):
         for index, robustness in enumerate(models.values()):
             points = robustness.by_severity(panel if panel in corruptions else None, metric)
