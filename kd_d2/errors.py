@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import logging
 import math
 import os
 import re
@@ -119,6 +120,7 @@ def exit_on_user_error() -> Iterator[None]:
     escaped. Also keeps control characters out of the logs.
     """
     keep_controls_out_of_logs()
+    logging.raiseExceptions = False  # do not print a traceback per message if the log file cannot be written
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115

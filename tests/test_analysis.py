@@ -31,6 +31,7 @@ from kd_d2.analysis.base import as_text, is_analysis, nanmean
 from kd_d2.analysis.drawing import write_picture
 from kd_d2.analysis.errors import ErrorAnalysis
 from kd_d2.analysis.examples import read_examples
+from kd_d2.analysis.features import FeatureAnalysis
 from kd_d2.analysis.models import read_annotations, restrict_images
 from kd_d2.analysis.ranks import RankAnalysis
 from kd_d2.files import read_json, write_json
@@ -309,10 +310,51 @@ def test_the_same_images_in_several_folders(tmp_path: Path, monkeypatch: pytest.
         for output in ("one", "two", str(tmp_path / "one")):
             Path(output).mkdir(exist_ok=True)
             models = load_models([(str(project.student), str(project.teacher_weights))])
-            restrict_images(models, 2, output)
-            assert len(DatasetCatalog.get(models[0].dataset)) == 2
-            identities.append(models[0].identity())
+            (restricted,) = restrict_images(models, 2, output)
+            assert len(DatasetCatalog.get(restricted.dataset)) == 2
+            assert len(DatasetCatalog.get(models[0].dataset)) == 6
+            identities.append(restricted.identity())
     assert identities[0] == identities[2]
+
+
+def test_analyses_of_the_same_models(tmp_path: Path) -> None:
+    """Check that an analysis of some images leaves the models, with frozen configs, to others of all images."""
+    project = make_project(tmp_path)
+    with clean_process():
+        models = load_models([(project.student, project.teacher_weights)])  # paths that are no text
+        models[0].cfg.freeze()
+        FeatureAnalysis.run(models, str(tmp_path / "two"), images=2, pictures=0, channels=0)
+        found = FeatureAnalysis.run(models, str(tmp_path / "five"), images=5, pictures=0, channels=0)
+        assert "Means over 5 images" in found.summary()
+        models[0].down_to(0.01)
+        assert len(DatasetCatalog.get(models[0].dataset)) == 6
+
+
+def test_a_single_path_is_no_list_of_models(tmp_path: Path) -> None:
+    for path in ("output/plain", Path("output/plain")):
+        with pytest.raises(UserError, match=r"The models are a list of paths, such as \['output/plain'\]"):
+            load_models(path)
+
+
+def test_plots_leave_matplotlib_alone(tmp_path: Path) -> None:
+    """Check the backend, parsing of formulas and open figures of a program that imports all plots, and a name with dollars."""
+    code = (
+        "import matplotlib; matplotlib.use('svg')\n"
+        "import kd_d2.sweep.plots as plots, kd_d2.analysis.errors.plots, kd_d2.analysis.features.plots\n"
+        "import kd_d2.analysis.robustness.plots\n"
+        "curves = {r'$x_{': {'total_loss': [(1, 2.0), (2, 1.0)]}}\n"
+        f"plots.plot_curves(curves, {str(tmp_path / 'curves.png')!r})\n"
+        "from matplotlib import pyplot\n"
+        "assert matplotlib.get_backend() == 'svg' and matplotlib.rcParams['text.parse_math']\n"
+        "assert pyplot.get_fignums() == []\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    assert (tmp_path / "curves.png").exists()
+
+
+def test_a_section_before_it_is_saved() -> None:
+    """Check that it has no pictures, such as those of the working directory."""
+    assert not any(isinstance(block, Picture) for block in ErrorAnalysis({}).section().blocks)
 
 
 def test_nan_is_null_in_files(tmp_path: Path) -> None:

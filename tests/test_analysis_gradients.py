@@ -108,10 +108,12 @@ def test_what_is_measured_and_the_suggested_weights(
     monkeypatch.setattr(gradients, "build_stream_loader", lambda cfg, seed: range(10 * seed, 10 * seed + 10))
     monkeypatch.setattr(gradients, "measure_gradients", measure)
     cfg = load_config(str(make_project(tmp_path, SOLVER__MAX_ITER=90, SOLVER__STEPS=()).student))
+    before = torch.initial_seed()
     for seed, options in ((7, {}), (-1, {"batches": 2, "iteration": 0})):
         cfg.SEED = seed
         found = GradientAnalysis.run([Distillation("one", cfg, "")], str(tmp_path / "found"), **options)
     assert seen == [([70, 71, 72, 73], 89, 7), ([0, 1], 0, 0)]
+    assert torch.initial_seed() == before  # the caller's random numbers go on
     assert capsys.readouterr().out == "B is not active in iteration 89; choose another with --iteration.\n"
     assert found.methods == {"A": MethodWeight(0.5, 4.0, 16.0), "B": MethodWeight(0.0, 1.0, None)}
     losses, methods = found.tables()

@@ -345,6 +345,14 @@ def test_what_cannot_be_recorded(
     assert not (tmp_path / "found" / "student" / "model_final.pth").exists()
 
 
+def test_errors_in_a_program_of_ones_own(tmp_path: Path) -> None:
+    """Check that an error of the training is raised, as by other analyses, instead of ending the process."""
+    project = make_project(tmp_path, **KEYS)
+    models = LossMapAnalysis.read_models([str(project.student)], [])
+    with clean_process(), pytest.raises(UserError, match="--every is 5, but"):
+        LossMapAnalysis.run(models, str(tmp_path / "found"), every=5)
+
+
 def test_what_cannot_be_drawn(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     """Check a run without records, a level that does not exist, and runs with different images."""
     project = make_project(tmp_path / "project", **{**KEYS, "SOLVER__MAX_ITER": 1})

@@ -2,7 +2,7 @@
 
     from kd_d2.analysis import errors, load_models
 
-    models = load_models([("plain", "output/plain"), ("distilled", "output/distilled")])
+    models = load_models(["plain=output/plain", "distilled=output/distilled"])
     result = errors.ErrorAnalysis.run(models, "output/errors")
     result.save("output/errors")
 

@@ -119,8 +119,10 @@ class Analysis(ABC):
         return "\n\n".join(parts)
 
     def section(self) -> Section:
-        """Return the section of a report, with the pictures in `folder`."""
+        """Return the section of a report, with the pictures in `folder`, if it is saved."""
         section = Section(self.title, self.sentences(), [*self.tables(), *self.details()])
+        if self.folder is None:
+            return section
         listed = {name for names in _listed_pictures(self.folder).values() for name in names}
         for pattern, caption in self.figures.items():
             for name in _matches(self.folder, pattern):

@@ -16,12 +16,14 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from ..balance import shared_parameters
+from ..config import thawed
 from ..data import build_stream_loader
 from ..engine.checks import check_schedule
 from ..engine.trainer import load_initial_weights
 from ..files import check_output_folder
 from ..gradients import gradients_of, loss_gradient
 from ..meta_arch import KDMetaArch
+from ..random_state import preserved_random_state
 from ..report.page import Table
 from .base import Analysis, as_text, check_at_least
 from .models import Distillation, load_distillations
@@ -109,14 +111,17 @@ class GradientAnalysis(Analysis):
         cfg = distillation.cfg
         check_schedule(cfg, 1)
         seed = max(cfg.SEED, 0)
-        seed_all_rng(seed)
-        model = build_for_training(distillation).train()
-        check_output_folder(output, "--output")
         iteration = cfg.SOLVER.MAX_ITER - 1 if iteration is None else iteration
-        for name in model.distillers:
-            if not model.schedules[name].is_active(iteration):
-                print(f"{name} is not active in iteration {iteration}; choose another with --iteration.", flush=True)
-        found = measure_gradients(model, islice(build_stream_loader(cfg, seed), batches), iteration)
+        with preserved_random_state():
+            seed_all_rng(seed)
+            model = build_for_training(distillation).train()
+            check_output_folder(output, "--output")
+            for name in model.distillers:
+                if not model.schedules[name].is_active(iteration):
+                    print(
+                        f"{name} is not active in iteration {iteration}; choose another with --iteration.", flush=True
+                    )
+            found = measure_gradients(model, islice(build_stream_loader(cfg, seed), batches), iteration)
         target = cfg.MODEL.KD.BALANCE.TARGET
         methods = {}
         for name in model.distillers:
@@ -153,7 +158,7 @@ class GradientAnalysis(Analysis):
 
 def build_for_training(distillation: Distillation) -> KDMetaArch:
     """Build student and teacher without balancing; the student from the checkpoint, or as at the start of training."""
-    cfg = distillation.cfg.clone()
+    cfg = thawed(distillation.cfg)
     cfg.MODEL.KD.BALANCE.ENABLED = False
     distillation = Distillation(distillation.title, cfg, distillation.weights)
     if not distillation.weights:

@@ -19,8 +19,9 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
 from ..arguments import add_launch_arguments
-from ..engine import KDTrainer, launch, setup, write_configs
+from ..engine import KDTrainer, setup, write_configs
 from ..engine.checks import check_distillation
+from ..engine.launch import run_processes
 from ..engine.learning_rate import scale_to_world_size
 from ..engine.rank_states import preserved_loss_normalizers
 from ..errors import UserError
@@ -133,7 +134,7 @@ class LossMapAnalysis(Analysis):
                 eval_teacher=False,
                 **LAUNCH_DEFAULTS | launch_options,
             )
-            launch(train_with_loss_maps, args)
+            run_processes(train_with_loss_maps, args)
             comm.synchronize()
         picture, *found = draw_loss_maps(folders, stride)
         if comm.is_main_process():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import distiller_states, load_complete, local_path
 from ..class_names import match_classes, names_in_checkpoint, names_in_data, names_in_training_set
-from ..config import find_weights, load_config
+from ..config import find_weights, load_config, thawed
 from ..data import build_test_loader, register_coco_json, register_synthetic
 from ..distillers.matching import check_same_anchors
 from ..engine.checks import check_classes, check_datasets, check_distillation
@@ -30,8 +30,9 @@ from ..model_paths import ModelPath, read_model_paths
 from ..modeling.building import build_detector
 from ..text import folder_name
 
-Models = Sequence[str | Sequence[str]]
-"""Values of `--model`, each a string or a pair: [TITLE=]CONFIG_OR_RUN, and the weights if it is a config."""
+Path = str | os.PathLike[str]
+Models = Sequence[Path | Sequence[Path]]
+"""Values of `--model`, each a path or a pair: [TITLE=]CONFIG_OR_RUN, and the weights if it is a config."""
 
 
 @dataclass
@@ -86,7 +87,7 @@ class TrainedModel:
 
     def down_to(self, score_thresh: float) -> Self:
         """Return the model with a config in which score thresholds are at most `score_thresh`."""
-        cfg = self.cfg.clone()
+        cfg = thawed(self.cfg)
         for node in cfg.MODEL.values():
             if isinstance(node, CfgNode) and "SCORE_THRESH_TEST" in node:
                 node.SCORE_THRESH_TEST = min(node.SCORE_THRESH_TEST, score_thresh)
@@ -245,8 +246,15 @@ def load_distillations(models: Models, opts: Sequence[str] = (), *, train: bool 
 
 
 def read_paths(models: Models) -> list[ModelPath]:
-    """Call `read_model_paths` with strings or pairs."""
-    return read_model_paths([[model] if isinstance(model, str) else list(model) for model in models])
+    """Call `read_model_paths` with paths or pairs of them.
+
+    Raises:
+        UserError: see `read_model_paths`, or `models` is a single path.
+    """
+    if isinstance(models, str | os.PathLike):
+        raise UserError(f"The models are a list of paths, such as [{os.fspath(models)!r}], not a single path.")
+    pairs = ([model] if isinstance(model, str | os.PathLike) else model for model in models)
+    return read_model_paths([list(map(os.fspath, pair)) for pair in pairs])
 
 
 def read_annotations(dataset: str) -> dict:
@@ -261,8 +269,8 @@ def read_annotations(dataset: str) -> dict:
     return read_json(path)
 
 
-def restrict_images(models: Sequence[TrainedModel], count: int, output: str) -> None:
-    """Restrict the models' test set to `count` images, evenly spaced, and write their annotation file to `output`.
+def restrict_images(models: Sequence[TrainedModel], count: int, output: str) -> list[TrainedModel]:
+    """Return the models on a test set of `count` images, evenly spaced, whose annotation file is written to `output`.
 
     Raises:
         UserError: the dataset is not a single file in COCO format.
@@ -270,7 +278,7 @@ def restrict_images(models: Sequence[TrainedModel], count: int, output: str) -> 
     dataset = models[0].dataset
     tree = read_annotations(dataset)
     if count >= len(tree["images"]):
-        return
+        return list(models)
     chosen = [round(place) for place in np.linspace(0, len(tree["images"]) - 1, count)]
     images = [tree["images"][place] for place in chosen]
     ids = {image["id"] for image in images}
@@ -282,10 +290,12 @@ def restrict_images(models: Sequence[TrainedModel], count: int, output: str) -> 
         DatasetCatalog.remove(entry[0])
         MetadataCatalog.remove(entry[0])
     classes = names_in_data(models[0].cfg)
-    for model in models:
+    restricted = [replace(model, cfg=thawed(model.cfg)) for model in models]
+    for model in restricted:
         model.cfg.DATASETS.COCO_JSON = [entry]
         model.cfg.DATASETS.TEST = (entry[0],)
         register_coco_json(model.cfg, classes)
+    return restricted
 
 
 def _local_file(weights: str) -> str:

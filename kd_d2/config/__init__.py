@@ -14,7 +14,7 @@ from .library_keys import (
     register_config,
 )
 from .loading import load_config, load_teacher_config
-from .reading import changed_keys, check_overrides, read_config
+from .reading import changed_keys, check_overrides, read_config, thawed
 from .validation import validate_kd_config
 
 __all__ = [
@@ -35,5 +35,6 @@ __all__ = [
     "read_config",
     "reads_annotations",
     "register_config",
+    "thawed",
     "validate_kd_config",
 ]

@@ -41,6 +41,13 @@ def check_overrides(opts: Iterable[Any], source: str) -> None:
     merge(cfg, tree_from_opts(list(opts), source), source)
 
 
+def thawed(cfg: CN) -> CN:
+    """Return a copy of a config that can be changed, also if the config is frozen."""
+    copy = cfg.clone()
+    copy.defrost()
+    return copy
+
+
 def changed_keys(cfg: CN) -> dict[str, Any]:
     """Return the keys whose values differ from the defaults of Detectron2 and this library; tuples count as lists."""
     defaults = get_cfg()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import re
 import signal
@@ -22,23 +21,32 @@ from .stop_request import forwarded_to_children
 
 
 def launch(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
+    """Run `main(args)` in every process of the job as a program.
+
+    A UserError exits with status 2 and prints only its message; a signal exits with status 128 + the signal number.
+    """
+    with exit_on_user_error():
+        run_processes(main, args)
+
+
+def run_processes(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
     """Run `main(args)` in every process of the job.
 
     Under torchrun, the environment defines the rank of this process. Otherwise, Detectron2's launcher starts --num-gpus
     processes on each of --num-machines machines: one per GPU, or on CPUs if there is no GPU and MODEL.DEVICE is "cpu".
-    A UserError exits with status 2 and prints only its message; a signal exits with status 128 + the signal number.
+
+    Raises:
+        UserError: that of a process, or the arguments do not fit the machine.
     """
-    logging.raiseExceptions = False  # do not print a traceback per message if the log file cannot be written
-    with exit_on_user_error():
-        is_of_torchrun = _world_size() > 1
-        if is_of_torchrun and not torch.distributed.is_initialized():
-            _join_torchrun(_timeout(args))
-        else:
-            _check_processes(args)
-        if is_of_torchrun or args.num_gpus * args.num_machines <= 1:
-            main(args)
-        else:
-            _launch_several(main, args)
+    is_of_torchrun = _world_size() > 1
+    if is_of_torchrun and not torch.distributed.is_initialized():
+        _join_torchrun(_timeout(args))
+    else:
+        _check_processes(args)
+    if is_of_torchrun or args.num_gpus * args.num_machines <= 1:
+        main(args)
+    else:
+        _launch_several(main, args)
 
 
 def _world_size() -> int:

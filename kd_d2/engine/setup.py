@@ -19,7 +19,7 @@ from detectron2.utils.logger import setup_logger
 
 from ..checkpoint import checkpoint_files
 from ..class_names import as_comment, names_in_checkpoint, names_in_data, names_in_training_set
-from ..config import KD_META_ARCH, SolverKeys, changed_keys, detector_of, load_config, read_config
+from ..config import KD_META_ARCH, SolverKeys, changed_keys, detector_of, load_config, read_config, thawed
 from ..config_files import find_config_file
 from ..data import ClassOrder, register_coco_json, register_synthetic
 from ..files import check_output_folder, write_json, write_text
@@ -138,8 +138,7 @@ def _class_order(cfg: CfgNode, args: argparse.Namespace) -> ClassOrder | None:
 
 def student_config(cfg: CfgNode) -> CfgNode:
     """Return the student's plain Detectron2 config; only keys for this library's own detector or backbone are kept."""
-    plain = cfg.clone()
-    plain.defrost()
+    plain = thawed(cfg)
     if plain.MODEL.META_ARCHITECTURE == KD_META_ARCH:
         plain.MODEL.META_ARCHITECTURE = plain.MODEL.KD.STUDENT
     del plain.MODEL["KD"]

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..checkpoint import KDCheckpointer, UnreadableCheckpointError, checkpoint_files
 from ..class_names import match_classes, names_in_checkpoint, names_in_data
 from ..compiled import compile_backbone
-from ..config import KD_META_ARCH
+from ..config import KD_META_ARCH, thawed
 from ..data import build_stream_loader, build_test_loader
 from ..data.images import DataError
 from ..data.stream import BatchStream
@@ -179,8 +179,7 @@ class KDTrainer(DefaultTrainer):
             )
 
     def _open_stream(self) -> None:
-        cfg = self.cfg.clone()
-        cfg.defrost()
+        cfg = thawed(self.cfg)
         cfg.SEED = self.seed
         loader = self._trainer.data_loader = self.build_train_loader(cfg)
         stream = getattr(loader, "batch_sampler", None)
@@ -332,8 +331,7 @@ def evaluate_teacher(cfg: CfgNode, teacher: Teacher) -> dict:
     """Evaluate the teacher on DATASETS.TEST, at the student's image sizes and in the teacher's channel order."""
     teacher.check_detects()
     check_classes(cfg, teacher.model, TEACHERS_CLASSES)
-    cfg = cfg.clone()
-    cfg.defrost()
+    cfg = thawed(cfg)
     if teacher.flip_channels:
         cfg.INPUT.FORMAT = {"RGB": "BGR", "BGR": "RGB"}[cfg.INPUT.FORMAT]
     cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "teacher")

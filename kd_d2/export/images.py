@@ -8,6 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from torch import Tensor
 
+from ..config import thawed
 from ..data import read_image, register_coco_json, register_synthetic
 from ..data.coco.reader import MissingImagesError
 from .metadata import ExportMetadata
@@ -22,8 +23,7 @@ def dataset_files(cfg: CfgNode, split: str, count: int) -> list[str]:
         count: number of images.
     """
     register_synthetic()
-    cfg = cfg.clone()
-    cfg.defrost()
+    cfg = thawed(cfg)
     names, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = cfg.DATASETS[split], (), ()
     cfg.MODEL.MASK_ON = False  # only the images are used
     for name in names:

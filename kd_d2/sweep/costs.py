@@ -16,7 +16,7 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from fvcore.nn import FlopCountAnalysis
 from torch import nn
 
-from ..config import load_config, load_teacher_config
+from ..config import load_config, load_teacher_config, thawed
 from ..lazy_teacher import is_lazy_config
 from .matrix import Matrix
 
@@ -74,8 +74,7 @@ def _side(cfg: CfgNode) -> int:
 
 def _architecture(cfg: CfgNode) -> str:
     """Return a text that is equal for equal detectors, independent of their training."""
-    model = cfg.MODEL.clone()
-    model.defrost()
+    model = thawed(cfg.MODEL)
     model.KD, model.WEIGHTS, model.DEVICE = CfgNode(), "", ""
     return str(model)
 
@@ -117,8 +116,7 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _build(cfg: CfgNode) -> nn.Module:
-    cfg = cfg.clone()
-    cfg.defrost()
+    cfg = thawed(cfg)
     cfg.MODEL.WEIGHTS = ""
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"

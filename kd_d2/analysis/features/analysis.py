@@ -94,7 +94,7 @@ class FeatureAnalysis(Analysis):
         if teacher is not None and teacher not in titles:
             raise UserError(f"--teacher {teacher}: no --model has this title; available: {', '.join(titles)}.")
         check_output_folder(output, "--output")
-        restrict_images(models, images, output)
+        models = restrict_images(models, images, output)
         gatherer = FeatureGatherer([FeatureReader(model) for model in models], teacher, stride, channels)
         entries = DatasetCatalog.get(models[0].dataset)
         folders = ("differences", "channels")

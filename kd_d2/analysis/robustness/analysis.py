@@ -80,7 +80,7 @@ class RobustnessAnalysis(Analysis):
         check_at_least("--images", images, 1)
         check_output_folder(output, "--output")
         if images is not None:
-            restrict_images(models, images, output)
+            models = restrict_images(models, images, output)
         entries = DatasetCatalog.get(models[0].dataset)
         example = next((e for e in entries if e.get("annotations")), entries[0])
         picture = corruption_sheet(
