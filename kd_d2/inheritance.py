@@ -14,6 +14,7 @@ from .errors import UserError
 logger = logging.getLogger(__name__)
 INPUT_KEYS = {"input_format": "INPUT.FORMAT", "pixel_mean": "MODEL.PIXEL_MEAN", "pixel_std": "MODEL.PIXEL_STD"}
 """Config keys that determine a bottom-up network's input, by the detector's attribute."""
+COMPONENTS = ("bottom_up", "neck", "head")
 BOX_LAYERS = {"bbox_pred", "scales"}
 """Names of the layers whose outputs are in units of the kind of detector, and of the factors of these outputs."""
 
@@ -32,8 +33,13 @@ def inherit(student: nn.Module, teacher: nn.Module, modules: Collection[str]) ->
             backbone).
 
     Raises:
-        UserError: nothing fits, nothing of the bottom-up network fits, or the bottom-up networks' inputs differ.
+        UserError: a module has another name, nothing fits, nothing of the bottom-up network fits, or the bottom-up
+            networks' inputs differ.
     """
+    if isinstance(modules, str) or not {*modules} <= {*COMPONENTS}:
+        raise UserError(
+            f"The modules to inherit are {modules!r}; they must be a list of some of {', '.join(COMPONENTS)}."
+        )
     if "bottom_up" in modules:
         _check_same_input(student, teacher)
     bottom_up, teachers_bottom_up = bottom_up_of(student), bottom_up_of(teacher)

@@ -23,7 +23,7 @@ from .class_names import names_in_checkpoint, names_in_training_set
 from .data import read_image, register_synthetic
 from .data.coco import read_categories as read_category_entries
 from .data.images import resize_at_test
-from .engine.checks import check_supported
+from .engine.checks import check_plain, check_supported
 from .errors import UserError
 from .modeling.building import build_detector, lower_score_threshold
 
@@ -185,6 +185,7 @@ class Predictor(ImageDetector):
     """
 
     def __init__(self, cfg: CfgNode, score_thresh: float = 0.5):
+        check_plain(cfg)
         check_supported(cfg)
         model = build_detector(cfg).eval()
         load_complete(model, cfg.MODEL.WEIGHTS, "the detector")

@@ -512,6 +512,19 @@ def test_inheritance_of_nothing_is_an_error(student: nn.Module) -> None:
     )
 
 
+@pytest.mark.parametrize("modules", ["neck", ("neck", "heads")])
+def test_names_of_what_is_inherited(modules: object) -> None:
+    assert sentence(inherit, Toy(), Toy(), modules) == (
+        f"The modules to inherit are {modules!r}; they must be a list of some of bottom_up, neck, head."
+    )
+
+
+def test_checkpoints_by_path_objects(tmp_path: Path) -> None:
+    torch.save({"model": Toy().state_dict()}, tmp_path / "toy.pth")
+    assert read_checkpoint(tmp_path / "toy.pth")["model"].keys() == Toy().state_dict().keys()
+    load_complete(Toy(), tmp_path / "toy.pth", "the detector")
+
+
 TINY_TEACHER = str(TINY / "retinanet-teacher.yaml")
 
 

@@ -170,7 +170,8 @@ def test_file_detects_what_pytorch_does(
     detector: str, suffix: str, configs: dict[str, CfgNode], tmp_path: Path
 ) -> None:
     """Check sizes that were not traced, a uniform image, and more candidates and detections than the limits."""
-    cfg = configs[detector]
+    cfg = configs[detector].clone()
+    cfg.freeze()
     path = tmp_path / f"model.{suffix}"
     comparison = export_detector(cfg, str(path))
     model, exported = pytorch_model(cfg), load_exported(str(path))

@@ -151,6 +151,15 @@ def _method(name: str, **attributes: object) -> type[Distiller]:
     return type(name, (Distiller,), {"needs": frozenset({"features"}), "loss_names": ("loss_x",), **attributes})
 
 
+def test_a_method_that_is_defined_again_replaces_the_first(registered: Callable) -> None:
+    """Check a cell of a notebook that runs twice; a class of that name in another module is refused."""
+    registered(_method("Mine", CONFIG_NODE="MINE"))
+    second = registered(_method("Mine", CONFIG_NODE="OTHER"))
+    assert DISTILLER_REGISTRY.get("Mine") is second
+    with pytest.raises(UserError, match="The methods Mine and Mine have the same CONFIG_NODE"):
+        registered(_method("Mine", CONFIG_NODE="OTHER", __module__="elsewhere"))
+
+
 def test_two_methods_with_one_node_are_refused(registered: Callable) -> None:
     """Check a method with the node of another one, one that inherits its node, and one without a node."""
     with pytest.raises(

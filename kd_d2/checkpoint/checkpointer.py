@@ -156,7 +156,7 @@ def copy_to_cpu(tree: Any) -> Any:
     return tree
 
 
-def load_complete(model: nn.Module, path: str, whose: str) -> None:
+def load_complete(model: nn.Module, path: str | os.PathLike[str], whose: str) -> None:
     """Load a trained detector, whose checkpoint must fill every parameter.
 
     Args:
@@ -167,6 +167,7 @@ def load_complete(model: nn.Module, path: str, whose: str) -> None:
     Raises:
         UserError: no file is given, it cannot be read, or leaves parameters of the model unfilled.
     """
+    path = os.fspath(path)
     if not path:
         raise UserError(
             f"There are no weights for {whose}: name the checkpoint after the config (--model CONFIG WEIGHTS), or set MODEL.WEIGHTS."

@@ -57,7 +57,7 @@ class UnreadableCheckpointError(UserError):
     """A checkpoint does not exist or is damaged."""
 
 
-def read_checkpoint(path: str) -> dict[str, Any]:
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Load a checkpoint file without running code from it.
 
     Args:
@@ -69,6 +69,7 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     Raises:
         UserError: the file does not exist, is damaged, or holds anything other than tensors and plain containers.
     """
+    path = os.fspath(path)
     try:
         if path.endswith(".pkl"):
             with open(path, "rb") as file:

@@ -125,6 +125,14 @@ def check_supported(cfg: CfgNode) -> None:
         raise UserError("TEST.AUG.ENABLED is True: test-time augmentation is not supported.")
 
 
+def check_plain(cfg: CfgNode) -> None:
+    """Raise a UserError if the config is that of a distillation instead of its student alone."""
+    if cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH:
+        raise UserError(
+            f"MODEL.META_ARCHITECTURE is {KD_META_ARCH}, with a teacher: load the student's config alone, load_config(..., student_only=True)."
+        )
+
+
 def check_datasets(cfg: CfgNode, *, train: bool) -> None:
     """Check that the config is supported, and that its datasets exist, are safe, and have the required annotations.
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..adapters import build_adapter
 from ..checkpoint import load_complete
-from ..engine.checks import check_supported
+from ..config import thawed
+from ..engine.checks import check_plain, check_supported
 from ..errors import UserError
 from ..files import check_output_folder
 from ..model_paths import EXPORT_SUFFIXES, format_of
@@ -72,8 +73,9 @@ def export_detector(
     """
     options = options or ExportOptions()
     export_format = _check(path, options)
+    check_plain(cfg)
     check_supported(cfg)
-    cfg = cfg.clone()
+    cfg = thawed(cfg)
     cfg.MODEL.DEVICE = "cpu"
     model = build_detector(cfg).eval()
     load_complete(model, cfg.MODEL.WEIGHTS, "the detector")
