@@ -268,11 +268,11 @@ def test_a_run_and_the_class(retinanet: Project, photos: Path, tmp_path: Path, p
     found = Predictor(cfg, LOW)(str(image))
     tree = json.loads((out / "detections.json").read_text())
     assert [a["score"] for a in tree["annotations"]] == found.scores.tolist() != []
-    distillation = load_config(str(retinanet.student), ["MODEL.WEIGHTS", str(weights)])
+    cfg.MODEL.META_ARCHITECTURE = "KDMetaArch"
     with pytest.raises(
         UserError, match=r"MODEL.META_ARCHITECTURE is KDMetaArch, .* load_config\(..., student_only=True\)"
     ):
-        Predictor(distillation)
+        Predictor(cfg)
 
 
 def detections(size: tuple[int, int], boxes: list[list[float]], classes: list[int]) -> Instances:

@@ -147,7 +147,7 @@ def format_row(row: Row) -> list[str]:
         _number(row.gain, "+.2f"),
         better,
         _number(row.gap_closed, ".2f"),
-        *(_spread(row.scores[column]) for column in OTHER_SCORES),
+        *(_spread(row.scores.get(column, [math.nan])) for column in OTHER_SCORES),
         ", ".join(
             f"{name} {value:.2g}" if len(row.multipliers) > 1 else f"{value:.2g}"
             for name, value in row.multipliers.items()
