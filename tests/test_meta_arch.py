@@ -311,11 +311,13 @@ def test_idle_distiller_stays_in_the_graph(
     assert model.idle_parameters(1) == []
 
 
+@pytest.mark.parametrize("clipping", [{}, {"ENABLED": True, "CLIP_TYPE": "value", "CLIP_VALUE": 1000.0}])
 def test_idle_parameters_keep_still_under_momentum_and_decay(
-    toy_detector: type, tiny_cfg: Callable, constant_inputs: Callable, event_storage: EventStorage
+    toy_detector: type, tiny_cfg: Callable, constant_inputs: Callable, event_storage: EventStorage, clipping: dict
 ) -> None:
     """Check four steps of a distiller that is active in 1 and 2 only: its parameters change only in these."""
-    cfg = tiny_cfg("retinanet", {"SOLVER": {"BASE_LR": 0.001, "WEIGHT_DECAY": 0.1, "MOMENTUM": 0.9}})
+    solver = {"BASE_LR": 0.001, "WEIGHT_DECAY": 0.1, "MOMENTUM": 0.9, "CLIP_GRADIENTS": clipping}
+    cfg = tiny_cfg("retinanet", {"SOLVER": solver})
     distiller = Recorder()
     model = KDMetaArch(
         student=toy_detector(),

@@ -70,7 +70,8 @@ class DistillationStep(SimpleTrainer):
         if isinstance(model, KDMetaArch):
             for parameter in model.idle_parameters(self.iter):
                 parameter.grad = None
-        self.scaler.step(self.optimizer)
+        with _without_idle_parameters(self.optimizer):
+            self.scaler.step(self.optimizer)
         for other in self.auxiliary.values():
             other.step(self.iter, self.scaler)
         self.scaler.update()
@@ -159,6 +160,19 @@ class DistillationStep(SimpleTrainer):
             "and settings that it was started with, in the same order, or start from the checkpoint's weights (MODEL.WEIGHTS) in another "
             "OUTPUT_DIR."
         )
+
+
+@contextlib.contextmanager
+def _without_idle_parameters(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Context in which an optimizer has only parameters with a gradient: clipping by value fails for others."""
+    params = [group["params"] for group in optimizer.param_groups]
+    try:
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if p.grad is not None]
+        yield
+    finally:
+        for group, own in zip(optimizer.param_groups, params, strict=True):
+            group["params"] = own
 
 
 def _named_scalars(losses: dict[str, Tensor] | Tensor) -> dict[str, Tensor]:
