@@ -242,7 +242,8 @@ def test_keys_that_are_not_there(opts: list, expected: str) -> None:
             ["INPUT.CROP.TYPE", "x"],
             "INPUT.CROP.TYPE is 'x'; it must be one of 'relative_range', 'relative', 'absolute', ",
         ),
-        (["INPUT.FORMAT", "XYZ"], "INPUT.FORMAT is 'XYZ'; it must be 'BGR', 'RGB' or another mode of Pillow."),
+        (["INPUT.FORMAT", "XYZ"], "INPUT.FORMAT is 'XYZ'; it must be one of 'BGR', 'RGB', 'L', "),
+        (["INPUT.FORMAT", "F"], "INPUT.FORMAT is 'F'; it must be one of 'BGR', 'RGB', 'L', "),
         (["INPUT.MIN_SIZE_TRAIN", ()], "INPUT.MIN_SIZE_TRAIN is (); it must be a list of sizes in pixels."),
         (["INPUT.MIN_SIZE_TRAIN", (-1,)], "INPUT.MIN_SIZE_TRAIN is (-1,); it must be a list of sizes in pixels."),
         (

@@ -12,6 +12,7 @@ from kd_d2.prediction import find_images
 
 import numpy as np
 import pytest
+import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetMapper
 from PIL import Image, ImageFile, ImageOps
@@ -56,6 +57,19 @@ def test_the_exif_orientation_is_applied_once(tmp_path: Path, suffix: str, orien
     assert np.array_equal(read_image(str(path), "RGB"), expected)
     assert np.array_equal(mapped["image"].permute(1, 2, 0), expected)
     assert size_on_disk(str(path)) == expected.size == ((30, 40) if orientation == 6 else (40, 30))
+
+
+def test_images_of_every_format_are_of_one_type(tmp_path: Path) -> None:
+    """Check YUV, which Detectron2 converts to double precision, against the others, of 8 bits."""
+    Image.new("RGB", (8, 4), (255, 0, 0)).save(tmp_path / "red.png")
+    cfg = get_cfg()
+    types = {}
+    for name in ("RGB", "LAB", "YUV-BT.601"):
+        cfg.merge_from_list(["INPUT.FORMAT", name, "INPUT.MIN_SIZE_TEST", 0])
+        image = CheckedMapper(DatasetMapper(cfg, is_train=False))({"file_name": str(tmp_path / "red.png")})["image"]
+        types[name] = image.dtype
+    assert types == {"RGB": torch.uint8, "LAB": torch.uint8, "YUV-BT.601": torch.float32}
+    assert image[0, 0, 0].item() == pytest.approx(0.299, rel=1e-4)
 
 
 @pytest.mark.parametrize("read", [_map, lambda path: find_images([str(path)])], ids=["dataset", "predict"])

@@ -13,7 +13,6 @@ import torch
 from detectron2.config import CfgNode as CN
 from detectron2.layers import get_norm
 from detectron2.modeling import ANCHOR_GENERATOR_REGISTRY, BACKBONE_REGISTRY, META_ARCH_REGISTRY
-from PIL import Image
 
 from ..distillers import DISTILLER_REGISTRY
 from ..errors import UserError, check_number, check_seed, is_finite_number
@@ -21,6 +20,7 @@ from ..extensions import HINT
 from .library_keys import KD_META_ARCH, LIBRARY_KEYS, node_at
 
 CHOICES = {
+    "INPUT.FORMAT": ("BGR", "RGB", "L", "LA", "RGBA", "CMYK", "HSV", "LAB", "YCbCr", "YUV-BT.601"),  # of 8 bits
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
     "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
     "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
@@ -97,8 +97,6 @@ def _validate_choices(cfg: CN) -> None:
 
 
 def _validate_images(cfg: CN) -> None:
-    if cfg.INPUT.FORMAT not in (*Image.MODES, "BGR", "YUV-BT.601"):
-        raise UserError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}; it must be 'BGR', 'RGB' or another mode of Pillow.")
     for value in cfg.MODEL.PIXEL_MEAN:
         if not is_finite_number(value):
             raise UserError(f"A value of MODEL.PIXEL_MEAN is {value!r}; it must be a number.")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, build_detection_test_loader, detection_utils
 from detectron2.data import transforms as T
@@ -154,7 +155,10 @@ class CheckedMapper:
 
     def _map(self, entry: dict) -> Any:
         try:
-            return self.mapper(entry)
+            mapped = self.mapper(entry)
+            if isinstance(mapped, dict) and getattr(mapped.get("image"), "dtype", None) is torch.float64:  # YUV
+                mapped["image"] = mapped["image"].float()
+            return mapped
         except (*READING_ERRORS, AssertionError) as error:
             if "sem_seg_file_name" in entry and not isinstance(error, SizeMismatchError):
                 _check_semantic_segmentation(entry["file_name"], entry["sem_seg_file_name"])
