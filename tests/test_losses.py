@@ -1,6 +1,7 @@
 """Normalization and attention of feature maps by hand."""
 
 import math
+import re
 from collections.abc import Callable
 
 from kd_d2.losses import (
@@ -23,7 +24,9 @@ from kd_d2.losses import (
     soft_label_loss,
     softmax_divergence,
     spatial_attention,
+    ssim_loss,
     standardize,
+    weighted_imitation_loss,
     with_statistics_of,
 )
 
@@ -160,6 +163,36 @@ def test_shapes_that_differ_are_refused(loss: Callable) -> None:
     """Check maps that would otherwise be broadcast."""
     with pytest.raises(ValueError, match=r"^student \(2.*\) and teacher \(.*1.*\) have different shapes$"):
         loss(torch.rand(2, 3, 4, 4), torch.rand(2, 1, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("shape", "loss"),
+    [
+        ((2, 1, 4, 4), masked_squared_error),
+        ((3, 4, 4), masked_squared_error),
+        ((2, 1, 4, 4), lambda s, t, weight: weighted_imitation_loss([s], [t], [weight])),
+        ((4,), lambda s, t, weight: soft_label_loss(s[..., :1], t[..., :1], weight)),
+        ((4,), lambda s, t, weight: quality_focal_loss(s[..., :1], t[..., :1], weight)),
+        ((4,), lambda s, t, weight: quality_focal_loss(s[..., :1], t[..., :1], weight, 2.0)),
+        ((2, 2, 3, 4, 4), lambda s, t, weight: ssim_loss(s, t, 3, weight=weight)),
+    ],
+)
+def test_weights_that_would_enlarge_the_losses_are_refused(shape: tuple, loss: Callable) -> None:
+    with pytest.raises(ValueError, match=rf"^weight {re.escape(str(shape))} does not broadcast to \(2, "):
+        loss(*torch.rand(2, 2, 3, 4, 4), torch.ones(shape))
+
+
+def test_a_weight_of_all_images_is_that_of_each() -> None:
+    student, teacher = torch.rand(2, 2, 3, 4, 4)
+    weight = torch.rand(1, 4, 4)
+    each = weighted_imitation_loss([student], [teacher], [weight.expand(2, 4, 4)])
+    torch.testing.assert_close(weighted_imitation_loss([student], [teacher], [weight]), each)
+
+
+def test_weights_in_a_compiled_loss() -> None:
+    maps = torch.rand(2, 2, 3, 4, 4)
+    compiled = torch.compile(masked_squared_error, backend="eager", fullgraph=True, dynamic=True)
+    torch.testing.assert_close(compiled(*maps, torch.ones(1, 4, 1)), masked_squared_error(*maps, torch.ones(1, 4, 1)))
 
 
 @pytest.mark.parametrize(

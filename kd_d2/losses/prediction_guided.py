@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .shapes import check_same_shape
+from .shapes import check_same_shape, check_weight
 
 EPS = 1e-12
 
@@ -50,10 +50,13 @@ def weighted_imitation_loss(
 
     Args:
         student_features, teacher_features: (B, C, H, W) by level.
-        weights: (B, H, W) by level.
+        weights: broadcastable to (B, H, W), by level.
         divisors: by level; None for the number of positions, B * H * W.
+
+    Raises:
+        ValueError: see `masked_squared_error`.
     """
-    divisors = divisors or [weight.numel() for weight in weights]
+    divisors = divisors or [s.shape[0] * s.shape[2:].numel() for s in student_features]
     levels = zip(student_features, teacher_features, weights, divisors, strict=True)
     losses = [masked_squared_error(s, t, weight) / divisor for s, t, weight, divisor in levels]
     return sum(losses) / len(losses)
@@ -64,14 +67,15 @@ def masked_squared_error(student: Tensor, teacher: Tensor, mask: Tensor) -> Tens
 
     Args:
         student, teacher: (B, C, H, W); gradients flow only to the student.
-        mask: (B, H, W), zeros and ones or any weights.
+        mask: broadcastable to (B, H, W), zeros and ones or any weights.
 
     Raises:
-        ValueError: the maps differ in shape.
+        ValueError: the maps differ in shape, or the mask does not broadcast to (B, H, W).
     """
     check_same_shape(student, teacher)
     dtype = torch.promote_types(student.dtype, torch.float32)
     difference = (student.to(dtype) - teacher.detach().to(dtype)).square().mean(1)
+    check_weight(mask, difference)
     return (mask * difference).sum()
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .derivatives import first_derivative_only
-from .shapes import check_same_shape
+from .shapes import check_same_shape, check_weight
 
 
 def quality_focal_loss(
@@ -25,12 +25,13 @@ def quality_focal_loss(
         power: beta in the paper.
 
     Raises:
-        ValueError: the logits differ in shape.
+        ValueError: the logits differ in shape, or the weight does not broadcast to them.
     """
     check_same_shape(student_logits, teacher_logits)
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     student, teacher = student_logits.to(dtype), teacher_logits.detach().to(dtype)
     weight = student.new_ones(()) if weight is None else weight.to(dtype)
+    check_weight(weight, student)
     if power == 1:
         return _LinearQualityFocal.apply(student, teacher, weight)
     target = teacher.sigmoid()

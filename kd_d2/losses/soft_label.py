@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .shapes import check_same_shape
+from .shapes import check_same_shape, check_weight
 
 
 def soft_label_loss(
@@ -27,7 +27,7 @@ def soft_label_loss(
         focus: exponent of an additional element weight |p_T - p_S|, without gradient.
 
     Raises:
-        ValueError: the logits differ in shape.
+        ValueError: the logits differ in shape, or the weight does not broadcast to them.
     """
     check_same_shape(student_logits, teacher_logits)
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
@@ -39,5 +39,6 @@ def soft_label_loss(
     if focus:
         divergence = divergence * (student.detach().sigmoid() - target).abs() ** focus
     if weight is not None:
+        check_weight(weight, divergence)
         divergence = divergence * weight.detach()
     return divergence.sum() * temperature**2

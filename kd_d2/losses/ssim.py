@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .fused_ssim import FusedSSIMLoss
-from .shapes import check_same_shape
+from .shapes import check_same_shape, check_weight
 from .similarity import Moments, contrast_structure, local_moments, luminance, similarity_map
 
 MS_SSIM_SIGMAS = (0.5, 1.0, 2.0, 4.0, 8.0)
@@ -42,7 +42,8 @@ def ssim_loss(
         A scalar, in [0, 1] without weight.
 
     Raises:
-        ValueError: the maps are empty or differ in shape, or the window is even or too large for the map.
+        ValueError: the maps are empty or differ in shape, the window is even or too large for the map, or the weight does
+            not broadcast to the maps.
     """
     _check(student, teacher, window_size)
     dtype = torch.promote_types(student.dtype, torch.float32)
@@ -103,4 +104,7 @@ def _check(student: Tensor, teacher: Tensor, window_size: int) -> None:
 
 
 def _weighted_mean(losses: Tensor, weight: Tensor | None) -> Tensor:
-    return losses.mean() if weight is None else (losses * weight).mean()
+    if weight is None:
+        return losses.mean()
+    check_weight(weight, losses)
+    return (losses * weight).mean()
