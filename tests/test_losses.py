@@ -195,6 +195,13 @@ def test_weights_in_a_compiled_loss() -> None:
     torch.testing.assert_close(compiled(*maps, torch.ones(1, 4, 1)), masked_squared_error(*maps, torch.ones(1, 4, 1)))
 
 
+@pytest.mark.parametrize("power", [1.0, 2.0])
+def test_quality_focal_loss_has_no_gradient_to_the_weight(power: float) -> None:
+    student, teacher, weight = torch.rand(3, 5, 1).requires_grad_()
+    loss = quality_focal_loss(student, teacher, weight, power)
+    assert torch.autograd.grad(loss, (student, teacher, weight), allow_unused=True)[1:] == (None, None)
+
+
 @pytest.mark.parametrize(
     ("name", "loss"),
     [

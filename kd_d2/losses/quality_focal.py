@@ -30,7 +30,7 @@ def quality_focal_loss(
     check_same_shape(student_logits, teacher_logits)
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     student, teacher = student_logits.to(dtype), teacher_logits.detach().to(dtype)
-    weight = student.new_ones(()) if weight is None else weight.to(dtype)
+    weight = student.new_ones(()) if weight is None else weight.detach().to(dtype)
     check_weight(weight, student)
     if power == 1:
         return _LinearQualityFocal.apply(student, teacher, weight)
