@@ -48,7 +48,7 @@ class GradientBalance:
                 iterations 0, 1, 2, 4, 8, ...
             momentum: averaging factor in [0, 1). The first 1 / (1 - momentum) measurements count equally.
             limit: multipliers are at least 1 / limit and at most limit.
-            weights: by distiller, what its share is proportional to; 1 if it is not named.
+            weights: by distiller, what its share is proportional to, at least 0; 1 if it is not named.
             levels: see the attribute.
             loss_weights: by distiller, the factor that its losses contain (`Distiller.weight`). A training resumed with
                 another one corrects the averaged ratios for it, if both are above 0; those not named are not corrected.
@@ -59,8 +59,8 @@ class GradientBalance:
         for name, value, holds, words in (
             ("target", target, target > 0, "above 0"),
             ("period", period, period >= 1, "at least 1"),
-            ("momentum", momentum, 0 <= momentum < 1, "at least 0 and below 1"),
             ("limit", limit, limit >= 1, "at least 1"),
+            *((f"weight of {name}", weight, weight >= 0, "at least 0") for name, weight in (weights or {}).items()),
         ):
             if not holds:
                 raise ValueError(f"{name} is {value}; it must be {words}")
@@ -115,8 +115,13 @@ class GradientBalance:
             parameters: see `shared_parameters`.
             own_loss: sum of the detection losses.
             losses: by active distiller, the sum of its losses except auxiliary ones, before any schedule.
-            features: the student's neck outputs by stride; only with `levels`.
+            features: the student's neck outputs by stride; needed with `levels`, otherwise not used.
+
+        Raises:
+            ValueError: there are `levels`, but no features.
         """
+        if self.levels and features is None:
+            raise ValueError("features is None; with levels it must be the student's neck outputs by stride")
         weights = {name: self.weights.get(name, 1.0) for name in losses}
         if iteration != self._last_iteration:
             self._last_iteration = iteration

@@ -67,6 +67,8 @@ class LogAverages:
     """Moving averages of logarithms by key. The first 1 / (1 - momentum) values of a key count equally."""
 
     def __init__(self, momentum: float):
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum is {momentum}; it must be at least 0 and below 1")
         self.momentum = momentum
         self._averages: dict[Hashable, tuple[float, int]] = {}  # mean, number of values
 

@@ -26,6 +26,13 @@ class LevelBalance:
     """
 
     def __init__(self, momentum: float):
+        """
+        Args:
+            momentum: averaging factor in [0, 1). The first 1 / (1 - momentum) measurements count equally.
+
+        Raises:
+            ValueError: the momentum is out of range.
+        """
         self._norms, self._own_norms = LogAverages(momentum), LogAverages(momentum)  # by distiller and stride
         self._gates: dict[str, dict[int, float]] = {}  # factors of the next backward pass, by distiller and stride
 

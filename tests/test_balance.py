@@ -85,6 +85,23 @@ def test_arguments_out_of_range_are_refused(arguments: dict) -> None:
         balance(**arguments)
 
 
+@pytest.mark.parametrize("weights", [{"B": -1.0}, {"A": 1.0, "B": -1.0}])
+def test_a_weight_below_zero_is_refused(weights: dict) -> None:
+    with pytest.raises(ValueError, match=r"^weight of B is -1\.0; it must be at least 0$"):
+        balance(weights=weights)
+
+
+@pytest.mark.parametrize("momentum", [1.5, 1.0, -3.0])
+def test_a_momentum_of_levels_out_of_range_is_refused(momentum: float) -> None:
+    with pytest.raises(ValueError, match=f"^momentum is {momentum}; it must be at least 0 and below 1$"):
+        LevelBalance(momentum)
+
+
+def test_levels_without_features_are_refused(slopes: Slopes) -> None:
+    with pytest.raises(ValueError, match=r"^features is None; with levels it must be "):
+        slopes.multipliers(balance(levels=LevelBalance(0.9)), 0, (1, 0), A=(1, 0))
+
+
 def test_multipliers_are_bounded(slopes: Slopes) -> None:
     assert slopes.multipliers(balance(limit=4.0), 0, (1, 0), A=(1e-3, 0), B=(1e3, 0)) == {"A": 4.0, "B": 0.25}
 
