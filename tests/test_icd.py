@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kd_d2 import KDMetaArch, Teacher
@@ -473,6 +473,19 @@ def test_mixed_precision_is_close() -> None:
 
 
 # --------------------------------------------------------------------------------------------------- queries
+
+
+@pytest.fixture
+def default_float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_the_default_type_changes_nothing(default_float64: None) -> None:
+    targets = [Instances(IMAGE_SIZES[0], gt_boxes=Boxes(torch.rand(2, 4)), gt_classes=torch.tensor([0, 1]))]
+    queries = build_queries(targets, IMAGE_SIZES[:1], _fakes(), fakes_per_instance=2, max_queries=300, jitter=0.3)
+    assert queries.boxes.dtype is queries.centers.dtype is queries.image_sizes.dtype is torch.float32
 
 
 def test_queries_of_a_batch() -> None:

@@ -68,12 +68,14 @@ class FakeInstances(nn.Module):
             boxes (N, 4) center x, y, width, height as fractions of the image, and classes (N,).
         """
         device = self.cumulative.device
-        classes = torch.searchsorted(self.cumulative, torch.rand(count, device=device), right=True)
+        classes = torch.searchsorted(self.cumulative, torch.rand(count, dtype=torch.float32, device=device), right=True)
         classes.clamp_(max=len(self.cumulative) - 1)
         inside = math.erf(FAKE_SIGMAS / math.sqrt(2))
-        sigmas = math.sqrt(2) * torch.erfinv(inside * (2 * torch.rand(count, 2, device=device) - 1))
+        sigmas = math.sqrt(2) * torch.erfinv(
+            inside * (2 * torch.rand(count, 2, dtype=torch.float32, device=device) - 1)
+        )
         sizes = (self.mean_sizes[classes] + sigmas * self.deviations[classes]).clamp(*FAKE_SIZE_RANGE)
-        centers = torch.rand(count, 2, device=device).clamp(*FAKE_CENTER_RANGE)
+        centers = torch.rand(count, 2, dtype=torch.float32, device=device).clamp(*FAKE_CENTER_RANGE)
         return torch.cat([centers, sizes], 1), classes
 
 
@@ -150,7 +152,7 @@ def build_queries(
     # Indices are computed on the host to avoid synchronizing the device.
     real_slots, fake_slots = (x.flatten().nonzero()[:, 0].to(device, non_blocking=True) for x in (is_real, is_fake))
 
-    boxes = torch.zeros(B * Q, 4, device=device)
+    boxes = torch.zeros(B * Q, 4, dtype=torch.float32, device=device)
     classes = torch.zeros(B * Q, dtype=torch.int64, device=device)
     if sum(num_real):
         real_boxes = torch.cat([t.gt_boxes.tensor.float() for t in targets])
@@ -160,7 +162,8 @@ def build_queries(
         classes[real_slots] = torch.cat([t.gt_classes for t in targets])
     boxes[fake_slots], classes[fake_slots] = fake_boxes, fake_classes
     boxes = boxes.view(B, Q, 4)
-    centers = boxes[..., :2] + (2 * torch.rand(B, Q, 2, device=device) - 1) * jitter * boxes[..., 2:]
+    shifts_BQ2 = 2 * torch.rand(B, Q, 2, dtype=torch.float32, device=device) - 1
+    centers = boxes[..., :2] + shifts_BQ2 * jitter * boxes[..., 2:]
     return InstanceQueries(
         boxes,
         centers,
