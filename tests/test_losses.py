@@ -9,15 +9,19 @@ from kd_d2.losses import (
     attended_error,
     attended_value_loss,
     background_weights,
+    channel_attention,
     channel_wise_loss,
     decoupled_loss,
     dist_loss,
     foreground_weights,
+    icd_distill_loss,
     instance_attention,
     masked_squared_error,
+    mean_activation,
     min_max_normalize,
     pearson_loss,
     prediction_difference,
+    prediction_guided_loss,
     quality_focal_loss,
     rank_kl_loss,
     relative_to_mean,
@@ -200,6 +204,25 @@ def test_quality_focal_loss_has_no_gradient_to_the_weight(power: float) -> None:
     student, teacher, weight = torch.rand(3, 5, 1).requires_grad_()
     loss = quality_focal_loss(student, teacher, weight, power)
     assert torch.autograd.grad(loss, (student, teacher, weight), allow_unused=True)[1:] == (None, None)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        pearson_loss,
+        channel_wise_loss,
+        lambda s, t: weighted_imitation_loss([s], [t], [t[:, 0]]),
+        lambda s, t: prediction_guided_loss([s], [t], [s], [t]),
+        lambda s, t: icd_distill_loss(s, t, torch.zeros(0, 3, 2, 4), torch.zeros(0, 2)),
+        lambda s, t: mean_activation(s, 1).sum(),
+        lambda s, t: attended_error(s, t, spatial_attention(s, t, 0.5) * channel_attention(s, t, 0.5)).sum(),
+    ],
+)
+def test_a_batch_without_images_costs_nothing(loss: Callable) -> None:
+    student, teacher = torch.zeros(0, 3, 4, 4, requires_grad=True), torch.zeros(0, 3, 4, 4)
+    value = loss(student, teacher)
+    value.backward()
+    assert value.item() == 0 and student.grad.shape == student.shape
 
 
 @pytest.mark.parametrize(

@@ -35,14 +35,14 @@ def channel_attention(student: Tensor, teacher: Tensor, temperature: float) -> T
 @torch.no_grad()
 def shared_attention(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """Compute number of elements * softmax over mean activations (B, ...) / temperature, averaged over both."""
-    return _softmax_attention(torch.cat([student, teacher]), temperature).unflatten(0, (2, -1)).mean(0)
+    return _softmax_attention(torch.cat([student, teacher]), temperature).unflatten(0, (2, len(student))).mean(0)
 
 
 def mean_activation(features: Tensor, dims: int | tuple[int, ...]) -> Tensor:
     """Compute the mean of |F| over dimensions, kept with size 1, in at least float32 and one pass over the map."""
     dtype = torch.promote_types(features.dtype, torch.float32)
     total = torch.linalg.vector_norm(features, 1, dims, keepdim=True, dtype=dtype)
-    return total * (total.numel() / features.numel())
+    return total * (total.numel() / max(1, features.numel()))
 
 
 def own_attention(features: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -93,4 +93,4 @@ def shared_attention_of_levels(
 
 
 def _softmax_attention(activations: Tensor, temperature: float) -> Tensor:
-    return (activations / temperature).flatten(1).softmax(1).view_as(activations) * activations[0].numel()
+    return (activations / temperature).flatten(1).softmax(1).view_as(activations) * activations.shape[1:].numel()

@@ -26,5 +26,4 @@ def channel_wise_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0
         (maps.to(dtype).flatten(2) / temperature).log_softmax(2) for maps in (student, teacher.detach())
     )
     total = F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
-    B, C = student.shape[:2]
-    return total * (temperature**2 / (B * C))
+    return total * (temperature**2 / max(1, student.shape[:2].numel()))

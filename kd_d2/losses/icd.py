@@ -79,8 +79,11 @@ class _AttendedValueLoss(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             gradient_BMLD = student_BMLD if overwrite_student else torch.empty_like(student_BMLD)
         loss = student_BMLD.new_zeros((), dtype=dtype)
-        chunk = CHUNK_ELEMENTS.get(student_BMLD.device.type, 2**20)
-        images, step = max(1, chunk // max(1, M * L * D)), max(1, chunk // (M * D))  # several images, or a part of one
+        rows, chunk = max(1, B * M), CHUNK_ELEMENTS.get(student_BMLD.device.type, 2**20)
+        images, step = (
+            max(1, chunk // max(1, M * L * D)),
+            max(1, chunk // max(1, M * D)),
+        )  # several images, or a part of one
         for first in range(0, B, images):
             for start in range(0, L, step):
                 part = (slice(first, first + images), slice(None), slice(start, start + step))
@@ -93,8 +96,8 @@ class _AttendedValueLoss(torch.autograd.Function):
                     factor = weight * student_rstd
                     student *= (factor * (1 - student_square + correlation) * student_rstd)[..., None]
                     gradient_BMLD[part] = student.addcmul_(teacher, (factor * teacher_rstd)[..., None], value=-1)
-        ctx.gradient_BMLD, ctx.factor = gradient_BMLD, 2 / (B * M * D)
-        return loss / (B * M)
+        ctx.gradient_BMLD, ctx.factor = gradient_BMLD, 2 / (rows * D)
+        return loss / rows
 
     @staticmethod
     @first_derivative_only

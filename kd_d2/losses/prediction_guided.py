@@ -56,7 +56,7 @@ def weighted_imitation_loss(
     Raises:
         ValueError: see `masked_squared_error`.
     """
-    divisors = divisors or [s.shape[0] * s.shape[2:].numel() for s in student_features]
+    divisors = divisors or [max(1, s.shape[0] * s.shape[2:].numel()) for s in student_features]
     levels = zip(student_features, teacher_features, weights, divisors, strict=True)
     losses = [masked_squared_error(s, t, weight) / divisor for s, t, weight, divisor in levels]
     return sum(losses) / len(losses)
