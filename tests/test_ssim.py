@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytestmark = pytest.mark.unit
@@ -237,6 +238,18 @@ def test_a_blur_first_made_in_inference_trains_afterwards() -> None:
         _plain(student, teacher, 9)
     _plain(student.requires_grad_(), teacher, 9).backward()
     assert student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("loss_of", "side"), [(ssim_loss, 21), (ms_ssim_loss, 22)])
+def test_maps_of_a_size_first_seen_without_values(loss_of: Callable, side: int) -> None:
+    """Check that fake tensors, or another default device, neither leave a blur without values nor meet one with them."""
+    student, teacher = _maps(1, 1, side, side)
+    for _ in range(2):
+        with FakeTensorMode():
+            assert isinstance(loss_of(*torch.rand(2, 1, 1, side, side), 7), FakeTensor)
+        with torch.device("meta"):
+            loss = loss_of(student, teacher, 7)
+        torch.testing.assert_close(loss, loss_of(student.double(), teacher.double(), 7).float())
 
 
 @pytest.mark.parametrize("loss_of", [ssim_loss, ms_ssim_loss])

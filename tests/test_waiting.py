@@ -11,7 +11,7 @@ from kd_d2.adapters.anchors import grid_anchors
 from kd_d2.engine.optimizers import build_optimizers
 from kd_d2.engine.step import DistillationStep
 from kd_d2.losses import fused_ssim
-from kd_d2.losses.gaussian import blur_matrix
+from kd_d2.losses.gaussian import _cached_blur_matrix, blur_matrix
 from kd_d2.teacher import Teacher
 from kd_d2.transfer import instances_on_device, on_device
 
@@ -35,7 +35,7 @@ KNOWN = {
     ("rcnn.py", "_class_logits"): "Detectron2's RoI pooler assigns levels",
     ("gid.py", "select_instances"): "the NMS",
     ("gid.py", "_features"): "how many instances each level has",
-    ("gaussian.py", "blur_matrix"): "copied once for each size of a map",
+    ("gaussian.py", "_new_blur_matrix"): "copied once for each size of a map",
 }
 """Reasons for waiting, by file and function of kd_d2."""
 
@@ -91,7 +91,7 @@ def test_nothing_waits_after_the_teacher_was_started(
     with EventStorage(), SimulatedGpu() as gpu:
         sum(model(batch).values()).backward()
     assert ("assignment.py", "of") in before and before <= KNOWN.keys()
-    assert gpu.places <= {("gaussian.py", "blur_matrix")}
+    assert gpu.places <= {("gaussian.py", "_new_blur_matrix")}
 
 
 def test_an_iteration_waits_once_more(tmp_path: Path) -> None:
@@ -132,10 +132,10 @@ def test_an_iteration_waits_once_more(tmp_path: Path) -> None:
     ids=["data-dependent size", "blocking copy", "non-blocking copy", "integer indices"],
 )
 def test_what_waits_is_seen(call: Callable, waits: bool) -> None:
-    blur_matrix.cache_clear()
+    _cached_blur_matrix.cache_clear()
     with SimulatedGpu() as gpu:
         call()
-    blur_matrix.cache_clear()
+    _cached_blur_matrix.cache_clear()
     assert bool(gpu.places) == waits
 
 

@@ -74,13 +74,24 @@ def _split(x: Tensor) -> tuple[Tensor, Tensor]:
     return high, x - high
 
 
-@lru_cache(maxsize=512)
-@torch.inference_mode(False)  # the cached matrix may be used in training later
 def blur_matrix(side: int, window_size: int, sigma: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the (side, side) matrix that blurs a line with reflected ends; its transpose is the adjoint."""
-    kernel = get_gaussian_kernel1d(window_size, sigma, dtype=torch.float64)
+    """Return the (side, side) matrix that blurs a line with reflected ends; its transpose is the adjoint.
+
+    It is cached, except in modes whose tensors have no use outside, such as FakeTensorMode.
+    """
+    is_plain = type(torch.empty(0, device="cpu")) is Tensor
+    build = _cached_blur_matrix if is_plain else _new_blur_matrix
+    return build(side, window_size, sigma, dtype, device)
+
+
+@torch.inference_mode(False)  # the cached matrix may be used in training later
+def _new_blur_matrix(side: int, window_size: int, sigma: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    kernel = get_gaussian_kernel1d(window_size, sigma, device="cpu", dtype=torch.float64)
     kernel.masked_fill_(kernel < NEGLIGIBLE, 0)
     half = window_size // 2
-    impulses = torch.eye(side, dtype=torch.float64)[:, None]
+    impulses = torch.eye(side, device="cpu", dtype=torch.float64)[:, None]
     responses = F.conv1d(F.pad(impulses, (half, half), mode="reflect"), kernel[None])
     return responses[:, 0].T.to(device, dtype).contiguous()
+
+
+_cached_blur_matrix = lru_cache(maxsize=512)(_new_blur_matrix)
