@@ -80,10 +80,8 @@ class _AttendedValueLoss(torch.autograd.Function):
             gradient_BMLD = student_BMLD if overwrite_student else torch.empty_like(student_BMLD)
         loss = student_BMLD.new_zeros((), dtype=dtype)
         rows, chunk = max(1, B * M), CHUNK_ELEMENTS.get(student_BMLD.device.type, 2**20)
-        images, step = (
-            max(1, chunk // max(1, M * L * D)),
-            max(1, chunk // max(1, M * D)),
-        )  # several images, or a part of one
+        # Each part is several images, or a part of one.
+        images, step = max(1, chunk // max(1, M * L * D)), max(1, chunk // max(1, M * D))
         for first in range(0, B, images):
             for start in range(0, L, step):
                 part = (slice(first, first + images), slice(None), slice(start, start + step))
