@@ -24,7 +24,8 @@ def import_extensions(names: Iterable[str]) -> None:
     Raises:
         UserError: a module or file does not exist or has no valid name, or a file has the name of another module.
     """
-    if os.getcwd() not in sys.path:
+    names = list(names)
+    if names and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # `python -m` adds it, but the kd-d2 program does not
     for name in names:
         if name.endswith(".py") or os.sep in name:

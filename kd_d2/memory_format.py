@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from types import MethodType
 
 import torch
@@ -60,7 +61,7 @@ def to_channels_last(model: nn.Module) -> None:
     model.to(memory_format=torch.channels_last)
     for module in model.modules():
         if isinstance(module, BaseKeypointRCNNHead):
-            module.layers = MethodType(_contiguous_layers, module)
+            module.layers = partial(_contiguous_layers, module)
 
 
 def _contiguous_layers(head: BaseKeypointRCNNHead, features: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kd_d2.checkpoint import read_checkpoint
@@ -94,19 +95,21 @@ class FlatHeatmaps(BaseKeypointRCNNHead):
         return self.heatmaps(x)
 
 
-def test_heads_of_ones_own_have_contiguous_heatmaps() -> None:
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda head: pickle.loads(pickle.dumps(head))])
+def test_heads_of_ones_own_have_contiguous_heatmaps(copied: Callable) -> None:
     """Check features in both formats, and that a copy of the head has its own weights."""
     head = FlatHeatmaps()
     features = torch.rand(2, 16, 8, 8)
     expected = head.layers(features)
     to_channels_last(head)
-    copied = copy.deepcopy(head)
-    nn.init.zeros_(head.heatmaps.weight)
+    copy_of_head = copied(head)
+    weight, own = next(head.parameters()), next(copy_of_head.parameters())
+    nn.init.zeros_(weight)
     for maps in (features, features.to(memory_format=torch.channels_last)):
-        heatmaps = copied.layers(maps)
+        heatmaps = copy_of_head.layers(maps)
         assert heatmaps.is_contiguous()
         torch.testing.assert_close(heatmaps, expected)
-    assert copied.heatmaps.weight.is_contiguous(memory_format=torch.channels_last)
+    assert own.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(

@@ -257,12 +257,15 @@ def test_the_teachers_row_is_one_for_all_cells(tmp_path):
         runner.is_finished(c)
 
 
-def test_a_sweep_of_plain_detectors_has_no_teacher(finished):
+def test_a_teacher_on_other_data_is_left_out(finished, caplog):
     """Check that another sweep's teacher in the folder of the results is not in the table, and closes no gap."""
     matrix, output = finished
-    rows = build_rows(matrix, read_results(replace(matrix, teacher=None), output), {})
+    path = result_path(output, "teacher", 0)
+    write_json(path, result("teacher", 0, 22.0, settings={"DATASETS.TEST": ["another"]}))
+    rows = build_rows(matrix, read_results(matrix, output), {})
     assert [row.name for row in rows] == ["plain", "inheritance", "better"]
     assert [row.gap_closed for row in rows] == [None] * 3
+    assert f"{path} is left out: the cells were evaluated on other data." in caplog.text
 
 
 def test_the_gap_to_another_teacher(finished):
@@ -283,20 +286,20 @@ def test_the_gap_to_another_teacher(finished):
 OWN_METHOD = """
 from kd_d2 import DISTILLER_REGISTRY, Distiller
 
-UNUSED = {unused}
-
+FACTOR = {factor}
+{comment}
 @DISTILLER_REGISTRY.register()
 class MyMethod(Distiller):
     CONFIG_NODE = "MINE"
     needs, loss_names = frozenset({{"features"}}), ("loss_mine",)
-{comment}
+
     def forward(self, student, teacher, targets):
-        return {{"loss_mine": {factor} * student.features[8].mean()}}
+        return {{"loss_mine": FACTOR * student.features[8].mean()}}
 """
 
 
 def test_results_of_another_version_of_an_own_method_are_refused(tmp_path):
-    """Check the code of the class, without comments and other code of its file; and that other cells do not have it."""
+    """Check the code of its file, without comments; and that other cells do not have it."""
     (tmp_path / "teacher.pth").touch()
     path = tmp_path / "my_method.py"
     opts = [
@@ -304,8 +307,8 @@ def test_results_of_another_version_of_an_own_method_are_refused(tmp_path):
         "MODEL.KD.TEACHER.CONFIG_FILE", STUDENT, "MODEL.KD.TEACHER.WEIGHTS", str(tmp_path / "teacher.pth"),
     ]  # fmt: skip
 
-    def settings(factor=1, comment="", unused=1):
-        path.write_text(OWN_METHOD.format(factor=factor, comment=comment, unused=unused))
+    def settings(factor=1, comment=""):
+        path.write_text(OWN_METHOD.format(factor=factor, comment=comment))
         linecache.checkcache()
         import_extensions([str(path)])
         try:
@@ -316,7 +319,7 @@ def test_results_of_another_version_of_an_own_method_are_refused(tmp_path):
     first = settings()
     job = Job("a", 0, [], str(tmp_path), str(tmp_path / "a.json"), first)
     write_json(job.result, result("a", 0, 1.0, settings=first))
-    job.settings = settings(comment="    # a comment\n", unused=2)
+    job.settings = settings(comment="# a comment\n")
     assert runner.is_finished(job)
     job.settings = settings(factor=2)
     with pytest.raises(UserError, match=r"with different settings \(code of the methods from --import: "):

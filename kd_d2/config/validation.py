@@ -20,7 +20,7 @@ from ..extensions import HINT
 from .library_keys import KD_META_ARCH, LIBRARY_KEYS, node_at
 
 CHOICES = {
-    "INPUT.FORMAT": ("BGR", "RGB", "L", "LA", "RGBA", "CMYK", "HSV", "LAB", "YCbCr", "YUV-BT.601"),  # of 8 bits
+    "INPUT.FORMAT": ("BGR", "RGB", "L", "LA", "RGBA", "RGBX", "CMYK", "HSV", "LAB", "YCbCr", "YUV-BT.601"),  # of 8 bits
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
     "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
     "INPUT.MASK_FORMAT": ("polygon", "bitmask"),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import inspect
 import math
 import os
 import re
-import textwrap
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -116,11 +117,6 @@ class Matrix:
         """Return a cell whose config, with these overrides, names a teacher, or None if all are plain detectors."""
         configs = ((cell, load_config(cell.config, [*opts, *cell.opts])) for cell in self.cells)
         return next((cell for cell, cfg in configs if cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH), None)
-
-    def has_teacher(self, opts: Sequence[Any] = ()) -> bool:
-        """Return whether a teacher is trained first, or the config of a cell, with these overrides, is a distillation."""
-        configs = (read_config(cell.config, [*opts, *cell.opts]) for cell in self.cells)
-        return self.teacher is not None or any(cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH for cfg in configs)
 
     def select(self, names: list[str] | None, seeds: list[int] | None) -> list[tuple[Cell, int]]:
         """Return (cell, seed) pairs, sorted by seed.
@@ -286,7 +282,7 @@ def measured_settings(config: str, opts: list[Any]) -> dict[str, Any]:
 
     A key that a later version adds does not change the settings as long as it has its default value. Checksums are added
     of the initial weights as `WEIGHTS`, of a teacher's weights and config as `TEACHER`, and of the annotation files, if all
-    exist, as `TRAIN_ANNOTATIONS` and `TEST_ANNOTATIONS`, and of the classes of methods from elsewhere, without comments and
+    exist, as `TRAIN_ANNOTATIONS` and `TEST_ANNOTATIONS`, and of the modules of methods from elsewhere, without comments and
     formatting, as `OWN_METHODS`.
 
     Raises:
@@ -317,13 +313,15 @@ def _checksum(text: str) -> str:
 
 
 def _code_of_own_methods(names: Sequence[str]) -> str:
-    """Return the syntax trees of the classes of these methods, except those of this library; "" without their files."""
-    methods = [DISTILLER_REGISTRY.get(name) for name in names]
-    own = [method for method in methods if not method.__module__.startswith(f"{__package__.partition('.')[0]}.")]
-    try:
-        return " ".join(ast.dump(ast.parse(textwrap.dedent(inspect.getsource(method)))) for method in own)
-    except (OSError, TypeError):
-        return ""
+    """Return the syntax trees of the modules that define these methods and their base classes, except known packages."""
+    known = {__name__.partition(".")[0], "torch", *sys.stdlib_module_names}
+    classes = chain.from_iterable(DISTILLER_REGISTRY.get(name).__mro__ for name in names)
+    modules = sorted({cls.__module__ for cls in classes if cls.__module__.partition(".")[0] not in known})
+    code = []
+    for name in modules:
+        with contextlib.suppress(OSError, TypeError):  # of a module without a file
+            code.append(ast.dump(ast.parse(inspect.getsource(sys.modules[name]))))
+    return " ".join(code)
 
 
 def _annotation_files(cfg: CfgNode, names: Sequence[str]) -> list[str]:
@@ -346,6 +344,11 @@ def _content_of(name: str) -> str:
     """Return the hash of a file; the name itself of one that is not local."""
     path = name.partition("?")[0]
     return checksum(path) if os.path.isfile(path) else name
+
+
+def test_data(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that name the dataset of an evaluation."""
+    return {key: settings[key] for key in ("DATASETS.TEST", TEST_ANNOTATIONS) if key in settings}
 
 
 def of_evaluation(settings: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import statistics
@@ -13,8 +14,10 @@ from tabulate import tabulate
 
 from ..errors import UserError
 from ..text import csv_text, markdown_cell
-from .matrix import TEACHER, Matrix
+from .matrix import TEACHER, Matrix, first_difference, test_data
 from .results import OTHER_TASKS, read_result, result_path
+
+logger = logging.getLogger(__name__)
 
 SCORES = ("AP", "AP50", "AP75", "APs", "APm", "APl", *OTHER_TASKS)
 OTHER_SCORES = SCORES[1:]
@@ -51,16 +54,21 @@ class Row:
 
 
 def read_results(matrix: Matrix, folder: str) -> dict[str, list[dict[str, Any]]]:
-    """Read the finished results by cell, those of the teacher, if there is one, as "teacher"."""
+    """Read the finished results by cell, those of the teacher, if it was evaluated on the same data, as "teacher"."""
     seeds = {cell.name: cell.seeds for cell in matrix.cells}
-    if matrix.has_teacher():
-        seeds["teacher"] = matrix.teacher.seeds if matrix.teacher else (0,)
+    seeds["teacher"] = matrix.teacher.seeds if matrix.teacher else (0,)
     results: dict[str, list[dict[str, Any]]] = {}
     for name, of_cell in seeds.items():
         for seed in of_cell:
             path = result_path(folder, name, seed)
             if os.path.isfile(path):
                 results.setdefault(name, []).append(read_result(path))
+    of_teacher = results.get("teacher", [])
+    for entry in chain.from_iterable(of_cell for name, of_cell in results.items() if name != "teacher"):
+        if any(first_difference(test_data(entry["settings"]), test_data(t["settings"])) for t in of_teacher):
+            path = result_path(folder, "teacher", seeds["teacher"][0])
+            logger.warning(f"{path} is left out: the cells were evaluated on other data.")
+            return {name: of_cell for name, of_cell in results.items() if name != "teacher"}
     return results
 
 
