@@ -10,7 +10,7 @@ from detectron2.modeling.meta_arch import SemanticSegmentor
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from .adapters import PARTS, DetectorOutputs, build_adapter
+from .adapters import PARTS, DetectorOutputs, DetectorSpec, build_adapter
 from .balance import GradientBalance, shared_parameters
 from .distillers import DISTILLER_REGISTRY, Distiller, Losses, Pair, Schedule, build_distiller
 from .distillers.base import in_words
@@ -108,29 +108,7 @@ class KDMetaArch(nn.Module):
         if self.balance:
             shared_parameters(self.student)  # raises if nothing is trained
         for name, distiller in self.distillers.items():
-            for attribute in ("loss_names", "needs"):
-                if not hasattr(distiller, attribute):
-                    raise TypeError(f"{name} does not set the attribute {attribute!r}")
-            for part in distiller.needs - student.provides - teacher.provides:
-                if part.partition("/")[0] not in PARTS:
-                    raise UserError(
-                        f"The distiller {name} needs {part!r}, which is no part that the detectors have; known parts are "
-                        f"{', '.join(sorted(PARTS))}."
-                    )
-            if not {*distiller.aux_loss_names} <= {*distiller.loss_names}:
-                raise RuntimeError(
-                    f"{name} declares the auxiliary losses {sorted(distiller.aux_loss_names)}, which are not all among its losses "
-                    f"{sorted(distiller.loss_names)}"
-                )
-            for whose, spec, needs in (
-                ("student", student, distiller.needs),
-                ("teacher", teacher, distiller.needs_of_teacher),
-            ):
-                lacking = needs - spec.provides
-                if lacking:
-                    raise UserError(
-                        f"The distiller {name} needs {in_words(lacking)}, which the {whose} ({spec.name}) does not have."
-                    )
+            self._check_distiller(name, distiller, student, teacher)
         if (
             self.labels.needs
             and isinstance(self.student, SemanticSegmentor)
@@ -140,6 +118,32 @@ class KDMetaArch(nn.Module):
                 f"MODEL.KD.PSEUDO_LABELS has no effect: the student ({student.name}) is trained on semantic segmentation, and no method of "
                 "MODEL.KD.DISTILLERS uses objects."
             )
+
+    @staticmethod
+    def _check_distiller(name: str, distiller: Distiller, student: DetectorSpec, teacher: DetectorSpec) -> None:
+        for attribute in ("loss_names", "needs"):
+            if not hasattr(distiller, attribute):
+                raise TypeError(f"{name} does not set the attribute {attribute!r}")
+        for part in distiller.needs - student.provides - teacher.provides:
+            if part.partition("/")[0] not in PARTS:
+                raise UserError(
+                    f"The distiller {name} needs {part!r}, which is no part that the detectors have; known parts are "
+                    f"{', '.join(sorted(PARTS))}."
+                )
+        if not {*distiller.aux_loss_names} <= {*distiller.loss_names}:
+            raise RuntimeError(
+                f"{name} declares the auxiliary losses {sorted(distiller.aux_loss_names)}, which are not all among its losses "
+                f"{sorted(distiller.loss_names)}"
+            )
+        for whose, spec, needs in (
+            ("student", student, distiller.needs),
+            ("teacher", teacher, distiller.needs_of_teacher),
+        ):
+            lacking = needs - spec.provides
+            if lacking:
+                raise UserError(
+                    f"The distiller {name} needs {in_words(lacking)}, which the {whose} ({spec.name}) does not have."
+                )
 
     @property
     def device(self):

@@ -24,11 +24,12 @@ from kd_d2.figures import save_figure
 from kd_d2.files import write_json
 from kd_d2.sweep import SweepOptions, costs, plots, report, run_sweep, runner
 from kd_d2.sweep.costs import measure_costs
-from kd_d2.sweep.matrix import measured_settings, read_matrix
+from kd_d2.sweep.matrix import read_matrix
 from kd_d2.sweep.plots import look, plot_ap, plot_curves
 from kd_d2.sweep.report import first_curves, write_report
 from kd_d2.sweep.results import read_curves, read_metrics, read_result, result_path
 from kd_d2.sweep.runner import Job, run_jobs, teacher_evaluation, training_job
+from kd_d2.sweep.settings import measured_settings
 from kd_d2.sweep.table import HEADERS, Row, as_csv, as_markdown, build_rows, format_row, pooled_deviation, read_results
 from kd_d2.text import wrapped_label
 

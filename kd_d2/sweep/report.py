@@ -14,10 +14,11 @@ from ..errors import UserError, check_number
 from ..files import check_output_folder, read_json, write_json, write_text
 from ..typed_json import from_tree
 from .costs import measure_costs
-from .matrix import Cell, Matrix, first_difference, without_locations
+from .matrix import Cell, Matrix
 from .plots import Curves, plot_ap, plot_curves
 from .results import read_result, result_path
 from .runner import Job, is_finished, run_jobs, teacher_evaluation, teacher_training, training_job
+from .settings import first_difference, without_locations
 from .table import Row, as_csv, as_markdown, build_rows, read_finished, read_results
 
 logger = logging.getLogger(__name__)

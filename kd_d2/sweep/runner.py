@@ -21,15 +21,7 @@ from ..engine.stop_request import exit_on_signals
 from ..errors import UserError
 from ..files import read_json, write_json
 from ..typed_json import from_tree
-from .matrix import (
-    CHECKSUMS,
-    Cell,
-    Matrix,
-    first_difference,
-    measured_settings,
-    of_evaluation,
-    without_locations,
-)
+from .matrix import Cell, Matrix
 from .results import (
     METRICS,
     OTHER_TASKS,
@@ -42,6 +34,7 @@ from .results import (
     result_path,
     written_rows,
 )
+from .settings import CHECKSUMS, first_difference, measured_settings, of_evaluation, without_locations
 
 PROGRAM = (sys.executable, "-m", "kd_d2")
 logger = logging.getLogger(__name__)

@@ -14,8 +14,9 @@ from tabulate import tabulate
 
 from ..errors import UserError
 from ..text import csv_text, markdown_cell
-from .matrix import TEACHER, Matrix, first_difference, test_data
+from .matrix import Matrix
 from .results import OTHER_TASKS, read_result, result_path
+from .settings import TEACHER, first_difference, test_data
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,150 @@
+"""The settings of a training that determine its result, by which a sweep knows whether a result still counts."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import hashlib
+import inspect
+import math
+import os
+import sys
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+
+from ..config import KD_META_ARCH, changed_keys, load_config, load_teacher_config
+from ..data import register_synthetic
+from ..distillers import DISTILLER_REGISTRY
+from ..errors import UserError
+from ..files import checksum
+from ..lazy_teacher import is_lazy_config, lazy_teacher_files
+
+LOCATION_KEYS = (
+    "OUTPUT_DIR",
+    "DATASETS.COCO_JSON",
+    "MODEL.DEVICE",
+    "MODEL.WEIGHTS",
+    "MODEL.KD.TEACHER.CONFIG_FILE",
+    "MODEL.KD.TEACHER.WEIGHTS",
+    "MODEL.KD.TEACHER.COMPILE",
+    "MODEL.KD.TEACHER.CHANNELS_LAST",
+    "DATALOADER.NUM_WORKERS",
+    "SOLVER.CHANNELS_LAST",
+    "SOLVER.COMPILE",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "SOLVER.CHECKPOINT_MINUTES",
+    "SOLVER.CHECKPOINTS_TO_KEEP",
+    "SOLVER.CHECKPOINT_ASYNC",
+    "TEST.EVAL_PERIOD",
+    "SEED",
+)
+"""Keys for the locations of files and the execution of a training, which do not determine its result."""
+
+TEACHER = "files of the teacher"
+WEIGHTS = "file of MODEL.WEIGHTS"
+TRAIN_ANNOTATIONS, TEST_ANNOTATIONS = "annotations of DATASETS.TRAIN", "annotations of DATASETS.TEST"
+OWN_METHODS = "code of the methods from --import"
+CHECKSUMS = frozenset({TEACHER, WEIGHTS, TRAIN_ANNOTATIONS, TEST_ANNOTATIONS, OWN_METHODS})
+"""Settings that are checksums of files and code."""
+
+
+def measured_settings(config: str, opts: list[Any]) -> dict[str, Any]:
+    """Return the keys of a config that determine the result: all with non-default values, except LOCATION_KEYS.
+
+    A key that a later version adds does not change the settings as long as it has its default value. Checksums are added
+    of the initial weights as `WEIGHTS`, of a teacher's weights and config as `TEACHER`, and of the annotation files, if all
+    exist, as `TRAIN_ANNOTATIONS` and `TEST_ANNOTATIONS`, and of the modules of methods from elsewhere, without comments and
+    formatting, as `OWN_METHODS`.
+
+    Raises:
+        UserError: see `load_config`, or DATASETS.TEST does not name exactly one dataset, whose results are compared.
+    """
+    cfg = load_config(config, opts)
+    check_test_sets(config, cfg.DATASETS.TEST)
+    settings = without_locations(cfg)
+    settings[WEIGHTS] = _checksum(_content_of(cfg.MODEL.WEIGHTS))
+    for key, names in ((TRAIN_ANNOTATIONS, cfg.DATASETS.TRAIN), (TEST_ANNOTATIONS, cfg.DATASETS.TEST)):
+        files = _annotation_files(cfg, names)
+        if all(map(os.path.isfile, files)):
+            settings[key] = _checksum(" ".join(map(checksum, files)))
+    if cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH:
+        settings[TEACHER] = _checksum(_teacher_files(cfg))
+        if code := _code_of_own_methods(cfg.MODEL.KD.DISTILLERS):
+            settings[OWN_METHODS] = _checksum(code)
+    return settings
+
+
+def check_test_sets(config: str, names: Sequence[str]) -> None:
+    if len(names) != 1:
+        raise UserError(f"{config}: DATASETS.TEST names {len(names)} datasets; a sweep needs exactly one.")
+
+
+def _checksum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _code_of_own_methods(names: Sequence[str]) -> str:
+    """Return the syntax trees of the modules that define these methods and their base classes, except known packages."""
+    known = {__name__.partition(".")[0], "torch", *sys.stdlib_module_names}
+    classes = chain.from_iterable(DISTILLER_REGISTRY.get(name).__mro__ for name in names)
+    modules = sorted({cls.__module__ for cls in classes if cls.__module__.partition(".")[0] not in known})
+    code = []
+    for name in modules:
+        with contextlib.suppress(OSError, TypeError):  # of a module without a file
+            code.append(ast.dump(ast.parse(inspect.getsource(sys.modules[name]))))
+    return " ".join(code)
+
+
+def _annotation_files(cfg: CfgNode, names: Sequence[str]) -> list[str]:
+    """Return the annotation files of datasets; "" for one that has none."""
+    register_synthetic()
+    entries = {name: json_file for name, json_file, _ in cfg.DATASETS.COCO_JSON}
+    return [entries.get(name) or MetadataCatalog.get(name).get("json_file", "") for name in names]
+
+
+def _teacher_files(cfg: CfgNode) -> str:
+    """Return the teacher's config and the hash of its checkpoint; of a LazyConfig, which may run code, the file's hash."""
+    if is_lazy_config(cfg.MODEL.KD.TEACHER.CONFIG_FILE):
+        return " ".join(_content_of(path) for path in lazy_teacher_files(cfg.MODEL.KD.TEACHER))
+    teacher = load_teacher_config(cfg)
+    keys = {k: v for k, v in without_locations(teacher).items() if k.startswith(("MODEL.", "INPUT."))}
+    return f"{keys} {_content_of(teacher.MODEL.WEIGHTS)}"
+
+
+def _content_of(name: str) -> str:
+    """Return the hash of a file; the name itself of one that is not local."""
+    path = name.partition("?")[0]
+    return checksum(path) if os.path.isfile(path) else name
+
+
+def test_data(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that name the dataset of an evaluation."""
+    return {key: settings[key] for key in ("DATASETS.TEST", TEST_ANNOTATIONS) if key in settings}
+
+
+def of_evaluation(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that determine the result of an evaluation of the teacher."""
+    kept = ("INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST", "INPUT.FORMAT", "DATASETS.TEST", TEACHER, TEST_ANNOTATIONS)
+    return {key: value for key, value in settings.items() if key in kept}
+
+
+def first_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Return the first key that differs between two settings, with both values; "" if none does.
+
+    The checksums of files count only if both have them: configs and older result files do not.
+    """
+    unknown = CHECKSUMS - (before.keys() & now.keys())
+    for key in sorted((before.keys() | now.keys()) - unknown):
+        if before.get(key) != now.get(key):
+            return f"{key}: {before.get(key, 'default')} then, {now.get(key, 'default')} now"
+    return ""
+
+
+def without_locations(cfg: CfgNode) -> dict[str, Any]:
+    """Return the keys of a config with non-default values, except LOCATION_KEYS; infinities are text, as JSON has none."""
+    changed = {key: value for key, value in changed_keys(cfg).items() if key not in LOCATION_KEYS}
+    return {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in changed.items()}
