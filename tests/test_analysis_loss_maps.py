@@ -12,7 +12,6 @@ from types import SimpleNamespace
 
 from kd_d2 import UserError
 from kd_d2.adapters import DetectorOutputs
-from kd_d2.analysis import loss_maps
 from kd_d2.analysis.examples import read_examples
 from kd_d2.analysis.loss_maps import (
     LossMapAnalysis,
@@ -22,6 +21,7 @@ from kd_d2.analysis.loss_maps import (
     inside_boxes,
     mean_loss_maps,
     read_saved_examples,
+    recording,
     save_examples,
 )
 from kd_d2.config import load_config
@@ -204,14 +204,14 @@ def test_how_often_maps_are_recorded(
         seen.append(every)
         raise Killed
 
-    monkeypatch.setattr(loss_maps, "setup", lambda args: cfg)
-    monkeypatch.setattr(loss_maps, "read_examples", lambda cfg, count: [])
+    monkeypatch.setattr(recording, "setup", lambda args: cfg)
+    monkeypatch.setattr(recording, "read_examples", lambda cfg, count: [])
     monkeypatch.setattr(
-        loss_maps, "KDTrainer", lambda cfg: SimpleNamespace(bare_model=SimpleNamespace(adapter=adapter))
+        recording, "KDTrainer", lambda cfg: SimpleNamespace(bare_model=SimpleNamespace(adapter=adapter))
     )
-    monkeypatch.setattr(loss_maps, "LossMapRecorder", stop)
+    monkeypatch.setattr(recording, "LossMapRecorder", stop)
     with pytest.raises(Killed):
-        loss_maps.train_with_loss_maps(
+        recording.train_with_loss_maps(
             SimpleNamespace(imports=(), title="one", images=1, every=every, stride=8, resume=False)
         )
     assert seen == [expected]
