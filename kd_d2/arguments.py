@@ -66,7 +66,7 @@ def add_rank_timeout_argument(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=30,
         metavar="MINUTES",
-        help="end the program if ranks wait this long for another (default 30); must exceed an evaluation by the first rank",
+        help="end the program if ranks wait this long for another (default 30); must exceed the time in which the first rank scores an evaluation",
     )
 
 
@@ -82,6 +82,6 @@ def add_model_argument(parser: argparse._ActionsContainer, count: str, *, requir
         nargs="+",
         required=required,
         metavar=("[TITLE=]CONFIG_OR_RUN", "WEIGHTS"),
-        help="a trained model: the output folder of a training, or a config and a checkpoint; the config of a distillation "
-        f"selects its student ({count})",
+        help=f"a trained model ({count}): the output folder of a training, or a config and a checkpoint; the config of a distillation "
+        "selects its student",
     )

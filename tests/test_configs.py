@@ -490,6 +490,9 @@ def test_recommended_settings(path: Path, stand_in: str) -> None:
     assert cfg.MODEL.KD.DISTILLERS and cfg.MODEL.KD.BALANCE.ENABLED
     nodes = {DISTILLER_REGISTRY.get(name).CONFIG_NODE for name in cfg.MODEL.KD.DISTILLERS} | {"BALANCE", "DISTILLERS"}
     assert {key.split(".")[2] for key in overrides[::2]} <= nodes
+    with_levels = as_overrides(str(RECOMMENDED / "ssim.yaml"))
+    over_another = load(TINY / "retinanet-inherit.yaml", stand_in, *with_levels, *overrides)
+    assert over_another.MODEL.KD.BALANCE == cfg.MODEL.KD.BALANCE
 
 
 BASELINES = {"fitnet": "FeatureImitation", "fgfi": "FGFI", "defeat": "DeFeat", "gid": "GID", "fkd": "FKD"}

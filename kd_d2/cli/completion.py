@@ -1,4 +1,4 @@
-"""Print a completion script for a shell; needs the package shtab (pip install kd_d2[completion]).
+"""Print a completion script for a shell; needs the package shtab (pip install 'kd_d2[completion]').
 
 bash, for example in ~/.bashrc:
 

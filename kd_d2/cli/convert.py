@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--difficult",
         choices=["crowd", "keep", "drop"],
         default="crowd",
-        help="boxes marked as difficult: COCO's iscrowd, neither trained on nor counted (default), kept, or dropped",
+        help="boxes marked as difficult: crowd, neither trained on nor counted (default), keep, as other boxes, or drop",
     )
     parser.add_argument(
         "--first-pixel",

@@ -3,10 +3,10 @@
 kd-d2 data check CONFIG [--output DIR] [KEY VALUE ...]                        datasets of DATASETS.TRAIN and TEST
 kd-d2 data check --train JSON IMAGES [--test JSON IMAGES] [--output DIR]      COCO JSON files with their image folders
 
-Prints classes, boxes by class and size, image sizes, and what prevents, falsifies or may harm a training: entries that
+Prints classes, boxes by class and size, image sizes, and what stops, distorts or may harm a training: entries that
 are read differently than written, suspicious boxes, classes that differ between the datasets or in number from the
 config's, the same images in training and test (by content), unreadable images. The exit status is 1 if anything
-prevents or falsifies a training.
+stops or distorts a training.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class DataloaderKeys(Keys):
         float,
         Above(0),
         AtMost(1),
-        "Part of the images that the sampler RandomSubsetTrainingSampler selects, once for the whole training.",
+        "Fraction of the images that the sampler RandomSubsetTrainingSampler selects, once for the whole training.",
     ] = 1.0
 
 

@@ -54,7 +54,7 @@ class PFI(Distiller):
         ] = PREDICTION
         on_logits: Annotated[
             bool,
-            "Whether P is computed from class logits instead of probabilities; the loss is then many times larger.",
+            "Whether the prediction difference P, which weights the features, is computed from class logits instead of probabilities; the loss is then many times larger.",
         ] = False
         relative: Annotated[
             bool, "Whether P is divided by its mean over each level, so that only its relative values matter."

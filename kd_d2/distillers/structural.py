@@ -89,7 +89,7 @@ class StructuralKD(Distiller):
         normalization: Annotated[
             str,
             OneOf(*SCOPES),
-            "Scope of the range that nu maps to [0, 1]: each sample, each channel of a sample, teacher and student jointly, or none.",
+            "What is normalized to [0, 1] together: each sample, each channel of a sample, teacher and student jointly, or none.",
         ] = "sample"
         adaptation: Adaptation = "none"
         spatial_attention: Annotated[

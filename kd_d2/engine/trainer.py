@@ -185,6 +185,7 @@ class KDTrainer(DefaultTrainer):
         stream = getattr(loader, "batch_sampler", None)
         if isinstance(stream, BatchStream):
             stream.start = self.start_iter
+            _log_passes(self.max_iter * cfg.SOLVER.IMS_PER_BATCH, len(loader.dataset))
         elif self.start_iter:
             logger.warning(
                 f"The batches of {type(self).__name__}.build_train_loader begin anew; only loaders of build_stream_loader continue "
@@ -342,6 +343,10 @@ def evaluate_teacher(cfg: CfgNode, teacher: Teacher) -> dict:
         return KDTrainer.test(cfg, teacher.model)
     finally:
         check.remove()
+
+
+def _log_passes(total: int, images: int) -> None:
+    logger.info(f"The whole training reads {total} images: {total / images:.1f} passes over the {images} of DATASETS.TRAIN")
 
 
 def _distributed(model: nn.Module) -> nn.Module:

@@ -37,7 +37,7 @@ class DenseKeys(Keys):
     norm: Annotated[str | None, "Normalization layers of the head's towers; '' for none."] = "GN"
     prior_prob: Annotated[float, Above(0), Below(1), "Initial probability of every class."] = 0.01
     score_thresh_test: Annotated[float, "Score threshold of detections."] = 0.05
-    topk_candidates_test: Annotated[int, AtLeast(1), "Number of boxes per level that enter the NMS."] = 1000
+    topk_candidates_test: Annotated[int, AtLeast(1), "Maximum number of boxes per level that enter the NMS."] = 1000
     nms_thresh_test: Annotated[float, "IoU threshold of the NMS."] = 0.6
 
 
