@@ -16,13 +16,16 @@ from kd_d2 import UserError, load_config
 from kd_d2.export import ExportOptions, export_detector, exporting, load_exported, load_exported_detector
 from kd_d2.export.checking import Comparison, match
 from kd_d2.export.decoding import decode
+from kd_d2.export.graph import batched_nms
 from kd_d2.export.images import dataset_files
 from kd_d2.export.quantizing import box_convolutions
+from kd_d2.export.running import ExportedModel
 from kd_d2.predictor import Predictor
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from detectron2.config import CfgNode
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import build_model
@@ -208,6 +211,35 @@ def test_without_nms_the_graph_is_static_and_decoding_gives_the_detections(
     model, exported = pytorch_model(cfg), load_exported(str(path))
     for image in IMAGES:
         assert_equal(detect(model, image), detect(exported, image))
+
+
+def test_nms_of_many_classes() -> None:
+    """Check that boxes of a class far from the first are as precise, and that classes do not touch, also left of zero."""
+    generator = torch.Generator().manual_seed(0)
+    center_NC = torch.rand(3000, 2, generator=generator) * 40 + torch.randint(30, (3000, 2), generator=generator) * 45
+    box_N4 = torch.cat([center_NC - 30, center_NC + 30], dim=1)
+    class_N = torch.randint(1200, 1203, (3000,), generator=generator)
+    class_N[:300] = torch.arange(300)
+    score_N = torch.rand(3000, generator=generator)
+    expected = torchvision.ops.boxes._batched_nms_vanilla(box_N4, score_N, class_N, 0.5)
+    assert 300 < len(expected) < 2900
+    assert batched_nms(box_N4, score_N, class_N, 0.5).tolist() == expected.tolist()
+    wide_N4 = torch.tensor([[-50.0, 0.0, 50.0, 10.0], [-51.0, 0.0, 49.0, 10.0]])
+    assert batched_nms(wide_N4, torch.tensor([0.5, 0.6]), torch.tensor([0, 1]), 0.0).tolist() == [1, 0]
+    assert batched_nms(wide_N4, torch.tensor([0.5, 0.6]), torch.tensor([1, 1]), 0.5).tolist() == [1]
+    assert batched_nms(wide_N4[:0], torch.rand(0), class_N[:0], 0.5).tolist() == []
+
+
+def test_float_images_are_rounded() -> None:
+    seen = []
+
+    def session(image: np.ndarray) -> tuple[np.ndarray, ...]:
+        seen.append(image)
+        return np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64)
+
+    model = ExportedModel(session, SimpleNamespace(nms=True, padded=lambda image: image))
+    model([{"image": torch.tensor([0.4, 0.6, 254.7]).reshape(3, 1, 1)}])
+    assert seen[0].dtype == np.uint8 and seen[0].flatten().tolist() == [0, 1, 255]
 
 
 def test_decoding_by_hand() -> None:

@@ -672,3 +672,13 @@ def test_named_pipes_are_skipped(photos: Path, caplog: pytest.LogCaptureFixture)
 def test_names_that_have_moved() -> None:
     with pytest.raises(AttributeError, match=r"predict_images is now kd_d2\.prediction\.predict$"):
         predictor.predict_images  # noqa: B018
+
+
+def test_only_the_first_page_is_used_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pages = [Image.new("RGB", (8, 6), color) for color in ("red", "green", "blue")]
+    pages[0].save(tmp_path / "scan.tif", save_all=True, append_images=pages[1:])
+    pages[0].save(tmp_path / "one.tif")
+    pages[0].save(tmp_path / "phone.jpg", "MPO", save_all=True, append_images=pages[1:])
+    assert [found.name for found in find_inputs([str(tmp_path)])] == ["one.tif", "phone.jpg", "scan.tif"]
+    said = [record.message for record in caplog.records if "pages" in record.message]
+    assert said == [f"{tmp_path / 'scan.tif'} has 3 pages or frames, of which only the first is used."]

@@ -346,7 +346,9 @@ def evaluate_teacher(cfg: CfgNode, teacher: Teacher) -> dict:
 
 
 def _log_passes(total: int, images: int) -> None:
-    logger.info(f"The whole training reads {total} images: {total / images:.1f} passes over the {images} of DATASETS.TRAIN")
+    logger.info(
+        f"The whole training reads {total} images: {total / images:.1f} passes over the {images} of DATASETS.TRAIN"
+    )
 
 
 def _distributed(model: nn.Module) -> nn.Module:

@@ -15,6 +15,8 @@ from torchvision.ops import boxes as ops
 from ..adapters import build_adapter
 from ..errors import UserError
 
+GRID_COLUMNS = 32  # a power of two, by which division is exact
+
 
 class DetectionGraph(nn.Module):
     """Image uint8 [3, H, W] in the detector's channel order -> `outputs`.
@@ -61,10 +63,16 @@ def _nms_without_branch() -> Iterator[None]:
 
 
 def batched_nms(boxes_N4: Tensor, scores_N: Tensor, classes_N: Tensor, iou_threshold: float) -> Tensor:
-    """Apply torchvision's batched NMS: the boxes of each class are offset so that classes do not overlap."""
-    largest = torch.cat([boxes_N4, boxes_N4.new_zeros(1, 4)]).max()
-    offset_N1 = (classes_N.to(boxes_N4) * (largest + 1))[:, None]
-    return ops.nms(boxes_N4 + offset_N1, scores_N, iou_threshold)
+    """Apply NMS to each class: the boxes are moved so that those of different classes do not overlap.
+
+    As in torchvision, but to cells of a grid instead of a line, so that the coordinates of a thousand classes remain precise.
+    """
+    with_zero = torch.cat([boxes_N4, boxes_N4.new_zeros(1, 4)])  # there may be no box
+    side = with_zero.max() - with_zero.min() + 1
+    class_N = classes_N.to(boxes_N4)
+    row_N = (class_N / GRID_COLUMNS).floor()
+    cell_N2 = torch.stack([class_N - GRID_COLUMNS * row_N, row_N], dim=1)
+    return ops.nms(boxes_N4 + side * cell_N2.repeat(1, 2), scores_N, iou_threshold)
 
 
 class CandidateGraph(nn.Module):

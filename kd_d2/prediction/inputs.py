@@ -120,6 +120,9 @@ def _problem(entry: Input) -> str | None:
     def read() -> None:
         with open_image(entry.path) as image:
             image.load()
+            pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a phone's MPO is one photo
+            if pages > 1:
+                logger.warning(f"{printable(entry.path)} has {pages} pages or frames, of which only the first is used.")
 
     try:
         return read_checked(entry.path, read)
