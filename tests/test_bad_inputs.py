@@ -102,8 +102,17 @@ def test_a_test_set_without_a_file_of_annotations_needs_no_masks(tmp_path: Path)
     """Check that a detector with masks can be evaluated on the boxes of Pascal VOC."""
     with clean_process():
         DatasetCatalog.register("boxes", list)
-        MetadataCatalog.get("boxes").set(dirname=str(tmp_path), evaluator_type="pascal_voc")
+        MetadataCatalog.get("boxes").set(dirname=str(tmp_path), evaluator_type="pascal_voc", year=2007)
         check_datasets(read_config("", ["DATASETS.TEST", ("boxes",), "MODEL.MASK_ON", True]), train=False)
+
+
+@pytest.mark.parametrize("year", [2010, None])
+def test_pascal_voc_of_a_year_without_a_metric(tmp_path: Path, year: int | None) -> None:
+    with clean_process():
+        DatasetCatalog.register("boxes", list)
+        MetadataCatalog.get("boxes").set(dirname=str(tmp_path), evaluator_type="pascal_voc", year=year)
+        with pytest.raises(UserError, match=f"names boxes, a Pascal VOC dataset of the year {year}; register it with"):
+            check_datasets(read_config("", ["DATASETS.TEST", ("boxes",)]), train=False)
 
 
 def test_an_evaluation_without_a_dataset(refused) -> None:

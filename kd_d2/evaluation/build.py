@@ -7,24 +7,32 @@ import os
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import DatasetEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
+from detectron2.evaluation import DatasetEvaluator, LVISEvaluator
 
 from ..errors import UserError
 from .coco_evaluator import CocoEvaluator
+from .voc_evaluator import VocEvaluator
 
 COCO_TYPES = ("coco", "coco_panoptic_seg")
 EVALUATOR_TYPES = (*COCO_TYPES, "pascal_voc", "lvis")
+VOC_YEARS = (2007, 2012)
 
 
 def check_evaluation(dataset_name: str) -> None:
-    """Raise a UserError unless there is an evaluator for the dataset and its package is installed."""
-    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    """Raise a UserError unless there is an evaluator and a metric for the dataset, and its package is installed."""
+    metadata = MetadataCatalog.get(dataset_name)
+    kind, year = metadata.get("evaluator_type"), metadata.get("year")
     if kind not in EVALUATOR_TYPES:
         raise UserError(
             f"DATASETS.TEST names {dataset_name}, whose evaluator type {kind!r} is not coco, pascal_voc or lvis."
         )
     if kind == "lvis" and importlib.util.find_spec("lvis") is None:  # an optional dependency
         raise UserError(f"DATASETS.TEST names {dataset_name}, which needs the package lvis: pip install lvis")
+    if kind == "pascal_voc" and year not in VOC_YEARS:
+        raise UserError(
+            f"DATASETS.TEST names {dataset_name}, a Pascal VOC dataset of the year {year}; register it with the year "
+            "2007 (AP from 11 points of the curve) or 2012 (from its area)."
+        )
 
 
 def check_coco_metrics(dataset_name: str, analysis: str) -> None:
@@ -50,7 +58,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
     output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
     kind = MetadataCatalog.get(dataset_name).evaluator_type
     if kind == "pascal_voc":
-        return PascalVOCDetectionEvaluator(dataset_name)
+        return VocEvaluator(dataset_name)
     if kind == "lvis":
         return LVISEvaluator(dataset_name, output_dir=output_folder)
     return CocoEvaluator(dataset_name, output_folder, cfg.TEST.KEYPOINT_OKS_SIGMAS)
