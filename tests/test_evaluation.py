@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kd_d2.evaluation.coco_evaluator import CocoEvaluator, faster_evaluation
+from kd_d2.evaluation.lvis_evaluator import LvisEvaluator
 
 import numpy as np
 import pytest
@@ -192,6 +194,97 @@ def test_a_model_without_detections_has_an_ap_of_zero(tmp_path: Path) -> None:
             empty.scores = torch.zeros(0)
             evaluator.process(images, [{"instances": empty}] * len(images))
             np.testing.assert_equal([*evaluator.evaluate()["bbox"].values()][:6], expected)
+
+
+def _detected(boxes: list, classes: list[int], score: float = 0.9) -> dict[str, Instances]:
+    """Return detections with the boxes (x, y, width, height)."""
+    x, y, w, h = torch.tensor(boxes).float().reshape(-1, 4).T
+    found = Instances((200, 200), pred_boxes=Boxes(torch.stack([x, y, x + w, y + h], 1)))
+    found.scores, found.pred_classes = torch.full((len(boxes),), score), torch.tensor(classes, dtype=torch.int64)
+    return {"instances": found}
+
+
+@pytest.fixture
+def lvis_set(tmp_path: Path) -> Iterator[str]:
+    """Register a rare, large object on an image and two common, medium ones on another; frequent and small ones lack."""
+    boxes = {1: [0, 0, 150, 150], 2: [10, 10, 50, 50], 3: [100, 100, 60, 60]}
+    annotations = [
+        {"id": i, "image_id": min(i, 2), "category_id": min(i, 2), "bbox": box, "area": box[2] * box[3]}
+        for i, box in boxes.items()
+    ]
+    image = {"width": 200, "height": 200, "neg_category_ids": [3], "not_exhaustive_category_ids": []}
+    categories = [
+        {"id": i, "name": name, "frequency": name[0]} for i, name in enumerate(("rare", "common", "frequent"), 1)
+    ]
+    tree = {"images": [{"id": i, **image} for i in (1, 2)], "annotations": annotations, "categories": categories}
+    (tmp_path / "lvis.json").write_text(json.dumps(tree))
+    with clean_process():
+        DatasetCatalog.register("few", list)
+        MetadataCatalog.get("few").set(json_file=str(tmp_path / "lvis.json"), evaluator_type="lvis")
+        yield "few"
+
+
+def _evaluated_with_lvis(name: str, output: Path, detections: list[dict[str, Instances]]) -> dict[str, float]:
+    evaluator = LvisEvaluator(name, output_dir=str(output))
+    evaluator.reset()
+    evaluator.process([{"image_id": 1}, {"image_id": 2}], detections)
+    return evaluator.evaluate()["bbox"]
+
+
+NO_DETECTIONS = [_detected([], []), _detected([], [])]
+WITHOUT_DETECTIONS = dict.fromkeys(("AP", "AP50", "AP75", "APm", "APl", "APr", "APc"), 0)
+LACKING = {"APs": np.nan, "APf": np.nan}
+
+
+def test_the_released_lvis(lvis_set: str, tmp_path: Path) -> None:
+    """Check the rare object found and one of the two common ones: precision 1 up to recall 0.5, 51 of 101 points."""
+    pytest.importorskip("lvis")
+    half = 100 * 51 / 101
+    found = [_detected([[0, 0, 150, 150]], [0]), _detected([[10, 10, 50, 50]], [1])]
+    results = _evaluated_with_lvis(lvis_set, tmp_path, found)
+    means = dict.fromkeys(("AP", "AP50", "AP75"), (100 + half) / 2)
+    assert results == pytest.approx(
+        {**means, **LACKING, "APm": half, "APl": 100, "APr": 100, "APc": half}, nan_ok=True, abs=1e-6
+    )
+    assert _evaluated_with_lvis(lvis_set, tmp_path, NO_DETECTIONS) == pytest.approx(
+        {**WITHOUT_DETECTIONS, **LACKING}, nan_ok=True
+    )
+
+
+def test_lvis_with_current_numpy(lvis_set: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check with a stand-in for lvis 0.5.3, which uses np.float and marks metrics without objects with -1."""
+
+    class LVIS:
+        def __init__(self, path: str):
+            tree = json.loads(Path(path).read_text())
+            self.anns, self.cats = (
+                {entry["id"]: entry for entry in tree[key]} for key in ("annotations", "categories")
+            )
+
+        def get_ann_ids(self) -> list[int]:
+            return list(self.anns)
+
+    class LVISEval:
+        def __init__(self, *args: object):
+            self.results = {}
+
+        def run(self) -> None:
+            self.results = {**dict.fromkeys(WITHOUT_DETECTIONS, np.float(0.5)), **dict.fromkeys(LACKING, -1)}
+
+        def print_results(self) -> None:
+            pass
+
+        def get_results(self) -> dict[str, float]:
+            return self.results
+
+    stand_in = types.SimpleNamespace(LVIS=LVIS, LVISEval=LVISEval, LVISResults=lambda *args, **options: None)
+    monkeypatch.setitem(sys.modules, "lvis", stand_in)
+    results = _evaluated_with_lvis(lvis_set, tmp_path, [_detected([[0, 0, 150, 150]], [0]), NO_DETECTIONS[1]])
+    assert results == pytest.approx({**dict.fromkeys(WITHOUT_DETECTIONS, 50), **LACKING}, nan_ok=True)
+    assert _evaluated_with_lvis(lvis_set, tmp_path, NO_DETECTIONS) == pytest.approx(
+        {**WITHOUT_DETECTIONS, **LACKING}, nan_ok=True
+    )
+    assert not hasattr(np, "float") and stand_in.LVISEval is LVISEval
 
 
 @pytest.mark.parametrize("is_faster", [True, False])

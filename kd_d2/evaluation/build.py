@@ -7,10 +7,11 @@ import os
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import DatasetEvaluator, LVISEvaluator
+from detectron2.evaluation import DatasetEvaluator
 
 from ..errors import UserError
 from .coco_evaluator import CocoEvaluator
+from .lvis_evaluator import LvisEvaluator
 from .voc_evaluator import VocEvaluator
 
 COCO_TYPES = ("coco", "coco_panoptic_seg")
@@ -60,5 +61,5 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
     if kind == "pascal_voc":
         return VocEvaluator(dataset_name)
     if kind == "lvis":
-        return LVISEvaluator(dataset_name, output_dir=output_folder)
+        return LvisEvaluator(dataset_name, output_dir=output_folder)
     return CocoEvaluator(dataset_name, output_folder, cfg.TEST.KEYPOINT_OKS_SIGMAS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import math
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,14 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from ..errors import UserError
+
+SIZES = {"APs": (0, 32**2), "APm": (32**2, 96**2), "APl": (96**2, math.inf)}
+
+
+def is_of_size(metric: str, area: float) -> bool:
+    """Return whether an object of this area counts for the metric."""
+    low, high = SIZES.get(metric, (0, math.inf))
+    return low <= area <= high
 
 
 def check_known(detections: list[dict[str, Any]], truth: dict[str, Any]) -> None:

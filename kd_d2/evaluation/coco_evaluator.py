@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import math
 import os
 from collections.abc import Sequence
 from itertools import chain
@@ -16,7 +15,7 @@ from detectron2.evaluation.coco_evaluation import _evaluate_predictions_on_coco
 from pycocotools.coco import COCO
 
 from ..files import write_json
-from .coco import complete
+from .coco import complete, is_of_size
 
 try:
     from faster_coco_eval import COCOeval_faster
@@ -92,13 +91,10 @@ class CocoEvaluator(COCOEvaluator):
     def _of_no_detections(self, results: dict[str, float]) -> dict[str, float]:
         """Replace Detectron2's NaN by 0, which is COCO's AP of objects of which none is found."""
         areas = [annotation["area"] for annotation in self._coco_api.anns.values() if not annotation["iscrowd"]]
-        sizes = {"APs": (0, 32**2), "APm": (32**2, 96**2), "APl": (96**2, math.inf)}
-
-        def has_objects(metric: str) -> bool:
-            low, high = sizes.get(metric, (0, math.inf))
-            return any(low <= area <= high for area in areas)
-
-        return {metric: 0.0 if has_objects(metric) else value for metric, value in results.items()}
+        return {
+            metric: 0.0 if any(is_of_size(metric, area) for area in areas) else value
+            for metric, value in results.items()
+        }
 
     def _eval_predictions(self, predictions: list[dict[str, Any]], img_ids: list[int] | None = None) -> None:
         found = list(chain.from_iterable(prediction["instances"] for prediction in predictions))
