@@ -10,12 +10,15 @@ import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from kd_d2.evaluation import build_evaluator
 from kd_d2.evaluation.coco_evaluator import CocoEvaluator, faster_evaluation
 from kd_d2.evaluation.lvis_evaluator import LvisEvaluator
+from kd_d2.text import file_stem
 
 import numpy as np
 import pytest
 import torch
+from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.data.datasets import register_coco_instances
@@ -202,6 +205,26 @@ def _detected(boxes: list, classes: list[int], score: float = 0.9) -> dict[str, 
     found = Instances((200, 200), pred_boxes=Boxes(torch.stack([x, y, x + w, y + h], 1)))
     found.scores, found.pred_classes = torch.full((len(boxes),), score), torch.tensor(classes, dtype=torch.int64)
     return {"instances": found}
+
+
+def test_detections_of_several_test_sets_are_kept(tmp_path: Path) -> None:
+    path, cfg = make_coco(tmp_path), get_cfg()
+    cfg.OUTPUT_DIR = str(tmp_path / "output")
+    with clean_process():
+        for names in (("one",), ("one", "two/b")):
+            cfg.DATASETS.TEST = names
+            for name in names:
+                if name not in DatasetCatalog.list():
+                    register_coco_instances(name, {}, str(path), str(tmp_path / "images"))
+                image = DatasetCatalog.get(name)[0]
+                evaluator = build_evaluator(cfg, name)
+                evaluator.reset()
+                evaluator.process([image], [_detected([[1, 1, 9, 9]], [len(names) - 1])])
+                evaluator.evaluate()
+    saved = sorted((tmp_path / "output").rglob("coco_instances_results.json"))
+    folders = [str(file.parent.relative_to(tmp_path / "output")) for file in saved]
+    assert folders == ["inference", "inference/one", f"inference/{file_stem('two/b')}"]
+    assert [json.loads(file.read_text())[0]["category_id"] for file in saved] == [1, 2, 2]
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 
 from ..errors import UserError
+from ..text import file_stem
 from .coco_evaluator import CocoEvaluator
 from .lvis_evaluator import LvisEvaluator
 from .voc_evaluator import VocEvaluator
@@ -50,13 +51,17 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
     """Build the evaluator of COCO, Pascal VOC or LVIS according to the metadata of the dataset.
 
     Args:
-        output_folder: folder for the detections in JSON; by default OUTPUT_DIR/inference.
+        output_folder: folder for the detections in JSON; by default OUTPUT_DIR/inference, or
+            OUTPUT_DIR/inference/<dataset> if DATASETS.TEST names several datasets.
 
     Raises:
         UserError: see `check_evaluation`.
     """
     check_evaluation(dataset_name)
-    output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+    if output_folder is None:
+        output_folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+        if len(cfg.DATASETS.TEST) > 1:
+            output_folder = os.path.join(output_folder, file_stem(dataset_name))
     kind = MetadataCatalog.get(dataset_name).evaluator_type
     if kind == "pascal_voc":
         return VocEvaluator(dataset_name)
