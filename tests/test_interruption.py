@@ -331,6 +331,16 @@ def test_the_first_test_set_decides_which_checkpoint_is_the_best(tmp_path: Path)
     assert read_checkpoint(str(tmp_path / "model_best.pth"))["iteration"] == 1
 
 
+def test_an_ap_that_is_not_a_number_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    results: dict = {}
+    hook = checkpoints.BestCheckpoint(KDCheckpointer(torch.nn.Linear(2, 2), str(tmp_path)), lambda: results)
+    for _ in range(2):
+        results = {"bbox": {"AP": float("nan")}}
+        hook.after_step()
+    expected = "model_best.pth is not written while the AP is NaN, as it is without objects in the test set."
+    assert caplog.messages == [expected] and not list(tmp_path.iterdir())
+
+
 def test_the_best_checkpoint_is_kept_if_the_training_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check a checkpoint that was the best in an evaluation after which no other was written."""
     project = make_project(tmp_path, **SHORT, TEST__EVAL_PERIOD=2)

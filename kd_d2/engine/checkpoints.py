@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import re
@@ -24,6 +25,8 @@ from .averaging import AveragedStudent
 from .failures import saved
 from .rank_states import get_rank_state
 from .stop_request import StopRequest, TrainingStopped
+
+logger = logging.getLogger(__name__)
 
 LATEST = "model_latest"
 """The name of the checkpoint written between those of SOLVER.CHECKPOINT_PERIOD; each overwrites the previous one."""
@@ -161,6 +164,7 @@ class BestCheckpoint(HookBase):
         self.results = results
         self.seen: dict | None = None
         self.best = -math.inf
+        self.has_warned = False
         self.path = os.path.join(checkpointer.save_dir, BEST)
 
     def before_train(self) -> None:
@@ -176,7 +180,10 @@ class BestCheckpoint(HookBase):
             return
         self.seen = results
         of_first_set = results if "bbox" in results else next(iter(results.values()))
-        ap = float(of_first_set.get("bbox", {}).get("AP", -math.inf))  # a NumPy scalar from the evaluator of Pascal VOC
+        ap = float(of_first_set.get("bbox", {}).get("AP", -math.inf))  # may be a NumPy scalar
+        if math.isnan(ap) and not self.has_warned:
+            self.has_warned = True
+            logger.warning(f"{BEST}.pth is not written while the AP is NaN, as it is without objects in the test set.")
         if ap > self.best:
             self.best = ap
             self.checkpointer.wait()
