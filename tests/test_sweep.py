@@ -998,6 +998,18 @@ def test_the_result_of_a_job(tmp_path):
     assert (found["seconds_per_iteration"], found["peak_memory_mib"]) == (2.0, 7.0)
 
 
+@pytest.mark.parametrize(
+    ("ap", "said"), [(12.345, "AP 12.35"), (math.nan, "without AP, since the test set has no objects that count")]
+)
+def test_what_is_said_of_a_finished_job(tmp_path, caplog, ap, said):
+    caplog.set_level(logging.INFO, "kd_d2")
+    write_json(str(tmp_path / "train.json"), {"bbox": {"AP": ap}})
+    job = Job("cell", 0, [], str(tmp_path), str(tmp_path / "results" / "cell-seed0.json"), {}, started=time.time())
+    job.process = SimpleNamespace(returncode=0)
+    assert runner._finish(job)
+    assert caplog.messages == [f"cell seed 0: finished after 0.0 min, {said}"]
+
+
 def test_progress_of_a_resumed_cell(tmp_path, caplog):
     """Check that rows of an earlier process are not reported as progress, and that the last complete row is."""
     job = Job("cell", 0, [], str(tmp_path), str(tmp_path / "result.json"), {"SOLVER.MAX_ITER": 100})

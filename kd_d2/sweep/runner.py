@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import math
 import os
 import statistics
 import subprocess
@@ -290,6 +291,7 @@ def _finish(job: Job) -> bool:
     os.makedirs(os.path.dirname(job.result), exist_ok=True)
     write_json(job.result, result, indent=None)
     ap = result["scores"].get("AP")
-    ap = float("nan") if ap is None else ap
-    logger.info(f"{job.name}: finished after {minutes:.1f} min, AP {ap:.2f}")
+    has_ap = ap is not None and not math.isnan(ap)
+    found = f"AP {ap:.2f}" if has_ap else "without AP, since the test set has no objects that count"
+    logger.info(f"{job.name}: finished after {minutes:.1f} min, {found}")
     return True
