@@ -38,7 +38,9 @@ ARG DETECTRON2=git+https://github.com/facebookresearch/detectron2@02b5c4e295e990
 # hadolint ignore=DL3013
 RUN FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="$TORCH_CUDA_ARCH_LIST" pip install --no-deps --no-build-isolation "$DETECTRON2"
 COPY . .
-RUN pip install --no-deps --no-build-isolation --editable . \
+# The modes are those of the checkout, which the umask of its user may have closed to others.
+RUN chmod -R a+rX . \
+    && pip install --no-deps --no-build-isolation --editable . \
     && python cluster/check_install.py --operators
 
 FROM nvidia/cuda:${CUDA}-base-${UBUNTU}${BASE_DIGEST}
@@ -61,11 +63,12 @@ ENV PATH=/opt/venv/bin:$PATH \
     TRITON_CACHE_DIR=/work/output/.cache/triton \
     TORCHINDUCTOR_CACHE_DIR=/work/output/.cache/inductor \
     MPLCONFIGDIR=/tmp/matplotlib
-USER 1000
 WORKDIR /work
-# Other users could not write to cache folders that user 1000 leaves behind.
+# The image is checked as a user that owns none of its files, and without the cache folders of the check, to which no other could write.
+USER 12345
 RUN python cluster/check_install.py --operators \
     && rm -rf "$XDG_CACHE_HOME" "$MPLCONFIGDIR"
+USER 1000
 VOLUME ["/work/datasets", "/work/output"]
 # The kernel drops signals that the first process of a container does not handle; tini passes them on to a process that they end.
 ENTRYPOINT ["tini", "--", "kd-d2"]

@@ -149,6 +149,21 @@ def test_image_has_no_cache_folders_that_only_user_1000_can_write_to() -> None:
     assert [path for path in variables.values() if not path.startswith(removed)] == []
 
 
+def test_every_user_can_read_an_image_of_a_private_checkout(tmp_path: Path) -> None:
+    """Check the modes of a checkout under umask 077 in the image, and that its check runs as a user without files."""
+    build, image = (ROOT / "Dockerfile").read_text().split("\nFROM ")[1:]
+    package, script = tmp_path / "kd_d2", tmp_path / "train_net.py"
+    for path, mode in ((script, 0o700), (tmp_path / "README.md", 0o600), (package, 0o700)):
+        path.mkdir(mode) if path == package else path.touch(mode)
+    (command,) = re.findall(r"^COPY \. \.\n(?:#.*\n)*RUN (chmod .+?) \\\n", build, re.MULTILINE)
+    assert _run(*command.split(), cwd=tmp_path).returncode == 0
+    modes = [stat.S_IMODE(path.stat().st_mode) for path in (script, tmp_path / "README.md", package)]
+    assert modes == [0o755, 0o644, 0o755]
+    steps = re.findall(r"^(?:USER (\d+)|RUN python cluster/check_install\.py)", image, re.MULTILINE)
+    checked_as, *after = steps
+    assert checked_as not in ("0", "1000") and after == ["", "1000"]
+
+
 def test_first_process_of_a_container_passes_signals_on() -> None:
     """Check that tini is installed, and starts the program in Docker and in Kubernetes."""
     image = (ROOT / "Dockerfile").read_text()
