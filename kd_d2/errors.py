@@ -17,6 +17,7 @@ DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 GPU_IS_FULL = re.compile(r"(CUDA|HIP)( driver)? error: out of memory|hipErrorOutOfMemory|[A-Z]_STATUS_ALLOC_FAILED")
 """Matches errors of a GPU's driver and libraries, which occur if other programs use the GPU's memory."""
 OTHER_MEMORY_IS_FULL = re.compile(r"MPS backend out of memory|can't allocate memory")
+NO_MORE_PROCESSES = re.compile(r"can't start new thread|(\[Errno \d+\] )?Resource temporarily unavailable")
 
 
 class UserError(Exception):
@@ -41,7 +42,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def explain_lack_of_resources(error: BaseException | None, advice: str) -> str | None:
-    """Return a clause for an error that means too little memory, too few open files or a failed data loading process.
+    """Return a clause for an error that means too little memory, too few files or processes, or failed data loading.
 
     Args:
         error: any error; the result is None if it has another cause.
@@ -52,6 +53,11 @@ def explain_lack_of_resources(error: BaseException | None, advice: str) -> str |
         return (
             f"Too many open files ({reason}): raise the limit (ulimit -n, at most ulimit -Hn), or use fewer data loading processes or "
             "smaller batches"
+        )
+    if NO_MORE_PROCESSES.fullmatch(reason):
+        return (
+            f"No more processes or threads can be started ({reason}): raise the limit (ulimit -u, or the number of processes of the container or "
+            "job), or lower DATALOADER.NUM_WORKERS and OMP_NUM_THREADS"
         )
     if isinstance(error, EOFError | ConnectionError) and _is_from_data_loading(error):
         return f"A data loading process failed ({reason or type(error).__name__}): see its error above"
@@ -79,7 +85,7 @@ def system_error(error: BaseException | None) -> OSError | None:
 
 
 def as_user_error(error: Exception) -> UserError | None:
-    """Return a UserError for a lack of disk space, permissions, memory or open files, or None for any other error."""
+    """Return a UserError for a lack of disk space, permissions, memory, files or processes, or None for other errors."""
     advice = "free memory, or lower the image sizes in INPUT, such as INPUT.MIN_SIZE_TEST"
     if clause := explain_lack_of_resources(error, advice):
         return UserError(f"{clause}.")

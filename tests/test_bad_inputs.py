@@ -999,12 +999,23 @@ def _share_too_many_tensors(args: object) -> None:
     raise RuntimeError("unable to open shared memory object </torch_7> in read-write mode: Too many open files (24)")
 
 
+def _start_too_many_processes(args: object) -> None:
+    raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+
+def _start_too_many_threads(args: object) -> None:
+    raise RuntimeError("can't start new thread")
+
+
 def _receive_from_a_lost_worker(args: object) -> None:
     class Descriptor:
         def detach(self) -> None:
             raise EOFError
 
     torch.multiprocessing.reductions.rebuild_storage_fd(torch.UntypedStorage, Descriptor(), 8)
+
+
+FEWER = "raise the limit (ulimit -u, or the number of processes of the container or job), or lower DATALOADER.NUM_WORKERS and OMP_NUM_THREADS."
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -1021,6 +1032,8 @@ def _receive_from_a_lost_worker(args: object) -> None:
      "data loading processes or smaller batches."),
     (_share_too_many_tensors, "Too many open files (unable to open shared memory object </torch_7> in read-write mode: Too many open files (24)): "
      "raise the limit (ulimit -n, at most ulimit -Hn), or use fewer data loading processes or smaller batches."),
+    (_start_too_many_processes, f"No more processes or threads can be started ([Errno 11] Resource temporarily unavailable): {FEWER}"),
+    (_start_too_many_threads, f"No more processes or threads can be started (can't start new thread): {FEWER}"),
     (_receive_from_a_lost_worker, "A data loading process failed (EOFError): see its error above."),
 ])  # fmt: skip
 def test_sentences_of_a_system_without_space_permission_or_memory(
@@ -1032,6 +1045,13 @@ def test_sentences_of_a_system_without_space_permission_or_memory(
         launch(main, _Arguments())
     assert caught.value.code == 2
     assert capfd.readouterr().err.splitlines()[-1] == f"error: {sentence}"
+
+
+def test_an_environment_that_cannot_be_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that a training without data loading processes starts if no other process can."""
+    module = sys.modules[set_float32_precision.__module__]
+    monkeypatch.setattr(module, "collect_env_info", lambda: _start_too_many_processes(None))
+    assert module._environment() == "unknown ([Errno 11] Resource temporarily unavailable)"
 
 
 LESS_MEMORY = "free memory, or lower the image sizes in INPUT, such as INPUT.MIN_SIZE_TEST."

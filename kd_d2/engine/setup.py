@@ -121,10 +121,18 @@ def write_configs(cfg: CfgNode) -> None:
 
 def _log_run(cfg: CfgNode, args: argparse.Namespace, config_file: str) -> None:
     """Log the environment, the command line and the changed config keys; the whole config is in `config_file`."""
-    logger.info(f"Processes: {comm.get_world_size()}. Environment:\n{collect_env_info()}")
+    logger.info(f"Processes: {comm.get_world_size()}. Environment:\n{_environment()}")
     logger.info(f"Command line: {shlex.join(sys.argv)}")
     changed = "\n".join(f"  {key}: {value!r}" for key, value in changed_keys(cfg).items())
     logger.info(f"Config keys that differ from their defaults (all keys are in {config_file}):\n{changed}")
+
+
+def _environment() -> str:
+    """Return the versions of the machine's software, or why the programs that print them cannot be started."""
+    try:
+        return collect_env_info()
+    except (OSError, RuntimeError) as error:
+        return f"unknown ({error})"
 
 
 def _class_order(cfg: CfgNode, args: argparse.Namespace) -> ClassOrder | None:
