@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-import uuid
 
 from .errors import UserError
-from .files import write_text
 
 
 def cache_folder(kind: str) -> str:
@@ -27,10 +25,3 @@ def cache_folder(kind: str) -> str:
         except OSError as failure:
             error = failure
     raise UserError(f"There is no writable cache folder ({error}); set XDG_CACHE_HOME to one.")
-
-
-def write_cached(path: str, text: str) -> None:
-    """Write a text file that other processes may be writing with the same content."""
-    unfinished = f"{path}.{uuid.uuid4().hex}"
-    write_text(unfinished, text)
-    os.replace(unfinished, path)

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import glob
 import hashlib
 import json
 import math
 import os
 import shutil
 import tempfile
+import time
+import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import IO, Any
 
 from .errors import UserError
 
+ABANDONED_AFTER = 3600
+"""Seconds after which a temporary file that is not written to is that of a killed process."""
+
 
 @contextlib.contextmanager
 def atomic_write(path: str, mode: str = "w") -> Iterator[IO]:
     """Open a file for atomic writing: the old file is replaced only after the block has finished without an exception.
 
-    A link is kept, and its target replaced. A device or a pipe is written to directly.
+    If several processes write a file at once, the last one to finish replaces it. A link is kept, and its target replaced.
+    A device or a pipe is written to directly.
 
     Args:
         path: target file.
@@ -33,29 +40,52 @@ def atomic_write(path: str, mode: str = "w") -> Iterator[IO]:
             yield file
         return
     target = os.path.realpath(path)
-    partial = f"{target}.partial"
-    try:
-        with named_in_errors(path):
-            with open(partial, mode, encoding=encoding) as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.remove(partial)
-        raise
+    remove_leftovers(glob.escape(target), ABANDONED_AFTER)
+    partial = _partial(target)
+    with named_in_errors(path, partial), _moved(partial, target), open(partial, mode, encoding=encoding) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
-def named_in_errors(path: str) -> Iterator[None]:
-    """Name the path in system errors of this context, such as that of a full disk."""
+def named_in_errors(path: str, temporary: str | None = None) -> Iterator[None]:
+    """Name the path in system errors of this context, such as that of a full disk, in place of a temporary one."""
     try:
         yield
     except OSError as error:
-        if error.errno and error.filename in (None, f"{os.path.realpath(path)}.partial"):
+        if error.errno and error.filename in (None, temporary):
             error.filename = path
         raise
+
+
+def _partial(target: str) -> str:
+    """Return a path for a temporary file next to the target, which no other writer has."""
+    return f"{target}.{uuid.uuid4().hex[:8]}.partial"
+
+
+@contextlib.contextmanager
+def _moved(partial: str, target: str) -> Iterator[None]:
+    """Move a temporary file to its target at the end of this context; if there is an exception, delete it."""
+    try:
+        yield
+        os.replace(partial, target)
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(partial)
+
+
+def remove_leftovers(targets: str, unchanged: float = 0) -> None:
+    """Delete temporary files that killed processes left next to the targets.
+
+    Args:
+        targets: pattern of paths, as in `glob`.
+        unchanged: how long they have not been written to, in seconds.
+    """
+    for path in glob.glob(f"{targets}.{'[0-9a-f]' * 8}.partial"):
+        with contextlib.suppress(OSError):
+            if time.time() - os.stat(path).st_mtime >= unchanged:
+                os.remove(path)
 
 
 def _is_special(path: str) -> bool:
@@ -65,14 +95,12 @@ def _is_special(path: str) -> bool:
 
 def link_or_copy(source: str, target: str) -> None:
     """Atomically make `target` a hard link to `source`, or a copy if hard links are not supported."""
-    partial = f"{target}.partial"
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(partial)
-    try:
-        os.link(source, partial)
-    except OSError:
-        shutil.copyfile(source, partial)
-    os.replace(partial, target)
+    partial = _partial(target)
+    with _moved(partial, target):
+        try:
+            os.link(source, partial)
+        except OSError:
+            shutil.copyfile(source, partial)
 
 
 def write_text(path: str, text: str) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from kd_d2 import cli
+from kd_d2 import cli, files
 from kd_d2.adapters import DetectorSpec
 from kd_d2.config import load_config
 from kd_d2.data import register_coco_json
@@ -22,6 +22,7 @@ from kd_d2.engine import KDTrainer, launch
 
 import cv2
 import numpy as np
+import pytest
 import torch
 import yaml
 from detectron2.config import CfgNode
@@ -301,6 +302,13 @@ def make_project(folder: Path, detector: str = "retinanet", **keys: object) -> P
     weights = folder / "teacher.pth"
     save_fixed_weights(teacher, weights, seed=1)
     return Project(folder, student, teacher, weights, annotations, name)
+
+
+def fill_the_disk(monkeypatch: pytest.MonkeyPatch, target: Path) -> None:
+    """Put the temporary file of the target on a device without space."""
+    temporary, new_name = target.with_name("full"), files._partial
+    temporary.symlink_to("/dev/full")
+    monkeypatch.setattr(files, "_partial", lambda path: str(temporary) if path == str(target) else new_name(path))
 
 
 def run_train_net(*args: object) -> object:

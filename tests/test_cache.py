@@ -4,7 +4,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from kd_d2.cache import cache_folder, write_cached
+from kd_d2.cache import cache_folder
 
 import pytest
 
@@ -21,9 +21,3 @@ def test_an_unwritable_cache_folder_is_passed_over(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert cache_folder("icd-priors") == str(tmp_path / "home" / ".cache" / "kd_d2" / "icd-priors")
-
-
-def test_a_cached_file_leaves_no_other(tmp_path: Path) -> None:
-    write_cached(str(tmp_path / "priors.json"), "[1]")
-    write_cached(str(tmp_path / "priors.json"), "[2]")
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("priors.json", "[2]")]

@@ -27,7 +27,7 @@ from kd_d2.engine.step import NonFiniteLossError
 import pytest
 import torch
 from detectron2.engine import HookBase
-from helpers import KillAt, Project, make_project, make_trainer, run_train_net, train
+from helpers import KillAt, Project, fill_the_disk, make_project, make_trainer, run_train_net, train
 
 KILLS = 20
 OFTEN = {
@@ -150,11 +150,11 @@ def test_every_checkpoint_damaged(tmp_path: Path) -> None:
         train(project, resume=True)
 
 
-def test_a_full_disk(tmp_path: Path) -> None:
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check a second checkpoint on a device without space: one sentence, the first one intact, no other model files."""
     project = make_project(tmp_path, **{**OFTEN, "SOLVER__MAX_ITER": 6})
     project.output.mkdir()
-    (project.output / "model_0000005.pth.partial").symlink_to("/dev/full")
+    fill_the_disk(monkeypatch, project.output / "model_0000005.pth")
     with pytest.raises(
         UserError,
         match=r"Checkpoint .*model_0000005\.pth cannot be written \(No space left on device\); checkpoints already written are intact",

@@ -21,13 +21,13 @@ from kd_d2.engine import checkpoints, folder_lock, lost_ranks, setup
 from kd_d2.engine.folder_lock import lock_folder, unlock_folder
 from kd_d2.engine.stop_request import SIGNALS, StopRequest, TrainingStopped, exit_on_signals
 from kd_d2.engine.trainer import KDTrainer
-from kd_d2.files import link_or_copy
+from kd_d2.files import atomic_write, link_or_copy, write_text
 
 import pytest
 import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
-from helpers import Project, make_project, train
+from helpers import Project, fill_the_disk, make_project, run_train_net, train
 
 SHORT = {
     "SEED": 7,
@@ -356,34 +356,36 @@ def test_the_best_checkpoint_is_kept_if_the_training_is_killed(tmp_path: Path, m
     assert read_checkpoint(str(project.output / "model_best.pth"))["iteration"] == 3
 
 
-def test_an_asynchronous_write_that_fails(tmp_path: Path) -> None:
+def test_an_asynchronous_write_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that the next call raises a UserError, and that last_checkpoint names the previous checkpoint."""
     checkpointer = KDCheckpointer(torch.nn.Linear(2, 2), str(tmp_path))
     checkpointer.asynchronous = True
     checkpointer.save("model_0000000", iteration=0)
     checkpointer.wait()
-    (tmp_path / "model_0000001.pth.partial").symlink_to("/dev/full")
+    fill_the_disk(monkeypatch, tmp_path / "model_0000001.pth")
     checkpointer.save("model_0000001", iteration=1)
     with pytest.raises(UserError, match=r"model_0000001\.pth cannot be written"):
         checkpointer.wait()
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000000.pth"
 
 
-def test_the_last_asynchronous_write_of_a_training_that_fails(tmp_path: Path) -> None:
+def test_the_last_asynchronous_write_of_a_training_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     project = make_project(tmp_path, **SHORT)
     project.output.mkdir()
-    (project.output / "model_final.pth.partial").symlink_to("/dev/full")
+    fill_the_disk(monkeypatch, project.output / "model_final.pth")
     with pytest.raises(UserError, match=r"model_final\.pth cannot be written"):
         train(project, "SOLVER.CHECKPOINT_ASYNC", True)
 
 
 def test_a_link_to_a_checkpoint_and_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check that a link that an interruption left is replaced, not what it links to, and a file system without links."""
+    """Check that what the old link links to is kept, repeated links, which leave no file, and a file system without links."""
     old, new, target = tmp_path / "old", tmp_path / "new", tmp_path / "target"
     old.write_text("old")
     new.write_text("new")
-    os.link(old, f"{target}.partial")
-    link_or_copy(str(new), str(target))
+    os.link(old, target)
+    for _ in range(2):
+        link_or_copy(str(new), str(target))
+    assert {*tmp_path.iterdir()} == {old, new, target}
     assert target.samefile(new) and old.read_text() == "old"
 
     def refuse(*args: object) -> None:
@@ -393,6 +395,33 @@ def test_a_link_to_a_checkpoint_and_a_copy(tmp_path: Path, monkeypatch: pytest.M
     link_or_copy(str(old), str(target))
     assert target.read_text() == "old" and not target.samefile(old)
     assert new.read_text() == "new"
+
+
+def test_two_writers_of_one_file(tmp_path: Path) -> None:
+    """Check that the last one to finish replaces the file, and that its leftovers are deleted if they are old."""
+    path = tmp_path / "result.json"
+    old, new, other = (
+        tmp_path / f"{name}.partial" for name in ("result.json.0123abcd", "result.json.4567cdef", "mine")
+    )
+    for file in (old, new, other):
+        file.touch()
+    os.utime(old, (0, 0))
+    os.utime(other, (0, 0))
+    with atomic_write(str(path)) as first:
+        first.write("first")
+        write_text(str(path), "second")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first"
+    assert {*tmp_path.iterdir()} == {path, new, other}
+
+
+def test_checkpoints_that_a_killed_training_has_not_completed_are_deleted(tmp_path: Path) -> None:
+    project = make_project(tmp_path, **SHORT)
+    project.output.mkdir()
+    (project.output / "model_0000003.pth.0123abcd.partial").touch()
+    (project.output / "model_0000003.pth.part").touch()
+    run_train_net("--config-file", project.student, "DATASETS.TEST", "()")
+    assert [path.name for path in project.output.glob("*.part*")] == ["model_0000003.pth.part"]
 
 
 def test_an_asynchronous_write_has_the_weights_of_its_iteration(tmp_path: Path) -> None:

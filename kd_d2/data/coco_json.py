@@ -15,9 +15,10 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
-from ..cache import cache_folder, write_cached
+from ..cache import cache_folder
 from ..config import reads_annotations
 from ..errors import UserError
+from ..files import write_text
 from ..text import composed
 from .coco import CocoData, read_coco
 from .coco.boxes import reaches_out
@@ -185,7 +186,7 @@ def write_clean(data: CocoData) -> str:
     content = json.dumps(data.tree)
     path = os.path.join(cache_folder("annotations"), hashlib.sha256(content.encode()).hexdigest()[:32] + ".json")
     if not os.path.isfile(path):
-        write_cached(path, content)
+        write_text(path, content)
     logger.info(f"{data.repairs.path}: training and evaluation read the repaired copy {path}")
     return path
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
+import glob
 import logging
 import os
 import shlex
@@ -22,7 +23,7 @@ from ..class_names import as_comment, names_in_checkpoint, names_in_data, names_
 from ..config import KD_META_ARCH, SolverKeys, changed_keys, detector_of, load_config, read_config, thawed
 from ..config_files import find_config_file
 from ..data import ClassOrder, register_coco_json, register_synthetic
-from ..files import check_output_folder, write_json, write_text
+from ..files import check_output_folder, remove_leftovers, write_json, write_text
 from ..keys import keys_of
 from ..modeling import unused_nodes
 from ..text import keep_controls_out_of_logs
@@ -62,6 +63,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     check_output_folder(cfg.OUTPUT_DIR)
     if comm.is_main_process() and not args.eval_only:
         lock_folder(cfg.OUTPUT_DIR)
+        remove_leftovers(os.path.join(glob.escape(cfg.OUTPUT_DIR), "model_*.pth"))
     keep_controls_out_of_logs()
     for name in ("fvcore", "detectron2", "kd_d2"):
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import os
 
 import numpy as np
@@ -17,7 +18,7 @@ from ...engine.learning_rate import scale_to_world_size
 from ...engine.rank_states import preserved_loss_normalizers
 from ...errors import UserError
 from ...extensions import import_extensions
-from ...files import atomic_write
+from ...files import atomic_write, remove_leftovers
 from ...meta_arch import KDMetaArch
 from ...random_state import preserved_random_state
 from ..examples import pixels, read_examples
@@ -98,6 +99,7 @@ class LossMapRecorder(HookBase):
         self.every = every
         self.folder = os.path.join(output, FOLDER)
         os.makedirs(self.folder, exist_ok=True)
+        remove_leftovers(os.path.join(glob.escape(self.folder), "*.npz"))
 
     def after_step(self) -> None:
         iteration = self.trainer.iter + 1

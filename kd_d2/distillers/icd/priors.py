@@ -18,9 +18,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from torch import Tensor
 
-from ...cache import cache_folder, write_cached
+from ...cache import cache_folder
 from ...errors import UserError
-from ...files import read_json
+from ...files import read_json, write_text
 
 MIN_BOXES = 10
 """Classes with fewer boxes use the mean and deviation of all boxes."""
@@ -48,7 +48,7 @@ def read_priors(datasets: tuple[str, ...], num_classes: int) -> Priors:
             f"ICD draws fake instances like those of the training set, but DATASETS.TRAIN {', '.join(datasets)} has no boxes."
         )
     if cache:
-        write_cached(cache, json.dumps([column.tolist() for column in priors]))
+        write_text(cache, json.dumps([column.tolist() for column in priors]))
     return priors
 
 
