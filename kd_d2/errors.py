@@ -122,9 +122,10 @@ def exit_on_user_error() -> Iterator[None]:
     """Exit with status 2 and a one-sentence message on a UserError or an error that `as_user_error` explains.
 
     Exits with status 130 on Ctrl-C, and with status 1 if the reader of the output, such as `head`, has closed it.
-    Output streams that are closed from the beginning (`>&-`) are discarded, and characters that their encoding lacks are
-    escaped. Also keeps control characters out of the logs.
+    Streams that are closed from the beginning (`>&-`) become the null device, and characters that their encoding lacks
+    are escaped. Also keeps control characters out of the logs.
     """
+    _open_standard_streams()
     keep_controls_out_of_logs()
     logging.raiseExceptions = False  # do not print a traceback per message if the log file cannot be written
     for name in ("stdout", "stderr"):
@@ -152,6 +153,15 @@ def exit_on_user_error() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
+
+
+def _open_standard_streams() -> None:
+    """Open the null device for closed file descriptors from 0 to 2, which other files would get otherwise."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
 
 
 def end_with(sentence: object) -> None:

@@ -182,6 +182,19 @@ def test_closed_output() -> None:
         assert done.returncode == (2 if message else 0)
 
 
+def test_a_file_does_not_take_the_place_of_a_closed_stream(tmp_path: Path) -> None:
+    """Check that a child process, which writes to all streams, does not write to a file of its parent."""
+    script = (
+        "import os\nfrom kd_d2.errors import exit_on_user_error\n"
+        f"with exit_on_user_error(), open({str(tmp_path / 'file')!r}, 'w') as file:\n"
+        "    os.system('cat; echo out; echo error >&2')\n"
+        "    print(file.fileno() > 2, file=file)"
+    )
+    command = ["bash", "-c", 'exec "$@" <&- >&- 2>&-', "bash", sys.executable, "-c", script]
+    assert subprocess.run(command, cwd=ROOT).returncode == 0
+    assert (tmp_path / "file").read_text() == "True\n"
+
+
 def test_output_without_unicode() -> None:
     """Check that characters that the encoding of the output lacks are escaped."""
     script = "from kd_d2.errors import exit_on_user_error\nwith exit_on_user_error(): print('caf\\u00e9 \\u72ac')"
