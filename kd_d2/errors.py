@@ -117,6 +117,12 @@ def check_seed(key: str, seed: int) -> None:
         raise UserError(f"{key} is {seed}; it must be below 2**32.")
 
 
+def check_docstrings() -> None:
+    """Raise a UserError if Python runs without docstrings."""
+    if sys.flags.optimize > 1:
+        raise UserError("Detectron2 needs docstrings, which python -OO and PYTHONOPTIMIZE=2 remove; use -O or neither.")
+
+
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Exit with status 2 and a one-sentence message on a UserError or an error that `as_user_error` explains.

@@ -163,9 +163,9 @@ def test_output_that_is_not_read() -> None:
     assert process.returncode == 1
 
 
-def test_without_docstrings() -> None:
-    command = [sys.executable, "-OO", "-m", "kd_d2", "config", "list"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.parametrize("program", [["-m", "kd_d2", "config", "list"], ["train_net.py", "--help"]])
+def test_without_docstrings(program: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-OO", *program], cwd=ROOT, capture_output=True, text=True)
     sentence = "error: Detectron2 needs docstrings, which python -OO and PYTHONOPTIMIZE=2 remove; use -O or neither.\n"
     assert (done.returncode, done.stderr) == (2, sentence)
 

@@ -9,7 +9,7 @@ import sys
 from types import ModuleType
 
 from ..arguments import HelpFormatter, Parser
-from ..errors import UserError, exit_on_user_error
+from ..errors import UserError, check_docstrings, exit_on_user_error
 from .overrides import split_overrides
 
 COMMANDS = {
@@ -41,10 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     if command.startswith("-"):
         _overview().parse_args([command])
     with exit_on_user_error():
-        if sys.flags.optimize > 1:
-            raise UserError(
-                "Detectron2 needs docstrings, which python -OO and PYTHONOPTIMIZE=2 remove; use -O or neither."
-            )
+        check_docstrings()
         if command not in COMMANDS:
             close = difflib.get_close_matches(command, COMMANDS, n=1)
             hint = f"did you mean {close[0]}?" if close else "kd-d2 --help lists all commands."
