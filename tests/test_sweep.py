@@ -9,6 +9,7 @@ import math
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -875,6 +876,20 @@ def test_a_failing_cell_is_returned_and_others_finish(tmp_path, monkeypatch, cap
     assert good["multipliers"] == {"PFI": 1235.0}
     assert good["curves"] == {"total_loss": [[9, 1.0]], "bbox/AP": [[19, 12.5]]}
     assert not (tmp_path / "cells" / "bad.json").exists()
+
+
+def test_modules_of_the_current_folder_do_not_replace_others(tmp_path, monkeypatch):
+    """Check a job of the kd-d2 program, and of `python -m kd_d2` in a checkout that is not installed."""
+    (tmp_path / "argparse.py").write_text("raise SystemExit('of the current folder')\n")
+    monkeypatch.setenv("PYTHONPATH", ROOT)
+    monkeypatch.syspath_prepend(str(tmp_path / "bin"))
+    monkeypatch.chdir(tmp_path)
+    subprocess.run([*runner.program(), "--version"], check=True)
+    monkeypatch.delenv("PYTHONPATH")
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.chdir(ROOT)
+    command, *options = runner.program()
+    subprocess.run([command, "-S", *options, "--version"], check=True)  # without site-packages
 
 
 @pytest.mark.parametrize("fails", ["cell", "teacher"])

@@ -37,7 +37,14 @@ from .results import (
 )
 from .settings import CHECKSUMS, first_difference, measured_settings, of_evaluation, without_locations
 
-PROGRAM = (sys.executable, "-m", "kd_d2")
+
+def program() -> tuple[str, ...]:
+    """Return the command kd-d2, which searches the current folder for modules only if this process does so first."""
+    searches_current_folder = sys.path[0] in ("", os.getcwd())
+    return (sys.executable, *([] if searches_current_folder else ["-P"]), "-m", "kd_d2")
+
+
+PROGRAM = program()
 logger = logging.getLogger(__name__)
 
 SETTINGS = "sweep_settings.json"
