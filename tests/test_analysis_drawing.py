@@ -78,6 +78,21 @@ def test_scores_are_on_labels() -> None:
     assert np.array_equal(detected, written)
 
 
+def test_long_names_leave_room_for_scores() -> None:
+    """Check that scores of a class whose name is wider than the image are seen, but not where a box has none."""
+    there, labels, names = Boxes(torch.tensor([[10.0, 100, 100, 300]])), torch.tensor([0]), ["a long name " * 10]
+    drawn = [
+        draw_instances(
+            _black(480, 480),
+            Instances((480, 480), pred_boxes=there, pred_classes=labels, scores=torch.tensor([score])),
+            names,
+        )
+        for score in (0.41, 0.42)
+    ]
+    columns = (drawn[0] != drawn[1]).any((0, 2)).nonzero()[0]
+    assert 460 < columns.min() <= columns.max() < 478
+
+
 def test_masks_are_transparent() -> None:
     found = Instances((480, 480), pred_boxes=Boxes(torch.tensor([[100.0, 100, 300, 300]])), scores=torch.tensor([0.9]))
     found.pred_classes, found.pred_masks = torch.tensor([0]), torch.zeros(1, 480, 480, dtype=torch.bool)

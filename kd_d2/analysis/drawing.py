@@ -63,8 +63,8 @@ def draw_instances(
     plates: list[tuple[int, int, int, int]] = []
     for i in order:
         name = class_names[classes[i]] if classes[i] < len(class_names) else str(classes[i])
-        text = name if scores[i] is None else f"{name} {scores[i]:.2f}"
-        _label(picture, text, boxes[i][:2], colors[i], plates)
+        score = "" if scores[i] is None else f" {scores[i]:.2f}"
+        _label(picture, name, score, boxes[i][:2], colors[i], plates)
     return np.asarray(picture)
 
 
@@ -74,10 +74,13 @@ def _tint(canvas: np.ndarray, mask: np.ndarray, color: tuple[int, int, int]) -> 
     canvas[inside] = (0.6 * canvas[inside] + 0.4 * np.array(color)).astype(np.uint8)
 
 
-def _label(picture: Image.Image, text: str, corner: np.ndarray, color: tuple[int, int, int], plates: list) -> None:
-    """Draw text on a plate above the corner of its box, inside the image and below existing plates."""
-    text = label(text)
-    font = ImageFont.truetype(font_file(text), max(11, min(picture.size) // 34))
+def _label(
+    picture: Image.Image, name: str, score: str, corner: np.ndarray, color: tuple[int, int, int], plates: list
+) -> None:
+    """Draw a name, truncated if it is too long, and a score above the corner of a box, inside the image, below plates."""
+    name = label(name)
+    font = ImageFont.truetype(font_file(name), max(11, min(picture.size) // 34))
+    text = _truncated(name, font, picture.width - 6, score)
     draw = ImageDraw.Draw(picture)
     width, plate = int(draw.textlength(text, font)) + 6, sum(font.getmetrics()) + 2
     left = int(np.clip(corner[0], 0, max(0, picture.width - width)))
@@ -129,11 +132,17 @@ def titled(image: np.ndarray, title: str) -> np.ndarray:
     room = strip.width - 2 * TITLE_MARGIN
     fonts = [ImageFont.truetype(font_file(title), size) for size in TITLE_SIZES]
     font = next((f for f in fonts if f.getlength(title) <= room), fonts[-1])
-    written = title
-    while written and font.getlength(written) > room:
-        title, written = title[:-1], title[:-1].rstrip() + "\u2026"
+    written = _truncated(title, font, room)
     ImageDraw.Draw(strip).text((TITLE_MARGIN, TITLE_HEIGHT // 2), written, fill=BLACK, font=font, anchor="lm")
     return np.concatenate([np.asarray(strip), image])
+
+
+def _truncated(text: str, font: ImageFont.FreeTypeFont, room: float, suffix: str = "") -> str:
+    """Return the text with the suffix, and with an ellipsis in place of characters for which there is no room."""
+    written = text + suffix
+    while text and font.getlength(written) > room:
+        text, written = text[:-1], text[:-1].rstrip() + "\u2026" + suffix
+    return written
 
 
 def sheet(rows: list[list[np.ndarray]], gap: int = 8) -> np.ndarray:
