@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Collection
+import warnings
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import matplotlib
@@ -11,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from .analysis.fonts import font_file
 from .text import label
 
 without_math = matplotlib.rc_context({"text.parse_math": False})
@@ -29,10 +32,28 @@ def shrink_titles(figure: Figure) -> None:
     """Write each panel's title, shortened to one line, small enough for the width of the panel."""
     for axis in figure.axes:
         axis.title.set_text(label(axis.title.get_text()))
-    figure.draw_without_rendering()
+    _lay_out(figure)
     for axis in figure.axes:
         excess = axis.title.get_window_extent().width / axis.get_window_extent().width
         axis.title.set_size(axis.title.get_size() / max(excess, 1))
+
+
+def _lay_out(figure: Figure) -> None:
+    with _fitting_fonts(figure):
+        figure.draw_without_rendering()
+
+
+@contextlib.contextmanager
+def _fitting_fonts(figure: Figure) -> Iterator[None]:
+    """Write each text in a font with its characters; for those that no font has, `font_file` warns, not Matplotlib."""
+    for text in figure.findobj(Text):
+        font = text.get_fontproperties().copy()
+        if not text.get_text().isascii() and font.get_file() is None:
+            font.set_file(font_file(text.get_text().replace("\n", " ")))
+            text.set_fontproperties(font)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
+        yield
 
 
 @without_math
@@ -42,4 +63,5 @@ def save_figure(figure: Figure, path: str, wrapped: Collection[Text] = ()) -> No
         if text not in wrapped:
             text.set_text(label(text.get_text()))
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with _fitting_fonts(figure):
+        figure.savefig(path, dpi=110)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import warnings
+from pathlib import Path
 
 from kd_d2.analysis import fonts
 from kd_d2.analysis.drawing import titled
 from kd_d2.analysis.fonts import FONT, font_file, installed_fonts
+from kd_d2.figures import save_figure, shrink_titles, subplots
 
 import matplotlib
 import numpy as np
@@ -36,6 +39,20 @@ def test_last_resort_is_no_font(monkeypatch: pytest.MonkeyPatch, caplog: pytest.
     with caplog.at_level(logging.WARNING, "kd_d2"):
         assert font_file("\u0378") == FONT  # not assigned by Unicode
     assert len(caplog.messages) == 1
+
+
+def test_fonts_of_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Check a title that another font has, and one that no font has, of which one message tells."""
+    monkeypatch.setattr(fonts, "installed_fonts", of_matplotlib)
+    figure, (one, other) = subplots(1, 2, figsize=(4, 2))
+    one.set_title(ONLY_IN_STIX)
+    other.set_title("\u732b")
+    with warnings.catch_warnings(), caplog.at_level(logging.WARNING, "kd_d2"):
+        warnings.simplefilter("error")
+        shrink_titles(figure)
+        save_figure(figure, str(tmp_path / "figure.png"))
+    assert one.title.get_fontproperties().get_file() == font_file(ONLY_IN_STIX) != FONT
+    assert len(caplog.messages) == 1 and "those that are missing are drawn as boxes" in caplog.messages[0]
 
 
 def test_no_font_has_the_characters(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
