@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import textwrap
 import warnings
 from collections.abc import Collection, Iterator
 from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -36,6 +38,23 @@ def shrink_titles(figure: Figure) -> None:
     for axis in figure.axes:
         excess = axis.title.get_window_extent().width / axis.get_window_extent().width
         axis.title.set_size(axis.title.get_size() / max(excess, 1))
+
+
+@without_math
+def set_row_titles(titles: dict[str, Axes], size: float) -> list[Text]:
+    """Write the titles of rows to the left of their first panels, in several lines and small enough for their heights."""
+    texts = {axis: axis.set_ylabel(label(title), fontsize=size) for title, axis in titles.items()}
+    for text, excess in _excess_heights(texts):
+        if excess > 1:
+            text.set_text(textwrap.fill(text.get_text(), max(int(len(text.get_text()) / excess), 1)))
+    for text, excess in _excess_heights(texts):
+        text.set_size(size / max(excess, 1))
+    return list(texts.values())
+
+
+def _excess_heights(texts: dict[Axes, Text]) -> list[tuple[Text, float]]:
+    _lay_out(next(iter(texts)).figure)
+    return [(t, t.get_window_extent().height / axis.get_window_extent().height) for axis, t in texts.items()]
 
 
 def _lay_out(figure: Figure) -> None:

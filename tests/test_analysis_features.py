@@ -7,8 +7,10 @@ import functools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
-from kd_d2.analysis.features import FeatureStatistics, difference_map, distances, neighbor_correlation
+from kd_d2.analysis.features import FeatureStatistics, difference_map, distances, neighbor_correlation, plots
+from kd_d2.figures import save_figure
 
 import cv2
 import numpy as np
@@ -48,6 +50,22 @@ def test_neighbors_against_numpy() -> None:
     assert neighbor_correlation(maps)["horizontal"] == pytest.approx(np.mean(expected))
     expected = [np.corrcoef(m[:-1].ravel(), m[1:].ravel())[0, 1] for m in maps.numpy()]
     assert neighbor_correlation(maps)["vertical"] == pytest.approx(np.mean(expected))
+
+
+def test_long_titles_of_rows_are_as_high_as_their_panels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check titles with and without spaces in a plot, and that a short one stays on one line."""
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, *a: (figures.append(figure), save_figure(figure, *a)))
+    pairs = {8: [torch.rand(2, 100).numpy()], 16: [torch.rand(2, 100).numpy()]}
+    statistics = SimpleNamespace(pairs=pairs, mean_correlations=lambda: {key: {"horizontal": 0.0} for key in pairs})
+    titles = ["short", "distilled with a long title, " * 2, "distilled_without_spaces_" * 3, "W" * 60]
+    plots.plot_neighbors(dict.fromkeys(titles, statistics), str(tmp_path / "neighbors.png"))
+    panels = figures[0].axes[::2]
+    for axis in panels:
+        text, panel = axis.yaxis.label.get_window_extent(), axis.get_window_extent()
+        assert panel.y0 - 5 <= text.y0 < text.y1 <= panel.y1 + 5
+    written = [axis.get_ylabel() for axis in panels]
+    assert written[0] == "short" and written[1].replace("\n", " ") == titles[1].strip()
 
 
 def test_distances_by_hand() -> None:

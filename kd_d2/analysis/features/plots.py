@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 from matplotlib.colors import LogNorm
 
-from ...figures import save_figure, subplots, without_math
+from ...figures import save_figure, set_row_titles, subplots, without_math
 from ..drawing import enlarged, overlay_heat, per_pixel, sheet, titled
 from .statistics import FeatureStatistics
 
@@ -22,7 +22,7 @@ def plot_neighbors(rows: dict[str, FeatureStatistics], path: str) -> None:
     """
     most = max(len(statistics.pairs) for statistics in rows.values())
     figure, axes = subplots(len(rows), most, figsize=(2.3 * most, 2.3 * len(rows)), squeeze=False)
-    for line, (title, statistics) in zip(axes, rows.items()):
+    for line, statistics in zip(axes, rows.values()):
         correlations = statistics.mean_correlations()
         for axis in line[len(statistics.pairs) :]:
             axis.set_axis_off()
@@ -35,10 +35,9 @@ def plot_neighbors(rows: dict[str, FeatureStatistics], path: str) -> None:
             axis.set_title(f"stride {stride}, r = {correlations[stride]['horizontal']:.2f}", fontsize=9)
             axis.tick_params(labelsize=7)
             axis.set_aspect("equal")
-        line[0].set_ylabel(title, fontsize=9)
     figure.supxlabel("feature", fontsize=9)
     figure.supylabel("its right neighbor", fontsize=9)
-    save_figure(figure, path)
+    save_figure(figure, path, set_row_titles(dict(zip(rows, axes[:, 0])), 9))
 
 
 def difference_sheet(
