@@ -13,10 +13,12 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
+from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
 from .analysis.fonts import font_file
-from .text import label
+from .text import label, wrapped_label
 
 without_math = matplotlib.rc_context({"text.parse_math": False})
 """Decorator of functions that draw names, which may contain dollar signs."""
@@ -55,6 +57,35 @@ def set_row_titles(titles: dict[str, Axes], size: float) -> list[Text]:
 def _excess_heights(texts: dict[Axes, Text]) -> list[tuple[Text, float]]:
     _lay_out(next(iter(texts)).figure)
     return [(t, t.get_window_extent().height / axis.get_window_extent().height) for axis, t in texts.items()]
+
+
+@without_math
+def add_legend(figure: Figure, lines: dict[str, Line2D]) -> Legend:
+    """Add a legend of up to three columns below the panels, which keep their height, and enlarge the figure for it.
+
+    Args:
+        lines: by title.
+    """
+    place = {
+        "handles": [*lines.values()],
+        "labels": [*map(wrapped_label, lines)],
+        "loc": "outside lower center",
+        "fontsize": 8,
+    }
+    single = figure.legend(**place)
+    _lay_out(figure)
+    columns = figure.bbox.width // single.get_window_extent().width
+    single.remove()
+    legend = figure.legend(**place, ncols=int(min(max(columns, 1), 3, len(lines))))
+    _lay_out(figure)
+    width, height = legend.get_window_extent().size / figure.dpi
+    figure.set_size_inches(max(figure.get_figwidth(), width + 0.2), figure.get_figheight() + height)
+    return legend
+
+
+def write_no_value(axis: Axes) -> None:
+    """Say in an empty panel that there is no value to draw."""
+    axis.text(0.5, 0.5, "no value", transform=axis.transAxes, ha="center", va="center", color="0.45", fontsize=9)
 
 
 def _lay_out(figure: Figure) -> None:

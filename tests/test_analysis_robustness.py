@@ -16,6 +16,7 @@ from kd_d2.analysis.robustness import CORRUPTIONS, Robustness, corrupt, plots
 from kd_d2.analysis.robustness import measure as engine
 from kd_d2.analysis.robustness.corruptions import check_large_enough
 from kd_d2.config import load_config
+from kd_d2.figures import save_figure
 
 import cv2
 import numpy as np
@@ -194,10 +195,37 @@ def test_the_progress_counts_what_is_wanted(tmp_path: Path, toy: tuple, monkeypa
 
 def test_titles_with_an_underscore_are_in_the_legend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = []
-    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, *args: figures.append(figure))
     scores = {"AP": 5.0, "AP50": 5.0}
     plots.plot_robustness(dict.fromkeys(("_old", "new"), Robustness(scores, {"fog": {1: scores}})), "plot.png")
-    assert [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()] == ["_old", "new"]
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["_old", "new"]
+
+
+def test_the_legend_is_below_the_panels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check titles longer than a panel is wide, and that a longer legend does not change the sizes of the panels."""
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, *a: (figures.append(figure), save_figure(figure, *a)))
+    robustness = Robustness({"AP": 5.0}, {"fog": {1: {"AP": 4.0}}, "snow": {1: {"AP": 3.0}}})
+    for count in (1, 4):
+        titles = [f"student {number} {'with a long title ' * 4}" for number in range(count)]
+        plots.plot_robustness(dict.fromkeys(titles, robustness), str(tmp_path / "plot.png"))
+    for figure in figures:
+        lowest = min(axis.get_tightbbox().y0 for axis in figure.axes)
+        assert 0 <= figure.legends[0].get_window_extent().y0 < figure.legends[0].get_window_extent().y1 <= lowest
+    one, four = ([axis.get_window_extent().size for axis in figure.axes] for figure in figures)
+    assert np.allclose(one, four, rtol=0.05) and np.allclose(one[0], one)
+
+
+def test_panels_without_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check panels of a model that has no AP under fog, and a plot without any value, which has no axis of AP."""
+    figures, none = [], {"AP": float("nan")}
+    monkeypatch.setattr(plots, "save_figure", lambda figure, *args: figures.append(figure))
+    plots.plot_robustness({"a": Robustness({"AP": 5.0}, {"fog": {1: none, 2: none}})}, "plot.png")
+    plots.plot_robustness({"a": Robustness(none, {"fog": {1: none, 2: none}})}, "plot.png")
+    texts = [[text.get_text() for axis in figure.axes for text in axis.texts] for figure in figures]
+    assert texts == [[], ["no value"] * 2]
+    assert figures[0].axes[1].get_xlim() == (-0.25, 2.25) and len(figures[0].axes[1].get_yticks()) > 1
+    assert len(figures[1].axes[0].get_yticks()) == 0
 
 
 def test_workers_do_not_change_numbers_and_images_are_taken_evenly(tmp_path: Path) -> None:

@@ -424,6 +424,20 @@ def test_an_earlier_plot_of_curves_is_removed(tmp_path):
     assert not path.exists()
 
 
+def test_plots_without_a_value(tmp_path, monkeypatch):
+    """Check AP of a cell that detects nothing, and AP50, which no cell has: no axis, and no curve of AP."""
+    none, figures = math.nan, []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, *a: figures.append(figure))
+    scores = {"found": {"AP": [10.0, 12.0], "AP50": [none]}, "nothing": {"AP": [none, 1.0], "AP50": [none]}}
+    plot_ap([Row(title, title, scores[title], {}) for title in scores], str(tmp_path / "ap.png"))
+    curves = {"bbox/AP": [(1, none), (2, none), (3, 1.0)], "total_loss": [(1, 2.0), (2, 1.0)]}
+    plot_curves({"nothing": curves}, str(tmp_path / "curves.png"))
+    ap, ap50, *losses = figures[0].axes + figures[1].axes
+    assert [text.get_text() for axis in (ap, ap50) for text in axis.texts] == [" 11.0", *["no value"] * 3]
+    assert len(ap.get_xticks()) > 1 and len(ap50.get_xticks()) == 0
+    assert [axis.get_title() for axis in losses] == ["total_loss"]
+
+
 def test_threads_of_jobs_sleep_while_they_wait(tmp_path, monkeypatch):
     """Check the environment of a job, and that the user's own variables take precedence."""
     script = tmp_path / "program.py"

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import statistics
 from typing import Any
 
 import matplotlib
-from matplotlib.figure import Figure
-from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 
-from ..figures import save_figure, shrink_titles, subplots, without_math
+from ..errors import is_finite_number
+from ..figures import add_legend, save_figure, shrink_titles, subplots, without_math
 from ..text import wrapped_label
 from .results import is_box_ap
 from .table import Row
@@ -31,18 +31,21 @@ def plot_ap(rows: list[Row], path: str) -> None:
     teacher = next((row for row in rows if row.name == "teacher"), None)
     figure, axes = subplots(1, 2, figsize=(11, 0.45 * len(students) + 1.6), sharey=True)
     for axis, column in zip(axes, ("AP", "AP50")):
+        if not any(math.isfinite(statistics.mean(row.scores[column])) for row in rows):
+            axis.set(xlim=(0, 1), xticks=[])
         for place, row in enumerate(students):
             values = row.scores[column]
-            axis.barh(place, statistics.mean(values), color=look(place, len(students))["color"], alpha=0.75)
+            mean, is_measured = statistics.mean(values), math.isfinite(statistics.mean(values))
+            axis.barh(place, mean if is_measured else 0, color=look(place, len(students))["color"], alpha=0.75)
             axis.plot(values, [place] * len(values), "k.", markersize=5)
             axis.annotate(
-                f" {statistics.mean(values):.1f}",
-                (max(values), place),
+                f" {mean:.1f}" if is_measured else "no value",
+                (max(values) if is_measured else 0, place),
                 va="center",
                 xytext=(4, 0),
                 textcoords="offset points",
             )
-        if teacher:
+        if teacher and math.isfinite(statistics.mean(teacher.scores[column])):
             axis.axvline(statistics.mean(teacher.scores[column]), color=TEACHER_COLOR, linestyle="--", label="teacher")
             axis.legend(loc="lower right", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
         axis.set_xlabel(column)
@@ -57,9 +60,11 @@ def plot_ap(rows: list[Row], path: str) -> None:
 def plot_curves(curves: dict[str, Curves], path: str) -> None:
     """Plot AP and every loss over the iterations, one line per training.
 
-    If no metric has two points, there is no plot, and an earlier one is removed.
+    If no metric has two finite points, there is no plot, and an earlier one is removed.
     """
-    drawable = {key for c in curves.values() for key, points in c.items() if len(points) > 1}
+    drawable = {
+        key for c in curves.values() for key, points in c.items() if sum(is_finite_number(y) for _, y in points) > 1
+    }
     panels = sorted(drawable, key=lambda key: (not is_box_ap(key), key != "total_loss", key))
     if not panels:
         with contextlib.suppress(FileNotFoundError):
@@ -82,24 +87,10 @@ def plot_curves(curves: dict[str, Curves], path: str) -> None:
             axis.set_ylim(bottom=0)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
-    lines = [Line2D([], [], label=wrapped_label(title), **look(i, len(curves))) for i, title in enumerate(curves)]
-    legend = _add_legend(figure, lines)
+    lines = {title: Line2D([], [], **look(index, len(curves))) for index, title in enumerate(curves)}
+    legend = add_legend(figure, lines)
     shrink_titles(figure)
     save_figure(figure, path, legend.get_texts())
-
-
-def _add_legend(figure: Figure, lines: list[Line2D]) -> Legend:
-    """Add a legend of up to three columns below the panels, which keep their height, and enlarge the figure for it."""
-    place = {"handles": lines, "loc": "outside lower center", "fontsize": 8}
-    single = figure.legend(**place)
-    figure.draw_without_rendering()
-    columns = figure.bbox.width // single.get_window_extent().width
-    single.remove()
-    legend = figure.legend(**place, ncols=int(min(max(columns, 1), 3, len(lines))))
-    figure.draw_without_rendering()
-    width, height = legend.get_window_extent().size / figure.dpi
-    figure.set_size_inches(max(figure.get_figwidth(), width + 0.2), figure.get_figheight() + height)
-    return legend
 
 
 def look(index: int, count: int) -> dict[str, Any]:

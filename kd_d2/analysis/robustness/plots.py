@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...figures import save_figure, subplots, without_math
+from ...figures import add_legend, save_figure, subplots, without_math, write_no_value
 from ..drawing import sheet, titled
 from .corruptions import corrupt
 from .metrics import CLEAN_SEVERITY, Robustness
@@ -21,20 +21,28 @@ def plot_robustness(models: dict[str, Robustness], path: str, metric: str = "AP"
     columns = min(COLUMNS, len(panels))
     figure, axes = subplots(rows, columns, figsize=(2.7 * columns, 2.3 * rows + 0.4), sharey=True, squeeze=False)
     for axis, panel in zip(axes.flat, panels):
-        for index, robustness in enumerate(models.values()):
+        lines = {}
+        for index, (title, robustness) in enumerate(models.items()):
             points = robustness.by_severity(panel if panel in corruptions else None, metric)
-            axis.plot(*zip(*points.items()), color=f"C{index % 10}", marker=".")
+            (lines[title],) = axis.plot(*zip(*points.items()), color=f"C{index % 10}", marker=".")
+        if not any(np.isfinite(line.get_ydata()).any() for line in lines.values()):
+            write_no_value(axis)
         axis.set_title(panel.replace("_", " "), fontsize=10)
         axis.set_xticks(list(points), ["clean" if s == CLEAN_SEVERITY else str(s) for s in points], fontsize=8)
+        axis.set_xlim(min(points) - 0.25, max(points) + 0.25)
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
-    axes[0, 0].set_ylim(bottom=0)
+    if any(np.isfinite(line.get_ydata()).any() for axis in axes.flat for line in axis.lines):
+        axes[0, 0].set_ylim(bottom=0)
+    else:
+        axes[0, 0].set_yticks([])
     for row in axes:
         row[0].set_ylabel(metric)
-    figure.supxlabel("severity", fontsize=10)
-    axes[0, 0].legend(axes[0, 0].lines, list(models), fontsize=8)
-    save_figure(figure, path)
+    for axis in axes.flat[max(len(panels) - columns, 0) : len(panels)]:
+        axis.set_xlabel("severity")
+    legend = add_legend(figure, lines)
+    save_figure(figure, path, legend.get_texts())
 
 
 def corruption_sheet(image: np.ndarray, identity: int | str, corruptions: list[str], severity: int) -> np.ndarray:
