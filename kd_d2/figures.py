@@ -17,7 +17,7 @@ from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
-from .analysis.fonts import font_file
+from .fonts import font_file
 from .text import label, wrapped_label
 
 without_math = matplotlib.rc_context({"text.parse_math": False})

@@ -6,10 +6,10 @@ import logging
 import warnings
 from pathlib import Path
 
-from kd_d2.analysis import fonts
+from kd_d2 import fonts
 from kd_d2.analysis.drawing import titled
-from kd_d2.analysis.fonts import FONT, font_file, installed_fonts
 from kd_d2.figures import save_figure, shrink_titles, subplots
+from kd_d2.fonts import FONT, font_file, installed_fonts
 
 import matplotlib
 import numpy as np

@@ -11,8 +11,8 @@ from detectron2.structures import Instances
 from PIL import Image, ImageDraw, ImageFont
 
 from ..errors import UserError
+from ..fonts import font_file
 from ..text import label, printable
-from .fonts import font_file
 
 PALETTE = (
     (230, 57, 70), (29, 120, 200), (42, 157, 80), (244, 140, 6), (131, 56, 200), (0, 150, 160), (214, 40, 140), (120, 90, 40),

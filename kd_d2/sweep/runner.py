@@ -39,8 +39,8 @@ from .settings import CHECKSUMS, first_difference, measured_settings, of_evaluat
 
 
 def program() -> tuple[str, ...]:
-    """Return the command kd-d2, which searches the current folder for modules only if this process does so first."""
-    searches_current_folder = sys.path[0] in ("", os.getcwd())
+    """Return the command kd-d2, which searches the current folder for modules only if this process does."""
+    searches_current_folder = {"", os.getcwd()} & {*sys.path}
     return (sys.executable, *([] if searches_current_folder else ["-P"]), "-m", "kd_d2")
 
 
