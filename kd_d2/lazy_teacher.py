@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from detectron2 import model_zoo
@@ -25,7 +26,8 @@ def build_lazy_teacher(cfg: CfgNode) -> tuple[nn.Module, str, str]:
     """Build the teacher from `model` in a Python config, on the student's device.
 
     Configs that Detectron2 ships are loaded; others only with MODEL.KD.TEACHER.TRUST_CONFIG, since they execute code.
-    MODEL.KD.TEACHER.OPTS are overrides in Detectron2's format for such configs: ["model.roi_heads.num_classes=20"].
+    MODEL.KD.TEACHER.OPTS are overrides in Detectron2's format for such configs: ["model.roi_heads.num_classes=20"]; they may
+    name other classes and functions (`_target_`) only with TRUST_CONFIG.
     The channel order is that of the images that the config's mapper reads, otherwise `input_format` of the model.
 
     Returns:
@@ -40,7 +42,7 @@ def build_lazy_teacher(cfg: CfgNode) -> tuple[nn.Module, str, str]:
         raise UserError(
             f"{FILE} {path} is a Python file, which runs code when it is loaded; set {TRUST} True if you trust it."
         )
-    config = _load(path, [str(override) for override in node.OPTS])
+    config = _load(path, [str(override) for override in node.OPTS], node.TRUST_CONFIG)
     if "model" not in config:
         raise UserError(f"{FILE} {path} defines no `model`.")
     read, expected = _select(config, MAPPER_FORMAT), _select(config, MODEL_FORMAT)
@@ -66,17 +68,37 @@ def lazy_teacher_files(node: CfgNode) -> tuple[str, str]:
     return path, _weights(node, path)
 
 
-def _load(path: str, overrides: list[str]) -> Any:
+def _load(path: str, overrides: list[str], trusted: bool) -> Any:
     try:
         config = LazyConfig.load(path)
     except Exception as error:  # from code in the file
         raise UserError(f"{FILE} {path} cannot be loaded ({type(error).__name__}: {error}).") from error
     if not overrides:
         return config
+    before = dict(_targets(config))
     try:
-        return LazyConfig.apply_overrides(config, overrides)
+        config = LazyConfig.apply_overrides(config, overrides)
     except Exception as error:  # from Hydra's parser and OmegaConf
         raise UserError(f"{OPTS} {overrides} cannot be applied to {path}; write KEY=VALUE ({error}).") from error
+    for place, target in _targets(config):
+        if not trusted and before.get(place) != target:
+            raise UserError(
+                f"{OPTS} sets {place} to {target!r}, a class or function that is called; set {TRUST} True if you trust it."
+            )
+    return config
+
+
+def _targets(config: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the key and value of each `_target_` in a config, which `instantiate` calls."""
+    nodes = [("", OmegaConf.to_container(config, resolve=False) if OmegaConf.is_config(config) else config)]
+    while nodes:
+        prefix, node = nodes.pop()
+        entries = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list | tuple) else ()
+        for name, value in entries:
+            key = f"{prefix}.{name}" if prefix else str(name)
+            if name == "_target_":
+                yield key, value
+            nodes.append((key, value))
 
 
 def _select(config: Any, key: str) -> Any:

@@ -186,6 +186,28 @@ def test_a_config_of_the_model_zoo(tmp_path: Path) -> None:
     assert weights == str(project.teacher_weights)
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "+model.hook={_target_: builtins.open, file: ran, mode: w}",
+        "+model.list=[1, {_target_: builtins.open, file: ran, mode: w}]",
+        "model._target_=builtins.print",
+        "+model={hook: {_target_: builtins.open, file: ran, mode: w}}",
+    ],
+)
+def test_overrides_run_code_only_if_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    project = make_project(tmp_path)
+    zoo = ["MODEL.KD.TEACHER.CONFIG_FILE", "new_baselines/mask_rcnn_R_50_FPN_50ep_LSJ.py", "MODEL.KD.TEACHER.OPTS"]
+    with pytest.raises(
+        UserError, match=r"OPTS sets model\..*_target_ to 'builtins\..* set MODEL.KD.TEACHER.TRUST_CONFIG"
+    ):
+        build_lazy_teacher(load_config(str(project.student), [*zoo, [override]]))
+    assert not (tmp_path / "ran").exists()
+    cfg = load_config(str(project.student), [*zoo, ["model.roi_heads.num_classes=7"]])
+    assert build_lazy_teacher(cfg)[0].roi_heads.num_classes == 7
+
+
 def test_the_example_of_a_lazy_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_inputs: Callable) -> None:
     """Check the guide's files with smaller detectors: training, the teacher, and the student's checkpoint."""
     for file, name in (("distilled.py", "own training"), ("distill_R50.py", "lazy student")):
