@@ -161,7 +161,12 @@ def test_none_is_kept_where_detectron2_knows_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "named", "list_"), [("('ICD')", "ICD", '["ICD"]'), ("[ICD, PKD]", "[ICD, PKD]", '["ICD", "PKD"]')]
+    ("value", "named", "list_"),
+    [
+        ("('ICD')", "ICD", '["ICD"]'),
+        ("[ICD, PKD]", "[ICD, PKD]", '["ICD", "PKD"]'),
+        ("(ICD,)", "(ICD,)", '["ICD"]'),
+    ],
 )
 def test_a_text_in_place_of_a_list(files: Files, value: str, named: str, list_: str) -> None:
     """Check that the message gives the list for a name in parentheses without a comma, and for names without quotes."""

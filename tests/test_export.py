@@ -260,11 +260,17 @@ def test_decoding_by_hand() -> None:
     torch.testing.assert_close(decode(boxes, scores, levels, at_the_threshold)[1], torch.tensor([0.9, 0.7, 0.6]))
 
 
-@pytest.mark.parametrize("suffix", ["onnx", "ts"])
-def test_fixed_size(suffix: str, configs: dict[str, CfgNode], tmp_path: Path) -> None:
-    """Check that an image is resized and padded with the mean to the fixed size, with boxes in its own pixels."""
+@pytest.mark.parametrize("suffix", ["onnx", "ts", "xml"])
+def test_fixed_size(suffix: str, configs: dict[str, CfgNode], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Check that an image is resized and padded with the mean to the fixed size, with boxes in its own pixels.
+
+    The size in the log includes the weights that OpenVINO keeps in another file.
+    """
     cfg, path = configs["retinanet"], tmp_path / f"model.{suffix}"
-    export_detector(cfg, str(path), ExportOptions(fixed_size=(64, 128)))
+    with caplog.at_level("INFO"):
+        export_detector(cfg, str(path), ExportOptions(fixed_size=(64, 128)))
+    size = sum(file.stat().st_size for file in tmp_path.glob("model.*"))
+    assert f"{path}: {size / 1e6:.1f} MB" in caplog.text
     detector = load_exported_detector(str(path), detect_threshold := detector_threshold(path))
     image = noise(100, 100, 5).permute(1, 2, 0).numpy()
     resized = np.asarray(Image.fromarray(image).resize((64, 64), Image.Resampling.BILINEAR))
@@ -620,6 +626,16 @@ def test_what_cannot_be_exported_is_one_sentence(
         UserError, match=r"The package onnx is required but not installed: pip install 'kd_d2\[export\]'"
     ):
         export_detector(configs["retinanet"], str(onnx_file))
+    own = pytorch_model(configs["retinanet"])
+    del own.test_nms_thresh, own.max_detections_per_image
+    with pytest.raises(UserError, match="no attribute test_nms_thresh, max_detections_per_image, as RetinaNet has"):
+        exporting.describe(configs["retinanet"], own, ExportOptions(nms=False))
+    exporting.describe(configs["retinanet"], own, ExportOptions())
+    del own.test_score_thresh
+    with pytest.raises(
+        UserError, match="RetinaNet has no attribute test_score_thresh, the score above which it returns"
+    ):
+        exporting.describe(configs["retinanet"], own, ExportOptions())
     keypoints = configs["faster-rcnn"].clone()
     model = pytorch_model(keypoints)
     model.roi_heads.keypoint_on = True

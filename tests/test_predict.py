@@ -455,6 +455,16 @@ def test_times_of_a_variable_frame_rate(clip: Path, monkeypatch: pytest.MonkeyPa
     assert plain.times == pytest.approx([number / plain.fps for number in range(5)])
 
 
+def test_frames_that_a_video_of_variable_frame_rate_never_had(clip: Path) -> None:
+    """Check that frames are missing only if the last one is before the end of the video."""
+    reader = VideoReader(str(clip))
+    assert len(list(reader)) == 5 and not reader.is_cut()
+    reader.length = 6
+    assert reader.is_cut()
+    reader.fps, reader.length, reader.times = 25.0, 126, [0.0, 0.04, 1.0, 1.04, 5.0]
+    assert not reader.is_cut()
+
+
 def test_a_video_that_is_cut_off_or_none_is_named(
     retinanet: Project, clip: Path, tmp_path: Path, predict: Callable[..., dict], capsys: pytest.CaptureFixture[str]
 ) -> None:

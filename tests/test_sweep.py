@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
@@ -36,7 +37,8 @@ from kd_d2.text import wrapped_label
 
 import pytest
 import torch
-from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone, build_model
+from fvcore.nn import FlopCountAnalysis
 from helpers import clean_process, make_coco
 from torch import nn
 
@@ -1290,6 +1292,32 @@ def test_plain_detectors_are_compared_without_a_teacher(tmp_path):
     matrix = read_matrix(write_matrix(tmp_path, text))
     assert matrix.taught_cell(plain) is None
     assert measure_costs(matrix, plain).keys() == {"one", "other"}
+
+
+def test_operations_of_the_heads_of_an_r_cnn(tmp_path):
+    """Check those of the RPN and of the box head, whose number of proposals the config limits."""
+    teacher = os.path.join(ROOT, "configs", "tiny", "faster-rcnn-student.yaml")
+    text = f"config: {teacher}\nbaseline: one\ncells: {{one: , two: {{opts: {{}}}}}}\n"
+    matrix = read_matrix(write_matrix(tmp_path, text))
+    keys = {
+        "SLIM_RESNET.WIDTHS": "(4, 6, 8, 10)",
+        "FPN.OUT_CHANNELS": 8,
+        "ROI_BOX_HEAD.FC_DIM": 16,
+        "ROI_HEADS.NUM_CLASSES": 3,
+        "META_ARCHITECTURE": "GeneralizedRCNN",
+    }
+    opts = ["INPUT.MIN_SIZE_TEST", 64, *chain.from_iterable((f"MODEL.{key}", value) for key, value in keys.items())]
+    few, more = (
+        measure_costs(matrix, [*opts, "MODEL.RPN.POST_NMS_TOPK_TEST", number])["one"]["gflops"] for number in (5, 25)
+    )
+    per_proposal = 8 * 7 * 7 * 16 + 16 * 16 + 16 * (4 + 3 * 4)
+    assert more - few == pytest.approx(20 * per_proposal / 1e9, rel=1e-6)
+    cfg = load_config(teacher, [*opts, "MODEL.RPN.POST_NMS_TOPK_TEST", 5], student_only=True)
+    backbone = FlopCountAnalysis(build_model(cfg).backbone.eval(), torch.zeros(1, 3, 64, 64))
+    positions = sum((64 // stride) ** 2 for stride in (4, 8, 16, 32, 64))
+    rpn = positions * (9 * 8 * 8 + 8 * 3 * 5)
+    expected = backbone.unsupported_ops_warnings(False).total() + rpn + 5 * per_proposal
+    assert few == pytest.approx(expected / 1e9, rel=1e-6)
 
 
 def test_deformable_convolutions_count(tmp_path):

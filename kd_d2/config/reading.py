@@ -139,7 +139,7 @@ def _with_default_types(
             except OverflowError:
                 raise UserError(f"{source}: {full_key} is too large a number.") from None
         if isinstance(default, list | tuple) and isinstance(value, str):
-            entries = ", ".join(f'"{entry.strip()}"' for entry in value.strip("()[] ").split(","))
+            entries = ", ".join(f'"{entry.strip()}"' for entry in value.strip("()[], ").split(","))
             raise UserError(f"{source}: {full_key} is the string {value!r}, but must be a list, such as [{entries}].")
         if not _same_kind(default, value) and not _means_none(full_key, default, value):
             raise UserError(

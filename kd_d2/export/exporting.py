@@ -112,9 +112,11 @@ def export_detector(
         if calibration:
             _quantize(draft, calibration, metadata)
             compare(model, load_exported(draft), inputs, metadata.score_threshold, None)
-        for name in sorted(os.listdir(drafts)):  # OpenVINO's weights before the .xml
+        names = sorted(os.listdir(drafts))  # OpenVINO's weights before the .xml
+        size = sum(os.path.getsize(os.path.join(drafts, name)) for name in names)
+        for name in names:
             shutil.move(os.path.join(drafts, name), os.path.realpath(os.path.join(os.path.dirname(path), name)))
-    logger.info(f"{path}: {os.path.getsize(path) / 1e6:.1f} MB")
+    logger.info(f"{path}: {size / 1e6:.1f} MB")
     return comparison
 
 
@@ -149,11 +151,21 @@ def _check(path: str, options: ExportOptions) -> str:
 
 
 def describe(cfg: CfgNode, model: nn.Module, options: ExportOptions) -> ExportMetadata:
-    """Create the metadata. Raises a UserError if the model has no classes or its images do not have three channels."""
+    """Create the metadata.
+
+    Raises:
+        UserError: the model has no classes or lacks an attribute with a setting of its inference, or its images do not
+            have three channels.
+    """
     adapter = build_adapter(model)
     categories = read_categories(cfg, adapter.num_classes)
-    if categories is None or adapter.score_threshold is None:
-        raise UserError(f"{type(model).__name__} is not a detector that kd-d2 can export: it has no classes or scores.")
+    if categories is None:
+        raise UserError(f"{type(model).__name__} is not a detector that kd-d2 can export: it has no classes.")
+    if adapter.score_threshold is None:
+        raise UserError(
+            f"{type(model).__name__} has no attribute test_score_thresh, the score above which it returns detections, which the exported file "
+            "states: add it to the class."
+        )
     if cfg.INPUT.FORMAT not in ("RGB", "BGR") or len(cfg.MODEL.PIXEL_MEAN) != 3:
         raise UserError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT}; only RGB and BGR can be exported.")
     decoding = {
@@ -161,6 +173,12 @@ def describe(cfg: CfgNode, model: nn.Module, options: ExportOptions) -> ExportMe
         "topk_candidates": "test_topk_candidates",
         "max_detections": "max_detections_per_image",
     }
+    missing = [attribute for attribute in decoding.values() if not hasattr(model, attribute)]
+    if missing and not options.nms:
+        raise UserError(
+            f"--no-nms: {type(model).__name__} has no attribute {', '.join(missing)}, as RetinaNet has for its NMS: add it to the class, or omit "
+            "the option."
+        )
     return ExportMetadata(
         detector=type(model).__name__,
         class_names=[category.name for category in categories],

@@ -115,7 +115,7 @@ class _Run:
                     frames += 1
                     if frames % FRAMES_PER_LINE == 0:
                         logger.info(f"{number} {name}: {frames} of {reader.length or '?'} frames")
-        if frames < reader.length:
+        if reader.is_cut():
             logger.warning(f"{name} ends after {frames} of {reader.length} frames.")
         logger.info(f"{number} {name}: {len(self.annotations) - before} detections in {frames} frames")
 

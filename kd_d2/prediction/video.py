@@ -33,7 +33,8 @@ class VideoReader:
 
     Attributes:
         fps: frames per second.
-        length: number of frames according to the file's metadata; the file may have fewer.
+        length: number of frames according to the file's metadata; a damaged file has fewer, and so may one whose frame
+            rate varies.
         times: time of each frame read so far, in seconds.
     """
 
@@ -54,6 +55,11 @@ class VideoReader:
                 time = self.times[-1] + 1 / self.fps
             self.times.append(time)
             yield np.ascontiguousarray(frame[:, :, ::-1])
+
+    def is_cut(self) -> bool:
+        """Return whether the frames that were read end before the duration in the file's metadata."""
+        end = self.times[-1] if self.times else 0.0
+        return len(self.times) < self.length and self.length / self.fps - end > 1.5 / self.fps
 
 
 class VideoWriter(contextlib.AbstractContextManager):

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
+from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from fvcore.nn import FlopCountAnalysis
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import load_config, load_teacher_config, thawed
 from ..lazy_teacher import is_lazy_config
@@ -39,8 +40,8 @@ def measure_costs(
         known: costs measured before, which are returned if they are those of the same architectures and image sizes.
 
     Returns:
-        "params" in millions, "gflops" (multiply-adds, 1e9), "ms_per_image", and the checksum "architecture" by cell. A
-        detector that cannot be measured is logged, and left out.
+        "params" in millions, "gflops" (multiply-adds, 1e9; see `_gflops`), "ms_per_image", and the checksum "architecture"
+        by cell. A detector that cannot be measured is logged, and left out.
     """
     students = {c.name: load_config(c.config, [*opts, *c.opts], student_only=True) for c in matrix.cells}
     configs = {**_teacher(matrix, opts), **students}
@@ -128,7 +129,11 @@ def _build(cfg: CfgNode) -> nn.Module:
 
 
 def _gflops(model: nn.Module, side: int) -> float:
-    """Return the multiply-adds (1e9) of backbone and, in dense detectors, head: the part independent of the image."""
+    """Return the multiply-adds (1e9) that do not depend on the image.
+
+    They are those of the backbone and the head of a dense detector; in R-CNNs, those of the heads for as many proposals
+    as RPN.POST_NMS_TOPK_TEST allows, but not of masks and keypoints; in other models, those of the backbone.
+    """
     logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
     divisibility = max(model.backbone.size_divisibility, 1)
     side = -(-side // divisibility) * divisibility  # as the detector pads it
@@ -140,7 +145,21 @@ def _gflops(model: nn.Module, side: int) -> float:
         maps = [features[name] for name in model.head_in_features]
         head = FlopCountAnalysis(model.head, (maps,)).unsupported_ops_warnings(False)
         total += head.set_op_handle("torchvision::deform_conv2d", _deformable_convolution).total()
+    elif isinstance(model, GeneralizedRCNN):
+        total += _multiply_adds_of_heads(model, side)
     return total / 1e9
+
+
+def _multiply_adds_of_heads(model: GeneralizedRCNN, side: int) -> float:
+    """Return the multiply-adds of everything but the backbone, with an RPN that does not suppress proposals."""
+    rpn = model.proposal_generator
+    threshold = getattr(rpn, "nms_thresh", None)
+    rpn.nms_thresh = 1.0
+    with FlopCounterMode(display=False) as counter:
+        _seconds(model, side)
+    rpn.nms_thresh = threshold
+    counts = {module: sum(of_operators.values()) for module, of_operators in counter.get_flop_counts().items()}
+    return (counts["Global"] - counts[f"{type(model).__name__}.backbone"]) / 2  # a multiplication and an addition
 
 
 def _deformable_convolution(inputs: list[Any], outputs: list[Any]) -> int:
