@@ -27,7 +27,7 @@ def build_lazy_teacher(cfg: CfgNode) -> tuple[nn.Module, str, str]:
 
     Configs that Detectron2 ships are loaded; others only with MODEL.KD.TEACHER.TRUST_CONFIG, since they execute code.
     MODEL.KD.TEACHER.OPTS are overrides in Detectron2's format for such configs: ["model.roi_heads.num_classes=20"]; they may
-    name other classes and functions (`_target_`) only with TRUST_CONFIG.
+    have other classes and functions (`_target_`) or interpolations (`${...}`) only with TRUST_CONFIG.
     The channel order is that of the images that the config's mapper reads, otherwise `input_format` of the model.
 
     Returns:
@@ -75,28 +75,28 @@ def _load(path: str, overrides: list[str], trusted: bool) -> Any:
         raise UserError(f"{FILE} {path} cannot be loaded ({type(error).__name__}: {error}).") from error
     if not overrides:
         return config
-    before = dict(_targets(config))
+    before = dict(_code(config))
     try:
         config = LazyConfig.apply_overrides(config, overrides)
     except Exception as error:  # from Hydra's parser and OmegaConf
         raise UserError(f"{OPTS} {overrides} cannot be applied to {path}; write KEY=VALUE ({error}).") from error
-    for place, target in _targets(config):
-        if not trusted and before.get(place) != target:
+    for place, code in _code(config):
+        if not trusted and before.get(place) != code:
             raise UserError(
-                f"{OPTS} sets {place} to {target!r}, a class or function that is called; set {TRUST} True if you trust it."
+                f"{OPTS} sets {place} to {code!r}, which may call a class or function; set {TRUST} True if you trust it."
             )
     return config
 
 
-def _targets(config: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the key and value of each `_target_` in a config, which `instantiate` calls."""
+def _code(config: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the key and value of each `_target_` in a config, which `instantiate` calls, and of each interpolation."""
     nodes = [("", OmegaConf.to_container(config, resolve=False) if OmegaConf.is_config(config) else config)]
     while nodes:
         prefix, node = nodes.pop()
         entries = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list | tuple) else ()
         for name, value in entries:
             key = f"{prefix}.{name}" if prefix else str(name)
-            if name == "_target_":
+            if name == "_target_" or (isinstance(value, str) and "${" in value):
                 yield key, value
             nodes.append((key, value))
 

@@ -193,15 +193,16 @@ def test_a_config_of_the_model_zoo(tmp_path: Path) -> None:
         "+model.list=[1, {_target_: builtins.open, file: ran, mode: w}]",
         "model._target_=builtins.print",
         "+model={hook: {_target_: builtins.open, file: ran, mode: w}}",
+        "+model.hook=${oc.create:{_target_:builtins.open,file:ran,mode:w}}",
+        "+model.hook='${oc.decode:\"{_target_: builtins.open, file: ran, mode: w}\"}'",
+        "+model.hook=$\\{oc.decode:x\\}",
     ],
 )
 def test_overrides_run_code_only_if_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str) -> None:
     monkeypatch.chdir(tmp_path)
     project = make_project(tmp_path)
     zoo = ["MODEL.KD.TEACHER.CONFIG_FILE", "new_baselines/mask_rcnn_R_50_FPN_50ep_LSJ.py", "MODEL.KD.TEACHER.OPTS"]
-    with pytest.raises(
-        UserError, match=r"OPTS sets model\..*_target_ to 'builtins\..* set MODEL.KD.TEACHER.TRUST_CONFIG"
-    ):
+    with pytest.raises(UserError, match=r"OPTS (sets model\..*TRUST_CONFIG True|.* cannot be applied)"):
         build_lazy_teacher(load_config(str(project.student), [*zoo, [override]]))
     assert not (tmp_path / "ran").exists()
     cfg = load_config(str(project.student), [*zoo, ["model.roi_heads.num_classes=7"]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from dataclasses import dataclass
@@ -120,8 +121,10 @@ def _problem(entry: Input) -> str | None:
     def read() -> None:
         with open_image(entry.path) as image:
             image.load()
-            pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a phone's MPO is one photo
-            if pages > 1:
+            pages = 1
+            with contextlib.suppress(Exception):  # of Pillow, for damaged pages after the first
+                pages = getattr(image, "n_frames", 1)
+            if pages > 1 and image.format != "MPO":  # which is one photo of a phone
                 logger.warning(f"{printable(entry.path)} has {pages} pages or frames, of which only the first is used.")
 
     try:
