@@ -18,6 +18,7 @@ from dataclasses import fields, is_dataclass
 from typing import IO, Any
 
 from .errors import UserError
+from .signals import exit_on_signals
 
 ABANDONED_AFTER = 3600
 """Seconds after which a temporary file that is not written to is that of a killed process."""
@@ -57,6 +58,13 @@ def named_in_errors(path: str, temporary: str | None = None) -> Iterator[None]:
         if error.errno and error.filename in (None, temporary):
             error.filename = path
         raise
+
+
+@contextlib.contextmanager
+def temporary_folder(**options: Any) -> Iterator[str]:
+    """Create a temporary folder, as `tempfile.TemporaryDirectory` does, that is deleted also if a signal ends the process."""
+    with exit_on_signals(), tempfile.TemporaryDirectory(**options) as folder:
+        yield folder
 
 
 def _partial(target: str) -> str:

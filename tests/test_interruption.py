@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import json
 import os
@@ -10,18 +11,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 from kd_d2 import UserError
 from kd_d2.checkpoint import KDCheckpointer, read_checkpoint
-from kd_d2.engine import checkpoints, folder_lock, lost_ranks, setup
+from kd_d2.engine import checkpoints, folder_lock, launch, lost_ranks, setup
 from kd_d2.engine.folder_lock import lock_folder, unlock_folder
-from kd_d2.engine.stop_request import SIGNALS, StopRequest, TrainingStopped, exit_on_signals
+from kd_d2.engine.stop_request import StopRequest, TrainingStopped
 from kd_d2.engine.trainer import KDTrainer
-from kd_d2.files import atomic_write, link_or_copy, write_text
+from kd_d2.files import atomic_write, link_or_copy, temporary_folder, write_text
+from kd_d2.signals import SIGNALS, exit_on_signals
 
 import pytest
 import torch
@@ -50,6 +52,14 @@ class After(HookBase):
             self.function()
 
 
+@pytest.fixture
+def of_terminal() -> Iterator[None]:
+    """Handle Ctrl-C as in a terminal, also if pytest runs in the background, where it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def send(number: int) -> Callable[[], None]:
     return lambda: os.kill(os.getpid(), number)
 
@@ -69,6 +79,7 @@ def stop_in(project: Project, iteration: int, number: int = signal.SIGTERM, *opt
     return stopped.value
 
 
+@pytest.mark.usefixtures("of_terminal")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_loses_no_iteration(tmp_path: Path, number: int, caplog: pytest.LogCaptureFixture) -> None:
     """Check the exit status, the checkpoint of that iteration, and that resumed losses match an uninterrupted run's."""
@@ -144,13 +155,28 @@ def test_a_signal_in_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert read_checkpoint(str(project.output / "model_latest.pth"))["iteration"] == 2
 
 
-def test_a_closed_terminal_stops_nothing_under_nohup() -> None:
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_signals_that_are_ignored_stop_nothing(number: int) -> None:
+    """Check a closed terminal under nohup, and Ctrl-C in the background of a script."""
     child = os.fork()
     if child == 0:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(number, signal.SIG_IGN)
         with StopRequest() as stop:
-            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), number)
             os._exit(stop.number)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_ranks_in_the_background_of_a_script_end_with_their_launcher() -> None:
+    """Check that a rank does not ignore SIGINT, which it receives when its parent process dies."""
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            sys.modules[launch.__module__]._explaining_errors(lambda args: send(signal.SIGINT)(), argparse.Namespace())
+        except KeyboardInterrupt:
+            os._exit(0)
+        os._exit(1)
     assert os.waitpid(child, 0)[1] == 0
 
 
@@ -206,6 +232,21 @@ def test_signals_while_a_program_cleans_up() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
             cleaned.append(True)
     assert left.value.code == 128 + signal.SIGTERM and cleaned == [True]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_a_signal_leaves_no_temporary_folder(tmp_path: Path, number: int) -> None:
+    child = os.fork()
+    if child == 0:
+        try:
+            with temporary_folder(dir=tmp_path):
+                os.kill(os.getpid(), number)
+                time.sleep(5)
+        except SystemExit as end:
+            os._exit(end.code)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + number
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_training_in_another_thread() -> None:

@@ -9,7 +9,6 @@ sweep adds its table with spreads, curves, settings and versions. The page opens
 from __future__ import annotations
 
 import argparse
-import tempfile
 
 from ..arguments import add_import_argument
 from ..errors import UserError
@@ -28,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from ..analysis.base import is_analysis, load_analysis
     from ..config_files import find_config_file
-    from ..files import check_output_file, write_text
+    from ..files import check_output_file, temporary_folder, write_text
     from ..report import render
     from ..report.sections import is_run, run_section, sweep_section
     from ..sweep import read_matrix
@@ -42,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("There is nothing to report; give output folders of trainings or analyses, or a --sweep.")
     import_extensions(args.imports)
     sections = []
-    with tempfile.TemporaryDirectory() as scratch:
+    with temporary_folder() as scratch:
         if args.sweep:
             sections.append(
                 sweep_section(read_matrix(find_config_file(args.sweep, "the sweep")), args.results, scratch)

@@ -94,7 +94,11 @@ def _launch_several(main: Callable[[argparse.Namespace], object], args: argparse
 
 
 def _explaining_errors(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
-    """Run `main(args)`, and raise a UserError for an error that `as_user_error` explains."""
+    """Run `main(args)` in a child process, and raise a UserError for an error that `as_user_error` explains.
+
+    SIGINT, which the child receives also when its parent process dies, is not ignored even if the parent ignores it.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(args)
     except (OSError, RuntimeError, MemoryError, EOFError) as error:

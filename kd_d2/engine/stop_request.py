@@ -1,22 +1,17 @@
-"""Signals that stop a program: SIGTERM and SIGUSR1 from Kubernetes, Slurm and spot instances, SIGHUP and Ctrl-C."""
+"""Stop requests: signals that stop a training after the current iteration, on all ranks."""
 
 from __future__ import annotations
 
 import contextlib
-import math
 import multiprocessing
 import os
 import signal
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from types import FrameType
 from typing import Self
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-SAME_REQUEST = 2.0
-"""Seconds within which signals count as one: terminals and launchers signal both a process group and its members."""
+from ..signals import SAME_REQUEST, SIGNALS, handled_by
 
 
 class TrainingStopped(SystemExit):
@@ -40,7 +35,7 @@ class StopRequest:
         self._handlers = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        self._handlers.enter_context(_handled_by(self._receive, SIGNALS))
+        self._handlers.enter_context(handled_by(self._receive, SIGNALS))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -73,39 +68,5 @@ def forwarded_to_children() -> Iterator[None]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child.pid, number)
 
-    with _handled_by(forward, SIGNALS):
+    with handled_by(forward, SIGNALS):
         yield
-
-
-@contextlib.contextmanager
-def exit_on_signals() -> Iterator[None]:
-    """Raise SystemExit on SIGNALS except Ctrl-C within this context, so that cleanup runs as for its KeyboardInterrupt."""
-    last = -math.inf
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        nonlocal last
-        before, last = last, time.monotonic()
-        if last - before > SAME_REQUEST:
-            sys.exit(128 + number)
-
-    with _handled_by(leave, [number for number in SIGNALS if number != signal.SIGINT]):
-        yield
-
-
-@contextlib.contextmanager
-def _handled_by(handler: Callable[[int, FrameType | None], None], signals: Iterable[signal.Signals]) -> Iterator[None]:
-    """Handle the signals within this context, but SIGHUP only if it is not ignored, as under nohup.
-
-    Does nothing outside the main thread, where Python allows no handlers.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    is_under_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    handled = [number for number in signals if number != signal.SIGHUP or not is_under_nohup]
-    previous = {number: signal.signal(number, handler) for number in handled}
-    try:
-        yield
-    finally:
-        for number, before in previous.items():
-            signal.signal(number, before)

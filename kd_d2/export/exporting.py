@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import tempfile
 from dataclasses import dataclass, replace
 
 from detectron2.config import CfgNode
@@ -16,7 +15,7 @@ from ..checkpoint import load_complete
 from ..config import thawed
 from ..engine.checks import check_plain, check_supported
 from ..errors import UserError
-from ..files import check_output_folder
+from ..files import check_output_folder, temporary_folder
 from ..model_paths import EXPORT_SUFFIXES, format_of
 from ..modeling.building import build_detector
 from ..predictor import read_categories
@@ -91,7 +90,7 @@ def export_detector(
 
     folder = os.path.dirname(os.path.realpath(path))
     check_output_folder(folder, "--output")
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as drafts:
+    with temporary_folder(dir=folder, prefix=".export-") as drafts:
         draft = os.path.join(drafts, os.path.basename(path))
         try:
             WRITERS[export_format](graph, inputs[0], draft, metadata)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.onnx import register_custom_op_symbolic
 from torch.onnx.symbolic_helper import parse_args
 
+from ..files import temporary_folder
 from .graph import CandidateGraph, DetectionGraph
 from .metadata import ExportMetadata
 from .running import METADATA_FILE, OPENVINO_INFO, needed_package
@@ -77,7 +77,7 @@ def add_onnx_metadata(path: str, metadata: ExportMetadata) -> None:
 def write_openvino(graph: DetectionGraph | CandidateGraph, image: Tensor, path: str, metadata: ExportMetadata) -> None:
     """Convert from ONNX, and write PATH.xml and PATH.bin, with weights in float32."""
     openvino = needed_package("openvino")
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         source = os.path.join(folder, "model.onnx")
         write_onnx(graph, image, source, metadata)
         model = openvino.Core().read_model(source)

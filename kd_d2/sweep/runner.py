@@ -18,9 +18,9 @@ from detectron2.config import get_cfg
 
 from ..checkpoint import checkpoint_files
 from ..config import read_config
-from ..engine.stop_request import exit_on_signals
 from ..errors import UserError
 from ..files import read_json, write_json
+from ..signals import exit_on_signals
 from ..typed_json import from_tree
 from .matrix import Cell, Matrix
 from .results import (

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 from ...errors import UserError
+from ...files import temporary_folder
 from .scenes import CLASSES, DRAWING_VERSION, STYLES, SUPERSAMPLING, Scene, render, visible_box
 
 MIN_IMAGE_SIZE = 64  # px
@@ -179,7 +179,7 @@ def ensure_synthetic(
     try:
         parent = root.absolute().parent
         parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{root.name}.tmp-", dir=parent) as scratch:
+        with temporary_folder(prefix=f".{root.name}.tmp-", dir=parent) as scratch:
             made = Path(scratch) / "set"
             generate_split(made / "train", num_train, 2 * seed, image_size=image_size, style=style)
             generate_split(made / "val", num_val, 2 * seed + 1, image_size=image_size, style=style)
