@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -258,6 +259,17 @@ def test_decoding_by_hand() -> None:
     assert found_boxes[:, 0].tolist() == [0, 0, 40, 60]
     at_the_threshold = replace(info, score_threshold=0.5)
     torch.testing.assert_close(decode(boxes, scores, levels, at_the_threshold)[1], torch.tensor([0.9, 0.7, 0.6]))
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "ts"])
+def test_a_full_disk(suffix: str, configs: dict[str, CfgNode], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / f"model.{suffix}"
+    drafts = tmp_path / "drafts"
+    drafts.mkdir()
+    (drafts / path.name).symlink_to("/dev/full")
+    monkeypatch.setattr(exporting, "temporary_folder", lambda **_: contextlib.nullcontext(str(drafts)))
+    with pytest.raises(UserError, match=rf"^--output {path} cannot be written: No space left on device\.$"):
+        export_detector(configs["retinanet"], str(path))
 
 
 @pytest.mark.parametrize("suffix", ["onnx", "ts", "xml"])

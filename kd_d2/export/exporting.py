@@ -14,8 +14,8 @@ from ..adapters import build_adapter
 from ..checkpoint import load_complete
 from ..config import thawed
 from ..engine.checks import check_plain, check_supported
-from ..errors import UserError
-from ..files import check_output_folder, temporary_folder
+from ..errors import UserError, as_user_error
+from ..files import check_output_folder, named_in_errors, temporary_folder
 from ..model_paths import EXPORT_SUFFIXES, format_of
 from ..modeling.building import build_detector
 from ..predictor import read_categories
@@ -93,13 +93,15 @@ def export_detector(
     with temporary_folder(dir=folder, prefix=".export-") as drafts:
         draft = os.path.join(drafts, os.path.basename(path))
         try:
-            WRITERS[export_format](graph, inputs[0], draft, metadata)
+            with named_in_errors(f"--output {path}", draft):
+                WRITERS[export_format](graph, inputs[0], draft, metadata)
             exported = load_exported(draft)
             comparison = compare(model, exported, inputs, metadata.score_threshold, cfg.TEST.DETECTIONS_PER_IMAGE)
         except UserError:
             raise
         except Exception as error:  # from the tracer, the exporter or the runtime
-            raise UserError(f"{metadata.detector} cannot be exported to {export_format}: {reason(error)}.") from error
+            sentence = f"{metadata.detector} cannot be exported to {export_format}: {reason(error)}."
+            raise as_user_error(error) or UserError(sentence) from error
         require_equal(comparison, path)
         if comparison.detections:
             logger.info(f"{metadata.detector} as {export_format} and in PyTorch: {comparison}")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.onnx import register_custom_op_symbolic
 from torch.onnx.symbolic_helper import parse_args
 
-from ..files import temporary_folder
+from ..files import named_in_errors, temporary_folder
 from .graph import CandidateGraph, DetectionGraph
 from .metadata import ExportMetadata
 from .running import METADATA_FILE, OPENVINO_INFO, needed_package
@@ -41,7 +41,8 @@ def write_torchscript(
 ) -> None:
     with _quiet():
         traced = torch.jit.freeze(torch.jit.trace(graph, (image,), check_trace=False))
-        torch.jit.save(traced, path, _extra_files={METADATA_FILE: json.dumps(metadata.to_strings())})
+        with open(path, "wb") as file:  # torch's own writer of files ends the process if the disk is full
+            torch.jit.save(traced, file, _extra_files={METADATA_FILE: json.dumps(metadata.to_strings())})
 
 
 def write_onnx(graph: DetectionGraph | CandidateGraph, image: Tensor, path: str, metadata: ExportMetadata) -> None:
@@ -79,7 +80,8 @@ def write_openvino(graph: DetectionGraph | CandidateGraph, image: Tensor, path: 
     openvino = needed_package("openvino")
     with temporary_folder() as folder:
         source = os.path.join(folder, "model.onnx")
-        write_onnx(graph, image, source, metadata)
+        with named_in_errors(source):
+            write_onnx(graph, image, source, metadata)
         model = openvino.Core().read_model(source)
         for key, value in metadata.to_strings().items():
             model.set_rt_info(value, [OPENVINO_INFO, key])
