@@ -93,6 +93,13 @@ def test_slurm_script_separates_configs_of_one_name(tmp_path: Path, config: str,
     assert _run(*script, "OUTPUT_DIR", "output/mine", cwd=tmp_path, env=environment).returncode == 0
 
 
+def test_slurm_script_without_slurm() -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+    done = _run("bash", CLUSTER / "slurm.sbatch", "my.yaml", env=environment)
+    assert done.returncode != 0
+    assert done.stderr.endswith("SLURM_JOB_ID: is not set: submit this file with sbatch\n")
+
+
 def test_compose_file_follows_its_schema() -> None:
     done = _run(_installed("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", CLUSTER / "compose.yaml")
     assert done.returncode == 0, done.stdout + done.stderr
