@@ -23,13 +23,14 @@ from kd_d2.engine.folder_lock import lock_folder, unlock_folder
 from kd_d2.engine.stop_request import StopRequest, TrainingStopped
 from kd_d2.engine.trainer import KDTrainer
 from kd_d2.files import atomic_write, link_or_copy, temporary_folder, write_text
+from kd_d2.random_state import preserved_random_state
 from kd_d2.signals import SIGNALS, exit_on_signals
 
 import pytest
 import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
-from helpers import Project, fill_the_disk, make_project, run_train_net, train
+from helpers import Project, clean_process, fill_the_disk, make_project, make_trainer, run_train_net, train
 
 SHORT = {
     "SEED": 7,
@@ -533,6 +534,22 @@ def test_a_folder_that_cannot_be_locked(
     assert caplog.messages == [
         f"OUTPUT_DIR {tmp_path} cannot be locked (No locks available): make sure that no other training uses it."
     ]
+
+
+def test_the_log_says_that_the_folder_cannot_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = make_project(tmp_path, **SHORT)
+
+    def refuse(*args: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(folder_lock.fcntl, "lockf", refuse)
+    args = argparse.Namespace(
+        config_file=str(project.student), opts=[], resume=False, eval_only=False, eval_teacher=False
+    )
+    with clean_process(), preserved_random_state():
+        setup(args)
+    unlock_folder(str(project.output))
+    assert f"OUTPUT_DIR {project.output} cannot be locked" in (project.output / "log.txt").read_text()
 
 
 def test_ctrl_c_before_a_training(tmp_path: Path) -> None:

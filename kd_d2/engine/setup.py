@@ -61,13 +61,13 @@ def setup(args: argparse.Namespace) -> CfgNode:
     check_device(cfg, comm.get_world_size())
     check_float32_precision(cfg)
     check_output_folder(cfg.OUTPUT_DIR)
-    if comm.is_main_process() and not args.eval_only:
-        lock_folder(cfg.OUTPUT_DIR)
-        remove_leftovers(os.path.join(glob.escape(cfg.OUTPUT_DIR), "model_*.pth"))
     keep_controls_out_of_logs()
     for name in ("fvcore", "detectron2", "kd_d2"):
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
     atexit.register(_close_log_file)
+    if comm.is_main_process() and not args.eval_only:
+        lock_folder(cfg.OUTPUT_DIR)
+        remove_leftovers(os.path.join(glob.escape(cfg.OUTPUT_DIR), "model_*.pth"))
     register_synthetic()
     register_coco_json(cfg, _class_order(cfg, args), train=not args.eval_only)
     check_datasets(cfg, train=not args.eval_only)
