@@ -117,6 +117,16 @@ def write_text(path: str, text: str) -> None:
         file.write(text)
 
 
+def end_last_line(path: str) -> None:
+    """Append a newline to a file whose last line has none, such as one cut off by a full disk; the file may not exist."""
+    if not os.path.isfile(path) or not os.path.getsize(path):
+        return
+    with named_in_errors(path), open(path, "rb+") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read() != b"\n":
+            file.write(b"\n")
+
+
 def write_json(path: str, tree: Any, indent: int | None = 1) -> None:
     """Write a JSON file atomically. The tree may contain dataclasses; NaN and infinities are written as null."""
     write_text(path, json.dumps(_finite(tree), indent=indent, allow_nan=False) + "\n")

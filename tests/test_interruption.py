@@ -116,6 +116,37 @@ def test_a_signal_in_the_last_iteration(tmp_path: Path) -> None:
     assert run.losses == {} and "bbox" in run.trainer._last_eval_results
 
 
+class FailsAtTheEnd(HookBase):
+    def after_train(self) -> None:
+        raise RuntimeError("can't start new thread")
+
+
+def test_an_error_of_a_hook_after_one_of_the_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Check that the first error is reported, and that without it the second one is."""
+    project = make_project(tmp_path, **SHORT)
+
+    def fail() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
+
+    with pytest.raises(UserError, match="Out of memory"):
+        train(project, hooks=(After(0, fail), FailsAtTheEnd()))
+    assert "FailsAtTheEnd failed too, after the error of the training: can't start new thread" in caplog.messages
+    with pytest.raises(UserError, match="No more processes or threads"):
+        train(project, "SOLVER.MAX_ITER", 1, hooks=(FailsAtTheEnd(),))
+
+
+def test_metrics_that_a_full_disk_has_cut_off(tmp_path: Path) -> None:
+    """Check that the rows of the next training begin on a line of their own."""
+    project = make_project(tmp_path, **SHORT)
+    project.output.mkdir()
+    metrics = project.output / "metrics.json"
+    for before, after in (("", ""), ('{"iter', '{"iter\n'), ('{"iter\n', '{"iter\n')):
+        metrics.write_text(before)
+        with clean_process():
+            make_trainer(project)
+        assert metrics.read_text() == after
+
+
 def test_an_error_in_the_last_iteration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that weights without a checkpoint are not evaluated."""
     monkeypatch.setattr(KDTrainer, "test", lambda *args: pytest.fail("evaluated"))

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import logging
 import os
+import sys
 import weakref
 from typing import Any
 
@@ -16,6 +17,7 @@ from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PreciseBN
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,6 +30,7 @@ from ..data.images import DataError
 from ..data.stream import BatchStream
 from ..errors import UserError
 from ..evaluation import build_evaluator
+from ..files import end_last_line
 from ..inheritance import inherit
 from ..memory_format import to_channels_last, trains_with_channels_last
 from ..meta_arch import KDMetaArch, student_of
@@ -229,7 +232,19 @@ class KDTrainer(DefaultTrainer):
 
     def after_train(self) -> None:
         self.iter = min(self.iter, max(self.start_iter, self.max_iter))  # Detectron2 counts one more without any left
-        super().after_train()
+        if self.iter < self.max_iter and isinstance(sys.exception(), Exception):
+            self._end_hooks_after_error()
+        else:
+            super().after_train()
+
+    def _end_hooks_after_error(self) -> None:
+        """Call `after_train` of the hooks; their errors are only logged, in order not to hide that of the training."""
+        self.storage.iter = self.iter
+        for hook in self._hooks:
+            try:
+                hook.after_train()
+            except Exception as error:
+                logger.error(f"{type(hook).__name__} failed too, after the error of the training: {error}")
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
@@ -263,6 +278,10 @@ class KDTrainer(DefaultTrainer):
             elif not isinstance(hook, PeriodicCheckpointer):
                 hooks.append(hook)
         return hooks
+
+    def build_writers(self) -> list[EventWriter]:
+        end_last_line(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"))
+        return super().build_writers()
 
     def register_before_checkpoints(self, hook: HookBase) -> None:
         """Register a hook whose `after_step` runs also in an iteration after which a signal stops the training."""
