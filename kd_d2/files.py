@@ -20,6 +20,8 @@ from typing import IO, Any
 from .errors import UserError
 from .signals import exit_on_signals
 
+LONGEST_NAME = 255
+"""Bytes in the name of a file."""
 ABANDONED_AFTER = 3600
 """Seconds after which a temporary file that is not written to is that of a killed process."""
 
@@ -69,7 +71,9 @@ def temporary_folder(**options: Any) -> Iterator[str]:
 
 def _partial(target: str) -> str:
     """Return a path for a temporary file next to the target, which no other writer has."""
-    return f"{target}.{uuid.uuid4().hex[:8]}.partial"
+    folder, name = os.path.split(target)
+    suffix = f".{uuid.uuid4().hex[:8]}.partial"
+    return os.path.join(folder, os.fsdecode(os.fsencode(name)[: LONGEST_NAME - len(suffix)]) + suffix)
 
 
 @contextlib.contextmanager
@@ -90,7 +94,8 @@ def remove_leftovers(targets: str, unchanged: float = 0) -> None:
         targets: pattern of paths, as in `glob`.
         unchanged: how long they have not been written to, in seconds.
     """
-    for path in glob.glob(f"{targets}.{'[0-9a-f]' * 8}.partial"):
+    of_earlier_versions = glob.glob(f"{targets}.partial")
+    for path in (*glob.glob(f"{targets}.{'[0-9a-f]' * 8}.partial"), *of_earlier_versions):
         with contextlib.suppress(OSError):
             if time.time() - os.stat(path).st_mtime >= unchanged:
                 os.remove(path)

@@ -239,8 +239,8 @@ def test_float_images_are_rounded() -> None:
         return np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64)
 
     model = ExportedModel(session, SimpleNamespace(nms=True, padded=lambda image: image))
-    model([{"image": torch.tensor([0.4, 0.6, 254.7]).reshape(3, 1, 1)}])
-    assert seen[0].dtype == np.uint8 and seen[0].flatten().tolist() == [0, 1, 255]
+    model([{"image": torch.tensor([0.4, 254.7, 256.0]).reshape(3, 1, 1)}])
+    assert seen[0].dtype == np.uint8 and seen[0].flatten().tolist() == [0, 255, 255]
 
 
 def test_decoding_by_hand() -> None:

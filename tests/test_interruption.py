@@ -488,10 +488,17 @@ def test_two_writers_of_one_file(tmp_path: Path) -> None:
     assert {*tmp_path.iterdir()} == {path, new, other}
 
 
+@pytest.mark.parametrize("name", ["a" * 255, "\u00e4" * 127])
+def test_the_longest_names(tmp_path: Path, name: str) -> None:
+    write_text(str(tmp_path / name), "content")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_checkpoints_that_a_killed_training_has_not_completed_are_deleted(tmp_path: Path) -> None:
     project = make_project(tmp_path, **SHORT)
     project.output.mkdir()
     (project.output / "model_0000003.pth.0123abcd.partial").touch()
+    (project.output / "model_0000004.pth.partial").touch()  # of an earlier version
     (project.output / "model_0000003.pth.part").touch()
     run_train_net("--config-file", project.student, "DATASETS.TEST", "()")
     assert [path.name for path in project.output.glob("*.part*")] == ["model_0000003.pth.part"]

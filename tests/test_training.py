@@ -768,4 +768,7 @@ def test_passes_over_the_training_images(tmp_path: Path, caplog: pytest.LogCaptu
     with caplog.at_level("INFO"):
         trainer = make_trainer(project, "SOLVER.MAX_ITER", 15, "SOLVER.IMS_PER_BATCH", 1)
         trainer.resume_or_load(resume=False)
-    assert "The whole training reads 15 images: 2.5 passes over the 6 of DATASETS.TRAIN" in caplog.text
+        assert "The whole training reads 15 images: 2.5 passes over the 6 of DATASETS.TRAIN" in caplog.text
+        caplog.clear()
+        make_trainer(project, "DATALOADER.SAMPLER_TRAIN", "RandomSubsetTrainingSampler").resume_or_load(resume=False)
+    assert "The whole training reads" not in caplog.text

@@ -188,7 +188,8 @@ class KDTrainer(DefaultTrainer):
         stream = getattr(loader, "batch_sampler", None)
         if isinstance(stream, BatchStream):
             stream.start = self.start_iter
-            _log_passes(self.max_iter * cfg.SOLVER.IMS_PER_BATCH, len(loader.dataset))
+            if cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler":  # others select or repeat images
+                _log_passes(self.max_iter * cfg.SOLVER.IMS_PER_BATCH, len(loader.dataset))
         elif self.start_iter:
             logger.warning(
                 f"The batches of {type(self).__name__}.build_train_loader begin anew; only loaders of build_stream_loader continue "

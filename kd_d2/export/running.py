@@ -114,7 +114,9 @@ class ExportedModel:
     def _detect(self, entry: dict[str, Any]) -> Instances:
         image = entry["image"]
         size = tuple(image.shape[1:])
-        outputs = map(torch.from_numpy, self.session(self.metadata.padded(image.round().to(torch.uint8).numpy())))
+        outputs = map(
+            torch.from_numpy, self.session(self.metadata.padded(image.round().clamp(0, 255).to(torch.uint8).numpy()))
+        )
         boxes, scores, classes, *masks = outputs if self.metadata.nms else decode(*outputs, self.metadata)
         found = Instances(size, pred_boxes=Boxes(boxes), scores=scores, pred_classes=classes)
         if masks:
