@@ -130,7 +130,7 @@ def test_an_error_of_a_hook_after_one_of_the_training(tmp_path: Path, caplog: py
 
     with pytest.raises(UserError, match="Out of memory"):
         train(project, hooks=(After(0, fail), FailsAtTheEnd()))
-    assert "FailsAtTheEnd failed too, after the error of the training: can't start new thread" in caplog.messages
+    assert "FailsAtTheEnd also failed, after the error of the training: can't start new thread" in caplog.messages
     with pytest.raises(UserError, match="No more processes or threads"):
         train(project, "SOLVER.MAX_ITER", 1, hooks=(FailsAtTheEnd(),))
 

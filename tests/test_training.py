@@ -763,12 +763,12 @@ if __name__ == "__main__":
         GOLDEN.write_text(json.dumps(golden_run(Path(folder) / "run"), indent=2) + "\n")
 
 
-def test_passes_over_the_training_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_epochs_of_the_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     project = make_project(tmp_path)
     with caplog.at_level("INFO"):
         trainer = make_trainer(project, "SOLVER.MAX_ITER", 15, "SOLVER.IMS_PER_BATCH", 1)
         trainer.resume_or_load(resume=False)
-        assert "The whole training reads 15 images: 2.5 passes over the 6 of DATASETS.TRAIN" in caplog.text
+        assert "Training on 15 images in total: 2.5 epochs of the 6 in DATASETS.TRAIN" in caplog.text
         caplog.clear()
         make_trainer(project, "DATALOADER.SAMPLER_TRAIN", "RandomSubsetTrainingSampler").resume_or_load(resume=False)
-    assert "The whole training reads" not in caplog.text
+    assert "epochs of" not in caplog.text

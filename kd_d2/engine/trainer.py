@@ -189,7 +189,7 @@ class KDTrainer(DefaultTrainer):
         if isinstance(stream, BatchStream):
             stream.start = self.start_iter
             if cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler":  # others select or repeat images
-                _log_passes(self.max_iter * cfg.SOLVER.IMS_PER_BATCH, len(loader.dataset))
+                _log_epochs(self.max_iter * cfg.SOLVER.IMS_PER_BATCH, len(loader.dataset))
         elif self.start_iter:
             logger.warning(
                 f"The batches of {type(self).__name__}.build_train_loader begin anew; only loaders of build_stream_loader continue "
@@ -245,7 +245,7 @@ class KDTrainer(DefaultTrainer):
             try:
                 hook.after_train()
             except Exception as error:
-                logger.error(f"{type(hook).__name__} failed too, after the error of the training: {error}")
+                logger.error(f"{type(hook).__name__} also failed, after the error of the training: {error}")
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
@@ -365,10 +365,8 @@ def evaluate_teacher(cfg: CfgNode, teacher: Teacher) -> dict:
         check.remove()
 
 
-def _log_passes(total: int, images: int) -> None:
-    logger.info(
-        f"The whole training reads {total} images: {total / images:.1f} passes over the {images} of DATASETS.TRAIN"
-    )
+def _log_epochs(total: int, images: int) -> None:
+    logger.info(f"Training on {total} images in total: {total / images:.1f} epochs of the {images} in DATASETS.TRAIN")
 
 
 def _distributed(model: nn.Module) -> nn.Module:

@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 REPEATS = 10
 ARCHITECTURE = "architecture"
-METHOD = 2
-"""Number of the way in which costs are measured, part of the checksum "architecture": 2 counts the heads of R-CNNs."""
+MEASUREMENT_VERSION = 2
+"""Version of the measurement, part of the checksum "architecture"; since version 2 the heads of R-CNNs count."""
 
 
 def measure_costs(
@@ -47,7 +47,10 @@ def measure_costs(
     """
     students = {c.name: load_config(c.config, [*opts, *c.opts], student_only=True) for c in matrix.cells}
     configs = {**_teacher(matrix, opts), **students}
-    codes = {name: zlib.crc32(f"{METHOD} {_side(cfg)} {_architecture(cfg)}".encode()) for name, cfg in configs.items()}
+    codes = {
+        name: zlib.crc32(f"{MEASUREMENT_VERSION} {_side(cfg)} {_architecture(cfg)}".encode())
+        for name, cfg in configs.items()
+    }
     if known and all(name in known and known[name].get(ARCHITECTURE, code) == code for name, code in codes.items()):
         return known  # older files have no checksums
     distinct = {code: name for name, code in codes.items()}
