@@ -54,12 +54,12 @@ STAGES = {
         name: Stage(_benchmark("losses.py", name, "--output", f"{{folder}}/{name}.json"), 90)
         for name in ("ssim", "icd", "soft-label")
     },
-    "step-coco-8": Stage(_step("coco", 8), 120),
-    "step-coco-16": Stage(_step("coco", 16), 150),
-    "step-coco-faster-rcnn-8": Stage(_step("coco-faster-rcnn", 8), 120),
     "profile": Stage(
         _benchmark("profile_step.py", "--pair", "coco", "--batch", "8", "--methods", "StructuralKD", "ICD"), 90
     ),
+    "step-coco-8": Stage(_step("coco", 8), 120),
+    "step-coco-16": Stage(_step("coco", 16), 150),
+    "step-coco-faster-rcnn-8": Stage(_step("coco-faster-rcnn", 8), 120),
 }
 
 

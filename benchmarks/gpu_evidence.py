@@ -21,6 +21,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from kd_d2.cli.overrides import split_overrides
+from kd_d2.errors import UserError
+
 ROOT = Path(__file__).resolve().parent.parent
 MPS = "nvidia-cuda-mps-control"
 ON_A_GPU = ["MODEL.DEVICE", "cuda", "SOLVER.AMP.ENABLED", "False"]
@@ -60,8 +63,11 @@ def main() -> int:
     )
     parser.add_argument("--cells", nargs="+", default=[])
     parser.add_argument("--seeds", nargs="+", default=[])
-    parser.add_argument("overrides", nargs=argparse.REMAINDER)
-    args = parser.parse_args()
+    try:
+        options, overrides = split_overrides(sys.argv[1:])
+    except UserError as error:
+        parser.error(str(error))
+    args = parser.parse_args(options)
     command = [sys.executable, "-m", "kd_d2", "sweep", args.sweep, "--output", f"output/evidence-{args.name}"]
     command += [
         "--results",
@@ -75,7 +81,7 @@ def main() -> int:
         command += [option, *values] if values else []
     with multi_process_service() as environment:
         sweep = subprocess.Popen(
-            [*command, *ON_A_GPU, *args.overrides],
+            [*command, *ON_A_GPU, *overrides],
             cwd=ROOT,
             env={**os.environ, **environment},
             start_new_session=True,

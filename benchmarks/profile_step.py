@@ -9,7 +9,7 @@ The pairs are those of benchmarks/step.py. On a GPU, times are device times, and
 
 import argparse
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from kd_d2.engine.step import DistillationStep
 from measuring import device_name
@@ -19,8 +19,10 @@ import torch
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEventAvg
 from torch.profiler import ProfilerActivity, profile, record_function
 
+BACKWARD = "backward"
 OPERATORS = 12  # rows of the tables of operators and of kernels
 WAITS = ("aten::item", "aten::_local_scalar_dense", "cudaStreamSynchronize", "cudaDeviceSynchronize", "aten::nonzero")
 
@@ -36,7 +38,7 @@ def labelled(name: str, function: Callable) -> Callable:
 @contextlib.contextmanager
 def labelled_backward() -> Iterator[None]:
     backward = torch.Tensor.backward
-    torch.Tensor.backward = labelled("backward", backward)
+    torch.Tensor.backward = labelled(BACKWARD, backward)
     try:
         yield
     finally:
@@ -52,7 +54,7 @@ def label(step: DistillationStep) -> list[str]:
         distiller.forward = labelled(name, distiller.forward)
     for optimizer in (step.optimizer, *(other.optimizer for other in step.auxiliary.values())):
         optimizer.step = labelled("optimizer", optimizer.step)
-    return ["teacher", "student and its losses", *model.distillers, "backward", "optimizer"]
+    return ["teacher", "student and its losses", *model.distillers, BACKWARD, "optimizer"]
 
 
 def main() -> None:
@@ -83,26 +85,37 @@ def main() -> None:
     if args.trace:
         profiler.export_chrome_trace(args.trace)
 
+    print(f"{args.pair}, {device_name(args.threads)}, torch {torch.__version__}, {args.iterations} iterations")
+    print_profile(profiler.key_averages(), names, args.iterations, has_gpu)
+
+
+def print_profile(averages: Sequence[FunctionEventAvg], names: list[str], iterations: int, has_gpu: bool) -> None:
+    """Print the tables of parts, operators and kernels.
+
+    On a GPU, a part's time is that of the kernels launched within its label. The backward pass launches them from
+    another thread, so that it is part of the rest.
+    """
     total, own = (
         ("device_time_total", "self_device_time_total") if has_gpu else ("cpu_time_total", "self_cpu_time_total")
     )
-    events = {event.key: event for event in profiler.key_averages()}
-    whole = getattr(events["iteration"], total)
-    print(f"{args.pair}, {device_name(args.threads)}, torch {torch.__version__}, {args.iterations} iterations")
-    parts = [[name, getattr(events[name], total)] for name in names if name in events]
-    parts.append(["all else", whole - sum(time for _, time in parts)])
+    # The profiler also lists each label as an event of the GPU, with the time from its first to its last kernel.
+    events = {event.key: event for event in averages if event.device_type == DeviceType.CPU}
+    kernels = [event for event in averages if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
+    whole = sum(getattr(event, own) for event in kernels) if has_gpu else getattr(events["iteration"], total)
+    labels = [name for name in names if name in events and not (has_gpu and name == BACKWARD)]
+    parts = [[name, getattr(events[name], total)] for name in labels]
+    parts.append([f"{BACKWARD} and all else" if has_gpu else "all else", whole - sum(time for _, time in parts)])
     parts.append(["iteration", whole])
-    print_shares("part", parts, whole, args.iterations)
-    others = [event for key, event in events.items() if key not in (*names, "iteration")]
-    others.sort(key=lambda event: -getattr(event, own))
-    operators = [event for event in others if event.device_type == DeviceType.CPU]
-    print_shares("operator", [[e.key, getattr(e, own)] for e in operators[:OPERATORS]], whole, args.iterations)
+    print_shares("part", parts, whole, iterations)
+    operators = [event for key, event in events.items() if key not in (*names, "iteration")]
+    operators.sort(key=lambda event: -getattr(event, own))
+    print_shares("operator", [[e.key, getattr(e, own)] for e in operators[:OPERATORS]], whole, iterations)
     if has_gpu:
-        kernels = [event for event in others if event.device_type == DeviceType.CUDA]
-        print_shares("kernel", [[e.key[:90], getattr(e, own)] for e in kernels[:OPERATORS]], whole, args.iterations)
+        kernels.sort(key=lambda event: -getattr(event, own))
+        print_shares("kernel", [[e.key[:90], getattr(e, own)] for e in kernels[:OPERATORS]], whole, iterations)
         wall = events["iteration"].cpu_time_total
-        print(f"{wall / 1000 / args.iterations:.1f} ms an iteration on the CPU, {len(kernels)} kinds of kernels\n")
-        counts = [[name, events[name].count / args.iterations] for name in WAITS if name in events]
+        print(f"{wall / 1000 / iterations:.1f} ms an iteration on the CPU, {len(kernels)} kinds of kernels\n")
+        counts = [[name, events[name].count / iterations] for name in WAITS if name in events]
         print(tabulate(counts, headers=["wait for the device", "times an iteration"], tablefmt="github"))
 
 

@@ -145,6 +145,10 @@ def main() -> None:
         if args.bandwidth is None or args.latency is None:
             parser.error("--of needs --bandwidth and --latency")
         pair, parts = measured_elsewhere(args.of, args.method)
+    elif torch.cuda.device_count() == 1:
+        parser.error(
+            "two processes need two GPUs, and PyTorch finds one; use --of, or hide it with CUDA_VISIBLE_DEVICES=''"
+        )
     else:
         pair, parts = args.pair, measured_here(args.pair, args.method, args.batch, args.rounds)
     latency = parts.latency if args.latency is None else args.latency / 1e6

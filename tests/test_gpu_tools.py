@@ -15,6 +15,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from packaging.version import Version
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import EventList, FunctionEvent
 
 ROOT = Path(__file__).parent.parent
 
@@ -157,6 +159,17 @@ def test_scaling_of_results_with_and_without_a_batch_size(tmp_path: Path, monkey
         )
 
 
+def test_scaling_on_one_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Check that nothing is measured where Detectron2 would not start two processes."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    scale = load("benchmarks/scale.py", monkeypatch)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(sys, "argv", ["scale.py"])
+    with pytest.raises(SystemExit, match="2"):
+        scale.main()
+    assert "two processes need two GPUs, and PyTorch finds one" in capsys.readouterr().err
+
+
 def test_latencies_are_of_each_models_own_images(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     deploy = load("benchmarks/deploy.py", monkeypatch)
@@ -177,6 +190,43 @@ def test_profile_of_the_methods_that_support_the_pair(monkeypatch: pytest.Monkey
         profile.main()
     chosen = methods.value.code.split("+")
     assert {"StructuralKD", "ICD"} <= set(chosen) and "DKD" not in chosen  # it needs a box head
+
+
+def test_profile_of_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Check device times by hand: 30 us of kernels in the teacher, 60 in the backward pass, 5 in the optimizer.
+
+    The profiler lists labels twice, as they ran on the CPU and on the GPU, and the backward pass runs in another thread.
+    """
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    profile = load("benchmarks/profile_step.py", monkeypatch)
+    on_cpu = [("iteration", 1, 0, 100), ("teacher", 1, 1, 10), ("aten::conv2d", 1, 2, 9)]
+    on_cpu += [("backward", 1, 20, 60), ("ConvolutionBackward0", 2, 21, 59), ("optimizer", 1, 61, 90)]
+    kernels = {"aten::conv2d": ("k1", 5, 35), "ConvolutionBackward0": ("k2", 45, 105), "optimizer": ("k3", 113, 118)}
+    labels = {"iteration": (5, 120), "teacher": (5, 40), "optimizer": (110, 120)}
+    events = []
+
+    def add(*what: object, device: DeviceType = DeviceType.CUDA, label: bool = False) -> FunctionEvent:
+        options = {"use_device": "cuda", "device_type": device, "is_user_annotation": label, "stack": []}
+        events.append(FunctionEvent(len(events), *what, **options))
+        return events[-1]
+
+    for name, thread, start, end in on_cpu:
+        event = add(name, thread, start, end, device=DeviceType.CPU, label=name in labels or name == "backward")
+        if name in kernels:
+            kernel, begin, finish = kernels[name]
+            event.append_kernel(kernel, 0, finish - begin)
+            add(kernel, 7, begin, finish)
+    for name, (start, end) in labels.items():
+        add(name, 7, start, end, label=True)
+    events = EventList(events, use_device="cuda")
+    events._build_tree()
+    profile.print_profile(events.key_averages(), ["teacher", "backward", "optimizer"], iterations=1, has_gpu=True)
+    rows = [tuple(cell.strip() for cell in line.split("|")[1::2]) for line in capsys.readouterr().out.splitlines()]
+    shares = [row for row in rows if len(row) == 2 and row[1].replace(".", "").isdigit()]
+    assert shares[:4] == [
+        ("teacher", "31.6"), ("optimizer", "5.3"), ("backward and all else", "63.2"), ("iteration", "100.0"),
+    ]  # fmt: skip
+    assert shares[-3:] == [("k2", "63.2"), ("k1", "31.6"), ("k3", "5.3")]
 
 
 @pytest.mark.parametrize("target", ["gpu-check", "gpu-evidence"])
@@ -238,3 +288,10 @@ def test_evidence_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert evidence.main() == 0
     folder = started[0][started[0].index("--results") + 1]
     assert folder == "projects/evidence/long-gpu"
+    own = ["SOLVER.AMP.ENABLED", "True"]
+    monkeypatch.setattr(sys, "argv", ["gpu_evidence.py", "--cells", "ima", "--seeds", "0", *own])
+    assert evidence.main() == 0
+    assert started[1][-10:] == ["--cells", "ima", "--seeds", "0", *evidence.ON_A_GPU, *own]
+    monkeypatch.setattr(sys, "argv", ["gpu_evidence.py", *own, "--seeds", "0"])
+    with pytest.raises(SystemExit, match="2"):
+        evidence.main()

@@ -252,6 +252,25 @@ def test_maps_of_a_size_first_seen_without_values(loss_of: Callable, side: int) 
         torch.testing.assert_close(loss, loss_of(student.double(), teacher.double(), 7).float())
 
 
+def test_the_plain_loss_compiles_to_one_graph() -> None:
+    """Check that neither the cache of matrices nor the settings for float32 products break the graph."""
+    student, teacher = _maps(2, 3, 14, 17)
+    expected = _plain(student, teacher, 7)
+    compiled = torch.compile(_plain, backend="aot_eager", fullgraph=True)
+    loss = compiled(student.requires_grad_(), teacher, 7)
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    assert student.grad.abs().sum() > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, for which the kernels are built")
+def test_fake_tensors_of_a_gpu_do_not_decide_whether_kernels_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that the kernels are not tried with fake tensors, whose failure would be remembered."""
+    monkeypatch.setattr(fused_ssim, "_triton_kernels", lambda device: pytest.fail("tried"))
+    with FakeTensorMode():
+        assert ssim_loss(*torch.rand(2, 1, 1, 21, 21, device="cuda"), 7).device.type == "cuda"
+
+
 @pytest.mark.parametrize("loss_of", [ssim_loss, ms_ssim_loss])
 def test_no_maps(loss_of: Callable) -> None:
     with pytest.raises(ValueError, match=r"maps of shape \(0, 2, 9, 9\) have no similarity"):

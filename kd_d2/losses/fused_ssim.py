@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import ssim_chunks
+from .gaussian import makes_plain_tensors
 from .similarity import similarity_map
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,8 @@ def loss_and_gradient(
     student: Tensor, teacher: Tensor, window_size: int, max_val: float, gradient: Tensor | None
 ) -> Tensor:
     """Return the mean loss and write the gradient of the sum of SSIM / 4 to `gradient`; uses Triton where available."""
-    kernels = _triton_kernels(student.device) if student.is_cuda and student.dtype != torch.float64 else None
+    can_use_triton = student.is_cuda and student.dtype != torch.float64 and makes_plain_tensors()
+    kernels = _triton_kernels(student.device) if can_use_triton else None
     return (kernels or ssim_chunks).loss_and_gradient(student, teacher, window_size, max_val, gradient)
 
 

@@ -52,7 +52,7 @@ def exact_product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Ten
     """
     device = left.device.type
     with torch.autocast(device, enabled=False):
-        precision = _FLOAT32[device].fp32_precision if device in _FLOAT32 and left.dtype is torch.float32 else "ieee"
+        precision = _float32_precision(device) if left.dtype is torch.float32 else "ieee"
         if precision == "tf32":
             (left_high, left_low), (right_high, right_low) = _split(left), _split(right)
             product = left_high @ right_low
@@ -63,6 +63,11 @@ def exact_product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Ten
         else:
             return torch.matmul(left, right, out=out)
         return product if out is None else out.copy_(product)
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot trace the settings
+def _float32_precision(device: str) -> str:
+    return _FLOAT32[device].fp32_precision if device in _FLOAT32 else "ieee"
 
 
 _FLOAT32 = {"cpu": torch.backends.mkldnn.matmul, "cuda": torch.backends.cuda.matmul}
@@ -77,11 +82,15 @@ def _split(x: Tensor) -> tuple[Tensor, Tensor]:
 def blur_matrix(side: int, window_size: int, sigma: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the (side, side) matrix that blurs a line with reflected ends; its transpose is the adjoint.
 
-    It is cached, except in modes whose tensors have no use outside, such as FakeTensorMode.
+    It is cached, except in modes whose tensors have no use outside.
     """
-    is_plain = type(torch.empty(0, device="cpu")) is Tensor
-    build = _cached_blur_matrix if is_plain else _new_blur_matrix
+    build = _cached_blur_matrix if makes_plain_tensors() else _new_blur_matrix
     return build(side, window_size, sigma, dtype, device)
+
+
+def makes_plain_tensors() -> bool:
+    """Return whether new tensors have values, which they do not in modes such as FakeTensorMode."""
+    return type(torch.empty(0, device="cpu")) is Tensor
 
 
 @torch.inference_mode(False)  # the cached matrix may be used in training later
