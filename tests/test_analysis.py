@@ -41,7 +41,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from helpers import CLASSES, ROOT, Killed, Project, clean_process, make_project, run_command
 from iopath.common.file_io import PathHandler
@@ -299,6 +299,39 @@ def test_datasets_that_cannot_be_drawn(tmp_path: Path) -> None:
         cfg = load_distillations([str(project.student)])[0].cfg
         with pytest.raises(UserError, match=f"The dataset {project.name} has no image with objects"):
             read_examples(cfg, 2)
+
+
+def test_examples_of_masks_in_any_format(tmp_path: Path) -> None:
+    """Check that examples with RLE masks are read for a detector that is trained on polygons."""
+    project = make_project(tmp_path)
+    project.change_annotations(
+        lambda tree: [
+            a.update(segmentation={"size": [i["height"], i["width"]], "counts": [0, i["height"] * i["width"]]})
+            for i in tree["images"]
+            for a in tree["annotations"]
+            if a["image_id"] == i["id"]
+        ]
+    )
+    with clean_process():
+        cfg = load_distillations([str(project.student)], ["MODEL.MASK_ON", True, "INPUT.MASK_FORMAT", "polygon"])[0].cfg
+        (example,) = read_examples(cfg, 1)
+        assert example["instances"].gt_masks.tensor.all()
+
+
+def test_some_images_of_other_datasets(tmp_path: Path) -> None:
+    """Check that no COCO metrics are reported for another dataset, and that features need no annotation file."""
+    project = make_project(tmp_path)
+    with clean_process():
+        models = load_models([(project.student, project.teacher_weights)])
+        metadata = MetadataCatalog.get(models[0].dataset)
+        del metadata.evaluator_type
+        metadata.evaluator_type = "lvis"
+        assert restrict_images(models, 6, str(tmp_path)) == models
+        with pytest.raises(UserError, match=f"^--images needs COCO metrics, which {models[0].dataset} does not use"):
+            restrict_images(models, 2, str(tmp_path))
+        del metadata.json_file
+        found = FeatureAnalysis.run(models, str(tmp_path / "two"), images=2, pictures=0, channels=0)
+        assert found.images == 2
 
 
 def test_the_same_images_in_several_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,3 +186,16 @@ def test_titles_with_an_underscore_are_in_the_legend(tmp_path: Path, monkeypatch
     plots.plot_error_shares({"_old": curves, "new": curves}, str(tmp_path / "plot.png"))
     (legend,) = figures[0].legends
     assert [text.get_text() for text in legend.get_texts()] == ["_old", "new"]
+
+
+def test_sizes_without_objects_have_no_panels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    precision = np.tile(np.linspace(0, 1, 101), (1, 4, 7, 1))
+    precision[:, 3] = np.nan  # no large objects
+    models = {"model": ErrorCurves(["cat"], precision)}
+    plots.plot_error_shares(models, str(tmp_path / "plot.png"))
+    plots.plot_error_curves(models, str(tmp_path / "plot.png"), sizes=("small", "medium", "large"))
+    shares, curves = ([axis.get_title() for axis in figure.axes] for figure in figures)
+    assert shares == ["all", "small", "medium"]
+    assert curves == ["model: all classes, small", "model: all classes, medium"]

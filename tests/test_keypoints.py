@@ -8,6 +8,8 @@ import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from kd_d2.analysis import load_models
+from kd_d2.analysis.features import FeatureAnalysis
 from kd_d2.checkpoint import read_checkpoint
 from kd_d2.memory_format import to_channels_last
 
@@ -57,6 +59,10 @@ def test_training_resuming_and_evaluation(project: Project) -> None:
     content = read_checkpoint(str(project.output / "model_final.pth"))
     assert content["iteration"] == 2
     assert any("keypoint_head" in name for name in content["model"])
+    models = load_models([project.output])
+    assert models[0].detections(str(project.output / "analysis"))
+    features = FeatureAnalysis.run(models, str(project.output / "features"), images=1, pictures=0, channels=0)
+    assert features.images == 1
 
 
 def test_channels_last(project: Project) -> None:

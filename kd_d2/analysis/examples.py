@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.data import transforms as T
 
-from ..data import CheckedMapper
+from ..data import CheckedMapper, build_test_mapper
 from ..errors import UserError
 from ..files import check_inputs_are_kept
 from ..text import file_stem
@@ -24,7 +24,9 @@ def read_examples(cfg: CfgNode, count: int) -> list[dict]:
     """
     if not cfg.DATASETS.TEST:
         raise UserError("DATASETS.TEST is empty: name a dataset, whose images are drawn.")
-    mapper = _mapper(cfg, with_truth=True)
+    resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+    # Bitmaps, unlike polygons, can be made of all segmentations.
+    mapper = CheckedMapper(DatasetMapper(cfg, is_train=True, augmentations=[resize], instance_mask_format="bitmask"))
     entries = (
         d
         for d in DatasetCatalog.get(cfg.DATASETS.TEST[0])
@@ -42,13 +44,8 @@ def read_files(cfg: CfgNode, paths: list[str]) -> list[dict]:
     Raises:
         DataError: a file is missing or is not an image.
     """
-    mapper = _mapper(cfg, with_truth=False)
+    mapper = build_test_mapper(cfg)
     return [mapper({"file_name": path}) for path in paths]
-
-
-def _mapper(cfg: CfgNode, *, with_truth: bool) -> CheckedMapper:
-    resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
-    return CheckedMapper(DatasetMapper(cfg, is_train=with_truth, augmentations=[resize]))
 
 
 def picture_name(example: dict) -> str:

@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -32,6 +32,7 @@ from ..text import folder_name
 
 Path = str | os.PathLike[str]
 Models = Sequence[Path | Sequence[Path]]
+Entry = TypeVar("Entry")
 """Values of `--model`, each a path or a pair: [TITLE=]CONFIG_OR_RUN, and the weights if it is a config."""
 
 
@@ -273,14 +274,14 @@ def restrict_images(models: Sequence[TrainedModel], count: int, output: str) -> 
     """Return the models on a test set of `count` images, evenly spaced, whose annotation file is written to `output`.
 
     Raises:
-        UserError: the dataset is not a single file in COCO format.
+        UserError: the dataset is not a single file in COCO format, or is not evaluated with COCO metrics.
     """
     dataset = models[0].dataset
-    tree = read_annotations(dataset)
-    if count >= len(tree["images"]):
+    if count >= len(DatasetCatalog.get(dataset)):
         return list(models)
-    chosen = [round(place) for place in np.linspace(0, len(tree["images"]) - 1, count)]
-    images = [tree["images"][place] for place in chosen]
+    check_coco_metrics(dataset, "--images")
+    tree = read_annotations(dataset)
+    images = evenly_spaced(tree["images"], count)
     ids = {image["id"] for image in images}
     annotations = [a for a in tree["annotations"] if a["image_id"] in ids]
     path = os.path.abspath(os.path.join(output, f"{count}-images.json"))
@@ -296,6 +297,13 @@ def restrict_images(models: Sequence[TrainedModel], count: int, output: str) -> 
         model.cfg.DATASETS.TEST = (entry[0],)
         register_coco_json(model.cfg, classes)
     return restricted
+
+
+def evenly_spaced(entries: Sequence[Entry], count: int) -> Sequence[Entry]:
+    """Return `count` of the entries, from the first to the last, or all if there are not more."""
+    if count >= len(entries):
+        return entries
+    return [entries[round(place)] for place in np.linspace(0, len(entries) - 1, count)]
 
 
 def _local_file(weights: str) -> str:

@@ -19,6 +19,7 @@ from detectron2.utils.logger import log_first_n
 from PIL import Image, ImageFile
 from torch.utils.data import DataLoader
 
+from ..config import thawed
 from ..errors import UserError
 from ..text import printable
 from .workers import configure_workers
@@ -195,6 +196,13 @@ def _without_errors(batch: list) -> list:
     return [entry for entry in batch if not isinstance(entry, DataError)]
 
 
+def build_test_mapper(cfg: CfgNode) -> CheckedMapper:
+    """Build Detectron2's mapper of test images. Keypoints, whose flips it would look up in DATASETS.TRAIN, are not read."""
+    cfg = thawed(cfg)
+    cfg.MODEL.KEYPOINT_ON = False
+    return CheckedMapper(DatasetMapper(cfg, is_train=False))
+
+
 def build_test_loader(
     cfg: CfgNode,
     dataset: str,
@@ -213,7 +221,7 @@ def build_test_loader(
             empty, instead of raising a DataError.
         overrides: arguments of `build_detection_test_loader` that replace those from the config, such as `num_workers`.
     """
-    mapper = CheckedMapper(mapper or DatasetMapper(cfg, is_train=False))
+    mapper = CheckedMapper(mapper) if mapper else build_test_mapper(cfg)
     if skip_unusable:
         mapper, overrides["collate_fn"] = _OrError(mapper), _without_errors
     return configure_workers(build_detection_test_loader(cfg, dataset, mapper=mapper, **overrides))

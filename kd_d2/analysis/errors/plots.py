@@ -21,7 +21,9 @@ def plot_error_curves(
     Args:
         models: curves by title.
         name: name of a class; None for the mean over classes.
+        sizes: those of which there are no objects are left out.
     """
+    sizes = [size for size in sizes if size in sizes_with_objects(models)] or sizes
     figure, axes = subplots(len(sizes), len(models), figsize=(4.6 * len(models), 3.9 * len(sizes)), squeeze=False)
     for column, (title, curves) in zip(axes.T, models.items(), strict=True):
         of_sizes = curves.overall if name is None else curves.precision[curves.class_names.index(name)]
@@ -44,12 +46,22 @@ def _draw(axis: Axes, curves: np.ndarray) -> None:
     axis.legend(loc="lower left", fontsize=7, framealpha=0.9)
 
 
+def sizes_with_objects(models: dict[str, ErrorCurves]) -> list[str]:
+    """Return the object sizes for which a model has curves; all sizes if there are none."""
+    overall = [curves.overall for curves in models.values()]
+    return [size for row, size in enumerate(SIZES) if not all(np.isnan(o[row]).all() for o in overall)] or list(SIZES)
+
+
 @without_math
 def plot_error_shares(models: dict[str, ErrorCurves], path: str) -> None:
-    """Plot the cost of each error type by object size, with the models side by side (overall, in AP points)."""
-    figure, axes = subplots(1, len(SIZES), figsize=(3.4 * len(SIZES), 3.6), sharey=True)
+    """Plot the cost of each error type by object size, with the models side by side (overall, in AP points).
+
+    Sizes of which there are no objects are left out.
+    """
+    sizes = sizes_with_objects(models)
+    figure, axes = subplots(1, len(sizes), figsize=(3.4 * len(sizes), 3.6), sharey=True)
     width = 0.8 / len(models)
-    for axis, size in zip(axes, SIZES, strict=True):
+    for axis, size in zip(axes, sizes, strict=True):
         for index, curves in enumerate(models.values()):
             areas = [curves.areas()[size][stage] for stage in STAGES]
             costs = 100 * np.diff(areas)

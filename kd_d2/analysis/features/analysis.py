@@ -11,12 +11,12 @@ from typing import Self
 
 import numpy as np
 import torch
-from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.data import DatasetCatalog
 from torch import Tensor
 from tqdm import tqdm
 
 from ...adapters import build_adapter
-from ...data import CheckedMapper
+from ...data import build_test_mapper
 from ...errors import UserError
 from ...files import check_output_folder, write_text
 from ...report.page import Table
@@ -24,7 +24,7 @@ from ...text import csv_text
 from ..base import NOT_STORED, Analysis, as_text, check_at_least
 from ..drawing import write_picture
 from ..examples import picture_names, pixels
-from ..models import TrainedModel, restrict_images
+from ..models import TrainedModel, evenly_spaced
 from .plots import channel_sheet, difference_sheet, plot_neighbors
 from .statistics import FeatureStatistics, difference_map
 
@@ -94,9 +94,8 @@ class FeatureAnalysis(Analysis):
         if teacher is not None and teacher not in titles:
             raise UserError(f"--teacher {teacher}: no --model has this title; available: {', '.join(titles)}.")
         check_output_folder(output, "--output")
-        models = restrict_images(models, images, output)
         gatherer = FeatureGatherer([FeatureReader(model) for model in models], teacher, stride, channels)
-        entries = DatasetCatalog.get(models[0].dataset)
+        entries = evenly_spaced(DatasetCatalog.get(models[0].dataset), images)
         folders = ("differences", "channels")
         names = picture_names(entries[:pictures], *(os.path.join(output, folder) for folder in folders))
         cls.clear(output)
@@ -146,7 +145,7 @@ class FeatureReader:
     def __init__(self, model: TrainedModel):
         self.title = model.title
         self.adapter = build_adapter(model.build())
-        self.mapper = CheckedMapper(DatasetMapper(model.cfg, is_train=False))
+        self.mapper = build_test_mapper(model.cfg)
         self.cfg = model.cfg
 
     @torch.no_grad()
