@@ -9,19 +9,29 @@ from .errors import UserError
 
 
 def cache_folder(kind: str) -> str:
-    """Return a writable folder kd_d2/`kind` in XDG_CACHE_HOME, ~/.cache or the folder for temporary files.
+    """Return a writable folder `kind` of the user in XDG_CACHE_HOME, ~/.cache or the folder for temporary files.
 
     Raises:
         UserError: none of them is writable.
     """
-    caches = [os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache"), tempfile.gettempdir()]
+    caches = filter(os.path.isabs, (os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")))
+    private = os.path.join(tempfile.gettempdir(), f"kd_d2-{os.getuid()}")
     error = None
-    for cache in filter(os.path.isabs, caches):
-        folder = os.path.join(cache, "kd_d2", kind)
+    for parent in (*(os.path.join(cache, "kd_d2") for cache in caches), private):
+        folder = os.path.join(parent, kind)
         try:
+            if parent == private:
+                _make_private(private)
             os.makedirs(folder, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
                 return folder
         except OSError as failure:
             error = failure
     raise UserError(f"There is no writable cache folder ({error}); set XDG_CACHE_HOME to one.")
+
+
+def _make_private(folder: str) -> None:
+    """Make a folder that only this user can write to; a PermissionError is raised if another user has made it."""
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    if os.lstat(folder).st_uid != os.getuid():
+        raise PermissionError(f"{folder} belongs to another user")

@@ -1,5 +1,6 @@
 """The training stream: batch n is the same, whatever was read before it and however many processes read it."""
 
+import errno
 import itertools
 import multiprocessing
 import os
@@ -458,6 +459,18 @@ def test_workers_need_a_short_temporary_folder(tmp_path: Path, folder: str) -> N
         assert done.stderr.endswith("set TMPDIR to another folder with a shorter path, such as /tmp.\n")
     else:
         assert done.stdout == "4\n"
+
+
+def test_workers_need_semaphores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check a machine whose /dev/shm cannot be written to."""
+
+    def refuse() -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(multiprocessing, "Lock", refuse)
+    with pytest.raises(UserError, match=r"need semaphores in /dev/shm \(Permission denied\); make it writable, or set"):
+        configure_workers(DataLoader([0], num_workers=1))
+    configure_workers(DataLoader([0], num_workers=0))
 
 
 def test_the_limit_on_open_files_is_raised() -> None:

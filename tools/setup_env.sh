@@ -5,9 +5,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 SOURCE=git+https://github.com/facebookresearch/detectron2@02b5c4e295e990042a714712c21dc79b731e8833
-VPY=$PWD/.venv/bin/python
+VENV_PYTHON=$PWD/.venv/bin/python
 STATE=.venv/kd_d2-setup # three lines: the mode of DETECTRON2, the base Python, and once done a checksum
 unset VIRTUAL_ENV
+export PIP_USER=0
 PATH=${PATH//"$PWD/.venv/bin:"/}
 
 die() {
@@ -15,8 +16,12 @@ die() {
     exit 1
 }
 
+venv_python() { # without the packages of PYTHONPATH, which pip would count as installed
+    env -u PYTHONPATH "$VENV_PYTHON" "$@"
+}
+
 install() { # arguments of pip install
-    "$VPY" -m pip install --disable-pip-version-check --no-build-isolation "$@" ||
+    venv_python -m pip install --disable-pip-version-check --no-build-isolation "$@" ||
         die "pip install $*: see its messages above, and whether a package registry can be reached."
 }
 
@@ -49,10 +54,10 @@ fi
 is_supported "$python" || die "kd_d2 needs Python 3.11 to 3.14, but not 3.14.1; install one, or name it with PYTHON=path."
 want=${DETECTRON2:-$mode}
 [ -n "$want" ] || { has_detectron2 "$python" && want=installed || want=pypi; }
-checksum=$({ cat pyproject.toml setup.py requirements/*.txt tools/setup_env.sh && echo "$VPY"; } | cksum)
+checksum=$({ cat pyproject.toml setup.py requirements/*.txt tools/setup_env.sh && echo "$VENV_PYTHON"; } | cksum)
 
 # The virtual environment.
-if [ "$want $python" != "$mode $base" ] || ! "$VPY" -c '' 2>/dev/null; then
+if [ "$want $python" != "$mode $base" ] || ! venv_python -c '' 2>/dev/null; then
     case $want in
     source) command -v git >/dev/null || die "DETECTRON2=source needs git." ;;
     installed) has_detectron2 "$python" || die "$python has no Detectron2 with torch >= 2.10 and numpy >= 1.26." ;;
@@ -67,7 +72,7 @@ elif [ "$stamp" = "$checksum" ]; then
     exit 0
 fi
 printf '%s\n' "$want" "$python" >"$STATE"
-site=$("$VPY" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+site=$(venv_python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
 # The packages, in the versions of requirements/.
 lock='' constraints=()
@@ -81,7 +86,7 @@ import sys
 folders = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
 print("import site; " + "; ".join(f"site.addsitedir({path!r})" for path in folders))
 PY
-    "$VPY" -m pip list --format=freeze | awk -F== '
+    venv_python -m pip list --format=freeze | awk -F== '
         { name = tolower($1); gsub(/[-_.]+/, "-", name) }
         NR == FNR && name ~ /^(torch|torchvision|numpy)$/
         NR == FNR && name !~ /^(pip|setuptools|ruff)$/ { here[name] }
@@ -109,5 +114,5 @@ source) install --no-deps --no-cache-dir "$SOURCE" ;; # the cache may hold a bui
 installed) install -q "${constraints[@]}" --no-deps --ignore-installed ruff ;;
 esac
 
-"$VPY" -W ignore cluster/check_install.py || die "the packages are installed, but do not work together: see the error above."
+venv_python -W ignore cluster/check_install.py || die "the packages are installed, but do not work together: see the error above."
 echo "$checksum" >>"$STATE"

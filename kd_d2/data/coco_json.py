@@ -185,10 +185,17 @@ def write_clean(data: CocoData) -> str:
     """Write the repaired annotations to the cache folder, named by a hash of the content, and return the path."""
     content = json.dumps(data.tree)
     path = os.path.join(cache_folder("annotations"), hashlib.sha256(content.encode()).hexdigest()[:32] + ".json")
-    if not os.path.isfile(path):
+    if not _has_content(path, content):
         write_text(path, content)
     logger.info(f"{data.repairs.path}: training and evaluation read the repaired copy {path}")
     return path
+
+
+def _has_content(path: str, content: str) -> bool:
+    if not os.path.isfile(path):
+        return False
+    with open(path, encoding="utf-8") as file:
+        return file.read() == content
 
 
 def _load_images(json_file: str, folder: str) -> list[dict[str, Any]]:

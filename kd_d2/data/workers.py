@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import resource
 import signal
@@ -27,13 +28,14 @@ def configure_workers(loader: DataLoader) -> DataLoader:
     faster, share the dataset's memory, and are children of this process, as `_init_worker` assumes.
 
     Raises:
-        UserError: there are workers, and the temporary folder does not allow the sockets over which they send images.
+        UserError: there are workers, and the machine does not allow the sockets or semaphores by which they send images.
     """
     loader.worker_init_fn = _init_worker
     if loader.num_workers and sys.platform == "linux":
         loader.multiprocessing_context = "fork"
     if loader.num_workers and torch.multiprocessing.get_sharing_strategy() == "file_descriptor":
         _check_sockets()
+        _check_semaphores()
         _allow_open_files()
     return loader
 
@@ -45,6 +47,16 @@ def _check_sockets() -> None:
         raise UserError(
             f"DATALOADER.NUM_WORKERS: data loading processes need sockets in the temporary folder {tempfile.gettempdir()} "
             f"({error}); set TMPDIR to another folder with a shorter path, such as /tmp."
+        ) from error
+
+
+def _check_semaphores() -> None:
+    try:
+        multiprocessing.Lock()
+    except OSError as error:
+        raise UserError(
+            f"DATALOADER.NUM_WORKERS: data loading processes need semaphores in /dev/shm ({error.strerror}); make it writable, or "
+            "set DATALOADER.NUM_WORKERS 0."
         ) from error
 
 
