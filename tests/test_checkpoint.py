@@ -5,7 +5,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from pathlib import Path
 
 from kd_d2 import KDMetaArch
@@ -17,6 +17,7 @@ from kd_d2.checkpoint import (
 )
 from kd_d2.checkpoint.torchvision import rename_torchvision_resnet
 from kd_d2.config import load_config
+from kd_d2.distillers import FeatureImitation
 from kd_d2.errors import UserError
 from kd_d2.files import atomic_write
 from kd_d2.inheritance import component_of, inherit
@@ -746,6 +747,63 @@ def test_a_kill_between_file_and_tag_leaves_the_last_good_file(tmp_path: Path, m
     assert replaced == ["model_2.pth"]
     assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_1.pth")
     read_checkpoint(str(tmp_path / "model_2.pth"))
+
+
+class _WithState(nn.Module):
+    def __init__(self, state: object):
+        super().__init__()
+        self.state = state
+
+    def get_extra_state(self) -> object:
+        return {"history": [1, self.state]}
+
+    def set_extra_state(self, state: dict) -> None:
+        self.state = state["history"][1]
+
+
+@pytest.mark.parametrize(
+    ("state", "kind"),
+    [
+        (deque([1]), "collections.deque"),
+        (np.zeros(2), "numpy.ndarray"),
+        (lambda: None, "function"),
+        (Path("a"), "Path"),
+    ],
+)
+def test_a_state_that_could_not_be_read_back_is_not_saved(tmp_path: Path, state: object, kind: str) -> None:
+    checkpointer = KDCheckpointer(Toy(), str(tmp_path), distillers=nn.ModuleDict({"Mine": _WithState(state)}))
+    with pytest.raises(UserError) as caught:
+        checkpointer.save("model_1")
+    assert str(caught.value).startswith("Checkpoint model_1.pth is not written; there is no checkpoint yet. ")
+    assert re.search(rf"but Mine\._extra_state of distillers holds a \S*{kind}\.$", str(caught.value))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "state", [None, 2.5, (1, b"a"), {1, 2}, OrderedDict(a=[True]), np.float64(2), torch.Size([2]), torch.float16]
+)
+def test_plain_state_is_saved_and_read_back(tmp_path: Path, state: object) -> None:
+    saved, loaded = (nn.ModuleDict({"Mine": _WithState(value)}) for value in (state, 0))
+    KDCheckpointer(Toy(), str(tmp_path), distillers=saved).save("model_1")
+    KDCheckpointer(Toy(), str(tmp_path), distillers=loaded).resume_or_load("", resume=True)
+    assert loaded["Mine"].state == state
+
+
+def test_a_student_with_other_state_than_tensors_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"only tensors as weights of the model, but '0\._extra_state' is no tensor but a dict"
+    ):
+        KDCheckpointer(nn.Sequential(_WithState(1)), str(tmp_path)).save("model_1")
+
+
+def test_state_that_could_not_be_read_back_is_refused_before_training(tmp_path: Path, monkeypatch) -> None:
+    project = make_project(tmp_path)
+    monkeypatch.setattr(FeatureImitation, "get_extra_state", lambda self: deque(), raising=False)
+    with (
+        clean_process(),
+        pytest.raises(UserError, match=r"FeatureImitation\._extra_state of distillers holds a collections\.deque"),
+    ):
+        make_trainer(project)
 
 
 # ------------------------------------------------------------------------- the checkpoint of a distillation run

@@ -2,7 +2,7 @@
 
 from .checkpointer import CLASS_NAMES, KDCheckpointer, checkpoint_files, copy_to_cpu, load_complete
 from .fitting import Fit, fill, load_torchvision
-from .reading import UnreadableCheckpointError, distiller_states, local_path, read_checkpoint
+from .reading import UnreadableCheckpointError, check_readable, distiller_states, local_path, read_checkpoint
 from .torchvision import StateDict
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "KDCheckpointer",
     "StateDict",
     "UnreadableCheckpointError",
+    "check_readable",
     "checkpoint_files",
     "copy_to_cpu",
     "distiller_states",

@@ -15,7 +15,7 @@ from torch import nn
 from ..errors import UserError, system_error
 from ..files import atomic_write, write_text
 from .fitting import load_torchvision
-from .reading import UnreadableCheckpointError, local_path, read_checkpoint
+from .reading import UnreadableCheckpointError, check_readable, local_path, read_checkpoint
 from .torchvision import torchvision_format
 
 CLASS_NAMES = "class_names"
@@ -45,22 +45,26 @@ class KDCheckpointer(DetectionCheckpointer):
         """Write `<name>.pth` atomically: if the process is killed, the last complete file stays usable.
 
         Raises:
-            UserError: a weight is not finite, in which case nothing is written; or the file, or with `asynchronous` an
-                earlier one, cannot be written.
+            UserError: a weight is not finite, or the state holds what cannot be read back, in which cases nothing is
+                written; or the file, or with `asynchronous` an earlier one, cannot be written.
         """
         self.wait()
         if not self.save_dir or not self.save_to_disk:
             return
         data = {"model": self.model.state_dict()}
+        if self.class_names:
+            data[CLASS_NAMES] = list(self.class_names)
+        data.update({key: obj.state_dict() for key, obj in self.checkpointables.items()})
+        data.update(kwargs)
+        try:
+            check_readable(data)
+        except UserError as error:
+            raise UserError(f"Checkpoint {name}.pth is not written; {self._earlier()}. {error}") from error
         broken = [k for k, v in data["model"].items() if not v.isfinite().all()]
         if broken:
             raise UserError(
                 f"Checkpoint {name}.pth is not written, since the weight {broken[0]} is not finite; {self._earlier()}."
             )
-        if self.class_names:
-            data[CLASS_NAMES] = list(self.class_names)
-        data.update({key: obj.state_dict() for key, obj in self.checkpointables.items()})
-        data.update(kwargs)
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
         if self.asynchronous:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import os
 import pickle
 import re
 import zipfile
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.utils.file_io import PathManager
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UserError
 from .torchvision import StateDict
@@ -76,8 +78,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
                 content = _PlainUnpickler(file, encoding="latin1").load()
         else:
             _check_size(path)
-            with torch.serialization.safe_globals(NUMPY_SCALARS):
-                content = torch.load(path, map_location="cpu", weights_only=True)
+            content = _load_safely(path)
     except UserError:
         raise
     except FileNotFoundError as error:
@@ -112,6 +113,58 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         if reason:
             raise UserError(f"Checkpoint {path} is not a dictionary of weights: its entry {name!r} {reason}.")
     return content
+
+
+def check_readable(state: dict[str, Any]) -> None:
+    """Check that `read_checkpoint` will accept a state which is to be saved.
+
+    Args:
+        state: content of a checkpoint, with the weights of the model under "model".
+
+    Raises:
+        UserError: it will not; the message names the entry and its type.
+    """
+    for name, value in state["model"].items():
+        reason = _why_no_weight(value) if isinstance(value, Tensor) else f"is no tensor but a {_type_name(value)}"
+        if reason:
+            raise UserError(f"A checkpoint holds only tensors as weights of the model, but {name!r} {reason}.")
+    for key, entries in state.items():
+        for name, value in entries.items() if isinstance(entries, dict) else [("", entries)]:
+            refused = None if key == "model" else _first_unreadable(value)
+            if refused:
+                raise UserError(
+                    f"A checkpoint holds only tensors and plain data (numbers, strings, None, lists, tuples and dicts of these), "
+                    f"but {f'{name} of {key}' if name else key} holds a {refused}."
+                )
+
+
+def _first_unreadable(value: Any) -> str | None:
+    """Return the type of the first object, in dicts, lists and tuples, that cannot be read back; None if all can."""
+    kind = type(value)
+    if kind in (dict, OrderedDict):
+        found = map(_first_unreadable, itertools.chain(value.keys(), value.values()))
+        return next(filter(None, found), None)
+    if kind in (list, tuple):
+        return next(filter(None, map(_first_unreadable, value)), None)
+    if kind in (Tensor, nn.Parameter, bool, int, float, str, type(None)):
+        return None
+    file = io.BytesIO()
+    try:
+        torch.save(value, file)
+        file.seek(0)
+        _load_safely(file)
+    except Exception:  # pickle calls methods of the object, which can raise any error
+        return _type_name(value)
+    return None
+
+
+def _type_name(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+
+
+def _load_safely(file: str | io.BytesIO) -> Any:
+    with torch.serialization.safe_globals(NUMPY_SCALARS):
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _why_no_weight(value: Any) -> str | None:

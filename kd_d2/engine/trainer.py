@@ -21,7 +21,7 @@ from detectron2.utils.events import EventWriter
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..checkpoint import KDCheckpointer, UnreadableCheckpointError, checkpoint_files
+from ..checkpoint import KDCheckpointer, UnreadableCheckpointError, check_readable, checkpoint_files
 from ..class_names import match_classes, names_in_checkpoint, names_in_data
 from ..compiled import compile_backbone
 from ..config import KD_META_ARCH, thawed
@@ -104,6 +104,8 @@ class KDTrainer(DefaultTrainer):
             self.checkpointer.add_checkpointable(UNAVERAGED, Unaveraged(self.averaged))
         if cfg.SOLVER.COMPILE:
             compile_backbone(student_of(self.bare_model), "SOLVER.COMPILE", channels_last=channels_last)
+        modules = {key: obj for key, obj in self.checkpointer.checkpointables.items() if isinstance(obj, nn.Module)}
+        check_readable({key: obj.state_dict() for key, obj in {"model": self.checkpointer.model, **modules}.items()})
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
