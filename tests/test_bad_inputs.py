@@ -792,7 +792,7 @@ def test_resuming_what_cannot_be_resumed(project: Project, capfd: pytest.Capture
         assert "Traceback" not in out + err
         return err.splitlines()[-1].removeprefix("error: ")
 
-    other_config = f"--resume: {file} is not from a training with this config ("
+    other_config = f"--resume: {file} does not fit a training with this config ("
     assert resume(*plain("MODEL.FPN.OUT_CHANNELS", 24)) == (
         f"{other_config}backbone.fpn_lateral3.weight does not fit); resume with the config that it was started with, or train "
         "in another OUTPUT_DIR."

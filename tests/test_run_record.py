@@ -8,11 +8,13 @@ from pathlib import Path
 
 from kd_d2 import UserError, load_config
 from kd_d2.engine.run_record import RunRecord
+from kd_d2.engine.trainer import _first_reason
 
 import pytest
 import torch
 import yaml
 from helpers import KillAt, Project, clean_process, make_project, make_trainer, save_fixed_weights, train, write_yaml
+from torch import nn
 
 WRITTEN_WITH = (
     "--resume: the losses may differ from those of an uninterrupted training, since the checkpoint was written with: "
@@ -112,9 +114,23 @@ def test_other_parameters_of_the_student_are_refused(stopped: Project, caplog: p
     with pytest.raises(UserError) as caught:
         resumed(stopped, caplog, "MODEL.BACKBONE.FREEZE_AT", 2)
     assert str(caught.value) == (
-        f"--resume: {stopped.output / 'model_0000001.pth'} is not from a training with this config (it trained other parameters of the "
+        f"--resume: {stopped.output / 'model_0000001.pth'} does not fit a training with this config (it trained other parameters of the "
         "student); resume with the config that it was started with, or train in another OUTPUT_DIR."
     )
+
+
+def test_a_buffer_of_another_shape_is_named() -> None:
+    bank, grown = nn.Module(), nn.Module()
+    bank.register_buffer("bank", torch.zeros(0, 64))
+    grown.register_buffer("bank", torch.zeros(8, 64))
+    with pytest.raises(RuntimeError) as caught:
+        nn.ModuleDict({"Bank": bank}).load_state_dict(nn.ModuleDict({"Bank": grown}).state_dict())
+    assert _first_reason(caught.value) == (
+        "size mismatch for Bank.bank: copying a param with shape torch.Size([8, 64]) from checkpoint, the shape in "
+        "current model is torch.Size([0, 64])"
+    )
+    assert _first_reason(ValueError("first line\nsecond line")) == "first line"
+    assert _first_reason(KeyError()) == ""
 
 
 def test_another_config_of_the_teacher(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

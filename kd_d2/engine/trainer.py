@@ -165,7 +165,7 @@ class KDTrainer(DefaultTrainer):
                     f"{file} is from a training with SOLVER.EMA_DECAY, but this one has none: it continues from the averaged weights."
                 )
         except (KeyError, ValueError, RuntimeError) as error:
-            reason = str(error).partition("\n")[0]
+            reason = _first_reason(error)
         else:
             fit = self.checkpointer.incompatible
             misfits = [*fit.missing_keys, *fit.unexpected_keys, *(name for name, _, _ in fit.incorrect_shapes)]
@@ -174,7 +174,7 @@ class KDTrainer(DefaultTrainer):
                 reason = "it holds only weights"
         if reason:
             raise UserError(
-                f"--resume: {file} is not from a training with this config ({reason}); resume with the config that it was started "
+                f"--resume: {file} does not fit a training with this config ({reason}); resume with the config that it was started "
                 "with, or train in another OUTPUT_DIR."
             )
         if self.start_iter >= self.max_iter and self.run_record.another_training:
@@ -365,6 +365,12 @@ def evaluate_teacher(cfg: CfgNode, teacher: Teacher) -> dict:
         return KDTrainer.test(cfg, teacher.model)
     finally:
         check.remove()
+
+
+def _first_reason(error: Exception) -> str:
+    """Return the first line of a message, without the heading that `load_state_dict` places before its reasons."""
+    heading, *reasons = str(error).splitlines() or [""]
+    return reasons[0].strip().rstrip(".") if reasons and heading.startswith("Error(s) in loading") else heading
 
 
 def _log_epochs(total: int, images: int) -> None:
