@@ -228,5 +228,7 @@ def _key(cls: type[Keys], field: dataclasses.Field, hint: Any) -> Key:
     default = field.default_factory() if has_factory else field.default
     if default is dataclasses.MISSING:
         raise TypeError(f"{cls.__qualname__}.{field.name} has no default")
+    if hint is float and type(default) is int:
+        default = float(default)  # by its type, a config file's numbers are converted
     description = descriptions[-1] if descriptions else ""
     return Key(field.name.upper(), hint, optional, length, tuple(conditions), default, description)

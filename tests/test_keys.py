@@ -72,6 +72,15 @@ def test_the_node_and_back() -> None:
     assert (read.anything, read.whose) == ((1, "x"), "mine")
 
 
+def test_the_default_of_a_float_may_be_written_as_a_whole_number() -> None:
+    @dataclass(frozen=True)
+    class Whole(Keys):
+        rate: Annotated[float, AtLeast(0), "How fast."] = 1
+        limit: float | None = 0
+
+    assert [(key.default, type(key.default)) for key in keys_of(Whole)] == [(1.0, float), (0.0, float)]
+
+
 def test_an_heir_states_a_default_anew() -> None:
     """Check that its own keys follow those of its base, and that a key with a new default keeps its position."""
     assert [key.name for key in keys_of(Heir)] == [*(key.name for key in keys_of(Toy)), "MORE"]
