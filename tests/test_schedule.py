@@ -19,7 +19,7 @@ CONFIGS = [*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "projects").rglob("conf
 
 
 def test_scaling_to_the_number_of_processes(tmp_path: Path) -> None:
-    """Check a config for 8 processes on 2: a quarter of the batch and the rate, 4 times the iterations, also ICD's."""
+    """Check a config for 8 processes on 2: a quarter of the batch and the rate, 4 times the iterations, also of methods."""
     keys = {
         "SOLVER__REFERENCE_WORLD_SIZE": 8,
         "SOLVER__IMS_PER_BATCH": 16,
@@ -28,12 +28,15 @@ def test_scaling_to_the_number_of_processes(tmp_path: Path) -> None:
     }
     icd = {"MODEL__KD__ICD__DETACH_STUDENT_ITERS": 5, "MODEL__KD__ICD__LR": 0.001, "MODEL__KD__ICD__END_ITER": 50}
     cfg = load_config(str(make_project(tmp_path, MODEL__KD__DISTILLERS=("ICD",), **keys, **icd).student))
+    cfg.MODEL.KD.PFI.update({"DROP_ITERS": (5, 50), "OTHER_ITERS": [], "BAD_ITER": "x"})
     cfg.freeze()
     scaled = scale_to_world_size(cfg, 2)
     solver, node = scaled.SOLVER, scaled.MODEL.KD.ICD
     assert (4, pytest.approx(0.005), 400) == (solver.IMS_PER_BATCH, solver.BASE_LR, solver.MAX_ITER)
     assert (node.DETACH_STUDENT_ITERS, node.END_ITER, node.LR, node.START_ITER) == (20, 200, 0.001, 0)
-    assert scaled.MODEL.KD.PFI.END_ITER is None and scaled.is_frozen()
+    pfi = scaled.MODEL.KD.PFI
+    assert (pfi.DROP_ITERS, pfi.OTHER_ITERS, pfi.BAD_ITER) == ((20, 200), [], "x")
+    assert pfi.END_ITER is None and scaled.is_frozen()
     assert scale_to_world_size(cfg, 8) is cfg and cfg.MODEL.KD.ICD.END_ITER == 50
     # more processes than written for: 5 / 3 and 50 / 3, rounded
     node = scale_to_world_size(cfg, 24).MODEL.KD.ICD

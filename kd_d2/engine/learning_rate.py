@@ -41,10 +41,17 @@ def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
     for _, distiller in DISTILLER_REGISTRY:
         node = scaled.MODEL.KD[distiller.CONFIG_NODE]
         for key, value in node.items():
-            if key.endswith(("_ITER", "_ITERS")) and value is not None:
-                node[key] = round(value / factor)
+            if key.endswith(("_ITER", "_ITERS")):
+                node[key] = _divided(value, factor)
     scaled.freeze()
     return scaled
+
+
+def _divided(value: Any, factor: float) -> Any:
+    """Divide a number, or each of a list or tuple, and round; leave others, which the methods validate."""
+    if isinstance(value, list | tuple):
+        return type(value)(_divided(item, factor) for item in value)
+    return round(value / factor) if type(value) in (int, float) else value
 
 
 def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> detectron2_solver.LRMultiplier:
