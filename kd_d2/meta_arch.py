@@ -48,7 +48,7 @@ class KDMetaArch(nn.Module):
         Raises:
             UserError: a distiller needs outputs that a detector does not have; the class counts differ; the detectors
                 cannot take images of one size; there is a balance, but nothing in the student's backbone is trained;
-                a schedule or a weight of the balance names no distiller.
+                a schedule or a weight of the balance names no distiller; two distillers have a loss of the same name.
             TypeError: a distiller lacks `loss_names` or `needs`.
         """
         super().__init__()
@@ -107,8 +107,14 @@ class KDMetaArch(nn.Module):
         self.labels.check(student, teacher)
         if self.balance:
             shared_parameters(self.student)  # raises if nothing is trained
+        owners: dict[str, str] = {}
         for name, distiller in self.distillers.items():
             self._check_distiller(name, distiller, student, teacher)
+            for loss in distiller.loss_names:
+                if owners.setdefault(loss, name) != name:
+                    raise UserError(
+                        f"The distillers {owners[loss]} and {name} both have a loss {loss!r}: one of them must rename its losses."
+                    )
         if (
             self.labels.needs
             and isinstance(self.student, SemanticSegmentor)

@@ -490,14 +490,20 @@ def test_auxiliary_losses_are_among_the_losses(toy_detector: type) -> None:
         KDMetaArch(student=toy_detector(), teacher=Teacher(toy_detector()), distillers={"Recorder": distiller})
 
 
-def test_losses_of_one_name_are_an_error(
-    toy_detector: type, constant_inputs: Callable, event_storage: EventStorage
-) -> None:
+def test_losses_of_one_name_are_an_error(toy_detector: type) -> None:
     """Check a second distiller whose losses would overwrite those of the first."""
-    model = KDMetaArch(
-        student=toy_detector(), teacher=Teacher(toy_detector()), distillers={"a": Recorder(), "b": Recorder()}
-    )
-    with pytest.raises(RuntimeError, match=r"b returned the losses .* already"):
+    distillers = {"a": Recorder(), "b": Recorder()}
+    with pytest.raises(UserError, match=r"The distillers a and b both have a loss 'loss_kd': one of them must rename"):
+        KDMetaArch(student=toy_detector(), teacher=Teacher(toy_detector()), distillers=distillers)
+
+
+def test_a_loss_named_like_one_of_the_student_is_an_error(
+    toy_detector: type, constant_inputs: Callable, event_storage: EventStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distiller = Recorder(loss_names=("loss_toy",))
+    monkeypatch.setattr(distiller, "forward", lambda *_: {"loss_toy": distiller.own})
+    model = KDMetaArch(student=toy_detector(), teacher=Teacher(toy_detector()), distillers={"a": distiller})
+    with pytest.raises(RuntimeError, match=r"a returned the losses \['loss_toy'\].* \['loss_toy'\] already exist"):
         model(constant_inputs())
 
 
