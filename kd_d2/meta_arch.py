@@ -7,6 +7,7 @@ import math
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch import SemanticSegmentor
+from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
@@ -186,6 +187,10 @@ class KDMetaArch(nn.Module):
         for name, distiller in self.distillers.items():
             if name in active:
                 new = distiller.scaled(distilled[name], factors[name])
+                if comm.get_world_size() > 1 and any(True for _ in distiller.parameters()):
+                    # DistributedDataParallel waits for a gradient of every parameter.
+                    zeros = distiller.idle_losses(like=student.images.tensor)
+                    new = {loss: value + zeros.get(loss, 0.0) for loss, value in new.items()}
             else:
                 new = distiller.idle_losses(like=student.images.tensor)
             self._add(losses, new, name, distiller)

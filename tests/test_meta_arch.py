@@ -23,6 +23,7 @@ import yaml
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from detectron2.structures import Instances
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from helpers import configured, make, spec_of
 from torch import Tensor, nn
@@ -309,6 +310,27 @@ def test_idle_distiller_stays_in_the_graph(
     assert all(p.grad.abs().max() == 0 for p in distillers["late"].parameters())
     assert {id(p) for p in model.idle_parameters(0)} == {id(p) for p in distillers["late"].parameters()}
     assert model.idle_parameters(1) == []
+
+
+@pytest.mark.parametrize(("processes", "gradient"), [(1, None), (2, 0.0)])
+def test_a_loss_without_gradient_keeps_parameters_in_the_graph_of_several_processes(
+    toy_detector: type,
+    constant_inputs: Callable,
+    event_storage: EventStorage,
+    monkeypatch: pytest.MonkeyPatch,
+    processes: int,
+    gradient: float | None,
+) -> None:
+    monkeypatch.setattr(comm, "get_world_size", lambda: processes)
+    distiller = Recorder()
+    monkeypatch.setattr(
+        distiller, "forward", lambda *_: {"loss_kd": torch.tensor(3.0), "loss_kd_aux_size": torch.zeros(())}
+    )
+    model = KDMetaArch(student=toy_detector(), teacher=Teacher(toy_detector()), distillers={"a": distiller})
+    losses = model(constant_inputs())
+    assert (losses["loss_kd"].item(), losses["loss_kd_aux_size"].item()) == (3.0, 0.0)
+    sum(losses.values()).backward()
+    assert distiller.own.grad == gradient
 
 
 @pytest.mark.parametrize("clipping", [{}, {"ENABLED": True, "CLIP_TYPE": "value", "CLIP_VALUE": 1000.0}])

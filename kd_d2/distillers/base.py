@@ -210,7 +210,7 @@ class Distiller(nn.Module):
         return [ParamGroup(list(self.parameters()), None if lr is None else OptimizerSettings("layers", lr, eps=1e-15))]
 
     def idle_losses(self, like: Tensor) -> Losses:
-        """Return zeros that keep the distiller's parameters in the graph, for iterations outside its schedule."""
+        """Return zeros with the distiller's parameters in their graph, in which losses of an iteration may lack them."""
         zero = like.new_zeros(()) + sum(p.sum() * 0.0 for p in self.parameters())
         return dict.fromkeys(self.loss_names, zero)
 
