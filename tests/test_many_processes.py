@@ -9,14 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-from kd_d2 import KDMetaArch
+from kd_d2 import KDMetaArch, Teacher
 from kd_d2.checkpoint import KDCheckpointer
 from kd_d2.config import load_config
 from kd_d2.data import register_coco_json
+from kd_d2.distillers import Distiller
 from kd_d2.distillers.icd.queries import ObservedFakeInstances
 from kd_d2.distributed import mean_count_across_ranks, sum_across_ranks
 from kd_d2.engine.checkpoints import Checkpoints
-from kd_d2.engine.rank_states import get_rank_state, set_rank_state
+from kd_d2.engine.rank_states import get_rank_state, set_distiller_state, set_rank_state
 from kd_d2.engine.step import DistillationStep
 from kd_d2.engine.stop_request import StopRequest, TrainingStopped
 from kd_d2.engine.trainer import _distributed
@@ -309,6 +310,47 @@ def test_processes_that_had_no_state(monkeypatch: pytest.MonkeyPatch) -> None:
             assert model.loss_normalizer == 5.0
             draws.append(torch.rand(()).item())
     assert draws[0] == draws[2] != draws[1]
+
+
+class _Counting(Distiller):
+    """Has a buffer, other state and a parameter."""
+
+    needs = frozenset({"features"})
+    loss_names = ("loss_counting",)
+
+    def __init__(self):
+        super().__init__(self.Config(), pair=None)
+        self.weight = nn.Parameter(torch.tensor(3.0))
+        self.register_buffer("seen", torch.zeros(()))
+        self.history: list[float] = []
+
+    def get_extra_state(self) -> list[float]:
+        return list(self.history)
+
+    def set_extra_state(self, state: list[float]) -> None:
+        self.history = state
+
+
+@pytest.mark.parametrize(("rank", "seen"), [(0, 20.0), (1, 22.0), (2, 5.0)])
+def test_each_process_has_the_state_of_methods_that_it_had(
+    toy_detector: type, monkeypatch: pytest.MonkeyPatch, rank: int, seen: float
+) -> None:
+    """Check two former processes; a third keeps what it has. Parameters, the same on all, are not among the state."""
+    method = _Counting()
+    model = KDMetaArch(student=toy_detector(), teacher=Teacher(toy_detector()), distillers={"Counting": method})
+    states = []
+    for number in (20.0, 22.0, 5.0):
+        method.seen.fill_(number)
+        method.history = [number]
+        states.append(get_rank_state(model))
+    assert states[0]["distillers"].keys() == {"Counting.seen", "Counting._extra_state"}
+    monkeypatch.setattr(comm, "get_rank", lambda: rank)
+    set_distiller_state(model.distillers, states[:2])
+    assert (method.seen.item(), method.history, method.weight.item()) == (seen, [seen], 3.0)
+    del states[0]["distillers"]  # as in the checkpoints of earlier versions
+    monkeypatch.setattr(comm, "get_rank", lambda: 0)
+    set_distiller_state(model.distillers, states[:1])
+    assert method.seen.item() == seen
 
 
 def test_statistics_are_those_of_the_saved_model(tmp_path: Path) -> None:

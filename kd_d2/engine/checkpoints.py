@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..checkpoint import KDCheckpointer
 from ..errors import UserError
 from ..files import link_or_copy, read_json, write_json
+from ..meta_arch import student_of
 from .averaging import AveragedStudent
 from .failures import saved
 from .rank_states import get_rank_state
@@ -42,7 +43,7 @@ class Checkpoints(HookBase):
     Args:
         cfg: the training config.
         checkpointer: writes the files, on rank 0.
-        model: the student; the loss normalizers of each rank are saved.
+        model: the trained model, a KDMetaArch or a plain detector, of which each rank has state of its own.
         stop: the stop request of this rank.
         averaged: the averaged student, saved in place of the student.
 
@@ -106,7 +107,7 @@ class Checkpoints(HookBase):
         return bool(is_due), number
 
     def _write(self, names: list[str]) -> None:
-        share_statistics(self.model)
+        share_statistics(student_of(self.model))
         self.others = comm.gather(get_rank_state(self.model))[1:]
         self.written = time.monotonic()
         if comm.is_main_process():

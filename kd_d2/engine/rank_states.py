@@ -1,4 +1,4 @@
-"""Per-process training state: random states, and the loss normalizers that are not in a dense detector's state_dict."""
+"""Per-process training state: random states, loss normalizers of dense detectors, and the state of methods."""
 
 from __future__ import annotations
 
@@ -10,16 +10,21 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from torch import nn
 
+from ..checkpoint import copy_to_cpu
+from ..meta_arch import KDMetaArch, student_of
 from ..random_state import get_random_state, set_random_state
 
 
 def get_rank_state(model: nn.Module) -> dict[str, Any]:
-    """Return the state of this process."""
-    return {"random": get_random_state(), "normalizers": get_loss_normalizers(model)}
+    """Return the state of this process: of a KDMetaArch, that of its student and of its distillers."""
+    state = {"random": get_random_state(), "normalizers": get_loss_normalizers(student_of(model))}
+    if isinstance(model, KDMetaArch):
+        state["distillers"] = _state_beside_parameters(model.distillers)
+    return state
 
 
 def set_rank_state(model: nn.Module, states: list[dict[str, Any]], seed: int) -> None:
-    """Restore the state of this process.
+    """Restore the state of this process, except that of the distillers.
 
     Args:
         states: states of the previous processes, in order of rank. A process without one takes the loss normalizers of
@@ -27,11 +32,25 @@ def set_rank_state(model: nn.Module, states: list[dict[str, Any]], seed: int) ->
     """
     rank = comm.get_rank()
     own = states[rank] if rank < len(states) else None
-    set_loss_normalizers(model, (own or states[0])["normalizers"])
+    set_loss_normalizers(student_of(model), (own or states[0])["normalizers"])
     if own:
         set_random_state(own["random"])
     else:
         seed_all_rng((seed + rank) % 2**31)
+
+
+def set_distiller_state(distillers: nn.Module, states: list[dict[str, Any]]) -> None:
+    """Restore this process's state of the distillers; one without a state keeps what it has."""
+    rank = comm.get_rank()
+    own = states[rank].get("distillers") if rank < len(states) else None
+    if own:
+        distillers.load_state_dict({**distillers.state_dict(), **own})
+
+
+def _state_beside_parameters(module: nn.Module) -> dict[str, Any]:
+    """Return a copy of buffers and other state, which may differ between processes."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    return copy_to_cpu({name: value for name, value in module.state_dict().items() if name not in parameters})
 
 
 def get_loss_normalizers(model: nn.Module) -> dict[str, float]:

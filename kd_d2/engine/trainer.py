@@ -45,7 +45,7 @@ from .folder_lock import unlock_folder
 from .hooks import LastMultipliersLog, PeakMemoryRecorder
 from .learning_rate import build_lr_scheduler, scale_to_world_size
 from .optimizers import build_main_optimizer, build_optimizers
-from .rank_states import get_rank_state, set_rank_state
+from .rank_states import get_rank_state, set_distiller_state, set_rank_state
 from .run_record import RunRecord
 from .step import DistillationStep
 from .stop_request import StopRequest, TrainingStopped
@@ -73,6 +73,7 @@ class KDTrainer(DefaultTrainer):
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.stop = StopRequest()
+        self._rank_states: list[dict[str, Any]] = []  # of the checkpoint from which the training resumes
 
         self.bare_model = self.build_model(cfg)
         channels_last = trains_with_channels_last(cfg, self.bare_model)
@@ -159,6 +160,8 @@ class KDTrainer(DefaultTrainer):
             )
         try:
             rest = self.checkpointer.load(file)
+            if isinstance(self.bare_model, KDMetaArch):
+                set_distiller_state(self.bare_model.distillers, self._rank_states)  # those of rank 0 are loaded
             logger.info(f"Resuming from {file}")
             if UNAVERAGED in rest:
                 logger.warning(
@@ -252,20 +255,19 @@ class KDTrainer(DefaultTrainer):
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
         state["seed"] = self.seed
-        state.update(get_rank_state(student_of(self.bare_model)), other_workers=self.checkpoints.others)
+        state.update(get_rank_state(self.bare_model), other_workers=self.checkpoints.others)
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.start_iter = self.iter + 1
         self.seed = state["seed"]
-        workers = [state, *state.get("other_workers", [])]
-        set_rank_state(student_of(self.bare_model), workers, seed=self.seed + 7919 * state["iteration"])
+        self._rank_states = [state, *state.get("other_workers", [])]
+        set_rank_state(self.bare_model, self._rank_states, seed=self.seed + 7919 * state["iteration"])
 
     def build_hooks(self) -> list[HookBase]:
         """Build Detectron2's hooks, with `Checkpoints` as checkpointer and an evaluation that signals can interrupt."""
-        student = student_of(self.bare_model)
-        self.checkpoints = Checkpoints(self.cfg, self.checkpointer, student, self.stop, self.averaged)
+        self.checkpoints = Checkpoints(self.cfg, self.checkpointer, self.bare_model, self.stop, self.averaged)
         evaluation, best = EvalHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate), None
         if self.cfg.TEST.EVAL_PERIOD > 0 and comm.is_main_process():
             best = BestCheckpoint(self.checkpointer, lambda: getattr(self, "_last_eval_results", {}))
