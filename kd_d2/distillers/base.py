@@ -211,8 +211,8 @@ class Distiller(nn.Module):
 
     def idle_losses(self, like: Tensor) -> Losses:
         """Return zeros with the distiller's parameters in their graph, in which losses of an iteration may lack them."""
-        zero = like.new_zeros(()) + sum(p.sum() * 0.0 for p in self.parameters())
-        return dict.fromkeys(self.loss_names, zero)
+        none_of_each = [p.unsqueeze(0)[:0].reshape(-1) for p in self.parameters()]  # views, whose sum needs one kernel
+        return dict.fromkeys(self.loss_names, torch.cat([like.new_zeros(1), *none_of_each]).sum())
 
 
 def _is_same_definition(new: type, old: type) -> bool:
