@@ -34,6 +34,7 @@ from detectron2.structures import Boxes, Instances
 from helpers import CLASSES, META_ARCHITECTURES, ROOT, make_project, run_command, save_fixed_weights
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 NEEDS_EXTRA = "needs the extra export: pip install '.[export]'"
 onnx = pytest.importorskip("onnx", reason=NEEDS_EXTRA)
@@ -402,6 +403,28 @@ def test_masks_are_compared() -> None:
     assert match(expected, found) == [(0, 0)]
     found.pred_masks[0, 1, 0] = True
     assert match(expected, found) == []
+
+
+def test_only_masks_of_equal_boxes_are_compared() -> None:
+    """Check detections in reverse order, one with another mask, without a tensor larger than the masks of one model."""
+
+    class Sizes(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor):
+                self.largest = max(self.largest, result.numel())
+            return result
+
+    expected = instances([[10.0 * i, 0, 10.0 * i + 10, 10] for i in range(10)], [0.9] * 10, [0] * 10)
+    expected.pred_masks = torch.zeros(10, 100, 200, dtype=torch.bool)
+    found = expected[torch.arange(9, -1, -1)]
+    found.pred_masks[3] = True
+    with Sizes() as sizes:
+        pairs = match(expected, found)
+    assert pairs == [(i, 9 - i) for i in range(10) if i != 6]
+    assert sizes.largest <= expected.pred_masks.numel()
 
 
 def test_nothing_to_compare_is_not_called_equal(

@@ -76,8 +76,9 @@ def match(expected: Instances, found: Instances) -> list[tuple[int, int]]:
     distance_EF = torch.maximum(box_EF, score_EF)
     distance_EF[expected.pred_classes[:, None] != found.pred_classes] = torch.inf
     if expected.has("pred_masks"):
-        different_EF = (expected.pred_masks[:, None] != found.pred_masks).float().mean((-2, -1))
-        distance_EF = torch.maximum(distance_EF, different_EF / MASK_TOLERANCE)
+        for i, j in (distance_EF <= 1).nonzero().tolist():  # masks of all pairs would need gigabytes
+            different = (expected.pred_masks[i] != found.pred_masks[j]).float().mean()
+            distance_EF[i, j] = torch.maximum(distance_EF[i, j], different / MASK_TOLERANCE)
     pairs = []
     for i, row in enumerate(distance_EF):
         j = int(row.argmin())
