@@ -427,6 +427,17 @@ def test_only_masks_of_equal_boxes_are_compared() -> None:
     assert sizes.largest <= expected.pred_masks.numel()
 
 
+def test_evaluation_tells_that_the_file_has_a_higher_threshold(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for threshold, is_higher in (("0.999", True), ("0.01", False)):
+        path = tmp_path / "student.ts"
+        run_command("export", "--model", run_folder, "--output", path, "--score-thresh", threshold)
+        run_command("eval", "--model", run_folder, path, "OUTPUT_DIR", run_folder)
+        words = "returns no detections below 0.999, but the config's score threshold is 0."
+        assert (words in capsys.readouterr().out) == is_higher
+
+
 def test_nothing_to_compare_is_not_called_equal(
     configs: dict[str, CfgNode], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, MetadataCatalog
 
+from ..adapters import build_adapter
 from ..data import ClassOrder, build_test_loader, register_coco_json
 from ..engine.program import write_results
 from ..engine.setup import setup
 from ..engine.trainer import KDTrainer
 from ..errors import UserError
 from ..extensions import import_extensions
+from ..modeling.building import build_detector
 from ..predictor import unknown_names
 from .metadata import Resize
 from .running import ExportedModel, load_exported
+
+logger = logging.getLogger(__name__)
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -48,6 +53,12 @@ def evaluate_exported(cfg: CfgNode, path: str) -> dict[str, Any]:
             raise UserError(
                 f"The dataset {dataset} has the classes {', '.join(classes)}, but {path} predicts {', '.join(names)}."
             )
+    lowest, of_file = build_adapter(build_detector(cfg)).score_threshold, model.metadata.score_threshold
+    if lowest is not None and lowest < of_file:
+        logger.warning(
+            f"{path} returns no detections below {of_file}, but the config's score threshold is {lowest}: its AP is lower "
+            "for that reason."
+        )
     return evaluate(cfg, model)
 
 
