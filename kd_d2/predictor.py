@@ -29,6 +29,9 @@ from .modeling.building import build_detector, lower_score_threshold
 
 logger = logging.getLogger(__name__)
 
+SCORE_THRESH = 0.5
+"""Default minimum score of a detection."""
+
 
 @dataclass
 class Category:
@@ -184,7 +187,7 @@ class Predictor(ImageDetector):
         UserError: the config is not supported, or the checkpoint cannot be read or does not match it.
     """
 
-    def __init__(self, cfg: CfgNode, score_thresh: float = 0.5):
+    def __init__(self, cfg: CfgNode, score_thresh: float = SCORE_THRESH):
         check_plain(cfg)
         check_supported(cfg)
         model = build_detector(cfg).eval()

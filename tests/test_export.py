@@ -703,6 +703,15 @@ def test_prediction_below_the_threshold_of_the_file(run_folder: Path, tmp_path: 
         assert words in capsys.readouterr().err
 
 
+def test_prediction_uses_the_higher_threshold_of_the_file(run_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "student.ts"
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    for of_file, used in (("0.6", 0.6), ("0.4", 0.5)):
+        run_command("export", "--model", run_folder, "--output", path, "--score-thresh", of_file)
+        run_command("predict", "--model", path, "--input", tmp_path / "a.png", "--output", tmp_path / "out")
+        assert json.loads((tmp_path / "out" / "detections.json").read_text())["info"]["score_thresh"] == used
+
+
 def test_onnx_runtime_sends_no_usage_data(tmp_path: Path) -> None:
     """Check in a separate process that importing it leaves no device identifier in the home directory."""
     code = "from kd_d2.export.running import needed_package; needed_package('onnxruntime')"

@@ -24,7 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--input", required=True, nargs="+", help="images, videos, and folders of them, including subfolders"
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for drawings and detections.json")
-    parser.add_argument("--score-thresh", type=float, default=0.5, help="minimum detection score (default 0.5)")
+    parser.add_argument(
+        "--score-thresh",
+        type=float,
+        help="minimum detection score (default 0.5, or that of an exported file if it is higher)",
+    )
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="batch size (images of one size; default 1)")
     parser.add_argument("--no-drawings", action="store_true", help="write only detections.json")
     add_import_argument(parser)
@@ -35,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
 
     print_log()
     import_extensions(args.imports)
-    if not 0 <= args.score_thresh <= 1:
+    if args.score_thresh is not None and not 0 <= args.score_thresh <= 1:
         raise UserError(f"--score-thresh is {args.score_thresh}; it must be between 0 and 1.")
     model = read_one_model_path(args.model, may_be_exported=True)
     inputs = find_inputs(args.input, without=args.output)
@@ -49,9 +53,10 @@ def run(args: argparse.Namespace) -> None:
         detector, weights = load_exported_detector(model.exported, args.score_thresh), model.exported
     else:
         from ..config import load_config
-        from ..predictor import Predictor
+        from ..predictor import SCORE_THRESH, Predictor
 
         cfg = load_config(model.config, [*model.overrides, *args.opts], student_only=True, needs_data=False)
-        detector, weights = Predictor(cfg, args.score_thresh), cfg.MODEL.WEIGHTS
-    info = {"weights": weights, "score_thresh": args.score_thresh}
+        threshold = SCORE_THRESH if args.score_thresh is None else args.score_thresh
+        detector, weights = Predictor(cfg, threshold), cfg.MODEL.WEIGHTS
+    info = {"weights": weights, "score_thresh": detector.score_thresh}
     predict(detector, inputs, args.output, info, PredictOptions(args.batch, not args.no_drawings))

@@ -17,7 +17,7 @@ from detectron2.structures import Boxes, Instances
 
 from ..errors import UserError
 from ..model_paths import format_of
-from ..predictor import Category, ImageDetector
+from ..predictor import SCORE_THRESH, Category, ImageDetector
 from .decoding import decode
 from .metadata import ExportMetadata
 
@@ -141,14 +141,19 @@ def load_exported(path: str) -> ExportedModel:
     return ExportedModel(session, ExportMetadata.from_strings(entries, path))
 
 
-def load_exported_detector(path: str, score_thresh: float) -> ImageDetector:
+def load_exported_detector(path: str, score_thresh: float | None = None) -> ImageDetector:
     """Load a file of `kd-d2 export` as a detector of images.
+
+    Args:
+        score_thresh: minimum score of a detection; None for 0.5, or the score threshold of the file if it is higher.
 
     Raises:
         UserError: see `load_exported`; or `score_thresh` is below the score threshold of the file.
     """
     model = load_exported(path)
     metadata = model.metadata
+    if score_thresh is None:
+        score_thresh = max(SCORE_THRESH, metadata.score_threshold)
     if score_thresh < metadata.score_threshold:
         raise UserError(
             f"--score-thresh is {score_thresh}, but {path} returns no detections below {metadata.score_threshold}; "
