@@ -438,6 +438,12 @@ def test_evaluation_tells_that_the_file_has_a_higher_threshold(
         assert (words in capsys.readouterr().out) == is_higher
 
 
+def test_padding_is_a_color(configs: dict[str, CfgNode]) -> None:
+    cfg = configs["retinanet"].clone()
+    cfg.MODEL.PIXEL_MEAN = [300.0, -5.0, 127.4]
+    assert exporting.describe(cfg, build_model(cfg), ExportOptions()).padding == [255, 0, 127]
+
+
 def test_nothing_to_compare_is_not_called_equal(
     configs: dict[str, CfgNode], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -188,7 +188,7 @@ def describe(cfg: CfgNode, model: nn.Module, options: ExportOptions) -> ExportMe
         min_size=cfg.INPUT.MIN_SIZE_TEST,
         max_size=cfg.INPUT.MAX_SIZE_TEST,
         fixed_size=list(options.fixed_size) if options.fixed_size else None,
-        padding=[round(mean) for mean in cfg.MODEL.PIXEL_MEAN],
+        padding=[min(max(round(mean), 0), 255) for mean in cfg.MODEL.PIXEL_MEAN],
         size_divisibility=adapter.size_divisibility,
         nms=options.nms,
         score_threshold=adapter.score_threshold,
