@@ -444,6 +444,17 @@ def test_padding_is_a_color(configs: dict[str, CfgNode]) -> None:
     assert exporting.describe(cfg, build_model(cfg), ExportOptions()).padding == [255, 0, 127]
 
 
+def test_no_detections_to_export(configs: dict[str, CfgNode], tmp_path: Path) -> None:
+    for detector, key in (
+        ("faster-rcnn", "TEST.DETECTIONS_PER_IMAGE"),
+        ("retinanet", "MODEL.RETINANET.TOPK_CANDIDATES_TEST"),
+    ):
+        cfg = configs[detector].clone()
+        cfg.merge_from_list([key, 0])
+        with pytest.raises(UserError, match=rf"^{key} is 0, with which the exported file would have no detections\.$"):
+            export_detector(cfg, str(tmp_path / "model.ts"))
+
+
 def test_nothing_to_compare_is_not_called_equal(
     configs: dict[str, CfgNode], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -76,6 +76,7 @@ def export_detector(
     check_supported(cfg)
     cfg = thawed(cfg)
     cfg.MODEL.DEVICE = "cpu"
+    _check_limits(cfg)
     model = build_detector(cfg).eval()
     load_complete(model, cfg.MODEL.WEIGHTS, "the detector")
     check_detector(model)
@@ -149,6 +150,17 @@ def _check(path: str, options: ExportOptions) -> str:
     for package in PACKAGES[export_format]:
         needed_package(package)
     return export_format
+
+
+def _check_limits(cfg: CfgNode) -> None:
+    """Raise a UserError if the config limits the detections to none, for which OpenVINO ends the process."""
+    node = cfg.MODEL.META_ARCHITECTURE.upper()
+    limits = {"TEST.DETECTIONS_PER_IMAGE": cfg.TEST.DETECTIONS_PER_IMAGE}
+    if "TOPK_CANDIDATES_TEST" in cfg.MODEL.get(node, {}):
+        limits[f"MODEL.{node}.TOPK_CANDIDATES_TEST"] = cfg.MODEL[node].TOPK_CANDIDATES_TEST
+    for key, limit in limits.items():
+        if limit == 0:
+            raise UserError(f"{key} is 0, with which the exported file would have no detections.")
 
 
 def describe(cfg: CfgNode, model: nn.Module, options: ExportOptions) -> ExportMetadata:
