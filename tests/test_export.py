@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import logging
 import os
 import runpy
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from kd_d2 import UserError, load_config
-from kd_d2.export import ExportOptions, export_detector, exporting, load_exported, load_exported_detector
+from kd_d2.export import ExportOptions, export_detector, exporting, load_exported, load_exported_detector, writing
 from kd_d2.export.checking import Comparison, match
 from kd_d2.export.decoding import decode
 from kd_d2.export.graph import batched_nms
@@ -187,6 +188,15 @@ def test_file_detects_what_pytorch_does(
     assert comparison.images == 7 and comparison.unmatched == 0 and comparison.box < 1e-2 and comparison.score < 1e-4
     if suffix == "onnx":
         assert modules(box_convolutions(onnx.load(path).graph)) == BOX_PREDICTORS.get(detector, {"bbox_pred"})
+
+
+def test_the_warning_of_the_tracer_is_not_shown() -> None:
+    """Check the logger of "is_fx_tracing will return true", which the export of every R-CNN prints once per process."""
+    tracer = logging.getLogger("torch.fx._symbolic_trace")
+    before = tracer.level
+    with writing._quiet():
+        assert not tracer.isEnabledFor(logging.WARNING)
+    assert tracer.level == before
 
 
 def test_openvino_cannot_run_deformable_convolutions(configs: dict[str, CfgNode], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -20,20 +21,23 @@ from .running import METADATA_FILE, OPENVINO_INFO, needed_package
 
 OPSET = 19
 """The first opset with deformable convolutions; ONNX Runtime and OpenVINO support it."""
+TRACER = logging.getLogger("torch.fx._symbolic_trace")
 PACKAGES = {"torchscript": (), "onnx": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino")}
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Suppress the warnings of the tracer, and the printing of the whole graph if an operator is unknown."""
-    was_enabled = torch._C._jit_is_onnx_log_enabled()
+    was_enabled, level = torch._C._jit_is_onnx_log_enabled(), TRACER.level
     torch._C._jit_set_onnx_log_enabled(False)
+    TRACER.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         torch._C._jit_set_onnx_log_enabled(was_enabled)
+        TRACER.setLevel(level)
 
 
 def write_torchscript(
