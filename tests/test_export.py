@@ -19,7 +19,7 @@ from kd_d2.export import ExportOptions, export_detector, exporting, load_exporte
 from kd_d2.export.checking import Comparison, match
 from kd_d2.export.decoding import decode
 from kd_d2.export.graph import batched_nms
-from kd_d2.export.images import dataset_files
+from kd_d2.export.images import dataset_files, dataset_images, prepared
 from kd_d2.export.quantizing import box_convolutions
 from kd_d2.export.running import ExportedModel
 from kd_d2.predictor import Predictor
@@ -452,6 +452,22 @@ def test_padding_is_a_color(configs: dict[str, CfgNode]) -> None:
     cfg = configs["retinanet"].clone()
     cfg.MODEL.PIXEL_MEAN = [300.0, -5.0, 127.4]
     assert exporting.describe(cfg, build_model(cfg), ExportOptions()).padding == [255, 0, 127]
+
+
+def test_unusable_images_are_left_out(
+    configs: dict[str, CfgNode], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    project = make_project(tmp_path, "retinanet")
+    cfg = load_config(str(project.student), student_only=True)
+    metadata = exporting.describe(cfg, build_model(cfg), ExportOptions())
+    files = dataset_files(cfg, "TRAIN", 3)
+    Path(files[1]).write_text("no image")
+    with pytest.raises(UserError, match=f"The image {files[1]} cannot be used"):
+        dataset_images(cfg, "TRAIN", 3, metadata)
+    cfg.DATALOADER.SKIP_UNUSABLE_IMAGES = True
+    images = dataset_images(cfg, "TRAIN", 3, metadata)
+    assert [image.tolist() for image in images] == [prepared(files[i], metadata).tolist() for i in (0, 2)]
+    assert f"The image {files[1]} cannot be used" in caplog.text and "It is left out." in caplog.text
 
 
 def test_no_detections_to_export(configs: dict[str, CfgNode], tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from ..modeling.building import build_detector
 from ..predictor import read_categories
 from .checking import Comparison, compare, require_equal
 from .graph import CandidateGraph, DetectionGraph, check_detector
-from .images import dataset_files, prepared, synthetic
+from .images import dataset_images, prepared, synthetic
 from .metadata import ExportMetadata
 from .quantizing import quantize_onnx
 from .running import load_exported, needed_package, reason
@@ -210,18 +210,21 @@ def describe(cfg: CfgNode, model: nn.Module, options: ExportOptions) -> ExportMe
 
 def _inputs(cfg: CfgNode, metadata: ExportMetadata, images: list[str] | None) -> list[Tensor]:
     """Return the images for the check, including one without objects."""
-    files = images or dataset_files(cfg, "TEST", CHECKED_IMAGES)
-    if not files:
+    if images:
+        usable = [prepared(file, metadata) for file in images]
+    else:
+        usable = dataset_images(cfg, "TEST", CHECKED_IMAGES, metadata)
+    if not usable:
         logger.warning("Checked on synthetic images: DATASETS.TEST is not available; use --images for other images.")
         return synthetic(metadata)
-    return [*(prepared(file, metadata) for file in files), synthetic(metadata)[-1]]
+    return [*usable, synthetic(metadata)[-1]]
 
 
 def _calibration(cfg: CfgNode, metadata: ExportMetadata, count: int) -> list[Tensor]:
-    files = dataset_files(cfg, "TRAIN", count)
-    if not files:
+    images = dataset_images(cfg, "TRAIN", count, metadata)
+    if not images:
         raise UserError("--int8 needs images of DATASETS.TRAIN to measure activation ranges; none are available.")
-    return [prepared(file, metadata) for file in files]
+    return images
 
 
 def _quantize(path: str, images: list[Tensor], metadata: ExportMetadata) -> None:

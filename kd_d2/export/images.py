@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import torch
 from detectron2.config import CfgNode
@@ -11,7 +13,10 @@ from torch import Tensor
 from ..config import thawed
 from ..data import read_image, register_coco_json, register_synthetic
 from ..data.coco.reader import MissingImagesError
+from ..data.images import DataError
 from .metadata import ExportMetadata
+
+logger = logging.getLogger(__name__)
 
 
 def dataset_files(cfg: CfgNode, split: str, count: int) -> list[str]:
@@ -36,6 +41,19 @@ def dataset_files(cfg: CfgNode, split: str, count: int) -> list[str]:
         positions = np.linspace(0, len(entries) - 1, min(count, len(entries))).round().astype(int)
         return [entries[position]["file_name"] for position in positions]
     return []
+
+
+def dataset_images(cfg: CfgNode, split: str, count: int, metadata: ExportMetadata) -> list[Tensor]:
+    """Load the images of `dataset_files`, without those that DATALOADER.SKIP_UNUSABLE_IMAGES allows to leave out."""
+    images = []
+    for path in dataset_files(cfg, split, count):
+        try:
+            images.append(prepared(path, metadata))
+        except DataError as error:
+            if not cfg.DATALOADER.SKIP_UNUSABLE_IMAGES:
+                raise
+            logger.warning(f"{error} It is left out.")
+    return images
 
 
 def prepared(path: str, metadata: ExportMetadata) -> Tensor:
