@@ -205,13 +205,13 @@ def test_openvino_cannot_run_deformable_convolutions(configs: dict[str, CfgNode]
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "detector",
-    [
-        "retinanet",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("fcos", "atss", "gfl", "fsaf", "reppoints")),
-    ],
-)
+DENSE_DETECTORS = [
+    "retinanet",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("fcos", "atss", "gfl", "fsaf", "reppoints")),
+]
+
+
+@pytest.mark.parametrize("detector", DENSE_DETECTORS)
 def test_without_nms_the_graph_is_static_and_decoding_gives_the_detections(
     detector: str, configs: dict[str, CfgNode], tmp_path: Path
 ) -> None:
@@ -223,6 +223,32 @@ def test_without_nms_the_graph_is_static_and_decoding_gives_the_detections(
     model, exported = pytorch_model(cfg), load_exported(str(path))
     for image in IMAGES:
         assert_equal(detect(model, image), detect(exported, image))
+
+
+@pytest.mark.parametrize("detector", DENSE_DETECTORS)
+def test_without_nms_and_of_a_fixed_size_all_shapes_are_constant(
+    detector: str, configs: dict[str, CfgNode], tmp_path: Path
+) -> None:
+    cfg, path = configs[detector], tmp_path / "model.onnx"
+    export_detector(cfg, str(path), ExportOptions(nms=False, fixed_size=(64, 96)))
+    model = onnx.load(path)
+    assert {"Shape", "Range", "ConstantOfShape", "If"}.isdisjoint(node.op_type for node in model.graph.node)
+    shapes = {
+        value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in (*model.graph.input, *model.graph.output)
+    }
+    candidates = shapes["levels"][0]
+    assert candidates > 96
+    assert shapes == {
+        "image": [3, 64, 96],
+        "boxes": [candidates, 4],
+        "scores": [candidates, 3],
+        "levels": [candidates],
+    }
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", writing.OPSET)]
+    exported = load_exported(str(path))
+    assert exported.metadata.fixed_size == [64, 96]
+    assert_equal(detect(pytorch_model(cfg), IMAGES[0]), detect(exported, IMAGES[0]))
 
 
 def test_nms_of_many_classes() -> None:

@@ -50,6 +50,15 @@ def write_torchscript(
 
 
 def write_onnx(graph: DetectionGraph | CandidateGraph, image: Tensor, path: str, metadata: ExportMetadata) -> None:
+    _convert_to_onnx(graph, image, path, metadata)
+    if isinstance(graph, CandidateGraph) and metadata.fixed_size is not None:
+        _fold_constants(path)
+    add_onnx_metadata(path, metadata)
+
+
+def _convert_to_onnx(
+    graph: DetectionGraph | CandidateGraph, image: Tensor, path: str, metadata: ExportMetadata
+) -> None:
     """Export by tracing, since PyTorch's newer exporter does not support sizes that depend on the image content."""
     axes = {name: {0: "anchors" if isinstance(graph, CandidateGraph) else "detections"} for name in graph.outputs}
     if metadata.fixed_size is None:
@@ -68,7 +77,24 @@ def write_onnx(graph: DetectionGraph | CandidateGraph, image: Tensor, path: str,
             output_names=list(graph.outputs),
             dynamic_axes=axes,
         )
-    add_onnx_metadata(path, metadata)
+
+
+def _fold_constants(path: str) -> None:
+    """Replace what does not depend on the image, such as shapes, with constants; compilers of accelerators need it."""
+    onnx, runtime = needed_package("onnx"), needed_package("onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3  # errors only
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    folded = f"{path}.folded"
+    options.optimized_model_filepath = folded
+    runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    os.replace(folded, path)
+    model = onnx.load(path)
+    domains = {node.domain for node in model.graph.node}
+    unused = [entry for entry in model.opset_import if entry.domain not in domains]  # those of ONNX Runtime
+    for entry in unused:
+        model.opset_import.remove(entry)
+    onnx.save(model, path)
 
 
 def add_onnx_metadata(path: str, metadata: ExportMetadata) -> None:
@@ -85,7 +111,7 @@ def write_openvino(graph: DetectionGraph | CandidateGraph, image: Tensor, path: 
     with temporary_folder() as folder:
         source = os.path.join(folder, "model.onnx")
         with named_in_errors(source):
-            write_onnx(graph, image, source, metadata)
+            _convert_to_onnx(graph, image, source, metadata)
         model = openvino.Core().read_model(source)
         for key, value in metadata.to_strings().items():
             model.set_rt_info(value, [OPENVINO_INFO, key])
