@@ -5,7 +5,8 @@
         [--calibration-images N] [--output FILE.json] [KEY VALUE ...]
 
 Latency is the median time of the model only, from the resized image to the detections, with all variants alternating on
-the same images. AP is measured on N images, evenly spaced over DATASETS.TEST.
+the same images. AP is measured on N images, evenly spaced over the dataset in DATASETS.TEST. A runtime that refuses a
+detector has no values; the reason follows the table.
 """
 
 import argparse
@@ -14,18 +15,24 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 from kd_d2 import load_config
+from kd_d2.analysis.models import TrainedModel, restrict_images
 from kd_d2.arguments import add_model_argument
+from kd_d2.class_names import names_in_checkpoint, names_in_training_set
 from kd_d2.cli.overrides import split_overrides
+from kd_d2.config import thawed
+from kd_d2.data import register_coco_json, register_synthetic
 from kd_d2.engine import KDTrainer
-from kd_d2.errors import exit_on_user_error
+from kd_d2.engine.checks import check_datasets
+from kd_d2.errors import UserError, exit_on_user_error
 from kd_d2.export import ExportedModel, ExportOptions, export_detector, load_exported
 from kd_d2.export.evaluating import evaluate
+from kd_d2.export.exporting import describe
 from kd_d2.export.images import dataset_files, prepared
-from kd_d2.export.running import openvino_session
+from kd_d2.export.running import openvino_session, reason
 from kd_d2.model_paths import read_model_paths
 from kd_d2.predictor import Predictor
 from measuring import device_name, seconds
@@ -38,38 +45,51 @@ from torch import Tensor
 TIMED_IMAGES = 16
 
 
-def variants(cfg: CfgNode, folder: str, calibration_images: int) -> Iterator[tuple[str, Callable]]:
-    """Yield titles and models with Detectron2's call interface; their files are written to `folder`."""
-    yield "PyTorch", Predictor(cfg, score_thresh=1.0).model
+def variants(cfg: CfgNode, folder: str, calibration_images: int) -> dict[str, Callable[[], Callable]]:
+    """Return functions that create models with Detectron2's call interface, by title; their files are in `folder`."""
     script, plain, int8 = (os.path.join(folder, name) for name in ("float.ts", "float.onnx", "int8.onnx"))
-    export_detector(cfg, script)
-    export_detector(cfg, plain)
-    export_detector(cfg, int8, ExportOptions(int8=True, calibration_images=calibration_images))
-    yield "TorchScript", load_exported(script)
-    for title, path in (("", plain), (", int8", int8)):
-        exported = load_exported(path)
-        yield f"ONNX Runtime{title}", exported
-        yield f"OpenVINO{title}", ExportedModel(openvino_session(path), exported.metadata)
-        if not title:
-            yield "OpenVINO, bfloat16", ExportedModel(openvino_session(path, "bf16"), exported.metadata)
+    quantized = ExportOptions(int8=True, calibration_images=calibration_images)
+
+    def exported(path: str, options: ExportOptions | None = None) -> ExportedModel:
+        if not os.path.isfile(path):
+            export_detector(cfg, path, options)
+        return load_exported(path)
+
+    def in_openvino(model: ExportedModel, path: str, precision: str = "f32") -> ExportedModel:
+        try:
+            return ExportedModel(openvino_session(path, precision), model.metadata)
+        except RuntimeError as error:
+            raise UserError(f"OpenVINO cannot run the ONNX file: {reason(error)}.") from error
+
+    return {
+        "PyTorch": lambda: Predictor(cfg, score_thresh=1.0).model,
+        "TorchScript": lambda: exported(script),
+        "ONNX Runtime": lambda: exported(plain),
+        "OpenVINO": lambda: in_openvino(exported(plain), plain),
+        "OpenVINO, bfloat16": lambda: in_openvino(exported(plain), plain, "bf16"),
+        "ONNX Runtime, int8": lambda: exported(int8, quantized),
+        "OpenVINO, int8": lambda: in_openvino(exported(int8, quantized), int8),
+    }
 
 
 def subset(cfg: CfgNode, count: int, folder: str) -> None:
-    """Reduce DATASETS.TEST to `count` of its images."""
-    [name] = cfg.DATASETS.TEST
-    [(_, annotations, images)] = [entry for entry in cfg.DATASETS.COCO_JSON if entry[0] == name]
-    with open(annotations) as file:
-        tree = json.load(file)
-    chosen = {os.path.basename(path) for path in dataset_files(cfg, "TEST", count)}
-    tree["images"] = [image for image in tree["images"] if os.path.basename(image["file_name"]) in chosen]
-    ids = {image["id"] for image in tree["images"]}
-    tree["annotations"] = [annotation for annotation in tree["annotations"] if annotation["image_id"] in ids]
-    path = os.path.join(folder, "subset.json")
-    with open(path, "w") as file:
-        json.dump(tree, file)
-    cfg.DATASETS.COCO_JSON = [*cfg.DATASETS.COCO_JSON, [f"{name}_subset", path, images]]
-    cfg.DATASETS.TEST = (f"{name}_subset",)
-    dataset_files(cfg, "TEST", 1)  # registers it
+    """Register the dataset of DATASETS.TEST and reduce it to `count` of its images.
+
+    Raises:
+        UserError: there is not exactly one dataset, or it is not in COCO format.
+    """
+    if len(cfg.DATASETS.TEST) != 1:
+        raise UserError(f"DATASETS.TEST has {len(cfg.DATASETS.TEST)} datasets; AP is measured on one: name one.")
+    register_synthetic()
+    classes = names_in_checkpoint(cfg.MODEL.WEIGHTS) or names_in_training_set(cfg)
+    test = thawed(cfg)
+    test.DATASETS.TRAIN = ()  # its classes may be others
+    register_coco_json(test, classes)
+    check_datasets(test, train=False)
+    [restricted] = restrict_images([TrainedModel("", test)], count, folder)
+    cfg.DATASETS.TEST = restricted.cfg.DATASETS.TEST
+    # As entries, they would be registered again without masks and with their own class order.
+    cfg.DATASETS.COCO_JSON = [entry for entry in cfg.DATASETS.COCO_JSON if entry[0] not in cfg.DATASETS.TEST]
 
 
 def latencies(
@@ -106,33 +126,41 @@ def main() -> None:
     torch.set_num_threads(args.threads)
 
     with exit_on_user_error(), tempfile.TemporaryDirectory() as folder:
-        rows, models, inputs = [], {}, {}
+        rows, models, inputs, refused = [], {}, {}, {}
         for number, path in enumerate(read_model_paths(args.model)):
             cfg = load_config(path.config, [*opts, *path.overrides, "MODEL.DEVICE", "cpu"], student_only=True)
             place = os.path.join(folder, str(number))
             os.makedirs(place)
             subset(cfg, args.images, folder)
             cfg.OUTPUT_DIR = place
-            for title, model in variants(cfg, place, args.calibration_images):
+            for title, create in variants(cfg, place, args.calibration_images).items():
+                row = {"model": path.title, "runtime": title, "AP": None, "AP50": None}
+                rows.append(row)
+                try:
+                    model = create()
+                except UserError as error:
+                    if title == "PyTorch":
+                        raise
+                    refused[path.title, title] = error
+                    continue
                 results = evaluate(cfg, model) if isinstance(model, ExportedModel) else KDTrainer.test(cfg, model)
-                rows.append(
-                    {
-                        "model": path.title,
-                        "runtime": title,
-                        "AP": results["bbox"]["AP"],
-                        "AP50": results["bbox"]["AP50"],
-                    }
-                )
+                row.update({key: results["bbox"][key] for key in ("AP", "AP50")})
                 models[path.title, title] = model
-            metadata = models[path.title, "ONNX Runtime"].metadata
+            metadata = describe(cfg, models[path.title, "PyTorch"], ExportOptions())
             files = dataset_files(cfg, "TEST", TIMED_IMAGES)
             inputs[path.title] = [prepared(file, metadata) for file in files]
         times = latencies(models, inputs, args.rounds)
+    median = {key: statistics.median(taken) for key, taken in times.items()}
     for row in rows:
-        row["ms"] = 1000 * statistics.median(times[row["model"], row["runtime"]])
-        row["ratio"] = row["ms"] / (1000 * statistics.median(times[rows[0]["model"], "PyTorch"]))
+        key = row["model"], row["runtime"]
+        row["ms"] = 1000 * median[key] if key in median else None
+        row["ratio"] = median[key] / median[rows[0]["model"], "PyTorch"] if key in median else None
     print(f"{device_name(args.threads)}, torch {torch.__version__}, {args.images} images, {args.rounds} rounds")
-    print(tabulate(rows, headers="keys", floatfmt=("", "", ".1f", ".1f", ".1f", ".2f"), tablefmt="github"))
+    print(
+        tabulate(rows, headers="keys", floatfmt=("", "", ".1f", ".1f", ".1f", ".2f"), tablefmt="github", missingval="–")
+    )
+    for (model, runtime), error in refused.items():
+        print(f"{model}, {runtime}: {error}")
     if args.output:
         with open(args.output, "w") as file:
             json.dump(rows, file, indent=1)

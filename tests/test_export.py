@@ -7,6 +7,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -29,6 +30,8 @@ import pytest
 import torch
 import torchvision
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
@@ -692,6 +695,60 @@ def test_only_the_images_in_use_are_needed(tmp_path: Path) -> None:
         images = sorted(os.listdir(os.path.dirname(files[0])))
         assert [os.path.basename(file) for file in files] == [images[0], images[-1]]  # evenly spaced
         assert dataset_files(cfg, unused, 2) == []
+
+
+def run_deploy(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setattr(sys, "argv", ["deploy.py", *map(str, arguments)])
+    runpy.run_path(str(ROOT / "benchmarks" / "deploy.py"), run_name="__main__")
+
+
+def test_benchmark_on_images_of_a_registered_dataset(
+    configs: dict[str, CfgNode], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check a dataset with a file in COCO format that DATASETS.COCO_JSON does not name, with two of its images."""
+    project = make_project(tmp_path, "retinanet")
+    name = f"registered_{tmp_path.name}"
+    register_coco_instances(name, {}, str(project.annotations), str(project.annotations.parent / "images"))
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    subset = runpy.run_path(str(ROOT / "benchmarks" / "deploy.py"))["subset"]
+    cfg = configs["retinanet"].clone()
+    cfg.DATASETS.TEST = (name,)
+    subset(cfg, 2, str(tmp_path))
+    every = json.loads(project.annotations.read_text())["images"]
+    [chosen] = cfg.DATASETS.TEST
+    files = [os.path.basename(entry["file_name"]) for entry in DatasetCatalog.get(chosen)]
+    assert files == [os.path.basename(every[place]["file_name"]) for place in (0, -1)]
+    assert MetadataCatalog.get(chosen).thing_classes == list(CLASSES)
+
+
+@pytest.mark.slow
+def test_benchmark_of_a_detector_that_a_runtime_refuses(
+    configs: dict[str, CfgNode], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = configs["reppoints"].clone()
+    folder, output = Path(cfg.MODEL.WEIGHTS).parent, tmp_path / "deploy.json"
+    model = f"a={folder / 'plain.yaml'}"
+    options = ("--images", 3, "--rounds", 1, "--calibration-images", 2, "--output", output)
+    run_deploy(monkeypatch, "--model", model, cfg.MODEL.WEIGHTS, *options)
+    printed = capsys.readouterr().out
+    assert re.search(r"^a, OpenVINO: OpenVINO cannot run the ONNX file: .*DeformConv", printed, re.MULTILINE)
+    assert re.search(r"^\| a +\| OpenVINO +\| +– +\| +– +\| +– +\| +– +\|$", printed, re.MULTILINE)
+    rows = {row["runtime"]: row for row in json.loads(output.read_text())}
+    refused = {runtime for runtime, row in rows.items() if row["ms"] is None}
+    assert refused == {"OpenVINO", "OpenVINO, bfloat16", "OpenVINO, int8"} and len(rows) == 7
+    assert rows["ONNX Runtime"]["AP"] == pytest.approx(rows["PyTorch"]["AP"], abs=0.05)
+
+
+@pytest.mark.parametrize("datasets", ["()", "('coco_2017_val', 'coco_2017_train')"])
+def test_benchmark_of_one_dataset(
+    datasets: str, configs: dict[str, CfgNode], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = configs["retinanet"]
+    config_file = Path(cfg.MODEL.WEIGHTS).with_name("plain.yaml")
+    with pytest.raises(SystemExit):
+        run_deploy(monkeypatch, "--model", config_file, cfg.MODEL.WEIGHTS, "DATASETS.TEST", datasets)
+    assert re.search(r"^error: DATASETS\.TEST has [02] datasets; ", capsys.readouterr().err, re.MULTILINE)
 
 
 def test_what_cannot_be_exported_is_one_sentence(
