@@ -2,9 +2,9 @@
 
 kd-d2 export --model CONFIG_OR_RUN [WEIGHTS] --output FILE.onnx [KEY VALUE ...]
 
-FILE ends with .onnx, .ts (TorchScript) or .xml (OpenVINO). It takes one image, uint8 [3, height, width], and returns
-the detections; its metadata contains the resizing of images and the class names. It is written only if its detections
-on some images of DATASETS.TEST match those of PyTorch. The differences are printed.
+FILE ends with .onnx, .ts (TorchScript, for the CPU) or .xml (OpenVINO). It takes one image, uint8 [3, height, width],
+and returns the detections; its metadata contains the resizing of images and the class names. It is written only if its
+detections on some images of DATASETS.TEST match those of PyTorch. The differences are printed.
 """
 
 from __future__ import annotations
