@@ -216,8 +216,13 @@ def _load_reference(icd: ICD, reference: dict[str, Tensor]) -> dict[str, list[Te
     return parameters
 
 
-def test_the_authors_numbers() -> None:
-    """Check every step, loss and gradient of the authors' code on random inputs (fixtures/make_icd_reference.py)."""
+@pytest.mark.parametrize("stored", [0, 2**27])
+def test_the_authors_numbers(stored: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check every step, loss and gradient of the authors' code on random inputs (fixtures/make_icd_reference.py).
+
+    With and without a stored attention, as on a GPU and on a CPU.
+    """
+    monkeypatch.setattr(decoder_module, "STORED_ATTENTION", {"cpu": stored})
     reference = {name: torch.from_numpy(values) for name, values in np.load(REFERENCE).items()}
     dim, heads = reference["query"].shape[-1], reference["attention_logits"].shape[1]
     icd = _built([8, 16, 32, 64, 128], dim, dim, 80, dim, num_heads=heads, ffn_dim=4 * dim)

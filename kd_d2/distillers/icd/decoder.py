@@ -19,6 +19,9 @@ from .projection import project_levels
 
 LOGIT_ELEMENTS = {"cpu": 2**22}
 """Attention logits in memory at a time, by device."""
+STORED_ATTENTION = {"cuda": 2**27}
+"""Elements of an attention that is stored for the backward pass, by device. PyTorch's attention stores none, but its backward
+pass took half of ICD's time on a GPU."""
 
 
 @dataclass
@@ -70,10 +73,18 @@ class DecoderLayer(nn.Module):
         Returns:
             (B, Q, E).
         """
-        mask = None if is_valid_BL is None else is_valid_BL[:, None, None].expand(-1, -1, query_BQE.shape[1], -1)
-        found = F.scaled_dot_product_attention(self.heads(self.query(query_BQE)), keys, values, mask)
+        found = self.attend(query_BQE, keys, values, is_valid_BL)
         query_BQE = self.norm1(query_BQE + self.out(found.transpose(1, 2).flatten(2)))
         return self.norm2(query_BQE + self.ffn(query_BQE))
+
+    def attend(self, query_BQE: Tensor, keys: Tensor, values: Tensor, is_valid_BL: Tensor | None) -> Tensor:
+        """Return the means (B, M, Q, D) of the values, weighted by attention. Arguments as in `forward`."""
+        Q = query_BQE.shape[1]
+        if Q * keys.shape[:3].numel() <= STORED_ATTENTION.get(keys.device.type, 0):
+            attention = self.logits(query_BQE, keys, is_valid_BL).softmax(-1)
+            return torch.stack([weights @ v for weights, v in zip(attention, values, strict=True)])
+        mask = None if is_valid_BL is None else is_valid_BL[:, None, None].expand(-1, -1, Q, -1)
+        return F.scaled_dot_product_attention(self.heads(self.query(query_BQE)), keys, values, mask)
 
     def logits(self, query_BQE: Tensor, keys: Tensor, is_valid_BL: Tensor | None) -> Tensor:
         """Return attention logits (B, M, Q, L), -inf at padding. Arguments as in `forward`."""
