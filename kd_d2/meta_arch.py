@@ -187,7 +187,7 @@ class KDMetaArch(nn.Module):
         for name, distiller in self.distillers.items():
             if name in active:
                 new = distiller.scaled(distilled[name], factors[name])
-                if comm.get_world_size() > 1 and any(True for _ in distiller.parameters()):
+                if comm.get_world_size() > 1 and next(distiller.parameters(), None) is not None:
                     # DistributedDataParallel waits for a gradient of every parameter.
                     zeros = distiller.idle_losses(like=student.images.tensor)
                     new = {loss: value + zeros.get(loss, 0.0) for loss, value in new.items()}

@@ -435,7 +435,7 @@ def test_a_clean_file_is_read_as_it_is_and_a_repaired_one_from_the_cache(coco: S
     assert json.loads(clean.read_text()) == json.loads(coco.json.read_text(encoding="utf-8-sig"))
     assert {path: path.read_bytes() for path in coco.json.parent.rglob("*") if path.is_file()} == before
     written = clean.read_bytes()
-    clean.write_text("{}")  # not what its name stands for
+    clean.write_bytes(b"\xff" * len(written))  # not what its name stands for
     DatasetCatalog.remove("mine")
     MetadataCatalog.remove("mine")
     register_coco_json(cfg)

@@ -473,7 +473,7 @@ def test_evaluation_tells_that_the_file_has_a_higher_threshold(
         path = tmp_path / "student.ts"
         run_command("export", "--model", run_folder, "--output", path, "--score-thresh", threshold)
         run_command("eval", "--model", run_folder, path, "OUTPUT_DIR", run_folder)
-        words = "returns no detections below 0.999, but the config's score threshold is 0."
+        words = f"returns no detections below {threshold}, but the config's score threshold is 0."
         assert (words in capsys.readouterr().out) == is_higher
 
 
@@ -502,6 +502,7 @@ def test_unusable_images_are_left_out(
 def test_no_detections_to_export(configs: dict[str, CfgNode], tmp_path: Path) -> None:
     for detector, key in (
         ("faster-rcnn", "TEST.DETECTIONS_PER_IMAGE"),
+        ("faster-rcnn", "MODEL.RPN.POST_NMS_TOPK_TEST"),
         ("retinanet", "MODEL.RETINANET.TOPK_CANDIDATES_TEST"),
     ):
         cfg = configs[detector].clone()

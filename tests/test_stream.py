@@ -467,7 +467,7 @@ def test_workers_need_semaphores(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(multiprocessing, "Lock", refuse)
+    monkeypatch.setattr(multiprocessing.get_context("fork"), "Lock", refuse)
     with pytest.raises(UserError, match=r"need semaphores in /dev/shm \(Permission denied\); make it writable, or set"):
         configure_workers(DataLoader([0], num_workers=1))
     configure_workers(DataLoader([0], num_workers=0))

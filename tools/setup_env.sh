@@ -82,8 +82,9 @@ source) lock=requirements/lock-source.txt ;;
 installed) # the packages of the base Python, whose versions stay; only what it lacks is pinned, except for OpenCV, whose version depends
     # on that of NumPy
     "$python" - >"$site/kd_d2_base.pth" <<'PY'
-import sys
-folders = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+import os, sys
+of_user = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+folders = [path for path in sys.path if path in of_user or path.endswith(("site-packages", "dist-packages"))]
 print("import site; " + "; ".join(f"site.addsitedir({path!r})" for path in folders))
 PY
     venv_python -m pip list --format=freeze | awk -F== '

@@ -7,9 +7,8 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Self, TypeVar
+from typing import Self
 
-import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import inference_on_dataset
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from ..checkpoint import distiller_states, load_complete, local_path
 from ..class_names import match_classes, names_in_checkpoint, names_in_data, names_in_training_set
 from ..config import find_weights, load_config, thawed
-from ..data import build_test_loader, register_coco_json, register_synthetic
+from ..data import build_test_loader, evenly_spaced, register_coco_json, register_synthetic
 from ..distillers.matching import check_same_anchors
 from ..engine.checks import check_classes, check_datasets, check_distillation
 from ..errors import UserError
@@ -32,7 +31,6 @@ from ..text import folder_name
 
 Path = str | os.PathLike[str]
 Models = Sequence[Path | Sequence[Path]]
-Entry = TypeVar("Entry")
 """Values of `--model`, each a path or a pair: [TITLE=]CONFIG_OR_RUN, and the weights if it is a config."""
 
 
@@ -297,13 +295,6 @@ def restrict_images(models: Sequence[TrainedModel], count: int, output: str) -> 
         model.cfg.DATASETS.TEST = (entry[0],)
         register_coco_json(model.cfg, classes)
     return restricted
-
-
-def evenly_spaced(entries: Sequence[Entry], count: int) -> Sequence[Entry]:
-    """Return `count` of the entries, from the first to the last, or all if there are not more."""
-    if count >= len(entries):
-        return entries
-    return [entries[round(place)] for place in np.linspace(0, len(entries) - 1, count)]
 
 
 def _local_file(weights: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 from urllib.parse import parse_qs, urlparse
@@ -154,7 +155,8 @@ def copy_to_cpu(tree: Any) -> Any:
     if isinstance(tree, torch.Tensor):
         return tree.detach().to("cpu", copy=True)
     if isinstance(tree, dict):
-        return {key: copy_to_cpu(value) for key, value in tree.items()}
+        kind = OrderedDict if isinstance(tree, OrderedDict) else dict
+        return kind((key, copy_to_cpu(value)) for key, value in tree.items())
     if isinstance(tree, list | tuple):
         return type(tree)(map(copy_to_cpu, tree))
     return tree

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import os
@@ -148,14 +149,24 @@ def _first_unreadable(value: Any) -> str | None:
         return next(filter(None, map(_first_unreadable, value)), None)
     if kind in (Tensor, nn.Parameter, bool, int, float, str, type(None)):
         return None
+    is_readable = _is_readable_scalar(value.dtype) if isinstance(value, np.generic) else _is_readable(value)
+    return None if is_readable else _type_name(value)
+
+
+@functools.cache
+def _is_readable_scalar(dtype: np.dtype) -> bool:
+    return _is_readable(np.zeros((), dtype)[()])
+
+
+def _is_readable(value: Any) -> bool:
     file = io.BytesIO()
     try:
         torch.save(value, file)
         file.seek(0)
         _load_safely(file)
     except Exception:  # pickle calls methods of the object, which can raise any error
-        return _type_name(value)
-    return None
+        return False
+    return True
 
 
 def _type_name(value: Any) -> str:

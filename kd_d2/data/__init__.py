@@ -1,7 +1,7 @@
 """Datasets in COCO format, synthetic datasets, and the resumable training data loader."""
 
 from .coco_json import ClassOrder, check_coco_json, register_coco_json
-from .images import CheckedMapper, build_test_loader, build_test_mapper, read_image
+from .images import CheckedMapper, build_test_loader, build_test_mapper, evenly_spaced, read_image
 from .stream import build_stream_loader
 from .synthetic import register_synthetic
 
@@ -12,6 +12,7 @@ __all__ = [
     "build_test_loader",
     "build_test_mapper",
     "check_coco_json",
+    "evenly_spaced",
     "read_image",
     "register_coco_json",
     "register_synthetic",

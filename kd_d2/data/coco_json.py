@@ -184,17 +184,18 @@ def with_classes(data: CocoData, classes: ClassOrder) -> CocoData:
 def write_clean(data: CocoData) -> str:
     """Write the repaired annotations to the cache folder, named by a hash of the content, and return the path."""
     content = json.dumps(data.tree)
-    path = os.path.join(cache_folder("annotations"), hashlib.sha256(content.encode()).hexdigest()[:32] + ".json")
-    if not _has_content(path, content):
+    encoded = content.encode()
+    path = os.path.join(cache_folder("annotations"), hashlib.sha256(encoded).hexdigest()[:32] + ".json")
+    if not _has_content(path, encoded):
         write_text(path, content)
     logger.info(f"{data.repairs.path}: training and evaluation read the repaired copy {path}")
     return path
 
 
-def _has_content(path: str, content: str) -> bool:
-    if not os.path.isfile(path):
+def _has_content(path: str, content: bytes) -> bool:
+    if not os.path.isfile(path) or os.path.getsize(path) != len(content):
         return False
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         return file.read() == content
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -42,6 +42,7 @@ READING_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError
 """Exceptions that Pillow and Detectron2 raise for damaged images."""
 
 Content = TypeVar("Content")
+Entry = TypeVar("Entry")
 
 
 @contextlib.contextmanager
@@ -194,6 +195,13 @@ def _without_errors(batch: list) -> list:
         if isinstance(error, DataError):
             logger.warning(f"{error} It is left out.")
     return [entry for entry in batch if not isinstance(entry, DataError)]
+
+
+def evenly_spaced(entries: Sequence[Entry], count: int) -> Sequence[Entry]:
+    """Return `count` of the entries, from the first to the last, or all if there are not more."""
+    if count >= len(entries):
+        return entries
+    return [entries[round(place)] for place in np.linspace(0, len(entries) - 1, count)]
 
 
 def build_test_mapper(cfg: CfgNode) -> CheckedMapper:

@@ -52,7 +52,7 @@ def _check_sockets() -> None:
 
 def _check_semaphores() -> None:
     try:
-        multiprocessing.Lock()
+        multiprocessing.get_context("fork").Lock()
     except OSError as error:
         raise UserError(
             f"DATALOADER.NUM_WORKERS: data loading processes need semaphores in /dev/shm ({error.strerror}); make it writable, or "

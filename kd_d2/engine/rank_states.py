@@ -18,7 +18,7 @@ from ..random_state import get_random_state, set_random_state
 def get_rank_state(model: nn.Module) -> dict[str, Any]:
     """Return the state of this process: of a KDMetaArch, that of its student and of its distillers."""
     state = {"random": get_random_state(), "normalizers": get_loss_normalizers(student_of(model))}
-    if isinstance(model, KDMetaArch):
+    if isinstance(model, KDMetaArch) and comm.get_rank() > 0:  # that of rank 0 is the checkpoint's entry "distillers"
         state["distillers"] = _state_beside_parameters(model.distillers)
     return state
 
@@ -30,19 +30,22 @@ def set_rank_state(model: nn.Module, states: list[dict[str, Any]], seed: int) ->
         states: states of the previous processes, in order of rank. A process without one takes the loss normalizers of
             rank 0, and seeds its random numbers from `seed`.
     """
-    rank = comm.get_rank()
-    own = states[rank] if rank < len(states) else None
+    own = own_state(states)
     set_loss_normalizers(student_of(model), (own or states[0])["normalizers"])
     if own:
         set_random_state(own["random"])
     else:
-        seed_all_rng((seed + rank) % 2**31)
+        seed_all_rng((seed + comm.get_rank()) % 2**31)
 
 
-def set_distiller_state(distillers: nn.Module, states: list[dict[str, Any]]) -> None:
-    """Restore this process's state of the distillers; one without a state keeps what it has."""
+def own_state(states: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return this process's state among those of the previous processes, in order of rank, or None."""
     rank = comm.get_rank()
-    own = states[rank].get("distillers") if rank < len(states) else None
+    return states[rank] if rank < len(states) else None
+
+
+def set_distiller_state(distillers: nn.Module, own: dict[str, Any] | None) -> None:
+    """Restore this process's state of the distillers, if it has one of its own."""
     if own:
         distillers.load_state_dict({**distillers.state_dict(), **own})
 

@@ -45,7 +45,7 @@ from .folder_lock import unlock_folder
 from .hooks import LastMultipliersLog, PeakMemoryRecorder
 from .learning_rate import build_lr_scheduler, scale_to_world_size
 from .optimizers import build_main_optimizer, build_optimizers
-from .rank_states import get_rank_state, set_distiller_state, set_rank_state
+from .rank_states import get_rank_state, own_state, set_distiller_state, set_rank_state
 from .run_record import RunRecord
 from .step import DistillationStep
 from .stop_request import StopRequest, TrainingStopped
@@ -73,7 +73,7 @@ class KDTrainer(DefaultTrainer):
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.stop = StopRequest()
-        self._rank_states: list[dict[str, Any]] = []  # of the checkpoint from which the training resumes
+        self._distiller_state: dict[str, Any] | None = None  # of this rank, while a checkpoint is loaded
 
         self.bare_model = self.build_model(cfg)
         channels_last = trains_with_channels_last(cfg, self.bare_model)
@@ -161,7 +161,8 @@ class KDTrainer(DefaultTrainer):
         try:
             rest = self.checkpointer.load(file)
             if isinstance(self.bare_model, KDMetaArch):
-                set_distiller_state(self.bare_model.distillers, self._rank_states)  # those of rank 0 are loaded
+                set_distiller_state(self.bare_model.distillers, self._distiller_state)  # that of rank 0 is loaded
+                self._distiller_state = None
             logger.info(f"Resuming from {file}")
             if UNAVERAGED in rest:
                 logger.warning(
@@ -262,8 +263,9 @@ class KDTrainer(DefaultTrainer):
         super().load_state_dict(state)
         self.start_iter = self.iter + 1
         self.seed = state["seed"]
-        self._rank_states = [state, *state.get("other_workers", [])]
-        set_rank_state(self.bare_model, self._rank_states, seed=self.seed + 7919 * state["iteration"])
+        states = [state, *state.get("other_workers", [])]
+        set_rank_state(self.bare_model, states, seed=self.seed + 7919 * state["iteration"])
+        self._distiller_state = (own_state(states) or {}).get("distillers")
 
     def build_hooks(self) -> list[HookBase]:
         """Build Detectron2's hooks, with `Checkpoints` as checkpointer and an evaluation that signals can interrupt."""

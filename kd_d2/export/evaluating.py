@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, MetadataCatalog
 
 from ..adapters import build_adapter
+from ..config import thawed
 from ..data import ClassOrder, build_test_loader, register_coco_json
 from ..engine.program import write_results
 from ..engine.setup import setup
@@ -53,13 +54,19 @@ def evaluate_exported(cfg: CfgNode, path: str) -> dict[str, Any]:
             raise UserError(
                 f"The dataset {dataset} has the classes {', '.join(classes)}, but {path} predicts {', '.join(names)}."
             )
-    lowest, of_file = build_adapter(build_detector(cfg)).score_threshold, model.metadata.score_threshold
+    lowest, of_file = _score_threshold(cfg), model.metadata.score_threshold
     if lowest is not None and lowest < of_file:
         logger.warning(
             f"{path} returns no detections below {of_file}, but the config's score threshold is {lowest}: its AP is lower "
             "for that reason."
         )
     return evaluate(cfg, model)
+
+
+def _score_threshold(cfg: CfgNode) -> float | None:
+    cfg = thawed(cfg)
+    cfg.MODEL.DEVICE = "cpu"
+    return build_adapter(build_detector(cfg)).score_threshold
 
 
 def evaluate(cfg: CfgNode, model: ExportedModel) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def export_detector(
     check_supported(cfg)
     cfg = thawed(cfg)
     cfg.MODEL.DEVICE = "cpu"
-    _check_limits(cfg)
+    _check_limits(cfg, options)
     model = build_detector(cfg).eval()
     load_complete(model, cfg.MODEL.WEIGHTS, "the detector")
     check_detector(model)
@@ -152,15 +152,17 @@ def _check(path: str, options: ExportOptions) -> str:
     return export_format
 
 
-def _check_limits(cfg: CfgNode) -> None:
-    """Raise a UserError if the config limits the detections to none, for which OpenVINO ends the process."""
-    node = cfg.MODEL.META_ARCHITECTURE.upper()
-    limits = {"TEST.DETECTIONS_PER_IMAGE": cfg.TEST.DETECTIONS_PER_IMAGE}
-    if "TOPK_CANDIDATES_TEST" in cfg.MODEL.get(node, {}):
-        limits[f"MODEL.{node}.TOPK_CANDIDATES_TEST"] = cfg.MODEL[node].TOPK_CANDIDATES_TEST
-    for key, limit in limits.items():
-        if limit == 0:
-            raise UserError(f"{key} is 0, with which the exported file would have no detections.")
+def _check_limits(cfg: CfgNode, options: ExportOptions) -> None:
+    """Raise a UserError if the config limits candidates or detections to none, for which OpenVINO ends the process."""
+    if not options.nms:
+        return
+    detector = cfg.MODEL.META_ARCHITECTURE.upper()
+    node = detector if detector in cfg.MODEL else "RPN"
+    of_candidates = ("TOPK_CANDIDATES_TEST", "PRE_NMS_TOPK_TEST", "POST_NMS_TOPK_TEST")
+    limits = {f"MODEL.{node}.{key}": cfg.MODEL[node][key] for key in of_candidates if key in cfg.MODEL[node]}
+    for key, limit in {**limits, "TEST.DETECTIONS_PER_IMAGE": abs(cfg.TEST.DETECTIONS_PER_IMAGE)}.items():
+        if limit < 1:
+            raise UserError(f"{key} is {limit}, with which the exported file would have no detections.")
 
 
 def describe(cfg: CfgNode, model: nn.Module, options: ExportOptions) -> ExportMetadata:
@@ -215,7 +217,7 @@ def _inputs(cfg: CfgNode, metadata: ExportMetadata, images: list[str] | None) ->
     else:
         usable = dataset_images(cfg, "TEST", CHECKED_IMAGES, metadata)
     if not usable:
-        logger.warning("Checked on synthetic images: DATASETS.TEST is not available; use --images for other images.")
+        logger.warning("Checked on synthetic images: DATASETS.TEST has none that can be read; use --images for others.")
         return synthetic(metadata)
     return [*usable, synthetic(metadata)[-1]]
 

@@ -11,7 +11,7 @@ from detectron2.data import DatasetCatalog
 from torch import Tensor
 
 from ..config import thawed
-from ..data import read_image, register_coco_json, register_synthetic
+from ..data import evenly_spaced, read_image, register_coco_json, register_synthetic
 from ..data.coco.reader import MissingImagesError
 from ..data.images import DataError
 from .metadata import ExportMetadata
@@ -38,8 +38,7 @@ def dataset_files(cfg: CfgNode, split: str, count: int) -> list[str]:
             entries = DatasetCatalog.get(name)
         except (KeyError, OSError, AssertionError, MissingImagesError):
             continue
-        positions = np.linspace(0, len(entries) - 1, min(count, len(entries))).round().astype(int)
-        return [entries[position]["file_name"] for position in positions]
+        return [entry["file_name"] for entry in evenly_spaced(entries, count)]
     return []
 
 

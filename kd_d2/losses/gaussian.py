@@ -65,7 +65,7 @@ def exact_product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Ten
         return product if out is None else out.copy_(product)
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace the settings
+@torch.compiler.assume_constant_result  # torch.compile cannot trace the settings; it keeps those of the first call
 def _float32_precision(device: str) -> str:
     return _FLOAT32[device].fp32_precision if device in _FLOAT32 else "ieee"
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...adapters import build_adapter
-from ...data import build_test_mapper
+from ...data import build_test_mapper, evenly_spaced
 from ...errors import UserError
 from ...files import check_output_folder, write_text
 from ...report.page import Table
@@ -24,7 +24,7 @@ from ...text import csv_text
 from ..base import NOT_STORED, Analysis, as_text, check_at_least
 from ..drawing import write_picture
 from ..examples import picture_names, pixels
-from ..models import TrainedModel, evenly_spaced
+from ..models import TrainedModel
 from .plots import channel_sheet, difference_sheet, plot_neighbors
 from .statistics import FeatureStatistics, difference_map
 
