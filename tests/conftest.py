@@ -44,6 +44,12 @@ RETINANET: dict[str, Any] = {
         "RETINANET": {"NUM_CLASSES": NUM_CLASSES, "NUM_CONVS": 1},
     }
 }
+REVERSED = {
+    "MODEL": {
+        "RETINANET": {"IN_FEATURES": ["p7", "p6", "p5", "p4", "p3"]},
+        "ANCHOR_GENERATOR": {"SIZES": [[256], [128], [64], [32], [16]]},
+    }
+}
 
 
 def _dense(name: str) -> dict[str, Any]:
@@ -98,6 +104,7 @@ PANOPTIC: dict[str, Any] = {
 }
 TREES: dict[str, list[dict[str, Any]]] = {
     "retinanet": [RETINANET],
+    "reversed retinanet": [RETINANET, REVERSED],
     "fcos": [_dense("FCOS")],
     "atss": [_dense("ATSS")],
     "gfl": [_dense("GFL")],

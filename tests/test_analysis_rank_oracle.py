@@ -61,7 +61,7 @@ def test_exchanged_logits_by_hand() -> None:
     assert all(logits[0, :, 0].tolist() == [1, 2, 3, 4] for logits in found.values())
 
 
-@pytest.mark.parametrize("kind", ["retinanet", "fcos", "atss", "gfl"])
+@pytest.mark.parametrize("kind", ["retinanet", "reversed retinanet", "fcos", "atss", "gfl"])
 def test_own_logits_give_own_detections(kind: str, tiny_detector: Callable, make_inputs: Callable) -> None:
     """Check that logits are mapped back to the head's outputs, and that other logits change the detections."""
     model = tiny_detector(kind).eval()
@@ -70,7 +70,8 @@ def test_own_logits_give_own_detections(kind: str, tiny_detector: Callable, make
         model.head.bbox_pred.weight.normal_(std=0.2)
         outputs = build_adapter(model).run(make_inputs(), frozenset({"features", "dense"}))
         logits = torch.cat(list(outputs.dense.logits.values()), 1)
-        features = list(outputs.features.values())
+        maps = model.backbone(outputs.images.tensor)
+        features = [maps[name] for name in model.head_in_features]
         expected = model.forward_inference(outputs.images, features, model.head(features))
         found = detect_with(model, outputs, logits)
         for ours, theirs in zip(found, expected, strict=True):

@@ -54,7 +54,7 @@ def draw(distilled: Project, tmp_path: Path) -> Callable[..., list[str]]:
     return run
 
 
-@pytest.mark.parametrize("kind", ["retinanet", "fcos", "atss", "gfl"])
+@pytest.mark.parametrize("kind", ["retinanet", "reversed retinanet", "fcos", "atss", "gfl"])
 def test_detections_come_from_their_anchors(kind: str, tiny_detector: Callable, make_inputs: Callable) -> None:
     """Check that each detection has the box and the score of its anchor."""
     model = tiny_detector(kind).eval()

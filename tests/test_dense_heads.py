@@ -10,7 +10,7 @@ from typing import Any
 from kd_d2 import KDMetaArch, Teacher, UserError
 from kd_d2.adapters import IGNORED, DetectorOutputs, Towers, build_adapter, towers_at
 from kd_d2.balance import GradientBalance
-from kd_d2.distillers import DISTILLER_REGISTRY, LD, CrossKD, Distiller
+from kd_d2.distillers import DISTILLER_REGISTRY, GID, LD, CrossKD, Distiller, RankMimicking
 from kd_d2.distillers.crosskd import giou_loss, iou_loss
 from kd_d2.distillers.ld import center_penalty, valuable_region
 from kd_d2.losses import with_statistics_of
@@ -374,6 +374,54 @@ def test_a_student_may_end_in_another_head(
     distiller = configured(CrossKD, tiny_cfg("atss"), build_adapter(student).spec, teacher.spec)
     losses = KDMetaArch(student=student, teacher=teacher, distillers={"CrossKD": distiller})(make_inputs())
     assert distiller.box_loss == "distributions" and losses["loss_crosskd_box"] > 0
+
+
+def test_levels_may_have_any_order(tiny_detector: Callable, make_inputs: Callable, event_storage) -> None:
+    """Check methods that compare anchors by index, with heads that read their levels from fine to coarse or reversed."""
+
+    def build(kind: str, seed: int) -> nn.Module:
+        model = tiny_detector(kind, seed=seed)
+        nn.init.normal_(model.head.cls_score.weight, std=0.3)
+        nn.init.normal_(model.head.bbox_pred.weight, std=0.1)
+        return model
+
+    def losses(student: nn.Module, teacher: Teacher) -> dict[str, float]:
+        specs = build_adapter(student).spec, teacher.spec
+        methods = {m.__name__: make(m, *specs) for m in (GID, RankMimicking, CrossKD)}
+        model = KDMetaArch(student=student, teacher=teacher, distillers=methods)
+        return {name: loss.item() for name, loss in model(make_inputs()).items()}
+
+    ascending, reverse = "retinanet", "reversed retinanet"
+    expected = losses(build(ascending, 0), Teacher(build(ascending, 1)))
+    for ours, theirs in ((ascending, reverse), (reverse, ascending), (reverse, reverse)):
+        assert losses(build(ours, 0), Teacher(build(theirs, 1))) == pytest.approx(expected, rel=1e-4)
+
+
+def test_outputs_are_in_ascending_order_of_stride(
+    tiny_detector: Callable, make_inputs: Callable, event_storage
+) -> None:
+    """Check FCOS with reversed levels, whose first and last have open ranges of sizes: losses remain its own."""
+    model = tiny_detector("fcos")
+    model.head_in_features.reverse()
+    model.anchor_generator.strides.reverse()
+    model.anchor_generator.cell_anchors._buffers.update(
+        zip("01234", [*model.anchor_generator.cell_anchors][::-1], strict=True)
+    )
+    inputs = make_inputs(sizes=((192, 256), (224, 192)), counts=(6, 5))
+    expected = copy.deepcopy(model)(inputs)
+    outputs = _read(model, inputs, 1)
+    for name, loss in outputs.losses.items():
+        torch.testing.assert_close(loss, expected[name])
+    dense, towers = outputs.dense, outputs.towers[1]
+    finished = towers.finish(towers.class_features, towers.box_features)
+    levels = [outputs.features, outputs.anchors, towers.class_features, towers.box_features]
+    levels += [dense.logits, dense.box_regression, dense.anchors, dense.quality, dense.assignment_by_level]
+    assert all(tuple(by_stride) == STRIDES for by_stride in [*levels, finished.logits, finished.anchors])
+    torch.testing.assert_close(finished.boxes, dense.boxes)
+    assert dense.positives.anchor.tolist() == (dense.assignment >= 0).nonzero()[:, 1].tolist() != []
+    centers = Boxes.cat([*dense.anchors.values()]).get_centers()[dense.positives.anchor]
+    boxes = dense.positives.ground_truth([x["instances"] for x in inputs])[1]
+    assert ((centers > boxes[:, :2]) & (centers < boxes[:, 2:])).all()
 
 
 def test_box_losses_are_torchvisions() -> None:

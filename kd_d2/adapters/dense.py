@@ -27,6 +27,12 @@ CLASSIFIES_BY_ONE_LAYER = READ_HEADS | {RepPointsHead.forward}
 FCOS_MATCH_THRESHOLD = 1e-5  # Detectron2's threshold of the match quality
 
 
+def strides_of_head(model: DenseDetector) -> list[int]:
+    """Return the strides of the levels that the head reads, in its order."""
+    shapes = model.backbone.output_shape()
+    return [shapes[name].stride for name in model.head_in_features]
+
+
 @DETECTOR_ADAPTER_REGISTRY.register()
 class DenseDetectorAdapter(DetectorAdapter):
     """Features, detections and losses of any DenseDetector, with the losses from its `forward_training`."""
@@ -39,11 +45,11 @@ class DenseDetectorAdapter(DetectorAdapter):
     @classmethod
     def supports(cls, model: nn.Module) -> bool:
         """Return whether the forward pass is that of `model_class` and the levels of the head differ in stride."""
-        shapes = model.backbone.output_shape()
-        strides = [shapes[name].stride for name in model.head_in_features]
+        strides = strides_of_head(model)
         return super().supports(model) and len({*strides}) == len(strides)
 
     def neck_shapes(self) -> dict[str, ShapeSpec]:
+        """Return the neck outputs by name, in the head's order."""
         shapes = self.model.backbone.output_shape()
         return {name: shapes[name] for name in self.model.head_in_features}
 
@@ -53,10 +59,10 @@ class DenseDetectorAdapter(DetectorAdapter):
         images = self.preprocess(batched_inputs)
         outputs = DetectorOutputs(images, self.by_stride(self.model.backbone(images.tensor)))
         self.read_head(outputs, want, targets)
-        return outputs
+        return outputs.ascending()
 
     def read_head(self, outputs: DetectorOutputs, want: frozenset[str], targets: list[Instances] | None) -> None:
-        """Fill in the outputs of the head: losses, anchors, dense predictions and detections."""
+        """Fill in the outputs of the head, in its order of levels: losses, anchors, dense predictions and detections."""
         if targets is None and "detections" not in want:
             return
         features = list(outputs.features.values())
@@ -156,7 +162,7 @@ class AnchorDetectorAdapter(DenseDetectorAdapter):
         self, split: int, anchors: dict[int, Boxes], class_features: dict[int, Tensor], box_features: dict[int, Tensor]
     ) -> DensePredictions:
         levels = ([features[stride] for stride in anchors] for features in (class_features, box_features))
-        return self._dense(self.transpose(finish(self.model.head, split, *levels)), anchors)
+        return self._dense(self.transpose(finish(self.model.head, split, *levels)), anchors).ascending()
 
     def _decode(self, regression: Tensor, anchors: Boxes) -> Tensor:
         """Decode boxes in float32 even under autocast, like `detect`."""

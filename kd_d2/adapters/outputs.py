@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from detectron2.layers import ShapeSpec
@@ -19,6 +20,16 @@ from ..modeling.assignment import Positives
 
 Levels = dict[int, Tensor]
 """Maps or predictions by stride."""
+
+Level = TypeVar("Level")
+
+
+def _is_ascending(levels: dict[int, Level]) -> bool:
+    return [*levels] == sorted(levels)
+
+
+def _ascending(levels: dict[int, Level]) -> dict[int, Level]:
+    return {stride: levels[stride] for stride in sorted(levels)}
 
 
 @dataclass
@@ -100,6 +111,22 @@ class DensePredictions:
             changed.positives = self.positives
         return changed
 
+    def ascending(self) -> DensePredictions:
+        """Return the predictions, with their label assignment, in ascending order of stride."""
+        if _is_ascending(self.logits):
+            return self
+        changed = replace(
+            self,
+            logits=_ascending(self.logits),
+            box_regression=_ascending(self.box_regression),
+            anchors=_ascending(self.anchors),
+            quality=None if self.quality is None else _ascending(self.quality),
+            assign=self.assign and (lambda: torch.cat([*_ascending(self.assignment_by_level).values()], 1)),
+        )
+        if "positives" in vars(self):  # where they cost little synchronization with the GPU
+            changed.positives = Positives.of(changed.assignment)
+        return changed
+
     def _by_level(self, values: Tensor) -> dict[int, Tensor]:
         """Views of (B, R, ...) by stride, (B, HWA, ...)."""
         sizes = [logits.shape[1] for logits in self.logits.values()]
@@ -152,6 +179,8 @@ def towers_at(split: int) -> str:
 class DetectorOutputs:
     """The requested outputs of one forward pass of a detector. Parts that were not requested are None or empty.
 
+    Dictionaries by stride are in ascending order.
+
     Attributes:
         images: the normalized and padded input.
         features: neck outputs (B, C, H, W) by stride.
@@ -183,6 +212,18 @@ class DetectorOutputs:
             features=change(self.features),
             dense=None if self.dense is None else self.dense.with_levels(change),
             towers={split: towers.with_levels(change) for split, towers in self.towers.items()},
+        )
+
+    def ascending(self) -> DetectorOutputs:
+        """Return the outputs with all levels in ascending order of stride."""
+        if _is_ascending(self.features):
+            return self
+        return replace(
+            self,
+            features=_ascending(self.features),
+            anchors=None if self.anchors is None else _ascending(self.anchors),
+            dense=None if self.dense is None else self.dense.ascending(),
+            towers={split: towers.with_levels(_ascending) for split, towers in self.towers.items()},
         )
 
     def logits_at(self, proposals: SampledProposals) -> Tensor:

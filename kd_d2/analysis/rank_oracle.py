@@ -20,6 +20,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor
 
 from ..adapters import DensePredictions, DetectorOutputs
+from ..adapters.dense import strides_of_head
 from ..evaluation import check_coco_metrics
 from ..evaluation.coco_evaluator import CocoEvaluator
 from ..files import check_output_folder
@@ -135,11 +136,13 @@ def exchanged_logits(
 
 def detect_with(model: DenseDetector, outputs: DetectorOutputs, logits_BRK: Tensor) -> list[Instances]:
     """Return the final detections of each image, with class logits in place of the head's."""
-    features = list(outputs.features.values())
+    strides = strides_of_head(model)
+    features = [outputs.features[stride] for stride in strides]
     _, *others = model.head(features)
     sizes = [level.shape[1] for level in outputs.dense.logits.values()]
+    levels = dict(zip(outputs.dense.logits, logits_BRK.split(sizes, 1), strict=True))
     maps = [
-        level.unflatten(1, (*maps.shape[-2:], -1)).flatten(3).permute(0, 3, 1, 2)
-        for level, maps in zip(logits_BRK.split(sizes, 1), features, strict=True)
+        levels[stride].unflatten(1, (*outputs.features[stride].shape[-2:], -1)).flatten(3).permute(0, 3, 1, 2)
+        for stride in strides
     ]
     return model.forward_inference(outputs.images, features, [maps, *others])

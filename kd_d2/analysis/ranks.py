@@ -19,6 +19,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor
 
 from ..adapters import DetectorOutputs
+from ..adapters.dense import strides_of_head
 from ..distillers.adaptation import AdaptationLayers
 from ..errors import UserError
 from ..files import check_output_folder
@@ -159,7 +160,7 @@ def comparable_layers(model: KDMetaArch, distillation: Distillation) -> Adaptati
 @torch.no_grad()
 def detect_with_anchors(model: DenseDetector, outputs: DetectorOutputs, score_thresh: float) -> tuple[Instances, Boxes]:
     """Return the final detections of one image and the anchor of each."""
-    features = list(outputs.features.values())
+    features = [outputs.features[stride] for stride in strides_of_head(model)]
     (found,) = model.forward_inference(outputs.images, features, model.head(features))
     found = found[found.scores >= score_thresh]
     dense = outputs.dense
