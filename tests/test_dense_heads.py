@@ -713,6 +713,42 @@ def test_lds_class_loss_needs_two_classes() -> None:
     assert make(LD, spec).loss_names == ("loss_ld",)
 
 
+def _convolution() -> nn.Conv2d:
+    return nn.Conv2d(8, 8, 3, padding=1)
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        lambda: [nn.Sequential(_convolution(), nn.ReLU())],
+        lambda: [_convolution(), nn.SiLU()],
+        lambda: [nn.ReLU(), _convolution()],
+        lambda: [],
+    ],
+    ids=["blocks", "SiLU", "ReLU first", "empty"],
+)
+def test_other_towers_are_not_split(
+    tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage, layers: Callable
+) -> None:
+    """Check that a head with such towers is read otherwise, and that CrossKD refuses it."""
+    model, teacher = tiny_detector("retinanet"), Teacher(tiny_detector("retinanet"))
+    for name in ("cls_subnet", "bbox_subnet"):
+        setattr(model.head, name, nn.Sequential(*layers()))
+    assert build_adapter(model).spec.tower_channels is None
+    assert _read(model, make_inputs(), 0).losses
+    crosskd = make(CrossKD, build_adapter(model).spec, teacher.spec)
+    with pytest.raises(UserError, match="needs a dense head with two convolutional towers, which the student"):
+        KDMetaArch(student=model, teacher=teacher, distillers={"CrossKD": crosskd})
+
+
+def test_towers_with_common_layers_are_not_split(tiny_detector: Callable) -> None:
+    model = tiny_detector("retinanet")
+    model.head.bbox_subnet = nn.Sequential(*model.head.cls_subnet)
+    assert build_adapter(model).spec.tower_channels is None
+    model.head.bbox_subnet = model.head.cls_subnet
+    assert build_adapter(model).spec.tower_channels is None
+
+
 def test_heads_that_are_read_otherwise_have_no_towers(tiny_detector: Callable) -> None:
     """Check a head whose towers differ, and one that overrides `forward`."""
     model = tiny_detector("retinanet")

@@ -23,8 +23,20 @@ def channels_of_towers(head: nn.Module) -> tuple[int, ...] | None:
     """Return the channels before the first convolution and after each, or None if the head cannot be split."""
     if type(head).forward not in READ_HEADS:
         return None
-    both = [_channels(getattr(head, name)) for name in TOWERS]
-    return both[0] if both[0] == both[1] else None
+    towers = [getattr(head, name) for name in TOWERS]
+    if not all(map(_can_be_cut, towers)):
+        return None
+    last = [tower[number - 1] for tower in towers for number in _activations(tower)]
+    both = [_channels(tower) for tower in towers]
+    return both[0] if both[0] == both[1] and len({*last}) == len(last) else None
+
+
+def _can_be_cut(tower: nn.Module) -> bool:
+    """Return whether the tower is a sequence of convolutions, each followed by a ReLU, with any layers between them."""
+    if not isinstance(tower, nn.Sequential):
+        return False
+    is_convolution = [isinstance(layer, nn.Conv2d) for layer in tower if isinstance(layer, nn.Conv2d | nn.ReLU)]
+    return is_convolution == [True, False] * (len(is_convolution) // 2) != []
 
 
 def _channels(tower: nn.Sequential) -> tuple[int, ...]:
@@ -32,10 +44,13 @@ def _channels(tower: nn.Sequential) -> tuple[int, ...]:
     return (convolutions[0].in_channels, *(layer.out_channels for layer in convolutions))
 
 
+def _activations(tower: nn.Sequential) -> list[int]:
+    return [number for number, layer in enumerate(tower) if isinstance(layer, nn.ReLU)]
+
+
 def _cut(tower: nn.Sequential, split: int) -> int:
     """Return the number of tower layers before the activation of convolution `split`; 0 if `split` is 0."""
-    activations = [number for number, layer in enumerate(tower) if isinstance(layer, nn.ReLU)]
-    return activations[split - 1] if split else 0
+    return _activations(tower)[split - 1] if split else 0
 
 
 @contextlib.contextmanager
