@@ -21,7 +21,7 @@ import pytest
 import torch
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
-from helpers import configured, scaled, targets_of
+from helpers import configured, make, scaled, spec_of, targets_of
 from torch import Tensor
 
 pytestmark = pytest.mark.unit
@@ -421,6 +421,17 @@ def test_gid_on_detectors(
     assert all(p.grad.isfinite().all() for p in gid.parameters())
     assert any(p.grad.abs().max() > 0 for p in gid.parameters())
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in student.backbone.parameters())
+
+
+def test_gid_needs_the_same_channels_at_all_levels() -> None:
+    properties = {
+        "provides": frozenset({"features", "dense"}),
+        "cell_anchors": {8: torch.ones(1, 4), 16: torch.ones(1, 4)},
+    }
+    student, teacher = spec_of({8: 4, 16: 6}, **properties), spec_of({8: 8, 16: 8}, **properties)
+    make(GID, student, teacher)
+    with pytest.raises(UserError, match=r"^GID compares .* those of Pupil have different channels: {8: 4, 16: 6}\.$"):
+        make(GID, teacher, student)
 
 
 def test_gid_needs_the_same_anchors(tiny_cfg: Callable, tiny_detector: Callable) -> None:

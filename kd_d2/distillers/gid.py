@@ -26,7 +26,7 @@ from ..keys import Above, AtLeast, AtMost
 from ..modeling.assignment import Positives
 from .adaptation import Adaptation, AdaptationLayers
 from .base import DISTILLER_REGISTRY, Distiller, Losses
-from .matching import check_same_anchors
+from .matching import check_same_anchors, common_channels
 from .pair import Pair
 
 FEATURE, RELATION, CLASS, BOX = (f"loss_gid_{part}" for part in ("feature", "relation", "class", "box"))
@@ -81,6 +81,7 @@ class GID(Distiller):
     def __init__(self, config: Config, pair: Pair):
         super().__init__(config, pair)
         check_same_anchors("GID", pair.student, pair.teacher)
+        common_channels(pair.teacher, pair.strides, "GID compares instances of all levels")
         weights = config.feature_weight, config.relation_weight, config.class_weight, config.box_weight
         self.weights = self.weigh_losses(*weights, optional=(RELATION, CLASS, BOX))
         if BOX in self.weights and pair.student.num_bins != pair.teacher.num_bins:

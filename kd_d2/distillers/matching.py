@@ -21,6 +21,14 @@ def common_strides(student: DetectorSpec, teacher: DetectorSpec) -> list[int]:
     return strides
 
 
+def common_channels(spec: DetectorSpec, strides: list[int], reason: str) -> int:
+    """Return the channels of all these levels. Raises a UserError that begins with `reason` if they differ."""
+    channels = {stride: spec.shapes[stride].channels for stride in strides}
+    if len({*channels.values()}) > 1:
+        raise UserError(f"{reason}, but those of {spec.name} have different channels: {channels}.")
+    return channels[strides[0]]
+
+
 def check_same_anchors(method: str, student: DetectorSpec, teacher: DetectorSpec) -> None:
     """Raise a UserError unless both detectors have dense predictions at the same anchors or points on the same levels."""
     for whose, spec in (("student", student), ("teacher", teacher)):

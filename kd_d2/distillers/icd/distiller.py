@@ -12,13 +12,13 @@ from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from ...adapters import DetectorOutputs, DetectorSpec
+from ...adapters import DetectorOutputs
 from ...distributed import mean_count_across_ranks
 from ...errors import UserError
 from ...keys import Above, AtLeast
 from ...losses import attended_value_loss
 from ..base import DISTILLER_REGISTRY, Distiller, Losses, OptimizerSettings, ParamGroup, in_float32
-from ..matching import levels_by_stride
+from ..matching import common_channels, levels_by_stride
 from ..pair import Pair
 from .decoder import Decoder
 from .encoding import InstanceEncoder, linear, mlp
@@ -99,7 +99,9 @@ class ICD(Distiller):
                 f"ICD encodes each instance's class, but neither the student ({student.name}) nor the teacher "
                 f"({teacher.name}) specifies how many classes it has."
             )
-        teacher_channels, student_channels = (_channels(spec, self.strides) for spec in (teacher, student))
+        teacher_channels, student_channels = (
+            common_channels(spec, self.strides, "ICD reads all levels with one decoder") for spec in (teacher, student)
+        )
         self.encoder = InstanceEncoder(num_classes, config.dim)
         self.decoder = Decoder(teacher_channels, config.dim, config.num_heads, config.ffn_dim, config.num_layers)
         self.auxiliary_head = mlp(config.dim, config.dim, 5)
@@ -193,16 +195,6 @@ def _starting_as(teacher_weight: Tensor, teacher_bias: Tensor, student_channels:
     if projection.weight.shape == teacher_weight.shape:
         projection.load_state_dict({"weight": teacher_weight.detach(), "bias": teacher_bias.detach()})
     return projection
-
-
-def _channels(spec: DetectorSpec, strides: list[int]) -> int:
-    channels = {spec.shapes[s].channels for s in strides}
-    if len(channels) > 1:
-        raise UserError(
-            f"ICD reads all levels with one decoder, but those of {spec.name} have different channels: "
-            f"{ {s: spec.shapes[s].channels for s in strides} }."
-        )
-    return channels.pop()
 
 
 @in_float32
