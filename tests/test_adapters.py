@@ -572,6 +572,26 @@ class TwiceRun(nn.Module):
         return {}
 
 
+class NamedCall(nn.Module):
+    """Calls its backbone with a named argument, and returns one loss in training mode."""
+
+    def __init__(self, backbone: nn.Module):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, batched_inputs: list[dict]) -> Tensor:
+        features = self.backbone(images=torch.stack([x["image"] for x in batched_inputs]))
+        return next(iter(features.values())).sum()
+
+
+def test_backbone_adapter_takes_named_arguments_and_one_loss(toy_detector: type, constant_inputs: Callable) -> None:
+    adapter, inputs = build_adapter(NamedCall(toy_detector().backbone)), constant_inputs()
+    outputs = adapter.run(inputs, NOTHING, targets=[])
+    assert torch.equal(outputs.images.tensor[0], inputs[0]["image"])
+    finest = outputs.features[min(outputs.features)]
+    assert outputs.losses == {"loss": finest.sum()}
+
+
 def test_backbone_adapter_wants_one_call_of_the_backbone(toy_detector: type, constant_inputs: Callable) -> None:
     """Check that two calls or none raise an error instead of giving stale or missing features."""
     adapter = build_adapter(TwiceRun(toy_detector().backbone))

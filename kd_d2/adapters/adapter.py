@@ -188,13 +188,16 @@ class BackboneAdapter(DetectorAdapter):
         seen: list[tuple[Tensor, dict[str, Tensor]]] = []
         runs_on = targets is not None or "detections" in want
 
-        def capture(backbone: nn.Module, args: tuple, features: dict[str, Tensor]) -> None:
-            seen.append((args[0], features))
+        def capture(backbone: nn.Module, args: tuple, named_args: dict, features: dict[str, Tensor]) -> None:
+            seen.append((next(iter((*args, *named_args.values()))), features))
             if not runs_on:
                 raise _FeaturesRead
 
         results = None
-        with self.model.backbone.register_forward_hook(capture), contextlib.suppress(_FeaturesRead):
+        with (
+            self.model.backbone.register_forward_hook(capture, with_kwargs=True),
+            contextlib.suppress(_FeaturesRead),
+        ):
             results = self.model(batched_inputs if targets is not None else list(map(unscaled, batched_inputs)))
         if len(seen) != 1:
             raise RuntimeError(
@@ -204,7 +207,7 @@ class BackboneAdapter(DetectorAdapter):
         sizes = [tuple(x["image"].shape[-2:]) for x in batched_inputs]
         outputs = DetectorOutputs(ImageList(tensor, sizes), self.by_stride(features))
         if targets is not None:
-            outputs.losses = results
+            outputs.losses = {"loss": results} if isinstance(results, Tensor) else results
         elif runs_on:
             outputs.detections = [result["instances"] for result in results]
         return outputs
