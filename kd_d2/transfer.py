@@ -15,13 +15,16 @@ def on_device(numbers: Sequence[float], device: torch.device) -> Tensor:
 
 
 def instances_on_device(instances: Instances, device: torch.device) -> Instances:
-    """Return a copy of `instances` on the device, like `Instances.to` but without blocking for tensors and boxes."""
+    """Return a copy of `instances` on the device, like `Instances.to` but without blocking for tensors and boxes.
+
+    Classes become integers: those of an image without objects may be `torch.tensor([])`.
+    """
     moved = Instances(instances.image_size)
     for name, value in instances.get_fields().items():
         if isinstance(value, Boxes):
             value = type(value)(value.tensor.to(device, non_blocking=True))
         elif isinstance(value, Tensor):
-            value = value.to(device, non_blocking=True)
+            value = value.to(device, torch.int64 if name == "gt_classes" else None, non_blocking=True)
         elif hasattr(value, "to"):
             value = value.to(device)
         moved.set(name, value)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from kd_d2 import KDMetaArch, Teacher, UserError, load_config
-from kd_d2.adapters import DetectorOutputs
+from kd_d2.adapters import DetectorOutputs, build_adapter
 from kd_d2.balance import GradientBalance
-from kd_d2.distillers import Distiller, FeatureImitation, Schedule, StructuralKD
+from kd_d2.distillers import Distiller, FeatureImitation, RankMimicking, Schedule, StructuralKD
 from kd_d2.engine.optimizers import build_optimizers
 from kd_d2.engine.step import DistillationStep
 from kd_d2.inheritance import component_of, inherit
@@ -595,6 +595,18 @@ def test_images_without_objects_train(
     assert all(g.isfinite().all() for g in grads.values())
     classifier = "student.head.cls_score" if kind == "retinanet" else "student.roi_heads.box_predictor.cls_score"
     assert grads[f"{classifier}.weight"].abs().max() > 0
+
+
+def test_classes_of_an_image_without_objects_may_be_floats(
+    tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage
+) -> None:
+    student, teacher = tiny_detector("retinanet"), Teacher(tiny_detector("retinanet", seed=1))
+    ranks = make(RankMimicking, build_adapter(student).spec, teacher.spec)
+    model = KDMetaArch(student=student, teacher=teacher, distillers={"RankMimicking": ranks})
+    inputs = make_inputs(counts=(0, 0))
+    for x in inputs:
+        x["instances"].gt_classes = torch.tensor([])
+    assert all(model(inputs)[name].item() == 0 for name in ranks.loss_names)
 
 
 def test_teacher_records_no_graph(toy_detector: type, constant_inputs: Callable) -> None:
