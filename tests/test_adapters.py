@@ -161,6 +161,14 @@ def test_rcnn_with_given_proposals(tiny_detector: Callable, make_inputs: Callabl
     _assert_own_losses(model, [batch], want=frozenset({"features"}))
 
 
+def test_distributions_need_a_number_of_bins(tiny_detector: Callable) -> None:
+    class WithoutBins(GFLAdapter):
+        num_bins = None
+
+    with pytest.raises(UserError, match=r"^WithoutBins provides distributions .* `num_bins`"):
+        _ = WithoutBins(tiny_detector("gfl")).spec
+
+
 def test_specs(tiny_detector: Callable) -> None:
     """Check what adapters report before the first forward pass."""
     dense = build_adapter(tiny_detector("retinanet")).spec

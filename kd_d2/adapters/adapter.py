@@ -60,7 +60,11 @@ class DetectorAdapter:
 
     @property
     def spec(self) -> DetectorSpec:
-        """The detector's `DetectorSpec`."""
+        """The detector's `DetectorSpec`. Raises a UserError if it provides distributions without `num_bins`."""
+        if "distributions" in self.provides and self.num_bins is None:
+            raise UserError(
+                f"{type(self).__name__} provides distributions of box sides, but does not set `num_bins`, their number of bins."
+            )
         return DetectorSpec(
             name=type(self.model).__name__,
             family=self.family,
