@@ -183,7 +183,8 @@ class BackboneAdapter(DetectorAdapter):
             needed = f"squares of {square_size}" if square_size else f"multiples of {size_divisibility}"
             raise UserError(
                 f"{type(self.model).__name__} pads its images to multiples of {self.size_divisibility} pixels, but its "
-                f"partner needs {needed}; only detectors with their own adapter can change this."
+                f"partner needs {needed}: if the detector does so, state it as `size_divisibility` or `padding_constraints` of its "
+                "backbone; only detectors with their own adapter can change their padding."
             )
 
     def run(
