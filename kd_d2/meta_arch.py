@@ -50,13 +50,17 @@ class KDMetaArch(nn.Module):
             UserError: a distiller needs outputs that a detector does not have; the class counts differ; the detectors
                 cannot take images of one size; there is a balance, but nothing in the student's backbone is trained;
                 a schedule or a weight of the balance names no distiller; two distillers have a loss of the same name.
-            TypeError: a distiller lacks `loss_names` or `needs`.
+            TypeError: a distiller lacks `loss_names` or `needs`, or the teacher is no `Teacher`.
         """
         super().__init__()
         for argument, named in (("schedules", schedules), ("balance.weights", balance.weights if balance else None)):
             unknown = sorted({*(named or {})} - distillers.keys())
             if unknown:
                 raise UserError(f"{argument} names {unknown}, but the distillers are {sorted(distillers)}.")
+        if not isinstance(teacher, Teacher):
+            raise TypeError(
+                f"teacher is a {type(teacher).__name__}; pass a Teacher, as in KDMetaArch(teacher=Teacher(model))"
+            )
         if teacher.model is student:
             raise UserError("The student and the teacher are the same module, whose parameters are frozen: build two.")
         self.student = student

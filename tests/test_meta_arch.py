@@ -458,6 +458,11 @@ def test_a_student_that_is_its_own_teacher_is_an_error(toy_detector: type) -> No
         KDMetaArch(student=student, teacher=Teacher(student), distillers={})
 
 
+def test_a_teacher_that_is_a_model_is_an_error(toy_detector: type) -> None:
+    with pytest.raises(TypeError, match=r"teacher is a ToyDetector; pass a Teacher, as in .*teacher=Teacher\(model\)"):
+        KDMetaArch(student=toy_detector(), teacher=toy_detector(), distillers={})
+
+
 def test_a_method_without_loss_names_is_an_error(toy_detector: type) -> None:
     class Nameless(Distiller):
         needs = frozenset({"features"})
