@@ -15,6 +15,7 @@ from .adapters import PARTS, DetectorOutputs, DetectorSpec, build_adapter
 from .balance import GradientBalance, shared_parameters
 from .distillers import DISTILLER_REGISTRY, Distiller, Losses, Pair, Schedule, build_distiller
 from .distillers.base import in_words
+from .distillers.matching import without_adapter
 from .errors import UserError
 from .modeling.building import building_from
 from .pseudo_labels import Annotations, PseudoLabels
@@ -153,7 +154,7 @@ class KDMetaArch(nn.Module):
             lacking = needs - spec.provides
             if lacking:
                 raise UserError(
-                    f"The distiller {name} needs {in_words(lacking)}, which the {whose} ({spec.name}) does not have."
+                    f"The distiller {name} needs {in_words(lacking)}, which the {whose} ({spec.name}) does not have{without_adapter(spec)}."
                 )
 
     @property

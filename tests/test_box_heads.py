@@ -441,10 +441,11 @@ def test_what_is_read_follows_from_the_student(build: Callable, node: str) -> No
     [
         ("DKD", "retinanet", "faster", r"DKD needs a box head that classifies proposals by softmax, which the student \(RetinaNet\) does"),
         ("DKD", "faster", "retinanet", r"DKD needs a box head that classifies .* which the teacher \(RetinaNet\) does not have\."),
+        ("DKD", "panoptic", "faster", r"which the student \(PanopticFPN\) does not have: it has no adapter .*, and BackboneAdapter reads only its backbone\."),
         ("DIST", "faster", "retinanet", r"DIST needs a box head that classifies .* which the teacher \(RetinaNet\) does not"),
         ("DIST", "retinanet", "faster", r"DIST needs dense predictions, which the teacher \(GeneralizedRCNN\) does not have\."),
-        ("SoftLabel", "panoptic", "panoptic", r"SoftLabel needs dense predictions or a box head that classifies proposals by softmax, neither of which the student \(PanopticFPN\) has\."),
-        ("DIST", "panoptic", "faster", r"DIST needs dense predictions or a box head .*, neither of which the student \(PanopticFPN\) has\."),
+        ("SoftLabel", "panoptic", "panoptic", r"SoftLabel needs dense predictions or a box head that classifies proposals by softmax, neither of which the student \(PanopticFPN\) has: it has no adapter of its own"),
+        ("DIST", "panoptic", "faster", r"DIST needs dense predictions or a box head .*, neither of which the student \(PanopticFPN\) has: it has no adapter of its own"),
     ],
 )  # fmt: skip
 def test_pairs_that_cannot_are_told_in_a_sentence(

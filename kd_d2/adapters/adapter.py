@@ -75,6 +75,7 @@ class DetectorAdapter:
             score_threshold=self.score_threshold,
             num_bins=self.num_bins,
             tower_channels=self.tower_channels,
+            has_adapter=type(self) is not BackboneAdapter,
         )
 
     @property

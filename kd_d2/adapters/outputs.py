@@ -278,6 +278,7 @@ class DetectorSpec:
         score_threshold: minimum score of its detections; None if unknown.
         num_bins: number of bins in the distribution of a box side; None if there are no distributions.
         tower_channels: channels of a dense head before its first convolution and after each; None without towers.
+        has_adapter: whether the detector has an adapter of its own, rather than `BackboneAdapter`.
     """
 
     name: str
@@ -289,3 +290,4 @@ class DetectorSpec:
     score_threshold: float | None = None
     num_bins: int | None = None
     tower_channels: tuple[int, ...] | None = None
+    has_adapter: bool = True

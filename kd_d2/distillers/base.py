@@ -21,6 +21,7 @@ from ..errors import UserError
 from ..extensions import HINT
 from ..gradients import gradients_of
 from ..keys import AtLeast, Keys, keys_of
+from .matching import without_adapter
 from .pair import Pair
 
 LOG_PERIOD = 20  # iterations, the period of Detectron2's writers
@@ -153,7 +154,8 @@ class Distiller(nn.Module):
             if not other <= pair.student.provides:
                 needs, others = (in_words(parts - pair.student.provides) for parts in (self.needs, other))
                 raise UserError(
-                    f"The distiller {type(self).__name__} needs {needs} or {others}, neither of which the student ({pair.student.name}) has."
+                    f"The distiller {type(self).__name__} needs {needs} or {others}, neither of which the student ({pair.student.name}) "
+                    f"has{without_adapter(pair.student)}."
                 )
             self.needs = other
 

@@ -10,6 +10,13 @@ from ..adapters import DetectorSpec
 from ..errors import UserError
 
 
+def without_adapter(spec: DetectorSpec) -> str:
+    """Return the end of a message about what a detector does not have: that it has no adapter, if so."""
+    if spec.has_adapter:
+        return ""
+    return ": it has no adapter of its own (docs/guides/own-detector.md), and BackboneAdapter reads only its backbone"
+
+
 def common_strides(student: DetectorSpec, teacher: DetectorSpec) -> list[int]:
     """Return the strides that both detectors' necks have, ascending. Raises a UserError if there are none."""
     strides = sorted(student.shapes.keys() & teacher.shapes.keys())
@@ -34,7 +41,7 @@ def check_same_anchors(method: str, student: DetectorSpec, teacher: DetectorSpec
     for whose, spec in (("student", student), ("teacher", teacher)):
         if "dense" not in spec.provides:
             raise UserError(
-                f"The distiller {method} needs dense predictions, which the {whose} ({spec.name}) does not have."
+                f"The distiller {method} needs dense predictions, which the {whose} ({spec.name}) does not have{without_adapter(spec)}."
             )
 
     def anchors_of(spec: DetectorSpec) -> dict[int, list[list[float]]]:
