@@ -404,6 +404,13 @@ def test_the_first_test_set_decides_which_checkpoint_is_the_best(tmp_path: Path)
     assert read_checkpoint(str(tmp_path / "model_best.pth"))["iteration"] == 1
 
 
+def test_evaluators_of_ones_own_that_return_numbers(tmp_path: Path) -> None:
+    checkpointer = KDCheckpointer(torch.nn.Linear(2, 2), str(tmp_path))
+    for results in ({"f1": 0.5, "ap": 0.25}, {"bbox": 0.5}):
+        checkpoints.BestCheckpoint(checkpointer, lambda results=results: results).after_step()
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_ap_that_is_not_a_number_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     results: dict = {}
     hook = checkpoints.BestCheckpoint(KDCheckpointer(torch.nn.Linear(2, 2), str(tmp_path)), lambda: results)

@@ -8,7 +8,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -181,7 +181,8 @@ class BestCheckpoint(HookBase):
             return
         self.seen = results
         of_first_set = results if "bbox" in results else next(iter(results.values()))
-        ap = float(of_first_set.get("bbox", {}).get("AP", -math.inf))  # may be a NumPy scalar
+        boxes = of_first_set.get("bbox") if isinstance(of_first_set, Mapping) else None
+        ap = float(boxes.get("AP", -math.inf)) if isinstance(boxes, Mapping) else -math.inf  # may be a NumPy scalar
         if math.isnan(ap) and not self.has_warned:
             self.has_warned = True
             logger.warning(f"{BEST}.pth is not written while the AP is NaN, as it is without objects in the test set.")
