@@ -718,7 +718,10 @@ def test_overrides_of_the_trainer(tmp_path: Path, caplog: pytest.LogCaptureFixtu
 
 
 def test_the_seed_of_an_own_loader(tmp_path: Path) -> None:
-    """Check that `build_train_loader` gets the seed of the training, also if the config has none, and the batches start there."""
+    """Check that `build_train_loader` gets the seed of the training, also if the config has none, and the batches start there.
+
+    Precise BN has a loader of its own.
+    """
     seeds = []
 
     class Seeded(KDTrainer):
@@ -727,10 +730,10 @@ def test_the_seed_of_an_own_loader(tmp_path: Path) -> None:
             seeds.append(cfg.SEED)
             return super().build_train_loader(cfg)
 
-    trainer = make_trainer(make_project(tmp_path), "SEED", -1, trainer=Seeded)
+    trainer = make_trainer(make_project(tmp_path), "SEED", -1, "TEST.PRECISE_BN.ENABLED", True, trainer=Seeded)
     trainer.start_iter = 3
     trainer.resume_or_load(resume=False)
-    assert seeds == [trainer.seed]
+    assert seeds == [trainer.seed] * 2
     assert trainer.seed >= 0
     assert trainer._trainer.data_loader.batch_sampler.start == 3
     assert trainer.cfg.SEED == -1

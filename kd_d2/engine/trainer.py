@@ -188,8 +188,7 @@ class KDTrainer(DefaultTrainer):
             )
 
     def _open_stream(self) -> None:
-        cfg = thawed(self.cfg)
-        cfg.SEED = self.seed
+        cfg = self._seeded_cfg()
         loader = self._trainer.data_loader = self.build_train_loader(cfg)
         stream = getattr(loader, "batch_sampler", None)
         if isinstance(stream, BatchStream):
@@ -201,6 +200,11 @@ class KDTrainer(DefaultTrainer):
                 f"The batches of {type(self).__name__}.build_train_loader begin anew; only loaders of build_stream_loader continue "
                 "at the iteration from which a training resumes."
             )
+
+    def _seeded_cfg(self) -> CfgNode:
+        cfg = thawed(self.cfg)
+        cfg.SEED = self.seed
+        return cfg
 
     def train(self) -> Any:
         """Train and evaluate until the last iteration; the program verifies TEST.EXPECTED_RESULTS afterwards.
@@ -277,7 +281,10 @@ class KDTrainer(DefaultTrainer):
         if isinstance(self.bare_model, KDMetaArch) and self.bare_model.balance:
             hooks.append(LastMultipliersLog(self.bare_model.balance))
         precise = None
-        for hook in super().build_hooks():
+        cfg, self.cfg = self.cfg, self._seeded_cfg()  # from which Detectron2 builds the loader of PreciseBN
+        detectron2_hooks = super().build_hooks()
+        self.cfg = cfg
+        for hook in detectron2_hooks:
             if isinstance(hook, PreciseBN) and self.averaged:
                 precise = PreciseStatisticsOfAverage(self.averaged, hook)
             elif isinstance(hook, EvalHook):
