@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from kd_d2 import KDMetaArch, Teacher
+from kd_d2 import KDMetaArch, Teacher, UserError
 from kd_d2.distillers import Distiller, OptimizerSettings, ParamGroup, Schedule
 from kd_d2.engine.optimizers import AuxiliaryOptimizer, build_optimizers
 from kd_d2.engine.step import DistillationStep, NonFiniteLossError
@@ -295,6 +295,19 @@ def test_a_decoders_gradients_do_not_pile_up(
     step.data_loader = [constant_inputs()] * 2
     _run(step, event_storage, 2)
     assert [distiller.first.grad.item(), distiller.second.grad.item()] == [3.0, 4.0]
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_batches_that_cannot_be_accumulated(
+    toy_detector: type, tiny_cfg: Callable, constant_inputs: Callable, event_storage: EventStorage, images: int
+) -> None:
+    """Check that a batch of a loader of one's own is refused unless it has as many images in each part."""
+    model = toy_detector()
+    step = DistillationStep(model, *build_optimizers(tiny_cfg("retinanet"), model), accumulation_steps=2)
+    step.data_loader = [constant_inputs() * images]
+    with pytest.raises(UserError, match=rf"GRADIENT_ACCUMULATION_STEPS is 2, but a batch .* has {images} images"):
+        _run(step, event_storage, 1)
+    assert model.backbone.scale.grad is None
 
 
 @pytest.mark.parametrize(("returned", "name"), [("a tensor", "loss"), ("one element", "loss_x")])

@@ -78,7 +78,12 @@ class DistillationStep(SimpleTrainer):
 
     def _accumulate(self, data: list[dict]) -> dict[str, Tensor]:
         """Run forward and backward on each part; return the mean losses. Only the last part synchronizes gradients."""
-        size = len(data) // self.accumulation_steps
+        size, rest = divmod(len(data), self.accumulation_steps)
+        if rest or not size:
+            raise UserError(
+                f"SOLVER.GRADIENT_ACCUMULATION_STEPS is {self.accumulation_steps}, but a batch of the training data loader has "
+                f"{len(data)} images per process; it must be a multiple of the steps."
+            )
         total: dict[str, Tensor] = {}
         for start in range(0, len(data), size):
             is_last = start + size == len(data)
