@@ -15,7 +15,9 @@ _NAMES = {
 
 
 def from_tree(kind: Any, tree: Any, path: str, place: str) -> Any:
-    """Convert a JSON tree to a dataclass, dict[str, ...], list[...], str, int, float, bool, None or a union of these.
+    """Convert a JSON tree to a dataclass, dict[str, ...], list[...], str, int, float, bool or None.
+
+    The type may also be a union of the last five, or of one of the others and None.
 
     Args:
         kind: target type.
@@ -39,7 +41,12 @@ def from_tree(kind: Any, tree: Any, path: str, place: str) -> Any:
         return [
             from_tree(arguments[0], entry, path, f"an entry of {place}") for entry in _checked(list, tree, path, place)
         ]
-    return _checked(arguments if origin in (Union, types.UnionType) else kind, tree, path, place)
+    if origin not in (Union, types.UnionType):
+        return _checked(kind, tree, path, place)
+    if all(argument in _NAMES for argument in arguments):
+        return _checked(arguments, tree, path, place)
+    (other,) = (argument for argument in arguments if argument is not type(None))
+    return None if tree is None else from_tree(other, tree, path, place)
 
 
 def members(hints: dict[str, Any], tree: Any, path: str, place: str) -> dict[str, Any]:

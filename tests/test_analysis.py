@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from kd_d2 import UserError
 from kd_d2.analysis import (
@@ -36,6 +37,7 @@ from kd_d2.analysis.models import read_annotations, restrict_images
 from kd_d2.analysis.ranks import RankAnalysis
 from kd_d2.files import read_json, write_json
 from kd_d2.report.page import Picture, Table
+from kd_d2.typed_json import from_tree
 
 import numpy as np
 import pytest
@@ -117,6 +119,27 @@ def test_an_analysis_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture, 
             register_analysis(find_analysis("parameters"))
     finally:
         ANALYSES.pop("parameters", None)
+
+
+@dataclass
+class Pair:
+    first: int
+    second: float | None = None
+
+
+@pytest.mark.parametrize(
+    ("kind", "tree", "expected"),
+    [
+        (Pair | None, {"first": 1}, Pair(1)),
+        (list[Pair] | None, [{"first": 1, "second": 2.5}], [Pair(1, 2.5)]),
+        (None | dict[str, Pair], {"a": {"first": 1}}, {"a": Pair(1)}),
+    ],
+)
+def test_fields_that_may_be_null(kind: Any, tree: Any, expected: Any) -> None:
+    assert from_tree(kind, None, "a.json", "it") is None
+    assert from_tree(kind, tree, "a.json", "it") == expected
+    with pytest.raises(UserError, match=r"a.json: it is 'x', not (an object|a list)"):
+        from_tree(kind, "x", "a.json", "it")
 
 
 def test_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
