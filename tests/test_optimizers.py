@@ -134,6 +134,14 @@ def test_layer_lr_trains_added_layers_with_adamw(toy_detector: type, tiny_cfg: C
     assert steps == pytest.approx([0.01, 0.01], rel=1e-3)
 
 
+def test_state_from_the_construction_of_an_optimizer(toy_detector: type, tiny_cfg: Callable) -> None:
+    """Check that Adagrad's state has the parameters that stay, and can be saved."""
+    model = _model(toy_detector, a=WithDecoder())
+    optimizer, _ = build_optimizers(tiny_cfg("retinanet"), model, torch.optim.Adagrad(model.parameters()))
+    assert _ids(optimizer.state) == _ids_in(optimizer)
+    assert len(optimizer.state_dict()["state"]) == len(optimizer.state)
+
+
 def test_layer_lr_without_added_layers(toy_detector: type, tiny_cfg: Callable) -> None:
     cfg = tiny_cfg("retinanet", {"MODEL": {"KD": {"LAYER_LR": 0.01}}})
     _, auxiliary = build_optimizers(cfg, _model(toy_detector, a=WithoutLayers()))

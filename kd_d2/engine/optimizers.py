@@ -90,10 +90,12 @@ def build_optimizers(
             for group in distiller.param_groups(cfg):
                 if group.optimizer is not None and group.params:
                     settings.setdefault(group.optimizer, []).extend(group.params)
-    elsewhere = {id(p) for params in settings.values() for p in params}
+    elsewhere = {p for params in settings.values() for p in params}
     optimizer = optimizer or build_main_optimizer(cfg, model)
     for group in optimizer.param_groups:
-        group["params"] = [p for p in group["params"] if id(p) not in elsewhere]
+        group["params"] = [p for p in group["params"] if p not in elsewhere]
+    for parameter in elsewhere:
+        optimizer.state.pop(parameter, None)  # which Adagrad creates with the optimizer
     auxiliary = {s.name: AuxiliaryOptimizer(s, params, cfg.SOLVER.MAX_ITER) for s, params in settings.items()}
     if len(auxiliary) != len(settings):
         raise RuntimeError(f"two optimizers have the same name: {[s.name for s in settings]}")
