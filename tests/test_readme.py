@@ -97,7 +97,10 @@ def one_level_files(tmp_path):
 
 
 def test_the_example_of_a_detector(one_level_files, tiny_cfg, make_inputs, event_storage):
-    """Check the detector without its adapter; with it, the same detection losses, and methods that use predictions."""
+    """Check the detector without its adapter; with it, the same detection losses, and methods that use predictions.
+
+    One of the images has no objects.
+    """
     detector_file, adapter_file = one_level_files
     import_extensions([detector_file])
     overrides = {
@@ -111,7 +114,7 @@ def test_the_example_of_a_detector(one_level_files, tiny_cfg, make_inputs, event
     student, teacher = (META_ARCH_REGISTRY.get("OneLevelDetector")(cfg).train() for _ in range(2))
     assert build_adapter(student).spec.provides == {"features", "detections", "targets"}
     import_extensions([adapter_file])
-    adapter, inputs = build_adapter(student), make_inputs()
+    adapter, inputs = build_adapter(student), make_inputs(sizes=((64, 80), (56, 96), (64, 64)), counts=(3, 2, 0))
     targets = [entry["instances"] for entry in inputs]
     own, outputs = student(inputs), adapter.run(inputs, frozenset({"dense"}), targets)
     assert outputs.losses.keys() == own.keys() == {"loss_scores", "loss_boxes"}
