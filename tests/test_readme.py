@@ -15,7 +15,7 @@ from kd_d2.meta_arch import META_ARCH_REGISTRY
 import pytest
 import torch
 from detectron2.modeling import build_model
-from helpers import ROOT, configured, example, make_project, run_command
+from helpers import ROOT, clean_process, configured, example, make_project, run_command
 
 
 def test_five_lines_of_yaml(tmp_path):
@@ -145,7 +145,7 @@ def test_training_the_example_of_a_detector(one_level_files, tmp_path, monkeypat
 
 
 def test_the_example_of_a_trainer(tmp_path, monkeypatch):
-    """Check that the images have the size of the example's mapper, that a second run resumes, and that it distills."""
+    """Check the size of the images from the example's mapper, distillation, the files in OUTPUT_DIR, and a second run, which resumes."""
     project = make_project(tmp_path, SOLVER__MAX_ITER=1, DATASETS__TEST=[], MODEL__KD__DISTILLERS=["PKD"])
     project.student.rename(tmp_path / "my.yaml")
     path = tmp_path / "train_my.py"
@@ -158,12 +158,16 @@ def test_the_example_of_a_trainer(tmp_path, monkeypatch):
         "forward",
         lambda model, batch: sizes.extend(x["image"].shape[-2:] for x in batch) or forward(model, batch),
     )
-    trained = runpy.run_path(str(path), run_name="__main__")["trainer"]
+    with clean_process():
+        trained = runpy.run_path(str(path), run_name="__main__")["trainer"]
     assert sizes == [(48, 64)] * len(sizes)
     assert sizes
     assert "loss_pkd" in trained.storage.latest()
+    assert "loss_pkd" in (project.output / "log.txt").read_text()
+    assert {"config.yaml", "student.yaml", "versions.json"} <= {path.name for path in project.output.iterdir()}
     seen = len(sizes)
-    again = runpy.run_path(str(path), run_name="__main__")["trainer"]
+    with clean_process():
+        again = runpy.run_path(str(path), run_name="__main__")["trainer"]
     assert (again.start_iter, len(sizes)) == (1, seen)
 
 
