@@ -9,7 +9,7 @@ from typing import Any
 
 from detectron2.config import get_cfg
 
-from .config import declared_nodes
+from .config import add_kd_config, declared_nodes
 from .config_files import leaves
 from .errors import UserError
 from .keys import keys_of
@@ -51,6 +51,10 @@ def explain(key: str) -> str:
     for name, default in leaves(get_cfg()):
         text = f"{name}\n    a key of Detectron2, {default!r} by default; see detectron2.config.defaults"
         texts.setdefault(name, text)
+    cfg = get_cfg()
+    add_kd_config(cfg)
+    for name, default in leaves(cfg):
+        texts.setdefault(name, f"{name}\n    a key of your own (register_config), {default!r} by default")
     explained = [text for name, text in texts.items() if f"{name}.".startswith(f"{key}.")]
     if explained:
         return "\n\n".join(explained)

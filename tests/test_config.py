@@ -22,6 +22,7 @@ from kd_d2.extensions import HINT
 from kd_d2.keys import keys_of
 from kd_d2.modeling import GFL, add_slim_resnet_config
 from kd_d2.plain_yaml import read_plain_yaml
+from kd_d2.reference import explain
 
 import pytest
 import yaml
@@ -868,6 +869,10 @@ def test_keys_of_ones_own(files: Files, monkeypatch: pytest.MonkeyPatch) -> None
     cfg = load_config(str(files.student(MODEL__MY_BACKBONE__WIDTH=32)))
     assert student_config(cfg).MODEL.MY_BACKBONE.WIDTH == 32
     assert changed_keys(cfg)["MODEL.MY_BACKBONE.WIDTH"] == 32
+    assert (
+        explain("MODEL.MY_BACKBONE")
+        == "MODEL.MY_BACKBONE.WIDTH\n    a key of your own (register_config), 64 by default"
+    )
     with pytest.raises(UserError, match=r"there is no config key MODEL.MY_BACKBONE.WIDHT. Did you mean"):
         load_config(str(files.student(MODEL__MY_BACKBONE__WIDHT=32)))
 
