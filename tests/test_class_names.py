@@ -363,6 +363,7 @@ def test_training_data_of_a_teacher_that_do_not_tell_its_order(
     for name, entries in (("few", categories), ("renamed", renamed), ("empty", [])):
         content = {"images": [], "annotations": [], "categories": entries}
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    (tmp_path / "alone.json").write_text(json.dumps({"categories": categories}))
 
     def load(name: str, train: str = "its") -> str:
         data = {"DATASETS.COCO_JSON": [["its", f"{name}.json", "images"]], "DATASETS.TRAIN": [train]}
@@ -373,7 +374,8 @@ def test_training_data_of_a_teacher_that_do_not_tell_its_order(
 
     with clean_process(), caplog.at_level("INFO", "kd_d2"):
         register_coco_json(load_config(str(project.student)))
-        assert "The classes of the teacher are reordered to match" in load("few")
+        for name in ("few", "alone"):
+            assert "The classes of the teacher are reordered to match" in load(name)
         for arguments, reason in (
             (("gone",), r"MODEL.KD.TEACHER.OPTS: DATASETS.COCO_JSON \(its\): there is no file .*gone.json"),
             (("renamed",), r"The classes of the teacher \(.*renamed.json\) are not those of .* lacks .* also has"),

@@ -79,7 +79,7 @@ def read_coco(
         UserError: not JSON, not in COCO format, no images, invalid references, or boxes in another format.
     """
     repairs = Repairs(path)
-    raw = _read_tree(path, annotated, repairs)
+    raw = _read_tree(path, repairs, annotated=annotated)
     if not raw["images"]:
         raise UserError(f"{path} has no images.")
     categories, category_ids = _read_categories(path, raw["categories"], repairs)
@@ -108,13 +108,13 @@ def read_coco(
 
 
 def read_categories(path: str) -> list[Entry]:
-    """Return the categories of an annotation file sorted by id. It may have no images, and they need not exist.
+    """Return the categories of an annotation file sorted by id. It may have no other list, and its images need not exist.
 
     Raises:
         UserError: the file is not JSON, not in COCO format, or its categories are invalid.
     """
     repairs = Repairs(path)
-    raw = _read_tree(path, True, repairs)
+    raw = _read_tree(path, repairs, optional=("images", "annotations"))
     categories, ids = _read_categories(path, raw["categories"], repairs)
     return _classes(path, categories, _used(raw, ids), repairs)
 
@@ -133,7 +133,9 @@ def read_json_bytes(path: str) -> tuple[Any, str]:
         raise UserError(f"{path} is not readable json: {error}.") from error
 
 
-def _read_tree(path: str, annotated: bool, repairs: Repairs) -> dict[str, Any]:
+def _read_tree(
+    path: str, repairs: Repairs, *, annotated: bool = True, optional: tuple[str, ...] = ()
+) -> dict[str, Any]:
     tree, encoding = read_json_bytes(path)
     if encoding != "utf-8":
         repairs.add("converted to UTF-8 without a byte order mark", encoding)
@@ -141,6 +143,8 @@ def _read_tree(path: str, annotated: bool, repairs: Repairs) -> dict[str, Any]:
         annotations = tree.get("annotations")
         entries = [a for a in annotations if isinstance(a, dict)] if isinstance(annotations, list) else []
         tree = {"categories": [], **tree, "annotations": entries}
+    if isinstance(tree, dict):
+        tree = {**{key: [] for key in optional}, **tree}
     if not isinstance(tree, dict) or not all(isinstance(tree.get(key), list) for key in LISTS):
         raise UserError(
             f"{path} is not a COCO annotation file: it needs the lists 'images', 'annotations' and 'categories'."
