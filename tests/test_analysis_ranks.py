@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
+from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes, Instances
 from helpers import Project, make_project, run_command, train
 
@@ -99,6 +100,8 @@ def test_detections_with_two_equal_boxes_come_from_the_anchor_with_their_score()
     found = Instances((16, 32), pred_boxes=Boxes(same.repeat(3, 1)), pred_classes=torch.zeros(3, dtype=torch.int64))
     found.scores = logits[0, [1, 2, 0]].sigmoid()
     model = SimpleNamespace(head=lambda features: None, forward_inference=lambda *args: [found])
+    model.head_in_features = ["p3"]
+    model.backbone = SimpleNamespace(output_shape=lambda: {"p3": ShapeSpec(stride=8)})
     shown, anchors = detect_with_anchors(model, outputs, 0.5)
     assert shown.anchor.tolist() == [1, 2]
     assert anchors.tensor.tolist() == [[8, 0, 16, 8], [16, 0, 24, 8]]
