@@ -51,7 +51,7 @@ class KDMetaArch(nn.Module):
             UserError: a distiller needs outputs that a detector does not have; the class counts differ; the detectors
                 cannot take images of one size; there is a balance, but nothing in the student's backbone is trained;
                 a schedule or a weight of the balance names no distiller; two distillers have a loss of the same name.
-            TypeError: a distiller lacks `loss_names` or `needs`, or the teacher is no `Teacher`.
+            TypeError: a distiller lacks `loss_names` or `needs`, or `teacher` is not a `Teacher`.
         """
         super().__init__()
         for argument, named in (("schedules", schedules), ("balance.weights", balance.weights if balance else None)):

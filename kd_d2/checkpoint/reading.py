@@ -117,7 +117,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def check_readable(state: dict[str, Any]) -> None:
-    """Check that `read_checkpoint` will accept a state which is to be saved.
+    """Check that `read_checkpoint` will accept a state that is to be saved.
 
     Args:
         state: content of a checkpoint, with the weights of the model under "model".
@@ -126,16 +126,16 @@ def check_readable(state: dict[str, Any]) -> None:
         UserError: it will not; the message names the entry and its type.
     """
     for name, value in state["model"].items():
-        reason = _why_no_weight(value) if isinstance(value, Tensor) else f"is no tensor but a {_type_name(value)}"
+        reason = _why_no_weight(value) if isinstance(value, Tensor) else f"is a {_type_name(value)}"
         if reason:
-            raise UserError(f"A checkpoint holds only tensors as weights of the model, but {name!r} {reason}.")
+            raise UserError(f"The weights of a model in a checkpoint must be dense tensors; {name!r} {reason}.")
     for key, entries in state.items():
         for name, value in entries.items() if isinstance(entries, dict) else [("", entries)]:
             refused = None if key == "model" else _first_unreadable(value)
             if refused:
                 raise UserError(
-                    f"A checkpoint holds only tensors and plain data (numbers, strings, None, lists, tuples and dicts of these), "
-                    f"but {f'{name} of {key}' if name else key} holds a {refused}."
+                    f"A checkpoint may contain only tensors and plain data (numbers, strings, None, lists, tuples and dicts of these); "
+                    f"{f'{name} of {key}' if name else key} contains a {refused}."
                 )
 
 

@@ -217,7 +217,9 @@ def _inputs(cfg: CfgNode, metadata: ExportMetadata, images: list[str] | None) ->
     else:
         usable = dataset_images(cfg, "TEST", CHECKED_IMAGES, metadata)
     if not usable:
-        logger.warning("Checked on synthetic images: DATASETS.TEST has none that can be read; use --images for others.")
+        logger.warning(
+            "Checked on synthetic images, since no image of DATASETS.TEST can be read; use --images for others."
+        )
         return synthetic(metadata)
     return [*usable, synthetic(metadata)[-1]]
 

@@ -20,8 +20,8 @@ from .projection import project_levels
 LOGIT_ELEMENTS = {"cpu": 2**22}
 """Attention logits in memory at a time, by device."""
 STORED_ATTENTION = {"cuda": 2**27}
-"""Elements of an attention that is stored for the backward pass, by device. PyTorch's attention stores none, but its backward
-pass took half of ICD's time on a GPU."""
+"""Maximum number of attention weights that are stored for the backward pass, by device. PyTorch's fused attention stores
+none, but its backward pass took half of ICD's time on a GPU."""
 
 
 @dataclass
