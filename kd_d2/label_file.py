@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from .class_names import names_in_data
 from .data import build_test_loader, register_coco_json, register_synthetic
-from .data.images import read_checked
 from .engine.checks import TEACHERS_CLASSES, check_classes, check_datasets, check_distillation
 from .errors import UserError
 from .files import check_output_file, write_json
+from .image_files import read_checked
 from .prediction.predict import to_annotations
 from .predictor import Category, unknown_names
 from .pseudo_labels import PseudoLabels

@@ -12,10 +12,10 @@ from kd_d2.config import add_kd_config
 from kd_d2.data import build_stream_loader, check_coco_json, register_coco_json
 from kd_d2.data.coco import BOX_FORMATS, read_categories, read_coco
 from kd_d2.data.coco.boxes import check_format, overlaps, reaches_out
-from kd_d2.data.coco.image_names import size_on_disk
 from kd_d2.data.coco.segmentation import normalize_segmentation
 from kd_d2.data.coco_json import ClassOrder, CocoSummary
 from kd_d2.errors import UserError
+from kd_d2.image_files import size_on_disk
 
 import numpy as np
 import pytest

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kd_d2.data import CheckedMapper, read_image
-from kd_d2.data.coco.image_names import size_on_disk
-from kd_d2.data.images import DataError
+from kd_d2.image_files import DataError, size_on_disk
 from kd_d2.prediction import find_images
 
 import numpy as np

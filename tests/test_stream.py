@@ -15,10 +15,11 @@ from pathlib import Path
 
 from kd_d2.config import add_kd_config
 from kd_d2.data import build_stream_loader, register_coco_json
-from kd_d2.data.images import DataError, build_test_loader
+from kd_d2.data.images import build_test_loader
 from kd_d2.data.stream import BatchStream, MappedDataset
 from kd_d2.data.workers import configure_workers
 from kd_d2.errors import UserError
+from kd_d2.image_files import DataError
 from kd_d2.random_state import seeded
 
 import numpy as np

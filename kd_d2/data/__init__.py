@@ -1,7 +1,8 @@
 """Datasets in COCO format, synthetic datasets, and the resumable training data loader."""
 
+from ..image_files import read_image
 from .coco_json import ClassOrder, check_coco_json, register_coco_json
-from .images import CheckedMapper, build_test_loader, build_test_mapper, evenly_spaced, read_image
+from .images import CheckedMapper, build_test_loader, build_test_mapper, evenly_spaced
 from .stream import build_stream_loader
 from .synthetic import register_synthetic
 

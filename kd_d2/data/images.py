@@ -1,10 +1,9 @@
-"""Image loading with errors that name the file."""
+"""Dataset mappers whose errors name the file, and test loaders."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -14,124 +13,15 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, build_detection_test_loader, detection_utils
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import SizeMismatchError
-from detectron2.utils.file_io import PathManager
-from detectron2.utils.logger import log_first_n
-from PIL import Image, ImageFile
 from torch.utils.data import DataLoader
 
 from ..config import thawed
-from ..errors import UserError
-from ..text import printable
+from ..image_files import READING_ERRORS, DataError, read_checked
 from .workers import configure_workers
 
 logger = logging.getLogger(__name__)
 
-
-class DataError(UserError):
-    """Raised when an image of a dataset cannot be used."""
-
-    def __init__(self, message: str):
-        # A worker process passes its exception on as traceback text, which ends with the message.
-        super().__init__(message.rpartition(f"{__name__}.DataError: ")[2].strip())
-
-
-IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
-"""Pillow's names of the supported formats. Other formats are never opened; decoders of some start external programs."""
-
-READING_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, SizeMismatchError)
-"""Exceptions that Pillow and Detectron2 raise for damaged images."""
-
-Content = TypeVar("Content")
 Entry = TypeVar("Entry")
-
-
-@contextlib.contextmanager
-def open_image(path: str) -> Iterator[Image.Image]:
-    """Open an image with Pillow if its content is in one of IMAGE_FORMATS, regardless of the file's suffix."""
-    with PathManager.open(path, "rb") as file, Image.open(file, formats=IMAGE_FORMATS) as image:
-        yield image
-
-
-def read_checked(path: str, read: Callable[[], Content], what: str = "image") -> Content:
-    """Return the result of `read` on an image file. A truncated JPEG is decoded as far as possible, with a warning.
-
-    Args:
-        path: file that `read` loads with Pillow.
-        read: function that loads the file; called a second time if the file is a truncated JPEG.
-        what: what the file is, for messages.
-
-    Raises:
-        DataError: the file is missing, not in one of IMAGE_FORMATS, damaged, too large or too narrow, or its values have
-            more than 8 bits.
-    """
-    try:
-        with open_image(path) as image:
-            is_jpeg = image.format in ("JPEG", "MPO")
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(
-                    "it has 16 or 32 bits a value, of which only 0 to 255 would be kept; convert it to 8 bits"
-                )
-        try:
-            with _loaded_before_turning():
-                return read()
-        except OSError as error:
-            if not is_jpeg or "truncated" not in str(error):
-                raise
-        before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, True
-        try:
-            content = read()
-        finally:
-            ImageFile.LOAD_TRUNCATED_IMAGES = before
-        message = f"The {what} {printable(path)} is truncated; the missing part is filled with gray."
-        log_first_n(logging.WARNING, message, name=__name__, key="message")
-        return content
-    except READING_ERRORS as error:
-        raise DataError(f"The {what} {path} cannot be used: {_reason(error)}.") from error
-
-
-@contextlib.contextmanager
-def _loaded_before_turning() -> Iterator[None]:
-    """Load images before Detectron2 applies the EXIF orientation.
-
-    Pillow applies it to TIFF images itself and then removes it. The EXIF data of a PNG image may follow its pixels;
-    Detectron2 ignores errors while it reads them, and the part of the pixels that is missing would stay black.
-    """
-    original = detection_utils._apply_exif_orientation
-
-    def apply(image: Image.Image) -> Image.Image:
-        image.load()
-        return original(image)
-
-    detection_utils._apply_exif_orientation = apply
-    try:
-        yield
-    finally:
-        detection_utils._apply_exif_orientation = original
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):
-        return f"its format is none of {', '.join(IMAGE_FORMATS)}"
-    if isinstance(error, Image.DecompressionBombError):
-        return f"it has more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels; downscale it"
-    if "must be > 0" in str(error):  # Pillow's message for a target size of 0
-        return "it is so narrow that its shorter side would be less than one pixel after resizing"
-    return (getattr(error, "strerror", None) or str(error)).rstrip(".")
-
-
-def read_image(path: str, channels: str) -> np.ndarray:
-    """Read an image with Detectron2's `read_image` through `read_checked`.
-
-    Args:
-        channels: channel order, such as "BGR".
-
-    Returns:
-        Array of shape (height, width, channels).
-
-    Raises:
-        DataError: see `read_checked`.
-    """
-    return read_checked(path, lambda: detection_utils.read_image(path, channels))
 
 
 class CheckedMapper:

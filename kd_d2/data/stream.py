@@ -25,10 +25,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..config import detector_of, reads_annotations
 from ..errors import UserError
+from ..image_files import DataError, size_of_entry
 from ..random_state import seeded
 from .augmentation import build_mapper
-from .coco.image_names import size_of_entry
-from .images import CheckedMapper, DataError
+from .images import CheckedMapper
 from .workers import configure_workers
 
 logger = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ..data.coco import CocoData
-from ..data.images import DataError, read_image
 from ..errors import UserError
+from ..image_files import DataError, read_image
 from .findings import Finding
 from .sets import DataSet
 

@@ -12,7 +12,7 @@ from detectron2.structures import Boxes, Instances
 
 from ..analysis.drawing import draw_instances, sheet, titled
 from ..data.coco import CocoData
-from ..data.images import DataError, read_image
+from ..image_files import DataError, read_image
 from .sets import DataSet
 
 COLUMNS = 4

@@ -8,8 +8,8 @@ import os
 from detectron2.config import CfgNode
 
 from ..checkpoint import checkpoint_files
-from ..data.images import DataError
 from ..errors import DISK_IS_FULL, UserError, explain_lack_of_resources, system_error
+from ..image_files import DataError
 from .lost_ranks import explain_lost_ranks
 from .step import NonFiniteLossError
 

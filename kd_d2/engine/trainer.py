@@ -26,11 +26,11 @@ from ..class_names import match_classes, names_in_checkpoint, names_in_data
 from ..compiled import compile_backbone
 from ..config import KD_META_ARCH, thawed
 from ..data import build_stream_loader, build_test_loader
-from ..data.images import DataError
 from ..data.stream import BatchStream
 from ..errors import UserError
 from ..evaluation import build_evaluator
 from ..files import end_last_line
+from ..image_files import DataError
 from ..inheritance import inherit
 from ..memory_format import to_channels_last, trains_with_channels_last
 from ..meta_arch import KDMetaArch, student_of

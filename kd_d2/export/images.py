@@ -13,7 +13,7 @@ from torch import Tensor
 from ..config import thawed
 from ..data import evenly_spaced, read_image, register_coco_json, register_synthetic
 from ..data.coco.reader import MissingImagesError
-from ..data.images import DataError
+from ..image_files import DataError
 from .metadata import ExportMetadata
 
 logger = logging.getLogger(__name__)

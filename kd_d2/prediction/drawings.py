@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import struct
 
-from ..data.images import READING_ERRORS, open_image
+from ..image_files import READING_ERRORS, open_image
 
 COMMENT = "Drawn by kd-d2 predict"
 """Comment in JPEG files."""

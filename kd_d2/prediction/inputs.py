@@ -7,9 +7,9 @@ import logging
 import os
 from dataclasses import dataclass
 
-from ..data.images import DataError, open_image, read_checked
 from ..errors import UserError
 from ..files import check_inputs_are_kept
+from ..image_files import DataError, open_image, read_checked
 from ..text import LONGEST_FILE_NAME, file_stem, is_unicode, printable
 from .drawings import is_drawing
 from .video import video_problem

@@ -18,9 +18,9 @@ from PIL import Image
 
 from ..analysis.drawing import draw_instances
 from ..data import read_image
-from ..data.images import DataError
 from ..errors import UserError
 from ..files import check_output_folder, write_json
+from ..image_files import DataError
 from ..predictor import Category, ImageDetector
 from ..text import printable
 from .drawings import COMMENT

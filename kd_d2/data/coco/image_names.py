@@ -8,22 +8,12 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
-from typing import Any
 from urllib.parse import unquote
 
-from PIL import Image
-
 from ...errors import UserError
-from ..images import IMAGE_FORMATS, READING_ERRORS, open_image
+from ...image_files import is_image_name
 
 UPLOAD_PREFIX = re.compile(r"^[0-9a-f]{8}[-_](?=.)")  # Label Studio's
-SUFFIXES = frozenset(suffix for suffix, form in Image.registered_extensions().items() if form in IMAGE_FORMATS)
-
-
-def is_image_name(name: str) -> bool:
-    """Return whether a file has an image suffix and is not hidden."""
-    base = os.path.basename(name)
-    return os.path.splitext(base)[1].lower() in SUFFIXES and not base.startswith(".")
 
 
 class ImageFinder:
@@ -124,31 +114,3 @@ def _stem(name: str) -> str:
 
 FORMS: tuple[Callable[[str], str], ...] = (_base, _without_prefix, _stem)
 """Normalizations by which names are compared, strictest first."""
-
-
-def size_of_entry(entry: dict[str, Any]) -> tuple[int, int]:
-    """Return width and height of the image of a dataset dictionary, from the file if the entry lacks them.
-
-    Raises:
-        UserError: see `size_on_disk`.
-    """
-    if "width" in entry and "height" in entry:
-        return entry["width"], entry["height"]
-    return size_on_disk(entry["file_name"])
-
-
-def size_on_disk(path: str) -> tuple[int, int]:
-    """Return width and height of an image as Detectron2 reads it, with the EXIF orientation applied.
-
-    Raises:
-        UserError: it cannot be read as an image.
-    """
-    try:
-        with open_image(path) as image:
-            turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
-            if turned and image.format == "TIFF":
-                image.load()  # Pillow turns TIFF images itself, old versions not before loading
-                return image.size
-            return image.size[::-1] if turned else image.size
-    except READING_ERRORS as error:
-        raise UserError(f"The image {path} cannot be read: {error}.") from error

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import UserError
+from ...image_files import size_on_disk
 from ...text import composed, has_controls, label
 from .annotations import Annotations
 from .ids import Ids, whole_number
-from .image_names import ImageFinder, size_on_disk
+from .image_names import ImageFinder
 from .repairs import Repairs
 
 Entry = dict[str, Any]

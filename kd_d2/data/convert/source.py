@@ -13,8 +13,8 @@ from xml.etree import ElementTree
 from xml.parsers import expat
 
 from ...errors import UserError
+from ...image_files import is_image_name, size_on_disk
 from ..coco import ImageFinder, Repairs
-from ..coco.image_names import is_image_name, size_on_disk
 
 SPLIT = re.compile(r"(trainval|train|training|val|valid|validation|minival|dev|test|testing)(\d{4})?", re.IGNORECASE)
 WHOLE = "all"

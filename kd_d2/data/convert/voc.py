@@ -9,7 +9,7 @@ from collections.abc import Container
 from xml.etree.ElementTree import Element
 
 from ...errors import UserError
-from ..coco.image_names import is_image_name
+from ...image_files import is_image_name
 from .labels import REMEDY, LabelledBox, LabelledImage, Labels, read_box, written_size
 from .source import Source
 

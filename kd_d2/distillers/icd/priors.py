@@ -21,6 +21,7 @@ from torch import Tensor
 from ...cache import cache_folder
 from ...errors import UserError
 from ...files import read_json, write_text
+from ...image_files import size_of_entry
 
 MIN_BOXES = 10
 """Classes with fewer boxes use the mean and deviation of all boxes."""
@@ -117,8 +118,6 @@ def _boxes_of_coco(coco: dict, class_of: dict[int, int]) -> tuple[np.ndarray, np
 
 
 def _boxes_of_dicts(dicts: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-    from ...data.coco.image_names import size_of_entry  # not at the top: it needs configs, which need the methods
-
     sized = zip(dicts, map(size_of_entry, dicts), strict=True)
     entries = [(a, size) for d, size in sized for a in d["annotations"] if not a.get("iscrowd")]
     boxes = [BoxMode.convert(list(a["bbox"]), a["bbox_mode"], BoxMode.XYXY_ABS) for a, _ in entries]
