@@ -263,6 +263,22 @@ def test_the_plain_loss_compiles_to_one_graph() -> None:
     assert student.grad.abs().sum() > 0
 
 
+def test_compiled_matrices_are_computed_on_the_device_of_the_maps() -> None:
+    """Check that no step copies them, with the meta device in place of a GPU, and their values."""
+    devices = set()
+
+    def look(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        values = [node.meta.get("example_value") for node in graph.graph.nodes]
+        devices.update(value.device.type for value in values if isinstance(value, Tensor))
+        return graph.forward
+
+    compiled = torch.compile(blur_matrix, backend=look, fullgraph=True)
+    compiled(21, 11, 1.5, torch.float32, torch.device("meta"))
+    assert devices == {"meta"}
+    settings = (9, 7, 1.5, torch.float64, torch.device("cpu"))
+    torch.testing.assert_close(compiled(*settings), blur_matrix(*settings))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, for which the kernels are built")
 def test_fake_tensors_of_a_gpu_do_not_decide_whether_kernels_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that the kernels are not tried with fake tensors, whose failure would be remembered."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
-from kornia.filters import get_gaussian_kernel1d
 from torch import Tensor
 
 NEGLIGIBLE = 1e-16
@@ -82,8 +80,10 @@ def _split(x: Tensor) -> tuple[Tensor, Tensor]:
 def blur_matrix(side: int, window_size: int, sigma: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the (side, side) matrix that blurs a line with reflected ends; its transpose is the adjoint.
 
-    It is cached, except in modes whose tensors have no use outside.
+    It is cached, except in modes whose tensors have no use outside, and computed in the graph under `torch.compile`.
     """
+    if torch.compiler.is_compiling():
+        return _blur_weights(side, window_size, sigma, device).to(dtype)
     build = _cached_blur_matrix if makes_plain_tensors() else _new_blur_matrix
     return build(side, window_size, sigma, dtype, device)
 
@@ -95,12 +95,23 @@ def makes_plain_tensors() -> bool:
 
 @torch.inference_mode(False)  # the cached matrix may be used in training later
 def _new_blur_matrix(side: int, window_size: int, sigma: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    kernel = get_gaussian_kernel1d(window_size, sigma, device="cpu", dtype=torch.float64)
-    kernel.masked_fill_(kernel < NEGLIGIBLE, 0)
-    half = window_size // 2
-    impulses = torch.eye(side, device="cpu", dtype=torch.float64)[:, None]
-    responses = F.conv1d(F.pad(impulses, (half, half), mode="reflect"), kernel[None])
-    return responses[:, 0].T.to(device, dtype).contiguous()
+    return _blur_weights(side, window_size, sigma, torch.device("cpu")).to(device, dtype)
 
 
 _cached_blur_matrix = lru_cache(maxsize=512)(_new_blur_matrix)
+
+
+def _blur_weights(side: int, window_size: int, sigma: float, device: torch.device) -> Tensor:
+    """Compute the matrix in float64: the weights of each input and of its reflections in both ends."""
+    half, last = window_size // 2, side - 1
+
+    def weight_at(distance: Tensor) -> Tensor:
+        return torch.where(distance.abs() <= half, torch.exp(-(distance / sigma).square() / 2), 0)
+
+    inputs = torch.arange(side, device=device, dtype=torch.float64)
+    outputs = inputs[:, None]
+    weights = weight_at(outputs - inputs)
+    weights += weight_at(outputs + inputs) * (inputs > 0)
+    weights += weight_at(2 * last - outputs - inputs) * (inputs < last)
+    weights /= weight_at(torch.arange(-half, half + 1, device=device, dtype=torch.float64)).sum()
+    return weights.masked_fill(weights < NEGLIGIBLE, 0)
