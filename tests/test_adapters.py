@@ -33,6 +33,7 @@ from detectron2.modeling import Backbone, build_backbone
 from detectron2.modeling.backbone import build_resnet_backbone
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.meta_arch import GeneralizedRCNN, PanopticFPN, RetinaNet
+from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
@@ -217,6 +218,18 @@ def test_dense_boxes_are_float32_under_autocast(kind: str, tiny_detector: Callab
         boxes = decode(half, anchors)
     assert boxes.dtype == torch.float32
     torch.testing.assert_close(boxes, decode(half.float(), anchors))
+
+
+def test_losses_of_detectron2s_fcos_are_float32_under_autocast(
+    tiny_detector: Callable, make_inputs: Callable, event_storage: EventStorage
+) -> None:
+    """Check the class of LazyConfigs, whose own losses fail, against kd_d2's of equal weights."""
+    ours, theirs = tiny_detector("fcos"), tiny_detector("fcos")
+    theirs.__class__ = FCOS
+    batch = make_inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, found = (build_adapter(model).run(batch, NOTHING, _targets(batch)).losses for model in (ours, theirs))
+    assert found == expected and all(loss.dtype == torch.float32 and loss > 0 for loss in found.values())
 
 
 @pytest.mark.parametrize("kind", ["retinanet", "faster"])

@@ -205,6 +205,11 @@ class FCOSAdapter(AnchorDetectorAdapter):
                 rows.append(torch.full((sum(map(len, anchors)),), BACKGROUND, device=anchors[0].device))
         return torch.stack(rows)
 
+    def losses(self, dense: DensePredictions, predictions: list[list[Tensor]], targets: list[Instances]) -> dict:
+        """Compute the detection losses in float32: Detectron2's FCOS mixes dtypes under autocast."""
+        with torch.autocast(predictions[0][0].device.type, enabled=False):
+            return super().losses(dense, [[level.float() for level in levels] for levels in predictions], targets)
+
 
 @DETECTOR_ADAPTER_REGISTRY.register()
 class SingleAnchorAdapter(AnchorDetectorAdapter):
