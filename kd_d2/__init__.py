@@ -33,6 +33,8 @@ __all__ = [*_MODULES, "data", "modeling"]
 warnings.filterwarnings("ignore", message=r".*torch\.jit\.script")
 warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
 warnings.filterwarnings("ignore", message=r"torch\.meshgrid")
+# Pillow's advice to the program: detectors have no use for transparency.
+warnings.filterwarnings("ignore", message="Palette images with Transparency")
 
 moved.explain(__name__)
 

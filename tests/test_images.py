@@ -1,7 +1,10 @@
 """Images: which files are opened, and the messages for those that cannot be used."""
 
 import logging
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +17,7 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetMapper
+from helpers import ROOT
 from PIL import Image, ImageFile, ImageOps
 
 pytestmark = pytest.mark.unit
@@ -69,6 +73,19 @@ def test_images_of_every_format_are_of_one_type(tmp_path: Path) -> None:
         types[name] = image.dtype
     assert types == {"RGB": torch.uint8, "LAB": torch.uint8, "YUV-BT.601": torch.float32}
     assert image[0, 0, 0].item() == pytest.approx(0.299, rel=1e-4)
+
+
+def test_transparency_is_ignored_without_a_warning(tmp_path: Path) -> None:
+    """Check a palette of red, transparent, and blue, half transparent, in a process with Python's own filters."""
+    image = Image.new("P", (2, 1))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putpixel((1, 0), 1)
+    image.save(tmp_path / "palette.png", transparency=bytes([0, 128]))
+    assert read_image(str(tmp_path / "palette.png"), "RGB").tolist() == [[[255, 0, 0], [0, 0, 255]]]
+    code = "import kd_d2; from PIL import Image; Image.open('palette.png').convert('RGB')"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, check=True)
+    assert run.stderr == b""
 
 
 @pytest.mark.parametrize("read", [_map, lambda path: find_images([str(path)])], ids=["dataset", "predict"])
