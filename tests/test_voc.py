@@ -126,8 +126,9 @@ def test_a_test_set_without_objects_that_count_has_no_ap(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("year", [2007, 2012])
 def test_results_are_those_of_detectron2_if_every_class_has_objects(tmp_path: Path, year: int) -> None:
-    """Check 40 images with difficult objects, and with detections that are equally sure, double, shifted or of nothing."""
+    """Check 40 images with difficult objects, and with detections that are double, shifted or of nothing."""
     random, images, found = np.random.RandomState(0), [], {}
+    scores = iter(random.permutation(1000) / 1000)  # Detectron2 does not define the order of equal scores
     for image in range(40):
         text, found[str(image)] = "", []
         for _ in range(random.randint(1, 6)):
@@ -137,7 +138,7 @@ def test_results_are_those_of_detectron2_if_every_class_has_objects(tmp_path: Pa
                 "<difficult>0", f"<difficult>{int(random.rand() < 0.3)}"
             )
             for shift in random.normal(0, 2, (random.randint(1, 4), 4)):
-                found[str(image)].append((number, round(float(random.rand()), 1), *(box + shift).tolist()))
+                found[str(image)].append((number, float(next(scores)), *(box + shift).tolist()))
         images.append(text)
     with registered(tmp_path, images, CLASS_NAMES[:3], year) as name:
         ours = evaluated(build_evaluator(get_cfg(), name), found)
@@ -145,6 +146,16 @@ def test_results_are_those_of_detectron2_if_every_class_has_objects(tmp_path: Pa
         test_set.write_text(test_set.read_text().rstrip("\n") + "\n")
         theirs = evaluated(PascalVOCDetectionEvaluator(name), found)
     assert ours == pytest.approx(theirs, abs=1e-9) and 10 < ours["AP"] < ours["AP50"] < 90
+
+
+def test_detections_with_equal_scores_keep_their_order(tmp_path: Path) -> None:
+    """Check two scores that alternate: of the 50 detections with the higher one, the first 25 are right."""
+    box, elsewhere = (1, 1, 20, 20), (40, 10, 60, 60)
+    images = [PLAIN.format("cow", *box, "")] * 25 + [""] * 25
+    found = {str(image): [(0, 0.9, *box), (0, 0.8, *elsewhere)] for image in range(50)}
+    with registered(tmp_path, images, ("cow",), 2012) as name:
+        results = evaluated(build_evaluator(get_cfg(), name), found)
+    assert results == pytest.approx(dict.fromkeys(("AP", "AP50", "AP75"), 100))
 
 
 def test_training_and_evaluation_on_voc_folders(voc: str, tmp_path: Path) -> None:

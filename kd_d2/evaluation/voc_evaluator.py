@@ -78,11 +78,11 @@ def recall_and_precision(lines: list[str], objects: dict[str, Objects]) -> Itera
     """Yield recall and precision at each of THRESHOLDS.
 
     Args:
-        lines: detections of a class, as "image score xmin ymin xmax ymax".
+        lines: detections of a class, as "image score xmin ymin xmax ymax"; those with equal scores keep their order.
         objects: objects of the class by image, at least one of which is not difficult.
     """
     split = [line.rsplit(" ", 5) for line in lines]
-    order = np.argsort([-float(score) for _, score, *_ in split])
+    order = np.argsort([-float(score) for _, score, *_ in split], kind="stable")
     detections = [_nearest(split[i][0], np.array(split[i][2:], dtype=float), objects) for i in order]
     total = sum(of_image.are_difficult.count(False) for of_image in objects.values())
     for threshold in THRESHOLDS:
