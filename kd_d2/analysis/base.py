@@ -200,11 +200,6 @@ def load_analysis(folder: str) -> Analysis:
     return find_analysis(members({"analysis": str}, read_json(path), path, "the file")["analysis"]).load(folder)
 
 
-def available_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def check_at_least(option: str, value: int | None, minimum: int) -> None:
     """Raise a UserError that names the option if its value is too small; None means that the option is not given."""
     if value is not None and value < minimum:

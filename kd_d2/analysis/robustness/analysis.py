@@ -12,12 +12,13 @@ from typing import Any, Self
 from detectron2.data import DatasetCatalog
 from tqdm import tqdm
 
+from ...cores import available_cores
 from ...data import read_image
 from ...errors import UserError
 from ...files import check_output_folder, write_text
 from ...report.page import Table
 from ...text import csv_text
-from ..base import NOT_STORED, Analysis, as_text, available_cores, check_at_least
+from ..base import NOT_STORED, Analysis, as_text, check_at_least
 from ..drawing import write_picture
 from ..models import TrainedModel, restrict_images
 from .corruptions import CORRUPTIONS, SEVERITIES, load_corruptions
