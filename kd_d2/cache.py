@@ -15,13 +15,10 @@ def cache_folder(kind: str) -> str:
         UserError: none of them is writable.
     """
     caches = filter(os.path.isabs, (os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")))
-    private = os.path.join(tempfile.gettempdir(), f"kd_d2-{os.getuid()}")
     error = None
-    for parent in (*(os.path.join(cache, "kd_d2") for cache in caches), private):
-        folder = os.path.join(parent, kind)
+    for cache in (*caches, None):
         try:
-            if parent == private:
-                _make_private(private)
+            folder = os.path.join(_private_folder() if cache is None else os.path.join(cache, "kd_d2"), kind)
             os.makedirs(folder, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
                 return folder
@@ -30,8 +27,10 @@ def cache_folder(kind: str) -> str:
     raise UserError(f"There is no writable cache folder ({error}); set XDG_CACHE_HOME to one.")
 
 
-def _make_private(folder: str) -> None:
-    """Make a folder that only this user can write to; a PermissionError is raised if another user has made it."""
+def _private_folder() -> str:
+    """Make a temporary folder that only this user can write to; a PermissionError is raised if another user has made it."""
+    folder = os.path.join(tempfile.gettempdir(), f"kd_d2-{os.getuid()}")
     os.makedirs(folder, mode=0o700, exist_ok=True)
     if os.lstat(folder).st_uid != os.getuid():
         raise PermissionError(f"{folder} belongs to another user")
+    return folder

@@ -42,7 +42,8 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def explain_lack_of_resources(error: BaseException | None, advice: str) -> str | None:
-    """Return a clause for an error that means too little memory, too few files or processes, or failed data loading.
+    """Return a clause for an error that means too little memory, too few files or processes, no temporary folder, or failed
+    data loading.
 
     Args:
         error: any error; the result is None if it has another cause.
@@ -53,6 +54,10 @@ def explain_lack_of_resources(error: BaseException | None, advice: str) -> str |
         return (
             f"Too many open files ({reason}): raise the limit (ulimit -n, at most ulimit -Hn), or use fewer data loading processes or "
             "smaller batches"
+        )
+    if "No usable temporary directory" in reason:
+        return (
+            f"No folder for temporary files is writable ({reason}): free space in one of them, or set TMPDIR to another"
         )
     if NO_MORE_PROCESSES.fullmatch(reason):
         return (

@@ -999,6 +999,10 @@ def _share_too_many_tensors(args: object) -> None:
     raise RuntimeError("unable to open shared memory object </torch_7> in read-write mode: Too many open files (24)")
 
 
+def _find_no_temporary_folder(args: object) -> None:
+    raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+
 def _start_too_many_processes(args: object) -> None:
     raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
 
@@ -1032,6 +1036,8 @@ FEWER = "raise the limit (ulimit -u, or the number of processes of the container
      "data loading processes or smaller batches."),
     (_share_too_many_tensors, "Too many open files (unable to open shared memory object </torch_7> in read-write mode: Too many open files (24)): "
      "raise the limit (ulimit -n, at most ulimit -Hn), or use fewer data loading processes or smaller batches."),
+    (_find_no_temporary_folder, "No folder for temporary files is writable ([Errno 2] No usable temporary directory found in ['/tmp']): free "
+     "space in one of them, or set TMPDIR to another."),
     (_start_too_many_processes, f"No more processes or threads can be started ([Errno 11] Resource temporarily unavailable): {FEWER}"),
     (_start_too_many_threads, f"No more processes or threads can be started (can't start new thread): {FEWER}"),
     (_receive_from_a_lost_worker, "A data loading process failed (EOFError): see its error above."),
