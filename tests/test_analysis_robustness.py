@@ -104,6 +104,16 @@ def test_a_metric_that_is_undefined_stays_so_in_the_record(tmp_path: Path) -> No
     assert found["AP"] == 1 and math.isnan(found["APs"])
 
 
+def test_two_processes_measure_parts_of_a_model(tmp_path: Path) -> None:
+    model = SimpleNamespace(folder_name="toy", title="toy", identity=lambda: {"weights": "1"})
+    one, other = (engine.RobustnessRecord(model, str(tmp_path)) for _ in range(2))
+    one.add("fog/1", {"AP": 1.0})
+    other.add("snow/1", {"AP": 2.0})
+    one.add("fog/2", {"AP": 3.0})
+    found = engine.RobustnessRecord(model, str(tmp_path)).cells
+    assert found == {"fog/1": {"AP": 1.0}, "snow/1": {"AP": 2.0}, "fog/2": {"AP": 3.0}}
+
+
 class _SeesClassesByContrast(nn.Module):
     """Finds every object exactly, but blue only above 0.8 and green only above 0.25 of the original contrast."""
 

@@ -64,22 +64,27 @@ class RobustnessRecord:
 
     def __init__(self, model: TrainedModel, output: str):
         self.path = os.path.join(output, model.folder_name, "robustness.json")
+        self.title = model.title
         self.identity = model.identity()
-        self.cells: dict[str, Metrics] = {}
-        if os.path.isfile(self.path):
-            found = read_json(self.path)
-            if not isinstance(found, dict) or found.get("identity") != self.identity:
-                raise UserError(
-                    f"--output: {self.path} was measured with different weights, config or images than {model.title} "
-                    "has now; use another folder or remove the file."
-                )
-            self.cells = {
-                name: {metric: math.nan if value is None else value for metric, value in metrics.items()}
-                for name, metrics in found["cells"].items()
-            }
+        self.cells = self._stored()
+
+    def _stored(self) -> dict[str, Metrics]:
+        if not os.path.isfile(self.path):
+            return {}
+        found = read_json(self.path)
+        if not isinstance(found, dict) or found.get("identity") != self.identity:
+            raise UserError(
+                f"--output: {self.path} was measured with different weights, config or images than {self.title} "
+                "has now; use another folder or remove the file."
+            )
+        return {
+            name: {metric: math.nan if value is None else value for metric, value in metrics.items()}
+            for name, metrics in found["cells"].items()
+        }
 
     def add(self, name: str, metrics: Metrics) -> None:
-        self.cells[name] = metrics
+        """Store a measurement, and keep those that other processes have stored in the meantime."""
+        self.cells = {**self._stored(), **self.cells, name: metrics}
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
         write_json(self.path, {"identity": self.identity, "cells": self.cells})
 
