@@ -266,6 +266,25 @@ def test_other_weights_in_the_same_folder(tmp_path: Path, toy: tuple, capfd) -> 
     assert "was measured with different weights, config or images than toy has now" in capfd.readouterr().err
 
 
+def test_all_models_are_checked_before_the_first_is_measured(tmp_path: Path, monkeypatch, capfd) -> None:
+    """Check a second model whose checkpoint is of another detector, and one that has a record of another model."""
+    project, output, other = make_project(tmp_path / "toy"), tmp_path / "out", tmp_path / "other.pth"
+    torch.save({"model": {"weight": torch.zeros(1)}}, other)
+    record = output / "second" / "robustness.json"
+    monkeypatch.setattr(engine, "_evaluate", lambda *_: pytest.fail("The first model is measured."))
+    for weights, expected in (
+        (other, f"{other} fills no parameter"),
+        (project.teacher_weights, f"{record} was measured"),
+    ):
+        arguments = _arguments(project, output)
+        arguments[3:3] = ["--model", f"second={project.teacher}", weights]
+        with pytest.raises(SystemExit):
+            run(*arguments)
+        assert expected in capfd.readouterr().err
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text("{}")
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

@@ -22,7 +22,7 @@ from ..base import NOT_STORED, Analysis, as_text, check_at_least
 from ..drawing import write_picture
 from ..models import TrainedModel, restrict_images
 from .corruptions import CORRUPTIONS, SEVERITIES, load_corruptions
-from .measure import measure_robustness
+from .measure import check_measurable, measure_robustness
 from .metrics import CLEAN_SEVERITY, Robustness
 from .plots import corruption_sheet, plot_robustness
 
@@ -82,6 +82,8 @@ class RobustnessAnalysis(Analysis):
         check_output_folder(output, "--output")
         if images is not None:
             models = restrict_images(models, images, output)
+        if len(models) > 1:  # a single one is checked when its measurements begin
+            check_measurable(models, output)
         entries = DatasetCatalog.get(models[0].dataset)
         example = next((e for e in entries if e.get("annotations")), entries[0])
         picture = corruption_sheet(

@@ -93,6 +93,13 @@ def cell_name(corruption: str, severity: int) -> str:
     return f"{corruption}/{severity}"
 
 
+def check_measurable(models: Sequence[TrainedModel], output: str) -> None:
+    """Raise a UserError if any model cannot be built, or `output` has a record of a different one."""
+    for model in models:
+        RobustnessRecord(model, output)
+        model.build()
+
+
 def measure_robustness(
     model: TrainedModel,
     output: str,
