@@ -6,7 +6,9 @@ import csv
 import functools
 import json
 import math
+import signal
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -283,6 +285,20 @@ def test_all_models_are_checked_before_the_first_is_measured(tmp_path: Path, mon
         assert expected in capfd.readouterr().err
         record.parent.mkdir(parents=True, exist_ok=True)
         record.write_text("{}")
+
+
+def test_a_signal_leaves_no_temporary_folder(tmp_path: Path, toy: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr(engine, "inference_on_dataset", lambda *_: signal.raise_signal(signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with pytest.raises(SystemExit):
+            run("--corruptions", "fog", *_arguments(toy[0], tmp_path / "out"))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not [*temporary.iterdir()]
 
 
 @pytest.mark.parametrize(

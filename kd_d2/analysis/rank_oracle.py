@@ -6,7 +6,6 @@ Shape suffixes: B images, A anchors per position, K classes, H W map, R anchors 
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -23,7 +22,7 @@ from ..adapters import DensePredictions, DetectorOutputs
 from ..adapters.dense import strides_of_head
 from ..evaluation import check_coco_metrics
 from ..evaluation.coco_evaluator import CocoEvaluator
-from ..files import check_output_folder
+from ..files import check_output_folder, temporary_folder
 from ..losses import reordered
 from ..meta_arch import KDMetaArch
 from ..report.page import Table
@@ -96,7 +95,7 @@ def rank_oracle(cfg: CfgNode, model: KDMetaArch, examples: Iterable[dict]) -> di
     """
     dataset = cfg.DATASETS.TEST[0]
     check_coco_metrics(dataset, "kd-d2 analyze rank-oracle")
-    with tempfile.TemporaryDirectory() as folder:  # for the files that evaluators write
+    with temporary_folder() as folder:  # for the files that evaluators write
         evaluators = {
             name: CocoEvaluator(dataset, folder, cfg.TEST.KEYPOINT_OKS_SIGMAS) for name in (STUDENT, RANKS, SCORES)
         }

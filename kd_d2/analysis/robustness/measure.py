@@ -6,7 +6,6 @@ import contextlib
 import io
 import math
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch import nn
 from ...data import build_test_loader, read_image
 from ...errors import UserError
 from ...evaluation import build_evaluator
-from ...files import read_json, write_json
+from ...files import read_json, temporary_folder, write_json
 from ..models import TrainedModel
 from .corruptions import check_large_enough, corrupt
 from .metrics import Metrics, Robustness
@@ -139,7 +138,7 @@ def _evaluate(
     note: str,
 ) -> Metrics:
     loader = build_test_loader(model.cfg, model.dataset, mapper, num_workers=workers)
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+    with temporary_folder() as folder, contextlib.redirect_stdout(io.StringIO()):
         evaluator = build_evaluator(model.cfg, model.dataset, folder)
         results = inference_on_dataset(detector, progress(loader, desc=note), evaluator)["bbox"]
     return {name: value for name, value in results.items() if not name.startswith("AP-")}
