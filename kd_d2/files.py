@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import IO, Any
 
-from .errors import UserError
+from .errors import UserError, system_error
 from .signals import exit_on_signals
 
 LONGEST_NAME = 255
@@ -56,9 +56,10 @@ def named_in_errors(path: str, temporary: str | None = None) -> Iterator[None]:
     """Name the path in system errors of this context, such as that of a full disk, in place of a temporary one."""
     try:
         yield
-    except OSError as error:
-        if error.errno and error.filename in (None, temporary):
-            error.filename = path
+    except (OSError, RuntimeError) as error:
+        system = system_error(error)
+        if system and system.errno and system.filename in (None, temporary):
+            system.filename = path
         raise
 
 

@@ -10,6 +10,7 @@ import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from kd_d2.errors import as_user_error
 from kd_d2.evaluation import build_evaluator
 from kd_d2.evaluation.coco_evaluator import CocoEvaluator, faster_evaluation
 from kd_d2.evaluation.lvis_evaluator import LvisEvaluator
@@ -225,6 +226,21 @@ def test_detections_of_several_test_sets_are_kept(tmp_path: Path) -> None:
     folders = [str(file.parent.relative_to(tmp_path / "output")) for file in saved]
     assert folders == ["inference", "inference/one", f"inference/{file_stem('two/b')}"]
     assert [json.loads(file.read_text())[0]["category_id"] for file in saved] == [1, 2, 2]
+
+
+def test_the_folder_on_a_full_disk_is_named(tmp_path: Path) -> None:
+    """Check detections whose file is on a device without space."""
+    path, output = make_coco(tmp_path), tmp_path / "out"
+    output.mkdir()
+    (output / "instances_predictions.pth").symlink_to("/dev/full")
+    with clean_process():
+        register_coco_instances("full", {}, str(path), str(tmp_path / "images"))
+        evaluator = CocoEvaluator("full", str(output))
+        evaluator.reset()
+        evaluator.process([DatasetCatalog.get("full")[0]], [_detected([[1, 1, 9, 9]], [0])])
+        with pytest.raises((OSError, RuntimeError)) as caught:
+            evaluator.evaluate()
+    assert str(as_user_error(caught.value)) == f"{output} cannot be written: No space left on device."
 
 
 @pytest.fixture

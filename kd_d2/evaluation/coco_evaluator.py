@@ -14,7 +14,7 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.evaluation.coco_evaluation import _evaluate_predictions_on_coco
 from pycocotools.coco import COCO
 
-from ..files import write_json
+from ..files import named_in_errors, write_json
 from .coco import complete, is_of_size
 
 try:
@@ -70,6 +70,10 @@ class CocoEvaluator(COCOEvaluator):
             "segm": all(annotation.get("segmentation") for annotation in annotations),
             "keypoints": all("keypoints" in annotation for annotation in annotations),
         }
+
+    def evaluate(self, img_ids: list[int] | None = None) -> dict[str, dict[str, float]] | None:
+        with named_in_errors(self._output_dir):
+            return super().evaluate(img_ids)
 
     def _tasks_from_predictions(self, predictions: list[dict[str, Any]]) -> list[str]:
         predicted = super()._tasks_from_predictions(predictions)

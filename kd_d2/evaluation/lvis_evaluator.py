@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from detectron2.evaluation import LVISEvaluator
 
+from ..files import named_in_errors
 from .coco import is_of_size
 
 FREQUENCIES = {"APr": "r", "APc": "c", "APf": "f"}
@@ -46,6 +47,10 @@ def missing_values_as_nan() -> Iterator[None]:
 
 class LvisEvaluator(LVISEvaluator):
     """LVIS evaluator whose results are NaN exactly where there are no objects."""
+
+    def evaluate(self) -> dict[str, dict[str, float]] | None:
+        with named_in_errors(self._output_dir):
+            return super().evaluate()
 
     def _eval_predictions(self, predictions: list[dict[str, Any]]) -> None:
         with numpy_with_float(), missing_values_as_nan():
