@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 
 from kd_d2 import UserError
@@ -113,6 +114,13 @@ def test_several_processes_give_the_same() -> None:
     truth, detections = _truth(*CASES["twice"][0], (CAR, NOWHERE)), _found(*CASES["twice"][1], (CAR, HERE, 0.4))
     one, two = (analyze_errors(truth, detections, workers=n) for n in (1, 2))
     np.testing.assert_array_equal(one.precision, two.precision)
+
+
+def test_a_process_that_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check processes that end before the first class."""
+    monkeypatch.setattr("kd_d2.analysis.errors.curves._remember", os.abort)
+    with pytest.raises(UserError, match=r"--workers is 2, and one of them was killed, most likely .* out of memory"):
+        analyze_errors(_truth((CAT, HERE)), [], workers=2)
 
 
 def test_every_stage_forgives_more() -> None:

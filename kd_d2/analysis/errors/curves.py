@@ -11,6 +11,7 @@ import io
 import multiprocessing
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +72,8 @@ def analyze_errors(
         progress: wraps the iterable of finished classes, for a progress bar.
 
     Raises:
-        UserError: a detection has an unknown image or category, or the annotations have no images or categories.
+        UserError: a detection has an unknown image or category, the annotations have no images or categories, or a
+            process was killed.
     """
     categories = sorted(truth.get("categories", ()), key=lambda c: c["id"])
     if not categories or not truth.get("images"):
@@ -97,10 +99,15 @@ def analyze_errors(
             curves[job[0]] = _class_curves(truth, *job)
     else:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=_remember, initargs=(truth,)) as pool:
-            futures = {pool.submit(_curves_in_worker, *job): job[0] for job in jobs}
-            for future in progress(as_completed(futures)):
-                curves[futures[future]] = future.result()
+        try:
+            with ProcessPoolExecutor(workers, mp_context=context, initializer=_remember, initargs=(truth,)) as pool:
+                futures = {pool.submit(_curves_in_worker, *job): job[0] for job in jobs}
+                for future in progress(as_completed(futures)):
+                    curves[futures[future]] = future.result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"--workers is {workers}, and one of them was killed, most likely because the machine ran out of memory; choose fewer."
+            ) from error
     return ErrorCurves([c["name"] for c in categories], np.stack([curves[c["id"]] for c in categories]))
 
 
