@@ -118,6 +118,18 @@ def test_classes_without_objects_that_count(tmp_path: Path, caplog, year: int, e
     assert caplog.messages[-1].endswith("small has no objects of them that are not difficult: cow, sheep")
 
 
+@pytest.mark.parametrize(("difficult", "expected"), [("1", 100), (" True ", 100), ("0", 50), ("Unspecified", 50)])
+def test_ways_to_write_difficult(tmp_path: Path, difficult: str, expected: float) -> None:
+    """Check two objects, of which the one that may be difficult is missed."""
+    images = [
+        PLAIN.format("cow", 1, 1, 20, 20, "")
+        + PLAIN.format("cow", 40, 10, 60, 60, f"<difficult>{difficult}</difficult>")
+    ]
+    with registered(tmp_path, images, ("cow",), 2012) as name:
+        results = evaluated(build_evaluator(get_cfg(), name), {"0": [(0, 0.9, 1, 1, 20, 20)]})
+    assert results["AP50"] == pytest.approx(expected)
+
+
 def test_a_test_set_without_objects_that_count_has_no_ap(tmp_path: Path) -> None:
     with registered(tmp_path, [PLAIN.format("cow", 40, 10, 60, 60, DIFFICULT)], ("cow", "sheep"), 2012) as name:
         results = evaluated(build_evaluator(get_cfg(), name), {"0": [(0, 0.9, 40, 10, 60, 60)]})

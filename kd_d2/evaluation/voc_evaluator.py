@@ -32,7 +32,7 @@ class VocEvaluator(PascalVOCDetectionEvaluator):
     """Pascal VOC evaluator for test sets that do not have objects of every class.
 
     Classes whose objects are all difficult, or that have none, have no AP and are left out of the mean. Annotations may
-    omit pose, truncated and difficult, and coordinates may be fractions.
+    omit pose, truncated and difficult, which is 1 or true in difficult objects, and coordinates may be fractions.
     """
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
@@ -70,7 +70,8 @@ class VocEvaluator(PascalVOCDetectionEvaluator):
                 of_image.boxes.append(
                     [float(entry.findtext(f"bndbox/{side}", "")) for side in ("xmin", "ymin", "xmax", "ymax")]
                 )
-                of_image.are_difficult.append(bool(int(entry.findtext("difficult") or 0)))
+                difficult = entry.findtext("difficult") or ""
+                of_image.are_difficult.append(difficult.strip().lower() in ("1", "true"))
         return objects
 
 
