@@ -228,6 +228,19 @@ def test_the_legend_is_below_the_panels(tmp_path: Path, monkeypatch: pytest.Monk
     assert np.allclose(one, four, rtol=0.05) and np.allclose(one[0], one)
 
 
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [((320, 240), (320, 240)), ((64, 96), (240, 360)), ((2400, 3200), (480, 640)), ((33, 2000), (33, 2000))],
+)
+def test_pictures_of_corruptions_have_a_moderate_size(monkeypatch, size: tuple, shown: tuple) -> None:
+    """Check the size of five pictures in rows of four, with a title of 34 pixels and a gap of 8 each."""
+    seen = []
+    monkeypatch.setattr(plots, "corrupt", lambda image, *_: seen.append(image.shape[:2]) or image)
+    picture = plots.corruption_sheet(np.zeros((*size, 3), np.uint8), 1, CORRUPTIONS[:4], 3)
+    assert picture.shape == (2 * (shown[0] + 34 + 8), 4 * (shown[1] + 8), 3)
+    assert seen == [size] * 4
+
+
 def test_panels_without_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
     """Check panels of a model that has no AP under fog, and a plot without any value, which has no axis of AP."""
     figures, none = [], {"AP": float("nan")}

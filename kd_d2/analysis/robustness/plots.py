@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 
 from ...figures import add_legend, save_figure, subplots, without_math, write_no_value
@@ -10,6 +11,10 @@ from .corruptions import corrupt
 from .metrics import CLEAN_SEVERITY, Robustness
 
 COLUMNS = 4
+TILE_SIDES = (240, 480)
+"""The shorter side of a picture of the sheet, in pixels: at least, so that its title is readable, and at most."""
+LONGEST_TILE = 960
+"""The longer side to which a picture of the sheet is enlarged, at most."""
 
 
 @without_math
@@ -46,7 +51,16 @@ def plot_robustness(models: dict[str, Robustness], path: str, metric: str = "AP"
 
 
 def corruption_sheet(image: np.ndarray, identity: int | str, corruptions: list[str], severity: int) -> np.ndarray:
-    """Draw an image, RGB (H, W, 3) uint8, under every corruption."""
-    tiles = [titled(image, "clean")]
-    tiles += [titled(corrupt(image, c, severity, identity), f"{c.replace('_', ' ')} {severity}") for c in corruptions]
-    return sheet([tiles[start : start + 4] for start in range(0, len(tiles), 4)])
+    """Draw an image, RGB (H, W, 3) uint8, under every corruption. Each is corrupted at its size, and then resized."""
+    tiles = [titled(_resized(image), "clean")]
+    for name in corruptions:
+        corrupted = corrupt(image, name, severity, identity)
+        tiles.append(titled(_resized(corrupted), f"{name.replace('_', ' ')} {severity}"))
+    return sheet([tiles[start : start + COLUMNS] for start in range(0, len(tiles), COLUMNS)])
+
+
+def _resized(image: np.ndarray) -> np.ndarray:
+    shorter, longer = sorted(image.shape[:2])
+    least, most = TILE_SIDES
+    scale = max(min(1.0, most / shorter), min(least / shorter, LONGEST_TILE / longer))
+    return cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA)
