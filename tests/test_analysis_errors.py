@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from kd_d2.analysis.errors import STAGES, ErrorAnalysis, ModelErrors
-from kd_d2.analysis.errors.analysis import read_supercategories
+from kd_d2.analysis.errors.analysis import read_supercategories, useful_workers
 from kd_d2.analysis.errors.curves import SIZES
 
 import cv2
@@ -55,6 +55,13 @@ def test_two_models_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture) 
     listed = json.loads((output / "pictures.json").read_text())["errors"]
     assert sorted(listed) == sorted(str(path.relative_to(output)) for path in output.rglob("*.png"))
     assert sorted(listed) == ["costs.png", "curves.png", "sizes.png"]
+
+
+@pytest.mark.parametrize(("images", "classes", "expected"), [(87, 3, 1), (999, 20, 2), (1000, 20, 3), (5000, 80, 8)])
+def test_workers_for_the_size_of_the_data(monkeypatch, images: int, classes: int, expected: int) -> None:
+    """Check one process, and another for every 10,000 images times classes, on a machine with 8 cores."""
+    monkeypatch.setattr("kd_d2.analysis.errors.analysis.available_cores", lambda: 8)
+    assert useful_workers({"images": [{}] * images, "categories": [{}] * classes}) == expected
 
 
 def test_supercategories_of_numbers(tmp_path: Path) -> None:

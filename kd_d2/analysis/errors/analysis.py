@@ -23,6 +23,8 @@ from ..models import TrainedModel, read_annotations
 from .curves import SIZES, STAGES, ErrorCurves, analyze_errors, supercategories_of
 from .plots import plot_error_curves, plot_error_shares
 
+CURVES_PER_WORKER = 10_000
+"""Images times classes that take about as long as the start of a process."""
 Areas = dict[str, dict[str, float | None]]
 """Area under the curve by size and stage."""
 
@@ -66,7 +68,9 @@ class ErrorAnalysis(Analysis):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--workers", type=int, default=available_cores(), help="processes (default all cores)")
+        parser.add_argument(
+            "--workers", type=int, default=None, help="processes (default one per core, fewer for small datasets)"
+        )
         parser.add_argument(
             "--supercategories",
             metavar="FILE",
@@ -80,13 +84,14 @@ class ErrorAnalysis(Analysis):
         models: Sequence[TrainedModel],
         output: str,
         *,
-        workers: int = 1,
+        workers: int | None = 1,
         supercategories: str | None = None,
         classes: bool = False,
     ) -> Self:
         check_at_least("--workers", workers, 1)
         check_output_folder(output, "--output")
         truth = read_annotations(models[0].dataset)
+        workers = workers or useful_workers(truth)
         groups = read_supercategories(supercategories, truth)
         given = supercategories_of(truth["categories"])
         if groups is None and not given:
@@ -141,6 +146,11 @@ class ErrorAnalysis(Analysis):
             for title, errors in self.models.items()
         ]
         return [Table(["class, model", *STAGES], rows, "By class, objects of all sizes.")]
+
+
+def useful_workers(truth: dict) -> int:
+    """Return the number of processes that have more to do than to start, at most one per core."""
+    return min(available_cores(), 1 + len(truth["images"]) * len(truth["categories"]) // CURVES_PER_WORKER)
 
 
 def _row(areas: Areas, size: str) -> list[str]:
