@@ -8,9 +8,11 @@ train_net.py --config-file CONFIG --eval-only --eval-teacher [KEY VALUE ...]
 
 import argparse
 
+from kd_d2.cores import limit_threads
 from kd_d2.errors import check_docstrings, exit_on_user_error
 
 with exit_on_user_error():
+    limit_threads()  # before PyTorch is imported
     check_docstrings()  # before Detectron2 is imported, which needs them
 
 from kd_d2.arguments import add_import_argument, add_rank_timeout_argument

@@ -14,8 +14,20 @@ MEMBERSHIP = "/proc/self/cgroup"
 
 def available_cores() -> int:
     """Return the number of cores that this process may use: those of its affinity, or fewer if a container limits them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min([cores, *(max(1, math.ceil(quota)) for quota in _quotas())])
+    return min([_cores_of_affinity(), *(max(1, math.ceil(quota)) for quota in _quotas())])
+
+
+def limit_threads() -> None:
+    """Let PyTorch, if it is imported later, use no more threads than `available_cores`, unless OMP_NUM_THREADS is set.
+
+    PyTorch itself does not know the limits of containers. Threads beyond a limit are suspended in turn while others wait for them.
+    """
+    if available_cores() < _cores_of_affinity():
+        os.environ.setdefault("OMP_NUM_THREADS", str(available_cores()))
+
+
+def _cores_of_affinity() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _quotas() -> Iterator[float]:

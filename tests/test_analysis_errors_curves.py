@@ -119,7 +119,9 @@ def test_several_processes_give_the_same() -> None:
 def test_a_process_that_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Check processes that end before the first class."""
     monkeypatch.setattr("kd_d2.analysis.errors.curves._remember", os.abort)
-    with pytest.raises(UserError, match=r"--workers is 2, and one of them was killed, most likely .* out of memory"):
+    with pytest.raises(
+        UserError, match=r"--workers is 2, and one of these processes was killed, most likely .* out of memory"
+    ):
         analyze_errors(_truth((CAT, HERE)), [], workers=2)
 
 

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from kd_d2 import cores
+from kd_d2.cli import main
 
 import pytest
 
@@ -30,14 +31,35 @@ JOB, STEP = "slurm/job", "slurm/job/step"
         (None, {"cpu.max": "200000 100000\n"}, 8),
     ],
 )  # fmt: skip
-def test_limits_of_containers(tmp_path: Path, monkeypatch, membership: str | None, files: dict, expected: int) -> None:
+def test_limits_of_containers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, membership: str | None, files: dict, expected: int
+) -> None:
     """Check quotas divided by periods, rounded up, of both versions, on a machine with 8 cores."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    monkeypatch.setattr(cores, "GROUPS", str(tmp_path))
-    monkeypatch.setattr(cores, "MEMBERSHIP", str(tmp_path / "membership"))
-    if membership is not None:
-        (tmp_path / "membership").write_text(membership)
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
+    _limit(tmp_path, monkeypatch, membership, files)
     assert cores.available_cores() == expected
+
+
+@pytest.mark.parametrize(
+    ("quota", "already", "expected"), [("200000", None, "2"), ("200000", "5", "5"), ("max", None, None)]
+)
+def test_the_program_has_as_many_threads_as_a_container_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str, already: str | None, expected: str | None
+) -> None:
+    _limit(tmp_path, monkeypatch, "0::/\n", {"cpu.max": f"{quota} 100000\n"})
+    monkeypatch.setenv("OMP_NUM_THREADS", already or "")
+    if already is None:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert os.environ.get("OMP_NUM_THREADS") == expected
+
+
+def _limit(folder: Path, monkeypatch: pytest.MonkeyPatch, membership: str | None, files: dict[str, str]) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(cores, "GROUPS", str(folder))
+    monkeypatch.setattr(cores, "MEMBERSHIP", str(folder / "membership"))
+    if membership is not None:
+        (folder / "membership").write_text(membership)
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)

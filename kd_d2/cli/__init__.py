@@ -9,6 +9,7 @@ import sys
 from types import ModuleType
 
 from ..arguments import HelpFormatter, Parser
+from ..cores import limit_threads
 from ..errors import UserError, check_docstrings, exit_on_user_error
 from .overrides import split_overrides
 
@@ -36,6 +37,7 @@ also have `prepare(options)`, which is called first.
 
 def main(argv: list[str] | None = None) -> None:
     """Run a command line; on a UserError, print one sentence and exit with status 2."""
+    limit_threads()
     argv = sys.argv[1:] if argv is None else argv
     command, *arguments = argv or ["--help"]
     if command.startswith("-"):
