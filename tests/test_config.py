@@ -586,6 +586,12 @@ def test_files_that_are_no_config(tmp_path: Path, content: bytes, expected: str)
     assert sentence(path).startswith(f"Config file {path} {expected}")
 
 
+def test_a_lazy_config_is_not_a_config_file(tmp_path: Path) -> None:
+    path = tmp_path / "fcos.py"
+    path.write_text("model = 1\n")
+    assert sentence(path).startswith(f"Config file {path} is a Python file, but this command reads YAML.")
+
+
 def _doubling(folder: Path) -> str:
     """Return a config whose bases would be read 2^24 times."""
     for level in range(24):

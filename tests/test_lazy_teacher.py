@@ -11,12 +11,15 @@ from kd_d2 import Teacher, UserError, load_config
 from kd_d2.data import register_coco_json
 from kd_d2.engine import evaluate_teacher
 from kd_d2.lazy_teacher import build_lazy_teacher
+from kd_d2.random_state import seeded
 
 import pytest
 import torch
+from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import SimpleTrainer
+from detectron2.modeling import build_model
 from helpers import Project, example, make_project, train
 
 DETECTOR = """
@@ -236,3 +239,22 @@ def test_the_example_of_a_lazy_student(tmp_path: Path, monkeypatch: pytest.Monke
     assert not torch.equal(saved["backbone.fpn_output2.weight"], weights["backbone.fpn_output2.weight"])
     ours, theirs = (detector.eval()(make_inputs())[0]["instances"] for detector in (model, student))
     assert torch.equal(ours.scores, theirs.scores) and len(ours)
+
+
+def test_a_yaml_config_of_the_lazy_student(tmp_path: Path) -> None:
+    """Check that the guide's YAML config has the detections of its LazyConfig with the same weights."""
+    config = tmp_path / "student.yaml"
+    config.write_text(example("config of the lazy student", "docs/guides/own-training.md"))
+    keep = {"SCORE_THRESH_TEST": 0.0, "NMS_THRESH_TEST": 1.0}
+    cfg = load_config(str(config), ["MODEL.DEVICE", "cpu", "MODEL.RPN.NMS_THRESH", 1.0, "MODEL.ROI_HEADS", keep])
+    lazy = model_zoo.get_config("new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py").model
+    lazy.proposal_generator.nms_thresh = 1.0
+    lazy.roi_heads.box_predictor.update(test_score_thresh=0.0, test_nms_thresh=1.0)
+    with seeded(0):
+        theirs, ours = instantiate(lazy).eval(), build_model(cfg).eval()
+    ours.load_state_dict(theirs.state_dict())
+    image = torch.rand(3, 64, 96, generator=torch.Generator().manual_seed(0)) * 255
+    with torch.no_grad():
+        expected, found = (detector([{"image": image}])[0]["instances"] for detector in (theirs, ours))
+    torch.testing.assert_close(found.pred_boxes.tensor, expected.pred_boxes.tensor)
+    assert torch.equal(found.pred_masks, expected.pred_masks) and len(found) > 10

@@ -228,7 +228,7 @@ def test_unusable_input_is_one_sentence_and_nothing_is_written(
             "its format is none of JPEG, PNG, BMP, WEBP, TIFF, GIF, PPM.",
         ),
         ((out, image, tmp_path / "cut.png"), {}, "cut.png cannot be used", "runcated"),
-        ((out, tmp_path / "empty"), {}, "there is no image in", "empty"),
+        ((out, tmp_path / "empty"), {}, "there is no image or video.", "empty: "),
         ((tmp_path / "notes.txt" / "out", image), {}, "--output", "cannot be written"),
         ((photos, photos / "turned.jpg"), {}, "--output", "would overwrite an input"),
         ((out, image), {"options": low}, "--score-thresh is 1.5", "between 0 and 1"),

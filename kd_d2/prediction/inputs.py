@@ -46,7 +46,7 @@ def find_images(paths: list[str], option: str = "--images") -> list[str]:
     """
     images = [found.path for found in find_inputs(paths, option=option) if not found.is_video]
     if not images:
-        raise UserError(f"{option}: there is no image in {', '.join(paths)}.")
+        raise UserError(f"{option} {' '.join(paths)}: there is no image.")
     return images
 
 
@@ -82,7 +82,7 @@ def find_inputs(paths: list[str], without: str | None = None, option: str = "--i
             f"Skipped {files} that cannot be read as images or videos: {names}; the first: {printable(skipped[0][1])}"
         )
     if not found:
-        raise UserError(f"{option}: there is no image in {', '.join(paths)}.")
+        raise UserError(f"{option} {' '.join(paths)}: there is no image or video.")
     unique: dict[str, Input] = {}
     for entry in found:
         unique.setdefault(os.path.realpath(entry.path), entry)
