@@ -28,7 +28,7 @@ from kd_d2.analysis import (
     register_analysis,
 )
 from kd_d2.analysis.attention import AttentionAnalysis
-from kd_d2.analysis.base import as_text, is_analysis, nanmean
+from kd_d2.analysis.base import is_analysis, nanmean
 from kd_d2.analysis.drawing import write_picture
 from kd_d2.analysis.errors import ErrorAnalysis
 from kd_d2.analysis.examples import read_examples
@@ -36,7 +36,7 @@ from kd_d2.analysis.features import FeatureAnalysis
 from kd_d2.analysis.models import read_annotations, restrict_images
 from kd_d2.analysis.ranks import RankAnalysis
 from kd_d2.files import read_json, write_json
-from kd_d2.report.page import Picture, Table
+from kd_d2.report.page import Picture, Table, as_text
 from kd_d2.typed_json import from_tree
 
 import numpy as np

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import glob
-import math
 import os
 import warnings
 from abc import ABC, abstractmethod
@@ -217,8 +216,3 @@ def nanmean(values: Any, axis: int | None = None) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         return np.nanmean(values, axis)
-
-
-def as_text(value: float | None, form: str = ".3f", missing: str = "-") -> str:
-    """Format a number for a table; return `missing` for None and NaN."""
-    return missing if value is None or math.isnan(value) else format(value, form)

@@ -24,8 +24,8 @@ from ..files import check_output_folder
 from ..gradients import gradients_of, loss_gradient
 from ..meta_arch import KDMetaArch
 from ..random_state import preserved_random_state
-from ..report.page import Table
-from .base import Analysis, as_text, check_at_least
+from ..report.page import Table, as_text
+from .base import Analysis, check_at_least
 from .models import Distillation, load_distillations
 
 DETECTION = "detection"

@@ -25,8 +25,8 @@ from ..evaluation.coco_evaluator import CocoEvaluator
 from ..files import check_output_folder, temporary_folder
 from ..losses import reordered
 from ..meta_arch import KDMetaArch
-from ..report.page import Table
-from .base import Analysis, as_text, check_at_least
+from ..report.page import Table, as_text
+from .base import Analysis, check_at_least
 from .examples import read_examples
 from .models import Distillation, load_distillations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -25,6 +26,11 @@ class Table:
     rows: Sequence[Sequence[str]]
     caption: str = ""
     kind = "table"
+
+
+def as_text(value: float | None, form: str = ".3f", missing: str = "-") -> str:
+    """Format a number for a table; return `missing` for None and NaN."""
+    return missing if value is None or math.isnan(value) else format(value, form)
 
 
 @dataclass

@@ -9,7 +9,6 @@ from typing import Any
 
 import yaml
 
-from ..analysis.base import as_text
 from ..errors import UserError
 from ..files import read_json
 from ..plain_yaml import read_text
@@ -19,7 +18,7 @@ from ..sweep.report import first_curves, read_costs
 from ..sweep.results import read_curves, read_metrics, read_versions
 from ..sweep.table import SCORES, build_rows, filled_columns, read_finished
 from ..typed_json import from_tree
-from .page import Listing, Picture, Section, Table
+from .page import Listing, Picture, Section, Table, as_text
 
 CLASS_COLUMNS = 4
 
