@@ -439,12 +439,12 @@ def test_what_is_read_follows_from_the_student(build: Callable, node: str) -> No
 @pytest.mark.parametrize(
     ("method", "student", "teacher", "sentence"),
     [
-        ("DKD", "retinanet", "faster", r"DKD needs a box head that classifies proposals by softmax, which the student \(RetinaNet\) does"),
+        ("DKD", "retinanet", "faster", r"DKD needs a box head that classifies proposals by softmax \(in standard ROI heads\), which the student \(RetinaNet\) does"),
         ("DKD", "faster", "retinanet", r"DKD needs a box head that classifies .* which the teacher \(RetinaNet\) does not have\."),
         ("DKD", "panoptic", "faster", r"which the student \(PanopticFPN\) does not have: it has no adapter .*, and BackboneAdapter reads only its backbone\."),
         ("DIST", "faster", "retinanet", r"DIST needs a box head that classifies .* which the teacher \(RetinaNet\) does not"),
         ("DIST", "retinanet", "faster", r"DIST needs dense predictions, which the teacher \(GeneralizedRCNN\) does not have\."),
-        ("SoftLabel", "panoptic", "panoptic", r"SoftLabel needs dense predictions or a box head that classifies proposals by softmax, neither of which the student \(PanopticFPN\) has: it has no adapter of its own"),
+        ("SoftLabel", "panoptic", "panoptic", r"SoftLabel needs dense predictions or a box head that classifies proposals by softmax \(in standard ROI heads\), neither of which the student \(PanopticFPN\) has: it has no adapter of its own"),
         ("DIST", "panoptic", "faster", r"DIST needs dense predictions or a box head .*, neither of which the student \(PanopticFPN\) has: it has no adapter of its own"),
     ],
 )  # fmt: skip

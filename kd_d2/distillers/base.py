@@ -63,7 +63,7 @@ class ParamGroup:
 PARTS_IN_WORDS = {
     "dense": "dense predictions",
     "distributions": "distributions of box sides",
-    "proposals": "a box head that classifies proposals by softmax",
+    "proposals": "a box head that classifies proposals by softmax (in standard ROI heads)",
     "towers": "a dense head with two convolutional towers",
 }
 """Descriptions of the outputs that distillers need, for messages in which the name is not clear."""
