@@ -560,6 +560,23 @@ def run_folder(configs: dict[str, CfgNode], tmp_path: Path) -> Path:
     return folder
 
 
+def test_evaluation_tells_that_the_file_has_another_image_size(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "student.ts"
+    own, other = ("INPUT.MIN_SIZE_TEST", 64, "INPUT.MAX_SIZE_TEST", 96), ("INPUT.MIN_SIZE_TEST", 48)
+    for options, used, words in (
+        ((*own,), own, ""),
+        ((*own,), (*own, *other), "was exported with INPUT.MIN_SIZE_TEST 64 and MAX_SIZE_TEST 96, to which it resizes images"),
+        (("--size", 64, 96, *own), own, "fits images into its fixed input size, 64 x 96 (height x width)"),
+    ):  # fmt: skip
+        run_command("export", "--model", run_folder, "--output", path, *options)
+        capsys.readouterr()
+        run_command("eval", "--model", run_folder, path, "OUTPUT_DIR", run_folder, *used)
+        printed = "".join(capsys.readouterr())
+        assert words in printed and ("of the config" in printed or "config's INPUT" in printed) == bool(words)
+
+
 def test_command_prediction_and_evaluation(
     run_folder: Path, configs: dict[str, CfgNode], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

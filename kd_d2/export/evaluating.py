@@ -60,6 +60,17 @@ def evaluate_exported(cfg: CfgNode, path: str) -> dict[str, Any]:
             f"{path} returns no detections below {of_file}, but the config's score threshold is {lowest}: its AP is lower "
             "for that reason."
         )
+    own = model.metadata
+    if own.fixed_size:
+        logger.warning(
+            f"{path} fits images into its fixed input size, {own.fixed_size[0]} x {own.fixed_size[1]} (height x width); the config's "
+            "INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST have no effect."
+        )
+    elif (own.min_size, own.max_size) != (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST):
+        logger.warning(
+            f"{path} was exported with INPUT.MIN_SIZE_TEST {own.min_size} and MAX_SIZE_TEST {own.max_size}, to which it resizes images; those "
+            "of the config have no effect."
+        )
     return evaluate(cfg, model)
 
 
