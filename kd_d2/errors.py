@@ -65,7 +65,10 @@ def explain_lack_of_resources(error: BaseException | None, advice: str) -> str |
             "job), or lower DATALOADER.NUM_WORKERS and OMP_NUM_THREADS"
         )
     if isinstance(error, EOFError | ConnectionError) and _is_from_data_loading(error):
-        return f"A data loading process failed ({reason or type(error).__name__}): see its error above"
+        return (
+            f"A data loading process failed ({reason or type(error).__name__}): see its error above; if there is none, it was killed, most "
+            "likely because the machine ran out of memory: lower DATALOADER.NUM_WORKERS"
+        )
     if reason.startswith("DataLoader worker"):
         if "with exit code" in f"{error} {error.__cause__}":
             return f"A data loading process failed ({reason}): see its error above"

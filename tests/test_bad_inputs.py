@@ -1040,7 +1040,8 @@ FEWER = "raise the limit (ulimit -u, or the number of processes of the container
      "space in one of them, or set TMPDIR to another."),
     (_start_too_many_processes, f"No more processes or threads can be started ([Errno 11] Resource temporarily unavailable): {FEWER}"),
     (_start_too_many_threads, f"No more processes or threads can be started (can't start new thread): {FEWER}"),
-    (_receive_from_a_lost_worker, "A data loading process failed (EOFError): see its error above."),
+    (_receive_from_a_lost_worker, "A data loading process failed (EOFError): see its error above; if there is none, it was killed, most likely because the machine ran out "
+     "of memory: lower DATALOADER.NUM_WORKERS."),
 ])  # fmt: skip
 def test_sentences_of_a_system_without_space_permission_or_memory(
     capfd, monkeypatch: pytest.MonkeyPatch, main: Callable, sentence: str, processes: int

@@ -227,7 +227,7 @@ def test_a_data_worker_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return read(self, where)
 
     monkeypatch.setattr(MappedDataset, "__getitem__", read_until_killed)
-    with pytest.raises(UserError, match=r"A data loading process died .*lower DATALOADER\.NUM_WORKERS"):
+    with pytest.raises(UserError, match=r"A data loading process (died|failed) .*lower DATALOADER\.NUM_WORKERS"):
         train(project)
     assert _whole_checkpoints(project.output)
     monkeypatch.setattr(MappedDataset, "__getitem__", read)
@@ -427,7 +427,8 @@ def test_data_that_a_lost_process_had_sent(tmp_path: Path, after: Callable) -> N
     with pytest.raises(UserError) as caught:
         train(project)
     assert str(caught.value) == (
-        "A data loading process failed (EOFError): see its error above; "
+        "A data loading process failed (EOFError): see its error above; if there is none, it was killed, most likely because the machine "
+        "ran out of memory: lower DATALOADER.NUM_WORKERS; "
         f"--resume continues from {project.output / 'model_0000002.pth'}."
     )
 
