@@ -17,6 +17,7 @@ from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
+from .files import named_in_errors
 from .fonts import font_file
 from .text import label, wrapped_label
 
@@ -113,5 +114,5 @@ def save_figure(figure: Figure, path: str, wrapped: Collection[Text] = ()) -> No
         if text not in wrapped:
             text.set_text(label(text.get_text()))
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with _fitting_fonts(figure):
+    with _fitting_fonts(figure), named_in_errors(path):
         figure.savefig(path, dpi=110)

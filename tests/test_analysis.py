@@ -35,6 +35,8 @@ from kd_d2.analysis.examples import read_examples
 from kd_d2.analysis.features import FeatureAnalysis
 from kd_d2.analysis.models import read_annotations, restrict_images
 from kd_d2.analysis.ranks import RankAnalysis
+from kd_d2.errors import as_user_error
+from kd_d2.figures import save_figure, subplots
 from kd_d2.files import read_json, write_json
 from kd_d2.report.page import Picture, Table, as_text
 from kd_d2.typed_json import from_tree
@@ -544,10 +546,19 @@ def test_a_pair_without_dense_predictions(monkeypatch: pytest.MonkeyPatch, lacki
         Distillation("one", get_cfg(), "x.pth").build_dense_pair("this")
 
 
-def test_a_picture_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "a.png").mkdir()
-    with pytest.raises(UserError, match=r"^The picture .*a\.png cannot be written: "):
-        write_picture(str(tmp_path / "a.png"), np.zeros((4, 4, 3), np.uint8))
+def test_pictures_that_cannot_be_written(tmp_path: Path) -> None:
+    """Check a picture in place of a folder, and a picture and a figure on a device without space, and too many pixels."""
+    folder, full = tmp_path / "a.png", tmp_path / "b.png"
+    folder.mkdir()
+    full.symlink_to("/dev/full")
+    for path, reason in ((folder, "Is a directory"), (full, "No space left on device")):
+        with pytest.raises(UserError, match=rf"^The picture {path} cannot be written: {reason}\.$"):
+            write_picture(str(path), np.zeros((4, 4, 3), np.uint8))
+    with pytest.raises(UserError, match=r"c\.jpg cannot be written: its format does not allow 70000 x 1 pixels"):
+        write_picture(str(tmp_path / "c.jpg"), np.zeros((1, 70000, 3), np.uint8))
+    with pytest.raises(OSError) as caught:
+        save_figure(subplots(1, 1, figsize=(1, 1))[0], str(full))
+    assert str(as_user_error(caught.value)) == f"{full} cannot be written: No space left on device."
 
 
 def test_pictures_in_one_folder_belong_to_their_analyses(tmp_path: Path) -> None:

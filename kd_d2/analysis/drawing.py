@@ -11,6 +11,7 @@ from detectron2.structures import Instances
 from PIL import Image, ImageDraw, ImageFont
 
 from ..errors import UserError
+from ..files import atomic_write
 from ..fonts import font_file
 from ..text import label, printable
 
@@ -158,11 +159,16 @@ def sheet(rows: list[list[np.ndarray]], gap: int = 8) -> np.ndarray:
 
 def save_picture(path: str, image: np.ndarray) -> None:
     """Save an image to a file, and create its folder if it does not exist."""
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    if not cv2.imwrite(path, image[:, :, ::-1]):
-        raise UserError(
-            f"The picture {path} cannot be written: the disk is full, or the file or its folder is not writable."
-        )
+    is_encoded, content = cv2.imencode(os.path.splitext(path)[1], image[:, :, ::-1])
+    if not is_encoded:
+        height, width = image.shape[:2]
+        raise UserError(f"The picture {path} cannot be written: its format does not allow {width} x {height} pixels.")
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        with atomic_write(path, "wb") as file:
+            file.write(content)
+    except OSError as error:
+        raise UserError(f"The picture {path} cannot be written: {error.strerror}.") from error
 
 
 def write_picture(path: str, image: np.ndarray) -> None:

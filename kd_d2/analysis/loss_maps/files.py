@@ -13,6 +13,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, Instances
 
 from ...errors import UserError
+from ...files import atomic_write
 from ..examples import pixels
 
 Example = tuple[np.ndarray, Instances]
@@ -28,7 +29,8 @@ def save_examples(examples: list[dict], cfg: CfgNode) -> None:
         arrays[f"{number}/image"] = pixels(example, cfg)
         arrays[f"{number}/boxes"] = example["instances"].gt_boxes.tensor.numpy()
         arrays[f"{number}/labels"] = example["instances"].gt_classes.numpy()
-    np.savez(os.path.join(cfg.OUTPUT_DIR, FOLDER, EXAMPLES), **arrays)
+    with atomic_write(os.path.join(cfg.OUTPUT_DIR, FOLDER, EXAMPLES), "wb") as file:
+        np.savez(file, **arrays)
 
 
 def read_saved_examples(output: str) -> tuple[list[Example], list[str]]:
