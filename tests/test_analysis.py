@@ -617,3 +617,19 @@ def test_an_old_module_names_the_new_one(old: str, new: str) -> None:
 def test_folders_of_hostile_titles(title: str, folder: str) -> None:
     """Check that a model's files stay in the folder of the analysis."""
     assert TrainedModel(title, get_cfg()).folder_name == folder
+
+
+@pytest.mark.parametrize("analysis", ["errors", "detections"])
+def test_all_models_are_checked_before_the_first_is_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, analysis: str
+) -> None:
+    """Check a second model whose checkpoint is of another detector."""
+    project, other = make_project(tmp_path), tmp_path / "other.pth"
+    torch.save({"model": {"weight": torch.zeros(1)}}, other)
+    models = ["--model", f"one={project.teacher}", project.teacher_weights, "--model", f"two={project.teacher}", other]
+    entry = [[project.name, str(project.annotations), str(project.annotations.parent / "images")]]
+    data = ["DATASETS.COCO_JSON", entry, "DATASETS.TEST", (project.name,)]
+    monkeypatch.setattr("kd_d2.analysis.models.inference_on_dataset", lambda *_: pytest.fail("The first is evaluated."))
+    with pytest.raises(SystemExit):
+        run_command("analyze", analysis, *models, "--output", tmp_path / "out", *data)
+    assert f"{other} fills no parameter" in capfd.readouterr().err

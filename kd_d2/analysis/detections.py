@@ -20,7 +20,7 @@ from ..files import check_inputs_are_kept, check_output_folder
 from .base import Analysis, check_at_least, check_score_threshold
 from .drawing import draw_instances, sheet, titled, write_picture
 from .examples import picture_name
-from .models import TrainedModel, read_annotations
+from .models import TrainedModel, check_models, read_annotations
 
 SIDE = 360  # shorter side of a picture, in pixels
 GAINED, LOST, SAME = (42, 157, 80), (230, 57, 70), (150, 150, 150)
@@ -66,6 +66,7 @@ class DetectionAnalysis(Analysis):
         check_score_threshold(score_thresh)
         check_output_folder(output, "--output")
         truth = read_annotations(models[0].dataset)
+        check_models(models)
         detections = {model.title: model.down_to(score_thresh).detections(output) for model in models}
         first, second = (found_objects(truth, detections[m.title], score_thresh) for m in models[:2])
         differing = differences(truth, first, second)

@@ -214,6 +214,13 @@ def load_models(models: Models, opts: Sequence[str] = ()) -> list[TrainedModel]:
     return found
 
 
+def check_models(models: Sequence[TrainedModel]) -> None:
+    """Raise a UserError if one of several models cannot be built. A single model is checked when it is built for use."""
+    if len(models) > 1:
+        for model in models:
+            model.build()
+
+
 def check_folder_names(models: Sequence[TrainedModel | ModelPath]) -> None:
     """Raise a UserError if two titles give one folder name."""
     names = [folder_name(model.title) for model in models]

@@ -19,7 +19,7 @@ from ...plain_yaml import read_plain_yaml
 from ...report.page import Table, as_text
 from ...text import csv_text, file_stem
 from ..base import NOT_STORED, Analysis, check_at_least
-from ..models import TrainedModel, read_annotations
+from ..models import TrainedModel, check_models, read_annotations
 from .curves import SIZES, STAGES, ErrorCurves, analyze_errors, supercategories_of
 from .plots import plot_error_curves, plot_error_shares
 
@@ -98,6 +98,7 @@ class ErrorAnalysis(Analysis):
             print("The annotations have no super-categories, so Sim equals Loc; define some with --supercategories.")
         elif groups is None and len(given) == len(truth["categories"]) > 1 and len(set(given.values())) == 1:
             print("All classes have the same super-category, so Sim equals Oth; define others with --supercategories.")
+        check_models(models)
         curves = {}
         for model in models:
             detections = model.detections(output)

@@ -82,8 +82,7 @@ class RobustnessAnalysis(Analysis):
         check_output_folder(output, "--output")
         if images is not None:
             models = restrict_images(models, images, output)
-        if len(models) > 1:  # a single one is checked when its measurements begin
-            check_measurable(models, output)
+        check_measurable(models, output)
         entries = DatasetCatalog.get(models[0].dataset)
         example = next((e for e in entries if e.get("annotations")), entries[0])
         picture = corruption_sheet(

@@ -23,7 +23,7 @@ from ...data import build_test_loader, read_image
 from ...errors import UserError
 from ...evaluation import build_evaluator
 from ...files import read_json, temporary_folder, write_json
-from ..models import TrainedModel
+from ..models import TrainedModel, check_models
 from .corruptions import check_large_enough, corrupt
 from .metrics import Metrics, Robustness
 
@@ -93,10 +93,10 @@ def cell_name(corruption: str, severity: int) -> str:
 
 
 def check_measurable(models: Sequence[TrainedModel], output: str) -> None:
-    """Raise a UserError if any model cannot be built, or `output` has a record of a different one."""
+    """Raise a UserError if `output` has a record of a different model, or one of several models cannot be built."""
     for model in models:
         RobustnessRecord(model, output)
-        model.build()
+    check_models(models)
 
 
 def measure_robustness(
