@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-PACKAGES = ("kd_d2", "torch", "torchvision", "detectron2", "kornia", "numpy", "pycocotools", "faster-coco-eval")
+PACKAGES = ("kd_d2", "torch", "torchvision", "detectron2", "numpy", "pycocotools", "faster-coco-eval")
 
 
 def versions() -> dict[str, str]:

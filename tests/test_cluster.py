@@ -182,6 +182,7 @@ def test_first_process_of_a_container_passes_signals_on() -> None:
 
 
 def test_image_has_all_extras() -> None:
+    """Check that it has the packages of each extra, except those that only tests and documentation need."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     required = [Requirement(text) for name in extras.keys() - {"docs", "test", "dev"} for text in extras[name]]
     locked = dict(
@@ -189,6 +190,7 @@ def test_image_has_all_extras() -> None:
     )
     assert len(required) > 8
     assert [str(other) for other in required if not other.specifier.contains(locked.get(other.name, "0"))] == []
+    assert [text for text in extras["test"] if Requirement(text).name in locked] == []
 
 
 def test_apptainer_can_write_the_caches_of_the_image() -> None:

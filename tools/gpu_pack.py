@@ -31,7 +31,7 @@ DETECTRON2 = "sal-detectron2"
 # Tags of its wheel, only because of extensions that are not used; see requirements/detectron2.txt.
 DETECTRON2_PYTHON, DETECTRON2_MACHINE = "3.10", "x86_64"
 SOURCE_ALONE = ("antlr4-python3-runtime", "fvcore")  # pure Python, no wheels on PyPI
-ALSO = ("faster-coco-eval", "pytest", "pytest-timeout", "hypothesis")  # for evaluations and for the tests
+ALSO = ("faster-coco-eval", "pytest", "pytest-timeout", "hypothesis", "kornia")  # for evaluations and for the tests
 MACHINES = ("x86_64", "aarch64")
 MANYLINUX = [*(f"manylinux_2_{minor}" for minor in (35, 34, 31, 28, 27, 24, 17)), "manylinux2014"]
 
