@@ -326,6 +326,15 @@ def test_lvis_with_current_numpy(lvis_set: str, tmp_path: Path, monkeypatch: pyt
     assert not hasattr(np, "float") and stand_in.LVISEval is LVISEval
 
 
+def test_the_folder_of_lvis_on_a_full_disk_is_named(lvis_set: str, tmp_path: Path, monkeypatch) -> None:
+    api = types.SimpleNamespace(LVIS=lambda path: types.SimpleNamespace(get_ann_ids=list))
+    monkeypatch.setitem(sys.modules, "lvis", api)
+    (tmp_path / "instances_predictions.pth").symlink_to("/dev/full")
+    with pytest.raises((OSError, RuntimeError)) as caught:
+        _evaluated_with_lvis(lvis_set, tmp_path, NO_DETECTIONS)
+    assert str(as_user_error(caught.value)) == f"{tmp_path} cannot be written: No space left on device."
+
+
 @pytest.mark.parametrize("is_faster", [True, False])
 def test_masks_and_keypoints_that_are_not_annotated(tmp_path: Path, monkeypatch, is_faster: bool) -> None:
     """Check that boxes of a detector with masks and keypoints are evaluated on annotations of boxes."""
