@@ -17,12 +17,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from kd_d2.cli.overrides import split_overrides
+from kd_d2.cores import available_cores
 from kd_d2.errors import UserError
+from kd_d2.files import temporary_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 MPS = "nvidia-cuda-mps-control"
@@ -34,7 +35,7 @@ GRACE_SECONDS = 60  # for checkpoints
 def multi_process_service() -> Iterator[dict[str, str]]:
     """Start MPS and yield the environment variables to use it; if it does not start, say so and yield none."""
     program = shutil.which(MPS)
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         environment = {"CUDA_MPS_PIPE_DIRECTORY": folder, "CUDA_MPS_LOG_DIRECTORY": folder}
         variables = {**os.environ, **environment}
         if program is None or subprocess.run([program, "-d"], env=variables).returncode:
@@ -58,7 +59,7 @@ def main() -> int:
     parser.add_argument(
         "--jobs",
         type=int,
-        default=max(1, (os.cpu_count() or 1) // 2),
+        default=max(1, available_cores() // 2),
         help="number of parallel trainings (default half the cores)",
     )
     parser.add_argument("--cells", nargs="+", default=[])
@@ -88,7 +89,7 @@ def main() -> int:
         )
         try:
             return sweep.wait(60 * args.minutes)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        except (subprocess.TimeoutExpired, KeyboardInterrupt, SystemExit):
             print("Every training writes a checkpoint and stops.", flush=True)
             sweep.send_signal(signal.SIGTERM)
             try:

@@ -5,6 +5,7 @@ import contextlib
 import importlib.util
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -268,6 +269,34 @@ def test_evidence_without_mps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     with evidence.multi_process_service() as environment:
         assert environment == {}
     assert "no-such-program is missing or does not start" in capsys.readouterr().out
+
+
+def test_evidence_stops_its_trainings_on_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check a SIGTERM while they run, and that there is one for every other core."""
+    evidence = load("benchmarks/gpu_evidence.py", monkeypatch)
+    told = []
+
+    class Process:
+        def __init__(self, command: list[str], **options: object):
+            told.append(command[command.index("--jobs") + 1])
+
+        def wait(self, seconds: float) -> None:
+            if len(told) == 1:
+                signal.raise_signal(signal.SIGTERM)
+
+        def send_signal(self, number: int) -> None:
+            told.append(number)
+
+    monkeypatch.setattr(evidence.subprocess, "Popen", Process)
+    monkeypatch.setattr(evidence, "MPS", "no-such-program")
+    monkeypatch.setattr(evidence, "available_cores", lambda: 6)
+    monkeypatch.setattr(sys, "argv", ["gpu_evidence.py"])
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        evidence.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert told == ["3", signal.SIGTERM]
 
 
 def test_evidence_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
