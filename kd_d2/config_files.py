@@ -154,8 +154,8 @@ def _read_file(path: str) -> dict[str, Any]:
     what = f"Config file {path}"
     if path.endswith(".py"):
         raise UserError(
-            f"{what} is a Python file, but this command reads YAML. A LazyConfig can be the teacher (MODEL.KD.TEACHER.CONFIG_FILE), "
-            "and a student in Detectron2's own training: see docs/guides/own-training.md."
+            f"{what} is a Python file; it must be YAML. A LazyConfig can be the teacher (MODEL.KD.TEACHER.CONFIG_FILE) or, in "
+            "Detectron2's own training, the student: see docs/guides/own-training.md."
         )
     tree = yaml.unsafe_load(read_text(path, what)) if is_zoo_file(path) else read_plain_yaml(path, what)
     if not isinstance(tree, dict):

@@ -589,7 +589,7 @@ def test_files_that_are_no_config(tmp_path: Path, content: bytes, expected: str)
 def test_a_lazy_config_is_not_a_config_file(tmp_path: Path) -> None:
     path = tmp_path / "fcos.py"
     path.write_text("model = 1\n")
-    assert sentence(path).startswith(f"Config file {path} is a Python file, but this command reads YAML.")
+    assert sentence(path).startswith(f"Config file {path} is a Python file; it must be YAML.")
 
 
 def _doubling(folder: Path) -> str:
