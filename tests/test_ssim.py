@@ -622,3 +622,9 @@ def test_on_a_gpu(dtype: torch.dtype) -> None:
     (loss * 2**12).backward()
     assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
     assert _relative_error(student.grad / 2**12, exact.grad) < (1e-5 if dtype != torch.float16 else 2e-3)
+
+
+@pytest.mark.parametrize("window_size", [8, 9])
+def test_windows_too_large_for_a_blur(window_size: int) -> None:
+    with pytest.raises(ValueError, match=rf"window_size is {window_size}; for 4 cells it must be odd and at most 7"):
+        gaussian_blur(torch.ones(4, 9), window_size, 1.5)

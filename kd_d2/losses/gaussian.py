@@ -17,6 +17,9 @@ def gaussian_blur(maps: Tensor, window_size: int, sigma: float) -> Tensor:
     Args:
         window_size: side of the window in cells, odd, at most 2 * min(H, W) - 1.
         sigma: standard deviation in cells.
+
+    Raises:
+        ValueError: the window is even or too large.
     """
     rows, columns = (blur_matrix(side, window_size, sigma, maps.dtype, maps.device) for side in maps.shape[-2:])
     return _Blur.apply(maps, rows, columns)
@@ -104,6 +107,8 @@ _cached_blur_matrix = lru_cache(maxsize=512)(_new_blur_matrix)
 def _blur_weights(side: int, window_size: int, sigma: float, device: torch.device) -> Tensor:
     """Compute the matrix in float64: the weights of each input and of its reflections in both ends."""
     half, last = window_size // 2, side - 1
+    if window_size % 2 == 0 or half > last:
+        raise ValueError(f"window_size is {window_size}; for {side} cells it must be odd and at most {2 * last + 1}")
 
     def weight_at(distance: Tensor) -> Tensor:
         return torch.where(distance.abs() <= half, torch.exp(-(distance / sigma).square() / 2), 0)
