@@ -14,7 +14,7 @@ COLUMNS = 4
 TILE_SIDES = (240, 480)
 """The shorter side of a picture of the sheet, in pixels: at least, so that its title is readable, and at most."""
 LONGEST_TILE = 960
-"""The longer side to which a picture of the sheet is enlarged, at most."""
+"""The longer side of a picture of the sheet, in pixels, at most."""
 
 
 @without_math
@@ -62,5 +62,6 @@ def corruption_sheet(image: np.ndarray, identity: int | str, corruptions: list[s
 def _resized(image: np.ndarray) -> np.ndarray:
     shorter, longer = sorted(image.shape[:2])
     least, most = TILE_SIDES
-    scale = max(min(1.0, most / shorter), min(least / shorter, LONGEST_TILE / longer))
-    return cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA)
+    scale = min(max(min(1.0, most / shorter), least / shorter), LONGEST_TILE / longer)
+    height, width = (max(1, round(side * scale)) for side in image.shape[:2])
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA)
