@@ -18,12 +18,14 @@ def available_cores() -> int:
 
 
 def limit_threads() -> None:
-    """Let PyTorch, if it is imported later, use no more threads than `available_cores`, unless OMP_NUM_THREADS is set.
+    """Set OMP_NUM_THREADS to `available_cores` if a container limits CPU time and the variable is not set.
 
-    PyTorch itself does not know the limits of containers. Threads beyond a limit are suspended in turn while others wait for them.
+    It has an effect only before PyTorch is imported. PyTorch itself ignores these limits; with more threads than they allow,
+    threads are paused while others wait for them.
     """
-    if available_cores() < _cores_of_affinity():
-        os.environ.setdefault("OMP_NUM_THREADS", str(available_cores()))
+    cores = available_cores()
+    if cores < _cores_of_affinity():
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores))
 
 
 def _cores_of_affinity() -> int:

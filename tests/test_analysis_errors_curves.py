@@ -116,9 +116,13 @@ def test_several_processes_give_the_same() -> None:
     np.testing.assert_array_equal(one.precision, two.precision)
 
 
+def _abort(truth: dict) -> None:
+    os.abort()
+
+
 def test_a_process_that_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Check processes that end before the first class."""
-    monkeypatch.setattr("kd_d2.analysis.errors.curves._remember", os.abort)
+    monkeypatch.setattr("kd_d2.analysis.errors.curves._remember", _abort)
     with pytest.raises(
         UserError, match=r"--workers is 2, and one of these processes was killed, most likely .* out of memory"
     ):

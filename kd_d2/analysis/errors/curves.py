@@ -106,7 +106,7 @@ def analyze_errors(
                     curves[futures[future]] = future.result()
         except BrokenProcessPool as error:
             raise UserError(
-                f"--workers is {workers}, and one of these processes was killed, most likely because the machine ran out of memory; choose fewer."
+                f"--workers is {workers}, and one of these processes was killed, most likely because the machine ran out of memory; use fewer."
             ) from error
     return ErrorCurves([c["name"] for c in categories], np.stack([curves[c["id"]] for c in categories]))
 
