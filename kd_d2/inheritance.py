@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .checkpoint import Fit, StateDict, fill
 from .errors import UserError
+from .weight_selection import select_weights
 
 logger = logging.getLogger(__name__)
 INPUT_KEYS = {"input_format": "INPUT.FORMAT", "pixel_mean": "MODEL.PIXEL_MEAN", "pixel_std": "MODEL.PIXEL_STD"}
@@ -19,7 +20,7 @@ BOX_LAYERS = {"bbox_pred", "scales"}
 """Names of the layers whose outputs are in units of the kind of detector, and of the factors of these outputs."""
 
 
-def inherit(student: nn.Module, teacher: nn.Module, modules: Collection[str]) -> Fit:
+def inherit(student: nn.Module, teacher: nn.Module, modules: Collection[str], *, weight_selection: bool = True) -> Fit:
     """Copy the teacher's modules into the student by parameter name, and log what fits.
 
     Neck and head: Kang et al. 2021. A layer, with its norm, is copied as a whole or not at all, and so is a sequence of
@@ -31,6 +32,7 @@ def inherit(student: nn.Module, teacher: nn.Module, modules: Collection[str]) ->
         teacher: the source.
         modules: any of "bottom_up" (see `bottom_up_of`), "neck" (the rest of the backbone) and "head" (all outside the
             backbone).
+        weight_selection: reduce the teacher's layers to the student's numbers of channels (see `select_weights`).
 
     Raises:
         UserError: a module has another name, nothing fits, nothing of the bottom-up network fits, or the bottom-up
@@ -43,8 +45,9 @@ def inherit(student: nn.Module, teacher: nn.Module, modules: Collection[str]) ->
     if "bottom_up" in modules:
         _check_same_input(student, teacher)
     bottom_up, teachers_bottom_up = bottom_up_of(student), bottom_up_of(teacher)
-    source = {n: t for n, t in teacher.state_dict().items() if component_of(n, teachers_bottom_up) in modules}
+    offered = {n: t for n, t in teacher.state_dict().items() if component_of(n, teachers_bottom_up) in modules}
     wanted = {n: t for n, t in student.state_dict().items() if component_of(n, bottom_up) in modules}
+    source = select_weights(wanted, offered) if weight_selection else offered
     apart = _foreign_box_layers(student, teacher, wanted)
     apart |= _broken_units(wanted, source, bottom_up) | _other_sequences(student, wanted, source, bottom_up)
     reasons = {n: why for n in wanted for unit, why in apart.items() if n == unit or n.startswith(unit + ".")}
@@ -52,6 +55,12 @@ def inherit(student: nn.Module, teacher: nn.Module, modules: Collection[str]) ->
     fit.misfits.update({name: reason for name, reason in reasons.items() if name in source})
     fit.missing += [name for name in reasons if name not in source]
     logger.info(f"Inherited from the teacher ({', '.join(modules)}):\n{fit.table()}")
+    selected = [name for name in fit.filled if source[name].shape != offered[name].shape]
+    if selected:
+        logger.info(
+            f"{len(selected)} of these tensors have fewer channels than the teacher's and hold evenly spaced channels of them "
+            "(MODEL.KD.INHERIT.WEIGHT_SELECTION)."
+        )
     components = {component_of(n, bottom_up) for n in fit.filled if not n.endswith("num_batches_tracked")}
     lacking = [module for module in modules if module not in components]
     if not components or "bottom_up" in lacking:

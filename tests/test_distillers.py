@@ -332,6 +332,20 @@ def test_without_adaptation_features_pass_as_they_are(build: Callable) -> None:
 
 
 @pytest.mark.parametrize("node_name", METHODS)
+def test_selected_channels_of_the_teacher(build: Callable, node_name: str) -> None:
+    """Check that channels 0 and 1 of 3 are those for 2, without a layer, and that a student of more channels is refused."""
+    distiller = build(node_name, {8: 2, 16: 3}, {8: 3, 16: 3}, ADAPTATION="select")
+    assert not list(distiller.parameters()) and not distiller.state_dict()
+    teacher = {8: torch.randn(1, 3, 4, 4), 16: torch.randn(1, 3, 2, 2)}
+    assert _loss(distiller, {8: teacher[8][:, :2], 16: teacher[16]}, teacher) == pytest.approx(0.0, abs=1e-6)
+    assert _loss(distiller, {8: teacher[8][:, 1:], 16: teacher[16]}, teacher) > 0.01
+    with pytest.raises(
+        UserError, match=r"ADAPTATION is 'select', but at stride 16 the student has 4 channels and the teacher 3"
+    ):
+        build(node_name, {8: 2, 16: 4}, {8: 3, 16: 3}, ADAPTATION="select")
+
+
+@pytest.mark.parametrize("node_name", METHODS)
 def test_channels_that_differ_need_an_adaptation_layer(build: Callable, node_name: str) -> None:
     """Check that the error names the key, the stride, both numbers of channels and the remedy."""
     with pytest.raises(

@@ -143,10 +143,10 @@ class Pair:
 
 
 def comparable_layers(model: KDMetaArch, distillation: Distillation) -> AdaptationLayers | None:
-    """Return layers that map the student's features to the teacher's channels: PFI's from the checkpoint, the identity
-    if the channels are equal, or None if features cannot be compared."""
+    """Return layers that map the student's features to the teacher's channels: PFI's, trained ones from the checkpoint,
+    the identity if the channels are equal, or None if features cannot be compared."""
     trained = distillation.distiller_states()["PFI"]
-    if trained and "PFI" in model.distillers:
+    if "PFI" in model.distillers and (trained or model.distillers["PFI"].adaptation.selections):
         try:
             model.distillers["PFI"].load_state_dict(trained)
         except RuntimeError as error:

@@ -158,7 +158,8 @@ class PseudoLabelKeys(Keys):
 class InheritKeys(Keys):
     enabled: Annotated[
         bool,
-        "Copy modules of the teacher to the student before the first iteration, where names and shapes match.",
+        "Copy modules of the teacher to the student before the first iteration, where names and shapes match; see WEIGHT_SELECTION for "
+        "layers with fewer channels.",
     ] = False
     modules: Annotated[
         tuple[Literal["bottom_up", "neck", "head"], ...],
@@ -166,6 +167,11 @@ class InheritKeys(Keys):
         "rest of the backbone, and the head, which is everything outside the backbone. A backbone without neck, such as that of "
         "an R-CNN C4, is a bottom-up network.",
     ] = ("neck", "head")
+    weight_selection: Annotated[
+        bool,
+        "Where the student's layers have fewer channels than the teacher's, copy evenly spaced channels (weight selection, Xu et al. "
+        "2024). Otherwise such layers are not copied.",
+    ] = True
 
     def check(self, name: str) -> None:
         if self.enabled and not self.modules:

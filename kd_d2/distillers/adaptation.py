@@ -9,21 +9,23 @@ from torch import Tensor, nn
 
 from ..adapters import DetectorOutputs
 from ..errors import UserError
+from ..weight_selection import evenly_spaced
 from .matching import levels_by_stride
 from .pair import Pair
 
-KERNEL_SIZES = {"none": 0, "1x1": 1, "3x3": 3}
+KERNEL_SIZES = {"none": 0, "select": 0, "1x1": 1, "3x3": 3}
 
 Adaptation = Annotated[
-    Literal[None, "none", "1x1", "3x3"],
-    "Convolution that maps the student's features to the teacher's channels, one per level; None means '1x1' if the channels differ at "
-    "any level, and 'none' otherwise.",
+    Literal[None, "none", "select", "1x1", "3x3"],
+    "Convolution that maps the student's features to the teacher's channels, one per level; 'select' instead compares the student's "
+    "features with evenly spaced channels of the teacher's, those that weight selection inherits; None means '1x1' if the channels differ "
+    "at any level, and 'none' otherwise.",
 ]
 """Type of the key ADAPTATION of a method."""
 
 
 class LevelGroup(NamedTuple):
-    """Strides and maps of levels with the same numbers of channels, the student's adapted, (B, C_teacher, H, W)."""
+    """Strides and maps of levels with the same numbers of channels, adapted, (B, C, H, W)."""
 
     strides: tuple[int, ...]
     student: tuple[Tensor, ...]
@@ -36,12 +38,21 @@ class AdaptationLayers(nn.Module):
     Args:
         channels: student and teacher channels by stride.
         kernel_size: kernel size of the convolutions; 0 for the identity.
+        select: reduce the teacher's features to as many evenly spaced channels as the student has.
+
+    Attributes:
+        compared_channels: channels of the maps of `pairs`, C, by stride.
     """
 
-    def __init__(self, channels: dict[int, tuple[int, int]], kernel_size: int):
+    def __init__(self, channels: dict[int, tuple[int, int]], kernel_size: int, *, select: bool = False):
         super().__init__()
         self.channels = channels
         self.strides = tuple(channels)
+        self.compared_channels = {stride: ours if select else theirs for stride, (ours, theirs) in channels.items()}
+        self.selections = nn.ModuleDict()
+        if select:
+            for stride, (ours, theirs) in channels.items():
+                self.selections[str(stride)] = ChannelSelection(evenly_spaced(ours, theirs))
         self.layers = nn.ModuleDict()
         if kernel_size:
             for stride, (student, teacher) in channels.items():
@@ -57,23 +68,27 @@ class AdaptationLayers(nn.Module):
             node: the method's CONFIG_NODE, for error messages.
 
         Raises:
-            UserError: there is no common stride, or the channels differ and there is no adaptation.
+            UserError: there is no common stride, the channels differ and there is no adaptation, or there are too few to select.
         """
         channels = pair.channels
         needed = "none" if all(ours == theirs for ours, theirs in channels.values()) else "1x1"
         kernel_size = KERNEL_SIZES[adaptation or needed]
+        selects = adaptation == "select"
         for stride, (ours, theirs) in channels.items():
-            if not kernel_size and ours != theirs:
+            if not kernel_size and (ours > theirs if selects else ours != theirs):
                 raise UserError(
-                    f"MODEL.KD.{node}.ADAPTATION is 'none', but at stride {stride} the student has {ours} channels "
+                    f"MODEL.KD.{node}.ADAPTATION is {adaptation!r}, but at stride {stride} the student has {ours} channels "
                     f"and the teacher {theirs}: set it to '1x1'."
                 )
-        return cls(channels, kernel_size)
+        return cls(channels, kernel_size, select=selects)
 
     def pairs(self, student: DetectorOutputs, teacher: DetectorOutputs) -> list[tuple[Tensor, Tensor]]:
-        """Return the student's adapted and the teacher's feature map of each level, (B, C_teacher, H, W) each."""
+        """Return the student's and the teacher's feature map of each level, adapted, (B, C, H, W) each."""
         student_maps = self(levels_by_stride(student.features, self.strides, "student"))
-        return list(zip(student_maps, levels_by_stride(teacher.features, self.strides, "teacher"), strict=True))
+        teacher_maps = levels_by_stride(teacher.features, self.strides, "teacher")
+        if self.selections:
+            teacher_maps = [self.selections[str(s)](x) for s, x in zip(self.strides, teacher_maps, strict=True)]
+        return list(zip(student_maps, teacher_maps, strict=True))
 
     def groups(self, student: DetectorOutputs, teacher: DetectorOutputs) -> list[LevelGroup]:
         """Return `pairs`, levels with the same numbers of channels together."""
@@ -83,7 +98,18 @@ class AdaptationLayers(nn.Module):
         return [LevelGroup(*zip(*levels, strict=True)) for levels in by_channels.values()]
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
-        """Map features (B, C_student, H, W) per level, in order of `strides`, to (B, C_teacher, H, W)."""
+        """Map the student's features (B, C_student, H, W) per level, in order of `strides`, to (B, C, H, W)."""
         if not self.layers:
             return features
         return [self.layers[str(s)](x) for s, x in zip(self.strides, features, strict=True)]
+
+
+class ChannelSelection(nn.Module):
+    """Selects channels of maps (B, N, H, W) by their indices (n,)."""
+
+    def __init__(self, channels: Tensor):
+        super().__init__()
+        self.register_buffer("channels", channels, persistent=False)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return maps.index_select(1, self.channels)

@@ -92,9 +92,9 @@ class FGD(Distiller):
         keys = config.foreground_weight, config.background_weight, config.attention_weight, config.relation_weight
         weights = (default if key is None else key for key, default in zip(keys, published, strict=True))
         self.weights = self.weigh_losses(*weights, optional=(ATTENTION, RELATION))
-        channels = {str(stride): number for stride, (_, number) in pair.channels.items() if RELATION in self.weights}
+        channels = self.adaptation.compared_channels if RELATION in self.weights else {}
         self.student_relations, self.teacher_relations = (
-            nn.ModuleDict({stride: ContextBlock(number) for stride, number in channels.items()}) for _ in range(2)
+            nn.ModuleDict({str(stride): ContextBlock(number) for stride, number in channels.items()}) for _ in range(2)
         )
 
     def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:

@@ -105,13 +105,15 @@ class FKD(Distiller):
         weights = config.attention_weight, config.feature_weight, config.relation_weight
         self.weights = self.weigh_losses(*weights, optional=(ATTENTION, RELATION))
         self.norm_of_images = NORMS_OF_IMAGES[config.norm]
+        compared = self.adaptation.compared_channels
+        channels_of = {stride: (ours, compared[stride]) for stride, (ours, _) in pair.channels.items()}
         self.attention_adaptation = nn.ModuleDict()
         if config.attention == "adapted" and ATTENTION in self.weights:
-            for stride, channels in pair.channels.items():
+            for stride, channels in channels_of.items():
                 self.attention_adaptation[str(stride)] = AttentionAdaptation(*channels)
         self.student_relations, self.teacher_relations, self.relation_adaptation = (nn.ModuleDict() for _ in range(3))
         if RELATION in self.weights:
-            for stride, (ours, theirs) in pair.channels.items():
+            for stride, (ours, theirs) in channels_of.items():
                 self.student_relations[str(stride)] = NonLocalBlock(ours, config.relation_dim)
                 self.teacher_relations[str(stride)] = NonLocalBlock(theirs, config.relation_dim)
                 self.relation_adaptation[str(stride)] = nn.Conv2d(ours, theirs, 1)

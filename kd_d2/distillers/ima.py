@@ -73,8 +73,9 @@ class IMA(Distiller):
     def __init__(self, config: Config, pair: Pair):
         super().__init__(config, pair)
         self.adaptation = AdaptationLayers.build(config.adaptation, pair, self.CONFIG_NODE)
-        channels = {stride: theirs for stride, (_, theirs) in pair.channels.items()}
-        self.generation = generation_blocks(channels if config.generation else {}, config.residual)
+        self.generation = generation_blocks(
+            self.adaptation.compared_channels if config.generation else {}, config.residual
+        )
 
     def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
         pairs, masks = self.adaptation.pairs(student, teacher), self._masks(student, targets)

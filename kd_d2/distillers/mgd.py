@@ -53,8 +53,7 @@ class MGD(Distiller):
         super().__init__(config, pair, default_weight=2e-5 if is_one_stage else 5e-7)
         pair = pair.with_levels(config.num_levels)
         self.adaptation = AdaptationLayers.build(config.adaptation, pair, self.CONFIG_NODE)
-        channels = {stride: theirs for stride, (_, theirs) in pair.channels.items()}
-        self.generation = generation_blocks(channels, residual=config.residual)
+        self.generation = generation_blocks(self.adaptation.compared_channels, residual=config.residual)
         published = 0.65 if is_one_stage else 0.45
         self.mask_ratio = published if config.mask_ratio is None else config.mask_ratio
 

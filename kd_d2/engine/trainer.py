@@ -358,7 +358,8 @@ def load_initial_weights(cfg: CfgNode, model: nn.Module) -> None:
     if own and wanted and sorted(own.names) == sorted(wanted.names):
         match_classes(student, "MODEL.WEIGHTS", own, wanted)
     if isinstance(model, KDMetaArch) and cfg.MODEL.KD.INHERIT.ENABLED:
-        inherit(model.student, model.teacher.model, cfg.MODEL.KD.INHERIT.MODULES)
+        keys = cfg.MODEL.KD.INHERIT
+        inherit(model.student, model.teacher.model, keys.MODULES, weight_selection=keys.WEIGHT_SELECTION)
 
 
 def evaluate_teacher(cfg: CfgNode, teacher: Teacher) -> dict:
