@@ -11,11 +11,11 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from .adapters import PARTS, DetectorOutputs, DetectorSpec, build_adapter
+from .adapters import CLASSIFIED_PARTS, PARTS, DetectorOutputs, DetectorSpec, build_adapter
 from .balance import GradientBalance, shared_parameters
 from .distillers import DISTILLER_REGISTRY, Distiller, Losses, Pair, Schedule, build_distiller
 from .distillers.base import in_words
-from .distillers.matching import without_adapter
+from .distillers.matching import check_same_classes, without_adapter
 from .errors import UserError
 from .modeling.building import building_from
 from .pseudo_labels import Annotations, PseudoLabels
@@ -104,12 +104,10 @@ class KDMetaArch(nn.Module):
 
     def _check_pair(self) -> None:
         student, teacher = self.adapter.spec, self.teacher.spec
-        counts = student.num_classes, teacher.num_classes
-        if None not in counts and counts[0] != counts[1]:
-            raise UserError(
-                f"The student ({student.name}) has {counts[0]} classes and the teacher ({teacher.name}) {counts[1]}; they must "
-                "be the same."
-            )
+        users = [name for name, d in self.distillers.items() if d.needs_of_teacher & CLASSIFIED_PARTS]
+        users += ["MODEL.KD.PSEUDO_LABELS"] if self.labels.needs else []
+        if users:
+            check_same_classes(" and ".join(users), student, teacher)
         self.labels.check(student, teacher)
         if self.balance:
             shared_parameters(self.student)  # raises if nothing is trained

@@ -82,7 +82,13 @@ class Teacher:
         wanted = None if isinstance(model, WITHOUT_OBJECT_CLASSES) else names_in_data(cfg)
         if own is None and wanted and teacher_cfg is not None:
             own = _classes_in_training_data(cfg.MODEL.KD.TEACHER, teacher_cfg, wanted)
-        match_classes(model, "the teacher", own, wanted)
+        number = build_adapter(model).spec.num_classes
+        if wanted and number not in (None, len(wanted.names)):
+            logger.info(
+                f"The teacher has {number} classes and {wanted.source} {len(wanted.names)}: only its features can be used."
+            )
+        else:
+            match_classes(model, "the teacher", own, wanted)
         logger.info(f"Teacher: {type(model).__name__} from {weights}")
         if input_format != cfg.INPUT.FORMAT and {input_format, cfg.INPUT.FORMAT} != {"BGR", "RGB"}:
             raise UserError(

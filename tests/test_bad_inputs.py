@@ -255,11 +255,22 @@ def test_a_teacher_config_with_code(project: Project, refused) -> None:
 # ---------------------------------------------------------------------------------------------------- the pair
 
 
-def test_class_counts_of_student_and_teacher(project: Project, refused) -> None:
-    """Check that both detectors and both counts are named."""
+@pytest.mark.parametrize(
+    ("keys", "users"),
+    [
+        ({"DISTILLERS": ("FeatureImitation", "RankMimicking", "PFI")}, "RankMimicking and PFI"),
+        ({"PSEUDO_LABELS__ENABLED": True}, "MODEL.KD.PSEUDO_LABELS"),
+    ],
+)
+def test_class_counts_of_student_and_teacher(project: Project, refused, keys: dict, users: str) -> None:
+    """Check that both detectors, both counts and what needs the classes are named."""
     project.change_teacher(MODEL__RETINANET__NUM_CLASSES=5)
     save_fixed_weights(project.teacher, project.teacher_weights)
-    assert refused() == "The student (RetinaNet) has 3 classes and the teacher (RetinaNet) 5; they must be the same."
+    project.change(**{f"MODEL__KD__{key}": value for key, value in keys.items()})
+    assert refused() == (
+        f"The student (RetinaNet) has 3 classes and the teacher (RetinaNet) 5; they must be the same for {users}. Methods that "
+        "compare only features allow different classes."
+    )
 
 
 @pytest.mark.parametrize("eval_only", [False, True])

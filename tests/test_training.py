@@ -16,12 +16,13 @@ from pathlib import Path
 
 from kd_d2 import Teacher, UserError
 from kd_d2.adapters import RetinaNetAdapter
-from kd_d2.checkpoint import read_checkpoint
+from kd_d2.checkpoint import CLASS_NAMES, read_checkpoint
 from kd_d2.distillers import DISTILLER_REGISTRY, ICD, Distiller, feature_imitation, gid
 from kd_d2.engine import KDTrainer, setup
 from kd_d2.engine import trainer as trainer_module
 from kd_d2.engine.folder_lock import unlock_folder
 from kd_d2.engine.step import NonFiniteLossError
+from kd_d2.inheritance import component_of
 from kd_d2.random_state import get_random_state, preserved_random_state, set_random_state
 
 import numpy as np
@@ -303,6 +304,30 @@ def test_inherited_weights_are_where_training_starts(retinanet: Project) -> None
     inherited = {name for name in own if not name.startswith("backbone.bottom_up")}
     assert inherited <= same
     assert "backbone.bottom_up.stem.conv1.weight" not in same
+
+
+@pytest.mark.parametrize("names", [None, ["red", "green", "blue", "cyan", "pink"]])
+def test_a_teacher_with_more_classes(
+    retinanet: Project, caplog: pytest.LogCaptureFixture, names: list[str] | None
+) -> None:
+    """Check that features are compared and all layers but those of the classes inherited, with and without known names."""
+    caplog.set_level("INFO", "kd_d2")
+    save_fixed_weights(retinanet.change_teacher(MODEL__RETINANET__NUM_CLASSES=5), retinanet.teacher_weights)
+    teacher = read_checkpoint(str(retinanet.teacher_weights))["model"]
+    torch.save({"model": teacher, **({CLASS_NAMES: names} if names else {})}, retinanet.teacher_weights)
+    retinanet.change(MODEL__KD__INHERIT__ENABLED=True, SOLVER__BASE_LR=0.0, SOLVER__WEIGHT_DECAY=0.0)
+    run = train(retinanet, "SOLVER.MAX_ITER", 1)
+    assert run.losses[0]["loss_feature_imitation"] > 0
+    own = dict(run.trainer.bare_model.student.named_parameters())
+    foreign = {
+        name
+        for name, tensor in own.items()
+        if component_of(name) != "bottom_up" and not torch.equal(tensor, teacher[name])
+    }
+    assert foreign == {"head.cls_score.weight", "head.cls_score.bias"}
+    assert (
+        f"The teacher has 5 classes and the dataset {retinanet.name} 3: only its features can be used." in caplog.text
+    )
 
 
 @pytest.mark.slow

@@ -13,11 +13,21 @@ from .dense import (
     SingleAnchorAdapter,
     labels_and_boxes,
 )
-from .outputs import PARTS, DensePredictions, DetectorOutputs, DetectorSpec, SampledProposals, Towers, towers_at
+from .outputs import (
+    CLASSIFIED_PARTS,
+    PARTS,
+    DensePredictions,
+    DetectorOutputs,
+    DetectorSpec,
+    SampledProposals,
+    Towers,
+    towers_at,
+)
 from .rcnn import RCNNAdapter
 
 __all__ = [
     "BACKGROUND",
+    "CLASSIFIED_PARTS",
     "DETECTOR_ADAPTER_REGISTRY",
     "IGNORED",
     "PARTS",

@@ -259,6 +259,8 @@ PARTS = frozenset(
     }
 )
 """Names in `DetectorSpec.provides`, except those of `towers_at`, which begin with "towers/"."""
+CLASSIFIED_PARTS = frozenset({"dense", "detections", "proposals"})
+"""The PARTS that have predictions of classes."""
 
 
 @dataclass(frozen=True)

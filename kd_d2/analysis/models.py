@@ -19,7 +19,7 @@ from ..checkpoint import distiller_states, load_complete, local_path
 from ..class_names import match_classes, names_in_checkpoint, names_in_data, names_in_training_set
 from ..config import find_weights, load_config, thawed
 from ..data import build_test_loader, evenly_spaced, register_coco_json, register_synthetic
-from ..distillers.matching import check_same_anchors
+from ..distillers.matching import check_same_anchors, check_same_classes
 from ..engine.checks import check_classes, check_datasets, check_distillation
 from ..errors import UserError
 from ..evaluation import build_evaluator, check_coco_metrics
@@ -143,18 +143,19 @@ class Distillation:
         return self._loaded(self.build())
 
     def build_dense_pair(self, analysis: str) -> KDMetaArch:
-        """Build as `build_trained`, and check that both detectors have dense predictions at the same anchors.
+        """Build as `build_trained`, and check that both detectors have dense predictions of the same classes and anchors.
 
         Args:
             analysis: the name of the analysis, for error messages.
 
         Raises:
-            UserError: see `build_trained`; or a detector has no dense predictions, or the anchors differ.
+            UserError: see `build_trained`; or a detector has no dense predictions, or their classes or anchors differ.
         """
         model = self.build()
         for whose, adapter in (("student", model.adapter), ("teacher", model.teacher.adapter)):
             if "dense" not in adapter.provides:
                 raise UserError(f"The {whose} ({type(adapter.model).__name__}) has no dense predictions to compare.")
+        check_same_classes(analysis, model.adapter.spec, model.teacher.spec)
         check_same_anchors(analysis, model.adapter.spec, model.teacher.spec)
         return self._loaded(model)
 

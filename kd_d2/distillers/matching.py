@@ -36,6 +36,15 @@ def common_channels(spec: DetectorSpec, strides: list[int], reason: str) -> int:
     return channels[strides[0]]
 
 
+def check_same_classes(users: str, student: DetectorSpec, teacher: DetectorSpec) -> None:
+    """Raise a UserError that names the users of class predictions if the detectors have different numbers of classes."""
+    if None not in (student.num_classes, teacher.num_classes) and student.num_classes != teacher.num_classes:
+        raise UserError(
+            f"The student ({student.name}) has {student.num_classes} classes and the teacher ({teacher.name}) {teacher.num_classes}; "
+            f"they must be the same for {users}. Methods that compare only features allow different classes."
+        )
+
+
 def check_same_anchors(method: str, student: DetectorSpec, teacher: DetectorSpec) -> None:
     """Raise a UserError unless both detectors have dense predictions at the same anchors or points on the same levels."""
     for whose, spec in (("student", student), ("teacher", teacher)):
