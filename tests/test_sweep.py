@@ -240,6 +240,19 @@ def test_the_teacher_is_evaluated_among_the_cells(tmp_path, monkeypatch):
     assert ([job.cell for job in jobs], parallel, threads) == (["teacher", "a"], 2, 1)
 
 
+def test_a_teacher_of_other_classes_is_not_evaluated(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "kd_d2")
+    started = []
+    monkeypatch.setattr(report, "run_jobs", lambda jobs, *_: started.extend(job.cell for job in jobs))
+    monkeypatch.setattr(report, "measure_costs", lambda *arguments: {})
+    (tmp_path / "teacher.pth").touch()
+    text = f"config: STUDENT\nbaseline: a\ncells: {{a: {{opts: {TAUGHT}}}}}\n"
+    opts = ["MODEL.RETINANET.NUM_CLASSES", "5"]
+    run_sweep(read_matrix(write_matrix(tmp_path, text)), str(tmp_path / "output"), opts)
+    assert started == ["a"]
+    assert "The teacher is not evaluated: it has 8 classes and the students 5." in caplog.text
+
+
 def test_the_teachers_row_is_one_for_all_cells(tmp_path):
     """Check that only what its evaluation uses counts, also in files of cells that were first before."""
     (tmp_path / "teacher.pth").touch()

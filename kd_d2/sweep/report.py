@@ -9,9 +9,14 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from ..config import read_config
+from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY
+
+from ..class_names import ClassCount
+from ..config import load_config, load_teacher_config, read_config
 from ..errors import UserError, check_number
 from ..files import check_output_folder, read_json, write_json, write_text
+from ..lazy_teacher import is_lazy_config
 from ..typed_json import from_tree
 from .costs import measure_costs
 from .matrix import Cell, Matrix
@@ -123,7 +128,11 @@ def _run_missing(
             )
         opts = [*opts, *names_teacher]
     elif taught := matrix.taught_cell(opts):
-        jobs = [teacher_evaluation(taught, output, results, opts, imports)]
+        difference = _other_classes(load_config(taught.config, [*opts, *taught.opts]))
+        if difference:
+            logger.info(f"The teacher is not evaluated: {difference}.")
+        else:
+            jobs = [teacher_evaluation(taught, output, results, opts, imports)]
     for cell, seed in _finished_pairs(matrix, results):
         if (cell, seed) not in pairs:  # it is in the table too
             is_finished(training_job(cell, seed, output, results, opts, imports))
@@ -132,6 +141,18 @@ def _run_missing(
     known = read_costs(results)
     write_json(os.path.join(results, COSTS), {**known, **measure_costs(matrix, opts, known)})
     return failed
+
+
+def _other_classes(cfg: CfgNode) -> str | None:
+    """Return how the numbers of classes of a config's student and teacher differ, or None if they do not or are unknown."""
+    if is_lazy_config(cfg.MODEL.KD.TEACHER.CONFIG_FILE):
+        return None
+    teacher = load_teacher_config(cfg)
+    pair = (cfg, cfg.MODEL.KD.STUDENT), (teacher, teacher.MODEL.META_ARCHITECTURE)
+    ours, theirs = (ClassCount.in_config(of_detector, META_ARCH_REGISTRY.get(name)) for of_detector, name in pair)
+    if ours is None or theirs is None or ours.number == theirs.number:
+        return None
+    return f"it has {theirs.number} classes and the students {ours.number}"
 
 
 def _finished_pairs(matrix: Matrix, results: str) -> list[tuple[Cell, int]]:
