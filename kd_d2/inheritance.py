@@ -6,6 +6,7 @@ import logging
 from collections.abc import Collection
 from itertools import accumulate
 
+from detectron2.layers import FrozenBatchNorm2d
 from torch import Tensor, nn
 
 from .checkpoint import Fit, StateDict, fill
@@ -57,10 +58,7 @@ def inherit(student: nn.Module, teacher: nn.Module, modules: Collection[str], *,
     logger.info(f"Inherited from the teacher ({', '.join(modules)}):\n{fit.table()}")
     selected = [name for name in fit.filled if source[name].shape != offered[name].shape]
     if selected:
-        logger.info(
-            f"{len(selected)} of these tensors have fewer channels than the teacher's and hold evenly spaced channels of them "
-            "(MODEL.KD.INHERIT.WEIGHT_SELECTION)."
-        )
+        _log_selection(student, selected)
     components = {component_of(n, bottom_up) for n in fit.filled if not n.endswith("num_batches_tracked")}
     lacking = [module for module in modules if module not in components]
     if not components or "bottom_up" in lacking:
@@ -77,6 +75,20 @@ def inherit(student: nn.Module, teacher: nn.Module, modules: Collection[str], *,
     if lacking:
         logger.warning(f"MODEL.KD.INHERIT: no weight of the teacher's {' and '.join(lacking)} fits the student.")
     return fit
+
+
+def _log_selection(student: nn.Module, selected: Collection[str]) -> None:
+    logger.info(
+        f"{len(selected)} of these tensors have fewer channels than the teacher's and hold evenly spaced channels of them "
+        "(MODEL.KD.INHERIT.WEIGHT_SELECTION)."
+    )
+    norms = (name for name, module in student.named_modules() if isinstance(module, FrozenBatchNorm2d))
+    frozen = [name for name in norms if f"{name}.weight" in selected]
+    if frozen:
+        logger.warning(
+            f"{len(frozen)} of these layers are FrozenBN, with the statistics of the teacher's wider layers; the first one is {frozen[0]}. "
+            "BN learns those of the student (MODEL.RESNETS.NORM, MODEL.FPN.NORM)."
+        )
 
 
 def _check_same_input(student: nn.Module, teacher: nn.Module) -> None:

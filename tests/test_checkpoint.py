@@ -581,13 +581,13 @@ def test_blocks_are_inherited_whole_or_not_at_all() -> None:
             "but the student's MODEL.PIXEL_STD is [1.0, 1.0, 1.0] and the teacher's [5",
         ),
         (
-            {"MODEL__SLIM_RESNET__WIDTHS": (8, 16, 24, 32), "MODEL__RESNETS__STEM_OUT_CHANNELS": 8},
+            {"MODEL__SLIM_RESNET__WIDTHS": (72, 136, 264, 520), "MODEL__RESNETS__STEM_OUT_CHANNELS": 72},
             "no weight of the teacher's bottom_up",
         ),
     ],
 )
 def test_a_bottom_up_network_that_does_not_fit(tmp_path: Path, opts: dict, reason: str) -> None:
-    """Check another channel order, another normalization, and other widths."""
+    """Check another channel order, another normalization, and larger widths."""
     student, teacher = detector(tmp_path, **opts), detector(tmp_path, _BASE_=TINY_TEACHER)
     assert reason in sentence(inherit, student, teacher, ("bottom_up", "neck", "head"))
 

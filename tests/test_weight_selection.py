@@ -117,6 +117,16 @@ def test_the_selected_network_is_the_one_inside_the_wide_one(
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("norm", "is_warned"), [("FrozenBN", True), ("BN", False)])
+def test_frozen_statistics_of_wider_layers(
+    tiny_detector: Callable[..., nn.Module], caplog: pytest.LogCaptureFixture, norm: str, is_warned: bool
+) -> None:
+    narrow = {"MODEL": {"RESNETS": {"NORM": norm}}}
+    inherit(tiny_detector("retinanet", narrow), tiny_detector("retinanet", WIDE), COMPONENTS)
+    warned = "layers are FrozenBN, with the statistics of the teacher's wider layers; the first one is backbone.bottom_up.stem."
+    assert (warned in caplog.text) is is_warned
+
+
 ADAPTED = sorted(name for name, method in DISTILLER_REGISTRY if hasattr(method.Config, "adaptation"))
 
 
