@@ -231,7 +231,9 @@ TAUGHT = (
 def test_the_teacher_is_evaluated_among_the_cells(tmp_path, monkeypatch):
     """Check that the evaluation is the first job, and the number of parallel jobs and of threads."""
     started = []
-    monkeypatch.setattr(report, "run_jobs", lambda jobs, parallel, threads: started.append((jobs, parallel, threads)))
+    monkeypatch.setattr(
+        report, "run_jobs", lambda jobs, parallel, threads, gpus: started.append((jobs, parallel, threads))
+    )
     monkeypatch.setattr(report, "measure_costs", lambda *arguments: {})
     (tmp_path / "teacher.pth").touch()
     text = f"config: STUDENT\nbaseline: a\ncells: {{a: {{opts: {TAUGHT}}}}}\n"
@@ -467,6 +469,32 @@ def test_threads_of_jobs_sleep_while_they_wait(tmp_path, monkeypatch):
     seen = json.loads((tmp_path / "train.json").read_text())
     names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS")
     assert [seen[name] for name in names] == ["PASSIVE", "0", "5", "3"]
+
+
+def test_jobs_are_distributed_over_gpus(tmp_path, monkeypatch):
+    """Check four jobs, two at a time, of which the second takes until all others have ended."""
+    script = tmp_path / "program.py"
+    script.write_text(
+        "import json, os, sys, time\n"
+        "name, folder = sys.argv[1:]\n"
+        "while name == 'b' and not os.path.exists(folder + '/../d.json'):\n"
+        "    time.sleep(0.05)\n"
+        "json.dump({'bbox': {'AP': float(os.environ['CUDA_VISIBLE_DEVICES'])}}, open(folder + '/train.json', 'w'))\n"
+    )
+    monkeypatch.setattr(runner, "PROGRAM", (sys.executable, str(script)))
+    jobs = [Job(n, 0, [n, str(tmp_path / n)], str(tmp_path / n), str(tmp_path / f"{n}.json"), {}) for n in "abcd"]
+    assert run_jobs(jobs, 2, 1, ["4", "5"]) == []
+    assert [json.loads((tmp_path / f"{n}.json").read_text())["scores"]["AP"] for n in "abcd"] == [4, 5, 4, 4]
+
+
+def test_one_training_for_each_gpu(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(report, "run_jobs", lambda jobs, parallel, threads, gpus: started.append((parallel, gpus)))
+    monkeypatch.setattr(report, "measure_costs", lambda *arguments: {})
+    matrix = read_matrix(write_matrix(tmp_path, "config: STUDENT\nbaseline: a\ncells: {a: }\n"))
+    run_sweep(matrix, str(tmp_path / "output"), [], SweepOptions(gpus=["0", "1", "2"]))
+    run_sweep(matrix, str(tmp_path / "output"), [], SweepOptions(gpus=["0", "1"], jobs=6))
+    assert started == [(3, ["0", "1", "2"]), (6, ["0", "1"])]
 
 
 def test_plots_show_every_finished_cell(finished, tmp_path, monkeypatch):
@@ -1175,6 +1203,7 @@ def test_a_readme_of_another_system(finished, tmp_path):
         (["--cells", "plain", "better", "SOLVER.BASE_LR", "0.1"], ["plain", "better"], None, ["SOLVER.BASE_LR", "0.1"]),
         (["--seeds", "0", "1", "SOLVER.BASE_LR=0.1"], None, [0, 1], ["SOLVER.BASE_LR", "0.1"]),
         (["--cells", "plain", "--jobs", "2", "SOLVER.BASE_LR", "1"], ["plain"], None, ["SOLVER.BASE_LR", "1"]),
+        (["--gpus", "0", "1", "SOLVER.BASE_LR", "0.1"], None, None, ["SOLVER.BASE_LR", "0.1"]),
         ([], None, None, []),
     ],
 )
@@ -1186,7 +1215,8 @@ def test_the_command(tmp_path, monkeypatch, arguments, cells, seeds, opts):
         main(["sweep", write_matrix(tmp_path, MATRIX), "--output", "out", *arguments])
     ((matrix, output, found, options),) = seen
     assert (matrix.student, output, found) == ("plain", "out", opts)
-    assert (options.cells, options.seeds, options.jobs) == (cells, seeds, 2 if "--jobs" in arguments else 1)
+    assert (options.cells, options.seeds, options.jobs) == (cells, seeds, 2 if "--jobs" in arguments else None)
+    assert [*options.gpus] == (["0", "1"] if "--gpus" in arguments else [])
 
 
 def test_jobs_import_what_the_sweep_imports(tmp_path):

@@ -28,8 +28,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cells", nargs="+", metavar="NAME", help="train only these; baseline and plain student stay in the table"
     )
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="only these seeds")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="number of parallel trainings (default 1)")
+    parser.add_argument(
+        "--jobs", type=int, metavar="N", help="number of parallel trainings (default: one for each of --gpus, or 1)"
+    )
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads per training (default 1)")
+    parser.add_argument(
+        "--gpus",
+        nargs="+",
+        default=(),
+        metavar="ID",
+        help="GPUs to distribute the trainings over, one each, as in CUDA_VISIBLE_DEVICES",
+    )
     add_import_argument(parser)
 
 

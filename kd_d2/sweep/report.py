@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -44,8 +44,9 @@ class SweepOptions:
         report_only: report finished trainings without running any.
         cells: cells to run and to report, in addition to finished baseline and plain student; None for all.
         seeds: seeds to run; None for all.
-        jobs: number of parallel trainings.
+        jobs: number of parallel trainings; by default one for each of `gpus`, or one.
         threads: number of CPU threads per training.
+        gpus: GPUs to distribute the trainings over, one each, as in CUDA_VISIBLE_DEVICES.
         imports: user modules and files for the trainings to import, see `extensions`.
     """
 
@@ -55,8 +56,9 @@ class SweepOptions:
     report_only: bool = False
     cells: list[str] | None = None
     seeds: list[int] | None = None
-    jobs: int = 1
+    jobs: int | None = None
     threads: int = 1
+    gpus: Sequence[str] = ()
     imports: Sequence[str] = ()
 
 
@@ -75,6 +77,8 @@ def run_sweep(matrix: Matrix, output: str, opts: list[Any], options: SweepOption
             trainings failed.
     """
     options = options or SweepOptions()
+    if options.jobs is None:
+        options = replace(options, jobs=max(1, len(options.gpus)))
     check_number("--jobs", options.jobs, 1)
     check_number("--threads", options.threads, 1)
     pairs = matrix.select(options.cells, options.seeds)
@@ -120,7 +124,7 @@ def _run_missing(
                 f"{path} was measured with different settings ({difference}); move the file, or choose another --results folder."
             )
         job, names_teacher = teacher_training(matrix, output, results, opts, imports)
-        if failed := run_jobs([job], 1, options.jobs * options.threads):
+        if failed := run_jobs([job], 1, options.jobs * options.threads, options.gpus):
             return failed
         if not os.path.isfile(job.result):
             raise UserError(
@@ -137,7 +141,7 @@ def _run_missing(
         if (cell, seed) not in pairs:  # it is in the table too
             is_finished(training_job(cell, seed, output, results, opts, imports))
     jobs += [training_job(cell, seed, output, results, opts, imports) for cell, seed in pairs]
-    failed = run_jobs(jobs, options.jobs, options.threads)
+    failed = run_jobs(jobs, options.jobs, options.threads, options.gpus)
     known = read_costs(results)
     write_json(os.path.join(results, COSTS), {**known, **measure_costs(matrix, opts, known)})
     return failed

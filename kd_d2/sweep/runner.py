@@ -65,6 +65,7 @@ class Job:
         result: the JSON file that exists once the job has finished.
         settings: the keys that determine the result, see `measured_settings`.
         outcome: the file in `output` with the scores.
+        gpu: the only GPU that the process sees, as in CUDA_VISIBLE_DEVICES; None for all.
     """
 
     cell: str
@@ -79,6 +80,7 @@ class Job:
     started: float = 0.0
     reported: int = -1
     metrics_size: int = 0
+    gpu: str | None = None
 
     @property
     def name(self) -> str:
@@ -86,7 +88,7 @@ class Job:
 
 
 @exit_on_signals()
-def run_jobs(jobs: list[Job], parallel: int, threads: int) -> list[Job]:
+def run_jobs(jobs: list[Job], parallel: int, threads: int, gpus: Sequence[str] = ()) -> list[Job]:
     """Run every job that has no result yet, and write its result file if it succeeds.
 
     Jobs that another sweep is running are skipped. SIGTERM, SIGUSR1, SIGHUP and Ctrl-C stop all jobs, each with a checkpoint.
@@ -94,6 +96,7 @@ def run_jobs(jobs: list[Job], parallel: int, threads: int) -> list[Job]:
     Args:
         parallel: number of parallel processes.
         threads: number of CPU threads per process.
+        gpus: GPUs to distribute the processes over, one each; empty for all GPUs for each.
 
     Returns:
         The jobs that failed.
@@ -116,6 +119,7 @@ def run_jobs(jobs: list[Job], parallel: int, threads: int) -> list[Job]:
                 elif is_finished(job):  # by another sweep in the meantime
                     job.lock.close()
                 else:
+                    job.gpu = min(gpus, key=[other.gpu for other in running].count, default=None)
                     running.append(_start(job, threads))
             time.sleep(0.5)
             for job in list(running):
@@ -232,6 +236,7 @@ def _start(job: Job, threads: int) -> Job:
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
+        **({} if job.gpu is None else {"CUDA_VISIBLE_DEVICES": job.gpu}),
     }
     if job.outcome == "train.json":
         write_json(os.path.join(job.output, SETTINGS), job.settings)
@@ -244,7 +249,8 @@ def _start(job: Job, threads: int) -> Job:
             pass_fds=[job.lock.fileno()],
         )
     job.started = time.time()
-    logger.info(f"{job.name}: started, log in {job.output}/process.log")
+    where = "" if job.gpu is None else f" on GPU {job.gpu}"
+    logger.info(f"{job.name}: started{where}, log in {job.output}/process.log")
     return job
 
 
