@@ -256,6 +256,25 @@ def test_the_command_on_a_config(tmp_path: Path, capsys: pytest.CaptureFixture) 
     assert skips
 
 
+@pytest.mark.parametrize(("drops_empty", "images", "epochs", "iterations"), [(False, 6, 30.0, 36), (True, 5, 36.0, 30)])
+def test_the_schedule_in_epochs(
+    tmp_path: Path, capsys: pytest.CaptureFixture, drops_empty: bool, images: int, epochs: float, iterations: int
+) -> None:
+    """Check 90 batches of 2 of six images, one of which has no objects, and the same schedule for 12 epochs."""
+    project = make_project(tmp_path, DATALOADER__FILTER_EMPTY_ANNOTATIONS=drops_empty)
+    with pytest.raises(SystemExit):
+        main(["data", "check", str(project.student), "SOLVER.MAX_ITER", "90", "SOLVER.STEPS", "(60, 80)"])
+    steps = {36: "24,32", 30: "20,27"}[iterations]
+    assert (
+        capsys.readouterr()
+        .out.rstrip()
+        .endswith(
+            f"SOLVER.MAX_ITER 90 with batches of 2 is {epochs} epochs of {images} training images. The same schedule for 12 epochs: "
+            f"SOLVER.MAX_ITER {iterations} SOLVER.STEPS ({steps})"
+        )
+    )
+
+
 def test_a_config_with_the_name_of_another_dataset(tmp_path: Path) -> None:
     """Check the sentence of the training for a name of Detectron2's own datasets."""
     project = make_project(tmp_path)

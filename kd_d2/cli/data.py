@@ -52,7 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from ..analysis.base import check_at_least
     from ..analysis.drawing import write_picture
-    from ..data_check import DataSet, check_sets, class_count_of_config, draw_samples, sets_of_config
+    from ..data_check import (
+        DataSet,
+        check_sets,
+        class_count_of_config,
+        draw_samples,
+        schedule_of_config,
+        sets_of_config,
+    )
     from ..files import check_output_folder
 
     print_log()
@@ -77,6 +84,9 @@ def run(args: argparse.Namespace) -> None:
         check_output_folder(args.output, "--output")
     result = check_sets(sets, images, skips_unusable=skips, predicted=predicted)
     print(result.summary())
+    schedule = args.config_file and schedule_of_config(args.config_file, args.opts, result)
+    if schedule:
+        print(f"\n{schedule}")
     if args.output:
         result.save(args.output)
         picture = draw_samples(result.sets, args.samples)

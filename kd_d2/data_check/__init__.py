@@ -3,6 +3,7 @@
 from .check import DataCheck, check_sets
 from .findings import Finding
 from .picture import draw_samples
+from .schedule import schedule_of_config
 from .sets import DataSet, class_count_of_config, sets_of_config
 from .statistics import SetStatistics, measure
 
@@ -15,5 +16,6 @@ __all__ = [
     "class_count_of_config",
     "draw_samples",
     "measure",
+    "schedule_of_config",
     "sets_of_config",
 ]
