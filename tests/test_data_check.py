@@ -264,13 +264,13 @@ def test_the_schedule_in_epochs(
     project = make_project(tmp_path, DATALOADER__FILTER_EMPTY_ANNOTATIONS=drops_empty)
     with pytest.raises(SystemExit):
         main(["data", "check", str(project.student), "SOLVER.MAX_ITER", "90", "SOLVER.STEPS", "(60, 80)"])
-    steps = {36: "24,32", 30: "20,27"}[iterations]
+    steps = {36: (24, 32), 30: (20, 27)}[iterations]
     assert (
         capsys.readouterr()
         .out.rstrip()
         .endswith(
             f"SOLVER.MAX_ITER 90 with batches of 2 is {epochs} epochs of {images} training images. The same schedule for 12 epochs: "
-            f"SOLVER.MAX_ITER {iterations} SOLVER.STEPS ({steps})"
+            f'SOLVER.MAX_ITER {iterations} SOLVER.STEPS "{steps}"'
         )
     )
 

@@ -25,8 +25,8 @@ def schedule_of_config(config_file: str, opts: list[Any], check: DataCheck) -> s
     if min(images, last, batch) < 1:
         return None
     iterations = max(1, round(EPOCHS * images / batch))
-    steps = ",".join(str(round(step / last * iterations)) for step in cfg.SOLVER.STEPS)
+    steps = tuple(round(step / last * iterations) for step in cfg.SOLVER.STEPS)
     return (
         f"SOLVER.MAX_ITER {last} with batches of {batch} is {last * batch / images:.1f} epochs of {images} training images. The same "
-        f"schedule for {EPOCHS} epochs: SOLVER.MAX_ITER {iterations} SOLVER.STEPS ({steps}{',' * (len(cfg.SOLVER.STEPS) == 1)})"
+        f'schedule for {EPOCHS} epochs: SOLVER.MAX_ITER {iterations} SOLVER.STEPS "{steps}"'
     )
