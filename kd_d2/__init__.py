@@ -24,6 +24,7 @@ _MODULES = {
     "add_kd_config": "config",
     "load_config": "config",
     "register_config": "config",
+    "register_hook": "engine.hooks",
     "validate_kd_config": "config",
 }
 

@@ -5,17 +5,20 @@ import re
 import runpy
 import shlex
 import sys
+from types import SimpleNamespace
 
-from kd_d2 import DISTILLER_REGISTRY, KDMetaArch, Teacher, load_config
+from kd_d2 import DISTILLER_REGISTRY, KDMetaArch, Teacher, load_config, register_hook
 from kd_d2.adapters import DETECTOR_ADAPTER_REGISTRY, build_adapter
+from kd_d2.engine import hooks
 from kd_d2.errors import UserError
 from kd_d2.extensions import import_extensions
 from kd_d2.meta_arch import META_ARCH_REGISTRY
 
 import pytest
 import torch
+from detectron2.engine import HookBase
 from detectron2.modeling import build_model
-from helpers import ROOT, clean_process, configured, example, make_project, run_command
+from helpers import ROOT, KillAt, clean_process, configured, example, make_project, make_trainer, run_command, train
 
 
 def test_five_lines_of_yaml(tmp_path):
@@ -169,6 +172,63 @@ def test_the_example_of_a_trainer(tmp_path, monkeypatch):
     with clean_process():
         again = runpy.run_path(str(path), run_name="__main__")["trainer"]
     assert (again.start_iter, len(sizes)) == (1, seen)
+
+
+def test_the_example_of_a_hook(tmp_path, monkeypatch):
+    """Check the iterations and metrics that `kd-d2 train --import` gives to wandb, which is replaced, and to each process once."""
+    project = make_project(tmp_path, SOLVER__MAX_ITER=45, DATASETS__TEST=[], MODEL__KD__DISTILLERS=["PKD"])
+    (tmp_path / "wandb_log.py").write_text(example("hook", "docs/guides/own-training.md"))
+    calls = []
+    run = SimpleNamespace(log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("finish"))
+    monkeypatch.setitem(
+        sys.modules, "wandb", SimpleNamespace(init=lambda **options: calls.append(options["dir"]) or run)
+    )
+    monkeypatch.setattr(hooks, "HOOK_BUILDERS", [])
+    run_command("train", project.student, "--import", tmp_path / "wandb_log.py")
+    folder, (first, values), (second, _), end = calls
+    assert (folder, first, second, end) == (str(project.output), 19, 39, "finish")
+    assert {"loss_pkd", "total_loss", "lr"} <= values.keys()
+
+
+class Counter(HookBase):
+    def __init__(self):
+        self.count = 0
+
+    def after_step(self):
+        self.count += 1
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state):
+        self.count = state["count"]
+
+
+def test_the_state_of_a_registered_hook(tmp_path, monkeypatch):
+    """Check that a training of 3 iterations, resumed for 6, counts 6, with the losses of one without the hook."""
+    project = make_project(tmp_path)
+    plain = train(project, "SOLVER.MAX_ITER", 6, "OUTPUT_DIR", tmp_path / "plain").losses
+    counters = []
+    monkeypatch.setattr(hooks, "HOOK_BUILDERS", [])
+    register_hook(lambda cfg: counters.append(Counter()) or counters[-1])
+    register_hook(lambda cfg: None)
+    first = train(project, "SOLVER.MAX_ITER", 6, "SOLVER.CHECKPOINT_PERIOD", 3, hooks=(KillAt(2),)).losses
+    second = train(project, "SOLVER.MAX_ITER", 6, resume=True).losses
+    assert counters[-1].count == 6
+    assert first | second == plain
+
+
+def test_a_registered_hook_of_another_kind(tmp_path, monkeypatch):
+    monkeypatch.setattr(hooks, "HOOK_BUILDERS", [])
+
+    @register_hook
+    def build_logger(cfg):
+        return "logger"
+
+    with pytest.raises(
+        UserError, match="The function build_logger of register_hook returned 'logger'; it must be a HookBase or None"
+    ):
+        make_trainer(make_project(tmp_path))
 
 
 def test_two_adapters_for_one_class(one_level_files, tiny_detector):

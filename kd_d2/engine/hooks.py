@@ -1,14 +1,45 @@
-"""Training hooks for metrics and logs."""
+"""Training hooks for metrics and logs, and those of users."""
 
 import logging
 import resource
+from collections.abc import Callable
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 
 from ..balance import GradientBalance
+from ..errors import UserError
 
 logger = logging.getLogger(__name__)
+
+HookBuilder = Callable[[CfgNode], HookBase | None]
+HOOK_BUILDERS: list[HookBuilder] = []
+"""The functions of `register_hook`."""
+
+
+def register_hook(build: HookBuilder) -> HookBuilder:
+    """Register a function that builds a hook of your own from the config of a training; None means no hook.
+
+    A function decorator, for a file of `--import`. Every process of a training calls the function. The hook's `after_step` runs
+    before a checkpoint of the iteration is written and before an evaluation, whose results are in the event storage from the next iteration
+    on.
+    """
+    HOOK_BUILDERS.append(build)
+    return build
+
+
+def build_registered_hooks(cfg: CfgNode) -> list[HookBase]:
+    """Build the hooks of `register_hook`. Raises a UserError if one is not a hook."""
+    hooks = []
+    for build in HOOK_BUILDERS:
+        hook = build(cfg)
+        if hook is not None and not isinstance(hook, HookBase):
+            raise UserError(
+                f"The function {build.__name__} of register_hook returned {hook!r}; it must be a HookBase or None."
+            )
+        hooks.append(hook)
+    return [hook for hook in hooks if hook is not None]
 
 
 class PeakMemoryRecorder(HookBase):

@@ -42,7 +42,7 @@ from .checkpoints import BestCheckpoint, Checkpoints
 from .checks import TEACHERS_CLASSES, check_classes, check_schedule
 from .failures import Failures
 from .folder_lock import unlock_folder
-from .hooks import LastMultipliersLog, PeakMemoryRecorder
+from .hooks import LastMultipliersLog, PeakMemoryRecorder, build_registered_hooks
 from .learning_rate import build_lr_scheduler, scale_to_world_size
 from .optimizers import build_main_optimizer, build_optimizers
 from .rank_states import get_rank_state, own_state, set_distiller_state, set_rank_state
@@ -288,6 +288,7 @@ class KDTrainer(DefaultTrainer):
             if isinstance(hook, PreciseBN) and self.averaged:
                 precise = PreciseStatisticsOfAverage(self.averaged, hook)
             elif isinstance(hook, EvalHook):
+                hooks += build_registered_hooks(self.cfg)
                 hooks += [self.averaged, precise, self.checkpoints, evaluation, best]
             elif not isinstance(hook, PeriodicCheckpointer):
                 hooks.append(hook)
