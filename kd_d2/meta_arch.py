@@ -84,7 +84,7 @@ class KDMetaArch(nn.Module):
         teacher = Teacher.from_config(cfg)
         if kd.PSEUDO_LABELS.ENABLED:
             teacher.check_detects()
-        with building_from("MODEL"):
+        with building_from("MODEL", cfg):
             student = META_ARCH_REGISTRY.get(kd.STUDENT)(cfg)
         pair = Pair.from_config(cfg, build_adapter(student).spec, teacher.spec)
         distillers = {name: build_distiller(cfg, name, pair) for name in kd.DISTILLERS}

@@ -325,8 +325,8 @@ def test_a_dropped_category_in_the_class_count(project: Project, refused) -> Non
 @pytest.mark.parametrize(
     ("opts", "reason"),
     [
-        (["MODEL.FPN.IN_FEATURES", ["res9"]], "KeyError: 'res9'."),
-        (["MODEL.RETINANET.IN_FEATURES", ["p9"]], "KeyError: 'p9'."),
+        (["MODEL.FPN.IN_FEATURES", ["res9"]], "KeyError: 'res9', which is in MODEL.FPN.IN_FEATURES."),
+        (["MODEL.RETINANET.IN_FEATURES", ["p9"]], "KeyError: 'p9', which is in MODEL.RETINANET.IN_FEATURES."),
         (
             ["MODEL.RETINANET.IOU_THRESHOLDS", [-0.5, 0.5]],
             "AssertionError: assert thresholds[0] > 0 (matcher.py, line ",
@@ -352,7 +352,7 @@ def test_operators_that_are_not_compiled() -> None:
 
 def test_a_teacher_that_cannot_be_built(project: Project, refused) -> None:
     project.change_teacher(MODEL__FPN__IN_FEATURES=["res9"])
-    sentence = "The detector cannot be built from MODEL of the teacher's config {}: KeyError: 'res9'."
+    sentence = "The detector cannot be built from MODEL of the teacher's config {}: KeyError: 'res9', which is in MODEL.FPN.IN_FEATURES."
     assert refused() == sentence.format(project.teacher)
 
 

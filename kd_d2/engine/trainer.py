@@ -317,7 +317,7 @@ class KDTrainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         plain = cfg.MODEL.META_ARCHITECTURE != KD_META_ARCH
-        with building_from("MODEL") if plain else contextlib.nullcontext():
+        with building_from("MODEL", cfg) if plain else contextlib.nullcontext():
             return super().build_model(cfg)
 
     @classmethod

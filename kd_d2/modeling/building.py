@@ -27,7 +27,7 @@ def build_detector(cfg: CfgNode, source: str = "MODEL") -> nn.Module:
     Raises:
         UserError: see `building_from`.
     """
-    with building_from(source):
+    with building_from(source, cfg):
         return build_model(cfg)
 
 
@@ -39,10 +39,14 @@ def lower_score_threshold(model: nn.Module, score_thresh: float) -> None:
 
 
 @contextlib.contextmanager
-def building_from(source: str) -> Iterator[None]:
+def building_from(source: str, cfg: CfgNode | None = None) -> Iterator[None]:
     """Raise a UserError that names the config keys `source` if Detectron2 cannot build a detector from them.
 
     Errors in other packages, such as those of the user, and of the GPU are not changed.
+
+    Args:
+        source: description of the keys.
+        cfg: the config that has them, of which the message names the lists with an unknown feature map.
     """
     try:
         yield
@@ -58,9 +62,22 @@ def building_from(source: str) -> Iterator[None]:
         if is_out_of_memory(error) or "CUDA" in reason or _packages(error.__traceback__) - PACKAGES:
             raise
         hint = f"; {HINT}" if re.search(r"No object named .* registry", reason) else ""
+        if cfg is not None and isinstance(error, KeyError) and (lists := _lists_with(error.args, cfg)):
+            hint = f", which is in {' and '.join(lists)}"
         raise UserError(
             f"The detector cannot be built from {source}: {type(error).__name__}: {reason}{hint}."
         ) from error
+
+
+def _lists_with(names: tuple, cfg: CfgNode) -> list[str]:
+    """Return the keys in nodes of MODEL whose values are lists with one of these names, such as MODEL.RPN.IN_FEATURES."""
+    return [
+        f"MODEL.{node}.{key}"
+        for node, keys in cfg.MODEL.items()
+        if isinstance(keys, CfgNode)
+        for key, value in keys.items()
+        if isinstance(value, list | tuple) and any(name in value for name in names)
+    ]
 
 
 def _failed_line(error: Exception) -> str:
