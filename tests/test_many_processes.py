@@ -297,6 +297,33 @@ def test_accumulated_gradients_are_exchanged(tmp_path: Path) -> None:
     torch.multiprocessing.start_processes(_accumulate, nprocs=2, args=(str(tmp_path),), start_method="fork")
 
 
+class _WithUnused(_Scaled):
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(1, 1)
+
+
+def _train_with_unused(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    comm.create_local_process_group(2)
+    model = _distributed(_WithUnused())
+    step = DistillationStep(model, torch.optim.SGD(model.parameters(), lr=1.0), {})
+    step.data_loader = [[1.0]]
+    step.iter = 0
+    with (
+        EventStorage(),
+        pytest.raises(UserError, match=r"^The parameters unused\.weight and 1 more have no gradient, "),
+    ):
+        step.run_step()
+    assert model.module.weight.item() == 0
+    torch.distributed.destroy_process_group()
+
+
+def test_parameters_without_gradient_are_named(tmp_path: Path) -> None:
+    """Check that no step is taken: the gradients in the bucket of an unused parameter are not averaged."""
+    torch.multiprocessing.start_processes(_train_with_unused, nprocs=2, args=(str(tmp_path),), start_method="fork")
+
+
 def test_processes_that_had_no_state(monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that they continue with the first one's normalizer, and with random numbers of their own."""
     model, draws = nn.Identity(), []

@@ -63,6 +63,7 @@ class DistillationStep(SimpleTrainer):
         for other in self.auxiliary.values():
             other.optimizer.zero_grad()
         losses = self._accumulate(data)
+        self._check_gradients()
         self.after_backward()
         self._record(losses, data_time)
 
@@ -95,6 +96,20 @@ class DistillationStep(SimpleTrainer):
             for name, loss in losses.items():
                 total[name] = total.get(name, 0) + loss.detach() / self.accumulation_steps
         return total
+
+    def _check_gradients(self) -> None:
+        """Raise a UserError if a parameter has no gradient, in which case DistributedDataParallel exchanges only some of them."""
+        if not isinstance(self.model, DistributedDataParallel) or self.model.find_unused_parameters:
+            return
+        trained = [(name, p) for name, p in self.model.module.named_parameters() if p.requires_grad]
+        unused = [name for name, parameter in trained if parameter.grad is None]
+        if unused:
+            more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
+            raise UserError(
+                f"The parameters {unused[0]}{more} have no gradient, which only a training in one process allows: no loss depends on them. "
+                "If they compute feature maps that the head does not read, add these to the IN_FEATURES of the head, or choose a "
+                "MODEL.BACKBONE.NAME without them."
+            )
 
     @contextlib.contextmanager
     def _mixed_precision(self) -> Iterator[None]:
