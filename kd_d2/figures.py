@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -67,21 +68,21 @@ def add_legend(figure: Figure, lines: dict[str, Line2D]) -> Legend:
     Args:
         lines: by title.
     """
-    place = {
-        "handles": [*lines.values()],
-        "labels": [*map(wrapped_label, lines)],
-        "loc": "outside lower center",
-        "fontsize": 8,
-    }
-    single = figure.legend(**place)
-    _lay_out(figure)
-    columns = figure.bbox.width // single.get_window_extent().width
-    single.remove()
-    legend = figure.legend(**place, ncols=int(min(max(columns, 1), 3, len(lines))))
-    _lay_out(figure)
-    width, height = legend.get_window_extent().size / figure.dpi
+    entries = {"handles": [*lines.values()], "labels": [*map(wrapped_label, lines)], "fontsize": 8}
+    columns = figure.bbox.width // _legend_size(figure, entries, 1)[0]
+    columns = int(min(max(columns, 1), 3, len(lines)))
+    width, height = _legend_size(figure, entries, columns) / figure.dpi
     figure.set_size_inches(max(figure.get_figwidth(), width + 0.2), figure.get_figheight() + height)
-    return legend
+    return figure.legend(**entries, ncols=columns, loc="outside lower center")
+
+
+def _legend_size(figure: Figure, entries: dict[str, Any], columns: int) -> np.ndarray:
+    """Return the width and height in pixels of a legend for which the figure may have no space yet."""
+    legend = figure.legend(**entries, ncols=columns, loc="lower center")
+    _lay_out(figure)
+    size = legend.get_window_extent().size
+    legend.remove()
+    return size
 
 
 def write_no_value(axis: Axes) -> None:

@@ -548,6 +548,16 @@ def test_long_titles_are_told_apart(tmp_path, monkeypatch):
     assert legend.get_window_extent().width <= figures[1].bbox.width
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_legend_higher_than_the_panels_is_laid_out_without_a_warning(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, *a: (save_figure(figure, *a), figures.append(figure)))
+    plot_curves({f"method {i}": {"total_loss": [(1, 2.0), (2, 1.0)]} for i in range(40)}, str(tmp_path / "curves.png"))
+    (panel,), (legend,) = figures[0].axes, figures[0].legends
+    assert legend.get_window_extent().height > panel.bbox.height
+    assert legend.get_window_extent().y1 < panel.get_tightbbox().y0
+
+
 @pytest.mark.parametrize("count", [3, 10, 11, 45])
 def test_no_two_lines_of_a_plot_look_alike(count):
     """Check up to as many trainings as the whole evidence matrix has."""
