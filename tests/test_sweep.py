@@ -455,6 +455,16 @@ def test_plots_without_a_value(tmp_path, monkeypatch):
     assert [axis.get_title() for axis in losses] == ["total_loss"]
 
 
+@pytest.mark.parametrize(("ap", "end"), [(0.0, 1), (0.5, 1), (50.0, 56)])
+def test_axis_of_low_ap(tmp_path, monkeypatch, ap, end):
+    """Check that the axis starts at 0 and ends at 1 if every AP is lower, or 12 % beyond the longest bar."""
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, *a: figures.append(figure))
+    rows = [Row(name, name, {"AP": [value], "AP50": [value]}, {}) for name, value in (("teacher", 0.0), ("a", ap))]
+    plot_ap(rows, str(tmp_path / "ap.png"))
+    assert [axis.get_xlim() for axis in figures[0].axes] == [pytest.approx((0, end))] * 2
+
+
 def test_threads_of_jobs_sleep_while_they_wait(tmp_path, monkeypatch):
     """Check the environment of a job, and that the user's own variables take precedence."""
     script = tmp_path / "program.py"

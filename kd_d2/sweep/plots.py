@@ -19,6 +19,8 @@ from .table import Row
 
 TEACHER_COLOR = "0.45"
 DASHES = ("-", "--", ":", "-.")
+LEAST_AP = 1
+"""The least upper end of an axis of AP, which would be around 0 with negative values if every AP is 0."""
 
 Curves = dict[str, list[tuple[int, float]]]
 """Points (iteration, value) by metric: "bbox/AP" or "<test set>/bbox/AP", "total_loss", "loss_..."."""
@@ -32,7 +34,7 @@ def plot_ap(rows: list[Row], path: str) -> None:
     figure, axes = subplots(1, 2, figsize=(11, 0.45 * len(students) + 1.6), sharey=True)
     for axis, column in zip(axes, ("AP", "AP50")):
         if not any(math.isfinite(statistics.mean(row.scores[column])) for row in rows):
-            axis.set(xlim=(0, 1), xticks=[])
+            axis.set_xticks([])
         for place, row in enumerate(students):
             values = row.scores[column]
             mean, is_measured = statistics.mean(values), math.isfinite(statistics.mean(values))
@@ -50,6 +52,7 @@ def plot_ap(rows: list[Row], path: str) -> None:
             axis.legend(loc="lower right", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
         axis.set_xlabel(column)
         axis.margins(x=0.12, y=0.02)
+        axis.set_xlim(0, max(axis.get_xlim()[1], LEAST_AP))
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(students)), [wrapped_label(row.title) for row in students])
     axes[0].invert_yaxis()
