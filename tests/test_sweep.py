@@ -1143,7 +1143,7 @@ def test_a_table_that_is_kept_in_a_readme(finished, tmp_path, program):
         assert text.startswith("# Title\n\n<!-- table of kd-d2 sweep -->\n\n|")
         assert text.endswith("table -->\n\nBelow.\n")
         assert "old" not in text and text.count(rows[-1].title) == 1
-    assert os.listdir(output) == []
+    assert not os.path.exists(output)
     for bad in ("no marks", f"<!-- end of the table --> <!-- table of {program} -->"):
         readme.write_text(bad)
         with pytest.raises(UserError, match=r"needs one line <!-- table of kd-d2 sweep --> and below it one line"):
@@ -1153,6 +1153,23 @@ def test_a_table_that_is_kept_in_a_readme(finished, tmp_path, program):
         run_sweep(matrix, output, [], replace(options, readme=str(tmp_path / "none.md")))
     with pytest.raises(UserError, match="--readme /proc cannot be written"):
         run_sweep(matrix, output, [], replace(options, readme="/proc/version"))
+
+
+def test_a_report_of_read_only_results(finished, tmp_path, monkeypatch):
+    """Check that only the folder of the report needs to be writable, and that the message names its option."""
+    matrix, folder = finished
+
+    def refuse(path, key):
+        if path == folder:
+            raise UserError(f"{key} {path} cannot be written.")
+
+    monkeypatch.setattr(report, "check_output_folder", refuse)
+    options = SweepOptions(results=folder, report=str(tmp_path / "report"), report_only=True)
+    (tmp_path / "report").mkdir()
+    rows = run_sweep(matrix, folder, [], options)
+    assert (tmp_path / "report" / "table.md").read_text() == as_markdown(rows) + "\n"
+    with pytest.raises(UserError, match="--report"):
+        run_sweep(matrix, folder, [], replace(options, report=None))
 
 
 @pytest.mark.parametrize("has_readme", [False, True])

@@ -90,8 +90,10 @@ def run_sweep(matrix: Matrix, output: str, opts: list[Any], options: SweepOption
         read_finished(matrix, results)  # fails before a folder is created
         for path, difference in _other_settings(matrix, results, opts):
             logger.warning(f"{path} was measured with different settings ({difference}).")
-    for folder, key in ((output, "--output"), (results, "--results"), (report, "--report")):
-        check_output_folder(folder, key)
+    else:
+        check_output_folder(output, "--output")
+        check_output_folder(results, "--results")
+    check_output_folder(report, "--report")
     if options.readme is not None:
         _split_at_marks(options.readme)  # fails before training
     failed = [] if options.report_only else _run_missing(matrix, pairs, output, results, opts, options)
