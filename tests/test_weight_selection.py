@@ -161,3 +161,26 @@ def test_features_are_compared_with_the_selected_channels(
     others = [channel for channel in range(24) if channel % 3 == 2]
     assert losses() == losses(*others)
     assert losses() != losses(*selected)
+
+
+@pytest.mark.parametrize(
+    ("keys", "channels", "is_selected"),
+    [
+        ({}, 24, True),
+        ({"MODULES": "('bottom_up','head')"}, 24, False),
+        ({"WEIGHT_SELECTION": "False"}, 24, False),
+        ({"ENABLED": "False"}, 24, False),
+        ({}, 8, False),
+    ],
+)
+def test_the_adaptation_of_a_student_that_inherits_its_neck(
+    tmp_path: Path, keys: dict[str, str], channels: int, is_selected: bool
+) -> None:
+    """Check the default of a method for a student of 16 channels."""
+    project = make_project(tmp_path, MODEL__KD__DISTILLERS=("PKD",), MODEL__KD__INHERIT__ENABLED=True)
+    teacher = build_model(load_config(str(project.change_teacher(MODEL__FPN__OUT_CHANNELS=channels))))
+    torch.save({"model": teacher.state_dict()}, project.teacher_weights)
+    opts = [x for key, value in keys.items() for x in (f"MODEL.KD.INHERIT.{key}", value)]
+    adaptation = build_model(load_config(str(project.student), opts)).distillers["PKD"].adaptation
+    assert bool(adaptation.selections) is is_selected
+    assert bool(adaptation.layers) is not is_selected

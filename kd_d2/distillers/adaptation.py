@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from typing import Annotated, Literal, NamedTuple
 
@@ -13,13 +14,15 @@ from ..weight_selection import evenly_spaced
 from .matching import levels_by_stride
 from .pair import Pair
 
+logger = logging.getLogger(__name__)
+
 KERNEL_SIZES = {"none": 0, "select": 0, "1x1": 1, "3x3": 3}
 
 Adaptation = Annotated[
     Literal[None, "none", "select", "1x1", "3x3"],
     "Convolution that maps the student's features to the teacher's channels, one per level; 'select' instead compares the student's "
-    "features with evenly spaced channels of the teacher's, those that weight selection inherits; None means '1x1' if the channels differ "
-    "at any level, and 'none' otherwise.",
+    "features with evenly spaced channels of the teacher's, those that weight selection inherits; None means 'none' if the channels are "
+    "equal at all levels, otherwise 'select' if the student has fewer and inherits the neck (MODEL.KD.INHERIT), and else '1x1'.",
 ]
 """Type of the key ADAPTATION of a method."""
 
@@ -63,7 +66,7 @@ class AdaptationLayers(nn.Module):
         """Build the layers for every stride that both detectors have.
 
         Args:
-            adaptation: value of the key; None means 1x1 if the channels differ at any level, otherwise no layers.
+            adaptation: value of the key; see `Adaptation`.
             pair: the detectors.
             node: the method's CONFIG_NODE, for error messages.
 
@@ -71,9 +74,13 @@ class AdaptationLayers(nn.Module):
             UserError: there is no common stride, the channels differ and there is no adaptation, or there are too few to select.
         """
         channels = pair.channels
-        needed = "none" if all(ours == theirs for ours, theirs in channels.values()) else "1x1"
-        kernel_size = KERNEL_SIZES[adaptation or needed]
-        selects = adaptation == "select"
+        if adaptation is None:
+            adaptation = _needed_adaptation(pair)
+            if adaptation == "select":
+                logger.info(
+                    f"MODEL.KD.{node}: features are compared with evenly spaced channels of the teacher's (ADAPTATION 'select')."
+                )
+        kernel_size, selects = KERNEL_SIZES[adaptation], adaptation == "select"
         for stride, (ours, theirs) in channels.items():
             if not kernel_size and (ours > theirs if selects else ours != theirs):
                 raise UserError(
@@ -102,6 +109,14 @@ class AdaptationLayers(nn.Module):
         if not self.layers:
             return features
         return [self.layers[str(s)](x) for s, x in zip(self.strides, features, strict=True)]
+
+
+def _needed_adaptation(pair: Pair) -> str:
+    if all(ours == theirs for ours, theirs in pair.channels.values()):
+        return "none"
+    if pair.inherits_neck and all(ours <= theirs for ours, theirs in pair.channels.values()):
+        return "select"
+    return "1x1"
 
 
 class ChannelSelection(nn.Module):

@@ -41,8 +41,8 @@ class CWD(Distiller):
         temperature: Annotated[float, Above(0), "Temperature of the softmax over positions."] = 1.0
         adaptation: Annotated[
             Adaptation,
-            "Convolution that maps the student's features to the teacher's channels, one per level; None means '1x1' if the channels "
-            "differ. Not used with logits.",
+            "Convolution that maps the student's features to the teacher's channels, one per level; 'select' and None as for other methods. Not "
+            "used with logits.",
         ] = None
 
         def check(self, name: str) -> None:

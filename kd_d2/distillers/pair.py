@@ -28,6 +28,7 @@ class Pair:
         datasets: names of the training datasets whose annotations are read; empty if pseudo-labels replace them.
         max_iter: number of training iterations; 0 if unknown.
         num_levels: number of levels that the method compares, from the finest; None for all.
+        inherits_neck: whether the student's neck inherits the teacher's, of which it gets evenly spaced channels if it has fewer.
     """
 
     student: DetectorSpec
@@ -35,11 +36,14 @@ class Pair:
     datasets: tuple[str, ...] = ()
     max_iter: int = 0
     num_levels: int | None = None
+    inherits_neck: bool = False
 
     @classmethod
     def from_config(cls, cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> Pair:
         datasets = () if cfg.MODEL.KD.PSEUDO_LABELS.ENABLED else tuple(cfg.DATASETS.TRAIN)
-        return cls(student, teacher, datasets, cfg.SOLVER.MAX_ITER)
+        keys = cfg.MODEL.KD.INHERIT
+        inherits_neck = keys.ENABLED and keys.WEIGHT_SELECTION and "neck" in keys.MODULES
+        return cls(student, teacher, datasets, cfg.SOLVER.MAX_ITER, inherits_neck=inherits_neck)
 
     def with_levels(self, number: int | None) -> Pair:
         """Return the same pair with the finest `number` of its common levels; None for all."""
