@@ -94,6 +94,12 @@ def _analyses(folder: Path) -> list[Path]:
         "methods": {"One": {"norm_ratio": 0.0, "weight": 4.5, "suggested_weight": None}},
         "target": 2.0,
     }
+    point = {"threshold": 0.34, "precision": 0.75, "recall": 0.6, "f1": 0.667, "tp": 3, "fp": 1, "fn": 2}
+    chosen = {"objects": 5, "detections": 9, "points": {"largest F1": point, "recall >= 0.9": None}}
+    thresholds = {
+        "iou": 0.5,
+        "models": {"student": {"overall": chosen, "classes": {"cat": chosen}, "confusion": [[3, 2], [1, 0]]}},
+    }
     found = {
         "errors": ("errors", {"student": {"overall": areas, "classes": {"cat": areas}}}),
         "robustness": ("summary", {"student": {"AP": scores, "AP50": scores}}),
@@ -102,6 +108,7 @@ def _analyses(folder: Path) -> list[Path]:
             "differences",
             {"compared": ["plain", "student"], "total": {"gained": 3, "lost": 1}, "images": {}},
         ),
+        "thresholds": ("thresholds", thresholds),
         "attention": ("attention", {"images": 1, "instances": 5, "share_in_box": 0.25, "box_area": 0.125}),
         "loss-maps": ("loss_maps", {"box_area": 0.26, "runs": {"ssim": {"records": 40, "share_in_boxes": 0.27}}}),
         "gradients": ("gradients", gradients),
@@ -115,7 +122,7 @@ def _analyses(folder: Path) -> list[Path]:
         (folder / name / "analysis.json").write_text(json.dumps({"analysis": name}))
     for name in ("errors/curves", "robustness/robustness", "features/channels/x", "detections/01-x", "attention/y"):
         _picture(folder / f"{name}.png")
-    for name in ("loss-maps/loss_maps", "ranks/z"):
+    for name in ("loss-maps/loss_maps", "ranks/z", "thresholds/confusion/student"):
         _picture(folder / f"{name}.png")
     return [folder / name for name in found]
 
@@ -166,10 +173,12 @@ def test_page_of_everything(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
             "One 0 4.5 -",
             "student 14.50 - 0.50",
             "Features are not drawn",
+            "--score-thresh 0.34",
+            "student, recall >= 0.9 none - - - - - -",
         ),
     ):
         assert page.says(text), text
-    assert all(uri.startswith("data:image/") for uri in page.images) and len(page.images) == 10
+    assert all(uri.startswith("data:image/") for uri in page.images) and len(page.images) == 11
     assert all(address.startswith("#part-") for address in page.loads)
 
 

@@ -27,6 +27,7 @@ class Entry(NamedTuple):
 ANALYSES: dict[str, Entry] = {
     "errors": Entry("error types by class and object size, as precision-recall curves", "errors:ErrorAnalysis"),
     "detections": Entry("objects that one model detects and another misses", "detections:DetectionAnalysis"),
+    "thresholds": Entry("precision, recall and F1 over the score threshold", "thresholds:ThresholdAnalysis"),
     "robustness": Entry("AP on corrupted images: 15 corruptions, 5 severities", "robustness:RobustnessAnalysis"),
     "features": Entry("feature maps: correlation of neighbors, distance to the teacher", "features:FeatureAnalysis"),
     "gradients": Entry("gradient norm and direction of each distillation loss", "gradients:GradientAnalysis"),
