@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checkpoint import StateDict
+StateDict = dict[str, Tensor]
 
 Sizes = tuple[int, int]
 """Sizes of a dimension in the narrower and in the wider model."""

@@ -535,12 +535,16 @@ def test_a_loss_named_like_one_of_the_student_is_an_error(
 
 
 def test_class_counts_must_agree(toy_detector: type) -> None:
-    """Check that the error names both counts and detectors, and that an unknown count is accepted."""
+    """Check that the error names both counts and detectors, and that features and an unknown count are accepted."""
     student, teacher = toy_detector(num_classes=3), Teacher(toy_detector(num_classes=80))
-    with pytest.raises(UserError, match=r"student \(ToyDetector\) has 3 classes and the teacher \(ToyDetector\) 80"):
-        KDMetaArch(student=student, teacher=teacher, distillers={})
+    distiller = Recorder(needs=frozenset({"dense"}))
+    with pytest.raises(
+        UserError, match=r"student \(ToyDetector\) has 3 classes and the teacher \(ToyDetector\) 80.* for a\."
+    ):
+        KDMetaArch(student=student, teacher=teacher, distillers={"a": distiller})
+    KDMetaArch(student=student, teacher=teacher, distillers={"a": Recorder()})
     student.num_classes = None
-    KDMetaArch(student=student, teacher=teacher, distillers={})
+    KDMetaArch(student=student, teacher=teacher, distillers={"a": distiller})
 
 
 @pytest.mark.parametrize(
@@ -696,7 +700,7 @@ def test_from_config_refuses_a_teacher_of_other_classes(kd_cfg: Callable) -> Non
     """Check that class counts are compared when the model is built."""
     teacher = {"MODEL": {"RETINANET": {"NUM_CLASSES": 5}}}
     with pytest.raises(UserError, match=r"student \(RetinaNet\) has 3 classes and the teacher \(RetinaNet\) 5"):
-        build_model(kd_cfg("retinanet", {"DISTILLERS": ["StructuralKD"]}, teacher=teacher))
+        build_model(kd_cfg("retinanet", {"DISTILLERS": ["StructuralKD", "PFI"]}, teacher=teacher))
 
 
 def test_inheritance_without_distillers(kd_cfg: Callable, make_inputs: Callable, event_storage: EventStorage) -> None:
