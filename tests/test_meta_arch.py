@@ -544,7 +544,8 @@ def test_class_counts_must_agree(toy_detector: type) -> None:
         KDMetaArch(student=student, teacher=teacher, distillers={"a": distiller})
     KDMetaArch(student=student, teacher=teacher, distillers={"a": Recorder()})
     student.num_classes = None
-    KDMetaArch(student=student, teacher=teacher, distillers={"a": distiller})
+    with pytest.raises(UserError, match="The distiller a needs dense predictions"):  # the next check
+        KDMetaArch(student=student, teacher=teacher, distillers={"a": distiller})
 
 
 @pytest.mark.parametrize(
