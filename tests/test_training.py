@@ -283,9 +283,9 @@ def test_resuming_never_inherits(retinanet: Project, monkeypatch: pytest.MonkeyP
     """Check that the teacher's neck and head are copied only before the first iteration, not on resume."""
     calls = []
 
-    def count(student, teacher, modules, inherit=trainer_module.inherit):
+    def count(student, teacher, modules, inherit=trainer_module.inherit, **options):
         calls.append(modules)
-        return inherit(student, teacher, modules)
+        return inherit(student, teacher, modules, **options)
 
     monkeypatch.setattr(trainer_module, "inherit", count)
     retinanet.change(MODEL__KD__INHERIT__ENABLED=True, SOLVER__CHECKPOINT_PERIOD=2)
