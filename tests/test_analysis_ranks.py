@@ -26,7 +26,7 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes, Instances
-from helpers import Project, make_project, run_command, train
+from helpers import Project, make_project, run_command, save_fixed_weights, train
 
 
 @pytest.fixture(scope="module")
@@ -240,6 +240,9 @@ def test_a_plain_checkpoint_has_no_adaptation_layers(
     draw("--images", 1, config=project.student, weights=project.output / "model_final.pth")
     assert "Features are not drawn: their channels differ" in capsys.readouterr().out
     assert cv2.imread(str(tmp_path / "out" / "000.png")).shape[0] < rows_with_features
+    select = ("MODEL.KD.DISTILLERS", "('PFI',)", "MODEL.KD.PFI.ADAPTATION", "select")
+    draw("--images", 1, *select, config=project.student, weights=project.output / "model_final.pth")
+    assert cv2.imread(str(tmp_path / "out" / "000.png")).shape[0] == rows_with_features
 
 
 def test_a_picture_for_each_image_with_instances(
@@ -311,6 +314,17 @@ def test_adapters_with_other_anchors(draw: Callable, distilled: Project, capsys)
         draw("MODEL.ANCHOR_GENERATOR.OFFSET", 0.5, "MODEL.KD.DISTILLERS", "('StructuralKD',)")
     assert (
         "error: kd-d2 analyze ranks compares predictions anchor by anchor, but at stride 8" in capsys.readouterr().err
+    )
+
+
+def test_a_teacher_of_other_classes(draw: Callable, tmp_path: Path, capsys) -> None:
+    project = make_project(tmp_path / "classes")
+    save_fixed_weights(project.change_teacher(MODEL__RETINANET__NUM_CLASSES=5), project.teacher_weights)
+    with pytest.raises(SystemExit):
+        draw(config=project.student)
+    assert (
+        "classes and the teacher (RetinaNet) 5; they must be the same for kd-d2 analyze ranks."
+        in capsys.readouterr().err
     )
 
 

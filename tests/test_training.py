@@ -306,6 +306,17 @@ def test_inherited_weights_are_where_training_starts(retinanet: Project) -> None
     assert "backbone.bottom_up.stem.conv1.weight" not in same
 
 
+def test_a_narrower_neck_inherits_unless_the_key_is_false(retinanet: Project) -> None:
+    save_fixed_weights(retinanet.change_teacher(MODEL__FPN__OUT_CHANNELS=24), retinanet.teacher_weights)
+    retinanet.change(MODEL__KD__INHERIT__ENABLED=True, SOLVER__BASE_LR=0.0, SOLVER__WEIGHT_DECAY=0.0)
+    retinanet.change(MODEL__KD__FEATURE_IMITATION__ADAPTATION=None)
+    own = train(retinanet, "SOLVER.MAX_ITER", 1).trainer.bare_model.student.state_dict()["head.cls_score.weight"]
+    teacher = read_checkpoint(str(retinanet.teacher_weights))["model"]["head.cls_score.weight"]
+    assert torch.equal(own, teacher[:, [channel for channel in range(24) if channel % 3 != 2]])
+    with pytest.raises(UserError, match="no weight of the teacher's neck and head"):
+        train(retinanet, "MODEL.KD.INHERIT.WEIGHT_SELECTION", False)
+
+
 @pytest.mark.parametrize("names", [None, ["red", "green", "blue", "cyan", "pink"]])
 def test_a_teacher_with_more_classes(
     retinanet: Project, caplog: pytest.LogCaptureFixture, names: list[str] | None

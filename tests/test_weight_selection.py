@@ -49,6 +49,7 @@ def test_flattened_maps_keep_whole_channels() -> None:
     [
         ({"hidden": (2, 2), "score": (3, 2)}, {"hidden": (4, 4), "score": (5, 4)}),  # classes
         ({"hidden": (2, 2), "score": (3, 2, 1, 1)}, {"hidden": (4, 4), "score": (3, 4, 3, 3)}),  # kernel size
+        ({"hidden": (1, 1), "score": (2, 1, 1, 1)}, {"hidden": (3, 3), "score": (2, 3, 3, 3)}),  # the same sizes
         ({"hidden": (2, 2), "score": (3, 2)}, {"hidden": (4, 4), "score": (3, 4, 1, 1)}),  # kind of layer
         ({"hidden": (2, 2), "score": (3, 3)}, {"hidden": (4, 4), "score": (3, 5)}),  # inputs from elsewhere
         ({"hidden": (4, 4), "score": (3, 4)}, {"hidden": (2, 2), "score": (3, 2)}),  # wider
