@@ -5,6 +5,7 @@ import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 from kd_d2 import Predictor, UserError, load_config, predictor
 from kd_d2.analysis.drawing import PALETTE, draw_instances, titled
@@ -453,6 +454,16 @@ def test_times_of_a_variable_frame_rate(clip: Path, monkeypatch: pytest.MonkeyPa
     plain = VideoReader(str(clip))
     assert len(list(plain)) == 5
     assert plain.times == pytest.approx([number / plain.fps for number in range(5)])
+
+
+def test_times_of_a_video_without_timestamps_in_opencv_5(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that -1, OpenCV 5's value of an unknown property, is neither a time nor a frame rate."""
+    capture = cv2.VideoCapture(str(clip))
+    without_properties = SimpleNamespace(read=capture.read, release=capture.release, get=lambda property: -1.0)
+    monkeypatch.setattr(cv2, "VideoCapture", lambda path: without_properties)
+    reader = VideoReader(str(clip))
+    assert len(list(reader)) == 5 and (reader.fps, reader.length) == (25, 0)
+    assert reader.times == pytest.approx([0, 0.04, 0.08, 0.12, 0.16])
 
 
 def test_frames_that_a_video_of_variable_frame_rate_never_had(clip: Path) -> None:

@@ -40,7 +40,7 @@ class VideoReader:
 
     def __init__(self, path: str):
         self._capture = cv2.VideoCapture(path)
-        self.fps = self._capture.get(cv2.CAP_PROP_FPS) or 25.0
+        self.fps = max(self._capture.get(cv2.CAP_PROP_FPS), 0) or 25.0  # OpenCV 5 returns -1 for unknown values
         self.length = max(int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT)), 0)
         self.times: list[float] = []
 
@@ -50,7 +50,7 @@ class VideoReader:
             if not is_there:
                 self._capture.release()
                 return
-            time = self._capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
+            time = max(self._capture.get(cv2.CAP_PROP_POS_MSEC), 0) / 1000
             if self.times and time <= self.times[-1]:  # a format without timestamps
                 time = self.times[-1] + 1 / self.fps
             self.times.append(time)
