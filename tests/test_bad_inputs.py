@@ -772,6 +772,16 @@ def test_an_output_folder_that_cannot_be_written(project: Project, refused) -> N
     assert refused("OUTPUT_DIR", below) == f"OUTPUT_DIR {below} cannot be written: Not a directory."
 
 
+def test_an_output_folder_that_is_not_utf8(project: Project, refused) -> None:
+    """Check that it is refused before TensorBoard fails on it, which is after 20 iterations."""
+    folder = project.student.parent / os.fsdecode(b"stra\xdfe")
+    message = (
+        f"OUTPUT_DIR {project.student.parent}/stra\\udcdfe is not UTF-8, which the logs of TensorBoard need: rename the"
+    )
+    assert refused("OUTPUT_DIR", folder).startswith(message)
+    assert not folder.exists()
+
+
 def test_evaluation_without_weights(project: Project, refused) -> None:
     """Check the messages of --eval-only without a checkpoint, and with one of another model."""
     assert refused("--eval-only") == "MODEL.WEIGHTS is empty: name the checkpoint to evaluate."

@@ -23,10 +23,11 @@ from ..class_names import as_comment, names_in_checkpoint, names_in_data, names_
 from ..config import KD_META_ARCH, SolverKeys, changed_keys, detector_of, load_config, read_config, thawed
 from ..config_files import find_config_file
 from ..data import ClassOrder, register_coco_json, register_synthetic
+from ..errors import UserError
 from ..files import check_output_folder, remove_leftovers, write_json, write_text
 from ..keys import keys_of
 from ..modeling import unused_nodes
-from ..text import keep_controls_out_of_logs
+from ..text import is_unicode, keep_controls_out_of_logs
 from ..versions import versions
 from .checks import (
     check_datasets,
@@ -60,6 +61,10 @@ def setup(args: argparse.Namespace) -> CfgNode:
         cfg.MODEL.WEIGHTS = next(iter(checkpoint_files(cfg.OUTPUT_DIR)), cfg.MODEL.WEIGHTS)
     check_device(cfg, comm.get_world_size())
     check_float32_precision(cfg)
+    if not args.eval_only and not is_unicode(cfg.OUTPUT_DIR):
+        raise UserError(
+            f"OUTPUT_DIR {cfg.OUTPUT_DIR} is not UTF-8, which the logs of TensorBoard need: rename the folder, or set LC_ALL to a UTF-8 locale."
+        )
     check_output_folder(cfg.OUTPUT_DIR)
     keep_controls_out_of_logs()
     for name in ("fvcore", "detectron2", "kd_d2"):
