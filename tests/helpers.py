@@ -240,6 +240,18 @@ class Project:
         return run_train_net("--config-file", str(config or self.student), *args)
 
 
+def teacher_arguments(project: Project, title: str) -> list[object]:
+    """Return the options of an analysis for a project's teacher."""
+    return ["--model", f"{title}={project.teacher}", project.teacher_weights]
+
+
+def data_arguments(project: Project, **more: object) -> list[object]:
+    """Return the overrides for a plain config that name a project's dataset, keep all detections, and change further keys."""
+    entry = [[project.name, str(project.annotations), str(project.annotations.parent / "images")]]
+    keys = {"DATASETS.COCO_JSON": entry, "DATASETS.TEST": (project.name,), "MODEL.RETINANET.SCORE_THRESH_TEST": 0.0}
+    return [x for pair in {**keys, **more}.items() for x in pair]
+
+
 META_ARCHITECTURES = {
     "retinanet": "RetinaNet",
     "fcos": "FCOS",

@@ -12,26 +12,22 @@ from kd_d2.analysis.errors.curves import SIZES
 
 import cv2
 import pytest
-from helpers import Project, make_project, run_command
+from helpers import data_arguments, make_project, run_command, teacher_arguments
 
 run = functools.partial(run_command, "analyze", "errors")
-
-
-def _model(project: Project, title: str) -> list[object]:
-    return ["--model", f"{title}={project.teacher}", project.teacher_weights]
-
-
-def _data(project: Project, **more: object) -> list[object]:
-    entry = [[project.name, str(project.annotations), str(project.annotations.parent / "images")]]
-    keys = {"DATASETS.COCO_JSON": entry, "DATASETS.TEST": (project.name,), "MODEL.RETINANET.SCORE_THRESH_TEST": 0.0}
-    return [x for pair in {**keys, **more}.items() for x in pair]
 
 
 def test_two_models_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Check files and table, that a second call reuses the detections, and that a super-category file changes Sim."""
     project, output = make_project(tmp_path), tmp_path / "out"
     common = ["--output", output, "--workers", 1]
-    run(*_model(project, "one"), *_model(project, "the other"), *common, "--classes", *_data(project))
+    run(
+        *teacher_arguments(project, "one"),
+        *teacher_arguments(project, "the other"),
+        *common,
+        "--classes",
+        *data_arguments(project),
+    )
     printed = capsys.readouterr().out
     assert "The annotations have no super-categories, so Sim equals Loc" in printed
     assert "| one, all " in printed and "| the other, small " in printed
@@ -48,7 +44,7 @@ def test_two_models_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture) 
     kept = (output / "one" / "coco_instances_results.json").stat().st_mtime_ns
     above = tmp_path / "above.yaml"
     above.write_text("red: color\ngreen: color\nblue: color\n")
-    run(*_model(project, "one"), *common, "--supercategories", above, *_data(project))
+    run(*teacher_arguments(project, "one"), *common, "--supercategories", above, *data_arguments(project))
     assert (output / "one" / "coco_instances_results.json").stat().st_mtime_ns == kept
     overall = json.loads((output / "errors.json").read_text())["one"]["overall"]["all"]
     assert overall["Sim"] == overall["Oth"]
@@ -95,7 +91,13 @@ def test_what_cannot_be_analyzed(
 ) -> None:
     project = make_project(tmp_path)
     with pytest.raises(SystemExit):
-        run(*_model(project, "one"), "--output", tmp_path / "out", *arguments, *_data(project, **data))
+        run(
+            *teacher_arguments(project, "one"),
+            "--output",
+            tmp_path / "out",
+            *arguments,
+            *data_arguments(project, **data),
+        )
     assert expected in capfd.readouterr().err
 
 
@@ -107,9 +109,12 @@ def test_wrong_models(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     end = ["--output", tmp_path / "out", "--workers", 1]
     for arguments, expected in (
         (["--model", f"one={project.teacher}", "none.pth", *end], "--model one: there is no file"),
-        ([*_model(project, "one"), *_model(project, "one"), *end], "--model: two models have the title 'one'"),
         (
-            [*_model(project, "one"), *end, "--supercategories", above],
+            [*teacher_arguments(project, "one"), *teacher_arguments(project, "one"), *end],
+            "--model: two models have the title 'one'",
+        ),
+        (
+            [*teacher_arguments(project, "one"), *end, "--supercategories", above],
             "names the class 'purple'; available: red, green, blue",
         ),
         (
@@ -118,5 +123,5 @@ def test_wrong_models(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
         ),
     ):
         with pytest.raises(SystemExit):
-            run(*arguments, *_data(project))
+            run(*arguments, *data_arguments(project))
         assert expected in capfd.readouterr().err

@@ -172,13 +172,8 @@ def test_areas_are_means_over_recall() -> None:
 @pytest.mark.parametrize("length", [10, 62, 1000])
 def test_titles_of_any_length_fit_into_the_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int) -> None:
     figures: list[Figure] = []
-
-    def draw(figure: Figure, path: str) -> None:
-        save_figure(figure, path)
-        figures.append(figure)
-
-    save_figure = plots.save_figure
-    monkeypatch.setattr(plots, "save_figure", draw)
+    save = plots.save_figure
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: save(figure, path) or figures.append(figure))
     curves = ErrorCurves(["cat"], np.tile(np.linspace(0, 1, 101), (1, 4, 7, 1)))
     models = {letter * length: curves for letter in "WM"}
     plots.plot_error_curves(models, str(tmp_path / "plot.png"))

@@ -14,19 +14,9 @@ from kd_d2.analysis.thresholds.analysis import SAVED
 import cv2
 import numpy as np
 import pytest
-from helpers import Project, make_project, run_command
+from helpers import Project, data_arguments, make_project, run_command, teacher_arguments
 
 run = functools.partial(run_command, "analyze", "thresholds")
-
-
-def _model(project: Project, title: str) -> list[object]:
-    return ["--model", f"{title}={project.teacher}", project.teacher_weights]
-
-
-def _data(project: Project, **more: object) -> list[object]:
-    entry = [[project.name, str(project.annotations), str(project.annotations.parent / "images")]]
-    keys = {"DATASETS.COCO_JSON": entry, "DATASETS.TEST": (project.name,), "MODEL.RETINANET.SCORE_THRESH_TEST": 0.0}
-    return [x for pair in {**keys, **more}.items() for x in pair]
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
@@ -53,7 +43,12 @@ def test_two_models_side_by_side(
     of_model = {"perfect": known, "the other": known[:1] + known[objects:]}
     monkeypatch.setattr("kd_d2.analysis.TrainedModel.detections", lambda model, output: of_model[model.title])
     options = ["--output", output, "--precision", 0.9, "--recall", 0.9]
-    run(*_model(project, "perfect"), *_model(project, "the other"), *options, *_data(project))
+    run(
+        *teacher_arguments(project, "perfect"),
+        *teacher_arguments(project, "the other"),
+        *options,
+        *data_arguments(project),
+    )
     printed = " ".join(capsys.readouterr().out.split())
     assert "kd-d2 predict --model MODEL --input IMAGES --output FOLDER --score-thresh 0.74" in printed
     assert "Choose a threshold on other images than those" in printed
@@ -90,7 +85,7 @@ def test_a_detector_without_training(tmp_path: Path, capsys: pytest.CaptureFixtu
     """Check real detections, of which hardly any is true, a class without objects, and the size of the curves."""
     project, output = make_project(tmp_path), tmp_path / "out"
     project.change_annotations(lambda tree: [a.update(category_id=1) for a in tree["annotations"]])
-    run(*_model(project, "one"), "--output", output, "--iou", 0.01, *_data(project))
+    run(*teacher_arguments(project, "one"), "--output", output, "--iou", 0.01, *data_arguments(project))
     printed = capsys.readouterr().out
     assert "nan" not in printed
     rows = _rows(output / "curves.csv")
@@ -116,7 +111,7 @@ def test_what_cannot_be_analyzed(
     monkeypatch.setattr("kd_d2.analysis.TrainedModel.detections", lambda *arguments: pytest.fail("evaluated"))
     project = make_project(tmp_path)
     with pytest.raises(SystemExit):
-        run(*_model(project, "one"), "--output", tmp_path / "out", *arguments, *_data(project))
+        run(*teacher_arguments(project, "one"), "--output", tmp_path / "out", *arguments, *data_arguments(project))
     assert expected in capfd.readouterr().err
 
 
@@ -128,5 +123,5 @@ def test_annotations_without_objects(
     project = make_project(tmp_path)
     project.change_annotations(lambda tree: [a.update(iscrowd=1) for a in tree["annotations"]])
     with pytest.raises(SystemExit):
-        run(*_model(project, "one"), "--output", tmp_path / "out", *_data(project))
+        run(*teacher_arguments(project, "one"), "--output", tmp_path / "out", *data_arguments(project))
     assert "The annotations have no objects: there is nothing to analyze" in capfd.readouterr().err

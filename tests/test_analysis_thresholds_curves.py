@@ -227,13 +227,8 @@ def test_what_cannot_be_counted() -> None:
 def test_confusion_plots_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, length: int) -> None:
     """Check that the names of all classes, at most 100, are inside the picture, and a count of background."""
     drawn: list[Figure] = []
-
-    def save(figure: Figure, path: str) -> None:
-        save_figure(figure, path)
-        drawn.append(figure)
-
-    save_figure = plots.save_figure
-    monkeypatch.setattr(plots, "save_figure", save)
+    save = plots.save_figure
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: save(figure, path) or drawn.append(figure))
     matrix = np.diag([*range(1, count + 1), 0])
     matrix[count, 0] = 12345
     names = [f"{number} {'W' * length}" for number in range(count)]
