@@ -85,12 +85,12 @@ def test_pack_has_what_the_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_pack_for_a_machine_with_an_older_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that packages of the machine are kept with its NumPy, or packed with another one."""
     pack = load("tools/gpu_pack.py", monkeypatch)
-    lines = "numpy==1.26.4\nmatplotlib==3.7.0\npycocotools==2.0.7\nyacs==0.1.8\n"
+    lines = "numpy==1.26.4\nmatplotlib==3.10.0\npycocotools==2.0.7\nyacs==0.1.8\n"
     built = {"numpy", "matplotlib", "pycocotools"}
     opencv = "opencv-python-headless"
     requires = pack.metadata.requires
     monkeypatch.setattr(pack.metadata, "requires", lambda n: ["numpy>=2"] if n == opencv else requires(n))
-    with_old_opencv = pack.missing_packages(pack.read_freeze(f"{lines}{opencv}==4.8.0.76\n"), "3.12")
+    with_old_opencv = pack.missing_packages(pack.read_freeze(f"{lines}{opencv}==4.10.0.84\n"), "3.12")
     assert not built & set(with_old_opencv) and opencv not in with_old_opencv
     without = pack.missing_packages(pack.read_freeze(lines), "3.12")
     assert built | {opencv} <= set(without) and "yacs" not in without
