@@ -7,10 +7,12 @@ from collections.abc import Collection
 from itertools import accumulate
 
 from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from torch import Tensor, nn
 
 from .checkpoint import Fit, StateDict, fill
 from .errors import UserError
+from .modeling.necks import LinearP6P7
 from .weight_selection import select_weights
 
 logger = logging.getLogger(__name__)
@@ -59,6 +61,7 @@ def inherit(student: nn.Module, teacher: nn.Module, modules: Collection[str], *,
     selected = [name for name in fit.filled if source[name].shape != offered[name].shape]
     if selected:
         _log_selection(student, selected)
+    _warn_of_other_use(student, teacher, fit.filled)
     components = {component_of(n, bottom_up) for n in fit.filled if not n.endswith("num_batches_tracked")}
     lacking = [module for module in modules if module not in components]
     if not components or "bottom_up" in lacking:
@@ -89,6 +92,37 @@ def _log_selection(student: nn.Module, selected: Collection[str]) -> None:
             f"{len(frozen)} of these layers are FrozenBN, with the statistics of the teacher's wider layers; the first one is {frozen[0]}. "
             "BN learns those of the student (MODEL.RESNETS.NORM, MODEL.FPN.NORM)."
         )
+
+
+def _warn_of_other_use(student: nn.Module, teacher: nn.Module, filled: Collection[str]) -> None:
+    """Warn of inherited layers that the student uses in another way than the teacher, which names and shapes do not show."""
+    blocks = [type(getattr(getattr(model, "backbone", None), "top_block", None)) for model in (student, teacher)]
+    if "backbone.top_block.p7.weight" in filled and issubclass(blocks[0], LinearP6P7) != issubclass(
+        blocks[1], LinearP6P7
+    ):
+        logger.warning(
+            f"MODEL.KD.INHERIT: the student computes P7 from {_p6_of(blocks[0])} and the teacher from {_p6_of(blocks[1])}; use the same "
+            "MODEL.DENSE_FPN.RELU_BEFORE_P7, with a backbone build_dense_..._fpn_backbone."
+        )
+    ours, theirs = _anchors(student), _anchors(teacher)
+    predicts_boxes = any(name.rpartition(".")[0].endswith(("bbox_pred", "anchor_deltas")) for name in filled)
+    if predicts_boxes and None not in (ours, theirs) and ours != theirs:
+        logger.warning(
+            "MODEL.KD.INHERIT: the student's anchors are not the teacher's, for which the inherited layers predict boxes."
+        )
+
+
+def _p6_of(block: type) -> str:
+    return "P6" if issubclass(block, LinearP6P7) else "the positive part of P6"
+
+
+def _anchors(model: nn.Module) -> tuple | None:
+    """Return offset, strides and shapes of a detector's anchors; None without anchors, for other generators, and on the meta device."""
+    owner = getattr(model, "proposal_generator", None) or model
+    generator = getattr(owner, "anchor_generator", None)
+    if not isinstance(generator, DefaultAnchorGenerator) or any(anchors.is_meta for anchors in generator.cell_anchors):
+        return None
+    return generator.offset, list(generator.strides), [anchors.tolist() for anchors in generator.cell_anchors]
 
 
 def _check_same_input(student: nn.Module, teacher: nn.Module) -> None:

@@ -843,7 +843,7 @@ def test_the_dumped_student_has_the_keys_of_its_own_detector_alone(files: Files,
     backbone = "build_dense_mobilenet_v2_fpn_backbone"
     cfg = load_config(str(files.student(MODEL__KD__STUDENT=name, MODEL__BACKBONE__NAME=backbone)))
     ours = student_config(cfg).MODEL.keys() - get_cfg().MODEL.keys()
-    assert ours == {name, "MOBILENET_V2"}
+    assert ours == {name, "MOBILENET_V2", "DENSE_FPN"}
 
 
 def test_the_dumped_student_keeps_what_a_model_of_ones_own_may_use(
@@ -951,7 +951,10 @@ def test_the_librarys_keys_leave_detectron2s_defaults_alone() -> None:
         (ours.DATALOADER, "RANDOM_SUBSET_RATIO"),
         *((ours.SOLVER, key.name) for key in keys_of(SolverKeys)),
         (ours.MODEL, "KD"),
-        *((ours.MODEL, name) for name in ("SLIM_RESNET", "MOBILENET_V2", "FCOS", "ATSS", "GFL", "FSAF", "REPPOINTS")),
+        *(
+            (ours.MODEL, name)
+            for name in ("SLIM_RESNET", "MOBILENET_V2", "FCOS", "ATSS", "GFL", "FSAF", "REPPOINTS", "DENSE_FPN")
+        ),
     ):
         del node[key]
     assert _tree(ours) == _tree(theirs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import itertools
@@ -10,6 +11,7 @@ import pickle
 import re
 import zipfile
 from collections import OrderedDict, defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -73,29 +75,13 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         UserError: the file does not exist, is damaged, or holds anything other than tensors and plain containers.
     """
     path = os.fspath(path)
-    try:
+    with _errors_that_name(path):
         if path.endswith(".pkl"):
             with open(path, "rb") as file:
                 content = _PlainUnpickler(file, encoding="latin1").load()
         else:
             _check_size(path)
             content = _load_safely(path)
-    except UserError:
-        raise
-    except FileNotFoundError as error:
-        raise UnreadableCheckpointError(f"There is no checkpoint {path}.") from error
-    except Exception as error:  # a damaged file can make torch.load and pickle raise any error
-        refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        if refused:
-            raise UserError(
-                f"Checkpoint {path} was not loaded: it holds more than tensors and plain data ({refused[1]}), which could run "
-                "code."
-            ) from error
-        # For a file that it cannot unpickle, torch's message recommends unsafe loading.
-        reason = "" if isinstance(error, pickle.UnpicklingError) else str(error).partition("\n")[0].partition(". ")[0]
-        raise UnreadableCheckpointError(
-            f"Checkpoint {path} is damaged or not a checkpoint: it cannot be read ({reason or type(error).__name__})."
-        ) from error
     _check_names(content, path)
     if path.endswith(".pkl") and not ("model" in content and "__author__" in content):
         content = content.get("blobs", content)
@@ -114,6 +100,82 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         if reason:
             raise UserError(f"Checkpoint {path} is not a dictionary of weights: its entry {name!r} {reason}.")
     return content
+
+
+def read_tensors_and_text(path: str) -> Any:
+    """Load a `.pth` file of another program without running code from it.
+
+    Returns:
+        The content: tensors on the CPU, plain containers, numbers and text, and an `Omitted` in place of any other object.
+
+    Raises:
+        UserError: the file does not exist or is damaged.
+    """
+    with _errors_that_name(path):
+        _check_size(path)
+        return torch.load(path, map_location="cpu", pickle_module=_OmittingPickle, weights_only=False)
+
+
+class Omitted:
+    """Stands for an object of a type that is not loaded: takes any arguments, state and items, and keeps none."""
+
+    def __init__(self, *args: Any, **arguments: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, item: Any) -> None:
+        pass
+
+    def extend(self, items: Any) -> None:
+        pass
+
+
+class _OmittingPickle:
+    """What `torch.load` needs of the module pickle."""
+
+    class Unpickler(pickle._Unpickler):
+        ALLOWED = {
+            ("collections", "OrderedDict"),
+            ("torch", "Size"),
+            ("torch._utils", "_rebuild_parameter"),
+            ("torch._utils", "_rebuild_tensor"),
+            ("torch._utils", "_rebuild_tensor_v2"),
+        }
+
+        def find_class(self, module: str, name: str) -> Any:
+            return super().find_class(module, name) if (module, name) in self.ALLOWED else Omitted
+
+    @classmethod
+    def load(cls, file: Any, **arguments: Any) -> Any:
+        return cls.Unpickler(file, **arguments).load()
+
+
+@contextlib.contextmanager
+def _errors_that_name(path: str) -> Iterator[None]:
+    """Raise a UserError that names the file in place of any error from reading it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UnreadableCheckpointError(f"There is no checkpoint {path}.") from error
+    except Exception as error:  # a damaged file can make torch.load and pickle raise any error
+        refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if refused:
+            raise UserError(
+                f"Checkpoint {path} was not loaded: it holds more than tensors and plain data ({refused[1]}), which could run "
+                "code."
+            ) from error
+        # For a file that it cannot unpickle, torch's message recommends unsafe loading.
+        reason = "" if isinstance(error, pickle.UnpicklingError) else str(error).partition("\n")[0].partition(". ")[0]
+        raise UnreadableCheckpointError(
+            f"Checkpoint {path} is damaged or not a checkpoint: it cannot be read ({reason or type(error).__name__})."
+        ) from error
 
 
 def check_readable(state: dict[str, Any]) -> None:

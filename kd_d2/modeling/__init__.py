@@ -10,6 +10,7 @@ from .fcos import FCOS, FCOSKeys
 from .fsaf import FSAF, FSAFKeys
 from .gfl import GFL, GFLKeys
 from .mobilenet import MobileNetV2, MobileNetV2Keys
+from .necks import DenseFPNKeys
 from .reppoints import RepPoints, RepPointsKeys
 from .slim_resnet import SlimResNetKeys, add_slim_resnet_config
 
@@ -26,7 +27,11 @@ __all__ = [
     "unused_nodes",
 ]
 
-BACKBONES: dict[str, type[Keys]] = {"SLIM_RESNET": SlimResNetKeys, "MOBILENET_V2": MobileNetV2Keys}
+BACKBONES: dict[str, type[Keys]] = {
+    "SLIM_RESNET": SlimResNetKeys,
+    "MOBILENET_V2": MobileNetV2Keys,
+    "DENSE_FPN": DenseFPNKeys,
+}
 DETECTORS: dict[str, type[Keys]] = {
     "FCOS": FCOSKeys,
     "ATSS": ATSSKeys,
@@ -54,7 +59,8 @@ def unused_nodes(cfg: CfgNode) -> list[str]:
     defaults = CfgNode({"MODEL": {}})
     add_modeling_config(defaults)
     may_use_any = not (_is_known(BACKBONE_REGISTRY, backbone) and _is_known(META_ARCH_REGISTRY, detector))
-    used = {name for name in BACKBONES if name.lower() in backbone} | {detector.upper()}
+    words = {*backbone.upper().split("_")}
+    used = {name for name in BACKBONES if words.issuperset(name.split("_"))} | {detector.upper()}
     used |= {name for name in MODELING_KEYS if may_use_any and cfg.MODEL[name] != defaults.MODEL[name]}
     return [name for name in MODELING_KEYS if name not in used]
 

@@ -47,6 +47,12 @@ class AdaptiveKeys(DenseKeys):
 
     topk: Annotated[int, AtLeast(1), "Number of candidates per level for an instance."] = 9
     anchor_scale: Annotated[float, Above(0), "Side of the anchor at each position, in strides."] = 8.0
+    anchor_offset: Annotated[
+        float,
+        AtLeast(0),
+        Below(1),
+        "Offset of the first anchor's center from the image's corner, in strides; 0 in MMDetection.",
+    ] = 0.5
 
 
 def dense_arguments(cfg: CfgNode, name: str, kind: type[DenseKeys]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -117,6 +123,7 @@ class SingleAnchorDetector(DenseDetector):
         num_classes: int,
         dims: list[int],
         anchor_scale: float,
+        anchor_offset: float = 0.5,
         focal_loss_alpha: float = 0.25,
         focal_loss_gamma: float = 2.0,
         test_score_thresh: float = 0.05,
@@ -133,6 +140,7 @@ class SingleAnchorDetector(DenseDetector):
             box2box_transform: its `apply_deltas(regression (N, D), anchors (N, 4))` returns boxes (N, 4).
             dims: size of each kind of head output at a position.
             anchor_scale: side of the anchors, in strides.
+            anchor_offset: offset of the first anchor's center from the image's corner, in strides.
             focal_loss_alpha, focal_loss_gamma: parameters of `focal_loss`, for subclasses that call it.
             input_format: channel order of the images and of pixel_mean.
         """
@@ -150,7 +158,10 @@ class SingleAnchorDetector(DenseDetector):
         shapes: dict[str, ShapeSpec] = backbone.output_shape()
         strides = [shapes[name].stride for name in self.head_in_features]
         self.anchor_generator = DefaultAnchorGenerator(
-            sizes=[[anchor_scale * stride] for stride in strides], aspect_ratios=[1.0], strides=strides
+            sizes=[[anchor_scale * stride] for stride in strides],
+            aspect_ratios=[1.0],
+            strides=strides,
+            offset=anchor_offset,
         )
 
     def transpose(self, predictions: list[list[Tensor]]) -> list[list[Tensor]]:

@@ -1,0 +1,36 @@
+"""Boxes and anchors of MMDetection."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .settings import Settings
+
+
+def box_coder(head: Settings) -> Settings:
+    """Return the settings of a head's box regression, which must be that of R-CNNs, with unread `target_stds`."""
+    coder = head.node("bbox_coder", {"type": "DeltaXYWHBBoxCoder"})
+    coder.only(type="DeltaXYWHBBoxCoder", target_means=(0.0, 0.0, 0.0, 0.0), clip_border=True, add_ctr_clamp=False)
+    return coder
+
+
+def regression_weights(stds: list[float] | tuple[float, ...]) -> tuple[float, ...]:
+    """Return Detectron2's weights of the four box deltas, by which they are divided; MMDetection multiplies by `stds`."""
+    return tuple(1 / std for std in stds)
+
+
+def anchor_generator(head: Settings, strides: tuple[int, ...]) -> Settings:
+    """Return the settings of a head's anchors, of which sizes and ratios are unread."""
+    anchors = head.node("anchor_generator")
+    anchors.only(type="AnchorGenerator", strides=strides, center_offset=0.0, scale_major=True)
+    return anchors
+
+
+def sorted_by_scale(parameters: Tensor, ratios: int, scales: int) -> Tensor:
+    """Reorder the outputs of anchors from MMDetection's order, by ratio and then scale, to Detectron2's, by scale and then ratio.
+
+    Args:
+        parameters: (ratios * scales * n, ...)
+        ratios, scales: numbers of them.
+    """
+    return parameters.unflatten(0, (ratios, scales, -1)).transpose(0, 1).flatten(0, 2)

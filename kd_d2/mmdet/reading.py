@@ -1,0 +1,129 @@
+"""Reading of MMDetection's checkpoints and configs, without running code from them."""
+
+from __future__ import annotations
+
+import ast
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import StateDict
+from ..checkpoint.reading import read_tensors_and_text
+from ..errors import UserError
+from ..plain_yaml import read_text
+
+
+@dataclass(frozen=True)
+class MMDetectionCheckpoint:
+    """Content of a checkpoint.
+
+    Attributes:
+        weights: weights by MMDetection's names.
+        config: text of the config with which it was trained; None if the file has none.
+        classes: class names by class index; None if the file has none.
+    """
+
+    weights: StateDict
+    config: str | None
+    classes: tuple[str, ...] | None
+
+
+def read_mmdet_checkpoint(path: str) -> MMDetectionCheckpoint:
+    """Read a checkpoint of MMDetection 2 or 3.
+
+    Raises:
+        UserError: it cannot be read, or has no weights.
+    """
+    content = read_tensors_and_text(path)
+    weights = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise UserError(f"{path} is not a checkpoint of MMDetection: it has no state_dict of tensors.")
+    meta = content.get("meta")
+    meta = meta if isinstance(meta, dict) else {}
+    texts = [meta.get(name) for name in ("cfg", "config")]
+    dataset = meta.get("dataset_meta") or {}
+    classes = next((c for c in (dataset.get("classes"), dataset.get("CLASSES"), meta.get("CLASSES")) if c), None)
+    return MMDetectionCheckpoint(
+        {name: value.float() if value.dtype == torch.float16 else value for name, value in weights.items()},
+        next((text for text in texts if isinstance(text, str)), None),
+        _names(classes),
+    )
+
+
+def _names(classes: Any) -> tuple[str, ...] | None:
+    if isinstance(classes, str):
+        return (classes,)
+    return tuple(map(str, classes)) if isinstance(classes, list | tuple) else None
+
+
+def read_mmdet_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a config file as MMDetection writes it to its work_dir, with all values.
+
+    Raises:
+        UserError: see `parse_mmdet_config`.
+    """
+    path = os.fspath(path)
+    what = f"The MMDetection config {path}"
+    return parse_mmdet_config(read_text(path, what), what)
+
+
+def parse_mmdet_config(text: str, what: str) -> dict[str, Any]:
+    """Evaluate the assignments of a config that consists of literals, dict(...) and names assigned before.
+
+    Args:
+        text: Python code.
+        what: name of the config at the beginning of messages.
+
+    Raises:
+        UserError: it contains anything else, or inherits from another file.
+    """
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise UserError(f"{what} is not Python code: {error}.") from error
+    values: dict[str, Any] = {}
+    try:
+        for statement in tree.body:
+            if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+                continue  # a comment in the form of a string
+            if not isinstance(statement, ast.Assign) or not isinstance(statement.targets[0], ast.Name):
+                raise _unsupported(statement, what)
+            values[statement.targets[0].id] = _evaluate(statement.value, values, what)
+    except RecursionError as error:
+        raise UserError(f"{what} is nested too deeply.") from error
+    if values.get("_base_"):
+        raise UserError(
+            f"{what} inherits from other files (_base_): name the complete config that MMDetection writes to the work_dir of the training, or the "
+            "output of its tools/misc/print_config.py."
+        )
+    return values
+
+
+def _evaluate(node: ast.expr, names: dict[str, Any], what: str) -> Any:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict" and not node.args:
+        keywords = [(keyword.arg, keyword.value) for keyword in node.keywords]
+        if all(name is not None for name, _ in keywords):
+            return {name: _evaluate(value, names, what) for name, value in keywords}
+    if isinstance(node, ast.List):
+        return [_evaluate(item, names, what) for item in node.elts]
+    if isinstance(node, ast.Tuple):
+        return tuple(_evaluate(item, names, what) for item in node.elts)
+    if isinstance(node, ast.Dict) and None not in node.keys:
+        keys = [_evaluate(key, names, what) for key in node.keys if key is not None]
+        return dict(zip(keys, (_evaluate(value, names, what) for value in node.values), strict=True))
+    if isinstance(node, ast.Name) and node.id in names:
+        return names[node.id]
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError, SyntaxError) as error:
+        raise _unsupported(node, what) from error
+
+
+def _unsupported(node: ast.AST, what: str) -> UserError:
+    return UserError(
+        f"{what} has {ast.unparse(node).partition(chr(10))[0]!r} in line {getattr(node, 'lineno', 1)}, which is not a plain value: name the complete config "
+        "that MMDetection writes to the work_dir of the training."
+    )

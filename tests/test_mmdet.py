@@ -1,0 +1,322 @@
+"""Import of detectors from MMDetection."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import runpy
+import sys
+import types
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from kd_d2.checkpoint import load_complete
+from kd_d2.config import load_config, load_teacher_config
+from kd_d2.errors import UserError
+from kd_d2.inheritance import inherit
+from kd_d2.mmdet import import_detector
+from kd_d2.mmdet.reading import parse_mmdet_config
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from detectron2.modeling import build_model
+from helpers import CLASSES as DATA_CLASSES
+from helpers import example, make_project, run_command, train
+
+FIXTURES = Path(__file__).parent / "fixtures"
+make = SimpleNamespace(**runpy.run_path(str(FIXTURES / "make_mmdet_reference.py")))
+REFERENCE = json.loads(gzip.decompress(make.FILE.read_bytes()))
+CLASSES = ("cat", "dog", "owl")
+
+
+def state_of(name: str) -> dict[str, torch.Tensor]:
+    entry = REFERENCE[name]
+    return {key: torch.from_numpy(value) for key, value in make.weights_of(entry["shapes"], entry["input_std"]).items()}
+
+
+def save(folder: Path, name: str, **changes: Any) -> Path:
+    """Write a checkpoint as MMDetection 3 does."""
+    content = {
+        "meta": {
+            "cfg": REFERENCE[name]["config"],
+            "dataset_meta": {"classes": CLASSES, "palette": [(1, 2, 3)]},
+            "epoch": 12,
+        },
+        "state_dict": state_of(name),
+        "optimizer": {"state": {}},
+    }
+    path = folder / f"{name}.pth"
+    torch.save({**content, **changes}, path)
+    return path
+
+
+def with_config(folder: Path, name: str, *replacements: tuple[str, str]) -> Path:
+    """Write a checkpoint whose config has other text in some places."""
+    config = REFERENCE[name]["config"]
+    for old, new in replacements:
+        assert old in config
+        config = config.replace(old, new)
+    return save(folder, name, meta={"cfg": config, "CLASSES": CLASSES})
+
+
+def detector_in(folder: Path) -> tuple[torch.nn.Module, str]:
+    """Return the imported detector with its weights, and its channel order."""
+    cfg = load_config(folder / "config.yaml")
+    model = build_model(cfg).eval()
+    load_complete(model, cfg.MODEL.WEIGHTS, "the detector")
+    return model, cfg.INPUT.FORMAT
+
+
+def detect(model: torch.nn.Module, channel_order: str) -> Any:
+    pixels = make.image()[..., ::-1] if channel_order == "RGB" else make.image()
+    image = torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+    with torch.no_grad():
+        return model([{"image": image, "height": 128, "width": 192}])[0]["instances"]
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_detections_are_those_of_mmdetection(tmp_path: Path, name: str) -> None:
+    """Check boxes, scores, classes and masks against those of MMDetection 3.3 with the same weights."""
+    folder = tmp_path / "imported"
+    imported = import_detector(save(tmp_path, name), folder)
+    found = detect(*detector_in(folder))
+    expected = REFERENCE[name]
+    assert imported.classes == CLASSES
+    count = len(found)  # Detectron2 removes boxes without area after choosing the best ones, MMDetection before
+    assert 30 < count <= len(expected["labels"])
+    scores = found.scores**2 if name == "atss" else found.scores  # MMDetection's have no square root
+    np.testing.assert_allclose(scores, expected["scores"][:count], atol=2e-5)
+    assert found.pred_classes.tolist() == expected["labels"][:count]
+    np.testing.assert_allclose(found.pred_boxes.tensor, expected["boxes"][:count], atol=2e-2)
+    if name == "mask-rcnn":
+        np.testing.assert_allclose(found.pred_masks.sum((1, 2)), expected["mask_areas"], atol=20)
+
+
+TEST_PIPELINE_OF_2 = """
+data = dict(test=dict(pipeline=[
+    dict(type='LoadImageFromFile'),
+    dict(type='MultiScaleFlipAug', img_scale=(640, 480), flip=False, transforms=[
+        dict(type='Resize', keep_ratio=True),
+        dict(type='Normalize', mean=[1.0, 2.0, 3.0], std=[4.0, 5.0, 6.0], to_rgb=False)])]))
+"""
+
+
+def test_a_config_of_mmdetection_2(tmp_path: Path) -> None:
+    """Check normalization and size of images, which are in the test pipeline, and another file for the config."""
+    config = parse_mmdet_config(REFERENCE["faster-rcnn"]["config"], "it")
+    del config["model"]["data_preprocessor"]
+    config["model"]["pretrained"] = "torchvision://resnet50"
+    file = tmp_path / "config.py"
+    file.write_text(f"'''A comment.'''\nmodel = {config['model']!r}\n{TEST_PIPELINE_OF_2}", encoding="utf-8")
+    checkpoint = save(tmp_path, "faster-rcnn", meta={"CLASSES": CLASSES, "config": "no Python"})
+    imported = import_detector(checkpoint, tmp_path / "imported", file, opts=["INPUT.MAX_SIZE_TEST", 700])
+    cfg = load_config(tmp_path / "imported" / "config.yaml")
+    assert (cfg.INPUT.FORMAT, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST) == ("BGR", 480, 700)
+    assert (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD) == ([1.0, 2.0, 3.0], [4.0, 5.0, 6.0])
+    assert imported.classes == CLASSES
+
+
+def test_settings_of_the_test(tmp_path: Path) -> None:
+    """Check thresholds and limits of an R-CNN, in which those of RPN and box head differ."""
+    checkpoint = with_config(
+        tmp_path, "faster-rcnn", ("iou_threshold=0.5", "iou_threshold=0.45"), ("nms_pre=1000", "nms_pre=900")
+    )
+    cfg = import_detector(checkpoint, tmp_path / "imported").cfg
+    assert (cfg.MODEL.RPN.NMS_THRESH, cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST) == (0.7, 0.45)
+    assert (cfg.MODEL.RPN.PRE_NMS_TOPK_TEST, cfg.MODEL.RPN.POST_NMS_TOPK_TEST) == (900, 40)
+    assert (cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST, cfg.TEST.DETECTIONS_PER_IMAGE) == (0.1, 40)
+    assert cfg.MODEL.BACKBONE.FREEZE_AT == 2
+    dense = import_detector(
+        with_config(tmp_path, "gfl", ("iou_threshold=1.0", "iou_threshold=0.55")), tmp_path / "dense"
+    ).cfg
+    assert (dense.MODEL.GFL.NMS_THRESH_TEST, dense.MODEL.GFL.TOPK_CANDIDATES_TEST) == (0.55, 1000)
+
+
+@pytest.mark.parametrize(("name", "old", "new", "message"), [
+    ("faster-rcnn", "type='FasterRCNN'", "type='DETR'", "model.type is 'DETR' in the MMDetection config; only 'RetinaNet' or 'GFL' or"),
+    ("faster-rcnn", "type='ResNet'", "type='SwinTransformer'", "model.backbone.type is 'SwinTransformer'"),
+    ("faster-rcnn", "num_stages=4", "num_stages=4, dcn=dict(type='DCN')", "model.backbone.dcn is {'type': 'DCN'} in the MMDetection config; Detectron2"),
+    ("faster-rcnn", "num_stages=4", "num_stages=4, deep_stem=True", "model.backbone.deep_stem is True in the MMDetection config; only False can"),
+    ("faster-rcnn", "type='FPN'", "type='mmdet.models.PAFPN'", "model.neck.type is 'mmdet.models.PAFPN'"),
+    ("faster-rcnn", "num_outs=5", "num_outs=5, norm_cfg=dict(type='BN')", "model.neck.norm_cfg is {'type': 'BN'}"),
+    ("faster-rcnn", "type='Shared2FCBBoxHead'", "type='Shared4Conv1FCBBoxHead'", "model.roi_head.bbox_head.type is"),
+    ("faster-rcnn", "type='RoIAlign'", "type='RoIAlign', aligned=False", "model.roi_head.bbox_roi_extractor.roi_layer.aligned is False"),
+    ("retinanet", "type='nms'", "type='soft_nms'", "model.test_cfg.nms.type is 'soft_nms' in the MMDetection config; only 'nms' can"),
+    ("retinanet", "scales_per_octave=3,", "scales_per_octave=3, center_offset=0.5,", "model.bbox_head.anchor_generator.center_offset is 0.5"),
+    ("retinanet", "start_level=1", "start_level=0", "model.neck.start_level is 0"),
+    ("retinanet", "keep_ratio=True", "keep_ratio=False", "the test pipeline's Resize.keep_ratio is False"),
+    ("retinanet", "stacked_convs=2", "stacked_convs=3", "The MMDetection checkpoint has no bbox_head.cls_convs.2.conv.weight, but"),
+    ("retinanet", "stacked_convs=2", "stacked_convs=1", "The MMDetection checkpoint has 4 weights for which its config has no layer; the first one is bbox_head.cls_convs.1.conv.bias"),
+    ("retinanet", "num_classes=3", "num_classes=4", "retinanet.pth has 3 class names, but its detector predicts 4 classes"),
+    ("retinanet", "depth=50", "depth=101", "The MMDetection checkpoint does not fit its config: backbone.bottom_up.res4.6.conv1.weight is missing"),
+    ("retinanet", "out_channels=32", "out_channels=40", "model.bbox_head.in_channels is 32 in the MMDetection config; only 40 can"),
+    ("gfl", "ratios=[", "ratios=[2.0, ", "model.bbox_head.anchor_generator.ratios is [2.0, 1.0]"),
+    ("atss", "type='ATSSHead'", "type='ATSSHead', norm_cfg=dict(type='GN', num_groups=16)", "model.bbox_head.norm_cfg.num_groups is 16"),
+    ("cascade-rcnn", "num_stages=3", "num_stages=2", "model.roi_head.num_stages is 2"),
+])  # fmt: skip
+def test_what_detectron2_lacks_is_refused(tmp_path: Path, name: str, old: str, new: str, message: str) -> None:
+    """Check that the message names the setting or weight, and that nothing is written."""
+    checkpoint = with_config(tmp_path, name, (old, new))
+    with pytest.raises(UserError) as caught:
+        import_detector(checkpoint, tmp_path / "imported")
+    assert message in str(caught.value)
+    assert not (tmp_path / "imported").exists()
+
+
+class Recorder:
+    """Runs a function when it is unpickled."""
+
+    def __reduce__(self) -> tuple:
+        return exec, ("raise SystemExit('code of the checkpoint ran')",)
+
+
+def test_other_objects_in_a_checkpoint_are_left_out(tmp_path: Path) -> None:
+    """Check a checkpoint with the training history of MMEngine, a NumPy array and an object that would run code."""
+    module = types.ModuleType("mmengine_like")
+    history = type("HistoryBuffer", (), {"__module__": "mmengine_like", "mean": lambda self: 0})
+    module.HistoryBuffer = history
+    sys.modules["mmengine_like"] = module
+    try:
+        buffer = history()
+        buffer.values, buffer.method = np.arange(3), buffer.mean
+        path = save(tmp_path, "retinanet", message_hub={"loss": buffer}, hooks=[Recorder()], seed=np.int64(3))
+    finally:
+        del sys.modules["mmengine_like"]
+    assert import_detector(path, tmp_path / "imported").classes == CLASSES
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"state_dict": None}, "is not a checkpoint of MMDetection: it has no state_dict of tensors"),
+    ({"state_dict": {"a": [1.0]}}, "is not a checkpoint of MMDetection: it has no state_dict of tensors"),
+    ({"meta": {}}, "has no config: name that of its training with --config"),
+    ({"meta": None}, "has no config: name that of its training with --config"),
+    ({"meta": {"cfg": "model = dict("}}, "is not Python code"),
+    ({"meta": {"cfg": "_base_ = ['a.py']"}}, "inherits from other files (_base_)"),
+    ({"meta": {"cfg": "import os"}}, "has 'import os' in line 1, which is not a plain value"),
+    ({"meta": {"cfg": "a = 1\nmodel = open('x')"}}, "has \"open('x')\" in line 2, which is not a plain value"),
+    ({"meta": {"cfg": "a = dict(b=c)"}}, "has 'c' in line 1, which is not a plain value"),
+    ({"meta": {"cfg": "a = " + "[" * 5000 + "]" * 5000}}, "The config in"),
+    ({"meta": {"cfg": "model = dict()"}}, "The MMDetection config has no model.type"),
+    ({"meta": {"cfg": "a = 1"}}, "The MMDetection config has no model.type"),
+])  # fmt: skip
+def test_files_that_are_no_such_checkpoint(tmp_path: Path, change: dict, message: str) -> None:
+    """Check that one sentence says what the file lacks."""
+    with pytest.raises(UserError) as caught:
+        import_detector(save(tmp_path, "retinanet", **change), tmp_path / "imported")
+    assert message in str(caught.value)
+
+
+def test_files_and_folders(tmp_path: Path) -> None:
+    """Check a missing and a damaged checkpoint, a missing config, and a folder that is not empty."""
+    checkpoint = save(tmp_path, "retinanet")
+    damaged = tmp_path / "damaged.pth"
+    damaged.write_bytes(checkpoint.read_bytes()[:5000])
+    for arguments, message in (
+        ((tmp_path / "none.pth", tmp_path / "new"), "There is no checkpoint"),
+        ((damaged, tmp_path / "new"), "is damaged or not a checkpoint"),
+        ((checkpoint, tmp_path / "new", tmp_path / "none.py"), "cannot be read"),
+        ((checkpoint, tmp_path), "exists already and is not an empty folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            import_detector(*arguments)
+
+
+def test_values_in_configs() -> None:
+    """Check literals, nested dicts in both forms, and names assigned before."""
+    text = "size = (2, 3)\nmodel = dict(a=-1.5, b=[None, 'x'], c={'d': True, 'e': size})\n"
+    assert parse_mmdet_config(text, "it") == {
+        "size": (2, 3),
+        "model": {"a": -1.5, "b": [None, "x"], "c": {"d": True, "e": (2, 3)}},
+    }
+
+
+def test_a_teacher_from_mmdetection(
+    tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Check the program, and a training with the imported teacher, whose classes are in another order."""
+    meta = {"cfg": REFERENCE["retinanet"]["config"], "dataset_meta": {"CLASSES": DATA_CLASSES[::-1]}}
+    checkpoint = save(tmp_path, "retinanet", meta=meta)
+    run_command("import-mmdet", checkpoint, tmp_path / "teacher", "MODEL.RETINANET.SCORE_THRESH_TEST", "0.2")
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"As a teacher: MODEL.KD.TEACHER.CONFIG_FILE {tmp_path}/teacher/config.yaml"
+    )
+    written = yaml.safe_load((tmp_path / "teacher" / "config.yaml").read_text())
+    assert written["MODEL"]["RETINANET"]["SCORE_THRESH_TEST"] == 0.2
+    assert torch.load(tmp_path / "teacher" / "model_final.pth")["class_names"] == list(DATA_CLASSES[::-1])
+    project = make_project(
+        tmp_path / "project",
+        MODEL__KD__TEACHER__CONFIG_FILE=str(tmp_path / "teacher" / "config.yaml"),
+        MODEL__KD__TEACHER__WEIGHTS="",
+        MODEL__KD__FEATURE_IMITATION__ADAPTATION="1x1",
+    )
+    with caplog.at_level(logging.INFO):
+        run = train(project, "SOLVER.MAX_ITER", 1, "TEST.EVAL_PERIOD", 0)
+    assert "The classes of the teacher are reordered" in caplog.text
+    assert run.losses[0]["loss_feature_imitation"] > 0
+
+
+@pytest.mark.parametrize(("keys", "warnings"), [
+    ({}, []),
+    ({"RELU_BEFORE_P7": True}, ["MODEL.KD.INHERIT: the student computes P7 from the positive part of P6 and the teacher from P6"]),
+    ({"ANCHOR_OFFSET": 0.5}, ["MODEL.KD.INHERIT: the student's anchors are not the teacher's"]),
+])  # fmt: skip
+def test_inheritance_from_an_imported_detector(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, keys: dict, warnings: list[str]
+) -> None:
+    """Check that a student that uses inherited layers in another way than its teacher is warned."""
+    cfg = import_detector(save(tmp_path, "atss"), tmp_path / "teacher").cfg
+    cfg.MODEL.DEVICE = "cpu"
+    teacher = build_model(cfg)
+    for key, value in keys.items():
+        node = cfg.MODEL.DENSE_FPN if key in cfg.MODEL.DENSE_FPN else cfg.MODEL.ATSS
+        node[key] = value
+    with caplog.at_level(logging.WARNING, "kd_d2"):
+        inherit(build_model(cfg), teacher, ("neck", "head"))
+    assert [message[: len(start)] for message, start in zip(caplog.messages, warnings, strict=True)] == warnings
+
+
+def test_p6_and_p7_of_the_dense_fpn(tiny_cfg: Any) -> None:
+    """Check the source of P6, and P7 of a P6 that is negative everywhere, which a ReLU would set to zero."""
+    cfg = tiny_cfg("retinanet", {"MODEL": {"BACKBONE": {"NAME": "build_dense_slim_resnet_fpn_backbone"}}})
+    levels = {}
+    for relu in (True, False):
+        cfg.MODEL.DENSE_FPN.P6_SOURCE, cfg.MODEL.DENSE_FPN.RELU_BEFORE_P7 = "res5", relu
+        backbone = build_model(cfg).backbone
+        block = backbone.top_block
+        assert block.p6.in_channels == backbone.bottom_up.output_shape()["res5"].channels
+        torch.nn.init.zeros_(block.p6.weight), torch.nn.init.constant_(block.p6.bias, -2.0)
+        torch.nn.init.ones_(block.p7.weight), torch.nn.init.zeros_(block.p7.bias)
+        levels[relu] = backbone(torch.zeros(1, 3, 128, 128))["p7"]
+    channels = levels[True].shape[1]
+    # P6 has 2 x 2 positions, all within the only kernel of P7.
+    assert torch.equal(levels[True], torch.zeros(1, channels, 1, 1))
+    assert torch.equal(levels[False], torch.full((1, channels, 1, 1), -2.0 * 4 * channels))
+
+
+def test_the_offset_of_anchors(tiny_cfg: Any) -> None:
+    """Check the first anchor's center of the finest level, of stride 8."""
+    cfg = tiny_cfg("gfl", {})
+    for offset in (0.0, 0.5):
+        cfg.MODEL.GFL.ANCHOR_OFFSET = offset
+        anchors = build_model(cfg).anchor_generator([torch.zeros(1, 1, 2, 2)] * 5)[0].get_centers()
+        assert anchors[0].tolist() == [8 * offset, 8 * offset]
+
+
+def test_the_guides_student_of_an_imported_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Check that it is a valid distillation, and inherits the neck as the teacher uses it."""
+    monkeypatch.chdir(tmp_path)
+    import_detector(save(tmp_path, "retinanet"), "teacher")
+    (tmp_path / "my.yaml").write_text(example("student of an imported teacher", "docs/guides/own-teacher.md"))
+    (tmp_path / "resnet18.pth").touch()
+    cfg = load_config("my.yaml", ["MODEL.DEVICE", "cpu"], needs_data=False)
+    teacher = build_model(load_teacher_config(cfg))
+    cfg.MODEL.META_ARCHITECTURE = cfg.MODEL.KD.STUDENT
+    with caplog.at_level(logging.WARNING, "kd_d2"):
+        fit = inherit(build_model(cfg), teacher, ("neck", "head"))
+    assert {"backbone.top_block.p7.weight", "head.bbox_pred.weight"} <= {*fit.filled} and not caplog.messages
