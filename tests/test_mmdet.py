@@ -225,6 +225,15 @@ def test_files_and_folders(tmp_path: Path) -> None:
             import_detector(*arguments)
 
 
+def test_what_only_training_needs(tmp_path: Path) -> None:
+    """Check the state of a loss, and settings without effect on a trained detector."""
+    config = REFERENCE["faster-rcnn"]["config"].replace(
+        "num_classes=3", "num_classes=3, reg_decoded_bbox=True, loss_other=dict(a=1)"
+    )
+    state = {**state_of("faster-rcnn"), "roi_head.bbox_head.loss_bbox.acc_sum": torch.zeros(3)}
+    import_detector(save(tmp_path, "faster-rcnn", meta={"cfg": config}, state_dict=state), tmp_path / "imported")
+
+
 def test_values_in_configs() -> None:
     """Check literals, nested dicts in both forms, and names assigned before."""
     text = "size = (2, 3)\nmodel = dict(a=-1.5, b=[None, 'x'], c={'d': True, 'e': size})\n"

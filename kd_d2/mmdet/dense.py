@@ -55,7 +55,6 @@ def import_atss(model: Settings, weights: Weights) -> Keys:
     """Import an ATSS."""
     head = model.node("bbox_head")
     head.only(type="ATSSHead", pred_kernel_size=3)
-    head.choose("reg_decoded_bbox", {True: None, False: None}, True)  # training only
     keys = _single_anchor(model, head, weights, "ATSS")
     box_coder(head).choose("target_stds", {(0.1, 0.1, 0.2, 0.2): None}, (1.0, 1.0, 1.0, 1.0))
     for name, target in {"cls": "cls_score", "reg": "bbox_pred", "centerness": "ctrness"}.items():
@@ -87,6 +86,7 @@ def _dense(model: Settings, head: Settings, weights: Weights, name: str, norm: d
     keys = import_resnet(model.node("backbone"), weights) | import_dense_fpn(neck, weights)
     channels = neck.read("out_channels")
     head.only(in_channels=channels, feat_channels=channels, conv_cfg=None, dcn_on_last_conv=False)
+    head.read("reg_decoded_bbox", False)  # training only
     normalization = _norm(head, norm)
     convs = head.read("stacked_convs", 4)
     for branch in ("cls", "reg"):

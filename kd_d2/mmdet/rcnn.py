@@ -132,7 +132,8 @@ def _box_head(
     Returns:
         The weights of the box deltas, and the other config keys.
     """
-    head.only(type="Shared2FCBBoxHead", with_avg_pool=False, reg_decoded_bbox=False)
+    head.only(type="Shared2FCBBoxHead", with_avg_pool=False)
+    head.read("reg_decoded_bbox", False)  # training only
     head.read("in_channels", None), head.read("roi_feat_size", None)  # those of neck and pooler
     stds = box_coder(head).read("target_stds", (1.0, 1.0, 1.0, 1.0))
     for layer, name in {"shared_fcs.0": "fc1", "shared_fcs.1": "fc2"}.items():

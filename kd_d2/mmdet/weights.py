@@ -16,14 +16,18 @@ class Weights:
     """Moves weights to other names.
 
     Args:
-        source: weights by MMDetection's names.
+        source: weights by MMDetection's names; state of losses is left out.
 
     Attributes:
         moved: weights by Detectron2's names.
     """
 
     def __init__(self, source: StateDict):
-        self._left = {name: tensor for name, tensor in source.items() if not name.endswith("num_batches_tracked")}
+        self._left = {
+            name: tensor
+            for name, tensor in source.items()
+            if not name.endswith("num_batches_tracked") and ".loss_" not in name
+        }
         self.moved: StateDict = {}
 
     def layer(self, name: str, target: str, change: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
