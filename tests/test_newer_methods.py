@@ -1,4 +1,4 @@
-"""CWD, PKD, MGD and FGD: reference numbers of the authors' code, hand-worked formulas, gradients, and training."""
+"""CWD, PKD, MGD, FGD and ReviewKD: reference numbers of the authors' code, hand-worked formulas, gradients, and training."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any
 
 from kd_d2 import Distiller, KDMetaArch, Teacher
 from kd_d2.adapters import DensePredictions, DetectorOutputs, build_adapter
-from kd_d2.distillers import CWD, FGD, MGD, PKD
+from kd_d2.distillers import CWD, FGD, MGD, PKD, ReviewKD
 from kd_d2.distillers.adaptation import LevelGroup
 from kd_d2.distillers.fgd import ContextBlock
 from kd_d2.distillers.generation import random_mask
+from kd_d2.distillers.reviewkd import FusionBlock
 from kd_d2.errors import UserError
 from kd_d2.losses import (
     attended_error,
@@ -23,6 +24,7 @@ from kd_d2.losses import (
     dist_loss,
     focal,
     foreground_weights,
+    hierarchical_context_loss,
     own_attention,
     pearson_loss,
     pearson_loss_of_levels,
@@ -202,6 +204,87 @@ def test_mgd_of_the_program(program_mask: None) -> None:
         assert expected.keys() == dict(module.named_parameters()).keys()
         for name, parameter in module.named_parameters():
             _assert_equal(parameter.grad, expected[name])
+
+
+def test_reviewkd_of_the_program() -> None:
+    """Check the weighted loss and the gradients of features, convolutions, normalizations and attention."""
+    values, student = _fixture("reviewkd"), _levels("reviewkd", "student")
+    teacher = {s: values[f"teacher.{s}"] for s in STRIDES}
+    review = make(ReviewKD, *(spec_of(dict.fromkeys(STRIDES, c)) for c in (6, 8)), weight=1.2)
+    names = {f"{s}.{name}" for s in STRIDES for name, _ in review.blocks[str(s)].named_parameters()}
+    assert {f"param.{name}" for name in names} == {key for key in values if key.startswith("param.")}
+    _copy(review.blocks, {name: values[f"param.{name}"] for name in names})
+    loss = scaled(review, _outputs(student), _outputs(teacher), [])["loss_reviewkd"]
+    loss.backward()
+    _assert_equal(loss, values["weighted_loss"])
+    for s in STRIDES:
+        _assert_equal(student[s].grad, values[f"grad_student.{s}"])
+    for name, parameter in review.blocks.named_parameters():
+        _assert_equal(parameter.grad, values[f"grad_param.{name}"], floor=1e-6)
+
+
+def test_hierarchical_context_loss_by_hand() -> None:
+    """Check maps of 2 x 4 positions, pooled to one value only, and of 5 x 5 and 3 x 3 constant differences at all sizes."""
+    student = torch.tensor([[[[4.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 4.0]]]])
+    teacher = torch.zeros(1, 1, 2, 4)
+    # mean of squares 2 * 16 / 8 = 4; pooled to the mean 1, squared 1, with half the weight
+    assert hierarchical_context_loss(student, teacher).item() == pytest.approx((4 + 0.5 * 1) / 1.5)
+    assert hierarchical_context_loss(student[..., :1], teacher[..., :1]).item() == 8  # one column: no smaller size
+    for side in (5, 3):
+        assert hierarchical_context_loss(torch.full((2, 3, side, side), 3.0), torch.ones(2, 3, side, side)).item() == 4
+    with pytest.raises(ValueError, match="different shapes"):
+        hierarchical_context_loss(student, teacher[..., :3])
+
+
+def test_fusion_of_levels_by_hand() -> None:
+    """Check attention that depends on both levels, and that each coarse position is repeated."""
+    block = FusionBlock(1, 1, 1, fuses=True).eval()
+    for conv in (block.reduce[0], block.expand[0]):
+        nn.init.zeros_(conv.weight)
+        conv.weight.data[0, 0, conv.weight.shape[2] // 2, conv.weight.shape[3] // 2] = 1
+    for norm in (block.reduce[1], block.expand[1]):
+        norm.eps = 0.0
+    with torch.no_grad():
+        block.attention.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0]])[..., None, None])
+        block.attention.bias.zero_()
+    output, fused = block(torch.tensor([[[[0.0, 2.0]]]]), torch.tensor([[[[3.0]]]]))
+
+    def share(x: float) -> float:
+        return 1 / (1 + math.exp(-x))
+
+    expected = [3 * share(3), 2 * share(2) + 3 * share(3)]
+    assert fused.flatten().tolist() == pytest.approx(expected) and torch.equal(output, fused)
+
+
+def test_residual_reviewkd_starts_from_the_students_features() -> None:
+    """Check the first loss, which is that of the features themselves, and that the last normalization learns from it."""
+    student, teacher = torch.rand(2, 3, 5, 5, requires_grad=True), torch.rand(2, 3, 5, 5)
+    review = make(ReviewKD, spec_of({8: 3}), residual=True)
+    loss = review(_outputs({8: student}), _outputs({8: teacher}), [])["loss_reviewkd"]
+    assert torch.equal(loss, hierarchical_context_loss(student, teacher))
+    loss.backward()
+    assert review.blocks["8"].expand[1].weight.grad.all() and not review.blocks["8"].reduce[0].weight.grad.any()
+    with pytest.raises(
+        UserError,
+        match=r"^MODEL\.KD\.REVIEWKD\.RESIDUAL is True, but at stride 8 the student has 3 channels and the teacher 4",
+    ):
+        make(ReviewKD, spec_of({8: 3}), spec_of({8: 4}), residual=True)
+
+
+def test_reviewkd_of_one_position() -> None:
+    """Check the message if the normalization has nothing to normalize over, and that two images suffice."""
+    review = make(ReviewKD, spec_of({8: 2, 16: 2}))
+    assert review.blocks["16"].attention is None and review.blocks["8"].attention is not None
+
+    def loss(images: int) -> Tensor:
+        maps = {8: torch.rand(images, 2, 2, 2), 16: torch.rand(images, 2, 1, 1)}
+        return review(_outputs(maps), _outputs(maps), [])["loss_reviewkd"]
+
+    with pytest.raises(
+        UserError, match=r"a level has only one position, of one image.*MODEL\.KD\.REVIEWKD\.NUM_LEVELS"
+    ):
+        loss(1)
+    assert loss(2) > 0
 
 
 def test_residual_generation_starts_as_the_identity() -> None:
@@ -601,20 +684,22 @@ def test_defaults_are_the_authors(build: Callable, kind: str, pkd: float, mgd: f
     assert build(CWD, "retinanet", MAPS="logits").weight == 5
 
 
-@pytest.mark.parametrize("method", [PKD, MGD, FGD])
+@pytest.mark.parametrize("method", [PKD, MGD, FGD, ReviewKD])
 def test_number_of_levels(build: Callable, method: type[Distiller]) -> None:
     """Check that the finest of the common levels are compared, for pairs with strides from 8 to 128 and from 4 to 64."""
     for teacher, common in (("retinanet", (8, 16, 32, 64, 128)), ("faster", (8, 16, 32, 64))):
         for number in (None, 1, 4, 9):
             built = build(method, "retinanet", teacher, NUM_LEVELS=number)
-            assert built.adaptation.strides == common[:number]
-            layers = getattr(built, "generation", getattr(built, "student_relations", None))
+            assert getattr(built, "adaptation", built).strides == common[:number]
+            layers = next(
+                (x for name in ("generation", "student_relations", "blocks") if (x := getattr(built, name, None))), None
+            )
             assert layers is None or [*layers] == [str(stride) for stride in common[:number]]
 
 
 def test_weights_that_are_named(build: Callable) -> None:
     """Check that WEIGHT replaces a default or multiplies FGD's four weights, and each of these on its own."""
-    for method in (CWD, PKD, MGD):
+    for method in (CWD, PKD, MGD, ReviewKD):
         assert build(method, WEIGHT=3.0).weight == 3
     assert build(MGD, MASK_RATIO=0.25).mask_ratio == 0.25
     keys = ("FOREGROUND_WEIGHT", "BACKGROUND_WEIGHT", "ATTENTION_WEIGHT", "RELATION_WEIGHT")
@@ -646,6 +731,7 @@ def test_share_of_cwd_among_balanced_methods(maps: str, weight: float | None, sh
         (FGD, "BACKGROUND_WEIGHT", float("nan")),
         (FGD, "ATTENTION_WEIGHT", "much"),
         (FGD, "RELATION_WEIGHT", -1e-9),
+        (ReviewKD, "MID_CHANNELS", 0),
     ],
 )
 def test_wrong_values_name_their_key(build: Callable, method: type[Distiller], key: str, value: object) -> None:

@@ -34,6 +34,7 @@ from .pair import Pair
 from .pfi import PFI
 from .pkd import PKD
 from .rank_mimicking import RankMimicking
+from .reviewkd import ReviewKD
 from .schedule import Schedule
 from .soft_label import SoftLabel
 from .structural import StructuralKD
@@ -70,6 +71,7 @@ __all__ = [
     "Pair",
     "ParamGroup",
     "RankMimicking",
+    "ReviewKD",
     "Schedule",
     "SoftLabel",
     "StructuralKD",

@@ -6,6 +6,7 @@ from .channel_wise import channel_wise_loss
 from .correlation import dist_loss, dist_loss_of_levels
 from .divergence import decoupled_loss, softmax_divergence
 from .focal import attended_error, background_weights, foreground_weights
+from .hierarchical import hierarchical_context_loss
 from .icd import attended_value_loss, icd_distill_loss, instance_attention
 from .normalization import min_max_normalize
 from .pearson import pearson_loss, pearson_loss_of_levels
@@ -35,6 +36,7 @@ __all__ = [
     "dist_loss_of_levels",
     "fitting_window",
     "foreground_weights",
+    "hierarchical_context_loss",
     "icd_distill_loss",
     "instance_attention",
     "masked_squared_error",
