@@ -50,7 +50,7 @@ def inherit(student: nn.Module, teacher: nn.Module, modules: Collection[str], *,
     bottom_up, teachers_bottom_up = bottom_up_of(student), bottom_up_of(teacher)
     offered = {n: t for n, t in teacher.state_dict().items() if component_of(n, teachers_bottom_up) in modules}
     wanted = {n: t for n, t in student.state_dict().items() if component_of(n, bottom_up) in modules}
-    source = select_weights(wanted, offered) if weight_selection else offered
+    source = _selected(wanted, offered, bottom_up) if weight_selection else offered
     apart = _foreign_box_layers(student, teacher, wanted)
     apart |= _broken_units(wanted, source, bottom_up) | _other_sequences(student, wanted, source, bottom_up)
     reasons = {n: why for n in wanted for unit, why in apart.items() if n == unit or n.startswith(unit + ".")}
@@ -78,6 +78,21 @@ def inherit(student: nn.Module, teacher: nn.Module, modules: Collection[str], *,
     if lacking:
         logger.warning(f"MODEL.KD.INHERIT: no weight of the teacher's {' and '.join(lacking)} fits the student.")
     return fit
+
+
+def _selected(wanted: StateDict, offered: StateDict, bottom_up: str) -> StateDict:
+    """Reduce the teacher's tensors to the student's numbers of channels (see `select_weights`).
+
+    If the student's bottom-up network has other blocks, its channels are not those of the teacher's, and layers that read
+    them are not reduced.
+    """
+    source = select_weights(wanted, offered)
+    if not any(component_of(unit + ".", bottom_up) == "bottom_up" for unit in _broken_units(wanted, source, bottom_up)):
+        return source
+    others = [
+        {n: t for n, t in state.items() if component_of(n, bottom_up) != "bottom_up"} for state in (wanted, offered)
+    ]
+    return {**source, **select_weights(*others)}
 
 
 def _log_selection(student: nn.Module, selected: Collection[str]) -> None:

@@ -44,14 +44,25 @@ def _channels(narrow: StateDict, wide: StateDict) -> set[Sizes]:
         for name, tensor in narrow.items()
         if name in wide and tensor.dim() == wide[name].dim() > 1
     ]
-    outputs, inputs = ({sizes[dimension] for sizes in layers} for dimension in (0, 1))
-    return {out for out in outputs if out[0] < out[1] and any(_cells(read, out) for read in inputs)}
+    outputs = {sizes[0] for sizes in layers}
+    inputs = {(sizes[1], len(sizes)) for sizes in layers}
+    return {out for out in outputs if out[0] < out[1] and any(_cells(*read, out) for read in inputs)}
 
 
-def _cells(read: Sizes, out: Sizes) -> int:
-    """Return how many inputs a layer that reads flattened maps has for each channel, or 0 if the sizes do not correspond."""
+def _cells(read: Sizes, dimensions: int, out: Sizes) -> int:
+    """Return how many inputs a layer has for each channel, more than 1 if it reads flattened maps, as only linear layers do.
+
+    Args:
+        read: numbers of inputs.
+        dimensions: number of dimensions of the layer's weight.
+        out: numbers of channels.
+
+    Returns:
+        0 if the numbers do not correspond.
+    """
     cells = read[0] // out[0]
-    return cells if read == (cells * out[0], cells * out[1]) else 0
+    corresponds = read == (cells * out[0], cells * out[1]) and (cells == 1 or dimensions == 2)
+    return cells if corresponds else 0
 
 
 def _select(offered: Tensor, wanted: torch.Size, channels: set[Sizes]) -> Tensor:
@@ -62,7 +73,7 @@ def _select(offered: Tensor, wanted: torch.Size, channels: set[Sizes]) -> Tensor
         if sizes[0] == sizes[1]:
             continue
         # A layer may read flattened maps, channel by channel.
-        cells = min((c for out in channels if (c := _cells(sizes, out))), default=0)
+        cells = min((c for out in channels if (c := _cells(sizes, len(wanted), out))), default=0)
         if not cells or dimension > 1 or (dimension == 0 and cells > 1):
             return offered
         n, N = (size // cells for size in sizes)

@@ -386,7 +386,9 @@ TINY_EXAMPLES = {
     "rm-pfi": ("retinanet", "fcos", "atss", "gfl"),
     "soft-label": ("faster-rcnn",),
     **dict.fromkeys(("feature-imitation", "gid"), ("retinanet",)),
-    **dict.fromkeys(("icd", "ima", "fgfi", "defeat", "fkd", "cwd", "pkd", "mgd", "fgd", "reviewkd"), ("retinanet", "faster-rcnn")),
+    **dict.fromkeys(
+        ("icd", "ima", "fgfi", "defeat", "fkd", "cwd", "pkd", "mgd", "fgd", "reviewkd"), ("retinanet", "faster-rcnn")
+    ),
 }
 """Detectors by name of the recommended settings."""
 

@@ -54,6 +54,10 @@ def test_flattened_maps_keep_whole_channels() -> None:
         ({"hidden": (2, 2), "score": (3, 3)}, {"hidden": (4, 4), "score": (3, 5)}),  # inputs from elsewhere
         ({"hidden": (4, 4), "score": (3, 4)}, {"hidden": (2, 2), "score": (3, 2)}),  # wider
         ({"hidden": (2, 2), "score": (6, 2)}, {"hidden": (4, 4), "score": (12, 4)}),  # queries, keys and values
+        (
+            {"hidden": (2, 2), "score": (3, 4, 1, 1)},
+            {"hidden": (4, 4), "score": (3, 8, 1, 1)},
+        ),  # maps are not flattened
     ],
 )
 def test_what_is_not_selected(narrow: dict[str, tuple[int, ...]], wide: dict[str, tuple[int, ...]]) -> None:
@@ -116,6 +120,30 @@ def test_the_selected_network_is_the_one_inside_the_wide_one(
         for field, value in our["instances"].get_fields().items():
             a, b = (getattr(x, "tensor", x) for x in (value, their["instances"].get(field)))
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+class WithNeck(nn.Module):
+    """A bottom-up network of one block with the layers named, whose outputs a lateral layer reads, and a layer after it."""
+
+    def __init__(self, layers: tuple[str, ...], channels: int, neck: int):
+        super().__init__()
+        block = nn.ModuleDict({name: nn.Conv2d(channels, channels, 1) for name in layers})
+        self.backbone = nn.Module()
+        self.backbone.bottom_up = nn.ModuleDict({"res2": nn.ModuleList([block])})
+        self.backbone.lateral, self.backbone.output = nn.Conv2d(channels, neck, 1), nn.Conv2d(neck, neck, 3)
+
+
+@pytest.mark.parametrize("layers", [("conv1", "conv2"), ("conv1", "conv2", "conv3")])
+def test_layers_that_read_other_blocks_are_not_selected(layers: tuple[str, ...]) -> None:
+    """Check a neck whose bottom-up network cannot be inherited: only what does not read it is."""
+    student, teacher = WithNeck(("conv1", "conv2"), 4, 2), WithNeck(layers, 8, 4)
+    student.backbone.bottom_up.stem = nn.Conv2d(3, 4, 1)
+    teacher.backbone.bottom_up.stem = nn.Conv2d(3, 8, 1)
+    fit = inherit(student, teacher, ("bottom_up", "neck"))
+    same_blocks = layers == ("conv1", "conv2")
+    assert ("backbone.lateral.weight" in fit.filled) == same_blocks
+    assert ("backbone.bottom_up.res2.0.conv1.weight" in fit.filled) == same_blocks
+    assert {"backbone.output.weight", "backbone.bottom_up.stem.weight"} <= {*fit.filled}
 
 
 @pytest.mark.parametrize(("norm", "is_warned"), [("FrozenBN", True), ("BN", False)])
