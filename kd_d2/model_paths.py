@@ -87,7 +87,8 @@ def _model_path(place: str, weights: str = "", *more: str) -> ModelPath:
     if format_of(path) and weights and not os.path.isdir(path):
         raise UserError(f"--model: {path} is an exported model, which includes its weights; leave out {weights}.")
     if not os.path.isdir(path):
-        return ModelPath(title or os.path.splitext(os.path.basename(path))[0], path, weights)
+        name = os.path.basename(path)
+        return ModelPath(title or (name if format_of(path) else os.path.splitext(name)[0]), path, weights)
     config, final = (os.path.join(path, name) for name in ("config.yaml", "model_final.pth"))
     for file in (config,) if weights else (config, final):
         if not os.path.isfile(file):

@@ -147,7 +147,7 @@ class ImageDetector:
         Raises:
             UserError: the model is not a detector, or an image has another shape or type.
         """
-        entries = [self._entry(image) for image in images]
+        entries = [self.prepare(image) for image in images]
         found = []
         for _, batch in itertools.groupby(entries, key=lambda entry: entry["image"].shape):
             for outputs in self.model(list(batch)):
@@ -158,7 +158,12 @@ class ImageDetector:
                 found.append(detections[detections.scores >= self.score_thresh])
         return found
 
-    def _entry(self, image: np.ndarray) -> dict[str, Any]:
+    def prepare(self, image: np.ndarray) -> dict[str, Any]:
+        """Return the model's input for an image (H, W, C) as `detect` takes them: resized, with the original size.
+
+        Raises:
+            UserError: the image has another shape or type.
+        """
         channels = 3 if self.input_format in ("BGR", "YUV-BT.601") else getmodebands(self.input_format)
         is_array = isinstance(image, np.ndarray)
         is_usable = is_array and image.size and image.ndim == 3 and image.shape[2] == channels

@@ -21,6 +21,7 @@ COMMANDS = {
     "eval": "evaluate a trained detector, or a teacher",
     "predict": "detect objects in images and videos",
     "export": "export a detector to ONNX, TorchScript or OpenVINO",
+    "benchmark": "measure the speed and size of detectors",
     "sweep": "train several methods and seeds, and compare them in a table",
     "analyze": "analyze trained detectors: errors, robustness, features, ...",
     "report": "write an HTML page about trainings, analyses and sweeps",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import statistics
 import time
 import zlib
@@ -11,14 +10,12 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import GeneralizedRCNN, build_model
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector
-from fvcore.nn import FlopCountAnalysis
+from detectron2.modeling import build_model
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import load_config, load_teacher_config, thawed
 from ..lazy_teacher import is_lazy_config
+from ..operations import detect_nothing, device_of, multiply_adds
 from .matrix import Matrix
 
 logger = logging.getLogger(__name__)
@@ -42,7 +39,7 @@ def measure_costs(
         known: costs measured before, which are returned if they are those of the same architectures and image sizes.
 
     Returns:
-        "params" in millions, "gflops" (multiply-adds, 1e9; see `_gflops`), "ms_per_image", and the checksum "architecture"
+        "params" in millions, "gflops" (multiply-adds, 1e9; see `multiply_adds`), "ms_per_image", and the checksum "architecture"
         by cell. A detector that cannot be measured is logged, and left out.
     """
     students = {c.name: load_config(c.config, [*opts, *c.opts], student_only=True) for c in matrix.cells}
@@ -92,7 +89,7 @@ def _measure(configs: dict[str, CfgNode]) -> dict[str, dict[str, float]]:
             model = _build(cfg)
             costs[name] = {
                 "params": sum(p.numel() for p in model.parameters()) / 1e6,
-                "gflops": _gflops(model, _side(cfg)),
+                "gflops": multiply_adds(model, _side(cfg), _side(cfg)) / 1e9,
             }
             _seconds(model, _side(cfg))
             models[name] = model
@@ -111,14 +108,10 @@ def _measure(configs: dict[str, CfgNode]) -> dict[str, dict[str, float]]:
 def _seconds(model: nn.Module, side: int) -> float:
     """Return the duration of one inference of a square image."""
     start = time.perf_counter()
-    model([{"image": torch.zeros(3, side, side), "height": side, "width": side}])
-    if _device(model).type == "cuda":
+    detect_nothing(model, side, side)
+    if device_of(model).type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 def _build(cfg: CfgNode) -> nn.Module:
@@ -131,43 +124,3 @@ def _build(cfg: CfgNode) -> nn.Module:
         if hasattr(module, "test_score_thresh"):
             module.test_score_thresh = 1.0
     return model
-
-
-def _gflops(model: nn.Module, side: int) -> float:
-    """Return the multiply-adds (1e9) that do not depend on the image.
-
-    They are those of the backbone and the head of a dense detector; in R-CNNs, those of the heads for as many proposals
-    as RPN.POST_NMS_TOPK_TEST allows, but not of masks and keypoints; in other models, those of the backbone.
-    """
-    logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
-    divisibility = max(model.backbone.size_divisibility, 1)
-    side = -(-side // divisibility) * divisibility  # as the detector pads it
-    image = torch.zeros(1, 3, side, side, device=_device(model))
-    total = FlopCountAnalysis(model.backbone, image).unsupported_ops_warnings(False).total()
-    if isinstance(model, DenseDetector):
-        with torch.no_grad():
-            features = model.backbone(image)
-        maps = [features[name] for name in model.head_in_features]
-        head = FlopCountAnalysis(model.head, (maps,)).unsupported_ops_warnings(False)
-        total += head.set_op_handle("torchvision::deform_conv2d", _deformable_convolution).total()
-    elif isinstance(model, GeneralizedRCNN):
-        total += _multiply_adds_of_heads(model, side)
-    return total / 1e9
-
-
-def _multiply_adds_of_heads(model: GeneralizedRCNN, side: int) -> float:
-    """Return the multiply-adds of everything but the backbone, with an RPN that does not suppress proposals."""
-    rpn = model.proposal_generator
-    threshold = getattr(rpn, "nms_thresh", None)
-    rpn.nms_thresh = 1.0
-    with FlopCounterMode(display=False) as counter:
-        _seconds(model, side)
-    rpn.nms_thresh = threshold
-    counts = {module: sum(of_operators.values()) for module, of_operators in counter.get_flop_counts().items()}
-    return (counts["Global"] - counts[f"{type(model).__name__}.backbone"]) / 2  # a multiplication and an addition
-
-
-def _deformable_convolution(inputs: list[Any], outputs: list[Any]) -> int:
-    """Return the multiply-adds of the convolution itself, without the interpolation."""
-    weight, made = (value.type().sizes() for value in (inputs[1], outputs[0]))
-    return math.prod(made) * math.prod(weight[1:])

@@ -1,0 +1,64 @@
+"""Multiply-adds of a detector."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import torch
+from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from fvcore.nn import FlopCountAnalysis
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+@torch.no_grad()
+def detect_nothing(model: nn.Module, height: int, width: int) -> None:
+    """Run a detector on a black image."""
+    model([{"image": torch.zeros(3, height, width), "height": height, "width": width}])
+
+
+def multiply_adds(model: nn.Module, height: int, width: int) -> float:
+    """Return the multiply-adds for an image size that do not depend on the image.
+
+    They are those of the backbone and the head of a dense detector; in R-CNNs, those of the heads for as many proposals
+    as RPN.POST_NMS_TOPK_TEST allows, but not of masks and keypoints; in other models, those of the backbone.
+    """
+    logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
+    divisibility = max(model.backbone.size_divisibility, 1)
+    height, width = (-(-side // divisibility) * divisibility for side in (height, width))  # as the detector pads it
+    image = torch.zeros(1, 3, height, width, device=device_of(model))
+    total = FlopCountAnalysis(model.backbone, image).unsupported_ops_warnings(False).total()
+    if isinstance(model, DenseDetector):
+        with torch.no_grad():
+            features = model.backbone(image)
+        maps = [features[name] for name in model.head_in_features]
+        head = FlopCountAnalysis(model.head, (maps,)).unsupported_ops_warnings(False)
+        total += head.set_op_handle("torchvision::deform_conv2d", _deformable_convolution).total()
+    elif isinstance(model, GeneralizedRCNN):
+        total += _multiply_adds_of_heads(model, height, width)
+    return total
+
+
+def _multiply_adds_of_heads(model: GeneralizedRCNN, height: int, width: int) -> float:
+    """Return the multiply-adds of everything but the backbone, with an RPN that does not suppress proposals."""
+    rpn = model.proposal_generator
+    threshold = getattr(rpn, "nms_thresh", None)
+    rpn.nms_thresh = 1.0
+    with FlopCounterMode(display=False) as counter:
+        detect_nothing(model, height, width)
+    rpn.nms_thresh = threshold
+    counts = {module: sum(of_operators.values()) for module, of_operators in counter.get_flop_counts().items()}
+    return (counts["Global"] - counts[f"{type(model).__name__}.backbone"]) / 2  # a multiplication and an addition
+
+
+def _deformable_convolution(inputs: list[Any], outputs: list[Any]) -> int:
+    """Return the multiply-adds of the convolution itself, without the interpolation."""
+    weight, made = (value.type().sizes() for value in (inputs[1], outputs[0]))
+    return math.prod(made) * math.prod(weight[1:])
