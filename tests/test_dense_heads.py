@@ -1,28 +1,30 @@
-"""CrossKD and LD: split dense heads, losses against slow implementations of the definitions, and valid pairs."""
+"""CrossKD, BCKD and LD: split dense heads, losses against slow implementations of the definitions, and valid pairs."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from kd_d2 import KDMetaArch, Teacher, UserError
-from kd_d2.adapters import IGNORED, DetectorOutputs, Towers, build_adapter, towers_at
+from kd_d2.adapters import IGNORED, DensePredictions, DetectorOutputs, Towers, build_adapter, towers_at
 from kd_d2.balance import GradientBalance
-from kd_d2.distillers import DISTILLER_REGISTRY, GID, LD, CrossKD, Distiller, RankMimicking
-from kd_d2.distillers.crosskd import giou_loss, iou_loss
+from kd_d2.distillers import BCKD, DISTILLER_REGISTRY, GID, LD, CrossKD, Distiller, RankMimicking
+from kd_d2.distillers.boxes import giou_loss, iou_loss
 from kd_d2.distillers.ld import center_penalty, valuable_region
 from kd_d2.losses import with_statistics_of
 from kd_d2.modeling.assignment import adaptive_thresholds, assign_adaptively
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.layers import CycleBatchNormList
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils.events import EventStorage
-from helpers import configured, make, spec_of
+from helpers import configured, make, scaled, spec_of
 from torch import Tensor, nn
 from torchvision.ops import box_iou, distance_box_iou, generalized_box_iou
 
@@ -424,6 +426,66 @@ def test_outputs_are_in_ascending_order_of_stride(
     assert ((centers > boxes[:, :2]) & (centers < boxes[:, 2:])).all()
 
 
+# -------------------------------------------------------------------------------------------------------- BCKD
+
+
+def _bckd_outputs(values: dict[str, Tensor], who: str) -> DetectorOutputs:
+    """Return outputs whose box regression is the boxes themselves."""
+    logits, boxes = ({s: values[f"{who}_{kind}.{s}"] for s in (8, 16, 32)} for kind in ("logits", "boxes"))
+    anchors = {s: Boxes(torch.zeros(x.shape[1], 4)) for s, x in boxes.items()}
+    labels = torch.cat([values[f"labels.{s}"] for s in (8, 16, 32)], 1)
+    dense = DensePredictions(logits, boxes, anchors, lambda regression, anchors: regression, assign=lambda: labels)
+    return DetectorOutputs(images=None, features={}, dense=dense)
+
+
+def test_bckd_of_the_program() -> None:
+    """Check both losses and their gradients against those of the authors' program, on levels that all have positives."""
+    with np.load(Path(__file__).parent / "fixtures" / "methods" / "bckd.npz") as arrays:
+        values = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+    leaves = {
+        key: value.requires_grad_()
+        for key, value in values.items()
+        if key.startswith(("student_logits", "student_boxes"))
+    }
+    spec = spec_of({8: 4, 16: 4, 32: 4}, provides=frozenset({"dense", "targets"}))
+    bckd = make(BCKD, spec)
+    losses = scaled(bckd, _bckd_outputs(values, "student"), _bckd_outputs(values, "teacher"), [])
+    assert losses["loss_bckd_class"].item() == pytest.approx(values["loss_class"].item(), rel=1e-5)
+    assert losses["loss_bckd_box"].item() == pytest.approx(values["loss_box"].item(), rel=1e-5)
+    sum(losses.values()).backward()
+    for key, leaf in leaves.items():
+        torch.testing.assert_close(leaf.grad, values[key.replace("student", "grad")], rtol=1e-4, atol=1e-6)
+    alone = scaled(
+        make(BCKD, spec, box_weight=0.0), _bckd_outputs(values, "student"), _bckd_outputs(values, "teacher"), []
+    )
+    assert alone.keys() == {"loss_bckd_class"} and alone["loss_bckd_class"] == losses["loss_bckd_class"]
+
+
+def test_bckd_by_hand() -> None:
+    """Check two anchors, of which one is ignored, without positives."""
+    values = {
+        "labels.8": torch.tensor([[-1, -2]]),
+        "student_logits.8": torch.zeros(1, 2, 1),
+        "teacher_logits.8": torch.full((1, 2, 1), math.log(3)),
+    }
+    values |= {
+        "student_boxes.8": torch.tensor([[[0.0, 0, 2, 2], [0, 0, 1, 1]]]),
+        "teacher_boxes.8": torch.tensor([[[0.0, 0, 2, 4], [5, 5, 6, 6]]]),
+    }
+    for s in (16, 32):
+        values |= {f"labels.{s}": torch.zeros(1, 0, dtype=torch.int64)}
+        values |= {
+            f"{who}_{kind}.{s}": torch.zeros(1, 0, n)
+            for who in ("student", "teacher")
+            for kind, n in (("logits", 1), ("boxes", 4))
+        }
+    bckd = make(BCKD, spec_of({8: 4, 16: 4, 32: 4}, provides=frozenset({"dense", "targets"})), class_weight=2.0)
+    losses = bckd(_bckd_outputs(values, "student"), _bckd_outputs(values, "teacher"), [])
+    # p_T = 3/4 and p_S = 1/2: the cross-entropy is log 2; the boxes overlap by half
+    assert losses["loss_bckd_class"].item() == pytest.approx(2 * 0.25 * math.log(2))
+    assert losses["loss_bckd_box"].item() == pytest.approx(4 * 0.25 * 0.5)
+
+
 def test_box_losses_are_torchvisions() -> None:
     """Check GIoU and IoU losses of distant and near boxes with gradients, and that empty boxes have finite ones."""
     generator = torch.Generator().manual_seed(0)
@@ -579,7 +641,7 @@ def test_a_step_with_every_loss(
     keys = {"LD": {"VALUABLE_WEIGHT": 0.25, "CLASS_WEIGHT": 10.0}}
     student, teacher = dense(kind), Teacher(dense(kind, seed=1))
     specs = build_adapter(student).spec, teacher.spec
-    methods = (CrossKD, LD) if kind == "gfl" else (CrossKD,)
+    methods = (CrossKD, BCKD, LD) if kind == "gfl" else (CrossKD, BCKD)
     cfg = tiny_cfg(kind, {"MODEL": {"KD": keys}})
     distillers = {m.__name__: configured(m, cfg, *specs) for m in methods}
     balance = GradientBalance(target=0.5, period=10, momentum=0.9, limit=100.0, weights={})
@@ -602,7 +664,7 @@ def test_equal_detectors_agree(
     student = dense(kind).eval()
     teacher = Teacher(copy.deepcopy(student))
     specs = build_adapter(student).spec, teacher.spec
-    methods = (CrossKD, LD) if kind == "gfl" else (CrossKD,)
+    methods = (CrossKD, BCKD, LD) if kind == "gfl" else (CrossKD, BCKD)
     distillers = {m.__name__: configured(m, tiny_cfg(kind), *specs) for m in methods}
     model = KDMetaArch(student=student, teacher=teacher, distillers=distillers)
     model.training = True  # batch norms stay in eval mode
@@ -764,6 +826,7 @@ def test_heads_that_are_read_otherwise_have_no_towers(tiny_detector: Callable) -
 @pytest.mark.parametrize(
     ("method", "key", "value"),
     [
+        (BCKD, "BOX_WEIGHT", -1.0),
         (CrossKD, "SPLIT", -1),
         (CrossKD, "SPLIT", 1.5),
         (CrossKD, "SPLIT", True),

@@ -143,7 +143,7 @@ def test_dense_detectors_are_distilled_and_resumed(tmp_path: Path, detector: str
 def test_all_methods_at_once(tmp_path: Path, detector: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check all methods of a detector together: one teacher forward pass and at most one assignment per iteration."""
     methods = methods_of(detector)
-    assert len(methods) == (18 if detector == "retinanet" else 15)
+    assert len(methods) == (19 if detector == "retinanet" else 15)
     project = make_project(tmp_path, detector, MODEL__KD__DISTILLERS=methods, **SMALL_ICD)
     project.change(SOLVER__MAX_ITER=2, SOLVER__STEPS=(), SOLVER__BASE_LR=0.001)
     calls = {"teacher": 0, "assignment": 0}

@@ -15,6 +15,7 @@ from .base import (
     in_float32,
     log_scalar,
 )
+from .bckd import BCKD
 from .crosskd import CrossKD
 from .cwd import CWD
 from .defeat import DeFeat
@@ -40,6 +41,7 @@ from .soft_label import SoftLabel
 from .structural import StructuralKD
 
 __all__ = [
+    "BCKD",
     "CWD",
     "DIST",
     "DISTILLER_REGISTRY",

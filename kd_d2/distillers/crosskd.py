@@ -19,12 +19,11 @@ from ..errors import UserError
 from ..keys import AtLeast
 from ..losses import quality_focal_loss, softmax_divergence, with_statistics_of
 from .base import DISTILLER_REGISTRY, Distiller, Losses, in_float32
+from .boxes import giou_loss, iou_loss
 from .matching import check_same_anchors
 from .pair import Pair
 
 CLASS, BOX, CENTERNESS = (f"loss_crosskd_{part}" for part in ("class", "box", "centerness"))
-MIN_IOU = 1e-6
-MIN_AREA = 1e-7  # pixels
 MIN_SIDE = 1e-6  # pixels
 
 
@@ -177,32 +176,6 @@ def _centerness(points_R2: Tensor, boxes_R4: Tensor) -> Tensor:
     low, high = points_R2 - boxes_R4[:, :2], boxes_R4[:, 2:] - points_R2
     ratios = torch.minimum(low, high) / torch.maximum(low, high).clamp(min=MIN_SIDE)
     return ratios.clamp(min=0).prod(1).sqrt()
-
-
-@in_float32
-def giou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
-    """Compute 1 - GIoU (Rezatofighi et al. 2019) of paired boxes (..., 4) without GPU synchronization."""
-    shared, union = _shared_and_union(boxes, targets)
-    hull = _area(torch.minimum(boxes[..., :2], targets[..., :2]), torch.maximum(boxes[..., 2:], targets[..., 2:]))
-    return 1 - shared / union.clamp(min=MIN_AREA) + (hull - union) / hull.clamp(min=MIN_AREA)
-
-
-@in_float32
-def iou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
-    """Compute -log(IoU) of paired boxes (..., 4). Empty boxes have no overlap."""
-    shared, union = _shared_and_union(boxes, targets)
-    return -(shared / union.clamp(min=MIN_AREA)).clamp(min=MIN_IOU).log()
-
-
-def _shared_and_union(boxes: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    low, high = torch.maximum(boxes[..., :2], targets[..., :2]), torch.minimum(boxes[..., 2:], targets[..., 2:])
-    shared = _area(low, high)
-    return shared, sum(_area(x[..., :2], x[..., 2:]) for x in (boxes, targets)) - shared
-
-
-def _area(low: Tensor, high: Tensor) -> Tensor:
-    width, height = (high - low).clamp(min=0).unbind(-1)
-    return width * height
 
 
 @in_float32
