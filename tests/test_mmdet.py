@@ -8,6 +8,7 @@ import logging
 import runpy
 import sys
 import types
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -187,6 +188,36 @@ def test_other_objects_in_a_checkpoint_are_left_out(tmp_path: Path) -> None:
     finally:
         del sys.modules["mmengine_like"]
     assert import_detector(path, tmp_path / "imported").classes == CLASSES
+
+
+class Program(torch.nn.Module):
+    """A TorchScript program that writes a file when it is loaded."""
+
+    def __init__(self, file: Path):
+        super().__init__()
+        self.file = str(file)
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[str, bool]:
+        return self.file, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, bool]) -> None:
+        self.file, self.training = state
+        torch.save(torch.zeros(1), self.file)
+
+
+def test_a_torchscript_program_is_refused_and_not_run(tmp_path: Path) -> None:
+    """Check that it does not write its file, which it does when it is loaded with torch.load."""
+    marker, path = tmp_path / "executed", tmp_path / "program.pth"
+    torch.jit.script(Program(marker)).save(str(path))
+    with pytest.raises(UserError, match="is a TorchScript program, not a checkpoint"):
+        import_detector(path, tmp_path / "imported")
+    assert not marker.exists()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.load(path, weights_only=False)
+    assert marker.exists()
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -109,10 +109,11 @@ def read_tensors_and_text(path: str) -> Any:
         The content: tensors on the CPU, plain containers, numbers and text, and an `Omitted` in place of any other object.
 
     Raises:
-        UserError: the file does not exist or is damaged.
+        UserError: the file does not exist, is damaged, or is a TorchScript program.
     """
     with _errors_that_name(path):
         _check_size(path)
+        _check_no_program(path)
         return torch.load(path, map_location="cpu", pickle_module=_OmittingPickle, weights_only=False)
 
 
@@ -264,6 +265,16 @@ def _check_size(path: str) -> None:
         unpacked = sum(entry.file_size for entry in archive.infolist())
     if unpacked > 10 * os.path.getsize(path) + 2**20:
         raise UserError(f"Checkpoint {path} of {os.path.getsize(path)} bytes unpacks to {unpacked}; it is not loaded.")
+
+
+def _check_no_program(path: str) -> None:
+    """Reject a TorchScript archive, of which `torch.load` runs code, with the reader and criterion of `torch.load`."""
+    with open(path, "rb") as file:
+        is_zip = file.read(4) == b"PK\x03\x04"
+    if is_zip and "constants.pkl" in torch._C.PyTorchFileReader(path).get_all_records():
+        raise UserError(
+            f"{path} is a TorchScript program, not a checkpoint; it is not loaded, since this could run code."
+        )
 
 
 def distiller_states(path: str) -> dict[str, StateDict]:
