@@ -229,7 +229,8 @@ def test_a_torchscript_program_is_refused_and_not_run(tmp_path: Path) -> None:
     ({"meta": {"cfg": "_base_ = ['a.py']"}}, "inherits from other files (_base_)"),
     ({"meta": {"cfg": "import os"}}, "has 'import os' in line 1, which is not a plain value"),
     ({"meta": {"cfg": "a = 1\nmodel = open('x')"}}, "has \"open('x')\" in line 2, which is not a plain value"),
-    ({"meta": {"cfg": "a = dict(b=c)"}}, "has 'c' in line 1, which is not a plain value"),
+    ({"meta": {"cfg": "c = range(2)\nmodel = dict(b=c)"}}, "has 'c' in line 2, which is not a plain value"),
+    ({"meta": {"cfg": "model = dict([('b', 1)])"}}, "has \"dict([('b', 1)])\" in line 1, which is not a plain value"),
     ({"meta": {"cfg": "a = " + "[" * 5000 + "]" * 5000}}, "The config in"),
     ({"meta": {"cfg": "model = dict()"}}, "The MMDetection config has no model.type"),
     ({"meta": {"cfg": "a = 1"}}, "The MMDetection config has no model.type"),
@@ -267,11 +268,17 @@ def test_what_only_training_needs(tmp_path: Path) -> None:
 
 def test_values_in_configs() -> None:
     """Check literals, nested dicts in both forms, and names assigned before."""
-    text = "size = (2, 3)\nmodel = dict(a=-1.5, b=[None, 'x'], c={'d': True, 'e': size})\n"
+    text = "size = (2, 3)\nmodel = dict(a=-1.5, b=[None, 'x'], c={'d': True, 'e': size}, f=dict({'g.h': 1}))\n"
     assert parse_mmdet_config(text, "it") == {
         "size": (2, 3),
-        "model": {"a": -1.5, "b": [None, "x"], "c": {"d": True, "e": (2, 3)}},
+        "model": {"a": -1.5, "b": [None, "x"], "c": {"d": True, "e": (2, 3)}, "f": {"g.h": 1}},
     }
+
+
+def test_values_that_the_detector_does_not_need() -> None:
+    """Check what MMDetection 2 writes for the number of GPUs, and what both versions write for an infinite number."""
+    text = "gpu_ids = range(0, 8)\nhook = dict(limit=inf)\nmodel = dict(a=1)\nsame = hook\nlr = open('x')\nlr = 2"
+    assert parse_mmdet_config(text, "it") == {"model": {"a": 1}, "lr": 2}
 
 
 def test_a_teacher_from_mmdetection(

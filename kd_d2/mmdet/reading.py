@@ -15,6 +15,9 @@ from ..checkpoint.reading import read_tensors_and_text
 from ..errors import UserError
 from ..plain_yaml import read_text
 
+NEEDED = {"_base_", "model", "test_cfg", "test_dataloader", "test_pipeline", "data"}
+"""Entries of a config that describe the detector, its images, or where they are."""
+
 
 @dataclass(frozen=True)
 class MMDetectionCheckpoint:
@@ -71,29 +74,40 @@ def read_mmdet_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def parse_mmdet_config(text: str, what: str) -> dict[str, Any]:
-    """Evaluate the assignments of a config that consists of literals, dict(...) and names assigned before.
+    """Evaluate the assignments of a config that consist of literals, dict(...) and names assigned before.
 
     Args:
         text: Python code.
         what: name of the config at the beginning of messages.
 
+    Returns:
+        The values by name, without those that nothing of the detector is read from and that have another form, such as `range(0, 8)`.
+
     Raises:
-        UserError: it contains anything else, or inherits from another file.
+        UserError: a value that is needed has another form, or the config has other statements or inherits from another file.
     """
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise UserError(f"{what} is not Python code: {error}.") from error
     values: dict[str, Any] = {}
+    refused: dict[str, UserError] = {}
     try:
         for statement in tree.body:
             if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
                 continue  # a comment in the form of a string
             if not isinstance(statement, ast.Assign) or not isinstance(statement.targets[0], ast.Name):
                 raise _unsupported(statement, what)
-            values[statement.targets[0].id] = _evaluate(statement.value, values, what)
+            name = statement.targets[0].id
+            values.pop(name, None), refused.pop(name, None)
+            try:
+                values[name] = _evaluate(statement.value, values, what)
+            except UserError as error:
+                refused[name] = error
     except RecursionError as error:
         raise UserError(f"{what} is nested too deeply.") from error
+    if needed := [refused[name] for name in refused if name in NEEDED]:
+        raise needed[0]
     if values.get("_base_"):
         raise UserError(
             f"{what} inherits from other files (_base_): name the complete config that MMDetection writes to the work_dir of the training, or the "
@@ -103,10 +117,12 @@ def parse_mmdet_config(text: str, what: str) -> dict[str, Any]:
 
 
 def _evaluate(node: ast.expr, names: dict[str, Any], what: str) -> Any:
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict" and not node.args:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
         keywords = [(keyword.arg, keyword.value) for keyword in node.keywords]
-        if all(name is not None for name, _ in keywords):
+        if not node.args and all(name is not None for name, _ in keywords):
             return {name: _evaluate(value, names, what) for name, value in keywords}
+        if len(node.args) == 1 and isinstance(node.args[0], ast.Dict) and not keywords:
+            return _evaluate(node.args[0], names, what)
     if isinstance(node, ast.List):
         return [_evaluate(item, names, what) for item in node.elts]
     if isinstance(node, ast.Tuple):
