@@ -158,6 +158,12 @@ def test_settings_of_the_test(tmp_path: Path) -> None:
     ("gfl", "ratios=[", "ratios=[2.0, ", "model.bbox_head.anchor_generator.ratios is [2.0, 1.0]"),
     ("atss", "type='ATSSHead'", "type='ATSSHead', norm_cfg=dict(type='GN', num_groups=16)", "model.bbox_head.norm_cfg.num_groups is 16"),
     ("cascade-rcnn", "num_stages=3", "num_stages=2", "model.roi_head.num_stages is 2"),
+    ("retinanet", "depth=50", "depth=dict(a=1)", "model.backbone.depth is {'a': 1} in the MMDetection config; only 18 or"),
+    ("retinanet", "nms_pre=1000", "nms_pre=-1", "model.test_cfg.nms_pre is -1 in the MMDetection config; it must be a positive integer"),
+    ("faster-rcnn", "max_per_img=40", "max_per_img=-1", "model.test_cfg.rpn.max_per_img is -1 in the MMDetection config; it must be a positive integer"),
+    ("gfl", "score_thr=0.1", "score_thr=None", "model.test_cfg.score_thr is None in the MMDetection config; it must be a number"),
+    ("retinanet", "std=[", "std=57.0, other=[", "model.data_preprocessor.std is 57.0 in the MMDetection config; it must be a list of numbers"),
+    ("retinanet", "scales_per_octave=3", "scales_per_octave=2", "The MMDetection checkpoint does not fit its config: bbox_head.retina_cls.weight is of shape (27, 32, 3, 3)"),
 ])  # fmt: skip
 def test_what_detectron2_lacks_is_refused(tmp_path: Path, name: str, old: str, new: str, message: str) -> None:
     """Check that the message names the setting or weight, and that nothing is written."""
@@ -221,10 +227,13 @@ def test_a_torchscript_program_is_refused_and_not_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"state_dict": None}, "is not a checkpoint of MMDetection: it has no state_dict of tensors"),
-    ({"state_dict": {"a": [1.0]}}, "is not a checkpoint of MMDetection: it has no state_dict of tensors"),
+    ({"state_dict": None}, "is not a checkpoint of MMDetection: it has no state_dict"),
+    ({"state_dict": {"a": [1.0]}}, "is not a dictionary of weights: its entry 'a' is not a tensor"),
+    ({"state_dict": {3: torch.zeros(1)}}, "holds a dict, not a dictionary of weights by name"),
+    ({"state_dict": {"a": torch.zeros(1).half().expand(10**13)}}, "its entry 'a' is an expanded tensor"),
     ({"meta": {}}, "has no config: name that of its training with --config"),
     ({"meta": None}, "has no config: name that of its training with --config"),
+    ({"meta": {"dataset_meta": ["cat"]}}, "has no config: name that of its training with --config"),
     ({"meta": {"cfg": "model = dict("}}, "is not Python code"),
     ({"meta": {"cfg": "_base_ = ['a.py']"}}, "inherits from other files (_base_)"),
     ({"meta": {"cfg": "import os"}}, "has 'import os' in line 1, which is not a plain value"),
@@ -234,6 +243,7 @@ def test_a_torchscript_program_is_refused_and_not_run(tmp_path: Path) -> None:
     ({"meta": {"cfg": "a = " + "[" * 5000 + "]" * 5000}}, "The config in"),
     ({"meta": {"cfg": "model = dict()"}}, "The MMDetection config has no model.type"),
     ({"meta": {"cfg": "a = 1"}}, "The MMDetection config has no model.type"),
+    ({"meta": {"cfg": "model = 1"}}, "The MMDetection config has no model.type"),
 ])  # fmt: skip
 def test_files_that_are_no_such_checkpoint(tmp_path: Path, change: dict, message: str) -> None:
     """Check that one sentence says what the file lacks."""

@@ -94,12 +94,21 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         content = {"model": weights, "__author__": "pycls", "matching_heuristics": True}
     if not isinstance(content.get("model"), dict):
         content = {"model": content}
-    _check_names(content["model"], path)
-    for name, value in content["model"].items():
+    check_weights(content["model"], path)
+    return content
+
+
+def check_weights(weights: Any, path: str) -> None:
+    """Check that an entry of a checkpoint is a dictionary of weights by name.
+
+    Raises:
+        UserError: it is not; the message names the first entry that is no weight.
+    """
+    _check_names(weights, path)
+    for name, value in weights.items():
         reason = _why_no_weight(value)
         if reason:
             raise UserError(f"Checkpoint {path} is not a dictionary of weights: its entry {name!r} {reason}.")
-    return content
 
 
 def read_tensors_and_text(path: str) -> Any:

@@ -14,7 +14,7 @@ def box_coder(head: Settings) -> Settings:
     return coder
 
 
-def regression_weights(stds: list[float] | tuple[float, ...]) -> tuple[float, ...]:
+def regression_weights(stds: list[float]) -> tuple[float, ...]:
     """Return Detectron2's weights of the four box deltas, by which they are divided; MMDetection multiplies by `stds`."""
     return tuple(1 / std for std in stds)
 

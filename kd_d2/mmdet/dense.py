@@ -22,14 +22,14 @@ def import_retinanet(model: Settings, weights: Weights) -> Keys:
     head = model.node("bbox_head")
     head.only(type="RetinaHead")
     anchors = anchor_generator(head, STRIDES)
-    ratios, count = [float(ratio) for ratio in anchors.read("ratios")], anchors.read("scales_per_octave")
-    scales = [anchors.read("octave_base_scale") * 2 ** (step / count) for step in range(count)]
+    ratios, count = anchors.numbers("ratios"), anchors.count("scales_per_octave")
+    scales = [anchors.number("octave_base_scale") * 2 ** (step / count) for step in range(count)]
 
     reorder = functools.partial(sorted_by_scale, ratios=len(ratios), scales=count)
     keys, norm, convs = _dense(model, head, weights, "RETINANET", norm=None)
     weights.layer("bbox_head.retina_cls", "head.cls_score", reorder)
     weights.layer("bbox_head.retina_reg", "head.bbox_pred", reorder)
-    stds = box_coder(head).read("target_stds", (1.0, 1.0, 1.0, 1.0))
+    stds = box_coder(head).numbers("target_stds", (1.0, 1.0, 1.0, 1.0))
     return keys | {
         "MODEL.META_ARCHITECTURE": "RetinaNet",
         "MODEL.ANCHOR_GENERATOR.SIZES": [[scale * stride for scale in scales] for stride in STRIDES],
@@ -69,7 +69,7 @@ def _single_anchor(model: Settings, head: Settings, weights: Weights, name: str)
     weights.scales("bbox_head.scales", "head.scales", len(STRIDES))
     return keys | {
         "MODEL.META_ARCHITECTURE": name,
-        f"MODEL.{name}.ANCHOR_SCALE": float(anchors.read("octave_base_scale")),
+        f"MODEL.{name}.ANCHOR_SCALE": anchors.number("octave_base_scale"),
         f"MODEL.{name}.ANCHOR_OFFSET": 0.0,
         f"MODEL.{name}.NUM_CONVS": convs,
         f"MODEL.{name}.NORM": norm,
@@ -88,7 +88,7 @@ def _dense(model: Settings, head: Settings, weights: Weights, name: str, norm: d
     head.only(in_channels=channels, feat_channels=channels, conv_cfg=None, dcn_on_last_conv=False)
     head.read("reg_decoded_bbox", False)  # training only
     normalization = _norm(head, norm)
-    convs = head.read("stacked_convs", 4)
+    convs = head.count("stacked_convs", 4)
     for branch in ("cls", "reg"):
         detectron2 = "cls_subnet" if branch == "cls" else "bbox_subnet"
         weights.tower(f"bbox_head.{branch}_convs", f"head.{detectron2}", convs, normalization)
@@ -97,11 +97,11 @@ def _dense(model: Settings, head: Settings, weights: Weights, name: str, norm: d
     nms = test.node("nms")
     nms.only(type="nms")
     keys |= {
-        f"MODEL.{name}.NUM_CLASSES": head.read("num_classes"),
-        f"MODEL.{name}.SCORE_THRESH_TEST": float(test.read("score_thr")),
-        f"MODEL.{name}.TOPK_CANDIDATES_TEST": test.read("nms_pre"),
-        f"MODEL.{name}.NMS_THRESH_TEST": float(nms.read("iou_threshold")),
-        "TEST.DETECTIONS_PER_IMAGE": test.read("max_per_img"),
+        f"MODEL.{name}.NUM_CLASSES": head.count("num_classes"),
+        f"MODEL.{name}.SCORE_THRESH_TEST": test.number("score_thr"),
+        f"MODEL.{name}.TOPK_CANDIDATES_TEST": test.count("nms_pre"),
+        f"MODEL.{name}.NMS_THRESH_TEST": nms.number("iou_threshold"),
+        "TEST.DETECTIONS_PER_IMAGE": test.count("max_per_img"),
     }
     return keys, normalization, convs
 

@@ -37,11 +37,12 @@ def import_images(config: Mapping[str, Any], model: Settings) -> Keys:
             "seg_pad_value",
             "pad_size_divisor",
             "boxtype2tensor",
+            "non_blocking",
             "batch_augments",
         ):
             preprocessor.read(name, None)  # padding of labels, training, and padding to multiples of 32
         is_rgb = preprocessor.choose("bgr_to_rgb", {True: True, False: False}, False)
-    mean, std = ([float(value) for value in preprocessor.read(name)] for name in ("mean", "std"))
+    mean, std = (preprocessor.numbers(name) for name in ("mean", "std"))
     preprocessor.check_all_read()
     short, long = sorted(_size(steps))
     return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +96,8 @@ def import_detector(
         raise UserError(f"{folder} exists already and is not an empty folder.")
     source = read_mmdet_checkpoint(checkpoint)
     settings = _config(source, checkpoint, config)
-    model = Settings(settings.get("model", {}), "model")
+    entry = settings.get("model")
+    model = Settings(entry if isinstance(entry, Mapping) else {}, "model")
     weights = Weights(source.weights)
     keys = model.choose("type", DETECTORS)(model, weights) | import_images(settings, model)
     model.check_all_read()

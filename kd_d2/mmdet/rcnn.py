@@ -77,11 +77,11 @@ def _common(model: Settings, weights: Weights) -> Keys:
         | {
             "MODEL.META_ARCHITECTURE": "GeneralizedRCNN",
             "MODEL.ROI_HEADS.IN_FEATURES": ["p2", "p3", "p4", "p5"],
-            "MODEL.RPN.PRE_NMS_TOPK_TEST": rpn.read("nms_pre"),
-            "MODEL.RPN.POST_NMS_TOPK_TEST": rpn.read("max_per_img", post_nms),
-            "MODEL.RPN.NMS_THRESH": float(rpn_nms.read("iou_threshold")),
-            "MODEL.ROI_HEADS.SCORE_THRESH_TEST": float(rcnn.read("score_thr")),
-            "MODEL.ROI_HEADS.NMS_THRESH_TEST": float(rcnn_nms.read("iou_threshold")),
+            "MODEL.RPN.PRE_NMS_TOPK_TEST": rpn.count("nms_pre"),
+            "MODEL.RPN.POST_NMS_TOPK_TEST": rpn.count("max_per_img", post_nms),
+            "MODEL.RPN.NMS_THRESH": rpn_nms.number("iou_threshold"),
+            "MODEL.ROI_HEADS.SCORE_THRESH_TEST": rcnn.number("score_thr"),
+            "MODEL.ROI_HEADS.NMS_THRESH_TEST": rcnn_nms.number("iou_threshold"),
             "TEST.DETECTIONS_PER_IMAGE": rcnn.read("max_per_img"),
         }
     )
@@ -90,8 +90,8 @@ def _common(model: Settings, weights: Weights) -> Keys:
 def _rpn(head: Settings, weights: Weights, channels: int) -> Keys:
     head.only(type="RPNHead", in_channels=channels, feat_channels=channels, num_convs=1)
     anchors = anchor_generator(head, STRIDES)
-    scales, ratios = anchors.read("scales"), anchors.read("ratios")
-    stds = box_coder(head).read("target_stds", (1.0, 1.0, 1.0, 1.0))
+    scales, ratios = anchors.numbers("scales"), anchors.numbers("ratios")
+    stds = box_coder(head).numbers("target_stds", (1.0, 1.0, 1.0, 1.0))
     reorder = functools.partial(sorted_by_scale, ratios=len(ratios), scales=len(scales))
     weights.layer("rpn_head.rpn_conv", "proposal_generator.rpn_head.conv")
     weights.layer("rpn_head.rpn_cls", "proposal_generator.rpn_head.objectness_logits", reorder)
@@ -99,8 +99,8 @@ def _rpn(head: Settings, weights: Weights, channels: int) -> Keys:
     return {
         "MODEL.RPN.IN_FEATURES": ["p2", "p3", "p4", "p5", "p6"],
         "MODEL.RPN.BBOX_REG_WEIGHTS": regression_weights(stds),
-        "MODEL.ANCHOR_GENERATOR.SIZES": [[float(scale * stride) for scale in scales] for stride in STRIDES],
-        "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": [[float(ratio) for ratio in ratios]],
+        "MODEL.ANCHOR_GENERATOR.SIZES": [[scale * stride for scale in scales] for stride in STRIDES],
+        "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": [ratios],
     }
 
 
@@ -108,7 +108,7 @@ def _mask_head(roi_head: Settings, weights: Weights) -> Keys:
     head = roi_head.node("mask_head")
     head.only(type="FCNMaskHead", conv_kernel_size=3, class_agnostic=False)
     head.only(upsample_cfg={"type": "deconv", "scale_factor": 2})
-    convs, channels = head.read("num_convs", 4), head.read("conv_out_channels", 256)
+    convs, channels = head.count("num_convs", 4), head.count("conv_out_channels", 256)
     for name in ("in_channels", "roi_feat_size", "num_classes"):
         head.read(name, None)  # those of neck, pooler and box head
     for index in range(convs):
@@ -135,13 +135,13 @@ def _box_head(
     head.only(type="Shared2FCBBoxHead", with_avg_pool=False)
     head.read("reg_decoded_bbox", False)  # training only
     head.read("in_channels", None), head.read("roi_feat_size", None)  # those of neck and pooler
-    stds = box_coder(head).read("target_stds", (1.0, 1.0, 1.0, 1.0))
+    stds = box_coder(head).numbers("target_stds", (1.0, 1.0, 1.0, 1.0))
     for layer, name in {"shared_fcs.0": "fc1", "shared_fcs.1": "fc2"}.items():
         weights.layer(f"{source}.{layer}", f"{target}.{name}")
     weights.layer(f"{source}.fc_cls", f"{predictor}.cls_score")
     weights.layer(f"{source}.fc_reg", f"{predictor}.bbox_pred")
     return regression_weights(stds), {
-        "MODEL.ROI_HEADS.NUM_CLASSES": head.read("num_classes"),
+        "MODEL.ROI_HEADS.NUM_CLASSES": head.count("num_classes"),
         "MODEL.ROI_BOX_HEAD.NAME": "FastRCNNConvFCHead",
         "MODEL.ROI_BOX_HEAD.NUM_FC": 2,
         "MODEL.ROI_BOX_HEAD.FC_DIM": head.read("fc_out_channels", 1024),

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..checkpoint import StateDict
-from ..checkpoint.reading import read_tensors_and_text
+from ..checkpoint.reading import check_weights, read_tensors_and_text
 from ..errors import UserError
 from ..plain_yaml import read_text
 
@@ -42,18 +41,23 @@ def read_mmdet_checkpoint(path: str) -> MMDetectionCheckpoint:
     """
     content = read_tensors_and_text(path)
     weights = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise UserError(f"{path} is not a checkpoint of MMDetection: it has no state_dict of tensors.")
-    meta = content.get("meta")
-    meta = meta if isinstance(meta, dict) else {}
+    if not isinstance(weights, dict):
+        raise UserError(f"{path} is not a checkpoint of MMDetection: it has no state_dict.")
+    check_weights(weights, path)
+    meta = _dict_in(content, "meta")
     texts = [meta.get(name) for name in ("cfg", "config")]
-    dataset = meta.get("dataset_meta") or {}
+    dataset = _dict_in(meta, "dataset_meta")
     classes = next((c for c in (dataset.get("classes"), dataset.get("CLASSES"), meta.get("CLASSES")) if c), None)
     return MMDetectionCheckpoint(
         {name: value.float() if value.dtype == torch.float16 else value for name, value in weights.items()},
         next((text for text in texts if isinstance(text, str)), None),
         _names(classes),
     )
+
+
+def _dict_in(content: dict[str, Any], name: str) -> dict[str, Any]:
+    value = content.get(name)
+    return value if isinstance(value, dict) else {}
 
 
 def _names(classes: Any) -> tuple[str, ...] | None:

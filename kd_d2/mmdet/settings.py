@@ -38,6 +38,39 @@ class Settings:
             raise UserError(f"The MMDetection config has no {self._path}.{name}.")
         return value
 
+    def numbers(self, name: str, default: Sequence[float] | None = None) -> list[float]:
+        """Return a list of numbers, or the default if there is none.
+
+        Raises:
+            UserError: there is neither, or the value is something else.
+        """
+        values = self.read(name, REQUIRED if default is None else default)
+        if not isinstance(values, list | tuple) or not all(isinstance(value, int | float) for value in values):
+            raise self._invalid(name, values, "a list of numbers")
+        return [float(value) for value in values]
+
+    def number(self, name: str) -> float:
+        """Return a number.
+
+        Raises:
+            UserError: there is none, or the value is something else.
+        """
+        value = self.read(name)
+        if not isinstance(value, int | float):
+            raise self._invalid(name, value, "a number")
+        return float(value)
+
+    def count(self, name: str, default: int | None = None) -> int:
+        """Return a number of things, or the default if there is none.
+
+        Raises:
+            UserError: there is neither, or the value is something else.
+        """
+        value = self.read(name, REQUIRED if default is None else default)
+        if type(value) is not int or value < 1:
+            raise self._invalid(name, value, "a positive integer")
+        return value
+
     def kind(self) -> str:
         """Return the name of the class in `type`, without a scope or module."""
         return str(self.read("type")).rpartition(".")[2]
@@ -49,9 +82,10 @@ class Settings:
             UserError: the value is not one of the choices.
         """
         value = self.kind() if name == "type" else self.read(name, default)
-        if _plain(value) not in choices:
-            raise self._refused(name, value, list(choices))
-        return choices[_plain(value)]
+        for choice, meaning in choices.items():
+            if _plain(value) == choice:
+                return meaning
+        raise self._refused(name, value, list(choices))
 
     def only(self, **values: Any) -> None:
         """Check that entries have these values, or do not exist.
@@ -69,6 +103,9 @@ class Settings:
             f"{self._path}.{name} is {value!r} in the MMDetection config; only {' or '.join(map(repr, supported))} can be imported."
         )
 
+    def _invalid(self, name: str, value: Any, what: str) -> UserError:
+        return UserError(f"{self._path}.{name} is {value!r} in the MMDetection config; it must be {what}.")
+
     def node(self, name: str, default: Any = REQUIRED) -> Settings:
         """Return the settings in an entry."""
         return self._node(name, self.read(name, default))
@@ -83,7 +120,7 @@ class Settings:
 
     def _node(self, name: str, value: Any) -> Settings:
         if not isinstance(value, Mapping):
-            raise UserError(f"{self._path}.{name} is {value!r} in the MMDetection config; it must be a dict.")
+            raise self._invalid(name, value, "a dict")
         self._nodes.append(Settings(value, f"{self._path}.{name}"))
         return self._nodes[-1]
 

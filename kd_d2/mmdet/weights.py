@@ -38,13 +38,19 @@ class Weights:
             change: applied to each parameter.
 
         Raises:
-            UserError: the checkpoint has no such layer.
+            UserError: the checkpoint has no such layer, or one of a shape that cannot be changed.
         """
         parameters = [f"{name}.{kind}" for kind in ("weight", "bias") if f"{name}.{kind}" in self._left]
         if not parameters:
             raise UserError(f"The MMDetection checkpoint has no {name}.weight, but its config has this layer.")
         for parameter in parameters:
-            self.moved[target + parameter.removeprefix(name)] = change(self._left.pop(parameter))
+            tensor = self._left.pop(parameter)
+            try:
+                self.moved[target + parameter.removeprefix(name)] = change(tensor)
+            except RuntimeError as error:
+                raise UserError(
+                    f"The MMDetection checkpoint does not fit its config: {parameter} is of shape {tuple(tensor.shape)}."
+                ) from error
 
     def tower(self, name: str, target: str, convs: int, norm: str) -> None:
         """Move convolutions that are followed by ReLUs to a sequence of layers.
