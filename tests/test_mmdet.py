@@ -106,6 +106,9 @@ data = dict(test=dict(pipeline=[
 """
 
 
+TEST_PIPELINE = "test_pipeline = [dict(type='Resize', scale=(640, 480), keep_ratio=True)]"
+
+
 def test_a_config_of_mmdetection_2(tmp_path: Path) -> None:
     """Check normalization and size of images, which are in the test pipeline, and another file for the config."""
     config = parse_mmdet_config(REFERENCE["faster-rcnn"]["config"], "it")
@@ -119,6 +122,29 @@ def test_a_config_of_mmdetection_2(tmp_path: Path) -> None:
     assert (cfg.INPUT.FORMAT, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST) == ("BGR", 480, 700)
     assert (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD) == ([1.0, 2.0, 3.0], [4.0, 5.0, 6.0])
     assert imported.classes == CLASSES
+
+
+def test_a_config_of_early_versions_of_mmdetection_2(tmp_path: Path) -> None:
+    """Check that the names of MMDetection 2.0, and its test settings beside the model, mean the same."""
+    config = parse_mmdet_config(REFERENCE["faster-rcnn"]["config"], "it")
+    model = config["model"]
+    new = import_detector(
+        save(tmp_path, "faster-rcnn", meta={"cfg": f"model = {model!r}\n{TEST_PIPELINE}"}), tmp_path / "new"
+    )
+    layer, test = model["roi_head"]["bbox_roi_extractor"]["roi_layer"], model.pop("test_cfg")
+    layer["out_size"], layer["sample_num"] = layer.pop("output_size"), layer.pop("sampling_ratio")
+    test["rcnn"]["nms"] = {"type": "nms", "iou_thr": test["rcnn"]["nms"]["iou_threshold"]}
+    test["rpn"] |= {
+        "nms_thr": test["rpn"].pop("nms")["iou_threshold"],
+        "max_num": test["rpn"].pop("max_per_img"),
+        "nms_post": 7,
+    }
+    old = import_detector(
+        save(tmp_path, "faster-rcnn", meta={"cfg": f"model = {model!r}\ntest_cfg = {test!r}\n{TEST_PIPELINE}"}),
+        tmp_path / "old",
+    )
+    assert old.cfg == new.cfg
+    assert (old.cfg.MODEL.RPN.NMS_THRESH, old.cfg.MODEL.RPN.POST_NMS_TOPK_TEST) == (0.7, 40)
 
 
 def test_settings_of_the_test(tmp_path: Path) -> None:

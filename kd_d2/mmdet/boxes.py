@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from .settings import Settings
@@ -17,6 +19,13 @@ def box_coder(head: Settings) -> Settings:
 def regression_weights(stds: list[float]) -> tuple[float, ...]:
     """Return Detectron2's weights of the four box deltas, by which they are divided; MMDetection multiplies by `stds`."""
     return tuple(1 / std for std in stds)
+
+
+def nms_threshold(test: Settings, default: dict[str, Any] | None = None) -> float:
+    """Return the IoU threshold of test settings, whose entry "nms", or the default, must be the usual NMS."""
+    nms = test.node("nms") if default is None else test.node("nms", default)
+    nms.only(type="nms")
+    return nms.number("iou_threshold", nms.read("iou_thr", None))  # the latter in early versions of MMDetection 2
 
 
 def anchor_generator(head: Settings, strides: tuple[int, ...]) -> Settings:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 from .backbones import Keys, import_dense_fpn, import_resnet
-from .boxes import anchor_generator, box_coder, regression_weights, sorted_by_scale
+from .boxes import anchor_generator, box_coder, nms_threshold, regression_weights, sorted_by_scale
 from .settings import Settings
 from .weights import Weights
 
@@ -94,13 +94,11 @@ def _dense(model: Settings, head: Settings, weights: Weights, name: str, norm: d
         weights.tower(f"bbox_head.{branch}_convs", f"head.{detectron2}", convs, normalization)
     test = model.node("test_cfg")
     test.only(min_bbox_size=0)
-    nms = test.node("nms")
-    nms.only(type="nms")
     keys |= {
         f"MODEL.{name}.NUM_CLASSES": head.count("num_classes"),
         f"MODEL.{name}.SCORE_THRESH_TEST": test.number("score_thr"),
         f"MODEL.{name}.TOPK_CANDIDATES_TEST": test.count("nms_pre"),
-        f"MODEL.{name}.NMS_THRESH_TEST": nms.number("iou_threshold"),
+        f"MODEL.{name}.NMS_THRESH_TEST": nms_threshold(test),
         "TEST.DETECTIONS_PER_IMAGE": test.count("max_per_img"),
     }
     return keys, normalization, convs

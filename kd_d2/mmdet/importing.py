@@ -96,8 +96,7 @@ def import_detector(
         raise UserError(f"{folder} exists already and is not an empty folder.")
     source = read_mmdet_checkpoint(checkpoint)
     settings = _config(source, checkpoint, config)
-    entry = settings.get("model")
-    model = Settings(entry if isinstance(entry, Mapping) else {}, "model")
+    model = _model(settings)
     weights = Weights(source.weights)
     keys = model.choose("type", DETECTORS)(model, weights) | import_images(settings, model)
     model.check_all_read()
@@ -118,6 +117,16 @@ def _config(source: MMDetectionCheckpoint, checkpoint: str, config: str | os.Pat
     if source.config is None:
         raise UserError(f"{checkpoint} has no config: name that of its training with --config.")
     return parse_mmdet_config(source.config, f"The config in {checkpoint}")
+
+
+def _model(settings: dict[str, Any]) -> Settings:
+    """Return the entry "model", with the test settings that are beside it in early versions of MMDetection 2."""
+    model, test = (
+        {**value} if isinstance(value := settings.get(name), Mapping) else {} for name in ("model", "test_cfg")
+    )
+    if test and "type" not in test:  # that of MMDetection 3 is a loop
+        model.setdefault("test_cfg", test)
+    return Settings(model, "model")
 
 
 def _detectron2_config(keys: Keys, opts: Iterable[Any]) -> CfgNode:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 from .backbones import Keys, import_rcnn_fpn, import_resnet
-from .boxes import anchor_generator, box_coder, regression_weights, sorted_by_scale
+from .boxes import anchor_generator, box_coder, nms_threshold, regression_weights, sorted_by_scale
 from .settings import Settings
 from .weights import Weights
 
@@ -66,11 +66,11 @@ def _common(model: Settings, weights: Weights) -> Keys:
     for settings in (rpn, rcnn):
         settings.only(min_bbox_size=0)
     rpn.only(nms_across_levels=False)
-    post_nms = rpn.read("nms_post", None)
-    rpn_nms, rcnn_nms = rpn.node("nms"), rcnn.node("nms")
     rcnn.only(mask_thr_binary=0.5)
-    for nms in (rpn_nms, rcnn_nms):
-        nms.only(type="nms")
+    # Names of early versions of MMDetection 2, in which max_num takes precedence:
+    post_nms = rpn.read("nms_post", None)
+    post_nms = rpn.read("max_num", post_nms)
+    nms = {"type": "nms", "iou_threshold": rpn.read("nms_thr", None)}
     return (
         keys
         | _rpn(model.node("rpn_head"), weights, channels)
@@ -79,9 +79,9 @@ def _common(model: Settings, weights: Weights) -> Keys:
             "MODEL.ROI_HEADS.IN_FEATURES": ["p2", "p3", "p4", "p5"],
             "MODEL.RPN.PRE_NMS_TOPK_TEST": rpn.count("nms_pre"),
             "MODEL.RPN.POST_NMS_TOPK_TEST": rpn.count("max_per_img", post_nms),
-            "MODEL.RPN.NMS_THRESH": rpn_nms.number("iou_threshold"),
+            "MODEL.RPN.NMS_THRESH": nms_threshold(rpn, nms),
             "MODEL.ROI_HEADS.SCORE_THRESH_TEST": rcnn.number("score_thr"),
-            "MODEL.ROI_HEADS.NMS_THRESH_TEST": rcnn_nms.number("iou_threshold"),
+            "MODEL.ROI_HEADS.NMS_THRESH_TEST": nms_threshold(rcnn),
             "TEST.DETECTIONS_PER_IMAGE": rcnn.read("max_per_img"),
         }
     )
@@ -158,8 +158,9 @@ def _pooler(roi_head: Settings, name: str, node: str) -> Keys:
     layer = extractor.node("roi_layer")
     layer.only(type="RoIAlign", aligned=True, pool_mode="avg")
     layer.read("use_torchvision", False)  # no difference
+    # The second names are those of early versions of MMDetection 2.
     return {
-        f"MODEL.ROI_{node}_HEAD.POOLER_RESOLUTION": layer.read("output_size"),
-        f"MODEL.ROI_{node}_HEAD.POOLER_SAMPLING_RATIO": layer.read("sampling_ratio", 0),
+        f"MODEL.ROI_{node}_HEAD.POOLER_RESOLUTION": layer.count("output_size", layer.read("out_size", None)),
+        f"MODEL.ROI_{node}_HEAD.POOLER_SAMPLING_RATIO": layer.read("sampling_ratio", layer.read("sample_num", 0)),
         f"MODEL.ROI_{node}_HEAD.POOLER_TYPE": "ROIAlignV2",
     }

@@ -49,13 +49,13 @@ class Settings:
             raise self._invalid(name, values, "a list of numbers")
         return [float(value) for value in values]
 
-    def number(self, name: str) -> float:
-        """Return a number.
+    def number(self, name: str, default: float | None = None) -> float:
+        """Return a number, or the default if there is none.
 
         Raises:
-            UserError: there is none, or the value is something else.
+            UserError: there is neither, or the value is something else.
         """
-        value = self.read(name)
+        value = self.read(name, REQUIRED if default is None else default)
         if not isinstance(value, int | float):
             raise self._invalid(name, value, "a number")
         return float(value)
