@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from kd_d2.config import load_config
 from kd_d2.data import register_coco_json
 from kd_d2.distillers import Distiller
 from kd_d2.distillers.icd.queries import ObservedFakeInstances
+from kd_d2.distillers.reviewkd import BatchNormOverAllRanks
 from kd_d2.distributed import mean_count_across_ranks, sum_across_ranks
 from kd_d2.engine.checkpoints import Checkpoints
 from kd_d2.engine.rank_states import get_rank_state, own_state, set_distiller_state, set_rank_state
@@ -200,6 +202,23 @@ def test_counts_of_workers_by_hand(tmp_path: Path) -> None:
         and float(mean_count_across_ranks(torch.tensor(3.0))) == 3
     )
     torch.multiprocessing.start_processes(_count, nprocs=2, args=(str(tmp_path),), start_method="fork")
+
+
+def _normalize(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    norm = BatchNormOverAllRanks(1, eps=0.0)
+    maps = ([[1.0, 3.0]], [[8.0]])[rank]
+    found = norm(torch.tensor([[maps]])).flatten().tolist()
+    # The mean of 1, 3 and 8 is 4, and their squared deviations 9, 1 and 16 add up to 26.
+    assert found == pytest.approx([(value - 4) / math.sqrt(26 / 3) for value in maps[0]])
+    assert norm.running_mean.item() == pytest.approx(0.1 * 4)
+    assert norm.running_var.item() == pytest.approx(0.9 + 0.1 * 26 / 2)
+    torch.distributed.destroy_process_group()
+
+
+def test_normalization_over_all_ranks_by_hand(tmp_path: Path) -> None:
+    """Check maps with two positions on one rank and one on the other."""
+    torch.multiprocessing.start_processes(_normalize, nprocs=2, args=(str(tmp_path),), start_method="fork")
 
 
 def _observe(rank: int, folder: str) -> None:
