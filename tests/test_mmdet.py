@@ -97,6 +97,14 @@ def test_detections_are_those_of_mmdetection(tmp_path: Path, name: str) -> None:
         np.testing.assert_allclose(found.pred_masks.sum((1, 2)), expected["mask_areas"], atol=20)
 
 
+def test_masks_that_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Check the warning if a Cascade R-CNN has masks, and that there is none if it has not."""
+    for name, count in (("cascade-rcnn", 0), ("cascade-mask-rcnn", 1)):
+        with caplog.at_level(logging.WARNING, "kd_d2"):
+            assert not import_detector(save(tmp_path, name), tmp_path / name).cfg.MODEL.MASK_ON
+        assert [message.partition(":")[0] for message in caplog.messages] == ["The masks are left out"] * count
+
+
 TEST_PIPELINE_OF_2 = """
 data = dict(test=dict(pipeline=[
     dict(type='LoadImageFromFile'),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import logging
 
 from .backbones import Keys, import_rcnn_fpn, import_resnet
 from .boxes import anchor_generator, box_coder, nms_threshold, regression_weights, sorted_by_scale
 from .settings import Settings
 from .weights import Weights
+
+logger = logging.getLogger(__name__)
 
 STRIDES = (4, 8, 16, 32, 64)
 CASCADE_STAGES = 3
@@ -50,8 +53,11 @@ def import_cascade_rcnn(model: Settings, weights: Weights) -> Keys:
         "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS": tuple(weights_of_sides),
         "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS": weights_of_sides[0],
     }
-    for name in ("mask_roi_extractor", "mask_head"):
-        roi_head.read(name, None)
+    roi_head.read("mask_roi_extractor", None)
+    if roi_head.read("mask_head", None):
+        logger.warning(
+            "The masks are left out: MMDetection's Cascade R-CNN has a mask head for each stage, Detectron2's only one."
+        )
     weights.ignore("roi_head.mask_head")
     return _common(model, weights) | _pooler(roi_head, "bbox", "BOX") | keys
 
