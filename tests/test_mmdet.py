@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import re
 import runpy
 import sys
 import types
@@ -176,7 +177,7 @@ def test_settings_of_the_test(tmp_path: Path) -> None:
     ("faster-rcnn", "type='ResNet'", "type='SwinTransformer'", "model.backbone.type is 'SwinTransformer'"),
     ("faster-rcnn", "num_stages=4", "num_stages=4, dcn=dict(type='DCN')", "model.backbone.dcn is {'type': 'DCN'} in the MMDetection config; Detectron2"),
     ("faster-rcnn", "num_stages=4", "num_stages=4, deep_stem=True", "model.backbone.deep_stem is True in the MMDetection config; only False can"),
-    ("faster-rcnn", "type='FPN'", "type='mmdet.models.PAFPN'", "model.neck.type is 'mmdet.models.PAFPN'"),
+    ("faster-rcnn", "type='FPN'", "type='mmdet.models.PAFPN'", "model.neck.type is 'PAFPN'"),
     ("faster-rcnn", "num_outs=5", "num_outs=5, norm_cfg=dict(type='BN')", "model.neck.norm_cfg is {'type': 'BN'}"),
     ("faster-rcnn", "type='Shared2FCBBoxHead'", "type='Shared4Conv1FCBBoxHead'", "model.roi_head.bbox_head.type is"),
     ("faster-rcnn", "type='RoIAlign'", "type='RoIAlign', aligned=False", "model.roi_head.bbox_roi_extractor.roi_layer.aligned is False"),
@@ -299,6 +300,17 @@ def test_files_and_folders(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             import_detector(*arguments)
+
+
+def test_defaults_of_mmdetection(tmp_path: Path) -> None:
+    """Check the box regression of a box head and of an RPN without settings, and types with the scope of a package."""
+    coder = re.compile(r"bbox_coder=dict\(.*?type='DeltaXYWHBBoxCoder'\),", re.DOTALL)
+    config, removed = coder.subn("", REFERENCE["faster-rcnn"]["config"])
+    config = config.replace("type='RPNHead'", "type='mmdet.RPNHead'")
+    cfg = import_detector(save(tmp_path, "faster-rcnn", meta={"cfg": config}), tmp_path / "imported").cfg
+    assert removed == 2
+    assert cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS == (10.0, 10.0, 5.0, 5.0)
+    assert cfg.MODEL.RPN.BBOX_REG_WEIGHTS == (1.0, 1.0, 1.0, 1.0)
 
 
 def test_what_only_training_needs(tmp_path: Path) -> None:

@@ -269,6 +269,8 @@ def test_residual_reviewkd_starts_from_the_students_features() -> None:
         match=r"^MODEL\.KD\.REVIEWKD\.RESIDUAL is True, but at stride 8 the student has 3 channels and the teacher 4",
     ):
         make(ReviewKD, spec_of({8: 3}), spec_of({8: 4}), residual=True)
+    assert make(ReviewKD, spec_of({8: 3}), residual=None).is_residual
+    assert not make(ReviewKD, spec_of({8: 3}), spec_of({8: 4}), residual=None).is_residual
 
 
 def test_reviewkd_of_one_position() -> None:

@@ -45,8 +45,9 @@ class ReviewKD(Distiller):
             "Channels in which levels are fused; None means as many as the teacher's levels have.",
         ] = None
         residual: Annotated[
-            bool,
-            "Whether the student's features are added to the fused output, which starts as zero; the paper's are not.",
+            bool | None,
+            "Whether the student's features are added to the fused output, which starts as zero; the paper's are not. None means True "
+            "if they have as many channels as the teacher's.",
         ] = False
         num_levels: NumLevels = None
 
@@ -54,7 +55,8 @@ class ReviewKD(Distiller):
         super().__init__(config, pair)
         channels = pair.with_levels(config.num_levels).channels
         other = next((stride for stride, (ours, theirs) in channels.items() if ours != theirs), None)
-        if config.residual and other is not None:
+        self.is_residual = other is None if config.residual is None else config.residual
+        if self.is_residual and other is not None:
             ours, theirs = channels[other]
             raise UserError(
                 f"MODEL.KD.REVIEWKD.RESIDUAL is True, but at stride {other} the student has {ours} channels and the teacher {theirs}: set it to False."
@@ -66,7 +68,7 @@ class ReviewKD(Distiller):
             str(stride): FusionBlock(ours, mid, theirs, fuses=stride != coarsest)
             for stride, (ours, theirs) in channels.items()
         })  # fmt: skip
-        if config.residual:
+        if self.is_residual:
             for block in self.blocks.values():
                 nn.init.zeros_(block.expand[-1].weight)
 
@@ -78,7 +80,7 @@ class ReviewKD(Distiller):
         losses, coarser = [], None
         for stride, maps, imitated in reversed([*zip(self.strides, student_maps, teacher_maps, strict=True)]):
             output, coarser = self.blocks[str(stride)](maps, coarser)
-            losses.append(compare(maps + output if self.config.residual else output, imitated))
+            losses.append(compare(maps + output if self.is_residual else output, imitated))
         return {"loss_reviewkd": sum(losses)}
 
 

@@ -9,9 +9,13 @@ from torch import Tensor
 from .settings import Settings
 
 
-def box_coder(head: Settings) -> Settings:
-    """Return the settings of a head's box regression, which must be that of R-CNNs, with unread `target_stds`."""
-    coder = head.node("bbox_coder", {"type": "DeltaXYWHBBoxCoder"})
+def box_coder(head: Settings, default_stds: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)) -> Settings:
+    """Return the settings of a head's box regression, which must be that of R-CNNs, with unread `target_stds`.
+
+    Args:
+        default_stds: deviations of a head without such settings.
+    """
+    coder = head.node("bbox_coder", {"type": "DeltaXYWHBBoxCoder", "target_stds": default_stds})
     coder.only(type="DeltaXYWHBBoxCoder", target_means=(0.0, 0.0, 0.0, 0.0), clip_border=True, add_ctr_clamp=False)
     return coder
 

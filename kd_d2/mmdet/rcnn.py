@@ -141,7 +141,7 @@ def _box_head(
     head.only(type="Shared2FCBBoxHead", with_avg_pool=False)
     head.read("reg_decoded_bbox", False)  # training only
     head.read("in_channels", None), head.read("roi_feat_size", None)  # those of neck and pooler
-    stds = box_coder(head).numbers("target_stds", (1.0, 1.0, 1.0, 1.0))
+    stds = box_coder(head, (0.1, 0.1, 0.2, 0.2)).numbers("target_stds", (1.0, 1.0, 1.0, 1.0))
     for layer, name in {"shared_fcs.0": "fc1", "shared_fcs.1": "fc2"}.items():
         weights.layer(f"{source}.{layer}", f"{target}.{name}")
     weights.layer(f"{source}.fc_cls", f"{predictor}.cls_score")

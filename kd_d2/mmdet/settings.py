@@ -94,7 +94,7 @@ class Settings:
             UserError: one has another value.
         """
         for name, expected in values.items():
-            value = self.read(name, expected)
+            value = self.kind() if name == "type" else self.read(name, expected)
             if _plain(value) != _plain(expected):
                 raise self._refused(name, value, [expected])
 
