@@ -344,9 +344,9 @@ def test_a_teacher_from_mmdetection(
     meta = {"cfg": REFERENCE["retinanet"]["config"], "dataset_meta": {"CLASSES": DATA_CLASSES[::-1]}}
     checkpoint = save(tmp_path, "retinanet", meta=meta)
     run_command("import-mmdet", checkpoint, tmp_path / "teacher", "MODEL.RETINANET.SCORE_THRESH_TEST", "0.2")
-    assert capsys.readouterr().out.splitlines()[-1] == (
-        f"As a teacher: MODEL.KD.TEACHER.CONFIG_FILE {tmp_path}/teacher/config.yaml"
-    )
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("RetinaNet with ResNet-50, 3 classes (blue, green, red), RGB images")
+    assert last == f"As a teacher: MODEL.KD.TEACHER.CONFIG_FILE {tmp_path}/teacher/config.yaml"
     written = yaml.safe_load((tmp_path / "teacher" / "config.yaml").read_text())
     assert written["MODEL"]["RETINANET"]["SCORE_THRESH_TEST"] == 0.2
     assert torch.load(tmp_path / "teacher" / "model_final.pth")["class_names"] == list(DATA_CLASSES[::-1])

@@ -17,6 +17,7 @@ from ..config.reading import merge, tree_from_opts
 from ..errors import UserError
 from ..files import write_text
 from ..modeling.building import build_detector
+from ..text import label
 from .backbones import Keys
 from .dense import import_atss, import_gfl, import_retinanet
 from .images import import_images
@@ -42,11 +43,13 @@ class Imported:
     """An imported detector.
 
     Attributes:
+        kind: name of the detector in MMDetection.
         folder: folder with config.yaml and model_final.pth, which can be used like the output folder of a training.
         cfg: the config.
         classes: class names by class index; None if the checkpoint has none.
     """
 
+    kind: str
     folder: str
     cfg: CfgNode
     classes: tuple[str, ...] | None
@@ -55,12 +58,12 @@ class Imported:
         """Return lines that describe the detector and its use as a teacher."""
         cfg, config = self.cfg, os.path.join(self.folder, CONFIG)
         names = (
-            ", ".join(self.classes[:3]) + (", ..." if len(self.classes) > 3 else "")
+            ", ".join(map(label, self.classes[:3])) + (", ..." if len(self.classes) > 3 else "")
             if self.classes
             else "names unknown"
         )
         return "\n".join([
-            f"{cfg.MODEL.META_ARCHITECTURE} with ResNet-{cfg.MODEL.RESNETS.DEPTH}, {self.number_of_classes} classes ({names}), "
+            f"{self.kind} with {'ResNeXt' if cfg.MODEL.RESNETS.NUM_GROUPS > 1 else 'ResNet'}-{cfg.MODEL.RESNETS.DEPTH}, {self.number_of_classes} classes ({names}), "
             f"{cfg.INPUT.FORMAT} images with a shorter side of {cfg.INPUT.MIN_SIZE_TEST} and a longer side of at most {cfg.INPUT.MAX_SIZE_TEST} pixels",
             f"Config and weights are in {config} and {os.path.join(self.folder, WEIGHTS)}.",
             f"As a teacher: MODEL.KD.TEACHER.CONFIG_FILE {config}",
@@ -102,7 +105,7 @@ def import_detector(
     model.check_all_read()
     weights.check_all_moved()
     cfg = _detectron2_config(keys, opts)
-    imported = Imported(folder, cfg, source.classes)
+    imported = Imported(model.kind(), folder, cfg, source.classes)
     if source.classes and len(source.classes) != imported.number_of_classes:
         raise UserError(
             f"{checkpoint} has {len(source.classes)} class names, but its detector predicts {imported.number_of_classes} classes."
