@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -47,15 +49,26 @@ def multiply_adds(model: nn.Module, height: int, width: int) -> float:
 
 
 def _multiply_adds_of_heads(model: GeneralizedRCNN, height: int, width: int) -> float:
-    """Return the multiply-adds of everything but the backbone, with an RPN that does not suppress proposals."""
-    rpn = model.proposal_generator
-    threshold = getattr(rpn, "nms_thresh", None)
-    rpn.nms_thresh = 1.0
-    with FlopCounterMode(display=False) as counter:
+    """Return the multiply-adds of everything but the backbone, with all proposals and without detections."""
+    with _without_detections(model), FlopCounterMode(display=False) as counter:
         detect_nothing(model, height, width)
-    rpn.nms_thresh = threshold
     counts = {module: sum(of_operators.values()) for module, of_operators in counter.get_flop_counts().items()}
     return (counts["Global"] - counts[f"{type(model).__name__}.backbone"]) / 2  # a multiplication and an addition
+
+
+@contextlib.contextmanager
+def _without_detections(model: GeneralizedRCNN) -> Iterator[None]:
+    """Let the RPN keep overlapping proposals, and the heads no detection, of which masks would be computed."""
+    changed = [(model.proposal_generator, "nms_thresh")]
+    changed += [(module, "test_score_thresh") for module in model.modules() if hasattr(module, "test_score_thresh")]
+    before = [getattr(module, name, None) for module, name in changed]
+    try:
+        for module, name in changed:
+            setattr(module, name, 1.0)
+        yield
+    finally:
+        for (module, name), value in zip(changed, before, strict=True):
+            setattr(module, name, value)
 
 
 def _deformable_convolution(inputs: list[Any], outputs: list[Any]) -> int:

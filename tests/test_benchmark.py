@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from kd_d2 import benchmark
@@ -78,6 +79,23 @@ def test_multiply_adds_of_a_padded_image() -> None:
     model = nn.Module()
     model.backbone = backbone
     assert multiply_adds(model, 5, 8) == 4 * 4 * 2 * 3 * 9
+
+
+@torch.no_grad()
+def test_multiply_adds_of_a_detector_with_masks(tiny_detector: Callable[..., nn.Module]) -> None:
+    """Check that detections do not count, and that the thresholds are restored, also after an error."""
+    model = tiny_detector("mask").eval()
+    predictor = model.roi_heads.box_predictor
+    counts = set()
+    for threshold in (0.0, 1.0):
+        predictor.test_score_thresh = threshold
+        counts.add(multiply_adds(model, 64, 96))
+        assert (predictor.test_score_thresh, model.proposal_generator.nms_thresh) == (threshold, 0.7)
+    assert len(counts) == 1
+    model.roi_heads.forward = None
+    with pytest.raises(TypeError):
+        multiply_adds(model, 64, 96)
+    assert (predictor.test_score_thresh, model.proposal_generator.nms_thresh) == (1.0, 0.7)
 
 
 def test_trained_and_exported_detectors(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
