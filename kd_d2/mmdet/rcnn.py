@@ -25,10 +25,10 @@ def import_rcnn(model: Settings, weights: Weights) -> Keys:
     roi_head = model.node("roi_head")
     roi_head.only(type="StandardRoIHead")
     box_head = roi_head.node("bbox_head")
-    weights_of_sides, keys = _box_head(
+    regression, keys = _box_head(
         box_head, weights, "roi_head.bbox_head", "roi_heads.box_head", "roi_heads.box_predictor"
     )
-    keys |= {"MODEL.ROI_HEADS.NAME": "StandardROIHeads", "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS": weights_of_sides}
+    keys |= {"MODEL.ROI_HEADS.NAME": "StandardROIHeads", "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS": regression}
     keys |= _common(model, weights) | _pooler(roi_head, "bbox", "BOX")
     return keys | _mask_head(roi_head, weights) if roi_head.read("mask_head", None) else keys
 
@@ -38,20 +38,20 @@ def import_cascade_rcnn(model: Settings, weights: Weights) -> Keys:
     roi_head = model.node("roi_head")
     roi_head.only(type="CascadeRoIHead", num_stages=CASCADE_STAGES)
     roi_head.read("stage_loss_weights", None)  # training only
-    keys, weights_of_sides = {}, []
+    keys, regression = {}, []
     for stage, box_head in enumerate(roi_head.nodes("bbox_head", CASCADE_STAGES)):
-        of_stage, keys = _box_head(
+        of_this_stage, keys = _box_head(
             box_head,
             weights,
             f"roi_head.bbox_head.{stage}",
             f"roi_heads.box_head.{stage}",
             f"roi_heads.box_predictor.{stage}",
         )
-        weights_of_sides.append(of_stage)
+        regression.append(of_this_stage)
     keys |= {
         "MODEL.ROI_HEADS.NAME": "CascadeROIHeads",
-        "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS": tuple(weights_of_sides),
-        "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS": weights_of_sides[0],
+        "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS": tuple(regression),
+        "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS": regression[0],
     }
     roi_head.read("mask_roi_extractor", None)
     if roi_head.read("mask_head", None):
