@@ -240,7 +240,7 @@ def test_starting_weights_for_a_teacher(project: Project, refused) -> None:
     torch.save(torchvision.models.resnet18(weights=None).state_dict(), project.teacher_weights)
     project.change_teacher(MODEL__SLIM_RESNET__WIDTHS=(64, 128, 256, 512), MODEL__RESNETS__STEM_OUT_CHANNELS=64)
     assert refused() == (
-        f"{project.teacher_weights} has initial weights in torchvision's format, but the teacher must be a trained detector."
+        f"{project.teacher_weights} has initial weights of a classifier, but the teacher must be a trained detector."
     )
 
 

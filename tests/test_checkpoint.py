@@ -289,7 +289,7 @@ def test_starting_weights_fill_a_resnet10(tmp_path: Path, torchvision_resnet: nn
         "backbone.bottom_up.res5  18 of 18",
     ):
         assert row in table
-    assert "Not used, since the model has no such block: 12 of backbone.bottom_up.res2, 12 of" in table
+    assert "Not used, since the model has no such block: 10 of backbone.bottom_up.res2, 10 of" in table
     assert "does not fill" not in log.text
 
 
@@ -360,7 +360,7 @@ def test_a_resnet_of_which_nothing_fits(tmp_path: Path, torchvision_resnet: nn.M
         f"{path} holds a ResNet in torchvision's format, but none of its weights fits the model."
     )
     assert sentence(load_complete, detector(tmp_path), str(path), "the teacher") == (
-        f"{path} has initial weights in torchvision's format, but the teacher must be a trained detector."
+        f"{path} has initial weights of a classifier, but the teacher must be a trained detector."
     )
     assert sentence(load_complete, detector(tmp_path), "", "the detector") == (
         "There are no weights for the detector: name the checkpoint after the config (--model CONFIG WEIGHTS), or set MODEL.WEIGHTS."

@@ -53,6 +53,19 @@ def test_a_smaller_student(tmp_path, monkeypatch):
     assert [len(stage) for stage in stages] == [1, 1, 1, 1]
 
 
+def test_a_backbone_from_timm(tmp_path, monkeypatch):
+    """Check that the guide's example is a valid config over the README's, and builds the network."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.yaml").write_text(example("config", "README.md"))
+    (tmp_path / "mobile.yaml").write_text(example("timm", "docs/guides/own-data.md"))
+    (tmp_path / "teacher.yaml").write_text("MODEL: {META_ARCHITECTURE: RetinaNet}\n")
+    (tmp_path / "teacher.pth").touch()
+    cfg = load_config("mobile.yaml", ["MODEL.DEVICE", "cpu"], needs_data=False)
+    assert cfg.MODEL.WEIGHTS == "timm://mobilenetv4_conv_small"
+    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
+    assert build_model(cfg).backbone.bottom_up.name == "mobilenetv4_conv_small"
+
+
 @pytest.fixture
 def channel_means():
     """Register the guide's example of a method for one test."""

@@ -30,7 +30,7 @@ lock)
     lock requirements/torch.txt requirements/lock.txt
     lock requirements/torch-source.txt requirements/lock-source.txt
     echo pip | hashes requirements/lock-image.txt --python-version 3.12 --python-platform linux -c requirements/pins.txt \
-        -c requirements/torch-source.txt --extra eval --extra robustness --extra completion --extra export --extra convert --extra vitdet \
+        -c requirements/torch-source.txt --extra eval --extra robustness --extra completion --extra export --extra convert --extra timm --extra vitdet \
         pyproject.toml -
     ;;
 licenses)

@@ -1,4 +1,4 @@
-"""Checkpoints: student-only files, safe loading, and torchvision's formats."""
+"""Checkpoints: student-only files, safe loading, and weights of torchvision's and timm's classifiers."""
 
 from .checkpointer import CLASS_NAMES, KDCheckpointer, checkpoint_files, copy_to_cpu, load_complete
 from .fitting import Fit, fill, load_torchvision

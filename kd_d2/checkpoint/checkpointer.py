@@ -17,6 +17,7 @@ from ..errors import UserError, system_error
 from ..files import atomic_write, write_text
 from .fitting import load_torchvision
 from .reading import UnreadableCheckpointError, check_readable, local_path, read_checkpoint
+from .timm_weights import load_timm, timm_network
 from .torchvision import torchvision_format
 
 CLASS_NAMES = "class_names"
@@ -34,7 +35,7 @@ class KDCheckpointer(DetectionCheckpointer):
     Attributes:
         asynchronous: whether `save` returns before the file is written, by another thread.
         class_names: class names by class index, saved with the model; None if unknown.
-        incompatible: incompatible keys of the model and the last loaded file; None for files in torchvision's format.
+        incompatible: incompatible keys of the model and the last loaded file; None for files in torchvision's or timm's format.
     """
 
     class_names: list[str] | None = None
@@ -116,8 +117,11 @@ class KDCheckpointer(DetectionCheckpointer):
         return content
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        path = self._parsed_url_during_load._replace(query="").geturl()
+        if network := timm_network(self.model, checkpoint["model"]):
+            load_timm(self.model, network, checkpoint["model"], path)
+            return None
         if source := torchvision_format(checkpoint["model"]):
-            path = urlparse(self._parsed_url_during_load.geturl()).path
             load_torchvision(self.model, checkpoint["model"], source, path)
             return None
         incompatible = self.incompatible = super()._load_model(checkpoint)
@@ -186,7 +190,7 @@ def load_complete(model: nn.Module, path: str | os.PathLike[str], whose: str) ->
     buffers = {n for n, _ in model.named_buffers() if n.endswith(("running_mean", "running_var"))}
     needed = parameters | buffers
     if incompatible is None:
-        raise UserError(f"{path} has initial weights in torchvision's format, but {whose} must be a trained detector.")
+        raise UserError(f"{path} has initial weights of a classifier, but {whose} must be a trained detector.")
     wrong_shape = {name: f"{tuple(a)} instead of {tuple(b)}" for name, a, b in incompatible.incorrect_shapes}
     unfilled = sorted(needed & ({*incompatible.missing_keys} | wrong_shape.keys()))
     if unfilled:

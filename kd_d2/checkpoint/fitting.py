@@ -87,26 +87,27 @@ def fill(model: nn.Module, offered: StateDict, names: Iterable[str] | None = Non
     return fit
 
 
-def load_torchvision(model: nn.Module, weights: StateDict, source: TorchvisionFormat, path: str) -> Fit:
-    """Fill a detector's bottom-up network from weights with torchvision's names, and log what fits and what is missing.
+def fill_bottom_up(
+    model: nn.Module, offered: StateDict, prefix: str, library: str, architecture: str, path: str
+) -> Fit:
+    """Fill a detector's bottom-up network from weights of a classifier, and log what fits and what is missing.
+
+    Args:
+        model: the detector, modified in place.
+        offered: weights by the model's names.
+        prefix: what the names of the bottom-up network start with.
+        library, architecture: where the classifier is from, such as "torchvision" and "ResNet".
+        path: path of the weights.
 
     Raises:
-        UserError: the model does not have exactly one such network, nothing fits it, or its input format differs.
+        UserError: no weight fits the model.
     """
-    what = f"a {source.architecture} in torchvision's format"
-    starts = [n.removesuffix(source.first) for n in model.state_dict() if n.endswith(source.first)]
-    if len(starts) != 1:
-        raise UserError(
-            f"{path} holds {what}, but {type(model).__name__} has {len(starts)} {source.architecture}s to fill."
-        )
-    check_torchvision_input(model, path)
-    prefix = starts[0]
-    offered = source.rename(weights, prefix)
     fit = fill(model, offered, [n for n in model.state_dict() if n.startswith(prefix)])
     if not fit.has_weights:
-        raise UserError(f"{path} holds {what}, but none of its weights fits the model.")
-    unused = Counter(_module_of(n) for n in offered if n not in fit.filled and n not in fit.misfits)
-    logger.info(f"Initial weights in torchvision's {source.architecture} format from {path}:\n{fit.table()}")
+        raise UserError(f"{path} holds a {architecture} in {library}'s format, but none of its weights fits the model.")
+    used = {*fit.filled, *fit.misfits}
+    unused = Counter(_module_of(n) for n in offered if n not in used and not n.endswith("num_batches_tracked"))
+    logger.info(f"Initial weights in {library}'s {architecture} format from {path}:\n{fit.table()}")
     if unused:
         logger.info(
             "Not used, since the model has no such block: " + ", ".join(f"{n} of {m}" for m, n in unused.items())
@@ -114,7 +115,24 @@ def load_torchvision(model: nn.Module, weights: StateDict, source: TorchvisionFo
     unfilled = [n for n in (*fit.missing, *fit.misfits) if not n.endswith("num_batches_tracked")]
     if unfilled:
         logger.warning(
-            f"{path} does not fill {len(unfilled)} weights of the model's {source.architecture}, which keep their initial values; the "
+            f"{path} does not fill {len(unfilled)} weights of the model's {architecture}, which keep their initial values; the "
             f"first one is {unfilled[0]}."
         )
     return fit
+
+
+def load_torchvision(model: nn.Module, weights: StateDict, source: TorchvisionFormat, path: str) -> Fit:
+    """Fill a detector's bottom-up network from weights with torchvision's names, see `fill_bottom_up`.
+
+    Raises:
+        UserError: the model does not have exactly one such network, nothing fits it, or its input format differs.
+    """
+    starts = [n.removesuffix(source.first) for n in model.state_dict() if n.endswith(source.first)]
+    if len(starts) != 1:
+        raise UserError(
+            f"{path} holds a {source.architecture} in torchvision's format, but {type(model).__name__} has {len(starts)} "
+            f"{source.architecture}s to fill."
+        )
+    check_torchvision_input(model, path)
+    offered = source.rename(weights, starts[0])
+    return fill_bottom_up(model, offered, starts[0], "torchvision", source.architecture, path)

@@ -66,7 +66,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Load a checkpoint file without running code from it.
 
     Args:
-        path: a `.pth` file (tensors and plain containers), or a model zoo or Caffe2 `.pkl` (arrays, containers).
+        path: a `.pth` file (tensors and plain containers), a model zoo or Caffe2 `.pkl` (arrays, containers), or a
+            `.safetensors` file.
 
     Returns:
         The content of the file, always with an entry "model", with tensors on the CPU.
@@ -79,6 +80,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         if path.endswith(".pkl"):
             with open(path, "rb") as file:
                 content = _PlainUnpickler(file, encoding="latin1").load()
+        elif path.endswith(".safetensors"):
+            content = _load_safetensors(path)
         else:
             _check_size(path)
             content = _load_safely(path)
@@ -250,6 +253,14 @@ def _load_safely(file: str | io.BytesIO) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
+def _load_safetensors(path: str) -> StateDict:
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise UserError(f"{path} needs safetensors, which is not installed: pip install safetensors") from error
+    return load_file(path)
+
+
 def _why_no_weight(value: Any) -> str | None:
     """Return why a value cannot be a weight of a model, or None if it can."""
     if isinstance(value, np.ndarray):
@@ -309,4 +320,4 @@ def local_path(path: str) -> str:
     try:
         return PathManager.get_local_path(path)
     except Exception as error:  # the libraries that handle URLs raise various errors
-        raise UserError(f"Weights {path} cannot be downloaded: {error}.") from error
+        raise UserError(f"Weights {path} cannot be downloaded: {str(error).rstrip('.')}.") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -85,20 +86,25 @@ TORCHVISION_INPUT = {
 }
 
 
-def check_torchvision_input(model: nn.Module, path: str) -> None:
-    """Raise a UserError if a detector's input format, normalization or strides differ from torchvision's."""
+def other_input(model: nn.Module, needed: dict[str, Any]) -> str | None:
+    """Return what is wrong, as the end of the clause "weights, which need", if a detector's keys of the input have other values."""
     actual = {
         "INPUT.FORMAT": getattr(model, "input_format", None),
-        "MODEL.PIXEL_MEAN": model.pixel_mean.flatten().tolist(),
-        "MODEL.PIXEL_STD": model.pixel_std.flatten().tolist(),
+        "MODEL.PIXEL_MEAN": [round(value, 3) for value in model.pixel_mean.flatten().tolist()],
+        "MODEL.PIXEL_STD": [round(value, 3) for value in model.pixel_std.flatten().tolist()],
     }
-    for key, needed in TORCHVISION_INPUT.items():
+    for key, wanted in needed.items():
         value = actual[key]
-        same = value == needed if isinstance(needed, str) else np.allclose(value, needed, atol=1e-2)
+        same = value == wanted if isinstance(wanted, str) else np.allclose(value, wanted, atol=1e-2)
         if value is not None and not same:
-            raise UserError(
-                f"{path} holds weights in torchvision's format, which need {key} {needed}; the config says {value}."
-            )
+            return f"{key} {wanted}; the config says {value}"
+    return None
+
+
+def check_torchvision_input(model: nn.Module, path: str) -> None:
+    """Raise a UserError if a detector's input format, normalization or strides differ from torchvision's."""
+    if other := other_input(model, TORCHVISION_INPUT):
+        raise UserError(f"{path} holds weights in torchvision's format, which need {other}.")
     strided = [m for m in model.modules() if type(m).__name__ == "BottleneckBlock" and m.conv1.stride != m.conv2.stride]
     if any(m.conv1.stride > m.conv2.stride for m in strided):
         raise UserError(

@@ -13,6 +13,7 @@ from .mobilenet import MobileNetV2, MobileNetV2Keys
 from .necks import DenseFPNKeys
 from .reppoints import RepPoints, RepPointsKeys
 from .slim_resnet import SlimResNetKeys, add_slim_resnet_config
+from .timm_network import TimmKeys, TimmNetwork
 
 __all__ = [
     "ATSS",
@@ -22,6 +23,7 @@ __all__ = [
     "MODELING_KEYS",
     "MobileNetV2",
     "RepPoints",
+    "TimmNetwork",
     "add_modeling_config",
     "add_slim_resnet_config",
     "unused_nodes",
@@ -30,6 +32,7 @@ __all__ = [
 BACKBONES: dict[str, type[Keys]] = {
     "SLIM_RESNET": SlimResNetKeys,
     "MOBILENET_V2": MobileNetV2Keys,
+    "TIMM": TimmKeys,
     "DENSE_FPN": DenseFPNKeys,
 }
 DETECTORS: dict[str, type[Keys]] = {
