@@ -185,10 +185,10 @@ def test_settings_of_the_test(tmp_path: Path) -> None:
     ("retinanet", "scales_per_octave=3,", "scales_per_octave=3, center_offset=0.5,", "model.bbox_head.anchor_generator.center_offset is 0.5"),
     ("retinanet", "start_level=1", "start_level=0", "model.neck.start_level is 0"),
     ("retinanet", "keep_ratio=True", "keep_ratio=False", "the test pipeline's Resize.keep_ratio is False"),
-    ("retinanet", "stacked_convs=2", "stacked_convs=3", "The MMDetection checkpoint has no bbox_head.cls_convs.2.conv.weight, but"),
-    ("retinanet", "stacked_convs=2", "stacked_convs=1", "The MMDetection checkpoint has 4 weights for which its config has no layer; the first one is bbox_head.cls_convs.1.conv.bias"),
+    ("retinanet", "stacked_convs=2", "stacked_convs=3", "The MMDetection checkpoint has no bbox_head.cls_convs.2.conv.weight, which"),
+    ("retinanet", "stacked_convs=2", "stacked_convs=1", "The MMDetection checkpoint has 4 weights for which the detector has no layer; the first one is bbox_head.cls_convs.1.conv.bias"),
     ("retinanet", "num_classes=3", "num_classes=4", "retinanet.pth has 3 class names, but its detector predicts 4 classes"),
-    ("retinanet", "depth=50", "depth=101", "The MMDetection checkpoint does not fit its config: backbone.bottom_up.res4.6.conv1.weight is missing"),
+    ("retinanet", "depth=50", "depth=101", "The MMDetection checkpoint does not fit the detector: backbone.bottom_up.res4.6.conv1.weight is missing"),
     ("retinanet", "out_channels=32", "out_channels=40", "model.bbox_head.in_channels is 32 in the MMDetection config; only 40 can"),
     ("gfl", "ratios=[", "ratios=[2.0, ", "model.bbox_head.anchor_generator.ratios is [2.0, 1.0]"),
     ("atss", "type='ATSSHead'", "type='ATSSHead', norm_cfg=dict(type='GN', num_groups=16)", "model.bbox_head.norm_cfg.num_groups is 16"),
@@ -198,7 +198,7 @@ def test_settings_of_the_test(tmp_path: Path) -> None:
     ("faster-rcnn", "max_per_img=40", "max_per_img=-1", "model.test_cfg.rpn.max_per_img is -1 in the MMDetection config; it must be a positive integer"),
     ("gfl", "score_thr=0.1", "score_thr=None", "model.test_cfg.score_thr is None in the MMDetection config; it must be a number"),
     ("retinanet", "std=[", "std=57.0, other=[", "model.data_preprocessor.std is 57.0 in the MMDetection config; it must be a list of numbers"),
-    ("retinanet", "scales_per_octave=3", "scales_per_octave=2", "The MMDetection checkpoint does not fit its config: bbox_head.retina_cls.weight is of shape (27, 32, 3, 3)"),
+    ("retinanet", "scales_per_octave=3", "scales_per_octave=2", "The MMDetection checkpoint does not fit the detector: bbox_head.retina_cls.weight is of shape (27, 32, 3, 3)"),
 ])  # fmt: skip
 def test_what_detectron2_lacks_is_refused(tmp_path: Path, name: str, old: str, new: str, message: str) -> None:
     """Check that the message names the setting or weight, and that nothing is written."""

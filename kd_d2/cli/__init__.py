@@ -16,6 +16,7 @@ from .overrides import split_overrides
 COMMANDS = {
     "convert": "convert a dataset to COCO JSON",
     "import-mmdet": "import a detector trained with MMDetection, such as a teacher",
+    "import-torchvision": "import a detector of torchvision, such as a teacher",
     "data": "check datasets before training",
     "train": "train a detector, plain or distilled",
     "eval": "evaluate a trained detector, or a teacher",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..imported import Weights
 from .settings import Settings
-from .weights import Weights
 
 Keys = dict[str, Any]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 
+from ..imported import Weights
 from .backbones import Keys, import_dense_fpn, import_resnet
 from .boxes import anchor_generator, box_coder, nms_threshold, regression_weights, sorted_by_scale
 from .settings import Settings
-from .weights import Weights
 
 STRIDES = (8, 16, 32, 64, 128)
 GN = {"type": "GN", "num_groups": 32}

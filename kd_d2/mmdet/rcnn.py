@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import logging
 
+from ..imported import Weights
 from .backbones import Keys, import_rcnn_fpn, import_resnet
 from .boxes import anchor_generator, box_coder, nms_threshold, regression_weights, sorted_by_scale
 from .settings import Settings
-from .weights import Weights
 
 logger = logging.getLogger(__name__)
 

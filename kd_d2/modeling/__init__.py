@@ -5,6 +5,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 from detectron2.utils.registry import Registry
 
 from ..keys import Keys
+from .anchors import TorchvisionAnchorGenerator
 from .atss import ATSS, ATSSKeys
 from .fcos import FCOS, FCOSKeys
 from .fsaf import FSAF, FSAFKeys
@@ -24,6 +25,7 @@ __all__ = [
     "MobileNetV2",
     "RepPoints",
     "TimmNetwork",
+    "TorchvisionAnchorGenerator",
     "add_modeling_config",
     "add_slim_resnet_config",
     "unused_nodes",

@@ -1,7 +1,8 @@
-"""Weights of an MMDetection checkpoint, moved layer by layer to Detectron2's names."""
+"""Weights of another program's checkpoint, moved layer by layer to Detectron2's names."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -11,18 +12,22 @@ from ..checkpoint import StateDict
 from ..checkpoint.torchvision import rename_torchvision_resnet
 from ..errors import UserError
 
+PARAMETERS = ("weight", "bias", "running_mean", "running_var")
+
 
 class Weights:
     """Moves weights to other names.
 
     Args:
-        source: weights by MMDetection's names; state of losses is left out.
+        source: weights by the program's names; batch counters and, in MMDetection, state of losses are left out.
+        program: name of the program in messages.
 
     Attributes:
         moved: weights by Detectron2's names.
     """
 
-    def __init__(self, source: StateDict):
+    def __init__(self, source: StateDict, program: str):
+        self._program = program
         self._left = {
             name: tensor
             for name, tensor in source.items()
@@ -31,43 +36,55 @@ class Weights:
         self.moved: StateDict = {}
 
     def layer(self, name: str, target: str, change: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
-        """Move the parameters of a layer.
+        """Move the parameters, and statistics, of a layer.
 
         Args:
-            name, target: the layer in MMDetection and in Detectron2.
+            name, target: the layer in the program and in Detectron2.
             change: applied to each parameter.
 
         Raises:
             UserError: the checkpoint has no such layer, or one of a shape that cannot be changed.
         """
-        parameters = [f"{name}.{kind}" for kind in ("weight", "bias") if f"{name}.{kind}" in self._left]
+        parameters = [f"{name}.{kind}" for kind in PARAMETERS if f"{name}.{kind}" in self._left]
         if not parameters:
-            raise UserError(f"The MMDetection checkpoint has no {name}.weight, but its config has this layer.")
+            raise UserError(f"The {self._program} checkpoint has no {name}.weight, which the detector needs.")
         for parameter in parameters:
             tensor = self._left.pop(parameter)
             try:
                 self.moved[target + parameter.removeprefix(name)] = change(tensor)
             except RuntimeError as error:
                 raise UserError(
-                    f"The MMDetection checkpoint does not fit its config: {parameter} is of shape {tuple(tensor.shape)}."
+                    f"The {self._program} checkpoint does not fit the detector: {parameter} is of shape {tuple(tensor.shape)}."
                 ) from error
 
-    def tower(self, name: str, target: str, convs: int, norm: str) -> None:
+    def tower(self, name: str, target: str, convs: int, norm: str, children: tuple[str, str] = ("conv", "gn")) -> None:
         """Move convolutions that are followed by ReLUs to a sequence of layers.
 
         Args:
-            name, target: the list of modules in MMDetection, and the sequence in Detectron2.
+            name, target: the list of modules in the program, and the sequence in Detectron2.
             convs: number of convolutions.
             norm: name of the normalization in Detectron2, "" for none.
+            children: names of convolution and normalization in each module.
         """
         layers = 3 if norm else 2
         for index in range(convs):
             conv = f"{target}.{layers * index}"
-            self.layer(f"{name}.{index}.conv", conv)
+            self.layer(f"{name}.{index}.{children[0]}", conv)
             if norm:
-                self.layer(f"{name}.{index}.{norm.lower()}", f"{target}.{layers * index + 1}")
+                self.layer(f"{name}.{index}.{children[1]}", f"{target}.{layers * index + 1}")
                 # Detectron2's convolutions in front of a normalization have a bias too.
                 self.moved.setdefault(f"{conv}.bias", torch.zeros(len(self.moved[f"{conv}.weight"])))
+
+    def conv(self, name: str, target: str, norm: str) -> None:
+        """Move a convolution, and the normalization after it, from torchvision's sequence of both to Detectron2's convolution.
+
+        Args:
+            name, target: the sequence and the convolution.
+            norm: name of the normalization in Detectron2, "" for none.
+        """
+        self.layer(f"{name}.0", target)
+        if norm:
+            self.layer(f"{name}.1", f"{target}.norm")
 
     def resnet(self, name: str, target: str) -> None:
         """Move a ResNet."""
@@ -79,8 +96,26 @@ class Weights:
         """Move the scale of each level to one vector."""
         names = [f"{name}.{level}.scale" for level in range(levels)]
         if missing := [scale for scale in names if scale not in self._left]:
-            raise UserError(f"The MMDetection checkpoint has no {missing[0]}.")
+            raise UserError(f"The {self._program} checkpoint has no {missing[0]}.")
         self.moved[target] = torch.stack([self._left.pop(scale).reshape(()) for scale in names])
+
+    def __contains__(self, name: str) -> bool:
+        """Return whether a weight has not been moved yet."""
+        return name in self._left
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return a weight that has not been moved yet.
+
+        Raises:
+            UserError: there is none.
+        """
+        if name not in self._left:
+            raise UserError(f"The {self._program} checkpoint has no {name}, which the detector needs.")
+        return self._left[name]
+
+    def count(self, pattern: str) -> int:
+        """Return the number of weights whose names are `pattern` with 0, 1, ... in place of its `{}`."""
+        return next(index for index in itertools.count() if pattern.format(index) not in self._left)
 
     def ignore(self, name: str) -> None:
         """Leave out a module, which may not be in the checkpoint."""
@@ -90,5 +125,5 @@ class Weights:
         """Raise a UserError if a weight was not moved."""
         if self._left:
             raise UserError(
-                f"The MMDetection checkpoint has {len(self._left)} weights for which its config has no layer; the first one is {min(self._left)}."
+                f"The {self._program} checkpoint has {len(self._left)} weights for which the detector has no layer; the first one is {min(self._left)}."
             )

@@ -1,0 +1,103 @@
+"""Import of a torchvision detector as a Detectron2 config and checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from ..errors import UserError
+from ..imported import Imported, Weights, check_empty, detectron2_config, write_detector
+from .detectors import Choice, Keys, import_rcnn, import_retinanet
+from .reading import COCO, read_detector, read_labels
+
+logger = logging.getLogger(__name__)
+
+PROGRAM = "torchvision"
+EPSILON = 1e-5
+"""What Detectron2's batch normalization adds to variances."""
+NO_CLASS = "N/A"
+COCO_OUTPUTS = 91
+
+
+def import_detector(
+    source: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    classes: str | None = None,
+    epsilon: float | None = None,
+    *,
+    opts: Iterable[Any] = (),
+) -> Imported:
+    """Write a torchvision detector as a Detectron2 config and checkpoint.
+
+    Args:
+        source: a checkpoint with the weights of a detector, or the name of a torchvision detector whose own weights are downloaded.
+        folder: output folder, new or empty.
+        classes: a text file with the class names, one per line from label 1, or "coco"; None for those of torchvision's own
+            weights, otherwise unknown.
+        epsilon: of the batch normalization layers of the backbone; None for that of torchvision's own weights, otherwise 1e-5.
+        opts: overrides of the Detectron2 config, alternating keys and values.
+
+    Raises:
+        UserError: a file cannot be read, the folder is not empty, or the detector has a part that Detectron2 lacks.
+    """
+    source, folder = os.fspath(source), os.fspath(folder)
+    check_empty(folder)
+    detector = read_detector(source)
+    labels = detector.labels if classes is None else read_labels(classes)
+    kind, import_keys = _kind(detector.weights.keys())
+    weights = Weights(detector.weights, PROGRAM)
+    kept: list[int] = []
+
+    def keep(outputs: int) -> list[int]:
+        kept[:] = _kept(outputs, labels, has_background=kind != "RetinaNet")
+        return kept
+
+    keys = import_keys(weights, keep)
+    weights.check_all_moved()
+    epsilon = next((e for e in (epsilon, detector.epsilon) if e is not None), EPSILON)
+    for name, tensor in weights.moved.items():
+        if name.startswith("backbone.bottom_up.") and name.endswith("running_var"):
+            weights.moved[name] = tensor + (epsilon - EPSILON)
+    names = tuple(name for name in labels if name != NO_CLASS) if labels else None
+    imported = Imported(kind, folder, detectron2_config(keys, opts, PROGRAM), names)
+    write_detector(imported, weights.moved, PROGRAM)
+    return imported
+
+
+def _kind(names: Iterable[str]) -> tuple[str, Callable[[Weights, Choice], Keys]]:
+    """Return the detector that has these weights, and the function that imports it."""
+    names = {*names}
+    if "roi_heads.box_predictor.cls_score.weight" in names:
+        if any(name.startswith("roi_heads.keypoint") for name in names):
+            raise UserError("The torchvision checkpoint is that of a Keypoint R-CNN, which cannot be imported.")
+        is_mask = "roi_heads.mask_predictor.mask_fcn_logits.weight" in names
+        return ("Mask R-CNN" if is_mask else "Faster R-CNN"), import_rcnn
+    if "head.regression_head.bbox_ctrness.weight" in names:
+        raise UserError(
+            "The torchvision checkpoint is that of an FCOS, which computes boxes otherwise than the FCOS of kd_d2."
+        )
+    if "head.classification_head.cls_logits.weight" in names:
+        return "RetinaNet", import_retinanet
+    raise UserError(
+        "The checkpoint is not that of a Faster R-CNN, Mask R-CNN or RetinaNet of torchvision; its first weight is "
+        f"{min(names, default='missing')}."
+    )
+
+
+def _kept(outputs: int, labels: tuple[str, ...] | None, *, has_background: bool) -> list[int]:
+    """Return the outputs of the classes; output 0 is that of the background, or of a label that torchvision's datasets lack."""
+    if labels is None:
+        if outputs == COCO_OUTPUTS:
+            logger.warning(
+                f"The detector has {outputs} outputs, as many as COCO has labels in torchvision: --classes {COCO} names its 80 classes."
+            )
+        return [*range(1, outputs)]
+    if len(labels) == outputs and not has_background:  # labels from 0
+        return [*range(outputs)]
+    if len(labels) != outputs - 1:
+        raise UserError(
+            f"There are {len(labels)} class names, but the detector has {outputs} outputs, of which the first one is for no class."
+        )
+    return [label for label, name in enumerate(labels, 1) if name != NO_CLASS]
