@@ -127,3 +127,13 @@ class Weights:
             raise UserError(
                 f"The {self._program} checkpoint has {len(self._left)} weights for which the detector has no layer; the first one is {min(self._left)}."
             )
+
+
+def sorted_by_scale(parameters: Tensor, ratios: int, scales: int) -> Tensor:
+    """Reorder the outputs of anchors from MMDetection's and torchvision's order, by ratio and then scale, to Detectron2's, by scale and then ratio.
+
+    Args:
+        parameters: (ratios * scales * n, ...)
+        ratios, scales: numbers of them.
+    """
+    return parameters.unflatten(0, (ratios, scales, -1)).transpose(0, 1).flatten(0, 2)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from .settings import Settings
 
 
@@ -37,13 +35,3 @@ def anchor_generator(head: Settings, strides: tuple[int, ...]) -> Settings:
     anchors = head.node("anchor_generator")
     anchors.only(type="AnchorGenerator", strides=strides, center_offset=0.0, scale_major=True)
     return anchors
-
-
-def sorted_by_scale(parameters: Tensor, ratios: int, scales: int) -> Tensor:
-    """Reorder the outputs of anchors from MMDetection's order, by ratio and then scale, to Detectron2's, by scale and then ratio.
-
-    Args:
-        parameters: (ratios * scales * n, ...)
-        ratios, scales: numbers of them.
-    """
-    return parameters.unflatten(0, (ratios, scales, -1)).transpose(0, 1).flatten(0, 2)

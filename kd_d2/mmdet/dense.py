@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 
-from ..imported import Weights
+from ..imported import Weights, sorted_by_scale
 from .backbones import Keys, import_dense_fpn, import_resnet
-from .boxes import anchor_generator, box_coder, nms_threshold, regression_weights, sorted_by_scale
+from .boxes import anchor_generator, box_coder, nms_threshold, regression_weights
 from .settings import Settings
 
 STRIDES = (8, 16, 32, 64, 128)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import logging
 
-from ..imported import Weights
+from ..imported import Weights, sorted_by_scale
 from .backbones import Keys, import_rcnn_fpn, import_resnet
-from .boxes import anchor_generator, box_coder, nms_threshold, regression_weights, sorted_by_scale
+from .boxes import anchor_generator, box_coder, nms_threshold, regression_weights
 from .settings import Settings
 
 logger = logging.getLogger(__name__)

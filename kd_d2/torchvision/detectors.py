@@ -13,8 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UserError
-from ..imported import Weights
-from ..mmdet.boxes import sorted_by_scale
+from ..imported import Weights, sorted_by_scale
 
 Keys = dict[str, Any]
 Choice = Callable[[int], list[int]]
