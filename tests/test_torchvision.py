@@ -142,7 +142,7 @@ def detector_in(folder: Path, *opts: Any) -> nn.Module:
 
 @pytest.mark.parametrize("name", DETECTORS)
 def test_detections_are_those_of_torchvision(tmp_path: Path, save: Callable, name: str) -> None:
-    """Check boxes, scores, classes and masks with the same weights.
+    """Check feature maps, boxes, scores, classes and masks with the same weights.
 
     Detectron2's RetinaNet clips boxes after the NMS, torchvision's before, so that both are compared without NMS.
     """
@@ -153,6 +153,9 @@ def test_detections_are_those_of_torchvision(tmp_path: Path, save: Callable, nam
         theirs.nms_thresh = 1.0
     ours = detector_in(tmp_path / "out", "MODEL.RETINANET.NMS_THRESH_TEST", 1.0)
     with torch.no_grad():
+        images = torch.randn(1, 3, *SIZE, generator=torch.Generator().manual_seed(2))
+        for own, other in zip(ours.backbone(images).values(), theirs.backbone(images).values(), strict=True):
+            torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)
         expected = theirs([image() / 255])[0]
         found = ours([{"image": image(), "height": SIZE[0], "width": SIZE[1]}])[0]["instances"]
     kept = (expected["boxes"][:, 2:] > expected["boxes"][:, :2]).all(1)  # Detectron2 removes boxes without area
