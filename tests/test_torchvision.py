@@ -301,7 +301,6 @@ def test_weights_of_torchvision(tmp_path: Path, download: list[nn.Module]) -> No
     images = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         torch.testing.assert_close(ours.backbone(images)["p3"], model.backbone(images)["1"], rtol=1e-3, atol=1e-3)
-    assert ours.backbone.bottom_up.stem.conv1.norm.running_var[0] == pytest.approx(1e-4 - 1e-5)
     with pytest.raises(
         UserError, match=r"torchvision's weights of fasterrcnn_resnet50_fpn cannot be downloaded: .*no network"
     ):
@@ -309,10 +308,31 @@ def test_weights_of_torchvision(tmp_path: Path, download: list[nn.Module]) -> No
 
 
 def test_epsilon_of_a_file(tmp_path: Path, save: Callable) -> None:
-    path = save(faster_rcnn())
-    for epsilon, expected in ((None, 1.0), (1e-5, 1.0), (0.0, 1 - 1e-5), (1e-3, 1 + 1e-3 - 1e-5)):
+    """Check the factor of a normalization layer, also for a variance that is much smaller than the epsilons."""
+    model, layer = faster_rcnn(), "backbone.bottom_up.stem.conv1.norm"
+    model.backbone.body.bn1.weight.data.fill_(1e-7)
+    model.backbone.body.bn1.running_var.fill_(1e-12)
+    path = save(model)
+    for epsilon, factor in ((None, 10**-4.5), (1e-5, 10**-4.5), (0.0, 0.1), (1e-12, 0.5**0.5 / 10), (1e-3, 10**-5.5)):
         weights, _ = _moved(path, tmp_path / str(epsilon), epsilon=epsilon)
-        assert weights["backbone.bottom_up.res2.0.conv1.norm.running_var"][0] == pytest.approx(expected, abs=1e-7)
+        found = weights[f"{layer}.weight"] * torch.rsqrt(weights[f"{layer}.running_var"] + 1e-5)
+        torch.testing.assert_close(found, torch.full((64,), factor), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("epsilon", [-1e-3, float("nan"), float("inf")])
+def test_epsilon_that_cannot_be(tmp_path: Path, save: Callable, epsilon: float) -> None:
+    with pytest.raises(UserError, match=rf"--batch-norm-eps is {epsilon}; it must be at least 0 and finite."):
+        import_detector(save(faster_rcnn()), tmp_path / "out", epsilon=epsilon)
+
+
+def test_epsilon_of_0_with_variances_of_0(tmp_path: Path, save: Callable) -> None:
+    model = faster_rcnn()
+    model.backbone.body.layer1[0].bn2.running_var[3] = 0
+    with pytest.raises(
+        UserError,
+        match=r"cannot be 0: backbone.bottom_up.res2.0.conv2.norm.running_var of the imported detector has zeros.",
+    ):
+        import_detector(save(model), tmp_path / "out", epsilon=0.0)
 
 
 def _fcos() -> nn.Module:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from ..checkpoint import StateDict
 from ..errors import UserError
 from ..imported import Imported, Weights, check_empty, detectron2_config, write_detector
 from .detectors import Choice, Keys, import_rcnn, import_retinanet
@@ -44,6 +46,8 @@ def import_detector(
     """
     source, folder = os.fspath(source), os.fspath(folder)
     check_empty(folder)
+    if epsilon is not None and not 0 <= epsilon < math.inf:
+        raise UserError(f"--batch-norm-eps is {epsilon}; it must be at least 0 and finite.")
     detector = read_detector(source)
     labels = detector.labels if classes is None else read_labels(classes)
     kind, import_keys = _kind(detector.weights.keys())
@@ -57,9 +61,7 @@ def import_detector(
     keys = import_keys(weights, keep)
     weights.check_all_moved()
     epsilon = next((e for e in (epsilon, detector.epsilon) if e is not None), EPSILON)
-    for name, tensor in weights.moved.items():
-        if name.startswith("backbone.bottom_up.") and name.endswith("running_var"):
-            weights.moved[name] = tensor + (epsilon - EPSILON)
+    _adapt_to_epsilon(weights.moved, epsilon)
     names = tuple(name for name in labels if name != NO_CLASS) if labels else None
     imported = Imported(kind, folder, detectron2_config(keys, opts, PROGRAM), names)
     write_detector(imported, weights.moved, PROGRAM)
@@ -84,6 +86,22 @@ def _kind(names: Iterable[str]) -> tuple[str, Callable[[Weights, Choice], Keys]]
         "The checkpoint is not that of a Faster R-CNN, Mask R-CNN or RetinaNet of torchvision; its first weight is "
         f"{min(names, default='missing')}."
     )
+
+
+def _adapt_to_epsilon(weights: StateDict, epsilon: float) -> None:
+    """Scale the weights of the backbone's normalization layers, so that Detectron2's epsilon gives the same outputs.
+
+    Variances are not changed: torchvision's ResNets have some of 1e-12 and less, which a sum with 1e-5 would round away.
+    """
+    for name, variance in weights.items():
+        if name.startswith("backbone.bottom_up.") and name.endswith(".running_var"):
+            weight = name.removesuffix("running_var") + "weight"
+            if (variance + epsilon <= 0).any():
+                raise UserError(
+                    f"The epsilon of the batch normalization layers cannot be {epsilon:g}: {name} of the imported detector has zeros."
+                )
+            factor = ((variance.double() + EPSILON) / (variance.double() + epsilon)).sqrt()
+            weights[weight] = (weights[weight] * factor).to(weights[weight].dtype)
 
 
 def _kept(outputs: int, labels: tuple[str, ...] | None, *, has_background: bool) -> list[int]:
