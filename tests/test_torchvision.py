@@ -398,5 +398,7 @@ def test_a_teacher_from_torchvision(
     assert run.losses[0]["loss_feature_imitation"] > 0
     with pytest.raises(UserError, match="exists already and is not an empty folder"):
         import_detector(path, folder)
+    with pytest.raises(UserError, match=r"OUT .*net.pth/new cannot be written: Not a directory."):
+        import_detector(path, path / "new")
     with pytest.raises(UserError, match="There is no checkpoint retinanet"):
         import_detector("retinanet", tmp_path / "new")

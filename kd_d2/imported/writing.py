@@ -15,7 +15,7 @@ from ..class_names import as_comment
 from ..config import add_kd_config, changed_keys
 from ..config.reading import merge, tree_from_opts
 from ..errors import UserError
-from ..files import write_text
+from ..files import check_output_folder, write_text
 from ..modeling.building import build_detector
 from ..text import label
 
@@ -80,7 +80,7 @@ def write_detector(imported: Imported, weights: StateDict, program: str) -> None
     """Write config and checkpoint to the folder of an imported detector.
 
     Raises:
-        UserError: weights of the detector are missing, or do not fit.
+        UserError: weights of the detector are missing or do not fit, or the folder cannot be written.
     """
     cfg, classes, folder = imported.cfg, imported.classes, imported.folder
     on_cpu = cfg.clone()
@@ -92,7 +92,7 @@ def write_detector(imported: Imported, weights: StateDict, program: str) -> None
     if unfilled := [name for name in unfilled if name not in counters]:
         reason = fit.misfits.get(unfilled[0], "missing" if unfilled[0] in fit.missing else "not a weight of the model")
         raise UserError(f"The {program} checkpoint does not fit the detector: {unfilled[0]} is {reason}.")
-    os.makedirs(folder, exist_ok=True)
+    check_output_folder(folder, "OUT")
     checkpointer = KDCheckpointer(detector, folder)
     checkpointer.class_names = list(classes) if classes else None
     checkpointer.save(WEIGHTS.removesuffix(".pth"))
