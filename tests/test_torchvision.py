@@ -238,6 +238,14 @@ def test_names_of_classes(tmp_path: Path, save: Callable, caplog: pytest.LogCapt
     assert not (tmp_path / "wrong").exists()
     import_detector(save(retinanet(outputs=91)), tmp_path / "coco")
     assert "as many as COCO has labels in torchvision: --classes coco names its 80 classes" in caplog.text
+    file.write_text("cat\nN/A\nN/A")
+    assert read_labels(str(file)) == ("cat", "N/A", "N/A")
+    file.write_text("cat\ndog\ncat")
+    with pytest.raises(UserError, match="has the name 'cat' more than once"):
+        read_labels(str(file))
+    file.write_text("cat")
+    _, imported = _moved(save(retinanet(outputs=1)), tmp_path / "one", classes=str(file))
+    assert imported.number_of_classes == 1
     file.write_text("\n")
     with pytest.raises(UserError, match="has no names: one in each line"):
         read_labels(str(file))
@@ -366,6 +374,7 @@ def _changed(model: nn.Module, **changes: Any) -> dict[str, Tensor]:
         (lambda: {**retinanet().state_dict(), "head.extra.weight": torch.zeros(1)}, "has 1 weights for which the detector has no layer; the first one is head.extra.weight."),
         (lambda: _changed(faster_rcnn(), rpn__head__cls_logits=torch.zeros(15)), "has an RPN of 15 anchors per cell, not torchvision's 3."),
         (lambda: _changed(retinanet(), cls_logits=torch.zeros(40)), "has 40 outputs of classes, not a multiple of torchvision's 9 anchors."),
+        (lambda: retinanet(outputs=1), "The detector has only output 0, which is for no class; if a RetinaNet was trained with labels from 0"),
         (lambda: _changed(retinanet(), inner_blocks__2=None), "has an FPN of 2 levels; 3 are needed."),
         (lambda: _changed(retinanet(), fpn__layer_blocks__0__0__weight=torch.zeros(3)), r"does not fit the detector: backbone.fpn_output3.weight is shape \(3,\) offered"),
     ],

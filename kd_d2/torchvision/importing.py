@@ -12,14 +12,13 @@ from ..checkpoint import StateDict
 from ..errors import UserError
 from ..imported import Imported, Weights, check_empty, detectron2_config, write_detector
 from .detectors import Choice, Keys, import_rcnn, import_retinanet
-from .reading import COCO, read_detector, read_labels
+from .reading import COCO, NO_CLASS, read_detector, read_labels
 
 logger = logging.getLogger(__name__)
 
 PROGRAM = "torchvision"
 EPSILON = 1e-5
 """What Detectron2's batch normalization adds to variances."""
-NO_CLASS = "N/A"
 COCO_OUTPUTS = 91
 
 
@@ -107,6 +106,10 @@ def _adapt_to_epsilon(weights: StateDict, epsilon: float) -> None:
 def _kept(outputs: int, labels: tuple[str, ...] | None, *, has_background: bool) -> list[int]:
     """Return the outputs of the classes; output 0 is that of the background, or of a label that torchvision's datasets lack."""
     if labels is None:
+        if outputs == 1:
+            raise UserError(
+                "The detector has only output 0, which is for no class; if a RetinaNet was trained with labels from 0, name its class with --classes."
+            )
         if outputs == COCO_OUTPUTS:
             logger.warning(
                 f"The detector has {outputs} outputs, as many as COCO has labels in torchvision: --classes {COCO} names its 80 classes."

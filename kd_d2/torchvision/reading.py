@@ -18,6 +18,7 @@ from ..plain_yaml import read_text
 logger = logging.getLogger(__name__)
 
 COCO = "coco"
+NO_CLASS = "N/A"
 WRAPPERS = ("model", "state_dict", "model_state_dict")
 """Entries with the weights in checkpoints that have others too, such as those of torchvision's reference scripts."""
 
@@ -67,13 +68,15 @@ def read_labels(source: str) -> tuple[str, ...]:
     """Return class names by label, from label 1: those of torchvision's COCO, or the lines of a text file.
 
     Raises:
-        UserError: the file cannot be read, or has no lines.
+        UserError: the file cannot be read, has no lines, or has a name twice.
     """
     if source == COCO:
         return _coco()
     names = tuple(line.strip() for line in read_text(source, f"--classes {source}").splitlines() if line.strip())
     if not names:
         raise UserError(f"--classes {source} has no names: one in each line is needed, in the order of the labels.")
+    if twice := [name for name in names if names.count(name) > 1 and name != NO_CLASS]:
+        raise UserError(f"--classes {source} has the name {twice[0]!r} more than once.")
     return names
 
 
