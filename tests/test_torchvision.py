@@ -262,7 +262,7 @@ OLD = {
 
 @pytest.mark.parametrize("name", ["mask-rcnn", "retinanet"])
 def test_other_files_with_the_same_weights(tmp_path: Path, save: Callable, name: str) -> None:
-    """Check old names, the prefix of DistributedDataParallel, and entries of torchvision's reference scripts."""
+    """Check old names, prefixes of programs that wrap a model, and entries of torchvision's reference scripts."""
     weights = build(name).state_dict()
     expected, _ = _moved(save(weights), tmp_path / "new")
     old = {}
@@ -272,8 +272,9 @@ def test_other_files_with_the_same_weights(tmp_path: Path, save: Callable, name:
         old[key] = tensor
     assert old.keys() != weights.keys()
     parallel = {f"module.{key}": tensor for key, tensor in weights.items()}
+    lightning = {"state_dict": {f"detector._orig_mod.{key}": tensor for key, tensor in old.items()}}
     script = {"model": weights, "optimizer": {"state": {}}, "args": Path("x"), "epoch": 3}
-    for index, content in enumerate([old, parallel, script, {"model_state_dict": weights}]):
+    for index, content in enumerate([old, parallel, lightning, script, {"model_state_dict": weights}]):
         found, _ = _moved(save(content), tmp_path / str(index))
         assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
         assert found.keys() == expected.keys()

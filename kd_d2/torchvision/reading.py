@@ -22,6 +22,9 @@ NO_CLASS = "N/A"
 WRAPPERS = ("model", "state_dict", "model_state_dict")
 """Entries with the weights in checkpoints that have others too, such as those of torchvision's reference scripts."""
 
+FIRST = "backbone.body.conv1.weight"
+"""Weight before whose name others have a prefix, such as those of DistributedDataParallel, torch.compile or Lightning."""
+
 
 @dataclass(frozen=True)
 class TorchvisionDetector:
@@ -61,7 +64,8 @@ def read_detector(source: str) -> TorchvisionDetector:
             f"in which {' or '.join(WRAPPERS)} are the weights."
         )
     check_weights(weights, source)
-    return TorchvisionDetector({_name(name): tensor for name, tensor in weights.items()}, None, None)
+    prefix = next((name.removesuffix(FIRST) for name in weights if name.endswith(FIRST)), "")
+    return TorchvisionDetector({_name(name.removeprefix(prefix)): t for name, t in weights.items()}, None, None)
 
 
 def read_labels(source: str) -> tuple[str, ...]:
@@ -96,9 +100,7 @@ def _pretrained(name: str) -> TorchvisionDetector:
 
 
 def _name(name: str) -> str:
-    """Return torchvision's current name of a weight, without the prefix of DistributedDataParallel."""
-    name = name.removeprefix("module.")
-    # Names before torchvision 0.13.
+    """Return the current name of a weight from its name in any version of torchvision; names changed in 0.13."""
     name = re.sub(r"^(backbone\.fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)$", r"\1.0.\2", name)
     name = re.sub(r"^rpn\.head\.conv\.(weight|bias)$", r"rpn.head.conv.0.0.\1", name)
     name = re.sub(
