@@ -55,6 +55,7 @@ def test_a_smaller_student(tmp_path, monkeypatch):
 
 def test_a_backbone_from_timm(tmp_path, monkeypatch):
     """Check that the guide's example is a valid config over the README's, and builds the network."""
+    pytest.importorskip("timm")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.yaml").write_text(example("config", "README.md"))
     (tmp_path / "mobile.yaml").write_text(example("timm", "docs/guides/own-data.md"))

@@ -15,11 +15,13 @@ from kd_d2.inheritance import inherit
 from kd_d2.modeling import TimmNetwork
 
 import pytest
-import safetensors.torch
-import timm
 import torch
 from detectron2.modeling import build_backbone, build_model
 from torch import Tensor, nn
+
+NEEDS_EXTRA = "needs the extra timm: pip install '.[timm]'"
+timm = pytest.importorskip("timm", reason=NEEDS_EXTRA)
+safetensors_torch = pytest.importorskip("safetensors.torch", reason=NEEDS_EXTRA)
 
 PYRAMID = ["res3", "res4", "res5"]
 BACKBONE = "build_retinanet_timm_fpn_backbone"
@@ -96,6 +98,12 @@ def test_freezing(freeze_at: int, frozen: set[str]) -> None:
     changed = {name.split(".")[0] for name in after if not torch.equal(after[name], before[name])}
     assert unchanged - changed == frozen
     assert not frozen & changed
+
+
+def test_freezing_more_than_there_is() -> None:
+    """Check a stage after the last one that is returned."""
+    net = TimmNetwork("resnet10t", ["res2", "res3"], freeze_at=5)
+    assert not any(parameter.requires_grad for parameter in net.parameters())
 
 
 def test_freezing_needs_only_what_the_stage_is_computed_with() -> None:
@@ -181,7 +189,7 @@ def test_weights_of_a_classifier(
     caplog.set_level(logging.INFO)
     weights = timm.create_model("mobilenetv3_small_050").state_dict()
     torch.save(weights, tmp_path / "net.pth")
-    safetensors.torch.save_file(weights, tmp_path / "model.safetensors")
+    safetensors_torch.save_file(weights, tmp_path / "model.safetensors")
     for file in ("net.pth", "model.safetensors"):
         model = build_model(timm_cfg("mobilenetv3_small_050", {"NORM": norm}))
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -196,13 +204,15 @@ def test_weights_of_a_classifier(
         assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == []
 
 
-def test_names_that_torchvision_has_too(timm_cfg: Callable, tmp_path: Path) -> None:
-    """Check a ResNet, whose files are in torchvision's format."""
+def test_names_that_torchvision_has_too(timm_cfg: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Check a ResNet, whose files are in torchvision's format, and of which only the classifier is not used."""
+    caplog.set_level(logging.INFO)
     weights = timm.create_model("resnet18").state_dict()
     torch.save(weights, tmp_path / "resnet18.pth")
     model = build_model(timm_cfg("resnet18"))
     KDCheckpointer(model).load(str(tmp_path / "resnet18.pth"))
     assert torch.equal(model.backbone.bottom_up.model.layer4[1].conv2.weight, weights["layer4.1.conv2.weight"])
+    assert "Not used" not in caplog.text
 
 
 def test_weights_that_do_not_fit(timm_cfg: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -367,7 +367,7 @@ def _changed(model: nn.Module, **changes: Any) -> dict[str, Tensor]:
         (_fcos, "that of an FCOS, which computes boxes otherwise than the FCOS of kd_d2."),
         (lambda: torchvision.models.detection.keypointrcnn_resnet50_fpn(weights=None, weights_backbone=None), "that of a Keypoint R-CNN"),
         (lambda: torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None), "another backbone than a ResNet"),
-        (lambda: torchvision.models.resnet18(), "The checkpoint is not that of a Faster R-CNN, Mask R-CNN or RetinaNet of torchvision; its first weight is bn1.bias."),
+        (lambda: torchvision.models.resnet18(), "is not the checkpoint of a Faster R-CNN, Mask R-CNN or RetinaNet of torchvision; its first weight is bn1.bias."),
         (lambda: torch.zeros(1), "has no weights: a checkpoint is needed that was saved with torch.save"),
         (lambda: {"epoch": 3}, "has no weights: a checkpoint is needed that was saved with torch.save"),
         (lambda: _changed(retinanet(), layer4__1=None), r"has a ResNet of \(2, 2, 2, 1\) blocks, which Detectron2 does not have."),
@@ -412,3 +412,7 @@ def test_a_teacher_from_torchvision(
         import_detector(path, path / "new")
     with pytest.raises(UserError, match="There is no checkpoint retinanet"):
         import_detector("retinanet", tmp_path / "new")
+    with pytest.raises(
+        UserError, match="The ssd300_vgg16 of torchvision cannot be imported; fasterrcnn_resnet50_fpn, "
+    ):
+        import_detector("ssd300_vgg16", tmp_path / "new")

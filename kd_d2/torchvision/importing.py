@@ -49,7 +49,7 @@ def import_detector(
         raise UserError(f"--batch-norm-eps is {epsilon}; it must be at least 0 and finite.")
     detector = read_detector(source)
     labels = detector.labels if classes is None else read_labels(classes)
-    kind, import_keys = _kind(detector.weights.keys())
+    kind, import_keys = _kind(detector.weights.keys(), source)
     weights = Weights(detector.weights, PROGRAM)
     kept: list[int] = []
 
@@ -67,7 +67,7 @@ def import_detector(
     return imported
 
 
-def _kind(names: Iterable[str]) -> tuple[str, Callable[[Weights, Choice], Keys]]:
+def _kind(names: Iterable[str], source: str) -> tuple[str, Callable[[Weights, Choice], Keys]]:
     """Return the detector that has these weights, and the function that imports it."""
     names = {*names}
     if "roi_heads.box_predictor.cls_score.weight" in names:
@@ -82,7 +82,7 @@ def _kind(names: Iterable[str]) -> tuple[str, Callable[[Weights, Choice], Keys]]
     if "head.classification_head.cls_logits.weight" in names:
         return "RetinaNet", import_retinanet
     raise UserError(
-        "The checkpoint is not that of a Faster R-CNN, Mask R-CNN or RetinaNet of torchvision; its first weight is "
+        f"{source} is not the checkpoint of a Faster R-CNN, Mask R-CNN or RetinaNet of torchvision; its first weight is "
         f"{min(names, default='missing')}."
     )
 

@@ -50,7 +50,11 @@ def read_detector(source: str) -> TorchvisionDetector:
     Raises:
         UserError: the file cannot be read or has no weights, or the weights cannot be downloaded.
     """
-    if not os.path.exists(source) and source in torchvision.models.list_models(module=torchvision.models.detection):
+    names = torchvision.models.list_models(module=torchvision.models.detection)
+    if not os.path.exists(source) and source in names:
+        imported = [name for name in names if re.match(r"(fasterrcnn|maskrcnn|retinanet)_resnet", name)]
+        if source not in imported:
+            raise UserError(f"The {source} of torchvision cannot be imported; {', '.join(imported)} can.")
         return _pretrained(source)
     content = read_tensors_and_text(source)
     weights = (
@@ -93,7 +97,7 @@ def _pretrained(name: str) -> TorchvisionDetector:
     logger.info(f"Downloading torchvision's weights of {name}")
     try:
         model = torchvision.models.get_model(name, weights="DEFAULT")
-    except OSError as error:  # also HTTP errors
+    except (OSError, RuntimeError) as error:  # HTTP errors, and a file with another hash
         raise UserError(f"torchvision's weights of {name} cannot be downloaded: {error}.") from error
     epsilon = next((m.eps for n, m in model.named_modules() if n == "backbone.body.bn1"), None)
     return TorchvisionDetector(model.state_dict(), epsilon, _coco())
