@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 # Strides by Detectron2's stage names.
 STRIDES = {"stem": 2, "res2": 4, "res3": 8, "res4": 16, "res5": 32}
-PROBE_SIZE = (128, 192)
+PROBE_SIZE = (96, 160)
+"""Height and width of an image, odd multiples of 32, to which Detectron2 pads."""
 ANY_SIZE = {"strict_img_size": False, "always_partition": True}
 """Arguments of those of timm's networks that need them for images of any size."""
 BATCH_NORM = nn.BatchNorm2d | nn.SyncBatchNorm
