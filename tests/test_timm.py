@@ -113,6 +113,18 @@ def test_freezing_needs_only_what_the_stage_is_computed_with() -> None:
     assert frozen == {"stem.0", "stem.1", "stages.0"}
 
 
+def test_layers_that_no_stage_depends_on_are_not_trained() -> None:
+    """Check HRNet, which also computes a map of stride 4: training in several processes needs a gradient of each weight."""
+    net = TimmNetwork("hrnet_w18_small", PYRAMID)
+    sum(map(Tensor.sum, net(_images(32, 32)).values())).backward()
+    fixed = {name for name, parameter in net.named_parameters() if parameter.grad is None}
+    branches = ("model.stage4.0.fuse_layers.0.", "model.incre_modules.0.")
+    convolutions = {n for n, m in net.named_modules() if n.startswith(branches) and isinstance(m, nn.Conv2d)}
+    assert {name.removesuffix(".weight") for name in fixed} == convolutions
+    assert not any(parameter.requires_grad for name, parameter in net.named_parameters() if name in fixed)
+    assert not isinstance(net.model.stage4[0].fuse_layers[0][1][1], nn.BatchNorm2d)
+
+
 @pytest.mark.parametrize("norm", ["BN", "SyncBN", "FrozenBN"])
 def test_norms(norm: str) -> None:
     """Check which statistics a forward pass in training updates, on one process, and that no output differs otherwise."""

@@ -90,22 +90,24 @@ class TimmNetwork(Backbone):
                     f"{STRIDES[last]}; it can be {', '.join(['0', *allowed[:-1]])} or {allowed[-1]}."
                 )
             frozen = min(indices[last], max(self._indices.values()))
-        shapes, ancestors = self._probe(frozen)
+        shapes, fixed = self._probe(frozen)
         self._out_features = out_features
         self._out_feature_strides = {stage: STRIDES[stage] for stage in out_features}
         self._out_feature_channels = {stage: shapes[stage][0] for stage in out_features}
-        self._freeze(ancestors)
+        self._freeze(fixed)
         self._set_norm(norm)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Map images (B, 3, H, W) to the outputs of the stages in `out_features`, by name."""
         return dict(zip(self._indices, _feature_maps(self.model, x, [*self._indices.values()]), strict=True))
 
+    @torch.enable_grad()
     def _probe(self, frozen: int | None) -> tuple[dict[str, torch.Size], set[str]]:
         """Remove the layers after the last stage, and run a copy without memory.
 
         Returns:
-            The stages' shapes (C, H, W), and the names of the parameters that feature map `frozen` depends on.
+            The stages' shapes (C, H, W), and the names of the parameters not to train: those that feature map `frozen`
+            depends on, and those that no stage depends on, such as HRNet's branches to a stage that is not returned.
         """
         indices = [*self._indices.values()]
         image = torch.zeros(1, 3, *PROBE_SIZE, device="meta")
@@ -124,12 +126,8 @@ class TimmNetwork(Backbone):
                     f"{self.name} of timm cannot be used: its feature map of stride {STRIDES[stage]} has "
                     f"{shape[1]} x {shape[2]} cells for images of {PROBE_SIZE[0]} x {PROBE_SIZE[1]} pixels."
                 )
-        ancestors = set()
-        if last is not None:
-            parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-            gradients = torch.autograd.grad(last.sum(), [*parameters.values()], allow_unused=True)
-            ancestors = {name for name, g in zip(parameters, gradients, strict=True) if g is not None}
-        return shapes, ancestors
+        fixed = {name for name, _ in model.named_parameters()} - _ancestors(model, maps)
+        return shapes, fixed if last is None else fixed | _ancestors(model, [last])
 
     def _freeze(self, names: set[str]) -> None:
         """Freeze parameters, and batch normalization layers whose parameters are all frozen."""
@@ -195,6 +193,14 @@ def _stages(model: nn.Module, name: str) -> dict[str, int]:
     stages = {stride: stage for stage, stride in STRIDES.items()}
     reductions = [info["reduction"] for info in model.feature_info]
     return {stages[stride]: index for index, stride in enumerate(reductions) if stride in stages}
+
+
+def _ancestors(model: nn.Module, maps: list[Tensor]) -> set[str]:
+    """Return the names of the parameters that feature maps depend on."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    sums = [one.sum() for one in maps]
+    gradients = torch.autograd.grad(sums, [*parameters.values()], retain_graph=True, allow_unused=True)
+    return {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
 
 
 def _feature_maps(model: nn.Module, x: Tensor, indices: list[int]) -> list[Tensor]:
