@@ -166,6 +166,9 @@ def test_stochastic_depth() -> None:
     [
         ("mobilenetv3_tiny", {}, r"MODEL.TIMM.NAME is 'mobilenetv3_tiny', but timm \S+ has no such network; similar ones: mobilenetv3_"),
         ("qqq", {}, r"MODEL.TIMM.NAME is 'qqq', but timm \S+ has no such network\."),
+        ("", {}, r"MODEL.TIMM.NAME is '', but timm \S+ has no such network\."),
+        ("resnet18.qqq", {}, r"MODEL.TIMM.NAME is 'resnet18.qqq', but timm \S+ cannot create it: Invalid pretrained tag \(qqq\) for resnet18\."),
+        ("local-dir:/nope", {}, r"MODEL.TIMM.NAME is 'local-dir:/nope', but timm \S+ cannot create it"),
         ("test_vit", {}, "MODEL.RESNETS.OUT_FEATURES names res3, res5; test_vit of timm has res4."),
         ("convmixer_768_32", {}, "names res3, res4, res5; convmixer_768_32 of timm has no feature maps of strides 4 to 32."),
         ("test_convnext", {"freeze_at": 1}, "FREEZE_AT is 1, but test_convnext of timm has no feature map of stride 2; it can be 0, 2, 3, 4 or 5."),
@@ -244,6 +247,9 @@ def test_weights_that_do_not_fit(timm_cfg: Callable, tmp_path: Path, caplog: pyt
     with pytest.raises(
         UserError, match="mobilenetv3_small_050 in timm's format, but none of its weights fits the model"
     ):
+        KDCheckpointer(model).load(str(path))
+    torch.save(timm.create_model("resnet18").state_dict(), path)
+    with pytest.raises(UserError, match="holds a ResNet in torchvision's format, but RetinaNet has 0 ResNets to fill"):
         KDCheckpointer(model).load(str(path))
     torch.save(timm.create_model("mobilenetv3_small_050").state_dict(), path)
     with pytest.raises(UserError, match="initial weights of a classifier, but the teacher must be a trained detector"):

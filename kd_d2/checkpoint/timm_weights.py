@@ -62,10 +62,12 @@ def _pretrained(path: str) -> Any:
 
 
 def timm_network(model: nn.Module, weights: StateDict) -> str | None:
-    """Return the name of the module of a detector that is the network of timm which weights with timm's names are for, or None."""
+    """Return the name of a detector's module that is a network of timm with most of the names of the weights, or None."""
     for name, module in model.named_modules():
-        if isinstance(module, TimmNetwork) and module.model.state_dict().keys() & weights.keys():
-            return name
+        if isinstance(module, TimmNetwork):
+            own = module.model.state_dict().keys()
+            if 2 * len(own & weights.keys()) > min(len(own), len(weights)):
+                return name
     return None
 
 

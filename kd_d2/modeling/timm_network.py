@@ -168,14 +168,15 @@ def _create(name: str, drop_path_rate: float) -> nn.Module:
         own = inspect.signature(type(model)).parameters
         any_size = {key: value for key, value in ANY_SIZE.items() if key in own}
         return timm.create_model(name, **arguments, **any_size) if any_size else model
-    except RuntimeError as error:
-        if "Unknown model" not in str(error):
-            raise
-        similar = timm.list_models(f"*{name.partition('.')[0].partition('_')[0]}*")
-        hint = f"; similar ones: {', '.join(similar[:5])}" if similar else ""
-        raise UserError(
-            f"MODEL.TIMM.NAME is {name!r}, but timm {timm.__version__} has no such network{hint}."
-        ) from error
+    except (RuntimeError, ValueError, OSError) as error:
+        given = f"MODEL.TIMM.NAME is {name!r}, but timm {timm.__version__}"
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        if "Unknown model" not in reason:
+            raise UserError(f"{given} cannot create it: {reason}.") from error
+        family = name.partition(".")[0].partition("_")[0]
+        similar = timm.list_models(f"*{family}*")[:5] if family else []
+        hint = f"; similar ones: {', '.join(similar)}" if similar else ""
+        raise UserError(f"{given} has no such network{hint}.") from error
     except TypeError as error:
         if "drop_path_rate" not in str(error):
             raise
