@@ -80,17 +80,7 @@ class TimmNetwork(Backbone):
                 f"{', '.join(stage for stage in indices if stage != 'stem') or 'no feature maps of strides 4 to 32'}."
             )
         self._indices = {stage: indices[stage] for stage in STRIDES if stage in out_features}
-        frozen = None
-        if freeze_at > 0:
-            last = [*STRIDES][min(freeze_at, len(STRIDES)) - 1]
-            if last not in indices:
-                allowed = [str(number) for number, stage in enumerate(STRIDES, 1) if stage in indices]
-                raise UserError(
-                    f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}, but {name} of timm has no feature map of stride "
-                    f"{STRIDES[last]}; it can be {', '.join(['0', *allowed[:-1]])} or {allowed[-1]}."
-                )
-            frozen = min(indices[last], max(self._indices.values()))
-        shapes, fixed = self._probe(frozen)
+        shapes, fixed = self._probe(self._last_frozen(indices, freeze_at))
         self._out_features = out_features
         self._out_feature_strides = {stage: STRIDES[stage] for stage in out_features}
         self._out_feature_channels = {stage: shapes[stage][0] for stage in out_features}
@@ -100,6 +90,19 @@ class TimmNetwork(Backbone):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Map images (B, 3, H, W) to the outputs of the stages in `out_features`, by name."""
         return dict(zip(self._indices, _feature_maps(self.model, x, [*self._indices.values()]), strict=True))
+
+    def _last_frozen(self, indices: dict[str, int], freeze_at: int) -> int | None:
+        """Return the index of the last feature map to freeze, at most that of the last stage; None for none."""
+        if freeze_at <= 0:
+            return None
+        last = [*STRIDES][min(freeze_at, len(STRIDES)) - 1]
+        if last not in indices:
+            allowed = [str(number) for number, stage in enumerate(STRIDES, 1) if stage in indices]
+            raise UserError(
+                f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}, but {self.name} of timm has no feature map of stride "
+                f"{STRIDES[last]}; it can be {', '.join(['0', *allowed[:-1]])} or {allowed[-1]}."
+            )
+        return min(indices[last], max(self._indices.values()))
 
     @torch.enable_grad()
     def _probe(self, frozen: int | None) -> tuple[dict[str, torch.Size], set[str]]:
