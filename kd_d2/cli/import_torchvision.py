@@ -1,6 +1,6 @@
 """Import a detector of torchvision, as a teacher or to deploy it.
 
-kd-d2 import-torchvision CHECKPOINT OUT [--classes FILE] [KEY VALUE ...]
+kd-d2 import-torchvision CHECKPOINT OUT [--classes FILE] [--batch-norm-eps X] [KEY VALUE ...]
 
 Writes OUT/config.yaml and OUT/model_final.pth, a Detectron2 config and checkpoint; OUT can be used like the output
 folder of a training. Detectors: Faster R-CNN, Mask R-CNN and RetinaNet with a ResNet or ResNeXt and FPN, such as those of
