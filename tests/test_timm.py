@@ -174,7 +174,7 @@ def test_stochastic_depth() -> None:
         ("test_convnext", {"freeze_at": 1}, "FREEZE_AT is 1, but test_convnext of timm has no feature map of stride 2; it can be 0, 2, 3, 4 or 5."),
         ("inception_v3", {}, "inception_v3 of timm cannot be used: its feature map of stride 8 has 9 x 17 cells for images of 96 x 160 pixels."),
         ("mobilevitv2_050", {}, "mobilevitv2_050 of timm cannot be used: its feature map of stride 32 has 4 x 6 cells for images of 96 x 160 pixels."),
-        ("efficientformerv2_s0", {}, "efficientformerv2_s0 of timm cannot map images of any size to feature maps: shape"),
+        ("efficientformerv2_s0", {}, "efficientformerv2_s0 of timm cannot compute feature maps for images of any size: shape"),
         ("dla46x_c", {"drop_path_rate": 0.1}, "MODEL.TIMM.DROP_PATH_RATE is 0.1, but dla46x_c has no stochastic depth."),
     ],
 )  # fmt: skip

@@ -168,6 +168,8 @@ def test_detections_are_those_of_torchvision(tmp_path: Path, save: Callable, nam
     assert torch.equal(found.pred_classes[own], labels[order] - 1)
     torch.testing.assert_close(found.pred_boxes.tensor[own], boxes[order], atol=2e-2, rtol=0)
     if "masks" in expected:
+        logits = theirs.roi_heads.mask_predictor.mask_fcn_logits
+        assert torch.equal(ours.roi_heads.mask_head.predictor.weight, logits.weight[1:])
         areas = (expected["masks"][kept][:, 0] > 0.5).sum((1, 2)).float()[order]
         assert (found.pred_masks.sum((1, 2))[own] - areas).abs().mean() < 0.2 * areas.mean()
 
@@ -237,7 +239,7 @@ def test_names_of_classes(tmp_path: Path, save: Callable, caplog: pytest.LogCapt
         import_detector(save(faster_rcnn()), tmp_path / "wrong", str(file))
     assert not (tmp_path / "wrong").exists()
     import_detector(save(retinanet(outputs=91)), tmp_path / "coco")
-    assert "as many as COCO has labels in torchvision: --classes coco names its 80 classes" in caplog.text
+    assert "if it is one, --classes coco selects and names its 80 classes" in caplog.text
     file.write_text("cat\nN/A\nN/A")
     assert read_labels(str(file)) == ("cat", "N/A", "N/A")
     file.write_text("cat\ndog\ncat")
@@ -364,7 +366,7 @@ def _changed(model: nn.Module, **changes: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (_fcos, "that of an FCOS, which computes boxes otherwise than the FCOS of kd_d2."),
+        (_fcos, "that of an FCOS, which computes boxes differently from kd_d2's FCOS."),
         (lambda: torchvision.models.detection.keypointrcnn_resnet50_fpn(weights=None, weights_backbone=None), "that of a Keypoint R-CNN"),
         (lambda: torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None), "another backbone than a ResNet"),
         (lambda: torchvision.models.resnet18(), "is not the checkpoint of a Faster R-CNN, Mask R-CNN or RetinaNet of torchvision; its first weight is bn1.bias."),

@@ -87,7 +87,7 @@ TORCHVISION_INPUT = {
 
 
 def other_input(model: nn.Module, needed: dict[str, Any]) -> str | None:
-    """Return what is wrong, as the end of the clause "weights, which need", if a detector's keys of the input have other values."""
+    """Return the first key of `needed` with another value in a detector, as "KEY value; the config says value", or None."""
     actual = {
         "INPUT.FORMAT": getattr(model, "input_format", None),
         "MODEL.PIXEL_MEAN": [round(value, 3) for value in model.pixel_mean.flatten().tolist()],

@@ -130,7 +130,7 @@ class Weights:
 
 
 def sorted_by_scale(parameters: Tensor, ratios: int, scales: int) -> Tensor:
-    """Reorder the outputs of anchors from MMDetection's and torchvision's order, by ratio and then scale, to Detectron2's, by scale and then ratio.
+    """Reorder outputs per anchor from MMDetection's and torchvision's order (ratio, scale) to Detectron2's (scale, ratio).
 
     Args:
         parameters: (ratios * scales * n, ...)

@@ -13,10 +13,10 @@ from torch import Tensor
 
 @ANCHOR_GENERATOR_REGISTRY.register()
 class TorchvisionAnchorGenerator(DefaultAnchorGenerator):
-    """Anchors as those of torchvision's detectors: with whole coordinates, and with strides from the size of the image.
+    """Anchors of torchvision's detectors, with integer coordinates and strides that depend on the size of the image.
 
-    The stride of a feature map is the image's side, divided by that of the map and rounded down, also where padding makes
-    it less than a power of two.
+    The stride of a feature map is the side of the padded image divided by that of the map, rounded down: with a side of
+    800 pixels, a map of 13 cells has a stride of 61 pixels instead of 64.
     """
 
     def generate_cell_anchors(

@@ -121,7 +121,9 @@ class TimmNetwork(Backbone):
             last = None if frozen is None else _feature_maps(model, image, [frozen])[0]
         except Exception as error:  # of any kind, in timm's networks
             reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
-            raise UserError(f"{self.name} of timm cannot map images of any size to feature maps: {reason}.") from error
+            raise UserError(
+                f"{self.name} of timm cannot compute feature maps for images of any size: {reason}."
+            ) from error
         shapes = {stage: one.shape[1:] for stage, one in zip(self._indices, maps, strict=True)}
         for stage, shape in shapes.items():
             if shape[1:] != tuple(side // STRIDES[stage] for side in PROBE_SIZE):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -51,12 +52,7 @@ def import_detector(
     labels = detector.labels if classes is None else read_labels(classes)
     kind, import_keys = _kind(detector.weights.keys(), source)
     weights = Weights(detector.weights, PROGRAM)
-    kept: list[int] = []
-
-    def keep(outputs: int) -> list[int]:
-        kept[:] = _kept(outputs, labels, has_background=kind != "RetinaNet")
-        return kept
-
+    keep = functools.partial(_kept, labels=labels, has_background=kind != "RetinaNet")
     keys = import_keys(weights, keep)
     weights.check_all_moved()
     epsilon = next((e for e in (epsilon, detector.epsilon) if e is not None), EPSILON)
@@ -77,7 +73,7 @@ def _kind(names: Iterable[str], source: str) -> tuple[str, Callable[[Weights, Ch
         return ("Mask R-CNN" if is_mask else "Faster R-CNN"), import_rcnn
     if "head.regression_head.bbox_ctrness.weight" in names:
         raise UserError(
-            "The torchvision checkpoint is that of an FCOS, which computes boxes otherwise than the FCOS of kd_d2."
+            "The torchvision checkpoint is that of an FCOS, which computes boxes differently from kd_d2's FCOS."
         )
     if "head.classification_head.cls_logits.weight" in names:
         return "RetinaNet", import_retinanet
@@ -112,7 +108,7 @@ def _kept(outputs: int, labels: tuple[str, ...] | None, *, has_background: bool)
             )
         if outputs == COCO_OUTPUTS:
             logger.warning(
-                f"The detector has {outputs} outputs, as many as COCO has labels in torchvision: --classes {COCO} names its 80 classes."
+                f"The detector has {outputs} outputs, like torchvision's detectors for COCO; if it is one, --classes {COCO} selects and names its 80 classes."
             )
         return [*range(1, outputs)]
     if len(labels) == outputs and not has_background:  # labels from 0
