@@ -102,8 +102,16 @@ def test_freezing(freeze_at: int, frozen: set[str]) -> None:
 
 def test_freezing_more_than_there_is() -> None:
     """Check a stage after the last one that is returned."""
-    net = TimmNetwork("resnet10t", ["res2", "res3"], freeze_at=5)
+    net = TimmNetwork("mobilenetv3_small_050", ["res2", "res3"], freeze_at=5)
     assert not any(parameter.requires_grad for parameter in net.parameters())
+
+
+def test_building_without_gradients() -> None:
+    """Check that the same parameters are trained as those of a network that was built with gradients enabled."""
+    with torch.no_grad():
+        net = TimmNetwork("resnet10t", PYRAMID, freeze_at=2)
+    trained = {name.split(".")[1] for name, parameter in net.named_parameters() if parameter.requires_grad}
+    assert trained == {"layer2", "layer3", "layer4"}
 
 
 def test_freezing_needs_only_what_the_stage_is_computed_with() -> None:
