@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
+from functools import reduce
 from itertools import accumulate
+from typing import Any
 
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
@@ -12,7 +14,6 @@ from torch import Tensor, nn
 
 from .checkpoint import Fit, StateDict, fill
 from .errors import UserError
-from .modeling.necks import LinearP6P7
 from .weight_selection import select_weights
 
 logger = logging.getLogger(__name__)
@@ -21,6 +22,11 @@ INPUT_KEYS = {"input_format": "INPUT.FORMAT", "pixel_mean": "MODEL.PIXEL_MEAN", 
 COMPONENTS = ("bottom_up", "neck", "head")
 BOX_LAYERS = {"bbox_pred", "scales"}
 """Names of the layers whose outputs are in units of the kind of detector, and of the factors of these outputs."""
+USES = {
+    "backbone.top_block.p7.weight": ("backbone.top_block.relu_before_p7", True, "MODEL.DENSE_FPN.RELU_BEFORE_P7"),
+    "head.ctrness.weight": ("head.centerness_tower", "box", "MODEL.FCOS.CENTERNESS_TOWER"),
+}
+"""Weights of which name and shape do not show the input of the layer: the attribute that does, its value where a model has none, its config key."""
 
 
 def inherit(student: nn.Module, teacher: nn.Module, modules: Collection[str], *, weight_selection: bool = True) -> Fit:
@@ -111,14 +117,14 @@ def _log_selection(student: nn.Module, selected: Collection[str]) -> None:
 
 def _warn_of_other_use(student: nn.Module, teacher: nn.Module, filled: Collection[str]) -> None:
     """Warn of inherited layers that the student uses in another way than the teacher, which names and shapes do not show."""
-    blocks = [type(getattr(getattr(model, "backbone", None), "top_block", None)) for model in (student, teacher)]
-    if "backbone.top_block.p7.weight" in filled and issubclass(blocks[0], LinearP6P7) != issubclass(
-        blocks[1], LinearP6P7
-    ):
-        logger.warning(
-            f"MODEL.KD.INHERIT: the student computes P7 from {_p6_of(blocks[0])} and the teacher from {_p6_of(blocks[1])}; use the same "
-            "MODEL.DENSE_FPN.RELU_BEFORE_P7, with a backbone build_dense_..._fpn_backbone."
-        )
+    for weight in USES.keys() & {*filled}:
+        attribute, default, key = USES[weight]
+        of_student, of_teacher = (_attribute(model, attribute, default) for model in (student, teacher))
+        if of_student != of_teacher:
+            logger.warning(
+                f"MODEL.KD.INHERIT: {weight.removesuffix('.weight')} is inherited, but {key} is {of_student} for the student and {of_teacher} "
+                "for the teacher; use the same."
+            )
     ours, theirs = _anchors(student), _anchors(teacher)
     predicts_boxes = any(name.rpartition(".")[0].endswith(("bbox_pred", "anchor_deltas")) for name in filled)
     if predicts_boxes and None not in (ours, theirs) and ours != theirs:
@@ -127,8 +133,8 @@ def _warn_of_other_use(student: nn.Module, teacher: nn.Module, filled: Collectio
         )
 
 
-def _p6_of(block: type) -> str:
-    return "P6" if issubclass(block, LinearP6P7) else "the positive part of P6"
+def _attribute(model: nn.Module, path: str, default: Any) -> Any:
+    return reduce(lambda value, name: getattr(value, name, default), path.split("."), model)
 
 
 def _anchors(model: nn.Module) -> tuple | None:
@@ -215,12 +221,21 @@ def _other_sequences(student: nn.Module, wanted: StateDict, source: StateDict, b
 
 
 def _foreign_box_layers(student: nn.Module, teacher: nn.Module, wanted: StateDict) -> dict[str, str]:
-    """Return the student's BOX_LAYERS, with the reason, unless one detector's class is that of the other or its subclass."""
+    """Return the student's BOX_LAYERS, with the reason, unless both detectors compute boxes from them in the same way.
+
+    They do if one detector's class is that of the other or its subclass, and both have the same transform and the same BOX_LAYERS.
+    """
     ours, theirs = type(student), type(teacher)
-    if issubclass(ours, theirs) or issubclass(theirs, ours):
+    if (issubclass(ours, theirs) or issubclass(theirs, ours)) and _box_units(student) == _box_units(teacher):
         return {}
     paths = {path for name in wanted for path in _prefixes(name) if path.rpartition(".")[2] in BOX_LAYERS}
     return dict.fromkeys(paths, f"{theirs.__name__} and {ours.__name__} predict boxes in different units")
+
+
+def _box_units(model: nn.Module) -> tuple:
+    transform = getattr(model, "box2box_transform", None)
+    names = {part for name, _ in model.named_parameters() for part in name.split(".")}
+    return type(transform), getattr(transform, "weights", None), BOX_LAYERS & names
 
 
 def bottom_up_of(model: nn.Module) -> str:

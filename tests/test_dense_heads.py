@@ -629,6 +629,56 @@ def test_center_penalty_is_torchvisions() -> None:
     torch.testing.assert_close(center_penalty(Boxes(boxes[:4]), Boxes(boxes)), expected, rtol=1e-4, atol=1e-5)
 
 
+# --------------------------------------------------------------------------------------- the first version of FCOS
+
+FIRST_FCOS = {"BOX_ACTIVATION": "exp", "LEVEL_SCALES": True, "CENTERNESS_TOWER": "class"}
+
+
+def test_boxes_and_centerness_of_the_first_fcos(dense: Callable, make_inputs: Callable) -> None:
+    """Check boxes, in pixels, and centerness with a different scale for each level, and what the rest of the head predicts."""
+    model = dense("fcos", **FIRST_FCOS).eval()
+    scales = torch.tensor([0.5, 0.7, 0.9, 1.1, 1.3])
+    model.head.scales.data.copy_(scales)
+    with torch.no_grad():
+        outputs = _read(model, make_inputs(), 1, training=False)
+        towers = outputs.towers[1]
+        finished = towers.finish(towers.class_features, towers.box_features)
+        for stride, scale in zip(STRIDES, scales, strict=True):
+            level = outputs.features[stride]
+            centerness = model.head.ctrness(model.head.cls_subnet(level)).flatten(2).transpose(1, 2)
+            torch.testing.assert_close(outputs.dense.quality[stride], centerness)
+            logarithms = model.head.bbox_pred(model.head.bbox_subnet(level)).flatten(2).transpose(1, 2) * scale
+            left, top, right, bottom = logarithms.exp().unbind(-1)
+            x, y = outputs.anchors[stride].get_centers().unbind(-1)
+            expected = torch.stack([x - left, y - top, x + right, y + bottom], -1)
+            torch.testing.assert_close(outputs.dense.boxes[stride], expected)
+            assert torch.equal(finished.box_regression[stride], outputs.dense.box_regression[stride])
+            assert torch.equal(finished.quality[stride], outputs.dense.quality[stride])
+
+
+def test_losses_of_both_versions_of_fcos(dense: Callable, make_inputs: Callable, event_storage: EventStorage) -> None:
+    """Check that they are equal for the same distances, given in strides or as logarithms in pixels."""
+    targets = [x["instances"] for x in make_inputs()]
+    torch.manual_seed(0)
+    cells = [torch.empty(1, 1, 64 // stride or 1, 96 // stride or 1) for stride in STRIDES]
+    sizes = [cell.numel() for cell in cells]
+    logits, centerness = ([torch.randn(2, size, dim) for size in sizes] for dim in (3, 1))
+    distances = [0.5 + 3 * torch.rand(2, size, 4) for size in sizes]
+    losses = []
+    for keys, regression in (
+        ({}, distances),
+        ({"BOX_ACTIVATION": "exp"}, [(d * stride).log() for d, stride in zip(distances, STRIDES, strict=True)]),
+    ):
+        model = dense("fcos", **keys)
+        anchors = model.anchor_generator(cells)
+        labels, boxes = model.label_anchors(anchors, targets)
+        losses.append(model.losses(anchors, logits, labels, regression, boxes, centerness))
+    assert losses[0].keys() == losses[1].keys()
+    for name in losses[0]:
+        torch.testing.assert_close(losses[0][name], losses[1][name])
+    assert losses[0]["loss_fcos_loc"] > 0.01
+
+
 # ----------------------------------------------------------------------------------------------------- training
 
 
@@ -654,6 +704,19 @@ def test_a_step_with_every_loss(
         assert all(loss.isfinite() for loss in losses.values())
         assert all(p.grad.isfinite().all() for p in student.parameters() if p.grad is not None)
     assert 0 < balance.ratios["CrossKD"] < math.inf
+
+
+def test_a_student_of_the_first_fcos(
+    dense: Callable, tiny_cfg: Callable, make_inputs: Callable, event_storage: EventStorage
+) -> None:
+    """Check that CrossKD and BCKD, which compare boxes, accept a teacher with boxes in other units, and their gradient."""
+    student, teacher = dense("fcos", LEVEL_SCALES=True), Teacher(dense("fcos", seed=1, **FIRST_FCOS))
+    specs = build_adapter(student).spec, teacher.spec
+    distillers = {m.__name__: configured(m, tiny_cfg("fcos"), *specs) for m in (CrossKD, BCKD)}
+    losses = KDMetaArch(student=student, teacher=teacher, distillers=distillers)(make_inputs())
+    sum(losses[name] for distiller in distillers.values() for name in distiller.loss_names).backward()
+    for parameter in (student.head.scales, student.head.bbox_pred.weight, student.head.cls_score.weight):
+        assert parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("kind", ["gfl", "retinanet"])

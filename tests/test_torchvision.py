@@ -35,6 +35,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 SIZE = (256, 320)  # the stride of the coarsest feature map is 106 pixels in torchvision, not 128
 OUTPUTS = 4
+DENSE = (RetinaNet, FCOS)
 
 
 def resnet_fpn(**arguments: Any) -> nn.Module:
@@ -75,6 +76,11 @@ def retinanet_v2() -> RetinaNet:
     return RetinaNet(backbone, OUTPUTS, min_size=SIZE[0], anchor_generator=anchors, head=head)
 
 
+def fcos(outputs: int = OUTPUTS) -> FCOS:
+    backbone = resnet_fpn(returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(256, 256))
+    return FCOS(backbone, outputs, min_size=SIZE[0])
+
+
 DETECTORS: dict[str, Callable[[], nn.Module]] = {
     "faster-rcnn": faster_rcnn,
     "faster-rcnn-v2": faster_rcnn_v2,
@@ -82,6 +88,7 @@ DETECTORS: dict[str, Callable[[], nn.Module]] = {
     "mask-rcnn-v2": mask_rcnn_v2,
     "retinanet": retinanet,
     "retinanet-v2": retinanet_v2,
+    "fcos": fcos,
 }
 
 
@@ -98,12 +105,13 @@ def build(name: str) -> nn.Module:
             tensor.copy_(0.1 * noise)
         elif key.endswith("bias") and re.search("cls|bbox", key):
             tensor.data.zero_()
-        elif re.search(r"cls_score|cls_logits|bbox_(reg|pred)|mask_fcn_logits", key):
+        elif re.search(r"cls_score|cls_logits|bbox_(reg|pred|ctrness)|mask_fcn_logits", key):
             tensor.data.copy_(0.05 * noise)
-    if isinstance(model, RetinaNet):
+    if isinstance(model, DENSE):
         # Label 0, which no object has, would take the place of other detections.
-        model.head.classification_head.cls_logits.weight.data.unflatten(0, (9, OUTPUTS))[:, 0] = 0
-        model.head.classification_head.cls_logits.bias.data.unflatten(0, (9, OUTPUTS))[:, 0] = -100
+        logits = model.head.classification_head.cls_logits
+        logits.weight.data.unflatten(0, (-1, OUTPUTS))[:, 0] = 0
+        logits.bias.data.unflatten(0, (-1, OUTPUTS))[:, 0] = -100
     else:  # class scores that differ among the proposals
         predictor, logits = model.roi_heads.box_predictor.cls_score, []
         handle = predictor.register_forward_hook(lambda module, inputs, output: logits.append(output))
@@ -144,14 +152,14 @@ def detector_in(folder: Path, *opts: Any) -> nn.Module:
 def test_detections_are_those_of_torchvision(tmp_path: Path, save: Callable, name: str) -> None:
     """Check feature maps, boxes, scores, classes and masks with the same weights.
 
-    Detectron2's RetinaNet clips boxes after the NMS, torchvision's before, so that both are compared without NMS.
+    Detectron2's dense detectors clip boxes after the NMS, torchvision's before, so that both are compared without NMS.
     """
     theirs = build(name)
     imported = import_detector(save(theirs), tmp_path / "out")
     assert imported.classes is None
-    if isinstance(theirs, RetinaNet):
+    if isinstance(theirs, DENSE):
         theirs.nms_thresh = 1.0
-    ours = detector_in(tmp_path / "out", "MODEL.RETINANET.NMS_THRESH_TEST", 1.0)
+    ours = detector_in(tmp_path / "out", "MODEL.RETINANET.NMS_THRESH_TEST", 1.0, "MODEL.FCOS.NMS_THRESH_TEST", 1.0)
     with torch.no_grad():
         images = torch.randn(1, 3, *SIZE, generator=torch.Generator().manual_seed(2))
         for own, other in zip(ours.backbone(images).values(), theirs.backbone(images).values(), strict=True):
@@ -346,10 +354,6 @@ def test_epsilon_of_0_with_variances_of_0(tmp_path: Path, save: Callable) -> Non
         import_detector(save(model), tmp_path / "out", epsilon=0.0)
 
 
-def _fcos() -> nn.Module:
-    return FCOS(resnet_fpn(returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(256, 256)), OUTPUTS)
-
-
 def _changed(model: nn.Module, **changes: Any) -> dict[str, Tensor]:
     """Return the weights of a detector without the names that contain a key, or with another tensor."""
     weights = model.state_dict()
@@ -366,10 +370,11 @@ def _changed(model: nn.Module, **changes: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (_fcos, "that of an FCOS, which computes boxes differently from kd_d2's FCOS."),
+        (lambda: _changed(fcos(), bbox_ctrness__bias=None), "does not fit the detector: head.ctrness.bias is missing"),
+        (lambda: fcos(outputs=1), "The detector has only output 0, which is for no class; if a RetinaNet or FCOS was trained with labels from 0"),
         (lambda: torchvision.models.detection.keypointrcnn_resnet50_fpn(weights=None, weights_backbone=None), "that of a Keypoint R-CNN"),
         (lambda: torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None), "another backbone than a ResNet"),
-        (lambda: torchvision.models.resnet18(), "is not the checkpoint of a Faster R-CNN, Mask R-CNN or RetinaNet of torchvision; its first weight is bn1.bias."),
+        (lambda: torchvision.models.resnet18(), "is not the checkpoint of a Faster R-CNN, Mask R-CNN, RetinaNet or FCOS of torchvision; its first weight is bn1.bias."),
         (lambda: torch.zeros(1), "has no weights: a checkpoint is needed that was saved with torch.save"),
         (lambda: {"epoch": 3}, "has no weights: a checkpoint is needed that was saved with torch.save"),
         (lambda: _changed(retinanet(), layer4__1=None), r"has a ResNet of \(2, 2, 2, 1\) blocks, which Detectron2 does not have."),
@@ -377,7 +382,7 @@ def _changed(model: nn.Module, **changes: Any) -> dict[str, Tensor]:
         (lambda: {**retinanet().state_dict(), "head.extra.weight": torch.zeros(1)}, "has 1 weights for which the detector has no layer; the first one is head.extra.weight."),
         (lambda: _changed(faster_rcnn(), rpn__head__cls_logits=torch.zeros(15)), "has an RPN of 15 anchors per cell, not torchvision's 3."),
         (lambda: _changed(retinanet(), cls_logits=torch.zeros(40)), "has 40 outputs of classes, not a multiple of torchvision's 9 anchors."),
-        (lambda: retinanet(outputs=1), "The detector has only output 0, which is for no class; if a RetinaNet was trained with labels from 0"),
+        (lambda: retinanet(outputs=1), "The detector has only output 0, which is for no class; if a RetinaNet or FCOS was trained with labels from 0"),
         (lambda: _changed(retinanet(), inner_blocks__2=None), "has an FPN of 2 levels; 3 are needed."),
         (lambda: _changed(retinanet(), fpn__layer_blocks__0__0__weight=torch.zeros(3)), r"does not fit the detector: backbone.fpn_output3.weight is shape \(3,\) offered"),
     ],

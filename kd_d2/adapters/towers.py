@@ -6,15 +6,15 @@ import contextlib
 import copy
 from collections.abc import Iterable, Iterator
 
-from detectron2.modeling.meta_arch.fcos import FCOSHead
+from detectron2.modeling.meta_arch import fcos
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import Tensor, nn
 
-from ..modeling.atss import ATSSHead
+from ..modeling.fcos import FCOSHead
 from ..modeling.fsaf import FSAFHead
 from ..modeling.gfl import GFLHead
 
-READ_HEADS = {head.forward for head in (RetinaNetHead, FCOSHead, ATSSHead, GFLHead, FSAFHead)}
+READ_HEADS = {head.forward for head in (RetinaNetHead, fcos.FCOSHead, FCOSHead, GFLHead, FSAFHead)}
 """Forward methods that pass each level to both towers and do not use it otherwise."""
 TOWERS = ("cls_subnet", "bbox_subnet")
 

@@ -3,8 +3,8 @@
 kd-d2 import-mmdet CHECKPOINT OUT [--config FILE] [KEY VALUE ...]
 
 Writes OUT/config.yaml and OUT/model_final.pth, a Detectron2 config and checkpoint; OUT can be used like the output
-folder of a training. Detectors: RetinaNet, GFL, ATSS, Faster, Mask and Cascade R-CNN with a ResNet or ResNeXt and FPN,
-of MMDetection 2 and 3, which need not be installed. Anything of the config that Detectron2 lacks is refused.
+folder of a training. Detectors: RetinaNet, FSAF, FCOS, ATSS, GFL, RepPoints, Faster, Mask and Cascade R-CNN with a ResNet or
+ResNeXt and FPN, of MMDetection 2 and 3, which need not be installed. Anything of the config that Detectron2 lacks is refused.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ class Weights:
                     f"The {self._program} checkpoint does not fit the detector: {parameter} is of shape {tuple(tensor.shape)}."
                 ) from error
 
-    def tower(self, name: str, target: str, convs: int, norm: str, children: tuple[str, str] = ("conv", "gn")) -> None:
+    def tower(self, name: str, target: str, convs: int, norm: str, children: tuple[str, str]) -> None:
         """Move convolutions that are followed by ReLUs to a sequence of layers.
 
         Args:
@@ -75,16 +75,18 @@ class Weights:
                 # Detectron2's convolutions in front of a normalization have a bias too.
                 self.moved.setdefault(f"{conv}.bias", torch.zeros(len(self.moved[f"{conv}.weight"])))
 
-    def conv(self, name: str, target: str, norm: str) -> None:
-        """Move a convolution, and the normalization after it, from torchvision's sequence of both to Detectron2's convolution.
+    def conv(self, name: str, target: str, norm: str, children: tuple[str, str]) -> None:
+        """Move a convolution, and the normalization after it, from the program's module of both to Detectron2's convolution.
 
         Args:
-            name, target: the sequence and the convolution.
+            name, target: the module and the convolution.
             norm: name of the normalization in Detectron2, "" for none.
+            children: names of convolution and normalization in the module.
         """
-        self.layer(f"{name}.0", target)
+        convolution, normalization = children
+        self.layer(f"{name}.{convolution}", target)
         if norm:
-            self.layer(f"{name}.1", f"{target}.norm")
+            self.layer(f"{name}.{normalization}", f"{target}.norm")
 
     def resnet(self, name: str, target: str) -> None:
         """Move a ResNet."""
@@ -92,12 +94,18 @@ class Weights:
         stripped = {key.removeprefix(f"{name}."): tensor for key, tensor in own.items()}
         self.moved |= rename_torchvision_resnet(stripped, f"{target}.")
 
+    def parameter(self, name: str, target: str) -> None:
+        """Move a parameter that is not in a layer."""
+        self.moved[target] = self._take(name)
+
+    def _take(self, name: str) -> Tensor:
+        tensor = self[name]
+        del self._left[name]
+        return tensor
+
     def scales(self, name: str, target: str, levels: int) -> None:
         """Move the scale of each level to one vector."""
-        names = [f"{name}.{level}.scale" for level in range(levels)]
-        if missing := [scale for scale in names if scale not in self._left]:
-            raise UserError(f"The {self._program} checkpoint has no {missing[0]}.")
-        self.moved[target] = torch.stack([self._left.pop(scale).reshape(()) for scale in names])
+        self.moved[target] = torch.stack([self._take(f"{name}.{level}.scale").reshape(()) for level in range(levels)])
 
     def __contains__(self, name: str) -> bool:
         """Return whether a weight has not been moved yet."""

@@ -11,6 +11,8 @@ Keys = dict[str, Any]
 
 BASIC = (18, 34)
 """Depths of ResNets with basic blocks."""
+CONV_MODULE = ("conv", "gn")
+"""Names of convolution and normalization in MMDetection's ConvModule."""
 
 
 def import_resnet(backbone: Settings, weights: Weights) -> Keys:
@@ -64,25 +66,41 @@ def import_dense_fpn(neck: Settings, weights: Weights) -> Keys:
     neck.only(start_level=1)
     source = neck.choose("add_extra_convs", {"on_input": "res5", True: "res5", "on_output": "p5"})
     keys = _fpn(neck, weights, ["res3", "res4", "res5"])
+    norm = keys["MODEL.FPN.NORM"]
     for index, level in enumerate((6, 7), start=3):
-        weights.layer(f"neck.fpn_convs.{index}.conv", f"backbone.top_block.p{level}")
+        weights.conv(f"neck.fpn_convs.{index}", f"backbone.top_block.p{level}", norm, CONV_MODULE)
     return keys | {
         "MODEL.BACKBONE.NAME": "build_dense_resnet_fpn_backbone",
         "MODEL.DENSE_FPN.P6_SOURCE": source,
+        "MODEL.DENSE_FPN.P6_P7_NORM": norm,
         "MODEL.DENSE_FPN.RELU_BEFORE_P7": neck.choose("relu_before_extra_convs", {True: True, False: False}, False),
     }
 
 
 def _fpn(neck: Settings, weights: Weights, stages: list[str]) -> Keys:
     neck.only(type="FPN", num_outs=5, end_level=-1, upsample_cfg={"mode": "nearest"})
+    norm = group_norm(neck)
+    if norm:
+        neck.only(no_norm_on_lateral=False)
     neck.read("no_norm_on_lateral", False)  # without normalization, no difference
     neck.read("in_channels")  # those of the stages
     for index, stage in enumerate(stages):
         level = stage.removeprefix("res")
-        weights.layer(f"neck.lateral_convs.{index}.conv", f"backbone.fpn_lateral{level}")
-        weights.layer(f"neck.fpn_convs.{index}.conv", f"backbone.fpn_output{level}")
+        for source, target in {"lateral_convs": "lateral", "fpn_convs": "output"}.items():
+            weights.conv(f"neck.{source}.{index}", f"backbone.fpn_{target}{level}", norm, CONV_MODULE)
     return {
         "MODEL.RESNETS.OUT_FEATURES": stages,
         "MODEL.FPN.IN_FEATURES": stages,
         "MODEL.FPN.OUT_CHANNELS": neck.read("out_channels"),
+        "MODEL.FPN.NORM": norm,
     }
+
+
+def group_norm(part: Settings, default: dict[str, Any] | None = None) -> str:
+    """Return Detectron2's name of the normalization layers of a neck or head, which must be GN with 32 groups; "" for none."""
+    if part.read("norm_cfg", default) is None:
+        return ""
+    norm = part.node("norm_cfg", default)
+    norm.only(type="GN", num_groups=32, eps=1e-5)
+    norm.read("requires_grad", True)  # training only
+    return "GN"

@@ -1,11 +1,12 @@
-"""RetinaNet, GFL and ATSS of MMDetection."""
+"""RetinaNet, FSAF, GFL, ATSS, FCOS and RepPoints of MMDetection."""
 
 from __future__ import annotations
 
 import functools
 
 from ..imported import Weights, sorted_by_scale
-from .backbones import Keys, import_dense_fpn, import_resnet
+from ..modeling.fsaf import DISTANCE_UNIT
+from .backbones import CONV_MODULE, Keys, group_norm, import_dense_fpn, import_resnet
 from .boxes import anchor_generator, box_coder, nms_threshold, regression_weights
 from .settings import Settings
 
@@ -62,6 +63,79 @@ def import_atss(model: Settings, weights: Weights) -> Keys:
     return keys
 
 
+def import_fcos(model: Settings, weights: Weights) -> Keys:
+    """Import an FCOS."""
+    head = model.node("bbox_head")
+    head.only(type="FCOSHead", bbox_coder={"type": "DistancePointBBoxCoder"}, cls_predictor_cfg=None)
+    head.choose("strides", {STRIDES: None})
+    for name in ("regress_ranges", "center_sampling", "center_sample_radius", "conv_bias"):
+        head.read(name, None)  # training, and whether there are biases, which the weights show
+    keys, norm, convs = _dense(model, head, weights, "FCOS", norm=GN)
+    weights.scales("bbox_head.scales", "head.scales", len(STRIDES))
+    for name, target in {"cls": "cls_score", "reg": "bbox_pred", "centerness": "ctrness"}.items():
+        weights.layer(f"bbox_head.conv_{name}", f"head.{target}")
+    return keys | {
+        "MODEL.META_ARCHITECTURE": "FCOS",
+        "MODEL.FCOS.LEVEL_SCALES": True,
+        "MODEL.FCOS.BOX_ACTIVATION": head.choose("norm_on_bbox", {True: "relu", False: "exp"}, False),
+        "MODEL.FCOS.CENTERNESS_TOWER": head.choose("centerness_on_reg", {True: "box", False: "class"}, False),
+        "MODEL.FCOS.NUM_CONVS": convs,
+        "MODEL.FCOS.NORM": norm,
+    }
+
+
+def import_fsaf(model: Settings, weights: Weights) -> Keys:
+    """Import an FSAF."""
+    head = model.node("bbox_head")
+    head.only(type="FSAFHead")
+    head.read("score_threshold", None)  # training only
+    anchor_generator(head, STRIDES).only(ratios=[1.0], octave_base_scale=1, scales_per_octave=1)
+    head.node("bbox_coder").only(type="TBLRBBoxCoder", normalizer=DISTANCE_UNIT, clip_border=True)
+    keys, norm, convs = _dense(model, head, weights, "FSAF", norm=None)
+    weights.layer("bbox_head.retina_cls", "head.cls_score")
+    left_top_right_bottom = [2, 0, 3, 1]  # of top, bottom, left, right
+    weights.layer("bbox_head.retina_reg", "head.bbox_pred", lambda parameters: parameters[left_top_right_bottom])
+    return keys | {
+        "MODEL.META_ARCHITECTURE": "FSAF",
+        "MODEL.FSAF.ANCHOR_OFFSET": 0.0,
+        "MODEL.FSAF.NUM_CONVS": convs,
+        "MODEL.FSAF.NORM": norm,
+    }
+
+
+REPPOINTS_LAYERS = {
+    "pts_init_conv": "first_conv",
+    "pts_init_out": "first_points",
+    "cls_conv": "class_conv",
+    "cls_out": "cls_score",
+    "pts_refine_conv": "refine_conv",
+    "pts_refine_out": "refined_points",
+}
+
+
+def import_reppoints(model: Settings, weights: Weights) -> Keys:
+    """Import a RepPoints whose boxes are the moments of points."""
+    head = model.node("bbox_head")
+    head.only(
+        type="RepPointsHead", point_strides=STRIDES, transform_method="moment", use_grid_points=False, center_init=True
+    )
+    head.read("moment_mul", 0.01)  # training only
+    keys, norm, convs = _dense(model, head, weights, "REPPOINTS", norm=None)
+    head.only(point_feat_channels=keys["MODEL.FPN.OUT_CHANNELS"])
+    for name, target in REPPOINTS_LAYERS.items():
+        weights.layer(f"bbox_head.reppoints_{name}", f"head.{target}")
+    weights.parameter("bbox_head.moment_transfer", "head.moment_transfer")
+    return keys | {
+        "MODEL.META_ARCHITECTURE": "RepPoints",
+        "MODEL.REPPOINTS.ANCHOR_OFFSET": 0.0,
+        "MODEL.REPPOINTS.NUM_POINTS": head.count("num_points", 9),
+        "MODEL.REPPOINTS.BASE_SCALE": head.number("point_base_scale", 4),
+        "MODEL.REPPOINTS.GRADIENT_SHARE": head.number("gradient_mul", 0.1),
+        "MODEL.REPPOINTS.NUM_CONVS": convs,
+        "MODEL.REPPOINTS.NORM": norm,
+    }
+
+
 def _single_anchor(model: Settings, head: Settings, weights: Weights, name: str) -> Keys:
     anchors = anchor_generator(head, STRIDES)
     anchors.only(ratios=[1.0], scales_per_octave=1)
@@ -87,11 +161,11 @@ def _dense(model: Settings, head: Settings, weights: Weights, name: str, norm: d
     channels = neck.read("out_channels")
     head.only(in_channels=channels, feat_channels=channels, conv_cfg=None, dcn_on_last_conv=False)
     head.read("reg_decoded_bbox", False)  # training only
-    normalization = _norm(head, norm)
+    normalization = group_norm(head, norm)
     convs = head.count("stacked_convs", 4)
     for branch in ("cls", "reg"):
         detectron2 = "cls_subnet" if branch == "cls" else "bbox_subnet"
-        weights.tower(f"bbox_head.{branch}_convs", f"head.{detectron2}", convs, normalization)
+        weights.tower(f"bbox_head.{branch}_convs", f"head.{detectron2}", convs, normalization, CONV_MODULE)
     test = model.node("test_cfg")
     test.only(min_bbox_size=0)
     keys |= {
@@ -102,13 +176,3 @@ def _dense(model: Settings, head: Settings, weights: Weights, name: str, norm: d
         "TEST.DETECTIONS_PER_IMAGE": test.count("max_per_img"),
     }
     return keys, normalization, convs
-
-
-def _norm(head: Settings, default: dict | None) -> str:
-    """Return the normalization of a head's convolutions."""
-    if head.read("norm_cfg", default) is None:
-        return ""
-    norm = head.node("norm_cfg", default)
-    norm.only(type="GN", num_groups=32, eps=1e-5)
-    norm.read("requires_grad", True)  # training only
-    return "GN"

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import UserError
 from ..imported import Imported, Weights, check_empty, detectron2_config, write_detector
 from .backbones import Keys
-from .dense import import_atss, import_gfl, import_retinanet
+from .dense import import_atss, import_fcos, import_fsaf, import_gfl, import_reppoints, import_retinanet
 from .images import import_images
 from .rcnn import import_cascade_rcnn, import_rcnn
 from .reading import MMDetectionCheckpoint, parse_mmdet_config, read_mmdet_checkpoint, read_mmdet_config
@@ -19,6 +19,9 @@ DETECTORS: dict[str, Callable[[Settings, Weights], Keys]] = {
     "RetinaNet": import_retinanet,
     "GFL": import_gfl,
     "ATSS": import_atss,
+    "FCOS": import_fcos,
+    "FSAF": import_fsaf,
+    "RepPointsDetector": import_reppoints,
     "FasterRCNN": import_rcnn,
     "MaskRCNN": import_rcnn,
     "CascadeRCNN": import_cascade_rcnn,

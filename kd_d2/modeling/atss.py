@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.box_regression import Box2BoxTransform
-from detectron2.modeling.meta_arch.fcos import FCOSHead
 from detectron2.structures import Boxes, Instances
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.ops import generalized_box_iou_loss
 
 from ..distributed import mean_count_across_ranks
 from .assignment import Positives
 from .dense import AdaptiveDetector, AdaptiveKeys, FocalAlpha, FocalGamma, adaptive_arguments
+from .fcos import FCOSHead
 
 
 @dataclass(frozen=True)
@@ -28,19 +28,6 @@ class ATSSKeys(AdaptiveKeys):
     focal_loss_alpha: FocalAlpha = 0.25
     focal_loss_gamma: FocalGamma = 2.0
     box_loss_weight: Annotated[float, "Weight of the GIoU loss of the boxes."] = 2.0
-
-
-class ATSSHead(FCOSHead):
-    """FCOS's head with one anchor per position and a learned scale for each level's box regression."""
-
-    def __init__(self, **arguments: Any):
-        super().__init__(**arguments)
-        self.scales = nn.Parameter(torch.ones(self._num_features))
-
-    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Map levels (B, C, H, W) to logits (B, K, H, W), deltas (B, 4, H, W) and centerness (B, 1, H, W) by level."""
-        logits, deltas, centerness = super().forward(features)
-        return logits, [level * scale for level, scale in zip(deltas, self.scales, strict=True)], centerness
 
 
 @META_ARCH_REGISTRY.register()
@@ -65,7 +52,7 @@ class ATSS(AdaptiveDetector):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         detector, head = adaptive_arguments(cfg, "ATSS", ATSSKeys)
-        return {**detector, "head": ATSSHead(**head)}
+        return {**detector, "head": FCOSHead(level_scales=True, **head)}
 
     def losses(
         self, anchors: list[Boxes], predictions: list[list[Tensor]], assignment_BR: Tensor, targets: list[Instances]

@@ -39,6 +39,12 @@ class DenseKeys(Keys):
     score_thresh_test: Annotated[float, "Score threshold of detections."] = 0.05
     topk_candidates_test: Annotated[int, AtLeast(1), "Maximum number of boxes per level that enter the NMS."] = 1000
     nms_thresh_test: Annotated[float, "IoU threshold of the NMS."] = 0.6
+    anchor_offset: Annotated[
+        float,
+        AtLeast(0),
+        Below(1),
+        "Offset of the first anchor's center from the image's corner, in strides; 0 in torchvision, and in most detectors of MMDetection.",
+    ] = 0.5
 
 
 @dataclass(frozen=True)
@@ -47,12 +53,6 @@ class AdaptiveKeys(DenseKeys):
 
     topk: Annotated[int, AtLeast(1), "Number of candidates per level for an instance."] = 9
     anchor_scale: Annotated[float, Above(0), "Side of the anchor at each position, in strides."] = 8.0
-    anchor_offset: Annotated[
-        float,
-        AtLeast(0),
-        Below(1),
-        "Offset of the first anchor's center from the image's corner, in strides; 0 in MMDetection.",
-    ] = 0.5
 
 
 def dense_arguments(cfg: CfgNode, name: str, kind: type[DenseKeys]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -88,6 +88,7 @@ def dense_arguments(cfg: CfgNode, name: str, kind: type[DenseKeys]) -> tuple[dic
         "pixel_mean": cfg.MODEL.PIXEL_MEAN,
         "pixel_std": cfg.MODEL.PIXEL_STD,
         "input_format": cfg.INPUT.FORMAT,
+        "anchor_offset": keys.anchor_offset,
         **{key.name: getattr(keys, key.name) for key in fields(keys) if key.name not in shared},
     }
     head = {

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling import ANCHOR_GENERATOR_REGISTRY, META_ARCH_REGISTRY
+from detectron2.modeling.box_regression import Box2BoxTransformLinear
 from detectron2.modeling.meta_arch import fcos
 from detectron2.structures import Boxes
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..keys import Above
 from .dense import DenseKeys, FocalAlpha, FocalGamma, dense_arguments
@@ -23,6 +24,56 @@ class FCOSKeys(DenseKeys):
     ] = 1.5
     focal_loss_alpha: FocalAlpha = 0.25
     focal_loss_gamma: FocalGamma = 2.0
+    box_activation: Annotated[
+        Literal["relu", "exp"],
+        "Function of the head's box regression that gives the distances to the sides of the box: 'relu' in strides, 'exp' in pixels. "
+        "The authors' first version has 'exp'.",
+    ] = "relu"
+    level_scales: Annotated[
+        bool, "Multiply the box regression of each level by a learned scale, as the authors do."
+    ] = False
+    centerness_tower: Annotated[
+        Literal["box", "class"],
+        "Tower of the head that predicts the centerness: 'class' in the authors' first version.",
+    ] = "box"
+
+
+class FCOSHead(fcos.FCOSHead):
+    """Detectron2's head of FCOS, with the options of the authors' versions.
+
+    Args:
+        level_scales: see MODEL.FCOS.LEVEL_SCALES.
+        centerness_tower: see MODEL.FCOS.CENTERNESS_TOWER.
+        arguments: arguments of Detectron2's head.
+    """
+
+    def __init__(self, *, level_scales: bool = False, centerness_tower: str = "box", **arguments: Any):
+        super().__init__(**arguments)
+        self.centerness_tower = centerness_tower
+        self.scales = nn.Parameter(torch.ones(self._num_features)) if level_scales else None
+
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Map levels (B, C, H, W) to logits (B, K, H, W), deltas (B, 4, H, W) and centerness (B, 1, H, W) by level."""
+        logits, deltas, centerness = [], [], []
+        for level in features:
+            towers = {"class": self.cls_subnet(level), "box": self.bbox_subnet(level)}
+            logits.append(self.cls_score(towers["class"]))
+            deltas.append(self.bbox_pred(towers["box"]))
+            centerness.append(self.ctrness(towers[self.centerness_tower]))
+        if self.scales is not None:
+            deltas = [level * scale for level, scale in zip(deltas, self.scales, strict=True)]
+        return logits, deltas, centerness
+
+
+class ExponentialDistances(Box2BoxTransformLinear):
+    """Transform of logarithms of distances, in pixels, to boxes; `get_deltas` returns the distances."""
+
+    def __init__(self) -> None:
+        super().__init__(normalize_by_size=False)
+
+    def apply_deltas(self, deltas: Tensor, boxes: Tensor) -> Tensor:
+        """Return the boxes (P, 4) of logarithms (P, 4) around the centers of anchors (P, 4)."""
+        return super().apply_deltas(deltas.exp(), boxes)
 
 
 @META_ARCH_REGISTRY.register()
@@ -30,14 +81,17 @@ class FCOS(fcos.FCOS):
     """Detectron2's FCOS (Tian et al. 2019), which lacks a YAML config, configured by MODEL.FCOS."""
 
     @configurable
-    def __init__(self, *, input_format: str = "BGR", **arguments: Any):
+    def __init__(self, *, input_format: str = "BGR", anchor_generator: nn.Module | None = None, **arguments: Any):
         """
         Args:
             input_format: channel order of the images and of pixel_mean.
+            anchor_generator: generator of anchors with a side of one stride; None for Detectron2's.
             arguments: arguments of Detectron2's FCOS.
         """
         super().__init__(**arguments)
         self.input_format = input_format
+        if anchor_generator is not None:
+            self.anchor_generator = anchor_generator
 
     def losses(
         self,
@@ -64,4 +118,14 @@ class FCOS(fcos.FCOS):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         detector, head = dense_arguments(cfg, "FCOS", FCOSKeys)
-        return {**detector, "head": fcos.FCOSHead(**head)}
+        head |= {name: detector.pop(name) for name in ("level_scales", "centerness_tower")}
+        if detector.pop("box_activation") == "exp":
+            detector["box2box_transform"] = ExponentialDistances()
+        strides = [shape.stride for shape in head["input_shape"]]
+        detector["anchor_generator"] = ANCHOR_GENERATOR_REGISTRY.get(cfg.MODEL.ANCHOR_GENERATOR.NAME)(
+            sizes=[[stride] for stride in strides],
+            aspect_ratios=[1.0],
+            strides=strides,
+            offset=detector.pop("anchor_offset"),
+        )
+        return {**detector, "head": FCOSHead(**head)}

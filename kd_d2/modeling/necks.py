@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import torch.nn.functional as F
 from detectron2.config import CfgNode
-from detectron2.layers import ShapeSpec
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool, LastLevelP6P7
+from fvcore.nn.weight_init import c2_xavier_fill
 from torch import Tensor, nn
 
 from ..keys import Keys
@@ -24,15 +26,41 @@ class DenseFPNKeys(Keys):
     relu_before_p7: Annotated[
         bool, "Compute P7 from the positive part of P6; False in most detectors of MMDetection."
     ] = True
+    p6_p7_norm: Annotated[
+        str | None, "Normalization layers of P6 and P7; '' for none. MODEL.FPN.NORM is that of the finer levels."
+    ] = ""
 
 
-class LinearP6P7(LastLevelP6P7):
-    """P6 and P7 by convolutions of stride 2, without a ReLU between them, as in MMDetection."""
+class P6P7(nn.Module):
+    """P6 and P7 by convolutions of stride 2.
+
+    Args:
+        in_channels: channels of `in_feature`.
+        out_channels: channels of P6 and P7.
+        in_feature: name of the feature map from which P6 is computed.
+        norm: normalization layers of both; "" for none.
+        relu_before_p7: see MODEL.DENSE_FPN.RELU_BEFORE_P7.
+    """
+
+    num_levels = 2
+
+    def __init__(self, in_channels: int, out_channels: int, in_feature: str, norm: str | None, relu_before_p7: bool):
+        super().__init__()
+        self.in_feature = in_feature
+        self.relu_before_p7 = relu_before_p7
+        self.p6, self.p7 = (
+            Conv2d(
+                channels, out_channels, 3, stride=2, padding=1, bias=not norm, norm=get_norm(norm or "", out_channels)
+            )
+            for channels in (in_channels, out_channels)
+        )
+        for convolution in (self.p6, self.p7):
+            c2_xavier_fill(convolution)
 
     def forward(self, source: Tensor) -> list[Tensor]:
         """Map `in_feature` (B, C, H, W) to P6 and P7."""
         p6 = self.p6(source)
-        return [p6, self.p7(p6)]
+        return [p6, self.p7(F.relu(p6) if self.relu_before_p7 else p6)]
 
 
 def rcnn_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
@@ -50,9 +78,9 @@ def dense_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
     """Build the FPN of FCOS, ATSS and GFL: P3 to P7, with P6 from P5 unless MODEL.DENSE_FPN says otherwise."""
     keys = DenseFPNKeys.read(cfg.MODEL.DENSE_FPN, "MODEL.DENSE_FPN")
     channels = cfg.MODEL.FPN.OUT_CHANNELS
-    top_block = LastLevelP6P7 if keys.relu_before_p7 else LinearP6P7
     source_channels = bottom_up.output_shape()["res5"].channels if keys.p6_source == "res5" else channels
-    return _fpn(cfg, bottom_up, top_block(source_channels, channels, in_feature=keys.p6_source))
+    top_block = P6P7(source_channels, channels, keys.p6_source, keys.p6_p7_norm, keys.relu_before_p7)
+    return _fpn(cfg, bottom_up, top_block)
 
 
 def _fpn(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module) -> FPN:

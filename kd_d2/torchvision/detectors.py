@@ -1,4 +1,4 @@
-"""Config keys and weights of torchvision's Faster R-CNN, Mask R-CNN and RetinaNet in Detectron2.
+"""Config keys and weights of torchvision's Faster R-CNN, Mask R-CNN, RetinaNet and FCOS in Detectron2.
 
 Sizes of layers are read from the weights. What the weights do not show, such as anchors and thresholds, is as in
 torchvision's functions, such as `torchvision.models.detection.fasterrcnn_resnet50_fpn`.
@@ -26,6 +26,8 @@ DEPTHS = {
     (3, 8, 36, 3): {True: 152},
 }
 """Depth of a ResNet by its blocks, and whether they are bottlenecks."""
+SEQUENCE = ("0", "1")
+"""Names of convolution and normalization in torchvision's Conv2dNormActivation."""
 RATIOS = [0.5, 1.0, 2.0]
 RETINANET_SIZES = [[size, int(size * 2 ** (1 / 3)), int(size * 2 ** (2 / 3))] for size in (32, 64, 128, 256, 512)]
 COMMON: Keys = {
@@ -41,12 +43,8 @@ COMMON: Keys = {
 
 def import_retinanet(weights: Weights, keep: Choice) -> Keys:
     """Import a RetinaNet."""
-    keys = _resnet(weights) | _dense_fpn(weights)
+    keys = _dense(weights, "RETINANET")
     anchors = len(RATIOS) * len(RETINANET_SIZES[0])
-    norm = "GN" if "head.classification_head.conv.0.1.weight" in weights else ""
-    convs = weights.count("head.classification_head.conv.{}.0.weight")
-    for branch, subnet in {"classification": "cls_subnet", "regression": "bbox_subnet"}.items():
-        weights.tower(f"head.{branch}_head.conv", f"head.{subnet}", convs, norm, ("0", "1"))
     outputs = _number_of_classes(weights["head.classification_head.cls_logits.weight"], anchors)
     kept = keep(outputs)
     reorder = functools.partial(sorted_by_scale, ratios=len(RATIOS), scales=len(RETINANET_SIZES[0]))
@@ -63,12 +61,32 @@ def import_retinanet(weights: Weights, keep: Choice) -> Keys:
             "MODEL.META_ARCHITECTURE": "RetinaNet",
             "MODEL.ANCHOR_GENERATOR.SIZES": RETINANET_SIZES,
             "MODEL.RETINANET.NUM_CLASSES": len(kept),
-            "MODEL.RETINANET.NUM_CONVS": convs,
-            "MODEL.RETINANET.NORM": norm,
             "MODEL.RETINANET.SCORE_THRESH_TEST": 0.05,
             "MODEL.RETINANET.TOPK_CANDIDATES_TEST": 1000,
             "MODEL.RETINANET.NMS_THRESH_TEST": 0.5,
             "TEST.DETECTIONS_PER_IMAGE": 300,
+        }
+    )
+
+
+def import_fcos(weights: Weights, keep: Choice) -> Keys:
+    """Import an FCOS."""
+    keys = _dense(weights, "FCOS")
+    kept = keep(len(weights["head.classification_head.cls_logits.weight"]))
+    weights.layer("head.classification_head.cls_logits", "head.cls_score", lambda parameters: parameters[kept])
+    for name, target in {"reg": "bbox_pred", "ctrness": "ctrness"}.items():
+        weights.layer(f"head.regression_head.bbox_{name}", f"head.{target}")
+    return (
+        keys
+        | COMMON
+        | {
+            "MODEL.META_ARCHITECTURE": "FCOS",
+            "MODEL.FCOS.NUM_CLASSES": len(kept),
+            "MODEL.FCOS.ANCHOR_OFFSET": 0.0,
+            "MODEL.FCOS.SCORE_THRESH_TEST": 0.2,
+            "MODEL.FCOS.TOPK_CANDIDATES_TEST": 1000,
+            "MODEL.FCOS.NMS_THRESH_TEST": 0.6,
+            "TEST.DETECTIONS_PER_IMAGE": 100,
         }
     )
 
@@ -133,7 +151,7 @@ def _fpn(weights: Weights, levels: list[int]) -> Keys:
     channels = len(weights["backbone.fpn.inner_blocks.0.0.weight"])
     for index, level in enumerate(levels):
         for source, target in {"inner": "lateral", "layer": "output"}.items():
-            weights.conv(f"backbone.fpn.{source}_blocks.{index}", f"backbone.fpn_{target}{level}", norm)
+            weights.conv(f"backbone.fpn.{source}_blocks.{index}", f"backbone.fpn_{target}{level}", norm, SEQUENCE)
     stages = [f"res{level}" for level in levels]
     return {
         "MODEL.RESNETS.OUT_FEATURES": stages,
@@ -141,6 +159,16 @@ def _fpn(weights: Weights, levels: list[int]) -> Keys:
         "MODEL.FPN.OUT_CHANNELS": channels,
         "MODEL.FPN.NORM": norm,
     }
+
+
+def _dense(weights: Weights, name: str) -> Keys:
+    """Import backbone and towers of a dense detector."""
+    norm = "GN" if "head.classification_head.conv.0.1.weight" in weights else ""
+    convs = weights.count("head.classification_head.conv.{}.0.weight")
+    for branch, subnet in {"classification": "cls_subnet", "regression": "bbox_subnet"}.items():
+        weights.tower(f"head.{branch}_head.conv", f"head.{subnet}", convs, norm, SEQUENCE)
+    keys = _resnet(weights) | _dense_fpn(weights)
+    return keys | {f"MODEL.{name}.NUM_CONVS": convs, f"MODEL.{name}.NORM": norm}
 
 
 def _dense_fpn(weights: Weights) -> Keys:
@@ -161,7 +189,7 @@ def _rpn(weights: Weights) -> Keys:
         )
     for index in range(convs):
         target = "conv" if convs == 1 else f"conv.conv{index}"
-        weights.conv(f"rpn.head.conv.{index}", f"proposal_generator.rpn_head.{target}", "")
+        weights.conv(f"rpn.head.conv.{index}", f"proposal_generator.rpn_head.{target}", "", SEQUENCE)
     weights.layer("rpn.head.cls_logits", "proposal_generator.rpn_head.objectness_logits")
     weights.layer("rpn.head.bbox_pred", "proposal_generator.rpn_head.anchor_deltas")
     return {
@@ -191,7 +219,7 @@ def _box_head(weights: Weights) -> Keys:
     channels, dimension = len(weights[f"{head}.0.0.weight"]), len(weights[f"{linear}.weight"])
     norm = "BN" if f"{head}.0.1.weight" in weights else ""
     for index in range(convs):
-        weights.conv(f"{head}.{index}", f"{head}.conv{index + 1}", norm)
+        weights.conv(f"{head}.{index}", f"{head}.conv{index + 1}", norm, SEQUENCE)
     weights.layer(linear, f"{head}.fc1")
     return keys | {
         "MODEL.ROI_BOX_HEAD.NUM_CONV": convs,
@@ -208,7 +236,7 @@ def _mask_head(weights: Weights, kept: list[int]) -> Keys:
     channels = len(weights[f"{head}.0.0.weight"])
     norm = "BN" if f"{head}.0.1.weight" in weights else ""
     for index in range(convs):
-        weights.conv(f"{head}.{index}", f"{target}.mask_fcn{index + 1}", norm)
+        weights.conv(f"{head}.{index}", f"{target}.mask_fcn{index + 1}", norm, SEQUENCE)
     weights.layer("roi_heads.mask_predictor.conv5_mask", f"{target}.deconv")
     weights.layer("roi_heads.mask_predictor.mask_fcn_logits", f"{target}.predictor", lambda p: p[kept])
     return _pooler("MASK", 14) | {

@@ -12,8 +12,8 @@ from typing import Any
 from ..checkpoint import StateDict
 from ..errors import UserError
 from ..imported import Imported, Weights, check_empty, detectron2_config, write_detector
-from .detectors import Choice, Keys, import_rcnn, import_retinanet
-from .reading import COCO, NO_CLASS, read_detector, read_labels
+from .detectors import Choice, Keys, import_fcos, import_rcnn, import_retinanet
+from .reading import CENTERNESS, COCO, NO_CLASS, read_detector, read_labels
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def import_detector(
     labels = detector.labels if classes is None else read_labels(classes)
     kind, import_keys = _kind(detector.weights.keys(), source)
     weights = Weights(detector.weights, PROGRAM)
-    keep = functools.partial(_kept, labels=labels, has_background=kind != "RetinaNet")
+    keep = functools.partial(_kept, labels=labels, has_background=import_keys is import_rcnn)
     keys = import_keys(weights, keep)
     weights.check_all_moved()
     epsilon = next((e for e in (epsilon, detector.epsilon) if e is not None), EPSILON)
@@ -71,14 +71,12 @@ def _kind(names: Iterable[str], source: str) -> tuple[str, Callable[[Weights, Ch
             raise UserError("The torchvision checkpoint is that of a Keypoint R-CNN, which cannot be imported.")
         is_mask = "roi_heads.mask_predictor.mask_fcn_logits.weight" in names
         return ("Mask R-CNN" if is_mask else "Faster R-CNN"), import_rcnn
-    if "head.regression_head.bbox_ctrness.weight" in names:
-        raise UserError(
-            "The torchvision checkpoint is that of an FCOS, which computes boxes differently from kd_d2's FCOS."
-        )
+    if CENTERNESS in names:
+        return "FCOS", import_fcos
     if "head.classification_head.cls_logits.weight" in names:
         return "RetinaNet", import_retinanet
     raise UserError(
-        f"{source} is not the checkpoint of a Faster R-CNN, Mask R-CNN or RetinaNet of torchvision; its first weight is "
+        f"{source} is not the checkpoint of a Faster R-CNN, Mask R-CNN, RetinaNet or FCOS of torchvision; its first weight is "
         f"{min(names, default='missing')}."
     )
 
@@ -104,7 +102,7 @@ def _kept(outputs: int, labels: tuple[str, ...] | None, *, has_background: bool)
     if labels is None:
         if outputs == 1:
             raise UserError(
-                "The detector has only output 0, which is for no class; if a RetinaNet was trained with labels from 0, name its class with --classes."
+                "The detector has only output 0, which is for no class; if a RetinaNet or FCOS was trained with labels from 0, name its class with --classes."
             )
         if outputs == COCO_OUTPUTS:
             logger.warning(

@@ -21,7 +21,8 @@ COCO = "coco"
 NO_CLASS = "N/A"
 WRAPPERS = ("model", "state_dict", "model_state_dict")
 """Entries with the weights in checkpoints that have others too, such as those of torchvision's reference scripts."""
-
+CENTERNESS = "head.regression_head.bbox_ctrness.weight"
+"""Weight that only an FCOS has."""
 FIRST = "backbone.body.conv1.weight"
 """Weight before whose name others have a prefix, such as those of DistributedDataParallel, torch.compile or Lightning."""
 
@@ -52,7 +53,7 @@ def read_detector(source: str) -> TorchvisionDetector:
     """
     names = torchvision.models.list_models(module=torchvision.models.detection)
     if not os.path.exists(source) and source in names:
-        imported = [name for name in names if re.match(r"(fasterrcnn|maskrcnn|retinanet)_resnet", name)]
+        imported = [name for name in names if re.match(r"(fasterrcnn|maskrcnn|retinanet|fcos)_resnet", name)]
         if source not in imported:
             raise UserError(f"The {source} of torchvision cannot be imported; {', '.join(imported)} can.")
         return _pretrained(source)
@@ -69,7 +70,9 @@ def read_detector(source: str) -> TorchvisionDetector:
         )
     check_weights(weights, source)
     prefix = next((name.removesuffix(FIRST) for name in weights if name.endswith(FIRST)), "")
-    return TorchvisionDetector({_name(name.removeprefix(prefix)): t for name, t in weights.items()}, None, None)
+    return TorchvisionDetector(
+        _renamed({name.removeprefix(prefix): tensor for name, tensor in weights.items()}), None, None
+    )
 
 
 def read_labels(source: str) -> tuple[str, ...]:
@@ -100,16 +103,21 @@ def _pretrained(name: str) -> TorchvisionDetector:
     except (OSError, RuntimeError) as error:  # HTTP errors, and a file with another hash
         raise UserError(f"torchvision's weights of {name} cannot be downloaded: {error}.") from error
     epsilon = next((m.eps for n, m in model.named_modules() if n == "backbone.body.bn1"), None)
-    return TorchvisionDetector(model.state_dict(), epsilon, _coco())
+    return TorchvisionDetector(_renamed(model.state_dict()), epsilon, _coco())
 
 
-def _name(name: str) -> str:
-    """Return the current name of a weight from its name in any version of torchvision; names changed in 0.13."""
+def _renamed(weights: StateDict) -> StateDict:
+    """Return weights with the names of torchvision 0.13 and later, and of its RetinaNet's towers also for those of an FCOS."""
+    layers = 3 if CENTERNESS in weights else 2  # of a tower for each convolution; the third one is a normalization
+    return {_name(name, layers): tensor for name, tensor in weights.items()}
+
+
+def _name(name: str, layers: int) -> str:
     name = re.sub(r"^(backbone\.fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)$", r"\1.0.\2", name)
     name = re.sub(r"^rpn\.head\.conv\.(weight|bias)$", r"rpn.head.conv.0.0.\1", name)
     name = re.sub(
         r"^(head\.(?:classification|regression)_head\.conv)\.(\d+)\.(weight|bias)$",
-        lambda m: f"{m[1]}.{int(m[2]) // 2}.0.{m[3]}",
+        lambda m: f"{m[1]}.{int(m[2]) // layers}.{int(m[2]) % layers}.{m[3]}",
         name,
     )
     return re.sub(
