@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import glob
 import itertools
 import os
@@ -11,7 +12,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import yaml
-from detectron2 import model_zoo
 
 from .errors import UserError
 from .plain_yaml import read_plain_yaml, read_text
@@ -22,7 +22,6 @@ ROOT = _SHARE if os.path.isdir(_SHARE) else os.path.dirname(_PACKAGE)
 """The folder of `configs` and `projects`: inside an installed package, next to it in a checkout."""
 
 MOST_LAYERS = 200
-_ZOO = os.path.dirname(os.path.realpath(model_zoo.get_config_file("Base-RetinaNet.yaml")))
 
 
 def shipped_configs() -> dict[str, str]:
@@ -38,6 +37,13 @@ def shipped_configs() -> dict[str, str]:
 def _name_of(path: str) -> str:
     """Return the name of a shipped config from its path relative to ROOT."""
     return re.sub(r"^(?:configs/|projects/([^/]+/)configs/)", r"\1", path.removesuffix(".yaml"))
+
+
+@functools.cache
+def _zoo_folder() -> str:
+    from detectron2 import model_zoo  # imports torch, which names of shipped configs do not need
+
+    return os.path.dirname(os.path.realpath(model_zoo.get_config_file("Base-RetinaNet.yaml")))
 
 
 def find_config_file(name: str, key: str, folder: str = "") -> str:
@@ -59,12 +65,12 @@ def find_config_file(name: str, key: str, folder: str = "") -> str:
 
 def _find_by_name(name: str, sentence: str) -> str:
     """Find a shipped or model zoo config. The UserError begins with `sentence`, which says that it is not a file."""
-    path = shipped_configs().get(_name_of(name), os.path.join(_ZOO, name))
+    path = shipped_configs().get(_name_of(name), os.path.join(_zoo_folder(), name))
     if os.path.isfile(path):
         return path
     if os.path.isabs(os.path.expanduser(name)):
         raise UserError(sentence)
-    zoo = [os.path.relpath(path, _ZOO) for path in glob.glob(os.path.join(_ZOO, "**", "*.yaml"), recursive=True)]
+    zoo = glob.glob("**/*.yaml", root_dir=_zoo_folder(), recursive=True)
     names = {_name_of(known): known for known in (*zoo, *shipped_configs())}
     close = difflib.get_close_matches(_name_of(name), names, n=2)
     hint = f" Did you mean {' or '.join(names[known] for known in close)}?" if close else ""
@@ -99,7 +105,7 @@ def find_weights(name: str, key: str, folder: str = "") -> str:
 
 def is_zoo_file(path: str) -> bool:
     """Return whether a config is in Detectron2's model zoo."""
-    return os.path.realpath(path).startswith(_ZOO + os.sep)
+    return os.path.realpath(path).startswith(_zoo_folder() + os.sep)
 
 
 def read_layers(path: str) -> Iterator[tuple[str, dict[str, Any]]]:

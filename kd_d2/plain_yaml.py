@@ -9,7 +9,6 @@ from http.client import HTTPException
 from typing import Any
 
 import yaml
-from detectron2.utils.file_io import PathManager
 
 from .errors import UserError
 
@@ -86,6 +85,8 @@ def read_text(path: str, what: str) -> str:
     Raises:
         UserError: it is not a regular file, is too large or cannot be read.
     """
+    from detectron2.utils.file_io import PathManager  # imports torch, which names of configs do not need
+
     try:
         local = PathManager.get_local_path(path)
         if not stat.S_ISREG(os.stat(local).st_mode):  # opening a named pipe would block

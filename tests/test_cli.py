@@ -43,6 +43,11 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     assert (__version__ if "--version" in arguments else f"usage: kd-d2 {' '.join(arguments[:-1])}") in done.stdout
 
 
+def test_names_of_configs_import_nothing_heavy() -> None:
+    printed = _run("config", "list").stdout.splitlines()
+    assert "tiny/retinanet-ssim" in printed and printed[-1] == "IMPORTED"
+
+
 def test_the_overview_has_every_command() -> None:
     printed = _run("--help").stdout
     assert all(f"  {name} " in printed and text in printed for name, text in COMMANDS.items())

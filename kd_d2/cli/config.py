@@ -29,12 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..config import changed_keys, read_config
-    from ..config_files import shipped_configs
-
     if args.action == "list":
+        from ..config_files import shipped_configs
+
         print("\n".join(shipped_configs()))
         return
+    from ..config import changed_keys, read_config
+
     import_extensions(args.imports)
     if args.action == "explain":
         from ..reference import explain
