@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from kd_d2 import UserError, __version__, moved
@@ -159,10 +161,38 @@ def test_completion_in_bash(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     assert completed("kd-d2 train only.yaml --resu") == ["--resume"]
 
 
-def test_output_that_is_not_read() -> None:
-    """Check that a command whose reader, such as `head`, has ended stops without a traceback."""
-    command = [sys.executable, "-m", "kd_d2", "config", "show", "tiny/retinanet-icd"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+def _program_of(function: Callable[[], None]) -> list[str]:
+    """Return the command of a process in which `kd-d2 config list` calls a function instead, without heavy imports."""
+    lines = ["import kd_d2.cli.config", inspect.getsource(function)]
+    lines += [f"kd_d2.cli.config.run = lambda args: {function.__name__}()", "kd_d2.cli.main(['config', 'list'])"]
+    return [sys.executable, "-c", "\n".join(lines)]
+
+
+def _print_much() -> None:
+    print("x" * 100_000)
+
+
+def _print_little() -> None:
+    print("x")
+
+
+def _log_and_fail() -> None:
+    import logging
+
+    from kd_d2 import UserError
+    from kd_d2.cli.log import print_log
+
+    print_log()
+    logging.getLogger("kd_d2").info("a message")
+    raise UserError("--results: a reason.")
+
+
+@pytest.mark.parametrize("function", [_print_much, _print_little])
+def test_output_that_is_not_read(function: Callable[[], None]) -> None:
+    """Check that a command whose reader, such as `head`, has ended stops without a traceback, also if it ends before."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(_program_of(function), cwd=ROOT, env=environment, **pipes) as process:
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 1
@@ -175,16 +205,13 @@ def test_without_docstrings(program: list[str]) -> None:
     assert (done.returncode, done.stderr) == (2, sentence)
 
 
-def test_closed_output() -> None:
-    """Check a command that prints, and one that logs and fails."""
-    for arguments, message in (
-        ("config list", ""),
-        ("sweep demo/matrix --output x --report-only", "error: --results: "),
-    ):
-        command = f"exec {sys.executable} -m kd_d2 {arguments} >&-"
-        done = subprocess.run(["bash", "-c", command], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        assert done.stderr.startswith(message) and done.stderr.count("\n") == bool(message)
-        assert done.returncode == (2 if message else 0)
+@pytest.mark.parametrize(
+    ("function", "status", "error"), [(_print_little, 0, ""), (_log_and_fail, 2, "error: --results: a reason.\n")]
+)
+def test_closed_output(function: Callable[[], None], status: int, error: str) -> None:
+    command = ["bash", "-c", 'exec "$@" >&-', "bash", *_program_of(function)]
+    done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (status, error)
 
 
 def test_a_file_does_not_take_the_place_of_a_closed_stream(tmp_path: Path) -> None:
