@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
 import re
 import stat
@@ -52,7 +54,12 @@ def read_plain_yaml(path: str, what: str, *, as_text: bool = False) -> Any:
         UserError: it is not a regular file, too large, not plain YAML, too deeply nested, or has too many values or the
             same key twice in one mapping.
     """
-    text = read_text(path, what)
+    return copy.deepcopy(_parsed(read_text(path, what), what, as_text))
+
+
+@functools.lru_cache(maxsize=32)
+def _parsed(text: str, what: str, as_text: bool) -> Any:
+    """Parse a file's text; the cells of a sweep, and a student and its teacher, have most bases in common."""
     loader = _TextLoader if as_text else _Loader
     try:
         node = yaml.compose(text, loader)

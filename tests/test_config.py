@@ -660,6 +660,18 @@ def test_mappings_may_be_merged(tmp_path: Path) -> None:
     assert read_plain_yaml(str(path), "X")["X"] == {"MAX_ITER": 5, "EVAL_PERIOD": 3, "GAMMA": 0.2}
 
 
+def test_a_file_that_is_read_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that it is parsed once, that its reader may change what it gets, and that another text is read again."""
+    path, parsed = tmp_path / "file.yaml", []
+    compose = yaml.compose
+    monkeypatch.setattr(yaml, "compose", lambda text, loader: parsed.append(text) or compose(text, loader))
+    for text in ("A: [1]", "A: [1]", "A: [2]", "A: ['1']"):
+        path.write_text(text)
+        read_plain_yaml(str(path), str(path))["A"].append(3)
+    assert parsed == ["A: [1]", "A: [2]", "A: ['1']"]
+    assert read_plain_yaml(str(path), str(path)) == {"A": ["1"]}
+
+
 def test_a_byte_order_mark(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("\ufeffSEED: 5\n", encoding="utf-8")
