@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
 import re
 import runpy
+import tempfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -287,11 +289,24 @@ def detector_of(method: str) -> str:
     return next(detector for detector in ("retinanet", "faster-rcnn", "gfl") if method in methods_of(detector))
 
 
+@functools.cache
+def _teacher_of_projects(detector: str) -> bytes:
+    """Return the checkpoint of the teacher of `make_project`, which depends on the detector only."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = write_yaml(Path(folder) / "teacher.yaml", _project_base(detector))
+        save_fixed_weights(config, Path(folder) / "teacher.pth", seed=1)
+        return (Path(folder) / "teacher.pth").read_bytes()
+
+
+def _project_base(detector: str) -> dict:
+    return merged({"_BASE_": str(TINY / f"{detector}-student.yaml")}, NARROW)
+
+
 def make_project(folder: Path, detector: str = "retinanet", **keys: object) -> Project:
     """Create a tiny project with a detector of META_ARCHITECTURES; `keys` change the student's config."""
     annotations = make_coco(folder / "data")
     name = f"tiny_{zlib.crc32(str(folder).encode()):08x}"
-    base = merged({"_BASE_": str(TINY / f"{detector}-student.yaml")}, NARROW)
+    base = _project_base(detector)
     teacher = write_yaml(folder / "teacher.yaml", base)
     student = write_yaml(
         folder / "student.yaml",
@@ -312,7 +327,7 @@ def make_project(folder: Path, detector: str = "retinanet", **keys: object) -> P
         ),
     )
     weights = folder / "teacher.pth"
-    save_fixed_weights(teacher, weights, seed=1)
+    weights.write_bytes(_teacher_of_projects(detector))
     return Project(folder, student, teacher, weights, annotations, name)
 
 
