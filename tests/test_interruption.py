@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -30,7 +31,7 @@ import pytest
 import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
-from helpers import Project, clean_process, fill_the_disk, make_project, make_trainer, run_train_net, train
+from helpers import Project, clean_process, fill_the_disk, make_project, make_trainer, run_command, run_train_net, train
 
 SHORT = {
     "SEED": 7,
@@ -522,18 +523,20 @@ def test_an_asynchronous_write_has_the_weights_of_its_iteration(tmp_path: Path) 
     assert torch.equal(read_checkpoint(str(tmp_path / "model.pth"))["model"]["weight"], before)
 
 
-def test_a_folder_that_another_training_uses(tmp_path: Path) -> None:
+def test_a_folder_that_another_training_uses(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     """Check the message in another process, that one process may lock twice, and that a lock ends with its process."""
     project = make_project(tmp_path, **SHORT)
     project.output.mkdir()
     lock_folder(str(project.output))
     lock_folder(str(project.output))
-    command = [sys.executable, "-m", "kd_d2", "train", str(project.student), "SOLVER.MAX_ITER", "1"]
-    refused = subprocess.run(command, capture_output=True, text=True)
-    assert refused.returncode == 2
+    command = ("train", project.student, "SOLVER.MAX_ITER", 1)
+    refused = multiprocessing.get_context("fork").Process(target=run_command, args=command)
+    refused.start()
+    refused.join()
+    assert refused.exitcode == 2
     assert re.search(
         rf"^error: OUTPUT_DIR {re.escape(str(project.output))} is in use by another training \(process {os.getpid()} on \S+\); choose another folder",
-        refused.stderr,
+        capfd.readouterr().err,
         re.MULTILINE,
     )
     assert not (project.output / "config.yaml").exists()
