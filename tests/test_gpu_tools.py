@@ -4,6 +4,7 @@ import ast
 import contextlib
 import importlib.util
 import json
+import runpy
 import shutil
 import signal
 import subprocess
@@ -64,10 +65,10 @@ def test_check_reads_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_check_without_a_gpu(tmp_path: Path) -> None:
-    command = [sys.executable, ROOT / "benchmarks" / "gpu_check.py", "--output", tmp_path / "check"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 1 and result.stderr.startswith("PyTorch finds no GPU on this machine")
+def test_check_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--output", str(tmp_path / "check")])
+    with pytest.raises(SystemExit, match=r"^PyTorch finds no GPU on this machine"):
+        runpy.run_path(str(ROOT / "benchmarks" / "gpu_check.py"), run_name="__main__")
     assert not (tmp_path / "check").exists()
 
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -474,18 +475,16 @@ def test_workers_need_semaphores(monkeypatch: pytest.MonkeyPatch) -> None:
     configure_workers(DataLoader([0], num_workers=0))
 
 
+def _raise_the_limit(rank: int) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, 512))
+    for workers, expected in ((0, (128, 512)), (1, (512, 512))):
+        configure_workers(DataLoader([0], num_workers=workers))
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == expected
+
+
 def test_the_limit_on_open_files_is_raised() -> None:
-    script = (
-        "import resource\n"
-        "from kd_d2.data.workers import configure_workers\n"
-        "from torch.utils.data import DataLoader\n"
-        "resource.setrlimit(resource.RLIMIT_NOFILE, (128, 512))\n"
-        "configure_workers(DataLoader([0], num_workers=0))\n"
-        "print(resource.getrlimit(resource.RLIMIT_NOFILE))\n"
-        "configure_workers(DataLoader([0], num_workers=1))\n"
-        "print(resource.getrlimit(resource.RLIMIT_NOFILE))\n"
-    )
-    assert _run_script(script).stdout == "(128, 512)\n(512, 512)\n"
+    """Check a new process, since a limit that is lowered stays low."""
+    torch.multiprocessing.start_processes(_raise_the_limit, nprocs=1, start_method="fork")
 
 
 def _run_script(script: str, **environment: str) -> subprocess.CompletedProcess:
