@@ -22,6 +22,8 @@ from helpers import CLASSES, WIDE, Project, make_project, save_fixed_weights, tr
 from torch import nn
 
 POINTS = ("left", "middle", "right")
+NARROW_HEAD = (32, 32)
+"""In place of eight convolutions to 512 channels."""
 
 
 @pytest.fixture
@@ -45,6 +47,7 @@ def project(tmp_path: Path) -> Iterator[Project]:
         MODEL__KEYPOINT_ON=True,
         MODEL__ROI_HEADS__SCORE_THRESH_TEST=0.0,
         MODEL__ROI_KEYPOINT_HEAD__NUM_KEYPOINTS=3,
+        MODEL__ROI_KEYPOINT_HEAD__CONV_DIMS=NARROW_HEAD,
         TEST__KEYPOINT_OKS_SIGMAS=[0.1, 0.1, 0.1],
     )
     yield project
@@ -67,8 +70,8 @@ def test_training_resuming_and_evaluation(project: Project) -> None:
 
 def test_channels_last(project: Project) -> None:
     """Check that training, evaluation and the teacher's keypoints are those of the contiguous format."""
-    keys = {"MODEL__KEYPOINT_ON": True, "MODEL__ROI_KEYPOINT_HEAD__NUM_KEYPOINTS": 3, **WIDE}
-    project.change_teacher(MODEL__ROI_HEADS__SCORE_THRESH_TEST=0.0, **keys)
+    head = {"MODEL__ROI_KEYPOINT_HEAD__NUM_KEYPOINTS": 3, "MODEL__ROI_KEYPOINT_HEAD__CONV_DIMS": NARROW_HEAD}
+    project.change_teacher(MODEL__KEYPOINT_ON=True, MODEL__ROI_HEADS__SCORE_THRESH_TEST=0.0, **head, **WIDE)
     save_fixed_weights(project.teacher, project.teacher_weights, seed=1)
     project.change(SEED=1, SOLVER__MAX_ITER=1, SOLVER__EMA_DECAY=0.9, **WIDE)
     runs = [
