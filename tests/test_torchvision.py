@@ -23,11 +23,12 @@ from detectron2.modeling import build_model
 from helpers import CLASSES as DATA_CLASSES
 from helpers import make_project, run_command, train
 from torch import Tensor, nn
-from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
+from torchvision.models.detection import FCOS, FasterRCNN, KeypointRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.retinanet import RetinaNetHead, _default_anchorgen
 from torchvision.models.detection.rpn import RPNHead
@@ -49,6 +50,11 @@ def faster_rcnn(kind: type[FasterRCNN] = FasterRCNN, outputs: int = OUTPUTS, **a
 
 def mask_rcnn() -> MaskRCNN:
     return faster_rcnn(MaskRCNN, mask_predictor=MaskRCNNPredictor(256, 256, OUTPUTS))
+
+
+def keypoint_rcnn() -> KeypointRCNN:
+    head, predictor = KeypointRCNNHeads(256, [16, 24]), KeypointRCNNPredictor(24, 5)
+    return faster_rcnn(KeypointRCNN, outputs=2, keypoint_head=head, keypoint_predictor=predictor)
 
 
 def faster_rcnn_v2(kind: type[FasterRCNN] = FasterRCNN, **arguments: Any) -> FasterRCNN:
@@ -86,6 +92,7 @@ DETECTORS: dict[str, Callable[[], nn.Module]] = {
     "faster-rcnn-v2": faster_rcnn_v2,
     "mask-rcnn": mask_rcnn,
     "mask-rcnn-v2": mask_rcnn_v2,
+    "keypoint-rcnn": keypoint_rcnn,
     "retinanet": retinanet,
     "retinanet-v2": retinanet_v2,
     "fcos": fcos,
@@ -169,12 +176,15 @@ def test_detections_are_those_of_torchvision(tmp_path: Path, save: Callable, nam
     kept = (expected["boxes"][:, 2:] > expected["boxes"][:, :2]).all(1)  # Detectron2 removes boxes without area
     boxes, scores, labels = (expected[key][kept] for key in ("boxes", "scores", "labels"))
     assert len(found) == len(boxes) > 30
-    assert len({*labels.tolist()}) > 1
+    assert len({*labels.tolist()}) == found.pred_classes.max() + 1
     # Detections of equal scores may change places.
     order, own = (torch.argsort(b[:, 0] + 1000 * s.mul(1e3).round()) for b, s in ((boxes, scores), (found.pred_boxes.tensor, found.scores)))  # fmt: skip
     torch.testing.assert_close(found.scores[own], scores[order], atol=1e-4, rtol=0)
     assert torch.equal(found.pred_classes[own], labels[order] - 1)
     torch.testing.assert_close(found.pred_boxes.tensor[own], boxes[order], atol=2e-2, rtol=0)
+    if "keypoints" in expected:
+        keypoints = expected["keypoints"][kept][order, :, :2]
+        torch.testing.assert_close(found.pred_keypoints[own, :, :2], keypoints, atol=2e-2, rtol=0)
     if "masks" in expected:
         logits = theirs.roi_heads.mask_predictor.mask_fcn_logits
         assert torch.equal(ours.roi_heads.mask_head.predictor.weight, logits.weight[1:])
@@ -372,9 +382,8 @@ def _changed(model: nn.Module, **changes: Any) -> dict[str, Tensor]:
     [
         (lambda: _changed(fcos(), bbox_ctrness__bias=None), "does not fit the detector: head.ctrness.bias is missing"),
         (lambda: fcos(outputs=1), "The detector has only output 0, which is for no class; if a RetinaNet or FCOS was trained with labels from 0"),
-        (lambda: torchvision.models.detection.keypointrcnn_resnet50_fpn(weights=None, weights_backbone=None), "that of a Keypoint R-CNN"),
         (lambda: torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None), "another backbone than a ResNet"),
-        (lambda: torchvision.models.resnet18(), "is not the checkpoint of a Faster R-CNN, Mask R-CNN, RetinaNet or FCOS of torchvision; its first weight is bn1.bias."),
+        (lambda: torchvision.models.resnet18(), "is not the checkpoint of a Faster, Mask or Keypoint R-CNN, RetinaNet or FCOS of torchvision; its first weight is bn1.bias."),
         (lambda: torch.zeros(1), "has no weights: a checkpoint is needed that was saved with torch.save"),
         (lambda: {"epoch": 3}, "has no weights: a checkpoint is needed that was saved with torch.save"),
         (lambda: _changed(retinanet(), layer4__1=None), r"has a ResNet of \(2, 2, 2, 1\) blocks, which Detectron2 does not have."),

@@ -3,7 +3,7 @@
 kd-d2 import-torchvision CHECKPOINT OUT [--classes FILE] [--batch-norm-eps X] [KEY VALUE ...]
 
 Writes OUT/config.yaml and OUT/model_final.pth, a Detectron2 config and checkpoint; OUT can be used like the output
-folder of a training. Detectors: Faster R-CNN, Mask R-CNN, RetinaNet and FCOS with a ResNet or ResNeXt and FPN, such as those of
+folder of a training. Detectors: Faster, Mask and Keypoint R-CNN, RetinaNet and FCOS with a ResNet or ResNeXt and FPN, such as those of
 torchvision.models.detection.fasterrcnn_resnet50_fpn and fasterrcnn_resnet50_fpn_v2, with torchvision's anchors.
 """
 

@@ -1,4 +1,4 @@
-"""Config keys and weights of torchvision's Faster R-CNN, Mask R-CNN, RetinaNet and FCOS in Detectron2.
+"""Config keys and weights of torchvision's Faster, Mask and Keypoint R-CNN, RetinaNet and FCOS in Detectron2.
 
 Sizes of layers are read from the weights. What the weights do not show, such as anchors and thresholds, is as in
 torchvision's functions, such as `torchvision.models.detection.fasterrcnn_resnet50_fpn`.
@@ -7,6 +7,7 @@ torchvision's functions, such as `torchvision.models.detection.fasterrcnn_resnet
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -92,7 +93,7 @@ def import_fcos(weights: Weights, keep: Choice) -> Keys:
 
 
 def import_rcnn(weights: Weights, keep: Choice) -> Keys:
-    """Import a Faster or Mask R-CNN."""
+    """Import a Faster, Mask or Keypoint R-CNN."""
     keys = _resnet(weights) | _fpn(weights, [2, 3, 4, 5]) | _rpn(weights) | _box_head(weights)
     outputs = len(weights["roi_heads.box_predictor.cls_score.weight"])
     kept = keep(outputs)
@@ -117,6 +118,8 @@ def import_rcnn(weights: Weights, keep: Choice) -> Keys:
     }
     if "roi_heads.mask_predictor.mask_fcn_logits.weight" in weights:
         keys |= _mask_head(weights, kept)
+    if "roi_heads.keypoint_predictor.kps_score_lowres.weight" in weights:
+        keys |= _keypoint_head(weights)
     return keys | COMMON
 
 
@@ -245,6 +248,22 @@ def _mask_head(weights: Weights, kept: list[int]) -> Keys:
         "MODEL.ROI_MASK_HEAD.NUM_CONV": convs,
         "MODEL.ROI_MASK_HEAD.CONV_DIM": channels,
         "MODEL.ROI_MASK_HEAD.NORM": norm,
+    }
+
+
+def _keypoint_head(weights: Weights) -> Keys:
+    head, target = "roi_heads.keypoint_head", "roi_heads.keypoint_head"
+    scores = "roi_heads.keypoint_predictor.kps_score_lowres"
+    keypoints = weights[f"{scores}.weight"].shape[1]
+    channels = []
+    for index in itertools.takewhile(lambda index: f"{head}.{index}.weight" in weights, itertools.count(0, 2)):
+        channels.append(len(weights[f"{head}.{index}.weight"]))
+        weights.layer(f"{head}.{index}", f"{target}.conv_fcn{len(channels)}")
+    weights.layer(scores, f"{target}.score_lowres")
+    return _pooler("KEYPOINT", 14) | {
+        "MODEL.KEYPOINT_ON": True,
+        "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS": keypoints,
+        "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS": channels,
     }
 
 

@@ -67,16 +67,15 @@ def _kind(names: Iterable[str], source: str) -> tuple[str, Callable[[Weights, Ch
     """Return the detector that has these weights, and the function that imports it."""
     names = {*names}
     if "roi_heads.box_predictor.cls_score.weight" in names:
-        if any(name.startswith("roi_heads.keypoint") for name in names):
-            raise UserError("The torchvision checkpoint is that of a Keypoint R-CNN, which cannot be imported.")
-        is_mask = "roi_heads.mask_predictor.mask_fcn_logits.weight" in names
-        return ("Mask R-CNN" if is_mask else "Faster R-CNN"), import_rcnn
+        parts = {part for name in names for part in name.split(".")}
+        kinds = {"keypoint_predictor": "Keypoint R-CNN", "mask_predictor": "Mask R-CNN"}
+        return next((kind for part, kind in kinds.items() if part in parts), "Faster R-CNN"), import_rcnn
     if CENTERNESS in names:
         return "FCOS", import_fcos
     if "head.classification_head.cls_logits.weight" in names:
         return "RetinaNet", import_retinanet
     raise UserError(
-        f"{source} is not the checkpoint of a Faster R-CNN, Mask R-CNN, RetinaNet or FCOS of torchvision; its first weight is "
+        f"{source} is not the checkpoint of a Faster, Mask or Keypoint R-CNN, RetinaNet or FCOS of torchvision; its first weight is "
         f"{min(names, default='missing')}."
     )
 

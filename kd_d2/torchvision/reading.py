@@ -53,7 +53,9 @@ def read_detector(source: str) -> TorchvisionDetector:
     """
     names = torchvision.models.list_models(module=torchvision.models.detection)
     if not os.path.exists(source) and source in names:
-        imported = [name for name in names if re.match(r"(fasterrcnn|maskrcnn|retinanet|fcos)_resnet", name)]
+        imported = [
+            name for name in names if re.match(r"(fasterrcnn|maskrcnn|keypointrcnn|retinanet|fcos)_resnet", name)
+        ]
         if source not in imported:
             raise UserError(f"The {source} of torchvision cannot be imported; {', '.join(imported)} can.")
         return _pretrained(source)
@@ -103,7 +105,8 @@ def _pretrained(name: str) -> TorchvisionDetector:
     except (OSError, RuntimeError) as error:  # HTTP errors, and a file with another hash
         raise UserError(f"torchvision's weights of {name} cannot be downloaded: {error}.") from error
     epsilon = next((m.eps for n, m in model.named_modules() if n == "backbone.body.bn1"), None)
-    return TorchvisionDetector(_renamed(model.state_dict()), epsilon, _coco())
+    labels = torchvision.models.get_model_weights(name).DEFAULT.meta["categories"][1:]
+    return TorchvisionDetector(_renamed(model.state_dict()), epsilon, tuple(labels))
 
 
 def _renamed(weights: StateDict) -> StateDict:
