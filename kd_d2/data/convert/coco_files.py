@@ -10,7 +10,7 @@ from ...errors import UserError
 from ..coco import CocoData, read_coco, read_json_bytes
 from ..coco.reader import LISTS, MissingImagesError
 from .source import BROKEN, SPLIT, WHOLE, Source
-from .trees import Split, Tree, checked_size
+from .trees import Split, Tree, checked_size, part_of
 
 
 def recognizes(source: Source) -> bool:
@@ -79,10 +79,7 @@ def _with_right_sizes(source: Source, file: str, tree: Tree, folder: str) -> Tre
             kept.add(image["id"])
     if not kept:
         raise UserError(f"{file} has no usable image; the first: {source.notes.examples[BROKEN]}")
-    return tree | {
-        "images": [image for image in tree["images"] if image["id"] in kept],
-        "annotations": [annotation for annotation in tree["annotations"] if annotation["image_id"] in kept],
-    }
+    return part_of(tree, kept)
 
 
 def _is_coco(source: Source, file: str) -> bool:

@@ -143,11 +143,12 @@ def share_out(splits: dict[str, Split], share: float, source: Source) -> dict[st
         raise UserError(f"--val-share {share} of {len(by_hash)} images leaves no image for train or val.")
     parts = {"train": by_hash[count:], "val": by_hash[:count]}
     return {
-        name: Split(_part(whole.tree, {image["id"] for image in part}), whole.folder) for name, part in parts.items()
+        name: Split(part_of(whole.tree, {image["id"] for image in part}), whole.folder) for name, part in parts.items()
     }
 
 
-def _part(tree: Tree, images: set[int]) -> Tree:
+def part_of(tree: Tree, images: set[int]) -> Tree:
+    """Return the tree with only the images of these ids and their annotations."""
     return tree | {
         "images": [image for image in tree["images"] if image["id"] in images],
         "annotations": [annotation for annotation in tree["annotations"] if annotation["image_id"] in images],
