@@ -116,7 +116,7 @@ def convert(
             raise UserError(f"IN: a split is named {name!r}; only letters, digits, '_', '-' and '.' are allowed.")
     files = {name: os.path.join(os.path.abspath(output), f"{name}.json") for name in splits}
     config = os.path.join(os.path.abspath(output), CONFIG)
-    inputs = {os.path.realpath(source.path(file)) for file in source.files if file.lower().endswith(form.suffixes)}
+    inputs = {os.path.realpath(source.path(file)) for file in source.having(*form.suffixes)}
     for file in (*files.values(), config):
         if os.path.realpath(file) in inputs and not _is_own_config(file):
             raise UserError(f"OUT: {file} would overwrite a file of IN: choose another folder.")

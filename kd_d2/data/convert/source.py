@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import chain
 from operator import ne
 from xml.etree import ElementTree
 from xml.parsers import expat
@@ -84,17 +85,14 @@ class Source:
     def path(self, file: str) -> str:
         return os.path.join(self.folder, file)
 
-    def having(self, suffix: str) -> list[str]:
-        """Return the files with a suffix, such as ".xml"."""
-        return [file for file in self.files if file.lower().endswith(suffix)]
+    def having(self, *suffixes: str) -> list[str]:
+        """Return the files with one of the suffixes, such as ".xml"."""
+        return [file for file in self.files if file.lower().endswith(suffixes)]
 
     def split_of(self, *files: str) -> str:
         """Return the first parent folder of the files that is named like a split, or WHOLE if there is none."""
-        for file in files:
-            for folder in os.path.dirname(file).split(os.sep):
-                if SPLIT.fullmatch(folder):
-                    return folder.lower()
-        return WHOLE
+        folders = chain.from_iterable(map(_folders, files))
+        return next((folder.lower() for folder in folders if SPLIT.fullmatch(folder)), WHOLE)
 
     def find_image(self, name: str, labels: str, subset: str = "") -> str | None:
         """Return the image that a label file refers to by `name`, or None if there is none; see `candidates`.

@@ -9,13 +9,13 @@ from ...errors import UserError
 from ..coco.ids import whole_number
 from .labels import REMEDY, LabelledBox, LabelledImage, Labels, read_box
 from .source import Source
-from .yolo_description import Description, images_of_splits, is_description, read_description
+from .yolo_description import Description, images_of_splits, name_lists, read_description
 
 LARGEST_FRACTION = 2.0
 
 
 def recognizes(source: Source) -> bool:
-    if any(is_description(file) for file in source.files) and source.having(".txt"):
+    if (source.having(".yaml", ".yml") or name_lists(source)) and source.having(".txt"):
         return True
     texts = _texts(source)
     return any(candidate in texts for image in source.images[:50] for candidate in _label_files(image))

@@ -36,9 +36,9 @@ class Description:
     keypoint_values: int = 0
 
 
-def is_description(file: str) -> bool:
-    """Return whether a file may be a description, by its name."""
-    return file.lower().endswith((".yaml", ".yml")) or os.path.basename(file) in NAME_LISTS
+def name_lists(source: Source) -> list[str]:
+    """Return the files that are lists of names, by their own names."""
+    return [file for file in source.files if os.path.basename(file) in NAME_LISTS]
 
 
 def read_description(source: Source) -> Description:
@@ -47,8 +47,8 @@ def read_description(source: Source) -> Description:
     Raises:
         UserError: there is none, there are several YAML files with `names`, or the file cannot be read.
     """
-    found = [file for file in source.files if file.lower().endswith((".yaml", ".yml"))]
-    described = [(file, tree) for file in found if "names" in (tree := _read_yaml(source, file))]
+    found = [(file, _read_yaml(source, file)) for file in source.having(".yaml", ".yml")]
+    described = [(file, tree) for file, tree in found if "names" in tree]
     if len(described) > 1:
         raise UserError(
             f"IN: {source.folder} has several yaml files with names, {described[0][0]} and {described[1][0]}: convert the folder "
@@ -56,8 +56,7 @@ def read_description(source: Source) -> Description:
         )
     if described:
         return _from_yaml(source, *described[0])
-    lists = [file for file in source.files if os.path.basename(file) in NAME_LISTS]
-    if lists:
+    if lists := name_lists(source):
         return _from_lists(source, lists)
     raise UserError(f"IN: {source.folder} has no data.yaml with class names: create one, such as 'names: [cat, dog]'.")
 
