@@ -14,7 +14,7 @@ _NAMES = {
 }  # fmt: skip
 
 
-def from_tree(kind: Any, tree: Any, path: str, place: str) -> Any:
+def from_tree(kind: Any, tree: Any, path: str, place: str = "the file") -> Any:
     """Convert a JSON tree to a dataclass, dict[str, ...], list[...], str, int, float, bool or None.
 
     The type may also be a union of the last five, or of one of the others and None.
@@ -49,7 +49,7 @@ def from_tree(kind: Any, tree: Any, path: str, place: str) -> Any:
     return None if tree is None else from_tree(other, tree, path, place)
 
 
-def members(hints: dict[str, Any], tree: Any, path: str, place: str) -> dict[str, Any]:
+def members(hints: dict[str, Any], tree: Any, path: str, place: str = "the file") -> dict[str, Any]:
     """Convert the members of a JSON object that `hints` names to the types given there; see `from_tree`."""
     missing = sorted(hints.keys() - _checked(dict, tree, path, place).keys())
     if missing:

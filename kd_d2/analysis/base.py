@@ -153,7 +153,7 @@ class Analysis(ABC):
         """
         path, stored = os.path.join(folder, cls.file), cls._stored()
         tree = read_json(path)
-        values = members(stored, tree if len(stored) > 1 else dict.fromkeys(stored, tree), path, "the file")
+        values = members(stored, tree if len(stored) > 1 else dict.fromkeys(stored, tree), path)
         if tree == {}:
             raise UserError(f"{path}: the file is empty.")
         loaded = cls(**values)
@@ -181,7 +181,7 @@ def _matches(folder: str, pattern: str) -> list[str]:
 
 def _listed_pictures(folder: str) -> dict[str, list[str]]:
     path = os.path.join(folder, PICTURES)
-    return from_tree(dict[str, list[str]], read_json(path), path, "the file") if os.path.isfile(path) else {}
+    return from_tree(dict[str, list[str]], read_json(path), path) if os.path.isfile(path) else {}
 
 
 def is_analysis(folder: str) -> bool:
@@ -196,7 +196,7 @@ def load_analysis(folder: str) -> Analysis:
         UserError: the folder contains no finished analysis, or the content of a file is not what the analysis writes.
     """
     path = os.path.join(folder, MARKER)
-    return find_analysis(members({"analysis": str}, read_json(path), path, "the file")["analysis"]).load(folder)
+    return find_analysis(members({"analysis": str}, read_json(path), path)["analysis"]).load(folder)
 
 
 def check_at_least(option: str, value: int | None, minimum: int) -> None:

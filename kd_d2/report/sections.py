@@ -113,7 +113,7 @@ def _results_by_dataset(folder: str) -> dict[str, dict]:
 
 def _scores_by_task(results: dict[str, Any], path: str) -> dict[str, dict[str, float | None]]:
     tasks = {task: scores for task, scores in results.items() if isinstance(scores, dict)}
-    return from_tree(dict[str, dict[str, float | None]], tasks, path, "the file")
+    return from_tree(dict[str, dict[str, float | None]], tasks, path)
 
 
 def _score_tables(results: dict[str, dict[str, float]], dataset: str) -> list[Table]:

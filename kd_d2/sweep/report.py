@@ -215,4 +215,4 @@ def first_curves(matrix: Matrix, results: dict[str, list[dict[str, Any]]]) -> di
 def read_costs(folder: str) -> dict[str, dict[str, float]]:
     """Return the stored costs of the detectors, or an empty dict if there are none."""
     path = os.path.join(folder, COSTS)
-    return from_tree(dict[str, dict[str, float]], read_json(path), path, "the file") if os.path.isfile(path) else {}
+    return from_tree(dict[str, dict[str, float]], read_json(path), path) if os.path.isfile(path) else {}

@@ -35,7 +35,7 @@ def read_result(path: str) -> dict[str, Any]:
         UserError: the file cannot be read, or its content is invalid.
     """
     tree = read_json(path)
-    members(REQUIRED, tree, path, "the file")
+    members(REQUIRED, tree, path)
     for key, kind in OPTIONAL.items():
         if tree.get(key) is not None:
             from_tree(kind, tree[key], path, repr(key))
@@ -52,14 +52,14 @@ def read_outcome(path: str) -> dict[str, Any]:
     """
     outcome = read_json(path)
     tasks = ["bbox", *(task for task in OTHER_TASKS.values() if task in outcome)]
-    members(dict.fromkeys(tasks, dict[str, float | None]), outcome, path, "the file")
+    members(dict.fromkeys(tasks, dict[str, float | None]), outcome, path)
     return outcome
 
 
 def read_versions(folder: str) -> dict[str, str]:
     """Read the software versions of a training from its output folder."""
     path = os.path.join(folder, "versions.json")
-    return from_tree(dict[str, str], read_json(path), path, "the file") if os.path.isfile(path) else {}
+    return from_tree(dict[str, str], read_json(path), path) if os.path.isfile(path) else {}
 
 
 def read_curves(metrics: list[dict[str, Any]]) -> dict[str, list]:

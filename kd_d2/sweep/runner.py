@@ -205,7 +205,7 @@ def _check_checkpoint(job: Job) -> None:
     if job.outcome == "train.json" and os.path.isfile(config) and checkpoint_files(job.output):
         settings = without_locations(read_config(config))
         if os.path.isfile(written):
-            files = from_tree(dict, read_json(written), written, "the file")
+            files = from_tree(dict, read_json(written), written)
             settings |= {key: value for key, value in files.items() if key in CHECKSUMS}
         _check_settings(job, settings, f"{job.output} has a training", "the folder, or choose another --output")
 
