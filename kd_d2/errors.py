@@ -119,6 +119,18 @@ def check_number(key: str, value: object, minimum: float, *, exclusive: bool = F
         raise UserError(f"{key} is {value!r}; it must be a number {relation} {minimum}.")
 
 
+def check_at_least(option: str, value: int | None, minimum: int) -> None:
+    """Raise a UserError that names the option if its value is too small; None means that the option is not given."""
+    if value is not None and value < minimum:
+        raise UserError(f"{option} is {value}; it must be at least {minimum}.")
+
+
+def check_score_threshold(value: float | None) -> None:
+    """Raise a UserError if the value of --score-thresh is not a score; None means that the option is not given."""
+    if value is not None and not 0 <= value <= 1:
+        raise UserError(f"--score-thresh is {value}; it must be between 0 and 1.")
+
+
 def check_seed(key: str, seed: int) -> None:
     """Raise a UserError that names `key` unless NumPy accepts a seed; negative ones mean a random seed."""
     if seed >= 2**32:

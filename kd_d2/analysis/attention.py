@@ -14,10 +14,10 @@ import torch
 from detectron2.structures import Instances
 
 from ..distillers.icd import ICD
-from ..errors import UserError
+from ..errors import UserError, check_at_least
 from ..files import check_output_folder
 from ..meta_arch import KDMetaArch
-from .base import Analysis, check_at_least
+from .base import Analysis
 from .drawing import draw_instances, enlarged, overlay_heat, per_pixel, sheet, titled, write_picture
 from .examples import picture_names, pixels, read_examples
 from .models import Distillation, load_distillations

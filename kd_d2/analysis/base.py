@@ -199,18 +199,6 @@ def load_analysis(folder: str) -> Analysis:
     return find_analysis(members({"analysis": str}, read_json(path), path)["analysis"]).load(folder)
 
 
-def check_at_least(option: str, value: int | None, minimum: int) -> None:
-    """Raise a UserError that names the option if its value is too small; None means that the option is not given."""
-    if value is not None and value < minimum:
-        raise UserError(f"{option} is {value}; it must be at least {minimum}.")
-
-
-def check_score_threshold(value: float) -> None:
-    """Raise a UserError if the value of --score-thresh is not a score."""
-    if not 0 <= value <= 1:
-        raise UserError(f"--score-thresh is {value}; it must be between 0 and 1.")
-
-
 def nanmean(values: Any, axis: int | None = None) -> Any:
     """Return the mean of the values that are not NaN, or NaN if there are none."""
     with warnings.catch_warnings():

@@ -15,9 +15,10 @@ from detectron2.data import DatasetCatalog
 from detectron2.structures import Boxes, Instances
 
 from ..data import read_image
+from ..errors import check_at_least, check_score_threshold
 from ..evaluation.coco import found_objects
 from ..files import check_inputs_are_kept, check_output_folder
-from .base import Analysis, check_at_least, check_score_threshold
+from .base import Analysis
 from .drawing import draw_instances, sheet, titled, write_picture
 from .examples import picture_name
 from .models import TrainedModel, check_models, read_annotations

@@ -20,12 +20,13 @@ from ..config import thawed
 from ..data import build_stream_loader
 from ..engine.checks import check_schedule
 from ..engine.trainer import load_initial_weights
+from ..errors import check_at_least
 from ..files import check_output_folder
 from ..gradients import gradients_of, loss_gradient
 from ..meta_arch import KDMetaArch
 from ..random_state import preserved_random_state
 from ..report.page import Table, as_text
-from .base import Analysis, check_at_least
+from .base import Analysis
 from .models import Distillation, load_distillations
 
 DETECTION = "detection"

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from ..adapters import DensePredictions, DetectorOutputs
 from ..adapters.dense import strides_of_head
+from ..errors import check_at_least
 from ..evaluation import check_coco_metrics
 from ..evaluation.coco_evaluator import CocoEvaluator
 from ..files import check_output_folder, temporary_folder
 from ..losses import reordered
 from ..meta_arch import KDMetaArch
 from ..report.page import Table, as_text
-from .base import Analysis, check_at_least
+from .base import Analysis
 from .examples import read_examples
 from .models import Distillation, load_distillations
 

@@ -21,12 +21,12 @@ from torch import Tensor
 from ..adapters import DetectorOutputs
 from ..adapters.dense import strides_of_head
 from ..distillers.adaptation import AdaptationLayers
-from ..errors import UserError
+from ..errors import UserError, check_at_least, check_score_threshold
 from ..files import check_output_folder
 from ..losses import prediction_difference
 from ..meta_arch import KDMetaArch
 from ..modeling.building import lower_score_threshold
-from .base import Analysis, check_at_least, check_score_threshold
+from .base import Analysis
 from .drawing import PALETTE, draw_instances, enlarged, overlay_heat, per_pixel, sheet, titled, write_picture
 from .examples import picture_names, pixels, read_examples, read_files
 from .models import Distillation, load_distillations

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 
 from ..arguments import add_import_argument, add_model_argument
-from ..errors import UserError
+from ..errors import UserError, check_at_least
 from ..extensions import import_extensions
 from ..model_paths import ModelPath, format_of, read_model_paths
 from .log import print_log
@@ -49,9 +49,8 @@ def run(args: argparse.Namespace) -> None:
 
     print_log()
     import_extensions(args.imports)
-    for option, value in (("--rounds", args.rounds), ("--batch", args.batch)):
-        if value < 1:
-            raise UserError(f"{option} is {value}; it must be at least 1.")
+    check_at_least("--rounds", args.rounds, 1)
+    check_at_least("--batch", args.batch, 1)
     paths = read_model_paths(args.model, may_be_exported=True)
     if args.opts and all(path.exported for path in paths):
         raise UserError(f"All models are exported, on which the override {args.opts[0]} has no effect.")

@@ -16,7 +16,7 @@ import os
 import sys
 
 from ..arguments import add_import_argument
-from ..errors import UserError
+from ..errors import UserError, check_at_least
 from ..extensions import import_extensions
 from .log import print_log
 
@@ -50,7 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..analysis.base import check_at_least
     from ..analysis.drawing import write_picture
     from ..data_check import (
         DataSet,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 
 from ..arguments import add_import_argument, add_model_argument
-from ..errors import UserError
+from ..errors import UserError, check_score_threshold
 from ..extensions import import_extensions
 from ..model_paths import read_one_model_path
 from .log import print_log
@@ -39,8 +39,7 @@ def run(args: argparse.Namespace) -> None:
 
     print_log()
     import_extensions(args.imports)
-    if args.score_thresh is not None and not 0 <= args.score_thresh <= 1:
-        raise UserError(f"--score-thresh is {args.score_thresh}; it must be between 0 and 1.")
+    check_score_threshold(args.score_thresh)
     model = read_one_model_path(args.model, may_be_exported=True)
     inputs = find_inputs(args.input, without=args.output)
     if model.exported:

@@ -16,7 +16,7 @@ from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from ..errors import UserError, as_user_error, check_number, exit_on_user_error
+from ..errors import UserError, as_user_error, check_at_least, check_number, exit_on_user_error
 from .stop_request import forwarded_to_children
 
 
@@ -109,8 +109,7 @@ def _explaining_errors(main: Callable[[argparse.Namespace], object], args: argpa
 
 
 def _check_processes(args: argparse.Namespace) -> None:
-    if args.num_machines < 1:
-        raise UserError(f"--num-machines is {args.num_machines}; it must be at least 1.")
+    check_at_least("--num-machines", args.num_machines, 1)
     least = 0 if args.num_machines == 1 else 1  # 0 is one process, as in Detectron2
     if args.num_gpus < least:
         raise UserError(

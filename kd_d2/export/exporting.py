@@ -14,7 +14,7 @@ from ..adapters import build_adapter
 from ..checkpoint import load_complete
 from ..config import thawed
 from ..engine.checks import check_plain, check_supported
-from ..errors import UserError, as_user_error
+from ..errors import UserError, as_user_error, check_at_least, check_score_threshold
 from ..files import check_output_folder, named_in_errors, temporary_folder
 from ..model_paths import EXPORT_SUFFIXES, format_of
 from ..modeling.building import build_detector
@@ -141,12 +141,10 @@ def _check(path: str, options: ExportOptions) -> str:
             )
     if options.int8 and export_format != "onnx":
         raise UserError(f"--int8 needs an ONNX file, which OpenVINO runs as well; --output {path} is {export_format}.")
-    if options.score_thresh is not None and not 0 <= options.score_thresh <= 1:
-        raise UserError(f"--score-thresh is {options.score_thresh}; it must be between 0 and 1.")
+    check_score_threshold(options.score_thresh)
     if options.fixed_size is not None and min(options.fixed_size) < 1:
         raise UserError(f"--size is {options.fixed_size}; height and width must be at least 1.")
-    if options.calibration_images < 1:
-        raise UserError(f"--calibration-images is {options.calibration_images}; it must be at least 1.")
+    check_at_least("--calibration-images", options.calibration_images, 1)
     for package in PACKAGES[export_format]:
         needed_package(package)
     return export_format

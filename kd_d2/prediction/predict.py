@@ -18,7 +18,7 @@ from PIL import Image
 
 from ..analysis.drawing import draw_instances
 from ..data import read_image
-from ..errors import UserError
+from ..errors import UserError, check_at_least
 from ..files import check_output_folder, write_json
 from ..image_files import DataError
 from ..predictor import Category, ImageDetector
@@ -66,8 +66,7 @@ def predict(
         UserError: an option or the output folder is invalid, or detections.json cannot be written.
     """
     options = options or PredictOptions()
-    if options.batch < 1:
-        raise UserError(f"--batch is {options.batch}; it must be at least 1.")
+    check_at_least("--batch", options.batch, 1)
     drawings = drawing_names(inputs, output) if options.drawings else [None] * len(inputs)
     check_output_folder(output, "--output")
     path = os.path.join(output, DETECTIONS)

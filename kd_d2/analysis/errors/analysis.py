@@ -13,12 +13,12 @@ from tqdm import tqdm
 
 from ...config import find_file
 from ...cores import available_cores
-from ...errors import UserError
+from ...errors import UserError, check_at_least
 from ...files import check_output_folder, write_text
 from ...plain_yaml import read_plain_yaml
 from ...report.page import Table, as_text
 from ...text import csv_text, file_stem
-from ..base import NOT_STORED, Analysis, check_at_least
+from ..base import NOT_STORED, Analysis
 from ..models import TrainedModel, check_models, read_annotations
 from .curves import SIZES, STAGES, ErrorCurves, analyze_errors, supercategories_of
 from .plots import plot_error_curves, plot_error_shares

@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from ...adapters import build_adapter
 from ...data import build_test_mapper, evenly_spaced
-from ...errors import UserError
+from ...errors import UserError, check_at_least
 from ...files import check_output_folder, write_text
 from ...report.page import Table, as_text
 from ...text import csv_text
-from ..base import NOT_STORED, Analysis, check_at_least
+from ..base import NOT_STORED, Analysis
 from ..drawing import write_picture
 from ..examples import picture_names, pixels
 from ..models import TrainedModel

@@ -12,11 +12,11 @@ from detectron2.utils import comm
 
 from ...arguments import add_launch_arguments
 from ...engine.launch import run_processes
-from ...errors import UserError
+from ...errors import UserError, check_at_least
 from ...files import check_output_folder
 from ...model_paths import ModelPath
 from ...text import folder_name
-from ..base import Analysis, check_at_least
+from ..base import Analysis
 from ..drawing import write_picture
 from ..models import Models, check_folder_names, read_paths
 from .files import check_stride, mean_loss_maps, recorded_strides

@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 from ...cores import available_cores
 from ...data import read_image
-from ...errors import UserError
+from ...errors import UserError, check_at_least
 from ...files import check_output_folder, write_text
 from ...report.page import Table, as_text
 from ...text import csv_text
-from ..base import NOT_STORED, Analysis, check_at_least
+from ..base import NOT_STORED, Analysis
 from ..drawing import write_picture
 from ..models import TrainedModel, restrict_images
 from .corruptions import CORRUPTIONS, SEVERITIES, load_corruptions
