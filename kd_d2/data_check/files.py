@@ -8,9 +8,9 @@ from collections import defaultdict
 from collections.abc import Iterator
 from itertools import product
 
-import numpy as np
 from tqdm import tqdm
 
+from ..data import evenly_spaced
 from ..data.coco import CocoData
 from ..errors import UserError
 from ..image_files import DataError, read_image
@@ -77,8 +77,7 @@ def find_unreadable(dataset: DataSet, data: CocoData, count: int | None, skips: 
         skips: whether such images are skipped, which makes the finding a warning.
     """
     images = data.tree["images"]
-    count = len(images) if count is None else min(count, len(images))
-    chosen = [images[i] for i in np.linspace(0, len(images) - 1, count).round().astype(int)] if count else []
+    chosen = images if count is None else evenly_spaced(images, count)
     problems = []
     for image in tqdm(chosen, f"images of {dataset.name}", unit="image", disable=None):
         path = os.path.join(dataset.folder, image["file_name"])
