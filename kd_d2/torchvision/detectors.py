@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..checkpoint.torchvision import TORCHVISION_INPUT
 from ..errors import UserError
 from ..imported import Weights, sorted_by_scale
 
@@ -34,11 +35,9 @@ RETINANET_SIZES = [[size, int(size * 2 ** (1 / 3)), int(size * 2 ** (2 / 3))] fo
 COMMON: Keys = {
     "MODEL.ANCHOR_GENERATOR.NAME": "TorchvisionAnchorGenerator",
     "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": [RATIOS],
-    "INPUT.FORMAT": "RGB",
     "INPUT.MIN_SIZE_TEST": 800,
     "INPUT.MAX_SIZE_TEST": 1333,
-    "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
-    "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
+    **TORCHVISION_INPUT,
 }
 
 
@@ -234,14 +233,14 @@ def _box_head(weights: Weights) -> Keys:
 
 
 def _mask_head(weights: Weights, kept: list[int]) -> Keys:
-    head, target = "roi_heads.mask_head", "roi_heads.mask_head"
+    head = "roi_heads.mask_head"
     convs = weights.count(f"{head}.{{}}.0.weight")
     channels = len(weights[f"{head}.0.0.weight"])
     norm = "BN" if f"{head}.0.1.weight" in weights else ""
     for index in range(convs):
-        weights.conv(f"{head}.{index}", f"{target}.mask_fcn{index + 1}", norm, SEQUENCE)
-    weights.layer("roi_heads.mask_predictor.conv5_mask", f"{target}.deconv")
-    weights.layer("roi_heads.mask_predictor.mask_fcn_logits", f"{target}.predictor", lambda p: p[kept])
+        weights.conv(f"{head}.{index}", f"{head}.mask_fcn{index + 1}", norm, SEQUENCE)
+    weights.layer("roi_heads.mask_predictor.conv5_mask", f"{head}.deconv")
+    weights.layer("roi_heads.mask_predictor.mask_fcn_logits", f"{head}.predictor", lambda p: p[kept])
     return _pooler("MASK", 14) | {
         "MODEL.MASK_ON": True,
         "MODEL.ROI_MASK_HEAD.NAME": "MaskRCNNConvUpsampleHead",
@@ -252,14 +251,14 @@ def _mask_head(weights: Weights, kept: list[int]) -> Keys:
 
 
 def _keypoint_head(weights: Weights) -> Keys:
-    head, target = "roi_heads.keypoint_head", "roi_heads.keypoint_head"
+    head = "roi_heads.keypoint_head"
     scores = "roi_heads.keypoint_predictor.kps_score_lowres"
     keypoints = weights[f"{scores}.weight"].shape[1]
     channels = []
     for index in itertools.takewhile(lambda index: f"{head}.{index}.weight" in weights, itertools.count(0, 2)):
         channels.append(len(weights[f"{head}.{index}.weight"]))
-        weights.layer(f"{head}.{index}", f"{target}.conv_fcn{len(channels)}")
-    weights.layer(scores, f"{target}.score_lowres")
+        weights.layer(f"{head}.{index}", f"{head}.conv_fcn{len(channels)}")
+    weights.layer(scores, f"{head}.score_lowres")
     return _pooler("KEYPOINT", 14) | {
         "MODEL.KEYPOINT_ON": True,
         "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS": keypoints,
