@@ -6,8 +6,10 @@ from typing import Any
 
 from .settings import Settings
 
+UNIT_STDS = (1.0, 1.0, 1.0, 1.0)
 
-def box_coder(head: Settings, default_stds: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)) -> Settings:
+
+def box_coder(head: Settings, default_stds: tuple[float, ...] = UNIT_STDS) -> Settings:
     """Return the settings of a head's box regression, which must be that of R-CNNs, with unread `target_stds`.
 
     Args:
@@ -18,9 +20,9 @@ def box_coder(head: Settings, default_stds: tuple[float, ...] = (1.0, 1.0, 1.0, 
     return coder
 
 
-def regression_weights(stds: list[float]) -> tuple[float, ...]:
-    """Return Detectron2's weights of the four box deltas, by which they are divided; MMDetection multiplies by `stds`."""
-    return tuple(1 / std for std in stds)
+def regression_weights(coder: Settings) -> tuple[float, ...]:
+    """Return Detectron2's weights of the four box deltas, by which they are divided; MMDetection multiplies by deviations."""
+    return tuple(1 / std for std in coder.numbers("target_stds", UNIT_STDS))
 
 
 def nms_threshold(test: Settings, default: dict[str, Any] | None = None) -> float:

@@ -7,7 +7,7 @@ import functools
 from ..imported import Weights, sorted_by_scale
 from ..modeling.fsaf import DISTANCE_UNIT
 from .backbones import CONV_MODULE, Keys, group_norm, import_dense_fpn, import_resnet
-from .boxes import anchor_generator, box_coder, nms_threshold, regression_weights
+from .boxes import UNIT_STDS, anchor_generator, box_coder, nms_threshold, regression_weights
 from .settings import Settings
 
 STRIDES = (8, 16, 32, 64, 128)
@@ -30,14 +30,13 @@ def import_retinanet(model: Settings, weights: Weights) -> Keys:
     keys, norm, convs = _dense(model, head, weights, "RETINANET", norm=None)
     weights.layer("bbox_head.retina_cls", "head.cls_score", reorder)
     weights.layer("bbox_head.retina_reg", "head.bbox_pred", reorder)
-    stds = box_coder(head).numbers("target_stds", (1.0, 1.0, 1.0, 1.0))
     return keys | {
         "MODEL.META_ARCHITECTURE": "RetinaNet",
         "MODEL.ANCHOR_GENERATOR.SIZES": [[scale * stride for scale in scales] for stride in STRIDES],
         "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": [ratios],
         "MODEL.RETINANET.NUM_CONVS": convs,
         "MODEL.RETINANET.NORM": norm,
-        "MODEL.RETINANET.BBOX_REG_WEIGHTS": regression_weights(stds),
+        "MODEL.RETINANET.BBOX_REG_WEIGHTS": regression_weights(box_coder(head)),
     }
 
 
@@ -57,7 +56,7 @@ def import_atss(model: Settings, weights: Weights) -> Keys:
     head = model.node("bbox_head")
     head.only(type="ATSSHead", pred_kernel_size=3)
     keys = _single_anchor(model, head, weights, "ATSS")
-    box_coder(head).choose("target_stds", {(0.1, 0.1, 0.2, 0.2): None}, (1.0, 1.0, 1.0, 1.0))
+    box_coder(head).choose("target_stds", {(0.1, 0.1, 0.2, 0.2): None}, UNIT_STDS)
     for name, target in {"cls": "cls_score", "reg": "bbox_pred", "centerness": "ctrness"}.items():
         weights.layer(f"bbox_head.atss_{name}", f"head.{target}")
     return keys

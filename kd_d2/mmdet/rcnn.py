@@ -97,14 +97,13 @@ def _rpn(head: Settings, weights: Weights, channels: int) -> Keys:
     head.only(type="RPNHead", in_channels=channels, feat_channels=channels, num_convs=1)
     anchors = anchor_generator(head, STRIDES)
     scales, ratios = anchors.numbers("scales"), anchors.numbers("ratios")
-    stds = box_coder(head).numbers("target_stds", (1.0, 1.0, 1.0, 1.0))
     reorder = functools.partial(sorted_by_scale, ratios=len(ratios), scales=len(scales))
     weights.layer("rpn_head.rpn_conv", "proposal_generator.rpn_head.conv")
     weights.layer("rpn_head.rpn_cls", "proposal_generator.rpn_head.objectness_logits", reorder)
     weights.layer("rpn_head.rpn_reg", "proposal_generator.rpn_head.anchor_deltas", reorder)
     return {
         "MODEL.RPN.IN_FEATURES": ["p2", "p3", "p4", "p5", "p6"],
-        "MODEL.RPN.BBOX_REG_WEIGHTS": regression_weights(stds),
+        "MODEL.RPN.BBOX_REG_WEIGHTS": regression_weights(box_coder(head)),
         "MODEL.ANCHOR_GENERATOR.SIZES": [[scale * stride for scale in scales] for stride in STRIDES],
         "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": [ratios],
     }
@@ -141,12 +140,11 @@ def _box_head(
     head.only(type="Shared2FCBBoxHead", with_avg_pool=False)
     head.read("reg_decoded_bbox", False)  # training only
     head.read("in_channels", None), head.read("roi_feat_size", None)  # those of neck and pooler
-    stds = box_coder(head, (0.1, 0.1, 0.2, 0.2)).numbers("target_stds", (1.0, 1.0, 1.0, 1.0))
     for layer, name in {"shared_fcs.0": "fc1", "shared_fcs.1": "fc2"}.items():
         weights.layer(f"{source}.{layer}", f"{target}.{name}")
     weights.layer(f"{source}.fc_cls", f"{predictor}.cls_score")
     weights.layer(f"{source}.fc_reg", f"{predictor}.bbox_pred")
-    return regression_weights(stds), {
+    return regression_weights(box_coder(head, (0.1, 0.1, 0.2, 0.2))), {
         "MODEL.ROI_HEADS.NUM_CLASSES": head.count("num_classes"),
         "MODEL.ROI_BOX_HEAD.NAME": "FastRCNNConvFCHead",
         "MODEL.ROI_BOX_HEAD.NUM_FC": 2,
