@@ -14,6 +14,7 @@ from pycocotools.cocoeval import COCOeval
 
 from ..errors import UserError
 
+MAX_DETECTIONS = 100
 SIZES = {"APs": (0, 32**2), "APm": (32**2, 96**2), "APl": (96**2, math.inf)}
 
 
@@ -44,13 +45,16 @@ def evaluate_boxes(
     detections: list[dict],
     category_ids: list[int],
     thresholds: tuple[float, ...],
-    max_detections: int = 100,
 ) -> COCOeval:
-    """Evaluate these categories at these IoU thresholds with pycocotools, without accumulating the results."""
+    """Evaluate these categories at these IoU thresholds with pycocotools, without accumulating the results.
+
+    Annotations are numbered from 1 in the order of the list, as are detections; at most 100 of an image and class count.
+    """
+    numbered = [{**complete(a), "id": number} for number, a in enumerate(annotations, 1)]  # pycocotools: 0 is no match
     with contextlib.redirect_stdout(io.StringIO()):
         truth, found = COCO(), COCO()
         categories = [{"id": category_id} for category_id in category_ids]
-        truth.dataset = {"images": images, "categories": categories, "annotations": list(map(complete, annotations))}
+        truth.dataset = {"images": images, "categories": categories, "annotations": numbered}
         truth.createIndex()
         if detections:
             found = truth.loadRes(copy.deepcopy(detections))
@@ -60,7 +64,7 @@ def evaluate_boxes(
         evaluation = COCOeval(truth, found, "bbox")
         evaluation.params.catIds = list(category_ids)
         evaluation.params.iouThrs = np.array(thresholds)
-        evaluation.params.maxDets = [max_detections]
+        evaluation.params.maxDets = [MAX_DETECTIONS]
         evaluation.evaluate()
     return evaluation
 
@@ -75,10 +79,10 @@ def found_objects(
     evaluation = evaluate_boxes(truth["images"], truth["annotations"], sure, ids, (overlap,))
     everything = evaluation.params.areaRng[0]
     return {
-        annotation
+        truth["annotations"][number - 1]["id"]
         for of_image in evaluation.evalImgs
         if of_image is not None and of_image["aRng"] == everything
-        for annotation, match, is_crowd in zip(
+        for number, match, is_crowd in zip(
             of_image["gtIds"], of_image["gtMatches"][0], of_image["gtIgnore"], strict=True
         )
         if match > 0 and not is_crowd

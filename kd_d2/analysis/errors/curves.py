@@ -26,7 +26,6 @@ STAGES = ("C75", "C50", "Loc", "Sim", "Oth", "BG", "FN")
 SIZES = ("all", "small", "medium", "large")
 RECALLS = np.linspace(0, 1, 101)
 LOCALIZATION_IOU = 0.1
-MAX_DETECTIONS = 100
 
 
 @dataclass
@@ -153,8 +152,7 @@ def _precision(
             annotations.append(annotation)
         elif annotation["category_id"] in ignored:
             annotations.append({**annotation, "category_id": category_id, "iscrowd": 1, "ignore": 1})
-    annotations = [{**a, "id": number} for number, a in enumerate(annotations, 1)]  # pycocotools: 0 is no match
-    evaluation = evaluate_boxes(truth["images"], annotations, detections, [category_id], thresholds, MAX_DETECTIONS)
+    evaluation = evaluate_boxes(truth["images"], annotations, detections, [category_id], thresholds)
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation.accumulate()
     precision_TRA = evaluation.eval["precision"][:, :, 0, :, 0]

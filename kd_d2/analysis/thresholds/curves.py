@@ -12,7 +12,6 @@ import numpy as np
 from ...errors import UserError
 from ...evaluation.coco import check_known, evaluate_boxes
 
-MAX_DETECTIONS = 100
 LARGEST_F1 = "largest F1"
 
 
@@ -178,12 +177,8 @@ def pooled(curves: Iterable[ThresholdCurve]) -> ThresholdCurve:
 def match(
     images: list[dict], annotations: list[dict], detections: list[dict], category_ids: list[int], iou: float
 ) -> list[dict[str, Any]]:
-    """Return pycocotools' matches for objects of all areas, by image and class.
-
-    Annotations are numbered from 1 in the order of the list, as are detections.
-    """
-    numbered = [{**a, "id": number} for number, a in enumerate(annotations, 1)]  # pycocotools: 0 is no match
-    evaluation = evaluate_boxes(images, numbered, detections, category_ids, (iou,), MAX_DETECTIONS)
+    """Return pycocotools' matches for objects of all areas, by image and class; for their numbers see `evaluate_boxes`."""
+    evaluation = evaluate_boxes(images, annotations, detections, category_ids, (iou,))
     everything = evaluation.params.areaRng[0]
     return [found for found in evaluation.evalImgs if found is not None and found["aRng"] == everything]
 
