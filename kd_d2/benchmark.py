@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from tabulate import tabulate
 from torch import nn
 
 from .operations import device_of, multiply_adds
 from .predictor import ImageDetector
+from .tables import markdown_table
 
 logger = logging.getLogger(__name__)
 
@@ -169,9 +169,7 @@ def table(speeds: Sequence[Speed]) -> str:
         )
         for speed in speeds
     ]
-    return tabulate(
-        rows, HEADERS, tablefmt="github", disable_numparse=True, colalign=("left", "left", "left", *["right"] * 7)
-    )
+    return markdown_table(HEADERS, rows, left=3)
 
 
 def machine() -> dict[str, Any]:

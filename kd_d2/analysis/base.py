@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self, get_type_hints
 
 import numpy as np
-from tabulate import tabulate
 
 from ..errors import UserError
 from ..files import check_output_folder, read_json, write_json
 from ..report.page import Picture, Section, Table
+from ..tables import markdown_table
 from ..text import label
 from ..typed_json import from_tree, members
 from .models import load_models
@@ -110,11 +110,9 @@ class Analysis(ABC):
         """Return the sentences and tables as text."""
         parts = self.sentences()
         for table in self.tables():
-            align = ["left", *["right"] * (len(table.headers) - 1)]
             parts += [table.caption] if table.caption else []
             rows = [[label(cell) for cell in row] for row in table.rows]
-            headers = [label(header) for header in table.headers]
-            parts.append(tabulate(rows, headers, "github", disable_numparse=True, colalign=align))
+            parts.append(markdown_table([label(header) for header in table.headers], rows))
         return "\n\n".join(parts)
 
     def section(self) -> Section:

@@ -6,12 +6,11 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tabulate import tabulate
-
 from ..class_names import ClassCount
 from ..data.coco import CocoData, read_coco
 from ..errors import UserError, printable
 from ..files import write_json
+from ..tables import markdown_table
 from .files import find_repeated, find_unreadable
 from .findings import Finding, find_between, find_in_set, find_wrong_class_count
 from .sets import DataSet
@@ -110,12 +109,7 @@ def _describe(dataset: DataSet, statistics: SetStatistics) -> str:
         f"annotations; {statistics.boxes} boxes{crowds}; most frequent sizes: {sizes}"
     )
     rows = [[printable(c.name), c.boxes, c.small, c.medium, c.large, c.images] for c in statistics.classes]
-    classes = _table(rows, ["class", "boxes", "small", "medium", "large", "images"])
+    classes = markdown_table(["class", "boxes", "small", "medium", "large", "images"], rows)
     measured = [[name, *(f"{value:.4g}" for value in values)] for name, values in statistics.percentiles.items()]
     headers = ["", "min", *(f"{p} %" for p in PERCENTILES[1:-1]), "max"]
-    return "\n\n".join([head, classes, _table(measured, headers)])
-
-
-def _table(rows: list[list[Any]], headers: list[str]) -> str:
-    align = ["left", *["right"] * (len(headers) - 1)]
-    return tabulate(rows, headers, "github", disable_numparse=True, colalign=align if rows else None)
+    return "\n\n".join([head, classes, markdown_table(headers, measured)])

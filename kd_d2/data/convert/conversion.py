@@ -8,10 +8,9 @@ import re
 from collections import Counter
 from dataclasses import dataclass, fields
 
-from tabulate import tabulate
-
 from ...errors import UserError, printable
 from ...files import check_output_folder, write_json, write_text
+from ...tables import markdown_table
 from ...text import is_unicode
 from ..coco_json import is_taken
 from ..synthetic import register_synthetic
@@ -73,8 +72,7 @@ class Conversion:
             )
         classes = list(dict.fromkeys(label for split in self.splits.values() for label in split.boxes))
         rows = [[printable(label), *(split.boxes.get(label, 0) for split in self.splits.values())] for label in classes]
-        align = ["left", *["right"] * len(self.splits)]
-        table = tabulate(rows, [f"{self.title}: class", *self.splits], "github", disable_numparse=True, colalign=align)
+        table = markdown_table([f"{self.title}: class", *self.splits], rows)
         with open(self.config, encoding="utf-8") as file:
             config = f"{self.config} uses the splits; add it to the _BASE_ of a config:\n\n{file.read().rstrip()}"
         notes = ["\n".join(map(printable, self.notes))] if self.notes else []
