@@ -34,12 +34,13 @@ def build_registered_hooks(cfg: CfgNode) -> list[HookBase]:
     hooks = []
     for build in HOOK_BUILDERS:
         hook = build(cfg)
-        if hook is not None and not isinstance(hook, HookBase):
+        if isinstance(hook, HookBase):
+            hooks.append(hook)
+        elif hook is not None:
             raise UserError(
                 f"The function {build.__name__} of register_hook returned {hook!r}; it must be a HookBase or None."
             )
-        hooks.append(hook)
-    return [hook for hook in hooks if hook is not None]
+    return hooks
 
 
 class PeakMemoryRecorder(HookBase):

@@ -194,7 +194,10 @@ class KDTrainer(DefaultTrainer):
         if isinstance(stream, BatchStream):
             stream.start = self.start_iter
             if cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler":  # others select or repeat images
-                _log_epochs(self.max_iter * cfg.SOLVER.IMS_PER_BATCH, len(loader.dataset))
+                total, images = self.max_iter * cfg.SOLVER.IMS_PER_BATCH, len(loader.dataset)
+                logger.info(
+                    f"Training on {total} images in total: {total / images:.1f} epochs of the {images} in DATASETS.TRAIN"
+                )
         elif self.start_iter:
             logger.warning(
                 f"The batches of {type(self).__name__}.build_train_loader begin anew; only loaders of build_stream_loader continue "
@@ -384,10 +387,6 @@ def _first_reason(error: Exception) -> str:
     """Return the first line of a message, without the heading that `load_state_dict` places before its reasons."""
     heading, *reasons = str(error).splitlines() or [""]
     return reasons[0].strip().rstrip(".") if reasons and heading.startswith("Error(s) in loading") else heading
-
-
-def _log_epochs(total: int, images: int) -> None:
-    logger.info(f"Training on {total} images in total: {total / images:.1f} epochs of the {images} in DATASETS.TRAIN")
 
 
 def _distributed(model: nn.Module) -> nn.Module:
