@@ -23,7 +23,7 @@ from ..distillers.matching import check_same_anchors, check_same_classes
 from ..engine.checks import check_classes, check_datasets, check_distillation
 from ..errors import UserError
 from ..evaluation import build_evaluator, check_coco_metrics
-from ..files import read_json, write_json
+from ..files import checksum, read_json, write_json
 from ..meta_arch import KDMetaArch
 from ..model_paths import ModelPath, read_model_paths
 from ..modeling.building import build_detector
@@ -62,14 +62,14 @@ class TrainedModel:
         status = os.stat(weights)
         annotations = MetadataCatalog.get(self.dataset).get("json_file")
         if annotations:
-            with open(annotations, "rb") as file:
-                data = file.read()
+            data = checksum(annotations)
         else:
-            data = "\n".join(str(entry["image_id"]) for entry in DatasetCatalog.get(self.dataset)).encode()
+            ids = "\n".join(str(entry["image_id"]) for entry in DatasetCatalog.get(self.dataset))
+            data = hashlib.sha256(ids.encode()).hexdigest()
         return {
             "weights": [os.path.realpath(weights), status.st_size, status.st_mtime_ns],
             "config": hashlib.sha256(self.cfg.dump().encode()).hexdigest(),
-            "data": hashlib.sha256(data).hexdigest(),
+            "data": data,
         }
 
     def build(self) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from tqdm import tqdm
 from ..data import evenly_spaced
 from ..data.coco import CocoData
 from ..errors import UserError
+from ..files import checksum
 from ..image_files import DataError, read_image
 from .findings import Finding
 from .sets import DataSet
@@ -63,8 +63,7 @@ def _digests(paths: list[str]) -> dict[str, str]:
 
 def _digest(path: str) -> str:
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return checksum(path)
     except OSError as error:
         raise UserError(f"The image {path} cannot be read: {error.strerror}.") from error
 
