@@ -6,6 +6,7 @@ import contextlib
 import functools
 import glob
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -13,7 +14,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import IO, Any
 
@@ -184,6 +185,14 @@ def check_output_file(path: str) -> None:
         raise UserError(f"--output {path} is a folder; name a file.")
     if not _is_special(path):
         check_output_folder(os.path.dirname(os.path.realpath(path)), "--output")
+
+
+def distinct_name(stem: str, suffix: str, taken: Container[str]) -> str:
+    """Return a file name that is not taken: the stem with the suffix, or with the first number from 2 on between them."""
+    name, numbers = stem + suffix, itertools.count(2)
+    while name in taken:
+        name = f"{stem}-{next(numbers)}{suffix}"
+    return name
 
 
 def check_inputs_are_kept(drawings: Iterable[str], inputs: Iterable[str]) -> None:

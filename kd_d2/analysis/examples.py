@@ -12,7 +12,7 @@ from detectron2.data import transforms as T
 
 from ..data import CheckedMapper, build_test_mapper
 from ..errors import UserError
-from ..files import check_inputs_are_kept
+from ..files import check_inputs_are_kept, distinct_name
 from ..text import file_stem
 
 
@@ -64,11 +64,7 @@ def picture_names(examples: list[dict], *folders: str) -> list[str]:
     """
     names: dict[str, None] = {}
     for example in examples:
-        name, number = picture_name(example), 1
-        while name in names:
-            number += 1
-            name = f"{picture_name(example).removesuffix('.png')}-{number}.png"
-        names[name] = None
+        names[distinct_name(*os.path.splitext(picture_name(example)), names)] = None
     paths = (os.path.join(folder, name) for folder in folders for name in names)
     check_inputs_are_kept(paths, (example["file_name"] for example in examples))
     return list(names)

@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 
 from ..errors import UserError
-from ..files import check_inputs_are_kept
+from ..files import check_inputs_are_kept, distinct_name
 from ..image_files import DataError, open_image, read_checked
 from ..text import LONGEST_FILE_NAME, file_stem, is_unicode, printable
 from .drawings import is_drawing
@@ -145,10 +145,7 @@ def drawing_names(inputs: list[Input], folder: str) -> list[str]:
         place, file = os.path.split(os.path.splitext(entry.name)[0])
         file = file if len(os.fsencode(file)) <= LONGEST_FILE_NAME else file_stem(file)
         stem, suffix = os.path.join(place, file), ".mp4" if entry.is_video else ".jpg"
-        name, number = f"{stem}{suffix}", 1
-        while name in names:
-            number += 1
-            name = f"{stem}-{number}{suffix}"
+        name = distinct_name(stem, suffix, names)
         names[name] = None
         path = os.path.join(folder, name)
         if entry.is_video and not is_unicode(path):
