@@ -13,6 +13,7 @@ from typing import Any
 from tabulate import tabulate
 
 from ..errors import UserError
+from ..report.page import as_text
 from ..text import csv_text, markdown_cell
 from .matrix import Matrix
 from .results import OTHER_TASKS, read_result, result_path
@@ -153,19 +154,19 @@ def format_row(row: Row) -> list[str]:
         row.title,
         str(len(row.scores["AP"])),
         _spread(row.scores["AP"]),
-        _number(row.gain, "+.2f"),
+        as_text(row.gain, "+.2f", ""),
         better,
-        _number(row.gap_closed, ".2f"),
+        as_text(row.gap_closed, ".2f", ""),
         *(_spread(row.scores.get(column, [math.nan])) for column in OTHER_SCORES),
         ", ".join(
             f"{name} {value:.2g}" if len(row.multipliers) > 1 else f"{value:.2g}"
             for name, value in row.multipliers.items()
         ),
-        _number(row.costs.get("params"), ".2f"),
-        _number(row.costs.get("gflops"), ".2f"),
-        _number(row.costs.get("ms_per_image"), ".1f"),
-        _number(row.seconds_per_iteration, ".3f"),
-        _number(row.peak_memory_mib, ".0f"),
+        as_text(row.costs.get("params"), ".2f", ""),
+        as_text(row.costs.get("gflops"), ".2f", ""),
+        as_text(row.costs.get("ms_per_image"), ".1f", ""),
+        as_text(row.seconds_per_iteration, ".3f", ""),
+        as_text(row.peak_memory_mib, ".0f", ""),
     ]
 
 
@@ -174,10 +175,6 @@ def _spread(values: list[float]) -> str:
     if math.isnan(mean):
         return ""
     return f"{mean:.2f}" if len(values) == 1 else f"{mean:.2f} ± {statistics.stdev(values):.2f}"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None or math.isnan(value) else format(value, form)
 
 
 def filled_columns(rows: list[Row]) -> list[list[str]]:
