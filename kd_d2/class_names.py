@@ -92,20 +92,19 @@ def names_in_checkpoint(path: str) -> ClassOrder | None:
     return ClassOrder(tuple(names), file)
 
 
-def names_in_training_set(cfg: CfgNode, folder: str = "") -> ClassOrder | None:
-    """Return the classes of the first DATASETS.TRAIN set in DATASETS.COCO_JSON by category id, or None if unavailable.
-
-    Args:
-        folder: directory against which relative paths are resolved if they are not found in the working directory.
-    """
+def names_in_training_set(cfg: CfgNode) -> ClassOrder | None:
+    """Return the classes of the first DATASETS.TRAIN set in DATASETS.COCO_JSON, or None if they are unknown."""
     try:
-        return read_names_of_training_set(cfg, folder)
+        return read_names_of_training_set(cfg)
     except UserError:
         return None
 
 
 def read_names_of_training_set(cfg: CfgNode, folder: str = "") -> ClassOrder:
-    """Like `names_in_training_set`, but raises an error if the classes are unknown.
+    """Return the classes of the first DATASETS.TRAIN set in DATASETS.COCO_JSON by category id.
+
+    Args:
+        folder: directory against which relative paths are resolved if they are not found in the working directory.
 
     Raises:
         UserError: no set of DATASETS.TRAIN is in DATASETS.COCO_JSON, or its file cannot be read or has no classes.
