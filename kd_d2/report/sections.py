@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import statistics
 from typing import Any
 
 import yaml
@@ -15,7 +14,7 @@ from ..plain_yaml import read_text
 from ..sweep import Matrix
 from ..sweep.plots import plot_ap, plot_curves
 from ..sweep.report import first_curves, read_costs
-from ..sweep.results import read_curves, read_metrics, read_versions
+from ..sweep.results import read_curves, read_metrics, read_versions, training_cost
 from ..sweep.table import SCORES, build_rows, filled_columns, read_finished
 from ..typed_json import from_tree
 from .page import Listing, Picture, Section, Table, as_text
@@ -91,10 +90,9 @@ def run_section(folder: str, scratch: str) -> Section:
 
 def _cost_sentence(metrics: list[dict[str, Any]]) -> str:
     last = max((row["iteration"] for row in metrics if "total_loss" in row), default=-1) + 1
-    seconds = [row["time"] for row in metrics if "time" in row]
-    memory = max((row["peak_memory_mib"] for row in metrics if "peak_memory_mib" in row), default=None)
+    seconds, memory = training_cost(metrics)
     parts = [f"{last} iterations"]
-    parts += [f"{statistics.median(seconds):.2f} s per iteration (median)"] if seconds else []
+    parts += [f"{seconds:.2f} s per iteration (median)"] if seconds is not None else []
     parts += [f"peak memory {memory:.0f} MiB"] if memory is not None else []
     return ", ".join(parts) + "."
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import statistics
 from typing import Any
 
 from ..errors import check_number
@@ -86,6 +87,13 @@ def read_multipliers(metrics: list[dict[str, Any]]) -> dict[str, float]:
         for name, value in row.items()
         if name.startswith(mark)
     }
+
+
+def training_cost(metrics: list[dict[str, Any]]) -> tuple[float | None, float | None]:
+    """Return the median time of an iteration in seconds and the peak memory in MiB; None if no row has them."""
+    seconds = [row["time"] for row in metrics if "time" in row]
+    memory = max((row["peak_memory_mib"] for row in metrics if "peak_memory_mib" in row), default=None)
+    return statistics.median(seconds) if seconds else None, memory
 
 
 def read_metrics(folder: str) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ import fcntl
 import logging
 import math
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -33,6 +32,7 @@ from .results import (
     read_result,
     read_versions,
     result_path,
+    training_cost,
     written_rows,
 )
 from .settings import CHECKSUMS, first_difference, measured_settings, of_evaluation, without_locations
@@ -289,13 +289,13 @@ def _finish(job: Job) -> bool:
         logger.info(f"{job.name}: FAILED: {error}")
         return False
     metrics = read_metrics(job.output)
-    seconds = [row["time"] for row in metrics if "time" in row]
+    seconds, memory = training_cost(metrics)
     result = {
         "cell": job.cell,
         "seed": job.seed,
         "scores": {name: None if score is None else round(score, 4) for name, score in _scores(outcome).items()},
-        "seconds_per_iteration": round(statistics.median(seconds), 4) if seconds else None,
-        "peak_memory_mib": max((m["peak_memory_mib"] for m in metrics if "peak_memory_mib" in m), default=None),
+        "seconds_per_iteration": None if seconds is None else round(seconds, 4),
+        "peak_memory_mib": memory,
         "multipliers": read_multipliers(metrics),
         "curves": read_curves(metrics),
         "settings": job.settings,
