@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from detectron2.modeling.backbone.resnet import BottleneckBlock
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -105,8 +106,7 @@ def check_torchvision_input(model: nn.Module, path: str) -> None:
     """Raise a UserError if a detector's input format, normalization or strides differ from torchvision's."""
     if other := other_input(model, TORCHVISION_INPUT):
         raise UserError(f"{path} holds weights in torchvision's format, which need {other}.")
-    strided = [m for m in model.modules() if type(m).__name__ == "BottleneckBlock" and m.conv1.stride != m.conv2.stride]
-    if any(m.conv1.stride > m.conv2.stride for m in strided):
+    if any(m.conv1.stride > m.conv2.stride for m in model.modules() if isinstance(m, BottleneckBlock)):
         raise UserError(
             f"{path} holds weights in torchvision's format, which need MODEL.RESNETS.STRIDE_IN_1X1 False; the config says True."
         )
