@@ -532,6 +532,18 @@ def test_results_of_two_datasets_cannot_be_expected() -> None:
         check_expected_results(cfg)
 
 
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        ("AP50", "TEST.BEST_METRIC is 'AP50'; name the task too, such as 'bbox/AP50'."),
+        ("segm/AP", "TEST.BEST_METRIC is 'segm/AP', but MODEL.MASK_ON is False."),
+        ("keypoints/AP", "TEST.BEST_METRIC is 'keypoints/AP', but MODEL.KEYPOINT_ON is False."),
+    ],
+)
+def test_metrics_that_the_evaluation_cannot_have(refused, metric: str, expected: str) -> None:
+    assert refused("TEST.BEST_METRIC", metric) == expected
+
+
 def test_keypoints_and_masks_that_the_data_lack(refused, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Check datasets in DATASETS.COCO_JSON, one registered by a program, and one whose reader is not installed."""
     assert refused("MODEL.KEYPOINT_ON", True).endswith("set it to False, or register the dataset with Detectron2's "

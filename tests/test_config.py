@@ -962,6 +962,7 @@ def test_the_librarys_keys_leave_detectron2s_defaults_alone() -> None:
         (ours.DATALOADER, "SKIP_UNUSABLE_IMAGES"),
         (ours.DATALOADER, "RANDOM_SUBSET_RATIO"),
         *((ours.SOLVER, key.name) for key in keys_of(SolverKeys)),
+        (ours.TEST, "BEST_METRIC"),
         (ours.MODEL, "KD"),
         *(
             (ours.MODEL, name)

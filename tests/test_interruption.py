@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -405,11 +406,38 @@ def test_the_first_test_set_decides_which_checkpoint_is_the_best(tmp_path: Path)
     assert read_checkpoint(str(tmp_path / "model_best.pth"))["iteration"] == 1
 
 
-def test_evaluators_of_ones_own_that_return_numbers(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("metric", "best"), [("segm/AP", 1), ("bbox/AP50", 2), ("bbox/AP-a/b", 0), ("f1", 3)])
+def test_the_metric_of_the_best_checkpoint(tmp_path: Path, metric: str, best: int) -> None:
+    """Check metrics of boxes, masks, a class and an evaluator of one's own, and what a resumed training remembers."""
     checkpointer = KDCheckpointer(torch.nn.Linear(2, 2), str(tmp_path))
-    for results in ({"f1": 0.5, "ap": 0.25}, {"bbox": 0.5}):
+    numbers: list[tuple[float, ...]] = [(1, 1, 9, 1), (2, 9, 8, 2), (9, 2, 7, 3), (8, 3, 6, 9)]
+    results: dict = {}
+    hook = checkpoints.BestCheckpoint(checkpointer, lambda: results, metric)
+    for iteration, (ap50, mask, of_class, f1) in enumerate(numbers):
+        checkpointer.save("model_latest", iteration=iteration)
+        results = {"bbox": {"AP": 0.0, "AP50": ap50, "AP-a/b": of_class}, "segm": {"AP": mask}, "f1": f1}
+        hook.after_step()
+    assert read_checkpoint(str(tmp_path / "model_best.pth"))["iteration"] == best
+    assert json.loads((tmp_path / "model_best.json").read_text()) == {metric: 9.0}
+    for resumed, remembered in ((metric, 9.0), ("bbox/AP", -math.inf)):
+        other = checkpoints.BestCheckpoint(checkpointer, lambda: results, resumed)
+        other.load_state_dict(hook.state_dict())
+        other.trainer = SimpleNamespace(start_iter=3)
+        assert other.best == remembered
+        other.before_train()
+        assert other.best == remembered
+    other.load_state_dict({"best": 5.0})  # of a checkpoint that was written before there were other metrics
+    assert other.best == 5.0
+
+
+def test_a_metric_that_the_evaluation_lacks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpointer = KDCheckpointer(torch.nn.Linear(2, 2), str(tmp_path))
+    evaluations = [{"f1": 0.5, "ap": 0.25}, {"bbox": 0.5}, {"bbox": {"AP": None, "APs": 2.0, "AP-cat": 3.0}}]
+    for results in evaluations:
         checkpoints.BestCheckpoint(checkpointer, lambda results=results: results).after_step()
     assert not list(tmp_path.iterdir())
+    start = "model_best.pth is not written: TEST.BEST_METRIC is 'bbox/AP', but the evaluation gives "
+    assert caplog.messages == [f"{start}f1, ap.", f"{start}bbox.", f"{start}bbox/AP, bbox/APs."]
 
 
 def test_an_ap_that_is_not_a_number_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -418,7 +446,7 @@ def test_an_ap_that_is_not_a_number_is_named_once(tmp_path: Path, caplog: pytest
     for _ in range(2):
         results = {"bbox": {"AP": float("nan")}}
         hook.after_step()
-    expected = "model_best.pth is not written while the AP is NaN, as it is without objects in the test set."
+    expected = "model_best.pth is not written while AP is NaN, as it is without objects in the test set."
     assert caplog.messages == [expected] and not list(tmp_path.iterdir())
 
 

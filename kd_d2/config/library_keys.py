@@ -109,6 +109,15 @@ class SolverKeys(Keys):
 
 
 @dataclass(frozen=True)
+class TestKeys(Keys):
+    best_metric: Annotated[
+        str,
+        "Metric of periodic evaluation by which model_best.pth is chosen, as in metrics.json, such as 'segm/AP' or 'bbox/AP50'; with several "
+        "test sets, that of the first one.",
+    ] = "bbox/AP"
+
+
+@dataclass(frozen=True)
 class DistillationKeys(Keys):
     student: Annotated[str, "Meta-architecture of the student if MODEL.META_ARCHITECTURE is KDMetaArch."] = "RetinaNet"
     distillers: Annotated[
@@ -207,6 +216,7 @@ LIBRARY_KEYS: dict[str, type[Keys]] = {
     "INPUT.LARGE_SCALE_JITTER": LargeScaleJitterKeys,
     "SOLVER.AMP": AmpKeys,
     "SOLVER": SolverKeys,
+    "TEST": TestKeys,
     "MODEL.KD": DistillationKeys,
     "MODEL.KD.TEACHER": TeacherKeys,
     "MODEL.KD.PSEUDO_LABELS": PseudoLabelKeys,

@@ -9,11 +9,12 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 LATEST = "model_latest"
 """The name of the checkpoint written between those of SOLVER.CHECKPOINT_PERIOD; each overwrites the previous one."""
 BEST = "model_best"
+BOX_AP = "bbox/AP"
 
 
 class Checkpoints(HookBase):
@@ -151,18 +153,21 @@ def share_statistics(model: nn.Module) -> None:
 
 
 class BestCheckpoint(HookBase):
-    """Keeps the evaluated checkpoint with the highest box AP as `model_best.pth`, and this AP in `model_best.json`.
+    """Keeps the evaluated checkpoint with the highest metric as `model_best.pth`, and its value in `model_best.json`.
 
     Register the hook on rank 0 only, after `Checkpoints` and the evaluation.
 
     Args:
         checkpointer: wrote the checkpoint that is evaluated.
         results: () -> results of the last evaluation.
+        metric: see TEST.BEST_METRIC.
     """
 
-    def __init__(self, checkpointer: KDCheckpointer, results: Callable[[], dict]):
+    def __init__(self, checkpointer: KDCheckpointer, results: Callable[[], dict], metric: str = BOX_AP):
         self.checkpointer = checkpointer
         self.results = results
+        self.metric = metric
+        self.name = "AP" if metric == BOX_AP else metric  # in model_best.json
         self.seen: dict | None = None
         self.best = -math.inf
         self.has_warned = False
@@ -173,30 +178,47 @@ class BestCheckpoint(HookBase):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(f"{self.path}.json")  # of an earlier training
         elif os.path.isfile(f"{self.path}.json"):  # may be newer than the resumed checkpoint
-            self.best = max(self.best, read_json(f"{self.path}.json").get("AP", -math.inf))
+            self.best = max(self.best, read_json(f"{self.path}.json").get(self.name, -math.inf))
 
     def after_step(self) -> None:
         results = self.results()
         if not results or results is self.seen:
             return
         self.seen = results
-        of_first_set = results if "bbox" in results else next(iter(results.values()))
-        boxes = of_first_set.get("bbox") if isinstance(of_first_set, Mapping) else None
-        ap = float(boxes.get("AP", -math.inf)) if isinstance(boxes, Mapping) else -math.inf  # may be a NumPy scalar
-        if math.isnan(ap) and not self.has_warned:
-            self.has_warned = True
-            logger.warning(f"{BEST}.pth is not written while the AP is NaN, as it is without objects in the test set.")
-        if ap > self.best:
-            self.best = ap
+        value = self._value(results)
+        if value is None:
+            found = ", ".join(name for name in flatten_results_dict(results) if "/AP-" not in name)  # of classes
+            self._warn(
+                f"{BEST}.pth is not written: TEST.BEST_METRIC is {self.metric!r}, but the evaluation gives {found}."
+            )
+        elif math.isnan(value):
+            self._warn(f"{BEST}.pth is not written while {self.name} is NaN, as it is without objects in the test set.")
+        elif value > self.best:
+            self.best = value
             self.checkpointer.wait()
             link_or_copy(self.checkpointer.get_checkpoint_file(), f"{self.path}.pth")
-            write_json(f"{self.path}.json", {"AP": ap})
+            write_json(f"{self.path}.json", {self.name: value})
+
+    def _value(self, results: dict) -> float | None:
+        """Return the metric of the test set, or of the first of several; None if its evaluation has no such number."""
+        for value in (results, next(iter(results.values()))):
+            for name in self.metric.split("/", 1):  # names of classes may contain "/"
+                value = value.get(name) if isinstance(value, Mapping) else None
+            if isinstance(value, SupportsFloat):  # also scalars of NumPy
+                return float(value)
+        return None
+
+    def _warn(self, message: str) -> None:
+        if not self.has_warned:
+            self.has_warned = True
+            logger.warning(message)
 
     def after_train(self) -> None:
         self.after_step()
 
-    def state_dict(self) -> dict[str, float]:
-        return {"best": self.best} if math.isfinite(self.best) else {}
+    def state_dict(self) -> dict[str, Any]:
+        return {"metric": self.metric, "best": self.best} if math.isfinite(self.best) else {}
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        self.best = state["best"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state.get("metric", BOX_AP) == self.metric:
+            self.best = state["best"]

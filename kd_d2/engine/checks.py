@@ -168,6 +168,16 @@ def check_datasets(cfg: CfgNode, *, train: bool) -> None:
             _check_masks_for_evaluation(cfg, name)
 
 
+def check_best_metric(cfg: CfgNode) -> None:
+    """Raise a UserError if TEST.BEST_METRIC has no task, or is that of something that the detector does not predict."""
+    metric = cfg.TEST.BEST_METRIC
+    if metric.startswith("AP"):
+        raise UserError(f"TEST.BEST_METRIC is {metric!r}; name the task too, such as 'bbox/{metric}'.")
+    key = {"segm": "MASK_ON", "keypoints": "KEYPOINT_ON"}.get(metric.partition("/")[0])
+    if key and not cfg.MODEL[key]:
+        raise UserError(f"TEST.BEST_METRIC is {metric!r}, but MODEL.{key} is False.")
+
+
 def check_expected_results(cfg: CfgNode) -> None:
     """Raise a UserError unless TEST.EXPECTED_RESULTS is empty, or lists results of the only dataset in DATASETS.TEST."""
     for entry in cfg.TEST.EXPECTED_RESULTS:

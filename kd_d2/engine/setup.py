@@ -30,6 +30,7 @@ from ..modeling import unused_nodes
 from ..text import is_unicode, keep_controls_out_of_logs
 from ..versions import versions
 from .checks import (
+    check_best_metric,
     check_datasets,
     check_device,
     check_expected_results,
@@ -77,6 +78,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     register_coco_json(cfg, _class_order(cfg, args), train=not args.eval_only)
     check_datasets(cfg, train=not args.eval_only)
     check_expected_results(cfg)
+    check_best_metric(cfg)
     cfg.freeze()
     config_file = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
     if comm.is_main_process():
@@ -162,6 +164,7 @@ def student_config(cfg: CfgNode) -> CfgNode:
     del plain.SOLVER.AMP["DTYPE"]
     for key in keys_of(SolverKeys):
         del plain.SOLVER[key.name]
+    del plain.TEST["BEST_METRIC"]
     del plain.DATALOADER["SKIP_UNUSABLE_IMAGES"]
     del plain.DATALOADER["RANDOM_SUBSET_RATIO"]
     for name in unused_nodes(plain):
