@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Collection
 from functools import reduce
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from typing import Any
 
 from detectron2.layers import FrozenBatchNorm2d
@@ -27,6 +28,8 @@ USES = {
     "head.ctrness.weight": ("head.centerness_tower", "box", "MODEL.FCOS.CENTERNESS_TOWER"),
 }
 """Weights of which name and shape do not show the input of the layer: the attribute that does, its value where a model has none, its config key."""
+BLOCK = re.compile(r".*?\.b?\d+(?=\.)(?:\.(?:blocks\.)?\d+(?=\.))*")
+"""Name of a block of a bottom-up network, such as res2.0, features.3, and timm's blocks.1.0, stages.2.blocks.5 and s1.b2."""
 
 
 def inherit(student: nn.Module, teacher: nn.Module, modules: Collection[str], *, weight_selection: bool = True) -> Fit:
@@ -164,14 +167,16 @@ def _units(names: Collection[str], bottom_up: str) -> dict[str, str]:
     A parameter that a module has beside its layers, such as the scales of a head, is copied alone.
     """
     parents = {name.rpartition(".")[0] for name in names}
+    paths = [name.split(".") for name in names if component_of(name, bottom_up) == "bottom_up"]
+    # Number of the modules that hold the whole network, such as TimmNetwork's model.
+    depth = sum(1 for _ in takewhile(lambda parts: len({*parts}) == 1, zip(*paths, strict=False)))
     ancestors = {ancestor for parent in parents for ancestor in _prefixes(parent)[:-1]}
 
     def unit_of(name: str) -> str:
         parent = name.rpartition(".")[0]
         if component_of(name, bottom_up) == "bottom_up":
-            parts = name.split(".")
-            number = next((i for i, part in enumerate(parts) if part.isdigit()), bottom_up.count(".") + 1)
-            return ".".join(parts[: number + 1])
+            block = BLOCK.match(name, len(bottom_up))
+            return name[: block.end()] if block else ".".join(name.split(".")[: depth + 1])
         layer = next((prefix for prefix in _prefixes(parent) if f"{prefix}.weight" in names), None)
         return layer or (name if parent in ancestors else parent)
 

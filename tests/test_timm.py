@@ -315,3 +315,28 @@ def test_a_narrower_network_inherits_evenly_spaced_channels(timm_cfg: Callable) 
     assert not fit.missing
     wide, narrow = (m.backbone.bottom_up.model.blocks[0][0].conv_dw.weight for m in (teacher, student))
     assert torch.equal(narrow, wide[torch.arange(len(narrow)) * len(wide) // len(narrow)])
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"), [("convnext_tiny", "convnext_small"), ("efficientnet_b0", "efficientnet_b1")]
+)
+def test_a_shallower_network_inherits_the_first_blocks_of_each_stage(
+    timm_cfg: Callable, student: str, teacher: str
+) -> None:
+    """Check 9 of 27 blocks in the third stage of a ConvNeXt, and 16 of 23 blocks of an EfficientNet."""
+    shallow, deep = (build_model(timm_cfg(name)) for name in (student, teacher))
+    fit = inherit(shallow, deep, ("bottom_up",))
+    assert not fit.misfits
+    assert not fit.missing
+    source = deep.backbone.bottom_up.state_dict()
+    assert all(torch.equal(tensor, source[name]) for name, tensor in shallow.backbone.bottom_up.state_dict().items())
+
+
+def test_a_stem_that_does_not_fit_leaves_the_blocks(timm_cfg: Callable) -> None:
+    """Check a teacher with three convolutions in the stem, and others for the shortcuts of three blocks."""
+    student, teacher = build_model(timm_cfg("resnet18")), build_model(timm_cfg("resnet18d"))
+    fit = inherit(student, teacher, ("bottom_up",))
+    blocks = {name.removeprefix("backbone.bottom_up.model.").rpartition(".conv1.weight")[0] for name in fit.filled} - {
+        ""
+    }
+    assert blocks == {"layer1.0", "layer1.1", "layer2.1", "layer3.1", "layer4.1"}
