@@ -9,7 +9,6 @@ from functools import reduce
 from itertools import accumulate, takewhile
 from typing import Any
 
-from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from torch import Tensor, nn
 
@@ -109,12 +108,12 @@ def _log_selection(student: nn.Module, selected: Collection[str]) -> None:
         f"{len(selected)} of these tensors have fewer channels than the teacher's and hold evenly spaced channels of them "
         "(MODEL.KD.INHERIT.WEIGHT_SELECTION)."
     )
-    norms = (name for name, module in student.named_modules() if isinstance(module, FrozenBatchNorm2d))
-    frozen = [name for name in norms if f"{name}.weight" in selected]
+    buffers = dict(student.named_buffers())  # which weights are only in FrozenBN, of any library
+    frozen = [name.removesuffix(".weight") for name in selected if name.endswith(".weight") and name in buffers]
     if frozen:
         logger.warning(
             f"{len(frozen)} of these layers are FrozenBN, with the statistics of the teacher's wider layers; the first one is {frozen[0]}. "
-            "BN learns those of the student (MODEL.RESNETS.NORM, MODEL.FPN.NORM)."
+            "BN learns those of the student (MODEL.RESNETS.NORM, MODEL.TIMM.NORM, MODEL.FPN.NORM)."
         )
 
 

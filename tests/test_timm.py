@@ -340,3 +340,13 @@ def test_a_stem_that_does_not_fit_leaves_the_blocks(timm_cfg: Callable) -> None:
         ""
     }
     assert blocks == {"layer1.0", "layer1.1", "layer2.1", "layer3.1", "layer4.1"}
+
+
+@pytest.mark.parametrize(("norm", "is_warned"), [("FrozenBN", True), ("BN", False)])
+def test_frozen_statistics_of_wider_layers(
+    timm_cfg: Callable, caplog: pytest.LogCaptureFixture, norm: str, is_warned: bool
+) -> None:
+    student = build_model(timm_cfg("mobilenetv3_small_050", {"NORM": norm}))
+    inherit(student, build_model(timm_cfg("mobilenetv3_small_075")), ("bottom_up",))
+    warned = "layers are FrozenBN, with the statistics of the teacher's wider layers; the first one is backbone.bottom_up.model."
+    assert (warned in caplog.text) is is_warned
