@@ -32,6 +32,7 @@ from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, Keypoi
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.retinanet import RetinaNetHead, _default_anchorgen
 from torchvision.models.detection.rpn import RPNHead
+from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 SIZE = (256, 320)  # the stride of the coarsest feature map is 106 pixels in torchvision, not 128
@@ -346,6 +347,18 @@ def test_epsilon_of_a_file(tmp_path: Path, save: Callable) -> None:
         weights, _ = _moved(path, tmp_path / str(epsilon), epsilon=epsilon)
         found = weights[f"{layer}.weight"] * torch.rsqrt(weights[f"{layer}.running_var"] + 1e-5)
         torch.testing.assert_close(found, torch.full((64,), factor), rtol=1e-5, atol=0)
+
+
+def test_warning_of_an_unknown_epsilon(tmp_path: Path, save: Callable, caplog: pytest.LogCaptureFixture) -> None:
+    """Check that only files with frozen normalization layers, such as fine-tuned COCO_V1, are warned of, unless it is given."""
+    body = torchvision.models.resnet18(norm_layer=FrozenBatchNorm2d)
+    frozen, trained = FasterRCNN(_resnet_fpn_extractor(body, 5), 2), faster_rcnn()
+    for index, (model, epsilon, is_warned) in enumerate(
+        [(frozen, None, True), (frozen, 0.0, False), (frozen, 1e-5, False), (trained, None, False)]
+    ):
+        caplog.clear()
+        import_detector(save(model), tmp_path / str(index), epsilon=epsilon)
+        assert ("COCO_V1, it is 0: --batch-norm-eps 0." in caplog.text) is is_warned
 
 
 @pytest.mark.parametrize("epsilon", [-1e-3, float("nan"), float("inf")])

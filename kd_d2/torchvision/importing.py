@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 PROGRAM = "torchvision"
 EPSILON = 1e-5
 """What Detectron2's batch normalization adds to variances."""
+BATCH_COUNTER = "backbone.body.bn1.num_batches_tracked"
+"""Buffer of BatchNorm2d that FrozenBatchNorm2d does not have."""
 COCO_OUTPUTS = 91
 
 
@@ -55,7 +57,14 @@ def import_detector(
     keep = functools.partial(_kept, labels=labels, has_background=import_keys is import_rcnn)
     keys = import_keys(weights, keep)
     weights.check_all_moved()
-    epsilon = next((e for e in (epsilon, detector.epsilon) if e is not None), EPSILON)
+    epsilon = next((e for e in (epsilon, detector.epsilon) if e is not None), None)
+    if epsilon is None:
+        epsilon = EPSILON
+        if BATCH_COUNTER not in detector.weights:
+            logger.warning(
+                f"The normalization layers of {source} are FrozenBatchNorm2d, whose epsilon the file does not show; {EPSILON:g} is used. If the "
+                "detector was fine-tuned from torchvision's weights COCO_V1, it is 0: --batch-norm-eps 0."
+            )
     _adapt_to_epsilon(weights.moved, epsilon)
     names = tuple(name for name in labels if name != NO_CLASS) if labels else None
     imported = Imported(kind, folder, detectron2_config(keys, opts, PROGRAM), names)
