@@ -74,12 +74,7 @@ class AdaptationLayers(nn.Module):
             UserError: there is no common stride, the channels differ and there is no adaptation, or there are too few to select.
         """
         channels = pair.channels
-        if adaptation is None:
-            adaptation = _needed_adaptation(pair)
-            if adaptation == "select":
-                logger.info(
-                    f"MODEL.KD.{node}: features are compared with evenly spaced channels of the teacher's (ADAPTATION 'select')."
-                )
+        adaptation = chosen_adaptation(adaptation, pair, node)
         kernel_size, selects = KERNEL_SIZES[adaptation], adaptation == "select"
         for stride, (ours, theirs) in channels.items():
             if not kernel_size and (ours > theirs if selects else ours != theirs):
@@ -111,12 +106,18 @@ class AdaptationLayers(nn.Module):
         return [self.layers[str(s)](x) for s, x in zip(self.strides, features, strict=True)]
 
 
-def _needed_adaptation(pair: Pair) -> str:
+def chosen_adaptation(adaptation: str | None, pair: Pair, node: str) -> str:
+    """Return the value of a key ADAPTATION, or what None means for these detectors; see `Adaptation`."""
+    if adaptation is not None:
+        return adaptation
     if all(ours == theirs for ours, theirs in pair.channels.values()):
         return "none"
-    if pair.inherits_neck and all(ours <= theirs for ours, theirs in pair.channels.values()):
-        return "select"
-    return "1x1"
+    if not pair.inherits_neck or any(ours > theirs for ours, theirs in pair.channels.values()):
+        return "1x1"
+    logger.info(
+        f"MODEL.KD.{node}: features are compared with evenly spaced channels of the teacher's (ADAPTATION 'select')."
+    )
+    return "select"
 
 
 class ChannelSelection(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,12 @@ from ...distributed import mean_count_across_ranks
 from ...errors import UserError
 from ...keys import Above, AtLeast
 from ...losses import attended_value_loss
+from ...weight_selection import evenly_spaced
+from ..adaptation import ChannelSelection, chosen_adaptation
 from ..base import DISTILLER_REGISTRY, Distiller, Losses, OptimizerSettings, ParamGroup, in_float32
 from ..matching import common_channels, levels_by_stride
 from ..pair import Pair
-from .decoder import Decoder
+from .decoder import Decoder, DecoderLayer
 from .encoding import InstanceEncoder, linear, mlp
 from .geometry import LevelGeometry
 from .priors import read_priors
@@ -49,6 +51,12 @@ class ICD(Distiller):
             float | None,
             AtLeast(0),
             "Weight of the distillation loss (lambda); None means 8 for one-stage students and 3 for others.",
+        ] = None
+        adaptation: Annotated[
+            Literal[None, "none", "select"],
+            "Values with which the student's are compared: 'none' those of all channels of the teacher's features, 'select' those of as many "
+            "evenly spaced channels as the student has, which weight selection inherits; None means 'select' if the student has fewer "
+            "channels and inherits the neck (MODEL.KD.INHERIT), and else 'none'.",
         ] = None
         dim: Annotated[int, AtLeast(1), "Width of queries, keys and values; a multiple of 4 and of NUM_HEADS."] = 256
         num_heads: Annotated[int, AtLeast(1), "Attention heads of the decoder."] = 8
@@ -105,8 +113,16 @@ class ICD(Distiller):
         self.encoder = InstanceEncoder(num_classes, config.dim)
         self.decoder = Decoder(teacher_channels, config.dim, config.num_heads, config.ffn_dim, config.num_layers)
         self.auxiliary_head = mlp(config.dim, config.dim, 5)
+        self.selection = None
+        if chosen_adaptation(config.adaptation, pair, self.CONFIG_NODE) == "select":
+            if student_channels > teacher_channels:
+                raise UserError(
+                    f"MODEL.KD.ICD.ADAPTATION is 'select', but the student has {student_channels} channels and the teacher "
+                    f"{teacher_channels}: set it to 'none'."
+                )
+            self.selection = ChannelSelection(evenly_spaced(student_channels, teacher_channels))
         self.student_values = nn.ModuleList(
-            _starting_as(*self.decoder.value_projection(layer), student_channels) for layer in self.decoder.layers
+            _starting_as(*self._compared_projection(layer), student_channels) for layer in self.decoder.layers
         )
         if pair.datasets:
             self.fakes = FakeInstances(*read_priors(pair.datasets, num_classes))
@@ -155,8 +171,9 @@ class ICD(Distiller):
         distances = []
         for layer, projection, attended in zip(self.decoder.layers, self.student_values, found, strict=True):
             student_value = layer.heads(project_levels(student_maps, projection.weight, projection.bias))
+            teacher_value = attended.values if self.selection is None else self._selected_values(layer, teacher_maps)
             distances.append(
-                attended_value_loss(student_value, attended.values, attended.attention, overwrite_student=True)
+                attended_value_loss(student_value, teacher_value, attended.attention, overwrite_student=True)
             )
         objectness, box = auxiliary_losses(self.auxiliary_head(found[-1].instances), queries)
         return {
@@ -164,6 +181,17 @@ class ICD(Distiller):
             "loss_icd_aux_objectness": self.config.objectness_weight * objectness,
             "loss_icd_aux_box": self.config.box_weight * box,
         }
+
+    def _compared_projection(self, layer: DecoderLayer) -> tuple[Tensor, Tensor]:
+        """Return weight (E, C) and bias of the map from the compared channels of the teacher's features to values."""
+        weight_EC, bias_E = self.decoder.value_projection(layer)
+        return (weight_EC if self.selection is None else weight_EC[:, self.selection.channels]), bias_E
+
+    @torch.no_grad()
+    def _selected_values(self, layer: DecoderLayer, teacher_maps: list[Tensor]) -> Tensor:
+        """Return the values (B, M, L, D) of the selected channels of the teacher's features."""
+        maps = [self.selection(m) for m in teacher_maps]
+        return layer.heads(project_levels(maps, *self._compared_projection(layer)))
 
     @torch.no_grad()
     def attention_maps(self, teacher: DetectorOutputs, targets: list[Instances]) -> list[dict[int, Tensor]]:
