@@ -69,9 +69,9 @@ def _built(
     return icd
 
 
-def _icd(channels: int = 16, dim: int = 16, num_layers: int = 1, **options) -> ICD:
+def _icd(channels: int = 16, dim: int = 16, num_layers: int = 1, student: int | None = None, **options) -> ICD:
     torch.manual_seed(1)
-    icd = _built(STRIDES, channels + 4, channels, dim=dim, num_layers=num_layers, **options)
+    icd = _built(STRIDES, student or channels + 4, channels, dim=dim, num_layers=num_layers, **options)
     for parameter in icd.parameters():  # so that biases are nonzero and every term matters
         parameter.data += 0.1 * torch.randn_like(parameter)
     return icd
@@ -128,9 +128,12 @@ def _plain_losses(
 ) -> dict[str, Tensor]:
     """Compute the losses of ICD with dense operations, directly from the definition."""
     decoder, M = icd.decoder, icd.decoder.layers[0].num_heads
-    features = _flat(teacher)
+    features = compared = _flat(teacher)
+    if icd.selection is not None:
+        compared = torch.zeros_like(features)
+        compared[..., icd.selection.channels] = features[..., icd.selection.channels]
     if decoder.input is not None:
-        features = decoder.input(features)
+        features, compared = decoder.input(features), decoder.input(compared)
     position, valid = _positions(teacher, decoder.dim)
 
     def heads(x: Tensor) -> Tensor:
@@ -146,7 +149,8 @@ def _plain_losses(
         query = layer.norm1(query + layer.out(found))
         query = layer.norm2(query + layer.ffn(query))
         d = decoder.dim // M
-        apart = F.layer_norm(heads(student_value(_flat(student))), (d,)) - F.layer_norm(values.detach(), (d,))
+        wanted = heads(layer.value(compared)).detach()
+        apart = F.layer_norm(heads(student_value(_flat(student))), (d,)) - F.layer_norm(wanted, (d,))
         weight = (attention.detach() * queries.is_real[:, None, :, None]).sum(2)
         distances.append(((weight * apart.pow(2).mean(-1)).sum(-1) / weight.sum(-1).clamp(min=1e-6)).mean())
     prediction = icd.auxiliary_head(query)
@@ -163,15 +167,18 @@ def _plain_losses(
     }
 
 
+@pytest.mark.parametrize(("narrower", "adaptation"), [(-4, "none"), (8, "none"), (8, "select")])
 @pytest.mark.parametrize("channels", [16, 12], ids=["same width", "input projection"])
 @pytest.mark.parametrize("num_layers", [1, 2])
-def test_losses_and_all_gradients_equal_the_definition(channels: int, num_layers: int) -> None:
-    icd = _icd(channels, num_layers=num_layers).double()
+def test_losses_and_all_gradients_equal_the_definition(
+    channels: int, num_layers: int, narrower: int, adaptation: str
+) -> None:
+    icd = _icd(channels, num_layers=num_layers, student=channels - narrower, adaptation=adaptation).double()
     queries = _queries()
     query = torch.randn(*queries.classes.shape, 16, dtype=torch.float64)
     queries.boxes, queries.centers = queries.boxes.double(), queries.centers.double()
     teacher = _maps(channels, 2, torch.float64)
-    student = [m.requires_grad_() for m in _maps(channels + 4, 3, torch.float64)]
+    student = [m.requires_grad_() for m in _maps(channels - narrower, 3, torch.float64)]
     results = []
     for losses in (
         icd.losses(query, queries, student, teacher, _geometry(teacher)),
@@ -391,6 +398,46 @@ def test_equal_features_start_with_no_distance(channels: int) -> None:
     losses = icd.losses(icd.encoder(queries), queries, maps, maps, _geometry(maps))
     assert losses["loss_icd"].item() == pytest.approx(0, abs=1e-5)
     assert losses["loss_icd_aux_objectness"].item() > 0.1
+
+
+@pytest.mark.parametrize("channels", [16, 12], ids=["same width", "input projection"])
+def test_equal_selected_channels_start_with_no_distance(channels: int) -> None:
+    """Check every second channel, and that the others have no influence but on the attention."""
+    torch.manual_seed(0)
+    icd = _built(STRIDES, channels // 2, channels, num_layers=2, adaptation="select")
+    queries, maps = _queries(), _maps(channels, 2)
+    student = [m[:, ::2] for m in maps]
+    losses = icd.losses(icd.encoder(queries), queries, student, maps, _geometry(maps))
+    assert losses["loss_icd"].item() == pytest.approx(0, abs=1e-5)
+    other = [m[:, 1::2] for m in maps]
+    assert icd.losses(icd.encoder(queries), queries, other, maps, _geometry(maps))["loss_icd"].item() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("channels", "inherits", "adaptation", "selected"),
+    [
+        ((6, 8), True, None, [0, 1, 2, 4, 5, 6]),
+        ((6, 8), False, None, None),
+        ((6, 8), True, "none", None),
+        ((6, 8), False, "select", [0, 1, 2, 4, 5, 6]),
+        ((8, 8), True, None, None),
+        ((9, 8), True, None, None),
+    ],
+)
+def test_channels_are_selected_if_the_student_inherits_them(
+    channels: tuple[int, int], inherits: bool, adaptation: str | None, selected: list[int] | None
+) -> None:
+    pair = Pair(*(spec_of(dict.fromkeys(STRIDES, c)) for c in channels), max_iter=900, inherits_neck=inherits)
+    icd = ICD(ICD.Config(adaptation=adaptation), pair)
+    assert (icd.selection and icd.selection.channels.tolist()) == selected
+
+
+def test_more_channels_than_can_be_selected() -> None:
+    pair = Pair(*(spec_of(dict.fromkeys(STRIDES, c)) for c in (9, 8)), max_iter=900)
+    with pytest.raises(
+        UserError, match=r"ICD.ADAPTATION is 'select', but the student has 9 channels and the teacher 8"
+    ):
+        ICD(ICD.Config(adaptation="select"), pair)
 
 
 def test_distillation_trains_the_student_and_its_projection_alone() -> None:
