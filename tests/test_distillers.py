@@ -340,7 +340,7 @@ def test_selected_channels_of_the_teacher(build: Callable, node_name: str) -> No
     assert _loss(distiller, {8: teacher[8][:, :2], 16: teacher[16]}, teacher) == pytest.approx(0.0, abs=1e-6)
     assert _loss(distiller, {8: teacher[8][:, 1:], 16: teacher[16]}, teacher) > 0.01
     with pytest.raises(
-        UserError, match=r"ADAPTATION is 'select', but at stride 16 the student has 4 channels and the teacher 3"
+        UserError, match=r"ADAPTATION is 'select', but at stride 16 the student has 4 channels and the teacher only 3"
     ):
         build(node_name, {8: 2, 16: 4}, {8: 3, 16: 3}, ADAPTATION="select")
 

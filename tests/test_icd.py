@@ -435,7 +435,8 @@ def test_channels_are_selected_if_the_student_inherits_them(
 def test_more_channels_than_can_be_selected() -> None:
     pair = Pair(*(spec_of(dict.fromkeys(STRIDES, c)) for c in (9, 8)), max_iter=900)
     with pytest.raises(
-        UserError, match=r"ICD.ADAPTATION is 'select', but the student has 9 channels and the teacher 8"
+        UserError,
+        match=r"ICD.ADAPTATION is 'select', but at stride 8 the student has 9 channels and the teacher only 8",
     ):
         ICD(ICD.Config(adaptation="select"), pair)
 

@@ -15,6 +15,7 @@ from kd_d2.distillers import CWD, FGD, MGD, PKD, ReviewKD
 from kd_d2.distillers.adaptation import LevelGroup
 from kd_d2.distillers.fgd import ContextBlock
 from kd_d2.distillers.generation import random_mask
+from kd_d2.distillers.pair import Pair
 from kd_d2.distillers.reviewkd import FusionBlock
 from kd_d2.errors import UserError
 from kd_d2.losses import (
@@ -271,6 +272,25 @@ def test_residual_reviewkd_starts_from_the_students_features() -> None:
         make(ReviewKD, spec_of({8: 3}), spec_of({8: 4}), residual=True)
     assert make(ReviewKD, spec_of({8: 3}), residual=None).is_residual
     assert not make(ReviewKD, spec_of({8: 3}), spec_of({8: 4}), residual=None).is_residual
+
+
+def test_reviewkd_of_selected_channels() -> None:
+    """Check a student with the first and third of four channels, which is compared with these alone."""
+    channels = ({8: 2, 16: 2}, {8: 4, 16: 4})
+    pair = Pair(*map(spec_of, channels), inherits_neck=True)
+    review = ReviewKD(ReviewKD.Config(residual=None), pair)
+    torch.manual_seed(0)
+    teacher = {8: torch.randn(2, 4, 4, 4), 16: torch.randn(2, 4, 2, 2)}
+    student = {stride: maps[:, [0, 2]].clone() for stride, maps in teacher.items()}
+    assert review.is_residual and review(_outputs(student), _outputs(teacher), [])["loss_reviewkd"].item() == 0
+    student[8][:, 1] += 2.0  # the difference of squares is 4 at every resolution, in half of the channels
+    loss = review(_outputs(student), _outputs(teacher), [])["loss_reviewkd"]
+    assert loss.item() == pytest.approx(2.0)
+    for config in (ReviewKD.Config(residual=None, adaptation="none"), ReviewKD.Config(adaptation="none")):
+        other = ReviewKD(config, pair)
+        assert not other.is_residual and other.blocks["8"].expand[0].out_channels == 4
+    with pytest.raises(UserError, match=r"REVIEWKD.ADAPTATION is 'select', but at stride 8 the student has 4 channels"):
+        ReviewKD(ReviewKD.Config(adaptation="select"), Pair(*map(spec_of, channels[::-1])))
 
 
 def test_reviewkd_of_one_position() -> None:
@@ -692,7 +712,7 @@ def test_number_of_levels(build: Callable, method: type[Distiller]) -> None:
     for teacher, common in (("retinanet", (8, 16, 32, 64, 128)), ("faster", (8, 16, 32, 64))):
         for number in (None, 1, 4, 9):
             built = build(method, "retinanet", teacher, NUM_LEVELS=number)
-            assert getattr(built, "adaptation", built).strides == common[:number]
+            assert built.adaptation.strides == common[:number]
             layers = next(
                 (x for name in ("generation", "student_relations", "blocks") if (x := getattr(built, name, None))), None
             )

@@ -77,7 +77,7 @@ class AdaptationLayers(nn.Module):
         adaptation = chosen_adaptation(adaptation, pair, node)
         kernel_size, selects = KERNEL_SIZES[adaptation], adaptation == "select"
         for stride, (ours, theirs) in channels.items():
-            if not kernel_size and (ours > theirs if selects else ours != theirs):
+            if adaptation == "none" and ours != theirs:
                 raise UserError(
                     f"MODEL.KD.{node}.ADAPTATION is {adaptation!r}, but at stride {stride} the student has {ours} channels "
                     f"and the teacher {theirs}: set it to '1x1'."
@@ -107,7 +107,21 @@ class AdaptationLayers(nn.Module):
 
 
 def chosen_adaptation(adaptation: str | None, pair: Pair, node: str) -> str:
-    """Return the value of a key ADAPTATION, or what None means for these detectors; see `Adaptation`."""
+    """Return the value of a key ADAPTATION, or what None means for these detectors; see `Adaptation`.
+
+    Args:
+        node: the method's CONFIG_NODE, for messages.
+
+    Raises:
+        UserError: it is 'select', but there are too few channels to select.
+    """
+    if adaptation == "select":
+        for stride, (ours, theirs) in pair.channels.items():
+            if ours > theirs:
+                raise UserError(
+                    f"MODEL.KD.{node}.ADAPTATION is 'select', but at stride {stride} the student has {ours} channels and the teacher only "
+                    f"{theirs}."
+                )
     if adaptation is not None:
         return adaptation
     if all(ours == theirs for ours, theirs in pair.channels.values()):

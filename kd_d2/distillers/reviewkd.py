@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,8 @@ from ..distributed import sum_across_ranks
 from ..errors import UserError
 from ..keys import AtLeast
 from ..losses import hierarchical_context_loss
+from .adaptation import AdaptationLayers, chosen_adaptation
 from .base import DISTILLER_REGISTRY, Distiller, Losses, in_float32
-from .matching import levels_by_stride
 from .pair import NumLevels, Pair
 
 
@@ -39,6 +39,12 @@ class ReviewKD(Distiller):
 
     @dataclass(frozen=True)
     class Config(Distiller.Config):
+        adaptation: Annotated[
+            Literal[None, "none", "select"],
+            "Channels of the teacher's features that are imitated: 'none' all of them, 'select' as many evenly spaced ones as the student has, "
+            "which weight selection inherits; None means 'select' if the student has fewer channels and inherits the neck "
+            "(MODEL.KD.INHERIT), and else 'none'.",
+        ] = None
         mid_channels: Annotated[
             int | None,
             AtLeast(1),
@@ -47,39 +53,38 @@ class ReviewKD(Distiller):
         residual: Annotated[
             bool | None,
             "Whether the student's features are added to the fused output, which starts as zero; the paper's are not. None means True "
-            "if they have as many channels as the teacher's.",
+            "if they have as many channels as are imitated.",
         ] = False
         num_levels: NumLevels = None
 
     def __init__(self, config: Config, pair: Pair):
         super().__init__(config, pair)
-        channels = pair.with_levels(config.num_levels).channels
-        other = next((stride for stride, (ours, theirs) in channels.items() if ours != theirs), None)
+        pair = pair.with_levels(config.num_levels)
+        selects = chosen_adaptation(config.adaptation, pair, self.CONFIG_NODE) == "select"
+        self.adaptation = AdaptationLayers(pair.channels, kernel_size=0, select=selects)
+        imitated = self.adaptation.compared_channels
+        other = next((stride for stride, (ours, _) in pair.channels.items() if ours != imitated[stride]), None)
         self.is_residual = other is None if config.residual is None else config.residual
         if self.is_residual and other is not None:
-            ours, theirs = channels[other]
+            ours, theirs = pair.channels[other]
             raise UserError(
                 f"MODEL.KD.REVIEWKD.RESIDUAL is True, but at stride {other} the student has {ours} channels and the teacher {theirs}: set it to False."
             )
-        mid = config.mid_channels or max(theirs for _, theirs in channels.values())
-        coarsest = max(channels)
-        self.strides = tuple(channels)
+        mid = config.mid_channels or max(theirs for _, theirs in pair.channels.values())
+        coarsest = max(pair.channels)
         self.blocks = nn.ModuleDict({
-            str(stride): FusionBlock(ours, mid, theirs, fuses=stride != coarsest)
-            for stride, (ours, theirs) in channels.items()
+            str(stride): FusionBlock(ours, mid, imitated[stride], fuses=stride != coarsest)
+            for stride, (ours, _) in pair.channels.items()
         })  # fmt: skip
         if self.is_residual:
             for block in self.blocks.values():
                 nn.init.zeros_(block.expand[-1].weight)
 
     def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
-        student_maps, teacher_maps = (
-            levels_by_stride(outputs.features, self.strides, who)
-            for outputs, who in ((student, "student"), (teacher, "teacher"))
-        )
         losses, coarser = [], None
-        for stride, maps, imitated in reversed([*zip(self.strides, student_maps, teacher_maps, strict=True)]):
-            output, coarser = self.blocks[str(stride)](maps, coarser)
+        from_fine = zip(self.adaptation.pairs(student, teacher), self.blocks.values(), strict=True)
+        for (maps, imitated), block in reversed([*from_fine]):
+            output, coarser = block(maps, coarser)
             losses.append(compare(maps + output if self.is_residual else output, imitated))
         return {"loss_reviewkd": sum(losses)}
 

@@ -115,11 +115,6 @@ class ICD(Distiller):
         self.auxiliary_head = mlp(config.dim, config.dim, 5)
         self.selection = None
         if chosen_adaptation(config.adaptation, pair, self.CONFIG_NODE) == "select":
-            if student_channels > teacher_channels:
-                raise UserError(
-                    f"MODEL.KD.ICD.ADAPTATION is 'select', but the student has {student_channels} channels and the teacher "
-                    f"{teacher_channels}: set it to 'none'."
-                )
             self.selection = ChannelSelection(evenly_spaced(student_channels, teacher_channels))
         self.student_values = nn.ModuleList(
             _starting_as(*self._compared_projection(layer), student_channels) for layer in self.decoder.layers
