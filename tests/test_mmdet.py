@@ -412,11 +412,12 @@ def test_p6_and_p7_of_the_dense_fpn(tiny_cfg: Any) -> None:
     assert torch.equal(levels[False], torch.full((1, channels, 1, 1), -2.0 * 4 * channels))
 
 
-def test_the_offset_of_anchors(tiny_cfg: Any) -> None:
+@pytest.mark.parametrize("kind", ["fcos", "gfl", "fsaf", "reppoints"])
+def test_the_offset_of_anchors(tiny_cfg: Any, kind: str) -> None:
     """Check the first anchor's center of the finest level, of stride 8."""
-    cfg = tiny_cfg("gfl", {})
+    cfg = tiny_cfg(kind, {})
     for offset in (0.0, 0.5):
-        cfg.MODEL.GFL.ANCHOR_OFFSET = offset
+        cfg.MODEL[kind.upper()].ANCHOR_OFFSET = offset
         anchors = build_model(cfg).anchor_generator([torch.zeros(1, 1, 2, 2)] * 5)[0].get_centers()
         assert anchors[0].tolist() == [8 * offset, 8 * offset]
 

@@ -211,6 +211,17 @@ def test_anchors_are_those_of_torchvision(size: tuple[int, int]) -> None:
         assert torch.equal(own.tensor, by_ratio)
 
 
+def test_points_of_fcos_are_those_of_torchvision(tmp_path: Path, save: Callable) -> None:
+    """Check the points of all levels, of which the coarsest has a stride of 106 pixels instead of 128."""
+    theirs = fcos()
+    import_detector(save(theirs), tmp_path / "out")
+    images = torch.zeros(1, 3, *SIZE)
+    features = [*theirs.backbone(images).values()]
+    (expected,) = theirs.anchor_generator(ImageList(images, [SIZE]), features)
+    ours = detector_in(tmp_path / "out").anchor_generator(features)
+    assert torch.equal(torch.cat([level.tensor for level in ours]), expected)
+
+
 def _moved(path: Path, folder: Path, **arguments: Any) -> tuple[dict[str, Tensor], Any]:
     imported = import_detector(path, folder, **arguments)
     return torch.load(folder / "model_final.pth")["model"], imported
