@@ -361,11 +361,21 @@ def test_epsilon_of_a_file(tmp_path: Path, save: Callable) -> None:
 
 
 def test_warning_of_an_unknown_epsilon(tmp_path: Path, save: Callable, caplog: pytest.LogCaptureFixture) -> None:
-    """Check that only files with frozen normalization layers, such as fine-tuned COCO_V1, are warned of, unless it is given."""
+    """Check that only files with frozen normalization layers, such as fine-tuned COCO_V1, are warned of, unless it is given.
+
+    In torchvision's FCOS it is always 1e-5.
+    """
     body = torchvision.models.resnet18(norm_layer=FrozenBatchNorm2d)
     frozen, trained = FasterRCNN(_resnet_fpn_extractor(body, 5), 2), faster_rcnn()
+    dense = _resnet_fpn_extractor(body, 5, returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(256, 256))
     for index, (model, epsilon, is_warned) in enumerate(
-        [(frozen, None, True), (frozen, 0.0, False), (frozen, 1e-5, False), (trained, None, False)]
+        [
+            (frozen, None, True),
+            (frozen, 0.0, False),
+            (frozen, 1e-5, False),
+            (trained, None, False),
+            (FCOS(dense, 2), None, False),
+        ]
     ):
         caplog.clear()
         import_detector(save(model), tmp_path / str(index), epsilon=epsilon)

@@ -60,7 +60,8 @@ def import_detector(
     epsilon = next((e for e in (epsilon, detector.epsilon) if e is not None), None)
     if epsilon is None:
         epsilon = EPSILON
-        if BATCH_COUNTER not in detector.weights:
+        # torchvision leaves the epsilon of FCOS unchanged.
+        if BATCH_COUNTER not in detector.weights and import_keys is not import_fcos:
             logger.warning(
                 f"The normalization layers of {source} are FrozenBatchNorm2d, whose epsilon the file does not show; {EPSILON:g} is used. If the "
                 "detector was fine-tuned from torchvision's weights COCO_V1, it is 0: --batch-norm-eps 0."
