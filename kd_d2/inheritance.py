@@ -230,10 +230,13 @@ def _foreign_box_layers(student: nn.Module, teacher: nn.Module, wanted: StateDic
     They do if one detector's class is that of the other or its subclass, and both have the same transform and the same BOX_LAYERS.
     """
     ours, theirs = type(student), type(teacher)
-    if (issubclass(ours, theirs) or issubclass(theirs, ours)) and _box_units(student) == _box_units(teacher):
-        return {}
+    reason = f"{theirs.__name__} and {ours.__name__} predict boxes in different units"
+    if issubclass(ours, theirs) or issubclass(theirs, ours):
+        if _box_units(student) == _box_units(teacher):
+            return {}
+        reason = "boxes are in different units: another BBOX_REG_WEIGHTS, BOX_ACTIVATION or LEVEL_SCALES"
     paths = {path for name in wanted for path in _prefixes(name) if path.rpartition(".")[2] in BOX_LAYERS}
-    return dict.fromkeys(paths, f"{theirs.__name__} and {ours.__name__} predict boxes in different units")
+    return dict.fromkeys(paths, reason)
 
 
 def _box_units(model: nn.Module) -> tuple:
