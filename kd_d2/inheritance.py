@@ -242,7 +242,7 @@ def _foreign_box_layers(student: nn.Module, teacher: nn.Module, wanted: StateDic
 def _box_units(model: nn.Module) -> tuple:
     transform = getattr(model, "box2box_transform", None)
     names = {part for name, _ in model.named_parameters() for part in name.split(".")}
-    return type(transform), getattr(transform, "weights", None), BOX_LAYERS & names
+    return type(transform), tuple(getattr(transform, "weights", ())), BOX_LAYERS & names
 
 
 def bottom_up_of(model: nn.Module) -> str:

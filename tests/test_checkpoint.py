@@ -6,6 +6,7 @@ import pickle
 import re
 import zipfile
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from pathlib import Path
 
 from kd_d2 import KDMetaArch
@@ -33,6 +34,7 @@ from detectron2.engine import DefaultPredictor
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import build_model
 from detectron2.modeling.backbone.resnet import build_resnet_backbone
+from detectron2.modeling.box_regression import Box2BoxTransform
 from helpers import TINY, Project, clean_process, make_project, make_trainer, merged, tree_of, write_yaml
 from torch import nn
 
@@ -649,6 +651,14 @@ def test_box_layers_of_another_detector_are_not_inherited(theirs: str, is_copied
     assert {*fit.filled} == {*student.state_dict()} - (set() if is_copied else boxes)
     reason = "FCOS and ATSS predict boxes in different units"
     assert fit.misfits == ({} if is_copied else dict.fromkeys(boxes, reason))
+
+
+@pytest.mark.parametrize(("weights", "is_copied"), [([1.0] * 4, True), ([2.0] * 4, False)])
+def test_weights_of_boxes_may_be_a_list(tiny_detector: Callable, weights: list[float], is_copied: bool) -> None:
+    """Check a teacher from Python code; weights from a config are a tuple."""
+    student, teacher = tiny_detector("retinanet"), tiny_detector("retinanet")
+    teacher.box2box_transform = Box2BoxTransform(weights=weights)
+    assert ("head.bbox_pred.weight" in inherit(student, teacher, ("head",)).filled) is is_copied
 
 
 def test_inherited_tensors_are_copies() -> None:
