@@ -114,11 +114,9 @@ def _assert_close(what: str, found: Tensor, expected: Tensor, tolerance: float) 
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=absolute, msg=lambda text: f"{what}: {text}")
 
 
-CASES = ((EQUAL, True), (UNEQUAL, False))
-"""Numbers of objects, and whether each process draws the random numbers of its images or all are constant."""
-
-
-def _model_that_distinguishes_positions(project: Project) -> KDMetaArch:
+def _compare(rank: int, project: Project, folder: str) -> None:
+    """Compare, in one of two processes, the whole batch alone with half of it together with the other process."""
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     cfg = load_config(str(project.student))
     register_coco_json(cfg)
@@ -128,16 +126,12 @@ def _model_that_distinguishes_positions(project: Project) -> KDMetaArch:
             parameter.data *= 10  # predictions that differ between positions by more than rounding
         if name.endswith("first_points.bias"):
             parameter.data += 0.15  # no RepPoints at whole positions, where the gradient of interpolation jumps
-    return model
-
-
-def _compare(rank: int, model: KDMetaArch, alone: list[tuple[dict, dict]], folder: str) -> None:
-    """Compare, in one of two processes, the whole batch alone with half of it together with the other process."""
-    torch.set_num_threads(1)
+    cases = [(EQUAL, True), (UNEQUAL, False)]
+    alone = [_losses_and_gradients(model, _inputs(counts), shared) for counts, shared in cases]
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     comm.create_local_process_group(2)
     wrapped = _distributed(model)
-    for (counts, shared), (expected_losses, expected_gradients) in zip(CASES, alone, strict=True):
+    for (counts, shared), (expected_losses, expected_gradients) in zip(cases, alone, strict=True):
         losses, gradients = _losses_and_gradients(wrapped, _inputs(counts)[2 * rank : 2 * rank + 2], shared)
         for name, loss in losses.items():
             torch.distributed.all_reduce(loss)
@@ -187,11 +181,7 @@ def test_every_method_normalizes_over_the_whole_batch(tmp_path: Path, detector: 
     methods = methods_of(detector)
     keys = {**FROZEN, **SMALL, **(OPTIONS[options] if dense else ALL_PROPOSALS)}
     project = make_project(tmp_path, detector, MODEL__KD__DISTILLERS=methods, **keys)
-    with clean_process(), preserved_random_state():
-        model = _model_that_distinguishes_positions(project)
-        alone = [_losses_and_gradients(model, _inputs(counts), shared) for counts, shared in CASES]
-        args = (model, alone, str(tmp_path))
-        torch.multiprocessing.start_processes(_compare, nprocs=2, args=args, start_method="fork")
+    torch.multiprocessing.start_processes(_compare, nprocs=2, args=(project, str(tmp_path)), start_method="fork")
 
 
 def _count(rank: int, folder: str) -> None:
