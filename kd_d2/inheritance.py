@@ -26,7 +26,7 @@ USES = {
     "backbone.top_block.p7.weight": ("backbone.top_block.relu_before_p7", True, "MODEL.DENSE_FPN.RELU_BEFORE_P7"),
     "head.ctrness.weight": ("head.centerness_tower", "box", "MODEL.FCOS.CENTERNESS_TOWER"),
 }
-"""Weights of which name and shape do not show the input of the layer: the attribute that does, its value where a model has none, its config key."""
+"""Weights of layers that may read different inputs in student and teacher: the model's attribute for it, its default, and its config key."""
 BLOCK = re.compile(r".*?\.b?\d+(?=\.)(?:\.(?:blocks\.)?\d+(?=\.))*")
 """Name of a block of a bottom-up network, such as res2.0, features.3, and timm's blocks.1.0, stages.2.blocks.5 and s1.b2."""
 
@@ -119,10 +119,9 @@ def _log_selection(student: nn.Module, selected: Collection[str]) -> None:
 
 def _warn_of_other_use(student: nn.Module, teacher: nn.Module, filled: Collection[str]) -> None:
     """Warn of inherited layers that the student uses in another way than the teacher, which names and shapes do not show."""
-    for weight in USES.keys() & {*filled}:
-        attribute, default, key = USES[weight]
+    for weight, (attribute, default, key) in USES.items():
         of_student, of_teacher = (_attribute(model, attribute, default) for model in (student, teacher))
-        if of_student != of_teacher:
+        if weight in filled and of_student != of_teacher:
             logger.warning(
                 f"MODEL.KD.INHERIT: {weight.removesuffix('.weight')} is inherited, but {key} is {of_student} for the student and {of_teacher} "
                 "for the teacher; use the same."

@@ -279,8 +279,9 @@ class KDTrainer(DefaultTrainer):
         self.checkpoints = Checkpoints(self.cfg, self.checkpointer, self.bare_model, self.stop, self.averaged)
         evaluation, best = EvalHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate), None
         if self.cfg.TEST.EVAL_PERIOD > 0 and comm.is_main_process():
-            results = lambda: getattr(self, "_last_eval_results", {})  # noqa: E731
-            best = BestCheckpoint(self.checkpointer, results, self.cfg.TEST.BEST_METRIC)
+            best = BestCheckpoint(
+                self.checkpointer, lambda: getattr(self, "_last_eval_results", {}), self.cfg.TEST.BEST_METRIC
+            )
         hooks: list[HookBase | None] = [PeakMemoryRecorder()]
         if isinstance(self.bare_model, KDMetaArch) and self.bare_model.balance:
             hooks.append(LastMultipliersLog(self.bare_model.balance))
