@@ -13,6 +13,7 @@ from torch import nn
 
 from .config_files import find_config_file, find_weights, is_zoo_file
 from .errors import UserError
+from .modeling.deformable import deformable_resnets
 
 FILE, TRUST, OPTS = (f"MODEL.KD.TEACHER.{key}" for key in ("CONFIG_FILE", "TRUST_CONFIG", "OPTS"))
 MAPPER_FORMAT, MODEL_FORMAT = "dataloader.train.mapper.image_format", "model.input_format"
@@ -52,7 +53,8 @@ def build_lazy_teacher(cfg: CfgNode) -> tuple[nn.Module, str, str]:
             f"teacher's training, such as {OPTS} \"['{MODEL_FORMAT}={read}']\"."
         )
     try:
-        model = instantiate(config.model).to(cfg.MODEL.DEVICE)
+        with deformable_resnets():
+            model = instantiate(config.model).to(cfg.MODEL.DEVICE)
     except Exception as error:  # any error from classes in the config
         raise UserError(f"{FILE} {path}: its model cannot be built ({type(error).__name__}: {error}).") from error
     return model, weights, read or getattr(model, "input_format", None) or "BGR"

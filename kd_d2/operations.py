@@ -36,16 +36,20 @@ def multiply_adds(model: nn.Module, height: int, width: int) -> float:
     divisibility = max(model.backbone.size_divisibility, 1)
     height, width = (-(-side // divisibility) * divisibility for side in (height, width))  # as the detector pads it
     image = torch.zeros(1, 3, height, width, device=device_of(model))
-    total = FlopCountAnalysis(model.backbone, image).unsupported_ops_warnings(False).total()
+    total = _count(model.backbone, image)
     if isinstance(model, DenseDetector):
         with torch.no_grad():
             features = model.backbone(image)
         maps = [features[name] for name in model.head_in_features]
-        head = FlopCountAnalysis(model.head, (maps,)).unsupported_ops_warnings(False)
-        total += head.set_op_handle("torchvision::deform_conv2d", _deformable_convolution).total()
+        total += _count(model.head, (maps,))
     elif isinstance(model, GeneralizedRCNN):
         total += _multiply_adds_of_heads(model, height, width)
     return total
+
+
+def _count(module: nn.Module, inputs: Any) -> float:
+    analysis = FlopCountAnalysis(module, inputs).unsupported_ops_warnings(False)
+    return analysis.set_op_handle("torchvision::deform_conv2d", _deformable_convolution).total()
 
 
 def _multiply_adds_of_heads(model: GeneralizedRCNN, height: int, width: int) -> float:

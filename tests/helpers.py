@@ -21,6 +21,7 @@ from kd_d2.config import load_config
 from kd_d2.data import register_coco_json
 from kd_d2.distillers import DISTILLER_REGISTRY, Distiller, Pair, build_distiller
 from kd_d2.engine import KDTrainer, launch
+from kd_d2.modeling.building import build_detector
 
 import cv2
 import numpy as np
@@ -31,7 +32,6 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import logger as detectron2_logger
 from torch import nn
@@ -194,7 +194,7 @@ def save_fixed_weights(config_file: Path, path: Path, seed: int = 0) -> nn.Modul
     """Save only the `fixed_weights` of the config's detector as a checkpoint; return the detector in eval mode."""
     cfg = load_config(str(config_file))
     cfg.MODEL.WEIGHTS = ""
-    model = build_model(cfg)
+    model = build_detector(cfg)
     fixed_weights(model, seed)
     torch.save({"model": model.state_dict()}, path)
     return model.eval()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kd_d2 import benchmark
 from kd_d2.benchmark import Candidate, table
+from kd_d2.modeling.building import build_detector
 from kd_d2.operations import multiply_adds
 
 import numpy as np
@@ -79,6 +80,17 @@ def test_multiply_adds_of_a_padded_image() -> None:
     model = nn.Module()
     model.backbone = backbone
     assert multiply_adds(model, 5, 8) == 4 * 4 * 2 * 3 * 9
+
+
+@torch.no_grad()
+def test_multiply_adds_of_a_deformable_resnet(tiny_cfg: Callable) -> None:
+    """Check that a deformable stage adds the convolutions of the offsets and masks: 27 outputs for 3x3 inputs."""
+    cfg = tiny_cfg("retinanet", {"MODEL": {"BACKBONE": {"NAME": "build_retinanet_resnet_fpn_backbone"}}})
+    cfg.MODEL.RESNETS.update(DEPTH=50, RES2_OUT_CHANNELS=8, WIDTH_PER_GROUP=2)
+    plain = multiply_adds(build_detector(cfg).eval(), 64, 96)
+    cfg.MODEL.RESNETS.update(DEFORM_ON_PER_STAGE=[False, False, False, True], DEFORM_MODULATED=True)
+    channels, blocks, positions = 2 * 2**3, 3, (64 // 32) * (96 // 32)
+    assert multiply_adds(build_detector(cfg).eval(), 64, 96) - plain == blocks * 27 * 9 * channels * positions
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from kd_d2.export.graph import batched_nms
 from kd_d2.export.images import dataset_files, dataset_images, prepared
 from kd_d2.export.quantizing import box_convolutions
 from kd_d2.export.running import ExportedModel
+from kd_d2.modeling.building import build_detector
 from kd_d2.predictor import Predictor
 
 import numpy as np
@@ -46,7 +47,7 @@ pytest.importorskip("openvino", reason=NEEDS_EXTRA)
 if importlib.util.find_spec("onnxruntime") is None:  # its import would send usage data
     pytest.skip(NEEDS_EXTRA, allow_module_level=True)
 
-DETECTORS = (*META_ARCHITECTURES, "mask-rcnn", "cascade-rcnn", "c4")
+DETECTORS = (*META_ARCHITECTURES, "mask-rcnn", "cascade-rcnn", "c4", "deformable")
 TOPK = 30
 """Candidates per level, fewer than there are."""
 GRAY = torch.full((3, 50, 50), 127, dtype=torch.uint8)
@@ -70,7 +71,8 @@ def limit_of(detector: str) -> int:
 
 
 def _make_config(folder: Path, name: str) -> CfgNode:
-    project = make_project(folder, name if name in META_ARCHITECTURES else "faster-rcnn")
+    kinds = {"deformable": "retinanet", **dict.fromkeys(("mask-rcnn", "cascade-rcnn", "c4"), "faster-rcnn")}
+    project = make_project(folder, kinds.get(name, name))
     cfg = load_config(str(project.student), ["OUTPUT_DIR", str(folder)], student_only=True)
     if name == "mask-rcnn":
         project.change_annotations(_outline)
@@ -85,6 +87,10 @@ def _make_config(folder: Path, name: str) -> CfgNode:
         cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = cfg.MODEL.SLIM_RESNET.WIDTHS[2] // 4  # the head expects 4 times as many
         cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[16, 32, 64]]
         cfg.MODEL.ROI_HEADS.NAME = "Res5ROIHeads"
+    if name == "deformable":
+        cfg.MODEL.BACKBONE.NAME = "build_retinanet_resnet_fpn_backbone"
+        cfg.MODEL.RESNETS.update(DEPTH=50, WIDTH_PER_GROUP=4, RES2_OUT_CHANNELS=16, DEFORM_NUM_GROUPS=2)
+        cfg.MODEL.RESNETS.update(DEFORM_ON_PER_STAGE=[False, True, True, True], DEFORM_MODULATED=True)
     for node in ("RETINANET", "FCOS", "ATSS", "GFL", "FSAF", "REPPOINTS"):
         cfg.MODEL[node].TOPK_CANDIDATES_TEST = TOPK
     cfg.MODEL.RPN.PRE_NMS_TOPK_TEST = TOPK
@@ -95,6 +101,8 @@ def _make_config(folder: Path, name: str) -> CfgNode:
     for key, tensor in weights.items():
         if "cls_score.weight" in key or "bbox_pred.weight" in key:
             tensor *= 0.03  # scores between 0 and 1, boxes smaller than the image
+        if "offset" in key:
+            tensor *= 0.1  # not much more than a position
     torch.save({"model": weights}, folder / "model.pth")
     cfg.MODEL.WEIGHTS = str(folder / "model.pth")
     _set_threshold(cfg, 0.0)
@@ -115,7 +123,7 @@ def _set_threshold(cfg: CfgNode, threshold: float) -> None:
 
 
 def pytorch_model(cfg: CfgNode) -> nn.Module:
-    model = build_model(cfg).eval()
+    model = build_detector(cfg).eval()
     model.load_state_dict(torch.load(cfg.MODEL.WEIGHTS)["model"])
     return model
 
@@ -154,11 +162,12 @@ FAST = {
     ("retinanet", "ts"),
     ("faster-rcnn", "onnx"),
 }
+WITH_DEFORMABLE_CONVOLUTIONS = {"reppoints": "RepPoints", "deformable": "RetinaNet"}
 PAIRS = [
     pytest.param(detector, suffix, marks=() if (detector, suffix) in FAST else pytest.mark.slow)
     for detector in DETECTORS
     for suffix in ("onnx", "ts", "xml")
-    if (detector, suffix) != ("reppoints", "xml")
+    if suffix != "xml" or detector not in WITH_DEFORMABLE_CONVOLUTIONS
 ]
 
 
@@ -202,9 +211,13 @@ def test_the_warning_of_the_tracer_is_not_shown() -> None:
     assert tracer.level == before
 
 
-def test_openvino_cannot_run_deformable_convolutions(configs: dict[str, CfgNode], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"RepPoints cannot be exported to openvino: .*DeformConv"):
-        export_detector(configs["reppoints"], str(tmp_path / "model.xml"))
+@pytest.mark.parametrize("detector", WITH_DEFORMABLE_CONVOLUTIONS)
+def test_openvino_cannot_run_deformable_convolutions(
+    detector: str, configs: dict[str, CfgNode], tmp_path: Path
+) -> None:
+    name = WITH_DEFORMABLE_CONVOLUTIONS[detector]
+    with pytest.raises(UserError, match=rf"{name} cannot be exported to openvino: .*DeformConv"):
+        export_detector(configs[detector], str(tmp_path / "model.xml"))
     assert list(tmp_path.iterdir()) == []
 
 

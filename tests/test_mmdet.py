@@ -20,6 +20,7 @@ from kd_d2.errors import UserError
 from kd_d2.inheritance import inherit
 from kd_d2.mmdet import import_detector
 from kd_d2.mmdet.reading import parse_mmdet_config
+from kd_d2.modeling.building import build_detector
 
 import numpy as np
 import pytest
@@ -70,7 +71,7 @@ def with_config(folder: Path, name: str, *replacements: tuple[str, str]) -> Path
 def detector_in(folder: Path) -> tuple[torch.nn.Module, str]:
     """Return the imported detector with its weights, and its channel order."""
     cfg = load_config(folder / "config.yaml")
-    model = build_model(cfg).eval()
+    model = build_detector(cfg).eval()
     load_complete(model, cfg.MODEL.WEIGHTS, "the detector")
     return model, cfg.INPUT.FORMAT
 
@@ -162,6 +163,32 @@ def test_a_config_of_early_versions_of_mmdetection_2(tmp_path: Path) -> None:
     assert (old.cfg.MODEL.RPN.NMS_THRESH, old.cfg.MODEL.RPN.POST_NMS_TOPK_TEST) == (0.7, 40)
 
 
+@pytest.mark.parametrize(
+    ("name", "usual", "other"),
+    [
+        ("retinanet", "type='RetinaHead'", "type='FreeAnchorRetinaHead', pre_anchor_topk=50, bbox_thr=0.6"),
+        ("retinanet", "type='RetinaHead'", "type='PISARetinaHead'"),
+        ("faster-rcnn", "type='StandardRoIHead'", "type='DynamicRoIHead'"),
+        ("mask-rcnn", "type='StandardRoIHead'", "type='PISARoIHead'"),
+    ],
+)
+def test_heads_that_differ_only_in_training(tmp_path: Path, name: str, usual: str, other: str) -> None:
+    cfg = import_detector(with_config(tmp_path, name, (usual, other)), tmp_path / "other").cfg
+    assert cfg == import_detector(save(tmp_path, name), tmp_path / "usual").cfg
+
+
+def test_deformable_convolutions_with_the_names_of_mmdetection_1(tmp_path: Path) -> None:
+    """Check that groups and offsets are those of the layer with today's names."""
+    name = "faster-rcnn-deformable"
+    new = import_detector(save(tmp_path, name), tmp_path / "new")
+    old_config = REFERENCE[name]["config"].replace("deform_groups=", "deformable_groups=")
+    old_weights = {key.replace("conv2.conv_offset", "conv2_offset"): tensor for key, tensor in state_of(name).items()}
+    old = import_detector(save(tmp_path, name, meta={"cfg": old_config}, state_dict=old_weights), tmp_path / "old")
+    assert old.cfg == new.cfg and old.cfg.MODEL.RESNETS.DEFORM_NUM_GROUPS == 4
+    before, after = (torch.load(tmp_path / version / "model_final.pth")["model"] for version in ("new", "old"))
+    assert before.keys() == after.keys() and all(after[key].equal(before[key]) for key in before)
+
+
 def test_settings_of_the_test(tmp_path: Path) -> None:
     """Check thresholds and limits of an R-CNN, in which those of RPN and box head differ."""
     checkpoint = with_config(
@@ -181,7 +208,11 @@ def test_settings_of_the_test(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "old", "new", "message"), [
     ("faster-rcnn", "type='FasterRCNN'", "type='DETR'", "model.type is 'DETR' in the MMDetection config; only 'RetinaNet' or 'GFL' or"),
     ("faster-rcnn", "type='ResNet'", "type='SwinTransformer'", "model.backbone.type is 'SwinTransformer'"),
-    ("faster-rcnn", "num_stages=4", "num_stages=4, dcn=dict(type='DCN')", "model.backbone.dcn is {'type': 'DCN'} in the MMDetection config; Detectron2"),
+    ("faster-rcnn", "num_stages=4", "num_stages=4, dcn=dict(type='DCNv3')", "model.backbone.dcn.type is 'DCNv3' in the MMDetection config; only 'DCN' or 'DCNv2' can"),
+    ("faster-rcnn", "num_stages=4", "num_stages=4, dcn=dict(fallback_on_stride=True)", "model.backbone.dcn.fallback_on_stride is True"),
+    ("faster-rcnn", "num_stages=4", "num_stages=4, plugins=[1]", "model.backbone.plugins is [1] in the MMDetection config; Detectron2"),
+    ("gfl-deformable", "stage_with_dcn=", "stage_with_dcn=None, other=", "model.backbone.stage_with_dcn is None in the MMDetection config; it must be a list"),
+    ("gfl-deformable", "deform_groups=1", "deform_groups=2", "The MMDetection checkpoint does not fit the detector: backbone.bottom_up.res4.0.conv2_offset."),
     ("faster-rcnn", "num_stages=4", "num_stages=4, deep_stem=True", "model.backbone.deep_stem is True in the MMDetection config; only False can"),
     ("faster-rcnn", "type='FPN'", "type='mmdet.models.PAFPN'", "model.neck.type is 'PAFPN'"),
     ("faster-rcnn", "num_outs=5", "num_outs=5, norm_cfg=dict(type='BN')", "model.neck.norm_cfg.type is 'BN'"),

@@ -10,15 +10,18 @@ from kd_d2.errors import UserError
 from kd_d2.modeling import ATSS, FCOS, FSAF, GFL, RepPoints
 from kd_d2.modeling.assignment import BACKGROUND, IGNORED, assign_adaptively
 from kd_d2.modeling.atss import centerness_of
+from kd_d2.modeling.deformable import DeformableConv, deformable_resnets
 from kd_d2.modeling.fsaf import best_level, covers_cell, in_middle, smallest_box
 from kd_d2.modeling.gfl import DistributionTransform, distribution_focal_loss, quality_focal_loss
-from kd_d2.modeling.reppoints import PointConv, PointTransform, assign_nearest
+from kd_d2.modeling.reppoints import PointTransform, assign_nearest
 
 import pytest
 import torch
 import torchvision
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_backbone
+from detectron2.modeling.backbone import resnet
+from detectron2.modeling.backbone.resnet import BottleneckBlock, DeformBottleneckBlock
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor
 
@@ -592,11 +595,62 @@ def test_reppoints_box_of_known_points() -> None:
 
 def test_reppoints_offsets_that_are_not_finite() -> None:
     """Check that NaN offsets read the maps as offsets of zero do, and infinite ones outside of them, instead of crashing."""
-    layer, x = PointConv(2, 4, 3, padding=1), torch.rand(1, 2, 5, 7)
+    layer, x = DeformableConv(2, 4, 3, padding=1), torch.rand(1, 2, 5, 7)
     offset = torch.zeros(1, 18, 5, 7)
     torch.testing.assert_close(layer(x, offset * torch.nan), layer(x, offset))
     outside = layer.bias[:, None, None].expand(1, 4, 5, 7)
     torch.testing.assert_close(layer(x, offset - torch.inf), outside)
+
+
+def _deformable_block(modulated: bool, groups: int = 1) -> DeformBottleneckBlock:
+    with deformable_resnets():
+        return DeformBottleneckBlock(
+            6, 6, bottleneck_channels=4, norm="", deform_modulated=modulated, deform_num_groups=groups
+        )
+
+
+@pytest.mark.parametrize("modulated", [False, True])
+def test_deformable_blocks_by_hand(modulated: bool) -> None:
+    """Check that a block without offsets is an ordinary one, whose 3x3 convolution a mask of sigmoid(0) halves."""
+    block, x = _deformable_block(modulated), torch.randn(2, 6, 5, 7)
+    ordinary = BottleneckBlock(6, 6, bottleneck_channels=4, norm="")
+    ordinary.load_state_dict({name: tensor for name, tensor in block.state_dict().items() if "offset" not in name})
+    if modulated:
+        with torch.no_grad():
+            ordinary.conv2.weight /= 2
+    torch.testing.assert_close(block(x), ordinary(x))
+
+
+def test_deformable_blocks_shift_each_group_of_channels() -> None:
+    """Check offsets of one position down for the first group, and of two to the right for the second."""
+    block, x = _deformable_block(modulated=True, groups=2), torch.rand(1, 4, 6, 8)
+    offsets = torch.zeros(2, 9, 2)
+    offsets[0, :, 0], offsets[1, :, 1] = 1, 2
+    offsets = offsets.flatten()[None, :, None, None].expand(1, -1, 6, 8)
+    padded = torch.nn.functional.pad(x, (0, 2, 0, 1))
+    shifted = torch.cat([padded[:, :2, 1:, :8], padded[:, 2:, :6, 2:]], dim=1)
+    mask = torch.full((1, 18, 6, 8), 0.25)
+    ordinary = torch.nn.functional.conv2d(shifted, block.conv2.weight / 4, padding=1)
+    # Values in front of the first row and column are 0 in the shifted map, but not in the deformable convolution.
+    torch.testing.assert_close(block.conv2(x, offsets, mask)[..., 1:, 1:], ordinary[..., 1:, 1:])
+
+
+def test_detectron2_keeps_its_deformable_convolutions() -> None:
+    before = resnet.DeformConv, resnet.ModulatedDeformConv
+    with pytest.raises(ValueError), deformable_resnets():
+        raise ValueError
+    assert (resnet.DeformConv, resnet.ModulatedDeformConv) == before
+
+
+def test_deformable_convolutions_under_autocast() -> None:
+    """Check float32 under autocast, and gradients of offsets and masks."""
+    block, x = _deformable_block(modulated=True), torch.randn(1, 6, 5, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = block(x)
+    out.float().sum().backward()
+    torch.testing.assert_close(out.float(), block(x), atol=0.05, rtol=0.05)
+    gradient = block.conv2_offset.weight.grad
+    assert gradient.isfinite().all() and gradient[:18].any() and gradient[18:].any()
 
 
 def test_reppoints_nearest_positions_by_hand() -> None:

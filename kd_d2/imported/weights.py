@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
 
 import torch
@@ -87,6 +88,10 @@ class Weights:
         self.layer(f"{name}.{convolution}", target)
         if norm:
             self.layer(f"{name}.{normalization}", f"{target}.norm")
+
+    def rename(self, pattern: str, replacement: str) -> None:
+        """Replace a regular expression in the names of weights that have not been moved yet."""
+        self._left = {re.sub(pattern, replacement, name): tensor for name, tensor in self._left.items()}
 
     def resnet(self, name: str, target: str) -> None:
         """Move a ResNet."""

@@ -40,8 +40,9 @@ def import_resnet(backbone: Settings, weights: Weights) -> Keys:
     norm.choose("type", {"BN": "", "SyncBN": ""})
     norm.only(eps=1e-5)
     norm.read("requires_grad", True)  # training only
+    deformable = _deformable_convolutions(backbone, weights)
     weights.resnet("backbone", "backbone.bottom_up")
-    return {
+    return deformable | {
         "MODEL.RESNETS.DEPTH": depth,
         "MODEL.RESNETS.NUM_GROUPS": groups,
         "MODEL.RESNETS.WIDTH_PER_GROUP": width,
@@ -50,6 +51,20 @@ def import_resnet(backbone: Settings, weights: Weights) -> Keys:
         "MODEL.RESNETS.STRIDE_IN_1X1": backbone.choose("style", {"pytorch": False, "caffe": True}, "pytorch"),
         "MODEL.RESNETS.NORM": "FrozenBN",
         "MODEL.BACKBONE.FREEZE_AT": backbone.read("frozen_stages", -1) + 1,
+    }
+
+
+def _deformable_convolutions(backbone: Settings, weights: Weights) -> Keys:
+    stages = backbone.numbers("stage_with_dcn", [False] * 4)
+    if backbone.read("dcn", None) is None:
+        return {}
+    layer = backbone.node("dcn")
+    layer.only(fallback_on_stride=False)
+    weights.rename(r"^(backbone\..+\.conv2)\.conv_offset\.", r"\1_offset.")
+    return {
+        "MODEL.RESNETS.DEFORM_ON_PER_STAGE": [bool(stage) for stage in stages],
+        "MODEL.RESNETS.DEFORM_MODULATED": layer.choose("type", {"DCN": False, "DCNv2": True}),
+        "MODEL.RESNETS.DEFORM_NUM_GROUPS": layer.count("deform_groups", layer.read("deformable_groups", 1)),
     }
 
 

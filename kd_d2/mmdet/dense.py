@@ -12,6 +12,8 @@ from .settings import Settings
 
 STRIDES = (8, 16, 32, 64, 128)
 GN = {"type": "GN", "num_groups": 32}
+RETINA_HEADS = dict.fromkeys(("RetinaHead", "FreeAnchorRetinaHead", "PISARetinaHead"))
+"""Heads that differ only in training."""
 
 
 def import_retinanet(model: Settings, weights: Weights) -> Keys:
@@ -21,7 +23,9 @@ def import_retinanet(model: Settings, weights: Weights) -> Keys:
         Its config keys.
     """
     head = model.node("bbox_head")
-    head.only(type="RetinaHead")
+    head.choose("type", RETINA_HEADS)
+    for name in ("pre_anchor_topk", "bbox_thr", "gamma", "alpha"):
+        head.read(name, None)  # training only
     anchors = anchor_generator(head, STRIDES)
     ratios, count = anchors.numbers("ratios"), anchors.count("scales_per_octave")
     scales = [anchors.number("octave_base_scale") * 2 ** (step / count) for step in range(count)]

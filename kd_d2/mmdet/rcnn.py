@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 
 STRIDES = (4, 8, 16, 32, 64)
 CASCADE_STAGES = 3
+STANDARD_HEADS = dict.fromkeys(("StandardRoIHead", "DynamicRoIHead", "PISARoIHead"))
+"""Heads that differ only in training."""
 
 
 def import_rcnn(model: Settings, weights: Weights) -> Keys:
@@ -23,7 +25,7 @@ def import_rcnn(model: Settings, weights: Weights) -> Keys:
         Its config keys.
     """
     roi_head = model.node("roi_head")
-    roi_head.only(type="StandardRoIHead")
+    roi_head.choose("type", STANDARD_HEADS)
     box_head = roi_head.node("bbox_head")
     regression, keys = _box_head(
         box_head, weights, "roi_head.bbox_head", "roi_heads.box_head", "roi_heads.box_predictor"

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..errors import UserError, is_out_of_memory
 from ..extensions import HINT
+from .deformable import deformable_resnets
 
 ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 PACKAGES = {"kd_d2", "detectron2", "fvcore", "torch", *sys.stdlib_module_names}
@@ -40,16 +41,19 @@ def lower_score_threshold(model: nn.Module, score_thresh: float) -> None:
 
 @contextlib.contextmanager
 def building_from(source: str, cfg: CfgNode | None = None) -> Iterator[None]:
-    """Raise a UserError that names the config keys `source` if Detectron2 cannot build a detector from them.
-
-    Errors in other packages, such as those of the user, and of the GPU are not changed.
+    """Build detectors, with deformable convolutions that run on any device.
 
     Args:
-        source: description of the keys.
+        source: description of the config keys.
         cfg: the config that has them, of which the message names the lists with an unknown feature map.
+
+    Raises:
+        UserError: Detectron2 cannot build a detector from the keys, which it names. Errors in other packages, such as those of
+            the user, and of the GPU are not changed.
     """
     try:
-        yield
+        with deformable_resnets():
+            yield
     except ImportError as error:
         if "detectron2._C" not in str(error):
             raise

@@ -19,12 +19,12 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from fvcore.nn import smooth_l1_loss
 from torch import Tensor, nn
-from torchvision.ops import DeformConv2d
 
 from ..distributed import mean_count_across_ranks
 from ..keys import Above, AtLeast, Condition
 from ..transfer import on_device
 from .assignment import BACKGROUND, Positives, assign_by_iou
+from .deformable import DeformableConv
 from .dense import DenseKeys, FocalAlpha, FocalGamma, SingleAnchorDetector, dense_arguments
 
 TRANSFER_LEARNING_RATE = 0.01
@@ -64,17 +64,6 @@ class RepPointsKeys(DenseKeys):
     refine_loss_weight: Annotated[float, "Weight of the box loss of the refined points."] = 1.0
 
 
-class PointConv(DeformConv2d):
-    """A deformable convolution that runs in float32 even under autocast.
-
-    Offsets that are NaN, as in a training that diverges, count as 0: torchvision would read memory outside of the maps.
-    """
-
-    def forward(self, x: Tensor, offset: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.float(), offset.float().nan_to_num(0.0))
-
-
 class RepPointsHead(RetinaNetHead):
     """RetinaNet's towers, followed by first points, and classes and refined points from features sampled at them.
 
@@ -103,9 +92,9 @@ class RepPointsHead(RetinaNetHead):
         class_bias = self.cls_score.bias
         self.first_conv = nn.Conv2d(channels, channels, 3, padding=1)
         self.first_points = nn.Conv2d(channels, 2 * num_points, 1)
-        self.class_conv = PointConv(channels, channels, side, padding=side // 2, bias=False)
+        self.class_conv = DeformableConv(channels, channels, side, padding=side // 2, bias=False)
         self.cls_score = nn.Conv2d(channels, num_classes, 1)
-        self.refine_conv = PointConv(channels, channels, side, padding=side // 2, bias=False)
+        self.refine_conv = DeformableConv(channels, channels, side, padding=side // 2, bias=False)
         self.refined_points = nn.Conv2d(channels, 2 * num_points, 1)
         for layer in (self.first_conv, self.class_conv, self.refine_conv):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")

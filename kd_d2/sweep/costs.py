@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 from torch import nn
 
 from ..config import load_config, load_teacher_config, thawed
 from ..lazy_teacher import is_lazy_config
+from ..modeling.building import build_detector
 from ..operations import detect_nothing, device_of, multiply_adds
 from .matrix import Matrix
 
@@ -119,7 +119,7 @@ def _build(cfg: CfgNode) -> nn.Module:
     cfg.MODEL.WEIGHTS = ""
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
-    model = build_model(cfg).eval()
+    model = build_detector(cfg).eval()
     for module in model.modules():
         if hasattr(module, "test_score_thresh"):
             module.test_score_thresh = 1.0
