@@ -1,8 +1,9 @@
-"""Large-scale jitter from the config: images and boxes after the transform, computed by hand."""
+"""Augmentations from the config: images and boxes after the transform, computed by hand."""
 
 from pathlib import Path
 
-from kd_d2.config import add_kd_config
+from kd_d2.config import add_kd_config, load_config
+from kd_d2.config.augmentations import read_augmentations
 from kd_d2.config.validation import validate_kd_config
 from kd_d2.data.augmentation import build_mapper
 from kd_d2.errors import UserError
@@ -13,6 +14,7 @@ import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.structures import BoxMode
+from helpers import example
 from PIL import Image
 
 WIDTH, HEIGHT = 100, 50
@@ -103,3 +105,76 @@ def test_values_that_do_not_go_together() -> None:
     assert str(caught.value) == (
         "INPUT.CROP.ENABLED and INPUT.LARGE_SCALE_JITTER.ENABLED are both True; set one of them to False."
     )
+
+
+def with_augmentations(*entries: object) -> CfgNode:
+    cfg = config(MIN_SCALE=1.0, MAX_SCALE=1.0)
+    cfg.INPUT.AUGMENTATIONS = list(entries)
+    validate_kd_config(cfg)
+    return cfg
+
+
+def test_augmentations_come_before_the_resizing(tmp_path: Path) -> None:
+    """Check brightness by a factor, which leaves the padding gray, and boxes of an image turned by a right angle."""
+    found = mapped(tmp_path, with_augmentations(["RandomBrightness", 3.0, 3.0], ["RandomRotation", [90, 90]]))
+    assert (found["image"][:, :, 32:] == 128).all() and (found["image"][:, 1:-1, 1:31] == 21).all()
+    box = torch.tensor([[6.4, 16.0, 25.6, 48.0]])
+    torch.testing.assert_close(found["instances"].gt_boxes.tensor, box, atol=0.7, rtol=0)
+
+
+def test_augmentations_with_a_probability_and_keyword_arguments(tmp_path: Path) -> None:
+    """Check that a flip that is applied with a probability of 0.5 turns some of 20 images upside down."""
+    cfg = with_augmentations(["RandomApply", ["RandomFlip", 1.0, {"horizontal": False, "vertical": True}], 0.5])
+    upper = {**BOX, "bbox": [25.0, 10.0, 75.0, 20.0]}
+    found = (mapped(tmp_path, cfg, seed, [upper])["instances"].gt_boxes.tensor[0, 1].item() for seed in range(20))
+    assert {round(top, 1) for top in found} == {6.4, 19.2}
+
+
+@pytest.mark.parametrize(("name", "recomputed"), [("RandomContrast", False), ("RandomExtent", True)])
+def test_boxes_are_recomputed_from_masks_that_move(name: str, recomputed: bool) -> None:
+    arguments = {"RandomContrast": [0.9, 1.1], "RandomExtent": [[1, 1], [0.1, 0.1]]}[name]
+    for entry in ([name, *arguments], ["RandomApply", [name, *arguments]]):
+        cfg = with_augmentations(entry)
+        cfg.INPUT.LARGE_SCALE_JITTER.ENABLED = False
+        assert not build_mapper(cfg).recompute_boxes
+        cfg.MODEL.MASK_ON = True
+        assert build_mapper(cfg).recompute_boxes == recomputed
+
+
+def test_the_augmentations_of_the_guide(tmp_path: Path) -> None:
+    """Check the names and the probability, and that batches do not depend on earlier random numbers."""
+    file = tmp_path / "augmented.yaml"
+    file.write_text(example("augmentations", "docs/guides/own-data.md"))
+    cfg = load_config(str(file))
+    applied = read_augmentations(cfg)
+    assert [type(augmentation).__name__ for augmentation in applied[:3]] == [
+        f"Random{x}" for x in ("Brightness", "Contrast", "Saturation")
+    ]
+    assert (applied[3].prob, applied[3].aug.angle, applied[3].aug.expand) == (0.5, [-10, 10], False)
+    first, second = (mapped(tmp_path, cfg, seed=5)["image"] for _ in range(2))
+    assert first.equal(second)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("RandomFlip", "An entry of INPUT.AUGMENTATIONS is 'RandomFlip'; it must be a list of a name and arguments, such as"),
+        ([], "An entry of INPUT.AUGMENTATIONS is []; it must be"),
+        ([["RandomFlip"]], "An entry of INPUT.AUGMENTATIONS is [['RandomFlip']]; it must be"),
+        (["RandomApply", ["Mosaic"]], "An entry of INPUT.AUGMENTATIONS is ['Mosaic']; it must be"),
+        (["RandomApply"], "INPUT.AUGMENTATIONS: ['RandomApply'] cannot be applied to an image: RandomApply.__init__() missing 1"),
+        (["RandomBrightness", 0.8], "INPUT.AUGMENTATIONS: ['RandomBrightness', 0.8] cannot be applied to an image: RandomBrightness"),
+        (["RandomBrightness", "a", "b"], "INPUT.AUGMENTATIONS: ['RandomBrightness', 'a', 'b'] cannot be applied to an image: "),
+    ],
+)  # fmt: skip
+def test_augmentations_that_cannot_be_applied(entry: object, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        with_augmentations(entry)
+    assert str(caught.value).startswith(message)
+
+
+def test_augmentations_of_color_images_on_gray_ones() -> None:
+    cfg = with_augmentations(["RandomSaturation", 0.5, 1.5])
+    cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = "L", [100.0], [50.0]
+    with pytest.raises(UserError, match=r"RandomSaturation.*RandomSaturation only works on RGB images"):
+        validate_kd_config(cfg)

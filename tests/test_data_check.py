@@ -7,8 +7,9 @@ import shutil
 from pathlib import Path
 
 from kd_d2.cli import main
+from kd_d2.config import load_config
 from kd_d2.data.coco import CocoData, Repairs, read_coco
-from kd_d2.data_check import DataSet, check_sets, draw_samples, measure, sets_of_config
+from kd_d2.data_check import DataSet, check_sets, draw_augmented, draw_samples, measure, sets_of_config
 from kd_d2.data_check.picture import CELL, _choose
 from kd_d2.distillers import DISTILLER_REGISTRY
 from kd_d2.errors import UserError
@@ -216,6 +217,23 @@ def test_labels_of_large_images_are_readable(pair: list[DataSet]) -> None:
     assert np.ptp(colored, 0)[0] > 10
 
 
+def test_augmented_samples(pair: list[DataSet]) -> None:
+    """Check that images and boxes are mirrored as the config says, those of the test set left out, and a gray image."""
+    cfg = load_config("", ["INPUT.RANDOM_FLIP", "none", "INPUT.MIN_SIZE_TRAIN", (0,), "MODEL.MASK_ON", True])
+    sets = [(dataset, read_coco(dataset.json_file, dataset.folder)) for dataset in pair]
+    drawn = draw_augmented(sets, cfg, 4)
+    np.testing.assert_array_equal(drawn, draw_samples(sets[:1], 4))
+    sets[0][1].tree["images"] = sets[0][1].tree["images"][:1]
+    box = {"id": 1, "image_id": sets[0][1].tree["images"][0]["id"], "category_id": 1, "bbox": [8, 12, 20, 30]}
+    sets[0][1].tree["annotations"] = [box]
+    cfg.INPUT.AUGMENTATIONS = [["RandomFlip", 1.0]]
+    colored = np.argwhere((draw_augmented(sets, cfg, 4) == (230, 57, 70)).all(-1))[:, 1]
+    assert colored.max() == pytest.approx((96 - 8) * CELL[0] / 96, abs=3)
+    cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = "L", [100.0], [50.0]
+    gray = draw_augmented(sets, cfg, 4)[CELL[1] - 40, : CELL[0]]  # below the box
+    assert (gray == gray[:, :1]).all()
+
+
 def test_the_command_on_files(pair: list[DataSet], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Check the printed and written output, and the exit status in case of an error."""
     arguments = ["data", "check", "--output", str(tmp_path / "out")]
@@ -232,6 +250,7 @@ def test_the_command_on_files(pair: list[DataSet], tmp_path: Path, capsys: pytes
     assert [entry["role"] for entry in written["sets"]] == ["train", "test"]
     assert sum(c["small"] + c["medium"] + c["large"] for c in written["sets"][0]["classes"]) == 9
     assert [finding["is_error"] for finding in written["findings"]] == [False, False]
+    assert not (tmp_path / "out/augmented.png").exists()
     assert cv2.imread(str(tmp_path / "out/samples.png")).shape[1] == 4 * (CELL[0] + 8)
     shutil.copy(Path(pair[0].folder) / "000.png", Path(pair[1].folder) / "000.png")
     with pytest.raises(SystemExit) as ended:
@@ -246,8 +265,9 @@ def test_the_command_on_a_config(tmp_path: Path, capsys: pytest.CaptureFixture) 
     project.teacher_weights.unlink()
     project.change(MODEL__WEIGHTS="gone.pth")
     with pytest.raises(SystemExit) as ended:
-        main(["data", "check", str(project.student), "--images", "all"])
+        main(["data", "check", str(project.student), "--images", "all", "--output", str(tmp_path / "out")])
     assert ended.value.code == 1
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"check.json", "samples.png", "augmented.png"}
     assert f"{project.name}, {project.name}: 6 of 6 test images are also in the training set" in capsys.readouterr().out
     sets, skips = sets_of_config(str(project.student), ["DATALOADER.SKIP_UNUSABLE_IMAGES", "True"])
     assert [(s.role, s.name, s.json_file) for s in sets] == [

@@ -42,9 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check.add_argument(
         "--images", default="200", metavar="N", help="number of images to read per dataset, or all (default 200)"
     )
-    check.add_argument("--output", metavar="DIR", help="folder for check.json and samples.png (default: not written)")
     check.add_argument(
-        "--samples", type=int, default=12, metavar="N", help="images per dataset in samples.png (default 12)"
+        "--output", metavar="DIR", help="folder for check.json, samples.png and augmented.png (default: not written)"
+    )
+    check.add_argument(
+        "--samples", type=int, default=12, metavar="N", help="images per dataset in the pictures (default 12)"
     )
     add_import_argument(check)
 
@@ -55,6 +57,8 @@ def run(args: argparse.Namespace) -> None:
         DataSet,
         check_sets,
         class_count_of_config,
+        config_to_check,
+        draw_augmented,
         draw_samples,
         schedule_of_config,
         sets_of_config,
@@ -88,9 +92,13 @@ def run(args: argparse.Namespace) -> None:
         print(f"\n{schedule}")
     if args.output:
         result.save(args.output)
-        picture = draw_samples(result.sets, args.samples)
-        if picture is not None:
-            write_picture(os.path.join(args.output, "samples.png"), picture)
+        pictures = {"samples.png": draw_samples(result.sets, args.samples)}
+        if args.config_file:
+            cfg = config_to_check(args.config_file, args.opts)
+            pictures["augmented.png"] = draw_augmented(result.sets, cfg, args.samples)
+        for name, picture in pictures.items():
+            if picture is not None:
+                write_picture(os.path.join(args.output, name), picture)
     if result.errors:
         sys.exit(1)
 

@@ -43,6 +43,15 @@ class DataloaderKeys(Keys):
 
 
 @dataclass(frozen=True)
+class InputKeys(Keys):
+    augmentations: Annotated[
+        list,
+        "Augmentations of Detectron2 for training images before they are resized: [[name, arguments...], ...], such as "
+        "[['RandomBrightness', 0.8, 1.2], ['RandomRotation', [-10, 10]]].",
+    ] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class LargeScaleJitterKeys(Keys):
     enabled: Annotated[
         bool,
@@ -213,6 +222,7 @@ class BalanceKeys(Keys):
 LIBRARY_KEYS: dict[str, type[Keys]] = {
     "DATASETS": DatasetKeys,
     "DATALOADER": DataloaderKeys,
+    "INPUT": InputKeys,
     "INPUT.LARGE_SCALE_JITTER": LargeScaleJitterKeys,
     "SOLVER.AMP": AmpKeys,
     "SOLVER": SolverKeys,

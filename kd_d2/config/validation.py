@@ -17,6 +17,7 @@ from detectron2.modeling import ANCHOR_GENERATOR_REGISTRY, BACKBONE_REGISTRY, ME
 from ..distillers import DISTILLER_REGISTRY
 from ..errors import UserError, check_number, check_seed, is_finite_number
 from ..extensions import HINT
+from .augmentations import read_augmentations
 from .library_keys import KD_META_ARCH, LIBRARY_KEYS, node_at
 
 CHOICES = {
@@ -111,6 +112,7 @@ def _validate_images(cfg: CN) -> None:
     check_number("INPUT.MIN_SIZE_TEST", cfg.INPUT.MIN_SIZE_TEST, 0)
     if cfg.INPUT.MIN_SIZE_TEST:  # otherwise, images keep their size
         check_number("INPUT.MAX_SIZE_TEST", cfg.INPUT.MAX_SIZE_TEST, 1)
+    read_augmentations(cfg)
     sizes, ranges = cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range"
     if cfg.INPUT.LARGE_SCALE_JITTER.ENABLED:  # which replaces it
         return

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
-from detectron2.data.detection_utils import annotations_to_instances, build_augmentation
+from detectron2.data.detection_utils import annotations_to_instances
 from detectron2.data.transforms import FixedSizeCrop, RandomFlip, ResizeScale, TransformList
 
+from ..config.augmentations import move_objects, read_augmentations
 from ..errors import UserError
 
 
@@ -24,22 +25,24 @@ class TrainingMapper(DatasetMapper):
 
 
 def build_mapper(cfg: CfgNode) -> DatasetMapper:
-    """Build Detectron2's DatasetMapper from a config, with large-scale jitter if INPUT.LARGE_SCALE_JITTER is enabled.
+    """Build Detectron2's DatasetMapper from a config, with INPUT.AUGMENTATIONS, and INPUT.LARGE_SCALE_JITTER if it is enabled.
 
     Raises:
-        UserError: both INPUT.LARGE_SCALE_JITTER and INPUT.CROP are enabled.
+        UserError: both INPUT.LARGE_SCALE_JITTER and INPUT.CROP are enabled, or an augmentation cannot be applied.
     """
-    if not cfg.INPUT.LARGE_SCALE_JITTER.ENABLED:
-        return TrainingMapper(cfg, is_train=True)
-    if cfg.INPUT.CROP.ENABLED:
+    options = TrainingMapper.from_config(cfg, is_train=True)
+    augmentations = read_augmentations(cfg)
+    jitter = cfg.INPUT.LARGE_SCALE_JITTER
+    if jitter.ENABLED and cfg.INPUT.CROP.ENABLED:
         raise UserError(
             "INPUT.CROP.ENABLED and INPUT.LARGE_SCALE_JITTER.ENABLED are both True; set one of them to False."
         )
-    jitter = cfg.INPUT.LARGE_SCALE_JITTER
-    augmentations = [
-        ResizeScale(jitter.MIN_SCALE, jitter.MAX_SCALE, jitter.SIZE, jitter.SIZE),
-        FixedSizeCrop((jitter.SIZE, jitter.SIZE)),
-        *(flip for flip in build_augmentation(cfg, is_train=True) if isinstance(flip, RandomFlip)),
-    ]
-    options = TrainingMapper.from_config(cfg, is_train=True)
-    return TrainingMapper(**options | {"augmentations": augmentations, "recompute_boxes": cfg.MODEL.MASK_ON})
+    if jitter.ENABLED:
+        options["augmentations"] = [
+            ResizeScale(jitter.MIN_SCALE, jitter.MAX_SCALE, jitter.SIZE, jitter.SIZE),
+            FixedSizeCrop((jitter.SIZE, jitter.SIZE)),
+            *(flip for flip in options["augmentations"] if isinstance(flip, RandomFlip)),
+        ]
+    options["augmentations"] = [*augmentations, *options["augmentations"]]
+    options["recompute_boxes"] |= cfg.MODEL.MASK_ON and (jitter.ENABLED or move_objects(augmentations))
+    return TrainingMapper(**options)

@@ -1,4 +1,4 @@
-"""A figure of sample images with their annotated boxes."""
+"""Figures of sample images with their annotated boxes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,17 @@ import random
 import cv2
 import numpy as np
 import torch
-from detectron2.structures import Boxes, Instances
+from detectron2.config import CfgNode
+from detectron2.data.detection_utils import convert_image_to_rgb
+from detectron2.structures import Boxes, BoxMode, Instances
 
 from ..analysis.drawing import draw_instances, sheet, titled
+from ..config import thawed
+from ..data.augmentation import build_mapper
 from ..data.coco import CocoData
+from ..data.images import CheckedMapper
 from ..image_files import DataError, read_image
+from ..random_state import seeded
 from .sets import DataSet
 
 COLUMNS = 4
@@ -31,8 +37,8 @@ def draw_samples(sets: list[tuple[DataSet, CocoData]], count: int) -> np.ndarray
     """
     rows = []
     for dataset, data in sets:
-        pictures = [p for p in (_draw(dataset, data, image) for image in _choose(data, count)) if p is not None]
-        rows += [pictures[start : start + COLUMNS] for start in range(0, len(pictures), COLUMNS)]
+        drawn = (_draw(dataset, data, image) for image in _choose(data, count))
+        rows += _rows([picture for picture in drawn if picture is not None])
     return sheet(rows) if rows else None
 
 
@@ -54,24 +60,75 @@ def _choose(data: CocoData, count: int) -> list[dict]:
     return [*adding, *rest][:count]
 
 
+def draw_augmented(sets: list[tuple[DataSet, CocoData]], cfg: CfgNode, count: int) -> np.ndarray | None:
+    """Draw the images of `draw_samples` of the training sets, scaled and augmented as a training does, with their boxes.
+
+    Returns:
+        RGB (H, W, 3) uint8, or None if no image can be read.
+    """
+    cfg = thawed(cfg)
+    cfg.MODEL.MASK_ON = cfg.MODEL.KEYPOINT_ON = False
+    mapper = CheckedMapper(build_mapper(cfg))
+    rows = []
+    for dataset, data in sets:
+        if dataset.role == "train":
+            with seeded(0):
+                augmented = [_augment(mapper, cfg.INPUT.FORMAT, dataset, data, image) for image in _choose(data, count)]
+            rows += _rows([picture for picture in augmented if picture is not None])
+    return sheet(rows) if rows else None
+
+
+def _rows(pictures: list[np.ndarray]) -> list[list[np.ndarray]]:
+    return [pictures[start : start + COLUMNS] for start in range(0, len(pictures), COLUMNS)]
+
+
 def _draw(dataset: DataSet, data: CocoData, image: dict) -> np.ndarray | None:
     try:
         pixels = read_image(os.path.join(dataset.folder, image["file_name"]), "RGB")
     except DataError:  # reported as a finding
         return None
-    scale = min(CELL[0] / pixels.shape[1], CELL[1] / pixels.shape[0])
-    size = [max(1, round(side * scale)) for side in pixels.shape[1::-1]]
-    small = cv2.resize(pixels, size, interpolation=cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA)
     annotations = [a for a in data.tree["annotations"] if a["image_id"] == image["id"]]
     names = {category["id"]: category["name"] for category in data.tree["categories"]}
     order = list(names)
-    instances = Instances(small.shape[:2])
     corners = [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in annotations)]
-    instances.gt_boxes = Boxes(scale * torch.tensor(corners, dtype=torch.float32).reshape(-1, 4))
+    instances = Instances(pixels.shape[:2])
+    instances.gt_boxes = Boxes(torch.tensor(corners, dtype=torch.float32).reshape(-1, 4))
     instances.gt_classes = torch.tensor([order.index(a["category_id"]) for a in annotations], dtype=torch.int64)
     labels = [*names.values(), *(f"{name} (crowd)" for name in names.values())]
     instances.gt_classes += len(names) * torch.tensor([bool(a.get("iscrowd")) for a in annotations], dtype=torch.int64)
+    return _cell(pixels, instances, labels, f"{dataset.role}: {image['file_name']}")
+
+
+def _augment(mapper: CheckedMapper, channels: str, dataset: DataSet, data: CocoData, image: dict) -> np.ndarray | None:
+    names = {category["id"]: category["name"] for category in data.tree["categories"]}
+    order = list(names)
+    annotations = [
+        {
+            "bbox": list(map(float, annotation["bbox"])),  # those of ints would be resized to whole numbers
+            "bbox_mode": BoxMode.XYWH_ABS,
+            "category_id": order.index(annotation["category_id"]),
+            "iscrowd": annotation.get("iscrowd", 0),
+        }
+        for annotation in data.tree["annotations"]
+        if annotation["image_id"] == image["id"]
+    ]
+    path = os.path.join(dataset.folder, image["file_name"])
+    try:
+        entry = mapper({"file_name": path, "annotations": annotations})
+    except DataError:  # reported as a finding
+        return None
+    pixels = convert_image_to_rgb(entry["image"].permute(1, 2, 0), channels)
+    return _cell(pixels, entry["instances"], list(names.values()), f"{dataset.role}: {image['file_name']}")
+
+
+def _cell(pixels: np.ndarray, instances: Instances, labels: list[str], title: str) -> np.ndarray:
+    """Draw `gt_boxes` and `gt_classes` on an image that is scaled to CELL, with a title."""
+    scale = min(CELL[0] / pixels.shape[1], CELL[1] / pixels.shape[0])
+    size = [max(1, round(side * scale)) for side in pixels.shape[1::-1]]
+    small = cv2.resize(pixels, size, interpolation=cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA)
+    scaled = Instances(small.shape[:2], gt_boxes=instances.gt_boxes.clone(), gt_classes=instances.gt_classes)
+    scaled.gt_boxes.scale(scale, scale)
     cell = np.full((CELL[1], CELL[0], 3), 255, np.uint8)
     left, top = (CELL[0] - size[0]) // 2, (CELL[1] - size[1]) // 2
-    cell[top : top + size[1], left : left + size[0]] = draw_instances(small, instances, labels, min_side=1)
-    return titled(cell, f"{dataset.role}: {image['file_name']}")
+    cell[top : top + size[1], left : left + size[0]] = draw_instances(small, scaled, labels, min_side=1)
+    return titled(cell, title)

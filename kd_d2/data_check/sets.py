@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
 
@@ -39,13 +40,18 @@ class DataSet:
     polygons: bool = False
 
 
+def config_to_check(config_file: str, opts: list[Any]) -> CfgNode:
+    """Return the config of the student or plain detector; teacher, weights and data need not exist."""
+    return load_config(config_file, opts, student_only=True, needs_data=False, needs_weights=False)
+
+
 def sets_of_config(config_file: str, opts: list[Any]) -> tuple[list[DataSet], bool]:
     """Return the sets of DATASETS.TRAIN and TEST, and DATALOADER.SKIP_UNUSABLE_IMAGES; teacher and weights need not exist.
 
     Raises:
         UserError: the config cannot be read, or a set is missing or not in COCO format, or has the name of another one.
     """
-    cfg = load_config(config_file, opts, student_only=True, needs_data=False, needs_weights=False)
+    cfg = config_to_check(config_file, opts)
     trains_on_annotations = reads_annotations(read_config(config_file, opts))
     register_synthetic()
     base = os.path.dirname(find_config_file(config_file, "the config"))
@@ -69,7 +75,7 @@ def sets_of_config(config_file: str, opts: list[Any]) -> tuple[list[DataSet], bo
 
 def class_count_of_config(config_file: str, opts: list[Any]) -> ClassCount | None:
     """Return the number of classes that the config's detector, or student, predicts, or None if its key is not known."""
-    cfg = load_config(config_file, opts, student_only=True, needs_data=False, needs_weights=False)
+    cfg = config_to_check(config_file, opts)
     return ClassCount.in_config(cfg, META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE))
 
 

@@ -160,7 +160,7 @@ def student_config(cfg: CfgNode) -> CfgNode:
         plain.MODEL.META_ARCHITECTURE = plain.MODEL.KD.STUDENT
     del plain.MODEL["KD"]
     del plain.DATASETS["COCO_JSON"]
-    del plain.INPUT["LARGE_SCALE_JITTER"]
+    del plain.INPUT["LARGE_SCALE_JITTER"], plain.INPUT["AUGMENTATIONS"]
     del plain.SOLVER.AMP["DTYPE"]
     for key in keys_of(SolverKeys):
         del plain.SOLVER[key.name]

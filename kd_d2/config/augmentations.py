@@ -1,0 +1,72 @@
+"""Augmentations from the config."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data.transforms import (
+    AugInput,
+    Augmentation,
+    RandomApply,
+    RandomBrightness,
+    RandomContrast,
+    RandomExtent,
+    RandomFlip,
+    RandomLighting,
+    RandomRotation,
+    RandomSaturation,
+)
+
+from ..errors import UserError
+from ..random_state import seeded
+
+KEY = "INPUT.AUGMENTATIONS"
+OF_COLORS = (RandomBrightness, RandomContrast, RandomLighting, RandomSaturation)
+OF_PLACES = (RandomExtent, RandomFlip, RandomRotation)
+CLASSES = {kind.__name__: kind for kind in (*OF_COLORS, *OF_PLACES, RandomApply)}
+"""Augmentations of Detectron2 that need only the image; INPUT has other keys for resizing and cropping."""
+
+
+def read_augmentations(cfg: CfgNode) -> list[Augmentation]:
+    """Build the augmentations in INPUT.AUGMENTATIONS.
+
+    Raises:
+        UserError: an entry is not an augmentation of Detectron2 with its arguments, or cannot be applied to images of
+            INPUT.FORMAT.
+    """
+    image = np.zeros((32, 32, len(cfg.MODEL.PIXEL_MEAN)), dtype=np.uint8)
+    built = []
+    for entry in cfg.INPUT.AUGMENTATIONS:
+        try:
+            augmentation = _build(entry)
+            with seeded(0, 0):
+                augmentation(AugInput(image))
+        except UserError:
+            raise
+        except Exception as error:  # any error from its arguments
+            reason = str(error) or type(error).__name__
+            raise UserError(f"{KEY}: {entry!r} cannot be applied to an image: {reason.rstrip('.')}.") from error
+        built.append(augmentation)
+    return built
+
+
+def move_objects(augmentations: Sequence[Augmentation]) -> bool:
+    """Return whether any of the augmentations changes the places of objects."""
+    inner = (a.aug if isinstance(a, RandomApply) else a for a in augmentations)
+    return not all(isinstance(augmentation, OF_COLORS) for augmentation in inner)
+
+
+def _build(entry: Any) -> Augmentation:
+    if not isinstance(entry, list | tuple) or not entry or entry[0] not in [*CLASSES]:
+        raise UserError(
+            f"An entry of {KEY} is {entry!r}; it must be a list of a name and arguments, such as ['RandomBrightness', 0.8, 1.2]. Names "
+            f"are {', '.join(CLASSES)}."
+        )
+    name, *arguments = entry
+    keywords = arguments.pop() if arguments and isinstance(arguments[-1], dict) else {}
+    if name == RandomApply.__name__ and arguments:
+        arguments[0] = _build(arguments[0])
+    return CLASSES[name](*arguments, **keywords)
