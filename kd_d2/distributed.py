@@ -4,6 +4,8 @@ import torch
 from detectron2.utils import comm
 from torch import Tensor
 
+from .moved import explain_names
+
 
 def mean_across_ranks(value: Tensor) -> Tensor:
     """Return the mean of a tensor over all ranks."""
@@ -40,3 +42,6 @@ class _SumAcrossRanks(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
         return _SumAcrossRanks.forward(ctx, gradient)
+
+
+__getattr__ = explain_names(__name__)

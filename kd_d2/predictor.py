@@ -26,6 +26,7 @@ from .data.images import resize_at_test
 from .engine.checks import check_plain, check_supported
 from .errors import UserError
 from .modeling.building import build_detector, lower_score_threshold
+from .moved import explain_names
 
 logger = logging.getLogger(__name__)
 
@@ -203,8 +204,4 @@ class Predictor(ImageDetector):
         super().__init__(model, cfg.INPUT.FORMAT, resize, categories, score_thresh)
 
 
-def __getattr__(name: str) -> Any:
-    moved = {"predict_images": "predict", "find_images": "find_images", "drawing_paths": "inputs.drawing_names"}
-    if name in moved:
-        raise AttributeError(f"kd_d2.predictor.{name} is now kd_d2.prediction.{moved[name]}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = explain_names(__name__)

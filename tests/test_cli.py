@@ -403,6 +403,20 @@ def test_moved_modules(old: str) -> None:
     importlib.import_module(f"kd_d2.{moved.MODULES[old]}")
 
 
+@pytest.mark.parametrize("old", moved.NAMES)
+def test_moved_names(old: str) -> None:
+    """Check that `from module import name` with an old name reports the new one, and that the new one exists."""
+    module, _, name = old.rpartition(".")
+    with pytest.raises(ImportError, match=f"kd_d2.{old} is now kd_d2.{moved.NAMES[old]}$"):
+        exec(f"from kd_d2.{module} import {name}")
+    module, _, name = moved.NAMES[old].rpartition(".")
+    assert hasattr(importlib.import_module(f"kd_d2.{module}"), name)
+
+
+def test_an_unknown_name_of_a_module_is_an_attribute_error() -> None:
+    assert not hasattr(importlib.import_module("kd_d2.distillers.base"), "nothing")
+
+
 def test_config_explain(capsys: pytest.CaptureFixture[str]) -> None:
     """Check a key with its range and default, a whole node, the same for Detectron2's, and a wrong name."""
     main(["config", "explain", "MODEL.KD.BALANCE.TARGET"])

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-from kd_d2 import Predictor, UserError, load_config, predictor
+from kd_d2 import Predictor, UserError, load_config
 from kd_d2.analysis.drawing import PALETTE, draw_instances, titled
 from kd_d2.export import export_detector
 from kd_d2.files import check_inputs_are_kept
@@ -688,11 +688,6 @@ def test_named_pipes_are_skipped(photos: Path, caplog: pytest.LogCaptureFixture)
     with caplog.at_level("INFO", "kd_d2"):
         assert len(find_inputs([str(photos)])) == 5
     assert "Skipped 2 files that cannot be read as images or videos: pipe.mp4, pipe.png" in caplog.text
-
-
-def test_names_that_have_moved() -> None:
-    with pytest.raises(AttributeError, match=r"predict_images is now kd_d2\.prediction\.predict$"):
-        predictor.predict_images  # noqa: B018
 
 
 def test_only_the_first_page_is_used_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

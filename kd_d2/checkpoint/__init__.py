@@ -1,5 +1,6 @@
 """Checkpoints: student-only files, safe loading, and weights of torchvision's and timm's classifiers."""
 
+from ..moved import explain_names
 from .checkpointer import CLASS_NAMES, KDCheckpointer, checkpoint_files, copy_to_cpu, load_complete
 from .fitting import Fit, fill, load_torchvision
 from .reading import UnreadableCheckpointError, check_readable, distiller_states, local_path, read_checkpoint
@@ -21,3 +22,5 @@ __all__ = [
     "local_path",
     "read_checkpoint",
 ]
+
+__getattr__ = explain_names(__name__)

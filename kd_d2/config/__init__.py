@@ -1,6 +1,7 @@
 """Configs: the library's keys, loading of files and overrides, and validation before anything expensive starts."""
 
 from ..config_files import find_file, find_weights
+from ..moved import explain_names
 from .library_keys import (
     KD_META_ARCH,
     AmpKeys,
@@ -38,3 +39,5 @@ __all__ = [
     "thawed",
     "validate_kd_config",
 ]
+
+__getattr__ = explain_names(__name__)

@@ -21,6 +21,7 @@ from ..errors import UserError
 from ..extensions import HINT
 from ..gradients import gradients_of
 from ..keys import AtLeast, Keys, keys_of
+from ..moved import explain_names
 from .matching import without_adapter
 from .pair import Pair
 
@@ -310,3 +311,6 @@ def _as_float32(value: Any, devices: list[str]) -> Any:
     if type(value) is dict:
         return {name: _as_float32(x, devices) for name, x in value.items()}
     return value
+
+
+__getattr__ = explain_names(__name__)

@@ -1,5 +1,6 @@
 """Pure functions on tensors, independent of configs, Detectron2 and the rest of the library."""
 
+from ..moved import explain_names
 from .alignment import with_statistics_of
 from .attention import channel_attention, mean_activation, own_attention, shared_attention, spatial_attention
 from .channel_wise import channel_wise_loss
@@ -61,3 +62,5 @@ __all__ = [
     "weighted_imitation_loss",
     "with_statistics_of",
 ]
+
+__getattr__ = explain_names(__name__)
