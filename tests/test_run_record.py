@@ -177,7 +177,7 @@ def test_a_checkpoint_without_a_record(stopped: Project, caplog: pytest.LogCaptu
     shutil.copytree(stopped.output, output)
     path = output / "model_0000001.pth"
     content = torch.load(path, weights_only=True)
-    del content["run"]
+    del content["run"], content["trainer"]["_trainer"]["parameters"]
     torch.save(content, path)
     assert resumed(stopped, caplog, "OUTPUT_DIR", output, "SOLVER.MAX_ITER", 9)[1] == ""
 
@@ -195,6 +195,25 @@ def test_a_checkpoint_of_release_0_1(stopped: Project, caplog: pytest.LogCapture
     del content["run"]["config of the teacher"], content["trainer"]["_trainer"]["parameters"]
     torch.save(content, path)
     assert resumed(stopped, caplog, "OUTPUT_DIR", output)[1] == ""
+
+
+@pytest.mark.parametrize(("node", "former"), [("PKD", "1x1"), ("ICD", "none")])
+def test_selected_channels_are_not_the_default_of_release_0_1(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, node: str, former: str
+) -> None:
+    """Check a narrower student that inherits, with the former meaning of ADAPTATION None and with today's."""
+    key = f"MODEL.KD.{node}.ADAPTATION"
+    project = make_project(
+        tmp_path, **KEYS, MODEL__FPN__OUT_CHANNELS=8, MODEL__KD__DISTILLERS=(node,), MODEL__KD__INHERIT__ENABLED=True
+    )
+    train(project, key, former, hooks=(KillAt(1),))
+    path = project.output / "model_0000001.pth"
+    content = torch.load(path, weights_only=True)
+    del content["run"], content["trainer"]["_trainer"]["parameters"]
+    torch.save(content, path)
+    assert resumed(project, caplog, key, former)[1] == ""
+    with pytest.raises(UserError, match=rf"is of kd_d2 0\.1, .*; resume with {key} '1x1', or 'none' for ICD\.$"):
+        resumed(project, caplog)
 
 
 def test_keys_that_do_not_affect_a_resumed_training(stopped: Project) -> None:

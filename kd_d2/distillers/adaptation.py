@@ -134,6 +134,12 @@ def chosen_adaptation(adaptation: str | None, pair: Pair, node: str) -> str:
     return "select"
 
 
+def selects_by_default(method: nn.Module) -> bool:
+    """Return whether a method compares selected channels because its ADAPTATION is None."""
+    is_default = getattr(method.config, "adaptation", "none") is None
+    return is_default and any(isinstance(module, ChannelSelection) for module in method.modules())
+
+
 class ChannelSelection(nn.Module):
     """Selects channels of maps (B, N, H, W) by their indices (n,)."""
 

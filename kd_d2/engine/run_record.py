@@ -47,6 +47,7 @@ class RunRecord:
         teacher: the teacher, if any.
 
     Attributes:
+        is_loaded: whether the record of a checkpoint was loaded; those of release 0.1 have none.
         another_training: the loaded record's differences by which a finished training is not this one, each as text;
             it may have had another number of processes, to which SOLVER.REFERENCE_WORLD_SIZE scales other keys, or of
             iterations.
@@ -66,6 +67,7 @@ class RunRecord:
             self.content[config_file] = os.path.basename(keys[config_file])
         self.optimizer = cfg.SOLVER.OPTIMIZER
         self.is_scaled = bool(cfg.SOLVER.REFERENCE_WORLD_SIZE)
+        self.is_loaded = False
         self.another_training: list[str] = []
 
     def state_dict(self) -> dict[str, Any]:
@@ -77,6 +79,7 @@ class RunRecord:
         Raises:
             UserError: that run used another optimizer.
         """
+        self.is_loaded = True
         optimizer = before.get("SOLVER.OPTIMIZER", "SGD")
         if optimizer != self.optimizer:
             raise UserError(

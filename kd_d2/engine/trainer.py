@@ -27,6 +27,7 @@ from ..compiled import compile_backbone
 from ..config import KD_META_ARCH, thawed
 from ..data import build_stream_loader, build_test_loader
 from ..data.stream import BatchStream
+from ..distillers.adaptation import selects_by_default
 from ..errors import UserError
 from ..evaluation import build_evaluator
 from ..files import end_last_line
@@ -176,6 +177,8 @@ class KDTrainer(DefaultTrainer):
             reason = f"{misfits[0]} does not fit" if misfits else ""
             if self.start_iter == 0:
                 reason = "it holds only weights"
+        if not self.run_record.is_loaded:
+            self._check_adaptations(file)
         if reason:
             raise UserError(
                 f"--resume: {file} does not fit a training with this config ({reason}); resume with the config that it was started "
@@ -185,6 +188,16 @@ class KDTrainer(DefaultTrainer):
             raise UserError(
                 f"--resume: the training in OUTPUT_DIR {self.cfg.OUTPUT_DIR} has done {self.start_iter} of {self.max_iter} iterations, with "
                 f"other settings ({'; '.join(self.run_record.another_training)}): choose another OUTPUT_DIR."
+            )
+
+    def _check_adaptations(self, file: str) -> None:
+        """Raise a UserError if methods select channels by default, which was not the default of release 0.1."""
+        methods = self.bare_model.distillers.values() if isinstance(self.bare_model, KDMetaArch) else ()
+        keys = [f"MODEL.KD.{method.CONFIG_NODE}.ADAPTATION" for method in methods if selects_by_default(method)]
+        if keys:
+            raise UserError(
+                f"--resume: {file} is of kd_d2 0.1, in which ADAPTATION None never meant 'select'; resume with {' and '.join(keys)} '1x1', or "
+                "'none' for ICD."
             )
 
     def _open_stream(self) -> None:
