@@ -488,8 +488,8 @@ def test_odd_boxes_are_reported_and_training_goes_on(project: Project) -> None:
         (["SOLVER.IMS_PER_BATCH", 0], "SOLVER.IMS_PER_BATCH is 0; it must be a multiple of 1 (processes)."),
         (
             ["DATALOADER.SAMPLER_TRAIN", "Shuffler"],
-            "DATALOADER.SAMPLER_TRAIN is 'Shuffler'; it must be 'TrainingSampler', 'RepeatFactorTrainingSampler' or "
-            "'RandomSubsetTrainingSampler'.",
+            "DATALOADER.SAMPLER_TRAIN is 'Shuffler'; it must be 'TrainingSampler', 'RepeatFactorTrainingSampler', "
+            "'RandomSubsetTrainingSampler', 'WeightedTrainingSampler' or 'WeightedCategoryTrainingSampler'.",
         ),
     ],
 )

@@ -958,6 +958,7 @@ def test_the_librarys_keys_leave_detectron2s_defaults_alone() -> None:
     ours.DATALOADER.FILTER_EMPTY_ANNOTATIONS = True
     for node, key in (
         (ours.DATASETS, "COCO_JSON"),
+        (ours.DATASETS, "TRAIN_REPEAT_FACTOR"),
         (ours.INPUT, "LARGE_SCALE_JITTER"),
         (ours.INPUT, "AUGMENTATIONS"),
         (ours.SOLVER.AMP, "DTYPE"),

@@ -17,7 +17,7 @@ from kd_d2.errors import UserError
 import cv2
 import numpy as np
 import pytest
-from helpers import CLASSES, clean_process, make_coco, make_project, write_yaml
+from helpers import CLASSES, clean_process, example, make_coco, make_project, write_yaml
 from PIL import Image
 
 pytestmark = pytest.mark.unit
@@ -293,6 +293,17 @@ def test_the_schedule_in_epochs(
             f'SOLVER.MAX_ITER {iterations} SOLVER.STEPS "{steps}"'
         )
     )
+
+
+def test_the_schedule_of_sets_that_are_repeated(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Check the example of the guide: six annotated images count four times, six others once."""
+    for role, images, seed in (("train", "images", 0), ("labels", "more_images", 3)):
+        make_coco(tmp_path / role, 6, seed=seed).rename(tmp_path / f"{role}.json")
+        (tmp_path / role / "images").rename(tmp_path / images)
+    file = tmp_path / "my.yaml"
+    file.write_text(example("two sets", "docs/guides/own-data.md") + "SOLVER: {IMS_PER_BATCH: 2, MAX_ITER: 90}\n")
+    main(["data", "check", str(file), "MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.RETINANET.NUM_CLASSES", "3"])
+    assert "SOLVER.MAX_ITER 90 with batches of 2 is 6.0 epochs of 30 training images." in capsys.readouterr().out
 
 
 def test_a_config_with_the_name_of_another_dataset(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from kd_d2.config import add_kd_config
 from kd_d2.data import build_stream_loader, register_coco_json
 from kd_d2.data.images import build_test_loader
+from kd_d2.data.sampling import _repeat_factors
 from kd_d2.data.stream import BatchStream, MappedDataset
 from kd_d2.data.workers import configure_workers
 from kd_d2.errors import UserError
@@ -282,6 +283,66 @@ def test_samplers(cfg: CfgNode) -> None:
     assert 7 < often / ((len(seen) - often) / 9) < 11  # 0.9 / 0.1 = 9
 
 
+@pytest.fixture
+def two_sets(cfg: CfgNode) -> CfgNode:
+    """Train on the ten images of "stream" and on three others, of which the first has another class."""
+    dicts = [{**entry, "file_name": f"{i}.png"} for i, entry in enumerate(DatasetCatalog.get("stream")[:3])]
+    for i, entry in enumerate(dicts):
+        entry["annotations"] = [{"bbox": [0, 0, 9, 9], "bbox_mode": 1, "category_id": int(i == 0), "iscrowd": 0}]
+    DatasetCatalog.register("others", lambda: dicts)
+    MetadataCatalog.get("others").thing_classes = MetadataCatalog.get("stream").thing_classes
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TRAIN_REPEAT_FACTOR = ("stream", "others"), [["others", 2]]
+    cfg.DATALOADER.SAMPLER_TRAIN = "WeightedTrainingSampler"
+    return cfg
+
+
+def drawn_indices(cfg: CfgNode, count: int) -> list[int]:
+    stream = build_stream_loader(cfg, 0).batch_sampler
+    return list(itertools.islice(stream.indices(), count))
+
+
+def test_repeat_factors_of_sets(two_sets: CfgNode) -> None:
+    """Check epochs of 16 images: each of the first set once, of the second one twice; and half of the first set."""
+    for start in (0, 16):
+        epoch = drawn_indices(two_sets, 32)[start : start + 16]
+        assert [epoch.count(index) for index in range(13)] == [1] * 10 + [2] * 3
+    two_sets.DATASETS.TRAIN_REPEAT_FACTOR = [["stream", 0.5]]
+    seen = drawn_indices(two_sets, 800)
+    assert 0.4 < sum(seen.count(i) for i in range(10)) / 10 / (sum(seen.count(i) for i in (10, 11, 12)) / 3) < 0.6
+
+
+def test_repeat_factors_of_sets_and_categories(two_sets: CfgNode) -> None:
+    """Check classes in 1/3 and 2/3 of the images of the second set: sqrt(0.9 / frequency) times the set's factor."""
+    two_sets.DATALOADER.SAMPLER_TRAIN, two_sets.DATALOADER.REPEAT_THRESHOLD = "WeightedCategoryTrainingSampler", 0.9
+    sets = [DatasetCatalog.get(name) for name in two_sets.DATASETS.TRAIN]
+    factors = _repeat_factors(two_sets, sets)
+    frequency = torch.tensor([1 / 3, 2 / 3, 2 / 3])
+    torch.testing.assert_close(factors[10:], 2 * (0.9 / frequency).sqrt())
+
+
+@pytest.mark.parametrize(
+    ("factors", "message"),
+    [
+        ([["others", 0]], "An entry of DATASETS.TRAIN_REPEAT_FACTOR is ['others', 0]; it must be the name of a set in DATASETS.TRAIN and a"),
+        ([["other", 2.0]], "An entry of DATASETS.TRAIN_REPEAT_FACTOR is ['other', 2.0]; it must be"),
+        (["others", 2.0], "An entry of DATASETS.TRAIN_REPEAT_FACTOR is 'others'; it must be"),
+    ],
+)  # fmt: skip
+def test_repeat_factors_that_are_none(two_sets: CfgNode, factors: list, message: str) -> None:
+    two_sets.DATASETS.TRAIN_REPEAT_FACTOR = factors
+    with pytest.raises(UserError) as caught:
+        build_stream_loader(two_sets, 0)
+    assert str(caught.value).startswith(message)
+
+
+def test_repeat_factors_of_another_sampler(two_sets: CfgNode) -> None:
+    two_sets.DATALOADER.SAMPLER_TRAIN = "TrainingSampler"
+    with pytest.raises(
+        UserError, match=r"TRAIN_REPEAT_FACTOR needs .* WeightedCategoryTrainingSampler, not TrainingSampler\.$"
+    ):
+        build_stream_loader(two_sets, 0)
+
+
 def test_images_without_sizes(cfg: CfgNode) -> None:
     """Check the same batches as with the sizes, and unreadable images."""
     expected, dicts = read(cfg, 4), DatasetCatalog.get("stream")
@@ -388,8 +449,8 @@ def test_an_unknown_sampler(cfg: CfgNode) -> None:
     with pytest.raises(UserError) as caught:
         build_stream_loader(cfg, 0)
     assert str(caught.value) == (
-        "DATALOADER.SAMPLER_TRAIN is 'Shuffler'; it must be 'TrainingSampler', 'RepeatFactorTrainingSampler' or "
-        "'RandomSubsetTrainingSampler'."
+        "DATALOADER.SAMPLER_TRAIN is 'Shuffler'; it must be 'TrainingSampler', 'RepeatFactorTrainingSampler', "
+        "'RandomSubsetTrainingSampler', 'WeightedTrainingSampler' or 'WeightedCategoryTrainingSampler'."
     )
 
 

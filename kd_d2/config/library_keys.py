@@ -22,6 +22,11 @@ class DatasetKeys(Keys):
         list,
         "COCO-format datasets: [[name, annotations.json, image folder], ...]. The names can be used in TRAIN and TEST.",
     ] = field(default_factory=list)
+    train_repeat_factor: Annotated[
+        list,
+        "How often images of sets in TRAIN are seen in an epoch: [[name, factor], ...], by default 1. Read by the samplers "
+        "WeightedTrainingSampler and, multiplied by the factors of RepeatFactorTrainingSampler, WeightedCategoryTrainingSampler.",
+    ] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

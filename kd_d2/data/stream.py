@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.common import DatasetFromList
-from detectron2.data.samplers import RandomSubsetTrainingSampler, RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -29,6 +28,7 @@ from ..image_files import DataError, size_of_entry
 from ..random_state import seeded
 from .augmentation import build_mapper
 from .images import CheckedMapper
+from .sampling import index_stream, samples_by_set
 from .workers import configure_workers
 
 logger = logging.getLogger(__name__)
@@ -144,14 +144,9 @@ def build_stream_loader(cfg: CfgNode, seed: int, mapper: Callable | None = None)
     Returns:
         A DataLoader whose `batch_sampler.start` may be set before iteration.
     """
-    try:
-        dicts = get_detection_dataset_dicts(
-            cfg.DATASETS.TRAIN,
-            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and reads_annotations(cfg),
-            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
-        )
-    except (AssertionError, ValueError, ImportError) as error:
-        raise UserError(f"DATASETS.TRAIN {', '.join(cfg.DATASETS.TRAIN)} cannot be trained on: {error}") from error
+    together = [cfg.DATASETS.TRAIN] if not samples_by_set(cfg) else [(name,) for name in cfg.DATASETS.TRAIN]
+    sets = [_read(cfg, names) for names in together]
+    dicts = [*itertools.chain(*sets)]
     _check_semantic_segmentation(cfg, dicts)
     if reads_annotations(cfg) and mapper is None:
         dicts = _annotated(cfg, dicts)
@@ -160,7 +155,7 @@ def build_stream_loader(cfg: CfgNode, seed: int, mapper: Callable | None = None)
         dicts = [{key: value for key, value in d.items() if key != "annotations"} for d in dicts]
     grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
     stream = BatchStream(
-        _index_stream(cfg, dicts, seed),
+        index_stream(cfg, sets, seed),
         [_group_of(cfg, entry) for entry in dicts] if grouped else None,
         cfg.SOLVER.IMS_PER_BATCH,
         comm.get_rank(),
@@ -182,6 +177,17 @@ def build_stream_loader(cfg: CfgNode, seed: int, mapper: Callable | None = None)
         generator=torch.Generator(),
     )
     return configure_workers(loader)
+
+
+def _read(cfg: CfgNode, names: Sequence[str]) -> list[dict]:
+    try:
+        return get_detection_dataset_dicts(
+            names,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and reads_annotations(cfg),
+            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
+        )
+    except (AssertionError, ValueError, ImportError) as error:
+        raise UserError(f"DATASETS.TRAIN {', '.join(names)} cannot be trained on: {error}") from error
 
 
 def _group_of(cfg: CfgNode, entry: dict) -> int:
@@ -246,29 +252,3 @@ def _check_semantic_segmentation(cfg: CfgNode, dicts: list[dict]) -> None:
                 f"The semantic segmentation of the dataset {name} has {annotated} classes (stuff_classes), but MODEL.SEM_SEG_HEAD.NUM_CLASSES "
                 f"is {predicted}."
             )
-
-
-def _index_stream(cfg: CfgNode, dicts: list[dict], seed: int) -> Callable[[], Iterator[int]]:
-    name = cfg.DATALOADER.SAMPLER_TRAIN
-    if name == "TrainingSampler":
-        return TrainingSampler(len(dicts), seed=seed)._infinite_indices
-    if name == "RepeatFactorTrainingSampler":
-        if not reads_annotations(cfg):
-            raise UserError(
-                f"DATALOADER.SAMPLER_TRAIN {name} needs annotations, but MODEL.KD.PSEUDO_LABELS ignores them."
-            )
-        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            dicts, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
-        )
-        return RepeatFactorTrainingSampler(factors, seed=seed)._infinite_indices
-    if name == "RandomSubsetTrainingSampler":
-        ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
-        if int(len(dicts) * ratio) < 1:
-            raise UserError(
-                f"DATALOADER.RANDOM_SUBSET_RATIO is {ratio}, which is less than one of the {len(dicts)} images."
-            )
-        return RandomSubsetTrainingSampler(len(dicts), ratio, seed_shuffle=seed, seed_subset=seed)._infinite_indices
-    raise UserError(
-        f"DATALOADER.SAMPLER_TRAIN is {name!r}; it must be 'TrainingSampler', 'RepeatFactorTrainingSampler' or "
-        "'RandomSubsetTrainingSampler'."
-    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..config import load_config
+from ..data.sampling import check_sampler, repeat_factors_of_sets
 from .check import DataCheck
 
 EPOCHS = 12
@@ -17,10 +18,14 @@ def schedule_of_config(config_file: str, opts: list[Any], check: DataCheck) -> s
     None if there are no training images that can be read, or no iterations.
     """
     cfg = load_config(config_file, opts, student_only=True, needs_data=False, needs_weights=False)
-    drops_empty, images = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS, 0
-    for (dataset, _), statistics in zip(check.sets, check.statistics, strict=True):
-        if dataset.role == "train":
-            images += statistics.images - (statistics.empty if drops_empty and dataset.annotated else 0)
+    check_sampler(cfg)
+    drops_empty, factors = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS, repeat_factors_of_sets(cfg)
+    counts = [
+        statistics.images - (statistics.empty if drops_empty and dataset.annotated else 0)
+        for (dataset, _), statistics in zip(check.sets, check.statistics, strict=True)
+        if dataset.role == "train"
+    ]
+    images = round(sum(factor * count for factor, count in zip(factors, counts, strict=True)))
     last, batch = cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH
     if min(images, last, batch) < 1:
         return None

@@ -159,7 +159,7 @@ def student_config(cfg: CfgNode) -> CfgNode:
     if plain.MODEL.META_ARCHITECTURE == KD_META_ARCH:
         plain.MODEL.META_ARCHITECTURE = plain.MODEL.KD.STUDENT
     del plain.MODEL["KD"]
-    del plain.DATASETS["COCO_JSON"]
+    del plain.DATASETS["COCO_JSON"], plain.DATASETS["TRAIN_REPEAT_FACTOR"]
     del plain.INPUT["LARGE_SCALE_JITTER"], plain.INPUT["AUGMENTATIONS"]
     del plain.SOLVER.AMP["DTYPE"]
     for key in keys_of(SolverKeys):
