@@ -32,6 +32,16 @@ def exit_on_signals() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def deferred_signals() -> Iterator[None]:
+    """Handle SIGNALS that arrive within this context at its end."""
+    received: list[int] = []
+    with handled_by(lambda number, frame: received.append(number), SIGNALS):
+        yield
+    for number in received:
+        signal.raise_signal(number)
+
+
+@contextlib.contextmanager
 def handled_by(handler: Callable[[int, FrameType | None], None], signals: Iterable[signal.Signals]) -> Iterator[None]:
     """Handle those of the signals that this process does not ignore within this context.
 

@@ -1020,6 +1020,24 @@ def test_a_signal_stops_the_cells(tmp_path, monkeypatch, number):
     assert all((folder / "stopped").exists() for folder in folders)
 
 
+def test_a_signal_while_a_cell_starts(tmp_path, monkeypatch):
+    """Check that a process that has only just started is stopped too."""
+    processes = []
+
+    class Signalled(subprocess.Popen):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            processes.append(self)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(subprocess, "Popen", Signalled)
+    monkeypatch.setattr(runner, "PROGRAM", (sys.executable, "-c", "import time; time.sleep(60)"))
+    with pytest.raises(SystemExit) as left:
+        run_jobs([Job("cell", 0, [], str(tmp_path), str(tmp_path / "result.json"), {})], 1, 1)
+    assert left.value.code == 128 + signal.SIGTERM
+    assert [process.poll() for process in processes] == [-signal.SIGTERM]
+
+
 def test_a_cell_that_another_process_runs_is_left_to_it(tmp_path, monkeypatch, caplog):
     """Check that a cell whose folder is locked is skipped, and run once the lock is released."""
     monkeypatch.setattr(runner, "PROGRAM", (sys.executable, str(tmp_path / "nothing.py")))

@@ -19,7 +19,7 @@ from ..checkpoint import checkpoint_files
 from ..config import read_config
 from ..errors import UserError
 from ..files import read_json, write_json
-from ..signals import exit_on_signals
+from ..signals import deferred_signals, exit_on_signals
 from ..typed_json import from_tree
 from .matrix import Cell, Matrix
 from .results import (
@@ -120,7 +120,8 @@ def run_jobs(jobs: list[Job], parallel: int, threads: int, gpus: Sequence[str] =
                     job.lock.close()
                 else:
                     job.gpu = min(gpus, key=[other.gpu for other in running].count, default=None)
-                    running.append(_start(job, threads))
+                    with deferred_signals():  # none may end this process before the job is in the list
+                        running.append(_start(job, threads))
             time.sleep(0.5)
             for job in list(running):
                 _report_progress(job)
