@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
 
-from kd_d2 import DISTILLER_REGISTRY, UserError
+from kd_d2 import DISTILLER_REGISTRY, UserError, signals
 from kd_d2.cli import main
 from kd_d2.config import load_config
 from kd_d2.extensions import import_extensions
@@ -992,30 +992,38 @@ def test_a_signal_stops_the_cells(tmp_path, monkeypatch, number):
     """Check that a sweep sends SIGTERM to its trainings, and waits until they have stopped, also if another signal follows."""
     script = tmp_path / "program.py"
     script.write_text(
-        "import signal, sys, time\n"
+        "import os, signal, sys, time\n"
+        "from pathlib import Path\n"
         "def stop(number, frame):\n"
-        "    time.sleep(1)\n"
-        "    open(sys.argv[1] + '/stopped', 'w')\n"
+        "    Path(sys.argv[1], 'stopping').touch()\n"
+        "    while not os.path.exists(sys.argv[2]):\n"
+        "        time.sleep(0.05)\n"
+        "    time.sleep(0.5)\n"
+        "    Path(sys.argv[1], 'stopped').touch()\n"
         "    sys.exit(143)\n"
         "signal.signal(signal.SIGTERM, stop)\n"
-        "open(sys.argv[1] + '/started', 'w')\n"
-        "time.sleep(60)\n"
+        "Path(sys.argv[1], 'started').touch()\n"  # a file object's destructor would drop the exception of `stop`
+        "time.sleep(600)\n"
     )
     monkeypatch.setattr(runner, "PROGRAM", (sys.executable, str(script)))
-    folders = [tmp_path / name for name in ("a", "b")]
-    jobs = [Job(f.name, 0, [str(f)], str(f), str(f / "result.json"), {}) for f in folders]
+    monkeypatch.setattr(signals, "SAME_REQUEST", 600)  # on a busy machine, the second signal may be late
+    folders, signalled_twice = [tmp_path / name for name in ("a", "b")], tmp_path / "signalled_twice"
+    jobs = [Job(f.name, 0, [str(f), str(signalled_twice)], str(f), str(f / "result.json"), {}) for f in folders]
     sweep = os.fork()
     if sweep == 0:
         try:
+            signal.signal(number, signal.SIG_DFL)  # SIGHUP is ignored if pytest runs under nohup
             run_jobs(jobs, 2, 1)
         except SystemExit as end:
             os._exit(end.code)
-        os._exit(1)
-    while not all((folder / "started").exists() for folder in folders):
-        time.sleep(0.05)
-    os.kill(sweep, number)
-    time.sleep(0.3)
-    os.kill(sweep, signal.SIGTERM)
+        finally:
+            os._exit(1)
+    for sent, state in ((number, "started"), (signal.SIGTERM, "stopping")):
+        while not all((folder / state).exists() for folder in folders):
+            assert os.waitpid(sweep, os.WNOHANG) == (0, 0)
+            time.sleep(0.05)
+        os.kill(sweep, sent)
+    signalled_twice.touch()
     assert os.waitstatus_to_exitcode(os.waitpid(sweep, 0)[1]) == 128 + number
     assert all((folder / "stopped").exists() for folder in folders)
 
