@@ -544,6 +544,25 @@ def test_metrics_that_the_evaluation_cannot_have(refused, metric: str, expected:
     assert refused("TEST.BEST_METRIC", metric) == expected
 
 
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        ("bbox/AP57", "it has bbox/AP, bbox/AP50, bbox/AP75, bbox/APs, bbox/APm, bbox/APl, bbox/AP-CLASS."),
+        ("bbox/AP-pink", "it has bbox/AP-red, bbox/AP-green, bbox/AP-blue."),
+    ],
+)
+def test_metrics_with_a_typing_error(refused, project: Project, metric: str, expected: str) -> None:
+    start = f"TEST.BEST_METRIC is '{metric}', which the evaluation of {project.name} does not have; "
+    assert refused("TEST.BEST_METRIC", metric, "TEST.EVAL_PERIOD", 2) == start + expected
+
+
+def test_tasks_with_a_typing_error(refused, project: Project) -> None:
+    assert refused("TEST.BEST_METRIC", "boxes/AP", "TEST.EVAL_PERIOD", 2) == (
+        f"TEST.BEST_METRIC is 'boxes/AP', which the evaluation of {project.name} does not have: its tasks are bbox, segm, "
+        "keypoints, box_proposals."
+    )
+
+
 def test_keypoints_and_masks_that_the_data_lack(refused, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Check datasets in DATASETS.COCO_JSON, one registered by a program, and one whose reader is not installed."""
     assert refused("MODEL.KEYPOINT_ON", True).endswith("set it to False, or register the dataset with Detectron2's "

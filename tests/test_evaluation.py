@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kd_d2.errors import as_user_error
-from kd_d2.evaluation import build_evaluator
+from kd_d2.evaluation import build_evaluator, metrics_of
 from kd_d2.evaluation.coco_evaluator import CocoEvaluator, faster_evaluation
 from kd_d2.evaluation.lvis_evaluator import LvisEvaluator
 from kd_d2.text import file_stem
@@ -200,6 +200,31 @@ def test_a_model_without_detections_has_an_ap_of_zero(tmp_path: Path) -> None:
             np.testing.assert_equal([*evaluator.evaluate()["bbox"].values()][:6], expected)
 
 
+@pytest.mark.parametrize("classes", [("red", "green", "blue"), ("one",)])
+def test_metrics_are_those_of_an_evaluation(tmp_path: Path, classes: tuple[str, ...]) -> None:
+    """Check boxes, masks, keypoints and proposals; a single class has no metric of its own."""
+    path = make_coco(tmp_path, classes=classes)
+    tree = json.loads(path.read_text())
+    for annotation in tree["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        annotation.update(segmentation=[[x, y, x + w, y, x + w, y + h]], num_keypoints=1, keypoints=[x, y, 2] * 17)
+    path.write_text(json.dumps(tree))
+    with clean_process():
+        register_coco_instances("all_tasks", {}, str(path), str(tmp_path / "images"))
+        MetadataCatalog.get("all_tasks").evaluator_type = "coco"
+        evaluator = build_evaluator(get_cfg(), "all_tasks", str(tmp_path / "out"))
+        evaluator.reset()
+        for entry in DatasetCatalog.get("all_tasks"):
+            size = entry["height"], entry["width"]
+            found = Instances(size, scores=torch.ones(1), pred_classes=torch.tensor([0]))
+            found.pred_boxes, found.pred_keypoints = Boxes(torch.tensor([[0.0, 0, 9, 9]])), torch.zeros(1, 17, 3)
+            found.pred_masks = torch.ones(1, *size, dtype=torch.bool)
+            proposals = Instances(size, proposal_boxes=found.pred_boxes, objectness_logits=found.scores)
+            evaluator.process([entry], [{"instances": found, "proposals": proposals}])
+        results = evaluator.evaluate()
+        assert {task: [*metrics] for task, metrics in results.items()} == metrics_of("all_tasks")
+
+
 def _detected(boxes: list, classes: list[int], score: float = 0.9) -> dict[str, Instances]:
     """Return detections with the boxes (x, y, width, height)."""
     x, y, w, h = torch.tensor(boxes).float().reshape(-1, 4).T
@@ -320,6 +345,7 @@ def test_lvis_with_current_numpy(lvis_set: str, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "lvis", stand_in)
     results = _evaluated_with_lvis(lvis_set, tmp_path, [_detected([[0, 0, 150, 150]], [0]), NO_DETECTIONS[1]])
     assert results == pytest.approx({**dict.fromkeys(WITHOUT_DETECTIONS, 50), **LACKING}, nan_ok=True)
+    assert results.keys() == {*LvisEvaluator.metrics(lvis_set)["bbox"]}
     assert _evaluated_with_lvis(lvis_set, tmp_path, NO_DETECTIONS) == pytest.approx(
         {**WITHOUT_DETECTIONS, **LACKING}, nan_ok=True
     )

@@ -31,6 +31,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
 from detectron2.engine import HookBase
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from helpers import (
     META_ARCHITECTURES,
@@ -773,6 +774,27 @@ def test_the_seed_of_an_own_loader(tmp_path: Path) -> None:
     assert trainer.seed >= 0
     assert trainer._trainer.data_loader.batch_sampler.start == 3
     assert trainer.cfg.SEED == -1
+
+
+def test_metrics_of_an_own_evaluator(tmp_path: Path) -> None:
+    """Check one that only its own class knows, and that it is not checked without periodic evaluation."""
+
+    class Counting(KDTrainer):
+        @classmethod
+        def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+            evaluator = DatasetEvaluator()
+            evaluator.evaluate = lambda: {"images": 6.0}
+            return evaluator
+
+    project = make_project(tmp_path)
+    metric = "TEST.BEST_METRIC", "images"
+    trainer = make_trainer(project, *metric, "SOLVER.MAX_ITER", 1, "TEST.EVAL_PERIOD", 1, trainer=Counting)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    assert json.loads((project.output / "model_best.json").read_text()) == {"images": 6.0}
+    make_trainer(project, *metric)
+    with pytest.raises(UserError, match=r"^TEST\.BEST_METRIC is 'images', which the evaluation of"):
+        make_trainer(project, *metric, "TEST.EVAL_PERIOD", 1)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kd_d2.distillers.icd.priors import read_priors
-from kd_d2.evaluation import build_evaluator
+from kd_d2.evaluation import build_evaluator, metrics_of
 
 import cv2
 import numpy as np
@@ -67,7 +67,9 @@ def test_mean_average_precision_at_half_overlap(voc: str, moved: int, expected: 
         found.scores = torch.full((2,), 0.9)
         found.pred_classes = torch.tensor([a["category_id"] for a in entry["annotations"]])
         evaluator.process([entry], [{"instances": found}])
-    assert evaluator.evaluate()["bbox"]["AP50"] == pytest.approx(expected)
+    results = evaluator.evaluate()
+    assert results["bbox"]["AP50"] == pytest.approx(expected)
+    assert {task: [*metrics] for task, metrics in results.items()} == metrics_of(voc)
 
 
 PLAIN = (

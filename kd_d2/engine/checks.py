@@ -16,7 +16,7 @@ from ..config import KD_META_ARCH, detector_of
 from ..data.coco_json import registered_classes
 from ..data.sampling import check_sampler
 from ..errors import UserError, check_number, is_finite_number
-from ..evaluation import check_evaluation
+from ..evaluation import check_evaluation, metrics_of
 from ..files import read_json
 from ..meta_arch import student_of
 
@@ -179,6 +179,25 @@ def check_best_metric(cfg: CfgNode) -> None:
     key = {"segm": "MASK_ON", "keypoints": "KEYPOINT_ON"}.get(metric.partition("/")[0])
     if key and not cfg.MODEL[key]:
         raise UserError(f"TEST.BEST_METRIC is {metric!r}, but MODEL.{key} is False.")
+
+
+def check_best_metric_is_evaluated(cfg: CfgNode) -> None:
+    """Raise a UserError if the periodic evaluation of the first test set does not have TEST.BEST_METRIC."""
+    if cfg.TEST.EVAL_PERIOD <= 0 or not cfg.DATASETS.TEST:
+        return
+    metric, dataset = cfg.TEST.BEST_METRIC, cfg.DATASETS.TEST[0]
+    task, _, name = metric.partition("/")
+    metrics = metrics_of(dataset)
+    start = f"TEST.BEST_METRIC is {metric!r}, which the evaluation of {dataset} does not have"
+    if task not in metrics:
+        raise UserError(f"{start}: its tasks are {', '.join(metrics)}.")
+    if name not in metrics[task]:
+        of_classes = [known for known in metrics[task] if known.startswith("AP-")]
+        general = [known for known in metrics[task] if known not in of_classes]
+        listed = (
+            of_classes if of_classes and name.startswith("AP-") else [*general, *(["AP-CLASS"] if of_classes else [])]
+        )
+        raise UserError(f"{start}; it has {', '.join(f'{task}/{known}' for known in listed)}.")
 
 
 def check_expected_results(cfg: CfgNode) -> None:

@@ -40,7 +40,7 @@ from ..random_state import preserved_random_state
 from ..teacher import Teacher
 from .averaging import AveragedStudent, PreciseStatisticsOfAverage, Unaveraged
 from .checkpoints import BestCheckpoint, Checkpoints
-from .checks import TEACHERS_CLASSES, check_classes, check_schedule
+from .checks import TEACHERS_CLASSES, check_best_metric_is_evaluated, check_classes, check_schedule
 from .failures import Failures
 from .folder_lock import unlock_folder
 from .hooks import LastMultipliersLog, PeakMemoryRecorder, build_registered_hooks
@@ -81,6 +81,8 @@ class KDTrainer(DefaultTrainer):
         if channels_last:
             to_channels_last(self.bare_model)
         check_classes(cfg, self.bare_model)
+        if self._has_library_evaluation():
+            check_best_metric_is_evaluated(cfg)
         main_optimizer = self.build_optimizer(cfg, self.bare_model)
         optimizer, auxiliary = build_optimizers(cfg, self.bare_model, main_optimizer)
         autocast = getattr(torch, cfg.SOLVER.AMP.DTYPE) if cfg.SOLVER.AMP.ENABLED else None
@@ -357,6 +359,12 @@ class KDTrainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         return build_evaluator(cfg, dataset_name)
+
+    @classmethod
+    def _has_library_evaluation(cls) -> bool:
+        """Return whether the evaluation, with its metrics, is that of this class, not of a subclass."""
+        overridable = ("build_evaluator", "test")
+        return all(inspect.getattr_static(cls, name) is inspect.getattr_static(KDTrainer, name) for name in overridable)
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None) -> dict:

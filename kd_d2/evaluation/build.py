@@ -16,7 +16,8 @@ from .lvis_evaluator import LvisEvaluator
 from .voc_evaluator import VocEvaluator
 
 COCO_TYPES = ("coco", "coco_panoptic_seg")
-EVALUATOR_TYPES = (*COCO_TYPES, "pascal_voc", "lvis")
+EVALUATORS = {**dict.fromkeys(COCO_TYPES, CocoEvaluator), "pascal_voc": VocEvaluator, "lvis": LvisEvaluator}
+"""Classes of evaluators by evaluator type."""
 VOC_YEARS = (2007, 2012)
 
 
@@ -24,7 +25,7 @@ def check_evaluation(dataset_name: str) -> None:
     """Raise a UserError unless there is an evaluator and a metric for the dataset, and its package is installed."""
     metadata = MetadataCatalog.get(dataset_name)
     kind, year = metadata.get("evaluator_type"), metadata.get("year")
-    if kind not in EVALUATOR_TYPES:
+    if kind not in EVALUATORS:
         raise UserError(
             f"DATASETS.TEST names {dataset_name}, whose evaluator type {kind!r} is not coco, pascal_voc or lvis."
         )
@@ -45,6 +46,16 @@ def check_coco_metrics(dataset_name: str, analysis: str) -> None:
             f"{analysis} needs COCO metrics, which {dataset_name} does not use (its evaluator type is {kind}); give the "
             "dataset as a COCO file in DATASETS.COCO_JSON."
         )
+
+
+def metrics_of(dataset_name: str) -> dict[str, list[str]]:
+    """Return the names of the metrics that an evaluation of the dataset can have, by task, such as AP and AP50 of bbox.
+
+    Raises:
+        UserError: see `check_evaluation`.
+    """
+    check_evaluation(dataset_name)
+    return EVALUATORS[MetadataCatalog.get(dataset_name).evaluator_type].metrics(dataset_name)
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:

@@ -16,6 +16,9 @@ from ..errors import UserError
 
 MAX_DETECTIONS = 100
 SIZES = {"APs": (0, 32**2), "APm": (32**2, 96**2), "APl": (96**2, math.inf)}
+AP_METRICS = ("AP", "AP50", "AP75", *SIZES)
+"""Metrics of boxes and masks in COCO and LVIS."""
+PROPOSAL_METRICS = {"box_proposals": [f"AR{size}@{limit}" for limit in (100, 1000) for size in ("", "s", "m", "l")]}
 
 
 def is_of_size(metric: str, area: float) -> bool:

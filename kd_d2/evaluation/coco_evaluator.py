@@ -14,8 +14,9 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.evaluation.coco_evaluation import _evaluate_predictions_on_coco
 from pycocotools.coco import COCO
 
+from ..data.coco_json import registered_classes
 from ..files import named_in_errors, write_json
-from .coco import complete, is_of_size
+from .coco import AP_METRICS, PROPOSAL_METRICS, complete, is_of_size
 
 try:
     from faster_coco_eval import COCOeval_faster
@@ -70,6 +71,15 @@ class CocoEvaluator(COCOEvaluator):
             "segm": all(annotation.get("segmentation") for annotation in annotations),
             "keypoints": all("keypoints" in annotation for annotation in annotations),
         }
+
+    @staticmethod
+    def metrics(dataset_name: str) -> dict[str, list[str]]:
+        """Return the names of the metrics that an evaluation can have, by task."""
+        classes = registered_classes(dataset_name)
+        of_classes = [f"AP-{name}" for name in classes.names] if classes and len(classes.names) > 1 else []
+        of_keypoints = [metric for metric in AP_METRICS if metric != "APs"]
+        tasks = {"bbox": AP_METRICS, "segm": AP_METRICS, "keypoints": of_keypoints}
+        return {task: [*metrics, *of_classes] for task, metrics in tasks.items()} | PROPOSAL_METRICS
 
     def evaluate(self, img_ids: list[int] | None = None) -> dict[str, dict[str, float]] | None:
         with named_in_errors(self._output_dir):

@@ -11,7 +11,7 @@ import numpy as np
 from detectron2.evaluation import LVISEvaluator
 
 from ..files import named_in_errors
-from .coco import is_of_size
+from .coco import AP_METRICS, PROPOSAL_METRICS, is_of_size
 
 FREQUENCIES = {"APr": "r", "APc": "c", "APf": "f"}
 
@@ -47,6 +47,11 @@ def missing_values_as_nan() -> Iterator[None]:
 
 class LvisEvaluator(LVISEvaluator):
     """LVIS evaluator whose results are NaN exactly where there are no objects."""
+
+    @staticmethod
+    def metrics(dataset_name: str) -> dict[str, list[str]]:
+        """Return the names of the metrics that an evaluation can have, by task; they do not depend on the dataset."""
+        return {task: [*AP_METRICS, *FREQUENCIES] for task in ("bbox", "segm")} | PROPOSAL_METRICS
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
         with named_in_errors(self._output_dir):

@@ -35,6 +35,11 @@ class VocEvaluator(PascalVOCDetectionEvaluator):
     omit pose, truncated and difficult, which is 1 or true in difficult objects, and coordinates may be fractions.
     """
 
+    @staticmethod
+    def metrics(dataset_name: str) -> dict[str, list[str]]:
+        """Return the names of the metrics of an evaluation, by task; they do not depend on the dataset."""
+        return {"bbox": ["AP", "AP50", "AP75"]}
+
     def evaluate(self) -> dict[str, dict[str, float]] | None:
         gathered = comm.gather(self._predictions, dst=0)
         if not comm.is_main_process():
