@@ -66,6 +66,27 @@ def test_other_keys(stopped: Project, caplog: pytest.LogCaptureFixture, opts: li
     assert trainer.scheduler.base_lrs[0] == 0.002
 
 
+def test_weight_decays_keep_their_parameters(stopped: Project, caplog: pytest.LogCaptureFixture) -> None:
+    """Check a new config that has biases in a group of their own."""
+    trainers = []
+    for opts, expected in (
+        ([], ""),
+        (["SOLVER.WEIGHT_DECAY_BIAS", 0.5], "SOLVER.WEIGHT_DECAY_BIAS its default, which is kept, not 0.5."),
+    ):
+        trainer, line = resumed(stopped, caplog, *opts)
+        assert line == expected
+        named = {p: name for name, p in trainer.bare_model.named_parameters()}
+        trainers.append(
+            {
+                named[p]: (group["weight_decay"], trainer.optimizer.state[p]["momentum_buffer"].tolist())
+                for group in trainer.optimizer.param_groups
+                for p in group["params"]
+            }
+        )
+    assert trainers[0] == trainers[1]
+    assert {decay for decay, _ in trainers[0].values()} == {0.0, 0.0001}
+
+
 def test_another_optimizer_is_refused(stopped: Project, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(
         UserError, match=r"has the state of SOLVER\.OPTIMIZER SGD, not of AdamW; resume with SGD, or start from"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Iterator
@@ -152,6 +153,7 @@ class DistillationStep(SimpleTrainer):
                 "MODEL.KD.DISTILLERS and MODEL.KD.LAYER_LR that it was started with, or start from the checkpoint's weights "
                 "(MODEL.WEIGHTS) in another OUTPUT_DIR."
             )
+        self._restore_groups(state)
         self._check_parameters(state.get("parameters", self._names_of_parameters()))
         super().load_state_dict(state)
         for name, other in self.auxiliary.items():
@@ -165,6 +167,18 @@ class DistillationStep(SimpleTrainer):
         names = {parameter: name for name, parameter in model.named_parameters()}
         optimizers = [self.optimizer, *(other.optimizer for other in self.auxiliary.values())]
         return [names[p] for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+
+    def _restore_groups(self, state: dict[str, Any]) -> None:
+        """Group the main optimizer's parameters as in a checkpoint of the same parameters, whose weight decays are kept."""
+        before, now = state.get("parameters", []), self._names_of_parameters()
+        if sorted(before) != sorted(now) or _methods_of(before) != _methods_of(now):
+            return
+        model = getattr(self.model, "module", self.model)
+        parameters = iter([model.get_parameter(name) for name in before])
+        self.optimizer.param_groups[:] = [
+            {**group, "params": [*itertools.islice(parameters, len(group["params"]))]}
+            for group in state["optimizer"]["param_groups"]
+        ]
 
     def _check_parameters(self, before: list[str]) -> None:
         """Raise an error unless the checkpoint has the states of the same parameters, in the same order."""
