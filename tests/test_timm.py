@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from kd_d2.checkpoint import KDCheckpointer, load_complete
+from kd_d2.engine.optimizers import build_main_optimizer
 from kd_d2.errors import UserError
 from kd_d2.inheritance import inherit
 from kd_d2.modeling import TimmNetwork
@@ -158,6 +160,37 @@ def test_norms_that_a_network_does_not_have(caplog: pytest.LogCaptureFixture) ->
     assert caplog.messages == [
         "MODEL.TIMM.NORM FrozenBN has no effect: test_convnext has no batch normalization to train."
     ]
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+@pytest.mark.parametrize(
+    ("name", "of_biases", "expected"),
+    [
+        ("test_convnext", None, {0.05: 31, 0.0: 66}),
+        ("test_convnext", 0.5, {0.05: 31, 0.0: 22, 0.5: 44}),
+        ("swin_tiny_patch4_window7_224", None, {0.05: 52, 0.0: 117}),
+    ],
+)
+def test_weight_decay_is_timms(
+    timm_cfg: Callable, optimizer: str, name: str, of_biases: float | None, expected: dict[float, int]
+) -> None:
+    """Check the numbers of parameters by weight decay, of the network and of the rest of the detector.
+
+    ConvNeXt has 9 blocks with 3 weights, 4 biases, a norm's weight and gamma, and 4 layers with a weight, 2 biases and a
+    norm's weight. Swin has 12 blocks with 4 weights, 6 biases, 2 norms' weights and a table of relative positions, and 4
+    layers with a weight, a norm's weight and its bias, of which the first has another bias.
+    """
+    cfg = timm_cfg(name, backbone={"FREEZE_AT": 0})
+    cfg.merge_from_list(["SOLVER.OPTIMIZER", optimizer, "SOLVER.WEIGHT_DECAY", 0.05, "SOLVER.WEIGHT_DECAY_NORM", 0.0])
+    cfg.SOLVER.WEIGHT_DECAY_BIAS = of_biases
+    model = build_model(cfg)
+    groups = build_main_optimizer(cfg, model).param_groups
+    decay_of = {p: group["weight_decay"] for group in groups for p in group["params"]}
+    network = {*model.backbone.bottom_up.parameters()}
+    assert Counter(decay_of[p] for p in network) == expected
+    rest = {name: decay_of[p] for name, p in model.named_parameters() if p not in network}
+    assert rest == {name: (of_biases or 0.05) if name.endswith(".bias") else 0.05 for name in rest}
+    assert sum(len(group["params"]) for group in groups) == len(network) + len(rest)
 
 
 def test_stochastic_depth() -> None:

@@ -69,8 +69,26 @@ def _build_adamw(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def build_main_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """Build the optimizer of SOLVER over all trained parameters of a model: Detectron2's SGD, or AdamW."""
-    return build_optimizer(cfg, model) if cfg.SOLVER.OPTIMIZER == "SGD" else _build_adamw(cfg, model)
+    """Build the optimizer of SOLVER over all trained parameters of a model: Detectron2's SGD, or AdamW.
+
+    SOLVER.WEIGHT_DECAY_NORM applies to normalization layers, and to the parameters that a module of the model returns
+    from a method `parameters_without_weight_decay`, as `TimmNetwork` does; a SOLVER.WEIGHT_DECAY_BIAS to all biases.
+    """
+    optimizer = build_optimizer(cfg, model) if cfg.SOLVER.OPTIMIZER == "SGD" else _build_adamw(cfg, model)
+    like_norms = {p for m in model.modules() for p in getattr(m, "parameters_without_weight_decay", set)()}
+    if cfg.SOLVER.WEIGHT_DECAY_BIAS is not None:
+        like_norms -= {p for name, p in model.named_parameters() if name.endswith(".bias")}
+    _set_weight_decay(optimizer, like_norms, cfg.SOLVER.WEIGHT_DECAY_NORM)
+    return optimizer
+
+
+def _set_weight_decay(optimizer: torch.optim.Optimizer, parameters: set[nn.Parameter], weight_decay: float) -> None:
+    """Move those of the parameters that have another weight decay to groups with this one."""
+    for group in [*optimizer.param_groups]:
+        moved = [p for p in group["params"] if p in parameters]
+        if moved and group["weight_decay"] != weight_decay:
+            group["params"] = [p for p in group["params"] if p not in parameters]
+            optimizer.add_param_group({**group, "params": moved, "weight_decay": weight_decay})
 
 
 def build_optimizers(

@@ -91,6 +91,18 @@ class TimmNetwork(Backbone):
         """Map images (B, 3, H, W) to the outputs of the stages in `out_features`, by name."""
         return dict(zip(self._indices, _feature_maps(self.model, x, [*self._indices.values()]), strict=True))
 
+    def parameters_without_weight_decay(self) -> set[nn.Parameter]:
+        """Return the parameters that timm trains without weight decay.
+
+        These are vectors, such as biases and the scales of layers, and those that the network names, such as Swin's
+        tables of relative positions.
+        """
+        from timm.optim import param_groups_weight_decay
+
+        named = getattr(self.model, "no_weight_decay", set)()
+        groups = param_groups_weight_decay(self.model, no_weight_decay_list=named)
+        return {p for group in groups if not group["weight_decay"] for p in group["params"]}
+
     def _last_frozen(self, indices: dict[str, int], freeze_at: int) -> int | None:
         """Return the index of the last feature map to freeze, at most that of the last stage; None for none."""
         if freeze_at <= 0:
