@@ -87,6 +87,18 @@ def test_arguments_that_make_no_sense(refused, arguments: list, sentence: str) -
     assert refused(*arguments).startswith(sentence)
 
 
+def test_a_sampler_is_checked_before_a_model_is_built(tmp_path: Path) -> None:
+    """Check that an evaluation ignores it."""
+    path = make_coco(tmp_path)
+    with clean_process():
+        register_coco_instances("objects", {}, str(path), str(tmp_path / "images"))
+        sets = ["DATASETS.TRAIN", ("objects",), "DATASETS.TEST", ("objects",)]
+        cfg = read_config("", [*sets, "DATALOADER.SAMPLER_TRAIN", "Shuffler"])
+        check_datasets(cfg, train=False)
+        with pytest.raises(UserError, match="SAMPLER_TRAIN is 'Shuffler'"):
+            check_datasets(cfg, train=True)
+
+
 def test_a_test_set_without_annotations_needs_no_masks(tmp_path: Path) -> None:
     """Check a file as COCO's test-dev, which has images and categories alone."""
     tree = json.loads(make_coco(tmp_path).read_text())

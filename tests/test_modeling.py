@@ -18,6 +18,7 @@ from kd_d2.modeling.reppoints import PointTransform, assign_nearest
 import pytest
 import torch
 import torchvision
+from detectron2 import layers
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_backbone
 from detectron2.modeling.backbone import resnet
@@ -636,10 +637,9 @@ def test_deformable_blocks_shift_each_group_of_channels() -> None:
 
 
 def test_detectron2_keeps_its_deformable_convolutions() -> None:
-    before = resnet.DeformConv, resnet.ModulatedDeformConv
     with pytest.raises(ValueError), deformable_resnets():
         raise ValueError
-    assert (resnet.DeformConv, resnet.ModulatedDeformConv) == before
+    assert (resnet.DeformConv, resnet.ModulatedDeformConv) == (layers.DeformConv, layers.ModulatedDeformConv)
 
 
 def test_deformable_convolutions_under_autocast() -> None:
