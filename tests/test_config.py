@@ -969,7 +969,18 @@ def test_the_librarys_keys_leave_detectron2s_defaults_alone() -> None:
         (ours.MODEL, "KD"),
         *(
             (ours.MODEL, name)
-            for name in ("SLIM_RESNET", "MOBILENET_V2", "TIMM", "FCOS", "ATSS", "GFL", "FSAF", "REPPOINTS", "DENSE_FPN")
+            for name in (
+                "SLIM_RESNET",
+                "MOBILENET_V2",
+                "SWIN",
+                "TIMM",
+                "FCOS",
+                "ATSS",
+                "GFL",
+                "FSAF",
+                "REPPOINTS",
+                "DENSE_FPN",
+            )
         ),
     ):
         del node[key]

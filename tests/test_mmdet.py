@@ -177,6 +177,14 @@ def test_heads_that_differ_only_in_training(tmp_path: Path, name: str, usual: st
     assert cfg == import_detector(save(tmp_path, name), tmp_path / "usual").cfg
 
 
+@pytest.mark.parametrize(
+    ("name", "bottom_up"),
+    [("retinanet-swin", "Swin Transformer"), ("gfl-deformable", "deformable ResNeXt-50"), ("gfl", "ResNeXt-50")],
+)
+def test_the_name_of_the_bottom_up_network(tmp_path: Path, name: str, bottom_up: str) -> None:
+    assert import_detector(save(tmp_path, name), tmp_path / "imported").bottom_up == bottom_up
+
+
 def test_deformable_convolutions_with_the_names_of_mmdetection_1(tmp_path: Path) -> None:
     """Check that groups and offsets are those of the layer with today's names."""
     name = "faster-rcnn-deformable"
@@ -207,7 +215,11 @@ def test_settings_of_the_test(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "old", "new", "message"), [
     ("faster-rcnn", "type='FasterRCNN'", "type='DETR'", "model.type is 'DETR' in the MMDetection config; only 'RetinaNet' or 'GFL' or"),
-    ("faster-rcnn", "type='ResNet'", "type='SwinTransformer'", "model.backbone.type is 'SwinTransformer'"),
+    ("faster-rcnn", "type='ResNet'", "type='RegNet'", "model.backbone.type is 'RegNet' in the MMDetection config; only 'ResNet' or 'ResNeXt' or 'Swin"),
+    ("mask-rcnn-swin", "patch_norm=True", "patch_norm=False", "model.backbone.patch_norm is False in the MMDetection config; only True can"),
+    ("mask-rcnn-swin", "patch_norm=True", "use_abs_pos_embed=True", "model.backbone.use_abs_pos_embed is True"),
+    ("retinanet-swin", "start_level=0", "start_level=1", "model.neck.start_level is 1 in the MMDetection config; only 0 can"),
+    ("mask-rcnn-swin", "window_size=3", "window_size=7", "The MMDetection checkpoint does not fit the detector: backbone.bottom_up.layers.0.blocks.0.attn."),
     ("faster-rcnn", "num_stages=4", "num_stages=4, dcn=dict(type='DCNv3')", "model.backbone.dcn.type is 'DCNv3' in the MMDetection config; only 'DCN' or 'DCNv2' can"),
     ("faster-rcnn", "num_stages=4", "num_stages=4, dcn=dict(fallback_on_stride=True)", "model.backbone.dcn.fallback_on_stride is True"),
     ("faster-rcnn", "num_stages=4", "num_stages=4, plugins=[1]", "model.backbone.plugins is [1] in the MMDetection config; Detectron2"),

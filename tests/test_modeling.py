@@ -756,3 +756,54 @@ def test_reppoints_sample_where_the_first_points_are(tiny_detector: Callable) ->
         head.refined_points.weight.zero_()
     (through_refined,) = torch.autograd.grad(head([x] * 5)[1][0].sum(), head.first_points.bias)
     assert through_refined.abs().max() == 0  # the first points are added without a gradient
+
+
+SWIN = {"EMBED_DIM": 4, "DEPTHS": (1, 2, 1, 1), "NUM_HEADS": (1, 2, 2, 4), "WINDOW_SIZE": 3, "DROP_PATH_RATE": 0.4}
+
+
+def _swin(tiny_cfg: Callable, freeze_at: int = 0, **keys: object) -> torch.nn.Module:
+    backbone = {"NAME": "build_retinanet_swin_fpn_backbone", "FREEZE_AT": freeze_at}
+    return build_backbone(tiny_cfg("retinanet", {"MODEL": {"BACKBONE": backbone, "SWIN": {**SWIN, **keys}}})).bottom_up
+
+
+def test_swin_returns_the_chosen_stages(tiny_cfg: Callable) -> None:
+    """Check names, strides and channels, for an image whose feature maps are no multiples of the window."""
+    network = _swin(tiny_cfg).eval()
+    features = network(torch.rand(1, 3, 64, 128))
+    shapes = {name: tuple(x.shape) for name, x in features.items()}
+    assert shapes == {"res3": (1, 8, 8, 16), "res4": (1, 16, 4, 8), "res5": (1, 32, 2, 4)}
+    assert {name: (shape.channels, shape.stride) for name, shape in network.output_shape().items()} == {
+        "res3": (8, 8), "res4": (16, 16), "res5": (32, 32)
+    }  # fmt: skip
+
+
+def test_swin_drops_whole_paths_of_images(tiny_cfg: Callable) -> None:
+    """Check rates that increase from 0 to the last block's, and that evaluation has none."""
+    network = _swin(tiny_cfg)
+    paths = [block.drop_path for layer in network.layers for block in layer.blocks]
+    assert [path.p for path in paths] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    torch.manual_seed(0)
+    dropped = paths[-1](torch.ones(200, 3, 2))
+    assert dropped.unique().tolist() == pytest.approx([0.0, 1 / 0.6]) and (dropped == dropped[:, :1, :1]).all()
+    network.eval()
+    x = torch.rand(2, 3, 32, 32)
+    assert network(x)["res5"].equal(network(x)["res5"])
+
+
+@pytest.mark.parametrize(("freeze_at", "frozen"), [(0, set()), (1, {"patch_embed"}), (2, {"patch_embed", "layers.0"})])
+def test_swin_freezes_as_resnets_do(tiny_cfg: Callable, freeze_at: int, frozen: set[str]) -> None:
+    parameters = _swin(tiny_cfg, freeze_at).named_parameters()
+    fixed = {name for name, p in parameters if not p.requires_grad}
+    assert {name.partition(".")[0] if name[0] == "p" else name[:8] for name in fixed} == frozen
+
+
+def test_tables_of_relative_positions_have_no_weight_decay(tiny_cfg: Callable) -> None:
+    without = _swin(tiny_cfg).parameters_without_weight_decay()
+    assert len(without) == 5 and {p.shape[0] for p in without} == {(2 * 3 - 1) ** 2}
+
+
+def test_swin_whose_heads_do_not_divide_the_channels(tiny_cfg: Callable) -> None:
+    with pytest.raises(
+        UserError, match=r"MODEL\.SWIN\.NUM_HEADS is .*; 3 heads do not divide the 8 channels of stage 2"
+    ):
+        _swin(tiny_cfg, NUM_HEADS=(1, 3, 2, 4))

@@ -102,6 +102,8 @@ def export_detector(
             raise
         except Exception as error:  # from the tracer, the exporter or the runtime
             sentence = f"{metadata.detector} cannot be exported to {export_format}: {reason(error)}."
+            if os.path.exists(draft) and options.fixed_size is None:
+                sentence += " A file for images of one size may be possible: --size HEIGHT WIDTH."
             raise as_user_error(error) or UserError(sentence) from error
         require_equal(comparison, path)
         if comparison.detections:

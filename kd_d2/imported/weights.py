@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import StateDict
-from ..checkpoint.torchvision import rename_torchvision_resnet
 from ..errors import UserError
 
+CONSTANTS = ("num_batches_tracked", "relative_position_index")
+"""Ends of the names of buffers that a detector has without a checkpoint."""
 PARAMETERS = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -20,7 +21,7 @@ class Weights:
     """Moves weights to other names.
 
     Args:
-        source: weights by the program's names; batch counters and, in MMDetection, state of losses are left out.
+        source: weights by the program's names; CONSTANTS and, in MMDetection, state of losses are left out.
         program: name of the program in messages.
 
     Attributes:
@@ -30,9 +31,7 @@ class Weights:
     def __init__(self, source: StateDict, program: str):
         self._program = program
         self._left = {
-            name: tensor
-            for name, tensor in source.items()
-            if not name.endswith("num_batches_tracked") and ".loss_" not in name
+            name: tensor for name, tensor in source.items() if not name.endswith(CONSTANTS) and ".loss_" not in name
         }
         self.moved: StateDict = {}
 
@@ -93,11 +92,15 @@ class Weights:
         """Replace a regular expression in the names of weights that have not been moved yet."""
         self._left = {re.sub(pattern, replacement, name): tensor for name, tensor in self._left.items()}
 
-    def resnet(self, name: str, target: str) -> None:
-        """Move a ResNet."""
+    def module(self, name: str, target: str, rename: Callable[[StateDict, str], StateDict]) -> None:
+        """Move all weights of a module.
+
+        Args:
+            name, target: the module in the program and in Detectron2.
+            rename: (weights without the module's name, prefix) -> weights by Detectron2's names after the prefix.
+        """
         own = {key: self._left.pop(key) for key in [*self._left] if key.startswith(f"{name}.")}
-        stripped = {key.removeprefix(f"{name}."): tensor for key, tensor in own.items()}
-        self.moved |= rename_torchvision_resnet(stripped, f"{target}.")
+        self.moved |= rename({key.removeprefix(f"{name}."): tensor for key, tensor in own.items()}, f"{target}.")
 
     def parameter(self, name: str, target: str) -> None:
         """Move a parameter that is not in a layer."""

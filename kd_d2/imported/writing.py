@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..files import check_output_folder, write_text
 from ..modeling.building import build_detector
 from ..text import label
+from .weights import CONSTANTS
 
 CONFIG, WEIGHTS = "config.yaml", "model_final.pth"
 
@@ -47,11 +48,20 @@ class Imported:
             else "names unknown"
         )
         return "\n".join([
-            f"{self.kind} with {'ResNeXt' if cfg.MODEL.RESNETS.NUM_GROUPS > 1 else 'ResNet'}-{cfg.MODEL.RESNETS.DEPTH}, {self.number_of_classes} classes ({names}), "
+            f"{self.kind} with {self.bottom_up}, {self.number_of_classes} classes ({names}), "
             f"{cfg.INPUT.FORMAT} images with a shorter side of {cfg.INPUT.MIN_SIZE_TEST} and a longer side of at most {cfg.INPUT.MAX_SIZE_TEST} pixels",
             f"Config and weights are in {config} and {os.path.join(self.folder, WEIGHTS)}.",
             f"As a teacher: MODEL.KD.TEACHER.CONFIG_FILE {config}",
         ])  # fmt: skip
+
+    @property
+    def bottom_up(self) -> str:
+        """Name of the network without neck and head."""
+        if "_swin_" in self.cfg.MODEL.BACKBONE.NAME:
+            return "Swin Transformer"
+        resnet = self.cfg.MODEL.RESNETS
+        deformable = "deformable " if any(resnet.DEFORM_ON_PER_STAGE) else ""
+        return f"{deformable}{'ResNeXt' if resnet.NUM_GROUPS > 1 else 'ResNet'}-{resnet.DEPTH}"
 
     @property
     def number_of_classes(self) -> int:
@@ -87,10 +97,10 @@ def write_detector(imported: Imported, weights: StateDict, program: str) -> None
     on_cpu.MODEL.DEVICE = "cpu"
     detector = build_detector(on_cpu, f"the {program} config")
     fit = fill(detector, weights)
-    counters = {name for name in fit.missing if name.endswith("num_batches_tracked")}
-    unfilled = [*fit.missing, *fit.misfits, *(weights.keys() - {*fit.filled, *fit.misfits})]
-    if unfilled := [name for name in unfilled if name not in counters]:
-        reason = fit.misfits.get(unfilled[0], "missing" if unfilled[0] in fit.missing else "not a weight of the model")
+    missing = [name for name in fit.missing if not name.endswith(CONSTANTS)]
+    unfilled = [*missing, *fit.misfits, *(weights.keys() - {*fit.filled, *fit.misfits})]
+    if unfilled:
+        reason = fit.misfits.get(unfilled[0], "missing" if unfilled[0] in missing else "not a weight of the model")
         raise UserError(f"The {program} checkpoint does not fit the detector: {unfilled[0]} is {reason}.")
     check_output_folder(folder, "OUT")
     checkpointer = KDCheckpointer(detector, folder)

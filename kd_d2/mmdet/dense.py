@@ -6,7 +6,7 @@ import functools
 
 from ..imported import Weights, sorted_by_scale
 from ..modeling.fsaf import DISTANCE_UNIT
-from .backbones import CONV_MODULE, Keys, group_norm, import_dense_fpn, import_resnet
+from .backbones import CONV_MODULE, Keys, group_norm, import_dense_fpn
 from .boxes import UNIT_STDS, anchor_generator, box_coder, nms_threshold, regression_weights
 from .settings import Settings
 
@@ -159,9 +159,8 @@ def _dense(model: Settings, head: Settings, weights: Weights, name: str, norm: d
     Returns:
         Config keys, the normalization of the head's towers, and the number of their convolutions.
     """
-    neck = model.node("neck")
-    keys = import_resnet(model.node("backbone"), weights) | import_dense_fpn(neck, weights)
-    channels = neck.read("out_channels")
+    keys = import_dense_fpn(model, weights)
+    channels = keys["MODEL.FPN.OUT_CHANNELS"]
     head.only(in_channels=channels, feat_channels=channels, conv_cfg=None, dcn_on_last_conv=False)
     head.read("reg_decoded_bbox", False)  # training only
     normalization = group_norm(head, norm)

@@ -6,7 +6,7 @@ import functools
 import logging
 
 from ..imported import Weights, sorted_by_scale
-from .backbones import Keys, import_rcnn_fpn, import_resnet
+from .backbones import Keys, import_rcnn_fpn
 from .boxes import anchor_generator, box_coder, nms_threshold, regression_weights
 from .settings import Settings
 
@@ -66,9 +66,7 @@ def import_cascade_rcnn(model: Settings, weights: Weights) -> Keys:
 
 def _common(model: Settings, weights: Weights) -> Keys:
     """Import backbone, RPN and test settings."""
-    neck = model.node("neck")
-    channels = neck.read("out_channels")
-    keys = import_resnet(model.node("backbone"), weights) | import_rcnn_fpn(neck, weights)
+    keys = import_rcnn_fpn(model, weights)
     test = model.node("test_cfg")
     rpn, rcnn = test.node("rpn"), test.node("rcnn")
     for settings in (rpn, rcnn):
@@ -81,7 +79,7 @@ def _common(model: Settings, weights: Weights) -> Keys:
     nms = {"type": "nms", "iou_threshold": rpn.read("nms_thr", None)}
     return (
         keys
-        | _rpn(model.node("rpn_head"), weights, channels)
+        | _rpn(model.node("rpn_head"), weights, keys["MODEL.FPN.OUT_CHANNELS"])
         | {
             "MODEL.META_ARCHITECTURE": "GeneralizedRCNN",
             "MODEL.ROI_HEADS.IN_FEATURES": ["p2", "p3", "p4", "p5"],

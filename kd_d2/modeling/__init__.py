@@ -14,6 +14,7 @@ from .mobilenet import MobileNetV2, MobileNetV2Keys
 from .necks import DenseFPNKeys
 from .reppoints import RepPoints, RepPointsKeys
 from .slim_resnet import SlimResNetKeys, add_slim_resnet_config
+from .swin import Swin, SwinKeys
 from .timm_network import TimmKeys, TimmNetwork
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "MODELING_KEYS",
     "MobileNetV2",
     "RepPoints",
+    "Swin",
     "TimmNetwork",
     "TorchvisionAnchorGenerator",
     "add_modeling_config",
@@ -34,6 +36,7 @@ __all__ = [
 BACKBONES: dict[str, type[Keys]] = {
     "SLIM_RESNET": SlimResNetKeys,
     "MOBILENET_V2": MobileNetV2Keys,
+    "SWIN": SwinKeys,
     "TIMM": TimmKeys,
     "DENSE_FPN": DenseFPNKeys,
 }

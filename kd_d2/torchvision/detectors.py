@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checkpoint.torchvision import TORCHVISION_INPUT
+from ..checkpoint.torchvision import TORCHVISION_INPUT, rename_torchvision_resnet
 from ..errors import UserError
 from ..imported import Weights, sorted_by_scale
 
@@ -134,7 +134,7 @@ def _resnet(weights: Weights) -> Keys:
     width, per_group = weights[f"{body}.layer1.0.conv2.weight"].shape[:2]
     stem = len(weights[f"{body}.conv1.weight"])
     out = len(weights[f"{body}.layer1.0.conv{3 if bottleneck else 2}.weight"])
-    weights.resnet(body, "backbone.bottom_up")
+    weights.module(body, "backbone.bottom_up", rename_torchvision_resnet)
     return {
         "MODEL.RESNETS.DEPTH": depth,
         "MODEL.RESNETS.NUM_GROUPS": width // per_group,
