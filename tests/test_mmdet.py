@@ -185,6 +185,21 @@ def test_the_name_of_the_bottom_up_network(tmp_path: Path, name: str, bottom_up:
     assert import_detector(save(tmp_path, name), tmp_path / "imported").bottom_up == bottom_up
 
 
+def test_a_swin_transformer_with_an_output_that_the_neck_does_not_use(tmp_path: Path) -> None:
+    """Check that its normalization is imported, and that detections are the same."""
+    name = "retinanet-swin"
+    weights = state_of(name) | {"backbone.norm0.weight": torch.ones(16), "backbone.norm0.bias": torch.zeros(16)}
+    config = re.sub(r"out_indices=\(\s*1,", "out_indices=(0, 1,", REFERENCE[name]["config"])
+    config = config.replace("start_level=0", "start_level=1")
+    import_detector(save(tmp_path, name), tmp_path / "three")
+    cfg = import_detector(save(tmp_path, name, meta={"cfg": config}, state_dict=weights), tmp_path / "four").cfg
+    assert (cfg.MODEL.RESNETS.OUT_FEATURES, cfg.MODEL.FPN.IN_FEATURES) == (
+        ["res2", "res3", "res4", "res5"], ["res3", "res4", "res5"]
+    )  # fmt: skip
+    three, four = (detect(*detector_in(tmp_path / folder)) for folder in ("three", "four"))
+    assert four.scores.equal(three.scores) and four.pred_boxes.tensor.equal(three.pred_boxes.tensor)
+
+
 def test_deformable_convolutions_with_the_names_of_mmdetection_1(tmp_path: Path) -> None:
     """Check that groups and offsets are those of the layer with today's names."""
     name = "faster-rcnn-deformable"
