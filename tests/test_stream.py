@@ -422,6 +422,8 @@ def test_entries_without_annotations(cfg: CfgNode) -> None:
     build_stream_loader(cfg, 0, mapper=lambda entry: entry)  # which may read objects from elsewhere
     cfg.MODEL.META_ARCHITECTURE = "SemanticSegmentor"
     assert [len(entry["instances"]) for entry in next(iter(build_stream_loader(cfg, 0)))] == [0] * 4
+    cfg.DATALOADER.SAMPLER_TRAIN = "RepeatFactorTrainingSampler"
+    assert sorted(drawn_indices(cfg, 10)) == [*range(10)]  # there are no classes to repeat
 
 
 @pytest.mark.parametrize("detector", ["PanopticFPN", "SemanticSegmentor", "GeneralizedRCNN"])

@@ -146,10 +146,11 @@ def build_stream_loader(cfg: CfgNode, seed: int, mapper: Callable | None = None)
     """
     together = [cfg.DATASETS.TRAIN] if not samples_by_set(cfg) else [(name,) for name in cfg.DATASETS.TRAIN]
     sets = [_read(cfg, names) for names in together]
+    if reads_annotations(cfg) and mapper is None:
+        sets = [_annotated(cfg, entries) for entries in sets]
     dicts = [*itertools.chain(*sets)]
     _check_semantic_segmentation(cfg, dicts)
     if reads_annotations(cfg) and mapper is None:
-        dicts = _annotated(cfg, dicts)
         _check_masks(cfg, dicts)
     elif not reads_annotations(cfg):
         dicts = [{key: value for key, value in d.items() if key != "annotations"} for d in dicts]
