@@ -335,6 +335,21 @@ def test_repeat_factors_that_are_none(two_sets: CfgNode, factors: list, message:
     assert str(caught.value).startswith(message)
 
 
+def test_sets_with_other_classes(two_sets: CfgNode) -> None:
+    """Check that the sampler that reads sets one by one refuses them as the one that reads them together."""
+    names = MetadataCatalog.get("stream").thing_classes
+    MetadataCatalog.pop("others")
+    MetadataCatalog.get("others").thing_classes = names[::-1]
+    messages = []
+    for sampler, factors in (("WeightedTrainingSampler", [["others", 2]]), ("TrainingSampler", [])):
+        two_sets.DATALOADER.SAMPLER_TRAIN, two_sets.DATASETS.TRAIN_REPEAT_FACTOR = sampler, factors
+        with pytest.raises(UserError) as caught:
+            build_stream_loader(two_sets, 0)
+        messages.append(str(caught.value))
+    expected = "DATASETS.TRAIN stream, others cannot be trained on: Datasets have different metadata 'thing_classes'!"
+    assert messages == [expected, expected]
+
+
 def test_repeat_factors_of_another_sampler(two_sets: CfgNode) -> None:
     two_sets.DATALOADER.SAMPLER_TRAIN = "TrainingSampler"
     with pytest.raises(

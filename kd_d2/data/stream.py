@@ -19,6 +19,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.common import DatasetFromList
+from detectron2.data.detection_utils import check_metadata_consistency
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -149,6 +150,8 @@ def build_stream_loader(cfg: CfgNode, seed: int, mapper: Callable | None = None)
     if reads_annotations(cfg) and mapper is None:
         sets = [_annotated(cfg, entries) for entries in sets]
     dicts = [*itertools.chain(*sets)]
+    if len(sets) > 1 and "annotations" in dicts[0]:
+        _check_same_classes(cfg)
     _check_semantic_segmentation(cfg, dicts)
     if reads_annotations(cfg) and mapper is None:
         _check_masks(cfg, dicts)
@@ -189,6 +192,16 @@ def _read(cfg: CfgNode, names: Sequence[str]) -> list[dict]:
         )
     except (AssertionError, ValueError, ImportError) as error:
         raise UserError(f"DATASETS.TRAIN {', '.join(names)} cannot be trained on: {error}") from error
+
+
+def _check_same_classes(cfg: CfgNode) -> None:
+    """Check the class names of all sets, as Detectron2 does only for sets that are read together."""
+    try:
+        check_metadata_consistency("thing_classes", cfg.DATASETS.TRAIN)
+    except AttributeError:  # a set has no class names
+        return
+    except ValueError as error:
+        raise UserError(f"DATASETS.TRAIN {', '.join(cfg.DATASETS.TRAIN)} cannot be trained on: {error}") from error
 
 
 def _group_of(cfg: CfgNode, entry: dict) -> int:
