@@ -141,6 +141,21 @@ def test_boxes_are_recomputed_from_masks_that_move(name: str, recomputed: bool) 
         assert build_mapper(cfg).recompute_boxes == recomputed
 
 
+@pytest.mark.parametrize("mask_format", ["polygon", "bitmask"])
+def test_boxes_of_masks_end_at_the_border(tmp_path: Path, mask_format: str) -> None:
+    """Check the middle half of an image of 50x100: an object at the left edge is cut, one in the corner is dropped."""
+    cfg = with_augmentations(["RandomExtent", [0.5, 0.5], [0, 0]])
+    cfg.INPUT.LARGE_SCALE_JITTER.ENABLED, cfg.INPUT.MIN_SIZE_TRAIN, cfg.MODEL.MASK_ON = False, (0,), True
+    cfg.INPUT.MASK_FORMAT = mask_format
+    annotations = [
+        {**BOX, "bbox": [x, y, x + 40, y + 10], "segmentation": [[x, y, x + 40, y, x + 40, y + 10, x, y + 10]]}
+        for x, y in ((10.0, 20.0), (-20.0, 0.0))
+    ]
+    found = mapped(tmp_path, cfg, annotations=annotations)
+    box = torch.tensor([[0, 7.5, 25, 17.5]])
+    torch.testing.assert_close(found["instances"].gt_boxes.tensor, box, atol=0.5, rtol=0)  # bitmasks have whole pixels
+
+
 def test_the_augmentations_of_the_guide(tmp_path: Path) -> None:
     """Check the names and the probability, and that batches do not depend on earlier random numbers."""
     file = tmp_path / "augmented.yaml"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
-from detectron2.data.detection_utils import annotations_to_instances
+from detectron2.data.detection_utils import annotations_to_instances, filter_empty_instances
 from detectron2.data.transforms import FixedSizeCrop, RandomFlip, ResizeScale, TransformList
 
 from ..config.augmentations import move_objects, read_augmentations
@@ -12,13 +12,21 @@ from ..errors import UserError
 
 
 class TrainingMapper(DatasetMapper):
-    """Detectron2's DatasetMapper, which fails to recompute the boxes of images without objects, as those have no masks."""
+    """Detectron2's DatasetMapper, with boxes of masks that end at the border of the image.
+
+    Detectron2 fails to recompute the boxes of images without objects, as those have no masks, and lets boxes of polygons
+    that are moved rather than cropped extend beyond the image, or lie outside of it.
+    """
 
     def _transform_annotations(
         self, dataset_dict: dict, transforms: TransformList, image_shape: tuple[int, int]
     ) -> None:
         if not all(annotation.get("iscrowd") for annotation in dataset_dict["annotations"]):
             super()._transform_annotations(dataset_dict, transforms, image_shape)
+            if self.recompute_boxes:
+                instances = dataset_dict["instances"]
+                instances.gt_boxes.clip(image_shape)
+                dataset_dict["instances"] = filter_empty_instances(instances)
             return
         del dataset_dict["annotations"]
         dataset_dict["instances"] = annotations_to_instances([], image_shape)
