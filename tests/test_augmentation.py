@@ -179,6 +179,7 @@ def test_the_augmentations_of_the_guide(tmp_path: Path) -> None:
         (["RandomApply", ["Mosaic"]], "An entry of INPUT.AUGMENTATIONS is ['Mosaic']; it must be"),
         (["RandomApply"], "INPUT.AUGMENTATIONS: ['RandomApply'] cannot be applied to an image: RandomApply.__init__() missing 1"),
         (["RandomBrightness", 0.8], "INPUT.AUGMENTATIONS: ['RandomBrightness', 0.8] cannot be applied to an image: RandomBrightness"),
+        (["RandomApply", ["RandomLighting", "a"], 0.0], "INPUT.AUGMENTATIONS: ['RandomLighting', 'a'] cannot be applied to an image: "),
         (["RandomBrightness", "a", "b"], "INPUT.AUGMENTATIONS: ['RandomBrightness', 'a', 'b'] cannot be applied to an image: "),
     ],
 )  # fmt: skip

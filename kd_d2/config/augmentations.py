@@ -38,19 +38,7 @@ def read_augmentations(cfg: CfgNode) -> list[Augmentation]:
             INPUT.FORMAT.
     """
     image = np.zeros((32, 32, len(cfg.MODEL.PIXEL_MEAN)), dtype=np.uint8)
-    built = []
-    for entry in cfg.INPUT.AUGMENTATIONS:
-        try:
-            augmentation = _build(entry)
-            with seeded(0, 0):
-                augmentation(AugInput(image))
-        except UserError:
-            raise
-        except Exception as error:  # any error from its arguments
-            reason = str(error) or type(error).__name__
-            raise UserError(f"{KEY}: {entry!r} cannot be applied to an image: {reason.rstrip('.')}.") from error
-        built.append(augmentation)
-    return built
+    return [_build(entry, image) for entry in cfg.INPUT.AUGMENTATIONS]
 
 
 def move_objects(augmentations: Sequence[Augmentation]) -> bool:
@@ -59,7 +47,7 @@ def move_objects(augmentations: Sequence[Augmentation]) -> bool:
     return not all(isinstance(augmentation, OF_COLORS) for augmentation in inner)
 
 
-def _build(entry: Any) -> Augmentation:
+def _build(entry: Any, image: np.ndarray) -> Augmentation:
     if not isinstance(entry, list | tuple) or not entry or entry[0] not in [*CLASSES]:
         raise UserError(
             f"An entry of {KEY} is {entry!r}; it must be a list of a name and arguments, such as ['RandomBrightness', 0.8, 1.2]. Names "
@@ -68,5 +56,12 @@ def _build(entry: Any) -> Augmentation:
     name, *arguments = entry
     keywords = arguments.pop() if arguments and isinstance(arguments[-1], dict) else {}
     if name == RandomApply.__name__ and arguments:
-        arguments[0] = _build(arguments[0])
-    return CLASSES[name](*arguments, **keywords)
+        arguments[0] = _build(arguments[0], image)
+    try:
+        augmentation = CLASSES[name](*arguments, **keywords)
+        with seeded(0, 0):
+            augmentation(AugInput(image))
+    except Exception as error:  # any error from its arguments
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{KEY}: {entry!r} cannot be applied to an image: {reason.rstrip('.')}.") from error
+    return augmentation
