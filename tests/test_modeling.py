@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -639,6 +640,24 @@ def test_deformable_blocks_shift_each_group_of_channels() -> None:
 def test_detectron2_keeps_its_deformable_convolutions() -> None:
     with pytest.raises(ValueError), deformable_resnets():
         raise ValueError
+    assert (resnet.DeformConv, resnet.ModulatedDeformConv) == (layers.DeformConv, layers.ModulatedDeformConv)
+
+
+def test_detectron2_keeps_its_deformable_convolutions_if_two_threads_build() -> None:
+    """Check a thread that starts to build while another one does, and ends later."""
+    started, may_end = threading.Event(), threading.Event()
+
+    def build() -> None:
+        with deformable_resnets():
+            started.set()
+            may_end.wait(60)
+
+    thread = threading.Thread(target=build)
+    with deformable_resnets():
+        thread.start()
+        started.wait(0.5)
+    may_end.set()
+    thread.join()
     assert (resnet.DeformConv, resnet.ModulatedDeformConv) == (layers.DeformConv, layers.ModulatedDeformConv)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from detectron2.modeling.backbone import resnet
 from torch import Tensor, nn
 from torchvision.ops import DeformConv2d
+
+_REPLACING = threading.RLock()
 
 
 class DeformableConv(DeformConv2d):
@@ -54,12 +57,16 @@ class DeformableConv(DeformConv2d):
 
 @contextlib.contextmanager
 def deformable_resnets() -> Iterator[None]:
-    """Build Detectron2's ResNets with `DeformableConv`; those of Detectron2 need its compiled operators, and partly a GPU."""
-    replaced = {name: getattr(resnet, name) for name in ("DeformConv", "ModulatedDeformConv")}
-    try:
-        for name in replaced:
-            setattr(resnet, name, DeformableConv)
-        yield
-    finally:
-        for name, layer in replaced.items():
-            setattr(resnet, name, layer)
+    """Build Detectron2's ResNets with `DeformableConv`; those of Detectron2 need its compiled operators, and partly a GPU.
+
+    Other threads that enter this context wait until it is left, since it replaces names in Detectron2's module.
+    """
+    with _REPLACING:
+        replaced = {name: getattr(resnet, name) for name in ("DeformConv", "ModulatedDeformConv")}
+        try:
+            for name in replaced:
+                setattr(resnet, name, DeformableConv)
+            yield
+        finally:
+            for name, layer in replaced.items():
+                setattr(resnet, name, layer)
