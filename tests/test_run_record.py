@@ -235,6 +235,9 @@ def test_selected_channels_are_not_the_default_of_release_0_1(
     assert resumed(project, caplog, key, former)[1] == ""
     with pytest.raises(UserError, match=rf"is of kd_d2 0\.1, .*; resume with {key} '1x1', or 'none' for ICD\.$"):
         resumed(project, caplog)
+    torch.save({"model": content["model"]}, path)
+    with pytest.raises(UserError, match=r"does not fit a training with this config \(it holds only weights\)"):
+        resumed(project, caplog)
 
 
 def test_keys_that_do_not_affect_a_resumed_training(stopped: Project) -> None:

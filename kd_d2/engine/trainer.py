@@ -172,14 +172,15 @@ class KDTrainer(DefaultTrainer):
                     f"{file} is from a training with SOLVER.EMA_DECAY, but this one has none: it continues from the averaged weights."
                 )
         except (KeyError, ValueError, RuntimeError) as error:
-            reason = _first_reason(error)
+            reason, holds_only_weights = _first_reason(error), False
         else:
             fit = self.checkpointer.incompatible
             misfits = [*fit.missing_keys, *fit.unexpected_keys, *(name for name, _, _ in fit.incorrect_shapes)]
             reason = f"{misfits[0]} does not fit" if misfits else ""
-            if self.start_iter == 0:
+            holds_only_weights = self.start_iter == 0
+            if holds_only_weights:
                 reason = "it holds only weights"
-        if not self.run_record.is_loaded:
+        if not (self.run_record.is_loaded or holds_only_weights):
             self._check_adaptations(file)
         if reason:
             raise UserError(
