@@ -331,8 +331,12 @@ def test_class_statistics_are_learned_from_what_is_seen() -> None:
 
 
 def test_labels_made_ahead(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Check the file of the teacher's detections in each image, and that the printed overrides train on it."""
-    project = make_project(tmp_path, MODEL__KD__TEACHER__OPTS=LOW_THRESHOLDS, **PSEUDO_LABELS)
+    """Check the file of the teacher's detections in each image, and that the printed overrides train on it.
+
+    The sampler needs annotations, which only the training on the file has.
+    """
+    sampler = {"DATALOADER__SAMPLER_TRAIN": "RepeatFactorTrainingSampler"}
+    project = make_project(tmp_path, MODEL__KD__TEACHER__OPTS=LOW_THRESHOLDS, **PSEUDO_LABELS, **sampler)
     path = tmp_path / "labels.json"
     run_command("pseudo-label", project.student, "--output", path, "--score-thresh", 0.011)
     tree = json.loads(path.read_text())

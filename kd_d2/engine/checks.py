@@ -14,7 +14,6 @@ from ..adapters import build_adapter
 from ..class_names import ClassCount, class_count_key, names_in_data
 from ..config import KD_META_ARCH, detector_of
 from ..data.coco_json import registered_classes
-from ..data.sampling import check_sampler
 from ..errors import UserError, check_number, is_finite_number
 from ..evaluation import check_evaluation, metrics_of
 from ..files import read_json
@@ -158,8 +157,6 @@ def check_datasets(cfg: CfgNode, *, train: bool) -> None:
                 )
             _check_files(key, name)
             _check_keypoints(cfg, key, name)
-    if train:
-        check_sampler(cfg)
     if cfg.DATASETS.TEST and detector_of(cfg) == "SemanticSegmentor":
         raise UserError(
             "DATASETS.TEST is not empty, but a SemanticSegmentor predicts no boxes or masks, and nothing else is evaluated; set it to ()."

@@ -23,6 +23,7 @@ from ..class_names import as_comment, names_in_checkpoint, names_in_data, names_
 from ..config import KD_META_ARCH, SolverKeys, changed_keys, detector_of, load_config, read_config, thawed
 from ..config_files import find_config_file
 from ..data import ClassOrder, register_coco_json, register_synthetic
+from ..data.sampling import check_sampler
 from ..errors import UserError
 from ..files import check_output_folder, remove_leftovers, write_json, write_text
 from ..keys import keys_of
@@ -77,6 +78,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     register_synthetic()
     register_coco_json(cfg, _class_order(cfg, args), train=not args.eval_only)
     check_datasets(cfg, train=not args.eval_only)
+    if not args.eval_only:
+        check_sampler(cfg)
     check_expected_results(cfg)
     check_best_metric(cfg)
     cfg.freeze()
