@@ -63,6 +63,8 @@ def _choose(data: CocoData, count: int) -> list[dict]:
 def draw_augmented(sets: list[tuple[DataSet, CocoData]], cfg: CfgNode, count: int) -> np.ndarray | None:
     """Draw the images of `draw_samples` of the training sets, scaled and augmented as a training does, with their boxes.
 
+    Boxes are those of a training without masks, also if MODEL.MASK_ON recomputes them.
+
     Returns:
         RGB (H, W, 3) uint8, or None if no image can be read.
     """
