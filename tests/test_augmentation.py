@@ -133,7 +133,7 @@ def test_augmentations_with_a_probability_and_keyword_arguments(tmp_path: Path) 
 @pytest.mark.parametrize(("name", "recomputed"), [("RandomContrast", False), ("RandomExtent", True)])
 def test_boxes_are_recomputed_from_masks_that_move(name: str, recomputed: bool) -> None:
     arguments = {"RandomContrast": [0.9, 1.1], "RandomExtent": [[1, 1], [0.1, 0.1]]}[name]
-    for entry in ([name, *arguments], ["RandomApply", [name, *arguments]]):
+    for entry in ([name, *arguments], ["RandomApply", ["RandomApply", [name, *arguments]]]):
         cfg = with_augmentations(entry)
         cfg.INPUT.LARGE_SCALE_JITTER.ENABLED = False
         assert not build_mapper(cfg).recompute_boxes
@@ -193,4 +193,14 @@ def test_augmentations_of_color_images_on_gray_ones() -> None:
     cfg = with_augmentations(["RandomSaturation", 0.5, 1.5])
     cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = "L", [100.0], [50.0]
     with pytest.raises(UserError, match=r"RandomSaturation.*RandomSaturation only works on RGB images"):
+        validate_kd_config(cfg)
+
+
+@pytest.mark.parametrize("entry", [["RandomRotation", [-5, 5]], ["RandomApply", ["RandomExtent", [1, 1], [0, 0]]]])
+def test_augmentations_that_would_fill_a_semantic_segmentation(entry: list) -> None:
+    cfg = with_augmentations(entry)
+    cfg.MODEL.META_ARCHITECTURE = "PanopticFPN"
+    with pytest.raises(
+        UserError, match=r"INPUT\.AUGMENTATIONS has Random(Rotation|Extent), which would fill the semantic"
+    ):
         validate_kd_config(cfg)

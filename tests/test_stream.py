@@ -326,6 +326,7 @@ def test_repeat_factors_of_sets_and_categories(two_sets: CfgNode) -> None:
         ([["others", 0]], "An entry of DATASETS.TRAIN_REPEAT_FACTOR is ['others', 0]; it must be the name of a set in DATASETS.TRAIN and a"),
         ([["other", 2.0]], "An entry of DATASETS.TRAIN_REPEAT_FACTOR is ['other', 2.0]; it must be"),
         (["others", 2.0], "An entry of DATASETS.TRAIN_REPEAT_FACTOR is 'others'; it must be"),
+        ([["others", 2.0], ["others", 3.0]], "DATASETS.TRAIN_REPEAT_FACTOR has several entries for 'others'."),
     ],
 )  # fmt: skip
 def test_repeat_factors_that_are_none(two_sets: CfgNode, factors: list, message: str) -> None:

@@ -22,10 +22,12 @@ from detectron2.data.transforms import (
 
 from ..errors import UserError
 from ..random_state import seeded
+from .library_keys import detector_of
 
 KEY = "INPUT.AUGMENTATIONS"
 OF_COLORS = (RandomBrightness, RandomContrast, RandomLighting, RandomSaturation)
 OF_PLACES = (RandomExtent, RandomFlip, RandomRotation)
+FILLING = (RandomExtent, RandomRotation)
 CLASSES = {kind.__name__: kind for kind in (*OF_COLORS, *OF_PLACES, RandomApply)}
 """Augmentations of Detectron2 that need only the image; INPUT has other keys for resizing and cropping."""
 
@@ -38,13 +40,29 @@ def read_augmentations(cfg: CfgNode) -> list[Augmentation]:
             INPUT.FORMAT.
     """
     image = np.zeros((32, 32, len(cfg.MODEL.PIXEL_MEAN)), dtype=np.uint8)
-    return [_build(entry, image) for entry in cfg.INPUT.AUGMENTATIONS]
+    built = [_build(entry, image) for entry in cfg.INPUT.AUGMENTATIONS]
+    detector, filling = detector_of(cfg), [a for a in _applied(built) if isinstance(a, FILLING)]
+    if filling and detector in ("PanopticFPN", "SemanticSegmentor"):
+        raise UserError(
+            f"{KEY} has {type(filling[0]).__name__}, which would fill the semantic segmentation of a {detector} outside of the image with "
+            "its first class."
+        )
+    return built
 
 
 def move_objects(augmentations: Sequence[Augmentation]) -> bool:
     """Return whether any of the augmentations changes the places of objects."""
-    inner = (a.aug if isinstance(a, RandomApply) else a for a in augmentations)
-    return not all(isinstance(augmentation, OF_COLORS) for augmentation in inner)
+    return not all(isinstance(augmentation, OF_COLORS) for augmentation in _applied(augmentations))
+
+
+def _applied(augmentations: Sequence[Augmentation]) -> list[Augmentation]:
+    """Replace each RandomApply by its augmentation."""
+    applied = []
+    for augmentation in augmentations:
+        while isinstance(augmentation, RandomApply):
+            augmentation = augmentation.aug
+        applied.append(augmentation)
+    return applied
 
 
 def _build(entry: Any, image: np.ndarray) -> Augmentation:

@@ -36,6 +36,9 @@ def check_sampler(cfg: CfgNode) -> None:
                 f"An entry of {FACTORS} is {entry!r}; it must be the name of a set in DATASETS.TRAIN and a number above 0, such as "
                 f"{[cfg.DATASETS.TRAIN[0], 2.0]!r}."
             )
+    names = [name for name, _ in factors]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{FACTORS} has several entries for {twice[0]!r}.")
 
 
 def samples_by_set(cfg: CfgNode) -> bool:
