@@ -222,8 +222,11 @@ def test_openvino_cannot_run_deformable_convolutions(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_swin_transformer_is_exported_for_one_size(tmp_path: Path) -> None:
-    """Check the message that says so, and a file of one size; Detectron2 computes masks of shifted windows in Python."""
+@pytest.mark.parametrize(
+    "suffix", ["onnx", pytest.param("ts", marks=pytest.mark.slow), pytest.param("xml", marks=pytest.mark.slow)]
+)
+def test_a_swin_transformer_is_exported_for_one_size(tmp_path: Path, suffix: str) -> None:
+    """Check that a file for all sizes is refused, and one of a single size; Detectron2 computes masks of shifted windows in Python."""
     project = make_project(tmp_path, "retinanet")
     cfg = load_config(str(project.student), ["OUTPUT_DIR", str(tmp_path)], student_only=True)
     cfg.MODEL.BACKBONE.NAME = "build_retinanet_swin_fpn_backbone"
@@ -232,8 +235,13 @@ def test_a_swin_transformer_is_exported_for_one_size(tmp_path: Path) -> None:
     config_file.write_text(cfg.dump())
     save_fixed_weights(config_file, weights)
     cfg.MODEL.WEIGHTS = str(weights)
-    path = tmp_path / "model.onnx"
-    with pytest.raises(UserError, match=r"A file for images of one size may be possible: --size HEIGHT WIDTH\.$"):
+    path = tmp_path / f"model.{suffix}"
+    message = (
+        "its detections differ"
+        if suffix == "xml"
+        else r"A file for images of one size may be possible: --size HEIGHT WIDTH\.$"
+    )
+    with pytest.raises(UserError, match=message):
         export_detector(cfg, str(path), ExportOptions(score_thresh=1e-3))
     comparison = export_detector(cfg, str(path), ExportOptions(fixed_size=(64, 96), score_thresh=1e-3))
     assert comparison.detections and comparison.unmatched == 0

@@ -37,7 +37,7 @@ def read_augmentations(cfg: CfgNode) -> list[Augmentation]:
 
     Raises:
         UserError: an entry is not an augmentation of Detectron2 with its arguments, or cannot be applied to images of
-            INPUT.FORMAT.
+            INPUT.FORMAT or to the detector's semantic segmentation.
     """
     image = np.zeros((32, 32, len(cfg.MODEL.PIXEL_MEAN)), dtype=np.uint8)
     built = [_build(entry, image) for entry in cfg.INPUT.AUGMENTATIONS]
