@@ -107,6 +107,21 @@ def test_a_head_is_finished_from_its_own_features(
                 assert split == 0 or (level < 0).any()
 
 
+@pytest.mark.parametrize("split", [0, 1, 2])
+def test_a_head_with_deformable_towers_is_finished_from_its_own_features(
+    dense: Callable, make_inputs: Callable, split: int
+) -> None:
+    """Check cuts before and after the last convolution of each tower, which is deformable."""
+    model = dense("fcos", DEFORMABLE_TOWERS=True).eval()
+    with torch.no_grad():
+        outputs = _read(model, make_inputs(), split, training=False)
+    towers = outputs.towers[split]
+    finished = towers.finish(towers.class_features, towers.box_features)
+    for stride in STRIDES:
+        assert torch.equal(finished.logits[stride], outputs.dense.logits[stride])
+        assert torch.equal(finished.box_regression[stride], outputs.dense.box_regression[stride])
+
+
 def test_only_the_cut_that_was_asked_for_is_kept(
     dense: Callable, make_inputs: Callable, event_storage: EventStorage
 ) -> None:

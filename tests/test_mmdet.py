@@ -34,7 +34,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 make = SimpleNamespace(**runpy.run_path(str(FIXTURES / "make_mmdet_reference.py")))
 REFERENCE = json.loads(gzip.decompress(make.FILE.read_bytes()))
 CLASSES = ("cat", "dog", "owl")
-WITHOUT_ROOT = {"atss", "fcos", "fcos-normalized"}
+WITHOUT_ROOT = {"atss", "fcos", "fcos-deformable", "fcos-normalized"}
 """Detectors whose score is class probability * centerness in MMDetection, and its square root in Detectron2."""
 
 

@@ -11,7 +11,7 @@ from kd_d2.errors import UserError
 from kd_d2.modeling import ATSS, FCOS, FSAF, GFL, RepPoints
 from kd_d2.modeling.assignment import BACKGROUND, IGNORED, assign_adaptively
 from kd_d2.modeling.atss import centerness_of
-from kd_d2.modeling.deformable import DeformableConv, deformable_resnets
+from kd_d2.modeling.deformable import DeformableConv, ModulatedDeformableConv, deformable_resnets
 from kd_d2.modeling.fsaf import best_level, covers_cell, in_middle, smallest_box
 from kd_d2.modeling.gfl import DistributionTransform, distribution_focal_loss, quality_focal_loss
 from kd_d2.modeling.reppoints import PointTransform, assign_nearest
@@ -602,6 +602,35 @@ def test_reppoints_offsets_that_are_not_finite() -> None:
     torch.testing.assert_close(layer(x, offset * torch.nan), layer(x, offset))
     outside = layer.bias[:, None, None].expand(1, 4, 5, 7)
     torch.testing.assert_close(layer(x, offset - torch.inf), outside)
+
+
+def test_modulated_deformable_convolution_by_hand() -> None:
+    """Check a kernel of one point, which is read a row below with a factor that the features determine."""
+    layer, x = ModulatedDeformableConv(2), torch.rand(1, 2, 4, 5)
+    ordinary = torch.nn.functional.conv2d(x, layer.weight, padding=1)
+    torch.testing.assert_close(layer(x), ordinary / 2 + layer.bias[:, None, None])
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.weight[:, :, 1, 1] = torch.eye(2)
+        layer.bias.zero_()
+        layer.conv_offset.bias[8] = 1  # y of the fifth point, the center
+        layer.conv_offset.weight[22, 0, 1, 1] = 3  # its factor
+    below = torch.cat([x[:, :, 1:], torch.zeros(1, 2, 1, 5)], 2)
+    torch.testing.assert_close(layer(x), below * (3 * x[:, :1]).sigmoid())
+
+
+def test_deformable_towers_of_fcos(tiny_detector: Callable, make_inputs: Callable, event_storage) -> None:
+    """Check that the last convolution of each tower is deformable, starts like the ordinary one, and learns its offsets."""
+    ordinary, deformable = (
+        tiny_detector("fcos", {"MODEL": {"FCOS": {"DEFORMABLE_TOWERS": on, "NUM_CONVS": 2}}}) for on in (False, True)
+    )
+    towers = [tower for name in ("cls_subnet", "bbox_subnet") for tower in [getattr(deformable.head, name)]]
+    kinds = [[type(layer) for layer in tower if hasattr(layer, "in_channels")] for tower in towers]
+    assert kinds == [[torch.nn.Conv2d, ModulatedDeformableConv]] * 2
+    last = max(number for number, layer in enumerate(ordinary.head.cls_subnet) if isinstance(layer, torch.nn.Conv2d))
+    assert towers[0][last].weight.std().item() == pytest.approx(0.01, rel=0.1)
+    sum(deformable(make_inputs()).values()).backward()
+    assert all(tower[last].conv_offset.weight.grad.abs().sum() > 0 for tower in towers)
 
 
 def _deformable_block(modulated: bool, groups: int = 1) -> DeformBottleneckBlock:

@@ -10,6 +10,7 @@ from detectron2.modeling.meta_arch import fcos
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import Tensor, nn
 
+from ..modeling.deformable import DeformableConv
 from ..modeling.fcos import FCOSHead
 from ..modeling.fsaf import FSAFHead
 from ..modeling.gfl import GFLHead
@@ -17,6 +18,7 @@ from ..modeling.gfl import GFLHead
 READ_HEADS = {head.forward for head in (RetinaNetHead, fcos.FCOSHead, FCOSHead, GFLHead, FSAFHead)}
 """Forward methods that pass each level to both towers and do not use it otherwise."""
 TOWERS = ("cls_subnet", "bbox_subnet")
+CONVOLUTIONS = (nn.Conv2d, DeformableConv)
 
 
 def channels_of_towers(head: nn.Module) -> tuple[int, ...] | None:
@@ -35,12 +37,12 @@ def _can_be_cut(tower: nn.Module) -> bool:
     """Return whether the tower is a sequence of convolutions, each followed by a ReLU, with any layers between them."""
     if not isinstance(tower, nn.Sequential):
         return False
-    is_convolution = [isinstance(layer, nn.Conv2d) for layer in tower if isinstance(layer, nn.Conv2d | nn.ReLU)]
+    is_convolution = [isinstance(layer, CONVOLUTIONS) for layer in tower if isinstance(layer, (*CONVOLUTIONS, nn.ReLU))]
     return is_convolution == [True, False] * (len(is_convolution) // 2) != []
 
 
 def _channels(tower: nn.Sequential) -> tuple[int, ...]:
-    convolutions = [layer for layer in tower if isinstance(layer, nn.Conv2d)]
+    convolutions = [layer for layer in tower if isinstance(layer, CONVOLUTIONS)]
     return (convolutions[0].in_channels, *(layer.out_channels for layer in convolutions))
 
 

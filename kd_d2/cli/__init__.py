@@ -15,6 +15,7 @@ from .overrides import split_overrides
 
 COMMANDS = {
     "convert": "convert a dataset to COCO JSON",
+    "import-adelaidet": "import an FCOS trained with AdelaiDet, such as a teacher",
     "import-mmdet": "import a detector trained with MMDetection, such as a teacher",
     "import-torchvision": "import a detector of torchvision, such as a teacher",
     "data": "check datasets before training",

@@ -12,6 +12,7 @@ from .settings import Settings
 
 STRIDES = (8, 16, 32, 64, 128)
 GN = {"type": "GN", "num_groups": 32}
+TOWERS = {"cls": "cls_subnet", "reg": "bbox_subnet"}
 RETINA_HEADS = dict.fromkeys(("RetinaHead", "FreeAnchorRetinaHead", "PISARetinaHead"))
 """Heads that differ only in training."""
 
@@ -74,6 +75,11 @@ def import_fcos(model: Settings, weights: Weights) -> Keys:
     for name in ("regress_ranges", "center_sampling", "center_sample_radius", "conv_bias"):
         head.read(name, None)  # training, and whether there are biases, which the weights show
     keys, norm, convs = _dense(model, head, weights, "FCOS", norm=GN)
+    is_deformable = head.choose("dcn_on_last_conv", {True: True, False: False}, False)
+    if is_deformable:
+        for branch, tower in TOWERS.items():
+            offsets = f"bbox_head.{branch}_convs.{convs - 1}.conv.conv_offset"
+            weights.layer(offsets, f"head.{tower}.{(3 if norm else 2) * (convs - 1)}.conv_offset")
     weights.scales("bbox_head.scales", "head.scales", len(STRIDES))
     for name, target in {"cls": "cls_score", "reg": "bbox_pred", "centerness": "ctrness"}.items():
         weights.layer(f"bbox_head.conv_{name}", f"head.{target}")
@@ -82,6 +88,7 @@ def import_fcos(model: Settings, weights: Weights) -> Keys:
         "MODEL.FCOS.LEVEL_SCALES": True,
         "MODEL.FCOS.BOX_ACTIVATION": head.choose("norm_on_bbox", {True: "relu", False: "exp"}, False),
         "MODEL.FCOS.CENTERNESS_TOWER": head.choose("centerness_on_reg", {True: "box", False: "class"}, False),
+        "MODEL.FCOS.DEFORMABLE_TOWERS": is_deformable,
         "MODEL.FCOS.NUM_CONVS": convs,
         "MODEL.FCOS.NORM": norm,
     }
@@ -122,6 +129,7 @@ def import_reppoints(model: Settings, weights: Weights) -> Keys:
     head.only(
         type="RepPointsHead", point_strides=STRIDES, transform_method="moment", use_grid_points=False, center_init=True
     )
+    head.only(dcn_on_last_conv=False)
     head.read("moment_mul", 0.01)  # training only
     keys, norm, convs = _dense(model, head, weights, "REPPOINTS", norm=None)
     head.only(point_feat_channels=keys["MODEL.FPN.OUT_CHANNELS"])
@@ -161,13 +169,12 @@ def _dense(model: Settings, head: Settings, weights: Weights, name: str, norm: d
     """
     keys = import_dense_fpn(model, weights)
     channels = keys["MODEL.FPN.OUT_CHANNELS"]
-    head.only(in_channels=channels, feat_channels=channels, conv_cfg=None, dcn_on_last_conv=False)
+    head.only(in_channels=channels, feat_channels=channels, conv_cfg=None)
     head.read("reg_decoded_bbox", False)  # training only
     normalization = group_norm(head, norm)
     convs = head.count("stacked_convs", 4)
-    for branch in ("cls", "reg"):
-        detectron2 = "cls_subnet" if branch == "cls" else "bbox_subnet"
-        weights.tower(f"bbox_head.{branch}_convs", f"head.{detectron2}", convs, normalization, CONV_MODULE)
+    for branch, tower in TOWERS.items():
+        weights.tower(f"bbox_head.{branch}_convs", f"head.{tower}", convs, normalization, CONV_MODULE)
     test = model.node("test_cfg")
     test.only(min_bbox_size=0)
     keys |= {

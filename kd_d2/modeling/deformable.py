@@ -55,6 +55,27 @@ class DeformableConv(DeformConv2d):
         return x if self.activation is None else self.activation(x)
 
 
+class ModulatedDeformableConv(DeformableConv):
+    """3x3 convolution with offsets and factors that another one predicts from the same features (Zhu et al. 2019).
+
+    It starts with offsets 0 and factors 0.5.
+
+    Args:
+        channels: number of channels of input and output.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, 3, padding=1)
+        self.conv_offset = nn.Conv2d(channels, 27, 3, padding=1)
+        nn.init.zeros_(self.conv_offset.weight)
+        nn.init.zeros_(self.conv_offset.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map features (B, C, H, W) to features of the same shape."""
+        offset, logits = self.conv_offset(x).split((18, 9), 1)
+        return super().forward(x, offset, logits.sigmoid())
+
+
 @contextlib.contextmanager
 def deformable_resnets() -> Iterator[None]:
     """Build Detectron2's ResNets with `DeformableConv`; those of Detectron2 need its compiled operators, and partly a GPU.

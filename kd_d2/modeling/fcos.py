@@ -14,6 +14,7 @@ from detectron2.structures import Boxes
 from torch import Tensor, nn
 
 from ..keys import Above
+from .deformable import ModulatedDeformableConv
 from .dense import DenseKeys, FocalAlpha, FocalGamma, dense_arguments
 
 
@@ -36,6 +37,9 @@ class FCOSKeys(DenseKeys):
         Literal["box", "class"],
         "Tower of the head that predicts the centerness: 'class' in the authors' first version.",
     ] = "box"
+    deformable_towers: Annotated[
+        bool, "Make the last convolution of each tower of the head deformable and modulated (Zhu et al. 2019)."
+    ] = False
 
 
 class FCOSHead(fcos.FCOSHead):
@@ -44,11 +48,22 @@ class FCOSHead(fcos.FCOSHead):
     Args:
         level_scales: see MODEL.FCOS.LEVEL_SCALES.
         centerness_tower: see MODEL.FCOS.CENTERNESS_TOWER.
+        deformable_towers: see MODEL.FCOS.DEFORMABLE_TOWERS.
         arguments: arguments of Detectron2's head.
     """
 
-    def __init__(self, *, level_scales: bool = False, centerness_tower: str = "box", **arguments: Any):
+    def __init__(
+        self,
+        *,
+        level_scales: bool = False,
+        centerness_tower: str = "box",
+        deformable_towers: bool = False,
+        **arguments: Any,
+    ):
         super().__init__(**arguments)
+        if deformable_towers:
+            _make_deformable(self.cls_subnet)
+            _make_deformable(self.bbox_subnet)
         self.centerness_tower = centerness_tower
         self.scales = nn.Parameter(torch.ones(self._num_features)) if level_scales else None
 
@@ -63,6 +78,14 @@ class FCOSHead(fcos.FCOSHead):
         if self.scales is not None:
             deltas = [level * scale for level, scale in zip(deltas, self.scales, strict=True)]
         return logits, deltas, centerness
+
+
+def _make_deformable(tower: nn.Sequential) -> None:
+    """Replace the last convolution of a tower."""
+    last = max(number for number, layer in enumerate(tower) if isinstance(layer, nn.Conv2d))
+    convolution = ModulatedDeformableConv(tower[last].out_channels)
+    convolution.load_state_dict(tower[last].state_dict(), strict=False)
+    tower[last] = convolution
 
 
 class ExponentialDistances(Box2BoxTransformLinear):
@@ -118,7 +141,7 @@ class FCOS(fcos.FCOS):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         detector, head = dense_arguments(cfg, "FCOS", FCOSKeys)
-        head |= {name: detector.pop(name) for name in ("level_scales", "centerness_tower")}
+        head |= {name: detector.pop(name) for name in ("level_scales", "centerness_tower", "deformable_towers")}
         if detector.pop("box_activation") == "exp":
             detector["box2box_transform"] = ExponentialDistances()
         strides = [shape.stride for shape in head["input_shape"]]
