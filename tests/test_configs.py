@@ -401,7 +401,8 @@ TINY_EXAMPLES = {
     "soft-label": ("faster-rcnn",),
     **dict.fromkeys(("feature-imitation", "gid"), ("retinanet",)),
     **dict.fromkeys(
-        ("icd", "ima", "fgfi", "defeat", "fkd", "cwd", "pkd", "mgd", "fgd", "reviewkd"), ("retinanet", "faster-rcnn")
+        ("icd", "ima", "fgfi", "defeat", "fkd", "cwd", "pkd", "mgd", "fgd", "reviewkd", "diffkd"),
+        ("retinanet", "faster-rcnn"),
     ),
 }
 """Detectors by name of the recommended settings."""

@@ -15,8 +15,8 @@ from kd_d2.checkpoint import KDCheckpointer
 from kd_d2.config import load_config
 from kd_d2.data import register_coco_json
 from kd_d2.distillers import Distiller
+from kd_d2.distillers.batch_norm import BatchNormOverAllRanks
 from kd_d2.distillers.icd.queries import ObservedFakeInstances
-from kd_d2.distillers.reviewkd import BatchNormOverAllRanks
 from kd_d2.distributed import mean_count_across_ranks, sum_across_ranks
 from kd_d2.engine.checkpoints import Checkpoints
 from kd_d2.engine.rank_states import get_rank_state, own_state, set_distiller_state, set_rank_state
@@ -42,6 +42,7 @@ SMALL = {
     "MODEL__KD__ICD__NUM_HEADS": 2,
     "MODEL__KD__ICD__FFN_DIM": 32,
     "MODEL__KD__ICD__DETACH_STUDENT_ITERS": 0,
+    "MODEL__KD__DIFFKD__NUM_LEVELS": 2,  # coarser ones have too few positions for its normalizations to be well-conditioned
 }
 ALL_PROPOSALS = {"MODEL__ROI_HEADS__BATCH_SIZE_PER_IMAGE": 64, "MODEL__ROI_HEADS__POSITIVE_FRACTION": 1.0}
 """So many that nothing is sampled: an R-CNN's box head sees the same proposals in two processes as in one."""
@@ -108,9 +109,9 @@ def _losses_and_gradients(model: torch.nn.Module, inputs: list[dict], shared: bo
     return {name: losses[name].detach() for name in names}, found
 
 
-def _assert_close(what: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Assert equality within the tolerance relative to each value plus a tenth of it relative to the largest."""
-    absolute = tolerance / 10 * float(expected.abs().max()) + 1e-7
+def _assert_close(what: str, found: Tensor, expected: Tensor, tolerance: float, floor: float = 1e-7) -> None:
+    """Assert equality within the tolerance relative to each value plus a tenth of it relative to the largest, and a floor."""
+    absolute = tolerance / 10 * float(expected.abs().max()) + floor
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=absolute, msg=lambda text: f"{what}: {text}")
 
 
@@ -121,7 +122,9 @@ def _compare(rank: int, project: Project, folder: str) -> None:
     cfg = load_config(str(project.student))
     register_coco_json(cfg)
     model = build_model(cfg).train()
-    for name, parameter in model.student.named_parameters():
+    for name, parameter in model.named_parameters():
+        if name.endswith("project.1.bias"):
+            parameter.data += 0.1  # of DiffKD, whose gradient is 0, except for rounding, if the means are equal
         if name.endswith("cls_score.weight"):
             parameter.data *= 10  # predictions that differ between positions by more than rounding
         if name.endswith("first_points.bias"):
@@ -138,7 +141,8 @@ def _compare(rank: int, project: Project, folder: str) -> None:
             _assert_close(f"{name} with {counts} objects", loss / 2, expected_losses[name], 1e-4)
         assert gradients.keys() == expected_gradients.keys()
         for name, gradient in gradients.items():
-            _assert_close(f"gradient of {name} with {counts} objects", gradient, expected_gradients[name], 1e-3)
+            floor = 2e-5 if "DiffKD" in name else 1e-7  # rounding where batch normalization makes a gradient 0
+            _assert_close(f"gradient of {name} with {counts} objects", gradient, expected_gradients[name], 1e-3, floor)
     torch.distributed.destroy_process_group()
 
 

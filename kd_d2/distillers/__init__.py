@@ -19,6 +19,7 @@ from .bckd import BCKD
 from .crosskd import CrossKD
 from .cwd import CWD
 from .defeat import DeFeat
+from .diffkd import DiffKD
 from .dist import DIST
 from .dkd import DKD
 from .feature_imitation import FeatureImitation
@@ -65,6 +66,7 @@ __all__ = [
     "Condition",
     "CrossKD",
     "DeFeat",
+    "DiffKD",
     "Distiller",
     "FeatureImitation",
     "Losses",

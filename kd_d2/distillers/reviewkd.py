@@ -8,16 +8,15 @@ from typing import Annotated, Literal
 import torch
 import torch.nn.functional as F
 from detectron2.structures import Instances
-from detectron2.utils import comm
 from torch import Tensor, nn
 
 from ..adapters import DetectorOutputs
-from ..distributed import sum_across_ranks
 from ..errors import UserError
 from ..keys import AtLeast
 from ..losses import hierarchical_context_loss
 from .adaptation import AdaptationLayers, chosen_adaptation
 from .base import DISTILLER_REGISTRY, Distiller, Losses, in_float32
+from .batch_norm import BatchNormOverAllRanks, check_positions
 from .pair import NumLevels, Pair
 
 
@@ -116,11 +115,8 @@ class FusionBlock(nn.Module):
         Raises:
             UserError: the normalization, over the batch and positions, has only one value per channel.
         """
-        if self.training and maps[:, 0].numel() * comm.get_world_size() == 1:
-            raise UserError(
-                "ReviewKD normalizes over the batch and positions of each level, but a level has only one position, of one image: use larger "
-                "images, several in a batch (SOLVER.IMS_PER_BATCH), or fewer levels (MODEL.KD.REVIEWKD.NUM_LEVELS)."
-            )
+        if self.training:
+            check_positions(maps, "ReviewKD", ReviewKD.CONFIG_NODE)
         fused = self.reduce(maps)
         if self.attention is not None:
             coarser = F.interpolate(coarser, fused.shape[-2:], mode="nearest")
@@ -133,22 +129,3 @@ def _conv_with_norm(channels: int, out: int, kernel_size: int) -> nn.Sequential:
     conv = nn.Conv2d(channels, out, kernel_size, padding=kernel_size // 2, bias=False)
     nn.init.kaiming_uniform_(conv.weight, a=1)
     return nn.Sequential(conv, BatchNormOverAllRanks(out))
-
-
-class BatchNormOverAllRanks(nn.BatchNorm2d):
-    """Batch normalization that uses, in training, mean and variance over the positions of all ranks, of any number each."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training or comm.get_world_size() == 1:
-            return super().forward(input)
-        maps = input.float()
-        total = sum_across_ranks(torch.cat([maps.sum((0, 2, 3)), maps.new_full((1,), maps[:, 0].numel())]))
-        mean, count = total[:-1] / total[-1], total[-1]
-        centered = maps - mean[:, None, None]
-        variance = sum_across_ranks(centered.square().sum((0, 2, 3))) / count
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-            self.num_batches_tracked += 1
-        scale = self.weight * (variance + self.eps).rsqrt()
-        return (centered * scale[:, None, None] + self.bias[:, None, None]).to(input.dtype)

@@ -1,0 +1,96 @@
+"""DiffKD: the student's features, denoised by a diffusion model of the teacher's, imitate them (Huang et al. 2023)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from detectron2.structures import Instances
+from torch import Tensor, nn
+
+from ..adapters import DetectorOutputs
+from ..keys import AtLeast, AtMost
+from .base import DISTILLER_REGISTRY, Distiller, Losses
+from .batch_norm import BatchNormOverAllRanks, check_positions
+from .diffusion import TIMES, Denoiser, mean_squared_error
+from .matching import levels_by_stride
+from .pair import NumLevels, Pair
+
+
+@DISTILLER_REGISTRY.register()
+class DiffKD(Distiller):
+    """Knowledge diffusion for distillation (Huang et al. 2023), of neck features.
+
+    L = WEIGHT * sum over levels of the mean of (P(D(phi(F_S))) - E(F_T))^2
+
+    E encodes the teacher's features in fewer channels; E is trained together with a decoder of them. D denoises the student's features phi(F_S), of
+    as many channels, with a diffusion model that is trained on E(F_T) (see `Denoiser`). phi and P are 1x1 convolutions. The
+    losses of the autoencoder and the diffusion model are auxiliary: they train only these.
+
+    The paper does the same with class logits of the head, and imitates its boxes; here other methods do.
+    """
+
+    needs = frozenset({"features"})
+    loss_names = ("loss_diffkd", "loss_diffkd_diffusion", "loss_diffkd_autoencoder")
+    aux_loss_names = ("loss_diffkd_diffusion", "loss_diffkd_autoencoder")
+    CONFIG_NODE = "DIFFKD"
+
+    @dataclass(frozen=True)
+    class Config(Distiller.Config):
+        weight: Annotated[float, AtLeast(0), "Weight of the method's losses, except auxiliary ones."] = 5.0
+        latent_channels: Annotated[
+            int | None,
+            AtLeast(1),
+            "Channels in which the teacher's features are encoded; None means half as many as they have.",
+        ] = None
+        steps: Annotated[int, AtLeast(1), AtMost(TIMES // 2), "Number of denoising steps."] = 5
+        num_levels: NumLevels = None
+
+    def __init__(self, config: Config, pair: Pair):
+        super().__init__(config, pair)
+        self.levels = nn.ModuleDict({
+            str(stride): _Level(ours, theirs, config.latent_channels or max(theirs // 2, 1), config.steps)
+            for stride, (ours, theirs) in pair.with_levels(config.num_levels).channels.items()
+        })  # fmt: skip
+
+    def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
+        strides = [int(stride) for stride in self.levels]
+        maps = (
+            levels_by_stride(outputs.features, strides, name)
+            for outputs, name in ((student, "student"), (teacher, "teacher"))
+        )
+        losses = [level(ours, theirs) for level, ours, theirs in zip(self.levels.values(), *maps, strict=True)]
+        return {
+            name: sum(of_levels) for name, of_levels in zip(self.loss_names, zip(*losses, strict=True), strict=True)
+        }
+
+
+class _Level(nn.Module):
+    """The layers of one level.
+
+    Args:
+        ours, theirs, latent: channels of the student's, of the teacher's and of the encoded features.
+        steps: number of denoising steps.
+    """
+
+    def __init__(self, ours: int, theirs: int, latent: int, steps: int):
+        super().__init__()
+        self.encoder = _projection(theirs, latent)
+        self.decoder = nn.Conv2d(latent, theirs, 1)
+        self.reduce = nn.Conv2d(ours, latent, 1)
+        self.denoiser = Denoiser(latent, steps)
+        self.project = _projection(latent, latent)
+
+    def forward(self, ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the losses of distillation, diffusion model and autoencoder for maps (B, C, H, W)."""
+        if self.training:
+            check_positions(ours, "DiffKD", DiffKD.CONFIG_NODE)
+        encoded = self.encoder(theirs)
+        autoencoder = mean_squared_error(self.decoder(encoded), theirs)
+        encoded = encoded.detach()
+        distillation = mean_squared_error(self.project(self.denoiser(self.reduce(ours))), encoded)
+        return distillation, self.denoiser.loss(encoded), autoencoder
+
+
+def _projection(channels: int, out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(channels, out, 1, bias=False), BatchNormOverAllRanks(out))
