@@ -212,6 +212,27 @@ def test_deformable_convolutions_with_the_names_of_mmdetection_1(tmp_path: Path)
     assert before.keys() == after.keys() and all(after[key].equal(before[key]) for key in before)
 
 
+@pytest.mark.parametrize("prefix", ["architecture", "student"])
+def test_a_student_beside_its_teacher(tmp_path: Path, prefix: str) -> None:
+    """Check that teacher and connectors are left out, and the message if the config only names that of the student."""
+    state = state_of("retinanet")
+    whole = {f"{prefix}.{name}": value for name, value in state.items()}
+    whole |= {"teacher.backbone.conv1.weight": torch.zeros(1), "distiller.connectors.a.weight": torch.zeros(1)}
+    student = parse_mmdet_config(REFERENCE["retinanet"]["config"], "it")
+    model = {"type": "FpnTeacherDistill", "architecture": student["model"], "teacher": {"cfg_path": "mmdet::x.py"}}
+    config = f"model = {model!r}\ntest_pipeline = {student['test_pipeline']!r}"
+    own = import_detector(save(tmp_path, "retinanet"), tmp_path / "own").cfg
+    meta = {"cfg": config, "dataset_meta": {"classes": CLASSES}}
+    cfg = import_detector(save(tmp_path, "retinanet", state_dict=whole, meta=meta), tmp_path / "student").cfg
+    assert cfg == own
+    written = [torch.load(tmp_path / name / "model_final.pth")["model"] for name in ("own", "student")]
+    assert all(torch.equal(value, written[1][name]) for name, value in written[0].items())
+    named = "model = dict(type='SingleTeacherDistill', architecture=dict(cfg_path='mmdet::retinanet/r50.py'))"
+    path = save(tmp_path, "retinanet", state_dict=whole, meta={"cfg": named})
+    with pytest.raises(UserError, match=r"one of MMRazor, .*, mmdet::retinanet/r50\.py: name .* with --config"):
+        import_detector(path, tmp_path / "other")
+
+
 def test_settings_of_the_test(tmp_path: Path) -> None:
     """Check thresholds and limits of an R-CNN, in which those of RPN and box head differ."""
     checkpoint = with_config(

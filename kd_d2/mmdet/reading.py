@@ -17,6 +17,9 @@ from ..plain_yaml import read_text
 NEEDED = {"_base_", "model", "test_cfg", "test_dataloader", "test_pipeline", "data"}
 """Entries of a config that describe the detector, its images, or where they are."""
 
+STUDENTS = ("architecture.", "student.")
+"""Beginnings of the names of the student's weights in checkpoints that also have those of a teacher: of MMRazor, and of FGD and MGD."""
+
 
 @dataclass(frozen=True)
 class MMDetectionCheckpoint:
@@ -34,7 +37,7 @@ class MMDetectionCheckpoint:
 
 
 def read_mmdet_checkpoint(path: str) -> MMDetectionCheckpoint:
-    """Read a checkpoint of MMDetection 2 or 3.
+    """Read a checkpoint of MMDetection 2 or 3, or the student in one of a distillation with it.
 
     Raises:
         UserError: it cannot be read, or has no weights.
@@ -44,6 +47,9 @@ def read_mmdet_checkpoint(path: str) -> MMDetectionCheckpoint:
     if not isinstance(weights, dict):
         raise UserError(f"{path} is not a checkpoint of MMDetection: it has no state_dict.")
     check_weights(weights, path)
+    for prefix in STUDENTS:
+        student = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        weights = student or weights
     meta = _dict_in(content, "meta")
     texts = [meta.get(name) for name in ("cfg", "config")]
     dataset = _dict_in(meta, "dataset_meta")
