@@ -90,6 +90,17 @@ def test_denoising_without_noise_by_hand(monkeypatch: pytest.MonkeyPatch) -> Non
     torch.testing.assert_close(denoiser(maps), maps / 2 / signal_shares()[400].sqrt(), rtol=1e-4, atol=1e-5)
 
 
+def test_the_time_changes_the_diffusion_loss_but_not_the_denoising(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check both with other time embeddings: batch normalization removes what all images have in common."""
+    denoiser, maps, noise = Denoiser(4, 5), torch.randn(2, 4, 6, 5), torch.randn(2, 4, 6, 5)
+    monkeypatch.setattr(diffusion, "normal", lambda maps: noise)
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor([0.1, 0.6]))
+    before = denoiser(maps), denoiser.loss(maps)
+    nn.init.normal_(denoiser.noise.time_embedding.weight)
+    torch.testing.assert_close(denoiser(maps), before[0], rtol=1e-3, atol=1e-3)
+    assert abs(denoiser.loss(maps) - before[1]) > 1e-2
+
+
 def test_shares_of_the_signal() -> None:
     """Check the first two, and that at the last time almost only noise is left."""
     shares = signal_shares()
