@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kd_d2.adapters import DetectorOutputs
-from kd_d2.distillers import DiffKD, diffusion
+from kd_d2.distillers import DiffKD, Pair, diffusion
 from kd_d2.distillers.diffusion import TIMES, Denoiser, signal_shares
 from kd_d2.errors import UserError
 
@@ -130,6 +130,31 @@ def test_which_loss_trains_what() -> None:
     }
     assert method.levels["16"].encoder[0].out_channels == 3
     assert make(DiffKD, spec_of({16: 6}), spec_of({16: 8})).levels["16"].encoder[0].out_channels == 4
+
+
+def test_the_residual_starts_from_the_encoded_features() -> None:
+    """Check the first loss, that of features encoded alike, which does not train the encoder, and that it trains the last layer."""
+    method = make(DiffKD, spec_of({16: 6}), residual=True)
+    student, teacher = torch.randn(2, 6, 4, 5, requires_grad=True), torch.randn(2, 6, 4, 5)
+    loss = method(outputs(student), outputs(teacher), [])["loss_diffkd"]
+    level = method.levels["16"]
+    torch.testing.assert_close(loss, (level.encoder(student) - level.encoder(teacher)).square().mean())
+    loss.backward()
+    assert student.grad.abs().sum() > 0 and level.project[1].weight.grad.all()
+    assert level.encoder[0].weight.grad is None and level.encoder[1].weight.grad is None
+    assert method(outputs(teacher), outputs(teacher), [])["loss_diffkd"] == 0
+
+
+def test_the_residual_needs_equal_channels() -> None:
+    """Check the message, the default, and a student that imitates the first and third of four channels."""
+    detectors = spec_of({16: 2}), spec_of({16: 4})
+    with pytest.raises(UserError, match=r"^MODEL\.KD\.DIFFKD\.RESIDUAL is True, but at stride 16 the student has 2 "):
+        make(DiffKD, *detectors, residual=True)
+    assert make(DiffKD, *detectors, residual=None).levels["16"].reduce is not None
+    method = DiffKD(DiffKD.Config(residual=None), Pair(*detectors, inherits_neck=True))
+    teacher = torch.randn(2, 4, 4, 5)
+    assert method.levels["16"].reduce is None and method.levels["16"].encoder[0].in_channels == 2
+    assert method(outputs(teacher[:, [0, 2]]), outputs(teacher), [])["loss_diffkd"] == 0
 
 
 def test_one_position() -> None:

@@ -27,6 +27,15 @@ Adaptation = Annotated[
 """Type of the key ADAPTATION of a method."""
 
 
+Selection = Annotated[
+    Literal[None, "none", "select"],
+    "Channels of the teacher's features that are imitated: 'none' all of them, 'select' as many evenly spaced ones as the student has, "
+    "which weight selection inherits; None means 'select' if the student has fewer channels and inherits the neck "
+    "(MODEL.KD.INHERIT), and else 'none'.",
+]
+"""Type of the key ADAPTATION of a method whose own layers map the student's channels to the teacher's."""
+
+
 class LevelGroup(NamedTuple):
     """Strides and maps of levels with the same numbers of channels, adapted, (B, C, H, W)."""
 
@@ -60,6 +69,30 @@ class AdaptationLayers(nn.Module):
         if kernel_size:
             for stride, (student, teacher) in channels.items():
                 self.layers[str(stride)] = nn.Conv2d(student, teacher, kernel_size, padding=kernel_size // 2)
+
+    @classmethod
+    def without_convolutions(cls, adaptation: str | None, pair: Pair, node: str) -> AdaptationLayers:
+        """Build the selection of the teacher's channels; see `Selection`. Arguments and errors are those of `build`."""
+        return cls(pair.channels, kernel_size=0, select=chosen_adaptation(adaptation, pair, node) == "select")
+
+    def is_residual(self, residual: bool | None, node: str) -> bool:
+        """Return whether a method adds the student's maps to what its layers make of them; by default, if the channels are equal.
+
+        Args:
+            residual: value of the key RESIDUAL.
+            node: the method's CONFIG_NODE, for error messages.
+
+        Raises:
+            UserError: it is True, but the compared channels differ.
+        """
+        different = [stride for stride, (ours, _) in self.channels.items() if ours != self.compared_channels[stride]]
+        if residual and different:
+            ours, theirs = self.channels[different[0]]
+            raise UserError(
+                f"MODEL.KD.{node}.RESIDUAL is True, but at stride {different[0]} the student has {ours} channels and the teacher {theirs}: "
+                "set it to False."
+            )
+        return not different if residual is None else residual
 
     @classmethod
     def build(cls, adaptation: str | None, pair: Pair, node: str) -> AdaptationLayers:

@@ -7,13 +7,14 @@ from typing import Annotated
 
 from detectron2.structures import Instances
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ..adapters import DetectorOutputs
 from ..keys import AtLeast, AtMost
+from .adaptation import AdaptationLayers, Selection
 from .base import DISTILLER_REGISTRY, Distiller, Losses
 from .batch_norm import BatchNormOverAllRanks, check_positions
 from .diffusion import TIMES, Denoiser, mean_squared_error
-from .matching import levels_by_stride
 from .pair import NumLevels, Pair
 
 
@@ -26,6 +27,9 @@ class DiffKD(Distiller):
     E encodes the teacher's features in fewer channels; E is trained together with a decoder of them. D denoises the student's features phi(F_S), of
     as many channels, with a diffusion model that is trained on E(F_T) (see `Denoiser`). phi and P are 1x1 convolutions. The
     losses of the autoencoder and the diffusion model are auxiliary: they train only these.
+
+    With RESIDUAL (not in the paper) phi is E, and E(F_S) is added to P's output, which starts as zero: L starts as the mean of
+    (E(F_S) - E(F_T))^2.
 
     The paper does the same with class logits of the head, and imitates its boxes; here other methods do.
     """
@@ -41,25 +45,31 @@ class DiffKD(Distiller):
         latent_channels: Annotated[
             int | None,
             AtLeast(1),
-            "Channels in which the teacher's features are encoded; None means half as many as they have.",
+            "Channels in which the teacher's features are encoded; None means half as many as are imitated.",
         ] = None
         steps: Annotated[int, AtLeast(1), AtMost(TIMES // 2), "Number of denoising steps."] = 5
+        residual: Annotated[
+            bool | None,
+            "Whether the student's features are encoded like the teacher's and added to the denoised ones, which start as zero; the paper's "
+            "are not. None means True if they have as many channels as are imitated.",
+        ] = False
         num_levels: NumLevels = None
+        adaptation: Selection = None
 
     def __init__(self, config: Config, pair: Pair):
         super().__init__(config, pair)
-        self.levels = nn.ModuleDict({
-            str(stride): _Level(ours, theirs, config.latent_channels or max(theirs // 2, 1), config.steps)
-            for stride, (ours, theirs) in pair.with_levels(config.num_levels).channels.items()
-        })  # fmt: skip
+        pair = pair.with_levels(config.num_levels)
+        self.adaptation = AdaptationLayers.without_convolutions(config.adaptation, pair, self.CONFIG_NODE)
+        residual = self.adaptation.is_residual(config.residual, self.CONFIG_NODE)
+        self.levels = nn.ModuleDict()
+        for stride, theirs in self.adaptation.compared_channels.items():
+            latent = config.latent_channels or max(theirs // 2, 1)
+            ours, _ = pair.channels[stride]
+            self.levels[str(stride)] = _Level(ours, theirs, latent, config.steps, residual)
 
     def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
-        strides = [int(stride) for stride in self.levels]
-        maps = (
-            levels_by_stride(outputs.features, strides, name)
-            for outputs, name in ((student, "student"), (teacher, "teacher"))
-        )
-        losses = [level(ours, theirs) for level, ours, theirs in zip(self.levels.values(), *maps, strict=True)]
+        pairs = self.adaptation.pairs(student, teacher)
+        losses = [level(*maps) for level, maps in zip(self.levels.values(), pairs, strict=True)]
         return {
             name: sum(of_levels) for name, of_levels in zip(self.loss_names, zip(*losses, strict=True), strict=True)
         }
@@ -71,15 +81,18 @@ class _Level(nn.Module):
     Args:
         ours, theirs, latent: channels of the student's, of the teacher's and of the encoded features.
         steps: number of denoising steps.
+        residual: see MODEL.KD.DIFFKD.RESIDUAL.
     """
 
-    def __init__(self, ours: int, theirs: int, latent: int, steps: int):
+    def __init__(self, ours: int, theirs: int, latent: int, steps: int, residual: bool):
         super().__init__()
         self.encoder = _projection(theirs, latent)
         self.decoder = nn.Conv2d(latent, theirs, 1)
-        self.reduce = nn.Conv2d(ours, latent, 1)
+        self.reduce = None if residual else nn.Conv2d(ours, latent, 1)
         self.denoiser = Denoiser(latent, steps)
         self.project = _projection(latent, latent)
+        if residual:
+            nn.init.zeros_(self.project[1].weight)
 
     def forward(self, ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the losses of distillation, diffusion model and autoencoder for maps (B, C, H, W)."""
@@ -88,8 +101,15 @@ class _Level(nn.Module):
         encoded = self.encoder(theirs)
         autoencoder = mean_squared_error(self.decoder(encoded), theirs)
         encoded = encoded.detach()
-        distillation = mean_squared_error(self.project(self.denoiser(self.reduce(ours))), encoded)
+        reduced = self._encoded(ours) if self.reduce is None else self.reduce(ours)
+        denoised = self.project(self.denoiser(reduced))
+        distillation = mean_squared_error(denoised + reduced if self.reduce is None else denoised, encoded)
         return distillation, self.denoiser.loss(encoded), autoencoder
+
+    def _encoded(self, ours: Tensor) -> Tensor:
+        """Encode the student's maps, which does not train the encoder."""
+        constant = {name: parameter.detach() for name, parameter in self.encoder.named_parameters()}
+        return functional_call(self.encoder, constant, ours)
 
 
 def _projection(channels: int, out: int) -> nn.Sequential:

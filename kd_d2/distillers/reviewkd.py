@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +11,9 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from ..adapters import DetectorOutputs
-from ..errors import UserError
 from ..keys import AtLeast
 from ..losses import hierarchical_context_loss
-from .adaptation import AdaptationLayers, chosen_adaptation
+from .adaptation import AdaptationLayers, Selection
 from .base import DISTILLER_REGISTRY, Distiller, Losses, in_float32
 from .batch_norm import BatchNormOverAllRanks, check_positions
 from .pair import NumLevels, Pair
@@ -38,12 +37,7 @@ class ReviewKD(Distiller):
 
     @dataclass(frozen=True)
     class Config(Distiller.Config):
-        adaptation: Annotated[
-            Literal[None, "none", "select"],
-            "Channels of the teacher's features that are imitated: 'none' all of them, 'select' as many evenly spaced ones as the student has, "
-            "which weight selection inherits; None means 'select' if the student has fewer channels and inherits the neck "
-            "(MODEL.KD.INHERIT), and else 'none'.",
-        ] = None
+        adaptation: Selection = None
         mid_channels: Annotated[
             int | None,
             AtLeast(1),
@@ -59,16 +53,9 @@ class ReviewKD(Distiller):
     def __init__(self, config: Config, pair: Pair):
         super().__init__(config, pair)
         pair = pair.with_levels(config.num_levels)
-        selects = chosen_adaptation(config.adaptation, pair, self.CONFIG_NODE) == "select"
-        self.adaptation = AdaptationLayers(pair.channels, kernel_size=0, select=selects)
+        self.adaptation = AdaptationLayers.without_convolutions(config.adaptation, pair, self.CONFIG_NODE)
         imitated = self.adaptation.compared_channels
-        other = next((stride for stride, (ours, _) in pair.channels.items() if ours != imitated[stride]), None)
-        self.is_residual = other is None if config.residual is None else config.residual
-        if self.is_residual and other is not None:
-            ours, theirs = pair.channels[other]
-            raise UserError(
-                f"MODEL.KD.REVIEWKD.RESIDUAL is True, but at stride {other} the student has {ours} channels and the teacher {theirs}: set it to False."
-            )
+        self.is_residual = self.adaptation.is_residual(config.residual, self.CONFIG_NODE)
         mid = config.mid_channels or max(theirs for _, theirs in pair.channels.values())
         coarsest = max(pair.channels)
         self.blocks = nn.ModuleDict({
