@@ -21,16 +21,22 @@ class BatchNormOverAllRanks(nn.BatchNorm2d):
         mean, count = total[:-1] / total[-1], total[-1]
         centered = maps - mean[:, None, None]
         variance = sum_across_ranks(centered.square().sum((0, 2, 3))) / count
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-            self.num_batches_tracked += 1
+        if self.track_running_stats:
+            with torch.no_grad():
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+                self.num_batches_tracked += 1
         scale = self.weight * (variance + self.eps).rsqrt()
         return (centered * scale[:, None, None] + self.bias[:, None, None]).to(input.dtype)
 
 
+def batch_norm(channels: int) -> BatchNormOverAllRanks:
+    """Return a normalization by the statistics of the batch, also in evaluation, without running ones."""
+    return BatchNormOverAllRanks(channels, track_running_stats=False)
+
+
 def check_positions(maps: Tensor, method: str, node: str) -> None:
-    """Raise a UserError if maps (B, C, H, W) have only one value per channel, which cannot be normalized in training.
+    """Raise a UserError if maps (B, C, H, W) have only one value per channel, which cannot be normalized.
 
     Args:
         method: name of the method.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import in_float32
-from .batch_norm import BatchNormOverAllRanks
+from .batch_norm import batch_norm
 
 TIMES = 1000
 """Number of times t of the diffusion; at 0 the maps have almost no noise, at the last one almost nothing else."""
@@ -16,6 +18,17 @@ TIMES = 1000
 def signal_shares() -> Tensor:
     """Return the share of the maps' variance in noisy maps by time, (TIMES,): the products of 1 - beta, with linear beta (Ho et al. 2020)."""
     return (1 - torch.linspace(1e-4, 0.02, TIMES)).cumprod(0)
+
+
+def step_factors(now: float, before: float) -> tuple[float, float]:
+    """Return the factors of noisy maps and of their noise in a step of DDIM (Song et al. 2021, equation 12 without random noise).
+
+    The clean maps are (maps - sqrt(1 - now) * noise) / sqrt(now), and the result sqrt(before) * clean + sqrt(1 - before) * noise.
+
+    Args:
+        now, before: signal shares of the maps and of the result.
+    """
+    return (before / now) ** 0.5, (1 - before) ** 0.5 - (before * (1 - now) / now) ** 0.5
 
 
 class Denoiser(nn.Module):
@@ -30,12 +43,11 @@ class Denoiser(nn.Module):
         super().__init__()
         self.noise = NoisePredictor(channels)
         self.share = SignalShare(channels)
-        interval = TIMES // (2 * steps)
-        self.times = [interval * step for step in reversed(range(steps))]
         shares = signal_shares()
         self.register_buffer("signal_shares", shares, persistent=False)
-        before = [shares[time - interval].item() if time else 1.0 for time in self.times]
-        self.coefficients = [*zip((shares[time].item() for time in self.times), before, strict=True)]
+        interval = TIMES // (2 * steps)
+        shares_by_step = [1.0, *shares[: interval * steps : interval].tolist()]
+        self.factors = [step_factors(now, before) for before, now in pairwise(shares_by_step)][::-1]
 
     def forward(self, maps: Tensor) -> Tensor:
         """Denoise maps (B, C, H, W).
@@ -44,10 +56,8 @@ class Denoiser(nn.Module):
         """
         share = self.share(maps)[:, None, None, None]
         noisy = share * maps + (1 - share) * normal(maps)
-        for time, (now, before) in zip(self.times, self.coefficients, strict=True):
-            noise = self.noise(noisy, torch.full((len(maps),), time, device=maps.device))
-            clean = (noisy - (1 - now) ** 0.5 * noise) / now**0.5
-            noisy = before**0.5 * clean + (1 - before) ** 0.5 * noise
+        for of_maps, of_noise in self.factors:
+            noisy = torch.add(of_maps * noisy, self.noise(noisy), alpha=of_noise)
         return noisy
 
     def loss(self, clean: Tensor) -> Tensor:
@@ -68,7 +78,11 @@ def normal(maps: Tensor) -> Tensor:
 
 
 class NoisePredictor(nn.Module):
-    """Predicts the noise in noisy maps: two bottleneck blocks and a 1x1 convolution."""
+    """Predicts the noise in noisy maps: two bottleneck blocks and a 1x1 convolution.
+
+    The embedding of a time is added to all positions. Batch normalization behind each convolution removes it if all images have
+    the same time, so that it is needed only for different ones.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -77,12 +91,12 @@ class NoisePredictor(nn.Module):
             Bottleneck(channels, reduction=4),
             Bottleneck(channels, reduction=4),
             nn.Conv2d(channels, channels, 1, bias=False),
-            BatchNormOverAllRanks(channels),
+            batch_norm(channels),
         )
 
-    def forward(self, noisy: Tensor, times: Tensor) -> Tensor:
-        """Return the noise (B, C, H, W) in maps (B, C, H, W) at times (B,)."""
-        return self.layers(noisy + self.time_embedding(times)[:, :, None, None])
+    def forward(self, noisy: Tensor, times: Tensor | None = None) -> Tensor:
+        """Return the noise (B, C, H, W) in maps (B, C, H, W) at times (B,); None if they are equal."""
+        return self.layers(noisy if times is None else noisy + self.time_embedding(times)[:, :, None, None])
 
 
 class SignalShare(nn.Module):
@@ -105,13 +119,13 @@ class Bottleneck(nn.Module):
         inner = max(channels // reduction, 1)
         self.block = nn.Sequential(
             nn.Conv2d(channels, inner, 1, bias=False),
-            BatchNormOverAllRanks(inner),
+            batch_norm(inner),
             nn.ReLU(inplace=True),
             nn.Conv2d(inner, inner, 3, padding=1, bias=False),
-            BatchNormOverAllRanks(inner),
+            batch_norm(inner),
             nn.ReLU(inplace=True),
             nn.Conv2d(inner, channels, 1, bias=False),
-            BatchNormOverAllRanks(channels),
+            batch_norm(channels),
         )
 
     def forward(self, maps: Tensor) -> Tensor:
