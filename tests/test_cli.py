@@ -16,6 +16,9 @@ from kd_d2.analysis import ANALYSES
 from kd_d2.cli import COMMANDS, main
 from kd_d2.cli.log import print_log
 from kd_d2.cli.overrides import split_overrides
+from kd_d2.config import load_config, read_config
+from kd_d2.distillers import DISTILLER_REGISTRY
+from kd_d2.engine import write_configs
 from kd_d2.extensions import import_extensions
 from kd_d2.model_paths import ModelPath, read_model_paths, read_one_model_path
 
@@ -449,6 +452,31 @@ def test_an_evaluation_leaves_the_configs_of_the_training(tmp_path: Path) -> Non
     run_command("eval", "--model", project.output, "INPUT.MIN_SIZE_TEST", 48)
     assert (project.output / "eval.json").is_file()
     assert {name: (project.output / name).read_text() for name in names} == before
+
+
+def test_a_training_needs_no_method_that_it_does_not_use(tmp_path: Path) -> None:
+    """Check that its folder can be read without the files of such methods, unless their keys were changed."""
+    path = tmp_path / "my_variants.py"
+    path.write_text(
+        "from kd_d2.distillers import DISTILLER_REGISTRY, Distiller\n\n\n"
+        "@DISTILLER_REGISTRY.register()\nclass Unused(Distiller):\n    CONFIG_NODE = 'UNUSED'\n\n\n"
+        "@DISTILLER_REGISTRY.register()\nclass Changed(Distiller):\n    CONFIG_NODE = 'CHANGED'\n"
+    )
+    project = make_project(tmp_path)
+    try:
+        import_extensions([str(path)])
+        cfg = load_config(
+            str(project.student), ["MODEL.KD.CHANGED.WEIGHT", 2.0, "MODEL.KD.DISTILLERS", ("StructuralKD",)]
+        )
+        os.makedirs(cfg.OUTPUT_DIR)
+        write_configs(cfg)
+    finally:
+        for name in ("Unused", "Changed"):
+            DISTILLER_REGISTRY._obj_map.pop(name, None)
+    written = yaml.safe_load((project.output / "config.yaml").read_text())["MODEL"]["KD"]
+    assert "UNUSED" not in written and written["CHANGED"]["WEIGHT"] == 2.0 and "STRUCTURAL" in written
+    with pytest.raises(UserError, match=r"there is no config key MODEL\.KD\.CHANGED; if it is your own"):
+        read_config(str(project.output / "config.yaml"))
 
 
 def test_an_evaluation_of_a_moved_run_writes_to_it(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from ..config import KD_META_ARCH, SolverKeys, changed_keys, detector_of, load_c
 from ..config_files import find_config_file
 from ..data import ClassOrder, register_coco_json, register_synthetic
 from ..data.sampling import check_sampler
+from ..distillers import DISTILLER_REGISTRY
 from ..errors import UserError
 from ..files import check_output_folder, remove_leftovers, write_json, write_text
 from ..keys import keys_of
@@ -126,17 +127,29 @@ def write_configs(cfg: CfgNode) -> None:
         return
     classes = names_in_data(cfg)
     comment = as_comment(classes.names) if classes else ""  # Detectron2 has no key for class names
-    write_text(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), cfg.dump())
+    write_text(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), _without_unused_methods(cfg).dump())
     write_text(os.path.join(cfg.OUTPUT_DIR, "student.yaml"), comment + student_config(cfg).dump())
     write_json(os.path.join(cfg.OUTPUT_DIR, "versions.json"), versions())
 
 
+def _without_unused_methods(cfg: CfgNode) -> CfgNode:
+    """Drop the nodes of unused methods, which can only be read where these are registered; those with changed keys are kept."""
+    changed = {key.split(".")[2] for key in changed_keys(cfg) if key.startswith("MODEL.KD.") and key.count(".") > 2}
+    kept = thawed(cfg)
+    for name, method in DISTILLER_REGISTRY:
+        if name not in cfg.MODEL.KD.DISTILLERS and method.CONFIG_NODE not in changed:
+            kept.MODEL.KD.pop(method.CONFIG_NODE, None)
+    return kept
+
+
 def _log_run(cfg: CfgNode, args: argparse.Namespace, config_file: str) -> None:
-    """Log the environment, the command line and the changed config keys; the whole config is in `config_file`."""
+    """Log the environment, the command line and the changed config keys; the config is in `config_file`."""
     logger.info(f"Processes: {comm.get_world_size()}. Environment:\n{_environment()}")
     logger.info(f"Command line: {shlex.join(sys.argv)}")
     changed = "\n".join(f"  {key}: {value!r}" for key, value in changed_keys(cfg).items())
-    logger.info(f"Config keys that differ from their defaults (all keys are in {config_file}):\n{changed}")
+    logger.info(
+        f"Config keys that differ from their defaults (all keys of the training are in {config_file}):\n{changed}"
+    )
 
 
 def _environment() -> str:
