@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
+import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch import SemanticSegmentor
@@ -21,6 +23,8 @@ from .modeling.building import building_from
 from .pseudo_labels import Annotations, PseudoLabels
 from .teacher import Teacher
 from .transfer import instances_on_device
+
+logger = logging.getLogger(__name__)
 
 
 @META_ARCH_REGISTRY.register()
@@ -71,6 +75,7 @@ class KDMetaArch(nn.Module):
         self.labels = labels or Annotations()
         self.balance = balance
         self.adapter = build_adapter(student)
+        self._without_gradient: set[str] = set()
         self._check_pair()
         divisibility = math.lcm(self.adapter.size_divisibility, teacher.adapter.size_divisibility)
         if distillers or self.labels.needs:
@@ -186,6 +191,8 @@ class KDMetaArch(nn.Module):
         distilled = {
             n: _scalars(n, distiller(self._seen_by(n, student), teacher, targets)) for n, distiller in active.items()
         }
+        for name, own in distilled.items():
+            self._warn_without_gradient(name, own)
         factors = self._factors(iteration, student, distilled)
         for name, distiller in self.distillers.items():
             if name in active:
@@ -221,6 +228,17 @@ class KDMetaArch(nn.Module):
                 factors[name] *= multiplier
                 get_event_storage().put_scalar(f"kd/balance/{name}", multiplier, smoothing_hint=False)
         return factors
+
+    def _warn_without_gradient(self, name: str, losses: Losses) -> None:
+        """Log each loss that trains nothing, once. A loss of 0 needs no gradient, as of images without objects."""
+        for loss, value in losses.items():
+            is_constant = torch.is_grad_enabled() and not value.requires_grad
+            if is_constant and loss not in self._without_gradient and value.item() != 0:
+                self._without_gradient.add(loss)
+                logger.warning(
+                    f"The loss {loss} of {name} has no gradient and trains nothing: it is computed from detached tensors or under "
+                    "torch.no_grad, or the student's layers that it depends on are frozen."
+                )
 
     @staticmethod
     def _add(losses: Losses, new: Losses, name: str, distiller: Distiller) -> None:

@@ -534,6 +534,32 @@ def test_a_loss_named_like_one_of_the_student_is_an_error(
         model(constant_inputs())
 
 
+def test_a_loss_that_trains_nothing_is_reported_once(
+    toy_detector: type,
+    constant_inputs: Callable,
+    event_storage: EventStorage,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Check a detached loss; one of 0, as of images without objects, and one of a forward pass without gradients are not."""
+    distiller, factor = Recorder(), 0
+    monkeypatch.setattr(
+        distiller,
+        "forward",
+        lambda *_: {"loss_kd": factor * distiller.own.detach(), "loss_kd_aux_size": 100 * distiller.own},
+    )
+    model = KDMetaArch(student=toy_detector(), teacher=Teacher(toy_detector()), distillers={"a": distiller})
+    model(constant_inputs())
+    factor = 10
+    with torch.no_grad():
+        model(constant_inputs())
+    assert caplog.messages == []
+    for _ in range(2):
+        assert model(constant_inputs())["loss_kd"].item() == 10
+    (message,) = caplog.messages
+    assert message.startswith("The loss loss_kd of a has no gradient and trains nothing: it is computed from detached")
+
+
 def test_class_counts_must_agree(toy_detector: type) -> None:
     """Check that the error names both counts and detectors, and that features and an unknown count are accepted."""
     student, teacher = toy_detector(num_classes=3), Teacher(toy_detector(num_classes=80))
