@@ -76,7 +76,7 @@ class Key:
     """One config key.
 
     Attributes:
-        name: name in uppercase, as in a config file.
+        field: name of the dataclass's field.
         kind: bool, int, float, str or list (of the items of a tuple); None for any value that the conditions allow.
         optional: whether the value may be None.
         length: number of items of a tuple, 0 for any number; None for a single value.
@@ -85,13 +85,18 @@ class Key:
         description: description of the key; "" if there is none.
     """
 
-    name: str
+    field: str
     kind: type | None
     optional: bool
     length: int | None
     conditions: tuple[Condition, ...]
     default: Any
     description: str
+
+    @property
+    def name(self) -> str:
+        """Name in uppercase, as in a config file."""
+        return self.field.upper()
 
     @property
     def words(self) -> str:
@@ -159,7 +164,7 @@ class Keys:
                 the message names the key.
         """
         keys = keys_of(cls)
-        config = cls(**{key.name.lower(): key.read(node[key.name], f"{name}.{key.name}") for key in keys})
+        config = cls(**{key.field: key.read(node[key.name], f"{name}.{key.name}") for key in keys})
         config.check(name)
         return config
 
@@ -172,8 +177,7 @@ class Keys:
             name: name of the object in messages, such as "ICD.Config".
         """
         for key in keys_of(type(self)):
-            field = key.name.lower()
-            key.read(_as_in_yaml(getattr(self, field)), f"{name}.{field}")
+            key.read(_as_in_yaml(getattr(self, key.field)), f"{name}.{key.field}")
         self.check(name)
 
     def check(self, name: str) -> None:
@@ -196,12 +200,17 @@ def keys_of(cls: type[Keys]) -> tuple[Key, ...]:
     """Return the keys that a class declares and inherits, in order.
 
     Raises:
-        TypeError: the class is not decorated as a dataclass, or a key has an unsupported type.
+        TypeError: the class is not decorated as a dataclass, a key has an unsupported type, or two have the same name.
     """
     if "__dataclass_fields__" not in vars(cls):
         raise TypeError(f"{cls.__qualname__} lacks the decorator @dataclass(frozen=True)")
     hints = get_type_hints(cls, include_extras=True)
-    return tuple(_key(cls, field, hints[field.name]) for field in dataclasses.fields(cls))
+    keys = tuple(_key(cls, field, hints[field.name]) for field in dataclasses.fields(cls))
+    for key in keys:
+        same = [other.field for other in keys if other.name == key.name]
+        if len(same) > 1:
+            raise TypeError(f"{cls.__qualname__} has {' and '.join(same)}, which are the same key {key.name}")
+    return keys
 
 
 def _key(cls: type[Keys], field: dataclasses.Field, hint: Any) -> Key:
@@ -231,4 +240,4 @@ def _key(cls: type[Keys], field: dataclasses.Field, hint: Any) -> Key:
     if hint is float and type(default) is int:
         default = float(default)  # by its type, a config file's numbers are converted
     description = descriptions[-1] if descriptions else ""
-    return Key(field.name.upper(), hint, optional, length, tuple(conditions), default, description)
+    return Key(field.name, hint, optional, length, tuple(conditions), default, description)

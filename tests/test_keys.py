@@ -147,6 +147,29 @@ def test_what_is_no_statement_of_keys() -> None:
 # --------------------------------------------------------------------------------------------------- methods
 
 
+@dataclass(frozen=True)
+class Formula(Keys):
+    T: Annotated[float, Above(0), "Temperature."] = 4.0
+    topK: int = 2
+
+
+def test_fields_in_the_case_of_formulas() -> None:
+    """Check the keys T and TOPK, and that two fields of one key are refused."""
+    assert [key.name for key in keys_of(Formula)] == ["T", "TOPK"]
+    assert _read(Formula, TOPK=3) == Formula(T=4.0, topK=3)
+    with pytest.raises(UserError, match=r"^MODEL\.TOY\.T is 0\.0; it must be a number above 0\.$"):
+        _read(Formula, T=0.0)
+    with pytest.raises(UserError, match=r"^Formula\.T is -1\.0; it must be a number above 0\.$"):
+        Formula(T=-1.0).validate("Formula")
+
+    @dataclass(frozen=True)
+    class Both(Formula):
+        t: float = 1.0
+
+    with pytest.raises(TypeError, match=r"Both has T and t, which are the same key T$"):
+        keys_of(Both)
+
+
 @pytest.fixture
 def registered() -> Iterator[Callable[[type[Distiller]], type[Distiller]]]:
     """Return a decorator that registers a method for one test."""
