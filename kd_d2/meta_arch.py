@@ -139,6 +139,11 @@ class KDMetaArch(nn.Module):
         for attribute in ("loss_names", "needs"):
             if not hasattr(distiller, attribute):
                 raise TypeError(f"{name} does not set the attribute {attribute!r}")
+        for loss in distiller.loss_names:
+            if not loss.startswith("loss_"):
+                raise UserError(
+                    f"The distiller {name} has a loss {loss!r}; in logs and plots, losses are the names that begin with 'loss_': rename it."
+                )
         for part in distiller.needs - student.provides - teacher.provides:
             if part.partition("/")[0] not in PARTS:
                 raise UserError(

@@ -206,6 +206,38 @@ def test_two_methods_with_one_node_are_refused(registered: Callable) -> None:
     assert {"First"} == dict(DISTILLER_REGISTRY).keys() & {"Mine", "First", "Second", "Third"}
 
 
+@pytest.mark.parametrize("node", ["", "MY.NODE", "my node"])
+def test_a_node_that_is_no_word_is_refused(registered: Callable, node: str) -> None:
+    with pytest.raises(UserError, match=rf"^The method Mine has the CONFIG_NODE {node!r}, which is not one word"):
+        registered(_method("Mine", CONFIG_NODE=node))
+
+
+def test_a_name_of_another_method_is_refused(registered: Callable) -> None:
+    with pytest.raises(
+        UserError,
+        match=r"^There are two methods with the name CWD, of kd_d2\.distillers\.cwd and of mine: rename one of them\.$",
+    ):
+        registered(_method("CWD", CONFIG_NODE="MINE", __module__="mine"))
+
+
+def test_a_class_that_is_no_method_is_refused(registered: Callable) -> None:
+    with pytest.raises(UserError, match=r"^The method Mine is not derived from kd_d2\.distillers\.Distiller\.$"):
+        registered(type("Mine", (), {"CONFIG_NODE": "MINE"}))
+
+
+def test_a_config_without_the_keys_of_all_methods_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^The Config of the method Mine is not derived from Distiller\.Config, which"):
+        _method("Mine", Config=dataclass(frozen=True)(type("Config", (), {})))
+
+
+def test_a_state_that_cannot_be_loaded_is_refused() -> None:
+    """Check a method that would save a state without reading it, and one that reads the state of its base class."""
+    with pytest.raises(UserError, match=r"^The method Mine defines get_extra_state without set_extra_state, so that"):
+        _method("Mine", get_extra_state=dict)
+    first = _method("First", get_extra_state=dict, set_extra_state=lambda self, state: None)
+    type("Second", (first,), {"get_extra_state": dict})
+
+
 def test_a_node_of_the_library_is_refused(registered: Callable, tiny_cfg: Callable) -> None:
     registered(_method("Mine", CONFIG_NODE="TEACHER"))
     with pytest.raises(UserError, match=r"^The method Mine has the CONFIG_NODE 'TEACHER', which is a key of MODEL\.KD"):

@@ -524,6 +524,12 @@ def test_losses_of_one_name_are_an_error(toy_detector: type) -> None:
         KDMetaArch(student=toy_detector(), teacher=Teacher(toy_detector()), distillers=distillers)
 
 
+def test_a_loss_that_logs_would_not_show_as_one_is_an_error(toy_detector: type) -> None:
+    distillers = {"Recorder": Recorder(loss_names=("kd", "loss_kd_aux_size"))}
+    with pytest.raises(UserError, match=r"^The distiller Recorder has a loss 'kd'; in logs and plots, losses are the"):
+        KDMetaArch(student=toy_detector(), teacher=Teacher(toy_detector()), distillers=distillers)
+
+
 def test_a_loss_named_like_one_of_the_student_is_an_error(
     toy_detector: type, constant_inputs: Callable, event_storage: EventStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable, Collection, Set
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
@@ -132,6 +133,15 @@ class Distiller(nn.Module):
                     f"The method {cls.__name__} has {name} = {value!r}, which is no {'set' if kind is Set else 'tuple'} of names, "
                     f"such as {example}."
                 )
+        if not issubclass(cls.Config, Distiller.Config):
+            raise UserError(
+                f"The Config of the method {cls.__name__} is not derived from Distiller.Config, which has the keys of all methods: "
+                "declare it as `class Config(Distiller.Config)`."
+            )
+        if "get_extra_state" in vars(cls) and cls.set_extra_state is nn.Module.set_extra_state:
+            raise UserError(
+                f"The method {cls.__name__} defines get_extra_state without set_extra_state, so that no training could be resumed."
+            )
         keys_of(cls.Config)
 
     def __init__(self, config: Config, pair: Pair, default_weight: float | None = None):
@@ -224,7 +234,7 @@ def _is_same_definition(new: type, old: type) -> bool:
 
 
 class DistillerRegistry(Registry):
-    """Registry that rejects methods without a config node of their own; for an unknown name, the error lists the known ones."""
+    """Registry that rejects methods without a name and a config node of their own; for an unknown name, the error lists the known ones."""
 
     def get(self, name: str) -> type[Distiller]:
         known = sorted(registered for registered, _ in self)
@@ -235,13 +245,23 @@ class DistillerRegistry(Registry):
         return super().get(name)
 
     def _do_register(self, name: str, method: type[Distiller]) -> None:
+        if not issubclass(method, Distiller):
+            raise UserError(f"The method {name} is not derived from kd_d2.distillers.Distiller.")
         node = getattr(method, "CONFIG_NODE", None)
         if node is None:
             raise UserError(f"The method {name} has no CONFIG_NODE, the name of its config node under MODEL.KD.")
+        if not re.fullmatch(r"[^\s.]+", node):
+            raise UserError(
+                f"The method {name} has the CONFIG_NODE {node!r}, which is not one word without dots, such as 'MINE'."
+            )
         for other, registered in self:
             if other == name and _is_same_definition(method, registered):  # as in a notebook whose cell runs again
                 self._obj_map[name] = method
                 return
+            if other == name and node != registered.CONFIG_NODE:
+                raise UserError(
+                    f"There are two methods with the name {name}, of {registered.__module__} and of {method.__module__}: rename one of them."
+                )
             if node == registered.CONFIG_NODE:
                 raise UserError(
                     f"The methods {other} and {name} have the same CONFIG_NODE {node!r}: rename one of them."
