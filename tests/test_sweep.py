@@ -347,6 +347,43 @@ def test_results_of_another_version_of_an_own_method_are_refused(tmp_path):
     assert "code of the methods from --import" not in settings()
 
 
+OWN_PACKAGE = {
+    "my_package/__init__.py": "",
+    "my_package/method.py": "from . import formulas\n" + OWN_METHOD.format(factor=1, comment=""),
+    "my_package/formulas.py": "import my_constants\n",
+    "my_package/unused.py": "",
+    "my_constants.py": "import my_package.method\n\nALPHA = 1\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "is_part"),
+    [("my_package/formulas.py", True), ("my_constants.py", True), ("my_package/unused.py", False)],
+)
+def test_the_code_of_an_own_method_includes_the_modules_that_it_imports(tmp_path, monkeypatch, changed, is_part):
+    """Check a module of the same package, one beside it that imports the method, and one that is not imported."""
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, text in OWN_PACKAGE.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "teacher.pth").touch()
+    opts = [
+        "MODEL.META_ARCHITECTURE", "KDMetaArch", "MODEL.KD.DISTILLERS", ("MyMethod",),
+        "MODEL.KD.TEACHER.CONFIG_FILE", STUDENT, "MODEL.KD.TEACHER.WEIGHTS", str(tmp_path / "teacher.pth"),
+    ]  # fmt: skip
+    try:
+        import_extensions(["my_package.method"])
+        before = measured_settings(STUDENT, opts)
+        with open(tmp_path / changed, "a") as file:
+            file.write("BETA = 2\n")
+        linecache.checkcache()
+        assert (measured_settings(STUDENT, opts) != before) == is_part
+    finally:
+        DISTILLER_REGISTRY._obj_map.pop("MyMethod", None)
+        for name in [name for name in sys.modules if name.startswith(("my_package", "my_constants"))]:
+            del sys.modules[name]
+
+
 def test_paths_in_a_sweep_are_relative_to_its_files(tmp_path, monkeypatch):
     """Check those of a sweep's opts and of a fragment elsewhere; those in the working directory come first."""
     (tmp_path / "parts").mkdir()
