@@ -1259,6 +1259,21 @@ def test_no_table_if_every_cell_fails(tmp_path, monkeypatch):
     assert "old" in readme.read_text()
 
 
+@pytest.mark.parametrize(
+    ("end", "expected"),
+    [("sys.exit(2)", " 2 (error: The key is wrong.), see "), ("os.kill(os.getpid(), 9)", " -9, see ")],
+)
+def test_the_reason_of_a_failed_cell_is_logged(tmp_path, monkeypatch, caplog, end, expected):
+    """Check that it is the last line of the log, unless the process was killed."""
+    script = tmp_path / "program.py"
+    script.write_text(f"import os, sys\nprint('started\\nerror: The key is wrong.\\n', flush=True)\n{end}\n")
+    monkeypatch.setattr(runner, "PROGRAM", (sys.executable, str(script)))
+    job = runner.Job("a", 0, [], str(tmp_path / "a"), str(tmp_path / "a.json"), {})
+    with caplog.at_level(logging.INFO):
+        assert runner.run_jobs([job], 1, 1) == [job]
+    assert f"a seed 0: FAILED with exit status{expected}{tmp_path}/a/process.log" in caplog.messages
+
+
 def test_one_of_two_tables_in_a_readme(finished, tmp_path):
     """Check that only the named table changes, and that a name without its markers is an error."""
     matrix, folder = finished

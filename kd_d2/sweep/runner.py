@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO, Any
@@ -20,6 +21,7 @@ from ..config import read_config
 from ..errors import UserError
 from ..files import read_json, write_json
 from ..signals import deferred_signals, exit_on_signals
+from ..text import printable
 from ..typed_json import from_tree
 from .matrix import Cell, Matrix
 from .results import (
@@ -278,11 +280,20 @@ def _scores(outcome: dict[str, Any]) -> dict[str, float | None]:
     return {name: score for name, score in outcome["bbox"].items() if not name.startswith("AP-")} | others
 
 
+def _last_line(path: str) -> str:
+    """Return the last line of a log that is not empty, which ends the message of an error."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        lines = deque((line.strip() for line in file if line.strip()), maxlen=1)
+    return printable("".join(lines))
+
+
 def _finish(job: Job) -> bool:
     """Write the result of a job whose process has ended; return False if it has failed."""
     minutes = (time.time() - job.started) / 60
     if job.process.returncode != 0:
-        logger.info(f"{job.name}: FAILED with exit status {job.process.returncode}, see {job.output}/process.log")
+        log = os.path.join(job.output, "process.log")
+        reason = f" ({_last_line(log)})" if job.process.returncode > 0 else ""  # a killed process gives none
+        logger.info(f"{job.name}: FAILED with exit status {job.process.returncode}{reason}, see {log}")
         return False
     try:
         outcome = read_outcome(os.path.join(job.output, job.outcome))
