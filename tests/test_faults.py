@@ -383,6 +383,17 @@ def test_the_end_of_a_training_in_the_folder_of_another(tmp_path: Path, clips: b
     assert str(started.explain(error)) == f"{advice}--resume continues from {old}."
 
 
+def test_a_loss_that_is_not_finite_in_the_first_iteration(tmp_path: Path) -> None:
+    """Check that no lower learning rate is advised, which has had no effect yet."""
+    cfg = load_config("configs/tiny/retinanet-student.yaml")
+    cfg.OUTPUT_DIR = str(tmp_path)
+    error = NonFiniteLossError("In iteration 0 the loss x is nan", in_first_iteration=True)
+    assert str(Failures(cfg, resumed=False).explain(error)) == (
+        "In iteration 0 the loss x is nan: no parameter has been updated yet, so check the initial weights (MODEL.WEIGHTS), the teacher's "
+        "weights, and the code of methods of your own; there is no checkpoint yet."
+    )
+
+
 def test_a_new_training_that_fails_in_an_old_folder(tmp_path: Path, after: Callable) -> None:
     def fail() -> None:
         raise MemoryError

@@ -348,8 +348,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(
     before = [p.item() for p in model.distillers["a"].parameters() if p.numel() == 1][1:]
     step = DistillationStep(model, *build_optimizers(tiny_cfg("retinanet"), model))
     step.data_loader = [constant_inputs()]
-    with pytest.raises(NonFiniteLossError, match="In iteration 0 the loss loss_x is nan"):
+    with pytest.raises(NonFiniteLossError, match="In iteration 0 the loss loss_x is nan") as caught:
         _run(step, event_storage, 1)
+    assert caught.value.in_first_iteration
     assert model.student.backbone.scale.item() == 1.0
     assert [p.item() for p in model.distillers["a"].parameters() if p.numel() == 1][1:] == before
 

@@ -15,6 +15,11 @@ from .step import NonFiniteLossError
 
 LESS_MEMORY = "raise SOLVER.GRADIENT_ACCUMULATION_STEPS, or lower SOLVER.IMS_PER_BATCH or the image sizes in INPUT"
 
+CHECK_WEIGHTS = (
+    "no parameter has been updated yet, so check the initial weights (MODEL.WEIGHTS), the teacher's weights, and the code of methods "
+    "of your own"
+)
+
 
 class Failures:
     """Explains errors that end a training.
@@ -36,7 +41,8 @@ class Failures:
         if isinstance(error, DataError):
             return UserError(f"{str(error).rstrip('.')}; {self._saved()}.")
         if isinstance(error, NonFiniteLossError):
-            return NonFiniteLossError(f"{error}: {self.slower}; {self._saved()}.")
+            advice = CHECK_WEIGHTS if error.in_first_iteration else self.slower
+            return NonFiniteLossError(f"{error}: {advice}; {self._saved()}.")
         if isinstance(error, UserError):
             return error
         if isinstance(error, FloatingPointError):

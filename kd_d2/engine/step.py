@@ -23,7 +23,11 @@ from .optimizers import AuxiliaryOptimizer
 
 
 class NonFiniteLossError(UserError, FloatingPointError):
-    """A loss is infinite or NaN. It has not changed any parameter."""
+    """A loss is infinite or NaN. It has not changed any parameter; none has changed yet `in_first_iteration`."""
+
+    def __init__(self, message: str, *, in_first_iteration: bool = False):
+        super().__init__(message)
+        self.in_first_iteration = in_first_iteration
 
 
 class DistillationStep(SimpleTrainer):
@@ -130,7 +134,9 @@ class DistillationStep(SimpleTrainer):
         values = dict(zip(losses, values.tolist(), strict=True))
         for name, value in values.items():
             if not math.isfinite(value):
-                raise NonFiniteLossError(f"In iteration {self.iter} the loss {name} is {value}")
+                raise NonFiniteLossError(
+                    f"In iteration {self.iter} the loss {name} is {value}", in_first_iteration=self.iter == 0
+                )
         storage = get_event_storage()
         storage.put_scalar("data_time", data_time)
         storage.put_scalar("total_loss", sum(values.values()))
