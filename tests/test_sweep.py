@@ -580,6 +580,14 @@ def test_curves_of_several_test_sets_and_negative_losses(tmp_path, monkeypatch):
     assert drawn["loss_own"][0] < -2 < -1 < drawn["loss_own"][1]
 
 
+def test_a_loss_that_hardly_falls_is_below_the_frame(tmp_path, monkeypatch):
+    """Check that matplotlib's margin of 5 % is a share of the axis from 0, not of the loss's small range."""
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, *a: figures.append(figure))
+    plot_curves({"one": {"total_loss": [(1, 2.0), (2, 1.96)]}}, str(tmp_path / "curves.png"))
+    assert figures[0].axes[0].get_ylim() == (0, pytest.approx(2.1))
+
+
 def test_long_titles_are_told_apart(tmp_path, monkeypatch):
     """Check titles that differ in the middle alone, in both plots, and a legend that is no wider than its figure."""
     titles = [f"{'inheritance, ' * 6}{method}{', levels balanced' * 5}" for method in ("SSIM", "CrossKD")]

@@ -87,6 +87,8 @@ def plot_curves(curves: dict[str, Curves], path: str) -> None:
         axis.set_xlabel("iteration", fontsize=8)
         axis.grid(alpha=0.3)
         if axis.dataLim.ymin >= 0:
+            axis.update_datalim([(0, 0)], updatex=False)  # the margin is a share of the whole axis
+            axis.autoscale_view(scalex=False)
             axis.set_ylim(bottom=0)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
