@@ -141,8 +141,8 @@ class KDMetaArch(nn.Module):
                 raise TypeError(f"{name} does not set the attribute {attribute!r}")
         for loss in distiller.loss_names:
             if not loss.startswith("loss_"):
-                raise UserError(
-                    f"The distiller {name} has a loss {loss!r}; in logs and plots, losses are the names that begin with 'loss_': rename it."
+                logger.warning(
+                    f"The distiller {name} has a loss {loss!r}, which curves and plots leave out: only names that begin with 'loss_' are losses there."
                 )
         for part in distiller.needs - student.provides - teacher.provides:
             if part.partition("/")[0] not in PARTS:

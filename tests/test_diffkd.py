@@ -48,8 +48,8 @@ def test_losses_and_gradients_of_the_program(monkeypatch: pytest.MonkeyPatch) ->
     student = values["student.16"].requires_grad_()
     losses = method.scaled(method(outputs(student), outputs(values["teacher.16"]), []))
     sum(losses.values()).backward()
-    for part in ("", "_diffusion", "_autoencoder"):
-        assert_equal(losses[f"loss_diffkd{part}"], values[f"loss{part}"])
+    for name in losses:
+        assert_equal(losses[name], values[name.replace("_diffkd", "").replace("_aux", "")])
     assert_equal(student.grad, values["grad_student.16"])
     for name, parameter in method.levels["16"].named_parameters():
         gradient = parameter.grad[rows] if "time_embedding" in name else parameter.grad
@@ -121,8 +121,8 @@ def test_which_loss_trains_what() -> None:
         reached[name] = {key.partition(".")[0] for key, gradient in pairs if gradient is not None}
     assert reached == {
         "loss_diffkd": {"student", "reduce", "denoiser", "project"},
-        "loss_diffkd_diffusion": {"denoiser"},
-        "loss_diffkd_autoencoder": {"encoder", "decoder"},
+        "loss_diffkd_aux_diffusion": {"denoiser"},
+        "loss_diffkd_aux_autoencoder": {"encoder", "decoder"},
     }
     assert method.levels["16"].encoder[0].out_channels == 3
     assert make(DiffKD, spec_of({16: 6}), spec_of({16: 8})).levels["16"].encoder[0].out_channels == 4

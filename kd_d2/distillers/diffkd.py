@@ -35,8 +35,8 @@ class DiffKD(Distiller):
     """
 
     needs = frozenset({"features"})
-    loss_names = ("loss_diffkd", "loss_diffkd_diffusion", "loss_diffkd_autoencoder")
-    aux_loss_names = ("loss_diffkd_diffusion", "loss_diffkd_autoencoder")
+    loss_names = ("loss_diffkd", "loss_diffkd_aux_diffusion", "loss_diffkd_aux_autoencoder")
+    aux_loss_names = ("loss_diffkd_aux_diffusion", "loss_diffkd_aux_autoencoder")
     CONFIG_NODE = "DIFFKD"
 
     @dataclass(frozen=True)
