@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+from collections.abc import Iterator
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -270,6 +272,16 @@ class KDMetaArch(nn.Module):
                     f"At stride {stride} the student ({type(self.student).__name__}) has a map of {sizes[0]} cells and the "
                     f"teacher ({type(self.teacher.model).__name__}) one of {sizes[1]}: they cannot be compared."
                 )
+
+    @contextlib.contextmanager
+    def without_distillers(self) -> Iterator[None]:
+        """Train the student alone within this context: no method runs, and no gradient is balanced."""
+        kept = self.distillers, self.balance
+        self.distillers, self.balance = nn.ModuleDict(), None
+        try:
+            yield
+        finally:
+            self.distillers, self.balance = kept
 
     def idle_parameters(self, iteration: int) -> list[nn.Parameter]:
         """Return parameters of distillers outside their schedule, which must not change in this iteration."""

@@ -87,6 +87,19 @@ def test_precise_statistics_follow_the_average(tmp_path: Path) -> None:
     assert order == sorted(order) and "PreciseBN" not in hooks
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_precise_statistics_are_of_the_student_alone(tmp_path: Path, decay: float) -> None:
+    """Check how often layers ran in an iteration and two further batches, also beside those of DiffKD, which run several times in each."""
+    keys = {"TEST__PRECISE_BN__ENABLED": True, "TEST__PRECISE_BN__NUM_ITER": 2, "SOLVER__EMA_DECAY": decay}
+    project = make_project(
+        tmp_path, **keys, MODEL__KD__DISTILLERS=["ReviewKD", "DiffKD"], MODEL__KD__BALANCE__ENABLED=True
+    )
+    model = train(project, "SOLVER.MAX_ITER", 1, "SOLVER.STEPS", ()).trainer.bare_model
+    runs = {int(n) for name, n in model.distillers.named_buffers() if name.endswith("num_batches_tracked")}
+    assert runs == {1}
+    assert model.student.backbone.fpn_output3.norm.num_batches_tracked == 3
+
+
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
 def test_an_averaged_training_is_resumed_exactly(tmp_path: Path, optimizer: str) -> None:
     keys = {**KEYS, "SOLVER__OPTIMIZER": optimizer}

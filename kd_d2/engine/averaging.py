@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 import torch
 from detectron2.engine import HookBase
-from detectron2.engine.hooks import PreciseBN
 from torch import Tensor, nn
 
 
@@ -67,9 +66,13 @@ class PreciseStatisticsOfAverage(HookBase):
     """Runs Detectron2's `PreciseBN` with the averaged weights, which are evaluated and saved.
 
     Register it after `averaged`.
+
+    Args:
+        averaged: the averaged weights.
+        precise: the hook that computes the statistics.
     """
 
-    def __init__(self, averaged: AveragedStudent, precise: PreciseBN):
+    def __init__(self, averaged: AveragedStudent, precise: HookBase):
         self.averaged = averaged
         self.precise = precise
 

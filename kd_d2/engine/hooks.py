@@ -7,9 +7,11 @@ from collections.abc import Callable
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
+from detectron2.engine.hooks import PreciseBN
 
 from ..balance import GradientBalance
 from ..errors import UserError
+from ..meta_arch import KDMetaArch
 
 logger = logging.getLogger(__name__)
 
@@ -73,3 +75,16 @@ class LastMultipliersLog(HookBase):
     def after_train(self) -> None:
         multipliers = ", ".join(f"{name} {value:.3g}" for name, value in self.multipliers.items())
         logger.info(f"Last multipliers of the distillation losses (MODEL.KD.BALANCE): {multipliers or 'none'}")
+
+
+class PreciseStatisticsOfStudent(HookBase):
+    """Runs Detectron2's `PreciseBN` without the distillers, whose layers it refuses if they run more than once in a forward pass."""
+
+    def __init__(self, model: KDMetaArch, precise: PreciseBN):
+        self.model = model
+        self.precise = precise
+
+    def after_step(self) -> None:
+        self.precise.trainer = self.trainer
+        with self.model.without_distillers():
+            self.precise.after_step()

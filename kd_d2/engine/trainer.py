@@ -43,7 +43,7 @@ from .checkpoints import BestCheckpoint, Checkpoints
 from .checks import TEACHERS_CLASSES, check_best_metric_is_evaluated, check_classes, check_schedule
 from .failures import Failures
 from .folder_lock import unlock_folder
-from .hooks import LastMultipliersLog, PeakMemoryRecorder, build_registered_hooks
+from .hooks import LastMultipliersLog, PeakMemoryRecorder, PreciseStatisticsOfStudent, build_registered_hooks
 from .learning_rate import build_lr_scheduler, scale_to_world_size
 from .optimizers import build_main_optimizer, build_optimizers
 from .rank_states import get_rank_state, own_state, set_distiller_state, set_rank_state
@@ -306,7 +306,10 @@ class KDTrainer(DefaultTrainer):
         detectron2_hooks = super().build_hooks()
         self.cfg = cfg
         for hook in detectron2_hooks:
-            if isinstance(hook, PreciseBN) and self.averaged:
+            is_precise = isinstance(hook, PreciseBN)
+            if is_precise and isinstance(self.bare_model, KDMetaArch):
+                hook = PreciseStatisticsOfStudent(self.bare_model, hook)
+            if is_precise and self.averaged:
                 precise = PreciseStatisticsOfAverage(self.averaged, hook)
             elif isinstance(hook, EvalHook):
                 hooks += build_registered_hooks(self.cfg)
