@@ -15,7 +15,7 @@ from detectron2.data import MetadataCatalog
 from .checkpoint import StateDict, read_checkpoint
 from .config.reading import merge
 from .config_files import find_file, leaves, read_yaml
-from .errors import UserError
+from .errors import UserError, check_number
 from .imported import Imported, Weights, check_empty, detectron2_config, write_detector
 
 PROGRAM = "AdelaiDet"
@@ -135,6 +135,12 @@ def _read_config(config: str | os.PathLike[str] | None, checkpoint: str) -> CfgN
 def _check(cfg: CfgNode, path: str) -> None:
     """Raise a UserError if a key has a value that cannot be imported."""
     fcos = cfg.MODEL.FCOS
+    if not fcos.IN_FEATURES or not all(level in [*LEVELS] for level in fcos.IN_FEATURES):
+        raise UserError(
+            f"{path}: MODEL.FCOS.IN_FEATURES is {fcos.IN_FEATURES}; only some of {', '.join(LEVELS)} can be imported."
+        )
+    check_number(f"{path}: MODEL.FCOS.INFERENCE_TH_TEST", fcos.INFERENCE_TH_TEST, 0)
+    check_number(f"{path}: MODEL.FCOS.POST_NMS_TOPK_TEST", fcos.POST_NMS_TOPK_TEST, 1)
     supported = {
         "MODEL.META_ARCHITECTURE": ["OneStageDetector"],
         "MODEL.PROPOSAL_GENERATOR.NAME": ["FCOS"],
@@ -142,7 +148,7 @@ def _check(cfg: CfgNode, path: str) -> None:
         "MODEL.BACKBONE.ANTI_ALIAS": [False],
         "MODEL.RESNETS.DEFORM_INTERVAL": [1],
         "MODEL.MOBILENET": [False],
-        "MODEL.FCOS.FPN_STRIDES": [[LEVELS.get(level) for level in fcos.IN_FEATURES]],
+        "MODEL.FCOS.FPN_STRIDES": [[LEVELS[level] for level in fcos.IN_FEATURES]],
         "MODEL.FCOS.TOP_LEVELS": [*NECKS],
         "MODEL.FCOS.NORM": ["GN", "NaiveGN", "none"],
         "MODEL.FCOS.NUM_SHARE_CONVS": [0],

@@ -4,7 +4,7 @@ kd-d2 import-adelaidet CHECKPOINT OUT [--config FILE] [KEY VALUE ...]
 
 Writes OUT/config.yaml and OUT/model_final.pth, a Detectron2 config and checkpoint; OUT can be used like the output
 folder of a training. AdelaiDet need not be installed. Detectors: FCOS with a ResNet or ResNeXt and FPN, also with deformable
-convolutions. Any key of the config that Detectron2 lacks is refused.
+convolutions. A part or setting of the detector that Detectron2 lacks is refused.
 """
 
 from __future__ import annotations
