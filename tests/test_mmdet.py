@@ -214,7 +214,7 @@ def test_deformable_convolutions_with_the_names_of_mmdetection_1(tmp_path: Path)
 
 @pytest.mark.parametrize("prefix", ["architecture", "student"])
 def test_a_student_beside_its_teacher(tmp_path: Path, prefix: str) -> None:
-    """Check that teacher and connectors are left out, and the message if the config only names that of the student."""
+    """Check that teacher and connectors are left out."""
     state = state_of("retinanet")
     whole = {f"{prefix}.{name}": value for name, value in state.items()}
     whole |= {"teacher.backbone.conv1.weight": torch.zeros(1), "distiller.connectors.a.weight": torch.zeros(1)}
@@ -227,10 +227,19 @@ def test_a_student_beside_its_teacher(tmp_path: Path, prefix: str) -> None:
     assert cfg == own
     written = [torch.load(tmp_path / name / "model_final.pth")["model"] for name in ("own", "student")]
     assert all(torch.equal(value, written[1][name]) for name, value in written[0].items())
-    named = "model = dict(type='SingleTeacherDistill', architecture=dict(cfg_path='mmdet::retinanet/r50.py'))"
-    path = save(tmp_path, "retinanet", state_dict=whole, meta={"cfg": named})
-    with pytest.raises(UserError, match=r"one of MMRazor, .*, mmdet::retinanet/r50\.py: name .* with --config"):
-        import_detector(path, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "model = dict(type='SingleTeacherDistill', architecture=dict(cfg_path='retinanet/r50.py'))",
+        "distiller = dict(type='DetectionDistiller')\nstudent_cfg = 'retinanet/r50.py'",
+    ],
+)
+def test_a_config_that_names_that_of_the_student(tmp_path: Path, config: str) -> None:
+    path = save(tmp_path, "retinanet", meta={"cfg": config})
+    with pytest.raises(UserError, match=r"of a distillation, .* the student, retinanet/r50\.py: name .* with --config"):
+        import_detector(path, tmp_path / "imported")
 
 
 def test_settings_of_the_test(tmp_path: Path) -> None:

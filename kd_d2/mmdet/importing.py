@@ -78,18 +78,19 @@ def _config(source: MMDetectionCheckpoint, checkpoint: str, config: str | os.Pat
 def _model(settings: dict[str, Any]) -> Settings:
     """Return the entry "model", with the test settings that are beside it in early versions of MMDetection 2.
 
-    In a config of MMRazor, it is the entry "architecture" of this one.
+    In a config of MMRazor, it is the entry "architecture" of this one, which may be the name of a config, as "student_cfg" is in those of
+    FGD and MGD.
     """
     model, test = (
         {**value} if isinstance(value := settings.get(name), Mapping) else {} for name in ("model", "test_cfg")
     )
-    if isinstance(student := model.get("architecture"), Mapping):
-        if "cfg_path" in student:
-            raise UserError(
-                f"The config is one of MMRazor, which only names that of the student, {student['cfg_path']}: name the complete "
-                "config of the student with --config, as MMDetection writes it to a work_dir."
-            )
-        model = {**student}
+    student = model.get("architecture")
+    model = {**student} if isinstance(student, Mapping) else model
+    if named := model.get("cfg_path") if model else settings.get("student_cfg"):
+        raise UserError(
+            f"The config is one of a distillation, which only names that of the student, {named}: name the complete config of the student "
+            "with --config, as MMDetection writes it to a work_dir."
+        )
     if test and "type" not in test:  # that of MMDetection 3 is a loop
         model.setdefault("test_cfg", test)
     return Settings(model, "model")
