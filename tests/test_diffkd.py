@@ -158,6 +158,8 @@ def test_one_position() -> None:
     method, maps = make(DiffKD, spec_of({16: 2})), torch.rand(1, 2, 1, 1)
     with pytest.raises(UserError, match=r"^DiffKD normalizes over .*MODEL\.KD\.DIFFKD\.NUM_LEVELS"):
         method(outputs(maps), outputs(maps), [])
+    losses = method.eval()(outputs(maps), outputs(maps), [])  # as for a map of the loss
+    assert losses["loss_diffkd"] == 0  # one value is normalized to 0
 
 
 @pytest.mark.parametrize(("key", "value"), [("steps", 0), ("steps", 501), ("latent_channels", 0), ("weight", -1.0)])

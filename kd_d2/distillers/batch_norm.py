@@ -30,13 +30,20 @@ class BatchNormOverAllRanks(nn.BatchNorm2d):
         return (centered * scale[:, None, None] + self.bias[:, None, None]).to(input.dtype)
 
 
-def batch_norm(channels: int) -> BatchNormOverAllRanks:
-    """Return a normalization by the statistics of the batch, also in evaluation, without running ones."""
-    return BatchNormOverAllRanks(channels, track_running_stats=False)
+class BatchNormWithoutState(BatchNormOverAllRanks):
+    """The same without running statistics: evaluation uses those of its batch, in which a single value per channel becomes 0."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, track_running_stats=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training and input[:, 0].numel() == 1:
+            return torch.zeros_like(input) + self.bias[:, None, None]
+        return super().forward(input)
 
 
 def check_positions(maps: Tensor, method: str, node: str) -> None:
-    """Raise a UserError if maps (B, C, H, W) have only one value per channel, which cannot be normalized.
+    """Raise a UserError if maps (B, C, H, W) have only one value per channel, which cannot be normalized in training.
 
     Args:
         method: name of the method.

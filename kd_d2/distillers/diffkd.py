@@ -13,7 +13,7 @@ from ..adapters import DetectorOutputs
 from ..keys import AtLeast, AtMost
 from .adaptation import AdaptationLayers, Selection
 from .base import DISTILLER_REGISTRY, Distiller, Losses
-from .batch_norm import batch_norm, check_positions
+from .batch_norm import BatchNormWithoutState, check_positions
 from .diffusion import TIMES, Denoiser, mean_squared_error
 from .pair import NumLevels, Pair
 
@@ -96,7 +96,8 @@ class _Level(nn.Module):
 
     def forward(self, ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the losses of distillation, diffusion model and autoencoder for maps (B, C, H, W)."""
-        check_positions(ours, "DiffKD", DiffKD.CONFIG_NODE)
+        if self.training:
+            check_positions(ours, "DiffKD", DiffKD.CONFIG_NODE)
         encoded = self.encoder(theirs)
         autoencoder = mean_squared_error(self.decoder(encoded), theirs)
         encoded = encoded.detach()
@@ -112,4 +113,4 @@ class _Level(nn.Module):
 
 
 def _projection(channels: int, out: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(channels, out, 1, bias=False), batch_norm(out))
+    return nn.Sequential(nn.Conv2d(channels, out, 1, bias=False), BatchNormWithoutState(out))

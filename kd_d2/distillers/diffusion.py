@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import in_float32
-from .batch_norm import batch_norm
+from .batch_norm import BatchNormWithoutState
 
 TIMES = 1000
 """Number of times t of the diffusion; at 0 the maps have almost no noise, at the last one almost nothing else."""
@@ -91,7 +91,7 @@ class NoisePredictor(nn.Module):
             Bottleneck(channels, reduction=4),
             Bottleneck(channels, reduction=4),
             nn.Conv2d(channels, channels, 1, bias=False),
-            batch_norm(channels),
+            BatchNormWithoutState(channels),
         )
 
     def forward(self, noisy: Tensor, times: Tensor | None = None) -> Tensor:
@@ -119,13 +119,13 @@ class Bottleneck(nn.Module):
         inner = max(channels // reduction, 1)
         self.block = nn.Sequential(
             nn.Conv2d(channels, inner, 1, bias=False),
-            batch_norm(inner),
+            BatchNormWithoutState(inner),
             nn.ReLU(inplace=True),
             nn.Conv2d(inner, inner, 3, padding=1, bias=False),
-            batch_norm(inner),
+            BatchNormWithoutState(inner),
             nn.ReLU(inplace=True),
             nn.Conv2d(inner, channels, 1, bias=False),
-            batch_norm(channels),
+            BatchNormWithoutState(channels),
         )
 
     def forward(self, maps: Tensor) -> Tensor:
