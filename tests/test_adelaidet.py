@@ -59,13 +59,15 @@ def test_detections_are_those_of_adelaidet(tmp_path: Path, name: str) -> None:
     np.testing.assert_allclose(found.pred_boxes.tensor, expected["boxes"], atol=2e-2)
 
 
-def test_threshold_of_products(tmp_path: Path) -> None:
-    """Check that a threshold of class probability * centerness becomes one of its square root."""
+def test_settings_of_the_test(tmp_path: Path) -> None:
+    """Check limits and thresholds, of which that of class probability * centerness becomes one of its square root."""
+    limits = {"NMS_TH": 0.55, "PRE_NMS_TOPK_TEST": 900, "POST_NMS_TOPK_TEST": 50}
     for multiplied, threshold in ((False, 0.36), (True, 0.6)):
-        path = save(tmp_path, "basic", THRESH_WITH_CTR=multiplied, INFERENCE_TH_TEST=0.36, NMS_TH=0.55)
+        path = save(tmp_path, "basic", THRESH_WITH_CTR=multiplied, INFERENCE_TH_TEST=0.36, **limits)
         cfg = import_detector(path, tmp_path / str(multiplied)).cfg
         assert pytest.approx(threshold) == cfg.MODEL.FCOS.SCORE_THRESH_TEST
-        assert cfg.MODEL.FCOS.NMS_THRESH_TEST == 0.55
+        assert (cfg.MODEL.FCOS.NMS_THRESH_TEST, cfg.MODEL.FCOS.TOPK_CANDIDATES_TEST) == (0.55, 900)
+        assert cfg.TEST.DETECTIONS_PER_IMAGE == 50
 
 
 def test_class_names_of_coco(tmp_path: Path) -> None:
@@ -129,6 +131,8 @@ def test_what_detectron2_lacks_is_refused(tmp_path: Path, keys: dict[str, Any], 
 @pytest.mark.parametrize(("node", "value", "message"), [
     ("META_ARCHITECTURE", "CondInst", "MODEL.META_ARCHITECTURE is 'CondInst'; only 'OneStageDetector' can be imported."),
     ("BACKBONE", {"NAME": "build_fcos_vovnet_fpn_backbone"}, "MODEL.BACKBONE.NAME is 'build_fcos_vovnet_fpn_backbone'; only"),
+    ("BACKBONE", {"NAME": "build_fcos_resnet_fpn_backbone", "ANTI_ALIAS": True}, "MODEL.BACKBONE.ANTI_ALIAS is True; only False can be imported."),
+    ("RESNETS", {"DEFORM_INTERVAL": 3}, "MODEL.RESNETS.DEFORM_INTERVAL is 3; only 1 can be imported."),
     ("MOBILENET", True, "MODEL.MOBILENET is True; only False can be imported."),
     ("FCOS", 3, "MODEL.FCOS is a group of keys and cannot be set to 3."),
 ])  # fmt: skip
