@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .adapters import CLASSIFIED_PARTS, PARTS, DetectorOutputs, DetectorSpec, build_adapter
 from .balance import GradientBalance, shared_parameters
 from .distillers import DISTILLER_REGISTRY, Distiller, Losses, Pair, Schedule, build_distiller
-from .distillers.base import in_words
+from .distillers.base import LOG_PERIOD, in_words
 from .distillers.matching import check_same_classes, without_adapter
 from .errors import UserError
 from .modeling.building import building_from
@@ -198,8 +198,9 @@ class KDMetaArch(nn.Module):
         distilled = {
             n: _scalars(n, distiller(self._seen_by(n, student), teacher, targets)) for n, distiller in active.items()
         }
-        for name, own in distilled.items():
-            self._warn_without_gradient(name, own)
+        if (iteration + 1) % LOG_PERIOD == 0:  # reading a loss synchronizes with the GPU
+            for name, own in distilled.items():
+                self._warn_without_gradient(name, own)
         factors = self._factors(iteration, student, distilled)
         for name, distiller in self.distillers.items():
             if name in active:

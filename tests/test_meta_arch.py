@@ -557,11 +557,15 @@ def test_a_loss_that_trains_nothing_is_reported_once(
         lambda *_: {"loss_kd": factor * distiller.own.detach(), "loss_kd_aux_size": 100 * distiller.own},
     )
     model = KDMetaArch(student=toy_detector(), teacher=Teacher(toy_detector()), distillers={"a": distiller})
+    event_storage.iter = 19
     model(constant_inputs())
     factor = 10
     with torch.no_grad():
         model(constant_inputs())
+    event_storage.iter = 20  # in which losses are not read
+    model(constant_inputs())
     assert caplog.messages == []
+    event_storage.iter = 39
     for _ in range(2):
         assert model(constant_inputs())["loss_kd"].item() == 10
     (message,) = caplog.messages
