@@ -31,7 +31,7 @@ class BatchNormOverAllRanks(nn.BatchNorm2d):
 
 
 class BatchNormWithoutState(BatchNormOverAllRanks):
-    """The same without running statistics: evaluation uses those of its batch, in which a single value per channel becomes 0."""
+    """`BatchNormOverAllRanks` without running statistics: evaluation normalizes by its own batch, a single value per channel to 0."""
 
     def __init__(self, channels: int):
         super().__init__(channels, track_running_stats=False)
