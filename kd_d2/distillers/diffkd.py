@@ -31,7 +31,7 @@ class DiffKD(Distiller):
     With RESIDUAL (not in the paper) phi is E, and E(F_S) is added to P's output, which starts as zero: L starts as the mean of
     (E(F_S) - E(F_T))^2.
 
-    The paper does the same with class logits of the head, and imitates its boxes; here other methods do.
+    A public config of the authors does the same with the class logits of RetinaNet; here other methods distill predictions.
     """
 
     needs = frozenset({"features"})
