@@ -15,11 +15,11 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from .adapters import CLASSIFIED_PARTS, PARTS, DetectorOutputs, DetectorSpec, build_adapter
+from .adapters import PARTS, DetectorOutputs, DetectorSpec, build_adapter
 from .balance import GradientBalance, shared_parameters
 from .distillers import DISTILLER_REGISTRY, Distiller, Losses, Pair, Schedule, build_distiller
-from .distillers.base import LOG_PERIOD, in_words
-from .distillers.matching import check_same_classes, without_adapter
+from .distillers.base import LOG_PERIOD
+from .distillers.matching import check_same_classes, in_words, without_adapter
 from .errors import UserError
 from .modeling.building import building_from
 from .pseudo_labels import Annotations, PseudoLabels
@@ -111,7 +111,7 @@ class KDMetaArch(nn.Module):
 
     def _check_pair(self) -> None:
         student, teacher = self.adapter.spec, self.teacher.spec
-        users = [name for name, d in self.distillers.items() if d.needs_of_teacher & CLASSIFIED_PARTS]
+        users = [name for name, distiller in self.distillers.items() if distiller.compares_classes]
         users += ["MODEL.KD.PSEUDO_LABELS"] if self.labels.needs else []
         if users:
             check_same_classes(" and ".join(users), student, teacher)

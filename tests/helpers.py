@@ -269,7 +269,7 @@ def parts_of(detector: str) -> frozenset[str]:
     """Return the inputs of methods that a detector of META_ARCHITECTURES provides."""
     parts = {"features", "anchors", "targets"}
     if detector == "faster-rcnn":
-        return frozenset(parts | {"proposals"})
+        return frozenset(parts | {"objectness", "proposals"})
     parts |= {"dense"} if detector == "reppoints" else {"dense", "towers"}
     return frozenset(parts | {"distributions"} if detector == "gfl" else parts)
 

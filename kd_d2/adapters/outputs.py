@@ -192,6 +192,7 @@ class DetectorOutputs:
         classify: boxes of each image -> class logits (N, K + 1) of an R-CNN's box head, without gradient; None if there
             is no box head.
         towers: towers of a dense head by split; only the requested splits.
+        objectness: logits (B, HWA, 1) of an RPN by stride; None if there is no RPN.
     """
 
     images: ImageList
@@ -203,14 +204,16 @@ class DetectorOutputs:
     proposals: SampledProposals | None = None
     classify: Callable[[list[Boxes]], Tensor] | None = field(default=None, repr=False)
     towers: dict[int, Towers] = field(default_factory=dict)
+    objectness: dict[int, Tensor] | None = None
     _classified: tuple[SampledProposals, Tensor] | None = field(default=None, init=False, repr=False)
 
     def with_levels(self, change: Callable[[Levels], Levels]) -> DetectorOutputs:
-        """Return a copy with changed neck outputs, dense predictions and towers."""
+        """Return a copy with changed neck outputs, dense predictions, objectness and towers."""
         return replace(
             self,
             features=change(self.features),
             dense=None if self.dense is None else self.dense.with_levels(change),
+            objectness=None if self.objectness is None else change(self.objectness),
             towers={split: towers.with_levels(change) for split, towers in self.towers.items()},
         )
 
@@ -223,6 +226,7 @@ class DetectorOutputs:
             features=_ascending(self.features),
             anchors=None if self.anchors is None else _ascending(self.anchors),
             dense=None if self.dense is None else self.dense.ascending(),
+            objectness=None if self.objectness is None else _ascending(self.objectness),
             towers={split: towers.with_levels(_ascending) for split, towers in self.towers.items()},
         )
 
@@ -251,6 +255,7 @@ PARTS = frozenset(
         "features",
         "keypoints",
         "masks",
+        "objectness",
         "points",
         "proposals",
         "quality",
@@ -275,7 +280,7 @@ class DetectorSpec:
         cell_anchors: anchors (A, 4) of the first position by stride, in pixels; None if there are none.
         provides: which of "features", "anchors", "dense", "detections", "targets" its adapter can return; "quality" if
             its dense predictions include one; "distributions" if the box regression consists of distribution logits;
-            "points" if its anchors are points; "towers" and each `towers_at` if its head can be split; "proposals" if a
+            "objectness" if its anchors are those of an RPN that scores them; "points" if its anchors are points; "towers" and each `towers_at` if its head can be split; "proposals" if a
             box head classifies them by softmax; "masks" and "keypoints" if it is trained on them and detects them.
         score_threshold: minimum score of its detections; None if unknown.
         num_bins: number of bins in the distribution of a box side; None if there are no distributions.

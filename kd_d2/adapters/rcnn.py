@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from detectron2.modeling.meta_arch import GeneralizedRCNN
+from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.proposal_generator.rrpn import RRPN
 from detectron2.modeling.roi_heads import (
     CascadeROIHeads,
@@ -44,6 +45,8 @@ class RCNNAdapter(DetectorAdapter):
             strides = self._rpn_strides()
             if len({*strides}) == len(strides):
                 parts.add("anchors")
+                if type(self.model.proposal_generator).forward is RPN.forward:
+                    parts.add("objectness")
         if _classifies_by_softmax(self.model.roi_heads):
             parts.add("proposals")
         return frozenset(parts)
@@ -73,6 +76,14 @@ class RCNNAdapter(DetectorAdapter):
         shapes = self.model.backbone.output_shape()
         return [shapes[name].stride for name in self.model.proposal_generator.in_features]
 
+    def _rpn_maps(self, named: dict[str, Tensor]) -> list[Tensor]:
+        return [named[name] for name in self.model.proposal_generator.in_features]
+
+    def _objectness(self, maps: list[Tensor]) -> dict[int, Tensor]:
+        """Return the objectness logits (B, HWA, 1) by stride, from the RPN's maps (B, A, H, W)."""
+        logits = [x.permute(0, 2, 3, 1).flatten(1).unsqueeze(2) for x in maps]
+        return dict(zip(self._rpn_strides(), logits, strict=True))
+
     def cell_anchors(self) -> dict[int, Tensor] | None:
         if "anchors" not in self.provides:
             return None
@@ -86,15 +97,21 @@ class RCNNAdapter(DetectorAdapter):
         named = model.backbone(images.tensor)
         outputs = DetectorOutputs(images, self.by_stride(named))
         if "anchors" in want:
-            rpn = model.proposal_generator
-            maps = [named[name] for name in rpn.in_features]
-            outputs.anchors = dict(zip(self._rpn_strides(), grid_anchors(rpn.anchor_generator, maps), strict=True))
+            generator = model.proposal_generator.anchor_generator
+            outputs.anchors = dict(
+                zip(self._rpn_strides(), grid_anchors(generator, self._rpn_maps(named)), strict=True)
+            )
+        if "objectness" in want and targets is None:
+            outputs.objectness = self._objectness(model.proposal_generator.rpn_head(self._rpn_maps(named))[0])
         if "proposals" in want:
             outputs.classify = torch.no_grad()(lambda boxes: self._class_logits(named, boxes))
         if "detections" in want:
             outputs.detections = self._detect(batched_inputs, images, named)
         if targets is not None:
-            proposals, proposal_losses = self._propose(batched_inputs, images, named, targets)
+            with self._recorded_objectness("objectness" in want) as maps:
+                proposals, proposal_losses = self._propose(batched_inputs, images, named, targets)
+            if maps:
+                outputs.objectness = self._objectness(maps)
             if "proposals" in want and not model.training:
                 outputs.proposals = self._sampled(named, model.roi_heads.label_and_sample_proposals(proposals, targets))
             with self._recorded("proposals" in want and model.training) as (boxes, logits):
@@ -135,6 +152,16 @@ class RCNNAdapter(DetectorAdapter):
                 hooks.enter_context(pooler.register_forward_pre_hook(lambda _, args: boxes.append(list(args[1]))))
                 hooks.enter_context(predictor.register_forward_hook(lambda _, args, out: logits.append(out[0])))
             yield boxes, logits
+
+    @contextlib.contextmanager
+    def _recorded_objectness(self, wanted: bool) -> Iterator[list[Tensor]]:
+        """Record the RPN's objectness maps (B, A, H, W) within this context."""
+        maps: list[Tensor] = []
+        with contextlib.ExitStack() as hooks:
+            if wanted:
+                head = self.model.proposal_generator.rpn_head
+                hooks.enter_context(head.register_forward_hook(lambda _, args, out: maps.extend(out[0])))
+            yield maps
 
     def _class_logits(self, named: dict[str, Tensor], boxes: list[Boxes]) -> Tensor:
         """Return the class logits (N, K + 1) of the box head's first stage, which is trained on the proposals."""

@@ -26,6 +26,7 @@ from .feature_imitation import FeatureImitation
 from .fgd import FGD
 from .fgfi import FGFI
 from .fkd import FKD
+from .frs import FRS
 from .gid import GID
 from .icd import ICD
 from .ima import IMA
@@ -50,6 +51,7 @@ __all__ = [
     "FGD",
     "FGFI",
     "FKD",
+    "FRS",
     "GID",
     "ICD",
     "IMA",

@@ -16,14 +16,14 @@ from detectron2.utils.events import get_event_storage
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
-from ..adapters import DetectorOutputs
+from ..adapters import CLASSIFIED_PARTS, DetectorOutputs
 from ..distributed import mean_count_across_ranks
 from ..errors import UserError
 from ..extensions import HINT
 from ..gradients import gradients_of
 from ..keys import AtLeast, Keys, keys_of
 from ..moved import explain_names
-from .matching import without_adapter
+from .matching import in_words, without_adapter
 from .pair import Pair
 
 LOG_PERIOD = 20  # iterations, the period of Detectron2's writers
@@ -60,20 +60,6 @@ class ParamGroup:
 
     params: list[nn.Parameter]
     optimizer: OptimizerSettings | None = None
-
-
-PARTS_IN_WORDS = {
-    "dense": "dense predictions",
-    "distributions": "distributions of box sides",
-    "proposals": "a box head that classifies proposals by softmax (in standard ROI heads)",
-    "towers": "a dense head with two convolutional towers",
-}
-"""Descriptions of the outputs that distillers need, for messages in which the name is not clear."""
-
-
-def in_words(parts: frozenset[str]) -> str:
-    """Return a description of outputs that distillers need."""
-    return " and ".join(PARTS_IN_WORDS.get(part, part) for part in sorted(parts))
 
 
 class Distiller(nn.Module):
@@ -185,6 +171,11 @@ class Distiller(nn.Module):
     def needs_of_teacher(self) -> frozenset[str]:
         """Parts of the teacher's outputs that `forward` reads."""
         return self.needs - {"targets"}
+
+    @property
+    def compares_classes(self) -> bool:
+        """Whether `forward` compares class predictions, so that the detectors must have the same classes."""
+        return bool(self.needs_of_teacher & CLASSIFIED_PARTS)
 
     def forward(self, student: DetectorOutputs, teacher: DetectorOutputs, targets: list[Instances]) -> Losses:
         """Compute the losses, without the method's weight.

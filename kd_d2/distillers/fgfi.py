@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ..adapters import DetectorOutputs
 from ..distributed import mean_count_across_ranks
-from ..errors import UserError
 from ..keys import AtLeast, Below
 from ..losses import masked_squared_error
 from .adaptation import Adaptation, AdaptationLayers
 from .base import DISTILLER_REGISTRY, Distiller, Losses, Weight
+from .matching import check_anchors_at
 from .pair import Pair
 
 
@@ -42,13 +42,8 @@ class FGFI(Distiller):
     def __init__(self, config: Config, pair: Pair):
         super().__init__(config, pair)
         self.adaptation = AdaptationLayers.build(config.adaptation, pair, self.CONFIG_NODE)
-        student = pair.student
-        without = [] if student.cell_anchors is None else sorted({*pair.strides} - student.cell_anchors.keys())
-        if without:
-            raise UserError(
-                f"FGFI reads the student's anchors on every level that is compared, but {student.name} has none at the strides "
-                f"{without}: add them to the IN_FEATURES of its anchors."
-            )
+        if pair.student.cell_anchors is not None:
+            check_anchors_at("FGFI", "student", pair.student, pair.strides)
 
     @property
     def needs_of_teacher(self) -> frozenset[str]:

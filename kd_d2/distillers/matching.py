@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 from torch import Tensor
 
 from ..adapters import DetectorSpec
 from ..errors import UserError
+
+PARTS_IN_WORDS = {
+    "dense": "dense predictions",
+    "distributions": "distributions of box sides",
+    "objectness": "the objectness of an RPN",
+    "proposals": "a box head that classifies proposals by softmax (in standard ROI heads)",
+    "towers": "a dense head with two convolutional towers",
+}
+"""Descriptions of the outputs that distillers need, for messages in which the name is not clear."""
+
+
+def in_words(parts: Set[str]) -> str:
+    """Return a description of outputs that distillers need."""
+    return " and ".join(PARTS_IN_WORDS.get(part, part) for part in sorted(parts))
 
 
 def without_adapter(spec: DetectorSpec) -> str:
@@ -45,12 +59,17 @@ def check_same_classes(users: str, student: DetectorSpec, teacher: DetectorSpec)
         )
 
 
-def check_same_anchors(method: str, student: DetectorSpec, teacher: DetectorSpec) -> None:
-    """Raise a UserError unless both detectors have dense predictions at the same anchors or points on the same levels."""
+def check_same_anchors(method: str, student: DetectorSpec, teacher: DetectorSpec, part: str = "dense") -> None:
+    """Raise a UserError unless both detectors predict at the same anchors or points on the same levels.
+
+    Args:
+        method: name of the method, for the message.
+        part: "dense", or "objectness" for the anchors of RPNs.
+    """
     for whose, spec in (("student", student), ("teacher", teacher)):
-        if "dense" not in spec.provides:
+        if part not in spec.provides:
             raise UserError(
-                f"The distiller {method} needs dense predictions, which the {whose} ({spec.name}) does not have{without_adapter(spec)}."
+                f"The distiller {method} needs {in_words({part})}, which the {whose} ({spec.name}) does not have{without_adapter(spec)}."
             )
 
     def anchors_of(spec: DetectorSpec) -> dict[int, list[list[float]]]:
@@ -68,6 +87,16 @@ def check_same_anchors(method: str, student: DetectorSpec, teacher: DetectorSpec
                 f"{method} compares predictions anchor by anchor, but at stride {stride} the student ({student.name}) has "
                 f"{_describe(anchors)} and the teacher ({teacher.name}) {_describe(theirs[stride])}."
             )
+
+
+def check_anchors_at(method: str, whose: str, spec: DetectorSpec, strides: list[int]) -> None:
+    """Raise a UserError if a method reads anchors on levels where a detector has none; `whose` is "student" or "teacher"."""
+    without = sorted({*strides} - (spec.cell_anchors or {}).keys())
+    if without:
+        raise UserError(
+            f"{method} reads the {whose}'s anchors on every level that is compared, but {spec.name} has none at the strides "
+            f"{without}: add them to the IN_FEATURES of its anchors."
+        )
 
 
 def _describe(anchors: list[list[float]]) -> str:

@@ -20,6 +20,7 @@ from .prediction_guided import (
 )
 from .quality_focal import quality_focal_loss
 from .rank import count_ranked, rank_kl_loss, reordered
+from .richness import feature_richness
 from .soft_label import soft_label_loss
 from .ssim import fitting_window, ms_ssim_loss, ssim_loss
 from .standardization import agreement, standardize
@@ -35,6 +36,7 @@ __all__ = [
     "decoupled_loss",
     "dist_loss",
     "dist_loss_of_levels",
+    "feature_richness",
     "fitting_window",
     "foreground_weights",
     "hierarchical_context_loss",

@@ -15,14 +15,14 @@ def quality_focal_loss(
 ) -> Tensor:
     """Compute the sum over all elements of |p_T - p_S|^power * BCE(p_S, p_T), with p = sigmoid(logits).
 
-    Li et al. 2020, equation 2, with the teacher's probabilities as targets. For power 1, as in CrossKD (Wang et al.
+    Li et al. 2020, equation 2, with the teacher's probabilities as targets; the cross-entropy itself for power 0. For power 1, as in CrossKD (Wang et al.
     2024), the gradient is computed in the forward pass, with two thirds of the memory traffic and one tensor saved.
     Gradients flow only to the student, through both factors. Computed in at least float32.
 
     Args:
         student_logits, teacher_logits: equal in shape; each element is a separate binary classification.
         weight: weight of each element, broadcastable to the logits.
-        power: beta in the paper.
+        power: beta in the paper, at least 0.
 
     Raises:
         ValueError: the logits differ in shape, or the weight does not broadcast to them.
@@ -35,6 +35,8 @@ def quality_focal_loss(
     if power == 1:
         return _LinearQualityFocal.apply(student, teacher, weight)
     target = teacher.sigmoid()
+    if power == 0:
+        return F.binary_cross_entropy_with_logits(student, target, weight, reduction="sum")
     entropy = F.binary_cross_entropy_with_logits(student, target, reduction="none")
     difference = (target - student.sigmoid()).abs()
     smallest = torch.finfo(dtype).eps  # below it, the gradient of a power below 1 is not finite
