@@ -542,7 +542,7 @@ def test_registered_methods_keep_the_contract(name: str, tiny_cfg: Callable[...,
     method = DISTILLER_REGISTRY.get(name)
     assert issubclass(method, Distiller)
     assert method.__name__ == name
-    parts = {"features", "anchors", "dense", "targets", "proposals", "distributions", "towers"}
+    parts = {"features", "anchors", "dense", "targets", "proposals", "objectness", "distributions", "towers"}
     assert method.needs <= parts and (method.alternative_needs or frozenset()) <= parts
     assert method.loss_names
     assert len(set(method.loss_names)) == len(method.loss_names)

@@ -42,8 +42,7 @@ class FGFI(Distiller):
     def __init__(self, config: Config, pair: Pair):
         super().__init__(config, pair)
         self.adaptation = AdaptationLayers.build(config.adaptation, pair, self.CONFIG_NODE)
-        if pair.student.cell_anchors is not None:
-            check_anchors_at("FGFI", "student", pair.student, pair.strides)
+        check_anchors_at("FGFI", "student", pair.student, pair.strides)
 
     @property
     def needs_of_teacher(self) -> frozenset[str]:

@@ -91,7 +91,7 @@ def check_same_anchors(method: str, student: DetectorSpec, teacher: DetectorSpec
 
 def check_anchors_at(method: str, whose: str, spec: DetectorSpec, strides: list[int]) -> None:
     """Raise a UserError if a method reads anchors on levels where a detector has none; `whose` is "student" or "teacher"."""
-    without = sorted({*strides} - (spec.cell_anchors or {}).keys())
+    without = [] if spec.cell_anchors is None else sorted({*strides} - spec.cell_anchors.keys())
     if without:
         raise UserError(
             f"{method} reads the {whose}'s anchors on every level that is compared, but {spec.name} has none at the strides "
