@@ -19,6 +19,7 @@ from statistics import mean
 from types import SimpleNamespace
 
 from kd_d2 import DISTILLER_REGISTRY, UserError, signals
+from kd_d2.adapters import DETECTOR_ADAPTER_REGISTRY, RCNNAdapter, RetinaNetAdapter
 from kd_d2.cli import main
 from kd_d2.config import load_config
 from kd_d2.extensions import import_extensions
@@ -27,6 +28,7 @@ from kd_d2.files import write_json
 from kd_d2.sweep import SweepOptions, costs, plots, report, run_sweep, runner
 from kd_d2.sweep.costs import measure_costs
 from kd_d2.sweep.matrix import read_matrix
+from kd_d2.sweep.own_code import parts_of_detectors
 from kd_d2.sweep.plots import look, plot_ap, plot_curves
 from kd_d2.sweep.report import first_curves, write_report
 from kd_d2.sweep.results import read_curves, read_metrics, read_result, result_path
@@ -37,7 +39,8 @@ from kd_d2.text import wrapped_label
 
 import pytest
 import torch
-from detectron2.modeling import META_ARCH_REGISTRY, build_backbone, build_model
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_backbone, build_model
+from detectron2.modeling.meta_arch import GeneralizedRCNN, RetinaNet
 from fvcore.nn import FlopCountAnalysis
 from helpers import clean_process, make_coco
 from torch import nn
@@ -345,6 +348,65 @@ def test_results_of_another_version_of_an_own_method_are_refused(tmp_path):
         runner.is_finished(job)
     opts[3] = ("PKD",)
     assert "code of the methods from --import" not in settings()
+
+
+OWN_DETECTOR = """
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_resnet_backbone
+from detectron2.modeling.meta_arch import RetinaNet
+from kd_d2.adapters import DETECTOR_ADAPTER_REGISTRY, RetinaNetAdapter
+
+@META_ARCH_REGISTRY.register()
+class MyDetector(RetinaNet):
+    factor = 1
+
+@DETECTOR_ADAPTER_REGISTRY.register()
+class MyAdapter(RetinaNetAdapter):
+    model_class = MyDetector
+
+@BACKBONE_REGISTRY.register()
+def my_backbone(cfg, input_shape):
+    return build_resnet_backbone(cfg, input_shape)
+"""
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"MODEL.META_ARCHITECTURE": "MyDetector"},
+        {"MODEL.BACKBONE.NAME": "my_backbone"},
+        {"MODEL.META_ARCHITECTURE": "KDMetaArch", "MODEL.KD.STUDENT": "MyDetector", "MODEL.KD.DISTILLERS": ("PKD",)},
+        {},
+    ],
+)
+def test_settings_have_the_code_of_own_detectors(tmp_path, names):
+    """Check a detector, a backbone and a student of a file, with an adapter; and that other cells do not have it."""
+    (tmp_path / "teacher.pth").touch()
+    path = tmp_path / "my_detector.py"
+    teacher = ["MODEL.KD.TEACHER.CONFIG_FILE", STUDENT, "MODEL.KD.TEACHER.WEIGHTS", str(tmp_path / "teacher.pth")]
+
+    def code(text):
+        path.write_text(text)
+        linecache.checkcache()
+        import_extensions([str(path)])
+        try:
+            settings = measured_settings(STUDENT, [*teacher, *(x for pair in names.items() for x in pair)])
+            return settings.get("code of the detectors from --import")
+        finally:
+            del sys.modules["my_detector"], META_ARCH_REGISTRY._obj_map["MyDetector"]
+            del BACKBONE_REGISTRY._obj_map["my_backbone"], DETECTOR_ADAPTER_REGISTRY._obj_map["MyAdapter"]
+
+    first = code(OWN_DETECTOR)
+    assert (first is not None) == bool(names)
+    assert code(OWN_DETECTOR + "# a comment") == first
+    assert (code(OWN_DETECTOR.replace("factor = 1", "factor = 2")) == first) == (not names)
+
+
+def test_parts_of_detectors_are_found_by_name_and_adapters_by_class():
+    """Check the names in a config, and that an adapter is found by its class of models."""
+    cfg = load_config(STUDENT, ["MODEL.META_ARCHITECTURE", "RetinaNet"])
+    parts = parts_of_detectors(cfg)
+    assert {RetinaNet, RetinaNetAdapter, BACKBONE_REGISTRY.get(cfg.MODEL.BACKBONE.NAME)} <= {*parts}
+    assert GeneralizedRCNN not in parts and RCNNAdapter not in parts
 
 
 OWN_PACKAGE = {

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import ast
-import contextlib
 import hashlib
-import inspect
 import math
 import os
-import sys
-from collections.abc import Iterator, Sequence
-from importlib.util import resolve_name
-from itertools import chain
+from collections.abc import Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -23,6 +17,7 @@ from ..distillers import DISTILLER_REGISTRY
 from ..errors import UserError
 from ..files import checksum
 from ..lazy_teacher import is_lazy_config, lazy_teacher_files
+from .own_code import code_of, parts_of_detectors
 
 LOCATION_KEYS = (
     "OUTPUT_DIR",
@@ -50,9 +45,8 @@ TEACHER = "files of the teacher"
 WEIGHTS = "file of MODEL.WEIGHTS"
 TRAIN_ANNOTATIONS, TEST_ANNOTATIONS = "annotations of DATASETS.TRAIN", "annotations of DATASETS.TEST"
 OWN_METHODS = "code of the methods from --import"
-KNOWN = frozenset({__name__.partition(".")[0], "torch", *sys.stdlib_module_names})
-"""Packages whose code is not part of a method's, also where a method derives from their classes."""
-CHECKSUMS = frozenset({TEACHER, WEIGHTS, TRAIN_ANNOTATIONS, TEST_ANNOTATIONS, OWN_METHODS})
+OWN_DETECTORS = "code of the detectors from --import"
+CHECKSUMS = frozenset({TEACHER, WEIGHTS, TRAIN_ANNOTATIONS, TEST_ANNOTATIONS, OWN_METHODS, OWN_DETECTORS})
 """Settings that are checksums of files and code."""
 
 
@@ -61,8 +55,8 @@ def measured_settings(config: str, opts: list[Any]) -> dict[str, Any]:
 
     A key that a later version adds does not change the settings as long as it has its default value. Checksums are added
     of the initial weights as `WEIGHTS`, of a teacher's weights and config as `TEACHER`, and of the annotation files, if all
-    exist, as `TRAIN_ANNOTATIONS` and `TEST_ANNOTATIONS`, and of the modules of methods from elsewhere and those beside
-    them that they import, without comments and formatting, as `OWN_METHODS`.
+    exist, as `TRAIN_ANNOTATIONS` and `TEST_ANNOTATIONS`, and of the code of methods from elsewhere as `OWN_METHODS`, and
+    of detectors, their parts and adapters as `OWN_DETECTORS`; see `code_of`.
 
     Raises:
         UserError: see `load_config`, or DATASETS.TEST does not name exactly one dataset, whose results are compared.
@@ -77,8 +71,10 @@ def measured_settings(config: str, opts: list[Any]) -> dict[str, Any]:
             settings[key] = _checksum(" ".join(map(checksum, files)))
     if cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH:
         settings[TEACHER] = _checksum(_teacher_files(cfg))
-        if code := _code_of_own_methods(cfg.MODEL.KD.DISTILLERS):
+        if code := code_of(map(DISTILLER_REGISTRY.get, cfg.MODEL.KD.DISTILLERS)):
             settings[OWN_METHODS] = _checksum(code)
+    if code := code_of(parts_of_detectors(cfg)):
+        settings[OWN_DETECTORS] = _checksum(code)
     return settings
 
 
@@ -89,59 +85,6 @@ def check_test_sets(config: str, names: Sequence[str]) -> None:
 
 def _checksum(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _code_of_own_methods(names: Sequence[str]) -> str:
-    """Return the syntax trees of the modules that define these methods and their base classes, except known packages.
-
-    Those of other own modules that they import are added, see `_is_beside`.
-    """
-    classes = chain.from_iterable(DISTILLER_REGISTRY.get(name).__mro__ for name in names)
-    waiting = [cls.__module__ for cls in classes if _top(cls.__module__) not in KNOWN]
-    code: dict[str, str] = {}
-    while waiting:
-        name = waiting.pop()
-        if name in code:
-            continue
-        code[name] = ""
-        with contextlib.suppress(ImportError, OSError, TypeError):  # of a module without a file
-            tree = ast.parse(inspect.getsource(sys.modules[name]))
-            code[name] = ast.dump(tree)
-            waiting += [other for other in _imported(tree, name) if _is_beside(other, name)]
-    return " ".join(code[name] for name in sorted(code) if code[name])
-
-
-def _imported(tree: ast.Module, name: str) -> Iterator[str]:
-    """Yield the modules that the module `name` imports, and the names of what it imports from them."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            relative = "." * node.level + (node.module or "")
-            origin = resolve_name(relative, sys.modules[name].__package__)
-            yield from (origin, *(f"{origin}.{alias.name}" for alias in node.names))
-
-
-def _is_beside(other: str, name: str) -> bool:
-    """Return whether `other` is a module of the package or the folder of the module `name`, but not of an installed package."""
-    if other not in sys.modules or _top(other) in KNOWN:
-        return False
-    folder = _folder(_top(name))
-    is_installed = os.path.basename(folder) in ("site-packages", "dist-packages")
-    return _top(other) == _top(name) or (not is_installed and _folder(_top(other)) == folder)
-
-
-def _top(module: str) -> str:
-    return module.partition(".")[0]
-
-
-def _folder(top: str) -> str:
-    """Return the folder that contains a top-level module or package; "" if it has no file."""
-    path = inspect.getsourcefile(sys.modules[top]) if getattr(sys.modules[top], "__file__", None) else None
-    if path is None:
-        return ""
-    folder = os.path.dirname(os.path.realpath(path))
-    return os.path.dirname(folder) if hasattr(sys.modules[top], "__path__") else folder
 
 
 def _annotation_files(cfg: CfgNode, names: Sequence[str]) -> list[str]:
