@@ -185,7 +185,7 @@ def test_specs(tiny_detector: Callable) -> None:
     rcnn = build_adapter(tiny_detector("cascade")).spec
     assert (rcnn.name, rcnn.family, rcnn.num_classes) == ("GeneralizedRCNN", "two-stage", 3)
     assert list(rcnn.shapes) == [4, 8, 16, 32, 64] == list(rcnn.cell_anchors)
-    assert rcnn.provides == {"features", "anchors", "detections", "targets", "proposals"}
+    assert rcnn.provides == {"features", "anchors", "detections", "targets", "proposals", "objectness"}
     assert rcnn.tower_channels is None
     cascade = tiny_detector("cascade")
     cascade.roi_heads.box_predictor[0].test_score_thresh = 0.9  # of a stage whose scores are not thresholded

@@ -117,6 +117,20 @@ def test_published_weights(part: str, name: str, weights: tuple[float, float]) -
     assert tuple(make(FRS, spec(part, {8: 2}, name=name), feature_weight=3.0).weights.values()) == (3.0, weights[1])
 
 
+def test_objectness_has_no_classes() -> None:
+    assert make(FRS, spec("dense", {8: 2})).compares_classes
+    assert not make(FRS, spec("objectness", {8: 2})).compares_classes
+
+
+def test_objectness_of_changed_levels() -> None:
+    """Check that changed outputs of a detector, as by balanced levels, and those in another order include objectness."""
+    levels = {16: torch.ones(1, 2, 1), 8: torch.zeros(1, 2, 1)}
+    of_rpn = outputs("objectness", {16: torch.ones(1, 2, 1, 2), 8: torch.ones(1, 2, 1, 2)}, levels)
+    assert [*of_rpn.ascending().objectness] == [8, 16]
+    doubled = of_rpn.with_levels(lambda maps: {stride: 2 * x for stride, x in maps.items()}).objectness
+    assert torch.equal(doubled[16], 2 * levels[16]) and [*doubled] == [16, 8]
+
+
 @pytest.mark.parametrize("teacher", ["dense", "objectness"])
 @pytest.mark.parametrize("student", ["dense", "objectness", None])
 def test_features_alone_of_any_pair(student: str | None, teacher: str) -> None:
