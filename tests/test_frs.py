@@ -14,6 +14,7 @@ from kd_d2.losses import feature_richness
 import numpy as np
 import pytest
 import torch
+from detectron2.modeling.proposal_generator import RPN
 from helpers import make, scaled, spec_of
 from torch import Tensor, nn
 
@@ -188,3 +189,13 @@ def test_objectness_of_an_rpn(
             assert logits.shape == (len(inputs), A * H * W, 1) and found.features[stride].shape[-2:] == (H, W)
             torch.testing.assert_close(logits.view(-1, H, W, A), expected.permute(0, 2, 3, 1))
     assert adapter.run(inputs, frozenset({"features"}), targets).objectness is None
+
+
+def test_no_objectness_of_an_rpn_with_its_own_forward_pass(tiny_detector: Callable) -> None:
+    class OwnRPN(RPN):
+        def forward(self, images, features, gt_instances=None):
+            raise NotImplementedError
+
+    model = tiny_detector("faster")
+    model.proposal_generator.__class__ = OwnRPN
+    assert {"anchors", "objectness"} & build_adapter(model).spec.provides == {"anchors"}
