@@ -267,7 +267,7 @@ META_ARCHITECTURES = {
 
 def parts_of(detector: str) -> frozenset[str]:
     """Return the inputs of methods that a detector of META_ARCHITECTURES provides."""
-    parts = {"features", "anchors", "targets"}
+    parts = {"features", "anchors", "losses", "targets"}
     if detector == "faster-rcnn":
         return frozenset(parts | {"objectness", "proposals"})
     parts |= {"dense"} if detector == "reppoints" else {"dense", "towers"}

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 pytestmark = pytest.mark.unit
 
 NOTHING: frozenset[str] = frozenset()
-EVERYTHING = frozenset({"features", "anchors", "dense", "targets"})
+EVERYTHING = frozenset({"features", "anchors", "dense", "losses", "targets"})
 TOWERS = frozenset({"towers", "towers/0", "towers/1"})
 """What heads with one convolution per tower provide."""
 
@@ -157,7 +157,7 @@ def test_rcnn_with_given_proposals(tiny_detector: Callable, make_inputs: Callabl
         proposals.objectness_logits = torch.zeros(2)
         item["proposals"] = proposals
     spec = build_adapter(model).spec
-    assert spec.provides == {"features", "detections", "targets", "proposals"}
+    assert spec.provides == {"features", "detections", "losses", "targets", "proposals"}
     assert spec.cell_anchors is None
     _assert_own_losses(model, [batch], want=frozenset({"features"}))
 
@@ -185,7 +185,7 @@ def test_specs(tiny_detector: Callable) -> None:
     rcnn = build_adapter(tiny_detector("cascade")).spec
     assert (rcnn.name, rcnn.family, rcnn.num_classes) == ("GeneralizedRCNN", "two-stage", 3)
     assert list(rcnn.shapes) == [4, 8, 16, 32, 64] == list(rcnn.cell_anchors)
-    assert rcnn.provides == {"features", "anchors", "detections", "targets", "proposals", "objectness"}
+    assert rcnn.provides == {"features", "anchors", "detections", "losses", "targets", "proposals", "objectness"}
     assert rcnn.tower_channels is None
     cascade = tiny_detector("cascade")
     cascade.roi_heads.box_predictor[0].test_score_thresh = 0.9  # of a stage whose scores are not thresholded

@@ -181,6 +181,16 @@ def test_learning_rate_without_warm_up_and_with_a_long_one() -> None:
     assert [long.lr(i) for i in range(5)] == pytest.approx([0.1 + 0.9 * i / 10 for i in range(5)])
 
 
+def test_learning_rate_of_a_part_of_the_training() -> None:
+    """Check that the schedule spans START_ITER to END_ITER, outside of which the rate is at its ends."""
+    settings = OptimizerSettings("a", lr=2.0, start_iter=10, end_iter=14)
+    part = AuxiliaryOptimizer(settings, [nn.Parameter(torch.zeros(()))], max_iter=100)
+    expected = [2.0, 2.0, 1 + math.sqrt(0.5), 1.0, 1 - math.sqrt(0.5), 0.0, 0.0]
+    assert [part.lr(i) for i in (3, 10, 11, 12, 13, 14, 99)] == pytest.approx(expected)
+    empty = OptimizerSettings("a", lr=2.0, start_iter=10, end_iter=10)
+    assert AuxiliaryOptimizer(empty, [nn.Parameter(torch.zeros(()))], max_iter=100).lr(11) == pytest.approx(0.0)
+
+
 def _adamw(value: float, grad: float, lr: float, weight_decay: float) -> float:
     """Return a parameter after AdamW's first step, whose corrected moments are the gradient and its square."""
     return value * (1 - lr * weight_decay) - lr * grad / (abs(grad) + 1e-8)

@@ -129,7 +129,7 @@ def test_the_example_of_a_detector(one_level_files, tiny_cfg, make_inputs, event
     }
     cfg = tiny_cfg("retinanet", overrides)
     student, teacher = (META_ARCH_REGISTRY.get("OneLevelDetector")(cfg).train() for _ in range(2))
-    assert build_adapter(student).spec.provides == {"features", "detections", "targets"}
+    assert build_adapter(student).spec.provides == {"features", "detections", "losses", "targets"}
     import_extensions([adapter_file])
     adapter, inputs = build_adapter(student), make_inputs(sizes=((64, 80), (56, 96), (64, 64)), counts=(3, 2, 0))
     targets = [entry["instances"] for entry in inputs]

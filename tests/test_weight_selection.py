@@ -156,8 +156,8 @@ def test_frozen_statistics_of_wider_layers(
     assert (warned in caplog.text) is is_warned
 
 
-ADAPTED = sorted({name for name, method in DISTILLER_REGISTRY if hasattr(method.Config, "adaptation")} - {"ICD"})
-"""Methods with the key ADAPTATION, except ICD, whose attention depends on all channels."""
+ADAPTED = sorted({name for name, method in DISTILLER_REGISTRY if hasattr(method.Config, "adaptation")} - {"ICD", "MasKD"})
+"""Methods with the key ADAPTATION, except ICD and MasKD, whose attention and masks depend on all channels."""
 
 
 @pytest.mark.parametrize("method", ADAPTED)

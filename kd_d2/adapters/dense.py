@@ -19,6 +19,7 @@ from ..modeling.dense import SingleAnchorDetector
 from ..modeling.reppoints import RepPointsHead
 from .adapter import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter, reorder_outputs
 from .anchors import first_anchors, grid_anchors
+from .other_features import normalized_by_this_batch
 from .outputs import DensePredictions, DetectorOutputs, Towers, towers_at
 from .towers import READ_HEADS, channels_of_towers, finish, recorded
 
@@ -40,7 +41,7 @@ class DenseDetectorAdapter(DetectorAdapter):
     model_class = DenseDetector
     composes = ("forward", "preprocess_image")
     family = "one-stage"
-    provides = frozenset({"features", "detections", "targets"})
+    provides = frozenset({"features", "detections", "losses", "targets"})
 
     @classmethod
     def supports(cls, model: nn.Module) -> bool:
@@ -59,7 +60,15 @@ class DenseDetectorAdapter(DetectorAdapter):
         images = self.preprocess(batched_inputs)
         outputs = DetectorOutputs(images, self.by_stride(self.model.backbone(images.tensor)))
         self.read_head(outputs, want, targets)
+        if "losses" in want:
+            outputs.losses_of = partial(self._losses_of, images)
         return outputs.ascending()
+
+    def _losses_of(self, images: ImageList, features: dict[int, Tensor], targets: list[Instances]) -> dict[str, Tensor]:
+        outputs = DetectorOutputs(images, {stride: features[stride] for stride in self._stride_of.values()})
+        with normalized_by_this_batch(self.model):
+            self.read_head(outputs, frozenset(), targets)
+        return outputs.losses
 
     def read_head(self, outputs: DetectorOutputs, want: frozenset[str], targets: list[Instances] | None) -> None:
         """Fill in the outputs of the head, in its order of levels: losses, anchors, dense predictions and detections."""

@@ -193,6 +193,9 @@ class DetectorOutputs:
             is no box head.
         towers: towers of a dense head by split; only the requested splits.
         objectness: logits (B, HWA, 1) of an RPN by stride; None if there is no RPN.
+        losses_of: (features by stride in place of `features`, ground truth) -> detection losses, without those of masks
+            and keypoints; also of a detector in eval mode, which does not change. Gradients flow to the features if
+            enabled.
     """
 
     images: ImageList
@@ -205,6 +208,9 @@ class DetectorOutputs:
     classify: Callable[[list[Boxes]], Tensor] | None = field(default=None, repr=False)
     towers: dict[int, Towers] = field(default_factory=dict)
     objectness: dict[int, Tensor] | None = None
+    losses_of: Callable[[dict[int, Tensor], list[Instances]], dict[str, Tensor]] | None = field(
+        default=None, repr=False
+    )
     _classified: tuple[SampledProposals, Tensor] | None = field(default=None, init=False, repr=False)
 
     def with_levels(self, change: Callable[[Levels], Levels]) -> DetectorOutputs:
@@ -254,6 +260,7 @@ PARTS = frozenset(
         "distributions",
         "features",
         "keypoints",
+        "losses",
         "masks",
         "objectness",
         "points",
@@ -280,7 +287,7 @@ class DetectorSpec:
         cell_anchors: anchors (A, 4) of the first position by stride, in pixels; None if there are none.
         provides: which of "features", "anchors", "dense", "detections", "targets" its adapter can return; "quality" if
             its dense predictions include one; "distributions" if the box regression consists of distribution logits;
-            "objectness" if its anchors are those of an RPN that scores them; "points" if its anchors are points; "towers" and each `towers_at` if its head can be split; "proposals" if a
+            "losses" if it can compute `losses_of`; "objectness" if its anchors are those of an RPN that scores them; "points" if its anchors are points; "towers" and each `towers_at` if its head can be split; "proposals" if a
             box head classifies them by softmax; "masks" and "keypoints" if it is trained on them and detects them.
         score_threshold: minimum score of its detections; None if unknown.
         num_bins: number of bins in the distribution of a box side; None if there are no distributions.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from detectron2.modeling.meta_arch import GeneralizedRCNN
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from .adapter import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter, reorder_outputs, unscaled
 from .anchors import first_anchors, grid_anchors
+from .other_features import box_losses_of
 from .outputs import DetectorOutputs, SampledProposals
 
 TRAINING_PASS = ("forward", "_forward_box", "label_and_sample_proposals")
@@ -38,7 +40,7 @@ class RCNNAdapter(DetectorAdapter):
 
     @property
     def provides(self) -> frozenset[str]:
-        parts = {"features", "targets", *self.parts_of_instances}
+        parts = {"features", "losses", "targets", *self.parts_of_instances}
         if not isinstance(self.model.proposal_generator, RRPN):  # whose boxes are rotated
             parts.add("detections")
         if hasattr(self.model.proposal_generator, "anchor_generator"):
@@ -103,6 +105,8 @@ class RCNNAdapter(DetectorAdapter):
             )
         if "objectness" in want and targets is None:
             outputs.objectness = self._objectness(model.proposal_generator.rpn_head(self._rpn_maps(named))[0])
+        if "losses" in want:
+            outputs.losses_of = partial(self._losses_of, batched_inputs, images, named)
         if "proposals" in want:
             outputs.classify = torch.no_grad()(lambda boxes: self._class_logits(named, boxes))
         if "detections" in want:
@@ -132,6 +136,21 @@ class RCNNAdapter(DetectorAdapter):
             return [result["instances"] for result in self.model.inference(list(map(unscaled, batched_inputs)))]
         proposals, _ = self._propose(batched_inputs, images, named, None)
         return self.in_input_pixels(self.model.roi_heads(images, named, proposals, None)[0], images)
+
+    def _losses_of(
+        self,
+        batched_inputs: list[dict],
+        images: ImageList,
+        named: dict[str, Tensor],
+        features: dict[int, Tensor],
+        targets: list[Instances],
+    ) -> dict[str, Tensor]:
+        changed = {name: features[stride] for name, stride in self._stride_of.items()}
+        parts = [part for part in (self.model.proposal_generator, self.model.roi_heads) if part is not None]
+        with box_losses_of(*parts):
+            proposals, losses = self._propose(batched_inputs, images, {**named, **changed}, targets)
+            _, head_losses = self.model.roi_heads(images, {**named, **changed}, proposals, targets)
+        return {**losses, **head_losses}
 
     def _propose(
         self, batched_inputs: list[dict], images: ImageList, named: dict[str, Tensor], targets: list[Instances] | None

@@ -31,6 +31,7 @@ from .gid import GID
 from .icd import ICD
 from .ima import IMA
 from .ld import LD
+from .maskd import MasKD
 from .matching import check_same_anchors, common_strides
 from .mgd import MGD
 from .pair import Pair
@@ -72,6 +73,7 @@ __all__ = [
     "Distiller",
     "FeatureImitation",
     "Losses",
+    "MasKD",
     "OneOf",
     "OptimizerSettings",
     "Pair",

@@ -41,9 +41,11 @@ class OptimizerSettings:
 
     Attributes:
         name: name in the log ("lr_<name>") and in the checkpoint.
-        lr: peak learning rate; linear warm-up, then cosine decay to zero at the last iteration.
+        lr: peak learning rate; linear warm-up, then cosine decay to zero.
         clip_norm: maximum gradient norm over all its parameters together; infinite for no clipping.
         eps: AdamW's epsilon; steps do not depend on the scale of gradients that are much larger.
+        start_iter, end_iter: iterations at which warm-up and decay begin and end; None for the last iteration. The
+            learning rate is zero from `end_iter` on.
     """
 
     name: str
@@ -52,6 +54,8 @@ class OptimizerSettings:
     warmup_iters: int = 0
     clip_norm: float = math.inf
     eps: float = 1e-8
+    start_iter: int = 0
+    end_iter: int | None = None
 
 
 @dataclass

@@ -22,17 +22,18 @@ class AuxiliaryOptimizer:
     Args:
         settings: the distiller's optimizer settings.
         params: the parameters to optimize.
-        max_iter: length of the training in iterations, at which the cosine schedule reaches zero.
+        max_iter: length of the training in iterations, the end of the schedule unless the settings have one.
     """
 
     def __init__(self, settings: OptimizerSettings, params: list[nn.Parameter], max_iter: int):
         self.settings = settings
         self.params = params
         self.optimizer = torch.optim.AdamW(params, lr=settings.lr, weight_decay=settings.weight_decay, eps=settings.eps)
-        self.max_iter = max_iter
+        end = max_iter if settings.end_iter is None else settings.end_iter
+        self.length = max(1, end - settings.start_iter)
         self.multiplier = CosineParamScheduler(1.0, 0.0)
         if settings.warmup_iters:
-            first, length = 1.0 / settings.warmup_iters, settings.warmup_iters / max_iter
+            first, length = 1.0 / settings.warmup_iters, settings.warmup_iters / self.length
             self.multiplier = WarmupParamScheduler(self.multiplier, first, length, rescale_interval=True)
 
     def step(self, iteration: int, scaler: torch.amp.GradScaler) -> None:
@@ -46,7 +47,8 @@ class AuxiliaryOptimizer:
 
     def lr(self, iteration: int) -> float:
         """Return the learning rate of an iteration. It is stateless, so there is nothing to resume."""
-        return self.settings.lr * self.multiplier(iteration / self.max_iter)
+        passed = (iteration - self.settings.start_iter) / self.length
+        return self.settings.lr * self.multiplier(min(max(passed, 0.0), 1.0))
 
     def state_dict(self) -> dict[str, Any]:
         return self.optimizer.state_dict()

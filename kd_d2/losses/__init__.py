@@ -9,6 +9,7 @@ from .divergence import decoupled_loss, softmax_divergence
 from .focal import attended_error, background_weights, foreground_weights
 from .hierarchical import hierarchical_context_loss
 from .icd import attended_value_loss, icd_distill_loss, instance_attention
+from .masked import mask_overlap, masked_imitation_loss
 from .normalization import min_max_normalize
 from .pearson import pearson_loss, pearson_loss_of_levels
 from .prediction_guided import (
@@ -42,6 +43,8 @@ __all__ = [
     "hierarchical_context_loss",
     "icd_distill_loss",
     "instance_attention",
+    "mask_overlap",
+    "masked_imitation_loss",
     "masked_squared_error",
     "mean_activation",
     "min_max_normalize",
