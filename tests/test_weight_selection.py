@@ -156,7 +156,9 @@ def test_frozen_statistics_of_wider_layers(
     assert (warned in caplog.text) is is_warned
 
 
-ADAPTED = sorted({name for name, method in DISTILLER_REGISTRY if hasattr(method.Config, "adaptation")} - {"ICD", "MasKD"})
+ADAPTED = sorted(
+    {name for name, method in DISTILLER_REGISTRY if hasattr(method.Config, "adaptation")} - {"ICD", "MasKD"}
+)
 """Methods with the key ADAPTATION, except ICD and MasKD, whose attention and masks depend on all channels."""
 
 
