@@ -44,7 +44,7 @@ def outputs(features: dict[int, Tensor], losses_of: Callable | None = None) -> D
 
 def of_the_program(values: dict[str, Tensor], **keys: object) -> MasKD:
     """Build the method with the program's parameters."""
-    method = make(MasKD, spec_of({8: 4, 16: 4}), spec_of({8: 6, 16: 6}), num_tokens=3, **keys)
+    method = make(MasKD, spec_of({8: 4, 16: 4}), spec_of({8: 6, 16: 6}), max_iter=10, num_tokens=3, **keys)
     with torch.no_grad():
         for stride in STRIDES:
             for name, parameter in method.levels[str(stride)].named_parameters():
@@ -98,6 +98,22 @@ def test_shares_are_those_of_a_convolution(size: tuple[int, int]) -> None:
     tokens, maps = ReceptiveTokens(4, 3), torch.randn(2, 4, *size)
     expected = tokens.share(tokens.context(maps).mean((2, 3))).softmax(1)
     torch.testing.assert_close(tokens.shares(maps), expected)
+
+
+def test_masked_features_keep_their_type() -> None:
+    """Check that a detector under autocast gets features of one type, whatever levels are masked."""
+    found = {}
+
+    def losses_of(features: dict[int, Tensor], targets: list) -> dict[str, Tensor]:
+        found.update(features)
+        return {"loss": features[8].sum()}
+
+    features = {8: torch.ones(2, 4, 3, 5).bfloat16(), 16: torch.ones(2, 4, 2, 3).bfloat16()}
+    with EventStorage(0):
+        losses = make(MasKD, spec_of({8: 4}), max_iter=20)(outputs(features), outputs(features, losses_of), [])
+    assert {maps.dtype for maps in found.values()} == {torch.bfloat16}
+    assert torch.equal(found[16], features[16]) and not torch.equal(found[8], features[8])
+    assert losses["loss_maskd_aux_overlap"].dtype == torch.float32
 
 
 def test_overlap_by_hand() -> None:
@@ -190,6 +206,12 @@ def test_the_number_of_iterations_is_needed() -> None:
     with pytest.raises(UserError, match="MasKD needs the number of training iterations"):
         make(MasKD, spec_of({8: 2}), max_iter=0, token_iters=3)
     make(MasKD, spec_of({8: 2}), max_iter=0, token_iters=3, teacher_mask_iters=2)
+
+
+@pytest.mark.parametrize("keys", [{"token_iters": 80}, {"start_iter": 30}, {"token_iters": 20, "end_iter": 20}])
+def test_a_schedule_without_imitation(keys: dict) -> None:
+    with pytest.raises(UserError, match=r"TOKEN_ITERS \d+ leave no iteration before \d+"):
+        make(MasKD, spec_of({8: 2}), max_iter=33 if "start_iter" in keys else 80, **keys)
 
 
 @pytest.mark.parametrize("detector", ["retinanet", "faster-rcnn"])

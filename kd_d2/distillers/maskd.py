@@ -27,8 +27,8 @@ FEATURES, DETECTION, OVERLAP = "loss_maskd", "loss_maskd_aux_detection", "loss_m
 ONE_STAGE, TWO_STAGE = 7.0, 1.0
 WEIGHTS_BY_NAME = {"FCOS": 10.0, "RepPoints": 10.0}
 """WEIGHT of students for which the authors' differs from that of their family."""
-TOKEN_ITERS, SHORTEST_PART = 2000, 10
-LENGTH_OVER_TEACHER_MASKS = 25
+MOST_TOKEN_ITERS, TRAINING_OVER_TOKENS, TRAINING_OVER_TEACHER_MASKS = 2000, 10, 25
+"""Default lengths: the most iterations, and fractions of the training."""
 
 
 @DISTILLER_REGISTRY.register()
@@ -84,12 +84,20 @@ class MasKD(Distiller):
                 "MasKD needs the number of training iterations, as in `Pair(student, teacher, max_iter=90000)`, or `token_iters` and "
                 "`teacher_mask_iters` of `MasKD.Config`."
             )
-        shortest = min(TOKEN_ITERS, pair.max_iter // SHORTEST_PART)
-        token_iters = shortest if config.token_iters is None else config.token_iters
-        self.learn_until = config.start_iter + token_iters
-        alone = config.teacher_mask_iters
-        alone = pair.max_iter // LENGTH_OVER_TEACHER_MASKS if alone is None else alone
+        defaults = (
+            min(MOST_TOKEN_ITERS, pair.max_iter // TRAINING_OVER_TOKENS),
+            pair.max_iter // TRAINING_OVER_TEACHER_MASKS,
+        )
+        keys = config.token_iters, config.teacher_mask_iters
+        learning, alone = (default if key is None else key for key, default in zip(keys, defaults, strict=True))
+        self.learn_until = config.start_iter + learning
         self.teacher_masks_until = self.learn_until + alone
+        end = pair.max_iter if config.end_iter is None else config.end_iter
+        if end and learning and self.learn_until >= end:
+            raise UserError(
+                f"MODEL.KD.MASKD.START_ITER {config.start_iter} and TOKEN_ITERS {learning} leave no iteration before {end} in which the "
+                "student imitates the teacher: lower them."
+            )
         self.adaptation = AdaptationLayers.build(config.adaptation, pair, self.CONFIG_NODE)
         channels = {stride: theirs for stride, (_, theirs) in pair.channels.items()}
         self.levels = nn.ModuleDict(
