@@ -9,7 +9,7 @@ from pathlib import Path
 from kd_d2.adapters import DetectorOutputs, build_adapter
 from kd_d2.adapters.other_features import normalized_by_this_batch
 from kd_d2.checkpoint.reading import read_checkpoint
-from kd_d2.distillers import MasKD
+from kd_d2.distillers import MasKD, OptimizerSettings
 from kd_d2.distillers.maskd import ReceptiveTokens
 from kd_d2.errors import UserError
 from kd_d2.losses import mask_overlap, masked_imitation_loss
@@ -131,6 +131,12 @@ def test_imitation_by_hand() -> None:
     assert loss.item() == pytest.approx(0.25 * (4 + 1) / 2 + 0.75 * (0.25 * 4) / 0.5)
 
 
+def test_imitation_in_empty_masks() -> None:
+    """Check that masks of 0 everywhere give a loss of 0, not NaN."""
+    student = torch.ones(1, 2, 1, 2)
+    assert masked_imitation_loss(student, 0 * student, torch.zeros(1, 2, 1, 2), torch.full((1, 2), 0.5)) == 0
+
+
 def test_masks_of_selected_channels() -> None:
     """Check that a student with every second channel of the teacher's has the same masks if these are equal in pairs."""
     method = make(MasKD, spec_of({8: 2}), spec_of({8: 4}), adaptation="select", token_iters=0, teacher_mask_iters=0)
@@ -200,6 +206,17 @@ def test_published_weights(family: str, name: str, weight: float) -> None:
 def test_iterations(max_iter: int, keys: dict, learn_until: int, teacher_masks_until: int) -> None:
     method = make(MasKD, spec_of({8: 2}), max_iter=max_iter, **keys)
     assert (method.learn_until, method.teacher_masks_until) == (learn_until, teacher_masks_until)
+
+
+def test_optimizers(tiny_cfg: Callable) -> None:
+    """Check that the tokens have an optimizer of their own, and the adaptation layers that of LAYER_LR."""
+    cfg = tiny_cfg("retinanet", {"MODEL": {"KD": {"LAYER_LR": 0.5}}})
+    method = make(MasKD, spec_of({8: 2}), max_iter=800, start_iter=100, lr=0.25)
+    tokens, layers = method.param_groups(cfg)
+    assert tokens.optimizer == OptimizerSettings("maskd", 0.25, 1e-3, start_iter=100, end_iter=180)
+    assert [id(p) for p in tokens.params] == [id(p) for p in method.levels.parameters()]
+    assert layers.optimizer.lr == 0.5
+    assert [id(p) for p in layers.params] == [id(p) for p in method.adaptation.parameters()] != []
 
 
 def test_the_number_of_iterations_is_needed() -> None:

@@ -745,12 +745,13 @@ def test_from_config_refuses_a_teacher_of_other_classes(kd_cfg: Callable) -> Non
 def test_features_weighted_by_scores_of_other_classes(
     kd_cfg: Callable, make_inputs: Callable, event_storage: EventStorage
 ) -> None:
-    """Check that FRS without its class loss reads a teacher of other classes, and with it refuses the teacher."""
+    """Check that FRS without its class loss reads a teacher of other classes, and that with it, like MasKD, it refuses one."""
     teacher = {"MODEL": {"RETINANET": {"NUM_CLASSES": 5}}}
     model = build_model(kd_cfg("retinanet", {"DISTILLERS": ["FRS"], "FRS": {"CLASS_WEIGHT": 0.0}}, teacher=teacher))
     assert model(make_inputs()).keys() == {"loss_cls", "loss_box_reg", "loss_frs_feature"}
-    with pytest.raises(UserError, match="they must be the same for FRS"):
-        build_model(kd_cfg("retinanet", {"DISTILLERS": ["FRS"]}, teacher=teacher))
+    for method in ("FRS", "MasKD"):
+        with pytest.raises(UserError, match=f"they must be the same for {method}"):
+            build_model(kd_cfg("retinanet", {"DISTILLERS": [method]}, teacher=teacher))
 
 
 def test_inheritance_without_distillers(kd_cfg: Callable, make_inputs: Callable, event_storage: EventStorage) -> None:
