@@ -10,6 +10,7 @@ from typing import Any
 
 from kd_d2 import KDMetaArch, Teacher, UserError
 from kd_d2.adapters import IGNORED, DensePredictions, DetectorOutputs, Towers, build_adapter, towers_at
+from kd_d2.adapters.other_features import normalized_by_this_batch
 from kd_d2.balance import GradientBalance
 from kd_d2.distillers import BCKD, DISTILLER_REGISTRY, GID, LD, CrossKD, Distiller, RankMimicking
 from kd_d2.distillers.boxes import giou_loss, iou_loss
@@ -439,6 +440,11 @@ def test_outputs_are_in_ascending_order_of_stride(
     centers = Boxes.cat([*dense.anchors.values()]).get_centers()[dense.positives.anchor]
     boxes = dense.positives.ground_truth([x["instances"] for x in inputs])[1]
     assert ((centers > boxes[:, :2]) & (centers < boxes[:, 2:])).all()
+    targets = [x["instances"] for x in inputs]
+    with normalized_by_this_batch(model):
+        own = build_adapter(model).run(inputs, frozenset({"features", "losses"}), targets)
+    for name, loss in own.losses_of(own.features, targets).items():
+        torch.testing.assert_close(loss, own.losses[name])
 
 
 # -------------------------------------------------------------------------------------------------------- BCKD

@@ -174,7 +174,20 @@ def test_losses_of_other_features(tiny_detector: Callable, make_inputs: Callable
     assert all(maps.grad.any() for maps in features.values() if maps.shape[-1] > 2)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert {name: vars(m).keys() for name, m in model.named_modules()} == {n: v.keys() for n, v in attributes.items()}
-    assert not any(module.training for module in model.modules())
+    assert not any(module.training for module in model.modules()) and "_ema_update" not in vars(model)
+
+
+def test_statistics_of_a_box_head_remain(tiny_detector: Callable, make_inputs: Callable) -> None:
+    """Check that batch normalization in a box head keeps its statistics, and uses them."""
+    keys = {"NAME": "FastRCNNConvFCHead", "NUM_CONV": 1, "CONV_DIM": 8, "NORM": "BN", "NUM_FC": 1, "FC_DIM": 8}
+    model = tiny_detector("faster", {"MODEL": {"ROI_BOX_HEAD": keys}}).eval()
+    norm = next(module for module in model.roi_heads.modules() if isinstance(module, nn.BatchNorm2d))
+    inputs = make_inputs()
+    outputs = build_adapter(model).run(inputs, frozenset({"features", "losses"}))
+    seen = []
+    norm.register_forward_pre_hook(lambda module, _: seen.append(module.training))
+    outputs.losses_of(outputs.features, [entry["instances"] for entry in inputs])
+    assert seen == [False] and norm.num_batches_tracked == 0
 
 
 def test_losses_of_a_mask_head_are_left_out(tiny_detector: Callable, make_inputs: Callable) -> None:
