@@ -12,6 +12,7 @@ from pathlib import Path
 
 from kd_d2.errors import as_user_error
 from kd_d2.evaluation import build_evaluator, metrics_of
+from kd_d2.evaluation.coco import complete
 from kd_d2.evaluation.coco_evaluator import CocoEvaluator, faster_evaluation
 from kd_d2.evaluation.lvis_evaluator import LvisEvaluator
 from kd_d2.text import file_stem
@@ -383,6 +384,21 @@ def test_masks_and_keypoints_that_are_not_annotated(tmp_path: Path, monkeypatch,
         results = evaluator.evaluate()
     assert results.keys() == {"bbox"}
     assert results["bbox"]["AP"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize(
+    ("annotation", "expected"),
+    [
+        ({"keypoints": [4, 5, 2, 6, 7, 1, 0, 0, 0]}, {"num_keypoints": 2}),
+        ({"keypoints": [4, 5, 2, 6, 7, 1, 0, 0, 0], "num_keypoints": 1}, {"num_keypoints": 1}),
+        ({"keypoints": [0, 0, 0]}, {"num_keypoints": 0}),
+        ({}, {}),
+    ],
+)
+def test_labeled_keypoints_are_counted(annotation: dict, expected: dict) -> None:
+    """Check the field of COCO that pycocotools needs for keypoints, of which visible and hidden ones count."""
+    box = {"bbox": [1, 2, 3, 4]}
+    assert complete({**box, **annotation}) == {**box, "area": 12, "iscrowd": 0, **annotation, **expected}
 
 
 @pytest.mark.slow

@@ -39,7 +39,10 @@ def check_known(detections: list[dict[str, Any]], truth: dict[str, Any]) -> None
 def complete(annotation: dict[str, Any]) -> dict[str, Any]:
     """Return the annotation with fields that files may omit but pycocotools needs."""
     width, height = annotation["bbox"][2:]
-    return {"area": width * height, "iscrowd": 0, **annotation}
+    added = {"area": width * height, "iscrowd": 0}
+    if "keypoints" in annotation:
+        added["num_keypoints"] = sum(visibility > 0 for visibility in annotation["keypoints"][2::3])
+    return {**added, **annotation}
 
 
 def evaluate_boxes(
