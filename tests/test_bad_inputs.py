@@ -574,8 +574,10 @@ def test_tasks_with_a_typing_error(refused, project: Project) -> None:
 
 def test_keypoints_and_masks_that_the_data_lack(refused, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Check datasets in DATASETS.COCO_JSON, one registered by a program, and one whose reader is not installed."""
-    assert refused("MODEL.KEYPOINT_ON", True).endswith("set it to False, or register the dataset with Detectron2's "
-        "register_coco_instances in a file for --import.")  # fmt: skip
+    assert refused("MODEL.KEYPOINT_ON", True).endswith(
+        "whose keypoints have no names, but MODEL.KEYPOINT_ON is True: set it to False, or list the names as 'keypoints' in the categories "
+        "of its annotation file (of a dataset registered in a file for --import, set keypoint_names and keypoint_flip_map in its metadata)."
+    )
     assert refused("MODEL.MASK_ON", True).endswith(
         "has no segmentation, which MODEL.MASK_ON needs; set MODEL.MASK_ON False to train on boxes only."
     )

@@ -1,9 +1,10 @@
-"""Keypoint R-CNNs on a registered dataset with another number of keypoints than COCO's 17."""
+"""Keypoint R-CNNs on datasets with another number of keypoints than COCO's 17, registered and in DATASETS.COCO_JSON."""
 
 from __future__ import annotations
 
 import copy
 import json
+import logging
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,14 +12,23 @@ from pathlib import Path
 from kd_d2.analysis import load_models
 from kd_d2.analysis.features import FeatureAnalysis
 from kd_d2.checkpoint import read_checkpoint
+from kd_d2.config import add_kd_config
+from kd_d2.data import build_stream_loader, register_coco_json
+from kd_d2.data.coco.keypoints import mirrored_keypoints
+from kd_d2.data_check.check import check_sets
+from kd_d2.data_check.sets import DataSet
+from kd_d2.engine.checks import check_datasets
+from kd_d2.errors import UserError
 from kd_d2.memory_format import to_channels_last
 
 import pytest
 import torch
+from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from detectron2.data.detection_utils import create_keypoint_hflip_indices
 from detectron2.modeling.roi_heads import BaseKeypointRCNNHead
-from helpers import CLASSES, WIDE, Project, make_project, save_fixed_weights, train
+from helpers import CLASSES, WIDE, Project, clean_process, make_coco, make_project, save_fixed_weights, train
 from torch import nn
 
 POINTS = ("left", "middle", "right")
@@ -142,3 +152,181 @@ def test_numbers_that_do_not_fit(project: Project, capfd: pytest.CaptureFixture,
     with pytest.raises(SystemExit):
         project.main(*opts)
     assert capfd.readouterr().err.splitlines()[-1] == f"error: {expected}".replace("NAME", f"{project.name}_keypoints")
+
+
+class KeypointFile:
+    """A file with the keypoints POINTS in every box, of which the first annotation has none."""
+
+    def __init__(self, folder: Path):
+        self.path = make_coco(folder, 2)
+        self.images = folder / "images"
+        self.change(self._add_keypoints)
+
+    def _add_keypoints(self, tree: dict) -> None:
+        for category in tree["categories"]:
+            category["keypoints"] = list(POINTS)
+        for annotation in tree["annotations"][1:]:
+            x, y = annotation["bbox"][:2]
+            annotation["keypoints"] = [x, y, 2, x + 4, y + 4, 1, 0, 0, 0]
+
+    def change(self, code: Callable[[dict], object]) -> None:
+        tree = json.loads(self.path.read_text())
+        code(tree)
+        self.path.write_text(json.dumps(tree))
+
+    def config(self, name: str = "mine") -> CfgNode:
+        cfg = get_cfg()
+        add_kd_config(cfg)
+        cfg.DATASETS.COCO_JSON = [[name, str(self.path), str(self.images)]]
+        cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (name,)
+        cfg.MODEL.KEYPOINT_ON = True
+        cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = 3
+        cfg.TEST.KEYPOINT_OKS_SIGMAS = [0.1] * 3
+        cfg.SOLVER.IMS_PER_BATCH = 1
+        cfg.DATALOADER.NUM_WORKERS = 0
+        return cfg
+
+    def refused(self, code: Callable[[dict], object]) -> str:
+        """Return why the file is refused after this change."""
+        self.change(code)
+        cfg = self.config()
+        with clean_process(), pytest.raises(UserError) as caught:
+            register_coco_json(cfg)
+            check_datasets(cfg, train=True)
+        return str(caught.value).removeprefix(f"{self.path}: ")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> KeypointFile:
+    return KeypointFile(tmp_path)
+
+
+def test_keypoints_in_coco_json(file: KeypointFile, caplog: pytest.LogCaptureFixture) -> None:
+    """Check what Detectron2 reads: half a pixel is added to coordinates, and flips swap the first and the last keypoint."""
+    cfg = file.config()
+    x, y = json.loads(file.path.read_text())["annotations"][1]["bbox"][:2]
+    with clean_process(), caplog.at_level(logging.INFO):
+        register_coco_json(cfg)
+        check_datasets(cfg, train=True)
+        annotations = [a for image in DatasetCatalog.get("mine") for a in image["annotations"]]
+        assert create_keypoint_hflip_indices(["mine"]) == [2, 1, 0]
+        batch = next(iter(build_stream_loader(cfg, seed=0)))
+    assert annotations[0]["keypoints"] == [0.5, 0.5, 0] * 3
+    assert annotations[1]["keypoints"] == [x + 0.5, y + 0.5, 2, x + 4.5, y + 4.5, 1, 0.5, 0.5, 0]
+    assert batch[0]["instances"].gt_keypoints.tensor.shape[1:] == (3, 3)
+    assert "mine: horizontal flips swap the keypoints left and right" in caplog.messages
+    assert (
+        f"{file.path}: annotations without keypoints read as having none that is labeled (1; the first: with id 1)."
+        in caplog.messages
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "pairs", "alone"),
+    [
+        (["nose", "left_eye", "right_eye"], [("left_eye", "right_eye")], []),
+        (["Hip right", "Hip Left", "Tail"], [("Hip right", "Hip Left")], []),
+        (["top", "bottom"], [], []),
+        (["left_eye", "right_ear"], [], ["left_eye", "right_ear"]),
+    ],
+)
+def test_keypoints_that_a_flip_swaps(names: list[str], pairs: list, alone: list[str]) -> None:
+    assert mirrored_keypoints(names) == (pairs, alone)
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        (
+            lambda tree: tree["annotations"][1].update(keypoints=[1, 2, 2]),
+            "the annotation with id 2 has the keypoints [1, 2, 2]; they must be 9 numbers: x, y and visibility (0, 1 or 2) of each of 3.",
+        ),
+        (
+            lambda tree: tree["annotations"][1].update(keypoints=[1, 2, 3] * 3),
+            "the annotation with id 2 has the keypoints [1, 2, 3, 1, 2, 3, 1, 2, 3]; they must be 9 numbers: x, y and visibility (0, 1 or 2) of "
+            "each of 3.",
+        ),
+        (
+            lambda tree: tree["categories"][1].update(keypoints=["a", "b"]),
+            f"the keypoints of the category {CLASSES[1]!r} are a, b, but those of {CLASSES[0]!r} are left, middle, right; a detector predicts the "
+            "same keypoints for all classes.",
+        ),
+        (
+            lambda tree: [c.update(keypoints=["left", "left", "right"]) for c in tree["categories"]],
+            f"the keypoints of the category {CLASSES[0]!r} have a name twice: left, left, right.",
+        ),
+        (
+            lambda tree: [c.update(keypoints=["nose", "left eye", "tail"]) for c in tree["categories"]],
+            "the keypoint 'left eye' has no counterpart of the other side, so that it is unclear what a horizontal flip swaps; rename it, or set "
+            "INPUT.RANDOM_FLIP 'none'.",
+        ),
+        (
+            lambda tree: [c.update(keypoints=["left", "right"]) for c in tree["categories"]],
+            "the annotation with id 2 has the keypoints KEYPOINTS; they must be 6 numbers: x, y and visibility (0, 1 or 2) of each of 2.",
+        ),
+    ],
+)
+def test_keypoints_that_are_refused(file: KeypointFile, code: Callable, expected: str) -> None:
+    keypoints = json.loads(file.path.read_text())["annotations"][1]["keypoints"]
+    expected = expected.replace("KEYPOINTS", str(keypoints))
+    findings = [f.text for f in errors_of_data_check(file, code)]
+    assert file.refused(code) == expected
+    assert "counterpart" in expected or findings == [f"{file.path}: {expected}"]
+
+
+def errors_of_data_check(file: KeypointFile, code: Callable) -> list:
+    """Return the errors of `kd-d2 data check` after a change."""
+    file.change(code)
+    return [
+        f
+        for f in check_sets([DataSet("train", "mine", str(file.path), str(file.images), keypoints=3)]).findings
+        if f.is_error
+    ]
+
+
+def test_keypoints_without_sides(file: KeypointFile, caplog: pytest.LogCaptureFixture) -> None:
+    """Check the warning that flips swap nothing, which is left out where no image is flipped."""
+    file.change(lambda tree: [c.update(keypoints=["a", "b", "c"]) for c in tree["categories"]])
+    cfg = file.config()
+    for flip, warnings in (("horizontal", 1), ("none", 0)):
+        caplog.clear()
+        cfg.INPUT.RANDOM_FLIP = flip
+        with clean_process():
+            register_coco_json(cfg)
+            assert create_keypoint_hflip_indices(["mine"]) == [0, 1, 2]
+        assert sum("swap no keypoints" in message for message in caplog.messages) == warnings
+
+
+def test_test_sets_with_another_order_of_keypoints(file: KeypointFile, tmp_path: Path) -> None:
+    other = KeypointFile(tmp_path / "other")
+    other.change(lambda tree: [c.update(keypoints=["left", "right", "middle"]) for c in tree["categories"]])
+    cfg = file.config()
+    cfg.DATASETS.COCO_JSON += [["other", str(other.path), str(other.images)]]
+    cfg.DATASETS.TEST = ("other",)
+    with clean_process(), pytest.raises(UserError) as caught:
+        register_coco_json(cfg)
+        check_datasets(cfg, train=True)
+    assert str(caught.value) == (
+        "The dataset other has the keypoints left, right, middle, but mine has left, middle, right: give both the same names in the same order."
+    )
+
+
+def test_registered_datasets_without_flips_or_keypoints(file: KeypointFile) -> None:
+    """Check the metadata, and that each object has its keypoints, in training and test sets."""
+    with clean_process():
+        register_coco_instances("mine", {"keypoint_names": POINTS}, str(file.path), str(file.images))
+        cfg = file.config()
+        cfg.DATASETS.COCO_JSON, cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE = [], 0
+        with pytest.raises(
+            UserError, match=r"DATASETS.TRAIN names 'mine', whose metadata have no keypoint_flip_map: set it"
+        ):
+            check_datasets(cfg, train=True)
+        MetadataCatalog.get("mine").keypoint_flip_map = (("left", "right"),)
+        with pytest.raises(
+            UserError, match="The dataset mine: annotation 1 has the keypoints None; they must be 9 numbers"
+        ):
+            check_datasets(cfg, train=True)
+        with pytest.raises(
+            UserError, match=r"DATASETS.TRAIN mine: an object of .*000.png has the keypoints None; they must"
+        ):
+            build_stream_loader(cfg, seed=0)

@@ -22,6 +22,7 @@ from ..files import write_text
 from ..text import composed
 from .coco import CocoData, read_coco
 from .coco.boxes import reaches_out
+from .coco.keypoints import keypoint_names, mirrored_keypoints
 from .coco.reader import PLACEHOLDERS
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def register_coco_json(cfg: CfgNode, classes: ClassOrder | None = None, *, train
     `json_file`. Annotations of sets that are used only for training with pseudo-labels are not read.
 
     Args:
-        cfg: config; DATASETS, MODEL.MASK_ON and MODEL.KD.PSEUDO_LABELS are read.
+        cfg: config; DATASETS, INPUT.RANDOM_FLIP, MODEL.MASK_ON, KEYPOINT_ON and KD.PSEUDO_LABELS are read.
         classes: class order of all sets; by default that of the first set of TRAIN, else of TEST. It is sorted by
             category id, unless another program registered the set. Sets with the same classes in another order, or with
             fewer classes, are matched by name.
@@ -93,13 +94,17 @@ def register_coco_json(cfg: CfgNode, classes: ClassOrder | None = None, *, train
         annotated = name in cfg.DATASETS.TEST or reads_annotations(cfg)
         status = os.stat(json_file)
         version = (status.st_mtime_ns, status.st_size)
-        registration = [json_file, folder, annotated, cfg.MODEL.MASK_ON, classes and classes.names, version]
+        masks, keypoints = cfg.MODEL.MASK_ON and annotated, cfg.MODEL.KEYPOINT_ON and annotated
+        registration = [json_file, folder, annotated, masks, keypoints, classes and classes.names, version]
         check_name(name, json_file)
         if name in DatasetCatalog.list() and MetadataCatalog.get(name).registration != registration:
             DatasetCatalog.remove(name)
             MetadataCatalog.remove(name)
         if name not in DatasetCatalog.list():
-            _register(name, json_file, folder, annotated, cfg.MODEL.MASK_ON and annotated, classes)
+            data = read_coco(json_file, folder, annotated=annotated, masks=masks, keypoints=keypoints)
+            _register(name, data, folder, annotated, classes)
+            if keypoints:
+                _register_keypoints(cfg, name, data)
             MetadataCatalog.get(name).set(registration=registration)
         if classes is None and MetadataCatalog.get(name).get("thing_classes"):
             classes = ClassOrder(tuple(MetadataCatalog.get(name).thing_classes), json_file)
@@ -129,8 +134,8 @@ def registered_classes(name: str) -> ClassOrder | None:
     return ClassOrder(tuple(names), f"the dataset {name}") if names else None
 
 
-def _register(name: str, json_file: str, folder: str, annotated: bool, masks: bool, classes: ClassOrder | None) -> None:
-    data = read_coco(json_file, folder, annotated=annotated, masks=masks)
+def _register(name: str, data: CocoData, folder: str, annotated: bool, classes: ClassOrder | None) -> None:
+    json_file = data.repairs.path
     if annotated and classes:
         data = with_classes(data, classes)
     log_summary(name, json_file, summarize(data))
@@ -145,6 +150,28 @@ def _register(name: str, json_file: str, folder: str, annotated: bool, masks: bo
     metadata.set(placeholder=data.repairs.examples.get(PLACEHOLDERS))
     if names:
         metadata.set(thing_classes=names, thing_dataset_id_to_contiguous_id=number_of)
+
+
+def _register_keypoints(cfg: CfgNode, name: str, data: CocoData) -> None:
+    """Set the names of the keypoints and which ones a horizontal flip swaps, if the file has names."""
+    path, names = data.repairs.path, keypoint_names(data.repairs.path, data.tree["categories"])
+    pairs, alone = mirrored_keypoints(names)
+    if names and name in cfg.DATASETS.TRAIN and cfg.INPUT.RANDOM_FLIP == "horizontal":
+        if alone:
+            raise UserError(
+                f"{path}: the keypoint {alone[0]!r} has no counterpart of the other side, so that it is unclear what a horizontal flip "
+                "swaps; rename it, or set INPUT.RANDOM_FLIP 'none'."
+            )
+        swapped = ", ".join(f"{left} and {right}" for left, right in pairs)
+        if pairs:
+            logger.info(f"{name}: horizontal flips swap the keypoints {swapped}")
+        else:
+            logger.warning(
+                f"{name}: horizontal flips swap no keypoints, since the names of none differ in left and right ({', '.join(names)}); if some "
+                "have a side, rename them, or set INPUT.RANDOM_FLIP 'none'."
+            )
+    if names:
+        MetadataCatalog.get(name).set(keypoint_names=names, keypoint_flip_map=pairs)
 
 
 def with_classes(data: CocoData, classes: ClassOrder) -> CocoData:

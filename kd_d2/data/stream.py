@@ -28,6 +28,7 @@ from ..errors import UserError
 from ..image_files import DataError, size_of_entry
 from ..random_state import seeded
 from .augmentation import build_mapper
+from .coco.keypoints import check_keypoints
 from .images import CheckedMapper
 from .sampling import index_stream, samples_by_set
 from .workers import configure_workers
@@ -155,6 +156,7 @@ def build_stream_loader(cfg: CfgNode, seed: int, mapper: Callable | None = None)
     _check_semantic_segmentation(cfg, dicts)
     if reads_annotations(cfg) and mapper is None:
         _check_masks(cfg, dicts)
+        _check_keypoints(cfg, dicts)
     elif not reads_annotations(cfg):
         dicts = [{key: value for key, value in d.items() if key != "annotations"} for d in dicts]
     grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
@@ -247,6 +249,14 @@ def _check_masks(cfg: CfgNode, dicts: list[dict]) -> None:
             raise UserError(
                 f"{where} is a polygon, and to crop it (INPUT.{crop}.ENABLED) needs the package shapely: pip install shapely"
             )
+
+
+def _check_keypoints(cfg: CfgNode, dicts: list[dict]) -> None:
+    for image in dicts if cfg.MODEL.KEYPOINT_ON else ():
+        where = f"DATASETS.TRAIN {', '.join(cfg.DATASETS.TRAIN)}: an object of {image['file_name']}"
+        for annotation in image["annotations"]:
+            if not annotation.get("iscrowd"):
+                check_keypoints(where, annotation.get("keypoints"), cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS)
 
 
 def _check_semantic_segmentation(cfg: CfgNode, dicts: list[dict]) -> None:

@@ -84,7 +84,13 @@ def check_sets(
     findings: list[Finding] = []
     for dataset in sets:
         try:
-            data = read_coco(dataset.json_file, dataset.folder, annotated=dataset.annotated, masks=dataset.masks)
+            data = read_coco(
+                dataset.json_file,
+                dataset.folder,
+                annotated=dataset.annotated,
+                masks=dataset.masks,
+                keypoints=dataset.keypoints > 0,
+            )
             read.append((dataset, data))
         except UserError as error:
             findings.append(Finding(True, dataset.name, str(error)))

@@ -10,6 +10,7 @@ from typing import Any
 from ..class_names import ClassCount
 from ..data.coco import CocoData
 from ..data.coco.boxes import reaches_out
+from ..data.coco.keypoints import keypoint_names
 from ..data.coco.reader import PLACEHOLDERS
 from ..data.coco_json import ClassOrder, with_classes
 from ..errors import UserError
@@ -38,7 +39,7 @@ class Finding:
 
 
 def find_in_set(dataset: DataSet, data: CocoData, statistics: SetStatistics) -> Iterator[Finding]:
-    """Find repairs, suspicious boxes, unreadable masks, and rare or similarly named classes of one dataset."""
+    """Find repairs, suspicious boxes, unreadable masks, missing keypoints, and rare or similarly named classes of one dataset."""
     for text in (*data.repairs.sentences(), *_about_boxes(data), *_about_classes(statistics)):
         yield Finding(False, dataset.name, text)
     if dataset.annotated and not statistics.boxes:
@@ -46,6 +47,12 @@ def find_in_set(dataset: DataSet, data: CocoData, statistics: SetStatistics) -> 
     encoded = sum(isinstance(a.get("segmentation"), dict) and not a.get("iscrowd") for a in data.tree["annotations"])
     if dataset.polygons and encoded:
         text = f"{encoded} masks are run-length encoded (RLE), but INPUT.MASK_FORMAT is 'polygon'; set it to 'bitmask'."
+        yield Finding(True, dataset.name, text)
+    named = len(keypoint_names(data.repairs.path, data.tree["categories"])) if dataset.keypoints else 0
+    if named != dataset.keypoints:
+        text = (
+            f"its categories list {named} keypoints, but MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {dataset.keypoints}."
+        )
         yield Finding(True, dataset.name, text)
 
 

@@ -29,6 +29,7 @@ class DataSet:
         annotated: whether the annotations are used.
         masks: whether each object needs a segmentation.
         polygons: whether these have to be polygons, not run-length encoded (RLE).
+        keypoints: number of keypoints that the detector predicts; 0 if it predicts none.
     """
 
     role: str
@@ -38,6 +39,7 @@ class DataSet:
     annotated: bool = True
     masks: bool = False
     polygons: bool = False
+    keypoints: int = 0
 
 
 def config_to_check(config_file: str, opts: list[Any]) -> CfgNode:
@@ -67,7 +69,8 @@ def sets_of_config(config_file: str, opts: list[Any]) -> tuple[list[DataSet], bo
             annotated = role == "test" or trains_on_annotations
             masks = cfg.MODEL.MASK_ON and annotated
             polygons = masks and role == "train" and cfg.INPUT.MASK_FORMAT == "polygon"
-            sets.append(DataSet(role, name, json_file, folder, annotated, masks, polygons))
+            keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON and annotated else 0
+            sets.append(DataSet(role, name, json_file, folder, annotated, masks, polygons, keypoints))
     if not sets:
         raise UserError(f"{config_file}: DATASETS.TRAIN and DATASETS.TEST are empty: name a dataset.")
     return sets, cfg.DATALOADER.SKIP_UNUSABLE_IMAGES

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from detectron2.config import CfgNode
@@ -13,6 +13,7 @@ from torch import nn
 from ..adapters import build_adapter
 from ..class_names import ClassCount, class_count_key, names_in_data
 from ..config import KD_META_ARCH, detector_of
+from ..data.coco.keypoints import check_keypoints
 from ..data.coco_json import registered_classes
 from ..errors import UserError, check_number, is_finite_number
 from ..evaluation import check_evaluation, metrics_of
@@ -237,20 +238,43 @@ def _check_files(key: str, name: str) -> None:
 def _check_keypoints(cfg: CfgNode, key: str, name: str) -> None:
     if not cfg.MODEL.KEYPOINT_ON:
         return
-    names, predicted = MetadataCatalog.get(name).get("keypoint_names"), cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+    metadata, predicted = MetadataCatalog.get(name), cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+    names = metadata.get("keypoint_names")
     if names is None:
         raise UserError(
-            f"DATASETS.{key} names {name!r}, which has no keypoints (datasets in DATASETS.COCO_JSON have only boxes and masks), but "
-            "MODEL.KEYPOINT_ON is True: set it to False, or register the dataset with Detectron2's register_coco_instances in a file for --import."
+            f"DATASETS.{key} names {name!r}, whose keypoints have no names, but MODEL.KEYPOINT_ON is True: set it to False, or list the names "
+            "as 'keypoints' in the categories of its annotation file (of a dataset registered in a file for --import, set keypoint_names and "
+            "keypoint_flip_map in its metadata)."
         )
     if len(names) != predicted:
         raise UserError(
             f"The dataset {name} has {len(names)} keypoints, but MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {predicted}."
         )
+    if key == "TRAIN" and metadata.get("keypoint_flip_map") is None:
+        raise UserError(
+            f"DATASETS.TRAIN names {name!r}, whose metadata have no keypoint_flip_map: set it to the pairs of names that a horizontal flip "
+            "swaps, such as (('left_eye', 'right_eye'),), or to ()."
+        )
+    _check_keypoint_order(cfg, name, names)
+    if key == "TRAIN":
+        return
     sigmas = len(cfg.TEST.KEYPOINT_OKS_SIGMAS)
-    if key == "TEST" and (sigmas or 17) != predicted:
+    if (sigmas or 17) != predicted:
         raise UserError(
             f"TEST.KEYPOINT_OKS_SIGMAS has {sigmas} values, but the dataset {name} needs {predicted}, one for each keypoint; leave it empty for COCO's 17."
+        )
+    if MetadataCatalog.get(name).get("evaluator_type") == "coco":
+        for description, annotation in _described_annotations(name):
+            check_keypoints(f"The dataset {name}: {description}", annotation.get("keypoints"), predicted)
+
+
+def _check_keypoint_order(cfg: CfgNode, name: str, names: Sequence[str]) -> None:
+    first = cfg.DATASETS.TRAIN[0] if cfg.DATASETS.TRAIN else name
+    wanted = MetadataCatalog.get(first).get("keypoint_names") or names
+    if list(names) != list(wanted):
+        raise UserError(
+            f"The dataset {name} has the keypoints {', '.join(names)}, but {first} has {', '.join(wanted)}: give both the same names in the "
+            "same order."
         )
 
 

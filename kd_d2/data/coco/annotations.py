@@ -10,6 +10,7 @@ from typing import Any
 from ...errors import UserError
 from .boxes import BOX_FORMATS, Box, check_format, overlaps
 from .ids import LARGEST_ID, Ids, whole_number
+from .keypoints import check_keypoints
 from .repairs import Repairs
 from .segmentation import LARGEST, box_of, is_coordinate, normalize_segmentation
 
@@ -36,7 +37,7 @@ class Annotations:
         self.category_ids = category_ids
         self.repairs = repairs
 
-    def read(self, entries: list[Entry], *, masks: bool, boxes: str) -> list[Entry]:
+    def read(self, entries: list[Entry], *, masks: bool, boxes: str, keypoints: int = 0) -> list[Entry]:
         """Return repaired annotations without duplicates and boxes without area in their image.
 
         They are renumbered from 1 if any id is unusable.
@@ -45,12 +46,13 @@ class Annotations:
             entries: annotations of the file; not modified.
             masks: whether segmentations are required.
             boxes: box format, one of BOX_FORMATS.
+            keypoints: number of keypoints of each annotation; 0 if they are not used.
 
         Raises:
             UserError: an annotation is invalid, its image or category is missing, or boxes are in another format.
         """
         self._check_counts(entries)
-        found = [(entry, a) for entry in entries if (a := self._read(entry, masks)) is not None]
+        found = [(entry, a) for entry in entries if (a := self._read(entry, masks, keypoints)) is not None]
         if boxes == "xywh":
             check_format(self.path, [(a["bbox"], self._size(a)) for _, a in found])
         else:
@@ -74,7 +76,7 @@ class Annotations:
         image = self.images[annotation["image_id"]]
         return image["width"], image["height"]
 
-    def _read(self, entry: Entry, masks: bool) -> Entry | None:
+    def _read(self, entry: Entry, masks: bool, keypoints: int) -> Entry | None:
         what = f"{self.path}: the annotation {_name(entry)}"
         image_id = self.image_ids.find(entry.get("image_id"))
         if image_id is None:
@@ -94,9 +96,7 @@ class Annotations:
         annotation = {**entry, "image_id": image_id, "category_id": category_id}
         self._read_crowd(what, annotation)
         annotation["bbox"] = self._read_box(what, annotation)
-        keypoints = annotation.get("keypoints", [])
-        if not isinstance(keypoints, list) or not all(map(is_coordinate, keypoints)):
-            del annotation["keypoints"]  # unused in training, but processed by Detectron2
+        self._read_keypoints(what, annotation, keypoints)
         if not self._read_segmentation(what, annotation, masks):
             return None
         if "area" in annotation and not _is_positive(annotation["area"]):
@@ -143,6 +143,16 @@ class Annotations:
             )
             annotation["segmentation"] = found
         return True
+
+    def _read_keypoints(self, what: str, annotation: Entry, count: int) -> None:
+        value = annotation.get("keypoints", [])
+        if count and not value:
+            self.repairs.add("annotations without keypoints read as having none that is labeled", _name(annotation))
+            annotation.update(keypoints=[0] * 3 * count, num_keypoints=0)
+        elif count:
+            check_keypoints(what, value, count)
+        elif not isinstance(value, list) or not all(map(is_coordinate, value)):
+            del annotation["keypoints"]  # unused in training, but processed by Detectron2
 
     def _read_box(self, what: str, annotation: Entry) -> Box:
         box = annotation.get("bbox")

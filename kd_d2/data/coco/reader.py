@@ -14,6 +14,7 @@ from ...text import composed, has_controls, label
 from .annotations import Annotations
 from .ids import Ids, whole_number
 from .image_names import ImageFinder
+from .keypoints import keypoint_names
 from .repairs import Repairs
 
 Entry = dict[str, Any]
@@ -62,6 +63,7 @@ def read_coco(
     *,
     annotated: bool = True,
     masks: bool = False,
+    keypoints: bool = False,
     boxes: str = "xywh",
     drop_missing: bool = False,
 ) -> CocoData:
@@ -72,6 +74,7 @@ def read_coco(
         image_folder: folder of the images.
         annotated: whether annotations are read; if False, they are optional and ignored.
         masks: whether segmentations are required; if False, unusable ones are removed.
+        keypoints: whether keypoints are read, if a category names them; otherwise unusable ones are removed.
         boxes: box format of the file, one of BOX_FORMATS.
         drop_missing: whether images that are not on disk are dropped, if at least one image is found.
 
@@ -99,7 +102,8 @@ def read_coco(
         repairs.add("missing images dropped", name)
     entries = [a for a in raw["annotations"] if image_ids.find(a.get("image_id")) not in missing]
     reader = Annotations(path, {image["id"]: image for image in images}, image_ids, category_ids, repairs)
-    annotations = reader.read(entries, masks=masks, boxes=boxes)
+    count = len(keypoint_names(path, categories)) if keypoints else 0
+    annotations = reader.read(entries, masks=masks, boxes=boxes, keypoints=count)
     categories = _classes(path, categories, used, repairs)
     if annotated and not categories:
         raise UserError(f"{path} has no categories: add the classes to its list 'categories'.")
