@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, PolygonMasks
 
 pytestmark = pytest.mark.unit
 
@@ -100,6 +100,34 @@ def test_masks_are_transparent() -> None:
     drawn = draw_instances(np.full((480, 480, 3), 100, np.uint8), found, ["thing"])
     assert drawn[200, 200].tolist() == [60 + int(0.4 * c) for c in PALETTE[0]]
     assert drawn[270, 270].tolist() == [100, 100, 100]
+
+
+@pytest.mark.parametrize("masks", [
+    PolygonMasks([[np.array([150.0, 150, 250, 150, 250, 250, 150, 250])]]),
+    PolygonMasks([[np.array([150.0, 150, 250, 150, 250, 250]), np.array([150.0, 150, 250, 250, 150, 250])]]),
+    BitMasks(torch.nn.functional.pad(torch.ones(1, 50, 50), (75, 115, 75, 115)) > 0),
+])  # fmt: skip
+def test_annotated_masks(masks: PolygonMasks | BitMasks) -> None:
+    """Check a square from 150 to 250, as polygons, and as a bitmap of half the image's size."""
+    truth = Instances((480, 480), gt_boxes=Boxes(torch.tensor([[100.0, 100, 300, 300]])), gt_masks=masks)
+    truth.gt_classes = torch.tensor([0])
+    drawn = draw_instances(np.full((480, 480, 3), 100, np.uint8), truth, ["thing"])
+    assert drawn[200, 240].tolist() == [60 + int(0.4 * c) for c in PALETTE[0]]
+    assert drawn[270, 270].tolist() == [100, 100, 100]
+
+
+@pytest.mark.parametrize("is_truth", [True, False])
+def test_keypoints(is_truth: bool) -> None:
+    """Check a keypoint at twice the size of the image, and one that is not labeled or not sure."""
+    shown, hidden = (1.0, 0.0) if is_truth else (0.06, 0.05)
+    keypoints = torch.tensor([[[120.0, 80, shown], [60.0, 80, hidden]]])
+    boxes = Boxes(torch.tensor([[40.0, 60, 200, 200]]))
+    found = Instances((240, 240), pred_boxes=boxes, pred_keypoints=keypoints, scores=torch.tensor([0.9]))
+    truth = Instances((240, 240), gt_boxes=boxes, gt_keypoints=Keypoints(keypoints))
+    truth.gt_classes = found.pred_classes = torch.tensor([3])
+    drawn = draw_instances(_black(240, 240), truth if is_truth else found, [])
+    assert tuple(drawn[160, 240]) == PALETTE[3]
+    assert drawn[160, 120].tolist() == drawn[80, 120].tolist() == [0, 0, 0]
 
 
 def test_colors_of_heat() -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import cv2
 import matplotlib
 import numpy as np
-from detectron2.structures import Instances
+from detectron2.structures import Instances, PolygonMasks, polygons_to_bitmask
 from PIL import Image, ImageDraw, ImageFont
 
 from ..errors import UserError
@@ -22,6 +23,7 @@ PALETTE = (
 LONGEST_ENLARGED = 4  # times min_side
 TITLE_HEIGHT, TITLE_MARGIN, TITLE_SIZES = 34, 6, range(20, 10, -1)
 WHITE, BLACK = (255, 255, 255), (30, 30, 30)
+LEAST_SURE_KEYPOINT = 0.05  # as in Detectron2's drawings
 
 
 def draw_instances(
@@ -32,11 +34,12 @@ def draw_instances(
     colors: list[tuple[int, int, int]] | None = None,
     on_top: list[bool] | None = None,
 ) -> np.ndarray:
-    """Draw boxes with class names and scores, and masks if available.
+    """Draw boxes with class names and scores, and masks and keypoints if available.
 
     Args:
         image: RGB (H, W, 3) uint8; enlarged to a shorter side of `min_side` pixels, so that labels are readable.
-        instances: `pred_boxes`, `pred_classes`, `scores`, or `gt_boxes`, `gt_classes`, in pixels of `image`.
+        instances: `pred_boxes`, `pred_classes`, `scores`, or `gt_boxes`, `gt_classes`, in pixels of `image`. Of keypoints,
+            those are drawn that are labeled, or predicted with a score above LEAST_SURE_KEYPOINT.
         class_names: by class index.
         colors: RGB of each instance; None for the colors of the classes.
         on_top: whether each instance is drawn after those for which it is False; otherwise large ones come first.
@@ -55,11 +58,15 @@ def draw_instances(
     thickness = max(2, round(min(canvas.shape[:2]) / 320))
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     order = np.lexsort((-areas, on_top or [False] * len(boxes)))
+    masks, points = _masks(instances, is_truth), _points(instances, is_truth)
     for i in order:
         left, top, right, bottom = boxes[i].round().astype(int)
-        if instances.has("pred_masks"):
-            _tint(canvas, instances.pred_masks[i].numpy(), colors[i])
+        if masks is not None:
+            _tint(canvas, masks[i], colors[i])
         cv2.rectangle(canvas, (left, top), (right, bottom), colors[i], thickness, cv2.LINE_AA)
+    for i in order if points is not None else ():
+        for point in points[i]:
+            _dot(canvas, point * scale, colors[i], 2 * thickness)
     picture = Image.fromarray(canvas)
     plates: list[tuple[int, int, int, int]] = []
     for i in order:
@@ -67,6 +74,32 @@ def draw_instances(
         score = "" if scores[i] is None else f" {scores[i]:.2f}"
         _label(picture, name, score, boxes[i][:2], colors[i], plates)
     return np.asarray(picture)
+
+
+def _masks(instances: Instances, is_truth: bool) -> Sequence[np.ndarray] | None:
+    """Return the mask (H, W) of each instance, of any resolution, or None."""
+    if not instances.has("gt_masks" if is_truth else "pred_masks"):
+        return None
+    if not is_truth:
+        return instances.pred_masks.numpy()
+    if isinstance(instances.gt_masks, PolygonMasks):
+        return [polygons_to_bitmask(polygons, *instances.image_size) for polygons in instances.gt_masks.polygons]
+    return instances.gt_masks.tensor.numpy()
+
+
+def _points(instances: Instances, is_truth: bool) -> list[np.ndarray] | None:
+    """Return the visible keypoints (K, 2) of each instance, or None."""
+    if not instances.has("gt_keypoints" if is_truth else "pred_keypoints"):
+        return None
+    keypoints = (instances.gt_keypoints.tensor if is_truth else instances.pred_keypoints).numpy()
+    least = 0 if is_truth else LEAST_SURE_KEYPOINT
+    return [of_instance[of_instance[:, 2] > least, :2] for of_instance in keypoints]
+
+
+def _dot(canvas: np.ndarray, center: np.ndarray, color: tuple[int, int, int], radius: int) -> None:
+    x, y = center.round().astype(int).tolist()
+    cv2.circle(canvas, (x, y), radius + 1, WHITE, -1, cv2.LINE_AA)
+    cv2.circle(canvas, (x, y), radius, color, -1, cv2.LINE_AA)
 
 
 def _tint(canvas: np.ndarray, mask: np.ndarray, color: tuple[int, int, int]) -> None:
