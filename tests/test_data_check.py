@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+from kd_d2.analysis.drawing import PALETTE, TITLE_HEIGHT
 from kd_d2.cli import main
 from kd_d2.config import load_config
 from kd_d2.data.coco import CocoData, Repairs, read_coco
@@ -19,6 +21,7 @@ import numpy as np
 import pytest
 from helpers import CLASSES, clean_process, example, make_coco, make_project, write_yaml
 from PIL import Image
+from pycocotools import mask as mask_util
 
 pytestmark = pytest.mark.unit
 
@@ -232,6 +235,40 @@ def test_augmented_samples(pair: list[DataSet]) -> None:
     cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = "L", [100.0], [50.0]
     gray = draw_augmented(sets, cfg, 4)[CELL[1] - 40, : CELL[0]]  # below the box
     assert (gray == gray[:, :1]).all()
+
+
+@pytest.mark.parametrize("is_rle", [False, True])
+def test_masks_and_keypoints_of_samples(pair: list[DataSet], is_rle: bool) -> None:
+    """Check a mask that fills the left half of the box of a gray image of 96 x 64 pixels, also mirrored, and a keypoint."""
+    data = read_coco(pair[0].json_file, pair[0].folder)
+    images = data.tree["images"][:1]
+    Image.new("RGB", (96, 64), (100, 100, 100)).save(Path(pair[0].folder) / images[0]["file_name"])
+    mask = np.zeros((64, 96), np.uint8, order="F")
+    mask[20:60, 8:28] = 1
+    outline = [[8, 20, 28, 20, 28, 60, 8, 60]]
+    box = {
+        "id": 1,
+        "image_id": images[0]["id"],
+        "category_id": 1,
+        "bbox": [8, 20, 40, 40],
+        "keypoints": [38, 50, 2, 0, 0, 0],
+    }
+    data.tree |= {
+        "images": images,
+        "annotations": [box | {"segmentation": mask_util.encode(mask) if is_rle else outline}],
+    }
+    sets = [(replace(pair[0], masks=True, keypoints=2), data)]
+    cfg = load_config("", ["INPUT.RANDOM_FLIP", "none", "INPUT.MIN_SIZE_TRAIN", (0,), "MODEL.MASK_ON", True])
+    cfg.INPUT.AUGMENTATIONS = [["RandomFlip", 1.0]]
+    scale = CELL[0] / 96
+    top = int((CELL[1] - 64 * scale) / 2) + TITLE_HEIGHT
+    y, left, right = top + int(40 * scale), int(18 * scale), int(38 * scale)
+    tinted, gray = [60 + int(0.4 * value) for value in PALETTE[0]], [100, 100, 100]
+    samples, augmented = draw_samples(sets, 1), draw_augmented(sets, cfg, 1)
+    assert samples[y, left].tolist() == tinted and samples[y, right].tolist() == gray
+    assert augmented[y, CELL[0] - left].tolist() == tinted and augmented[y, CELL[0] - right].tolist() == gray
+    assert tuple(samples[top + int(50 * scale), right]) == PALETTE[0]
+    assert samples[top + 2, 2].tolist() == gray  # a keypoint that is not labeled
 
 
 def test_the_command_on_files(pair: list[DataSet], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -1,4 +1,4 @@
-"""Figures of sample images with their annotated boxes."""
+"""Figures of sample images with their annotated boxes, and the masks and keypoints that the detector is trained on."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data.detection_utils import convert_image_to_rgb
-from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, Keypoints
 
 from ..analysis.drawing import draw_instances, sheet, titled
 from ..config import thawed
 from ..data.augmentation import build_mapper
 from ..data.coco import CocoData
+from ..data.coco.segmentation import mask_of
 from ..data.images import CheckedMapper
 from ..image_files import DataError, read_image
 from ..random_state import seeded
@@ -63,17 +64,18 @@ def _choose(data: CocoData, count: int) -> list[dict]:
 def draw_augmented(sets: list[tuple[DataSet, CocoData]], cfg: CfgNode, count: int) -> np.ndarray | None:
     """Draw the images of `draw_samples` of the training sets, scaled and augmented as a training does, with their boxes.
 
-    Boxes are those of a training without masks, also if MODEL.MASK_ON recomputes them.
+    Polygons are augmented as bitmaps, which RLE masks require. Keypoints are left out.
 
     Returns:
         RGB (H, W, 3) uint8, or None if no image can be read.
     """
     cfg = thawed(cfg)
-    cfg.MODEL.MASK_ON = cfg.MODEL.KEYPOINT_ON = False
-    mapper = CheckedMapper(build_mapper(cfg))
+    cfg.MODEL.KEYPOINT_ON, cfg.INPUT.MASK_FORMAT = False, "bitmask"
     rows = []
     for dataset, data in sets:
         if dataset.role == "train":
+            cfg.MODEL.MASK_ON = dataset.masks
+            mapper = CheckedMapper(build_mapper(cfg))
             with seeded(0):
                 augmented = [_augment(mapper, cfg.INPUT.FORMAT, dataset, data, image) for image in _choose(data, count)]
             rows += _rows([picture for picture in augmented if picture is not None])
@@ -98,6 +100,10 @@ def _draw(dataset: DataSet, data: CocoData, image: dict) -> np.ndarray | None:
     instances.gt_classes = torch.tensor([order.index(a["category_id"]) for a in annotations], dtype=torch.int64)
     labels = [*names.values(), *(f"{name} (crowd)" for name in names.values())]
     instances.gt_classes += len(names) * torch.tensor([bool(a.get("iscrowd")) for a in annotations], dtype=torch.int64)
+    if dataset.masks and annotations:
+        instances.gt_masks = BitMasks(np.stack([mask_of(a["segmentation"], *pixels.shape[:2]) for a in annotations]))
+    if dataset.keypoints and annotations and all("keypoints" in a for a in annotations):
+        instances.gt_keypoints = Keypoints(np.stack([np.reshape(a["keypoints"], (-1, 3)) for a in annotations]))
     return _cell(pixels, instances, labels, f"{dataset.role}: {image['file_name']}")
 
 
@@ -110,6 +116,7 @@ def _augment(mapper: CheckedMapper, channels: str, dataset: DataSet, data: CocoD
             "bbox_mode": BoxMode.XYWH_ABS,
             "category_id": order.index(annotation["category_id"]),
             "iscrowd": annotation.get("iscrowd", 0),
+            **({"segmentation": annotation["segmentation"]} if dataset.masks else {}),
         }
         for annotation in data.tree["annotations"]
         if annotation["image_id"] == image["id"]
@@ -124,12 +131,14 @@ def _augment(mapper: CheckedMapper, channels: str, dataset: DataSet, data: CocoD
 
 
 def _cell(pixels: np.ndarray, instances: Instances, labels: list[str], title: str) -> np.ndarray:
-    """Draw `gt_boxes` and `gt_classes` on an image that is scaled to CELL, with a title."""
+    """Draw annotations on an image that is scaled to CELL, with a title."""
     scale = min(CELL[0] / pixels.shape[1], CELL[1] / pixels.shape[0])
     size = [max(1, round(side * scale)) for side in pixels.shape[1::-1]]
     small = cv2.resize(pixels, size, interpolation=cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA)
-    scaled = Instances(small.shape[:2], gt_boxes=instances.gt_boxes.clone(), gt_classes=instances.gt_classes)
+    scaled = Instances(small.shape[:2], **{**instances.get_fields(), "gt_boxes": instances.gt_boxes.clone()})
     scaled.gt_boxes.scale(scale, scale)
+    if scaled.has("gt_keypoints"):
+        scaled.gt_keypoints = Keypoints(instances.gt_keypoints.tensor * torch.tensor([scale, scale, 1]))
     cell = np.full((CELL[1], CELL[0], 3), 255, np.uint8)
     left, top = (CELL[0] - size[0]) // 2, (CELL[1] - size[1]) // 2
     cell[top : top + size[1], left : left + size[0]] = draw_instances(small, scaled, labels, min_side=1)

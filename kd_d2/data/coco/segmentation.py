@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+from detectron2.structures import polygons_to_bitmask
 from pycocotools import mask as mask_util
 
 LARGEST = 1e9  # px; no image is larger
@@ -74,6 +76,17 @@ def box_of(segmentation: Any) -> list[float]:
         xs = [x for polygon in segmentation for x in polygon[::2]]
         ys = [y for polygon in segmentation for y in polygon[1::2]]
         return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
-    if isinstance(segmentation["counts"], list):
-        segmentation = mask_util.frPyObjects(segmentation, *segmentation["size"])
-    return mask_util.toBbox(segmentation).tolist()
+    return mask_util.toBbox(_compressed(segmentation)).tolist()
+
+
+def mask_of(segmentation: Any, height: int, width: int) -> np.ndarray:
+    """Return the mask (height, width) of a normalized segmentation, as bool."""
+    if isinstance(segmentation, list):
+        return polygons_to_bitmask([np.array(polygon) for polygon in segmentation], height, width)
+    return mask_util.decode(_compressed(segmentation)).astype(bool)
+
+
+def _compressed(run_lengths: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(run_lengths["counts"], list):
+        return mask_util.frPyObjects(run_lengths, *run_lengths["size"])
+    return run_lengths
