@@ -47,6 +47,8 @@ def write_label_file(
     threshold = cfg.MODEL.KD.PSEUDO_LABELS.SCORE_THRESH if score_thresh is None else score_thresh
     if not 0 <= threshold < 1:
         raise UserError(f"--score-thresh is {threshold}; it must be from 0 to below 1.")
+    if cfg.MODEL.KEYPOINT_ON:
+        raise UserError("MODEL.KEYPOINT_ON is True, but pseudo-labels are boxes and masks only: set it to False.")
     register_synthetic()
     register_coco_json(cfg)
     check_datasets(cfg, train=True)
@@ -67,6 +69,10 @@ def write_label_file(
             f"The teacher ({teacher.spec.name}) does not predict detections with classes, so it cannot label images."
         )
     PseudoLabels(threshold).check_threshold(teacher.spec)
+    if cfg.MODEL.MASK_ON and "masks" not in teacher.spec.provides:
+        raise UserError(
+            f"MODEL.MASK_ON is True, but the teacher ({teacher.spec.name}) predicts no masks: set it to False to label boxes only."
+        )
     teacher.to(torch.device(cfg.MODEL.DEVICE))
 
     def detect(batch: list[dict]) -> list[dict]:
@@ -160,4 +166,6 @@ def overrides_to_train_on(cfg: CfgNode, name: str, labelled: list[str]) -> str:
     files = [*(list(entry) for entry in cfg.DATASETS.COCO_JSON if entry[0] != labelled[0]), labelled]
     names = tuple(labelled[0] if other == name else other for other in cfg.DATASETS.TRAIN)
     keys = {"DATASETS.COCO_JSON": files, "DATASETS.TRAIN": names, "MODEL.KD.PSEUDO_LABELS.ENABLED": False}
+    if cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon":
+        keys["INPUT.MASK_FORMAT"] = "bitmask"  # the masks of detections are run-length encoded
     return " ".join(f"{key} {shlex.quote(str(value))}" for key, value in keys.items())

@@ -24,7 +24,7 @@ import torch
 from detectron2.data import DatasetCatalog
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
-from helpers import Project, clean_process, make, make_project, run_command, train
+from helpers import Project, clean_process, make, make_project, run_command, save_fixed_weights, train
 
 KINDS = ("retinanet", "fcos", "atss", "gfl", "fsaf", "reppoints", "faster", "mask", "cascade", "panoptic")
 PSEUDO_LABELS = {"MODEL__KD__PSEUDO_LABELS__ENABLED": True, "MODEL__KD__PSEUDO_LABELS__SCORE_THRESH": 0.0}
@@ -473,10 +473,35 @@ def test_images_that_cannot_be_labelled(
     assert capfd.readouterr().err.endswith("error: None of the images can be used, so nothing is labelled.\n")
 
 
+def test_masks_made_ahead(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    """Check that the printed overrides train on a teacher's masks, and that a teacher without masks is refused."""
+    project = make_project(tmp_path, "faster-rcnn", MODEL__KD__TEACHER__OPTS=LOW_THRESHOLDS)
+    tree = json.loads(project.annotations.read_text())
+    for annotation in tree["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        annotation["segmentation"] = [[x, y, x + w, y, x + w, y + h]]
+    project.annotations.write_text(json.dumps(tree))
+    head = {"MODEL__ROI_MASK_HEAD__NUM_CONV": 1, "MODEL__ROI_MASK_HEAD__CONV_DIM": 8}
+    project.change(MODEL__MASK_ON=True, **head)
+    path = tmp_path / "labels.json"
+    with pytest.raises(SystemExit):
+        run_command("pseudo-label", project.student, "--output", path)
+    assert capfd.readouterr().err.splitlines()[-1] == (
+        "error: MODEL.MASK_ON is True, but the teacher (GeneralizedRCNN) predicts no masks: set it to False to label boxes only."
+    )
+    project.change_teacher(MODEL__MASK_ON=True, **head)
+    save_fixed_weights(project.teacher, project.teacher_weights, seed=1)
+    run_command("pseudo-label", project.student, "--output", path, "--score-thresh", 0.0)
+    overrides = shlex.split(capfd.readouterr().out.splitlines()[-1])
+    assert overrides[-2:] == ["INPUT.MASK_FORMAT", "bitmask"]
+    assert train(project, *overrides, "SOLVER.MAX_ITER", 1).losses[0]["loss_mask"] > 0
+
+
 @pytest.mark.parametrize(
     ("keys", "options", "expected"),
     [
         ({"MODEL__META_ARCHITECTURE": "RetinaNet"}, (), "must be the config of a distillation"),
+        ({"MODEL__KEYPOINT_ON": True}, (), "MODEL.KEYPOINT_ON is True, but pseudo-labels are boxes and masks only"),
         ({}, ("--dataset", "other"), "--dataset 'other' is not in DATASETS.TRAIN: tiny_"),
         ({}, ("--score-thresh", 1.0), "--score-thresh is 1.0; it must be from 0 to below 1"),
         ({}, ("--output", "/proc/none/labels.json"), "--output /proc/none cannot be written"),
