@@ -33,7 +33,7 @@ from kd_d2.sweep.plots import look, plot_ap, plot_curves
 from kd_d2.sweep.report import first_curves, write_report
 from kd_d2.sweep.results import read_curves, read_metrics, read_result, result_path
 from kd_d2.sweep.runner import Job, run_jobs, teacher_evaluation, training_job
-from kd_d2.sweep.settings import measured_settings
+from kd_d2.sweep.settings import first_difference, measured_settings, of_evaluation
 from kd_d2.sweep.table import HEADERS, Row, as_csv, as_markdown, build_rows, format_row, pooled_deviation, read_results
 from kd_d2.text import wrapped_label
 
@@ -369,6 +369,26 @@ def my_backbone(cfg, input_shape):
 """
 
 
+@pytest.fixture
+def settings_with(tmp_path):
+    """Return a function (text of my_detector.py, config keys) -> settings of a cell with this file imported."""
+    (tmp_path / "teacher.pth").touch()
+    teacher = {"MODEL.KD.TEACHER.CONFIG_FILE": STUDENT, "MODEL.KD.TEACHER.WEIGHTS": str(tmp_path / "teacher.pth")}
+    path = tmp_path / "my_detector.py"
+
+    def settings(text, keys):
+        path.write_text(text)
+        linecache.checkcache()
+        import_extensions([str(path)])
+        try:
+            return measured_settings(STUDENT, [x for pair in (teacher | keys).items() for x in pair])
+        finally:
+            del sys.modules["my_detector"], META_ARCH_REGISTRY._obj_map["MyDetector"]
+            del BACKBONE_REGISTRY._obj_map["my_backbone"], DETECTOR_ADAPTER_REGISTRY._obj_map["MyAdapter"]
+
+    return settings
+
+
 @pytest.mark.parametrize(
     "names",
     [
@@ -378,27 +398,36 @@ def my_backbone(cfg, input_shape):
         {},
     ],
 )
-def test_settings_have_the_code_of_own_detectors(tmp_path, names):
+def test_settings_have_the_code_of_own_detectors(settings_with, names):
     """Check a detector, a backbone and a student of a file, with an adapter; and that other cells do not have it."""
-    (tmp_path / "teacher.pth").touch()
-    path = tmp_path / "my_detector.py"
-    teacher = ["MODEL.KD.TEACHER.CONFIG_FILE", STUDENT, "MODEL.KD.TEACHER.WEIGHTS", str(tmp_path / "teacher.pth")]
 
     def code(text):
-        path.write_text(text)
-        linecache.checkcache()
-        import_extensions([str(path)])
-        try:
-            settings = measured_settings(STUDENT, [*teacher, *(x for pair in names.items() for x in pair)])
-            return settings.get("code of the detectors from --import")
-        finally:
-            del sys.modules["my_detector"], META_ARCH_REGISTRY._obj_map["MyDetector"]
-            del BACKBONE_REGISTRY._obj_map["my_backbone"], DETECTOR_ADAPTER_REGISTRY._obj_map["MyAdapter"]
+        return settings_with(text, names).get("code of the detectors from --import")
 
     first = code(OWN_DETECTOR)
     assert (first is not None) == bool(names)
     assert code(OWN_DETECTOR + "# a comment") == first
     assert (code(OWN_DETECTOR.replace("factor = 1", "factor = 2")) == first) == (not names)
+
+
+def test_settings_have_the_code_of_an_own_teacher(tmp_path, settings_with):
+    """Check a teacher with a backbone of a file; and that the teacher's evaluation depends on its code, but not on the student's."""
+    file = tmp_path / "teacher.yaml"
+    file.write_text(f"_BASE_: {STUDENT}\nMODEL: {{BACKBONE: {{NAME: my_backbone}}}}\n")
+    keys = {"MODEL.META_ARCHITECTURE": "KDMetaArch", "MODEL.KD.DISTILLERS": ("PKD",)}
+    of_teacher = keys | {"MODEL.KD.TEACHER.CONFIG_FILE": str(file)}
+    of_student = keys | {"MODEL.KD.STUDENT": "MyDetector"}
+    edited = OWN_DETECTOR.replace("factor = 1", "factor = 2")
+
+    def difference(keys):
+        before, now = settings_with(OWN_DETECTOR, keys), settings_with(edited, keys)
+        names = (
+            first_difference(*both).partition(": ")[0] for both in ((before, now), map(of_evaluation, (before, now)))
+        )
+        return tuple(names)
+
+    assert difference(of_teacher) == ("code of the teacher from --import", "code of the teacher from --import")
+    assert difference(of_student) == ("code of the detectors from --import", "")
 
 
 def test_parts_of_detectors_are_found_by_name_and_adapters_by_class():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -46,7 +46,8 @@ WEIGHTS = "file of MODEL.WEIGHTS"
 TRAIN_ANNOTATIONS, TEST_ANNOTATIONS = "annotations of DATASETS.TRAIN", "annotations of DATASETS.TEST"
 OWN_METHODS = "code of the methods from --import"
 OWN_DETECTORS = "code of the detectors from --import"
-CHECKSUMS = frozenset({TEACHER, WEIGHTS, TRAIN_ANNOTATIONS, TEST_ANNOTATIONS, OWN_METHODS, OWN_DETECTORS})
+OWN_TEACHER = "code of the teacher from --import"
+CHECKSUMS = frozenset({TEACHER, WEIGHTS, TRAIN_ANNOTATIONS, TEST_ANNOTATIONS, OWN_METHODS, OWN_DETECTORS, OWN_TEACHER})
 """Settings that are checksums of files and code."""
 
 
@@ -56,7 +57,7 @@ def measured_settings(config: str, opts: list[Any]) -> dict[str, Any]:
     A key that a later version adds does not change the settings as long as it has its default value. Checksums are added
     of the initial weights as `WEIGHTS`, of a teacher's weights and config as `TEACHER`, and of the annotation files, if all
     exist, as `TRAIN_ANNOTATIONS` and `TEST_ANNOTATIONS`, and of the code of methods from elsewhere as `OWN_METHODS`, and
-    of detectors, their parts and adapters as `OWN_DETECTORS`; see `code_of`.
+    of detectors, their parts and adapters as `OWN_DETECTORS`, those of the teacher as `OWN_TEACHER`; see `code_of`.
 
     Raises:
         UserError: see `load_config`, or DATASETS.TEST does not name exactly one dataset, whose results are compared.
@@ -73,6 +74,8 @@ def measured_settings(config: str, opts: list[Any]) -> dict[str, Any]:
         settings[TEACHER] = _checksum(_teacher_files(cfg))
         if code := code_of(map(DISTILLER_REGISTRY.get, cfg.MODEL.KD.DISTILLERS)):
             settings[OWN_METHODS] = _checksum(code)
+        if code := code_of(_parts_of_teacher(cfg)):
+            settings[OWN_TEACHER] = _checksum(code)
     if code := code_of(parts_of_detectors(cfg)):
         settings[OWN_DETECTORS] = _checksum(code)
     return settings
@@ -103,6 +106,12 @@ def _teacher_files(cfg: CfgNode) -> str:
     return f"{keys} {_content_of(teacher.MODEL.WEIGHTS)}"
 
 
+def _parts_of_teacher(cfg: CfgNode) -> list[Callable]:
+    """Return the parts of the teacher's detector; none of a LazyConfig, which may run code."""
+    is_lazy = is_lazy_config(cfg.MODEL.KD.TEACHER.CONFIG_FILE)
+    return [] if is_lazy else parts_of_detectors(load_teacher_config(cfg))
+
+
 def _content_of(name: str) -> str:
     """Return the hash of a file; the name itself of one that is not local."""
     path = name.partition("?")[0]
@@ -116,7 +125,8 @@ def test_data(settings: dict[str, Any]) -> dict[str, Any]:
 
 def of_evaluation(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that determine the result of an evaluation of the teacher."""
-    kept = ("INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST", "INPUT.FORMAT", "DATASETS.TEST", TEACHER, TEST_ANNOTATIONS)
+    keys = ("INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST", "INPUT.FORMAT", "DATASETS.TEST")
+    kept = (*keys, TEACHER, OWN_TEACHER, TEST_ANNOTATIONS)
     return {key: value for key, value in settings.items() if key in kept}
 
 
