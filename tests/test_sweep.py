@@ -28,7 +28,7 @@ from kd_d2.files import write_json
 from kd_d2.sweep import SweepOptions, costs, plots, report, run_sweep, runner
 from kd_d2.sweep.costs import measure_costs
 from kd_d2.sweep.matrix import read_matrix
-from kd_d2.sweep.own_code import parts_of_detectors
+from kd_d2.sweep.own_code import code_of, parts_of_detectors
 from kd_d2.sweep.plots import look, plot_ap, plot_curves
 from kd_d2.sweep.report import first_curves, write_report
 from kd_d2.sweep.results import read_curves, read_metrics, read_result, result_path
@@ -428,6 +428,20 @@ def test_settings_have_the_code_of_an_own_teacher(tmp_path, settings_with):
 
     assert difference(of_teacher) == ("code of the teacher from --import", "code of the teacher from --import")
     assert difference(of_student) == ("code of the detectors from --import", "")
+
+
+def test_code_without_comments(tmp_path, monkeypatch):
+    """Check the text, which is the same in all versions of Python."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_networks.py").write_text(
+        "from torch.nn import Module\n\n\nclass MyNetwork(Module):  # a comment\n    factor = (2)\n"
+    )
+    import_extensions(["my_networks"])
+    try:
+        code = code_of([sys.modules["my_networks"].MyNetwork])
+    finally:
+        del sys.modules["my_networks"]
+    assert code == "from torch.nn import Module\n\nclass MyNetwork(Module):\n    factor = 2"
 
 
 def test_parts_of_detectors_are_found_by_name_and_adapters_by_class():

@@ -61,9 +61,10 @@ def _strings(node: CfgNode) -> Iterator[str]:
 
 
 def code_of(definitions: Iterable[Callable]) -> str:
-    """Return the syntax trees of the modules that define classes, their base classes and functions, except known packages.
+    """Return the code of the modules that define classes, their base classes and functions, except known packages.
 
-    Those of other own modules that they import are added, see `_is_beside`. Comments and formatting do not count.
+    That of other own modules that they import is added, see `_is_beside`. Comments and formatting do not count. It is code
+    again, not a dump of syntax trees, which differs between versions of Python.
     """
     origins = chain.from_iterable(getattr(definition, "__mro__", [definition]) for definition in definitions)
     waiting = [origin.__module__ for origin in origins if _top(origin.__module__) not in KNOWN]
@@ -75,9 +76,9 @@ def code_of(definitions: Iterable[Callable]) -> str:
         code[name] = ""
         with contextlib.suppress(ImportError, OSError, TypeError):  # of a module without a file
             tree = ast.parse(inspect.getsource(sys.modules[name]))
-            code[name] = ast.dump(tree)
+            code[name] = ast.unparse(tree)
             waiting += [other for other in _imported(tree, name) if _is_beside(other, name)]
-    return " ".join(code[name] for name in sorted(code) if code[name])
+    return "\n".join(code[name] for name in sorted(code) if code[name])
 
 
 def _imported(tree: ast.Module, name: str) -> Iterator[str]:
