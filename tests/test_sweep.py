@@ -430,18 +430,18 @@ def test_settings_have_the_code_of_an_own_teacher(tmp_path, settings_with):
     assert difference(of_student) == ("code of the detectors from --import", "")
 
 
-def test_code_without_comments(tmp_path, monkeypatch):
-    """Check the text, which is the same in all versions of Python."""
+def test_code_without_comments_and_without_libraries(tmp_path, monkeypatch):
+    """Check the text, which is the same in all versions of Python, and a class that is derived from one of a library."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "my_networks.py").write_text(
-        "from torch.nn import Module\n\n\nclass MyNetwork(Module):  # a comment\n    factor = (2)\n"
+        "from torchvision.models import ResNet\n\n\nclass MyNetwork(ResNet):  # a comment\n    factor = (2)\n"
     )
     import_extensions(["my_networks"])
     try:
         code = code_of([sys.modules["my_networks"].MyNetwork])
     finally:
         del sys.modules["my_networks"]
-    assert code == "from torch.nn import Module\n\nclass MyNetwork(Module):\n    factor = 2"
+    assert code == "from torchvision.models import ResNet\n\nclass MyNetwork(ResNet):\n    factor = 2"
 
 
 def test_parts_of_detectors_are_found_by_name_and_adapters_by_class():

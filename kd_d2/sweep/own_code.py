@@ -27,7 +27,8 @@ from detectron2.modeling import (
 
 from ..adapters import DETECTOR_ADAPTER_REGISTRY
 
-KNOWN = frozenset({__name__.partition(".")[0], "detectron2", "torch", *sys.stdlib_module_names})
+LIBRARIES = {__name__.partition(".")[0], "detectron2", "fvcore", "timm", "torch", "torchvision"}
+KNOWN = frozenset({*LIBRARIES, *sys.stdlib_module_names})
 """Packages whose code is not one's own, also where a class derives from theirs."""
 REGISTRIES = (
     META_ARCH_REGISTRY,
