@@ -147,9 +147,9 @@ def test_features_alone_of_any_pair(student: str | None, teacher: str) -> None:
 @pytest.mark.parametrize(
     ("student", "teacher", "keys", "message"),
     [
-        ("dense", "objectness", {}, r"\(Pupil\) has dense predictions and .* \(Pupil\) the objectness .*: set MODEL.KD.FRS.CLASS_WEIGHT to 0"),
+        ("dense", "objectness", {}, r"\(Pupil\) has dense predictions and .* \(Pupil\) the objectness .* set MODEL.KD.FRS.CLASS_WEIGHT to 0"),
         ("objectness", "dense", {}, "CLASS_WEIGHT to 0"),
-        (None, "dense", {}, "needs dense predictions or the objectness of an RPN, neither of which the student"),
+        (None, "dense", {}, r"of a dense head or an RPN, which the student \(Pupil\) does not have. To .*CLASS_WEIGHT to 0"),
         ("dense", None, {"class_weight": 0.0}, r"weights features by class scores .*, which the teacher \(Pupil\) does not have"),
     ],
 )  # fmt: skip
@@ -158,10 +158,17 @@ def test_invalid_pairs(student: str | None, teacher: str | None, keys: dict, mes
         make(FRS, spec(student, {8: 2}), spec(teacher, {8: 2}), **keys)
 
 
+def test_classes_are_compared() -> None:
+    """Check that other classes are rejected, with the remedy, except of RPNs, which have none."""
+    with pytest.raises(UserError, match=r"has 3 classes .* 5; .* set MODEL.KD.FRS.CLASS_WEIGHT to 0"):
+        make(FRS, spec("dense", {8: 2}), spec("dense", {8: 2}, num_classes=5))
+    make(FRS, spec("objectness", {8: 2}), spec("objectness", {8: 2}, num_classes=5))
+
+
 def test_anchors_are_compared() -> None:
     """Check that different anchors are rejected with the class loss only, and levels without scores in any case."""
     other = spec_of({8: 2}, cell_anchors={8: torch.ones(1, 4)}, provides=frozenset({"features", "dense"}))
-    with pytest.raises(UserError, match="compares predictions anchor by anchor"):
+    with pytest.raises(UserError, match=r"compares predictions anchor by anchor.* set MODEL.KD.FRS.CLASS_WEIGHT to 0"):
         make(FRS, spec("dense", {8: 2}), other)
     make(FRS, spec("dense", {8: 2}), other, class_weight=0.0)
     with pytest.raises(UserError, match=r"FRS reads the teacher's anchors .* none at the strides \[16\]"):

@@ -16,7 +16,7 @@ from ..keys import AtLeast
 from ..losses import feature_richness, masked_squared_error, quality_focal_loss
 from .adaptation import Adaptation, AdaptationLayers
 from .base import DISTILLER_REGISTRY, Distiller, Losses
-from .matching import check_anchors_at, check_same_anchors, in_words
+from .matching import check_anchors_at, check_same_anchors, check_same_classes, in_words, without_adapter
 from .pair import Pair
 
 FEATURE, CLASS = "loss_frs_feature", "loss_frs_class"
@@ -24,6 +24,9 @@ EPS = 1e-12
 ONE_STAGE, TWO_STAGE = (5e-3, 0.02), (2e-3, 0.1)
 WEIGHTS_BY_NAME = {"FCOS": (0.01, 0.05), "GFL": (0.1, 0.05)}
 """Feature and class weight of students for which the authors' differ from those of their family."""
+
+FEATURES_ALONE = "To compare only features, set MODEL.KD.FRS.CLASS_WEIGHT to 0."
+"""What to do about class scores that cannot be compared, for messages."""
 
 
 def _logits_of_class_head(outputs: DetectorOutputs) -> dict[int, Tensor]:
@@ -75,6 +78,11 @@ class FRS(Distiller):
     def __init__(self, config: Config, pair: Pair):
         if config.class_weight == 0:
             self.needs = frozenset({"features"})
+        elif LOGITS.keys().isdisjoint(pair.student.provides):
+            raise UserError(
+                f"FRS compares class scores of a dense head or an RPN, which the student ({pair.student.name}) does not have"
+                f"{without_adapter(pair.student)}. {FEATURES_ALONE}"
+            )
         super().__init__(config, pair)
         student, teacher = pair.student, pair.teacher
         self.part_with_scores = next((part for part in LOGITS if part in teacher.provides), None)
@@ -97,9 +105,14 @@ class FRS(Distiller):
         if self.part_with_scores not in self.needs:
             raise UserError(
                 f"FRS compares class scores, but the student ({pair.student.name}) has {in_words(self.needs - {'features'})} and the teacher "
-                f"({pair.teacher.name}) {in_words({self.part_with_scores})}: set MODEL.KD.FRS.CLASS_WEIGHT to 0."
+                f"({pair.teacher.name}) {in_words({self.part_with_scores})}. {FEATURES_ALONE}"
             )
-        check_same_anchors("FRS", pair.student, pair.teacher, self.part_with_scores)
+        try:
+            check_same_anchors("FRS", pair.student, pair.teacher, self.part_with_scores)
+            if self.compares_classes:
+                check_same_classes("FRS", pair.student, pair.teacher)
+        except UserError as error:
+            raise UserError(f"{error} {FEATURES_ALONE}") from error
 
     @property
     def needs_of_teacher(self) -> frozenset[str]:
