@@ -33,7 +33,7 @@ from kd_d2.sweep.plots import look, plot_ap, plot_curves
 from kd_d2.sweep.report import first_curves, write_report
 from kd_d2.sweep.results import read_curves, read_metrics, read_result, result_path
 from kd_d2.sweep.runner import Job, run_jobs, teacher_evaluation, training_job
-from kd_d2.sweep.settings import first_difference, measured_settings, of_evaluation
+from kd_d2.sweep.settings import first_difference, measured_settings, of_evaluation, without_locations
 from kd_d2.sweep.table import HEADERS, Row, as_csv, as_markdown, build_rows, format_row, pooled_deviation, read_results
 from kd_d2.text import wrapped_label
 
@@ -915,6 +915,28 @@ def test_a_report_warns_of_other_settings(tmp_path, caplog):
         run_sweep(matrix, str(tmp_path), opts, SweepOptions(report_only=True))
         warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
         assert [line in message for line, message in zip(lines, warned, strict=True)] == [True] * len(lines)
+
+
+def test_a_report_warns_of_other_code(tmp_path, caplog, monkeypatch):
+    """Check a cell with an own backbone, once it is registered, and one without."""
+    text = "config: STUDENT\nbaseline: plain\ncells: {plain: , own: {opts: {MODEL.BACKBONE.NAME: my_backbone}}}\n"
+    matrix = read_matrix(write_matrix(tmp_path, text))
+    results = tmp_path / "results"
+    results.mkdir()
+    key = "code of the detectors from --import"
+    own = {**without_locations(load_config(STUDENT, [])), "MODEL.BACKBONE.NAME": "my_backbone", key: "0"}
+    for cell, settings in (("plain", measured_settings(STUDENT, [])), ("own", own)):
+        write_json(result_path(str(results), cell, 0), result(cell, 0, 1.0, settings=settings))
+
+    def warnings():
+        caplog.clear()
+        run_sweep(matrix, str(tmp_path), [], SweepOptions(report_only=True))
+        return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+    assert warnings() == []
+    monkeypatch.setitem(BACKBONE_REGISTRY._obj_map, "my_backbone", lambda cfg, input_shape: None)
+    (message,) = warnings()
+    assert f"own-seed0.json was measured with different settings ({key}: 0 then, " in message
 
 
 def test_results_with_another_teacher_are_refused(tmp_path):

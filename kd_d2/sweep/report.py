@@ -23,7 +23,7 @@ from .matrix import Cell, Matrix
 from .plots import Curves, plot_ap, plot_curves
 from .results import read_result, result_path
 from .runner import Job, is_finished, run_jobs, teacher_evaluation, teacher_training, training_job
-from .settings import first_difference, without_locations
+from .settings import first_difference, own_code_of_student, without_locations
 from .table import Row, as_csv, as_markdown, build_rows, read_finished, read_results
 
 logger = logging.getLogger(__name__)
@@ -167,9 +167,13 @@ def _finished_pairs(matrix: Matrix, results: str) -> list[tuple[Cell, int]]:
 
 
 def _other_settings(matrix: Matrix, results: str, opts: list[Any]) -> Iterator[tuple[str, str]]:
-    """Yield the results, at most one of a cell, that were measured with other settings than those of matrix and `opts`."""
+    """Yield the results, at most one of a cell, that were measured with other settings than those of matrix and `opts`.
+
+    Files of data and weights, which need not exist, are not compared.
+    """
     for cell in matrix.cells:
-        now = without_locations(read_config(cell.config, [*opts, *cell.opts]))
+        cfg = read_config(cell.config, [*opts, *cell.opts])
+        now = without_locations(cfg) | own_code_of_student(cfg)
         paths = [result_path(results, cell.name, seed) for seed in cell.seeds]
         found = ((p, first_difference(read_result(p)["settings"], now)) for p in paths if os.path.isfile(p))
         yield from islice(((path, difference) for path, difference in found if difference), 1)

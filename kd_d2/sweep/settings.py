@@ -72,13 +72,17 @@ def measured_settings(config: str, opts: list[Any]) -> dict[str, Any]:
             settings[key] = _checksum(" ".join(map(checksum, files)))
     if cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH:
         settings[TEACHER] = _checksum(_teacher_files(cfg))
-        if code := code_of(map(DISTILLER_REGISTRY.get, cfg.MODEL.KD.DISTILLERS)):
-            settings[OWN_METHODS] = _checksum(code)
         if code := code_of(_parts_of_teacher(cfg)):
             settings[OWN_TEACHER] = _checksum(code)
-    if code := code_of(parts_of_detectors(cfg)):
-        settings[OWN_DETECTORS] = _checksum(code)
-    return settings
+    return settings | own_code_of_student(cfg)
+
+
+def own_code_of_student(cfg: CfgNode) -> dict[str, str]:
+    """Return the checksums of the code of own methods and detectors, as far as they are registered."""
+    is_distilled = cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH
+    methods = [method for name, method in DISTILLER_REGISTRY if is_distilled and name in cfg.MODEL.KD.DISTILLERS]
+    parts = {OWN_METHODS: methods, OWN_DETECTORS: parts_of_detectors(cfg)}
+    return {key: _checksum(code) for key, definitions in parts.items() if (code := code_of(definitions))}
 
 
 def check_test_sets(config: str, names: Sequence[str]) -> None:
