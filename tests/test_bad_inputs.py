@@ -736,6 +736,22 @@ def test_why_another_device_is_not_used() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("device", "enabled", "dtype", "is_slow"),
+    [
+        ("cpu", True, "float16", True),
+        ("cpu", True, "bfloat16", False),
+        ("cpu", False, "float16", False),
+        ("cuda", True, "float16", False),
+    ],
+)
+def test_float16_on_a_cpu(device: str, enabled: bool, dtype: str, is_slow: bool) -> None:
+    cfg = load_config(str(TINY / "retinanet-student.yaml")).clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE = device, enabled, dtype
+    assert (checks.autocast_advice(cfg) is not None) == is_slow
+
+
 def test_an_unknown_precision(monkeypatch: pytest.MonkeyPatch, refused) -> None:
     monkeypatch.setitem(defaults._C, "FLOAT32_PRECISION", "")  # as in the official Detectron2
     assert refused("FLOAT32_PRECISION", "tf32") == (

@@ -108,6 +108,16 @@ def missing_gpu_advice(wanted: str, device: str) -> str | None:
     )
 
 
+def autocast_advice(cfg: CfgNode) -> str | None:
+    """Return why mixed precision does not help on the device, or None if it may."""
+    if cfg.MODEL.DEVICE != "cpu" or not cfg.SOLVER.AMP.ENABLED or cfg.SOLVER.AMP.DTYPE != "float16":
+        return None
+    return (
+        "SOLVER.AMP.DTYPE is 'float16', with which most CPUs train many times slower than with float32: set it to 'bfloat16', or "
+        "SOLVER.AMP.ENABLED to False."
+    )
+
+
 def check_supported(cfg: CfgNode) -> None:
     """Raise a UserError if the config has precomputed proposals, rotated boxes or test-time augmentation."""
     if cfg.MODEL.LOAD_PROPOSALS:

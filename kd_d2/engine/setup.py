@@ -32,6 +32,7 @@ from ..modeling import unused_nodes
 from ..text import is_unicode, keep_controls_out_of_logs
 from ..versions import versions
 from .checks import (
+    autocast_advice,
     check_best_metric,
     check_datasets,
     check_device,
@@ -99,9 +100,9 @@ def setup(args: argparse.Namespace) -> CfgNode:
         if advice:
             logger.warning(advice)
     if args.config_file and not args.eval_only:
-        advice = learning_rate_advice(args.config_file, args.opts)
-        if advice:
-            logger.warning(advice)
+        for advice in (learning_rate_advice(args.config_file, args.opts), autocast_advice(cfg)):
+            if advice:
+                logger.warning(advice)
     return cfg
 
 
