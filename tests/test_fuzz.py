@@ -16,6 +16,7 @@ from typing import Any
 from kd_d2 import UserError
 from kd_d2.checkpoint import read_checkpoint
 from kd_d2.config import load_config
+from kd_d2.data.coco import read_coco
 from kd_d2.data.coco_json import _register, check_coco_json
 from kd_d2.engine.learning_rate import learning_rate_advice
 
@@ -97,7 +98,7 @@ def _read_annotations(path: Path, images: Path) -> None:
         assert "\n" not in str(error)
         return
     name = "fuzzed"
-    _register(name, str(path), str(images), True, False, None)
+    _register(name, read_coco(str(path), str(images)), str(images), True, None)
     try:
         DatasetCatalog.get(name)
         COCO(MetadataCatalog.get(name).json_file)
