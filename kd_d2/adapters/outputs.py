@@ -287,7 +287,8 @@ class DetectorSpec:
         cell_anchors: anchors (A, 4) of the first position by stride, in pixels; None if there are none.
         provides: which of "features", "anchors", "dense", "detections", "targets" its adapter can return; "quality" if
             its dense predictions include one; "distributions" if the box regression consists of distribution logits;
-            "losses" if it can compute `losses_of`; "objectness" if its anchors are those of an RPN that scores them; "points" if its anchors are points; "towers" and each `towers_at` if its head can be split; "proposals" if a
+            "losses" if it can compute `losses_of`; "objectness" if its anchors are those of an RPN that scores them;
+            "points" if its anchors are points; "towers" and each `towers_at` if its head can be split; "proposals" if a
             box head classifies them by softmax; "masks" and "keypoints" if it is trained on them and detects them.
         score_threshold: minimum score of its detections; None if unknown.
         num_bins: number of bins in the distribution of a box side; None if there are no distributions.

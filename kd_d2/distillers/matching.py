@@ -12,7 +12,7 @@ from ..errors import UserError
 PARTS_IN_WORDS = {
     "dense": "dense predictions",
     "distributions": "distributions of box sides",
-    "losses": "detection losses of other features",
+    "losses": "detection losses for given features",
     "objectness": "the objectness of an RPN",
     "proposals": "a box head that classifies proposals by softmax (in standard ROI heads)",
     "towers": "a dense head with two convolutional towers",

@@ -15,8 +15,9 @@ def quality_focal_loss(
 ) -> Tensor:
     """Compute the sum over all elements of |p_T - p_S|^power * BCE(p_S, p_T), with p = sigmoid(logits).
 
-    Li et al. 2020, equation 2, with the teacher's probabilities as targets; the cross-entropy itself for power 0. For power 1, as in CrossKD (Wang et al.
-    2024), the gradient is computed in the forward pass, with two thirds of the memory traffic and one tensor saved.
+    Li et al. 2020, equation 2, with the teacher's probabilities as targets. For power 0 it is the cross-entropy alone.
+    For power 1, as in CrossKD (Wang et al. 2024), the gradient is computed in the forward pass, with two thirds of the
+    memory traffic and one tensor saved.
     Gradients flow only to the student, through both factors. Computed in at least float32.
 
     Args:
