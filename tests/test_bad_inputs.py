@@ -737,19 +737,26 @@ def test_why_another_device_is_not_used() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "enabled", "dtype", "is_slow"),
+    ("device", "enabled", "dtype", "capability", "advice"),
     [
-        ("cpu", True, "float16", True),
-        ("cpu", True, "bfloat16", False),
-        ("cpu", False, "float16", False),
-        ("cuda", True, "float16", False),
+        ("cpu", True, "float16", "AVX512", "set it to 'bfloat16'"),
+        ("cpu", True, "bfloat16", "AVX512", None),
+        ("cpu", True, "bfloat16", "DEFAULT", None),
+        ("cpu", True, "float16", "AVX2", "set SOLVER.AMP.ENABLED to False"),
+        ("cpu", True, "bfloat16", "AVX2", "set SOLVER.AMP.ENABLED to False"),
+        ("cpu", False, "float16", "AVX2", None),
+        ("cuda", True, "float16", "AVX2", None),
     ],
 )
-def test_float16_on_a_cpu(device: str, enabled: bool, dtype: str, is_slow: bool) -> None:
+def test_mixed_precision_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, device: str, enabled: bool, dtype: str, capability: str, advice: str | None
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     cfg = load_config(str(TINY / "retinanet-student.yaml")).clone()
     cfg.defrost()
     cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE = device, enabled, dtype
-    assert (checks.autocast_advice(cfg) is not None) == is_slow
+    found = checks.autocast_advice(cfg)
+    assert (found is None) if advice is None else advice in found
 
 
 def test_an_unknown_precision(monkeypatch: pytest.MonkeyPatch, refused) -> None:

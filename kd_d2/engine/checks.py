@@ -110,12 +110,19 @@ def missing_gpu_advice(wanted: str, device: str) -> str | None:
 
 def autocast_advice(cfg: CfgNode) -> str | None:
     """Return why mixed precision does not help on the device, or None if it may."""
-    if cfg.MODEL.DEVICE != "cpu" or not cfg.SOLVER.AMP.ENABLED or cfg.SOLVER.AMP.DTYPE != "float16":
+    if cfg.MODEL.DEVICE != "cpu" or not cfg.SOLVER.AMP.ENABLED:
         return None
-    return (
-        "SOLVER.AMP.DTYPE is 'float16', with which most CPUs train many times slower than with float32: set it to 'bfloat16', or "
-        "SOLVER.AMP.ENABLED to False."
-    )
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":
+        return (
+            f"SOLVER.AMP.DTYPE is {cfg.SOLVER.AMP.DTYPE!r}, with which a CPU without AVX-512, such as this one, trains many times slower "
+            "than with float32: set SOLVER.AMP.ENABLED to False."
+        )
+    if cfg.SOLVER.AMP.DTYPE == "float16":
+        return (
+            "SOLVER.AMP.DTYPE is 'float16', with which most CPUs train many times slower than with float32: set it to 'bfloat16', or "
+            "SOLVER.AMP.ENABLED to False."
+        )
+    return None
 
 
 def check_supported(cfg: CfgNode) -> None:
