@@ -11,12 +11,12 @@ import re
 import runpy
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from kd_d2 import cli, files
-from kd_d2.adapters import DetectorSpec
+from kd_d2.adapters import DetectorOutputs, DetectorSpec
 from kd_d2.config import load_config
 from kd_d2.data import register_coco_json
 from kd_d2.distillers import DISTILLER_REGISTRY, Distiller, Pair, build_distiller
@@ -32,7 +32,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.layers import ShapeSpec
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils import logger as detectron2_logger
 from torch import nn
 
@@ -144,6 +144,12 @@ def configured(method: type[Distiller], cfg: CfgNode, student: DetectorSpec, tea
 def scaled(distiller: Distiller, *arguments: object) -> dict[str, torch.Tensor]:
     """Return the losses as used in training without a schedule: times the method's weight, except auxiliary ones."""
     return distiller.scaled(distiller(*arguments))
+
+
+def with_features(features: dict[int, torch.Tensor], losses_of: Callable | None = None) -> DetectorOutputs:
+    """Return outputs with feature maps by stride, of two images of 48 x 72 pixels, and perhaps the detector's losses of other features."""
+    images = ImageList(torch.zeros(2, 3, 48, 72), [(48, 72)] * 2)
+    return DetectorOutputs(images=images, features=features, losses_of=losses_of)
 
 
 def merged(*trees: dict) -> dict:

@@ -401,7 +401,22 @@ TINY_EXAMPLES = {
     "soft-label": ("faster-rcnn",),
     **dict.fromkeys(("feature-imitation", "gid"), ("retinanet",)),
     **dict.fromkeys(
-        ("icd", "ima", "fgfi", "defeat", "fkd", "cwd", "pkd", "mgd", "fgd", "reviewkd", "diffkd", "frs", "maskd"),
+        (
+            "icd",
+            "ima",
+            "fgfi",
+            "defeat",
+            "fkd",
+            "cwd",
+            "pkd",
+            "mgd",
+            "fgd",
+            "reviewkd",
+            "diffkd",
+            "frs",
+            "maskd",
+            "freekd",
+        ),
         ("retinanet", "faster-rcnn"),
     ),
 }

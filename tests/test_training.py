@@ -144,7 +144,7 @@ def test_dense_detectors_are_distilled_and_resumed(tmp_path: Path, detector: str
 def test_all_methods_at_once(tmp_path: Path, detector: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check all methods of a detector together: one teacher forward pass and at most one assignment per iteration."""
     methods = methods_of(detector)
-    assert len(methods) == (22 if detector == "retinanet" else 18)
+    assert len(methods) == (23 if detector == "retinanet" else 19)
     project = make_project(tmp_path, detector, MODEL__KD__DISTILLERS=methods, **SMALL_ICD)
     project.change(SOLVER__MAX_ITER=2, SOLVER__STEPS=(), SOLVER__BASE_LR=0.001)
     calls = {"teacher": 0, "assignment": 0}
@@ -164,7 +164,20 @@ def test_all_methods_at_once(tmp_path: Path, detector: str, monkeypatch: pytest.
     assert all(math.isfinite(value) for losses in run.losses.values() for value in losses.values())
     assert calls == {"teacher": 2, "assignment": 2 if detector == "retinanet" else 0}
     layers = {name.split(".")[0] for name in read_checkpoint(str(project.output / "model_final.pth"))["distillers"]}
-    assert layers >= {"IMA", "FGFI", "DeFeat", "FKD", "ICD", "MGD", "FGD", "ReviewKD", "DiffKD", "FRS", "MasKD"}
+    assert layers >= {
+        "IMA",
+        "FGFI",
+        "DeFeat",
+        "FKD",
+        "ICD",
+        "MGD",
+        "FGD",
+        "ReviewKD",
+        "DiffKD",
+        "FRS",
+        "MasKD",
+        "FreeKD",
+    }
 
 
 class Waits(TorchDispatchMode):

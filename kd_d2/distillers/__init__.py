@@ -26,6 +26,7 @@ from .feature_imitation import FeatureImitation
 from .fgd import FGD
 from .fgfi import FGFI
 from .fkd import FKD
+from .freekd import FreeKD
 from .frs import FRS
 from .gid import GID
 from .icd import ICD
@@ -72,6 +73,7 @@ __all__ = [
     "DiffKD",
     "Distiller",
     "FeatureImitation",
+    "FreeKD",
     "Losses",
     "MasKD",
     "OneOf",

@@ -7,6 +7,7 @@ from .channel_wise import channel_wise_loss
 from .correlation import dist_loss, dist_loss_of_levels
 from .divergence import decoupled_loss, softmax_divergence
 from .focal import attended_error, background_weights, foreground_weights
+from .frequency import detail_loss, haar_transform, inverse_haar_transform
 from .hierarchical import hierarchical_context_loss
 from .icd import attended_value_loss, icd_distill_loss, instance_attention
 from .masked import mask_overlap, masked_imitation_loss
@@ -35,14 +36,17 @@ __all__ = [
     "channel_wise_loss",
     "count_ranked",
     "decoupled_loss",
+    "detail_loss",
     "dist_loss",
     "dist_loss_of_levels",
     "feature_richness",
     "fitting_window",
     "foreground_weights",
+    "haar_transform",
     "hierarchical_context_loss",
     "icd_distill_loss",
     "instance_attention",
+    "inverse_haar_transform",
     "mask_overlap",
     "masked_imitation_loss",
     "masked_squared_error",
