@@ -1098,6 +1098,7 @@ def test_a_failing_cell_is_returned_and_others_finish(tmp_path, monkeypatch, cap
         "if folder.endswith('masks'): sys.exit(json.dump({}, open(folder + '/train.json', 'w')))\n"
         "scores = {'bbox': {'AP': 12.5, 'AP-cat': 1.0}, 'segm': {'AP': 9.25, 'AP50': 3}, 'keypoints': {'AP': None}}\n"
         "json.dump(scores, open(folder + '/train.json', 'w'))\n"
+        "open(folder + '/config.yaml', 'w').write('SOLVER: {MAX_ITER: 20}')\n"
         "rows = [{'iteration': 9, 'time': 0.5, 'total_loss': 1.0, 'peak_memory_mib': 7.0, 'kd/balance/PFI': 8.0},\n"
         "        {'iteration': 15, 'kd/balance/PFI': 1234.56},\n"
         "        {'iteration': 19, 'time': 0.7, 'bbox/AP': 12.5, 'peak_memory_mib': 4.0}]\n"
@@ -1111,7 +1112,7 @@ def test_a_failing_cell_is_returned_and_others_finish(tmp_path, monkeypatch, cap
             [str(tmp_path / name)],
             str(tmp_path / name),
             str(tmp_path / "cells" / f"{name}.json"),
-            {"SOLVER.MAX_ITER": 20},
+            {},
         )
         for name in ("bad", "masks", "good")
     ]
@@ -1302,7 +1303,8 @@ def test_what_is_said_of_a_finished_job(tmp_path, caplog, ap, said):
 
 def test_progress_of_a_resumed_cell(tmp_path, caplog):
     """Check that rows of an earlier process are not reported as progress, and that the last complete row is."""
-    job = Job("cell", 0, [], str(tmp_path), str(tmp_path / "result.json"), {"SOLVER.MAX_ITER": 100})
+    job = Job("cell", 0, [], str(tmp_path), str(tmp_path / "result.json"), {})
+    (tmp_path / "config.yaml").write_text("SOLVER: {MAX_ITER: 100}")
     metrics = tmp_path / "metrics.json"
     metrics.write_text('{"iteration": 79, "total_loss": 1.0}\n')
     job.started = metrics.stat().st_mtime + 1

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..checkpoint import distiller_states, load_complete, local_path
 from ..class_names import match_classes, names_in_checkpoint, names_in_data, names_in_training_set
 from ..config import find_weights, load_config, thawed
-from ..data import build_test_loader, evenly_spaced, register_coco_json, register_synthetic
+from ..data import build_test_loader, evenly_spaced, register_coco_json, register_synthetic, resolve_epochs
 from ..distillers.matching import check_same_anchors, check_same_classes
 from ..engine.checks import check_classes, check_datasets, check_distillation
 from ..errors import UserError
@@ -248,6 +248,7 @@ def load_distillations(models: Models, opts: Sequence[str] = (), *, train: bool 
         weights = path.weights and find_weights(path.weights, f"--model {path.title}")
         register_coco_json(cfg)
         check_datasets(cfg, train=train)
+        cfg = resolve_epochs(cfg) if train else cfg
         found.append(Distillation(path.title, cfg, weights))
     return found
 

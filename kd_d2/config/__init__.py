@@ -15,7 +15,7 @@ from .library_keys import (
     register_config,
 )
 from .loading import load_config, load_teacher_config
-from .reading import changed_keys, check_overrides, read_config, thawed
+from .reading import changed_keys, check_overrides, read_config, solver_layers, thawed
 from .validation import validate_kd_config
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "read_config",
     "reads_annotations",
     "register_config",
+    "solver_layers",
     "thawed",
     "validate_kd_config",
 ]

@@ -81,6 +81,14 @@ class AmpKeys(Keys):
 
 @dataclass(frozen=True)
 class SolverKeys(Keys):
+    epochs: Annotated[
+        float | None,
+        Above(0),
+        AtMost(1_000_000),
+        "Length of the training in epochs of the images in DATASETS.TRAIN, as DATALOADER filters and samples them. When a training starts, it "
+        "sets SOLVER.MAX_ITER, and SOLVER.STEPS keep their places as fractions of the SOLVER.MAX_ITER in the config; other keys in "
+        "iterations do not change. None: the length is SOLVER.MAX_ITER.",
+    ] = None
     optimizer: Annotated[
         Literal["SGD", "AdamW"],
         "Optimizer of the student. SOLVER's learning rates and weight decays apply to both; momentum and Nesterov only to SGD.",

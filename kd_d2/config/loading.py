@@ -14,8 +14,11 @@ from detectron2.config import get_cfg
 from ..config_files import find_config_file, find_file, find_weights, is_zoo_file, read_yaml
 from ..errors import UserError
 from .library_keys import KD_META_ARCH, add_kd_config
-from .reading import merge, read_config, tree_from_opts
+from .reading import merge, read_config, solver_layers, tree_from_opts
 from .validation import validate_kd_config
+
+LENGTH = ("EPOCHS", "MAX_ITER", "STEPS")
+"""Keys of SOLVER for the length of a training and the places of the steps in it."""
 
 
 def load_config(
@@ -51,9 +54,29 @@ def load_config(
     if student_only and cfg.MODEL.META_ARCHITECTURE == KD_META_ARCH:
         cfg.MODEL.META_ARCHITECTURE = cfg.MODEL.KD.STUDENT
     validate_kd_config(cfg)
+    _check_length(cfg, config_file, opts)
     _choose_device(cfg, opts)
     _resolve_paths(cfg, folder, student_only, needs_data, needs_weights)
     return cfg
+
+
+def _check_length(cfg: CN, config_file: str, opts: list[Any]) -> None:
+    """Raise a UserError if SOLVER.EPOCHS hides a SOLVER.MAX_ITER that was set after it, or gives SOLVER.STEPS another scale."""
+    if cfg.SOLVER.EPOCHS is None:
+        return
+    sources = solver_layers(config_file, opts)
+    last = {key: max((n for n, (_, keys) in enumerate(sources) if key in keys), default=-1) for key in LENGTH}
+    epochs, max_iter, steps = (last[key] for key in LENGTH)
+    if max_iter > epochs:
+        raise UserError(
+            f"SOLVER.MAX_ITER is set in {sources[max_iter][0]}, but SOLVER.EPOCHS {cfg.SOLVER.EPOCHS:g} in {sources[epochs][0]} determines the "
+            "number of iterations: set SOLVER.EPOCHS to another number, or to None."
+        )
+    if cfg.SOLVER.STEPS and steps >= epochs and steps > max_iter:
+        raise UserError(
+            f"SOLVER.STEPS is set in {sources[steps][0]} without SOLVER.MAX_ITER, of which it lists fractions if SOLVER.EPOCHS is set: "
+            f"set both there, such as SOLVER.MAX_ITER {cfg.SOLVER.EPOCHS:g} with steps in epochs."
+        )
 
 
 def _choose_device(cfg: CN, opts: Iterable[Any]) -> None:

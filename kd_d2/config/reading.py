@@ -9,11 +9,13 @@ from typing import Any
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
-from ..config_files import find_config_file, read_yaml
+from ..config_files import find_config_file, read_layers, read_yaml
 from ..errors import UserError
 from ..extensions import HINT
 from ..keys import keys_of
 from .library_keys import add_kd_config, declared_nodes
+
+COMMAND_LINE = "the command line"
 
 
 def read_config(config_file: str, opts: Iterable[Any] = ()) -> CN:
@@ -30,8 +32,15 @@ def read_config(config_file: str, opts: Iterable[Any] = ()) -> CN:
         if "cells" in tree:
             raise UserError(f"{path} is a sweep of several trainings, not a config: run `kd-d2 sweep {config_file}`.")
         merge(cfg, tree, path)
-    merge(cfg, tree_from_opts(list(opts), "the command line"), "the command line")
+    merge(cfg, tree_from_opts(list(opts), COMMAND_LINE), COMMAND_LINE)
     return cfg
+
+
+def solver_layers(config_file: str, opts: Iterable[Any] = ()) -> list[tuple[str, dict[str, Any]]]:
+    """Return where keys of SOLVER are set, and these keys: each file after its bases, then the command line."""
+    files = read_layers(find_config_file(config_file, "the config")) if config_file else ()
+    layers = [*files, (COMMAND_LINE, tree_from_opts(list(opts), COMMAND_LINE))]
+    return [(source, tree.get("SOLVER") or {}) for source, tree in layers]
 
 
 def check_overrides(opts: Iterable[Any], source: str) -> None:

@@ -153,7 +153,7 @@ def _validate_distillation(cfg: CN) -> None:
         if list(kd.DISTILLERS).count(name) > 1:
             raise UserError(f"MODEL.KD.DISTILLERS names {name!r} twice.")
         node, node_name = kd[method.CONFIG_NODE], f"MODEL.KD.{method.CONFIG_NODE}"
-        _validate_schedule(node_name, node, cfg.SOLVER.MAX_ITER)
+        _validate_schedule(node_name, node, cfg.SOLVER.MAX_ITER if cfg.SOLVER.EPOCHS is None else None)
         method.Config.read(node, node_name)
     if not kd.DISTILLERS and not kd.INHERIT.ENABLED and not kd.PSEUDO_LABELS.ENABLED:
         raise UserError(
@@ -162,8 +162,9 @@ def _validate_distillation(cfg: CN) -> None:
         )
 
 
-def _validate_schedule(name: str, node: CN, max_iter: int) -> None:
-    if max_iter <= node.START_ITER:
+def _validate_schedule(name: str, node: CN, max_iter: int | None) -> None:
+    """Validate the schedule of a method. The length of the training, `max_iter`, may be unknown: None."""
+    if max_iter is not None and max_iter <= node.START_ITER:
         raise UserError(
             f"{name}.START_ITER is {node.START_ITER}, but training ends at SOLVER.MAX_ITER {max_iter}: it would never run."
         )

@@ -2,6 +2,7 @@
 
 from ..image_files import read_image
 from .coco_json import ClassOrder, check_coco_json, register_coco_json
+from .epochs import resolve_epochs
 from .images import CheckedMapper, build_test_loader, build_test_mapper, evenly_spaced
 from .stream import build_stream_loader
 from .synthetic import register_synthetic
@@ -17,4 +18,5 @@ __all__ = [
     "read_image",
     "register_coco_json",
     "register_synthetic",
+    "resolve_epochs",
 ]

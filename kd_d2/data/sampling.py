@@ -52,6 +52,20 @@ def repeat_factors_of_sets(cfg: CfgNode) -> list[float]:
     return [float(factors.get(name, 1.0)) for name in cfg.DATASETS.TRAIN]
 
 
+def images_per_epoch(cfg: CfgNode, sets: Sequence[list[dict]]) -> float:
+    """Return how many images the sampler draws in an epoch: those of its subset, or each as often as it is repeated, on average.
+
+    Args, Raises: see `index_stream`.
+    """
+    check_sampler(cfg)
+    name, count = cfg.DATALOADER.SAMPLER_TRAIN, sum(map(len, sets))
+    if name == ALL:
+        return count
+    if name == SUBSET:
+        return _subset_size(cfg, count)
+    return _repeat_factors(cfg, sets).sum(dtype=torch.float64).item()
+
+
 def index_stream(cfg: CfgNode, sets: Sequence[list[dict]], seed: int) -> Callable[[], Iterator[int]]:
     """Return a function that returns the infinite stream of indices into the concatenated sets, from its start.
 
@@ -67,11 +81,18 @@ def index_stream(cfg: CfgNode, sets: Sequence[list[dict]], seed: int) -> Callabl
     if name == ALL:
         return TrainingSampler(count, seed=seed)._infinite_indices
     if name == SUBSET:
+        _subset_size(cfg, count)
         ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
-        if int(count * ratio) < 1:
-            raise UserError(f"DATALOADER.RANDOM_SUBSET_RATIO is {ratio}, which is less than one of the {count} images.")
         return RandomSubsetTrainingSampler(count, ratio, seed_shuffle=seed, seed_subset=seed)._infinite_indices
     return RepeatFactorTrainingSampler(_repeat_factors(cfg, sets), seed=seed)._infinite_indices
+
+
+def _subset_size(cfg: CfgNode, count: int) -> int:
+    """Return how many images RandomSubsetTrainingSampler selects; raise a UserError if it is none."""
+    ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
+    if int(count * ratio) < 1:
+        raise UserError(f"DATALOADER.RANDOM_SUBSET_RATIO is {ratio}, which is less than one of the {count} images.")
+    return int(count * ratio)
 
 
 def _repeat_factors(cfg: CfgNode, sets: Sequence[list[dict]]) -> Tensor:

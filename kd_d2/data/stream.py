@@ -146,8 +146,7 @@ def build_stream_loader(cfg: CfgNode, seed: int, mapper: Callable | None = None)
     Returns:
         A DataLoader whose `batch_sampler.start` may be set before iteration.
     """
-    together = [cfg.DATASETS.TRAIN] if not samples_by_set(cfg) else [(name,) for name in cfg.DATASETS.TRAIN]
-    sets = [_read(cfg, names) for names in together]
+    sets = read_training_sets(cfg)
     if reads_annotations(cfg) and mapper is None:
         sets = [_annotated(cfg, entries) for entries in sets]
     dicts = [*itertools.chain(*sets)]
@@ -183,6 +182,16 @@ def build_stream_loader(cfg: CfgNode, seed: int, mapper: Callable | None = None)
         generator=torch.Generator(),
     )
     return configure_workers(loader)
+
+
+def read_training_sets(cfg: CfgNode) -> list[list[dict]]:
+    """Return the dataset dictionaries that Detectron2's filters keep: of each set if `samples_by_set`, else of all together.
+
+    Raises:
+        UserError: none is kept, or a dataset cannot be read.
+    """
+    together = [cfg.DATASETS.TRAIN] if not samples_by_set(cfg) else [(name,) for name in cfg.DATASETS.TRAIN]
+    return [_read(cfg, names) for names in together]
 
 
 def _read(cfg: CfgNode, names: Sequence[str]) -> list[dict]:

@@ -2,36 +2,52 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
-from ..config import load_config
-from ..data.sampling import check_sampler, repeat_factors_of_sets
+from detectron2.config import CfgNode
+from detectron2.data.build import filter_images_with_few_keypoints, filter_images_with_only_crowd_annotations
+
+from ..data.coco import CocoData
+from ..data.epochs import describe, endless_warm_up, in_iterations
+from ..data.sampling import images_per_epoch, samples_by_set
 from .check import DataCheck
+from .sets import DataSet, config_to_check
 
 EPOCHS = 12
 """Length of Detectron2's 1x schedule on COCO."""
 
 
 def schedule_of_config(config_file: str, opts: list[Any], check: DataCheck) -> str | None:
-    """Return a sentence with the epochs of a config's schedule, and the keys of one of 12 epochs in proportion.
+    """Return the iterations of the config's SOLVER.EPOCHS as text; without it, the epochs of its iterations and those of 12 epochs.
 
-    None if there are no training images that can be read, or no iterations.
+    None if a training set cannot be read or no image is left to train on, or there are no iterations.
     """
-    cfg = load_config(config_file, opts, student_only=True, needs_data=False, needs_weights=False)
-    check_sampler(cfg)
-    drops_empty, factors = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS, repeat_factors_of_sets(cfg)
-    counts = [
-        statistics.images - (statistics.empty if drops_empty and dataset.annotated else 0)
-        for (dataset, _), statistics in zip(check.sets, check.statistics, strict=True)
-        if dataset.role == "train"
-    ]
-    images = round(sum(factor * count for factor, count in zip(factors, counts, strict=True)))
+    cfg = config_to_check(config_file, opts)
+    sets = [_training_images(cfg, dataset, data) for dataset, data in check.sets if dataset.role == "train"]
     last, batch = cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH
-    if min(images, last, batch) < 1:
+    if len(sets) < len(cfg.DATASETS.TRAIN) or not any(sets) or min(last, batch) < 1:
         return None
-    iterations = max(1, round(EPOCHS * images / batch))
-    steps = tuple(round(step / last * iterations) for step in cfg.SOLVER.STEPS)
-    return (
-        f"SOLVER.MAX_ITER {last} with batches of {batch} is {last * batch / images:.1f} epochs of {images} training images. The same "
-        f'schedule for {EPOCHS} epochs: SOLVER.MAX_ITER {iterations} SOLVER.STEPS "{steps}"'
-    )
+    images = images_per_epoch(cfg, sets if samples_by_set(cfg) else [[*chain(*sets)]])
+    epochs = cfg.SOLVER.EPOCHS or EPOCHS
+    resolved = in_iterations(cfg, epochs, images)
+    sentences = [describe(resolved, epochs, images)]
+    if cfg.SOLVER.EPOCHS is None:
+        sentences = [
+            f"SOLVER.MAX_ITER {last} with batches of {batch} is {last * batch / images:.1f} epochs of {round(images)} training images.",
+            f"The same schedule in {EPOCHS} epochs is {sentences[0]}",
+        ]
+    return "\n".join([*sentences, *filter(None, [endless_warm_up(resolved, epochs)])])
+
+
+def _training_images(cfg: CfgNode, dataset: DataSet, data: CocoData) -> list[dict[str, Any]]:
+    """Return the annotations of the images that Detectron2's filters keep, as parts of its dataset dictionaries."""
+    images: dict[int, dict[str, Any]] = {image["id"]: {"annotations": []} for image in data.tree["images"]}
+    for annotation in data.tree["annotations"]:
+        images[annotation["image_id"]]["annotations"].append(annotation)
+    kept, least = list(images.values()), cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and dataset.annotated:
+        kept = filter_images_with_only_crowd_annotations(kept)
+    if dataset.keypoints:
+        kept = filter_images_with_few_keypoints(kept, least)
+    return kept

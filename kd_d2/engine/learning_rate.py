@@ -9,7 +9,7 @@ from detectron2 import solver as detectron2_solver
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 
-from ..config_files import read_layers
+from ..config import solver_layers
 from ..distillers import DISTILLER_REGISTRY
 from ..errors import UserError
 
@@ -83,10 +83,7 @@ def learning_rate_advice(config_file: str, opts: list[Any]) -> str | None:
     """Return advice if a later file or the command line changes the batch size but not the learning rate, or None."""
     batch = of_rate = DEFAULT_BATCH
     rate, source = None, "Detectron2's default"
-    layers = [(path, tree.get("SOLVER") or {}) for path, tree in read_layers(config_file)]
-    pairs = zip(opts[::2], opts[1::2], strict=True)
-    given = {key.removeprefix("SOLVER."): value for key, value in pairs if key.startswith("SOLVER.")}
-    for name, solver in [*layers, ("the command line", given)]:
+    for name, solver in solver_layers(config_file, opts):
         batch = _number(solver.get("IMS_PER_BATCH", batch))
         if "BASE_LR" in solver:
             rate, source, of_rate = _number(solver["BASE_LR"]), name, batch

@@ -22,7 +22,7 @@ from ..checkpoint import checkpoint_files
 from ..class_names import as_comment, names_in_checkpoint, names_in_data, names_in_training_set
 from ..config import KD_META_ARCH, SolverKeys, changed_keys, detector_of, load_config, read_config, thawed
 from ..config_files import find_config_file
-from ..data import ClassOrder, register_coco_json, register_synthetic
+from ..data import ClassOrder, register_coco_json, register_synthetic, resolve_epochs
 from ..data.sampling import check_sampler
 from ..distillers import DISTILLER_REGISTRY
 from ..errors import UserError
@@ -82,6 +82,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     check_datasets(cfg, train=not args.eval_only)
     if not args.eval_only:
         check_sampler(cfg)
+        cfg = resolve_epochs(cfg)
     check_expected_results(cfg)
     check_best_metric(cfg)
     cfg.freeze()

@@ -25,7 +25,7 @@ from ..checkpoint import KDCheckpointer, UnreadableCheckpointError, check_readab
 from ..class_names import match_classes, names_in_checkpoint, names_in_data
 from ..compiled import compile_backbone
 from ..config import KD_META_ARCH, thawed
-from ..data import build_stream_loader, build_test_loader
+from ..data import build_stream_loader, build_test_loader, resolve_epochs
 from ..data.stream import BatchStream
 from ..distillers.adaptation import selects_by_default
 from ..errors import UserError
@@ -67,7 +67,7 @@ class KDTrainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode):
         TrainerBase.__init__(self)
-        cfg = scale_to_world_size(cfg, comm.get_world_size())
+        cfg = scale_to_world_size(resolve_epochs(cfg), comm.get_world_size())
         check_schedule(cfg, comm.get_world_size())
         self.cfg = cfg
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()

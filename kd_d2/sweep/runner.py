@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
-from detectron2.config import get_cfg
-
 from ..checkpoint import checkpoint_files
 from ..config import read_config
 from ..errors import UserError
@@ -37,7 +35,15 @@ from .results import (
     training_cost,
     written_rows,
 )
-from .settings import CHECKSUMS, first_difference, measured_settings, of_evaluation, without_locations
+from .settings import (
+    CHECKSUMS,
+    EPOCHS,
+    LENGTH,
+    first_difference,
+    measured_settings,
+    of_evaluation,
+    without_locations,
+)
 
 
 def program() -> tuple[str, ...]:
@@ -208,8 +214,10 @@ def _check_checkpoint(job: Job) -> None:
     if job.outcome == "train.json" and os.path.isfile(config) and checkpoint_files(job.output):
         settings = without_locations(read_config(config))
         if os.path.isfile(written):
-            files = from_tree(dict, read_json(written), written)
-            settings |= {key: value for key, value in files.items() if key in CHECKSUMS}
+            started_with = from_tree(dict, read_json(written), written)
+            kept = CHECKSUMS | (LENGTH if EPOCHS in started_with else set())
+            settings = {key: value for key, value in settings.items() if key not in kept}
+            settings |= {key: value for key, value in started_with.items() if key in kept}
         _check_settings(job, settings, f"{job.output} has a training", "the folder, or choose another --output")
 
 
@@ -267,7 +275,7 @@ def _report_progress(job: Job) -> None:
     if not written:
         return
     last = written[-1]["iteration"] + 1
-    tenth = 10 * last // job.settings.get("SOLVER.MAX_ITER", get_cfg().SOLVER.MAX_ITER)
+    tenth = 10 * last // read_config(os.path.join(job.output, "config.yaml")).SOLVER.MAX_ITER
     if tenth > job.reported:
         job.reported = tenth
         minutes = (time.time() - job.started) / 60

@@ -49,6 +49,9 @@ OWN_DETECTORS = "code of the detectors from --import"
 OWN_TEACHER = "code of the teacher from --import"
 CHECKSUMS = frozenset({TEACHER, WEIGHTS, TRAIN_ANNOTATIONS, TEST_ANNOTATIONS, OWN_METHODS, OWN_DETECTORS, OWN_TEACHER})
 """Settings that are checksums of files and code."""
+EPOCHS = "SOLVER.EPOCHS"
+LENGTH = frozenset({EPOCHS, "SOLVER.MAX_ITER", "SOLVER.STEPS"})
+"""Keys that a training which was started with SOLVER.EPOCHS replaces in its config.yaml."""
 
 
 def measured_settings(config: str, opts: list[Any]) -> dict[str, Any]:

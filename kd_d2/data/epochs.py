@@ -1,0 +1,73 @@
+"""SOLVER.EPOCHS: the length of a training in epochs of its images."""
+
+from __future__ import annotations
+
+import logging
+
+from detectron2.config import CfgNode
+
+from ..config import thawed, validate_kd_config
+from ..errors import UserError, check_number, is_finite_number
+from .sampling import images_per_epoch
+from .stream import read_training_sets
+
+logger = logging.getLogger(__name__)
+
+
+def resolve_epochs(cfg: CfgNode) -> CfgNode:
+    """Replace SOLVER.EPOCHS with the iterations that it means, and set it to None; a config in which it is None is returned as it is.
+
+    The datasets in DATASETS.TRAIN must be registered; they are read to count their images.
+
+    Raises:
+        UserError: they cannot be read, SOLVER has invalid values, or the warm-up or the start of a method is after the end.
+    """
+    if cfg.SOLVER.EPOCHS is None:
+        return cfg
+    images = images_per_epoch(cfg, read_training_sets(cfg))
+    resolved = in_iterations(cfg, cfg.SOLVER.EPOCHS, images)
+    logger.info(describe(resolved, cfg.SOLVER.EPOCHS, images))
+    if sentence := endless_warm_up(resolved, cfg.SOLVER.EPOCHS):
+        raise UserError(sentence)
+    validate_kd_config(resolved)
+    return resolved
+
+
+def in_iterations(cfg: CfgNode, epochs: float, images: float) -> CfgNode:
+    """Return a config whose SOLVER.MAX_ITER is that of `epochs` of `images` each, with SOLVER.STEPS at the same fractions of it.
+
+    Raises:
+        UserError: SOLVER.MAX_ITER, IMS_PER_BATCH or STEPS is invalid.
+    """
+    solver = cfg.SOLVER
+    for key in ("MAX_ITER", "IMS_PER_BATCH"):
+        check_number(f"SOLVER.{key}", solver[key], 1)
+    if not all(map(is_finite_number, solver.STEPS)):
+        raise UserError(f"SOLVER.STEPS is {solver.STEPS!r}; it must be a list of iterations.")
+    resolved = thawed(cfg)
+    iterations = max(1, round(epochs * images / solver.IMS_PER_BATCH))
+    resolved.SOLVER.STEPS = tuple(round(step * iterations / solver.MAX_ITER) for step in solver.STEPS)
+    resolved.SOLVER.MAX_ITER, resolved.SOLVER.EPOCHS = iterations, None
+    if cfg.is_frozen():
+        resolved.freeze()
+    return resolved
+
+
+def describe(resolved: CfgNode, epochs: float, images: float) -> str:
+    """Return what `in_iterations` has computed, as the end of a sentence or a line of the log."""
+    solver = resolved.SOLVER
+    return (
+        f"SOLVER.EPOCHS {epochs:g} of {round(images)} training images with batches of {solver.IMS_PER_BATCH}: SOLVER.MAX_ITER "
+        f"{solver.MAX_ITER}, SOLVER.STEPS {solver.STEPS}"
+    )
+
+
+def endless_warm_up(resolved: CfgNode, epochs: float) -> str | None:
+    """Return a sentence if the config of `in_iterations` ends before the warm-up of its learning rate, or None."""
+    warm_up, last = resolved.SOLVER.WARMUP_ITERS, resolved.SOLVER.MAX_ITER
+    if warm_up < last:
+        return None
+    return (
+        f"SOLVER.WARMUP_ITERS is {warm_up}, but SOLVER.EPOCHS {epochs:g} is a training of {last} iterations, which would never reach "
+        "SOLVER.BASE_LR: lower SOLVER.WARMUP_ITERS, or raise SOLVER.EPOCHS."
+    )
