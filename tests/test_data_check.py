@@ -326,8 +326,8 @@ def test_the_schedule_in_epochs(
         capsys.readouterr()
         .out.rstrip()
         .endswith(
-            f"\n\nSOLVER.MAX_ITER 90 with batches of 2 is {epochs} epochs of {images} training images.\nThe same schedule in 12 epochs is "
-            f"SOLVER.EPOCHS 12 of {images} training images with batches of 2: SOLVER.MAX_ITER {iterations}, SOLVER.STEPS {steps}"
+            f"\n\nSOLVER.MAX_ITER 90 with batches of 2 is {epochs} epochs of {images} training images.\nFor the same schedule in 12 "
+            f"epochs, set SOLVER.EPOCHS 12: SOLVER.MAX_ITER {iterations}, SOLVER.STEPS {steps}"
         )
     )
 

@@ -236,24 +236,14 @@ def test_which_key_wins(tmp_path: Path) -> None:
     assert length(load_config(str(mine), ["SOLVER.EPOCHS", None, "SOLVER.MAX_ITER", 10])) == (None, 10, (60, 80))
     assert length(load_config(str(base), ["SOLVER.STEPS", (9,)])) == (None, 90, (9,))
     for file, opts, sentence in (
-        (
-            mine,
-            ["SOLVER.MAX_ITER", "10"],
-            f"SOLVER.MAX_ITER is set in the command line, but SOLVER.EPOCHS 12 in {mine} determines the number of iterations: set "
-            "SOLVER.EPOCHS to another number, or to None.",
-        ),
-        (both, [], f"SOLVER.MAX_ITER is set in {both}, but SOLVER.EPOCHS 12 in {mine} determines the number of iterations: set "
-            "SOLVER.EPOCHS to another number, or to None."),
-        (
-            base,
-            ["SOLVER.EPOCHS", "6", "SOLVER.STEPS", "(40,)"],
-            "SOLVER.STEPS is set in the command line without SOLVER.MAX_ITER, of which it lists fractions if SOLVER.EPOCHS is set: set "
-            "both there, such as SOLVER.MAX_ITER 6 with steps in epochs.",
-        ),
+        (mine, ["SOLVER.MAX_ITER", "10"], f"SOLVER.MAX_ITER comes from the command line, but SOLVER.EPOCHS 12 from {mine} determines"),
+        (both, [], f"SOLVER.MAX_ITER comes from {both}, but SOLVER.EPOCHS 12 from {mine} determines"),
+        (base, ["SOLVER.EPOCHS", "6", "SOLVER.STEPS", "(40,)"], "SOLVER.STEPS comes from the command line, but not SOLVER.MAX_ITER, of which"),
+        (mine, ["SOLVER.STEPS", "(40,)"], "SOLVER.STEPS comes from the command line, but not SOLVER.MAX_ITER, of which"),
     ):  # fmt: skip
         with pytest.raises(UserError) as caught:
             load_config(str(file), opts)
-        assert str(caught.value) == sentence
+        assert str(caught.value).startswith(sentence)
 
 
 def test_a_warm_up_that_does_not_end(tmp_path: Path, clean: None) -> None:
@@ -320,6 +310,7 @@ def test_resuming_has_the_losses_of_an_uninterrupted_training(tmp_path: Path, ca
     resumed = train(project, resume=True)
     assert sorted(resumed.losses) == [2, 3]
     assert resumed.losses[3] == pytest.approx(unbroken.losses[3], rel=1e-3)
+    assert "the checkpoint was written with: SOLVER.MAX_ITER 2, now 4." in caplog.text
     caplog.clear()
     train(project, resume=True)
     assert "the checkpoint was written with" not in caplog.text

@@ -69,13 +69,13 @@ def _check_length(cfg: CN, config_file: str, opts: list[Any]) -> None:
     epochs, max_iter, steps = (last[key] for key in LENGTH)
     if max_iter > epochs:
         raise UserError(
-            f"SOLVER.MAX_ITER is set in {sources[max_iter][0]}, but SOLVER.EPOCHS {cfg.SOLVER.EPOCHS:g} in {sources[epochs][0]} determines the "
-            "number of iterations: set SOLVER.EPOCHS to another number, or to None."
+            f"SOLVER.MAX_ITER comes from {sources[max_iter][0]}, but SOLVER.EPOCHS {cfg.SOLVER.EPOCHS:g} from {sources[epochs][0]} determines "
+            "the number of iterations: set SOLVER.EPOCHS to another number, or to None."
         )
     if cfg.SOLVER.STEPS and steps >= epochs and steps > max_iter:
         raise UserError(
-            f"SOLVER.STEPS is set in {sources[steps][0]} without SOLVER.MAX_ITER, of which it lists fractions if SOLVER.EPOCHS is set: "
-            f"set both there, such as SOLVER.MAX_ITER {cfg.SOLVER.EPOCHS:g} with steps in epochs."
+            f"SOLVER.STEPS comes from {sources[steps][0]}, but not SOLVER.MAX_ITER, of which the steps are fractions if SOLVER.EPOCHS is set: "
+            "set both there, for example to (8, 11) and 12 for steps after 8 and 11 of 12 epochs."
         )
 
 

@@ -54,12 +54,16 @@ def in_iterations(cfg: CfgNode, epochs: float, images: float) -> CfgNode:
 
 
 def describe(resolved: CfgNode, epochs: float, images: float) -> str:
-    """Return what `in_iterations` has computed, as the end of a sentence or a line of the log."""
-    solver = resolved.SOLVER
+    """Return what `in_iterations` has computed, and from what, as text."""
     return (
-        f"SOLVER.EPOCHS {epochs:g} of {round(images)} training images with batches of {solver.IMS_PER_BATCH}: SOLVER.MAX_ITER "
-        f"{solver.MAX_ITER}, SOLVER.STEPS {solver.STEPS}"
+        f"SOLVER.EPOCHS {epochs:g} of {round(images)} training images with batches of {resolved.SOLVER.IMS_PER_BATCH}: "
+        f"{iterations_of(resolved)}"
     )
+
+
+def iterations_of(resolved: CfgNode) -> str:
+    """Return the keys that `in_iterations` has set as text."""
+    return f"SOLVER.MAX_ITER {resolved.SOLVER.MAX_ITER}, SOLVER.STEPS {resolved.SOLVER.STEPS}"
 
 
 def endless_warm_up(resolved: CfgNode, epochs: float) -> str | None:

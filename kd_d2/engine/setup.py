@@ -80,11 +80,11 @@ def setup(args: argparse.Namespace) -> CfgNode:
     register_synthetic()
     register_coco_json(cfg, _class_order(cfg, args), train=not args.eval_only)
     check_datasets(cfg, train=not args.eval_only)
+    check_expected_results(cfg)
+    check_best_metric(cfg)
     if not args.eval_only:
         check_sampler(cfg)
         cfg = resolve_epochs(cfg)
-    check_expected_results(cfg)
-    check_best_metric(cfg)
     cfg.freeze()
     config_file = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
     if comm.is_main_process():
