@@ -24,6 +24,11 @@ def mean_count_across_ranks(count: Tensor) -> Tensor:
     return mean_across_ranks(count).clamp(min=1 / comm.get_world_size())
 
 
+def count_of(rows: Tensor) -> Tensor:
+    """Return the number of rows averaged across ranks, for use as a divisor: see `mean_count_across_ranks`."""
+    return mean_count_across_ranks(rows.new_full((), len(rows), dtype=torch.float32))
+
+
 def sum_across_ranks(value: Tensor) -> Tensor:
     """Return the sum of a tensor over all ranks, with gradients flowing from all ranks.
 

@@ -45,6 +45,7 @@ NAMES = {
     "distillers.base.check_number": "errors.check_number",
     "distillers.base.check_same_anchors": "distillers.check_same_anchors",
     "distillers.base.common_strides": "distillers.common_strides",
+    "distillers.base.count_of": "distillers.count_of",
     "distillers.base.levels_by_stride": "distillers.matching.levels_by_stride",
     "distributed.mean_count_of_workers": "distributed.mean_count_across_ranks",
     "distributed.mean_of_workers": "distributed.mean_across_ranks",

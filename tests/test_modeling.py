@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
 from collections.abc import Callable
 from itertools import pairwise
@@ -21,7 +22,7 @@ import torch
 import torchvision
 from detectron2 import layers
 from detectron2.layers import FrozenBatchNorm2d
-from detectron2.modeling import build_backbone
+from detectron2.modeling import BACKBONE_REGISTRY, build_backbone
 from detectron2.modeling.backbone import resnet
 from detectron2.modeling.backbone.resnet import BottleneckBlock, DeformBottleneckBlock
 from detectron2.structures import Boxes, Instances, pairwise_iou
@@ -492,6 +493,8 @@ def test_necks(bottom_up: str, tiny_cfg: Callable) -> None:
     for name, levels in {"": "p2 p3 p4 p5 p6", "retinanet_": "p3 p4 p5 p6 p7", "dense_": "p3 p4 p5 p6 p7"}.items():
         builder = f"build_{name}{bottom_up}_fpn_backbone"
         cfg = tiny_cfg("retinanet" if name else "faster", {"MODEL": {"BACKBONE": {"NAME": builder}}})
+        registered = BACKBONE_REGISTRY.get(builder)
+        assert getattr(sys.modules[registered.__module__], builder) is registered  # so that LazyConfigs can name it
         neck = build_backbone(cfg)
         assert list(neck.output_shape()) == levels.split()
         outputs = neck(torch.zeros(1, 3, 64, 64))

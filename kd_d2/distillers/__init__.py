@@ -1,6 +1,6 @@
 """Distillation methods, each registered by name in DISTILLER_REGISTRY, and the API for writing new ones."""
 
-from ..distributed import mean_count_across_ranks
+from ..distributed import count_of, mean_count_across_ranks
 from ..keys import Above, AtLeast, AtMost, Below, Condition, OneOf
 from .adaptation import Adaptation, AdaptationLayers
 from .base import (
@@ -11,7 +11,6 @@ from .base import (
     ParamGroup,
     Weight,
     build_distiller,
-    count_of,
     in_float32,
     log_scalar,
 )

@@ -17,7 +17,6 @@ from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
 from ..adapters import CLASSIFIED_PARTS, DetectorOutputs
-from ..distributed import mean_count_across_ranks
 from ..errors import UserError
 from ..extensions import HINT
 from ..gradients import gradients_of
@@ -290,11 +289,6 @@ def log_scalar(name: str, value: Callable[[], Tensor]) -> None:
     storage = get_event_storage()
     if (storage.iter + 1) % LOG_PERIOD == 0:
         storage.put_scalar(f"kd/{name}", value().item(), smoothing_hint=False)
-
-
-def count_of(rows: Tensor) -> Tensor:
-    """Return the number of rows averaged across ranks, for use as a divisor: see `mean_count_across_ranks`."""
-    return mean_count_across_ranks(rows.new_full((), len(rows), dtype=torch.float32))
 
 
 def in_float32(function):

@@ -8,10 +8,11 @@ from typing import Annotated
 from detectron2.structures import Instances
 
 from ..adapters import DetectorOutputs
+from ..distributed import count_of
 from ..errors import UserError
 from ..keys import Above, AtLeast
 from ..losses import decoupled_loss
-from .base import DISTILLER_REGISTRY, Distiller, Losses, count_of
+from .base import DISTILLER_REGISTRY, Distiller, Losses
 from .pair import Pair
 
 

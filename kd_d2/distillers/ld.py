@@ -14,12 +14,12 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from ..adapters import DensePredictions, DetectorOutputs, Positives
-from ..distributed import mean_count_across_ranks
+from ..distributed import count_of, mean_count_across_ranks
 from ..errors import UserError
 from ..keys import Above, AtLeast
 from ..losses import softmax_divergence
 from ..modeling.assignment import adaptive_thresholds
-from .base import DISTILLER_REGISTRY, Distiller, Losses, count_of
+from .base import DISTILLER_REGISTRY, Distiller, Losses
 from .matching import check_same_anchors
 from .pair import Pair
 

@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 from detectron2.structures import Instances
 
 from ..adapters import IGNORED, DetectorOutputs
-from ..distributed import mean_count_across_ranks
+from ..distributed import count_of, mean_count_across_ranks
 from ..errors import UserError
 from ..keys import Above, AtLeast, OneOf
 from ..losses import quality_focal_loss, soft_label_loss, softmax_divergence
-from .base import DISTILLER_REGISTRY, Distiller, Losses, count_of
+from .base import DISTILLER_REGISTRY, Distiller, Losses
 from .matching import check_same_anchors
 from .pair import Pair
 

@@ -17,7 +17,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 from torchvision.ops import generalized_box_iou_loss
 
-from ..distributed import mean_count_across_ranks
+from ..distributed import count_of, mean_count_across_ranks
 from .assignment import Positives
 from .dense import AdaptiveDetector, AdaptiveKeys, FocalAlpha, FocalGamma, adaptive_arguments
 from .fcos import FCOSHead
@@ -62,7 +62,7 @@ class ATSS(AdaptiveDetector):
         positives = Positives.of(assignment_BR)
         class_P, box_P4 = positives.ground_truth(targets)
         anchor_P4 = Boxes.cat(anchors).tensor[positives.anchor]
-        num_positives = mean_count_across_ranks(class_P.new_full((), len(class_P), dtype=torch.float32))
+        num_positives = count_of(class_P)
         with torch.autocast(logits[0].device.type, enabled=False):
             classification = self.focal_loss(logits, positives, class_P).sum()
             target_P = centerness_of(anchor_P4, box_P4)

@@ -20,7 +20,7 @@ from detectron2.structures.boxes import matched_pairwise_iou
 from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor, nn
 
-from ..distributed import mean_count_across_ranks
+from ..distributed import count_of
 from ..keys import Above
 from ..transfer import on_device
 from .assignment import BACKGROUND, IGNORED, Positives
@@ -140,7 +140,7 @@ class FSAF(SingleAnchorDetector):
         cells, logits = Boxes.cat(anchors), predictions[0]
         positives = Positives.of(assignment_BR)
         class_P, _ = positives.ground_truth(targets)
-        num_positives = mean_count_across_ranks(class_P.new_full((), len(class_P), dtype=torch.float32))
+        num_positives = count_of(class_P)
         with torch.autocast(logits[0].device.type, enabled=False):
             ignored_BRK = self._ignored(cells, positives, class_P, targets)
             classification = self.focal_loss(logits, positives, class_P).masked_fill(ignored_BRK, 0).sum()

@@ -19,7 +19,7 @@ from detectron2.structures.boxes import matched_pairwise_iou
 from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss
 
-from ..distributed import mean_count_across_ranks
+from ..distributed import count_of, mean_count_across_ranks
 from ..keys import AtLeast
 from .assignment import Positives
 from .dense import AdaptiveDetector, AdaptiveKeys, adaptive_arguments
@@ -129,7 +129,7 @@ class GFL(AdaptiveDetector):
         positives = Positives.of(assignment_BR)
         class_P, box_P4 = positives.ground_truth(targets)
         anchor_P4 = Boxes.cat(anchors).tensor[positives.anchor]
-        num_positives = mean_count_across_ranks(class_P.new_full((), len(class_P), dtype=torch.float32))
+        num_positives = count_of(class_P)
         with torch.autocast(logits[0].device.type, enabled=False):
             sides = positives.pick(distributions).float()
             predicted_P4 = self.box2box_transform.apply_deltas(sides, anchor_P4)

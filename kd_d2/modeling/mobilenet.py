@@ -8,13 +8,12 @@ from typing import Annotated
 from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
-from detectron2.modeling.backbone.fpn import FPN
 from torch import Tensor
 from torchvision.models import mobilenet_v2
 
 from ..errors import UserError
 from ..keys import Above, AtMost, Keys
-from .necks import dense_fpn, rcnn_fpn, retinanet_fpn
+from .necks import register_with_fpns
 
 # Index of torchvision's last block in each stage, and stride of the stage, by Detectron2's stage names.
 LAST_BLOCK = {"stem": 1, "res2": 3, "res3": 6, "res4": 13, "res5": 17}
@@ -80,19 +79,8 @@ def build_mobilenet_v2_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> MobileN
     return net.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
 
 
-@BACKBONE_REGISTRY.register()
-def build_mobilenet_v2_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Build a MobileNetV2 with the FPN of R-CNNs."""
-    return rcnn_fpn(cfg, build_mobilenet_v2_backbone(cfg, input_shape))
-
-
-@BACKBONE_REGISTRY.register()
-def build_retinanet_mobilenet_v2_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Build a MobileNetV2 with the FPN of RetinaNet."""
-    return retinanet_fpn(cfg, build_mobilenet_v2_backbone(cfg, input_shape))
-
-
-@BACKBONE_REGISTRY.register()
-def build_dense_mobilenet_v2_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Build a MobileNetV2 with the FPN of FCOS, ATSS and GFL."""
-    return dense_fpn(cfg, build_mobilenet_v2_backbone(cfg, input_shape))
+(
+    build_mobilenet_v2_fpn_backbone,
+    build_retinanet_mobilenet_v2_fpn_backbone,
+    build_dense_mobilenet_v2_fpn_backbone,
+) = register_with_fpns("mobilenet_v2", build_mobilenet_v2_backbone)

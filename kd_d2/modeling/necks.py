@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 import torch.nn.functional as F
 from detectron2.config import CfgNode
@@ -14,6 +15,9 @@ from fvcore.nn.weight_init import c2_xavier_fill
 from torch import Tensor, nn
 
 from ..keys import Keys
+
+BackboneBuilder: TypeAlias = Callable[[CfgNode, ShapeSpec], Backbone]
+FPNBuilder: TypeAlias = Callable[[CfgNode, ShapeSpec], FPN]
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,24 @@ def _fpn(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module) -> FPN:
         top_block=top_block,
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
+
+
+def register_with_fpns(bottom_up: str, build_bottom_up: BackboneBuilder) -> tuple[FPNBuilder, FPNBuilder, FPNBuilder]:
+    """Register a bottom-up network with the FPNs of R-CNNs, of RetinaNet and of dense detectors, and return the three builders.
+
+    With `bottom_up` "swin", they are build_swin_fpn_backbone, build_retinanet_swin_fpn_backbone and build_dense_swin_fpn_backbone.
+    """
+
+    def register(prefix: str, add_fpn: Callable[[CfgNode, Backbone], FPN]) -> FPNBuilder:
+        def build(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+            return add_fpn(cfg, build_bottom_up(cfg, input_shape))
+
+        build.__name__ = build.__qualname__ = f"build_{prefix}{bottom_up}_fpn_backbone"
+        build.__module__ = build_bottom_up.__module__
+        BACKBONE_REGISTRY.register(build)
+        return build
+
+    return register("", rcnn_fpn), register("retinanet_", retinanet_fpn), register("dense_", dense_fpn)
 
 
 @BACKBONE_REGISTRY.register()

@@ -20,7 +20,7 @@ from detectron2.structures import Boxes, Instances, pairwise_iou
 from fvcore.nn import smooth_l1_loss
 from torch import Tensor, nn
 
-from ..distributed import mean_count_across_ranks
+from ..distributed import count_of
 from ..keys import Above, AtLeast, Condition
 from ..transfer import on_device
 from .assignment import BACKGROUND, Positives, assign_by_iou
@@ -216,7 +216,7 @@ class RepPoints(SingleAnchorDetector):
         logits, refined, first = predictions
         positives = Positives.of(assignment_BR)
         class_P, _ = positives.ground_truth(targets)
-        num_positives = mean_count_across_ranks(class_P.new_full((), len(class_P), dtype=torch.float32))
+        num_positives = count_of(class_P)
         nearest_BR = torch.stack([assign_nearest(anchors, t.gt_boxes) for t in targets])
         with torch.autocast(logits[0].device.type, enabled=False):
             classification = self.focal_loss(logits, positives, class_P)
@@ -236,7 +236,7 @@ class RepPoints(SingleAnchorDetector):
         unit_P1 = anchor_P4[:, 2:3] - anchor_P4[:, 0:1]
         predicted_P4 = self.box2box_transform.apply_deltas(positives.pick(points).float(), anchor_P4)
         loss = smooth_l1_loss(predicted_P4 / unit_P1, box_P4 / unit_P1, beta=self.smooth_l1_beta, reduction="sum")
-        return loss / mean_count_across_ranks(box_P4.new_full((), len(box_P4)))
+        return loss / count_of(box_P4)
 
 
 @torch.no_grad()

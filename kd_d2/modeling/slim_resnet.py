@@ -15,12 +15,11 @@ from typing import Annotated
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
-from detectron2.modeling.backbone.fpn import FPN
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
 
 from ..errors import UserError
 from ..keys import AtLeast, Keys
-from .necks import dense_fpn, rcnn_fpn, retinanet_fpn
+from .necks import register_with_fpns
 
 logger = logging.getLogger(__name__)
 
@@ -74,19 +73,8 @@ def build_slim_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     return net.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
 
 
-@BACKBONE_REGISTRY.register()
-def build_slim_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Build a slim ResNet with the FPN of R-CNNs."""
-    return rcnn_fpn(cfg, build_slim_resnet_backbone(cfg, input_shape))
-
-
-@BACKBONE_REGISTRY.register()
-def build_retinanet_slim_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Build a slim ResNet with the FPN of RetinaNet."""
-    return retinanet_fpn(cfg, build_slim_resnet_backbone(cfg, input_shape))
-
-
-@BACKBONE_REGISTRY.register()
-def build_dense_slim_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Build a slim ResNet with the FPN of FCOS, ATSS and GFL."""
-    return dense_fpn(cfg, build_slim_resnet_backbone(cfg, input_shape))
+(
+    build_slim_resnet_fpn_backbone,
+    build_retinanet_slim_resnet_fpn_backbone,
+    build_dense_slim_resnet_fpn_backbone,
+) = register_with_fpns("slim_resnet", build_slim_resnet_backbone)

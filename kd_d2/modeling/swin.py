@@ -9,13 +9,12 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, SwinTransformer
-from detectron2.modeling.backbone.fpn import FPN
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from ..errors import UserError
 from ..keys import Above, AtLeast, Below, Keys
-from .necks import dense_fpn, rcnn_fpn, retinanet_fpn
+from .necks import register_with_fpns
 
 STAGES = ("res2", "res3", "res4", "res5")
 
@@ -99,19 +98,8 @@ def build_swin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Swin:
     )
 
 
-@BACKBONE_REGISTRY.register()
-def build_swin_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Build a Swin Transformer with the FPN of R-CNNs."""
-    return rcnn_fpn(cfg, build_swin_backbone(cfg, input_shape))
-
-
-@BACKBONE_REGISTRY.register()
-def build_retinanet_swin_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Build a Swin Transformer with the FPN of RetinaNet."""
-    return retinanet_fpn(cfg, build_swin_backbone(cfg, input_shape))
-
-
-@BACKBONE_REGISTRY.register()
-def build_dense_swin_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Build a Swin Transformer with the FPN of FCOS, ATSS and GFL."""
-    return dense_fpn(cfg, build_swin_backbone(cfg, input_shape))
+(
+    build_swin_fpn_backbone,
+    build_retinanet_swin_fpn_backbone,
+    build_dense_swin_fpn_backbone,
+) = register_with_fpns("swin", build_swin_backbone)

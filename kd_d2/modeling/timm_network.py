@@ -12,12 +12,11 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
-from detectron2.modeling.backbone.fpn import FPN
 from torch import Tensor, nn
 
 from ..errors import UserError
 from ..keys import AtLeast, Below, Keys
-from .necks import dense_fpn, rcnn_fpn, retinanet_fpn
+from .necks import register_with_fpns
 
 logger = logging.getLogger(__name__)
 
@@ -235,19 +234,8 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmNetwork:
     return TimmNetwork(keys.name, out_features, keys.norm, freeze_at, keys.drop_path_rate)
 
 
-@BACKBONE_REGISTRY.register()
-def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Build a network of timm with the FPN of R-CNNs."""
-    return rcnn_fpn(cfg, build_timm_backbone(cfg, input_shape))
-
-
-@BACKBONE_REGISTRY.register()
-def build_retinanet_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Build a network of timm with the FPN of RetinaNet."""
-    return retinanet_fpn(cfg, build_timm_backbone(cfg, input_shape))
-
-
-@BACKBONE_REGISTRY.register()
-def build_dense_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Build a network of timm with the FPN of FCOS, ATSS and GFL."""
-    return dense_fpn(cfg, build_timm_backbone(cfg, input_shape))
+(
+    build_timm_fpn_backbone,
+    build_retinanet_timm_fpn_backbone,
+    build_dense_timm_fpn_backbone,
+) = register_with_fpns("timm", build_timm_backbone)
