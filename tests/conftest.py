@@ -154,6 +154,13 @@ def no_waiting_for_disks() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Undo `torch.set_num_threads` of a program that a test ran: the next tests would take more processor time."""
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def event_storage() -> Iterator[EventStorage]:
     """Yield an open event storage at iteration 0; set `.iter` to change the iteration."""
