@@ -15,6 +15,8 @@ LONGEST_MESSAGE = 2000
 LONGEST_LABEL = 80
 LONGEST_FILE_NAME = 200  # bytes; the usual file system limit of 255 minus room for a suffix or a numeric prefix
 COLOR = re.compile(r"\x1b\[[\d;]*m")
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+"""A control character, a line break of any kind, or a surrogate: Unicode's categories Cc, Zl, Zp and Cs."""
 
 
 def printable(text: str, longest: int = LONGEST_MESSAGE) -> str:
@@ -44,7 +46,7 @@ def composed(name: str) -> str:
 
 def has_controls(text: str) -> bool:
     """Return whether the text has control characters, line breaks of any kind, or surrogates."""
-    return any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in text)
+    return CONTROL.search(text) is not None
 
 
 def is_unicode(path: str) -> bool:
@@ -54,9 +56,7 @@ def is_unicode(path: str) -> bool:
 
 def without_controls(text: str) -> str:
     """Return the text with control characters, except newlines and tabs, and surrogates escaped."""
-    if not has_controls(text):
-        return text
-    return "".join(ascii(c)[1:-1] if has_controls(c) and c not in "\n\t" else c for c in text)
+    return CONTROL.sub(lambda found: found[0] if found[0] in "\n\t" else ascii(found[0])[1:-1], text)
 
 
 def file_stem(name: str) -> str:
