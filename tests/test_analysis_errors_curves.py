@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
+import signal
 from pathlib import Path
 
 from kd_d2 import UserError
@@ -110,19 +112,30 @@ def test_annotation_ids_may_start_at_0() -> None:
     assert _areas(truth, detections) == pytest.approx([1] * 7)
 
 
-def test_several_processes_give_the_same() -> None:
-    truth, detections = _truth(*CASES["twice"][0], (CAR, NOWHERE)), _found(*CASES["twice"][1], (CAR, HERE, 0.4))
+@pytest.mark.parametrize(("start_method", "categories"), [("fork", CATEGORIES), ("spawn", CATEGORIES[:1])])
+def test_several_processes_give_the_same(
+    start_method: str, categories: list[dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check two processes, and one that starts as in the program, which takes seconds."""
+    of_class = {category["id"] for category in categories}
+    truth = {**_truth(*CASES["twice"][0], (CAR, NOWHERE)), "categories": categories}
+    truth["annotations"] = [a for a in truth["annotations"] if a["category_id"] in of_class]
+    detections = [d for d in _found(*CASES["twice"][1], (CAR, HERE, 0.4)) if d["category_id"] in of_class]
+    context = multiprocessing.get_context(start_method)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
     one, two = (analyze_errors(truth, detections, workers=n) for n in (1, 2))
     np.testing.assert_array_equal(one.precision, two.precision)
 
 
-def _abort(truth: dict) -> None:
-    os.abort()
+def _kill(truth: dict) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_process_that_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Check processes that end before the first class."""
-    monkeypatch.setattr("kd_d2.analysis.errors.curves._remember", _abort)
+    monkeypatch.setattr("kd_d2.analysis.errors.curves._remember", _kill)
+    context = multiprocessing.get_context("fork")  # starts at once
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
     with pytest.raises(
         UserError, match=r"--workers is 2, and one of these processes was killed, most likely .* out of memory"
     ):
