@@ -115,13 +115,12 @@ def _assert_close(what: str, found: Tensor, expected: Tensor, tolerance: float, 
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=absolute, msg=lambda text: f"{what}: {text}")
 
 
-def _compare(rank: int, project: Project, folder: str) -> None:
-    """Compare, in one of two processes, the whole batch alone with half of it together with the other process."""
-    torch.set_num_threads(1)
+def _model(project: Project) -> nn.Module:
     torch.manual_seed(0)
     cfg = load_config(str(project.student))
-    register_coco_json(cfg)
-    model = build_model(cfg).train()
+    with clean_process():
+        register_coco_json(cfg)
+        model = build_model(cfg).train()
     for name, parameter in model.named_parameters():
         if name.endswith("project.1.bias"):
             parameter.data += 0.1  # of DiffKD, whose gradient is 0, except for rounding, if the means are equal
@@ -129,12 +128,18 @@ def _compare(rank: int, project: Project, folder: str) -> None:
             parameter.data *= 10  # predictions that differ between positions by more than rounding
         if name.endswith("first_points.bias"):
             parameter.data += 0.15  # no RepPoints at whole positions, where the gradient of interpolation jumps
-    cases = [(EQUAL, True), (UNEQUAL, False)]
-    alone = [_losses_and_gradients(model, _inputs(counts), shared) for counts, shared in cases]
+    return model
+
+
+CASES = [(EQUAL, True), (UNEQUAL, False)]
+
+
+def _compare(rank: int, model: nn.Module, alone: list[tuple[dict, dict]], folder: str) -> None:
+    """Compare, in one of two processes, the whole batch alone with half of it together with the other process."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     comm.create_local_process_group(2)
     wrapped = _distributed(model)
-    for (counts, shared), (expected_losses, expected_gradients) in zip(cases, alone, strict=True):
+    for (counts, shared), (expected_losses, expected_gradients) in zip(CASES, alone, strict=True):
         losses, gradients = _losses_and_gradients(wrapped, _inputs(counts)[2 * rank : 2 * rank + 2], shared)
         for name, loss in losses.items():
             torch.distributed.all_reduce(loss)
@@ -185,7 +190,9 @@ def test_every_method_normalizes_over_the_whole_batch(tmp_path: Path, detector: 
     methods = methods_of(detector)
     keys = {**FROZEN, **SMALL, **(OPTIONS[options] if dense else ALL_PROPOSALS)}
     project = make_project(tmp_path, detector, MODEL__KD__DISTILLERS=methods, **keys)
-    torch.multiprocessing.start_processes(_compare, nprocs=2, args=(project, str(tmp_path)), start_method="fork")
+    model = _model(project)
+    alone = [_losses_and_gradients(model, _inputs(counts), shared) for counts, shared in CASES]
+    torch.multiprocessing.start_processes(_compare, nprocs=2, args=(model, alone, str(tmp_path)), start_method="fork")
 
 
 def _count(rank: int, folder: str) -> None:
