@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from kd_d2 import add_kd_config
 
 import pytest
 import torch
+import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone, build_model
@@ -151,6 +153,15 @@ def no_waiting_for_disks() -> Iterator[None]:
     """Only check the descriptor where files are synchronized with a disk, which no test can lose."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: os.fstat(descriptor) and None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fast_yaml() -> Iterator[None]:
+    """Write YAML, such as the configs of every training, with PyYAML's writer in C, which writes the same text."""
+    writer = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(yaml, "safe_dump", functools.partial(yaml.dump, Dumper=writer))
         yield
 
 

@@ -234,7 +234,7 @@ def test_every_method_has_loss_maps(tmp_path: Path, method: str) -> None:
     assert maps.keys() == {f"{image}/{stride}" for image in (0, 1) for stride in strides}
     assert all((level >= 0).all() and np.isfinite(level).all() for level in maps.values())
     assert any(level.max() > 0 for level in maps.values())
-    project.main()
+    project.main("DATASETS.TEST", ())
     assert _total_losses(tmp_path / "student") == pytest.approx(_total_losses(project.output), rel=1e-3)
 
 

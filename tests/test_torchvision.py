@@ -35,7 +35,7 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-SIZE = (256, 320)  # the stride of the coarsest feature map is 106 pixels in torchvision, not 128
+SIZE = (192, 224)  # the strides of the coarsest feature map are 96 and 112 pixels in torchvision, not 128
 OUTPUTS = 4
 DENSE = (RetinaNet, FCOS)
 
@@ -212,7 +212,7 @@ def test_anchors_are_those_of_torchvision(size: tuple[int, int]) -> None:
 
 
 def test_points_of_fcos_are_those_of_torchvision(tmp_path: Path, save: Callable) -> None:
-    """Check the points of all levels, of which the coarsest has a stride of 106 pixels instead of 128."""
+    """Check the points of all levels, of which the coarsest has strides of 96 and 112 pixels instead of 128."""
     theirs = fcos()
     import_detector(save(theirs), tmp_path / "out")
     images = torch.zeros(1, 3, *SIZE)
