@@ -28,6 +28,7 @@ import pytest
 import torch
 from detectron2.engine import HookBase
 from helpers import KillAt, Project, fill_the_disk, make_project, make_trainer, run_train_net, train
+from torch import Tensor
 
 KILLS = 20
 OFTEN = {
@@ -102,14 +103,22 @@ def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:2000])
 
 
+SAVED_EVERY_OTHER = {**OFTEN, "SOLVER__MAX_ITER": 8, "SOLVER__CHECKPOINT_PERIOD": 2}
+
+
+@pytest.fixture(scope="module")
+def undisturbed_weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """Return the student's weights after a training with the keys SAVED_EVERY_OTHER."""
+    run = train(make_project(tmp_path_factory.mktemp("undisturbed"), **SAVED_EVERY_OTHER))
+    return run.trainer.bare_model.student.state_dict()
+
+
 @pytest.mark.parametrize(
     "damage", [_cut, lambda path: path.write_bytes(b""), Path.unlink], ids=["truncated", "empty", "missing"]
 )
-def test_a_damaged_last_checkpoint(tmp_path: Path, damage) -> None:
+def test_a_damaged_last_checkpoint(tmp_path: Path, damage, undisturbed_weights: dict[str, Tensor]) -> None:
     """Check that the previous checkpoint is used, that the log says so, and that weights match an undisturbed run's."""
-    keys = {**OFTEN, "SOLVER__MAX_ITER": 8, "SOLVER__CHECKPOINT_PERIOD": 2}
-    unbroken = train(make_project(tmp_path / "unbroken", **keys))
-    project = make_project(tmp_path / "damaged", **keys)
+    project = make_project(tmp_path / "damaged", **SAVED_EVERY_OTHER)
     train(project, hooks=(KillAt(5),))
     damage(project.output / "model_0000005.pth")
     run_train_net("--config-file", project.student, "--resume")
@@ -117,7 +126,7 @@ def test_a_damaged_last_checkpoint(tmp_path: Path, damage) -> None:
     assert "model_0000005.pth" in log and "Trying the previous checkpoint." in log
     assert f"Resuming from {project.output / 'model_0000003.pth'}" in log
     resumed = read_checkpoint(str(project.output / "model_final.pth"))["model"]
-    for name, tensor in unbroken.trainer.bare_model.student.state_dict().items():
+    for name, tensor in undisturbed_weights.items():
         torch.testing.assert_close(resumed[name], tensor, rtol=1e-3, atol=1e-4)
 
 

@@ -82,11 +82,18 @@ def stop_in(project: Project, iteration: int, number: int = signal.SIGTERM, *opt
     return stopped.value
 
 
+@pytest.fixture(scope="module")
+def unbroken_losses(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, float]]:
+    """Return the losses of an uninterrupted training with the keys SHORT."""
+    return train(make_project(tmp_path_factory.mktemp("unbroken"), **SHORT)).losses
+
+
 @pytest.mark.usefixtures("of_terminal")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
-def test_a_signal_loses_no_iteration(tmp_path: Path, number: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_signal_loses_no_iteration(
+    tmp_path: Path, number: int, unbroken_losses: dict[int, dict[str, float]], caplog: pytest.LogCaptureFixture
+) -> None:
     """Check the exit status, the checkpoint of that iteration, and that resumed losses match an uninterrupted run's."""
-    unbroken = train(make_project(tmp_path / "unbroken", **SHORT))
     project = make_project(tmp_path / "stopped", **SHORT)
     handlers = [signal.getsignal(n) for n in SIGNALS]
     assert stop_in(project, 4, number).code == 128 + number
@@ -98,7 +105,7 @@ def test_a_signal_loses_no_iteration(tmp_path: Path, number: int, caplog: pytest
     resumed = train(project, resume=True)
     assert sorted(resumed.losses) == [5, 6, 7]
     for iteration, losses in resumed.losses.items():
-        assert losses == pytest.approx(unbroken.losses[iteration], rel=1e-3), iteration
+        assert losses == pytest.approx(unbroken_losses[iteration], rel=1e-3), iteration
     assert (project.output / "last_checkpoint").read_text() == "model_final.pth"
 
 

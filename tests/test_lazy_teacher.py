@@ -22,6 +22,7 @@ from detectron2.engine import SimpleTrainer
 from detectron2.modeling import build_model
 from helpers import Project, example, make_project, train
 
+ZOO_CONFIG = "new_baselines/mask_rcnn_R_50_FPN_50ep_LSJ.py"
 DETECTOR = """
 from functools import partial
 
@@ -183,7 +184,7 @@ def test_what_cannot_be_a_teacher(tmp_path: Path, monkeypatch, config: str, opts
 def test_a_config_of_the_model_zoo(tmp_path: Path) -> None:
     """Check that a config that Detectron2 ships is trusted."""
     project = make_project(tmp_path)
-    opts = ["MODEL.KD.TEACHER.CONFIG_FILE", "new_baselines/mask_rcnn_R_50_FPN_50ep_LSJ.py"]
+    opts = ["MODEL.KD.TEACHER.CONFIG_FILE", ZOO_CONFIG]
     model, weights, input_format = build_lazy_teacher(load_config(str(project.student), opts))
     assert type(model).__name__ == "GeneralizedRCNN" and input_format == "BGR"
     assert weights == str(project.teacher_weights)
@@ -204,11 +205,15 @@ def test_a_config_of_the_model_zoo(tmp_path: Path) -> None:
 def test_overrides_run_code_only_if_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str) -> None:
     monkeypatch.chdir(tmp_path)
     project = make_project(tmp_path)
-    zoo = ["MODEL.KD.TEACHER.CONFIG_FILE", "new_baselines/mask_rcnn_R_50_FPN_50ep_LSJ.py", "MODEL.KD.TEACHER.OPTS"]
+    zoo = ["MODEL.KD.TEACHER.CONFIG_FILE", ZOO_CONFIG, "MODEL.KD.TEACHER.OPTS"]
     with pytest.raises(UserError, match=r"OPTS (sets model\..*TRUST_CONFIG True|.* cannot be applied)"):
         build_lazy_teacher(load_config(str(project.student), [*zoo, [override]]))
     assert not (tmp_path / "ran").exists()
-    cfg = load_config(str(project.student), [*zoo, ["model.roi_heads.num_classes=7"]])
+
+
+def test_an_override_that_runs_no_code(tmp_path: Path) -> None:
+    zoo = ["MODEL.KD.TEACHER.CONFIG_FILE", ZOO_CONFIG, "MODEL.KD.TEACHER.OPTS", ["model.roi_heads.num_classes=7"]]
+    cfg = load_config(str(make_project(tmp_path).student), zoo)
     assert build_lazy_teacher(cfg)[0].roi_heads.num_classes == 7
 
 
