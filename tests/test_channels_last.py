@@ -57,6 +57,7 @@ def test_narrow_strided_convolutions(tmp_path: Path) -> None:
 def test_same_losses(tmp_path: Path, method: str) -> None:
     keys = {
         "MODEL__KD__DISTILLERS": (method,),
+        "DATASETS__TEST": (),
         "SOLVER__BASE_LR": 0.001,
         "SOLVER__MAX_ITER": 2,
         "SOLVER__IMS_PER_BATCH": 4,  # over the two positions that two images have on the last level, correlations are 1 or -1

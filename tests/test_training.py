@@ -508,7 +508,7 @@ AMP_TOLERANCE = {"GID": 1.0, "DIST": 0.1}
 @pytest.mark.parametrize("method", sorted(dict(DISTILLER_REGISTRY)))
 def test_every_method_in_mixed_precision(tmp_path: Path, method: str, dtype: str, device: str) -> None:
     """Check that autocast changes a method's losses only by rounding, and that they are finite in the second step."""
-    keys = {"MODEL__KD__DISTILLERS": (method,), "MODEL__DEVICE": device, **SMALL_ICD}
+    keys = {"MODEL__KD__DISTILLERS": (method,), "MODEL__DEVICE": device, "DATASETS__TEST": (), **SMALL_ICD}
     project = make_project(tmp_path, detector_of(method), **keys)
     # No map is 1x1, see test_mixed_precision.
     project.change(INPUT__MIN_SIZE_TRAIN=(160,), INPUT__MAX_SIZE_TRAIN=240, SOLVER__BASE_LR=0.001, SOLVER__STEPS=())
