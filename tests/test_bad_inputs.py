@@ -91,9 +91,9 @@ def test_arguments_that_make_no_sense(refused, arguments: list, sentence: str) -
 def test_a_sampler_is_checked_before_a_model_is_built(refused, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that an evaluation ignores it."""
     monkeypatch.setattr(KDTrainer, "build_model", lambda cfg: pytest.fail("a model was built"))
-    options = ("DATALOADER.SAMPLER_TRAIN", "Shuffler", "TEST.EXPECTED_RESULTS", [["bbox"]])
-    assert refused(*options).startswith("DATALOADER.SAMPLER_TRAIN is 'Shuffler'")
-    assert "TEST.EXPECTED_RESULTS" in refused("--eval-only", *options)
+    sampler = ("DATALOADER.SAMPLER_TRAIN", "Shuffler")
+    assert refused(*sampler).startswith("DATALOADER.SAMPLER_TRAIN is 'Shuffler'")
+    assert "TEST.EXPECTED_RESULTS" in refused("--eval-only", *sampler, "TEST.EXPECTED_RESULTS", [["bbox"]])
 
 
 def test_a_test_set_without_annotations_needs_no_masks(tmp_path: Path) -> None:
