@@ -264,6 +264,23 @@ def test_a_warm_up_that_does_not_end(tmp_path: Path, clean: None) -> None:
     assert resolve_epochs(load_config(str(project.student), ["SOLVER.WARMUP_ITERS", 5])).SOLVER.MAX_ITER == 6
 
 
+@pytest.mark.parametrize(("steps", "scaled"), [((74, 80), (5, 5)), ((3,), (0,)), ((88,), (6,))])
+def test_steps_on_one_iteration(tmp_path: Path, clean: None, steps: tuple[int, ...], scaled: tuple[int, ...]) -> None:
+    solver = {"SOLVER__EPOCHS": 2, "SOLVER__MAX_ITER": 90, "SOLVER__STEPS": steps, "SOLVER__WARMUP_ITERS": 0}
+    project = make_project(tmp_path, **solver)
+    sentence = (
+        f"SOLVER.EPOCHS 2 is a training of 6 iterations, in which SOLVER.STEPS would be {scaled}; they must be different iterations between "
+        "0 and 6: raise SOLVER.EPOCHS, or set SOLVER.STEPS to fewer steps or to ()."
+    )
+    with pytest.raises(UserError) as caught:
+        make_trainer(project)
+    assert str(caught.value) == sentence
+    check = check_sets(sets_of_config(str(project.student), [])[0])
+    assert schedule_of_config(str(project.student), [], check).endswith(f"\n{sentence}")
+    cosine = load_config(str(project.student), ["SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"])
+    assert resolve_epochs(cosine).SOLVER.MAX_ITER == 6  # it has no steps
+
+
 def test_the_start_of_a_method(tmp_path: Path, clean: None) -> None:
     """Check that it is compared with the iterations of EPOCHS, not with the MAX_ITER that gives the steps their scale."""
     project = make_project(tmp_path, SOLVER__EPOCHS=12, SOLVER__MAX_ITER=12, SOLVER__STEPS=(8, 11))

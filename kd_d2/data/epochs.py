@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import pairwise
 
 from detectron2.config import CfgNode
 
@@ -20,14 +21,15 @@ def resolve_epochs(cfg: CfgNode) -> CfgNode:
     The datasets in DATASETS.TRAIN must be registered; they are read to count their images.
 
     Raises:
-        UserError: they cannot be read, SOLVER has invalid values, or the warm-up or the start of a method is after the end.
+        UserError: they cannot be read, SOLVER has invalid values, or the training is too short for its warm-up, its steps or the start of
+            a method.
     """
     if cfg.SOLVER.EPOCHS is None:
         return cfg
     images = images_per_epoch(cfg, read_training_sets(cfg))
     resolved = in_iterations(cfg, cfg.SOLVER.EPOCHS, images)
     logger.info(describe(resolved, cfg.SOLVER.EPOCHS, images))
-    if sentence := endless_warm_up(resolved, cfg.SOLVER.EPOCHS):
+    if sentence := unusable_schedule(resolved, cfg.SOLVER.EPOCHS):
         raise UserError(sentence)
     validate_kd_config(resolved)
     return resolved
@@ -66,12 +68,21 @@ def iterations_of(resolved: CfgNode) -> str:
     return f"SOLVER.MAX_ITER {resolved.SOLVER.MAX_ITER}, SOLVER.STEPS {resolved.SOLVER.STEPS}"
 
 
-def endless_warm_up(resolved: CfgNode, epochs: float) -> str | None:
-    """Return a sentence if the config of `in_iterations` ends before the warm-up of its learning rate, or None."""
-    warm_up, last = resolved.SOLVER.WARMUP_ITERS, resolved.SOLVER.MAX_ITER
-    if warm_up < last:
-        return None
-    return (
-        f"SOLVER.WARMUP_ITERS is {warm_up}, but SOLVER.EPOCHS {epochs:g} is a training of {last} iterations, which would never reach "
-        "SOLVER.BASE_LR: lower SOLVER.WARMUP_ITERS, or raise SOLVER.EPOCHS."
-    )
+def unusable_schedule(resolved: CfgNode, epochs: float) -> str | None:
+    """Return a sentence if the config of `in_iterations` is too short for its learning rate schedule, or None."""
+    solver = resolved.SOLVER
+    last, warm_up = solver.MAX_ITER, solver.WARMUP_ITERS
+    length = f"SOLVER.EPOCHS {epochs:g} is a training of {last} iterations"
+    if warm_up >= last:
+        return (
+            f"SOLVER.WARMUP_ITERS is {warm_up}, but {length}, which would never reach SOLVER.BASE_LR: lower SOLVER.WARMUP_ITERS, or raise "
+            "SOLVER.EPOCHS."
+        )
+    changes = [0, *(step for step in solver.STEPS if step <= last), last]
+    distinct = all(step < following for step, following in pairwise(changes))
+    if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR" and not distinct:
+        return (
+            f"{length}, in which SOLVER.STEPS would be {solver.STEPS}; they must be different iterations between 0 and {last}: raise "
+            "SOLVER.EPOCHS, or set SOLVER.STEPS to fewer steps or to ()."
+        )
+    return None

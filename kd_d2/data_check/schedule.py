@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.data.build import filter_images_with_few_keypoints, filter_images_with_only_crowd_annotations
 
 from ..data.coco import CocoData
-from ..data.epochs import describe, endless_warm_up, in_iterations, iterations_of
+from ..data.epochs import describe, in_iterations, iterations_of, unusable_schedule
 from ..data.sampling import images_per_epoch, samples_by_set
 from .check import DataCheck
 from .sets import DataSet, config_to_check
@@ -37,7 +37,7 @@ def schedule_of_config(config_file: str, opts: list[Any], check: DataCheck) -> s
             f"SOLVER.MAX_ITER {last} with batches of {batch} is {last * batch / images:.1f} epochs of {round(images)} training images.",
             f"For the same schedule in {EPOCHS} epochs, set SOLVER.EPOCHS {EPOCHS}: {iterations_of(resolved)}",
         ]
-    return "\n".join([*sentences, *filter(None, [endless_warm_up(resolved, epochs)])])
+    return "\n".join([*sentences, *filter(None, [unusable_schedule(resolved, epochs)])])
 
 
 def _training_images(cfg: CfgNode, dataset: DataSet, data: CocoData) -> list[dict[str, Any]]:
