@@ -13,6 +13,9 @@ VENV_PYTHON := .venv/bin/python
 GPU_PYTHON = $(if $(wildcard $(VENV_PYTHON)),$(VENV_PYTHON),$(or $(PYTHON),python3))
 GPU_ENV = PYTHONPATH="$(CURDIR):$(CURDIR)/output/gpu-pack/site:$$PYTHONPATH"
 
+# A process takes about 2 GiB; the tests of one file run in the same one.
+PROCESSES := --numprocesses logical --maxprocesses 4 --dist loadscope
+
 .PHONY: help setup demo test test-unit test-slow docs lint format licenses sbom lock clean gpu-check gpu-pack gpu-evidence
 
 help:
@@ -40,12 +43,13 @@ demo: setup
 # The tests expect the default folder of Detectron2's datasets, without files.
 test test-unit test-slow: export DETECTRON2_DATASETS = datasets
 test test-unit test-slow: export PYTHONUTF8 = 1
+test test-unit: export OMP_NUM_THREADS = 1
 
 test: lint
-	$(VENV_PYTHON) -m pytest
+	$(VENV_PYTHON) -m pytest $(PROCESSES)
 
 test-unit: setup
-	$(VENV_PYTHON) -m pytest -m "unit and not slow"
+	$(VENV_PYTHON) -m pytest $(PROCESSES) -m "unit and not slow"
 
 test-slow: setup
 	$(VENV_PYTHON) -m pytest -m slow
